@@ -1,0 +1,52 @@
+"""Where things are: the XDG directories, and what ships with the program.
+
+``qlora-tui locate`` prints these. Set ``XDG_CONFIG_HOME``, ``XDG_STATE_HOME`` and ``XDG_CACHE_HOME``
+to move them. Each is created on first use, readable by its owner only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import platformdirs
+
+from qlora_tui.files import private_dir
+
+_APP = "qlora-tui"
+_PACKAGE = Path(__file__).parent
+
+
+def config_dir() -> Path:
+    """The user's presets, themes and ``config.toml``."""
+    return private_dir(Path(platformdirs.user_config_dir(_APP, appauthor=False)))
+
+
+def state_dir() -> Path:
+    """Runs, and the runner's lock and log."""
+    return private_dir(Path(platformdirs.user_state_dir(_APP, appauthor=False)))
+
+
+def cache_dir() -> Path:
+    """What can be made again: converted models, tokenized data, downloads."""
+    return private_dir(Path(platformdirs.user_cache_dir(_APP, appauthor=False)))
+
+
+def runs_dir() -> Path:
+    """One directory a run."""
+    return private_dir(state_dir() / "runs")
+
+
+def user_presets_dir() -> Path:
+    """Presets the user saved."""
+    return private_dir(config_dir() / "presets")
+
+
+def user_themes_dir() -> Path:
+    """Themes the user wrote."""
+    return private_dir(config_dir() / "themes")
+
+
+def shipped_dir(kind: str) -> Path:
+    """``presets`` or ``themes`` as shipped: inside the wheel, or at the top of a checkout."""
+    installed = _PACKAGE / "shipped" / kind
+    return installed if installed.is_dir() else _PACKAGE.parent / kind

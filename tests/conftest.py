@@ -1,0 +1,21 @@
+"""What every test gets: its own XDG directories, no hub, no card but the one it asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Config, state, cache and the Hugging Face cache in a fresh folder; the hub is offline."""
+    home = tmp_path_factory.mktemp("home")
+    for variable in ("CONFIG", "STATE", "CACHE"):
+        monkeypatch.setenv(f"XDG_{variable}_HOME", str(home / variable.lower()))
+    monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    for variable in ("HF_TOKEN", "HF_ENDPOINT", "NO_COLOR", "COLORTERM"):
+        monkeypatch.delenv(variable, raising=False)
+    return home
