@@ -1,0 +1,59 @@
+"""What can be done with runs: the verbs of the command line and the keys of the app, once."""
+
+from __future__ import annotations
+
+import shutil
+
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import control, queue
+from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.runner import ensure_runner
+from qlora_tui.runs.status import ACTIVE, RESUMABLE, read_status
+
+
+def submit(recipe: Recipe) -> RunDir:
+    """Queue a new run and see that a runner is at work. The recipe should be ready to run."""
+    run = create(recipe)
+    queue.enqueue(run)
+    ensure_runner()
+    return run
+
+
+def resume(run: RunDir) -> None:
+    """Queue an ended run again: it goes on from its last checkpoint, or from the start without one."""
+    status = read_status(run)
+    if status.state not in RESUMABLE:
+        raise Problem(
+            "Nothing to resume",
+            what=f"{run.id} is {status.state}.",
+            fix="Only a run that failed, was stopped, paused or lost can be resumed.",
+            exit_code=WRONG_CALL,
+        )
+    queue.enqueue_again(run)
+    ensure_runner()
+
+
+def stop(run: RunDir) -> None:
+    """End a run: take it out of the queue, or have its trainer save a checkpoint and the adapter and go."""
+    if not queue.withdraw(run):
+        control.ask(run, "stop")
+
+
+def pause(run: RunDir) -> None:
+    """Have the trainer save a checkpoint and leave the GPU; ``resume`` goes on."""
+    control.ask(run, "pause")
+
+
+def delete(run: RunDir) -> None:
+    """Delete a run and all it made; raises Problem while it is in training."""
+    status = read_status(run)
+    if status.state in ACTIVE:
+        raise Problem(
+            "The run is running",
+            what=f"{run.id} is {status.state}.",
+            fix=f"`qlora-tui stop {run.id}` first.",
+            exit_code=WRONG_CALL,
+        )
+    queue.remove(run)
+    shutil.rmtree(run.path)

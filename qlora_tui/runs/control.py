@@ -1,0 +1,55 @@
+"""Asking something of a running trainer: one file in ``control/`` a request.
+
+A request appears by rename, whole; the trainer removes it as it takes it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from typing import Literal, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.status import ACTIVE, read_status
+
+Kind: TypeAlias = Literal[
+    "stop", "pause", "checkpoint", "evaluate", "sample", "set_learning_rate", "finish_epoch"
+]
+
+
+class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is asked."""
+
+    kind: Kind
+    value: float | None = None
+    """The new learning rate, for ``set_learning_rate``."""
+
+
+def ask(run: RunDir, kind: Kind, value: float | None = None) -> None:
+    """Leave a request for the trainer of ``run``; raises Problem when no trainer has it."""
+    status = read_status(run)
+    if status.state not in ACTIVE:
+        raise Problem(
+            "The run is not running",
+            what=f"{run.id} is {status.state}, so there is no trainer to {kind.replace('_', ' ')}.",
+            fix="`qlora-tui runs` shows what is running.",
+            exit_code=WRONG_CALL,
+        )
+    name = f"{time.time_ns():020d}-{os.getpid()}-{kind}.json"
+    atomic_write(private_dir(run.control_dir) / name, msgspec.json.encode(Request(kind=kind, value=value)))
+
+
+def take(run: RunDir) -> list[Request]:
+    """Every waiting request, oldest first, removed as it is read. What is not a request is removed too."""
+    requests = []
+    for path in sorted(run.control_dir.glob("*.json")):
+        with suppress(OSError, msgspec.MsgspecError):
+            requests.append(msgspec.json.decode(path.read_bytes(), type=Request))
+        path.unlink(missing_ok=True)
+    return requests

@@ -1,0 +1,163 @@
+"""A run's directory: its name, its files, and how to find it again.
+
+runs/<id>/
+  recipe.toml      frozen when the run was queued
+  events.jsonl     what happened (:mod:`qlora_tui.runs.events`)
+  telemetry.jsonl  the card, once a second
+  status.json      where it stands now (:mod:`qlora_tui.runs.status`)
+  trainer.log      the trainer's output
+  control/         requests to the trainer (:mod:`qlora_tui.runs.control`)
+  checkpoints/     step-N/, to resume from
+  adapter/         the result: adapter, tokenizer, chat template, recipe
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_tui import paths
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.toml import dump, load, to_recipe
+from qlora_tui.runs.events import Queued
+from qlora_tui.runs.log import EventWriter
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run. Nothing is read until asked for."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """The directory's name: ``qwen2.5-7b-tickets-20261124-0212``."""
+        return self.path.name
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def telemetry_path(self) -> Path:
+        return self.path / "telemetry.jsonl"
+
+    @property
+    def status_path(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "trainer.log"
+
+    @property
+    def control_dir(self) -> Path:
+        return self.path / "control"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.path / "adapter"
+
+    def recipe(self) -> Recipe:
+        """The recipe as it was when the run was queued."""
+        return to_recipe(load(self.recipe_path), origin=str(self.recipe_path))
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every complete checkpoint, oldest first."""
+        found = []
+        for folder in self.checkpoints_dir.glob("step-*"):
+            step = folder.name.removeprefix("step-")
+            if step.isdigit() and (folder / "complete").exists():
+                found.append((int(step), folder))
+        return sorted(found)
+
+
+def create(recipe: Recipe) -> RunDir:
+    """Make the directory of a run that is to be queued.
+
+    It appears under its name only when it is whole. Raises Problem when the disk is full or the directory
+    cannot be written.
+    """
+    parent = paths.runs_dir()
+    name = _free_name(parent, recipe)
+    draft = private_dir(parent / f".{name}")
+    try:
+        for folder in ("control", "checkpoints"):
+            private_dir(draft / folder)
+        atomic_write(draft / "recipe.toml", dump(recipe), durable=True)
+        with EventWriter(draft / "events.jsonl") as log:
+            log.append(Queued(at=time.time()))
+        final = parent / name
+        draft.rename(final)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise Problem(
+            "The run could not be created",
+            what=f"{parent / name}: {error.strerror}.",
+            fix="Free some space, or point XDG_STATE_HOME at another disk.",
+        ) from error
+    return RunDir(final)
+
+
+def all_runs() -> list[RunDir]:
+    """Every run, newest first."""
+    folders = [p for p in paths.runs_dir().iterdir() if p.is_dir() and not p.name.startswith(".")]
+    return [RunDir(p) for p in sorted(folders, key=_created, reverse=True)]
+
+
+def find(name: str) -> RunDir:
+    """The run of that id, or the only one whose id begins so; ``last`` is the newest."""
+    runs = all_runs()
+    if name == "last" and runs:
+        return runs[0]
+    exact = [run for run in runs if run.id == name]
+    matches = exact or [run for run in runs if run.id.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise Problem(
+            "Which run?",
+            what=f"{len(matches)} runs begin with {name!r}: {', '.join(r.id for r in matches[:5])}.",
+            fix="Give more of the name.",
+            exit_code=WRONG_CALL,
+        )
+    newest = f" The newest is {runs[0].id}." if runs else ""
+    raise Problem(
+        "No such run",
+        what=f"There is no run named {name!r} in {paths.runs_dir()}.{newest}",
+        fix="`qlora-tui runs` lists them.",
+        exit_code=WRONG_CALL,
+    )
+
+
+def _created(path: Path) -> tuple[float, str]:
+    recipe = path / "recipe.toml"
+    try:
+        return recipe.stat().st_mtime, path.name
+    except OSError:
+        return 0.0, path.name
+
+
+def _free_name(parent: Path, recipe: Recipe) -> str:
+    model = recipe.model.id.rstrip("/").rpartition("/")[2]
+    words = recipe.name or "-".join([model, *(Path(s.path).stem for s in recipe.data.sources[:1])])
+    slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-.")[:48] or "run"
+    base = f"{slug}-{time.strftime('%Y%m%d-%H%M')}"
+    name, number = base, 1
+    while (parent / name).exists() or (parent / f".{name}").exists():
+        number += 1
+        name = f"{base}-{number}"
+    return name

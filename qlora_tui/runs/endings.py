@@ -1,0 +1,100 @@
+"""How an attempt ended: read from its last event and the exit code, written where it is missing."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Failed, Finished, Paused, Stopped, Terminal
+from qlora_tui.runs.log import EventWriter, last_event
+from qlora_tui.runs.status import State, Status, read_status, write_status
+
+LOG_LINES = 3
+"""How much of the trainer's log is quoted when it died without a word."""
+
+
+def how_it_ended(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool = False) -> Terminal:
+    """The trainer's own last word, or what can be told without one.
+
+    ``exit_code`` is as ``subprocess`` gives it (negative: a signal); None when the trainer was not our child.
+    ``host_out_of_memory``: the kernel's out-of-memory killer struck while it ran.
+    """
+    last = _last_word(run)
+    if last is not None:
+        return last
+    now = time.time()
+    resume = f"`qlora-tui resume {run.id}` goes on from the last checkpoint."
+    status = read_status(run)
+    if exit_code is None and status.process is not None and not status.process.is_from_this_boot():
+        return Failed(
+            at=now,
+            title="The machine was restarted",
+            what=f"{run.id} was in training when the machine went down.",
+            fix=resume,
+            kind="lost",
+        )
+    if exit_code is None or exit_code < 0:
+        name = "" if exit_code is None else f" by {signal.Signals(-exit_code).name}"
+        out_of_memory = exit_code == -signal.SIGKILL and host_out_of_memory
+        return Failed(
+            at=now,
+            title="Out of memory" if out_of_memory else "The trainer was killed",
+            what=f"The trainer process was ended{name} before it could save.",
+            why="The kernel ran out of host memory and chose it." if out_of_memory else "",
+            fix=resume,
+            kind="out_of_memory" if out_of_memory else "killed",
+            exit_code=exit_code,
+        )
+    return Failed(
+        at=now,
+        title="The trainer ended without a word",
+        what=f"It exited with code {exit_code}. Its log ends: {_log_end(run)}",
+        fix=f"The whole log is {run.log_path}.",
+        kind="bug",
+        exit_code=exit_code,
+    )
+
+
+def settle(run: RunDir, ending: Terminal) -> None:
+    """Make events and status say how it ended, where the trainer could not."""
+    if _last_word(run) is None:
+        with EventWriter(run.events_path) as log:
+            log.append(ending)
+    status = read_status(run)
+    state: State
+    if isinstance(ending, Finished):
+        state, detail = "finished", ending.reason
+    elif isinstance(ending, Stopped):
+        state, detail = "stopped", f"Stopped at step {ending.step}."
+    elif isinstance(ending, Paused):
+        state, detail = "paused", f"Paused at step {ending.step}."
+    else:
+        state, detail = "failed", f"{ending.title}: {ending.what}"
+    step = status.step if isinstance(ending, Failed) else ending.step
+    write_status(
+        run,
+        Status(
+            state=state,
+            at=ending.at,
+            step=step,
+            total_steps=status.total_steps,
+            loss=status.loss,
+            detail=detail,
+        ),
+        durable=True,
+    )
+
+
+def _last_word(run: RunDir) -> Terminal | None:
+    """The event that ended the last attempt, if the trainer wrote one: then it is the last of all."""
+    last = last_event(run.events_path)
+    return last if isinstance(last, Finished | Failed | Stopped | Paused) else None
+
+
+def _log_end(run: RunDir) -> str:
+    try:
+        lines = run.log_path.read_text(errors="replace").splitlines()
+    except OSError:
+        return "(no log)"
+    return " / ".join(lines[-LOG_LINES:]) or "(empty)"

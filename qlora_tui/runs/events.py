@@ -1,0 +1,241 @@
+"""What a run says of itself: one line of ``events.jsonl`` each.
+
+Written by the trainer and the runner, read by everyone else. A field may be added with a default; one is
+never renamed or given another meaning, so that old runs stay readable.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.errors import Problem
+
+Phase: TypeAlias = Literal["loading", "tokenizing", "probing", "training", "evaluating", "saving"]
+
+
+class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
+    """Common to all."""
+
+    at: float
+    """Unix time, seconds."""
+
+
+class Queued(Event, tag="queued", frozen=True, kw_only=True):
+    """The run exists and waits for its turn."""
+
+
+class Started(Event, tag="started", frozen=True, kw_only=True):
+    """A trainer took the run."""
+
+    attempt: int
+    """1 for the first; one more for each resume or retry."""
+    pid: int
+    resumed_from_step: int = 0
+    micro_batch: int = 0
+    """As used in this attempt: a retry after running out of memory halves it."""
+    gradient_accumulation: int = 0
+    gradient_checkpointing: bool = False
+
+
+class PhaseChanged(Event, tag="phase", frozen=True, kw_only=True):
+    """What the trainer does from here on."""
+
+    phase: Phase
+    detail: str = ""
+
+
+class Progress(Event, tag="progress", frozen=True, kw_only=True):
+    """How far a phase without steps has come (tokenizing, evaluating)."""
+
+    phase: Phase
+    done: int
+    total: int
+
+
+class Environment(Event, tag="environment", frozen=True, kw_only=True):
+    """What this attempt runs on: enough to explain a difference later."""
+
+    device: str
+    """``NVIDIA GeForce RTX 4090`` or the CPU's name."""
+    device_kind: Literal["cuda", "cpu"]
+    device_total_bytes: int
+    compute_dtype: str
+    attention: str
+    optimizer: str
+    loss: str
+    """``chunked``, ``liger`` or ``stock``, with the reason where it is not the usual one."""
+    versions: dict[str, str]
+
+
+class DataReady(Event, tag="data_ready", frozen=True, kw_only=True):
+    """The data as it will be trained on."""
+
+    samples: int
+    validation_samples: int
+    tokens: int
+    trained_tokens: int
+    rows: int
+    """Rows an epoch, after packing."""
+    steps_per_epoch: int
+    total_steps: int
+    data_hash: str
+    dropped: int = 0
+    cut: int = 0
+
+
+class AdapterReady(Event, tag="adapter_ready", frozen=True, kw_only=True):
+    """What is trained."""
+
+    trained_parameters: int
+    total_parameters: int
+
+
+class MemoryMeasured(Event, tag="memory", frozen=True, kw_only=True):
+    """A peak beside what was predicted. Bytes."""
+
+    when: Literal["probe", "end"]
+    estimated_bytes: int
+    """Of the tier that ``measured_bytes`` is of."""
+    measured_bytes: int
+    """The process's peak: on CUDA the reserved pool and the context, on a CPU the resident set."""
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0
+
+
+class Step(Event, tag="step", frozen=True, kw_only=True):
+    """One optimizer step. ``loss`` and ``grad_norm`` may be NaN or infinite: they are told as they were."""
+
+    step: int
+    epoch: float
+    loss: float | None
+    """None stands for NaN or infinity, which JSON cannot hold."""
+    learning_rate: float
+    grad_norm: float | None
+    tokens: int
+    """Real tokens learnt from so far, padding not counted."""
+    tokens_per_s: float
+    """Real tokens a second over this step."""
+
+
+class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
+    """Validation loss at a step; step 0 is before training."""
+
+    step: int
+    loss: float | None
+    best: bool = False
+    accuracy: float | None = None
+    """Exact matches, for short-answer data."""
+
+
+class CheckpointSaved(Event, tag="checkpoint_saved", frozen=True, kw_only=True):
+    """Training can be resumed from here."""
+
+    step: int
+    folder: str
+    """Relative to the run's directory."""
+
+
+class Sampled(Event, tag="sampled", frozen=True, kw_only=True):
+    """What the model in training answers to a fixed prompt."""
+
+    step: int
+    prompt: str
+    answer: str
+
+
+class Health(Event, tag="health", frozen=True, kw_only=True):
+    """Something is wrong or odd, with the evidence and the remedy."""
+
+    kind: str
+    """``nan_loss``, ``exploding_gradient``, ``plateau``, ``gpu_idle``, ``throttled``, ``disk_full``…"""
+    severity: Literal["warning", "error"]
+    evidence: str
+    remedy: str
+    step: int = 0
+
+
+class Asked(Event, tag="asked", frozen=True, kw_only=True):
+    """A request from ``control/`` was taken."""
+
+    request: str
+    value: float | None = None
+
+
+class Finished(Event, tag="finished", frozen=True, kw_only=True):
+    """Done; the adapter is complete."""
+
+    step: int
+    seconds: float
+    """Of training in this attempt, without loading."""
+    tokens_per_s: float
+    reason: str = "all steps done"
+    energy_kwh: float | None = None
+
+
+class Failed(Event, tag="failed", frozen=True, kw_only=True):
+    """Ended by an error: the same what, why and fix as everywhere."""
+
+    title: str
+    what: str
+    why: str = ""
+    fix: str = ""
+    kind: Literal["problem", "out_of_memory", "killed", "lost", "bug"] = "problem"
+    exit_code: int | None = None
+
+    def problem(self) -> Problem:
+        """As an exception, to show like any other."""
+        return Problem(self.title, what=self.what, why=self.why, fix=self.fix)
+
+
+class Stopped(Event, tag="stopped", frozen=True, kw_only=True):
+    """Ended on request, with a checkpoint (and the adapter as it was) saved."""
+
+    step: int
+
+
+class Paused(Event, tag="paused", frozen=True, kw_only=True):
+    """The GPU was left on request; resume goes on from the checkpoint."""
+
+    step: int
+
+
+Terminal: TypeAlias = Finished | Failed | Stopped | Paused
+AnyEvent: TypeAlias = (
+    Queued
+    | Started
+    | PhaseChanged
+    | Progress
+    | Environment
+    | DataReady
+    | AdapterReady
+    | MemoryMeasured
+    | Step
+    | Evaluated
+    | CheckpointSaved
+    | Sampled
+    | Health
+    | Asked
+    | Finished
+    | Failed
+    | Stopped
+    | Paused
+)
+
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
+
+
+def encode(event: AnyEvent) -> bytes:
+    """One line, newline included."""
+    return _encoder.encode(event) + b"\n"
+
+
+def decode(line: bytes) -> AnyEvent | None:
+    """The event of a whole line; None for one this version does not understand."""
+    try:
+        return _decoder.decode(line)
+    except msgspec.MsgspecError:
+        return None

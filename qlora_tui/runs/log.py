@@ -1,0 +1,127 @@
+"""Appending to ``events.jsonl`` and following it.
+
+The file is append-only. A crash can leave its last line torn: readers wait for the newline, and the next
+writer cuts the torn end off before it appends.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qlora_tui.runs.events import AnyEvent, Failed, Finished, Paused, Stopped, decode, encode
+
+_READ_BYTES = 1 << 20
+
+
+class EventWriter:
+    """Appends events; what ends a run reaches the disk before ``append`` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        _cut_torn_end(self._file)
+
+    def append(self, event: AnyEvent) -> None:
+        """Write one event in one system call, so that no reader sees half of it for long."""
+        line = encode(event)
+        written = os.write(self._file, line)
+        if written != len(line):
+            os.write(self._file, line[written:])
+        if isinstance(event, Finished | Failed | Stopped | Paused):
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class EventTail:
+    """Reads events from where it stopped the last time, never from the start again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self.unknown = 0
+        """Whole lines this version does not understand."""
+
+    def poll(self, most_bytes: int = _READ_BYTES) -> list[AnyEvent]:
+        """The whole events among the next ``most_bytes``; empty when there is nothing more yet."""
+        chunk = read_from(self._path, self._offset, most_bytes)
+        end = chunk.rfind(b"\n") + 1
+        if not end and len(chunk) == most_bytes:
+            return self.poll(most_bytes * 4)
+        self._offset += end
+        events = []
+        for line in chunk[:end].splitlines():
+            event = decode(line)
+            if event is None:
+                self.unknown += 1
+            else:
+                events.append(event)
+        return events
+
+    def drain(self) -> list[AnyEvent]:
+        """Every whole event to the end of the file."""
+        events: list[AnyEvent] = []
+        while True:
+            before = self._offset
+            events += self.poll()
+            if self._offset == before:
+                return events
+
+
+def last_event(path: Path) -> AnyEvent | None:
+    """The last whole event of the file, read from its end; None where there is none."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return None
+    most = 1 << 16
+    while True:
+        start = max(0, size - most)
+        chunk = read_from(path, start, size - start)
+        lines = chunk[: chunk.rfind(b"\n") + 1].splitlines()
+        # The first line of a part may lack its beginning.
+        for line in reversed(lines if start == 0 else lines[1:]):
+            event = decode(line)
+            if event is not None:
+                return event
+        if start == 0:
+            return None
+        most *= 8
+
+
+def read_from(path: Path, offset: int, most_bytes: int) -> bytes:
+    """Up to ``most_bytes`` of a file from ``offset``; empty where there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(most_bytes)
+    except FileNotFoundError:
+        return b""
+
+
+def _cut_torn_end(file: int) -> None:
+    size = os.fstat(file).st_size
+    end = size
+    while end > 0:
+        start = max(0, end - 4096)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end != size:
+        os.ftruncate(file, end)

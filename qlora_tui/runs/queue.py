@@ -1,0 +1,92 @@
+"""The queue: one empty file a waiting run, whose name gives the order.
+
+``queue/<order>.<run id>``: moving is a rename, taking is an unlink, and a listing is the queue.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from qlora_tui import paths
+from qlora_tui.files import private_dir
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Queued, Stopped
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.status import Status, write_status
+
+
+def enqueue(run: RunDir) -> None:
+    """Put a run at the end of the queue (once; a second call changes nothing)."""
+    if run.id in waiting():
+        return
+    write_status(run, Status(state="queued", at=time.time()), durable=True)
+    (_folder() / f"{time.time_ns():020d}.{run.id}").touch(mode=0o600)
+
+
+def enqueue_again(run: RunDir) -> None:
+    """Queue a run that had ended, to go on from its last checkpoint."""
+    with EventWriter(run.events_path) as log:
+        log.append(Queued(at=time.time()))
+    enqueue(run)
+
+
+def waiting() -> list[str]:
+    """Ids of the waiting runs, the next one first."""
+    return [entry.name.partition(".")[2] for entry in sorted(_folder().iterdir())]
+
+
+def next_waiting() -> RunDir | None:
+    """The run whose turn it is, left in the queue."""
+    for name in waiting():
+        return RunDir(paths.runs_dir() / name)
+    return None
+
+
+def remove(run: RunDir) -> bool:
+    """Take a run out of the queue; False when it was not (or no longer) in it."""
+    removed = False
+    for entry in _folder().glob(f"*.{run.id}"):
+        if entry.name.partition(".")[2] == run.id:
+            entry.unlink(missing_ok=True)
+            removed = True
+    return removed
+
+
+def withdraw(run: RunDir) -> bool:
+    """Stop a run that has not begun; False when it was no longer waiting."""
+    if not remove(run):
+        return False
+    now = time.time()
+    with EventWriter(run.events_path) as log:
+        log.append(Stopped(at=now, step=0))
+    write_status(run, Status(state="stopped", at=now, detail="Taken out of the queue."), durable=True)
+    return True
+
+
+def move(run: RunDir, places: int) -> None:
+    """Move a waiting run by so many places: negative is sooner."""
+    entries = sorted(_folder().iterdir())
+    names = [entry.name.partition(".")[2] for entry in entries]
+    if run.id not in names:
+        return
+    here = names.index(run.id)
+    there = min(max(here + places, 0), len(names) - 1)
+    if there == here:
+        return
+    orders = [int(entry.name.partition(".")[0]) for entry in entries]
+    order = (
+        _between(orders[there - 1] if there else 0, orders[there])
+        if there < here
+        else _between(orders[there], orders[there + 1] if there + 1 < len(orders) else time.time_ns())
+    )
+    entries[here].rename(_folder() / f"{order:020d}.{run.id}")
+
+
+def _between(low: int, high: int) -> int:
+    # Orders are nanoseconds of queueing, so between two there is always room for another.
+    return (low + high) // 2
+
+
+def _folder() -> Path:
+    return private_dir(paths.state_dir() / "queue")

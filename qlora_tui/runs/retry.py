@@ -1,0 +1,97 @@
+"""What to change when memory ran out, so that the run still learns the same thing.
+
+First the micro-batch is halved and accumulation doubled: the effective batch stays. At a micro-batch of one,
+activation checkpointing is turned on. After that nothing that keeps the recipe's meaning is left.
+"""
+
+from __future__ import annotations
+
+import time
+
+from msgspec import Struct
+
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Failed, Health, Started, Terminal
+from qlora_tui.runs.log import EventTail, EventWriter
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """How an attempt departs from its recipe; None leaves a setting as it is."""
+
+    micro_batch: int | None = None
+    gradient_accumulation: int | None = None
+    gradient_checkpointing: bool | None = None
+
+    def arguments(self) -> list[str]:
+        """For the trainer's command line."""
+        arguments = []
+        if self.micro_batch is not None:
+            arguments += ["--micro-batch", str(self.micro_batch)]
+        if self.gradient_accumulation is not None:
+            arguments += ["--gradient-accumulation", str(self.gradient_accumulation)]
+        if self.gradient_checkpointing:
+            arguments += ["--gradient-checkpointing"]
+        return arguments
+
+
+def last_plan(run: RunDir) -> Plan:
+    """What the last attempt used; empty before the first. A resumed run keeps what a retry found."""
+    plan = Plan()
+    for event in EventTail(run.events_path).drain():
+        if isinstance(event, Started) and event.micro_batch:
+            plan = Plan(
+                micro_batch=event.micro_batch,
+                gradient_accumulation=event.gradient_accumulation,
+                gradient_checkpointing=event.gradient_checkpointing,
+            )
+    return plan
+
+
+def plan_retry(run: RunDir, ending: Terminal) -> Plan | None:
+    """The next attempt after an ending, told in the run's events; None when there should be none."""
+    if not isinstance(ending, Failed) or ending.kind != "out_of_memory":
+        return None
+    try:
+        recipe = run.recipe()
+    except Problem:
+        return None
+    plan = smaller(recipe, last_plan(run))
+    if plan is not None:
+        with EventWriter(run.events_path) as log:
+            log.append(
+                Health(
+                    at=time.time(),
+                    kind="out_of_memory",
+                    severity="warning",
+                    evidence=ending.what,
+                    remedy=f"Trying again with {describe(plan)}; the effective batch stays {recipe.effective_batch}.",
+                )
+            )
+    return plan
+
+
+def smaller(recipe: Recipe, used: Plan) -> Plan | None:
+    """The next cheaper plan with the same effective batch, or None at the end of the road."""
+    training = recipe.training
+    micro_batch = used.micro_batch or training.micro_batch
+    accumulation = used.gradient_accumulation or training.gradient_accumulation
+    checkpointing = used.gradient_checkpointing or training.gradient_checkpointing
+    if micro_batch > 1:
+        # An odd micro-batch cannot be halved exactly: one row at a time keeps the product.
+        factor = 2 if micro_batch % 2 == 0 else micro_batch
+        return Plan(
+            micro_batch=micro_batch // factor,
+            gradient_accumulation=accumulation * factor,
+            gradient_checkpointing=checkpointing,
+        )
+    if not checkpointing:
+        return Plan(micro_batch=1, gradient_accumulation=accumulation, gradient_checkpointing=True)
+    return None
+
+
+def describe(plan: Plan) -> str:
+    """In words, for events and screens."""
+    words = f"micro-batch {plan.micro_batch} × accumulation {plan.gradient_accumulation}"
+    return words + (" and activation checkpointing" if plan.gradient_checkpointing else "")

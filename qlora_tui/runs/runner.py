@@ -1,0 +1,137 @@
+"""The runner: takes queued runs one at a time and watches over each one's trainer.
+
+``python -m qlora_tui.runs.runner`` is started by whoever queues a run. One works per user and machine,
+held by a lock; it ends when the queue is empty. It holds nothing that cannot be read from files again: killed at
+any moment, the trainer goes on, and the next runner takes over from where things are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora_tui import paths
+from qlora_tui.runs import queue
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.endings import how_it_ended, settle
+from qlora_tui.runs.process import host_oom_kills, mark
+from qlora_tui.runs.retry import Plan, plan_retry
+from qlora_tui.runs.status import ACTIVE, Status, read_status, write_status
+
+POLL_S = 0.5
+"""How often a trainer that is not our child is looked at."""
+
+
+def ensure_runner() -> None:
+    """Start a runner that outlives this process and its terminal; harmless where one is at work."""
+    log = (paths.state_dir() / "runner.log").open("ab")
+    with log:
+        subprocess.Popen(
+            [sys.executable, "-m", "qlora_tui.runs.runner"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd="/",
+            env=_environment(),
+        )
+
+
+def main() -> int:
+    """Work until the queue is empty; 0 also when another runner is at work."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Whoever queues a run does so before starting a runner, so a runner that finds the queue empty with
+    # the lock released can go: a later entry comes with a runner of its own.
+    while True:
+        with _lock() as held:
+            if not held:
+                return 0
+            _work()
+        if queue.next_waiting() is None:
+            return 0
+
+
+def _work() -> None:
+    for run in all_runs():
+        _take_over(run)
+    while (run_ := queue.next_waiting()) is not None:
+        if not run_.recipe_path.exists():
+            queue.remove(run_)
+            continue
+        _run(run_, Plan())
+
+
+def _take_over(run: RunDir) -> None:
+    """Wait for a trainer whose runner was killed, then do as that runner would have."""
+    status = read_status(run)
+    if status.state not in ACTIVE and status.state != "lost":
+        return
+    while status.state in ACTIVE:
+        time.sleep(POLL_S)
+        status = read_status(run)
+    _go_on(run, exit_code=None)
+
+
+def _go_on(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool = False) -> None:
+    """Write down how an attempt ended, and try again with less memory where that can help."""
+    ending = how_it_ended(run, exit_code, host_out_of_memory=host_out_of_memory)
+    settle(run, ending)
+    plan = plan_retry(run, ending)
+    if plan is not None:
+        _run(run, plan)
+
+
+def _run(run: RunDir, plan: Plan) -> None:
+    kills_before = host_oom_kills()
+    exit_code = _train(run, plan)
+    _go_on(run, exit_code, host_out_of_memory=host_oom_kills() > kills_before)
+
+
+def _train(run: RunDir, plan: Plan) -> int:
+    command = [sys.executable, "-m", "qlora_tui.training", str(run.path), *plan.arguments()]
+    write_status(run, Status(state="starting", at=time.time(), process=mark()), durable=True)
+    queue.remove(run)
+    with run.log_path.open("ab") as log:
+        trainer = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # Its own session: a signal to the runner's group does not reach it.
+            start_new_session=True,
+            cwd="/",
+            env=_environment(),
+        )
+    return trainer.wait()
+
+
+@contextmanager
+def _lock() -> Iterator[bool]:
+    path = paths.state_dir() / "runner.lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield True
+
+
+def _environment() -> dict[str, str]:
+    package = str(Path(__file__).parents[2])
+    search_path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(search_path), "PYTHONUNBUFFERED": "1"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

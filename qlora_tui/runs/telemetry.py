@@ -1,0 +1,57 @@
+"""What the machine did during a run: one line of ``telemetry.jsonl`` a second, written by the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.gpu.reading import Reading
+from qlora_tui.runs.log import read_from
+
+
+class Sample(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One look at card and process."""
+
+    at: float
+    """Unix time, seconds."""
+    rss_bytes: int
+    """Resident memory of the trainer process."""
+    cpu_percent: float
+    """Of one core, so 200 is two cores at work."""
+    gpu: Reading | None = None
+    """None on a machine without a card."""
+
+
+_decoder = msgspec.json.Decoder(Sample)
+
+
+def encode(sample: Sample) -> bytes:
+    """One line, newline included."""
+    return msgspec.json.encode(sample) + b"\n"
+
+
+class TelemetryTail:
+    """Reads samples from where it stopped the last time; the first look takes only the last ``most`` bytes."""
+
+    def __init__(self, path: Path, most_bytes: int = 256 * 1024) -> None:
+        self._path = path
+        self._most = most_bytes
+        self._offset: int | None = None
+
+    def poll(self) -> list[Sample]:
+        """What is new, oldest first; torn and strange lines are passed over."""
+        if self._offset is None:
+            size = self._path.stat().st_size if self._path.exists() else 0
+            self._offset = max(0, size - self._most)
+        chunk = read_from(self._path, self._offset, self._most * 4)
+        end = chunk.rfind(b"\n") + 1
+        self._offset += end
+        samples = []
+        for line in chunk[:end].splitlines():
+            try:
+                samples.append(_decoder.decode(line))
+            except msgspec.MsgspecError:
+                continue
+        return samples

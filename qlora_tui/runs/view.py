@@ -1,0 +1,183 @@
+"""A run as its events tell it: the one reader behind the live screen, history and the command line.
+
+``RunView.refresh`` reads what is new and folds it in. Steps that a resumed attempt does again replace those
+of the attempt that was cut off, so that every step is there once.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from bisect import bisect_left
+
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import (
+    AdapterReady,
+    AnyEvent,
+    Asked,
+    CheckpointSaved,
+    DataReady,
+    Environment,
+    Evaluated,
+    Failed,
+    Finished,
+    Health,
+    MemoryMeasured,
+    Paused,
+    Phase,
+    PhaseChanged,
+    Progress,
+    Queued,
+    Sampled,
+    Started,
+    Step,
+    Stopped,
+    Terminal,
+)
+from qlora_tui.runs.log import EventTail
+from qlora_tui.runs.status import Status, read_status
+
+_RATE_STEPS = 20
+"""Steps over which the time left is reckoned."""
+
+
+class Series:
+    """The steps as columns: one float a step and column, however long the run."""
+
+    def __init__(self) -> None:
+        self.step = array("q")
+        self.at = array("d")
+        self.epoch = array("d")
+        self.loss = array("d")
+        """NaN where the loss was not a number."""
+        self.learning_rate = array("d")
+        self.grad_norm = array("d")
+        self.tokens = array("q")
+        self.tokens_per_s = array("d")
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def append(self, event: Step) -> None:
+        """Add a step; those from it on are forgotten first."""
+        if self.step and event.step <= self.step[-1]:
+            self.cut(event.step)
+        self.step.append(event.step)
+        self.at.append(event.at)
+        self.epoch.append(event.epoch)
+        self.loss.append(math.nan if event.loss is None else event.loss)
+        self.learning_rate.append(event.learning_rate)
+        self.grad_norm.append(math.nan if event.grad_norm is None else event.grad_norm)
+        self.tokens.append(event.tokens)
+        self.tokens_per_s.append(event.tokens_per_s)
+
+    def cut(self, step: int) -> None:
+        """Forget ``step`` and all after it."""
+        keep = bisect_left(self.step, step)
+        for column in vars(self).values():
+            del column[keep:]
+
+
+class RunView:
+    """What is known of a run so far."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self._tail = EventTail(run.events_path)
+        self.status: Status = read_status(run)
+        self.series = Series()
+        self.attempt = 0
+        self.started_at: float | None = None
+        self.phase: Phase | None = None
+        self.phase_detail = ""
+        self.progress: Progress | None = None
+        self.data: DataReady | None = None
+        self.environment: Environment | None = None
+        self.adapter: AdapterReady | None = None
+        self.memory: MemoryMeasured | None = None
+        self.evaluations: list[Evaluated] = []
+        self.checkpoints: list[CheckpointSaved] = []
+        self.samples: list[Sampled] = []
+        self.health: list[Health] = []
+        self.ending: Terminal | None = None
+
+    def refresh(self) -> list[AnyEvent]:
+        """Read what is new; the events, in order, for those who show each."""
+        self.status = read_status(self.run)
+        events = self._tail.drain()
+        for event in events:
+            self._apply(event)
+        return events
+
+    @property
+    def unknown_events(self) -> int:
+        """Lines written by another version, which this one could not read."""
+        return self._tail.unknown
+
+    @property
+    def step(self) -> int:
+        """The last step done."""
+        return self.series.step[-1] if len(self.series) else 0
+
+    @property
+    def total_steps(self) -> int:
+        """Of the whole run; 0 before it is known."""
+        return self.data.total_steps if self.data else self.status.total_steps
+
+    @property
+    def best(self) -> Evaluated | None:
+        """The validation with the lowest loss after training began."""
+        scored = [e for e in self.evaluations if e.loss is not None and e.step > 0]
+        return min(scored, key=lambda e: e.loss if e.loss is not None else math.inf, default=None)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the pace of the last steps; None when there is no pace yet."""
+        series = self.series
+        n = min(len(series), _RATE_STEPS)
+        if n < 2 or not self.total_steps or self.ending is not None:
+            return None
+        pace = (series.at[-1] - series.at[-n]) / (series.step[-1] - series.step[-n])
+        return max(0, self.total_steps - self.step) * pace
+
+    def _apply(self, event: AnyEvent) -> None:
+        match event:
+            case Step():
+                self.series.append(event)
+            case Started():
+                self.attempt = event.attempt
+                self.started_at = event.at
+                self.ending = None
+                self._go_back_to(event.resumed_from_step)
+            case Queued():
+                self.ending = None
+            case PhaseChanged():
+                self.phase, self.phase_detail, self.progress = event.phase, event.detail, None
+            case Progress():
+                self.progress = event
+            case Environment():
+                self.environment = event
+            case DataReady():
+                self.data = event
+            case AdapterReady():
+                self.adapter = event
+            case MemoryMeasured():
+                self.memory = event
+            case Evaluated():
+                self.evaluations.append(event)
+            case CheckpointSaved():
+                self.checkpoints.append(event)
+            case Sampled():
+                self.samples.append(event)
+            case Health():
+                self.health.append(event)
+            case Asked():
+                pass
+            case Finished() | Failed() | Stopped() | Paused():
+                self.ending = event
+
+    def _go_back_to(self, step: int) -> None:
+        self.series.cut(step + 1)
+        self.evaluations = [e for e in self.evaluations if e.step <= step]
+        self.checkpoints = [c for c in self.checkpoints if c.step <= step]
+        self.samples = [s for s in self.samples if s.step <= step]
