@@ -1,0 +1,244 @@
+"""From a ``config.json`` to an ``Architecture``: no weights, no torch, a few milliseconds.
+
+The tables in ``families/`` say what a family is built of; this reads the sizes they need from the file and
+expands them. Read by the estimate, the LoRA screen, the model list and the trainer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qlora_tui.catalog.config_fields import ConfigFields, bad_config
+from qlora_tui.catalog.facts import Architecture, Experts, Head
+from qlora_tui.catalog.families import COMPOSITE, FAMILY
+from qlora_tui.catalog.template import Family, Size, Sizes, embeddings, evaluate, expand
+from qlora_tui.errors import Problem
+
+COMMON_SIZES: dict[str, Size] = {
+    "layers": Size(("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
+    "hidden": Size(("hidden_size", "n_embd", "n_embed")),
+    "heads": Size(("num_attention_heads", "n_head", "num_heads")),
+    "kv_heads": Size(("num_key_value_heads",), absent="heads"),
+    "head_dim": Size(("head_dim",), absent="hidden_per_head"),
+    "vocab": Size(("vocab_size",)),
+    "positions": Size(("max_position_embeddings", "n_positions", "seq_length"), absent=0),
+}
+"""Every family's. ``positions`` 0 means that the file does not say, and no parameter depends on it."""
+
+DENSE_WIDTH = Size(("intermediate_size", "n_inner", "ffn_dim"))
+ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+
+
+def read_architecture(config: Mapping[str, Any] | Path) -> Architecture:
+    """The architecture a config describes.
+
+    ``config`` is the parsed ``config.json``, the file, or the folder that holds it. Raises Problem, naming
+    the field, for an unknown family, a missing field, or a value that cannot be.
+    """
+    if isinstance(config, Path):
+        file = config / "config.json" if config.is_dir() else config
+        return _read(ConfigFields(load_config(file), str(file)))
+    return _read(ConfigFields(config, "config.json"))
+
+
+def load_config(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``. Raises Problem when it cannot be read or is none."""
+    try:
+        values = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise bad_config(str(file), "there is no such file") from None
+    except OSError as error:
+        raise bad_config(str(file), f"it cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise bad_config(str(file), "it is not JSON") from None
+    if not isinstance(values, dict):
+        raise bad_config(str(file), "it is not a JSON object")
+    return values
+
+
+def known_model_types() -> frozenset[str]:
+    """Every ``model_type`` that ``read_architecture`` takes."""
+    return frozenset(FAMILY) | frozenset(COMPOSITE)
+
+
+def _read(fields: ConfigFields) -> Architecture:
+    model_type = fields.text(("model_type",))
+    if model_type is None:
+        raise fields.missing("model_type")
+    if model_type in COMPOSITE:
+        return _read_composite(fields, model_type)
+    if model_type not in FAMILY:
+        raise unknown_family(fields.where, model_type)
+    family = FAMILY[model_type]
+    sizes = read_sizes(family, fields)
+    return _assemble(fields, model_type, family, family.base, sizes)
+
+
+def unknown_family(where: str, model_type: str) -> Problem:
+    near = difflib.get_close_matches(model_type, sorted(known_model_types()), n=1, cutoff=0.75)
+    return Problem(
+        "This model family is not known",
+        what=f"{where}: model_type is {model_type!r}.",
+        why="The estimate and the LoRA screen need to know what such a model is built of.",
+        fix=(f"The nearest known is {near[0]!r}. " if near else "") + "Choose a model of a known family.",
+    )
+
+
+def _read_composite(fields: ConfigFields, model_type: str) -> Architecture:
+    composite = COMPOSITE[model_type]
+    family = FAMILY[composite.text]
+    text = fields.child("text_config")
+    sizes = read_sizes(family, text)
+    if composite.tied is not None:
+        family = dataclasses.replace(family, tied=fields.flag("tie_word_embeddings", composite.tied))
+        text = ConfigFields({k: v for k, v in text.values.items() if k != "tie_word_embeddings"}, text.where)
+    if fields.values.get("audio_config") is not None:
+        raise bad_config(fields.where, "audio_config is set: models with ears are not known here")
+    architecture = _assemble(fields, model_type, family, composite.base, sizes, text)
+    if composite.tower is None or fields.values.get("vision_config") is None:
+        return architecture
+    tower = composite.tower
+    vision = fields.child("vision_config")
+    vision_sizes = {**read_sizes(tower, vision), "text_hidden": sizes["hidden"]}
+    built = expand(tower, tower.base, vision_sizes, _layers(tower, vision, vision_sizes), vision=True)
+    return msgspec.structs.replace(
+        architecture,
+        modules=(*architecture.modules, *built.modules),
+        parameters=(*architecture.parameters, *built.parameters),
+    )
+
+
+def read_sizes(family: Family, fields: ConfigFields) -> dict[str, int]:
+    """Every size and flag the tables of ``family`` name. Raises Problem naming the field at fault."""
+    wanted = {**COMMON_SIZES, **_dense_width(family), **family.sizes}
+    sizes: dict[str, int] = {}
+    for name, size in wanted.items():
+        sizes[name] = _read_size(fields, size, sizes)
+    for flag, default in family.flags.items():
+        sizes[flag] = int(fields.flag(flag, default))
+    if family.adjust:
+        family.adjust(fields, sizes)
+    sizes["q"] = sizes["heads"] * sizes["head_dim"]
+    sizes["kv"] = sizes["kv_heads"] * sizes["head_dim"]
+    return sizes
+
+
+def _dense_width(family: Family) -> dict[str, Size]:
+    used = any("inner" in _width_names(entry) for entry in family.layer)
+    return {"inner": DENSE_WIDTH} if used else {}
+
+
+def _width_names(entry: object) -> set[str]:
+    text = f"{getattr(entry, 'fan_in', '')}+{getattr(entry, 'fan_out', '')}"
+    return set(text.replace("*", "+").split("+"))
+
+
+def _read_size(fields: ConfigFields, size: Size, sizes: dict[str, int]) -> int:
+    value = fields.size(size.keys, least=size.least) if size.keys else None
+    if value is not None:
+        return value
+    default = size.absent
+    if size.null is not None and fields.first(size.keys) is not None:
+        default = size.null
+    if default is None:
+        raise fields.missing(size.keys[0])
+    if isinstance(default, int):
+        return default
+    if default == "hidden_per_head" and sizes["hidden"] % sizes["heads"]:
+        raise bad_config(
+            fields.where,
+            f"hidden_size {sizes['hidden']} is not a multiple of num_attention_heads {sizes['heads']}"
+            " and there is no head_dim",
+        )
+    return evaluate(default, {**sizes, "hidden_per_head": sizes["hidden"] // sizes["heads"]})
+
+
+def _layers(family: Family, fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
+    return family.per_layer(fields, sizes) if family.per_layer else [{}] * sizes["layers"]
+
+
+def _assemble(
+    outer: ConfigFields,
+    model_type: str,
+    family: Family,
+    base: str,
+    sizes: dict[str, int],
+    text: ConfigFields | None = None,
+) -> Architecture:
+    """``outer`` is the whole file; ``text`` the language model's part of it, where that is nested."""
+    fields = text or outer
+    sizes["hidden_per_head"] = sizes["hidden"] // sizes["heads"]
+    built = expand(family, base, sizes, _layers(family, fields, sizes))
+    tied = fields.flag("tie_word_embeddings", family.tied)
+    dense = any(module.part == "mlp" for module in built.modules)
+    return Architecture(
+        model_type=model_type,
+        layers=sizes["layers"],
+        hidden_size=sizes["hidden"],
+        intermediate_size=sizes["inner"] if dense else None,
+        heads=sizes["heads"],
+        kv_heads=sizes["kv_heads"],
+        head_dim=sizes["head_dim"],
+        vocab_size=sizes["vocab"],
+        max_positions=sizes["positions"] or None,
+        tied_head=tied,
+        activation=fields.text(ACTIVATIONS) or family.activation,
+        gated=family.gated,
+        final_logit_softcapping=_softcap(fields, family),
+        logit_scale=_logit_scale(fields, family),
+        dtype=_dtype(fields) or _dtype(outer),
+        quantized_as=_quantized_as(outer),
+        experts=_experts(sizes, family),
+        modules=tuple(built.modules),
+        embeddings=embeddings(family, base, sizes),
+        head=Head(
+            family.head.name,
+            evaluate(family.head.fan_in, sizes),
+            sizes["vocab"],
+            bool(family.head.bias),
+            tied,
+        ),
+        parameters=tuple(built.parameters),
+    )
+
+
+def _softcap(fields: ConfigFields, family: Family) -> float | None:
+    """Gemma's ``cap · tanh(logits / cap)``; the second generation's class default is 30."""
+    if "gemma2" in family.model_types and "final_logit_softcapping" not in fields.values:
+        return 30.0
+    return fields.number("final_logit_softcapping")
+
+
+def _logit_scale(fields: ConfigFields, family: Family) -> float | None:
+    """Cohere multiplies the logits by ``logit_scale``, Granite divides them by ``logits_scaling``."""
+    if family.model_types[0] in ("cohere", "cohere2"):
+        return fields.number("logit_scale") or 0.0625
+    if family.model_types[0] in ("granite", "granitemoe"):
+        return 1.0 / (fields.number("logits_scaling") or 1.0)
+    return None
+
+
+def _dtype(fields: ConfigFields) -> str | None:
+    name = fields.text(("dtype", "torch_dtype"))
+    return name.removeprefix("torch.") if name else None
+
+
+def _quantized_as(fields: ConfigFields) -> str | None:
+    if fields.values.get("quantization_config") is None:
+        return None
+    return fields.child("quantization_config").text(("quant_method",)) or "an unnamed method"
+
+
+def _experts(sizes: Sizes, family: Family) -> Experts | None:
+    if not sizes.get("experts"):
+        return None
+    return Experts(
+        sizes["experts"], sizes["per_token"], sizes["expert_inner"], sizes.get("shared_inner") or None
+    )

@@ -1,0 +1,112 @@
+"""Typed reading of ``config.json``: every refusal names the field, what was found and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_tui.errors import Problem
+
+LARGEST = 1 << 31
+"""No size in a real config comes near this."""
+MOST_LAYERS = 1000
+
+
+def bad_config(where: str, what: str) -> Problem:
+    """The refusal of a config, in one voice."""
+    return Problem(
+        "The model's config cannot be used",
+        what=f"{where}: {what}.",
+        why="The model's shape is read from its config.json.",
+        fix="Compare the file with the one published with the model, or download the model again.",
+    )
+
+
+class ConfigFields:
+    """One JSON object of a config, and where it stands."""
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self.values = values
+        self.where = where
+        """For messages: ``config.json``, ``config.json, text_config``."""
+
+    def first(self, keys: tuple[str, ...]) -> tuple[str, object] | None:
+        """The first of ``keys`` that is present, with its value (which may be None)."""
+        for key in keys:
+            if key in self.values:
+                return key, self.values[key]
+        return None
+
+    def bad(self, key: str, expected: str) -> Problem:
+        shown = repr(self.values.get(key))
+        if len(shown) > 40:
+            shown = shown[:39] + "…"
+        return bad_config(self.where, f"{key} is {shown}, expected {expected}")
+
+    def missing(self, key: str) -> Problem:
+        return bad_config(self.where, f"{key} is missing")
+
+    def size(self, keys: tuple[str, ...], *, least: int = 1) -> int | None:
+        """A whole number from ``least`` up; None when absent or null. Raises Problem otherwise."""
+        found = self.first(keys)
+        if found is None or found[1] is None:
+            return None
+        key, value = found
+        most = MOST_LAYERS if "layer" in key and key != "hidden_size_per_layer_input" else LARGEST
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.bad(key, f"a whole number from {least} to {most}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.bad(key, "true or false")
+        return value
+
+    def text(self, keys: tuple[str, ...]) -> str | None:
+        found = self.first(keys)
+        if found is None or found[1] is None:
+            return None
+        if not isinstance(found[1], str):
+            raise self.bad(found[0], "a string")
+        return found[1]
+
+    def number(self, key: str) -> float | None:
+        """A number above zero; None when absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self.bad(key, "a number above zero")
+        return float(value)
+
+    def indices(self, key: str) -> frozenset[int]:
+        """A list of layer indices; empty when absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return frozenset()
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self.bad(key, "a list of layer numbers")
+        return frozenset(value)
+
+    def names(self, key: str, length: int) -> tuple[str, ...] | None:
+        """A list of ``length`` strings; None when absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.bad(key, "a list of names")
+        if len(value) < length:
+            raise bad_config(self.where, f"{key} has {len(value)} entries for {length} layers")
+        return tuple(value[:length])
+
+    def child(self, key: str) -> ConfigFields:
+        """A nested object. Raises Problem when absent or not an object."""
+        if self.values.get(key) is None:
+            raise self.missing(key)
+        value = self.values[key]
+        if not isinstance(value, dict):
+            raise self.bad(key, "an object")
+        return ConfigFields(value, f"{self.where}, {key}")

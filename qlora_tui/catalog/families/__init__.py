@@ -1,0 +1,21 @@
+"""The model families, as tables, by the ``model_type`` of their config.
+
+A family that is missing here is refused with its name. To add one, write its table beside the relative it
+resembles most; the slow test compares every table with what transformers builds, name by name.
+"""
+
+from __future__ import annotations
+
+from qlora_tui.catalog.families import experts, hybrid, llama_like, older
+from qlora_tui.catalog.families.vision import COMPOSITES, Composite
+from qlora_tui.catalog.template import Family
+
+__all__ = ["COMPOSITE", "FAMILY", "Composite"]
+
+FAMILY: dict[str, Family] = {
+    model_type: family
+    for module in (llama_like, experts, older, hybrid)
+    for family in module.FAMILIES
+    for model_type in family.model_types
+}
+COMPOSITE: dict[str, Composite] = {composite.model_type: composite for composite in COMPOSITES}

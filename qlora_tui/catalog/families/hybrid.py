@@ -1,0 +1,240 @@
+"""Decoders whose layers differ: LFM2's convolutions, Qwen3.5's linear attention, Gemma 4's wide layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qlora_tui.catalog.config_fields import ConfigFields, bad_config
+from qlora_tui.catalog.families.experts import QWEN_SHARED_EXPERT, expert_sizes, routed, sparse_every
+from qlora_tui.catalog.families.llama_like import (
+    FOUR_NORMS,
+    HEAD_NORMS,
+    TWO_NORMS,
+    gated_mlp,
+    head_dim,
+    kv_heads,
+)
+from qlora_tui.catalog.template import Entry, Family, Linear, Norm, Size, Sizes, Tensor
+
+
+def _lfm2_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
+    """The width in the file is before the two-thirds rule (``Lfm2MLP`` in transformers)."""
+    if not sizes["block_auto_adjust_ff_dim"]:
+        return
+    inner = 2 * sizes["inner"] // 3
+    # An explicit null skips the rounding too; a missing key means 1.
+    if fields.values.get("block_ffn_dim_multiplier", 1.0) is not None:
+        inner = int((fields.number("block_ffn_dim_multiplier") or 1.0) * inner)
+        inner = -(-inner // sizes["multiple"]) * sizes["multiple"]
+    sizes["inner"] = inner
+
+
+def _lfm2_layers(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
+    layers = sizes["layers"]
+    kinds = fields.names("layer_types", layers)
+    if kinds is None:
+        attentive = fields.indices("full_attn_idxs") or frozenset(range(layers))
+        kinds = tuple("full_attention" if i in attentive else "conv" for i in range(layers))
+    return [{"full": int(kind == "full_attention"), "conv": int(kind != "full_attention")} for kind in kinds]
+
+
+LFM2 = Family(
+    model_types=("lfm2",),
+    layer=(
+        Tensor("conv.conv.weight", ("hidden", "1", "kernel"), "conv", "conv"),
+        Tensor("conv.conv.bias", ("hidden",), "conv", "biased_conv"),
+        Linear("conv.in_proj", "hidden", "3*hidden", "mixer", "conv_bias", "conv"),
+        Linear("conv.out_proj", "hidden", "hidden", "mixer", "conv_bias", "conv"),
+        Linear("self_attn.q_proj", "hidden", "q", "attention", only="full"),
+        Linear("self_attn.k_proj", "hidden", "kv", "attention", only="full"),
+        Linear("self_attn.v_proj", "hidden", "kv", "attention", only="full"),
+        Linear("self_attn.out_proj", "q", "hidden", "attention", only="full"),
+        Norm("self_attn.q_layernorm", "head_dim", only="full"),
+        Norm("self_attn.k_layernorm", "head_dim", only="full"),
+        Linear("feed_forward.w1", "hidden", "inner", "mlp"),
+        Linear("feed_forward.w3", "hidden", "inner", "mlp"),
+        Linear("feed_forward.w2", "inner", "hidden", "mlp"),
+        Norm("operator_norm"),
+        Norm("ffn_norm"),
+    ),
+    outside=(Norm("embedding_norm"),),
+    flags={"block_auto_adjust_ff_dim": True, "conv_bias": False},
+    sizes={
+        **kv_heads(8),
+        "inner": Size(("block_ff_dim", "intermediate_size")),
+        "kernel": Size(("conv_L_cache",), absent=3),
+        "multiple": Size(("block_multiple_of",), absent=256),
+    },
+    adjust=_lfm2_sizes,
+    per_layer=lambda fields, sizes: [
+        {**layer, "biased_conv": layer["conv"] * sizes["conv_bias"]} for layer in _lfm2_layers(fields, sizes)
+    ],
+    tied=True,
+)
+
+
+def _linear_attention_layers(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
+    """Three layers of linear attention, then one of full attention, unless the file lists them."""
+    layers = sizes["layers"]
+    kinds = fields.names("layer_types", layers)
+    if kinds is None:
+        interval = fields.size(("full_attention_interval",)) or 4
+        kinds = tuple("linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers))
+    return [
+        {"full": int(kind == "full_attention"), "linear": int(kind != "full_attention")} for kind in kinds
+    ]
+
+
+def _linear_attention_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
+    sizes["keys"] = sizes["linear_key_dim"] * sizes["linear_key_heads"]
+    sizes["values"] = sizes["linear_value_dim"] * sizes["linear_value_heads"]
+
+
+GATED_ATTENTION: tuple[Entry, ...] = (
+    Linear("self_attn.q_proj", "hidden", "2*q", "attention", "attention_bias", "full"),
+    Linear("self_attn.k_proj", "hidden", "kv", "attention", "attention_bias", "full"),
+    Linear("self_attn.v_proj", "hidden", "kv", "attention", "attention_bias", "full"),
+    Linear("self_attn.o_proj", "q", "hidden", "attention", "attention_bias", "full"),
+    Norm("self_attn.q_norm", "head_dim", only="full"),
+    Norm("self_attn.k_norm", "head_dim", only="full"),
+)
+"""Queries come with a gate of their own width."""
+DELTA_NET: tuple[Entry, ...] = (
+    Tensor("linear_attn.dt_bias", ("linear_value_heads",), "other", "linear"),
+    Tensor("linear_attn.A_log", ("linear_value_heads",), "other", "linear"),
+    Tensor("linear_attn.conv1d.weight", ("2*keys+values", "1", "kernel"), "conv", "linear"),
+    Norm("linear_attn.norm", "linear_value_dim", only="linear"),
+    Linear("linear_attn.out_proj", "values", "hidden", "mixer", only="linear"),
+)
+DELTA_NET_SIZES = {
+    "linear_key_dim": Size(("linear_key_head_dim",), absent=128),
+    "linear_value_dim": Size(("linear_value_head_dim",), absent=128),
+    "linear_key_heads": Size(("linear_num_key_heads",), absent=16),
+    "linear_value_heads": Size(("linear_num_value_heads",), absent=32),
+    "kernel": Size(("linear_conv_kernel_dim",), absent=4),
+}
+SPLIT_INPUT: tuple[Entry, ...] = (
+    Linear("linear_attn.in_proj_qkv", "hidden", "2*keys+values", "mixer", only="linear"),
+    Linear("linear_attn.in_proj_z", "hidden", "values", "mixer", only="linear"),
+    Linear("linear_attn.in_proj_b", "hidden", "linear_value_heads", "mixer", only="linear"),
+    Linear("linear_attn.in_proj_a", "hidden", "linear_value_heads", "mixer", only="linear"),
+)
+FUSED_INPUT: tuple[Entry, ...] = (
+    Linear("linear_attn.in_proj_qkvz", "hidden", "2*keys+2*values", "mixer", only="linear"),
+    Linear("linear_attn.in_proj_ba", "hidden", "2*linear_value_heads", "mixer", only="linear"),
+)
+
+QWEN3_5 = Family(
+    model_types=("qwen3_5_text",),
+    layer=(*DELTA_NET, *SPLIT_INPUT, *GATED_ATTENTION, *gated_mlp(), *TWO_NORMS),
+    flags={"attention_bias": False},
+    sizes={**kv_heads(4), **head_dim(256), **DELTA_NET_SIZES},
+    adjust=_linear_attention_sizes,
+    per_layer=_linear_attention_layers,
+)
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    model_types=("qwen3_5_moe_text",),
+    layer=(
+        *DELTA_NET,
+        *SPLIT_INPUT,
+        *GATED_ATTENTION,
+        *routed(only="sparse"),
+        *QWEN_SHARED_EXPERT,
+        *TWO_NORMS,
+    ),
+    sizes={
+        **kv_heads(2),
+        **head_dim(256),
+        **DELTA_NET_SIZES,
+        **expert_sizes(),
+        "shared_inner": Size(("shared_expert_intermediate_size",)),
+    },
+    per_layer=lambda fields, sizes: [
+        {**layer, "sparse": 1} for layer in _linear_attention_layers(fields, sizes)
+    ],
+)
+QWEN3_NEXT = replace(
+    QWEN3_5_MOE,
+    model_types=("qwen3_next",),
+    layer=(
+        *DELTA_NET,
+        *FUSED_INPUT,
+        *GATED_ATTENTION,
+        *routed(only="sparse"),
+        *QWEN_SHARED_EXPERT,
+        *gated_mlp(only="dense"),
+        *TWO_NORMS,
+    ),
+    per_layer=lambda fields, sizes: [
+        {**attention, **mlp}
+        for attention, mlp in zip(
+            _linear_attention_layers(fields, sizes), sparse_every(fields, sizes), strict=True
+        )
+    ],
+)
+
+
+def _gemma4_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
+    """What the tables do not know is refused, not miscounted."""
+    known = {"hidden_size_per_layer_input": 256, "num_kv_shared_layers": 0}
+    for key, absent in known.items():
+        if fields.values.get(key, absent):
+            raise bad_config(fields.where, f"{key} is not 0: the small Gemma 4 models are not known here")
+    if fields.flag("use_double_wide_mlp", False):
+        raise bad_config(fields.where, "use_double_wide_mlp is true, which is not known here")
+
+
+def _gemma4_layers(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
+    """Full-attention layers have wider heads, fewer keys, and values that may be the keys."""
+    layers = sizes["layers"]
+    kinds = fields.names("layer_types", layers)
+    if kinds is None:
+        kinds = tuple("full_attention" if (i + 1) % 6 == 0 else "" for i in range(layers))
+    same = sizes["attention_k_eq_v"]
+    wide = {
+        "head_dim": sizes["global_head_dim"],
+        "q": sizes["heads"] * sizes["global_head_dim"],
+        "kv": (sizes["global_kv_heads"] if same else sizes["kv_heads"]) * sizes["global_head_dim"],
+        "values": 1 - same,
+    }
+    last = layers - 1
+    return [wide if kind == "full_attention" or i == last else {"values": 1} for i, kind in enumerate(kinds)]
+
+
+GEMMA4 = Family(
+    model_types=("gemma4_text",),
+    layer=(
+        Linear("self_attn.q_proj", "hidden", "q", "attention", "attention_bias"),
+        Linear("self_attn.k_proj", "hidden", "kv", "attention", "attention_bias"),
+        Linear("self_attn.v_proj", "hidden", "kv", "attention", "attention_bias", "values"),
+        Linear("self_attn.o_proj", "q", "hidden", "attention", "attention_bias"),
+        *HEAD_NORMS,
+        *gated_mlp(),
+        *FOUR_NORMS,
+        Tensor("router.scale", ("hidden",), "router", "enable_moe_block"),
+        Tensor("router.per_expert_scale", ("experts",), "router", "enable_moe_block"),
+        Linear("router.proj", "hidden", "experts", "router", only="enable_moe_block"),
+        Tensor("experts.gate_up_proj", ("experts", "2*expert_inner", "hidden"), "expert", "enable_moe_block"),
+        Tensor("experts.down_proj", ("experts", "hidden", "expert_inner"), "expert", "enable_moe_block"),
+        Norm("post_feedforward_layernorm_1", only="enable_moe_block"),
+        Norm("post_feedforward_layernorm_2", only="enable_moe_block"),
+        Norm("pre_feedforward_layernorm_2", only="enable_moe_block"),
+    ),
+    flags={"attention_bias": False, "enable_moe_block": False, "attention_k_eq_v": False},
+    sizes={
+        **kv_heads(4),
+        **head_dim(256),
+        "global_head_dim": Size(("global_head_dim",), absent=512),
+        "global_kv_heads": Size(("num_global_key_value_heads",), absent="kv_heads"),
+        "experts": Size(("num_experts",), absent=0),
+        "per_token": Size(("top_k_experts",), absent=0),
+        "expert_inner": Size(("moe_intermediate_size",), absent=0),
+    },
+    adjust=_gemma4_sizes,
+    per_layer=_gemma4_layers,
+    tied=True,
+    activation="gelu_pytorch_tanh",
+)
+
+FAMILIES = (LFM2, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, GEMMA4)

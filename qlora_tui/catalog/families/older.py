@@ -1,0 +1,227 @@
+"""The decoders before Llama: learned positions, fused projections, plain MLPs, biases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qlora_tui.catalog.config_fields import ConfigFields
+from qlora_tui.catalog.template import Entry, Family, Linear, Norm, Size, Table
+
+FOUR_TIMES = {"inner": Size(("n_inner", "intermediate_size"), absent="4*hidden")}
+GPT_TABLES = (Table("wte", "vocab", "hidden"), Table("wpe", "positions", "hidden"))
+GPT_NORMS = (Norm("ln_1", bias=True), Norm("ln_2", bias=True))
+
+
+def _gpt2_layer(qkv: str, conv1d: bool) -> tuple[Entry, ...]:
+    return (
+        Linear("attn.c_attn", "hidden", qkv, "attention", bias=True, conv1d=conv1d),
+        Linear("attn.c_proj", "hidden", "hidden", "attention", bias=True, conv1d=conv1d),
+        Linear("mlp.c_fc", "hidden", "inner", "mlp", bias=True, conv1d=conv1d),
+        Linear("mlp.c_proj", "inner", "hidden", "mlp", bias=True, conv1d=conv1d),
+        *GPT_NORMS,
+    )
+
+
+GPT2 = Family(
+    model_types=("gpt2",),
+    layer=_gpt2_layer("3*hidden", conv1d=True),
+    base="transformer",
+    blocks="h",
+    tables=GPT_TABLES,
+    outside=(Norm("ln_f", bias=True),),
+    sizes={**FOUR_TIMES, "positions": Size(("n_positions", "max_position_embeddings"), absent=1024)},
+    tied=True,
+    activation="gelu_new",
+    gated=False,
+)
+
+
+def _one_kv_head(fields: ConfigFields, sizes: dict[str, int]) -> None:
+    """``multi_query``: all heads share one key and one value."""
+    if sizes["multi_query"]:
+        sizes["kv_heads"] = 1
+
+
+GPT_BIGCODE = replace(
+    GPT2,
+    model_types=("gpt_bigcode",),
+    layer=_gpt2_layer("hidden+2*kv", conv1d=False),
+    flags={"multi_query": True},
+    adjust=_one_kv_head,
+    activation="gelu_pytorch_tanh",
+)
+
+GPT_NEO = replace(
+    GPT2,
+    model_types=("gpt_neo",),
+    layer=(
+        Linear("attn.attention.k_proj", "hidden", "hidden", "attention"),
+        Linear("attn.attention.v_proj", "hidden", "hidden", "attention"),
+        Linear("attn.attention.q_proj", "hidden", "hidden", "attention"),
+        Linear("attn.attention.out_proj", "hidden", "hidden", "attention", bias=True),
+        Linear("mlp.c_fc", "hidden", "inner", "mlp", bias=True),
+        Linear("mlp.c_proj", "inner", "hidden", "mlp", bias=True),
+        *GPT_NORMS,
+    ),
+    sizes={**FOUR_TIMES, "positions": Size(("max_position_embeddings",), absent=2048)},
+)
+
+GPT_J = Family(
+    model_types=("gptj",),
+    layer=(
+        Linear("attn.k_proj", "hidden", "hidden", "attention"),
+        Linear("attn.v_proj", "hidden", "hidden", "attention"),
+        Linear("attn.q_proj", "hidden", "hidden", "attention"),
+        Linear("attn.out_proj", "hidden", "hidden", "attention"),
+        Linear("mlp.fc_in", "hidden", "inner", "mlp", bias=True),
+        Linear("mlp.fc_out", "inner", "hidden", "mlp", bias=True),
+        Norm("ln_1", bias=True),
+    ),
+    base="transformer",
+    blocks="h",
+    tables=(Table("wte", "vocab", "hidden"),),
+    outside=(Norm("ln_f", bias=True),),
+    head=Linear("lm_head", "hidden", "vocab", bias=True),
+    sizes=FOUR_TIMES,
+    activation="gelu_new",
+    gated=False,
+)
+CODEGEN = replace(
+    GPT_J,
+    model_types=("codegen",),
+    layer=(
+        Linear("attn.out_proj", "hidden", "hidden", "attention"),
+        Linear("attn.qkv_proj", "hidden", "3*hidden", "attention"),
+        *GPT_J.layer[4:],
+    ),
+)
+
+GPT_NEOX = Family(
+    model_types=("gpt_neox",),
+    layer=(
+        Linear("attention.query_key_value", "hidden", "3*hidden", "attention", "attention_bias"),
+        Linear("attention.dense", "hidden", "hidden", "attention", "attention_bias"),
+        Linear("mlp.dense_h_to_4h", "hidden", "inner", "mlp", bias=True),
+        Linear("mlp.dense_4h_to_h", "inner", "hidden", "mlp", bias=True),
+        Norm("input_layernorm", bias=True),
+        Norm("post_attention_layernorm", bias=True),
+    ),
+    base="gpt_neox",
+    tables=(Table("embed_in", "vocab", "hidden"),),
+    outside=(Norm("final_layer_norm", bias=True),),
+    flags={"attention_bias": True},
+    activation="gelu",
+    gated=False,
+)
+
+BLOOM = Family(
+    model_types=("bloom",),
+    layer=(
+        Linear("self_attention.query_key_value", "hidden", "3*hidden", "attention", bias=True),
+        Linear("self_attention.dense", "hidden", "hidden", "attention", bias=True),
+        Linear("mlp.dense_h_to_4h", "hidden", "inner", "mlp", bias=True),
+        Linear("mlp.dense_4h_to_h", "inner", "hidden", "mlp", bias=True),
+        Norm("input_layernorm", bias=True),
+        Norm("post_attention_layernorm", bias=True),
+    ),
+    base="transformer",
+    blocks="h",
+    tables=(Table("word_embeddings", "vocab", "hidden"),),
+    outside=(Norm("word_embeddings_layernorm", bias=True), Norm("ln_f", bias=True)),
+    # The class has four times the width built in, whatever n_inner says.
+    sizes={"inner": Size((), absent="4*hidden")},
+    tied=True,
+    activation="bloom_gelu",
+    gated=False,
+)
+
+
+def _falcon(fields: ConfigFields, sizes: dict[str, int]) -> None:
+    """Falcon's three attentions and three ways to place its norms.
+
+    The file's ``num_kv_heads`` counts in the newer architecture only.
+    """
+    if not sizes["new_decoder_architecture"]:
+        sizes["kv_heads"] = 1 if sizes["multi_query"] else sizes["heads"]
+    two = fields.size(("num_ln_in_parallel_attn",)) or (2 if sizes["new_decoder_architecture"] else 1)
+    sizes["two_norms"] = int(sizes["parallel_attn"] and two == 2)
+    sizes["input_norm"] = 1 - sizes["two_norms"]
+    sizes["sequential"] = 1 - sizes["parallel_attn"]
+
+
+FALCON = Family(
+    model_types=("falcon",),
+    # FalconLinear is a subclass of nn.Linear, and bitsandbytes' integration takes nn.Linear itself only.
+    layer=(
+        Linear(
+            "self_attention.query_key_value", "hidden", "hidden+2*kv", "attention", "bias", quantizable=False
+        ),
+        Linear("self_attention.dense", "hidden", "hidden", "attention", "bias", quantizable=False),
+        Linear("mlp.dense_h_to_4h", "hidden", "inner", "mlp", "bias", quantizable=False),
+        Linear("mlp.dense_4h_to_h", "inner", "hidden", "mlp", "bias", quantizable=False),
+        Norm("ln_attn", bias=True, only="two_norms"),
+        Norm("ln_mlp", bias=True, only="two_norms"),
+        Norm("input_layernorm", bias=True, only="input_norm"),
+        Norm("post_attention_layernorm", bias=True, only="sequential"),
+    ),
+    base="transformer",
+    blocks="h",
+    tables=(Table("word_embeddings", "vocab", "hidden"),),
+    outside=(Norm("ln_f", bias=True),),
+    flags={"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False},
+    sizes={
+        "kv_heads": Size(("num_kv_heads", "n_head_kv"), absent="heads"),
+        "inner": Size(("ffn_hidden_size",), absent="4*hidden"),
+        "positions": Size(("max_position_embeddings",), absent=2048),
+    },
+    adjust=_falcon,
+    tied=True,
+    activation="gelu",
+    gated=False,
+)
+
+
+def _opt(fields: ConfigFields, sizes: dict[str, int]) -> None:
+    """The smallest OPT embeds narrower than it thinks, and normalises after, not before."""
+    sizes["projected"] = int(sizes["embed"] != sizes["hidden"])
+    sizes["final_norm"] = int(sizes["do_layer_norm_before"] and not sizes["_remove_final_layer_norm"])
+
+
+OPT = Family(
+    model_types=("opt",),
+    layer=(
+        Linear("self_attn.k_proj", "hidden", "hidden", "attention", "enable_bias"),
+        Linear("self_attn.v_proj", "hidden", "hidden", "attention", "enable_bias"),
+        Linear("self_attn.q_proj", "hidden", "hidden", "attention", "enable_bias"),
+        Linear("self_attn.out_proj", "hidden", "hidden", "attention", "enable_bias"),
+        Norm("self_attn_layer_norm", bias=True, only="layer_norm_elementwise_affine"),
+        Linear("fc1", "hidden", "inner", "mlp", "enable_bias"),
+        Linear("fc2", "inner", "hidden", "mlp", "enable_bias"),
+        Norm("final_layer_norm", bias=True, only="layer_norm_elementwise_affine"),
+    ),
+    base="model.decoder",
+    tables=(Table("embed_tokens", "vocab", "embed"), Table("embed_positions", "positions+2", "hidden")),
+    outside=(
+        Linear("project_out", "hidden", "embed", "other", only="projected"),
+        Linear("project_in", "embed", "hidden", "other", only="projected"),
+        Norm("final_layer_norm", bias=True, only="final_norm"),
+    ),
+    head=Linear("lm_head", "embed", "vocab"),
+    flags={
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "do_layer_norm_before": True,
+        "_remove_final_layer_norm": False,
+    },
+    sizes={
+        "inner": Size(("ffn_dim",)),
+        "embed": Size(("word_embed_proj_dim",), absent="hidden"),
+        "positions": Size(("max_position_embeddings",), absent=2048),
+    },
+    adjust=_opt,
+    tied=True,
+    activation="relu",
+    gated=False,
+)
+
+FAMILIES = (GPT2, GPT_BIGCODE, GPT_NEO, GPT_J, CODEGEN, GPT_NEOX, BLOOM, FALCON, OPT)

@@ -1,0 +1,195 @@
+"""What a model family is made of, as a table, and how a table becomes modules.
+
+A size in a table is a name (``hidden``, ``q``) or a sum of products of names and numbers (``q+2*kv``). A
+condition (``only``, ``bias``) is the name of a size or flag that must not be 0. ``families/`` holds the
+tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from qlora_tui.catalog.config_fields import ConfigFields
+from qlora_tui.catalog.facts import Embedding, LinearModule, Parameter, Part, Role
+
+Sizes = Mapping[str, int]
+"""Named sizes and flags (0 or 1) of one model, or of one of its layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A whole number of ``config.json``."""
+
+    keys: tuple[str, ...]
+    """What the file may call it, the usual name first."""
+    absent: int | str | None = None
+    """The config class's default, a number or an expression; None: the file must have it."""
+    null: int | str | None = None
+    """What an explicit null means, where that differs from ``absent``."""
+    least: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """An ``nn.Linear`` (or GPT-2's ``Conv1D``)."""
+
+    name: str
+    fan_in: str
+    fan_out: str
+    part: Part = "other"
+    bias: bool | str = False
+    only: str = ""
+    conv1d: bool = False
+    quantizable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalisation: one weight, and a bias where it has one."""
+
+    name: str
+    width: str = "hidden"
+    bias: bool = False
+    only: str = ""
+    repeat: str = ""
+    """As many of them as this size says, numbered: ``q_layernorm.norms.0`` and on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Any other parameter, by its own name."""
+
+    name: str
+    shape: tuple[str, ...]
+    role: Role
+    only: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """An ``nn.Embedding``."""
+
+    name: str
+    rows: str
+    width: str
+
+
+Entry = Linear | Norm | Tensor
+Adjust = Callable[[ConfigFields, dict[str, int]], None]
+PerLayer = Callable[[ConfigFields, Sizes], list[Sizes]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How transformers builds the models of some ``model_type`` values."""
+
+    model_types: tuple[str, ...]
+    layer: tuple[Entry, ...]
+    """What each layer holds; names are relative to the layer."""
+    base: str = "model"
+    blocks: str = "layers"
+    """Where the layers stand: ``{base}.{blocks}.0``."""
+    tables: tuple[Table, ...] = (Table("embed_tokens", "vocab", "hidden"),)
+    outside: tuple[Entry, ...] = (Norm("norm"),)
+    """What stands beside the layers; names are relative to ``base``."""
+    head: Linear = Linear("lm_head", "hidden", "vocab")
+    tied: bool = False
+    """The class default of ``tie_word_embeddings``."""
+    activation: str = "silu"
+    """The class default."""
+    gated: bool = True
+    sizes: Mapping[str, Size] = field(default_factory=dict)
+    """Beyond, or instead of, ``COMMON_SIZES``."""
+    flags: Mapping[str, bool] = field(default_factory=dict)
+    """Booleans of the file, with the class default."""
+    adjust: Adjust | None = None
+    """Works out sizes the file does not state."""
+    per_layer: PerLayer | None = None
+    """Sizes and flags that differ from layer to layer: one mapping a layer, laid over the model's."""
+
+
+@lru_cache(maxsize=512)
+def _terms(expression: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(term.split("*")) for term in expression.split("+"))
+
+
+def evaluate(expression: str, sizes: Sizes) -> int:
+    """The value of a size expression: ``q+2*kv``."""
+    total = 0
+    for term in _terms(expression):
+        product = 1
+        for factor in term:
+            product *= int(factor) if factor.isdigit() else sizes[factor]
+        total += product
+    return total
+
+
+def _holds(condition: bool | str, sizes: Sizes) -> bool:
+    return condition if isinstance(condition, bool) else bool(sizes[condition])
+
+
+@dataclass
+class Built:
+    """What expanding tables collects."""
+
+    modules: list[LinearModule] = field(default_factory=list)
+    parameters: list[Parameter] = field(default_factory=list)
+
+    def add(
+        self, entries: tuple[Entry, ...], prefix: str, layer: int | None, sizes: Sizes, vision: bool
+    ) -> None:
+        """Expand ``entries`` under ``prefix``. With ``vision`` everything is booked as the vision tower's."""
+        for entry in entries:
+            if entry.only and not sizes[entry.only]:
+                continue
+            if isinstance(entry, Linear):
+                self.modules.append(_linear(entry, prefix, layer, sizes, vision))
+            else:
+                role: Role = "vision" if vision else entry.role if isinstance(entry, Tensor) else "norm"
+                for name, shape in _tensors(entry, sizes):
+                    self.parameters.append(Parameter(f"{prefix}.{name}", role, layer, shape))
+
+
+def _linear(entry: Linear, prefix: str, layer: int | None, sizes: Sizes, vision: bool) -> LinearModule:
+    return LinearModule(
+        name=f"{prefix}.{entry.name}",
+        kind=entry.name.rpartition(".")[2],
+        part="vision" if vision else entry.part,
+        layer=layer,
+        in_features=evaluate(entry.fan_in, sizes),
+        out_features=evaluate(entry.fan_out, sizes),
+        bias=_holds(entry.bias, sizes),
+        quantizable=entry.quantizable,
+        conv1d=entry.conv1d,
+    )
+
+
+def _tensors(entry: Norm | Tensor, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if isinstance(entry, Tensor):
+        yield entry.name, tuple(evaluate(size, sizes) for size in entry.shape)
+        return
+    shape = (evaluate(entry.width, sizes),)
+    names = [f"{entry.name}.{i}" for i in range(sizes[entry.repeat])] if entry.repeat else [entry.name]
+    for name in names:
+        yield f"{name}.weight", shape
+        if entry.bias:
+            yield f"{name}.bias", shape
+
+
+def expand(family: Family, base: str, sizes: Sizes, layers: list[Sizes], *, vision: bool = False) -> Built:
+    """All linear modules and parameters of ``family`` under ``base``. ``layers``: overrides by layer."""
+    built = Built()
+    for index, overrides in enumerate(layers):
+        merged = {**sizes, **overrides} if overrides else sizes
+        built.add(family.layer, f"{base}.{family.blocks}.{index}", index, merged, vision)
+    built.add(family.outside, base, None, sizes, vision)
+    return built
+
+
+def embeddings(family: Family, base: str, sizes: Sizes) -> tuple[Embedding, ...]:
+    return tuple(
+        Embedding(f"{base}.{table.name}", evaluate(table.rows, sizes), evaluate(table.width, sizes))
+        for table in family.tables
+    )
