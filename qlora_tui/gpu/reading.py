@@ -1,0 +1,71 @@
+"""Facts about a card, as they are shown, sent and written to ``telemetry.jsonl``.
+
+``None`` always means that the card does not say (WSL2, laptops, containers, old drivers): it is shown
+as NA, never as 0.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Card(msgspec.Struct, frozen=True):
+    """What does not change while the machine runs."""
+
+    index: int
+    """NVML's number, the one ``nvidia-smi`` shows. Torch's number may differ: see ``visible``."""
+    name: str
+    """As the driver says it: ``NVIDIA GeForce RTX 4090``."""
+    uuid: str | None
+    """``GPU-`` and 36 characters; CUDA_VISIBLE_DEVICES takes it."""
+    total_bytes: int | None
+    """All memory on the card, the driver's share included."""
+    compute_capability: str | None
+    """``8.9``; bf16 needs 8.0."""
+    driver: str | None
+    """Version of the driver: ``550.54.14``."""
+    reserved_bytes: int | None = None
+    """What driver and firmware keep for themselves: no program can have it."""
+
+    @property
+    def short_name(self) -> str:
+        """Without the maker: ``RTX 4090``."""
+        return self.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """What programs can have of it in all; less ``Reading.memory_used_bytes`` it is what is free."""
+        return None if self.total_bytes is None else self.total_bytes - (self.reserved_bytes or 0)
+
+
+class GpuProcess(msgspec.Struct, frozen=True):
+    """A process that holds memory of the card."""
+
+    pid: int
+    """As the machine numbers it; inside a container the number may mean nothing."""
+    memory_bytes: int | None = None
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one card said at one moment."""
+
+    at: float
+    """Unix time, in seconds."""
+    index: int
+    """``Card.index``."""
+    utilization_percent: int | None = None
+    """Share of the last moment in which anything at all ran, 0 to 100. It is not the share of the card."""
+    memory_used_bytes: int | None = None
+    """By all processes together, as ``nvidia-smi`` counts: without ``Card.reserved_bytes``, where the card tells it."""
+    memory_total_bytes: int | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    """The limit in force, which may be below the card's own."""
+    temperature_c: int | None = None
+    sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    fan_percent: int | None = None
+    throttle: tuple[str, ...] | None = None
+    """Why the clocks are lower than they could be, in plain words; empty when nothing holds them back."""
+    processes: tuple[GpuProcess, ...] | None = None
+    """Largest first. ``None`` also when they were not asked for."""

@@ -1,0 +1,113 @@
+"""``Sampler``: a thread that reads one card each second and hands every reading on.
+
+The trainer writes them to ``telemetry.jsonl``; the app shows them when no run does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.nvml import Nvml
+from qlora_tui.gpu.reading import GpuProcess, Reading
+
+PROCESSES_EVERY_S = 5.0
+"""Process lists cost 4.5 ms and a lock in the driver, everything else together well under one."""
+
+log = logging.getLogger(__name__)
+
+
+class Sampler:
+    """Reads card ``index`` until stopped.
+
+    ``on_sample`` is called in the sampler's thread, with every reading, and with a ``NoGpu`` once whenever
+    there begins to be none or its reason changes. After that the driver is opened afresh every ``retry_s``
+    until the card answers again. An exception of ``on_sample`` is logged and ends nothing.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        on_sample: Callable[[Reading | NoGpu], None],
+        *,
+        period_s: float = 1.0,
+        retry_s: float = 10.0,
+    ):
+        self.latest: Reading | NoGpu | None = None
+        """The last sample; ``None`` before the first."""
+        self._index = index
+        self._on_sample = on_sample
+        self._period_s = period_s
+        self._retry_s = retry_s
+        self._callback_fails = False
+        self._stopping = threading.Event()
+        # A daemon: a driver that hangs in a call must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="gpu-sampler", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Take the first reading now, in the thread. A sampler starts once."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Return when no further call of ``on_sample`` can come, or the driver has hung for ``timeout_s``.
+
+        May be called twice, before the start, and from ``on_sample`` itself.
+        """
+        self._stopping.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with Nvml() as nvml:
+                    self._read_on(nvml)
+            except NoGpu as no_gpu:
+                if not (isinstance(self.latest, NoGpu) and self.latest.reason is no_gpu.reason):
+                    self._hand_on(no_gpu)
+                self._stopping.wait(self._retry_s)
+
+    def _read_on(self, nvml: Nvml) -> None:
+        """Read until stopped, or until ``NoGpu`` is raised."""
+        due_s = processes_due_s = time.monotonic()
+        processes: tuple[GpuProcess, ...] | None = None
+        while not self._stopping.is_set():
+            if time.monotonic() >= processes_due_s:
+                processes_due_s += PROCESSES_EVERY_S
+                reading = nvml.read(self._index, processes=True)
+                processes = reading.processes
+            else:
+                reading = msgspec.structs.replace(nvml.read(self._index), processes=processes)
+            self._hand_on(reading)
+            now_s = time.monotonic()
+            due_s += self._period_s
+            if due_s < now_s:  # Late by a period or more: what was missed is missed.
+                due_s = now_s + self._period_s
+            self._stopping.wait(due_s - now_s)
+
+    def _hand_on(self, sample: Reading | NoGpu) -> None:
+        self.latest = sample
+        try:
+            self._on_sample(sample)
+        except Exception:
+            if not self._callback_fails:  # A full disk would fail each second; once is enough.
+                log.exception("a GPU sample was not taken over")
+            self._callback_fails = True
+        else:
+            self._callback_fails = False

@@ -1,0 +1,347 @@
+/* A driver library that plays any card: the part of NVML's ABI that qlora_tui/gpu asks for.
+ *
+ * stub.py builds it as libnvidia-ml.so.1. What it plays is chosen by the environment at each nvmlInit:
+ *
+ *   NVML_STUB_SCENARIO    one of the names in `scenarios` below; "card" when unset
+ *   NVML_STUB_LOST_AFTER  for lost_later and recovers: device questions answered before the card is lost
+ *
+ * Nothing is random and nothing depends on time. Each call of nvmlDeviceGetUtilizationRates is one tick of
+ * that card, and every other value follows from the number of ticks; so the n-th reading is always the same.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct Card *nvmlDevice_t;
+typedef struct { unsigned gpu, memory; } nvmlUtilization_t;
+typedef struct { unsigned long long total, free, used; } nvmlMemory_t;
+typedef struct { unsigned version; unsigned long long total, reserved, free, used; } nvmlMemory_v2_t;
+typedef struct {
+    unsigned pid;
+    unsigned long long usedGpuMemory;
+    unsigned gpuInstanceId, computeInstanceId;
+} nvmlProcessInfo_t;
+
+_Static_assert(sizeof(nvmlUtilization_t) == 8, "nvmlUtilization_t");
+_Static_assert(sizeof(nvmlMemory_t) == 24, "nvmlMemory_t");
+_Static_assert(sizeof(nvmlMemory_v2_t) == 40, "nvmlMemory_v2_t");
+_Static_assert(sizeof(nvmlProcessInfo_t) == 24, "nvmlProcessInfo_t, versions 2 and 3");
+
+enum {
+    SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NO_PERMISSION = 4,
+    INSUFFICIENT_SIZE = 7, DRIVER_NOT_LOADED = 9, LIBRARY_NOT_FOUND = 12, FUNCTION_NOT_FOUND = 13,
+    GPU_IS_LOST = 15, MISMATCH = 18, UNKNOWN = 999
+};
+#define MIB (1024ull * 1024)
+#define GIB (1024 * MIB)
+#define MEMORY_V2 0x02000028u
+#define NOT_AVAILABLE (~0ull)
+
+struct Card {
+    const char *name, *uuid;
+    unsigned long long total, reserved, base_used;
+    int major, minor;
+    unsigned power_limit_mw;
+    int says_little; /* neither fan nor power limit nor throttle reasons, like a laptop */
+    unsigned ticks, process_calls;
+};
+
+#define RTX_4090(number) \
+    { "NVIDIA GeForce RTX 4090", "GPU-4090" number "-1111-2222-3333-444455556666", 24564 * MIB, 430 * MIB, \
+      8 * GIB, 8, 9, 450000, 0, 0, 0 }
+static struct Card cards[] = {
+    RTX_4090("0001"),
+    { "NVIDIA GeForce RTX 3060", "GPU-30600001-1111-2222-3333-444455556666", 12288 * MIB, 240 * MIB,
+      1 * GIB, 8, 6, 170000, 1, 0, 0 },
+};
+static struct Card small_card[] = {
+    { "NVIDIA GeForce RTX 2060", "GPU-20600001-1111-2222-3333-444455556666", 6144 * MIB, 200 * MIB,
+      512 * MIB, 7, 5, 160000, 0, 0, 0 },
+};
+
+enum Play { PLAIN, IDLE, HOT, UNSUPPORTED, OLD_DRIVER, LOST, LOST_LATER, RECOVERS, BROKEN };
+static const struct Scenario {
+    const char *name;
+    int init_result;
+    struct Card *cards;
+    unsigned count;
+    enum Play play;
+} scenarios[] = {
+    { "card", SUCCESS, cards, 1, PLAIN },              /* RTX 4090, training */
+    { "two_cards", SUCCESS, cards, 2, PLAIN },         /* beside it an RTX 3060 that says little */
+    { "small_card", SUCCESS, small_card, 1, PLAIN },   /* RTX 2060, 6 GiB, no bf16 */
+    { "idle", SUCCESS, cards, 1, IDLE },               /* RTX 4090, nothing runs on it */
+    { "hot", SUCCESS, cards, 1, HOT },                 /* RTX 4090, held back by heat and power */
+    { "unsupported", SUCCESS, cards, 1, UNSUPPORTED }, /* every question: NotSupported */
+    { "old_driver", SUCCESS, cards, 1, OLD_DRIVER },   /* lacks what came after driver 470 */
+    { "lost", SUCCESS, cards, 1, LOST },               /* lost from the start */
+    { "lost_later", SUCCESS, cards, 1, LOST_LATER },   /* lost in mid-run, for good */
+    { "recovers", SUCCESS, cards, 1, RECOVERS },       /* lost in mid-run, back when the driver is reopened */
+    { "broken", SUCCESS, cards, 1, BROKEN },           /* Unknown Error for the card */
+    { "no_device", SUCCESS, cards, 0, PLAIN },
+    { "no_driver", LIBRARY_NOT_FOUND, NULL, 0, PLAIN },
+    { "not_loaded", DRIVER_NOT_LOADED, NULL, 0, PLAIN },
+    { "no_permission", NO_PERMISSION, NULL, 0, PLAIN },
+    { "mismatch", MISMATCH, NULL, 0, PLAIN },
+};
+
+static const struct Scenario *playing;
+static unsigned users, questions, lost_after;
+static int was_lost, healed;
+
+void nvmlStubReset(void)
+{
+    playing = NULL;
+    users = questions = 0;
+    was_lost = healed = 0;
+    for (unsigned i = 0; i < sizeof cards / sizeof *cards; i++)
+        cards[i].ticks = cards[i].process_calls = 0;
+    small_card->ticks = small_card->process_calls = 0;
+}
+
+int nvmlInitWithFlags(unsigned flags)
+{
+    (void)flags;
+    const char *wanted = getenv("NVML_STUB_SCENARIO"), *after = getenv("NVML_STUB_LOST_AFTER");
+    lost_after = after ? (unsigned)atoi(after) : 100;
+    playing = NULL;
+    for (unsigned i = 0; i < sizeof scenarios / sizeof *scenarios; i++)
+        if (!strcmp(scenarios[i].name, wanted ? wanted : "card"))
+            playing = &scenarios[i];
+    if (!playing)
+        abort(); /* a test asked for a scenario that there is not */
+    if (playing->init_result != SUCCESS)
+        return playing->init_result;
+    users++;
+    healed = was_lost;
+    return SUCCESS;
+}
+int nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
+int nvmlInit(void) { return nvmlInitWithFlags(0); }
+
+int nvmlShutdown(void)
+{
+    if (!users)
+        return UNINITIALIZED;
+    users--;
+    return SUCCESS;
+}
+
+const char *nvmlErrorString(int result) { return result == UNKNOWN ? "Unknown Error" : "Stub Error"; }
+
+/* What every question about a card meets first. */
+static int meet(struct Card *card)
+{
+    if (!users)
+        return UNINITIALIZED;
+    if (!card)
+        return INVALID_ARGUMENT;
+    questions++;
+    switch (playing->play) {
+    case UNSUPPORTED: return NOT_SUPPORTED;
+    case LOST_LATER:
+    case RECOVERS:
+        if (questions <= lost_after || (playing->play == RECOVERS && healed))
+            return SUCCESS;
+        was_lost = 1;
+        return GPU_IS_LOST;
+    default: return SUCCESS;
+    }
+}
+#define MEET(card) do { int met = meet(card); if (met != SUCCESS) return met; } while (0)
+#define MEET_TALKATIVE(card) do { MEET(card); if ((card)->says_little) return NOT_SUPPORTED; } while (0)
+#define SINCE_NEWER_DRIVER do { if (playing->play == OLD_DRIVER) return FUNCTION_NOT_FOUND; } while (0)
+
+static int write_text(char *out, unsigned size, const char *text)
+{
+    if (strlen(text) >= size)
+        return INSUFFICIENT_SIZE;
+    strcpy(out, text);
+    return SUCCESS;
+}
+
+int nvmlSystemGetDriverVersion(char *version, unsigned size)
+{
+    if (!users)
+        return UNINITIALIZED;
+    if (playing->play == UNSUPPORTED)
+        return NOT_SUPPORTED;
+    return write_text(version, size, playing->play == OLD_DRIVER ? "470.57.02" : "550.54.14");
+}
+
+int nvmlDeviceGetCount_v2(unsigned *count)
+{
+    if (!users)
+        return UNINITIALIZED;
+    *count = playing->count;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice_t *card)
+{
+    if (!users)
+        return UNINITIALIZED;
+    if (index >= playing->count)
+        return INVALID_ARGUMENT;
+    if (playing->play == LOST || (playing->play == LOST_LATER && questions > lost_after))
+        return GPU_IS_LOST;
+    if (playing->play == BROKEN)
+        return UNKNOWN;
+    *card = &playing->cards[index];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetName(nvmlDevice_t card, char *name, unsigned size)
+{
+    MEET(card);
+    return write_text(name, size, card->name);
+}
+
+int nvmlDeviceGetUUID(nvmlDevice_t card, char *uuid, unsigned size)
+{
+    MEET(card);
+    return write_text(uuid, size, card->uuid);
+}
+
+int nvmlDeviceGetCudaComputeCapability(nvmlDevice_t card, int *major, int *minor)
+{
+    MEET(card);
+    *major = card->major;
+    *minor = card->minor;
+    return SUCCESS;
+}
+
+static unsigned long long used_by_processes(const struct Card *card)
+{
+    return playing->play == IDLE ? 0 : card->base_used + card->ticks % 32 * 64 * MIB;
+}
+
+int nvmlDeviceGetMemoryInfo(nvmlDevice_t card, nvmlMemory_t *memory)
+{
+    MEET(card);
+    memory->total = card->total;
+    memory->used = card->reserved + used_by_processes(card);
+    memory->free = memory->total - memory->used;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t card, nvmlMemory_v2_t *memory)
+{
+    MEET(card);
+    SINCE_NEWER_DRIVER;
+    if (memory->version != MEMORY_V2)
+        return INVALID_ARGUMENT;
+    memory->total = card->total;
+    memory->reserved = card->reserved;
+    memory->used = used_by_processes(card);
+    memory->free = memory->total - memory->reserved - memory->used;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetUtilizationRates(nvmlDevice_t card, nvmlUtilization_t *rates)
+{
+    MEET(card);
+    card->ticks++;
+    rates->gpu = playing->play == IDLE ? 0 : 90 + card->ticks % 10;
+    rates->memory = rates->gpu / 2;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetPowerUsage(nvmlDevice_t card, unsigned *milliwatts)
+{
+    MEET(card);
+    *milliwatts = playing->play == IDLE ? 21500 : card->power_limit_mw * 7 / 10 + card->ticks % 20 * 1000;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetEnforcedPowerLimit(nvmlDevice_t card, unsigned *milliwatts)
+{
+    MEET_TALKATIVE(card);
+    *milliwatts = card->power_limit_mw;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetTemperature(nvmlDevice_t card, unsigned sensor, unsigned *celsius)
+{
+    MEET(card);
+    if (sensor != 0)
+        return INVALID_ARGUMENT;
+    *celsius = playing->play == IDLE ? 34 : playing->play == HOT ? 88 : 60 + card->ticks % 8;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetClockInfo(nvmlDevice_t card, unsigned type, unsigned *mhz)
+{
+    MEET(card);
+    enum { SM = 1, MEM = 2 };
+    if (type == SM)
+        *mhz = playing->play == IDLE ? 210 : playing->play == HOT ? 1200 : 2520 + card->ticks % 4 * 15;
+    else if (type == MEM)
+        *mhz = playing->play == IDLE ? 405 : 10501;
+    else
+        return INVALID_ARGUMENT;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetFanSpeed(nvmlDevice_t card, unsigned *percent)
+{
+    MEET_TALKATIVE(card);
+    *percent = playing->play == IDLE ? 0 : 40 + card->ticks % 10;
+    return SUCCESS;
+}
+
+/* Idle; or power cap, hardware slowdown, thermal by software and by hardware. */
+static unsigned long long throttle_reasons(void)
+{
+    return playing->play == IDLE ? 0x1 : playing->play == HOT ? 0x4 | 0x8 | 0x20 | 0x40 : 0;
+}
+
+int nvmlDeviceGetCurrentClocksThrottleReasons(nvmlDevice_t card, unsigned long long *reasons)
+{
+    MEET_TALKATIVE(card);
+    *reasons = throttle_reasons();
+    return SUCCESS;
+}
+
+int nvmlDeviceGetCurrentClocksEventReasons(nvmlDevice_t card, unsigned long long *reasons)
+{
+    MEET_TALKATIVE(card);
+    SINCE_NEWER_DRIVER;
+    *reasons = throttle_reasons();
+    return SUCCESS;
+}
+
+static int write_processes(const nvmlProcessInfo_t *held, unsigned held_count, unsigned *count,
+                           nvmlProcessInfo_t *out)
+{
+    unsigned room = *count;
+    *count = held_count;
+    if (held_count == 0)
+        return SUCCESS;
+    if (room < held_count || !out)
+        return INSUFFICIENT_SIZE;
+    memcpy(out, held, held_count * sizeof *held);
+    return SUCCESS;
+}
+
+/* A trainer whose memory grows by 1 MiB each time it is asked for, and one whose memory is not told. */
+int nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t card, unsigned *count, nvmlProcessInfo_t *out)
+{
+    MEET(card);
+    SINCE_NEWER_DRIVER;
+    if (out)
+        card->process_calls++;
+    nvmlProcessInfo_t held[] = {
+        { 5151, NOT_AVAILABLE, ~0u, ~0u },
+        { 4242, 7 * GIB + card->process_calls * MIB, ~0u, ~0u },
+    };
+    return write_processes(held, playing->play == IDLE ? 0 : 2, count, out);
+}
+
+/* A desktop, and the second process above, which also draws. */
+int nvmlDeviceGetGraphicsRunningProcesses_v3(nvmlDevice_t card, unsigned *count, nvmlProcessInfo_t *out)
+{
+    MEET(card);
+    SINCE_NEWER_DRIVER;
+    nvmlProcessInfo_t held[] = { { 1001, 350 * MIB, ~0u, ~0u }, { 5151, 90 * MIB, ~0u, ~0u } };
+    return write_processes(held, playing->play == IDLE ? 0 : 2, count, out);
+}

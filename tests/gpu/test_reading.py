@@ -1,0 +1,71 @@
+"""The facts travel as JSON, and what a card does not say stays unsaid."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from qlora_tui.gpu.nvml import throttle_words
+from qlora_tui.gpu.reading import Card, GpuProcess, Reading
+
+
+def test_a_reading_survives_json() -> None:
+    reading = Reading(
+        at=1764000000.25,
+        index=1,
+        utilization_percent=0,
+        power_w=21.5,
+        throttle=("power cap", "thermal"),
+        processes=(GpuProcess(4242, 7 << 30), GpuProcess(5151)),
+    )
+    assert msgspec.json.decode(msgspec.json.encode(reading), type=Reading) == reading
+
+
+def test_what_a_card_does_not_say_takes_no_room_and_comes_back_as_none() -> None:
+    line = msgspec.json.encode(Reading(at=1.0, index=0))
+    assert line == b'{"at":1.0,"index":0}'
+    assert msgspec.json.decode(line, type=Reading).memory_used_bytes is None
+
+
+def test_not_throttled_and_not_said_are_told_apart_in_json() -> None:
+    line = msgspec.json.encode(Reading(at=1.0, index=0, throttle=()))
+    assert msgspec.json.decode(line, type=Reading).throttle == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB HBM3"),
+        ("Tesla T4", "Tesla T4"),
+    ],
+)
+def test_the_short_name_leaves_the_maker_out(name: str, short: str) -> None:
+    assert Card(0, name, None, None, None, None).short_name == short
+
+
+@pytest.mark.parametrize(
+    ("total", "reserved", "usable"), [(24564, 430, 24134), (24564, None, 24564), (None, None, None)]
+)
+def test_programs_cannot_have_what_the_driver_reserves(
+    total: int | None, reserved: int | None, usable: int | None
+) -> None:
+    assert Card(0, "T4", None, total, None, None, reserved).usable_bytes == usable
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [
+        (0, ()),
+        (0x1, ()),
+        (0x2 | 0x100, ()),
+        (0x4, ("power cap",)),
+        (0x20 | 0x40, ("thermal",)),
+        (0x8, ("hardware slowdown",)),
+        (0x8 | 0x40, ("thermal",)),
+        (0x8 | 0x80, ("power brake",)),
+        (0x1 << 40, ()),
+    ],
+)
+def test_throttle_reasons_in_words(bits: int, words: tuple[str, ...]) -> None:
+    assert throttle_words(bits) == words

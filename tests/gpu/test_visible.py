@@ -1,0 +1,63 @@
+"""The card torch will use, by CUDA's rules."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_tui.gpu.no_gpu import NoGpu, Reason
+from qlora_tui.gpu.reading import Card
+from qlora_tui.gpu.visible import torch_card, torch_cards
+from tests.gpu.stub import play_in_this_process
+
+CARDS = [
+    Card(0, "A", "GPU-aaaa1111-0000", None, None, None),
+    Card(1, "B", "GPU-aaaa2222-0000", None, None, None),
+    Card(2, "C", "GPU-cccc3333-0000", None, None, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        (None, "ABC"),
+        ("1", "B"),
+        ("2,0", "CA"),
+        (" 2 , 1 ", "CB"),
+        ("GPU-cccc3333-0000", "C"),
+        ("GPU-cccc", "C"),
+        ("GPU-aaaa2,GPU-c", "BC"),
+        pytest.param("GPU-aaaa", "", id="a prefix of two cards names none"),
+        ("", ""),
+        ("-1", ""),
+        ("NoDevFiles", ""),
+        pytest.param("0,2,-1,1", "AC", id="an invalid entry ends the list"),
+        pytest.param("1,7,0", "B", id="an unknown index ends the list"),
+        pytest.param("1,1", "", id="a card named twice hides all"),
+        pytest.param("MIG-0c757cd7-e942-5726-a0b8-0e8fb7067135", "", id="a slice is no card"),
+    ],
+)
+def test_cuda_visible_devices(value: str | None, names: str) -> None:
+    environ = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
+    assert "".join(card.name for card in torch_cards(CARDS, environ)) == names
+
+
+def test_the_first_visible_card_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_in_this_process(monkeypatch, "two_cards")
+    assert torch_card().short_name == "RTX 4090"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-3060")
+    assert torch_card().short_name == "RTX 3060"
+
+
+def test_hiding_every_card_is_said_with_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_in_this_process(monkeypatch, "card")
+    with pytest.raises(NoGpu) as caught:
+        torch_card({"CUDA_VISIBLE_DEVICES": ""})
+    assert caught.value.reason is Reason.HIDDEN
+    assert caught.value.why == 'It is set to "".'
+
+
+def test_a_machine_without_a_driver_says_so_whatever_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_in_this_process(monkeypatch, "no_driver")
+    with pytest.raises(NoGpu) as caught:
+        torch_card({"CUDA_VISIBLE_DEVICES": ""})
+    assert caught.value.reason is Reason.NO_DRIVER
