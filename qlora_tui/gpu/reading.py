@@ -56,7 +56,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     utilization_percent: int | None = None
     """Share of the last moment in which anything at all ran, 0 to 100. It is not the share of the card."""
     memory_used_bytes: int | None = None
-    """By all processes together, as ``nvidia-smi`` counts: without ``Card.reserved_bytes`` where that is told."""
+    """By all processes, as ``nvidia-smi`` counts: without ``Card.reserved_bytes`` where that is told."""
     memory_total_bytes: int | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
