@@ -1,0 +1,182 @@
+"""Conversations from rows that hold a list of turns: OpenAI messages and ShareGPT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_tui.data.conversation import Message, Role, RowRefused, ToolCall
+
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text", "message")
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+}
+_CALL_ROLES = ("function_call", "tool_call")
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_TRAIN_KEYS = ("train", "weight", "loss_weight", "loss")
+
+
+def decoded(value: Any) -> Any:
+    """``value``, or what it holds if it is JSON in a string, as CSV cells and some Parquet columns are."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def turn_keys(value: Any) -> tuple[str, str] | None:
+    """The names under which a list of turns keeps role and content; None if it is no list of turns."""
+    turns = decoded(value)
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
+        return None
+    role = next((k for k in ROLE_KEYS if k in turns[0]), "")
+    content = next((k for k in CONTENT_KEYS if k in turns[0]), "")
+    if not content and ("tool_calls" in turns[0] or "function_call" in turns[0]):
+        content = "content"
+    return (role, content) if role and content else None
+
+
+def messages_of(value: Any) -> tuple[Message, ...]:
+    """The turns of a list. Raises ``RowRefused``."""
+    turns = decoded(value)
+    if not isinstance(turns, list):
+        raise RowRefused("wrong-format", f"Expected a list of turns, found {type(turns).__name__}.")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, Mapping):
+            raise RowRefused("wrong-format", f"Turn {number} is not an object with role and content.")
+        message = _message(turn, number)
+        if messages and _continues(messages[-1], message, turn):
+            message = _joined(messages.pop(), message)
+        messages.append(message)
+    return tuple(messages)
+
+
+def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
+    """Functions offered to the assistant, in OpenAI's wrapping. Raises ``RowRefused``."""
+    tools = decoded(value)
+    if tools in (None, "", [], {}):
+        return ()
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not isinstance(tools, list):
+        raise RowRefused("wrong-format", "The tools are not a list of JSON schemas.")
+    wrapped = []
+    for tool in (decoded(t) for t in tools):
+        if not isinstance(tool, dict):
+            raise RowRefused("wrong-format", "A tool is not a JSON schema.")
+        wrapped.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return tuple(wrapped)
+
+
+def text_of(content: Any, where: str) -> str:
+    """The text of a content: a string, nothing, or a list of typed parts that must all be text."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(_part(part, where) for part in content)
+    if isinstance(content, bool | int | float | dict):
+        return json.dumps(content, ensure_ascii=False)
+    raise RowRefused("wrong-format", f"The content of {where} is not text.")
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise RowRefused("wrong-format", f"A part of {where} is not text.")
+    kind = part.get("type", "text")
+    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+        raise RowRefused("unsupported-part", f"{where[:1].upper()}{where[1:]} has a part of type {kind!r}.")
+    return str(part["text"])
+
+
+def _message(turn: Mapping[str, Any], number: int) -> Message:
+    name = next((turn[k] for k in ROLE_KEYS if k in turn), None)
+    role = _ROLES.get(str(name).strip().lower())
+    if role is None:
+        raise RowRefused("unknown-role", f"Turn {number} has the role {name!r}.")
+    content = text_of(next((turn[k] for k in CONTENT_KEYS if k in turn), None), f"turn {number}")
+    calls = _calls(turn.get("tool_calls") or turn.get("function_call"))
+    if str(name).strip().lower() in _CALL_ROLES and not calls:
+        calls = _calls(content)
+        content = "" if calls else content
+    return Message(
+        role=role,
+        content=content,
+        train=_trains(turn),
+        reasoning=next((str(turn[k]) for k in _REASONING_KEYS if isinstance(turn.get(k), str)), ""),
+        tool_calls=calls if role == "assistant" else (),
+        tool_call_id=str(turn.get("tool_call_id") or ""),
+        name=str(turn.get("name") or "") if role == "tool" else "",
+    )
+
+
+def _calls(value: Any) -> tuple[ToolCall, ...]:
+    """Tool calls in any of the usual spellings; nothing if it is none of them."""
+    value = decoded(value)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return ()
+    calls = []
+    for item in value:
+        call = item.get("function", item) if isinstance(item, dict) else None
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return ()
+        arguments = decoded(call.get("arguments", call.get("parameters", {})))
+        calls.append(
+            ToolCall(call["name"], {} if arguments in (None, "") else arguments, str(item.get("id") or ""))
+        )
+    return tuple(calls)
+
+
+def _trains(turn: Mapping[str, Any]) -> bool:
+    for key in _TRAIN_KEYS:
+        value = turn.get(key)
+        if value is not None:
+            if isinstance(value, str):
+                return value.strip().lower() not in ("", "0", "0.0", "false", "no")
+            return bool(value)
+    return True
+
+
+def _continues(last: Message, message: Message, turn: Mapping[str, Any]) -> bool:
+    """A call that follows the assistant's own words (or another call) belongs to the same turn."""
+    name = str(next((turn[k] for k in ROLE_KEYS if k in turn), "")).strip().lower()
+    return name in _CALL_ROLES and last.role == "assistant" and last.train == message.train
+
+
+def _joined(first: Message, second: Message) -> Message:
+    return Message(
+        role="assistant",
+        content=first.content or second.content,
+        train=first.train,
+        reasoning=first.reasoning or second.reasoning,
+        tool_calls=first.tool_calls + second.tool_calls,
+    )

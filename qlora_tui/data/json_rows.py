@@ -1,0 +1,176 @@
+"""Rows out of a .json file without holding all of it: an array of rows, rows one after the other, or
+one object that holds the rows under a name."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_tui.data.open_file import NotUtf8, Stream
+from qlora_tui.data.row import Row
+
+_LARGEST_ROW_CHARACTERS = 64 << 20
+"""A value that has not ended by then is broken, not long."""
+_HOLDERS = ("data", "train", "rows", "examples", "conversations", "items", "samples", "instances")
+"""Names under which a whole data set is kept in one object."""
+
+
+def json_rows(stream: Stream) -> Iterator[Row]:
+    """The rows of an array, of a sequence of values (JSONL by another name), or under a name."""
+    values = _Values(stream)
+    number = 0
+    try:
+        for value in values:
+            if number == 0 and values.top_level and isinstance(value, dict) and values.at_end():
+                held = _held_rows(value)
+                if held is not None:
+                    for number, row in enumerate(held, 1):
+                        yield Row(number=number, value=row)
+                    return
+            number += 1
+            yield Row(number=number, value=value)
+    except _Broken as error:
+        yield Row(
+            number=number + 1, kind="bad-json", error=f"Line {error.line} is not valid JSON: {error.reason}."
+        )
+
+
+def _held_rows(value: dict[str, Any]) -> list[Any] | None:
+    """The rows inside a whole-file object, or None where the object is itself a row."""
+    for name in _HOLDERS:
+        held = value.get(name)
+        if (
+            isinstance(held, list)
+            and held
+            and all(isinstance(v, dict) for v in held[:10])
+            and not _is_chat(held)
+        ):
+            return held
+    columns = {k: v for k, v in value.items() if isinstance(v, list)}
+    if len(columns) == len(value) >= 2 and len({len(v) for v in columns.values()}) == 1:
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    return None
+
+
+def _is_chat(values: list[Any]) -> bool:
+    return any("role" in v or "from" in v for v in values[:10])
+
+
+class _Broken(Exception):
+    def __init__(self, line: int, reason: str):
+        super().__init__(reason)
+        self.line = line
+        self.reason = reason
+
+
+class _Values:
+    """JSON values one after the other, decoded as the text comes in."""
+
+    def __init__(self, stream: Stream):
+        self._chunks = stream.chunks()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._decode = json.JSONDecoder().raw_decode
+        self._text = ""
+        self._at = 0
+        self._line = 1
+        self._ended = False
+        self.top_level = True
+        """Whether the values stand on their own, not in an array."""
+
+    def at_end(self) -> bool:
+        """Nothing but white space follows."""
+        return self._next_character() == ""
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._next_character() == "[":
+            yield from self._array()
+            return
+        while self._next_character():
+            yield self._value()
+            if self._next_character() == ",":
+                self._at += 1
+
+    def _array(self) -> Iterator[Any]:
+        self.top_level = False
+        self._at += 1
+        if self._next_character() == "]":
+            return
+        while True:
+            yield self._value()
+            mark = self._next_character()
+            self._at += 1
+            if mark == ",":
+                if self._next_character() == "]":
+                    raise _Broken(self._line_at(self._at), "a comma before the closing bracket")
+                continue
+            if mark == "]":
+                return
+            what = f"expected a comma or ], found {mark!r}" if mark else "the file ends inside the array"
+            raise _Broken(self._line_at(self._at - 1), what)
+
+    def _value(self) -> Any:
+        while True:
+            try:
+                value, end = self._decode(self._text, self._at)
+            except RecursionError:
+                raise _Broken(self._line_at(self._at), "nested too deeply") from None
+            except ValueError as error:
+                reason, position = _reason(error, self._at)
+                self._need_more(reason, position)
+                continue
+            if end == len(self._text) and not isinstance(value, dict | list) and self._more():
+                continue
+            self._at = end
+            return value
+
+    def _need_more(self, reason: str, position: int) -> None:
+        """Read on if the value may only be cut off by the end of what was read, else it is broken."""
+        held = len(self._text) - self._at
+        cut_off = position >= len(self._text) - 16 or reason.startswith("Unterminated string")
+        if held > _LARGEST_ROW_CHARACTERS or not cut_off or not self._more(held):
+            raise _Broken(self._line_at(min(position, len(self._text))), reason)
+
+    def _next_character(self) -> str:
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
+                self._at += 1
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def _more(self, at_least: int = 1) -> bool:
+        """Append at least ``at_least`` characters where there are so many; drop what has been consumed."""
+        if self._ended:
+            return False
+        self._line += self._text.count("\n", 0, self._at)
+        parts = [self._text[self._at :]]
+        added = 0
+        while added < at_least and not self._ended:
+            chunk = next(self._chunks, b"")
+            self._ended = not chunk
+            piece = self._decoded(chunk, parts)
+            added += len(piece)
+            parts.append(piece)
+        self._text = "".join(parts)
+        self._at = 0
+        return added > 0
+
+    def _decoded(self, chunk: bytes, parts: list[str]) -> str:
+        try:
+            return self._utf8.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start].count(b"\n") + sum(part.count("\n") for part in parts)
+            byte = error.object[error.start]
+            raise NotUtf8(self._line + before, f"byte 0x{byte:02x} is not UTF-8") from error
+
+    def _line_at(self, position: int) -> int:
+        return self._line + self._text.count("\n", 0, position)
+
+
+def _reason(error: ValueError, at: int) -> tuple[str, int]:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg, error.pos
+    return str(error), at

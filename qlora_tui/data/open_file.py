@@ -1,0 +1,120 @@
+"""Opening a data file: decompression and UTF-8, with the line where it goes wrong."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import zstandard
+
+from qlora_tui.errors import Problem
+
+CHUNK_BYTES = 1 << 20
+
+
+class NotUtf8(Exception):
+    """The text stops being UTF-8 on ``line``."""
+
+    def __init__(self, line: int, reason: str):
+        super().__init__(f"Line {line}: {reason}.")
+        self.line = line
+
+
+class Stream:
+    """A decompressed file, read once from start to end."""
+
+    def __init__(self, raw: BinaryIO):
+        self._raw = raw
+        self._start = raw.read(CHUNK_BYTES)
+        if self._start.startswith(b"\xef\xbb\xbf"):
+            self._start = self._start[3:]
+
+    def peek(self) -> bytes:
+        """The first bytes, without consuming them."""
+        return self._start
+
+    def chunks(self) -> Iterator[bytes]:
+        """All of it, a megabyte at a time."""
+        chunk = self._start
+        while chunk:
+            yield chunk
+            chunk = self._raw.read(CHUNK_BYTES)
+
+    def lines(self) -> Iterator[bytes]:
+        """All of it, line by line, the line ends kept."""
+        rest: list[bytes] = []
+        for chunk in self.chunks():
+            lines = chunk.split(b"\n")
+            if len(lines) == 1:
+                rest.append(chunk)
+                continue
+            rest.append(lines[0])
+            yield b"".join(rest) + b"\n"
+            for line in lines[1:-1]:
+                yield line + b"\n"
+            rest = [lines[-1]]
+        last = b"".join(rest)
+        if last:
+            yield last
+
+    def text_lines(self) -> Iterator[str]:
+        """The same, decoded. Raises ``NotUtf8``."""
+        for number, line in enumerate(self.lines(), 1):
+            if b"\x00" in line:
+                raise NotUtf8(number, "NUL bytes, so this is not a text file")
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                raise NotUtf8(number, describe(error)) from error
+
+
+def bad_utf8(line: bytes) -> str:
+    """Why ``line`` is not UTF-8; empty if it is."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return describe(error)
+    return ""
+
+
+def describe(error: UnicodeDecodeError) -> str:
+    """The offending byte and where it is."""
+    return f"byte 0x{error.object[error.start]:02x} at position {error.start + 1} is not UTF-8"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Stream]:
+    """The decompressed bytes of ``path``. Raises ``Problem`` where the compression is damaged."""
+    with path.open("rb") as file:
+        start = file.peek(4)[:4]
+        _refuse_utf16(path, start)
+        if start[:2] == b"\x1f\x8b":
+            raw = cast(BinaryIO, gzip.GzipFile(fileobj=file))
+        elif start == b"\x28\xb5\x2f\xfd":
+            raw = cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+        else:
+            raw = cast(BinaryIO, file)
+        try:
+            yield Stream(raw if raw is file else cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw))))
+        except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
+            raise Problem(
+                "Damaged compressed file",
+                what=f"{path} cannot be decompressed to its end: {error}.",
+                why="A download that was cut off is the usual cause.",
+                fix="Download the file again.",
+            ) from error
+
+
+def _refuse_utf16(path: Path, start: bytes) -> None:
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise Problem(
+            "Not UTF-8",
+            what=f"{path} is UTF-16, from its first line on.",
+            why="Data files must be UTF-8.",
+            fix=f"Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}",
+        )

@@ -1,0 +1,107 @@
+"""Conversations from rows whose columns are the parts: Alpaca, prompt and completion, question and
+answer, text and label, plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_tui.data.chat_formats import decoded, messages_of, text_of, turn_keys
+from qlora_tui.data.conversation import Message, RowRefused
+
+Cells = Mapping[str, Any]
+"""The value of each part the row has."""
+
+
+def alpaca(cells: Cells) -> tuple[Message, ...]:
+    """Instruction, perhaps an input under it, output; perhaps earlier turns in ``history``."""
+    asked = _text(cells, "instruction")
+    given = _text(cells, "input")
+    prompt = f"{asked}\n\n{given}" if asked.strip() and given.strip() else asked or given
+    return (
+        *_system(cells),
+        *_history(cells),
+        *_pair(prompt, _text(cells, "output"), "instruction", "output"),
+    )
+
+
+def prompt_completion(cells: Cells) -> tuple[Message, ...]:
+    """Prompt and completion, each a text or a list of turns; only the completion trains."""
+    prompt, completion = cells.get("prompt"), cells.get("completion")
+    if not turn_keys(prompt) and not turn_keys(completion):
+        return (
+            *_system(cells),
+            *_pair(_text(cells, "prompt"), _text(cells, "completion"), "prompt", "completion"),
+        )
+    before = messages_of(prompt) if turn_keys(prompt) else (Message("user", _text(cells, "prompt")),)
+    after = (
+        messages_of(completion)
+        if turn_keys(completion)
+        else (Message("assistant", _text(cells, "completion")),)
+    )
+    if after[: len(before)] == before:
+        after = after[len(before) :]
+    told = tuple(
+        Message(m.role, m.content, False, m.reasoning, m.tool_calls, m.tool_call_id, m.name) for m in before
+    )
+    return (*_system(cells), *told, *after)
+
+
+def question_answer(cells: Cells) -> tuple[Message, ...]:
+    """Question, perhaps with the context it is about, and answer (the first, where there are several)."""
+    answer = decoded(cells.get("answer"))
+    if isinstance(answer, dict):
+        answer = answer.get("text")
+    if isinstance(answer, list):
+        answer = answer[0] if answer else ""
+    question, context = _text(cells, "question"), _text(cells, "context")
+    prompt = f"{context}\n\n{question}" if context.strip() else question
+    return (*_system(cells), *_pair(prompt, text_of(answer, "the answer"), "question", "answer"))
+
+
+def label(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:
+    """A text and its class. An integer is looked up in ``names`` where there are any."""
+    value = cells.get("label")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    number = int(str(value)) if names and str(value).strip().isdigit() else None
+    if isinstance(value, bool):
+        number, value = (int(value), str(value).lower())
+    if names and number is not None:
+        if number >= len(names):
+            raise RowRefused(
+                "wrong-format", f"The label {number} has no name: there are {len(names)} names, from 0."
+            )
+        value = names[number]
+    answer = "" if value is None else str(value)
+    return (*_system(cells), *_pair(_text(cells, "text"), answer, "text", "label"))
+
+
+def _pair(prompt: str, answer: str, prompt_name: str, answer_name: str) -> tuple[Message, Message]:
+    if not prompt.strip():
+        raise RowRefused("empty-row", f"The {prompt_name} is empty.")
+    if not answer.strip():
+        raise RowRefused("empty-row", f"The {answer_name} is empty.")
+    return Message("user", prompt), Message("assistant", answer)
+
+
+def _system(cells: Cells) -> tuple[Message, ...]:
+    text = _text(cells, "system")
+    return (Message("system", text),) if text.strip() else ()
+
+
+def _history(cells: Cells) -> list[Message]:
+    pairs = decoded(cells.get("history")) or []
+    if not isinstance(pairs, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise RowRefused("wrong-format", "The history is not a list of [question, answer] pairs.")
+    turns: list[Message] = []
+    for asked, answered in pairs:
+        turns += [
+            Message("user", text_of(asked, "history")),
+            Message("assistant", text_of(answered, "history")),
+        ]
+    return turns
+
+
+def _text(cells: Cells, part: str) -> str:
+    return text_of(cells.get(part), f"the {part}")

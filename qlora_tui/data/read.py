@@ -1,0 +1,254 @@
+"""Rows out of files: JSON, JSONL, CSV, TSV, Parquet and text, plain or compressed, and folders of them.
+
+Used by ``formats`` (to look at the first rows) and by ``dataset`` and ``inspect`` (to stream all of
+them). Only a chunk of the file is in memory at a time. A row that cannot be read is a ``Row`` with
+``error`` set; a file that cannot be read at all raises ``Problem``.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from qlora_tui.data.json_rows import json_rows
+from qlora_tui.data.open_file import NotUtf8, Stream, bad_utf8, opened
+from qlora_tui.data.row import Row
+from qlora_tui.errors import Problem
+
+SUFFIXES = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+"""What a file holds, by the end of its name (before ``.gz`` or ``.zst``)."""
+COMPRESSED = (".gz", ".zst", ".zstd")
+_HELD_OUT = ("valid", "validation", "val", "test", "dev", "eval", "evaluation")
+_IGNORED = (
+    "readme",
+    "license",
+    "licence",
+    "dataset_info",
+    "dataset_infos",
+    "dataset_dict",
+    "state",
+    "sources",
+)
+_CELL_CHARACTERS = 100_000_000
+
+
+def kind_of(path: Path) -> str:
+    """``json``, ``jsonl``, ``csv``, ``tsv``, ``parquet`` or ``text``; empty if the name does not say."""
+    name = path.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return SUFFIXES.get(Path(name).suffix, "")
+
+
+def files_of(path: Path) -> tuple[list[Path], str]:
+    """The data files ``path`` stands for, and a word on which of a folder's files were left out.
+
+    A folder gives the files in it, sorted by name, folders within included. Where some names say
+    that they are for training, files whose names say validation or test are left out.
+    """
+    if not path.exists():
+        raise Problem(
+            "No such data",
+            what=f"{path} does not exist.",
+            fix="Check the path; relative paths start at the folder you are in.",
+        )
+    if not path.is_dir():
+        return [path], ""
+    found = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) and _is_data(p.relative_to(path)))
+    if not found:
+        raise Problem(
+            "No data in the folder",
+            what=f"{path} holds no file that ends in {', '.join(SUFFIXES)}, with or without .gz or .zst.",
+            fix="Name a folder with data files, or a file.",
+        )
+    training = [p for p in found if not _held_out(p)]
+    if not training or len(training) == len(found):
+        return found, ""
+    left = ", ".join(p.name for p in found if _held_out(p))
+    return training, f"left out, as validation or test by name: {left}"
+
+
+def _is_data(path: Path) -> bool:
+    return (
+        not any(part.startswith(".") for part in path.parts)
+        and path.name.split(".")[0].lower() not in _IGNORED
+    )
+
+
+def _held_out(path: Path) -> bool:
+    words = path.name.lower().replace("-", "_").replace(".", "_").split("_")
+    return any(word in _HELD_OUT for word in words)
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """Every row of one file, in order.
+
+    Raises ``Problem`` if the file is empty, unreadable, damaged or of no known kind.
+    """
+    kind = kind_of(path)
+    try:
+        if kind == "parquet":
+            yield from _parquet_rows(path)
+            return
+        with opened(path) as stream:
+            if not stream.peek():
+                raise Problem(
+                    "Empty file",
+                    what=f"{path} is empty.",
+                    fix="Choose another file, or download this one again.",
+                )
+            yield from _READERS[kind or _guess(stream)](stream)
+    except NotUtf8 as error:
+        yield Row(number=error.line, kind="bad-encoding", error=str(error))
+    except OSError as error:
+        raise Problem(
+            "Cannot read the data",
+            what=f"{path}: {error.strerror or error}.",
+            fix="Check the file and its permissions.",
+        ) from error
+
+
+def _guess(stream: Stream) -> str:
+    """What a file holds whose name does not say: JSON if it starts so, else text."""
+    start = stream.peek().lstrip()[:1]
+    return "json" if start in (b"[", b"{") else "text"
+
+
+def _jsonl_rows(stream: Stream) -> Iterator[Row]:
+    decode = msgspec.json.Decoder().decode
+    for number, line in enumerate(stream.lines(), 1):
+        line = line.strip()
+        if not line:
+            continue
+        if reason := bad_utf8(line):
+            yield Row(number=number, kind="bad-encoding", error=f"Line {number}: {reason}.")
+            continue
+        try:
+            yield Row(number=number, value=decode(line))
+        except (msgspec.DecodeError, RecursionError) as error:
+            yield Row(number=number, kind="bad-json", error=f"Line {number} is not valid JSON: {error}.")
+
+
+def _text_rows(stream: Stream) -> Iterator[Row]:
+    """Paragraphs: blank lines separate one text from the next."""
+    held: list[str] = []
+    start = 1
+    for number, line in enumerate(stream.text_lines(), 1):
+        if line.strip():
+            if not held:
+                start = number
+            held.append(line.rstrip("\r\n"))
+        elif held:
+            yield Row(number=start, value={"text": "\n".join(held)})
+            held = []
+    if held:
+        yield Row(number=start, value={"text": "\n".join(held)})
+
+
+def _csv_rows(stream: Stream) -> Iterator[Row]:
+    return _table_rows(stream, None)
+
+
+def _tsv_rows(stream: Stream) -> Iterator[Row]:
+    return _table_rows(stream, "\t")
+
+
+def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
+    csv.field_size_limit(min(_CELL_CHARACTERS, sys.maxsize))
+    lines = stream.text_lines()
+    header_line = next(lines, "")
+    delimiter = delimiter or _delimiter(header_line)
+    reader = csv.reader(_chain(header_line, lines), delimiter=delimiter)
+    header: list[str] = []
+    number = 0
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            number += 1
+            yield Row(
+                number=number, kind="bad-row", error=f"Row {number}, near line {reader.line_num}: {error}."
+            )
+            continue
+        if not header:
+            header = [cell.strip() for cell in cells]
+            continue
+        if not any(cells):
+            continue
+        number += 1
+        if len(cells) != len(header):
+            yield Row(
+                number=number,
+                kind="bad-row",
+                error=f"Row {number}, line {reader.line_num}: {len(cells)} values for {len(header)} columns.",
+            )
+            continue
+        yield Row(number=number, value=dict(zip(header, cells, strict=True)))
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _delimiter(header: str) -> str:
+    return max(",;\t|", key=header.count) if any(d in header for d in ",;\t|") else ","
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.stat().st_size == 0:
+        raise Problem(
+            "Empty file", what=f"{path} is empty.", fix="Choose another file, or download this one again."
+        )
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        names = label_names(file.schema_arrow.metadata or {})
+        number = 0
+        for batch in file.iter_batches(batch_size=512):
+            for value in batch.to_pylist():
+                number += 1
+                for column, labels in names.items():
+                    if isinstance(value.get(column), int) and 0 <= value[column] < len(labels):
+                        value[column] = labels[value[column]]
+                yield Row(number=number, value=value)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise Problem(
+            "Cannot read the Parquet file",
+            what=f"{path}: {' '.join(str(error).split())}",
+            fix="Download it again, or convert it to JSONL.",
+        ) from error
+
+
+def label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Names of integer labels by column, as the ``datasets`` library keeps them in a Parquet schema."""
+    try:
+        features = msgspec.json.decode(metadata[b"huggingface"])["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+        }
+    except (KeyError, TypeError, AttributeError, msgspec.DecodeError):
+        return {}
+
+
+_READERS = {"json": json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _tsv_rows, "text": _text_rows}

@@ -1,0 +1,237 @@
+"""Token ids of a conversation, and which of them train.
+
+``render`` is for one conversation (the Data screen, ``data show``), ``render_many`` for a batch (the
+trainer's preparation): the same code, so what is shown is what is trained. Control tokens inside
+anyone's text are encoded as ordinary text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from msgspec import Struct
+from tokenizers import Encoding
+
+from qlora_tui.data.conversation import Conversation, RowRefused
+from qlora_tui.data.spans import PRIVATE, Layout, lay_out
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.traits import adapted
+
+TrainOn = Literal["assistant", "everything"]
+_LITERAL, _END_LITERAL = "\U000f0000", "\U000f0001"
+_LITERALS = re.compile(f"{_LITERAL}(.*?){_END_LITERAL}|[{_LITERAL}{_END_LITERAL}]", re.DOTALL)
+
+
+class Rendered(Struct, frozen=True):
+    """One training sample."""
+
+    token_ids: list[int]
+    trained: bytes
+    """One byte a token: 1 where the model learns to say it."""
+    notes: tuple[str, ...] = ()
+    """What had to be changed for the template: ``system-in-user``, ``tools-as-text``, ``calls-as-text``,
+    ``tool-as-user``, ``control-tokens`` (some were neutralised)."""
+
+    @property
+    def trained_count(self) -> int:
+        """Tokens that train."""
+        return self.trained.count(1)
+
+
+class Piece(Struct, frozen=True):
+    """A stretch of a sample to show."""
+
+    text: str
+    trained: bool
+    special: bool
+    """One special token."""
+
+
+class Laid(Struct, frozen=True):
+    """A conversation as text, not yet tokens."""
+
+    layouts: tuple[Layout, ...]
+    notes: tuple[str, ...]
+
+
+def render(
+    conversation: Conversation, tokenizer: ChatTokenizer, train_on: TrainOn = "assistant"
+) -> list[Rendered]:
+    """The samples of one conversation: one, or more where the template rewrites what came before.
+
+    Raises ``RowRefused``.
+    """
+    result = next(render_many([conversation], tokenizer, train_on))
+    if isinstance(result, RowRefused):
+        raise result
+    return result
+
+
+def render_many(
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, train_on: TrainOn = "assistant"
+) -> Iterator[list[Rendered] | RowRefused]:
+    """The same for a batch, encoded on all cores; one result a conversation, in order."""
+    laid: list[Laid | RowRefused] = []
+    for conversation in conversations:
+        try:
+            laid.append(lay(conversation, tokenizer, train_on))
+        except RowRefused as refused:
+            laid.append(refused)
+    texts = [layout.text for one in laid if isinstance(one, Laid) for layout in one.layouts]
+    encodings = iter(tokenizer.encode_batch(texts))
+    for one in laid:
+        if isinstance(one, RowRefused):
+            yield one
+            continue
+        samples = [_sample(layout, next(encodings), tokenizer, one.notes) for layout in one.layouts]
+        yield samples
+
+
+def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], trained: bytes) -> list[Piece]:
+    """A sample for the eye: stretches of text that train or do not, special tokens by themselves."""
+    shown: list[Piece] = []
+    start = 0
+    for end in range(1, len(token_ids) + 1):
+        special = token_ids[start] in tokenizer.special_ids
+        goes_on = (
+            end < len(token_ids)
+            and not special
+            and token_ids[end] not in tokenizer.special_ids
+            and trained[end] == trained[start]
+        )
+        if not goes_on:
+            shown.append(Piece(_text_at(tokenizer, token_ids, start, end), bool(trained[start]), special))
+            start = end
+    return shown
+
+
+def _text_at(tokenizer: ChatTokenizer, ids: Sequence[int], start: int, end: int) -> str:
+    """The text of ``ids[start:end]`` in its place: some decoders drop a space at the start of a text."""
+    if ids[start] in tokenizer.special_ids or start == 0:
+        return tokenizer.decode(ids[start:end])
+    before = max(0, start - 4)
+    context = tokenizer.decode(ids[before:start])
+    both = tokenizer.decode(ids[before:end])
+    return both[len(context) :] if both.startswith(context) else tokenizer.decode(ids[start:end])
+
+
+def lay(conversation: Conversation, tokenizer: ChatTokenizer, train_on: TrainOn) -> Laid:
+    """The texts of one conversation and the spans that train. Raises ``RowRefused``."""
+    eos = tokenizer.special_tokens.get("eos_token", "")
+    if not conversation.messages:
+        bos = tokenizer.special_tokens.get("bos_token", "") if tokenizer.begins_with_bos else ""
+        text, marked = _neutral(conversation.text, tokenizer.control_pattern)
+        return Laid(
+            (Layout(bos + text + eos, ((0, len(bos + text + eos)),)),), ("control-tokens",) if marked else ()
+        )
+    template, traits = tokenizer.template, tokenizer.traits
+    if conversation.tools:
+        template, traits = tokenizer.tool_template, tokenizer.tool_traits
+    turns, trains, tools, notes = adapted(conversation, traits)
+    turns, marked = _neutral_turns(turns, tokenizer)
+    if tools:
+        tools, in_tools = _neutral_value(tools, tokenizer.control_pattern)
+        marked = marked or in_tools
+    if marked:
+        notes.append("control-tokens")
+    if train_on == "everything":
+        whole = template.render(turns, tools)
+        if eos and not whole.rstrip().endswith(eos) and turns[-1]["role"] == "assistant":
+            whole = whole if tokenizer.special_pattern.search(whole.rstrip()[-40:]) else whole + eos
+        return Laid((Layout(whole, ((0, len(whole)),)),), tuple(notes))
+    layouts = lay_out(template, turns, trains, tools, tokenizer.special_pattern, eos)
+    return Laid(tuple(layouts), tuple(notes))
+
+
+def _neutral_turns(
+    turns: list[dict[str, Any]], tokenizer: ChatTokenizer
+) -> tuple[list[dict[str, Any]], bool]:
+    """Control tokens in the texts put between marks.
+
+    In an assistant's text only special tokens are: ``<think>`` and ``<tool_call>`` are tokens the model
+    should say.
+    """
+    result, any_marked = [], False
+    for turn in turns:
+        pattern = tokenizer.special_pattern if turn["role"] == "assistant" else tokenizer.control_pattern
+        kept = {"role": turn["role"]}
+        rest, marked = _neutral_value({k: v for k, v in turn.items() if k != "role"}, pattern)
+        result.append({**kept, **rest})
+        any_marked = any_marked or marked
+    return result, any_marked
+
+
+def _neutral_value(value: Any, pattern: re.Pattern[str]) -> tuple[Any, bool]:
+    """Every string inside ``value`` neutralised; whether anything had to be."""
+    if isinstance(value, str):
+        return _neutral(value, pattern)
+    if isinstance(value, Mapping):
+        pairs = {key: _neutral_value(item, pattern) for key, item in value.items()}
+        return {key: item for key, (item, _) in pairs.items()}, any(marked for _, marked in pairs.values())
+    if isinstance(value, list):
+        items = [_neutral_value(item, pattern) for item in value]
+        return [item for item, _ in items], any(marked for _, marked in items)
+    return value, False
+
+
+def _neutral(text: str, pattern: re.Pattern[str]) -> tuple[str, bool]:
+    if not text.isascii():
+        text = PRIVATE.sub("", text)
+    marked, count = pattern.subn(f"{_LITERAL}\\g<0>{_END_LITERAL}", text)
+    return marked, count > 0
+
+
+def _sample(layout: Layout, encoding: Encoding, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> Rendered:
+    if _LITERAL in layout.text or _END_LITERAL in layout.text:
+        return _by_pieces(layout, tokenizer, notes)
+    ids = encoding.ids
+    trained = bytearray(len(ids))
+    for start, end in layout.spans:
+        first, straddles = _token_at(encoding, start)
+        if straddles:
+            return _by_pieces(layout, tokenizer, notes)
+        last = len(ids) if end == len(layout.text) else _token_at(encoding, end)[0]
+        trained[first:last] = b"\x01" * (last - first)
+    return Rendered(ids, bytes(trained), notes)
+
+
+def _token_at(encoding: Encoding, character: int) -> tuple[int, bool]:
+    """The first token that begins at ``character`` or later, and whether the one before reaches across."""
+    token = encoding.char_to_token(character)
+    if token is None:
+        offsets = encoding.offsets
+        token = next((i for i, (_, end) in enumerate(offsets) if end > character), len(offsets))
+    if token < len(encoding.ids) and encoding.token_to_chars(token)[0] < character:  # type: ignore[index]
+        return token + 1, True
+    return token, False
+
+
+def _by_pieces(layout: Layout, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> Rendered:
+    """Encoded stretch by stretch: what trains apart from what does not, marked tokens as plain text.
+
+    So is a sample whose answer begins in the middle of a token of the whole: the model will be given
+    the prompt by itself.
+    """
+    ids: list[int] = []
+    trained = bytearray()
+    at = 0
+    for start, end in (*layout.spans, (len(layout.text), len(layout.text))):
+        for flag, (first, last) in ((0, (at, start)), (1, (start, end))):
+            for text, literal in _stretches(layout.text[first:last]):
+                new = tokenizer.encode_inside(text, literal) if ids or literal else tokenizer.encode(text)
+                ids += new
+                trained += bytes([flag]) * len(new)
+        at = end
+    return Rendered(ids, bytes(trained), notes)
+
+
+def _stretches(text: str) -> list[tuple[str, bool]]:
+    """Text between marks, and whether it is to be taken literally."""
+    result: list[tuple[str, bool]] = []
+    at = 0
+    for match in _LITERALS.finditer(text):
+        result += [(text[at : match.start()], False), (match[1] or "", True)]
+        at = match.end()
+    return [(part, literal) for part, literal in (*result, (text[at:], False)) if part]

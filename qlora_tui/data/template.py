@@ -1,0 +1,179 @@
+"""A chat template, rendered as transformers renders it but without importing it.
+
+The environment (sandbox, block trimming, ``tojson``, ``raise_exception``, ``strftime_now``, the
+``generation`` tag) follows ``transformers/utils/chat_template_utils.py``; a test holds the two equal.
+One thing differs: the date is pinned, so that the same row gives the same tokens every day.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, Protocol, cast
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from qlora_tui.data.conversation import RowRefused
+
+PINNED_DATE = datetime(2024, 7, 26)
+"""Today, for templates that print it: the date Llama 3's template falls back to."""
+
+_FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RecursionError,
+)
+
+Turns = Sequence[Mapping[str, Any]]
+"""Messages as templates read them: role, content, tool_calls and so on."""
+Tools = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]
+"""Characters from, to."""
+
+
+class TemplateBroken(Exception):
+    """The template itself cannot be compiled."""
+
+
+class ChatTemplate:
+    """A compiled template with the special tokens it may name."""
+
+    def __init__(self, text: str, variables: Mapping[str, Any]):
+        self.text = text
+        self._variables = dict(variables)
+        self._marks = _Marks()
+        environment = _environment(self._marks)
+        try:
+            self._template = environment.from_string(text)
+            tree = environment.parse(text)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise TemplateBroken(str(error)) from error
+        self.has_generation_marks = any(True for _ in tree.find_all(_GenerationBlock))
+        self.literals = "\0".join(_literals(tree))
+        """Every piece of text the template itself writes."""
+
+    def render(self, turns: Turns, tools: Tools | None = None, prompt: bool = False) -> str:
+        """The conversation as text; with ``prompt``, up to where the assistant would begin.
+
+        Raises ``RowRefused`` with the template's own words where it refuses.
+        """
+        try:
+            return self._template.render(
+                messages=turns, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
+            )
+        except _FAILURES as error:
+            raise RowRefused("template-refuses", _in_words(error)) from error
+
+    def render_marked(self, turns: Turns, tools: Tools | None = None) -> tuple[str, list[Span]]:
+        """The same, and the spans the template's own generation marks enclose."""
+        with self._marks.collected() as (written, spans):
+            try:
+                for piece in self._template.generate(
+                    messages=turns,
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=False,
+                    **self._variables,
+                ):
+                    written.append(piece)
+            except _FAILURES as error:
+                raise RowRefused("template-refuses", _in_words(error)) from error
+            return "".join(written), list(spans)
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, jinja2.TemplateError) and error.message:
+        return f"The template says: {error.message}"
+    return f"The template fails: {type(error).__name__}: {error}"
+
+
+class _Marks:
+    """Where generation blocks begin and end while a template is rendered."""
+
+    def __init__(self) -> None:
+        self._open: tuple[list[str], list[Span]] | None = None
+
+    @contextmanager
+    def collected(self) -> Iterator[tuple[list[str], list[Span]]]:
+        self._open = ([], [])
+        try:
+            yield self._open
+        finally:
+            self._open = None
+
+    def note(self, block: str) -> None:
+        if self._open is not None:
+            written, spans = self._open
+            start = sum(len(piece) for piece in written)
+            spans.append((start, start + len(block)))
+
+
+class _GenerationBlock(jinja2.nodes.CallBlock):
+    """A node of its own, so that a template with marks can be told from one without."""
+
+
+class _Caller(Protocol):
+    def __call__(self) -> str: ...
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return _GenerationBlock(self.call_method("_block"), [], [], body).set_lineno(line)
+
+    def _block(self, caller: _Caller) -> str:
+        block = caller()
+        cast(_Environment, self.environment).marks.note(block)
+        return block
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    marks: _Marks
+
+
+def _environment(marks: _Marks) -> _Environment:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.marks = marks
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = PINNED_DATE.strftime
+    return environment
+
+
+def _literals(tree: jinja2.nodes.Template) -> Iterator[str]:
+    for data in tree.find_all(jinja2.nodes.TemplateData):
+        yield data.data
+    for constant in tree.find_all(jinja2.nodes.Const):
+        if isinstance(constant.value, str):
+            yield constant.value
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,283 @@
+"""A model's tokenizer and chat template from its folder, without transformers and without torch.
+
+``ChatTokenizer.from_folder`` reads what a model folder holds: ``tokenizer.json``,
+``tokenizer_config.json``, ``special_tokens_map.json`` and the chat template in any of its places. The
+trainer, the Data screen and the chat use this one class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Encoding, Tokenizer
+
+from qlora_tui.data.conversation import RowRefused
+from qlora_tui.data.stock_templates import stock_template
+from qlora_tui.data.template import ChatTemplate, TemplateBroken
+from qlora_tui.data.traits import Traits, traits_of
+from qlora_tui.errors import Problem
+
+OWN = "tokenizer"
+"""``template_name`` where the tokenizer's own template is used."""
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+class ChatTokenizer:
+    """Text to token ids, conversations to text."""
+
+    def __init__(
+        self,
+        tokenizer_json: str,
+        special_tokens: Mapping[str, str],
+        own_template: str,
+        template: str = "auto",
+        tool_template: str = "",
+    ):
+        """``special_tokens`` by name (``eos_token``); ``template`` as the recipe's ``model.chat_template``.
+
+        Raises ``Problem`` if the chosen template cannot be compiled.
+        """
+        self.backend = Tokenizer.from_str(tokenizer_json)
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self._json = tokenizer_json
+        self.special_tokens = dict(special_tokens)
+        self.bos_id = self._id("bos_token")
+        self.eos_id = self._id("eos_token")
+        self.pad_id = self._id("pad_token")
+        self._added = self.backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        """Ids that ``skip_special_tokens`` skips when decoding."""
+        self.template_name = OWN if template == "auto" and own_template else template
+        if self.template_name == "auto":
+            self.template_name = "chatml"
+        if self.template_name != OWN:
+            own_template = stock_template(self.template_name, self.added_tokens, self.begins_with_bos)
+            tool_template = ""
+        self.template = self._compiled(own_template)
+        self.tool_template = self._compiled(tool_template) if tool_template else self.template
+        """Used for conversations with tools; nearly always the same."""
+
+    @classmethod
+    def from_folder(cls, folder: Path, template: str = "auto") -> ChatTokenizer:
+        """The tokenizer of a model folder. Raises ``Problem`` if there is none, or it is broken."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            has_old = any((folder / n).is_file() for n in ("tokenizer.model", "vocab.json", "spiece.model"))
+            raise Problem(
+                "No tokenizer",
+                what=f"{folder} has no tokenizer.json.",
+                why="It holds only an older form of tokenizer." if has_old else "",
+                fix="Load it once with transformers' AutoTokenizer, and save_pretrained it into the folder."
+                if has_old
+                else "Download the model again, with its tokenizer files.",
+            )
+        config = _json_object(folder / "tokenizer_config.json")
+        special = _special_tokens(config, _json_object(folder / "special_tokens_map.json"))
+        own, with_tools = _own_templates(folder, config)
+        try:
+            return cls(_with_missing_tokens(path.read_text(), config), special, own, template, with_tools)
+        except Problem:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
+            raise Problem(
+                "Broken tokenizer",
+                what=f"{path} cannot be read: {error}.",
+                fix="Download the model's tokenizer files again.",
+            ) from error
+
+    @property
+    def has_own_template(self) -> bool:
+        """Whether the template came with the tokenizer; else the trainer saves it with the adapter."""
+        return self.template_name == OWN
+
+    @cached_property
+    def traits(self) -> Traits:
+        """What the template can say."""
+        return traits_of(self.template)
+
+    @cached_property
+    def tool_traits(self) -> Traits:
+        """The same for the template that conversations with tools use."""
+        return self.traits if self.tool_template is self.template else traits_of(self.tool_template)
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens beside the ordinary vocabulary, special or not, and their ids."""
+        return {token.content: i for i, token in self._added.items()}
+
+    @cached_property
+    def begins_with_bos(self) -> bool:
+        """Whether the tokenizer puts its begin token before plain text."""
+        ids = self.backend.encode("a", add_special_tokens=True).ids
+        return self.bos_id is not None and ids[:1] == [self.bos_id]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes whenever the same conversation could give other tokens."""
+        whole = json.dumps([self._json, self.special_tokens, self.template.text, self.tool_template.text])
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+    @cached_property
+    def turn_end_ids(self) -> tuple[int, ...]:
+        """Tokens at which an answer ends: the end-of-text token and what the template closes a turn with."""
+        ends = [self.eos_id] if self.eos_id is not None else []
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        if self.traits.parts:
+            turns = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]  # type: ignore[dict-item]
+        try:
+            closing = self.template.render(turns).rpartition("b")[2]
+        except RowRefused:
+            closing = ""
+        match = self.special_pattern.search(closing)
+        if match and (found := self.added_tokens[match[0]]) not in ends:
+            ends.append(found)
+        return tuple(ends)
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches any special token."""
+        return _any_of([t.content for t in self._added.values() if t.special])
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches what must not come from a user's text: special tokens, and tokens the template writes."""
+        literals = self.template.literals + self.tool_template.literals
+        return _any_of([t.content for t in self._added.values() if t.special or t.content in literals])
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, in which added tokens are control tokens; nothing is put before or after."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encodings with offsets, on all cores."""
+        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+
+    def encode_inside(self, piece: str, literal: bool = False) -> list[int]:
+        """Ids of a piece from the middle of a text; with ``literal`` its control tokens are ordinary text.
+
+        A new line is put before it and taken away again, so that a tokenizer that begins every text
+        with a space adds none here.
+        """
+        if not piece:
+            return []
+        backend = self._without_added if literal else self.backend
+        newline = backend.encode("\n", add_special_tokens=False).ids
+        ids = backend.encode("\n" + piece, add_special_tokens=False).ids
+        if ids[: len(newline)] == newline:
+            ids = ids[len(newline) :]
+        else:
+            ids = backend.encode(piece, add_special_tokens=False).ids
+        if literal and len(piece) > 1 and self.added_tokens.get(piece, -1) in ids:
+            return self.encode_inside(piece[:1], True) + self.encode_inside(piece[1:], True)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    @cached_property
+    def _without_added(self) -> Tokenizer:
+        bare = json.loads(self._json)
+        bare["added_tokens"] = []
+        bare["post_processor"] = None
+        return Tokenizer.from_str(json.dumps(bare))
+
+    def _id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+    def _compiled(self, text: str) -> ChatTemplate:
+        try:
+            return ChatTemplate(text, self.special_tokens)
+        except TemplateBroken as error:
+            raise Problem(
+                "Broken chat template",
+                what=f"The model's chat template cannot be compiled: {error}.",
+                fix='Choose another with model.chat_template = "chatml".',
+            ) from error
+
+
+def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise Problem(
+            "Broken tokenizer",
+            what=f"{path} is not valid JSON: {error}.",
+            fix="Download the model's tokenizer files again.",
+        ) from error
+    return value if isinstance(value, dict) else {}
+
+
+def _special_tokens(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, str]:
+    """Name to token, from ``tokenizer_config.json`` or, where that is silent, ``special_tokens_map.json``."""
+    extra = config.get("extra_special_tokens")
+    named = {**older, **config, **(extra if isinstance(extra, dict) else {})}
+    wanted = {f"{role}_token" for role in _ROLES} | (extra.keys() if isinstance(extra, dict) else set())
+    tokens = {}
+    for name in wanted & named.keys():
+        token = named[name]
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def _own_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
+    """The folder's template, and the one for conversations with tools where there is such; empty if none."""
+    path = folder / "chat_template.jinja"
+    named: dict[str, str] = {}
+    held = config.get("chat_template")
+    if isinstance(held, str):
+        named["default"] = held
+    elif isinstance(held, list):
+        named.update({t["name"]: t["template"] for t in held if isinstance(t, dict) and "template" in t})
+    if not named:
+        processor = _json_object(folder / "chat_template.json").get("chat_template")
+        if isinstance(processor, str):
+            named["default"] = processor
+    if path.is_file():
+        named["default"] = path.read_text()
+    tool_path = folder / "additional_chat_templates" / "tool_use.jinja"
+    if tool_path.is_file():
+        named["tool_use"] = tool_path.read_text()
+    return named.get("default", ""), named.get("tool_use", "") if named.get("default") else ""
+
+
+def _with_missing_tokens(tokenizer_json: str, config: Mapping[str, Any]) -> str:
+    """Tokens that only ``tokenizer_config.json`` declares, added as transformers adds them."""
+    declared = config.get("added_tokens_decoder")
+    if not isinstance(declared, dict):
+        return tokenizer_json
+    backend = Tokenizer.from_str(tokenizer_json)
+    have = backend.get_added_tokens_decoder()
+    missing = [
+        AddedToken(
+            token["content"],
+            single_word=bool(token.get("single_word")),
+            lstrip=bool(token.get("lstrip")),
+            rstrip=bool(token.get("rstrip")),
+            normalized=bool(token.get("normalized", not token.get("special"))),
+            special=bool(token.get("special")),
+        )
+        for number, token in sorted(declared.items(), key=lambda item: int(item[0]))
+        if isinstance(token, dict) and int(number) not in have
+    ]
+    if not missing:
+        return tokenizer_json
+    backend.add_tokens(missing)
+    return backend.to_str()

@@ -1,0 +1,206 @@
+"""What a chat template can say, found by trying: system turns, tools, tool calls, content as parts.
+
+``adapted`` turns a conversation into the messages a template reads, and writes what the template
+would lose (tool calls, tool answers, tool descriptions, a system prompt) into the text of a turn it
+keeps. Every such change is a note, so that the Data screen can say it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from qlora_tui.data.conversation import Conversation, Message, RowRefused, ToolCall
+from qlora_tui.data.template import ChatTemplate
+
+_ASKED, _ANSWERED, _SYSTEM, _NAME, _VALUE, _FOUND = (
+    "qvzask",
+    "qvzanswer",
+    "qvzsystem",
+    "qvzname",
+    "qvzvalue",
+    "qvzfound",
+)
+"""Words no template writes by itself."""
+
+
+class Traits(Struct, frozen=True):
+    """How a template wants its messages."""
+
+    system: bool
+    """It writes a system turn; else system text goes before the first user turn."""
+    parts: bool
+    """It wants content as a list of typed parts; a string would be lost."""
+    tools: bool
+    """It writes the descriptions of the tools."""
+    calls: Literal["object", "string", "text"]
+    """Tool calls with arguments as an object, as a JSON string, or only as text of the turn."""
+    calls_without_content: bool
+    """A turn with calls must have no content key at all where it says nothing."""
+    tool_turns: bool
+    """It writes tool turns; else their text is given as a user turn."""
+
+
+def traits_of(template: ChatTemplate) -> Traits:
+    """Try the template on a few tiny conversations."""
+    asked, answered = {"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}
+    shown = _shows(template, [asked, answered])
+    parts = not shown(_ASKED, _ANSWERED) and _shows(template, [_as_parts(asked), _as_parts(answered)])(
+        _ASKED, _ANSWERED
+    )
+    wrap: Callable[[dict[str, Any]], dict[str, Any]] = _as_parts if parts else dict
+    asked, answered = wrap(asked), wrap(answered)
+    tool = {
+        "type": "function",
+        "function": {
+            "name": _NAME,
+            "description": _VALUE,
+            "parameters": {"type": "object", "properties": {}},
+        },
+    }
+    style, bare = _call_style(template, asked, answered, wrap)
+    call_turn = _call_turn(style, bare, wrap) if style != "text" else answered
+    return Traits(
+        system=_shows(template, [wrap({"role": "system", "content": _SYSTEM}), asked, answered])(
+            _SYSTEM, _ASKED
+        ),
+        parts=parts,
+        tools=_shows(template, [asked, answered], [tool])(_NAME, _VALUE),
+        calls=style,
+        calls_without_content=bare,
+        tool_turns=_shows(template, [asked, call_turn, wrap(_tool_turn(_FOUND)), answered])(
+            _FOUND, _ANSWERED
+        ),
+    )
+
+
+def _shows(
+    template: ChatTemplate,
+    turns: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> Callable[..., bool]:
+    try:
+        text = template.render(turns, tools)
+    except RowRefused:
+        text = ""
+    return lambda *words: all(word in text for word in words)
+
+
+def _call_style(
+    template: ChatTemplate,
+    asked: dict[str, Any],
+    answered: dict[str, Any],
+    wrap: Callable[[dict[str, Any]], dict[str, Any]],
+) -> tuple[Literal["object", "string", "text"], bool]:
+    styles: tuple[Literal["object", "string"], ...] = ("object", "string")
+    for bare in (False, True):
+        for style in styles:
+            turns = [asked, _call_turn(style, bare, wrap), wrap(_tool_turn(_FOUND)), answered]
+            for tried in (turns, turns[:2]):
+                if _shows(template, tried)(_NAME, _VALUE):
+                    return style, bare
+    return "text", False
+
+
+def _call_turn(style: str, bare: bool, wrap: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    calls = [_call_field(ToolCall(_NAME, {"place": _VALUE}), style)]
+    if bare:
+        return {"role": "assistant", "tool_calls": calls, "content": None}
+    return {**wrap({"role": "assistant", "content": ""}), "tool_calls": calls}
+
+
+def _tool_turn(content: str) -> dict[str, Any]:
+    return {"role": "tool", "content": content, "name": _NAME, "tool_call_id": "000000001"}
+
+
+def _call_field(call: ToolCall, style: str) -> dict[str, Any]:
+    arguments = call.arguments if style == "object" else json.dumps(call.arguments, ensure_ascii=False)
+    return {
+        "type": "function",
+        "id": call.id or "000000001",
+        "function": {"name": call.name, "arguments": arguments},
+    }
+
+
+def _as_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
+    content = turn.get("content") or ""
+    return {**turn, "content": [{"type": "text", "text": content}] if content else []}
+
+
+def adapted(
+    conversation: Conversation, traits: Traits
+) -> tuple[list[dict[str, Any]], list[bool], list[dict[str, Any]] | None, list[str]]:
+    """Turns as the template reads them, which of them train, the tools, and notes on what was changed."""
+    notes: list[str] = []
+    messages = list(conversation.messages)
+    tools: list[dict[str, Any]] | None = list(conversation.tools) or None
+    if tools and not traits.tools:
+        messages = _with_system(messages, _tools_as_text(tools))
+        tools = None
+        notes.append("tools-as-text")
+    if messages and messages[0].role == "system" and not traits.system:
+        messages = _system_in_user(messages)
+        notes.append("system-in-user")
+    turns, trains = [], []
+    for message in messages:
+        turn, note = _turn(message, traits)
+        if note:
+            notes.append(note)
+        turns.append(_as_parts(turn) if traits.parts else turn)
+        trains.append(message.role == "assistant" and message.train)
+    return turns, trains, tools, list(dict.fromkeys(notes))
+
+
+def _turn(message: Message, traits: Traits) -> tuple[dict[str, Any], str]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        turn["reasoning_content"] = turn["thinking"] = message.reasoning
+    if message.role == "tool":
+        if not traits.tool_turns:
+            return {
+                "role": "user",
+                "content": f"<tool_response>\n{message.content}\n</tool_response>",
+            }, "tool-as-user"
+        turn["tool_call_id"] = message.tool_call_id or "000000001"
+        if message.name:
+            turn["name"] = message.name
+    if message.tool_calls:
+        if traits.calls == "text":
+            turn["content"] = "\n".join(
+                filter(str.strip, [message.content, *map(_call_as_text, message.tool_calls)])
+            )
+            return turn, "calls-as-text"
+        turn["tool_calls"] = [_call_field(call, traits.calls) for call in message.tool_calls]
+        if traits.calls_without_content and not message.content:
+            turn["content"] = None
+    return turn, ""
+
+
+def _call_as_text(call: ToolCall) -> str:
+    """As the Hermes models write it, which many templates and parsers follow."""
+    written = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
+    return f"<tool_call>\n{written}\n</tool_call>"
+
+
+def _tools_as_text(tools: list[dict[str, Any]]) -> str:
+    schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    return (
+        f"You may call these functions:\n<tools>\n{schemas}\n</tools>\n"
+        'To call one, answer with:\n<tool_call>\n{"name": …, "arguments": {…}}\n</tool_call>'
+    )
+
+
+def _with_system(messages: list[Message], text: str) -> list[Message]:
+    if messages and messages[0].role == "system":
+        return [Message("system", f"{messages[0].content}\n\n{text}"), *messages[1:]]
+    return [Message("system", text), *messages]
+
+
+def _system_in_user(messages: list[Message]) -> list[Message]:
+    system, rest = messages[0], messages[1:]
+    if rest and rest[0].role == "user":
+        return [Message("user", f"{system.content}\n\n{rest[0].content}"), *rest[1:]]
+    return [Message("user", system.content), *rest]
