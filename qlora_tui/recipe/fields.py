@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct
 
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Recipe, Source
 
-Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables"]
+Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "names"]
+"""``tables`` is a list of :class:`Source`; ``names`` maps texts to texts."""
 
 
 class Field(Struct, frozen=True, kw_only=True):
@@ -25,12 +26,18 @@ class Field(Struct, frozen=True, kw_only=True):
     memory: str
     """What it does to memory; empty where it does nothing."""
     default: Any
+    """``msgspec.NODEFAULT`` where the setting must be given."""
+    type: Any
+    """The annotated type, for ``msgspec.convert``."""
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     """Smallest value; see ``exclusive_minimum``."""
     maximum: float | None = None
     exclusive_minimum: bool = False
     exclusive_maximum: bool = False
+    min_length: int = 0
+    """Of a text in characters, of a list in items."""
+    max_length: int | None = None
 
     @property
     def section(self) -> str:
@@ -43,41 +50,75 @@ class Field(Struct, frozen=True, kw_only=True):
         return self.path.rpartition(".")[2]
 
     @property
+    def required(self) -> bool:
+        return self.default is msgspec.NODEFAULT
+
+    @property
     def expected(self) -> str:
-        """What a value must be, in words: ``a whole number from 1 to 1024``."""
-        if self.kind == "choice":
-            return "one of " + ", ".join(self.choices)
-        noun = {
-            "int": "a whole number",
-            "float": "a number",
-            "bool": "true or false",
-            "text": "a text in quotes",
-            "texts": "a list of texts",
-            "tables": "a list of tables",
-        }[self.kind]
-        low, high = self.minimum, self.maximum
-        if low is not None and high is not None and not (self.exclusive_minimum or self.exclusive_maximum):
-            return f"{noun} from {low:g} to {high:g}"
-        bounds = []
-        if low is not None:
-            bounds.append(f"{'above' if self.exclusive_minimum else 'at least'} {low:g}")
-        if high is not None:
-            bounds.append(f"{'below' if self.exclusive_maximum else 'at most'} {high:g}")
-        return " ".join([noun, " and ".join(bounds)]).strip()
+        """What a value must be, in words: ``a whole number from 1 to 1,024``."""
+        match self.kind:
+            case "choice":
+                return "one of " + ", ".join(self.choices)
+            case "int" | "float":
+                return f"{'a whole number' if self.kind == 'int' else 'a number'} {self._bounds}".rstrip()
+            case "bool":
+                return "true or false"
+            case "text":
+                return f"a text in quotes{self._lengths('character')}"
+            case "texts":
+                return f"a list of texts{self._lengths('item')}"
+            case "tables":
+                return "a list of tables"
+            case "names":
+                return "a table of texts"
+
+    @property
+    def _bounds(self) -> str:
+        low, high, below = self.minimum, self.maximum, self.exclusive_maximum
+        if self.kind == "int" and high is not None and below:
+            high, below = high - 1, False
+        if low is None:
+            return "" if high is None else f"{'below' if below else 'of at most'} {number(high)}"
+        if high is None:
+            return f"above {number(low)}" if self.exclusive_minimum else f"of at least {number(low)}"
+        if self.exclusive_minimum:
+            return f"above {number(low)} and {'below' if below else 'at most'} {number(high)}"
+        return f"from {number(low)} to {'below ' if below else ''}{number(high)}"
+
+    def _lengths(self, unit: str) -> str:
+        if self.min_length == 1 and self.max_length is None:
+            return ", not empty"
+        parts = []
+        if self.min_length:
+            parts.append(f"at least {_count(self.min_length, unit)}")
+        if self.max_length is not None:
+            parts.append(f"at most {_count(self.max_length, unit)}")
+        return " of " + " and ".join(parts) if parts else ""
 
 
 @cache
 def fields() -> dict[str, Field]:
     """Every setting by its path, in the order of declaration."""
     found: dict[str, Field] = {}
-    for section in msgspec.structs.fields(Recipe):
-        inner = section.default
-        if isinstance(inner, Struct):
-            for field in _of(type(inner), f"{section.name}."):
-                found[field.path] = field
+    own = {field.path: field for field in _of(Recipe, "")}
+    for member in msgspec.structs.fields(Recipe):
+        if isinstance(member.default, Struct):
+            found.update({field.path: field for field in _of(type(member.default), f"{member.name}.")})
         else:
-            found.update({f.path: f for f in _of(Recipe, "") if f.path == section.name})
+            found[member.name] = own[member.name]
     return found
+
+
+@cache
+def sections() -> tuple[str, ...]:
+    """``model``, ``quantization``, ``lora``, ``data``, ``training``."""
+    return tuple(dict.fromkeys(field.section for field in fields().values() if field.section))
+
+
+@cache
+def source_fields() -> dict[str, Field]:
+    """What one table of ``data.sources`` holds, by key."""
+    return {field.path: field for field in _of(Source, "")}
 
 
 def value_of(recipe: Recipe, path: str) -> Any:
@@ -97,31 +138,47 @@ def with_value(recipe: Recipe, path: str, value: Any) -> Recipe:
     return msgspec.structs.replace(recipe, **{section: inner})
 
 
+def number(value: float) -> str:
+    """A number as a person reads it: ``1,048,576``, ``0.0002``, ``2e-5``; exact."""
+    if float(value).is_integer() and abs(value) < 1e16:
+        return f"{int(value):,}"
+    short = f"{value:g}"
+    return (short if float(short) == value else repr(value)).replace("e-0", "e-").replace("e+0", "e+")
+
+
+def _count(count: int, unit: str) -> str:
+    return f"{count} {unit}" + ("" if count == 1 else "s")
+
+
 def _of(struct: type[Struct], prefix: str) -> list[Field]:
     hints = get_type_hints(struct, include_extras=True)
     declared = msgspec.structs.fields(struct)
-    return [_field(prefix + f.name, hints[f.name], f.default) for f in declared if _is_setting(hints[f.name])]
+    return [_field(prefix + f.name, hints[f.name], f) for f in declared if _is_setting(hints[f.name])]
 
 
 def _is_setting(hint: Any) -> bool:
     return get_origin(hint) is Annotated
 
 
-def _field(path: str, hint: Any, default: Any) -> Field:
+def _field(path: str, hint: Any, declared: msgspec.structs.FieldInfo) -> Field:
     type_, meta = get_args(hint)
     assert isinstance(meta, Meta)
-    exclusive = {"exclusive_minimum": meta.gt is not None, "exclusive_maximum": meta.lt is not None}
+    factory = declared.default_factory
     return Field(
         path=path,
         kind=_kind(type_),
         label=meta.title or path,
         help=meta.description or "",
         memory=(meta.extra or {}).get("memory", ""),
-        default=default,
+        default=declared.default if factory is msgspec.NODEFAULT else factory(),
+        type=hint,
         choices=get_args(type_) if get_origin(type_) is Literal else (),
         minimum=meta.gt if meta.gt is not None else meta.ge,
         maximum=meta.lt if meta.lt is not None else meta.le,
-        **exclusive,
+        exclusive_minimum=meta.gt is not None,
+        exclusive_maximum=meta.lt is not None,
+        min_length=meta.min_length or 0,
+        max_length=meta.max_length,
     )
 
 
@@ -132,5 +189,7 @@ def _kind(type_: Any) -> Kind:
         return "choice"
     if origin is tuple:
         return "texts" if get_args(type_)[0] is str else "tables"
+    if origin is dict:
+        return "names"
     kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "text"}
     return kinds[type_]

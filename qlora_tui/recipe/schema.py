@@ -12,7 +12,10 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 ALL_LINEAR = "all-linear"
-"""Target pattern: every linear module but the output head."""
+"""Target pattern: every linear module of the language model but the output head. See :mod:`.targets`."""
+
+_MANY_STEPS = 10_000_000
+"""A bound no run meets, so that a slip of the finger is an error and not an endless run."""
 
 
 def _about(label: str, help_: str, memory: str = "", **bounds: Any) -> Meta:
@@ -78,7 +81,9 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = 16
     alpha: Annotated[
         float,
-        _about("Alpha", "The update is scaled by alpha / rank (by alpha / √rank with rsLoRA).", gt=0, le=8192),
+        _about(
+            "Alpha", "The update is scaled by alpha / rank (by alpha / √rank with rsLoRA).", gt=0, le=8192
+        ),
     ] = 32.0
     dropout: Annotated[
         float,
@@ -117,7 +122,9 @@ class Source(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     path: Annotated[str, _about("Path", "A file, a folder of files, or a hub dataset id.", min_length=1)]
     format: Annotated[
-        Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "label", "text"],
+        Literal[
+            "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "label", "text"
+        ],
         _about("Format", "auto looks at the first rows and says why."),
     ] = "auto"
     columns: Annotated[
@@ -188,7 +195,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = 8
     epochs: Annotated[float, _about("Epochs", "Passes over the data.", gt=0, le=1000)] = 2.0
     max_steps: Annotated[
-        int, _about("Most steps", "Stop after this many optimizer steps; 0 goes by epochs.", ge=0)
+        int,
+        _about("Most steps", "Stop after this many optimizer steps; 0 goes by epochs.", ge=0, le=_MANY_STEPS),
     ] = 0
     learning_rate: Annotated[float, _about("Learning rate", "Peak learning rate.", gt=0, le=1)] = 2e-4
     schedule: Annotated[
@@ -206,7 +214,9 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Eight bytes a trained parameter, two with 8-bit states.",
         ),
     ] = "paged_adamw_8bit"
-    weight_decay: Annotated[float, _about("Weight decay", "Pull of the adapter towards zero.", ge=0, le=1)] = 0.0
+    weight_decay: Annotated[
+        float, _about("Weight decay", "Pull of the adapter towards zero.", ge=0, le=1)
+    ] = 0.0
     max_grad_norm: Annotated[
         float, _about("Clip gradients", "Largest gradient norm; 0 does not clip.", ge=0, le=1000)
     ] = 1.0
@@ -218,24 +228,42 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Keeps one hidden state a layer instead of every activation.",
         ),
     ] = True
-    log_every: Annotated[int, _about("Log every", "Steps between two points of the loss graph.", ge=1)] = 1
+    log_every: Annotated[
+        int, _about("Log every", "Steps between two points of the loss graph.", ge=1, le=_MANY_STEPS)
+    ] = 1
     evaluate_every: Annotated[
-        int, _about("Evaluate every", "Steps between two validations; 0 is at each epoch's end.", ge=0)
+        int,
+        _about(
+            "Evaluate every", "Steps between two validations; 0 is at each epoch's end.", ge=0, le=_MANY_STEPS
+        ),
     ] = 0
     checkpoint_every: Annotated[
-        int, _about("Checkpoint every", "Steps between two checkpoints; 0 is at each epoch's end.", ge=0)
+        int,
+        _about(
+            "Checkpoint every",
+            "Steps between two checkpoints; 0 is at each epoch's end.",
+            ge=0,
+            le=_MANY_STEPS,
+        ),
     ] = 0
     keep_checkpoints: Annotated[
         int, _about("Keep checkpoints", "How many to keep, besides the best.", ge=1, le=1000)
     ] = 2
     early_stopping: Annotated[
         int,
-        _about("Early stopping", "Stop after this many validations without improvement; 0 never.", ge=0),
+        _about(
+            "Early stopping",
+            "Stop after this many validations without improvement; 0 never.",
+            ge=0,
+            le=_MANY_STEPS,
+        ),
     ] = 0
     sample_prompts: Annotated[
         tuple[str, ...], _about("Sample prompts", "Prompts answered at each validation, kept by step.")
     ] = ()
-    seed: Annotated[int, _about("Seed", "Order of the data, dropout and initial adapter.", ge=0, lt=2**32)] = 42
+    seed: Annotated[
+        int, _about("Seed", "Order of the data, dropout and initial adapter.", ge=0, lt=2**32)
+    ] = 42
 
 
 class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

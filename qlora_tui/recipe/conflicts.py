@@ -1,0 +1,73 @@
+"""Settings that are right each alone and wrong together."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.recipe.schema import Recipe
+
+
+class Conflict(Struct, frozen=True):
+    """Settings that cannot both hold."""
+
+    paths: tuple[str, ...]
+    """The settings, for the form to mark."""
+    what: str
+    fix: str
+
+
+def conflicts(recipe: Recipe) -> list[Conflict]:
+    """All conflicts in a recipe; a valid one has none."""
+    found = []
+    validates = bool(recipe.data.validation_fraction or recipe.data.validation_path)
+    if recipe.training.early_stopping and not validates:
+        found.append(
+            Conflict(
+                ("training.early_stopping", "data.validation_fraction"),
+                "training.early_stopping watches the validation loss, and no data is held back for it",
+                "set data.validation_fraction above 0, name a data.validation_path, "
+                "or set training.early_stopping = 0",
+            )
+        )
+    if recipe.model.attention == "flash" and recipe.quantization.compute_dtype == "float32":
+        found.append(
+            Conflict(
+                ("model.attention", "quantization.compute_dtype"),
+                'model.attention = "flash" needs 16 bits, and quantization.compute_dtype is "float32"',
+                'set model.attention = "sdpa" or quantization.compute_dtype = "auto"',
+            )
+        )
+    return found
+
+
+def check(recipe: Recipe) -> None:
+    """Raise Problem, exit code 2, with every conflict in the recipe."""
+    found = conflicts(recipe)
+    if not found:
+        return
+    raise Problem(
+        "Settings that conflict",
+        what="; ".join(conflict.what for conflict in found) + ".",
+        fix="\n  ".join(f"{c.fix[:1].upper()}{c.fix[1:]}." for c in found),
+        exit_code=WRONG_CALL,
+    )
+
+
+def ready_to_run(recipe: Recipe) -> None:
+    """Raise Problem, exit code 2, where a run could not start for want of a model or data; also ``check``."""
+    missing = []
+    if not recipe.model.id:
+        missing.append(("no model", "model.id", "Name a model: --model, or id under [model]."))
+    if not recipe.data.sources:
+        missing.append(("no data", "data.sources", "Name a data file: --data, or sources under [data]."))
+    if missing:
+        things, keys, fixes = zip(*missing, strict=True)
+        are = "is" if len(missing) == 1 else "are"
+        raise Problem(
+            "Not ready to run",
+            what=f"The recipe has {' and '.join(things)}: {' and '.join(keys)} {are} empty.",
+            fix="\n  ".join(fixes),
+            exit_code=WRONG_CALL,
+        )
+    check(recipe)

@@ -1,0 +1,75 @@
+"""On which line of a TOML text each key stands, so that an error can name it.
+
+``tomllib`` reads values only. This scans for table headers and ``key =``; it is given texts that
+``tomllib`` has already accepted, and a key it does not see merely has no line.
+"""
+
+from __future__ import annotations
+
+import re
+
+Key = tuple[str | int, ...]
+"""``("lora", "rank")``; ``("data", "sources", 0, "path")``."""
+
+_OPAQUE = re.compile(
+    r'"""(?:\\.|[^\\])*?"""+' r"|'''.*?'''+" r'|"(?:\\.|[^"\\\n])*"' r"|'[^'\n]*'" r"|#[^\n]*",
+    re.DOTALL,
+)
+"""Strings and comments, whose brackets and equals signs mean nothing."""
+_MEANINGFUL = re.compile(r"[\[\]{}=#.,\"']")
+_NAME = r"[\w-]+(?:\s*\.\s*[\w-]+)*"
+_HEADER = re.compile(rf"\s*(\[\[?)\s*({_NAME})\s*\]")
+_ASSIGNMENT = re.compile(rf"\s*({_NAME})\s*=")
+
+
+def key_lines(text: str) -> dict[Key, int]:
+    """The line of each key and table, counted from 1. Keys of inline tables are not among them."""
+    found: dict[Key, int] = {}
+    arrays: dict[Key, int] = {}
+    table: Key = ()
+    depth = 0
+    for number, line in enumerate(_OPAQUE.sub(_blank, text).split("\n"), start=1):
+        header = _HEADER.match(line) if depth == 0 else None
+        if header:
+            table = _inside_arrays(_parts(header[2]), arrays)
+            if header[1] == "[[":
+                found.setdefault(table, number)
+                arrays[table] = arrays.get(table, -1) + 1
+                table = (*table, arrays[table])
+            found[table] = number
+            continue
+        assignment = _ASSIGNMENT.match(line) if depth == 0 else None
+        if assignment:
+            parts = _parts(assignment[1])
+            for end in range(1, len(parts) + 1):
+                found.setdefault(table + parts[:end], number)
+        depth += sum(line.count(mark) for mark in "[{") - sum(line.count(mark) for mark in "]}")
+    return found
+
+
+def line_of(lines: dict[Key, int], key: Key) -> int | None:
+    """The line of ``key``, or of the nearest thing around it."""
+    while key:
+        if key in lines:
+            return lines[key]
+        key = key[:-1]
+    return None
+
+
+def _blank(match: re.Match[str]) -> str:
+    text = match[0]
+    return "" if text.startswith("#") else _MEANINGFUL.sub("", text)
+
+
+def _parts(dotted: str) -> Key:
+    return tuple(part.strip() for part in dotted.split("."))
+
+
+def _inside_arrays(parts: Key, arrays: dict[Key, int]) -> Key:
+    """``data.sources.columns`` under ``[[data.sources]]`` is of the latest source."""
+    key: Key = ()
+    for position, part in enumerate(parts):
+        key = (*key, part)
+        if position < len(parts) - 1 and key in arrays:
+            key = (*key, arrays[key])
+    return key

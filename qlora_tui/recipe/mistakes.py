@@ -1,0 +1,58 @@
+"""A mistake in a recipe, and the exception that carries all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from qlora_tui.errors import WRONG_CALL, Problem
+
+_SHOWN = 20
+"""More than these in one file, and it is not a recipe."""
+
+
+class Mistake(Struct, frozen=True):
+    """One thing that is wrong, where, and what was probably meant."""
+
+    origin: str
+    """The file, or the argument: ``--set lora.rank=x``."""
+    path: str
+    """``lora.rank``; empty where the mistake is not in one setting."""
+    says: str
+    """``lora.rank must be a whole number from 1 to 1,024, not "x"``."""
+    hint: str = ""
+    """What to do: ``did you mean lora.rank?``"""
+    line: int | None = None
+    """Counted from 1; None where it is not known."""
+
+    @property
+    def where(self) -> str:
+        return self.origin if self.line is None else f"{self.origin}, line {self.line}"
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.says}" + (f"; {self.hint}" if self.hint else "")
+
+
+class InvalidRecipe(Problem):
+    """A recipe, a preset or a ``--set`` that cannot be used."""
+
+    def __init__(self, mistakes: Sequence[Mistake]):
+        self.mistakes = tuple(mistakes)
+        if len(mistakes) == 1:
+            [only] = mistakes
+            super().__init__(
+                "Invalid recipe",
+                what=f"{only.where}: {only.says}",
+                fix=only.hint[:1].upper() + only.hint[1:],
+                exit_code=WRONG_CALL,
+            )
+            return
+        lines = [str(mistake) for mistake in mistakes[:_SHOWN]]
+        if len(mistakes) > _SHOWN:
+            lines.append(f"and {len(mistakes) - _SHOWN} more")
+        super().__init__(
+            "Invalid recipe",
+            what="\n  ".join([f"{len(mistakes)} mistakes", *lines]),
+            exit_code=WRONG_CALL,
+        )

@@ -1,0 +1,92 @@
+"""What was probably meant by a key that is no setting, a section that is none, or a value off the list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from qlora_tui.recipe.fields import fields, sections
+
+_ELSEWHERE = {
+    "attn_implementation": "model.attention",
+    "base_model": "model.id",
+    "batch_size": "training.micro_batch",
+    "bnb_4bit_compute_dtype": "quantization.compute_dtype",
+    "bnb_4bit_quant_type": "quantization.method",
+    "bnb_4bit_use_double_quant": "quantization.double_quantization",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.sources",
+    "early_stopping_patience": "training.early_stopping",
+    "eval_steps": "training.evaluate_every",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "load_in_4bit": "quantization.method",
+    "load_in_8bit": "quantization.method",
+    "logging_steps": "training.log_every",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_r": "lora.rank",
+    "lora_target_modules": "lora.target_modules",
+    "lr": "training.learning_rate",
+    "lr_scheduler": "training.schedule",
+    "lr_scheduler_type": "training.schedule",
+    "max_seq_length": "data.max_length",
+    "micro_batch_size": "training.micro_batch",
+    "model_name_or_path": "model.id",
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "optim": "training.optimizer",
+    "per_device_train_batch_size": "training.micro_batch",
+    "r": "lora.rank",
+    "sample_packing": "data.packing",
+    "save_steps": "training.checkpoint_every",
+    "save_total_limit": "training.keep_checkpoints",
+    "sequence_len": "data.max_length",
+    "val_set_size": "data.validation_fraction",
+    "warmup_ratio": "training.warmup",
+}
+"""What peft, transformers and the other trainers call it."""
+
+
+def closest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate most like ``word``, whatever its case and dashes; None where none is near."""
+    by_plain = {plain(candidate): candidate for candidate in candidates}
+    matches = get_close_matches(plain(word), by_plain, n=1)
+    return by_plain[matches[0]] if matches else None
+
+
+def did_you_mean(word: str, candidates: Iterable[str], shape: str = "{}") -> str:
+    """``did you mean [lora]?``, or nothing. ``shape`` is how the candidate is written."""
+    match = closest(word, candidates)
+    return f"did you mean {shape.format(match)}?" if match else ""
+
+
+def hint_for_key(section: str, key: str) -> str:
+    """What to do about ``section.key``, which is no setting. ``section`` is empty at the top of a file."""
+    simple = plain(key)
+    own = [field.key for field in fields().values() if field.section == section]
+    homes = [field for field in fields().values() if field.key == simple]
+    if simple not in own and homes:
+        home = homes[0].section
+        return f"{simple} belongs in [{home}]" if home else f"{simple} belongs at the top, above the sections"
+    if simple in _ELSEWHERE:
+        return f"did you mean {_ELSEWHERE[simple]}?"
+    match = closest(key, own)
+    if match:
+        return f"did you mean {f'{section}.{match}' if section else match}?"
+    path = closest(key, [field.path for field in fields().values()]) or _closest_key(key)
+    if path:
+        return f"did you mean {path}?"
+    if not section:
+        return "the sections are " + ", ".join(f"[{name}]" for name in sections())
+    return f"[{section}] takes " + ", ".join(own)
+
+
+def _closest_key(key: str) -> str | None:
+    by_key = {field.key: field.path for field in fields().values()}
+    match = closest(key, by_key)
+    return by_key[match] if match else None
+
+
+def plain(word: str) -> str:
+    """A key without what people vary in it: case and dashes."""
+    return word.lower().replace("-", "_")

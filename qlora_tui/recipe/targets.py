@@ -1,0 +1,239 @@
+"""Which linear modules LoRA touches: the patterns of ``lora.target_modules``, read and written.
+
+A pattern is one of
+
+* ``all-linear``: every linear module of the language model but the head;
+* a kind, the last part of a module's name: ``q_proj``;
+* either of them in some layers, counted from 0: ``8-23.q_proj``, ``0-3,7.all-linear``;
+* one module's full dotted name.
+
+Modules of a vision tower are matched by their full name only: fine-tuning on text gives them no
+gradient, and their layers are counted apart.
+
+The LoRA screen turns check boxes into patterns (:func:`compress`) and back (:func:`select`); memory
+and training use :func:`select`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Protocol, TypeVar
+
+from msgspec import Struct
+
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.recipe.near import did_you_mean
+from qlora_tui.recipe.schema import ALL_LINEAR
+
+_SYNTAX = "write all-linear, a kind (q_proj), layers and a kind (8-23.q_proj), or a module's full name"
+
+_PATTERN = re.compile(
+    r"(?:(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\.(?P<in_layers>[A-Za-z_][\w-]*)"
+    r"|(?P<kind>[A-Za-z_][\w-]*)"
+    r"|(?P<name>[A-Za-z_][\w-]*(?:\.[\w-]+)+))"
+)
+_ONLY_LAYERS = re.compile(r"\s*\d+(?:-\d+)?\s*")
+
+
+class Module(Protocol):
+    """What a pattern looks at. ``catalog.facts.LinearModule`` is one."""
+
+    @property
+    def name(self) -> str:
+        """Full and dotted: ``model.layers.0.self_attn.q_proj``."""
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name."""
+
+    @property
+    def layer(self) -> int | None:
+        """None outside layers."""
+
+    @property
+    def part(self) -> str:
+        """``vision`` for a module of a vision tower; anything else is the language model."""
+
+
+AnyModule = TypeVar("AnyModule", bound=Module)
+
+
+class _Pattern(Struct, frozen=True):
+    kind: str = ""
+    """A kind or ``all-linear``; empty for one module by name."""
+    layers: tuple[tuple[int, int], ...] = ()
+    """First and last of each run; empty for every layer."""
+    name: str = ""
+
+    def matches(self, module: Module) -> bool:
+        if self.name:
+            return module.name == self.name
+        if module.part == "vision" or self.kind not in (ALL_LINEAR, module.kind):
+            return False
+        if not self.layers:
+            return True
+        layer = module.layer
+        return layer is not None and any(first <= layer <= last for first, last in self.layers)
+
+
+class _Unparsable(Exception):
+    def __init__(self, says: str, hint: str):
+        super().__init__(says)
+        self.says = says
+        self.hint = hint
+
+
+def syntax_error(pattern: str) -> tuple[str, str] | None:
+    """What is wrong with a pattern, whatever the model, and what to write; None where it parses."""
+    try:
+        _parse(pattern)
+    except _Unparsable as error:
+        return error.says, error.hint
+    return None
+
+
+def matches(patterns: Iterable[str], module: Module) -> bool:
+    """Whether any of the patterns touches the module. Patterns of a valid recipe always parse."""
+    return any(_parse(pattern).matches(module) for pattern in patterns)
+
+
+def select(patterns: Iterable[str], modules: Sequence[AnyModule]) -> list[AnyModule]:
+    """The modules that the patterns touch, in the model's order.
+
+    Raises Problem where a pattern touches nothing: an unknown kind, layers the model has not.
+    """
+    parsed = [(pattern, _parse(pattern)) for pattern in patterns]
+    for text, pattern in parsed:
+        if not any(pattern.matches(module) for module in modules):
+            raise _touches_nothing(text, pattern, modules)
+    return [module for module in modules if any(pattern.matches(module) for _, pattern in parsed)]
+
+
+def compress(selected_names: Iterable[str], modules: Sequence[Module]) -> tuple[str, ...]:
+    """Short patterns that select exactly the named modules; empty where none is named.
+
+    Whole kinds and runs of layers become one pattern each; only modules that share kind and layer with
+    one left out are named in full. Of two ways to say it, with and without ``all-linear`` over the layers
+    that are whole, the shorter is taken.
+    """
+    chosen = set(selected_names)
+    language = [module for module in modules if module.part != "vision"]
+    vision = tuple(m.name for m in modules if m.part == "vision" and m.name in chosen)
+    if language and all(module.name in chosen for module in language):
+        return (ALL_LINEAR, *vision)
+    grid = _Grid(language, chosen)
+    ways = [grid.patterns(frozenset()), grid.patterns(grid.whole_layers)]
+    return min(ways, key=lambda way: (len(way), sum(map(len, way)))) + vision
+
+
+def split(text: str) -> list[str]:
+    """Patterns from a comma list: ``0-3,7.q_proj,k_proj`` is two, for layers alone are no pattern."""
+    found: list[str] = []
+    for piece in text.split(","):
+        if found and _ONLY_LAYERS.fullmatch(found[-1].rpartition(",")[2]):
+            found[-1] += "," + piece.strip()
+        else:
+            found.append(piece.strip())
+    return found
+
+
+class _Grid:
+    """The language model's modules by kind and layer, and which of these cells are wholly chosen."""
+
+    def __init__(self, modules: Sequence[Module], chosen: set[str]):
+        self._cells: dict[str, dict[int | None, list[Module]]] = {}
+        for module in modules:
+            self._cells.setdefault(module.kind, {}).setdefault(module.layer, []).append(module)
+        self._chosen = chosen
+        self._full = {
+            kind: {layer for layer, cell in row.items() if all(m.name in chosen for m in cell)}
+            for kind, row in self._cells.items()
+        }
+        self._layers = sorted({m.layer for m in modules if m.layer is not None})
+        broken = {module.layer for module in modules if module.name not in chosen}
+        self.whole_layers = frozenset(set(self._layers) - broken)
+
+    def patterns(self, covered: frozenset[int]) -> tuple[str, ...]:
+        """Patterns for the choice; layers in ``covered`` are said by one ``all-linear``."""
+        found = [f"{_runs(covered, self._layers)}.{ALL_LINEAR}"] if covered else []
+        for kind, row in self._cells.items():
+            full = self._full[kind]
+            left = full - covered
+            if left and len(full) == len(row):
+                found.append(kind)
+            elif left:
+                found += self._in_layers(kind, full, left)
+            for layer, cell in row.items():
+                if layer not in full:
+                    found += [module.name for module in cell if module.name in self._chosen]
+        return tuple(found)
+
+    def _in_layers(self, kind: str, full: set[int | None], left: set[int | None]) -> list[str]:
+        """At least the layers ``left``, at most the layers ``full``, whichever is shorter to write."""
+        places = sorted(layer for layer in self._cells[kind] if layer is not None)
+        found = [module.name for module in self._cells[kind][None]] if None in left else []
+        ways = [_runs({layer for layer in some if layer is not None}, places) for some in (left, full)]
+        shortest = min(ways, key=len)
+        return [f"{shortest}.{kind}", *found] if shortest and left != {None} else found
+
+
+def _runs(layers: Iterable[int], places: Sequence[int]) -> str:
+    """``0-3,7``. ``places`` are the layers there are: a run may pass over what does not exist."""
+    wanted = set(layers)
+    runs: list[list[int]] = []
+    joined = False
+    for place in places:
+        if place in wanted and joined:
+            runs[-1][1] = place
+        elif place in wanted:
+            runs.append([place, place])
+        joined = place in wanted
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+@lru_cache(maxsize=4096)
+def _parse(pattern: str) -> _Pattern:
+    match = _PATTERN.fullmatch(pattern)
+    if not match:
+        raise _Unparsable(f'"{pattern}" is not a target pattern', _SYNTAX)
+    if match["name"]:
+        return _Pattern(name=match["name"])
+    if match["kind"]:
+        return _Pattern(kind=match["kind"])
+    return _Pattern(kind=match["in_layers"], layers=tuple(map(_run, match["layers"].split(","))))
+
+
+def _run(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    run = (int(first), int(last or first))
+    if run[0] > run[1]:
+        raise _Unparsable(f'layers "{text}" run backwards', f"write {last}-{first}")
+    return run
+
+
+def _touches_nothing(text: str, pattern: _Pattern, modules: Sequence[Module]) -> Problem:
+    title = "Unknown target module"
+    if pattern.name:
+        names = [module.name for module in modules]
+        hint = did_you_mean(pattern.name, names) or "its modules are shown on the LoRA screen"
+        return _problem(title, f"The model has no module {pattern.name}.", hint)
+    language = [module for module in modules if module.part != "vision"]
+    kinds = list(dict.fromkeys(module.kind for module in language))
+    if pattern.kind not in (ALL_LINEAR, *kinds):
+        prefix = text[: len(text) - len(pattern.kind)]
+        hint = did_you_mean(pattern.kind, [*kinds, ALL_LINEAR], prefix + "{}")
+        what = f'lora.target_modules has "{text}", and the model has no {pattern.kind}.'
+        return _problem(title, what, hint, why=f"Its kinds are {', '.join(kinds) or 'none'}.")
+    layers = sorted(
+        {m.layer for m in language if m.layer is not None and pattern.kind in (ALL_LINEAR, m.kind)}
+    )
+    has = f"{pattern.kind} is in layers {_runs(layers, layers)}."
+    what = f'lora.target_modules has "{text}", and the model has no such layers.'
+    return _problem(title, what, _SYNTAX, why=has)
+
+
+def _problem(title: str, what: str, hint: str, why: str = "") -> Problem:
+    fix = hint[:1].upper() + hint[1:]
+    return Problem(title, what=what, why=why, fix=fix, exit_code=WRONG_CALL)

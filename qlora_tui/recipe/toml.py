@@ -1,0 +1,170 @@
+"""Recipes as TOML: a file or text to a layer, a layer to a recipe, a recipe to text.
+
+A layer is a partial recipe as nested dicts, the way ``tomllib`` gives it. ``load`` checks what it reads;
+layers are laid over each other in :mod:`.overlay`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tomli_w
+
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.recipe.fields import Field, fields, value_of
+from qlora_tui.recipe.lines import key_lines
+from qlora_tui.recipe.mistakes import InvalidRecipe
+from qlora_tui.recipe.near import closest
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.validation import mistakes_in
+
+_LARGEST_BYTES = 1_000_000
+"""A recipe is a few kilobytes; more is a model or a data file given by mistake."""
+
+_PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The layer in a file, checked.
+
+    Raises Problem, exit code 2, where the file cannot be read or is not TOML, and InvalidRecipe with every
+    mistake and its line.
+    """
+    text = read_text(path)
+    layer = parse(text, str(path))
+    validate(layer, str(path), text)
+    return layer
+
+
+def read_text(path: Path) -> str:
+    """A small UTF-8 file. Raises Problem, exit code 2: missing, a directory, too large, not UTF-8."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_BYTES + 1)
+    except FileNotFoundError:
+        raise _unreadable(path, "there is no such file", _neighbour(path)) from None
+    except IsADirectoryError:
+        raise _unreadable(path, "it is a directory", "Name the TOML file in it.") from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, getattr(error, "strerror", None) or str(error), "") from None
+    if len(content) > _LARGEST_BYTES:
+        raise _unreadable(path, "it is over 1 MB, and a recipe is a small text", "Name a recipe.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        fix = "Save it as UTF-8 in your editor."
+        raise _unreadable(path, f"line {line} is not UTF-8 text", fix) from None
+
+
+def parse(text: str, origin: str) -> dict[str, Any]:
+    """The layer in a text, unchecked. Raises Problem, exit code 2, with the line where it is not TOML."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        says, line = "it is nested too deeply", 0
+    except ValueError as error:
+        says = str(error)
+        place = _PLACE.search(says)
+        line = int(place[1] or text.rstrip().count("\n") + 1) if place else 0
+        says = _PLACE.sub("", says)
+    found = f" It reads: {_line(text, line)}" if line and _line(text, line) else ""
+    raise Problem(
+        "Not TOML",
+        what=f"{origin}{f', line {line}' if line else ''}: {says}.{found}",
+        fix="Write key = value under a [section]; texts in quotes, true and false in small letters.",
+        exit_code=WRONG_CALL,
+    )
+
+
+def validate(layer: Mapping[str, Any], origin: str, text: str | None = None) -> None:
+    """Raise InvalidRecipe with every mistake in the layer.
+
+    ``origin`` is the file or argument to name; with the ``text`` that was parsed, lines are named too.
+    """
+    mistakes = mistakes_in(layer, origin, key_lines(text) if text is not None else {})
+    if mistakes:
+        raise InvalidRecipe(mistakes)
+
+
+def to_recipe(layer: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """The recipe a layer makes over the defaults. Raises InvalidRecipe."""
+    validate(layer, origin)
+    return msgspec.convert(layer, Recipe, strict=True)
+
+
+def to_layer(recipe: Recipe) -> dict[str, Any]:
+    """Every setting of a recipe as a layer."""
+    layer: dict[str, Any] = msgspec.to_builtins(recipe)
+    return layer
+
+
+def dump(recipe: Recipe, comments: bool = False) -> str:
+    """Every setting as TOML; with ``comments``, each under its help, bounds and memory effect."""
+    text = tomli_w.dumps(to_layer(recipe))
+    return _commented(text) if comments else text
+
+
+def difference_layer(recipe: Recipe, base: Recipe) -> dict[str, Any]:
+    """The settings in which ``recipe`` is not ``base``, as a layer."""
+    full = to_layer(recipe)
+    layer: dict[str, Any] = {}
+    for field in fields().values():
+        if value_of(recipe, field.path) == value_of(base, field.path):
+            continue
+        if field.section:
+            layer.setdefault(field.section, {})[field.key] = full[field.section][field.key]
+        else:
+            layer[field.key] = full[field.key]
+    return layer
+
+
+def dump_difference(recipe: Recipe, base: Recipe) -> str:
+    """Only the settings in which ``recipe`` is not ``base``, as TOML. Empty where they are equal."""
+    return tomli_w.dumps(difference_layer(recipe, base))
+
+
+def _commented(text: str) -> str:
+    comments = {
+        line: field
+        for key, line in key_lines(text).items()
+        if (field := fields().get(".".join(map(str, key))))
+    }
+    written: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if number in comments:
+            written += ["", *_comment(comments[number])]
+        written.append(line)
+    return "\n".join(written).strip() + "\n"
+
+
+def _comment(field: Field) -> list[str]:
+    lines = [f"# {field.help}"]
+    if field.kind in ("int", "float", "choice"):
+        lines.append(f"# {field.expected[:1].upper()}{field.expected[1:]}.")
+    if field.memory:
+        lines.append(f"# Memory: {field.memory}")
+    return lines
+
+
+def _line(text: str, number: int) -> str:
+    lines = text.splitlines()
+    line = lines[number - 1].strip() if number <= len(lines) else ""
+    return line if len(line) <= 60 else line[:59] + "…"
+
+
+def _unreadable(path: Path, why: str, fix: str) -> Problem:
+    return Problem("Cannot read recipe", what=f"{path}: {why}.", fix=fix, exit_code=WRONG_CALL)
+
+
+def _neighbour(path: Path) -> str:
+    try:
+        match = closest(path.name, sorted(p.name for p in path.parent.glob("*.toml")))
+    except OSError:
+        return ""
+    return f"Did you mean {path.parent / match}?" if match else "Check the path."
