@@ -75,11 +75,11 @@ class EventTail:
     def drain(self) -> list[AnyEvent]:
         """Every whole event to the end of the file."""
         events: list[AnyEvent] = []
-        while True:
+        before = -1
+        while self._offset != before:
             before = self._offset
             events += self.poll()
-            if self._offset == before:
-                return events
+        return events
 
 
 def last_event(path: Path) -> AnyEvent | None:

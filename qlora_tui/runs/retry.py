@@ -66,7 +66,7 @@ def plan_retry(run: RunDir, ending: Terminal) -> Plan | None:
                     kind="out_of_memory",
                     severity="warning",
                     evidence=ending.what,
-                    remedy=f"Trying again with {describe(plan)}; the effective batch stays {recipe.effective_batch}.",
+                    remedy=f"Trying again with {describe(plan)}; the effective batch stays.",
                 )
             )
     return plan

@@ -1,8 +1,8 @@
 """The runner: takes queued runs one at a time and watches over each one's trainer.
 
 ``python -m qlora_tui.runs.runner`` is started by whoever queues a run. One works per user and machine,
-held by a lock; it ends when the queue is empty. It holds nothing that cannot be read from files again: killed at
-any moment, the trainer goes on, and the next runner takes over from where things are.
+held by a lock; it ends when the queue is empty. It holds nothing that cannot be read from files again: killed
+at any moment, the trainer goes on, and the next runner takes over from where things are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_tui import paths
+from qlora_tui.gpu.visible import STABLE_ORDER
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.endings import how_it_ended, settle
@@ -130,7 +131,7 @@ def _lock() -> Iterator[bool]:
 def _environment() -> dict[str, str]:
     package = str(Path(__file__).parents[2])
     search_path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(search_path), "PYTHONUNBUFFERED": "1"}
+    return os.environ | STABLE_ORDER | {"PYTHONPATH": os.pathsep.join(search_path), "PYTHONUNBUFFERED": "1"}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where a run stands: ``status.json``, replaced whole, and what it means once its process is gone.
 
-Written by whoever has the run: the one who queues it, then the runner, then the trainer. Never by two at once.
+Written by whoever has the run: the one who queues it, the runner, the trainer; never by two at once.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def encode(sample: Sample) -> bytes:
 
 
 class TelemetryTail:
-    """Reads samples from where it stopped the last time; the first look takes only the last ``most`` bytes."""
+    """Reads samples from where it stopped; the first look takes only the last ``most_bytes``."""
 
     def __init__(self, path: Path, most_bytes: int = 256 * 1024) -> None:
         self._path = path

@@ -1,0 +1,9 @@
+"""The terminal app. Textual lives here, and only here.
+
+app.py        the frame: screens, themes, keys, what every screen shares
+workbench.py  the recipe being edited, and what follows from it (architecture, estimate)
+watch.py      a look at the card and the runs, once a second
+commands.py   how a command is declared; each screen declares its own
+screens/      one module and one .tcss a screen
+widgets/      pieces that more than one screen shows, and graphs
+"""

@@ -1,0 +1,1 @@
+"""One module a screen; ``base`` is what they share. Modals: problem, question, presets, help."""

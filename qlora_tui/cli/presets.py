@@ -1,0 +1,51 @@
+"""``presets``: the shipped ones and the user's."""
+
+from __future__ import annotations
+
+import argparse
+
+import msgspec
+
+from qlora_tui.cli.verb import Outcome, Verb, table
+from qlora_tui.recipe.presets import find
+from qlora_tui.recipe.presets import presets as all_presets
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """List presets, or show one as its file has it."""
+    if args.action == "show":
+        preset = find(args.name)
+        return Outcome(
+            data={"name": preset.name, "path": str(preset.path), "recipe": msgspec.to_builtins(preset.layer)},
+            text=preset.path.read_text("utf-8").rstrip(),
+        )
+    found = all_presets()
+    rows = [
+        [p.name, "shipped" if p.shipped else "yours", str(p.problem.what if p.problem else p.note)]
+        for p in found
+    ]
+    return Outcome(
+        data={
+            "presets": [
+                {
+                    "name": p.name,
+                    "note": p.note,
+                    "path": str(p.path),
+                    "shipped": p.shipped,
+                    "problem": str(p.problem) if p.problem else None,
+                }
+                for p in found
+            ]
+        },
+        text=table(rows, ["preset", "from", "what for"]),
+    )
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="show NAME")
+    one = actions.add_parser("show", help="print one preset")
+    one.add_argument("name", metavar="NAME")
+    one.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+
+
+VERB = Verb("presets", "List presets, or show one.", run, _arguments)

@@ -1,0 +1,89 @@
+"""How a verb is declared, and how its outcome is printed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qlora_tui.recipe.overlay import build
+from qlora_tui.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb found: the same for people and for programs."""
+
+    data: Any
+    """Printed with ``--json``: stable keys, bytes as integers."""
+    text: str
+    """Printed without."""
+    exit_code: int = 0
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One word of the command line."""
+
+    name: str
+    help: str
+    run: Callable[[argparse.Namespace], Outcome | int]
+    """Gives an outcome to print, or the exit code when it has printed as it went."""
+    arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+def show(outcome: Outcome, *, as_json: bool) -> int:
+    """Print an outcome on stdout; its exit code."""
+    if as_json:
+        print_json(outcome.data)
+    elif outcome.text:
+        print(outcome.text)
+    return outcome.exit_code
+
+
+def print_json(data: Any) -> None:
+    """One object on one line."""
+    sys.stdout.write(msgspec.json.encode(data).decode() + "\n")
+    sys.stdout.flush()
+
+
+def recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options from which a recipe is laid together."""
+    parser.add_argument("--preset", help="the preset to lay over the defaults (see `qlora-tui presets`)")
+    parser.add_argument("--model", help="a hub id, a folder, or a GGUF file")
+    parser.add_argument("--data", action="append", default=[], metavar="FILE", help="a data file; repeatable")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="sets",
+        metavar="KEY=VALUE",
+        help="change one setting, as in lora.rank=32; repeatable",
+    )
+
+
+def recipe_from(args: argparse.Namespace) -> Recipe:
+    """The recipe the options describe: defaults < preset < file < options. Raises Problem."""
+    file = getattr(args, "recipe", None)
+    return build(
+        preset=args.preset,
+        file=Path(file) if file else None,
+        sets=args.sets,
+        model=args.model,
+        data=args.data,
+    )
+
+
+def table(rows: list[list[str]], header: list[str]) -> str:
+    """Columns as wide as they need; numbers are told by the caller's own alignment."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [header, *rows]
+    ]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,61 @@
+"""Numbers as people read them, the same on every screen and in the command line's tables."""
+
+from __future__ import annotations
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+def size(bytes_: int | None) -> str:
+    """``9.1 GiB``, ``512 MiB``, ``14 KiB``; NA where it is not known."""
+    if bytes_ is None:
+        return "NA"
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1 << 10, "KiB")):
+        if abs(bytes_) >= unit:
+            amount = bytes_ / unit
+            return f"{amount:.1f} {name}" if amount < 100 and name == "GiB" else f"{amount:.0f} {name}"
+    return f"{bytes_} B"
+
+
+def gib(bytes_: int | None) -> str:
+    """``18.2``: GiB without the unit, for where it stands beside another; NA where it is not known."""
+    return "NA" if bytes_ is None else f"{bytes_ / GIB:.1f}"
+
+
+def count(number: int | None) -> str:
+    """``7.6B``, ``135M``, ``4,812``; NA where it is not known."""
+    if number is None:
+        return "NA"
+    for unit, letter in ((10**9, "B"), (10**6, "M")):
+        if number >= unit:
+            amount = number / unit
+            return f"{amount:.2f}{letter}" if amount < 10 else f"{amount:.0f}{letter}"
+    return f"{number:,}"
+
+
+def duration(seconds: float | None) -> str:
+    """``41 min``, ``3 h 12 min``, ``25 s``; NA where it is not known."""
+    if seconds is None:
+        return "NA"
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """A loss or a gradient norm; ``NaN`` where it was not a number, NA where there is none."""
+    if value is None:
+        return "NA"
+    return "NaN" if value != value else f"{value:.{digits}g}"
+
+
+def percent(part: float | None) -> str:
+    """``97%`` of a share between 0 and 1."""
+    return "NA" if part is None else f"{part * 100:.0f}%"

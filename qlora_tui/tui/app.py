@@ -1,0 +1,149 @@
+"""The frame of the app: screens, themes, the recipe being edited, a look at the machine once a second."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from importlib import import_module
+from typing import Any, ClassVar
+
+from textual.app import App
+from textual.binding import Binding
+from textual.screen import Screen
+from textual.signal import Signal
+
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui import themes
+from qlora_tui.tui.commands import EVERYWHERE
+from qlora_tui.tui.palette import CommandProvider
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.help import HelpScreen
+from qlora_tui.tui.screens.problem import ProblemScreen
+from qlora_tui.tui.watch import Pulse, Watch
+from qlora_tui.tui.workbench import load_draft, save_draft
+
+LOOK_EVERY_S = 1.0
+
+_SCREENS = {
+    "home": "HomeScreen",
+    "models": "ModelsScreen",
+    "data": "DataScreen",
+    "memory": "MemoryScreen",
+    "lora": "LoraScreen",
+    "train": "TrainScreen",
+    "runs": "RunsScreen",
+    "chat": "ChatScreen",
+}
+"""Class of each mode, in the module ``qlora_tui.tui.screens.<mode>``, imported when it is first shown."""
+
+
+def _screen(mode: str) -> Screen[Any]:
+    screen: Screen[Any] = getattr(import_module(f"qlora_tui.tui.screens.{mode}"), _SCREENS[mode])()
+    return screen
+
+
+class QloraApp(App[None]):
+    """The terminal workstation."""
+
+    TITLE = "qlora-tui"
+    CSS_PATH = "app.tcss"
+    MODES: ClassVar[dict[str, Any]] = {mode: partial(_screen, mode) for mode in _SCREENS}
+    DEFAULT_MODE = "home"
+    COMMANDS: ClassVar[set[Any]] = {CommandProvider}
+    BINDINGS: ClassVar[list[Binding]] = [command.binding() for command in EVERYWHERE]
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [
+        (0, "-narrow"),
+        (100, "-wide"),
+        (160, "-very-wide"),
+    ]
+
+    def __init__(self, *, assumed_bytes: int | None = None) -> None:
+        super().__init__()
+        # Over a slow link an animation is only a delay.
+        self.animation_level = "none"
+        self.workbench = load_draft()
+        self.pulse = Pulse()
+        self.assumed_bytes = assumed_bytes
+        """Memory to estimate against where there is no card, or another is meant."""
+        self.recipe_changed: Signal[Recipe] = Signal(self, "recipe changed")
+        self.pulse_changed: Signal[Pulse] = Signal(self, "pulse changed")
+        self._watch = Watch()
+        self._looking = False
+
+    @property
+    def available_bytes(self) -> int | None:
+        """Memory a run could have: the size given, or all of the card; None without either."""
+        return self.assumed_bytes or self.pulse.usable_bytes
+
+    def on_mount(self) -> None:
+        found, problems = themes.load_themes()
+        for theme in found:
+            self.register_theme(theme)
+        if themes.DEFAULT in self.available_themes:
+            self.theme = themes.DEFAULT
+        for problem in problems:
+            self.notify(str(problem), severity="warning", timeout=10)
+        self.set_interval(LOOK_EVERY_S, self._look)
+        self.call_after_refresh(self._look)
+
+    def edit(self, path: str, value: Any) -> bool:
+        """Change a setting of the recipe; a value that is not allowed is explained. True when it changed."""
+        try:
+            changed = self.workbench.set(path, value)
+        except Problem as problem:
+            self.explain(problem)
+            return False
+        if changed:
+            self.recipe_edited()
+        return changed
+
+    def recipe_edited(self) -> None:
+        """Keep and show the workbench's recipe after it changed."""
+        save_draft(self.workbench)
+        self.recipe_changed.publish(self.workbench.recipe)
+
+    def explain(self, problem: Problem) -> None:
+        """Show a problem in a modal."""
+        self.push_screen(ProblemScreen(problem))
+
+    async def action_go(self, mode: str) -> None:
+        """Show a screen by its name."""
+        if mode != self.current_mode:
+            await self.switch_mode(mode)
+
+    def action_help(self) -> None:
+        """Show the keys and words of the screen in front."""
+        here = self.screen
+        if isinstance(here, WorkScreen):
+            self.push_screen(HelpScreen(here.MODE, here.HELP_TEXT, here.COMMANDS))
+
+    def action_presets(self) -> None:
+        """Browse, open and save presets."""
+        from qlora_tui.tui.screens.presets import PresetsScreen
+
+        self.push_screen(PresetsScreen())
+
+    def action_undo(self) -> None:
+        """Take back the last change of the recipe."""
+        if self.workbench.undo():
+            self.recipe_edited()
+
+    def action_redo(self) -> None:
+        """Make the change again that was taken back."""
+        if self.workbench.redo():
+            self.recipe_edited()
+
+    async def _look(self) -> None:
+        if self._looking:
+            return
+        self._looking = True
+        try:
+            pulse = await asyncio.to_thread(self._watch.look)
+        finally:
+            self._looking = False
+        size_changed = pulse.usable_bytes != self.pulse.usable_bytes
+        self.pulse = pulse
+        self.pulse_changed.publish(pulse)
+        if size_changed:
+            self.recipe_changed.publish(self.workbench.recipe)

@@ -1,0 +1,110 @@
+"""One declaration a command: its key, its line in the footer, the palette and the help screen.
+
+A screen lists its commands in ``COMMANDS``; :class:`~qlora_tui.tui.screens.base.WorkScreen` turns them into
+bindings. A user's keymap names them by ``id``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from textual.binding import Binding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Something the user can do."""
+
+    id: str
+    """``train.stop``: unique, and stable for keymaps."""
+    key: str
+    """As Textual names it; several with commas."""
+    action: str
+    """The Textual action it runs."""
+    label: str
+    """One or two words, for the footer."""
+    help: str
+    """A sentence, for the palette and the help screen."""
+    in_footer: bool = True
+    verb: str = ""
+    """The verb of the command line that does the same."""
+
+    def binding(self) -> Binding:
+        """As Textual takes it."""
+        return Binding(self.key, self.action, self.label, show=self.in_footer, tooltip=self.help, id=self.id)
+
+
+def _go(number: int, mode: str, label: str, help_: str) -> Command:
+    return Command(
+        id=f"go.{mode}",
+        key=str(number),
+        action=f"app.go('{mode}')",
+        label=label,
+        help=help_,
+        in_footer=False,
+    )
+
+
+NAVIGATION: tuple[Command, ...] = (
+    _go(0, "home", "Home", "The card, the runs, and the next step."),
+    _go(1, "models", "Model", "Choose a model on this machine, or find one on the hub."),
+    _go(2, "data", "Data", "Choose data and see every token as the model will."),
+    _go(3, "memory", "Memory", "See whether it fits, item by item."),
+    _go(4, "lora", "LoRA", "Choose what is trained."),
+    _go(5, "train", "Train", "Launch a run, or watch the one at work."),
+    _go(6, "runs", "Runs", "Every run so far, and the queue."),
+    _go(7, "chat", "Chat", "Talk to an adapter, and to the base beside it."),
+)
+"""The screens, in the order of their keys."""
+
+EVERYWHERE: tuple[Command, ...] = (
+    *NAVIGATION,
+    Command(
+        id="app.palette",
+        key="ctrl+p",
+        action="app.command_palette",
+        label="Palette",
+        help="Find any command by name.",
+    ),
+    Command(
+        id="app.help",
+        key="question_mark",
+        action="app.help",
+        label="Help",
+        help="Keys and words of this screen.",
+    ),
+    Command(
+        id="app.presets",
+        key="p",
+        action="app.presets",
+        label="Presets",
+        help="Open a preset, or save this recipe as one.",
+        in_footer=False,
+        verb="presets",
+    ),
+    Command(
+        id="app.undo",
+        key="u",
+        action="app.undo",
+        label="Undo",
+        help="Take back the last change of the recipe.",
+        in_footer=False,
+    ),
+    Command(
+        id="app.redo",
+        key="ctrl+r",
+        action="app.redo",
+        label="Redo",
+        help="Make the change again that was taken back.",
+        in_footer=False,
+    ),
+    Command(
+        id="app.quit",
+        key="q",
+        action="app.quit",
+        label="Quit",
+        help="Leave the app. Runs go on without it.",
+        in_footer=False,
+    ),
+)
+"""Commands of the app itself, on every screen."""

@@ -1,0 +1,86 @@
+"""What every screen of the app is made of: top line, recipe strip, body, footer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from textual.app import ComposeResult
+from textual.screen import Screen
+from textual.widget import Widget
+from textual.widgets import Footer
+
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.commands import Command
+from qlora_tui.tui.watch import Pulse
+from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
+from qlora_tui.tui.widgets.top_bar import TopBar
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
+
+
+class WorkScreen(Screen[None]):
+    """A numbered screen. Subclasses give ``MODE``, ``COMMANDS`` and ``compose_body``."""
+
+    MODE: ClassVar[str]
+    """The name in ``app.MODES``."""
+    COMMANDS: ClassVar[tuple[Command, ...]] = ()
+    """What can be done here; becomes bindings, footer, palette and help."""
+    HELP_TEXT: ClassVar[str] = ""
+    """A few sentences for the help screen: what is shown and what the words mean."""
+    EDITS_RECIPE: ClassVar[bool] = False
+    """Whether the recipe strip stands under the top line."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        cls.BINDINGS = [command.binding() for command in cls.COMMANDS]
+        super().__init_subclass__(**options)
+
+    @property
+    def workstation(self) -> QloraApp:
+        """The app, by its own type."""
+        return cast("QloraApp", self.app)
+
+    def compose(self) -> ComposeResult:
+        yield TopBar(self.MODE)
+        if self.EDITS_RECIPE:
+            yield RecipeStrip()
+        yield from self.compose_body()
+        yield Footer(show_command_palette=False, compact=True)
+
+    def compose_body(self) -> Iterable[Widget]:
+        """The screen's own widgets."""
+        return ()
+
+    def on_mount(self) -> None:
+        self.workstation.recipe_changed.subscribe(self, self._recipe_changed, immediate=True)
+        self.workstation.pulse_changed.subscribe(self, self._pulse_changed, immediate=True)
+
+    def on_screen_resume(self) -> None:
+        """Show what changed while another screen was in front."""
+        self._recipe_changed(self.workstation.workbench.recipe)
+        self._pulse_changed(self.workstation.pulse)
+
+    def show_recipe(self, recipe: Recipe) -> None:
+        """The recipe has changed (or this screen came to the front)."""
+
+    def show_pulse(self, pulse: Pulse) -> None:
+        """Another look at card and runs, about once a second while this screen is in front."""
+
+    def _recipe_changed(self, recipe: Recipe) -> None:
+        if not self.is_current:
+            return
+        self._show_cost()
+        self.show_recipe(recipe)
+
+    def _pulse_changed(self, pulse: Pulse) -> None:
+        if not self.is_current:
+            return
+        self.query_one(TopBar).show_pulse(pulse)
+        self.show_pulse(pulse)
+
+    def _show_cost(self) -> None:
+        if self.EDITS_RECIPE:
+            self.query_one(RecipeStrip).show_recipe(
+                self.workstation.workbench, self.workstation.available_bytes
+            )

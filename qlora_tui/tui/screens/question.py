@@ -1,0 +1,34 @@
+"""A question before something is lost: answered with y or n."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+
+class QuestionScreen(ModalScreen[bool]):
+    """Gives True for yes. Escape is no."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "dismiss(True)", "Yes"),
+        Binding("n,escape", "dismiss(False)", "No"),
+    ]
+
+    def __init__(self, title: str, text: str, yes: str = "Yes", no: str = "No") -> None:
+        super().__init__()
+        self._title = title
+        self._text = text
+        self._yes = yes
+        self._no = no
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="card") as card:
+            card.border_title = self._title
+            yield Static(self._text, markup=False)
+            yield Static(f"y  {self._yes}      n  {self._no}", markup=False, classes="fix")

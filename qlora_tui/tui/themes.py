@@ -1,0 +1,69 @@
+"""Themes from TOML: those that ship, and the user's own folder.
+
+A theme file has ``name``, ``dark``, the colours Textual knows (``primary``, ``background``…) and optionally
+``ansi = true`` for one that uses the terminal's own sixteen. A file that is wrong is named and left out.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+from textual.theme import Theme
+
+from qlora_tui import paths
+from qlora_tui.errors import Problem
+
+DEFAULT = "harbour"
+Colour = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
+
+
+class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The content of ``themes/<name>.toml``."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9-]+$")]
+    dark: bool
+    primary: Colour
+    secondary: Colour
+    warning: Colour
+    error: Colour
+    success: Colour
+    accent: Colour
+    foreground: Colour
+    background: Colour
+    surface: Colour
+    panel: Colour
+    ansi: bool = False
+    variables: dict[str, str] = {}
+
+    def theme(self) -> Theme:
+        """As Textual takes it."""
+        return Theme(**msgspec.structs.asdict(self))
+
+
+def load_themes() -> tuple[list[Theme], list[Problem]]:
+    """Every theme that can be read (the user's replace shipped ones of the same name), and what was wrong."""
+    themes: dict[str, Theme] = {}
+    problems = []
+    for folder in (paths.shipped_dir("themes"), paths.user_themes_dir()):
+        for path in sorted(folder.glob("*.toml")):
+            try:
+                theme = _read(path)
+                themes[theme.name] = theme
+            except Problem as problem:
+                problems.append(problem)
+    return list(themes.values()), problems
+
+
+def _read(path: Path) -> Theme:
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text("utf-8")), ThemeFile).theme()
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise Problem(
+            "A theme was left out",
+            what=f"{path}: {error}.",
+            fix="Compare it with the shipped themes; colours are #rrggbb or ansi_blue.",
+        ) from error

@@ -1,0 +1,122 @@
+"""A look at the card and the runs, once a second, away from the screen's own loop.
+
+``Watch.look`` runs in a thread; what it returns is published to whoever shows it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from qlora_tui import paths
+from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.nvml import Nvml
+from qlora_tui.gpu.reading import Card, Reading
+from qlora_tui.gpu.visible import torch_card
+from qlora_tui.runs import queue
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.status import ACTIVE, Status, read_status
+
+_ASK_AGAIN_S = 10.0
+"""Between two tries to reach a card that could not be asked: opening the driver is not cheap."""
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """How things stand."""
+
+    card: Card | None = None
+    reading: Reading | None = None
+    no_card: str = ""
+    """Why there is no card, in a sentence."""
+    active: RunDir | None = None
+    """The run in training."""
+    active_status: Status | None = None
+    last: RunDir | None = None
+    """The newest run that is not waiting, active or ended."""
+    last_status: Status | None = None
+    waiting: tuple[str, ...] = ()
+    """Ids in the queue, the next one first."""
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Memory of the card that nobody holds now; None without a card."""
+        used = self.reading.memory_used_bytes if self.reading else None
+        return self.usable_bytes - used if self.usable_bytes is not None and used is not None else None
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """What programs can have of the card; None without a card, or where it does not say."""
+        return self.card.usable_bytes if self.card else None
+
+
+class Watch:
+    """Looks at the machine; cheap enough for once a second."""
+
+    def __init__(self) -> None:
+        self._runs: list[RunDir] = []
+        self._runs_seen_at = -1
+        self._statuses: dict[str, tuple[int, Status]] = {}
+        """Last modification of ``status.json`` in ns, and what it said."""
+        self._nvml: Nvml | None = None
+        self._known_card: Card | None = None
+        self._no_card = ""
+        self._ask_again_at = 0.0
+
+    def look(self) -> Pulse:
+        """How things stand now. Never raises for a missing card or a strange run."""
+        card, reading, no_card = self._card()
+        statuses = [(run, self._status(run)) for run in self._all_runs()]
+        active = next(((r, s) for r, s in statuses if s.state in ACTIVE), (None, None))
+        last = next(((r, s) for r, s in statuses if s.state != "queued"), (None, None))
+        return Pulse(
+            card=card,
+            reading=reading,
+            no_card=no_card,
+            active=active[0],
+            active_status=active[1],
+            last=last[0],
+            last_status=last[1],
+            waiting=tuple(queue.waiting()),
+        )
+
+    def close(self) -> None:
+        """Let go of the driver."""
+        if self._nvml is not None:
+            self._nvml.close()
+            self._nvml = None
+
+    def _card(self) -> tuple[Card | None, Reading | None, str]:
+        if self._no_card and time.monotonic() < self._ask_again_at:
+            return self._known_card, None, self._no_card
+        try:
+            if self._nvml is None:
+                self._nvml = Nvml()
+            if self._known_card is None:
+                self._known_card = torch_card()
+            reading = self._nvml.read(self._known_card.index)
+            self._no_card = ""
+        except NoGpu as problem:
+            self.close()
+            self._no_card = problem.what
+            self._ask_again_at = time.monotonic() + _ASK_AGAIN_S
+            return self._known_card, None, self._no_card
+        return self._known_card, reading, ""
+
+    def _all_runs(self) -> list[RunDir]:
+        seen_at = paths.runs_dir().stat().st_mtime_ns
+        if seen_at != self._runs_seen_at:
+            self._runs, self._runs_seen_at = all_runs(), seen_at
+        return self._runs
+
+    def _status(self, run: RunDir) -> Status:
+        try:
+            written_at = run.status_path.stat().st_mtime_ns
+        except OSError:
+            written_at = -1
+        known = self._statuses.get(run.id)
+        # An active run can be lost without a word in its file, so it is always asked.
+        if known is None or known[0] != written_at or known[1].state in ACTIVE:
+            known = (written_at, read_status(run))
+            self._statuses[run.id] = known
+        return known[1]

@@ -1,0 +1,84 @@
+"""The line on top of every screen: the map on the left, the pulse of run and card on the right."""
+
+from __future__ import annotations
+
+from textual.app import RenderResult
+from textual.content import Content
+from textual.widget import Widget
+
+from qlora_tui.format import figure, gib
+from qlora_tui.tui.commands import NAVIGATION
+from qlora_tui.tui.watch import Pulse
+
+
+class TopBar(Widget):
+    """Never wraps: what does not fit is left out, the least important first."""
+
+    DEFAULT_CSS = """
+    TopBar {
+        dock: top;
+        height: 1;
+        background: $panel;
+    }
+    """
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self._mode = mode
+        self._pulse = Pulse()
+
+    def show_pulse(self, pulse: Pulse) -> None:
+        """Repaint if what is shown has changed."""
+        before = self.pulse_text(self._pulse)
+        self._pulse = pulse
+        if self.pulse_text(pulse) != before:
+            self.refresh()
+
+    def render(self) -> RenderResult:
+        map_ = self._map()
+        room = self.size.width - map_.cell_length - 1
+        pulse = next((p for p in self.pulse_text(self._pulse) if len(p) <= room), "")
+        gap = " " * max(1, self.size.width - map_.cell_length - len(pulse))
+        return Content.assemble(map_, gap, pulse)
+
+    def _map(self) -> Content:
+        parts: list[Content | str] = []
+        for command in NAVIGATION:
+            mode = command.id.removeprefix("go.")
+            if mode == "home" and self.size.width < 100:
+                continue
+            text = f" {command.key} {command.label} "
+            style = "reverse bold" if mode == self._mode else ""
+            parts.append(Content.styled(text, style).stylize(f"@click=app.go('{mode}')"))
+        return Content.assemble(*parts)
+
+    @staticmethod
+    def pulse_text(pulse: Pulse) -> list[str]:
+        """What could be said, the longest first."""
+        run = _run_text(pulse)
+        card = _card_text(pulse)
+        short_run = run.split(" loss ")[0]
+        options = [f"{run}   {card}", f"{short_run}   {card}", run, card, short_run, ""]
+        return [option.strip() + " " for option in options]
+
+
+def _run_text(pulse: Pulse) -> str:
+    status = pulse.active_status
+    if status is None:
+        return f"{len(pulse.waiting)} waiting" if pulse.waiting else ""
+    if not status.step:
+        return f"● {status.phase or status.state}"
+    loss = f" loss {figure(status.loss, 3)}" if status.loss is not None else ""
+    return f"● {status.step:,}/{status.total_steps:,}{loss}"
+
+
+def _card_text(pulse: Pulse) -> str:
+    if pulse.card is None:
+        return "no GPU"
+    reading = pulse.reading
+    if reading is None:
+        return f"{pulse.card.short_name} NA"
+    use = "NA" if reading.utilization_percent is None else f"{reading.utilization_percent}%"
+    heat = "" if reading.temperature_c is None else f" {reading.temperature_c}°"
+    memory = f"{gib(reading.memory_used_bytes)}/{gib(reading.memory_total_bytes)}G"
+    return f"{pulse.card.short_name} {use} {memory}{heat}"

@@ -1,0 +1,155 @@
+"""The recipe being edited, and what follows from it.
+
+Holds no widget. It is kept in a file as it changes, so that a closed terminal loses no edit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_tui import paths
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.resolve import resolve
+from qlora_tui.errors import Problem
+from qlora_tui.files import atomic_write
+from qlora_tui.memory import Comparison, compare
+from qlora_tui.recipe.fields import value_of, with_value
+from qlora_tui.recipe.overlay import build
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.toml import dump, load, to_layer, to_recipe
+
+_UNDO_STEPS = 200
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    recipe: Recipe
+    preset: str
+    base: Recipe
+
+
+class Workbench:
+    """One recipe in the making."""
+
+    def __init__(self, recipe: Recipe | None = None, preset: str = "balanced") -> None:
+        base = build(preset=preset)
+        self._now = _Snapshot(recipe or base, preset, base)
+        self._undo: list[_Snapshot] = []
+        self._redo: list[_Snapshot] = []
+        self._architecture: tuple[str, Architecture | Problem] | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """As it is now."""
+        return self._now.recipe
+
+    @property
+    def preset(self) -> str:
+        """Name of the preset it began as."""
+        return self._now.preset
+
+    @property
+    def base(self) -> Recipe:
+        """The recipe as that preset gives it, with today's model and data."""
+        return _with_model_and_data(self._now.base, self.recipe)
+
+    @property
+    def modified(self) -> bool:
+        """Whether it has left its preset."""
+        return self.recipe != self.base
+
+    def set(self, path: str, value: Any) -> bool:
+        """Change one setting, checked; False when it had that value already. Raises Problem."""
+        changed = with_value(self.recipe, path, value)
+        to_recipe(to_layer(changed), origin="this recipe")
+        return self.replace(changed)
+
+    def replace(self, recipe: Recipe) -> bool:
+        """Change the whole recipe, undoably; False when nothing changed."""
+        if recipe == self.recipe:
+            return False
+        self._remember(_Snapshot(recipe, self._now.preset, self._now.base))
+        return True
+
+    def open_preset(self, name: str) -> None:
+        """Take a preset's settings, keeping model and data. Raises Problem."""
+        base = build(preset=name)
+        self._remember(_Snapshot(_with_model_and_data(base, self.recipe), name, base))
+
+    def undo(self) -> bool:
+        """Back by one change; False at the beginning."""
+        if not self._undo:
+            return False
+        self._redo.append(self._now)
+        self._now = self._undo.pop()
+        return True
+
+    def redo(self) -> bool:
+        """Forward again by one change; False at the end."""
+        if not self._redo:
+            return False
+        self._undo.append(self._now)
+        self._now = self._redo.pop()
+        return True
+
+    def architecture(self) -> Architecture | Problem:
+        """Of the recipe's model, from its ``config.json``; a Problem where there is none to be had."""
+        model = self.recipe.model.id
+        if self._architecture is None or self._architecture[0] != model:
+            self._architecture = (model, _read(model))
+        return self._architecture[1]
+
+    def forget_architecture(self) -> None:
+        """Look again: the model may have been downloaded since."""
+        self._architecture = None
+
+    def comparison(self, available_bytes: int | None) -> Comparison | None:
+        """The estimate in every precision against the memory there is; None without a model."""
+        architecture = self.architecture()
+        if isinstance(architecture, Problem):
+            return None
+        return compare(self.recipe, architecture, available_bytes)
+
+    def _remember(self, snapshot: _Snapshot) -> None:
+        self._undo = [*self._undo[-_UNDO_STEPS:], self._now]
+        self._redo.clear()
+        self._now = snapshot
+
+
+def load_draft() -> Workbench:
+    """The workbench as it was left; a fresh one where there is no draft or it cannot be read."""
+    try:
+        layer = load(_draft_path())
+        preset = layer.pop("draft_of", "balanced")
+        return Workbench(to_recipe(layer, origin=str(_draft_path())), preset=str(preset))
+    except Problem:
+        return Workbench()
+
+
+def save_draft(workbench: Workbench) -> None:
+    """Keep the workbench for the next start."""
+    atomic_write(_draft_path(), f'draft_of = "{workbench.preset}"\n' + dump(workbench.recipe))
+
+
+def _draft_path() -> Path:
+    return paths.state_dir() / "draft.toml"
+
+
+def _read(model: str) -> Architecture | Problem:
+    if not model:
+        return Problem(
+            "No model yet", what="The recipe names no model.", fix="Choose one on the Model screen (1)."
+        )
+    try:
+        return read_architecture(resolve(model).config_path)
+    except Problem as problem:
+        return problem
+
+
+def _with_model_and_data(recipe: Recipe, source: Recipe) -> Recipe:
+    for path in ("model.id", "model.revision", "data.sources", "data.validation_path"):
+        recipe = with_value(recipe, path, value_of(source, path))
+    return recipe

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from qlora_tui.errors import Problem
+from qlora_tui.runs import control
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.process import mark
+from qlora_tui.runs.status import Status, write_status
+
+
+@pytest.fixture
+def running(run: RunDir) -> RunDir:
+    write_status(run, Status(state="running", at=time.time(), process=mark()))
+    return run
+
+
+def test_requests_are_taken_once_in_the_order_they_were_made(running: RunDir) -> None:
+    control.ask(running, "checkpoint")
+    control.ask(running, "set_learning_rate", 1e-5)
+    control.ask(running, "stop")
+    assert control.take(running) == [
+        control.Request(kind="checkpoint"),
+        control.Request(kind="set_learning_rate", value=1e-5),
+        control.Request(kind="stop"),
+    ]
+    assert control.take(running) == []
+
+
+def test_what_is_not_a_request_is_removed_and_harmless(running: RunDir) -> None:
+    (running.control_dir / "0.json").write_text("not json")
+    (running.control_dir / "1.json").write_text('{"kind": "self_destruct"}')
+    assert control.take(running) == []
+    assert list(running.control_dir.iterdir()) == []
+
+
+def test_asking_a_run_nobody_trains_is_refused(run: RunDir) -> None:
+    write_status(run, Status(state="finished", at=time.time()))
+    with pytest.raises(Problem, match="not running") as caught:
+        control.ask(run, "pause")
+    assert "finished" in caught.value.what

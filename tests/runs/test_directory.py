@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import all_runs, create, find
+
+
+def test_the_frozen_recipe_is_the_recipe(recipe: Recipe) -> None:
+    assert create(recipe).recipe() == recipe
+
+
+def test_directories_are_private(recipe: Recipe) -> None:
+    run = create(recipe)
+    for folder in (run.path, run.control_dir, paths.runs_dir(), paths.state_dir()):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_two_runs_of_one_minute_have_two_names(recipe: Recipe) -> None:
+    first, second = create(recipe), create(recipe)
+    assert first.id != second.id
+    assert {run.id for run in all_runs()} == {first.id, second.id}
+
+
+def test_a_run_is_found_by_its_beginning_and_by_last(recipe: Recipe) -> None:
+    run = create(recipe)
+    assert find(run.id) == run
+    assert find("tick") == run
+    assert find("last") == run
+
+
+def test_an_exact_name_wins_over_longer_ones(recipe: Recipe) -> None:
+    first, second = create(recipe), create(recipe)
+    assert find(first.id) == first
+    with pytest.raises(Problem, match="Which run"):
+        find("tickets")
+    assert find(second.id) == second
+
+
+def test_an_unknown_run_is_answered_with_what_there_is(recipe: Recipe) -> None:
+    run = create(recipe)
+    with pytest.raises(Problem) as caught:
+        find("nothing")
+    assert run.id in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_checkpoint_counts_only_when_it_is_complete(recipe: Recipe) -> None:
+    run = create(recipe)
+    for name, whole in (("step-10", True), ("step-9", True), ("step-11", False), ("step-x", True)):
+        folder = run.checkpoints_dir / name
+        folder.mkdir()
+        if whole:
+            (folder / "complete").touch()
+    assert [step for step, _ in run.checkpoints()] == [9, 10]
+
+
+def test_a_directory_that_cannot_be_written_is_explained(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qlora_tui.runs.directory.atomic_write", full)
+    with pytest.raises(Problem, match="could not be created") as caught:
+        create(recipe)
+    assert "No space left" in caught.value.what
+    assert list(paths.runs_dir().iterdir()) == []

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora_tui.runs.events import CheckpointSaved, Finished, Step, encode
+from qlora_tui.runs.log import EventTail, EventWriter, last_event
+
+
+def a_step(number: int) -> Step:
+    return Step(
+        at=float(number),
+        step=number,
+        epoch=0.1,
+        loss=2.0,
+        learning_rate=1e-4,
+        grad_norm=0.5,
+        tokens=number * 100,
+        tokens_per_s=50.0,
+    )
+
+
+def test_what_is_written_is_read_once_and_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    tail = EventTail(path)
+    assert tail.poll() == []
+    with EventWriter(path) as log:
+        log.append(a_step(1))
+        assert tail.poll() == [a_step(1)]
+        log.append(a_step(2))
+        log.append(a_step(3))
+    assert tail.poll() == [a_step(2), a_step(3)]
+    assert tail.poll() == []
+
+
+def test_a_torn_last_line_is_ignored_until_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    line = encode(a_step(2))
+    path.write_bytes(encode(a_step(1)) + line[:20])
+    tail = EventTail(path)
+    assert tail.poll() == [a_step(1)]
+    with path.open("ab") as file:
+        file.write(line[20:])
+    assert tail.poll() == [a_step(2)]
+
+
+def test_the_next_writer_mends_a_torn_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(encode(a_step(1)) + b'{"event":"step","at"')
+    with EventWriter(path) as log:
+        log.append(a_step(2))
+    assert EventTail(path).drain() == [a_step(1), a_step(2)]
+
+
+def test_a_file_that_is_one_torn_line_is_emptied(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b"x" * 10_000)
+    with EventWriter(path) as log:
+        log.append(a_step(1))
+    assert EventTail(path).drain() == [a_step(1)]
+
+
+def test_lines_of_another_version_are_counted_and_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"event":"teleported","at":1}\nnot json\n' + encode(a_step(1)))
+    tail = EventTail(path)
+    assert tail.drain() == [a_step(1)]
+    assert tail.unknown == 2
+
+
+def test_a_line_longer_than_a_read_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    long = CheckpointSaved(at=1.0, step=1, folder="f" * 5000)
+    path.write_bytes(encode(long))
+    tail = EventTail(path)
+    assert tail.poll(most_bytes=100) == [long]
+    with path.open("ab") as file:
+        file.write(encode(a_step(2)))
+    assert tail.drain() == [a_step(2)]
+
+
+def test_the_last_event_is_found_from_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    assert last_event(path) is None
+    end = Finished(at=9.0, step=3000, seconds=10.0, tokens_per_s=100.0)
+    path.write_bytes(b"".join(encode(a_step(n)) for n in range(3000)) + encode(end) + b'{"torn')
+    assert last_event(path) == end
+
+
+def test_the_last_event_is_found_behind_a_line_longer_than_one_look(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(encode(a_step(1)) + b"y" * 200_000 + b"\n")
+    assert last_event(path) == a_step(1)

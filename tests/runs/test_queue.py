@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import queue
+from qlora_tui.runs.directory import create
+from qlora_tui.runs.events import Stopped
+from qlora_tui.runs.log import last_event
+from qlora_tui.runs.status import read_status
+
+
+def test_runs_leave_in_the_order_they_came(recipe: Recipe) -> None:
+    runs = [create(recipe) for _ in range(3)]
+    for run in runs:
+        queue.enqueue(run)
+    assert queue.waiting() == [run.id for run in runs]
+    assert queue.next_waiting() == runs[0]
+
+
+def test_a_run_is_queued_once(recipe: Recipe) -> None:
+    run = create(recipe)
+    queue.enqueue(run)
+    queue.enqueue(run)
+    assert queue.waiting() == [run.id]
+
+
+def test_a_run_can_be_moved_up_and_down_and_not_out(recipe: Recipe) -> None:
+    a, b, c = (create(recipe) for _ in range(3))
+    for run in (a, b, c):
+        queue.enqueue(run)
+    queue.move(c, -1)
+    assert queue.waiting() == [a.id, c.id, b.id]
+    queue.move(c, -5)
+    assert queue.waiting() == [c.id, a.id, b.id]
+    queue.move(c, 1)
+    assert queue.waiting() == [a.id, c.id, b.id]
+    queue.move(a, 9)
+    assert queue.waiting() == [c.id, b.id, a.id]
+
+
+def test_a_run_whose_name_begins_like_another_keeps_its_place(recipe: Recipe) -> None:
+    first, second = create(recipe), create(recipe)
+    assert second.id.startswith(first.id)
+    queue.enqueue(second)
+    assert not queue.remove(first)
+    assert queue.waiting() == [second.id]
+
+
+def test_a_withdrawn_run_is_stopped_before_it_began(recipe: Recipe) -> None:
+    run = create(recipe)
+    queue.enqueue(run)
+    assert queue.withdraw(run)
+    assert not queue.withdraw(run)
+    assert queue.waiting() == []
+    assert read_status(run).state == "stopped"
+    assert isinstance(last_event(run.events_path), Stopped)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Failed, Finished, Health, Started
+from qlora_tui.runs.log import EventWriter, last_event
+from qlora_tui.runs.retry import Plan, last_plan, plan_retry, smaller
+
+OUT_OF_MEMORY = Failed(at=1.0, title="Out of GPU memory", what="It asked for 2 GiB.", kind="out_of_memory")
+
+
+def test_the_micro_batch_is_halved_and_the_effective_batch_stays(recipe: Recipe) -> None:
+    recipe = with_value(recipe, "training.micro_batch", 6)
+    plan: Plan | None = Plan()
+    products = []
+    while plan is not None:
+        plan = smaller(recipe, plan)
+        if plan is not None:
+            assert plan.micro_batch is not None and plan.gradient_accumulation is not None
+            products.append((plan.micro_batch, plan.micro_batch * plan.gradient_accumulation))
+    assert products == [(3, 48), (1, 48)]
+
+
+def test_checkpointing_comes_last_and_then_there_is_nothing(recipe: Recipe) -> None:
+    recipe = with_value(recipe, "training.gradient_checkpointing", False)
+    plan = smaller(recipe, Plan())
+    assert plan == Plan(micro_batch=1, gradient_accumulation=8, gradient_checkpointing=True)
+    assert smaller(recipe, plan) is None
+
+
+def test_the_next_attempt_starts_from_what_the_last_one_used(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=0.0, attempt=1, pid=1, micro_batch=2, gradient_accumulation=4))
+        log.append(OUT_OF_MEMORY)
+    assert last_plan(run).micro_batch == 2
+    plan = plan_retry(run, OUT_OF_MEMORY)
+    assert plan is not None and (plan.micro_batch, plan.gradient_accumulation) == (1, 8)
+    told = last_event(run.events_path)
+    assert isinstance(told, Health) and "micro-batch 1 × accumulation 8" in told.remedy
+
+
+def test_only_running_out_of_memory_is_tried_again(run: RunDir) -> None:
+    assert plan_retry(run, Failed(at=1.0, title="x", what="y", kind="killed")) is None
+    assert plan_retry(run, Finished(at=1.0, step=1, seconds=1.0, tokens_per_s=1.0)) is None
+
+
+def test_a_plan_becomes_the_trainers_arguments() -> None:
+    plan = Plan(micro_batch=1, gradient_accumulation=8, gradient_checkpointing=True)
+    assert plan.arguments() == [
+        "--micro-batch",
+        "1",
+        "--gradient-accumulation",
+        "8",
+        "--gradient-checkpointing",
+    ]
+    assert Plan().arguments() == []

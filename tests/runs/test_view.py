@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import math
+
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import DataReady, Evaluated, Failed, Finished, Queued, Started, Step
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.view import RunView
+
+
+def a_step(number: int, loss: float | None = 2.0) -> Step:
+    return Step(
+        at=10.0 * number,
+        step=number,
+        epoch=number / 10,
+        loss=loss,
+        learning_rate=1e-4,
+        grad_norm=0.5,
+        tokens=number * 100,
+        tokens_per_s=50.0,
+    )
+
+
+DATA = DataReady(
+    at=0.0,
+    samples=10,
+    validation_samples=1,
+    tokens=100,
+    trained_tokens=50,
+    rows=10,
+    steps_per_epoch=10,
+    total_steps=10,
+    data_hash="x",
+)
+
+
+def test_a_resumed_attempt_replaces_the_steps_it_does_again(run: RunDir) -> None:
+    view = RunView(run)
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=0.0, attempt=1, pid=1))
+        for number in range(1, 8):
+            log.append(a_step(number, loss=1.0))
+        log.append(Evaluated(at=70.0, step=7, loss=0.5))
+        log.append(Failed(at=71.0, title="killed", what="by hand", kind="killed"))
+        log.append(Queued(at=72.0))
+        log.append(Started(at=73.0, attempt=2, pid=2, resumed_from_step=5))
+    view.refresh()
+    assert list(view.series.step) == [1, 2, 3, 4, 5]
+    assert view.evaluations == []
+    assert view.ending is None
+    with EventWriter(run.events_path) as log:
+        for number in range(6, 11):
+            log.append(a_step(number, loss=3.0))
+        log.append(Finished(at=101.0, step=10, seconds=1.0, tokens_per_s=1.0))
+    view.refresh()
+    assert list(view.series.step) == list(range(1, 11))
+    assert list(view.series.loss) == [1.0] * 5 + [3.0] * 5
+    assert view.attempt == 2
+    assert isinstance(view.ending, Finished)
+
+
+def test_a_loss_that_is_no_number_is_kept_as_nan(run: RunDir) -> None:
+    view = RunView(run)
+    with EventWriter(run.events_path) as log:
+        log.append(a_step(1, loss=None))
+    view.refresh()
+    assert math.isnan(view.series.loss[0])
+
+
+def test_the_time_left_follows_the_pace(run: RunDir) -> None:
+    view = RunView(run)
+    with EventWriter(run.events_path) as log:
+        log.append(DATA)
+        log.append(a_step(1))
+    view.refresh()
+    assert view.seconds_left is None
+    with EventWriter(run.events_path) as log:
+        log.append(a_step(2))
+        log.append(a_step(4))
+    view.refresh()
+    assert view.seconds_left == 60.0
+
+
+def test_the_best_validation_is_the_lowest_after_training_began(run: RunDir) -> None:
+    view = RunView(run)
+    with EventWriter(run.events_path) as log:
+        for step, loss in ((0, 0.1), (5, 1.5), (10, 1.2), (15, None)):
+            log.append(Evaluated(at=float(step), step=step, loss=loss))
+    view.refresh()
+    assert view.best is not None and view.best.step == 10
