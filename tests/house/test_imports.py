@@ -1,0 +1,51 @@
+"""The architecture, asked of a running Python: who may load what."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "pandas", "pyarrow")
+
+LIGHT_MODULES = (
+    "qlora_tui.recipe.presets",
+    "qlora_tui.catalog.local",
+    "qlora_tui.catalog.resolve",
+    "qlora_tui.gpu.sampler",
+    "qlora_tui.memory",
+    "qlora_tui.data.inspect",
+    "qlora_tui.runs.actions",
+    "qlora_tui.runs.runner",
+    "qlora_tui.engine.client",
+    "qlora_tui.cli.main",
+    "qlora_tui.tui.app",
+)
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_light_modules_load_no_ml_library(module: str) -> None:
+    assert not loaded_by(f"import {module}") & set(HEAVY)
+
+
+@pytest.mark.parametrize("module", [m for m in LIGHT_MODULES if ".tui." not in m])
+def test_everything_but_the_app_works_without_textual(module: str) -> None:
+    assert "textual" not in loaded_by(f"import {module}")
+
+
+@pytest.mark.parametrize("screen", ["home", "models", "data", "memory", "lora", "train", "runs", "chat", "presets"])
+def test_no_screen_loads_an_ml_library(screen: str) -> None:
+    assert not loaded_by(f"import qlora_tui.tui.screens.{screen}") & set(HEAVY)
+
+
+@pytest.mark.parametrize("words", [["runs"], ["locate"], ["presets"], ["models"]])
+def test_light_verbs_load_no_ml_library(words: list[str]) -> None:
+    code = f"from qlora_tui.cli import main; code = main({words!r}); assert code == 0, code"
+    assert not loaded_by(code) & {*HEAVY, "textual"}
