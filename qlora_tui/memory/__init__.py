@@ -1,0 +1,35 @@
+"""The memory estimate: what a recipe will need, item by item, and what would fit instead.
+
+Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`judge` it against the memory
+there is, ask :func:`what_fits` or :func:`cheapest_changes`; :func:`as_json` is what ``--json`` prints.
+
+``codepath`` says which trainer's code is meant; ``layout``, ``blocks``, ``attention``, ``linear`` and
+``loss`` walk one step of it over the ``tape``; ``weights`` and ``residents`` count what stays; ``tiers`` goes
+from tensors to what the card sees; ``explain`` has the sentence of each item.
+"""
+
+from qlora_tui.memory.codepath import CodePath, Device, our_path
+from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, compare, estimate
+from qlora_tui.memory.report import as_json
+from qlora_tui.memory.solver import Change, WhatFits, cheapest_changes, what_fits
+from qlora_tui.memory.tiers import Band
+from qlora_tui.memory.verdict import Verdict, judge
+
+__all__ = [
+    "PRECISIONS",
+    "Band",
+    "Change",
+    "CodePath",
+    "Device",
+    "Estimate",
+    "Item",
+    "Verdict",
+    "WhatFits",
+    "as_json",
+    "cheapest_changes",
+    "compare",
+    "estimate",
+    "judge",
+    "our_path",
+    "what_fits",
+]

@@ -1,0 +1,140 @@
+"""One decoder layer of each family, written as its ``forward`` is in transformers.
+
+A :class:`Block` says how a family's layer is put together; :func:`run_block` walks it over a tape. The
+names and lifetimes of the variables follow the library's, because they decide when a tensor dies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_tui.memory.attention import Heads, Kernel, attend
+from qlora_tui.memory.linear import linear
+from qlora_tui.memory.ops import Linear, Ops
+from qlora_tui.memory.tape import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """How one layer is put together."""
+
+    linears: tuple[Linear, ...]
+    heads: Heads
+    norm: Literal["rms", "gemma", "layer"]
+    order: Literal["pre", "parallel", "sandwich", "post"]
+    """pre: norm before each half. parallel: both halves read the input's norm. sandwich: norms on both
+    sides of each half (Gemma 2 and 3). post: norms after each half (OLMo-2)."""
+    activation: str
+    gated: bool
+    intermediate: int
+    hidden: int
+    norm_width: int
+    """Bytes of an element of the norms' weights."""
+    kernel: Kernel
+    rotary: float = 1.0
+    """Share of each head that rotates; 0 without rotary positions."""
+    head_norms: Literal["no", "head", "full"] = "no"
+    """RMSNorm on queries and keys: a head at a time (Qwen3, Gemma 3) or over the full width (OLMo-2)."""
+    residual_scale: bool = False
+    """Each half is multiplied by a number before it is added (Granite)."""
+
+    def find(self, *names: str) -> Linear | None:
+        """The module of one of these kinds."""
+        for module in self.linears:
+            if module.name in names:
+                return module
+        return None
+
+
+def run_block(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
+    """The layer's forward; returns its output."""
+    if block.order == "parallel":
+        return _parallel(ops, block, hidden_states)
+    residual = hidden_states
+    if block.order != "post":
+        hidden_states = _norm(ops, block, hidden_states)
+    hidden_states = _attention(ops, block, hidden_states)
+    if block.order in ("post", "sandwich"):
+        hidden_states = _norm(ops, block, hidden_states)
+    hidden_states = _add(ops, block, residual, hidden_states)
+    residual = hidden_states
+    if block.order != "post":
+        hidden_states = _norm(ops, block, hidden_states)
+    hidden_states = _mlp(ops, block, hidden_states)
+    if block.order in ("post", "sandwich"):
+        hidden_states = _norm(ops, block, hidden_states)
+    return _add(ops, block, residual, hidden_states)
+
+
+def _parallel(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
+    residual = hidden_states
+    hidden_states = _norm(ops, block, hidden_states)
+    attended = _attention(ops, block, hidden_states)
+    fed_forward = _mlp(ops, block, hidden_states)
+    return ops.add(ops.add(attended, fed_forward), residual)
+
+
+def _add(ops: Ops, block: Block, residual: Tensor, hidden_states: Tensor) -> Tensor:
+    if block.residual_scale:
+        hidden_states = ops.scale(hidden_states)
+    return ops.add(residual, hidden_states)
+
+
+def _norm(ops: Ops, block: Block, x: Tensor) -> Tensor:
+    if block.norm == "layer":
+        return ops.layer_norm(x, weight=block.norm_width)
+    return ops.rms_norm(x, weight=block.norm_width, scale_in_float=block.norm == "gemma")
+
+
+def _attention(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
+    query, key, value = _project(ops, block, hidden_states)
+    if block.rotary:
+        query, key = ops.rotate(query), ops.rotate(key)
+    attended = attend(ops, query, key, value, block.heads, block.kernel)
+    output = block.find("o_proj", "dense", "out_proj", "c_proj")
+    return linear(ops, attended, output) if output else attended
+
+
+def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    fused = block.find("qkv_proj", "query_key_value", "c_attn")
+    shape = block.heads
+    if fused:
+        together = linear(ops, hidden_states, fused)
+        kv = shape.rows * shape.length * shape.kv_heads * shape.head_dim
+        query = ops.slice(together, together.numel - 2 * kv)
+        return query, ops.slice(together, kv), ops.slice(together, kv)
+    parts = [block.find(name) for name in ("q_proj", "k_proj", "v_proj")]
+    made: list[Tensor] = []
+    for part in parts:
+        x = linear(ops, hidden_states, part) if part else hidden_states
+        if block.head_norms != "no" and len(made) < 2:
+            x = _norm(ops, block, x)
+        made.append(x)
+        del x
+    return made[0], made[1], made.pop()
+
+
+def _mlp(ops: Ops, block: Block, x: Tensor) -> Tensor:
+    down = block.find("down_proj", "fc2", "dense_4h_to_h", "c_proj_mlp")
+    if block.gated:
+        fused = block.find("gate_up_proj")
+        if fused:
+            both = linear(ops, x, fused)
+            gate, up = ops.slice(both, both.numel // 2), ops.slice(both, both.numel // 2)
+            del both
+            product = ops.multiply(up, ops.activation(gate, block.activation))
+            del gate, up
+        else:
+            product = _gated(ops, block, x)
+    else:
+        wide = block.find("up_proj", "fc1", "dense_h_to_4h", "c_fc")
+        product = ops.activation(linear(ops, x, wide) if wide else x, block.activation)
+    return linear(ops, product, down) if down else product
+
+
+def _gated(ops: Ops, block: Block, x: Tensor) -> Tensor:
+    """``act_fn(gate_proj(x)) * up_proj(x)``: the activation's input dies only if nothing saved it."""
+    gate, up = block.find("gate_proj"), block.find("up_proj")
+    opened = ops.activation(linear(ops, x, gate) if gate else x, block.activation)
+    return ops.multiply(opened, linear(ops, x, up) if up else x)

@@ -1,0 +1,103 @@
+"""Which code a run goes through, as far as memory can tell.
+
+The same recipe costs different amounts under different trainers: whether the frozen weights were cast to
+float32, what the loss keeps of the logits, which attention kernel runs. :func:`our_path` derives the path
+of this project's trainer from a recipe and a :class:`Device`; ``bench/estimator.py`` describes others'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_tui.memory.attention import Kernel
+from qlora_tui.recipe.schema import Recipe
+
+Loss = Literal["stock", "shifted", "chunked", "liger", "fused"]
+"""stock: transformers' ``ForCausalLMLoss``. shifted: the same before 4.50, which copied the shifted logits.
+chunked: ours, a few rows of logits at a time. liger: fused linear cross-entropy. fused: one kernel over all
+logits that writes the gradient in their place."""
+
+Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
+
+LOSS_CHUNK_ROWS = 256
+"""Positions whose logits our trainer holds at a time: enough rows to keep the matrix product busy, and half a
+gigabyte at a vocabulary of 152,000."""
+
+BFLOAT16_CAPABILITY = (8, 0)
+"""Compute capability from which bfloat16 is computed natively (Ampere)."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the run will be computed."""
+
+    kind: Literal["cuda", "cpu"] = "cuda"
+    capability: tuple[int, int] = (8, 6)
+    """CUDA compute capability; 8.6 (RTX 30) where no card was found."""
+    native_bfloat16: bool = False
+    """On a CPU: whether it multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
+
+
+@dataclass(frozen=True)
+class CodePath:
+    """Everything about the code that moves the peak."""
+
+    compute_bytes: int = 2
+    """Of an element of the compute dtype: activations, and weights once dequantized."""
+    cast_to_float32: bool = False
+    """peft's ``prepare_model_for_kbit_training``: norms, embedding and head in float32, and with them the
+    residual stream."""
+    norms_float32: bool = False
+    """Only the norms, as TRL leaves them after casting the rest back."""
+    adapter_bytes: int = 4
+    autocast: bool = False
+    """Forward under ``torch.autocast``, as ``Trainer(bf16=True)`` runs it."""
+    loss: Loss = "chunked"
+    loss_rows: int = LOSS_CHUNK_ROWS
+    logits_held: bool = False
+    """The model's output, and with it the logits, is still referred to during the backward."""
+    checkpointing: bool = True
+    attention: Kernel = "flash"
+    optimizer: Optimizer = "adamw"
+    accumulates: bool = False
+    """Gradients of earlier micro-steps are there during the forward."""
+    packing: bool = False
+    device: Literal["cuda", "cpu"] = "cuda"
+    fused_kernels: bool = False
+    """Fused RMSNorm, rotary and LoRA kernels that save less (FOAK, Unsloth, Liger)."""
+    name: str = "this trainer"
+
+
+def our_path(recipe: Recipe, device: Device) -> CodePath:
+    """The path this project's trainer takes: no float32 cast, chunked loss, non-reentrant checkpointing."""
+    compute = _compute_bytes(recipe, device)
+    return CodePath(
+        compute_bytes=compute,
+        adapter_bytes=4,
+        loss="chunked",
+        checkpointing=recipe.training.gradient_checkpointing,
+        attention=_attention(recipe, device, compute),
+        optimizer=recipe.training.optimizer,
+        accumulates=recipe.training.gradient_accumulation > 1,
+        packing=recipe.data.packing,
+        device=device.kind,
+    )
+
+
+def _compute_bytes(recipe: Recipe, device: Device) -> int:
+    asked = recipe.quantization.compute_dtype
+    if asked == "float32":
+        return 4
+    if asked == "auto" and device.kind == "cpu" and not device.native_bfloat16:
+        return 4
+    return 2
+
+
+def _attention(recipe: Recipe, device: Device, compute: int) -> Kernel:
+    """SDPA's choice on a card: flash for two-byte dtypes from Ampere on, else memory-efficient."""
+    if recipe.model.attention == "eager":
+        return "eager"
+    if device.kind == "cuda" and (compute == 4 or device.capability < BFLOAT16_CAPABILITY):
+        return "efficient"
+    return "flash"

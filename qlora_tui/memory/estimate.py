@@ -1,0 +1,165 @@
+"""The estimate: one recipe on one model, itemised, in three tiers.
+
+``estimate`` is what the Memory screen, the CLI, the runner and the demo call. Everything is pure Python and
+takes a few milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from msgspec import structs
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.memory.codepath import CodePath, Device, our_path
+from qlora_tui.memory.explain import LABELS, Facts, explanations
+from qlora_tui.memory.layout import Layout, lay_out
+from qlora_tui.memory.residents import resident_items
+from qlora_tui.memory.step import Peak, peaks
+from qlora_tui.memory.tiers import Band, Tiers, tiers
+from qlora_tui.memory.weights import gradient_bytes, optimizer_step_bytes
+from qlora_tui.recipe.schema import Recipe
+
+Precision = Literal["nf4", "int8", "fp16"]
+PRECISIONS: tuple[Precision, ...] = ("nf4", "int8", "fp16")
+"""What the Memory screen shows side by side; fp16 stands for 16 bits of either kind."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One part of the memory at the peak."""
+
+    key: str
+    label: str
+    bytes: int
+    explanation: str
+    """One sentence, with the formula."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted memory of one recipe on one model."""
+
+    method: str
+    """nf4, fp4, int8 or none (16 bits)."""
+    items: tuple[Item, ...]
+    """What is there at the fullest moment, largest contributors named; they add up to ``process_bytes``."""
+    allocated_bytes: int
+    """In tensors: ``torch.cuda.max_memory_allocated``. On a CPU: tensors."""
+    reserved_bytes: int
+    """Held by torch's allocator: ``torch.cuda.max_memory_reserved``."""
+    process_bytes: int
+    """What the card (or, on a CPU, the system) sees of the process. This is what must fit."""
+    band: Band
+    """Where the process tier may really lie, and why."""
+    peak_phase: str
+    """When the peak comes: ``loss``, ``backward of layer 21``, ``optimizer step``."""
+    path: CodePath
+    exact: bool
+    """The family's layer is written out; otherwise it is walked as Llama's."""
+    notes: tuple[str, ...] = ()
+    """What a person should know about this estimate: experts in 16 bits, an unknown family."""
+
+    @property
+    def total_bytes(self) -> int:
+        """The process tier: what must be free."""
+        return self.process_bytes
+
+    def bytes_of(self, key: str) -> int:
+        """Of one item; 0 where it plays no part at the peak."""
+        return sum(item.bytes for item in self.items if item.key == key)
+
+
+def estimate(
+    recipe: Recipe,
+    architecture: Architecture,
+    *,
+    path: CodePath | None = None,
+    device: Device | None = None,
+) -> Estimate:
+    """Predict the memory of ``recipe`` on the model described by ``architecture``.
+
+    Without ``path`` it is the one this project's trainer takes on ``device`` (a CUDA card of Ampere's
+    generation where none is given). Raises Problem for target modules the model does not have.
+    """
+    path = path or our_path(recipe, device or Device())
+    layout = lay_out(recipe, architecture, path)
+    resident = resident_items(recipe, architecture, layout, path)
+    moments = peaks(layout, path, recipe.lora.dropout)
+    if path.accumulates:
+        resident["gradients"] = gradient_bytes(layout, path)
+    else:
+        moments.append(_optimizer_moment(layout, path))
+    fullest = max(moments, key=lambda moment: moment.total_bytes)
+    items = dict(resident)
+    for key, size in fullest.items.items():
+        items[key] = items.get(key, 0) + size
+    levels = tiers(items, architecture, layout, path)
+    return _assemble(recipe, architecture, layout, path, items, levels, fullest)
+
+
+def _optimizer_moment(layout: Layout, path: CodePath) -> Peak:
+    return Peak(
+        "optimizer step",
+        {"gradients": gradient_bytes(layout, path), "optimizer_step": optimizer_step_bytes(layout, path)},
+    )
+
+
+def _assemble(
+    recipe: Recipe,
+    architecture: Architecture,
+    layout: Layout,
+    path: CodePath,
+    items: dict[str, int],
+    levels: Tiers,
+    fullest: Peak,
+) -> Estimate:
+    sentences = explanations(Facts(recipe, architecture, path, layout))
+    everything = {**items, **levels.added}
+    return Estimate(
+        method=recipe.quantization.method,
+        items=tuple(
+            Item(key, label, everything[key], sentences.get(key, ""))
+            for key, label in LABELS.items()
+            if everything.get(key, 0) > 0
+        ),
+        allocated_bytes=levels.allocated_bytes,
+        reserved_bytes=levels.reserved_bytes,
+        process_bytes=levels.process_bytes,
+        band=levels.band,
+        peak_phase=fullest.phase,
+        path=path,
+        exact=layout.exact,
+        notes=_notes(recipe, architecture, layout),
+    )
+
+
+def _notes(recipe: Recipe, architecture: Architecture, layout: Layout) -> tuple[str, ...]:
+    notes = []
+    if architecture.experts and recipe.quantization.method != "none":
+        notes.append("The experts are fused parameters, which bitsandbytes leaves in 16 bits.")
+    if not layout.exact:
+        notes.append(f"{architecture.model_type} layers are estimated as Llama's: run a trace to be exact.")
+    return tuple(notes)
+
+
+def with_precision(recipe: Recipe, precision: Precision) -> Recipe:
+    """The same recipe with its base in another precision."""
+    method: Literal["nf4", "int8", "none"] = "none" if precision == "fp16" else precision
+    return structs.replace(recipe, quantization=structs.replace(recipe.quantization, method=method))
+
+
+def compare(
+    recipe: Recipe, architecture: Architecture, *, device: Device | None = None, path: CodePath | None = None
+) -> dict[Precision, Estimate]:
+    """The recipe in NF4, int8 and 16 bits, side by side."""
+    return {
+        precision: estimate(with_precision(recipe, precision), architecture, device=device, path=path)
+        for precision in PRECISIONS
+    }
+
+
+def widened(made: Estimate, *, low_bytes: int, high_bytes: int, reason: str) -> Estimate:
+    """The same estimate with another band of doubt."""
+    return replace(made, band=Band(low_bytes, high_bytes, reason))

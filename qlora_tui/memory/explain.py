@@ -1,0 +1,166 @@
+"""What each item is called, and one sentence on why it is as large as it is, with its formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.layout import Layout
+from qlora_tui.recipe.schema import Recipe
+
+LABELS: dict[str, str] = {
+    "weights": "Quantized weights",
+    "scales": "Quantization scales",
+    "linear": "Linear weights",
+    "embedding": "Embedding",
+    "head": "Output head",
+    "norms": "Norms and routers",
+    "experts": "Experts",
+    "vision": "Vision tower",
+    "adapter": "LoRA weights",
+    "gradients": "Gradients",
+    "optimizer": "Optimizer states",
+    "optimizer_step": "Optimizer workspace",
+    "checkpoints": "Layer inputs kept",
+    "activations": "Activations",
+    "adapter_inputs": "LoRA inputs",
+    "int8_inputs": "int8 inputs kept",
+    "dropout": "Dropout",
+    "scores": "Attention scores",
+    "mask": "Attention mask",
+    "dequantized": "Dequantized weight",
+    "hidden_gradient": "Loss gradient",
+    "logits": "Logits and loss",
+    "inputs": "Batch and positions",
+    "workspace": "cuBLAS workspace",
+    "fragmentation": "Allocator slack",
+    "context": "CUDA context",
+    "runtime": "Python and libraries",
+}
+"""In the order a stacked bar shows them."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the sentences need."""
+
+    recipe: Recipe
+    architecture: Architecture
+    path: CodePath
+    layout: Layout
+
+
+def explanations(facts: Facts) -> dict[str, str]:
+    """One sentence an item, with the formula in this recipe's numbers."""
+    return {
+        **_weight_sentences(facts),
+        **_training_sentences(facts),
+        **_activation_sentences(facts),
+        **_process_sentences(facts),
+    }
+
+
+def _weight_sentences(facts: Facts) -> dict[str, str]:
+    recipe, architecture, path = facts.recipe, facts.architecture, facts.path
+    kept = 4 if path.cast_to_float32 else path.compute_bytes
+    int8 = recipe.quantization.method == "int8"
+    return {
+        "weights": f"{_n(architecture.quantizable_params)} linear weights × {1 if int8 else 0.5} byte.",
+        "scales": _scales_sentence(recipe),
+        "linear": f"Linear weights and biases that stay unquantized × {kept} bytes.",
+        "embedding": f"{_n(architecture.embedding_params)} weights × {kept} bytes; never quantized.",
+        "head": (
+            f"{architecture.vocab_size:,} × {architecture.hidden_size:,} × {kept} bytes; never quantized."
+        ),
+        "norms": "Norms and routers, in their own dtype.",
+        "experts": (
+            f"{_n(architecture.expert_params)} weights × {kept} bytes: fused 3-D parameters, which "
+            "bitsandbytes leaves in 16 bits."
+        ),
+        "vision": f"The vision tower's weights × {kept} bytes; frozen.",
+    }
+
+
+def _scales_sentence(recipe: Recipe) -> str:
+    if recipe.quantization.method == "int8":
+        return "One 4-byte scale an output row."
+    if recipe.quantization.double_quantization:
+        return "One scale for 64 weights: 1 byte each, 4 more for 256 of them, and a code table a module."
+    return "One 4-byte scale for 64 weights, and a code table a module; double quantization quarters it."
+
+
+def _training_sentences(facts: Facts) -> dict[str, str]:
+    path, trained = facts.path, _n(facts.layout.adapter_parameters)
+    moments = (
+        f"Two 8-bit moments and their scales: {trained} × about 2 bytes"
+        if "8bit" in path.optimizer
+        else f"Two 32-bit moments: {trained} × 8 bytes"
+    )
+    paged = ", in managed memory that can move to the host" if path.optimizer.startswith("paged") else ""
+    return {
+        "adapter": (
+            f"{trained} trained parameters × {path.adapter_bytes} bytes: "
+            f"rank {facts.recipe.lora.rank} × (in + out) a target."
+        ),
+        "gradients": f"A gradient a trained parameter: {trained} × {path.adapter_bytes} bytes.",
+        "optimizer": f"{moments}{paged}.",
+        "optimizer_step": "Square roots of all second moments at once: 4 bytes a trained parameter.",
+    }
+
+
+def _activation_sentences(facts: Facts) -> dict[str, str]:
+    path, layout, layers = facts.path, facts.layout, facts.architecture.layers
+    tokens, hidden, adapter = f"{layout.tokens:,} tokens", f"{layout.hidden:,}", path.adapter_bytes
+    stream = 4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes
+    return {
+        "checkpoints": (
+            f"One hidden state a layer, to recompute from: {layers} × {tokens} × {hidden} × {stream} bytes."
+        ),
+        "activations": (
+            f"What one layer holds while it is recomputed and differentiated: {tokens} × its widths."
+            if path.checkpointing
+            else f"What all {layers} layers save for the backward pass: {tokens} × their widths."
+        ),
+        "adapter_inputs": f"A target's input in the adapter's dtype: {tokens} × width × {adapter} bytes.",
+        "int8_inputs": f"The int8 product keeps its input out of checkpointing's reach: {tokens} × width.",
+        "dropout": f"A dropped copy of each target's input, and its mask: {tokens} × width.",
+        "scores": (
+            f"Attention written out: {layout.rows} × {facts.architecture.heads} heads × "
+            f"{layout.length:,}² scores a matrix, several at a time."
+        ),
+        "mask": f"Which token may see which: {layout.length:,}² elements.",
+        "dequantized": f"One weight at a time, rebuilt in {path.compute_bytes} bytes an element.",
+        "hidden_gradient": f"The loss's gradient at the last hidden states: {tokens} × {hidden}.",
+        "logits": _logits_sentence(path, layout),
+    }
+
+
+def _logits_sentence(path: CodePath, layout: Layout) -> str:
+    vocabulary = f"{layout.vocabulary:,}"
+    if path.loss == "chunked":
+        rows = min(path.loss_rows, layout.tokens)
+        return f"{rows:,} positions at a time: {rows:,} × {vocabulary} × ({path.compute_bytes} + 12) bytes."
+    if path.loss == "liger":
+        return f"Liger takes some rows at a time, {vocabulary} logits a row."
+    return (
+        f"All logits at once, in 32 bits, with log-softmax and gradients: "
+        f"{layout.tokens:,} × {vocabulary} × 12 to 16 bytes."
+    )
+
+
+def _process_sentences(facts: Facts) -> dict[str, str]:
+    return {
+        "inputs": "Token ids, labels, positions and rotary tables.",
+        "workspace": "cuBLAS keeps a workspace in the allocator's pool.",
+        "fragmentation": "What the allocator holds beyond the tensors: rounding, and gaps between blocks.",
+        "context": "The CUDA context and loaded kernels, outside torch's allocator.",
+        "runtime": "The process before the model: Python, torch, transformers, peft, bitsandbytes.",
+    }
+
+
+def _n(count: int) -> str:
+    for size, suffix in ((10**9, " billion"), (10**6, " million")):
+        if count >= size:
+            return f"{count / size:.2f}{suffix}"
+    return f"{count:,}"

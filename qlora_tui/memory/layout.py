@@ -1,0 +1,143 @@
+"""From an architecture and a code path to the layers the step walks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_tui.catalog.facts import Architecture, LinearModule
+from qlora_tui.memory.attention import Heads
+from qlora_tui.memory.blocks import Block
+from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.ops import Linear
+from qlora_tui.memory.targets import targeted
+from qlora_tui.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a family puts its layer together; sizes come from the architecture."""
+
+    norm: Literal["rms", "gemma", "layer"] = "rms"
+    order: Literal["pre", "parallel", "sandwich", "post"] = "pre"
+    head_norms: Literal["no", "head", "full"] = "no"
+    rotary: bool = True
+    residual_scale: bool = False
+
+
+STYLES: dict[str, Style] = {
+    "llama": Style(),
+    "mistral": Style(),
+    "qwen2": Style(),
+    "smollm3": Style(),
+    "qwen3": Style(head_norms="head"),
+    "ernie4_5": Style(),
+    "phi3": Style(),
+    "gemma": Style(norm="gemma"),
+    "gemma2": Style(norm="gemma", order="sandwich"),
+    "gemma3": Style(norm="gemma", order="sandwich", head_norms="head"),
+    "gemma3_text": Style(norm="gemma", order="sandwich", head_norms="head"),
+    "granite": Style(residual_scale=True),
+    "olmo2": Style(order="post", head_norms="full"),
+    "stablelm": Style(norm="layer"),
+    "opt": Style(norm="layer", rotary=False),
+    "gpt2": Style(norm="layer", rotary=False),
+    "phi": Style(norm="layer", order="parallel"),
+    "gpt_neox": Style(norm="layer", order="parallel"),
+    "falcon": Style(norm="layer", order="parallel"),
+    "cohere": Style(norm="layer", order="parallel"),
+}
+"""Families whose layer is written out here; any other is walked as Llama's, and said to be approximate."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One run's model: what is resident, and its layers in order."""
+
+    blocks: tuple[Block, ...]
+    """One a layer; equal ones are the same object."""
+    tokens: int
+    rows: int
+    length: int
+    hidden: int
+    vocabulary: int
+    head_bias: bool
+    softcap: bool
+    logit_scale: bool
+    adapter_parameters: int
+    adapter_tensors: tuple[int, ...]
+    """Elements of each trained tensor."""
+    exact: bool
+    """Whether the family's layer is written out."""
+
+
+def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layout:
+    """Every layer with its modules as this recipe and path hold them."""
+    targets = targeted(architecture, recipe.lora.target_modules)
+    style = STYLES.get(architecture.model_type, Style())
+    rows, length = recipe.training.micro_batch, recipe.data.max_length
+    by_layer: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]
+    for module in architecture.modules:
+        if module.layer is not None and module.part != "vision":
+            by_layer[module.layer].append(module)
+    heads = Heads(
+        rows=rows,
+        length=length,
+        heads=architecture.heads,
+        kv_heads=architecture.kv_heads,
+        head_dim=architecture.head_dim,
+        value_dim=architecture.head_dim,
+    )
+    known: dict[tuple[Linear, ...], Block] = {}
+    blocks = []
+    tensors: list[int] = []
+    for modules in by_layer:
+        linears = tuple(_linear(module, recipe, targets) for module in modules)
+        for linear in linears:
+            if linear.rank:
+                tensors += [linear.rank * linear.inputs, linear.rank * linear.outputs]
+                tensors += [linear.outputs] if linear.dora else []
+        if linears not in known:
+            known[linears] = Block(
+                linears=linears,
+                heads=heads,
+                norm=style.norm,
+                order=style.order,
+                activation=architecture.activation,
+                gated=architecture.gated,
+                intermediate=architecture.intermediate_size or 0,
+                hidden=architecture.hidden_size,
+                norm_width=4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes,
+                kernel=path.attention,
+                rotary=1.0 if style.rotary else 0.0,
+                head_norms=style.head_norms,
+                residual_scale=style.residual_scale,
+            )
+        blocks.append(known[linears])
+    return Layout(
+        blocks=tuple(blocks),
+        tokens=rows * length,
+        rows=rows,
+        length=length,
+        hidden=architecture.hidden_size,
+        vocabulary=architecture.vocab_size,
+        head_bias=architecture.head.bias,
+        softcap=architecture.final_logit_softcapping is not None,
+        logit_scale=architecture.logit_scale is not None,
+        adapter_parameters=sum(tensors),
+        adapter_tensors=tuple(tensors),
+        exact=architecture.model_type in STYLES and architecture.experts is None,
+    )
+
+
+def _linear(module: LinearModule, recipe: Recipe, targets: frozenset[str]) -> Linear:
+    method = recipe.quantization.method if module.quantizable else "none"
+    return Linear(
+        name=module.kind,
+        inputs=module.in_features,
+        outputs=module.out_features,
+        method=method,
+        bias=module.bias,
+        rank=recipe.lora.rank if module.name in targets else 0,
+        dora=recipe.lora.use_dora and module.name in targets,
+    )

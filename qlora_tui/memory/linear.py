@@ -1,0 +1,192 @@
+"""Linear modules: the frozen base in 4, 8 or 16 bits and its adapter, as bitsandbytes and peft run them."""
+
+from __future__ import annotations
+
+from qlora_tui.memory.ops import FLOAT, Linear, Ops
+from qlora_tui.memory.tape import Grads, Tensor
+
+
+def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    """The whole module: base, and adapter where it is a target."""
+    if not module.rank:
+        return base(ops, x, module)
+    result = base(ops, x, module)
+    if module.method in ("nf4", "fp4"):
+        result = ops.copy(result)  # peft/tuners/lora/bnb.py clones the 4-bit result
+    out_width = result.width
+    if module.dora:
+        return ops.cast(_dora(ops, x, result, module), out_width)
+    update = _adapter(ops, x, module)
+    if module.method != "none":
+        update = ops.cast(update, out_width) if not ops.autocast else update
+    return ops.cast(ops.add(result, update), out_width)
+
+
+def base(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    """The frozen product alone."""
+    if module.method in ("nf4", "fp4"):
+        return _four_bit(ops, x, module)
+    if module.method == "int8":
+        return _eight_bit(ops, x, module)
+    return _dense(ops, x, module, ops.weight)
+
+
+def _rows(x: Tensor, module: Linear) -> int:
+    return x.numel // module.inputs
+
+
+def _dense(ops: Ops, x: Tensor, module: Linear, width: int) -> Tensor:
+    """``F.linear`` with a frozen weight: the backward needs only the weight."""
+    if ops.autocast:
+        x = ops.cast(x, ops.compute)
+        width = ops.compute
+    numel = x.numel
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        return (ops.new(numel, width),)
+
+    node = ops.tape.node((x,), fn, (None,))
+    out = ops.new(_rows(x, module) * module.outputs, max(width, x.width))
+    out.node = node
+    return out
+
+
+def _four_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    """``Linear4bit.forward``: input to the compute dtype, product, result back to the input's dtype."""
+    entered = x.width
+    x = ops.cast(x, ops.compute)
+    numel, width = x.numel, ops.compute
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        # MatMul4Bit.backward: dequantize the whole weight, then grad @ weight.
+        weight = _dequantized(ops, module, grad.width)
+        made = ops.new(numel, width)
+        del weight
+        return (made,)
+
+    # The packed weight is kept as a plain attribute: nothing is packed for the checkpoint.
+    node = ops.tape.node((x,), fn)
+    workspace = _dequantized(ops, module, ops.compute)
+    out = ops.new(_rows(x, module) * module.outputs, width)
+    del workspace
+    out.node = node
+    return ops.cast(out, entered)
+
+
+def _dequantized(ops: Ops, module: Linear, width: int) -> Tensor:
+    with ops.meter.booking("dequantized"):
+        return ops.new(module.weights, width)
+
+
+def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    """``MatMul8bitLt``, which keeps its input as ``ctx.tensors``: checkpointing cannot drop it."""
+    numel, width = x.numel, x.width
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        weight = _dequantized(ops, module, width)
+        made = ops.new(numel, width)
+        del weight
+        return (made,)
+
+    node = ops.tape.node((x,), fn)
+    out_numel = _rows(x, module) * module.outputs
+    if ops.device == "cpu":  # MatMul8bitFp: dequantize, then F.linear
+        workspace = _dequantized(ops, module, width)
+        out = ops.new(out_numel, width)
+        del workspace
+    else:
+        half = x if x.width == 2 else ops.new(numel, 2)
+        rows = ops.new(numel, 1)
+        product = ops.new(out_numel, FLOAT)
+        out = ops.new(out_numel, width)
+        del product, rows, half
+    out.node = node
+    if node is not None:
+        x.storage.rebook("int8_inputs")
+        node.pinned = (x.view(None),)
+    return out
+
+
+def _adapter(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    """``lora_B(lora_A(dropout(x))) * scaling``, the input cast to the adapter's dtype first."""
+    with ops.meter.booking("adapter_inputs"):
+        if not ops.autocast:
+            x = ops.cast(x, ops.adapter)
+        x = _dropout(ops, x)
+    rows, width = _rows(x, module), (ops.compute if ops.autocast else ops.adapter)
+    thin = _trained(ops, x, module.inputs, module.rank, rows, width)
+    del x
+    wide = _trained(ops, thin, module.rank, module.outputs, rows, width)
+    del thin
+    return _times_number(ops, wide)
+
+
+def _times_number(ops: Ops, x: Tensor) -> Tensor:
+    """``x * scaling``: a number is not saved."""
+    numel, width = x.numel, x.width
+    node = ops.tape.node((x,), lambda grad, saved: (ops.new(numel, width),))
+    out = ops.new(numel, width)
+    out.node = node
+    return out
+
+
+def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, width: int) -> Tensor:
+    """A linear with a trained weight: saves its input, and gives the weight a gradient."""
+    numel, weights, adapter, needs = x.numel, inputs * outputs, ops.adapter, x.needs_grad
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        toward_input = ops.new(numel, width) if needs else None
+        with ops.meter.booking("gradients"):
+            made = ops.new(weights, width)
+            # Under autocast the weight was cast, and its gradient is cast back.
+            toward_weight = made if width == adapter else ops.new(weights, adapter)
+        return (toward_input, toward_weight)
+
+    weight = Tensor(x.storage, 0, adapter, ops.tape.leaf())
+    node = ops.tape.node((x, weight), fn, (x, None))
+    out = ops.new(rows * outputs, width)
+    out.node = node
+    return out
+
+
+def _dropout(ops: Ops, x: Tensor) -> Tensor:
+    """``nn.Dropout``: CUDA's fused kernel saves a mask of one byte; a CPU multiplies by float noise."""
+    if not ops.dropout:
+        return x
+    numel, width = x.numel, x.width
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        return (ops.new(numel, width),)
+
+    with ops.meter.booking("dropout"):
+        mask = ops.new(numel, 1 if ops.device == "cuda" else width)
+    node = ops.tape.node((x,), fn, (mask,))
+    with ops.meter.booking("dropout"):
+        out = ops.new(numel, width)
+    out.node = node
+    return out
+
+
+def _dora(ops: Ops, x: Tensor, result: Tensor, module: Linear) -> Tensor:
+    """DoRA rebuilds the weight to take its norms, then scales the result (peft/tuners/lora/dora.py)."""
+    with ops.meter.booking("dequantized"):
+        weight = ops.new(module.weights, ops.compute)
+        update = ops.new(module.weights, FLOAT)
+        total = ops.new(module.weights, FLOAT)
+        del weight, update, total
+    lora = _adapter(ops, x, module)
+    with ops.meter.booking("adapter_inputs"):
+        scaled = _times_magnitude(ops, result, module)
+        return ops.add(scaled, _times_magnitude(ops, lora, module))
+
+
+def _times_magnitude(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    numel, width = x.numel, max(x.width, FLOAT)
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        return (ops.new(numel, width),)
+
+    node = ops.tape.node((x,), fn, (x,))
+    out = ops.new(numel, width)
+    out.node = node
+    return out

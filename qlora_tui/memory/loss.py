@@ -1,0 +1,116 @@
+"""The output head and the loss, as each code path computes them."""
+
+from __future__ import annotations
+
+from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.layout import Layout
+from qlora_tui.memory.ops import FLOAT, Ops
+from qlora_tui.memory.tape import Grads, Tensor
+
+
+def head_and_loss(
+    ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The scalar loss, and what the caller goes on holding (the output object's logits)."""
+    if path.loss == "chunked":
+        return _chunked(ops, layout, path, hidden, width), []
+    if path.loss == "liger":
+        return _liger(ops, layout, hidden, width), []
+    logits = _head(ops, layout, hidden, layout.tokens, width)
+    if path.loss == "fused":
+        return _fused(ops, logits), []
+    held = [logits] if path.logits_held else []
+    return _stock(ops, logits, shifted=path.loss == "shifted"), held
+
+
+def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Tensor:
+    """``lm_head(hidden)`` and what the family does to the logits after it."""
+    numel = rows * layout.hidden
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        return (ops.new(numel, width),)
+
+    with ops.meter.booking("logits"):
+        node = ops.tape.node((hidden,), fn, (None,))
+        logits = ops.new(rows * layout.vocabulary, width)
+        logits.node = node
+        if layout.logit_scale:
+            logits = ops.scale(logits)
+        if layout.softcap:
+            logits = ops.scale(logits)
+            logits = ops.activation(logits, "relu")  # tanh: saves its result
+            logits = ops.scale(logits)
+    return logits
+
+
+def _stock(ops: Ops, logits: Tensor, *, shifted: bool) -> Tensor:
+    """Float32 logits, log-softmax (saved), and their gradients: 12 to 16 bytes a logit at the peak."""
+    with ops.meter.booking("logits"):
+        wide = ops.cast(logits, FLOAT)
+        source = ops.copy(wide) if shifted else wide
+        return _cross_entropy(ops, source)
+
+
+def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
+    numel = logits.numel
+
+    def softmax_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        return (ops.new(numel, FLOAT),)
+
+    def pick_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        return (ops.new(numel, FLOAT),)
+
+    likely = ops.new(numel, FLOAT)
+    likely.node = ops.tape.node((logits,), softmax_grad, (likely,))
+    node = ops.tape.node((likely,), pick_grad, (likely,))
+    loss = ops.new(1, FLOAT)
+    loss.node = node
+    return loss
+
+
+def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: int) -> Tensor:
+    """Some rows of logits at a time, their gradient taken at once: logits never exist whole.
+
+    One row of logits costs its own width and three float32 copies: widened, log-softmax, gradient.
+    """
+    rows = min(path.loss_rows, layout.tokens)
+    numel, vocabulary = hidden.numel, layout.vocabulary
+
+    with ops.meter.booking("hidden_gradient"):
+        toward = ops.new(numel, width)
+    with ops.meter.booking("logits"):
+        thin = ops.new(rows * vocabulary, width)
+        wide = ops.new(rows * vocabulary, FLOAT) if width != FLOAT else thin
+        likely = ops.new(rows * vocabulary, FLOAT)
+        gradient = ops.new(rows * vocabulary, FLOAT)
+        del thin, wide, likely, gradient
+
+    node = ops.tape.node((hidden,), lambda grad, saved: (ops.new(numel, width),), (toward,))
+    loss = ops.new(1, FLOAT)
+    loss.node = node
+    return loss
+
+
+def _liger(ops: Ops, layout: Layout, hidden: Tensor, width: int) -> Tensor:
+    """Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows."""
+    share = -(-layout.vocabulary // layout.hidden)
+    rows = -(-layout.tokens // share)
+    rows = min(1 << (rows - 1).bit_length(), layout.tokens)
+    numel = hidden.numel
+    with ops.meter.booking("hidden_gradient"):
+        toward = ops.new(numel, width)
+    with ops.meter.booking("logits"):
+        logits = ops.new(rows * layout.vocabulary, width)
+        del logits
+    node = ops.tape.node((hidden,), lambda grad, saved: (ops.new(numel, width),), (toward,))
+    loss = ops.new(1, FLOAT)
+    loss.node = node
+    return loss
+
+
+def _fused(ops: Ops, logits: Tensor) -> Tensor:
+    """One kernel over all logits that writes the gradient in their place."""
+    node = ops.tape.node((logits,), lambda grad, saved: (saved[0],), (logits,))
+    loss = ops.new(1, FLOAT)
+    loss.node = node
+    return loss

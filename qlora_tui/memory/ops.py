@@ -1,0 +1,247 @@
+"""The operations of a decoder, each with what it allocates, saves and frees.
+
+Every method mirrors one call in torch, transformers, peft or bitsandbytes; where it does something one
+would not expect (a copy, a cast, a saved tensor), the comment names the code that does it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_tui.memory.tape import Grads, Meter, Storage, Tape, Tensor
+
+FLOAT = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear module of a layer, as the path holds it."""
+
+    name: str
+    inputs: int
+    outputs: int
+    method: Literal["nf4", "fp4", "int8", "none"]
+    bias: bool = False
+    rank: int = 0
+    """Of the adapter on it; 0 where it is not a target."""
+    dora: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Elements of the base weight."""
+        return self.inputs * self.outputs
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Elements of lora_A and lora_B (and of DoRA's magnitudes)."""
+        if not self.rank:
+            return 0
+        return self.rank * (self.inputs + self.outputs) + (self.outputs if self.dora else 0)
+
+
+class Ops:
+    """The operations over one tape, under one code path."""
+
+    def __init__(
+        self,
+        meter: Meter,
+        *,
+        compute: int,
+        weight: int,
+        adapter: int,
+        device: str,
+        dropout: float,
+        autocast: bool,
+        tokens: int,
+    ) -> None:
+        self.meter = meter
+        self.tape = Tape(meter)
+        self.compute = compute
+        """Bytes of an element in the compute dtype (what 4-bit weights are dequantized to)."""
+        self.weight = weight
+        """Bytes of an element of an unquantized weight."""
+        self.adapter = adapter
+        self.device = device
+        self.dropout = dropout
+        self.autocast = autocast
+        self.tokens = tokens
+
+    def new(self, numel: int, width: int, item: str | None = None) -> Tensor:
+        """An uninitialised tensor outside the graph."""
+        return Tensor(Storage(self.meter, numel * width, item), numel, width)
+
+    def cast(self, x: Tensor, width: int) -> Tensor:
+        """``x.to(dtype)``: nothing if it has the dtype already."""
+        if x.width == width:
+            return x
+        back, numel = x.width, x.numel
+
+        def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            return (self.new(numel, back),)
+
+        node = self.tape.node((x,), fn)
+        out = self.new(numel, width)
+        out.node = node
+        return out
+
+    def copy(self, x: Tensor) -> Tensor:
+        """``x.clone()`` or ``x.contiguous()`` of a strided view: a copy forward, the same gradient back."""
+        node = self.tape.node((x,), lambda grad, saved: (grad,))
+        out = self.new(x.numel, x.width)
+        out.node = node
+        return out
+
+    def slice(self, x: Tensor, numel: int) -> Tensor:
+        """A view of part of ``x``; its gradient is a full tensor of zeros with the part filled in."""
+        full, width = x.numel, x.width
+
+        def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            return (self.new(full, width),)
+
+        return Tensor(x.storage, numel, x.width, self.tape.node((x,), fn))
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Elementwise sum; the dtype is the wider one's."""
+        width = max(a.width, b.width)
+        widths, needs = (a.width, b.width), (a.needs_grad, b.needs_grad)
+
+        def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            return tuple(
+                self._as(grad, wanted) if need else None for wanted, need in zip(widths, needs, strict=True)
+            )
+
+        node = self.tape.node((a, b), fn)
+        out = self.new(a.numel, width)
+        out.node = node
+        return out
+
+    def _as(self, grad: Tensor, width: int) -> Tensor:
+        """The engine casts a gradient to the dtype of what it is a gradient of (``validate_outputs``)."""
+        return grad if grad.width == width else self.new(grad.numel, width)
+
+    def scale(self, x: Tensor, width: int | None = None) -> Tensor:
+        """``x * number``, or times a tensor that needs no gradient: saves only that."""
+        numel, back, wide = x.numel, x.width, width or x.width
+
+        def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            made = self.new(numel, wide)
+            return (self._as(made, back),)
+
+        node = self.tape.node((x,), fn, (None,))
+        out = self.new(numel, wide)
+        out.node = node
+        return out
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a * b`` where both need gradients: saves both."""
+        numel, width = a.numel, max(a.width, b.width)
+
+        def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            return (self.new(numel, width), self.new(numel, width))
+
+        node = self.tape.node((a, b), fn, (a, b))
+        out = self.new(numel, width)
+        out.node = node
+        return out
+
+    def activation(self, x: Tensor, kind: str = "silu") -> Tensor:
+        """A fused pointwise activation (silu, gelu, relu): saves its input, or its result for relu."""
+        numel, width = x.numel, x.width
+
+        def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            return (self.new(numel, width),)
+
+        if kind == "relu":
+            out = self.new(numel, width)
+            out.node = self.tape.node((x,), fn, (out,))
+            return out
+        node = self.tape.node((x,), fn, (x,))
+        out = self.new(numel, width)
+        out.node = node
+        return out
+
+    def rms_norm(self, x: Tensor, *, weight: int, scale_in_float: bool = False) -> Tensor:
+        """RMSNorm as transformers writes it out: float32 inside, four passes over the row.
+
+        ``x.to(float32)``; ``pow(2).mean``; ``x * rsqrt``; back to the input's dtype; times the weight.
+        Saved: the float32 copy (by pow and by the product). Gemma multiplies in float32 and casts last.
+        """
+        start = x.width
+        wide = self.cast(x, FLOAT)
+        del x
+        normed = self._normalise(wide)
+        del wide
+        if scale_in_float:
+            return self.cast(self.scale(normed), start)
+        return self.scale(self.cast(normed, start), max(weight, start))
+
+    def _normalise(self, wide: Tensor) -> Tensor:
+        """``wide * rsqrt(wide.pow(2).mean(-1) + eps)``."""
+        numel, rows = wide.numel, self.tokens
+
+        def square(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            # mean's backward divides the expanded gradient; pow's is grad * (2 * self.pow(1)).
+            first = self.new(numel, FLOAT)
+            second = self.new(numel, FLOAT)
+            del first
+            third = self.new(numel, FLOAT)
+            del second
+            return (third,)
+
+        def mean(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            return (self.new(numel, FLOAT),)
+
+        def product(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            toward = self.new(numel, FLOAT)
+            spread = self.new(numel, FLOAT)
+            del spread
+            return (toward, self.new(rows, FLOAT))
+
+        node = self.tape.node((wide,), square, (wide,))
+        squared = self.new(numel, FLOAT)
+        squared.node = node
+        node = self.tape.node((squared,), mean)
+        variance = self.new(rows, FLOAT)
+        variance.node = node
+        del squared
+        inverse = self.new(rows, FLOAT)
+        inverse.node = self.tape.node((variance,), lambda grad, saved: (self.new(rows, FLOAT),), (inverse,))
+        del variance
+        node = self.tape.node((wide, inverse), product, (wide, inverse))
+        out = self.new(numel, FLOAT)
+        out.node = node
+        return out
+
+    def layer_norm(self, x: Tensor, *, weight: int) -> Tensor:
+        """``torch.nn.LayerNorm``: one kernel that saves its input, mean and deviation."""
+        wide = self.cast(x, max(weight, x.width)) if self.autocast else x
+        numel, width = wide.numel, wide.width
+
+        def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            return (self.new(numel, width),)
+
+        mean, deviation = self.new(self.tokens, FLOAT), self.new(self.tokens, FLOAT)
+        node = self.tape.node((wide,), fn, (wide, None, mean, deviation, None))
+        out = self.new(numel, width)
+        out.node = node
+        return out
+
+    def rotate(self, x: Tensor, width: int | None = None) -> Tensor:
+        """``x * cos + rotate_half(x) * sin``; cos and sin need no gradient, so nothing of x is saved."""
+        straight = self.scale(x, width)
+        turned = self.scale(self._rotate_half(x), width)
+        return self.add(straight, turned)
+
+    def _rotate_half(self, x: Tensor) -> Tensor:
+        half = x.numel // 2
+        low, high = self.slice(x, half), self.slice(x, half)
+        node = self.tape.node((high,), lambda grad, saved: (self.new(half, grad.width),))
+        negated = self.new(half, x.width)
+        negated.node = node
+        # cat's backward hands out views of the gradient.
+        node = self.tape.node((negated, low), lambda grad, saved: (grad.view(None), grad.view(None)))
+        out = self.new(x.numel, x.width)
+        out.node = node
+        return out

@@ -1,0 +1,70 @@
+"""The estimate as ``qlora-tui estimate --json`` prints it: stable keys, bytes as integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.memory.codepath import Device
+from qlora_tui.memory.estimate import Estimate, compare
+from qlora_tui.memory.solver import cheapest_changes, what_fits
+from qlora_tui.memory.verdict import judge
+from qlora_tui.recipe.schema import Recipe
+
+
+def as_json(
+    recipe: Recipe,
+    architecture: Architecture,
+    available_bytes: int | None,
+    *,
+    device: Device | None = None,
+) -> dict[str, Any]:
+    """``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
+
+    Without ``available_bytes`` there is nothing to fit into: verdicts and ``what_fits`` are null.
+    """
+    compared = compare(recipe, architecture, device=device)
+    fitting: dict[str, Any] | None = None
+    changes: list[dict[str, Any]] = []
+    if available_bytes is not None:
+        largest = what_fits(recipe, architecture, available_bytes, device=device)
+        fitting = {
+            "sequence_length": largest.sequence_length,
+            "micro_batch": largest.micro_batch,
+            "rank": largest.rank,
+        }
+        changes = [
+            {
+                "label": change.label,
+                "cost": change.cost,
+                "settings": change.settings,
+                "total_bytes": change.estimate.total_bytes,
+                "verdict": change.verdict.word,
+            }
+            for change in cheapest_changes(recipe, architecture, available_bytes, device=device)
+        ]
+    return {
+        "available_bytes": available_bytes,
+        "precisions": {name: one_as_json(made, available_bytes) for name, made in compared.items()},
+        "what_fits": fitting,
+        "cheapest_changes": changes,
+    }
+
+
+def one_as_json(made: Estimate, available_bytes: int | None) -> dict[str, Any]:
+    """One precision's part."""
+    return {
+        "total_bytes": made.total_bytes,
+        "items": {item.key: item.bytes for item in made.items},
+        "explanations": {item.key: item.explanation for item in made.items},
+        "tiers": {
+            "allocated": made.allocated_bytes,
+            "reserved": made.reserved_bytes,
+            "process": made.process_bytes,
+        },
+        "band": {"low": made.band.low_bytes, "high": made.band.high_bytes, "reason": made.band.reason},
+        "verdict": None if available_bytes is None else judge(made, available_bytes).word,
+        "peak_phase": made.peak_phase,
+        "exact": made.exact,
+        "notes": list(made.notes),
+    }

@@ -1,0 +1,52 @@
+"""What is in memory at every moment of a step: weights, adapter, optimizer states, batch, workspace."""
+
+from __future__ import annotations
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.layout import Layout
+from qlora_tui.memory.step import stream_bytes
+from qlora_tui.memory.weights import adapter_bytes, frozen_weights, optimizer_bytes, rounded
+from qlora_tui.recipe.schema import Recipe
+
+CUBLAS_WORKSPACE_BYTES = 8_519_680
+"""torch's default ``CUBLAS_WORKSPACE_CONFIG`` before Hopper, ``:4096:2:16:8``: 2 × 4,096 KiB + 8 × 16 KiB
+(``parseChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp), taken from the allocator."""
+
+
+def resident_items(
+    recipe: Recipe, architecture: Architecture, layout: Layout, path: CodePath
+) -> dict[str, int]:
+    """Bytes by item."""
+    frozen = frozen_weights(recipe, architecture, path)
+    items = {
+        "weights": frozen.packed_bytes,
+        "scales": frozen.scale_bytes,
+        "linear": frozen.dense_bytes,
+        "embedding": frozen.embedding_bytes,
+        "head": frozen.head_bytes,
+        "norms": frozen.norm_bytes,
+        "experts": frozen.expert_bytes,
+        "vision": frozen.vision_bytes,
+        "adapter": adapter_bytes(layout, path),
+        "inputs": _input_bytes(architecture, layout, path),
+        "mask": _mask_bytes(layout, path),
+    }
+    if path.device == "cuda":
+        items["workspace"] = CUBLAS_WORKSPACE_BYTES
+    if not (path.optimizer.startswith("paged") and path.device == "cuda"):
+        items["optimizer"] = optimizer_bytes(layout, path)
+    return {key: size for key, size in items.items() if size}
+
+
+def _input_bytes(architecture: Architecture, layout: Layout, path: CodePath) -> int:
+    """Ids, labels (and their shifted copy) and positions, 8 bytes each; the rotary tables."""
+    tables = 2 * layout.length * architecture.head_dim * stream_bytes(path)
+    return 4 * rounded(layout.tokens * 8) + rounded(tables)
+
+
+def _mask_bytes(layout: Layout, path: CodePath) -> int:
+    """Eager attention adds a mask of the hidden states' dtype."""
+    if path.attention == "eager":
+        return rounded(layout.length * layout.length * stream_bytes(path))
+    return 0

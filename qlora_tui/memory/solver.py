@@ -1,0 +1,205 @@
+"""What fits: the largest of each setting, and the cheapest change for a recipe that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec import structs
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.errors import Problem
+from qlora_tui.memory.codepath import Device
+from qlora_tui.memory.estimate import Estimate, estimate
+from qlora_tui.memory.verdict import Verdict, judge
+from qlora_tui.recipe.schema import Recipe
+
+LENGTH_STEP = 128
+MOST_ROWS = 1024
+RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class WhatFits:
+    """The largest value of each setting that fits with the others as they are; 0 where none does."""
+
+    sequence_length: int
+    micro_batch: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change to a recipe, and what it comes to."""
+
+    label: str
+    """``Checkpoint activations``, ``Micro-batch 4 → 2, accumulation 4 → 8``."""
+    cost: str
+    """What is given up, in a few words: ``about a third slower``; empty where nothing is."""
+    settings: dict[str, Any]
+    """Dotted keys and values, as ``--set`` takes them."""
+    recipe: Recipe
+    estimate: Estimate
+    verdict: Verdict
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict.fits
+
+
+def what_fits(
+    recipe: Recipe, architecture: Architecture, available_bytes: int, *, device: Device | None = None
+) -> WhatFits:
+    """The largest sequence length, micro-batch and rank that fit in ``available_bytes``."""
+
+    def fits(settings: dict[str, Any]) -> bool:
+        changed = set_values(recipe, settings)
+        return judge(estimate(changed, architecture, device=device), available_bytes).fits
+
+    longest = (architecture.max_positions or 131_072) // LENGTH_STEP
+    return WhatFits(
+        sequence_length=_largest(longest, lambda n: fits({"data.max_length": n * LENGTH_STEP})) * LENGTH_STEP,
+        micro_batch=_largest(MOST_ROWS, lambda n: fits({"training.micro_batch": n})),
+        rank=max((rank for rank in RANKS if fits({"lora.rank": rank})), default=0),
+    )
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to ``most`` that fits, found by halving; 0 if not even 1 does."""
+    if most < 1 or not fits(1):
+        return 0
+    low, high = 1, 2
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def cheapest_changes(
+    recipe: Recipe, architecture: Architecture, available_bytes: int, *, device: Device | None = None
+) -> tuple[Change, ...]:
+    """Single changes that make the recipe fit, the one that gives up least first.
+
+    Where no single change is enough, changes are taken together, cheapest first, until they are: the result
+    is then one :class:`Change`. Empty where the recipe fits already, or nothing helps.
+    """
+    whole = estimate(recipe, architecture, device=device)
+    if judge(whole, available_bytes).fits:
+        return ()
+    offers = list(_offers(recipe, architecture))
+    changes = [_gentlest(recipe, architecture, available_bytes, device, offer) for offer in offers]
+    fitting = tuple(change for change in changes if change.fits)
+    return fitting or _together(recipe, architecture, available_bytes, device)
+
+
+def _together(
+    recipe: Recipe, architecture: Architecture, available_bytes: int, device: Device | None
+) -> tuple[Change, ...]:
+    """Each setting in turn as far as it goes, until the recipe fits."""
+    taken: list[Change] = []
+    now, size = recipe, estimate(recipe, architecture, device=device).process_bytes
+    for offer in _offers(recipe, architecture):
+        change = _gentlest(now, architecture, available_bytes, device, offer)
+        if change.estimate.process_bytes >= size:
+            continue
+        taken.append(change)
+        now, size = change.recipe, change.estimate.process_bytes
+        if change.fits:
+            label = "; ".join(part.label for part in taken)
+            cost = "; ".join(part.cost for part in taken if part.cost)
+            settings = {key: value for part in taken for key, value in part.settings.items()}
+            return (Change(label, cost, settings, now, change.estimate, change.verdict),)
+    return ()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One setting that could be changed, with its values from the gentlest to the strongest."""
+
+    cost: str
+    steps: tuple[tuple[str, dict[str, Any]], ...]
+
+
+def _gentlest(
+    recipe: Recipe, architecture: Architecture, available_bytes: int, device: Device | None, offer: Offer
+) -> Change:
+    """The first step of the offer that fits, or its last."""
+    for label, settings in offer.steps:
+        changed = set_values(recipe, settings)
+        made = estimate(changed, architecture, device=device)
+        change = Change(label, offer.cost, settings, changed, made, judge(made, available_bytes))
+        if change.fits:
+            break
+    return change
+
+
+def _offers(recipe: Recipe, architecture: Architecture) -> Iterator[Offer]:
+    """Changes that save memory, the one that gives up least first."""
+    training, quantization, lora = recipe.training, recipe.quantization, recipe.lora
+    if recipe.model.attention == "eager":
+        yield _single("", "Attention eager → auto", "model.attention", "auto")
+    if quantization.method in ("nf4", "fp4") and not quantization.double_quantization:
+        yield _single("", "Double quantization", "quantization.double_quantization", True)
+    if training.optimizer in ("adamw", "paged_adamw_32bit"):
+        label = f"Optimizer {training.optimizer} → paged_adamw_8bit"
+        yield _single("", label, "training.optimizer", "paged_adamw_8bit")
+    if training.micro_batch > 1:
+        yield Offer("same effective batch, a little slower", tuple(_smaller_batches(recipe)))
+    if not training.gradient_checkpointing:
+        yield _single("a third slower", "Checkpoint activations", "training.gradient_checkpointing", True)
+    if quantization.method in ("none", "int8"):
+        label = "16 bits → NF4" if quantization.method == "none" else "int8 → NF4"
+        yield _single("slightly less exact", label, "quantization.method", "nf4")
+    if lora.use_dora:
+        yield _single("plain LoRA", "DoRA off", "lora.use_dora", False)
+    if lora.dropout:
+        yield _single("less regularisation", f"Dropout {lora.dropout:g} → 0", "lora.dropout", 0.0)
+    if recipe.data.max_length >= 2 * LENGTH_STEP:
+        yield Offer("longer samples are cut or dropped", tuple(_shorter_rows(recipe)))
+    if lora.rank > RANKS[0]:
+        smaller = [rank for rank in reversed(RANKS) if rank < lora.rank]
+        steps = tuple((f"Rank {lora.rank} → {rank}", {"lora.rank": rank}) for rank in smaller)
+        yield Offer("a smaller adapter", steps)
+    narrow = ("q_proj", "v_proj")
+    if set(narrow) <= set(architecture.kinds()) and set(lora.target_modules) != set(narrow):
+        yield _single("a weaker adapter", "Targets → q_proj, v_proj", "lora.target_modules", narrow)
+
+
+def _single(cost: str, label: str, key: str, value: object) -> Offer:
+    return Offer(cost, ((label, {key: value}),))
+
+
+def _smaller_batches(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    was, accumulated = recipe.training.micro_batch, recipe.training.gradient_accumulation
+    rows = was
+    while rows > 1:
+        rows //= 2
+        steps = min(-(-recipe.effective_batch // rows), 65_536)
+        label = f"Micro-batch {was} → {rows}, accumulation {accumulated} → {steps}"
+        yield label, {"training.micro_batch": rows, "training.gradient_accumulation": steps}
+
+
+def _shorter_rows(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    was = recipe.data.max_length
+    length = was
+    while length >= 2 * LENGTH_STEP:
+        length = length // 2 // LENGTH_STEP * LENGTH_STEP
+        yield f"Sequence length {was:,} → {length:,}", {"data.max_length": length}
+
+
+def set_values(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """The recipe with dotted keys replaced. Values must be of the field's own type."""
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        if not name or not hasattr(recipe, section):
+            raise Problem("Unknown setting", what=f"There is no setting {key}.")
+        part = structs.replace(getattr(recipe, section), **{name: value})
+        recipe = structs.replace(recipe, **{section: part})
+    return recipe

@@ -1,0 +1,273 @@
+"""Torch's allocations, replayed without torch: storages that count themselves, and a small autograd.
+
+A training step's peak depends on *when* each tensor dies, not only on how large it is. So the estimate
+walks one layer of each kind the way the library's own ``forward`` does. A :class:`Tensor` holds a
+:class:`Storage`; a storage adds its bytes to the :class:`Meter` when it is made and takes them off when
+CPython drops the last reference to it, which is when torch's would go too. Operations that need gradients
+leave a :class:`Node`, and :func:`backward` runs the nodes in autograd's order (highest sequence number
+first) and frees what they saved as it goes.
+
+``ops.py`` has the operations, ``blocks.py`` the layers, ``step.py`` puts the step together.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+ALLOCATION_BYTES = 512
+"""The CUDA caching allocator rounds each block up to this (``kMinBlockSize`` in CUDACachingAllocator)."""
+
+
+class Meter:
+    """Bytes alive now and at the peak, by item."""
+
+    __slots__ = ("item", "live_bytes", "live_items", "peak_bytes", "peak_items", "rounding")
+
+    def __init__(self, rounding: int = ALLOCATION_BYTES) -> None:
+        self.rounding = rounding
+        self.item = "activations"
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.live_items: dict[str, int] = {}
+        self.peak_items: dict[str, int] = {}
+
+    @contextmanager
+    def booking(self, item: str) -> Iterator[None]:
+        """Count what is made inside under ``item``."""
+        before, self.item = self.item, item
+        try:
+            yield
+        finally:
+            self.item = before
+
+    def restart(self) -> None:
+        """Forget the peak: it starts again from what is alive."""
+        self.peak_bytes = self.live_bytes
+        self.peak_items = dict(self.live_items)
+
+    def add(self, size: int, item: str) -> None:
+        """Count ``size`` more bytes (or fewer, when negative)."""
+        self.live_items[item] = self.live_items.get(item, 0) + size
+        self.live_bytes += size
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes = self.live_bytes
+            self.peak_items = dict(self.live_items)
+
+
+class Storage:
+    """Bytes that live as long as something refers to them."""
+
+    __slots__ = ("item", "meter", "size")
+
+    def __init__(self, meter: Meter, size: int, item: str | None = None) -> None:
+        self.meter = meter
+        self.size = -(-size // meter.rounding) * meter.rounding
+        self.item = item or meter.item
+        meter.add(self.size, self.item)
+
+    def __del__(self) -> None:
+        self.meter.add(-self.size, self.item)
+
+    def rebook(self, item: str) -> None:
+        """Move the bytes to another item without making them anew."""
+        self.meter.live_items[self.item] -= self.size
+        self.meter.live_items[item] = self.meter.live_items.get(item, 0) + self.size
+        self.item = item
+
+
+class Tensor:
+    """A number of elements of one width in a storage; two tensors that share one are views."""
+
+    __slots__ = ("node", "numel", "storage", "width")
+
+    def __init__(self, storage: Storage, numel: int, width: int, node: Node | None = None) -> None:
+        self.storage = storage
+        self.numel = numel
+        self.width = width
+        self.node = node
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether a gradient will flow back through it."""
+        return self.node is not None
+
+    def view(self, node: Node | None) -> Tensor:
+        """The same storage under another node."""
+        return Tensor(self.storage, self.numel, self.width, node)
+
+
+Grads = tuple[Tensor | None, ...]
+BackwardFn = Callable[[Tensor, list[Tensor | None]], Grads]
+
+
+class StopRecomputing(Exception):
+    """Everything a checkpointed layer saves is there again; the rest of its forward is not needed."""
+
+
+class Checkpoint:
+    """One layer under ``torch.utils.checkpoint`` (non-reentrant).
+
+    The first forward keeps nothing but its input. When the backward asks for the first saved tensor, the
+    layer runs again and everything it saves is kept until the node that saved it has run.
+    """
+
+    __slots__ = ("forward", "packed", "ready", "recomputed")
+
+    def __init__(self, forward: Callable[[], Tensor]) -> None:
+        self.forward = forward
+        self.packed = 0
+        self.ready = False
+        self.recomputed: dict[int, Tensor | None] = {}
+
+    def take(self, slot: int, tape: Tape) -> Tensor | None:
+        """A tensor saved in slot ``slot``, recomputing the layer if that has not been done."""
+        if not self.ready:
+            self.ready = True
+            outer, tape.mode = tape.mode, ("recompute", self)
+            wanted, self.packed = self.packed, 0
+            tape.stop_after = wanted
+            try:
+                self.forward()
+            except StopRecomputing:
+                pass
+            finally:
+                tape.mode = outer
+        return self.recomputed.pop(slot, None)
+
+
+class Node:
+    """One differentiable operation: what it saved, and where its gradients go."""
+
+    __slots__ = ("checkpoint", "fn", "inputs", "item", "pinned", "saved", "sequence", "slots")
+
+    def __init__(self, sequence: int, item: str, inputs: tuple[Node | None, ...], fn: BackwardFn) -> None:
+        self.sequence = sequence
+        self.item = item
+        self.inputs = inputs
+        self.fn = fn
+        self.saved: list[Tensor | None] = []
+        self.checkpoint: Checkpoint | None = None
+        self.slots: list[int] = []
+        self.pinned: tuple[Tensor, ...] = ()
+        """What a Python autograd function keeps as a plain attribute, out of the checkpoint's reach."""
+
+    def __lt__(self, other: Node) -> bool:
+        return self.sequence > other.sequence
+
+
+class Tape:
+    """Makes nodes, and knows whether what they save is kept, dropped or being recomputed."""
+
+    __slots__ = ("meter", "mode", "sequence", "stop_after")
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.sequence = 0
+        self.stop_after = 0
+        self.mode: tuple[str, Checkpoint | None] = ("keep", None)
+
+    def node(
+        self, inputs: tuple[Tensor | None, ...], fn: BackwardFn, save: tuple[Tensor | None, ...] = ()
+    ) -> Node | None:
+        """A node for an operation on ``inputs`` that saves ``save`` (None stands for a parameter).
+
+        Returns None when no input needs a gradient: then nothing is saved either.
+        """
+        parents = tuple(None if tensor is None else tensor.node for tensor in inputs)
+        if not any(parents):
+            return None
+        self.sequence += 1
+        made = Node(self.sequence, self.meter.item, parents, fn)
+        kind, checkpoint = self.mode
+        if checkpoint is None:
+            made.saved = [None if tensor is None else tensor.view(None) for tensor in save]
+            return made
+        made.checkpoint = checkpoint
+        for tensor in save:
+            slot = checkpoint.packed
+            checkpoint.packed += 1
+            made.slots.append(slot)
+            if kind == "recompute":
+                checkpoint.recomputed[slot] = None if tensor is None else tensor.view(None)
+                if checkpoint.packed == self.stop_after:
+                    raise StopRecomputing
+        return made
+
+    def leaf(self) -> Node:
+        """Where a parameter's gradient ends up; it stays, booked as a gradient."""
+        self.sequence += 1
+        return Node(self.sequence, "gradients", (), _keep)
+
+    def saved(self, node: Node) -> list[Tensor | None]:
+        """What ``node`` saved, recomputed if its layer was checkpointed."""
+        if node.checkpoint is None:
+            return node.saved
+        return [node.checkpoint.take(slot, self) for slot in node.slots]
+
+
+def _keep(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+    return ()
+
+
+def _counts(tensor: Tensor) -> tuple[int, int]:
+    """References to ``tensor`` and to its storage, as seen from here."""
+    return sys.getrefcount(tensor), sys.getrefcount(tensor.storage)
+
+
+def _counts_when_alone() -> tuple[int, int]:
+    """What :func:`_counts` says when a buffer and one name are all that hold the tensor."""
+    buffers = {0: Tensor(Storage(Meter(), 1), 1, 1)}
+    there = buffers.get(0)
+    assert there is not None
+    return _counts(there)
+
+
+_ALONE = _counts_when_alone()
+"""Differs between versions of CPython, so it is measured."""
+
+
+def _shared(counts: tuple[int, int]) -> bool:
+    return counts[0] > _ALONE[0] or counts[1] > _ALONE[1]
+
+
+def backward(tape: Tape, root: Node, seed: Tensor, kept: list[Storage] | None) -> None:
+    """Run the nodes from ``root`` down, freeing as autograd does.
+
+    Gradients that reach a leaf are booked as gradients and put in ``kept``; with ``kept`` None they are
+    dropped, as when they are added to gradients that an earlier micro-step left.
+    """
+    meter = tape.meter
+    buffers: dict[int, Tensor] = {root.sequence: seed}
+    del seed
+    heap = [root]
+    while heap:
+        node = heapq.heappop(heap)
+        grad = buffers.pop(node.sequence)
+        if not node.inputs:
+            if kept is not None and grad.storage.item != "gradients":
+                grad.storage.rebook("gradients")
+                kept.append(grad.storage)
+            del grad
+            continue
+        before, meter.item = meter.item, node.item
+        outputs = list(node.fn(grad, tape.saved(node)))
+        node.saved, node.slots, node.checkpoint, node.pinned = [], [], None, ()
+        del grad
+        outputs.reverse()
+        for parent in node.inputs:
+            made = outputs.pop()
+            if parent is None or made is None:
+                continue
+            there = buffers.get(parent.sequence)
+            if there is None:
+                buffers[parent.sequence] = made
+                heapq.heappush(heap, parent)
+            elif _shared(_counts(there)):  # in place only where nothing else holds it (input_buffer.cpp)
+                buffers[parent.sequence] = Tensor(
+                    Storage(meter, there.numel * there.width), there.numel, there.width
+                )
+            del made, there
+        meter.item = before

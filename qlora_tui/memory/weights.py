@@ -1,0 +1,129 @@
+"""What lies in memory through the whole run: the frozen model, the adapter, the optimizer's states.
+
+Sources: bitsandbytes ``functional.py`` (``quantize_4bit`` with blocks of 64, ``quantize_blockwise`` with
+blocks of 256 for the scales of a double quantization), ``optim/optimizer.py`` (8-bit states from 4,096
+elements on, ``min_8bit_size``), QLoRA (arXiv 2305.14314, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.layout import Layout
+from qlora_tui.memory.tape import ALLOCATION_BYTES
+from qlora_tui.recipe.schema import Recipe
+
+BLOCK = 64
+"""Weights that share one scale (``blocksize`` of Linear4bit)."""
+NESTED_BLOCK = 256
+"""Scales that share one scale, with double quantization."""
+CODE_BYTES = 16 * 4
+"""The sixteen values of NF4 or FP4, kept by each module."""
+NESTED_CODE_BYTES = 256 * 4
+SMALL_TENSOR = 4096
+"""bitsandbytes keeps 32-bit states for tensors with fewer elements."""
+STATE_BLOCK = 256
+
+
+def rounded(size: int) -> int:
+    """As the allocator rounds it."""
+    return -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
+
+
+@dataclass(frozen=True)
+class FrozenWeights:
+    """Bytes of the frozen model, by what they are."""
+
+    packed_bytes: int
+    """Quantised linear weights."""
+    scale_bytes: int
+    """Their scales, nested scales and code tables."""
+    dense_bytes: int
+    """Linear weights and biases kept in 16 bits (or more)."""
+    embedding_bytes: int
+    head_bytes: int
+    norm_bytes: int
+    expert_bytes: int
+    vision_bytes: int
+
+
+def frozen_weights(recipe: Recipe, architecture: Architecture, path: CodePath) -> FrozenWeights:
+    """Every parameter of the base model, in the dtype this path keeps it in."""
+    method = recipe.quantization.method
+    packed = scales = dense = vision = 0
+    kept = 4 if path.cast_to_float32 else path.compute_bytes
+    for module in architecture.modules:
+        if module.quantizable and method in ("nf4", "fp4"):
+            packed += rounded(-(-module.weight_params // 2))
+            scales += four_bit_scale_bytes(module.weight_params, recipe.quantization.double_quantization)
+        elif module.quantizable and method == "int8":
+            packed += rounded(module.weight_params)
+            scales += rounded(module.out_features * 4)
+        elif module.part == "vision":
+            vision += rounded(module.weight_params * kept)
+        else:
+            dense += rounded(module.weight_params * kept)
+        dense += rounded(module.bias_params * kept)
+    roles = {"expert": 0, "vision": 0, "other": 0}
+    norms = 4 if path.norms_float32 else kept
+    for parameter in architecture.parameters:
+        role = parameter.role if parameter.role in roles else "other"
+        width = norms if parameter.role == "norm" else kept
+        roles[role] += rounded(parameter.params * width)
+    return FrozenWeights(
+        packed_bytes=packed,
+        scale_bytes=scales,
+        dense_bytes=dense,
+        embedding_bytes=sum(rounded(table.params * kept) for table in architecture.embeddings),
+        head_bytes=rounded(architecture.head.own_params * kept),
+        norm_bytes=roles["other"],
+        expert_bytes=roles["expert"],
+        vision_bytes=vision + roles["vision"],
+    )
+
+
+def four_bit_scale_bytes(weights: int, nested: bool) -> int:
+    """Scales and code tables of one 4-bit module."""
+    blocks = -(-weights // BLOCK)
+    if not nested:
+        return rounded(blocks * 4) + rounded(CODE_BYTES)
+    return (
+        rounded(blocks)
+        + rounded(-(-blocks // NESTED_BLOCK) * 4)
+        + rounded(CODE_BYTES)
+        + rounded(NESTED_CODE_BYTES)
+        + rounded(4)
+    )
+
+
+def adapter_bytes(layout: Layout, path: CodePath) -> int:
+    """The trained matrices."""
+    return sum(rounded(count * path.adapter_bytes) for count in layout.adapter_tensors)
+
+
+def gradient_bytes(layout: Layout, path: CodePath) -> int:
+    """Gradients have their parameters' dtype."""
+    return adapter_bytes(layout, path)
+
+
+def optimizer_bytes(layout: Layout, path: CodePath) -> int:
+    """Both moments. Paged states are the same bytes in managed memory."""
+    return sum(_state_bytes(count, path) for count in layout.adapter_tensors)
+
+
+def _state_bytes(count: int, path: CodePath) -> int:
+    if "8bit" in path.optimizer and count >= SMALL_TENSOR:
+        return 2 * (rounded(count) + rounded(-(-count // STATE_BLOCK) * 4))
+    width = path.adapter_bytes if path.optimizer.startswith("adamw") and "8bit" not in path.optimizer else 4
+    return 2 * rounded(count * width)
+
+
+def optimizer_step_bytes(layout: Layout, path: CodePath) -> int:
+    """What one optimizer step makes and drops: torch's multi-tensor AdamW takes a square root of every
+    second moment at once (``_foreach_sqrt``); fused and bitsandbytes kernels need nothing."""
+    if path.optimizer == "adamw" and path.device == "cuda":
+        return adapter_bytes(layout, path)
+    largest = max(layout.adapter_tensors, default=0)
+    return rounded(largest * 4) if path.optimizer == "adamw" else 0

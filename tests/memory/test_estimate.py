@@ -1,0 +1,143 @@
+"""The estimate as its callers see it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qlora_tui.errors import Problem
+from qlora_tui.memory import Device, as_json, cheapest_changes, compare, estimate, judge, what_fits
+from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+from tests.memory.models import qwen_7b, tinyllama
+
+GIB = 2**30
+
+
+def test_items_add_up_to_what_must_be_free() -> None:
+    for made in compare(Recipe(), tinyllama()).values():
+        assert sum(item.bytes for item in made.items) == made.process_bytes
+        assert made.allocated_bytes <= made.reserved_bytes <= made.process_bytes
+
+
+def test_every_item_has_a_label_and_a_sentence() -> None:
+    recipe = Recipe(lora=Lora(dropout=0.1), training=Training(gradient_checkpointing=False))
+    for made in compare(recipe, qwen_7b()).values():
+        assert all(item.label and item.explanation.endswith(".") for item in made.items)
+
+
+def test_four_bits_need_less_than_eight_and_eight_less_than_sixteen() -> None:
+    made = compare(Recipe(), qwen_7b())
+    assert made["nf4"].process_bytes < made["int8"].process_bytes < made["fp16"].process_bytes
+
+
+def test_weights_of_a_7b_model_follow_the_formula() -> None:
+    made = estimate(Recipe(quantization=Quantization(double_quantization=False)), qwen_7b())
+    linear = qwen_7b().quantizable_params
+    assert made.bytes_of("weights") == linear // 2
+    assert made.bytes_of("scales") == pytest.approx(linear / 64 * 4, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("key", "small", "large"),
+    [
+        ("training", Training(micro_batch=1), Training(micro_batch=4)),
+        ("data", Data(max_length=512), Data(max_length=2048)),
+        ("lora", Lora(rank=8), Lora(rank=64)),
+        ("lora", Lora(target_modules=("q_proj",)), Lora()),
+        ("training", Training(), Training(gradient_checkpointing=False)),
+        ("training", Training(optimizer="adamw_8bit"), Training(optimizer="adamw")),
+    ],
+)
+def test_more_costs_more(key: str, small: object, large: object) -> None:
+    less = estimate(Recipe(**{key: small}), qwen_7b())  # type: ignore[arg-type]  # one section each
+    more = estimate(Recipe(**{key: large}), qwen_7b())  # type: ignore[arg-type]
+    assert less.process_bytes < more.process_bytes
+
+
+def test_an_unknown_target_is_named() -> None:
+    with pytest.raises(Problem, match="no_such_proj"):
+        estimate(Recipe(lora=Lora(target_modules=("no_such_proj",))), tinyllama())
+
+
+def test_targets_in_a_range_of_layers_train_only_those() -> None:
+    some = estimate(Recipe(lora=Lora(target_modules=("0-10.all-linear",))), tinyllama())
+    every = estimate(Recipe(), tinyllama())
+    assert some.bytes_of("adapter") * 2 == every.bytes_of("adapter")
+
+
+def test_it_fits_only_when_the_whole_band_does() -> None:
+    made = estimate(Recipe(), qwen_7b())
+    assert judge(made, 2 * made.process_bytes).word == "fits"
+    assert judge(made, made.band.high_bytes).word == "tight"
+    assert judge(made, made.process_bytes).word == "uncertain"
+    assert judge(made, made.band.low_bytes - 1).word == "does not fit"
+
+
+def test_what_fits_fits_and_the_next_size_does_not() -> None:
+    recipe, model, card = Recipe(), qwen_7b(), 12 * GIB
+    largest = what_fits(recipe, model, card)
+    at = Recipe(data=Data(max_length=largest.sequence_length))
+    beyond = Recipe(data=Data(max_length=largest.sequence_length + 128))
+    assert judge(estimate(at, model), card).fits
+    assert not judge(estimate(beyond, model), card).fits
+    assert judge(estimate(Recipe(training=Training(micro_batch=largest.micro_batch)), model), card).fits
+
+
+def test_nothing_fits_on_a_card_smaller_than_the_weights() -> None:
+    largest = what_fits(Recipe(), qwen_7b(), 3 * GIB)
+    assert (largest.sequence_length, largest.micro_batch, largest.rank) == (0, 0, 0)
+    assert cheapest_changes(Recipe(), qwen_7b(), 3 * GIB) == ()
+
+
+def test_the_cheapest_change_keeps_the_effective_batch() -> None:
+    recipe = Recipe(data=Data(max_length=4096), training=Training(micro_batch=8))
+    first, *others = cheapest_changes(recipe, qwen_7b(), 12 * GIB)
+    assert first.recipe.effective_batch == recipe.effective_batch
+    assert all(change.fits for change in (first, *others))
+
+
+def test_several_changes_are_taken_together_when_one_is_not_enough() -> None:
+    recipe = Recipe(data=Data(max_length=8192), training=Training(micro_batch=64))
+    (only,) = cheapest_changes(recipe, qwen_7b(), 7 * GIB)
+    assert ";" in only.label
+    assert only.fits
+
+
+def test_a_recipe_that_fits_needs_no_change() -> None:
+    assert cheapest_changes(Recipe(), tinyllama(), 24 * GIB) == ()
+
+
+def test_a_cpu_run_has_no_cuda_context() -> None:
+    made = estimate(Recipe(), tinyllama(), device=Device(kind="cpu"))
+    assert made.bytes_of("context") == 0
+    assert made.bytes_of("runtime") > 0
+    assert made.path.compute_bytes == 4
+
+
+def test_json_has_the_documented_shape() -> None:
+    made = as_json(Recipe(), tinyllama(), 8 * GIB)
+    nf4 = made["precisions"]["nf4"]
+    assert set(made["precisions"]) == {"nf4", "int8", "fp16"}
+    assert nf4["total_bytes"] == sum(nf4["items"].values()) == nf4["tiers"]["process"]
+    assert nf4["verdict"] == "fits"
+    assert made["what_fits"]["sequence_length"] > 1024
+    assert as_json(Recipe(), tinyllama(), None)["what_fits"] is None
+
+
+def test_one_estimate_takes_less_than_twenty_milliseconds() -> None:
+    model = qwen_7b()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        estimate(Recipe(), model)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.020
+
+
+def test_it_needs_no_machine_learning_library() -> None:
+    code = "import sys, qlora_tui.memory; print(*{'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == ""
