@@ -8,11 +8,12 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 from textual.app import App
-from textual.binding import Binding
+from textual.binding import BindingType
 from textual.screen import Screen
 from textual.signal import Signal
 
 from qlora_tui.errors import Problem
+from qlora_tui.memory.room import Room, room_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui import themes
 from qlora_tui.tui.commands import EVERYWHERE
@@ -51,12 +52,9 @@ class QloraApp(App[None]):
     MODES: ClassVar[dict[str, Any]] = {mode: partial(_screen, mode) for mode in _SCREENS}
     DEFAULT_MODE = "home"
     COMMANDS: ClassVar[set[Any]] = {CommandProvider}
-    BINDINGS: ClassVar[list[Binding]] = [command.binding() for command in EVERYWHERE]
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [
-        (0, "-narrow"),
-        (100, "-wide"),
-        (160, "-very-wide"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [command.binding() for command in EVERYWHERE]
+    # Not a ClassVar: Textual declares it as an attribute of the instance.
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide"), (160, "-very-wide")]  # noqa: RUF012
 
     def __init__(self, *, assumed_bytes: int | None = None) -> None:
         super().__init__()
@@ -72,9 +70,9 @@ class QloraApp(App[None]):
         self._looking = False
 
     @property
-    def available_bytes(self) -> int | None:
-        """Memory a run could have: the size given, or all of the card; None without either."""
-        return self.assumed_bytes or self.pulse.usable_bytes
+    def room(self) -> Room:
+        """Where a run would be computed, and how much memory it could have."""
+        return room_for(self.pulse.card, self.assumed_bytes)
 
     def on_mount(self) -> None:
         found, problems = themes.load_themes()
@@ -116,7 +114,7 @@ class QloraApp(App[None]):
         """Show the keys and words of the screen in front."""
         here = self.screen
         if isinstance(here, WorkScreen):
-            self.push_screen(HelpScreen(here.MODE, here.HELP_TEXT, here.COMMANDS))
+            self.push_screen(HelpScreen(here.MODE, here.HELP_TEXT, here.ACTIONS))
 
     def action_presets(self) -> None:
         """Browse, open and save presets."""
@@ -142,8 +140,8 @@ class QloraApp(App[None]):
             pulse = await asyncio.to_thread(self._watch.look)
         finally:
             self._looking = False
-        size_changed = pulse.usable_bytes != self.pulse.usable_bytes
+        card_changed = pulse.card != self.pulse.card
         self.pulse = pulse
         self.pulse_changed.publish(pulse)
-        if size_changed:
+        if card_changed:
             self.recipe_changed.publish(self.workbench.recipe)

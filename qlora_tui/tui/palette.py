@@ -27,7 +27,7 @@ class CommandProvider(Provider):
                 yield Hit(score, matcher.highlight(title), partial(self._run, command), help=command.help)
 
     def _commands(self) -> tuple[Command, ...]:
-        here = self.screen.COMMANDS if isinstance(self.screen, WorkScreen) else ()
+        here = self.screen.ACTIONS if isinstance(self.screen, WorkScreen) else ()
         return (*here, *EVERYWHERE)
 
     async def _run(self, command: Command) -> None:

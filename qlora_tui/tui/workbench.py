@@ -15,7 +15,8 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.catalog.resolve import resolve
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write
-from qlora_tui.memory import Comparison, compare
+from qlora_tui.memory import Device, Estimate, compare
+from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.fields import value_of, with_value
 from qlora_tui.recipe.overlay import build
 from qlora_tui.recipe.schema import Recipe
@@ -106,12 +107,15 @@ class Workbench:
         """Look again: the model may have been downloaded since."""
         self._architecture = None
 
-    def comparison(self, available_bytes: int | None) -> Comparison | None:
-        """The estimate in every precision against the memory there is; None without a model."""
+    def comparison(self, device: Device) -> dict[Precision, Estimate] | Problem:
+        """The estimate in every precision; a Problem where there is nothing to estimate."""
         architecture = self.architecture()
         if isinstance(architecture, Problem):
-            return None
-        return compare(self.recipe, architecture, available_bytes)
+            return architecture
+        try:
+            return compare(self.recipe, architecture, device=device)
+        except Problem as problem:
+            return problem
 
     def _remember(self, snapshot: _Snapshot) -> None:
         self._undo = [*self._undo[-_UNDO_STEPS:], self._now]

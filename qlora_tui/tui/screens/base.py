@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class WorkScreen(Screen[None]):
-    """A numbered screen. Subclasses give ``MODE``, ``COMMANDS`` and ``compose_body``."""
+    """A numbered screen. Subclasses give ``MODE``, ``ACTIONS`` and ``compose_body``."""
 
     MODE: ClassVar[str]
     """The name in ``app.MODES``."""
-    COMMANDS: ClassVar[tuple[Command, ...]] = ()
+    ACTIONS: ClassVar[tuple[Command, ...]] = ()
     """What can be done here; becomes bindings, footer, palette and help."""
     HELP_TEXT: ClassVar[str] = ""
     """A few sentences for the help screen: what is shown and what the words mean."""
@@ -33,7 +33,7 @@ class WorkScreen(Screen[None]):
     """Whether the recipe strip stands under the top line."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        cls.BINDINGS = [command.binding() for command in cls.COMMANDS]
+        cls.BINDINGS = [command.binding() for command in cls.ACTIONS]
         super().__init_subclass__(**options)
 
     @property
@@ -81,6 +81,4 @@ class WorkScreen(Screen[None]):
 
     def _show_cost(self) -> None:
         if self.EDITS_RECIPE:
-            self.query_one(RecipeStrip).show_recipe(
-                self.workstation.workbench, self.workstation.available_bytes
-            )
+            self.query_one(RecipeStrip).show_recipe(self.workstation.workbench, self.workstation.room)

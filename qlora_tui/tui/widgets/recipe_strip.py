@@ -8,19 +8,24 @@ from textual.app import RenderResult
 from textual.content import Content
 from textual.widget import Widget
 
+from qlora_tui.errors import Problem
 from qlora_tui.format import gib
-from qlora_tui.memory import Comparison, Verdict
+from qlora_tui.memory import Estimate, judge
+from qlora_tui.memory.estimate import Precision
+from qlora_tui.memory.room import Room
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.widgets.memory_bar import bar
 from qlora_tui.tui.workbench import Workbench
 
-VERDICT_STYLE: dict[Verdict, str] = {
+VERDICT_STYLE = {
     "fits": "$success",
     "tight": "$warning",
     "uncertain": "$warning",
     "does not fit": "$error",
 }
 """A colour beside the word, never instead of it."""
+
+_SHOWN: tuple[tuple[Precision, str], ...] = (("nf4", "NF4"), ("fp16", "fp16"))
 
 
 class RecipeStrip(Widget):
@@ -39,46 +44,41 @@ class RecipeStrip(Widget):
     def __init__(self) -> None:
         super().__init__()
         self._recipe_line = ""
-        self._comparison: Comparison | None = None
-        self._available: int | None = None
+        self._comparison: dict[Precision, Estimate] | Problem | None = None
+        self._room: Room | None = None
 
-    def show_recipe(self, workbench: Workbench, available_bytes: int | None) -> None:
-        """Repaint with the recipe as it is now, against so much memory (None: no card)."""
-        self._recipe_line = recipe_line(workbench)
-        self._comparison = workbench.comparison(available_bytes)
-        self._available = available_bytes
-        self.refresh()
+    def show_recipe(self, workbench: Workbench, room: Room) -> None:
+        """Repaint with the recipe as it is now, against the memory there is."""
+        shown = (recipe_line(workbench), workbench.comparison(room.device), room)
+        if shown != (self._recipe_line, self._comparison, self._room):
+            self._recipe_line, self._comparison, self._room = shown
+            self.refresh()
 
     def render(self) -> RenderResult:
-        width = self.size.width
+        width = self.content_size.width
         line = self._recipe_line
         if len(line) > width:
             line = line[: width - 1] + "…"
-        return Content(line) + "\n" + self._cost_line(width)
+        return Content.assemble(line, "\n", self._cost_line(width))
 
     def _cost_line(self, width: int) -> Content:
-        if self._comparison is None:
-            return Content.styled("Choose a model to see what it costs.", "dim")
-        parts = [self._cost(label, width // 2 - 1) for label in ("nf4", "fp16")]
-        return parts[0] + "  " + parts[1]
+        if self._comparison is None or self._room is None:
+            return Content("")
+        if isinstance(self._comparison, Problem):
+            problem = self._comparison
+            return Content.styled(f"{problem.what} {problem.fix}".replace("\n", " ")[:width], "dim")
+        each = (width - 2) // len(_SHOWN)
+        costs = [_cost(name, self._comparison[key], self._room, each) for key, name in _SHOWN]
+        return Content("  ").join(costs)
 
-    def _cost(self, precision: str, width: int) -> Content:
-        assert self._comparison is not None
-        outcome = self._comparison.precisions[precision]
-        name = precision.upper() if precision == "nf4" else precision
-        total = outcome.total_bytes
-        if self._available is None:
-            return Content(f"{name} {gib(total)} GiB").pad_right(
-                max(0, width - len(f"{name} {gib(total)} GiB"))
-            )
-        figures = f"{gib(total)} of {gib(self._available)} GiB"
-        verdict = outcome.verdict
-        room = width - len(name) - len(figures) - len(verdict) - 3
-        drawn = bar(total / self._available, room) + " " if room >= 6 else ""
-        text = f"{name} {drawn}{figures} "
-        return Content.assemble(text, (verdict, VERDICT_STYLE[verdict])).pad_right(
-            max(0, width - len(text) - len(verdict))
-        )
+
+def _cost(name: str, made: Estimate, room: Room, width: int) -> Content:
+    verdict = judge(made, room.bytes)
+    figures = f"{gib(made.total_bytes)} of {gib(room.bytes)} GiB"
+    free = width - len(name) - len(figures) - len(verdict.word) - 3
+    drawn = f"{bar(made.total_bytes / room.bytes, free)} " if free >= 4 else ""
+    text = Content.assemble(f"{name} {drawn}{figures} ", (verdict.word, VERDICT_STYLE[verdict.word]))
+    return text.pad_right(max(0, width - text.cell_length))
 
 
 def recipe_line(workbench: Workbench) -> str:

@@ -1,0 +1,38 @@
+"""Where a run would be computed, and how much memory it could have there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from qlora_tui.gpu.reading import Card
+from qlora_tui.memory.codepath import Device
+
+
+@dataclass(frozen=True)
+class Room:
+    """What an estimate is held against."""
+
+    device: Device
+    bytes: int
+    """All that a program could have of it, with nothing else running."""
+    name: str
+    """``RTX 4090``, ``a card of 24.0 GiB``, ``this machine's memory``."""
+
+
+def room_for(card: Card | None, assumed_bytes: int | None = None) -> Room:
+    """The card found; a card of the size given, where one is; the machine's own memory without either."""
+    device = Device() if card is None else Device(capability=_capability(card))
+    if assumed_bytes is not None:
+        return Room(device, assumed_bytes, f"a card of {assumed_bytes / 2**30:.1f} GiB")
+    if card is not None and card.usable_bytes is not None:
+        return Room(device, card.usable_bytes, card.short_name)
+    return Room(Device(kind="cpu"), psutil.virtual_memory().total, "this machine's memory")
+
+
+def _capability(card: Card) -> tuple[int, int]:
+    if card.compute_capability is None:
+        return Device().capability
+    major, _, minor = card.compute_capability.partition(".")
+    return int(major), int(minor or 0)
