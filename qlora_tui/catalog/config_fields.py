@@ -9,7 +9,8 @@ from qlora_tui.errors import Problem
 
 LARGEST = 1 << 31
 """No size in a real config comes near this."""
-MOST_LAYERS = 1000
+LARGEST_OF = {"layer": 1000, "head": 100_000}
+"""Tighter bounds where a size is also a count of things to list, by what the key contains."""
 
 
 def bad_config(where: str, what: str) -> Problem:
@@ -52,7 +53,7 @@ class ConfigFields:
         if found is None or found[1] is None:
             return None
         key, value = found
-        most = MOST_LAYERS if "layer" in key and key != "hidden_size_per_layer_input" else LARGEST
+        most = next((bound for part, bound in LARGEST_OF.items() if part in key), LARGEST)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise self.bad(key, f"a whole number from {least} to {most}")
         return value
@@ -74,12 +75,12 @@ class ConfigFields:
         return found[1]
 
     def number(self, key: str) -> float | None:
-        """A number above zero; None when absent or null."""
+        """A number above 0 and up to 1e6; None when absent or null."""
         value = self.values.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise self.bad(key, "a number above zero")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e6:
+            raise self.bad(key, "a number above 0 and up to 1000000")
         return float(value)
 
     def indices(self, key: str) -> frozenset[int]:

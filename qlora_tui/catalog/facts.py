@@ -69,9 +69,13 @@ class Head(Struct, frozen=True):
         return self.in_features * self.out_features
 
     @property
+    def bias_params(self) -> int:
+        return self.out_features if self.bias else 0
+
+    @property
     def own_params(self) -> int:
         """What it adds to the model: no weight when tied."""
-        return (0 if self.tied else self.weight_params) + (self.out_features if self.bias else 0)
+        return (0 if self.tied else self.weight_params) + self.bias_params
 
 
 class Parameter(Struct, frozen=True):

@@ -37,12 +37,12 @@ def routed(at: str = "mlp", router: str = "gate", only: str = "") -> tuple[Entry
     )
 
 
-def shared_expert(name: str, only: str = "") -> tuple[Entry, ...]:
+def shared_expert(name: str, only: str = "", bias: bool | str = False) -> tuple[Entry, ...]:
     """The expert that every token passes."""
     return (
-        Linear(f"mlp.{name}.gate_proj", "hidden", "shared_inner", "shared_expert", only=only),
-        Linear(f"mlp.{name}.up_proj", "hidden", "shared_inner", "shared_expert", only=only),
-        Linear(f"mlp.{name}.down_proj", "shared_inner", "hidden", "shared_expert", only=only),
+        Linear(f"mlp.{name}.gate_proj", "hidden", "shared_inner", "shared_expert", bias, only),
+        Linear(f"mlp.{name}.up_proj", "hidden", "shared_inner", "shared_expert", bias, only),
+        Linear(f"mlp.{name}.down_proj", "shared_inner", "hidden", "shared_expert", bias, only),
     )
 
 
@@ -163,7 +163,7 @@ DEEPSEEK_V2 = Family(
         Linear("self_attn.o_proj", "heads*v_head", "hidden", "attention", "attention_bias"),
         *gated_mlp("mlp_bias", only="dense"),
         *routed(only="sparse"),
-        *shared_expert("shared_experts", "sparse"),
+        *shared_expert("shared_experts", "sparse", "mlp_bias"),
         *TWO_NORMS,
     ),
     flags={"attention_bias": False, "mlp_bias": False},

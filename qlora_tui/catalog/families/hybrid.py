@@ -22,11 +22,8 @@ def _lfm2_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
     if not sizes["block_auto_adjust_ff_dim"]:
         return
     inner = 2 * sizes["inner"] // 3
-    # An explicit null skips the rounding too; a missing key means 1.
-    if fields.values.get("block_ffn_dim_multiplier", 1.0) is not None:
-        inner = int((fields.number("block_ffn_dim_multiplier") or 1.0) * inner)
-        inner = -(-inner // sizes["multiple"]) * sizes["multiple"]
-    sizes["inner"] = inner
+    inner = int((fields.number("block_ffn_dim_multiplier") or 1.0) * inner)
+    sizes["inner"] = -(-inner // sizes["multiple"]) * sizes["multiple"]
 
 
 def _lfm2_layers(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qlora_tui.catalog.template import Entry, Family, Linear, Norm, Size
+from qlora_tui.catalog.template import Entry, Family, Linear, Norm, Size, Tensor
 
 
 def attention(bias: bool | str = "attention_bias", out_bias: bool | str | None = None) -> tuple[Entry, ...]:
@@ -60,7 +60,12 @@ GRANITE = replace(LLAMA, model_types=("granite",))
 HELIUM = replace(
     LLAMA,
     model_types=("helium",),
-    layer=(*attention(out_bias=False), *gated_mlp("mlp_bias"), *TWO_NORMS),
+    layer=(
+        *attention()[:3],
+        Linear("self_attn.o_proj", "hidden", "hidden", "attention"),
+        *gated_mlp("mlp_bias"),
+        *TWO_NORMS,
+    ),
     sizes={**kv_heads(20), **head_dim(128)},
 )
 SEED_OSS = replace(
@@ -183,8 +188,8 @@ COHERE = Family(
     model_types=("cohere",),
     layer=(
         *attention(),
-        Norm("self_attn.q_norm", "q", only="use_qk_norm"),
-        Norm("self_attn.k_norm", "kv", only="use_qk_norm"),
+        Tensor("self_attn.q_norm.weight", ("heads", "head_dim"), "norm", "use_qk_norm"),
+        Tensor("self_attn.k_norm.weight", ("kv_heads", "head_dim"), "norm", "use_qk_norm"),
         *gated_mlp(),
         Norm("input_layernorm"),
     ),

@@ -184,7 +184,8 @@ FALCON = Family(
 def _opt(fields: ConfigFields, sizes: dict[str, int]) -> None:
     """The smallest OPT embeds narrower than it thinks, and normalises after, not before."""
     sizes["projected"] = int(sizes["embed"] != sizes["hidden"])
-    sizes["final_norm"] = int(sizes["do_layer_norm_before"] and not sizes["_remove_final_layer_norm"])
+    final = sizes["do_layer_norm_before"] and not sizes["_remove_final_layer_norm"]
+    sizes["final_norm"] = int(final and sizes["layer_norm_elementwise_affine"])
 
 
 OPT = Family(

@@ -1,0 +1,203 @@
+"""Reading config.json: counts of published models, and every way a config can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_tui.catalog.architecture import known_model_types, read_architecture
+from qlora_tui.errors import Problem
+from tests.catalog.configs import CONFIGS, config, counted
+
+COUNTED = counted()
+
+
+@pytest.mark.parametrize("model", COUNTED)
+def test_parameters_equal_those_transformers_counts(model: str) -> None:
+    architecture = read_architecture(config(model))
+    row = {key: int(value) for key, value in COUNTED[model].items() if value.isdigit()}
+    assert architecture.total_params == row["total_params"]
+    conv1d = sum(module.weight_params for module in architecture.modules if module.conv1d)
+    assert conv1d == row["conv1d_params"]
+    assert architecture.linear_params - conv1d == row["linear_params"]
+    biases = architecture.linear_bias_params + architecture.head.bias_params
+    assert biases == row["linear_bias_params"]
+    assert sum(not module.conv1d for module in architecture.modules) == row["n_linear_modules"]
+    assert architecture.head.weight_params == row["lm_head_params"]
+    assert architecture.tied_head == (COUNTED[model]["lm_head_tied"] == "y")
+    fused = [p for p in architecture.parameters if p.role == "expert" and len(p.shape) == 3]
+    assert sum(parameter.params for parameter in fused) == row["fused_expert_params"]
+    vision = [module for module in architecture.modules if module.part == "vision"]
+    assert sum(module.weight_params for module in vision) == row["vision_linear_params"]
+
+
+def test_modules_carry_the_models_own_names_and_kinds() -> None:
+    architecture = read_architecture(config("HuggingFaceTB/SmolLM2-135M"))
+    first = architecture.modules[0]
+    assert first.name == "model.layers.0.self_attn.q_proj"
+    assert (first.kind, first.part, first.layer) == ("q_proj", "attention", 0)
+    assert (first.in_features, first.out_features, first.bias) == (576, 576, False)
+    assert architecture.kinds() == (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    assert architecture.gated
+    assert architecture.activation == "silu"
+    assert architecture.dtype == "bfloat16"
+    assert architecture.quantizable_params == architecture.linear_params
+
+
+def test_fused_experts_stay_out_of_the_linear_modules() -> None:
+    architecture = read_architecture(config("mistralai/Mixtral-8x7B-v0.1"))
+    assert architecture.expert_params / architecture.total_params > 0.96
+    assert architecture.kinds() == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert architecture.intermediate_size is None
+    assert architecture.experts is not None
+    assert (architecture.experts.count, architecture.experts.per_token) == (8, 2)
+    assert architecture.experts.intermediate_size == 14336
+
+
+def test_a_first_dense_layer_is_not_a_mixture() -> None:
+    architecture = read_architecture(config("deepseek-ai/DeepSeek-V2-Lite"))
+    dense = [module.layer for module in architecture.modules if module.part == "mlp"]
+    assert dense == [0, 0, 0]
+    shared = {module.layer for module in architecture.modules if module.part == "shared_expert"}
+    assert shared == set(range(1, 27))
+
+
+def test_only_falcons_own_linear_class_stays_in_16_bits() -> None:
+    assert not any(module.quantizable for module in read_architecture(config("tiiuae/falcon-7b")).modules)
+    assert all(module.quantizable for module in read_architecture(config("openai-community/gpt2")).modules)
+
+
+def test_a_vision_tower_is_told_from_the_language_model() -> None:
+    architecture = read_architecture(config("google/gemma-3-4b-it"))
+    assert architecture.modules[0].name == "model.language_model.layers.0.self_attn.q_proj"
+    vision = next(module for module in architecture.modules if module.part == "vision")
+    assert vision.name == "model.vision_tower.encoder.layers.0.self_attn.k_proj"
+    assert architecture.tied_head
+
+
+def test_what_happens_to_logits_after_the_head() -> None:
+    assert read_architecture(config("google/gemma-2-9b")).final_logit_softcapping == 30.0
+    assert read_architecture(config("google/gemma-3-1b-it")).final_logit_softcapping is None
+    assert read_architecture(config("CohereLabs/c4ai-command-r-v01")).logit_scale == 0.0625
+    assert read_architecture(config("ibm-research/PowerLM-3b")).logit_scale == pytest.approx(1 / 9)
+    assert read_architecture(config("Qwen/Qwen3-8B")).logit_scale is None
+
+
+def test_a_checkpoint_stored_quantised_says_so() -> None:
+    assert read_architecture(config("openai/gpt-oss-20b")).quantized_as == "mxfp4"
+
+
+def test_a_multimodal_config_may_leave_sizes_to_its_class() -> None:
+    spelled_out = config("google/gemma-3-4b-it")
+    shorter = json.loads(json.dumps(spelled_out))
+    for key in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        del shorter["text_config"][key]
+    assert read_architecture(shorter).total_params == read_architecture(spelled_out).total_params
+
+
+def test_a_folder_or_a_file_will_do(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes((CONFIGS / "Qwen__Qwen3-0.6B.json").read_bytes())
+    assert (
+        read_architecture(tmp_path) == read_architecture(file) == read_architecture(config("Qwen/Qwen3-0.6B"))
+    )
+
+
+def _llama(**changes: Any) -> dict[str, Any]:
+    values = {**config("meta-llama/Llama-2-7b-hf"), **changes}
+    return {key: value for key, value in values.items() if value != "drop"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": "drop"}, "hidden_size is missing"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"intermediate_size": "drop"}, "intermediate_size is missing"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_attention_heads": -32}, "num_attention_heads is -32"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+        ({"hidden_size": "4096"}, "hidden_size is '4096'"),
+        ({"hidden_size": 4096.5}, "hidden_size is 4096.5"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"head_dim": -1}, "head_dim is -1"),
+        ({"num_attention_heads": 10**6, "head_dim": 128}, "num_attention_heads is 1000000"),
+        ({"num_attention_heads": 33}, "not a multiple of num_attention_heads 33"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        ({"attention_bias": 1}, "attention_bias is 1"),
+        ({"hidden_act": 3}, "hidden_act is 3"),
+        ({"model_type": "drop"}, "model_type is missing"),
+        ({"model_type": 7}, "model_type is 7"),
+        ({"model_type": "lama"}, "model_type is 'lama'"),
+        ({"quantization_config": []}, "quantization_config is []"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_the_name_of_its_field(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(Problem) as caught:
+        read_architecture(_llama(**changes))
+    assert named in caught.value.what
+    assert caught.value.fix
+
+
+def test_an_unknown_family_gets_the_nearest_known_name() -> None:
+    with pytest.raises(Problem) as caught:
+        read_architecture(_llama(model_type="lama"))
+    assert "'llama'" in caught.value.fix
+    assert {"llama", "gemma3", "qwen3_moe"} <= known_model_types()
+
+
+def test_a_nested_config_without_its_text_part_is_refused() -> None:
+    with pytest.raises(Problem, match="text_config is missing"):
+        read_architecture({"model_type": "gemma3"})
+
+
+def test_too_short_a_list_of_layer_kinds_is_refused() -> None:
+    values = config("Qwen/Qwen3.5-27B")
+    values["text_config"]["layer_types"] = ["full_attention"]
+    with pytest.raises(Problem, match="layer_types has 1 entries for 64 layers"):
+        read_architecture(values)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
+def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(Problem) as caught:
+        read_architecture(file)
+    assert str(file) in caught.value.what
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match="no such file"):
+        read_architecture(tmp_path)
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+    st.lists(st.integers(-3, 9), max_size=4), st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+)  # fmt: skip
+WELL_FORMED = [
+    config(name) for name in ("Qwen/Qwen3.5-35B-A3B", "google/gemma-4-26B-A4B", "LiquidAI/LFM2-350M")
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_junk_in_any_field_is_refused_or_harmless(data: st.DataObject) -> None:
+    values = json.loads(json.dumps(data.draw(st.sampled_from(WELL_FORMED))))
+    nested = [part for part in (values, *values.values()) if isinstance(part, dict)]
+    part = data.draw(st.sampled_from(nested))
+    part[data.draw(st.sampled_from(sorted(part)))] = data.draw(JUNK)
+    try:
+        assert read_architecture(values).total_params > 0
+    except Problem as problem:
+        assert problem.what
