@@ -25,11 +25,20 @@ class NotUtf8(Exception):
         self.line = line
 
 
+class Position:
+    """How far a file has been read, for whoever shows progress."""
+
+    bytes = 0
+    """Of the file as it lies on the disk, compressed or not."""
+
+
 class Stream:
     """A decompressed file, read once from start to end."""
 
-    def __init__(self, raw: BinaryIO):
+    def __init__(self, raw: BinaryIO, file: BinaryIO, position: Position | None):
         self._raw = raw
+        self._file = file
+        self._position = position
         self._start = raw.read(CHUNK_BYTES)
         if self._start.startswith(b"\xef\xbb\xbf"):
             self._start = self._start[3:]
@@ -42,6 +51,8 @@ class Stream:
         """All of it, a megabyte at a time."""
         chunk = self._start
         while chunk:
+            if self._position is not None:
+                self._position.bytes = self._file.tell()
             yield chunk
             chunk = self._raw.read(CHUNK_BYTES)
 
@@ -88,7 +99,7 @@ def describe(error: UnicodeDecodeError) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Stream]:
+def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
     """The decompressed bytes of ``path``. Raises ``Problem`` where the compression is damaged."""
     with path.open("rb") as file:
         start = file.peek(4)[:4]
@@ -100,7 +111,9 @@ def opened(path: Path) -> Iterator[Stream]:
         else:
             raw = cast(BinaryIO, file)
         try:
-            yield Stream(raw if raw is file else cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw))))
+            if raw is not file:
+                raw = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw)))
+            yield Stream(raw, file, position)
         except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
             raise Problem(
                 "Damaged compressed file",

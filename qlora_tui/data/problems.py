@@ -49,7 +49,9 @@ CHECKS: dict[str, Check] = {
         "warning", "Roles out of order", "Turns should alternate, user first; the row is used as it is."
     ),
     "template-refuses": Check(
-        "error", "The chat template refuses the row", "Reorder or merge the turns as the message asks."
+        "warning",
+        "The chat template refuses the row",
+        "The row is left out. Reorder or merge its turns as the message asks.",
     ),
 }
 

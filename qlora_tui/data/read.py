@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui.data.json_rows import json_rows
-from qlora_tui.data.open_file import NotUtf8, Stream, bad_utf8, opened
+from qlora_tui.data.open_file import NotUtf8, Position, Stream, bad_utf8, opened
 from qlora_tui.data.row import Row
 from qlora_tui.errors import Problem
 
@@ -94,17 +94,17 @@ def _held_out(path: Path) -> bool:
     return any(word in _HELD_OUT for word in words)
 
 
-def rows(path: Path) -> Iterator[Row]:
-    """Every row of one file, in order.
+def rows(path: Path, position: Position | None = None) -> Iterator[Row]:
+    """Every row of one file, in order; ``position`` is kept up to date.
 
     Raises ``Problem`` if the file is empty, unreadable, damaged or of no known kind.
     """
     kind = kind_of(path)
     try:
         if kind == "parquet":
-            yield from _parquet_rows(path)
+            yield from _parquet_rows(path, position)
             return
-        with opened(path) as stream:
+        with opened(path, position) as stream:
             if not stream.peek():
                 raise Problem(
                     "Empty file",
@@ -211,7 +211,7 @@ def _delimiter(header: str) -> str:
     return max(",;\t|", key=header.count) if any(d in header for d in ",;\t|") else ","
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, position: Position | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -222,7 +222,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = label_names(file.schema_arrow.metadata or {})
-        number = 0
+        number, size, total = 0, path.stat().st_size, max(1, file.metadata.num_rows)
         for batch in file.iter_batches(batch_size=512):
             for value in batch.to_pylist():
                 number += 1
@@ -230,6 +230,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                     if isinstance(value.get(column), int) and 0 <= value[column] < len(labels):
                         value[column] = labels[value[column]]
                 yield Row(number=number, value=value)
+            if position is not None:
+                position.bytes = size * number // total
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Problem(
             "Cannot read the Parquet file",

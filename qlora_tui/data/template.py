@@ -58,7 +58,7 @@ class ChatTemplate:
             tree = environment.parse(text)
         except (jinja2.TemplateError, RecursionError) as error:
             raise TemplateBroken(str(error)) from error
-        self.has_generation_marks = any(True for _ in tree.find_all(_GenerationBlock))
+        self.has_generation_marks = self._marks.in_template
         self.literals = "\0".join(_literals(tree))
         """Every piece of text the template itself writes."""
 
@@ -101,6 +101,7 @@ class _Marks:
     """Where generation blocks begin and end while a template is rendered."""
 
     def __init__(self) -> None:
+        self.in_template = False
         self._open: tuple[list[str], list[Span]] | None = None
 
     @contextmanager
@@ -118,10 +119,6 @@ class _Marks:
             spans.append((start, start + len(block)))
 
 
-class _GenerationBlock(jinja2.nodes.CallBlock):
-    """A node of its own, so that a template with marks can be told from one without."""
-
-
 class _Caller(Protocol):
     def __call__(self) -> str: ...
 
@@ -132,7 +129,8 @@ class _GenerationTag(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return _GenerationBlock(self.call_method("_block"), [], [], body).set_lineno(line)
+        cast(_Environment, self.environment).marks.in_template = True
+        return jinja2.nodes.CallBlock(self.call_method("_block"), [], [], body).set_lineno(line)
 
     def _block(self, caller: _Caller) -> str:
         block = caller()

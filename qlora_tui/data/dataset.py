@@ -1,0 +1,234 @@
+"""From a recipe to tokenized samples on disk, made once and found again.
+
+``prepare`` is what the trainer calls. The set is kept under the cache directory by a key of content,
+template, tokenizer and settings, and made a batch at a time, so that memory does not grow with the
+data.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+import tempfile
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.data.examine import Batch, Counts, Examiner, batches
+from qlora_tui.data.open_file import Position
+from qlora_tui.data.problems import DataProblem
+from qlora_tui.data.sources import SourceFile, content_hash, conversations, open_source
+from qlora_tui.data.split import group_key, held_back
+from qlora_tui.data.store import Samples, Store, Writer
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.errors import Problem
+from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.paths import cache_dir
+from qlora_tui.recipe.schema import Recipe, Source
+
+_RENDERING = 1
+"""Raised when the same data and settings come to give other tokens."""
+
+
+class Progress(Struct, frozen=True):
+    """How far preparation is."""
+
+    share: float
+    """Of the bytes to read, 0 to 1."""
+    rows: int
+    tokens: int
+
+
+class Prepared(Struct, frozen=True):
+    """A tokenized set."""
+
+    folder: Path
+    data_hash: str
+    """Of every token, mask and side: equal only for exactly the same training data."""
+    counts: Counts
+    train: Samples
+    validation: Samples
+    """May have no samples."""
+    problems: tuple[DataProblem, ...]
+    notes: dict[str, int]
+    """Conversations for which something was changed for the template, by kind (see ``render.Rendered``)."""
+    cached: bool
+    """Whether it was found rather than made."""
+
+
+class _Meta(Struct, frozen=True):
+    data_hash: str
+    counts: Counts
+    problems: tuple[DataProblem, ...]
+    notes: dict[str, int]
+
+
+def prepare(
+    recipe: Recipe, tokenizer: ChatTokenizer, progress: Callable[[Progress], None] | None = None
+) -> Prepared:
+    """The tokenized set of ``recipe.data``.
+
+    Raises ``Problem`` where a file cannot be used, a row has an error that blocks, or nothing is left
+    to train on.
+    """
+    sources = list(recipe.data.sources)
+    if not sources:
+        raise Problem(
+            "No data",
+            what="The recipe has no data source.",
+            fix="Add a file, folder or dataset under data.sources.",
+        )
+    validation_source = None
+    if recipe.data.validation_path:
+        validation_source = len(sources)
+        sources.append(Source(path=recipe.data.validation_path))
+    files = [file for index, source in enumerate(sources) for file in open_source(source, index)[0]]
+    folder = private_dir(cache_dir() / "tokenized") / _key(recipe, files, tokenizer)[:32]
+    weights = [source.weight for source in sources]
+    found = _load(folder, weights, cached=True)
+    if found is not None:
+        return found
+    made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        _make(made, recipe, files, tokenizer, validation_source, progress)
+        made.rename(folder)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise _no_space(folder, error) from error
+        if not (folder / "meta.json").exists():  # else another process has made the same meanwhile
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    prepared = _load(folder, weights, cached=False)
+    assert prepared is not None
+    return prepared
+
+
+def _make(
+    folder: Path,
+    recipe: Recipe,
+    files: Sequence[SourceFile],
+    tokenizer: ChatTokenizer,
+    validation_source: int | None,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    maker = _Maker(folder, recipe, tokenizer)
+    total = sum(file.path.stat().st_size for file in files) or 1
+    with maker.writer:
+        done = 0
+        for file in files:
+            position = Position()
+            for batch in batches(conversations(file, position)):
+                maker.take(file, batch)
+                if progress is not None:
+                    counts = maker.examiner.counts
+                    progress(Progress(min(1.0, (done + position.bytes) / total), counts.rows, counts.tokens))
+            done += file.path.stat().st_size
+    problems = maker.examiner.problems()
+    _refuse(problems, files)
+    if not maker.row_keys:
+        raise _nothing_left(maker.examiner.counts, recipe)
+    row_keys, row_sources = maker.row_keys, maker.row_sources
+    if validation_source is None:
+        held = held_back(row_keys, row_sources, recipe.data.validation_fraction)
+    else:
+        held = frozenset()
+    data_hash = maker.writer.finish(held, validation_source)
+    meta = _Meta(data_hash, maker.examiner.counts, tuple(problems), maker.examiner.notes)
+    atomic_write(folder / "meta.json", msgspec.json.encode(meta))
+
+
+class _Maker:
+    """Writes what an examiner lets through."""
+
+    def __init__(self, folder: Path, recipe: Recipe, tokenizer: ChatTokenizer):
+        self.writer = Writer(folder)
+        self.examiner = Examiner(recipe.data, tokenizer)
+        self.row_keys = array("Q")
+        self.row_sources = array("H")
+        self._seed = recipe.training.seed
+
+    def take(self, file: SourceFile, batch: Batch) -> None:
+        """Render and write one batch of a file."""
+        for conversation, samples, _ in self.examiner.take(file.source, batch):
+            if not samples:
+                continue
+            key = group_key(conversation, self._seed)
+            self.row_keys.append(key)
+            self.row_sources.append(conversation.source)
+            for sample in samples:
+                self.writer.add(sample.token_ids, sample.trained, conversation.source, conversation.row, key)
+
+
+def _key(recipe: Recipe, files: Sequence[SourceFile], tokenizer: ChatTokenizer) -> str:
+    """Changes with anything that could change a token, a mask or a side."""
+    data = recipe.data
+    what = (
+        _RENDERING,
+        tokenizer.fingerprint,
+        [(content_hash(file.path), file.source, file.detection.layout) for file in files],
+        (data.max_length, data.too_long, data.train_on, data.validation_fraction, bool(data.validation_path)),
+        recipe.training.seed,
+    )
+    return hashlib.sha256(msgspec.json.encode(what)).hexdigest()
+
+
+def _load(folder: Path, weights: Sequence[float], cached: bool) -> Prepared | None:
+    try:
+        meta = msgspec.json.decode((folder / "meta.json").read_bytes(), type=_Meta)
+        store = Store(folder)
+        train, validation = store.side("train", weights), store.side("validation", weights)
+    except (FileNotFoundError, msgspec.MsgspecError, ValueError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return Prepared(
+        folder=folder,
+        data_hash=meta.data_hash,
+        counts=meta.counts,
+        train=train,
+        validation=validation,
+        problems=meta.problems,
+        notes=meta.notes,
+        cached=cached,
+    )
+
+
+def _refuse(problems: Sequence[DataProblem], files: Sequence[SourceFile]) -> None:
+    """Raise for the first problem that blocks a run."""
+    for problem in problems:
+        if problem.severity == "error":
+            path = next(file.path for file in files if file.source == problem.source)
+            rows = ", ".join(map(str, problem.rows[:5])) + (" and others" if problem.count > 5 else "")
+            raise Problem(
+                problem.title,
+                what=f"{path}, row {rows}: {problem.example}",
+                why=f"{problem.count} rows of it have this problem." if problem.count > 1 else "",
+                fix=problem.fix,
+            )
+
+
+def _nothing_left(counts: Counts, recipe: Recipe) -> Problem:
+    if counts.dropped and recipe.data.too_long == "drop":
+        fix = 'Raise data.max_length, or cut long samples instead: data.too_long = "cut-right".'
+    elif counts.dropped:
+        fix = "Raise data.max_length: the answers lie behind the cut."
+    else:
+        fix = "Look at the file with: qlora-tui data inspect FILE"
+    return Problem(
+        "Nothing to train on",
+        what=f"None of the {counts.rows} rows gives a sample: {counts.left_out} were left out, "
+        f"{counts.dropped} had nothing to learn within {recipe.data.max_length} tokens.",
+        fix=fix,
+    )
+
+
+def _no_space(folder: Path, error: OSError) -> Problem:
+    return Problem(
+        "No disk space",
+        what=f"The tokenized data does not fit on the disk that holds {folder.parent}: {error.strerror}.",
+        fix="Free some space, or set XDG_CACHE_HOME to a larger disk.",
+    )

@@ -1,0 +1,200 @@
+"""A report on data files before any run: format, counts, lengths, problems by row.
+
+``inspect`` gives the whole report; ``inspecting`` gives one at once from the first rows and better
+ones while it reads on, for the Data screen and for large files. ``show`` renders one row as the model
+will see it. Used by ``qlora-tui data`` and the engine behind the Data screen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from msgspec import Struct
+
+from qlora_tui.data.checks import conversation_findings
+from qlora_tui.data.conversation import Conversation, RowRefused
+from qlora_tui.data.examine import Batch, Counts, Examiner, batches
+from qlora_tui.data.formats import SNIFFED_ROWS
+from qlora_tui.data.lengths import fit
+from qlora_tui.data.open_file import Position
+from qlora_tui.data.problems import DataProblem, Tally
+from qlora_tui.data.render import Piece, pieces, render
+from qlora_tui.data.sources import SourceFile, conversations, open_source
+from qlora_tui.data.statistics import LengthCounter, Lengths
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Data, Source
+
+_FIRST_REPORT_S = 0.3
+_NEXT_REPORT_S = 1.0
+
+
+class FileReport(Struct, frozen=True):
+    """What one file is."""
+
+    path: str
+    bytes: int
+    format: str
+    columns: dict[str, str]
+    """Column by part."""
+    all_columns: tuple[str, ...]
+    evidence: tuple[str, ...]
+
+
+class Report(Struct, frozen=True):
+    """What is known of a source. JSON-ready through msgspec."""
+
+    files: tuple[FileReport, ...]
+    complete: bool
+    """Whether every row has been read."""
+    share: float
+    """Of the bytes that have been read, 0 to 1."""
+    counts: Counts
+    """Tokens and samples are 0 where no tokenizer was given."""
+    lengths: Lengths
+    too_long: int
+    """Samples longer than ``max_length``."""
+    problems: tuple[DataProblem, ...]
+    notes: dict[str, int]
+    template: str
+    """``tokenizer``, or the stock template in use; empty without a tokenizer."""
+
+
+class Shown(Struct, frozen=True):
+    """One row as the model will see it."""
+
+    row: int
+    samples: tuple[tuple[Piece, ...], ...]
+    """Nearly always one; what lies behind a cut is not in it."""
+    token_counts: tuple[int, ...]
+    """Before any cut."""
+    trained_counts: tuple[int, ...]
+    refused: str = ""
+    """Why there is no sample."""
+    notes: tuple[str, ...] = ()
+    findings: tuple[tuple[str, str], ...] = ()
+    """Kind and example of what the checks say of this row."""
+
+
+def inspect(source: Source, tokenizer: ChatTokenizer | None = None, data: Data | None = None) -> Report:
+    """The whole report on one source under the settings of ``data``. Raises ``Problem``."""
+    *_, last = inspecting(source, tokenizer, data)
+    return last
+
+
+def inspecting(
+    source: Source, tokenizer: ChatTokenizer | None = None, data: Data | None = None
+) -> Iterator[Report]:
+    """Reports that get better; the last one is complete. Raises ``Problem`` before the first."""
+    files, note = open_source(source)
+    yield from _Inspection(files, note, tokenizer, data or Data()).reports()
+
+
+def show(source: Source, row: int, tokenizer: ChatTokenizer, data: Data | None = None) -> Shown:
+    """Row number ``row`` of the source's first file. Raises ``Problem`` if there is no such row."""
+    data = data or Data()
+    file = open_source(source)[0][0]
+    for found, one in conversations(file):
+        if found.number >= row:
+            return _shown(found.number, one, tokenizer, data)
+    raise Problem("No such row", what=f"{file.path} ends before row {row}.", fix="Choose a smaller number.")
+
+
+class _Inspection:
+    """What has been counted so far."""
+
+    def __init__(self, files: list[SourceFile], note: str, tokenizer: ChatTokenizer | None, data: Data):
+        self._files = files
+        self._note = note
+        self._tokenizer = tokenizer
+        self._data = data
+        self._examiner = Examiner(data, tokenizer) if tokenizer else None
+        self._plain_counts = Counts()
+        self._plain_tally = Tally()
+        self._lengths = LengthCounter("tokens" if tokenizer else "characters")
+        self._bytes = sum(file.path.stat().st_size for file in files) or 1
+
+    def reports(self) -> Iterator[Report]:
+        """One early, then one every second, and the complete one."""
+        due = time.monotonic() + _FIRST_REPORT_S
+        done = 0
+        rows = 0
+        for file in self._files:
+            position = Position()
+            for batch in batches(conversations(file, position)):
+                self._take(file, batch)
+                rows += len(batch)
+                if rows >= SNIFFED_ROWS and time.monotonic() >= due:
+                    due = time.monotonic() + _NEXT_REPORT_S
+                    yield self._report(False, (done + position.bytes) / self._bytes)
+            done += file.path.stat().st_size
+        yield self._report(True, 1.0)
+
+    def _take(self, file: SourceFile, batch: Batch) -> None:
+        if self._examiner is not None:
+            for conversation, _, lengths in self._examiner.take(file.source, batch):
+                self._lengths.add(lengths, conversation.row)
+            return
+        for row, one in batch:
+            self._plain_counts.rows += 1
+            if isinstance(one, RowRefused):
+                self._plain_counts.left_out += 1
+                self._plain_tally.add(one.kind, row.number, one.reason)
+                continue
+            self._plain_counts.conversations += 1
+            self._lengths.add([_characters(one)], row.number)
+            for kind, example in conversation_findings(one):
+                self._plain_tally.add(kind, row.number, example)
+
+    def _report(self, complete: bool, share: float) -> Report:
+        examiner = self._examiner
+        counts = examiner.counts if examiner else self._plain_counts
+        return Report(
+            files=tuple(_file_report(file, self._note) for file in self._files),
+            complete=complete,
+            share=min(1.0, share),
+            counts=Counts(**{name: getattr(counts, name) for name in counts.__struct_fields__}),
+            lengths=self._lengths.summary(),
+            too_long=self._lengths.above(self._data.max_length) if self._tokenizer else 0,
+            problems=tuple(examiner.problems() if examiner else self._plain_tally.problems()),
+            notes=dict(examiner.notes) if examiner else {},
+            template=self._tokenizer.template_name if self._tokenizer else "",
+        )
+
+
+def _file_report(file: SourceFile, note: str) -> FileReport:
+    found = file.detection
+    return FileReport(
+        path=str(file.path),
+        bytes=file.path.stat().st_size,
+        format=found.layout.format,
+        columns=found.layout.columns,
+        all_columns=found.columns,
+        evidence=(*found.evidence, note) if note else found.evidence,
+    )
+
+
+def _characters(conversation: Conversation) -> int:
+    return len(conversation.text) + sum(len(m.content) + len(m.reasoning) for m in conversation.messages)
+
+
+def _shown(row: int, one: Conversation | RowRefused, tokenizer: ChatTokenizer, data: Data) -> Shown:
+    try:
+        if isinstance(one, RowRefused):
+            raise one
+        whole = render(one, tokenizer, data.train_on)
+    except RowRefused as refused:
+        return Shown(row, (), (), (), refused=refused.reason)
+    samples = [
+        s for rendered in whole for s in fit(rendered, data.max_length, data.too_long, tokenizer.bos_id)
+    ]
+    return Shown(
+        row=row,
+        samples=tuple(tuple(pieces(tokenizer, s.token_ids, s.trained)) for s in samples),
+        token_counts=tuple(len(r.token_ids) for r in whole),
+        trained_counts=tuple(s.trained_count for s in samples),
+        refused="" if samples else f"Nothing is left to learn within {data.max_length} tokens.",
+        notes=whole[0].notes,
+        findings=tuple(conversation_findings(one)),
+    )

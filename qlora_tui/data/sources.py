@@ -1,0 +1,78 @@
+"""The recipe's sources as files with a layout each, and their rows as conversations.
+
+Used by ``dataset`` (to tokenize) and ``inspect`` (to look).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from msgspec import Struct
+
+from qlora_tui.data.conversation import Conversation, RowRefused
+from qlora_tui.data.formats import SNIFFED_ROWS, Detection, detect, parse
+from qlora_tui.data.open_file import Position
+from qlora_tui.data.read import files_of, rows
+from qlora_tui.data.row import Row
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Source
+
+
+class SourceFile(Struct, frozen=True):
+    """One file of one source, and how to read it."""
+
+    path: Path
+    source: int
+    """Index of the source in the recipe."""
+    detection: Detection
+
+
+def open_source(source: Source, index: int = 0) -> tuple[list[SourceFile], str]:
+    """The files of a source, each with its layout, and a word on files that were left out.
+
+    Raises ``Problem`` for what does not exist, is empty or has no usable field.
+    """
+    paths, note = files_of(Path(source.path).expanduser())
+    return [SourceFile(path, index, sniff(path, source)) for path in paths], note
+
+
+def sniff(path: Path, source: Source) -> Detection:
+    """The layout of one file, from its first rows. Raises ``Problem``."""
+    first = list(islice(rows(path), SNIFFED_ROWS))
+    readable = [row for row in first if not row.error]
+    if not readable and first:
+        raise unreadable(path, first[0])
+    return detect(readable, str(path), source.format, source.columns)
+
+
+def conversations(
+    file: SourceFile, position: Position | None = None
+) -> Iterator[tuple[Row, Conversation | RowRefused]]:
+    """Every row of a file with its conversation, or why it has none."""
+    for row in rows(file.path, position):
+        try:
+            yield row, parse(row, file.detection.layout, file.source)
+        except RowRefused as refused:
+            yield row, refused
+
+
+def unreadable(path: Path, row: Row) -> Problem:
+    """A file none of whose first rows can be read."""
+    titles = {"bad-json": "Not valid JSON", "bad-encoding": "Not UTF-8", "bad-row": "Not a table"}
+    fixes = {
+        "bad-json": "Mend the line, or download the file again.",
+        "bad-encoding": f"Convert it: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}",
+        "bad-row": "Check the separator and the quotes of the file.",
+    }
+    return Problem(
+        titles.get(row.kind, "Cannot read"), what=f"{path}: {row.error}", fix=fixes.get(row.kind, "")
+    )
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,89 @@
+"""Lengths of samples: percentiles and a histogram, from counts that stay small for any number of rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from msgspec import Struct
+
+_BINS = 24
+
+
+class Bin(Struct, frozen=True):
+    """Samples longer than the bin before and at most ``up_to``."""
+
+    up_to: int
+    count: int
+
+
+class Lengths(Struct, frozen=True):
+    """How long the samples are, before any cut."""
+
+    unit: str
+    """``tokens``, or ``characters`` where no tokenizer was given."""
+    count: int = 0
+    mean: float = 0.0
+    p50: int = 0
+    p90: int = 0
+    p99: int = 0
+    longest: int = 0
+    longest_row: int = 0
+    histogram: tuple[Bin, ...] = ()
+
+
+class LengthCounter:
+    """Lengths added one by one."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self._counts: Counter[int] = Counter()
+        self._longest_row = 0
+        self._longest = -1
+
+    def add(self, lengths: Iterable[int], row: int) -> None:
+        """The samples of one row."""
+        for length in lengths:
+            self._counts[length] += 1
+            if length > self._longest:
+                self._longest, self._longest_row = length, row
+
+    def above(self, limit: int) -> int:
+        """Samples longer than ``limit``."""
+        return sum(count for length, count in self._counts.items() if length > limit)
+
+    def summary(self) -> Lengths:
+        """Percentiles (nearest rank) and histogram."""
+        if not self._counts:
+            return Lengths(self.unit)
+        ordered = sorted(self._counts.items())
+        total = sum(count for _, count in ordered)
+        return Lengths(
+            unit=self.unit,
+            count=total,
+            mean=sum(length * count for length, count in ordered) / total,
+            p50=_percentile(ordered, total, 50),
+            p90=_percentile(ordered, total, 90),
+            p99=_percentile(ordered, total, 99),
+            longest=self._longest,
+            longest_row=self._longest_row,
+            histogram=_histogram(ordered),
+        )
+
+
+def _percentile(ordered: list[tuple[int, int]], total: int, percent: int) -> int:
+    rank = -(-total * percent // 100)
+    seen = 0
+    for length, count in ordered:
+        seen += count
+        if seen >= rank:
+            return length
+    return ordered[-1][0]
+
+
+def _histogram(ordered: list[tuple[int, int]]) -> tuple[Bin, ...]:
+    width = max(1, -(-ordered[-1][0] // _BINS))
+    bins: Counter[int] = Counter()
+    for length, count in ordered:
+        bins[max(0, length - 1) // width] += count
+    return tuple(Bin((n + 1) * width, bins[n]) for n in range(max(bins) + 1))

@@ -1,0 +1,188 @@
+"""Tokenized samples on disk: flat files that are mapped, never read whole.
+
+One folder a set. Little-endian, no headers:
+
+* ``tokens.u32``: every token id, sample after sample.
+* ``trained.u8``: one byte a token, 1 where it trains.
+* ``offsets.u64``: where each sample begins, and where the last ends.
+* ``trained_counts.u32``, ``rows.u32``, ``sources.u16``: one entry a sample.
+* ``train.u32``, ``validation.u32``: sample numbers of the two sides.
+* ``meta.json``: what ``dataset.Prepared`` says of it.
+
+Written by ``dataset``; the trainer wraps the views with ``torch.frombuffer``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import random
+import sys
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+if sys.byteorder != "little" or array("I").itemsize != 4:
+    raise ImportError("The tokenized store needs a little-endian machine with 32-bit integers.")
+
+_FILES = {
+    "tokens.u32": "I",
+    "trained.u8": "B",
+    "offsets.u64": "Q",
+    "trained_counts.u32": "I",
+    "rows.u32": "I",
+    "sources.u16": "H",
+}
+
+
+class Writer:
+    """Appends samples to a folder. A context manager; call ``finish`` before leaving it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._hash = hashlib.sha256()
+        self._end = 0
+        self._stack = ExitStack()
+        self._files: dict[str, BinaryIO] = {}
+        self.keys = array("Q")
+        """Of each sample, the key of the row it comes from."""
+        self.sources = array("H")
+        """Of each sample, its source."""
+
+    def __enter__(self) -> Writer:
+        for name in _FILES:
+            self._files[name] = self._stack.enter_context((self.folder / name).open("wb", buffering=1 << 20))
+        self._write("offsets.u64", array("Q", [0]))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def add(self, token_ids: Sequence[int], trained: bytes, source: int, row: int, key: int) -> None:
+        """One sample."""
+        tokens = array("I", token_ids)
+        self._end += len(tokens)
+        self._write("tokens.u32", tokens)
+        self._write("trained.u8", array("B", trained))
+        self._write("offsets.u64", array("Q", [self._end]))
+        self._write("trained_counts.u32", array("I", [trained.count(1)]))
+        self._write("rows.u32", array("I", [row]))
+        self._write("sources.u16", array("H", [source]))
+        self.keys.append(key)
+        self.sources.append(source)
+        self._hash.update(tokens)
+        self._hash.update(trained)
+
+    def finish(self, validation: frozenset[int], validation_source: int | None) -> str:
+        """Write the two sides; return the hash of everything.
+
+        A sample is on the validation side if its key is in ``validation`` or it comes from
+        ``validation_source``.
+        """
+        sides = {"train.u32": array("I"), "validation.u32": array("I")}
+        for number, (key, source) in enumerate(zip(self.keys, self.sources, strict=True)):
+            held = source == validation_source or (validation_source is None and key in validation)
+            sides["validation.u32" if held else "train.u32"].append(number)
+        for name, numbers in sides.items():
+            (self.folder / name).write_bytes(numbers.tobytes())
+            self._hash.update(numbers)
+            self._hash.update(b"|")
+        return self._hash.hexdigest()
+
+    def _write(self, name: str, values: array[int]) -> None:
+        self._files[name].write(values)
+
+
+class Store:
+    """A finished folder, mapped."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tokens = _mapped(folder / "tokens.u32", "I")
+        self.trained = _mapped(folder / "trained.u8", "B")
+        self.offsets = _mapped(folder / "offsets.u64", "Q")
+        self.trained_counts = _mapped(folder / "trained_counts.u32", "I")
+        self.rows = _mapped(folder / "rows.u32", "I")
+        self.sources = _mapped(folder / "sources.u16", "H")
+
+    def side(self, name: str, weights: Sequence[float]) -> Samples:
+        """``train`` or ``validation``."""
+        numbers = array("I")
+        numbers.frombytes((self.folder / f"{name}.u32").read_bytes())
+        return Samples(self, numbers, weights)
+
+
+class Samples:
+    """The samples of one side. Numbered from 0; every view is read-only memory of the mapped files."""
+
+    def __init__(self, store: Store, numbers: array[int], weights: Sequence[float]):
+        self._store = store
+        self._numbers = numbers
+        self._weights = tuple(weights)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def token_ids(self, i: int) -> memoryview:
+        """Token ids of sample ``i``, 32-bit unsigned."""
+        return self._store.tokens[self._slice(i)]
+
+    def trained(self, i: int) -> memoryview:
+        """One byte a token of sample ``i``: 1 where it trains."""
+        return self._store.trained[self._slice(i)]
+
+    def length(self, i: int) -> int:
+        """Tokens in sample ``i``."""
+        n = self._numbers[i]
+        return int(self._store.offsets[n + 1] - self._store.offsets[n])
+
+    def trained_count(self, i: int) -> int:
+        """Tokens of sample ``i`` that train."""
+        return int(self._store.trained_counts[self._numbers[i]])
+
+    def origin(self, i: int) -> tuple[int, int]:
+        """Source and row number of sample ``i``."""
+        n = self._numbers[i]
+        return int(self._store.sources[n]), int(self._store.rows[n])
+
+    def lengths(self) -> array[int]:
+        """Tokens of every sample."""
+        return array("I", (self.length(i) for i in range(len(self))))
+
+    def epoch(self, epoch: int, seed: int) -> array[int]:
+        """The samples of one pass in their random order, each source as often as its weight says.
+
+        A weight of 2 gives each of its samples twice, one of 0.5 half of them, the other half in the
+        next epoch. The same for the same ``epoch`` and ``seed``, always.
+        """
+        by_source: dict[int, list[int]] = {}
+        for i, n in enumerate(self._numbers):
+            by_source.setdefault(self._store.sources[n], []).append(i)
+        order: list[int] = []
+        for source, samples in by_source.items():
+            weight = self._weights[source] if source < len(self._weights) else 1.0
+            times, part = int(weight), round((weight - int(weight)) * len(samples))
+            order += samples * times
+            if part:
+                random.Random(f"{seed}/{source}").shuffle(samples)
+                first = epoch * part
+                order += [samples[k % len(samples)] for k in range(first, first + part)]
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        return array("I", order)
+
+    def _slice(self, i: int) -> slice:
+        n = self._numbers[i]
+        return slice(self._store.offsets[n], self._store.offsets[n + 1])
+
+
+def _mapped(path: Path, kind: str) -> memoryview:
+    if path.stat().st_size == 0:
+        return memoryview(b"").cast(kind)  # type: ignore[call-overload, no-any-return]
+    with path.open("rb") as file:
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return memoryview(whole).cast(kind)  # type: ignore[call-overload, no-any-return]
