@@ -80,6 +80,10 @@ class Workbench:
         base = build(preset=name)
         self._remember(_Snapshot(_with_model_and_data(base, self.recipe), name, base))
 
+    def saved_as(self, name: str) -> None:
+        """The recipe is now what preset ``name`` gives; not a change, so not undone."""
+        self._now = _Snapshot(self.recipe, name, self.recipe)
+
     def undo(self) -> bool:
         """Back by one change; False at the beginning."""
         if not self._undo:

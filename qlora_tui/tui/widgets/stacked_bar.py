@@ -1,0 +1,75 @@
+"""A bar of memory cut into its parts. Each part has a texture of its own, so that colour is not needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from textual.content import Content
+
+from qlora_tui.memory import Estimate
+
+
+@dataclass(frozen=True)
+class Part:
+    """Items that belong together, drawn alike."""
+
+    name: str
+    glyph: str
+    style: str
+    keys: frozenset[str]
+
+
+_BASE = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")
+_ADAPTER = ("adapter", "gradients", "optimizer", "optimizer_step")
+_ACTIVATIONS = (
+    "checkpoints",
+    "activations",
+    "adapter_inputs",
+    "int8_inputs",
+    "dropout",
+    "scores",
+    "mask",
+    "hidden_gradient",
+    "inputs",
+)
+
+PARTS: tuple[Part, ...] = (
+    Part("base weights", "█", "$primary", frozenset(_BASE)),
+    Part("adapter", "▚", "$accent", frozenset(_ADAPTER)),
+    Part("activations", "▓", "$success", frozenset(_ACTIVATIONS)),
+    Part("loss", "▒", "$warning", frozenset(("logits",))),
+    Part("overhead", "░", "$secondary", frozenset()),
+)
+"""In the order they are drawn; the last takes every item that no other names."""
+
+
+def parts_of(made: Estimate) -> list[tuple[Part, int]]:
+    """Bytes of each part, in the order they are drawn."""
+    named = frozenset[str]().union(*(part.keys for part in PARTS))
+    sums = []
+    for part in PARTS:
+        own = part.keys or {item.key for item in made.items} - named
+        sums.append((part, sum(item.bytes for item in made.items if item.key in own)))
+    return sums
+
+
+def stacked_bar(made: Estimate, full_bytes: int, width: int) -> Content:
+    """``width`` cells that stand for ``full_bytes``; what is beyond the end is cut and marked with ▶."""
+    pieces: list[tuple[str, str]] = []
+    drawn = 0
+    filled_bytes = 0
+    for part, bytes_ in parts_of(made):
+        filled_bytes += bytes_
+        end = min(width, round(filled_bytes / full_bytes * width))
+        pieces.append((part.glyph * (end - drawn), part.style))
+        drawn = end
+    if filled_bytes > full_bytes:
+        text = Content.assemble(*pieces)
+        return Content.assemble(text[: width - 1], ("▶", "$error bold"))
+    return Content.assemble(*pieces, ("·" * (width - drawn), "dim"))
+
+
+def legend() -> Content:
+    """Which texture is what."""
+    words = [Content.assemble((part.glyph * 2, part.style), f" {part.name}") for part in PARTS]
+    return Content("  ").join(words)
