@@ -1,0 +1,177 @@
+"""One model folder: what it is, and why it cannot be trained, where it cannot.
+
+A folder is what transformers loads: ``config.json`` and safetensors beside it. Read by ``local`` for the list
+and for ``resolve``, and by ``hub`` for what a model there would turn out to be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.catalog.architecture import known_model_types, load_config, read_architecture
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.errors import Problem
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the classes end that write text."""
+TRAINABLE_AS_STORED = (None, "bitsandbytes")
+
+
+def refused(title: str, what: str, why: str, fix: str) -> Problem:
+    """A model that cannot be used, in one voice."""
+    return Problem(title, what=what, why=why, fix=fix)
+
+
+def inspect(folder: Path, name: str) -> tuple[Architecture | None, Problem | None]:
+    """The architecture of the model in ``folder`` and what speaks against training it.
+
+    ``name`` is how messages call it. Either may be None: a refused model may still have an architecture.
+    """
+    files = {entry.name for entry in folder.iterdir()}
+    if CONFIG not in files:
+        return None, _no_config(files, name)
+    try:
+        config = load_config(folder / CONFIG)
+    except Problem as unreadable:
+        return None, unreadable
+    architecture, refusal = judge_config(config, name)
+    return architecture, refusal or weights_problem(folder, name)
+
+
+def judge_config(config: Mapping[str, Any], name: str) -> tuple[Architecture | None, Problem | None]:
+    """What the config alone says: the architecture, and why such a model cannot be trained here."""
+    model_type = config.get("model_type")
+    if config.get("auto_map") and model_type not in known_model_types():
+        return None, refused(
+            "This model needs its own code",
+            f"{name} (model_type {model_type!r}) loads only with trust_remote_code.",
+            "That would run the author's Python on this machine, which qlora-tui never does.",
+            "Choose a model of a family that transformers has itself.",
+        )
+    try:
+        architecture = read_architecture(config)
+    except Problem as problem:
+        return None, Problem(problem.title, what=f"{name}: {problem.what}", why=problem.why, fix=problem.fix)
+    classes = config.get("architectures")
+    if isinstance(classes, list) and classes and not str(classes[0]).endswith(CAUSAL):
+        return architecture, refused(
+            "This model does not write text",
+            f"{name} is a {classes[0]}.",
+            "Fine-tuning here needs a causal language model, with its output head.",
+            "Choose the model it was made from.",
+        )
+    if architecture.quantized_as not in TRAINABLE_AS_STORED:
+        return architecture, refused(
+            "This model is quantised already",
+            f"{name} is stored as {architecture.quantized_as}.",
+            "Weights that are quantised one way cannot be loaded as NF4.",
+            "Choose the same model in 16 bits.",
+        )
+    return architecture, None
+
+
+def _no_config(files: set[str], name: str) -> Problem:
+    if "adapter_config.json" in files:
+        return refused(
+            "This is an adapter, not a model",
+            f"{name} holds a LoRA adapter.",
+            "An adapter is trained on top of a model and cannot be trained on itself.",
+            "Choose the model it belongs to: adapter_config.json names it.",
+        )
+    return refused(
+        "This model has no config.json",
+        f"{name} has no config.json.",
+        "Without it nothing says what the weights are.",
+        "Copy the model's config.json beside its weights, or download the model again.",
+    )
+
+
+def weights_problem(folder: Path, name: str) -> Problem | None:
+    """What is wrong with the weights in ``folder``: pickled, missing, or not all there."""
+    try:
+        wanted = weight_files(folder)
+    except Problem as problem:
+        return problem
+    if wanted:
+        missing = [file for file in wanted if not (folder / file).is_file()]
+        if not missing:
+            return None
+        return refused(
+            "The download is not complete",
+            f"{name} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") + ".",
+            "Its index names weights that are not there.",
+            "Download the model again: what is there already is kept.",
+        )
+    return no_weights_problem((entry.name for entry in folder.iterdir()), name)
+
+
+def no_weights_problem(files: Iterable[str], name: str) -> Problem:
+    """Why ``files`` hold no weights that can be loaded."""
+    if pickled := sorted(file for file in files if file.endswith(PICKLED)):
+        return refused(
+            "This model has pickled weights only",
+            f"{name} has {pickled[0]} and no safetensors.",
+            "Opening a pickle can run any code; qlora-tui reads safetensors only.",
+            "Choose a copy of the model that is saved as safetensors.",
+        )
+    return refused(
+        "This model has no weights",
+        f"{name} has neither {SINGLE} nor {INDEX}.",
+        "There is nothing to train.",
+        "Download the model again.",
+    )
+
+
+def weight_files(folder: Path) -> tuple[str, ...]:
+    """The safetensors files that make up the model, whether they are there or not; none named: empty.
+
+    Raises Problem when the index cannot be read.
+    """
+    # A link into the cache whose blob is gone is a file that is missing, not a model without weights.
+    if (folder / SINGLE).is_file() or (folder / SINGLE).is_symlink():
+        return (SINGLE,)
+    if not (folder / INDEX).is_file():
+        return ()
+    return indexed_files(load_config(folder / INDEX), str(folder / INDEX))
+
+
+def indexed_files(index: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The files an index names. Raises Problem when it is no index, or names something outside the folder."""
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise _bad_index(where, "it has no weight_map")
+    files = tuple(sorted(set(names.values())))
+    if stray := [file for file in files if "/" in file or "\\" in file or not file.endswith(".safetensors")]:
+        raise _bad_index(where, f"it names {stray[0]!r}, which is no safetensors file beside it")
+    return files
+
+
+def _bad_index(where: str, what: str) -> Problem:
+    return refused(
+        "The index of the weights cannot be used",
+        f"{where}: {what}.",
+        "It says which file holds which weight.",
+        "Download the model again.",
+    )
+
+
+def truncated(file: Path) -> bool:
+    """Whether a safetensors file is shorter or longer than its own header says, or has no header."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        header_size = int.from_bytes(content.read(8), "little")
+        if not 2 <= header_size <= min(size, 100_000_000):
+            return True
+        try:
+            header = json.loads(content.read(header_size))
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            return bool(size != 8 + header_size + max(ends, default=0))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            return True

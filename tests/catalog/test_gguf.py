@@ -1,0 +1,95 @@
+"""GGUF headers: what is read, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.gguf import as_config, read_gguf
+from qlora_tui.errors import Problem
+from tests.catalog.models import TINY_PARAMS, gguf_bytes, make_gguf
+
+
+def test_a_header_gives_the_architecture(tmp_path: Path) -> None:
+    file = make_gguf(tmp_path / "tiny.gguf")
+    header = read_gguf(file)
+    assert header.architecture == "llama"
+    assert header.quantization == "Q4_1"
+    assert header.lengths["tokenizer.ggml.tokens"] == 64
+    architecture = read_architecture(as_config(header, file))
+    assert architecture.total_params == TINY_PARAMS
+    assert architecture.head_dim == 8
+    assert architecture.dtype == "Q4_1"
+
+
+def test_a_head_that_is_not_stored_is_tied(tmp_path: Path) -> None:
+    file = tmp_path / "tied.gguf"
+    make_gguf(file)
+    untied = read_gguf(file)
+    del untied.tensors["output.weight"]
+    assert as_config(untied, file)["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"general__architecture": "mamba"}, "'mamba'"),
+        ({"general__architecture": "clip"}, "'clip'"),
+        ({"general__architecture": None}, "None"),
+        ({"llama__expert_count": 8}, "mixture of experts"),
+        ({"llama__attention__head_count_kv": [1, 2]}, "differs from layer to layer"),
+    ],
+)
+def test_what_cannot_be_trained_from_gguf_is_refused(
+    tmp_path: Path, changes: dict[str, object], named: str
+) -> None:
+    file = make_gguf(tmp_path / "other.gguf", **changes)
+    with pytest.raises(Problem) as caught:
+        as_config(read_gguf(file), file)
+    assert named in caught.value.what
+    assert str(file) in caught.value.what
+
+
+def test_a_missing_size_is_named(tmp_path: Path) -> None:
+    file = make_gguf(tmp_path / "half.gguf", llama__block_count=None)
+    with pytest.raises(Problem, match="num_hidden_layers is missing"):
+        read_architecture(as_config(read_gguf(file), file))
+
+
+@pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04" + bytes(60), b"GGUF\x01\0\0\0" + bytes(60)])
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "no.gguf"
+    file.write_bytes(content)
+    with pytest.raises(Problem) as caught:
+        read_gguf(file)
+    assert str(file) in caught.value.what
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match="No such file"):
+        read_gguf(tmp_path / "none.gguf")
+
+
+WHOLE = gguf_bytes(
+    {"general.architecture": "llama", "a": ["one", "two"], "b": [1, 2], "c": 1.5, "d": True}, {"t": (2, 3)}
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cut=st.integers(0, len(WHOLE) - 1), at=st.integers(0, len(WHOLE) - 1), byte=st.integers(0, 255))
+def test_damage_is_a_problem_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, at: int, byte: int
+) -> None:
+    file = tmp_path_factory.mktemp("damaged") / "x.gguf"
+    file.write_bytes(WHOLE[:cut])
+    with pytest.raises(Problem):
+        read_gguf(file)
+    file.write_bytes(WHOLE[:at] + bytes([byte]) + WHOLE[at + 1 :])
+    try:
+        read_gguf(file)
+    except Problem as problem:
+        assert problem.fix
