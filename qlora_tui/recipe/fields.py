@@ -64,9 +64,9 @@ class Field(Struct, frozen=True, kw_only=True):
             case "bool":
                 return "true or false"
             case "text":
-                return f"a text in quotes{self._lengths('character')}"
+                return f"a {self._filled}text in quotes{self._lengths('character')}"
             case "texts":
-                return f"a list of texts{self._lengths('item')}"
+                return f"a {self._filled}list of texts{self._lengths('item')}"
             case "tables":
                 return "a list of tables"
             case "names":
@@ -85,11 +85,13 @@ class Field(Struct, frozen=True, kw_only=True):
             return f"above {number(low)} and {'below' if below else 'at most'} {number(high)}"
         return f"from {number(low)} to {'below ' if below else ''}{number(high)}"
 
+    @property
+    def _filled(self) -> str:
+        return "non-empty " if self.min_length == 1 else ""
+
     def _lengths(self, unit: str) -> str:
-        if self.min_length == 1 and self.max_length is None:
-            return ", not empty"
         parts = []
-        if self.min_length:
+        if self.min_length > 1:
             parts.append(f"at least {_count(self.min_length, unit)}")
         if self.max_length is not None:
             parts.append(f"at most {_count(self.max_length, unit)}")
@@ -143,7 +145,7 @@ def number(value: float) -> str:
     if float(value).is_integer() and abs(value) < 1e16:
         return f"{int(value):,}"
     short = f"{value:g}"
-    return (short if float(short) == value else repr(value)).replace("e-0", "e-").replace("e+0", "e+")
+    return (short if float(short) == value else repr(value)).replace("e-0", "e-").replace("e+", "e")
 
 
 def _count(count: int, unit: str) -> str:

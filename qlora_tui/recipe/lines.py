@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 Key = tuple[str | int, ...]
 """``("lora", "rank")``; ``("data", "sources", 0, "path")``."""
@@ -47,7 +48,7 @@ def key_lines(text: str) -> dict[Key, int]:
     return found
 
 
-def line_of(lines: dict[Key, int], key: Key) -> int | None:
+def line_of(lines: Mapping[Key, int], key: Key) -> int | None:
     """The line of ``key``, or of the nearest thing around it."""
     while key:
         if key in lines:

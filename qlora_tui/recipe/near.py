@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 from qlora_tui.recipe.fields import fields, sections
 
@@ -49,6 +48,8 @@ _ELSEWHERE = {
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate most like ``word``, whatever its case and dashes; None where none is near."""
+    from difflib import get_close_matches  # only an error needs it, and it costs a tenth of the import
+
     by_plain = {plain(candidate): candidate for candidate in candidates}
     matches = get_close_matches(plain(word), by_plain, n=1)
     return by_plain[matches[0]] if matches else None
@@ -67,7 +68,7 @@ def hint_for_key(section: str, key: str) -> str:
     homes = [field for field in fields().values() if field.key == simple]
     if simple not in own and homes:
         home = homes[0].section
-        return f"{simple} belongs in [{home}]" if home else f"{simple} belongs at the top, above the sections"
+        return f"put {simple} in [{home}]" if home else f"put {simple} at the top, above the sections"
     if simple in _ELSEWHERE:
         return f"did you mean {_ELSEWHERE[simple]}?"
     match = closest(key, own)

@@ -10,7 +10,6 @@ from typing import Any
 from qlora_tui.recipe import conflicts, near, targets, toml
 from qlora_tui.recipe.fields import Field, fields, sections
 from qlora_tui.recipe.mistakes import InvalidRecipe, Mistake
-from qlora_tui.recipe.presets import find
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.validation import mistakes_in
 
@@ -31,6 +30,8 @@ def build(
     """
     recipe: dict[str, Any] = {}
     if preset is not None:
+        from qlora_tui.recipe.presets import find  # with platformdirs it costs as much as all the rest
+
         recipe = merged(recipe, find(preset).settings())
     if file is not None:
         recipe = merged(recipe, toml.load(file))
@@ -125,7 +126,7 @@ def _set(argument: str) -> tuple[dict[str, Any], list[Mistake]]:
         return {}, [_unknown(origin, path)]
     value = _value(field, raw.strip())
     layer = {field.section: {field.key: value}} if field.section else {field.key: value}
-    wrong = mistakes_in(layer, origin, {})
+    wrong = mistakes_in(layer, origin)
     return ({}, wrong) if wrong else (layer, [])
 
 

@@ -18,7 +18,7 @@ from msgspec import Struct
 from qlora_tui import paths
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.files import atomic_write
-from qlora_tui.recipe import conflicts, toml
+from qlora_tui.recipe import toml
 from qlora_tui.recipe.near import did_you_mean
 from qlora_tui.recipe.schema import Data, Model, Recipe
 
@@ -112,9 +112,7 @@ def save(name: str, recipe: Recipe, *, note: str = "", overwrite: bool = False) 
     """
     path = _user_path(name)
     body = toml.dump_difference(_for_any_model(recipe, note), Recipe())
-    layer = toml.parse(body, name)
-    toml.validate(layer, name)
-    conflicts.check(toml.to_recipe(layer, name))
+    toml.validate(toml.parse(body, name), name)
     if not overwrite:
         _ask_before_losing(path)
     _write(path, _signed(body.encode()))
@@ -170,9 +168,8 @@ def _read(path: Path, shipped: bool) -> Preset:
     problem = None
     try:
         layer = toml.load(path)
-        conflicts.check(toml.to_recipe(layer, str(path)))
     except Problem as found:
-        layer, problem = {}, found
+        problem = found
     return Preset(
         name=name, note=layer.get("note", ""), path=path, shipped=shipped, layer=layer, problem=problem
     )
@@ -254,8 +251,9 @@ def _is_ours(content: bytes) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
+    """Through a link, so that a preset kept among someone's dotfiles stays there."""
     try:
-        atomic_write(path, content, durable=True)
+        atomic_write(path.resolve() if path.exists() else path, content, durable=True)
     except OSError as error:
         raise _disk("Preset not saved", path, error) from error
 

@@ -5,8 +5,6 @@ validation and ``qlora-tui presets --reference``. A setting's ``Meta`` holds its
 one-line help (``description``), its bounds, and what it does to memory (``extra["memory"]``).
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct

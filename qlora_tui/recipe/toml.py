@@ -87,9 +87,9 @@ def validate(layer: Mapping[str, Any], origin: str, text: str | None = None) -> 
 
     ``origin`` is the file or argument to name; with the ``text`` that was parsed, lines are named too.
     """
-    mistakes = mistakes_in(layer, origin, key_lines(text) if text is not None else {})
+    mistakes = mistakes_in(layer, origin)
     if mistakes:
-        raise InvalidRecipe(mistakes)
+        raise InvalidRecipe(mistakes_in(layer, origin, key_lines(text)) if text is not None else mistakes)
 
 
 def to_recipe(layer: Mapping[str, Any], origin: str = "recipe") -> Recipe:
@@ -136,7 +136,7 @@ def _commented(text: str) -> str:
         if (field := fields().get(".".join(map(str, key))))
     }
     written: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if number in comments:
             written += ["", *_comment(comments[number])]
         written.append(line)
@@ -153,7 +153,7 @@ def _comment(field: Field) -> list[str]:
 
 
 def _line(text: str, number: int) -> str:
-    lines = text.splitlines()
+    lines = text.split("\n")
     line = lines[number - 1].strip() if number <= len(lines) else ""
     return line if len(line) <= 60 else line[:59] + "…"
 

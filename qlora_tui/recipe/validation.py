@@ -17,11 +17,13 @@ from qlora_tui.recipe.mistakes import Mistake
 _LONGEST_SHOWN = 40
 
 
-def mistakes_in(layer: Mapping[str, Any], origin: str, lines: dict[Key, int]) -> list[Mistake]:
-    """All of them, in the order of the file. ``lines`` may be empty: then no line is named."""
+def mistakes_in(
+    layer: Mapping[str, Any], origin: str, lines: Mapping[Key, int] | None = None
+) -> list[Mistake]:
+    """All of them, in the order of the file; with ``lines`` of ``key_lines``, each with its line."""
     found = []
     for key, path, says, hint in _in_layer(layer):
-        found.append(Mistake(origin=origin, path=path, says=says, hint=hint, line=line_of(lines, key)))
+        found.append(Mistake(origin=origin, path=path, says=says, hint=hint, line=line_of(lines or {}, key)))
     return sorted(found, key=lambda mistake: mistake.line or 0)
 
 
@@ -86,7 +88,7 @@ def _in_sources(key: Key, path: str, tables: list[Any] | tuple[Any, ...]) -> Ite
                 yield (*here, inner), f"{name}.{inner}", f"{name}.{inner} is not a setting", hint
         for inner, field in known.items():
             if field.required and inner not in table:
-                yield here, name, f"{name} has no {inner}", f"{inner} must be {field.expected}"
+                yield here, name, f"{name} has no {inner}", f"add {inner} = …, {field.expected}"
 
 
 def _hint_for_value(field: Field, value: Any) -> str:
@@ -94,6 +96,8 @@ def _hint_for_value(field: Field, value: Any) -> str:
         return near.did_you_mean(value, field.choices, '"{}"')
     if field.kind == "texts" and isinstance(value, str):
         return f"write [{shown(value)}]"
+    if field.kind == "tables" and isinstance(value, str):
+        return f"write [{{ path = {shown(value)} }}]"
     if field.kind == "int" and isinstance(value, float) and value.is_integer() and _fits(field, int(value)):
         return f"write {int(value)}"
     if field.kind in ("int", "float", "bool") and isinstance(value, str) and _fits(field, _bare(value)):

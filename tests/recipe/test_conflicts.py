@@ -1,0 +1,50 @@
+"""Settings that are right alone and wrong together, and recipes that are not ready."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.recipe.conflicts import check, conflicts, ready_to_run
+from qlora_tui.recipe.fields import fields
+from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source, Training
+
+READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="a"),)))
+
+
+def test_the_defaults_do_not_conflict() -> None:
+    assert conflicts(Recipe()) == []
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(training=Training(early_stopping=1), data=Data(validation_fraction=0.0)),
+        Recipe(model=Model(attention="flash"), quantization=Quantization(compute_dtype="float32")),
+    ],
+)
+def test_a_conflict_names_its_settings(recipe: Recipe) -> None:
+    [conflict] = conflicts(recipe)
+    assert set(conflict.paths) <= set(fields())
+    with pytest.raises(Problem) as caught:
+        check(recipe)
+    assert all(path in str(caught.value) for path in conflict.paths)
+    assert caught.value.exit_code == WRONG_CALL
+
+
+def test_a_validation_file_is_enough_to_stop_early() -> None:
+    data = Data(validation_fraction=0.0, validation_path="v.jsonl")
+    check(Recipe(training=Training(early_stopping=1), data=data))
+
+
+def test_a_run_needs_a_model_and_data() -> None:
+    ready_to_run(READY)
+    with pytest.raises(Problem) as caught:
+        ready_to_run(Recipe())
+    assert str(caught.value) == (
+        "Not ready to run: The recipe has no model and no data: model.id and data.sources are empty.\n"
+        "  Name a model: --model, or id under [model].\n"
+        "  Name a data file: --data, or sources under [data]."
+    )
+    with pytest.raises(Problem, match=r"has no data: data\.sources is empty"):
+        ready_to_run(Recipe(model=Model(id="m")))

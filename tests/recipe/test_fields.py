@@ -1,0 +1,69 @@
+"""The settings as data."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_tui.recipe.fields import fields, number, sections, source_fields, value_of, with_value
+from qlora_tui.recipe.schema import Recipe
+from tests.recipe.strategies import values
+
+
+def test_every_setting_has_a_label_and_a_line_of_help() -> None:
+    for field in [*fields().values(), *source_fields().values()]:
+        assert field.label != field.path and field.help.endswith("."), field.path
+        assert "\n" not in field.help
+
+
+def test_settings_come_section_by_section() -> None:
+    assert sections() == ("model", "quantization", "lora", "data", "training")
+    assert list(fields())[:3] == ["name", "note", "model.id"]
+
+
+def test_defaults_are_those_of_the_recipe() -> None:
+    assert all(value_of(Recipe(), path) == field.default for path, field in fields().items())
+    assert [key for key, field in source_fields().items() if field.required] == ["path"]
+
+
+def test_every_whole_number_fits_64_bits() -> None:
+    """Recipes cross process borders as JSON, which msgspec writes up to 64 bits."""
+    for field in fields().values():
+        assert field.kind != "int" or (field.minimum is not None and field.maximum is not None), field.path
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("lora.rank", "a whole number from 1 to 1,024"),
+        ("lora.dropout", "a number from 0 to below 1"),
+        ("lora.alpha", "a number above 0 and at most 8,192"),
+        ("data.max_length", "a whole number from 16 to 1,048,576"),
+        ("training.seed", "a whole number from 0 to 4,294,967,295"),
+        ("quantization.method", "one of nf4, fp4, int8, none"),
+        ("data.packing", "true or false"),
+        ("name", "a text in quotes of at most 80 characters"),
+        ("note", "a text in quotes"),
+        ("lora.target_modules", "a non-empty list of texts"),
+        ("training.sample_prompts", "a list of texts"),
+        ("data.sources", "a list of tables"),
+    ],
+)
+def test_what_is_expected_in_words(path: str, words: str) -> None:
+    assert fields()[path].expected == words
+
+
+@given(st.data())
+def test_a_setting_is_changed_and_read_back(data: st.DataObject) -> None:
+    field = data.draw(st.sampled_from(list(fields().values())))
+    value = data.draw(values(field))
+    changed = with_value(Recipe(), field.path, value)
+    assert value_of(changed, field.path) == value
+    assert msgspec.convert(msgspec.to_builtins(changed), Recipe) == changed
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_number_in_words_is_exact(value: float) -> None:
+    assert float(number(value).replace(",", "")) == value

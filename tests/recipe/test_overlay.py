@@ -1,0 +1,198 @@
+"""Layers over layers: preset, file, arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_tui import paths
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.recipe import overlay
+from qlora_tui.recipe.fields import Field, fields
+from qlora_tui.recipe.mistakes import InvalidRecipe
+from qlora_tui.recipe.schema import Recipe, Source
+from tests.recipe.strategies import patterns, values
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert overlay.build() == Recipe()
+
+
+def test_the_later_layer_wins_key_by_key(tmp_path: Path) -> None:
+    write(paths.user_presets_dir() / "mine.toml", "[lora]\nrank = 2\nalpha = 3\ndropout = 0.5\n")
+    file = write(tmp_path / "r.toml", "[lora]\nalpha = 4\ndropout = 0.25\n")
+    lora = overlay.build(preset="mine", file=file, sets=["lora.dropout=0.125"]).lora
+    assert (lora.rank, lora.alpha, lora.dropout) == (2, 4.0, 0.125)
+
+
+def test_lists_are_replaced_whole(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.toml", "[lora]\ntarget_modules = ['q_proj', 'k_proj']\n")
+    recipe = overlay.build(file=file, sets=["lora.target_modules=v_proj"])
+    assert recipe.lora.target_modules == ("v_proj",)
+
+
+def test_a_presets_own_name_and_note_stay_with_it() -> None:
+    write(paths.user_presets_dir() / "mine.toml", "name = 'n'\nnote = 'about the preset'\n[lora]\nrank = 2\n")
+    recipe = overlay.build(preset="mine")
+    assert (recipe.name, recipe.note, recipe.lora.rank) == ("", "", 2)
+
+
+def test_model_and_data_arguments_win_over_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.toml", "[model]\nid = 'a'\n[[data.sources]]\npath = 'a.jsonl'\nweight = 2\n")
+    recipe = overlay.build(file=file, model="b", data=["c.jsonl", "d.jsonl"])
+    assert recipe.model.id == "b"
+    assert recipe.data.sources == (Source(path="c.jsonl"), Source(path="d.jsonl"))
+
+
+def test_another_model_does_not_take_over_the_files_revision(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.toml", "[model]\nid = 'a'\nrevision = 'abc'\n")
+    assert overlay.build(file=file, model="b").model.revision == "main"
+    assert overlay.build(file=file, model="a").model.revision == "abc"
+    assert overlay.build(file=file, model="b", sets=["model.revision=v2"]).model.revision == "v2"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("lora.rank=32", 32),
+        (" lora.rank = 32 ", 32),
+        ("lora.alpha=64", 64.0),
+        ("training.learning_rate=1e-4", 1e-4),
+        ("data.packing=false", False),
+        ("training.schedule=linear", "linear"),
+        ("training.schedule='linear'", "linear"),
+        ("model.id=Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("model.id=/models/a=b", "/models/a=b"),
+        ('model.id="a b"', "a b"),
+        ("name=3", "3"),
+        ("name=", ""),
+        ("note=it's fine", "it's fine"),
+        ("lora.target_modules=q_proj", ("q_proj",)),
+        ("lora.target_modules=q_proj, v_proj", ("q_proj", "v_proj")),
+        ("lora.target_modules=0-3,7.q_proj,k_proj", ("0-3,7.q_proj", "k_proj")),
+        ('lora.target_modules=["q_proj"]', ("q_proj",)),
+        ("training.sample_prompts=Hello, who are you?", ("Hello, who are you?",)),
+        ('training.sample_prompts=["a", "b"]', ("a", "b")),
+        ("training.sample_prompts=[]", ()),
+        ("data.sources=a,b.jsonl", (Source(path="a,b.jsonl"),)),
+        ('data.sources=[{path="a", weight=2}]', (Source(path="a", weight=2.0),)),
+    ],
+)
+def test_a_set_value_needs_no_quotes(argument: str, value: Any) -> None:
+    path = argument.partition("=")[0].strip()
+    here: Any = overlay.build(sets=[argument])
+    for part in path.split("."):
+        here = getattr(here, part)
+    assert here == value
+
+
+def test_the_last_set_of_a_setting_wins() -> None:
+    assert overlay.build(sets=["lora.rank=1", "lora.rank=2", "lora.alpha=3"]).lora.rank == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("lora.rank=x", 'lora.rank must be a whole number from 1 to 1,024, not "x"'),
+        ("lora.rank=", 'lora.rank must be a whole number from 1 to 1,024, not ""'),
+        ("lora.rank", "it has no value\n  Write --set lora.rank=value"),
+        ("", "it has no value\n  Write --set section.key=value"),
+        ("=3", "it names no setting\n  The sections are [model], [quantization], [lora], [data], [training]"),
+        ("rank=3", "rank is not a setting\n  Did you mean lora.rank?"),
+        ("lora.rnak=3", "lora.rnak is not a setting\n  Did you mean lora.rank?"),
+        ("lor.rank=3", "lor.rank is not a setting\n  Did you mean lora.rank?"),
+        ("training.rank=3", "training.rank is not a setting\n  Did you mean lora.rank?"),
+        ("lr=3", "lr is not a setting\n  Did you mean training.learning_rate?"),
+        (
+            "quantization=nf4",
+            "quantization is a section, not a setting\n  Name one of quantization.method, "
+            "quantization.double_quantization, quantization.compute_dtype",
+        ),
+        ("data.packing=True", 'data.packing must be true or false, not "True"\n  Write true'),
+        (
+            "quantization.method=nf5",
+            'quantization.method must be one of nf4, fp4, int8, none, not "nf5"\n  Did you mean "nf4"?',
+        ),
+        (
+            "lora.target_modules=",
+            'lora.target_modules: "" is not a target pattern\n  Write all-linear, a kind '
+            "(q_proj), layers and a kind (8-23.q_proj), or a module's full name",
+        ),
+        ("data.sources=", 'data.sources[1].path must be a non-empty text in quotes, not ""'),
+    ],
+)
+def test_a_wrong_set_names_itself(argument: str, message: str) -> None:
+    with pytest.raises(InvalidRecipe) as caught:
+        overlay.parse_set(argument)
+    assert str(caught.value) == f"Invalid recipe: --set {argument}: {message}"
+    assert caught.value.exit_code == WRONG_CALL
+
+
+def test_a_set_cannot_smuggle_in_a_second_setting() -> None:
+    with pytest.raises(InvalidRecipe, match=r"--set lora\.rank=8\?x=3: "):
+        overlay.parse_set("lora.rank=8\nx=3")
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    for call in ({"sets": ["name=\udcff"]}, {"model": "m\udcff"}, {"data": ["d\udcff"]}):
+        with pytest.raises(InvalidRecipe, match="is not UTF-8"):
+            overlay.build(**call)
+
+
+def test_an_empty_model_or_data_argument_is_refused() -> None:
+    with pytest.raises(InvalidRecipe, match="2 mistakes\n  --model: it is empty\n  --data: it is empty"):
+        overlay.build(model="", data=[" "])
+
+
+def test_all_wrong_sets_come_at_once() -> None:
+    with pytest.raises(InvalidRecipe) as caught:
+        overlay.build(sets=["lora.rank=0", "lora.alpha=1", "zzz=1"])
+    assert [mistake.origin for mistake in caught.value.mistakes] == ["--set lora.rank=0", "--set zzz=1"]
+
+
+def test_each_layer_is_blamed_for_its_own_mistakes(tmp_path: Path) -> None:
+    preset = write(paths.user_presets_dir() / "mine.toml", "[lora]\nrank = 0\n")
+    with pytest.raises(InvalidRecipe, match=f"{preset}, line 2: lora.rank"):
+        overlay.build(preset="mine", sets=["lora.rank=8"])
+    file = write(tmp_path / "r.toml", "\n[lora]\nrank = 0\n")
+    with pytest.raises(InvalidRecipe, match=r"r\.toml, line 3: lora\.rank"):
+        overlay.build(file=file, sets=["lora.rank=8"])
+
+
+def test_settings_of_different_layers_that_conflict_are_refused() -> None:
+    with pytest.raises(Problem, match=r"no data is held back") as caught:
+        overlay.build(preset="style", sets=["data.validation_fraction=0"])
+    assert caught.value.exit_code == WRONG_CALL
+
+
+@given(st.data())
+def test_any_value_can_be_set(data: st.DataObject) -> None:
+    field: Field = data.draw(st.sampled_from([f for f in fields().values() if f.kind != "tables"]))
+    value = data.draw(values(field))
+    literal = tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
+    layer = overlay.parse_set(f"{field.path}={literal}")
+    found = layer[field.section][field.key] if field.section else layer[field.key]
+    assert (tuple(found) if isinstance(found, list) else found) == value
+
+
+@given(st.lists(patterns, min_size=1, max_size=4))
+def test_any_targets_can_be_set_as_a_comma_list(some: list[str]) -> None:
+    assert overlay.parse_set(f"lora.target_modules={','.join(some)}")["lora"]["target_modules"] == some
+
+
+@given(st.text() | st.tuples(st.sampled_from(sorted(fields())), st.text()).map("=".join))
+def test_whatever_is_set_the_answer_is_a_layer_or_a_problem(argument: str) -> None:
+    try:
+        overlay.build(sets=[argument])
+    except Problem as problem:
+        assert problem.exit_code == WRONG_CALL

@@ -1,0 +1,243 @@
+"""Presets: the shipped ones, and finding, saving, deleting and restoring the user's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from qlora_tui import paths
+from qlora_tui.errors import Problem
+from qlora_tui.recipe import presets, toml
+from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source
+from tests.recipe.strategies import recipes
+
+SHIPPED = ["balanced", "cpu-demo", "paper", "quality", "small-card", "style"]
+
+
+def mine(name: str = "mine") -> Path:
+    return paths.user_presets_dir() / f"{name}.toml"
+
+
+def test_the_shipped_presets_are_all_valid_and_say_what_they_are_for() -> None:
+    found = presets.presets()
+    assert [preset.name for preset in found] == SHIPPED
+    assert all(preset.shipped and preset.note and not preset.problem for preset in found)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_preset_survives_the_round_trip(name: str) -> None:
+    recipe = presets.find(name).recipe()
+    assert toml.to_recipe(toml.parse(toml.dump(recipe), name)) == recipe
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_preset_explains_every_line(name: str) -> None:
+    lines = presets.find(name).path.read_text().splitlines()
+    settings = [line for line in lines if " = " in line and not line.startswith(("#", "note"))]
+    assert settings and all(" # " in line for line in settings)
+
+
+def test_balanced_states_the_defaults() -> None:
+    assert presets.find("balanced").recipe() == Recipe()
+
+
+def test_paper_is_the_papers() -> None:
+    recipe = presets.find("paper").recipe()
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (64, 16.0, 0.1)
+    assert (recipe.training.schedule, recipe.training.max_grad_norm) == ("constant", 0.3)
+    assert (recipe.training.optimizer, recipe.effective_batch) == ("paged_adamw_32bit", 16)
+
+
+def test_a_users_preset_hides_the_shipped_one() -> None:
+    mine("paper").write_text("[lora]\nrank = 3\n")
+    paper = presets.find("paper")
+    assert not paper.shipped and paper.recipe().lora.rank == 3
+    assert [preset.name for preset in presets.presets()] == SHIPPED
+
+
+def test_a_broken_preset_is_listed_with_its_problem() -> None:
+    mine("typo").write_text("[lora]\nrnak = 3\n")
+    mine("latin").write_bytes(b"note = '\xe9'\n")
+    mine("folder").mkdir()
+    broken = {preset.name: preset for preset in presets.presets() if preset.problem}
+    assert sorted(broken) == ["folder", "latin", "typo"]
+    with pytest.raises(Problem, match=r"typo\.toml, line 2: lora\.rnak"):
+        broken["typo"].recipe()
+
+
+def test_hidden_and_other_files_are_no_presets() -> None:
+    (paths.user_presets_dir() / ".half.toml").touch()
+    (paths.user_presets_dir() / "notes.txt").touch()
+    assert [preset.name for preset in presets.presets()] == SHIPPED
+
+
+def test_a_file_name_that_is_no_text_does_not_break_the_list() -> None:
+    Path(os.fsdecode(bytes(paths.user_presets_dir()) + b"/\xff.toml")).touch()
+    assert [preset.name for preset in presets.presets() if not preset.shipped] == ["?"]
+
+
+def test_without_a_home_the_shipped_presets_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/proc/none")
+    assert [preset.name for preset in presets.presets()] == SHIPPED
+    with pytest.raises(Problem, match="No folder for presets"):
+        presets.save("mine", Recipe())
+
+
+def test_an_unknown_preset_names_the_near_one() -> None:
+    with pytest.raises(Problem) as caught:
+        presets.find("smal_card.toml")
+    assert str(caught.value) == (
+        'Unknown preset: There is no preset "smal_card.toml".\n'
+        "  The presets are balanced, cpu-demo, paper, quality, small-card, style.\n"
+        "  Did you mean small-card?"
+    )
+
+
+def test_opening_a_preset_keeps_model_and_data() -> None:
+    current = Recipe(
+        name="n",
+        model=Model(id="m", revision="r", attention="eager"),
+        data=Data(sources=(Source(path="a"),), validation_path="v", max_length=64),
+        lora=Lora(rank=99),
+    )
+    opened = presets.find("paper").recipe(current)
+    assert (opened.name, opened.model.id, opened.model.revision) == ("n", "m", "r")
+    assert (opened.data.sources, opened.data.validation_path) == (current.data.sources, "v")
+    assert (opened.model.attention, opened.data.max_length, opened.lora.rank) == ("auto", 512, 64)
+
+
+def test_saving_keeps_the_settings_and_leaves_out_model_and_data() -> None:
+    recipe = Recipe(
+        name="n",
+        note="of the run",
+        model=Model(id="m", revision="r", attention="sdpa"),
+        data=Data(sources=(Source(path="a"),), validation_path="v", max_length=64),
+        lora=Lora(rank=3),
+    )
+    path = presets.save("mine", recipe, note="why")
+    header, _, body = path.read_text().partition("\n")
+    assert header.startswith("# Written by qlora-tui")
+    assert body == (
+        'note = "why"\n\n[model]\nattention = "sdpa"\n\n[lora]\nrank = 3\n\n[data]\nmax_length = 64\n'
+    )
+    assert presets.find("mine").note == "why"
+
+
+@given(recipes())
+def test_a_saved_preset_opens_as_what_was_saved(recipe: Recipe) -> None:
+    presets.save("mine", recipe)
+    assert presets.find("mine").recipe(recipe) == recipe
+
+
+def test_a_preset_may_leave_to_the_recipe_what_it_needs() -> None:
+    """Early stopping without validation data conflicts in a recipe; in a preset the data is yet to come."""
+    path = mine("early")
+    path.write_text("[training]\nearly_stopping = 2\n[data]\nvalidation_fraction = 0\n")
+    assert presets.find("early").problem is None
+
+
+def test_the_app_replaces_what_it_wrote() -> None:
+    presets.save("mine", Recipe(lora=Lora(rank=3)))
+    presets.save("mine", Recipe(lora=Lora(rank=4)))
+    assert presets.find("mine").recipe().lora.rank == 4
+
+
+def test_a_preset_that_is_a_link_is_written_where_it_leads(tmp_path: Path) -> None:
+    kept = tmp_path / "dotfiles.toml"
+    presets.save("mine", Recipe()).rename(kept)
+    mine().symlink_to(kept)
+    presets.save("mine", Recipe(lora=Lora(rank=3)))
+    assert mine().is_symlink() and "rank = 3" in kept.read_text()
+
+
+@pytest.mark.parametrize("edit", ["by hand", "another line", "without its first line", "emptied", "not text"])
+def test_what_a_person_wrote_or_edited_is_not_replaced_unasked(edit: str) -> None:
+    path = presets.save("mine", Recipe(lora=Lora(rank=3)))
+    written = path.read_bytes()
+    content = {
+        "by hand": b"[lora]\nrank = 5\n",
+        "another line": written + b"alpha = 3\n",
+        "without its first line": written.partition(b"\n")[2],
+        "emptied": b"",
+        "not text": b"\xff\xfe",
+    }[edit]
+    path.write_bytes(content)
+    with pytest.raises(presets.WouldOverwrite, match="edited by hand"):
+        presets.save("mine", Recipe())
+    assert path.read_bytes() == content
+    presets.save("mine", Recipe(lora=Lora(rank=9)), overwrite=True)
+    assert presets.find("mine").recipe().lora.rank == 9
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "a/b", "../a", "a\\b", ".hidden", "-option", " a", "a\n", "a\0", "x" * 61, "mine.toml"]
+)
+def test_a_name_that_is_no_file_name_is_refused(name: str) -> None:
+    with pytest.raises(Problem, match="Not a preset name"):
+        presets.save(name, Recipe())
+    assert list(paths.user_presets_dir().iterdir()) == []
+
+
+def test_an_invalid_recipe_is_not_saved() -> None:
+    with pytest.raises(Problem, match=r"lora\.rank must be"):
+        presets.save("mine", Recipe(lora=Lora(rank=0)))
+    assert not mine().exists()
+
+
+def test_a_full_disk_is_a_problem_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = presets.save("mine", Recipe(lora=Lora(rank=3)))
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(Problem, match="No space left"):
+        presets.save("mine", Recipe(lora=Lora(rank=4)))
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def no_space(_: int) -> None:
+    raise OSError(28, os.strerror(28))
+
+
+def test_a_deletion_is_undone() -> None:
+    mine().write_bytes(b"[lora]\nrank = 5 # by hand\n")
+    snapshot = presets.delete("mine")
+    assert not mine().exists()
+    presets.restore(snapshot)
+    assert mine().read_bytes() == b"[lora]\nrank = 5 # by hand\n"
+
+
+def test_a_save_is_undone_to_what_was_there_or_to_nothing() -> None:
+    nothing = presets.take_snapshot("mine")
+    first = presets.save("mine", Recipe(lora=Lora(rank=3))).read_bytes()
+    something = presets.take_snapshot("mine")
+    presets.save("mine", Recipe(lora=Lora(rank=4)))
+    presets.restore(something)
+    assert mine().read_bytes() == first
+    presets.restore(nothing)
+    assert not mine().exists()
+
+
+def test_an_undo_does_not_lose_an_edit_made_since() -> None:
+    presets.save("mine", Recipe())
+    snapshot = presets.delete("mine")
+    mine().write_text("[lora]\nrank = 5\n")
+    with pytest.raises(presets.WouldOverwrite):
+        presets.restore(snapshot)
+    presets.restore(snapshot, overwrite=True)
+    assert mine().read_bytes() == snapshot.content
+
+
+def test_deleting_what_hides_a_shipped_preset_brings_it_back() -> None:
+    presets.save("paper", Recipe(lora=Lora(rank=3)))
+    presets.delete("paper")
+    assert presets.find("paper").shipped
+
+
+def test_a_shipped_preset_cannot_be_deleted() -> None:
+    with pytest.raises(Problem, match="is shipped with the program"):
+        presets.delete("paper")
+    with pytest.raises(Problem, match='You have no preset "none"'):
+        presets.delete("none")

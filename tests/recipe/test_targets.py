@@ -1,0 +1,169 @@
+"""Target patterns: what they touch, and how a selection becomes patterns."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_tui.errors import Problem
+from qlora_tui.recipe import targets
+from tests.recipe.strategies import SomeModule, llama, models, patterns
+
+
+def names(patterns: list[str], modules: list[SomeModule]) -> list[str]:
+    return [module.name for module in targets.select(patterns, modules)]
+
+
+def chosen(*layers_and_kinds: tuple[int, str]) -> set[str]:
+    return {module.name for module in llama(24) if (module.layer, module.kind) in {*layers_and_kinds}}
+
+
+def test_all_linear_touches_every_module() -> None:
+    assert targets.select(["all-linear"], llama(3)) == llama(3)
+
+
+def test_a_kind_is_touched_in_every_layer() -> None:
+    assert names(["v_proj"], llama(2)) == [
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+
+
+def test_layers_are_counted_from_zero_and_both_ends_count() -> None:
+    touched = targets.select(["1-2,4.q_proj"], llama(6))
+    assert [module.layer for module in touched] == [1, 2, 4]
+
+
+def test_all_linear_in_some_layers() -> None:
+    assert targets.select(["1.all-linear"], llama(3)) == [module for module in llama(3) if module.layer == 1]
+
+
+def test_a_full_name_touches_one_module() -> None:
+    assert names(["model.layers.1.mlp.up_proj"], llama(3)) == ["model.layers.1.mlp.up_proj"]
+
+
+def test_overlapping_patterns_touch_a_module_once() -> None:
+    assert targets.select(["q_proj", "0-1.q_proj", "q_proj"], llama(2)) == targets.select(
+        ["q_proj"], llama(2)
+    )
+
+
+def test_layers_past_the_last_are_ignored_when_some_exist() -> None:
+    assert [module.layer for module in targets.select(["2-99.q_proj"], llama(4))] == [2, 3]
+
+
+def test_a_vision_tower_is_touched_by_full_name_only() -> None:
+    eye = SomeModule("vision.layers.0.q_proj", "q_proj", 0, "vision")
+    model = [*llama(1), eye]
+    assert eye not in targets.select(["all-linear", "q_proj", "0.q_proj"], model)
+    assert targets.select([eye.name], model) == [eye]
+
+
+def test_matches_agrees_with_select() -> None:
+    model = llama(3)
+    assert [m for m in model if targets.matches(["1-2.q_proj", "k_proj"], m)] == targets.select(
+        ["1-2.q_proj", "k_proj"], model
+    )
+
+
+def test_an_unknown_kind_names_the_kinds_there_are_and_the_near_one() -> None:
+    with pytest.raises(Problem) as caught:
+        targets.select(["3-5.q_porj"], llama(8))
+    assert str(caught.value) == (
+        'Unknown target module: lora.target_modules has "3-5.q_porj", and the model has no q_porj.\n'
+        "  Its kinds are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.\n"
+        "  Did you mean 3-5.q_proj?"
+    )
+    assert caught.value.exit_code == 2
+
+
+def test_all_linear_misspelt_is_recognised() -> None:
+    with pytest.raises(Problem, match="Did you mean all-linear"):
+        targets.select(["all_linear"], llama(1))
+
+
+def test_layers_the_model_has_not_are_an_error() -> None:
+    with pytest.raises(Problem, match=r"no such layers.*\n  q_proj is in layers 0-7"):
+        targets.select(["30-31.q_proj"], llama(8))
+
+
+def test_an_unknown_full_name_names_the_near_one() -> None:
+    with pytest.raises(Problem, match=r"Did you mean model\.layers\.1\.mlp\.up_proj\?"):
+        targets.select(["model.layers.1.mlp.upproj"], llama(2))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["", " ", "*", "q_proj ", "3", "3-5", "3-.q_proj", "-3.q_proj", "1,,2.q_proj", "1.2.q_proj", "a b"],
+)
+def test_what_is_no_pattern(pattern: str) -> None:
+    assert targets.syntax_error(pattern)
+
+
+def test_layers_that_run_backwards() -> None:
+    assert targets.syntax_error("1,8-3.q_proj") == ('layers "8-3" run backwards', "write 3-8")
+
+
+@given(patterns)
+def test_every_pattern_of_the_grammar_parses(pattern: str) -> None:
+    assert targets.syntax_error(pattern) is None
+
+
+@given(st.lists(patterns, min_size=1, max_size=5))
+def test_a_comma_list_splits_into_its_patterns(some: list[str]) -> None:
+    assert targets.split(", ".join(some)) == some
+
+
+@given(st.data())
+def test_compress_and_select_round_trip(data: st.DataObject) -> None:
+    model = data.draw(models())
+    selection = set(data.draw(st.lists(st.sampled_from(model), unique=True))) if model else set()
+    written = targets.compress([module.name for module in selection], model)
+    assert not any(targets.syntax_error(pattern) for pattern in written)
+    assert set(targets.select(written, model)) == selection
+
+
+@given(st.data())
+def test_whole_kinds_and_layers_round_trip(data: st.DataObject) -> None:
+    model = data.draw(models())
+    layers = data.draw(st.sets(st.integers(0, 7)))
+    kinds = data.draw(st.sets(st.sampled_from(["q_proj", "k_proj", "up_proj"])))
+    selection = {m for m in model if m.part != "vision" and (m.layer in layers or m.kind in kinds)}
+    written = targets.compress([module.name for module in selection], model)
+    assert set(targets.select(written, model)) == selection
+    assert len(written) <= len(selection)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (["all-linear"], ("all-linear",)),
+        (["q_proj", "v_proj"], ("q_proj", "v_proj")),
+        (["8-23.q_proj"], ("8-23.q_proj",)),
+        (["8-15.all-linear"], ("8-15.all-linear",)),
+        (["0-3,7.all-linear"], ("0-3,7.all-linear",)),
+        (["0,1,2,5.k_proj"], ("0-2,5.k_proj",)),
+        (["8-23.all-linear", "q_proj"], ("8-23.all-linear", "q_proj")),
+        (["8-23.all-linear", "2-7.q_proj"], ("8-23.all-linear", "2-7.q_proj")),
+        (["model.layers.3.mlp.up_proj"], ("3.up_proj",)),
+        (["0-23.q_proj", "k_proj", "v_proj"], ("q_proj", "k_proj", "v_proj")),
+    ],
+)
+def test_compress_writes_what_a_person_would(pattern: list[str], expected: tuple[str, ...]) -> None:
+    model = llama(24)
+    assert targets.compress(names(pattern, model), model) == expected
+
+
+def test_nothing_selected_is_no_pattern() -> None:
+    assert targets.compress([], llama(2)) == ()
+
+
+def test_a_run_passes_over_layers_that_lack_the_kind() -> None:
+    hybrid = [SomeModule(f"model.layers.{layer}.mix.in_proj", "in_proj", layer) for layer in (0, 2, 4, 6)]
+    assert targets.compress([module.name for module in hybrid[:3]], hybrid) == ("0-4.in_proj",)
+
+
+def test_one_of_two_that_share_kind_and_layer_is_named_in_full() -> None:
+    gpt2 = [SomeModule(f"h.{n}.{block}.c_proj", "c_proj", n) for n in range(2) for block in ("attn", "mlp")]
+    assert targets.compress([module.name for module in gpt2[:3]], gpt2) == ("0.c_proj", "h.1.attn.c_proj")

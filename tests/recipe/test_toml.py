@@ -1,0 +1,126 @@
+"""Recipes as TOML: round trips, files that cannot be read, texts that are not TOML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.recipe import overlay, toml
+from qlora_tui.recipe.fields import fields
+from qlora_tui.recipe.schema import Data, Lora, Recipe, Source
+from tests.recipe.strategies import recipes
+
+
+def refusal(text: str, tmp_path: Path, name: str = "mine.toml") -> str:
+    (tmp_path / name).write_text(text)
+    return refusal_of(tmp_path / name)
+
+
+def refusal_of(path: Path) -> str:
+    with pytest.raises(Problem) as caught:
+        toml.load(path)
+    assert caught.value.exit_code == WRONG_CALL
+    return str(caught.value).replace(f"{path.parent}/", "")
+
+
+@given(recipes())
+def test_a_dumped_recipe_reads_back_equal(recipe: Recipe) -> None:
+    for text in (toml.dump(recipe), toml.dump(recipe, comments=True)):
+        layer = toml.parse(text, "it")
+        toml.validate(layer, "it", text)
+        assert toml.to_recipe(layer) == recipe
+
+
+@given(recipes(), recipes())
+def test_a_difference_over_its_base_is_the_recipe(recipe: Recipe, base: Recipe) -> None:
+    layer = toml.parse(toml.dump_difference(recipe, base), "it")
+    assert toml.to_recipe(overlay.merged(toml.to_layer(base), layer)) == recipe
+
+
+def test_equal_recipes_have_an_empty_difference() -> None:
+    assert toml.dump_difference(Recipe(), Recipe()) == ""
+
+
+def test_a_difference_holds_nothing_but_what_differs() -> None:
+    assert toml.dump_difference(Recipe(lora=Lora(rank=8)), Recipe()) == "[lora]\nrank = 8\n"
+
+
+def test_comments_explain_every_setting() -> None:
+    text = toml.dump(Recipe(), comments=True)
+    assert all(f"# {field.help}\n" in text for field in fields().values())
+    assert "\n# A whole number from 1 to 1,024.\n# Memory: 16 bytes a parameter" in text
+
+
+def test_sources_are_commented_once_however_they_are_written() -> None:
+    long = Source(path="a" * 90, columns={"prompt": "question", "completion": "answer"})
+    recipe = Recipe(data=Data(sources=(long, Source(path="b.jsonl"))))
+    text = toml.dump(recipe, comments=True)
+    assert text.count(fields()["data.sources"].help) == 1
+    assert toml.to_recipe(toml.parse(text, "it")) == recipe
+
+
+def test_a_whole_number_serves_where_a_number_is_asked() -> None:
+    recipe = toml.to_recipe(toml.parse("[lora]\nalpha = 64", "it"))
+    assert recipe.lora.alpha == 64.0 and isinstance(recipe.lora.alpha, float)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b"\xef\xbb\xbf[lora]\r\nrank = 8\r\n")
+    assert toml.load(tmp_path / "mine.toml") == {"lora": {"rank": 8}}
+
+
+def test_a_text_that_is_not_toml_names_file_and_line(tmp_path: Path) -> None:
+    assert refusal("[lora]\nrank 16\n", tmp_path) == (
+        "Not TOML: mine.toml, line 2: Expected '=' after a key in a key/value pair. It reads: rank 16\n"
+        "  Write key = value under a [section]; texts in quotes, true and false in small letters."
+    )
+
+
+def test_an_unfinished_text_names_its_last_line(tmp_path: Path) -> None:
+    assert "mine.toml, line 2: " in refusal('[data]\nsources = ["a",\n', tmp_path)
+
+
+def test_a_key_given_twice_names_the_second(tmp_path: Path) -> None:
+    assert "mine.toml, line 3: " in refusal("[lora]\nrank = 1\nrank = 2\n", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 20_000, "a = " + "9" * 5_000])
+def test_a_hostile_text_is_refused_like_any_other(text: str, tmp_path: Path) -> None:
+    assert refusal(text, tmp_path).startswith("Not TOML: mine.toml")
+
+
+def test_a_file_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b'name = "x"\nnote = "caf\xe9"\n')
+    assert refusal_of(tmp_path / "mine.toml") == (
+        "Cannot read recipe: mine.toml: line 2 is not UTF-8 text.\n  Save it as UTF-8 in your editor."
+    )
+
+
+def test_a_missing_file_names_its_near_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "style.toml").touch()
+    assert refusal_of(tmp_path / "stile.toml") == (
+        "Cannot read recipe: stile.toml: there is no such file.\n  Did you mean style.toml?"
+    )
+
+
+def test_a_directory_is_no_recipe(tmp_path: Path) -> None:
+    assert "it is a directory" in refusal_of(tmp_path)
+
+
+def test_a_file_the_system_refuses(tmp_path: Path) -> None:
+    loop = tmp_path / "mine.toml"
+    loop.symlink_to(loop)
+    assert "mine.toml: Too many levels of symbolic links." in refusal_of(loop)
+
+
+def test_a_path_no_file_can_have() -> None:
+    assert "Cannot read recipe" in refusal_of(Path("a\0b"))
+
+
+def test_a_model_given_as_a_recipe_is_not_read_whole(tmp_path: Path) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(10**10)
+    assert "over 1 MB" in refusal_of(tmp_path / "model.safetensors")

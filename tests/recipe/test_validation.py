@@ -1,0 +1,195 @@
+"""Every kind of mistake in a recipe file, word for word."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.recipe import toml
+from qlora_tui.recipe.mistakes import InvalidRecipe
+
+
+def refused(text: str) -> InvalidRecipe:
+    with pytest.raises(InvalidRecipe) as caught:
+        toml.validate(toml.parse(text, "r.toml"), "r.toml", text)
+    assert caught.value.exit_code == WRONG_CALL
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[lora]\nrnak = 16", "line 2: lora.rnak is not a setting\n  Did you mean lora.rank?"),
+        ("rank = 16", "line 1: rank is not a setting\n  Put rank in [lora]"),
+        ("[training]\nrank = 1", "line 2: training.rank is not a setting\n  Put rank in [lora]"),
+        (
+            "[lora]\nname = 'x'",
+            "line 2: lora.name is not a setting\n  Put name at the top, above the sections",
+        ),
+        ("[lora]\nUSE-DORA = true", "line 2: lora.USE-DORA is not a setting\n  Did you mean lora.use_dora?"),
+        (
+            "[training]\nlr = 1e-4",
+            "line 2: training.lr is not a setting\n  Did you mean training.learning_rate?",
+        ),
+        ("lora_r = 8", "line 1: lora_r is not a setting\n  Did you mean lora.rank?"),
+        (
+            "[lora]\nlerning_rate = 1",
+            "line 2: lora.lerning_rate is not a setting\n  Did you mean training.learning_rate?",
+        ),
+        (
+            "[quantization]\nzzz = 1",
+            "line 2: quantization.zzz is not a setting\n"
+            "  [quantization] takes method, double_quantization, compute_dtype",
+        ),
+        (
+            "zzz = 1",
+            "line 1: zzz is not a setting\n"
+            "  The sections are [model], [quantization], [lora], [data], [training]",
+        ),
+        ("[trainig]\nepochs = 1", "line 1: [trainig] is not a section\n  Did you mean [training]?"),
+        ("lora = 3", "line 1: lora must be a section, not 3\n  Write [lora]"),
+        ("[lora]\nrank = 5000", "line 2: lora.rank must be a whole number from 1 to 1,024, not 5,000"),
+        ("[lora]\nrank = 0", "line 2: lora.rank must be a whole number from 1 to 1,024, not 0"),
+        ("[lora]\nrank = true", "line 2: lora.rank must be a whole number from 1 to 1,024, not true"),
+        ("[lora]\nrank = 16.5", "line 2: lora.rank must be a whole number from 1 to 1,024, not 16.5"),
+        (
+            "[lora]\nrank = 16.0",
+            "line 2: lora.rank must be a whole number from 1 to 1,024, not 16\n  Write 16",
+        ),
+        (
+            '[lora]\nrank = "16"',
+            'line 2: lora.rank must be a whole number from 1 to 1,024, not "16"\n  Write 16, without quotes',
+        ),
+        (
+            f"[lora]\nrank = 1{'0' * 40}",
+            "line 2: lora.rank must be a whole number from 1 to 1,024, not a number beyond all bounds",
+        ),
+        ("[lora]\ndropout = 1", "line 2: lora.dropout must be a number from 0 to below 1, not 1"),
+        ("[lora]\nalpha = nan", "line 2: lora.alpha must be a number above 0 and at most 8,192, not nan"),
+        ("[lora]\nalpha = inf", "line 2: lora.alpha must be a number above 0 and at most 8,192, not inf"),
+        (
+            "[training]\nlearning_rate = 2.5e7",
+            "line 2: training.learning_rate must be a number above 0 and at most 1, not 25,000,000",
+        ),
+        (
+            "[training]\nepochs = 2030-01-01",
+            "line 2: training.epochs must be a number above 0 and at most 1,000, not a date or time",
+        ),
+        (
+            '[data]\npacking = "True"',
+            'line 2: data.packing must be true or false, not "True"\n  Write true',
+        ),
+        ("[model]\nid = 7", "line 2: model.id must be a text in quotes, not 7"),
+        (
+            f"name = '{'n' * 81}'",
+            f'line 1: name must be a text in quotes of at most 80 characters, not "{"n" * 39}…"',
+        ),
+        (
+            "[quantization]\nmethod = 'nf5'",
+            'line 2: quantization.method must be one of nf4, fp4, int8, none, not "nf5"\n'
+            '  Did you mean "nf4"?',
+        ),
+        (
+            "[quantization]\nmethod = 4",
+            "line 2: quantization.method must be one of nf4, fp4, int8, none, not 4",
+        ),
+        (
+            "[lora]\ntarget_modules = 'q_proj'",
+            'line 2: lora.target_modules must be a non-empty list of texts, not "q_proj"\n  Write ["q_proj"]',
+        ),
+        (
+            "[lora]\ntarget_modules = []",
+            "line 2: lora.target_modules must be a non-empty list of texts, not an empty list",
+        ),
+        (
+            "[lora]\ntarget_modules = [1]",
+            "line 2: lora.target_modules must be a non-empty list of texts, not a list",
+        ),
+        (
+            "[lora]\ntarget_modules = ['8-3.q_proj']",
+            'line 2: lora.target_modules: layers "8-3" run backwards\n  Write 3-8',
+        ),
+        (
+            "[lora]\ntarget_modules = ['*']",
+            'line 2: lora.target_modules: "*" is not a target pattern\n  Write all-linear, a kind (q_proj), '
+            "layers and a kind (8-23.q_proj), or a module's full name",
+        ),
+        ("[lora.rank]\nx = 1", "line 1: lora.rank must be a whole number from 1 to 1,024, not a table"),
+        (
+            "[data]\nsources = 'a'",
+            'line 2: data.sources must be a list of tables, not "a"\n  Write [{ path = "a" }]',
+        ),
+        (
+            "[data]\nsources = ['a']",
+            'line 2: data.sources[1] must be a table, not "a"\n  Write { path = "a" }',
+        ),
+        (
+            "[[data.sources]]\npath = 'a'\n\n[[data.sources]]\npath = 'b'\nformt = 'text'",
+            "line 6: data.sources[2].formt is not a setting\n  Did you mean format?",
+        ),
+        (
+            "[[data.sources]]\npath = 'a'\nzzz = 1",
+            "line 3: data.sources[1].zzz is not a setting\n  A source takes path, format, columns, weight",
+        ),
+        (
+            "[[data.sources]]\nformat = 'text'",
+            "line 1: data.sources[1] has no path\n  Add path = …, a non-empty text in quotes",
+        ),
+        (
+            "[[data.sources]]\npath = 'a'\n[data.sources.columns]\nprompt = 1",
+            "line 3: data.sources[1].columns must be a table of texts, not a table",
+        ),
+        (
+            "[data]\nmax_length = 10\nsources = [\n  { path = 'a', weight = 0 },\n]",
+            "2 mistakes\n"
+            "  r.toml, line 2: data.max_length must be a whole number from 16 to 1,048,576, not 10\n"
+            "  r.toml, line 3: data.sources[1].weight must be a number above 0 and at most 1,000, not 0",
+        ),
+    ],
+)
+def test_a_mistake_says_where_what_and_what_was_meant(text: str, message: str) -> None:
+    prefix = "Invalid recipe: " + ("" if "mistakes\n" in message else "r.toml, ")
+    assert str(refused(text)) == prefix + message
+
+
+def test_all_mistakes_of_a_file_come_at_once_in_its_order() -> None:
+    text = "zzz = 1\n[training]\nlr = 3\n[lora]\nrnak = 16\nrank = 'a'\n"
+    assert [mistake.line for mistake in refused(text).mistakes] == [1, 3, 5, 6]
+    assert [mistake.path for mistake in refused(text).mistakes] == [
+        "zzz",
+        "training.lr",
+        "lora.rnak",
+        "lora.rank",
+    ]
+
+
+def test_a_file_full_of_mistakes_is_not_printed_whole() -> None:
+    problem = refused("\n".join(f"zzz{n} = 1" for n in range(500)))
+    assert len(problem.mistakes) == 500
+    assert str(problem).endswith("\n  and 480 more")
+
+
+def test_without_a_text_no_line_is_named() -> None:
+    with pytest.raises(InvalidRecipe, match=r"^Invalid recipe: here: lora\.rank must"):
+        toml.validate({"lora": {"rank": 0}}, "here")
+
+
+def test_a_layer_that_was_not_validated_is_refused_too() -> None:
+    with pytest.raises(InvalidRecipe, match=r"recipe: lora\.rank must be"):
+        toml.to_recipe({"lora": {"rank": "x"}})
+
+
+def test_loading_a_file_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[lora]\nrank = 0\n")
+    with pytest.raises(InvalidRecipe, match=r"mine\.toml, line 2: "):
+        toml.load(path)
+
+
+def test_an_invalid_recipe_crosses_a_process_border() -> None:
+    problem = refused("[lora]\nrank = 0")
+    copy = pickle.loads(pickle.dumps(problem))
+    assert isinstance(copy, Problem) and str(copy) == str(problem)
