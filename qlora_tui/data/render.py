@@ -14,7 +14,7 @@ from typing import Any, Literal
 from msgspec import Struct
 from tokenizers import Encoding
 
-from qlora_tui.data.conversation import Conversation, RowRefused
+from qlora_tui.data.conversation import Conversation, Message, RowRefused
 from qlora_tui.data.spans import PRIVATE, Layout, lay_out
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.traits import adapted
@@ -87,6 +87,21 @@ def render_many(
             continue
         samples = [_sample(layout, next(encodings), tokenizer, one.notes) for layout in one.layouts]
         yield samples
+
+
+def prompt_ids(
+    messages: Sequence[Message], tokenizer: ChatTokenizer, tools: Sequence[dict[str, Any]] = ()
+) -> list[int]:
+    """What the model is given when it is to answer ``messages``: the same tokens as in training, up to
+    where the answer begins. Raises ``RowRefused``."""
+    template = tokenizer.tool_template if tools else tokenizer.template
+    traits = tokenizer.tool_traits if tools else tokenizer.traits
+    turns, _, kept_tools, _ = adapted(Conversation(tuple(messages), tuple(tools)), traits)
+    turns, _ = _neutral_turns(turns, tokenizer)
+    if kept_tools:
+        kept_tools, _ = _neutral_value(kept_tools, tokenizer.control_pattern)
+    text = template.render(turns, kept_tools, prompt=True)
+    return _by_pieces(Layout(text, ()), tokenizer, ()).token_ids
 
 
 def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], trained: bytes) -> list[Piece]:

@@ -57,42 +57,57 @@ class _Finder:
         for i in training:
             is_last = i == len(turns) - 1
             ended = whole if is_last else template.render(turns[: i + 1], self._tools)
-            start = self._start(i, ended)
-            if is_last or (whole.startswith(ended) and start < len(ended)):
-                spans.append((start, len(ended)))
-                continue
-            found = self._in_rewritten(i, whole, ended, start)
-            if found is None or self._lost_reasoning(i, whole[slice(*found)]):
+            start, header = self._start(i, ended)
+            found: Span | None = (start, len(ended))
+            if not is_last and not (whole.startswith(ended) and start < len(ended)):
+                found = self._in_rewritten(i, whole, ended[start:], header)
+            reasoning = _reasoning(turns[i])
+            if reasoning and reasoning not in ended[start:]:
+                own.append(self._with_reasoning(i, ended, start, reasoning))
+            elif found is None or (reasoning and reasoning not in whole[slice(*found)]):
                 own.append(self._closed(ended, [(start, len(ended))]))
             else:
-                spans.append(found)
+                spans.append(self._with_stop(whole, found))
         if template.has_generation_marks:
             spans = self._by_marks(whole, spans)
-        main = [self._closed(whole, spans)] if spans else []
-        return own + main
+        return [*own, self._closed(whole, spans)] if spans else own
 
-    def _start(self, i: int, ended: str) -> int:
-        """Where the answer of turn ``i`` begins in the text that ends with it."""
-        try:
-            asked = self._template.render(self._turns[:i], self._tools, prompt=True) if i else None
-        except RowRefused:
-            asked = None
-        if asked is not None and ended.startswith(asked):
-            return len(asked)
+    def _start(self, i: int, ended: str) -> tuple[int, str]:
+        """Where the answer of turn ``i`` begins in the text that ends with it, and what is put before it.
+
+        Where the prompt is not what the text begins with (it opens a ``<think>`` the text has not), the
+        answer begins where they part, but never inside a token.
+        """
+        asked = self._asked(i)
+        before = self._template.render(self._turns[:i], self._tools) if asked and i else ""
+        header = asked[len(before) :] if asked and asked.startswith(before) else ""
+        if asked and ended.startswith(asked):
+            return len(asked), header
         probes = [self._probe(i, character) for character in _PROBES]
-        return len(_shared_start([ended, *probes, *([asked] if asked is not None else [])]))
+        start = len(_shared_start([ended, *probes, *([asked] if asked else [])]))
+        inside = next((m for m in self._special.finditer(ended) if m.start() < start < m.end()), None)
+        return (inside.start() if inside else start), header
+
+    def _asked(self, i: int) -> str:
+        """What the model is given to answer turn ``i``; empty where the template cannot ask for it."""
+        try:
+            return self._template.render(self._turns[:i], self._tools, prompt=True) if i else ""
+        except RowRefused:
+            return ""
 
     def _probe(self, i: int, character: str) -> str:
         """The same text, but with an answer no text begins with."""
-        turn = {"role": "assistant", "content": character}
+        turn: dict[str, Any] = {"role": "assistant", "content": character}
         if isinstance(self._turns[i].get("content"), list):
-            turn["content"] = [{"type": "text", "text": character}]  # type: ignore[assignment]
+            turn["content"] = [{"type": "text", "text": character}]
         return self._template.render([*self._turns[:i], turn], self._tools)
 
-    def _in_rewritten(self, i: int, whole: str, ended: str, start: int) -> Span | None:
-        """Turn ``i`` in a whole conversation whose beginning is not ``ended``; None if not found."""
-        core = _content(self._turns[i]).strip()
-        target = ended[start:]
+    def _in_rewritten(self, i: int, whole: str, target: str, header: str) -> Span | None:
+        """Turn ``i`` in a whole conversation that does not begin with the conversation up to it.
+
+        ``target`` is the turn as it is where it comes last. None if it is not to be found.
+        """
+        core = _core(self._turns[i])
         at = target.find(core) if core else -1
         marked = self._marked_whole(whole)
         if at < 0 or marked is None:
@@ -100,20 +115,33 @@ class _Finder:
         first, last = marked.find(f"{_OPEN}{i}{_OPEN}"), marked.find(f"{_CLOSE}{i}{_CLOSE}")
         if first < 0 or last < 0:
             return None
-        content_start, content_end = len(_unmarked(marked[:first])), len(_unmarked(marked[:last]))
+        core_start, core_end = len(_unmarked(marked[:first])), len(_unmarked(marked[:last]))
         before, after = target[:at], target[at + len(core) :]
-        begins = (
-            content_start - len(before)
-            if before and whole[:content_start].endswith(before)
-            else content_start
-        )
-        return begins, content_end + self._closing(after, whole[content_end:])
+        begin = self._begin(whole, core_start, before, header)
+        if begin is None:
+            if _TAGS.sub("", before).strip():
+                return None
+            begin = core_start
+        return begin, core_end + self._closing(after, whole[core_end:])
+
+    def _begin(self, whole: str, core_start: int, before: str, header: str) -> int | None:
+        """Where the turn begins whose core is at ``core_start``, if what lies between can be accounted for.
+
+        It is all that the template puts there in a last turn, or the end of that, right after the header.
+        """
+        if whole[:core_start].endswith(before):
+            return core_start - len(before)
+        for opening in filter(None, (header, header.partition("<think>")[0])):
+            begin = whole.rfind(opening, 0, core_start) + len(opening)
+            if begin >= len(opening) and before.endswith(whole[begin:core_start]):
+                return begin
+        return None
 
     def _closing(self, after: str, rest: str) -> int:
         """How much of ``rest`` closes the turn, given what closes it where it is the last.
 
         They are compared token by token at special tokens, for ``<|end|>`` and ``<|endoftext|>`` begin
-        alike. A turn that earlier turns close with another token is closed by that one token.
+        alike.
         """
         same = 0
         for one, other in zip(self._pieces(after), self._pieces(rest), strict=False):
@@ -122,9 +150,6 @@ class _Finder:
                     same += len(_shared_start([one, other]))
                 break
             same += len(one)
-        if not self._special.search(rest[:same]):
-            following = self._special.match(rest, same)
-            return following.end() if following else same
         return same
 
     def _pieces(self, text: str) -> list[str]:
@@ -147,13 +172,25 @@ class _Finder:
                 self._marked = ""
         return self._marked if _unmarked(self._marked) == whole else None
 
-    def _lost_reasoning(self, i: int, found: str) -> bool:
-        turn = self._turns[i]
-        reasoning = str(turn.get("reasoning_content") or "").strip()
-        content = _content(turn)
-        if not reasoning and "</think>" in content:
-            reasoning = content.split("</think>")[0].rpartition("<think>")[2].strip()
-        return bool(reasoning) and reasoning not in found
+    def _with_reasoning(self, i: int, ended: str, start: int, reasoning: str) -> Layout:
+        """A sample of its own for a turn whose reasoning the template drops even from the last answer.
+
+        DeepSeek-R1's does: its prompt opens ``<think>`` and the model goes on from there.
+        """
+        asked = self._asked(i) or ended[:start]
+        opening = "" if asked.rstrip().endswith("<think>") else "<think>\n"
+        text = f"{asked}{opening}{reasoning}\n</think>\n\n{ended[start:].lstrip()}"
+        return self._closed(text, [(len(asked), len(text))])
+
+    def _with_stop(self, whole: str, span: Span) -> Span:
+        """With the token after it, where nothing else closes the turn: GLM's models stop at ``<|user|>``."""
+        start, end = span
+        following = self._special.match(whole, end)
+        return (start, following.end()) if following and not self._is_closed(whole[start:end]) else span
+
+    def _is_closed(self, answer: str) -> bool:
+        specials = list(self._special.finditer(answer))
+        return bool(specials) and not answer[specials[-1].end() :].strip()
 
     def _by_marks(self, whole: str, spans: list[Span]) -> list[Span]:
         """The template's own generation marks, where it has put any on a turn that trains."""
@@ -169,11 +206,9 @@ class _Finder:
     def _closed(self, text: str, spans: list[Span]) -> Layout:
         """With an end-of-text token after a last answer that the template leaves open."""
         start, end = spans[-1]
-        if end == len(text) and self._eos:
-            specials = list(self._special.finditer(text, start))
-            if not specials or text[specials[-1].end() :].strip():
-                text += self._eos
-                spans = [*spans[:-1], (start, len(text))]
+        if end == len(text) and self._eos and not self._is_closed(text[start:]):
+            text += self._eos
+            spans = [*spans[:-1], (start, len(text))]
         return Layout(text, tuple(spans))
 
 
@@ -213,11 +248,29 @@ def _content(turn: Any) -> str:
     return content or ""
 
 
+def _core(turn: Any) -> str:
+    """A text that marks a turn: its content or, where it says nothing, the name of the tool it calls."""
+    text = _content(turn).strip()
+    if not text and turn.get("tool_calls"):
+        return str(turn["tool_calls"][0]["function"]["name"])
+    return text
+
+
+def _reasoning(turn: Any) -> str:
+    """What a turn thinks before it answers."""
+    content = _content(turn)
+    inside = content.split("</think>")[0].rpartition("<think>")[2] if "</think>" in content else ""
+    return (str(turn.get("reasoning_content") or "") or inside).strip()
+
+
 def _with_marks(turn: Any, i: int) -> dict[str, Any]:
-    text = _content(turn)
-    core = text.strip()
+    text, core = _content(turn), _core(turn)
     if not core:
         return dict(turn)
+    if not text.strip():
+        call, *rest = turn["tool_calls"]
+        named = {**call["function"], "name": f"{_OPEN}{i}{_OPEN}{core}{_CLOSE}{i}{_CLOSE}"}
+        return {**turn, "tool_calls": [{**call, "function": named}, *rest]}
     lead, trail = text[: text.index(core)], text[text.index(core) + len(core) :]
     marked = f"{lead}{_OPEN}{i}{_OPEN}{core}{_CLOSE}{i}{_CLOSE}{trail}"
     if isinstance(turn["content"], list):
@@ -225,6 +278,7 @@ def _with_marks(turn: Any, i: int) -> dict[str, Any]:
     return {**turn, "content": marked}
 
 
+_TAGS = re.compile("</?think>")
 _MARK = re.compile(f"{_OPEN}\\d+{_OPEN}|{_CLOSE}\\d+{_CLOSE}")
 
 

@@ -128,16 +128,19 @@ class ChatTokenizer:
     def turn_end_ids(self) -> tuple[int, ...]:
         """Tokens at which an answer ends: the end-of-text token and what the template closes a turn with."""
         ends = [self.eos_id] if self.eos_id is not None else []
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        turns: list[dict[str, Any]] = [
+            {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "qvz"))
+        ]
         if self.traits.parts:
-            turns = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]  # type: ignore[dict-item]
-        try:
-            closing = self.template.render(turns).rpartition("b")[2]
-        except RowRefused:
-            closing = ""
-        match = self.special_pattern.search(closing)
-        if match and (found := self.added_tokens[match[0]]) not in ends:
-            ends.append(found)
+            turns = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
+        for tried in (turns, [*turns, turns[0]]):
+            try:
+                closing = self.template.render(tried).rpartition("qvz")[2]
+            except RowRefused:
+                continue
+            if match := self.special_pattern.search(closing):
+                found = self.added_tokens[match[0]]
+                return tuple(ends) if found in ends else (*ends, found)
         return tuple(ends)
 
     @cached_property

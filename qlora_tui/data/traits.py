@@ -40,6 +40,8 @@ class Traits(Struct, frozen=True):
     """Tool calls with arguments as an object, as a JSON string, or only as text of the turn."""
     calls_without_content: bool
     """A turn with calls must have no content key at all where it says nothing."""
+    reasoning: bool
+    """It writes ``reasoning_content``; else reasoning goes into the content, between ``<think>`` tags."""
     tool_turns: bool
     """It writes tool turns; else their text is given as a user turn."""
 
@@ -71,6 +73,9 @@ def traits_of(template: ChatTemplate) -> Traits:
         tools=_shows(template, [asked, answered], [tool])(_NAME, _VALUE),
         calls=style,
         calls_without_content=bare,
+        reasoning=_shows(template, [asked, {**answered, "reasoning_content": _FOUND, "thinking": _FOUND}])(
+            _FOUND
+        ),
         tool_turns=_shows(template, [asked, call_turn, wrap(_tool_turn(_FOUND)), answered])(
             _FOUND, _ANSWERED
         ),
@@ -156,7 +161,9 @@ def adapted(
 
 def _turn(message: Message, traits: Traits) -> tuple[dict[str, Any], str]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning:
+    if message.reasoning and not traits.reasoning:
+        turn["content"] = f"<think>\n{message.reasoning.strip()}\n</think>\n\n{message.content}"
+    elif message.reasoning:
         turn["reasoning_content"] = turn["thinking"] = message.reasoning
     if message.role == "tool":
         if not traits.tool_turns:
@@ -174,7 +181,7 @@ def _turn(message: Message, traits: Traits) -> tuple[dict[str, Any], str]:
             )
             return turn, "calls-as-text"
         turn["tool_calls"] = [_call_field(call, traits.calls) for call in message.tool_calls]
-        if traits.calls_without_content and not message.content:
+        if traits.calls_without_content and not turn["content"]:
             turn["content"] = None
     return turn, ""
 
