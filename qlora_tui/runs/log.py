@@ -72,6 +72,11 @@ class EventTail:
                 events.append(event)
         return events
 
+    @property
+    def unread_bytes(self) -> int:
+        """From where it stopped to the end of the file."""
+        return max(0, self._path.stat().st_size - self._offset) if self._path.exists() else 0
+
     def drain(self) -> list[AnyEvent]:
         """Every whole event to the end of the file."""
         events: list[AnyEvent] = []

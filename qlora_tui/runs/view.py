@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left
+from typing import Self
 
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import (
@@ -35,6 +36,7 @@ from qlora_tui.runs.events import (
     Terminal,
 )
 from qlora_tui.runs.log import EventTail
+from qlora_tui.runs.sketch import sketch
 from qlora_tui.runs.status import Status, read_status
 
 _RATE_STEPS = 20
@@ -101,13 +103,26 @@ class RunView:
         self.health: list[Health] = []
         self.ending: Terminal | None = None
 
-    def refresh(self) -> list[AnyEvent]:
-        """Read what is new; the events, in order, for those who show each."""
+    @classmethod
+    def sketched(cls, run: RunDir, steps: int) -> Self:
+        """A run's whole story with only about so many of its steps; it is not to be refreshed."""
+        view = cls(run)
+        for event in sketch(run.events_path, steps):
+            view._apply(event)
+        return view
+
+    def refresh(self, most_bytes: int | None = None) -> list[AnyEvent]:
+        """Read what is new, or so much of it; the events, in order, for those who show each."""
         self.status = read_status(self.run)
-        events = self._tail.drain()
+        events = self._tail.drain() if most_bytes is None else self._tail.poll(most_bytes)
         for event in events:
             self._apply(event)
         return events
+
+    @property
+    def unread_bytes(self) -> int:
+        """What ``refresh`` has not come to yet, a torn last line included."""
+        return self._tail.unread_bytes
 
     @property
     def unknown_events(self) -> int:

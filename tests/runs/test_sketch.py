@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Evaluated, Finished, Queued, Step
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.sketch import sketch
+from qlora_tui.runs.view import RunView
+from tests.runs.test_view import a_step
+
+
+def test_a_short_run_is_read_whole(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        for number in range(1, 101):
+            log.append(a_step(number))
+    steps = [event.step for event in sketch(run.events_path, 10) if isinstance(event, Step)]
+    assert steps == list(range(1, 101))
+
+
+def test_a_long_run_keeps_every_event_but_steps_and_its_last_line(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        for number in range(1, 20_001):
+            log.append(a_step(number))
+            if number % 500 == 0:
+                log.append(Evaluated(at=1.0, step=number, loss=2.0))
+    events = sketch(run.events_path, 50)
+    steps = [event.step for event in events if isinstance(event, Step)]
+    assert 45 <= len(steps) <= 60
+    assert steps == sorted(steps)
+    assert [e.step for e in events if isinstance(e, Evaluated)] == list(range(500, 20_001, 500))
+    assert isinstance(events[0], Queued)
+    with EventWriter(run.events_path) as log:
+        log.append(a_step(20_001))
+        log.append(Finished(at=2.0, step=20_001, seconds=1.0, tokens_per_s=1.0))
+        log.append(a_step(20_002))
+    last = sketch(run.events_path, 50)[-1]
+    assert isinstance(last, Step) and last.step == 20_002
+
+
+def test_a_view_can_be_made_of_a_sketch(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        for number in range(1, 20_001):
+            log.append(a_step(number))
+        log.append(Evaluated(at=1.0, step=20_000, loss=2.0))
+    view = RunView.sketched(run, 50)
+    assert view.step == 20_000
+    assert view.best is not None and view.best.step == 20_000
+    assert len(view.series) < 100
+
+
+def test_a_view_can_read_a_piece_at_a_time(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        for number in range(1, 1_001):
+            log.append(a_step(number))
+    view = RunView(run)
+    view.refresh(10_000)
+    assert 0 < view.step < 1_000
+    while view.unread_bytes:
+        view.refresh(10_000)
+    assert list(view.series.step) == list(range(1, 1_001))
