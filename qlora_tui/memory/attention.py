@@ -37,6 +37,9 @@ class Heads:
 
 def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kernel) -> Tensor:
     """The attention's output, laid out for the output projection."""
+    if (kernel == "flash" and ops.device == "cuda") or (ops.autocast and kernel != "eager"):
+        # Flash kernels know two bytes only; transformers casts for them, autocast for SDPA.
+        q, k, v = (ops.cast(tensor, ops.compute) for tensor in (q, k, v))
     if kernel == "flash":
         return _fused(ops, q, k, v, shape, flash=True)
     if kernel == "efficient":
@@ -132,7 +135,11 @@ def _softmax(ops: Ops, x: Tensor, width: int) -> Tensor:
     numel, back = x.numel, x.width
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, back),)
+        # softmax_backward_cuda_out makes grad * output first (aten/src/ATen/native/cuda/SoftMax.cu).
+        product = ops.new(numel, width) if ops.device == "cuda" else None
+        made = ops.new(numel, back)
+        del product
+        return (made,)
 
     out = ops.new(numel, width)
     out.node = ops.tape.node((x,), fn, (out,))

@@ -7,8 +7,10 @@ names and lifetimes of the variables follow the library's, because they decide w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+from qlora_tui.memory import fused
 from qlora_tui.memory.attention import Heads, Kernel, attend
 from qlora_tui.memory.linear import linear
 from qlora_tui.memory.ops import Linear, Ops
@@ -53,23 +55,23 @@ def run_block(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
         return _parallel(ops, block, hidden_states)
     residual = hidden_states
     if block.order != "post":
-        hidden_states = _norm(ops, block, hidden_states)
+        hidden_states = norm(ops, block, hidden_states)
     hidden_states = _attention(ops, block, hidden_states)
     if block.order in ("post", "sandwich"):
-        hidden_states = _norm(ops, block, hidden_states)
+        hidden_states = norm(ops, block, hidden_states)
     hidden_states = _add(ops, block, residual, hidden_states)
     residual = hidden_states
     if block.order != "post":
-        hidden_states = _norm(ops, block, hidden_states)
+        hidden_states = norm(ops, block, hidden_states)
     hidden_states = _mlp(ops, block, hidden_states)
     if block.order in ("post", "sandwich"):
-        hidden_states = _norm(ops, block, hidden_states)
+        hidden_states = norm(ops, block, hidden_states)
     return _add(ops, block, residual, hidden_states)
 
 
 def _parallel(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     residual = hidden_states
-    hidden_states = _norm(ops, block, hidden_states)
+    hidden_states = norm(ops, block, hidden_states)
     attended = _attention(ops, block, hidden_states)
     fed_forward = _mlp(ops, block, hidden_states)
     return ops.add(ops.add(attended, fed_forward), residual)
@@ -81,26 +83,30 @@ def _add(ops: Ops, block: Block, residual: Tensor, hidden_states: Tensor) -> Ten
     return ops.add(residual, hidden_states)
 
 
-def _norm(ops: Ops, block: Block, x: Tensor) -> Tensor:
+def norm(ops: Ops, block: Block, x: Tensor) -> Tensor:
+    """The family's normalisation."""
     if block.norm == "layer":
         return ops.layer_norm(x, weight=block.norm_width)
+    if ops.fused:
+        return fused.rms_norm(ops, x)
     return ops.rms_norm(x, weight=block.norm_width, scale_in_float=block.norm == "gemma")
 
 
 def _attention(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     query, key, value = _project(ops, block, hidden_states)
     if block.rotary:
-        query, key = ops.rotate(query), ops.rotate(key)
+        rotate = partial(fused.rotate, ops) if ops.fused else ops.rotate
+        query, key = rotate(query), rotate(key)
     attended = attend(ops, query, key, value, block.heads, block.kernel)
     output = block.find("o_proj", "dense", "out_proj", "c_proj")
     return linear(ops, attended, output) if output else attended
 
 
 def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    fused = block.find("qkv_proj", "query_key_value", "c_attn")
+    whole = block.find("qkv_proj", "query_key_value", "c_attn")
     shape = block.heads
-    if fused:
-        together = linear(ops, hidden_states, fused)
+    if whole:
+        together = linear(ops, hidden_states, whole)
         kv = shape.rows * shape.length * shape.kv_heads * shape.head_dim
         query = ops.slice(together, together.numel - 2 * kv)
         return query, ops.slice(together, kv), ops.slice(together, kv)
@@ -109,7 +115,7 @@ def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Ten
     for part in parts:
         x = linear(ops, hidden_states, part) if part else hidden_states
         if block.head_norms != "no" and len(made) < 2:
-            x = _norm(ops, block, x)
+            x = norm(ops, block, x)
         made.append(x)
         del x
     return made[0], made[1], made.pop()
@@ -118,9 +124,9 @@ def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Ten
 def _mlp(ops: Ops, block: Block, x: Tensor) -> Tensor:
     down = block.find("down_proj", "fc2", "dense_4h_to_h", "c_proj_mlp")
     if block.gated:
-        fused = block.find("gate_up_proj")
-        if fused:
-            both = linear(ops, x, fused)
+        whole = block.find("gate_up_proj")
+        if whole:
+            both = linear(ops, x, whole)
             gate, up = ops.slice(both, both.numel // 2), ops.slice(both, both.numel // 2)
             del both
             product = ops.multiply(up, ops.activation(gate, block.activation))

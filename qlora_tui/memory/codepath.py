@@ -15,8 +15,8 @@ from qlora_tui.recipe.schema import Recipe
 
 Loss = Literal["stock", "shifted", "chunked", "liger", "fused"]
 """stock: transformers' ``ForCausalLMLoss``. shifted: the same before 4.50, which copied the shifted logits.
-chunked: ours, a few rows of logits at a time. liger: fused linear cross-entropy. fused: one kernel over all
-logits that writes the gradient in their place."""
+chunked: ours, a few rows of logits at a time. liger: fused linear cross-entropy. fused: the shifted logits in
+float32, and one kernel that writes their gradient in their place."""
 
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
@@ -58,6 +58,8 @@ class CodePath:
     logits_held: bool = False
     """The model's output, and with it the logits, is still referred to during the backward."""
     checkpointing: bool = True
+    reentrant: bool = False
+    """The older kind of checkpointing: the whole layer again, its output and gradient held throughout."""
     attention: Kernel = "flash"
     optimizer: Optimizer = "adamw"
     accumulates: bool = False
@@ -65,7 +67,9 @@ class CodePath:
     packing: bool = False
     device: Literal["cuda", "cpu"] = "cuda"
     fused_kernels: bool = False
-    """Fused RMSNorm, rotary and LoRA kernels that save less (FOAK, Unsloth, Liger)."""
+    """Fused RMSNorm and rotary kernels, and LoRA on 4-bit weights in one function (Unsloth's, FOAK's)."""
+    separate_experts: bool = False
+    """transformers before 5 held each expert's matrices as linear modules, which bitsandbytes quantizes."""
     name: str = "this trainer"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlora_tui.memory import fused
 from qlora_tui.memory.ops import FLOAT, Linear, Ops
 from qlora_tui.memory.tape import Grads, Tensor
 
@@ -10,6 +11,8 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     """The whole module: base, and adapter where it is a target."""
     if not module.rank:
         return base(ops, x, module)
+    if ops.fused and module.method in ("nf4", "fp4"):
+        return fused.lora(ops, x, module)
     result = base(ops, x, module)
     if module.method in ("nf4", "fp4"):
         result = ops.copy(result)  # peft/tuners/lora/bnb.py clones the 4-bit result
@@ -113,6 +116,8 @@ def _adapter(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         if not ops.autocast:
             x = ops.cast(x, ops.adapter)
         x = _dropout(ops, x)
+        if ops.autocast:
+            x = ops.cast(x, ops.compute)
     rows, width = _rows(x, module), (ops.compute if ops.autocast else ops.adapter)
     thin = _trained(ops, x, module.inputs, module.rank, rows, width)
     del x
@@ -143,7 +148,11 @@ def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, width: i
         return (toward_input, toward_weight)
 
     weight = Tensor(x.storage, 0, adapter, ops.tape.leaf())
-    node = ops.tape.node((x, weight), fn, (x, None))
+    cast = None
+    if width != adapter:  # autocast's copy is what the product saves
+        with ops.meter.booking("adapter"):
+            cast = ops.new(weights, width)
+    node = ops.tape.node((x, weight), fn, (x, cast))
     out = ops.new(rows * outputs, width)
     out.node = node
     return out

@@ -17,15 +17,17 @@ def head_and_loss(
     if path.loss == "liger":
         return _liger(ops, layout, hidden, width), []
     logits = _head(ops, layout, hidden, layout.tokens, width)
-    if path.loss == "fused":
-        return _fused(ops, logits), []
     held = [logits] if path.logits_held else []
-    return _stock(ops, logits, shifted=path.loss == "shifted"), held
+    with ops.meter.booking("logits"):
+        wide = ops.cast(logits, FLOAT)
+        source = wide if path.loss == "stock" else ops.copy(wide)
+        return (_in_place if path.loss == "fused" else _cross_entropy)(ops, source), held
 
 
 def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Tensor:
     """``lm_head(hidden)`` and what the family does to the logits after it."""
     numel = rows * layout.hidden
+    hidden = ops.cast(hidden, width) if ops.autocast else hidden
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         return (ops.new(numel, width),)
@@ -43,15 +45,8 @@ def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Te
     return logits
 
 
-def _stock(ops: Ops, logits: Tensor, *, shifted: bool) -> Tensor:
-    """Float32 logits, log-softmax (saved), and their gradients: 12 to 16 bytes a logit at the peak."""
-    with ops.meter.booking("logits"):
-        wide = ops.cast(logits, FLOAT)
-        source = ops.copy(wide) if shifted else wide
-        return _cross_entropy(ops, source)
-
-
 def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
+    """Log-softmax (saved) and the gradients of both its steps: three float32 tensors at the peak."""
     numel = logits.numel
 
     def softmax_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
@@ -108,7 +103,7 @@ def _liger(ops: Ops, layout: Layout, hidden: Tensor, width: int) -> Tensor:
     return loss
 
 
-def _fused(ops: Ops, logits: Tensor) -> Tensor:
+def _in_place(ops: Ops, logits: Tensor) -> Tensor:
     """One kernel over all logits that writes the gradient in their place."""
     node = ops.tape.node((logits,), lambda grad, saved: (saved[0],), (logits,))
     loss = ops.new(1, FLOAT)

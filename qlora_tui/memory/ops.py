@@ -55,6 +55,7 @@ class Ops:
         dropout: float,
         autocast: bool,
         tokens: int,
+        fused: bool,
     ) -> None:
         self.meter = meter
         self.tape = Tape(meter)
@@ -67,6 +68,7 @@ class Ops:
         self.dropout = dropout
         self.autocast = autocast
         self.tokens = tokens
+        self.fused = fused
 
     def new(self, numel: int, width: int, item: str | None = None) -> Tensor:
         """An uninitialised tensor outside the graph."""

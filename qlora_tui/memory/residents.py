@@ -12,6 +12,8 @@ from qlora_tui.recipe.schema import Recipe
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 """torch's default ``CUBLAS_WORKSPACE_CONFIG`` before Hopper, ``:4096:2:16:8``: 2 × 4,096 KiB + 8 × 16 KiB
 (``parseChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp), taken from the allocator."""
+CUBLAS_HANDLES = 2
+"""A workspace belongs to a handle, and each thread has its own: the caller's and autograd's."""
 
 
 def resident_items(
@@ -33,7 +35,7 @@ def resident_items(
         "mask": _mask_bytes(layout, path),
     }
     if path.device == "cuda":
-        items["workspace"] = CUBLAS_WORKSPACE_BYTES
+        items["workspace"] = CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES
     if not (path.optimizer.startswith("paged") and path.device == "cuda"):
         items["optimizer"] = optimizer_bytes(layout, path)
     return {key: size for key, size in items.items() if size}

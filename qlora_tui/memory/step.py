@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from qlora_tui.memory.blocks import Block, run_block
+from qlora_tui.memory.blocks import Block, norm, run_block
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.loss import head_and_loss
@@ -31,6 +31,8 @@ class Profile:
     """At the peak of its forward, its input included."""
     backward: Items = field(default_factory=dict)
     """At the peak of its backward, its input included."""
+    held: Items = field(default_factory=dict)
+    """Still there after its backward, because the caller refers to it."""
     gradient_bytes: int = 0
     """Of the parameters in it, after its backward."""
 
@@ -63,6 +65,7 @@ def make_ops(meter: Meter, layout: Layout, path: CodePath, dropout: float) -> Op
         dropout=dropout,
         autocast=path.autocast,
         tokens=layout.tokens,
+        fused=path.fused_kernels,
     )
 
 
@@ -71,94 +74,141 @@ def stream_bytes(path: CodePath) -> int:
     return 4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes
 
 
+def embedding_bytes(path: CodePath) -> int:
+    """Width of the embedding's output, the first layer's input."""
+    return 4 if path.cast_to_float32 else path.compute_bytes
+
+
 def peaks(layout: Layout, path: CodePath, dropout: float) -> list[Peak]:
     """Every candidate for the step's peak, in order of time."""
-    profiles: dict[int, Profile] = {}
+    profiles: dict[tuple[int, int], Profile] = {}
+    order = []
+    width = embedding_bytes(path)
     for block in layout.blocks:
-        if id(block) not in profiles:
-            profiles[id(block)] = _profile(
-                layout, path, dropout, partial(_layer, block=block), checkpointed=path.checkpointing
-            )
-    head = _profile(layout, path, dropout, partial(_tail, layout=layout, path=path), checkpointed=False)
-    order = [profiles[id(block)] for block in layout.blocks]
-    return list(_candidates(order, head, path))
+        key = (id(block), width)
+        if key not in profiles:
+            run = partial(_layer, block=block)
+            profiles[key] = _profile(layout, path, dropout, run, width, checkpointed=path.checkpointing)
+        order.append(profiles[key])
+        width = stream_bytes(path)
+    tail = partial(_tail, layout=layout, path=path)
+    head = _profile(layout, path, dropout, tail, width, checkpointed=False)
+    return list(_candidates(order, head, _cast_once(layout, path)))
 
 
-def _layer(ops: Ops, x: Tensor, *, block: Block) -> tuple[Tensor, list[Tensor]]:
-    return run_block(ops, block, x), []
+Run = Callable[[Ops, list[Tensor]], tuple[Tensor, list[Tensor]]]
+"""A part's forward. Its input comes in a list, so that it can be dropped by the part itself."""
 
 
-def _tail(ops: Ops, x: Tensor, *, layout: Layout, path: CodePath) -> tuple[Tensor, list[Tensor]]:
-    """Final norm, head, loss."""
-    block = layout.blocks[-1]
-    if block.norm == "layer":
-        normed = ops.layer_norm(x, weight=block.norm_width)
-    else:
-        normed = ops.rms_norm(x, weight=block.norm_width, scale_in_float=block.norm == "gemma")
-    del x
+def _layer(ops: Ops, given: list[Tensor], *, block: Block) -> tuple[Tensor, list[Tensor]]:
+    return run_block(ops, block, given[0]), []
+
+
+def _tail(ops: Ops, given: list[Tensor], *, layout: Layout, path: CodePath) -> tuple[Tensor, list[Tensor]]:
+    """Final norm, head, loss. The model lets go of the last layer's output once it is normed."""
+    normed = norm(ops, layout.blocks[-1], given[0])
+    given.clear()
     width = 4 if path.cast_to_float32 else path.compute_bytes
     return head_and_loss(ops, layout, path, normed, width)
 
 
 def _profile(
-    layout: Layout,
-    path: CodePath,
-    dropout: float,
-    run: Callable[[Ops, Tensor], tuple[Tensor, list[Tensor]]],
-    *,
-    checkpointed: bool,
+    layout: Layout, path: CodePath, dropout: float, run: Run, width: int, *, checkpointed: bool
 ) -> Profile:
+    """Walk one part; ``width`` is that of its input."""
     meter = Meter()
     ops = make_ops(meter, layout, path, dropout)
-    tape = ops.tape
     made = Profile()
     upstream = Node(0, "upstream", (), _nothing)
-    x = ops.new(layout.tokens * layout.hidden, stream_bytes(path), "checkpoints" if checkpointed else None)
+    x = ops.new(layout.tokens * layout.hidden, width, "checkpoints" if checkpointed else None)
     x.node = upstream
     meter.restart()
+    given = [x]
     if checkpointed:
-        tape.mode = ("first", Checkpoint(partial(_again, run, ops, x)))
-    result, held = run(ops, x)
-    tape.mode = ("keep", None)
+        ops.tape.mode = ("first", Checkpoint(partial(_again, run, ops, x)))
+        if path.reentrant:
+            given = [x.view(upstream)]
+    del x
+    result, held = run(ops, given)
+    ops.tape.mode = ("keep", None)
     made.forward = dict(meter.peak_items)
     node, numel, width = result.node, result.numel, result.width
     assert node is not None
-    del x, result
+    del result
+    if checkpointed and path.reentrant:
+        del node
+        _reenter(ops, run, given, made, numel, width, path)
+        return made
+    given.clear()
     made.kept = {item: size for item, size in meter.live_items.items() if size}
     meter.restart()
     seed = [ops.new(numel, width)]
     kept: list[Storage] = []
-    backward(tape, node, seed.pop(), None if path.accumulates else kept)
+    backward(ops.tape, node, seed.pop(), None if path.accumulates else kept)
     made.backward = dict(meter.peak_items)
     made.gradient_bytes = sum(storage.size for storage in kept)
+    kept.clear()
+    made.held = {item: size for item, size in meter.live_items.items() if size}
     del held
     return made
 
 
-def _again(run: Callable[[Ops, Tensor], tuple[Tensor, list[Tensor]]], ops: Ops, x: Tensor) -> Tensor:
-    return run(ops, x)[0]
+def _reenter(
+    ops: Ops, run: Run, given: list[Tensor], made: Profile, numel: int, width: int, path: CodePath
+) -> None:
+    """``CheckpointFunction.backward``: the whole layer again with its graph, then its own backward.
+
+    Its locals hold the incoming gradient and the layer's output until it returns.
+    """
+    x = given[0]
+    made.kept = {x.storage.item: x.storage.size}
+    ops.meter.restart()
+    gradient = ops.new(numel, width)
+    result, held = run(ops, [x])
+    kept: list[Storage] = []
+    assert result.node is not None
+    backward(ops.tape, result.node, gradient, None if path.accumulates else kept)
+    made.backward = dict(ops.meter.peak_items)
+    made.gradient_bytes = sum(storage.size for storage in kept)
+    del held
+
+
+def _again(run: Run, ops: Ops, x: Tensor) -> Tensor:
+    return run(ops, [x])[0]
 
 
 def _nothing(grad: Tensor, saved: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     return ()
 
 
-def _candidates(order: list[Profile], head: Profile, path: CodePath) -> list[Peak]:
+def _cast_once(layout: Layout, path: CodePath) -> Items:
+    """Autocast keeps its cast of each trained float32 weight until the forward, loss included, is over.
+
+    A LoRA projection fused into one function casts for itself and keeps nothing.
+    """
+    if not path.autocast or path.fused_kernels or path.adapter_bytes == path.compute_bytes:
+        return {}
+    return {"adapter": layout.adapter_parameters * path.compute_bytes}
+
+
+def _candidates(order: list[Profile], head: Profile, forward_only: Items) -> list[Peak]:
     last = len(order) - 1
     before: Counter[str] = Counter()
+    cast = Counter(forward_only)
     found: list[Peak] = []
     below: list[Counter[str]] = []
     for index, profile in enumerate(order):
         below.append(Counter(before))
         if index in (0, last):
-            found.append(Peak(f"forward of layer {index}", dict(before + Counter(profile.forward))))
+            found.append(Peak(f"forward of layer {index}", dict(before + cast + Counter(profile.forward))))
         before.update(profile.kept)
-    found.append(Peak("loss forward", dict(before + Counter(head.forward))))
+    found.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
     found.append(Peak("loss backward", dict(before + Counter(head.backward))))
+    held = Counter(head.held)
     gradients = 0
     for index in range(last, -1, -1):
         profile = order[index]
-        items = below[index] + Counter(profile.backward) + Counter(gradients=gradients)
+        items = below[index] + held + Counter(profile.backward) + Counter(gradients=gradients)
         found.append(Peak(f"backward of layer {index}", dict(items)))
         gradients += profile.gradient_bytes
     return found

@@ -247,7 +247,7 @@ def backward(tape: Tape, root: Node, seed: Tensor, kept: list[Storage] | None) -
         node = heapq.heappop(heap)
         grad = buffers.pop(node.sequence)
         if not node.inputs:
-            if kept is not None and grad.storage.item != "gradients":
+            if kept is not None and node.item == "gradients":
                 grad.storage.rebook("gradients")
                 kept.append(grad.storage)
             del grad

@@ -69,6 +69,10 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, path: CodePath) -
     roles = {"expert": 0, "vision": 0, "other": 0}
     norms = 4 if path.norms_float32 else kept
     for parameter in architecture.parameters:
+        if parameter.role == "expert" and path.separate_experts and method in ("nf4", "fp4"):
+            packed += rounded(-(-parameter.params // 2))
+            scales += four_bit_scale_bytes(parameter.params, recipe.quantization.double_quantization)
+            continue
         role = parameter.role if parameter.role in roles else "other"
         width = norms if parameter.role == "norm" else kept
         roles[role] += rounded(parameter.params * width)

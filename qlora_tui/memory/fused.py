@@ -1,0 +1,58 @@
+"""Kernels that do several operations at once and so keep less: Unsloth's and those made from them (FOAK).
+
+RMSNorm keeps its input and writes its gradient over the incoming one; rotary positions turn queries and
+keys in place; a LoRA projection is one function that keeps its input and the dropped copy, and no mask.
+"""
+
+from __future__ import annotations
+
+from qlora_tui.memory.ops import Linear, Ops
+from qlora_tui.memory.tape import Grads, Tensor
+
+
+def rms_norm(ops: Ops, x: Tensor) -> Tensor:
+    """Saves the input as it is and one number a row."""
+    spread = ops.new(ops.tokens, 4)
+    node = ops.tape.node((x,), lambda grad, saved: (grad,), (x, None, spread))
+    out = ops.new(x.numel, x.width)
+    out.node = node
+    return out
+
+
+def rotate(ops: Ops, x: Tensor) -> Tensor:
+    """In place, forward and back."""
+    return x.view(ops.tape.node((x,), lambda grad, saved: (grad,), (None, None)))
+
+
+def lora(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    """A 4-bit projection and its adapter in one function; gradients of both in one backward."""
+    rows, numel, width = x.numel // module.inputs, x.numel, x.width
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        with ops.meter.booking("gradients"):
+            thin = ops.new(module.rank * module.inputs, ops.adapter)
+            wide = ops.new(module.rank * module.outputs, ops.adapter)
+        with ops.meter.booking("dequantized"):
+            weight = ops.new(module.weights, width)
+        toward = ops.new(numel, width)
+        del weight
+        through_adapter = ops.new(numel, width)
+        where = ops.new(numel, 1)
+        masked = ops.new(numel, width)
+        del through_adapter, where, masked
+        return (toward, thin, wide)
+
+    dropped = x
+    if ops.dropout:
+        with ops.meter.booking("dropout"):
+            dropped = ops.new(numel, width)
+            mask = ops.new(numel, 1)
+            del mask
+    leaves = (Tensor(x.storage, 0, 4, ops.tape.leaf()), Tensor(x.storage, 0, 4, ops.tape.leaf()))
+    node = ops.tape.node((x, *leaves), fn, (x, None, None, dropped))
+    with ops.meter.booking("dequantized"):
+        weight = ops.new(module.weights, width)
+    out = ops.new(rows * module.outputs, width)
+    del weight
+    out.node = node
+    return out
