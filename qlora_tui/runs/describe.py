@@ -1,0 +1,83 @@
+"""Events in words: what ``attach`` prints line by line, and the live screen's log."""
+
+from __future__ import annotations
+
+from qlora_tui.format import count, duration, figure, size
+from qlora_tui.runs.events import (
+    AdapterReady,
+    AnyEvent,
+    Asked,
+    CheckpointSaved,
+    DataReady,
+    Environment,
+    Evaluated,
+    Failed,
+    Finished,
+    Health,
+    MemoryMeasured,
+    Paused,
+    PhaseChanged,
+    Progress,
+    Queued,
+    Sampled,
+    Started,
+    Step,
+    Stopped,
+)
+
+
+def describe(event: AnyEvent, total_steps: int = 0) -> str:
+    """An event as one line, or a few."""
+    match event:
+        case Queued():
+            return "queued"
+        case Started():
+            again = f", going on from step {event.resumed_from_step:,}" if event.resumed_from_step else ""
+            return f"attempt {event.attempt}{again}"
+        case PhaseChanged():
+            return f"{event.phase}{': ' + event.detail if event.detail else ''}"
+        case Progress():
+            return f"{event.phase} {event.done:,}/{event.total:,}"
+        case Environment():
+            return f"{event.device}, {event.compute_dtype}, {event.attention} attention, {event.loss} loss"
+        case DataReady():
+            return (
+                f"{event.samples:,} samples, {event.validation_samples:,} to validate on; "
+                f"{event.trained_tokens:,} of {event.tokens:,} tokens trained; {event.total_steps:,} steps"
+            )
+        case AdapterReady():
+            share = event.trained_parameters / event.total_parameters
+            return f"training {count(event.trained_parameters)} parameters ({share:.2%} of the model)"
+        case MemoryMeasured():
+            return f"memory: {size(event.measured_bytes)} measured, {size(event.estimated_bytes)} estimated"
+        case Step():
+            return (
+                f"step {event.step:,}/{total_steps:,}  loss {figure(_number(event.loss))}  "
+                f"lr {event.learning_rate:.2e}  grad {figure(_number(event.grad_norm), 3)}  "
+                f"{event.tokens_per_s:,.0f} tok/s"
+            )
+        case Evaluated():
+            best = "  best so far" if event.best and event.step else ""
+            return f"step {event.step:,}: validation loss {figure(_number(event.loss))}{best}"
+        case CheckpointSaved():
+            return f"checkpoint at step {event.step:,}"
+        case Sampled():
+            return f"step {event.step:,}: {event.prompt!r} → {event.answer!r}"
+        case Health():
+            return f"{event.severity}: {event.evidence} {event.remedy}"
+        case Asked():
+            value = "" if event.value is None else f" {event.value:g}"
+            return f"asked: {event.request.replace('_', ' ')}{value}"
+        case Finished():
+            return f"finished at step {event.step:,} after {duration(event.seconds)}: {event.reason}"
+        case Stopped():
+            return f"stopped at step {event.step:,}"
+        case Paused():
+            return f"paused at step {event.step:,}"
+        case Failed():
+            return f"failed: {event.problem()}"
+
+
+def _number(value: float | None) -> float:
+    # None is how an event writes what JSON cannot: NaN or infinity.
+    return float("nan") if value is None else value
