@@ -10,20 +10,17 @@ import traceback
 from collections.abc import Sequence
 
 from qlora_tui import __version__, paths
-from qlora_tui.cli import chat, data, demo, doctor, estimate, locate, models, presets, runs, train
+from qlora_tui.cli import data, doctor, estimate, locate, presets, runs, train
 from qlora_tui.cli.verb import Verb, show
 from qlora_tui.errors import FAILED, Problem
 
 VERBS: tuple[Verb, ...] = (
-    models.VERB,
     estimate.VERB,
-    *data.VERBS,
+    data.VERB,
     presets.VERB,
     train.VERB,
     *runs.VERBS,
-    chat.VERB,
     doctor.VERB,
-    demo.VERB,
     locate.VERB,
 )
 

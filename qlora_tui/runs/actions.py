@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.recipe.locations import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control, queue
 from qlora_tui.runs.directory import RunDir, create
@@ -14,7 +15,7 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE, read_status
 
 def submit(recipe: Recipe) -> RunDir:
     """Queue a new run and see that a runner is at work. The recipe should be ready to run."""
-    run = create(recipe)
+    run = create(with_absolute_paths(recipe))
     queue.enqueue(run)
     ensure_runner()
     return run

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui import paths
-from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.catalog.resolve import resolve
+from qlora_tui.catalog.lookup import architecture_of
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write
 from qlora_tui.memory import Device, Estimate, compare
@@ -152,7 +151,7 @@ def _read(model: str) -> Architecture | Problem:
             "No model yet", what="The recipe names no model.", fix="Choose one on the Model screen (1)."
         )
     try:
-        return read_architecture(resolve(model).config_path)
+        return architecture_of(model)
     except Problem as problem:
         return problem
 

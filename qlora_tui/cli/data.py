@@ -1,0 +1,118 @@
+"""``data inspect`` and ``data show``: the data doctor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import islice
+
+import msgspec
+
+from qlora_tui.catalog.local import resolve
+from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.data.inspect import Report, inspect, show
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.errors import FAILED, WRONG_CALL, Problem
+from qlora_tui.recipe.schema import Data, Source
+from qlora_tui.recipe.toml import to_recipe
+
+_ROWS_NAMED = 8
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """One of the two, as the words say."""
+    if args.action == "show":
+        return _show(args)
+    if args.action == "inspect":
+        return _inspect(args)
+    raise Problem(
+        "Which of them?",
+        what="`data` needs a word more: inspect or show.",
+        fix="`qlora-tui data inspect FILE` looks a file over.",
+        exit_code=WRONG_CALL,
+    )
+
+
+def _inspect(args: argparse.Namespace) -> Outcome:
+    report = inspect(_source(args), _tokenizer(args), Data(max_length=args.max_length))
+    wrong = any(problem.severity == "error" for problem in report.problems)
+    return Outcome(data=msgspec.to_builtins(report), text=_told(report), exit_code=FAILED if wrong else 0)
+
+
+def _show(args: argparse.Namespace) -> Outcome:
+    tokenizer = _tokenizer(args)
+    if tokenizer is None:
+        raise Problem(
+            "A model is missing",
+            what="What a model sees of a row depends on its tokenizer and template.",
+            fix="Add --model with a model of this machine.",
+            exit_code=WRONG_CALL,
+        )
+    shown = show(_source(args), args.row, tokenizer, Data(max_length=args.max_length))
+    bold, end = ("\x1b[1;4m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    lines = []
+    for pieces, tokens, trained in zip(shown.samples, shown.token_counts, shown.trained_counts, strict=True):
+        lines.append("".join(f"{bold}{p.text}{end}" if p.trained else p.text for p in pieces))
+        lines.append(
+            f"\n{trained:,} of {tokens:,} tokens are trained: what stands between {bold}these marks{end}."
+        )
+    if shown.refused:
+        lines.append(shown.refused)
+    lines += [f"note: {note}" for note in shown.notes]
+    return Outcome(data=msgspec.to_builtins(shown), text="\n".join(lines))
+
+
+def _source(args: argparse.Namespace) -> Source:
+    table = {"path": args.file, "format": args.format}
+    (source,) = to_recipe({"data": {"sources": [table]}}, origin="the command line").data.sources
+    return source
+
+
+def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
+    if not args.model:
+        return None
+    return ChatTokenizer.from_folder(resolve(args.model).folder, args.template)
+
+
+def _told(report: Report) -> str:
+    lines = [f"{file.path}: {file.format}. {file.evidence}" for file in report.files]
+    counts = report.counts
+    lines.append(f"{counts.rows:,} rows, {counts.conversations:,} conversations")
+    if report.lengths and report.lengths.count:
+        length = report.lengths
+        lines.append(
+            f"length in {length.unit}: half up to {length.p50:,}, 90 % up to {length.p90:,}, "
+            f"99 % up to {length.p99:,}, longest {length.longest:,} (row {length.longest_row:,})"
+        )
+    if report.too_long:
+        lines.append(f"{report.too_long:,} longer than the sequence length")
+    lines += [f"note: {note}" for note in report.notes]
+    for problem in report.problems:
+        rows = ", ".join(f"{row:,}" for row in islice(problem.rows, _ROWS_NAMED))
+        more = "…" if problem.count > _ROWS_NAMED else ""
+        where = f" (rows {rows}{more})" if rows else ""
+        lines.append(f"{problem.severity}: {problem.title}: {problem.count:,}{where}")
+        if problem.example:
+            lines.append(f"  for example: {problem.example}")
+        if problem.fix:
+            lines.append(f"  to mend it: {problem.fix}")
+    if not report.problems:
+        lines.append("No problems found.")
+    return "\n".join(lines)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="inspect|show")
+    look = actions.add_parser("inspect", help="format, counts, lengths and problems of a file")
+    one = actions.add_parser("show", help="one row as the model will see it, trained tokens marked")
+    one.add_argument("--row", type=int, default=1, help="which row, counted from 1")
+    for action in (look, one):
+        action.add_argument("file", metavar="FILE", help="a data file, a folder of them, or a hub dataset")
+        action.add_argument("--model", help="count in this model's tokens, through its chat template")
+        action.add_argument("--format", default="auto", help="how the rows are read, where guessing is wrong")
+        action.add_argument("--template", default="auto", help="chat template, for a model without one")
+        action.add_argument("--max-length", type=int, default=1024, help="sequence length, in tokens")
+        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+
+
+VERB = Verb("data", "Look a data file over, or show one row as the model will see it.", run, _arguments)

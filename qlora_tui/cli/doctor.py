@@ -1,0 +1,107 @@
+"""``doctor``: test what a run needs, really, and name the command that mends what fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from qlora_tui import paths
+from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.errors import FAILED
+from qlora_tui.format import size
+from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.visible import torch_card
+
+_DISK_BYTES = 5 * 2**30
+"""Below this a model's download or a few checkpoints fill the disk."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing a run needs."""
+
+    name: str
+    state: Literal["ok", "note", "fails"]
+    found: str
+    fix: str = ""
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Every check, in the order a run would meet them."""
+    checks = [_python(), *_disks(), _card(), *_libraries()]
+    failed = any(check.state == "fails" for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.state:<5}  {check.name}: {check.found}")
+        if check.fix:
+            lines.append(f"       ▸ {check.fix}")
+    lines.append("Something a run needs is missing." if failed else "A run can start here.")
+    return Outcome(
+        data={"ok": not failed, "checks": [asdict(check) for check in checks]},
+        text="\n".join(lines),
+        exit_code=FAILED if failed else 0,
+    )
+
+
+def _python() -> Check:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Check("Python", "ok", f"{version}, {sys.executable}")
+
+
+def _disks() -> list[Check]:
+    checks = []
+    for name, folder in (("disk for runs", paths.state_dir()), ("disk for models", _hub_cache())):
+        free = shutil.disk_usage(folder).free
+        enough = free >= _DISK_BYTES
+        checks.append(
+            Check(
+                name,
+                "ok" if enough else "fails",
+                f"{size(free)} free in {folder}",
+                "" if enough else "Free some space, or point XDG_STATE_HOME or HF_HOME at another disk.",
+            )
+        )
+    return checks
+
+
+def _hub_cache() -> Path:
+    """The hub's cache, or its nearest parent that is there."""
+    folder = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    return next(p for p in (folder, *folder.parents) if p.exists())
+
+
+def _card() -> Check:
+    try:
+        card = torch_card()
+    except NoGpu as problem:
+        return Check("card", "note", f"{problem.what} Runs go to the CPU.", problem.fix)
+    return Check("card", "ok", f"{card.name}, {size(card.total_bytes)}, driver {card.driver or 'NA'}")
+
+
+def _libraries() -> list[Check]:
+    """Import, quantize, train and save a few weights, in a process of their own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_tui.training.selftest"], capture_output=True, text=True, check=False
+    )
+    try:
+        return [Check(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+    except (IndexError, ValueError, TypeError):
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        return [
+            Check(
+                "libraries",
+                "fails",
+                f"The self-test ended with code {done.returncode}: {last}",
+                f"{sys.executable} -m pip install --upgrade qlora-tui",
+            )
+        ]
+
+
+VERB = Verb("doctor", "Test what a run needs, and say how to mend what fails.", run)

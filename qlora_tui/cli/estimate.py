@@ -1,0 +1,71 @@
+"""``estimate``: itemised memory of a recipe, NF4 beside int8 and 16 bits, and what fits."""
+
+from __future__ import annotations
+
+import argparse
+
+from qlora_tui.catalog.lookup import architecture_of
+from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from, table
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.format import GIB, gib, size
+from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.visible import torch_card
+from qlora_tui.memory import PRECISIONS, as_json, compare, judge
+from qlora_tui.memory.room import Room, room_for
+
+_LARGEST_ITEMS = 12
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """The estimate for the recipe the options describe. Exit code 0 also where it does not fit."""
+    recipe = recipe_from(args)
+    if not recipe.model.id:
+        raise Problem(
+            "A model is missing",
+            what="There is nothing to estimate without a model.",
+            fix="Add --model with a hub id, a folder (its config.json is enough) or a GGUF file.",
+            exit_code=WRONG_CALL,
+        )
+    architecture = architecture_of(recipe.model.id)
+    room = _room(args.gpu_gib)
+    data = as_json(recipe, architecture, room.bytes, device=room.device)
+    compared = compare(recipe, architecture, device=room.device)
+    lines = [f"{recipe.model.id} against {room.name} ({gib(room.bytes)} GiB)", ""]
+    rows = []
+    for precision in PRECISIONS:
+        made = compared[precision]
+        verdict = judge(made, room.bytes)
+        band = f"{gib(verdict.low_bytes)} to {gib(verdict.high_bytes)}"
+        rows.append([precision, f"{gib(made.total_bytes)} GiB", band, verdict.word])
+    lines += [table(rows, ["precision", "peak", "between", "verdict"]), ""]
+    made = compared["nf4"]
+    largest = sorted(made.items, key=lambda item: -item.bytes)[:_LARGEST_ITEMS]
+    lines.append(table([[i.label, size(i.bytes), i.explanation] for i in largest], ["nf4", "", ""]))
+    fitting = data["what_fits"]
+    lines += [
+        "",
+        f"the most that fits, one at a time: sequence length {fitting['sequence_length']:,}, "
+        f"micro-batch {fitting['micro_batch']:,}, rank {fitting['rank']:,}",
+    ]
+    for change in data["cheapest_changes"]:
+        lines.append(
+            f"to make it fit: {change['label']} → {gib(change['total_bytes'])} GiB, {change['verdict']}"
+        )
+    lines += [f"note: {note}" for note in made.notes]
+    return Outcome(data={"model": recipe.model.id, "against": room.name} | data, text="\n".join(lines))
+
+
+def _room(gpu_gib: float | None) -> Room:
+    try:
+        card = torch_card()
+    except NoGpu:
+        card = None
+    return room_for(card, None if gpu_gib is None else round(gpu_gib * GIB))
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    recipe_arguments(parser)
+    parser.add_argument("--gpu-gib", type=float, help="estimate against a card of this size")
+
+
+VERB = Verb("estimate", "Predict a recipe's memory, item by item.", run, _arguments)

@@ -1,0 +1,31 @@
+"""Paths of a recipe, made independent of the folder it was written in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from qlora_tui.recipe.schema import Recipe
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with every local file named in full: a run is trained in another working directory.
+
+    What is not a file here (a hub id) stays as it is.
+    """
+    data = recipe.data
+    return msgspec.structs.replace(
+        recipe,
+        model=msgspec.structs.replace(recipe.model, id=_absolute(recipe.model.id)),
+        data=msgspec.structs.replace(
+            data,
+            sources=tuple(msgspec.structs.replace(s, path=_absolute(s.path)) for s in data.sources),
+            validation_path=_absolute(data.validation_path),
+        ),
+    )
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name and path.exists() else name

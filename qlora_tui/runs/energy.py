@@ -1,0 +1,69 @@
+"""The energy a run has used so far, summed over the power its telemetry tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.runs.log import read_from
+
+_CHUNK_BYTES = 1 << 20
+_LONGEST_GAP_S = 10.0
+"""A longer silence is a pause of the run, over which nothing is counted."""
+
+
+class _Power(Struct):
+    power_w: float | None = None
+
+
+class _Sample(Struct):
+    """Only what is needed of a telemetry line, so that hours of it are read in a moment."""
+
+    at: float
+    gpu: _Power | None = None
+
+
+_decoder = msgspec.json.Decoder(_Sample)
+
+
+class EnergyMeter:
+    """Reads on from where it stopped, so that a look a second costs nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._joules = 0.0
+        self._before: tuple[float, float] | None = None
+        self._told = False
+
+    @property
+    def kwh(self) -> float | None:
+        """None where the card has not told its power."""
+        return self._joules / 3.6e6 if self._told else None
+
+    def read(self) -> None:
+        """Take in what is new."""
+        while True:
+            chunk = read_from(self._path, self._offset, _CHUNK_BYTES)
+            end = chunk.rfind(b"\n") + 1
+            if not end:
+                return
+            self._offset += end
+            for line in chunk[:end].splitlines():
+                try:
+                    self._add(_decoder.decode(line))
+                except msgspec.MsgspecError:
+                    continue
+
+    def _add(self, sample: _Sample) -> None:
+        power = sample.gpu.power_w if sample.gpu else None
+        if power is None:
+            self._before = None
+            return
+        if self._before is not None and 0 < sample.at - self._before[0] <= _LONGEST_GAP_S:
+            # The trapezoid between two readings.
+            self._joules += (sample.at - self._before[0]) * (power + self._before[1]) / 2
+            self._told = True
+        self._before = (sample.at, power)

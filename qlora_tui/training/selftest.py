@@ -1,0 +1,111 @@
+"""``python -m qlora_tui.training.selftest``: does training work here, tried on a few weights.
+
+Prints one JSON list of checks on the last line; run by ``qlora-tui doctor``, so that a crash in a native
+library is a finding and not the doctor's end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+_PIP = f"{sys.executable} -m pip install --upgrade"
+
+
+def main() -> int:
+    """Run every check; always 0, since the findings are the outcome."""
+    # Libraries greet on stdout; the findings must be alone there.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    checks = [_library(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets")]
+    if all(check["state"] == "ok" for check in checks):
+        checks += [_try("torch on the card", _card), _try("NF4 forward and backward", _nf4)]
+        checks.append(_kernels())
+    out.write(json.dumps(checks) + "\n")
+    out.flush()
+    return 0
+
+
+def _library(name: str) -> dict[str, str]:
+    try:
+        importlib.import_module(name)
+        return {"name": name, "state": "ok", "found": version(name)}
+    except PackageNotFoundError:
+        return {"name": name, "state": "ok", "found": "version unknown"}
+    except Exception as error:  # whatever a broken native library raises
+        return {"name": name, "state": "fails", "found": f"{error}", "fix": f"{_PIP} {name}"}
+
+
+def _try(name: str, check: Callable[[], dict[str, str]]) -> dict[str, str]:
+    try:
+        return {"name": name} | check()
+    except Exception as error:  # a failure is the finding
+        return {
+            "name": name,
+            "state": "fails",
+            "found": f"{type(error).__name__}: {error}",
+            "fix": f"{_PIP} torch bitsandbytes",
+        }
+
+
+def _card() -> dict[str, str]:
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return {"state": "ok", "found": f"CUDA {torch.version.cuda}, compute capability {major}.{minor}"}
+    if find_spec("pynvml") and _driver_answers():
+        return {
+            "state": "fails",
+            "found": f"there is a card, but torch {torch.__version__} cannot use it",
+            "fix": "Install a CUDA build of torch that your driver supports: https://pytorch.org/get-started",
+        }
+    return {"state": "note", "found": f"torch {torch.__version__} computes on the CPU"}
+
+
+def _driver_answers() -> bool:
+    from qlora_tui.gpu.no_gpu import NoGpu
+    from qlora_tui.gpu.visible import torch_card
+
+    try:
+        torch_card()
+    except NoGpu:
+        return False
+    return True
+
+
+def _nf4() -> dict[str, str]:
+    import bitsandbytes as bnb
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    dense = torch.randn(256, 256)
+    layer: Any = bnb.nn.Linear4bit(256, 256, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(dense, requires_grad=False, quant_type="nf4")
+    layer = layer.to(device)
+    inputs = torch.randn(4, 256, device=device, requires_grad=True)
+    layer(inputs).square().sum().backward()
+    exact = (inputs.detach().cpu() @ dense.T).norm()
+    off = float((layer(inputs).detach().cpu() - inputs.detach().cpu() @ dense.T).norm() / exact)
+    finite = inputs.grad is not None and bool(torch.isfinite(inputs.grad).all())
+    # NF4 of normal weights is off by about a tenth (QLoRA paper, section 3).
+    if off > 0.2 or not finite:
+        return {"state": "fails", "found": f"wrong by {off:.0%}", "fix": f"{_PIP} bitsandbytes"}
+    return {"state": "ok", "found": f"on {device}, {off:.0%} off the dense weights, as NF4 should be"}
+
+
+def _kernels() -> dict[str, str]:
+    if find_spec("kernels"):
+        return {"name": "kernels", "state": "ok", "found": "flash attention can be had"}
+    return {"name": "kernels", "state": "note", "found": "not installed; attention goes through SDPA"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
