@@ -21,8 +21,8 @@ float32, and one kernel that writes their gradient in their place."""
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
 LOSS_CHUNK_ROWS = 256
-"""Positions whose logits our trainer holds at a time: enough rows to keep the matrix product busy, and half a
-gigabyte at a vocabulary of 152,000."""
+"""Positions whose logits our trainer holds at a time: enough rows to keep the matrix product busy, and 300 MB
+at a vocabulary of 152,000."""
 
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which bfloat16 is computed natively (Ampere)."""
@@ -54,7 +54,6 @@ class CodePath:
     autocast: bool = False
     """Forward under ``torch.autocast``, as ``Trainer(bf16=True)`` runs it."""
     loss: Loss = "chunked"
-    loss_rows: int = LOSS_CHUNK_ROWS
     logits_held: bool = False
     """The model's output, and with it the logits, is still referred to during the backward."""
     checkpointing: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS, CodePath
 from qlora_tui.memory.layout import Layout
 from qlora_tui.recipe.schema import Recipe
 
@@ -131,7 +131,7 @@ def _activation_sentences(facts: Facts) -> dict[str, str]:
         ),
         "mask": f"Which token may see which: {layout.length:,}² elements.",
         "dequantized": f"One weight at a time, rebuilt in {path.compute_bytes} bytes an element.",
-        "hidden_gradient": f"The loss's gradient at the last hidden states: {tokens} × {hidden}.",
+        "hidden_gradient": f"The positions learnt from, and the gradient at each: 2 × {tokens} × {hidden}.",
         "logits": _logits_sentence(path, layout),
     }
 
@@ -139,8 +139,8 @@ def _activation_sentences(facts: Facts) -> dict[str, str]:
 def _logits_sentence(path: CodePath, layout: Layout) -> str:
     vocabulary = f"{layout.vocabulary:,}"
     if path.loss == "chunked":
-        rows = min(path.loss_rows, layout.tokens)
-        return f"{rows:,} positions at a time: {rows:,} × {vocabulary} × ({path.compute_bytes} + 12) bytes."
+        rows = min(LOSS_CHUNK_ROWS, layout.tokens)
+        return f"{rows:,} positions at a time: {rows:,} × {vocabulary} logits × 8 bytes."
     if path.loss == "liger":
         return f"Liger takes some rows at a time, {vocabulary} logits a row."
     return (

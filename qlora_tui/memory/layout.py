@@ -10,8 +10,8 @@ from qlora_tui.memory.attention import Heads
 from qlora_tui.memory.blocks import Block
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.ops import Linear
-from qlora_tui.memory.targets import targeted
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.targets import select
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Layout:
 
 def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layout:
     """Every layer with its modules as this recipe and path hold them."""
-    targets = targeted(architecture, recipe.lora.target_modules)
+    targets = frozenset(module.name for module in select(recipe.lora.target_modules, architecture.modules))
     style = STYLES.get(architecture.model_type, Style())
     rows, length = recipe.training.micro_batch, recipe.data.max_length
     by_layer: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]

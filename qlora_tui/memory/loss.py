@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS, CodePath
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT, Ops
 from qlora_tui.memory.tape import Grads, Tensor
@@ -64,26 +64,51 @@ def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
 
 
 def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: int) -> Tensor:
-    """Some rows of logits at a time, their gradient taken at once: logits never exist whole.
+    """Our loss (``training/loss.py``), with every token learnt from: the fullest case.
 
-    One row of logits costs its own width and three float32 copies: widened, log-softmax, gradient.
+    The positions learnt from are copied out; their gradient is made a chunk of logits at a time, in place.
     """
-    rows = min(path.loss_rows, layout.tokens)
-    numel, vocabulary = hidden.numel, layout.vocabulary
+    rows = min(LOSS_CHUNK_ROWS, layout.tokens)
+    numel, chunk, item = hidden.numel, rows * layout.vocabulary, "hidden_gradient"
+    kept = FLOAT if path.autocast else width
 
-    with ops.meter.booking("hidden_gradient"):
-        toward = ops.new(numel, width)
+    def spread(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        # The gradient of a masked index is zeros of the whole with the rows put in.
+        return (ops.new(numel, width),)
+
+    def scaled(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        made = ops.new(numel, kept)
+        return (made if kept == width else ops.new(numel, width),)
+
+    with ops.meter.booking(item):
+        cut = hidden.view(ops.tape.node((hidden,), spread))
+        node = ops.tape.node((cut,), spread, (None,))
+        states = ops.new(numel, width)
+        states.node = node
+        toward = ops.new(numel, kept)
     with ops.meter.booking("logits"):
-        thin = ops.new(rows * vocabulary, width)
-        wide = ops.new(rows * vocabulary, FLOAT) if width != FLOAT else thin
-        likely = ops.new(rows * vocabulary, FLOAT)
-        gradient = ops.new(rows * vocabulary, FLOAT)
-        del thin, wide, likely, gradient
-
-    node = ops.tape.node((hidden,), lambda grad, saved: (ops.new(numel, width),), (toward,))
+        thin = ops.new(chunk, width)
+        logits = ops.new(chunk, FLOAT) if width != FLOAT else thin
+        del thin
+        spare = ops.new(chunk, FLOAT)  # logsumexp's exponentials
+        del spare
+        slope = _slope(ops, chunk) if layout.softcap else None
+        narrow = ops.new(chunk, width) if width != FLOAT else None
+        product = ops.new(rows * layout.hidden, width)
+        del narrow, product, slope, logits
+    with ops.meter.booking(item):
+        node = ops.tape.node((states,), scaled, (toward,))
     loss = ops.new(1, FLOAT)
     loss.node = node
     return loss
+
+
+def _slope(ops: Ops, chunk: int) -> Tensor:
+    """``1 - (logits / softcap) ** 2``: each step a tensor."""
+    first = ops.new(chunk, FLOAT)
+    second = ops.new(chunk, FLOAT)
+    del first
+    return ops.new(second.numel, FLOAT)
 
 
 def _liger(ops: Ops, layout: Layout, hidden: Tensor, width: int) -> Tensor:
