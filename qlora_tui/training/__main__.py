@@ -1,0 +1,53 @@
+"""``python -m qlora_tui.training RUN_DIR``: the trainer of one run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.gpu.visible import STABLE_ORDER
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.retry import Plan
+from qlora_tui.training.frame import run_trainer
+
+_ENVIRONMENT = {
+    # Segments that grow cut the fragmentation that sample lengths of all kinds cause.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # transformers warns of threads after a fork, and there is none.
+    "TOKENIZERS_PARALLELISM": "true",
+    # A trainer asks nothing of the network: the model is on this machine.
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+} | STABLE_ORDER
+
+
+def main() -> int:
+    """Parse the call and run; 2 with a message where the call is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m qlora_tui.training", description=__doc__)
+    parser.add_argument("run", type=Path, help="the run's directory")
+    parser.add_argument("--micro-batch", type=int, help="in place of the recipe's")
+    parser.add_argument("--gradient-accumulation", type=int, help="in place of the recipe's")
+    parser.add_argument("--gradient-checkpointing", action="store_true", default=None)
+    given = parser.parse_args()
+    plan = Plan(
+        micro_batch=given.micro_batch,
+        gradient_accumulation=given.gradient_accumulation,
+        gradient_checkpointing=given.gradient_checkpointing,
+    )
+    run = RunDir(given.run.absolute())
+    try:
+        if not run.path.is_dir():
+            raise Problem("No such run", what=f"{run.path} is not a run's directory.", exit_code=WRONG_CALL)
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        return run_trainer(run, plan)
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        return problem.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

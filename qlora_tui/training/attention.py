@@ -1,0 +1,154 @@
+"""Several samples in one row, each attending only to itself.
+
+The samples of a micro-batch lie end to end in a row of batch size one. Where the stock SDPA path keeps them
+apart with one dense mask over the whole row, this attends sample by sample: work and memory grow with the
+square of a sample, not of the row, and every call takes the fast causal kernel.
+
+Where the samples begin travels as the attention mask itself: an int32 tensor of four dimensions, which
+transformers hands through untouched (``masking_utils._preprocess_mask_arguments``), and which stays on the
+CPU so that reading it stops no GPU.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+NAME = "qlora_segments"
+"""The attention implementation as transformers knows it."""
+
+
+def register() -> None:
+    """Make the implementation known to transformers; harmless when repeated."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, segment_attention)
+    # For calls that are no packed training row, such as generating a sample.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def segment_mask(lengths: list[int]) -> Tensor:
+    """The stand-in for an attention mask that says where samples begin: (1, 1, 1, samples + 1), int32."""
+    starts = torch.zeros(1, 1, 1, len(lengths) + 1, dtype=torch.int32)
+    starts[0, 0, 0, 1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    return starts
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    plain = softcap is None and s_aux is None
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        starts = attention_mask.flatten().tolist()
+        lengths = [end - start for start, end in pairwise(starts)]
+        # torch.split, not slices: its backward is one cat, where each slice would fill a row of zeros.
+        parts = [
+            _one_sample(q, k, v, dropout, scale, sliding_window, softcap, s_aux).transpose(1, 2)
+            for q, k, v in zip(
+                *(torch.split(x, lengths, dim=2) for x in (query, key, value)),
+                strict=True,
+            )
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+    if plain:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    if attention_mask is None:
+        attention_mask = _causal(query.shape[2], key.shape[2], None, query.device)
+    output = _by_hand(query, key, value, attention_mask, dropout, scale, softcap, s_aux)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _one_sample(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    tokens = query.shape[2]
+    windowed = sliding_window is not None and tokens > sliding_window
+    if softcap is not None or sinks is not None:
+        mask = _causal(tokens, tokens, sliding_window if windowed else None, query.device)
+        return _by_hand(query, key, value, mask, dropout, scale, softcap, sinks)
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and value.shape[-1] != query.shape[-1]:
+        # The grouped kernels want one width; heads are repeated instead.
+        key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
+        grouped = False
+    return functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=_causal(tokens, tokens, sliding_window, query.device) if windowed else None,
+        dropout_p=dropout,
+        is_causal=not windowed,
+        scale=scale,
+        enable_gqa=grouped,
+    )
+
+
+def _by_hand(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    dropout: float,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """What no fused kernel does: capped scores (Gemma 2), sinks beside them (gpt-oss)."""
+    key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return functional.dropout(weights, dropout, training=dropout > 0) @ value
+
+
+def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """True where a query may look: at itself and what came before, at most ``window`` tokens back."""
+    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
+    allowed = key <= query
+    if window is not None:
+        allowed &= key > query - window
+    return allowed
+
+
+def _repeat(heads: Tensor, wanted: int) -> Tensor:
+    return heads.repeat_interleave(wanted // heads.shape[1], dim=1) if heads.shape[1] != wanted else heads

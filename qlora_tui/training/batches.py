@@ -1,0 +1,223 @@
+"""From samples to optimizer steps: which rows, in which order, split into which micro-batches.
+
+The whole run is laid out before it starts, from recipe and seed alone. A step is a list of rows, a row a list
+of samples; how a step's rows are split into micro-batches, and over how many processes, changes nothing in
+what it learns. So a run resumes at any step, also with a smaller micro-batch than before.
+
+A micro-batch is one long row without padding where samples can be kept apart, else padded rows.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.training.loss import IGNORED
+
+Row: TypeAlias = tuple[int, ...]
+"""Numbers of the samples in one row."""
+_LENGTH_GROUP = 16
+"""Steps among which rows of like length are put together where they must be padded."""
+
+
+class Samples(Protocol):
+    """What is read of a tokenized set; ``qlora_tui.data.store.Samples`` is one."""
+
+    def __len__(self) -> int: ...
+
+    def token_ids(self, i: int, /) -> Sequence[int]:
+        """Token ids of a sample."""
+
+    def trained(self, i: int, /) -> Sequence[int]:
+        """1 for each token that is learnt from, else 0."""
+
+    def length(self, i: int, /) -> int:
+        """Tokens of a sample."""
+
+    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
+        """The samples of one pass in their random order."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step learns from."""
+
+    rows: tuple[Row, ...]
+    epoch: float
+    """Passes over the data when it is done."""
+    ends_epoch: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every step of a run."""
+
+    steps: tuple[Step, ...]
+    rows_per_epoch: int
+    steps_per_epoch: int
+    """Both of the first pass; with fractional weights others can differ by one."""
+
+
+def lay_out(samples: Samples, recipe: Recipe, *, kept_apart: bool) -> Schedule:
+    """Lay a run out. ``kept_apart``: samples in one row do not see each other."""
+    training, data = recipe.training, recipe.data
+    steps: list[Step] = []
+    first_rows = first_steps = 0
+    for epoch in range(math.ceil(training.epochs)):
+        order = samples.epoch(epoch, training.seed)
+        shuffle = random.Random(f"{training.seed}/{epoch}/rows")
+        if kept_apart and data.packing:
+            rows = pack(order, [samples.length(i) for i in order], data.max_length)
+            shuffle.shuffle(rows)
+        else:
+            rows = [(i,) for i in order]
+        if not kept_apart:
+            rows = _group_by_length(rows, samples, recipe.effective_batch, shuffle)
+        if not epoch:
+            first_rows = len(rows)
+            first_steps = math.ceil(len(rows) / recipe.effective_batch)
+        share = min(1.0, training.epochs - epoch)
+        rows = rows[: max(1, round(share * len(rows)))]
+        steps += _steps_of(rows, epoch, share, recipe.effective_batch)
+        if training.max_steps and len(steps) >= training.max_steps:
+            del steps[training.max_steps :]
+            break
+    return Schedule(tuple(steps), first_rows, first_steps)
+
+
+def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Row]:
+    """Whole samples into as few rows of at most ``capacity`` tokens as best-fit-decreasing finds.
+
+    A sample longer than a row gets one of its own.
+    """
+    by_length = sorted(range(len(order)), key=lambda k: -lengths[k])
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []
+    """(tokens left, row), ascending: the first that is large enough fits best."""
+    for k in by_length:
+        place = bisect_left(free, (lengths[k], -1))
+        if place == len(free):
+            rows.append([])
+            left, row = capacity, len(rows) - 1
+        else:
+            left, row = free.pop(place)
+        rows[row].append(order[k])
+        if left > lengths[k]:
+            insort(free, (left - lengths[k], row))
+    return [tuple(row) for row in rows]
+
+
+def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    """The rows of a step, ``size`` at a time."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def validation_batches(samples: Samples, size: int, max_length: int, *, kept_apart: bool) -> list[list[Row]]:
+    """Every sample once, in micro-batches of ``size`` rows."""
+    everything = range(len(samples))
+    if kept_apart:
+        rows = pack(everything, [samples.length(i) for i in everything], max_length)
+    else:
+        rows = sorted(((i,) for i in everything), key=lambda row: samples.length(row[0]))
+    return [list(batch) for batch in micro_batches(rows, size)]
+
+
+def tokens_in(rows: Sequence[Row], samples: Samples) -> int:
+    """Real tokens of some rows."""
+    return sum(samples.length(i) for row in rows for i in row)
+
+
+def predictions_in(rows: Sequence[Row], samples: Samples) -> int:
+    """Tokens of some rows that are learnt from; the first of a sample is predicted from nothing."""
+    return sum(sum(samples.trained(i)[1:]) for row in rows for i in row)
+
+
+def computed_tokens(rows: Sequence[Row], samples: Samples, *, kept_apart: bool) -> int:
+    """Tokens a forward pass over one micro-batch computes, padding included."""
+    if kept_apart:
+        return tokens_in(rows, samples)
+    return len(rows) * max(samples.length(row[0]) for row in rows)
+
+
+def collate(rows: Sequence[Row], samples: Samples, *, kept_apart: bool, pad_id: int) -> dict[str, Any]:
+    """Tensors of one micro-batch, on the CPU: the arguments of the model's forward.
+
+    Kept apart: ``input_ids``, ``position_ids`` (starting over at each sample) and ``labels`` of (1, tokens),
+    and ``segments``, the samples' lengths. Else ``input_ids``, ``attention_mask`` and ``labels`` of
+    (rows, longest).
+    """
+    ids = [_tensor(samples.token_ids(i)) for row in rows for i in row]
+    labels = [_labels(i, tokens, samples) for i, tokens in zip(_samples_of(rows), ids, strict=True)]
+    lengths = [len(tokens) for tokens in ids]
+    if kept_apart:
+        return {
+            "input_ids": torch.cat(ids)[None],
+            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+            "labels": torch.cat(labels)[None],
+            "segments": lengths,
+        }
+    longest = max(lengths)
+    return {
+        "input_ids": _padded(ids, longest, pad_id),
+        "attention_mask": _padded([torch.ones(n, dtype=torch.long) for n in lengths], longest, 0),
+        "labels": _padded(labels, longest, IGNORED),
+    }
+
+
+def nothing_learnt(batch: dict[str, Any]) -> dict[str, Any]:
+    """The same micro-batch without a label: for a process that has none left when the others have one."""
+    return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
+
+
+def _samples_of(rows: Sequence[Row]) -> Iterator[int]:
+    return (i for row in rows for i in row)
+
+
+def _labels(i: int, tokens: Tensor, samples: Samples) -> Tensor:
+    labels = tokens.masked_fill(_tensor(samples.trained(i)) == 0, IGNORED)
+    # In a packed row it would be predicted from the last token of the sample before.
+    labels[0] = IGNORED
+    return labels
+
+
+def _tensor(values: Sequence[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.long)
+
+
+def _padded(tensors: Sequence[Tensor], length: int, value: int) -> Tensor:
+    padded = torch.full((len(tensors), length), value, dtype=torch.long)
+    for row, tensor in zip(padded, tensors, strict=True):
+        row[: len(tensor)] = tensor
+    return padded
+
+
+def _steps_of(rows: Sequence[Row], epoch: int, share: float, effective_batch: int) -> Iterator[Step]:
+    for start in range(0, len(rows), effective_batch):
+        end = min(start + effective_batch, len(rows))
+        yield Step(tuple(rows[start:end]), epoch + share * end / len(rows), end == len(rows))
+
+
+def _group_by_length(
+    rows: list[Row], samples: Samples, effective_batch: int, shuffle: random.Random
+) -> list[Row]:
+    """Rows of like length next to each other, so that little is padded; the steps in random order.
+
+    Only whole steps change places: a shorter last one stays the last.
+    """
+    window = _LENGTH_GROUP * effective_batch
+    steps: list[list[Row]] = []
+    for start in range(0, len(rows), window):
+        group = sorted(rows[start : start + window], key=lambda row: samples.length(row[0]))
+        steps += [group[k : k + effective_batch] for k in range(0, len(group), effective_batch)]
+    whole = [step for step in steps if len(step) == effective_batch]
+    shuffle.shuffle(whole)
+    rest = [step for step in steps if len(step) < effective_batch]
+    return [row for step in whole + rest for row in step]

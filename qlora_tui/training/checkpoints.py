@@ -1,0 +1,176 @@
+"""Checkpoints: written whole or not at all, checked before they are trusted, and kept as the recipe says.
+
+checkpoints/step-N/
+  adapter_model.safetensors, adapter_config.json   loads with plain peft
+  optimizer.pt, scheduler.pt, rng_state.pth, …     transformers' own, read back without running pickled code
+  state.json                                       :class:`State`
+  complete                                         every file and its size; written last
+
+A folder is written under a hidden name, reaches the disk, and is then renamed. Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.errors import Problem
+from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.recipe.difference import difference
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.toml import dump, parse, to_recipe
+from qlora_tui.runs.directory import RunDir
+
+_MARKER = "complete"
+_STATE = "state.json"
+_DRAFT = ".writing-"
+_FREE = frozenset(
+    {
+        "name",
+        "note",
+        "training.log_every",
+        "training.evaluate_every",
+        "training.checkpoint_every",
+        "training.keep_checkpoints",
+        "training.early_stopping",
+        "training.sample_prompts",
+        "training.gradient_checkpointing",
+    }
+)
+"""Settings that may change before a resume: they alter nothing that is learnt."""
+_SPLIT = frozenset({"training.micro_batch", "training.gradient_accumulation"})
+"""May change as long as their product, the effective batch, stays."""
+
+
+class State(Struct, frozen=True, kw_only=True):
+    """What a resumed run must know beside what transformers keeps."""
+
+    step: int
+    tokens: int
+    """Real tokens learnt from so far."""
+    data_hash: str
+    kept_apart: bool
+    """Whether samples in one row did not see each other: it decides how rows are made."""
+    recipe: str
+    """As TOML."""
+    best_step: int | None = None
+    best_loss: float | None = None
+    last_losses: tuple[float, ...] = ()
+    """Validation losses since the best, for early stopping."""
+
+
+class Checkpoint(Struct, frozen=True):
+    """One that is whole."""
+
+    step: int
+    folder: Path
+    state: State
+
+
+def write(run: RunDir, state: State, save_parts: Callable[[Path], None]) -> Path:
+    """Write a checkpoint; ``save_parts`` puts its files into the folder it is given.
+
+    Raises OSError when it cannot be written; what was there before is untouched then.
+    """
+    final = run.checkpoints_dir / f"step-{state.step}"
+    draft = private_dir(run.checkpoints_dir) / f"{_DRAFT}{final.name}"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        private_dir(draft)
+        save_parts(draft)
+        atomic_write(draft / _STATE, msgspec.json.encode(state))
+        sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
+        for name in sizes:
+            _sync(draft / name)
+        atomic_write(draft / _MARKER, msgspec.json.encode(sizes), durable=True)
+        if final.exists():
+            # The same step again: the older one was from an attempt that this one repeated.
+            shutil.rmtree(final)
+        draft.rename(final)
+        _sync(run.checkpoints_dir)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return final
+
+
+def latest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and in words what was wrong with newer ones."""
+    damage: list[str] = []
+    for step, folder in reversed(run.checkpoints()):
+        problem = _damage(folder)
+        if problem is None:
+            try:
+                state = msgspec.json.decode((folder / _STATE).read_bytes(), type=State)
+                return Checkpoint(step, folder, state), damage
+            except (OSError, msgspec.MsgspecError) as error:
+                problem = f"{_STATE} cannot be read ({error})"
+        damage.append(f"{folder.name}: {problem}")
+    return None, damage
+
+
+def prune(run: RunDir, keep: int, best_step: int | None) -> None:
+    """Delete all but the newest ``keep`` checkpoints and the best; also what a crash left half written."""
+    for step, folder in run.checkpoints()[:-keep]:
+        if step != best_step:
+            # Without its marker it is no checkpoint any more, whatever stops the rest of the deletion.
+            (folder / _MARKER).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in run.checkpoints_dir.glob(f"{_DRAFT}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_same(state: State, recipe: Recipe, data_hash: str) -> None:
+    """Raise Problem, with the difference, where going on would not be the run that was begun."""
+    before = to_recipe(parse(state.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
+    changes = [c for c in difference(before, recipe) if c.path not in _FREE]
+    if before.effective_batch == recipe.effective_batch:
+        changes = [c for c in changes if c.path not in _SPLIT]
+    if changes:
+        raise Problem(
+            "The recipe has changed",
+            what=f"Since the checkpoint at step {state.step}: {'; '.join(map(str, changes))}.",
+            why="Going on would be neither the old run nor the new one.",
+            fix="Undo the change in recipe.toml, or start a new run with it.",
+        )
+    if data_hash != state.data_hash:
+        raise Problem(
+            "The data has changed",
+            what=f"The tokenized data is not what it was at step {state.step}: "
+            f"{data_hash[:12]} now, {state.data_hash[:12]} then.",
+            why="A file was edited, or the tokenizer or its chat template is another.",
+            fix="Put the files back as they were, or start a new run.",
+        )
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """As :class:`State` keeps it."""
+    return dump(recipe)
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        sizes = msgspec.json.decode((folder / _MARKER).read_bytes(), type=dict[str, int])
+    except (OSError, msgspec.MsgspecError):
+        return "its list of files cannot be read"
+    for name, size in sizes.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} of {size} bytes"
+    return None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,127 @@
+"""What there is to compute on, in which dtype, and with which attention."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Recipe
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_BF16_CAPABILITY = (8, 0)
+"""Ampere. ``torch.cuda.is_bf16_supported`` also says yes to cards that only emulate it."""
+_BF16_CPU_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
+"""Without one of these a CPU multiplies bf16 matrices a hundred times slower than fp32 ones."""
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+Attention = Literal["segments", "flash", "eager"]
+"""``segments`` is SDPA, sample by sample: :mod:`qlora_tui.training.attention`."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run computes."""
+
+    torch_device: torch.device
+    name: str
+    """``NVIDIA GeForce RTX 4090``, or the CPU's name."""
+    total_bytes: int
+    dtype: torch.dtype
+    """Of activations, embeddings, norms and head."""
+
+    @property
+    def kind(self) -> Literal["cuda", "cpu"]:
+        """As events name it."""
+        return "cuda" if self.torch_device.type == "cuda" else "cpu"
+
+    @property
+    def dtype_name(self) -> str:
+        """``bfloat16``."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def find_device(recipe: Recipe, local_rank: int = 0) -> Device:
+    """The card of this process, or the CPU where there is none."""
+    wanted = _DTYPES.get(recipe.quantization.compute_dtype)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(local_rank)
+        best = torch.bfloat16 if (properties.major, properties.minor) >= _BF16_CAPABILITY else torch.float16
+        return Device(
+            torch_device=torch.device("cuda", local_rank),
+            name=properties.name,
+            total_bytes=properties.total_memory,
+            dtype=wanted or best,
+        )
+    name, flags = _cpu()
+    best = torch.bfloat16 if flags & _BF16_CPU_FLAGS else torch.float32
+    return Device(
+        torch_device=torch.device("cpu"),
+        name=name,
+        total_bytes=host_memory_bytes(),
+        dtype=wanted or best,
+    )
+
+
+def choose_attention(recipe: Recipe, device: Device) -> Attention:
+    """The attention path to try first. Raises Problem where flash is asked for and cannot be had."""
+    wanted = recipe.model.attention
+    if wanted == "eager":
+        return "eager"
+    if wanted == "sdpa":
+        return "segments"
+    can = device.kind == "cuda" and device.dtype != torch.float32 and _has("kernels")
+    if wanted == "flash" and not can:
+        why = (
+            "It needs a CUDA card."
+            if device.kind != "cuda"
+            else "It computes in 16 bits only."
+            if device.dtype == torch.float32
+            else "The kernels package, which brings it, is not installed."
+        )
+        raise Problem(
+            "No flash attention here",
+            what="model.attention asks for flash, which this machine cannot run.",
+            why=why,
+            fix='Set model.attention to "auto", or `pip install kernels` on a box with a card.',
+        )
+    return "flash" if can else "segments"
+
+
+def host_memory_bytes() -> int:
+    """Memory this process may use: the machine's, or the container's limit where that is lower."""
+    total = int(psutil.virtual_memory().total)
+    for path in _CGROUP_LIMITS:
+        try:
+            limit = path.read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            total = min(total, int(limit))
+    return total
+
+
+def _cpu() -> tuple[str, frozenset[str]]:
+    """Model name and flags of the first CPU, as Linux tells them."""
+    name, flags = "CPU", frozenset[str]()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return name, flags
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        elif key.strip() == "flags":
+            flags = frozenset(value.split())
+            break
+    return name, flags
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,0 +1,79 @@
+"""Validation loss, and answers to the recipe's fixed prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from qlora_tui.data.conversation import Message
+from qlora_tui.data.render import prompt_ids
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.training.batches import Row, Samples, collate
+from qlora_tui.training.loss import IGNORED
+
+ANSWER_TOKENS = 96
+"""Most tokens of a sampled answer."""
+
+
+def validation_loss(
+    model: Any,
+    samples: Samples,
+    batches: Sequence[Sequence[Row]],
+    *,
+    kept_apart: bool,
+    pad_id: int,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> tuple[float, int]:
+    """Σ loss over all trained tokens of ``batches``, and how many they are; fp32 sums, no gradients."""
+    total, trained = 0.0, 0
+    with evaluating(model):
+        for done, rows in enumerate(batches, 1):
+            batch = collate(rows, samples, kept_apart=kept_apart, pad_id=pad_id)
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            if count:
+                tensors = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+                total += float(model(**tensors, num_items_in_batch=count).loss) * count
+                trained += count
+            progress(done, len(batches))
+    return total, trained
+
+
+def answers(
+    model: Any, tokenizer: ChatTokenizer, prompts: Sequence[str], device: torch.device
+) -> Iterator[tuple[str, str]]:
+    """(prompt, greedy answer) for each prompt; draws no random numbers."""
+    for prompt in prompts:
+        ids = prompt_ids([Message("user", prompt)], tokenizer)
+        tokens = torch.tensor([ids], device=device)
+        with evaluating(model):
+            output = model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=ANSWER_TOKENS,
+                do_sample=False,
+                # The model's own generation settings may hold a temperature, which greedy search refuses.
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=list(tokenizer.turn_end_ids) or None,
+                pad_token_id=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
+                use_cache=True,
+            )
+        new = [i for i in output[0, len(ids) :].tolist() if i not in tokenizer.special_ids]
+        yield prompt, tokenizer.decode(new).strip()
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Eval mode without gradients, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,79 @@
+"""An exception as the event that ends a run. Imports no torch: it must work when torch is what failed."""
+
+from __future__ import annotations
+
+import errno
+import time
+
+from qlora_tui.errors import Problem
+from qlora_tui.memory import Estimate
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Failed
+
+_MEMORY_WORDS = (
+    "out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",
+)
+
+
+def failed(error: BaseException, run: RunDir, estimate: Estimate | None) -> Failed:
+    """How a run ended, from what was raised. ``estimate`` tells who owns the memory."""
+    now = time.time()
+    if is_out_of_memory(error):
+        return _out_of_memory(error, estimate, now)
+    if isinstance(error, Problem):
+        return Failed(
+            at=now,
+            title=error.title,
+            what=error.what,
+            why=error.why,
+            fix=error.fix,
+            exit_code=error.exit_code,
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Failed(
+            at=now,
+            title="No space left on the disk",
+            what=f"{error.filename or run.path} could not be written.",
+            fix=f"Free some space; `qlora-tui resume {run.id}` then goes on from the last checkpoint.",
+            exit_code=1,
+        )
+    return Failed(
+        at=now,
+        title="The trainer met an error it does not know",
+        what=f"{type(error).__name__}: {str(error).strip() or 'no message'}",
+        fix=f"The log has the details: {run.log_path}",
+        kind="bug",
+        exit_code=1,
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, the card's or the machine's, was what lacked."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _MEMORY_WORDS)
+
+
+def _out_of_memory(error: BaseException, estimate: Estimate | None, now: float) -> Failed:
+    lines = str(error).strip().splitlines()
+    why = ""
+    if estimate is not None:
+        largest = sorted(estimate.items, key=lambda item: -item.bytes)[:3]
+        why = (
+            "Most of it is "
+            + ", ".join(f"{i.label.lower()} {i.bytes / 2**30:.2f} GiB" for i in largest)
+            + "."
+        )
+    return Failed(
+        at=now,
+        title="Out of memory",
+        what=lines[0] if lines else "The machine had no more memory to give.",
+        why=why,
+        fix="Lower training.micro_batch or data.max_length, or turn training.gradient_checkpointing on.",
+        kind="out_of_memory",
+        exit_code=1,
+    )

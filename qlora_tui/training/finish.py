@@ -1,0 +1,58 @@
+"""The result: ``adapter/``, which loads with plain peft anywhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.files import private_dir
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.training.loop import save_adapter
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_TEMPLATES = "additional_chat_templates"
+_TEMPLATE = "chat_template.jinja"
+
+
+def write_adapter(
+    run: RunDir, model: Any, recipe: Recipe, model_folder: Path, tokenizer: ChatTokenizer, *, from_hub: bool
+) -> None:
+    """Write adapter, tokenizer, chat template and recipe; what lay there before is replaced at the end.
+
+    ``from_hub``: the base is named by its hub id, so that the adapter finds it on other machines.
+    """
+    draft = run.path / ".adapter"
+    shutil.rmtree(draft, ignore_errors=True)
+    private_dir(draft)
+    try:
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = recipe.model.id if from_hub else str(model_folder)
+        config.revision = recipe.model.revision if from_hub else None
+        save_adapter(model, draft)
+        for name in _TOKENIZER_FILES:
+            if (model_folder / name).is_file():
+                shutil.copyfile(model_folder / name, draft / name)
+        if tokenizer.has_own_template:
+            if (model_folder / _TEMPLATES).is_dir():
+                shutil.copytree(model_folder / _TEMPLATES, draft / _TEMPLATES)
+        else:
+            (draft / _TEMPLATE).write_text(tokenizer.template.text)
+        shutil.copyfile(run.recipe_path, draft / "recipe.toml")
+        shutil.rmtree(run.adapter_dir, ignore_errors=True)
+        draft.rename(run.adapter_dir)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise

@@ -1,0 +1,133 @@
+"""Everything around an attempt: one trainer a run, a heartbeat, and each end told.
+
+torch is imported within, so that a run shows as started, and can be stopped, while that takes its seconds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+
+from qlora_tui.errors import FAILED, WRONG_CALL, Problem
+from qlora_tui.memory import Estimate
+from qlora_tui.recipe.conflicts import ready_to_run
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.endings import settle
+from qlora_tui.runs.events import Failed, Started, Terminal
+from qlora_tui.runs.log import EventTail
+from qlora_tui.runs.retry import Plan
+from qlora_tui.training import checkpoints
+from qlora_tui.training.asked import Requests
+from qlora_tui.training.checkpoints import Checkpoint
+from qlora_tui.training.failure import failed
+from qlora_tui.training.reporter import Reporter
+
+
+def run_trainer(run: RunDir, plan: Plan) -> int:
+    """Take a run to its end. The exit code: 0 finished, stopped or paused; 1 failed; 2 wrongly called."""
+    with _only_trainer(run) as alone:
+        if not alone:
+            raise Problem(
+                "The run is in training",
+                what=f"Another trainer has {run.path}.",
+                fix="Wait for it, or stop it first.",
+                exit_code=WRONG_CALL,
+            )
+        return _run(run, plan)
+
+
+def _run(run: RunDir, plan: Plan) -> int:
+    reporter = Reporter(run)
+    requests = Requests(run, reporter)
+    requests.listen_to_signals()
+    reporter.start()
+    ending = _attempt(run, plan, reporter, requests)
+    reporter.log(f"{type(ending).__name__.lower()}{f': {ending.what}' if isinstance(ending, Failed) else ''}")
+    reporter.tell(ending)
+    reporter.stop()
+    settle(run, ending)
+    if isinstance(ending, Failed):
+        return ending.exit_code or FAILED
+    return 0
+
+
+def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests) -> Terminal:
+    number = 1 + sum(isinstance(event, Started) for event in EventTail(run.events_path).drain())
+    estimate: Estimate | None = None
+    try:
+        try:
+            recipe = _as_planned(run.recipe(), plan)
+            checkpoint, damage = checkpoints.latest(run)
+        except Problem:
+            reporter.tell(Started(at=time.time(), attempt=number, pid=os.getpid()))
+            raise
+        _tell_started(reporter, recipe, checkpoint, number)
+        for what in damage:
+            reporter.health(
+                "checkpoint_damaged",
+                f"{what}.",
+                "An earlier one is used. Check the disk if it happens again.",
+            )
+        ready_to_run(recipe)
+        reporter.phase("loading", "libraries")
+        from qlora_tui.training.run import Attempt
+
+        attempt = Attempt(run, recipe, checkpoint, reporter, requests)
+        try:
+            return attempt.train()
+        finally:
+            estimate = attempt.meter.estimate if attempt.meter else None
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, Problem):
+            reporter.log(traceback.format_exc())
+        return failed(error, run, estimate)
+
+
+def _tell_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | None, number: int) -> None:
+    step = checkpoint.step if checkpoint else 0
+    reporter.tell(
+        Started(
+            at=time.time(),
+            attempt=number,
+            pid=os.getpid(),
+            resumed_from_step=step,
+            micro_batch=recipe.training.micro_batch,
+            gradient_accumulation=recipe.training.gradient_accumulation,
+            gradient_checkpointing=recipe.training.gradient_checkpointing,
+        )
+    )
+    reporter.update(step=step)
+
+
+def _as_planned(recipe: Recipe, plan: Plan) -> Recipe:
+    """The recipe as this attempt runs it."""
+    changes = {
+        key: value
+        for key, value in (
+            ("micro_batch", plan.micro_batch),
+            ("gradient_accumulation", plan.gradient_accumulation),
+            ("gradient_checkpointing", plan.gradient_checkpointing),
+        )
+        if value is not None
+    }
+    training = msgspec.structs.replace(recipe.training, **changes)
+    return msgspec.structs.replace(recipe, training=training)
+
+
+@contextmanager
+def _only_trainer(run: RunDir) -> Iterator[bool]:
+    """Hold the run for this process; the kernel lets go of it however the process ends."""
+    with (run.path / "trainer.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,71 @@
+"""GGUF files as folders of 16-bit safetensors, made once and kept in the cache.
+
+transformers reads a GGUF dequantised; quantising to NF4 at the same time is beyond it, so the model goes
+through the disk. ``python -m qlora_tui.training.gguf FILE`` converts and prints the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.catalog.local import converted_dir
+from qlora_tui.errors import Problem
+from qlora_tui.files import private_dir
+
+
+def converted(file: Path) -> Path:
+    """The folder made from a GGUF file, now or earlier. Raises Problem."""
+    folder = _folder(file)
+    if (folder / "config.json").exists():
+        return folder
+    draft = private_dir(folder.with_name(f".{folder.name}"))
+    try:
+        _convert(file, draft)
+        draft.rename(folder)
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        says = str(error).strip() or type(error).__name__
+        raise Problem(
+            "The GGUF file could not be converted",
+            what=f"{file}: {says.splitlines()[0]}",
+            fix="Choose the model's safetensors folder or hub id instead.",
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **place,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+        local_files_only=True,
+    )
+    AutoTokenizer.from_pretrained(**place, local_files_only=True).save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def _folder(file: Path) -> Path:
+    """Named after the file; another file of that name, or a changed one, gets another folder."""
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise Problem("No such GGUF file", what=f"{file}: {error.strerror}.") from error
+    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    return private_dir(converted_dir()) / f"{file.stem}-{key}"
+
+
+if __name__ == "__main__":
+    try:
+        print(converted(Path(sys.argv[1])))
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(problem.exit_code)

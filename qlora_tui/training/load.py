@@ -1,0 +1,112 @@
+"""The base model: found, quantised as it is read, and frozen.
+
+Our own preparation in place of ``peft.prepare_model_for_kbit_training``, which would cast norms, embeddings
+and head to fp32 and with them every hidden state.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Quantization, Recipe
+from qlora_tui.training import attention
+from qlora_tui.training.device import Attention, Device
+
+_FLASH = "kernels-community/flash-attn2"
+_ATTENTION = {"segments": "sdpa", "flash": _FLASH, "eager": "eager"}
+
+
+def load_base(folder: Path, recipe: Recipe, device: Device, attends: Attention) -> Any:
+    """The causal language model in ``folder``, on the device, every weight frozen.
+
+    The folder is one that ``catalog.resolve`` gave. Raises Problem where it cannot be loaded all the same.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    settings: dict[str, Any] = {"attn_implementation": _ATTENTION[attends]}
+    quantization = _quantization(recipe.quantization, device)
+    if quantization is not None and not _is_stored_quantized(folder):
+        settings["quantization_config"] = quantization
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=device.dtype,
+            device_map={"": device.torch_device},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **settings,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise Problem(
+            "The model could not be loaded",
+            what=f"{folder}: {_first_line(error)}",
+            fix="`qlora-tui doctor` tests what is installed; another copy of the model may be whole.",
+        ) from error
+    return freeze(model)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Freeze every weight, and keep 4-bit weights in the layout that gradients need."""
+    model.requires_grad_(False)
+    model.config.use_cache = False  # type: ignore[union-attr]  # a PreTrainedModel's
+    for module in model.modules():
+        # bitsandbytes repacks the weights of a layer for inference when it runs in eval mode on a CPU with
+        # AVX512-BF16, never packs them back, and computes wrong gradients from then on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # mypy takes it for a submodule
+    return model
+
+
+def attend_by_segments(model: Any) -> bool:
+    """Switch to attention sample by sample; False where the family builds its attention by itself."""
+    attention.register()
+    before = model.config._attn_implementation
+    with suppress(ValueError, AttributeError, NotImplementedError):
+        model.set_attn_implementation(attention.NAME)
+    if model.config._attn_implementation == attention.NAME:
+        return True
+    model.set_attn_implementation(before)
+    return False
+
+
+def checkpoint_activations(model: Any, *, keep_rng: bool) -> None:
+    """Keep one hidden state a layer and recompute the rest. ``keep_rng``: dropout must fall the same way."""
+    kwargs = {"use_reentrant": False, "preserve_rng_state": keep_rng}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:  # its name before transformers 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def _quantization(settings: Quantization, device: Device) -> Any:
+    """What transformers is told; None loads the weights as they are stored."""
+    from transformers import BitsAndBytesConfig
+
+    if settings.method in ("nf4", "fp4"):
+        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.method,
+            bnb_4bit_use_double_quant=settings.double_quantization,
+            bnb_4bit_compute_dtype=device.dtype,
+        )
+    if settings.method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return None
+
+
+def _is_stored_quantized(folder: Path) -> bool:
+    """Stored by bitsandbytes; the catalog refuses every other way."""
+    return bool(json.loads((folder / "config.json").read_bytes()).get("quantization_config"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,215 @@
+"""transformers' ``Trainer``, given whole optimizer steps instead of batches.
+
+One item of its data loader is everything one step learns from, already split into micro-batches; the run is
+one long epoch to it. So it keeps count in steps, and resuming, clipping, mixed precision, optimizers,
+schedules and several processes stay its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.training.batches import (
+    Samples,
+    Schedule,
+    collate,
+    micro_batches,
+    nothing_learnt,
+    predictions_in,
+    tokens_in,
+)
+from qlora_tui.training.device import Device
+
+_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+class StepData(TypedDict):
+    """What one optimizer step learns from, for one process."""
+
+    micro_batches: list[dict[str, Any]]
+    predictions: int
+    """Trained tokens of the whole step, over all processes."""
+    tokens: int
+    """Real tokens of the whole step, over all processes."""
+
+
+class Steps(Dataset[StepData]):
+    """The schedule as a data set: item ``n`` is step ``n + 1``, collated."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        samples: Samples,
+        *,
+        micro_batch: int,
+        kept_apart: bool,
+        pad_id: int,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.schedule = schedule
+        self._samples = samples
+        self._micro_batch = micro_batch
+        self._kept_apart = kept_apart
+        self._pad_id = pad_id
+        self._rank = rank
+        self._processes = processes
+
+    def __len__(self) -> int:
+        return len(self.schedule.steps)
+
+    def __getitem__(self, n: int) -> StepData:
+        rows = self.schedule.steps[n].rows
+        groups = micro_batches(rows, self._micro_batch)
+        mine = [self.collate(group) for group in groups[self._rank :: self._processes]]
+        # Every process must run as many backward passes: the gradients meet in them.
+        for _ in range(len(mine), math.ceil(len(groups) / self._processes)):
+            mine.append(nothing_learnt(self.collate(groups[0])))
+        return StepData(
+            micro_batches=mine,
+            predictions=predictions_in(rows, self._samples),
+            tokens=tokens_in(rows, self._samples),
+        )
+
+    def collate(self, rows: Any) -> dict[str, Any]:
+        """One micro-batch."""
+        return collate(rows, self._samples, kept_apart=self._kept_apart, pad_id=self._pad_id)
+
+
+def arguments(recipe: Recipe, device: Device, steps: int, folder: Path) -> TrainingArguments:
+    """The recipe in transformers' words. Logging, evaluating and saving are left to us."""
+    training = recipe.training
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=_SCHEDULES[training.schedule],
+        warmup_steps=training.warmup,
+        optim=_OPTIMIZERS[training.optimizer],
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        fp16=device.kind == "cuda" and device.dtype == torch.float16,
+        use_cpu=device.kind == "cpu",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+    )
+
+
+class RunTrainer(Trainer):
+    """Trains the steps of a run; calls back when one is done."""
+
+    def __init__(self, model: Any, args: TrainingArguments, steps: Steps) -> None:
+        super().__init__(model=model, args=args, train_dataset=steps)
+        self.remove_callback(PrinterCallback)
+        self.steps = steps
+        self.tokens = 0
+        """Real tokens learnt from so far."""
+        self.step_tokens = 0
+        """Real tokens of the last step."""
+        self.on_begin: Callable[[], None] = lambda: None
+        """Called before the first step, when model, optimizer and schedule are ready (and restored)."""
+        self.on_step: Callable[[float, float, float], None] = lambda loss, rate, norm: None
+        """Called after each optimizer step with loss, learning rate and gradient norm."""
+        self.add_callback(_Beginning(self))
+
+    def get_train_dataloader(self) -> DataLoader[StepData]:
+        """Steps in their order; a generator of its own, so that it draws none of the run's random numbers."""
+        return DataLoader(
+            self.steps, batch_size=1, shuffle=False, collate_fn=_first, generator=torch.Generator()
+        )
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward over every micro-batch of a step; the mean loss of its trained tokens."""
+        batches = inputs["micro_batches"]
+        items = max(1, inputs["predictions"])
+        # The mean over processes is taken of the gradients, and the loss already holds the sum over all.
+        share = self.accelerator.num_processes / items
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(batches, 1):
+            last = number == len(batches)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = model(**self._prepare_inputs(batch), num_items_in_batch=1).loss * share
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.step_tokens = inputs["tokens"]
+        self.tokens += self.step_tokens
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What transformers tells after each step goes to the callback; its closing summary nowhere."""
+        if "loss" in logs:
+            self.on_step(logs["loss"], logs["learning_rate"], float(logs.get("grad_norm", 0.0)))
+
+    def save_parts(self, folder: Path) -> None:
+        """What must be kept to go on from here: adapter, optimizer, schedule, random numbers, counters."""
+        if self.args.should_save:
+            save_adapter(self.model, folder)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.model, Path(resume_from_checkpoint))
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Weights and configuration of the adapter, as peft keeps them, and nothing else."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Put saved adapter weights in place of the model's own."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+class _Beginning(TrainerCallback):
+    def __init__(self, trainer: RunTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.on_begin()
+
+
+def _first(items: list[StepData]) -> StepData:
+    return items[0]

@@ -1,0 +1,163 @@
+"""Cross-entropy over the trained tokens only, through the head in chunks.
+
+The stock loss makes a row of the vocabulary's width for every token, in fp32, and its gradient beside it:
+often the largest item of all. Here prompt tokens make none, and the rest pass a chunk at a time; a chunk's
+gradient is taken at once, so nothing vocabulary-wide outlives it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS
+from qlora_tui.training.attention import segment_mask
+
+IGNORED = -100
+"""Label of a token nothing is learnt from."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """From the last hidden state to logits, in the forms that are known."""
+
+    projection: nn.Linear
+    multiplier: float
+    """Granite's 1 / ``logits_scaling``, Cohere's ``logit_scale``."""
+    softcap: float | None
+    """Gemma's ``final_logit_softcapping``: logits become softcap · tanh(logits / softcap)."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(tokens, vocabulary) from (tokens, hidden), without gradients."""
+        logits = self.projection(hidden) * self.multiplier
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def find_head(model: nn.Module) -> Head | str:
+    """The head of a causal language model, or why it cannot be taken in chunks.
+
+    What a family does between head and loss is read from the names its configuration uses; whether that is
+    all is for :func:`qlora_tui.training.checks.loss_is_exact` to prove.
+    """
+    projection = model.get_output_embeddings()  # type: ignore[operator]  # a PreTrainedModel's method
+    if type(projection) is not nn.Linear:
+        return f"its head is a {type(projection).__name__}"
+    if projection.weight.requires_grad or (projection.bias is not None and projection.bias.requires_grad):
+        return "its head is trained"
+    config: Any = model.config
+    config = config.get_text_config()
+    multiplier = 1.0
+    if scaling := getattr(config, "logits_scaling", None):
+        multiplier /= float(scaling)
+    if scale := getattr(config, "logit_scale", None):
+        multiplier *= float(scale)
+    return Head(projection, multiplier, getattr(config, "final_logit_softcapping", None))
+
+
+def use_chunked_loss(model: nn.Module, head: Head) -> None:
+    """Let ``model(labels=…)`` compute its loss in chunks. Without labels it does what it always did."""
+    stock = model.forward
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]  # a PreTrainedModel's method
+
+    @wraps(stock)
+    def forward(
+        self: nn.Module,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None:
+            return stock(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+            )
+        hidden = decoder(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )[0]
+        total, trained = summed_loss(head, hidden, labels)
+        items = trained if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=total / items)
+
+    model.forward = MethodType(forward, model)
+
+
+def use_segments(model: nn.Module, *, by_mask: bool) -> None:
+    """Let ``model(segments=[…])`` keep the samples of a row apart, for either loss.
+
+    ``by_mask``: for :mod:`qlora_tui.training.attention`; flash kernels see it in the positions.
+    """
+    inner = model.forward
+
+    @wraps(inner)
+    def forward(self: nn.Module, segments: list[int] | None = None, **kwargs: Any) -> Any:
+        if segments is not None:
+            kwargs |= {"attention_mask": segment_mask(segments) if by_mask else None, "use_cache": False}
+        return inner(**kwargs)
+
+    model.forward = MethodType(forward, model)
+
+
+def summed_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """The sum of the losses of all trained tokens, fp32, and how many they are.
+
+    ``hidden`` is (batch, tokens, width), ``labels`` (batch, tokens): token t is predicted from t - 1.
+    """
+    wanted = labels[:, 1:]
+    trained = wanted != IGNORED
+    states, targets = hidden[:, :-1][trained], wanted[trained]
+    if not len(targets):
+        return hidden.sum() * 0.0, 0
+    total: Tensor = _ChunkedLoss.apply(states, targets, head)  # type: ignore[no-untyped-call]  # torch's own
+    return total, len(targets)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Σ cross-entropy of (tokens, hidden) against (tokens); the gradient is made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, head: Head) -> Tensor:
+        weight, bias = head.projection.weight, head.projection.bias
+        needs_grad = ctx.needs_input_grad[0]
+        # Gradients of fp16 states are kept in fp32 until the loss scale has been applied: they would vanish.
+        kept = torch.float32 if states.dtype == torch.float16 else states.dtype
+        grad = torch.empty(states.shape, dtype=kept, device=states.device) if needs_grad else None
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        for start in range(0, len(targets), LOSS_CHUNK_ROWS):
+            end = start + LOSS_CHUNK_ROWS
+            chunk, target = states[start:end], targets[start:end, None]
+            with torch.autocast(states.device.type, enabled=False):
+                logits = nn.functional.linear(chunk.to(weight.dtype), weight, bias).float()
+            if head.multiplier != 1.0:
+                logits *= head.multiplier
+            if head.softcap is not None:
+                logits.div_(head.softcap).tanh_().mul_(head.softcap)
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)
+            total += (normalizer - logits.gather(1, target)).sum()
+            if grad is None:
+                continue
+            slope = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
+            # In place: the logits become softmax(logits), less one at the target.
+            logits.sub_(normalizer).exp_()
+            logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
+            if slope is not None:
+                logits *= slope
+            if head.multiplier != 1.0:
+                logits *= head.multiplier
+            grad[start:end] = logits.to(weight.dtype) @ weight
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        ctx.dtype = states.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad * grad_outputs[0]).to(ctx.dtype), None, None

@@ -1,0 +1,62 @@
+"""One whole step on the longest micro-batch of the run, before the first: what does not fit says so at once.
+
+Everything it changes is put back: adapter, optimizer, gradients and random numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qlora_tui.training.batches import Row, Samples, Schedule, computed_tokens, micro_batches
+from qlora_tui.training.loop import RunTrainer
+
+
+def longest_micro_batch(schedule: Schedule, samples: Samples, size: int, *, kept_apart: bool) -> list[Row]:
+    """The rows of the micro-batch that computes most tokens."""
+    longest: list[Row] = []
+    most = 0
+    for step in schedule.steps:
+        for rows in micro_batches(step.rows, size):
+            tokens = computed_tokens(rows, samples, kept_apart=kept_apart)
+            if tokens > most:
+                most, longest = tokens, list(rows)
+    return longest
+
+
+def probe(trainer: RunTrainer, rows: list[Row], *, fresh: bool) -> None:
+    """Forward, backward, and, in a fresh run, the optimizer step; a resumed one has its states in place."""
+    model: Any = trainer.model_wrapped
+    batch = trainer.steps.collate(rows)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]  # it is set
+    before = [p.detach().to("cpu", copy=True) for p in trained] if fresh else []
+    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model.train()
+        loss = model(**trainer._prepare_inputs(batch), num_items_in_batch=1).loss
+        loss = loss / max(1, int((batch["labels"][:, 1:] >= 0).sum()))
+        loss.backward()
+        if fresh:
+            _step(trainer)
+    model.zero_grad()
+    with torch.no_grad():
+        for parameter, value in zip(trained, before, strict=False):
+            parameter.copy_(value)
+
+
+def _step(trainer: RunTrainer) -> None:
+    """The bare optimizer, beneath loss scaling: its states come to be, and are as they were born.
+
+    They stay allocated, as they will be in every step but the first.
+    """
+    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer.step()
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                # bitsandbytes' code tables are constants.
+                if not name.startswith("qmap"):
+                    value.zero_()
+            elif isinstance(value, int | float):
+                state[name] = type(value)(0)

@@ -1,0 +1,138 @@
+"""What the trainer says to the world: events, ``status.json`` and plain lines in its log.
+
+A full disk must not end a run that has hours behind it: what cannot be written waits and is tried again with
+the next event. One process of a run speaks; under several the others are mute.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import msgspec
+
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import AnyEvent, Health, Phase, PhaseChanged, Progress
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.process import mark
+from qlora_tui.runs.status import Status, write_status
+
+HEARTBEAT_S = 1.0
+_PROGRESS_S = 0.5
+"""Least time between two Progress events."""
+
+
+class Reporter:
+    """The voice of one attempt. Every method may be called from any thread."""
+
+    def __init__(self, run: RunDir, *, mute: bool = False) -> None:
+        self._run = run
+        self._mute = mute
+        self._lock = threading.Lock()
+        self._writer: EventWriter | None = None
+        self._unwritten: list[AnyEvent] = []
+        self._status = Status(state="running", at=time.time(), process=mark())
+        self._progress_at = 0.0
+        self._stopping = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Take the run's status over, and keep it fresh from here on."""
+        self._write_status()
+        if not self._mute:
+            self._heart.start()
+
+    def stop(self) -> None:
+        """No status is written after this; what events still wait get a last try."""
+        self._stopping.set()
+        if self._heart.is_alive():
+            self._heart.join()
+        with self._lock:
+            self._flush()
+            if self._writer is not None:
+                self._writer.close()
+
+    def tell(self, event: AnyEvent) -> None:
+        """Write an event; terminal ones are on the disk when this returns."""
+        if self._mute:
+            return
+        with self._lock:
+            self._unwritten.append(event)
+            self._flush()
+
+    def phase(self, phase: Phase, detail: str = "") -> None:
+        """Say what is done from here on."""
+        self.log(f"{phase}{': ' if detail else ''}{detail}")
+        self.tell(PhaseChanged(at=time.time(), phase=phase, detail=detail))
+        self.update(phase=phase)
+
+    def progress(self, phase: Phase, done: int, total: int) -> None:
+        """How far a phase has come; most calls say nothing."""
+        now = time.monotonic()
+        if now - self._progress_at >= _PROGRESS_S or done == total:
+            self._progress_at = now
+            self.tell(Progress(at=time.time(), phase=phase, done=done, total=total))
+
+    def health(self, kind: str, evidence: str, remedy: str, *, step: int = 0, error: bool = False) -> None:
+        """Say that something is wrong or odd, with what can be done."""
+        self.log(f"{kind}: {evidence} {remedy}")
+        self.tell(
+            Health(
+                at=time.time(),
+                kind=kind,
+                severity="error" if error else "warning",
+                evidence=evidence,
+                remedy=remedy,
+                step=step,
+            )
+        )
+
+    def update(
+        self,
+        *,
+        phase: Phase | None = None,
+        step: int | None = None,
+        total_steps: int | None = None,
+        loss: float | None = None,
+    ) -> None:
+        """Change what the next heartbeat says."""
+        given = {"phase": phase, "step": step, "total_steps": total_steps, "loss": loss}
+        with self._lock:
+            self._status = msgspec.structs.replace(
+                self._status, **{key: value for key, value in given.items() if value is not None}
+            )
+
+    def log(self, line: str) -> None:
+        """A line of the trainer's log."""
+        if not self._mute:
+            # The log may be on a full disk too.
+            with suppress(OSError):
+                print(time.strftime("%H:%M:%S"), line, file=sys.stderr, flush=True)
+
+    def _flush(self) -> None:
+        while self._unwritten:
+            try:
+                if self._writer is None:
+                    self._writer = EventWriter(self._run.events_path)
+                self._writer.append(self._unwritten[0])
+            except OSError:
+                # A new writer cuts off the half line that may be there now.
+                if self._writer is not None:
+                    self._writer.close()
+                self._writer = None
+                return
+            self._unwritten.pop(0)
+
+    def _beat(self) -> None:
+        while not self._stopping.wait(HEARTBEAT_S):
+            self._write_status()
+
+    def _write_status(self) -> None:
+        if self._mute:
+            return
+        with self._lock:
+            status = msgspec.structs.replace(self._status, at=time.time())
+        with suppress(OSError):
+            write_status(self._run, status)

@@ -1,0 +1,303 @@
+"""The stations of a run, in order: data, model, adapter, training, result."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from qlora_tui.catalog.local import ModelFiles, resolve
+from qlora_tui.data.dataset import Prepared, prepare
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import AdapterReady, DataReady, Environment, Finished, Paused, Stopped, Terminal
+from qlora_tui.training import checks, gguf, load, loss
+from qlora_tui.training.adapter import add_lora, trained_parameters
+from qlora_tui.training.asked import EndedEarly, Requests
+from qlora_tui.training.batches import Schedule, lay_out
+from qlora_tui.training.checkpoints import Checkpoint, check_same
+from qlora_tui.training.device import Attention, Device, choose_attention, find_device
+from qlora_tui.training.edge import Edge, Setting
+from qlora_tui.training.finish import write_adapter
+from qlora_tui.training.loop import RunTrainer, Steps, arguments, load_adapter
+from qlora_tui.training.measure import MemoryMeter
+from qlora_tui.training.probe import longest_micro_batch, probe
+from qlora_tui.training.reporter import Reporter
+from qlora_tui.training.telemetry import Telemetry
+
+_PACKAGES = ("qlora-tui", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model as it will be trained on, before LoRA."""
+
+    model: Any
+    folder: Path
+    attention: str
+    """As the run's record names it."""
+    loss: str
+    kept_apart: bool
+
+
+class Attempt:
+    """One attempt at a run, from recipe to adapter."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        recipe: Recipe,
+        checkpoint: Checkpoint | None,
+        reporter: Reporter,
+        requests: Requests,
+    ) -> None:
+        self.meter: MemoryMeter | None = None
+        """There once the device is known: for explaining a lack of memory."""
+        self._run = run
+        self._recipe = recipe
+        self._checkpoint = checkpoint
+        self._reporter = reporter
+        self._requests = requests
+        self._telemetry = Telemetry(run)
+
+    def train(self) -> Terminal:
+        """All of it; the event that ends the attempt. Raises whatever goes wrong."""
+        try:
+            return self._train()
+        except EndedEarly as ended:
+            step = self._checkpoint.step if self._checkpoint else 0
+            if ended.kind == "pause":
+                return Paused(at=time.time(), step=step)
+            return Stopped(at=time.time(), step=step)
+        finally:
+            self._telemetry.stop()
+
+    def _train(self) -> Terminal:
+        recipe, reporter = self._recipe, self._reporter
+        self._may_end()
+        reporter.phase("loading", recipe.model.id)
+        files = resolve(recipe.model.id)
+        device = find_device(recipe)
+        attends = choose_attention(recipe, device)
+        self.meter = MemoryMeter(recipe, files.architecture, device)
+        self._telemetry.start(on_card=device.kind == "cuda")
+        folder = _folder(files)
+        tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
+        data = self._prepare(tokenizer)
+        self._may_end()
+        reporter.phase("loading", f"{recipe.model.id} on {device.name}")
+        set_seed(recipe.training.seed)
+        base = self._base(folder, device, attends)
+        self._tell_environment(device, base)
+        schedule = lay_out(data.train, recipe, kept_apart=base.kept_apart)
+        self._tell_data(data, schedule)
+        self._may_end()
+        model = self._adapted(base, files)
+        return self._steps(files, base, model, device, tokenizer, data, schedule)
+
+    def _steps(
+        self,
+        files: ModelFiles,
+        base: Base,
+        model: Any,
+        device: Device,
+        tokenizer: ChatTokenizer,
+        data: Prepared,
+        schedule: Schedule,
+    ) -> Terminal:
+        run, recipe, reporter, checkpoint = self._run, self._recipe, self._reporter, self._checkpoint
+        training = recipe.training
+        pad_id = tokenizer.pad_id or 0
+        steps = Steps(
+            schedule,
+            data.train,
+            micro_batch=training.micro_batch,
+            kept_apart=base.kept_apart,
+            pad_id=pad_id,
+        )
+        trainer = RunTrainer(
+            model, arguments(recipe, device, len(schedule.steps), run.checkpoints_dir), steps
+        )
+        edge = Edge(
+            Setting(
+                run=run,
+                recipe=recipe,
+                device=device,
+                tokenizer=tokenizer,
+                validation=data.validation,
+                data_hash=data.data_hash,
+                kept_apart=base.kept_apart,
+                pad_id=pad_id,
+            ),
+            trainer,
+            reporter,
+            self._requests,
+        )
+        if checkpoint is not None:
+            edge.restore(checkpoint.state)
+        trainer.on_step = edge.step_done
+        trainer.on_begin = partial(self._begin, edge, trainer, schedule, data, base)
+        tokens_before = trainer.tokens
+        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        seconds = time.perf_counter() - self._began - edge.evaluating_s
+        return self._end(files, base, edge, trainer, tokenizer, seconds, trainer.tokens - tokens_before)
+
+    def _begin(self, edge: Edge, trainer: RunTrainer, schedule: Schedule, data: Prepared, base: Base) -> None:
+        self._may_end()
+        self._reporter.phase("probing", "one step on the longest batch")
+        rows = longest_micro_batch(
+            schedule, data.train, self._recipe.training.micro_batch, kept_apart=base.kept_apart
+        )
+        probe(trainer, rows, fresh=self._checkpoint is None)
+        assert self.meter is not None
+        self._reporter.tell(self.meter.measured("probe"))
+        self._may_end()
+        edge.begin()
+        self._began = time.perf_counter()
+        edge.evaluating_s = 0.0
+
+    def _end(
+        self,
+        files: ModelFiles,
+        base: Base,
+        edge: Edge,
+        trainer: RunTrainer,
+        tokenizer: ChatTokenizer,
+        seconds: float,
+        tokens: int,
+    ) -> Terminal:
+        run, recipe, reporter = self._run, self._recipe, self._reporter
+        assert self.meter is not None
+        step = trainer.state.global_step
+        reporter.tell(self.meter.measured("end"))
+        if edge.ending == "paused":
+            return Paused(at=time.time(), step=step)
+        reporter.phase("saving", "adapter")
+        reason, best = edge.reason, edge.progress.best_step
+        if recipe.training.early_stopping and best is not None and best != step and edge.ending == "finished":
+            load_adapter(trainer.model, run.checkpoints_dir / f"step-{best}")
+            reason = f"{reason}; the adapter is that of step {best}, the best"
+        write_adapter(
+            run, trainer.model, recipe, base.folder, tokenizer, from_hub=files.source == "hub cache"
+        )
+        if edge.ending == "stopped":
+            return Stopped(at=time.time(), step=step)
+        return Finished(
+            at=time.time(),
+            step=step,
+            seconds=seconds,
+            tokens_per_s=tokens / max(seconds, 1e-9),
+            reason=reason,
+            energy_kwh=self._telemetry.energy_kwh,
+        )
+
+    def _prepare(self, tokenizer: ChatTokenizer) -> Prepared:
+        reporter = self._reporter
+        reporter.phase("tokenizing")
+        data = prepare(
+            self._recipe,
+            tokenizer,
+            lambda progress: reporter.progress("tokenizing", round(progress.share * 100), 100),
+        )
+        if self._checkpoint is not None:
+            check_same(self._checkpoint.state, self._recipe, data.data_hash)
+        return data
+
+    def _base(self, folder: Path, device: Device, attends: Attention) -> Base:
+        recipe = self._recipe
+        model = load.load_base(folder, recipe, device, attends)
+        head = loss.find_head(model)
+        if not isinstance(head, str) and not checks.loss_is_exact(model, head, device.torch_device):
+            head = "what it does between head and loss is not known"
+        kept_apart = attends == "flash" or (attends == "segments" and load.attend_by_segments(model))
+        if not isinstance(head, str):
+            loss.use_chunked_loss(model, head)
+        loss.use_segments(model, by_mask=attends == "segments")
+        kept_apart = kept_apart and checks.samples_are_kept_apart(model, device.torch_device)
+        name = {"segments": "SDPA", "flash": "flash", "eager": "eager"}[attends]
+        return Base(
+            model=model,
+            folder=folder,
+            attention=f"{name}, sample by sample" if kept_apart else f"{name}, padded rows",
+            loss=f"stock: {head}" if isinstance(head, str) else "chunked",
+            kept_apart=kept_apart,
+        )
+
+    def _adapted(self, base: Base, files: ModelFiles) -> Any:
+        training, lora = self._recipe.training, self._recipe.lora
+        model = add_lora(base.model, lora, files.architecture)
+        if training.gradient_checkpointing:
+            load.checkpoint_activations(base.model, keep_rng=lora.dropout > 0)
+        self._reporter.tell(
+            AdapterReady(
+                at=time.time(),
+                trained_parameters=trained_parameters(model),
+                total_parameters=files.architecture.total_params,
+            )
+        )
+        return model
+
+    def _tell_environment(self, device: Device, base: Base) -> None:
+        self._reporter.tell(
+            Environment(
+                at=time.time(),
+                device=device.name,
+                device_kind=device.kind,
+                device_total_bytes=device.total_bytes,
+                compute_dtype=device.dtype_name,
+                attention=base.attention,
+                optimizer=self._recipe.training.optimizer,
+                loss=base.loss,
+                versions=_versions(),
+            )
+        )
+
+    def _tell_data(self, data: Prepared, schedule: Schedule) -> None:
+        train, counts = data.train, data.counts
+        self._reporter.tell(
+            DataReady(
+                at=time.time(),
+                samples=len(train),
+                validation_samples=len(data.validation),
+                tokens=sum(train.lengths()),
+                trained_tokens=sum(train.trained_count(i) for i in range(len(train))),
+                rows=schedule.rows_per_epoch,
+                steps_per_epoch=schedule.steps_per_epoch,
+                total_steps=len(schedule.steps),
+                data_hash=data.data_hash,
+                dropped=counts.dropped,
+                cut=counts.cut,
+            )
+        )
+        self._reporter.update(total_steps=len(schedule.steps))
+
+    def _may_end(self) -> None:
+        """At the edge of a phase: leave where that was asked."""
+        self._requests.look()
+        kind = self._requests.ending()
+        if kind is not None:
+            raise EndedEarly(kind)
+
+
+def _folder(files: ModelFiles) -> Path:
+    return gguf.converted(files.folder / files.gguf_file) if files.gguf_file else files.folder
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found

@@ -1,0 +1,85 @@
+"""The machine, once a second: ``telemetry.jsonl``, and the energy of the run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.reading import Reading
+from qlora_tui.gpu.sampler import Sampler
+from qlora_tui.gpu.visible import torch_card
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.telemetry import Sample, encode
+
+PERIOD_S = 1.0
+_LONGEST_GAP_S = 5.0
+"""A longer one between two readings of the power is not filled in."""
+_JOULES_A_KWH = 3.6e6
+
+
+class Telemetry:
+    """Samples from ``start`` to ``stop``, in a thread of its own; a full disk loses samples, nothing else."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._path = run.telemetry_path
+        self._process = psutil.Process()
+        self._joules: float | None = None
+        self._power: tuple[float, float] | None = None
+        self._stopping = threading.Event()
+        self._gpu: Sampler | None = None
+        self._thread = threading.Thread(target=self._sample_host, name="telemetry", daemon=True)
+
+    def start(self, *, on_card: bool) -> None:
+        """``on_card``: the run computes on a card, which is then read too."""
+        self._process.cpu_percent()
+        if on_card:
+            with suppress(NoGpu):
+                self._gpu = Sampler(torch_card().index, self._take, period_s=PERIOD_S)
+                self._gpu.start()
+                return
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No sample comes after this."""
+        self._stopping.set()
+        if self._gpu is not None:
+            self._gpu.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def energy_kwh(self) -> float | None:
+        """Of the card since the start; None where it does not tell its power."""
+        return None if self._joules is None else self._joules / _JOULES_A_KWH
+
+    def _sample_host(self) -> None:
+        self._write(None)
+        while not self._stopping.wait(PERIOD_S):
+            self._write(None)
+
+    def _take(self, reading: Reading | NoGpu) -> None:
+        if isinstance(reading, NoGpu):
+            self._write(None)
+            return
+        if reading.power_w is not None:
+            self._joules = self._joules or 0.0
+            if self._power is not None and reading.at - self._power[0] < _LONGEST_GAP_S:
+                self._joules += (reading.at - self._power[0]) * (reading.power_w + self._power[1]) / 2
+            self._power = (reading.at, reading.power_w)
+        self._write(reading)
+
+    def _write(self, reading: Reading | None) -> None:
+        extra: dict[str, Any] = {"gpu": reading} if reading is not None else {}
+        sample = Sample(
+            at=time.time(),
+            rss_bytes=self._process.memory_info().rss,
+            cpu_percent=self._process.cpu_percent(),
+            **extra,
+        )
+        with suppress(OSError), self._path.open("ab") as file:
+            file.write(encode(sample))
