@@ -75,7 +75,7 @@ def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
 
 
 def _told(report: Report) -> str:
-    lines = [f"{file.path}: {file.format}. {file.evidence}" for file in report.files]
+    lines = [f"{file.path}: {file.format}, because {'; '.join(file.evidence)}" for file in report.files]
     counts = report.counts
     lines.append(f"{counts.rows:,} rows, {counts.conversations:,} conversations")
     if report.lengths and report.lengths.count:
@@ -86,7 +86,7 @@ def _told(report: Report) -> str:
         )
     if report.too_long:
         lines.append(f"{report.too_long:,} longer than the sequence length")
-    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"note: {note} in {rows:,} rows" for note, rows in report.notes.items()]
     for problem in report.problems:
         rows = ", ".join(f"{row:,}" for row in islice(problem.rows, _ROWS_NAMED))
         more = "…" if problem.count > _ROWS_NAMED else ""

@@ -9,10 +9,13 @@ import time
 import traceback
 from collections.abc import Sequence
 
+import msgspec
+
 from qlora_tui import __version__, paths
 from qlora_tui.cli import data, doctor, estimate, locate, presets, runs, train
 from qlora_tui.cli.verb import Verb, show
 from qlora_tui.errors import FAILED, Problem
+from qlora_tui.settings import load_settings
 
 VERBS: tuple[Verb, ...] = (
     estimate.VERB,
@@ -54,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tune language models with QLoRA on one GPU. Without a verb it opens the app.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-tui {__version__}")
-    parser.add_argument("--gpu-gib", type=float, help="memory to estimate against, where no card tells it")
+    parser.add_argument("--gpu-gib", type=float, help="estimate against a card of this size")
+    parser.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
     parser.set_defaults(verb=None)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     for verb in VERBS:
@@ -75,8 +79,11 @@ def _open_app(args: argparse.Namespace) -> int:
         )
     from qlora_tui.tui.app import QloraApp
 
-    app = QloraApp(assumed_bytes=round(args.gpu_gib * 2**30) if args.gpu_gib else None)
-    app.run()
+    settings = load_settings()
+    if args.gpu_gib:
+        settings = msgspec.structs.replace(settings, card_gib=args.gpu_gib)
+    app = QloraApp(settings)
+    app.run(mouse=settings.mouse and not args.no_mouse)
     return app.return_code or 0
 
 

@@ -13,8 +13,10 @@ from textual.screen import Screen
 from textual.signal import Signal
 
 from qlora_tui.errors import Problem
+from qlora_tui.format import GIB
 from qlora_tui.memory.room import Room, room_for
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.settings import Settings
 from qlora_tui.tui import themes
 from qlora_tui.tui.commands import EVERYWHERE
 from qlora_tui.tui.palette import CommandProvider
@@ -56,14 +58,13 @@ class QloraApp(App[None]):
     # Not a ClassVar: Textual declares it as an attribute of the instance.
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide"), (160, "-very-wide")]  # noqa: RUF012
 
-    def __init__(self, *, assumed_bytes: int | None = None) -> None:
+    def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
+        self.settings = settings or Settings()
         # Over a slow link an animation is only a delay.
         self.animation_level = "none"
         self.workbench = load_draft()
         self.pulse = Pulse()
-        self.assumed_bytes = assumed_bytes
-        """Memory to estimate against where there is no card, or another is meant."""
         self.recipe_changed: Signal[Recipe] = Signal(self, "recipe changed")
         self.pulse_changed: Signal[Pulse] = Signal(self, "pulse changed")
         self._watch = Watch()
@@ -72,14 +73,18 @@ class QloraApp(App[None]):
     @property
     def room(self) -> Room:
         """Where a run would be computed, and how much memory it could have."""
-        return room_for(self.pulse.card, self.assumed_bytes)
+        given = self.settings.card_gib
+        return room_for(self.pulse.card, None if given is None else round(given * GIB))
 
     def on_mount(self) -> None:
         found, problems = themes.load_themes()
         for theme in found:
             self.register_theme(theme)
-        if themes.DEFAULT in self.available_themes:
-            self.theme = themes.DEFAULT
+        if self.settings.theme in self.available_themes:
+            self.theme = self.settings.theme
+        else:
+            self.notify(f"There is no theme {self.settings.theme!r}.", severity="warning")
+        self.set_keymap(self.settings.keymap)
         for problem in problems:
             self.notify(str(problem), severity="warning", timeout=10)
         self.set_interval(LOOK_EVERY_S, self._look)

@@ -17,7 +17,6 @@ from textual.theme import Theme
 from qlora_tui import paths
 from qlora_tui.errors import Problem
 
-DEFAULT = "harbour"
 Colour = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
 
 

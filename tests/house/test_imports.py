@@ -12,7 +12,6 @@ HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "
 LIGHT_MODULES = (
     "qlora_tui.recipe.presets",
     "qlora_tui.catalog.local",
-    "qlora_tui.catalog.resolve",
     "qlora_tui.gpu.sampler",
     "qlora_tui.memory",
     "qlora_tui.data.inspect",
@@ -40,7 +39,9 @@ def test_everything_but_the_app_works_without_textual(module: str) -> None:
     assert "textual" not in loaded_by(f"import {module}")
 
 
-@pytest.mark.parametrize("screen", ["home", "models", "data", "memory", "lora", "train", "runs", "chat", "presets"])
+@pytest.mark.parametrize(
+    "screen", ["home", "models", "data", "memory", "lora", "train", "runs", "chat", "presets"]
+)
 def test_no_screen_loads_an_ml_library(screen: str) -> None:
     assert not loaded_by(f"import qlora_tui.tui.screens.{screen}") & set(HEAVY)
 

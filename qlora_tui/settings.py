@@ -1,0 +1,49 @@
+"""``config.toml``: what holds for every recipe. Written by the user; the app only reads it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from qlora_tui import paths
+from qlora_tui.errors import WRONG_CALL, Problem
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The user's own settings; every one may be left out."""
+
+    theme: str = "harbour"
+    """Name of a theme (see `qlora-tui locate` for the folders)."""
+    model_folders: tuple[str, ...] = ()
+    """Folders to look for models in, besides the Hugging Face cache."""
+    keymap: dict[str, str] = {}
+    """Keys by command, as in ``"train.stop" = "x"``; `?` in the app lists the commands."""
+    mouse: bool = True
+    card_gib: Annotated[float | None, Meta(gt=0)] = None
+    """Memory to estimate against, where it is not the card of this machine."""
+
+
+def config_path() -> Path:
+    """Where the file is, or would be."""
+    return paths.config_dir() / "config.toml"
+
+
+def load_settings() -> Settings:
+    """The settings, or the defaults where there is no file. Raises Problem for one that is wrong."""
+    path = config_path()
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text("utf-8")), Settings)
+    except FileNotFoundError:
+        return Settings()
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        known = ", ".join(field.name for field in msgspec.structs.fields(Settings))
+        raise Problem(
+            "config.toml cannot be used",
+            what=f"{path}: {error}.",
+            fix=f"Its keys are {known}.",
+            exit_code=WRONG_CALL,
+        ) from error
