@@ -23,7 +23,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     keymap: dict[str, str] = {}
     """Keys by command, as in ``"train.stop" = "x"``; `?` in the app lists the commands."""
     mouse: bool = True
-    card_gib: Annotated[float | None, Meta(gt=0)] = None
+    card_gib: Annotated[float, Meta(gt=0)] | None = None
     """Memory to estimate against, where it is not the card of this machine."""
 
 
