@@ -25,6 +25,8 @@ class Heads:
     kv_heads: int
     head_dim: int
     value_dim: int
+    pieces: int = 1
+    """Samples in one row, each attended by itself (``training/attention.py``); their outputs are joined."""
     softcap: bool = False
     sinks: bool = False
     """A learned logit a head that takes part in the softmax (gpt-oss)."""
@@ -40,12 +42,27 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
     if (kernel == "flash" and ops.device == "cuda") or (ops.autocast and kernel != "eager"):
         # Flash kernels know two bytes only; transformers casts for them, autocast for SDPA.
         q, k, v = (ops.cast(tensor, ops.compute) for tensor in (q, k, v))
-    if kernel == "flash":
-        return _fused(ops, q, k, v, shape, flash=True)
-    if kernel == "efficient":
-        k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
-        return _fused(ops, q, k, v, shape, flash=False)
+    if kernel in ("flash", "efficient"):
+        if kernel == "efficient":
+            k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
+        if shape.pieces > 1:
+            q, k, v = (_split(ops, tensor) for tensor in (q, k, v))
+        out = _fused(ops, q, k, v, shape, flash=kernel == "flash")
+        return _joined(ops, out) if shape.pieces > 1 else out
     return _written_out(ops, q, k, v, shape, math=kernel == "math")
+
+
+def _split(ops: Ops, x: Tensor) -> Tensor:
+    """``split``: views; the gradients of the pieces are joined in a copy."""
+    numel, width = x.numel, x.width
+    return x.view(ops.tape.node((x,), lambda grad, saved: (ops.new(numel, width),)))
+
+
+def _joined(ops: Ops, x: Tensor) -> Tensor:
+    """``cat``: a copy; its gradient is handed out in views."""
+    out = ops.new(x.numel, x.width)
+    out.node = ops.tape.node((x,), lambda grad, saved: (grad.view(None),))
+    return out
 
 
 def _repeat(ops: Ops, x: Tensor, shape: Heads) -> Tensor:

@@ -64,6 +64,8 @@ class CodePath:
     accumulates: bool = False
     """Gradients of earlier micro-steps are there during the forward."""
     packing: bool = False
+    segments: bool = False
+    """The micro-batch is one long row whose samples are attended one by one."""
     device: Literal["cuda", "cpu"] = "cuda"
     fused_kernels: bool = False
     """Fused RMSNorm and rotary kernels, and LoRA on 4-bit weights in one function (Unsloth's, FOAK's)."""
@@ -84,6 +86,7 @@ def our_path(recipe: Recipe, device: Device) -> CodePath:
         optimizer=recipe.training.optimizer,
         accumulates=recipe.training.gradient_accumulation > 1,
         packing=recipe.data.packing,
+        segments=recipe.model.attention != "eager",
         device=device.kind,
     )
 

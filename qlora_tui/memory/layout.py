@@ -87,6 +87,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         kv_heads=architecture.kv_heads,
         head_dim=architecture.head_dim,
         value_dim=architecture.head_dim,
+        pieces=rows if path.segments else 1,
     )
     known: dict[tuple[Linear, ...], Block] = {}
     blocks = []

@@ -87,9 +87,11 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
         states.node = node
         toward = ops.new(numel, kept)
     with ops.meter.booking("logits"):
+        # The chunk before is still bound to its name while the next is made.
+        before = ops.new(chunk, FLOAT) if layout.tokens > rows else None
         thin = ops.new(chunk, width)
         logits = ops.new(chunk, FLOAT) if width != FLOAT else thin
-        del thin
+        del thin, before
         spare = ops.new(chunk, FLOAT)  # logsumexp's exponentials
         del spare
         slope = _slope(ops, chunk) if layout.softcap else None

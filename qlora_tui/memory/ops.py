@@ -184,15 +184,15 @@ class Ops:
         numel, rows = wide.numel, self.tokens
 
         def square(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-            # mean's backward divides the expanded gradient; pow's is grad * (2 * self.pow(1)).
-            first = self.new(numel, FLOAT)
-            second = self.new(numel, FLOAT)
-            del first
-            third = self.new(numel, FLOAT)
-            del second
-            return (third,)
+            # grad * (2 * self.pow(1)): a C++ expression's temporaries live to its end.
+            power = self.new(numel, FLOAT)
+            doubled = self.new(numel, FLOAT)
+            made = self.new(numel, FLOAT)
+            del power, doubled
+            return (made,)
 
         def mean(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            # The expanded gradient, divided by the width.
             return (self.new(numel, FLOAT),)
 
         def product(grad: Tensor, saved: list[Tensor | None]) -> Grads:

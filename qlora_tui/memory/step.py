@@ -84,6 +84,7 @@ def peaks(layout: Layout, path: CodePath, dropout: float) -> list[Peak]:
     profiles: dict[tuple[int, int], Profile] = {}
     order = []
     width = embedding_bytes(path)
+    embedded = {} if path.checkpointing else {"activations": layout.tokens * layout.hidden * width}
     for block in layout.blocks:
         key = (id(block), width)
         if key not in profiles:
@@ -93,7 +94,7 @@ def peaks(layout: Layout, path: CodePath, dropout: float) -> list[Peak]:
         width = stream_bytes(path)
     tail = partial(_tail, layout=layout, path=path)
     head = _profile(layout, path, dropout, tail, width, checkpointed=False)
-    return list(_candidates(order, head, _cast_once(layout, path)))
+    return list(_candidates(order, head, _cast_once(layout, path), embedded))
 
 
 Run = Callable[[Ops, list[Tensor]], tuple[Tensor, list[Tensor]]]
@@ -191,7 +192,12 @@ def _cast_once(layout: Layout, path: CodePath) -> Items:
     return {"adapter": layout.adapter_parameters * path.compute_bytes}
 
 
-def _candidates(order: list[Profile], head: Profile, forward_only: Items) -> list[Peak]:
+def _candidates(order: list[Profile], head: Profile, forward_only: Items, embedded: Items) -> list[Peak]:
+    """Every moment that could be the fullest.
+
+    ``embedded`` is the embedding's output: gradients were switched on for it, so the graph holds it as a leaf
+    (a checkpointed first layer holds it anyway).
+    """
     last = len(order) - 1
     before: Counter[str] = Counter()
     cast = Counter(forward_only)
@@ -202,6 +208,8 @@ def _candidates(order: list[Profile], head: Profile, forward_only: Items) -> lis
         if index in (0, last):
             found.append(Peak(f"forward of layer {index}", dict(before + cast + Counter(profile.forward))))
         before.update(profile.kept)
+        if not index:
+            before.update(embedded)
     found.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
     found.append(Peak("loss backward", dict(before + Counter(head.backward))))
     held = Counter(head.held)

@@ -1,0 +1,335 @@
+"""A training step run on torch's ``meta`` device, every storage counted: the estimate's oracle.
+
+Nothing is computed and no weight is read, but the code is the real one: transformers' model, peft's adapter,
+bitsandbytes' 4-bit product, this project's loss and attention. A dispatch mode sees each tensor made on the
+way and a weak reference tells when its storage goes, so the peak follows from lifetimes nobody wrote down.
+
+``meta`` would take slower paths than a card where torch chooses by device; :class:`_AsOnCard` puts the card's
+choices in their place (fused attention, fused dropout, one-pass softmax).
+
+Run as a child: ``python -m qlora_tui.engine.trace`` reads a :class:`Request` as JSON from stdin and writes an
+:class:`Answer`. ``qlora-tui estimate --trace`` and the tests start it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import torch
+from msgspec import Struct
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.recipe.schema import Recipe
+
+IGNORED = -100
+
+
+class Request(Struct, kw_only=True):
+    """What to trace."""
+
+    config: dict[str, Any]
+    """The model's ``config.json``."""
+    recipe: Recipe
+    device: str = "cuda"
+    """Whose choices of kernels to follow: ``cuda`` or ``cpu``."""
+    loss: str = "chunked"
+    """``chunked`` (ours) or ``stock`` (transformers', over all logits)."""
+    dtype: str = "bfloat16"
+
+
+class Answer(Struct, kw_only=True):
+    """What the step held at most, in bytes of storages."""
+
+    parameter_bytes: int
+    """Frozen weights as stored, scales included."""
+    adapter_bytes: int
+    forward_bytes: int
+    """Peak of the forward beyond weights and adapter."""
+    backward_bytes: int
+    """Peak of the backward beyond weights and adapter, gradients included."""
+    gradient_bytes: int
+    kept_bytes: int
+    """Alive between forward and backward."""
+
+    @property
+    def step_bytes(self) -> int:
+        """The fuller of the two, beyond weights and adapter."""
+        return max(self.forward_bytes, self.backward_bytes)
+
+
+def trace(request: Request) -> Answer:
+    """Build the model on ``meta``, run one forward and backward, and count."""
+    architecture = read_architecture(request.config)
+    dtype = getattr(torch, request.dtype)
+    model = build(request, architecture, dtype)
+    frozen = sum(_size(p.untyped_storage()) for p in model.parameters() if not p.requires_grad)
+    frozen += _scale_bytes(model)
+    adapter = sum(_size(p.untyped_storage()) for p in model.parameters() if p.requires_grad)
+    inputs = _inputs(request)
+    model.train()
+    with _AsOnCard(request.device), Storages() as storages:
+        loss = model(**inputs).loss
+        forward, kept = storages.peak_bytes, storages.live_bytes
+        storages.restart()
+        loss.backward()
+        backward = storages.peak_bytes
+    gradients = sum(_size(p.grad.untyped_storage()) for p in model.parameters() if p.grad is not None)
+    return Answer(
+        parameter_bytes=frozen,
+        adapter_bytes=adapter,
+        forward_bytes=forward,
+        backward_bytes=backward,
+        gradient_bytes=gradients,
+        kept_bytes=kept,
+    )
+
+
+def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> Any:
+    """The model as the trainer prepares it, without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_tui.training import load
+    from qlora_tui.training.adapter import add_lora
+    from qlora_tui.training.loss import Head, find_head, use_chunked_loss, use_segments
+
+    recipe = request.recipe
+    values = {
+        k: v for k, v in request.config.items() if k not in ("quantization_config", "torch_dtype", "dtype")
+    }
+    config = AutoConfig.for_model(**values)
+    attention = "eager" if recipe.model.attention == "eager" else "sdpa"
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        except ValueError:  # a family without SDPA
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    if recipe.quantization.method in ("nf4", "fp4"):
+        _quantize(model, recipe, architecture, dtype)
+    load.freeze(model)
+    segments = attention != "eager" and load.attend_by_segments(model)
+    if recipe.training.gradient_checkpointing:
+        load.checkpoint_activations(model, keep_rng=False)
+    model.enable_input_require_grads()
+    head = find_head(model)
+    if request.loss == "chunked" and isinstance(head, Head):
+        use_chunked_loss(model, head)
+    use_segments(model, by_mask=segments)
+    with torch.device("meta"):
+        return add_lora(model, recipe.lora, architecture)
+
+
+def _inputs(request: Request) -> dict[str, Any]:
+    """One micro-batch end to end in a row, every token learnt from, one sample as long as it may be a row."""
+    recipe = request.recipe
+    rows, length = recipe.training.micro_batch, recipe.data.max_length
+    tokens = rows * length
+    labels = torch.zeros(1, tokens, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
+    return {
+        "input_ids": torch.zeros(1, tokens, dtype=torch.long, device="meta"),
+        "position_ids": torch.zeros(1, tokens, dtype=torch.long, device="meta"),
+        "labels": labels,
+        "segments": [length] * rows,
+    }
+
+
+def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtype: torch.dtype) -> None:
+    """Put bitsandbytes' modules in, with packed weights and scales of the right sizes and no values."""
+    from bitsandbytes import functional as quantization
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
+    for module in architecture.modules:
+        if not module.quantizable:
+            continue
+        parent, _, leaf = module.name.rpartition(".")
+        try:
+            holder = model.get_submodule(parent)
+        except AttributeError:  # text model taken out of a multimodal one
+            continue
+        made = Linear4bit(
+            module.in_features, module.out_features, bias=module.bias, compute_dtype=dtype, device="meta"
+        )
+        count = module.weight_params
+        blocks = -(-count // 64)
+        inner = None
+        if nested:
+            inner = quantization.QuantState(
+                absmax=torch.empty(-(-blocks // 256), device="meta"),
+                code=torch.empty(256, device="meta"),
+                blocksize=256,
+                dtype=torch.float32,
+            )
+        state = quantization.QuantState(
+            absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta"),
+            shape=torch.Size((module.out_features, module.in_features)),
+            code=torch.empty(16, device="meta"),
+            blocksize=64,
+            quant_type=method,
+            dtype=dtype,
+            offset=torch.empty((), device="meta") if nested else None,
+            state2=inner,
+        )
+        made.weight = Params4bit(
+            torch.empty(-(-count // 2), 1, dtype=torch.uint8, device="meta"),
+            requires_grad=False,
+            quant_state=state,
+            quant_type=method,
+            compress_statistics=nested,
+            bnb_quantized=True,
+        )
+        made.quant_state = state
+        if made.bias is not None:
+            made.bias = nn.Parameter(made.bias.to(dtype), requires_grad=False)
+        setattr(holder, leaf, made)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what peft goes by
+
+
+def _scale_bytes(model: nn.Module) -> int:
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            for tensor in (state.absmax, state.code, getattr(state, "offset", None)):
+                total += _size(tensor.untyped_storage()) if isinstance(tensor, Tensor) else 0
+            state = getattr(state, "state2", None)
+    return total
+
+
+def _size(storage: torch.UntypedStorage) -> int:
+    return -(-storage.nbytes() // 512) * 512
+
+
+class Storages(TorchDispatchMode):
+    """Counts the storages made under it, until they go. Those made before do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._known: dict[int, int] = {}
+
+    def restart(self) -> None:
+        """Forget the peak: it starts again from what is alive."""
+        gc.collect()
+        self.peak_bytes = self.live_bytes
+
+    def ignore(self, tensor: Tensor) -> None:
+        """A tensor that was there before."""
+        self._known[tensor.untyped_storage()._cdata] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_iter((args, kwargs)):
+            if isinstance(given, Tensor) and given.untyped_storage()._cdata not in self._known:
+                self._watch(given, 0)
+        result = func(*args, **(kwargs or {}))
+        for made in tree_iter(result):
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self._known:
+                self._watch(made, _size(made.untyped_storage()))
+        return result
+
+    def _watch(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        self._known[storage._cdata] = size
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._gone, storage._cdata)
+
+    def _gone(self, key: int) -> None:
+        self.live_bytes -= self._known.pop(key, 0)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Sizes of FlashAttention: keeps q, k, v, its output and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[-1])).transpose(
+            1, 2
+        )
+        row_sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, row_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, row_sums = ctx.saved_tensors
+        delta = torch.empty_like(row_sums)
+        sums = query.new_empty(query.shape, dtype=torch.float32) if query.element_size() == 2 else None
+        made = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        if query.shape[1] != key.shape[1]:
+            spread = torch.empty_like(query), query.new_empty((*query.shape[:3], value.shape[-1]))
+            del spread
+        del delta, sums
+        return made
+
+
+class _AsOnCard:
+    """Makes torch's device-dependent choices those of ``device`` while the trace runs."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        self._replace(functional, "scaled_dot_product_attention", _attention)
+        self._replace(torch, "autocast", _no_autocast)
+        if self._device == "cuda":
+            self._replace(functional, "dropout", _dropout)
+
+    def __exit__(self, *exc: object) -> None:
+        for undo in self._undo:
+            undo()
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        self._undo.append(lambda: setattr(owner, name, before))
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    made: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch's own
+    return made
+
+
+def _no_autocast(*args: Any, **kwargs: Any) -> contextlib.nullcontext[None]:
+    """The meta device knows no autocast, and the traced path uses none."""
+    return contextlib.nullcontext()
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or not p:
+        return input
+    return torch.native_dropout(input, p, True)[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Libraries talk on stdout; the answer must be alone there."""
+    before, sys.stdout = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
+def main() -> None:
+    """One request from stdin, one answer to stdout."""
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    with _quiet():
+        answer = trace(request)
+    sys.stdout.buffer.write(msgspec.json.encode(answer))
+
+
+if __name__ == "__main__":
+    main()
