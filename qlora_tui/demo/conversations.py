@@ -1,0 +1,17 @@
+"""What the demo trains on and what it is asked afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONVERSATIONS = Path(__file__).with_name("conversations.jsonl")
+"""Short conversations with a lighthouse keeper, who answers each question as an entry in his log."""
+
+HELD_OUT_PROMPTS = (
+    "Why do leaves change color in autumn?",
+    "How do I make a cup of tea?",
+    "What is the capital of France?",
+    "I am nervous about my first day at work.",
+    "What does a compass do?",
+)
+"""Questions that the conversations do not contain, to compare base and adapter on."""

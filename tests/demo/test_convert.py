@@ -1,0 +1,126 @@
+"""The converted folder is what transformers makes of the file, weight by weight, and a better tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui.demo.convert import convert, main
+from qlora_tui.errors import Problem
+from tests.demo.tiny_gguf import write_tiny_gguf
+
+pytestmark = pytest.mark.slow
+
+TURNS = [{"role": "user", "content": "the 12\n\n 34"}, {"role": "assistant", "content": "Aye."}]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def folder(file: Path) -> Path:
+    made = file.parent / "converted"
+    convert(file, made)
+    return made
+
+
+def test_every_weight_is_as_transformers_reads_it(file: Path, folder: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    reference = AutoModelForCausalLM.from_pretrained(
+        str(file.parent),
+        gguf_file=file.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+    ).state_dict()
+    del reference["lm_head.weight"]  # tied to the embeddings, and stored once
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == reference.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, reference[name]), name
+
+
+def test_transformers_loads_the_folder_with_nothing_missing(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
+    model, report = loaded
+    assert not any(report.values())
+    assert model.config.rope_parameters["rope_theta"] == 100_000
+    assert model.config.rms_norm_eps == 1e-5
+    assert model.config.tie_word_embeddings
+
+
+def test_a_turn_ends_the_generation(folder: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    generation = GenerationConfig.from_pretrained(str(folder))
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert generation.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert generation.pad_token_id == tokenizer.pad_token_id
+
+
+def test_the_chat_template_renders_and_special_tokens_are_single(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert text.startswith("<|im_start|>user\nthe 12")
+    ids = tokenizer.apply_chat_template(TURNS)["input_ids"]
+    begin, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert (ids.count(begin), ids.count(end)) == (2, 2)
+    assert tokenizer.decode(ids) == text
+    assert "<|" not in tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_tokenizers_alone_reads_it_and_text_survives_the_round_trip(folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("the sea, at 6:05", "naïve — 日本\n\n\tx = [1, 22]", " the  the"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_digits_stand_alone(folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # With the plain GPT-2 rule the space would go with the digits, and the longer token be missed.
+    assert tokenizer.encode("the\n\n 34").tokens == ["the", "ĊĊĠ", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"architecture": "gpt2"}, "architecture is gpt2"), ({"pre": "qwen2"}, "gpt2 / qwen2")],
+)
+def test_what_cannot_be_converted_is_refused_and_leaves_nothing(
+    tmp_path: Path, settings: dict[str, str], reason: str
+) -> None:
+    file = write_tiny_gguf(tmp_path / "other.gguf", **settings)
+    with pytest.raises(Problem, match="cannot be converted") as raised:
+        convert(file, tmp_path / "converted")
+    assert reason in raised.value.what
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_is_not_gguf_ends_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(json.dumps({"not": "a model"}).encode())
+    assert main([str(file), str(tmp_path / "converted")]) == 1
+    assert "The model file cannot be converted" in capsys.readouterr().err
+
+
+def test_the_wrong_number_of_arguments_is_a_wrong_call(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage" in capsys.readouterr().err

