@@ -3,8 +3,10 @@
 * ``facts``: the records: an ``Architecture`` and its linear modules, embeddings, head, other parameters.
 * ``architecture``: ``read_architecture``: from a ``config.json`` to those records. Pure Python, no weights.
 * ``families/``: what each model family is built of, as tables; ``template`` and ``config_fields`` read them.
-* ``local``, ``gguf``: the models on this machine; ``resolve`` finds one by name.
-* ``hub``, ``download``: search and fetch, through ``huggingface_hub``.
+* ``local``, ``model_folder``, ``gguf``: the models on this machine; why one is refused; finding one by name.
+* ``lookup``: an architecture by the model's name, weights or not.
+* ``hub``, ``hub_files``, ``download``, ``hub_errors``: search the hub, plan a download, fetch it; what goes
+  wrong.
 
 Read by the memory estimate, the LoRA and Models screens, and the trainer.
 """

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 from msgspec import Struct
 
 from qlora_tui import paths
@@ -173,7 +174,10 @@ def _hub_model(folder: Path) -> LocalModel:
     if snapshot is None or not (snapshot / CONFIG).is_file():
         blobs = sum(file.stat().st_size for file in _files(folder / "blobs"))
         return LocalModel(name, name, snapshot or folder, "hub cache", blobs, None, _unfinished(name))
-    return _model(snapshot, "hub cache", name, name)
+    model = _model(snapshot, "hub cache", name, name)
+    if model.refusal is not None and any((folder / "blobs").glob("*.incomplete")):
+        return msgspec.structs.replace(model, refusal=_unfinished(name))
+    return model
 
 
 def _snapshot(folder: Path) -> Path | None:
@@ -190,7 +194,7 @@ def _snapshot(folder: Path) -> Path | None:
 def _unfinished(name: str) -> Problem:
     return refused(
         "The download is not complete",
-        f"{name} is in the cache without its config.json.",
+        f"{name} is in the cache only in part.",
         "A download began and did not end, or fetched single files only.",
         "Download the model again: what is there already is kept.",
     )

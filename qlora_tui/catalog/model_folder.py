@@ -11,7 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.architecture import known_model_types, load_config, read_architecture
+from qlora_tui.catalog.architecture import (
+    known_model_types,
+    load_config,
+    read_architecture,
+    unknown_family,
+)
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 
@@ -21,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the classes end that write text."""
-TRAINABLE_AS_STORED = (None, "bitsandbytes")
+TRAINABLE_AS_STORED = ("bitsandbytes",)
 
 
 def refused(title: str, what: str, why: str, fix: str) -> Problem:
@@ -47,34 +52,47 @@ def inspect(folder: Path, name: str) -> tuple[Architecture | None, Problem | Non
 
 def judge_config(config: Mapping[str, Any], name: str) -> tuple[Architecture | None, Problem | None]:
     """What the config alone says: the architecture, and why such a model cannot be trained here."""
-    model_type = config.get("model_type")
-    if config.get("auto_map") and model_type not in known_model_types():
-        return None, refused(
-            "This model needs its own code",
-            f"{name} (model_type {model_type!r}) loads only with trust_remote_code.",
-            "That would run the author's Python on this machine, which qlora-tui never does.",
-            "Choose a model of a family that transformers has itself.",
-        )
+    refusal = judge_kind(config, name)
     try:
-        architecture = read_architecture(config)
+        return read_architecture(config), refusal
     except Problem as problem:
-        return None, Problem(problem.title, what=f"{name}: {problem.what}", why=problem.why, fix=problem.fix)
+        return None, refusal or _named(problem, name)
+
+
+def judge_kind(config: Mapping[str, Any], name: str) -> Problem | None:
+    """Why a model of this kind cannot be trained here, whatever its size."""
+    model_type = config.get("model_type")
+    if model_type not in known_model_types():
+        if config.get("auto_map"):
+            return refused(
+                "This model needs its own code",
+                f"{name} (model_type {model_type!r}) loads only with trust_remote_code.",
+                "That would run the author's Python on this machine, which qlora-tui never does.",
+                "Choose a model of a family that transformers has itself.",
+            )
+        return _named(unknown_family("config.json", str(model_type)), name) if model_type else None
     classes = config.get("architectures")
     if isinstance(classes, list) and classes and not str(classes[0]).endswith(CAUSAL):
-        return architecture, refused(
+        return refused(
             "This model does not write text",
             f"{name} is a {classes[0]}.",
             "Fine-tuning here needs a causal language model, with its output head.",
             "Choose the model it was made from.",
         )
-    if architecture.quantized_as not in TRAINABLE_AS_STORED:
-        return architecture, refused(
+    stored = config.get("quantization_config")
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if method is not None and method not in TRAINABLE_AS_STORED:
+        return refused(
             "This model is quantised already",
-            f"{name} is stored as {architecture.quantized_as}.",
+            f"{name} is stored as {method}.",
             "Weights that are quantised one way cannot be loaded as NF4.",
             "Choose the same model in 16 bits.",
         )
-    return architecture, None
+    return None
+
+
+def _named(problem: Problem, name: str) -> Problem:
+    return Problem(problem.title, what=f"{name}: {problem.what}", why=problem.why, fix=problem.fix)
 
 
 def _no_config(files: set[str], name: str) -> Problem:

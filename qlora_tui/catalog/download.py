@@ -1,0 +1,241 @@
+"""Fetching a model from the hub, in a process of its own: ``python -m qlora_tui.catalog.download ID``.
+
+It prints one JSON object a line: ``start`` and ``progress`` (``done_bytes``, ``total_bytes``, ``file``), then
+``done`` (``path``) or ``problem`` (``title``, ``what``, ``why``, ``fix``). It goes on when whoever reads its
+output has gone. ``huggingface_hub`` 2 begins a file anew after its process has died; here every file is kept
+as far as it came and continued, and is checked against its hash when it is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from qlora_tui.catalog.hub import TIMEOUT_S, endpoint, request_headers
+from qlora_tui.catalog.hub_errors import is_final, network_error, told
+from qlora_tui.catalog.hub_files import HubFile, Plan, plan_download
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.files import atomic_write
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with bytes here, bytes in all, and the name of the file in hand."""
+CHUNK_BYTES = 1 << 20
+SPARE_BYTES = 256 << 20
+"""Left free on the disk."""
+PATIENCE_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+"""Waits between attempts when the connection drops and nothing more arrives."""
+PROGRESS_EVERY_S = 0.25
+
+
+def download(
+    model_id: str, on_progress: OnProgress | None = None, patience_s: tuple[float, ...] = PATIENCE_S
+) -> Path:
+    """Fetch ``model_id`` into the Hugging Face cache; return the folder to load.
+
+    Continues what an earlier attempt left. Raises Problem when it cannot; what was fetched is kept.
+    """
+    plan = plan_download(model_id)
+    check_space(plan)
+    report = on_progress or (lambda done, total, file: None)
+    with told(model_id):
+        plan.snapshot.mkdir(parents=True, exist_ok=True)
+        (plan.folder / "blobs").mkdir(exist_ok=True)
+        report(plan.done_bytes, plan.total_bytes, "")
+        for file in plan.files:
+            if not (plan.blob(file).exists() or (plan.snapshot / file.name).is_file()):
+                _fetch(plan, file, report, patience_s)
+            _link(plan, file)
+        refs = plan.folder / "refs"
+        refs.mkdir(exist_ok=True)
+        atomic_write(refs / "main", plan.commit)
+    return plan.snapshot
+
+
+def check_space(plan: Plan) -> None:
+    """Raise Problem when what is missing does not fit on the disk."""
+    there = next(folder for folder in plan.folder.parents if folder.exists())
+    free = shutil.disk_usage(there).free
+    missing = plan.total_bytes - plan.done_bytes
+    if missing and missing + SPARE_BYTES > free:
+        raise Problem(
+            "There is not enough room on the disk",
+            what=f"{plan.id} needs {missing / 1e9:.1f} GB more, and {there} has {free / 1e9:.1f} GB free.",
+            fix="Free some space, or set HF_HOME to a folder on a larger disk.",
+        )
+
+
+def _link(plan: Plan, file: HubFile) -> None:
+    """Put ``file`` in the snapshot: a link to its blob, or the blob itself where links cannot be made."""
+    pointer = plan.snapshot / file.name
+    if pointer.is_file():
+        return
+    pointer.unlink(missing_ok=True)
+    try:
+        pointer.symlink_to(Path("../../blobs") / file.etag)
+    except OSError:
+        plan.blob(file).replace(pointer)
+
+
+@contextmanager
+def _growing(plan: Plan, file: HubFile) -> Iterator[IO[bytes]]:
+    """The half-fetched file, open at its end and held by this process alone."""
+    with plan.partial(file).open("ab") as partial:
+        try:
+            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Problem(
+                "The model is being downloaded already",
+                what=f"Another process is fetching {file.name} of {plan.id}.",
+                fix="Wait for it to end.",
+            ) from None
+        yield partial
+
+
+def _fetch(plan: Plan, file: HubFile, report: OnProgress, patience_s: tuple[float, ...]) -> None:
+    """Fetch ``file`` whole, however often the connection drops, as long as something arrives each time."""
+    before = plan.done_bytes - min(file.size_bytes, _size(plan.partial(file)))
+
+    def arrived(size: int) -> None:
+        report(before + size, plan.total_bytes, file.name)
+
+    with _growing(plan, file) as partial:
+        waits = iter(patience_s)
+        while (start := partial.seek(0, os.SEEK_END)) < file.size_bytes:
+            try:
+                _append(plan, file, partial, arrived)
+            except (network_error(), ConnectionError) as error:
+                if is_final(error):
+                    raise
+                if partial.tell() > start:
+                    waits = iter(patience_s)
+                if (wait := next(waits, None)) is None:
+                    raise
+                time.sleep(wait)
+        partial.flush()
+        if _hash(plan.partial(file), file) != file.etag:
+            partial.truncate(0)
+            raise Problem(
+                "The download is damaged",
+                what=f"{file.name} of {plan.id} is not what the hub says it should be.",
+                why="It was changed on its way, or by a disk error.",
+                fix="Download it again: this file begins anew.",
+            )
+        plan.partial(file).replace(plan.blob(file))
+
+
+def _append(plan: Plan, file: HubFile, partial: IO[bytes], arrived: Callable[[int], None]) -> None:
+    """One request for what is missing of ``file``."""
+    from huggingface_hub import get_session, hf_raise_for_status
+
+    size = partial.tell()
+    headers = request_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={size}-"}
+    url = f"{endpoint()}/{plan.id}/resolve/{plan.commit}/{file.name}"
+    with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_S) as response:
+        if response.status_code != 206:
+            size = 0
+            if response.status_code == 416:
+                partial.truncate(0)
+                return
+            hf_raise_for_status(response)
+            partial.truncate(0)
+        for chunk in response.iter_bytes(CHUNK_BYTES):
+            partial.write(chunk)
+            size += len(chunk)
+            arrived(size)
+    if size > file.size_bytes:
+        partial.truncate(0)
+        raise ConnectionError("more bytes than the file has")
+
+
+def _hash(path: Path, file: HubFile) -> str:
+    """The hash of ``path`` that the hub names files by: SHA-256, or git's of a blob."""
+    if len(file.etag) == 64:
+        hashed = hashlib.sha256()
+    else:
+        hashed = hashlib.sha1(f"blob {file.size_bytes}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as content:
+        for block in iter(lambda: content.read(CHUNK_BYTES), b""):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def spawn(model_id: str) -> subprocess.Popen[bytes]:
+    """Start a download that outlives this process and its terminal. Its JSON lines come on ``stdout``."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "qlora_tui.catalog.download", model_id],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+class _Lines:
+    """JSON lines on stdout, for as long as somebody reads them."""
+
+    def __init__(self) -> None:
+        self.read = True
+        self.last_s = 0.0
+
+    def write(self, event: str, **values: Any) -> None:
+        if not self.read:
+            return
+        try:
+            sys.stdout.buffer.write(msgspec.json.encode({"event": event, **values}) + b"\n")
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            self.read = False
+            # What is still buffered would raise again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def progress(self, done_bytes: int, total_bytes: int, file: str) -> None:
+        now_s = time.monotonic()
+        first = not file
+        if first or done_bytes == total_bytes or now_s - self.last_s >= PROGRESS_EVERY_S:
+            self.last_s = now_s
+            event = "start" if first else "progress"
+            self.write(event, done_bytes=done_bytes, total_bytes=total_bytes, file=file)
+
+
+def main(arguments: list[str]) -> int:
+    """The command line: one model id. Returns the exit code."""
+    lines = _Lines()
+    try:
+        if len(arguments) != 1:
+            raise Problem(
+                "The call is wrong",
+                what=f"One model id is expected, {len(arguments)} were given.",
+                fix="python -m qlora_tui.catalog.download publisher/model",
+                exit_code=WRONG_CALL,
+            )
+        path = download(arguments[0], lines.progress)
+    except Problem as problem:
+        texts = {"title": problem.title, "what": problem.what, "why": problem.why, "fix": problem.fix}
+        lines.write("problem", **texts)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        return 130
+    lines.write("done", path=str(path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,151 @@
+"""The hub: search, and what one model there would be. Asks whatever ``HF_ENDPOINT`` says.
+
+Requests go through ``huggingface_hub``'s session, headers and errors, but not through its ``HfApi``: that has
+no timeout and retries for half a minute before it says that there is no network, and a screen must answer.
+``huggingface_hub`` takes a fifth of a second to import, so every function here imports it when called; it
+reads ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` once, at that import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from qlora_tui.catalog.hub_errors import told
+from qlora_tui.catalog.model_folder import CONFIG, judge_kind
+from qlora_tui.errors import Problem
+
+TIMEOUT_S = 15
+"""For connecting, and for each wait for data."""
+SHOWN = ("downloads", "gated", "safetensors", "tags", "config", "lastModified")
+
+
+class HubModel(Struct, frozen=True):
+    """One result of a search."""
+
+    id: str
+    parameters: int | None
+    """As the hub counts: a tied head that is stored twice counts twice."""
+    downloads: int
+    """In the last month."""
+    gated: bool
+    """Its licence has to be accepted on the hub first, and a token is needed."""
+    licence: str | None
+    model_type: str | None
+    modified: str
+    """ISO date, or empty."""
+    refusal: Problem | None
+    """Why it cannot be trained here, as far as the hub says."""
+
+
+def search(query: str, limit: int = 30) -> list[HubModel]:
+    """Models whose name has ``query`` in it and whose weights are safetensors, most downloaded first.
+
+    Raises Problem when the hub does not answer.
+    """
+    wanted = {
+        "search": query,
+        "filter": ["transformers", "safetensors"],
+        "sort": "downloads",
+        "limit": limit,
+        "expand": list(SHOWN),
+    }
+    answer = get_json("api/models", wanted)
+    if not isinstance(answer, list):
+        raise not_a_hub()
+    return [_hub_model(entry) for entry in answer if isinstance(entry, dict) and "id" in entry]
+
+
+def _hub_model(entry: Mapping[str, Any]) -> HubModel:
+    config = entry.get("config") or {}
+    licences = [tag[8:] for tag in entry.get("tags") or () if str(tag).startswith("license:")]
+    return HubModel(
+        id=str(entry["id"]),
+        parameters=(entry.get("safetensors") or {}).get("total"),
+        downloads=int(entry.get("downloads") or 0),
+        gated=bool(entry.get("gated")),
+        licence=licences[0] if licences else None,
+        model_type=config.get("model_type"),
+        modified=str(entry.get("lastModified") or "")[:10],
+        refusal=judge_kind(config, str(entry["id"])),
+    )
+
+
+def fetch_config(model_id: str, revision: str = "main") -> dict[str, Any]:
+    """The model's ``config.json``, read without writing anything to the cache.
+
+    Raises Problem when it does not exist, is gated, or the hub does not answer.
+    """
+    config = get_json(f"{checked_id(model_id)}/resolve/{revision}/{CONFIG}", model_id=model_id)
+    if not isinstance(config, dict):
+        raise not_a_hub()
+    return config
+
+
+def get_json(path: str, params: Mapping[str, Any] | None = None, model_id: str = "") -> Any:
+    """The JSON that the hub has at ``path``. Raises Problem otherwise."""
+    from huggingface_hub import get_session, hf_raise_for_status
+
+    with told(model_id):
+        response = get_session().get(
+            f"{endpoint()}/{path}",
+            params=dict(params or {}),
+            headers=request_headers(),
+            timeout=TIMEOUT_S,
+        )
+        hf_raise_for_status(response)
+        try:
+            return response.json()
+        except ValueError:
+            raise not_a_hub() from None
+
+
+def request_headers() -> dict[str, str]:
+    """What goes with every request: who asks, and the token where there is one."""
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
+
+    headers: dict[str, str] = build_hf_headers(library_name="qlora-tui")
+    return headers
+
+
+def endpoint() -> str:
+    """Where the hub is. Raises Problem when ``HF_ENDPOINT`` is no web address."""
+    from huggingface_hub import constants
+
+    address: str = constants.ENDPOINT
+    if not address.startswith(("http://", "https://")):
+        raise Problem(
+            "HF_ENDPOINT is not a web address",
+            what=f"HF_ENDPOINT is {address!r}.",
+            fix="Set it to an address that begins with https://, or unset it for huggingface.co.",
+        )
+    return address
+
+
+def checked_id(model_id: str) -> str:
+    """``model_id`` if it can be one on the hub. Raises Problem otherwise."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
+
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError:
+        raise Problem(
+            "This is not the name of a model on the hub",
+            what=f"{model_id[:80]!r} is not of the form publisher/model.",
+            fix="Search for the model on the Models screen, or copy its name from its page on the hub.",
+            exit_code=2,
+        ) from None
+    return model_id
+
+
+def not_a_hub() -> Problem:
+    """The endpoint answered, but with something that no hub says."""
+    return Problem(
+        "The answer is not from a model hub",
+        what=f"{endpoint()} did not answer as a hub does.",
+        why="A login page of the network, or a proxy, may have answered in its place.",
+        fix="Open the address in a browser on this machine's network, or check HF_ENDPOINT.",
+    )

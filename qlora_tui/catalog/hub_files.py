@@ -1,0 +1,131 @@
+"""Which files of a model on the hub are fetched, and what of them is here already.
+
+Safetensors, configuration and tokenizer: nothing that runs when it is opened, so never ``.bin``, ``.pt`` or
+``.py``. The files go where ``huggingface_hub`` would put them (``blobs``, ``snapshots``, ``refs``), so that
+every program that reads its cache finds them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from qlora_tui.catalog.hub import checked_id, fetch_config, get_json, not_a_hub
+from qlora_tui.catalog.local import hub_cache_dir
+from qlora_tui.catalog.model_folder import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    indexed_files,
+    judge_config,
+    no_weights_problem,
+)
+
+SMALL_FILES = frozenset({
+    CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+})  # fmt: skip
+HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+"""Of a git blob or commit, or SHA-256."""
+
+
+class HubFile(Struct, frozen=True):
+    """One file to fetch."""
+
+    name: str
+    size_bytes: int
+    etag: str
+    """Its hash, and its name in the cache: SHA-256 for a large file, git's for a small one."""
+
+
+class Plan(Struct, frozen=True):
+    """What fetching one model takes."""
+
+    id: str
+    commit: str
+    files: tuple[HubFile, ...]
+    folder: Path
+    """``models--org--name`` in the cache."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    @property
+    def done_bytes(self) -> int:
+        """What is here already, of whole and of half-fetched files."""
+        return sum(min(file.size_bytes, self._have(file)) for file in self.files)
+
+    def _have(self, file: HubFile) -> int:
+        for path in (self.blob(file), self.partial(file)):
+            try:
+                return path.stat().st_size
+            except OSError:
+                continue
+        return 0
+
+    @property
+    def snapshot(self) -> Path:
+        """The folder transformers loads."""
+        return self.folder / "snapshots" / self.commit
+
+    def blob(self, file: HubFile) -> Path:
+        return self.folder / "blobs" / file.etag
+
+    def partial(self, file: HubFile) -> Path:
+        """Where a file grows until it is whole."""
+        return self.folder / "blobs" / f"{file.etag}.incomplete"
+
+
+def plan_download(model_id: str, revision: str = "main") -> Plan:
+    """What fetching ``model_id`` takes. Nothing is written yet.
+
+    Raises Problem when the hub does not answer, the model is gated, or it cannot be trained here (the reason
+    is known from its config and file list, before gigabytes are fetched).
+    """
+    info = get_json(f"api/models/{checked_id(model_id)}/revision/{revision}", {"blobs": "true"}, model_id)
+    commit, listed = _listing(info)
+    config = fetch_config(model_id, commit) if CONFIG in listed else None
+    if config is not None and (refusal := judge_config(config, model_id)[1]) is not None:
+        raise refusal
+    weights = _weights(listed, model_id, commit)
+    small = [name for name in listed if name in SMALL_FILES]
+    folder = hub_cache_dir() / f"models--{model_id.replace('/', '--')}"
+    return Plan(model_id, commit, tuple(listed[name] for name in (*small, *weights)), folder)
+
+
+def _listing(info: Any) -> tuple[str, dict[str, HubFile]]:
+    """The commit and the files of the model's page, those in subfolders left out."""
+    try:
+        commit = info["sha"]
+        files = [_file(sibling) for sibling in info["siblings"] if "/" not in sibling["rfilename"]]
+    except (KeyError, TypeError, AttributeError):
+        raise not_a_hub() from None
+    if not all(HASH.fullmatch(etag) for etag in (commit, *(file.etag for file in files))):
+        raise not_a_hub()
+    return commit, {file.name: file for file in files}
+
+
+def _file(sibling: Any) -> HubFile:
+    large = sibling.get("lfs")
+    etag = large["sha256"] if large else sibling["blobId"]
+    return HubFile(str(sibling["rfilename"]), int(large["size"] if large else sibling["size"]), str(etag))
+
+
+def _weights(listed: dict[str, HubFile], model_id: str, commit: str) -> Iterable[str]:
+    if SINGLE in listed:
+        return [SINGLE]
+    if INDEX not in listed:
+        raise no_weights_problem(listed, model_id)
+    index = get_json(f"{model_id}/resolve/{commit}/{INDEX}", model_id=model_id)
+    if not isinstance(index, dict):
+        raise not_a_hub()
+    shards = indexed_files(index, f"{model_id}, {INDEX}")
+    if missing := [shard for shard in shards if shard not in listed]:
+        raise no_weights_problem(listed, f"{model_id} (without {missing[0]})")
+    return [INDEX, *shards]

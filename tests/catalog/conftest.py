@@ -1,0 +1,85 @@
+"""A hub for each test, and children that ask it with the real client."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.catalog.hub_server import Hub, Repo, serving
+from tests.catalog.models import TINY, safetensors_bytes
+
+PRELUDE = """
+import json, sys
+from qlora_tui.catalog import download, hub, hub_files
+from qlora_tui.errors import Problem
+def trial(function, *arguments):
+    try:
+        return function(*arguments)
+    except Problem as problem:
+        return {"title": problem.title, "what": problem.what, "why": problem.why, "fix": problem.fix}
+print(json.dumps(trial(lambda: (%s)), default=str))
+"""
+
+Ask = Callable[..., Any]
+
+
+def tiny_repo(weights: int = 5000, **settings: Any) -> Repo:
+    """A small Llama with everything a repository has, some of it never to be fetched."""
+    files = {
+        "config.json": json.dumps(TINY).encode(),
+        "generation_config.json": b"{}",
+        "tokenizer.json": b'{"version": "1.0"}',
+        "tokenizer_config.json": b"{}",
+        "chat_template.jinja": b"{{ messages }}",
+        "model.safetensors": safetensors_bytes(weights),
+        "pytorch_model.bin": b"pickle",
+        "modeling_tiny.py": b"raise SystemExit",
+        "original/consolidated.00.pth": b"pickle",
+        "onnx/model.onnx": b"graph",
+        "README.md": b"# Tiny",
+    }
+    return Repo(files, **settings)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving(Hub({"org/tiny": tiny_repo(downloads=10)})) as served:
+        yield served
+
+
+def child_environ(hub: Hub, **changes: str) -> dict[str, str]:
+    """The environment of a process that uses ``hub``."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("HF_HUB_OFFLINE")}
+    return {**environ, "HF_ENDPOINT": hub.url, **changes}
+
+
+@pytest.fixture
+def ask(hub: Hub) -> Ask:
+    """``ask(expression)``: evaluate it in a fresh process; its value, or the Problem as a dict.
+
+    Within it ``trial(function, *arguments)`` does the same for one call.
+    """
+
+    def run(expression: str, **changes: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-c", PRELUDE % expression],
+            env=child_environ(hub, **changes),
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        said = done.stdout + done.stderr
+        assert hub.token not in said
+        assert "signature=secret" not in said
+        return json.loads(done.stdout)
+
+    return run

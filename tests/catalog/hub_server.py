@@ -1,0 +1,279 @@
+"""A model hub on this machine, for the real client: search, pages, files with ranges, gates and bad days.
+
+Two origins, as on the real one: the hub itself, and the store it redirects large files to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LARGE = ".safetensors"
+"""Files with this ending are kept in the store and named by SHA-256, as Git LFS does."""
+
+
+@dataclass
+class Repo:
+    """One model on the hub."""
+
+    files: dict[str, bytes]
+    gated: bool = False
+    private: bool = False
+    downloads: int = 0
+    tags: tuple[str, ...] = ("transformers", "safetensors", "license:apache-2.0")
+
+    @property
+    def commit(self) -> str:
+        return hashlib.sha1(b"".join(map(etag, self.files.values()))).hexdigest()
+
+
+def etag(content: bytes) -> bytes:
+    return hashlib.sha1(content).hexdigest().encode()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def git_hash(content: bytes) -> str:
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+@dataclass
+class Request:
+    """What was asked, for tests to look at."""
+
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+
+
+@dataclass
+class Hub:
+    """What the hub has, how it behaves, and what it was asked."""
+
+    repos: dict[str, Repo] = field(default_factory=dict)
+    token: str = "hf_the_right_token"
+    """The one token that is valid; it opens what is in ``granted``."""
+    granted: set[str] = field(default_factory=set)
+    statuses: dict[str, int] = field(default_factory=dict)
+    """Answer what has the key in its path with this status."""
+    html: bool = False
+    """Answer everything with a page for people, as a captive portal does."""
+    drops: list[int] = field(default_factory=list)
+    """Cut the next answers from the store after so many bytes, one entry an answer."""
+    ignores_ranges: bool = False
+    damaged: bool = False
+    """The store's bytes are not those of the file."""
+    stalls: threading.Event | None = None
+    """The store waits for this in the middle of a file."""
+    requests: list[Request] = field(default_factory=list)
+    url: str = ""
+    store_url: str = ""
+
+    def blob(self, digest: str) -> bytes | None:
+        for repo in self.repos.values():
+            for content in repo.files.values():
+                if sha256(content) == digest:
+                    return content
+        return None
+
+    def ranges(self, path: str) -> list[str | None]:
+        """The ranges asked of paths that contain ``path``, in order."""
+        return [request.range for request in self.requests if path in request.path]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+        self.hub.requests.append(Request(self.command, self.path, self.headers.get("Range"), token))
+        status = next((status for part, status in self.hub.statuses.items() if part in self.path), None)
+        if status is not None:
+            self.answer(status, headers={"Retry-After": "7"})
+        elif self.hub.html:
+            self.answer(200, b"<html>Please log in</html>", {"Content-Type": "text/html"})
+        else:
+            self.route(token)
+
+    def route(self, token: str | None) -> None:
+        """Answer one request that is to be answered."""
+
+    def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refuse(self, status: int, code: str, message: str) -> None:
+        self.answer(status, headers={"X-Error-Code": code, "X-Error-Message": message})
+
+
+class _HubHandler(_Handler):
+    def route(self, token: str | None) -> None:
+        url = urlsplit(self.path)
+        parts = unquote(url.path).strip("/").split("/")
+        query = parse_qs(url.query)
+        if token is not None and token != self.hub.token:
+            self.refuse(401, "", "Invalid credentials in Authorization header")
+        elif parts == ["api", "models"]:
+            self.search(query)
+        elif parts[:2] == ["api", "models"]:
+            self.page(parts[2:], token)
+        elif "resolve" in parts:
+            at = parts.index("resolve")
+            self.file("/".join(parts[:at]), "/".join(parts[at + 2 :]), token)
+        else:
+            self.refuse(404, "", "Not found")
+
+    def search(self, query: dict[str, list[str]]) -> None:
+        wanted, tags = query.get("search", [""])[0].lower(), set(query.get("filter", []))
+        found = [
+            _summary(name, repo)
+            for name, repo in self.hub.repos.items()
+            if wanted in name.lower() and tags <= set(repo.tags) and not repo.private
+        ]
+        found.sort(key=lambda entry: -entry["downloads"])
+        self.json(found[: int(query.get("limit", ["1000"])[0])])
+
+    def page(self, parts: list[str], token: str | None) -> None:
+        name = "/".join(parts[:2])
+        repo = self.hub.repos.get(name)
+        if repo is None or (repo.private and token is None):
+            status = 401 if token is None else 404
+            self.refuse(status, "RepoNotFound", "Repository not found")
+        elif parts[2:3] == ["tree"]:
+            self.json([_tree_entry(*item) for item in repo.files.items()])
+        else:
+            siblings = [_sibling(*item) for item in repo.files.items()]
+            self.json({**_summary(name, repo), "sha": repo.commit, "siblings": siblings})
+
+    def file(self, name: str, file: str, token: str | None) -> None:
+        repo = self.hub.repos.get(name)
+        if repo is None or (repo.private and token is None):
+            self.refuse(401 if token is None else 404, "RepoNotFound", "Repository not found")
+        elif repo.gated and (token is None or name not in self.hub.granted):
+            self.refuse(401 if token is None else 403, "GatedRepo", f"Access to {name} is restricted")
+        elif file not in repo.files:
+            self.refuse(404, "EntryNotFound", "Entry not found")
+        else:
+            content = repo.files[file]
+            common = {"X-Repo-Commit": repo.commit}
+            if file.endswith(LARGE):
+                common |= {
+                    "Location": f"{self.hub.store_url}/{sha256(content)}?signature=secret",
+                    "X-Linked-Etag": f'"{sha256(content)}"',
+                    "X-Linked-Size": str(len(content)),
+                }
+                self.answer(302, headers=common)
+            else:
+                self.ranged(content, common | {"ETag": f'"{git_hash(content)}"'})
+
+    def ranged(self, content: bytes, headers: dict[str, str]) -> None:
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        if self.headers.get("Range") and content:
+            headers |= {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+            self.answer(206, content[start:], headers)
+        else:
+            self.answer(200, content, headers)
+
+    def json(self, value: Any) -> None:
+        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+
+class _StoreHandler(_Handler):
+    def route(self, token: str | None) -> None:
+        content = self.hub.blob(urlsplit(self.path).path.strip("/"))
+        if content is None:
+            self.answer(404)
+            return
+        if self.hub.damaged:
+            content = bytes(byte ^ 1 for byte in content)
+        asked = self.headers.get("Range")
+        start = 0
+        if asked and not self.hub.ignores_ranges:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        self.send_response(206 if start or (asked and not self.hub.ignores_ranges) else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        body = content[start:]
+        if self.hub.drops:
+            self.wfile.write(body[: self.hub.drops.pop(0)])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(2)
+        elif self.hub.stalls is not None:
+            half = len(body) // 2
+            self.wfile.write(body[:half])
+            self.wfile.flush()
+            self.hub.stalls.wait(60)
+            self.wfile.write(body[half:])
+        else:
+            self.wfile.write(body)
+
+
+def _summary(name: str, repo: Repo) -> dict[str, Any]:
+    config = json.loads(repo.files.get("config.json", b"{}"))
+    return {
+        "id": name,
+        "downloads": repo.downloads,
+        "gated": "manual" if repo.gated else False,
+        "private": repo.private,
+        "tags": list(repo.tags),
+        "config": config,
+        "safetensors": {"parameters": {"F32": 2304}, "total": 2304},
+        "lastModified": "2026-02-03T04:05:06.000Z",
+    }
+
+
+def _sibling(name: str, content: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": git_hash(content)}
+    if name.endswith(LARGE):
+        entry["lfs"] = {"sha256": sha256(content), "size": len(content), "pointerSize": 130}
+    return entry
+
+
+def _tree_entry(name: str, content: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": git_hash(content)}
+    if name.endswith(LARGE):
+        entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
+    return entry
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    """Serve ``hub`` on two free ports of this machine for as long as the block lasts."""
+    servers = []
+    for base in (_HubHandler, _StoreHandler):
+        handler = type(base.__name__, (base,), {"hub": hub})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        servers.append(server)
+    hub.url, hub.store_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    try:
+        yield hub
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
