@@ -1,0 +1,42 @@
+"""Choosing the next token from the model's scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from qlora_tui.chat.terms import Sampling
+
+
+def chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor, Tensor], int]:
+    """A function from the ids so far (1, tokens) and the scores of the next (1, vocabulary) to its id."""
+    warp: Any = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        warp.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature == 0:
+        return lambda ids, scores: int(warp(ids, scores.float()).argmax())
+    warp.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        warp.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warp.append(TopPLogitsWarper(sampling.top_p))
+    dice = torch.Generator(device)
+    if sampling.seed is None:
+        dice.seed()
+    else:
+        dice.manual_seed(sampling.seed)
+
+    def draw(ids: Tensor, scores: Tensor) -> int:
+        return int(torch.multinomial(warp(ids, scores.float()).softmax(-1), 1, generator=dice))
+
+    return draw

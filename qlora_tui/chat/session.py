@@ -1,0 +1,182 @@
+"""A base model in memory, and the adapters that speak through it.
+
+One copy of the base serves every voice: an adapter is switched on, off, or changed for another between two
+tokens, so two answers can grow side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_tui.catalog.local import resolve
+from qlora_tui.chat.kept import Kept
+from qlora_tui.chat.reply import Reply
+from qlora_tui.chat.terms import BASE, ChatSource, Sampling
+from qlora_tui.chat.voices import Voices
+from qlora_tui.data.conversation import Message, RowRefused
+from qlora_tui.data.render import prompt_ids
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.training.device import Attention, Device, find_device
+from qlora_tui.training.gguf import converted
+from qlora_tui.training.load import load_base
+
+Tell = Callable[[str], None]
+"""Takes a few words on what is being done: ``Loading the model``."""
+
+
+class ChatSession:
+    """What there is to talk to. Not for two threads at once, but for a reply's ``stop``."""
+
+    def __init__(self, source: ChatSource, model: Any, tokenizer: ChatTokenizer, device: Device) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.machine = device
+        self.device = device.torch_device
+        self.context_length = int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        self.end_ids = frozenset(tokenizer.turn_end_ids) | _model_ends(model)
+        self._model = model
+        self._voices = Voices(model, source.adapters)
+        self._kept: dict[str, Kept] = {}
+        takes = signature(model.forward).parameters
+        # Its name changes within transformers 5.
+        self._cache_argument = "cache" if "cache" in takes else "past_key_values"
+
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """Who can answer: ``base``, ``adapter``, ``step-120``."""
+        return self.source.voices
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the weights, adapters included."""
+        return int(self._model.get_memory_footprint())
+
+    def ask(
+        self,
+        messages: Sequence[Message],
+        *,
+        voice: str = BASE,
+        sampling: Sampling | None = None,
+        stop: Event | None = None,
+    ) -> Reply:
+        """The answer of one voice to a conversation that ends with the user's turn; ``stop`` ends it.
+
+        Raises Problem where the voice cannot be loaded, the chat template refuses the conversation, or it is
+        longer than the model's context. Only the last answer of each voice may be under way.
+        """
+        prompt = self.prompt(messages)
+        self._voices.need(voice)
+        kept = self._kept.setdefault(voice, Kept(self._model.config))
+        return Reply(self, voice, prompt, kept, sampling or Sampling(), stop or Event())
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The conversation as the model reads it, up to where the answer begins. Raises Problem."""
+        try:
+            prompt = prompt_ids(messages, self.tokenizer)
+        except RowRefused as refused:
+            raise Problem(
+                "The chat template refuses this conversation",
+                what=refused.reason,
+                fix="Leave out the system prompt, or begin again with a question.",
+                exit_code=WRONG_CALL,
+            ) from refused
+        if len(prompt) >= self.context_length:
+            raise Problem(
+                "The conversation is too long",
+                what=f"It is {len(prompt):,} tokens; this model reads {self.context_length:,} at most.",
+                fix="Begin a new conversation, or shorten the question.",
+                exit_code=WRONG_CALL,
+            )
+        return prompt
+
+    @torch.inference_mode()
+    def read(self, voice: str, token_ids: list[int], kept: Kept) -> Tensor:
+        """Scores (1, vocabulary) of what comes after ``token_ids``, which are kept."""
+        self._voices.speak_as(voice)
+        try:
+            output = self._model(
+                input_ids=torch.tensor([token_ids], device=self.device),
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._cache_argument: kept.cache},
+            )
+        except BaseException:
+            # Some layers may have read the tokens and others not.
+            kept.clear()
+            raise
+        kept.token_ids += token_ids
+        return output.logits[:, -1]  # type: ignore[no-any-return]  # transformers' outputs are untyped
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Their text, special tokens left out."""
+        return self.tokenizer.backend.decode(list(token_ids), skip_special_tokens=True)
+
+
+def load_session(source: ChatSource, tell: Tell = lambda words: None) -> ChatSession:
+    """Load the base model of ``source`` once; its adapters follow when they are asked for. Raises Problem."""
+    recipe = source.recipe
+    folder = model_folder(recipe, tell)
+    tell(f"Loading {recipe.model.id}")
+    device = find_device(recipe)
+    tokenizer = _tokenizer(source, folder)
+    attends: Attention = "eager" if recipe.model.attention == "eager" else "segments"
+    try:
+        model = load_base(folder, recipe, device, attends)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(device) from error
+    model.eval()
+    _let_cpus_repack(model)
+    return ChatSession(source, model, tokenizer, device)
+
+
+def model_folder(recipe: Recipe, tell: Tell = lambda words: None) -> Path:
+    """The folder that holds the recipe's model, a GGUF file converted first. Raises Problem."""
+    files = resolve(recipe.model.id)
+    if files.gguf_file is None:
+        return files.folder
+    tell(f"Converting {files.gguf_file}")
+    return converted(files.folder / files.gguf_file)
+
+
+def out_of_memory(device: Device) -> Problem:
+    """What to say when the card is full."""
+    return Problem(
+        "Out of GPU memory",
+        what=f"{device.name} has no room for this conversation.",
+        why="Another program, perhaps a run in training, holds its memory.",
+        fix="End or pause the run, or begin a new conversation.",
+    )
+
+
+def _tokenizer(source: ChatSource, folder: Path) -> ChatTokenizer:
+    """The one saved with an adapter, whose template it was trained on; else the model's own."""
+    for adapter in map(Path, source.adapters.values()):
+        if (adapter / "tokenizer.json").is_file():
+            return ChatTokenizer.from_folder(adapter)
+    return ChatTokenizer.from_folder(folder, source.recipe.model.chat_template)
+
+
+def _model_ends(model: Any) -> frozenset[int]:
+    """What the model's own generation settings end at."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is None:
+        return frozenset()
+    return frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def _let_cpus_repack(model: Any) -> None:
+    """Let 4-bit layers use the layout that AVX512-BF16 CPUs answer fastest from; nothing trains here."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = has_avx512bf16()

@@ -1,0 +1,81 @@
+"""What a run, or an adapter's folder, offers to talk to. Loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora_tui.chat.terms import ADAPTER, BASE, ChatSource
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.toml import load, to_recipe
+from qlora_tui.runs.directory import RunDir
+
+_CONFIG = "adapter_config.json"
+
+
+def of_run(run: RunDir) -> ChatSource:
+    """The final adapter of a run, where there is one, and every checkpoint, the newest first."""
+    adapters = {}
+    if (run.adapter_dir / _CONFIG).is_file():
+        adapters[ADAPTER] = str(run.adapter_dir)
+    for step, folder in reversed(run.checkpoints()):
+        adapters[checkpoint_voice(step)] = str(folder)
+    return ChatSource(recipe=run.recipe(), adapters=adapters)
+
+
+def of_adapter(folder: Path, model: str | None = None) -> ChatSource:
+    """An adapter's folder: with the recipe it holds, or on ``model`` where it holds none. Raises Problem."""
+    if not (folder / _CONFIG).is_file():
+        raise Problem(
+            "No adapter there",
+            what=f"{folder} has no {_CONFIG}.",
+            fix="Give the adapter folder of a run: runs/<id>/adapter.",
+            exit_code=WRONG_CALL,
+        )
+    kept = folder / "recipe.toml"
+    if kept.is_file():
+        recipe = to_recipe(load(kept), origin=str(kept))
+    elif model is not None:
+        recipe = Recipe()
+    else:
+        raise Problem(
+            "Which base model?",
+            what=f"{folder} has no recipe.toml that names the model it was trained on.",
+            fix="Name the model beside it.",
+            exit_code=WRONG_CALL,
+        )
+    if model is not None:
+        from msgspec.structs import replace
+
+        recipe = replace(recipe, model=replace(recipe.model, id=model))
+    return ChatSource(recipe=recipe, adapters={ADAPTER: str(folder)})
+
+
+def checkpoint_voice(step: int) -> str:
+    """``step-120``."""
+    return f"step-{step}"
+
+
+def chosen_voice(source: ChatSource, *, base: bool = False, checkpoint: int | None = None) -> str:
+    """The voice that is asked for: the final adapter, else the newest checkpoint. Raises Problem."""
+    if base:
+        return BASE
+    if checkpoint is not None:
+        voice = checkpoint_voice(checkpoint)
+        if voice in source.adapters:
+            return voice
+        steps = [v.removeprefix("step-") for v in source.adapters if v != ADAPTER]
+        raise Problem(
+            "No such checkpoint",
+            what=f"There is no checkpoint of step {checkpoint}.",
+            fix=f"There are: {', '.join(steps)}." if steps else "This run has none.",
+            exit_code=WRONG_CALL,
+        )
+    for voice in source.adapters:
+        return voice
+    raise Problem(
+        "No adapter yet",
+        what="The run has neither an adapter nor a checkpoint.",
+        why="Its first checkpoint is still to come, or it ended before it.",
+        fix="Wait for a checkpoint, or talk to the base with --base.",
+    )

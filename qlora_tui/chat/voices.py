@@ -1,0 +1,136 @@
+"""Adapters on a base model: read when first needed, switched between tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.chat.terms import BASE
+from qlora_tui.errors import WRONG_CALL, Problem
+
+_WEIGHTS = "adapter_model.safetensors"
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
+
+class Voices:
+    """Which adapter the model speaks with."""
+
+    def __init__(self, model: Any, folders: Mapping[str, str]) -> None:
+        self._model = model
+        self._folders = folders
+        self._with_adapters: Any = None
+        self._loaded: set[str] = set()
+        self._speaking = BASE
+
+    def need(self, voice: str) -> None:
+        """See that ``voice`` can speak, reading its adapter if it has not been read. Raises Problem."""
+        if voice == BASE or voice in self._loaded:
+            return
+        folder = self._folders.get(voice)
+        if folder is None:
+            raise Problem(
+                "No such voice",
+                what=f"There is no {voice!r} here, but {', '.join((BASE, *self._folders))}.",
+                fix="Name one of these.",
+                exit_code=WRONG_CALL,
+            )
+        self._load(voice, Path(folder))
+        self._loaded.add(voice)
+        # Reading an adapter switches it on.
+        self._speaking = voice
+
+    def speak_as(self, voice: str) -> None:
+        """Switch to a voice that ``need`` has seen to."""
+        if voice == self._speaking:
+            return
+        tuner = self._with_adapters.base_model
+        if voice == BASE:
+            tuner.disable_adapter_layers()
+        else:
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(voice, inference_mode=True)
+        self._speaking = voice
+
+    def _load(self, voice: str, folder: Path) -> None:
+        from peft import PeftModel
+
+        _check(folder)
+        _check_fits(folder, self._model)
+        # At the precision the model computes in: the conversions would cost time at every token.
+        kept = {"adapter_name": voice, "is_trainable": False, "autocast_adapter_dtype": False}
+        try:
+            if self._with_adapters is None:
+                self._with_adapters = PeftModel.from_pretrained(self._model, str(folder), **kept)
+            else:
+                self._with_adapters.load_adapter(str(folder), torch_device=str(self._model.device), **kept)
+                self._with_adapters.base_model.enable_adapter_layers()
+                self._with_adapters.base_model.set_adapter(voice, inference_mode=True)
+        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+            raise _unfit(folder, _first_line(error)) from error
+        self._model.eval()
+        for name, parameter in self._model.named_parameters():
+            if "lora_" in name and parameter.dtype != self._model.dtype:
+                parameter.data = parameter.data.to(self._model.dtype)
+
+
+def _check(folder: Path) -> None:
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_bytes()).get("peft_type")
+    except (OSError, ValueError) as error:
+        raise Problem(
+            "The adapter cannot be read",
+            what=f"{folder / 'adapter_config.json'}: {error}",
+            fix="Choose another checkpoint of the run.",
+        ) from error
+    if kind != "LORA":
+        raise Problem(
+            "Not a LoRA adapter",
+            what=f"{folder} holds a {kind} adapter.",
+            fix="This program speaks with LoRA adapters only.",
+        )
+    if not (folder / _WEIGHTS).is_file():
+        raise Problem(
+            "No safetensors weights",
+            what=f"{folder} has no {_WEIGHTS}.",
+            why="Pickled weights are never loaded: a pickle can run any code.",
+            fix="Choose an adapter saved as safetensors.",
+        )
+
+
+def _check_fits(folder: Path, model: Any) -> None:
+    """Compare shapes before anything is changed: an adapter that fails half-way would stay in the model."""
+    from safetensors import SafetensorError, safe_open
+
+    modules = dict(model.named_modules())
+    try:
+        with safe_open(folder / _WEIGHTS, framework="pt") as weights:
+            shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError) as error:
+        raise _unfit(folder, f"{_WEIGHTS} cannot be read: {_first_line(error)}") from error
+    for key, shape in shapes.items():
+        if (match := _FACTOR.fullmatch(key)) is None:
+            continue
+        name, side = match.groups()
+        module = modules.get(name)
+        if module is None:
+            raise _unfit(folder, f"the model has no {name}.")
+        width = getattr(module, "in_features" if side == "A" else "out_features", None)
+        held = shape[1 if side == "A" else 0]
+        if width is not None and width != held:
+            raise _unfit(folder, f"{name} is {width} wide in the model and {held} in the adapter.")
+
+
+def _unfit(folder: Path, what: str) -> Problem:
+    return Problem(
+        "The adapter does not fit",
+        what=f"{folder}: {what}",
+        why="It was trained on another model, or its files are damaged.",
+        fix="Choose the model it was trained on; its adapter_config.json names it.",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,62 @@
+"""What the engine does for a chat: load, answer, unload. Loads torch."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from threading import Event
+
+import torch
+
+from qlora_tui.chat.session import ChatSession, load_session, out_of_memory
+from qlora_tui.engine.protocol import AnyReply, ChatReady, Done, Generate, LoadChat, Text
+from qlora_tui.errors import WRONG_CALL, Problem
+
+
+class Chats:
+    """Holds at most one session."""
+
+    def __init__(self) -> None:
+        self._session: ChatSession | None = None
+
+    def load(self, request: LoadChat, tell: Callable[[str], None]) -> ChatReady:
+        """Load a model in place of the one held. Raises Problem."""
+        self.unload()
+        began = time.perf_counter()
+        session = load_session(request.source, tell)
+        self._session = session
+        return ChatReady(
+            voices=session.voices,
+            device=session.machine.name,
+            dtype=session.machine.dtype_name,
+            context_tokens=session.context_length,
+            seconds=time.perf_counter() - began,
+            held_bytes=session.held_bytes,
+        )
+
+    def generate(self, request: Generate, stop: Event) -> Iterator[AnyReply]:
+        """An answer, piece by piece. Raises Problem."""
+        session = self._session
+        if session is None:
+            raise Problem(
+                "No model is loaded",
+                what="The engine holds no model to answer with.",
+                fix="Load the chat again.",
+                exit_code=WRONG_CALL,
+            )
+        reply = session.ask(request.messages, voice=request.voice, sampling=request.sampling, stop=stop)
+        try:
+            for piece in reply:
+                yield Text(piece=piece)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(session.machine) from error
+        assert reply.outcome is not None
+        yield Done(outcome=reply.outcome)
+
+    def unload(self) -> None:
+        """Give back the memory of the model."""
+        self._session = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

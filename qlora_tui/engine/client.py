@@ -1,0 +1,199 @@
+"""Asking the engine from asyncio: the app's side. Loads no torch.
+
+    async with EngineClient() as engine:
+        async for reply in engine.ask(Generate(messages=messages, voice="adapter")):
+            ...
+
+The child starts with the first question. It ends when its stdin closes, so it cannot outlive this process,
+however this process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from qlora_tui.engine.place import roomy_log
+from qlora_tui.engine.protocol import AnyReply, AnyRequest, Asked, Failure, Stop, decode_answered, encode
+from qlora_tui.errors import Problem
+
+_LONGEST_LINE_BYTES = 1 << 26
+_PATIENCE_S = 3.0
+"""How long a child may take to end by itself."""
+
+
+class EngineClient:
+    """One child process, started when first needed and again after it was lost."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
+        self._waiting: dict[int, asyncio.Queue[AnyReply | Problem]] = {}
+        self._number = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child; None while there is none."""
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    def ask(self, request: AnyRequest) -> Answer:
+        """The replies to a question; the last is ``final``. It is sent when the first is awaited."""
+        return Answer(self, request)
+
+    async def start(self) -> None:
+        """Start the child ahead of need. Raises Problem."""
+        async with self._starting:
+            if self.pid is None:
+                await self._start()
+
+    async def close(self) -> None:
+        """End the child and give back all it held; the next question starts another."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()
+        try:
+            await asyncio.wait_for(process.wait(), _PATIENCE_S)
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        if self._listener is not None:
+            await self._listener
+            self._listener = None
+
+    async def _start(self) -> None:
+        package = str(Path(__file__).parents[2])
+        search_path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        try:
+            with roomy_log().open("ab") as log:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-P",  # a file named torch.py where the user stands is not torch
+                    "-m",
+                    "qlora_tui.engine",
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=log,
+                    # Ctrl-C in the terminal is for the app, not for the engine.
+                    start_new_session=True,
+                    limit=_LONGEST_LINE_BYTES,
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(search_path), "PYTHONUNBUFFERED": "1"},
+                )
+        except OSError as error:
+            raise Problem(
+                "The engine could not be started",
+                what=f"{sys.executable}: {error.strerror}.",
+                fix="`qlora-tui doctor` tests what a run needs.",
+            ) from error
+        self._listener = asyncio.create_task(self._listen(self._process))
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            try:
+                answered = decode_answered(line)
+            except msgspec.MsgspecError:
+                continue
+            if (queue := self._waiting.get(answered.number)) is not None:
+                queue.put_nowait(answered.reply)
+        lost = _lost(await process.wait())
+        for queue in self._waiting.values():
+            queue.put_nowait(lost)
+        if self._process is process:
+            self._process = None
+
+    async def _send(self, request: AnyRequest) -> int:
+        await self.start()
+        self._number += 1
+        number = self._number
+        self._waiting[number] = asyncio.Queue()
+        self._write(Asked(number, request))
+        return number
+
+    def _write(self, asked: Asked) -> None:
+        # A child that has just died is noticed by _listen, which has more to say about it.
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.write(encode(asked))
+
+
+class Answer(AsyncIterator["AnyReply"]):
+    """Replies as they come. A Failure is raised as the Problem it tells of; so is a lost engine.
+
+    When the task that waits is cancelled, the engine stops too.
+    """
+
+    def __init__(self, client: EngineClient, request: AnyRequest) -> None:
+        self._client = client
+        self._request = request
+        self._number: int | None = None
+        self._over = False
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> AnyReply:
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            if self._number is None:
+                self._number = await self._client._send(self._request)
+            reply = await self._client._waiting[self._number].get()
+        except BaseException:
+            self.stop()
+            self._end()
+            raise
+        if isinstance(reply, Problem):
+            self._end()
+            raise reply
+        if reply.final:
+            self._end()
+        if isinstance(reply, Failure):
+            raise reply.problem()
+        return reply
+
+    def stop(self) -> None:
+        """Have the engine end this answer at once; what it has said, and Done, still come."""
+        if self._number is None:
+            self._over = True
+        elif not self._over:
+            self._client._write(Asked(0, Stop(asked=self._number)))
+
+    def _end(self) -> None:
+        self._over = True
+        if self._number is not None:
+            self._client._waiting.pop(self._number, None)
+
+
+def _lost(exit_code: int) -> Problem:
+    log = roomy_log()
+    if exit_code == 0:
+        return Problem("The engine was closed", what="The engine ended before it had answered.")
+    killed = exit_code < 0
+    return Problem(
+        "The engine is gone",
+        what=f"The process that holds the model was ended by {signal.Signals(-exit_code).name}."
+        if killed
+        else f"The process that holds the model ended with exit code {exit_code}.",
+        why="The kernel does this when memory runs out." if exit_code == -signal.SIGKILL else "",
+        fix=f"Try again; what it said last is in {log}.",
+    )

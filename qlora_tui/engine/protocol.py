@@ -1,0 +1,154 @@
+"""What goes between the engine and who asks it: JSON lines, one envelope each. Loads no torch.
+
+A question travels as :class:`Asked` on the engine's stdin; what comes back carries the question's number and
+ends with exactly one reply that is ``final``. The engine works on one question at a time, but for answers of
+the chat, which grow side by side.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.chat.terms import ChatSource, Outcome, Sampling
+from qlora_tui.data.conversation import Message
+from qlora_tui.errors import Problem
+
+
+class Request(Struct, frozen=True, kw_only=True, tag_field="ask", omit_defaults=True):
+    """A question to the engine."""
+
+
+class LoadChat(Request, frozen=True, kw_only=True, tag="load_chat"):
+    """Hold this model ready to talk, in place of the one held. Replies: Stage…, then ChatReady."""
+
+    source: ChatSource
+
+
+class Generate(Request, frozen=True, kw_only=True, tag="generate"):
+    """Answer a conversation with the model that is loaded. Replies: Text…, then Done."""
+
+    messages: tuple[Message, ...]
+    voice: str
+    """One of the source's voices: ``base``, ``adapter``, ``step-120``."""
+    sampling: Sampling = Sampling()
+
+
+class Unload(Request, frozen=True, kw_only=True, tag="unload"):
+    """Give back the memory of the model. Reply: Unloaded."""
+
+
+class Stop(Request, frozen=True, kw_only=True, tag="stop"):
+    """End the answer to an earlier question at once; that question's Done is the reply."""
+
+    asked: int
+    """The number of that question."""
+
+
+class Reply(Struct, frozen=True, kw_only=True, tag_field="reply", omit_defaults=True):
+    """An answer of the engine, or a part of one."""
+
+    final: ClassVar[bool] = True
+    """Whether nothing more follows."""
+
+
+class Stage(Reply, frozen=True, kw_only=True, tag="stage"):
+    """What is being done, for the one who waits: ``Loading SmolLM2-135M-Instruct``."""
+
+    final: ClassVar[bool] = False
+    words: str
+
+
+class ChatReady(Reply, frozen=True, kw_only=True, tag="chat_ready"):
+    """The model is loaded."""
+
+    voices: tuple[str, ...]
+    device: str
+    """``NVIDIA GeForce RTX 4090``, or the CPU's name."""
+    dtype: str
+    context_tokens: int
+    seconds: float
+    held_bytes: int
+    """Memory the model takes: of the card, or of the host where there is none."""
+
+
+class Text(Reply, frozen=True, kw_only=True, tag="text"):
+    """The next piece of an answer."""
+
+    final: ClassVar[bool] = False
+    piece: str
+
+
+class Done(Reply, frozen=True, kw_only=True, tag="done"):
+    """An answer is complete, or was stopped."""
+
+    outcome: Outcome
+
+
+class Unloaded(Reply, frozen=True, kw_only=True, tag="unloaded"):
+    """No model is held."""
+
+
+class Failure(Reply, frozen=True, kw_only=True, tag="failure"):
+    """It cannot be done. :class:`EngineClient` raises it as the Problem it is."""
+
+    title: str
+    what: str
+    why: str = ""
+    fix: str = ""
+    exit_code: int = 1
+
+    @classmethod
+    def of(cls, problem: Problem) -> Failure:
+        """To send a Problem."""
+        return cls(
+            title=problem.title,
+            what=problem.what,
+            why=problem.why,
+            fix=problem.fix,
+            exit_code=problem.exit_code,
+        )
+
+    def problem(self) -> Problem:
+        """To raise it again at the other end."""
+        return Problem(self.title, what=self.what, why=self.why, fix=self.fix, exit_code=self.exit_code)
+
+
+AnyRequest: TypeAlias = LoadChat | Generate | Unload | Stop
+AnyReply: TypeAlias = Stage | ChatReady | Text | Done | Unloaded | Failure
+
+
+class Asked(Struct, frozen=True):
+    """A numbered question: one line."""
+
+    number: int
+    request: AnyRequest
+
+
+class Answered(Struct, frozen=True):
+    """A reply to the question of that number: one line."""
+
+    number: int
+    reply: AnyReply
+
+
+_encoder = msgspec.json.Encoder()
+_asked = msgspec.json.Decoder(Asked)
+_answered = msgspec.json.Decoder(Answered)
+
+
+def encode(envelope: Asked | Answered) -> bytes:
+    """One line, newline included."""
+    return _encoder.encode(envelope) + b"\n"
+
+
+def decode_asked(line: bytes) -> Asked:
+    """Raises msgspec.MsgspecError for what is no question."""
+    return _asked.decode(line)
+
+
+def decode_answered(line: bytes) -> Answered:
+    """Raises msgspec.MsgspecError for what is no reply."""
+    return _answered.decode(line)

@@ -1,0 +1,201 @@
+"""Voices, endings, settings and reuse, against transformers' and peft's own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from qlora_tui.chat.terms import GREEDY, ChatSource, Outcome, Sampling
+from qlora_tui.data.conversation import Message
+from qlora_tui.errors import Problem
+
+pytestmark = pytest.mark.slow
+
+QUESTION = (Message("user", "what is the colour of the fox"),)
+SHORT = msgspec.structs.replace(GREEDY, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def session(tiny_source: ChatSource) -> Any:
+    from qlora_tui.chat.session import load_session
+
+    return load_session(tiny_source)
+
+
+def said(
+    session: Any,
+    voice: str = "base",
+    messages: Sequence[Message] = QUESTION,
+    sampling: Sampling = SHORT,
+) -> Outcome:
+    reply = session.ask(messages, voice=voice, sampling=sampling)
+    pieces = list(reply)
+    assert "".join(pieces) == reply.outcome.text
+    outcome = reply.outcome
+    assert isinstance(outcome, Outcome)
+    return outcome
+
+
+def reference(session: Any, source: ChatSource, adapter: str | None, tokens: int) -> str:
+    """What plain transformers and peft say, greedily."""
+    import torch
+    import transformers
+    from peft import PeftModel
+
+    folder = source.recipe.model.id
+    library: Any = transformers
+    tokenizer = library.AutoTokenizer.from_pretrained(folder)
+    four_bit = library.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=session.machine.dtype,
+    )
+    model = library.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=session.machine.dtype, quantization_config=four_bit
+    )
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    turns = [{"role": m.role, "content": m.content} for m in QUESTION]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    given = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+    )
+    return str(tokenizer.decode(given[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("voice", ["base", "adapter", "step-2"])
+def test_each_voice_says_what_plain_transformers_and_peft_say(
+    session: Any, tiny_source: ChatSource, voice: str
+) -> None:
+    expected = reference(session, tiny_source, tiny_source.adapters.get(voice), SHORT.max_new_tokens)
+    assert said(session, voice).text == expected
+
+
+def test_voices_that_answer_side_by_side_do_not_disturb_each_other(session: Any) -> None:
+    alone = {voice: said(session, voice).text for voice in session.voices}
+    replies = {voice: session.ask(QUESTION, voice=voice, sampling=SHORT) for voice in session.voices}
+    growing = {voice: iter(reply) for voice, reply in replies.items()}
+    while growing:
+        for voice in list(growing):
+            if next(growing[voice], None) is None:
+                del growing[voice]
+    assert {voice: reply.outcome.text for voice, reply in replies.items()} == alone
+    assert len(set(alone.values())) == 3
+
+
+def test_a_second_turn_reads_only_what_is_new_and_says_the_same(
+    session: Any, tiny_source: ChatSource
+) -> None:
+    from qlora_tui.chat.session import load_session
+
+    first = said(session)
+    longer = (*QUESTION, Message("assistant", first.text), Message("user", "and the dog"))
+    continued = said(session, messages=longer)
+    fresh = said(load_session(tiny_source), messages=longer)
+    assert continued.reused_tokens >= first.prompt_tokens
+    assert fresh.reused_tokens == 0
+    assert continued.text == fresh.text
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_seed_another(session: Any) -> None:
+    warm = Sampling(temperature=1.5, top_p=1.0, top_k=0, max_new_tokens=16, seed=1)
+    once, again = said(session, sampling=warm).text, said(session, sampling=warm).text
+    other = said(session, sampling=msgspec.structs.replace(warm, seed=2)).text
+    assert once == again != other
+
+
+def test_a_repetition_penalty_breaks_a_loop(session: Any) -> None:
+    looping = said(session, sampling=msgspec.structs.replace(GREEDY, max_new_tokens=60)).text
+    penalised = said(
+        session, sampling=msgspec.structs.replace(GREEDY, max_new_tokens=60, repetition_penalty=5.0)
+    ).text
+    assert len(set(penalised.split())) > len(set(looping.split()))
+
+
+def test_an_answer_ends_at_the_turn_end_without_showing_it(session: Any) -> None:
+    import torch
+
+    (end_id,) = session.end_ids
+    head = session._model.lm_head.weight
+    with torch.no_grad():
+        kept = head[end_id].clone()
+        try:
+            scores = session.read("base", session.prompt(QUESTION), _fresh(session))
+            likeliest = head[int(scores.argmax())]
+            head[end_id] = likeliest * 2
+            outcome = said(session)
+        finally:
+            head[end_id] = kept
+    assert (outcome.ending, outcome.text, outcome.new_tokens) == ("turn end", "", 1)
+
+
+def test_it_says_when_it_reached_the_most_tokens(session: Any) -> None:
+    outcome = said(session)
+    assert (outcome.ending, outcome.new_tokens) == ("most tokens", 12)
+    assert outcome.tokens_per_s > 0
+    assert outcome.first_token_s > 0
+
+
+def test_stop_ends_an_answer_before_its_next_token(session: Any) -> None:
+    reply = session.ask(QUESTION, sampling=msgspec.structs.replace(GREEDY, max_new_tokens=1000))
+    pieces = iter(reply)
+    first = next(pieces)
+    reply.stop()
+    rest = list(pieces)
+    assert reply.outcome.ending == "stopped"
+    assert reply.outcome.text == first + "".join(rest)
+    assert reply.outcome.new_tokens <= 4
+
+
+def test_an_answer_ends_where_the_context_is_full(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "context_length", len(session.prompt(QUESTION)) + 5)
+    outcome = said(session, sampling=msgspec.structs.replace(GREEDY, max_new_tokens=4000))
+    assert (outcome.ending, outcome.new_tokens) == ("context full", 5)
+
+
+def test_a_conversation_longer_than_the_context_is_refused(session: Any) -> None:
+    with pytest.raises(Problem, match="too long"):
+        session.ask((Message("user", "fox " * 4000),))
+
+
+def test_a_voice_that_is_not_there_is_refused_with_those_that_are(session: Any) -> None:
+    with pytest.raises(Problem, match="base, adapter, step-2"):
+        session.ask(QUESTION, voice="step-9")
+
+
+def test_an_adapter_of_another_model_is_refused(
+    session: Any, tiny_source: ChatSource, tmp_path: Path
+) -> None:
+    from qlora_tui.chat.session import load_session
+    from tests.chat.adapters import make_adapter
+    from tests.training.tiny import make_tiny_model
+
+    other = make_tiny_model(tmp_path / "other", hidden_size=32)
+    adapter = make_adapter(other, tmp_path / "adapter")
+    source = msgspec.structs.replace(tiny_source, adapters={"adapter": str(adapter)})
+    fresh = load_session(source)
+    with pytest.raises(Problem, match="does not fit"):
+        fresh.ask(QUESTION, voice="adapter")
+    assert said(fresh).text == said(session).text
+
+
+def test_pickled_adapter_weights_are_never_loaded(tiny_source: ChatSource, tmp_path: Path) -> None:
+    from qlora_tui.chat.session import load_session
+
+    for file in Path(tiny_source.adapters["adapter"]).iterdir():
+        name = "adapter_model.bin" if file.suffix == ".safetensors" else file.name
+        (tmp_path / name).write_bytes(file.read_bytes())
+    session = load_session(msgspec.structs.replace(tiny_source, adapters={"adapter": str(tmp_path)}))
+    with pytest.raises(Problem, match="safetensors"):
+        session.ask(QUESTION, voice="adapter")
+
+
+def _fresh(session: Any) -> Any:
+    from qlora_tui.chat.kept import Kept
+
+    return Kept(session._model.config)

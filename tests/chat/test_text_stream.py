@@ -1,0 +1,44 @@
+"""Whole characters only, and nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_tui.chat.text_stream import TextStream
+
+
+def bytes_as_ids(ids: Sequence[int]) -> str:
+    """A tokenizer of single bytes; ids from 256 on are special, and left out."""
+    return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def streamed(ids: Sequence[int]) -> list[str]:
+    stream = TextStream(bytes_as_ids)
+    return [*(stream.add(i) for i in ids), stream.rest()]
+
+
+def test_a_character_is_given_out_when_its_last_byte_is_there() -> None:
+    assert streamed("né🦊".encode()) == ["n", "", "é", "", "", "", "🦊", ""]
+
+
+def test_half_a_character_at_the_end_comes_with_the_rest() -> None:
+    assert streamed("a🦊".encode()[:-1]) == ["a", "", "", "", "\ufffd"]
+
+
+def test_bytes_that_are_no_text_do_not_hold_up_what_follows() -> None:
+    pieces = streamed([0xFF, 0xFF, 0xFF, 0xFF, ord("a"), ord("b")])
+    assert pieces[-3:] == ["a", "b", ""]
+
+
+@given(st.text(max_size=40))
+def test_pieces_joined_are_the_text(text: str) -> None:
+    pieces = streamed(text.encode())
+    assert "".join(pieces) == text
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_special_tokens_between_words_are_not_shown() -> None:
+    assert "".join(streamed([ord("a"), 300, 301, ord("b"), 302])) == "ab"

@@ -1,0 +1,180 @@
+"""A real engine: one child for the module, and children that are killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import pytest_asyncio
+
+from qlora_tui.chat.terms import GREEDY, ChatSource, Outcome
+from qlora_tui.data.conversation import Message
+from qlora_tui.engine.client import EngineClient
+from qlora_tui.engine.place import log_path
+from qlora_tui.engine.protocol import ChatReady, Done, Generate, LoadChat, Stage, Text, Unload, Unloaded
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Model, Recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+
+QUESTION = (Message("user", "what is the colour of the fox"),)
+SHORT = Generate(
+    messages=QUESTION, voice="adapter", sampling=msgspec.structs.replace(GREEDY, max_new_tokens=8)
+)
+ENDLESS = Generate(
+    messages=QUESTION, voice="adapter", sampling=msgspec.structs.replace(GREEDY, max_new_tokens=2000)
+)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(tiny_source: ChatSource) -> AsyncIterator[EngineClient]:
+    """An engine that has loaded the tiny model."""
+    async with EngineClient() as client:
+        replies = [reply async for reply in client.ask(LoadChat(source=tiny_source))]
+        assert [type(r) for r in replies] == [Stage, Stage, ChatReady]
+        yield client
+
+
+async def answer(engine: EngineClient, question: Generate) -> Outcome:
+    replies = [reply async for reply in engine.ask(question)]
+    *pieces, done = replies
+    assert isinstance(done, Done)
+    assert all(isinstance(piece, Text) for piece in pieces)
+    assert "".join(p.piece for p in pieces if isinstance(p, Text)) == done.outcome.text
+    return done.outcome
+
+
+async def test_an_answer_streams_in_pieces_and_ends_with_its_figures(engine: EngineClient) -> None:
+    outcome = await answer(engine, SHORT)
+    assert (outcome.new_tokens, outcome.ending) == (8, "most tokens")
+
+
+async def test_two_voices_asked_together_grow_side_by_side(engine: EngineClient) -> None:
+    order: list[str] = []
+
+    async def listen(voice: str) -> str:
+        text = ""
+        async for reply in engine.ask(msgspec.structs.replace(SHORT, voice=voice)):
+            if isinstance(reply, Text):
+                order.append(voice)
+                text += reply.piece
+        return text
+
+    adapter, base = await asyncio.gather(listen("adapter"), listen("base"))
+    assert adapter == (await answer(engine, SHORT)).text
+    assert base == (await answer(engine, msgspec.structs.replace(SHORT, voice="base"))).text
+    assert order != sorted(order)
+    assert order != sorted(order, reverse=True)
+
+
+async def test_stop_ends_an_answer_in_the_middle(engine: EngineClient) -> None:
+    asked = engine.ask(ENDLESS)
+    last = None
+    async for reply in asked:
+        if last is None:
+            asked.stop()
+        last = reply
+    assert isinstance(last, Done)
+    assert last.outcome.ending == "stopped"
+    assert last.outcome.new_tokens < 200
+
+
+async def test_cancelling_the_one_who_waits_stops_the_engine_too(engine: EngineClient) -> None:
+    first = asyncio.Event()
+
+    async def listen() -> None:
+        async for _ in engine.ask(ENDLESS):
+            first.set()
+
+    task = asyncio.create_task(listen())
+    await first.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    began = time.monotonic()
+    await answer(engine, msgspec.structs.replace(SHORT, voice="base"))
+    assert time.monotonic() - began < 10
+
+
+async def test_a_problem_in_the_engine_is_raised_here_as_it_is(engine: EngineClient) -> None:
+    with pytest.raises(Problem, match="No such voice") as raised:
+        await answer(engine, msgspec.structs.replace(SHORT, voice="step-9"))
+    assert raised.value.exit_code == 2
+    assert raised.value.fix
+
+
+async def test_a_model_that_is_not_there_is_a_problem_and_the_engine_goes_on(engine: EngineClient) -> None:
+    pid = engine.pid
+    with pytest.raises(Problem, match="not on this machine"):
+        async for _ in engine.ask(LoadChat(source=ChatSource(recipe=Recipe(model=Model(id="no/such"))))):
+            pass
+    with pytest.raises(Problem, match="No model is loaded"):
+        await answer(engine, SHORT)
+    assert engine.pid == pid
+
+
+async def test_a_killed_engine_is_a_problem_that_names_the_log_and_the_next_question_starts_another(
+    engine: EngineClient, tiny_source: ChatSource
+) -> None:
+    async for _ in engine.ask(LoadChat(source=tiny_source)):
+        pass
+    before = engine.pid
+    assert before is not None
+    with pytest.raises(Problem) as raised:
+        async for _ in engine.ask(ENDLESS):
+            os.kill(before, signal.SIGKILL)
+    assert "SIGKILL" in raised.value.what
+    assert "engine.log" in raised.value.fix
+    replies = [reply async for reply in engine.ask(Unload())]
+    assert isinstance(replies[-1], Unloaded)
+    assert engine.pid not in (None, before)
+
+
+async def test_what_libraries_print_goes_to_the_log_and_the_log_stays_short(engine: EngineClient) -> None:
+    log_path().write_bytes(b"x" * (1 << 20) + b"x")
+    await engine.close()
+    async for _ in engine.ask(Unload()):
+        pass
+    assert log_path().stat().st_size < 1 << 20
+
+
+PARENT = """
+import asyncio, sys, msgspec
+from qlora_tui.engine.client import EngineClient
+from qlora_tui.engine.protocol import LoadChat, Generate
+from tests.engine.test_engine import ENDLESS
+from qlora_tui.chat.terms import ChatSource
+
+async def main():
+    source = msgspec.json.decode(sys.argv[1], type=ChatSource)
+    async with EngineClient() as engine:
+        async for _ in engine.ask(LoadChat(source=source)):
+            pass
+        async for _ in engine.ask(ENDLESS):
+            print(engine.pid, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_an_engine_that_is_answering_ends_with_its_parent(tiny_source: ChatSource) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, msgspec.json.encode(tiny_source).decode()],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    child.wait(timeout=5)
