@@ -1,0 +1,97 @@
+"""The command line's chat."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qlora_tui.chat.terms import GREEDY, ChatSource
+from qlora_tui.runs.directory import RunDir, create
+
+pytestmark = pytest.mark.slow
+
+SHORT = msgspec.structs.replace(GREEDY, max_new_tokens=8)
+PROMPT = "what is the colour of the fox"
+
+
+@pytest.fixture
+def run(tiny_source: ChatSource) -> RunDir:
+    """A run on the tiny model that left an adapter and a checkpoint."""
+    run = create(tiny_source.recipe)
+    shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+    checkpoint = run.checkpoints_dir / "step-2"
+    shutil.copytree(tiny_source.adapters["step-2"], checkpoint)
+    (checkpoint / "complete").touch()
+    return run
+
+
+def typed(*lines: str) -> Iterator[str]:
+    yield from lines
+    raise EOFError
+
+
+def test_base_adapter_and_checkpoint_answer_differently(run: RunDir) -> None:
+    from qlora_tui.chat.ask import answer, compare
+    from qlora_tui.chat.sources import of_run
+
+    adapter = "".join(answer(run, PROMPT, sampling=SHORT))
+    base = "".join(answer(run, PROMPT, base=True, sampling=SHORT))
+    checkpoint = "".join(answer(run, PROMPT, checkpoint=2, sampling=SHORT))
+    assert len({adapter, base, checkpoint}) == 3
+    (compared,) = compare(of_run(run), [PROMPT], max_new_tokens=8)
+    assert (compared.base, compared.adapter) == (base.strip(), adapter.strip())
+
+
+def test_a_conversation_switches_voices_and_begins_again(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_tui.chat.ask import answer, converse
+
+    lines = typed(PROMPT, "/new", "/voice base", PROMPT, "/voice nobody", "/help", "")
+    asked: list[str] = []
+
+    def ask_user(prompt: str) -> str:
+        asked.append(prompt)
+        return next(lines)
+
+    converse(run, sampling=SHORT, ask_user=ask_user)
+    out, notes = capsys.readouterr()
+    assert "".join(answer(run, PROMPT, sampling=SHORT)) in out
+    assert "".join(answer(run, PROMPT, base=True, sampling=SHORT)) in out
+    assert asked == ["adapter> "] * 3 + ["base> "] * 5
+    assert "There are: base, adapter, step-2." in notes
+    assert "tokens" in notes
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_tui.chat import ask
+    from qlora_tui.chat.reply import Reply
+
+    pieces = Reply.__iter__
+
+    def interrupted(reply: Reply) -> Iterator[str]:
+        yield next(pieces(reply))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reply, "__iter__", interrupted)
+    lines = typed(PROMPT, PROMPT)
+    ask.converse(run, sampling=SHORT, ask_user=lambda prompt: next(lines))
+    assert capsys.readouterr().err.count("Stopped.") == 2
+
+
+def test_an_adapter_with_its_own_tokenizer_and_template_is_asked_in_it(run: RunDir, tiny_model: Path) -> None:
+    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.sources import of_run
+    from qlora_tui.data.conversation import Message
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, run.adapter_dir)
+    (run.adapter_dir / "chat_template.jinja").write_text("ask {{ messages[0]['content'] }} answer")
+    session = load_session(of_run(run))
+    assert session.tokenizer.decode(session.prompt([Message("user", "fox")])) == "ask fox answer"

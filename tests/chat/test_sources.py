@@ -1,0 +1,89 @@
+"""Who there is to talk to in a run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.chat.sources import chosen_voice, of_adapter, of_run
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.recipe.toml import dump
+from qlora_tui.runs.directory import RunDir, create
+
+RECIPE = Recipe(name="tale", model=Model(id="org/model"))
+
+
+@pytest.fixture
+def run() -> RunDir:
+    return create(RECIPE)
+
+
+def put_adapter(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def put_checkpoint(run: RunDir, step: int) -> None:
+    (put_adapter(run.checkpoints_dir / f"step-{step}") / "complete").touch()
+
+
+def test_a_finished_run_offers_its_adapter_then_its_checkpoints_newest_first(run: RunDir) -> None:
+    put_adapter(run.adapter_dir)
+    for step in (10, 20):
+        put_checkpoint(run, step)
+    source = of_run(run)
+    assert source.recipe.model.id == "org/model"
+    assert source.voices == ("base", "adapter", "step-20", "step-10")
+    assert source.adapters["step-10"] == str(run.checkpoints_dir / "step-10")
+    assert chosen_voice(source) == "adapter"
+    assert chosen_voice(source, base=True) == "base"
+    assert chosen_voice(source, checkpoint=10) == "step-10"
+
+
+def test_a_run_without_an_adapter_yet_speaks_with_its_newest_checkpoint(run: RunDir) -> None:
+    for step in (10, 20):
+        put_checkpoint(run, step)
+    assert chosen_voice(of_run(run)) == "step-20"
+
+
+def test_a_run_without_any_says_so(run: RunDir) -> None:
+    with pytest.raises(Problem, match="No adapter yet"):
+        chosen_voice(of_run(run))
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(run: RunDir) -> None:
+    put_checkpoint(run, 10)
+    with pytest.raises(Problem, match="There are: 10"):
+        chosen_voice(of_run(run), checkpoint=11)
+
+
+def test_an_adapter_folder_brings_the_recipe_it_was_trained_with(tmp_path: Path) -> None:
+    put_adapter(tmp_path)
+    (tmp_path / "recipe.toml").write_text(dump(RECIPE))
+    assert of_adapter(tmp_path).recipe == RECIPE
+    assert of_adapter(tmp_path, model="/elsewhere").recipe.model.id == "/elsewhere"
+
+
+def test_an_adapter_folder_without_a_recipe_needs_the_model_named(tmp_path: Path) -> None:
+    put_adapter(tmp_path)
+    with pytest.raises(Problem, match="Which base model"):
+        of_adapter(tmp_path)
+    assert of_adapter(tmp_path, model="org/model").recipe.model.id == "org/model"
+
+
+def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match="No adapter there"):
+        of_adapter(tmp_path)
+
+
+def test_terms_sources_and_protocol_load_no_torch() -> None:
+    code = (
+        "import sys, qlora_tui.chat.terms, qlora_tui.chat.sources, qlora_tui.engine.client;"
+        "sys.exit(bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
