@@ -14,7 +14,9 @@ from msgspec import Struct
 
 from qlora_tui.chat.terms import ChatSource, Outcome, Sampling
 from qlora_tui.data.conversation import Message
+from qlora_tui.data.inspect import Report, Shown
 from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Data, Source
 
 
 class Request(Struct, frozen=True, kw_only=True, tag_field="ask", omit_defaults=True):
@@ -38,6 +40,27 @@ class Generate(Request, frozen=True, kw_only=True, tag="generate"):
 
 class Unload(Request, frozen=True, kw_only=True, tag="unload"):
     """Give back the memory of the model. Reply: Unloaded."""
+
+
+class InspectData(Request, frozen=True, kw_only=True, tag="inspect_data"):
+    """Look a data file over. Replies: DataReport…, each better than the last, then DataInspected."""
+
+    source: Source
+    data: Data
+    """The settings that decide what is cut and trained."""
+    model: str = ""
+    """Count in this model's tokens; empty counts characters."""
+    template: str = "auto"
+
+
+class ShowRow(Request, frozen=True, kw_only=True, tag="show_row"):
+    """One row as the model will see it. Reply: RowShown."""
+
+    source: Source
+    row: int
+    data: Data
+    model: str
+    template: str = "auto"
 
 
 class Stop(Request, frozen=True, kw_only=True, tag="stop"):
@@ -91,6 +114,25 @@ class Unloaded(Reply, frozen=True, kw_only=True, tag="unloaded"):
     """No model is held."""
 
 
+class DataReport(Reply, frozen=True, kw_only=True, tag="data_report"):
+    """What is known of the data so far."""
+
+    final: ClassVar[bool] = False
+    report: Report
+
+
+class DataInspected(Reply, frozen=True, kw_only=True, tag="data_inspected"):
+    """Every row was read, or the question was stopped."""
+
+    report: Report | None
+
+
+class RowShown(Reply, frozen=True, kw_only=True, tag="row_shown"):
+    """The row."""
+
+    shown: Shown
+
+
 class Failure(Reply, frozen=True, kw_only=True, tag="failure"):
     """It cannot be done. :class:`EngineClient` raises it as the Problem it is."""
 
@@ -116,8 +158,10 @@ class Failure(Reply, frozen=True, kw_only=True, tag="failure"):
         return Problem(self.title, what=self.what, why=self.why, fix=self.fix, exit_code=self.exit_code)
 
 
-AnyRequest: TypeAlias = LoadChat | Generate | Unload | Stop
-AnyReply: TypeAlias = Stage | ChatReady | Text | Done | Unloaded | Failure
+AnyRequest: TypeAlias = LoadChat | Generate | Unload | InspectData | ShowRow | Stop
+AnyReply: TypeAlias = (
+    Stage | ChatReady | Text | Done | Unloaded | DataReport | DataInspected | RowShown | Failure
+)
 
 
 class Asked(Struct, frozen=True):

@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, BinaryIO
 import msgspec
 
 from qlora_tui.engine.place import log_path
+from qlora_tui.engine.previews import Previews
 from qlora_tui.engine.protocol import (
     Answered,
     AnyReply,
     Asked,
     Failure,
     Generate,
+    InspectData,
     LoadChat,
+    ShowRow,
     Stage,
     Stop,
     Unload,
@@ -48,6 +51,7 @@ class Server:
         self._growing: dict[int, Iterator[AnyReply]] = {}
         self._voices: dict[int, str] = {}
         self._chats: Chats | None = None
+        self._previews = Previews()
 
     def run(self) -> None:
         """Work until the client is gone; then the process ends from the reading thread."""
@@ -123,6 +127,10 @@ class Server:
                 yield self._with_torch(tell).load(request, tell)
             case Generate():
                 yield from self._with_torch(tell).generate(request, self._stops[number])
+            case InspectData():
+                yield from self._previews.inspect(request, self._stops[number])
+            case ShowRow():
+                yield self._previews.show(request)
             case Unload():
                 if self._chats is not None:
                     self._chats.unload()
