@@ -12,11 +12,14 @@ from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
+from textual.color import Color, ColorParseError
 from textual.theme import Theme
 
 from qlora_tui import paths
 from qlora_tui.errors import Problem
 
+MUTED_SHARE = 0.7
+"""How far muted text is from the background, towards the foreground."""
 Colour = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
 
 
@@ -39,8 +42,23 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     variables: dict[str, str] = {}
 
     def theme(self) -> Theme:
-        """As Textual takes it."""
-        return Theme(**msgspec.structs.asdict(self))
+        """As Textual takes it, with what its widgets need and its own themes have."""
+        needed = _sixteen_colours(self.dark) if self.ansi else {"text-muted": _between(self)}
+        return Theme(**{**msgspec.structs.asdict(self), "variables": {**needed, **self.variables}})
+
+
+def _between(file: ThemeFile) -> str:
+    """Muted text as a colour of its own: Textual's ``auto 60%`` is not resolved inside a line of text."""
+    return Color.parse(file.background).blend(Color.parse(file.foreground), MUTED_SHARE).hex6
+
+
+def _sixteen_colours(dark: bool) -> dict[str, str]:
+    ink, page = ("ansi_white", "ansi_black") if dark else ("ansi_black", "ansi_white")
+    return {
+        "ansi-foreground": ink,
+        "ansi-background": page,
+        "text-muted": "ansi_white" if dark else "ansi_bright_black",
+    }
 
 
 def load_themes() -> tuple[list[Theme], list[Problem]]:
@@ -59,10 +77,23 @@ def load_themes() -> tuple[list[Theme], list[Problem]]:
 
 def _read(path: Path) -> Theme:
     try:
-        return msgspec.convert(tomllib.loads(path.read_text("utf-8")), ThemeFile).theme()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        file = msgspec.convert(tomllib.loads(path.read_text("utf-8")), ThemeFile)
+        _check_colours(file)
+        return file.theme()
+    except (OSError, ValueError, ColorParseError, msgspec.ValidationError) as error:
         raise Problem(
             "A theme was left out",
             what=f"{path}: {error}.",
             fix="Compare it with the shipped themes; colours are #rrggbb or ansi_blue.",
         ) from error
+
+
+def _check_colours(file: ThemeFile) -> None:
+    """Raise ColorParseError for a colour that only looks like one: Textual would stop the app over it."""
+    for name in ("primary", "secondary", "warning", "error", "success", "accent"):
+        Color.parse(getattr(file, name))
+    for name in ("foreground", "background", "surface", "panel"):
+        Color.parse(getattr(file, name))
+    for name, value in file.variables.items():
+        if not name.endswith("-style"):
+            Color.parse(value)

@@ -40,6 +40,7 @@ class Workbench:
         self._undo: list[_Snapshot] = []
         self._redo: list[_Snapshot] = []
         self._architecture: tuple[str, Architecture | Problem] | None = None
+        self._compared: tuple[Recipe, Device, dict[Precision, Estimate] | Problem] | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -109,9 +110,18 @@ class Workbench:
     def forget_architecture(self) -> None:
         """Look again: the model may have been downloaded since."""
         self._architecture = None
+        self._compared = None
 
     def comparison(self, device: Device) -> dict[Precision, Estimate] | Problem:
-        """The estimate in every precision; a Problem where there is nothing to estimate."""
+        """The estimate in every precision; a Problem where there is nothing to estimate.
+
+        Kept for as long as the recipe is the same: strip and screen ask one after the other.
+        """
+        if self._compared is None or self._compared[:2] != (self.recipe, device):
+            self._compared = (self.recipe, device, self._compare(device))
+        return self._compared[2]
+
+    def _compare(self, device: Device) -> dict[Precision, Estimate] | Problem:
         architecture = self.architecture()
         if isinstance(architecture, Problem):
             return architecture

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.message import Message
 from textual.widget import Widget
-from textual.widgets import DataTable, Static
+from textual.widgets import Static
 
 from qlora_tui.errors import Problem
-from qlora_tui.format import gib, percent, size
+from qlora_tui.format import gib
 from qlora_tui.memory import Change, Estimate, WhatFits, cheapest_changes, judge, what_fits
 from qlora_tui.memory.estimate import PRECISIONS, Precision
 from qlora_tui.memory.room import Room
@@ -21,19 +21,25 @@ from qlora_tui.recipe.fields import fields, value_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE
+from qlora_tui.tui.watch import Pulse
+from qlora_tui.tui.widgets.memory_panel import changes_text, item_line, levels_line, levers, verdict_text
+from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE, precision_of
 from qlora_tui.tui.widgets.stacked_bar import legend, stacked_bar
+from qlora_tui.tui.widgets.vi_list import ViList
 
-NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
+METHODS = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
+"""What ``quantization.method`` says for each precision."""
 TARGETS: tuple[tuple[str, ...], ...] = (
     ("all-linear",),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "v_proj"),
 )
 """What ``t`` goes through: the choices of the QLoRA paper, of many recipes, and of the LoRA paper."""
+SETTLED_S = 0.15
+"""The slower questions wait until no key has come for so long."""
 
 
-def _change(id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True) -> Command:
+def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = False) -> Command:
     return Command(id=f"memory.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer)
 
 
@@ -44,28 +50,29 @@ class MemoryScreen(WorkScreen):
     CSS_PATH = "memory.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "The bars are the predicted peak of a training step, cut into what it is made of. "
-        "The table takes the precision apart that is marked ▸; the line under it explains the item under "
-        "the cursor. A verdict is 'fits' only when even the upper end of the doubt does."
+        "The bars are the predicted peak of a training step, cut into what it is made of. The list takes the "
+        "bar apart that is marked ▸; the sentence under it explains the item under the cursor. ◂ recipe is "
+        "the precision the recipe trains in.\n"
+        "'fits': even the upper end of the doubt does. 'tight': less than 5 % is left. "
+        "'uncertain': it depends on the doubt."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = (
-        _change("batch_up", "b", "scale('training.micro_batch', 2)", "Batch ×2", "Double the micro-batch."),
-        _change("batch_down", "B", "scale('training.micro_batch', 0.5)", "÷2", "Halve the micro-batch."),
-        _change("length_up", "s", "scale('data.max_length', 2)", "Length ×2", "Double the sequence length."),
-        _change("length_down", "S", "scale('data.max_length', 0.5)", "÷2", "Halve the sequence length."),
-        _change("rank_up", "r", "scale('lora.rank', 2)", "Rank ×2", "Double the rank."),
-        _change("rank_down", "R", "scale('lora.rank', 0.5)", "÷2", "Halve the rank."),
-        _change("targets", "t", "targets", "Targets", "Next choice of target modules.", in_footer=False),
-        _change(
-            "checkpointing",
-            "c",
-            "checkpointing",
-            "Checkpointing",
-            "Checkpoint activations, or not.",
-            in_footer=False,
+        _command("next", "tab,n", "next_bar(1)", "Next bar", "Take the next bar apart.", in_footer=True),
+        _command("previous", "shift+tab,N", "next_bar(-1)", "Previous bar", "Take the one before apart."),
+        _command("use", "m", "use", "Use", "Train in the precision marked ▸.", in_footer=True),
+        _command("apply", "a", "apply", "Make it fit", "Make the cheapest change.", in_footer=True),
+        _command("length_up", "s", "scale('data.max_length', 2)", "Length ×2", "Double the length of rows."),
+        _command(
+            "length_down", "S", "scale('data.max_length', 0.5)", "Length ÷2", "Halve the length of rows."
         ),
-        _change("precision", "tab,n", "next_precision", "Precision", "Take the next precision apart."),
-        _change("apply", "a", "apply", "Apply", "Make the cheapest change that fits."),
+        _command("batch_up", "b", "scale('training.micro_batch', 2)", "Batch ×2", "Double the micro-batch."),
+        _command(
+            "batch_down", "B", "scale('training.micro_batch', 0.5)", "Batch ÷2", "Halve the micro-batch."
+        ),
+        _command("rank_up", "r", "scale('lora.rank', 2)", "Rank ×2", "Double the rank."),
+        _command("rank_down", "R", "scale('lora.rank', 0.5)", "Rank ÷2", "Halve the rank."),
+        _command("targets", "t", "targets", "Targets", "Next choice of target modules."),
+        _command("checkpointing", "c", "checkpointing", "Checkpointing", "Checkpoint activations, or not."),
     )
 
     class Solved(Message):
@@ -79,27 +86,32 @@ class MemoryScreen(WorkScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self._precision: Precision = "nf4"
+        self._precision: Precision | None = None
         self._compared: dict[Precision, Estimate] = {}
         self._changes: tuple[Change, ...] = ()
+        self._fitting: WhatFits | None = None
         self._shown_for: tuple[Recipe, Room] | None = None
+        self._heading = ""
+
+    @property
+    def precision(self) -> Precision:
+        """The one that is taken apart: the recipe's own until another is asked for."""
+        return self._precision or precision_of(self.workstation.workbench.recipe)
 
     def compose_body(self) -> Iterable[Widget]:
-        yield Static(id="bars")
-        with Horizontal(id="parts"):
-            with Vertical(id="items-side"):
-                yield DataTable[Any](id="items", cursor_type="row")
-                yield Static(id="explanation")
-            with VerticalScroll(id="answers", can_focus=False):
-                yield Static(id="fitting")
+        yield Static(id="memory-empty", markup=False)
+        with Vertical(id="memory-body"):
+            yield Static(id="bars")
+            with Horizontal(id="parts"):
+                yield ViList(id="items")
+                with Vertical(id="beside"):
+                    yield Static(id="levers")
+                    yield Static(id="changes")
+            yield Static(id="explanation")
 
     def on_mount(self) -> None:
         super().on_mount()
-        table = self.query_one("#items", DataTable)
-        table.add_column("item", key="item")
-        table.add_column("      size", key="size")
-        table.add_column("share", key="share")
-        table.focus()
+        self.query_one("#items").focus()
 
     def show_recipe(self, recipe: Recipe) -> None:
         room = self.workstation.room
@@ -107,21 +119,26 @@ class MemoryScreen(WorkScreen):
             return
         self._shown_for = (recipe, room)
         compared = self.workstation.workbench.comparison(room.device)
-        if isinstance(compared, Problem):
-            self._compared = {}
-            self.query_one("#bars", Static).update(Content(f"{compared.what}\n{compared.fix}"))
-            self.query_one("#items", DataTable).clear()
-            self.query_one("#explanation", Static).update("")
-            self.query_one("#fitting", Static).update("")
+        problem = compared if isinstance(compared, Problem) else None
+        self.query_one("#memory-body").display = problem is None
+        empty = self.query_one("#memory-empty", Static)
+        empty.display = problem is not None
+        self._compared = {} if isinstance(compared, Problem) else compared
+        if problem is not None:
+            empty.update("\n".join(filter(None, (problem.what, problem.why, f"▸ {problem.fix}"))))
             return
-        self._compared = compared
-        self._show_bars()
-        self._show_items()
+        self._fitting = None
+        self._changes = ()
+        self._show_all()
         self.run_worker(self._solve(recipe, room), exclusive=True, group="solve")
 
-    def on_resize(self) -> None:
-        if self._compared:
+    def show_pulse(self, pulse: Pulse) -> None:
+        if self._compared and self._heading_text() != self._heading:
             self._show_bars()
+
+    def on_resize(self) -> None:
+        # The list knows its new width only after the layout.
+        self.call_after_refresh(self._show_all)
 
     def action_scale(self, path: str, factor: float) -> None:
         """Multiply a whole-number setting, within its bounds."""
@@ -131,46 +148,49 @@ class MemoryScreen(WorkScreen):
         self.workstation.edit(path, min(max(value, low), high))
 
     def action_targets(self) -> None:
-        """The next choice of target modules; back to all-linear from one of the user's own."""
+        """The next choice that this model has; all-linear after one of the user's own."""
+        architecture = self.workstation.workbench.architecture()
+        kinds = () if isinstance(architecture, Problem) else architecture.kinds()
+        choices = [choice for choice in TARGETS if choice == TARGETS[0] or set(choice) <= set(kinds)]
         now = self.workstation.workbench.recipe.lora.target_modules
-        index = TARGETS.index(now) + 1 if now in TARGETS else 0
-        self.workstation.edit("lora.target_modules", TARGETS[index % len(TARGETS)])
+        index = choices.index(now) + 1 if now in choices else 0
+        self.workstation.edit("lora.target_modules", choices[index % len(choices)])
 
     def action_checkpointing(self) -> None:
         """Checkpoint activations, or not."""
         now = self.workstation.workbench.recipe.training.gradient_checkpointing
         self.workstation.edit("training.gradient_checkpointing", not now)
 
-    def action_next_precision(self) -> None:
-        """Take the next precision apart in the table."""
-        self._precision = PRECISIONS[(PRECISIONS.index(self._precision) + 1) % len(PRECISIONS)]
-        if self._compared:
-            self._show_bars()
-            self._show_items()
+    def action_next_bar(self, step: int) -> None:
+        """Take another bar apart."""
+        self._precision = PRECISIONS[(PRECISIONS.index(self.precision) + step) % len(PRECISIONS)]
+        self._show_all()
+
+    def action_use(self) -> None:
+        """Train in the precision that is taken apart."""
+        self.workstation.edit("quantization.method", METHODS[self.precision])
 
     def action_apply(self) -> None:
         """Make the cheapest change that fits."""
         if not self._changes:
-            self.notify("Nothing to apply: it fits, or no single change helps.")
+            self.notify("Nothing to apply: it fits, or no change is enough.")
             return
         change = self._changes[0]
         if self.workstation.workbench.replace(change.recipe):
+            self._precision = None
             self.workstation.recipe_edited()
             self.notify(f"{change.label}. u takes it back.")
 
-    def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
+    def on_option_list_option_highlighted(self) -> None:
         """Explain the item under the cursor."""
-        made = self._compared.get(self._precision)
-        key = event.row_key.value if event.row_key else None
-        item = next((i for i in made.items if i.key == key), None) if made else None
-        self.query_one("#explanation", Static).update(Content(item.explanation if item else ""))
+        self._show_explanation()
 
     def on_memory_screen_solved(self, message: Solved) -> None:
         """Show what fits, if the recipe is still the one it was asked for."""
         if self._shown_for is None or self._shown_for[0] != message.recipe:
             return
-        self._changes = message.changes
-        self.query_one("#fitting", Static).update(_answers(message.fitting, message.changes))
+        self._fitting, self._changes = message.fitting, message.changes
+        self._show_beside()
 
     async def _solve(self, recipe: Recipe, room: Room) -> None:
         architecture = self.workstation.workbench.architecture()
@@ -183,57 +203,73 @@ class MemoryScreen(WorkScreen):
                 cheapest_changes(recipe, architecture, room.bytes, device=room.device),
             )
 
+        await asyncio.sleep(SETTLED_S)
         fitting, changes = await asyncio.to_thread(answer)
         self.post_message(self.Solved(recipe, fitting, changes))
 
+    def _show_all(self) -> None:
+        if self._compared:
+            self._show_bars()
+            self._show_items()
+            self._show_beside()
+            self._show_explanation()
+
+    def _heading_text(self) -> str:
+        room, pulse = self.workstation.room, self.workstation.pulse
+        what = f"Peak of a training step against {gib(room.bytes)} GiB"
+        if pulse.card is None or room.name != pulse.card.short_name:
+            return what if room.name.startswith("a card") else f"{what}, {room.name}"
+        others = "" if pulse.free_bytes is None else f", {gib(pulse.free_bytes)} free now"
+        return f"{what}: {room.name}{others}"
+
     def _show_bars(self) -> None:
         room = self.workstation.room
-        width = max(10, self.size.width - 41)
-        lines = [Content(f"against {room.name}, {gib(room.bytes)} GiB")]
+        own = precision_of(self.workstation.workbench.recipe)
+        width = max(10, self.size.width - 43)
+        self._heading = self._heading_text()
+        lines = [Content.styled(self._heading, "$text-muted")]
         for precision in PRECISIONS:
             made = self._compared[precision]
-            verdict = judge(made, room.bytes)
-            mark = "▸" if precision == self._precision else " "
+            word = judge(made, room.bytes).word
+            mark = "▸" if precision == self.precision else " "
             lines.append(
                 Content.assemble(
-                    f"{mark} {NAMES[precision]:<5}",
+                    (f"{mark} {PRECISION_NAMES[precision]:<5}", "bold" if mark == "▸" else ""),
                     stacked_bar(made, room.bytes, width),
-                    f" {gib(made.total_bytes):>6} GiB  ",
-                    (verdict.word, VERDICT_STYLE[verdict.word]),
+                    f" {gib(made.total_bytes):>6} GiB ",
+                    (f"{word:<12}", VERDICT_STYLE[word]),
+                    (" ◂ recipe" if precision == own else "", "$accent"),
                 )
             )
         lines.append(legend())
         self.query_one("#bars", Static).update(Content("\n").join(lines))
 
     def _show_items(self) -> None:
-        table = self.query_one("#items", DataTable)
-        kept = table.cursor_row
-        made = self._compared[self._precision]
-        table.clear()
-        for item in sorted(made.items, key=lambda i: -i.bytes):
-            share = percent(item.bytes / made.total_bytes)
-            table.add_row(item.label, f"{size(item.bytes):>10}", f"{share:>5}", key=item.key)
-        table.move_cursor(row=min(kept, table.row_count - 1))
+        made = self._compared[self.precision]
+        items = sorted(made.items, key=lambda item: -item.bytes)
+        list_ = self.query_one("#items", ViList)
+        width = list_.scrollable_content_region.width
+        list_.show([(item.key, item_line(item, made, items[0].bytes, width)) for item in items])
 
+    def _show_beside(self) -> None:
+        recipe, made = self.workstation.workbench.recipe, self._compared[self.precision]
+        self.query_one("#levers", Static).update(levers(recipe, self._fitting))
+        beside = self.query_one("#changes", Static)
+        parts = [changes_text(self._changes, beside.content_size.width)] if self._changes else []
+        parts += [Content(note) for note in made.notes]
+        if self.size.width >= 100:
+            verdict = judge(made, self.workstation.room.bytes)
+            parts.append(verdict_text(verdict, PRECISION_NAMES[self.precision]))
+        beside.update(Content("\n\n").join(parts))
 
-def _answers(fitting: WhatFits, changes: tuple[Change, ...]) -> Content:
-    lines = [
-        Content.styled("The most that fits, one at a time", "bold"),
-        Content(f"  sequence length {fitting.sequence_length:>9,}"),
-        Content(f"  micro-batch     {fitting.micro_batch:>9,}"),
-        Content(f"  rank            {fitting.rank:>9,}"),
-    ]
-    if changes:
-        lines += [Content(""), Content.styled("To make it fit, the cheapest first", "bold")]
-        for number, change in enumerate(changes[:4]):
-            key = "a" if number == 0 else " "
-            cost = f" ({change.cost})" if change.cost else ""
-            word = change.verdict.word
-            lines.append(
-                Content.assemble(
-                    f"{key} {change.label}: {gib(change.estimate.total_bytes)} GiB ",
-                    (word, VERDICT_STYLE[word]),
-                    cost,
-                )
+    def _show_explanation(self) -> None:
+        made = self._compared.get(self.precision)
+        key = self.query_one("#items", ViList).current
+        item = next((item for item in made.items if item.key == key), None) if made else None
+        if made is None or item is None:
+            return
+        self.query_one("#explanation", Static).update(
+            Content.assemble(
+                (f"{item.label}: ", "bold"), item.explanation, "\n", (levels_line(made), "$text-muted")
             )
-    return Content("\n").join(lines)
+        )

@@ -25,7 +25,14 @@ VERDICT_STYLE = {
 }
 """A colour beside the word, never instead of it."""
 
-_SHOWN: tuple[tuple[Precision, str], ...] = (("nf4", "NF4"), ("fp16", "fp16"))
+KEYS_HINT = "p presets  u undo"
+PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
+
+
+def precision_of(recipe: Recipe) -> Precision:
+    """Which of the compared precisions the recipe asks for; fp4 takes what NF4 does."""
+    methods: dict[str, Precision] = {"int8": "int8", "none": "fp16"}
+    return methods.get(recipe.quantization.method, "nf4")
 
 
 class RecipeStrip(Widget):
@@ -44,6 +51,7 @@ class RecipeStrip(Widget):
     def __init__(self) -> None:
         super().__init__()
         self._recipe_line = ""
+        self._shown: tuple[Precision, Precision] = ("nf4", "fp16")
         self._comparison: dict[Precision, Estimate] | Problem | None = None
         self._room: Room | None = None
 
@@ -52,6 +60,8 @@ class RecipeStrip(Widget):
         shown = (recipe_line(workbench), workbench.comparison(room.device), room)
         if shown != (self._recipe_line, self._comparison, self._room):
             self._recipe_line, self._comparison, self._room = shown
+            own = precision_of(workbench.recipe)
+            self._shown = ("nf4" if own == "fp16" else own, "fp16")
             self.refresh()
 
     def render(self) -> RenderResult:
@@ -59,7 +69,9 @@ class RecipeStrip(Widget):
         line = self._recipe_line
         if len(line) > width:
             line = line[: width - 1] + "…"
-        return Content.assemble(line, "\n", self._cost_line(width))
+        hint = KEYS_HINT if len(line) + len(KEYS_HINT) + 2 <= width else ""
+        gap = " " * (width - len(line) - len(hint))
+        return Content.assemble(line, (gap + hint, "dim"), "\n", self._cost_line(width))
 
     def _cost_line(self, width: int) -> Content:
         if self._comparison is None or self._room is None:
@@ -67,8 +79,8 @@ class RecipeStrip(Widget):
         if isinstance(self._comparison, Problem):
             problem = self._comparison
             return Content.styled(f"{problem.what} {problem.fix}".replace("\n", " ")[:width], "dim")
-        each = (width - 2) // len(_SHOWN)
-        costs = [_cost(name, self._comparison[key], self._room, each) for key, name in _SHOWN]
+        each = (width - 2) // len(self._shown)
+        costs = [_cost(PRECISION_NAMES[key], self._comparison[key], self._room, each) for key in self._shown]
         return Content("  ").join(costs)
 
 

@@ -43,14 +43,17 @@ PARTS: tuple[Part, ...] = (
 """In the order they are drawn; the last takes every item that no other names."""
 
 
+def part_of(key: str) -> Part:
+    """The part that an item is drawn as."""
+    return next((part for part in PARTS if key in part.keys), PARTS[-1])
+
+
 def parts_of(made: Estimate) -> list[tuple[Part, int]]:
     """Bytes of each part, in the order they are drawn."""
-    named = frozenset[str]().union(*(part.keys for part in PARTS))
-    sums = []
-    for part in PARTS:
-        own = part.keys or {item.key for item in made.items} - named
-        sums.append((part, sum(item.bytes for item in made.items if item.key in own)))
-    return sums
+    sums = dict.fromkeys(PARTS, 0)
+    for item in made.items:
+        sums[part_of(item.key)] += item.bytes
+    return list(sums.items())
 
 
 def stacked_bar(made: Estimate, full_bytes: int, width: int) -> Content:

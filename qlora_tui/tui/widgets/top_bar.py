@@ -19,6 +19,8 @@ class TopBar(Widget):
         dock: top;
         height: 1;
         background: $panel;
+        link-style: none;
+        link-color: $foreground;
     }
     """
 

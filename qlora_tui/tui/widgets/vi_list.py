@@ -1,0 +1,54 @@
+"""A list of options that also listens to the keys of vi."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.widgets import OptionList
+from textual.widgets.option_list import Option
+
+
+class ViList(OptionList):
+    """Compact, without a border; the cursor stays on its option while the lines around it change."""
+
+    DEFAULT_CSS = """
+    ViList, ViList:focus {
+        border: none;
+        padding: 0;
+        background: $background;
+        background-tint: transparent;
+        scrollbar-size-vertical: 1;
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("j", "cursor_down", show=False),
+        Binding("k", "cursor_up", show=False),
+        Binding("g", "first", show=False),
+        Binding("G", "last", show=False),
+        Binding("ctrl+d", "page_down", show=False),
+        Binding("ctrl+u", "page_up", show=False),
+    ]
+
+    @property
+    def current(self) -> str | None:
+        """Id of the option under the cursor."""
+        return None if self.highlighted is None else self.options[self.highlighted].id
+
+    def show(self, lines: Sequence[tuple[str, Content]], select: str | None = None) -> None:
+        """Show these (id, line); the cursor goes to ``select``, else stays with its option, else its place."""
+        wanted = select or self.current
+        place = self.highlighted or 0
+        ids = [id_ for id_, _ in lines]
+        if ids == [option.id for option in self.options]:
+            for index, (_, line) in enumerate(lines):
+                if self.options[index].prompt != line:
+                    self.replace_option_prompt_at_index(index, line)
+        elif ids:
+            self.set_options(Option(line, id_) for id_, line in lines)
+        else:
+            self.clear_options()
+        if ids:
+            self.highlighted = ids.index(wanted) if wanted in ids else min(place, len(ids) - 1)
