@@ -191,6 +191,7 @@ def _assemble(
         tied_head=tied,
         activation=fields.text(ACTIVATIONS) or family.activation,
         gated=family.gated,
+        residual_dropout=_residual_dropout(fields, family),
         final_logit_softcapping=_softcap(fields, family),
         logit_scale=_logit_scale(fields, family),
         dtype=_dtype(fields) or _dtype(outer),
@@ -207,6 +208,19 @@ def _assemble(
         ),
         parameters=tuple(built.parameters),
     )
+
+
+def _residual_dropout(fields: ConfigFields, family: Family) -> float:
+    """``resid_pdrop``, ``dropout`` (OPT) or ``hidden_dropout``; GPT-2 and OPT drop a tenth unless told not to."""
+    key = {"gpt2": "resid_pdrop", "phi": "resid_pdrop", "opt": "dropout"}.get(
+        family.model_types[0], "hidden_dropout"
+    )
+    value = fields.values.get(key)
+    if value is None:
+        return 0.1 if family.model_types[0] in ("gpt2", "opt") else 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise fields.bad(key, "a number from 0 up to 1")
+    return float(value)
 
 
 def _softcap(fields: ConfigFields, family: Family) -> float | None:

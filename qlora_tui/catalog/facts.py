@@ -120,6 +120,8 @@ class Architecture(Struct, frozen=True):
     """As the file names it: ``silu``, ``gelu_pytorch_tanh``."""
     gated: bool
     """The MLP multiplies two projections (gate and up)."""
+    residual_dropout: float
+    """Share of each half's output that the model itself drops in training (GPT-2, OPT, Phi-2); mostly 0."""
     final_logit_softcapping: float | None
     logit_scale: float | None
     """What the logits are multiplied by after the head, where that is not 1."""

@@ -48,6 +48,7 @@ class ModelFiles(Struct, frozen=True):
     """A model that is there and can be trained: what the trainer loads."""
 
     id: str
+    """As in ``LocalModel``: good in every working directory, however the model was asked for."""
     folder: Path
     gguf_file: str | None
     """Name of the file in ``folder``, where the model is a GGUF that has to be converted first."""
@@ -94,7 +95,7 @@ def resolve(model_id: str) -> ModelFiles:
         raise model.refusal
     assert model.architecture is not None  # a model without one is refused
     if model.source == "gguf":
-        return ModelFiles(model_id, model.path.parent, model.path.name, "gguf", model.architecture)
+        return ModelFiles(model.id, model.path.parent, model.path.name, "gguf", model.architecture)
     for file in weight_files(model.path):
         if truncated(model.path / file):
             raise refused(
@@ -103,7 +104,7 @@ def resolve(model_id: str) -> ModelFiles:
                 "The copy or download was cut short.",
                 "Delete the file and download or copy it again.",
             )
-    return ModelFiles(model_id, model.path, None, model.source, model.architecture)
+    return ModelFiles(model.id, model.path, None, model.source, model.architecture)
 
 
 def not_here(model_id: str) -> Problem:
@@ -136,19 +137,21 @@ def _is_path(model_id: str) -> bool:
 
 
 def _find(model_id: str) -> LocalModel | None:
-    path = Path(model_id).expanduser()
+    if not model_id:
+        return None
     try:
+        path = Path(model_id).expanduser().absolute()
         if path.suffix == ".gguf" and path.is_file():
             return _gguf_model(path)
         if path.is_dir() and (_is_path(model_id) or (path / CONFIG).is_file()):
-            return _model(path, "folder", model_id, str(path))
+            return _model(path, "folder", path.name, str(path))
         if _is_path(model_id) or ".." in path.parts:
             return None
         if (cached := hub_cache_dir() / _cached_name(model_id)).is_dir():
             return _hub_model(cached)
         if path.name == model_id and (converted := converted_dir() / model_id).is_dir():
             return _model(converted, "converted", model_id, model_id)
-    except (OSError, ValueError):  # too long a name, or a NUL in it
+    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, an unknown user's home
         pass
     return None
 

@@ -241,6 +241,16 @@ def test_resolve_takes_an_id_a_name_a_folder_and_a_file(tmp_path: Path) -> None:
     assert (resolve(str(packed)).folder, resolve(str(packed)).gguf_file) == (tmp_path, "packed.gguf")
 
 
+def test_a_relative_path_resolves_to_one_that_is_good_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(tmp_path / "mine")
+    packed = make_gguf(tmp_path / "packed.gguf")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("./mine").id == resolve("mine").id == str(folder)
+    assert resolve("packed.gguf").id == str(packed)
+
+
 @pytest.mark.parametrize(
     "asked", ["SmolLM2-135", "HuggingFaceTB/SmolLM2-135M-Instrct", "smollm2-135m-instruct"]
 )
@@ -252,7 +262,7 @@ def test_a_name_nearly_right_gets_the_right_one(asked: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "asked", ["", ".", "..", "../..", "/no/such", "~/no/such", "a" * 5000, "nul\0", "a/b/c"]
+    "asked", ["", ".", "..", "../..", "/no/such", "~/no/such", "a" * 5000, "nul\0", "a/b/c", "~nobody-here/x"]
 )
 def test_nonsense_is_simply_not_here(asked: str) -> None:
     with pytest.raises(Problem, match=r"not on this machine|no config"):
