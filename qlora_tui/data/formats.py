@@ -63,6 +63,8 @@ _OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "label": {"system": ("system", "system_prompt")},
     "text": {},
 }
+_HALVES = ("prompt", "completion", "chosen", "rejected")
+"""Columns that may hold turns, but only half of a conversation."""
 LABEL_NAMES = "label_names"
 """A part that is no column: the names of integer labels in order, with commas between."""
 
@@ -192,11 +194,11 @@ def _pick(
     spelled = {c.lower(): c for v in values for c in v}
     if part == "messages":
         candidates = [spelled[n] for n in names if n in spelled]
-        candidates += [c for c in spelled.values() if c not in candidates]
+        candidates += [c for c in spelled.values() if c not in candidates and c.lower() not in _HALVES]
         fits: Callable[[Any], bool] = lambda v: _turn_format(v) == format_  # noqa: E731
     else:
         candidates = [spelled[n] for n in names if n in spelled]
-        fits = lambda v: v is not None and (part in ("prompt", "completion") or not turn_keys(v))  # noqa: E731
+        fits = lambda v: part in ("prompt", "completion") or not turn_keys(v)  # noqa: E731
     for column in candidates:
         if column not in taken and 2 * sum(column in v and fits(v[column]) for v in values) >= max(
             1, len(values)

@@ -127,10 +127,10 @@ class _Values:
 
     def _need_more(self, reason: str, position: int) -> None:
         """Read on if the value may only be cut off by the end of what was read, else it is broken."""
-        held = len(self._text) - self._at
+        held, inside = len(self._text) - self._at, position - self._at
         cut_off = position >= len(self._text) - 16 or reason.startswith("Unterminated string")
         if held > _LARGEST_ROW_CHARACTERS or not cut_off or not self._more(held):
-            raise _Broken(self._line_at(min(position, len(self._text))), reason)
+            raise _Broken(self._line_at(self._at + min(inside, held)), reason)
 
     def _next_character(self) -> str:
         while True:

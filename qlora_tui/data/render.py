@@ -151,12 +151,8 @@ def lay(conversation: Conversation, tokenizer: ChatTokenizer, train_on: TrainOn)
         marked = marked or in_tools
     if marked:
         notes.append("control-tokens")
-    if train_on == "everything":
-        whole = template.render(turns, tools)
-        if eos and not whole.rstrip().endswith(eos) and turns[-1]["role"] == "assistant":
-            whole = whole if tokenizer.special_pattern.search(whole.rstrip()[-40:]) else whole + eos
-        return Laid((Layout(whole, ((0, len(whole)),)),), tuple(notes))
-    layouts = lay_out(template, turns, trains, tools, tokenizer.special_pattern, eos)
+    special, everything = tokenizer.special_pattern, train_on == "everything"
+    layouts = lay_out(template, turns, trains, tools, special, eos, everything)
     return Laid(tuple(layouts), tuple(notes))
 
 

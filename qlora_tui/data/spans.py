@@ -46,7 +46,6 @@ class _Finder:
         self._tools = tools
         self._special = special
         self._eos = eos
-        self._marked: str | None = None
 
     def layouts(self, training: Sequence[int]) -> list[Layout]:
         """The whole conversation with the spans of the turns ``training``, and samples of their own."""
@@ -58,35 +57,64 @@ class _Finder:
             is_last = i == len(turns) - 1
             ended = whole if is_last else template.render(turns[: i + 1], self._tools)
             start, header = self._start(i, ended)
+            reasoning = _reasoning(turns[i])
+            if start is None:
+                own.append(self._after_prompt(i, ended, header))
+                continue
             found: Span | None = (start, len(ended))
             if not is_last and not (whole.startswith(ended) and start < len(ended)):
-                found = self._in_rewritten(i, whole, ended[start:], header)
-            reasoning = _reasoning(turns[i])
+                found = self._in_rewritten(i, whole, ended, start, header)
             if reasoning and reasoning not in ended[start:]:
                 own.append(self._with_reasoning(i, ended, start, reasoning))
             elif found is None or (reasoning and reasoning not in whole[slice(*found)]):
                 own.append(self._closed(ended, [(start, len(ended))]))
             else:
                 spans.append(self._with_stop(whole, found))
+        if not spans:
+            return own
         if template.has_generation_marks:
             spans = self._by_marks(whole, spans)
-        return [*own, self._closed(whole, spans)] if spans else own
+        return [*own, self._closed(whole, spans)]
 
-    def _start(self, i: int, ended: str) -> tuple[int, str]:
+    def everything(self) -> Layout:
+        """The whole conversation, all of which trains."""
+        whole = self._template.render(self._turns, self._tools)
+        layout = self._closed(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
+        return layout or Layout(whole, ((0, len(whole)),))
+
+    def _start(self, i: int, ended: str) -> tuple[int | None, str]:
         """Where the answer of turn ``i`` begins in the text that ends with it, and what is put before it.
 
         Where the prompt is not what the text begins with (it opens a ``<think>`` the text has not), the
-        answer begins where they part, but never inside a token.
+        answer begins where they part, but never inside a token. None where the answer rewrites what
+        came before it.
         """
         asked = self._asked(i)
-        before = self._template.render(self._turns[:i], self._tools) if asked and i else ""
-        header = asked[len(before) :] if asked and asked.startswith(before) else ""
+        before = self._template.render(self._turns[:i], self._tools) if asked else ""
+        header = asked[len(before) :] if asked.startswith(before) else ""
         if asked and ended.startswith(asked):
             return len(asked), header
+        if header and not ended.startswith(before):
+            return None, header
         probes = [self._probe(i, character) for character in _PROBES]
         start = len(_shared_start([ended, *probes, *([asked] if asked else [])]))
         inside = next((m for m in self._special.finditer(ended) if m.start() < start < m.end()), None)
         return (inside.start() if inside else start), header
+
+    def _after_prompt(self, i: int, ended: str, header: str) -> Layout:
+        """A sample of its own for an answer before which the template, once it is given, drops something.
+
+        gpt-oss drops what was said beside a tool call. The model was asked with it: so it is trained.
+        """
+        core = self._core_in(self._turns[: i + 1], i, ended)
+        begin = ended.rfind(header, 0, core[0]) if core else -1
+        if begin < 0:
+            raise RowRefused(
+                "template-refuses", f"Turn {i + 1} cannot be told apart in what the template makes of it."
+            )
+        asked = self._asked(i)
+        text = asked + ended[begin + len(header) :]
+        return self._closed(text, [(len(asked), len(text))])
 
     def _asked(self, i: int) -> str:
         """What the model is given to answer turn ``i``; empty where the template cannot ask for it."""
@@ -102,21 +130,17 @@ class _Finder:
             turn["content"] = [{"type": "text", "text": character}]
         return self._template.render([*self._turns[:i], turn], self._tools)
 
-    def _in_rewritten(self, i: int, whole: str, target: str, header: str) -> Span | None:
+    def _in_rewritten(self, i: int, whole: str, ended: str, start: int, header: str) -> Span | None:
         """Turn ``i`` in a whole conversation that does not begin with the conversation up to it.
 
-        ``target`` is the turn as it is where it comes last. None if it is not to be found.
+        ``ended`` is the conversation up to it, in which it begins at ``start``. None if it is not found.
         """
-        core = _core(self._turns[i])
-        at = target.find(core) if core else -1
-        marked = self._marked_whole(whole)
-        if at < 0 or marked is None:
+        there = self._core_in(self._turns[: i + 1], i, ended)
+        here = self._core_in(self._turns, i, whole)
+        if there is None or here is None or there[0] < start:
             return None
-        first, last = marked.find(f"{_OPEN}{i}{_OPEN}"), marked.find(f"{_CLOSE}{i}{_CLOSE}")
-        if first < 0 or last < 0:
-            return None
-        core_start, core_end = len(_unmarked(marked[:first])), len(_unmarked(marked[:last]))
-        before, after = target[:at], target[at + len(core) :]
+        core_start, core_end = here
+        before, after = ended[start : there[0]], ended[there[1] :]
         begin = self._begin(whole, core_start, before, header)
         if begin is None:
             if _TAGS.sub("", before).strip():
@@ -159,18 +183,21 @@ class _Finder:
             at = match.end()
         return [piece for piece in (*pieces, text[at:]) if piece]
 
-    def _marked_whole(self, whole: str) -> str | None:
-        """The whole with each assistant text between marks; None if the template is put off by them."""
-        if self._marked is None:
-            turns = [
-                _with_marks(turn, i) if turn["role"] == "assistant" else turn
-                for i, turn in enumerate(self._turns)
-            ]
-            try:
-                self._marked = self._template.render(turns, self._tools)
-            except RowRefused:
-                self._marked = ""
-        return self._marked if _unmarked(self._marked) == whole else None
+    def _core_in(self, turns: Turns, i: int, text: str) -> Span | None:
+        """Where the core of turn ``i`` is in the rendered ``text`` of ``turns``.
+
+        None if it is not shown, or the template is put off by the marks around it.
+        """
+        if not _core(turns[i]):
+            return None
+        try:
+            marked = self._template.render([*turns[:i], _with_marks(turns[i]), *turns[i + 1 :]], self._tools)
+        except RowRefused:
+            return None
+        begin, end = marked.find(_OPEN), marked.find(_CLOSE)
+        if begin < 0 or end < begin or marked.replace(_OPEN, "").replace(_CLOSE, "") != text:
+            return None
+        return begin, end - 1
 
     def _with_reasoning(self, i: int, ended: str, start: int, reasoning: str) -> Layout:
         """A sample of its own for a turn whose reasoning the template drops even from the last answer.
@@ -204,9 +231,11 @@ class _Finder:
         return sorted(set(result))
 
     def _closed(self, text: str, spans: list[Span]) -> Layout:
-        """With an end-of-text token after a last answer that the template leaves open."""
+        """Up to the last answer, with an end-of-text token where the template leaves that open."""
         start, end = spans[-1]
-        if end == len(text) and self._eos and not self._is_closed(text[start:]):
+        if end < len(text):  # a last turn that is learned elsewhere
+            text = text[:end]
+        elif self._eos and not self._is_closed(text[start:]):
             text += self._eos
             spans = [*spans[:-1], (start, len(text))]
         return Layout(text, tuple(spans))
@@ -219,13 +248,17 @@ def lay_out(
     tools: Tools | None,
     special: re.Pattern[str],
     eos: str,
+    everything: bool = False,
 ) -> list[Layout]:
     """The texts of one conversation and what trains in each.
 
     ``trains`` says for each turn whether the model should learn it; turns after the last of them are
-    left out, for nothing is learned from them. ``special`` matches any special token, ``eos`` is the
-    end-of-text token. Raises ``RowRefused`` where the template does.
+    left out, for nothing is learned from them. With ``everything`` all of all turns trains. ``special``
+    matches any special token, ``eos`` is the end-of-text token. Raises ``RowRefused`` where the
+    template does.
     """
+    if everything:
+        return [_Finder(template, turns, tools, special, eos).everything()]
     training = [i for i, wanted in enumerate(trains) if wanted]
     if not training:
         raise RowRefused("no-answer", "No assistant turn trains.")
@@ -263,24 +296,18 @@ def _reasoning(turn: Any) -> str:
     return (str(turn.get("reasoning_content") or "") or inside).strip()
 
 
-def _with_marks(turn: Any, i: int) -> dict[str, Any]:
+def _with_marks(turn: Any) -> dict[str, Any]:
+    """The turn with marks around its core."""
     text, core = _content(turn), _core(turn)
-    if not core:
-        return dict(turn)
     if not text.strip():
         call, *rest = turn["tool_calls"]
-        named = {**call["function"], "name": f"{_OPEN}{i}{_OPEN}{core}{_CLOSE}{i}{_CLOSE}"}
+        named = {**call["function"], "name": f"{_OPEN}{core}{_CLOSE}"}
         return {**turn, "tool_calls": [{**call, "function": named}, *rest]}
-    lead, trail = text[: text.index(core)], text[text.index(core) + len(core) :]
-    marked = f"{lead}{_OPEN}{i}{_OPEN}{core}{_CLOSE}{i}{_CLOSE}{trail}"
+    at = text.index(core)
+    marked = f"{text[:at]}{_OPEN}{core}{_CLOSE}{text[at + len(core) :]}"
     if isinstance(turn["content"], list):
         return {**turn, "content": [{"type": "text", "text": marked}]}
     return {**turn, "content": marked}
 
 
 _TAGS = re.compile("</?think>")
-_MARK = re.compile(f"{_OPEN}\\d+{_OPEN}|{_CLOSE}\\d+{_CLOSE}")
-
-
-def _unmarked(text: str) -> str:
-    return _MARK.sub("", text)

@@ -54,13 +54,15 @@ class ChatTemplate:
         self._marks = _Marks()
         environment = _environment(self._marks)
         try:
-            self._template = environment.from_string(text)
             tree = environment.parse(text)
+            self.literals = "\0".join(_literals(tree))
+            """Every piece of text the template itself writes."""
+            self._template = jinja2.Template.from_code(
+                environment, environment.compile(tree), environment.globals
+            )
         except (jinja2.TemplateError, RecursionError) as error:
             raise TemplateBroken(str(error)) from error
         self.has_generation_marks = self._marks.in_template
-        self.literals = "\0".join(_literals(tree))
-        """Every piece of text the template itself writes."""
 
     def render(self, turns: Turns, tools: Tools | None = None, prompt: bool = False) -> str:
         """The conversation as text; with ``prompt``, up to where the assistant would begin.

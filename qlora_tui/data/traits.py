@@ -131,8 +131,7 @@ def _call_field(call: ToolCall, style: str) -> dict[str, Any]:
 
 
 def _as_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
-    content = turn.get("content") or ""
-    return {**turn, "content": [{"type": "text", "text": content}] if content else []}
+    return {**turn, "content": [{"type": "text", "text": turn.get("content") or ""}]}
 
 
 def adapted(

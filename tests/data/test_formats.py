@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from qlora_tui.data.conversation import Conversation, Message, RowRefused, ToolCall
+from qlora_tui.data.formats import Layout, detect, parse, parts_of
+from qlora_tui.data.row import Row
+from qlora_tui.errors import Problem
+
+U, A, S = "user", "assistant", "system"
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+PLAIN = (Message("user", "Hi"), Message("assistant", "Hello"))
+
+
+def read(value: Any, wanted: str = "auto", columns: dict[str, str] | None = None) -> tuple[str, Conversation]:
+    row = Row(1, value)
+    found = detect([row], "file", wanted, columns)
+    return found.layout.format, parse(row, found.layout)
+
+
+@pytest.mark.parametrize(
+    ("value", "format_"),
+    [
+        ({"messages": CHAT}, "messages"),
+        ({"conversation": json.dumps(CHAT)}, "messages"),
+        ({"odd_name": CHAT}, "messages"),
+        (CHAT, "messages"),
+        ({"conversations": SHAREGPT}, "sharegpt"),
+        ({"instruction": "Hi", "input": "", "output": "Hello"}, "alpaca"),
+        ({"instruction": "Hi", "context": "", "response": "Hello", "category": "x"}, "alpaca"),
+        ({"prompt": "Hi", "completion": "Hello"}, "prompt-completion"),
+        ({"Prompt": "Hi", "Response": "Hello"}, "prompt-completion"),
+        ({"input": "Hi", "output": "Hello"}, "prompt-completion"),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, "prompt-completion"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "prompt-completion"),
+        ({"question": "Hi", "answer": "Hello"}, "question-answer"),
+        ({"question": "Hi", "answers": {"text": ["Hello", "Hey"], "start": [0, 0]}}, "question-answer"),
+        ({"text": "Hi", "label": "Hello"}, "label"),
+        ({"sentence": "Hi", "label": 1, "label_text": "Hello"}, "label"),
+    ],
+)  # fmt: skip
+def test_common_formats_are_found_and_read(value: Any, format_: str) -> None:
+    found, conversation = read(value)
+    assert found == format_
+    assert [(m.role, m.content) for m in conversation.messages] == [(U, "Hi"), (A, "Hello")]
+
+
+def test_plain_text_is_read_as_text() -> None:
+    assert read({"text": "Once upon a time", "url": "x"})[1].text == "Once upon a time"
+    assert read("Once upon a time")[1].text == "Once upon a time"
+
+
+def test_the_evidence_names_columns_and_counts() -> None:
+    rows = [Row(n, {"instruction": "a", "output": "b", "id": n}) for n in range(5)] + [Row(6, {"id": 6})]
+    found = detect(rows, "file")
+    assert "column 'instruction' in 5 of 6 rows" in found.evidence
+    assert "not used: id" in found.evidence
+
+
+def test_alpaca_puts_the_input_under_the_instruction_and_keeps_history() -> None:
+    row = {
+        "instruction": "Sum up.",
+        "input": "A tale.",
+        "output": "Short.",
+        "system": "S",
+        "history": [["q", "a"]],
+    }
+    messages = read(row)[1].messages
+    assert [(m.role, m.content) for m in messages] == [
+        (S, "S"), (U, "q"), (A, "a"), (U, "Sum up.\n\nA tale."), (A, "Short."),
+    ]  # fmt: skip
+
+
+def test_sharegpt_tool_roles_become_calls_and_answers() -> None:
+    tool = {"name": "find", "parameters": {}}
+    turns = [
+        {"from": "human", "value": "Look"},
+        {"from": "gpt", "value": "Wait."},
+        {"from": "function_call", "value": json.dumps({"name": "find", "arguments": '{"q": 1}'})},
+        {"from": "observation", "value": "found"},
+        {"from": "gpt", "value": "Here."},
+    ]
+    conversation = read({"conversations": turns, "system": "Be brief.", "tools": json.dumps([tool])})[1]
+    assert conversation.messages == (
+        Message("system", "Be brief."),
+        Message("user", "Look"),
+        Message("assistant", "Wait.", tool_calls=(ToolCall("find", {"q": 1}),)),
+        Message("tool", "found"),
+        Message("assistant", "Here."),
+    )
+    assert conversation.tools == ({"type": "function", "function": tool},)
+
+
+def test_openai_tool_calls_reasoning_and_parts_are_read() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    turns = [
+        {"role": "developer", "content": "D"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "tool_call_id": "c1", "name": "f", "content": {"x": 1}},
+        {"role": "assistant", "content": "done"},
+    ]
+    messages = read({"messages": turns})[1].messages
+    assert messages[0] == Message("system", "D")
+    assert messages[1].content == "ab"
+    assert messages[2] == Message(
+        "assistant", "", reasoning="hm", tool_calls=(ToolCall("f", {"a": 1}, "c1"),)
+    )
+    assert messages[3] == Message("tool", '{"x": 1}', tool_call_id="c1", name="f")
+
+
+@pytest.mark.parametrize(
+    ("flag", "trains"),
+    [
+        ({}, True),
+        ({"train": False}, False),
+        ({"weight": 0}, False),
+        ({"weight": 1.0}, True),
+        ({"loss_weight": "0"}, False),
+        ({"loss": True}, True),
+    ],
+)
+def test_flags_say_which_turns_train(flag: dict[str, Any], trains: bool) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **flag}]
+    assert read({"messages": turns})[1].messages[1].train is trains
+
+
+def test_only_the_completion_of_a_chat_prompt_trains() -> None:
+    row = {
+        "prompt": [*CHAT, {"role": "user", "content": "And?"}],
+        "completion": [{"role": "assistant", "content": "So."}],
+    }
+    assert [m.content for m in read(row)[1].answers] == ["So."]
+
+
+def test_columns_can_be_mapped_by_hand() -> None:
+    row = {"frage": "Hi", "antwort": "Hello", "note": "x"}
+    for columns in ({"prompt": "frage", "completion": "antwort"}, {"question": "frage", "answer": "antwort"}):
+        assert read(row, columns=columns)[1].messages == PLAIN
+
+
+def test_integer_labels_take_their_names_from_the_mapping() -> None:
+    columns = {"text": "s", "label": "y", "label_names": "bad, good"}
+    assert read({"s": "Fine!", "y": 1}, columns=columns)[1].messages[1].content == "good"
+    assert read({"s": "Fine!", "y": "0"}, columns=columns)[1].messages[1].content == "bad"
+    with pytest.raises(RowRefused, match="has no name"):
+        read({"s": "Fine!", "y": 2}, columns=columns)
+
+
+def test_labels_without_names_are_pointed_out() -> None:
+    found = detect([Row(1, {"text": "a", "label": 0})], "file")
+    assert any("label_names" in line for line in found.evidence)
+    assert parse(Row(1, {"text": "a", "label": 0}), found.layout).messages[1].content == "0"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "unsupported-part",
+        ),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown-role"),
+        ({"messages": [{"role": "user", "content": ""}]}, "empty-row"),
+        ({"instruction": "x", "output": "  "}, "empty-row"),
+        ({"instruction": " ", "output": "x"}, "empty-row"),
+        ({"prompt": "x", "completion": None}, "empty-row"),
+        ({"text": " "}, "empty-row"),
+    ],
+)
+def test_rows_that_cannot_be_learned_from_are_refused_by_kind(value: Any, kind: str) -> None:
+    with pytest.raises(RowRefused) as caught:
+        read(value)
+    assert caught.value.kind == kind
+    assert caught.value.reason.endswith(".")
+
+
+def test_an_image_is_named_by_its_type_and_turn() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "image"}]}]
+    with pytest.raises(RowRefused, match=r"^Turn 2 has a part of type 'image'\.$"):
+        read({"messages": turns})
+
+
+@pytest.mark.parametrize("value", [{}, [], 3, None, [1, 2]])
+def test_a_row_that_is_no_object_is_refused(value: Any) -> None:
+    with pytest.raises(RowRefused) as caught:
+        parse(Row(4, value), Layout("alpaca", {"instruction": "instruction", "output": "output"}))
+    assert caught.value.kind == "bad-row"
+
+
+def test_a_row_that_lacks_the_column_is_refused() -> None:
+    with pytest.raises(RowRefused, match="no 'output'"):
+        parse(
+            Row(4, {"instruction": "x"}), Layout("alpaca", {"instruction": "instruction", "output": "output"})
+        )
+
+
+def test_nothing_usable_names_what_was_found() -> None:
+    with pytest.raises(Problem, match="No usable field") as caught:
+        detect([Row(1, {"id": 3, "url": "x"})], "things.jsonl")
+    assert "things.jsonl" in caught.value.what
+    assert "id, url" in caught.value.what
+    assert "columns" in caught.value.fix
+
+
+def test_a_format_set_by_hand_that_does_not_fit_says_so() -> None:
+    with pytest.raises(Problem, match="Not in that format"):
+        detect([Row(1, {"text": "x"})], "file", "alpaca")
+
+
+def test_mapping_errors_offer_the_near_match() -> None:
+    with pytest.raises(Problem, match="No such column") as column:
+        detect(
+            [Row(1, {"antwort": "x", "frage": "y"})],
+            "file",
+            "auto",
+            {"prompt": "fragen", "completion": "antwort"},
+        )
+    assert "'frage'" in column.value.fix
+    with pytest.raises(Problem, match="Unknown part") as part:
+        detect([Row(1, {"a": "x"})], "file", "auto", {"promt": "a"})
+    assert "'prompt'" in part.value.fix
+
+
+def test_every_format_lists_its_parts() -> None:
+    assert parts_of("alpaca")[:2] == ("instruction", "output")
+    assert "label_names" in parts_of("label")
