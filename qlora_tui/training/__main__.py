@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from qlora_tui.errors import WRONG_CALL, Problem
@@ -16,8 +17,9 @@ from qlora_tui.training.frame import run_trainer
 _ENVIRONMENT = {
     # Segments that grow cut the fragmentation that sample lengths of all kinds cause.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    # transformers warns of threads after a fork, and there is none.
-    "TOKENIZERS_PARALLELISM": "true",
+    # Threads that wait for each other sleep. Spinning, the default, makes a step many times slower as soon as
+    # something else wants a core, and takes the core from it.
+    "OMP_WAIT_POLICY": "PASSIVE",
     # A trainer asks nothing of the network: the model is on this machine.
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -43,6 +45,9 @@ def main() -> int:
             raise Problem("No such run", what=f"{run.path} is not a run's directory.", exit_code=WRONG_CALL)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        # What libraries plan to rename is of no use in a run's log.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
         return run_trainer(run, plan)
     except Problem as problem:
         print(problem, file=sys.stderr)
