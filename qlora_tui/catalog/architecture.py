@@ -211,7 +211,7 @@ def _assemble(
 
 
 def _residual_dropout(fields: ConfigFields, family: Family) -> float:
-    """``resid_pdrop``, ``dropout`` (OPT) or ``hidden_dropout``; GPT-2 and OPT drop a tenth unless told not to."""
+    """``resid_pdrop``, ``dropout`` (OPT) or ``hidden_dropout``; GPT-2 and OPT drop a tenth by default."""
     key = {"gpt2": "resid_pdrop", "phi": "resid_pdrop", "opt": "dropout"}.get(
         family.model_types[0], "hidden_dropout"
     )
