@@ -6,24 +6,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.chat.sources import chosen_voice, of_run
-from qlora_tui.chat.terms import BASE, GREEDY, ChatSource, Sampling
+from qlora_tui.chat.terms import BASE, GREEDY, ChatSource, Compared, Sampling
 from qlora_tui.data.conversation import Message
 from qlora_tui.runs.directory import RunDir
 
 _HELP = "/voice NAME  who answers     /new  begin again     /quit  (or Ctrl-D)     Ctrl-C stops an answer"
-
-
-class Compared(Struct, frozen=True):
-    """What base and adapter answer to the same prompt."""
-
-    prompt: str
-    base: str
-    adapter: str
 
 
 def answer(

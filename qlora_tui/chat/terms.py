@@ -55,6 +55,14 @@ class Outcome(Struct, frozen=True, kw_only=True):
     """After the first token; 0 where there was only one."""
 
 
+class Compared(Struct, frozen=True):
+    """What base and adapter answer to the same prompt."""
+
+    prompt: str
+    base: str
+    adapter: str
+
+
 class ChatSource(Struct, frozen=True, kw_only=True):
     """What to load: a base model as the recipe holds it, and adapters to put on it."""
 

@@ -12,18 +12,21 @@ from collections.abc import Sequence
 import msgspec
 
 from qlora_tui import __version__, paths
-from qlora_tui.cli import data, doctor, estimate, locate, presets, runs, train
+from qlora_tui.cli import chat, data, demo, doctor, estimate, locate, models, presets, runs, train
 from qlora_tui.cli.verb import Verb, show
 from qlora_tui.errors import FAILED, Problem
 from qlora_tui.settings import load_settings
 
 VERBS: tuple[Verb, ...] = (
+    models.VERB,
     estimate.VERB,
     data.VERB,
     presets.VERB,
     train.VERB,
     *runs.VERBS,
+    chat.VERB,
     doctor.VERB,
+    demo.VERB,
     locate.VERB,
 )
 

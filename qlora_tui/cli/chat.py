@@ -1,0 +1,36 @@
+"""``chat``: talk to a run's adapter, or to the base."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.runs.directory import find
+
+
+def run(args: argparse.Namespace) -> Outcome | int:
+    """One answer with ``--prompt``; a conversation on stdin and stdout without."""
+    chosen = find(args.run_id)
+    from qlora_tui.chat.ask import answer, converse
+
+    if args.prompt is None:
+        converse(chosen, base=args.base, checkpoint=args.checkpoint)
+        return 0
+    pieces = answer(chosen, args.prompt, base=args.base, checkpoint=args.checkpoint)
+    if args.json:
+        return Outcome({"run": chosen.id, "prompt": args.prompt, "answer": "".join(pieces)}, text="")
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    sys.stdout.write("\n")
+    return 0
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_id", metavar="RUN", help="a run's id, the beginning of one, or `last`")
+    parser.add_argument("--prompt", help="ask this and print the answer")
+    parser.add_argument("--base", action="store_true", help="talk to the base, without the adapter")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="talk to a checkpoint")
+
+
+VERB = Verb("chat", "Talk to a run's adapter, or to the base.", run, _arguments)

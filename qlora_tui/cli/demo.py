@@ -1,0 +1,85 @@
+"""``demo``: the whole loop on a small model."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+import time
+
+from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.demo.loop import DemoResult, run_demo
+from qlora_tui.format import duration, figure, size
+from qlora_tui.runs.describe import describe
+from qlora_tui.runs.events import AnyEvent, Step
+from qlora_tui.runs.view import RunView
+
+_EVERY_S = 10.0
+"""Between two lines of progress where there is no terminal to rewrite one."""
+
+
+class Progress:
+    """The run on stderr: one line that moves on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._moves = sys.stderr.isatty()
+        self._said_at = 0.0
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        print(f"{self._clear()}{text}", file=sys.stderr, flush=True)
+
+    def tell(self, event: AnyEvent, view: RunView) -> None:
+        """An event of the run."""
+        if not isinstance(event, Step):
+            if line := describe(event, view.total_steps):
+                self.say(f"  {line}")
+            return
+        text = f"  {describe(event, view.total_steps)}  {duration(view.seconds_left)} left"
+        if self._moves:
+            width = shutil.get_terminal_size().columns
+            print(f"{self._clear()}{text[: width - 1]}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._said_at > _EVERY_S:
+            self._said_at = time.monotonic()
+            self.say(text)
+
+    def _clear(self) -> str:
+        return "\r\x1b[2K" if self._moves else ""
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Run it, showing progress on stderr."""
+    progress = Progress()
+    result = run_demo(progress.say, progress.tell)
+    return Outcome(data=result, text=_told(result))
+
+
+def _told(result: DemoResult) -> str:
+    width = min(shutil.get_terminal_size().columns, 100)
+    column = (width - 3) // 2
+    lines = [""]
+    for sample in result.samples:
+        lines.append(f"▸ {sample.prompt}")
+        left = textwrap.wrap(sample.base, column) or [""]
+        right = textwrap.wrap(sample.adapter, column) or [""]
+        lines.append(f"{'base':<{column}} │ adapter")
+        for n in range(max(len(left), len(right))):
+            a = left[n] if n < len(left) else ""
+            b = right[n] if n < len(right) else ""
+            lines.append(f"{a:<{column}} │ {b}".rstrip())
+        lines.append("")
+    lines += [
+        f"loss             {figure(result.loss_first)} → {figure(result.loss_last)} in {result.steps} steps",
+        f"validation loss  {figure(result.validation_loss_before)} → {figure(result.validation_loss_after)}",
+        f"peak memory      {size(result.measured_peak_bytes)} measured, "
+        f"{size(result.estimated_peak_bytes)} estimated",
+        f"speed            {result.tokens_per_s:,.0f} tokens/s; {duration(result.seconds)} in all",
+        f"adapter          {result.adapter_dir}",
+        "",
+        f"Talk to it: qlora-tui chat {result.run}        Open the app: qlora-tui",
+    ]
+    return "\n".join(lines)
+
+
+VERB = Verb("demo", "Fine-tune a small real model and see that it worked.", run)

@@ -1,0 +1,73 @@
+"""``models``: those on this machine, and with a query the hub's."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qlora_tui.catalog.hub import HubModel, search
+from qlora_tui.catalog.local import LocalModel, list_local
+from qlora_tui.cli.verb import Outcome, Verb, table
+from qlora_tui.format import count, size
+from qlora_tui.settings import load_settings
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Local models, then the hub's where a query is given."""
+    folders = [Path(folder).expanduser() for folder in load_settings().model_folders]
+    words = (args.query or "").lower()
+    local = [model for model in list_local(folders) if words in model.name.lower()]
+    text = _local_table(local) if local else "No models on this machine" + (" match." if words else " yet.")
+    data: dict[str, Any] = {"local": [_local_entry(model) for model in local]}
+    if args.query:
+        found = search(args.query)
+        data["hub"] = [msgspec.to_builtins(model) for model in found]
+        text += "\n\n" + (_hub_table(found) if found else "Nothing on the hub matches.")
+    return Outcome(data=data, text=text)
+
+
+def _local_table(models: list[LocalModel]) -> str:
+    rows = [
+        [
+            model.name,
+            count(model.architecture.total_params) if model.architecture else "NA",
+            size(model.size_bytes),
+            model.source,
+            model.refusal.what if model.refusal else "",
+        ]
+        for model in models
+    ]
+    return table(rows, ["model", "parameters", "size", "from", ""])
+
+
+def _local_entry(model: LocalModel) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "path": str(model.path),
+        "source": model.source,
+        "size_bytes": model.size_bytes,
+        "parameters": model.architecture.total_params if model.architecture else None,
+        "refusal": str(model.refusal) if model.refusal else None,
+    }
+
+
+def _hub_table(models: list[HubModel]) -> str:
+    rows = [
+        [model.id, count(model.parameters), f"{model.downloads:,}" if model.downloads else "", _access(model)]
+        for model in models
+    ]
+    return table(rows, ["on the hub", "parameters", "downloads", ""])
+
+
+def _access(model: HubModel) -> str:
+    return "needs a licence accepted" if model.gated else ""
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("query", nargs="?", help="words to look for, here and on the hub")
+
+
+VERB = Verb("models", "List models on this machine; with a query, on the hub too.", run, _arguments)

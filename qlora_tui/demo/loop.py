@@ -1,0 +1,121 @@
+"""The whole loop on a small real model: data, estimate, train in the background, base against adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec import Struct
+
+from qlora_tui.catalog.lookup import architecture_of
+from qlora_tui.chat.sources import of_run
+from qlora_tui.chat.terms import Compared
+from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT_PROMPTS
+from qlora_tui.demo.model import ensure_model
+from qlora_tui.errors import Problem
+from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.visible import torch_card
+from qlora_tui.memory import estimate
+from qlora_tui.memory.room import room_for
+from qlora_tui.recipe.overlay import build
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import AnyEvent, Failed, Finished
+from qlora_tui.runs.view import RunView
+
+PRESET = "cpu-demo"
+_POLL_S = 0.2
+_LONGEST_ANSWER_TOKENS = 80
+
+
+class DemoResult(Struct, frozen=True, kw_only=True):
+    """What ``qlora-tui demo --json`` prints."""
+
+    run: str
+    adapter_dir: str
+    steps: int
+    loss_first: float
+    loss_last: float
+    validation_loss_before: float
+    validation_loss_after: float
+    estimated_peak_bytes: int
+    measured_peak_bytes: int
+    tokens_per_s: float
+    seconds: float
+    """Of the whole demo: fetching, training and answering."""
+    samples: tuple[Compared, ...]
+
+
+def demo_recipe(model: Path) -> Recipe:
+    """The preset on the bundled conversations."""
+    return build(preset=PRESET, sets=["name=demo"], model=str(model), data=[str(CONVERSATIONS)])
+
+
+def estimated_peak_bytes(recipe: Recipe) -> int:
+    """Predicted for the process, on the card or the CPU of this machine."""
+    try:
+        card = torch_card()
+    except NoGpu:
+        card = None
+    room = room_for(card)
+    return estimate(recipe, architecture_of(recipe.model.id), device=room.device).process_bytes
+
+
+def run_demo(say: Callable[[str], None], tell: Callable[[AnyEvent, RunView], None]) -> DemoResult:
+    """Run the demo; ``say`` is told what is being done, ``tell`` each event of the run.
+
+    Raises Problem for whatever went wrong, and KeyboardInterrupt through: the run then goes on.
+    """
+    began = time.monotonic()
+    recipe = demo_recipe(ensure_model(say))
+    predicted = estimated_peak_bytes(recipe)
+    run = actions.submit(recipe)
+    say(f"Training in the background as {run.id}")
+    view = wait_for_end(run, tell)
+    if isinstance(view.ending, Failed):
+        raise view.ending.problem()
+    say("Asking base and adapter what they were not trained on")
+    # Torch is needed from here on only, and the run is over: one model at a time in memory.
+    from qlora_tui.chat.ask import compare
+
+    samples = compare(of_run(run), HELD_OUT_PROMPTS, max_new_tokens=_LONGEST_ANSWER_TOKENS)
+    return result_of(view, predicted, tuple(samples), time.monotonic() - began)
+
+
+def wait_for_end(run: RunDir, tell: Callable[[AnyEvent, RunView], None]) -> RunView:
+    """Follow a run until it has ended. Raises Problem when it is lost."""
+    view = RunView(run)
+    while True:
+        for event in view.refresh():
+            tell(event, view)
+        if view.ending is not None:
+            return view
+        if view.status.state in ("lost", "unreadable"):
+            raise Problem(
+                "The demo's run was lost",
+                what=f"{run.id}: {view.status.detail}",
+                fix=f"`qlora-tui resume {run.id}` goes on; the log is {run.log_path}.",
+            )
+        time.sleep(_POLL_S)
+
+
+def result_of(view: RunView, predicted: int, samples: tuple[Compared, ...], seconds: float) -> DemoResult:
+    """The figures, from the run's own events."""
+    losses = [e.loss for e in view.evaluations if e.loss is not None]
+    assert isinstance(view.ending, Finished)
+    return DemoResult(
+        run=view.run.id,
+        adapter_dir=str(view.run.adapter_dir),
+        steps=view.step,
+        loss_first=view.series.loss[0],
+        loss_last=view.series.loss[-1],
+        validation_loss_before=losses[0],
+        validation_loss_after=losses[-1],
+        estimated_peak_bytes=predicted,
+        measured_peak_bytes=view.memory.measured_bytes if view.memory else 0,
+        tokens_per_s=view.ending.tokens_per_s,
+        seconds=round(seconds, 1),
+        samples=samples,
+    )

@@ -1,0 +1,46 @@
+"""Which column plays which part: for files whose names are the user's own."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.suggester import SuggestFromList
+from textual.widgets import Input, Label, Static
+
+from qlora_tui.data.formats import parts_of
+
+
+class ColumnsScreen(ModalScreen[dict[str, str]]):
+    """One field a part; gives the mapping, or None when closed with Escape."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
+
+    def __init__(self, format_: str, columns: tuple[str, ...], mapping: dict[str, str]) -> None:
+        super().__init__()
+        self._format = format_
+        self._columns = columns
+        self._mapping = mapping
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="card") as card:
+            card.border_title = f"Columns of {self._format}"
+            card.border_subtitle = "enter takes them · esc closes"
+            yield Static(f"The file has: {', '.join(self._columns)}", markup=False, classes="quiet")
+            for part in parts_of(self._format):
+                yield Label(part.replace("_", " "))
+                yield Input(
+                    self._mapping.get(part, ""),
+                    name=part,
+                    compact=True,
+                    suggester=SuggestFromList(self._columns, case_sensitive=False),
+                )
+
+    def on_input_submitted(self) -> None:
+        """Take what the fields say; an empty one leaves the part out."""
+        given = {field.name or "": field.value.strip() for field in self.query(Input)}
+        self.dismiss({part: column for part, column in given.items() if column})
