@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_tui.memory.ops import FLOAT, Ops
@@ -42,6 +42,8 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
     if (kernel == "flash" and ops.device == "cuda") or (ops.autocast and kernel != "eager"):
         # Flash kernels know two bytes only; transformers casts for them, autocast for SDPA.
         q, k, v = (ops.cast(tensor, ops.compute) for tensor in (q, k, v))
+    if kernel != "eager" and (shape.softcap or shape.sinks):
+        return _by_hand(ops, q, k, v, shape)
     if kernel in ("flash", "efficient"):
         if kernel == "efficient":
             k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
@@ -115,7 +117,7 @@ def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, mat
         if not math:
             weights = ops.scale(weights)
         if shape.softcap:
-            weights = ops.scale(ops.activation(ops.scale(weights), "relu"))
+            weights = ops.times_number(ops.activation(ops.times_number(weights), "tanh"))
         weights = _masked(ops, weights)
         weights = _softmax(ops, weights, FLOAT if not math else width)
         weights = ops.cast(weights, width)
@@ -123,6 +125,58 @@ def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, mat
     del weights, k, v
     # (rows, heads, length, dim) becomes (rows, length, heads × dim): a copy.
     return ops.copy(out)
+
+
+def _by_hand(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:
+    """What no fused kernel does, sample by sample: capped scores, sinks (``training/attention.py``)."""
+    one = replace(shape, rows=1, pieces=1)
+    parts = [_one_by_hand(ops, q, k, v, one, shape.pieces) for _ in range(shape.pieces)]
+    numel = q.numel // shape.head_dim * shape.value_dim
+    node = ops.tape.node(
+        tuple(parts), lambda grad, saved: tuple(grad.view(None) for _ in range(shape.pieces))
+    )
+    if shape.pieces == 1:
+        return parts[0]
+    out = ops.new(numel, q.width)
+    out.node = node
+    return out
+
+
+def _one_by_hand(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, pieces: int) -> Tensor:
+    """One sample of ``pieces`` equal ones."""
+    width, scores = q.width, shape.scores
+    q, k, v = (_piece(ops, tensor, pieces) for tensor in (q, k, v))
+    k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
+    with ops.meter.booking("scores"):
+        allowed = ops.new(shape.length * shape.length, 1)
+        weights = ops.times_number(_product(ops, q, k, scores))
+        if shape.softcap:
+            weights = ops.times_number(ops.activation(ops.times_number(weights), "tanh"))
+        mask = ops.new(shape.length * shape.length, 1)
+        node = ops.tape.node((weights,), lambda grad, saved: (ops.new(scores, width),), (mask,))
+        weights = ops.new(scores, width)
+        weights.node = node
+        if shape.sinks:
+            column = shape.rows * shape.heads * shape.length
+            node = ops.tape.node((weights,), lambda grad, saved: (grad.view(None),))
+            weights = ops.new(scores + column, width)
+            weights.node = node
+        weights = ops.cast(_softmax(ops, weights, FLOAT), width)
+        if shape.sinks:
+            weights = ops.slice(weights, scores)
+    out = _product(ops, weights, v, q.numel // shape.head_dim * shape.value_dim)
+    del weights, k, v, allowed, mask
+    return out
+
+
+def _piece(ops: Ops, x: Tensor, pieces: int) -> Tensor:
+    """One part of ``split``: a view; the parts' gradients meet in one tensor."""
+    if pieces == 1:
+        return x
+    whole, width = x.numel, x.width
+    return Tensor(
+        x.storage, whole // pieces, width, ops.tape.node((x,), lambda grad, saved: (ops.new(whole, width),))
+    )
 
 
 def _product(ops: Ops, a: Tensor, b: Tensor, numel: int) -> Tensor:
@@ -147,7 +201,7 @@ def _masked(ops: Ops, x: Tensor) -> Tensor:
 
 def _softmax(ops: Ops, x: Tensor, width: int) -> Tensor:
     """``softmax(x, dtype=…)``: saves its result. A GPU widens inside the kernel, a CPU makes a copy first."""
-    if ops.device != "cuda":
+    if not (ops.float16 and ops.device == "cuda"):  # only Half is widened inside the kernel
         x = ops.cast(x, width)
     numel, back = x.numel, x.width
 

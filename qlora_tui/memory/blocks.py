@@ -40,11 +40,13 @@ class Block:
     """RMSNorm on queries and keys: a head at a time (Qwen3, Gemma 3) or over the full width (OLMo-2)."""
     residual_scale: bool = False
     """Each half is multiplied by a number before it is added (Granite)."""
+    dropout: float = 0.0
+    """The base model's own, on what each half adds."""
 
-    def find(self, *names: str) -> Linear | None:
-        """The module of one of these kinds."""
+    def find(self, part: str, *names: str) -> Linear | None:
+        """The module of one of these kinds in one part of the layer."""
         for module in self.linears:
-            if module.name in names:
+            if module.part == part and module.name in names:
                 return module
         return None
 
@@ -57,6 +59,7 @@ def run_block(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     if block.order != "post":
         hidden_states = norm(ops, block, hidden_states)
     hidden_states = _attention(ops, block, hidden_states)
+    hidden_states = ops.dropout_residual(hidden_states, block.dropout)
     if block.order in ("post", "sandwich"):
         hidden_states = norm(ops, block, hidden_states)
     hidden_states = _add(ops, block, residual, hidden_states)
@@ -64,6 +67,7 @@ def run_block(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     if block.order != "post":
         hidden_states = norm(ops, block, hidden_states)
     hidden_states = _mlp(ops, block, hidden_states)
+    hidden_states = ops.dropout_residual(hidden_states, block.dropout)
     if block.order in ("post", "sandwich"):
         hidden_states = norm(ops, block, hidden_states)
     return _add(ops, block, residual, hidden_states)
@@ -72,8 +76,8 @@ def run_block(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
 def _parallel(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     residual = hidden_states
     hidden_states = norm(ops, block, hidden_states)
-    attended = _attention(ops, block, hidden_states)
-    fed_forward = _mlp(ops, block, hidden_states)
+    attended = ops.dropout_residual(_attention(ops, block, hidden_states), block.dropout)
+    fed_forward = ops.dropout_residual(_mlp(ops, block, hidden_states), block.dropout)
     return ops.add(ops.add(attended, fed_forward), residual)
 
 
@@ -98,19 +102,19 @@ def _attention(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
         rotate = partial(fused.rotate, ops) if ops.fused else ops.rotate
         query, key = rotate(query), rotate(key)
     attended = attend(ops, query, key, value, block.heads, block.kernel)
-    output = block.find("o_proj", "dense", "out_proj", "c_proj")
+    output = block.find("attention", "o_proj", "dense", "out_proj", "c_proj")
     return linear(ops, attended, output) if output else attended
 
 
 def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    whole = block.find("qkv_proj", "query_key_value", "c_attn")
+    whole = block.find("attention", "qkv_proj", "query_key_value", "c_attn")
     shape = block.heads
     if whole:
         together = linear(ops, hidden_states, whole)
         kv = shape.rows * shape.length * shape.kv_heads * shape.head_dim
         query = ops.slice(together, together.numel - 2 * kv)
         return query, ops.slice(together, kv), ops.slice(together, kv)
-    parts = [block.find(name) for name in ("q_proj", "k_proj", "v_proj")]
+    parts = [block.find("attention", name) for name in ("q_proj", "k_proj", "v_proj")]
     made: list[Tensor] = []
     for part in parts:
         x = linear(ops, hidden_states, part) if part else hidden_states
@@ -122,9 +126,9 @@ def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Ten
 
 
 def _mlp(ops: Ops, block: Block, x: Tensor) -> Tensor:
-    down = block.find("down_proj", "fc2", "dense_4h_to_h", "c_proj_mlp")
+    down = block.find("mlp", "down_proj", "fc2", "dense_4h_to_h", "c_proj")
     if block.gated:
-        whole = block.find("gate_up_proj")
+        whole = block.find("mlp", "gate_up_proj")
         if whole:
             both = linear(ops, x, whole)
             gate, up = ops.slice(both, both.numel // 2), ops.slice(both, both.numel // 2)
@@ -134,13 +138,13 @@ def _mlp(ops: Ops, block: Block, x: Tensor) -> Tensor:
         else:
             product = _gated(ops, block, x)
     else:
-        wide = block.find("up_proj", "fc1", "dense_h_to_4h", "c_fc")
+        wide = block.find("mlp", "up_proj", "fc1", "dense_h_to_4h", "c_fc")
         product = ops.activation(linear(ops, x, wide) if wide else x, block.activation)
     return linear(ops, product, down) if down else product
 
 
 def _gated(ops: Ops, block: Block, x: Tensor) -> Tensor:
     """``act_fn(gate_proj(x)) * up_proj(x)``: the activation's input dies only if nothing saved it."""
-    gate, up = block.find("gate_proj"), block.find("up_proj")
+    gate, up = block.find("mlp", "gate_proj"), block.find("mlp", "up_proj")
     opened = ops.activation(linear(ops, x, gate) if gate else x, block.activation)
     return ops.multiply(opened, linear(ops, x, up) if up else x)

@@ -45,6 +45,8 @@ class CodePath:
 
     compute_bytes: int = 2
     """Of an element of the compute dtype: activations, and weights once dequantized."""
+    float16: bool = False
+    """The two bytes are float16, not bfloat16."""
     cast_to_float32: bool = False
     """peft's ``prepare_model_for_kbit_training``: norms, embedding and head in float32, and with them the
     residual stream."""
@@ -77,13 +79,17 @@ class CodePath:
 def our_path(recipe: Recipe, device: Device) -> CodePath:
     """The path this project's trainer takes: no float32 cast, chunked loss, non-reentrant checkpointing."""
     compute = _compute_bytes(recipe, device)
+    float16 = compute == 2 and device.kind == "cuda" and _is_float16(recipe, device)
     return CodePath(
         compute_bytes=compute,
+        float16=float16,
+        # Trainer's fp16 mode: autocast, with scaled gradients.
+        autocast=float16,
         adapter_bytes=4,
         loss="chunked",
         checkpointing=recipe.training.gradient_checkpointing,
         attention=_attention(recipe, device, compute),
-        optimizer=recipe.training.optimizer,
+        optimizer="adamw_fused" if recipe.training.optimizer == "adamw" else recipe.training.optimizer,
         accumulates=recipe.training.gradient_accumulation > 1,
         packing=recipe.data.packing,
         segments=recipe.model.attention != "eager",
@@ -98,6 +104,11 @@ def _compute_bytes(recipe: Recipe, device: Device) -> int:
     if asked == "auto" and device.kind == "cpu" and not device.native_bfloat16:
         return 4
     return 2
+
+
+def _is_float16(recipe: Recipe, device: Device) -> bool:
+    asked = recipe.quantization.compute_dtype
+    return asked == "float16" or (asked == "auto" and device.capability < BFLOAT16_CAPABILITY)
 
 
 def _attention(recipe: Recipe, device: Device, compute: int) -> Kernel:

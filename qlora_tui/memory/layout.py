@@ -61,6 +61,9 @@ class Layout:
     length: int
     hidden: int
     vocabulary: int
+    learned_positions: bool
+    """Positions are embedded too: the sum is a tensor beside the tokens' embedding."""
+    embedding_dropout: float
     head_bias: bool
     softcap: bool
     logit_scale: bool
@@ -88,6 +91,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         head_dim=architecture.head_dim,
         value_dim=architecture.head_dim,
         pieces=rows if path.segments else 1,
+        softcap=architecture.model_type == "gemma2",
     )
     known: dict[tuple[Linear, ...], Block] = {}
     blocks = []
@@ -113,6 +117,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
                 rotary=1.0 if style.rotary else 0.0,
                 head_norms=style.head_norms,
                 residual_scale=style.residual_scale,
+                dropout=architecture.residual_dropout,
             )
         blocks.append(known[linears])
     return Layout(
@@ -122,6 +127,8 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         length=length,
         hidden=architecture.hidden_size,
         vocabulary=architecture.vocab_size,
+        learned_positions=len(architecture.embeddings) > 1,
+        embedding_dropout=architecture.residual_dropout if architecture.model_type == "gpt2" else 0.0,
         head_bias=architecture.head.bias,
         softcap=architecture.final_logit_softcapping is not None,
         logit_scale=architecture.logit_scale is not None,
@@ -138,6 +145,7 @@ def _linear(module: LinearModule, recipe: Recipe, targets: frozenset[str]) -> Li
         inputs=module.in_features,
         outputs=module.out_features,
         method=method,
+        part=module.part,
         bias=module.bias,
         rank=recipe.lora.rank if module.name in targets else 0,
         dora=recipe.lora.use_dora and module.name in targets,

@@ -23,6 +23,8 @@ class Linear:
     inputs: int
     outputs: int
     method: Literal["nf4", "fp4", "int8", "none"]
+    part: str = "other"
+    """What it is for, as the catalog says: ``attention``, ``mlp``, ``shared_expert``."""
     bias: bool = False
     rank: int = 0
     """Of the adapter on it; 0 where it is not a target."""
@@ -56,6 +58,7 @@ class Ops:
         autocast: bool,
         tokens: int,
         fused: bool,
+        float16: bool,
     ) -> None:
         self.meter = meter
         self.tape = Tape(meter)
@@ -69,6 +72,7 @@ class Ops:
         self.autocast = autocast
         self.tokens = tokens
         self.fused = fused
+        self.float16 = float16
 
     def new(self, numel: int, width: int, item: str | None = None) -> Tensor:
         """An uninitialised tensor outside the graph."""
@@ -149,17 +153,48 @@ class Ops:
         return out
 
     def activation(self, x: Tensor, kind: str = "silu") -> Tensor:
-        """A fused pointwise activation (silu, gelu, relu): saves its input, or its result for relu."""
+        """A fused pointwise activation: saves its input, or its result for relu and tanh."""
         numel, width = x.numel, x.width
+        if kind in ("gelu_new", "gelu_fast"):
+            return self._gelu_in_steps(x)
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
             return (self.new(numel, width),)
 
-        if kind == "relu":
+        if kind in ("relu", "tanh"):
             out = self.new(numel, width)
             out.node = self.tape.node((x,), fn, (out,))
             return out
         node = self.tape.node((x,), fn, (x,))
+        out = self.new(numel, width)
+        out.node = node
+        return out
+
+    def _gelu_in_steps(self, x: Tensor) -> Tensor:
+        """``NewGELUActivation``: 0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 x³))), a tensor a step."""
+        half = self.times_number(x)
+        cubed = self.activation(x, "pow")
+        inner = self.times_number(self.add(x, self.times_number(cubed)))
+        del cubed
+        bent = self.times_number(self.activation(inner, "tanh"))  # plus one
+        del inner
+        return self.multiply(half, bent)
+
+    def times_number(self, x: Tensor) -> Tensor:
+        """Times, or plus, a number: nothing is saved."""
+        numel, width = x.numel, x.width
+        node = self.tape.node((x,), lambda grad, saved: (self.new(numel, width),))
+        out = self.new(numel, width)
+        out.node = node
+        return out
+
+    def dropout_residual(self, x: Tensor, share: float) -> Tensor:
+        """The base model's own dropout: keeps a mask."""
+        if not share:
+            return x
+        numel, width = x.numel, x.width
+        mask = self.new(numel, 1 if self.device == "cuda" else width)
+        node = self.tape.node((x,), lambda grad, saved: (self.new(numel, width),), (mask,))
         out = self.new(numel, width)
         out.node = node
         return out

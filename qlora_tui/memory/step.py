@@ -6,6 +6,7 @@ gradients, and the layer's own. The first two are sums over layers, so one walk 
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class Profile:
     """At the peak of its backward, its input included."""
     held: Items = field(default_factory=dict)
     """Still there after its backward, because the caller refers to it."""
+    keeps_input: bool = True
+    """Something in it saves its input."""
     gradient_bytes: int = 0
     """Of the parameters in it, after its backward."""
 
@@ -66,6 +69,7 @@ def make_ops(meter: Meter, layout: Layout, path: CodePath, dropout: float) -> Op
         autocast=path.autocast,
         tokens=layout.tokens,
         fused=path.fused_kernels,
+        float16=path.float16,
     )
 
 
@@ -84,7 +88,7 @@ def peaks(layout: Layout, path: CodePath, dropout: float) -> list[Peak]:
     profiles: dict[tuple[int, int], Profile] = {}
     order = []
     width = embedding_bytes(path)
-    embedded = {} if path.checkpointing else {"activations": layout.tokens * layout.hidden * width}
+    embedded = _embedded(layout, path, width)
     for block in layout.blocks:
         key = (id(block), width)
         if key not in profiles:
@@ -94,7 +98,14 @@ def peaks(layout: Layout, path: CodePath, dropout: float) -> list[Peak]:
         width = stream_bytes(path)
     tail = partial(_tail, layout=layout, path=path)
     head = _profile(layout, path, dropout, tail, width, checkpointed=False)
-    return list(_candidates(order, head, _cast_once(layout, path), embedded))
+    return list(_candidates(order, head, _cast_once(layout, path), embedded, always=layout.learned_positions))
+
+
+def _embedded(layout: Layout, path: CodePath, width: int) -> Items:
+    """The embedding's output, and the mask of GPT-2's dropout on it."""
+    numel = layout.tokens * layout.hidden
+    mask = numel * (1 if path.device == "cuda" else width) if layout.embedding_dropout else 0
+    return {"activations": numel * width + mask}
 
 
 Run = Callable[[Ops, list[Tensor]], tuple[Tensor, list[Tensor]]]
@@ -123,6 +134,7 @@ def _profile(
     upstream = Node(0, "upstream", (), _nothing)
     x = ops.new(layout.tokens * layout.hidden, width, "checkpoints" if checkpointed else None)
     x.node = upstream
+    there = weakref.ref(x.storage)
     meter.restart()
     given = [x]
     if checkpointed:
@@ -142,6 +154,7 @@ def _profile(
         return made
     given.clear()
     made.kept = {item: size for item, size in meter.live_items.items() if size}
+    made.keeps_input = there() is not None
     meter.restart()
     seed = [ops.new(numel, width)]
     kept: list[Storage] = []
@@ -192,11 +205,13 @@ def _cast_once(layout: Layout, path: CodePath) -> Items:
     return {"adapter": layout.adapter_parameters * path.compute_bytes}
 
 
-def _candidates(order: list[Profile], head: Profile, forward_only: Items, embedded: Items) -> list[Peak]:
+def _candidates(
+    order: list[Profile], head: Profile, forward_only: Items, embedded: Items, *, always: bool
+) -> list[Peak]:
     """Every moment that could be the fullest.
 
     ``embedded`` is the embedding's output: gradients were switched on for it, so the graph holds it as a leaf
-    (a checkpointed first layer holds it anyway).
+    even where the first layer does not. With learned positions it is a tensor of its own in any case.
     """
     last = len(order) - 1
     before: Counter[str] = Counter()
@@ -208,7 +223,7 @@ def _candidates(order: list[Profile], head: Profile, forward_only: Items, embedd
         if index in (0, last):
             found.append(Peak(f"forward of layer {index}", dict(before + cast + Counter(profile.forward))))
         before.update(profile.kept)
-        if not index:
+        if not index and (always or not profile.keeps_input):
             before.update(embedded)
     found.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
     found.append(Peak("loss backward", dict(before + Counter(head.backward))))

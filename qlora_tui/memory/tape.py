@@ -60,7 +60,7 @@ class Meter:
 class Storage:
     """Bytes that live as long as something refers to them."""
 
-    __slots__ = ("item", "meter", "size")
+    __slots__ = ("__weakref__", "item", "meter", "size")
 
     def __init__(self, meter: Meter, size: int, item: str | None = None) -> None:
         self.meter = meter
