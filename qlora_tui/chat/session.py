@@ -19,6 +19,7 @@ from qlora_tui.catalog.local import resolve
 from qlora_tui.chat.kept import Kept
 from qlora_tui.chat.reply import Reply
 from qlora_tui.chat.terms import BASE, ChatSource, Sampling
+from qlora_tui.chat.unpack import unpack_on_cpu
 from qlora_tui.chat.voices import Voices
 from qlora_tui.data.conversation import Message, RowRefused
 from qlora_tui.data.render import prompt_ids
@@ -134,7 +135,8 @@ def load_session(source: ChatSource, tell: Tell = lambda words: None) -> ChatSes
     except torch.OutOfMemoryError as error:
         raise out_of_memory(device) from error
     model.eval()
-    _let_cpus_repack(model)
+    if not unpack_on_cpu(model, device):
+        _let_cpus_repack(model)
     return ChatSession(source, model, tokenizer, device)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.chat.lean import Speaking, as_peft_does, lean
 from qlora_tui.chat.terms import BASE
 from qlora_tui.errors import WRONG_CALL, Problem
 
@@ -23,7 +24,9 @@ class Voices:
         self._folders = folders
         self._with_adapters: Any = None
         self._loaded: set[str] = set()
-        self._speaking = BASE
+        self._speaking = Speaking(BASE)
+        self._lean = True
+        """Whether every adapter read so far is plain LoRA, and none needs peft's own forward."""
 
     def need(self, voice: str) -> None:
         """See that ``voice`` can speak, reading its adapter if it has not been read. Raises Problem."""
@@ -39,12 +42,18 @@ class Voices:
             )
         self._load(voice, Path(folder))
         self._loaded.add(voice)
-        # Reading an adapter switches it on.
-        self._speaking = voice
+        self._lean = self._lean and lean(self._model, voice, self._speaking)
+        if not self._lean:
+            as_peft_does(self._model)
+            # Reading an adapter switches it on.
+            self._speaking.voice = voice
 
     def speak_as(self, voice: str) -> None:
         """Switch to a voice that ``need`` has seen to."""
-        if voice == self._speaking:
+        if voice == self._speaking.voice:
+            return
+        self._speaking.voice = voice
+        if self._lean:
             return
         tuner = self._with_adapters.base_model
         if voice == BASE:
@@ -52,7 +61,6 @@ class Voices:
         else:
             tuner.enable_adapter_layers()
             tuner.set_adapter(voice, inference_mode=True)
-        self._speaking = voice
 
     def _load(self, voice: str, folder: Path) -> None:
         from peft import PeftModel

@@ -184,6 +184,40 @@ def test_an_adapter_of_another_model_is_refused(
     assert said(fresh).text == said(session).text
 
 
+def test_dora_speaks_as_peft_has_it_and_plain_voices_beside_it(
+    tiny_model: Path, tiny_source: ChatSource, tmp_path: Path
+) -> None:
+    from qlora_tui.chat.session import load_session
+    from tests.chat.adapters import make_adapter
+
+    dora = str(make_adapter(tiny_model, tmp_path / "dora", use_dora=True, use_rslora=True))
+    source = msgspec.structs.replace(tiny_source, adapters={**tiny_source.adapters, "step-8": dora})
+    session = load_session(source)
+    order = ("adapter", "base", "step-8", "adapter", "base", "step-8")
+    texts = [said(session, voice).text for voice in order]
+    assert texts[:3] == texts[3:]
+    assert texts[2] == reference(session, source, dora, SHORT.max_new_tokens)
+    assert texts[0] == reference(session, source, source.adapters["adapter"], SHORT.max_new_tokens)
+
+
+def test_4_bit_weights_give_the_same_scores_packed_and_written_out(
+    tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from qlora_tui.chat import session as room
+
+    scores = []
+    for keep_packed in (True, False):
+        with monkeypatch.context() as patch:
+            if keep_packed:
+                patch.setattr(room, "unpack_on_cpu", lambda model, device: False)
+            session = room.load_session(tiny_source)
+        session.ask(QUESTION, voice="adapter")
+        scores.append(session.read("adapter", session.prompt(QUESTION), _fresh(session)))
+    torch.testing.assert_close(scores[0], scores[1], rtol=2e-2, atol=2e-2)
+
+
 def test_pickled_adapter_weights_are_never_loaded(tiny_source: ChatSource, tmp_path: Path) -> None:
     from qlora_tui.chat.session import load_session
 

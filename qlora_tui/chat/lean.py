@@ -1,0 +1,82 @@
+"""LoRA without what training needs: three matrix products a layer and nothing else.
+
+peft's layers convert dtypes, apply dropout, scale and copy at every call, which costs more than the adapter's
+arithmetic when one token is read at a time. Here the scale is folded into one factor and the update is added
+in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+
+class Speaking:
+    """Whose adapter the layers add: shared by all, so that a switch costs nothing."""
+
+    def __init__(self, voice: str) -> None:
+        self.voice = voice
+
+
+class LeanForward:
+    """Stands in for the ``forward`` of one peft layer. Inference only: it adds in place."""
+
+    def __init__(self, base: nn.Module, speaking: Speaking) -> None:
+        self._base = base
+        self._speaking = speaking
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def learn(self, voice: str, layer: Any) -> None:
+        """Take the factors of an adapter over from peft."""
+        down = layer.lora_A[voice].weight.detach()
+        up = layer.lora_B[voice].weight.detach() * layer.scaling[voice]
+        self._factors[voice] = (down.T, up.T)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        output: Tensor = self._base(x)
+        factors = self._factors.get(self._speaking.voice)
+        if factors is not None:
+            down, up = factors
+            output.view(-1, output.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ down, up)
+        return output
+
+
+def lean(model: nn.Module, voice: str, speaking: Speaking) -> bool:
+    """Let the layers of ``model`` add the adapter ``voice`` in this way; False where it is no plain LoRA."""
+    layers = [layer for layer in _layers(model) if _has(layer, voice)]
+    if not all(_is_plain(layer, voice) for layer in layers):
+        return False
+    for layer in layers:
+        forward = vars(layer).get("forward")
+        if forward is None:
+            forward = layer.forward = LeanForward(layer.get_base_layer(), speaking)
+        forward.learn(voice, layer)
+    return True
+
+
+def as_peft_does(model: nn.Module) -> None:
+    """Undo ``lean``."""
+    for layer in _layers(model):
+        vars(layer).pop("forward", None)
+
+
+def _layers(model: nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _has(layer: Any, voice: str) -> bool:
+    return voice in layer.lora_A or voice in layer.lora_embedding_A
+
+
+def _is_plain(layer: Any, voice: str) -> bool:
+    """Whether the update is scale · B·A·x, which DoRA's and an embedding's are not."""
+    return (
+        voice in layer.lora_A
+        and type(layer.lora_A[voice]) is nn.Linear
+        and voice not in layer.lora_variant
+        and not layer.lora_bias.get(voice, False)
+        and not layer.merged
+    )
