@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -59,3 +61,9 @@ def figure(value: float | None, digits: int = 4) -> str:
 def percent(part: float | None) -> str:
     """``97%`` of a share between 0 and 1."""
     return "NA" if part is None else f"{part * 100:.0f}%"
+
+
+def short_path(path: Path) -> str:
+    """With ``~`` for the home folder."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left
+from collections.abc import Iterable
 from typing import Self
 
 from qlora_tui.runs.directory import RunDir
@@ -88,6 +89,8 @@ class RunView:
         self._tail = EventTail(run.events_path)
         self.status: Status = read_status(run)
         self.series = Series()
+        self.queued_at: float | None = None
+        """When it was first queued."""
         self.attempt = 0
         self.started_at: float | None = None
         self.phase: Phase | None = None
@@ -107,17 +110,20 @@ class RunView:
     def sketched(cls, run: RunDir, steps: int) -> Self:
         """A run's whole story with only about so many of its steps; it is not to be refreshed."""
         view = cls(run)
-        for event in sketch(run.events_path, steps):
-            view._apply(event)
+        view.fold(sketch(run.events_path, steps))
         return view
 
     def refresh(self, most_bytes: int | None = None) -> list[AnyEvent]:
         """Read what is new, or so much of it; the events, in order, for those who show each."""
         self.status = read_status(self.run)
         events = self._tail.drain() if most_bytes is None else self._tail.poll(most_bytes)
+        self.fold(events)
+        return events
+
+    def fold(self, events: Iterable[AnyEvent]) -> None:
+        """Take events in, in their order."""
         for event in events:
             self._apply(event)
-        return events
 
     @property
     def unread_bytes(self) -> int:
@@ -166,6 +172,7 @@ class RunView:
                 self._go_back_to(event.resumed_from_step)
             case Queued():
                 self.ending = None
+                self.queued_at = self.queued_at or event.at
             case PhaseChanged():
                 self.phase, self.phase_detail, self.progress = event.phase, event.detail, None
             case Progress():

@@ -23,7 +23,7 @@ class Axis:
         return min(max(round(share * (cells - 1)), 0), cells - 1)
 
 
-def rounded(low: float, high: float, ticks: int = 8, unit: str = "") -> Axis:
+def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
     """The smallest axis around these values that begins and ends at a round number.
 
     It moves only when a value leaves it, so that a graph holds still.

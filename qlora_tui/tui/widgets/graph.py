@@ -84,6 +84,8 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     """``height`` lines: the legend, the graph with its scale at the left, the scale below."""
     rows = max(1, height - 2)
     scale = ticks(what.y, max(1, (rows + 1) // 3))
+    if len(scale) < 2:
+        scale = ticks(what.y, max(2, rows // 2))
     gutter = max((len(text) for _, text in scale), default=0) + 1
     columns = max(2, width - gutter)
     canvas = _Canvas(columns, rows)
@@ -95,12 +97,12 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     lines = [_legend(what, gutter, width)]
     for row in range(rows):
         text = labels.get(row)
-        edge = Content.styled(f"{text or '':>{gutter - 1}}{'┤' if text else '│'}", "$text-muted")
+        edge = Content.styled(f"{text or '':>{gutter - 1}}{'┤' if text else '│'}", "dim")
         lines.append(edge + _row(canvas, row))
     if what.empty and not canvas.cells:
         middle = 1 + rows // 2
         edge = lines[middle][:gutter]
-        lines[middle] = edge + Content.styled(what.empty.center(columns).rstrip(), "$text-muted")
+        lines[middle] = edge + Content.styled(what.empty.center(columns).rstrip(), "dim")
     lines.append(_foot(what.x, gutter, columns))
     return lines[-height:] if height < 3 else lines
 
@@ -186,7 +188,7 @@ def _row(canvas: _Canvas, row: int) -> Content:
 
 
 def _legend(what: Plot, gutter: int, width: int) -> Content:
-    line = Content.styled(f"{what.y.unit:>{gutter}} ", "$text-muted")
+    line = Content.styled(f"{what.y.unit:>{gutter}} ", "dim")
     for text, style in what.legend:
         item = Content.styled(text, style)
         if line.cell_length + item.cell_length > width:
@@ -208,7 +210,7 @@ def _foot(x: Axis, gutter: int, columns: int) -> Content:
             text[start : start + len(label)] = label
             free_from = start + len(label) + 1
     text[end + 1 :] = x.unit
-    return Content.styled("".join(text), "$text-muted")
+    return Content.styled("".join(text), "dim")
 
 
 class Graph(Lines):

@@ -1,0 +1,134 @@
+"""A run in a line: what a list of hundreds, and Home, say of each without reading it whole.
+
+Used in a thread. What was read of a run is kept until its status or its events change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Finished
+from qlora_tui.runs.status import ACTIVE, Status, read_status
+from qlora_tui.runs.view import RunView
+
+_STEPS = 64
+"""Of a long run; the curve of a list is a few cells wide."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What is known of a run at a glance."""
+
+    run: RunDir
+    status: Status
+    queued_at: float
+    """Unix time; 0 where the events are gone."""
+    model: str
+    settings: str
+    """``nf4 r16 2,048×2×8``: what most often differs between two runs."""
+    best: tuple[float, int] | None
+    """Lowest validation loss after training began, and its step."""
+    loss: float | None
+    """The last training loss."""
+    losses: tuple[float, ...]
+    """Training losses from first to last, thinned; NaN where one was not a number."""
+    seconds: float | None
+    """From the first step to the last, pauses between attempts included; None before there are two."""
+    epochs: float
+    energy_kwh: float | None
+
+    @property
+    def id(self) -> str:
+        return self.run.id
+
+
+class Summaries:
+    """Summaries by run, read again only where a file changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[object, RunSummary]] = {}
+
+    def of(self, run: RunDir) -> RunSummary:
+        """The summary of one run. Never raises for a strange run."""
+        key = (_changed_at(run.status_path), _changed_at(run.events_path))
+        known = self._known.get(run.id)
+        if known is not None and known[0] == key and known[1].status.state not in ACTIVE:
+            return known[1]
+        summary = summarise(run)
+        self._known[run.id] = (key, summary)
+        return summary
+
+    def of_all(self, runs: Sequence[RunDir]) -> list[RunSummary]:
+        """In the same order; what is no longer there is forgotten."""
+        names = {run.id for run in runs}
+        self._known = {name: known for name, known in self._known.items() if name in names}
+        return [self.of(run) for run in runs]
+
+
+def summarise(run: RunDir) -> RunSummary:
+    """Read what a line says of a run."""
+    view = RunView.sketched(run, _STEPS)
+    series = view.series
+    ending = view.ending
+    best = view.best
+    model, settings = _recipe_words(run)
+    return RunSummary(
+        run=run,
+        status=read_status(run),
+        queued_at=view.queued_at or 0.0,
+        model=model,
+        settings=settings,
+        best=(best.loss, best.step) if best is not None and best.loss is not None else None,
+        loss=series.loss[-1] if len(series) else None,
+        losses=tuple(series.loss),
+        seconds=series.at[-1] - series.at[0] if len(series) > 1 else None,
+        epochs=series.epoch[-1] if len(series) else 0.0,
+        energy_kwh=ending.energy_kwh if isinstance(ending, Finished) else None,
+    )
+
+
+def thinned(losses: Sequence[float], columns: int) -> list[float | None]:
+    """One mean a column, from first to last; NaN where any was not a number, None where there are fewer."""
+    if not losses:
+        return [None] * columns
+    count = min(columns, len(losses))
+    edges = [round(i * len(losses) / count) for i in range(count + 1)]
+    means: list[float | None] = []
+    for start, end in pairwise(edges):
+        part = losses[start:end]
+        means.append(sum(part) / len(part) if all(map(math.isfinite, part)) else math.nan)
+    return means + [None] * (columns - count)
+
+
+def _recipe_words(run: RunDir) -> tuple[str, str]:
+    try:
+        recipe = run.recipe()
+    except Problem:
+        return "unknown", "recipe unreadable"
+    return short_model(recipe), short_settings(recipe)
+
+
+def short_model(recipe: Recipe) -> str:
+    """Without the publisher."""
+    return recipe.model.id.rstrip("/").rpartition("/")[2] or "none"
+
+
+def short_settings(recipe: Recipe) -> str:
+    """``nf4 r16 2,048×2×8``."""
+    training = recipe.training
+    batch = f"{recipe.data.max_length:,}×{training.micro_batch}×{training.gradient_accumulation}"
+    return f"{recipe.quantization.method} r{recipe.lora.rank} {batch}"
+
+
+def _changed_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1

@@ -1,0 +1,411 @@
+"""Train: prepare a run and launch it, or watch one at work. Each half is a pane of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+from textual.widget import Widget
+
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.conflicts import ready_to_run
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions, control
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
+from qlora_tui.tui.commands import Command
+from qlora_tui.tui.screens.ask import AskScreen
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.question import QuestionScreen
+from qlora_tui.tui.screens.train_checks import Check, check_all, errors
+from qlora_tui.tui.screens.train_choose import ChooseRunScreen
+from qlora_tui.tui.screens.train_follow import Follower, Picture
+from qlora_tui.tui.screens.train_launch import LaunchPane
+from qlora_tui.tui.screens.train_live import LivePane
+from qlora_tui.tui.screens.train_plot import zoomed_from
+from qlora_tui.tui.watch import Pulse
+from qlora_tui.tui.widgets.settings_form import SettingsForm
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
+
+LOOK_EVERY_S = 1.0
+_MOST_ZOOM = 6
+
+
+def _do(
+    id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True, verb: str = ""
+) -> Command:
+    return Command(
+        id=f"train.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer, verb=verb
+    )
+
+
+_WHEN_RUNNING = frozenset(("pause", "ask", "learning_rate"))
+_WHEN_LIVE = frozenset(
+    ("another", "prepare", "detach", "next_tab", "zoom", "level", "search", "copy_command")
+)
+
+
+class TrainScreen(WorkScreen):
+    """Prepares, launches, watches."""
+
+    MODE = "train"
+    CSS_PATH = "train.tcss"
+    EDITS_RECIPE = True
+    HELP_TEXT = (
+        "Before a run: the recipe in full, and what was checked. Enter edits a setting, h and l step it, "
+        "backspace puts the preset's value back.\n"
+        "During a run: the loss (grey) with its running mean, ◆ validations, ★ the best of them, × where the "
+        "loss was not a number. Strips go from zero to the top they name. ▲ under the memory is the "
+        "estimate. The run belongs to no terminal: leaving the app ends nothing."
+    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = (
+        _do("launch", "t", "launch", "Launch", "Launch a run of this recipe, or queue it.", verb="train"),
+        _do("stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, and end the run.", verb="stop"),
+        _do("pause", "z", "pause", "Pause", "Save a checkpoint and leave the GPU.", verb="pause"),
+        _do("resume", "r", "resume", "Resume", "Go on from the last checkpoint.", verb="resume"),
+        _do("checkpoint", "k", "ask('checkpoint')", "Checkpoint", "Save a checkpoint now.", verb="ask"),
+        _do("evaluate", "e", "ask('evaluate')", "Evaluate", "Measure the validation loss now.", verb="ask"),
+        _do("sample", "g", "ask('sample')", "Sample", "Answer the sample prompts now.", verb="ask"),
+        _do(
+            "finish_epoch",
+            "f",
+            "ask('finish_epoch')",
+            "Finish epoch",
+            "End the run when this epoch is done.",
+            in_footer=False,
+            verb="ask",
+        ),
+        _do(
+            "rate",
+            "L",
+            "learning_rate",
+            "Learning rate",
+            "Set the learning rate of the run.",
+            in_footer=False,
+            verb="ask",
+        ),
+        _do("chat", "c", "chat", "Chat", "Talk to this run's adapter.", verb="chat"),
+        _do("another", "x", "another", "Another run", "Watch another run, or the queue.", verb="attach"),
+        _do("prepare", "n", "prepare", "New run", "Prepare a run: the recipe in full, and its checks."),
+        _do("detach", "d", "detach", "Detach", "Leave the app; the run goes on."),
+        _do("tab", "tab", "next_tab(1)", "Next text", "Log, samples, health, output.", in_footer=False),
+        _do("tab_back", "shift+tab", "next_tab(-1)", "Text before", "The text before.", in_footer=False),
+        _do("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Only the last half.", in_footer=False),
+        _do("zoom_out", "minus", "zoom(-1)", "Zoom out", "Twice as many steps.", in_footer=False),
+        _do("level", "v", "level", "Level", "All lines, warnings only, errors only.", in_footer=False),
+        _do("search", "slash", "search", "Search", "Only lines with a text in them.", in_footer=False),
+        _do(
+            "copy",
+            "y",
+            "copy_command",
+            "Copy command",
+            "Copy the command that shows this run in a terminal.",
+            in_footer=False,
+            verb="attach",
+        ),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._follower: Follower | None = None
+        self._picture: Picture | None = None
+        self._looking = False
+        self._zoom = 0
+        self._chosen = False
+        """Whether the user said what to show; until then it is the run at work."""
+        self._checks: tuple[Check, ...] = ()
+        self._checked_for: object = None
+
+    def compose_body(self) -> Iterable[Widget]:
+        yield LaunchPane()
+        yield LivePane()
+
+    def on_mount(self) -> None:
+        super().on_mount()
+        self.set_interval(LOOK_EVERY_S, self._start_look)
+        self._show_half()
+
+    def on_screen_resume(self) -> None:
+        super().on_screen_resume()
+        self._start_look()
+
+    @property
+    def run(self) -> RunDir | None:
+        """The run being watched; None while one is prepared."""
+        return self._follower.run if self._follower else None
+
+    @property
+    def state(self) -> State | None:
+        """Of the run being watched."""
+        return self._picture.status.state if self._picture else None
+
+    def attach(self, run: RunDir) -> None:
+        """Watch a run."""
+        self._chosen = True
+        if self.run == run:
+            return
+        self._follower, self._picture, self._zoom = Follower(run), None, 0
+        self._show_half()
+        self._start_look()
+
+    def show_recipe(self, recipe: Recipe) -> None:
+        self.query_one(LaunchPane).show_recipe(recipe, self.workstation.workbench.base)
+        self._check()
+
+    def show_pulse(self, pulse: Pulse) -> None:
+        if not self._chosen and self.run is None and pulse.active is not None:
+            self.attach(pulse.active)
+        self._check()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action not in {command.action.partition("(")[0] for command in self.ACTIONS}:
+            return super().check_action(action, parameters)
+        if self.run is None:
+            return action in ("launch", "another")
+        state = self.state
+        return (
+            action in _WHEN_LIVE
+            or (action in _WHEN_RUNNING and state in ACTIVE)
+            or (action == "stop" and (state in ACTIVE or state == "queued"))
+            or (action == "resume" and state in RESUMABLE)
+            or (action == "chat" and state in ("finished", "stopped", "paused"))
+        )
+
+    def action_launch(self) -> None:
+        """Launch the recipe, or queue it; what speaks against it is said first."""
+        self.run_worker(self._launch(), exclusive=True, group="launch")
+
+    async def action_stop(self) -> None:
+        """Ask, then stop the run."""
+        run = self.run
+        if run is None:
+            return
+        if self.state == "queued":
+            self._ask_first(
+                "Take it out of the queue?", f"{run.id} has not begun.", lambda: actions.stop(run)
+            )
+        else:
+            self._ask_first(
+                "Stop the run?",
+                f"{run.id} saves a checkpoint and its adapter, and ends. It can be resumed.",
+                lambda: actions.stop(run),
+                done="It stops after this step.",
+            )
+
+    def action_pause(self) -> None:
+        """Have the run leave the GPU."""
+        self._try(lambda run: actions.pause(run), "It pauses after this step.")
+
+    def action_resume(self) -> None:
+        """Queue the run again."""
+        self._try(actions.resume, "It is queued, and goes on from its last checkpoint.")
+
+    def action_ask(self, kind: control.Kind) -> None:
+        """Leave a request for the trainer."""
+        self._try(lambda run: control.ask(run, kind), f"Asked: {kind.replace('_', ' ')}, after this step.")
+
+    def action_learning_rate(self) -> None:
+        """Ask for a learning rate, and set it."""
+        now = self._picture.last[0] if self._picture else None
+
+        def take(text: str | None) -> None:
+            if text:
+                self._try(
+                    lambda run: control.ask(run, "set_learning_rate", float(text)),
+                    f"The learning rate becomes {float(text):g} after this step.",
+                )
+
+        self.app.push_screen(
+            AskScreen(
+                "Learning rate",
+                "The peak from here on; the schedule goes on from it.",
+                "" if now is None else f"{now:.3g}",
+                _wrong_rate,
+            ),
+            take,
+        )
+
+    async def action_chat(self) -> None:
+        """Talk to the adapter."""
+        from qlora_tui.tui.screens.chat import show_chat
+
+        if self.run is not None:
+            await show_chat(self.workstation, self.run)
+
+    def action_another(self) -> None:
+        """Choose a run to watch."""
+
+        def take(run: RunDir | None) -> None:
+            if run is not None:
+                self.attach(run)
+
+        self.app.push_screen(ChooseRunScreen(self.run), take)
+
+    def action_prepare(self) -> None:
+        """Back to the recipe and its checks."""
+        self._chosen = True
+        self._follower = self._picture = None
+        self._show_half()
+        self.show_recipe(self.workstation.workbench.recipe)
+
+    def action_detach(self) -> None:
+        """Leave the app."""
+        run = self.run
+        if run is None:
+            return
+
+        def take(yes: bool | None) -> None:
+            if yes:
+                self.app.exit(message=f"{run.id} goes on. `qlora-tui attach {run.id}` comes back to it.")
+
+        self.app.push_screen(
+            QuestionScreen(
+                "Leave the app?", f"{run.id} goes on. `qlora-tui attach {run.id}` comes back to it.", "Leave"
+            ),
+            take,
+        )
+
+    def action_next_tab(self, places: int) -> None:
+        """The next of the texts under the graph."""
+        self.query_one(LivePane).next_tab(places)
+
+    def action_show_tab(self, name: str) -> None:
+        """One of the texts, by its name."""
+        self.query_one(LivePane).show_tab(name)
+
+    def action_zoom(self, direction: int) -> None:
+        """Show the last half of the steps shown, or twice as many."""
+        self._zoom = min(max(self._zoom + direction, 0), _MOST_ZOOM)
+        self._start_look()
+
+    def action_level(self) -> None:
+        """The next choice of levels."""
+        self.query_one(LivePane).next_level()
+
+    def action_search(self) -> None:
+        """Ask for a text to search."""
+        pane = self.query_one(LivePane)
+        self.app.push_screen(
+            AskScreen("Search", "Only lines with this text; nothing shows all.", pane.search),
+            lambda text: None if text is None else pane.look_for(text),
+        )
+
+    def action_copy_command(self) -> None:
+        """Copy the command that shows this run."""
+        if self.run is not None:
+            command = f"qlora-tui attach {shlex.quote(self.run.id)}"
+            self.app.copy_to_clipboard(command)
+            self.notify(command, title="Copied")
+
+    def on_settings_form_edited(self, event: SettingsForm.Edited) -> None:
+        """Change the recipe."""
+        self.workstation.edit(event.path, event.value)
+
+    def _show_half(self) -> None:
+        self.set_class(self.run is not None, "-live")
+        if self.run is None:
+            self.query_one(SettingsForm).focus()
+        else:
+            self.query_one(LivePane).begin()
+        self.refresh_bindings()
+
+    def _start_look(self) -> None:
+        if self._follower is not None and not self._looking and self.is_current:
+            self._looking = True
+            self.run_worker(self._look(self._follower), group="look")
+
+    async def _look(self, follower: Follower) -> None:
+        step = self._picture.step if self._picture else 0
+        follower.from_step = zoomed_from(step, self._zoom)
+        try:
+            picture = await asyncio.to_thread(follower.look)
+        finally:
+            self._looking = False
+        if follower is not self._follower:
+            self._start_look()
+            return
+        before, self._picture = self.state, picture
+        self.query_one(LivePane).show(picture, follower.from_step)
+        if picture.status.state != before:
+            self.refresh_bindings()
+        if picture.read_share < 1:
+            self._start_look()
+
+    def _check(self) -> None:
+        """Look again at what a run needs, if that may have changed."""
+        if self.run is not None:
+            return
+        pulse, recipe = self.workstation.pulse, self.workstation.workbench.recipe
+        free = pulse.free_bytes
+        asked = (
+            recipe,
+            self.workstation.room,
+            pulse.active,
+            pulse.waiting,
+            pulse.no_card,
+            None if free is None else free >> 28,
+        )
+        if asked != self._checked_for:
+            self._checked_for = asked
+            self.run_worker(self._look_at_needs(recipe, pulse), exclusive=True, group="checks")
+
+    async def _look_at_needs(self, recipe: Recipe, pulse: Pulse) -> None:
+        self._checks = await asyncio.to_thread(check_all, recipe, self.workstation.room, pulse)
+        self.query_one(LaunchPane).show_checks(self._checks)
+
+    async def _launch(self) -> None:
+        recipe = self.workstation.workbench.recipe
+        await self._look_at_needs(recipe, self.workstation.pulse)
+        try:
+            ready_to_run(recipe)
+            for check in errors(self._checks):
+                if check.name in ("model", "data"):
+                    raise Problem(f"Not ready: {check.name}", what=check.text, fix=check.fix)
+            doubts = [f"{check.name}: {check.text}" for check in errors(self._checks)]
+            if doubts and not await self.app.push_screen_wait(
+                QuestionScreen("Launch it all the same?", "\n".join(doubts), "Launch")
+            ):
+                return
+            run = actions.submit(recipe)
+        except Problem as problem:
+            self.workstation.explain(problem)
+            return
+        self.attach(run)
+
+    def _ask_first(self, title: str, text: str, act: Callable[[], None], done: str = "") -> None:
+        def take(yes: bool | None) -> None:
+            if yes:
+                self._try(lambda run: act(), done)
+
+        self.app.push_screen(QuestionScreen(title, text), take)
+
+    def _try(self, act: Callable[[RunDir], None], done: str) -> None:
+        if self.run is None:
+            return
+        try:
+            act(self.run)
+        except Problem as problem:
+            self.workstation.explain(problem)
+            return
+        if done:
+            self.notify(done)
+        self._start_look()
+
+
+async def show_run(app: QloraApp, run: RunDir) -> None:
+    """Go to the Train screen and watch a run there."""
+    await app.switch_mode("train")
+    if isinstance(app.screen, TrainScreen):
+        app.screen.attach(run)
+
+
+def _wrong_rate(text: str) -> str:
+    try:
+        rate = float(text)
+    except ValueError:
+        return "That is not a number; 1e-4 is one."
+    return "" if 0 < rate <= 1 else "It must be above 0 and at most 1."

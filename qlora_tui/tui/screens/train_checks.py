@@ -1,0 +1,187 @@
+"""What a run needs, looked at before it starts: each with a word, and what to do where it is not so.
+
+Used in a thread: it reads the model's files and the first rows of the data.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from qlora_tui import paths
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.local import resolve
+from qlora_tui.data.read import files_of, kind_of
+from qlora_tui.data.sources import sniff
+from qlora_tui.errors import Problem
+from qlora_tui.format import count, gib, short_path, size
+from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.nvml import Nvml
+from qlora_tui.gpu.reading import GpuProcess
+from qlora_tui.memory import Estimate, estimate, judge
+from qlora_tui.memory.room import Room
+from qlora_tui.recipe.conflicts import conflicts
+from qlora_tui.recipe.schema import Recipe, Source
+from qlora_tui.tui.watch import Pulse
+
+Outcome = Literal["ok", "warning", "error"]
+_TOO_HEAVY = "parquet"
+"""A kind of file whose reader this process does not load; the Data screen's engine looks into it."""
+_ROOM_TO_SPARE = 1 << 30
+_NOTABLE_BYTES = 512 << 20
+"""Memory of the card held by others that is worth a word."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    outcome: Outcome
+    text: str
+    fix: str = ""
+
+
+def check_all(recipe: Recipe, room: Room, pulse: Pulse) -> tuple[Check, ...]:
+    """Every check, in the order of what to mend first."""
+    model, architecture = _model(recipe)
+    made = _estimate(recipe, architecture, room)
+    checks = [model, _data(recipe), *_settings(recipe)]
+    if made is not None:
+        checks.append(made if isinstance(made, Check) else _memory(made, room))
+    needed = made.total_bytes if isinstance(made, Estimate) else 0
+    checks += [
+        _card(pulse, needed),
+        _disk(recipe, made if isinstance(made, Estimate) else None),
+        _turn(pulse),
+    ]
+    return tuple(checks)
+
+
+def _model(recipe: Recipe) -> tuple[Check, Architecture | None]:
+    if not recipe.model.id:
+        return Check("model", "error", "None is chosen.", "Press 1 and choose one."), None
+    try:
+        files = resolve(recipe.model.id)
+    except Problem as problem:
+        return Check("model", "error", problem.what, problem.fix), None
+    weights = "a GGUF file, converted on first use" if files.gguf_file else f"in {short_path(files.folder)}"
+    text = f"{count(files.architecture.total_params)} parameters, {weights}."
+    return Check("model", "ok", text), files.architecture
+
+
+def _data(recipe: Recipe) -> Check:
+    if not recipe.data.sources:
+        return Check("data", "error", "None is chosen.", "Press 2 and choose a file.")
+    try:
+        found = [_source(source) for source in recipe.data.sources]
+        if recipe.data.validation_path:
+            files_of(Path(recipe.data.validation_path).expanduser())
+    except Problem as problem:
+        return Check("data", "error", problem.what, problem.fix)
+    except OSError as error:
+        return Check("data", "error", f"{error.filename}: {error.strerror}.", "Check the file's permissions.")
+    return Check("data", "ok", "; ".join(found) + ".")
+
+
+def _source(source: Source) -> str:
+    files, _ = files_of(Path(source.path).expanduser())
+    kind = kind_of(files[0])
+    layout = kind if kind == _TOO_HEAVY else sniff(files[0], source).layout.format
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f"{files[0].name}{more}, {size(sum(f.stat().st_size for f in files))}, {layout}"
+
+
+def _settings(recipe: Recipe) -> list[Check]:
+    return [
+        Check("settings", "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")
+        for c in conflicts(recipe)
+    ]
+
+
+def _estimate(recipe: Recipe, architecture: Architecture | None, room: Room) -> Estimate | Check | None:
+    if architecture is None:
+        return None
+    try:
+        return estimate(recipe, architecture, device=room.device)
+    except Problem as problem:
+        return Check("memory", "error", problem.what, problem.fix)
+
+
+def _memory(made: Estimate, room: Room) -> Check:
+    verdict = judge(made, room.bytes)
+    text = f"{verdict.word}: {gib(verdict.needed_bytes)} of {gib(room.bytes)} GiB of {room.name}."
+    match verdict.word:
+        case "fits":
+            return Check("memory", "ok", text)
+        case "does not fit":
+            return Check("memory", "error", text, "Press 3 and a: the cheapest change that fits.")
+        case _:
+            band = f"It may take {gib(verdict.low_bytes)} to {gib(verdict.high_bytes)} GiB. Press 3 to look."
+            return Check("memory", "warning", text, band)
+
+
+def _card(pulse: Pulse, needed_bytes: int) -> Check:
+    if pulse.card is None:
+        why = f" {pulse.no_card}" if pulse.no_card else ""
+        return Check("card", "warning", f"None: it trains on the CPU, slowly.{why}")
+    name, free = pulse.card.short_name, pulse.free_bytes
+    if pulse.reading is None:
+        return Check(
+            "card", "warning", f"{name} does not answer: {pulse.no_card}", "`qlora-tui doctor` looks."
+        )
+    used = pulse.reading.memory_used_bytes
+    if pulse.active is not None or used is None or used < _NOTABLE_BYTES:
+        return Check("card", "ok", f"{name}, {gib(free)} GiB free.")
+    text = f"{name}: {gib(used)} GiB are held by {_holders(pulse)}."
+    if free is not None and free < needed_bytes:
+        return Check("card", "error", text, f"Close what holds it: the run needs {gib(needed_bytes)} GiB.")
+    return Check("card", "warning", text, "What it takes later is missing here.")
+
+
+def _holders(pulse: Pulse) -> str:
+    assert pulse.card is not None
+    try:
+        with Nvml() as nvml:
+            processes = nvml.read(pulse.card.index, processes=True).processes
+    except NoGpu:
+        processes = None
+    return ", ".join(_process(p) for p in (processes or ())[:3]) or "other programs"
+
+
+def _process(process: GpuProcess) -> str:
+    try:
+        name = psutil.Process(process.pid).name()
+    except psutil.Error:
+        name = "a process"
+    return f"{name} ({process.pid})"
+
+
+def _disk(recipe: Recipe, made: Estimate | None) -> Check:
+    folder = paths.runs_dir()
+    free = shutil.disk_usage(folder).free
+    # A checkpoint holds the adapter and its optimizer states; beside those kept are the best and the result.
+    one = made.bytes_of("adapter") + made.bytes_of("optimizer") if made else 0
+    needed = one * (recipe.training.keep_checkpoints + 2) + _ROOM_TO_SPARE
+    text = f"{size(free)} free for checkpoints in {short_path(folder)}."
+    if free < needed:
+        return Check("disk", "error", text, f"Free some: the run may take {size(needed)}.")
+    return Check("disk", "ok", text)
+
+
+def _turn(pulse: Pulse) -> Check:
+    ahead = len(pulse.waiting) + (pulse.active is not None)
+    if not ahead:
+        return Check("turn", "ok", "Nothing else is running: it starts at once.")
+    who = pulse.active.id if pulse.active is not None else pulse.waiting[0]
+    more = f" and {ahead - 1} more" if ahead > 1 else ""
+    return Check("turn", "warning", f"It waits behind {who}{more}.", "Press 6 to change the order.")
+
+
+def errors(checks: tuple[Check, ...]) -> tuple[Check, ...]:
+    """Those that a run would fail of."""
+    return tuple(check for check in checks if check.outcome == "error")

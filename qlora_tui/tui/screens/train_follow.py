@@ -1,0 +1,208 @@
+"""Following one run for the screen: files in, one :class:`Picture` a second out.
+
+:class:`Follower` is used in a thread, one call at a time. Everything of a size that grows with the run stays
+in it; a picture holds what is shown and no more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from qlora_tui.runs.describe import describe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.energy import EnergyMeter
+from qlora_tui.runs.events import AnyEvent, Evaluated, Failed, Health, Progress, Sampled, Step
+from qlora_tui.runs.sketch import sketch
+from qlora_tui.runs.status import Status
+from qlora_tui.runs.telemetry import Sample, TelemetryTail
+from qlora_tui.runs.view import RunView
+from qlora_tui.tui.screens.train_output import OutputTail
+from qlora_tui.tui.widgets.log_tail import Entry, Level
+from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace
+
+LONG_BYTES = 2 << 20
+"""Events from this size on are sketched first and read in full after that."""
+_PIECE_BYTES = 1 << 20
+_LOOK_S = 0.25
+"""A look takes about so long at most; what is left is read in the next."""
+_SKETCH_STEPS = 600
+_HISTORY = 240
+"""Telemetry samples kept for the charts: four minutes."""
+_MOST_ENTRIES = 2000
+_MOST_SAMPLES = 60
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What the graphs draw: over steps, thinned."""
+
+    loss: Trace
+    smooth: Trace
+    learning_rate: Trace
+    grad_norm: Trace
+    tokens_per_s: Trace
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A run at one moment, as the live screen shows it."""
+
+    view: RunView
+    """Its single facts are read at once; its columns belong to the follower."""
+    status: Status
+    curves: Curves
+    step: int
+    epoch: float
+    losses: tuple[float | None, float | None]
+    """The last loss, and the running mean of it."""
+    last: tuple[float | None, float | None, float | None]
+    """Learning rate, gradient norm and tokens a second of the last step."""
+    evaluations: tuple[Evaluated, ...]
+    best: Evaluated | None
+    samples: tuple[Sampled, ...]
+    health: tuple[Health, ...]
+    entries: Sequence[Entry]
+    """The story so far; only ever appended to."""
+    output: Sequence[Entry]
+    """The end of the trainer's own output."""
+    telemetry: tuple[Sample, ...]
+    """The newest last."""
+    energy_kwh: float | None
+    seconds_left: float | None
+    read_share: float
+    """1 when all events are read; below that the curves are a sketch."""
+
+
+@dataclass
+class _Columns:
+    """A view's columns with what thins them."""
+
+    view: RunView
+    smoother: Smoother = field(init=False)
+    envelopes: dict[str, Envelope] = field(init=False)
+    _last_seen: tuple[int, float] = (0, 0.0)
+
+    def __post_init__(self) -> None:
+        series = self.view.series
+        self.smoother = Smoother(series.loss)
+        self.envelopes = {
+            "loss": Envelope(series.loss),
+            "smooth": Envelope(self.smoother.column),
+            "learning_rate": Envelope(series.learning_rate),
+            "grad_norm": Envelope(series.grad_norm),
+            "tokens_per_s": Envelope(series.tokens_per_s),
+        }
+
+    def grow(self) -> None:
+        series = self.view.series
+        known, at = self._last_seen
+        if known > len(series) or (known and series.at[known - 1] != at):
+            # A resumed attempt did steps again.
+            self.smoother.restart()
+            for envelope in self.envelopes.values():
+                envelope.forget_from(0)
+        self.smoother.grow()
+        for envelope in self.envelopes.values():
+            envelope.grow()
+        self._last_seen = (len(series), series.at[-1]) if len(series) else (0, 0.0)
+
+    def curves(self, from_step: float) -> Curves:
+        steps = self.view.series.step
+        return Curves(**{name: envelope.trace(steps, from_step) for name, envelope in self.envelopes.items()})
+
+
+class Follower:
+    """Reads a run's files on from where it stopped."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self.from_step = 0.0
+        """Where the graphs begin: more than 0 when zoomed to the end of the run."""
+        self._view = RunView(run)
+        self._columns = _Columns(self._view)
+        self._sketch: _Columns | None = None
+        self._sketch_entries: list[Entry] = []
+        self._entries: list[Entry] = []
+        self._telemetry = TelemetryTail(run.telemetry_path)
+        self._recent: deque[Sample] = deque(maxlen=_HISTORY)
+        self._energy = EnergyMeter(run.telemetry_path)
+        self._output = OutputTail(run.log_path, _MOST_ENTRIES)
+
+    def look(self) -> Picture:
+        """The run as it is now."""
+        self._recent.extend(self._telemetry.poll())
+        self._energy.read()
+        self._output.read()
+        if self._view.unread_bytes > LONG_BYTES and self._sketch is None:
+            view, events = RunView(self.run), sketch(self.run.events_path, _SKETCH_STEPS)
+            view.fold(events)
+            self._sketch, self._sketch_entries = _Columns(view), _entries(events, view.total_steps)
+            return self._picture(self._sketch, 0.0)
+        self._read_on()
+        left = self._view.unread_bytes
+        if left > _PIECE_BYTES and self._sketch is not None:
+            size = self.run.events_path.stat().st_size
+            self._sketch.view.status = self._view.status
+            return self._picture(self._sketch, 1 - left / size)
+        self._sketch = None
+        return self._picture(self._columns, 1.0)
+
+    def _read_on(self) -> None:
+        until = time.monotonic() + _LOOK_S
+        while True:
+            before = self._view.unread_bytes
+            self._entries += _entries(self._view.refresh(_PIECE_BYTES), self._view.total_steps)
+            if self._view.unread_bytes >= before or time.monotonic() > until:
+                break
+        # A new list, so that whoever shows the old one sees that it was replaced.
+        if len(self._entries) > 2 * _MOST_ENTRIES:
+            self._entries = self._entries[-_MOST_ENTRIES:]
+
+    def _picture(self, columns: _Columns, read_share: float) -> Picture:
+        view = columns.view
+        columns.grow()
+        series = view.series
+        loss = series.loss[-1] if len(series) else None
+        mean = columns.smoother.column[-1] if len(series) else None
+        last = (
+            (series.learning_rate[-1], series.grad_norm[-1], series.tokens_per_s[-1])
+            if len(series)
+            else (None, None, None)
+        )
+        return Picture(
+            view=view,
+            status=view.status,
+            curves=columns.curves(self.from_step),
+            step=view.step,
+            epoch=series.epoch[-1] if len(series) else 0.0,
+            losses=(loss, mean),
+            last=last,
+            evaluations=tuple(view.evaluations),
+            best=view.best,
+            samples=tuple(view.samples[-_MOST_SAMPLES:]),
+            health=tuple(view.health),
+            entries=self._entries if columns is self._columns else self._sketch_entries,
+            output=self._output.entries,
+            telemetry=tuple(self._recent),
+            energy_kwh=self._energy.kwh,
+            seconds_left=view.seconds_left if read_share == 1.0 else None,
+            read_share=read_share,
+        )
+
+
+def _entries(events: Iterable[AnyEvent], total_steps: int) -> list[Entry]:
+    """Lines of the log; steps have a graph, and progress a bar, of their own."""
+    return [
+        Entry(event.at, _level(event), " ".join(describe(event, total_steps).split()))
+        for event in events
+        if not isinstance(event, Step | Progress)
+    ]
+
+
+def _level(event: AnyEvent) -> Level:
+    if isinstance(event, Failed):
+        return "error"
+    return event.severity if isinstance(event, Health) else "info"

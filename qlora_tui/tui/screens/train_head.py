@@ -1,0 +1,181 @@
+"""What a run is and how it stands, in words: the head of the live screen, and how a run ended."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from textual.content import Content
+
+from qlora_tui.format import duration, figure, percent, short_path
+from qlora_tui.runs.events import Failed, Finished
+from qlora_tui.runs.status import State
+from qlora_tui.tui.screens.train_follow import Picture
+from qlora_tui.tui.widgets.lines import Lines
+from qlora_tui.tui.widgets.memory_bar import bar
+
+SIGNS: dict[State, tuple[str, str]] = {
+    "queued": ("◌", "dim"),
+    "starting": ("●", "$primary"),
+    "running": ("●", "$primary"),
+    "finished": ("✓", "$success"),
+    "failed": ("✗", "$error"),
+    "stopped": ("■", "$warning"),
+    "paused": ("‖", "$warning"),
+    "lost": ("?", "$error"),
+    "unreadable": ("?", "$error"),
+}
+"""A sign and a colour; the word always stands beside them."""
+
+
+class RunHead(Lines):
+    """Two lines: which run and its state; how far it is, or how it ended."""
+
+    DEFAULT_CSS = """
+    RunHead {
+        height: 2;
+        padding: 0 1;
+    }
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: tuple[Content, list[str]] = (Content(""), [])
+        self._share: float | None = None
+
+    def show(self, picture: Picture, now: float) -> None:
+        """Repaint what changed."""
+        shown = (title(picture), facts(picture, now))
+        share = progress_share(picture)
+        if (shown, share) != (self._lines, self._share):
+            self._lines, self._share = shown, share
+            self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        first, facts_ = self._lines
+        drawn = Content("")
+        if self._share is not None:
+            drawn = Content.styled(bar(self._share, max(8, min(24, width // 6))), "$primary") + " "
+        line = drawn
+        for number, fact in enumerate(facts_):
+            piece = ("  " if number else "") + fact
+            if line.cell_length + len(piece) > width:
+                break
+            line += piece
+        return [first.truncate(width, ellipsis=True), line]
+
+
+def title(picture: Picture) -> Content:
+    """``● qwen-tickets-20261124-0212  training  attempt 2``."""
+    status, view = picture.status, picture.view
+    sign, style = SIGNS[status.state]
+    word = (view.phase or status.state) if status.state == "running" else status.state
+    parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (view.run.id, "bold"), "  ", (word, style)]
+    if view.attempt > 1:
+        parts.append((f"  attempt {view.attempt}", "dim"))
+    if status.state == "running" and view.phase_detail:
+        parts.append((f"  {view.phase_detail}", "dim"))
+    if picture.read_share < 1:
+        parts.append((f"  reading its history: {percent(picture.read_share)}", "dim"))
+    return Content.assemble(*parts)
+
+
+def progress_share(picture: Picture) -> float | None:
+    """How far the run, or a phase without steps, has come; None where that is not known."""
+    if picture.status.state in ("finished", "queued"):
+        return None
+    progress, view = picture.view.progress, picture.view
+    if progress is not None and progress.total and view.phase != "training":
+        return progress.done / progress.total
+    return picture.step / view.total_steps if view.total_steps else None
+
+
+def facts(picture: Picture, now: float) -> list[str]:
+    """The most telling first: what does not fit is left out."""
+    state = picture.status.state
+    if state == "queued":
+        return ["waits for its turn"]
+    if state in ("starting", "running"):
+        return _going(picture, now)
+    return _gone(picture, now)
+
+
+def _going(picture: Picture, now: float) -> list[str]:
+    view = picture.view
+    found = []
+    if view.progress is not None and view.phase != "training":
+        found.append(f"{view.phase} {view.progress.done:,}/{view.progress.total:,}")
+    if view.total_steps:
+        found.append(f"step {picture.step:,}/{view.total_steps:,}")
+    if picture.seconds_left is not None:
+        found.append(f"ETA {duration(picture.seconds_left)}")
+    if picture.last[2] is not None:
+        found.append(f"{picture.last[2]:,.0f} tok/s")
+    if view.data is not None and view.data.steps_per_epoch:
+        found.append(f"epoch {picture.epoch:.2f}/{view.total_steps / view.data.steps_per_epoch:.3g}")
+    if picture.energy_kwh is not None:
+        found.append(f"{picture.energy_kwh:.2f} kWh")
+    if view.started_at is not None:
+        found.append(f"for {duration(now - view.started_at)}")
+    return found or ["starting"]
+
+
+def _gone(picture: Picture, now: float) -> list[str]:
+    view, status = picture.view, picture.status
+    found = [f"{ago(status.at, now)}"] if status.at else []
+    if view.total_steps:
+        found.append(f"step {picture.step:,}/{view.total_steps:,}")
+    if picture.best is not None:
+        found.append(f"best loss {figure(picture.best.loss, 3)} at {picture.best.step:,}")
+    elif picture.losses[1] is not None:
+        found.append(f"loss {figure(picture.losses[1], 3)}")
+    if isinstance(view.ending, Finished):
+        found.append(f"trained {duration(view.ending.seconds)}")
+        if view.ending.energy_kwh is not None:
+            found.append(f"{view.ending.energy_kwh:.2f} kWh")
+    return found
+
+
+def ago(at: float, now: float) -> str:
+    """``at 03:12, 4 h ago``; the day beside it when it was another."""
+    moment, today = time.localtime(at), time.localtime(now)
+    day = "" if moment[:3] == today[:3] else time.strftime("%d %b ", moment)
+    return f"at {day}{time.strftime('%H:%M', moment)}, {duration(max(0.0, now - at))} ago"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What stands under the head of a run that is over."""
+
+    text: str
+    next_step: str
+    is_error: bool = False
+
+
+def ending(picture: Picture) -> Ending | None:
+    """What happened, why, what to do; None while the run goes on."""
+    state, view = picture.status.state, picture.view
+    on = "▸ r goes on from its last checkpoint" if view.checkpoints else "▸ r starts it again"
+    match state:
+        case "finished":
+            reason = view.ending.reason if isinstance(view.ending, Finished) else picture.status.detail
+            kept = "" if reason in ("", "all steps done") else f"{reason[:1].upper()}{reason[1:]}. "
+            return Ending(
+                f"{kept}The adapter is in {short_path(view.run.adapter_dir)}",
+                "▸ c talks to it   n prepares another run",
+            )
+        case "failed":
+            if isinstance(view.ending, Failed):
+                told = view.ending
+                text = "\n".join(part for part in (f"{told.title}: {told.what}", told.why, told.fix) if part)
+            else:
+                text = picture.status.detail
+            return Ending(text, f"{on}   n prepares another run", is_error=True)
+        case "lost":
+            return Ending(picture.status.detail, f"{on}   n prepares another run", is_error=True)
+        case "stopped" | "paused":
+            return Ending(picture.status.detail, f"{on}   c talks to its adapter   n prepares another run")
+        case "unreadable":
+            return Ending(picture.status.detail, "▸ x shows the other runs", is_error=True)
+        case _:
+            return None

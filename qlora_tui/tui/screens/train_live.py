@@ -1,0 +1,166 @@
+"""The live half of the Train screen: one run, from its files, as it is now."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import groupby
+
+import psutil
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.widgets import Static
+
+from qlora_tui.tui import clock
+from qlora_tui.tui.screens.train_follow import Picture
+from qlora_tui.tui.screens.train_head import RunHead, ending
+from qlora_tui.tui.screens.train_plot import loss_plot, steps_axis, strips
+from qlora_tui.tui.widgets.gpu_panel import GpuPanel, Machine
+from qlora_tui.tui.widgets.graph import Graph
+from qlora_tui.tui.widgets.log_tail import SIGNS, Entry, Level, LogTail
+from qlora_tui.tui.widgets.strip_chart import StripCharts
+from qlora_tui.tui.widgets.tab_line import TabLine
+
+_LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
+    ("", frozenset(SIGNS)),
+    ("warnings only", frozenset(("warning", "error"))),
+    ("errors only", frozenset(("error",))),
+)
+TABS = ("log", "samples", "health", "output")
+
+
+class LivePane(Vertical):
+    """Head, graph, strips, the machine, and one of four texts below."""
+
+    def __init__(self) -> None:
+        super().__init__(id="live")
+        self._picture: Picture | None = None
+        self._search = ""
+        self._level = 0
+        self._host_bytes = psutil.virtual_memory().total
+        self._cores = os.cpu_count() or 1
+
+    def compose(self) -> ComposeResult:
+        yield RunHead()
+        yield Static(id="ending", markup=False)
+        with Horizontal(id="live-top"):
+            with Vertical(id="live-curves"):
+                yield Graph(empty="Reading the run…")
+                yield StripCharts()
+            yield GpuPanel()
+        yield TabLine(TABS)
+        yield LogTail("Nothing has happened yet.")
+
+    def show(self, picture: Picture, from_step: float = 0.0) -> None:
+        """Show this run as it is now; what is the same is not painted again."""
+        self._picture = picture
+        self.query_one(RunHead).show(picture, clock.now())
+        self._show_ending(picture)
+        self.query_one(Graph).show(loss_plot(picture, from_step))
+        x = steps_axis(picture.step, picture.view.total_steps, from_step)
+        self.query_one(StripCharts).show(strips(picture.curves, picture.last), x)
+        self.query_one(GpuPanel).show(self._machine(picture))
+        self.show_tab(self.query_one(TabLine).front)
+
+    def show_tab(self, name: str) -> None:
+        """Put one of the texts in front."""
+        picture = self._picture
+        if picture is None:
+            return
+        notes = {"samples": str(len(picture.samples) or ""), "health": _health_note(picture)}
+        self.query_one(TabLine).show(name, notes, self._hint())
+        self.query_one(LogTail).show(_entries(picture, name))
+
+    def next_tab(self, places: int) -> None:
+        """Go along the tabs."""
+        front = TABS.index(self.query_one(TabLine).front)
+        self.show_tab(TABS[(front + places) % len(TABS)])
+
+    @property
+    def search(self) -> str:
+        """The text that lines are searched for."""
+        return self._search
+
+    def look_for(self, text: str) -> None:
+        """Show only lines with this text."""
+        self._search = text
+        self.query_one(LogTail).filter(search=text)
+        self.show_tab(self.query_one(TabLine).front)
+
+    def next_level(self) -> None:
+        """All lines, then warnings and errors, then errors."""
+        self._level = (self._level + 1) % len(_LEVELS)
+        self.query_one(LogTail).filter(only=_LEVELS[self._level][1])
+        self.show_tab(self.query_one(TabLine).front)
+
+    def begin(self) -> None:
+        """Another run comes: the log is read from its end again."""
+        self.query_one(LogTail).focus()
+
+    def _show_ending(self, picture: Picture) -> None:
+        told = ending(picture)
+        box = self.query_one("#ending", Static)
+        text = "" if told is None else f"{told.text}\n{told.next_step}"
+        if str(box.content) != text:
+            box.update(text)
+        box.display = told is not None
+        box.set_class(told is not None and told.is_error, "-error")
+
+    def _hint(self) -> str:
+        search = f"/{self._search}  " if self._search else ""
+        return f"{search}{_LEVELS[self._level][0]}  tab next · / search · v level"
+
+    def _machine(self, picture: Picture) -> Machine:
+        view = picture.view
+        over = picture.status.state not in ("starting", "running")
+        return Machine(
+            device=view.environment.device.removeprefix("NVIDIA GeForce ") if view.environment else "",
+            samples=picture.telemetry,
+            estimate_bytes=view.memory.estimated_bytes if view.memory else None,
+            host_bytes=self._host_bytes,
+            cores=self._cores,
+            note="The last readings of the run." if over and picture.telemetry else "",
+        )
+
+
+def _entries(picture: Picture, tab: str) -> Sequence[Entry]:
+    match tab:
+        case "log":
+            return picture.entries
+        case "output":
+            return picture.output
+        case "samples":
+            return _sample_entries(picture)
+        case _:
+            return _health_entries(picture)
+
+
+def _sample_entries(picture: Picture) -> tuple[Entry, ...]:
+    entries: list[Entry] = []
+    step = -1
+    for sample in picture.samples:
+        if sample.step != step:
+            step = sample.step
+            entries.append(Entry(None, "info", f"── step {step:,} ──"))
+        entries.append(Entry(None, "info", f"▸ {sample.prompt}"))
+        entries += [Entry(None, "info", f"  {line}") for line in sample.answer.splitlines() or [""]]
+    return tuple(entries)
+
+
+def _health_entries(picture: Picture) -> tuple[Entry, ...]:
+    """One entry for what was said several times running."""
+    entries = []
+    for _, group in groupby(picture.health, key=lambda told: (told.kind, told.severity, told.remedy)):
+        told = list(group)
+        first, last = told[0], told[-1]
+        steps = f"step {first.step:,}" if len(told) == 1 else f"steps {first.step:,} to {last.step:,}"
+        times = "" if len(told) == 1 else f" ({len(told)} times)"
+        entries.append(Entry(last.at, last.severity, f"{steps}: {last.evidence}{times} ▸ {last.remedy}"))
+    return tuple(entries)
+
+
+def _health_note(picture: Picture) -> str:
+    errors = sum(h.severity == "error" for h in picture.health)
+    if errors:
+        return f"✗{errors}"
+    return f"!{len(picture.health)}" if picture.health else ""

@@ -1,0 +1,43 @@
+"""The end of the trainer's own output, line by line, as it would look in a terminal."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qlora_tui.runs.log import read_from
+from qlora_tui.tui.widgets.log_tail import Entry
+
+_MOST_BYTES = 128 << 10
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+class OutputTail:
+    """Reads a growing text file on from where it stopped; the first look takes only its end."""
+
+    def __init__(self, path: Path, most_lines: int) -> None:
+        self.entries: list[Entry] = []
+        """Appended to; replaced by a shorter list when it has become too long."""
+        self._path = path
+        self._most = most_lines
+        self._offset: int | None = None
+
+    def read(self) -> None:
+        """Take in the whole lines that are new."""
+        if self._offset is None:
+            size = self._path.stat().st_size if self._path.exists() else 0
+            self._offset = max(0, size - _MOST_BYTES)
+        chunk = read_from(self._path, self._offset, _MOST_BYTES * 4)
+        end = chunk.rfind(b"\n") + 1
+        self._offset += end
+        lines = chunk[:end].decode("utf-8", "replace").split("\n")[:-1]
+        self.entries += [Entry(None, "info", as_seen(line)) for line in lines]
+        if len(self.entries) > 2 * self._most:
+            self.entries = self.entries[-self._most :]
+
+
+def as_seen(line: str) -> str:
+    """A line without colours and moves; of a progress bar, its last state."""
+    shown = _ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2]
+    return _CONTROLS.sub("", shown.expandtabs(4))

@@ -1,0 +1,111 @@
+"""A run's picture as graph and strips: which curves, which marks, which axes."""
+
+from __future__ import annotations
+
+import math
+
+from qlora_tui.format import figure
+from qlora_tui.runs.view import RunView
+from qlora_tui.tui.screens.train_follow import Curves, Picture
+from qlora_tui.tui.widgets.axis import Axis, label, rounded, so_far, tick_step
+from qlora_tui.tui.widgets.graph import NOT_A_NUMBER, Curve, Mark, Plot, overall
+from qlora_tui.tui.widgets.strip_chart import StripChart
+from qlora_tui.tui.widgets.trace import Trace
+
+VALIDATION, BEST = "◆", "★"
+
+
+def loss_plot(picture: Picture, from_step: float) -> Plot:
+    """Loss over steps: raw, its running mean, validations, and the best of them."""
+    x = steps_axis(picture.step, picture.view.total_steps, from_step)
+    curves = picture.curves
+    shown = [e for e in picture.evaluations if e.loss is not None and e.step >= x.low]
+    losses = [e.loss for e in shown if e.loss is not None and math.isfinite(e.loss)]
+    points = Trace((0.0,) * len(losses), tuple(losses), tuple(losses), (False,) * len(losses))
+    reach = overall([curves.loss, curves.smooth, points])
+    y = rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss")
+    marks = [
+        Mark(e.step, e.loss, VALIDATION, "$accent")
+        for e in shown
+        if e.loss is not None and e is not picture.best
+    ]
+    if picture.best is not None and picture.best.loss is not None:
+        marks.append(Mark(picture.best.step, picture.best.loss, BEST, "$success bold"))
+    return Plot(
+        x=x,
+        y=y,
+        curves=(
+            Curve(curves.loss, "loss", "dim"),
+            Curve(curves.smooth, "mean", "$primary bold"),
+        ),
+        marks=tuple(marks),
+        legend=_legend(picture),
+        empty=_nothing_yet(picture),
+    )
+
+
+def steps_axis(step: int, total: int, from_step: float = 0.0) -> Axis:
+    """The whole run so far, or its end from a step on."""
+    whole = so_far(step, total, "step")
+    if from_step <= 0:
+        return whole
+    grain = tick_step(0, max(1.0, step - from_step), 8)
+    return Axis(from_step, max(math.ceil(step / grain) * grain, from_step + 1), "step")
+
+
+def zoomed_from(step: int, zoom: int) -> float:
+    """Where a graph zoomed to the last half, quarter, eighth… of the steps begins: a round number."""
+    if zoom <= 0 or step < 4:
+        return 0.0
+    part: float = step / 2**zoom
+    grain = tick_step(0, part, 8)
+    return max(0.0, math.floor((step - part) / grain) * grain)
+
+
+def strips(curves: Curves, last: tuple[float | None, float | None, float | None]) -> tuple[StripChart, ...]:
+    """Learning rate, gradient norm and tokens a second, each from zero to a round top."""
+    rate, norm, speed = last
+    return (
+        _strip("lr", _rate(rate), curves.learning_rate),
+        _strip("grad", figure(norm, 3), curves.grad_norm),
+        _strip("tok/s", "NA" if speed is None else f"{speed:,.0f}", curves.tokens_per_s),
+    )
+
+
+def _strip(name: str, value: str, trace: Trace) -> StripChart:
+    high = trace.high
+    top = rounded(0.0, high).high if high else 1.0
+    scale = f"0…{label(top, top)}" if high else ""
+    return StripChart(name, value, scale, trace, top, "$secondary")
+
+
+def _legend(picture: Picture) -> tuple[tuple[str, str], ...]:
+    loss, mean = picture.losses
+    if loss is None:
+        return ()
+    items = [(f"{figure(loss, 3)}", "dim"), (f"━ mean {figure(mean, 3)}", "$primary bold")]
+    best, last = picture.best, picture.evaluations[-1] if picture.evaluations else None
+    if best is not None:
+        items.append((f"{BEST} best {figure(best.loss, 3)} at {best.step:,}", "$success bold"))
+    if last is not None and last is not best:
+        items.append((f"{VALIDATION} validation {figure(_number(last.loss), 3)}", "$accent"))
+    if any(picture.curves.loss.broken):
+        items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
+    return tuple(items)
+
+
+def _rate(value: float | None) -> str:
+    if value is None:
+        return "NA"
+    return f"{value:.2e}".replace("e-0", "e-") if value else "0"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _nothing_yet(picture: Picture) -> str:
+    view: RunView = picture.view
+    if view.phase in (None, "training"):
+        return "No step yet."
+    return f"No step yet: {view.phase}."

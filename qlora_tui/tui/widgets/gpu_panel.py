@@ -1,0 +1,234 @@
+"""What the card does during a run, or the processor where there is no card.
+
+Utilisation is drawn from 0 to 100 always; memory against the whole card with the estimate as a tick. What a
+card does not tell is NA, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from textual.content import Content
+
+from qlora_tui.format import gib, size
+from qlora_tui.gpu.reading import Reading
+from qlora_tui.runs.telemetry import Sample
+from qlora_tui.tui.widgets.lines import Lines
+from qlora_tui.tui.widgets.memory_bar import bar
+from qlora_tui.tui.widgets.strip_chart import blocks
+
+_HOT_C = 83
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the panel shows."""
+
+    device: str = ""
+    """``RTX 4090``, or the processor's name."""
+    samples: tuple[Sample, ...] = ()
+    """The newest last; charts end at it."""
+    estimate_bytes: int | None = None
+    host_bytes: int | None = None
+    """Memory of the whole machine: what a run without a card has."""
+    cores: int = 1
+    note: str = ""
+    """Why there is nothing to see, or that it is the past."""
+
+
+class GpuPanel(Lines):
+    """A box at the side of the graph, or two lines under it."""
+
+    DEFAULT_CSS = """
+    GpuPanel {
+        height: 1fr;
+    }
+    """
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._machine = Machine()
+
+    def show(self, machine: Machine) -> None:
+        """Draw this; repaints nothing where it looks the same."""
+        if machine != self._machine:
+            self._machine = machine
+            self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        machine = self._machine
+        if not machine.samples:
+            return [Content.styled(machine.note or "No readings yet.", "dim")]
+        sample = machine.samples[-1]
+        if height <= 3:
+            return (
+                _card_short(machine, sample, sample.gpu, width) if sample.gpu else _cpu_short(machine, width)
+            )
+        lines = (
+            _card(machine, sample, sample.gpu, width, height) if sample.gpu else _cpu(machine, width, height)
+        )
+        if machine.note:
+            lines.append(Content.styled(machine.note, "dim"))
+        return lines
+
+
+def _card(machine: Machine, sample: Sample, card: Reading, width: int, height: int) -> list[Content]:
+    chart_rows = 2 if height >= 16 else 1
+    total, used = card.memory_total_bytes, card.memory_used_bytes
+    lines = [
+        Content.styled(machine.device, "bold"),
+        _row("util", _percent(card.utilization_percent)),
+        *_chart([_utilization(s) for s in machine.samples], machine.samples, width, chart_rows, 100.0),
+        _row("memory", f"{gib(used)} of {gib(total)} GiB"),
+    ]
+    if used is not None and total:
+        lines += _memory_bar(used, total, machine.estimate_bytes, width)
+    lines.append(_row("power", _power(card)))
+    if card.power_w is not None and card.power_limit_w:
+        lines.append(Content.styled(bar(card.power_w / card.power_limit_w, width), "$secondary"))
+    lines += [
+        _row("temp", _temperature(card)),
+        _row("clock", "NA" if card.sm_clock_mhz is None else f"{card.sm_clock_mhz:,} MHz"),
+        _row("fan", _percent(card.fan_percent)),
+        _row("slowed", _throttle(card)),
+    ]
+    if height >= len(lines) + 2:
+        lines.append(_row("trainer", f"{size(sample.rss_bytes)}, CPU {sample.cpu_percent:.0f}%"))
+    return lines
+
+
+def _card_short(machine: Machine, sample: Sample, card: Reading, width: int) -> list[Content]:
+    used, total = card.memory_used_bytes, card.memory_total_bytes
+    chart = max(0, min(24, width - 66))
+    drawn = _chart([_utilization(s) for s in machine.samples], machine.samples, chart, 1, 100.0)[0]
+    tick = "" if machine.estimate_bytes is None else f"  estimate {gib(machine.estimate_bytes)}"
+    first = Content.assemble(
+        (f"{machine.device}  ", "bold"),
+        ("util ", "dim"),
+        f"{_percent(card.utilization_percent)} ",
+        drawn,
+        ("  mem ", "dim"),
+        f"{gib(used)}/{gib(total)} GiB",
+        (tick, "dim"),
+    )
+    second = Content.assemble(
+        ("power ", "dim"),
+        _power(card),
+        ("  temp ", "dim"),
+        _temperature(card),
+        ("  slowed ", "dim"),
+        _throttle(card),
+    )
+    return [first, second]
+
+
+def _cpu(machine: Machine, width: int, height: int) -> list[Content]:
+    sample = machine.samples[-1]
+    top = 100.0 * machine.cores
+    lines = [
+        Content.styled(machine.device, "bold"),
+        _row("CPU", f"{sample.cpu_percent:.0f}% of {machine.cores} cores"),
+        *_chart(
+            [s.cpu_percent for s in machine.samples], machine.samples, width, 2 if height >= 10 else 1, top
+        ),
+        _row("memory", _host_memory(machine, sample)),
+    ]
+    if machine.host_bytes:
+        lines += _memory_bar(sample.rss_bytes, machine.host_bytes, machine.estimate_bytes, width)
+    lines.append(Content.styled("No GPU in this run.", "dim"))
+    return lines
+
+
+def _cpu_short(machine: Machine, width: int) -> list[Content]:
+    sample = machine.samples[-1]
+    chart = max(0, min(24, width - 66))
+    top = 100.0 * machine.cores
+    drawn = _chart([s.cpu_percent for s in machine.samples], machine.samples, chart, 1, top)[0]
+    tick = "" if machine.estimate_bytes is None else f"  estimate {gib(machine.estimate_bytes)}"
+    return [
+        Content.assemble(
+            ("no GPU  ", "bold"),
+            ("CPU ", "dim"),
+            f"{sample.cpu_percent:.0f}% of {machine.cores} cores ",
+            drawn,
+            ("  mem ", "dim"),
+            _host_memory(machine, sample),
+            (tick, "dim"),
+        )
+    ]
+
+
+def _host_memory(machine: Machine, sample: Sample) -> str:
+    total = "" if machine.host_bytes is None else f" of {gib(machine.host_bytes)}"
+    return f"{gib(sample.rss_bytes)}{total} GiB"
+
+
+def _row(name: str, value: str | Content) -> Content:
+    return Content.assemble((f"{name:<8}", "dim"), value)
+
+
+def _memory_bar(used: int, total: int, estimate: int | None, width: int) -> list[Content]:
+    lines = [Content.styled(bar(used / total, width), "$primary")]
+    if estimate is not None:
+        text = f"estimate {gib(estimate)}"
+        place = min(max(round(estimate / total * width) - 1, 0), width - 1)
+        # The words stand on the side of the tick that has room for them.
+        if place + len(text) + 2 <= width:
+            line = " " * place + "▲ " + text
+        else:
+            line = " " * max(0, place - len(text) - 1) + text + " ▲"
+        lines.append(Content.styled(line, "$accent"))
+    return lines
+
+
+def _chart(
+    values: Sequence[float | None], samples: Sequence[Sample], width: int, rows: int, top: float
+) -> list[Content]:
+    """One column a second, the newest at the right end."""
+    slots: list[float | None] = [None] * width
+    if width and samples:
+        end = samples[-1].at
+        for value, sample in zip(values, samples, strict=True):
+            slot = width - 1 - math.floor(end - sample.at + 0.5)
+            if 0 <= slot < width:
+                slots[slot] = value
+        _hold(slots)
+    return [Content.styled(row, "$primary") for row in blocks(slots, 0.0, top, rows)]
+
+
+def _hold(slots: list[float | None]) -> None:
+    """Fill single seconds that fell between two samples."""
+    for place in range(1, len(slots) - 1):
+        if slots[place] is None and slots[place + 1] is not None:
+            slots[place] = slots[place - 1]
+
+
+def _utilization(sample: Sample) -> float | None:
+    return None if sample.gpu is None else sample.gpu.utilization_percent
+
+
+def _percent(value: int | None) -> str:
+    return "NA" if value is None else f"{value}%"
+
+
+def _power(card: Reading) -> str:
+    used = "NA" if card.power_w is None else f"{card.power_w:.0f}"
+    limit = "NA" if card.power_limit_w is None else f"{card.power_limit_w:.0f}"
+    return f"{used} of {limit} W"
+
+
+def _temperature(card: Reading) -> Content:
+    if card.temperature_c is None:
+        return Content("NA")
+    hot = card.temperature_c >= _HOT_C
+    return Content.styled(f"{card.temperature_c} °C{' hot' if hot else ''}", "$warning" if hot else "")
+
+
+def _throttle(card: Reading) -> Content:
+    if card.throttle is None:
+        return Content("NA")
+    if not card.throttle:
+        return Content("no")
+    return Content.styled("by " + ", ".join(card.throttle), "$warning")

@@ -1,0 +1,141 @@
+"""Lines that grow at the end: followed as they come, scrolled back, searched, and filtered by level."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.geometry import Size
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+from textual.visual import Visual
+
+Level: TypeAlias = Literal["info", "warning", "error"]
+
+SIGNS: dict[Level, tuple[str, str]] = {
+    "info": (" ", ""),
+    "warning": ("!", "$warning"),
+    "error": ("✗", "$error"),
+}
+"""A sign beside the colour."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line."""
+
+    at: float | None
+    """Unix time, where it is known."""
+    level: Level
+    text: str
+
+
+class LogTail(ScrollView, can_focus=True):
+    """Follows the end until it is scrolled away from it."""
+
+    DEFAULT_CSS = """
+    LogTail {
+        height: 1fr;
+        scrollbar-size-vertical: 1;
+        overflow-x: hidden;
+        text-wrap: nowrap;
+        text-overflow: ellipsis;
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+d", "page_down", show=False),
+        Binding("ctrl+u", "page_up", show=False),
+    ]
+
+    def __init__(self, empty: str, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._empty = empty
+        self._entries: Sequence[Entry] = ()
+        self._taken = 0
+        """Entries that are in ``_lines`` already."""
+        self._lines: list[Content] = []
+        self._wrapped_at = 0
+        self._search = ""
+        self._only: frozenset[Level] = frozenset(SIGNS)
+
+    @property
+    def only(self) -> frozenset[Level]:
+        """The levels shown."""
+        return self._only
+
+    def show(self, entries: Sequence[Entry]) -> None:
+        """Show these; a sequence that grew at its end costs only what is new."""
+        if isinstance(entries, tuple) and entries == self._entries:
+            return
+        if entries is not self._entries or len(entries) < self._taken:
+            self._entries = entries
+            self._rebuild()
+        elif len(entries) > self._taken:
+            self._take_new()
+
+    def filter(self, search: str | None = None, only: frozenset[Level] | None = None) -> None:
+        """Show only lines with this text in them, or of these levels."""
+        self._search = self._search if search is None else search.casefold()
+        self._only = self._only if only is None else only
+        self._rebuild()
+
+    def on_resize(self) -> None:
+        if self._wrapped_at != self.scrollable_content_region.width:
+            self._rebuild()
+
+    def render_line(self, y: int) -> Strip:
+        width = self.scrollable_content_region.width
+        line = y + round(self.scroll_y)
+        if not self._lines and y == 0:
+            nothing = "No line matches." if self._entries else self._empty
+            return self._strip(Content.styled(nothing, "dim"), width)
+        if line >= len(self._lines):
+            return Strip.blank(width, self.rich_style)
+        return self._strip(self._lines[line], width)
+
+    def notify_style_update(self) -> None:
+        self.refresh()
+        super().notify_style_update()
+
+    def _strip(self, content: Content, width: int) -> Strip:
+        strips = Visual.to_strips(self, content, width, 1, self.visual_style, pad=True, apply_selection=False)
+        return strips[0] if strips else Strip.blank(width, self.rich_style)
+
+    def _rebuild(self) -> None:
+        self._lines = []
+        self._taken = 0
+        self._wrapped_at = self.scrollable_content_region.width
+        self._take_new()
+        self.refresh()
+
+    def _take_new(self) -> None:
+        fresh = self._entries[self._taken :]
+        self._taken += len(fresh)
+        for entry in fresh:
+            if entry.level in self._only and self._search in entry.text.casefold():
+                self._lines += self._wrapped(entry)
+        follows = self._follows
+        self.virtual_size = Size(max(1, self._wrapped_at), len(self._lines))
+        if follows:
+            # The range of the scroll bar is only known after the layout.
+            self.call_after_refresh(self.scroll_end, animate=False, immediate=True)
+        self.refresh()
+
+    @property
+    def _follows(self) -> bool:
+        return self.scroll_y >= self.max_scroll_y - 1
+
+    def _wrapped(self, entry: Entry) -> list[Content]:
+        sign, style = SIGNS[entry.level]
+        clock = "" if entry.at is None else time.strftime("%H:%M:%S ", time.localtime(entry.at))
+        indent = len(clock) + (2 if clock else 0)
+        text = Content.styled(entry.text, style) if style else Content(entry.text)
+        pieces = text.wrap(max(8, self._wrapped_at - indent)) or [Content("")]
+        head = Content.assemble((clock, "dim"), (f"{sign} ", style)) if clock else Content("")
+        return [
+            (head if number == 0 else Content(" " * indent)) + piece for number, piece in enumerate(pieces)
+        ]

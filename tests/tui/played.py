@@ -1,0 +1,282 @@
+"""Runs as the trainer would have written them, made up: for screens in states that a real run seldom has."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Container
+from dataclasses import dataclass
+
+import msgspec
+
+from qlora_tui import paths
+from qlora_tui.files import private_dir
+from qlora_tui.gpu.reading import Reading
+from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
+from qlora_tui.recipe.toml import dump
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import (
+    AdapterReady,
+    AnyEvent,
+    CheckpointSaved,
+    DataReady,
+    Environment,
+    Evaluated,
+    Failed,
+    Finished,
+    Health,
+    MemoryMeasured,
+    Paused,
+    PhaseChanged,
+    Queued,
+    Sampled,
+    Started,
+    Step,
+    Stopped,
+    Terminal,
+)
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.process import ProcessMark, mark
+from qlora_tui.runs.status import State, Status, write_status
+from qlora_tui.runs.telemetry import Sample, encode
+
+GIB = 1 << 30
+BEGAN = 1_795_400_000.0
+"""23 November 2026, 02:13:20 UTC."""
+
+
+TICKETS = Recipe(
+    name="qwen2.5-7b-tickets",
+    model=Model(id="Qwen/Qwen2.5-7B-Instruct"),
+    data=Data(sources=(Source(path="/data/tickets.jsonl"),), max_length=2048),
+    lora=Lora(rank=16),
+    training=Training(micro_batch=2, epochs=2.0),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Play:
+    """What the run was like."""
+
+    name: str = "qwen2.5-7b-tickets-20261123-0212"
+    state: State = "running"
+    steps: int = 1240
+    total: int = 3000
+    seconds_a_step: float = 1.5
+    nan: Container[int] = ()
+    seed: int = 1
+    began: float = BEGAN
+    failed: Failed | None = None
+    card: bool = True
+    health: bool = False
+    recipe: Recipe = TICKETS
+
+
+def play(what: Play) -> RunDir:
+    """Write the run's directory."""
+    run = RunDir(private_dir(paths.runs_dir() / what.name))
+    run.recipe_path.write_text(dump(what.recipe))
+    with EventWriter(run.events_path) as log:
+        for event in _events(what):
+            log.append(event)
+    if what.steps:
+        run.telemetry_path.write_bytes(b"".join(encode(sample) for sample in _telemetry(what)))
+        run.log_path.write_text("\n".join(_output(what)) + "\n")
+    write_status(run, _status(what))
+    return run
+
+
+def _at(what: Play, step: float) -> float:
+    return what.began + 40 + step * what.seconds_a_step
+
+
+def _loss(what: Play, step: int) -> float:
+    return 1.22 + 1.5 * math.exp(-step / (what.total / 9))
+
+
+def _events(what: Play) -> list[AnyEvent]:
+    began = what.began
+    events: list[AnyEvent] = [Queued(at=began)]
+    if what.state == "queued":
+        return events
+    events += [
+        Started(at=began + 1, attempt=1, pid=4242, micro_batch=2, gradient_accumulation=8),
+        PhaseChanged(at=began + 2, phase="loading"),
+        Environment(
+            at=began + 9,
+            device="NVIDIA GeForce RTX 4090" if what.card else "AMD EPYC 7B13",
+            device_kind="cuda" if what.card else "cpu",
+            device_total_bytes=24 * GIB,
+            compute_dtype="bfloat16",
+            attention="sdpa",
+            optimizer="paged_adamw_8bit",
+            loss="chunked",
+            versions={"torch": "2.13.0"},
+        ),
+        AdapterReady(at=began + 20, trained_parameters=40_370_176, total_parameters=7_655_986_688),
+        PhaseChanged(at=began + 21, phase="tokenizing"),
+        DataReady(
+            at=began + 30,
+            samples=4571,
+            validation_samples=241,
+            tokens=3_200_000,
+            trained_tokens=1_100_000,
+            rows=1600,
+            steps_per_epoch=what.total // 2,
+            total_steps=what.total,
+            data_hash="0f",
+            cut=12,
+        ),
+        PhaseChanged(at=began + 31, phase="probing"),
+        MemoryMeasured(
+            at=began + 38,
+            when="probe",
+            estimated_bytes=round(17.9 * GIB) if what.card else round(1.7 * GIB),
+            measured_bytes=round(18.2 * GIB) if what.card else round(1.6 * GIB),
+        ),
+        Evaluated(at=began + 39, step=0, loss=2.71),
+        PhaseChanged(at=began + 40, phase="training"),
+    ]
+    return events + _steps(what) + [e for e in [_ending(what)] if e is not None]
+
+
+def _steps(what: Play) -> list[AnyEvent]:
+    luck = random.Random(what.seed)
+    every = max(1, what.total // 15)
+    events: list[AnyEvent] = []
+    for step in range(1, what.steps + 1):
+        lost = step in what.nan
+        events.append(
+            Step(
+                at=_at(what, step),
+                step=step,
+                epoch=2 * step / what.total,
+                loss=None if lost else round(_loss(what, step) + luck.gauss(0, 0.11), 4),
+                learning_rate=2e-4
+                * min(1.0, step / 90)
+                * (0.5 + 0.5 * math.cos(math.pi * step / what.total)),
+                grad_norm=None if lost else round(abs(luck.gauss(0.42, 0.08)), 4),
+                tokens=step * 3500,
+                tokens_per_s=round(2310 + luck.gauss(0, 40), 1),
+            )
+        )
+        if lost and what.health:
+            events.append(
+                Health(
+                    at=_at(what, step),
+                    kind="nan_loss",
+                    severity="error",
+                    evidence=f"The loss is not a number at step {step}.",
+                    remedy="Lower training.learning_rate, or use bfloat16 where the card has it.",
+                    step=step,
+                )
+            )
+        if step % every == 0:
+            events += _milestone(what, step)
+    return events
+
+
+def _milestone(what: Play, step: int) -> list[AnyEvent]:
+    at = _at(what, step) + 0.5
+    best = 14 * (what.total // 15) >= step
+    worse = 0.0 if step <= what.total // 2 else 0.00012 * (step - what.total / 2)
+    return [
+        Evaluated(at=at, step=step, loss=round(_loss(what, step) + 0.05 + worse, 4), best=best),
+        CheckpointSaved(at=at, step=step, folder=f"checkpoints/step-{step}"),
+        Sampled(
+            at=at,
+            step=step,
+            prompt="My parcel is late. What can I do?",
+            answer="I am sorry to hear that.\nPlease send me your order number, and I will look where it is.",
+        ),
+    ]
+
+
+def _ending(what: Play) -> Terminal | None:
+    at = _at(what, what.steps) + 2
+    match what.state:
+        case "finished":
+            seconds = what.steps * what.seconds_a_step
+            return Finished(at=at, step=what.steps, seconds=seconds, tokens_per_s=2311.0, energy_kwh=0.42)
+        case "failed":
+            return what.failed or Failed(
+                at=at,
+                title="Out of GPU memory",
+                what=f"The backward pass of step {what.steps} needed 1.1 GiB more than there was.",
+                why="Another program took 2.4 GiB of the card during the run.",
+                fix="Close it and resume, or halve training.micro_batch.",
+                kind="out_of_memory",
+            )
+        case "stopped":
+            return Stopped(at=at, step=what.steps)
+        case "paused":
+            return Paused(at=at, step=what.steps)
+        case _:
+            return None
+
+
+def _status(what: Play) -> Status:
+    process = None
+    if what.state in ("starting", "running"):
+        process = mark()
+    elif what.state == "lost":
+        process = ProcessMark(pid=1, started=1.0, boot_id=mark().boot_id)
+    ending = _ending(what)
+    details = {"stopped": f"Stopped at step {what.steps}.", "paused": f"Paused at step {what.steps}."}
+    detail = details.get(what.state, "all steps done" if what.state == "finished" else "")
+    if isinstance(ending, Failed):
+        detail = f"{ending.title}: {ending.what}"
+    return Status(
+        state="running" if what.state == "lost" else what.state,
+        at=_at(what, what.steps) + 2,
+        process=process,
+        phase="training" if what.state in ("running", "lost") else None,
+        step=what.steps,
+        total_steps=what.total,
+        loss=_loss(what, what.steps),
+        detail=detail,
+    )
+
+
+def _telemetry(what: Play) -> list[Sample]:
+    luck = random.Random(what.seed)
+    end = _at(what, what.steps)
+    return [_sample(what, end - 239 + second, luck) for second in range(240)]
+
+
+def _sample(what: Play, at: float, luck: random.Random) -> Sample:
+    card = Reading(
+        at=at,
+        index=0,
+        utilization_percent=min(100, round(96 + luck.gauss(0, 2))),
+        memory_used_bytes=round(18.2 * GIB),
+        memory_total_bytes=24 * GIB,
+        power_w=round(312 + luck.gauss(0, 9), 1),
+        power_limit_w=450.0,
+        temperature_c=61,
+        sm_clock_mhz=2520,
+        memory_clock_mhz=10251,
+        fan_percent=46,
+        throttle=(),
+    )
+    return Sample(
+        at=at,
+        rss_bytes=round(3.1 * GIB) if what.card else round(1.6 * GIB),
+        cpu_percent=104.0 if what.card else round(188 + luck.gauss(0, 5), 1),
+        gpu=card if what.card else None,
+    )
+
+
+def _output(what: Play) -> list[str]:
+    return [
+        "02:13:22 loading: Qwen/Qwen2.5-7B-Instruct",
+        "02:13:41 tokenizing",
+        "Map: 10%|#         |\rMap: 100%|##########|",
+        "02:14:00 training",
+    ]
+
+
+def with_reading(sample: Sample, **changes: object) -> Sample:
+    """The same second with other readings of the card."""
+    assert sample.gpu is not None
+    return msgspec.structs.replace(sample, gpu=msgspec.structs.replace(sample.gpu, **changes))
