@@ -121,6 +121,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     role = _ROLES.get(str(name).strip().lower())
     if role is None:
         raise RowRefused("unknown-role", f"Turn {number} has the role {name!r}.")
+    weight = _weight(turn)
     content = text_of(next((turn[k] for k in CONTENT_KEYS if k in turn), None), f"turn {number}")
     calls = _calls(turn.get("tool_calls") or turn.get("function_call"))
     if str(name).strip().lower() in _CALL_ROLES and not calls:
@@ -129,7 +130,8 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     return Message(
         role=role,
         content=content,
-        train=_trains(turn),
+        train=weight > 0,
+        weight=weight,
         reasoning=next((str(turn[k]) for k in _REASONING_KEYS if isinstance(turn.get(k), str)), ""),
         tool_calls=calls if role == "assistant" else (),
         tool_call_id=str(turn.get("tool_call_id") or ""),
@@ -156,14 +158,18 @@ def _calls(value: Any) -> tuple[ToolCall, ...]:
     return tuple(calls)
 
 
-def _trains(turn: Mapping[str, Any]) -> bool:
+def _weight(turn: Mapping[str, Any]) -> float:
+    """1 where nothing is said; the first flag found decides."""
     for key in _TRAIN_KEYS:
         value = turn.get(key)
-        if value is not None:
-            if isinstance(value, str):
-                return value.strip().lower() not in ("", "0", "0.0", "false", "no")
-            return bool(value)
-    return True
+        if isinstance(value, bool | int | float):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0 if value.strip().lower() in ("", "false", "no") else 1.0
+    return 1.0
 
 
 def _continues(last: Message, message: Message, turn: Mapping[str, Any]) -> bool:
@@ -177,6 +183,7 @@ def _joined(first: Message, second: Message) -> Message:
         role="assistant",
         content=first.content or second.content,
         train=first.train,
+        weight=first.weight,
         reasoning=first.reasoning or second.reasoning,
         tool_calls=first.tool_calls + second.tool_calls,
     )

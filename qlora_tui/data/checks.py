@@ -1,32 +1,126 @@
-"""What may be wrong with a conversation that can be read and rendered."""
+"""What may be wrong with a conversation that can be read, and with the samples it gives.
+
+Each finding is a kind of ``problems.CHECKS`` and an example. ``examine`` asks for them while rows
+stream by.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
 from qlora_tui.data.conversation import Conversation
+from qlora_tui.data.render import Rendered
+from qlora_tui.data.tokenizer import ChatTokenizer
+
+Finding = tuple[str, str]
+"""Kind and example."""
+
+_AFTER: dict[str, tuple[str, ...]] = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "call": ("tool",),
+    "tool": ("assistant", "tool"),
+}
+
+_DAMAGE = re.compile(
+    "\ufffd"  # what decoders write for bytes they do not understand
+    "|\u00c3[\u0080-\u00bf\u0192\u201a\u2030\u0152\u0160\u0161\u0153]"  # Ã©: UTF-8 read as Latin-1
+    "|\u00e2\u20ac[\u2122\u0153\u009d\u201c\u201d\u02dc\u00a6\u00a2]"  # â€™: the same of quotes and dashes
+    "|\u00c2[\u00a0-\u00bf](?![\u00c0-\u024f])"  # Â°
+    "|[\u0000-\u0008\u000b\u000e-\u001f]"  # control characters no text needs
+)
+
+_SECRETS = re.compile(
+    r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"
+    r"|\bAKIA[0-9A-Z]{16}\b"
+    r"|\bgh[pousr]_[A-Za-z0-9]{36,}\b"
+    r"|\bgithub_pat_[A-Za-z0-9_]{50,}\b"
+    r"|\bhf_[A-Za-z0-9]{30,}\b"
+    r"|\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}\b"
+    r"|\bxox[abprs]-[A-Za-z0-9-]{20,}\b"
+    r"|\bAIza[0-9A-Za-z_-]{35}\b"
+    r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"
+)
+_SECRET_MARKS = (
+    *("-----BEGIN", "AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+    *("hf_", "sk-", "xox", "AIza", "eyJ"),
+)
+"""What every secret contains: looking for these first is a hundred times faster than the pattern."""
+_SHOWN_OF_A_SECRET = 6
 
 
-def conversation_findings(conversation: Conversation) -> Iterator[tuple[str, str]]:
-    """Kind (see ``problems.CHECKS``) and example of each thing found."""
+def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
+    """What can be said without a tokenizer."""
     disorder = _disorder(conversation)
     if disorder:
         yield "role-order", disorder
+    for number, message in enumerate(conversation.messages, 1):
+        if message.weight not in (0.0, 1.0):
+            yield "part-weight", f"Turn {number} has the weight {message.weight:g}."
+            break
+    text = conversation.text or "\n".join(m.content for m in conversation.messages)
+    if not text.isascii() or not text.isprintable():
+        damage = _DAMAGE.search(text)
+        if damage:
+            yield "encoding-damage", text[max(0, damage.start() - 30) : damage.end() + 30]
+    marked = any(mark in text for mark in _SECRET_MARKS)
+    secret = _SECRETS.search(text) if marked else None
+    if secret:
+        yield "secret", f"{secret[0][:_SHOWN_OF_A_SECRET]}… ({len(secret[0])} characters)"
+
+
+def sample_findings(
+    tokenizer: ChatTokenizer, conversation: Conversation, rendered: Sequence[Rendered], train_on: str
+) -> Iterator[Finding]:
+    """What the samples of a conversation show, before any cut."""
+    notes = rendered[0].notes
+    if "control-tokens" in notes:
+        yield "control-tokens", _control_token(tokenizer, conversation)
+    if "answer-changed" in notes:
+        yield "answer-changed", conversation.answers[-1].content if conversation.answers else ""
+    for sample in rendered:
+        ids = sample.token_ids
+        if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id, tokenizer.bos_id]:
+            yield "double-bos", tokenizer.decode(ids[:8])
+        if train_on != "assistant" or not conversation.messages:
+            continue
+        if 0 not in sample.trained:
+            yield "everything-trained", tokenizer.decode(ids[:60])
+        if 1 in sample.trained and not _ends_in_the_loss(tokenizer, sample):
+            end = tokenizer.turn_end_ids[-1] if tokenizer.turn_end_ids else None
+            kind = "pad-hides-end" if end is not None and end == tokenizer.pad_id else "turn-end-untrained"
+            yield kind, tokenizer.decode(ids[-20:])
 
 
 def _disorder(conversation: Conversation) -> str:
     """Which turn is out of order; empty if none is."""
-    allowed = {
-        "": ("system", "user"),
-        "system": ("user",),
-        "user": ("assistant",),
-        "assistant": ("user",),
-        "called": ("tool",),
-        "tool": ("assistant", "tool"),
-    }
     before = ""
     for number, message in enumerate(conversation.messages, 1):
-        if message.role not in allowed[before]:
-            return f"Turn {number} is {message.role}, after {before or 'nothing'}."
-        before = "called" if message.tool_calls else message.role
+        if message.role not in _AFTER[before]:
+            shown = "a tool call" if before == "call" else before or "nothing"
+            return f"Turn {number} is {message.role}, after {shown}."
+        before = "call" if message.tool_calls else message.role
     return ""
+
+
+def _ends_in_the_loss(tokenizer: ChatTokenizer, sample: Rendered) -> bool:
+    """Whether the last stretch that trains ends with a special token, white space aside."""
+    last = sample.trained.rindex(1)
+    first = sample.trained.rfind(b"\x00", 0, last) + 1
+    for token in reversed(sample.token_ids[first : last + 1]):
+        if token in tokenizer.special_ids:
+            return True
+        if tokenizer.decode([token]).strip():
+            return False
+    return False
+
+
+def _control_token(tokenizer: ChatTokenizer, conversation: Conversation) -> str:
+    for text in (conversation.text, *(m.content for m in conversation.messages)):
+        found = tokenizer.control_pattern.search(text)
+        if found:
+            return text[max(0, found.start() - 40) : found.end() + 40]
+    return "In the tools, a tool call or the thoughts."

@@ -32,6 +32,8 @@ class Message(Struct, frozen=True):
     """Which call a tool turn answers."""
     name: str = ""
     """The tool that answers, for a tool turn."""
+    weight: float = 1.0
+    """How much it should count, as the file says. Any weight above 0 trains fully; others are pointed out."""
 
 
 class Conversation(Struct, frozen=True):

@@ -22,7 +22,7 @@ from qlora_tui.data.examine import Batch, Counts, Examiner, batches
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.problems import DataProblem
 from qlora_tui.data.sources import SourceFile, content_hash, conversations, open_source
-from qlora_tui.data.split import group_key, held_back
+from qlora_tui.data.split import held_back
 from qlora_tui.data.store import Samples, Store, Writer
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
@@ -147,20 +147,18 @@ class _Maker:
 
     def __init__(self, folder: Path, recipe: Recipe, tokenizer: ChatTokenizer):
         self.writer = Writer(folder)
-        self.examiner = Examiner(recipe.data, tokenizer)
+        self.examiner = Examiner(recipe.data, tokenizer, recipe.training.seed)
         self.row_keys = array("Q")
         self.row_sources = array("H")
-        self._seed = recipe.training.seed
 
     def take(self, file: SourceFile, batch: Batch) -> None:
         """Render and write one batch of a file."""
-        for conversation, samples, _ in self.examiner.take(file.source, batch):
-            if not samples:
-                continue
-            key = group_key(conversation, self._seed)
-            self.row_keys.append(key)
-            self.row_sources.append(conversation.source)
-            for sample in samples:
+        for examined in self.examiner.take(file.source, batch):
+            conversation, key = examined.conversation, examined.key
+            if examined.samples:
+                self.row_keys.append(key)
+                self.row_sources.append(conversation.source)
+            for sample in examined.samples:
                 self.writer.add(sample.token_ids, sample.trained, conversation.source, conversation.row, key)
 
 

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-from qlora_tui.data.checks import conversation_findings
+from qlora_tui.data.checks import conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.examine import Batch, Counts, Examiner, batches
-from qlora_tui.data.formats import SNIFFED_ROWS
 from qlora_tui.data.lengths import fit
 from qlora_tui.data.open_file import Position
-from qlora_tui.data.problems import DataProblem, Tally
+from qlora_tui.data.problems import DataProblem
 from qlora_tui.data.render import Piece, pieces, render
 from qlora_tui.data.sources import SourceFile, conversations, open_source
 from qlora_tui.data.statistics import LengthCounter, Lengths
@@ -109,9 +108,7 @@ class _Inspection:
         self._note = note
         self._tokenizer = tokenizer
         self._data = data
-        self._examiner = Examiner(data, tokenizer) if tokenizer else None
-        self._plain_counts = Counts()
-        self._plain_tally = Tally()
+        self._examiner = Examiner(data, tokenizer, near_duplicates=True)
         self._lengths = LengthCounter("tokens" if tokenizer else "characters")
         self._bytes = sum(file.path.stat().st_size for file in files) or 1
 
@@ -119,37 +116,23 @@ class _Inspection:
         """One early, then one every second, and the complete one."""
         due = time.monotonic() + _FIRST_REPORT_S
         done = 0
-        rows = 0
         for file in self._files:
             position = Position()
             for batch in batches(conversations(file, position)):
                 self._take(file, batch)
-                rows += len(batch)
-                if rows >= SNIFFED_ROWS and time.monotonic() >= due:
+                if time.monotonic() >= due:
                     due = time.monotonic() + _NEXT_REPORT_S
                     yield self._report(False, (done + position.bytes) / self._bytes)
             done += file.path.stat().st_size
         yield self._report(True, 1.0)
 
     def _take(self, file: SourceFile, batch: Batch) -> None:
-        if self._examiner is not None:
-            for conversation, _, lengths in self._examiner.take(file.source, batch):
-                self._lengths.add(lengths, conversation.row)
-            return
-        for row, one in batch:
-            self._plain_counts.rows += 1
-            if isinstance(one, RowRefused):
-                self._plain_counts.left_out += 1
-                self._plain_tally.add(one.kind, row.number, one.reason)
-                continue
-            self._plain_counts.conversations += 1
-            self._lengths.add([_characters(one)], row.number)
-            for kind, example in conversation_findings(one):
-                self._plain_tally.add(kind, row.number, example)
+        for examined in self._examiner.take(file.source, batch):
+            lengths = examined.lengths if self._tokenizer else [_characters(examined.conversation)]
+            self._lengths.add(lengths, examined.conversation.row)
 
     def _report(self, complete: bool, share: float) -> Report:
-        examiner = self._examiner
-        counts = examiner.counts if examiner else self._plain_counts
+        counts = self._examiner.counts
         return Report(
             files=tuple(_file_report(file, self._note) for file in self._files),
             complete=complete,
@@ -157,8 +140,8 @@ class _Inspection:
             counts=Counts(**{name: getattr(counts, name) for name in counts.__struct_fields__}),
             lengths=self._lengths.summary(),
             too_long=self._lengths.above(self._data.max_length) if self._tokenizer else 0,
-            problems=tuple(examiner.problems() if examiner else self._plain_tally.problems()),
-            notes=dict(examiner.notes) if examiner else {},
+            problems=tuple(self._examiner.problems()),
+            notes=dict(self._examiner.notes),
             template=self._tokenizer.template_name if self._tokenizer else "",
         )
 
@@ -196,5 +179,5 @@ def _shown(row: int, one: Conversation | RowRefused, tokenizer: ChatTokenizer, d
         trained_counts=tuple(s.trained_count for s in samples),
         refused="" if samples else f"Nothing is left to learn within {data.max_length} tokens.",
         notes=whole[0].notes,
-        findings=tuple(conversation_findings(one)),
+        findings=(*conversation_findings(one), *sample_findings(tokenizer, one, whole, data.train_on)),
     )

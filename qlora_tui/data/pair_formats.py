@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from qlora_tui.data.chat_formats import decoded, messages_of, text_of, turn_keys
 from qlora_tui.data.conversation import Message, RowRefused
 
@@ -41,9 +43,7 @@ def prompt_completion(cells: Cells) -> tuple[Message, ...]:
     )
     if after[: len(before)] == before:
         after = after[len(before) :]
-    told = tuple(
-        Message(m.role, m.content, False, m.reasoning, m.tool_calls, m.tool_call_id, m.name) for m in before
-    )
+    told = tuple(msgspec.structs.replace(m, train=False) for m in before)
     return (*_system(cells), *told, *after)
 
 

@@ -26,11 +26,11 @@ class Check(Struct, frozen=True):
 
 CHECKS: dict[str, Check] = {
     "bad-json": Check(
-        "error", "Not valid JSON", "Mend or remove the line; a truncated download is the usual cause."
+        "error", "Not valid JSON", "Mend or remove the line; a download that was cut off is the usual cause."
     ),
     "bad-encoding": Check("error", "Not UTF-8", "Convert the file: iconv -f LATIN1 -t UTF-8 OLD > NEW."),
     "bad-row": Check(
-        "error", "Not a row", "Every row must be an object with named fields, with as many values as names."
+        "error", "Not a row", "A row is an object with named fields, with a value for every name."
     ),
     "wrong-format": Check(
         "error", "Not in the format of the rest", "Set the format by hand, or mend the row."
@@ -39,6 +39,21 @@ CHECKS: dict[str, Check] = {
         "error", "A part that is not text", "Remove images, audio and files: only text can be trained on."
     ),
     "unknown-role": Check("error", "Unknown role", "Roles are system, user, assistant and tool."),
+    "turn-end-untrained": Check(
+        "error",
+        "The end of the answer is not learned",
+        'The model would never stop. Choose another template: model.chat_template = "chatml".',
+    ),
+    "pad-hides-end": Check(
+        "error",
+        "The end token is also the pad token, and is not learned",
+        'The model would never stop. Choose another template: model.chat_template = "chatml".',
+    ),
+    "template-refuses": Check(
+        "warning",
+        "The chat template refuses the row",
+        "The row is left out. Reorder or merge its turns as the message asks.",
+    ),
     "empty-row": Check(
         "warning", "Empty row", "Nothing to learn: the row is left out. Remove it from the file."
     ),
@@ -46,14 +61,58 @@ CHECKS: dict[str, Check] = {
         "warning", "No answer to learn", "The row has no assistant turn that trains and is left out."
     ),
     "role-order": Check(
-        "warning", "Roles out of order", "Turns should alternate, user first; the row is used as it is."
+        "warning", "Roles out of order", "Turns should alternate, user first. The row is used as it is."
     ),
-    "template-refuses": Check(
+    "everything-trained": Check(
+        "warning", "Everything in the row is learned", "There is no prompt before the answer; add one."
+    ),
+    "nothing-left": Check(
         "warning",
-        "The chat template refuses the row",
-        "The row is left out. Reorder or merge its turns as the message asks.",
+        "Nothing to learn within the length limit",
+        "The answer lies behind the cut: the row is left out. Raise data.max_length.",
+    ),
+    "too-long": Check(
+        "warning",
+        "Longer than the length limit",
+        "Dropped, cut or split, as data.too_long says. Raise data.max_length to keep the row whole.",
+    ),
+    "double-bos": Check(
+        "warning",
+        "Begins with two begin tokens",
+        "The chat template writes one too many; choose another with model.chat_template.",
+    ),
+    "control-tokens": Check(
+        "warning",
+        "Control tokens inside a text",
+        "They are learned as ordinary text, so nothing breaks. Remove them if they got there by mistake.",
+    ),
+    "answer-changed": Check(
+        "warning",
+        "The template changes the answer",
+        "What is learned differs from the file: look at the row. Another template may keep it whole.",
+    ),
+    "duplicate": Check(
+        "warning", "Duplicate row", "It counts twice. Remove it, or say so with the source's weight."
+    ),
+    "near-duplicate": Check(
+        "warning", "Nearly the same as an earlier row", "Rows that differ in a word teach little. Remove it."
+    ),
+    "overlap": Check(
+        "warning",
+        "In the validation file too",
+        "The validation loss will look too good. Remove the row from one of the two.",
+    ),
+    "encoding-damage": Check(
+        "warning", "Damaged characters", "The file was once decoded wrongly; find an undamaged copy."
+    ),
+    "secret": Check(
+        "warning", "Looks like a secret key", "The model may learn to repeat it. Remove and revoke it."
+    ),
+    "part-weight": Check(
+        "warning", "A weight other than 0 or 1", "Any weight above 0 trains the turn fully."
     ),
 }
+"""Every kind there is."""
 
 
 class DataProblem(Struct, frozen=True):

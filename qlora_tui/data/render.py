@@ -32,7 +32,7 @@ class Rendered(Struct, frozen=True):
     """One byte a token: 1 where the model learns to say it."""
     notes: tuple[str, ...] = ()
     """What had to be changed for the template: ``system-in-user``, ``tools-as-text``, ``calls-as-text``,
-    ``tool-as-user``, ``control-tokens`` (some were neutralised)."""
+    ``tool-as-user``, ``control-tokens`` (some were neutralised), ``answer-changed`` (the template did)."""
 
     @property
     def trained_count(self) -> int:
@@ -153,7 +153,18 @@ def lay(conversation: Conversation, tokenizer: ChatTokenizer, train_on: TrainOn)
         notes.append("control-tokens")
     special, everything = tokenizer.special_pattern, train_on == "everything"
     layouts = lay_out(template, turns, trains, tools, special, eos, everything)
+    if not all(_kept(turn, layouts) for turn, wanted in zip(turns, trains, strict=True) if wanted):
+        notes.append("answer-changed")
     return Laid(tuple(layouts), tuple(notes))
+
+
+def _kept(turn: Mapping[str, Any], layouts: Sequence[Layout]) -> bool:
+    """Whether the answer of a turn, less its thoughts, is somewhere in what is shown."""
+    content = turn.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    said = content.rpartition("</think>")[2].strip()
+    return any(said in layout.text for layout in layouts)
 
 
 def _neutral_turns(

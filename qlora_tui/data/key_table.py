@@ -1,0 +1,54 @@
+"""A hash table of 64-bit keys in flat arrays: sixteen bytes a slot where a dict takes over a hundred.
+
+Finds duplicates among millions of rows in bounded memory. Used by ``examine``.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+_START_SLOTS = 1 << 10
+
+
+class KeyTable:
+    """Which row was the first to have a key."""
+
+    def __init__(self) -> None:
+        self._keys = array("Q", bytes(8 * _START_SLOTS))
+        self._rows = array("Q", bytes(8 * _START_SLOTS))
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def first(self, key: int, row: int) -> int | None:
+        """The row that came with ``key`` before; None if none did, and then ``row`` is remembered."""
+        slot = self._slot(key)
+        if self._rows[slot]:
+            return self._rows[slot] - 1
+        self._keys[slot], self._rows[slot] = key, row + 1
+        self._count += 1
+        if 2 * self._count > len(self._keys):
+            self._grow()
+        return None
+
+    def get(self, key: int) -> int | None:
+        """The row that came with ``key``, if any did."""
+        slot = self._slot(key)
+        return self._rows[slot] - 1 if self._rows[slot] else None
+
+    def _slot(self, key: int) -> int:
+        """Where ``key`` is, or would be."""
+        mask = len(self._keys) - 1
+        slot = key & mask
+        while self._rows[slot] and self._keys[slot] != key:
+            slot = (slot + 1) & mask
+        return slot
+
+    def _grow(self) -> None:
+        keys, rows = self._keys, self._rows
+        self._keys, self._rows = array("Q", bytes(16 * len(keys))), array("Q", bytes(16 * len(keys)))
+        for key, row in zip(keys, rows, strict=True):
+            if row:
+                slot = self._slot(key)
+                self._keys[slot], self._rows[slot] = key, row
