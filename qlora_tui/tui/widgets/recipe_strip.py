@@ -97,14 +97,15 @@ def recipe_line(workbench: Workbench) -> str:
     """``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok × 2 × 8``."""
     recipe = workbench.recipe
     star = "*" if workbench.modified else ""
-    targets = ",".join(recipe.lora.target_modules)
+    patterns = recipe.lora.target_modules
+    targets = ",".join(patterns)
     training = recipe.training
     return " · ".join(
         [
             f"{workbench.preset}{star}",
             recipe.model.id.rstrip("/").rpartition("/")[2] or "no model",
             _data_words(recipe),
-            f"r{recipe.lora.rank} {targets if len(targets) < 24 else targets[:23] + '…'}",
+            f"r{recipe.lora.rank} {targets if len(targets) <= 16 else f'{len(patterns)} targets'}",
             f"{recipe.data.max_length:,} tok × {training.micro_batch} × {training.gradient_accumulation}",
         ]
     )

@@ -38,7 +38,7 @@ class ViList(OptionList):
         return None if self.highlighted is None else self.options[self.highlighted].id
 
     def show(self, lines: Sequence[tuple[str, Content]], select: str | None = None) -> None:
-        """Show these (id, line); the cursor goes to ``select``, else stays with its option, else its place."""
+        """Show these (id, line). The cursor goes to ``select``, or stays with its option or its place."""
         wanted = select or self.current
         place = self.highlighted or 0
         ids = [id_ for id_, _ in lines]

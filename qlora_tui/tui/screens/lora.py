@@ -1,0 +1,294 @@
+"""LoRA: which modules get an adapter, how wide it is, and what that comes to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from textwrap import wrap
+from typing import ClassVar
+
+from textual.containers import Horizontal, Vertical
+from textual.content import Content
+from textual.message import Message
+from textual.widget import Widget
+from textual.widgets import Input, Static
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.errors import Problem
+from qlora_tui.memory.room import Room
+from qlora_tui.recipe.fields import value_of
+from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
+from qlora_tui.recipe.targets import compress, select
+from qlora_tui.tui.commands import Command
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.widgets.lora_advice import KNOBS, advice, knob_head, stepped, targets_advice
+from qlora_tui.tui.widgets.lora_totals import Prices, cursor_text, difference_text, more, prices, totals_text
+from qlora_tui.tui.widgets.module_grid import ModuleGrid
+from qlora_tui.tui.widgets.module_table import ModuleTable
+from qlora_tui.tui.widgets.recipe_strip import precision_of
+from qlora_tui.tui.widgets.target_text import typed
+
+SETTLED_S = 0.1
+"""Prices wait until no key has come for so long."""
+
+
+def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = False) -> Command:
+    return Command(id=f"lora.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer)
+
+
+class LoraScreen(WorkScreen):
+    """The model's own modules with check boxes, beside the settings of the adapter."""
+
+    MODE = "lora"
+    CSS_PATH = "lora.tcss"
+    EDITS_RECIPE = True
+    HELP_TEXT = (
+        "Each line is a kind of linear module, each cell one layer of it: ■ gets an adapter, · stays frozen. "
+        "On the name, space takes or drops the whole kind; on a cell, that layer alone. x begins a block of "
+        "cells and, pressed again, toggles it. The first line stands for every kind.\n"
+        "An adapter adds B·A × alpha/rank to a weight. Only its two matrices, thin by the rank, are trained."
+    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = (
+        _command(
+            "toggle",
+            "space,enter",
+            "toggle_modules",
+            "Toggle",
+            "Take or drop what is marked.",
+            in_footer=True,
+        ),
+        _command(
+            "block", "x", "block", "Block", "Begin a block of layers; again toggles it.", in_footer=True
+        ),
+        _command("patterns", "i", "patterns", "Patterns", "Type patterns: q,v or 8-23.q.", in_footer=True),
+        _command("all", "f", "all_linear", "All", "Every linear module: all-linear.", in_footer=True),
+        _command("rank_up", "r", "step(0, True)", "Rank ×2", "Double the rank."),
+        _command("rank_down", "R", "step(0, False)", "Rank ÷2", "Halve the rank."),
+        _command("alpha_up", "a", "step(1, True)", "Alpha ×2", "Double alpha."),
+        _command("alpha_down", "A", "step(1, False)", "Alpha ÷2", "Halve alpha."),
+        _command("dropout_up", "d", "step(2, True)", "More dropout", "The next larger dropout."),
+        _command("dropout_down", "D", "step(2, False)", "Less dropout", "The next smaller dropout."),
+        _command("rslora", "s", "step(3, True)", "rsLoRA", "Scale by alpha/√rank, or by alpha/rank."),
+        _command("dora", "w", "step(4, True)", "DoRA", "Train magnitude and direction apart, or not."),
+    )
+
+    class Priced(Message):
+        """The estimates that a key press does not wait for."""
+
+        def __init__(self, recipe: Recipe, prices: Prices | None) -> None:
+            super().__init__()
+            self.recipe = recipe
+            self.prices = prices
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._table: ModuleTable | None = None
+        self._table_of: object = None
+        self._prices: tuple[Recipe, Prices | None] | None = None
+        self._priced_for: tuple[Recipe, Room] | None = None
+
+    def compose_body(self) -> Iterable[Widget]:
+        with Horizontal(id="targets-line"):
+            yield Static("targets ", id="targets-label")
+            yield Static(id="targets-text", markup=False)
+            yield Input(compact=True, id="targets-input")
+        with Horizontal(id="lora-parts"):
+            with Vertical(id="grid-side"):
+                yield ModuleGrid(id="modules")
+                yield Static(id="no-modules", markup=False)
+                yield Static(id="under-cursor")
+            yield Static(id="knobs")
+        yield Static(id="totals")
+
+    def on_mount(self) -> None:
+        super().on_mount()
+        self.query_one("#targets-input").display = False
+        self.query_one("#modules").focus()
+
+    def on_resize(self) -> None:
+        self.call_after_refresh(lambda: self.show_recipe(self.workstation.workbench.recipe))
+
+    def show_recipe(self, recipe: Recipe) -> None:
+        architecture = self.workstation.workbench.architecture()
+        missing = architecture if isinstance(architecture, Problem) else None
+        if self._table_of is not architecture:
+            self._table_of = architecture
+            self._table = None if isinstance(architecture, Problem) else ModuleTable(architecture)
+        self.query_one("#modules").display = missing is None
+        self.query_one("#under-cursor").display = missing is None
+        empty = self.query_one("#no-modules", Static)
+        empty.display = missing is not None
+        if missing is not None:
+            empty.update("\n".join(filter(None, (missing.what, missing.why, f"▸ {missing.fix}"))))
+        self._show_targets(recipe)
+        self._show_price_and_totals(recipe)
+        asked = (recipe, self.workstation.room)
+        if asked != self._priced_for and not isinstance(architecture, Problem):
+            self._priced_for = asked
+            self.run_worker(self._price(*asked, architecture), exclusive=True, group="price")
+
+    def action_step(self, index: int, up: bool) -> None:
+        """One step of a setting."""
+        knob = KNOBS[index]
+        value = value_of(self.workstation.workbench.recipe, knob.path)
+        self.workstation.edit(knob.path, stepped(knob, value, up))
+
+    def action_toggle_modules(self) -> None:
+        """Take or drop what is under the cursor."""
+        if self._table is not None:
+            self.query_one(ModuleGrid).toggle()
+
+    def action_block(self) -> None:
+        """Begin a block, or toggle the one begun."""
+        if self._table is not None:
+            self.query_one(ModuleGrid).block()
+
+    def action_all_linear(self) -> None:
+        """Every linear module."""
+        self.workstation.edit("lora.target_modules", (ALL_LINEAR,))
+
+    def action_patterns(self) -> None:
+        """Type patterns; the modules follow while they are typed."""
+        field = self.query_one("#targets-input", Input)
+        field.value = ", ".join(self.workstation.workbench.recipe.lora.target_modules)
+        field.display = True
+        self.query_one("#targets-text").display = False
+        field.focus()
+
+    def on_lora_screen_priced(self, message: Priced) -> None:
+        """Show what the estimates say, if the recipe is still the same."""
+        if message.recipe == self.workstation.workbench.recipe:
+            self._prices = (message.recipe, message.prices)
+            self._show_price_and_totals(message.recipe)
+
+    def on_module_grid_chosen(self, message: ModuleGrid.Chosen) -> None:
+        """Write the choice into the recipe, as short patterns."""
+        if self._table is None:
+            return
+        patterns = compress(message.names, self._table.modules)
+        if not patterns:
+            self.notify("LoRA needs at least one module.", severity="warning")
+        else:
+            self.workstation.edit("lora.target_modules", patterns)
+
+    def on_module_grid_moved(self) -> None:
+        """Say what is under the cursor."""
+        self._show_cursor()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Show what the patterns typed so far would choose; the recipe changes on enter."""
+        if not event.input.has_focus or self._table is None:
+            return
+        try:
+            patterns = typed(event.value, self._table.modules)
+        except Problem as problem:
+            self._say(problem)
+            return
+        self._show_chosen(patterns, self.workstation.workbench.recipe)
+        modules = select(patterns, self._table.modules)
+        self.query_one("#under-cursor", Static).update(
+            f"{len(modules)} modules: enter takes them, esc leaves."
+        )
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Take the patterns."""
+        modules = self._table.modules if self._table is not None else ()
+        try:
+            patterns = typed(event.value, modules) if self._table is not None else (event.value,)
+        except Problem as problem:
+            self._say(problem)
+            return
+        self._leave_patterns()
+        self.workstation.edit("lora.target_modules", patterns)
+
+    def key_escape(self) -> None:
+        """Leave the patterns as they were."""
+        if self.query_one("#targets-input").display:
+            self._leave_patterns()
+
+    async def _price(self, recipe: Recipe, room: Room, architecture: Architecture) -> None:
+        await asyncio.sleep(SETTLED_S)
+        base = self.workstation.workbench.base
+        known = await asyncio.to_thread(prices, recipe, base, architecture, room.device)
+        self.post_message(self.Priced(recipe, known))
+
+    def _known_prices(self, recipe: Recipe) -> Prices | None:
+        return self._prices[1] if self._prices is not None and self._prices[0] == recipe else None
+
+    def _show_price_and_totals(self, recipe: Recipe) -> None:
+        self._show_knobs(recipe)
+        self.query_one("#totals", Static).update(self._totals(recipe))
+
+    def _leave_patterns(self) -> None:
+        self.query_one("#targets-input").display = False
+        self.query_one("#targets-text").display = True
+        self.query_one("#modules").focus()
+        self.show_recipe(self.workstation.workbench.recipe)
+
+    def _say(self, problem: Problem) -> None:
+        text = f"✗ {problem.what} {problem.fix}"
+        self.query_one("#under-cursor", Static).update(Content.styled(text, "$error"))
+
+    def _show_targets(self, recipe: Recipe) -> None:
+        text = ", ".join(recipe.lora.target_modules)
+        note = targets_advice(recipe.lora)
+        room = self.size.width - len("targets ") - len(text) - 4
+        self.query_one("#targets-text", Static).update(
+            Content.assemble((text, "bold"), (f"  {note}" if room >= len(note) else "", "$text-muted"))
+        )
+        self._show_chosen(recipe.lora.target_modules, recipe)
+        self._show_cursor()
+
+    def _show_chosen(self, patterns: tuple[str, ...], recipe: Recipe) -> None:
+        if self._table is None:
+            return
+        try:
+            names = frozenset(module.name for module in select(patterns, self._table.modules))
+        except Problem:
+            names = frozenset()
+        self.query_one(ModuleGrid).show(self._table, names, recipe.lora)
+
+    def _show_cursor(self) -> None:
+        recipe = self.workstation.workbench.recipe
+        if self._table is None:
+            return
+        try:
+            select(recipe.lora.target_modules, self._table.modules)
+        except Problem as problem:
+            self._say(problem)
+            return
+        grid = self.query_one(ModuleGrid)
+        self.query_one("#under-cursor", Static).update(
+            cursor_text(grid.under_cursor, recipe.lora, in_block=grid.has_block)
+        )
+
+    def _show_knobs(self, recipe: Recipe) -> None:
+        panel = self.query_one("#knobs", Static)
+        width = max(20, panel.content_size.width)
+        base = self.workstation.workbench.base
+        known = self._known_prices(recipe)
+        lines = []
+        for knob in KNOBS:
+            head = knob_head(knob, recipe, base)
+            words = advice(knob.path, recipe.lora)
+            if knob.path == "lora.use_dora" and known:
+                words = f"{more(known.dora_bytes)}. {words}"
+            if self.size.width >= 100:
+                parts = [Content.styled(f"    {part}", "$text-muted") for part in wrap(words, width - 4)]
+                lines += [head, *parts, Content("")]
+            else:
+                lines.append(
+                    Content.assemble(head, (f" {words}", "$text-muted")).truncate(width, ellipsis=True)
+                )
+        panel.update(Content("\n").join(lines))
+
+    def _totals(self, recipe: Recipe) -> Content:
+        bench = self.workstation.workbench
+        differs = difference_text(bench, self._known_prices(recipe))
+        compared = bench.comparison(self.workstation.room.device)
+        architecture = bench.architecture()
+        if isinstance(compared, Problem) or isinstance(architecture, Problem):
+            return differs
+        return Content("\n").join(
+            [totals_text(recipe, architecture, compared[precision_of(recipe)]), differs]
+        )

@@ -1,0 +1,98 @@
+"""What a choice of modules and rank comes to: parameters, file, memory, and what differs from the preset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from textual.content import Content
+
+from qlora_tui.catalog.facts import Architecture, LinearModule
+from qlora_tui.errors import Problem
+from qlora_tui.format import count, size
+from qlora_tui.memory import Device, Estimate, estimate
+from qlora_tui.recipe.difference import difference
+from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.schema import Lora, Recipe
+from qlora_tui.recipe.targets import select
+from qlora_tui.tui.widgets.module_table import adapter_parameters
+from qlora_tui.tui.workbench import Workbench
+
+SAVED_BYTES = 4
+"""A trained parameter in ``adapter_model.safetensors``: adapters are trained and kept in 32 bits."""
+LORA_ITEMS = ("adapter", "gradients", "optimizer", "optimizer_step")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What takes an estimate of its own to know, in bytes more (or fewer) than this recipe."""
+
+    dora_bytes: int
+    """Of DoRA, on instead of off."""
+    preset_bytes: int
+    """Of this recipe against the preset's settings."""
+
+
+def prices(recipe: Recipe, base: Recipe, architecture: Architecture, device: Device) -> Prices | None:
+    """Three estimates: some 20 ms. None where a recipe has targets that this model has not."""
+
+    def total(of: Recipe) -> int:
+        return estimate(of, architecture, device=device).total_bytes
+
+    try:
+        plain, dora = (total(with_value(recipe, "lora.use_dora", on)) for on in (False, True))
+        return Prices(dora - plain, (dora if recipe.lora.use_dora else plain) - total(base))
+    except Problem:
+        return None
+
+
+def more(bytes_: int) -> str:
+    """``+1.2 GiB``."""
+    return f"{'-' if bytes_ < 0 else '+'}{size(abs(bytes_))}"
+
+
+def totals_text(recipe: Recipe, architecture: Architecture, made: Estimate) -> Content:
+    """``40M of 7.62B parameters (0.53 %) · 154 MiB on disk · 386 MiB of memory``."""
+    chosen = select(recipe.lora.target_modules, architecture.modules)
+    trained = adapter_parameters(chosen, recipe.lora)
+    memory = sum(made.bytes_of(key) for key in LORA_ITEMS)
+    share = trained / architecture.total_params
+    return Content.assemble(
+        (f"{count(trained)}", "bold"),
+        f" of {count(architecture.total_params)} parameters ({_percent(share)}) · ",
+        (size(trained * SAVED_BYTES), "bold"),
+        " on disk · ",
+        (size(memory), "bold"),
+        " in memory",
+    )
+
+
+def difference_text(workbench: Workbench, known: Prices | None) -> Content:
+    """The LoRA settings that differ from the preset, and what the recipe takes more than it."""
+    changes = [c for c in difference(workbench.base, workbench.recipe) if c.path.startswith("lora.")]
+    if not changes:
+        return Content.styled(f"As {workbench.preset} has it", "$text-muted")
+    words = " · ".join(
+        str(change).removeprefix("lora.").removeprefix("use_").replace("_modules", "s") for change in changes
+    )
+    price = f"{more(known.preset_bytes)} · " if known and known.preset_bytes else ""
+    return Content.assemble((f"Against {workbench.preset}: ", "$text-muted"), (price, "bold"), words)
+
+
+def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) -> Content:
+    """What space would toggle, in words."""
+    if not modules:
+        return Content.styled("Nothing here.", "$text-muted")
+    trained = f"{count(adapter_parameters(modules, lora))} trained if chosen"
+    if len(modules) == 1:
+        only = modules[0]
+        shape = f"{only.in_features:,} → {only.out_features:,}"
+        return Content.styled(f"{only.name}  {shape}  {trained}", "$text-muted")
+    block = "Block: " if in_block else ""
+    end = "; x toggles, esc leaves" if in_block else ""
+    weights = count(sum(module.weight_params for module in modules))
+    return Content.styled(f"{block}{len(modules)} modules, {weights} weights, {trained}{end}", "$text-muted")
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.2g} %"

@@ -1,0 +1,225 @@
+"""The model's linear modules on the screen: a line a kind, a cell a layer, with check boxes.
+
+It changes nothing: it posts :class:`ModuleGrid.Chosen` with what would be chosen, and shows what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from textual.app import RenderResult
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.events import Click
+from textual.message import Message
+from textual.widget import Widget
+
+from qlora_tui.catalog.facts import LinearModule
+from qlora_tui.format import count
+from qlora_tui.recipe.schema import Lora
+from qlora_tui.tui.widgets.module_table import (
+    ALL,
+    NONE,
+    SOME,
+    ModuleTable,
+    Row,
+    adapter_parameters,
+    state,
+    toggled,
+)
+
+BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
+CELLS = {ALL: "■", SOME: "▒", NONE: "·"}
+HEAD = -1
+"""The cursor's column when it stands on the kind itself, and so on every layer of it."""
+LONGEST_KIND = 18
+
+
+class ModuleGrid(Widget, can_focus=True):
+    """Arrows or h j k l move, space toggles, x begins and ends a block."""
+
+    DEFAULT_CSS = """
+    ModuleGrid {
+        height: 1fr;
+        padding: 0 1;
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "move(-1, 0)", show=False),
+        Binding("down,j", "move(1, 0)", show=False),
+        Binding("left,h", "move(0, -1)", show=False),
+        Binding("right,l", "move(0, 1)", show=False),
+        Binding("g", "move(-999, 0)", show=False),
+        Binding("G", "move(999, 0)", show=False),
+        Binding("home,circumflex_accent", "move(0, -9999)", show=False),
+        Binding("end,dollar_sign", "move(0, 9999)", show=False),
+        Binding("escape", "forget_block", show=False),
+    ]
+
+    class Chosen(Message):
+        """The user chose other modules."""
+
+        def __init__(self, names: frozenset[str]) -> None:
+            super().__init__()
+            self.names = names
+
+    class Moved(Message):
+        """The cursor is elsewhere."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._table: ModuleTable | None = None
+        self._chosen: frozenset[str] = frozenset()
+        self._lora = Lora()
+        self._row = 0
+        self._column = HEAD
+        self._block_from: tuple[int, int] | None = None
+        self._first_column = 0
+
+    def show(self, table: ModuleTable, chosen: frozenset[str], lora: Lora) -> None:
+        """Show this model with these modules chosen."""
+        if table is not self._table:
+            self._row, self._column, self._block_from = 0, HEAD, None
+            self.styles.max_height = len(table.rows) + 1
+        if (table, chosen, lora) != (self._table, self._chosen, self._lora):
+            self._table, self._chosen, self._lora = table, chosen, lora
+            self.refresh()
+
+    @property
+    def under_cursor(self) -> Sequence[LinearModule]:
+        """What space would toggle: one cell, a kind, a layer, or the block that x began."""
+        if self._table is None:
+            return ()
+        row, column = self._block_from or (self._row, self._column)
+        whole = HEAD in (column, self._column)
+        return self._table.within((row, self._row), None if whole else (column, self._column))
+
+    def action_move(self, rows: int, columns: int) -> None:
+        """Move the cursor, as far as there is something."""
+        if self._table is None:
+            return
+        self._row = min(max(self._row + rows, 0), len(self._table.rows) - 1)
+        self._column = min(max(self._column + columns, HEAD), len(self._table.columns) - 1)
+        self.refresh()
+        self.post_message(self.Moved())
+
+    def toggle(self) -> None:
+        """Choose what is under the cursor, or drop it."""
+        self.post_message(self.Chosen(toggled(self.under_cursor, self._chosen)))
+        self._block_from = None
+
+    def block(self) -> None:
+        """Begin a block at the cursor; the second time, toggle it."""
+        if self._block_from is not None:
+            self.toggle()
+            return
+        self._block_from = (self._row, max(self._column, 0))
+        self._column = max(self._column, 0)
+        self.refresh()
+        self.post_message(self.Moved())
+
+    @property
+    def has_block(self) -> bool:
+        """Whether a block is being marked."""
+        return self._block_from is not None
+
+    def action_forget_block(self) -> None:
+        """Leave the block as it was."""
+        self._block_from = None
+        self.refresh()
+        self.post_message(self.Moved())
+
+    def on_click(self, event: Click) -> None:
+        """Put the cursor there and toggle it."""
+        if self._table is None:
+            return
+        place = event.get_content_offset(self)
+        row = self._first_row() + (place.y - 1 if place else -1)
+        if place is None or not 0 <= row < len(self._table.rows):
+            return
+        column = place.x - self._head_width + self._first_column
+        self._row = row
+        self._column = (
+            column if 0 <= column < len(self._table.columns) and place.x >= self._head_width else HEAD
+        )
+        self.toggle()
+        self.post_message(self.Moved())
+
+    def render(self) -> RenderResult:
+        table = self._table
+        if table is None:
+            return Content("")
+        room = max(1, self.content_size.width - self._head_width)
+        self._first_column = self._window(room)
+        shown = range(self._first_column, min(self._first_column + room, len(table.columns)))
+        first = self._first_row()
+        rows = range(first, min(first + self.content_size.height - 1, len(table.rows)))
+        return Content("\n").join([self._axis(shown), *(self._line(row, shown) for row in rows)])
+
+    @property
+    def _head_width(self) -> int:
+        assert self._table is not None
+        names = max(len(row.name) for row in self._table.rows)
+        shapes = max(len(row.shape) for row in self._table.rows)
+        return 4 + min(names, LONGEST_KIND) + 1 + shapes + 1 + 6 + 7
+
+    def _window(self, room: int) -> int:
+        """The first column to show so that the cursor's is in view."""
+        assert self._table is not None
+        last = max(0, len(self._table.columns) - room)
+        column = max(self._column, 0)
+        return min(max(min(self._first_column, column), column - room + 1), last)
+
+    def _first_row(self) -> int:
+        """The first row to show so that the cursor's is in view."""
+        return max(0, self._row - max(1, self.content_size.height - 1) + 1)
+
+    def _axis(self, shown: range) -> Content:
+        """Numbers of layers, one in five."""
+        assert self._table is not None
+        text = ""
+        for place, column in enumerate(shown):
+            layer = self._table.columns[column]
+            if place >= len(text) and layer is not None and layer % 5 == 0:
+                text = text.ljust(place) + str(layer) + " "
+        more = " →" if shown.stop < len(self._table.columns) else ""
+        label = f"{'module':<{self._head_width - 15}}{'trained':>8} layer "
+        return Content.styled(f"{label}{text[: len(shown)]}{more}", "$text-muted")
+
+    def _line(self, index: int, shown: range) -> Content:
+        assert self._table is not None
+        row = self._table.rows[index]
+        here = index == self._row
+        head = self._head(row)
+        head_style = "reverse" if here and self._column == HEAD and self.has_focus else "bold" if here else ""
+        pieces: list[tuple[str, str]] = [(head, head_style), (" " * 7, "")]
+        for column in shown:
+            pieces.append(self._cell(row.cells[column], index, column))
+        return Content.assemble(*pieces)
+
+    def _head(self, row: Row) -> str:
+        assert self._table is not None
+        chosen = [module for module in row.modules if module.name in self._chosen]
+        trained = count(adapter_parameters(chosen, self._lora)) if chosen else "–"
+        names = min(max(len(row.name) for row in self._table.rows), LONGEST_KIND)
+        name = row.name if len(row.name) <= names else row.name[: names - 1] + "…"
+        shapes = max(len(row.shape) for row in self._table.rows)
+        box = BOXES[state(row.modules, self._chosen)]
+        return f"{box} {name:<{names}} {row.shape:>{shapes}} {trained:>6}"
+
+    def _cell(self, cell: tuple[LinearModule, ...], row: int, column: int) -> tuple[str, str]:
+        if not cell:
+            glyph, style = " ", ""
+        else:
+            mark = state(cell, self._chosen)
+            glyph, style = CELLS[mark], "$text-muted" if mark == NONE else "$primary"
+        return glyph, self._cursor_style(row, column) or style
+
+    def _cursor_style(self, row: int, column: int) -> str:
+        if not self.has_focus or self._column == HEAD:
+            return ""
+        from_row, from_column = self._block_from or (self._row, self._column)
+        top, bottom = sorted((from_row, self._row))
+        first, last = sorted((from_column, self._column))
+        return "reverse" if top <= row <= bottom and first <= column <= last else ""
