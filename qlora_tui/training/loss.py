@@ -152,6 +152,8 @@ class _ChunkedLoss(torch.autograd.Function):
             if head.multiplier != 1.0:
                 logits *= head.multiplier
             grad[start:end] = logits.to(weight.dtype) @ weight
+            # Or they would live on beside the next chunk's.
+            del logits, slope
         if grad is not None:
             ctx.save_for_backward(grad)
         ctx.dtype = states.dtype
