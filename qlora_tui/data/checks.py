@@ -58,6 +58,12 @@ def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
     if disorder:
         yield "role-order", disorder
     for number, message in enumerate(conversation.messages, 1):
+        if message.role == "assistant" and not (
+            message.content.strip() or message.tool_calls or message.reasoning
+        ):
+            yield "empty-answer", f"Turn {number} says nothing."
+            break
+    for number, message in enumerate(conversation.messages, 1):
         if message.weight not in (0.0, 1.0):
             yield "part-weight", f"Turn {number} has the weight {message.weight:g}."
             break

@@ -137,9 +137,16 @@ def parse(row: Row, layout: Layout, source: int = 0) -> Conversation:
             raise RowRefused("empty-row", "The text is empty.")
         return Conversation((), text=text, source=source, row=row.number)
     messages = _READERS[layout.format](cells, layout)
-    if not messages or not any(m.content.strip() or m.tool_calls for m in messages):
+    if not any(_says_something(m) for m in messages):
         raise RowRefused("empty-row", "The conversation is empty.")
+    answers = [m for m in messages if m.role == "assistant"]
+    if answers and not any(_says_something(m) for m in answers):
+        raise RowRefused("empty-row", "The answer is empty.")
     return Conversation(messages, tools_of(cells.get("tools")), source=source, row=row.number)
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message.content.strip() or message.tool_calls or message.reasoning.strip())
 
 
 def _chat(cells: Mapping[str, Any], layout: Layout) -> tuple[Message, ...]:

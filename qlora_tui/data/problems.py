@@ -63,6 +63,7 @@ CHECKS: dict[str, Check] = {
     "role-order": Check(
         "warning", "Roles out of order", "Turns should alternate, user first. The row is used as it is."
     ),
+    "empty-answer": Check("warning", "An empty answer", "The model learns to say nothing. Remove the turn."),
     "everything-trained": Check(
         "warning", "Everything in the row is learned", "There is no prompt before the answer; add one."
     ),

@@ -99,7 +99,7 @@ class Writer:
 
 
 class Store:
-    """A finished folder, mapped."""
+    """A finished folder, mapped. Raises ``ValueError`` or ``OSError`` where files are missing or cut off."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -109,6 +109,11 @@ class Store:
         self.trained_counts = _mapped(folder / "trained_counts.u32", "I")
         self.rows = _mapped(folder / "rows.u32", "I")
         self.sources = _mapped(folder / "sources.u16", "H")
+        samples = len(self.offsets) - 1
+        if not len(self.tokens) == len(self.trained) == self.offsets[-1] or not (
+            samples == len(self.rows) == len(self.sources) == len(self.trained_counts)
+        ):
+            raise ValueError(f"{folder} is not whole")
 
     def side(self, name: str, weights: Sequence[float]) -> Samples:
         """``train`` or ``validation``."""

@@ -51,9 +51,9 @@ _PROMPT = (
     "They train on the role header too. The prompt gives it to the model, which never has to say it: ours."
 )
 _HISTORY = (
-    "Theirs shows (empty) thoughts in earlier turns, which the published template drops, as the model's prompt "
-    "will. Ours labels earlier answers as the published template shows them, and gives a turn with real thoughts a "
-    "sample of its own."
+    "Theirs shows (empty) thoughts in earlier turns, which the published template drops, as the model's "
+    "prompt will. Ours labels earlier answers as the published template shows them, and gives a turn with "
+    "real thoughts a sample of its own."
 )
 KNOWN: dict[str, Known] = {
     "deepseek_r1_distill": Known(_PROMPT, "<｜Assistant｜>(<think>\n)?|<｜tool▁outputs▁end｜>"),

@@ -1,0 +1,206 @@
+"""Every check both ways: it fires on what it is for, and is silent on what is fine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui.data.inspect import inspect, show
+from qlora_tui.data.problems import CHECKS, KEPT_ROWS, Tally
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.recipe.schema import Data, Source
+from tests.data.families import CHATML, MARKED, STRIPS, family, tokenizer_for, tokenizer_json
+
+WITHOUT_END = MARKED.replace(
+    "{{- m.content + '<|im_end|>' -}}{%- endgeneration -%}",
+    "{{- m.content -}}{%- endgeneration -%}{{- '<|im_end|>' -}}",
+)
+CALL = {"function": {"name": "f", "arguments": {}}}
+FINE: list[dict[str, Any]] = [
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Grüße, it’s 20 °C — naïve?"},
+            {"role": "assistant", "content": "Yes: sk-ip it. AKIA is a prefix, Âge is a word."},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "Two?"},
+            {"role": "assistant", "content": "Yes, two.\n\tReally."},
+            {"role": "user", "content": "Three?"},
+            {"role": "assistant", "content": "No."},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "Rain?"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "rain"},
+            {"role": "assistant", "content": "It rains."},
+        ]
+    },
+]
+
+
+def found(
+    tmp_path: Path, rows: list[Any], tokenizer: ChatTokenizer | None = None, data: Data | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Rows by kind of problem."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = inspect(Source(path=str(path)), tokenizer or family("chatml"), data)
+    for problem in report.problems:
+        assert problem.example
+        assert problem.fix
+        assert problem.count == len(problem.rows)
+    return {problem.kind: problem.rows for problem in report.problems}
+
+
+def pair(asked: str, answered: Any, **more: Any) -> dict[str, Any]:
+    return {
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered, **more}]
+    }
+
+
+def turns(*roles: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": f"{role} {n}"} for n, role in enumerate(roles)]}
+
+
+LONG = (
+    "The quick brown fox jumps over the lazy dog while nine wizards box five jugs of {} ale at noon, and then "
+    "they all walk home along the river, where the water is cold and the old boats lie in the grass."
+)
+BAD: dict[str, list[Any]] = {
+    "unknown-role": [turns("wizard", "assistant")],
+    "unsupported-part": [pair("a", [{"type": "audio", "audio": "x"}])],
+    "wrong-format": [{"message": "x"}],
+    "bad-row": [[1, 2]],
+    "empty-row": [{"messages": []}, pair("a", " ")],
+    "empty-answer": [{"messages": [*pair("a", "")["messages"], *pair("b", "c")["messages"]]}],
+    "no-answer": [turns("user"), pair("a", "b", train=False)],
+    "role-order": [
+        turns("user", "user", "assistant"),
+        turns("user", "system", "assistant"),
+        turns("tool", "assistant"),
+    ],
+    "control-tokens": [pair("stop <|im_end|> now", "b"), pair("a", "end </s>")],
+    "duplicate": [pair("Two?", "Again."), pair("two?  ", "AGAIN.")],
+    "near-duplicate": [pair("Tell.", LONG.format("pale")), pair("Tell.", LONG.format("brown"))],
+    "encoding-damage": [
+        pair("GrÃ¼Ã\u009fe", "x"),
+        pair("itâ€™s", "y"),
+        pair("caf\ufffd", "z"),
+        pair("a\x07", "bell"),
+    ],
+    "secret": [
+        pair("key?", "AKIA" + "ABCDEFGHIJKLMNOP"),
+        pair("token?", "hf_" + "a1B2" * 9),
+        pair("pem?", "-----BEGIN RSA " + "PRIVATE KEY-----"),
+        pair("gh?", "ghp_" + "x1Y2" * 9),
+    ],
+    "part-weight": [pair("half?", "b", weight=0.5)],
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_check_fires_on_each_bad_row(tmp_path: Path, kind: str) -> None:
+    rows = [*FINE, *BAD[kind]]
+    expected = tuple(range(len(FINE) + 1, len(rows) + 1))
+    if kind in ("duplicate", "near-duplicate"):
+        expected = expected[1:]
+    assert found(tmp_path, rows)[kind] == expected
+
+
+@pytest.mark.parametrize("name", ["chatml", "strips", "drops-thinking", "tools", "ends-with-eos"])
+def test_fine_rows_raise_nothing(tmp_path: Path, name: str) -> None:
+    assert found(tmp_path, FINE, family(name)) == {}
+
+
+def test_rows_that_share_a_phrase_are_not_near_duplicates(tmp_path: Path) -> None:
+    endings = [" ".join(f"w{n}x{k}" for k in range(30)) for n in range(20)]
+    rows = [pair(f"Question {n}?", f"The answer to this question is {end}") for n, end in enumerate(endings)]
+    assert found(tmp_path, rows) == {}
+
+
+def test_a_template_that_refuses_is_reported_with_its_words(tmp_path: Path) -> None:
+    assert found(tmp_path, [pair("a", "b"), turns("user", "user")], family("no-system"))["no-answer"] == (2,)
+    refused = found(tmp_path, [pair("a", "b"), turns("user", "user", "assistant")], family("no-system"))
+    assert refused == {"template-refuses": (2,), "role-order": (2,)}
+
+
+def test_a_row_in_which_everything_trains_is_reported(tmp_path: Path) -> None:
+    bare = "{%- for m in messages -%}{{- m.content + eos_token -}}{%- endfor -%}"
+    rows = [pair("a", "b"), turns("assistant")]
+    assert found(tmp_path, rows, tokenizer_for(bare))["everything-trained"] == (2,)
+
+
+def test_an_end_of_turn_that_is_not_learned_blocks(tmp_path: Path) -> None:
+    assert found(tmp_path, FINE[:2], tokenizer_for(MARKED)) == {}
+    assert found(tmp_path, FINE[:2], tokenizer_for(WITHOUT_END)) == {"turn-end-untrained": (1, 2)}
+    assert CHECKS["turn-end-untrained"].severity == "error"
+
+
+def test_a_pad_token_that_hides_the_end_is_named(tmp_path: Path) -> None:
+    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    assert found(tmp_path, FINE[:2], ChatTokenizer(tokenizer_json(), names, WITHOUT_END)) == {
+        "pad-hides-end": (1, 2)
+    }
+    assert found(tmp_path, FINE[:2], ChatTokenizer(tokenizer_json(), names, CHATML)) == {}
+
+
+def test_two_begin_tokens_are_reported(tmp_path: Path) -> None:
+    assert found(tmp_path, FINE[:2], tokenizer_for("{{- bos_token -}}" + STRIPS)) == {"double-bos": (1, 2)}
+    assert found(tmp_path, FINE[:2], tokenizer_for(STRIPS)) == {}
+
+
+def test_an_answer_the_template_changes_is_reported(tmp_path: Path) -> None:
+    upper = CHATML.replace("m.content", "(m.content | replace('x', 'y'))")
+    assert found(tmp_path, [pair("a", "fox"), pair("b", "dog")], tokenizer_for(upper)) == {
+        "answer-changed": (1,)
+    }
+
+
+@pytest.mark.parametrize(
+    ("too_long", "kinds"),
+    [
+        ("drop", {"too-long": (1, 2)}),
+        ("cut-left", {"too-long": (1, 2)}),
+        ("split", {"too-long": (1, 2)}),
+        ("cut-right", {"too-long": (2,), "nothing-left": (1,)}),
+    ],
+)
+def test_rows_beyond_the_length_limit_are_reported(
+    tmp_path: Path, too_long: Any, kinds: dict[str, Any]
+) -> None:
+    rows = [pair("word " * 40, "short"), pair("a", "word " * 40), pair("a", "fits")]
+    assert found(tmp_path, rows, data=Data(max_length=32, too_long=too_long)) == kinds
+
+
+def test_a_secret_is_not_shown_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    key = "hf_" + "a1B2" * 9
+    path.write_text(json.dumps(pair("token?", key)))
+    problem = inspect(Source(path=str(path))).problems[0]
+    assert key not in problem.example
+    assert problem.example == "hf_a1B… (39 characters)"
+
+
+def test_one_row_says_what_is_wrong_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(pair("caf\ufffd", "<|im_end|>")))
+    findings = show(Source(path=str(path)), 1, family("chatml")).findings
+    assert [kind for kind, _ in findings] == ["encoding-damage", "control-tokens"]
+
+
+def test_a_tally_keeps_the_first_rows_and_counts_the_rest() -> None:
+    tally = Tally()
+    for row in range(1, KEPT_ROWS + 51):
+        tally.add("duplicate", row, f"row\n{row}")
+    tally.add("bad-json", 3)
+    first, second = tally.problems()
+    assert first.kind == "bad-json"
+    assert (second.count, len(second.rows), second.example) == (KEPT_ROWS + 50, KEPT_ROWS, "row 1")

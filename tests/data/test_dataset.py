@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_tui.data.dataset import Prepared, Progress, prepare
+from qlora_tui.data.key_table import KeyTable
+from qlora_tui.data.lengths import fit
+from qlora_tui.data.render import Rendered
+from qlora_tui.data.split import held_back
+from qlora_tui.data.store import Store
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Data, Recipe, Source, Training
+from tests.data.families import family
+
+
+def write(path: Path, rows: list[Any]) -> Source:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(path=str(path))
+
+
+def pairs(count: int, what: str = "q") -> list[dict[str, str]]:
+    return [{"prompt": f"{what} {n}?", "completion": f"answer {n}"} for n in range(count)]
+
+
+def recipe(*sources: Source, seed: int = 42, **data: Any) -> Recipe:
+    return Recipe(data=Data(sources=sources, **data), training=Training(seed=seed))
+
+
+def side(prepared: Prepared, name: str) -> list[str]:
+    samples = prepared.train if name == "train" else prepared.validation
+    return [family("chatml").decode(list(samples.token_ids(i))) for i in range(len(samples))]
+
+
+def test_what_is_stored_is_what_is_rendered(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", pairs(40))
+    prepared = prepare(recipe(source), family("chatml"))
+    assert prepared.counts.rows == prepared.counts.conversations == prepared.counts.samples == 40
+    assert len(prepared.train) == 38
+    assert len(prepared.validation) == 2
+    tokenizer = family("chatml")
+    for samples in (prepared.train, prepared.validation):
+        for i in range(len(samples)):
+            ids, trained = list(samples.token_ids(i)), bytes(samples.trained(i))
+            source_index, row = samples.origin(i)
+            assert source_index == 0
+            assert samples.length(i) == len(ids) == len(trained)
+            assert samples.trained_count(i) == trained.count(1)
+            told = tokenizer.decode([t for t, flag in zip(ids, trained, strict=True) if flag])
+            assert told == f"answer {row - 1}<|im_end|>\n"
+    total = sum(prepared.train.lengths()) + sum(prepared.validation.lengths())
+    assert total == prepared.counts.tokens
+
+
+def test_the_same_recipe_finds_the_set_again(tmp_path: Path) -> None:
+    made = recipe(write(tmp_path / "a.jsonl", pairs(20)))
+    first, second = prepare(made, family("chatml")), prepare(made, family("chatml"))
+    assert (first.cached, second.cached) == (False, True)
+    assert first.data_hash == second.data_hash
+    assert first.counts == second.counts
+    assert side(first, "train") == side(second, "train")
+
+
+def test_any_change_makes_another_set(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", pairs(20))
+    base = prepare(recipe(source), family("chatml"))
+    others = [
+        prepare(recipe(source, max_length=16, too_long="cut-left"), family("chatml")),
+        prepare(recipe(source, train_on="everything"), family("chatml")),
+        prepare(recipe(source, validation_fraction=0.5), family("chatml")),
+        prepare(recipe(source, seed=7), family("chatml")),
+        prepare(recipe(source), family("strips")),
+        prepare(recipe(write(tmp_path / "b.jsonl", pairs(21))), family("chatml")),
+    ]
+    assert len({other.data_hash for other in (base, *others)}) == 7
+    assert not any(other.cached for other in others)
+
+
+def test_the_same_content_elsewhere_is_the_same_set(tmp_path: Path) -> None:
+    first = prepare(recipe(write(tmp_path / "a.jsonl", pairs(20))), family("chatml"))
+    again = prepare(recipe(write(tmp_path / "moved.jsonl", pairs(20))), family("chatml"))
+    assert again.cached
+    assert again.data_hash == first.data_hash
+
+
+def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
+    made = recipe(write(tmp_path / "a.jsonl", pairs(20)))
+    first = prepare(made, family("chatml"))
+    (first.folder / "meta.json").write_text('{"half')
+    again = prepare(made, family("chatml"))
+    assert not again.cached
+    assert again.data_hash == first.data_hash
+    (first.folder / "tokens.u32").unlink()
+    assert not prepare(made, family("chatml")).cached
+
+
+def test_a_truncated_token_file_is_made_again(tmp_path: Path) -> None:
+    made = recipe(write(tmp_path / "a.jsonl", pairs(20)))
+    tokens = prepare(made, family("chatml")).folder / "tokens.u32"
+    tokens.write_bytes(tokens.read_bytes()[:-8])
+    assert not prepare(made, family("chatml")).cached
+
+
+def test_duplicates_stay_on_one_side(tmp_path: Path) -> None:
+    rows = [row for row in pairs(50) for _ in range(4)]
+    random.Random(1).shuffle(rows)
+    prepared = prepare(recipe(write(tmp_path / "a.jsonl", rows), validation_fraction=0.2), family("chatml"))
+    train, validation = Counter(side(prepared, "train")), Counter(side(prepared, "validation"))
+    assert not train.keys() & validation.keys()
+    assert sum(validation.values()) == 40
+
+
+def test_every_source_gives_its_share_to_validation(tmp_path: Path) -> None:
+    many, few = write(tmp_path / "a.jsonl", pairs(200)), write(tmp_path / "b.jsonl", pairs(20, "other"))
+    prepared = prepare(recipe(many, few, validation_fraction=0.1), family("chatml"))
+    shares = Counter(prepared.validation.origin(i)[0] for i in range(len(prepared.validation)))
+    assert shares == {0: 20, 1: 2}
+
+
+def test_the_seed_decides_the_split(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", pairs(60))
+    one, other = (prepare(recipe(source, seed=seed), family("chatml")) for seed in (1, 2))
+    assert side(one, "validation") != side(other, "validation")
+
+
+def test_a_validation_file_is_the_whole_of_that_side_and_overlap_is_reported(tmp_path: Path) -> None:
+    held = write(tmp_path / "held.jsonl", [*pairs(3, "held"), pairs(1)[0]])
+    prepared = prepare(
+        recipe(write(tmp_path / "a.jsonl", pairs(10)), validation_path=held.path), family("chatml")
+    )
+    assert len(prepared.train) == 10
+    assert len(prepared.validation) == 4
+    overlap = next(p for p in prepared.problems if p.kind == "overlap")
+    assert (overlap.source, overlap.rows) == (1, (4,))
+    clean = write(tmp_path / "clean.jsonl", pairs(3, "held"))
+    assert not prepare(
+        recipe(write(tmp_path / "a.jsonl", pairs(10)), validation_path=clean.path), family("chatml")
+    ).problems
+
+
+def test_weights_say_how_often_a_source_is_seen(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.jsonl", pairs(10))
+    twice = Source(path=write(tmp_path / "b.jsonl", pairs(10, "b")).path, weight=2)
+    half = Source(path=write(tmp_path / "c.jsonl", pairs(10, "c")).path, weight=0.5)
+    train = prepare(recipe(one, twice, half, validation_fraction=0), family("chatml")).train
+    epochs = [train.epoch(epoch, seed=3) for epoch in range(2)]
+    for epoch in epochs:
+        assert Counter(train.origin(i)[0] for i in epoch) == {0: 10, 1: 20, 2: 5}
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == train.epoch(0, seed=3)
+    seen = Counter(i for epoch in epochs for i in epoch if train.origin(i)[0] == 2)
+    assert len(seen) == 10
+    assert set(seen.values()) == {1}
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    told: list[Progress] = []
+    prepare(recipe(write(tmp_path / "a.jsonl", pairs(600))), family("chatml"), told.append)
+    assert told[-1].share == 1.0
+    assert told[-1].rows == 600
+    assert [p.rows for p in told] == sorted(p.rows for p in told)
+
+
+def test_an_error_in_a_row_blocks_and_names_file_row_and_fix(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * 6 + "oops\n")
+    with pytest.raises(Problem, match="Not valid JSON") as caught:
+        prepare(recipe(Source(path=str(path))), family("chatml"))
+    assert str(path) in caught.value.what
+    assert "Line 7" in caught.value.what
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "fix"),
+    [
+        (pairs(3), {"max_length": 16, "too_long": "drop"}, "data.too_long"),
+        ([{"prompt": "word " * 99, "completion": "x"}], {"max_length": 16}, "behind the cut"),
+        ([{"prompt": "a", "completion": " "}], {}, "data inspect"),
+    ],
+)
+def test_nothing_to_train_on_says_why(
+    tmp_path: Path, rows: list[Any], data: dict[str, Any], fix: str
+) -> None:
+    with pytest.raises(Problem, match="Nothing to train on") as caught:
+        prepare(recipe(write(tmp_path / "a.jsonl", rows), **data), family("chatml"))
+    assert fix in caught.value.fix
+
+
+def test_no_source_says_so() -> None:
+    with pytest.raises(Problem, match="No data"):
+        prepare(Recipe(), family("chatml"))
+
+
+def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qlora_tui.data.dataset._make", full)
+    with pytest.raises(Problem, match="No disk space"):
+        prepare(recipe(write(tmp_path / "a.jsonl", pairs(3))), family("chatml"))
+
+
+def test_left_over_work_of_a_killed_process_does_not_disturb(tmp_path: Path) -> None:
+    made = recipe(write(tmp_path / "a.jsonl", pairs(20)))
+    folder = prepare(made, family("chatml")).folder
+    (folder.parent / ".making-dead").mkdir()
+    assert prepare(made, family("chatml")).cached
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        ["meta.json", "offsets.u64", "rows.u32", "sources.u16", "tokens.u32", "train.u32", "trained.u8",
+         "trained_counts.u32", "validation.u32"]
+    )  # fmt: skip
+    assert Store(folder).tokens.readonly
+
+
+SAMPLE = Rendered(list(range(10)), b"\x00\x00\x00\x01\x01\x00\x00\x00\x01\x01")
+
+
+@pytest.mark.parametrize(
+    ("too_long", "kept"),
+    [
+        ("drop", []),
+        ("cut-right", [[0, 1, 2, 3]]),
+        ("cut-left", [[6, 7, 8, 9]]),
+        ("split", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]),
+    ],
+)
+def test_long_samples_are_fitted_as_the_recipe_says(too_long: Any, kept: list[list[int]]) -> None:
+    fitted = fit(SAMPLE, 4, too_long)
+    assert [s.token_ids for s in fitted] == kept
+    assert all(len(s.trained) == len(s.token_ids) for s in fitted)
+
+
+def test_cutting_at_the_left_keeps_the_begin_token() -> None:
+    fitted = fit(SAMPLE, 4, "cut-left", bos_id=0)[0]
+    assert fitted.token_ids == [0, 7, 8, 9]
+    assert fitted.trained == b"\x00\x00\x01\x01"
+
+
+def test_a_sample_that_fits_is_left_alone_and_one_without_an_answer_goes() -> None:
+    assert fit(SAMPLE, 10, "drop") == [SAMPLE]
+    assert fit(SAMPLE, 3, "cut-right") == []
+    assert fit(Rendered([1, 2], b"\x00\x00"), 10, "drop") == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 2)), min_size=1, max_size=200), st.floats(0, 0.99)
+)
+def test_a_split_is_grouped_and_never_takes_everything(rows: list[tuple[int, int]], fraction: float) -> None:
+    from array import array
+
+    keys = array("Q", (key for key, _ in rows))
+    held = held_back(keys, [source for _, source in rows], fraction)
+    assert held <= set(keys)
+    assert held != set(keys)
+    assert bool(held) == (fraction > 0 and len(set(keys)) > 1)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 50), max_size=3000))
+def test_the_key_table_remembers_the_first_row_of_each_key(keys: list[int]) -> None:
+    table, reference = KeyTable(), dict[int, int]()
+    for row, key in enumerate(keys):
+        assert table.first(key, row) == reference.get(key)
+        reference.setdefault(key, row)
+        assert table.get(key) == reference[key]
+    assert len(table) == len(reference)
