@@ -1,0 +1,99 @@
+"""What an adapter adds to each weight: read from its folder, computed one weight at a time.
+
+LoRA (arXiv:2106.09685, section 4.1): W + s·B·A with s = alpha / r,
+or alpha / √r with rsLoRA (arXiv:2312.03732).
+DoRA (arXiv:2402.09353, equation 5): the rows of that, scaled to the magnitudes learnt.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qlora_tui.errors import Problem
+
+_WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+_PART = re.compile(
+    r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
+)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is learnt for one weight matrix (outputs, inputs)."""
+
+    down: Tensor
+    """A: (rank, inputs)."""
+    up: Tensor
+    """B: (outputs, rank)."""
+    scale: float
+    magnitude: Tensor | None
+    """DoRA's: (outputs,)."""
+    transposed: bool
+    """Whether the weight is kept as (inputs, outputs), as GPT-2's layers do."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight as it is kept."""
+        outputs, inputs = self.up.shape[0], self.down.shape[1]
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
+
+    def change(self) -> Tensor:
+        """s·B·A, in fp32: (outputs, inputs)."""
+        return self.up.float() @ self.down.float() * self.scale
+
+    def applied_to(self, weight: Tensor) -> Tensor:
+        """The merged weight, in the dtype and layout of ``weight``; computed in fp32."""
+        wide = weight.float().T if self.transposed else weight.float()
+        merged = wide + self.change()
+        if self.magnitude is not None:
+            merged *= (self.magnitude.float() / merged.norm(dim=1))[:, None]
+        return (merged.T if self.transposed else merged).to(weight.dtype).contiguous()
+
+
+def read_updates(folder: Path) -> dict[str, Update]:
+    """Module name to its update. Raises Problem where there is anything but LoRA on linear modules."""
+    try:
+        config = json.loads((folder / _CONFIG).read_bytes())
+        tensors = load_file(folder / _WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Problem(
+            "The adapter cannot be read",
+            what=f"{folder}: {error}",
+            fix="Give the adapter folder of a run, or another checkpoint.",
+        ) from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _PART.fullmatch(key)
+        if match is None:
+            raise Problem(
+                "This adapter cannot be merged",
+                what=f"It holds {key}, which is no LoRA of a linear module.",
+                fix="Load it with peft and use merge_and_unload instead.",
+            )
+        parts.setdefault(match[1], {})[match[2].removesuffix(".weight")] = tensor
+    return {name: _update(name, part, config) for name, part in parts.items()}
+
+
+def _update(name: str, part: dict[str, Tensor], config: dict[str, Any]) -> Update:
+    down, up = part["lora_A"], part["lora_B"]
+    rank = down.shape[0]
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
+    return Update(
+        down=down,
+        up=up,
+        scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
+        magnitude=part.get("lora_magnitude_vector"),
+        transposed=bool(config.get("fan_in_fan_out")),
+    )

@@ -1,0 +1,42 @@
+"""A model card: what the model is, what it was trained on and how. Names no folder of this machine."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+from qlora_tui.recipe.schema import Recipe
+
+
+def model_card(recipe: Recipe, *, from_hub: bool) -> str:
+    """README.md for a merged model. ``from_hub``: the base is named so that others find it."""
+    base = recipe.model.id if from_hub else PurePath(recipe.model.id).name
+    lora, training = recipe.lora, recipe.training
+    title = recipe.name or f"{PurePath(base).name}, fine-tuned"
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if from_hub:
+        front += [f"base_model: {base}", "base_model_relation: finetune"]
+    front += ["tags:", "- qlora", "- lora", "---"]
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    held = {"none": "16-bit weights"}.get(
+        recipe.quantization.method, f"{recipe.quantization.method.upper()} weights"
+    )
+    sources = ", ".join(PurePath(source.path).name for source in recipe.data.sources) or "not recorded"
+    rows = [
+        ("Base model", base),
+        ("Method", f"{kind} on {held}, merged into the 16-bit base"),
+        ("Rank, alpha, dropout", f"{lora.rank}, {lora.alpha:g}, {lora.dropout:g}"),
+        ("Target modules", ", ".join(lora.target_modules)),
+        ("Data", sources),
+        ("Trained on", _learnt(recipe)),
+        ("Effective batch", f"{recipe.effective_batch} rows of at most {recipe.data.max_length:,} tokens"),
+        ("Learning rate", f"{training.learning_rate:g}, {training.schedule}"),
+        ("Length", f"{training.max_steps:,} steps" if training.max_steps else f"{training.epochs:g} epochs"),
+    ]
+    table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+    note = [recipe.note, ""] if recipe.note else []
+    return "\n".join([*front, "", f"# {title}", "", *note, *table, ""])
+
+
+def _learnt(recipe: Recipe) -> str:
+    """What of the conversations was learnt."""
+    return "the assistant's turns" if recipe.data.train_on == "assistant" else "whole conversations"

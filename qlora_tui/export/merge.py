@@ -1,0 +1,148 @@
+"""The adapter merged into its base: an ordinary model folder that any program loads.
+
+The base's weight files are copied as they are, and the weights the adapter changes are then changed in the
+copy, one at a time: it takes the memory of one weight, not of the model. The base is the 16-bit one, not the
+4-bit one the adapter was trained on: merging into rounded weights would round the adapter away.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from msgspec import Struct
+
+from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.model_folder import weight_files
+from qlora_tui.chat.session import model_folder
+from qlora_tui.chat.terms import ChatSource
+from qlora_tui.chat.updates import Update, read_updates
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.export.card import model_card
+from qlora_tui.export.weight_files import change_tensors, tensor_shapes
+from qlora_tui.files import private_dir
+
+_SPARE_BYTES = 64 << 20
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *_TOKENIZER_FILES)
+
+
+class Merged(Struct, frozen=True, kw_only=True):
+    """What was written."""
+
+    folder: str
+    bytes: int
+    changed_weights: int
+    """Weight matrices that the adapter changed."""
+
+
+def merge(
+    source: ChatSource, voice: str, out: Path, tell: Callable[[str], None] = lambda words: None
+) -> Merged:
+    """Write the base with the adapter of ``voice`` merged into it; ``out`` must not exist yet.
+
+    ``source`` is of :mod:`qlora_tui.chat.sources`. ``tell`` hears what is being done. Raises Problem; then
+    nothing is left behind.
+    """
+    out = out.expanduser().absolute()
+    base = model_folder(source.recipe, tell)
+    adapter = Path(source.adapters[voice])
+    files = [base / name for name in weight_files(base)]
+    _check_room(out, files)
+    placed = _placed(read_updates(adapter), files, adapter)
+    draft = private_dir(out.parent) / f".{out.name}.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(mode=0o755)
+        for number, file in enumerate(files, 1):
+            tell(f"Merging {file.name} ({number} of {len(files)})")
+            shutil.copyfile(file, draft / file.name)
+            changes = {name: update.applied_to for name, update in placed[file.name].items()}
+            change_tensors(draft / file.name, dict(changes))
+        for folder, names in ((base, _MODEL_FILES), (adapter, _TOKENIZER_FILES)):
+            for name in filter(partial(_is_in, folder), names):
+                shutil.copyfile(folder / name, draft / name)
+        (draft / "README.md").write_text(model_card(source.recipe, from_hub=_from_hub(source)))
+        draft.rename(out)
+    except OSError as error:
+        raise Problem(
+            "The merged model could not be written",
+            what=f"{out}: {error.strerror or error}.",
+            fix="Free some space, or write to another disk.",
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Merged(
+        folder=str(out),
+        bytes=sum(file.stat().st_size for file in out.iterdir()),
+        changed_weights=sum(map(len, placed.values())),
+    )
+
+
+def _placed(updates: dict[str, Update], files: list[Path], adapter: Path) -> dict[str, dict[str, Update]]:
+    """File to tensor to update. Raises Problem where an update finds no tensor."""
+    shapes = {name: (file.name, shape) for file in files for name, shape in tensor_shapes(file).items()}
+    by_tail = {_tail(name): name for name in shapes}
+    placed: dict[str, dict[str, Update]] = {file.name: {} for file in files}
+    for module, update in updates.items():
+        name = f"{module}.weight"
+        if name not in shapes:
+            # A text model in a multimodal one is named with or without the outer part.
+            name = by_tail.get(_tail(name), name)
+        file_name, shape = shapes.get(name, ("", ()))
+        if shape != update.shape:
+            raise Problem(
+                "The adapter does not fit",
+                what=f"{adapter} changes {module}, which "
+                + (
+                    f"is {shape} in the base and {update.shape} here." if shape else "the base does not have."
+                ),
+                why="It was trained on another model, or the base keeps this weight in another form.",
+                fix="Choose the model it was trained on; its adapter_config.json names it.",
+            )
+        placed[file_name][name] = update
+    return placed
+
+
+def _tail(name: str) -> str:
+    _, found, tail = name.partition("layers.")
+    return found + tail if found else name
+
+
+def _is_in(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
+
+
+def _from_hub(source: ChatSource) -> bool:
+    return resolve(source.recipe.model.id).source == "hub cache"
+
+
+def _check_room(out: Path, files: list[Path]) -> None:
+    if out.exists() or out.is_symlink():
+        raise Problem(
+            "There is something there",
+            what=f"{out} exists already.",
+            why="Nothing is overwritten.",
+            fix="Name another folder, or remove that one.",
+            exit_code=WRONG_CALL,
+        )
+    needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES
+    place = next(p for p in out.parents if p.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise Problem(
+            "Not enough disk space",
+            what=f"The merged model takes {needed / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB left.",
+            fix="Free some space, or write to another disk.",
+        )

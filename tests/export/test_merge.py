@@ -1,0 +1,130 @@
+"""Merged models, against peft's own merge."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from qlora_tui.chat.terms import ChatSource
+from qlora_tui.errors import Problem
+from tests.chat.adapters import make_adapter
+
+pytestmark = pytest.mark.slow
+
+
+def merged_by_peft(model: Path, adapter: str) -> dict[str, Any]:
+    import transformers
+    from peft import PeftModel
+
+    library: Any = transformers
+    base = library.AutoModelForCausalLM.from_pretrained(model)
+    tuned: Any = PeftModel.from_pretrained(base, adapter)
+    return dict(tuned.merge_and_unload().state_dict())
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"v_proj": 32}}]
+)
+def test_a_merged_model_has_the_weights_that_peft_merges(
+    tiny_model: Path, tiny_source: ChatSource, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    import torch
+    import transformers
+
+    from qlora_tui.export.merge import merge
+
+    adapter = str(make_adapter(tiny_model, tmp_path / "adapter", **config))
+    source = msgspec.structs.replace(tiny_source, adapters={"adapter": adapter})
+    told: list[str] = []
+    merged = merge(source, "adapter", tmp_path / "out", told.append)
+    library: Any = transformers
+    ours = library.AutoModelForCausalLM.from_pretrained(merged.folder).state_dict()
+    expected = merged_by_peft(tiny_model, adapter)
+    assert ours.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
+    assert merged.changed_weights == 2 * 7
+    assert told == ["Merging model.safetensors (1 of 1)"]
+
+
+def test_a_model_in_several_files_is_merged_file_by_file(
+    tiny_model: Path, tiny_source: ChatSource, tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+
+    from qlora_tui.export.merge import merge
+
+    library: Any = transformers
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_model, shards, ignore=shutil.ignore_patterns("*.safetensors"))
+    whole = library.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    whole.save_pretrained(shards, max_shard_size="100KB")
+    recipe = msgspec.structs.replace(
+        tiny_source.recipe, model=msgspec.structs.replace(tiny_source.recipe.model, id=str(shards))
+    )
+    source = msgspec.structs.replace(tiny_source, recipe=recipe)
+    merged = merge(source, "adapter", tmp_path / "out")
+    assert len(list(Path(merged.folder).glob("*.safetensors"))) > 1
+    ours = library.AutoModelForCausalLM.from_pretrained(merged.folder, dtype="auto").state_dict()
+    for name, weight in merged_by_peft(tiny_model, source.adapters["adapter"]).items():
+        assert ours[name].dtype == torch.bfloat16
+        torch.testing.assert_close(ours[name].float(), weight, rtol=2e-2, atol=1e-2)
+
+
+def test_the_folder_carries_the_adapters_template_and_a_card_without_paths(
+    tiny_source: ChatSource, tmp_path: Path
+) -> None:
+    from qlora_tui.export.merge import merge
+
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tiny_source.adapters["adapter"], adapter)
+    (adapter / "chat_template.jinja").write_text("the adapter's")
+    source = msgspec.structs.replace(tiny_source, adapters={"adapter": str(adapter)})
+    out = Path(merge(source, "adapter", tmp_path / "out").folder)
+    assert (out / "chat_template.jinja").read_text() == "the adapter's"
+    assert (out / "tokenizer.json").is_file()
+    card = (out / "README.md").read_text()
+    assert "| Base model | model |" in card
+    assert str(tmp_path.parent) not in card
+
+
+def test_a_folder_that_exists_is_not_overwritten(tiny_source: ChatSource, tmp_path: Path) -> None:
+    from qlora_tui.export.merge import merge
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Problem, match="exists already"):
+        merge(tiny_source, "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("other", "named"), [({"num_hidden_layers": 3}, r"layers\.2"), ({"hidden_size": 32}, "in the base and")]
+)
+def test_an_adapter_of_another_model_leaves_nothing_behind(
+    tiny_source: ChatSource, tmp_path: Path, other: dict[str, int], named: str
+) -> None:
+    from qlora_tui.export.merge import merge
+    from tests.training.tiny import make_tiny_model
+
+    model = make_tiny_model(tmp_path / "other", **other)
+    adapter = str(make_adapter(model, tmp_path / "adapter"))
+    source = msgspec.structs.replace(tiny_source, adapters={"adapter": adapter})
+    with pytest.raises(Problem, match=named):
+        merge(source, "adapter", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_no_space_is_noticed_before_anything_is_written(
+    tiny_source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_tui.export.merge import merge
+
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(Problem, match="disk space"):
+        merge(tiny_source, "adapter", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
