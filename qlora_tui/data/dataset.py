@@ -18,9 +18,10 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.data.examine import Batch, Counts, Examiner, batches
+from qlora_tui.data.examine import Batch, Examiner, batches
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.problems import DataProblem
+from qlora_tui.data.report import Counts
 from qlora_tui.data.sources import SourceFile, content_hash, conversations, open_source
 from qlora_tui.data.split import held_back
 from qlora_tui.data.store import Samples, Store, Writer

@@ -18,6 +18,7 @@ from qlora_tui.data.lengths import fit
 from qlora_tui.data.near_duplicates import NearDuplicates
 from qlora_tui.data.problems import DataProblem, Tally
 from qlora_tui.data.render import Rendered, render_many
+from qlora_tui.data.report import Counts
 from qlora_tui.data.row import Row
 from qlora_tui.data.split import group_key
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -27,24 +28,6 @@ BATCH_ROWS = 256
 
 Batch = Sequence[tuple[Row, Conversation | RowRefused]]
 """Rows with their conversations, or why they have none."""
-
-
-class Counts(Struct):
-    """What became of the rows."""
-
-    rows: int = 0
-    conversations: int = 0
-    """Rows that gave at least one sample."""
-    samples: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    left_out: int = 0
-    """Rows refused: empty, without an answer, refused by the template."""
-    dropped: int = 0
-    """Samples longer than a row that were dropped, or in which nothing was left to learn."""
-    cut: int = 0
-    split: int = 0
-    """Samples split into several rows."""
 
 
 def batches(items: Iterator[tuple[Row, Conversation | RowRefused]]) -> Iterator[Batch]:

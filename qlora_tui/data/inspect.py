@@ -10,70 +10,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from msgspec import Struct
-
 from qlora_tui.data.checks import conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRefused
-from qlora_tui.data.examine import Batch, Counts, Examiner, batches
+from qlora_tui.data.examine import Batch, Examiner, batches
 from qlora_tui.data.lengths import fit
 from qlora_tui.data.open_file import Position
-from qlora_tui.data.problems import DataProblem
-from qlora_tui.data.render import Piece, pieces, render
-from qlora_tui.data.sources import SourceFile, conversations, open_source
-from qlora_tui.data.statistics import LengthCounter, Lengths
+from qlora_tui.data.render import pieces, render
+from qlora_tui.data.report import Counts, FileReport, Report, Shown
+from qlora_tui.data.row_at import row_at
+from qlora_tui.data.sources import SourceFile, conversation_of, conversations, open_source
+from qlora_tui.data.statistics import LengthCounter
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
 
+__all__ = ["Report", "Shown", "inspect", "inspecting", "show"]
+
 _FIRST_REPORT_S = 0.3
 _NEXT_REPORT_S = 1.0
-
-
-class FileReport(Struct, frozen=True):
-    """What one file is."""
-
-    path: str
-    bytes: int
-    format: str
-    columns: dict[str, str]
-    """Column by part."""
-    all_columns: tuple[str, ...]
-    evidence: tuple[str, ...]
-
-
-class Report(Struct, frozen=True):
-    """What is known of a source. JSON-ready through msgspec."""
-
-    files: tuple[FileReport, ...]
-    complete: bool
-    """Whether every row has been read."""
-    share: float
-    """Of the bytes that have been read, 0 to 1."""
-    counts: Counts
-    """Tokens and samples are 0 where no tokenizer was given."""
-    lengths: Lengths
-    too_long: int
-    """Samples longer than ``max_length``."""
-    problems: tuple[DataProblem, ...]
-    notes: dict[str, int]
-    template: str
-    """``tokenizer``, or the stock template in use; empty without a tokenizer."""
-
-
-class Shown(Struct, frozen=True):
-    """One row as the model will see it."""
-
-    row: int
-    samples: tuple[tuple[Piece, ...], ...]
-    """Nearly always one; what lies behind a cut is not in it."""
-    token_counts: tuple[int, ...]
-    """Before any cut."""
-    trained_counts: tuple[int, ...]
-    refused: str = ""
-    """Why there is no sample."""
-    notes: tuple[str, ...] = ()
-    findings: tuple[tuple[str, str], ...] = ()
-    """Kind and example of what the checks say of this row."""
 
 
 def inspect(source: Source, tokenizer: ChatTokenizer | None = None, data: Data | None = None) -> Report:
@@ -94,9 +48,9 @@ def show(source: Source, row: int, tokenizer: ChatTokenizer, data: Data | None =
     """Row number ``row`` of the source's first file. Raises ``Problem`` if there is no such row."""
     data = data or Data()
     file = open_source(source)[0][0]
-    for found, one in conversations(file):
-        if found.number >= row:
-            return _shown(found.number, one, tokenizer, data)
+    found = row_at(file.path, row)
+    if found is not None:
+        return _shown(found.number, conversation_of(found, file), tokenizer, data)
     raise Problem("No such row", what=f"{file.path} ends before row {row}.", fix="Choose a smaller number.")
 
 

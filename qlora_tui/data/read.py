@@ -43,6 +43,7 @@ _IGNORED = (
     "state",
     "sources",
 )
+_decode = msgspec.json.Decoder().decode
 _CELL_CHARACTERS = 100_000_000
 
 
@@ -129,18 +130,23 @@ def _guess(stream: Stream) -> str:
 
 
 def _jsonl_rows(stream: Stream) -> Iterator[Row]:
-    decode = msgspec.json.Decoder().decode
     for number, line in enumerate(stream.lines(), 1):
-        line = line.strip()
-        if not line:
-            continue
-        if reason := bad_utf8(line):
-            yield Row(number=number, kind="bad-encoding", error=f"Line {number}: {reason}.")
-            continue
-        try:
-            yield Row(number=number, value=decode(line))
-        except (msgspec.DecodeError, RecursionError) as error:
-            yield Row(number=number, kind="bad-json", error=f"Line {number} is not valid JSON: {error}.")
+        row = jsonl_row(number, line)
+        if row is not None:
+            yield row
+
+
+def jsonl_row(number: int, line: bytes) -> Row | None:
+    """The row of one line of a JSONL file; None for a blank one."""
+    line = line.strip()
+    if not line:
+        return None
+    if reason := bad_utf8(line):
+        return Row(number=number, kind="bad-encoding", error=f"Line {number}: {reason}.")
+    try:
+        return Row(number=number, value=_decode(line))
+    except (msgspec.DecodeError, RecursionError) as error:
+        return Row(number=number, kind="bad-json", error=f"Line {number} is not valid JSON: {error}.")
 
 
 def _text_rows(stream: Stream) -> Iterator[Row]:

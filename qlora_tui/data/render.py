@@ -15,6 +15,7 @@ from msgspec import Struct
 from tokenizers import Encoding
 
 from qlora_tui.data.conversation import Conversation, Message, RowRefused
+from qlora_tui.data.report import Piece
 from qlora_tui.data.spans import PRIVATE, Layout, lay_out
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.traits import adapted
@@ -38,15 +39,6 @@ class Rendered(Struct, frozen=True):
     def trained_count(self) -> int:
         """Tokens that train."""
         return self.trained.count(1)
-
-
-class Piece(Struct, frozen=True):
-    """A stretch of a sample to show."""
-
-    text: str
-    trained: bool
-    special: bool
-    """One special token."""
 
 
 class Laid(Struct, frozen=True):

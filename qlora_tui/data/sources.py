@@ -53,10 +53,15 @@ def conversations(
 ) -> Iterator[tuple[Row, Conversation | RowRefused]]:
     """Every row of a file with its conversation, or why it has none."""
     for row in rows(file.path, position):
-        try:
-            yield row, parse(row, file.detection.layout, file.source)
-        except RowRefused as refused:
-            yield row, refused
+        yield row, conversation_of(row, file)
+
+
+def conversation_of(row: Row, file: SourceFile) -> Conversation | RowRefused:
+    """The conversation of one row of a file, or why it has none."""
+    try:
+        return parse(row, file.detection.layout, file.source)
+    except RowRefused as refused:
+        return refused
 
 
 def unreadable(path: Path, row: Row) -> Problem:

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from qlora_tui.data.inspect import inspect, inspecting, show
+from qlora_tui.data.read import rows
+from qlora_tui.data.report import Report
+from qlora_tui.data.row_at import row_at
+from qlora_tui.data.statistics import LengthCounter
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Data, Source
+from tests.data.families import family
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"q {n}?", "completion": f"answer {n} " + "x" * (n % 7)} for n in range(count)]
+
+
+def write(path: Path, values: list[Any]) -> Source:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return Source(path=str(path))
+
+
+def test_a_report_says_format_counts_and_lengths(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [*pairs(30), {"prompt": "x", "completion": ""}])
+    report = inspect(source, family("chatml"))
+    (file,) = report.files
+    assert (file.format, file.columns) == (
+        "prompt-completion",
+        {"prompt": "prompt", "completion": "completion"},
+    )
+    assert file.bytes == Path(source.path).stat().st_size
+    assert report.complete
+    assert report.share == 1.0
+    assert (report.counts.rows, report.counts.samples, report.counts.left_out) == (31, 30, 1)
+    assert 0 < report.counts.trained_tokens < report.counts.tokens
+    assert report.lengths.unit == "tokens"
+    assert report.lengths.count == 30
+    assert report.lengths.p50 <= report.lengths.p90 <= report.lengths.p99 <= report.lengths.longest
+    assert sum(bin_.count for bin_ in report.lengths.histogram) == 30
+    assert [(p.kind, p.rows) for p in report.problems] == [("empty-row", (31,))]
+    assert report.template == "tokenizer"
+
+
+def test_a_report_goes_through_json_and_back(tmp_path: Path) -> None:
+    report = inspect(write(tmp_path / "a.jsonl", pairs(30)), family("chatml"))
+    assert msgspec.json.decode(msgspec.json.encode(report), type=Report) == report
+
+
+def test_without_a_tokenizer_lengths_are_in_characters(tmp_path: Path) -> None:
+    report = inspect(write(tmp_path / "a.jsonl", [{"prompt": "abc", "completion": "de"}]))
+    assert (report.lengths.unit, report.lengths.longest) == ("characters", 5)
+    assert (report.counts.conversations, report.counts.tokens, report.template) == (1, 0, "")
+
+
+def test_the_length_limit_and_the_longest_row_are_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [*pairs(3), {"prompt": "x", "completion": "word " * 99}])
+    report = inspect(source, family("chatml"), Data(max_length=64))
+    assert report.too_long == 1
+    assert report.lengths.longest_row == 4
+    assert report.counts.cut == 1
+
+
+def test_a_folder_reports_each_of_its_files(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", pairs(3))
+    (tmp_path / "b.csv").write_text("question,answer\nq,a\n")
+    report = inspect(Source(path=str(tmp_path)))
+    assert [file.format for file in report.files] == ["prompt-completion", "question-answer"]
+    assert report.counts.rows == 4
+
+
+def test_an_unusable_file_raises_before_the_first_report(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("never\n" * 300)
+    with pytest.raises(Problem, match="Not valid JSON") as caught:
+        next(inspecting(Source(path=str(path))))
+    assert "Line 1" in caught.value.what
+
+
+def test_bad_rows_do_not_stop_a_report(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' * 6 + "{oops\n" + '{"text": "b"}\n')
+    report = inspect(Source(path=str(path)), family("chatml"))
+    problem = next(p for p in report.problems if p.severity == "error")
+    assert (problem.kind, problem.rows) == ("bad-json", (7,))
+    assert report.counts.samples == 7
+
+
+def test_a_row_is_shown_as_the_model_will_see_it(tmp_path: Path) -> None:
+    shown = show(write(tmp_path / "a.jsonl", pairs(9)), 4, family("chatml"))
+    (sample,) = shown.samples
+    assert "".join(piece.text for piece in sample) == (
+        "<|im_start|>user\nq 3?<|im_end|>\n<|im_start|>assistant\nanswer 3 xxx<|im_end|>\n"
+    )
+    assert [piece.text for piece in sample if piece.trained] == ["answer 3 xxx", "<|im_end|>", "\n"]
+    assert shown.token_counts[0] == family("chatml").encode("".join(p.text for p in sample)).__len__()
+
+
+def test_a_cut_row_is_shown_cut_and_a_refused_one_with_the_reason(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "a.jsonl", [{"prompt": "x", "completion": "word " * 99}, {"prompt": "", "completion": "y"}]
+    )
+    cut = show(source, 1, family("chatml"), Data(max_length=32))
+    assert sum(len(family("chatml").encode(p.text)) for p in cut.samples[0]) == 32
+    assert cut.token_counts[0] > 32
+    refused = show(source, 2, family("chatml"))
+    assert (refused.samples, refused.refused) == ((), "The prompt is empty.")
+
+
+def test_a_row_beyond_the_end_says_so(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match="No such row"):
+        show(write(tmp_path / "a.jsonl", pairs(3)), 4, family("chatml"))
+
+
+def test_any_line_of_a_large_file_is_found_as_if_read_from_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "large.jsonl"
+    lines = [json.dumps({"text": "é" * (n % 700), "n": n}, ensure_ascii=n % 2 == 0) for n in range(9000)]
+    lines[10] = lines[4444] = ""
+    path.write_text("\ufeff" + "\n".join(lines))
+    assert path.stat().st_size > 5_000_000
+    reference = {row.number: row for row in rows(path)}
+    for number in (1, 2, 12, 1500, 4444, 8999, 9000):
+        assert row_at(path, number) == reference[number]
+    assert row_at(path, 11) == reference[12]
+    assert row_at(path, 4445) == reference[4446]
+    assert row_at(path, 9001) is None
+
+
+def test_a_changed_file_is_looked_up_anew(tmp_path: Path) -> None:
+    path = tmp_path / "large.jsonl"
+    line = json.dumps({"text": "x" * 1000})
+    path.write_text((line + "\n") * 5000)
+    assert row_at(path, 5001) is None
+    path.write_text((line + "\n") * 5001)
+    assert row_at(path, 5001) is not None
+
+
+@pytest.mark.slow
+def test_a_large_file_reports_within_a_second_and_again_while_it_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "large.jsonl"
+    block = "".join(json.dumps({"prompt": f"q {n}", "completion": "word " * 40}) + "\n" for n in range(2000))
+    with path.open("w") as file:
+        for _ in range(150):
+            file.write(block)
+    began = time.monotonic()
+    reports = inspecting(Source(path=str(path)), family("chatml"))
+    first = next(reports)
+    assert time.monotonic() - began < 1.0
+    assert not first.complete
+    assert first.counts.rows >= 200
+    assert next(reports).counts.rows > first.counts.rows
+    reports.close()  # type: ignore[attr-defined]  # a generator
+
+
+def test_lengths_are_ranked_exactly() -> None:
+    counter = LengthCounter("tokens")
+    for row, length in enumerate(range(1, 101), 1):
+        counter.add([length], row)
+    summary = counter.summary()
+    assert (summary.p50, summary.p90, summary.p99, summary.longest, summary.longest_row) == (
+        50,
+        90,
+        99,
+        100,
+        100,
+    )
+    assert counter.above(90) == 10
+    assert summary.histogram[0].up_to == 5
+    assert LengthCounter("tokens").summary().count == 0
+
+
+def test_the_data_screen_needs_no_tokenizer_library() -> None:
+    code = (
+        "import sys, qlora_tui.data.report as r; print({'tokenizers', 'jinja2', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
