@@ -67,7 +67,7 @@ class LengthCounter:
             p99=_percentile(ordered, total, 99),
             longest=self._longest,
             longest_row=self._longest_row,
-            histogram=_histogram(ordered),
+            histogram=_histogram(ordered, _percentile(ordered, total, 99)),
         )
 
 
@@ -81,9 +81,24 @@ def _percentile(ordered: list[tuple[int, int]], total: int, percent: int) -> int
     return ordered[-1][0]
 
 
-def _histogram(ordered: list[tuple[int, int]]) -> tuple[Bin, ...]:
-    width = max(1, -(-ordered[-1][0] // _BINS))
+def _histogram(ordered: list[tuple[int, int]], p99: int) -> tuple[Bin, ...]:
+    """Even bins for nearly all samples, and one last bin for a tail that would flatten all the others."""
+    longest = ordered[-1][0]
+    width = _round_width(min(longest, 1.15 * p99) / (_BINS - 1))
     bins: Counter[int] = Counter()
     for length, count in ordered:
-        bins[max(0, length - 1) // width] += count
-    return tuple(Bin((n + 1) * width, bins[n]) for n in range(max(bins) + 1))
+        bins[min(max(0, length - 1) // width, _BINS - 1)] += count
+    last = max(bins)
+    ends = [(n + 1) * width for n in range(last)]
+    ends.append(longest if last == _BINS - 1 else (last + 1) * width)
+    return tuple(Bin(end, bins[n]) for n, end in enumerate(ends))
+
+
+def _round_width(least: float) -> int:
+    """The smallest width not below ``least`` that is easy to read: 1 to 6 or 8, and zeros."""
+    power = 1
+    while True:
+        for digit in (1, 2, 3, 4, 5, 6, 8):
+            if digit * power >= least:
+                return digit * power
+        power *= 10
