@@ -76,6 +76,12 @@ def run_demo(say: Callable[[str], None], tell: Callable[[AnyEvent, RunView], Non
     view = wait_for_end(run, tell)
     if isinstance(view.ending, Failed):
         raise view.ending.problem()
+    if not isinstance(view.ending, Finished):
+        raise Problem(
+            "The demo was cut short",
+            what=f"{run.id} is {view.status.state} at step {view.step}.",
+            fix=f"`qlora-tui resume {run.id} --follow` goes on with it.",
+        )
     say("Asking base and adapter what they were not trained on")
     # Torch is needed from here on only, and the run is over: one model at a time in memory.
     from qlora_tui.chat.ask import compare

@@ -22,6 +22,8 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, load, to_layer, to_recipe
 
 _UNDO_STEPS = 200
+_BEGAN_AS = "# began as "
+"""First line of the draft, before the preset's name."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +141,16 @@ class Workbench:
 def load_draft() -> Workbench:
     """The workbench as it was left; a fresh one where there is no draft or it cannot be read."""
     try:
-        layer = load(_draft_path())
-        preset = layer.pop("draft_of", "balanced")
-        return Workbench(to_recipe(layer, origin=str(_draft_path())), preset=str(preset))
-    except Problem:
+        recipe = to_recipe(load(_draft_path()), origin=str(_draft_path()))
+        first_line = _draft_path().read_text("utf-8").partition("\n")[0]
+        return Workbench(recipe, preset=first_line.removeprefix(_BEGAN_AS).strip())
+    except (Problem, OSError):
         return Workbench()
 
 
 def save_draft(workbench: Workbench) -> None:
     """Keep the workbench for the next start."""
-    atomic_write(_draft_path(), f'draft_of = "{workbench.preset}"\n' + dump(workbench.recipe))
+    atomic_write(_draft_path(), f"{_BEGAN_AS}{workbench.preset}\n{dump(workbench.recipe)}")
 
 
 def _draft_path() -> Path:

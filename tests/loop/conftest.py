@@ -1,0 +1,44 @@
+"""A tiny random Llama, and conversations for it: real files, made once a session."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.recipe.overlay import build
+from qlora_tui.recipe.schema import Recipe
+from tests.training.tiny import make_tiny_model
+
+COLOURS = ("red", "blue", "green", "brown", "quick", "lazy", "wise", "old")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> Path:
+    """Forty questions and answers."""
+    path = tmp_path / "colours.jsonl"
+    with path.open("w") as file:
+        for number in range(40):
+            colour = COLOURS[number % len(COLOURS)]
+            question = f"what is the colour of fox {number}?"
+            answer = f"the fox is {colour} and so are the owls {number}"
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model: Path, conversations: Path) -> Recipe:
+    """Trains in milliseconds a step."""
+    return build(
+        preset="cpu-demo",
+        model=str(tiny_model),
+        data=[str(conversations)],
+        sets=["name=tiny", "lora.rank=4", "data.max_length=128", "training.epochs=3"],
+    )

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Source
+from qlora_tui.tui.workbench import Workbench, load_draft, save_draft
+
+
+def test_a_draft_comes_back_as_it_was_left() -> None:
+    bench = Workbench(preset="paper")
+    bench.set("lora.rank", 8)
+    bench.set("data.sources", (Source(path="rows.jsonl"),))
+    save_draft(bench)
+    again = load_draft()
+    assert again.recipe == bench.recipe
+    assert again.preset == "paper"
+    assert again.modified
+
+
+def test_a_damaged_draft_is_a_fresh_start() -> None:
+    (paths.state_dir() / "draft.toml").write_text("# began as paper\nlora = 3\n")
+    assert load_draft().preset == "balanced"
+
+
+def test_a_draft_of_a_preset_that_is_gone_is_a_fresh_start() -> None:
+    bench = Workbench()
+    save_draft(bench)
+    path = paths.state_dir() / "draft.toml"
+    path.write_text(path.read_text().replace("began as balanced", "began as gone"))
+    assert load_draft().preset == "balanced"
+
+
+def test_undo_and_redo_walk_the_changes() -> None:
+    bench = Workbench()
+    first = bench.recipe
+    bench.set("lora.rank", 8)
+    bench.set("lora.rank", 64)
+    assert bench.undo() and bench.recipe.lora.rank == 8
+    assert bench.undo() and bench.recipe == first
+    assert not bench.undo()
+    assert bench.redo() and bench.recipe.lora.rank == 8
+    bench.set("lora.alpha", 1.0)
+    assert not bench.redo()
+
+
+def test_a_value_out_of_bounds_changes_nothing() -> None:
+    bench = Workbench()
+    with pytest.raises(Problem, match=r"lora\.rank"):
+        bench.set("lora.rank", 0)
+    assert not bench.modified
+
+
+def test_opening_a_preset_keeps_model_and_data() -> None:
+    bench = Workbench()
+    bench.set("model.id", "acme/tiny")
+    bench.set("data.sources", (Source(path="rows.jsonl"),))
+    bench.open_preset("paper")
+    assert bench.recipe.lora.rank == 64
+    assert bench.recipe.model.id == "acme/tiny"
+    assert bench.recipe.data.sources[0].path == "rows.jsonl"
+    assert not bench.modified
