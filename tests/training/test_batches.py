@@ -1,0 +1,175 @@
+"""Rows, steps and micro-batches: nothing lost, nothing twice, nothing cut."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("torch")
+
+from qlora_tui.recipe.schema import Data, Recipe, Training
+from qlora_tui.training.batches import (
+    Schedule,
+    collate,
+    computed_tokens,
+    lay_out,
+    micro_batches,
+    pack,
+    predictions_in,
+    tokens_in,
+    validation_batches,
+)
+from qlora_tui.training.loop import Steps
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+
+class Fake:
+    """Samples of given lengths; token ids are unlike in each, the second half of each trains."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self._lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def token_ids(self, i: int) -> list[int]:
+        return [1000 * i + k for k in range(self._lengths[i])]
+
+    def trained(self, i: int) -> list[int]:
+        return [int(k >= self._lengths[i] // 2) for k in range(self._lengths[i])]
+
+    def length(self, i: int) -> int:
+        return self._lengths[i]
+
+    def epoch(self, epoch: int, seed: int) -> array[int]:
+        order = list(range(len(self)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        return array("I", order)
+
+
+def lengths_of(count: int, least: int, most: int) -> list[int]:
+    """Random, and the same every time."""
+    numbers = random.Random(f"{count}/{least}/{most}")
+    return [numbers.randint(least, most) for _ in range(count)]
+
+
+LENGTHS = lengths_of(50, 2, 60)
+
+
+def recipe(**training: object) -> Recipe:
+    return Recipe(
+        data=Data(max_length=64),
+        training=Training(**{"gradient_accumulation": 3, "epochs": 2, **training}),  # type: ignore[arg-type]
+    )
+
+
+def samples_of(schedule: Schedule) -> list[int]:
+    return [i for step in schedule.steps for row in step.rows for i in row]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=80), st.integers(20, 60))
+def test_packing_keeps_every_sample_whole_and_once(lengths: list[int], capacity: int) -> None:
+    order = list(range(len(lengths)))
+    rows = pack(order, lengths, capacity)
+    assert sorted(i for row in rows for i in row) == order
+    assert all(len(row) == 1 or sum(lengths[i] for i in row) <= capacity for row in rows)
+
+
+def test_packing_wastes_little() -> None:
+    lengths = lengths_of(1000, 20, 400)
+    rows = pack(range(1000), lengths, 1024)
+    assert sum(lengths) / (len(rows) * 1024) > 0.98
+
+
+@pytest.mark.parametrize("kept_apart", [True, False])
+def test_an_epoch_is_every_sample_once(kept_apart: bool) -> None:
+    schedule = lay_out(Fake(LENGTHS), recipe(), kept_apart=kept_apart)
+    assert Counter(samples_of(schedule)) == Counter(dict.fromkeys(range(50), 2))
+    assert schedule.steps[-1].epoch == 2.0
+    assert [step.ends_epoch for step in schedule.steps].count(True) == 2
+
+
+def test_a_fraction_of_an_epoch_is_that_fraction_of_its_rows() -> None:
+    whole = lay_out(Fake(LENGTHS), recipe(epochs=1.0), kept_apart=True)
+    half = lay_out(Fake(LENGTHS), recipe(epochs=1.5), kept_apart=True)
+    rows = sum(len(step.rows) for step in half.steps)
+    assert rows == whole.rows_per_epoch + round(whole.rows_per_epoch / 2)
+    assert half.steps[-1].epoch == 1.5
+
+
+def test_most_steps_cut_the_schedule_short() -> None:
+    schedule = lay_out(Fake(LENGTHS), recipe(max_steps=4), kept_apart=True)
+    assert len(schedule.steps) == 4
+
+
+def test_epochs_come_in_different_orders_and_always_the_same_ones() -> None:
+    once, again = (samples_of(lay_out(Fake(LENGTHS), recipe(), kept_apart=True)) for _ in range(2))
+    assert once == again
+    assert once[:50] != once[50:]
+
+
+def test_rows_that_must_be_padded_lie_beside_their_like() -> None:
+    lengths = lengths_of(400, 2, 600)
+    schedule = lay_out(Fake(lengths), recipe(epochs=1.0, micro_batch=4), kept_apart=False)
+    batches = [b for step in schedule.steps for b in micro_batches(step.rows, 4)]
+    computed = sum(computed_tokens(batch, Fake(lengths), kept_apart=False) for batch in batches)
+    assert sum(lengths) / computed > 0.9
+
+
+def test_a_packed_micro_batch_has_no_padding_and_no_label_across_samples() -> None:
+    fake = Fake([4, 6, 3])
+    batch = collate([(0, 2), (1,)], fake, kept_apart=True, pad_id=0)
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 2000, 2001, 2002, *range(1000, 1006)]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 5]]
+    assert batch["labels"].tolist() == [
+        [-100, -100, 2, 3, -100, 2001, 2002, -100, -100, -100, 1003, 1004, 1005]
+    ]
+    assert batch["segments"] == [4, 3, 6]
+
+
+def test_a_padded_micro_batch_learns_nothing_from_padding() -> None:
+    batch = collate([(0,), (1,)], Fake([2, 4]), kept_apart=False, pad_id=7)
+    assert batch["input_ids"].tolist() == [[0, 1, 7, 7], [1000, 1001, 1002, 1003]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 1, -100, -100], [-100, -100, 1002, 1003]]
+
+
+def test_validation_sees_every_sample_once() -> None:
+    batches = validation_batches(Fake(LENGTHS), 2, 64, kept_apart=True)
+    assert sorted(i for batch in batches for row in batch for i in row) == list(range(50))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [1, 2, 6])
+def test_a_step_is_the_same_however_it_is_split(processes: int, micro_batch: int) -> None:
+    fake = Fake(LENGTHS)
+    schedule = lay_out(fake, recipe(micro_batch=2), kept_apart=True)
+    for n, step in enumerate(schedule.steps):
+        shares = [
+            Steps(
+                schedule,
+                fake,
+                micro_batch=micro_batch,
+                kept_apart=True,
+                pad_id=0,
+                rank=rank,
+                processes=processes,
+            )[n]
+            for rank in range(processes)
+        ]
+        learnt = [
+            label
+            for share in shares
+            for batch in share["micro_batches"]
+            for label in batch["labels"].flatten().tolist()
+            if label != -100
+        ]
+        assert len({len(share["micro_batches"]) for share in shares}) == 1
+        assert len(learnt) == predictions_in(step.rows, fake) == shares[0]["predictions"]
+        assert shares[0]["tokens"] == tokens_in(step.rows, fake)

@@ -1,0 +1,258 @@
+"""The trainer process: from a queued run to an adapter, and every way out before that."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions, control
+from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.events import (
+    AdapterReady,
+    CheckpointSaved,
+    DataReady,
+    Environment,
+    Evaluated,
+    Failed,
+    Finished,
+    MemoryMeasured,
+    Paused,
+    Sampled,
+    Started,
+    Step,
+    Stopped,
+)
+from qlora_tui.runs.status import read_status
+from qlora_tui.runs.telemetry import TelemetryTail
+from tests.training.conftest import MakeRecipe, Trainers
+from tests.training.told import events, last_step, losses, told
+from tests.waiting import wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+LONG = {"training.epochs": 60.0, "training.checkpoint_every": 1000, "training.evaluate_every": 1000}
+"""A run that is not over before it can be asked something."""
+
+
+def test_submitted_runs_are_trained_one_after_the_other_in_the_background(recipe: MakeRecipe) -> None:
+    runs = [actions.submit(recipe({"name": name, "training.epochs": 1.0})) for name in ("first", "second")]
+    wait_for(lambda: read_status(runs[1]).state == "finished", seconds=180, saying="both runs to finish")
+    assert read_status(runs[0]).state == "finished"
+    first, second = (told(run, Finished)[0].at for run in runs)
+    assert told(runs[1], Started)[0].at > first < second
+
+
+def test_a_run_tells_what_it_is_and_does(recipe: MakeRecipe, trainers: Trainers) -> None:
+    run = create(recipe({"training.sample_prompts": ("what is 3",)}))
+    assert trainers.run(run) == 0
+    (environment,) = told(run, Environment)
+    assert (environment.device_kind, environment.compute_dtype) == ("cpu", "float32")
+    assert environment.loss == "chunked" and environment.attention == "SDPA, sample by sample"
+    (data,) = told(run, DataReady)
+    steps = told(run, Step)
+    assert [step.step for step in steps] == list(range(1, data.total_steps + 1))
+    assert steps[-1].tokens == 2 * data.tokens and steps[-1].epoch == 2.0
+    assert told(run, AdapterReady)[0].trained_parameters == 16384
+    evaluated = told(run, Evaluated)
+    assert [e.step for e in evaluated] == [0, data.steps_per_epoch, data.total_steps]
+    assert evaluated[0].loss and evaluated[-1].loss and evaluated[-1].loss < evaluated[0].loss
+    assert [(s.step, s.prompt) for s in told(run, Sampled)] == [(e.step, "what is 3") for e in evaluated]
+    assert [memory.when for memory in told(run, MemoryMeasured)] == ["probe", "end"]
+    assert all(memory.measured_bytes > 10**8 for memory in told(run, MemoryMeasured))
+    assert isinstance(events(run)[-1], Finished)
+    assert read_status(run).state == "finished"
+    assert TelemetryTail(run.telemetry_path).poll()[0].rss_bytes > 10**8
+
+
+def test_the_adapter_loads_with_plain_peft(recipe: MakeRecipe, trainers: Trainers, tmp_path: Path) -> None:
+    run = create(recipe({"training.epochs": 1.0}))
+    assert trainers.run(run) == 0
+    code = (
+        "import sys; from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer;"
+        "model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]);"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1]);"
+        "text = tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False);"
+        "moved = [n for n, p in model.named_parameters() if 'lora_B' in n and p.abs().max() > 0];"
+        "assert len(moved) == 14 and 'qlora_tui' not in sys.modules; print(text)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code, str(run.adapter_dir)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout == "<|im_start|>user\nhi<|im_end|>\n\n"
+    assert (run.adapter_dir / "recipe.toml").read_text() == run.recipe_path.read_text()
+
+
+@pytest.mark.parametrize("how", ["stop", "SIGTERM"])
+def test_a_stopped_run_has_checkpoint_and_adapter(recipe: MakeRecipe, trainers: Trainers, how: str) -> None:
+    run = create(recipe(LONG))
+    trainer = trainers.start(run)
+    wait_for(lambda: last_step(run) >= 3, seconds=60)
+    if how == "stop":
+        actions.stop(run)
+    else:
+        os.kill(trainer.pid, signal.SIGTERM)
+    assert trainer.wait() == 0
+    ending = events(run)[-1]
+    assert isinstance(ending, Stopped) and ending.step == last_step(run)
+    assert told(run, CheckpointSaved)[-1].step == ending.step
+    assert (run.adapter_dir / "adapter_model.safetensors").exists()
+    assert read_status(run).state == "stopped"
+
+
+def test_a_paused_run_goes_on_where_it_was(recipe: MakeRecipe, trainers: Trainers) -> None:
+    run = create(recipe({**LONG, "training.epochs": 10.0}))
+    trainer = trainers.start(run)
+    wait_for(lambda: last_step(run) >= 2, seconds=60)
+    actions.pause(run)
+    assert trainer.wait() == 0
+    ending = events(run)[-1]
+    assert isinstance(ending, Paused) and read_status(run).state == "paused"
+    assert not run.adapter_dir.exists()
+    assert trainers.run(run) == 0
+    total = told(run, DataReady)[0].total_steps
+    assert list(losses(run)) == list(range(1, total + 1))
+    assert told(run, Started)[-1].resumed_from_step == ending.step
+    assert read_status(run).state == "finished"
+
+
+def test_a_run_stopped_before_its_first_step_ends_at_the_next_edge(
+    recipe: MakeRecipe, trainers: Trainers
+) -> None:
+    run = create(recipe(LONG))
+    request = msgspec.json.encode(control.Request(kind="stop"))
+    (run.control_dir / "0-early.json").write_bytes(request)
+    assert trainers.run(run) == 0
+    assert isinstance(events(run)[-1], Stopped) and last_step(run) == 0
+
+
+def test_requests_are_done_at_the_next_step(recipe: MakeRecipe, trainers: Trainers) -> None:
+    run = create(
+        recipe(
+            {
+                **LONG,
+                "training.sample_prompts": ("what is 3",),
+                "training.schedule": "constant",
+                "training.warmup": 0.0,
+            }
+        )
+    )
+    trainer = trainers.start(run)
+    wait_for(lambda: last_step(run) >= 2, seconds=60)
+    for kind in ("checkpoint", "evaluate", "sample"):
+        control.ask(run, kind)
+    control.ask(run, "set_learning_rate", 5e-4)
+    wait_for(lambda: told(run, CheckpointSaved) and len(told(run, Sampled)) >= 2, seconds=60)
+    asked_at = told(run, CheckpointSaved)[0].step
+    wait_for(lambda: last_step(run) > asked_at + 1, seconds=60)
+    control.ask(run, "finish_epoch")
+    assert trainer.wait() == 0
+    assert [e.step for e in told(run, Evaluated)][:2] == [0, asked_at]
+    rates = {step.step: step.learning_rate for step in told(run, Step)}
+    assert (rates[asked_at], rates[asked_at + 2]) == (2e-3, 5e-4)
+    ending = events(run)[-1]
+    assert isinstance(ending, Finished) and "as asked" in ending.reason
+    assert ending.step < told(run, DataReady)[0].total_steps
+    assert ending.step % told(run, DataReady)[0].steps_per_epoch == 0
+
+
+def _failure(run: RunDir, trainers: Trainers, code: int = 1) -> Failed:
+    assert trainers.run(run) == code
+    ending = events(run)[-1]
+    assert isinstance(ending, Failed)
+    assert ending.what
+    status = read_status(run)
+    assert status.state == "failed" and ending.title in status.detail
+    assert "Traceback" not in ending.what
+    return ending
+
+
+def test_a_model_that_has_gone_is_named(recipe: MakeRecipe, trainers: Trainers, tmp_path: Path) -> None:
+    run = create(recipe({"model.id": str(tmp_path / "gone")}))
+    ending = _failure(run, trainers, code=2)
+    assert str(tmp_path / "gone") in ending.what and ending.kind == "problem"
+
+
+def test_a_data_file_that_is_broken_is_named_with_its_line(
+    recipe: MakeRecipe, trainers: Trainers, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"messages": []}\nnot json\n')
+    made: Recipe = recipe()
+    source = msgspec.structs.replace(made.data.sources[0], path=str(broken))
+    run = create(recipe({"data.sources": (source,)}))
+    assert str(broken) in _failure(run, trainers).what
+
+
+def test_a_recipe_edited_into_nonsense_fails_with_the_key(recipe: MakeRecipe, trainers: Trainers) -> None:
+    run = create(recipe())
+    run.recipe_path.write_text(run.recipe_path.read_text().replace("rank = 8", 'rank = "many"'))
+    assert "lora.rank" in _failure(run, trainers, code=2).what
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(
+    recipe: MakeRecipe, trainers: Trainers
+) -> None:
+    # Half precision, a huge scale and a rate that rises: it overflows after some good steps.
+    run = create(
+        recipe(
+            {
+                "quantization.compute_dtype": "float16",
+                "lora.alpha": 8192.0,
+                "training.learning_rate": 1.0,
+                "training.warmup": 0.9,
+                "training.max_grad_norm": 0.0,
+                "training.epochs": 20.0,
+                "training.checkpoint_every": 1,
+            }
+        )
+    )
+    ending = _failure(run, trainers)
+    assert ending.title == "The loss is not a number"
+    assert told(run, Step)[-1].loss is None or told(run, Step)[-1].grad_norm is None
+    saved = [step for step, _ in run.checkpoints()]
+    assert saved and saved[-1] < told(run, Step)[-1].step
+
+
+def test_a_second_trainer_of_a_run_is_refused(recipe: MakeRecipe, trainers: Trainers) -> None:
+    run = create(recipe(LONG))
+    trainer = trainers.start(run)
+    wait_for(lambda: last_step(run) >= 1, seconds=60)
+    second = subprocess.run(
+        [sys.executable, "-m", "qlora_tui.training", str(run.path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert second.returncode == 2 and "Another trainer" in second.stderr
+    assert len(told(run, Started)) == 1
+    actions.stop(run)
+    assert trainer.wait() == 0
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    called = subprocess.run(
+        [sys.executable, "-m", "qlora_tui.training", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert called.returncode == 2 and "No such run" in called.stderr
+
+
+def test_a_trainer_shows_itself_before_torch_is_loaded() -> None:
+    code = "import sys, qlora_tui.training.__main__; print('torch' in sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(loaded.stdout.lower()) is False
