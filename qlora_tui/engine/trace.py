@@ -18,7 +18,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -103,7 +103,7 @@ def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> A
     from qlora_tui.training.adapter import add_lora
     from qlora_tui.training.loss import Head, find_head, use_chunked_loss, use_segments
 
-    recipe = request.recipe
+    recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
     values = {
         k: v for k, v in request.config.items() if k not in ("quantization_config", "torch_dtype", "dtype")
     }
@@ -111,9 +111,9 @@ def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> A
     attention = "eager" if recipe.model.attention == "eager" else "sdpa"
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = factory.from_config(config, dtype=dtype, attn_implementation=attention)
         except ValueError:  # a family without SDPA
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+            model = factory.from_config(config, dtype=dtype, attn_implementation="eager")
     if recipe.quantization.method in ("nf4", "fp4"):
         _quantize(model, recipe, architecture, dtype)
     load.freeze(model)
@@ -210,11 +210,11 @@ def _size(storage: torch.UntypedStorage) -> int:
     return -(-storage.nbytes() // 512) * 512
 
 
-class Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Counts the storages made under it, until they go. Those made before do not count."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self._known: dict[int, int] = {}
@@ -232,11 +232,29 @@ class Storages(TorchDispatchMode):
         for given in tree_iter((args, kwargs)):
             if isinstance(given, Tensor) and given.untyped_storage()._cdata not in self._known:
                 self._watch(given, 0)
+        workspace = self._workspace(func, args)
         result = func(*args, **(kwargs or {}))
         for made in tree_iter(result):
             if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self._known:
                 self._watch(made, _size(made.untyped_storage()))
+        del workspace
         return result
+
+    def _workspace(self, func: Any, args: Any) -> Tensor | None:
+        """What a device's kernel makes for itself, and the meta kernel, which knows only shapes, does not.
+
+        A 4-bit product dequantizes the weight; ``logsumexp`` takes the exponentials of all its input
+        (``logsumexp_out_impl`` in aten/src/ATen/native/ReduceOps.cpp).
+        """
+        name = str(func)
+        if name.startswith("bitsandbytes.gemm_4bit"):
+            made = torch.empty(args[2], dtype=args[0].dtype, device="meta")
+        elif name.startswith("aten.logsumexp"):
+            made = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
+        else:
+            return None
+        self._watch(made, _size(made.untyped_storage()))
+        return made
 
     def _watch(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()

@@ -115,7 +115,7 @@ def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, mat
     with ops.meter.booking("scores"):
         weights = _product(ops, q, k, scores)
         if not math:
-            weights = ops.scale(weights)
+            weights = ops.times_number(weights)
         if shape.softcap:
             weights = ops.times_number(ops.activation(ops.times_number(weights), "tanh"))
         weights = _masked(ops, weights)

@@ -13,6 +13,7 @@ from typing import Literal
 from qlora_tui.memory import fused
 from qlora_tui.memory.attention import Heads, Kernel, attend
 from qlora_tui.memory.linear import linear
+from qlora_tui.memory.moe import Mixture, mixture, weighted
 from qlora_tui.memory.ops import Linear, Ops
 from qlora_tui.memory.tape import Tensor
 
@@ -40,6 +41,8 @@ class Block:
     """RMSNorm on queries and keys: a head at a time (Qwen3, Gemma 3) or over the full width (OLMo-2)."""
     residual_scale: bool = False
     """Each half is multiplied by a number before it is added (Granite)."""
+    mixture: Mixture | None = None
+    """Routed experts in place of the MLP."""
     dropout: float = 0.0
     """The base model's own, on what each half adds."""
 
@@ -66,7 +69,7 @@ def run_block(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     residual = hidden_states
     if block.order != "post":
         hidden_states = norm(ops, block, hidden_states)
-    hidden_states = _mlp(ops, block, hidden_states)
+    hidden_states = _feed_forward(ops, block, hidden_states)
     hidden_states = ops.dropout_residual(hidden_states, block.dropout)
     if block.order in ("post", "sandwich"):
         hidden_states = norm(ops, block, hidden_states)
@@ -77,13 +80,13 @@ def _parallel(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     residual = hidden_states
     hidden_states = norm(ops, block, hidden_states)
     attended = ops.dropout_residual(_attention(ops, block, hidden_states), block.dropout)
-    fed_forward = ops.dropout_residual(_mlp(ops, block, hidden_states), block.dropout)
+    fed_forward = ops.dropout_residual(_feed_forward(ops, block, hidden_states), block.dropout)
     return ops.add(ops.add(attended, fed_forward), residual)
 
 
 def _add(ops: Ops, block: Block, residual: Tensor, hidden_states: Tensor) -> Tensor:
     if block.residual_scale:
-        hidden_states = ops.scale(hidden_states)
+        hidden_states = ops.times_number(hidden_states)
     return ops.add(residual, hidden_states)
 
 
@@ -111,6 +114,9 @@ def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Ten
     shape = block.heads
     if whole:
         together = linear(ops, hidden_states, whole)
+        if whole.name != "qkv_proj" and shape.heads == shape.kv_heads:
+            query, key, value = ops.split(together, 3)
+            return query, key, value
         kv = shape.rows * shape.length * shape.kv_heads * shape.head_dim
         query = ops.slice(together, together.numel - 2 * kv)
         return query, ops.slice(together, kv), ops.slice(together, kv)
@@ -125,26 +131,41 @@ def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Ten
     return made[0], made[1], made.pop()
 
 
-def _mlp(ops: Ops, block: Block, x: Tensor) -> Tensor:
-    down = block.find("mlp", "down_proj", "fc2", "dense_4h_to_h", "c_proj")
+def _feed_forward(ops: Ops, block: Block, x: Tensor) -> Tensor:
+    """The MLP, or the experts and the one that every token passes."""
+    if block.mixture is None:
+        return _mlp(ops, block, x, "mlp")
+    door = block.find("shared_expert", "shared_expert_gate")
+    shared = _mlp(ops, block, x, "shared_expert") if door else None
+    routed = mixture(ops, block.mixture, x)
+    if door and shared:
+        opened = ops.activation(linear(ops, x, door), "tanh")  # sigmoid: saves its result
+        return ops.add(routed, weighted(ops, shared, opened))
+    if block.find("shared_expert", "down_proj"):
+        return ops.add(routed, _mlp(ops, block, x, "shared_expert"))
+    return routed
+
+
+def _mlp(ops: Ops, block: Block, x: Tensor, part: str) -> Tensor:
+    down = block.find(part, "down_proj", "fc2", "dense_4h_to_h", "c_proj")
     if block.gated:
-        whole = block.find("mlp", "gate_up_proj")
+        whole = block.find(part, "gate_up_proj")
         if whole:
             both = linear(ops, x, whole)
-            gate, up = ops.slice(both, both.numel // 2), ops.slice(both, both.numel // 2)
+            gate, up = ops.split(both, 2)
             del both
             product = ops.multiply(up, ops.activation(gate, block.activation))
             del gate, up
         else:
-            product = _gated(ops, block, x)
+            product = _gated(ops, block, x, part)
     else:
-        wide = block.find("mlp", "up_proj", "fc1", "dense_h_to_4h", "c_fc")
+        wide = block.find(part, "up_proj", "fc1", "dense_h_to_4h", "c_fc")
         product = ops.activation(linear(ops, x, wide) if wide else x, block.activation)
     return linear(ops, product, down) if down else product
 
 
-def _gated(ops: Ops, block: Block, x: Tensor) -> Tensor:
+def _gated(ops: Ops, block: Block, x: Tensor, part: str) -> Tensor:
     """``act_fn(gate_proj(x)) * up_proj(x)``: the activation's input dies only if nothing saved it."""
-    gate, up = block.find("mlp", "gate_proj"), block.find("mlp", "up_proj")
+    gate, up = block.find(part, "gate_proj"), block.find(part, "up_proj")
     opened = ops.activation(linear(ops, x, gate) if gate else x, block.activation)
     return ops.multiply(opened, linear(ops, x, up) if up else x)

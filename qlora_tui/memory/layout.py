@@ -9,6 +9,7 @@ from qlora_tui.catalog.facts import Architecture, LinearModule
 from qlora_tui.memory.attention import Heads
 from qlora_tui.memory.blocks import Block
 from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.moe import Mixture
 from qlora_tui.memory.ops import Linear
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import select
@@ -37,6 +38,10 @@ STYLES: dict[str, Style] = {
     "gemma2": Style(norm="gemma", order="sandwich"),
     "gemma3": Style(norm="gemma", order="sandwich", head_norms="head"),
     "gemma3_text": Style(norm="gemma", order="sandwich", head_norms="head"),
+    "mixtral": Style(),
+    "qwen2_moe": Style(),
+    "qwen3_moe": Style(head_norms="head"),
+    "gpt_oss": Style(),
     "granite": Style(residual_scale=True),
     "olmo2": Style(order="post", head_norms="full"),
     "stablelm": Style(norm="layer"),
@@ -61,8 +66,8 @@ class Layout:
     length: int
     hidden: int
     vocabulary: int
-    learned_positions: bool
-    """Positions are embedded too: the sum is a tensor beside the tokens' embedding."""
+    embedding_apart: bool
+    """The first layer's input is not the embedding's output itself: positions were added, or a factor."""
     embedding_dropout: float
     head_bias: bool
     softcap: bool
@@ -92,8 +97,10 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         value_dim=architecture.head_dim,
         pieces=rows if path.segments else 1,
         softcap=architecture.model_type == "gemma2",
+        sinks=architecture.model_type == "gpt_oss",
     )
     known: dict[tuple[Linear, ...], Block] = {}
+    routed = _mixture(recipe, architecture, path)
     blocks = []
     tensors: list[int] = []
     for modules in by_layer:
@@ -117,6 +124,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
                 rotary=1.0 if style.rotary else 0.0,
                 head_norms=style.head_norms,
                 residual_scale=style.residual_scale,
+                mixture=None if any(linear.part == "mlp" for linear in linears) else routed,
                 dropout=architecture.residual_dropout,
             )
         blocks.append(known[linears])
@@ -127,14 +135,30 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         length=length,
         hidden=architecture.hidden_size,
         vocabulary=architecture.vocab_size,
-        learned_positions=len(architecture.embeddings) > 1,
+        embedding_apart=len(architecture.embeddings) > 1 or architecture.model_type == "granite",
         embedding_dropout=architecture.residual_dropout if architecture.model_type == "gpt2" else 0.0,
         head_bias=architecture.head.bias,
         softcap=architecture.final_logit_softcapping is not None,
         logit_scale=architecture.logit_scale is not None,
         adapter_parameters=sum(tensors),
         adapter_tensors=tuple(tensors),
-        exact=architecture.model_type in STYLES and architecture.experts is None,
+        exact=architecture.model_type in STYLES,
+    )
+
+
+def _mixture(recipe: Recipe, architecture: Architecture, path: CodePath) -> Mixture | None:
+    experts = architecture.experts
+    if experts is None:
+        return None
+    return Mixture(
+        experts=experts.count,
+        per_token=experts.per_token,
+        hidden=architecture.hidden_size,
+        intermediate=experts.intermediate_size,
+        activation=architecture.activation,
+        clamped=architecture.model_type == "gpt_oss",
+        separate=path.separate_experts,
+        method=recipe.quantization.method,
     )
 
 

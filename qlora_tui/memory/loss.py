@@ -37,11 +37,11 @@ def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Te
         logits = ops.new(rows * layout.vocabulary, width)
         logits.node = node
         if layout.logit_scale:
-            logits = ops.scale(logits)
+            logits = ops.times_number(logits)
         if layout.softcap:
-            logits = ops.scale(logits)
+            logits = ops.times_number(logits)
             logits = ops.activation(logits, "relu")  # tanh: saves its result
-            logits = ops.scale(logits)
+            logits = ops.times_number(logits)
     return logits
 
 
@@ -87,11 +87,9 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
         states.node = node
         toward = ops.new(numel, kept)
     with ops.meter.booking("logits"):
-        # The chunk before is still bound to its name while the next is made.
-        before = ops.new(chunk, FLOAT) if layout.tokens > rows else None
         thin = ops.new(chunk, width)
         logits = ops.new(chunk, FLOAT) if width != FLOAT else thin
-        del thin, before
+        del thin
         spare = ops.new(chunk, FLOAT)  # logsumexp's exponentials
         del spare
         slope = _slope(ops, chunk) if layout.softcap else None

@@ -98,7 +98,7 @@ def peaks(layout: Layout, path: CodePath, dropout: float) -> list[Peak]:
         width = stream_bytes(path)
     tail = partial(_tail, layout=layout, path=path)
     head = _profile(layout, path, dropout, tail, width, checkpointed=False)
-    return list(_candidates(order, head, _cast_once(layout, path), embedded, always=layout.learned_positions))
+    return list(_candidates(order, head, _cast_once(layout, path), embedded, always=layout.embedding_apart))
 
 
 def _embedded(layout: Layout, path: CodePath, width: int) -> Items:
@@ -211,7 +211,7 @@ def _candidates(
     """Every moment that could be the fullest.
 
     ``embedded`` is the embedding's output: gradients were switched on for it, so the graph holds it as a leaf
-    even where the first layer does not. With learned positions it is a tensor of its own in any case.
+    even where the first layer does not. Where something is added to it, it is apart in any case.
     """
     last = len(order) - 1
     before: Counter[str] = Counter()

@@ -1,0 +1,155 @@
+"""A mixture of experts in place of the MLP.
+
+transformers 5 keeps the experts as two fused 3-D parameters and sorts the tokens by expert
+(``integrations/moe.py``, ``grouped_mm_experts_forward``); before, each expert was a module of its own and
+took its tokens in turn. Tokens are taken to spread evenly over the experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_tui.memory.linear import linear
+from qlora_tui.memory.ops import FLOAT, Linear, Ops
+from qlora_tui.memory.tape import Grads, Tensor
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The routed experts of one layer."""
+
+    experts: int
+    per_token: int
+    hidden: int
+    intermediate: int
+    activation: str
+    clamped: bool = False
+    """gpt-oss clamps both halves and gates by a sigmoid of its own."""
+    separate: bool = False
+    """Each expert's matrices are modules of their own (transformers 4)."""
+    method: str = "none"
+    """How separate experts are quantized."""
+
+
+def mixture(ops: Ops, made_of: Mixture, x: Tensor) -> Tensor:
+    """The routed experts' part of the layer."""
+    weights = _route(ops, made_of, x)
+    if made_of.separate:
+        return _in_turn(ops, made_of, x, weights)
+    return _grouped(ops, made_of, x, weights)
+
+
+def _route(ops: Ops, made_of: Mixture, x: Tensor) -> Tensor:
+    """Router logits, their softmax in float32 (saved), and the chosen weights."""
+    tokens, numel, width = ops.tokens, x.numel, x.width
+    logits = ops.new(tokens * made_of.experts, width)
+    logits.node = ops.tape.node((x,), lambda grad, saved: (ops.new(numel, width),), (None,))
+    wide = ops.cast(logits, FLOAT)
+    likely = ops.activation(wide, "tanh")  # softmax: saves its result
+    del wide
+    every = tokens * made_of.experts
+    node = ops.tape.node((likely,), lambda grad, saved: (ops.new(every, FLOAT),))
+    chosen = ops.new(tokens * made_of.per_token, FLOAT)
+    chosen.node = node
+    return ops.cast(chosen, width)
+
+
+def _grouped(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
+    slots = ops.tokens * made_of.per_token
+    tokens, width = ops.tokens, x.width
+    gathered = _index(ops, x, slots * made_of.hidden)
+    both = _product(ops, gathered, slots, made_of.hidden, 2 * made_of.intermediate)
+    del gathered
+    inner = _clamped(ops, both, made_of) if made_of.clamped else _gate(ops, both, made_of)
+    del both
+    out = _product(ops, inner, slots, made_of.intermediate, made_of.hidden)
+    del inner
+    out = weighted(ops, out, weights)
+    out = _index(ops, out, slots * made_of.hidden)
+    node = ops.tape.node(
+        # The gradient of a sum is expanded, and made whole where it is used.
+        (out,),
+        lambda grad, saved: (ops.new(slots * made_of.hidden, width),),
+    )
+    total = ops.new(tokens * made_of.hidden, width)
+    total.node = node
+    return total
+
+
+def _gate(ops: Ops, both: Tensor, made_of: Mixture) -> Tensor:
+    gate, up = ops.split(both, 2)
+    return ops.multiply(ops.activation(gate, made_of.activation), up)
+
+
+def _clamped(ops: Ops, both: Tensor, made_of: Mixture) -> Tensor:
+    """gpt-oss: ``(clamp(up) + 1) * clamp(gate) * sigmoid(alpha * clamp(gate))``."""
+    half = both.numel // 2
+    gate = ops.activation(ops.slice(both, half), "clamp")
+    up = ops.activation(ops.slice(both, half), "clamp")
+    opened = ops.multiply(gate, ops.activation(ops.times_number(gate), "tanh"))
+    del gate
+    return ops.multiply(ops.times_number(up), opened)
+
+
+def _index(ops: Ops, x: Tensor, numel: int) -> Tensor:
+    """``x[rows]``: a copy; its gradient is added into zeros."""
+    whole, width = x.numel, x.width
+    node = ops.tape.node((x,), lambda grad, saved: (ops.new(whole, width),), (None,))
+    out = ops.new(numel, width)
+    out.node = node
+    return out
+
+
+def _product(ops: Ops, x: Tensor, rows: int, inputs: int, outputs: int) -> Tensor:
+    """One grouped matrix product over all experts; frozen weights need no input kept."""
+    width = x.width
+    node = ops.tape.node((x,), lambda grad, saved: (ops.new(rows * inputs, width),), (None,))
+    out = ops.new(rows * outputs, width)
+    out.node = node
+    return out
+
+
+def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
+    """Times each slot's routing weight, which needs a gradient too: keeps the experts' outputs."""
+    numel, rows, width = x.numel, weights.numel, x.width
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        toward = ops.new(numel, width)
+        spread = ops.new(numel, width)
+        del spread
+        return (toward, ops.new(rows, width))
+
+    node = ops.tape.node((x, weights), fn, (x, weights))
+    out = ops.new(numel, width)
+    out.node = node
+    return out
+
+
+def _in_turn(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
+    """Expert after expert: gather its tokens, its MLP, add into the sum in place."""
+    rows = ops.tokens * made_of.per_token // made_of.experts
+    hidden, inner = made_of.hidden, made_of.intermediate
+    total = ops.new(x.numel, x.width)
+    whole, width = x.numel, x.width
+    for expert in range(made_of.experts):
+        state = _index(ops, x, rows * hidden)
+        opened = ops.activation(_expert(ops, made_of, state, "w1", hidden, inner), made_of.activation)
+        product = ops.multiply(opened, _expert(ops, made_of, state, "w3", hidden, inner))
+        del opened, state
+        out = _expert(ops, made_of, product, "w2", inner, hidden)
+        del product
+        part = _index(ops, weights, rows)
+        out = weighted(ops, out, part)
+        # index_add_ in place: its gradient for the part is the rows picked out of the sum's.
+        joined = ops.tape.node(
+            (total if expert else None, out), lambda grad, saved: (grad, ops.new(rows * hidden, width))
+        )
+        total = total.view(joined)
+        del out, part
+    del whole
+    return total
+
+
+def _expert(ops: Ops, made_of: Mixture, x: Tensor, name: str, inputs: int, outputs: int) -> Tensor:
+    method = made_of.method if made_of.method in ("nf4", "fp4", "int8") else "none"
+    return linear(ops, x, Linear(name, inputs, outputs, method))  # type: ignore[arg-type]  # one of Linear's
