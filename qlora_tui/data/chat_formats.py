@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from qlora_tui.data.conversation import Message, Role, RowRefused, ToolCall
 
 ROLE_KEYS = ("role", "from", "speaker")
@@ -41,8 +43,8 @@ def decoded(value: Any) -> Any:
     """``value``, or what it holds if it is JSON in a string, as CSV cells and some Parquet columns are."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return msgspec.json.decode(value)
+        except (msgspec.DecodeError, RecursionError):
             return value
     return value
 

@@ -27,14 +27,33 @@ def json_rows(stream: Stream) -> Iterator[Row]:
                 held = _held_rows(value)
                 if held is not None:
                     for number, row in enumerate(held, 1):
-                        yield Row(number=number, value=row)
+                        yield _row(number, row)
                     return
             number += 1
-            yield Row(number=number, value=value)
+            yield _row(number, value)
     except _Broken as error:
         yield Row(
             number=number + 1, kind="bad-json", error=f"Line {error.line} is not valid JSON: {error.reason}."
         )
+
+
+def _row(number: int, value: Any) -> Row:
+    if has_half_character(value):
+        return Row(
+            number=number, kind="bad-encoding", error=f"Row {number}: an escape names half a character."
+        )
+    return Row(number=number, value=value)
+
+
+def has_half_character(value: Any) -> bool:
+    """Whether a decoded value holds half of a surrogate pair, which JSON can name but no text can hold."""
+    if isinstance(value, str):
+        return not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value)
+    if isinstance(value, list):
+        return any(map(has_half_character, value))
+    if isinstance(value, dict):
+        return any(has_half_character(k) or has_half_character(v) for k, v in value.items())
+    return False
 
 
 def _held_rows(value: dict[str, Any]) -> list[Any] | None:
