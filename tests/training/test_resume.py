@@ -1,0 +1,106 @@
+"""A run that was interrupted and resumed is the run that never was, to the last digit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from qlora_tui.recipe.toml import dump
+from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.events import DataReady, Failed, Health, Started
+from qlora_tui.runs.retry import Plan
+from tests.training.conftest import MakeRecipe, Trainers
+from tests.training.told import events, losses, told
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+EXACT = 1e-6
+EVERY_STEP: dict[str, Any] = {"training.checkpoint_every": 1, "training.keep_checkpoints": 100}
+
+
+def interrupted_at(run: RunDir, step: int, name: str = "interrupted") -> RunDir:
+    """The run as it would be had its trainer been killed just after the checkpoint at ``step``."""
+    copy = RunDir(run.path.with_name(f"{run.path.name}-{name}"))
+    shutil.copytree(run.path, copy.path)
+    shutil.rmtree(copy.adapter_dir)
+    for at, folder in copy.checkpoints():
+        if at > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"])
+def test_resuming_repeats_the_same_losses(recipe: MakeRecipe, trainers: Trainers, optimizer: str) -> None:
+    # Rank 64 gives tensors of 4,096 elements, from which on 8-bit states are 8-bit; dropout draws numbers.
+    settings = {"training.optimizer": optimizer, "lora.rank": 64, "lora.dropout": 0.1, **EVERY_STEP}
+    whole = create(recipe(settings))
+    assert trainers.run(whole) == 0
+    expected = losses(whole)
+    total = told(whole, DataReady)[0].total_steps
+    in_mid_epoch, at_epoch_end = total // 2 - 1, total // 2
+    for step in (in_mid_epoch, at_epoch_end):
+        again = interrupted_at(whole, step, f"at-{step}")
+        assert trainers.run(again) == 0
+        assert told(again, Started)[-1].resumed_from_step == step
+        repeated = losses(again)
+        assert list(repeated) == list(expected) == list(range(1, total + 1))
+        assert all(abs(repeated[n] - expected[n]) < EXACT for n in expected)
+
+
+def test_a_smaller_micro_batch_learns_the_same(recipe: MakeRecipe, trainers: Trainers) -> None:
+    whole = create(recipe({"training.micro_batch": 2, "training.gradient_accumulation": 1, **EVERY_STEP}))
+    assert trainers.run(whole) == 0
+    expected = losses(whole)
+    step = len(expected) // 2
+    again = interrupted_at(whole, step)
+    plan = Plan(micro_batch=1, gradient_accumulation=2, gradient_checkpointing=True)
+    assert trainers.run(again, plan) == 0
+    started = told(again, Started)[-1]
+    assert (started.micro_batch, started.gradient_checkpointing) == (1, True)
+    assert all(abs(loss - expected[n]) < 1e-4 for n, loss in losses(again).items())
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(recipe: MakeRecipe, trainers: Trainers) -> None:
+    run = create(recipe(EVERY_STEP))
+    assert trainers.run(run) == 0
+    again = interrupted_at(run, 2)
+    made = again.recipe()
+    lora = msgspec.structs.replace(made.lora, alpha=64.0)
+    again.recipe_path.write_text(dump(msgspec.structs.replace(made, lora=lora, note="another note")))
+    assert trainers.run(again) == 1
+    ending = events(again)[-1]
+    assert isinstance(ending, Failed)
+    assert "lora.alpha: 16 → 64" in ending.what and "note" not in ending.what
+
+
+def test_changed_data_is_refused(recipe: MakeRecipe, trainers: Trainers, tiny_data: Path) -> None:
+    own = tiny_data.with_name("own.jsonl")
+    own.write_text(tiny_data.read_text())
+    made = recipe(EVERY_STEP)
+    source = msgspec.structs.replace(made.data.sources[0], path=str(own))
+    run = create(recipe({**EVERY_STEP, "data.sources": (source,)}))
+    assert trainers.run(run) == 0
+    again = interrupted_at(run, 2)
+    own.write_text(own.read_text().replace("the answer is 7", "the answer is 8"))
+    assert trainers.run(again) == 1
+    ending = events(again)[-1]
+    assert isinstance(ending, Failed) and ending.title == "The data has changed"
+
+
+def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
+    recipe: MakeRecipe, trainers: Trainers
+) -> None:
+    run = create(recipe(EVERY_STEP))
+    assert trainers.run(run) == 0
+    again = interrupted_at(run, 3)
+    broken = again.checkpoints_dir / "step-3" / "optimizer.pt"
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert trainers.run(again) == 0
+    assert told(again, Started)[-1].resumed_from_step == 2
+    (health,) = told(again, Health)
+    assert health.kind == "checkpoint_damaged" and "optimizer.pt" in health.evidence
+    assert losses(again) == pytest.approx(losses(run), abs=EXACT)
