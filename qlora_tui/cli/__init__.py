@@ -1,6 +1,6 @@
-"""The command line: ``qlora-tui`` opens the app, and each verb does one thing of the app without it.
+"""The command line: ``qlora-tui`` opens the app, a verb does one thing of the app without it.
 
-Each verb is declared once, in the module of its subject; :mod:`qlora_tui.cli.main` lists them.
+The words are declared in :mod:`qlora_tui.cli.main`; what each does is in the module of its subject.
 """
 
 from qlora_tui.cli.main import main

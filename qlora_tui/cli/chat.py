@@ -33,4 +33,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="talk to a checkpoint")
 
 
-VERB = Verb("chat", "Talk to a run's adapter, or to the base.", run, _arguments)
+VERBS = {"chat": Verb(run, _arguments)}

@@ -115,4 +115,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
 
 
-VERB = Verb("data", "Look a data file over, or show one row as the model will see it.", run, _arguments)
+VERBS = {"data": Verb(run, _arguments)}

@@ -82,4 +82,4 @@ def _told(result: DemoResult) -> str:
     return "\n".join(lines)
 
 
-VERB = Verb("demo", "Fine-tune a small real model and see that it worked.", run)
+VERBS = {"demo": Verb(run)}

@@ -104,4 +104,4 @@ def _libraries() -> list[Check]:
         ]
 
 
-VERB = Verb("doctor", "Test what a run needs, and say how to mend what fails.", run)
+VERBS = {"doctor": Verb(run)}

@@ -68,4 +68,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-gib", type=float, help="estimate against a card of this size")
 
 
-VERB = Verb("estimate", "Predict a recipe's memory, item by item.", run, _arguments)
+VERBS = {"estimate": Verb(run, _arguments)}

@@ -27,4 +27,4 @@ def run(args: argparse.Namespace) -> Outcome:
     )
 
 
-VERB = Verb("locate", "Print where presets, runs and caches lie.", run)
+VERBS = {"locate": Verb(run)}

@@ -8,39 +8,49 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-
-import msgspec
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from qlora_tui import __version__, paths
-from qlora_tui.cli import chat, data, demo, doctor, estimate, locate, models, presets, runs, train
-from qlora_tui.cli.verb import Verb, show
 from qlora_tui.errors import FAILED, Problem
 from qlora_tui.settings import load_settings
 
-VERBS: tuple[Verb, ...] = (
-    models.VERB,
-    estimate.VERB,
-    data.VERB,
-    presets.VERB,
-    train.VERB,
-    *runs.VERBS,
-    chat.VERB,
-    doctor.VERB,
-    demo.VERB,
-    locate.VERB,
-)
+if TYPE_CHECKING:
+    from qlora_tui.cli.verb import Outcome, Verb
+
+VERBS = {
+    "models": ("models", "List models on this machine; with a query, on the hub too."),
+    "estimate": ("estimate", "Predict a recipe's memory, item by item."),
+    "data": ("data", "Look a data file over, or show one row as the model will see it."),
+    "presets": ("presets", "List presets, or show one."),
+    "train": ("train", "Queue a training run and follow it."),
+    "runs": ("runs", "List every run and the queue."),
+    "attach": ("runs", "Show a run from its first event and follow it."),
+    "stop": ("runs", "End a run, with a checkpoint and its adapter saved."),
+    "pause": ("runs", "Save a checkpoint and leave the GPU."),
+    "resume": ("runs", "Go on with an ended run from its last checkpoint."),
+    "ask": ("runs", "Ask something of a running trainer."),
+    "chat": ("chat", "Talk to a run's adapter, or to the base."),
+    "doctor": ("doctor", "Test what a run needs, and say how to mend what fails."),
+    "demo": ("demo", "Fine-tune a small real model and see that it worked."),
+    "locate": ("locate", "Print where presets, runs and caches lie."),
+}
+"""Module of ``qlora_tui.cli`` and help of each verb. A module is loaded when its verb is called, so that the
+app and the quick verbs wait for no other's imports."""
 
 _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. 0 done, 1 failed, 2 the call was wrong."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
+        verb = next((word for word in words if word in VERBS), None)
+        args = _parser(verb).parse_args(words)
         if args.verb is None:
             return _open_app(args)
         outcome = args.run(args)
-        return outcome if isinstance(outcome, int) else show(outcome, as_json=args.json)
+        return outcome if isinstance(outcome, int) else _show(outcome, as_json=args.json)
     except Problem as problem:
         print(f"qlora-tui: {problem}", file=sys.stderr)
         return problem.exit_code
@@ -54,22 +64,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_bug(error)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(called: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-tui",
         description="Fine-tune language models with QLoRA on one GPU. Without a verb it opens the app.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-tui {__version__}")
-    parser.add_argument("--gpu-gib", type=float, help="estimate against a card of this size")
+    parser.add_argument("--gpu-gib", type=_positive, help="estimate against a card of this size")
     parser.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
     parser.set_defaults(verb=None)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    for verb in VERBS:
-        sub = verbs.add_parser(verb.name, help=verb.help, description=verb.help)
-        sub.add_argument("--json", action="store_true", help="one JSON object on stdout, messages on stderr")
-        verb.arguments(sub)
-        sub.set_defaults(run=verb.run)
+    for name, (module, help_) in VERBS.items():
+        sub = verbs.add_parser(name, help=help_, description=help_)
+        if name == called:
+            sub.add_argument(
+                "--json", action="store_true", help="one JSON object on stdout, messages on stderr"
+            )
+            verb: Verb = import_module(f"qlora_tui.cli.{module}").VERBS[name]
+            verb.arguments(sub)
+            sub.set_defaults(run=verb.run)
     return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("it must be a size above 0, in GiB")
+    return value
 
 
 def _open_app(args: argparse.Namespace) -> int:
@@ -80,6 +101,8 @@ def _open_app(args: argparse.Namespace) -> int:
             fix="Use a verb: `qlora-tui --help` lists them.",
             exit_code=2,
         )
+    import msgspec
+
     from qlora_tui.tui.app import QloraApp
 
     settings = load_settings()
@@ -88,6 +111,12 @@ def _open_app(args: argparse.Namespace) -> int:
     app = QloraApp(settings)
     app.run(mouse=settings.mouse and not args.no_mouse)
     return app.return_code or 0
+
+
+def _show(outcome: Outcome, *, as_json: bool) -> int:
+    from qlora_tui.cli.verb import show
+
+    return show(outcome, as_json=as_json)
 
 
 def _report_bug(error: Exception) -> int:

@@ -70,4 +70,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("query", nargs="?", help="words to look for, here and on the hub")
 
 
-VERB = Verb("models", "List models on this machine; with a query, on the hub too.", run, _arguments)
+VERBS = {"models": Verb(run, _arguments)}

@@ -48,4 +48,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
 
 
-VERB = Verb("presets", "List presets, or show one.", run, _arguments)
+VERBS = {"presets": Verb(run, _arguments)}

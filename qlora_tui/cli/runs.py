@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from typing import Any
 
 from qlora_tui.cli.follow import follow
@@ -120,15 +119,11 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("value", nargs="?", type=float)
 
 
-def _on_run(name: str, help_: str, run: Callable[[argparse.Namespace], Outcome | int]) -> Verb:
-    return Verb(name, help_, run, _one_run)
-
-
-VERBS = (
-    Verb("runs", "List every run and the queue.", list_runs),
-    _on_run("attach", "Show a run from its first event and follow it.", attach),
-    _on_run("stop", "End a run, with a checkpoint and its adapter saved.", stop),
-    _on_run("pause", "Save a checkpoint and leave the GPU.", pause),
-    Verb("resume", "Go on with an ended run from its last checkpoint.", resume, _resume_arguments),
-    Verb("ask", "Ask something of a running trainer.", ask, _ask_arguments),
-)
+VERBS = {
+    "runs": Verb(list_runs),
+    "attach": Verb(attach, _one_run),
+    "stop": Verb(stop, _one_run),
+    "pause": Verb(pause, _one_run),
+    "resume": Verb(resume, _resume_arguments),
+    "ask": Verb(ask, _ask_arguments),
+}

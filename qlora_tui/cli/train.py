@@ -31,4 +31,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detach", action="store_true", help="return at once; the run goes on by itself")
 
 
-VERB = Verb("train", "Queue a training run and follow it.", run, _arguments)
+VERBS = {"train": Verb(run, _arguments)}

@@ -28,10 +28,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verb:
-    """One word of the command line."""
+    """What a word of the command line does; :mod:`qlora_tui.cli.main` has the words."""
 
-    name: str
-    help: str
     run: Callable[[argparse.Namespace], Outcome | int]
     """Gives an outcome to print, or the exit code when it has printed as it went."""
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import App
 from textual.binding import BindingType
@@ -14,7 +14,6 @@ from textual.signal import Signal
 
 from qlora_tui.errors import Problem
 from qlora_tui.format import GIB
-from qlora_tui.memory.room import Room, room_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.settings import Settings
 from qlora_tui.tui import themes
@@ -25,6 +24,9 @@ from qlora_tui.tui.screens.help import HelpScreen
 from qlora_tui.tui.screens.problem import ProblemScreen
 from qlora_tui.tui.watch import Pulse, Watch
 from qlora_tui.tui.workbench import load_draft, save_draft
+
+if TYPE_CHECKING:
+    from qlora_tui.memory.room import Room
 
 LOOK_EVERY_S = 1.0
 
@@ -73,6 +75,8 @@ class QloraApp(App[None]):
     @property
     def room(self) -> Room:
         """Where a run would be computed, and how much memory it could have."""
+        from qlora_tui.memory.room import room_for
+
         given = self.settings.card_gib
         return room_for(self.pulse.card, None if given is None else round(given * GIB))
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_tui import paths
-from qlora_tui.catalog.facts import Architecture
-from qlora_tui.catalog.lookup import architecture_of
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write
-from qlora_tui.memory import Device, Estimate, compare
-from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.fields import value_of, with_value
 from qlora_tui.recipe.overlay import build
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, load, to_layer, to_recipe
+
+if TYPE_CHECKING:
+    from qlora_tui.catalog.facts import Architecture
+    from qlora_tui.memory import Device, Estimate
+    from qlora_tui.memory.estimate import Precision
+
+# The first frame shows neither architecture nor estimate, so it does not wait for their rooms: they are
+# imported where they are first asked for.
 
 _UNDO_STEPS = 200
 _BEGAN_AS = "# began as "
@@ -124,6 +128,8 @@ class Workbench:
         return self._compared[2]
 
     def _compare(self, device: Device) -> dict[Precision, Estimate] | Problem:
+        from qlora_tui.memory import compare
+
         architecture = self.architecture()
         if isinstance(architecture, Problem):
             return architecture
@@ -162,6 +168,8 @@ def _read(model: str) -> Architecture | Problem:
         return Problem(
             "No model yet", what="The recipe names no model.", fix="Choose one on the Model screen (1)."
         )
+    from qlora_tui.catalog.lookup import architecture_of
+
     try:
         return architecture_of(model)
     except Problem as problem:

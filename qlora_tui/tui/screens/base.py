@@ -13,7 +13,6 @@ from textual.widgets import Footer
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.watch import Pulse
-from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 from qlora_tui.tui.widgets.top_bar import TopBar
 
 if TYPE_CHECKING:
@@ -44,6 +43,9 @@ class WorkScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         yield TopBar(self.MODE)
         if self.EDITS_RECIPE:
+            # Here, since Home, which is painted first, has no strip and need not wait for the estimate's room.
+            from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
+
             yield RecipeStrip()
         yield from self.compose_body()
         yield Footer(show_command_palette=False, compact=True)
@@ -81,4 +83,6 @@ class WorkScreen(Screen[None]):
 
     def _show_cost(self) -> None:
         if self.EDITS_RECIPE:
+            from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
+
             self.query_one(RecipeStrip).show_recipe(self.workstation.workbench, self.workstation.room)

@@ -1,0 +1,1 @@
+"""Measurements: each script prints figures beside a named baseline; with ``--json`` as data."""

@@ -1,0 +1,94 @@
+"""A program on a pseudo-terminal, watched: what it paints, when, and what it costs."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+
+class Terminal:
+    """Starts ``command`` on a terminal of ``columns`` × ``rows``; ends it on leaving the ``with`` block."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        columns: int = 80,
+        rows: int = 24,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self._screen, side = pty.openpty()
+        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.program = subprocess.Popen(
+            command,
+            stdin=side,
+            stdout=side,
+            stderr=side,
+            env={**os.environ, "TERM": "xterm-256color", **(env or {})},
+            start_new_session=True,
+        )
+        os.close(side)
+        self.painted = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.program.kill()
+        self.program.wait()
+        os.close(self._screen)
+
+    def press(self, keys: str) -> None:
+        """Type."""
+        os.write(self._screen, keys.encode())
+
+    def read(self, seconds: float) -> bytes:
+        """What is painted in the next ``seconds``, or as soon as anything is."""
+        if not select.select([self._screen], [], [], max(0.0, seconds))[0]:
+            return b""
+        with contextlib.suppress(OSError):
+            piece = os.read(self._screen, 1 << 16)
+            self.painted += piece
+            return piece
+        return b""
+
+    def wait_for(self, text: str, seconds: float = 60.0) -> float:
+        """Seconds from the start until ``text`` has been painted; raises TimeoutError."""
+        deadline = time.perf_counter() + seconds
+        while text.encode() not in self.painted:
+            if time.perf_counter() > deadline:
+                raise TimeoutError(f"{text!r} was not painted in {seconds} s")
+            self.read(0.05)
+        return time.perf_counter() - self.started
+
+    def watch(self, seconds: float) -> int:
+        """Read for so long; the bytes painted meanwhile."""
+        before = len(self.painted)
+        deadline = time.perf_counter() + seconds
+        while (left := deadline - time.perf_counter()) > 0:
+            self.read(min(left, 0.1))
+        return len(self.painted) - before
+
+    def memory_bytes(self) -> int:
+        """Resident memory of the program."""
+        return int(psutil.Process(self.program.pid).memory_info().rss)
+
+    def cpu_s(self) -> float:
+        """Processor time of the program so far."""
+        times = psutil.Process(self.program.pid).cpu_times()
+        return float(times.user + times.system)
