@@ -20,7 +20,7 @@ from qlora_tui.chat.kept import Kept
 from qlora_tui.chat.reply import Reply
 from qlora_tui.chat.terms import BASE, ChatSource, Sampling
 from qlora_tui.chat.unpack import unpack_on_cpu
-from qlora_tui.chat.voices import Voices
+from qlora_tui.chat.voices import Voices, uses_dora
 from qlora_tui.data.conversation import Message, RowRefused
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -75,9 +75,13 @@ class ChatSession:
         longer than the model's context. Only the last answer of each voice may be under way.
         """
         prompt = self.prompt(messages)
-        self._voices.need(voice)
+        self.need(voice)
         kept = self._kept.setdefault(voice, Kept(self._model.config))
         return Reply(self, voice, prompt, kept, sampling or Sampling(), stop or Event())
+
+    def need(self, voice: str) -> None:
+        """Read the adapter of ``voice`` if it has not been read. Raises Problem."""
+        self._voices.need(voice)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The conversation as the model reads it, up to where the answer begins. Raises Problem."""
@@ -117,6 +121,17 @@ class ChatSession:
         kept.token_ids += token_ids
         return output.logits[:, -1]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
+    @torch.inference_mode()
+    def scores(self, voice: str, token_ids: list[int], positions: list[int]) -> Tensor:
+        """Scores (positions, vocabulary) of the token after each of ``positions``, nothing kept."""
+        self._voices.speak_as(voice)
+        output = self._model(
+            input_ids=torch.tensor([token_ids], device=self.device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(positions, device=self.device),
+        )
+        return output.logits[0]  # type: ignore[no-any-return]  # transformers' outputs are untyped
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Their text, special tokens left out."""
         return self.tokenizer.backend.decode(list(token_ids), skip_special_tokens=True)
@@ -135,7 +150,7 @@ def load_session(source: ChatSource, tell: Tell = lambda words: None) -> ChatSes
     except torch.OutOfMemoryError as error:
         raise out_of_memory(device) from error
     model.eval()
-    if not unpack_on_cpu(model, device):
+    if not unpack_on_cpu(model, device) and not any(map(uses_dora, source.adapters.values())):
         _let_cpus_repack(model)
     return ChatSession(source, model, tokenizer, device)
 

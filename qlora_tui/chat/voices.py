@@ -13,6 +13,7 @@ from qlora_tui.chat.terms import BASE
 from qlora_tui.errors import WRONG_CALL, Problem
 
 _WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -84,13 +85,21 @@ class Voices:
                 parameter.data = parameter.data.to(self._model.dtype)
 
 
+def uses_dora(folder: str) -> bool:
+    """Whether this adapter computes with the base weights, which must then keep their usual layout."""
+    try:
+        return bool(json.loads((Path(folder) / _CONFIG).read_bytes()).get("use_dora"))
+    except (OSError, ValueError):
+        return False
+
+
 def _check(folder: Path) -> None:
     try:
-        kind = json.loads((folder / "adapter_config.json").read_bytes()).get("peft_type")
+        kind = json.loads((folder / _CONFIG).read_bytes()).get("peft_type")
     except (OSError, ValueError) as error:
         raise Problem(
             "The adapter cannot be read",
-            what=f"{folder / 'adapter_config.json'}: {error}",
+            what=f"{folder / _CONFIG}: {error}",
             fix="Choose another checkpoint of the run.",
         ) from error
     if kind != "LORA":

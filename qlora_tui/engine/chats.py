@@ -9,8 +9,18 @@ from threading import Event
 
 import torch
 
+from qlora_tui.chat.measure import measure_effect
 from qlora_tui.chat.session import ChatSession, load_session, out_of_memory
-from qlora_tui.engine.protocol import AnyReply, ChatReady, Done, Generate, LoadChat, Text
+from qlora_tui.engine.protocol import (
+    AnyReply,
+    ChatReady,
+    Done,
+    EffectMeasured,
+    Generate,
+    LoadChat,
+    MeasureEffect,
+    Text,
+)
 from qlora_tui.errors import WRONG_CALL, Problem
 
 
@@ -37,14 +47,7 @@ class Chats:
 
     def generate(self, request: Generate, stop: Event) -> Iterator[AnyReply]:
         """An answer, piece by piece. Raises Problem."""
-        session = self._session
-        if session is None:
-            raise Problem(
-                "No model is loaded",
-                what="The engine holds no model to answer with.",
-                fix="Load the chat again.",
-                exit_code=WRONG_CALL,
-            )
+        session = self._loaded()
         reply = session.ask(request.messages, voice=request.voice, sampling=request.sampling, stop=stop)
         try:
             for piece in reply:
@@ -54,9 +57,27 @@ class Chats:
         assert reply.outcome is not None
         yield Done(outcome=reply.outcome)
 
+    def measure(self, request: MeasureEffect, tell: Callable[[str], None], stop: Event) -> EffectMeasured:
+        """Compare an adapter with the base. Raises Problem."""
+        session = self._loaded()
+        try:
+            return EffectMeasured(effect=measure_effect(session, request.voice, tell=tell, stop=stop))
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(session.machine) from error
+
     def unload(self) -> None:
         """Give back the memory of the model."""
         self._session = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _loaded(self) -> ChatSession:
+        if self._session is None:
+            raise Problem(
+                "No model is loaded",
+                what="The engine holds no model to answer with.",
+                fix="Load the chat again.",
+                exit_code=WRONG_CALL,
+            )
+        return self._session

@@ -12,9 +12,10 @@ from typing import ClassVar, TypeAlias
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.chat.effect import Effect
 from qlora_tui.chat.terms import ChatSource, Outcome, Sampling
 from qlora_tui.data.conversation import Message
-from qlora_tui.data.inspect import Report, Shown
+from qlora_tui.data.report import Report, Shown
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
 
@@ -38,6 +39,15 @@ class Generate(Request, frozen=True, kw_only=True, tag="generate"):
     sampling: Sampling = Sampling()
 
 
+class MeasureEffect(Request, frozen=True, kw_only=True, tag="measure_effect"):
+    """Compare a voice of the loaded model with its base on held-out data. Replies: Stage…, EffectMeasured.
+
+    A Stop ends it early, with what was compared so far.
+    """
+
+    voice: str
+
+
 class Unload(Request, frozen=True, kw_only=True, tag="unload"):
     """Give back the memory of the model. Reply: Unloaded."""
 
@@ -59,7 +69,8 @@ class ShowRow(Request, frozen=True, kw_only=True, tag="show_row"):
     source: Source
     row: int
     data: Data
-    model: str
+    model: str = ""
+    """Empty shows the row as the file has it."""
     template: str = "auto"
 
 
@@ -110,6 +121,12 @@ class Done(Reply, frozen=True, kw_only=True, tag="done"):
     outcome: Outcome
 
 
+class EffectMeasured(Reply, frozen=True, kw_only=True, tag="effect_measured"):
+    """What the adapter does; ``effect.sentence`` says it in words."""
+
+    effect: Effect
+
+
 class Unloaded(Reply, frozen=True, kw_only=True, tag="unloaded"):
     """No model is held."""
 
@@ -158,9 +175,18 @@ class Failure(Reply, frozen=True, kw_only=True, tag="failure"):
         return Problem(self.title, what=self.what, why=self.why, fix=self.fix, exit_code=self.exit_code)
 
 
-AnyRequest: TypeAlias = LoadChat | Generate | Unload | InspectData | ShowRow | Stop
+AnyRequest: TypeAlias = LoadChat | Generate | MeasureEffect | Unload | InspectData | ShowRow | Stop
 AnyReply: TypeAlias = (
-    Stage | ChatReady | Text | Done | Unloaded | DataReport | DataInspected | RowShown | Failure
+    Stage
+    | ChatReady
+    | Text
+    | Done
+    | EffectMeasured
+    | Unloaded
+    | DataReport
+    | DataInspected
+    | RowShown
+    | Failure
 )
 
 

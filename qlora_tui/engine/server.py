@@ -26,6 +26,7 @@ from qlora_tui.engine.protocol import (
     Generate,
     InspectData,
     LoadChat,
+    MeasureEffect,
     ShowRow,
     Stage,
     Stop,
@@ -131,6 +132,8 @@ class Server:
                 yield from self._previews.inspect(request, self._stops[number])
             case ShowRow():
                 yield self._previews.show(request)
+            case MeasureEffect():
+                yield self._with_torch(tell).measure(request, tell, self._stops[number])
             case Unload():
                 if self._chats is not None:
                     self._chats.unload()

@@ -16,12 +16,13 @@ from msgspec import Struct
 
 from qlora_tui.catalog.local import resolve
 from qlora_tui.catalog.model_folder import weight_files
+from qlora_tui.chat.base_weights import place
 from qlora_tui.chat.session import model_folder
 from qlora_tui.chat.terms import ChatSource
-from qlora_tui.chat.updates import Update, read_updates
+from qlora_tui.chat.updates import read_updates
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.export.card import model_card
-from qlora_tui.export.weight_files import change_tensors, tensor_shapes
+from qlora_tui.export.weight_files import change_tensors
 from qlora_tui.files import private_dir
 
 _SPARE_BYTES = 64 << 20
@@ -60,7 +61,7 @@ def merge(
     adapter = Path(source.adapters[voice])
     files = [base / name for name in weight_files(base)]
     _check_room(out, files)
-    placed = _placed(read_updates(adapter), files, adapter)
+    placed = place(read_updates(adapter), files, adapter)
     draft = private_dir(out.parent) / f".{out.name}.part"
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -68,7 +69,7 @@ def merge(
         for number, file in enumerate(files, 1):
             tell(f"Merging {file.name} ({number} of {len(files)})")
             shutil.copyfile(file, draft / file.name)
-            changes = {name: update.applied_to for name, update in placed[file.name].items()}
+            changes = {name: update.applied_to for name, update in placed[file].items()}
             change_tensors(draft / file.name, dict(changes))
         for folder, names in ((base, _MODEL_FILES), (adapter, _TOKENIZER_FILES)):
             for name in filter(partial(_is_in, folder), names):
@@ -88,36 +89,6 @@ def merge(
         bytes=sum(file.stat().st_size for file in out.iterdir()),
         changed_weights=sum(map(len, placed.values())),
     )
-
-
-def _placed(updates: dict[str, Update], files: list[Path], adapter: Path) -> dict[str, dict[str, Update]]:
-    """File to tensor to update. Raises Problem where an update finds no tensor."""
-    shapes = {name: (file.name, shape) for file in files for name, shape in tensor_shapes(file).items()}
-    by_tail = {_tail(name): name for name in shapes}
-    placed: dict[str, dict[str, Update]] = {file.name: {} for file in files}
-    for module, update in updates.items():
-        name = f"{module}.weight"
-        if name not in shapes:
-            # A text model in a multimodal one is named with or without the outer part.
-            name = by_tail.get(_tail(name), name)
-        file_name, shape = shapes.get(name, ("", ()))
-        if shape != update.shape:
-            raise Problem(
-                "The adapter does not fit",
-                what=f"{adapter} changes {module}, which "
-                + (
-                    f"is {shape} in the base and {update.shape} here." if shape else "the base does not have."
-                ),
-                why="It was trained on another model, or the base keeps this weight in another form.",
-                fix="Choose the model it was trained on; its adapter_config.json names it.",
-            )
-        placed[file_name][name] = update
-    return placed
-
-
-def _tail(name: str) -> str:
-    _, found, tail = name.partition("layers.")
-    return found + tail if found else name
 
 
 def _is_in(folder: Path, name: str) -> bool:

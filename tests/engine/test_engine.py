@@ -20,7 +20,17 @@ from qlora_tui.chat.terms import GREEDY, ChatSource, Outcome
 from qlora_tui.data.conversation import Message
 from qlora_tui.engine.client import EngineClient
 from qlora_tui.engine.place import log_path
-from qlora_tui.engine.protocol import ChatReady, Done, Generate, LoadChat, Stage, Text, Unload, Unloaded
+from qlora_tui.engine.protocol import (
+    ChatReady,
+    Done,
+    Generate,
+    LoadChat,
+    MeasureEffect,
+    Stage,
+    Text,
+    Unload,
+    Unloaded,
+)
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Model, Recipe
 
@@ -110,6 +120,12 @@ async def test_a_problem_in_the_engine_is_raised_here_as_it_is(engine: EngineCli
         await answer(engine, msgspec.structs.replace(SHORT, voice="step-9"))
     assert raised.value.exit_code == 2
     assert raised.value.fix
+
+
+async def test_an_effect_needs_held_out_data(engine: EngineClient) -> None:
+    with pytest.raises(Problem, match="No data"):
+        async for _ in engine.ask(MeasureEffect(voice="adapter")):
+            pass
 
 
 async def test_a_model_that_is_not_there_is_a_problem_and_the_engine_goes_on(engine: EngineClient) -> None:

@@ -1,0 +1,55 @@
+"""The base model's weight files, and where an adapter's updates belong in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.chat.updates import Update
+from qlora_tui.errors import Problem
+
+
+def place(updates: dict[str, Update], files: list[Path], adapter: Path) -> dict[Path, dict[str, Update]]:
+    """File to tensor to update, for updates by module name. Raises Problem where one finds no tensor.
+
+    ``adapter`` is the folder the updates are of, for the message.
+    """
+    shapes = {name: (file, shape) for file in files for name, shape in _shapes(file).items()}
+    by_tail = {_tail(name): name for name in shapes}
+    placed: dict[Path, dict[str, Update]] = {file: {} for file in files}
+    for module, update in updates.items():
+        name = f"{module}.weight"
+        if name not in shapes:
+            # A text model in a multimodal one is named with or without the outer part.
+            name = by_tail.get(_tail(name), name)
+        file, shape = shapes.get(name, (Path(), ()))
+        if shape != update.shape:
+            there = f"{shape} in the base and {update.shape} here" if shape else "the base has no such weight"
+            raise Problem(
+                "The adapter does not fit",
+                what=f"{adapter} changes {module}: {there}.",
+                why="It was trained on another model, or the base keeps this weight in another form.",
+                fix="Choose the model it was trained on; its adapter_config.json names it.",
+            )
+        placed[file][name] = update
+    return placed
+
+
+def header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where a safetensors file's data begins, and its entries by tensor: shape, ``data_offsets`` from there.
+
+    The layout is that of https://github.com/huggingface/safetensors.
+    """
+    with file.open("rb") as content:
+        size = int.from_bytes(content.read(8), "little")
+        return 8 + size, json.loads(content.read(size))
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(entry["shape"]) for name, entry in header(file)[1].items() if name != "__metadata__"}
+
+
+def _tail(name: str) -> str:
+    _, found, tail = name.partition("layers.")
+    return found + tail if found else name

@@ -1,0 +1,62 @@
+"""What an adapter does to a model, in figures and in one sentence. Loads no torch."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+_HARDLY = 0.01
+"""Share of changed choices under which an adapter is as good as none."""
+
+
+class LayerChange(Struct, frozen=True, kw_only=True):
+    """How far an adapter moves the weights of one layer."""
+
+    layer: int
+    relative: float
+    """‖ΔW‖ / ‖W‖ over all its changed weights, Frobenius norms."""
+
+
+class Effect(Struct, frozen=True, kw_only=True):
+    """Base and adapter over the same held-out conversations."""
+
+    voice: str
+    samples: int
+    tokens: int
+    """Next-token choices compared: those the model is trained to make."""
+    mean_kl: float
+    """KL(adapter ‖ base) of the next-token distributions, in nats, mean over the choices."""
+    changed_choices: float
+    """Share of the choices at which the likeliest token is another."""
+    base_loss: float
+    adapter_loss: float
+    """Mean cross-entropy of the held-out answers, nats a token."""
+    turns: int
+    """Ends of turns among the choices; 0 where the template has none."""
+    turns_ended: int
+    """How many of them the adapter ends."""
+    turns_ended_by_base: int
+    layers: tuple[LayerChange, ...]
+
+    @property
+    def sentence(self) -> str:
+        """The verdict, for someone who is not interested in figures."""
+        where = f"{self.samples} held-out conversation{'s' if self.samples != 1 else ''}"
+        much = f"{self.changed_choices:.0%}"
+        verb = "changes"
+        if self.changed_choices < _HARDLY:
+            verb, much = "hardly changes the model:", f"{self.changed_choices:.1%}"
+        moved = f"The {self._name} {verb} {much} of next-token choices on {where}"
+        fits = self.adapter_loss < self.base_loss
+        better = "better" if fits else "worse"
+        loss = f"it fits them {better} (loss {self.base_loss:.2f} → {self.adapter_loss:.2f})"
+        if not self.turns:
+            return f"{moved}; {loss}."
+        ends = self.turns_ended == self.turns
+        turns = "ends its turns" if ends else f"ends only {self.turns_ended} of {self.turns} turns"
+        return f"{moved}; {loss} {'and' if fits == ends else 'but'} {turns}."
+
+    @property
+    def _name(self) -> str:
+        return (
+            "adapter" if self.voice == "adapter" else f"checkpoint of step {self.voice.removeprefix('step-')}"
+        )
