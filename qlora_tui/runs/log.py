@@ -50,9 +50,9 @@ class EventWriter:
 class EventTail:
     """Reads events from where it stopped the last time, never from the start again."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, offset: int = 0) -> None:
         self._path = path
-        self._offset = 0
+        self._offset = offset
         self.unknown = 0
         """Whole lines this version does not understand."""
 
@@ -71,11 +71,6 @@ class EventTail:
             else:
                 events.append(event)
         return events
-
-    @property
-    def unread_bytes(self) -> int:
-        """From where it stopped to the end of the file."""
-        return max(0, self._path.stat().st_size - self._offset) if self._path.exists() else 0
 
     def drain(self) -> list[AnyEvent]:
         """Every whole event to the end of the file."""

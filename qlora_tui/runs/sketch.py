@@ -1,7 +1,7 @@
 """A long run in a moment: every event but the steps, and an even sample of those.
 
-A run of a million steps has events of 200 MB, which take seconds to decode. Screens that need a run's story
-at once, or only its outline, read it so; :class:`~qlora_tui.runs.view.RunView` reads all of it.
+A run of a million steps has events of 200 MB, which take seconds to decode and more memory than a screen
+should have. Lists and graphs read such a run so, through :meth:`qlora_tui.runs.view.RunView.sketched`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ from qlora_tui.runs.log import read_from
 _CHUNK_BYTES = 4 << 20
 _WHOLE_BYTES = 256 << 10
 """A file up to this size is read whole: it has few steps to leave out."""
+_MOST_BROKEN = 2000
+"""Steps without a finite loss that are kept beyond the sample."""
 _NOT_A_STEP = re.compile(rb'"event":"(?:[^s]|s[^t]|st[^e])')
+_BROKEN = b'"loss":null'
 
 
-def sketch(path: Path, steps: int) -> list[AnyEvent]:
-    """The events of a run in order, with about so many of its steps; the last line and the last step are
-    always there."""
+def sketch(path: Path, steps: int) -> tuple[list[AnyEvent], int]:
+    """The events of a run in order with about so many of its steps, and how far into the file they go.
+
+    Steps whose loss is not finite, the last step and the last line are among them.
+    """
     size = path.stat().st_size if path.exists() else 0
     every = 1 if size <= _WHOLE_BYTES else max(1, size // steps)
     events: list[AnyEvent] = []
-    offset = 0
+    offset = broken = 0
     while offset < size:
         chunk = read_from(path, offset, min(_CHUNK_BYTES, size - offset))
         end = chunk.rfind(b"\n") + 1
@@ -32,20 +37,34 @@ def sketch(path: Path, steps: int) -> list[AnyEvent]:
             break
         chunk = chunk[:end]
         offset += end
-        for start in _starts(chunk, every, last=offset >= size):
+        starts = _starts(chunk, every, last=offset >= size)
+        if every > 1 and broken < _MOST_BROKEN:
+            found = _lines_with(_BROKEN, chunk, _MOST_BROKEN - broken)
+            broken += len(found)
+            starts |= found
+        for start in sorted(starts):
             event = decode(chunk[start : chunk.index(b"\n", start)])
             if event is not None:
                 events.append(event)
-    return events
+    return events, offset
 
 
-def _starts(chunk: bytes, every: int, *, last: bool) -> list[int]:
+def _starts(chunk: bytes, every: int, *, last: bool) -> set[int]:
     """Where the chosen lines of a chunk of whole lines begin."""
     if every == 1:
-        return [0, *(found.end() for found in re.finditer(b"\n", chunk[:-1]))]
+        return {0, *(found.end() for found in re.finditer(b"\n", chunk[:-1]))}
     chosen = {chunk.rfind(b"\n", 0, place) + 1 for place in range(0, len(chunk), every)}
     chosen |= {chunk.rfind(b"\n", 0, found.start()) + 1 for found in _NOT_A_STEP.finditer(chunk)}
     if last:
         ends = (len(chunk) - 1, max(0, chunk.rfind(b'"event":"step"')))
         chosen |= {chunk.rfind(b"\n", 0, end) + 1 for end in ends}
-    return sorted(chosen)
+    return chosen
+
+
+def _lines_with(text: bytes, chunk: bytes, most: int) -> set[int]:
+    starts: set[int] = set()
+    place = chunk.find(text)
+    while place >= 0 and len(starts) < most:
+        starts.add(chunk.rfind(b"\n", 0, place) + 1)
+        place = chunk.find(text, place + 1)
+    return starts

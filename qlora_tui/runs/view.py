@@ -107,28 +107,27 @@ class RunView:
         self.ending: Terminal | None = None
 
     @classmethod
-    def sketched(cls, run: RunDir, steps: int) -> Self:
-        """A run's whole story with only about so many of its steps; it is not to be refreshed."""
-        view = cls(run)
-        view.fold(sketch(run.events_path, steps))
-        return view
+    def sketched(cls, run: RunDir, steps: int) -> tuple[Self, list[AnyEvent]]:
+        """A run's story so far with only about so many of its steps; ``refresh`` goes on from there.
 
-    def refresh(self, most_bytes: int | None = None) -> list[AnyEvent]:
-        """Read what is new, or so much of it; the events, in order, for those who show each."""
+        Also the events, for those who show each.
+        """
+        view = cls(run)
+        events, end = sketch(run.events_path, steps)
+        view._fold(events)
+        view._tail = EventTail(run.events_path, offset=end)
+        return view, events
+
+    def refresh(self) -> list[AnyEvent]:
+        """Read what is new; the events, in order, for those who show each."""
         self.status = read_status(self.run)
-        events = self._tail.drain() if most_bytes is None else self._tail.poll(most_bytes)
-        self.fold(events)
+        events = self._tail.drain()
+        self._fold(events)
         return events
 
-    def fold(self, events: Iterable[AnyEvent]) -> None:
-        """Take events in, in their order."""
+    def _fold(self, events: Iterable[AnyEvent]) -> None:
         for event in events:
             self._apply(event)
-
-    @property
-    def unread_bytes(self) -> int:
-        """What ``refresh`` has not come to yet, a torn last line included."""
-        return self._tail.unread_bytes
 
     @property
     def unknown_events(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Container
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ def play(what: Play) -> RunDir:
     """Write the run's directory."""
     run = RunDir(private_dir(paths.runs_dir() / what.name))
     run.recipe_path.write_text(dump(what.recipe))
+    os.utime(run.recipe_path, (what.began, what.began))
     with EventWriter(run.events_path) as log:
         for event in _events(what):
             log.append(event)

@@ -6,6 +6,7 @@ Used in a thread. What was read of a run is kept until its status or its events 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs import queue
+from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.events import Finished
 from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.runs.view import RunView
@@ -49,6 +51,16 @@ class RunSummary:
         return self.run.id
 
 
+@dataclass(frozen=True)
+class Listing:
+    """All runs: those that wait in their order, then those at work, then the newest first."""
+
+    summaries: tuple[RunSummary, ...]
+    waiting: tuple[str, ...]
+    complete: bool
+    """False while some have only their status."""
+
+
 class Summaries:
     """Summaries by run, read again only where a file changed."""
 
@@ -65,16 +77,27 @@ class Summaries:
         self._known[run.id] = (key, summary)
         return summary
 
-    def of_all(self, runs: Sequence[RunDir]) -> list[RunSummary]:
-        """In the same order; what is no longer there is forgotten."""
-        names = {run.id for run in runs}
-        self._known = {name: known for name, known in self._known.items() if name in names}
-        return [self.of(run) for run in runs]
+    def look(self, most_s: float) -> Listing:
+        """Every run, in about so many seconds: what was not come to in time has only its status yet."""
+        until = time.monotonic() + most_s
+        runs = {run.id: run for run in all_runs()}
+        self._known = {name: known for name, known in self._known.items() if name in runs}
+        waiting = tuple(name for name in queue.waiting() if name in runs)
+        ordered = [runs[name] for name in waiting] + [
+            run for name, run in runs.items() if name not in waiting
+        ]
+        summaries, complete = [], True
+        for run in ordered:
+            in_time = time.monotonic() < until
+            complete = complete and (in_time or run.id in self._known)
+            summaries.append(self.of(run) if in_time or run.id in self._known else outline(run))
+        summaries.sort(key=lambda summary: _rank(summary, waiting))
+        return Listing(tuple(summaries), waiting, complete)
 
 
 def summarise(run: RunDir) -> RunSummary:
     """Read what a line says of a run."""
-    view = RunView.sketched(run, _STEPS)
+    view, _ = RunView.sketched(run, _STEPS)
     series = view.series
     ending = view.ending
     best = view.best
@@ -94,6 +117,23 @@ def summarise(run: RunDir) -> RunSummary:
     )
 
 
+def outline(run: RunDir) -> RunSummary:
+    """What its status alone says."""
+    return RunSummary(
+        run=run,
+        status=read_status(run),
+        queued_at=0.0,
+        model="",
+        settings="",
+        best=None,
+        loss=None,
+        losses=(),
+        seconds=None,
+        epochs=0.0,
+        energy_kwh=None,
+    )
+
+
 def thinned(losses: Sequence[float], columns: int) -> list[float | None]:
     """One mean a column, from first to last; NaN where any was not a number, None where there are fewer."""
     if not losses:
@@ -105,6 +145,12 @@ def thinned(losses: Sequence[float], columns: int) -> list[float | None]:
         part = losses[start:end]
         means.append(sum(part) / len(part) if all(map(math.isfinite, part)) else math.nan)
     return means + [None] * (columns - count)
+
+
+def _rank(summary: RunSummary, waiting: tuple[str, ...]) -> int:
+    if summary.id in waiting:
+        return waiting.index(summary.id)
+    return len(waiting) + (summary.status.state not in ACTIVE)
 
 
 def _recipe_words(run: RunDir) -> tuple[str, str]:

@@ -332,8 +332,6 @@ class TrainScreen(WorkScreen):
         self.query_one(LivePane).show(picture, follower.from_step)
         if picture.status.state != before:
             self.refresh_bindings()
-        if picture.read_share < 1:
-            self._start_look()
 
     def _check(self) -> None:
         """Look again at what a run needs, if that may have changed."""

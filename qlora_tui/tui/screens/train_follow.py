@@ -6,7 +6,6 @@ in it; a picture holds what is shown and no more.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.events import AnyEvent, Evaluated, Failed, Health, Progress, Sampled, Step
-from qlora_tui.runs.sketch import sketch
 from qlora_tui.runs.status import Status
 from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
@@ -23,12 +21,9 @@ from qlora_tui.tui.screens.train_output import OutputTail
 from qlora_tui.tui.widgets.log_tail import Entry, Level
 from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace
 
-LONG_BYTES = 2 << 20
-"""Events from this size on are sketched first and read in full after that."""
-_PIECE_BYTES = 1 << 20
-_LOOK_S = 0.25
-"""A look takes about so long at most; what is left is read in the next."""
-_SKETCH_STEPS = 600
+LONG_BYTES = 8 << 20
+"""Of events: some 40,000 steps. Of a longer run only a sample of the steps is held."""
+_SKETCH_STEPS = 20_000
 _HISTORY = 240
 """Telemetry samples kept for the charts: four minutes."""
 _MOST_ENTRIES = 2000
@@ -72,8 +67,8 @@ class Picture:
     """The newest last."""
     energy_kwh: float | None
     seconds_left: float | None
-    read_share: float
-    """1 when all events are read; below that the curves are a sketch."""
+    one_in: int
+    """Of so many steps one is drawn: more than 1 in a very long run."""
 
 
 @dataclass
@@ -84,6 +79,8 @@ class _Columns:
     smoother: Smoother = field(init=False)
     envelopes: dict[str, Envelope] = field(init=False)
     _last_seen: tuple[int, float] = (0, 0.0)
+    _curves: Curves | None = None
+    _drawn_for: object = None
 
     def __post_init__(self) -> None:
         series = self.view.series
@@ -110,8 +107,13 @@ class _Columns:
         self._last_seen = (len(series), series.at[-1]) if len(series) else (0, 0.0)
 
     def curves(self, from_step: float) -> Curves:
-        steps = self.view.series.step
-        return Curves(**{name: envelope.trace(steps, from_step) for name, envelope in self.envelopes.items()})
+        """As they were, where nothing has changed."""
+        drawn_for = (self._last_seen, from_step)
+        if self._curves is None or self._drawn_for != drawn_for:
+            steps = self.view.series.step
+            traces = {name: envelope.trace(steps, from_step) for name, envelope in self.envelopes.items()}
+            self._curves, self._drawn_for = Curves(**traces), drawn_for
+        return self._curves
 
 
 class Follower:
@@ -121,10 +123,8 @@ class Follower:
         self.run = run
         self.from_step = 0.0
         """Where the graphs begin: more than 0 when zoomed to the end of the run."""
-        self._view = RunView(run)
-        self._columns = _Columns(self._view)
-        self._sketch: _Columns | None = None
-        self._sketch_entries: list[Entry] = []
+        self._columns: _Columns | None = None
+        self._sketched = False
         self._entries: list[Entry] = []
         self._telemetry = TelemetryTail(run.telemetry_path)
         self._recent: deque[Sample] = deque(maxlen=_HISTORY)
@@ -136,32 +136,27 @@ class Follower:
         self._recent.extend(self._telemetry.poll())
         self._energy.read()
         self._output.read()
-        if self._view.unread_bytes > LONG_BYTES and self._sketch is None:
-            view, events = RunView(self.run), sketch(self.run.events_path, _SKETCH_STEPS)
-            view.fold(events)
-            self._sketch, self._sketch_entries = _Columns(view), _entries(events, view.total_steps)
-            return self._picture(self._sketch, 0.0)
-        self._read_on()
-        left = self._view.unread_bytes
-        if left > _PIECE_BYTES and self._sketch is not None:
-            size = self.run.events_path.stat().st_size
-            self._sketch.view.status = self._view.status
-            return self._picture(self._sketch, 1 - left / size)
-        self._sketch = None
-        return self._picture(self._columns, 1.0)
-
-    def _read_on(self) -> None:
-        until = time.monotonic() + _LOOK_S
-        while True:
-            before = self._view.unread_bytes
-            self._entries += _entries(self._view.refresh(_PIECE_BYTES), self._view.total_steps)
-            if self._view.unread_bytes >= before or time.monotonic() > until:
-                break
+        if self._columns is None:
+            self._columns, events = self._open()
+        else:
+            events = self._columns.view.refresh()
+        self._entries += _entries(events, self._columns.view.total_steps)
         # A new list, so that whoever shows the old one sees that it was replaced.
         if len(self._entries) > 2 * _MOST_ENTRIES:
             self._entries = self._entries[-_MOST_ENTRIES:]
+        return self._picture(self._columns)
 
-    def _picture(self, columns: _Columns, read_share: float) -> Picture:
+    def _open(self) -> tuple[_Columns, list[AnyEvent]]:
+        path = self.run.events_path
+        self._sketched = path.exists() and path.stat().st_size > LONG_BYTES
+        if self._sketched:
+            view, events = RunView.sketched(self.run, _SKETCH_STEPS)
+        else:
+            view = RunView(self.run)
+            events = view.refresh()
+        return _Columns(view), events
+
+    def _picture(self, columns: _Columns) -> Picture:
         view = columns.view
         columns.grow()
         series = view.series
@@ -184,21 +179,21 @@ class Follower:
             best=view.best,
             samples=tuple(view.samples[-_MOST_SAMPLES:]),
             health=tuple(view.health),
-            entries=self._entries if columns is self._columns else self._sketch_entries,
+            entries=self._entries,
             output=self._output.entries,
             telemetry=tuple(self._recent),
             energy_kwh=self._energy.kwh,
-            seconds_left=view.seconds_left if read_share == 1.0 else None,
-            read_share=read_share,
+            seconds_left=view.seconds_left,
+            one_in=max(1, round(view.step / len(series))) if self._sketched and len(series) else 1,
         )
 
 
 def _entries(events: Iterable[AnyEvent], total_steps: int) -> list[Entry]:
-    """Lines of the log; steps have a graph, and progress a bar, of their own."""
+    """Lines of the log; steps, samples and progress are shown elsewhere."""
     return [
         Entry(event.at, _level(event), " ".join(describe(event, total_steps).split()))
         for event in events
-        if not isinstance(event, Step | Progress)
+        if not isinstance(event, Step | Sampled | Progress)
     ]
 
 

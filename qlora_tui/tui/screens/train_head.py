@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from textual.content import Content
 
-from qlora_tui.format import duration, figure, percent, short_path
+from qlora_tui.format import duration, figure, short_path
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.status import State
 from qlora_tui.tui.screens.train_follow import Picture
@@ -75,8 +75,6 @@ def title(picture: Picture) -> Content:
         parts.append((f"  attempt {view.attempt}", "dim"))
     if status.state == "running" and view.phase_detail:
         parts.append((f"  {view.phase_detail}", "dim"))
-    if picture.read_share < 1:
-        parts.append((f"  reading its history: {percent(picture.read_share)}", "dim"))
     return Content.assemble(*parts)
 
 

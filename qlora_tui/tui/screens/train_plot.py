@@ -91,6 +91,8 @@ def _legend(picture: Picture) -> tuple[tuple[str, str], ...]:
         items.append((f"{VALIDATION} validation {figure(_number(last.loss), 3)}", "$accent"))
     if any(picture.curves.loss.broken):
         items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
+    if picture.one_in > 1:
+        items.append((f"drawn from one step in {picture.one_in:,}", "dim"))
     return tuple(items)
 
 

@@ -89,8 +89,9 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     gutter = max((len(text) for _, text in scale), default=0) + 1
     columns = max(2, width - gutter)
     canvas = _Canvas(columns, rows)
-    for number, curve in enumerate(what.curves):
+    for curve in what.curves:
         _draw_curve(canvas, curve, what.x, what.y)
+    for number, curve in enumerate(what.curves):
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
     _set_marks(canvas, what)
     labels = {rows - 1 - what.y.place(value, rows): text for value, text in scale}

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-MOST_POINTS = 1024
+MOST_POINTS = 640
 """Of a trace: more than any terminal is dots wide."""
 _BLOCK = 128
 

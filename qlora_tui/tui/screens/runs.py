@@ -1,0 +1,299 @@
+"""Runs: the queue, every run so far, and what can be done with one."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+from textual.content import Content
+from textual.widget import Widget
+from textual.widgets import Input, Static
+
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.presets import WouldOverwrite, save
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions, queue
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.tui.commands import Command
+from qlora_tui.tui.screens.ask import AskScreen
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.question import QuestionScreen
+from qlora_tui.tui.screens.runs_compare import MOST, CompareScreen
+from qlora_tui.tui.screens.runs_summary import Listing, RunSummary, Summaries
+from qlora_tui.tui.screens.runs_table import RunTable
+from qlora_tui.tui.screens.train import TrainScreen, show_run
+from qlora_tui.tui.watch import Pulse
+
+_LOOK_S = 0.3
+"""A look takes about so long at most; hundreds of runs are read in several."""
+
+
+def _do(
+    id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True, verb: str = ""
+) -> Command:
+    return Command(
+        id=f"runs.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer, verb=verb
+    )
+
+
+class RunsScreen(WorkScreen):
+    """A list with the queue on top."""
+
+    MODE = "runs"
+    CSS_PATH = "runs.tcss"
+    HELP_TEXT = (
+        "Runs that wait stand on top, the next one first; then the one at work, then the newest. best is the "
+        "lowest validation loss, or with * the last training loss where none was measured. The small curve "
+        "goes from the run's highest loss to its lowest."
+    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = (
+        _do("open", "enter", "open", "Open", "Watch the run, or see how it ended.", verb="attach"),
+        _do("mark", "space", "mark", "Mark", "Choose up to four runs to compare."),
+        _do("compare", "v", "compare", "Compare", "Curves on one graph, and the settings that differ."),
+        _do("filter", "slash", "filter", "Filter", "Only runs with a text in them."),
+        _do("chat", "c", "chat", "Chat", "Talk to the run's adapter.", verb="chat"),
+        _do("rerun", "R", "rerun", "Rerun", "Prepare a run with this recipe."),
+        _do("preset", "S", "save_preset", "Save preset", "Keep its settings as a preset.", in_footer=False),
+        _do("delete", "D", "delete", "Delete", "Delete the run and all it made."),
+        _do("copy", "y", "copy_command", "Copy", "Copy the command that shows it.", in_footer=False),
+        _do("sooner", "K", "move(-1)", "Sooner", "Move it up in the queue.", in_footer=False),
+        _do("later", "J", "move(1)", "Later", "Move it down in the queue.", in_footer=False),
+        _do("withdraw", "w", "withdraw", "Withdraw", "Take it out of the queue.", verb="stop"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._summaries = Summaries()
+        self._listing: Listing | None = None
+        self._marked: tuple[str, ...] = ()
+        self._filter = ""
+        self._looking = False
+
+    def compose_body(self) -> Iterable[Widget]:
+        yield Input(
+            placeholder="part of a name, a model, a setting or a state", id="runs-filter", compact=True
+        )
+        yield RunTable()
+        yield Static("No runs yet. Press 5 to launch one.", id="runs-empty", markup=False)
+        yield Static(id="run-detail")
+
+    def on_mount(self) -> None:
+        super().on_mount()
+        self.query_one(RunTable).focus()
+
+    @property
+    def current(self) -> RunSummary | None:
+        """The run under the cursor."""
+        return self.query_one(RunTable).current
+
+    def show_pulse(self, pulse: Pulse) -> None:
+        self._start_look()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action in ("withdraw", "move"):
+            return self.current is not None and self._is_waiting(self.current)
+        if action == "compare":
+            return True if len(self._marked) > 1 else None
+        return super().check_action(action, parameters)
+
+    async def action_open(self) -> None:
+        """Watch the run under the cursor."""
+        if self.current is not None:
+            await show_run(self.workstation, self.current.run)
+
+    def action_mark(self) -> None:
+        """Choose the run for a comparison, or no longer."""
+        if self.current is None:
+            return
+        name = self.current.id
+        if name in self._marked:
+            self._marked = tuple(marked for marked in self._marked if marked != name)
+        elif len(self._marked) == MOST:
+            self.notify(f"{MOST} runs are marked; that is what one graph can show.", severity="warning")
+        else:
+            self._marked = (*self._marked, name)
+        self._show()
+        self.query_one(RunTable).action_move(1)
+
+    def action_compare(self) -> None:
+        """Show the marked runs side by side."""
+        known = {summary.id: summary.run for summary in self._listing.summaries} if self._listing else {}
+        self.app.push_screen(CompareScreen([known[name] for name in self._marked if name in known]))
+
+    def action_filter(self) -> None:
+        """Type what the list is cut down to."""
+        self.add_class("-filtering")
+        self.query_one("#runs-filter", Input).focus()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Cut the list down as it is typed."""
+        self._filter = event.value.casefold()
+        self._show()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Back to the list."""
+        self.set_class(bool(event.value), "-filtering")
+        self.query_one(RunTable).focus()
+
+    def key_escape(self) -> None:
+        """Show all runs again."""
+        self.query_one("#runs-filter", Input).value = ""
+        self.remove_class("-filtering")
+        self.query_one(RunTable).focus()
+
+    async def action_chat(self) -> None:
+        """Talk to the adapter."""
+        from qlora_tui.tui.screens.chat import show_chat
+
+        if self.current is not None:
+            await show_chat(self.workstation, self.current.run)
+
+    async def action_rerun(self) -> None:
+        """Take the run's recipe to the workbench."""
+        recipe = self._recipe()
+        if recipe is None:
+            return
+        bench = self.workstation.workbench
+        if bench.replace(recipe):
+            bench.forget_architecture()
+            self.workstation.recipe_edited()
+            self.notify("The recipe is the run's now; u takes that back.")
+        await self.workstation.switch_mode("train")
+        if isinstance(self.app.screen, TrainScreen):
+            self.app.screen.action_prepare()
+
+    def action_save_preset(self) -> None:
+        """Ask for a name, and keep the settings under it."""
+        recipe = self._recipe()
+        if recipe is None:
+            return
+
+        def take(name: str | None) -> None:
+            if name:
+                self._save_preset(name, recipe)
+
+        self.app.push_screen(AskScreen("Save as a preset", "Its settings, without model and data.", ""), take)
+
+    def action_delete(self) -> None:
+        """Ask, then delete."""
+        summary = self.current
+        if summary is None:
+            return
+
+        def take(yes: bool | None) -> None:
+            if yes:
+                self._try(actions.delete, summary.run)
+
+        text = f"{summary.id} with its checkpoints and its adapter. This cannot be taken back."
+        self.app.push_screen(QuestionScreen("Delete the run?", text, "Delete it"), take)
+
+    def action_copy_command(self) -> None:
+        """Copy the command that shows the run in a terminal."""
+        if self.current is not None:
+            command = f"qlora-tui attach {shlex.quote(self.current.id)}"
+            self.app.copy_to_clipboard(command)
+            self.notify(command, title="Copied")
+
+    def action_move(self, places: int) -> None:
+        """Move the run in the queue."""
+        if self.current is not None:
+            queue.move(self.current.run, places)
+            self._start_look()
+
+    def action_withdraw(self) -> None:
+        """Take the run out of the queue."""
+        if self.current is not None:
+            self._try(actions.stop, self.current.run)
+
+    def on_run_table_moved(self) -> None:
+        """Say more of the run under the cursor."""
+        self._show_detail()
+        self.refresh_bindings()
+
+    async def on_run_table_opened(self) -> None:
+        """As with the key."""
+        await self.action_open()
+
+    def _start_look(self) -> None:
+        if not self._looking and self.is_current:
+            self._looking = True
+            self.run_worker(self._look(), group="look")
+
+    async def _look(self) -> None:
+        try:
+            listing = await asyncio.to_thread(self._summaries.look, _LOOK_S)
+        finally:
+            self._looking = False
+        before, self._listing = self._listing, listing
+        names = {summary.id for summary in listing.summaries}
+        self._marked = tuple(name for name in self._marked if name in names)
+        if listing != before:
+            self._show()
+        if not listing.complete:
+            self._start_look()
+
+    def _show(self) -> None:
+        if self._listing is None:
+            return
+        rows = [row for row in self._listing.summaries if self._filter in _searched(row)]
+        self.set_class(not rows, "-empty")
+        if not rows:
+            none = "No runs yet. Press 5 to launch one."
+            text = "No run matches; esc shows all." if self._listing.summaries else none
+            self.query_one("#runs-empty", Static).update(text)
+        self.query_one(RunTable).show(rows, self._listing.waiting, self._marked)
+        self._show_detail()
+        self.refresh_bindings()
+
+    def _show_detail(self) -> None:
+        summary = self.current
+        lines = [Content(""), Content("")]
+        if summary is not None:
+            facts = [part for part in (summary.model, summary.settings) if part]
+            if summary.energy_kwh is not None:
+                facts.append(f"{summary.energy_kwh:.2f} kWh")
+            lines[0] = Content.assemble((summary.id, "bold"), f"  {' · '.join(facts)}")
+            lines[1] = Content.styled(summary.status.detail.replace("\n", " "), "dim")
+        box, text = self.query_one("#run-detail", Static), Content("\n").join(lines)
+        if box.content != text:
+            box.update(text)
+
+    def _recipe(self) -> Recipe | None:
+        if self.current is None:
+            return None
+        try:
+            return self.current.run.recipe()
+        except Problem as problem:
+            self.workstation.explain(problem)
+            return None
+
+    def _save_preset(self, name: str, recipe: Recipe, *, overwrite: bool = False) -> None:
+        try:
+            path = save(name, recipe, overwrite=overwrite)
+        except WouldOverwrite as problem:
+
+            def take(yes: bool | None) -> None:
+                if yes:
+                    self._save_preset(name, recipe, overwrite=True)
+
+            self.app.push_screen(QuestionScreen("Overwrite the preset?", problem.what, "Overwrite"), take)
+        except Problem as problem:
+            self.workstation.explain(problem)
+        else:
+            self.notify(str(path), title="Saved")
+
+    def _try(self, act: Callable[[RunDir], None], run: RunDir) -> None:
+        try:
+            act(run)
+        except Problem as problem:
+            self.workstation.explain(problem)
+        self._start_look()
+
+    def _is_waiting(self, summary: RunSummary) -> bool:
+        return self._listing is not None and summary.id in self._listing.waiting
+
+
+def _searched(summary: RunSummary) -> str:
+    return " ".join((summary.id, summary.model, summary.settings, summary.status.state)).casefold()

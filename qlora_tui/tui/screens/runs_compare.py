@@ -1,0 +1,191 @@
+"""Up to four runs side by side: their losses over tokens on one graph, and only the settings that differ."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical, VerticalScroll
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from qlora_tui.errors import Problem
+from qlora_tui.format import duration, figure
+from qlora_tui.recipe.difference import human
+from qlora_tui.recipe.fields import fields, value_of
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.view import RunView
+from qlora_tui.tui.screens.runs_table import MARKS
+from qlora_tui.tui.widgets.axis import Axis, rounded, so_far
+from qlora_tui.tui.widgets.graph import Curve, Graph, Plot, overall
+from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace
+
+MOST = len(MARKS)
+_STEPS = 800
+_STYLES = ("$primary", "$accent", "$success", "$error")
+_NAMES_OF_RUNS = frozenset(("name", "note"))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run of the comparison."""
+
+    run: RunDir
+    recipe: Recipe | None
+    trace: Trace
+    """Running mean of the training loss over tokens."""
+    outcome: tuple[str, ...]
+    """Texts for :data:`OUTCOMES`."""
+
+
+OUTCOMES = ("state", "best validation loss", "steps", "tokens/s", "time")
+
+
+def read(run: RunDir) -> Compared:
+    """A run as it is compared. Used in a thread."""
+    view, _ = RunView.sketched(run, _STEPS)
+    series = view.series
+    smoother = Smoother(series.loss)
+    smoother.grow()
+    envelope = Envelope(smoother.column)
+    envelope.grow()
+    try:
+        recipe = run.recipe()
+    except Problem:
+        recipe = None
+    speed = sorted(series.tokens_per_s)[len(series) // 2] if len(series) else None
+    best = view.best
+    return Compared(
+        run,
+        recipe,
+        envelope.trace(series.tokens),
+        (
+            view.status.state,
+            "NA" if best is None else f"{figure(best.loss)} at {best.step:,}",
+            f"{view.step:,}/{view.total_steps:,}",
+            "NA" if speed is None else f"{speed:,.0f}",
+            duration(series.at[-1] - series.at[0]) if len(series) > 1 else "NA",
+        ),
+    )
+
+
+def plot(compared: Sequence[Compared]) -> Plot:
+    """Every curve with a symbol of its own, over the tokens learnt from."""
+    traces = [one.trace for one in compared]
+    reach = overall(traces)
+    most = max((trace.xs[-1] for trace in traces if trace.xs), default=1.0)
+    return Plot(
+        x=so_far(most, most, "tokens"),
+        y=rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss"),
+        curves=tuple(
+            Curve(one.trace, one.run.id, style, mark)
+            for one, style, mark in zip(compared, _STYLES, MARKS, strict=False)
+        ),
+        legend=(("of training, as a running mean", "dim"),),
+        empty="None of these runs has a step.",
+    )
+
+
+def differing(compared: Sequence[Compared]) -> list[tuple[str, tuple[str, ...]]]:
+    """(label, value by run) of every setting that is not the same in all."""
+    recipes = [one.recipe for one in compared]
+    rows = []
+    for path, field in fields().items():
+        if path in _NAMES_OF_RUNS:
+            continue
+        values = tuple("unreadable" if r is None else human(value_of(r, path)) for r in recipes)
+        if len(set(values)) > 1:
+            rows.append((field.label, values))
+    return rows
+
+
+def table(compared: Sequence[Compared], width: int) -> Content:
+    """Names, outcomes, and the settings that differ, a column a run."""
+    rows = [
+        *((name, tuple(one.outcome[i] for one in compared)) for i, name in enumerate(OUTCOMES)),
+        *differing(compared),
+    ]
+    label = max(len(name) for name, _ in rows) + 2
+    each = max(12, (width - label) // len(compared))
+    names = [
+        Content.styled(f"{mark} {_cut(one.run.id, each - 3):<{each - 2}}", f"bold {style}")
+        for one, mark, style in zip(compared, MARKS, _STYLES, strict=False)
+    ]
+    lines = [Content(" " * label) + Content("").join(names)]
+    for name, values in rows:
+        cells = "".join(f"{_cut(value, each - 1):<{each}}" for value in values)
+        lines.append(Content.assemble((f"{name:<{label}}", "dim"), cells))
+    if len(rows) == len(OUTCOMES):
+        lines.append(Content.styled("Their settings are the same.", "dim"))
+    return Content("\n").join(lines)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+class CompareScreen(ModalScreen[None]):
+    """Over the whole window; Escape closes it."""
+
+    DEFAULT_CSS = """
+    CompareScreen {
+        #compare {
+            width: 100%;
+            height: 100%;
+            background: $background;
+            border: round $primary;
+            padding: 0 1;
+        }
+        #compare-table-side {
+            height: auto;
+            max-height: 50%;
+        }
+        #compare-table {
+            height: auto;
+        }
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q,v", "dismiss", "Close"),
+        Binding("j", "scroll_table(1)", show=False),
+        Binding("k", "scroll_table(-1)", show=False),
+    ]
+
+    def __init__(self, runs: Sequence[RunDir]) -> None:
+        super().__init__()
+        self._runs = runs
+        self._compared: list[Compared] = []
+
+    def compose(self) -> ComposeResult:
+        with Vertical(id="compare") as card:
+            card.border_title = f"{len(self._runs)} runs compared"
+            card.border_subtitle = "esc closes"
+            yield Graph(empty="Reading the runs…")
+            with VerticalScroll(id="compare-table-side"):
+                yield Static(id="compare-table")
+
+    def on_mount(self) -> None:
+        self.run_worker(self._read(), exclusive=True)
+
+    def on_resize(self) -> None:
+        self._show_table()
+
+    def action_scroll_table(self, lines: int) -> None:
+        """Scroll the settings."""
+        self.query_one("#compare-table-side").scroll_relative(y=lines, animate=False)
+
+    async def _read(self) -> None:
+        self._compared = [await asyncio.to_thread(read, run) for run in self._runs]
+        self.query_one(Graph).show(plot(self._compared))
+        self._show_table()
+
+    def _show_table(self) -> None:
+        if self._compared:
+            width = max(40, self.size.width - 6)
+            self.query_one("#compare-table", Static).update(table(self._compared, width))

@@ -1,0 +1,209 @@
+"""The list of runs: one line each, as many columns as there is room for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.events import Click
+from textual.geometry import Region, Size
+from textual.message import Message
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+from textual.visual import Visual
+
+from qlora_tui.format import duration, figure
+from qlora_tui.tui import clock
+from qlora_tui.tui.screens.home_facts import curve
+from qlora_tui.tui.screens.runs_summary import RunSummary
+from qlora_tui.tui.screens.train_head import SIGNS
+
+MARKS = "●▲■◆"
+"""Of the runs chosen to compare: the same symbols as on their curves."""
+_CURVE = 12
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    width: int
+    """In cells; 0 takes what is left."""
+    text: Callable[[RunSummary], str]
+    least_width: int = 0
+    """The whole list must be so wide for this column to be shown."""
+    right: bool = False
+
+
+def when(summary: RunSummary, now: float) -> str:
+    """``03:12`` today, ``23 Nov 03:12`` before."""
+    at = summary.queued_at or summary.status.at
+    if not at:
+        return "NA"
+    moment, today = time.localtime(at), time.localtime(now)
+    return time.strftime("%H:%M" if moment[:3] == today[:3] else "%d %b %H:%M", moment)
+
+
+def _loss(summary: RunSummary) -> str:
+    if summary.best is not None:
+        return figure(summary.best[0], 3)
+    return "" if summary.loss is None else f"{figure(summary.loss, 3)}*"
+
+
+def _steps(summary: RunSummary) -> str:
+    status = summary.status
+    return f"{status.step:,}/{status.total_steps:,}" if status.total_steps else ""
+
+
+_COLUMNS = (
+    _Column("when", 12, lambda s: when(s, clock.now())),
+    _Column("run", 0, lambda s: s.id),
+    _Column("model", 26, lambda s: s.model, least_width=150),
+    _Column("settings", 22, lambda s: s.settings, least_width=115),
+    _Column("steps", 13, _steps, least_width=130, right=True),
+    _Column("best", 6, _loss, right=True),
+    _Column("loss", _CURVE, lambda s: curve(s.losses, _CURVE) if s.losses else ""),
+    _Column(
+        "time", 11, lambda s: "" if s.seconds is None else duration(s.seconds), least_width=100, right=True
+    ),
+)
+_WIDEST_NAME = 44
+_HEAD = 14
+"""Cells of the mark and the state before the columns."""
+
+
+class RunTable(ScrollView, can_focus=True):
+    """One line a run, under a line of titles that stays."""
+
+    DEFAULT_CSS = """
+    RunTable {
+        height: 1fr;
+        overflow-x: hidden;
+        scrollbar-size-vertical: 1;
+        text-wrap: nowrap;
+        text-overflow: ellipsis;
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "move(-1)", show=False),
+        Binding("down,j", "move(1)", show=False),
+        Binding("pageup,ctrl+u", "move(-10)", show=False),
+        Binding("pagedown,ctrl+d", "move(10)", show=False),
+        Binding("home,g", "move(-100000)", show=False),
+        Binding("end,G", "move(100000)", show=False),
+    ]
+
+    class Moved(Message):
+        """The cursor is on another run."""
+
+    class Opened(Message):
+        """A run was clicked a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: tuple[RunSummary, ...] = ()
+        self._waiting: tuple[str, ...] = ()
+        self._marked: tuple[str, ...] = ()
+        self._drawn: list[Content] = []
+        self._drawn_at = 0
+        self._cursor = 0
+
+    @property
+    def current(self) -> RunSummary | None:
+        """The run under the cursor."""
+        return self._rows[self._cursor] if self._rows else None
+
+    def show(self, rows: Sequence[RunSummary], waiting: tuple[str, ...], marked: tuple[str, ...]) -> None:
+        """Show these; the cursor stays on its run. Only lines that differ are painted."""
+        current = self.current
+        self._rows, self._waiting, self._marked = tuple(rows), waiting, marked
+        names = [row.id for row in self._rows]
+        if current is not None and current.id in names:
+            self._cursor = names.index(current.id)
+        self._cursor = min(self._cursor, max(0, len(names) - 1))
+        self.virtual_size = Size(1, len(names) + 1)
+        self._redraw()
+
+    def action_move(self, places: int) -> None:
+        """Move the cursor; the ends stop it."""
+        self._go_to(self._cursor + places)
+
+    def on_click(self, event: Click) -> None:
+        line = event.y + round(self.scroll_y) - 1
+        if event.y > 0 and 0 <= line < len(self._rows):
+            if line == self._cursor:
+                self.post_message(self.Opened())
+            self._go_to(line)
+
+    def on_focus(self) -> None:
+        self._redraw()
+
+    def on_blur(self) -> None:
+        self._redraw()
+
+    def render_line(self, y: int) -> Strip:
+        width = self.scrollable_content_region.width
+        if self._drawn_at != width:
+            self._drawn_at, self._drawn = width, self._draw()
+        line = 0 if y == 0 else y + round(self.scroll_y)
+        content = self._drawn[line] if line < len(self._drawn) else Content("")
+        strips = Visual.to_strips(self, content, width, 1, self.visual_style, pad=True, apply_selection=False)
+        return strips[0] if strips else Strip.blank(width, self.rich_style)
+
+    def _go_to(self, row: int) -> None:
+        row = min(max(row, 0), max(0, len(self._rows) - 1))
+        if row == self._cursor:
+            return
+        self._cursor = row
+        # One line of the window is taken by the titles.
+        self.scroll_to_region(Region(0, row, 1, 2), animate=False, force=True)
+        self._redraw()
+        self.post_message(self.Moved())
+
+    def _redraw(self) -> None:
+        before, self._drawn = self._drawn, self._draw()
+        self._drawn_at = self.scrollable_content_region.width
+        if len(before) != len(self._drawn):
+            self.refresh()
+            return
+        for line, (old, new) in enumerate(zip(before, self._drawn, strict=True)):
+            if not old.is_same(new):
+                self.refresh_line(line)
+
+    def _draw(self) -> list[Content]:
+        width = self.scrollable_content_region.width
+        columns = [column for column in _COLUMNS if width >= column.least_width]
+        taken = _HEAD + sum(column.width + 2 for column in columns)
+        left = max(10, width - taken)
+        free = min(left, _WIDEST_NAME)
+        titles = "".join(f"{_cut(c.title, c.width or free, right=c.right)}  " for c in columns)
+        lines = [Content.styled(" " * _HEAD + titles, "dim")]
+        for number, row in enumerate(self._rows):
+            line = self._head(row) + "".join(
+                f"{_cut(c.text(row), c.width or free, right=c.right)}  " for c in columns
+            )
+            # What is left of a wide window says how it ended.
+            line += Content.styled(_cut(row.status.detail, max(0, left - free), right=False), "dim")
+            if number == self._cursor:
+                plain = Content(line.plain).pad_right(max(0, width - line.cell_length))
+                line = plain.stylize("reverse") if self.has_focus else line.stylize("bold")
+            lines.append(line)
+        return lines
+
+    def _head(self, row: RunSummary) -> Content:
+        mark = MARKS[self._marked.index(row.id)] if row.id in self._marked else " "
+        sign, style = SIGNS[row.status.state]
+        word: str = row.status.state
+        if row.id in self._waiting:
+            word = f"queue {self._waiting.index(row.id) + 1}"
+        return Content.assemble((f"{mark} ", "$accent"), (f"{sign} {word:<10}", style))
+
+
+def _cut(text: str, width: int, *, right: bool) -> str:
+    text = text.replace("\n", " ")
+    if len(text) > width:
+        text = text[: width - 1] + "…" if width else ""
+    return f"{text:>{width}}" if right else f"{text:<{width}}"

@@ -1,0 +1,42 @@
+"""What tests of screens share: an app in a private home, a fixed clock and time zone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from qlora_tui.tui import clock
+from qlora_tui.tui.app import QloraApp
+from tests.tui.played import BEGAN
+
+NOW = BEGAN + 3600.0
+"""What the clock shows unless a test sets it."""
+
+
+@pytest.fixture
+def make_app() -> Callable[[], QloraApp]:
+    """The app as it starts, on whatever the private home holds by then."""
+    return QloraApp
+
+
+@pytest.fixture(autouse=True)
+def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Times of day are told in UTC."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.fixture
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Set what screens take for now."""
+
+    def set_(now: float) -> None:
+        monkeypatch.setattr(clock, "now", lambda: now)
+
+    set_(NOW)
+    return set_

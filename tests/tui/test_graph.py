@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import math
+import random
+import time
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.segment import Segment
+from textual.strip import Strip
+
+from qlora_tui.tui.widgets.axis import Axis, label, rounded, so_far, ticks
+from qlora_tui.tui.widgets.graph import NOT_A_NUMBER, Curve, Mark, Plot, plot
+from qlora_tui.tui.widgets.lines import changed_cells
+from qlora_tui.tui.widgets.strip_chart import blocks, over_axis
+from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace, extremes
+
+ANY_FLOATS = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=600)
+
+
+def trace_of(values: list[float], most: int = 640) -> Trace:
+    column = array("d", values)
+    envelope = Envelope(column)
+    envelope.grow()
+    return envelope.trace(range(len(values)), most=most)
+
+
+def drawn(trace: Trace, x: Axis, y: Axis, width: int = 40, height: int = 8) -> list[str]:
+    return [line.plain for line in plot(Plot(x, y, (Curve(trace, "loss", ""),)), width, height)]
+
+
+@given(ANY_FLOATS)
+def test_an_envelope_tells_the_same_extremes_as_the_whole_column(values: list[float]) -> None:
+    envelope = Envelope(array("d", values))
+    envelope.grow()
+    start, end = len(values) // 5, len(values) - len(values) // 7
+    assert envelope.between(start, end) == extremes(array("d", values)[start:end])
+
+
+@given(ANY_FLOATS, st.integers(4, 120), st.integers(3, 40))
+def test_no_column_of_numbers_can_crash_a_graph(values: list[float], width: int, height: int) -> None:
+    trace = trace_of(values)
+    low, high = trace.low, trace.high
+    y = rounded(low, high) if low is not None and high is not None else Axis(0, 1)
+    lines = drawn(trace, so_far(len(values), len(values)), y, width, height)
+    assert len(lines) == height
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_an_axis_holds_its_values_and_has_distinct_labels(low: float, spread: float) -> None:
+    axis = rounded(low, low + spread)
+    slack = 1e-6 * (axis.high - axis.low)
+    assert axis.low - slack <= low and low + spread <= axis.high + slack
+    texts = [text for _, text in ticks(axis, 5)]
+    assert len(set(texts)) == len(texts)
+
+
+def test_a_thinned_curve_keeps_the_spike_of_one_step() -> None:
+    values = [1.0] * 100_000
+    values[54_321] = 9.0
+    trace = trace_of(values)
+    assert len(trace.xs) <= 641
+    assert trace.high == 9.0
+
+
+def test_what_is_no_number_is_marked_at_the_foot_and_has_no_line() -> None:
+    values = [1.0] * 40
+    values[20:24] = [math.nan, math.inf, -math.inf, math.nan]
+    lines = drawn(trace_of(values), Axis(0, 40, "step"), Axis(0, 2, "loss"))
+    assert NOT_A_NUMBER in lines[-2]
+    gap = lines[-2].index(NOT_A_NUMBER)
+    assert all(line[gap] in " ×" for line in lines[1:-1])
+
+
+def test_where_nothing_was_measured_there_is_no_line() -> None:
+    trace = Trace((0.0, 1.0, 2.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (False, False, False))
+    lines = drawn(trace, Axis(0, 40, "step"), Axis(0, 2, "loss"))
+    assert all(set(line[10:]) <= set(" ") for line in lines[1:-1])
+
+
+def test_marks_lie_over_curves_and_do_not_run_together() -> None:
+    marks = tuple(Mark(x, 1.0, "◆", "") for x in range(40))
+    lines = plot(Plot(Axis(0, 40), Axis(0, 2), (Curve(trace_of([1.0] * 40), "", ""),), marks), 44, 8)
+    text = "\n".join(line.plain for line in lines)
+    assert 5 < text.count("◆") < 20
+    assert "◆◆" not in text
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "high"), [(0, 3000, 10), (11, 3000, 20), (1240, 3000, 2000), (2500, 3000, 3000)]
+)
+def test_the_axis_of_steps_grows_in_round_numbers_up_to_the_whole_run(
+    done: int, total: int, high: int
+) -> None:
+    assert so_far(done, total) == Axis(0.0, high)
+
+
+@pytest.mark.parametrize(
+    ("value", "step", "text"),
+    [(0, 5, "0"), (400, 200, "400"), (1.2, 0.2, "1.2"), (12_000, 4000, "12k"), (1.5e6, 5e5, "1.5M"),
+     (2e-4, 1e-4, "2e-4"), (1.5e-4, 5e-5, "1.5e-4")],
+)  # fmt: skip
+def test_a_tick_is_short_and_exact(value: float, step: float, text: str) -> None:
+    assert label(value, step) == text
+
+
+def test_a_million_steps_are_drawn_in_milliseconds_once_they_are_known() -> None:
+    luck = random.Random(1)
+    column = array("d", (luck.random() for _ in range(1_000_000)))
+    steps = array("q", range(1_000_000))
+    envelope = Envelope(column)
+    envelope.grow()
+    began = time.process_time()
+    trace = envelope.trace(steps)
+    drawn(trace, so_far(1e6, 1e6), Axis(0, 1), 160, 40)
+    assert time.process_time() - began < 0.2
+
+
+def test_values_that_were_replaced_are_read_anew() -> None:
+    column = array("d", [1.0] * 300)
+    envelope = Envelope(column)
+    envelope.grow()
+    del column[100:]
+    column.extend([5.0] * 300)
+    envelope.forget_from(100)
+    envelope.grow()
+    assert envelope.between(0, 400) == (1.0, 5.0, False)
+
+
+def test_a_running_mean_begins_at_the_first_value_and_passes_over_what_is_no_number() -> None:
+    source = array("d", [4.0, math.nan, 4.0])
+    smoother = Smoother(source)
+    smoother.grow()
+    source.append(2.0)
+    smoother.grow()
+    assert list(smoother.column[:3]) == [4.0, 4.0, 4.0]
+    assert 2.0 < smoother.column[3] < 4.0
+
+
+def test_a_strip_is_scaled_from_its_fixed_zero_and_not_from_its_values() -> None:
+    assert blocks([98.0] * 3, 0.0, 100.0, 1) == ["███"]
+    assert blocks([0.0, None, 50.0, math.nan], 0.0, 100.0, 1) == ["▁ ▄×"]
+
+
+def test_a_strip_holds_a_value_to_the_next_and_nothing_after_the_last() -> None:
+    trace = Trace((0.0, 10.0), (1.0, 2.0), (1.0, 2.0), (False, False))
+    assert over_axis(trace, Axis(0, 20), 5) == [1.0, 1.0, 2.0, None, None]
+
+
+def test_only_the_cells_that_changed_are_painted() -> None:
+    old = Strip([Segment("loss 1.25 "), Segment("step 10")])
+    new = Strip([Segment("loss 1.31 "), Segment("step 10")])
+    assert changed_cells(old, new) == (7, 9)
+    assert changed_cells(old, old) == (0, 0)
