@@ -71,6 +71,8 @@ class CodePath:
     device: Literal["cuda", "cpu"] = "cuda"
     fused_kernels: bool = False
     """Fused RMSNorm and rotary kernels, and LoRA on 4-bit weights in one function (Unsloth's, FOAK's)."""
+    expandable_segments: bool = True
+    """The allocator grows its segments (our trainer asks for it), so blocks are cut to size."""
     separate_experts: bool = False
     """transformers before 5 held each expert's matrices as linear modules, which bitsandbytes quantizes."""
     name: str = "this trainer"

@@ -34,6 +34,7 @@ LABELS: dict[str, str] = {
     "logits": "Logits and loss",
     "inputs": "Batch and positions",
     "workspace": "cuBLAS workspace",
+    "unsplit": "Uncut blocks",
     "fragmentation": "Allocator slack",
     "context": "CUDA context",
     "runtime": "Python and libraries",
@@ -153,6 +154,7 @@ def _process_sentences(facts: Facts) -> dict[str, str]:
     return {
         "inputs": "Token ids, labels, positions and rotary tables.",
         "workspace": "cuBLAS keeps a workspace in the allocator's pool.",
+        "unsplit": "Up to 1 MiB a tensor that the allocator did not cut off, without expandable segments.",
         "fragmentation": "What the allocator holds beyond the tensors: rounding, and gaps between blocks.",
         "context": "The CUDA context and loaded kernels, outside torch's allocator.",
         "runtime": "The process before the model: Python, torch, transformers, peft, bitsandbytes.",

@@ -6,7 +6,7 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.step import stream_bytes
-from qlora_tui.memory.weights import adapter_bytes, frozen_weights, optimizer_bytes, rounded
+from qlora_tui.memory.weights import adapter_bytes, frozen_weights, optimizer_bytes, rounded, unsplit_bytes
 from qlora_tui.recipe.schema import Recipe
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680
@@ -33,6 +33,7 @@ def resident_items(
         "adapter": adapter_bytes(layout, path),
         "inputs": _input_bytes(architecture, layout, path),
         "mask": _mask_bytes(layout, path),
+        "unsplit": unsplit_bytes(recipe, architecture, layout, path),
     }
     if path.device == "cuda":
         items["workspace"] = CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES

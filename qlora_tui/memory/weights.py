@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture
+from qlora_tui.memory.allocator import allocated_bytes
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.tape import ALLOCATION_BYTES
@@ -110,6 +111,29 @@ def adapter_bytes(layout: Layout, path: CodePath) -> int:
 def gradient_bytes(layout: Layout, path: CodePath) -> int:
     """Gradients have their parameters' dtype."""
     return adapter_bytes(layout, path)
+
+
+def unsplit_bytes(recipe: Recipe, architecture: Architecture, layout: Layout, path: CodePath) -> int:
+    """What the allocator counts beyond the tensors that stay, where it does not cut blocks to size.
+
+    The tensors are taken in the order of the modules. Loading interleaves them with copies that go again, so
+    the true figure differs by some MiB from run to run.
+    """
+    if path.expandable_segments or path.device != "cuda":
+        return 0
+    kept = 4 if path.cast_to_float32 else path.compute_bytes
+    sizes = [table.params * kept for table in architecture.embeddings]
+    method = recipe.quantization.method
+    for module in architecture.modules:
+        if module.quantizable and method in ("nf4", "fp4"):
+            sizes += [module.weight_params // 2, module.weight_params // BLOCK * 4, CODE_BYTES]
+        else:
+            width = 1 if module.quantizable and method == "int8" else kept
+            sizes.append(module.weight_params * width)
+        sizes.append(module.bias_params * kept)
+    sizes.append(architecture.head.own_params * kept)
+    sizes += [count * path.adapter_bytes for count in layout.adapter_tensors]
+    return allocated_bytes(sizes) - sum(rounded(size) for size in sizes)
 
 
 def optimizer_bytes(layout: Layout, path: CodePath) -> int:

@@ -1,0 +1,384 @@
+"""Score the memory estimate against published measurements, beside three other ways to estimate.
+
+    python -m bench.estimator --csv measured.csv --configs model-configs [--json]
+
+The table has a row a measurement: ``model_id, quant, double_quant, batch, seq_len, lora_r, targets,
+grad_ckpt, optimizer, attention, extra, gpu, measured_gb, unit, measure``. ``--configs`` holds
+``<org>__<name>/config.json``. Which code a row ran is read from its own words by :func:`read_path`; a row that
+cannot be placed is listed with the reason. A row that ran out of memory has no figure: there the verdict is
+scored against the card.
+
+Baselines: ``fitcheck-llm`` in ``.bench-venv`` (`python -m venv .bench-venv && .bench-venv/bin/pip install
+fitcheck-llm==0.3.1`), fed the same config; ``accelerate estimate-memory``'s rule for Adam (the largest of
+weights, weights and gradients, and four times the weights in training, at the row's precision); and half a
+byte a parameter plus 1.5 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_tui.catalog.architecture import load_config, read_architecture
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.errors import Problem
+from qlora_tui.memory import CodePath, Estimate, estimate
+from qlora_tui.memory.codepath import Optimizer
+from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+
+UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+Row = dict[str, str]
+
+
+class Unplaced(Exception):
+    """A row whose code path or model cannot be told."""
+
+
+def read_path(row: Row) -> tuple[Recipe, CodePath]:
+    """The recipe and code path of a row, from its columns and the words in ``extra``.
+
+    * ``prepare_model_for_kbit_training``: norms, embedding and head in float32 (``cast_to_float32``), unless
+      ``peft_module_casting_to_bf16`` follows: then norms only.
+    * ``Trainer`` or ``TRL`` benchmarks (fms-acceleration, transformers 4.4x): reentrant checkpointing,
+      shifted logits, experts as separate modules; autocast where a quantized model was trained with ``bf16=True``.
+    * ``FOAK`` or ``fused``: fused RMSNorm, rotary, cross-entropy and (on 4-bit weights) LoRA kernels.
+    * fitcheck's own measurements call ``out = model(…); out.loss.backward()``: the logits stay referred to.
+    * ``liger``: fused linear cross-entropy. ``unsloth`` changes too much to be placed.
+    """
+    extra = row["extra"].lower()
+    if "unsloth" in extra:
+        raise Unplaced("Unsloth's own layers are not walked")
+    method = _method(row["quant"])
+    quantized = method != "none"
+    trl_cast = "peft_module_casting" in extra
+    fms = "fms-acceleration" in row.get("source_url", "") or "hf trainer" in extra or trl_cast
+    fused = "foak" in extra or "fused" in extra
+    loss: Literal["stock", "shifted", "liger", "fused"] = "shifted" if fms else "stock"
+    if "liger" in extra:
+        loss = "liger"
+    elif fused:
+        loss = "fused"
+    dropout = re.search(r"lora_dropout=([\d.]+)", extra)
+    path = CodePath(
+        compute_bytes=4 if "fp32 compute" in extra or "compute fp32" in extra else 2,
+        float16="fp16 compute" in extra or "compute fp16" in extra,
+        cast_to_float32="prepare_model_for_kbit_training" in extra and not trl_cast,
+        norms_float32=trl_cast,
+        autocast=fms and quantized,
+        loss=loss,
+        logits_held="fitcheck" in row.get("source_url", ""),
+        checkpointing=row["grad_ckpt"].lower() == "true",
+        reentrant=fms,
+        attention=_attention(row["attention"]),
+        optimizer=_optimizer(row["optimizer"]),
+        fused_kernels=fused,
+        separate_experts=fms,
+        expandable_segments=False,
+        name=row["extra"].split(";")[0],
+    )
+    recipe = Recipe(
+        quantization=Quantization(method=method, double_quantization=row["double_quant"].lower() == "true"),
+        lora=Lora(
+            rank=int(row["lora_r"]),
+            target_modules=tuple(row["targets"].replace(",", " ").split()),
+            dropout=float(dropout[1]) if dropout else 0.0,
+        ),
+        data=Data(max_length=int(row["seq_len"]), packing=False),
+        training=Training(micro_batch=int(row["batch"]), gradient_accumulation=1),
+    )
+    return recipe, path
+
+
+def _method(text: str) -> Literal["nf4", "fp4", "int8", "none"]:
+    word = text.lower()
+    if word.startswith(("none", "fp16", "bf16", "16")) or not word:
+        return "none"
+    if "fp4" in word:
+        return "fp4"
+    if "nf4" in word or "4bit" in word or "4-bit" in word:
+        return "nf4"
+    if "int8" in word or "8bit" in word or "8-bit" in word:
+        return "int8"
+    raise Unplaced(f"quantization {text!r} is not known")
+
+
+def _attention(text: str) -> Literal["flash", "efficient", "math", "eager"]:
+    word = text.lower()
+    if "eager" in word:
+        return "eager"
+    if "mem" in word:
+        return "efficient"
+    if "math" in word:
+        return "math"
+    return "flash"
+
+
+def _optimizer(text: str) -> Optimizer:
+    word = text.lower()
+    if "paged" in word:
+        return "paged_adamw_8bit" if "8" in word else "paged_adamw_32bit"
+    if "8bit" in word or "8-bit" in word:
+        return "adamw_8bit"
+    if "fused" in word:
+        return "adamw_fused"
+    if "adam" in word:
+        return "adamw"
+    raise Unplaced(f"optimizer {text!r} is not known")
+
+
+def find_config(model_id: str, configs: Path) -> Path:
+    """The config of a model, or of one with the same shape: another owner's copy, base for instruct."""
+    name = model_id.rpartition("/")[2]
+    shapes = [name, re.sub(r"[-_](instruct|chat|it)(?=[-_]|$)", "", name, flags=re.IGNORECASE)]
+    folders = sorted(path for path in configs.iterdir() if (path / "config.json").is_file())
+    for shape in (model_id.replace("/", "__"), *shapes):
+        for folder in folders:
+            if folder.name == shape or folder.name.rpartition("__")[2].lower() == shape.lower():
+                return folder / "config.json"
+    raise Unplaced(f"no config for {model_id}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row, estimated."""
+
+    id: str
+    model: str
+    path: str
+    measure: str
+    measured_bytes: int | None
+    """None where the run went out of memory."""
+    ours_bytes: int
+    fitcheck_bytes: int | None
+    accelerate_bytes: int
+    half_byte_bytes: int
+    phase: str
+    capacity_bytes: int | None
+
+    def error(self, predicted: int | None) -> float | None:
+        """Relative error in percent; positive is over."""
+        if predicted is None or not self.measured_bytes:
+            return None
+        return 100 * (predicted - self.measured_bytes) / self.measured_bytes
+
+
+def score(row: Row, architecture: Architecture, fitcheck_bytes: int | None) -> Score:
+    """Estimate one row. Raises Unplaced or Problem."""
+    recipe, path = read_path(row)
+    made = estimate(recipe, architecture, path=path)
+    measured = None
+    if row["measured_gb"].upper() != "OOM":
+        measured = int(float(row["measured_gb"]) * UNITS[row["unit"].lower()])
+    width = 4 if path.compute_bytes == 4 else 2
+    return Score(
+        id=row["id"],
+        model=row["model_id"],
+        path=path.name,
+        measure=row["measure"],
+        measured_bytes=measured,
+        ours_bytes=_tier(made, row["measure"]),
+        fitcheck_bytes=fitcheck_bytes,
+        accelerate_bytes=architecture.total_params * width * 4,
+        half_byte_bytes=architecture.total_params // 2 + 1_500_000_000,
+        phase=made.peak_phase,
+        capacity_bytes=_capacity(row["gpu"]),
+    )
+
+
+def _tier(made: Estimate, measure: str) -> int:
+    word = measure.lower()
+    if "reserved" in word:
+        return made.reserved_bytes
+    if "process" in word or "smi" in word or "nvml" in word:
+        return made.process_bytes
+    return made.allocated_bytes
+
+
+def _capacity(gpu: str) -> int | None:
+    found = re.search(r"(\d+)\s*GB", gpu)
+    return int(found[1]) * 2**30 if found else None
+
+
+def ask_fitcheck(questions: list[dict[str, Any]], python: Path) -> list[int | None]:
+    """What fitcheck-llm says of each row's tensors, in bytes; None where it declines."""
+    if not questions or not python.exists():
+        return [None] * len(questions)
+    asked = json.dumps(questions)
+    done = subprocess.run([python, "-c", _FITCHECK], input=asked, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"fitcheck-llm failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return [None] * len(questions)
+    answers: list[int | None] = json.loads(done.stdout)
+    return answers
+
+
+_FITCHECK = """
+import json, sys, types
+from unittest import mock
+from fitcheck import config_parser
+from fitcheck.estimator import TrainingConfig, estimate
+from fitcheck.gpu_db import get_gpu
+answers = []
+for question in json.load(sys.stdin):
+    try:
+        with mock.patch.object(config_parser, "hf_hub_download", lambda **_: question["config"]), \\
+             mock.patch.object(config_parser, "_reported_param_count", lambda *a, **k: None):
+            model = config_parser.fetch_model_config(question["model"])
+        report = estimate(model, TrainingConfig(**question["training"]), get_gpu(vram_mib=200_000))
+        answers.append(int((report.total_mib - report.overhead_mib) * 2**20))
+    except Exception as error:
+        print(question["model"], repr(error), file=sys.stderr)
+        answers.append(None)
+print(json.dumps(answers))
+"""
+
+
+def _question(row: Row, config: Path) -> dict[str, Any]:
+    recipe, path = read_path(row)
+    method = recipe.quantization.method
+    return {
+        "config": str(config),
+        "model": row["model_id"],
+        "training": {
+            "precision": "fp16" if path.float16 else "bf16",
+            "quantization": method,
+            "double_quant": recipe.quantization.double_quantization and method == "nf4",
+            "optimizer": "adam8bit" if "8bit" in path.optimizer else "adamw",
+            "batch_size": recipe.training.micro_batch,
+            "seq_len": recipe.data.max_length,
+            "lora_rank": recipe.lora.rank,
+            "lora_targets": list(recipe.lora.target_modules),
+            "grad_checkpoint": path.checkpointing,
+            "flash_attn": path.attention != "eager",
+        },
+    }
+
+
+def run(table: Path, configs: Path, fitcheck: Path) -> dict[str, Any]:
+    """Score a whole table; the JSON that ``--json`` prints."""
+    placed: list[tuple[Row, Path, Architecture]] = []
+    unplaced: list[dict[str, str]] = []
+    with table.open(newline="") as file:
+        for row in csv.DictReader(file):
+            try:
+                config = find_config(row["model_id"], configs)
+                read_path(row)
+                placed.append((row, config, read_architecture(load_config(config))))
+            except (Unplaced, Problem, KeyError, ValueError) as reason:
+                unplaced.append(
+                    {"id": row.get("id", "?"), "model": row.get("model_id", "?"), "why": str(reason)}
+                )
+    answers = ask_fitcheck([_question(row, config) for row, config, _ in placed], fitcheck)
+    scores: list[Score] = []
+    for (row, _, architecture), answer in zip(placed, answers, strict=True):
+        try:
+            scores.append(score(row, architecture, answer))
+        except (Unplaced, Problem, KeyError, ValueError) as reason:
+            unplaced.append({"id": row["id"], "model": row["model_id"], "why": str(reason)})
+    return {
+        "rows": [_row(made) for made in scores],
+        "summary": {name: summary(scores, name) for name in ("ours", "fitcheck", "accelerate", "half_byte")},
+        "by_path": _by_path(scores),
+        "out_of_memory": [_out_of_memory(made) for made in scores if made.measured_bytes is None],
+        "unplaced": unplaced,
+    }
+
+
+def _row(made: Score) -> dict[str, Any]:
+    return {
+        "id": made.id,
+        "model": made.model,
+        "path": made.path,
+        "measure": made.measure,
+        "measured_bytes": made.measured_bytes,
+        "ours_bytes": made.ours_bytes,
+        "peak_phase": made.phase,
+        "error_pct": made.error(made.ours_bytes),
+        "fitcheck_error_pct": made.error(made.fitcheck_bytes),
+        "accelerate_error_pct": made.error(made.accelerate_bytes),
+        "half_byte_error_pct": made.error(made.half_byte_bytes),
+    }
+
+
+def _out_of_memory(made: Score) -> dict[str, Any]:
+    says = None if made.capacity_bytes is None else made.ours_bytes > made.capacity_bytes
+    return {"id": made.id, "model": made.model, "ours_bytes": made.ours_bytes, "said_it_would_not_fit": says}
+
+
+def summary(scores: Iterable[Score], name: str) -> dict[str, Any]:
+    """Mean of the absolute errors, the worst over and the worst under, in percent."""
+    errors = [made.error(getattr(made, f"{name}_bytes")) for made in scores]
+    known = [error for error in errors if error is not None]
+    if not known:
+        return {"rows": 0, "mean_pct": None, "worst_over_pct": None, "worst_under_pct": None}
+    return {
+        "rows": len(known),
+        "mean_pct": sum(abs(error) for error in known) / len(known),
+        "worst_over_pct": max(0.0, *known) if len(known) > 1 else max(0.0, known[0]),
+        "worst_under_pct": min(0.0, *known) if len(known) > 1 else min(0.0, known[0]),
+    }
+
+
+def _by_path(scores: list[Score]) -> dict[str, Any]:
+    paths = dict.fromkeys(made.path for made in scores)
+    return {path: summary([made for made in scores if made.path == path], "ours") for path in paths}
+
+
+def _print(result: dict[str, Any]) -> None:
+    for row in result["rows"]:
+        if row["measured_bytes"] is None:
+            continue
+        others = "  ".join(
+            f"{'—' if row[key] is None else format(row[key], '+.1f'):>7}"
+            for key in ("fitcheck_error_pct", "accelerate_error_pct", "half_byte_error_pct")
+        )
+        print(
+            f"{row['id']:6}{row['model'][-28:]:29}{row['measured_bytes'] / 2**30:8.3f} GiB"
+            f"{row['ours_bytes'] / 2**30:9.3f}{row['error_pct']:+8.2f} %   {others}   {row['peak_phase']}"
+        )
+    print("\nby path")
+    for path, figures in result["by_path"].items():
+        print(f"  {_figures(figures)}  {path[:70]}")
+    print("\nin all")
+    for name, figures in result["summary"].items():
+        print(f"  {_figures(figures)}  {name.replace('_', ' ')}")
+    told = [row for row in result["out_of_memory"] if row["said_it_would_not_fit"]]
+    print(f"\nout of memory: {len(told)} of {len(result['out_of_memory'])} told beforehand")
+    for row in result["unplaced"]:
+        print(f"not placed: {row['id']} {row['model']}: {row['why'].splitlines()[0]}")
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    if not figures["rows"]:
+        return f"{0:3} rows" + " " * 44
+    return (
+        f"{figures['rows']:3} rows  mean {figures['mean_pct']:6.2f} %"
+        f"  worst over {figures['worst_over_pct']:+8.2f} %  under {figures['worst_under_pct']:+7.2f} %"
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Score the memory estimate against measurements.")
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--configs", type=Path, required=True)
+    parser.add_argument("--fitcheck", type=Path, default=Path(".bench-venv/bin/python"))
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    result = run(given.csv, given.configs, given.fitcheck)
+    if given.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _print(result)
+
+
+if __name__ == "__main__":
+    main()
