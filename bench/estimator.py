@@ -4,9 +4,9 @@
 
 The table has a row a measurement: ``model_id, quant, double_quant, batch, seq_len, lora_r, targets,
 grad_ckpt, optimizer, attention, extra, gpu, measured_gb, unit, measure``. ``--configs`` holds
-``<org>__<name>/config.json``. Which code a row ran is read from its own words by :func:`read_path`; a row that
-cannot be placed is listed with the reason. A row that ran out of memory has no figure: there the verdict is
-scored against the card.
+``<org>__<name>/config.json``. Which code a row ran is read from its own words by :func:`read_path`; a row
+that cannot be placed is listed with the reason. A row that ran out of memory has no figure: there the verdict
+is scored against the card.
 
 Baselines: ``fitcheck-llm`` in ``.bench-venv`` (`python -m venv .bench-venv && .bench-venv/bin/pip install
 fitcheck-llm==0.3.1`), fed the same config; ``accelerate estimate-memory``'s rule for Adam (the largest of
@@ -48,7 +48,7 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
     * ``prepare_model_for_kbit_training``: norms, embedding and head in float32 (``cast_to_float32``), unless
       ``peft_module_casting_to_bf16`` follows: then norms only.
     * ``Trainer`` or ``TRL`` benchmarks (fms-acceleration, transformers 4.4x): reentrant checkpointing,
-      shifted logits, experts as separate modules; autocast where a quantized model was trained with ``bf16=True``.
+      shifted logits, experts as separate modules; autocast where a 4-bit model ran with ``bf16=True``.
     * ``FOAK`` or ``fused``: fused RMSNorm, rotary, cross-entropy and (on 4-bit weights) LoRA kernels.
     * fitcheck's own measurements call ``out = model(…); out.loss.backward()``: the logits stay referred to.
     * ``liger``: fused linear cross-entropy. ``unsloth`` changes too much to be placed.
