@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from qlora_tui.catalog.lookup import architecture_of
+from qlora_tui.cli.arguments import positive
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from, table
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import GIB, gib, size
@@ -65,7 +66,13 @@ def _room(gpu_gib: float | None) -> Room:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
-    parser.add_argument("--gpu-gib", type=float, help="estimate against a card of this size")
+    parser.add_argument(
+        "--gpu-gib",
+        type=positive,
+        # The same option before the verb: what was said there stays.
+        default=argparse.SUPPRESS,
+        help="estimate against a card of this size",
+    )
 
 
 VERBS = {"estimate": Verb(run, _arguments)}

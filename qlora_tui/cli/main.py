@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from qlora_tui import __version__, paths
+from qlora_tui.cli.arguments import positive
 from qlora_tui.errors import FAILED, Problem
 from qlora_tui.settings import load_settings
 
@@ -70,7 +71,7 @@ def _parser(called: str | None) -> argparse.ArgumentParser:
         description="Fine-tune language models with QLoRA on one GPU. Without a verb it opens the app.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-tui {__version__}")
-    parser.add_argument("--gpu-gib", type=_positive, help="estimate against a card of this size")
+    parser.add_argument("--gpu-gib", type=positive, help="estimate against a card of this size")
     parser.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
     parser.set_defaults(verb=None)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
@@ -84,13 +85,6 @@ def _parser(called: str | None) -> argparse.ArgumentParser:
             verb.arguments(sub)
             sub.set_defaults(run=verb.run)
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("it must be a size above 0, in GiB")
-    return value
 
 
 def _open_app(args: argparse.Namespace) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
+from qlora_tui.catalog.local import resolve
 from qlora_tui.cli.follow import follow
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from
+from qlora_tui.data.sources import open_source
 from qlora_tui.recipe.conflicts import ready_to_run
 from qlora_tui.runs import actions
 
@@ -15,6 +17,10 @@ def run(args: argparse.Namespace) -> Outcome | int:
     """Queue the run and see that a runner is at work."""
     recipe = recipe_from(args)
     ready_to_run(recipe)
+    # What the trainer would refuse in ten seconds is refused now.
+    resolve(recipe.model.id)
+    for source in recipe.data.sources:
+        open_source(source)
     new = actions.submit(recipe)
     if args.detach:
         return Outcome(

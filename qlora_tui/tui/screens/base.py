@@ -43,7 +43,7 @@ class WorkScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         yield TopBar(self.MODE)
         if self.EDITS_RECIPE:
-            # Here, since Home, which is painted first, has no strip and need not wait for the estimate's room.
+            # Here, since Home is painted first and has no strip: it does not wait for the estimate's room.
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
             yield RecipeStrip()

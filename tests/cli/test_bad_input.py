@@ -1,0 +1,117 @@
+"""What a user can get wrong is answered: what, why, what to do. Exit code 1 or 2, no traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.runs.directory import all_runs
+from tests.cli.conftest import Call
+
+
+def recipe_file(folder: Path, text: str) -> str:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[lora]\nrnak = 8", ["lora.rnak", "line 2", "lora.rank"]),
+        ("rank = 8", ["rank", "[lora]"]),
+        ('[lora]\nrank = "eight"', ["lora.rank", "line 2", "a whole number from 1 to 1,024"]),
+        ("[lora]\nrank = 0", ["lora.rank", "from 1 to 1,024"]),
+        ("[training]\nschedule = 'cosin'", ["training.schedule", "cosine"]),
+        ("[lora\nrank = 8", ["line 1"]),
+    ],
+)
+def test_a_wrong_recipe_names_file_line_key_and_what_was_expected(
+    text: str, words: list[str], tmp_path: Path, call: Call
+) -> None:
+    said = call("train", recipe_file(tmp_path, text), "--detach")
+    assert said.code == 2
+    assert "mine.toml" in said.err
+    for word in words:
+        assert word in said.err
+    assert all_runs() == []
+
+
+def test_a_recipe_that_is_not_there(call: Call, tmp_path: Path) -> None:
+    said = call("train", str(tmp_path / "gone.toml"))
+    assert said.code == 2
+    assert "gone.toml" in said.err
+
+
+@pytest.mark.parametrize("words", [["--set", "lora.rnak=3"], ["--set", "lora.rank"], ["--preset", "blanced"]])
+def test_a_wrong_option_is_answered_with_the_near_match(words: list[str], call: Call) -> None:
+    said = call("train", *words)
+    assert said.code == 2
+    assert "lora.rank" in said.err or "balanced" in said.err
+
+
+def test_a_run_needs_a_model_and_data(call: Call) -> None:
+    said = call("train")
+    assert said.code == 2
+    assert "model" in said.err and "data" in said.err
+
+
+def test_a_model_folder_without_config(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    said = call("estimate", "--model", str(tmp_path / "model"))
+    assert said.code in (1, 2)
+    assert "config.json" in said.err
+
+
+def test_a_model_folder_with_pickled_weights_only(call: Call, qwen: Path) -> None:
+    (qwen / "pytorch_model.bin").write_bytes(b"pickle")
+    data = qwen.parent / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    said = call("train", "--model", str(qwen), "--data", str(data))
+    assert said.code in (1, 2)
+    assert "safetensors" in said.err
+    assert all_runs() == []
+
+
+def test_a_model_that_is_not_here(call: Call) -> None:
+    said = call("estimate", "--model", "acme/nothing")
+    assert said.code in (1, 2)
+    assert "acme/nothing" in said.err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["empty"]),
+        (b"\xff\xfe\xfa{}\n", ["UTF-8"]),
+        (b'{"prompt": "a", "completion": "b"}\n' * 6 + b"{oops\n", ["Line 7"]),
+        (b'{"colour": "red"}\n', ["colour"]),
+    ],
+)
+def test_a_data_file_that_cannot_be_used(
+    content: bytes, words: list[str], call: Call, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    said = call("data", "inspect", str(path))
+    assert said.code in (1, 2)
+    for word in words:
+        assert word in said.err + said.out
+
+
+def test_a_data_file_that_is_not_there(call: Call) -> None:
+    said = call("data", "inspect", "gone.jsonl")
+    assert said.code in (1, 2)
+    assert "gone.jsonl" in said.err
+
+
+def test_an_unknown_run(call: Call) -> None:
+    said = call("attach", "nothing")
+    assert said.code == 2
+    assert "nothing" in said.err
+
+
+def test_a_size_that_is_none(call: Call, qwen: Path) -> None:
+    for size in ("0", "-3", "nan", "much"):
+        assert call("estimate", "--model", str(qwen), "--gpu-gib", size).code == 2

@@ -1,0 +1,149 @@
+"""Every verb says something useful, and the same to programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.cli.main import VERBS
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.runs import queue
+from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.events import Failed, Finished, Started, Step
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.status import Status, write_status
+from tests.cli.conftest import Call
+
+
+@pytest.fixture
+def finished_run() -> RunDir:
+    recipe = Recipe(name="owls", model=Model(id="acme/tiny"), data=Data(sources=(Source(path="owls.jsonl"),)))
+    run = create(recipe)
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=1.0, attempt=1, pid=1))
+        for number in (1, 2, 3):
+            log.append(
+                Step(
+                    at=float(number),
+                    step=number,
+                    epoch=0.1,
+                    loss=None if number == 2 else 2.5,
+                    learning_rate=1e-4,
+                    grad_norm=0.5,
+                    tokens=100,
+                    tokens_per_s=50.0,
+                )
+            )
+        log.append(Finished(at=4.0, step=3, seconds=3.0, tokens_per_s=50.0))
+    write_status(run, Status(state="finished", at=4.0, step=3, total_steps=3, loss=2.5))
+    return run
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, call: Call) -> None:
+    said = call(verb, "--help")
+    assert said.code == 0
+    assert verb in said.out
+
+
+def test_the_help_names_every_verb(call: Call) -> None:
+    said = call("--help")
+    assert said.code == 0
+    assert all(f"    {verb}" in said.out for verb in VERBS)
+
+
+def test_an_unknown_verb_is_a_wrong_call(call: Call) -> None:
+    assert call("trian").code == 2
+
+
+def test_locate_names_directories_that_are_private(call: Call) -> None:
+    places = call("locate", "--json").json
+    assert Path(places["runs"]) == paths.runs_dir()
+    assert all(Path(place).is_dir() for place in places.values())
+
+
+def test_presets_are_listed_and_shown(call: Call) -> None:
+    names = [preset["name"] for preset in call("presets", "--json").json["presets"]]
+    assert {"balanced", "paper", "small-card", "quality", "style", "cpu-demo"} <= set(names)
+    assert call("presets", "show", "paper", "--json").json["recipe"]["lora"]["rank"] == 64
+    assert "rank = 64" in call("presets", "show", "paper").out
+
+
+def test_an_estimate_has_items_tiers_verdicts_and_what_fits(call: Call, qwen: Path) -> None:
+    found = call("estimate", "--model", str(qwen), "--gpu-gib", "24", "--json").json
+    nf4, fp16 = found["precisions"]["nf4"], found["precisions"]["fp16"]
+    assert sum(nf4["items"].values()) == nf4["total_bytes"]
+    assert nf4["total_bytes"] < fp16["total_bytes"]
+    assert nf4["tiers"]["allocated"] <= nf4["tiers"]["reserved"] <= nf4["tiers"]["process"]
+    assert nf4["verdict"] == "fits"
+    assert found["what_fits"]["sequence_length"] > 1024
+
+
+def test_an_estimate_that_does_not_fit_names_the_cheapest_change(call: Call, qwen: Path) -> None:
+    said = call("estimate", "--model", str(qwen), "--gpu-gib", "8", "--set", "data.max_length=8192")
+    assert "does not fit" in said.out
+    assert "to make it fit" in said.out
+
+
+def test_runs_are_listed_with_state_and_queue(call: Call, finished_run: RunDir) -> None:
+    waiting = create(finished_run.recipe())
+    queue.enqueue(waiting)
+    found = call("runs", "--json").json
+    assert {run["run"]: run["state"] for run in found["runs"]} == {
+        finished_run.id: "finished",
+        waiting.id: "queued",
+    }
+    assert found["queue"] == [waiting.id]
+
+
+def test_attach_tells_a_run_from_its_first_event(call: Call, finished_run: RunDir) -> None:
+    said = call("attach", "owls")
+    assert said.code == 0
+    assert "step 1/" in said.out and "loss NaN" in said.out and "finished at step 3" in said.out
+    events = [json.loads(line) for line in call("attach", "last", "--json").out.splitlines()]
+    assert [event["event"] for event in events] == ["queued", "started", "step", "step", "step", "finished"]
+
+
+def test_attach_to_a_failed_run_says_why_and_fails(call: Call, finished_run: RunDir) -> None:
+    with EventWriter(finished_run.events_path) as log:
+        log.append(Failed(at=5.0, title="Disk full", what="No room for step 4.", fix="Free some."))
+    write_status(finished_run, Status(state="failed", at=5.0))
+    said = call("attach", "owls")
+    assert said.code == 1
+    assert "Disk full: No room for step 4." in said.out and "Free some." in said.out
+
+
+def test_a_waiting_run_is_stopped_by_leaving_the_queue(call: Call, finished_run: RunDir) -> None:
+    waiting = create(finished_run.recipe())
+    queue.enqueue(waiting)
+    assert call("stop", waiting.id, "--json").json == {"run": waiting.id, "state": "stopped"}
+    assert queue.waiting() == []
+
+
+@pytest.mark.parametrize("words", [["stop"], ["pause"], ["ask", "checkpoint"]])
+def test_what_needs_a_trainer_is_refused_without_one(
+    words: list[str], call: Call, finished_run: RunDir
+) -> None:
+    said = call(words[0], finished_run.id, *words[1:])
+    assert said.code == 2
+    assert "finished" in said.err
+
+
+def test_a_finished_run_cannot_be_resumed(call: Call, finished_run: RunDir) -> None:
+    said = call("resume", finished_run.id)
+    assert said.code == 2
+    assert "finished" in said.err
+
+
+def test_a_learning_rate_needs_a_value_and_other_requests_none(call: Call, finished_run: RunDir) -> None:
+    assert call("ask", finished_run.id, "learning-rate").code == 2
+    assert call("ask", finished_run.id, "evaluate", "3").code == 2
+
+
+def test_the_app_needs_a_terminal_and_says_so(call: Call) -> None:
+    said = call()
+    assert said.code == 2
+    assert "terminal" in said.err
