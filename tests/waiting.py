@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(what: Callable[[], T], *, seconds: float = 30.0, saying: str = "") -> T:
+def wait_for(what: Callable[[], T | None], *, seconds: float = 30.0, saying: str = "") -> T:
     """The first true value of ``what``; fails when there is none in time."""
     deadline = time.monotonic() + seconds
     pause = threading.Event()
