@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual.containers import VerticalScroll
 from textual.content import Content
@@ -12,23 +12,30 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from qlora_tui import paths
-from qlora_tui.catalog.local import list_local
 from qlora_tui.errors import Problem
-from qlora_tui.memory import judge
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.home_facts import card_lines, next_lines, queue_lines, recipe_lines, run_lines
-from qlora_tui.tui.screens.home_next import NextStep, Standing, next_step, other_steps
 from qlora_tui.tui.screens.question import QuestionScreen
-from qlora_tui.tui.screens.runs_summary import RunSummary, Summaries
 from qlora_tui.tui.watch import Pulse
+from qlora_tui.tui.widgets.lines import put
+from qlora_tui.tui.workbench import Workbench
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.screens.home_facts import Facts, HomeReader
+    from qlora_tui.tui.screens.home_next import NextStep
 
 _SEEN_EVERY_S = 30.0
-_PARTS = ("card", "run", "queue", "recipe", "next")
-_TITLES = {"card": "Card", "run": "Run", "queue": "Queue", "recipe": "Recipe", "next": "Next"}
+_PARTS = ("card", "run", "queue", "recipe", "next", "recent")
+_TITLES = {
+    "card": "Card",
+    "run": "Run",
+    "queue": "Queue",
+    "recipe": "Recipe",
+    "next": "Next",
+    "recent": "Before",
+}
 
 
 class HomeScreen(WorkScreen):
@@ -45,10 +52,6 @@ class HomeScreen(WorkScreen):
         .part {
             height: auto;
             margin-bottom: 1;
-        }
-        #next {
-            border-left: thick $accent;
-            padding-left: 1;
         }
     }
     """
@@ -70,12 +73,12 @@ class HomeScreen(WorkScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self._summaries = Summaries()
-        self._summary: RunSummary | None = None
-        self._asked_for: object = None
-        self._local_models: int | None = None
+        self._reader: HomeReader | None = None
         self._seen_at = _last_seen()
         self._step: NextStep | None = None
+        self._reading = False
+        self._busy = False
+        """While the demo's model is fetched, which is told where the next step stands."""
 
     def compose_body(self) -> Iterable[Widget]:
         with VerticalScroll(id="home", can_focus=False):
@@ -88,18 +91,15 @@ class HomeScreen(WorkScreen):
         self.set_interval(_SEEN_EVERY_S, _see)
 
     def on_screen_resume(self) -> None:
-        self._local_models = None
+        if self._reader is not None:
+            self._reader.look_for_models_again()
         super().on_screen_resume()
 
     def show_recipe(self, recipe: Recipe) -> None:
-        self._show()
+        self._start_reading()
 
     def show_pulse(self, pulse: Pulse) -> None:
-        self._show()
-        asked = (pulse.last, pulse.last_status, self._local_models is None)
-        if asked != self._asked_for:
-            self._asked_for = asked
-            self.run_worker(self._read(pulse), exclusive=True, group="read")
+        self._start_reading()
 
     async def action_next(self) -> None:
         """Do the next step."""
@@ -142,72 +142,58 @@ class HomeScreen(WorkScreen):
         from qlora_tui.demo.loop import demo_recipe
         from qlora_tui.demo.model import ensure_model
 
-        say = self.query_one("#next", Static).update
-
         def tell(text: str) -> None:
-            self.app.call_from_thread(say, f"Demo: {text}…")
+            self.app.call_from_thread(self.query_one("#next", Static).update, f"Demo    {text}…")
 
+        self._busy = True
         try:
             folder = await asyncio.to_thread(ensure_model, tell)
         except Problem as problem:
-            self._show()
             self.workstation.explain(problem)
             return
+        finally:
+            self._busy = False
+            self._start_reading()
         bench = self.workstation.workbench
         if bench.replace(demo_recipe(folder)):
             bench.forget_architecture()
             self.workstation.recipe_edited()
         await self.workstation.switch_mode("train")
 
-    async def _read(self, pulse: Pulse) -> None:
-        def read() -> tuple[RunSummary | None, int]:
-            summary = self._summaries.of(pulse.last) if pulse.last is not None else None
-            return summary, sum(model.refusal is None for model in list_local())
+    def _start_reading(self) -> None:
+        if not self._reading:
+            self._reading = True
+            # After the frame: the first one is not to wait for what is imported for this.
+            self.call_after_refresh(lambda: self.run_worker(self._read(), group="read"))
 
-        self._summary, self._local_models = await asyncio.to_thread(read)
-        self._show()
+    async def _read(self) -> None:
+        app = self.workstation
+        try:
+            facts = await asyncio.to_thread(self._facts, app.workbench, app.pulse)
+        finally:
+            self._reading = False
+        self._step = facts.step
+        for part, lines in facts.parts.items():
+            self._put(part, lines)
 
-    def _show(self) -> None:
-        app, pulse = self.workstation, self.workstation.pulse
-        news = self._is_news(pulse)
-        standing = self._standing(pulse, news)
-        step = self._step = next_step(standing)
-        summary = self._summary if pulse.last is not None else None
-        self._put("card", card_lines(pulse, app.room))
-        self._put("run", run_lines(summary, news, clock.now()))
-        self._put("queue", queue_lines(pulse.waiting))
-        self._put("recipe", recipe_lines(app.workbench, app.room))
-        if self._local_models is not None:
-            self._put("next", next_lines(step, other_steps(standing, step)))
+    def _facts(self, bench: Workbench, pulse: Pulse) -> Facts:
+        from qlora_tui.tui.screens.home_facts import HomeReader
 
-    def _put(self, part: str, lines: list[Content]) -> None:
+        if self._reader is None:
+            self._reader = HomeReader(self._seen_at)
+        return self._reader.read(bench, self.workstation.room, pulse, clock.now())
+
+    def _put(self, part: str, lines: tuple[Content, ...]) -> None:
         """Show a part if it reads differently than before."""
-        heads = [
-            Content.styled(f"{_TITLES[part]:<8}", "bold $primary"),
-            *([Content(" " * 8)] * (len(lines) - 1)),
-        ]
+        self.query_one(f"#{part}").display = bool(lines)
+        if not lines:
+            return
+        heads = [Content.styled(f"{_TITLES[part]:<8}", "bold $primary")]
+        heads += [Content(" " * 8)] * (len(lines) - 1)
         text = Content("\n").join(head + line for head, line in zip(heads, lines, strict=True))
-        box = self.query_one(f"#{part}", Static)
-        if box.content != text:
-            box.update(text)
-
-    def _is_news(self, pulse: Pulse) -> bool:
-        status = pulse.last_status
-        return status is not None and status.state not in ACTIVE and status.at > self._seen_at > 0
-
-    def _standing(self, pulse: Pulse, news: bool) -> Standing:
-        bench, room = self.workstation.workbench, self.workstation.room
-        compared = bench.comparison(room.device)
-        verdict = "" if isinstance(compared, Problem) else judge(compared["nf4"], room.bytes).word
-        return Standing(
-            recipe=bench.recipe,
-            local_models=self._local_models or 0,
-            verdict=verdict,
-            last_run=pulse.last.id if pulse.last else "",
-            last_state=pulse.last_status.state if pulse.last_status else None,
-            last_is_news=news,
-            waiting=len(pulse.waiting),
-        )
+        if self._busy and part == "next":
+            return
+        put(self.query_one(f"#{part}", Static), text)
 
 
 def _see() -> None:

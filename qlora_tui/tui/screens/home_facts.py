@@ -1,17 +1,25 @@
-"""What Home says, as lines: the card, the last run, the queue, the recipe in the making."""
+"""What Home says, as lines: the card, the last run, the queue, the recipe in the making, the next step.
+
+Used in a thread, and imported there: with the estimate and the catalogue it would delay the first frame.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from textual.content import Content
 
+from qlora_tui import paths
+from qlora_tui.catalog.local import list_local
 from qlora_tui.errors import Problem
 from qlora_tui.format import duration, figure, gib
-from qlora_tui.memory import judge
+from qlora_tui.memory import Estimate, judge
 from qlora_tui.memory.room import Room
+from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import ACTIVE
-from qlora_tui.tui.screens.home_next import NextStep
-from qlora_tui.tui.screens.runs_summary import RunSummary, thinned
-from qlora_tui.tui.screens.train_head import SIGNS, ago
+from qlora_tui.tui.run_words import SIGNS, ago
+from qlora_tui.tui.screens.home_next import NextStep, Standing, next_step, other_steps
+from qlora_tui.tui.screens.runs_summary import RunSummary, Summaries, thinned
 from qlora_tui.tui.watch import Pulse
 from qlora_tui.tui.widgets.axis import rounded
 from qlora_tui.tui.widgets.memory_bar import bar
@@ -20,6 +28,80 @@ from qlora_tui.tui.widgets.strip_chart import blocks
 from qlora_tui.tui.workbench import Workbench
 
 _CURVE = 24
+_RECENT = 4
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All of Home."""
+
+    parts: dict[str, tuple[Content, ...]]
+    """Lines by part: card, run, queue, recipe, next, recent."""
+    step: NextStep
+
+
+class HomeReader:
+    """Keeps what does not change from one look to the next."""
+
+    def __init__(self, seen_at: float) -> None:
+        self._seen_at = seen_at
+        """Unix time at which the app was last looked at before this start; 0 at the first."""
+        self._summaries = Summaries()
+        self._local_models: int | None = None
+        self._verdict: tuple[object, str] = (None, "")
+
+    def look_for_models_again(self) -> None:
+        """One may have been downloaded since."""
+        self._local_models = None
+
+    def read(self, bench: Workbench, room: Room, pulse: Pulse, now: float) -> Facts:
+        """How things stand."""
+        if self._local_models is None:
+            self._local_models = sum(model.refusal is None for model in list_local())
+        status = pulse.last_status
+        news = status is not None and status.state not in ACTIVE and status.at > self._seen_at > 0
+        standing = Standing(
+            recipe=bench.recipe,
+            local_models=self._local_models,
+            verdict=self._judged(bench, room),
+            last_run=pulse.last.id if pulse.last else "",
+            last_state=status.state if status else None,
+            last_is_news=news,
+            waiting=len(pulse.waiting),
+        )
+        step = next_step(standing)
+        summary = self._summaries.of(pulse.last) if pulse.last is not None else None
+        parts = {
+            "card": card_lines(pulse, room),
+            "run": run_lines(summary, news, now),
+            "queue": queue_lines(pulse.waiting),
+            "recipe": recipe_lines(bench, room),
+            "next": next_lines(step, other_steps(standing, step)),
+            "recent": self._recent(pulse, now),
+        }
+        return Facts({name: tuple(lines) for name, lines in parts.items()}, step)
+
+    def _recent(self, pulse: Pulse, now: float) -> list[Content]:
+        """The runs before the last."""
+        shown = (pulse.last, *map(RunDir, (paths.runs_dir() / name for name in pulse.waiting)))
+        before = [run for run in all_runs() if run not in shown][:_RECENT]
+        return [recent_line(self._summaries.of(run), now) for run in before]
+
+    def _judged(self, bench: Workbench, room: Room) -> str:
+        asked = (bench.recipe, room)
+        if self._verdict[0] != asked:
+            made = estimate_of(bench, room)
+            self._verdict = (asked, "" if made is None else judge(made, room.bytes).word)
+        return self._verdict[1]
+
+
+def estimate_of(bench: Workbench, room: Room) -> Estimate | None:
+    """Of the recipe in its own precision; None without a model."""
+    compared = bench.comparison(room.device)
+    if isinstance(compared, Problem):
+        return None
+    method = bench.recipe.quantization.method
+    return compared["int8" if method == "int8" else "fp16" if method == "none" else "nf4"]
 
 
 def card_lines(pulse: Pulse, room: Room) -> list[Content]:
@@ -98,6 +180,15 @@ def curve(losses: tuple[float, ...], width: int) -> str:
     return blocks(means, axis.low, axis.high, 1)[0]
 
 
+def recent_line(summary: RunSummary, now: float) -> Content:
+    """``✓ finished  qwen2.5-7b-tickets-20261123-0101  best 1.29``."""
+    sign, style = SIGNS[summary.status.state]
+    best = "" if summary.best is None else f"  best {figure(summary.best[0], 3)}"
+    when = f"  {ago(summary.status.at, now)}" if summary.status.at else ""
+    head = (f"{sign} {summary.status.state:<10}", style)
+    return Content.assemble(head, summary.id, best, (when, "dim"))
+
+
 def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
     """What waits, the next one first."""
     if not waiting:
@@ -111,13 +202,11 @@ def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
 def recipe_lines(workbench: Workbench, room: Room) -> list[Content]:
     """What is being prepared, and whether it fits."""
     first = Content(recipe_line(workbench))
-    compared = workbench.comparison(room.device)
-    if isinstance(compared, Problem):
-        text = f"{compared.what} {compared.fix}" if workbench.recipe.model.id else ""
-        return [first, Content.styled(text, "dim")] if text else [first]
-    method = workbench.recipe.quantization.method
-    made = compared.get("int8" if method == "int8" else "fp16" if method == "none" else "nf4")
+    made = estimate_of(workbench, room)
     if made is None:
+        compared = workbench.comparison(room.device)
+        if isinstance(compared, Problem) and workbench.recipe.model.id:
+            return [first, Content.styled(f"{compared.what} {compared.fix}", "dim")]
         return [first]
     verdict = judge(made, room.bytes)
     share = made.total_bytes / room.bytes
@@ -126,16 +215,13 @@ def recipe_lines(workbench: Workbench, room: Room) -> list[Content]:
 
 
 def next_lines(step: NextStep, others: tuple[NextStep, ...]) -> list[Content]:
-    """The step with its key, and what could be done instead."""
+    """The step with its key and the reason for it, and what could be done instead."""
+    key = "" if step.key == "d" else f" (also {step.key})"
     lines = [
-        Content.assemble(
-            ("▸ enter ", "bold $accent"),
-            (step.text, "bold"),
-            (f"  ({step.why}; also {step.key})", "dim"),
-        )
+        Content.assemble(("▸ enter  ", "bold $accent"), (step.text, "bold"), (key, "dim")),
+        Content.styled(f"         {step.why}", "dim"),
     ]
     for other in others:
-        lines.append(
-            Content.assemble((f"  {other.key:<6}", "$accent"), other.text, (f"  ({other.why})", "dim"))
-        )
+        lines.append(Content.assemble(f"  or {other.key:<4}", other.text))
+        lines.append(Content.styled(f"         {other.why}", "dim"))
     return lines

@@ -25,6 +25,7 @@ from qlora_tui.tui.screens.runs_summary import Listing, RunSummary, Summaries
 from qlora_tui.tui.screens.runs_table import RunTable
 from qlora_tui.tui.screens.train import TrainScreen, show_run
 from qlora_tui.tui.watch import Pulse
+from qlora_tui.tui.widgets.lines import put
 
 _LOOK_S = 0.3
 """A look takes about so long at most; hundreds of runs are read in several."""
@@ -256,9 +257,7 @@ class RunsScreen(WorkScreen):
                 facts.append(f"{summary.energy_kwh:.2f} kWh")
             lines[0] = Content.assemble((summary.id, "bold"), f"  {' · '.join(facts)}")
             lines[1] = Content.styled(summary.status.detail.replace("\n", " "), "dim")
-        box, text = self.query_one("#run-detail", Static), Content("\n").join(lines)
-        if box.content != text:
-            box.update(text)
+        put(self.query_one("#run-detail", Static), Content("\n").join(lines))
 
     def _recipe(self) -> Recipe | None:
         if self.current is None:

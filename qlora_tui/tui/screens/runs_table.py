@@ -18,9 +18,9 @@ from textual.visual import Visual
 
 from qlora_tui.format import duration, figure
 from qlora_tui.tui import clock
+from qlora_tui.tui.run_words import SIGNS
 from qlora_tui.tui.screens.home_facts import curve
 from qlora_tui.tui.screens.runs_summary import RunSummary
-from qlora_tui.tui.screens.train_head import SIGNS
 
 MARKS = "●▲■◆"
 """Of the runs chosen to compare: the same symbols as on their curves."""

@@ -14,7 +14,7 @@ from textual.widgets.option_list import Option
 
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
-from qlora_tui.tui.screens.train_head import SIGNS
+from qlora_tui.tui.run_words import SIGNS
 
 _MOST = 30
 """The Runs screen has them all."""

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from textual.content import Content
 
 from qlora_tui.format import duration, figure, short_path
 from qlora_tui.runs.events import Failed, Finished
-from qlora_tui.runs.status import State
+from qlora_tui.tui.run_words import SIGNS, ago
 from qlora_tui.tui.screens.train_follow import Picture
 from qlora_tui.tui.widgets.lines import Lines
 from qlora_tui.tui.widgets.memory_bar import bar
-
-SIGNS: dict[State, tuple[str, str]] = {
-    "queued": ("◌", "dim"),
-    "starting": ("●", "$primary"),
-    "running": ("●", "$primary"),
-    "finished": ("✓", "$success"),
-    "failed": ("✗", "$error"),
-    "stopped": ("■", "$warning"),
-    "paused": ("‖", "$warning"),
-    "lost": ("?", "$error"),
-    "unreadable": ("?", "$error"),
-}
-"""A sign and a colour; the word always stands beside them."""
 
 
 class RunHead(Lines):
@@ -132,13 +118,6 @@ def _gone(picture: Picture, now: float) -> list[str]:
         if view.ending.energy_kwh is not None:
             found.append(f"{view.ending.energy_kwh:.2f} kWh")
     return found
-
-
-def ago(at: float, now: float) -> str:
-    """``at 03:12, 4 h ago``; the day beside it when it was another."""
-    moment, today = time.localtime(at), time.localtime(now)
-    day = "" if moment[:3] == today[:3] else time.strftime("%d %b ", moment)
-    return f"at {day}{time.strftime('%H:%M', moment)}, {duration(max(0.0, now - at))} ago"
 
 
 @dataclass(frozen=True)

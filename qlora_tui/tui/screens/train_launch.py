@@ -10,6 +10,7 @@ from textual.widgets import Static
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.screens.train_checks import Check, Outcome, errors
+from qlora_tui.tui.widgets.lines import put
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 
 _ELSEWHERE = frozenset(("data.sources", "name", "note"))
@@ -71,7 +72,4 @@ class LaunchPane(Container):
         else:
             waits = any(check.name == "turn" and check.outcome == "warning" for check in checks)
             lines.append(Content.styled(f"Ready. t {'queues' if waits else 'launches'} it.", "bold $success"))
-        box = self.query_one("#checks", Static)
-        text = Content("\n").join(lines)
-        if box.content != text:
-            box.update(text)
+        put(self.query_one("#checks", Static), Content("\n").join(lines))
