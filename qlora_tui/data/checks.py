@@ -25,12 +25,15 @@ _AFTER: dict[str, tuple[str, ...]] = {
     "tool": ("assistant", "tool"),
 }
 
+_CONTROL_CHARACTERS = "[\\x00-\\x08\\x0b\\x0e-\\x1f]"
+"""No text needs them."""
+_CONTROL = re.compile(_CONTROL_CHARACTERS)
 _DAMAGE = re.compile(
     "\ufffd"  # what decoders write for bytes they do not understand
     "|\u00c3[\u0080-\u00bf\u0192\u201a\u2030\u0152\u0160\u0161\u0153]"  # Ã©: UTF-8 read as Latin-1
     "|\u00e2\u20ac[\u2122\u0153\u009d\u201c\u201d\u02dc\u00a6\u00a2]"  # â€™: the same of quotes and dashes
     "|\u00c2[\u00a0-\u00bf](?![\u00c0-\u024f])"  # Â°
-    "|[\u0000-\u0008\u000b\u000e-\u001f]"  # control characters no text needs
+    "|" + _CONTROL_CHARACTERS
 )
 
 _SECRETS = re.compile(
@@ -68,10 +71,9 @@ def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
             yield "part-weight", f"Turn {number} has the weight {message.weight:g}."
             break
     text = conversation.text or "\n".join(m.content for m in conversation.messages)
-    if not text.isascii() or not text.isprintable():
-        damage = _DAMAGE.search(text)
-        if damage:
-            yield "encoding-damage", text[max(0, damage.start() - 30) : damage.end() + 30]
+    damage = (_CONTROL if text.isascii() else _DAMAGE).search(text)
+    if damage:
+        yield "encoding-damage", text[max(0, damage.start() - 30) : damage.end() + 30]
     marked = any(mark in text for mark in _SECRET_MARKS)
     secret = _SECRETS.search(text) if marked else None
     if secret:

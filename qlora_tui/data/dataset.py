@@ -12,13 +12,13 @@ import hashlib
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.data.examine import Batch, Examiner, batches
+from qlora_tui.data.examine import Examiner, batches
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.problems import DataProblem
 from qlora_tui.data.report import Counts
@@ -123,8 +123,7 @@ def _make(
         done = 0
         for file in files:
             position = Position()
-            for batch in batches(conversations(file, position)):
-                maker.take(file, batch)
+            for _ in maker.write(file, position):
                 if progress is not None:
                     counts = maker.examiner.counts
                     progress(Progress(min(1.0, (done + position.bytes) / total), counts.rows, counts.tokens))
@@ -152,15 +151,19 @@ class _Maker:
         self.row_keys = array("Q")
         self.row_sources = array("H")
 
-    def take(self, file: SourceFile, batch: Batch) -> None:
-        """Render and write one batch of a file."""
-        for examined in self.examiner.take(file.source, batch):
-            conversation, key = examined.conversation, examined.key
-            if examined.samples:
-                self.row_keys.append(key)
-                self.row_sources.append(conversation.source)
-            for sample in examined.samples:
-                self.writer.add(sample.token_ids, sample.trained, conversation.source, conversation.row, key)
+    def write(self, file: SourceFile, position: Position) -> Iterator[None]:
+        """Render and write a file, a batch at a step."""
+        for batch in self.examiner.examined(file.source, batches(conversations(file, position))):
+            for examined in batch:
+                conversation, key = examined.conversation, examined.key
+                if examined.samples:
+                    self.row_keys.append(key)
+                    self.row_sources.append(conversation.source)
+                for sample in examined.samples:
+                    self.writer.add(
+                        sample.token_ids, sample.trained, conversation.source, conversation.row, key
+                    )
+            yield
 
 
 def _key(recipe: Recipe, files: Sequence[SourceFile], tokenizer: ChatTokenizer) -> str:

@@ -17,7 +17,7 @@ from qlora_tui.data.key_table import KeyTable
 from qlora_tui.data.lengths import fit
 from qlora_tui.data.near_duplicates import NearDuplicates
 from qlora_tui.data.problems import DataProblem, Tally
-from qlora_tui.data.render import Rendered, render_many
+from qlora_tui.data.render import Rendered, Rendering
 from qlora_tui.data.report import Counts
 from qlora_tui.data.row import Row
 from qlora_tui.data.split import group_key
@@ -49,7 +49,7 @@ class Examined(Struct, frozen=True):
 
 
 class Examiner:
-    """Counts and problems of all rows that were put through ``take``."""
+    """Counts and problems of all rows that were put through ``examined``."""
 
     def __init__(
         self, data: Data, tokenizer: ChatTokenizer | None, seed: int = 0, near_duplicates: bool = False
@@ -65,9 +65,24 @@ class Examiner:
         self._seen, self._seen_in_validation = KeyTable(), KeyTable()
         self._near = NearDuplicates() if near_duplicates else None
 
-    def take(self, source: int, batch: Batch) -> Iterator[Examined]:
-        """Each conversation of a batch that renders."""
-        tally = self._tallies.setdefault(source, Tally(source))
+    def examined(self, source: int, batches: Iterable[Batch]) -> Iterator[list[Examined]]:
+        """The conversations of each batch that render. A batch is read while the one before is encoded."""
+        held: tuple[list[Conversation], Rendering | None] | None = None
+        for batch in batches:
+            begun = self._begun(source, batch)
+            if held is not None:
+                yield self._finished(source, *held)
+            held = begun
+        if held is not None:
+            yield self._finished(source, *held)
+
+    def problems(self) -> list[DataProblem]:
+        """Everything found, errors first."""
+        found = [problem for tally in self._tallies.values() for problem in tally.problems()]
+        return sorted(found, key=lambda p: p.severity != "error")
+
+    def _begun(self, source: int, batch: Batch) -> tuple[list[Conversation], Rendering | None]:
+        tally = self._tally(source)
         self.counts.rows += len(batch)
         usable: list[Conversation] = []
         for row, one in batch:
@@ -75,23 +90,27 @@ class Examiner:
                 self._refused(tally, row.number, one)
             else:
                 usable.append(one)
-        for conversation, result in zip(usable, self._rendered(usable), strict=True):
+        if self._tokenizer is None:
+            return usable, None
+        return usable, Rendering(usable, self._tokenizer, self._data.train_on)
+
+    def _finished(
+        self, source: int, usable: list[Conversation], rendering: Rendering | None
+    ) -> list[Examined]:
+        tally = self._tally(source)
+        results = rendering.results() if rendering else ([] for _ in usable)
+        examined = []
+        for conversation, result in zip(usable, results, strict=True):
             key = group_key(conversation, self._seed)
             self._check(tally, conversation, key)
             if isinstance(result, RowRefused):
                 self._refused(tally, conversation.row, result)
-                continue
-            yield self._examined(tally, conversation, key, result)
+            else:
+                examined.append(self._examined(tally, conversation, key, result))
+        return examined
 
-    def problems(self) -> list[DataProblem]:
-        """Everything found, errors first."""
-        found = [problem for tally in self._tallies.values() for problem in tally.problems()]
-        return sorted(found, key=lambda p: p.severity != "error")
-
-    def _rendered(self, conversations: Sequence[Conversation]) -> Iterable[list[Rendered] | RowRefused]:
-        if self._tokenizer is None:
-            return ([] for _ in conversations)
-        return render_many(conversations, self._tokenizer, self._data.train_on)
+    def _tally(self, source: int) -> Tally:
+        return self._tallies.setdefault(source, Tally(source))
 
     def _check(self, tally: Tally, conversation: Conversation, key: int) -> None:
         row = conversation.row

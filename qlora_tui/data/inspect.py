@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from qlora_tui.data.checks import conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRefused
-from qlora_tui.data.examine import Batch, Examiner, batches
+from qlora_tui.data.examine import Examined, Examiner, batches
 from qlora_tui.data.lengths import fit
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.render import pieces, render
@@ -72,16 +72,16 @@ class _Inspection:
         done = 0
         for file in self._files:
             position = Position()
-            for batch in batches(conversations(file, position)):
-                self._take(file, batch)
+            for batch in self._examiner.examined(file.source, batches(conversations(file, position))):
+                self._measure(batch)
                 if time.monotonic() >= due:
                     due = time.monotonic() + _NEXT_REPORT_S
                     yield self._report(False, (done + position.bytes) / self._bytes)
             done += file.path.stat().st_size
         yield self._report(True, 1.0)
 
-    def _take(self, file: SourceFile, batch: Batch) -> None:
-        for examined in self._examiner.take(file.source, batch):
+    def _measure(self, batch: list[Examined]) -> None:
+        for examined in batch:
             lengths = examined.lengths if self._tokenizer else [_characters(examined.conversation)]
             self._lengths.add(lengths, examined.conversation.row)
 

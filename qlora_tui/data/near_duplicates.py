@@ -8,13 +8,14 @@ first ``MOST_ROWS`` rows are looked at, so that time and memory stay bounded. Us
 from __future__ import annotations
 
 import re
+from array import array
 from zlib import crc32
 
 from qlora_tui.data.conversation import Conversation
 
 MOST_ROWS = 100_000
 ALIKE = 0.8
-_SKETCH = 16
+_SKETCH = 32
 _PROBES = 4
 _FEWEST_WORDS = 12
 """Shorter rows share triples by chance."""
@@ -26,7 +27,7 @@ class NearDuplicates:
 
     def __init__(self) -> None:
         self._by_hash: dict[int, int] = {}
-        self._sketches: list[tuple[int, ...]] = []
+        self._sketches: list[array[int]] = []
         self._rows: list[int] = []
 
     def earlier(self, conversation: Conversation, row: int) -> int | None:
@@ -49,16 +50,16 @@ class NearDuplicates:
         return found
 
 
-def _sketch(conversation: Conversation) -> tuple[int, ...]:
+def _sketch(conversation: Conversation) -> array[int]:
     text = conversation.text or " ".join(m.content for m in conversation.messages if m.role != "system")
     words = _WORDS.findall(text.lower())
     if len(words) < _FEWEST_WORDS:
-        return ()
+        return array("I")
     triples = {crc32(f"{a} {b} {c}".encode()) for a, b, c in zip(words, words[1:], words[2:], strict=False)}
-    return tuple(sorted(triples)[:_SKETCH])
+    return array("I", sorted(triples)[:_SKETCH])
 
 
-def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+def _alike(one: array[int], other: array[int]) -> float:
     """The share of triples two rows have in common: of the smallest of both, those that are in each."""
     smallest = sorted({*one, *other})[: max(len(one), len(other))]
     both = set(one) & set(other)

@@ -64,21 +64,38 @@ def render(
 def render_many(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, train_on: TrainOn = "assistant"
 ) -> Iterator[list[Rendered] | RowRefused]:
-    """The same for a batch, encoded on all cores; one result a conversation, in order."""
-    laid: list[Laid | RowRefused] = []
-    for conversation in conversations:
-        try:
-            laid.append(lay(conversation, tokenizer, train_on))
-        except RowRefused as refused:
-            laid.append(refused)
-    texts = [layout.text for one in laid if isinstance(one, Laid) for layout in one.layouts]
-    encodings = iter(tokenizer.encode_batch(texts))
-    for one in laid:
-        if isinstance(one, RowRefused):
-            yield one
-            continue
-        samples = [_sample(layout, next(encodings), tokenizer, one.notes) for layout in one.layouts]
-        yield samples
+    """The same for a batch; one result a conversation, in order."""
+    return Rendering(conversations, tokenizer, train_on).results()
+
+
+class Rendering:
+    """A batch on its way: laid out at once, encoded by the tokenizer's own threads in the meantime."""
+
+    def __init__(
+        self, conversations: Sequence[Conversation], tokenizer: ChatTokenizer, train_on: TrainOn = "assistant"
+    ):
+        self._tokenizer = tokenizer
+        self._laid = [_laid_or_refused(conversation, tokenizer, train_on) for conversation in conversations]
+        texts = [layout.text for one in self._laid if isinstance(one, Laid) for layout in one.layouts]
+        self._encodings = tokenizer.encode_ahead(texts)
+
+    def results(self) -> Iterator[list[Rendered] | RowRefused]:
+        """One result a conversation, in order."""
+        encodings = iter(self._encodings.result())
+        for one in self._laid:
+            if isinstance(one, RowRefused):
+                yield one
+            else:
+                yield [_sample(layout, next(encodings), self._tokenizer, one.notes) for layout in one.layouts]
+
+
+def _laid_or_refused(
+    conversation: Conversation, tokenizer: ChatTokenizer, train_on: TrainOn
+) -> Laid | RowRefused:
+    try:
+        return lay(conversation, tokenizer, train_on)
+    except RowRefused as refused:
+        return refused
 
 
 def prompt_ids(

@@ -56,14 +56,14 @@ class _Finder:
         for i in training:
             is_last = i == len(turns) - 1
             ended = whole if is_last else template.render(turns[: i + 1], self._tools)
-            start, header = self._start(i, ended)
+            start = self._start(i, ended)
             reasoning = _reasoning(turns[i])
             if start is None:
-                own.append(self._after_prompt(i, ended, header))
+                own.append(self._after_prompt(i, ended))
                 continue
             found: Span | None = (start, len(ended))
             if not is_last and not (whole.startswith(ended) and start < len(ended)):
-                found = self._in_rewritten(i, whole, ended, start, header)
+                found = self._in_rewritten(i, whole, ended, start)
             if reasoning and reasoning not in ended[start:]:
                 own.append(self._with_reasoning(i, ended, start, reasoning))
             elif found is None or (reasoning and reasoning not in whole[slice(*found)]):
@@ -82,30 +82,38 @@ class _Finder:
         layout = self._closed(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
         return layout or Layout(whole, ((0, len(whole)),))
 
-    def _start(self, i: int, ended: str) -> tuple[int | None, str]:
-        """Where the answer of turn ``i`` begins in the text that ends with it, and what is put before it.
+    def _start(self, i: int, ended: str) -> int | None:
+        """Where the answer of turn ``i`` begins in the text that ends with it.
 
         Where the prompt is not what the text begins with (it opens a ``<think>`` the text has not), the
         answer begins where they part, but never inside a token. None where the answer rewrites what
         came before it.
         """
         asked = self._asked(i)
-        before = self._template.render(self._turns[:i], self._tools) if asked else ""
-        header = asked[len(before) :] if asked.startswith(before) else ""
         if asked and ended.startswith(asked):
-            return len(asked), header
-        if header and not ended.startswith(before):
-            return None, header
+            return len(asked)
+        before = self._before(i) if asked else ""
+        if self._header(i) and not ended.startswith(before):
+            return None
         probes = [self._probe(i, character) for character in _PROBES]
         start = len(_shared_start([ended, *probes, *([asked] if asked else [])]))
         inside = next((m for m in self._special.finditer(ended) if m.start() < start < m.end()), None)
-        return (inside.start() if inside else start), header
+        return inside.start() if inside else start
 
-    def _after_prompt(self, i: int, ended: str, header: str) -> Layout:
+    def _before(self, i: int) -> str:
+        return self._template.render(self._turns[:i], self._tools)
+
+    def _header(self, i: int) -> str:
+        """What the prompt adds to the conversation before turn ``i``; empty where it is not just added."""
+        asked, before = self._asked(i), self._before(i) if i else ""
+        return asked[len(before) :] if asked.startswith(before) else ""
+
+    def _after_prompt(self, i: int, ended: str) -> Layout:
         """A sample of its own for an answer before which the template, once it is given, drops something.
 
         gpt-oss drops what was said beside a tool call. The model was asked with it: so it is trained.
         """
+        header = self._header(i)
         core = self._core_in(self._turns[: i + 1], i, ended)
         begin = ended.rfind(header, 0, core[0]) if core else -1
         if begin < 0:
@@ -130,7 +138,7 @@ class _Finder:
             turn["content"] = [{"type": "text", "text": character}]
         return self._template.render([*self._turns[:i], turn], self._tools)
 
-    def _in_rewritten(self, i: int, whole: str, ended: str, start: int, header: str) -> Span | None:
+    def _in_rewritten(self, i: int, whole: str, ended: str, start: int) -> Span | None:
         """Turn ``i`` in a whole conversation that does not begin with the conversation up to it.
 
         ``ended`` is the conversation up to it, in which it begins at ``start``. None if it is not found.
@@ -141,7 +149,7 @@ class _Finder:
             return None
         core_start, core_end = here
         before, after = ended[start : there[0]], ended[there[1] :]
-        begin = self._begin(whole, core_start, before, header)
+        begin = self._begin(whole, core_start, before, self._header(i))
         if begin is None:
             if _TAGS.sub("", before).strip():
                 return None

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -158,9 +159,9 @@ class ChatTokenizer:
         """Ids of ``text``, in which added tokens are control tokens; nothing is put before or after."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """Encodings with offsets, on all cores."""
-        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+    def encode_ahead(self, texts: Sequence[str]) -> Future[list[Encoding]]:
+        """Encodings with offsets, made on all cores while the caller goes on."""
+        return self._ahead.submit(self.backend.encode_batch, list(texts), add_special_tokens=False)
 
     def encode_inside(self, piece: str, literal: bool = False) -> list[int]:
         """Ids of a piece from the middle of a text; with ``literal`` its control tokens are ordinary text.
@@ -184,6 +185,10 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    @cached_property
+    def _ahead(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     @cached_property
     def _without_added(self) -> Tokenizer:

@@ -71,8 +71,9 @@ def turns(*roles: str) -> dict[str, Any]:
 
 
 LONG = (
-    "The quick brown fox jumps over the lazy dog while nine wizards box five jugs of {} ale at noon, and "
-    "then they all walk home along the river, where the water is cold and the old boats lie in the grass."
+    "The quick brown fox jumps over the lazy dog while nine wizards box five jugs of {} ale at noon, "
+    "and then they all walk home along the river, where the water is cold and the old boats lie upside "
+    "down in the grass until the spring comes back."
 )
 BAD: dict[str, list[Any]] = {
     "unknown-role": [turns("wizard", "assistant")],

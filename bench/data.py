@@ -1,0 +1,207 @@
+"""Tokenizing rows for training: ours beside TRL's own preparation of the same rows.
+
+    python -m bench.data --model FOLDER [--rows 200000] [--skip-trl]
+
+Writes ``--rows`` conversations to a JSONL file, then lets each side go from that file to samples with an
+assistant mask, in a process of its own: rows a second, and the most memory its process tree held (the sum of
+resident sizes, sampled). The model folder gives the tokenizer; both use the chat template of Qwen2.5
+from ``trl``. TRL runs as it does by default and with a worker a core; the faster of the two counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_WORDS = [
+    *("time", "people", "water", "light", "house", "story", "river", "winter", "market", "answer", "number"),
+    *("picture", "machine", "garden", "window", "doctor", "letter", "question", "small", "green", "simple"),
+    *(
+        "strong",
+        "quiet",
+        "useful",
+        "careful",
+        "several",
+        "because",
+        "although",
+        "between",
+        "explain",
+        "describe",
+    ),
+    *(
+        "compare",
+        "summarize",
+        "translate",
+        "consider",
+        "improve",
+        "remember",
+        "follow",
+        "write",
+        "build",
+        "carry",
+    ),
+]
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Conversations of one to three exchanges, some 200 tokens each."""
+    chance = random.Random(5)
+
+    def text(low: int, high: int) -> str:
+        words = (chance.choice(_WORDS) for _ in range(chance.randint(low, high)))
+        return " ".join(
+            word if chance.random() < 0.9 else f"{word}, {chance.randrange(1000)}" for word in words
+        )
+
+    with path.open("w") as file:
+        for number in range(count):
+            turns = []
+            for _ in range(chance.choice((1, 1, 1, 2, 3))):
+                turns.append({"role": "user", "content": f"{number}: {text(8, 40)}?"})
+                turns.append({"role": "assistant", "content": f"{text(20, 160)}."})
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def qwen_template() -> str:
+    """Qwen2.5's published template, as the installed trl ships it."""
+    found = importlib.util.find_spec("trl")
+    if found is None or found.origin is None:
+        raise SystemExit("trl is not installed: pip install --no-deps trl")
+    return (Path(found.origin).parent / "chat_templates" / "qwen2_5.jinja").read_text()
+
+
+def ours(path: Path, model: Path) -> dict[str, Any]:
+    """From the file to a mapped set, cold."""
+    from qlora_tui.data.dataset import prepare
+    from qlora_tui.data.tokenizer import ChatTokenizer
+    from qlora_tui.recipe.schema import Data, Recipe, Source
+
+    own = ChatTokenizer.from_folder(model)
+    tokenizer = ChatTokenizer(own.backend.to_str(), own.special_tokens, qwen_template())
+    began = time.perf_counter()
+    prepared = prepare(Recipe(data=Data(sources=(Source(path=str(path)),))), tokenizer)
+    counts = prepared.counts
+    return {"seconds": time.perf_counter() - began, "tokens": counts.tokens, "trained": counts.trained_tokens}
+
+
+def theirs(path: Path, model: Path, workers: int | None) -> dict[str, Any]:
+    """From the file to what SFTTrainer would train on, cold."""
+    import datasets
+    import transformers
+
+    trl: Any = importlib.import_module("trl")
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = qwen_template()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    args = trl.SFTConfig(
+        output_dir=str(path.parent / "out"),
+        assistant_only_loss=True,
+        max_length=1024,
+        dataset_num_proc=workers,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+    )
+    network = transformers.LlamaForCausalLM(config)
+    began = time.perf_counter()
+    rows: Any = datasets.load_dataset(
+        "json", data_files=str(path), split="train", cache_dir=str(path.parent / "cache")
+    )
+    trainer: Any = trl.SFTTrainer(model=network, args=args, train_dataset=rows, processing_class=tokenizer)
+    seconds = time.perf_counter() - began
+    first = trainer.train_dataset[0]
+    return {
+        "seconds": seconds,
+        "columns": sorted(first),
+        "trained_first_row": sum(label != -100 for label in first["labels"]),
+    }
+
+
+def measured(words: list[str], home: Path) -> dict[str, Any]:
+    """Run this file with ``words`` in a process of its own; its answer, and the most memory of its tree."""
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(home),
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    child = subprocess.Popen(
+        [sys.executable, "-m", "bench.data", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        root = psutil.Process(child.pid)
+        while child.poll() is None:
+            try:
+                tree = [root, *root.children(recursive=True)]
+                peak = max(peak, sum(process.memory_info().rss for process in tree))
+            except psutil.Error:
+                continue
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    out, error = child.communicate()
+    watcher.join()
+    if child.returncode:
+        raise SystemExit(error.decode())
+    return {**json.loads(out.decode().splitlines()[-1]), "peak_mib": round(peak / 2**20)}
+
+
+def main() -> None:
+    """Print the comparison, or be one side of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--skip-trl", action="store_true")
+    parser.add_argument("--side", choices=["ours", "trl", "trl-workers"], help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side == "ours":
+        print(json.dumps(ours(args.file, args.model)))
+        return
+    if args.side:
+        print(
+            json.dumps(theirs(args.file, args.model, os.cpu_count() if args.side == "trl-workers" else None))
+        )
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        write_rows(file, args.rows)
+        print(f"{args.rows:,} rows, {file.stat().st_size / 1e6:.0f} MB, {os.cpu_count()} cores")
+        for side in ["ours"] if args.skip_trl else ["ours", "trl", "trl-workers"]:
+            words = ["--model", str(args.model), "--side", side, "--file", str(file)]
+            home = Path(folder) / side
+            home.mkdir()
+            result = measured(words, home)
+            rate = args.rows / result["seconds"]
+            print(f"{side:12} {rate:8,.0f} rows/s {result['peak_mib']:6,} MiB  {result}")
+
+
+if __name__ == "__main__":
+    main()
