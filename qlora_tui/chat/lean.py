@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 
@@ -64,6 +63,9 @@ def as_peft_does(model: nn.Module) -> None:
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:
+    # Here, because peft takes seconds to load and a base alone does without.
+    from peft.tuners.lora import LoraLayer
+
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 

@@ -9,7 +9,6 @@ from threading import Event
 
 import torch
 
-from qlora_tui.chat.measure import measure_effect
 from qlora_tui.chat.session import ChatSession, load_session, out_of_memory
 from qlora_tui.engine.protocol import (
     AnyReply,
@@ -59,6 +58,9 @@ class Chats:
 
     def measure(self, request: MeasureEffect, tell: Callable[[str], None], stop: Event) -> EffectMeasured:
         """Compare an adapter with the base. Raises Problem."""
+        # peft comes with it, which takes seconds to load.
+        from qlora_tui.chat.measure import measure_effect
+
         session = self._loaded()
         try:
             return EffectMeasured(effect=measure_effect(session, request.voice, tell=tell, stop=stop))
