@@ -10,6 +10,8 @@ from textual.content import Content
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
+HEADING = "heading:"
+
 
 class ViList(OptionList):
     """Compact, without a border; the cursor stays on its option while the lines around it change."""
@@ -21,6 +23,9 @@ class ViList(OptionList):
         background: $background;
         background-tint: transparent;
         scrollbar-size-vertical: 1;
+    }
+    ViList > .option-list--option-disabled {
+        color: $text-muted;
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -38,7 +43,10 @@ class ViList(OptionList):
         return None if self.highlighted is None else self.options[self.highlighted].id
 
     def show(self, lines: Sequence[tuple[str, Content]], select: str | None = None) -> None:
-        """Show these (id, line). The cursor goes to ``select``, or stays with its option or its place."""
+        """Show these (id, line). The cursor goes to ``select``, or stays with its option or its place.
+
+        An id that begins with HEADING is a line the cursor passes over.
+        """
         wanted = select or self.current
         place = self.highlighted or 0
         ids = [id_ for id_, _ in lines]
@@ -47,8 +55,11 @@ class ViList(OptionList):
                 if self.options[index].prompt != line:
                     self.replace_option_prompt_at_index(index, line)
         elif ids:
-            self.set_options(Option(line, id_) for id_, line in lines)
+            self.set_options(Option(line, id_, disabled=id_.startswith(HEADING)) for id_, line in lines)
         else:
             self.clear_options()
-        if ids:
-            self.highlighted = ids.index(wanted) if wanted in ids else min(place, len(ids) - 1)
+        choices = [index for index, id_ in enumerate(ids) if not id_.startswith(HEADING)]
+        if wanted in ids:
+            self.highlighted = ids.index(wanted)
+        elif choices:
+            self.highlighted = next((index for index in choices if index >= place), choices[-1])

@@ -1,0 +1,265 @@
+"""Models: those on this machine, those on the hub, and what each would cost here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.widget import Widget
+from textual.widgets import Input, OptionList, Static
+
+from qlora_tui.catalog.hub import HubModel, search
+from qlora_tui.catalog.local import LocalModel, list_local
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui import downloads
+from qlora_tui.tui.commands import Command
+from qlora_tui.tui.downloads import DEMO, Download
+from qlora_tui.tui.screens.ask import AskScreen
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.models_ask import ask_hub, demo_model, demo_name, wrong_path
+from qlora_tui.tui.widgets.download_line import download_lines
+from qlora_tui.tui.widgets.model_facts import HubFacts, hub_facts, local_facts
+from qlora_tui.tui.widgets.model_lines import HUB, LOCAL, hub_lines, local_lines
+from qlora_tui.tui.widgets.vi_list import ViList
+
+EMPTY = (
+    "No models on this machine yet. Type / and a name to search the hub, or press d for the 135M demo model."
+)
+
+
+def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True) -> Command:
+    return Command(id=f"models.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer)
+
+
+class ModelsScreen(WorkScreen):
+    """A list with the hub's results under it, beside the facts of the model under the cursor."""
+
+    MODE = "models"
+    CSS_PATH = "models.tcss"
+    EDITS_RECIPE = True
+    HELP_TEXT = (
+        "● is the recipe's model. ✗ cannot be trained; the facts say why. Models come from the Hugging Face "
+        "cache, the folders in config.toml, GGUF files, and conversions made here.\n"
+        "The hub is asked only on enter: after / with a name for a search, on a result for its facts. "
+        "A download goes on when you leave the screen or the app; when it was stopped, d continues it."
+    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = (
+        _command("filter", "slash", "filter", "Search", "Filter by name; enter asks the hub too."),
+        _command("download", "d", "download", "Download", "Fetch the hub's model, or the demo's."),
+        _command("cancel", "c", "cancel", "Stop download", "Stop it; what came is kept.", in_footer=False),
+        _command("open", "o", "open_path", "Open path", "Use a folder or a GGUF file."),
+        _command("rescan", "ctrl+l", "rescan", "Look again", "Look for models again.", in_footer=False),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._local: list[LocalModel] | None = None
+        self._hub: list[HubModel] | None = None
+        self._query = ""
+        self._asked: dict[str, HubFacts] = {}
+        self._opened: list[Path] = []
+        self._downloads: dict[str, Download] = {}
+
+    def compose_body(self) -> Iterable[Widget]:
+        with Horizontal(id="models-filter-line"):
+            yield Static("search ", id="models-filter-label")
+            yield Input(placeholder="/ and a name; enter asks the hub too", compact=True, id="models-filter")
+        with Horizontal(id="models-parts"):
+            with Vertical(id="models-side"):
+                yield Static(EMPTY, id="models-empty")
+                yield ViList(id="models-list")
+            with VerticalScroll(id="facts-side", can_focus=False):
+                yield Static(id="model-facts")
+        yield Static(id="downloads")
+
+    def on_mount(self) -> None:
+        super().on_mount()
+        self.query_one("#models-empty").display = False
+        self.query_one("#downloads").display = False
+        self.query_one(ViList).focus()
+        self.action_rescan()
+
+    def on_resize(self) -> None:
+        self.call_after_refresh(self._show_list)
+
+    def show_recipe(self, recipe: Recipe) -> None:
+        self._show_list()
+        self._show_facts()
+
+    def action_rescan(self) -> None:
+        """Look for models again."""
+        self.run_worker(self._scan(), exclusive=True, group="scan")
+
+    def action_filter(self) -> None:
+        """Type a name."""
+        self.query_one(Input).focus()
+
+    def action_download(self) -> None:
+        """Fetch the model under the cursor, or the demo's where there is none."""
+        current = self.query_one(ViList).current or ""
+        if current.startswith(HUB):
+            self._begin(downloads.start, current.removeprefix(HUB))
+        elif not self._local:
+            self._begin(lambda _: downloads.start_demo(demo_name()), DEMO)
+        else:
+            self.notify("It is on this machine already. Models to fetch are under 'On the hub'.")
+
+    def action_cancel(self) -> None:
+        """Stop the newest download; what came is kept."""
+        if not self._downloads:
+            self.notify("Nothing is being downloaded.")
+            return
+        download = list(self._downloads.values())[-1]
+        download.cancel()
+        self.notify(f"{download.name} is stopped. d continues it.")
+
+    def action_open_path(self) -> None:
+        """Ask for a folder or a GGUF file."""
+
+        def answered(text: str | None) -> None:
+            if text:
+                self._opened.append(Path(text.strip()).expanduser().absolute())
+                self.run_worker(self._scan(choose=self._opened[-1]), exclusive=True, group="scan")
+
+        words = "A folder with config.json and safetensors, a folder of such folders, or a .gguf file:"
+        self.app.push_screen(AskScreen("Open a path", words, wrong=wrong_path), answered)
+
+    def on_input_changed(self) -> None:
+        """Filter as one types."""
+        self._show_list()
+        self._show_facts()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Ask the hub for the name."""
+        self.query_one(ViList).focus()
+        if event.value.strip():
+            self.run_worker(self._search(event.value.strip()), exclusive=True, group="search")
+
+    def on_option_list_option_highlighted(self) -> None:
+        """Show the facts of the model under the cursor."""
+        self._show_facts()
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Choose a model of this machine; ask the hub about one of its own."""
+        id_ = event.option.id or ""
+        local = self._local_model(id_)
+        if local is not None:
+            self._choose(local)
+        elif (hub := self._hub_model(id_)) is not None:
+            here = next((m for m in self._local or () if m.id == hub.id and m.refusal is None), None)
+            if here is not None:
+                self._choose(here)
+            elif hub.refusal is not None:
+                self.workstation.explain(hub.refusal)
+            else:
+                self.run_worker(self._ask(hub.id), exclusive=True, group="ask")
+
+    def on_key(self, event: object) -> None:
+        """Down and escape leave the search field for the list."""
+        if getattr(event, "key", "") in ("down", "escape") and self.query_one(Input).has_focus:
+            self.query_one(ViList).focus()
+
+    def _choose(self, model: LocalModel) -> None:
+        if model.refusal is not None and model.architecture is None:
+            self.workstation.explain(model.refusal)
+            return
+        self.workstation.edit("model.id", model.id)
+        self.workstation.edit("model.revision", "main")
+        if model.refusal is not None:
+            # A config alone is enough to plan with.
+            self.workstation.explain(model.refusal)
+        else:
+            self.notify(f"{model.name} it is. 2 for its data, 3 for its memory.")
+
+    def _begin(self, start: object, id_: str) -> None:
+        if id_ in self._downloads:
+            self.notify("It is being downloaded.")
+            return
+        assert callable(start)
+        download: Download = start(id_)
+        self._downloads[id_] = download
+        self._show_downloads()
+        self.run_worker(self._follow(download), group=f"download {id_}")
+
+    async def _follow(self, download: Download) -> None:
+        async for _ in download.follow():
+            self._show_downloads()
+        del self._downloads[download.id]
+        self._show_downloads()
+        if download.problem is not None:
+            self._asked.pop(download.id, None)
+            self.workstation.explain(download.problem)
+        elif download.path is not None:
+            self.notify(f"{download.name} is on this machine. enter chooses it.")
+            self.workstation.workbench.forget_architecture()
+            await self._scan(select=download.path)
+
+    async def _scan(self, select: Path | None = None, choose: Path | None = None) -> None:
+        folders = [Path(folder) for folder in self.workstation.settings.model_folders]
+        current = self.workstation.workbench.recipe.model.id
+        if current.startswith(("/", "~", ".")):
+            folders.append(Path(current))
+        self._local = await asyncio.to_thread(list_local, [*folders, *self._opened])
+        within = [m for m in self._local if choose is not None and m.path.is_relative_to(choose)]
+        self._show_list(LOCAL + str(within[0].path if within else select))
+        if choose is not None and not within:
+            self.notify("No model was found there.", severity="warning")
+        elif len(within) == 1:
+            self._choose(within[0])
+        self._show_facts()
+
+    async def _search(self, query: str) -> None:
+        self.notify(f"Asking the hub for {query!r}…", timeout=2)
+        try:
+            self._hub = await asyncio.to_thread(search, query)
+        except Problem as problem:
+            self.workstation.explain(problem)
+            return
+        self._query = query
+        self._show_list(HUB + self._hub[0].id if self._hub else None)
+
+    async def _ask(self, model_id: str) -> None:
+        self._asked[model_id] = await asyncio.to_thread(ask_hub, model_id)
+        self._show_facts()
+
+    def _local_model(self, id_: str | None) -> LocalModel | None:
+        return next((m for m in self._local or () if LOCAL + str(m.path) == id_), None)
+
+    def _hub_model(self, id_: str | None) -> HubModel | None:
+        return next((m for m in self._hub or () if HUB + m.id == id_), None)
+
+    def _show_list(self, select: str | None = None) -> None:
+        if self._local is None:
+            return
+        words = self.query_one(Input).value.strip().lower()
+        local = [model for model in self._local if words in model.name.lower()]
+        list_ = self.query_one(ViList)
+        width = list_.scrollable_content_region.width
+        self.query_one("#models-empty").display = not self._local and not self._hub
+        chosen = self.workstation.workbench.recipe.model.id
+        lines = local_lines(local, chosen, width) if self._local else []
+        here = frozenset(model.id for model in self._local if model.refusal is None)
+        # Results stay whatever is typed after: they were searched for by another word.
+        list_.show([*lines, *hub_lines(self._hub, self._query, width, here)], select)
+
+    def _show_facts(self) -> None:
+        recipe, room = self.workstation.workbench.recipe, self.workstation.room
+        current = self.query_one(ViList).current
+        local, hub = self._local_model(current), self._hub_model(current)
+        facts = self.query_one("#model-facts", Static)
+        if local is not None:
+            facts.update(local_facts(local, recipe, room))
+        elif hub is not None:
+            facts.update(hub_facts(hub, self._asked.get(hub.id), recipe, room, downloads.last_speed()))
+        else:
+            facts.update("" if self._local is None or self._local else demo_model())
+
+    def _show_downloads(self) -> None:
+        panel = self.query_one("#downloads", Static)
+        panel.display = bool(self._downloads)
+        if self._downloads:
+            panel.update(download_lines(list(self._downloads.values()), self.size.width - 2))

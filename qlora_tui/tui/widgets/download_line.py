@@ -1,0 +1,34 @@
+"""Downloads under way, a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textual.content import Content
+
+from qlora_tui.format import duration, size
+from qlora_tui.tui.downloads import Download
+from qlora_tui.tui.widgets.memory_bar import bar
+
+LINES = 3
+
+
+def download_lines(downloads: Sequence[Download], width: int) -> Content:
+    """The newest ones; each with how far it is, how fast, and how long yet."""
+    return Content("\n").join([_line(download, width) for download in downloads[-LINES:]])
+
+
+def _line(download: Download, width: int) -> Content:
+    head = f"↓ {download.name} "
+    if download.saying:
+        return Content.assemble((head, "bold"), f"{download.saying}…", ("  c stops", "$text-muted")).truncate(
+            width, ellipsis=True
+        )
+    speed, left = download.bytes_per_s, download.seconds_left
+    figures = f" {size(download.done_bytes)} of {size(download.total_bytes)}"
+    if speed is not None and left is not None:
+        figures += f", {size(round(speed))}/s, {duration(left)} left"
+    room = min(30, width - len(head) - len(figures) - 9)
+    share = download.done_bytes / download.total_bytes if download.total_bytes else 0.0
+    drawn = bar(share, room) if room >= 6 else ""
+    return Content.assemble((head, "bold"), (drawn, "$primary"), figures, ("  c stops", "$text-muted"))

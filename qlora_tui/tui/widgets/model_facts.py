@@ -1,0 +1,141 @@
+"""What is known of one model, in a few lines: its make, its cost here, and what fetching it takes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from textual.content import Content
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.hub import HubModel
+from qlora_tui.catalog.local import LocalModel
+from qlora_tui.errors import Problem
+from qlora_tui.format import count, duration, gib, size
+from qlora_tui.memory import compare, judge
+from qlora_tui.memory.estimate import Precision
+from qlora_tui.memory.room import Room
+from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
+from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE
+
+_LICENCE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
+_PLACES = {
+    "hub cache": "Hugging Face cache",
+    "folder": "folder",
+    "gguf": "GGUF file",
+    "converted": "app's cache",
+}
+_README_BYTES = 4096
+SHOWN: tuple[Precision, ...] = ("nf4", "fp16")
+
+
+@dataclass(frozen=True)
+class HubFacts:
+    """What the hub said when it was asked about one model."""
+
+    architecture: Architecture | None
+    total_bytes: int
+    done_bytes: int
+    """Fetched already."""
+    problem: Problem | None = None
+
+
+def local_facts(model: LocalModel, recipe: Recipe, room: Room) -> Content:
+    """Of a model on this machine."""
+    lines = [Content.styled(model.name, "bold")]
+    if model.refusal:
+        lines += _refused(model.refusal)
+    else:
+        lines.append(Content.assemble(("enter", "$accent bold"), " trains this one"))
+    if model.architecture:
+        lines += [*_costs(model.architecture, recipe, room), Content(""), *_built(model.architecture)]
+    licence = licence_of(model.path)
+    kept = f"{size(model.size_bytes)} in the {_PLACES[model.source]}"
+    lines.append(Content(f"licence {licence} · {kept}" if licence else kept))
+    lines.append(Content.styled(str(model.path), "$text-muted"))
+    return Content("\n").join(lines)
+
+
+def hub_facts(
+    model: HubModel, known: HubFacts | None, recipe: Recipe, room: Room, speed: float | None
+) -> Content:
+    """Of a model on the hub; ``known`` is what enter asked for."""
+    lines = [Content.styled(model.id, "bold")]
+    refusal = model.refusal or (known.problem if known else None)
+    if refusal:
+        lines += [*_refused(refusal), Content("")]
+    elif known is None:
+        lines.append(Content.assemble(("enter", "$accent bold"), " asks the hub for its files and its shape"))
+    else:
+        lines.append(_to_fetch(known, speed))
+    if known and known.architecture:
+        lines += [*_costs(known.architecture, recipe, room), Content(""), *_built(known.architecture)]
+    else:
+        lines.append(Content(f"{model.model_type or 'family NA'} · {count(model.parameters)} parameters"))
+    access = "gated: accept its licence, and log in" if model.gated else "no token needed"
+    lines.append(Content(f"licence {model.licence or 'NA'} · {access}"))
+    lines.append(Content(f"{model.downloads:,} downloads last month · changed {model.modified or 'NA'}"))
+    return Content("\n").join(lines)
+
+
+def licence_of(path: Path) -> str:
+    """As the model's own README says in its first lines; empty where it does not."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as readme:
+            found = _LICENCE.search(readme.read(_README_BYTES))
+    except OSError:
+        return ""
+    return found[1] if found else ""
+
+
+def _built(model: Architecture) -> list[Content]:
+    tied = "tied" if model.tied_head else "own"
+    context = "NA" if model.max_positions is None else f"{model.max_positions:,}"
+    lines = [
+        f"{model.model_type} · {count(model.total_params)} parameters",
+        f"{model.layers} layers · hidden {model.hidden_size:,} · vocabulary {model.vocab_size:,}",
+        f"context {context} · {model.heads} heads ({model.kv_heads} kv) · {tied} head",
+    ]
+    if model.experts:
+        lines.append(f"{model.experts.count} experts, {model.experts.per_token} a token")
+    return [Content(line) for line in lines]
+
+
+def _costs(model: Architecture, recipe: Recipe, room: Room) -> list[Content]:
+    note = ""
+    try:
+        compared = compare(recipe, model, device=room.device)
+    except Problem:
+        # The recipe's targets are another model's.
+        compared = compare(
+            with_value(recipe, "lora.target_modules", (ALL_LINEAR,)), model, device=room.device
+        )
+        note = "with all-linear: the recipe's targets are not in it"
+    lines = [Content.styled(f"With this recipe, of {gib(room.bytes)} GiB", "bold")]
+    for precision in SHOWN:
+        made = compared[precision]
+        word = judge(made, room.bytes).word
+        figures = f"{PRECISION_NAMES[precision]:<5}{gib(made.total_bytes):>6} GiB  "
+        lines.append(Content.assemble(figures, (word, VERDICT_STYLE[word])))
+    return [*lines, Content.styled(note, "$text-muted")] if note else lines
+
+
+def _to_fetch(known: HubFacts, speed: float | None) -> Content:
+    missing = known.total_bytes - known.done_bytes
+    if not missing:
+        return Content("All of it is on this machine.")
+    took = f", {duration(missing / speed)} at the last speed" if speed else ""
+    part = f"; {size(known.done_bytes)} is here" if known.done_bytes else ""
+    return Content.assemble(("d", "$accent bold"), f" downloads {size(missing)}{took}{part}")
+
+
+def _refused(problem: Problem) -> list[Content]:
+    lines = [Content.styled(f"✗ {problem.title}", "$error"), Content(problem.what)]
+    if problem.why:
+        lines.append(Content.styled(problem.why, "$text-muted"))
+    if problem.fix:
+        lines.append(Content.styled(f"▸ {problem.fix}", "$accent"))
+    return lines

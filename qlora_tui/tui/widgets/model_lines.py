@@ -1,0 +1,58 @@
+"""Lines of the model list: those on this machine, and those the hub has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textual.content import Content
+
+from qlora_tui.catalog.hub import HubModel
+from qlora_tui.catalog.local import LocalModel
+from qlora_tui.format import count, size
+from qlora_tui.tui.widgets.vi_list import HEADING
+
+LOCAL, HUB = "local:", "hub:"
+"""How ids of lines begin, before the path or the hub's id."""
+_SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
+_FIGURES = 28
+"""Columns that parameters, size and source take."""
+
+
+def local_lines(models: Sequence[LocalModel], chosen: str, width: int) -> list[tuple[str, Content]]:
+    """A heading and a line a model; ● marks the recipe's, ✗ those that cannot be trained."""
+    lines = [(f"{HEADING}local", Content.styled(f"On this machine ({len(models)})", "$text-muted"))]
+    for model in models:
+        mark, style = ("✗", "$text-muted") if model.refusal else (" ", "")
+        if model.id == chosen:
+            mark = "●"
+        parameters = count(model.architecture.total_params) if model.architecture else "NA"
+        figures = f"{parameters:>7} {size(model.size_bytes):>9} {_SOURCES[model.source]:>9}"
+        lines.append((LOCAL + str(model.path), _line(mark, model.name, figures, width, style)))
+    return lines
+
+
+def hub_lines(
+    models: Sequence[HubModel] | None, query: str, width: int, present: frozenset[str]
+) -> list[tuple[str, Content]]:
+    """A heading and a line a result; None is a hub that was not asked."""
+    if models is None:
+        text = "On the hub: / a name, and enter asks for it"
+        return [(f"{HEADING}hub", Content.styled(text, "$text-muted"))]
+    lines = [(f"{HEADING}hub", Content.styled(f"On the hub, for {query!r} ({len(models)})", "$text-muted"))]
+    for model in models:
+        mark, style = ("✗", "$text-muted") if model.refusal else (" ", "")
+        note = "here" if model.id in present else "gated" if model.gated else ""
+        figures = f"{count(model.parameters):>7} {_downloads(model.downloads):>9} {note:>9}"
+        lines.append((HUB + model.id, _line(mark, model.id, figures, width, style)))
+    return lines
+
+
+def _downloads(number: int) -> str:
+    return f"↓{count(number)}" if number else ""
+
+
+def _line(mark: str, name: str, figures: str, width: int, style: str) -> Content:
+    room = max(8, width - _FIGURES - 2)
+    shown = name if len(name) <= room else name[: room - 1] + "…"
+    marked = (f"{mark} ", "$accent bold" if mark == "●" else style)
+    return Content.assemble(marked, (f"{shown:<{room}}{figures}", style))
