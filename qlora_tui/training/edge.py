@@ -5,7 +5,6 @@ Between two steps nothing is half done, so here is where a run is looked at and 
 
 from __future__ import annotations
 
-import errno
 import math
 import time
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from qlora_tui.training.batches import Samples, validation_batches
 from qlora_tui.training.checkpoints import State
 from qlora_tui.training.device import Device
 from qlora_tui.training.evaluation import answers, validation_loss
+from qlora_tui.training.failure import is_full_disk
 from qlora_tui.training.health import StepWatch
 from qlora_tui.training.loop import RunTrainer
 from qlora_tui.training.reporter import Reporter
@@ -168,8 +168,8 @@ class Edge:
         )
         try:
             folder = checkpoints.write(setting.run, state, self._trainer.save_parts)
-        except (OSError, RuntimeError) as error:
-            if must or not _is_full_disk(error):
+        except Exception as error:
+            if must or not is_full_disk(error):
                 raise
             self._reporter.health(
                 "disk_full",
@@ -301,79 +301,3 @@ class Edge:
         scheduler._last_lr = [peak * shape] * len(scheduler.base_lrs)
         for group in scheduler.optimizer.param_groups:
             group["lr"] = peak * shape
-
-    def _back_to_training(self, spent_s: float) -> None:
-        """What was spent between steps is not counted as training."""
-        self._told_at += spent_s
-        if spent_s and not self._trainer.control.should_training_stop:
-            self._reporter.phase("training")
-
-    @property
-    def _scales_loss(self) -> bool:
-        # Under fp16 a step whose scaled gradients overflow is skipped and the scale lowered: that is routine.
-        return bool(self._trainer.args.fp16)
-
-    def _is_due(self, setting: str, step: int, epoch_ends: bool) -> bool:
-        every: int = getattr(self._setting.recipe.training, setting)
-        return epoch_ends if not every else step % every == 0 or step == self._trainer.state.max_steps
-
-    def _validate(self, step: int) -> bool:
-        setting = self._setting
-        total, trained = validation_loss(
-            self._trainer.model,
-            setting.validation,
-            self._validation,
-            kept_apart=setting.kept_apart,
-            pad_id=setting.pad_id,
-            device=setting.device.torch_device,
-            progress=lambda done, of: self._reporter.progress("evaluating", done, of),
-        )
-        loss = total / max(trained, 1)
-        progress = self.progress
-        # The loss before training is no candidate: its adapter has learnt nothing.
-        best = step > 0 and math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
-        if best:
-            progress.best_loss, progress.best_step, progress.last_losses = loss, step, []
-        elif step > 0:
-            progress.last_losses.append(loss)
-        self._reporter.tell(
-            Evaluated(at=time.time(), step=step, loss=loss if math.isfinite(loss) else None, best=best)
-        )
-        self._reporter.log(f"validation loss {loss:.4f} at step {step}{' (best)' if best else ''}")
-        return best
-
-    def _sample(self, step: int) -> None:
-        prompts = self._setting.recipe.training.sample_prompts
-        model: Any = self._trainer.model
-        for prompt, answer in answers(
-            model, self._setting.tokenizer, prompts, self._setting.device.torch_device
-        ):
-            self._reporter.tell(Sampled(at=time.time(), step=step, prompt=prompt, answer=answer))
-
-    def _stop_early(self) -> None:
-        patience = self._setting.recipe.training.early_stopping
-        if patience and len(self.progress.last_losses) >= patience:
-            self._trainer.control.should_training_stop = True
-            self.reason = f"no better validation loss in {patience} validations"
-
-    def _change_learning_rate(self) -> None:
-        request = self._requests.take("set_learning_rate")
-        if request is None or request.value is None:
-            return
-        scheduler: Any = self._trainer.lr_scheduler
-        now = scheduler.get_last_lr()[0]
-        if now <= 0 or not 0 < request.value <= 1:
-            return
-        # The schedule keeps its shape: it goes on from the asked rate as it would have from the present one.
-        scheduler.base_lrs = [rate * request.value / now for rate in scheduler.base_lrs]
-        scheduler._last_lr = [rate * request.value / now for rate in scheduler.get_last_lr()]
-        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = rate
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    """torch wraps the error of a failed write in a RuntimeError that only its text tells."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    text = str(error)
-    return "No space left" in text or "unexpected pos" in text or "PytorchStreamWriter" in text

@@ -17,6 +17,7 @@ _MEMORY_WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "Cannot allocate memory",
 )
+_FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 
 def failed(error: BaseException, run: RunDir, estimate: Estimate | None) -> Failed:
@@ -33,11 +34,11 @@ def failed(error: BaseException, run: RunDir, estimate: Estimate | None) -> Fail
             fix=error.fix,
             exit_code=error.exit_code,
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full_disk(error):
         return Failed(
             at=now,
             title="No space left on the disk",
-            what=f"{error.filename or run.path} could not be written.",
+            what=f"{getattr(error, 'filename', None) or run.path} could not be written.",
             fix=f"Free some space; `qlora-tui resume {run.id}` then goes on from the last checkpoint.",
             exit_code=1,
         )
@@ -56,6 +57,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _MEMORY_WORDS)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of space. Only their text tells with safetensors and torch."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(word in str(error) for word in _FULL_DISK_WORDS)
 
 
 def _out_of_memory(error: BaseException, estimate: Estimate | None, now: float) -> Failed:

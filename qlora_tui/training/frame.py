@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import msgspec
 
@@ -52,7 +52,9 @@ def _run(run: RunDir, plan: Plan) -> int:
     reporter.log(f"{type(ending).__name__.lower()}{f': {ending.what}' if isinstance(ending, Failed) else ''}")
     reporter.tell(ending)
     reporter.stop()
-    settle(run, ending)
+    # On a full disk the status stays as the last heartbeat left it, and reads as lost.
+    with suppress(OSError):
+        settle(run, ending)
     if isinstance(ending, Failed):
         return ending.exit_code or FAILED
     return 0

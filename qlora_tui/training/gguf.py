@@ -38,6 +38,12 @@ def converted(file: Path) -> Path:
     return folder
 
 
+def kept_conversion(file: Path) -> Path | None:
+    """The folder made from a GGUF file earlier; None where it has not been converted. Raises Problem."""
+    folder = _folder(file)
+    return folder if (folder / "config.json").exists() else None
+
+
 def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

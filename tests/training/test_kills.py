@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_ten_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(
     recipe: MakeRecipe, trainers: Trainers
 ) -> None:
     settings = {
-        "training.epochs": 30.0,
+        "training.epochs": 20.0,
         "training.checkpoint_every": 3,
         "training.evaluate_every": 7,
         "training.schedule": "constant",
@@ -39,7 +40,7 @@ def test_ten_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(
         begun = last_step(run)
         # Some are killed on the way to the first step; most among steps, validations and checkpoints.
         if round_ % 5:
-            wait_for(lambda begun=begun: last_step(run) != begun or _is_over(run), seconds=60)
+            wait_for(partial(_has_moved, run, begun), seconds=60)
         wait_a_moment(moments.uniform(0, 0.6))
         if _is_over(run):
             assert trainer.wait() == 0
@@ -81,6 +82,10 @@ def _is_told_and_readable(run: RunDir, round_: int) -> None:
     assert isinstance(ending, Failed) and ending.kind == "killed"
     assert read_status(run).state == "failed"
     assert len(told(run, Started)) == round_
+
+
+def _has_moved(run: RunDir, step: int) -> bool:
+    return last_step(run) != step or _is_over(run)
 
 
 def _is_over(run: RunDir) -> bool:

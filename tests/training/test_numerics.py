@@ -1,0 +1,215 @@
+"""The shortcuts change nothing: loss in chunks, samples in one row, 4-bit gradients."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_tui.recipe.schema import Lora, Quantization, Recipe
+from qlora_tui.training import attention, checks, load, loss
+from qlora_tui.training.device import find_device
+from qlora_tui.training.evaluation import evaluating
+from tests.training.families import FAMILIES, build
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+CPU = torch.device("cpu")
+ROUNDING = 2e-5
+
+
+def labelled(model: Any, rows: int = 2, tokens: int = 23) -> tuple[Tensor, Tensor]:
+    """Token ids, and labels of which about half are ignored."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, model.config.vocab_size, (rows, tokens), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.5, loss.IGNORED)
+    return ids, labels
+
+
+def loss_and_gradient(model: Any, **inputs: Any) -> tuple[float, Tensor]:
+    """The loss, and its gradient at the input of every layer together: at the embeddings."""
+    embeddings = model.get_input_embeddings().weight
+    embeddings.requires_grad_(True)
+    value = model(**inputs).loss
+    value.backward()
+    gradient = embeddings.grad.clone()
+    embeddings.grad = None
+    embeddings.requires_grad_(False)
+    return value.item(), gradient
+
+
+def close(gradient: Tensor, expected: Tensor) -> bool:
+    """Equal within the rounding of fp32."""
+    return torch.allclose(gradient, expected, rtol=1e-3, atol=ROUNDING * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("items", [None, 37])
+def test_the_chunked_loss_is_the_stock_loss(
+    model_type: str, items: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "LOSS_CHUNK_ROWS", 7)
+    model = build(model_type, tie_word_embeddings=False)
+    head = loss.find_head(model)
+    assert isinstance(head, loss.Head) and checks.loss_is_exact(model, head, CPU)
+    ids, labels = labelled(model)
+    inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": items}
+    stock, stock_gradient = loss_and_gradient(model, **inputs)
+    loss.use_chunked_loss(model, head)
+    chunked, gradient = loss_and_gradient(model, **inputs)
+    assert chunked == pytest.approx(stock, rel=ROUNDING)
+    assert close(gradient, stock_gradient)
+
+
+def test_a_tied_head_is_frozen_and_taken_in_chunks() -> None:
+    model = build("llama")
+    head = loss.find_head(model)
+    assert isinstance(head, loss.Head) and checks.loss_is_exact(model, head, CPU)
+
+
+def test_a_head_with_a_factor_the_config_does_not_name_is_found_out() -> None:
+    model = build("granite")
+    model.config.logits_scaling = 1.0
+    head = loss.find_head(model)
+    assert isinstance(head, loss.Head)
+    model.config.logits_scaling = 3.0
+    assert not checks.loss_is_exact(model, head, CPU)
+
+
+def test_a_trained_head_is_left_to_the_stock_loss() -> None:
+    model = build("llama", tie_word_embeddings=False)
+    model.lm_head.weight.requires_grad_(True)
+    assert loss.find_head(model) == "its head is trained"
+
+
+def test_nothing_to_learn_is_a_loss_of_zero_with_gradients() -> None:
+    model = build("llama")
+    head = loss.find_head(model)
+    assert isinstance(head, loss.Head)
+    loss.use_chunked_loss(model, head)
+    ids, labels = labelled(model)
+    value, gradient = loss_and_gradient(
+        model, input_ids=ids, labels=torch.full_like(labels, loss.IGNORED), num_items_in_batch=1
+    )
+    assert value == 0.0 and not gradient.any()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_samples_in_one_row_are_what_they_are_alone(model_type: str) -> None:
+    """Against transformers' own eager attention, loss and gradient, sample by sample."""
+    alone = build(model_type)
+    together = copy.deepcopy(alone)
+    assert load.attend_by_segments(together)
+    loss.use_segments(together, by_mask=True)
+    assert checks.samples_are_kept_apart(together, CPU)
+    lengths = [5, 17, 1, 12]
+    ids, labels = labelled(alone, 1, sum(lengths))
+    starts = [sum(lengths[:n]) for n in range(len(lengths))]
+    labels[0, starts] = loss.IGNORED
+    expected, expected_gradient = 0.0, torch.zeros(1)
+    for start, length in zip(starts, lengths, strict=True):
+        part = slice(start, start + length)
+        if bool((labels[:, part] != loss.IGNORED).any()):
+            value, gradient = loss_and_gradient(
+                alone, input_ids=ids[:, part], labels=labels[:, part], num_items_in_batch=1
+            )
+            expected, expected_gradient = expected + value, expected_gradient + gradient
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    value, gradient = loss_and_gradient(
+        together,
+        input_ids=ids,
+        labels=labels,
+        position_ids=positions,
+        segments=lengths,
+        num_items_in_batch=1,
+    )
+    assert value == pytest.approx(expected, rel=ROUNDING)
+    assert close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "bloom"])
+def test_a_model_that_looks_across_samples_is_found_out(model_type: str) -> None:
+    settings = {"n_head": 4, "n_layer": 2} if model_type == "bloom" else {}
+    model = build(model_type, **settings)
+    load.attend_by_segments(model)
+    loss.use_segments(model, by_mask=True)
+    assert not checks.samples_are_kept_apart(model, CPU)
+
+
+def test_the_check_notices_attention_that_sees_the_sample_before() -> None:
+    model = build("llama")
+    inner = model.forward
+    # What happens where segments are not honoured: positions start over, attention does not.
+    model.forward = lambda segments=None, **inputs: inner(
+        **inputs, attention_mask=torch.ones_like(inputs["input_ids"])
+    )
+    assert not checks.samples_are_kept_apart(model, CPU)
+
+
+def test_generation_is_as_with_stock_attention() -> None:
+    model = build("gemma2")
+    ids, _ = labelled(model, 1)
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "use_cache": True}
+    expected = model.generate(ids, **settings)
+    load.attend_by_segments(model)
+    loss.use_segments(model, by_mask=True)
+    assert torch.equal(model.generate(ids, **settings), expected)
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+def test_gradients_through_4_bit_weights_are_exact_after_a_sample_was_taken(
+    tiny_model: Path, method: Any, double: bool
+) -> None:
+    recipe = Recipe(
+        quantization=Quantization(method=method, double_quantization=double, compute_dtype="float32"),
+        lora=Lora(rank=8),
+    )
+    model = load.load_base(tiny_model, recipe, find_device(recipe), "segments")
+    reference = _dequantized(model)
+    ids, labels = labelled(model)
+    with evaluating(model):
+        model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
+    model.train()
+    value, gradient = loss_and_gradient(model, input_ids=ids, labels=labels)
+    expected, expected_gradient = loss_and_gradient(reference, input_ids=ids, labels=labels)
+    assert value == pytest.approx(expected, rel=1e-6)
+    assert torch.allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_no_4_bit_weight_may_be_repacked(tiny_model: Path) -> None:
+    recipe = Recipe()
+    model = load.load_base(tiny_model, recipe, find_device(recipe), "segments")
+    guarded = [m.support_avx512bf16_for_cpu for m in model.modules() if hasattr(m, "quant_state")]
+    assert guarded == [False] * 14
+
+
+def _dequantized(model: Any) -> Any:
+    """The same model with every 4-bit weight written out."""
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM
+
+    config = model.config.__class__(**_plain(model.config))
+    dense: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    weights = {}
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        weights[name] = parameter if state is None else dequantize_4bit(parameter.data, state)
+    dense.load_state_dict(weights, strict=False)
+    dense.tie_weights()
+    return dense.float().requires_grad_(False)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = config.to_dict()
+    settings.pop("quantization_config", None)
+    return settings
+
+
+def test_the_segment_mask_says_where_samples_begin() -> None:
+    mask = attention.segment_mask([3, 1, 4])
+    assert mask.shape == (1, 1, 1, 4) and mask.flatten().tolist() == [0, 3, 4, 8]
