@@ -11,6 +11,7 @@ import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -26,6 +27,7 @@ SUFFIXES = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".txt": "text",
     ".text": "text",
     ".md": "text",
@@ -44,11 +46,12 @@ _IGNORED = (
     "sources",
 )
 _decode = msgspec.json.Decoder().decode
+_ARROW_ROWS = 512
 _CELL_CHARACTERS = 100_000_000
 
 
 def kind_of(path: Path) -> str:
-    """``json``, ``jsonl``, ``csv``, ``tsv``, ``parquet`` or ``text``; empty if the name does not say."""
+    """What a file holds (``json``, ``csv`` and so on, see ``SUFFIXES``); empty if its name does not say."""
     name = path.name.lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
@@ -102,8 +105,8 @@ def rows(path: Path, position: Position | None = None) -> Iterator[Row]:
     """
     kind = kind_of(path)
     try:
-        if kind == "parquet":
-            yield from _parquet_rows(path, position)
+        if kind in ("parquet", "arrow"):
+            yield from _arrow_rows(path, kind, position)
             return
         with opened(path, position) as stream:
             if not stream.peek():
@@ -217,33 +220,65 @@ def _delimiter(header: str) -> str:
     return max(",;\t|", key=header.count) if any(d in header for d in ",;\t|") else ","
 
 
-def _parquet_rows(path: Path, position: Position | None) -> Iterator[Row]:
+def _arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row]:
+    """Rows of a Parquet file, or of an Arrow stream as the ``datasets`` library keeps it."""
     import pyarrow
-    import pyarrow.parquet
 
     if path.stat().st_size == 0:
         raise Problem(
             "Empty file", what=f"{path} is empty.", fix="Choose another file, or download this one again."
         )
+    number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        names = label_names(file.schema_arrow.metadata or {})
-        number, size, total = 0, path.stat().st_size, max(1, file.metadata.num_rows)
-        for batch in file.iter_batches(batch_size=512):
+        batches, names = (
+            _parquet_batches(path, position) if kind == "parquet" else _stream_batches(path, position)
+        )
+        for batch in batches:
             for value in batch.to_pylist():
                 number += 1
                 for column, labels in names.items():
                     if isinstance(value.get(column), int) and 0 <= value[column] < len(labels):
                         value[column] = labels[value[column]]
                 yield Row(number=number, value=value)
-            if position is not None:
-                position.bytes = size * number // total
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Problem(
-            "Cannot read the Parquet file",
+            "Cannot read the Parquet file" if kind == "parquet" else "Cannot read the Arrow file",
             what=f"{path}: {' '.join(str(error).split())}",
             fix="Download it again, or convert it to JSONL.",
         ) from error
+
+
+def _parquet_batches(path: Path, position: Position | None) -> tuple[Iterator[Any], dict[str, list[str]]]:
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    size, total = path.stat().st_size, max(1, file.metadata.num_rows)
+
+    def batches() -> Iterator[Any]:
+        done = 0
+        for batch in file.iter_batches(batch_size=_ARROW_ROWS):
+            yield batch
+            done += batch.num_rows
+            if position is not None:
+                position.bytes = size * done // total
+
+    return batches(), label_names(file.schema_arrow.metadata or {})
+
+
+def _stream_batches(path: Path, position: Position | None) -> tuple[Iterator[Any], dict[str, list[str]]]:
+    import pyarrow
+
+    source = pyarrow.memory_map(str(path))
+    reader = pyarrow.ipc.open_stream(source)
+
+    def batches() -> Iterator[Any]:
+        for batch in reader:
+            for start in range(0, batch.num_rows, _ARROW_ROWS):
+                yield batch.slice(start, _ARROW_ROWS)
+            if position is not None:
+                position.bytes = source.tell()
+
+    return batches(), label_names(reader.schema.metadata or {})
 
 
 def label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:

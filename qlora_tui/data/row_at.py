@@ -1,7 +1,7 @@
 """One row of a file by its number, without reading all that comes before it where that can be helped.
 
-Lines of a JSONL file are found through an index of where each megabyte's lines begin, built once at
-the speed of the disk. Other files are read up to the row.
+Lines of a JSONL file are found through an index of where each megabyte's lines begin, made at the speed of
+the disk and only as far as needed. Other files are read up to the row.
 """
 
 from __future__ import annotations
@@ -23,27 +23,42 @@ def row_at(path: Path, number: int) -> Row | None:
     """The row with this number, or the next there is; None if the file ends before. Raises ``Problem``."""
     stat = path.stat()
     if path.name.lower().endswith((".jsonl", ".ndjson")) and stat.st_size >= _INDEXED_BYTES:
-        return _line_row(path, number, _lines_before(path, stat.st_size, stat.st_mtime_ns))
+        return _line_row(path, number, _index(path, stat.st_size, stat.st_mtime_ns))
     return next((row for row in rows(path) if row.number >= number), None)
 
 
+class _LineIndex:
+    """How many line ends come before each megabyte of a file, counted as far as anyone has asked."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before = array("Q", [0])
+
+    def chunk_of(self, line: int) -> tuple[int, int]:
+        """The last megabyte that begins before this line does, and how many line ends come before it."""
+        if self._before[-1] < line - 1:
+            self._count_on(line)
+        chunk = max(0, bisect_left(self._before, line - 1) - 1)
+        return chunk, self._before[chunk]
+
+    def _count_on(self, line: int) -> None:
+        with self._path.open("rb") as file:
+            file.seek((len(self._before) - 1) * CHUNK_BYTES)
+            while self._before[-1] < line - 1 and (chunk := file.read(CHUNK_BYTES)):
+                self._before.append(self._before[-1] + chunk.count(b"\n"))
+
+
 @lru_cache(maxsize=4)
-def _lines_before(path: Path, size: int, modified_ns: int) -> array[int]:
-    """How many line ends come before each megabyte of a file of this size and age."""
-    counts = array("Q")
-    seen = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            counts.append(seen)
-            seen += chunk.count(b"\n")
-    return counts
+def _index(path: Path, size: int, modified_ns: int) -> _LineIndex:
+    """Of a file of this size and age."""
+    return _LineIndex(path)
 
 
-def _line_row(path: Path, number: int, lines_before: array[int]) -> Row | None:
-    chunk = max(0, bisect_left(lines_before, number - 1) - 1)
+def _line_row(path: Path, number: int, index: _LineIndex) -> Row | None:
+    chunk, before = index.chunk_of(number)
     with path.open("rb") as file:
         file.seek(chunk * CHUNK_BYTES)
-        for line_number, line in enumerate(file, lines_before[chunk] + 1):
+        for line_number, line in enumerate(file, before + 1):
             if line_number >= number:
                 row = jsonl_row(line_number, line.removeprefix(b"\xef\xbb\xbf") if line_number == 1 else line)
                 if row is not None:

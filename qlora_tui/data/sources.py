@@ -14,8 +14,9 @@ from msgspec import Struct
 
 from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.formats import SNIFFED_ROWS, Detection, detect, parse
+from qlora_tui.data.hub import hub_files, is_hub_id
 from qlora_tui.data.open_file import Position
-from qlora_tui.data.read import files_of, rows
+from qlora_tui.data.read import files_of, kind_of, rows
 from qlora_tui.data.row import Row
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Source
@@ -35,7 +36,9 @@ def open_source(source: Source, index: int = 0) -> tuple[list[SourceFile], str]:
 
     Raises ``Problem`` for what does not exist, is empty or has no usable field.
     """
-    paths, note = files_of(Path(source.path).expanduser())
+    path = Path(source.path).expanduser()
+    wanted = is_hub_id(source.path) and not path.exists() and not kind_of(path)
+    paths, note = hub_files(source.path) if wanted else files_of(path)
     return [SourceFile(path, index, sniff(path, source)) for path in paths], note
 
 

@@ -1,0 +1,85 @@
+"""Datasets of the hub, by id: downloaded by the ``datasets`` library in a child process.
+
+``datasets`` imports numpy, pandas and more, so it never runs in this process. It leaves Arrow files
+in the Hugging Face cache, which ``read`` reads in place; where they are is noted in the cache
+directory, so that the next time nothing is asked of the hub.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.errors import Problem
+from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.paths import cache_dir
+
+_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
+
+
+class HubFiles(Struct, frozen=True):
+    """What the child process found."""
+
+    files: tuple[str, ...]
+    split: str
+
+
+class HubFailure(Struct, frozen=True):
+    """Why it found nothing."""
+
+    reason: str
+    fix: str
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` could be a dataset id: ``owner/name``, perhaps with ``:subset``."""
+    return _ID.fullmatch(name) is not None and not name.startswith(("./", "../", "~"))
+
+
+def hub_files(name: str) -> tuple[list[Path], str]:
+    """The files of a dataset's training split, downloaded if need be, and a word on them.
+
+    Raises ``Problem`` where there is no such dataset, or no way to it.
+    """
+    note = private_dir(cache_dir() / "datasets") / f"{name.replace('/', '--').replace(':', '@')}.json"
+    found = _noted(note)
+    if found is None:
+        found = _fetched(name)
+        atomic_write(note, msgspec.json.encode(found))
+    return [Path(file) for file in found.files], f"hub dataset {name}, split {found.split}"
+
+
+def _noted(note: Path) -> HubFiles | None:
+    try:
+        found = msgspec.json.decode(note.read_bytes(), type=HubFiles)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return found if found.files and all(Path(file).is_file() for file in found.files) else None
+
+
+def _fetched(name: str) -> HubFiles:
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_tui.data.hub_fetch", name],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    last = done.stdout.splitlines()[-1] if done.stdout else b""
+    try:
+        if done.returncode == 0:
+            return msgspec.json.decode(last, type=HubFiles)
+        failure = msgspec.json.decode(last, type=HubFailure)
+    except msgspec.MsgspecError:
+        failure = HubFailure(
+            (done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1], ""
+        )
+    raise Problem(
+        "No such data",
+        what=f"{name} is neither a file here nor a dataset that could be had from the hub: {failure.reason}",
+        fix=failure.fix or "Check the name and the connection.",
+    )

@@ -1,0 +1,53 @@
+"""The child process that loads a hub dataset: ``python -m qlora_tui.data.hub_fetch ID[:SUBSET]``.
+
+Prints one JSON object: ``HubFiles``, or ``HubFailure`` with exit code 1. ``trust_remote_code`` is
+never given: a dataset that is a script is refused by the library.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+
+from qlora_tui.data.hub import HubFailure, HubFiles
+
+_TRAINING = ("train", "training", "train_sft", "sft")
+
+
+def main(name: str) -> int:
+    """Load the training split and tell where its Arrow files are."""
+    import datasets
+
+    path, _, subset = name.partition(":")
+    try:
+        names = datasets.get_dataset_split_names(path, subset or None)
+        split = next((s for s in _TRAINING if s in names), names[0])
+        loaded = datasets.load_dataset(path, subset or None, split=split)
+    except Exception as error:  # the library raises a dozen kinds, from its own to its HTTP client's
+        _tell(_failure(error))
+        return 1
+    _tell(HubFiles(tuple(file["filename"] for file in loaded.cache_files), split))
+    return 0
+
+
+def _failure(error: Exception) -> HubFailure:
+    text = " ".join(str(error).split()) or type(error).__name__
+    kind = type(error).__name__
+    if "Config name is missing" in text:
+        return HubFailure(text[:400], "Add the subset after a colon: owner/name:subset.")
+    if "Gated" in kind or "401" in text or "403" in text or "gated" in text:
+        return HubFailure(text[:400], "Accept its terms on its page, then log in: hf auth login.")
+    if "script" in text:
+        return HubFailure(
+            text[:400], "Datasets that are scripts are not run; download its files and name them."
+        )
+    return HubFailure(text[:400], "Check the name and the connection.")
+
+
+def _tell(what: HubFiles | HubFailure) -> None:
+    print(msgspec.json.encode(what).decode())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
