@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
 from qlora_tui.catalog.local import resolve
-from qlora_tui.data.inspect import Report, inspecting, show
+from qlora_tui.data.conversation import Conversation, RowRefused
+from qlora_tui.data.formats import SNIFFED_ROWS
+from qlora_tui.data.inspect import inspecting, show
+from qlora_tui.data.problems import shorten
+from qlora_tui.data.read import files_of, rows
+from qlora_tui.data.report import Piece, Report, Shown
+from qlora_tui.data.row_at import row_at
+from qlora_tui.data.sources import conversation_of, open_source
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.engine.protocol import DataInspected, DataReport, InspectData, RowShown, ShowRow
+from qlora_tui.engine.protocol import (
+    DataInspected,
+    DataReport,
+    FieldsShown,
+    InspectData,
+    RowShown,
+    ShowFields,
+    ShowRow,
+)
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Source
+from qlora_tui.training.gguf import kept_conversion
 
 
 class Previews:
@@ -29,11 +49,65 @@ class Previews:
 
     def show(self, request: ShowRow) -> RowShown:
         """One row. Raises Problem."""
+        if not request.model:
+            return RowShown(shown=_as_read(request.source, request.row))
         tokenizer = self._tokenizer(request.model, request.template)
         return RowShown(shown=show(request.source, request.row, tokenizer, request.data))
+
+    def fields(self, request: ShowFields) -> FieldsShown:
+        """What the first rows hold, whatever their format. Raises Problem."""
+        path = files_of(Path(request.source.path).expanduser())[0][0]
+        found: dict[str, str] = {}
+        for row in islice(rows(path), SNIFFED_ROWS):
+            held = row.value if isinstance(row.value, dict) else {}
+            for name, value in held.items():
+                found.setdefault(str(name), shorten(str(value)))
+        return FieldsShown(fields=found)
 
     def _tokenizer(self, model: str, template: str) -> ChatTokenizer:
         key = (model, template)
         if self._held is None or self._held[0] != key:
-            self._held = (key, ChatTokenizer.from_folder(resolve(model).folder, template))
+            self._held = (key, ChatTokenizer.from_folder(_tokenizer_folder(model), template))
         return self._held[1]
+
+
+def _tokenizer_folder(model: str) -> Path:
+    files = resolve(model)
+    if files.gguf_file is None:
+        return files.folder
+    folder = kept_conversion(files.folder / files.gguf_file)
+    if folder is None:
+        raise Problem(
+            "No tokenizer yet",
+            what=f"{files.gguf_file} has not been converted: tokens cannot be counted.",
+            why="A GGUF file is converted when the first run or chat with it begins.",
+            fix="Choose the same model as a folder or from the hub to see its tokens now.",
+        )
+    return folder
+
+
+def _as_read(source: Source, row: int) -> Shown:
+    """A row without a tokenizer: its turns, and the answers marked as what would be learnt."""
+    file = open_source(source)[0][0]
+    found = row_at(file.path, row)
+    if found is None:
+        raise Problem(
+            "No such row", what=f"{file.path} ends before row {row}.", fix="Choose a smaller number."
+        )
+    one = conversation_of(found, file)
+    if isinstance(one, RowRefused):
+        return Shown(found.number, (), (), (), refused=one.reason)
+    return Shown(found.number, (tuple(_turns(one)),), (), ())
+
+
+def _turns(conversation: Conversation) -> Iterator[Piece]:
+    if conversation.text:
+        yield Piece(conversation.text, True, False)
+    for message in conversation.messages:
+        learnt = message.role == "assistant" and message.train
+        yield Piece(f" {message.role} ", False, True)
+        said = "\n".join(filter(None, (message.reasoning, message.content)))
+        calls = "".join(f"\n{call.name}({call.arguments})" for call in message.tool_calls)
+        yield Piece("\n", False, False)
+        yield Piece(f"{said}{calls}".strip("\n") or "(empty)", learnt, False)
+        yield Piece("\n\n", False, False)

@@ -74,6 +74,12 @@ class ShowRow(Request, frozen=True, kw_only=True, tag="show_row"):
     template: str = "auto"
 
 
+class ShowFields(Request, frozen=True, kw_only=True, tag="show_fields"):
+    """What the rows of a file hold whose format nobody knows. Reply: FieldsShown."""
+
+    source: Source
+
+
 class Stop(Request, frozen=True, kw_only=True, tag="stop"):
     """End the answer to an earlier question at once; that question's Done is the reply."""
 
@@ -150,6 +156,13 @@ class RowShown(Reply, frozen=True, kw_only=True, tag="row_shown"):
     shown: Shown
 
 
+class FieldsShown(Reply, frozen=True, kw_only=True, tag="fields_shown"):
+    """The columns there are."""
+
+    fields: dict[str, str]
+    """Column to the beginning of what the first row with it holds."""
+
+
 class Failure(Reply, frozen=True, kw_only=True, tag="failure"):
     """It cannot be done. :class:`EngineClient` raises it as the Problem it is."""
 
@@ -175,7 +188,9 @@ class Failure(Reply, frozen=True, kw_only=True, tag="failure"):
         return Problem(self.title, what=self.what, why=self.why, fix=self.fix, exit_code=self.exit_code)
 
 
-AnyRequest: TypeAlias = LoadChat | Generate | MeasureEffect | Unload | InspectData | ShowRow | Stop
+AnyRequest: TypeAlias = (
+    LoadChat | Generate | MeasureEffect | Unload | InspectData | ShowRow | ShowFields | Stop
+)
 AnyReply: TypeAlias = (
     Stage
     | ChatReady
@@ -186,6 +201,7 @@ AnyReply: TypeAlias = (
     | DataReport
     | DataInspected
     | RowShown
+    | FieldsShown
     | Failure
 )
 

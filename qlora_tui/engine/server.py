@@ -27,6 +27,7 @@ from qlora_tui.engine.protocol import (
     InspectData,
     LoadChat,
     MeasureEffect,
+    ShowFields,
     ShowRow,
     Stage,
     Stop,
@@ -132,6 +133,8 @@ class Server:
                 yield from self._previews.inspect(request, self._stops[number])
             case ShowRow():
                 yield self._previews.show(request)
+            case ShowFields():
+                yield self._previews.fields(request)
             case MeasureEffect():
                 yield self._with_torch(tell).measure(request, tell, self._stops[number])
             case Unload():

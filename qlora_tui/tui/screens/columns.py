@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
+from textual.containers import Horizontal, VerticalScroll
 from textual.screen import ModalScreen
 from textual.suggester import SuggestFromList
 from textual.widgets import Input, Label, Static
@@ -17,7 +17,7 @@ from qlora_tui.data.formats import parts_of
 class ColumnsScreen(ModalScreen[dict[str, str]]):
     """One field a part; gives the mapping, or None when closed with Escape."""
 
-    CSS_PATH = "modal.tcss"
+    CSS_PATH = ["modal.tcss", "fields.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
 
     def __init__(self, format_: str, columns: tuple[str, ...], mapping: dict[str, str]) -> None:
@@ -29,16 +29,18 @@ class ColumnsScreen(ModalScreen[dict[str, str]]):
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="card") as card:
             card.border_title = f"Columns of {self._format}"
-            card.border_subtitle = "enter takes them · esc closes"
+            card.border_subtitle = "tab next · → completes · enter takes them · esc"
             yield Static(f"The file has: {', '.join(self._columns)}", markup=False, classes="quiet")
             for part in parts_of(self._format):
-                yield Label(part.replace("_", " "))
-                yield Input(
-                    self._mapping.get(part, ""),
-                    name=part,
-                    compact=True,
-                    suggester=SuggestFromList(self._columns, case_sensitive=False),
-                )
+                with Horizontal(classes="field"):
+                    yield Label(part.replace("_", " "))
+                    yield Input(
+                        self._mapping.get(part, ""),
+                        name=part,
+                        placeholder="no column",
+                        compact=True,
+                        suggester=SuggestFromList(self._columns, case_sensitive=False),
+                    )
 
     def on_input_submitted(self) -> None:
         """Take what the fields say; an empty one leaves the part out."""

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
-from pathlib import Path
 from typing import ClassVar
 
-import msgspec
+from textual import work
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
-from textual.widgets.option_list import Option
 
-from qlora_tui.data.inspect import Report, Shown
-from qlora_tui.engine.client import EngineClient
-from qlora_tui.engine.protocol import DataInspected, DataReport, InspectData, RowShown, ShowRow
+from qlora_tui.data.report import Report, Shown
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.fields import fields, source_fields
-from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.screens import data_costs as costs
 from qlora_tui.tui.screens import data_words as words
-from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.columns import ColumnsScreen
-from qlora_tui.tui.screens.open_path import OpenPathScreen
+from qlora_tui.tui.screens.ask import AskScreen
+from qlora_tui.tui.screens.data_edits import DataEdits
+from qlora_tui.tui.screens.data_previews import DataPreviews, Wanted
+from qlora_tui.tui.widgets.histogram import histogram
+from qlora_tui.tui.widgets.vi_list import ViList
 
-DATA_ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".zst", ".ndjson")
+_VIEWS = ("both", "figures", "sample")
+_SETTLE_S = 0.1
+"""A key held down changes the recipe many times; only the last is looked at."""
 
 
 def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True) -> Command:
@@ -34,252 +35,290 @@ def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_foot
     )
 
 
-class DataScreen(WorkScreen):
+class DataScreen(DataEdits):
     """Sources, one sample at a time, lengths and problems."""
 
     MODE = "data"
     CSS_PATH = "data.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "The sample is shown as the model will see it: what it learns to say is underlined and bright, "
-        "what it only reads is dim, control tokens are reversed. n goes to the next row with a problem."
+        "The sample is shown as the model will see it: what it learns to say is bold and underlined, what it "
+        "only reads is dim, control tokens are reversed; ↵ is a line end that is learnt. "
+        "Bars hatched ▒ behind ✂ are samples longer than the sequence length.\n"
+        "Enter on a problem goes to its next row; tab goes from list to list."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = (
-        _command("open", "o", "open", "Open", "Choose a data file or a folder of them."),
+        _command("open", "o", "open", "Open", "Add a data file, or a folder of them."),
         _command("next", "right,l", "row(1)", "Next", "The next row.", in_footer=False),
         _command("previous", "left,h", "row(-1)", "Previous", "The row before.", in_footer=False),
-        _command("problem", "n", "problem", "Problem", "The next row with a problem."),
+        _command("goto", "colon", "go_to", "Row", "Go to a row by its number."),
+        _command("problem", "n", "problem(1)", "Problem", "The next row with a problem."),
+        _command("back", "N", "problem(-1)", "Back", "The problem before.", in_footer=False),
         _command("format", "f", "format", "Format", "Read the rows in another format."),
         _command("columns", "c", "columns", "Columns", "Say which column plays which part."),
-        _command("longer", "plus,equals_sign", "length(2)", "Longer", "Double the sequence length."),
-        _command("shorter", "minus", "length(0.5)", "Shorter", "Halve the sequence length."),
+        _command("longer", "plus,equals_sign", "length(2)", "Length", "Double the sequence length."),
+        _command("shorter", "minus", "length(0.5)", "Shorter", "Halve the sequence length.", in_footer=False),
         _command(
             "too_long", "t", "next_choice('data.too_long')", "Too long", "What happens to long samples."
+        ),
+        _command("view", "v", "view", "View", "Sample and figures, figures alone, or the sample alone."),
+        _command(
+            "validation",
+            "s",
+            "validation",
+            "Split",
+            "Hold rows back to validate on, or name a file.",
+            in_footer=False,
+        ),
+        _command(
+            "weight", "w", "weight", "Weight", "How often the rows of a source are seen.", in_footer=False
         ),
         _command(
             "train_on",
             "e",
             "next_choice('data.train_on')",
             "Train on",
-            "Train on answers only, or on everything.",
+            "Learn the answers only, or everything.",
             in_footer=False,
         ),
-        _command("packing", "k", "packing", "Packing", "Pack several samples into a row.", in_footer=False),
+        _command("packing", "b", "packing", "Packing", "Pack several samples into a row.", in_footer=False),
         _command("remove", "x", "remove", "Remove", "Take the source under the cursor out.", in_footer=False),
     )
 
     def __init__(self) -> None:
         super().__init__()
-        self._engine = EngineClient()
-        self._asked_for: tuple[Source, Data, str, str] | None = None
-        self._report: Report | None = None
-        self._shown: Shown | None = None
-        self._row = 1
-        self._source_number = 0
+        self._previews = DataPreviews()
+        self._wanted: Wanted | None = None
+        self.report: Report | None = None
+        self.shown: Shown | None = None
+        self.row = 1
+        self._no_tokens: Problem | None = None
+        """Why the row is shown as the file has it, where a model is named."""
+        self._costs: list[costs.Cost] = []
+        self._reckoned_for: object = None
+        self._pace: tuple[str, float | None] | None = None
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="data-body"):
-            with VerticalScroll(id="sample-side"):
-                yield Static(id="sample")
+            with Vertical(id="sample-side"):
+                yield Static(id="row-line")
+                with VerticalScroll(id="sample-scroll"):
+                    yield Static(id="sample")
             with Vertical(id="facts-side"):
-                yield OptionList(id="sources")
-                yield Static(id="lengths")
-                with VerticalScroll(id="problems-side", can_focus=False):
-                    yield Static(id="facts")
-        yield Static(id="row-line")
+                with VerticalScroll(id="file-facts", can_focus=False):
+                    yield ViList(id="sources")
+                    yield Static(id="totals")
+                    yield Static(id="costs")
+                with VerticalScroll(id="length-facts", can_focus=False):
+                    yield Static(id="lengths-line")
+                    yield Static(id="histogram")
+                    yield ViList(id="problems")
 
     def on_mount(self) -> None:
         super().on_mount()
-        self.query_one("#sample-side").focus()
+        self.query_one("#sample-scroll").focus()
 
     async def on_unmount(self) -> None:
-        """The engine goes with the screen."""
-        await self._engine.close()
+        """The engines go with the screen."""
+        await self._previews.close()
 
     def show_recipe(self, recipe: Recipe) -> None:
         sources = recipe.data.sources
-        self._source_number = min(self._source_number, max(0, len(sources) - 1))
-        self._list_sources(sources)
+        self.source_number = min(self.source_number, max(0, len(sources) - 1))
+        lines = [(str(n), words.source_line(s, len(sources) == 1)) for n, s in enumerate(sources)]
+        self.query_one("#sources", ViList).show(lines, select=str(self.source_number))
         if not sources:
-            self._asked_for = None
             self._say_empty()
             return
-        source = sources[self._source_number]
-        wanted = (source, recipe.data, recipe.model.id, recipe.model.chat_template)
-        if wanted == self._asked_for:
-            return
-        if self._asked_for is None or self._asked_for[0].path != source.path:
-            self._row = 1
-        self._asked_for = wanted
-        self._report = None
-        self._shown = None
-        self.query_one("#sample", Static).update(Content.styled("reading…", "dim"))
-        self.run_worker(self._inspect(*wanted), exclusive=True, group="inspect")
-        self._ask_row()
+        wanted = Wanted.of(recipe, self.source_number)
+        if wanted != self._wanted:
+            self._want(wanted)
+        self._show_report()
+        self._reckon()
 
     def on_resize(self) -> None:
         self._show_report()
+        self._show_row()
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         """Look at another source."""
-        if event.option_index != self._source_number:
-            self._source_number = event.option_index
-            self._row = 1
+        if event.option_list.id == "sources" and event.option_index != self.source_number:
+            self.source_number = event.option_index
             self.show_recipe(self.workstation.workbench.recipe)
 
-    def action_open(self) -> None:
-        """Add a file or folder to the sources."""
-        sources = self.workstation.workbench.recipe.data.sources
-        start = Path(sources[-1].path).parent if sources else None
-        known = start if start is not None and start.is_dir() else None
-        self.app.push_screen(OpenPathScreen("Open data", "data", DATA_ENDINGS, known), self._opened)
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Go to the next row with the problem chosen."""
+        if event.option_list.id == "problems" and self.report is not None:
+            chosen = next((p for p in self.report.problems if p.kind == event.option_id), None)
+            if chosen is not None:
+                self._go_to_next(list(chosen.rows), 1)
 
     def action_row(self, by: int) -> None:
         """Show a neighbouring row."""
-        last = self._report.counts.rows if self._report and self._report.complete else None
-        row = max(1, self._row + by)
-        self._row = row if last is None else min(row, max(1, last))
-        self._ask_row()
+        last = self.report.counts.rows if self.report and self.report.complete else None
+        # Rows of a JSONL file are lines: their last number may lie behind their count, never before it.
+        if by > 0 and self.shown is not None and last is not None and self.row >= last:
+            return
+        self._show_another(max(1, self.row + by))
 
-    def action_problem(self) -> None:
+    def action_go_to(self) -> None:
+        """Ask for a row's number."""
+
+        def answered(text: str | None) -> None:
+            if text is not None:
+                self._show_another(int(text.replace(",", "")))
+
+        def wrong(text: str) -> str:
+            number = text.replace(",", "")
+            return "" if number.isdigit() and int(number) > 0 else "A number from 1."
+
+        self.app.push_screen(AskScreen("Go to a row", "Its number, from 1.", "", wrong), answered)
+
+    def action_problem(self, by: int) -> None:
         """Show the next row with a problem, from the first again after the last."""
-        rows = sorted({row for p in self._report.problems for row in p.rows}) if self._report else []
+        rows = sorted({row for p in self.report.problems for row in p.rows}) if self.report else []
         if not rows:
-            self.notify("No row has a problem." if self._report else "Still reading.")
+            complete = self.report is not None and self.report.complete
+            self.notify("No row has a problem." if complete else "No problem so far; still reading.")
             return
-        self._row = next((row for row in rows if row > self._row), rows[0])
-        self._ask_row()
+        self._go_to_next(rows, by)
 
-    def action_format(self) -> None:
-        """Read the rows in the next format."""
-        choices = _formats()
-        source = self._source()
-        if source is not None:
-            following = choices[(choices.index(source.format) + 1) % len(choices)]
-            self._change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": following}, Source))
+    def action_view(self) -> None:
+        """Give all the room to one half, or share it."""
+        body = self.query_one("#data-body")
+        now = next((view for view in _VIEWS if body.has_class(f"-{view}")), "both")
+        body.set_class(False, f"-{now}")
+        body.set_class(True, f"-{_VIEWS[(_VIEWS.index(now) + 1) % len(_VIEWS)]}")
+        self.call_after_refresh(self._show_report)
 
-    def action_columns(self) -> None:
-        """Say which column plays which part."""
-        source = self._source()
-        if source is None or self._report is None or not self._report.files:
+    def _go_to_next(self, rows: list[int], by: int) -> None:
+        if by > 0:
+            self._show_another(next((row for row in rows if row > self.row), rows[0]))
+        else:
+            self._show_another(next((row for row in reversed(rows) if row < self.row), rows[-1]))
+
+    def _want(self, wanted: Wanted) -> None:
+        """Look at another source, or with other settings."""
+        before, self._wanted = self._wanted, wanted
+        if before is None or before.source != wanted.source:
+            self.row = 1 if before is None or before.source.path != wanted.source.path else self.row
+            self.report = None
+            self.shown = None
+            self.fields = {}
+            self._clear_figures()
+            self.query_one("#sample", Static).update(words.READING)
+        self._fetch_row(wanted, self.row)
+        self._inspect(wanted)
+
+    def _show_another(self, row: int) -> None:
+        if self._wanted is not None:
+            self.row = row
+            self._show_row_line()
+            self._fetch_row(self._wanted, row)
+
+    @work(exclusive=True, group="row")
+    async def _fetch_row(self, wanted: Wanted, row: int) -> None:
+        try:
+            shown, problem = await self._previews.row(wanted, row)
+        except Problem as found:
+            if found.title == "No such row" and self.shown is not None:
+                self.row = self.shown.row
+                self.notify(found.what)
+                self._show_row_line()
+            else:
+                self.shown = None
+                self.fields = await self._previews.fields(wanted.source)
+                self.query_one("#sample", Static).update(words.unreadable(found, self.fields))
             return
-        file = self._report.files[0]
-        screen = ColumnsScreen(file.format, file.all_columns, {**file.columns, **source.columns})
+        self.shown, self.row, self._no_tokens = shown, shown.row, problem
+        self._show_row()
+        self.query_one("#sample-scroll").scroll_home(animate=False)
 
-        def answered(columns: dict[str, str] | None) -> None:
-            if columns is not None:
-                self._change_source(msgspec.structs.replace(source, columns=columns))
+    @work(exclusive=True, group="inspect")
+    async def _inspect(self, wanted: Wanted) -> None:
+        await asyncio.sleep(_SETTLE_S)
+        try:
+            async for report in self._previews.reports(wanted):
+                news = self.report is None or report.problems != self.report.problems
+                self.report = report
+                self._show_report()
+                if news:
+                    self._show_row()
+        except Problem as found:
+            self.report = None
+            self._clear_figures()
+            # Where not even a row can be read, the same stands in the sample's place.
+            if self.shown is not None:
+                self.query_one("#totals", Static).update(words.problem(found))
+            return
+        self._reckon()
 
-        self.app.push_screen(screen, answered)
+    def _reckon(self) -> None:
+        """Work out what other lengths would cost, once there is a whole report."""
+        recipe, room = self.workstation.workbench.recipe, self.workstation.room
+        key = (self.report, recipe, room)
+        if self.report is None or not self.report.complete or key == self._reckoned_for:
+            return
+        self._reckoned_for = key
+        self._costs_of(self.report, recipe)
 
-    def action_length(self, factor: float) -> None:
-        """Change the sequence length."""
-        length = round(self.workstation.workbench.recipe.data.max_length * factor)
-        field = fields()["data.max_length"]
-        self.workstation.edit(
-            "data.max_length", min(max(length, int(field.minimum or 1)), int(field.maximum or length))
+    @work(exclusive=True, group="costs")
+    async def _costs_of(self, report: Report, recipe: Recipe) -> None:
+        architecture = self.workstation.workbench.architecture()
+        if self._pace is None or self._pace[0] != recipe.model.id:
+            self._pace = (recipe.model.id, await asyncio.to_thread(costs.last_pace, recipe.model.id))
+        self._costs = await asyncio.to_thread(
+            costs.reckon, report, recipe, architecture, self.workstation.room, self._pace[1]
         )
+        self._show_report()
 
-    def action_next_choice(self, path: str) -> None:
-        """The next of a setting's choices."""
-        choices = fields()[path].choices
-        now = getattr(self.workstation.workbench.recipe.data, path.partition(".")[2])
-        self.workstation.edit(path, choices[(choices.index(now) + 1) % len(choices)])
-
-    def action_packing(self) -> None:
-        """Pack, or not."""
-        self.workstation.edit("data.packing", not self.workstation.workbench.recipe.data.packing)
-
-    def action_remove(self) -> None:
-        """Take the source under the cursor out of the recipe; u brings it back."""
-        sources = list(self.workstation.workbench.recipe.data.sources)
-        if sources:
-            gone = sources.pop(self._source_number)
-            self.workstation.edit("data.sources", tuple(sources))
-            self.notify(f"{gone.path} is out of the recipe. u brings it back.")
-
-    def _opened(self, path: Path | None) -> None:
-        if path is not None:
-            sources = self.workstation.workbench.recipe.data.sources
-            self._source_number = len(sources)
-            self.workstation.edit("data.sources", (*sources, Source(path=str(path))))
-
-    def _source(self) -> Source | None:
-        sources = self.workstation.workbench.recipe.data.sources
-        return sources[self._source_number] if sources else None
-
-    def _change_source(self, source: Source) -> None:
-        sources = list(self.workstation.workbench.recipe.data.sources)
-        sources[self._source_number] = source
-        self.workstation.edit("data.sources", tuple(sources))
-
-    def _ask_row(self) -> None:
+    def _show_row(self) -> None:
         self._show_row_line()
-        self.run_worker(self._fetch_row(self._row), exclusive=True, group="row")
-
-    async def _inspect(self, source: Source, data: Data, model: str, template: str) -> None:
-        request = InspectData(source=source, data=data, model=model, template=template)
-        try:
-            async for reply in self._engine.ask(request):
-                if isinstance(reply, DataReport | DataInspected) and reply.report is not None:
-                    self._report = reply.report
-                    self._show_report()
-        except Problem as problem:
-            self._show_problem(problem)
-
-    async def _fetch_row(self, row: int) -> None:
-        if self._asked_for is None:
+        if self.shown is None or self._wanted is None:
             return
-        source, data, model, template = self._asked_for
-        if not model:
-            self.query_one("#sample", Static).update(words.NO_MODEL)
-            return
-        try:
-            request = ShowRow(source=source, row=row, data=data, model=model, template=template)
-            async for reply in self._engine.ask(request):
-                if isinstance(reply, RowShown):
-                    self._shown = reply.shown
-                    self._row = reply.shown.row
-                    self.query_one("#sample", Static).update(words.sample(reply.shown))
-                    self.query_one("#sample-side").scroll_home(animate=False)
-                    self._show_row_line()
-        except Problem as problem:
-            self._show_problem(problem)
-
-    def _show_problem(self, problem: Problem) -> None:
-        self.query_one("#sample", Static).update(words.problem(problem))
-
-    def _list_sources(self, sources: tuple[Source, ...]) -> None:
-        options = self.query_one("#sources", OptionList)
-        if options.option_count == len(sources) and self._asked_for is not None:
-            for number, source in enumerate(sources):
-                options.replace_option_prompt_at_index(number, words.source_line(source))
-            return
-        options.clear_options()
-        options.add_options(Option(words.source_line(source)) for source in sources)
-        if sources:
-            options.highlighted = self._source_number
-
-    def _show_report(self) -> None:
-        report = self._report
-        if report is None:
-            return
-        recipe = self.workstation.workbench.recipe
-        side = self.query_one("#facts-side")
-        width = max(20, side.content_size.width - 2)
-        narrow = self.size.width < 100
-        self.query_one("#lengths", Static).update(words.lengths(report, recipe, width, 4 if narrow else 9))
-        self.query_one("#facts", Static).update(words.facts(report, recipe))
-        self._show_row_line()
+        problems = self.report.problems if self.report else ()
+        text = words.sample(self.shown, problems, self._wanted.data)
+        if self._no_tokens is not None:
+            text = Content.assemble(words.problem(self._no_tokens), "\n\n", text)
+        self.query_one("#sample", Static).update(text)
 
     def _show_row_line(self) -> None:
-        self.query_one("#row-line", Static).update(words.row_line(self._row, self._report, self._shown))
+        if self._wanted is not None:
+            width = self.query_one("#row-line").content_size.width
+            line = words.row_line(self.row, self.report, self.shown, self._wanted.data, width)
+            self.query_one("#row-line", Static).update(line)
+
+    def _show_report(self) -> None:
+        report, recipe = self.report, self.workstation.workbench.recipe
+        if report is None or not self.is_mounted:
+            return
+        self.query_one("#data-body").remove_class("-unread")
+        brief = self.has_class("-narrow") and not self.query_one("#data-body").has_class("-figures")
+        width = self.query_one("#length-facts").scrollable_content_region.width
+        height = 3 if brief else 6
+        cut = recipe.data.max_length if report.template else None
+        self.query_one("#lengths-line", Static).update(words.lengths_line(report, recipe.data, width))
+        self.query_one("#histogram", Static).update(histogram(report.lengths, cut, width, height))
+        self.query_one("#totals", Static).update(
+            words.totals(
+                report, recipe, costs.total_time(self._costs) if report.complete else "", brief=brief
+            )
+        )
+        costs_width = self.query_one("#file-facts").scrollable_content_region.width
+        table = costs.table(self._costs, costs_width) if report.complete else Content("")
+        self.query_one("#costs", Static).update(table)
+        lines = [(p.kind, words.problem_line(p, brief=brief)) for p in report.problems]
+        self.query_one("#problems", ViList).show(lines or [("none", words.no_problem_line(report))])
+        self._show_row_line()
+
+    def _clear_figures(self) -> None:
+        self._costs, self._reckoned_for = [], None
+        self.query_one("#data-body").add_class("-unread")
+        for name in ("#lengths-line", "#histogram", "#totals", "#costs", "#row-line"):
+            self.query_one(name, Static).update("")
+        self.query_one("#problems", ViList).show([])
 
     def _say_empty(self) -> None:
+        self._wanted = self.report = self.shown = None
+        self._clear_figures()
         self.query_one("#sample", Static).update(words.EMPTY)
-        for name in ("#lengths", "#facts", "#row-line"):
-            self.query_one(name, Static).update("")
-
-
-def _formats() -> tuple[str, ...]:
-    return source_fields()["format"].choices

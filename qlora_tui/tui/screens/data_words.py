@@ -3,131 +3,231 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from textual.content import Content
 
-from qlora_tui.data.inspect import Report, Shown
+from qlora_tui.data.problems import CHECKS, DataProblem
+from qlora_tui.data.report import Piece, Report, Shown
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.schema import Recipe, Source
-from qlora_tui.tui.widgets.histogram import histogram
+from qlora_tui.format import percent, size
+from qlora_tui.recipe.schema import Data, Recipe, Source
 
 EMPTY = Content.from_markup(
     "[b]No data yet.[/b]\n\nPress [b]o[/b] to open a file: JSON, JSONL, CSV, TSV, Parquet or text, "
     "packed with gzip or zstd if you like, or a folder of such files.\n\n"
     "Conversations (messages, ShareGPT), instructions (Alpaca), prompt and completion, question and answer, "
-    "text and label are recognized by themselves."
+    "text and label, and plain text are told apart by looking.\n\n"
+    "Every row is then shown here exactly as the model will see it."
 )
-NO_MODEL = Content.from_markup(
-    "[b]Choose a model first (1).[/b]\n\nWhat the model sees of a row depends on its tokenizer and its chat "
-    "template, and so does what is trained."
+READING = Content.styled("reading…", "dim")
+PLAIN = Content.styled(
+    "As the file has it. Choose a model (1) to see tokens, the chat template and what is learnt.\n\n", "dim"
 )
-_ROWS_NAMED = 4
+TOO_LONG = {
+    "drop": "left out",
+    "cut-left": "cut left",
+    "cut-right": "cut right",
+    "split": "split",
+}
+_ROWS_NAMED = 3
 
 
-def sample(shown: Shown) -> Content:
-    """The row as the model will see it."""
-    if shown.refused:
-        return Content.assemble(("This row gives no sample.\n\n", "bold"), shown.refused)
+def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content:
+    """The row as the model will see it, under what is wrong with it."""
     parts: list[Content | str | tuple[str, str]] = []
+    for title, example in _complaints(shown, problems):
+        parts.append((f"⚠ {title}", "$warning bold"))
+        parts.append((f"  {example}\n" if example else "\n", "dim"))
+    if parts:
+        parts.append("\n")
+    if shown.refused:
+        return Content.assemble(*parts, ("This row gives no sample.\n\n", "bold"), shown.refused)
+    if not shown.token_counts:
+        parts.insert(0, PLAIN)
+    cut = any(count > data.max_length for count in shown.token_counts)
+    if cut and data.too_long == "cut-left":
+        parts.append(_cut_mark(shown, data))
     for number, pieces in enumerate(shown.samples):
         if number:
-            parts.append(("\n──── next row of the batch ────\n", "dim"))
-        for piece in pieces:
-            style = ["reverse"] if piece.special else []
-            style += ["bold underline"] if piece.trained else ["dim"] if not piece.special else []
-            parts.append((piece.text, " ".join(style)))
-    for kind, example in shown.findings:
-        parts.append((f"\n\n⚠ {kind.replace('_', ' ')}: {example}", "$warning"))
+            parts.append(("\n──── the next sample of this row ────\n", "dim"))
+        parts += [_styled(piece) for piece in pieces]
+    if cut and data.too_long == "cut-right":
+        parts.append(_cut_mark(shown, data))
     return Content.assemble(*parts)
+
+
+def _complaints(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[str, str]]:
+    """What is wrong with this row: (title, example)."""
+    own = [(CHECKS[kind].title if kind in CHECKS else kind, example) for kind, example in shown.findings]
+    seen = {kind for kind, _ in shown.findings}
+    return own + [
+        (found.title, "") for found in problems if shown.row in found.rows and found.kind not in seen
+    ]
+
+
+def _styled(piece: Piece) -> tuple[str, str]:
+    text = piece.text
+    if piece.special:
+        return text, "reverse bold underline" if piece.trained else "reverse"
+    if not piece.trained:
+        return text, "dim"
+    # A line end that is learnt would not be seen: only its edges are marked, to keep the text readable.
+    inner = text.strip("\n")
+    if not inner:
+        return "↵\n" * len(text), "bold underline"
+    before = len(text) - len(text.lstrip("\n"))
+    after = len(text) - len(text.rstrip("\n"))
+    return "↵\n" * before + inner + "↵\n" * after, "bold underline"
+
+
+def _cut_mark(shown: Shown, data: Data) -> tuple[str, str]:
+    lost = sum(max(0, count - data.max_length) for count in shown.token_counts)
+    mark = f"✂ {lost:,} more tokens do not fit into {data.max_length:,}"
+    return (f"{mark}\n" if data.too_long == "cut-left" else f"\n{mark}"), "$warning"
 
 
 def problem(found: Problem) -> Content:
     """What stands where the sample would be, when there is none."""
-    return Content.assemble(
-        (f"✗ {found.title}\n\n", "$error bold"),
-        f"{found.what}\n{found.why}\n\n",
-        (f"▸ {found.fix}", "$accent"),
-    )
+    parts: list[tuple[str, str]] = [(f"✗ {found.title}\n\n", "$error bold"), (found.what, "")]
+    if found.why:
+        parts.append((f"\n{found.why}", "dim"))
+    if found.fix:
+        parts.append((f"\n\n▸ {found.fix}", "$accent"))
+    return Content.assemble(*parts)
 
 
-def source_line(source: Source) -> Content:
-    """A source in the list."""
-    weight = "" if source.weight == 1 else f" ×{source.weight:g}"
-    format_ = "" if source.format == "auto" else f" as {source.format}"
-    return Content.assemble(Path(source.path).name, (f"{format_}{weight}", "dim"))
+def unreadable(found: Problem, fields: dict[str, str]) -> Content:
+    """The same for a file: with what is in it, and the keys that may help."""
+    parts: list[Content | tuple[str, str]] = [problem(found)]
+    keys = [("o", "opens another file"), ("x", "takes this one out")]
+    if fields:
+        parts.append(("\n\nIts rows hold:", ""))
+        parts += [
+            part for name, held in fields.items() for part in ((f"\n  {name}  ", "bold"), (held, "dim"))
+        ]
+        keys = [("c", "says which column plays which part"), ("f", "reads it in another format"), *keys]
+    parts.append(("\n\n", ""))
+    parts += [part for key, does in keys for part in ((key, "bold"), (f" {does}   ", "dim"))]
+    return Content.assemble(*parts)
 
 
-def row_line(row: int, report: Report | None, shown: Shown | None) -> Content:
-    """Which row it is, and how much of it is trained."""
+def source_line(source: Source, alone: bool) -> Content:
+    """A source in the list; its weight where there are others."""
+    path = Path(source.path)
+    try:
+        bytes_ = "folder" if path.is_dir() else size(path.stat().st_size)
+    except OSError:
+        bytes_ = "not there"
+    weight = "" if alone and source.weight == 1 else f" ×{source.weight:g}"
+    return Content.assemble(path.name, (f"  {bytes_}", "dim"), (weight, "bold"))
+
+
+def row_line(row: int, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
+    """Which row it is, how much of it is learnt, and how to read the styles, as far as there is room."""
     of = f" of {report.counts.rows:,}{'' if report.complete else '+'}" if report else ""
-    trained = ""
-    if shown and shown.samples:
-        trained = f"   {sum(shown.trained_counts):,} of {sum(shown.token_counts):,} tokens trained"
+    parts = [f"row {row:,}{of}"]
+    if shown and shown.samples and shown.token_counts:
+        kept = sum(min(count, data.max_length) for count in shown.token_counts)
+        parts.append(f"{sum(shown.trained_counts):,} of {kept:,} tokens learnt")
+    if shown:
+        parts += shown.notes
+    words = " · ".join(parts)
+    legend = Content.assemble(
+        ("learnt", "bold underline"),
+        " ",
+        ("read", "dim"),
+        " ",
+        (" control ", "reverse"),
+        ("  ‹ › rows", "dim"),
+    )
+    room = width - len(words) - legend.cell_length
+    if room < 2:
+        return Content(words)
+    return Content.assemble(words, " " * room, legend)
+
+
+def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = False) -> Content:
+    """How the file is read, and what comes of it; the evidence only where there is room."""
+    counts, data = report.counts, recipe.data
+    parts: list[Content] = []
+    for file in report.files[:1]:
+        more = f", {len(report.files)} files" if len(report.files) > 1 else ""
+        evidence = ", ".join(file.columns.values()) if brief else "; ".join(file.evidence)
+        parts.append(Content.assemble((file.format, "bold"), (f": {evidence}{more}", "dim")))
+    reading = "" if report.complete else f"  ({percent(report.share)} read)"
+    if not report.template:
+        parts.append(Content(f"{counts.rows:,} rows, {counts.conversations:,} conversations{reading}"))
+        return Content("\n").join(parts)
+    parts.append(Content.assemble(f"{counts.rows:,} rows → {counts.samples:,} samples", (reading, "bold")))
+    learnt = percent(counts.trained_tokens / counts.tokens) if counts.tokens else "none"
+    parts.append(Content(f"{counts.tokens:,} tokens, {counts.trained_tokens:,} learnt ({learnt})"))
+    if report.complete:
+        parts.append(Content(steps_line(report, recipe) + time))
+    parts.append(Content.styled(_rules(data), "dim"))
+    return Content("\n").join(parts)
+
+
+def _rules(data: Data) -> str:
+    packing = "packed" if data.packing else "not packed"
+    learns = "answers only" if data.train_on == "assistant" else "everything is learnt"
+    if data.validation_path:
+        held = f"validates on {Path(data.validation_path).name}"
+    elif data.validation_fraction:
+        held = f"{percent(data.validation_fraction)} validates"
+    else:
+        held = "no validation"
+    return f"{learns} · {packing} · {held}"
+
+
+def lengths_line(report: Report, data: Data, width: int) -> Content:
+    """Over the histogram: percentiles, and what is too long."""
+    found = report.lengths
+    points = f"p50 {found.p50:,}  p90 {found.p90:,}  p99 {found.p99:,}"
+    most = f"  most {found.longest:,}"
+    unit = "tokens" if found.unit == "tokens" else "chars"
+    # The longest stands at the end of the axis too.
+    line = next(
+        (words for words in (f"{unit}: {points}{most}", f"{unit} {points}") if len(words) <= width), points
+    )
+    if not report.too_long:
+        return Content(line)
+    share = percent(report.too_long / found.count) if found.count else ""
+    over = f"✂ {report.too_long:,} ({share}) over {data.max_length:,}: {TOO_LONG[data.too_long]}"
+    return Content.assemble(line, "\n", (over, "$warning"))
+
+
+def problem_line(found: DataProblem, *, brief: bool = False) -> Content:
+    """One kind of problem in the list, with its remedy where there is room."""
+    sign, style = ("✗", "$error") if found.severity == "error" else ("⚠", "$warning")
+    rows = ", ".join(f"{row:,}" for row in found.rows[:_ROWS_NAMED])
+    more = "…" if found.count > _ROWS_NAMED else ""
+    where = f"  row {rows}{more}" if rows and not brief else ""
     return Content.assemble(
-        (f"row {row:,}{of}{trained}", ""),
-        ("     ‹ › rows   ", "dim"),
-        ("underlined", "bold underline"),
-        (" is learnt", "dim"),
+        (f"{sign} {found.title} ", style),
+        (f"{found.count:,}", "bold"),
+        (where, "dim"),
+        ("" if brief or not found.fix else f"\n  ▸ {found.fix}", "dim"),
     )
 
 
-def lengths(report: Report, recipe: Recipe, width: int, height: int) -> Content:
-    """The histogram under its figures."""
-    found = report.lengths
-    if not found.count:
-        return Content("")
-    points = f"p50 {found.p50:,}  p90 {found.p90:,}  p99 {found.p99:,}  max {found.longest:,}"
-    line = f"{found.unit}: {points}"
-    drawn = histogram(found, recipe.data.max_length, width, height)
-    return Content.assemble((line[: width + 2], "bold"), "\n", drawn)
-
-
-def facts(report: Report, recipe: Recipe) -> Content:
-    """Totals, the format with its evidence, and the problems."""
-    parts: list[Content] = []
-    reading = "" if report.complete else f" ({report.share:.0%} read)"
-    counts = report.counts
-    parts.append(Content(f"{counts.rows:,} rows, {counts.conversations:,} conversations{reading}"))
-    if report.template:
-        parts.append(
-            Content(
-                f"{counts.samples:,} samples, {counts.tokens:,} tokens, {counts.trained_tokens:,} trained"
-            )
-        )
-        parts.append(Content(steps_line(report, recipe)))
-    cut = recipe.data.too_long
-    if report.too_long:
-        parts.append(
-            Content.styled(f"✂ {report.too_long:,} over {recipe.data.max_length:,} tokens: {cut}", "$warning")
-        )
-    for file in report.files[:1]:
-        parts.append(Content.styled(f"{file.format}: {'; '.join(file.evidence)}", "dim"))
-    for found in report.problems:
-        sign, style = ("✗", "$error") if found.severity == "error" else ("⚠", "$warning")
-        rows = ", ".join(f"{row:,}" for row in found.rows[:_ROWS_NAMED])
-        more = "…" if found.count > _ROWS_NAMED else ""
-        parts.append(
-            Content.assemble(
-                (f"{sign} {found.title}: {found.count:,}", style), f" (rows {rows}{more})" if rows else ""
-            )
-        )
-        if found.fix:
-            parts.append(Content.styled(f"  ▸ {found.fix}", "dim"))
-    if report.complete and not report.problems:
-        parts.append(Content.styled("✓ no problems found", "$success"))
-    return Content("\n").join(parts)
+def no_problem_line(report: Report) -> Content:
+    """In place of the list."""
+    if report.complete:
+        return Content.styled("✓ no problems found", "$success")
+    return Content.styled("no problems so far", "dim")
 
 
 def steps_line(report: Report, recipe: Recipe) -> str:
     """How many optimizer steps the data makes, roughly: packing is only known once it is done."""
-    kept = report.counts.samples * (1 - recipe.data.validation_fraction)
+    held = 0.0 if recipe.data.validation_path else recipe.data.validation_fraction
+    kept = report.counts.samples * (1 - held)
     rows = kept
-    if recipe.data.packing and report.lengths.count:
-        fit = min(report.lengths.mean, recipe.data.max_length)
-        rows = math.ceil(kept * fit / recipe.data.max_length)
+    if recipe.data.packing and report.counts.samples:
+        rows = math.ceil(kept * report.counts.tokens / report.counts.samples / recipe.data.max_length)
     a_pass = max(1, math.ceil(rows / recipe.effective_batch))
     steps = math.ceil(a_pass * recipe.training.epochs)
     if recipe.training.max_steps:
         steps = min(steps, recipe.training.max_steps)
-    return f"about {steps:,} steps, {a_pass:,} an epoch"
+    return f"about {a_pass:,} steps an epoch, {steps:,} in all"

@@ -1,4 +1,4 @@
-"""Choosing a file or folder: type a path, or walk there; recent ones first."""
+"""Choosing a file or folder: type a path or a part of a name, or walk there; recent ones first."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
-from textual.widgets.option_list import Option
 
-from qlora_tui.format import size
+from qlora_tui.format import short_path, size
 from qlora_tui.tui.recent import recent, remember
+from qlora_tui.tui.widgets.vi_list import ViList
 
 _SHOWN = 500
 """Entries of one folder; type to find the others."""
+_RECENT = 6
 
 
 class OpenPathScreen(ModalScreen[Path]):
@@ -28,7 +29,9 @@ class OpenPathScreen(ModalScreen[Path]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "Close"),
         Binding("ctrl+o", "choose_folder", "Choose this folder"),
-        Binding("down", "to_list", show=False),
+        Binding("down", "move(1)", show=False, priority=True),
+        Binding("up", "move(-1)", show=False, priority=True),
+        Binding("tab", "complete", show=False, priority=True),
     ]
 
     def __init__(self, title: str, kind: str, endings: tuple[str, ...], start: Path | None = None) -> None:
@@ -42,10 +45,10 @@ class OpenPathScreen(ModalScreen[Path]):
     def compose(self) -> ComposeResult:
         with Vertical(id="open-card") as card:
             card.border_title = self._title
-            card.border_subtitle = "type or walk · enter opens · ^o takes this folder · esc closes"
-            yield Input(placeholder="a path, or the beginning of a name", id="typed")
+            card.border_subtitle = "↑↓ choose · enter opens · tab completes · ^o the folder · esc"
+            yield Input(placeholder="a path, or a part of a name", id="typed", compact=True)
             yield Static(id="where", markup=False)
-            yield OptionList(id="entries")
+            yield ViList(id="entries")
 
     def on_mount(self) -> None:
         self._list("")
@@ -55,28 +58,40 @@ class OpenPathScreen(ModalScreen[Path]):
         """Walk along with what is typed."""
         text = event.value
         if "/" in text or text.startswith("~"):
-            folder = Path(text).expanduser()
-            parent = folder if text.endswith("/") else folder.parent
+            typed = Path(text).expanduser()
+            parent = typed if text.endswith("/") or text == "~" else typed.parent
             if parent.is_dir():
                 self._folder = parent.resolve()
-            text = "" if text.endswith("/") else folder.name
+            text = "" if parent == typed else typed.name
         self._list(text)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Take the path typed, or the first of the list."""
+        """Take the path typed, or what the cursor is on."""
         typed = Path(event.value).expanduser()
-        if event.value and typed.exists():
+        if "/" in event.value and typed.is_file():
             self._take(typed.resolve())
-        elif self._listed:
-            self._take(self._listed[0])
+        elif (cursor := self.query_one(ViList).highlighted) is not None:
+            self._take(self._listed[cursor])
+        else:
+            self._say(f"✗ nothing in {short_path(self._folder)} has {event.value!r} in its name")
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Open what was chosen."""
+        """Open what was clicked on."""
         self._take(self._listed[event.option_index])
 
-    def action_to_list(self) -> None:
-        """From the field into the list."""
-        self.query_one(OptionList).focus()
+    def action_move(self, by: int) -> None:
+        """Move the cursor of the list while typing goes on in the field."""
+        entries = self.query_one(ViList)
+        entries.action_cursor_down() if by > 0 else entries.action_cursor_up()
+
+    def action_complete(self) -> None:
+        """Put the path under the cursor into the field."""
+        cursor = self.query_one(ViList).highlighted
+        if cursor is not None:
+            path = self._listed[cursor]
+            field = self.query_one(Input)
+            field.value = f"{short_path(path)}/" if path.is_dir() else short_path(path)
+            field.cursor_position = len(field.value)
 
     def action_choose_folder(self) -> None:
         """Take the folder shown, all its files together."""
@@ -88,39 +103,56 @@ class OpenPathScreen(ModalScreen[Path]):
             return
         self._folder = path
         field = self.query_one(Input)
-        field.value = ""
+        if field.value:
+            with field.prevent(Input.Changed):
+                field.value = ""
         self._list("")
 
     def _leave_with(self, path: Path) -> None:
         remember(self._kind, path)
         self.dismiss(path)
 
-    def _list(self, beginning: str) -> None:
-        self.query_one("#where", Static).update(str(self._folder))
-        options = self.query_one(OptionList)
-        options.clear_options()
-        wanted = beginning.lower()
-        lately = [p for p in recent(self._kind) if wanted in str(p).lower()]
-        here = [p for p in self._entries() if p.name.lower().startswith(wanted)]
-        self._listed = [*lately, *([] if beginning else [self._folder.parent]), *here][:_SHOWN]
-        options.add_options(Option(line) for line in self._lines(lately))
-        options.highlighted = 0 if self._listed else None
+    def _list(self, part: str) -> None:
+        self._say(short_path(self._folder))
+        wanted = part.lower()
+        lately = [p for p in recent(self._kind) if wanted in str(p).lower()][:_RECENT]
+        here = [p for p in self._entries() if wanted in p.name.lower()]
+        # A name that begins so is likelier meant than one that holds it somewhere.
+        here.sort(key=lambda p: not p.name.lower().startswith(wanted))
+        up = [] if part or self._folder.parent == self._folder else [self._folder.parent]
+        self._listed = [*lately, *here, *up][:_SHOWN]
+        entries = self.query_one(ViList)
+        entries.clear_options()
+        entries.show([(str(n), line) for n, line in enumerate(self._lines(len(lately)))])
+        entries.highlighted = 0 if self._listed else None
 
-    def _lines(self, lately: list[Path]) -> Iterable[Content]:
+    def _lines(self, lately: int) -> Iterable[Content]:
         for n, path in enumerate(self._listed):
-            if n < len(lately):
-                yield Content.assemble(("recent  ", "dim"), str(path))
+            if n < lately:
+                yield Content.assemble(("recent  ", "dim"), short_path(path))
             elif path == self._folder.parent:
-                yield Content("../")
+                yield Content.styled("../", "dim")
             elif path.is_dir():
-                yield Content(f"{path.name}/")
+                yield Content.styled(f"{path.name}/", "bold")
             else:
-                yield Content.assemble(path.name, (f"  {size(path.stat().st_size)}", "dim"))
+                yield Content.assemble(path.name, (f"  {_size(path)}", "dim"))
+
+    def _say(self, words: str) -> None:
+        self.query_one("#where", Static).update(words)
 
     def _entries(self) -> list[Path]:
+        """What there is to choose in the folder: files that look right first, then folders."""
         try:
-            entries = [p for p in self._folder.iterdir() if not p.name.startswith(".")]
-        except OSError:
+            entries = sorted(p for p in self._folder.iterdir() if not p.name.startswith("."))
+        except OSError as error:
+            self._say(f"✗ {short_path(self._folder)}: {error.strerror}")
             return []
-        folders = sorted(p for p in entries if p.is_dir())
-        return folders + sorted(p for p in entries if p.name.lower().endswith(self._endings) and p.is_file())
+        files = [p for p in entries if p.name.lower().endswith(self._endings) and p.is_file()]
+        return files + [p for p in entries if p.is_dir()]
+
+
+def _size(path: Path) -> str:
+    try:
+        return size(path.stat().st_size)
+    except OSError:
+        return ""

@@ -1,41 +1,78 @@
-"""How long the samples are, drawn in lines, with the sequence length marked."""
+"""How long the samples are: bars over an axis of lengths, with the sequence length marked in its place."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from textual.content import Content
 
-from qlora_tui.data.statistics import Lengths
+from qlora_tui.data.statistics import Bin, Lengths
 
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
-
-
-def histogram(lengths: Lengths, cut_at: int, width: int, height: int) -> Content:
-    """At most ``height`` lines, one a bin; bins beyond the sequence length are marked with ✂."""
-    bins = merged([(b.up_to, b.count) for b in lengths.histogram], height)
-    if not bins:
-        return Content.styled("no samples yet", "dim")
-    most = max(count for _, count in bins) or 1
-    figures = max(len(f"{up_to:,}") for up_to, _ in bins)
-    room = max(4, width - figures - 12)
-    lines = []
-    counted_in_tokens = lengths.unit == "tokens"
-    for up_to, count in bins:
-        eighths = round(count / most * room * 8)
-        drawn = "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
-        beyond = counted_in_tokens and up_to > cut_at
-        lines.append(
-            Content.assemble(
-                f"{up_to:>{figures},} ",
-                ("✂" if beyond else "│", "$warning" if beyond else "dim"),
-                (drawn, "$warning" if beyond else "$primary"),
-                (f" {count:,}", "dim"),
-            )
-        )
-    return Content("\n").join(lines)
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+_WIDEST = 72
+"""Columns beyond which bars only get fatter."""
 
 
-def merged(bins: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
-    """Neighbours put together until there are at most ``most``: (upper end, count)."""
-    size = -(-len(bins) // max(1, most))
-    groups = [bins[start : start + size] for start in range(0, len(bins), size)] if bins else []
-    return [(group[-1][0], sum(count for _, count in group)) for group in groups]
+def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> Content:
+    """``height`` lines of bars and one of an axis.
+
+    What lies beyond ``cut_at`` is drawn hatched; the axis names it where it lies, and has an arrow where all
+    samples are shorter. Without ``cut_at`` nothing is marked.
+    """
+    bins = lengths.histogram
+    if not bins or width < 8:
+        return Content("")
+    width = min(width, _WIDEST)
+    edges = _edges(bins)
+    cut = width if cut_at is None else _column(edges, cut_at, width)
+    tops = [_top(bins, int(column * len(bins) / width), height) for column in range(width)]
+    lines = [_line(tops, height - 1 - row, cut) for row in range(height)]
+    return Content("\n").join([*lines, _axis(edges, cut_at, cut, width)])
+
+
+def _edges(bins: tuple[Bin, ...]) -> list[int]:
+    return [0, *(bin_.up_to for bin_ in bins)]
+
+
+def _column(edges: list[int], length: int, width: int) -> int:
+    """Where a length lies on the axis; ``width`` behind its end. All bins are equally wide on it."""
+    for number, (low, high) in enumerate(pairwise(edges)):
+        if length < high:
+            return round((number + (length - low) / (high - low)) * width / (len(edges) - 1))
+    return width
+
+
+def _top(bins: tuple[Bin, ...], number: int, height: int) -> int:
+    """Height of a bar in eighths of a line; where there is anything, at least one."""
+    most = max(bin_.count for bin_ in bins) or 1
+    count = bins[number].count
+    return max(1 if count else 0, round(count / most * height * 8))
+
+
+def _line(tops: list[int], row: int, cut: int) -> Content:
+    """One line of the bars, ``row`` lines above the axis."""
+    kept, beyond = "", ""
+    for column, top in enumerate(tops):
+        eighths = min(8, max(0, top - row * 8))
+        if column < cut:
+            kept += _EIGHTHS[eighths]
+        else:
+            beyond += "▒" if eighths >= 4 else _EIGHTHS[eighths]
+    return Content.assemble((kept, "$primary"), (beyond, "$warning"))
+
+
+def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content:
+    """``0───────✂ 1,024────2,300``."""
+    tail = len(edges) > 2 and edges[-1] - edges[-2] > edges[1]
+    end = f"{'⋯ ' if tail else ''}{edges[-1]:,}"
+    if cut_at is None:
+        return Content.styled("0" + "─" * (width - 2 - len(end)) + f" {end}", "dim")
+    if cut >= width:
+        mark = f"✂ {cut_at:,} →"
+        line = "─" * max(1, width - len(end) - len(mark) - 3)
+        return Content.assemble((f"0{line} {end} ", "dim"), mark)
+    mark = f"✂ {cut_at:,}"
+    place = min(max(1, cut), width - len(mark))
+    right_room = width - place - len(mark)
+    right = "─" * (right_room - len(end) - 1) + f" {end}" if right_room > len(end) else "─" * right_room
+    return Content.assemble(("0" + "─" * (place - 1), "dim"), (mark, "$warning bold"), (right, "dim"))

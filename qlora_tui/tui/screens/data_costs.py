@@ -1,0 +1,145 @@
+"""What other sequence lengths would cost: memory by the estimate, time by the pace of the last run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from textual.content import Content
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.data.report import Report
+from qlora_tui.data.statistics import Lengths
+from qlora_tui.errors import Problem
+from qlora_tui.format import duration, percent, size
+from qlora_tui.memory import Verdict, estimate, judge
+from qlora_tui.recipe.fields import fields, with_value
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import all_runs
+from qlora_tui.runs.events import Finished
+from qlora_tui.runs.log import last_event
+from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE
+
+if TYPE_CHECKING:
+    from qlora_tui.memory.room import Room
+
+_SIGNS = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
+"""For the word, where there is no room for it."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One sequence length."""
+
+    name: str
+    """``p90``, or ``now`` for that of the recipe."""
+    length: int
+    whole: float
+    """Share of the samples that would stay whole."""
+    verdict: Verdict | None
+    """None where there is no model to estimate."""
+    seconds: float | None
+    """Of training on it all; None where no run with this model has finished yet."""
+
+
+def reckon(
+    report: Report,
+    recipe: Recipe,
+    architecture: Architecture | Problem,
+    room: Room,
+    tokens_per_s: float | None,
+) -> list[Cost]:
+    """The recipe's own length, and the data's percentiles. Takes some milliseconds a length."""
+    found = report.lengths
+    if not found.count or not report.template:
+        return []
+    wanted = {"p50": found.p50, "p90": found.p90, "p99": found.p99, "most": found.longest}
+    lengths = {name: _allowed(length) for name, length in wanted.items()}
+    lengths["now"] = recipe.data.max_length
+    costs = []
+    for name, length in sorted(lengths.items(), key=lambda item: (item[1], item[0] != "now")):
+        changed = with_value(recipe, "data.max_length", length)
+        verdict = None
+        if isinstance(architecture, Architecture):
+            try:
+                verdict = judge(estimate(changed, architecture, device=room.device), room.bytes)
+            except Problem:
+                verdict = None
+        seconds = _tokens(found, changed) / tokens_per_s if tokens_per_s else None
+        costs.append(Cost(name, length, whole(found, length), verdict, seconds))
+    return costs
+
+
+def whole(lengths: Lengths, limit: int) -> float:
+    """Share of the samples that are no longer than ``limit``, by the histogram: even within a bin."""
+    if not lengths.count or limit >= lengths.longest:
+        return 1.0
+    return sum(count * min(1.0, part) for count, part in _parts(lengths, limit)) / lengths.count
+
+
+def _parts(lengths: Lengths, limit: int) -> list[tuple[int, float]]:
+    """Of each bin, its count and how much of it lies below ``limit``; above 1 where all of it does."""
+    found, low = [], 0
+    for bin_ in lengths.histogram:
+        found.append((bin_.count, max(0.0, (limit - low) / (bin_.up_to - low))))
+        low = bin_.up_to
+    return found
+
+
+def _tokens(lengths: Lengths, recipe: Recipe) -> float:
+    """Tokens that a whole run would read at the recipe's length."""
+    limit, total, low = recipe.data.max_length, 0.0, 0
+    everything = lengths.mean * lengths.count
+    for bin_ in lengths.histogram:
+        middle = (low + bin_.up_to) / 2
+        low = bin_.up_to
+        kept = 0.0 if middle > limit and recipe.data.too_long == "drop" else min(middle, limit)
+        total += bin_.count * (middle if recipe.data.too_long == "split" else kept)
+    held = 0.0 if recipe.data.validation_path else recipe.data.validation_fraction
+    return min(total, everything) * recipe.training.epochs * (1 - held)
+
+
+def _allowed(length: int) -> int:
+    field = fields()["data.max_length"]
+    return min(max(length, int(field.minimum or 1)), int(field.maximum or length))
+
+
+def last_pace(model: str) -> float | None:
+    """Tokens a second of the last run with this model that finished; None where there is none."""
+    for run in all_runs():
+        ending = last_event(run.events_path)
+        if not isinstance(ending, Finished) or ending.tokens_per_s <= 0:
+            continue
+        try:
+            if run.recipe().model.id == model:
+                return ending.tokens_per_s
+        except Problem:
+            continue
+    return None
+
+
+def table(costs: list[Cost], width: int) -> Content:
+    """One line a length; the recipe's own is marked."""
+    if not costs:
+        return Content("")
+    timed = any(cost.seconds is not None for cost in costs)
+    head = f"{'  at length':<15}{'whole':>6}  {'memory':>8}{'      time' if timed else ''}"
+    lines = [Content.styled(head[:width], "dim")]
+    for cost in costs:
+        own = cost.name == "now"
+        memory = size(cost.verdict.needed_bytes) if cost.verdict else "NA"
+        time = f"{duration(cost.seconds):>10}" if timed else ""
+        mark = "▸" if own else " "
+        text = f"{mark} {cost.name:<5}{cost.length:>8,}{percent(cost.whole):>6}  {memory:>8}{time}"
+        verdict = cost.verdict.word if cost.verdict else ""
+        word = verdict if len(text) + len(verdict) + 2 <= width else _SIGNS.get(verdict, "")
+        lines.append(
+            Content.assemble((text, "bold" if own else ""), "  ", (word, VERDICT_STYLE.get(verdict, "")))
+        )
+    return Content("\n").join(lines)
+
+
+def total_time(costs: list[Cost]) -> str:
+    """``, about 41 min`` at the recipe's own length; nothing where it is not known."""
+    own = next((cost for cost in costs if cost.name == "now" and cost.seconds is not None), None)
+    return f", about {duration(own.seconds)}" if own else ""

@@ -1,0 +1,174 @@
+"""What the Data screen's keys change in the recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from qlora_tui.recipe.fields import fields, source_fields, value_of
+from qlora_tui.recipe.schema import Source
+from qlora_tui.tui.screens.ask import AskScreen
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.columns import ColumnsScreen
+from qlora_tui.tui.screens.open_path import OpenPathScreen
+
+if TYPE_CHECKING:
+    from qlora_tui.data.report import Report
+
+DATA_ENDINGS = (
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".txt",
+    ".text",
+    ".md",
+    ".gz",
+    ".zst",
+    ".zstd",
+)
+
+
+class DataEdits(WorkScreen):
+    """A screen with a source under the cursor and a report on it."""
+
+    report: Report | None
+    source_number = 0
+    fields: dict[str, str] = {}  # noqa: RUF012
+    """Columns of a file in no known format, for the mapping by hand."""
+
+    def action_open(self) -> None:
+        """Add a file or folder to the sources."""
+        sources = self.workstation.workbench.recipe.data.sources
+        start = Path(sources[-1].path).expanduser().parent if sources else None
+        known = start if start is not None and start.is_dir() else None
+        self.app.push_screen(OpenPathScreen("Open data", "data", DATA_ENDINGS, known), self.opened)
+
+    def action_format(self) -> None:
+        """Read the rows in the next format."""
+        choices = source_fields()["format"].choices
+        source = self.source()
+        if source is not None:
+            following = choices[(choices.index(source.format) + 1) % len(choices)]
+            self._change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": following}, Source))
+
+    def action_columns(self) -> None:
+        """Say which column plays which part."""
+        source = self.source()
+        if source is None:
+            return
+        if self.report is not None and self.report.files:
+            file = self.report.files[0]
+            screen = ColumnsScreen(file.format, file.all_columns, {**file.columns, **source.columns})
+        elif self.fields:
+            format_ = "prompt-completion" if source.format == "auto" else source.format
+            screen = ColumnsScreen(format_, tuple(self.fields), source.columns)
+        else:
+            self.notify("The columns are known once the file can be read.")
+            return
+
+        def answered(columns: dict[str, str] | None) -> None:
+            if columns is not None:
+                self._change_source(msgspec.structs.replace(source, columns=columns))
+
+        self.app.push_screen(screen, answered)
+
+    def action_weight(self) -> None:
+        """Ask how often the rows of the source are seen."""
+        source = self.source()
+        if source is None:
+            return
+
+        def wrong(text: str) -> str:
+            field = source_fields()["weight"]
+            try:
+                msgspec.convert(float(text), field.type)
+            except (ValueError, msgspec.ValidationError):
+                return f"{field.expected}."
+            return ""
+
+        def answered(text: str | None) -> None:
+            if text is not None:
+                self._change_source(msgspec.structs.replace(source, weight=float(text)))
+
+        title = f"Weight of {Path(source.path).name}"
+        help_ = source_fields()["weight"].help
+        self.app.push_screen(AskScreen(title, help_, f"{source.weight:g}", wrong), answered)
+
+    def action_validation(self) -> None:
+        """Ask for a share of the rows, or a file, to validate on."""
+        data = self.workstation.workbench.recipe.data
+
+        def wrong(text: str) -> str:
+            if _share(text) is not None or Path(text).expanduser().exists():
+                return ""
+            return "Neither a share below 1 nor a file that is there."
+
+        def answered(text: str | None) -> None:
+            if text is None:
+                return
+            share = _share(text)
+            if share is None:
+                self.workstation.edit("data.validation_path", str(Path(text).expanduser().resolve()))
+            else:
+                self.workstation.edit("data.validation_path", "")
+                self.workstation.edit("data.validation_fraction", share)
+
+        text = "A share of the rows, as 0.05; 0 for none. Or the path of a file with rows of its own."
+        now = data.validation_path or f"{data.validation_fraction:g}"
+        self.app.push_screen(AskScreen("Validate on", text, now, wrong), answered)
+
+    def action_length(self, factor: float) -> None:
+        """Change the sequence length."""
+        length = round(self.workstation.workbench.recipe.data.max_length * factor)
+        field = fields()["data.max_length"]
+        self.workstation.edit(
+            "data.max_length", min(max(length, int(field.minimum or 1)), int(field.maximum or length))
+        )
+
+    def action_next_choice(self, path: str) -> None:
+        """The next of a setting's choices."""
+        choices = fields()[path].choices
+        now = value_of(self.workstation.workbench.recipe, path)
+        self.workstation.edit(path, choices[(choices.index(now) + 1) % len(choices)])
+
+    def action_packing(self) -> None:
+        """Pack, or not."""
+        self.workstation.edit("data.packing", not self.workstation.workbench.recipe.data.packing)
+
+    def action_remove(self) -> None:
+        """Take the source under the cursor out of the recipe; u brings it back."""
+        sources = list(self.workstation.workbench.recipe.data.sources)
+        if sources:
+            gone = sources.pop(self.source_number)
+            self.workstation.edit("data.sources", tuple(sources))
+            self.notify(f"{Path(gone.path).name} is out of the recipe. u brings it back.")
+
+    def source(self) -> Source | None:
+        """The one under the cursor."""
+        sources = self.workstation.workbench.recipe.data.sources
+        return sources[self.source_number] if sources else None
+
+    def opened(self, path: Path | None) -> None:
+        """Add what the file picker gave to the sources, and look at it."""
+        if path is not None:
+            sources = self.workstation.workbench.recipe.data.sources
+            self.source_number = len(sources)
+            self.workstation.edit("data.sources", (*sources, Source(path=str(path))))
+
+    def _change_source(self, source: Source) -> None:
+        sources = list(self.workstation.workbench.recipe.data.sources)
+        sources[self.source_number] = source
+        self.workstation.edit("data.sources", tuple(sources))
+
+
+def _share(text: str) -> float | None:
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 <= share < 1 else None

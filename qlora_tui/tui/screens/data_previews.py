@@ -1,0 +1,105 @@
+"""What the Data screen asks engines: one for rows, so that they come at once, one for the whole file."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from qlora_tui.data.report import Report, Shown
+from qlora_tui.engine.client import EngineClient
+from qlora_tui.engine.protocol import (
+    DataInspected,
+    DataReport,
+    FieldsShown,
+    InspectData,
+    RowShown,
+    ShowFields,
+    ShowRow,
+)
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Data, Recipe, Source
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One source, and the settings that decide what the model sees of it."""
+
+    source: Source
+    data: Data
+    model: str
+    template: str
+
+    @classmethod
+    def of(cls, recipe: Recipe, number: int) -> Wanted:
+        """Source ``number`` of the recipe. Settings that change nothing of it are left out."""
+        data = Data(
+            max_length=recipe.data.max_length, too_long=recipe.data.too_long, train_on=recipe.data.train_on
+        )
+        return cls(recipe.data.sources[number], data, recipe.model.id, recipe.model.chat_template)
+
+
+class DataPreviews:
+    """Two engines, started when first needed. They load no torch."""
+
+    def __init__(self) -> None:
+        self._rows = EngineClient()
+        self._reports = EngineClient()
+
+    async def row(self, wanted: Wanted, number: int) -> tuple[Shown, Problem | None]:
+        """The row as the model sees it; as the file has it where there is no tokenizer, and why."""
+        ask = ShowRow(
+            source=wanted.source,
+            row=number,
+            data=wanted.data,
+            model=wanted.model,
+            template=wanted.template,
+        )
+        try:
+            return await self._shown(ask), None
+        except Problem as problem:
+            if not wanted.model:
+                raise
+            plain = ShowRow(source=wanted.source, row=number, data=wanted.data)
+            # If the file itself is at fault, this raises the same.
+            return await self._shown(plain), problem
+
+    async def reports(self, wanted: Wanted) -> AsyncIterator[Report]:
+        """Reports on the whole source, each better than the last; in characters without a tokenizer."""
+        ask = InspectData(
+            source=wanted.source, data=wanted.data, model=wanted.model, template=wanted.template
+        )
+        try:
+            async for report in self._reported(ask):
+                yield report
+        except Problem:
+            if not wanted.model:
+                raise
+            async for report in self._reported(InspectData(source=wanted.source, data=wanted.data)):
+                yield report
+
+    async def fields(self, source: Source) -> dict[str, str]:
+        """Columns of a file that cannot be read otherwise, with what they hold; empty if nothing can."""
+        try:
+            async for reply in self._rows.ask(ShowFields(source=source)):
+                if isinstance(reply, FieldsShown):
+                    return reply.fields
+        except Problem:
+            # The file has been complained of already.
+            return {}
+        return {}
+
+    async def close(self) -> None:
+        """End both."""
+        await self._rows.close()
+        await self._reports.close()
+
+    async def _shown(self, ask: ShowRow) -> Shown:
+        async for reply in self._rows.ask(ask):
+            if isinstance(reply, RowShown):
+                return reply.shown
+        raise AssertionError("the engine ends a row with RowShown or a Problem")
+
+    async def _reported(self, ask: InspectData) -> AsyncIterator[Report]:
+        async for reply in self._reports.ask(ask):
+            if isinstance(reply, DataReport | DataInspected) and reply.report is not None:
+                yield reply.report
