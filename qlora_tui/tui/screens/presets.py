@@ -1,25 +1,39 @@
-"""Presets: browse with the difference to the recipe, open, save as, delete with undo."""
+"""Presets: browse with what each would change, open, save as, edit, import, export, delete with undo."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from textual.app import ComposeResult
+from textual.app import ComposeResult, SuspendNotSupported
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
-from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widgets import Input, OptionList, Static
-from textual.widgets.option_list import Option
+from textual.widgets import Input, Static
 
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.difference import difference
-from qlora_tui.recipe.presets import Preset, Snapshot, WouldOverwrite, delete, presets, restore, save
+from qlora_tui.recipe.presets import (
+    Preset,
+    Snapshot,
+    WouldOverwrite,
+    delete,
+    presets,
+    restore,
+    save,
+    take_snapshot,
+)
+from qlora_tui.tui.screens.ask import AskScreen
+from qlora_tui.tui.screens.presets_files import bring_in, edit, send_out
 from qlora_tui.tui.screens.problem import ProblemScreen
 from qlora_tui.tui.screens.question import QuestionScreen
+from qlora_tui.tui.widgets.preset_preview import preset_line, preview
+from qlora_tui.tui.widgets.vi_list import ViList
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
+
+KEYS = "enter opens  s save as  e edit  i import  x export  D delete  u undo"
 
 
 class PresetsScreen(ModalScreen[None]):
@@ -27,53 +41,58 @@ class PresetsScreen(ModalScreen[None]):
 
     CSS_PATH = "presets.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "leave", "Close"),
-        Binding("j", "list_down", show=False),
-        Binding("k", "list_up", show=False),
+        Binding("escape,p,q", "leave", "Close"),
         Binding("s", "save_as", "Save as"),
+        Binding("e", "edit", "Edit"),
+        Binding("i", "bring_in", "Import"),
+        Binding("x", "send_out", "Export"),
         Binding("D", "delete", "Delete"),
-        Binding("u", "undo_delete", "Undo delete"),
+        Binding("u", "undo", "Undo"),
     ]
 
     def __init__(self) -> None:
         super().__init__()
         self._presets: list[Preset] = []
-        self._deleted: list[Snapshot] = []
+        self._undo: list[tuple[Snapshot, Snapshot]] = []
+        """A user's file before and after each change made here."""
 
     @property
     def workstation(self) -> QloraApp:
         """The app, by its own type."""
         return cast("QloraApp", self.app)
 
+    @property
+    def _current(self) -> Preset | None:
+        name = self.query_one(ViList).current
+        return next((preset for preset in self._presets if preset.name == name), None)
+
     def compose(self) -> ComposeResult:
         with Vertical(id="presets-card") as card:
             card.border_title = "Presets"
-            card.border_subtitle = "enter opens · s save as · D delete · u undo · esc closes"
+            card.border_subtitle = KEYS
             with Horizontal():
-                yield OptionList(id="preset-list")
+                yield ViList(id="preset-list")
                 with VerticalScroll(id="preview-side", can_focus=False):
-                    yield Static(id="preview", markup=False)
-            yield Input(placeholder="name, or name: a note on what it is for", id="save-name")
+                    yield Static(id="preview")
+            with Horizontal(id="save-line"):
+                yield Static("save as ", id="save-label")
+                yield Input(placeholder="name, or name: what it is for", compact=True, id="save-name")
 
     def on_mount(self) -> None:
-        self.query_one("#save-name").display = False
+        self.query_one("#save-line").display = False
         self._list_again(self.workstation.workbench.preset)
-        self.query_one(OptionList).focus()
+        self.query_one(ViList).focus()
 
-    def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
+    def on_option_list_option_highlighted(self) -> None:
         """Show what opening it would change."""
-        self.query_one("#preview", Static).update(self._preview(self._presets[event.option_index]))
+        self._show_preview()
 
-    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+    def on_option_list_option_selected(self) -> None:
         """Open it; model and data stay."""
-        preset = self._presets[event.option_index]
-        try:
-            self.workstation.workbench.open_preset(preset.name)
-        except Problem as problem:
-            self.app.push_screen(ProblemScreen(problem))
-            return
-        self.workstation.recipe_edited()
-        self.dismiss()
+        preset = self._current
+        if preset is not None and self._tried(lambda: self.workstation.workbench.open_preset(preset.name)):
+            self.workstation.recipe_edited()
+            self.dismiss()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Save the recipe under the name given."""
@@ -81,92 +100,150 @@ class PresetsScreen(ModalScreen[None]):
         if name.strip():
             self._save(name.strip(), note.strip(), overwrite=False)
 
-    def action_list_down(self) -> None:
-        """As the arrow does."""
-        self.query_one(OptionList).action_cursor_down()
-
-    def action_list_up(self) -> None:
-        """As the arrow does."""
-        self.query_one(OptionList).action_cursor_up()
-
     def action_leave(self) -> None:
         """Leave the name field first, then the screen."""
-        field = self.query_one("#save-name", Input)
-        if field.display:
-            field.display = False
-            self.query_one(OptionList).focus()
+        line = self.query_one("#save-line")
+        if line.display:
+            line.display = False
+            self.query_one(ViList).focus()
         else:
             self.dismiss()
 
     def action_save_as(self) -> None:
         """Ask for a name."""
-        field = self.query_one("#save-name", Input)
-        field.display = True
-        field.focus()
+        self.query_one("#save-line").display = True
+        self.query_one("#save-name", Input).focus()
 
     def action_delete(self) -> None:
-        """Delete one of the user's own; u brings it back until this screen closes."""
-        index = self.query_one(OptionList).highlighted
-        if index is None:
-            return
-        try:
-            self._deleted.append(delete(self._presets[index].name))
-        except Problem as problem:
-            self.app.push_screen(ProblemScreen(problem))
-            return
-        self.notify(f"{self._presets[index].name} is deleted. u brings it back.")
-        self._list_again(self._presets[max(0, index - 1)].name)
+        """Delete one of the user's own."""
+        preset = self._current
+        if preset is not None and self._tried(lambda: self._remember(delete(preset.name))):
+            self.notify(f"{preset.name} is deleted. u brings it back.")
+            self._list_again()
 
-    def action_undo_delete(self) -> None:
-        """Bring the last deleted preset back."""
-        if not self._deleted:
+    def action_undo(self) -> None:
+        """Take back the last deletion, save or import made here."""
+        if not self._undo:
+            self.notify("Nothing to take back here.")
             return
+        before, after = self._undo[-1]
+        # What was edited since is somebody's work: then restore asks.
+        self._restore(before, overwrite=take_snapshot(before.name) == after)
+
+    def _restore(self, before: Snapshot, *, overwrite: bool) -> None:
         try:
-            restore(self._deleted.pop())
+            restore(before, overwrite=overwrite)
+        except WouldOverwrite as problem:
+            self._question(problem, lambda: self._restore(before, overwrite=True))
         except Problem as problem:
             self.app.push_screen(ProblemScreen(problem))
-        self._list_again(self.workstation.workbench.preset)
+        else:
+            self._undo.pop()
+            self._list_again(before.name)
+
+    def _remember(self, before: Snapshot) -> None:
+        self._undo.append((before, take_snapshot(before.name)))
+
+    def action_edit(self) -> None:
+        """Open the user's file in the editor, and check it on return."""
+        preset = self._current
+        if preset is None:
+            return
+        try:
+            with self.app.suspend():
+                tried = self._tried(lambda: edit(preset))
+        except SuspendNotSupported:
+            self.notify(f"This terminal cannot make way for an editor: {preset.path}", severity="warning")
+            return
+        self._list_again(preset.name)
+        after = self._current
+        if tried and after is not None and after.problem is not None:
+            self.app.push_screen(ProblemScreen(after.problem))
+
+    def action_bring_in(self) -> None:
+        """Ask for a file and copy it among the user's presets."""
+        self._ask("Import a preset", "A TOML file:", lambda path: self._bring_in(path, overwrite=False))
+
+    def action_send_out(self) -> None:
+        """Ask for a place and copy the preset there."""
+        preset = self._current
+        if preset is not None:
+            self._ask(
+                f"Export {preset.name}", "A file, or a folder:", lambda path: self._send_out(preset, path)
+            )
+
+    def _bring_in(self, path: Path, *, overwrite: bool) -> None:
+        try:
+            self._remember(bring_in(path, overwrite=overwrite))
+        except WouldOverwrite as problem:
+            self._question(problem, lambda: self._bring_in(path, overwrite=True))
+        except Problem as problem:
+            self.app.push_screen(ProblemScreen(problem))
+        else:
+            self._list_again(path.stem)
+            self.notify(f"{path.stem} is among yours. u takes it back.")
+
+    def _send_out(self, preset: Preset, target: Path) -> None:
+        file = target / preset.path.name if target.is_dir() else target
+
+        def write() -> None:
+            if self._tried(lambda: send_out(preset, target)):
+                self.notify(f"Exported to {file}")
+
+        if file.exists():
+            self._question(Problem("File exists", what=f"{file} would be replaced."), write)
+        else:
+            write()
 
     def _save(self, name: str, note: str, *, overwrite: bool) -> None:
         try:
+            before = take_snapshot(name)
             path = save(name, self.workstation.workbench.recipe, note=note, overwrite=overwrite)
         except WouldOverwrite as problem:
-
-            def answered(yes: bool | None) -> None:
-                if yes:
-                    self._save(name, note, overwrite=True)
-
-            question = QuestionScreen(problem.title, f"{problem.what} {problem.why}", yes="Replace it")
-            self.app.push_screen(question, answered)
+            self._question(problem, lambda: self._save(name, note, overwrite=True))
             return
         except Problem as problem:
             self.app.push_screen(ProblemScreen(problem))
             return
+        self._remember(before)
         self.workstation.workbench.saved_as(name)
         self.workstation.recipe_edited()
         self.notify(f"Saved as {path}")
         self.action_leave()
         self._list_again(name)
 
-    def _list_again(self, select: str) -> None:
+    def _ask(self, title: str, words: str, then: Callable[[Path], None]) -> None:
+        def answered(text: str | None) -> None:
+            if text and text.strip():
+                then(Path(text.strip()).expanduser())
+
+        self.app.push_screen(AskScreen(title, words), answered)
+
+    def _question(self, problem: Problem, yes: Callable[[], None]) -> None:
+        def answered(agreed: bool | None) -> None:
+            if agreed:
+                yes()
+
+        text = f"{problem.what} {problem.why}".strip()
+        self.app.push_screen(QuestionScreen(problem.title, text, yes="Replace it", no="Keep it"), answered)
+
+    def _tried(self, what: Callable[[], object]) -> bool:
+        """Do it; a problem is shown, and False given."""
+        try:
+            what()
+        except Problem as problem:
+            self.app.push_screen(ProblemScreen(problem))
+            return False
+        return True
+
+    def _list_again(self, select: str | None = None) -> None:
         self._presets = presets()
-        options = self.query_one(OptionList)
-        options.clear_options()
-        options.add_options(Option(_line(preset)) for preset in self._presets)
-        names = [preset.name for preset in self._presets]
-        options.highlighted = names.index(select) if select in names else 0
+        current = self.workstation.workbench.preset
+        self.query_one(ViList).show([(p.name, preset_line(p, current)) for p in self._presets], select)
+        self._show_preview()
 
-    def _preview(self, preset: Preset) -> str:
-        if preset.problem:
-            return str(preset.problem)
-        workbench = self.workstation.workbench
-        changes = difference(workbench.recipe, preset.recipe(workbench.recipe))
-        lines = [str(change) for change in changes] or ["The recipe is as this preset gives it."]
-        heading = "Opening it changes:" if changes else ""
-        return "\n".join(filter(None, [preset.note, "", heading, *lines]))
-
-
-def _line(preset: Preset) -> Content:
-    if preset.problem:
-        return Content.assemble(preset.name, ("  cannot be read", "$error"))
-    return Content.assemble(preset.name, ("" if preset.shipped else "  yours", "dim"))
+    def _show_preview(self) -> None:
+        preset, bench = self._current, self.workstation.workbench
+        if preset is not None:
+            shown = preview(preset, bench.recipe, bench.architecture(), self.workstation.room.device)
+            self.query_one("#preview", Static).update(shown)

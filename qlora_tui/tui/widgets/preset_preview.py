@@ -1,0 +1,57 @@
+"""What opening a preset would change: its note, the settings that differ, and the memory they come to."""
+
+from __future__ import annotations
+
+from textual.content import Content
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.errors import Problem
+from qlora_tui.format import gib
+from qlora_tui.memory import Device, estimate
+from qlora_tui.recipe.difference import difference
+from qlora_tui.recipe.presets import Preset
+from qlora_tui.recipe.schema import Recipe
+
+ALWAYS_ANOTHER = ("name", "note")
+"""Of the recipe, not of what it does."""
+
+
+def preset_line(preset: Preset, current: str) -> Content:
+    """Its name; ● marks the one the recipe began as."""
+    mark = "● " if preset.name == current else "  "
+    kind = ("  ✗ cannot be read", "$error") if preset.problem else ("" if preset.shipped else "  yours", "$text-muted")
+    return Content.assemble((mark, "$accent"), preset.name, kind)
+
+
+def preview(preset: Preset, recipe: Recipe, architecture: Architecture | Problem, device: Device) -> Content:
+    """In the order of reading: what it is for, what changes, what that takes."""
+    if preset.problem:
+        return _refused(preset.problem)
+    opened = preset.recipe(recipe)
+    changes = [change for change in difference(recipe, opened) if change.path not in ALWAYS_ANOTHER]
+    lines = [Content.styled(preset.note or "No note.", "bold"), Content("")]
+    if not changes:
+        return Content("\n").join([*lines, Content("The recipe is as this preset gives it.")])
+    lines.append(Content.styled("Opening it changes", "$text-muted"))
+    width = max(len(change.path) for change in changes)
+    lines += [
+        Content.assemble(f"{change.path:<{width}}  ", (f"{change.before} → ", "$text-muted"), change.after)
+        for change in changes
+    ]
+    return Content("\n").join([*lines, Content(""), _memory(recipe, opened, architecture, device)])
+
+
+def _memory(recipe: Recipe, opened: Recipe, architecture: Architecture | Problem, device: Device) -> Content:
+    if isinstance(architecture, Problem):
+        return Content("")
+    try:
+        before, after = (estimate(each, architecture, device=device).total_bytes for each in (recipe, opened))
+    except Problem as problem:
+        return Content.styled(problem.what, "$text-muted")
+    return Content.assemble(("memory  ", "$text-muted"), f"{gib(before)} → {gib(after)} GiB")
+
+
+def _refused(problem: Problem) -> Content:
+    lines = [Content.styled(f"✗ {problem.title}", "$error"), Content(problem.what)]
+    lines += [Content.styled(text, style) for text, style in ((problem.why, ""), (problem.fix, "$accent")) if text]
+    return Content("\n").join(lines)
