@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from qlora_tui.tui import clock
+from qlora_tui.tui import app, clock
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens import train
 from tests.tui.played import BEGAN
 
 NOW = BEGAN + 3600.0
@@ -29,6 +30,13 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     time.tzset()
+
+
+@pytest.fixture(autouse=True)
+def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test need not wait a second for the next look."""
+    monkeypatch.setattr(app, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(train, "LOOK_EVERY_S", 0.1)
 
 
 @pytest.fixture

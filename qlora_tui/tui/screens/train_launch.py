@@ -37,17 +37,11 @@ class LaunchPane(Container):
 
     def __init__(self) -> None:
         super().__init__(id="launch")
-        self._checks: tuple[Check, ...] = ()
 
     def compose(self) -> ComposeResult:
         yield SettingsForm(_paths(), id="recipe-form")
         with VerticalScroll(id="checks-side", can_focus=False):
-            yield Static("Looking at what the run needs…", id="checks")
-
-    def on_resize(self) -> None:
-        """Wrap the checks anew."""
-        if self._checks:
-            self.call_after_refresh(self.show_checks, self._checks)
+            yield CheckList()
 
     def show_recipe(self, recipe: Recipe, base: Recipe) -> None:
         """The recipe as it is now, beside its preset."""
@@ -55,21 +49,44 @@ class LaunchPane(Container):
 
     def show_checks(self, checks: tuple[Check, ...]) -> None:
         """What was found, and whether the run can start."""
+        self.query_one(CheckList).show(checks)
+
+
+class CheckList(Static):
+    """Sign, word, name, what was found; and the fix under it."""
+
+    def __init__(self) -> None:
+        super().__init__("Looking at what the run needs…", id="checks")
+        self._checks: tuple[Check, ...] = ()
+
+    def show(self, checks: tuple[Check, ...]) -> None:
+        """Show these, wrapped beside their names."""
         self._checks = checks
-        room = max(20, self.query_one("#checks-side").scrollable_content_region.width - _HEAD)
-        lines = []
-        for check in checks:
+        if self.size.width:
+            put(self, Content("\n").join([*self._lines(self.size.width), _conclusion(checks)]))
+
+    def on_resize(self) -> None:
+        """Wrap them anew."""
+        if self._checks:
+            self.show(self._checks)
+
+    def _lines(self, width: int) -> list[Content]:
+        lines: list[Content] = []
+        room = max(20, width - _HEAD)
+        for check in self._checks:
             sign, style = SIGNS[check.outcome]
             head = Content.assemble((f"{sign:<10}", style), (f"{check.name:<9}", "bold"))
             told = Content(check.text).wrap(room)
             if check.fix:
                 told += Content.styled(f"▸ {check.fix}", "$accent").wrap(room)
             lines += [head + told[0], *(Content(" " * _HEAD) + piece for piece in told[1:])]
-        wrong = errors(checks)
-        if wrong:
-            names = ", ".join(dict.fromkeys(check.name for check in wrong))
-            lines.append(Content.styled(f"Not ready: {names}.", "bold $error"))
-        else:
-            waits = any(check.name == "turn" and check.outcome == "warning" for check in checks)
-            lines.append(Content.styled(f"Ready. t {'queues' if waits else 'launches'} it.", "bold $success"))
-        put(self.query_one("#checks", Static), Content("\n").join(lines))
+        return lines
+
+
+def _conclusion(checks: tuple[Check, ...]) -> Content:
+    wrong = errors(checks)
+    if wrong:
+        names = ", ".join(dict.fromkeys(check.name for check in wrong))
+        return Content.styled(f"Not ready: {names}.", "bold $error")
+    waits = any(check.name == "turn" and check.outcome == "warning" for check in checks)
+    return Content.styled(f"Ready. t {'queues' if waits else 'launches'} it.", "bold $success")

@@ -83,9 +83,7 @@ class _Canvas:
 def plot(what: Plot, width: int, height: int) -> list[Content]:
     """``height`` lines: the legend, the graph with its scale at the left, the scale below."""
     rows = max(1, height - 2)
-    scale = ticks(what.y, max(1, (rows + 1) // 3))
-    if len(scale) < 2:
-        scale = ticks(what.y, max(2, rows // 2))
+    scale = _scale(what.y, rows)
     gutter = max((len(text) for _, text in scale), default=0) + 1
     columns = max(2, width - gutter)
     canvas = _Canvas(columns, rows)
@@ -106,6 +104,16 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
         lines[middle] = edge + Content.styled(what.empty.center(columns).rstrip(), "dim")
     lines.append(_foot(what.x, gutter, columns))
     return lines[-height:] if height < 3 else lines
+
+
+def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:
+    """About a label every third row, and two at least: one alone says nothing of the range."""
+    found: list[tuple[float, str]] = []
+    for most in range(max(1, (rows + 1) // 3), rows + 1):
+        found = ticks(y, most)
+        if len(found) > 1:
+            break
+    return found
 
 
 def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:

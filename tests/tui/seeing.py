@@ -1,0 +1,37 @@
+"""What a person would see: the text on the screen, waited for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.segment import Segment
+from textual.pilot import Pilot
+
+DEADLINE_S = 20.0
+
+
+def text_of(app: Any) -> str:
+    """The characters on the screen, line by line."""
+    update = app.screen._compositor.render_update(full=True)
+    return "\n".join("".join(segment.text for segment in _flat(strip)) for strip in update.strips)
+
+
+async def shows(pilot: Pilot[Any], *texts: str) -> str:
+    """Wait until all of these are on the screen; the screen's text."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        await pilot.pause()
+        shown = text_of(pilot.app)
+        missing = [text for text in texts if text not in shown]
+        if not missing:
+            return shown
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not on the screen: {missing}\n{shown}")
+        await pilot.pause(0.05)
+
+
+def _flat(strip: Any) -> list[Segment]:
+    if isinstance(strip, Segment):
+        return [strip]
+    return [segment for part in strip for segment in _flat(part)]

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+from textual.pilot import Pilot
+
+from qlora_tui import paths
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.runs import queue
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.home import HomeScreen
+from qlora_tui.tui.screens.home_next import DEMO, Standing, next_step
+from qlora_tui.tui.screens.train import TrainScreen
+from tests.tui.played import BEGAN, Play, play
+from tests.tui.seeing import shows
+
+MakeApp = Callable[[], QloraApp]
+READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="d.jsonl"),)))
+
+
+@pytest.mark.parametrize(
+    ("now", "action"),
+    [
+        (Standing(Recipe(), 0), "demo"),
+        (Standing(Recipe(), 3), "app.go('models')"),
+        (Standing(Recipe(model=Model(id="m")), 1), "app.go('data')"),
+        (Standing(READY, 1, verdict="does not fit"), "app.go('memory')"),
+        (Standing(READY, 1, verdict="fits"), "app.go('train')"),
+        (Standing(READY, 1, last_run="a", last_state="running"), "watch"),
+        (Standing(READY, 1, last_run="a", last_state="finished", last_is_news=True), "chat"),
+        (Standing(READY, 1, last_run="a", last_state="finished"), "app.go('train')"),
+        (Standing(READY, 1, last_run="a", last_state="lost", last_is_news=True), "watch"),
+        (Standing(READY, 1, last_run="a", last_state="paused"), "watch"),
+        (Standing(READY, 1, waiting=2), "app.go('runs')"),
+    ],
+)
+def test_the_next_step_is_the_sensible_one(now: Standing, action: str) -> None:
+    assert next_step(now).action == action
+
+
+async def test_a_first_time_user_is_led_to_the_demo_or_the_hub(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, DEMO.text, "Search the hub", "No run yet")
+        await pilot.press("enter")
+        await shows(pilot, "98 MB", "Nothing is trained before you say so")
+        await pilot.press("n")
+        assert isinstance(app.screen, HomeScreen)
+
+
+async def test_a_run_that_ended_while_away_is_told(
+    make_app: MakeApp, set_clock: Callable[[float], None]
+) -> None:
+    seen = paths.state_dir() / "seen"
+    seen.touch()
+    os.utime(seen, (BEGAN, BEGAN))
+    play(Play(state="finished", steps=300, total=300))
+    set_clock(BEGAN + 8000)
+    async with make_app().run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "finished", "while you were away", "best loss", "at step", "Talk to the adapter")
+
+
+async def test_the_queue_and_the_run_at_work_are_shown_and_enter_watches_it(
+    make_app: MakeApp, set_clock: Callable[[float], None]
+) -> None:
+    run = play(Play(steps=120))
+    queue.enqueue(play(Play(name="next-one", state="queued", steps=0)))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "step 120 of 3,000", "1. next-one", "Watch the run")
+        await pilot.press("enter")
+        await shows(pilot, "step 120/3,000")
+        screen = app.screen
+        assert isinstance(screen, TrainScreen)
+        assert screen.run == run
+
+
+async def test_a_run_whose_files_are_damaged_is_still_named(make_app: MakeApp) -> None:
+    run = play(Play(state="failed", steps=20))
+    run.recipe_path.write_text("lora = 3\n")
+    run.status_path.write_text("{")
+
+    async def check(pilot: Pilot[None]) -> None:
+        await shows(pilot, run.id, "unreadable")
+
+    async with make_app().run_test(size=(80, 24)) as pilot:
+        await check(pilot)

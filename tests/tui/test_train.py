@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.runs import actions, queue
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.events import Evaluated, Health, Started, Step
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.status import read_status
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens import train as train_module
+from qlora_tui.tui.screens.train import TrainScreen, show_run
+from qlora_tui.tui.screens.train_checks import Check, check_all
+from qlora_tui.tui.screens.train_follow import Follower
+from qlora_tui.tui.screens.train_output import as_seen
+from qlora_tui.tui.watch import Pulse
+from qlora_tui.tui.widgets.settings_form import SettingsForm
+from tests.tui.played import BEGAN, Play, play
+from tests.tui.seeing import shows, text_of
+
+MakeApp = Callable[[], QloraApp]
+SetClock = Callable[[float], None]
+
+
+def asked(run: RunDir) -> list[str]:
+    return [json.loads(path.read_bytes())["kind"] for path in sorted(run.control_dir.glob("*.json"))]
+
+
+async def watching(app: QloraApp, run: RunDir) -> TrainScreen:
+    await show_run(app, run)
+    assert isinstance(app.screen, TrainScreen)
+    return app.screen
+
+
+async def test_a_run_at_work_is_shown_from_its_files_and_followed(
+    make_app: MakeApp, set_clock: SetClock
+) -> None:
+    run = play(Play(steps=100))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await shows(pilot, run.id, "training", "step 100/3,000", "loss", "lr ", "grad ", "tok/s", "util 9")
+        with EventWriter(run.events_path) as log:
+            log.append(_step(101))
+            log.append(Evaluated(at=BEGAN + 191, step=101, loss=0.5, best=True))
+        await shows(pilot, "step 101/3,000", "★ best 0.5 at 101")
+
+
+async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> None:
+    run = play(Play(steps=100, state="lost"))
+    follower = Follower(run)
+    assert follower.look().step == 100
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=BEGAN + 500, attempt=2, pid=1, resumed_from_step=50))
+        log.append(_step(51, loss=9.0))
+    picture = follower.look()
+    assert picture.step == 51
+    assert picture.curves.loss.high == 9.0
+    assert len(picture.curves.loss.xs) == 51
+
+
+async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeApp) -> None:
+    run = play(Play(steps=50))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await shows(pilot, "step 50/3,000")
+        for key in "kegfz":
+            await pilot.press(key)
+        assert asked(run) == ["checkpoint", "evaluate", "sample", "finish_epoch", "pause"]
+        await pilot.press("s")
+        await shows(pilot, "Stop the run?")
+        await pilot.press("n")
+        assert "stop" not in asked(run)
+        await pilot.press("s", "y")
+        assert asked(run)[-1] == "stop"
+
+
+async def test_a_learning_rate_is_checked_before_it_is_sent(make_app: MakeApp) -> None:
+    run = play(Play(steps=50))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await shows(pilot, "step 50/3,000")
+        await pilot.press("L")
+        await shows(pilot, "Learning rate")
+        await pilot.press("ctrl+u", *"fast", "enter")
+        await shows(pilot, "not a number")
+        await pilot.press("ctrl+u", *"5e-5", "enter")
+        request = json.loads(next(run.control_dir.glob("*.json")).read_bytes())
+        assert request == {"kind": "set_learning_rate", "value": 5e-5}
+
+
+async def test_keys_that_mean_nothing_now_do_nothing(make_app: MakeApp) -> None:
+    run = play(Play(state="finished", steps=60, total=60))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        shown = await shows(pilot, "finished", "c talks to it")
+        assert "Stop" not in shown.splitlines()[-1]
+        await pilot.press("s", "k", "z", "r")
+        assert asked(run) == []
+        assert app.screen.is_current
+
+
+async def test_a_paused_run_is_queued_again_with_r(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    run = play(Play(state="paused", steps=60))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await shows(pilot, "paused", "Paused at step 60")
+        await pilot.press("r")
+        await shows(pilot, "waits for its turn")
+        assert queue.waiting() == [run.id]
+        await pilot.press("s", "y")
+        await shows(pilot, "Taken out of the queue")
+
+
+async def test_the_texts_are_gone_through_with_tab_and_searched(make_app: MakeApp) -> None:
+    run = play(Play(steps=450, nan=range(300, 303), health=True))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await watching(app, run)
+        await shows(pilot, "validation loss", "× not a number")
+        await pilot.press("tab")
+        await shows(pilot, "── step 400 ──", "Please send me your order number")
+        await pilot.press("tab")
+        await shows(pilot, "steps 300 to 302", "(3 times)", "Lower training.learning_rate")
+        await pilot.press("tab")
+        await shows(pilot, "Map: 100%")
+        await pilot.press("shift+tab", "shift+tab", "shift+tab", "slash")
+        await shows(pilot, "Only lines with this text")
+        await pilot.press(*"checkpoint", "enter")
+        shown = await shows(pilot, "/checkpoint", "checkpoint at step 400")
+        assert "validation loss 2" not in shown
+        await pilot.press("v")
+        await shows(pilot, "warnings only", "No line matches")
+
+
+async def test_the_graph_is_zoomed_to_the_end_of_the_run(make_app: MakeApp) -> None:
+    run = play(Play(steps=1240))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await watching(app, run)
+        await shows(pilot, "└0 ")
+        await pilot.press("plus")
+        shown = await shows(pilot, "600")
+        await pilot.pause(0.2)
+        assert "└0 " not in text_of(app), shown
+        await pilot.press("minus")
+        await shows(pilot, "└0 ")
+
+
+async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
+    run = play(Play(steps=50))
+    play(Play(name="older-run", state="failed", steps=20, began=BEGAN - 9000))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await pilot.press("x")
+        await shows(pilot, "Watch another run", "failed", "older-run")
+        await pilot.press("enter")
+        await shows(pilot, "Out of GPU memory", "Another program took", "r starts it again")
+
+
+async def test_a_run_deleted_while_it_is_watched_is_said_and_nothing_breaks(make_app: MakeApp) -> None:
+    run = play(Play(state="stopped", steps=50))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await shows(pilot, "stopped")
+        shutil.rmtree(run.path)
+        await shows(pilot, "unreadable", "status.json is missing")
+
+
+async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await shows(pilot, "Micro-batch", "What the run is called")
+        await pilot.press("j")
+        await shows(pilot, "Rows in one forward pass", "Activations grow in proportion")
+        await pilot.press("l", "l")
+        assert app.workbench.recipe.training.micro_batch == 4
+        await shows(pilot, "* preset: 1")
+        await pilot.press("backspace")
+        assert app.workbench.recipe.training.micro_batch == 1
+        await pilot.press("enter", "ctrl+u", *"many", "enter")
+        await shows(pilot, "✗", "a whole number from 1 to 4,096")
+        await pilot.press("ctrl+u", *"6", "enter")
+        await pilot.pause()
+        assert app.workbench.recipe.training.micro_batch == 6
+        await pilot.press("u")
+        assert app.workbench.recipe.training.micro_batch == 1
+
+
+async def test_every_setting_of_the_form_can_be_stepped_both_ways(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("5")
+        form = app.screen.query_one(SettingsForm)
+        seen = set()
+        while form.field.path not in seen:
+            seen.add(form.field.path)
+            if form.field.kind in ("int", "float", "bool", "choice"):
+                await pilot.press("l", "h")
+            await pilot.press("j")
+        assert len(seen) > 30
+        assert len(app.screen_stack) == 1
+
+
+async def test_without_a_model_nothing_is_launched_and_the_fix_is_named(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await shows(pilot, "✗ error", "Press 1 and choose one", "Not ready: model, data")
+        await pilot.press("t")
+        await shows(pilot, "Not ready to run")
+        assert all_runs() == []
+
+
+async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    fine = (Check("model", "ok", "there"), Check("data", "ok", "there"))
+    monkeypatch.setattr(train_module, "check_all", lambda *_: fine)
+    app = make_app()
+    app.workbench.replace(
+        Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
+    )
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await shows(pilot, "Ready. t launches it")
+        await pilot.press("t")
+        await shows(pilot, "queued", "waits for its turn")
+        assert len(queue.waiting()) == 1
+
+
+async def test_a_doubt_is_said_before_the_launch(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    doubt = (Check("memory", "error", "does not fit: 30.0 of 24.0 GiB."),)
+    monkeypatch.setattr(train_module, "check_all", lambda *_: doubt)
+    app = make_app()
+    app.workbench.replace(
+        Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
+    )
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5", "t")
+        await shows(pilot, "Launch it all the same?", "30.0 of 24.0 GiB")
+        await pilot.press("n")
+        await pilot.pause()
+        assert all_runs() == []
+
+
+def test_the_checks_name_what_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
+    app = QloraApp()
+    recipe = Recipe(
+        model=Model(id="acme/nothing"), data=Data(sources=(Source(path=str(tmp_path / "none.jsonl")),))
+    )
+    found = {check.name: check for check in check_all(recipe, app.room, Pulse(no_card="No driver."))}
+    assert found["model"].outcome == "error" and "Download it" in found["model"].fix
+    assert found["data"].outcome == "error" and "does not exist" in found["data"].text
+    assert found["card"].outcome == "warning" and "No driver." in found["card"].text
+    assert found["disk"].outcome == "ok"
+    assert "starts at once" in found["turn"].text
+
+
+def test_the_checks_read_the_data_and_say_who_is_before_in_the_queue(tmp_path: Path) -> None:
+    rows = tmp_path / "tickets.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    run = play(Play(steps=5))
+    pulse = Pulse(active=run, active_status=read_status(run), waiting=("other",))
+    recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))
+    found = {check.name: check for check in check_all(recipe, QloraApp().room, pulse)}
+    assert found["data"] == Check("data", "ok", f"tickets.jsonl, {rows.stat().st_size} B, prompt-completion.")
+    assert found["turn"].outcome == "warning"
+    assert f"{run.id} and 1 more" in found["turn"].text
+
+
+def test_a_progress_bar_in_the_output_is_shown_in_its_last_state() -> None:
+    assert as_seen("Map: 1%\rMap: 100%\r") == "Map: 100%"
+    assert as_seen("\x1b[31mred\x1b[0m \x1b]0;title\x07text\x00") == "red text"
+
+
+def test_a_run_of_hundreds_of_thousands_of_steps_is_held_as_a_sample() -> None:
+    run = play(Play(steps=10, total=200_000))
+    with EventWriter(run.events_path) as log:
+        for step in range(11, 60_001):
+            log.append(_step(step, loss=None if step == 30_000 else 2.0))
+        log.append(Health(at=BEGAN, kind="nan_loss", severity="error", evidence="NaN.", remedy="Stop."))
+    follower = Follower(run)
+    picture = follower.look()
+    assert picture.step == 60_000
+    assert picture.one_in > 1
+    assert any(picture.curves.loss.broken)
+    assert len(picture.health) == 1
+    with EventWriter(run.events_path) as log:
+        log.append(_step(60_001))
+    assert follower.look().step == 60_001
+
+
+def _step(number: int, loss: float | None = 1.5) -> Step:
+    return Step(
+        at=BEGAN + 40 + number * 1.5,
+        step=number,
+        epoch=number / 1500,
+        loss=loss,
+        learning_rate=1e-4,
+        grad_norm=0.5,
+        tokens=number * 3500,
+        tokens_per_s=2310.0,
+    )
