@@ -124,9 +124,7 @@ def theirs(path: Path, model: Path, workers: int | None) -> dict[str, Any]:
     )
     network = transformers.LlamaForCausalLM(config)
     began = time.perf_counter()
-    rows: Any = datasets.load_dataset(
-        "json", data_files=str(path), split="train", cache_dir=str(path.parent / "cache")
-    )
+    rows: Any = datasets.load_dataset("json", data_files=str(path), split="train")
     trainer: Any = trl.SFTTrainer(model=network, args=args, train_dataset=rows, processing_class=tokenizer)
     seconds = time.perf_counter() - began
     first = trainer.train_dataset[0]

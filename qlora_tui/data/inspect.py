@@ -21,6 +21,7 @@ from qlora_tui.data.row_at import row_at
 from qlora_tui.data.sources import SourceFile, conversation_of, conversations, open_source
 from qlora_tui.data.statistics import LengthCounter
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.untrained import untrained_problem
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
 
@@ -64,6 +65,8 @@ class _Inspection:
         self._data = data
         self._examiner = Examiner(data, tokenizer, near_duplicates=True)
         self._lengths = LengthCounter("tokens" if tokenizer else "characters")
+        unknown = untrained_problem(tokenizer.folder, tokenizer) if tokenizer and tokenizer.folder else None
+        self._of_the_model = [unknown] if unknown else []
         self._bytes = sum(file.path.stat().st_size for file in files) or 1
 
     def reports(self) -> Iterator[Report]:
@@ -94,7 +97,7 @@ class _Inspection:
             counts=Counts(**{name: getattr(counts, name) for name in counts.__struct_fields__}),
             lengths=self._lengths.summary(),
             too_long=self._lengths.above(self._data.max_length) if self._tokenizer else 0,
-            problems=tuple(self._examiner.problems()),
+            problems=(*self._of_the_model, *self._examiner.problems()),
             notes=dict(self._examiner.notes),
             template=self._tokenizer.template_name if self._tokenizer else "",
         )

@@ -49,6 +49,11 @@ CHECKS: dict[str, Check] = {
         "The end token is also the pad token, and is not learned",
         'The model would never stop. Choose another template: model.chat_template = "chatml".',
     ),
+    "untrained-tokens": Check(
+        "warning",
+        "The base model has never learned these tokens",
+        'A template without them can be learned: model.chat_template = "alpaca" or "plain".',
+    ),
     "template-refuses": Check(
         "warning",
         "The chat template refuses the row",

@@ -44,6 +44,8 @@ class ChatTokenizer:
 
         Raises ``Problem`` if the chosen template cannot be compiled.
         """
+        self.folder: Path | None = None
+        """The model it came with, if any."""
         self.backend = Tokenizer.from_str(tokenizer_json)
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -83,7 +85,9 @@ class ChatTokenizer:
         special = _special_tokens(config, _json_object(folder / "special_tokens_map.json"))
         own, with_tools = _own_templates(folder, config)
         try:
-            return cls(_with_missing_tokens(path.read_text(), config), special, own, template, with_tools)
+            tokenizer = cls(
+                _with_missing_tokens(path.read_text(), config), special, own, template, with_tools
+            )
         except Problem:
             raise
         except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
@@ -92,6 +96,8 @@ class ChatTokenizer:
                 what=f"{path} cannot be read: {error}.",
                 fix="Download the model's tokenizer files again.",
             ) from error
+        tokenizer.folder = folder
+        return tokenizer
 
     @property
     def has_own_template(self) -> bool:

@@ -1,0 +1,139 @@
+"""Special tokens of a chat template that the model has never learned, told from its embedding rows.
+
+A base model's vocabulary often holds tokens kept for later (Llama 3's ``<|eot_id|>``) whose rows are
+still near zero, or all alike. LoRA does not train the embedding, so a template built on them cannot
+be learned. Reads a few rows of the safetensors files, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from array import array
+from collections.abc import Iterable
+from math import sqrt
+from pathlib import Path
+from statistics import median
+
+from qlora_tui.data.conversation import RowRefused
+from qlora_tui.data.problems import CHECKS, DataProblem
+from qlora_tui.data.tokenizer import ChatTokenizer
+
+_EMBEDDINGS = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight"),
+    *("embed_in.weight", "tok_embeddings.weight"),
+)
+_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_ORDINARY_ROWS = 64
+_FAINT = 0.1
+"""A row whose size is less than this share of an ordinary row's has not been trained."""
+_SPARE_ROWS = 64
+_ALIKE = 2
+"""More special tokens than this with the very same row were all set alike and never trained."""
+_LARGEST_HEADER_BYTES = 100 << 20
+
+
+def untrained_tokens(folder: Path, tokenizer: ChatTokenizer) -> list[str]:
+    """The special tokens the template writes that look untrained in the model of ``folder``.
+
+    Empty where the embedding cannot be found or read: nothing is said then, rather than guessed.
+    """
+    wanted = _template_tokens(tokenizer)
+    if not wanted:
+        return []
+    try:
+        embedding = _Embedding.of(folder)
+        if embedding is None:
+            return []
+        step = max(1, tokenizer.backend.get_vocab_size(with_added_tokens=False) // _ORDINARY_ROWS)
+        ordinary = median(_size(embedding.row(n * step)) for n in range(_ORDINARY_ROWS))
+        rows = {token: embedding.row(tokenizer.added_tokens[token]) for token in wanted}
+        spare = [embedding.row(i) for i in sorted(tokenizer.special_ids)[:_SPARE_ROWS]]
+    except (OSError, ValueError, KeyError, IndexError, struct.error):
+        return []
+    return [
+        token for token, row in rows.items() if _size(row) < _FAINT * ordinary or spare.count(row) > _ALIKE
+    ]
+
+
+def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | None:
+    """The same as a problem for the report; None if all is well."""
+    tokens = untrained_tokens(folder, tokenizer)
+    if not tokens:
+        return None
+    check = CHECKS["untrained-tokens"]
+    return DataProblem(
+        kind="untrained-tokens",
+        severity=check.severity,
+        title=check.title,
+        count=len(tokens),
+        rows=(),
+        example=", ".join(tokens),
+        fix=check.fix,
+    )
+
+
+def _template_tokens(tokenizer: ChatTokenizer) -> list[str]:
+    """Special tokens in a rendered conversation, without begin and end of text."""
+    turns: list[dict[str, object]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    if tokenizer.traits.parts:
+        turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    try:
+        text = tokenizer.template.render(turns)
+    except RowRefused:
+        return []
+    ends = {tokenizer.special_tokens.get("bos_token"), tokenizer.special_tokens.get("eos_token")}
+    return sorted({token for token in tokenizer.special_pattern.findall(text) if token not in ends})
+
+
+class _Embedding:
+    """The token embedding in a safetensors file, read a row at a time."""
+
+    def __init__(self, path: Path, start: int, dtype: str, shape: list[int]):
+        self._path = path
+        self._start = start
+        self._dtype = dtype
+        self._rows, self._width = shape
+
+    @classmethod
+    def of(cls, folder: Path) -> _Embedding | None:
+        for path in _files(folder):
+            with path.open("rb") as file:
+                length = struct.unpack("<Q", file.read(8))[0]
+                if length > _LARGEST_HEADER_BYTES:
+                    continue
+                header = json.loads(file.read(length))
+            for name, tensor in header.items():
+                if (
+                    name.endswith(_EMBEDDINGS)
+                    and len(tensor["shape"]) == 2
+                    and tensor["dtype"] in _ITEM_BYTES
+                ):
+                    return cls(path, 8 + length + tensor["data_offsets"][0], tensor["dtype"], tensor["shape"])
+        return None
+
+    def row(self, number: int) -> tuple[float, ...]:
+        """One row. Raises ``IndexError`` past the last."""
+        if number >= self._rows:
+            raise IndexError(number)
+        size = self._width * _ITEM_BYTES[self._dtype]
+        with self._path.open("rb") as file:
+            file.seek(self._start + number * size)
+            data = file.read(size)
+        if self._dtype == "BF16":
+            halves = array("H", data)
+            return struct.unpack(f"<{self._width}f", array("I", (half << 16 for half in halves)).tobytes())
+        return struct.unpack(f"<{self._width}{'e' if self._dtype == 'F16' else 'f'}", data)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The file that holds the embedding if an index says so, else all of them."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text())["weight_map"]
+        return [folder / file for name, file in names.items() if name.endswith(_EMBEDDINGS)]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _size(row: Iterable[float]) -> float:
+    return sqrt(sum(value * value for value in row))

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.data.inspect import inspect
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.untrained import untrained_tokens
+from qlora_tui.recipe.schema import Source
+from tests.data.families import CHATML, STRIPS, tokenizer_json
+
+WIDTH = 8
+
+
+def model(
+    folder: Path, rows: dict[str, list[float]], dtype: str = "F32", template: str = CHATML
+) -> ChatTokenizer:
+    """A folder with a tokenizer and an embedding in which ``rows`` are set by hand."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer_json())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = ChatTokenizer.from_folder(folder)
+    chance = random.Random(0)
+    size = tokenizer.backend.get_vocab_size()
+    table = [[chance.gauss(0, 1) for _ in range(WIDTH)] for _ in range(size)]
+    for token, row in rows.items():
+        table[tokenizer.added_tokens[token]] = row
+    flat = [value for row in table for value in row]
+    if dtype == "BF16":
+        data = b"".join(struct.pack("<f", value)[2:] for value in flat)
+    else:
+        data = struct.pack(f"<{len(flat)}{'e' if dtype == 'F16' else 'f'}", *flat)
+    header = {
+        "model.embed_tokens.weight": {"dtype": dtype, "shape": [size, WIDTH], "data_offsets": [0, len(data)]}
+    }
+    encoded = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    return tokenizer
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_tokens_with_faint_rows_are_named_if_the_template_writes_them(tmp_path: Path, dtype: str) -> None:
+    faint = {"<|im_end|>": [1e-4] * WIDTH, "<|eot_id|>": [0.0] * WIDTH}
+    tokenizer = model(tmp_path, faint, dtype)
+    assert untrained_tokens(tmp_path, tokenizer) == ["<|im_end|>"]
+
+
+def test_tokens_that_all_have_the_same_row_are_named(tmp_path: Path) -> None:
+    same = [0.5] * WIDTH
+    tokens = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|user|>")
+    tokenizer = model(tmp_path, dict.fromkeys(tokens, same), template=STRIPS)
+    assert untrained_tokens(tmp_path, tokenizer) == ["<|end_header_id|>", "<|eot_id|>", "<|start_header_id|>"]
+
+
+def test_trained_tokens_are_not_named(tmp_path: Path) -> None:
+    assert untrained_tokens(tmp_path, model(tmp_path, {})) == []
+
+
+def test_the_report_warns_and_offers_a_template_without_them(tmp_path: Path) -> None:
+    tokenizer = model(tmp_path / "model", {"<|im_end|>": [0.0] * WIDTH})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    problem = inspect(Source(path=str(rows)), tokenizer).problems[0]
+    assert (problem.kind, problem.example) == ("untrained-tokens", "<|im_end|>")
+    assert "alpaca" in problem.fix
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 8, struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 9) + b"{}"]
+)
+def test_an_embedding_that_cannot_be_read_says_nothing(tmp_path: Path, content: bytes) -> None:
+    tokenizer = model(tmp_path, {"<|im_end|>": [0.0] * WIDTH})
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert untrained_tokens(tmp_path, tokenizer) == []
