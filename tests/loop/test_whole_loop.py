@@ -1,0 +1,128 @@
+"""The whole loop by hand, in the app, with real processes: pick, data, estimate, LoRA, train, chat."""
+
+from __future__ import annotations
+
+import html
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.app import App
+from textual.content import Content
+from textual.pilot import Pilot
+from textual.widgets import Input, Static
+
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.status import read_status
+from qlora_tui.runs.view import RunView
+from qlora_tui.settings import Settings
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.chat import ChatScreen
+from qlora_tui.tui.widgets.chat_turn import VoiceAnswer
+
+
+async def until(pilot: Pilot[None], what: Callable[[], Any], seconds: float = 60.0) -> None:
+    """Let the app go on until ``what`` is true."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, screen_text(pilot.app)
+        await pilot.pause(0.1)
+
+
+def screen_text(app: App[Any]) -> str:
+    """What the screen shows, a line each, from the picture Textual makes of it."""
+    lines: dict[float, list[str]] = {}
+    for y, text in re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>([^<]*)</text>', app.export_screenshot()):
+        lines.setdefault(float(y), []).append(html.unescape(text).replace("\xa0", " "))
+    return "\n".join("".join(parts) for _, parts in sorted(lines.items()))
+
+
+def text_of(app: QloraApp, selector: str) -> str:
+    shown = app.screen.query_one(selector, Static).visual
+    return shown.plain if isinstance(shown, Content) else str(shown)
+
+
+@pytest.mark.slow
+async def test_a_hobbyist_goes_from_a_model_to_a_chat_with_the_adapter(
+    tiny_model: Path, conversations: Path
+) -> None:
+    app = QloraApp(Settings(model_folders=(str(tiny_model.parent),)))
+    async with app.run_test(size=(120, 40)) as pilot:
+
+        def recipe_of() -> Any:
+            return app.workbench.recipe
+
+        # Pick a model.
+        await pilot.press("1")
+        await until(pilot, lambda: "tiny-llama" in screen_text(app))
+        await pilot.press("enter")
+        await until(pilot, lambda: recipe_of().model.id.endswith("tiny-llama"))
+
+        # Choose data, and see a row as the model will.
+        await pilot.press("2", "o")
+        await until(pilot, lambda: app.screen.query("#typed"))
+        app.screen.query_one("#typed", Input).value = str(conversations)
+        await pilot.press("enter")
+        await until(pilot, lambda: recipe_of().data.sources)
+        await until(pilot, lambda: "the fox is red" in text_of(app, "#sample"))
+
+        # Settings that train in a moment.
+        for path, value in {
+            "data.max_length": 128,
+            "training.gradient_accumulation": 1,
+            "training.epochs": 4.0,
+            "training.optimizer": "adamw",
+            "training.learning_rate": 1e-3,
+        }.items():
+            app.edit(path, value)
+
+        # See that it fits.
+        await pilot.press("3")
+        await until(pilot, lambda: "NF4" in text_of(app, "#bars") and "fits" in text_of(app, "#bars"))
+
+        # Change what LoRA does: half the rank, and not every module.
+        await pilot.press("4")
+        await until(pilot, lambda: app.screen.query("#modules"))
+        rank = recipe_of().lora.rank
+        await pilot.press("R")
+        assert recipe_of().lora.rank == rank // 2
+        await pilot.press("down", "space")
+        await until(pilot, lambda: recipe_of().lora.target_modules != ("all-linear",))
+
+        # Launch, and watch the loss come in.
+        await pilot.press("5")
+        await until(pilot, lambda: "Launch" in screen_text(app))
+        await pilot.press("t")
+        await until(pilot, all_runs)
+        run: RunDir = all_runs()[0]
+        await until(pilot, lambda: read_status(run).step > 0, seconds=120)
+        await until(pilot, lambda: "step" in screen_text(app) and "loss" in screen_text(app))
+        await until(pilot, lambda: read_status(run).state == "finished", seconds=120)
+        view = RunView(run)
+        view.refresh()
+        assert view.evaluations[-1].loss is not None and view.evaluations[0].loss is not None
+        assert view.evaluations[-1].loss < view.evaluations[0].loss
+        assert run.recipe().lora == recipe_of().lora
+
+        # Talk to base and adapter side by side.
+        await pilot.press("7")
+        await until(pilot, lambda: isinstance(app.screen, ChatScreen) and app.screen.query_one(Input).display)
+        field = app.screen.query_one(Input)
+        field.focus()
+        field.value = "what is the colour of fox 3?"
+        await pilot.press("enter")
+        answers = app.screen.query(VoiceAnswer)
+        await until(
+            pilot,
+            lambda: len(answers) == 2 and all("first after" in text_of_voice(one) for one in answers),
+            seconds=120,
+        )
+
+
+def text_of_voice(answer: VoiceAnswer) -> str:
+    found = answer.query(".voice")
+    shown = found.first(Static).visual if found else ""
+    return shown.plain if isinstance(shown, Content) else str(shown)
