@@ -24,16 +24,19 @@ from qlora_tui.data.split import group_key
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data
 
-BATCH_ROWS = 256
+_FIRST_BATCH_ROWS = 32
+_BATCH_ROWS = 256
 
 Batch = Sequence[tuple[Row, Conversation | RowRefused]]
 """Rows with their conversations, or why they have none."""
 
 
 def batches(items: Iterator[tuple[Row, Conversation | RowRefused]]) -> Iterator[Batch]:
-    """Rows, a batch at a time."""
-    while batch := list(islice(items, BATCH_ROWS)):
+    """Rows, a batch at a time: small ones first, so that there is something to see at once."""
+    size = _FIRST_BATCH_ROWS
+    while batch := list(islice(items, size)):
         yield batch
+        size = min(2 * size, _BATCH_ROWS)
 
 
 class Examined(Struct, frozen=True):

@@ -27,7 +27,6 @@ from qlora_tui.recipe.schema import Data, Source
 
 __all__ = ["Report", "Shown", "inspect", "inspecting", "show"]
 
-_FIRST_REPORT_S = 0.3
 _NEXT_REPORT_S = 1.0
 
 
@@ -70,8 +69,8 @@ class _Inspection:
         self._bytes = sum(file.path.stat().st_size for file in files) or 1
 
     def reports(self) -> Iterator[Report]:
-        """One early, then one every second, and the complete one."""
-        due = time.monotonic() + _FIRST_REPORT_S
+        """One at once, then one every second, and the complete one."""
+        due = time.monotonic()
         done = 0
         for file in self._files:
             position = Position()
