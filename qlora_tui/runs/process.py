@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import psutil
 from msgspec import Struct
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -25,6 +24,8 @@ class ProcessMark(Struct, frozen=True, kw_only=True):
         """Whether this very process still runs (a zombie does not)."""
         if self.boot_id != boot_id():
             return False
+        import psutil  # a start that finds no active run need not load it
+
         try:
             process = psutil.Process(self.pid)
             # The kernel's start time is in ticks since boot; the clock may have been set since.
@@ -50,6 +51,8 @@ def boot_id() -> str:
 
 def mark(pid: int | None = None) -> ProcessMark:
     """The mark of a running process, this one unless told; raises psutil.NoSuchProcess."""
+    import psutil
+
     process = psutil.Process(pid)
     return ProcessMark(pid=process.pid, started=process.create_time(), boot_id=boot_id())
 

@@ -19,14 +19,15 @@ from qlora_tui.settings import Settings
 from qlora_tui.tui import themes
 from qlora_tui.tui.commands import EVERYWHERE
 from qlora_tui.tui.palette import CommandProvider
+from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.help import HelpScreen
 from qlora_tui.tui.screens.problem import ProblemScreen
-from qlora_tui.tui.watch import Pulse, Watch
 from qlora_tui.tui.workbench import load_draft, save_draft
 
 if TYPE_CHECKING:
     from qlora_tui.memory.room import Room
+    from qlora_tui.tui.watch import Watch
 
 LOOK_EVERY_S = 1.0
 
@@ -69,7 +70,7 @@ class QloraApp(App[None]):
         self.pulse = Pulse()
         self.recipe_changed: Signal[Recipe] = Signal(self, "recipe changed")
         self.pulse_changed: Signal[Pulse] = Signal(self, "pulse changed")
-        self._watch = Watch()
+        self._watch: Watch | None = None
         self._looking = False
 
     @property
@@ -146,7 +147,7 @@ class QloraApp(App[None]):
             return
         self._looking = True
         try:
-            pulse = await asyncio.to_thread(self._watch.look)
+            pulse = await asyncio.to_thread(self._look_in_thread)
         finally:
             self._looking = False
         card_changed = pulse.card != self.pulse.card
@@ -154,3 +155,11 @@ class QloraApp(App[None]):
         self.pulse_changed.publish(pulse)
         if card_changed:
             self.recipe_changed.publish(self.workbench.recipe)
+
+    def _look_in_thread(self) -> Pulse:
+        # The first look comes after the first frame, which need not wait for what looking takes.
+        from qlora_tui.tui.watch import Watch
+
+        if self._watch is None:
+            self._watch = Watch()
+        return self._watch.look()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from qlora_tui import paths
 from qlora_tui.gpu.no_gpu import NoGpu
@@ -16,38 +15,10 @@ from qlora_tui.gpu.visible import torch_card
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import ACTIVE, Status, read_status
+from qlora_tui.tui.pulse import Pulse
 
 _ASK_AGAIN_S = 10.0
 """Between two tries to reach a card that could not be asked: opening the driver is not cheap."""
-
-
-@dataclass(frozen=True)
-class Pulse:
-    """How things stand."""
-
-    card: Card | None = None
-    reading: Reading | None = None
-    no_card: str = ""
-    """Why there is no card, in a sentence."""
-    active: RunDir | None = None
-    """The run in training."""
-    active_status: Status | None = None
-    last: RunDir | None = None
-    """The newest run that is not waiting, active or ended."""
-    last_status: Status | None = None
-    waiting: tuple[str, ...] = ()
-    """Ids in the queue, the next one first."""
-
-    @property
-    def free_bytes(self) -> int | None:
-        """Memory of the card that nobody holds now; None without a card."""
-        used = self.reading.memory_used_bytes if self.reading else None
-        return self.usable_bytes - used if self.usable_bytes is not None and used is not None else None
-
-    @property
-    def usable_bytes(self) -> int | None:
-        """What programs can have of the card; None without a card, or where it does not say."""
-        return self.card.usable_bytes if self.card else None
 
 
 class Watch:

@@ -12,7 +12,7 @@ from textual.widgets import Footer
 
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.watch import Pulse
+from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.widgets.top_bar import TopBar
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.question import QuestionScreen
-from qlora_tui.tui.watch import Pulse
 from qlora_tui.tui.widgets.lines import put
 from qlora_tui.tui.workbench import Workbench
 

@@ -17,10 +17,10 @@ from qlora_tui.memory import Estimate, judge
 from qlora_tui.memory.room import Room
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import ACTIVE
+from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.run_words import SIGNS, ago
 from qlora_tui.tui.screens.home_next import NextStep, Standing, next_step, other_steps
 from qlora_tui.tui.screens.runs_summary import RunSummary, Summaries, thinned
-from qlora_tui.tui.watch import Pulse
 from qlora_tui.tui.widgets.axis import rounded
 from qlora_tui.tui.widgets.memory_bar import bar
 from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE, recipe_line

@@ -20,8 +20,8 @@ from qlora_tui.memory.room import Room
 from qlora_tui.recipe.fields import fields, value_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.watch import Pulse
 from qlora_tui.tui.widgets.memory_panel import changes_text, item_line, levels_line, levers, verdict_text
 from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE, precision_of
 from qlora_tui.tui.widgets.stacked_bar import legend, stacked_bar

@@ -17,6 +17,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.question import QuestionScreen
@@ -24,7 +25,6 @@ from qlora_tui.tui.screens.runs_compare import MOST, CompareScreen
 from qlora_tui.tui.screens.runs_summary import Listing, RunSummary, Summaries
 from qlora_tui.tui.screens.runs_table import RunTable
 from qlora_tui.tui.screens.train import TrainScreen, show_run
-from qlora_tui.tui.watch import Pulse
 from qlora_tui.tui.widgets.lines import put
 
 _LOOK_S = 0.3

@@ -16,6 +16,7 @@ from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.question import QuestionScreen
@@ -25,7 +26,6 @@ from qlora_tui.tui.screens.train_follow import Follower, Picture
 from qlora_tui.tui.screens.train_launch import LaunchPane
 from qlora_tui.tui.screens.train_live import LivePane
 from qlora_tui.tui.screens.train_plot import zoomed_from
-from qlora_tui.tui.watch import Pulse
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from qlora_tui.memory import Estimate, estimate, judge
 from qlora_tui.memory.room import Room
 from qlora_tui.recipe.conflicts import conflicts
 from qlora_tui.recipe.schema import Recipe, Source
-from qlora_tui.tui.watch import Pulse
+from qlora_tui.tui.pulse import Pulse
 
 Outcome = Literal["ok", "warning", "error"]
 _TOO_HEAVY = "parquet"

@@ -8,7 +8,7 @@ from textual.widget import Widget
 
 from qlora_tui.format import figure, gib
 from qlora_tui.tui.commands import NAVIGATION
-from qlora_tui.tui.watch import Pulse
+from qlora_tui.tui.pulse import Pulse
 
 
 class TopBar(Widget):
