@@ -37,20 +37,20 @@ def held_back(keys: array[int], sources: Iterable[int], fraction: float) -> froz
     """
     if fraction <= 0:
         return frozenset()
-    by_source: dict[int, list[int]] = {}
+    by_source: dict[int, array[int]] = {}
     for key, source in zip(keys, sources, strict=True):
-        by_source.setdefault(source, []).append(key)
+        by_source.setdefault(source, array("Q")).append(key)
     chosen: set[int] = set()
-    for source_keys in by_source.values():
-        source_keys.sort()
+    for unordered in by_source.values():
+        source_keys = sorted(unordered)
         wanted = round(fraction * len(source_keys))
         at = 0
         while at < wanted:
             chosen.add(source_keys[at])
             at = bisect_right(source_keys, source_keys[at])
-    distinct = set(keys)
-    if not chosen and len(distinct) > 1:
-        chosen = {min(distinct)}
-    if chosen >= distinct:
-        chosen.discard(max(distinct))
+    smallest, largest = min(keys), max(keys)
+    if not chosen and smallest != largest:
+        chosen = {smallest}
+    if all(key in chosen for key in keys):
+        chosen.discard(largest)
     return frozenset(chosen)
