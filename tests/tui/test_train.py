@@ -14,12 +14,12 @@ from qlora_tui.runs.events import Evaluated, Health, Started, Step
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens import train as train_module
 from qlora_tui.tui.screens.train import TrainScreen, show_run
 from qlora_tui.tui.screens.train_checks import Check, check_all
 from qlora_tui.tui.screens.train_follow import Follower
 from qlora_tui.tui.screens.train_output import as_seen
-from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 from tests.tui.played import BEGAN, Play, play
 from tests.tui.seeing import shows, text_of

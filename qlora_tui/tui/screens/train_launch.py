@@ -53,7 +53,7 @@ class LaunchPane(Container):
 
 
 class CheckList(Static):
-    """Sign, word, name, what was found; and the fix under it."""
+    """Whether the run can start; then the checks, what is wrong first, each with its fix."""
 
     def __init__(self) -> None:
         super().__init__("Looking at what the run needs…", id="checks")
@@ -63,7 +63,7 @@ class CheckList(Static):
         """Show these, wrapped beside their names."""
         self._checks = checks
         if self.size.width:
-            put(self, Content("\n").join([*self._lines(self.size.width), _conclusion(checks)]))
+            put(self, Content("\n").join([_conclusion(checks), *self._lines(self.size.width)]))
 
     def on_resize(self) -> None:
         """Wrap them anew."""
@@ -73,12 +73,11 @@ class CheckList(Static):
     def _lines(self, width: int) -> list[Content]:
         lines: list[Content] = []
         room = max(20, width - _HEAD)
-        for check in self._checks:
+        for check in sorted(self._checks, key=lambda check: list(SIGNS).index(check.outcome), reverse=True):
             sign, style = SIGNS[check.outcome]
             head = Content.assemble((f"{sign:<10}", style), (f"{check.name:<9}", "bold"))
-            told = Content(check.text).wrap(room)
-            if check.fix:
-                told += Content.styled(f"▸ {check.fix}", "$accent").wrap(room)
+            fix = f" ▸ {check.fix}" if check.fix else ""
+            told = Content.assemble(check.text, (fix, "$accent")).wrap(room)
             lines += [head + told[0], *(Content(" " * _HEAD) + piece for piece in told[1:])]
         return lines
 

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.presets import find
+from qlora_tui.runs import queue
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.status import read_status
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.runs import RunsScreen
+from qlora_tui.tui.screens.runs_compare import differing, plot, read
+from qlora_tui.tui.screens.runs_summary import Summaries, summarise, thinned
+from qlora_tui.tui.screens.train import TrainScreen
+from qlora_tui.tui.widgets.graph import plot as draw
+from tests.tui.played import BEGAN, TICKETS, Play, play
+from tests.tui.seeing import shows, text_of
+
+MakeApp = Callable[[], QloraApp]
+
+
+@pytest.fixture
+def three_runs() -> list[RunDir]:
+    wide = with_value(with_value(TICKETS, "lora.rank", 64), "training.learning_rate", 1e-4)
+    return [
+        play(Play(name="tickets-a", state="finished", steps=300, total=300, began=BEGAN - 1000)),
+        play(Play(name="tickets-b", state="failed", steps=120, total=300, began=BEGAN - 2000, recipe=wide)),
+        play(Play(name="poems-c", state="lost", steps=60, total=300, began=BEGAN - 3000)),
+    ]
+
+
+async def opened(app: QloraApp) -> RunsScreen:
+    await app.switch_mode("runs")
+    assert isinstance(app.screen, RunsScreen)
+    return app.screen
+
+
+def test_a_summary_says_what_a_line_needs(three_runs: list[RunDir]) -> None:
+    summary = summarise(three_runs[1])
+    assert summary.model == "Qwen2.5-7B-Instruct"
+    assert summary.settings == "nf4 r64 2,048×2×8"
+    assert summary.best is not None and summary.best[1] == 120
+    assert summary.seconds == pytest.approx(119 * 1.5)
+    assert len(summary.losses) == 120
+
+
+def test_a_summary_is_read_again_only_when_a_file_changed(three_runs: list[RunDir]) -> None:
+    summaries = Summaries()
+    first = summaries.of(three_runs[0])
+    assert summaries.of(three_runs[0]) is first
+    play(Play(name="tickets-a", state="stopped", steps=10, total=300))
+    assert summaries.of(three_runs[0]).status.state == "stopped"
+
+
+def test_hundreds_of_runs_are_listed_at_once_and_read_in_pieces() -> None:
+    for number in range(300):
+        play(Play(name=f"run-{number:03}", state="finished", steps=5, total=5, began=BEGAN + number))
+    summaries = Summaries()
+    began = time.monotonic()
+    listing = summaries.look(0.0)
+    assert len(listing.summaries) == 300
+    in_pieces = not listing.complete
+    assert in_pieces
+    assert listing.summaries[0].id == "run-299"
+    assert time.monotonic() - began < 5
+    while not listing.complete:
+        listing = summaries.look(0.2)
+    assert all(summary.losses for summary in listing.summaries)
+    began = time.process_time()
+    summaries.look(10.0)
+    assert time.process_time() - began < 1
+
+
+def test_a_thinned_curve_marks_what_is_no_number_and_leaves_the_rest_empty() -> None:
+    assert thinned([4.0, 2.0], 4) == [4.0, 2.0, None, None]
+    means = thinned([1.0, 3.0, float("nan"), 1.0], 2)
+    assert means[0] == 2.0
+    assert means[1] is not None and math.isnan(means[1])
+
+
+async def test_an_empty_list_says_what_to_do(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("6")
+        await shows(pilot, "No runs yet. Press 5 to launch one.")
+        await pilot.press("enter", "space", "v", "D", "R", "c", "y")
+        assert isinstance(app.screen, RunsScreen)
+
+
+async def test_the_list_shows_outcomes_and_enter_opens_one(
+    make_app: MakeApp, three_runs: list[RunDir]
+) -> None:
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await opened(app)
+        await shows(pilot, "✓ finished", "✗ failed", "? lost", "tickets-a", "poems-c", "nf4 r64", "7 min")
+        await pilot.press("j", "enter")
+        await shows(pilot, "tickets-b", "Out of GPU memory")
+        assert isinstance(app.screen, TrainScreen)
+
+
+async def test_the_filter_cuts_the_list_down(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        await shows(pilot, "tickets-a", "poems-c")
+        await pilot.press("slash", *"poems")
+        await pilot.pause()
+        assert "tickets-a" not in text_of(app)
+        await pilot.press("enter", "escape")
+        await shows(pilot, "tickets-a")
+        await pilot.press("slash", *"nothing")
+        await shows(pilot, "No run matches")
+
+
+async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
+    make_app: MakeApp, three_runs: list[RunDir]
+) -> None:
+    for name in ("first", "second"):
+        queue.enqueue(play(Play(name=name, state="queued", steps=0, began=BEGAN - 5000)))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        shown = await shows(pilot, "queue 1", "queue 2", "w Withdraw")
+        assert shown.index("first") < shown.index("second") < shown.index("tickets-a")
+        await pilot.press("J")
+        assert queue.waiting() == ["second", "first"]
+        await pilot.pause()
+        await pilot.press("w")
+        await shows(pilot, "■ stopped")
+        assert queue.waiting() == ["second"]
+
+
+async def test_two_marked_runs_are_compared_with_only_what_differs(
+    make_app: MakeApp, three_runs: list[RunDir]
+) -> None:
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await opened(app)
+        await shows(pilot, "tickets-a")
+        await pilot.press("space", "space", "v")
+        shown = await shows(pilot, "2 runs compared", "● tickets-a", "▲ tickets-b", "Learning rate", "tokens")
+        assert "0.0001" in shown and "0.0002" in shown
+        assert "Micro-batch" not in shown
+        await pilot.press("escape")
+        assert isinstance(app.screen, RunsScreen)
+
+
+def test_curves_differ_by_their_symbols_and_not_by_colour_alone(three_runs: list[RunDir]) -> None:
+    compared = [read(run) for run in three_runs]
+    text = "\n".join(line.plain for line in draw(plot(compared), 100, 20))
+    assert all(mark in text for mark in "●▲■")
+    assert [name for name, _ in differing(compared)] == ["Rank", "Learning rate"]
+
+
+async def test_a_run_is_deleted_only_after_a_yes(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        await shows(pilot, "tickets-a")
+        await pilot.press("D")
+        await shows(pilot, "Delete the run?", "This cannot be")
+        await pilot.press("n")
+        assert three_runs[0].path.exists()
+        await pilot.press("D", "y")
+        await pilot.pause()
+        assert not three_runs[0].path.exists()
+        assert len(all_runs()) == 2
+
+
+async def test_a_run_at_work_is_not_deleted(make_app: MakeApp) -> None:
+    run = play(Play(steps=20))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        await shows(pilot, run.id[:20])
+        await pilot.press("D", "y")
+        await shows(pilot, "The run is running")
+        assert read_status(run).state == "running"
+
+
+async def test_rerun_takes_the_recipe_to_the_workbench_and_u_takes_it_back(
+    make_app: MakeApp, three_runs: list[RunDir]
+) -> None:
+    app = make_app()
+    before = app.workbench.recipe
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        await shows(pilot, "tickets-a")
+        await pilot.press("j", "R")
+        await shows(pilot, "Micro-batch")
+        assert app.workbench.recipe.lora.rank == 64
+        await pilot.press("u")
+        assert app.workbench.recipe == before
+
+
+async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        await shows(pilot, "tickets-a")
+        await pilot.press("j", "S", *"wide", "enter")
+        await pilot.pause()
+        assert find("wide").settings()["lora"]["rank"] == 64
+        assert (paths.user_presets_dir() / "wide.toml").exists()
+
+
+async def test_a_damaged_run_is_listed_and_named_when_it_is_used(make_app: MakeApp) -> None:
+    run = play(Play(name="damaged", state="stopped", steps=20))
+    run.recipe_path.write_text("lora = 3\n")
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        await shows(pilot, "damaged", "recipe unreadable")
+        await pilot.press("R")
+        await shows(pilot, "recipe.toml", "esc closes")
