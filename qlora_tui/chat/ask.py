@@ -1,18 +1,25 @@
-"""The chat of the command line: one answer, a conversation, or base and adapter compared."""
+"""The chat of the command line: one answer, a conversation, or base and adapter compared.
+
+Torch is loaded with the first answer, in this process.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from qlora_tui.chat.session import ChatSession, load_session
+from qlora_tui.chat.environment import settle_before_torch
 from qlora_tui.chat.sources import chosen_voice, of_run
 from qlora_tui.chat.terms import BASE, GREEDY, ChatSource, Compared, Sampling
 from qlora_tui.data.conversation import Message
 from qlora_tui.runs.directory import RunDir
+
+if TYPE_CHECKING:
+    from qlora_tui.chat.session import ChatSession
 
 _HELP = "/voice NAME  who answers     /new  begin again     /quit  (or Ctrl-D)     Ctrl-C stops an answer"
 
@@ -28,7 +35,7 @@ def answer(
     """One answer, in pieces as they come; notes go to stderr. Raises Problem."""
     source = of_run(run)
     voice = chosen_voice(source, base=base, checkpoint=checkpoint)
-    session = load_session(source, _note)
+    session = _loaded(source, _note)
     yield from session.ask([Message("user", prompt)], voice=voice, sampling=sampling)
 
 
@@ -40,7 +47,7 @@ def compare(
     One copy of the base serves both. Raises Problem.
     """
     voice = voice or chosen_voice(source)
-    session = load_session(source)
+    session = _loaded(source, lambda words: None)
     sampling = replace(GREEDY, max_new_tokens=max_new_tokens)
 
     def say(prompt: str, who: str) -> str:
@@ -63,7 +70,7 @@ def converse(
     # Line editing for input(), where Python has it.
     with suppress(ImportError):
         import readline  # noqa: F401
-    session = load_session(source, _note)
+    session = _loaded(source, _note)
     _note(_HELP)
     messages: list[Message] = []
     while True:
@@ -88,6 +95,13 @@ def converse(
             _note(f"There are: {', '.join(source.voices)}.")
         else:
             _note(_HELP)
+
+
+def _loaded(source: ChatSource, tell: Callable[[str], None]) -> ChatSession:
+    settle_before_torch()
+    from qlora_tui.chat.session import load_session
+
+    return load_session(source, tell)
 
 
 def _turn(

@@ -168,7 +168,7 @@ def out_of_memory(device: Device) -> Problem:
     """What to say when the card is full."""
     return Problem(
         "Out of GPU memory",
-        what=f"{device.name} has no room for this conversation.",
+        what=f"{device.name} has no room for this model and conversation.",
         why="Another program, perhaps a run in training, holds its memory.",
         fix="End or pause the run, or begin a new conversation.",
     )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+from qlora_tui.chat.environment import settle_before_torch
+
 
 def main() -> None:
     """Serve until stdin closes."""
@@ -17,6 +19,7 @@ def main() -> None:
     os.dup2(null, 0)
     os.close(null)
 
+    settle_before_torch()
     from qlora_tui.engine.server import Server
 
     Server(questions, replies).run()
