@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from textual.pilot import Pilot
 
@@ -15,7 +16,6 @@ from qlora_tui.recipe.fields import with_value
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens import train_live
 from qlora_tui.tui.screens.train import show_run
 from tests.tui.played import BEGAN, GIB, TICKETS, Play, play
 from tests.tui.seeing import shows
@@ -34,8 +34,8 @@ def same_machine(
 ) -> None:
     """The same paths, memory, processors and time on every machine."""
     monkeypatch.setenv("HOME", str(private_home))
-    monkeypatch.setattr(train_live.psutil, "virtual_memory", _Memory)
-    monkeypatch.setattr(train_live.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(psutil, "virtual_memory", _Memory)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     set_clock(BEGAN + 6000)
 
 
