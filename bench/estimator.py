@@ -135,14 +135,21 @@ def _optimizer(text: str) -> Optimizer:
 
 
 def find_config(model_id: str, configs: Path) -> Path:
-    """The config of a model, or of one with the same shape: another owner's copy, base for instruct."""
+    """The config of a model, or of one with the same shape: another owner's copy, base for instruct.
+
+    ``configs`` holds ``<org>__<name>/config.json`` or ``<org>__<name>.json``.
+    """
     name = model_id.rpartition("/")[2]
-    shapes = [name, re.sub(r"[-_](instruct|chat|it)(?=[-_]|$)", "", name, flags=re.IGNORECASE)]
-    folders = sorted(path for path in configs.iterdir() if (path / "config.json").is_file())
-    for shape in (model_id.replace("/", "__"), *shapes):
-        for folder in folders:
-            if folder.name == shape or folder.name.rpartition("__")[2].lower() == shape.lower():
-                return folder / "config.json"
+    base = re.sub(r"[-_](instruct|chat|it)(?=[-_]|$)", "", name, flags=re.IGNORECASE)
+    files = {path.parent.name: path for path in sorted(configs.glob("*/config.json"))}
+    files |= {path.stem: path for path in sorted(configs.glob("*__*.json"))}
+    whole = files.get(model_id.replace("/", "__"))
+    if whole:
+        return whole
+    for shape in (name.lower(), base.lower()):
+        for known, path in files.items():
+            if known.rpartition("__")[2].lower() == shape:
+                return path
     raise Unplaced(f"no config for {model_id}")
 
 

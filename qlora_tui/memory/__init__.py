@@ -5,11 +5,13 @@ there is, ask :func:`what_fits` or :func:`cheapest_changes`; :func:`as_json` is 
 
 ``codepath`` says which trainer's code is meant; ``layout``, ``blocks``, ``attention``, ``linear`` and
 ``loss`` walk one step of it over the ``tape``; ``weights`` and ``residents`` count what stays; ``tiers`` goes
-from tensors to what the card sees; ``explain`` has the sentence of each item.
+from tensors to what the card sees; ``learning`` corrects it by what past runs measured; ``explain`` has the
+sentence of each item.
 """
 
 from qlora_tui.memory.codepath import CodePath, Device, our_path
 from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, compare, estimate
+from qlora_tui.memory.learning import Correction, Peaks, corrected, correction_for, remember
 from qlora_tui.memory.report import as_json
 from qlora_tui.memory.solver import Change, WhatFits, cheapest_changes, what_fits
 from qlora_tui.memory.tiers import Band
@@ -20,16 +22,21 @@ __all__ = [
     "Band",
     "Change",
     "CodePath",
+    "Correction",
     "Device",
     "Estimate",
     "Item",
+    "Peaks",
     "Verdict",
     "WhatFits",
     "as_json",
     "cheapest_changes",
     "compare",
+    "corrected",
+    "correction_for",
     "estimate",
     "judge",
     "our_path",
+    "remember",
     "what_fits",
 ]

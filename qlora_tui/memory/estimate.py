@@ -91,12 +91,26 @@ def estimate(
         resident["gradients"] = gradient_bytes(layout, path)
     else:
         moments.append(_optimizer_moment(layout, path))
+    moments.append(Peak("loading", {"loading": loading_bytes(architecture, path)}))
     fullest = max(moments, key=lambda moment: moment.total_bytes)
     items = dict(resident)
     for key, size in fullest.items.items():
         items[key] = items.get(key, 0) + size
     levels = tiers(items, architecture, layout, path)
     return _assemble(recipe, architecture, layout, path, items, levels, fullest)
+
+
+LOADERS = 4
+"""Threads with which transformers reads weights (``core_model_loading.GLOBAL_WORKERS``)."""
+
+
+def loading_bytes(architecture: Architecture, path: CodePath) -> int:
+    """What is there while weights are read: a card holds some tensors in 16 bits before each is quantized; a
+    CPU has the whole file mapped."""
+    if path.device == "cpu":
+        return 2 * architecture.total_params
+    sizes = sorted((2 * module.weight_params for module in architecture.modules), reverse=True)
+    return sum(sizes[:LOADERS])
 
 
 def _optimizer_moment(layout: Layout, path: CodePath) -> Peak:

@@ -33,6 +33,7 @@ LABELS: dict[str, str] = {
     "hidden_gradient": "Loss gradient",
     "logits": "Logits and loss",
     "inputs": "Batch and positions",
+    "loading": "Weights being read",
     "workspace": "cuBLAS workspace",
     "unsplit": "Uncut blocks",
     "fragmentation": "Allocator slack",
@@ -153,6 +154,7 @@ def _logits_sentence(path: CodePath, layout: Layout) -> str:
 def _process_sentences(facts: Facts) -> dict[str, str]:
     return {
         "inputs": "Token ids, labels, positions and rotary tables.",
+        "loading": "Weights in 16 bits as they come from the file, before they are quantized.",
         "workspace": "cuBLAS keeps a workspace in the allocator's pool.",
         "unsplit": "Up to 1 MiB a tensor that the allocator did not cut off, without expandable segments.",
         "fragmentation": "What the allocator holds beyond the tensors: rounding, and gaps between blocks.",

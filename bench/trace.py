@@ -1,0 +1,174 @@
+"""Hold the estimate's closed form to the trace of a real step, over families, shapes and settings.
+
+    python -m bench.trace [--family NAME]… [--quick] [--json]
+
+Each model is cut to two layers (what a further layer adds is the same again) and traced on the meta device:
+two batch shapes × checkpointing × loss × targets × dropout. The figure is the step's peak beyond the frozen
+weights and the adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.memory import CodePath, Device, our_path
+from qlora_tui.memory.layout import lay_out
+from qlora_tui.memory.step import peaks
+from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Training
+
+CONFIGS = Path(__file__).parent.parent / "tests" / "configs"
+FAMILIES = {
+    "Llama 2": "meta-llama__Llama-2-7b-hf",
+    "Llama 3": "meta-llama__Llama-3.2-1B",
+    "Mistral": "mistralai__Mistral-7B-v0.1",
+    "Mixtral": "mistralai__Mixtral-8x7B-v0.1",
+    "Qwen 2": "Qwen__Qwen2-0.5B",
+    "Qwen 2.5": "Qwen__Qwen2.5-7B",
+    "Qwen 3": "Qwen__Qwen3-0.6B",
+    "Qwen 1.5 MoE": "Qwen__Qwen1.5-MoE-A2.7B",
+    "Qwen 3 MoE": "Qwen__Qwen3-30B-A3B",
+    "Gemma": "google__gemma-2b",
+    "Gemma 2": "google__gemma-2-2b",
+    "Gemma 3": "google__gemma-3-1b-it",
+    "Phi-2": "microsoft__phi-2",
+    "Phi-3": "microsoft__Phi-3-mini-4k-instruct",
+    "Phi-4": "microsoft__Phi-4-mini-instruct",
+    "GPT-NeoX": "EleutherAI__pythia-1.4b",
+    "GPT-2": "openai-community__gpt2",
+    "OPT": "facebook__opt-1.3b",
+    "Granite": "ibm-granite__granite-3.1-2b-instruct",
+    "OLMo-2": "allenai__OLMo-2-1124-7B",
+    "StableLM": "stabilityai__stablelm-2-1_6b",
+    "SmolLM3": "HuggingFaceTB__SmolLM3-3B",
+    "GLM-4": "zai-org__glm-4-9b-chat-hf",
+    "ERNIE 4.5": "baidu__ERNIE-4.5-0.3B-PT",
+    "gpt-oss": "openai__gpt-oss-20b",
+}
+NARROW = {
+    "Phi-3": ("qkv_proj",),
+    "Phi-4": ("qkv_proj",),
+    "GPT-NeoX": ("query_key_value",),
+    "GPT-2": ("c_attn",),
+}
+"""What stands for ``q_proj, v_proj`` where the projections are fused."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step to compare."""
+
+    family: str
+    rows: int = 1
+    length: int = 1024
+    checkpointing: bool = True
+    loss: str = "chunked"
+    wide: bool = True
+    """All linear modules, or queries and values only."""
+    dropout: float = 0.0
+    method: str = "nf4"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Both figures, in bytes."""
+
+    case: Case
+    traced_bytes: int
+    estimated_bytes: int
+
+    @property
+    def error_pct(self) -> float:
+        """Positive is over."""
+        return 100 * (self.estimated_bytes / self.traced_bytes - 1)
+
+
+def cut_config(family: str, layers: int = 2) -> dict[str, Any]:
+    """A family's config with few layers."""
+    config: dict[str, Any] = json.loads((CONFIGS / f"{FAMILIES[family]}.json").read_text())
+    for key in ("num_hidden_layers", "n_layer"):
+        if key in config:
+            config[key] = layers
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:layers]
+    return config
+
+
+def recipe_of(case: Case) -> Recipe:
+    """The recipe a case stands for."""
+    targets = ("all-linear",) if case.wide else NARROW.get(case.family, ("q_proj", "v_proj"))
+    return Recipe(
+        model=Model(),
+        quantization=Quantization(method="nf4" if case.method == "nf4" else "none"),
+        lora=Lora(target_modules=targets, dropout=case.dropout),
+        data=Data(max_length=case.length),
+        training=Training(
+            micro_batch=case.rows,
+            gradient_accumulation=1,
+            gradient_checkpointing=case.checkpointing,
+            optimizer="adamw",
+        ),
+    )
+
+
+def compare(case: Case) -> Compared:
+    """Trace and estimate one case."""
+    from qlora_tui.engine.trace import Request, trace
+
+    config, recipe = cut_config(case.family), recipe_of(case)
+    traced = trace(Request(config=config, recipe=recipe, loss=case.loss))
+    path = replace(our_path(recipe, Device()), loss="stock" if case.loss == "stock" else "chunked")
+    return Compared(case, traced.step_bytes, _estimated(config, recipe, path))
+
+
+def _estimated(config: dict[str, Any], recipe: Recipe, path: CodePath) -> int:
+    layout = lay_out(recipe, read_architecture(config), path)
+    return max(peak.total_bytes for peak in peaks(layout, path, recipe.lora.dropout))
+
+
+def grid(families: list[str], *, quick: bool) -> Iterator[Case]:
+    """Every case, or two a family."""
+    for family in families:
+        if quick:
+            yield Case(family, rows=2, length=512)
+            yield Case(family, checkpointing=False, loss="stock", wide=False, dropout=0.05)
+            continue
+        shapes, flags = ((1, 1024), (3, 512)), (True, False)
+        for (rows, length), kept, loss, wide, dropout in product(
+            shapes, flags, ("chunked", "stock"), flags, (0.0, 0.05)
+        ):
+            yield Case(family, rows, length, kept, loss, wide, dropout)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Hold the closed form to the trace.")
+    parser.add_argument("--family", action="append", choices=sorted(FAMILIES))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    found = []
+    for case in grid(given.family or list(FAMILIES), quick=given.quick):
+        made = compare(case)
+        found.append(made)
+        if not given.json:
+            print(f"{made.error_pct:+7.2f} %  {made.traced_bytes / 2**20:9.1f} MiB  {case}", flush=True)
+    errors = [made.error_pct for made in found]
+    summary = {
+        "cases": len(errors),
+        "mean_pct": sum(map(abs, errors)) / len(errors),
+        "worst_over_pct": max(errors),
+        "worst_under_pct": min(errors),
+    }
+    print(json.dumps(summary) if given.json else summary, file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The closed form against storages counted in a real step on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.memory import Device, our_path
+from qlora_tui.memory.layout import lay_out
+from qlora_tui.memory.step import peaks
+from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("checkpointing", "dropout", "method"), [(True, 0.0, "nf4"), (False, 0.0, "nf4"), (False, 0.1, "none")]
+)
+def test_a_real_step_holds_what_was_predicted(checkpointing: bool, dropout: float, method: Any) -> None:
+    recipe = Recipe(
+        quantization=Quantization(method=method),
+        lora=Lora(dropout=dropout),
+        data=Data(max_length=512),
+        training=Training(
+            micro_batch=2, gradient_checkpointing=checkpointing, gradient_accumulation=1, optimizer="adamw"
+        ),
+    )
+    path = our_path(recipe, Device(kind="cpu"))
+    layout = lay_out(recipe, read_architecture(TINY), path)
+    predicted = max(peak.total_bytes for peak in peaks(layout, path, dropout))
+    assert predicted == pytest.approx(_measured(recipe, dropout), rel=0.02)
+
+
+def _measured(recipe: Recipe, dropout: float) -> int:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_tui.engine.trace import Storages
+    from qlora_tui.training import load
+    from qlora_tui.training.adapter import add_lora
+    from qlora_tui.training.loss import Head, find_head, use_chunked_loss, use_segments
+
+    torch.manual_seed(0)
+    factory: Any = AutoModelForCausalLM
+    model = factory.from_config(AutoConfig.for_model(**TINY), attn_implementation="sdpa")
+    architecture = read_architecture(TINY)
+    if recipe.quantization.method == "nf4":
+        _quantize(model)
+    load.freeze(model)
+    assert load.attend_by_segments(model)
+    if recipe.training.gradient_checkpointing:
+        load.checkpoint_activations(model, keep_rng=bool(dropout))
+    model.enable_input_require_grads()
+    head = find_head(model)
+    assert isinstance(head, Head)
+    use_chunked_loss(model, head)
+    use_segments(model, by_mask=True)
+    model = add_lora(model, recipe.lora, architecture).train()
+    rows, length = recipe.training.micro_batch, recipe.data.max_length
+    ids = torch.randint(0, 2048, (1, rows * length))
+    positions = torch.arange(length).repeat(rows)[None]
+    with Storages() as storages:
+        loss = model(input_ids=ids, labels=ids, position_ids=positions, segments=[length] * rows).loss
+        loss.backward()
+    return int(storages.peak_bytes)
+
+
+def _quantize(model: Any) -> None:
+    """Every linear module but the head, through bitsandbytes itself."""
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from torch import nn
+
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            continue
+        made = Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=False,
+            compute_dtype=torch.float32,
+            compress_statistics=True,
+            quant_type="nf4",
+        )
+        made.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, made.to("cpu"))
+    model.is_loaded_in_4bit = True
