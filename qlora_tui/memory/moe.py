@@ -24,7 +24,7 @@ class Mixture:
     intermediate: int
     activation: str
     clamped: bool = False
-    """gpt-oss clamps both halves and gates by a sigmoid of its own."""
+    """gpt-oss clamps both halves, gates by a sigmoid of its own, and has biases."""
     separate: bool = False
     """Each expert's matrices are modules of their own (transformers 4)."""
     method: str = "none"
@@ -57,11 +57,14 @@ def _route(ops: Ops, made_of: Mixture, x: Tensor) -> Tensor:
 def _grouped(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
     slots = ops.tokens * made_of.per_token
     tokens, width = ops.tokens, x.width
+    # The gathered rows, and gpt-oss's biases a row, keep their names to the end of the function.
     gathered = _index(ops, x, slots * made_of.hidden)
+    bias = ops.new(slots * 2 * made_of.intermediate, width) if made_of.clamped else None
     both = _product(ops, gathered, slots, made_of.hidden, 2 * made_of.intermediate)
-    del gathered
     inner = _clamped(ops, both, made_of) if made_of.clamped else _gate(ops, both, made_of)
     del both
+    if bias:
+        bias = ops.new(slots * made_of.hidden, width)
     out = _product(ops, inner, slots, made_of.intermediate, made_of.hidden)
     del inner
     out = weighted(ops, out, weights)

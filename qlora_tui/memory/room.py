@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -28,7 +29,20 @@ def room_for(card: Card | None, assumed_bytes: int | None = None) -> Room:
         return Room(device, assumed_bytes, f"a card of {assumed_bytes / 2**30:.1f} GiB")
     if card is not None and card.usable_bytes is not None:
         return Room(device, card.usable_bytes, card.short_name)
-    return Room(Device(kind="cpu"), psutil.virtual_memory().total, "this machine's memory")
+    return Room(
+        Device(kind="cpu", native_bfloat16=_multiplies_bfloat16()),
+        psutil.virtual_memory().total,
+        "this machine's memory",
+    )
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU does so in hardware; the trainer computes in float32 where it does not."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _capability(card: Card) -> tuple[int, int]:
