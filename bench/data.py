@@ -27,33 +27,25 @@ from typing import Any
 import psutil
 
 _WORDS = [
-    *("time", "people", "water", "light", "house", "story", "river", "winter", "market", "answer", "number"),
-    *("picture", "machine", "garden", "window", "doctor", "letter", "question", "small", "green", "simple"),
-    *(
-        "strong",
-        "quiet",
-        "useful",
-        "careful",
-        "several",
-        "because",
-        "although",
-        "between",
-        "explain",
-        "describe",
-    ),
-    *(
-        "compare",
-        "summarize",
-        "translate",
-        "consider",
-        "improve",
-        "remember",
-        "follow",
-        "write",
-        "build",
-        "carry",
-    ),
+    *("time", "people", "water", "light", "house", "story", "river", "winter", "market"),
+    *("answer", "number", "picture", "machine", "garden", "window", "doctor", "letter"),
+    *("question", "small", "green", "simple", "strong", "quiet", "useful", "careful"),
+    *("several", "because", "although", "between", "explain", "describe", "compare"),
+    *("summarize", "translate", "consider", "improve", "remember", "follow", "write"),
 ]
+
+
+class Clock:
+    """Seconds, and seconds of processor time of this process and its finished children."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._cpu = sum(os.times()[:4])
+
+    def read(self) -> dict[str, float]:
+        """Since it was made."""
+        cpu_s = sum(os.times()[:4]) - self._cpu
+        return {"seconds": round(time.perf_counter() - self._began, 2), "cpu_s": round(cpu_s, 2)}
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -91,10 +83,10 @@ def ours(path: Path, model: Path) -> dict[str, Any]:
 
     own = ChatTokenizer.from_folder(model)
     tokenizer = ChatTokenizer(own.backend.to_str(), own.special_tokens, qwen_template())
-    began = time.perf_counter()
+    clock = Clock()
     prepared = prepare(Recipe(data=Data(sources=(Source(path=str(path)),))), tokenizer)
     counts = prepared.counts
-    return {"seconds": time.perf_counter() - began, "tokens": counts.tokens, "trained": counts.trained_tokens}
+    return {**clock.read(), "tokens": counts.tokens, "trained": counts.trained_tokens}
 
 
 def theirs(path: Path, model: Path, workers: int | None) -> dict[str, Any]:
@@ -123,13 +115,13 @@ def theirs(path: Path, model: Path, workers: int | None) -> dict[str, Any]:
         bf16=False,
     )
     network = transformers.LlamaForCausalLM(config)
-    began = time.perf_counter()
+    clock = Clock()
     rows: Any = datasets.load_dataset("json", data_files=str(path), split="train")
     trainer: Any = trl.SFTTrainer(model=network, args=args, train_dataset=rows, processing_class=tokenizer)
-    seconds = time.perf_counter() - began
+    took = clock.read()
     first = trainer.train_dataset[0]
     return {
-        "seconds": seconds,
+        **took,
         "columns": sorted(first),
         "trained_first_row": sum(label != -100 for label in first["labels"]),
     }

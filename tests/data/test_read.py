@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_tui.data.read import files_of, kind_of, rows
 from qlora_tui.errors import Problem
@@ -102,6 +106,40 @@ def test_a_json_array_larger_than_a_chunk_streams_whole(tmp_path: Path) -> None:
     path = tmp_path / "big.json"
     path.write_text(json.dumps(big, ensure_ascii=False))
     assert values(path) == big
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.dictionaries(st.text(max_size=4), json_values, min_size=1, max_size=3), min_size=1, max_size=5
+    ),
+    st.integers(1, 40),
+    st.sampled_from(["array", "indented", "lines"]),
+    st.booleans(),
+)
+def test_json_is_read_alike_wherever_the_chunks_end(
+    values: list[dict[str, Any]], chunk_bytes: int, style: str, ascii_only: bool
+) -> None:
+    if style == "lines":
+        text = "\n".join(json.dumps(value, ensure_ascii=ascii_only) for value in values)
+    else:
+        text = json.dumps(values, indent=2 if style == "indented" else None, ensure_ascii=ascii_only)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder) / "rows.json"
+        path.write_bytes(text.encode())
+        patch.setattr("qlora_tui.data.open_file.CHUNK_BYTES", chunk_bytes)
+        found = list(rows(path))
+    if style == "lines" and len(values) == 1:
+        return  # one object may hold the rows of the whole file
+    assert [row.value for row in found] == values
+    assert [row.number for row in found] == list(range(1, len(values) + 1))
 
 
 def test_one_row_larger_than_several_chunks_is_read(tmp_path: Path) -> None:
