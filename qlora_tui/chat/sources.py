@@ -77,5 +77,5 @@ def chosen_voice(source: ChatSource, *, base: bool = False, checkpoint: int | No
         "No adapter yet",
         what="The run has neither an adapter nor a checkpoint.",
         why="Its first checkpoint is still to come, or it ended before it.",
-        fix="Wait for a checkpoint, or talk to the base with --base.",
+        fix="Wait for a checkpoint; until then there is the base to talk to (--base).",
     )

@@ -32,6 +32,7 @@ VERBS = {
     "resume": ("runs", "Go on with an ended run from its last checkpoint."),
     "ask": ("runs", "Ask something of a running trainer."),
     "chat": ("chat", "Talk to a run's adapter, or to the base."),
+    "export": ("export", "Write adapter and base as one model that other programs load."),
     "doctor": ("doctor", "Test what a run needs, and say how to mend what fails."),
     "demo": ("demo", "Fine-tune a small real model and see that it worked."),
     "locate": ("locate", "Print where presets, runs and caches lie."),

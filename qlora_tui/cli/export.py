@@ -1,0 +1,36 @@
+"""``export``: a run's result in a form that other programs load."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.format import size
+from qlora_tui.runs.directory import find
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Merge the adapter into the 16-bit base and write the model to a folder."""
+    from qlora_tui.chat.environment import settle_before_torch
+    from qlora_tui.chat.sources import chosen_voice, of_run
+
+    source = of_run(find(args.run_id))
+    voice = chosen_voice(source, checkpoint=args.checkpoint)
+    settle_before_torch()
+    from qlora_tui.export.merge import merge
+
+    merged = merge(source, voice, args.out, lambda words: print(words, file=sys.stderr, flush=True))
+    said = f"{merged.folder}: {size(merged.bytes)}, {merged.changed_weights} weights changed by the {voice}."
+    return Outcome(merged, said)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("form", choices=("merge",), help="merge: adapter and base as one 16-bit model")
+    parser.add_argument("run_id", metavar="RUN", help="a run's id, the beginning of one, or `last`")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="a checkpoint, not the final adapter")
+
+
+VERBS = {"export": Verb(run, _arguments)}

@@ -1,0 +1,39 @@
+"""``qlora-tui export merge``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.chat.terms import ChatSource
+from qlora_tui.cli.main import main
+from qlora_tui.runs.directory import create
+
+
+@pytest.mark.slow
+def test_a_run_is_merged_and_a_second_time_is_a_wrong_call(
+    tiny_source: ChatSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = create(tiny_source.recipe)
+    shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+    out = tmp_path / "merged"
+    assert main(["export", "merge", run.id, str(out), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == {
+        "folder": str(out),
+        "bytes": sum(f.stat().st_size for f in out.iterdir()),
+        "changed_weights": 14,
+    }
+    assert main(["export", "merge", run.id, str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_run_without_an_adapter_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from qlora_tui.recipe.schema import Model, Recipe
+
+    run = create(Recipe(name="early", model=Model(id="org/model")))
+    assert main(["export", "merge", run.id, str(tmp_path / "merged")]) == 1
+    assert "No adapter yet" in capsys.readouterr().err
