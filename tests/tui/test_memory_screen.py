@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.memory import estimate
+from qlora_tui.recipe.fields import value_of
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens import memory
+from qlora_tui.tui.screens.memory import MemoryScreen
+from qlora_tui.tui.widgets.stacked_bar import parts_of, stacked_bar
+from qlora_tui.tui.widgets.vi_list import ViList
+from tests.gpu.stub import play_in_this_process
+from tests.tui.seeing import shows, text_of
+from tests.tui.workstation import config_folder, open_on, open_with_card, settle
+
+Snapshot = Callable[..., bool]
+
+
+@pytest.fixture
+def seven_billion(private_home: Path) -> str:
+    return str(config_folder(private_home, "Qwen__Qwen2.5-7B"))
+
+
+def _big(app: QloraApp) -> None:
+    app.workbench.set("data.max_length", 8192)
+    app.workbench.set("training.micro_batch", 4)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_looks_of_a_recipe_that_fits(
+    snap_compare: Snapshot, seven_billion: str, size: tuple[int, int]
+) -> None:
+    assert snap_compare(open_on("memory", model=seven_billion), terminal_size=size, run_before=settle)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_looks_of_a_recipe_that_does_not_fit(
+    snap_compare: Snapshot, seven_billion: str, size: tuple[int, int]
+) -> None:
+    app = open_on("memory", model=seven_billion, card_gib=12)
+    _big(app)
+    assert snap_compare(app, terminal_size=size, run_before=settle)
+
+
+async def test_without_a_model_it_says_what_to_do() -> None:
+    async with open_on("memory").run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "The recipe names no model.", "Choose one on the Model screen (1).")
+        await pilot.press("b", "n", "a", "t")
+
+
+KEYS: tuple[tuple[str, str, object], ...] = (
+    ("b b", "training.micro_batch", 4),
+    ("b b B", "training.micro_batch", 2),
+    ("B", "training.micro_batch", 1),
+    ("s", "data.max_length", 2048),
+    ("S", "data.max_length", 512),
+    ("r", "lora.rank", 32),
+    ("R R R R R R", "lora.rank", 1),
+    ("t", "lora.target_modules", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    ("t t", "lora.target_modules", ("q_proj", "v_proj")),
+    ("t t t", "lora.target_modules", ("all-linear",)),
+    ("c", "training.gradient_checkpointing", False),
+    ("n n m", "quantization.method", "none"),
+    ("n m", "quantization.method", "int8"),
+    ("r r u", "lora.rank", 32),
+    ("r r u ctrl+r", "lora.rank", 64),
+)
+
+
+async def test_a_key_changes_a_setting_and_the_bars(
+    seven_billion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "SETTLED_S", 60.0)  # the slower questions are another test's
+    app = open_on("memory", model=seven_billion)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "6.5 GiB")
+        start = app.workbench.recipe
+        for keys, path, value in KEYS:
+            await pilot.press(*keys.split())
+            assert value_of(app.workbench.recipe, path) == value, keys
+            made = app.workbench.comparison(app.room.device)
+            assert isinstance(made, dict)
+            await shows(pilot, f"{made['nf4'].total_bytes / 2**30:.1f} GiB")
+            app.workbench.replace(start)
+            app.recipe_edited()
+            screen = app.screen
+            assert isinstance(screen, MemoryScreen)
+            while screen.precision != "nf4":
+                await pilot.press("n")
+
+
+async def test_targets_that_the_model_has_not_are_passed_over(private_home: Path) -> None:
+    app = open_on("memory", model=str(config_folder(private_home, "openai-community__gpt2")))
+    async with app.run_test() as pilot:
+        await shows(pilot, "NF4")
+        await pilot.press("t")
+        assert app.workbench.recipe.lora.target_modules == ("all-linear",)
+
+
+async def test_the_item_under_the_cursor_is_explained_and_stays_under_it(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Quantized weights: 6.53 billion linear weights × 0.5 byte.")
+        await pilot.press("j", "j")
+        await shows(pilot, "Output head: 152,064 × 3,584 × 2 bytes; never quantized.")
+        await pilot.press("s", "s", "s", "s")
+        await shows(pilot, "Output head: 152,064")
+        assert app.screen.query_one(ViList).current == "head"
+
+
+async def test_another_bar_is_taken_apart(seven_billion: str) -> None:
+    async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "▸ NF4", "◂ recipe")
+        await pilot.press("tab", "tab")
+        await shows(pilot, "▸ fp16", "Linear weights")
+        await pilot.press("shift+tab")
+        await shows(pilot, "▸ int8")
+
+
+async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion, card_gib=12)
+    _big(app)
+    before = app.workbench.recipe
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await shows(pilot, "does not fit", "To make it fit, the cheapest first", "same effective batch")
+        await pilot.press("a")
+        assert app.workbench.recipe.training.micro_batch < 4
+        assert app.workbench.recipe.effective_batch >= before.effective_batch
+        await shows(pilot, "Micro-batch 4 → 1")
+        architecture = app.workbench.architecture()
+        assert not isinstance(architecture, Exception)
+        made = estimate(app.workbench.recipe, architecture, device=app.room.device)
+        assert made.band.high_bytes <= app.room.bytes
+        await pilot.press("u")
+        assert app.workbench.recipe == before
+        await pilot.press("a")
+        await pilot.pause()
+
+
+async def test_what_fits_at_most_is_shown_for_each_setting(seven_billion: str) -> None:
+    async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
+        shown = await shows(pilot, "fits up to")
+        await settle(pilot)
+        assert "…" not in text_of(pilot.app).split("fits up to")[1].split("targets")[0], shown
+
+
+async def test_the_card_and_what_is_free_of_it_are_named(
+    seven_billion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play_in_this_process(monkeypatch, "card")
+    async with open_with_card("memory", model=seven_billion).run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "Peak of a training step against", "GiB: RTX 4090", "free now")
+
+
+async def test_a_key_is_answered_within_a_frame(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "6.5 GiB")
+        screen = app.screen
+        assert isinstance(screen, MemoryScreen)
+        times = []
+        for path, value in (("lora.rank", rank) for rank in (8, 32, 64, 128, 256)):
+            began = time.perf_counter()
+            app.edit(path, value)
+            times.append(time.perf_counter() - began)
+        # A frame is 16 ms; the bound leaves room for a machine that does other things at once.
+        assert sorted(times)[len(times) // 2] < 0.1
+
+
+def test_the_parts_of_a_bar_add_up_and_its_end_is_marked(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion)
+    compared = app.workbench.comparison(app.room.device)
+    assert isinstance(compared, dict)
+    for made in compared.values():
+        assert sum(bytes_ for _, bytes_ in parts_of(made)) == made.total_bytes
+        for width in (1, 10, 33, 120):
+            assert stacked_bar(made, 24 << 30, width).cell_length == width
+            assert stacked_bar(made, 4 << 30, width).plain.endswith("▶")

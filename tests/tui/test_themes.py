@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from textual.color import Color
+
+from qlora_tui import paths
+from qlora_tui.settings import Settings
+from qlora_tui.tui.themes import load_themes
+from tests.tui.seeing import shows
+from tests.tui.workstation import config_folder, open_on
+
+LEAST_CONTRAST = 4.5
+"""For text, WCAG 2.1, 1.4.3."""
+TEXT = ("foreground", "primary", "secondary", "warning", "error", "success", "accent")
+GROUNDS = ("background", "surface", "panel")
+SHIPPED, PROBLEMS = load_themes()
+MINE = """
+name = "{name}"
+dark = true
+primary = "#5fafd7"
+secondary = "#87afaf"
+warning = "#ffaf5f"
+error = "#ff8787"
+success = "#87d787"
+accent = "#ffd787"
+foreground = "{foreground}"
+background = "#000000"
+surface = "#1c1c1c"
+panel = "#262626"
+"""
+
+
+def contrast(a: Color, b: Color) -> float:
+    """As WCAG 2.1 defines it, from relative luminance: 1 to 21."""
+    lighter, darker = sorted((_luminance(a), _luminance(b)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def _luminance(colour: Color) -> float:
+    def linear(part: float) -> float:
+        return part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+
+    red, green, blue = (linear(part) for part in colour.normalized)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_black_on_white_is_the_most_contrast_there_is() -> None:
+    assert contrast(Color.parse("#000000"), Color.parse("#ffffff")) == pytest.approx(21)
+
+
+def test_every_shipped_theme_loads() -> None:
+    assert not PROBLEMS
+    names = {theme.name for theme in SHIPPED}
+    assert Settings().theme in names
+    assert len(names) >= 4
+    assert sum(theme.ansi for theme in SHIPPED) >= 2
+    assert {theme.dark for theme in SHIPPED} == {True, False}
+
+
+@pytest.mark.parametrize("name", [theme.name for theme in SHIPPED if not theme.ansi])
+def test_text_is_legible_on_every_ground(name: str) -> None:
+    theme = next(theme for theme in SHIPPED if theme.name == name)
+    variables = theme.to_color_system().generate() | theme.variables
+    inks = {ink: Color.parse(getattr(theme, ink)) for ink in TEXT}
+    inks["text-muted"] = Color.parse(variables["text-muted"])
+    pairs = [(ink, ground) for ink in inks for ground in GROUNDS]
+    dim = {
+        f"{ink} on {ground}": round(ratio, 2)
+        for ink, ground in pairs
+        if (ratio := contrast(inks[ink], Color.parse(getattr(theme, ground)))) < LEAST_CONTRAST
+    }
+    assert not dim
+    cursors = ("block-cursor", "block-cursor-blurred")
+    for cursor in cursors:
+        ground = Color.parse(variables[f"{cursor}-background"])
+        assert contrast(Color.parse(variables[f"{cursor}-foreground"]), ground) >= LEAST_CONTRAST
+        low = {ink: round(contrast(colour, ground), 2) for ink, colour in inks.items()}
+        assert min(low.values()) >= LEAST_CONTRAST, (cursor, low)
+
+
+@pytest.mark.parametrize("name", [theme.name for theme in SHIPPED if theme.ansi])
+def test_a_theme_of_16_colours_names_nothing_else(name: str) -> None:
+    theme = next(theme for theme in SHIPPED if theme.name == name)
+    colours = [getattr(theme, part) for part in (*TEXT, *GROUNDS)]
+    colours += [value for key, value in theme.variables.items() if not key.endswith("-style")]
+    assert all(colour.startswith("ansi_") for colour in colours)
+
+
+@pytest.mark.parametrize("name", [theme.name for theme in SHIPPED])
+async def test_every_theme_can_be_switched_to_while_the_app_runs(name: str, private_home: Path) -> None:
+    app = open_on("memory", model=str(config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "▸ NF4")
+        app.theme = name
+        await shows(pilot, "▸ NF4")
+        await pilot.press("p")
+        await shows(pilot, "enter opens")
+
+
+def test_the_users_theme_replaces_a_shipped_one_of_its_name() -> None:
+    _write("harbour", MINE.format(name="harbour", foreground="#eeeeee"))
+    found, problems = load_themes()
+    assert not problems
+    assert [theme.foreground for theme in found if theme.name == "harbour"] == ["#eeeeee"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "name = ",
+        'name = "half"\ndark = true\n',
+        MINE.format(name="bad", foreground="white"),
+        MINE.format(name="bad", foreground="ansi_mauve"),
+        MINE.format(name="Not A Name", foreground="#eeeeee"),
+        MINE.format(name="bad", foreground="#eeeeee") + 'colour = "#ffffff"\n',
+        MINE.format(name="bad", foreground="#eeeeee") + '[variables]\nborder = "#12"\n',
+    ],
+)
+def test_a_theme_that_is_wrong_is_named_and_the_others_load(content: str) -> None:
+    path = _write("bad", content)
+    found, problems = load_themes()
+    assert [theme.name for theme in found] == [theme.name for theme in SHIPPED]
+    assert len(problems) == 1
+    assert str(path) in problems[0].what
+
+
+async def test_the_app_opens_in_spite_of_a_wrong_theme_and_says_so() -> None:
+    _write("bad", "name = ")
+    async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
+        await shows(pilot, "A theme was left out")
+
+
+async def test_a_users_theme_without_variables_works(private_home: Path) -> None:
+    _write("mine", MINE.format(name="mine", foreground="#eeeeee"))
+    app = open_on("memory", theme="mine")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "The recipe names no model")
+        assert app.theme == "mine"
+
+
+def _write(name: str, content: str) -> Path:
+    path = paths.user_themes_dir() / f"{name}.toml"
+    path.write_text(content)
+    return path

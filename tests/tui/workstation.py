@@ -1,0 +1,60 @@
+"""The app opened on one screen, with a real model's config and a card of a given size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from textual.pilot import Pilot
+
+from qlora_tui.recipe.fields import with_value
+from qlora_tui.settings import Settings
+from qlora_tui.tui import app as app_module
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.workbench import Workbench, save_draft
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def config_folder(home: Path, published: str) -> Path:
+    """A folder with the config of a published model: enough for every estimate."""
+    folder = home / "models" / published.rpartition("__")[2]
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(CONFIGS / f"{published}.json", folder / "config.json")
+    return folder
+
+
+def config_of(published: str) -> dict[str, Any]:
+    """The config itself."""
+    content: dict[str, Any] = json.loads((CONFIGS / f"{published}.json").read_text())
+    return content
+
+
+def open_on(mode: str, *, model: str = "", card_gib: float = 24.0, **settings: Any) -> QloraApp:
+    """An app that shows ``mode`` first, its draft on this model."""
+    bench = Workbench()
+    if model:
+        bench.replace(with_value(bench.recipe, "model.id", model))
+    save_draft(bench)
+    return _first_shown(mode)(Settings(card_gib=card_gib, **settings))
+
+
+def open_with_card(mode: str, *, model: str) -> QloraApp:
+    """The same against the card that NVML tells of."""
+    app = _first_shown(mode)()
+    app.workbench.set("model.id", model)
+    return app
+
+
+def _first_shown(mode: str) -> type[QloraApp]:
+    # Textual looks for a style sheet beside the class's own file.
+    styles = Path(app_module.__file__).with_name("app.tcss")
+    return type("OpenedOn", (QloraApp,), {"DEFAULT_MODE": mode, "CSS_PATH": styles})
+
+
+async def settle(pilot: Pilot[Any]) -> None:
+    """Until every worker has said what it had to say."""
+    await pilot.app.workers.wait_for_complete()
+    await pilot.pause()
