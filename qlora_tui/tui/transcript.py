@@ -1,20 +1,40 @@
-"""Keeping what was said in a chat, as Markdown in the run's directory."""
+"""Keeping what was said in a chat, as Markdown: in the run's directory; beside the runs for a base alone."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
+from qlora_tui import paths
+from qlora_tui.chat.terms import Sampling
 from qlora_tui.files import private_dir
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.tui import clock
 
 
-def append_exchange(run: RunDir, prompt: str, answers: dict[str, str]) -> Path:
-    """Add a prompt and its answers to today's transcript; its path."""
-    path = private_dir(run.path / "chats") / time.strftime("%Y%m%d.md")
-    lines = [f"## {time.strftime('%H:%M')}", "", *(f"> {line}" for line in prompt.splitlines()), ""]
+def transcript_path(run: RunDir | None) -> Path:
+    """Today's transcript of a run's chats, or of those with a base alone."""
+    folder = paths.state_dir() / "chats" if run is None else run.path / "chats"
+    return folder / time.strftime("%Y%m%d.md", time.localtime(clock.now()))
+
+
+def append_exchange(
+    run: RunDir | None, prompt: str, answers: dict[str, str], sampling: Sampling, system_prompt: str = ""
+) -> Path:
+    """Add a prompt, how it was asked, and its answers to today's transcript; its path. Raises OSError."""
+    path = transcript_path(run)
+    private_dir(path.parent)
+    settings = ", ".join(
+        f"{name} {getattr(sampling, name):g}"
+        for name in sampling.__struct_fields__
+        if getattr(sampling, name) is not None
+    )
+    lines = [f"## {time.strftime('%H:%M', time.localtime(clock.now()))}", "", f"*{settings}*", ""]
+    if system_prompt:
+        lines += ["**system**", "", system_prompt, ""]
+    lines += [*(f"> {line}" for line in prompt.splitlines()), ""]
     for voice, text in answers.items():
         lines += [f"**{voice}**", "", text, ""]
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
     return path

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from textual.containers import VerticalScroll
-from textual.content import Content
+from textual.containers import Vertical, VerticalScroll
 from textual.widget import Widget
-from textual.widgets import Input, Static
+from textual.widgets import Static
 
 from qlora_tui.chat.sources import of_run
-from qlora_tui.chat.terms import ADAPTER, BASE, ChatSource, Sampling
-from qlora_tui.data.conversation import Message
-from qlora_tui.engine.client import Answer, EngineClient
-from qlora_tui.engine.protocol import ChatReady, Done, Generate, LoadChat, Stage, Text
+from qlora_tui.chat.terms import ChatSource, Sampling
 from qlora_tui.errors import Problem
-from qlora_tui.format import size
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.tui import transcript
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens import chat_words as words
+from qlora_tui.tui.screens.chat_pair import Pair
 from qlora_tui.tui.screens.chat_settings import ChatSettingsScreen
 from qlora_tui.tui.screens.chat_source import ChatSourceScreen, runs_to_talk_to
-from qlora_tui.tui.screens.question import QuestionScreen
-from qlora_tui.tui.transcript import append_exchange
+from qlora_tui.tui.screens.chat_talk import Talking
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
+from qlora_tui.tui.widgets.prompt_box import PromptBox
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-NOBODY = Content.from_markup(
-    "[b]There is nobody to talk to yet.[/b]\n\nA run that has finished, or saved a checkpoint, "
-    "can be talked to. Press [b]5[/b] to launch one."
-)
+_WHILE_TYPING = ("stop", "switch", "scroll_talk")
+"""Actions whose keys are no text: the footer shows no others while a prompt is written."""
 
 
 def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True) -> Command:
@@ -42,60 +36,85 @@ def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_foot
     )
 
 
-class ChatScreen(WorkScreen):
+class ChatScreen(Talking):
     """One prompt, one or two voices."""
 
     MODE = "chat"
     CSS_PATH = "chat.tcss"
+    AUTO_FOCUS = ""
     HELP_TEXT = (
-        "The base and the adapter answer from one copy of the model. Enter sends, escape stops an answer or "
-        "leaves the field; then the keys below work. i goes back to typing."
+        "Base and adapter answer the same prompt with the same seed, from one copy of the model. Escape "
+        "stops an answer, or leaves the field so that the keys below work; i goes back to typing. "
+        "Everything said is kept in the run's chats folder, as Markdown."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = (
         _command("write", "i,enter", "write", "Write", "Type a prompt."),
-        _command("stop", "escape", "stop", "Stop", "Stop the answer, or leave the field."),
+        _command("stop", "escape", "stop", "Stop, keys", "Stop the answer, or leave the field."),
+        _command("voice", "a,ctrl+t", "switch", "On/off", "Switch the adapter off and on: one voice alone."),
+        _command("split", "s", "split", "Split", "Both voices side by side, or one alone."),
+        _command("right", "v", "voice('right')", "Checkpoint", "Another checkpoint of this run."),
         _command(
-            "voice", "a,ctrl+t", "switch_voice", "Adapter on/off", "Talk to the adapter, or to the base."
+            "left",
+            "V",
+            "voice('left')",
+            "Left",
+            "Another voice on the left: compare two checkpoints.",
+            in_footer=False,
         ),
-        _command("split", "s", "split", "Split", "Base and adapter side by side, or one alone."),
-        _command("checkpoint", "v", "next_adapter", "Checkpoint", "Another checkpoint of this run."),
         _command("retry", "r", "retry", "Retry", "Answer the last prompt again."),
-        _command("edit", "e", "edit_last", "Edit", "Change the last prompt.", in_footer=False),
-        _command("settings", "g", "settings", "Settings", "Sampling and system prompt."),
-        _command("source", "m", "choose", "Whom", "Talk to another run."),
+        _command(
+            "edit",
+            "e",
+            "edit_last",
+            "Edit",
+            "Change the last prompt; up in the empty field does it too.",
+            in_footer=False,
+        ),
+        _command(
+            "effect",
+            "f",
+            "effect",
+            "Effect",
+            "Measure on held-out data how far the adapter moves the model.",
+        ),
+        _command("settings", "o", "settings", "Options", "Sampling and system prompt."),
+        _command("source", "m", "choose", "Whom", "Talk to another run, or to a model as it is."),
         _command("clear", "x", "clear", "New", "Begin a new conversation.", in_footer=False),
+        _command("unload", "U", "unload", "Unload", "Give back the model's memory.", in_footer=False),
+        _command("down", "j,down", "scroll_talk(1)", "Down", "Scroll down.", in_footer=False),
+        _command("up", "k,up", "scroll_talk(-1)", "Up", "Scroll up.", in_footer=False),
     )
 
     def __init__(self) -> None:
         super().__init__()
-        self._engine = EngineClient()
-        self._run: RunDir | None = None
-        self._source: ChatSource | None = None
-        self._ready: ChatReady | None = None
-        self._adapter = ADAPTER
-        self._voices: tuple[str, ...] = (BASE, ADAPTER)
-        self._turns: list[ChatTurn] = []
-        self._answers: list[Answer] = []
-        self._sampling = Sampling()
-        self._system_prompt = ""
-        self._may_share_card = False
+        self._called = ""
 
     def compose_body(self) -> Iterable[Widget]:
-        yield Static(id="who")
+        with Vertical(id="chat-head"):
+            yield Static(id="who")
+            yield Static(id="how")
+            yield Static(id="effect", markup=False)
         with VerticalScroll(id="talk", can_focus=False):
-            yield Static(NOBODY, id="nobody")
-        yield Input(placeholder="say something", id="prompt")
-
-    async def on_unmount(self) -> None:
-        """The model's memory goes with the screen."""
-        await self._engine.close()
+            yield Static(words.NOBODY, id="nobody")
+        yield PromptBox(words.HINT, id="prompt")
 
     def on_screen_resume(self) -> None:
         """Talk to the newest run, until another is chosen."""
-        super().on_screen_resume()
-        if self._run is None and (runs := runs_to_talk_to()):
+        if self.source is None and (runs := runs_to_talk_to()):
             self.call_later(self.talk_to, runs[0])
-        self._show_who()
+        self.show_head()
+
+    def on_resize(self) -> None:
+        self.show_head()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys that would be typed are no commands while the field has the focus."""
+        typing = isinstance(self.focused, PromptBox)
+        if action == "stop":
+            return typing or self.busy
+        if typing and action not in _WHILE_TYPING:
+            return not any(action == command.action.partition("(")[0] for command in self.ACTIONS)
+        return super().check_action(action, parameters)
 
     async def talk_to(self, run: RunDir) -> None:
         """Turn to another run; its model is loaded with the first prompt."""
@@ -104,186 +123,156 @@ class ChatScreen(WorkScreen):
         except Problem as problem:
             self.workstation.explain(problem)
             return
-        await self.action_clear()
-        self._run, self._source, self._ready = run, source, None
-        adapters = [voice for voice in source.voices if voice != BASE]
-        self._adapter = adapters[0] if adapters else BASE
-        self._voices = (BASE, self._adapter) if adapters else (BASE,)
-        self._show_who()
-        self.query_one(Input).focus()
+        if run == self.run_dir and source == self.source:
+            self.query_one(PromptBox).focus()
+            return
+        await self._turn_to(source, run, run.id)
 
-    async def on_input_submitted(self, event: Input.Submitted) -> None:
+    async def _turn_to(self, source: ChatSource, run: RunDir | None, name: str) -> None:
+        await self.action_clear()
+        same_base = self.source is not None and self.source.recipe.model == source.recipe.model
+        self.source, self.run_dir, self._called = source, run, name
+        self.pair = Pair.of(source.voices)
+        self.ready = None
+        if not same_base and self.engine.pid is not None:
+            # The one held before is of no more use.
+            await self.engine.close()
+        self.show_effect("")
+        self.show_head()
+        self.query_one(PromptBox).focus()
+
+    async def on_prompt_box_sent(self, event: PromptBox.Sent) -> None:
         """Send the prompt."""
-        if event.value.strip():
-            event.input.value = ""
-            await self._send(event.value.strip())
+        if self.busy:
+            self.query_one(PromptBox).put(event.text)
+            self.notify("It is still answering. Escape stops it.")
+            return
+        await self.send(event.text)
+
+    async def on_prompt_box_recalled(self) -> None:
+        """Up in the empty field: the last prompt again."""
+        await self.action_edit_last()
 
     def action_write(self) -> None:
         """Into the field."""
-        self.query_one(Input).focus()
+        if self.source is not None:
+            self.query_one(PromptBox).focus()
 
-    def action_stop(self) -> None:
-        """Stop every answer; with none growing, leave the field so that keys are commands."""
-        if self._answers:
-            for answer in self._answers:
+    async def action_stop(self) -> None:
+        """Stop what is under way; with nothing under way, leave the field so that keys are commands."""
+        if self.answers:
+            for answer in self.answers:
                 answer.stop()
+        elif self.busy:
+            # A model in the middle of loading hears nothing: its process goes.
+            await self.engine.close()
         else:
             self.set_focus(None)
 
-    def action_switch_voice(self) -> None:
+    def action_switch(self) -> None:
         """From the adapter to the base and back."""
-        self._voices = (BASE,) if self._voices == (self._adapter,) else (self._adapter,)
-        self._show_who()
+        self._choose(self.pair.switched())
 
     def action_split(self) -> None:
         """Two columns, or one."""
-        self._voices = (self._adapter,) if len(self._voices) > 1 else (BASE, self._adapter)
-        self._show_who()
+        self._choose(self.pair.split())
 
-    def action_next_adapter(self) -> None:
-        """The next of the run's checkpoints."""
-        adapters = [voice for voice in self._source.voices if voice != BASE] if self._source else []
-        if not adapters:
-            return
-        before = self._adapter
-        self._adapter = (
-            adapters[(adapters.index(before) + 1) % len(adapters)] if before in adapters else adapters[0]
-        )
-        self._voices = tuple(self._adapter if voice == before else voice for voice in self._voices)
-        self._show_who()
+    def action_voice(self, side: str) -> None:
+        """Another of the run's checkpoints."""
+        self._choose(self.pair.next(side))
 
     async def action_retry(self) -> None:
         """Ask the last prompt again, of the voices chosen now."""
-        if self._turns and not self._answers:
-            turn = self._turns.pop()
-            await turn.remove()
-            await self._send(turn.prompt)
+        if self.turns and not self.busy:
+            await self.send((await self._take_back()).prompt)
 
     async def action_edit_last(self) -> None:
         """Put the last prompt back into the field, and forget its answers."""
-        if self._turns and not self._answers:
-            turn = self._turns.pop()
-            await turn.remove()
-            field = self.query_one(Input)
-            field.value = turn.prompt
-            field.focus()
+        if self.turns and not self.busy:
+            self.query_one(PromptBox).put((await self._take_back()).prompt)
 
     def action_settings(self) -> None:
         """Sampling and system prompt."""
 
         def answered(given: tuple[Sampling, str] | None) -> None:
             if given is not None:
-                self._sampling, self._system_prompt = given
-                self._show_who()
+                self.sampling, self.system_prompt = given
+                self.show_head()
 
-        self.app.push_screen(ChatSettingsScreen(self._sampling, self._system_prompt), answered)
+        self.app.push_screen(ChatSettingsScreen(self.sampling, self.system_prompt), answered)
 
     def action_choose(self) -> None:
         """Another run."""
+        recipe = self.workstation.workbench.recipe
 
-        async def answered(run: RunDir | None) -> None:
-            if run is not None:
-                await self.talk_to(run)
+        async def answered(chosen: RunDir | str | None) -> None:
+            if isinstance(chosen, RunDir):
+                await self.talk_to(chosen)
+            elif chosen is not None:
+                name = recipe.model.id.rstrip("/").rpartition("/")[2]
+                await self._turn_to(ChatSource(recipe=recipe), None, name)
 
-        self.app.push_screen(ChatSourceScreen(), answered)
+        runs = runs_to_talk_to()
+        if runs or recipe.model.id:
+            self.app.push_screen(ChatSourceScreen(runs, recipe.model.id), answered)
+        else:
+            self.notify("No run has an adapter, and the recipe names no model (1).")
 
     async def action_clear(self) -> None:
         """Begin a new conversation."""
-        for answer in self._answers:
+        for answer in self.answers:
             answer.stop()
-        self._turns.clear()
+        self.turns.clear()
         await self.query(ChatTurn).remove()
 
-    async def _send(self, prompt: str) -> None:
-        if self._source is None or self._run is None:
+    async def action_unload(self) -> None:
+        """Give back the memory; the next prompt loads the model again."""
+        await self.engine.close()
+        self.ready = None
+        self.show_head()
+
+    def action_scroll_talk(self, by: int) -> None:
+        """Up or down by some lines."""
+        self.query_one("#talk", VerticalScroll).scroll_relative(y=3 * by, animate=False)
+
+    def action_effect(self) -> None:
+        """Measure what the adapter changes."""
+        if self.pair.single:
+            self.notify("There is no adapter to measure.")
+        elif not self.busy:
+            self.guarded(self.measure)
+
+    def _choose(self, pair: Pair) -> None:
+        if pair == self.pair and self.source is not None:
+            self.notify("There is nobody else in this run.")
+        self.pair = pair
+        self.show_head()
+
+    async def _take_back(self) -> ChatTurn:
+        turn = self.turns.pop()
+        await turn.remove()
+        return turn
+
+    def show_effect(self, sentence: str) -> None:
+        self.query_one("#effect").display = bool(sentence)
+        self.query_one("#effect", Static).update(sentence)
+
+    def show_head(self, doing: str = "") -> None:
+        somebody = self.source is not None
+        self.query_one("#nobody").display = not somebody
+        self.query_one("#chat-head").display = somebody
+        self.query_one(PromptBox).display = somebody
+        if not somebody:
             return
-        active = self.workstation.pulse.active
-        if self._ready is None and active is not None and not self._may_share_card:
-
-            async def answered(yes: bool | None) -> None:
-                self._may_share_card = bool(yes)
-                if yes:
-                    await self._send(prompt)
-
-            question = QuestionScreen(
-                "A run is in training",
-                f"{active.id} is using the card. With the model beside it, either may run out of memory.",
-                yes="Load it all the same",
-            )
-            self.app.push_screen(question, answered)
-            return
-        turn = ChatTurn(prompt, self._voices)
-        self._turns.append(turn)
-        talk = self.query_one("#talk", VerticalScroll)
-        await talk.mount(turn)
-        talk.anchor()
-        self.run_worker(self._answer(turn), group="answers", exit_on_error=True)
-
-    async def _answer(self, turn: ChatTurn) -> None:
-        try:
-            await self._load()
-            await asyncio.gather(*(self._speak(turn, voice) for voice in turn.answers))
-        except Problem as problem:
-            for answer in turn.answers.values():
-                await answer.fail(problem.title)
-            self._ready = None
-            self._show_who()
-            self.workstation.explain(problem)
-            return
-        if self._run is not None:
-            texts = {voice: answer.text for voice, answer in turn.answers.items()}
-            append_exchange(self._run, turn.prompt, texts)
-
-    async def _load(self) -> None:
-        if self._ready is not None or self._source is None:
-            return
-        async for reply in self._engine.ask(LoadChat(source=self._source)):
-            if isinstance(reply, Stage):
-                self._show_who(reply.words)
-            elif isinstance(reply, ChatReady):
-                self._ready = reply
-        self._show_who()
-
-    async def _speak(self, turn: ChatTurn, voice: str) -> None:
-        request = Generate(messages=self._conversation(turn, voice), voice=voice, sampling=self._sampling)
-        answer = self._engine.ask(request)
-        self._answers.append(answer)
-        try:
-            async for reply in answer:
-                if isinstance(reply, Text):
-                    await turn.answers[voice].grow(reply.piece)
-                elif isinstance(reply, Done):
-                    await turn.answers[voice].end(reply.outcome)
-        finally:
-            self._answers.remove(answer)
-
-    def _conversation(self, turn: ChatTurn, voice: str) -> tuple[Message, ...]:
-        """What this voice has heard and said so far; where it was silent, nothing."""
-        messages = [Message("system", self._system_prompt)] if self._system_prompt else []
-        for earlier in self._turns[: self._turns.index(turn)]:
-            said = earlier.answers.get(voice)
-            if said is not None and said.text:
-                messages += [Message("user", earlier.prompt), Message("assistant", said.text)]
-        return (*messages, Message("user", turn.prompt))
-
-    def _show_who(self, doing: str = "") -> None:
-        self.query_one("#nobody").display = self._run is None
-        self.query_one(Input).display = self._run is not None
-        if self._run is None:
-            self.query_one("#who", Static).update("")
-            return
-        state = doing or ("loads with the first prompt" if self._ready is None else _held(self._ready))
-        voices = " | ".join(self._voices)
-        self.query_one("#who", Static).update(
-            Content.assemble((self._run.id, "bold"), f"  {voices}  ", (state, "dim"))
-        )
+        state = doing or (words.held(self.ready) if self.ready else "loads with the first prompt")
+        self.query_one("#who", Static).update(words.who(self._called, self.pair, state))
+        path = transcript.transcript_path(self.run_dir)
+        width = self.query_one("#how").content_size.width
+        line = words.how(self.sampling, self.system_prompt, path if path.exists() else None, width)
+        self.query_one("#how", Static).update(line)
 
 
 async def show_chat(app: QloraApp, run: RunDir) -> None:
     """Go to the chat and talk to ``run``."""
     await app.switch_mode("chat")
     await cast("ChatScreen", app.screen).talk_to(run)
-
-
-def _held(ready: ChatReady) -> str:
-    return f"{ready.device}, {ready.dtype}, {size(ready.held_bytes)}"

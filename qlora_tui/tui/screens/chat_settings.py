@@ -7,27 +7,31 @@ from typing import Any, ClassVar
 import msgspec
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
+from textual.containers import Horizontal, VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import Input, Label, Static
+from textual.widgets import Input, Label, Static, TextArea
 
 from qlora_tui.chat.terms import Sampling
 
 _HELP = {
-    "temperature": "temperature: 0 always takes the likeliest token",
-    "top_p": "top p: only the likeliest tokens that together have this probability",
-    "top_k": "top k: only so many of the likeliest tokens; 0 is all",
-    "repetition_penalty": "repetition penalty: above 1, less of what was said already",
-    "max_new_tokens": "most new tokens",
-    "seed": "seed: the same answer again; empty is another each time",
+    "temperature": "0 always takes the likeliest token",
+    "top_p": "only the likeliest that together have this probability",
+    "top_k": "only so many of the likeliest; 0 is all",
+    "repetition_penalty": "above 1: less of what was said already",
+    "max_new_tokens": "an answer is cut off there",
+    "seed": "same again; empty is another each time",
 }
+_LABELS = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "most tokens"}
 
 
-class ChatSettingsScreen(ModalScreen[tuple[Sampling, str]]):
+class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
     """Gives sampling and system prompt; None when closed with Escape."""
 
-    CSS_PATH = "modal.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
+    CSS_PATH = ["modal.tcss", "fields.tcss", "chat_settings.tcss"]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss(None)", "Close"),
+        Binding("ctrl+s", "take", "Take", priority=True),
+    ]
 
     def __init__(self, sampling: Sampling, system_prompt: str) -> None:
         super().__init__()
@@ -35,31 +39,52 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str]]):
         self._system_prompt = system_prompt
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="card") as card:
+        with VerticalScroll(classes="card", can_focus=False) as card:
             card.border_title = "How to answer"
-            card.border_subtitle = "enter takes them · esc closes"
+            card.border_subtitle = "tab next · enter or ^s takes them · esc closes"
             yield Label("system prompt")
-            yield Input(self._system_prompt, name="system", compact=True)
+            yield TextArea(self._system_prompt, id="system", soft_wrap=True, tab_behavior="focus")
             for name, value in msgspec.structs.asdict(self._sampling).items():
-                yield Label(_HELP[name])
-                yield Input("" if value is None else f"{value:g}", name=name, compact=True)
-            yield Static("", id="wrong", classes="fix")
+                with Horizontal(classes="field"):
+                    yield Label(_LABELS.get(name, name.replace("_", " ")))
+                    yield Input("" if value is None else f"{value:g}", name=name, compact=True)
+                    yield Static(_HELP[name], classes="quiet help", markup=False)
+            yield Static("", id="wrong", markup=False)
+
+    def on_mount(self) -> None:
+        self.query_one(Input).focus()
 
     def on_input_submitted(self) -> None:
+        """Enter in any of the figures."""
+        self.action_take()
+
+    def action_take(self) -> None:
         """Take the fields if they are right, else say what is wrong."""
         given = {field.name or "": field.value.strip() for field in self.query(Input)}
-        system_prompt = given.pop("system")
         try:
-            numbers: dict[str, Any] = {name: _number(text) for name, text in given.items()}
+            numbers: dict[str, Any] = {name: _number(name, text) for name, text in given.items()}
             sampling = msgspec.convert(numbers, Sampling)
         except (ValueError, msgspec.ValidationError) as error:
-            self.query_one("#wrong", Static).update(f"✗ {error}")
+            self.query_one("#wrong", Static).update(f"✗ {_words(error)}")
             return
-        self.dismiss((sampling, system_prompt))
+        self.dismiss((sampling, self.query_one(TextArea).text.strip()))
 
 
-def _number(text: str) -> float | int | None:
-    if not text:
+def _number(name: str, text: str) -> float | int | None:
+    if not text and name == "seed":
         return None
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{_LABELS.get(name, name.replace('_', ' '))} must be a number.") from None
     return int(value) if value.is_integer() else value
+
+
+def _words(error: Exception) -> str:
+    """msgspec's ``Expected `float` <= 5.0 - at `$.temperature` `` as people would say it."""
+    text = str(error)
+    what, _, where = text.partition(" - at `$.")
+    if not where:
+        return text
+    name = where.rstrip("`")
+    return f"{_LABELS.get(name, name.replace('_', ' '))}: {what[0].lower()}{what[1:].replace('`', '')}."

@@ -1,4 +1,4 @@
-"""Choosing whom to talk to: a run with an adapter or checkpoints."""
+"""Choosing whom to talk to: a run with an adapter or checkpoints, or the recipe's model as it is."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import OptionList
-from textual.widgets.option_list import Option
 
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
+from qlora_tui.tui.widgets.vi_list import ViList
+
+BASE_ALONE = "base"
 
 
 def runs_to_talk_to() -> list[RunDir]:
@@ -23,36 +25,41 @@ def runs_to_talk_to() -> list[RunDir]:
     ]
 
 
-class ChatSourceScreen(ModalScreen[RunDir]):
-    """Gives the run chosen; None when closed with Escape."""
+class ChatSourceScreen(ModalScreen[RunDir | str | None]):
+    """Gives the run chosen, ``BASE_ALONE`` for the recipe's model, None when closed with Escape."""
 
-    CSS_PATH = "modal.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "dismiss(None)", "Close"),
-        Binding("j", "move(1)", show=False),
-        Binding("k", "move(-1)", show=False),
-    ]
+    CSS_PATH = ["modal.tcss", "chat_source.tcss"]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
 
-    def __init__(self) -> None:
+    def __init__(self, runs: list[RunDir], model: str) -> None:
         super().__init__()
-        self._runs = runs_to_talk_to()
+        self._runs = {run.id: run for run in runs}
+        self._model = model
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="card") as card:
             card.border_title = "Talk to"
             card.border_subtitle = "enter chooses · esc closes"
-            yield OptionList(*(Option(_line(run)) for run in self._runs))
+            yield ViList(id="chat-sources")
+
+    def on_mount(self) -> None:
+        lines = [(run.id, _line(run)) for run in self._runs.values()]
+        if self._model:
+            name = self._model.rstrip("/").rpartition("/")[2]
+            lines.append((BASE_ALONE, Content.assemble(name, ("  the recipe's model, untrained", "dim"))))
+        self.query_one(ViList).show(lines)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Choose it."""
-        self.dismiss(self._runs[event.option_index])
-
-    def action_move(self, by: int) -> None:
-        """As the arrows do."""
-        options = self.query_one(OptionList)
-        options.action_cursor_down() if by > 0 else options.action_cursor_up()
+        chosen = event.option_id or ""
+        self.dismiss(self._runs.get(chosen, chosen))
 
 
 def _line(run: RunDir) -> Content:
     status = read_status(run)
-    return Content.assemble(run.id, (f"  {status.state}, step {status.step:,}", "dim"))
+    loss = f", loss {status.loss:.3g}" if status.loss is not None else ""
+    checkpoints = len(run.checkpoints())
+    more = f", {checkpoints} checkpoint{'s' if checkpoints != 1 else ''}" if checkpoints else ""
+    return Content.assemble(
+        (run.id, "bold"), (f"\n  {status.state} at step {status.step:,}{loss}{more}", "dim")
+    )

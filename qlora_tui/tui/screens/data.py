@@ -115,7 +115,6 @@ class DataScreen(DataEdits):
                     yield ViList(id="problems")
 
     def on_mount(self) -> None:
-        super().on_mount()
         self.query_one("#sample-scroll").focus()
 
     async def on_unmount(self) -> None:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
-from textual.widgets import Markdown, Static
-from textual.widgets.markdown import MarkdownStream
+from textual.content import Content
+from textual.widgets import Static
 
 from qlora_tui.chat.terms import Outcome
-from qlora_tui.format import figure
+from qlora_tui.errors import Problem
+from qlora_tui.format import duration, figure
+from qlora_tui.tui.widgets.answer_text import AnswerText
+
+_ENDINGS = {
+    "turn end": "ended its turn",
+    "most tokens": "cut off: most tokens",
+    "context full": "context full",
+}
 
 
 class VoiceAnswer(Vertical):
@@ -20,56 +28,68 @@ class VoiceAnswer(Vertical):
         height: auto;
         padding: 0 1;
     }
-    VoiceAnswer .voice {
-        height: 1;
-        color: $text-muted;
+    VoiceAnswer.-beside {
+        border-left: solid $panel;
     }
-    VoiceAnswer Markdown {
+    VoiceAnswer Static {
         height: auto;
-        margin: 0;
-        padding: 0;
-        background: $background;
+    }
+    VoiceAnswer .voice {
+        text-wrap: nowrap;
+        text-overflow: ellipsis;
     }
     """
 
-    def __init__(self, voice: str) -> None:
-        super().__init__()
+    def __init__(self, voice: str, *, beside: bool) -> None:
+        super().__init__(classes="-beside" if beside else "")
         self.voice = voice
         self.text = ""
-        self._stream: MarkdownStream | None = None
+        self.outcome: Outcome | None = None
 
     def compose(self) -> ComposeResult:
-        yield Static(f"{self.voice} …", classes="voice", markup=False)
-        yield Markdown("")
+        yield Static(voice_line(self.voice, "…"), classes="voice")
+        yield AnswerText()
+        yield Static("", classes="trouble")
 
     async def grow(self, piece: str) -> None:
-        """Add a piece; the stream puts several together where painting is slow."""
-        if self._stream is None:
-            self._stream = Markdown.get_stream(self.query_one(Markdown))
+        """Add a piece."""
         self.text += piece
-        await self._stream.write(piece)
+        await self.query_one(AnswerText).grow(piece)
 
     async def end(self, outcome: Outcome) -> None:
         """Say how it ended and how fast it was."""
-        await self._stop_stream()
-        self.text = outcome.text
-        self._say(
-            f"{self.voice} · {outcome.new_tokens} tokens, {outcome.tokens_per_s:.0f}/s, "
-            f"first after {figure(outcome.first_token_s, 2)} s · {outcome.ending}"
+        await self.query_one(AnswerText).finish()
+        self.text, self.outcome = outcome.text, outcome
+        self.query_one(".voice", Static).update(voice_line(self.voice, outcome_words(outcome)))
+        under = _ENDINGS.get(outcome.ending, "" if outcome.text.strip() else "ended its turn at once")
+        if under:
+            self.query_one(".trouble", Static).update(Content.styled(f"■ {under}", "dim"))
+
+    async def fail(self, problem: Problem) -> None:
+        """Say why there is no answer, or no more of it."""
+        await self.query_one(AnswerText).finish()
+        self.query_one(".voice", Static).update(voice_line(self.voice, "no answer"))
+        why = f"\n{problem.why}" if problem.why else ""
+        fix = f"\n▸ {problem.fix}" if problem.fix else ""
+        self.query_one(".trouble", Static).update(
+            Content.assemble(
+                (f"✗ {problem.title}\n", "$error bold"), problem.what, (why, "dim"), (fix, "$accent")
+            )
         )
 
-    async def fail(self, words: str) -> None:
-        """Say that there is no answer."""
-        await self._stop_stream()
-        self._say(f"{self.voice} · {words}")
 
-    def _say(self, words: str) -> None:
-        self.query_one(".voice", Static).update(words)
+def voice_line(voice: str, words: str) -> Content:
+    """The line over an answer."""
+    return Content.assemble((f" {voice} ", "reverse"), (f" {words}", "dim"))
 
-    async def _stop_stream(self) -> None:
-        if self._stream is not None:
-            await self._stream.stop()
-            self._stream = None
+
+def outcome_words(outcome: Outcome) -> str:
+    """``34 tok 12.1/s first 0.4 s``."""
+    speed = f" {figure(outcome.tokens_per_s, 3)}/s" if outcome.tokens_per_s else ""
+    first = (
+        f"{outcome.first_token_s:.1f} s" if outcome.first_token_s < 10 else duration(outcome.first_token_s)
+    )
+    return f"{outcome.new_tokens} tok{speed} first {first}" if outcome.new_tokens else "nothing"
 
 
 class ChatTurn(Vertical):
@@ -94,7 +114,9 @@ class ChatTurn(Vertical):
     def __init__(self, prompt: str, voices: tuple[str, ...]) -> None:
         super().__init__()
         self.prompt = prompt
-        self.answers = {voice: VoiceAnswer(voice) for voice in voices}
+        self.answers = {
+            voice: VoiceAnswer(voice, beside=number > 0) for number, voice in enumerate(dict.fromkeys(voices))
+        }
 
     def compose(self) -> ComposeResult:
         yield Static(f"▸ {self.prompt}", classes="prompt", markup=False)

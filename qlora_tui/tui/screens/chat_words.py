@@ -1,0 +1,67 @@
+"""What the Chat screen says, as text with styles. No widget here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from textual.content import Content
+
+from qlora_tui.chat.terms import Sampling
+from qlora_tui.engine.protocol import ChatReady
+from qlora_tui.format import figure, short_path, size
+from qlora_tui.tui.screens.chat_pair import Pair
+
+NOBODY = Content.from_markup(
+    "[b]Nobody to talk to yet.[/b]\n\nA run has somebody as soon as it has saved a checkpoint. "
+    "Press [b]5[/b] to launch one.\n\nOr press [b]m[/b] to talk to the model of the recipe as it is, "
+    "before any training."
+)
+HINT = "say something: enter sends, ^j breaks the line, esc for keys"
+
+
+def who(name: str, pair: Pair, state: str) -> Content:
+    """Whom it is that is talked to, and how things stand."""
+    parts: list[Content | str | tuple[str, str]] = [(name, "bold"), "  "]
+    for number, voice in enumerate(dict.fromkeys((pair.left, pair.right))):
+        if number:
+            parts.append(" ")
+        on = voice in pair.asked
+        parts.append((f" {voice} ", "reverse" if on else "dim"))
+    return Content.assemble(*parts, (f"  {state}", "dim"))
+
+
+def held(ready: ChatReady) -> str:
+    """``RTX 4090 bfloat16, 5.2 GiB, 32,768 tokens``."""
+    return f"{ready.device} {ready.dtype}, {size(ready.held_bytes)}, {ready.context_tokens:,} tokens"
+
+
+def how(sampling: Sampling, system_prompt: str, kept: Path | None, width: int) -> Content:
+    """How answers are chosen, and where they are kept."""
+    parts = ["always the likeliest token" if not sampling.temperature else _sampling_words(sampling)]
+    parts.append(f"≤ {sampling.max_new_tokens} tokens")
+    if sampling.seed is not None:
+        parts.append(f"seed {sampling.seed}")
+    if system_prompt:
+        parts.append("system: " + " ".join(system_prompt.split()))
+    line = " · ".join(parts)
+    if kept is None:
+        return Content.styled(line[:width], "dim")
+    place = f"kept in {short_path(kept)}"
+    room = width - len(line)
+    if len(place) + 2 > room:
+        place = f"kept in …/{kept.parent.name}/{kept.name}"
+    if len(place) + 2 > room:
+        line = line[: max(0, width - len(place) - 3)] + "…"
+        room = width - len(line)
+    return Content.styled(line + " " * (room - len(place)) + place, "dim")
+
+
+def _sampling_words(sampling: Sampling) -> str:
+    words = [f"temp {figure(sampling.temperature, 3)}"]
+    if sampling.top_p < 1:
+        words.append(f"top-p {figure(sampling.top_p, 3)}")
+    if sampling.top_k:
+        words.append(f"top-k {sampling.top_k}")
+    if sampling.repetition_penalty != 1:
+        words.append(f"penalty {figure(sampling.repetition_penalty, 3)}")
+    return " · ".join(words)
