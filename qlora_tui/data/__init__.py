@@ -2,15 +2,17 @@
 
 From the outside in:
 
-* ``read``: rows out of JSON, JSONL, CSV, TSV, Parquet and text files, plain or compressed.
+* ``open_file``, ``json_rows``, ``read``, ``row``, ``row_at``: rows out of JSON, JSONL, CSV, TSV, Parquet,
+  Arrow and text files, plain or compressed. ``hub`` and ``hub_fetch``: datasets of the hub.
 * ``formats`` (with ``chat_formats`` and ``pair_formats``): which format rows are in, and conversations from
-  them.
-* ``conversation``: what a conversation is.
+  them. ``conversation``: what a conversation is. ``sources``: the recipe's sources as such files.
 * ``tokenizer``, ``template``, ``traits``, ``stock_templates``: a model's tokenizer and chat template, without
   transformers.
-* ``render``, ``spans``: token ids and the mask of what is trained.
-* ``dataset``, ``store``, ``split``, ``lengths``: the tokenized set on disk that the trainer maps.
-* ``inspect``, ``problems``: what is wrong with a file, before a run.
+* ``spans``, ``render``: token ids of a conversation, and the mask of what is trained.
+* ``examine`` (with ``checks``, ``lengths``, ``key_table``, ``near_duplicates``, ``problems``): every row
+  rendered, fitted, checked and counted; ``untrained``: tokens the model has never learned.
+* ``dataset`` (with ``split``, ``store``): the tokenized set on disk that the trainer maps.
+* ``inspect`` (with ``statistics``, ``report``): what is to be said of a file before a run.
 
 Nothing here imports torch or transformers: the Data screen and the trainer share this code, so what
 the screen shows is what is trained.

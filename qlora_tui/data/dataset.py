@@ -11,6 +11,7 @@ import errno
 import hashlib
 import shutil
 import tempfile
+import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Recipe, Source
 
+_KEPT_UNUSED_S = 60 * 24 * 3600
+_KEPT_UNFINISHED_S = 3 * 24 * 3600
 _RENDERING = 1
 """Raised when the same data and settings come to give other tokens."""
 
@@ -92,7 +95,9 @@ def prepare(
     weights = [source.weight for source in sources]
     found = _load(folder, weights, cached=True)
     if found is not None:
+        (folder / "meta.json").touch()
         return found
+    _forget_old_sets(folder.parent)
     made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
         _make(made, recipe, files, tokenizer, validation_source, progress)
@@ -107,6 +112,18 @@ def prepare(
     prepared = _load(folder, weights, cached=False)
     assert prepared is not None
     return prepared
+
+
+def _forget_old_sets(folder: Path) -> None:
+    """Delete sets that no run has asked for in a long time, and what killed processes have left."""
+    for old in folder.iterdir():
+        sign = old if old.name.startswith(".making-") else old / "meta.json"
+        kept_s = _KEPT_UNFINISHED_S if sign is old else _KEPT_UNUSED_S
+        try:
+            if time.time() - sign.stat().st_mtime > kept_s:
+                shutil.rmtree(old, ignore_errors=True)
+        except FileNotFoundError:
+            continue
 
 
 def _make(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -218,6 +219,25 @@ def test_left_over_work_of_a_killed_process_does_not_disturb(tmp_path: Path) -> 
          "trained_counts.u32", "validation.u32"]
     )  # fmt: skip
     assert Store(folder).tokens.readonly
+
+
+def test_sets_nobody_asks_for_are_deleted_in_the_end(tmp_path: Path) -> None:
+    old = prepare(recipe(write(tmp_path / "a.jsonl", pairs(20))), family("chatml")).folder
+    fresh = prepare(recipe(write(tmp_path / "b.jsonl", pairs(21))), family("chatml")).folder
+    (dead := old.parent / ".making-dead").mkdir()
+    for path in (old / "meta.json", dead):
+        os.utime(path, (0, 0))
+    prepare(recipe(write(tmp_path / "c.jsonl", pairs(22))), family("chatml"))
+    assert (old.exists(), fresh.exists(), dead.exists()) == (False, True, False)
+
+
+def test_a_set_that_is_asked_for_is_kept(tmp_path: Path) -> None:
+    made = recipe(write(tmp_path / "a.jsonl", pairs(20)))
+    folder = prepare(made, family("chatml")).folder
+    os.utime(folder / "meta.json", (0, 0))
+    assert prepare(made, family("chatml")).cached
+    prepare(recipe(write(tmp_path / "b.jsonl", pairs(21))), family("chatml"))
+    assert folder.exists()
 
 
 SAMPLE = Rendered(list(range(10)), b"\x00\x00\x00\x01\x01\x00\x00\x00\x01\x01")
