@@ -13,7 +13,14 @@ from textual.widgets import Static
 
 from qlora_tui.tui.commands import EVERYWHERE, Command
 
-_KEY_NAMES = {"question_mark": "?", "space": "space", "enter": "enter", "escape": "esc", "slash": "/"}
+_KEY_NAMES = {
+    "question_mark": "?",
+    "escape": "esc",
+    "slash": "/",
+    "plus": "+",
+    "minus": "-",
+    "equals_sign": "=",
+}
 
 
 class HelpScreen(ModalScreen[None]):

@@ -22,6 +22,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.screens.runs_table import MARKS
+from qlora_tui.tui.screens.train_follow import smoothing_window
 from qlora_tui.tui.widgets.axis import Axis, rounded, so_far
 from qlora_tui.tui.widgets.graph import Curve, Graph, Plot, overall
 from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace
@@ -51,7 +52,7 @@ def read(run: RunDir) -> Compared:
     """A run as it is compared. Used in a thread."""
     view, _ = RunView.sketched(run, _STEPS)
     series = view.series
-    smoother = Smoother(series.loss)
+    smoother = Smoother(series.loss, smoothing_window(len(series)))
     smoother.grow()
     envelope = Envelope(smoother.column)
     envelope.grow()

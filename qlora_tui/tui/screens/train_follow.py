@@ -24,6 +24,7 @@ from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace
 LONG_BYTES = 8 << 20
 """Of events: some 40,000 steps. Of a longer run only a sample of the steps is held."""
 _SKETCH_STEPS = 20_000
+_LEAST_WINDOW, _MOST_WINDOW = 4, 100
 _HISTORY = 240
 """Telemetry samples kept for the charts: four minutes."""
 _MOST_ENTRIES = 2000
@@ -101,6 +102,8 @@ class _Columns:
             self.smoother.restart()
             for envelope in self.envelopes.values():
                 envelope.forget_from(0)
+        if self.smoother.over(smoothing_window(self.view.total_steps)):
+            self.envelopes["smooth"].forget_from(0)
         self.smoother.grow()
         for envelope in self.envelopes.values():
             envelope.grow()
@@ -114,6 +117,11 @@ class _Columns:
             traces = {name: envelope.trace(steps, from_step) for name, envelope in self.envelopes.items()}
             self._curves, self._drawn_for = Curves(**traces), drawn_for
         return self._curves
+
+
+def smoothing_window(total_steps: int) -> float:
+    """Steps that the running mean looks back over: a thirtieth of the run, so that its trend shows."""
+    return float(min(max(total_steps / 30, _LEAST_WINDOW), _MOST_WINDOW))
 
 
 class Follower:

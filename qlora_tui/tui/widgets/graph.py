@@ -197,12 +197,12 @@ def _row(canvas: _Canvas, row: int) -> Content:
 
 
 def _legend(what: Plot, gutter: int, width: int) -> Content:
-    line = Content.styled(f"{what.y.unit:>{gutter}} ", "dim")
-    for text, style in what.legend:
-        item = Content.styled(text, style)
+    line = Content.styled(f"{what.y.unit:>{gutter}}", "dim")
+    for number, (text, style) in enumerate(what.legend):
+        item = Content("  " if number else " ") + Content.styled(text, style)
         if line.cell_length + item.cell_length > width:
             break
-        line += item + "  "
+        line += item
     return line
 
 

@@ -117,17 +117,18 @@ class Smoother:
     correction of Adam (Kingma and Ba 2015, section 3). What is not finite is passed over.
     """
 
-    def __init__(self, column: array[float], beta: float = 0.95) -> None:
+    def __init__(self, column: array[float], window: float = 20.0) -> None:
         self.column = array("d")
         """NaN before the first finite value."""
         self._source = column
-        self._beta = beta
+        self._window = window
+        """In values: β = 1 - 1 / window."""
         self._mean = math.nan
         self._decay = 1.0
 
     def grow(self) -> None:
         """Take in what was appended to the source."""
-        mean, decay, beta = self._mean, self._decay, self._beta
+        mean, decay, beta = self._mean, self._decay, 1 - 1 / self._window
         append = self.column.append
         for value in self._source[len(self.column) :]:
             if math.isfinite(value):
@@ -135,6 +136,14 @@ class Smoother:
                 mean = value if mean != mean else mean + (value - mean) * (1 - beta) / (1 - decay)
             append(mean)
         self._mean, self._decay = mean, decay
+
+    def over(self, window: float) -> bool:
+        """Smooth over so many values; True where that is another number and all is reckoned anew."""
+        if window == self._window:
+            return False
+        self._window = window
+        self.restart()
+        return True
 
     def restart(self) -> None:
         """Values were replaced: begin again from the first."""
