@@ -34,7 +34,12 @@ from qlora_tui.engine.protocol import (
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Model, Recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="module"),
+    # One engine for all of them, so one worker.
+    pytest.mark.xdist_group("engine"),
+]
 
 QUESTION = (Message("user", "what is the colour of the fox"),)
 SHORT = Generate(
@@ -175,7 +180,7 @@ async def main():
     async with EngineClient() as engine:
         async for _ in engine.ask(LoadChat(source=source)):
             pass
-        async for _ in engine.ask(ENDLESS):
+        async for _ in engine.ask(msgspec.structs.replace(ENDLESS, voice="base")):
             print(engine.pid, flush=True)
 
 asyncio.run(main())
