@@ -111,7 +111,7 @@ def detect(
     for format_ in [wanted] if wanted != "auto" else _PARTS:
         if wanted == "auto" and not mapping.keys() <= {*_PARTS[format_], *_OPTIONAL[format_]}:
             continue
-        found = _columns(format_, values, mapping)
+        found = _columns(format_, values, mapping, by_hand=wanted != "auto")
         if found is None or (wanted == "auto" and mapping and not mapping.keys() & _PARTS[format_].keys()):
             continue
         layout = Layout(format_, found, names)
@@ -178,11 +178,16 @@ def _as_fields(value: Any) -> dict[str, Any]:
     return {}
 
 
-def _columns(format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str]) -> dict[str, str] | None:
-    """Column by part where most rows have all a format needs, else None."""
+def _columns(
+    format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], by_hand: bool
+) -> dict[str, str] | None:
+    """Column by part where most rows have all a format needs, else None.
+
+    A format chosen ``by_hand`` takes turns of either spelling.
+    """
     found: dict[str, str] = {}
     for part, names in _PARTS[format_].items():
-        column = mapping.get(part) or _pick(format_, part, names, values, taken=found.values())
+        column = mapping.get(part) or _pick(format_, part, names, values, found.values(), by_hand)
         if not column:
             return None
         found[part] = column
@@ -194,27 +199,33 @@ def _columns(format_: str, values: list[dict[str, Any]], mapping: Mapping[str, s
 
 
 def _pick(
-    format_: str, part: str, names: tuple[str, ...], values: list[dict[str, Any]], taken: Iterable[str]
+    format_: str,
+    part: str,
+    names: tuple[str, ...],
+    values: list[dict[str, Any]],
+    taken: Iterable[str],
+    by_hand: bool,
 ) -> str:
     """The column that plays a part in at least half of the rows."""
     taken = set(taken)
     spelled = {c.lower(): c for v in values for c in v}
+    candidates = [spelled[n] for n in names if n in spelled]
     if part == "messages":
-        candidates = [spelled[n] for n in names if n in spelled]
         candidates += [c for c in spelled.values() if c not in candidates and c.lower() not in _HALVES]
-        fits: Callable[[Any], bool] = lambda v: _turn_format(v) == format_  # noqa: E731
+        kinds = ("messages", "sharegpt") if by_hand else (format_,)
+    elif part in ("prompt", "completion"):
+        kinds = ("", "messages", "sharegpt")
     else:
-        candidates = [spelled[n] for n in names if n in spelled]
-        fits = lambda v: part in ("prompt", "completion") or not turn_keys(v)  # noqa: E731
+        kinds = ("",)
     for column in candidates:
-        if column not in taken and 2 * sum(column in v and fits(v[column]) for v in values) >= max(
-            1, len(values)
-        ):
+        fitting = sum(column in v and _turn_format(v[column]) in kinds for v in values)
+        if column not in taken and 2 * fitting >= max(1, len(values)):
             return column
     return ""
 
 
 def _turn_format(value: Any) -> str:
+    """``messages`` or ``sharegpt`` for a list of turns, else empty."""
     keys = turn_keys(value)
     if keys is None:
         return ""

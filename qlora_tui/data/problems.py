@@ -121,6 +121,17 @@ CHECKS: dict[str, Check] = {
 """Every kind there is."""
 
 
+NOTES: dict[str, str] = {
+    "system-in-user": "The template has no system role: the system prompt is put before the first question.",
+    "tools-as-text": "The template cannot describe tools: they are described in the system prompt.",
+    "calls-as-text": "The template has no tool calls: they are written into the answer.",
+    "tool-as-user": "The template has no tool role: what tools answer is given as a user turn.",
+    "control-tokens": "Control tokens inside a text are learned as ordinary text.",
+    "answer-changed": "The template changes what the answer says.",
+}
+"""What was changed so that the template keeps it: the notes of a report and of a sample, in words."""
+
+
 class DataProblem(Struct, frozen=True):
     """One kind of problem in one source."""
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from qlora_tui.data.inspect import inspect, show
-from qlora_tui.data.problems import CHECKS, KEPT_ROWS, Tally
+from qlora_tui.data.problems import CHECKS, KEPT_ROWS, NOTES, Tally
+from qlora_tui.data.render import render
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data, Source
 from tests.data.families import CHATML, MARKED, STRIPS, family, tokenizer_for, tokenizer_json
+from tests.data.shapes import conversation
 
 WITHOUT_END = MARKED.replace(
     "{{- m.content + '<|im_end|>' -}}{%- endgeneration -%}",
@@ -195,6 +197,15 @@ def test_one_row_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     path.write_text(json.dumps(pair("caf\ufffd", "<|im_end|>")))
     findings = show(Source(path=str(path)), 1, family("chatml")).findings
     assert [kind for kind, _ in findings] == ["encoding-damage", "control-tokens"]
+
+
+def test_every_note_has_words() -> None:
+    notes = set()
+    for name in ("no-system", "chatml", "tools"):
+        for shape in ("system", "tool"):
+            notes |= set(render(conversation(shape), family(name))[0].notes)
+    assert notes
+    assert notes <= NOTES.keys()
 
 
 def test_a_tally_keeps_the_first_rows_and_counts_the_rest() -> None:

@@ -226,6 +226,11 @@ def test_mapping_errors_offer_the_near_match() -> None:
     assert "'prompt'" in part.value.fix
 
 
+def test_turns_are_read_in_either_spelling_when_the_format_is_set_by_hand() -> None:
+    assert read({"messages": CHAT}, "sharegpt")[1].messages == PLAIN
+    assert read({"conversations": SHAREGPT}, "messages")[1].messages == PLAIN
+
+
 def test_every_format_lists_its_parts() -> None:
     assert parts_of("alpaca")[:2] == ("instruction", "output")
     assert "label_names" in parts_of("label")
