@@ -212,7 +212,7 @@ def _pick(
     candidates = [spelled[n] for n in names if n in spelled]
     if part == "messages":
         candidates += [c for c in spelled.values() if c not in candidates and c.lower() not in _HALVES]
-        kinds = ("messages", "sharegpt") if by_hand else (format_,)
+        kinds: tuple[str, ...] = ("messages", "sharegpt") if by_hand else (format_,)
     elif part in ("prompt", "completion"):
         kinds = ("", "messages", "sharegpt")
     else:
