@@ -23,7 +23,7 @@ VERBS = {
     "models": ("models", "List models on this machine; with a query, on the hub too."),
     "estimate": ("estimate", "Predict a recipe's memory, item by item."),
     "data": ("data", "Look a data file over, or show one row as the model will see it."),
-    "presets": ("presets", "List presets, or show one."),
+    "presets": ("presets", "List presets, show one, or print every setting."),
     "train": ("train", "Queue a training run and follow it."),
     "runs": ("runs", "List every run and the queue."),
     "attach": ("runs", "Show a run from its first event and follow it."),

@@ -7,12 +7,18 @@ import argparse
 import msgspec
 
 from qlora_tui.cli.verb import Outcome, Verb, table
+from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.presets import find
 from qlora_tui.recipe.presets import presets as all_presets
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.toml import dump
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    """List presets, or show one as its file has it."""
+    """List presets, show one as its file has it, or every setting there is."""
+    if args.action == "reference":
+        settings = {path: msgspec.to_builtins(field.default) for path, field in fields().items()}
+        return Outcome(data={"settings": settings}, text=dump(Recipe(), comments=True).rstrip())
     if args.action == "show":
         preset = find(args.name)
         return Outcome(
@@ -42,10 +48,12 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="show NAME")
+    actions = parser.add_subparsers(dest="action", metavar="show|reference")
     one = actions.add_parser("show", help="print one preset")
     one.add_argument("name", metavar="NAME")
-    one.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+    every = actions.add_parser("reference", help="print every setting: default, bounds, and what it does")
+    for action in (one, every):
+        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
 
 
 VERBS = {"presets": Verb(run, _arguments)}

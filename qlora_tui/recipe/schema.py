@@ -1,7 +1,7 @@
 """Every setting of a run, declared once.
 
 From these declarations come the TOML keys, ``--set section.key=value``, the forms of the app,
-validation and ``qlora-tui presets --reference``. A setting's ``Meta`` holds its label (``title``), its
+validation and ``qlora-tui presets reference``. A setting's ``Meta`` holds its label (``title``), its
 one-line help (``description``), its bounds, and what it does to memory (``extra["memory"]``).
 """
 

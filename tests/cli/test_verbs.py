@@ -72,6 +72,13 @@ def test_presets_are_listed_and_shown(call: Call) -> None:
     assert "rank = 64" in call("presets", "show", "paper").out
 
 
+def test_the_reference_has_every_setting_with_what_it_does(call: Call) -> None:
+    said = call("presets", "reference")
+    assert "Width of the two thin matrices" in said.out
+    assert "from 1 to 1,024" in said.out
+    assert call("presets", "reference", "--json").json["settings"]["lora.rank"] == 16
+
+
 def test_an_estimate_has_items_tiers_verdicts_and_what_fits(call: Call, qwen: Path) -> None:
     found = call("estimate", "--model", str(qwen), "--gpu-gib", "24", "--json").json
     nf4, fp16 = found["precisions"]["nf4"], found["precisions"]["fp16"]

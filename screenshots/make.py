@@ -1,0 +1,157 @@
+"""Draws the pictures of the README again: ``make screenshots``.
+
+``recorded/`` is a real run of ``qlora-tui demo``, as its trainer wrote it. It is laid into a home of its own
+and shown by the app itself; nothing is drawn by hand. The data shown are the demo's, through the demo's
+tokenizer, so the demo's model must have been fetched (``make demo`` does).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from textual.pilot import Pilot
+
+HERE = Path(__file__).parent
+RECORDED = HERE / "recorded"
+WATCHED_SHARE = 0.7
+"""How much of the recorded run the picture of the live screen shows."""
+QWEN = HERE.parent / "tests" / "configs" / "Qwen__Qwen2.5-7B.json"
+_PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file: a screen, a size, and what is done before it is taken."""
+
+    name: str
+    mode: str
+    size: tuple[int, int] = (120, 40)
+    keys: tuple[str, ...] = ()
+    shows: str = ""
+    """Text to wait for."""
+
+
+PICTURES = (
+    Picture("home-120x40", "home", shows="Next"),
+    Picture("models-120x40", "models", shows="SmolLM2"),
+    Picture("data-120x40", "data", shows="Keeper's log"),
+    Picture("memory-120x40", "memory", shows="fits up to"),
+    Picture("lora-120x40", "lora", shows="q_proj"),
+    Picture("train-120x40", "train", shows="validation"),
+    Picture("train-80x24", "train", size=(80, 24), shows="step"),
+    Picture("runs-120x40", "runs", shows="demo"),
+)
+
+
+def main() -> int:
+    """Draw every picture into this folder."""
+    from qlora_tui.demo.model import ensure_model
+
+    model = ensure_model(lambda words: print(words, file=sys.stderr))
+    with tempfile.TemporaryDirectory() as home:
+        for kind in ("CONFIG", "STATE", "CACHE"):
+            os.environ[f"XDG_{kind}_HOME"] = f"{home}/{kind.lower()}"
+        os.environ["HF_HOME"] = f"{home}/huggingface"
+        qwen = Path(home) / "Qwen2.5-7B"
+        qwen.mkdir()
+        shutil.copy(QWEN, qwen / "config.json")
+        lay_out_run()
+        for picture in PICTURES:
+            asyncio.run(draw(picture, model=model, estimated=qwen))
+            print(picture.name)
+    return 0
+
+
+def lay_out_run() -> None:
+    """Put the recorded run in place, cut off while it is still in training."""
+    from qlora_tui import paths
+    from qlora_tui.runs.directory import RunDir
+    from qlora_tui.runs.events import Step, decode
+    from qlora_tui.runs.process import mark
+    from qlora_tui.runs.status import Status, write_status
+
+    run = RunDir(paths.runs_dir() / (RECORDED / "name").read_text().strip())
+    shutil.copytree(RECORDED, run.path)
+    lines = run.events_path.read_bytes().splitlines(keepends=True)
+    steps = [event for event in map(decode, lines) if isinstance(event, Step)]
+    last = steps[round(len(steps) * WATCHED_SHARE)]
+    end = next(n for n, line in enumerate(lines) if decode(line) == last) + 1
+    run.events_path.write_bytes(b"".join(lines[:end]))
+    # The run is shown as if it were now: its clock is moved, nothing else.
+    moved = time.time() - last.at
+    shift_clock(run.events_path, moved)
+    shift_clock(run.telemetry_path, moved, until=time.time())
+    write_status(
+        run,
+        Status(
+            state="running",
+            at=time.time(),
+            process=mark(),
+            phase="training",
+            step=last.step,
+            total_steps=steps[-1].step,
+            loss=last.loss,
+        ),
+    )
+
+
+def shift_clock(path: Path, by: float, until: float | None = None) -> None:
+    """Add ``by`` seconds to every line's ``at``; lines after ``until`` are left out."""
+    kept = []
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        entry["at"] += by
+        if isinstance(entry.get("gpu"), dict):
+            entry["gpu"]["at"] += by
+        if until is None or entry["at"] <= until:
+            kept.append(json.dumps(entry))
+    path.write_text("\n".join(kept) + "\n")
+
+
+async def draw(picture: Picture, *, model: Path, estimated: Path) -> None:
+    """Take one picture."""
+    from qlora_tui.demo.conversations import CONVERSATIONS
+    from qlora_tui.recipe.overlay import build
+    from qlora_tui.settings import Settings
+    from qlora_tui.tui.app import QloraApp
+
+    app = QloraApp(Settings(model_folders=(str(model.parent),), card_gib=24.0))
+    chosen = model if picture.mode in ("data", "models") else estimated
+    app.workbench.replace(build(preset="balanced", model=str(chosen), data=[str(CONVERSATIONS)]))
+    async with app.run_test(size=picture.size) as pilot:
+        if picture.mode != "home":
+            await app.switch_mode(picture.mode)
+        await until(pilot, lambda: picture.shows in plain(app.export_screenshot()), picture)
+        for key in picture.keys:
+            await pilot.press(key)
+        await pilot.pause(1.5)
+        (HERE / f"{picture.name}.svg").write_text(app.export_screenshot(title="qlora-tui"))
+
+
+async def until(pilot: Pilot[None], what: Callable[[], bool], picture: Picture) -> None:
+    """Let the app go on until ``what`` is true."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not what():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{picture.name}: {picture.shows!r} did not appear")
+        await pilot.pause(0.2)
+
+
+def plain(svg: str) -> str:
+    """The text of a picture."""
+    return html.unescape("".join(re.findall(r"<text[^>]*>([^<]*)</text>", svg))).replace("\xa0", " ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
