@@ -27,6 +27,8 @@ class Knob:
     """What a key goes through; empty doubles and halves, or flips what is on or off."""
 
 
+LEAST_HALVED = 1
+"""Where halving ends; smaller values of alpha are for the form on the Train screen."""
 DROPOUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 KNOBS: tuple[Knob, ...] = (
     Knob("lora.rank", "r R"),
@@ -45,14 +47,10 @@ def stepped(knob: Knob, value: float, up: bool) -> float | bool:
     if knob.steps:
         beyond = [step for step in knob.steps if (step > value if up else step < value)]
         return (beyond[0] if up else beyond[-1]) if beyond else value
-    changed = value * 2 if up else value / 2
+    changed = value * 2 if up else max(value / 2, min(value, LEAST_HALVED))
     if field.kind == "int":
         changed = int(changed)
-    if field.minimum is not None and changed <= field.minimum and field.exclusive_minimum:
-        return value
-    low, high = field.minimum, field.maximum
-    changed = changed if low is None else max(changed, low)
-    return changed if high is None else min(changed, high)
+    return changed if field.maximum is None else min(changed, field.maximum)
 
 
 def knob_head(knob: Knob, recipe: Recipe, base: Recipe) -> Content:

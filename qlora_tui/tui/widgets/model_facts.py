@@ -54,7 +54,7 @@ def local_facts(model: LocalModel, recipe: Recipe, room: Room) -> Content:
     licence = licence_of(model.path)
     kept = f"{size(model.size_bytes)} in the {_PLACES[model.source]}"
     lines.append(Content(f"licence {licence} · {kept}" if licence else kept))
-    lines.append(Content.styled(str(model.path), "$text-muted"))
+    lines.append(Content.styled(_short(model.path), "$text-muted"))
     return Content("\n").join(lines)
 
 
@@ -89,6 +89,11 @@ def licence_of(path: Path) -> str:
     except OSError:
         return ""
     return found[1] if found else ""
+
+
+def _short(path: Path) -> str:
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def _built(model: Architecture) -> list[Content]:

@@ -162,7 +162,7 @@ class ModuleGrid(Widget, can_focus=True):
         assert self._table is not None
         names = max(len(row.name) for row in self._table.rows)
         shapes = max(len(row.shape) for row in self._table.rows)
-        return 4 + min(names, LONGEST_KIND) + 1 + shapes + 1 + 6 + 7
+        return 4 + min(names, LONGEST_KIND) + 1 + shapes + 1 + 7 + 7
 
     def _window(self, room: int) -> int:
         """The first column to show so that the cursor's is in view."""
@@ -206,7 +206,7 @@ class ModuleGrid(Widget, can_focus=True):
         name = row.name if len(row.name) <= names else row.name[: names - 1] + "…"
         shapes = max(len(row.shape) for row in self._table.rows)
         box = BOXES[state(row.modules, self._chosen)]
-        return f"{box} {name:<{names}} {row.shape:>{shapes}} {trained:>6}"
+        return f"{box} {name:<{names}} {row.shape:>{shapes}} {trained:>7}"
 
     def _cell(self, cell: tuple[LinearModule, ...], row: int, column: int) -> tuple[str, str]:
         if not cell:

@@ -17,10 +17,11 @@ ALWAYS_ANOTHER = ("name", "note")
 
 
 def preset_line(preset: Preset, current: str) -> Content:
-    """Its name; ● marks the one the recipe began as."""
-    mark = "● " if preset.name == current else "  "
-    kind = ("  ✗ cannot be read", "$error") if preset.problem else ("" if preset.shipped else "  yours", "$text-muted")
-    return Content.assemble((mark, "$accent"), preset.name, kind)
+    """Its name; ● marks the one the recipe began as, ✗ one that cannot be read."""
+    mark, style = ("● ", "$accent") if preset.name == current else ("  ", "")
+    if preset.problem:
+        mark, style = "✗ ", "$error"
+    return Content.assemble((mark, style), preset.name, ("" if preset.shipped else "  yours", "$text-muted"))
 
 
 def preview(preset: Preset, recipe: Recipe, architecture: Architecture | Problem, device: Device) -> Content:

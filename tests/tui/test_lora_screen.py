@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.fields import value_of
+from qlora_tui.recipe.schema import Lora
+from qlora_tui.recipe.targets import select
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.widgets.lora_advice import KNOBS, advice, stepped
+from qlora_tui.tui.widgets.module_table import ModuleTable, adapter_parameters, state, toggled
+from qlora_tui.tui.widgets.target_text import typed
+from tests.tui.seeing import shows
+from tests.tui.workstation import config_folder, config_of, open_on, settle
+
+Snapshot = Callable[..., bool]
+SMALL = "HuggingFaceTB__SmolLM2-135M"
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def small(private_home: Path) -> str:
+    return str(config_folder(private_home, SMALL))
+
+
+@pytest.fixture
+def table() -> ModuleTable:
+    return ModuleTable(read_architecture(config_of(SMALL)))
+
+
+def targets(app: QloraApp) -> tuple[str, ...]:
+    return app.workbench.recipe.lora.target_modules
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_looks_of_a_choice_of_layers(
+    snap_compare: Snapshot, private_home: Path, size: tuple[int, int]
+) -> None:
+    app = open_on("lora", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
+    app.workbench.set("lora.target_modules", ("q_proj", "v_proj", "8-23.o_proj"))
+    app.workbench.set("lora.rank", 32)
+
+    async def move(pilot: Pilot[Any]) -> None:
+        await settle(pilot)
+        await pilot.press("down", "right", "right", "x", "right", "right", "down")
+        await settle(pilot)
+
+    assert snap_compare(app, terminal_size=size, run_before=move)
+
+
+async def test_without_a_model_the_settings_can_still_be_changed() -> None:
+    app = open_on("lora")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "The recipe names no model.", "▸ Choose one on the Model screen (1).")
+        await pilot.press("r", "space", "x", "f", "escape")
+        assert app.workbench.recipe.lora.rank == 32
+        await pilot.press("i", *"8-23.q_proj", "enter")
+        assert "8-23.q_proj" in targets(app)[0]
+
+
+async def test_space_takes_and_drops_a_kind_a_layer_and_one_module(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "210 modules")
+        await pilot.press("j", "space")
+        assert targets(app) == KINDS[1:]
+        await shows(pilot, "[-] every kind", "[ ] q_proj", "Against balanced")
+        await pilot.press("space")
+        assert targets(app) == ("all-linear",)
+        await pilot.press("l", "space")
+        assert targets(app) == ("1-29.q_proj", *KINDS[1:])
+        await pilot.press("u", "g", "end", "space")
+        assert targets(app) == ("0-28.all-linear",)
+        await shows(pilot, "7 modules")
+
+
+async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "every kind")
+        await pilot.press("j", "x", "l", "l", "j")
+        await shows(pilot, "Block: 6 modules", "x toggles")
+        await pilot.press("escape")
+        assert targets(app) == ("all-linear",)
+        await pilot.press("x", "h", "h", "x")
+        table = ModuleTable(read_architecture(config_of(SMALL)))
+        left = {m.name for m in table.modules} - {m.name for m in select(targets(app), table.modules)}
+        assert left == {f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1, 2)}
+
+
+async def test_the_last_module_is_not_dropped(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await shows(pilot, "every kind")
+        await pilot.press("space")
+        await shows(pilot, "LoRA needs at least one module.")
+        assert targets(app) == ("all-linear",)
+
+
+async def test_patterns_are_shown_while_they_are_typed_and_taken_on_enter(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "every kind")
+        await pilot.press("i")
+        app.screen.query_one(Input).value = ""
+        await pilot.press(*"q,v")
+        await shows(pilot, "60 modules: enter takes them", "[ ] k_proj", "[x] v_proj")
+        assert targets(app) == ("all-linear",)
+        await pilot.press(*",8-23.z")
+        await shows(pilot, "✗ lora.target_modules has")
+        await pilot.press("enter")
+        assert targets(app) == ("all-linear",)
+        await pilot.press(*["backspace"] * 6, *"8-23.o", "enter")
+        assert targets(app) == ("q_proj", "v_proj", "8-23.o_proj")
+        await pilot.press("i", "x", "escape", "f")
+        assert targets(app) == ("all-linear",)
+
+
+async def test_targets_of_another_model_are_said_and_the_first_choice_replaces_them(
+    private_home: Path,
+) -> None:
+    app = open_on("lora", model=str(config_folder(private_home, "openai-community__gpt2")))
+    app.workbench.set("lora.target_modules", ("q_proj",))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "the model has no q_proj", "[ ] c_attn")
+        await pilot.press("j", "space")
+        assert targets(app) == ("c_attn",)
+
+
+async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "4.88M of 135M parameters (3.6 %)", "As balanced has it")
+        await pilot.press("r")
+        await shows(pilot, "9.77M of 135M", "37 MiB on disk", "rank: 16 → 32")
+        await pilot.press("R", "a", "d", "s", "w")
+        await shows(pilot, "alpha: 32 → 64", "rslora: off →", "DoRA        on*")
+        lora = app.workbench.recipe.lora
+        assert (lora.rank, lora.alpha, lora.dropout, lora.use_rslora, lora.use_dora) == (
+            16,
+            64,
+            0.05,
+            True,
+            True,
+        )
+        await pilot.press("A", "D", "s", "w")
+        await shows(pilot, "As balanced has it")
+
+
+async def test_the_price_of_dora_is_told(small: str) -> None:
+    async with open_on("lora", model=small).run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "iB. Ahead at low rank (DoRA")
+
+
+async def test_a_click_toggles_what_is_under_it(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "every kind")
+        await pilot.click("#modules", offset=(4, 2))
+        assert targets(app) == KINDS[1:]
+
+
+def test_modules_of_a_vision_tower_are_left_out() -> None:
+    table = ModuleTable(read_architecture(config_of("google__gemma-3-4b-it")))
+    assert table.modules
+    assert all(module.part != "vision" for module in table.modules)
+
+
+def test_every_kind_of_model_makes_a_table() -> None:
+    for name in ("openai-community__gpt2", "mistralai__Mixtral-8x7B-v0.1", "LiquidAI__LFM2-1.2B"):
+        table = ModuleTable(read_architecture(config_of(name)))
+        assert {m.name for row in table.rows[1:] for m in row.modules} == {m.name for m in table.modules}
+
+
+def test_toggling_takes_all_unless_all_are_taken(table: ModuleTable) -> None:
+    row = table.rows[1].modules
+    one = frozenset({row[0].name})
+    assert state(row, one) == "some"
+    assert toggled(row, one) == frozenset(module.name for module in row)
+    assert toggled(row, toggled(row, one)) == frozenset()
+
+
+def test_a_block_is_the_same_from_either_corner(table: ModuleTable) -> None:
+    assert {m.name for m in table.within((3, 1), (5, 2))} == {m.name for m in table.within((1, 3), (2, 5))}
+    assert len(table.within((1, 3), (2, 5))) == 12
+
+
+def test_trained_parameters_are_two_thin_matrices_a_module_and_doras_magnitudes(table: ModuleTable) -> None:
+    query = table.rows[1].modules[:1]
+    assert adapter_parameters(query, Lora(rank=8)) == 8 * (576 + 576)
+    assert adapter_parameters(query, Lora(rank=8, use_dora=True)) == 8 * (576 + 576) + 576
+
+
+@pytest.mark.parametrize(
+    ("text", "patterns"),
+    [
+        ("q,k,v,o", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        ("all", ("all-linear",)),
+        ("0-3,7.gate, down", ("0-3,7.gate_proj", "down_proj")),
+        ("8-23.all", ("8-23.all-linear",)),
+        ("q_proj,", ("q_proj",)),
+    ],
+)
+def test_short_names_are_written_out(table: ModuleTable, text: str, patterns: tuple[str, ...]) -> None:
+    assert typed(text, table.modules) == patterns
+
+
+@pytest.mark.parametrize("text", ["", " , ", "z", "99.q", "8-.q", "9-2.q", "q proj", "?"])
+def test_patterns_that_mean_nothing_are_refused(table: ModuleTable, text: str) -> None:
+    with pytest.raises(Problem):
+        typed(text, table.modules)
+
+
+def test_steps_stay_within_the_bounds() -> None:
+    for knob in KNOBS[:3]:
+        for up in (True, False):
+            value: float = value_of_default(knob.path)
+            for _ in range(40):
+                value = stepped(knob, value, up)
+            assert stepped(knob, value, up) == value
+
+
+def value_of_default(path: str) -> float:
+    from qlora_tui.recipe.schema import Recipe
+
+    value: float = value_of(Recipe(), path)
+    return value
+
+
+def test_every_setting_has_a_line_of_advice_short_enough_for_80_columns() -> None:
+    for lora in (Lora(), Lora(rank=1024, use_rslora=True), Lora(rank=1024, target_modules=("q_proj",))):
+        for knob in KNOBS:
+            assert 20 < len(advice(knob.path, lora)) <= 59, advice(knob.path, lora)

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from qlora_tui import paths
+from qlora_tui.recipe.presets import find, save
+from qlora_tui.recipe.schema import Lora, Recipe
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.presets import PresetsScreen
+from qlora_tui.tui.widgets.vi_list import ViList
+from tests.tui.seeing import shows
+from tests.tui.workstation import config_folder, open_on, settle
+
+Snapshot = Callable[..., bool]
+
+
+def mine(name: str) -> Path:
+    return paths.user_presets_dir() / f"{name}.toml"
+
+
+async def go_to(pilot: Pilot[Any], name: str) -> None:
+    """Open the presets and put the cursor on one."""
+    if not isinstance(pilot.app.screen, PresetsScreen):
+        await pilot.press("p")
+    await shows(pilot, "enter opens")
+    list_ = pilot.app.screen.query_one(ViList)
+    await pilot.press("g")
+    while list_.current != name:
+        await pilot.press("j")
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_looks(snap_compare: Snapshot, private_home: Path, size: tuple[int, int]) -> None:
+    save("tickets", Recipe(lora=Lora(rank=8)), note="For support tickets.")
+    app = open_on("memory", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
+
+    async def open_it(pilot: Pilot[Any]) -> None:
+        await settle(pilot)
+        await go_to(pilot, "paper")
+        await settle(pilot)
+
+    assert snap_compare(app, terminal_size=size, run_before=open_it)
+
+
+async def test_opening_a_preset_keeps_model_and_data_and_is_undone(private_home: Path) -> None:
+    app = open_on("memory", model=str(config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")))
+    before = app.workbench.recipe
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, "paper")
+        await shows(pilot, "Opening it changes", "lora.rank", "16 → 64", "memory")
+        await pilot.press("enter")
+        await shows(pilot, " paper · SmolLM2-135M")
+        assert app.workbench.recipe.lora.rank == 64
+        assert app.workbench.recipe.model == before.model
+        await pilot.press("u")
+        assert app.workbench.recipe == before
+        await shows(pilot, "balanced · SmolLM2-135M")
+
+
+async def test_the_recipe_is_saved_under_a_name_and_the_save_is_taken_back() -> None:
+    app = open_on("memory")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("r", "p", "s", *"mine: for tests", "enter")
+        await shows(pilot, "● mine  yours", "for tests", "The recipe is as this preset gives it.")
+        assert find("mine").note == "for tests"
+        assert find("mine").recipe().lora.rank == 32
+        assert not app.workbench.modified
+        await pilot.press("u")
+        await shows(pilot, "balanced")
+        assert not mine("mine").exists()
+
+
+async def test_an_edited_file_is_replaced_only_after_a_question() -> None:
+    mine("tickets").write_text('note = "by hand"\n[lora]\nrank = 4\n')
+    app = open_on("memory")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("p", "s", *"tickets", "enter")
+        await shows(pilot, "Preset exists", "Replace it")
+        await pilot.press("n")
+        assert "by hand" in mine("tickets").read_text()
+        await pilot.press("enter")
+        await shows(pilot, "Preset exists")
+        await pilot.press("y")
+        await shows(pilot, "● tickets")
+        assert "by hand" not in mine("tickets").read_text()
+
+
+async def test_a_deletion_is_taken_back_byte_by_byte_and_shipped_ones_stay() -> None:
+    mine("tickets").write_text('# why\nnote = "by hand"\n')
+    app = open_on("memory")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, "tickets")
+        await pilot.press("D")
+        assert not mine("tickets").exists()
+        await pilot.press("u")
+        assert mine("tickets").read_text() == '# why\nnote = "by hand"\n'
+        await go_to(pilot, "style")
+        await pilot.press("D")
+        await shows(pilot, "is shipped with the program")
+
+
+async def test_an_edit_made_since_is_not_lost_by_an_undo() -> None:
+    app = open_on("memory")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("p", "s", *"mine", "enter")
+        await shows(pilot, "● mine")
+        mine("mine").write_text('note = "edited since"\n')
+        await pilot.press("u")
+        await shows(pilot, "would be replaced")
+        await pilot.press("n")
+        assert "edited since" in mine("mine").read_text()
+
+
+async def test_a_preset_that_cannot_be_read_is_named_and_explained() -> None:
+    mine("broken").write_text("[lora]\nrnak = 8\n")
+    app = open_on("memory")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await go_to(pilot, "broken")
+        await shows(pilot, "✗ broken", "rnak", "rank")
+        await pilot.press("enter")
+        await shows(pilot, "esc closes")
+        await pilot.press("escape")
+        assert isinstance(app.screen, PresetsScreen)
+
+
+async def test_presets_are_imported_with_their_comments_and_exported(tmp_path: Path) -> None:
+    (tmp_path / "theirs.toml").write_text("# from a friend\n[lora]\nrank = 4\n")
+    (tmp_path / "wrong.toml").write_text("[lora]\nrank = 0\n")
+    app = open_on("memory")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await import_(pilot, tmp_path / "theirs.toml")
+        await shows(pilot, "theirs  yours", "16 → 4")
+        assert "from a friend" in mine("theirs").read_text()
+        await pilot.press("u")
+        assert not mine("theirs").exists()
+        await import_(pilot, tmp_path / "wrong.toml")
+        await shows(pilot, "lora.rank")
+        await pilot.press("escape")
+        await go_to(pilot, "paper")
+        await pilot.press("x")
+        app.screen.query_one(Input).value = str(tmp_path)
+        await pilot.press("enter")
+        await pilot.pause()
+        assert (tmp_path / "paper.toml").read_bytes() == find("paper").path.read_bytes()
+        await pilot.press("x")
+        app.screen.query_one(Input).value = str(tmp_path)
+        await pilot.press("enter")
+        await shows(pilot, "File exists")
+
+
+async def import_(pilot: Pilot[Any], path: Path) -> None:
+    await go_to(pilot, "balanced")
+    await pilot.press("i")
+    pilot.app.screen.query_one(Input).value = str(path)
+    await pilot.press("enter")
+
+
+async def test_the_editor_is_opened_on_the_users_file_and_what_it_wrote_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import nullcontext
+
+    editor = tmp_path / "editor"
+    editor.write_text('#!/bin/sh\nprintf "[lora]\\nrank = -1\\n" > "$1"\n')
+    editor.chmod(editor.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("VISUAL", str(editor))
+    # A test has no terminal to hand over; the editor is a real process all the same.
+    monkeypatch.setattr(QloraApp, "suspend", lambda self: nullcontext())
+    mine("tickets").write_text("[lora]\nrank = 4\n")
+    async with open_on("memory").run_test(size=(120, 40)) as pilot:
+        await go_to(pilot, "style")
+        await pilot.press("e")
+        await shows(pilot, "A shipped preset stays as it is")
+        await pilot.press("escape")
+        await go_to(pilot, "tickets")
+        await pilot.press("e")
+        await shows(pilot, "lora.rank", "esc closes")
+        assert mine("tickets").read_text() == "[lora]\nrank = -1\n"

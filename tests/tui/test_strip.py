@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.recipe.schema import Source
+from qlora_tui.tui.widgets.memory_bar import bar
+from qlora_tui.tui.widgets.recipe_strip import recipe_line
+from qlora_tui.tui.workbench import Workbench
+from tests.tui.seeing import shows
+from tests.tui.workstation import config_folder, open_on
+
+
+def test_the_line_says_what_the_recipe_is() -> None:
+    bench = Workbench()
+    assert recipe_line(bench) == "balanced · no model · no data · r16 all-linear · 1,024 tok × 1 × 8"
+    bench.set("model.id", "Qwen/Qwen2.5-7B")
+    bench.set("data.sources", (Source(path="a/tickets.jsonl"), Source(path="b.jsonl")))
+    bench.set("lora.target_modules", ("q_proj", "k_proj", "v_proj"))
+    expected = "balanced* · Qwen2.5-7B · tickets.jsonl +1 · r16 3 targets · 1,024 tok × 1 × 8"
+    assert recipe_line(bench) == expected
+
+
+async def test_the_cost_follows_the_recipe_in_its_own_precision(private_home: Path) -> None:
+    app = open_on("lora", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
+    async with app.run_test(size=(80, 24)) as pilot:
+        shown = await shows(pilot, "NF4", "6.5 of 24.0 GiB fits", "fp16", "15.7 of 24.0 GiB fits")
+        assert len(shown.splitlines()[2].rstrip()) <= 80
+        app.edit("quantization.method", "int8")
+        await shows(pilot, "int8", "of 24.0 GiB")
+        app.edit("training.micro_batch", 64)
+        await shows(pilot, "does not fit")
+
+
+async def test_the_strip_says_why_there_is_no_estimate() -> None:
+    async with open_on("lora").run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "The recipe names no model. Choose one on the Model screen (1).")
+
+
+@pytest.mark.parametrize("part", [-1.0, 0.0, 0.01, 0.5, 0.99, 1.0, 7.0])
+@pytest.mark.parametrize("width", [0, 1, 7, 40])
+def test_a_bar_is_as_wide_as_asked(part: float, width: int) -> None:
+    assert len(bar(part, width)) == width

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+from textual.app import App, ComposeResult
+
+from qlora_tui.gpu.reading import Card
+from qlora_tui.tui.pulse import Pulse
+from qlora_tui.tui.widgets.top_bar import TopBar
+from tests.gpu.stub import play_in_this_process
+from tests.tui.played import Play, play
+from tests.tui.seeing import shows, text_of
+from tests.tui.workstation import open_on, open_with_card
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+async def test_the_line_never_wraps_and_the_map_is_whole(width: int) -> None:
+    async with open_on("memory").run_test(size=(width, 24)) as pilot:
+        shown = await shows(pilot, "3 Memory")
+        first = shown.splitlines()[0]
+        assert len(first) == width
+        assert ("7 Chat" in first) or width < 62
+
+
+async def test_the_run_and_the_card_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_in_this_process(monkeypatch, "card")
+    play(Play(steps=1240))
+    async with open_with_card("memory", model="").run_test(size=(160, 40)) as pilot:
+        first = (await shows(pilot, "● 1,240/3,000 loss", "RTX 4090")).splitlines()[0]
+        assert first.rstrip().endswith("°")
+
+
+async def test_in_a_narrow_window_the_least_important_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_in_this_process(monkeypatch, "card")
+    play(Play(steps=1240))
+    async with open_with_card("memory", model="").run_test(size=(80, 24)) as pilot:
+        first = (await shows(pilot, "● 1,240/3,000")).splitlines()[0]
+        assert "RTX" not in first
+
+
+async def test_nothing_is_repainted_while_nothing_changes() -> None:
+    class Bar(App[None]):
+        def compose(self) -> ComposeResult:
+            yield TopBar("home")
+
+    app = Bar()
+    async with app.run_test(size=(80, 3)) as pilot:
+        bar = app.query_one(TopBar)
+        asked: list[None] = []
+        refresh = bar.refresh
+        bar.refresh = lambda *a, **k: asked.append(None) or refresh(*a, **k)  # type: ignore[method-assign,func-returns-value]
+        bar.show_pulse(Pulse())
+        assert not asked
+        bar.show_pulse(Pulse(waiting=("a", "b")))
+        assert asked
+        await pilot.pause()
+        assert "2 waiting" in text_of(app)
+
+
+def test_a_card_that_says_nothing_is_na_and_never_zero() -> None:
+    card = Card(0, "NVIDIA GeForce RTX 4090", None, None, None, None)
+    assert "NA" in TopBar.pulse_text(Pulse(card=card))[0]
