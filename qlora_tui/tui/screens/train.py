@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, ClassVar
 from textual.widget import Widget
 
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.conflicts import ready_to_run
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
+from qlora_tui.runs.status import State
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.question import QuestionScreen
-from qlora_tui.tui.screens.train_checks import Check, check_all, errors
+from qlora_tui.tui.screens.train_checks import Check, check_all
 from qlora_tui.tui.screens.train_choose import ChooseRunScreen
+from qlora_tui.tui.screens.train_commands import ACTIONS, COMMANDS, possible, wrong_rate
 from qlora_tui.tui.screens.train_follow import Follower, Picture
-from qlora_tui.tui.screens.train_launch import LaunchPane
+from qlora_tui.tui.screens.train_launch import LaunchPane, launch
 from qlora_tui.tui.screens.train_live import LivePane
 from qlora_tui.tui.screens.train_plot import zoomed_from
 from qlora_tui.tui.widgets.settings_form import SettingsForm
@@ -33,20 +33,6 @@ if TYPE_CHECKING:
 
 LOOK_EVERY_S = 1.0
 _MOST_ZOOM = 6
-
-
-def _do(
-    id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True, verb: str = ""
-) -> Command:
-    return Command(
-        id=f"train.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer, verb=verb
-    )
-
-
-_WHEN_RUNNING = frozenset(("pause", "ask", "learning_rate"))
-_WHEN_LIVE = frozenset(
-    ("another", "prepare", "detach", "next_tab", "zoom", "level", "search", "copy_command")
-)
 
 
 class TrainScreen(WorkScreen):
@@ -62,52 +48,7 @@ class TrainScreen(WorkScreen):
         "loss was not a number. Strips go from zero to the top they name. ▲ under the memory is the "
         "estimate. The run belongs to no terminal: leaving the app ends nothing."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = (
-        _do("launch", "t", "launch", "Launch", "Launch a run of this recipe, or queue it.", verb="train"),
-        _do("stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, and end the run.", verb="stop"),
-        _do("pause", "z", "pause", "Pause", "Save a checkpoint and leave the GPU.", verb="pause"),
-        _do("resume", "r", "resume", "Resume", "Go on from the last checkpoint.", verb="resume"),
-        _do("checkpoint", "k", "ask('checkpoint')", "Checkpoint", "Save a checkpoint now.", verb="ask"),
-        _do("evaluate", "e", "ask('evaluate')", "Evaluate", "Measure the validation loss now.", verb="ask"),
-        _do("sample", "g", "ask('sample')", "Sample", "Answer the sample prompts now.", verb="ask"),
-        _do(
-            "finish_epoch",
-            "f",
-            "ask('finish_epoch')",
-            "Finish epoch",
-            "End the run when this epoch is done.",
-            in_footer=False,
-            verb="ask",
-        ),
-        _do(
-            "rate",
-            "L",
-            "learning_rate",
-            "Learning rate",
-            "Set the learning rate of the run.",
-            in_footer=False,
-            verb="ask",
-        ),
-        _do("chat", "c", "chat", "Chat", "Talk to this run's adapter.", verb="chat"),
-        _do("another", "x", "another", "Another run", "Watch another run, or the queue.", verb="attach"),
-        _do("prepare", "n", "prepare", "New run", "Prepare a run: the recipe in full, and its checks."),
-        _do("detach", "d", "detach", "Detach", "Leave the app; the run goes on."),
-        _do("tab", "tab", "next_tab(1)", "Next text", "Log, samples, health, output.", in_footer=False),
-        _do("tab_back", "shift+tab", "next_tab(-1)", "Text before", "The text before.", in_footer=False),
-        _do("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Only the last half.", in_footer=False),
-        _do("zoom_out", "minus", "zoom(-1)", "Zoom out", "Twice as many steps.", in_footer=False),
-        _do("level", "v", "level", "Level", "All lines, warnings only, errors only.", in_footer=False),
-        _do("search", "slash", "search", "Search", "Only lines with a text in them.", in_footer=False),
-        _do(
-            "copy",
-            "y",
-            "copy_command",
-            "Copy command",
-            "Copy the command that shows this run in a terminal.",
-            in_footer=False,
-            verb="attach",
-        ),
-    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,18 +103,9 @@ class TrainScreen(WorkScreen):
         self._check()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action not in {command.action.partition("(")[0] for command in self.ACTIONS}:
-            return super().check_action(action, parameters)
-        if self.run is None:
-            return action in ("launch", "another")
-        state = self.state
-        return (
-            action in _WHEN_LIVE
-            or (action in _WHEN_RUNNING and state in ACTIVE)
-            or (action == "stop" and (state in ACTIVE or state == "queued"))
-            or (action == "resume" and state in RESUMABLE)
-            or (action == "chat" and state in ("finished", "stopped", "paused"))
-        )
+        if action in ACTIONS:
+            return possible(action, self.run is not None, self.state)
+        return super().check_action(action, parameters)
 
     def action_launch(self) -> None:
         """Launch the recipe, or queue it; what speaks against it is said first."""
@@ -224,7 +156,7 @@ class TrainScreen(WorkScreen):
                 "Learning rate",
                 "The peak from here on; the schedule goes on from it.",
                 "" if now is None else f"{now:.3g}",
-                _wrong_rate,
+                wrong_rate,
             ),
             take,
         )
@@ -356,23 +288,14 @@ class TrainScreen(WorkScreen):
         self.query_one(LaunchPane).show_checks(self._checks)
 
     async def _launch(self) -> None:
-        recipe = self.workstation.workbench.recipe
-        await self._look_at_needs(recipe, self.workstation.pulse)
+        await self._look_at_needs(self.workstation.workbench.recipe, self.workstation.pulse)
         try:
-            ready_to_run(recipe)
-            for check in errors(self._checks):
-                if check.name in ("model", "data"):
-                    raise Problem(f"Not ready: {check.name}", what=check.text, fix=check.fix)
-            doubts = [f"{check.name}: {check.text}" for check in errors(self._checks)]
-            if doubts and not await self.app.push_screen_wait(
-                QuestionScreen("Launch it all the same?", "\n".join(doubts), "Launch")
-            ):
-                return
-            run = actions.submit(recipe)
+            run = await launch(self.workstation, self._checks)
         except Problem as problem:
             self.workstation.explain(problem)
             return
-        self.attach(run)
+        if run is not None:
+            self.attach(run)
 
     def _ask_first(self, title: str, text: str, act: Callable[[], None], done: str = "") -> None:
         def take(yes: bool | None) -> None:
@@ -399,11 +322,3 @@ async def show_run(app: QloraApp, run: RunDir) -> None:
     await app.switch_mode("train")
     if isinstance(app.screen, TrainScreen):
         app.screen.attach(run)
-
-
-def _wrong_rate(text: str) -> str:
-    try:
-        rate = float(text)
-    except ValueError:
-        return "That is not a number; 1e-4 is one."
-    return "" if 0 < rate <= 1 else "It must be above 0 and at most 1."

@@ -69,7 +69,7 @@ def progress_share(picture: Picture) -> float | None:
     if picture.status.state in ("finished", "queued"):
         return None
     progress, view = picture.view.progress, picture.view
-    if progress is not None and progress.total and view.phase != "training":
+    if progress is not None and progress.total and not picture.step:
         return progress.done / progress.total
     return picture.step / view.total_steps if view.total_steps else None
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from textual.app import ComposeResult
 from textual.containers import Container, VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.conflicts import ready_to_run
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.tui.screens.question import QuestionScreen
 from qlora_tui.tui.screens.train_checks import Check, Outcome, errors
 from qlora_tui.tui.widgets.lines import put
 from qlora_tui.tui.widgets.settings_form import SettingsForm
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
 
 _ELSEWHERE = frozenset(("data.sources", "name", "note"))
 """Sources are chosen on the Data screen, which shows what is in them."""
@@ -89,3 +99,19 @@ def _conclusion(checks: tuple[Check, ...]) -> Content:
         return Content.styled(f"Not ready: {names}.", "bold $error")
     waits = any(check.name == "turn" and check.outcome == "warning" for check in checks)
     return Content.styled(f"Ready. t {'queues' if waits else 'launches'} it.", "bold $success")
+
+
+async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:
+    """Queue the workbench's recipe; what speaks against it is asked first, and None is a no.
+
+    Raises Problem where it could not run at all.
+    """
+    recipe = app.workbench.recipe
+    ready_to_run(recipe)
+    for check in errors(checks):
+        if check.name in ("model", "data"):
+            raise Problem(f"Not ready: {check.name}", what=check.text, fix=check.fix)
+    doubts = "\n".join(f"{check.name}: {check.text}" for check in errors(checks))
+    if doubts and not await app.push_screen_wait(QuestionScreen("Launch it all the same?", doubts, "Launch")):
+        return None
+    return actions.submit(recipe)

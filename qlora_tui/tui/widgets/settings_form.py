@@ -7,18 +7,11 @@ The form changes nothing itself: it posts :class:`SettingsForm.Edited`, the scre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.content import Content
-from textual.events import Click
-from textual.geometry import Region, Size
 from textual.message import Message
-from textual.scroll_view import ScrollView
-from textual.strip import Strip
-from textual.visual import Visual
 from textual.widgets import Input, Static
 
 from qlora_tui.recipe.conflicts import conflicts
@@ -27,6 +20,7 @@ from qlora_tui.recipe.fields import Field, fields, value_of
 from qlora_tui.recipe.mistakes import InvalidRecipe
 from qlora_tui.recipe.overlay import parse_set
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.widgets.setting_rows import SettingRows
 from qlora_tui.tui.widgets.setting_steps import stepped
 
 _BETWEEN_TEXTS = " | "
@@ -68,33 +62,33 @@ class SettingsForm(Vertical):
         self._recipe = Recipe()
 
     def compose(self) -> ComposeResult:
-        yield _Rows(self._fields)
+        yield SettingRows(self._fields)
         yield Static(id="setting-help", markup=False)
         yield Input(compact=True)
 
     def focus(self, scroll_visible: bool = True) -> SettingsForm:
-        self.query_one(_Rows).focus(scroll_visible)
+        self.query_one(SettingRows).focus(scroll_visible)
         return self
 
     def show(self, recipe: Recipe, base: Recipe) -> None:
         """Show these values; those that differ from ``base`` are marked."""
         self._recipe = recipe
-        self.query_one(_Rows).show(recipe, base)
+        self.query_one(SettingRows).show(recipe, base)
         self._show_help()
 
     def choose(self, path: str) -> None:
         """Put the cursor on a setting."""
-        self.query_one(_Rows).go_to(next(i for i, field in enumerate(self._fields) if field.path == path))
+        self.query_one(SettingRows).go_to([field.path for field in self._fields].index(path))
 
     @property
     def field(self) -> Field:
         """The setting under the cursor."""
-        return self._fields[self.query_one(_Rows).cursor]
+        return self._fields[self.query_one(SettingRows).cursor]
 
-    def on__rows_moved(self) -> None:
+    def on_setting_rows_moved(self) -> None:
         self._show_help()
 
-    def on__rows_stepped(self, event: _Rows.Stepped) -> None:
+    def on_setting_rows_stepped(self, event: SettingRows.Stepped) -> None:
         if self.field.kind not in ("bool", "choice", "int", "float"):
             self._edit()
             return
@@ -103,14 +97,14 @@ class SettingsForm(Vertical):
         if after != value:
             self.post_message(self.Edited(self.field.path, after))
 
-    def on__rows_chosen(self) -> None:
+    def on_setting_rows_chosen(self) -> None:
         if self.field.kind in ("bool", "choice"):
             value = value_of(self._recipe, self.field.path)
             self.post_message(self.Edited(self.field.path, stepped(self.field, value, 1)))
         else:
             self._edit()
 
-    def on__rows_reset(self, event: _Rows.Reset) -> None:
+    def on_setting_rows_reset(self, event: SettingRows.Reset) -> None:
         self.post_message(self.Edited(self.field.path, event.value))
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
@@ -129,7 +123,7 @@ class SettingsForm(Vertical):
             self._leave()
 
     def _edit(self) -> None:
-        field = self._fields[self.query_one(_Rows).cursor]
+        field = self._fields[self.query_one(SettingRows).cursor]
         box = self.query_one(Input)
         box.value = self._as_text(field)
         box.border_title = field.label
@@ -173,142 +167,3 @@ class SettingsForm(Vertical):
         box = self.query_one("#setting-help", Static)
         if str(box.content) != text:
             box.update(text)
-
-
-class _Rows(ScrollView, can_focus=True):
-    """The list of settings with its cursor."""
-
-    DEFAULT_CSS = """
-    _Rows {
-        height: 1fr;
-        overflow-x: hidden;
-        scrollbar-size-vertical: 1;
-        text-wrap: nowrap;
-        text-overflow: ellipsis;
-    }
-    """
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up,k", "move(-1)", show=False),
-        Binding("down,j", "move(1)", show=False),
-        Binding("pageup", "move(-8)", show=False),
-        Binding("pagedown", "move(8)", show=False),
-        Binding("home,g", "move(-1000)", show=False),
-        Binding("end,G", "move(1000)", show=False),
-        Binding("left,h", "step(-1)", show=False),
-        Binding("right,l", "step(1)", show=False),
-        Binding("enter,space", "choose", show=False),
-        Binding("backspace", "reset", show=False),
-    ]
-
-    class Moved(Message):
-        """The cursor is on another setting."""
-
-    class Chosen(Message):
-        """The setting under the cursor is to be edited or toggled."""
-
-    class Stepped(Message):
-        """It is to have its next value."""
-
-        def __init__(self, direction: int) -> None:
-            super().__init__()
-            self.direction = direction
-
-    class Reset(Message):
-        """It is to be as the preset has it."""
-
-        def __init__(self, value: Any) -> None:
-            super().__init__()
-            self.value = value
-
-    def __init__(self, fields_: Sequence[Field]) -> None:
-        super().__init__()
-        self.cursor = 0
-        self._fields = fields_
-        self._recipe = self._base = Recipe()
-        self._label_cells = max(len(field.label) for field in fields_)
-        self._lines: list[int | str] = []
-        """What stands on each line: a field's number, or a section's name."""
-        for number, field in enumerate(fields_):
-            if field.section != (fields_[number - 1].section if number else ""):
-                self._lines.append(field.section)
-            self._lines.append(number)
-        if len({field.section for field in fields_}) == 1:
-            self._lines = list(range(len(fields_)))
-
-    def on_mount(self) -> None:
-        self.virtual_size = Size(1, len(self._lines))
-
-    def show(self, recipe: Recipe, base: Recipe) -> None:
-        if (recipe, base) != (self._recipe, self._base):
-            self._recipe, self._base = recipe, base
-            self.refresh()
-
-    def go_to(self, number: int) -> None:
-        before, self.cursor = self.cursor, min(max(number, 0), len(self._fields) - 1)
-        if self.cursor == before:
-            return
-        line = self._lines.index(self.cursor)
-        # The first setting brings its section's name into view.
-        top = 0 if self.cursor == 0 else line
-        self.scroll_to_region(Region(0, top, 1, line - top + 1), animate=False, force=True)
-        for moved in (before, self.cursor):
-            self.refresh_line(self._lines.index(moved))
-        self.post_message(self.Moved())
-
-    def action_move(self, places: int) -> None:
-        """Move the cursor; the ends stop it."""
-        self.go_to(self.cursor + places)
-
-    def action_step(self, direction: int) -> None:
-        """To the setting's next value."""
-        self.post_message(self.Stepped(direction))
-
-    def action_choose(self) -> None:
-        """Edit or toggle the setting."""
-        self.post_message(self.Chosen())
-
-    def action_reset(self) -> None:
-        """Back to the preset's value."""
-        self.post_message(self.Reset(value_of(self._base, self._fields[self.cursor].path)))
-
-    def on_click(self, event: Click) -> None:
-        line = event.y + round(self.scroll_y)
-        if 0 <= line < len(self._lines):
-            at = self._lines[line]
-            if isinstance(at, int):
-                chosen = at == self.cursor
-                self.go_to(at)
-                if chosen:
-                    self.action_choose()
-
-    def on_focus(self) -> None:
-        self.refresh_line(self._lines.index(self.cursor))
-
-    def on_blur(self) -> None:
-        self.refresh_line(self._lines.index(self.cursor))
-
-    def render_line(self, y: int) -> Strip:
-        width = self.scrollable_content_region.width
-        line = y + round(self.scroll_y)
-        if line >= len(self._lines):
-            return Strip.blank(width, self.rich_style)
-        at = self._lines[line]
-        content = Content.styled(at, "bold $primary") if isinstance(at, str) else self._row(at)
-        strips = Visual.to_strips(self, content, width, 1, self.visual_style, pad=True, apply_selection=False)
-        return strips[0] if strips else Strip.blank(width, self.rich_style)
-
-    def _row(self, number: int) -> Content:
-        field = self._fields[number]
-        value, usual = value_of(self._recipe, field.path), value_of(self._base, field.path)
-        changed = value != usual
-        here = number == self.cursor
-        label = f"{'▸' if here else ' '} {field.label:<{self._label_cells}}  "
-        row = Content.assemble(
-            (label, "bold" if here else ""),
-            (human(value), "bold $accent" if changed else ""),
-            (f"  * preset: {human(usual)}" if changed else "", "dim"),
-        )
-        if here and self.has_focus:
-            room = self.scrollable_content_region.width - row.cell_length
-            return row.pad_right(max(0, room)).stylize("reverse")
-        return row

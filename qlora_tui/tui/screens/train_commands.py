@@ -1,0 +1,91 @@
+"""What can be done on the Train screen, and when."""
+
+from __future__ import annotations
+
+from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
+from qlora_tui.tui.commands import Command
+
+
+def _do(
+    id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True, verb: str = ""
+) -> Command:
+    return Command(
+        id=f"train.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer, verb=verb
+    )
+
+
+COMMANDS: tuple[Command, ...] = (
+    _do("launch", "t", "launch", "Launch", "Launch a run of this recipe, or queue it.", verb="train"),
+    _do("stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, and end the run.", verb="stop"),
+    _do("pause", "z", "pause", "Pause", "Save a checkpoint and leave the GPU.", verb="pause"),
+    _do("resume", "r", "resume", "Resume", "Go on from the last checkpoint.", verb="resume"),
+    _do("checkpoint", "k", "ask('checkpoint')", "Checkpoint", "Save a checkpoint now.", verb="ask"),
+    _do("evaluate", "e", "ask('evaluate')", "Evaluate", "Measure the validation loss now.", verb="ask"),
+    _do("sample", "g", "ask('sample')", "Sample", "Answer the sample prompts now.", verb="ask"),
+    _do(
+        "finish_epoch",
+        "f",
+        "ask('finish_epoch')",
+        "Finish epoch",
+        "End the run when this epoch is done.",
+        in_footer=False,
+        verb="ask",
+    ),
+    _do(
+        "rate",
+        "L",
+        "learning_rate",
+        "Learning rate",
+        "Set the learning rate of the run.",
+        in_footer=False,
+        verb="ask",
+    ),
+    _do("chat", "c", "chat", "Chat", "Talk to this run's adapter.", verb="chat"),
+    _do("another", "x", "another", "Another run", "Watch another run, or the queue.", verb="attach"),
+    _do("prepare", "n", "prepare", "New run", "Prepare a run: the recipe in full, and its checks."),
+    _do("detach", "d", "detach", "Detach", "Leave the app; the run goes on."),
+    _do("tab", "tab", "next_tab(1)", "Next text", "Log, samples, health, output.", in_footer=False),
+    _do("tab_back", "shift+tab", "next_tab(-1)", "Text before", "The text before.", in_footer=False),
+    _do("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Only the last half.", in_footer=False),
+    _do("zoom_out", "minus", "zoom(-1)", "Zoom out", "Twice as many steps.", in_footer=False),
+    _do("level", "v", "level", "Level", "All lines, warnings only, errors only.", in_footer=False),
+    _do("search", "slash", "search", "Search", "Only lines with a text in them.", in_footer=False),
+    _do(
+        "copy",
+        "y",
+        "copy_command",
+        "Copy command",
+        "Copy the command that shows this run in a terminal.",
+        in_footer=False,
+        verb="attach",
+    ),
+)
+
+_WHEN_RUNNING = frozenset(("pause", "ask", "learning_rate"))
+_WHEN_LIVE = frozenset(
+    ("another", "prepare", "detach", "next_tab", "zoom", "level", "search", "copy_command")
+)
+ACTIONS = frozenset(command.action.partition("(")[0] for command in COMMANDS)
+"""The names of all of them."""
+
+
+def possible(action: str, watching: bool, state: State | None) -> bool:
+    """Whether one of :data:`ACTIONS` means something now; ``state`` is that of the run being watched."""
+    if not watching:
+        return action in ("launch", "another")
+    return (
+        action in _WHEN_LIVE
+        or (action in _WHEN_RUNNING and state in ACTIVE)
+        or (action == "stop" and (state in ACTIVE or state == "queued"))
+        or (action == "resume" and state in RESUMABLE)
+        or (action == "chat" and state in ("finished", "stopped", "paused"))
+    )
+
+
+def wrong_rate(text: str) -> str:
+    """What is wrong with a learning rate as it was typed; empty where it is right."""
+    try:
+        rate = float(text)
+    except ValueError:
+        return "That is not a number; 1e-4 is one."
+    return "" if 0 < rate <= 1 else "It must be above 0 and at most 1."
