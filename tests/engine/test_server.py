@@ -1,0 +1,77 @@
+"""The engine's side of the protocol, in this process and without torch."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+
+import pytest
+
+from qlora_tui.chat.terms import ChatSource
+from qlora_tui.engine.protocol import (
+    Answered,
+    Asked,
+    Failure,
+    Generate,
+    LoadChat,
+    Unload,
+    Unloaded,
+    decode_answered,
+    encode,
+)
+from qlora_tui.engine.server import Server
+from qlora_tui.recipe.schema import Recipe
+
+LOAD = LoadChat(source=ChatSource(recipe=Recipe()))
+
+
+class Broken(Server):
+    """A server whose libraries fail in a way nobody foresaw."""
+
+    def _with_torch(self, tell: object) -> object:  # type: ignore[override]  # it never returns
+        raise RuntimeError("segment 7")
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set where the server would end this process."""
+    event = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: event.set())
+    return event
+
+
+def served(server: type[Server], *asked: Asked | bytes) -> list[Answered]:
+    """What a server replies to these lines."""
+    lines = b"".join(line if isinstance(line, bytes) else encode(line) for line in asked)
+    questions, written = os.pipe()
+    replies, to_write = os.pipe()
+    os.write(written, lines)
+    wanted = sum(isinstance(line, Asked) for line in asked)
+    with os.fdopen(questions, "rb") as reading, os.fdopen(to_write, "wb") as writing:
+        threading.Thread(target=server(reading, writing).run, daemon=True).start()
+        with os.fdopen(replies, "rb") as heard:
+            said = [decode_answered(heard.readline()) for _ in range(wanted)]
+        os.close(written)
+    return said
+
+
+def test_what_nobody_foresaw_is_told_as_our_mistake_and_the_engine_goes_on(ended: threading.Event) -> None:
+    first, second = served(Broken, Asked(1, LOAD), Asked(2, Unload()))
+    assert isinstance(first.reply, Failure)
+    problem = first.reply.problem()
+    assert (problem.title, problem.what) == ("A mistake of ours", "RuntimeError: segment 7")
+    assert "engine.log" in problem.fix
+    assert (second.number, second.reply) == (2, Unloaded())
+
+
+def test_nonsense_on_stdin_ends_the_engine(ended: threading.Event) -> None:
+    questions = io.BytesIO(b"not json\n")
+    threading.Thread(target=Server(questions, io.BytesIO()).run, daemon=True).start()
+    assert ended.wait(5)
+
+
+def test_a_message_survives_the_way_there_and_back() -> None:
+    answered = Answered(7, Failure(title="t", what="w", why="y", fix="f", exit_code=2))
+    assert decode_answered(encode(answered)) == answered
+    assert b"\n" not in encode(Asked(1, Generate(messages=(), voice="a\nb")))[:-1]
