@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,6 +11,7 @@ from qlora_tui.data.read import rows
 from qlora_tui.errors import Problem
 from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Source
+from tests.data.dataset_hub import dataset_hub
 
 
 @pytest.mark.parametrize(
@@ -47,22 +45,47 @@ def test_without_a_way_to_the_hub_both_readings_of_the_name_are_named() -> None:
     assert caught.value.fix
 
 
+ROWS = [{"prompt": f"q {n}", "completion": f"a {n}"} for n in range(700)]
+FILES = {
+    "README.md": b"---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n",
+    "train.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode(),
+}
+
+
 @pytest.mark.slow
-def test_the_child_process_loads_a_dataset_and_its_files_are_read_in_place(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    values = [{"prompt": f"q {n}", "completion": f"a {n}"} for n in range(700)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(v) + "\n" for v in values))
-    (folder / "test.jsonl").write_text(json.dumps(values[0]) + "\n")
-    words = [sys.executable, "-m", "qlora_tui.data.hub_fetch", str(folder)]
-    done = subprocess.run(words, capture_output=True, check=True)
-    found = msgspec.json.decode(done.stdout.splitlines()[-1], type=HubFiles)
-    assert found.split == "train"
-    assert [row.value for file in found.files for row in rows(Path(file))] == values
+def test_a_dataset_is_downloaded_once_and_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with dataset_hub(FILES) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        report = inspect(Source(path="owner/set"))
+    assert report.counts.rows == 700
+    assert report.files[0].format == "prompt-completion"
+    assert "hub dataset owner/set, split train" in report.files[0].evidence
+    files, _ = hub_files("owner/set")
+    assert [row.value for file in files for row in rows(file)] == ROWS
+    assert inspect(Source(path="owner/set")) == report
+
+
+@pytest.mark.slow
+def test_a_gated_dataset_says_how_to_get_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with dataset_hub(FILES, gated=True) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        with pytest.raises(Problem) as caught:
+            hub_files("owner/gated")
+    assert "Accept its terms" in caught.value.fix, caught.value
+
+
+def test_a_note_whose_files_are_gone_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     note = cache_dir() / "datasets" / "owner--set.json"
     note.parent.mkdir()
-    note.write_bytes(msgspec.json.encode(found))
-    report = inspect(Source(path="owner/set"))
-    assert report.counts.rows == 700
-    assert "hub dataset owner/set, split train" in report.files[0].evidence
-    assert hub_files("owner/set")[0] == [Path(file) for file in found.files]
+    note.write_bytes(msgspec.json.encode(HubFiles(("/gone/set-train.arrow",), "train")))
+    asked: list[str] = []
+
+    def fetched(name: str) -> HubFiles:
+        asked.append(name)
+        return HubFiles((str(note),), "train")
+
+    monkeypatch.setattr("qlora_tui.data.hub._fetched", fetched)
+    assert hub_files("owner/set")[0] == [note]
+    assert asked == ["owner/set"]
