@@ -16,6 +16,7 @@ from qlora_tui.chat.environment import settle_before_torch
 from qlora_tui.chat.sources import chosen_voice, of_run
 from qlora_tui.chat.terms import BASE, GREEDY, ChatSource, Compared, Sampling
 from qlora_tui.data.conversation import Message
+from qlora_tui.errors import Problem
 from qlora_tui.runs.directory import RunDir
 
 if TYPE_CHECKING:
@@ -109,7 +110,12 @@ def _turn(
 ) -> list[Message]:
     """Print the answer as it comes; the conversation with it."""
     said = ""
-    reply = session.ask(messages, voice=voice, sampling=sampling)
+    try:
+        reply = session.ask(messages, voice=voice, sampling=sampling)
+    except Problem as problem:
+        # Too long, or refused by the template: what was said before stands.
+        _note(str(problem))
+        return messages[:-1]
     try:
         for piece in reply:
             said += piece

@@ -85,6 +85,18 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(
     assert capsys.readouterr().err.count("Stopped.") == 2
 
 
+def test_a_question_that_is_too_long_does_not_end_the_conversation(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_tui.chat.ask import converse
+
+    lines = typed("fox " * 4000, PROMPT)
+    converse(run, base=True, sampling=SHORT, ask_user=lambda prompt: next(lines))
+    notes = capsys.readouterr().err
+    assert "too long" in notes
+    assert "8 tokens" in notes
+
+
 def test_an_adapter_with_its_own_tokenizer_and_template_is_asked_in_it(run: RunDir, tiny_model: Path) -> None:
     from qlora_tui.chat.session import load_session
     from qlora_tui.chat.sources import of_run
