@@ -42,6 +42,7 @@ FAMILIES = {
     "Phi-3": "microsoft__Phi-3-mini-4k-instruct",
     "Phi-4": "microsoft__Phi-4-mini-instruct",
     "GPT-NeoX": "EleutherAI__pythia-1.4b",
+    "Falcon": "tiiuae__falcon-7b",
     "GPT-2": "openai-community__gpt2",
     "OPT": "facebook__opt-1.3b",
     "Granite": "ibm-granite__granite-3.1-2b-instruct",
@@ -56,6 +57,7 @@ NARROW = {
     "Phi-3": ("qkv_proj",),
     "Phi-4": ("qkv_proj",),
     "GPT-NeoX": ("query_key_value",),
+    "Falcon": ("query_key_value",),
     "GPT-2": ("c_attn",),
 }
 """What stands for ``q_proj, v_proj`` where the projections are fused."""

@@ -72,11 +72,11 @@ def trace(request: Request) -> Answer:
     """Build the model on ``meta``, run one forward and backward, and count."""
     architecture = read_architecture(request.config)
     dtype = getattr(torch, request.dtype)
-    model = build(request, architecture, dtype)
+    model, kept_apart = build(request, architecture, dtype)
     frozen = sum(_size(p.untyped_storage()) for p in model.parameters() if not p.requires_grad)
     frozen += _scale_bytes(model)
     adapter = sum(_size(p.untyped_storage()) for p in model.parameters() if p.requires_grad)
-    inputs = _inputs(request)
+    inputs = _inputs(request, kept_apart=kept_apart)
     model.train()
     with _AsOnCard(request.device), Storages() as storages:
         loss = model(**inputs).loss
@@ -95,8 +95,8 @@ def trace(request: Request) -> Answer:
     )
 
 
-def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> Any:
-    """The model as the trainer prepares it, without weights."""
+def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> tuple[Any, bool]:
+    """The model as the trainer prepares it, without weights, and whether samples in a row are kept apart."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from qlora_tui.training import load
@@ -126,21 +126,26 @@ def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> A
         use_chunked_loss(model, head)
     use_segments(model, by_mask=segments)
     with torch.device("meta"):
-        return add_lora(model, recipe.lora, architecture)
+        return add_lora(model, recipe.lora, architecture), segments
 
 
-def _inputs(request: Request) -> dict[str, Any]:
-    """One micro-batch end to end in a row, every token learnt from, one sample as long as it may be a row."""
+def _inputs(request: Request, *, kept_apart: bool) -> dict[str, Any]:
+    """One micro-batch, every token learnt from: end to end in one row where samples are kept apart."""
     recipe = request.recipe
     rows, length = recipe.training.micro_batch, recipe.data.max_length
-    tokens = rows * length
-    labels = torch.zeros(1, tokens, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
-    return {
-        "input_ids": torch.zeros(1, tokens, dtype=torch.long, device="meta"),
-        "position_ids": torch.zeros(1, tokens, dtype=torch.long, device="meta"),
+    shape = (1, rows * length) if kept_apart else (rows, length)
+    labels = torch.zeros(shape, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
+    inputs: dict[str, Any] = {
+        "input_ids": torch.zeros(shape, dtype=torch.long, device="meta"),
         "labels": labels,
-        "segments": [length] * rows,
     }
+    if not kept_apart:
+        # On the CPU, where transformers can look into it and find nothing masked.
+        inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    if kept_apart:
+        inputs["position_ids"] = torch.zeros(shape, dtype=torch.long, device="meta")
+        inputs["segments"] = [length] * rows
+    return inputs
 
 
 def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtype: torch.dtype) -> None:
@@ -244,12 +249,13 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
         """What a device's kernel makes for itself, and the meta kernel, which knows only shapes, does not.
 
         A 4-bit product dequantizes the weight; ``logsumexp`` takes the exponentials of all its input
-        (``logsumexp_out_impl`` in aten/src/ATen/native/ReduceOps.cpp).
+        (``logsumexp_out_impl`` in aten/src/ATen/native/ReduceOps.cpp); a card's softmax backward multiplies
+        gradient and result first (``softmax_backward_cuda_out`` in aten/src/ATen/native/cuda/SoftMax.cu).
         """
         name = str(func)
         if name.startswith("bitsandbytes.gemm_4bit"):
             made = torch.empty(args[2], dtype=args[0].dtype, device="meta")
-        elif name.startswith("aten.logsumexp"):
+        elif name.startswith(("aten.logsumexp", "aten._softmax_backward_data")):
             made = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
         else:
             return None
@@ -315,7 +321,13 @@ class _AsOnCard:
         self._undo.append(lambda: setattr(owner, name, before))
 
 
+_written_out = functional.scaled_dot_product_attention
+"""torch's own, which is written out on ``meta`` as in its fallback on a card."""
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if query.shape[1] != key.shape[1] and not kwargs.get("enable_gqa"):
+        return _written_out(query, key, value, *args, **kwargs)  # no fused kernel broadcasts heads
     made: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch's own
     return made
 

@@ -109,22 +109,33 @@ def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, flash: bo
 
 
 def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, math: bool) -> Tensor:
-    """softmax(q kᵀ) v with every step a tensor; the score matrix is rows × heads × length²."""
-    k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
-    scores, width = shape.scores, q.width
+    """softmax(q kᵀ) v with every step a tensor; the score matrix is rows × heads × length².
+
+    SDPA's fallback computes in float32 (``_scaled_dot_product_attention_math``); transformers' eager
+    attention only takes the softmax so.
+    """
+    scores, width, numel = shape.scores, q.width, q.numel // shape.head_dim * shape.value_dim
+    if math:
+        q, k, v = (ops.cast(tensor, FLOAT) for tensor in (q, k, v))
+        q, k = ops.times_number(q), ops.times_number(k)
+    else:
+        k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
     with ops.meter.booking("scores"):
-        weights = _product(ops, q, k, scores)
+        weights = _product(ops, q, _broadcast(ops, k, shape) if math else k, scores)
         if not math:
             weights = ops.times_number(weights)
         if shape.softcap:
             weights = ops.times_number(ops.activation(ops.times_number(weights), "tanh"))
-        weights = _masked(ops, weights)
-        weights = _softmax(ops, weights, FLOAT if not math else width)
-        weights = ops.cast(weights, width)
-    out = _product(ops, weights, v, q.numel // shape.head_dim * shape.value_dim)
+        weights = ops.cast(_softmax(ops, _masked(ops, weights), FLOAT), q.width)
+    out = ops.cast(_product(ops, weights, _broadcast(ops, v, shape) if math else v, numel), width)
     del weights, k, v
     # (rows, heads, length, dim) becomes (rows, length, heads × dim): a copy.
     return ops.copy(out)
+
+
+def _broadcast(ops: Ops, x: Tensor, shape: Heads) -> Tensor:
+    """A matrix product's own broadcasting of shared heads: a view for one row, a copy for more."""
+    return x if shape.rows == 1 else _repeat(ops, x, shape)
 
 
 def _by_hand(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:

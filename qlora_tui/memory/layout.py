@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_tui.catalog.facts import Architecture, LinearModule
-from qlora_tui.memory.attention import Heads
+from qlora_tui.memory.attention import Heads, Kernel
 from qlora_tui.memory.blocks import Block
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.moe import Mixture
@@ -120,7 +120,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
                 intermediate=architecture.intermediate_size or 0,
                 hidden=architecture.hidden_size,
                 norm_width=4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes,
-                kernel=path.attention,
+                kernel=_kernel(architecture, path),
                 rotary=1.0 if style.rotary else 0.0,
                 head_norms=style.head_norms,
                 residual_scale=style.residual_scale,
@@ -144,6 +144,12 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         adapter_tensors=tuple(tensors),
         exact=architecture.model_type in STYLES,
     )
+
+
+def _kernel(architecture: Architecture, path: CodePath) -> Kernel:
+    """Falcon hands SDPA one key head for all query heads, which no fused kernel takes."""
+    shared = architecture.model_type == "falcon" and architecture.heads != architecture.kv_heads
+    return "math" if shared and path.attention in ("flash", "efficient") else path.attention
 
 
 def _mixture(recipe: Recipe, architecture: Architecture, path: CodePath) -> Mixture | None:
