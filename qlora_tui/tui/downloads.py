@@ -47,6 +47,11 @@ class Download:
         self._seen: deque[tuple[float, int]] = deque(maxlen=64)
 
     @property
+    def pid(self) -> int:
+        """Of the child."""
+        return self._process.pid
+
+    @property
     def bytes_per_s(self) -> float | None:
         """Over the last seconds; None before there is a difference to speak of."""
         if len(self._seen) < 2:

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from qlora_tui.catalog.local import converted_dir, hub_cache_dir
+from qlora_tui.tui import downloads
+from qlora_tui.tui.screens.models import ModelsScreen
+from qlora_tui.tui.widgets.model_facts import licence_of
+from qlora_tui.tui.widgets.vi_list import ViList
+from tests.catalog.conftest import tiny_repo
+from tests.catalog.hub_server import Hub, serving
+from tests.catalog.models import make_cached, make_model
+from tests.tui.seeing import shows, text_of
+from tests.tui.workstation import config_of, open_on, settle
+from tests.waiting import wait_for
+
+Snapshot = Callable[..., bool]
+TINY = "org/tiny"
+
+
+@pytest.fixture(autouse=True)
+def short_home(private_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths begin with ~ whatever folder a test runs in."""
+    monkeypatch.setenv("HOME", str(private_home))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine, for the app in this process and for the children it starts."""
+    repos = {TINY: tiny_repo(6 << 20, downloads=1_200_000), "org/tiny-gated": tiny_repo(gated=True, downloads=5)}
+    with serving(Hub(repos)) as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_ENDPOINT", served.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        yield served
+
+
+def make_three() -> None:
+    """One in the cache, one converted here, one with pickled weights only."""
+    snapshot = make_cached(
+        hub_cache_dir(), "Qwen/Qwen2.5-7B-Instruct", config_of("Qwen__Qwen2.5-7B"), shards=2
+    )
+    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Qwen\n")
+    make_model(converted_dir() / "SmolLM2-135M-Instruct", config_of("HuggingFaceTB__SmolLM2-135M"))
+    pickled = make_cached(hub_cache_dir(), "old/pickled", config_of("openai-community__gpt2"))
+    (pickled / "model.safetensors").unlink()
+    (pickled / "pytorch_model.bin").write_bytes(b"pickle")
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_looks_of_models_on_this_machine(snap_compare: Snapshot, size: tuple[int, int]) -> None:
+    make_three()
+    app = open_on("models", model="Qwen/Qwen2.5-7B-Instruct")
+    assert snap_compare(app, terminal_size=size, run_before=settle)
+
+
+def test_looks_of_an_empty_machine(snap_compare: Snapshot) -> None:
+    assert snap_compare(open_on("models"), terminal_size=(80, 24), run_before=settle)
+
+
+async def test_a_model_is_chosen_and_told_apart_from_the_others() -> None:
+    make_three()
+    app = open_on("models")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "On this machine (3)", "135M", "7.62B", "converted", "✗ old/pickled")
+        await pilot.press("G")
+        await shows(pilot, "✗ This model has pickled weights only", "gpt2")
+        await pilot.press("g")
+        await shows(
+            pilot, "licence apache-2.0", "context 131,072", "152,064", "6.5 GiB  fits", "15.7 GiB  fits"
+        )
+        await pilot.press("enter")
+        assert app.workbench.recipe.model.id == "Qwen/Qwen2.5-7B-Instruct"
+        await shows(pilot, "● Qwen/Qwen2.5-7B-Instruct", "balanced · Qwen2.5-7B-Instruct")
+        await pilot.press("u")
+        assert app.workbench.recipe.model.id == ""
+
+
+async def test_a_refused_model_says_why_and_is_taken_only_to_plan_with() -> None:
+    make_three()
+    app = open_on("models")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "On this machine (3)")
+        await pilot.press("G", "enter")
+        await shows(pilot, "This model has pickled weights only", "esc closes")
+        await pilot.press("escape")
+        assert isinstance(app.screen, ModelsScreen)
+
+
+async def test_the_list_is_filtered_as_one_types_and_the_hub_is_not_asked(hub: Hub) -> None:
+    make_three()
+    app = open_on("models")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "On this machine (3)")
+        await pilot.press("slash", *"smol")
+        await shows(pilot, "On this machine (1)", "SmolLM2-135M-Instruct")
+        await pilot.press("down", "enter")
+        assert app.workbench.recipe.model.id == "SmolLM2-135M-Instruct"
+    assert hub.requests == []
+
+
+async def test_the_hub_is_searched_on_enter_and_asked_about_one_on_enter(hub: Hub) -> None:
+    app = open_on("models")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "No models on this machine yet.", "press d for the 135M demo model", "SmolLM2")
+        await pilot.press("slash", *"tiny", "enter")
+        await shows(
+            pilot, "On the hub, for 'tiny' (2)", "↓1.20M", "gated", "enter asks the hub for its files"
+        )
+        await pilot.press("enter")
+        await shows(pilot, "d downloads", "2 layers", "licence apache-2.0", "fits")
+        await pilot.press("j", "enter")
+        await shows(pilot, "The model is gated", "hf auth login")
+
+
+async def test_a_hub_that_cannot_be_reached_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    app = open_on("models")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "No models")
+        await pilot.press("slash", *"tiny", "enter")
+        await shows(pilot, "The hub cannot be reached")
+        await pilot.press("escape")
+        assert isinstance(app.screen, ModelsScreen)
+
+
+async def search_tiny(pilot: Pilot[Any]) -> None:
+    await shows(pilot, "No models")
+    await pilot.press("slash", *"tiny", "enter")
+    await shows(pilot, "(2)")
+
+
+async def test_a_download_shows_its_progress_and_ends_in_the_list(hub: Hub) -> None:
+    app = open_on("models")
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await search_tiny(pilot)
+        await pilot.press("d")
+        await shows(pilot, "On this machine (1)", "enter trains this one", "here")
+        assert "c stops" not in text_of(app)
+        await pilot.press("enter")
+        assert app.workbench.recipe.model.id == TINY
+
+
+async def test_a_download_is_stopped_kept_and_continued(hub: Hub) -> None:
+    hub.stalls = threading.Event()
+    app = open_on("models")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await search_tiny(pilot)
+        await pilot.press("d")
+        await shows(pilot, "↓ org/tiny", "c stops")
+        wait_for(lambda: list(hub_cache_dir().rglob("*.incomplete")), saying="the first bytes")
+        await pilot.press("d", "c")
+        await settle(pilot)
+        assert "c stops" not in text_of(app)
+        hub.stalls.set()
+        hub.stalls = None
+        await pilot.press("d")
+        await shows(pilot, "On this machine (1)")
+    assert any(asked and asked != "bytes=0-" for asked in hub.ranges("")), hub.ranges("")
+
+
+async def test_a_download_goes_on_when_the_app_is_closed(hub: Hub) -> None:
+    hub.stalls = threading.Event()
+    app = open_on("models")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await search_tiny(pilot)
+        await pilot.press("d")
+        wait_for(lambda: list(hub_cache_dir().rglob("*.incomplete")), saying="the first bytes")
+        await pilot.press("2")
+        await pilot.press("1")
+        await shows(pilot, "↓ org/tiny")
+        await pilot.press("q")
+    hub.stalls.set()
+    wait_for(lambda: list(hub_cache_dir().rglob("refs/main")), saying="the download's end")
+
+
+async def test_a_folder_is_opened_by_its_path(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "mine", config_of("HuggingFaceTB__SmolLM2-135M"))
+    app = open_on("models")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "No models")
+        await pilot.press("o")
+        app.screen.query_one(Input).value = str(tmp_path / "nothing")
+        await pilot.press("enter")
+        await shows(pilot, "✗ There is no")
+        app.screen.query_one(Input).value = str(folder)
+        await pilot.press("enter")
+        await shows(pilot, "● mine", "folder")
+        assert app.workbench.recipe.model.id == str(folder)
+
+
+async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_model(tmp_path / "publisher" / name, config_of("HuggingFaceTB__SmolLM2-135M"))
+    app = open_on("models", model_folders=(str(tmp_path),))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "On this machine (2)", "one", "two")
+        list_ = app.screen.query_one(ViList)
+        await pilot.press("j", "j", "j")
+        assert list_.current is not None and list_.current.endswith("two")
+
+
+def test_a_licence_is_read_from_the_front_of_the_readme(tmp_path: Path) -> None:
+    assert licence_of(tmp_path) == ""
+    (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: llama3.1\n---\n")
+    assert licence_of(tmp_path) == "llama3.1"
+
+
+def test_the_speed_of_a_download_is_remembered() -> None:
+    assert downloads.last_speed() is None
+    downloads.remember_speed(12.5e6)
+    assert downloads.last_speed() == 12.5e6
+
+
+def test_a_child_that_is_killed_is_a_problem_with_a_fix(hub: Hub) -> None:
+    hub.stalls = threading.Event()
+
+    async def follow() -> downloads.Download:
+        download = downloads.start(TINY)
+        async for _ in download.follow():
+            os.kill(download.pid, signal.SIGKILL)
+        return download
+
+    download = asyncio.run(follow())
+    hub.stalls.set()
+    assert download.problem is not None
+    assert download.problem.fix
