@@ -36,6 +36,8 @@ class Lines(Widget):
 
     def redraw(self) -> None:
         """Draw anew, and repaint the cells that differ."""
+        if not self.is_mounted:
+            return
         if self._drawn_for != self._conditions():
             # Never drawn, or another size or theme: everything is painted anyway.
             self.refresh()

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from qlora_tui.gpu.reading import Reading
+from qlora_tui.recipe.fields import fields
+from qlora_tui.runs.energy import EnergyMeter
+from qlora_tui.runs.telemetry import Sample, encode
+from qlora_tui.tui.widgets.gpu_panel import GpuPanel, Machine
+from qlora_tui.tui.widgets.setting_steps import stepped
+from tests.tui.played import GIB, Play, play
+
+CARD = Reading(
+    at=100.0,
+    index=0,
+    utilization_percent=50,
+    memory_used_bytes=12 * GIB,
+    memory_total_bytes=24 * GIB,
+    power_w=300.0,
+    power_limit_w=450.0,
+    temperature_c=61,
+    sm_clock_mhz=2520,
+    fan_percent=40,
+    throttle=(),
+)
+
+
+def sample(at: float, **changes: Any) -> Sample:
+    card = msgspec.structs.replace(CARD, at=at, **changes)
+    return Sample(at=at, rss_bytes=3 * GIB, cpu_percent=104.0, gpu=card)
+
+
+def drawn(machine: Machine, width: int = 30, height: int = 24) -> list[str]:
+    panel = GpuPanel()
+    panel.show(machine)
+    return [line.plain for line in panel.draw(width, height)]
+
+
+def test_what_a_card_does_not_tell_is_na_and_never_zero() -> None:
+    nothing = Sample(at=1.0, rss_bytes=GIB, cpu_percent=1.0, gpu=Reading(at=1.0, index=0))
+    for height in (24, 2):
+        text = "\n".join(drawn(Machine("RTX 4090", (nothing,)), 80, height))
+        assert text.count("NA") >= 5
+        assert " 0" not in text.replace(" 0%", "")
+
+
+def test_utilisation_is_drawn_from_nought_to_a_hundred_with_gaps_where_nothing_was_told() -> None:
+    samples = tuple(sample(float(second)) for second in (*range(10), *range(15, 20)))
+    chart = drawn(Machine("RTX 4090", samples), width=20, height=10)[2]
+    assert chart == "▄" * 10 + " " * 5 + "▄" * 5
+
+
+def test_the_estimate_is_a_tick_under_the_memory() -> None:
+    lines = drawn(Machine("RTX 4090", (sample(1.0),), estimate_bytes=12 * GIB), width=40)
+    tick = next(line for line in lines if "estimate" in line)
+    assert tick.index("▲") == 19
+    full = drawn(Machine("RTX 4090", (sample(1.0),), estimate_bytes=30 * GIB), width=40)
+    assert next(line for line in full if "estimate" in line).endswith("estimate 30.0 ▲")
+
+
+def test_a_throttled_and_hot_card_says_so_in_words() -> None:
+    hot = sample(1.0, temperature_c=90, throttle=("power cap", "thermal"))
+    text = "\n".join(drawn(Machine("RTX 4090", (hot,)), width=44))
+    assert "90 °C hot" in text
+    assert "slowed  by power cap, thermal" in text
+
+
+def test_without_a_card_the_trainer_and_its_share_of_the_machine_are_shown() -> None:
+    here = Sample(at=1.0, rss_bytes=2 * GIB, cpu_percent=150.0)
+    text = "\n".join(drawn(Machine("AMD EPYC", (here,), None, 16 * GIB, 2)))
+    assert "150% of 2 cores" in text
+    assert "2.0 of 16.0 GiB" in text
+    assert "No GPU in this run." in text
+
+
+def test_energy_is_summed_over_what_the_card_told_and_not_over_pauses() -> None:
+    run = play(Play(steps=0))
+    seconds = [*range(100), *range(5000, 5100)]
+    run.telemetry_path.write_bytes(
+        b"".join(encode(sample(float(s), power_w=360.0)) for s in seconds) + b"{torn"
+    )
+    meter = EnergyMeter(run.telemetry_path)
+    meter.read()
+    assert meter.kwh == pytest.approx(2 * 99 * 360 / 3.6e6)
+    with run.telemetry_path.open("ab") as file:
+        file.write(b"\n" + encode(sample(5100.0, power_w=360.0)))
+    meter.read()
+    assert meter.kwh == pytest.approx((2 * 99 + 1) * 360 / 3.6e6)
+
+
+def test_no_power_told_is_no_energy_told() -> None:
+    run = play(Play(steps=0))
+    run.telemetry_path.write_bytes(b"".join(encode(sample(float(s), power_w=None)) for s in range(9)))
+    meter = EnergyMeter(run.telemetry_path)
+    meter.read()
+    assert meter.kwh is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "direction", "after"),
+    [
+        ("lora.rank", 16, 1, 32),
+        ("lora.rank", 24, 1, 32),
+        ("lora.rank", 24, -1, 16),
+        ("lora.rank", 1, -1, 1),
+        ("lora.rank", 1024, 1, 1024),
+        ("data.max_length", 2048, -1, 1024),
+        ("training.learning_rate", 2e-4, 1, 3e-4),
+        ("training.learning_rate", 2e-4, -1, 1e-4),
+        ("training.learning_rate", 1e-4, -1, 5e-5),
+        ("training.epochs", 2.0, 1, 2.5),
+        ("training.epochs", 3.0, 1, 4.0),
+        ("training.epochs", 0.5, -1, 0.5),
+        ("training.max_steps", 0, 1, 1),
+        ("training.max_steps", 100, 1, 200),
+        ("training.max_steps", 1, -1, 0),
+        ("training.seed", 42, 1, 43),
+        ("lora.dropout", 0.0, 1, 0.01),
+        ("lora.dropout", 0.05, 1, 0.1),
+        ("lora.dropout", 0.9, 1, 0.9),
+        ("training.schedule", "cosine", 1, "linear"),
+        ("training.schedule", "cosine", -1, "constant"),
+        ("data.packing", True, 1, False),
+    ],
+)
+def test_a_step_is_a_sensible_one(path: str, value: object, direction: int, after: object) -> None:
+    assert stepped(fields()[path], value, direction) == after
