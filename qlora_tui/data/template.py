@@ -24,16 +24,6 @@ from qlora_tui.data.conversation import RowRefused
 PINNED_DATE = datetime(2024, 7, 26)
 """Today, for templates that print it: the date Llama 3's template falls back to."""
 
-_FAILURES = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    RecursionError,
-)
-
 Turns = Sequence[Mapping[str, Any]]
 """Messages as templates read them: role, content, tool_calls and so on."""
 Tools = Sequence[Mapping[str, Any]]
@@ -73,7 +63,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=turns, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
             )
-        except _FAILURES as error:
+        except Exception as error:  # a template is somebody's program, and may fail in any way
             raise RowRefused("template-refuses", _in_words(error)) from error
 
     def render_marked(self, turns: Turns, tools: Tools | None = None) -> tuple[str, list[Span]]:
@@ -88,7 +78,7 @@ class ChatTemplate:
                     **self._variables,
                 ):
                     written.append(piece)
-            except _FAILURES as error:
+            except Exception as error:
                 raise RowRefused("template-refuses", _in_words(error)) from error
             return "".join(written), list(spans)
 
