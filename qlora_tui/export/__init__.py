@@ -1,0 +1,1 @@
+"""A run's result in a form that other programs load: ``merge``, with a model card."""
