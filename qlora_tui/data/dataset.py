@@ -146,7 +146,7 @@ def _make(
                     progress(Progress(min(1.0, (done + position.bytes) / total), counts.rows, counts.tokens))
             done += file.path.stat().st_size
     problems = maker.examiner.problems()
-    _refuse(problems, files)
+    _refuse(problems)
     if not maker.row_keys:
         raise _nothing_left(maker.examiner.counts, recipe)
     row_keys, row_sources = maker.row_keys, maker.row_sources
@@ -170,7 +170,7 @@ class _Maker:
 
     def write(self, file: SourceFile, position: Position) -> Iterator[None]:
         """Render and write a file, a batch at a step."""
-        for batch in self.examiner.examined(file.source, batches(conversations(file, position))):
+        for batch in self.examiner.examined(file, batches(conversations(file, position))):
             for examined in batch:
                 conversation, key = examined.conversation, examined.key
                 if examined.samples:
@@ -216,15 +216,14 @@ def _load(folder: Path, weights: Sequence[float], cached: bool) -> Prepared | No
     )
 
 
-def _refuse(problems: Sequence[DataProblem], files: Sequence[SourceFile]) -> None:
+def _refuse(problems: Sequence[DataProblem]) -> None:
     """Raise for the first problem that blocks a run."""
     for problem in problems:
         if problem.severity == "error":
-            path = next(file.path for file in files if file.source == problem.source)
             rows = ", ".join(map(str, problem.rows[:5])) + (" and others" if problem.count > 5 else "")
             raise Problem(
                 problem.title,
-                what=f"{path}, row {rows}: {problem.example}",
+                what=f"{problem.path}, row {rows}: {problem.example}",
                 why=f"{problem.count} rows of it have this problem." if problem.count > 1 else "",
                 fix=problem.fix,
             )

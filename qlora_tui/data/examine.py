@@ -20,6 +20,7 @@ from qlora_tui.data.problems import DataProblem, Tally
 from qlora_tui.data.render import Rendered, Rendering
 from qlora_tui.data.report import Counts
 from qlora_tui.data.row import Row
+from qlora_tui.data.sources import SourceFile
 from qlora_tui.data.split import group_key
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data
@@ -64,28 +65,31 @@ class Examiner:
         self._data = data
         self._tokenizer = tokenizer
         self._seed = seed
-        self._tallies: dict[int, Tally] = {}
+        self._tallies: dict[tuple[int, str], Tally] = {}
         self._seen, self._seen_in_validation = KeyTable(), KeyTable()
         self._near = NearDuplicates() if near_duplicates else None
 
-    def examined(self, source: int, batches: Iterable[Batch]) -> Iterator[list[Examined]]:
-        """The conversations of each batch that render. A batch is read while the one before is encoded."""
+    def examined(self, file: SourceFile, batches: Iterable[Batch]) -> Iterator[list[Examined]]:
+        """The conversations of each batch of a file that render.
+
+        A batch is read while the one before is encoded.
+        """
+        tally = self._tallies.setdefault((file.source, str(file.path)), Tally(file.source, str(file.path)))
         held: tuple[list[Conversation], Rendering | None] | None = None
         for batch in batches:
-            begun = self._begun(source, batch)
+            begun = self._begun(tally, batch)
             if held is not None:
-                yield self._finished(source, *held)
+                yield self._finished(tally, *held)
             held = begun
         if held is not None:
-            yield self._finished(source, *held)
+            yield self._finished(tally, *held)
 
     def problems(self) -> list[DataProblem]:
         """Everything found, errors first."""
         found = [problem for tally in self._tallies.values() for problem in tally.problems()]
         return sorted(found, key=lambda p: p.severity != "error")
 
-    def _begun(self, source: int, batch: Batch) -> tuple[list[Conversation], Rendering | None]:
-        tally = self._tally(source)
+    def _begun(self, tally: Tally, batch: Batch) -> tuple[list[Conversation], Rendering | None]:
         self.counts.rows += len(batch)
         usable: list[Conversation] = []
         for row, one in batch:
@@ -98,9 +102,8 @@ class Examiner:
         return usable, Rendering(usable, self._tokenizer, self._data.train_on)
 
     def _finished(
-        self, source: int, usable: list[Conversation], rendering: Rendering | None
+        self, tally: Tally, usable: list[Conversation], rendering: Rendering | None
     ) -> list[Examined]:
-        tally = self._tally(source)
         results = rendering.results() if rendering else ([] for _ in usable)
         examined = []
         for conversation, result in zip(usable, results, strict=True):
@@ -111,9 +114,6 @@ class Examiner:
             else:
                 examined.append(self._examined(tally, conversation, key, result))
         return examined
-
-    def _tally(self, source: int) -> Tally:
-        return self._tallies.setdefault(source, Tally(source))
 
     def _check(self, tally: Tally, conversation: Conversation, key: int) -> None:
         row = conversation.row

@@ -44,10 +44,13 @@ def inspecting(
     yield from _Inspection(files, note, tokenizer, data or Data()).reports()
 
 
-def show(source: Source, row: int, tokenizer: ChatTokenizer, data: Data | None = None) -> Shown:
-    """Row number ``row`` of the source's first file. Raises ``Problem`` if there is no such row."""
+def show(
+    source: Source, row: int, tokenizer: ChatTokenizer, data: Data | None = None, path: str = ""
+) -> Shown:
+    """Row number ``row`` of the source's file ``path``, or of its first. Raises ``Problem``."""
     data = data or Data()
-    file = open_source(source)[0][0]
+    files, _ = open_source(source)
+    file = next((file for file in files if str(file.path) == path), files[0])
     found = row_at(file.path, row)
     if found is not None:
         return _shown(found.number, conversation_of(found, file), tokenizer, data)
@@ -74,7 +77,7 @@ class _Inspection:
         done = 0
         for file in self._files:
             position = Position()
-            for batch in self._examiner.examined(file.source, batches(conversations(file, position))):
+            for batch in self._examiner.examined(file, batches(conversations(file, position))):
                 self._measure(batch)
                 if time.monotonic() >= due:
                     due = time.monotonic() + _NEXT_REPORT_S

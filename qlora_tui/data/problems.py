@@ -133,7 +133,7 @@ NOTES: dict[str, str] = {
 
 
 class DataProblem(Struct, frozen=True):
-    """One kind of problem in one source."""
+    """One kind of problem in one file."""
 
     kind: str
     severity: Literal["error", "warning"]
@@ -146,13 +146,16 @@ class DataProblem(Struct, frozen=True):
     fix: str
     source: int = 0
     """Index of the source."""
+    path: str = ""
+    """The file whose rows these are."""
 
 
 class Tally:
-    """Problems of one source, counted as they come."""
+    """Problems of one file, counted as they come."""
 
-    def __init__(self, source: int = 0) -> None:
+    def __init__(self, source: int = 0, path: str = "") -> None:
         self._source = source
+        self._path = path
         self._rows: dict[str, list[int]] = {}
         self._counts: dict[str, int] = {}
         self._examples: dict[str, str] = {}
@@ -177,6 +180,7 @@ class Tally:
                 example=self._examples[kind],
                 fix=CHECKS[kind].fix,
                 source=self._source,
+                path=self._path,
             )
             for kind, count in self._counts.items()
         ]

@@ -57,7 +57,6 @@ BEGIN{%- for message in messages -%}
 
 _TURN_ENDS = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>"}
 _TEXTS = {"chatml": _CHATML, "llama-3": _LLAMA_3, "alpaca": _ALPACA, "plain": _PLAIN}
-NAMES = tuple(_TEXTS)
 
 
 def stock_template(name: str, added_tokens: Container[str], begins_with_bos: bool) -> str:

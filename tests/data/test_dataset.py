@@ -179,6 +179,15 @@ def test_an_error_in_a_row_blocks_and_names_file_row_and_fix(tmp_path: Path) -> 
     assert caught.value.fix
 
 
+def test_the_file_of_a_folder_that_has_the_bad_row_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", pairs(3))
+    write(tmp_path / "b.jsonl", [pairs(1)[0], {"prompt": [{"type": "image"}], "completion": "x"}])
+    with pytest.raises(Problem) as caught:
+        prepare(recipe(Source(path=str(tmp_path))), family("chatml"))
+    assert str(tmp_path / "b.jsonl") in caught.value.what
+    assert "row 2" in caught.value.what
+
+
 @pytest.mark.parametrize(
     ("rows", "data", "fix"),
     [

@@ -77,6 +77,18 @@ def test_a_folder_reports_each_of_its_files(tmp_path: Path) -> None:
     assert report.counts.rows == 4
 
 
+def test_problems_and_rows_of_a_folder_belong_to_their_file(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", pairs(3))
+    second = write(
+        tmp_path / "b.jsonl", [{"prompt": "other", "completion": "z"}, {"prompt": "", "completion": "y"}]
+    )
+    source = Source(path=str(tmp_path))
+    (problem,) = inspect(source, family("chatml")).problems
+    assert (problem.path, problem.rows) == (second.path, (2,))
+    assert "other" in show(source, 1, family("chatml"), path=second.path).samples[0][1].text
+    assert "q 0" in show(source, 1, family("chatml")).samples[0][1].text
+
+
 def test_an_unusable_file_raises_before_the_first_report(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text("never\n" * 300)
