@@ -142,7 +142,8 @@ def run_lines(summary: RunSummary | None, news: bool, now: float) -> list[Conten
         share = status.step / status.total_steps if status.total_steps else 0.0
         loss = "" if status.loss is None else f"   loss {figure(status.loss, 3)}"
         steps = f"step {status.step:,} of {status.total_steps:,}" if status.total_steps else "preparing"
-        return [first, Content(f"{bar(share, _CURVE)} {steps}{loss}")]
+        left = "" if summary.seconds_left is None else f"   ETA {duration(summary.seconds_left)}"
+        return [first, Content(f"{bar(share, _CURVE)} {steps}{loss}{left}")]
     first += f"  {ago(status.at, now)}" if status.at else ""
     if news and status.at:
         first += Content.styled("  while you were away", "$accent")

@@ -43,7 +43,8 @@ class RunSummary:
     """Training losses from first to last, thinned; NaN where one was not a number."""
     seconds: float | None
     """From the first step to the last, pauses between attempts included; None before there are two."""
-    epochs: float
+    seconds_left: float | None
+    """Of a run at work, by its pace; None where there is none."""
     energy_kwh: float | None
 
     @property
@@ -112,7 +113,7 @@ def summarise(run: RunDir) -> RunSummary:
         loss=series.loss[-1] if len(series) else None,
         losses=tuple(series.loss),
         seconds=series.at[-1] - series.at[0] if len(series) > 1 else None,
-        epochs=series.epoch[-1] if len(series) else 0.0,
+        seconds_left=view.seconds_left,
         energy_kwh=ending.energy_kwh if isinstance(ending, Finished) else None,
     )
 
@@ -129,7 +130,7 @@ def outline(run: RunDir) -> RunSummary:
         loss=None,
         losses=(),
         seconds=None,
-        epochs=0.0,
+        seconds_left=None,
         energy_kwh=None,
     )
 
