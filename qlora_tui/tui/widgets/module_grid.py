@@ -176,16 +176,19 @@ class ModuleGrid(Widget, can_focus=True):
         return max(0, self._row - max(1, self.content_size.height - 1) + 1)
 
     def _axis(self, shown: range) -> Content:
-        """Numbers of layers, one in five."""
+        """Numbers of layers, one in five, and arrows where there are more of them."""
         assert self._table is not None
         text = ""
         for place, column in enumerate(shown):
             layer = self._table.columns[column]
             if place >= len(text) and layer is not None and layer % 5 == 0:
                 text = text.ljust(place) + str(layer) + " "
-        more = " →" if shown.stop < len(self._table.columns) else ""
+        if shown.stop < len(self._table.columns):
+            text = f"{text[: len(shown) - 1]:<{len(shown) - 1}}→"
+        if shown.start:
+            text = f"←{text[1:]}"
         label = f"{'module':<{self._head_width - 15}}{'trained':>8} layer "
-        return Content.styled(f"{label}{text[: len(shown)]}{more}", "$text-muted")
+        return Content.styled(label + text, "$text-muted")
 
     def _line(self, index: int, shown: range) -> Content:
         assert self._table is not None
