@@ -9,6 +9,7 @@ from tensors to what the card sees; ``learning`` corrects it by what past runs m
 sentence of each item.
 """
 
+from qlora_tui.memory.classes import ModelClass, largest_model
 from qlora_tui.memory.codepath import CodePath, Device, our_path
 from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, compare, estimate
 from qlora_tui.memory.learning import Correction, Peaks, corrected, correction_for, remember
@@ -26,6 +27,7 @@ __all__ = [
     "Device",
     "Estimate",
     "Item",
+    "ModelClass",
     "Peaks",
     "Verdict",
     "WhatFits",
@@ -36,6 +38,7 @@ __all__ = [
     "correction_for",
     "estimate",
     "judge",
+    "largest_model",
     "our_path",
     "remember",
     "what_fits",

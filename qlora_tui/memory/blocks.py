@@ -12,6 +12,7 @@ from typing import Literal
 
 from qlora_tui.memory import fused
 from qlora_tui.memory.attention import Heads, Kernel, attend
+from qlora_tui.memory.latent import latent_attention
 from qlora_tui.memory.linear import linear
 from qlora_tui.memory.moe import Mixture, mixture, weighted
 from qlora_tui.memory.ops import Linear, Ops
@@ -100,6 +101,10 @@ def norm(ops: Ops, block: Block, x: Tensor) -> Tensor:
 
 
 def _attention(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
+    if block.find("attention", "kv_b_proj"):
+        linears = {module.name: module for module in block.linears if module.part == "attention"}
+        attended = latent_attention(ops, linears, block.heads, block.kernel, hidden_states, block.norm_width)
+        return linear(ops, attended, linears["o_proj"])
     query, key, value = _project(ops, block, hidden_states)
     if block.rotary:
         rotate = partial(fused.rotate, ops) if ops.fused else ops.rotate

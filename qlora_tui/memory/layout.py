@@ -42,6 +42,7 @@ STYLES: dict[str, Style] = {
     "qwen2_moe": Style(),
     "qwen3_moe": Style(head_norms="head"),
     "gpt_oss": Style(),
+    "deepseek_v2": Style(),
     "granite": Style(residual_scale=True),
     "olmo2": Style(order="post", head_norms="full"),
     "stablelm": Style(norm="layer"),
@@ -163,6 +164,7 @@ def _mixture(recipe: Recipe, architecture: Architecture, path: CodePath) -> Mixt
         intermediate=experts.intermediate_size,
         activation=architecture.activation,
         clamped=architecture.model_type == "gpt_oss",
+        wide_weights=architecture.model_type in ("mixtral", "deepseek_v2") and not path.separate_experts,
         separate=path.separate_experts,
         method=recipe.quantization.method,
     )

@@ -25,6 +25,8 @@ class Mixture:
     activation: str
     clamped: bool = False
     """gpt-oss clamps both halves, gates by a sigmoid of its own, and has biases."""
+    wide_weights: bool = False
+    """Routing weights stay float32 (Mixtral, DeepSeek), and with them what they are multiplied with."""
     separate: bool = False
     """Each expert's matrices are modules of their own (transformers 4)."""
     method: str = "none"
@@ -51,7 +53,7 @@ def _route(ops: Ops, made_of: Mixture, x: Tensor) -> Tensor:
     node = ops.tape.node((likely,), lambda grad, saved: (ops.new(every, FLOAT),))
     chosen = ops.new(tokens * made_of.per_token, FLOAT)
     chosen.node = node
-    return ops.cast(chosen, width)
+    return chosen if made_of.wide_weights else ops.cast(chosen, width)
 
 
 def _grouped(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
@@ -69,14 +71,15 @@ def _grouped(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
     del inner
     out = weighted(ops, out, weights)
     out = _index(ops, out, slots * made_of.hidden)
+    summed = out.width
     node = ops.tape.node(
         # The gradient of a sum is expanded, and made whole where it is used.
         (out,),
-        lambda grad, saved: (ops.new(slots * made_of.hidden, width),),
+        lambda grad, saved: (ops.new(slots * made_of.hidden, summed),),
     )
-    total = ops.new(tokens * made_of.hidden, width)
+    total = ops.new(tokens * made_of.hidden, summed)
     total.node = node
-    return total
+    return ops.cast(total, width)
 
 
 def _gate(ops: Ops, both: Tensor, made_of: Mixture) -> Tensor:
@@ -114,12 +117,15 @@ def _product(ops: Ops, x: Tensor, rows: int, inputs: int, outputs: int) -> Tenso
 
 def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
     """Times each slot's routing weight, which needs a gradient too: keeps the experts' outputs."""
-    numel, rows, width = x.numel, weights.numel, x.width
+    numel, rows, back = x.numel, weights.numel, x.width
+    width = max(x.width, weights.width)
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         toward = ops.new(numel, width)
         spread = ops.new(numel, width)
         del spread
+        if width != back:
+            toward = ops.new(numel, back)
         return (toward, ops.new(rows, width))
 
     node = ops.tape.node((x, weights), fn, (x, weights))

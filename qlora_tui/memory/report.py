@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_tui.catalog.facts import Architecture
+from qlora_tui.memory.classes import largest_model
 from qlora_tui.memory.codepath import Device
 from qlora_tui.memory.estimate import Estimate, compare
 from qlora_tui.memory.solver import cheapest_changes, what_fits
@@ -28,10 +29,12 @@ def as_json(
     changes: list[dict[str, Any]] = []
     if available_bytes is not None:
         largest = what_fits(recipe, architecture, available_bytes, device=device)
+        model = largest_model(recipe, available_bytes, device=device)
         fitting = {
             "sequence_length": largest.sequence_length,
             "micro_batch": largest.micro_batch,
             "rank": largest.rank,
+            "model_class": model.label if model else None,
         }
         changes = [
             {

@@ -9,7 +9,16 @@ import time
 import pytest
 
 from qlora_tui.errors import Problem
-from qlora_tui.memory import Device, as_json, cheapest_changes, compare, estimate, judge, what_fits
+from qlora_tui.memory import (
+    Device,
+    as_json,
+    cheapest_changes,
+    compare,
+    estimate,
+    judge,
+    largest_model,
+    what_fits,
+)
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.memory.models import qwen_7b, tinyllama
 
@@ -84,6 +93,12 @@ def test_what_fits_fits_and_the_next_size_does_not() -> None:
     assert judge(estimate(at, model), card).fits
     assert not judge(estimate(beyond, model), card).fits
     assert judge(estimate(Recipe(training=Training(micro_batch=largest.micro_batch)), model), card).fits
+
+
+def test_a_larger_card_fits_a_larger_class_of_model() -> None:
+    labels = [largest_model(Recipe(), size * GIB) for size in (1, 8, 24, 48)]
+    assert labels[0] is None
+    assert [found.label for found in labels if found] == ["7B", "32B", "72B"]
 
 
 def test_nothing_fits_on_a_card_smaller_than_the_weights() -> None:

@@ -21,6 +21,8 @@ CASES = [
     Case("Mistral", rows=3, length=256, wide=False, method="none"),
     Case("Mixtral", length=512),
     Case("Qwen 1.5 MoE", checkpointing=False, loss="stock", wide=False),
+    Case("DeepSeek-V2", length=512, wide=False),
+    Case("Falcon", rows=2, length=256),
     Case("Gemma 2", rows=2, length=512),
     Case("Gemma 3", checkpointing=False, loss="stock"),
     Case("Phi-2", checkpointing=False, loss="stock", dropout=0.05),

@@ -1,0 +1,69 @@
+"""Which size of model would fit with a recipe: Qwen2.5's shapes stand for their class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from msgspec import structs
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.memory.codepath import Device
+from qlora_tui.memory.estimate import Estimate, estimate
+from qlora_tui.memory.verdict import judge
+from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
+
+_SHAPES = (
+    ("0.5B", 896, 4864, 24, 14, 2, 151_936, True),
+    ("1.5B", 1536, 8960, 28, 12, 2, 151_936, True),
+    ("3B", 2048, 11_008, 36, 16, 2, 151_936, True),
+    ("7B", 3584, 18_944, 28, 28, 4, 152_064, False),
+    ("14B", 5120, 13_824, 48, 40, 8, 152_064, False),
+    ("32B", 5120, 27_648, 64, 40, 8, 152_064, False),
+    ("72B", 8192, 29_568, 80, 64, 8, 152_064, False),
+)
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """One size of model under the recipe."""
+
+    label: str
+    """``7B``."""
+    estimate: Estimate
+
+
+def largest_model(recipe: Recipe, available_bytes: int, *, device: Device | None = None) -> ModelClass | None:
+    """The largest class that fits; None when not even the smallest does.
+
+    Targets are taken as ``all-linear``: another model has other modules.
+    """
+    anywhere = structs.replace(recipe, lora=structs.replace(recipe.lora, target_modules=(ALL_LINEAR,)))
+    found = None
+    for label, *_ in _SHAPES:
+        made = estimate(anywhere, _architecture(label), device=device)
+        if not judge(made, available_bytes).fits:
+            break
+        found = ModelClass(label, made)
+    return found
+
+
+@lru_cache
+def _architecture(label: str) -> Architecture:
+    shape = next(shape for shape in _SHAPES if shape[0] == label)
+    _, hidden, inner, layers, heads, kv_heads, vocabulary, tied = shape
+    return read_architecture(
+        {
+            "model_type": "qwen2",
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 32_768,
+            "hidden_act": "silu",
+            "tie_word_embeddings": tied,
+        }
+    )
