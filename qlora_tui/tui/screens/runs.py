@@ -21,6 +21,7 @@ from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.question import QuestionScreen
+from qlora_tui.tui.screens.runs_commands import COMMANDS
 from qlora_tui.tui.screens.runs_compare import MOST, CompareScreen
 from qlora_tui.tui.screens.runs_summary import Listing, RunSummary, Summaries
 from qlora_tui.tui.screens.runs_table import RunTable
@@ -29,14 +30,6 @@ from qlora_tui.tui.widgets.lines import put
 
 _LOOK_S = 0.3
 """A look takes about so long at most; hundreds of runs are read in several."""
-
-
-def _do(
-    id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True, verb: str = ""
-) -> Command:
-    return Command(
-        id=f"runs.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer, verb=verb
-    )
 
 
 class RunsScreen(WorkScreen):
@@ -49,20 +42,7 @@ class RunsScreen(WorkScreen):
         "lowest validation loss, or with * the last training loss where none was measured. The small curve "
         "goes from the run's highest loss to its lowest."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = (
-        _do("open", "enter", "open", "Open", "Watch the run, or see how it ended.", verb="attach"),
-        _do("mark", "space", "mark", "Mark", "Choose up to four runs to compare."),
-        _do("compare", "v", "compare", "Compare", "Curves on one graph, and the settings that differ."),
-        _do("filter", "slash", "filter", "Filter", "Only runs with a text in them."),
-        _do("chat", "c", "chat", "Chat", "Talk to the run's adapter.", verb="chat"),
-        _do("rerun", "R", "rerun", "Rerun", "Prepare a run with this recipe."),
-        _do("preset", "S", "save_preset", "Save preset", "Keep its settings as a preset.", in_footer=False),
-        _do("delete", "D", "delete", "Delete", "Delete the run and all it made."),
-        _do("copy", "y", "copy_command", "Copy", "Copy the command that shows it.", in_footer=False),
-        _do("sooner", "K", "move(-1)", "Sooner", "Move it up in the queue.", in_footer=False),
-        _do("later", "J", "move(1)", "Later", "Move it down in the queue.", in_footer=False),
-        _do("withdraw", "w", "withdraw", "Withdraw", "Take it out of the queue.", verb="stop"),
-    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,6 +51,7 @@ class RunsScreen(WorkScreen):
         self._marked: tuple[str, ...] = ()
         self._filter = ""
         self._looking = False
+        self._bound_for: object = None
 
     def compose_body(self) -> Iterable[Widget]:
         yield Input(
@@ -211,7 +192,7 @@ class RunsScreen(WorkScreen):
     def on_run_table_moved(self) -> None:
         """Say more of the run under the cursor."""
         self._show_detail()
-        self.refresh_bindings()
+        self._rebind()
 
     async def on_run_table_opened(self) -> None:
         """As with the key."""
@@ -246,7 +227,15 @@ class RunsScreen(WorkScreen):
             self.query_one("#runs-empty", Static).update(text)
         self.query_one(RunTable).show(rows, self._listing.waiting, self._marked)
         self._show_detail()
-        self.refresh_bindings()
+        self._rebind()
+
+    def _rebind(self) -> None:
+        """Change the footer where other keys mean something than before."""
+        current = self.current
+        bound_for = (current is not None and self._is_waiting(current), len(self._marked) > 1)
+        if bound_for != self._bound_for:
+            self._bound_for = bound_for
+            self.refresh_bindings()
 
     def _show_detail(self) -> None:
         summary = self.current

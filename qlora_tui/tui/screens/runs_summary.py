@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from qlora_tui.runs.events import Finished
 from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.runs.view import RunView
 
+_AT_WORK_S = 5.0
+"""Between two readings of a run at work; its status is read every time."""
 _STEPS = 64
 """Of a long run; the curve of a list is a few cells wide."""
 
@@ -67,15 +69,23 @@ class Summaries:
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[object, RunSummary]] = {}
+        self._read_at: dict[str, float] = {}
 
     def of(self, run: RunDir) -> RunSummary:
         """The summary of one run. Never raises for a strange run."""
         key = (_changed_at(run.status_path), _changed_at(run.events_path))
+        now = time.monotonic()
         known = self._known.get(run.id)
-        if known is not None and known[0] == key and known[1].status.state not in ACTIVE:
-            return known[1]
+        if known is not None:
+            at_work = known[1].status.state in ACTIVE
+            if known[0] == key and not at_work:
+                return known[1]
+            if at_work and now - self._read_at[run.id] < _AT_WORK_S:
+                status = read_status(run)
+                if status.state in ACTIVE:
+                    return replace(known[1], status=status)
         summary = summarise(run)
-        self._known[run.id] = (key, summary)
+        self._known[run.id], self._read_at[run.id] = (key, summary), now
         return summary
 
     def look(self, most_s: float) -> Listing:
