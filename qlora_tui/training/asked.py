@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
 
 from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind, Request
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Asked
+from qlora_tui.training.processes import Processes
 from qlora_tui.training.reporter import Reporter
 
 
 class Requests:
     """Requests that wait for the next edge of a step."""
 
-    def __init__(self, run: RunDir, reporter: Reporter) -> None:
+    def __init__(self, run: RunDir, reporter: Reporter, among: Processes) -> None:
         self._run = run
+        self._among = among
         self._reporter = reporter
         self._waiting: list[Request] = []
         self._terminated = False
@@ -29,17 +30,14 @@ class Requests:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def look(self) -> None:
-        """Take what is new, and say so in the events."""
-        for request in control.take(self._run):
+        """Take what is new, and say so in the events. Every process of a run looks at the same moments."""
+        new = self._among.from_first(self._new() if self._among.is_first else [])
+        for request in new:
             self._reporter.tell(Asked(at=time.time(), request=request.kind, value=request.value))
             self._reporter.log(
                 f"asked: {request.kind}{'' if request.value is None else f' {request.value:g}'}"
             )
-            self._waiting.append(request)
-        if self._terminated:
-            self._terminated = False
-            self._reporter.tell(Asked(at=time.time(), request="stop"))
-            self._waiting.append(Request(kind="stop"))
+        self._waiting += new
 
     def take(self, kind: Kind) -> Request | None:
         """The last waiting request of a kind; earlier ones of the same kind are done with it."""
@@ -52,13 +50,16 @@ class Requests:
         kinds = {request.kind for request in self._waiting}
         return "stop" if "stop" in kinds else "pause" if "pause" in kinds else None
 
+    def _new(self) -> list[Request]:
+        requests = control.take(self._run)
+        if self._terminated:
+            self._terminated = False
+            requests.append(Request(kind="stop"))
+        return requests
+
     def _on_signal(self, number: int, frame: object) -> None:
         self._terminated = True
         signal.signal(number, signal.SIG_DFL)
-
-
-Edge = Callable[[], None]
-"""Called where a run may end before it trains; raises :class:`EndedEarly`."""
 
 
 class EndedEarly(Exception):

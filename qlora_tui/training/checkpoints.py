@@ -25,6 +25,7 @@ from qlora_tui.recipe.difference import difference
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, to_recipe
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.training.processes import Processes
 
 _MARKER = "complete"
 _STATE = "state.json"
@@ -72,17 +73,24 @@ class Checkpoint(Struct, frozen=True):
     state: State
 
 
-def write(run: RunDir, state: State, save_parts: Callable[[Path], None]) -> Path:
-    """Write a checkpoint; ``save_parts`` puts its files into the folder it is given.
+def write(run: RunDir, state: State, save_parts: Callable[[Path], None], among: Processes) -> Path:
+    """Write a checkpoint; ``save_parts`` puts the files of each process into the folder it is given.
 
     Raises OSError when it cannot be written; what was there before is untouched then.
     """
     final = run.checkpoints_dir / f"step-{state.step}"
     draft = private_dir(run.checkpoints_dir) / f"{_DRAFT}{final.name}"
+    if not among.is_first:
+        among.wait()
+        save_parts(draft)
+        among.wait()
+        return final
     shutil.rmtree(draft, ignore_errors=True)
     try:
         private_dir(draft)
+        among.wait()
         save_parts(draft)
+        among.wait()
         atomic_write(draft / _STATE, msgspec.json.encode(state))
         sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
         for name in sizes:

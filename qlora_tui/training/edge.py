@@ -13,6 +13,7 @@ from typing import Any, Literal
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import CheckpointSaved, Evaluated, Sampled, Step
 from qlora_tui.training import checkpoints
@@ -24,8 +25,10 @@ from qlora_tui.training.evaluation import answers, validation_loss
 from qlora_tui.training.failure import is_full_disk
 from qlora_tui.training.health import StepWatch
 from qlora_tui.training.loop import RunTrainer
+from qlora_tui.training.processes import Processes
 from qlora_tui.training.reporter import Reporter
 
+_KINDS: tuple[Kind, ...] = ("evaluate", "sample", "checkpoint")
 Ending = Literal["finished", "stopped", "paused"]
 
 
@@ -41,6 +44,7 @@ class Setting:
     data_hash: str
     kept_apart: bool
     pad_id: int
+    among: Processes
 
 
 @dataclass
@@ -110,17 +114,18 @@ class Edge:
         if self._requests.take("finish_epoch"):
             self.progress.ends_with_epoch = True
         ends = last or (plan.ends_epoch and self.progress.ends_with_epoch)
-        if self._is_due("evaluate_every", step, plan.ends_epoch or ends) or self._requests.take("evaluate"):
+        asked = {kind for kind in _KINDS if self._requests.take(kind)}
+        if self._is_due("evaluate_every", step, plan.ends_epoch or ends) or "evaluate" in asked:
             improved = self.evaluate(step)
             self._stop_early()
             if improved and not ends:
                 self.save(step)
-        elif self._requests.take("sample"):
+        elif "sample" in asked:
             self._sample(step)
         stops = self._trainer.control.should_training_stop
         if (
             self._is_due("checkpoint_every", step, plan.ends_epoch)
-            or self._requests.take("checkpoint")
+            or "checkpoint" in asked
             or ends
             or stops
             or asked_to_end
@@ -167,7 +172,7 @@ class Edge:
             last_losses=tuple(progress.last_losses),
         )
         try:
-            folder = checkpoints.write(setting.run, state, self._trainer.save_parts)
+            folder = checkpoints.write(setting.run, state, self._trainer.save_parts, setting.among)
         except Exception as error:
             if must or not is_full_disk(error):
                 raise
@@ -182,7 +187,8 @@ class Edge:
         self._reporter.tell(
             CheckpointSaved(at=time.time(), step=step, folder=str(folder.relative_to(setting.run.path)))
         )
-        checkpoints.prune(setting.run, setting.recipe.training.keep_checkpoints, progress.best_step)
+        if setting.among.is_first:
+            checkpoints.prune(setting.run, setting.recipe.training.keep_checkpoints, progress.best_step)
         self.evaluating_s += time.perf_counter() - started
 
     def _tell(
@@ -251,12 +257,13 @@ class Edge:
         total, trained = validation_loss(
             self._trainer.model,
             setting.validation,
-            self._validation,
+            self._validation[setting.among.rank :: setting.among.count],
             kept_apart=setting.kept_apart,
             pad_id=setting.pad_id,
             device=setting.device.torch_device,
             progress=lambda done, of: self._reporter.progress("evaluating", done, of),
         )
+        total, trained = setting.among.summed((total, trained))
         loss = total / max(trained, 1)
         progress = self.progress
         # The loss before training is no candidate: its adapter has learnt nothing.

@@ -27,11 +27,16 @@ from qlora_tui.training import checkpoints
 from qlora_tui.training.asked import Requests
 from qlora_tui.training.checkpoints import Checkpoint
 from qlora_tui.training.failure import failed
+from qlora_tui.training.processes import Processes, processes
 from qlora_tui.training.reporter import Reporter
 
 
 def run_trainer(run: RunDir, plan: Plan) -> int:
     """Take a run to its end. The exit code: 0 finished, stopped or paused; 1 failed; 2 wrongly called."""
+    among = processes()
+    if not among.is_first:
+        # The first one holds the run for all of them.
+        return _run(run, plan, among)
     with _only_trainer(run) as alone:
         if not alone:
             raise Problem(
@@ -40,27 +45,28 @@ def run_trainer(run: RunDir, plan: Plan) -> int:
                 fix="Wait for it, or stop it first.",
                 exit_code=WRONG_CALL,
             )
-        return _run(run, plan)
+        return _run(run, plan, among)
 
 
-def _run(run: RunDir, plan: Plan) -> int:
-    reporter = Reporter(run)
-    requests = Requests(run, reporter)
+def _run(run: RunDir, plan: Plan, among: Processes) -> int:
+    reporter = Reporter(run, mute=not among.is_first)
+    requests = Requests(run, reporter, among)
     requests.listen_to_signals()
     reporter.start()
-    ending = _attempt(run, plan, reporter, requests)
+    ending = _attempt(run, plan, reporter, requests, among)
     reporter.log(f"{type(ending).__name__.lower()}{f': {ending.what}' if isinstance(ending, Failed) else ''}")
     reporter.tell(ending)
     reporter.stop()
-    # On a full disk the status stays as the last heartbeat left it, and reads as lost.
-    with suppress(OSError):
-        settle(run, ending)
+    if among.is_first:
+        # On a full disk the status stays as the last heartbeat left it, and reads as lost.
+        with suppress(OSError):
+            settle(run, ending)
     if isinstance(ending, Failed):
         return ending.exit_code or FAILED
     return 0
 
 
-def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests) -> Terminal:
+def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests, among: Processes) -> Terminal:
     number = 1 + sum(isinstance(event, Started) for event in EventTail(run.events_path).drain())
     estimate: Estimate | None = None
     try:
@@ -81,7 +87,7 @@ def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests) ->
         reporter.phase("loading", "libraries")
         from qlora_tui.training.run import Attempt
 
-        attempt = Attempt(run, recipe, checkpoint, reporter, requests)
+        attempt = Attempt(run, recipe, checkpoint, reporter, requests, among)
         try:
             return attempt.train()
         finally:

@@ -25,11 +25,13 @@ from qlora_tui.training.asked import EndedEarly, Requests
 from qlora_tui.training.batches import Schedule, lay_out
 from qlora_tui.training.checkpoints import Checkpoint, check_same
 from qlora_tui.training.device import Attention, Device, choose_attention, find_device
+from qlora_tui.training.dropout import use_quick_dropout
 from qlora_tui.training.edge import Edge, Setting
 from qlora_tui.training.finish import write_adapter
 from qlora_tui.training.loop import RunTrainer, Steps, arguments, load_adapter
 from qlora_tui.training.measure import MemoryMeter
 from qlora_tui.training.probe import longest_micro_batch, probe
+from qlora_tui.training.processes import Processes
 from qlora_tui.training.reporter import Reporter
 from qlora_tui.training.telemetry import Telemetry
 
@@ -58,6 +60,7 @@ class Attempt:
         checkpoint: Checkpoint | None,
         reporter: Reporter,
         requests: Requests,
+        among: Processes,
     ) -> None:
         self.meter: MemoryMeter | None = None
         """There once the device is known: for explaining a lack of memory."""
@@ -66,6 +69,7 @@ class Attempt:
         self._checkpoint = checkpoint
         self._reporter = reporter
         self._requests = requests
+        self._among = among
         self._telemetry = Telemetry(run)
 
     def train(self) -> Terminal:
@@ -82,14 +86,16 @@ class Attempt:
 
     def _train(self) -> Terminal:
         recipe, reporter = self._recipe, self._reporter
+        device = find_device(recipe, self._among.local_rank)
+        self._among.meet(on_cpu=device.kind == "cpu")
         self._may_end()
         reporter.phase("loading", recipe.model.id)
         files = resolve(recipe.model.id)
-        device = find_device(recipe)
         attends = choose_attention(recipe, device)
         self.meter = MemoryMeter(recipe, files.architecture, device)
-        self._telemetry.start(on_card=device.kind == "cuda")
-        folder = _folder(files)
+        if self._among.is_first:
+            self._telemetry.start(on_card=device.kind == "cuda")
+        folder = self._folder(files)
         tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
         data = self._prepare(tokenizer)
         self._may_end()
@@ -100,7 +106,7 @@ class Attempt:
         schedule = lay_out(data.train, recipe, kept_apart=base.kept_apart)
         self._tell_data(data, schedule)
         self._may_end()
-        model = self._adapted(base, files)
+        model = self._adapted(base, files, device)
         return self._steps(files, base, model, device, tokenizer, data, schedule)
 
     def _steps(
@@ -122,6 +128,8 @@ class Attempt:
             micro_batch=training.micro_batch,
             kept_apart=base.kept_apart,
             pad_id=pad_id,
+            rank=self._among.rank,
+            processes=self._among.count,
         )
         trainer = RunTrainer(
             model, arguments(recipe, device, len(schedule.steps), run.checkpoints_dir), steps
@@ -136,6 +144,7 @@ class Attempt:
                 data_hash=data.data_hash,
                 kept_apart=base.kept_apart,
                 pad_id=pad_id,
+                among=self._among,
             ),
             trainer,
             reporter,
@@ -185,9 +194,10 @@ class Attempt:
         if recipe.training.early_stopping and best is not None and best != step and edge.ending == "finished":
             load_adapter(trainer.model, run.checkpoints_dir / f"step-{best}")
             reason = f"{reason}; the adapter is that of step {best}, the best"
-        write_adapter(
-            run, trainer.model, recipe, base.folder, tokenizer, from_hub=files.source == "hub cache"
-        )
+        if self._among.is_first:
+            write_adapter(
+                run, trainer.model, recipe, base.folder, tokenizer, from_hub=files.source == "hub cache"
+            )
         if edge.ending == "stopped":
             return Stopped(at=time.time(), step=step)
         return Finished(
@@ -231,9 +241,11 @@ class Attempt:
             kept_apart=kept_apart,
         )
 
-    def _adapted(self, base: Base, files: ModelFiles) -> Any:
+    def _adapted(self, base: Base, files: ModelFiles, device: Device) -> Any:
         training, lora = self._recipe.training, self._recipe.lora
         model = add_lora(base.model, lora, files.architecture)
+        if device.kind == "cpu":
+            use_quick_dropout(model)
         if training.gradient_checkpointing:
             load.checkpoint_activations(base.model, keep_rng=lora.dropout > 0)
         self._reporter.tell(
@@ -279,16 +291,21 @@ class Attempt:
         )
         self._reporter.update(total_steps=len(schedule.steps))
 
+    def _folder(self, files: ModelFiles) -> Path:
+        """What is loaded: a GGUF file is converted first, by one process for all."""
+        if files.gguf_file is None:
+            return files.folder
+        if self._among.is_first:
+            gguf.converted(files.folder / files.gguf_file)
+        self._among.wait()
+        return gguf.converted(files.folder / files.gguf_file)
+
     def _may_end(self) -> None:
         """At the edge of a phase: leave where that was asked."""
         self._requests.look()
         kind = self._requests.ending()
         if kind is not None:
             raise EndedEarly(kind)
-
-
-def _folder(files: ModelFiles) -> Path:
-    return gguf.converted(files.folder / files.gguf_file) if files.gguf_file else files.folder
 
 
 def _versions() -> dict[str, str]:
