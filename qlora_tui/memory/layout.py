@@ -101,11 +101,12 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         sinks=architecture.model_type == "gpt_oss",
     )
     known: dict[tuple[Linear, ...], Block] = {}
+    made: dict[tuple[object, ...], Linear] = {}
     routed = _mixture(recipe, architecture, path)
     blocks = []
     tensors: list[int] = []
     for modules in by_layer:
-        linears = tuple(_linear(module, recipe, targets) for module in modules)
+        linears = tuple(_linear(module, recipe, module.name in targets, made) for module in modules)
         for linear in linears:
             if linear.rank:
                 tensors += [linear.rank * linear.inputs, linear.rank * linear.outputs]
@@ -170,15 +171,28 @@ def _mixture(recipe: Recipe, architecture: Architecture, path: CodePath) -> Mixt
     )
 
 
-def _linear(module: LinearModule, recipe: Recipe, targets: frozenset[str]) -> Linear:
-    method = recipe.quantization.method if module.quantizable else "none"
-    return Linear(
-        name=module.kind,
-        inputs=module.in_features,
-        outputs=module.out_features,
-        method=method,
-        part=module.part,
-        bias=module.bias,
-        rank=recipe.lora.rank if module.name in targets else 0,
-        dora=recipe.lora.use_dora and module.name in targets,
+def _linear(
+    module: LinearModule, recipe: Recipe, targeted: bool, made: dict[tuple[object, ...], Linear]
+) -> Linear:
+    """The module as the path holds it; equal ones are made once."""
+    key = (
+        module.kind,
+        module.in_features,
+        module.out_features,
+        module.part,
+        module.bias,
+        module.quantizable,
+        targeted,
     )
+    if key not in made:
+        made[key] = Linear(
+            name=module.kind,
+            inputs=module.in_features,
+            outputs=module.out_features,
+            method=recipe.quantization.method if module.quantizable else "none",
+            part=module.part,
+            bias=module.bias,
+            rank=recipe.lora.rank if targeted else 0,
+            dora=recipe.lora.use_dora and targeted,
+        )
+    return made[key]

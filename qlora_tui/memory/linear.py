@@ -19,7 +19,9 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     out_width = result.width
     if module.dora:
         return ops.cast(_dora(ops, x, result, module), out_width)
-    update = _adapter(ops, x, module)
+    # peft binds the cast input to a name that lives to the end of its forward.
+    entered = _entered(ops, x)
+    update = _adapter(ops, entered, module)
     if module.method != "none":
         update = ops.cast(update, out_width) if not ops.autocast else update
     return ops.cast(ops.add(result, update), out_width)
@@ -110,11 +112,17 @@ def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     return out
 
 
-def _adapter(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """``lora_B(lora_A(dropout(x))) * scaling``, the input cast to the adapter's dtype first."""
+def _entered(ops: Ops, x: Tensor) -> Tensor:
+    """The input in the adapter's dtype; autocast casts later, inside the product."""
+    if ops.autocast:
+        return x
     with ops.meter.booking("adapter_inputs"):
-        if not ops.autocast:
-            x = ops.cast(x, ops.adapter)
+        return ops.cast(x, ops.adapter)
+
+
+def _adapter(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    """``lora_B(lora_A(dropout(x))) * scaling``."""
+    with ops.meter.booking("adapter_inputs"):
         x = _dropout(ops, x)
         if ops.autocast:
             x = ops.cast(x, ops.compute)
@@ -174,7 +182,7 @@ def _dora(ops: Ops, x: Tensor, result: Tensor, module: Linear) -> Tensor:
         update = ops.new(module.weights, FLOAT)
         total = ops.new(module.weights, FLOAT)
         del weight, update, total
-    lora = _adapter(ops, x, module)
+    lora = _adapter(ops, _entered(ops, x), module)
     with ops.meter.booking("adapter_inputs"):
         scaled = _times_magnitude(ops, result, module)
         return ops.add(scaled, _times_magnitude(ops, lora, module))

@@ -7,6 +7,7 @@ elements on, ``min_8bit_size``), QLoRA (arXiv 2305.14314, section 3).
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture
@@ -105,7 +106,8 @@ def four_bit_scale_bytes(weights: int, nested: bool) -> int:
 
 def adapter_bytes(layout: Layout, path: CodePath) -> int:
     """The trained matrices."""
-    return sum(rounded(count * path.adapter_bytes) for count in layout.adapter_tensors)
+    sizes = Counter(layout.adapter_tensors).items()
+    return sum(times * rounded(count * path.adapter_bytes) for count, times in sizes)
 
 
 def gradient_bytes(layout: Layout, path: CodePath) -> int:
@@ -138,7 +140,7 @@ def unsplit_bytes(recipe: Recipe, architecture: Architecture, layout: Layout, pa
 
 def optimizer_bytes(layout: Layout, path: CodePath) -> int:
     """Both moments. Paged states are the same bytes in managed memory."""
-    return sum(_state_bytes(count, path) for count in layout.adapter_tensors)
+    return sum(times * _state_bytes(count, path) for count, times in Counter(layout.adapter_tensors).items())
 
 
 def _state_bytes(count: int, path: CodePath) -> int:
