@@ -156,19 +156,19 @@ async def test_the_card_and_what_is_free_of_it_are_named(
         await shows(pilot, "Peak of a training step against", "GiB: RTX 4090", "free now")
 
 
-async def test_a_key_is_answered_within_a_frame(seven_billion: str) -> None:
+async def test_a_key_costs_little(seven_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SETTLED_S", 60.0)
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "6.5 GiB")
-        screen = app.screen
-        assert isinstance(screen, MemoryScreen)
-        times = []
-        for path, value in (("lora.rank", rank) for rank in (8, 32, 64, 128, 256)):
-            began = time.perf_counter()
-            app.edit(path, value)
-            times.append(time.perf_counter() - began)
-        # A frame is 16 ms; the bound leaves room for a machine that does other things at once.
-        assert sorted(times)[len(times) // 2] < 0.1
+        costs = []
+        for rank in (8, 32, 64, 128, 256):
+            began = time.process_time()
+            app.edit("lora.rank", rank)
+            costs.append(time.process_time() - began)
+            await pilot.pause()
+        # Three estimates and their text: some 20 ms. The bound is for a machine that is busy with other things.
+        assert sorted(costs)[len(costs) // 2] < 0.1
 
 
 def test_the_parts_of_a_bar_add_up_and_its_end_is_marked(seven_billion: str) -> None:

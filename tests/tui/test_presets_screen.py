@@ -113,7 +113,7 @@ async def test_an_edit_made_since_is_not_lost_by_an_undo() -> None:
         await shows(pilot, "● mine")
         mine("mine").write_text('note = "edited since"\n')
         await pilot.press("u")
-        await shows(pilot, "would be replaced")
+        await shows(pilot, "Preset exists", "n  Keep it")
         await pilot.press("n")
         assert "edited since" in mine("mine").read_text()
 

@@ -26,6 +26,7 @@ from qlora_tui.tui.widgets.lora_totals import Prices, cursor_text, difference_te
 from qlora_tui.tui.widgets.module_grid import ModuleGrid
 from qlora_tui.tui.widgets.module_table import ModuleTable
 from qlora_tui.tui.widgets.recipe_strip import precision_of
+from qlora_tui.tui.widgets.steady import put
 from qlora_tui.tui.widgets.target_text import typed
 
 SETTLED_S = 0.1
@@ -217,7 +218,7 @@ class LoraScreen(WorkScreen):
 
     def _show_price_and_totals(self, recipe: Recipe) -> None:
         self._show_knobs(recipe)
-        self.query_one("#totals", Static).update(self._totals(recipe))
+        put(self.query_one("#totals", Static), self._totals(recipe))
 
     def _leave_patterns(self) -> None:
         self.query_one("#targets-input").display = False
@@ -227,14 +228,15 @@ class LoraScreen(WorkScreen):
 
     def _say(self, problem: Problem) -> None:
         text = f"✗ {problem.what} {problem.fix}"
-        self.query_one("#under-cursor", Static).update(Content.styled(text, "$error"))
+        put(self.query_one("#under-cursor", Static), Content.styled(text, "$error"))
 
     def _show_targets(self, recipe: Recipe) -> None:
         text = ", ".join(recipe.lora.target_modules)
         note = targets_advice(recipe.lora)
         room = self.size.width - len("targets ") - len(text) - 4
-        self.query_one("#targets-text", Static).update(
-            Content.assemble((text, "bold"), (f"  {note}" if room >= len(note) else "", "$text-muted"))
+        put(
+            self.query_one("#targets-text", Static),
+            Content.assemble((text, "bold"), (f"  {note}" if room >= len(note) else "", "$text-muted")),
         )
         self._show_chosen(recipe.lora.target_modules, recipe)
         self._show_cursor()
@@ -258,8 +260,9 @@ class LoraScreen(WorkScreen):
             self._say(problem)
             return
         grid = self.query_one(ModuleGrid)
-        self.query_one("#under-cursor", Static).update(
-            cursor_text(grid.under_cursor, recipe.lora, in_block=grid.has_block)
+        put(
+            self.query_one("#under-cursor", Static),
+            cursor_text(grid.under_cursor, recipe.lora, in_block=grid.has_block),
         )
 
     def _show_knobs(self, recipe: Recipe) -> None:
@@ -280,7 +283,7 @@ class LoraScreen(WorkScreen):
                 lines.append(
                     Content.assemble(head, (f" {words}", "$text-muted")).truncate(width, ellipsis=True)
                 )
-        panel.update(Content("\n").join(lines))
+        put(panel, Content("\n").join(lines))
 
     def _totals(self, recipe: Recipe) -> Content:
         bench = self.workstation.workbench

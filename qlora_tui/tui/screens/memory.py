@@ -25,6 +25,7 @@ from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.widgets.memory_panel import changes_text, item_line, levels_line, levers, verdict_text
 from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE, precision_of
 from qlora_tui.tui.widgets.stacked_bar import legend, stacked_bar
+from qlora_tui.tui.widgets.steady import put
 from qlora_tui.tui.widgets.vi_list import ViList
 
 METHODS = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
@@ -242,7 +243,7 @@ class MemoryScreen(WorkScreen):
                 )
             )
         lines.append(legend())
-        self.query_one("#bars", Static).update(Content("\n").join(lines))
+        put(self.query_one("#bars", Static), Content("\n").join(lines))
 
     def _show_items(self) -> None:
         made = self._compared[self.precision]
@@ -253,14 +254,14 @@ class MemoryScreen(WorkScreen):
 
     def _show_beside(self) -> None:
         recipe, made = self.workstation.workbench.recipe, self._compared[self.precision]
-        self.query_one("#levers", Static).update(levers(recipe, self._fitting))
+        put(self.query_one("#levers", Static), levers(recipe, self._fitting))
         beside = self.query_one("#changes", Static)
         parts = [changes_text(self._changes, beside.content_size.width)] if self._changes else []
         parts += [Content(note) for note in made.notes]
         if self.size.width >= 100:
             verdict = judge(made, self.workstation.room.bytes)
             parts.append(verdict_text(verdict, PRECISION_NAMES[self.precision]))
-        beside.update(Content("\n\n").join(parts))
+        put(beside, Content("\n\n").join(parts))
 
     def _show_explanation(self) -> None:
         made = self._compared.get(self.precision)
@@ -268,8 +269,6 @@ class MemoryScreen(WorkScreen):
         item = next((item for item in made.items if item.key == key), None) if made else None
         if made is None or item is None:
             return
-        self.query_one("#explanation", Static).update(
-            Content.assemble(
-                (f"{item.label}: ", "bold"), item.explanation, "\n", (levels_line(made), "$text-muted")
-            )
-        )
+        explained = Content.assemble((f"{item.label}: ", "bold"), item.explanation)
+        levels = Content.styled(levels_line(made), "$text-muted")
+        put(self.query_one("#explanation", Static), Content("\n").join([explained, levels]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
 
@@ -24,6 +25,7 @@ from qlora_tui.tui.screens.models_ask import ask_hub, demo_model, demo_name, wro
 from qlora_tui.tui.widgets.download_line import download_lines
 from qlora_tui.tui.widgets.model_facts import HubFacts, hub_facts, local_facts
 from qlora_tui.tui.widgets.model_lines import HUB, LOCAL, hub_lines, local_lines
+from qlora_tui.tui.widgets.steady import put
 from qlora_tui.tui.widgets.vi_list import ViList
 
 EMPTY = (
@@ -252,14 +254,14 @@ class ModelsScreen(WorkScreen):
         local, hub = self._local_model(current), self._hub_model(current)
         facts = self.query_one("#model-facts", Static)
         if local is not None:
-            facts.update(local_facts(local, recipe, room))
+            put(facts, local_facts(local, recipe, room))
         elif hub is not None:
-            facts.update(hub_facts(hub, self._asked.get(hub.id), recipe, room, downloads.last_speed()))
+            put(facts, hub_facts(hub, self._asked.get(hub.id), recipe, room, downloads.last_speed()))
         else:
-            facts.update("" if self._local is None or self._local else demo_model())
+            put(facts, Content("") if self._local is None or self._local else demo_model())
 
     def _show_downloads(self) -> None:
         panel = self.query_one("#downloads", Static)
         panel.display = bool(self._downloads)
         if self._downloads:
-            panel.update(download_lines(list(self._downloads.values()), self.size.width - 2))
+            put(panel, download_lines(list(self._downloads.values()), self.size.width - 2))
