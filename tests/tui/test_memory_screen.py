@@ -141,6 +141,14 @@ async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str)
         await pilot.pause()
 
 
+async def test_a_model_too_large_for_any_change_is_said_to_be(private_home: Path) -> None:
+    app = open_on("memory", model=str(config_folder(private_home, "mistralai__Mixtral-8x7B-v0.1")))
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await shows(pilot, "No change of settings makes it fit.", "none", "bitsandbytes leaves in 16 bits")
+        await pilot.press("a")
+        await shows(pilot, "Nothing to apply")
+
+
 async def test_what_fits_at_most_is_shown_for_each_setting(seven_billion: str) -> None:
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
         shown = await shows(pilot, "fits up to")
@@ -167,7 +175,7 @@ async def test_a_key_costs_little(seven_billion: str, monkeypatch: pytest.Monkey
             app.edit("lora.rank", rank)
             costs.append(time.process_time() - began)
             await pilot.pause()
-        # Three estimates and their text: some 20 ms. The bound is for a machine that is busy with other things.
+        # Three estimates and their text: some 20 ms. The bound is for a machine that is busy otherwise.
         assert sorted(costs)[len(costs) // 2] < 0.1
 
 

@@ -36,6 +36,7 @@ TARGETS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "v_proj"),
 )
 """What ``t`` goes through: the choices of the QLoRA paper, of many recipes, and of the LoRA paper."""
+NOTHING_HELPS = "No change of settings makes it fit. Choose a smaller model (1), or a larger card."
 SETTLED_S = 0.15
 """The slower questions wait until no key has come for so long."""
 
@@ -257,11 +258,17 @@ class MemoryScreen(WorkScreen):
         put(self.query_one("#levers", Static), levers(recipe, self._fitting))
         beside = self.query_one("#changes", Static)
         parts = [changes_text(self._changes, beside.content_size.width)] if self._changes else []
+        if self._fitting is not None and not self._changes and not self._fits_as_it_is():
+            parts.append(Content(NOTHING_HELPS))
         parts += [Content(note) for note in made.notes]
         if self.size.width >= 100:
             verdict = judge(made, self.workstation.room.bytes)
             parts.append(verdict_text(verdict, PRECISION_NAMES[self.precision]))
         put(beside, Content("\n\n").join(parts))
+
+    def _fits_as_it_is(self) -> bool:
+        made = self._compared[precision_of(self.workstation.workbench.recipe)]
+        return judge(made, self.workstation.room.bytes).fits
 
     def _show_explanation(self) -> None:
         made = self._compared.get(self.precision)
