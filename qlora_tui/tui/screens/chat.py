@@ -52,7 +52,7 @@ class ChatScreen(Talking):
         _command("stop", "escape", "stop", "Stop, keys", "Stop the answer, or leave the field."),
         _command("voice", "a,ctrl+t", "switch", "On/off", "Switch the adapter off and on: one voice alone."),
         _command("split", "s", "split", "Split", "Both voices side by side, or one alone."),
-        _command("right", "v", "voice('right')", "Checkpoint", "Another checkpoint of this run."),
+        _command("right", "v", "voice('right')", "Voice", "Another checkpoint of this run."),
         _command(
             "left",
             "V",
@@ -264,7 +264,7 @@ class ChatScreen(Talking):
         self.query_one(PromptBox).display = somebody
         if not somebody:
             return
-        state = doing or (words.held(self.ready) if self.ready else "loads with the first prompt")
+        state = doing or (words.held(self.ready) if self.ready else "not loaded yet")
         self.query_one("#who", Static).update(words.who(self._called, self.pair, state))
         path = transcript.transcript_path(self.run_dir)
         width = self.query_one("#how").content_size.width

@@ -12,7 +12,7 @@ from qlora_tui.format import figure, short_path, size
 from qlora_tui.tui.screens.chat_pair import Pair
 
 NOBODY = Content.from_markup(
-    "[b]Nobody to talk to yet.[/b]\n\nA run has somebody as soon as it has saved a checkpoint. "
+    "[b]Nobody to talk to yet.[/b]\n\nA run has somebody once it has saved a checkpoint. "
     "Press [b]5[/b] to launch one.\n\nOr press [b]m[/b] to talk to the model of the recipe as it is, "
     "before any training."
 )

@@ -27,7 +27,7 @@ class ColumnsScreen(ModalScreen[dict[str, str]]):
         self._mapping = mapping
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="card") as card:
+        with VerticalScroll(classes="card", can_focus=False) as card:
             card.border_title = f"Columns of {self._format}"
             card.border_subtitle = "tab next · → completes · enter takes them · esc"
             yield Static(f"The file has: {', '.join(self._columns)}", markup=False, classes="quiet")

@@ -279,6 +279,8 @@ class DataScreen(DataEdits):
         text = words.sample(self.shown, problems, self._wanted.data)
         if self._no_tokens is not None:
             text = Content.assemble(words.problem(self._no_tokens), "\n\n", text)
+        elif not self._wanted.model:
+            text = Content.assemble(words.NO_MODEL, text)
         self.query_one("#sample", Static).update(text)
 
     def _show_row_line(self) -> None:

@@ -22,8 +22,9 @@ EMPTY = Content.from_markup(
     "Every row is then shown here exactly as the model will see it."
 )
 READING = Content.styled("reading…", "dim")
-PLAIN = Content.styled(
-    "As the file has it. Choose a model (1) to see tokens, the chat template and what is learnt.\n\n", "dim"
+PLAIN = Content.styled("The row as the file has it:\n\n", "dim")
+NO_MODEL = Content.styled(
+    "Choose a model (1) to see tokens, the chat template and what is learnt.\n\n", "dim"
 )
 TOO_LONG = {
     "drop": "left out",

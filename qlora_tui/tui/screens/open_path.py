@@ -73,7 +73,7 @@ class OpenPathScreen(ModalScreen[Path]):
         elif (cursor := self.query_one(ViList).highlighted) is not None:
             self._take(self._listed[cursor])
         else:
-            self._say(f"✗ nothing in {short_path(self._folder)} has {event.value!r} in its name")
+            self._say(f"✗ no name here has {Path(event.value).name!r} in it")
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Open what was clicked on."""

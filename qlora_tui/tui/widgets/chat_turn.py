@@ -13,10 +13,11 @@ from qlora_tui.format import duration, figure
 from qlora_tui.tui.widgets.answer_text import AnswerText
 
 _ENDINGS = {
-    "turn end": "ended its turn",
-    "most tokens": "cut off: most tokens",
-    "context full": "context full",
+    "most tokens": "cut off: the most tokens there may be (o)",
+    "context full": "cut off: the model can read no more",
+    "stopped": "stopped",
 }
+"""What stands under an answer that did not end by itself."""
 
 
 class VoiceAnswer(Vertical):

@@ -1,0 +1,318 @@
+"""The Chat screen: whom it offers, and real answers of a tiny model through a real engine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from qlora_tui.chat.terms import ADAPTER, BASE, Outcome, Sampling
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.tui.screens.chat import ChatScreen, show_chat
+from qlora_tui.tui.screens.chat_pair import Pair
+from qlora_tui.tui.transcript import append_exchange, transcript_path
+from qlora_tui.tui.widgets.chat_turn import ChatTurn
+from tests.tui.played import TICKETS, Play, play
+from tests.tui.seeing import shows, text_of
+from tests.tui.workstation import open_on, settle
+
+Snapshot = Callable[..., bool]
+SIZES = [(80, 24), (120, 40)]
+OUTCOME = Outcome(
+    ending="turn end",
+    text="It left **Oslo** on Monday:\n\n1. sorted\n2. on the road\n\nAnything else?",
+    prompt_tokens=20,
+    reused_tokens=0,
+    new_tokens=34,
+    first_token_s=0.41,
+    tokens_per_s=27.3,
+)
+
+
+def with_adapters(run: RunDir, *voices: str, copy_of: Path | None = None) -> RunDir:
+    """Give a run its final adapter or checkpoints (``step-40``): hollow ones, or copies of a real one."""
+    for voice in voices:
+        folder = run.adapter_dir if voice == ADAPTER else run.checkpoints_dir / voice
+        if copy_of is None:
+            folder.mkdir(parents=True)
+            (folder / "adapter_config.json").write_text("{}")
+        else:
+            shutil.copytree(copy_of, folder)
+        (folder / "complete").touch()
+    return run
+
+
+def finished(*voices: str) -> RunDir:
+    return with_adapters(play(Play(state="finished", steps=1200, total=1200)), *voices)
+
+
+def chat_of(app: Any) -> ChatScreen:
+    assert isinstance(app.screen, ChatScreen)
+    return app.screen
+
+
+def asked(screen: ChatScreen) -> list[str]:
+    return list(screen.pair.asked)
+
+
+def test_voices_pair_off_split_switch_and_change() -> None:
+    pair = Pair.of((BASE, ADAPTER, "step-20", "step-10"))
+    assert pair.asked == (BASE, ADAPTER)
+    assert pair.split().asked == (ADAPTER,)
+    assert pair.switched().asked == (ADAPTER,)
+    assert pair.switched().switched().asked == (BASE,)
+    assert pair.switched().split().asked == (BASE, ADAPTER)
+    assert pair.next("right").asked == (BASE, "step-20")
+    assert pair.next("left").asked == ("step-20", ADAPTER)
+    assert pair.next("left").next("right").asked == ("step-20", "step-10")
+
+
+def test_a_base_alone_has_nobody_to_switch_to() -> None:
+    pair = Pair.of((BASE,))
+    assert pair.asked == pair.split().asked == pair.switched().asked == pair.next("right").asked == (BASE,)
+
+
+def test_what_was_said_is_kept_with_how_it_was_asked(set_clock: Callable[[float], None]) -> None:
+    run = finished(ADAPTER)
+    sampling = Sampling(seed=7, temperature=0)
+    path = append_exchange(run, "Where?\nNow.", {BASE: "Here.", ADAPTER: "There."}, sampling, "Be kind.")
+    assert path == transcript_path(run) == run.path / "chats" / "20261123.md"
+    text = path.read_text()
+    for part in ("> Where?\n> Now.", "**base**\n\nHere.", "**adapter**\n\nThere.", "seed 7", "Be kind."):
+        assert part in text
+    assert append_exchange(None, "?", {BASE: "!"}, sampling).parent.parent.name == "qlora-tui"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_looks_of_nobody(snap_compare: Snapshot, size: tuple[int, int]) -> None:
+    assert snap_compare(open_on("chat"), terminal_size=size, run_before=settle)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_looks_of_an_exchange(
+    snap_compare: Snapshot, set_clock: Callable[[float], None], size: tuple[int, int]
+) -> None:
+    finished(ADAPTER, "step-800")
+
+    async def said(pilot: Pilot[Any]) -> None:
+        await shows(pilot, "not loaded yet")
+        screen = chat_of(pilot.app)
+        turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
+        screen.turns.append(turn)
+        await screen.query_one("#talk").mount(turn)
+        await turn.answers[ADAPTER].grow(OUTCOME.text)
+        await turn.answers[ADAPTER].end(OUTCOME)
+        await turn.answers[BASE].grow("I cannot know that.")
+        cut = msgspec.structs.replace(OUTCOME, text="I cannot know that.", ending="most tokens")
+        await turn.answers[BASE].end(cut)
+        screen.set_focus(None)
+        await settle(pilot)
+
+    assert snap_compare(open_on("chat"), terminal_size=size, run_before=said)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_looks_of_an_answer_that_failed(snap_compare: Snapshot, size: tuple[int, int]) -> None:
+    finished(ADAPTER)
+
+    async def failed(pilot: Pilot[Any]) -> None:
+        await shows(pilot, "not loaded yet")
+        turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
+        await pilot.app.screen.query_one("#talk").mount(turn)
+        for answer in turn.answers.values():
+            await answer.fail(Problem("Out of GPU memory", what="No room.", why="A run.", fix="Pause it."))
+        pilot.app.screen.set_focus(None)
+        await settle(pilot)
+
+    assert snap_compare(open_on("chat"), terminal_size=size, run_before=failed)
+
+
+async def test_nobody_yet_says_what_to_do_and_digits_still_change_the_screen() -> None:
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Nobody to talk to yet.", "Press 5 to launch one.")
+        await pilot.press("0")
+        assert app.current_mode == "home"
+
+
+async def test_a_run_s_voices_are_shown_and_chosen_by_key() -> None:
+    finished(ADAPTER, "step-800", "step-400")
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "qwen2.5-7b-tickets", "not loaded yet", "say something")
+        screen = chat_of(app)
+        await pilot.press("ctrl+t")
+        assert asked(screen) == [ADAPTER]
+        await pilot.press("escape", "v", "s")
+        assert asked(screen) == [BASE, "step-800"]
+        await pilot.press("V")
+        assert asked(screen) == [ADAPTER, "step-800"]
+        text = await shows(pilot, "Voice", "Options")
+        assert "esc" not in text.splitlines()[-1]
+
+
+async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
+    with_adapters(play(Play(name="older-run", state="stopped", steps=9)), "step-9")
+    finished(ADAPTER)
+    app = open_on("chat", model="org/some-model")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "not loaded yet")
+        await pilot.press("escape", "m")
+        await shows(pilot, "older-run", "stopped at step 9", "1 checkpoint", "some-model", "untrained")
+        await pilot.press("G", "enter")
+        await shows(pilot, "some-model")
+        assert chat_of(app).pair.asked == (BASE,)
+
+
+async def test_settings_are_checked_before_they_are_taken() -> None:
+    finished(ADAPTER)
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "temp 0.7", "≤ 512 tokens")
+        await pilot.press("escape", "o")
+        await shows(pilot, "How to answer", "0 always takes the likeliest token")
+        field = app.screen.query_one(Input)
+        field.value = "9"
+        await pilot.press("enter")
+        await shows(pilot, "temperature: expected")
+        field.value = "hot"
+        await pilot.press("enter")
+        await shows(pilot, "temperature must be a number.")
+        field.value = "0"
+        await pilot.press("enter")
+        await shows(pilot, "always the likeliest token")
+        assert chat_of(app).sampling.temperature == 0
+
+
+async def test_a_run_at_work_is_not_disturbed_without_a_word() -> None:
+    finished(ADAPTER)
+    play(Play(name="busy-run", state="running"))
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "not loaded yet")
+        while app.pulse.active is None:
+            await pilot.pause(0.05)
+        await pilot.press(*"Hello", "enter")
+        await shows(pilot, "A run is in training", "busy-run is at work on this machine.", "Wait")
+        await pilot.press("n")
+        await shows(pilot, "Hello")
+        assert chat_of(app).engine.pid is None
+
+
+async def test_a_pasted_prompt_keeps_its_lines_and_up_brings_the_last_one_back() -> None:
+    finished(ADAPTER)
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "not loaded yet")
+        screen = chat_of(app)
+        turn = ChatTurn("one\ntwo", (BASE,))
+        screen.turns.append(turn)
+        await screen.query_one("#talk").mount(turn)
+        await shows(pilot, "▸ one")
+        await pilot.press("up")
+        text = await shows(pilot, "one", "two")
+        assert "▸ one" not in text
+        assert not screen.turns
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model and an adapter on it."""
+    from tests.chat.adapters import make_adapter
+    from tests.training.tiny import make_tiny_model
+
+    model = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    return model, make_adapter(model, model.parent / "adapter")
+
+
+@asynccontextmanager
+async def talking(tiny: tuple[Path, Path], most: int = 12) -> AsyncIterator[tuple[Pilot[Any], ChatScreen]]:
+    """The chat on a run of the tiny model."""
+    model, adapter = tiny
+    recipe = Recipe(name="tale", model=Model(id=str(model)), data=TICKETS.data)
+    run = play(Play(name="tale", state="finished", steps=40, total=40, recipe=recipe))
+    with_adapters(run, ADAPTER, "step-20", copy_of=adapter)
+    app = open_on("home")
+    async with app.run_test(size=(100, 40)) as pilot:
+        await show_chat(app, run)
+        screen = chat_of(app)
+        screen.sampling = Sampling(max_new_tokens=most, temperature=1.0)
+        yield pilot, screen
+
+
+async def rest(pilot: Pilot[Any], screen: ChatScreen) -> None:
+    """Until nobody speaks any more."""
+    await pilot.app.workers.wait_for_complete([w for w in pilot.app.workers if w.group == "answers"])
+    await pilot.pause()
+
+
+@pytest.mark.slow
+async def test_base_and_adapter_answer_beside_each_other_and_all_that_follows(
+    tiny: tuple[Path, Path],
+) -> None:
+    async with talking(tiny) as (pilot, screen):
+        await pilot.press(*"what is red", "enter")
+        await shows(pilot, "▸ what is red", "Starting the engine")
+        await rest(pilot, screen)
+        answers = screen.turns[0].answers
+        assert list(answers) == [BASE, ADAPTER]
+        assert all(a.outcome is not None and a.outcome.new_tokens for a in answers.values())
+        await shows(pilot, "tok", "/s first", "kept in")
+        assert screen.run_dir is not None
+        kept = transcript_path(screen.run_dir).read_text()
+        assert kept.count("> what is red") == 1
+        assert "seed" in kept
+
+        # The base forgets nothing the adapter did not hear: each keeps its own conversation.
+        screen.sampling = Sampling(max_new_tokens=8, temperature=0)
+        await pilot.press("ctrl+t", *"and blue", "enter")
+        await rest(pilot, screen)
+        assert list(screen.turns[1].answers) == [ADAPTER]
+        assert len(screen._conversation(screen.turns[1], ADAPTER)) == 3
+
+        first = screen.turns[1].answers[ADAPTER].text
+        await pilot.press("escape", "r")
+        await rest(pilot, screen)
+        assert screen.turns[1].answers[ADAPTER].text == first
+
+        await pilot.press("e")
+        await pilot.press(*"!", "enter")
+        await rest(pilot, screen)
+        assert [turn.prompt for turn in screen.turns] == ["what is red", "and blue!"]
+
+        # Escape stops an answer in the middle; what was said stays.
+        screen.sampling = Sampling(max_new_tokens=1900, temperature=1.0, seed=3)
+        await pilot.press(*"on", "enter")
+        while not any(a.text for a in screen.turns[-1].answers.values()):
+            await pilot.pause(0.05)
+        await pilot.press("escape")
+        await rest(pilot, screen)
+        (answer,) = screen.turns[-1].answers.values()
+        assert answer.outcome is not None
+        assert answer.outcome.ending == "stopped"
+        await shows(pilot, "■ stopped")
+
+        # A run that begins gets the memory.
+        assert screen.ready is not None
+        play(Play(name="next-run", state="running"))
+        await shows(pilot, "not loaded yet")
+        assert screen.engine.pid is None
+
+
+@pytest.mark.slow
+async def test_a_model_that_is_gone_is_explained_where_the_answer_would_be(tiny: tuple[Path, Path]) -> None:
+    async with talking((Path("/nowhere/at-all"), tiny[1])) as (pilot, screen):
+        await pilot.press(*"hello", "enter")
+        await rest(pilot, screen)
+        await shows(pilot, "✗ The model is not on this machine", "▸", "hello")
+        assert "hello" in text_of(pilot.app)
+        assert not screen.busy

@@ -1,0 +1,308 @@
+"""The Data screen on real files, through real engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from qlora_tui.recipe.schema import Source
+from qlora_tui.runs.events import Finished
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.data import DataScreen
+from qlora_tui.tui.screens.open_path import OpenPathScreen
+from tests.tui.played import Play, play
+from tests.tui.reading import readable_model, ticket, tickets, write_rows
+from tests.tui.seeing import shows, text_of
+from tests.tui.workstation import open_on, settle
+
+Snapshot = Callable[..., bool]
+SIZES = [(80, 24), (120, 40), (200, 60)]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files are named as the user standing beside them would."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model(private_home: Path) -> str:
+    return readable_model(private_home)
+
+
+def opened(model: str, *sources: str | Source, **settings: object) -> QloraApp:
+    app = open_on("data", model=model)
+    given = tuple(Source(path=s) if isinstance(s, str) else s for s in sources)
+    app.workbench.set("data.sources", given)
+    for key, value in settings.items():
+        app.workbench.set(f"data.{key}", value)
+    return app
+
+
+def screen_of(app: Any) -> DataScreen:
+    assert isinstance(app.screen, DataScreen)
+    return app.screen
+
+
+async def whole(pilot: Pilot[Any]) -> None:
+    """Until every row has been read, and what follows from it is shown."""
+    await settle(pilot)
+    await settle(pilot)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_looks_of_a_file(snap_compare: Snapshot, model: str, here: Path, size: tuple[int, int]) -> None:
+    tickets(here / "tickets.jsonl")
+    app = opened(model, "tickets.jsonl", max_length=128)
+    assert snap_compare(app, terminal_size=size, run_before=whole)
+
+
+@pytest.mark.parametrize("size", SIZES[:2])
+def test_looks_of_a_row_with_a_problem_and_two_sources(
+    snap_compare: Snapshot, model: str, here: Path, size: tuple[int, int]
+) -> None:
+    tickets(here / "tickets.jsonl")
+    write_rows(here / "mail.jsonl", [{"prompt": "a", "completion": "b"}])
+    app = opened(model, Source(path="tickets.jsonl", weight=2), "mail.jsonl", max_length=128)
+
+    async def move(pilot: Pilot[Any]) -> None:
+        await whole(pilot)
+        await pilot.press("N")
+        await whole(pilot)
+
+    assert snap_compare(app, terminal_size=size, run_before=move)
+
+
+@pytest.mark.parametrize("size", SIZES[:2])
+def test_looks_of_no_data(snap_compare: Snapshot, model: str, size: tuple[int, int]) -> None:
+    assert snap_compare(open_on("data", model=model), terminal_size=size, run_before=settle)
+
+
+@pytest.mark.parametrize("size", SIZES[:2])
+def test_looks_of_rows_in_no_known_format(
+    snap_compare: Snapshot, model: str, here: Path, size: tuple[int, int]
+) -> None:
+    write_rows(here / "odd.jsonl", [{"frage": "Wo?", "antwort": "Hier.", "n": 1}] * 3)
+    assert snap_compare(opened(model, "odd.jsonl"), terminal_size=size, run_before=whole)
+
+
+async def test_a_row_shows_what_is_learnt_and_keys_go_from_row_to_row(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "row 1 of 40", "<|im_start|>assistant", "Parcel 1 is on its way.<|im_end|>↵")
+        await pilot.press("l")
+        await shows(pilot, "row 2 of 40", "Parcel 2")
+        await pilot.press("h", "h")
+        await shows(pilot, "row 1 of 40")
+        await pilot.press("colon")
+        await pilot.press(*"17", "enter")
+        await shows(pilot, "row 17 of 40", "Where is parcel 17?")
+
+
+async def test_the_problem_key_goes_round_and_enter_on_a_problem_to_its_rows(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    async with opened(model, "tickets.jsonl", max_length=1024).run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "No answer to learn 1", "Duplicate row 1")
+        await pilot.press("n")
+        await shows(pilot, "row 39 of 40", "⚠ Duplicate row")
+        await pilot.press("n")
+        await shows(pilot, "row 40 of 40", "This row gives no sample.")
+        await pilot.press("n")
+        await shows(pilot, "row 39 of 40")
+        problems = pilot.app.screen.query_one("#problems")
+        problems.focus()
+        await pilot.press("G", "enter")
+        await shows(pilot, "row 40 of 40")
+
+
+async def test_without_a_model_the_rows_are_shown_as_the_file_has_them(here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    async with opened("", "tickets.jsonl").run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Choose a model (1)", "Where is parcel 1?", "chars", "40 rows")
+
+
+async def test_a_model_that_is_not_here_is_explained_over_the_row(here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    async with opened("org/none", "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "✗ The model is not on this machine", "Where is parcel 1?", "40 rows")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, ("✗ No such data", "odd.jsonl does not exist.", "▸ Check the path", "o opens another file")),
+        ([], ("✗ Empty file", "odd.jsonl is empty.", "x takes this one out")),
+        (["{oops"] * 3, ("✗ Not valid JSON", "Line 1 is not valid JSON", "▸ Mend the line")),
+        ([{"a": "b"}] * 3, ("✗ No usable field", "Its rows hold:", "c says which column")),
+    ],
+)
+async def test_what_is_wrong_with_a_file_stands_where_the_sample_would(
+    model: str, here: Path, content: list[Any] | None, says: tuple[str, ...]
+) -> None:
+    if content is not None:
+        write_rows(here / "odd.jsonl", content)
+    async with opened(model, "odd.jsonl").run_test(size=(120, 40)) as pilot:
+        await shows(pilot, *says)
+        await pilot.press("x")
+        await shows(pilot, "No data yet.")
+        await pilot.press("u")
+        await shows(pilot, *says)
+
+
+async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here: Path) -> None:
+    rows: list[Any] = [ticket(n) for n in range(1, 21)]
+    rows[6] = '{"messages": oops'
+    write_rows(here / "tickets.jsonl", rows)
+    async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "20 rows → 19 samples", "✗ Not valid JSON 1  row 7")
+        await pilot.press("n")
+        await shows(pilot, "This row gives no sample.", "Line 7 is not valid JSON")
+
+
+async def test_columns_of_an_unknown_format_can_be_mapped_in_place(model: str, here: Path) -> None:
+    write_rows(here / "odd.jsonl", [{"frage": f"Wo ist {n}?", "antwort": "Hier."} for n in range(9)])
+    async with opened(model, "odd.jsonl").run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "✗ No usable field")
+        await pilot.press("c")
+        await shows(pilot, "Columns of prompt-completion", "frage, antwort")
+        await pilot.press(*"frage", "tab", *"antwort", "enter")
+        await shows(pilot, "prompt-completion: frage, antwort", "9 rows → 9 samples", "Wo ist 0?")
+
+
+async def test_the_format_key_reads_the_rows_in_another(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    app = opened(model, "tickets.jsonl")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("f")
+        assert app.workbench.recipe.data.sources[0].format == "messages"
+        await pilot.press("f", "f")
+        await shows(pilot, "✗ Not in that format")
+
+
+async def test_keys_change_length_split_weight_and_what_is_learnt(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    app = opened(model, "tickets.jsonl", max_length=64)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "✂ 64")
+        await pilot.press("plus", "t", "e", "b")
+        data = app.workbench.recipe.data
+        assert (data.max_length, data.too_long, data.train_on, data.packing) == (
+            128,
+            "split",
+            "everything",
+            False,
+        )
+        await pilot.press("s")
+        pilot.app.screen.query_one(Input).value = "1.5"
+        await pilot.press("enter")
+        await shows(pilot, "Neither a share below 1 nor a file")
+        pilot.app.screen.query_one(Input).value = "tickets.jsonl"
+        await pilot.press("enter")
+        assert app.workbench.recipe.data.validation_path == str(here / "tickets.jsonl")
+        await pilot.press("w")
+        pilot.app.screen.query_one(Input).value = "2.5"
+        await pilot.press("enter")
+        assert app.workbench.recipe.data.sources[0].weight == 2.5
+        await pilot.press("minus", "minus", "minus", "minus", "minus")
+        assert app.workbench.recipe.data.max_length == 16
+
+
+async def test_what_other_lengths_cost_is_told_with_the_time_of_the_last_run(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    app = opened(model, "tickets.jsonl", max_length=64)
+    run = play(Play(state="queued", recipe=app.workbench.recipe))
+    with EventWriter(run.events_path) as log:
+        log.append(Finished(at=1.0, step=9, seconds=9.0, tokens_per_s=10.0))
+    async with app.run_test(size=(120, 40)) as pilot:
+        text = await shows(pilot, "at length", "▸ now", "p90", "memory      time", "fits")
+        assert "in all, about" in text
+        (line,) = [line for line in text.splitlines() if "▸ now" in line]
+        assert "64" in line
+        assert "MiB" in line
+
+
+async def test_a_row_of_a_large_file_comes_while_it_is_still_being_read(model: str, here: Path) -> None:
+    write_rows(here / "large.jsonl", [ticket(n) for n in range(1, 30_001)][:12_000])
+    app = opened(model, "large.jsonl")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Where is parcel 1?")
+        screen = screen_of(app)
+        assert screen.report is None or not screen.report.complete
+        began = time.monotonic()
+        screen.action_row(8_999)
+        await shows(pilot, "Where is parcel 9000?")
+        assert screen.report is None or not screen.report.complete
+        assert time.monotonic() - began < 10
+        await pilot.press("h")
+        await shows(pilot, "Where is parcel 8999?")
+
+
+async def test_the_row_past_the_end_is_not_shown(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    app = opened(model, "tickets.jsonl")
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await shows(pilot, "row 1 of 40")
+        await pilot.press("colon", *"99", "enter")
+        await shows(pilot, "ends before row 99", "row 1 of 40")
+
+
+async def test_the_figures_can_have_all_the_room(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    async with opened(model, "tickets.jsonl").run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "row 1 of 40", "No answer to learn")
+        await pilot.press("v")
+        text = await shows(pilot, "column 'messages'", "at length", "▸ The row has no")
+        assert "<|im_start|>" not in text
+        await pilot.press("v")
+        await shows(pilot, "<|im_start|>")
+        assert "No answer to learn" not in text_of(pilot.app)
+        await pilot.press("v")
+        await shows(pilot, "<|im_start|>", "No answer to learn")
+
+
+async def test_a_file_is_found_by_a_part_of_its_name_and_remembered(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    tickets(here / "other.jsonl")
+    (here / "picture.png").touch()
+    app = open_on("data", model=model)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("o")
+        await shows(pilot, "other.jsonl", "tickets.jsonl", "../")
+        assert isinstance(app.screen, OpenPathScreen)
+        assert "picture.png" not in text_of(app)
+        await pilot.press(*"kets")
+        await pilot.press("enter")
+        await shows(pilot, "Where is parcel 1?")
+        await pilot.press("o")
+        await shows(pilot, "recent")
+        await pilot.press("down", "down", "enter")
+        await pilot.pause()
+        assert [Path(s.path).name for s in app.workbench.recipe.data.sources] == [
+            "tickets.jsonl",
+            "tickets.jsonl",
+        ]
+
+
+async def test_a_path_can_be_typed_and_completed_and_a_folder_taken_whole(model: str, here: Path) -> None:
+    (here / "set").mkdir()
+    tickets(here / "set" / "tickets.jsonl")
+    app = open_on("data", model=model)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("o")
+        await pilot.press(*"nothing", "enter")
+        await shows(pilot, "no name here has 'nothing' in it")
+        app.screen.query_one(Input).value = f"{here}/se"
+        await pilot.pause()
+        await pilot.press("tab")
+        await shows(pilot, "tickets.jsonl")
+        await pilot.press("ctrl+o")
+        await shows(pilot, "set", "Where is parcel 1?")
+        assert app.workbench.recipe.data.sources[0].path == str(here / "set")
