@@ -18,6 +18,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import show_run
 from tests.tui.played import BEGAN, GIB, TICKETS, Play, play
+from tests.tui.recorded import ENDED, recorded_run
 from tests.tui.seeing import shows
 
 Snap = Callable[..., bool]
@@ -115,3 +116,14 @@ def test_home_with_news(snap_compare: Snap, size: tuple[int, int]) -> None:
         await shows(pilot, "while you were away", "tickets-b", "poems-c")
 
     assert snap_compare(QloraApp(), terminal_size=size, run_before=before)
+
+
+@SIZES
+def test_a_recorded_real_run(
+    snap_compare: Snap, set_clock: Callable[[float], None], size: tuple[int, int]
+) -> None:
+    run = recorded_run()
+    set_clock(ENDED + 600)
+    assert snap_compare(
+        QloraApp(), terminal_size=size, run_before=watching(run, "finished", "step 81/81", keys="tab")
+    )

@@ -22,6 +22,7 @@ from qlora_tui.tui.screens.train_follow import Follower
 from qlora_tui.tui.screens.train_output import as_seen
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 from tests.tui.played import BEGAN, Play, play
+from tests.tui.recorded import recorded_run
 from tests.tui.seeing import shows, text_of
 
 MakeApp = Callable[[], QloraApp]
@@ -322,3 +323,12 @@ def _step(number: int, loss: float | None = 1.5) -> Step:
         tokens=number * 3500,
         tokens_per_s=2310.0,
     )
+
+
+def test_every_step_of_a_recorded_real_run_is_there_once() -> None:
+    picture = Follower(recorded_run()).look()
+    assert picture.status.state == "finished"
+    assert list(picture.view.series.step) == list(range(1, 82))
+    assert len(picture.curves.loss.xs) == 81
+    assert picture.best is not None and picture.best.step in {e.step for e in picture.evaluations}
+    assert picture.samples and picture.entries and picture.output and picture.telemetry
