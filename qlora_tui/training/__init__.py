@@ -15,7 +15,10 @@
 ``batches``      samples to rows to micro-batches, in an order that resume can repeat
 ``loop``         transformers' ``Trainer``, with what happens at the edge of a step
 ``checkpoints``  written whole or not at all; resumed exactly
+``health``       what is watched for, in steps and on the card
+``processes``    one run over several cards
 ``finish``       the adapter folder
 
-Only ``__main__``, ``frame`` and ``reporter`` may be imported without torch.
+``__main__``, ``frame`` and what they import load no torch: the run shows as started while that takes its
+seconds.
 """

@@ -23,7 +23,7 @@ from qlora_tui.training.checkpoints import State
 from qlora_tui.training.device import Device
 from qlora_tui.training.evaluation import answers, validation_loss
 from qlora_tui.training.failure import is_full_disk
-from qlora_tui.training.health import StepWatch
+from qlora_tui.training.health import StepWatch, too_few_steps
 from qlora_tui.training.loop import RunTrainer
 from qlora_tui.training.processes import Processes
 from qlora_tui.training.reporter import Reporter
@@ -97,6 +97,9 @@ class Edge:
         """Before the first step of an attempt: validate, unless it goes on from a checkpoint."""
         if self.progress.evaluated_step < 0:
             self.evaluate(0)
+        few = too_few_steps(self._trainer.state.max_steps)
+        if few is not None and not self._trainer.state.global_step:
+            self._reporter.health(few.kind, few.evidence, few.remedy)
         self._reporter.phase("training")
         self._told_at, self._told_tokens = time.perf_counter(), self._trainer.tokens
 
@@ -263,8 +266,8 @@ class Edge:
             device=setting.device.torch_device,
             progress=lambda done, of: self._reporter.progress("evaluating", done, of),
         )
-        total, trained = setting.among.summed((total, trained))
-        loss = total / max(trained, 1)
+        all_total, all_trained = setting.among.summed((total, trained))
+        loss = all_total / max(all_trained, 1)
         progress = self.progress
         # The loss before training is no candidate: its adapter has learnt nothing.
         best = step > 0 and math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)

@@ -1,7 +1,7 @@
 """Watching a run for what goes wrong in training: each finding with its evidence and what to do.
 
-Pure: numbers in, findings out. :mod:`qlora_tui.training.edge` feeds it, :mod:`qlora_tui.training.telemetry`
-has its own watch over the card.
+Pure: numbers in, findings out. :mod:`qlora_tui.training.edge` feeds what steps show,
+:mod:`qlora_tui.training.telemetry` what the card shows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
+
+from qlora_tui.gpu.reading import Reading
 
 _HISTORY = 20
 """Steps that the gradient norm is compared with."""
@@ -17,6 +19,17 @@ _EXPLOSION = 20.0
 """Times the usual norm: after clipping such a step still points somewhere odd."""
 _QUIET_STEPS = 20
 """Steps before the same finding is told again."""
+_PLATEAU_STEPS = 200
+"""Steps of which the later half is compared with the earlier one."""
+_PLATEAU = 0.002
+"""Share by which the loss must have fallen from one half to the other."""
+_FEW_STEPS = 10
+_IDLE_S = 60.0
+_IDLE_PERCENT = 5
+_HELD_BYTES = 1 << 30
+_THROTTLED_S = 30.0
+_HOT = frozenset(("thermal", "power brake", "hardware slowdown"))
+"""Throttle reasons that something can be done about. A power cap is how a card under load lives."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +41,76 @@ class Finding:
     remedy: str
 
 
+def too_few_steps(total: int) -> Finding | None:
+    """Before training: a run of hardly any optimizer steps learns hardly anything."""
+    if total >= _FEW_STEPS:
+        return None
+    return Finding(
+        "few_steps",
+        f"The whole run is {total} optimizer step{'s' if total != 1 else ''}.",
+        "Lower training.gradient_accumulation or data.max_length, or raise training.epochs.",
+    )
+
+
+class CardWatch:
+    """Looks at each reading of the card while a run trains."""
+
+    def __init__(self) -> None:
+        self._idle_since: float | None = None
+        self._hot_since: float | None = None
+        self._told: set[str] = set()
+
+    def reading(self, reading: Reading) -> list[Finding]:
+        """What it shows; each kind is told once until it has passed."""
+        return [*self._idle(reading), *self._throttled(reading)]
+
+    def _idle(self, reading: Reading) -> list[Finding]:
+        busy, held = reading.utilization_percent, reading.memory_used_bytes or 0
+        if busy is None or busy > _IDLE_PERCENT or held < _HELD_BYTES:
+            self._idle_since = None
+            self._told.discard("gpu_idle")
+            return []
+        self._idle_since = self._idle_since or reading.at
+        return self._once(
+            reading.at - self._idle_since >= _IDLE_S,
+            Finding(
+                "gpu_idle",
+                f"The card has been idle for {_IDLE_S:.0f} s with {held / 2**30:.1f} GiB of its memory held.",
+                "See whether the machine swaps, or another process holds the CPU.",
+            ),
+        )
+
+    def _throttled(self, reading: Reading) -> list[Finding]:
+        reasons = _HOT.intersection(reading.throttle or ())
+        if not reasons:
+            self._hot_since = None
+            self._told.discard("throttled")
+            return []
+        self._hot_since = self._hot_since or reading.at
+        degrees = "" if reading.temperature_c is None else f" at {reading.temperature_c} °C"
+        return self._once(
+            reading.at - self._hot_since >= _THROTTLED_S,
+            Finding(
+                "throttled",
+                f"The card is slowed down for {_THROTTLED_S:.0f} s now{degrees}: "
+                f"{', '.join(sorted(reasons))}.",
+                "Let it breathe: clean the fans, open the case, or lower its power limit (nvidia-smi -pl).",
+            ),
+        )
+
+    def _once(self, shown: bool, finding: Finding) -> list[Finding]:
+        if not shown or finding.kind in self._told:
+            return []
+        self._told.add(finding.kind)
+        return [finding]
+
+
 class StepWatch:
     """Looks at each step's loss and gradient norm."""
 
     def __init__(self) -> None:
         self._norms: deque[float] = deque(maxlen=_HISTORY)
-        self._losses: deque[float] = deque(maxlen=2 * _HISTORY)
+        self._losses: deque[float] = deque(maxlen=_PLATEAU_STEPS)
         self._told: dict[str, int] = {}
 
     def step(self, step: int, loss: float, grad_norm: float) -> list[Finding]:
@@ -59,7 +136,25 @@ class StepWatch:
         if math.isfinite(grad_norm):
             self._norms.append(grad_norm)
         self._losses.append(loss)
+        findings += self._plateau()
         return [f for f in findings if self._is_new(f.kind, step)]
+
+    def _plateau(self) -> list[Finding]:
+        if len(self._losses) < _PLATEAU_STEPS:
+            return []
+        losses = list(self._losses)
+        earlier, later = fmean(losses[: _PLATEAU_STEPS // 2]), fmean(losses[_PLATEAU_STEPS // 2 :])
+        self._losses.clear()
+        if later < earlier * (1 - _PLATEAU):
+            return []
+        return [
+            Finding(
+                "plateau",
+                f"The mean loss of the last {_PLATEAU_STEPS // 2} steps is {later:.4f}, "
+                f"and was {earlier:.4f} in those before.",
+                "If the validation loss has stopped falling too, more steps of this will not help.",
+            )
+        ]
 
     def _is_new(self, kind: str, step: int) -> bool:
         told = self._told.get(kind)

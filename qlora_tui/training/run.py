@@ -70,7 +70,7 @@ class Attempt:
         self._reporter = reporter
         self._requests = requests
         self._among = among
-        self._telemetry = Telemetry(run)
+        self._telemetry = Telemetry(run, reporter)
 
     def train(self) -> Terminal:
         """All of it; the event that ends the attempt. Raises whatever goes wrong."""

@@ -15,6 +15,8 @@ from qlora_tui.gpu.sampler import Sampler
 from qlora_tui.gpu.visible import torch_card
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.telemetry import Sample, encode
+from qlora_tui.training.health import CardWatch
+from qlora_tui.training.reporter import Reporter
 
 PERIOD_S = 1.0
 _LONGEST_GAP_S = 5.0
@@ -25,7 +27,9 @@ _JOULES_A_KWH = 3.6e6
 class Telemetry:
     """Samples from ``start`` to ``stop``, in a thread of its own; a full disk loses samples, nothing else."""
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: RunDir, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._watch = CardWatch()
         self._path = run.telemetry_path
         self._process = psutil.Process()
         self._joules: float | None = None
@@ -71,6 +75,8 @@ class Telemetry:
             if self._power is not None and reading.at - self._power[0] < _LONGEST_GAP_S:
                 self._joules += (reading.at - self._power[0]) * (reading.power_w + self._power[1]) / 2
             self._power = (reading.at, reading.power_w)
+        for finding in self._watch.reading(reading):
+            self._reporter.health(finding.kind, finding.evidence, finding.remedy)
         self._write(reading)
 
     def _write(self, reading: Reading | None) -> None:

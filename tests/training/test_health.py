@@ -1,0 +1,69 @@
+"""What is noticed, once, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_tui.gpu.reading import Reading
+from qlora_tui.training.health import CardWatch, StepWatch, too_few_steps
+
+
+def kinds(losses: list[float], norms: list[float]) -> list[tuple[int, str]]:
+    watch = StepWatch()
+    return [
+        (step, finding.kind)
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1)
+        for finding in watch.step(step, loss, norm)
+    ]
+
+
+def test_a_gradient_far_beyond_the_usual_is_told_once() -> None:
+    assert kinds([2.0] * 30, [1.0] * 25 + [50.0, 60.0] + [1.0] * 3) == [(26, "exploding_gradient")]
+
+
+def test_large_gradients_at_the_start_are_not_odd() -> None:
+    assert kinds([2.0] * 10, [500.0, *[1.0] * 9]) == []
+
+
+def test_a_loss_of_exactly_zero_is_told() -> None:
+    assert kinds([1.0, 0.0], [1.0, 0.0]) == [(2, "zero_loss")]
+
+
+def test_a_loss_that_no_longer_falls_is_told() -> None:
+    falling = [3.0 - step / 200 for step in range(200)]
+    assert kinds(falling, [1.0] * 200) == []
+    assert kinds([2.0] * 200, [1.0] * 200) == [(200, "plateau")]
+
+
+@pytest.mark.parametrize(("steps", "odd"), [(1, True), (9, True), (10, False)])
+def test_a_run_of_few_steps_is_told(steps: int, odd: bool) -> None:
+    assert (too_few_steps(steps) is not None) is odd
+
+
+def test_a_card_that_idles_with_memory_held_is_told_once_until_it_works_again() -> None:
+    def reading(at: float, busy: int) -> Reading:
+        return Reading(at=at, index=0, utilization_percent=busy, memory_used_bytes=4 << 30)
+
+    watch = CardWatch()
+    idle = [finding for at in range(1, 200) for finding in watch.reading(reading(at, 0))]
+    assert [finding.kind for finding in idle] == ["gpu_idle"]
+    assert watch.reading(reading(200, 90)) == []
+    assert [f.kind for at in range(201, 300) for f in watch.reading(reading(at, 0))] == ["gpu_idle"]
+
+
+def test_heat_is_told_and_a_power_cap_is_not() -> None:
+    def told(reason: str) -> list[str]:
+        watch = CardWatch()
+        return [
+            finding.kind
+            for at in range(1, 100)
+            for finding in watch.reading(Reading(at=at, index=0, throttle=(reason,), temperature_c=91))
+        ]
+
+    assert told("thermal") == ["throttled"]
+    assert told("power cap") == []
+
+
+def test_a_card_that_says_nothing_shows_nothing() -> None:
+    watch = CardWatch()
+    assert [f for at in range(200) for f in watch.reading(Reading(at=at, index=0))] == []
