@@ -22,9 +22,12 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     # peft binds the cast input to a name that lives to the end of its forward.
     entered = _entered(ops, x)
     update = _adapter(ops, entered, module)
-    if module.method != "none":
-        update = ops.cast(update, out_width) if not ops.autocast else update
-    return ops.cast(ops.add(result, update), out_width)
+    if module.method != "none" and not ops.autocast:
+        update = ops.cast(update, out_width)
+    result = ops.add(result, update)
+    if module.method == "none":
+        del update  # an unnamed value in peft's layer.py; bnb.py gives it a name
+    return ops.cast(result, out_width)
 
 
 def base(ops: Ops, x: Tensor, module: Linear) -> Tensor:
