@@ -80,6 +80,15 @@ def test_where_nothing_was_measured_there_is_no_line() -> None:
     assert all(set(line[10:]) <= set(" ") for line in lines[1:-1])
 
 
+def test_a_curve_without_any_number_is_marked_and_one_without_values_has_no_scale() -> None:
+    nothing = Plot(Axis(0, 9, "step"), Axis(0, 1, "loss"), (Curve(Trace(), "", ""),), empty="No step yet.")
+    lines = [line.plain for line in plot(nothing, 40, 8)]
+    assert "".join(lines).split() == ["No", "step", "yet."]
+    broken = Plot(nothing.x, nothing.y, (Curve(trace_of([math.nan] * 9), "", ""),), empty="No step yet.")
+    text = "\n".join(line.plain for line in plot(broken, 40, 8))
+    assert NOT_A_NUMBER in text and "No step yet." not in text
+
+
 def test_marks_lie_over_curves_and_do_not_run_together() -> None:
     marks = tuple(Mark(x, 1.0, "◆", "") for x in range(40))
     lines = plot(Plot(Axis(0, 40), Axis(0, 2), (Curve(trace_of([1.0] * 40), "", ""),), marks), 44, 8)

@@ -138,7 +138,7 @@ def ending(picture: Picture) -> Ending | None:
             reason = view.ending.reason if isinstance(view.ending, Finished) else picture.status.detail
             kept = "" if reason in ("", "all steps done") else f"{reason[:1].upper()}{reason[1:]}. "
             return Ending(
-                f"{kept}The adapter is in {short_path(view.run.adapter_dir)}",
+                f"{kept}Adapter: {short_path(view.run.adapter_dir)}",
                 "▸ c talks to it   n prepares another run",
             )
         case "failed":

@@ -56,7 +56,7 @@ class Plot:
     legend: tuple[tuple[str, str], ...] = ()
     """(text, style) of the line above; the last ones are left out where there is no room."""
     empty: str = ""
-    """Said in the middle where there is no curve yet."""
+    """Said in the middle, and nothing else, where there is no curve yet."""
 
 
 @dataclass
@@ -83,6 +83,8 @@ class _Canvas:
 def plot(what: Plot, width: int, height: int) -> list[Content]:
     """``height`` lines: the legend, the graph with its scale at the left, the scale below."""
     rows = max(1, height - 2)
+    if what.empty and not what.marks and not any(curve.trace.xs for curve in what.curves):
+        return _nothing(what, width, height)
     scale = _scale(what.y, rows)
     gutter = max((len(text) for _, text in scale), default=0) + 1
     columns = max(2, width - gutter)
@@ -98,12 +100,15 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
         text = labels.get(row)
         edge = Content.styled(f"{text or '':>{gutter - 1}}{'┤' if text else '│'}", "dim")
         lines.append(edge + _row(canvas, row))
-    if what.empty and not canvas.cells:
-        middle = 1 + rows // 2
-        edge = lines[middle][:gutter]
-        lines[middle] = edge + Content.styled(what.empty.center(columns).rstrip(), "dim")
     lines.append(_foot(what.x, gutter, columns))
     return lines[-height:] if height < 3 else lines
+
+
+def _nothing(what: Plot, width: int, height: int) -> list[Content]:
+    """No scale either: there is nothing that it could be the scale of."""
+    lines = [Content("")] * height
+    lines[height // 2] = Content.styled(what.empty.center(width).rstrip(), "dim")
+    return lines
 
 
 def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:
