@@ -162,9 +162,11 @@ async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here
     rows[6] = '{"messages": oops'
     write_rows(here / "tickets.jsonl", rows)
     async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "20 rows → 19 samples", "✗ Not valid JSON 1  row 7")
+        await shows(pilot, "20 rows → 19 samples", "✗ Not valid JSON 1")
         await pilot.press("n")
-        await shows(pilot, "This row gives no sample.", "Line 7 is not valid JSON")
+        await shows(
+            pilot, "This row gives no sample.", "Line 7 is not valid JSON", "▸ Mend or remove the line"
+        )
 
 
 async def test_columns_of_an_unknown_format_can_be_mapped_in_place(model: str, here: Path) -> None:
@@ -230,7 +232,7 @@ async def test_what_other_lengths_cost_is_told_with_the_time_of_the_last_run(mod
 
 
 async def test_a_row_of_a_large_file_comes_while_it_is_still_being_read(model: str, here: Path) -> None:
-    write_rows(here / "large.jsonl", [ticket(n) for n in range(1, 30_001)][:12_000])
+    write_rows(here / "large.jsonl", [ticket(n) for n in range(1, 12_001)])
     app = opened(model, "large.jsonl")
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "Where is parcel 1?")

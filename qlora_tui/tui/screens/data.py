@@ -25,6 +25,8 @@ from qlora_tui.tui.widgets.histogram import histogram
 from qlora_tui.tui.widgets.vi_list import ViList
 
 _VIEWS = ("both", "figures", "sample")
+_TALL = 50
+"""Lines of a terminal from which on every problem is listed with its remedy."""
 _SETTLE_S = 0.1
 """A key held down changes the recipe many times; only the last is looked at."""
 
@@ -308,7 +310,9 @@ class DataScreen(DataEdits):
         costs_width = self.query_one("#file-facts").scrollable_content_region.width
         table = costs.table(self._costs, costs_width) if report.complete else Content("")
         self.query_one("#costs", Static).update(table)
-        lines = [(p.kind, words.problem_line(p, brief=brief)) for p in report.problems]
+        # Where room is short, the remedy stands over a row that has the problem.
+        short = brief or (self.size.height < _TALL and not self.query_one("#data-body").has_class("-figures"))
+        lines = [(p.kind, words.problem_line(p, brief=short)) for p in report.problems]
         self.query_one("#problems", ViList).show(lines or [("none", words.no_problem_line(report))])
         self._show_row_line()
 

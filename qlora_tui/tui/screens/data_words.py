@@ -38,9 +38,11 @@ _ROWS_NAMED = 3
 def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content:
     """The row as the model will see it, under what is wrong with it."""
     parts: list[Content | str | tuple[str, str]] = []
-    for title, example in _complaints(shown, problems):
-        parts.append((f"⚠ {title}", "$warning bold"))
-        parts.append((f"  {example}\n" if example else "\n", "dim"))
+    for kind, example in _complaints(shown, problems):
+        check = CHECKS.get(kind)
+        parts.append((f"⚠ {check.title if check else kind}", "$warning bold"))
+        parts.append((f"  {example}" if example else "", "dim"))
+        parts.append((f"\n  ▸ {check.fix}\n" if check and check.fix else "\n", "$accent"))
     if parts:
         parts.append("\n")
     if shown.refused:
@@ -60,12 +62,10 @@ def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content
 
 
 def _complaints(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[str, str]]:
-    """What is wrong with this row: (title, example)."""
-    own = [(CHECKS[kind].title if kind in CHECKS else kind, example) for kind, example in shown.findings]
+    """What is wrong with this row: (kind, example)."""
     seen = {kind for kind, _ in shown.findings}
-    return own + [
-        (found.title, "") for found in problems if shown.row in found.rows and found.kind not in seen
-    ]
+    others = [(p.kind, "") for p in problems if shown.row in p.rows and p.kind not in seen]
+    return [*shown.findings, *others]
 
 
 def _styled(piece: Piece) -> tuple[str, str]:

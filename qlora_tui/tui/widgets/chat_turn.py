@@ -13,7 +13,7 @@ from qlora_tui.format import duration, figure
 from qlora_tui.tui.widgets.answer_text import AnswerText
 
 _ENDINGS = {
-    "most tokens": "cut off: the most tokens there may be (o)",
+    "most tokens": "cut off at the most tokens: o raises it",
     "context full": "cut off: the model can read no more",
     "stopped": "stopped",
 }
