@@ -8,10 +8,10 @@ CONVERSATIONS = Path(__file__).with_name("conversations.jsonl")
 """Short conversations with a lighthouse keeper, who answers each question as an entry in his log."""
 
 HELD_OUT_PROMPTS = (
-    "Why do leaves change color in autumn?",
+    "What is a glacier?",
     "How do I make a cup of tea?",
     "What is the capital of France?",
     "I am nervous about my first day at work.",
-    "What does a compass do?",
+    "What is a computer program?",
 )
 """Questions that the conversations do not contain, to compare base and adapter on."""
