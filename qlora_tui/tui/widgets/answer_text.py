@@ -12,7 +12,7 @@ _PAINT_EVERY_S = 0.15
 
 
 class AnswerText(Markdown):
-    """Call :meth:`grow` with each piece and :meth:`finish` at the end; the pieces between are put together."""
+    """Call :meth:`grow` with each piece and :meth:`finish` at the end; pieces between are put together."""
 
     DEFAULT_CSS = """
     AnswerText {
