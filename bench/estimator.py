@@ -8,10 +8,9 @@ grad_ckpt, optimizer, attention, extra, gpu, measured_gb, unit, measure``. ``--c
 that cannot be placed is listed with the reason. A row that ran out of memory has no figure: there the verdict
 is scored against the card.
 
-Baselines: ``fitcheck-llm`` in ``.bench-venv`` (`python -m venv .bench-venv && .bench-venv/bin/pip install
-fitcheck-llm==0.3.1`), fed the same config; ``accelerate estimate-memory``'s rule for Adam (the largest of
-weights, weights and gradients, and four times the weights in training, at the row's precision); and half a
-byte a parameter plus 1.5 GB.
+Baselines: ``fitcheck-llm`` 0.3.1 in ``.bench-venv`` (``make bench-deps``), fed the same config;
+``accelerate estimate-memory``'s rule for Adam (the largest of weights, weights and gradients, and four
+times the weights in training, at the row's precision); and half a byte a parameter plus 1.5 GB.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import msgspec
 from qlora_tui.catalog.local import resolve
 from qlora_tui.cli.verb import Outcome, Verb
 from qlora_tui.data.inspect import Report, inspect, show
+from qlora_tui.data.problems import NOTES
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import FAILED, WRONG_CALL, Problem
 from qlora_tui.recipe.schema import Data, Source
@@ -58,7 +59,7 @@ def _show(args: argparse.Namespace) -> Outcome:
         )
     if shown.refused:
         lines.append(shown.refused)
-    lines += [f"note: {note}" for note in shown.notes]
+    lines += [f"note: {NOTES.get(note, note)}" for note in shown.notes]
     return Outcome(data=msgspec.to_builtins(shown), text="\n".join(lines))
 
 
@@ -86,7 +87,7 @@ def _told(report: Report) -> str:
         )
     if report.too_long:
         lines.append(f"{report.too_long:,} longer than the sequence length")
-    lines += [f"note: {note} in {rows:,} rows" for note, rows in report.notes.items()]
+    lines += [f"note: {NOTES.get(note, note)} ({rows:,} rows)" for note, rows in report.notes.items()]
     for problem in report.problems:
         rows = ", ".join(f"{row:,}" for row in islice(problem.rows, _ROWS_NAMED))
         more = "…" if problem.count > _ROWS_NAMED else ""

@@ -83,8 +83,13 @@ def _take_over(run: RunDir) -> None:
 def _go_on(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool = False) -> None:
     """Write down how an attempt ended, and try again with less memory where that can help."""
     ending = how_it_ended(run, exit_code, host_out_of_memory=host_out_of_memory)
-    settle(run, ending)
-    plan = plan_retry(run, ending)
+    try:
+        settle(run, ending)
+        plan = plan_retry(run, ending)
+    except OSError as error:
+        # A full disk must not end the queue; the run is found lost, and settled, by the next runner.
+        print(f"{run.id}: its end could not be written: {error}", file=sys.stderr)
+        return
     if plan is not None:
         _run(run, plan)
 

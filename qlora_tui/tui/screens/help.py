@@ -51,10 +51,11 @@ class HelpScreen(ModalScreen[None]):
 
 def _table(title: str, commands: tuple[Command, ...]) -> Content:
     lines = [Content.styled(title, "bold")]
-    for command in commands:
-        key = " ".join(_key_name(key) for key in command.key.split(","))
+    keys = [" ".join(map(_key_name, command.key.split(","))) for command in commands]
+    width = max(map(len, keys))
+    for key, command in zip(keys, commands, strict=True):
         verb = f"  (qlora-tui {command.verb})" if command.verb else ""
-        lines.append(Content(f" {key:<9} {command.help}{verb}"))
+        lines.append(Content(f" {key:<{width}}  {command.help}{verb}"))
     return Content("\n").join(lines)
 
 
