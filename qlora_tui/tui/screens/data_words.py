@@ -127,7 +127,12 @@ def source_line(source: Source, alone: bool) -> Content:
 
 def row_line(row: int, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
     """Which row it is, how much of it is learnt, and how to read the styles, as far as there is room."""
-    of = f" of {report.counts.rows:,}{'' if report.complete else '+'}" if report else ""
+    of = ""
+    if report and report.complete:
+        of = f" of {report.counts.rows:,}"
+    elif report:
+        # A jump may go beyond what has been read so far.
+        of = f" of {max(row, report.counts.rows):,} or more"
     parts = [f"row {row:,}{of}"]
     if shown and shown.samples and shown.token_counts:
         kept = sum(min(count, data.max_length) for count in shown.token_counts)
