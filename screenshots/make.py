@@ -44,7 +44,6 @@ class Picture:
 
 PICTURES = (
     Picture("home-120x40", "home", shows="Next"),
-    Picture("models-120x40", "models", shows="SmolLM2"),
     Picture("data-120x40", "data", shows="Keeper's log"),
     Picture("memory-120x40", "memory", shows="fits up to"),
     Picture("lora-120x40", "lora", shows="q_proj"),
@@ -127,7 +126,7 @@ async def draw(picture: Picture, *, model: Path, estimated: Path) -> None:
     from qlora_tui.tui.app import QloraApp
 
     app = QloraApp(Settings(model_folders=(str(model.parent),), card_gib=24.0))
-    chosen = model if picture.mode in ("data", "models") else estimated
+    chosen = model if picture.mode == "data" else estimated
     app.workbench.replace(build(preset="balanced", model=str(chosen), data=[str(CONVERSATIONS)]))
     async with app.run_test(size=picture.size) as pilot:
         if picture.mode != "home":
