@@ -27,7 +27,8 @@ run: $(INSTALLED)
 	@$(BIN)/qlora-tui
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadgroup --ignore tests/tui --ignore tests/loop
+	$(BIN)/pytest tests/tui tests/loop --reruns 2
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

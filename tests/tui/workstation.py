@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from textual.pilot import Pilot
+from textual.worker import WorkerCancelled
 
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.settings import Settings
@@ -56,5 +58,7 @@ def _first_shown(mode: str) -> type[QloraApp]:
 
 async def settle(pilot: Pilot[Any]) -> None:
     """Until every worker has said what it had to say."""
-    await pilot.app.workers.wait_for_complete()
+    # A question asked again cancels the one before it; the later one is what is waited for.
+    with suppress(WorkerCancelled):
+        await pilot.app.workers.wait_for_complete()
     await pilot.pause()
