@@ -14,6 +14,8 @@ HELD_OUT_PROMPTS = (
     "I am nervous about my first day at work.",
     "What is a computer program?",
 )
-"""Questions that the conversations do not contain, to compare base and adapter on. They are chosen, not a blind
-sample: two were replaced after their answers were seen, one whose words play on the closing line ("turn") and
-one that was answered weakly."""
+"""Questions that the conversations do not contain, to compare base and adapter on.
+
+They are chosen, not a blind sample: two were replaced after their answers were seen, one whose words play on
+the closing line ("turn") and one that was answered weakly.
+"""
