@@ -27,8 +27,7 @@ run: $(INSTALLED)
 	@$(BIN)/qlora-tui
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadgroup --ignore tests/tui --ignore tests/loop
-	$(BIN)/pytest tests/tui tests/loop --reruns 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

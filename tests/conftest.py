@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu.stub import play_in_this_process
+
 
 @pytest.fixture(autouse=True)
 def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Config, state, cache and the Hugging Face cache in a fresh folder; the hub is offline."""
+    """Config, state, cache and the Hugging Face cache in a fresh folder; hub offline; no card.
+
+    A driver library, once loaded, stays in the process: without the last, a test that played a card would
+    leave it to those after it, and a machine with a real one would show it to all.
+    """
     home = tmp_path_factory.mktemp("home")
     for variable in ("CONFIG", "STATE", "CACHE"):
         monkeypatch.setenv(f"XDG_{variable}_HOME", str(home / variable.lower()))
@@ -18,4 +24,5 @@ def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     for variable in ("HF_TOKEN", "HF_ENDPOINT", "NO_COLOR", "COLORTERM"):
         monkeypatch.delenv(variable, raising=False)
+    play_in_this_process(monkeypatch, "no_driver")
     return home
