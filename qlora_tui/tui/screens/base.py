@@ -19,8 +19,24 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 
-class WorkScreen(Screen[None]):
-    """A numbered screen. Subclasses give ``MODE``, ``ACTIONS`` and ``compose_body``."""
+class EndsItsWorkers:
+    """For a screen: its workers end before its widgets do.
+
+    Textual cancels them when the widgets have gone already, so that a report arriving as the user quits
+    would look for a widget in vain.
+    """
+
+    def on_prune(self) -> None:
+        screen = cast("Screen[Any]", self)
+        screen.workers.cancel_node(screen)
+
+
+class WorkScreen(EndsItsWorkers, Screen[None]):
+    """A numbered screen. Subclasses give ``MODE``, ``ACTIONS`` and ``compose_body``.
+
+    Textual calls the ``on_mount`` and ``on_screen_resume`` of every class of a screen, this one's last: a
+    subclass that called ``super()`` would run them twice and hear of every change twice.
+    """
 
     MODE: ClassVar[str]
     """The name in ``app.MODES``."""

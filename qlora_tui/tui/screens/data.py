@@ -293,7 +293,7 @@ class DataScreen(DataEdits):
 
     def _show_report(self) -> None:
         report, recipe = self.report, self.workstation.workbench.recipe
-        if report is None or not self.is_mounted:
+        if report is None:
             return
         self.query_one("#data-body").remove_class("-unread")
         brief = self.has_class("-narrow") and not self.query_one("#data-body").has_class("-figures")

@@ -19,7 +19,7 @@ from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.question import QuestionScreen
-from qlora_tui.tui.widgets.lines import put
+from qlora_tui.tui.widgets.steady import put
 from qlora_tui.tui.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -86,14 +86,12 @@ class HomeScreen(WorkScreen):
                 yield Static(id=part, classes="part")
 
     def on_mount(self) -> None:
-        super().on_mount()
         _see()
         self.set_interval(_SEEN_EVERY_S, _see)
 
     def on_screen_resume(self) -> None:
         if self._reader is not None:
             self._reader.look_for_models_again()
-        super().on_screen_resume()
 
     def show_recipe(self, recipe: Recipe) -> None:
         self._start_reading()

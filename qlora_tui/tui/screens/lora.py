@@ -102,7 +102,6 @@ class LoraScreen(WorkScreen):
         yield Static(id="totals")
 
     def on_mount(self) -> None:
-        super().on_mount()
         self.query_one("#targets-input").display = False
         self.query_one("#modules").focus()
 

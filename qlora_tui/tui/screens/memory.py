@@ -112,7 +112,6 @@ class MemoryScreen(WorkScreen):
             yield Static(id="explanation")
 
     def on_mount(self) -> None:
-        super().on_mount()
         self.query_one("#items").focus()
 
     def show_recipe(self, recipe: Recipe) -> None:

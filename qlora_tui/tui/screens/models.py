@@ -79,7 +79,6 @@ class ModelsScreen(WorkScreen):
         yield Static(id="downloads")
 
     def on_mount(self) -> None:
-        super().on_mount()
         self.query_one("#models-empty").display = False
         self.query_one("#downloads").display = False
         self.query_one(ViList).focus()

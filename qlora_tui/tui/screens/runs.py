@@ -26,7 +26,7 @@ from qlora_tui.tui.screens.runs_compare import MOST, CompareScreen
 from qlora_tui.tui.screens.runs_summary import Listing, RunSummary, Summaries
 from qlora_tui.tui.screens.runs_table import RunTable
 from qlora_tui.tui.screens.train import TrainScreen, show_run
-from qlora_tui.tui.widgets.lines import put
+from qlora_tui.tui.widgets.steady import put
 
 _LOOK_S = 0.3
 """A look takes about so long at most; hundreds of runs are read in several."""
@@ -62,7 +62,6 @@ class RunsScreen(WorkScreen):
         yield Static(id="run-detail")
 
     def on_mount(self) -> None:
-        super().on_mount()
         self.query_one(RunTable).focus()
 
     @property

@@ -21,6 +21,7 @@ from qlora_tui.recipe.fields import fields, value_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.view import RunView
+from qlora_tui.tui.screens.base import EndsItsWorkers
 from qlora_tui.tui.screens.runs_table import MARKS
 from qlora_tui.tui.screens.train_follow import smoothing_window
 from qlora_tui.tui.widgets.axis import Axis, rounded, so_far
@@ -131,7 +132,7 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-class CompareScreen(ModalScreen[None]):
+class CompareScreen(EndsItsWorkers, ModalScreen[None]):
     """Over the whole window; Escape closes it."""
 
     DEFAULT_CSS = """

@@ -66,12 +66,10 @@ class TrainScreen(WorkScreen):
         yield LivePane()
 
     def on_mount(self) -> None:
-        super().on_mount()
         self.set_interval(LOOK_EVERY_S, self._start_look)
         self._show_half()
 
     def on_screen_resume(self) -> None:
-        super().on_screen_resume()
         self._start_look()
 
     @property

@@ -17,8 +17,8 @@ from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.screens.question import QuestionScreen
 from qlora_tui.tui.screens.train_checks import Check, Outcome, errors
-from qlora_tui.tui.widgets.lines import put
 from qlora_tui.tui.widgets.settings_form import SettingsForm
+from qlora_tui.tui.widgets.steady import put
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
