@@ -9,10 +9,8 @@ from qlora_tui.cli.arguments import positive
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from, table
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import GIB, gib, size
-from qlora_tui.gpu.no_gpu import NoGpu
-from qlora_tui.gpu.visible import torch_card
 from qlora_tui.memory import PRECISIONS, as_json, compare, judge
-from qlora_tui.memory.room import Room, room_for
+from qlora_tui.memory.room import room_here
 
 _LARGEST_ITEMS = 12
 
@@ -28,7 +26,7 @@ def run(args: argparse.Namespace) -> Outcome:
             exit_code=WRONG_CALL,
         )
     architecture = architecture_of(recipe.model.id)
-    room = _room(args.gpu_gib)
+    room = room_here(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
     data = as_json(recipe, architecture, room.bytes, device=room.device)
     compared = compare(recipe, architecture, device=room.device)
     lines = [f"{recipe.model.id} against {room.name} ({gib(room.bytes)} GiB)", ""]
@@ -54,14 +52,6 @@ def run(args: argparse.Namespace) -> Outcome:
         )
     lines += [f"note: {note}" for note in made.notes]
     return Outcome(data={"model": recipe.model.id, "against": room.name} | data, text="\n".join(lines))
-
-
-def _room(gpu_gib: float | None) -> Room:
-    try:
-        card = torch_card()
-    except NoGpu:
-        card = None
-    return room_for(card, None if gpu_gib is None else round(gpu_gib * GIB))
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,28 +10,23 @@ from qlora_tui.errors import FAILED
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Failed
+from qlora_tui.runs.following import followed
 from qlora_tui.runs.view import RunView
-
-POLL_S = 0.25
 
 
 def follow(run: RunDir, *, as_json: bool) -> int:
     """Print every event from the first to the run's end. 1 when it failed; Ctrl-C detaches with 0."""
     view = RunView(run)
     try:
-        while True:
-            for event in view.refresh():
-                _tell(event, view, as_json=as_json)
-            if view.ending is not None and view.status.state not in ("queued", "starting", "running"):
-                break
-            if view.status.state in ("lost", "unreadable"):
-                print(f"{run.id} is {view.status.state}: {view.status.detail}", file=sys.stderr)
-                print(f"`qlora-tui resume {run.id}` goes on from its last checkpoint.", file=sys.stderr)
-                return FAILED
-            time.sleep(POLL_S)
+        for event in followed(view):
+            _tell(event, view, as_json=as_json)
     except KeyboardInterrupt:
         print(f"\nDetached: {run.id} goes on. `qlora-tui attach {run.id}` comes back.", file=sys.stderr)
         return 0
+    if view.ending is None:
+        print(f"{run.id} is {view.status.state}: {view.status.detail}", file=sys.stderr)
+        print(f"`qlora-tui resume {run.id}` goes on from its last checkpoint.", file=sys.stderr)
+        return FAILED
     return FAILED if isinstance(view.ending, Failed) else 0
 
 

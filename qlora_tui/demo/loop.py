@@ -14,19 +14,17 @@ from qlora_tui.chat.terms import Compared
 from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT_PROMPTS
 from qlora_tui.demo.model import ensure_model
 from qlora_tui.errors import Problem
-from qlora_tui.gpu.no_gpu import NoGpu
-from qlora_tui.gpu.visible import torch_card
 from qlora_tui.memory import estimate
-from qlora_tui.memory.room import room_for
+from qlora_tui.memory.room import room_here
 from qlora_tui.recipe.overlay import build
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Failed, Finished
+from qlora_tui.runs.following import followed
 from qlora_tui.runs.view import RunView
 
 PRESET = "cpu-demo"
-_POLL_S = 0.2
 _LONGEST_ANSWER_TOKENS = 80
 
 
@@ -55,11 +53,7 @@ def demo_recipe(model: Path) -> Recipe:
 
 def estimated_peak_bytes(recipe: Recipe) -> int:
     """Predicted for the process, on the card or the CPU of this machine."""
-    try:
-        card = torch_card()
-    except NoGpu:
-        card = None
-    room = room_for(card)
+    room = room_here()
     return estimate(recipe, architecture_of(recipe.model.id), device=room.device).process_bytes
 
 
@@ -93,18 +87,15 @@ def run_demo(say: Callable[[str], None], tell: Callable[[AnyEvent, RunView], Non
 def wait_for_end(run: RunDir, tell: Callable[[AnyEvent, RunView], None]) -> RunView:
     """Follow a run until it has ended. Raises Problem when it is lost."""
     view = RunView(run)
-    while True:
-        for event in view.refresh():
-            tell(event, view)
-        if view.ending is not None:
-            return view
-        if view.status.state in ("lost", "unreadable"):
-            raise Problem(
-                "The demo's run was lost",
-                what=f"{run.id}: {view.status.detail}",
-                fix=f"`qlora-tui resume {run.id}` goes on; the log is {run.log_path}.",
-            )
-        time.sleep(_POLL_S)
+    for event in followed(view):
+        tell(event, view)
+    if view.ending is None:
+        raise Problem(
+            "The demo's run was lost",
+            what=f"{run.id}: {view.status.detail}",
+            fix=f"`qlora-tui resume {run.id}` goes on; the log is {run.log_path}.",
+        )
+    return view
 
 
 def result_of(view: RunView, predicted: int, samples: tuple[Compared, ...], seconds: float) -> DemoResult:

@@ -6,7 +6,7 @@ takes a few milliseconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from msgspec import structs
@@ -172,8 +172,3 @@ def compare(
         precision: estimate(with_precision(recipe, precision), architecture, device=device, path=path)
         for precision in PRECISIONS
     }
-
-
-def widened(made: Estimate, *, low_bytes: int, high_bytes: int, reason: str) -> Estimate:
-    """The same estimate with another band of doubt."""
-    return replace(made, band=Band(low_bytes, high_bytes, reason))

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import psutil
 
+from qlora_tui.gpu.no_gpu import NoGpu
 from qlora_tui.gpu.reading import Card
+from qlora_tui.gpu.visible import torch_card
 from qlora_tui.memory.codepath import Device
 
 
@@ -43,6 +45,15 @@ def _multiplies_bfloat16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def room_here(assumed_bytes: int | None = None) -> Room:
+    """The same for this machine, asking its driver."""
+    try:
+        card = torch_card()
+    except NoGpu:
+        card = None
+    return room_for(card, assumed_bytes)
 
 
 def _capability(card: Card) -> tuple[int, int]:

@@ -39,10 +39,6 @@ class Profile:
     gradient_bytes: int = 0
     """Of the parameters in it, after its backward."""
 
-    @property
-    def kept_bytes(self) -> int:
-        return sum(self.kept.values())
-
 
 @dataclass(frozen=True)
 class Peak:

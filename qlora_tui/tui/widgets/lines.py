@@ -12,7 +12,6 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.visual import Visual
 from textual.widget import Widget
-from textual.widgets import Static
 
 
 class Lines(Widget):
@@ -75,13 +74,6 @@ class Lines(Widget):
         return Visual.to_strips(
             self, Content("\n").join(lines), width, height, self.visual_style, pad=True, apply_selection=False
         )
-
-
-def put(box: Static, text: Content) -> None:
-    """Give a Static this text, unless it shows it already."""
-    shown = box.content
-    if not isinstance(shown, Content) or not shown.is_same(text):
-        box.update(text)
 
 
 def changed_cells(old: Strip, new: Strip) -> tuple[int, int]:
