@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from textual import events
 from textual.widget import Widget
 
 from qlora_tui.tui.screens.base import WorkScreen
@@ -18,7 +17,7 @@ class _Last(Widget):
         super().__init__()
         self.going = asyncio.Event()
 
-    async def _on_unmount(self, event: events.Unmount) -> None:
+    async def on_unmount(self) -> None:
         self.going.set()
         await asyncio.sleep(0)
         await asyncio.sleep(0)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from textual.app import ComposeResult
+from textual.messages import Prune
 from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Footer
@@ -19,16 +20,15 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 
-class EndsItsWorkers:
-    """For a screen: its workers end before its widgets do.
+class EndsItsWorkers(Widget):
+    """A screen whose workers end before its widgets do.
 
     Textual cancels them when the widgets have gone already, so that a report arriving as the user quits
     would look for a widget in vain.
     """
 
-    def on_prune(self) -> None:
-        screen = cast("Screen[Any]", self)
-        screen.workers.cancel_node(screen)
+    async def on_prune(self, event: Prune) -> None:
+        self.workers.cancel_node(self)
 
 
 class WorkScreen(EndsItsWorkers, Screen[None]):
