@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.chat.terms import ChatSource
-from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from tests.chat.adapters import make_adapter
 from tests.training.tiny import make_tiny_model
 
@@ -24,4 +24,6 @@ def tiny_source(tiny_model: Path) -> ChatSource:
         "adapter": str(make_adapter(tiny_model, tiny_model.parent / "adapter", seed=1)),
         "step-2": str(make_adapter(tiny_model, tiny_model.parent / "step-2", seed=2)),
     }
-    return ChatSource(recipe=Recipe(model=Model(id=str(tiny_model))), adapters=adapters)
+    # Whatever the CPU is quickest at: figures are compared to more digits than 16 bits have.
+    recipe = Recipe(model=Model(id=str(tiny_model)), quantization=Quantization(compute_dtype="float32"))
+    return ChatSource(recipe=recipe, adapters=adapters)

@@ -58,6 +58,11 @@ def reference(session: Any, source: ChatSource, adapter: str | None, tokens: int
     model = library.AutoModelForCausalLM.from_pretrained(
         folder, dtype=session.machine.dtype, quantization_config=four_bit
     )
+    for module in model.modules():
+        # On a CPU with AVX512-BF16 bitsandbytes repacks weights in the first forward; DoRA's norms, which peft
+        # takes of them, are then of garbage.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     turns = [{"role": m.role, "content": m.content} for m in QUESTION]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.recipe.fields import with_value
-from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import Plan
 from tests.training.tiny import make_tiny_model
@@ -111,6 +111,8 @@ def recipe(tiny_model: Path, tiny_data: Path) -> MakeRecipe:
     def make(settings: dict[str, Any] | None = None) -> Recipe:
         made = Recipe(
             model=Model(id=str(tiny_model)),
+            # Whatever the CPU is quickest at: losses are compared to more digits than 16 bits have.
+            quantization=Quantization(compute_dtype="float32"),
             lora=Lora(rank=8, alpha=16),
             data=Data(sources=(Source(path=str(tiny_data)),), max_length=128, validation_fraction=0.1),
             training=Training(

@@ -25,6 +25,7 @@ from qlora_tui.engine.protocol import (
 )
 from qlora_tui.errors import Problem
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.tui import transcript
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
@@ -77,7 +78,13 @@ class Talking(WorkScreen):
     def guarded(self, go: Callable[[], object], else_: Callable[[], object] = lambda: None) -> None:
         """Load only with the user's word while a run has the memory: ``go`` or ``else_`` is called."""
         active = self.workstation.pulse.active
-        if self.ready is not None or active is None or active.id in self.shares_with:
+        if (
+            self.ready is not None
+            or active is None
+            or active.id in self.shares_with
+            # What the app last saw may be a second old.
+            or read_status(active).state not in ACTIVE
+        ):
             go()
             return
 
