@@ -11,7 +11,7 @@ From the outside in:
 * ``spans``, ``render``: token ids of a conversation, and the mask of what is trained.
 * ``examine`` (with ``checks``, ``lengths``, ``key_table``, ``near_duplicates``, ``problems``): every row
   rendered, fitted, checked and counted; ``untrained``: tokens the model has never learned.
-* ``dataset`` (with ``split``, ``store``): the tokenized set on disk that the trainer maps.
+* ``dataset`` (with ``split``, ``groups``, ``store``): the tokenized set on disk that the trainer maps.
 * ``inspect`` (with ``statistics``, ``report``): what is to be said of a file before a run.
 
 Nothing here imports torch or transformers: the Data screen and the trainer share this code, so what

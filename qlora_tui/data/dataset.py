@@ -12,7 +12,6 @@ import hashlib
 import shutil
 import tempfile
 import time
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from qlora_tui.data.open_file import Position
 from qlora_tui.data.problems import DataProblem
 from qlora_tui.data.report import Counts
 from qlora_tui.data.sources import SourceFile, content_hash, conversations, open_source
-from qlora_tui.data.split import held_back
+from qlora_tui.data.split import Split
 from qlora_tui.data.store import Samples, Store, Writer
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
@@ -34,8 +33,8 @@ from qlora_tui.recipe.schema import Recipe, Source
 
 _KEPT_UNUSED_S = 60 * 24 * 3600
 _KEPT_UNFINISHED_S = 3 * 24 * 3600
-_RENDERING = 1
-"""Raised when the same data and settings come to give other tokens."""
+_RENDERING = 2
+"""Raised when the same data and settings come to give other tokens, or other sides."""
 
 
 class Progress(Struct, frozen=True):
@@ -134,7 +133,9 @@ def _make(
     validation_source: int | None,
     progress: Callable[[Progress], None] | None,
 ) -> None:
-    maker = _Maker(folder, recipe, tokenizer)
+    # A validation file takes the place of the fraction.
+    fraction = 0.0 if validation_source is not None else recipe.data.validation_fraction
+    maker = _Maker(folder, recipe, tokenizer, fraction)
     total = sum(file.path.stat().st_size for file in files) or 1
     with maker.writer:
         done = 0
@@ -142,31 +143,26 @@ def _make(
             position = Position()
             for _ in maker.write(file, position):
                 if progress is not None:
-                    counts = maker.examiner.counts
-                    progress(Progress(min(1.0, (done + position.bytes) / total), counts.rows, counts.tokens))
+                    so_far = maker.examiner.counts
+                    progress(Progress(min(1.0, (done + position.bytes) / total), so_far.rows, so_far.tokens))
             done += file.path.stat().st_size
     problems = maker.examiner.problems()
     _refuse(problems)
-    if not maker.row_keys:
-        raise _nothing_left(maker.examiner.counts, recipe)
-    row_keys, row_sources = maker.row_keys, maker.row_sources
-    if validation_source is None:
-        held = held_back(row_keys, row_sources, recipe.data.validation_fraction)
-    else:
-        held = frozenset()
-    data_hash = maker.writer.finish(held, validation_source)
-    meta = _Meta(data_hash, maker.examiner.counts, tuple(problems), maker.examiner.notes)
+    counts = maker.examiner.counts
+    if not counts.samples:
+        raise _nothing_left(counts, recipe)
+    data_hash = maker.writer.finish(maker.split.held_back(), validation_source)
+    meta = _Meta(data_hash, counts, tuple(problems), maker.examiner.notes)
     atomic_write(folder / "meta.json", msgspec.json.encode(meta))
 
 
 class _Maker:
     """Writes what an examiner lets through."""
 
-    def __init__(self, folder: Path, recipe: Recipe, tokenizer: ChatTokenizer):
+    def __init__(self, folder: Path, recipe: Recipe, tokenizer: ChatTokenizer, fraction: float):
         self.writer = Writer(folder)
         self.examiner = Examiner(recipe.data, tokenizer, recipe.training.seed)
-        self.row_keys = array("Q")
-        self.row_sources = array("H")
+        self.split = Split(folder, fraction)
 
     def write(self, file: SourceFile, position: Position) -> Iterator[None]:
         """Render and write a file, a batch at a step."""
@@ -174,8 +170,7 @@ class _Maker:
             for examined in batch:
                 conversation, key = examined.conversation, examined.key
                 if examined.samples:
-                    self.row_keys.append(key)
-                    self.row_sources.append(conversation.source)
+                    self.split.add(conversation, key)
                 for sample in examined.samples:
                     self.writer.add(
                         sample.token_ids, sample.trained, conversation.source, conversation.row, key

@@ -1,13 +1,13 @@
 """Rows that are nearly the same, by the smallest hashes of their word triples (a bottom-k MinHash sketch).
 
 Two rows are near duplicates if they share at least ``ALIKE`` of their word triples, as estimated
-from their sketches (Broder, "On the resemblance and containment of documents", 1997). Only the
-first ``MOST_ROWS`` rows are looked at, so that time and memory stay bounded. Used by ``inspect``.
+from their sketches (Broder, "On the resemblance and containment of documents", 1997).
+``NearDuplicates`` looks back from a row while rows stream by, for ``inspect``: only the first
+``MOST_ROWS`` are looked at, so that time and memory stay bounded. ``groups`` takes all rows at once.
 """
 
 from __future__ import annotations
 
-import re
 from array import array
 from zlib import crc32
 
@@ -15,11 +15,16 @@ from qlora_tui.data.conversation import Conversation
 
 MOST_ROWS = 100_000
 ALIKE = 0.8
-_SKETCH = 32
+SKETCH = 32
+"""Hashes in a sketch, at most."""
 _PROBES = 4
 _FEWEST_WORDS = 12
 """Shorter rows share triples by chance."""
-_WORDS = re.compile(r"\w+")
+_KNOWN_WORDS = 200_000
+_SPARE = 3
+"""Of a long row only so many times ``SKETCH`` hashes are sorted, those below a bound."""
+_LEAST = -(1 << 63)
+_PUNCTUATION = str.maketrans({c: " " for c in map(chr, range(128)) if not c.isalnum()})
 
 
 class NearDuplicates:
@@ -34,29 +39,46 @@ class NearDuplicates:
         """An earlier row that is nearly the same, if there is one; ``row`` is remembered."""
         if len(self._rows) >= MOST_ROWS:
             return None
-        sketch = _sketch(conversation)
-        if not sketch:
+        own = sketch(conversation)
+        if not own:
             return None
         found = None
-        for value in sketch[:_PROBES]:
+        for value in own[:_PROBES]:
             other = self._by_hash.get(value)
-            if other is not None and _alike(sketch, self._sketches[other]) >= ALIKE:
+            if other is not None and _alike(own, self._sketches[other]) >= ALIKE:
                 found = self._rows[other]
                 break
-        for value in sketch[:_PROBES]:
+        for value in own[:_PROBES]:
             self._by_hash.setdefault(value, len(self._rows))
         self._rows.append(row)
-        self._sketches.append(sketch)
+        self._sketches.append(own)
         return found
 
 
-def _sketch(conversation: Conversation) -> array[int]:
+def sketch(conversation: Conversation) -> array[int]:
+    """The smallest hashes of 32 bits, ascending, at most ``SKETCH``; none where there are few words."""
     text = conversation.text or " ".join(m.content for m in conversation.messages if m.role != "system")
-    words = _WORDS.findall(text.lower())
+    words = list(map(_words.__getitem__, text.lower().translate(_PUNCTUATION).split()))
     if len(words) < _FEWEST_WORDS:
         return array("I")
-    triples = {crc32(f"{a} {b} {c}".encode()) for a, b, c in zip(words, words[1:], words[2:], strict=False)}
-    return array("I", sorted(triples)[:_SKETCH])
+    # The hash of a tuple of integers is the same in every process, unlike that of a text.
+    triples = map(hash, zip(words, words[1:], words[2:], strict=False))
+    bound = _LEAST + (_SPARE * SKETCH << 64) // len(words)
+    few = {value for value in triples if value < bound} if len(words) > 2 * _SPARE * SKETCH else set(triples)
+    return array("I", sorted({value - _LEAST >> 32 for value in sorted(few)[:SKETCH]}))
+
+
+class _Words(dict[str, int]):
+    """Word to a hash of 32 bits; forgets all when there are too many."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= _KNOWN_WORDS:
+            self.clear()
+        value = self[word] = crc32(word.encode(errors="replace"))
+        return value
+
+
+_words = _Words()
 
 
 def _alike(one: array[int], other: array[int]) -> float:

@@ -1,15 +1,21 @@
-"""Which rows are held back to validate on: seeded, the same share of each source, duplicates together."""
+"""Which rows are held back to validate on: seeded, the same share of each source, duplicates together.
+
+What is nearly the same counts as a duplicate: see ``groups``.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import msgspec
 
 from qlora_tui.data.conversation import Conversation
+from qlora_tui.data.groups import group_keys, padded
+from qlora_tui.data.near_duplicates import sketch
 
 _encode = msgspec.json.Encoder().encode
 
@@ -29,28 +35,90 @@ def group_key(conversation: Conversation, seed: int) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def held_back(keys: array[int], sources: Iterable[int], fraction: float) -> frozenset[int]:
-    """The keys of the rows to validate on, about ``fraction`` of the rows of each source.
+class Split:
+    """Collects rows, then says which are held back."""
 
-    ``keys`` and ``sources`` have one entry a row. At least one row is held back where there are two
-    different ones, and at least one is left to train on.
+    def __init__(self, folder: Path, fraction: float):
+        """Sketches of the rows lie in ``folder`` until it is decided."""
+        self._fraction = fraction
+        self._keys = array("Q")
+        self._sources = array("H")
+        self._path = folder / "sketches.u32"
+        self._sketches = self._path.open("wb", buffering=1 << 20)
+
+    def add(self, conversation: Conversation, key: int) -> None:
+        """One row; ``key`` is its ``group_key``."""
+        if self._fraction > 0:
+            self._keys.append(key)
+            self._sources.append(conversation.source)
+            self._sketches.write(padded(sketch(conversation)))
+
+    def held_back(self) -> frozenset[int]:
+        """The keys of the rows to validate on."""
+        self._sketches.close()
+        try:
+            if not self._keys:
+                return frozenset()
+            groups = group_keys(self._keys, self._path)
+        finally:
+            self._path.unlink()
+        chosen = held_back(groups, self._sources, self._fraction)
+        return frozenset(key for key, group in zip(self._keys, groups, strict=True) if group in chosen)
+
+
+def held_back(groups: array[int], sources: Iterable[int], fraction: float) -> frozenset[int]:
+    """The groups to validate on: about ``fraction`` of the rows of each source, and no more.
+
+    ``groups`` and ``sources`` have one entry a row; the numbers of the groups are their random order. A
+    source that would so give none, its groups being too large, gives its smallest if it has others. At
+    least one group is held back where there are two, and at least one is left to train on.
     """
     if fraction <= 0:
         return frozenset()
-    by_source: dict[int, array[int]] = {}
-    for key, source in zip(keys, sources, strict=True):
-        by_source.setdefault(source, array("Q")).append(key)
+    of_source = array("H", sources)
+    total = Counter(of_source)
+    wanted = Counter({source: round(fraction * rows) for source, rows in total.items()})
+    held: Counter[int] = Counter()
     chosen: set[int] = set()
-    for unordered in by_source.values():
-        source_keys = sorted(unordered)
-        wanted = round(fraction * len(source_keys))
-        at = 0
-        while at < wanted:
-            chosen.add(source_keys[at])
-            at = bisect_right(source_keys, source_keys[at])
-    smallest, largest = min(keys), max(keys)
-    if not chosen and smallest != largest:
-        chosen = {smallest}
-    if all(key in chosen for key in keys):
-        chosen.discard(largest)
+    for group, rows in _by_group(groups, of_source):
+        if held == wanted:
+            break
+        if all(held[source] + count <= wanted[source] for source, count in rows.items()):
+            chosen.add(group)
+            held.update(rows)
+    for source in sorted(wanted):
+        if wanted[source] and not held[source]:
+            others = (
+                (rows.total(), group)
+                for group, rows in _by_group(groups, of_source)
+                if 0 < rows[source] < total[source]
+            )
+            chosen |= {group for _, group in sorted(others)[:1]}
+    return _some_but_not_all(chosen, groups)
+
+
+def _some_but_not_all(chosen: set[int], groups: array[int]) -> frozenset[int]:
+    import numpy as np
+
+    numbers, counts = np.unique(np.frombuffer(groups, dtype=np.uint64), return_counts=True)
+    if len(numbers) < 2:
+        return frozenset()
+    chosen = chosen or {int(numbers[counts.argmin()])}
+    if len(chosen) == len(numbers):
+        chosen = chosen - {int(numbers[counts.argmax()])}
     return frozenset(chosen)
+
+
+def _by_group(groups: array[int], sources: array[int]) -> Iterator[tuple[int, Counter[int]]]:
+    """Each group, ascending, with its rows by source."""
+    import numpy as np
+
+    numbers = np.frombuffer(groups, dtype=np.uint64)
+    order = np.argsort(numbers)
+    of_source = np.frombuffer(sources, dtype=np.uint16)
+    ends = np.append(np.flatnonzero(np.diff(numbers[order])) + 1, len(order))
+    start = 0
+    for end in ends:
+        members = order[start:end]
+        yield int(numbers[members[0]]), Counter(of_source[members].tolist())
+        start = end
