@@ -59,8 +59,8 @@ def reference(session: Any, source: ChatSource, adapter: str | None, tokens: int
         folder, dtype=session.machine.dtype, quantization_config=four_bit
     )
     for module in model.modules():
-        # On a CPU with AVX512-BF16 bitsandbytes repacks weights in the first forward; DoRA's norms, which peft
-        # takes of them, are then of garbage.
+        # On a CPU with AVX512-BF16 bitsandbytes repacks weights in the first forward; DoRA's norms, which
+        # peft takes of them, are then of garbage.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if adapter is not None:
