@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> Outcome:
         rows.append([precision, f"{gib(made.total_bytes)} GiB", band, verdict.word])
     lines += [table(rows, ["precision", "peak", "between", "verdict"]), ""]
     made = compared["nf4"]
+    if made.correction_words:
+        lines += [f"nf4 on this machine: {made.correction_words}", ""]
     largest = sorted(made.items, key=lambda item: -item.bytes)[:_LARGEST_ITEMS]
     lines.append(table([[i.label, size(i.bytes), i.explanation] for i in largest], ["nf4", "", ""]))
     fitting = data["what_fits"]

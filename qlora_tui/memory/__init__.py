@@ -12,7 +12,7 @@ sentence of each item.
 from qlora_tui.memory.classes import ModelClass, largest_model
 from qlora_tui.memory.codepath import CodePath, Device, our_path
 from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, compare, estimate
-from qlora_tui.memory.learning import Correction, Peaks, corrected, correction_for, remember
+from qlora_tui.memory.learning import Correction, Peaks, correction_for, remember
 from qlora_tui.memory.report import as_json
 from qlora_tui.memory.solver import Change, WhatFits, cheapest_changes, what_fits
 from qlora_tui.memory.tiers import Band
@@ -34,7 +34,6 @@ __all__ = [
     "as_json",
     "cheapest_changes",
     "compare",
-    "corrected",
     "correction_for",
     "estimate",
     "judge",

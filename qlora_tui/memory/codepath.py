@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_tui.memory.attention import Kernel
+from qlora_tui.memory.learning import Correction
 from qlora_tui.recipe.schema import Recipe
 
 Loss = Literal["stock", "shifted", "chunked", "liger", "fused"]
@@ -37,6 +38,8 @@ class Device:
     """CUDA compute capability; 8.6 (RTX 30) where no card was found."""
     native_bfloat16: bool = False
     """On a CPU: whether it multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
+    correction: Correction | None = None
+    """What past runs on it measured."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ takes a few milliseconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from msgspec import structs
@@ -15,9 +15,10 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.codepath import CodePath, Device, our_path
 from qlora_tui.memory.explain import LABELS, Facts, explanations
 from qlora_tui.memory.layout import Layout, lay_out
+from qlora_tui.memory.learning import FEWEST, Correction
 from qlora_tui.memory.residents import resident_items
 from qlora_tui.memory.step import Peak, peaks
-from qlora_tui.memory.tiers import Band, Tiers, tiers
+from qlora_tui.memory.tiers import Band, Tiers, corrected, tiers
 from qlora_tui.memory.weights import gradient_bytes, optimizer_step_bytes
 from qlora_tui.recipe.schema import Recipe
 
@@ -60,11 +61,25 @@ class Estimate:
     """The family's layer is written out; otherwise it is walked as Llama's."""
     notes: tuple[str, ...] = ()
     """What a person should know about this estimate: experts in 16 bits, an unknown family."""
+    correction: Correction | None = None
+    """What past runs on this machine say; it is in the figures where it ``applies``."""
+    uncorrected_bytes: int = 0
+    """The process tier before that."""
 
     @property
     def total_bytes(self) -> int:
         """The process tier: what must be free."""
         return self.process_bytes
+
+    @property
+    def correction_words(self) -> str:
+        """``corrected +2 % from 3 runs``; empty where none were measured on this machine."""
+        if self.correction is None:
+            return ""
+        runs = f"{self.correction.runs} run{'s' if self.correction.runs > 1 else ''}"
+        if not self.correction.applies:
+            return f"{runs} measured, {FEWEST} are needed to correct"
+        return f"corrected {(self.process_bytes / self.uncorrected_bytes - 1) * 100:+.0f} % from {runs}"
 
     def bytes_of(self, key: str) -> int:
         """Of one item; 0 where it plays no part at the peak."""
@@ -83,7 +98,8 @@ def estimate(
     Without ``path`` it is the one this project's trainer takes on ``device`` (a CUDA card of Ampere's
     generation where none is given). Raises Problem for target modules the model does not have.
     """
-    path = path or our_path(recipe, device or Device())
+    device = device or Device()
+    path = path or our_path(recipe, device)
     layout = lay_out(recipe, architecture, path)
     resident = resident_items(recipe, architecture, layout, path)
     moments = peaks(layout, path, recipe.lora.dropout)
@@ -97,7 +113,13 @@ def estimate(
     for key, size in fullest.items.items():
         items[key] = items.get(key, 0) + size
     levels = tiers(items, architecture, layout, path)
-    return _assemble(recipe, architecture, layout, path, items, levels, fullest)
+    before, correction = levels.process_bytes, device.correction
+    if correction is not None and correction.applies:
+        levels = corrected(levels, layout, correction)
+    made = _assemble(recipe, architecture, layout, path, items, levels, fullest)
+    if correction is None:
+        return made
+    return replace(made, correction=correction, uncorrected_bytes=before)
 
 
 LOADERS = 4

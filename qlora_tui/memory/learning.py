@@ -1,21 +1,27 @@
 """What past runs measured beside what was predicted, and the correction that follows for this machine.
 
 One line of JSON a run in ``memory.jsonl`` in the state directory. The trainer calls :func:`remember` when a
-run ends; :func:`correction_for` is what the next estimate is adjusted by, and says from how many runs.
+run ends; :func:`correction_for` is what every estimate for this machine is corrected by, and says from how
+many runs.
+
+Two things are learnt apart, because they grow differently. On a card, what torch's allocator reserves grows
+with the tensors: that is a factor. What the process holds beside it, the CUDA context, is the same for every
+recipe: that is bytes. A CPU tells one figure only, the largest resident set, in which tensors, heap and
+libraries cannot be told apart: it says nothing of allocated or reserved bytes, and nothing of any card. All
+of its difference is taken for the libraries', as bytes, so that a tiny run does not bend the estimate of a
+large one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.memory.estimate import Estimate, Item
-from qlora_tui.memory.explain import LABELS
-from qlora_tui.memory.tiers import Band
 from qlora_tui.paths import state_dir
 
 FEWEST = 2
@@ -23,37 +29,57 @@ FEWEST = 2
 MOST_RUNS = 20
 """The latest count; a driver or library may have changed since."""
 LEAST, MOST = 0.8, 1.5
-"""A correction beyond these says that something else is wrong."""
+"""A factor beyond these says that something else is wrong."""
 
 
-class Peaks(Struct, frozen=True, kw_only=True):
-    """Predicted and measured peaks of one run, in bytes."""
+class Peaks(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Predicted and measured peaks of one run, in bytes. Predicted is without any correction, for the longest
+    batch that the run had."""
 
     at: float
     """Seconds since the epoch."""
     machine: str
     """Name of the card, or of the CPU."""
     driver: str = ""
-    versions: str = ""
-    """torch, transformers, peft and bitsandbytes."""
+    versions: dict[str, str] = {}
+    """Of torch and the libraries that matter beside it."""
     model_type: str = ""
+    ran_out: bool = False
+    """It ended for want of memory: the measured bytes are what it had by then."""
+    managed_bytes: int = 0
+    """Predicted states of a paged optimizer. They lie outside torch's pool, on the card or not."""
     predicted_allocated_bytes: int
     predicted_reserved_bytes: int
     predicted_process_bytes: int
     measured_allocated_bytes: int = 0
+    """0 on a CPU, as the next."""
     measured_reserved_bytes: int = 0
     measured_process_bytes: int
+
+    @property
+    def outside_bytes(self) -> int:
+        """What the process held beside torch's pool; on a CPU, beside what the tensors should have taken."""
+        pool = self.measured_reserved_bytes or self.predicted_reserved_bytes
+        return max(0, self.measured_process_bytes - pool)
 
 
 @dataclass(frozen=True)
 class Correction:
-    """The process tier is multiplied by ``factor``."""
+    """What the runs on a machine say of its estimates."""
 
-    factor: float
     runs: int
-    low: float
-    """The smallest ratio of measured to predicted among the runs."""
-    high: float
+    factor: float = 1.0
+    """The reserved tier is multiplied by it."""
+    outside_bytes: int | None = None
+    """What the process holds beside that; None where no run tells."""
+    low: float = 1.0
+    """The smallest ratio, among the runs, of what was measured to what it predicts."""
+    high: float = 1.0
+
+    @property
+    def applies(self) -> bool:
+        """There are runs enough."""
+        return self.runs >= FEWEST
 
 
 def record_file() -> Path:
@@ -61,86 +87,63 @@ def record_file() -> Path:
     return state_dir() / "memory.jsonl"
 
 
-def remember(peaks: Peaks, file: Path | None = None) -> None:
-    """Add one run."""
-    with (file or record_file()).open("ab") as out:
-        out.write(msgspec.json.encode(peaks) + b"\n")
+def remember(peaks: Peaks) -> None:
+    """Add one run. Raises OSError."""
+    with record_file().open("ab") as out:
+        # One that was torn by a full disk must not take this one with it.
+        out.write(b"\n" + msgspec.json.encode(peaks) + b"\n")
 
 
-def recall(file: Path | None = None) -> list[Peaks]:
+def recall() -> tuple[Peaks, ...]:
     """Every run kept, oldest first; a line that cannot be read is passed over."""
+    file = record_file()
+    try:
+        stat = file.stat()
+    except OSError:
+        return ()
+    return _read(file, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1)
+def _read(file: Path, modified_ns: int, size: int) -> tuple[Peaks, ...]:
+    """The screens ask at every key: the file is read again when it has changed."""
     found = []
     try:
-        lines = (file or record_file()).read_bytes().splitlines()
+        lines = file.read_bytes().splitlines()
     except OSError:
-        return []
+        return ()
     for line in lines:
         try:
             found.append(msgspec.json.decode(line, type=Peaks))
-        except msgspec.DecodeError:
+        except msgspec.MsgspecError:
             continue
-    return found
+    return tuple(found)
 
 
-def correction_for(machine: str, file: Path | None = None) -> Correction | None:
-    """From the latest runs on ``machine``; None while there are too few."""
-    ratios = [
-        peaks.measured_process_bytes / peaks.predicted_process_bytes
-        for peaks in recall(file)
-        if peaks.machine == machine and peaks.predicted_process_bytes > 0 < peaks.measured_process_bytes
-    ][-MOST_RUNS:]
-    if len(ratios) < FEWEST:
+def correction_for(machine: str) -> Correction | None:
+    """From the latest runs on ``machine``; None where there are none."""
+    runs = [run for run in recall() if run.machine == machine and _tells(run)][-MOST_RUNS:]
+    if not runs:
         return None
-    factor = min(max(median(ratios), LEAST), MOST)
-    return Correction(factor, len(ratios), min(ratios), max(ratios))
+    if len(runs) < FEWEST:
+        return Correction(len(runs))
+    ratios = [
+        run.measured_reserved_bytes / run.predicted_reserved_bytes
+        for run in runs
+        if run.measured_reserved_bytes
+    ]
+    factor = min(max(median(ratios), LEAST), MOST) if ratios else 1.0
+    beside = [run.outside_bytes for run in runs if not run.managed_bytes]
+    outside = int(median(beside)) if beside else None
+    spread = [run.measured_process_bytes / _corrected_bytes(run, factor, outside) for run in runs]
+    return Correction(len(runs), factor, outside, min(spread), max(spread))
 
 
-def corrected(made: Estimate, correction: Correction | None) -> Estimate:
-    """The estimate as this machine's runs say it should have been; unchanged without any.
-
-    The difference goes to what is least known: the allocator's slack, or else what lies outside torch. The
-    band becomes the spread that was measured, and 2 %.
-    """
-    if correction is None:
-        return made
-    process = int(made.process_bytes * correction.factor)
-    items, reserved = _absorb(made, process - made.process_bytes)
-    process = sum(item.bytes for item in items)
-    many = "runs" if correction.runs > 1 else "run"
-    return replace(
-        made,
-        items=items,
-        reserved_bytes=reserved,
-        process_bytes=process,
-        band=Band(
-            int(made.process_bytes * min(correction.low, correction.factor) * 0.98),
-            int(made.process_bytes * max(correction.high, correction.factor) * 1.02),
-            f"the spread of {correction.runs} {many} on this machine, and 2 %",
-        ),
-        notes=(*made.notes, f"Corrected by {correction.factor - 1:+.1%} from {correction.runs} {many} here."),
-    )
+def _tells(run: Peaks) -> bool:
+    return run.measured_process_bytes > 0 and 0 < run.predicted_reserved_bytes <= run.predicted_process_bytes
 
 
-def _absorb(made: Estimate, difference: int) -> tuple[tuple[Item, ...], int]:
-    """Items with the difference taken up, and the reserved tier that results."""
-    sizes = {item.key: item.bytes for item in made.items}
-    order = ["fragmentation", "context" if "context" in sizes else "runtime"]
-    if difference > 0:
-        sizes[order[0]] = sizes.get(order[0], 0) + difference
-    else:
-        for key in order:
-            taken = min(sizes.get(key, 0), -difference)
-            sizes[key] = sizes.get(key, 0) - taken
-            difference += taken
-    sentences = {item.key: item.explanation for item in made.items}
-    items = tuple(
-        Item(
-            key,
-            label,
-            sizes[key],
-            sentences.get(key, "What past runs on this machine took beyond the tensors."),
-        )
-        for key, label in LABELS.items()
-        if sizes.get(key, 0) > 0
-    )
-    return items, made.allocated_bytes + sizes.get("fragmentation", 0)
+def _corrected_bytes(run: Peaks, factor: float, outside: int | None) -> float:
+    if outside is None:
+        outside = run.predicted_process_bytes - run.predicted_reserved_bytes - run.managed_bytes
+    return run.predicted_reserved_bytes * factor + outside + run.managed_bytes

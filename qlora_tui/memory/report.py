@@ -68,6 +68,12 @@ def one_as_json(made: Estimate, available_bytes: int | None) -> dict[str, Any]:
         "band": {"low": made.band.low_bytes, "high": made.band.high_bytes, "reason": made.band.reason},
         "verdict": None if available_bytes is None else judge(made, available_bytes).word,
         "peak_phase": made.peak_phase,
+        "correction": made.correction
+        and {
+            "runs": made.correction.runs,
+            "applied": made.correction.applies,
+            "uncorrected_bytes": made.uncorrected_bytes,
+        },
         "exact": made.exact,
         "notes": list(made.notes),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
@@ -11,6 +10,8 @@ from qlora_tui.gpu.no_gpu import NoGpu
 from qlora_tui.gpu.reading import Card
 from qlora_tui.gpu.visible import torch_card
 from qlora_tui.memory.codepath import Device
+from qlora_tui.memory.learning import correction_for
+from qlora_tui.memory.processor import this_processor
 
 
 @dataclass(frozen=True)
@@ -26,25 +27,19 @@ class Room:
 
 def room_for(card: Card | None, assumed_bytes: int | None = None) -> Room:
     """The card found; a card of the size given, where one is; the machine's own memory without either."""
-    device = Device() if card is None else Device(capability=_capability(card))
     if assumed_bytes is not None:
+        # Not this machine's card: what was learnt here does not count.
+        device = Device() if card is None else Device(capability=_capability(card))
         return Room(device, assumed_bytes, f"a card of {assumed_bytes / 2**30:.1f} GiB")
     if card is not None and card.usable_bytes is not None:
+        device = Device(capability=_capability(card), correction=correction_for(card.name))
         return Room(device, card.usable_bytes, card.short_name)
+    cpu = this_processor()
     return Room(
-        Device(kind="cpu", native_bfloat16=_multiplies_bfloat16()),
+        Device(kind="cpu", native_bfloat16=cpu.native_bfloat16, correction=correction_for(cpu.name)),
         psutil.virtual_memory().total,
         "this machine's memory",
     )
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU does so in hardware; the trainer computes in float32 where it does not."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def room_here(assumed_bytes: int | None = None) -> Room:

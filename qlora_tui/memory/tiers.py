@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.layout import Layout
+from qlora_tui.memory.learning import Correction
 from qlora_tui.memory.weights import optimizer_bytes
 
 MIB = 1024 * 1024
@@ -63,7 +64,7 @@ def tiers(items: dict[str, int], architecture: Architecture, layout: Layout, pat
     reserved = allocated + slack
     paged = optimizer_bytes(layout, path) if path.optimizer.startswith("paged") else 0
     process = reserved + CONTEXT_BYTES + paged
-    doubt = allocated // (50 if layout.exact else 7)
+    doubt = _doubt_bytes(allocated, layout)
     reason = (
         "2 % of the tensors, and a CUDA context of 133 to 540 MiB depending on card and driver"
         if layout.exact
@@ -79,3 +80,30 @@ def tiers(items: dict[str, int], architecture: Architecture, layout: Layout, pat
         added,
         Band(process - doubt - slack, process + doubt + CONTEXT_DOUBT_BYTES, reason),
     )
+
+
+def corrected(levels: Tiers, layout: Layout, correction: Correction) -> Tiers:
+    """As past runs on the machine say they should have been. Allocated stays: it is counted, not guessed."""
+    allocated = levels.allocated_bytes
+    reserved = max(allocated, int(levels.reserved_bytes * correction.factor))
+    added = {**levels.added, "fragmentation": reserved - allocated}
+    if correction.outside_bytes is not None:
+        added["runtime" if "runtime" in added else "context"] = correction.outside_bytes
+    process = allocated + sum(added.values())
+    doubt = _doubt_bytes(allocated, layout)
+    return Tiers(
+        allocated,
+        reserved,
+        process,
+        added,
+        Band(
+            max(0, int(process * min(correction.low, 1)) - doubt),
+            int(process * max(correction.high, 1)) + doubt,
+            f"the spread of {correction.runs} runs on this machine, and {'2 %' if layout.exact else '14 %'}",
+        ),
+    )
+
+
+def _doubt_bytes(allocated: int, layout: Layout) -> int:
+    """2 % of the tensors; a seventh where the layers are not the family's own."""
+    return allocated // (50 if layout.exact else 7)

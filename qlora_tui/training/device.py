@@ -11,13 +11,12 @@ import psutil
 import torch
 
 from qlora_tui.errors import Problem
+from qlora_tui.memory.processor import this_processor
 from qlora_tui.recipe.schema import Recipe
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BF16_CAPABILITY = (8, 0)
 """Ampere. ``torch.cuda.is_bf16_supported`` also says yes to cards that only emulate it."""
-_BF16_CPU_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
-"""Without one of these a CPU multiplies bf16 matrices a hundred times slower than fp32 ones."""
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 Attention = Literal["segments", "flash", "eager"]
@@ -58,11 +57,11 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> Device:
             total_bytes=properties.total_memory,
             dtype=wanted or best,
         )
-    name, flags = _cpu()
-    best = torch.bfloat16 if flags & _BF16_CPU_FLAGS else torch.float32
+    cpu = this_processor()
+    best = torch.bfloat16 if cpu.native_bfloat16 else torch.float32
     return Device(
         torch_device=torch.device("cpu"),
-        name=name,
+        name=cpu.name,
         total_bytes=host_memory_bytes(),
         dtype=wanted or best,
     )
@@ -104,23 +103,6 @@ def host_memory_bytes() -> int:
         if limit.isdigit():
             total = min(total, int(limit))
     return total
-
-
-def _cpu() -> tuple[str, frozenset[str]]:
-    """Model name and flags of the first CPU, as Linux tells them."""
-    name, flags = "CPU", frozenset[str]()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return name, flags
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            name = value.strip()
-        elif key.strip() == "flags":
-            flags = frozenset(value.split())
-            break
-    return name, flags
 
 
 def _has(package: str) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
+from msgspec import structs
 
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
@@ -15,19 +17,23 @@ from qlora_tui.gpu.no_gpu import NoGpu
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.visible import torch_card
 from qlora_tui.memory import Device as EstimatedDevice
-from qlora_tui.memory import Estimate, estimate
+from qlora_tui.memory import Estimate, Peaks, correction_for, estimate, remember
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
 from qlora_tui.training.device import Device
+from qlora_tui.training.versions import versions
 
 
 class MemoryMeter:
     """Peaks of this process, and the estimate of the recipe as it is run."""
 
     def __init__(self, recipe: Recipe, architecture: Architecture, device: Device) -> None:
+        self._recipe = recipe
+        self._architecture = architecture
         self._device = device
-        self.estimate = _estimate(recipe, architecture, device)
+        self.estimate = self._estimate(recipe, corrected=True)
         """None where the memory room does not know the model."""
+        self._as_run: Estimate | None = None
 
     def measured(self, when: Literal["probe", "end"]) -> MemoryMeasured:
         """The peak so far beside the estimate."""
@@ -46,6 +52,59 @@ class MemoryMeter:
             allocated_bytes=allocated,
             reserved_bytes=reserved,
         )
+
+    def expect(self, rows: int, tokens: int) -> None:
+        """What the longest micro-batch of the run is: what is predicted for it is what the peak is held to.
+
+        A recipe allows for rows of ``data.max_length``; the data's may all be shorter.
+        """
+        data = structs.replace(self._recipe.data, max_length=max(1, -(-tokens // rows)))
+        training = structs.replace(self._recipe.training, micro_batch=rows)
+        recipe = structs.replace(self._recipe, data=data, training=training)
+        self._as_run = self._estimate(recipe, corrected=False)
+
+    def remember(self, *, ran_out: bool = False) -> None:
+        """Keep the peak beside what was predicted, for later estimates on this machine.
+
+        A run that ran out of memory tells something only where it had more than was predicted: how much it
+        would have taken is not known. One that never met its longest batch tells nothing.
+        """
+        made, peak = self._as_run, self.measured("end")
+        if made is None or (ran_out and peak.measured_bytes <= made.process_bytes):
+            return
+        outside = made.bytes_of("context") + made.bytes_of("runtime")
+        with suppress(OSError):  # A full disk costs the record and not the run.
+            remember(
+                Peaks(
+                    at=peak.at,
+                    machine=self._device.name,
+                    driver=_driver(),
+                    versions=versions(),
+                    model_type=self._architecture.model_type,
+                    ran_out=ran_out,
+                    managed_bytes=made.process_bytes - made.reserved_bytes - outside,
+                    predicted_allocated_bytes=made.allocated_bytes,
+                    predicted_reserved_bytes=made.reserved_bytes,
+                    predicted_process_bytes=made.process_bytes,
+                    measured_allocated_bytes=peak.allocated_bytes,
+                    measured_reserved_bytes=peak.reserved_bytes,
+                    measured_process_bytes=peak.measured_bytes,
+                )
+            )
+
+    def _estimate(self, recipe: Recipe, *, corrected: bool) -> Estimate | None:
+        device = self._device
+        cuda = device.kind == "cuda"
+        where = EstimatedDevice(
+            kind=device.kind,
+            capability=torch.cuda.get_device_capability(device.torch_device) if cuda else (0, 0),
+            native_bfloat16=device.dtype == torch.bfloat16,
+            correction=correction_for(device.name) if corrected else None,
+        )
+        try:
+            return estimate(recipe, self._architecture, device=where)
+        except Problem:
+            return None
 
     def _context_bytes(self) -> int:
         """What the driver holds for this process beside torch's pool; estimated where it does not say."""
@@ -76,14 +135,9 @@ def _held_on_card() -> int | None:
     return next((p.memory_bytes for p in processes if p.pid == os.getpid()), None)
 
 
-def _estimate(recipe: Recipe, architecture: Architecture, device: Device) -> Estimate | None:
-    capability = torch.cuda.get_device_capability(device.torch_device) if device.kind == "cuda" else (0, 0)
-    where = EstimatedDevice(
-        kind=device.kind,
-        capability=capability,
-        native_bfloat16=device.dtype == torch.bfloat16,
-    )
+def _driver() -> str:
+    """Its version; empty where there is none to ask."""
     try:
-        return estimate(recipe, architecture, device=where)
-    except Problem:
-        return None
+        return torch_card().driver or ""
+    except NoGpu:
+        return ""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from qlora_tui.catalog.local import ModelFiles, resolve
@@ -22,11 +19,12 @@ from qlora_tui.runs.events import AdapterReady, DataReady, Environment, Finished
 from qlora_tui.training import checks, gguf, load, loss
 from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.asked import EndedEarly, Requests
-from qlora_tui.training.batches import Schedule, lay_out
+from qlora_tui.training.batches import Schedule, computed_tokens, lay_out
 from qlora_tui.training.checkpoints import Checkpoint, check_same
 from qlora_tui.training.device import Attention, Device, choose_attention, find_device
 from qlora_tui.training.dropout import use_quick_dropout
 from qlora_tui.training.edge import Edge, Setting
+from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.finish import write_adapter
 from qlora_tui.training.loop import RunTrainer, Steps, arguments, load_adapter
 from qlora_tui.training.measure import MemoryMeter
@@ -34,8 +32,7 @@ from qlora_tui.training.probe import longest_micro_batch, probe
 from qlora_tui.training.processes import Processes
 from qlora_tui.training.reporter import Reporter
 from qlora_tui.training.telemetry import Telemetry
-
-_PACKAGES = ("qlora-tui", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
+from qlora_tui.training.versions import versions
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,10 @@ class Attempt:
             if ended.kind == "pause":
                 return Paused(at=time.time(), step=step)
             return Stopped(at=time.time(), step=step)
+        except Exception as error:
+            if self.meter is not None and self._among.is_first and is_out_of_memory(error):
+                self.meter.remember(ran_out=True)
+            raise
         finally:
             self._telemetry.stop()
 
@@ -165,8 +166,9 @@ class Attempt:
         rows = longest_micro_batch(
             schedule, data.train, self._recipe.training.micro_batch, kept_apart=base.kept_apart
         )
-        probe(trainer, rows, fresh=self._checkpoint is None)
         assert self.meter is not None
+        self.meter.expect(len(rows), computed_tokens(rows, data.train, kept_apart=base.kept_apart))
+        probe(trainer, rows, fresh=self._checkpoint is None)
         self._reporter.tell(self.meter.measured("probe"))
         self._may_end()
         edge.begin()
@@ -187,6 +189,8 @@ class Attempt:
         assert self.meter is not None
         step = trainer.state.global_step
         reporter.tell(self.meter.measured("end"))
+        if self._among.is_first:
+            self.meter.remember()
         if edge.ending == "paused":
             return Paused(at=time.time(), step=step)
         reporter.phase("saving", "adapter")
@@ -268,7 +272,7 @@ class Attempt:
                 attention=base.attention,
                 optimizer=self._recipe.training.optimizer,
                 loss=base.loss,
-                versions=_versions(),
+                versions=versions(),
             )
         )
 
@@ -306,15 +310,3 @@ class Attempt:
         kind = self._requests.ending()
         if kind is not None:
             raise EndedEarly(kind)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found

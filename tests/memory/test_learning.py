@@ -2,53 +2,99 @@
 
 from __future__ import annotations
 
-from qlora_tui.memory import Estimate, Peaks, corrected, correction_for, estimate, remember
+from qlora_tui.memory import Device, Estimate, Peaks, correction_for, estimate, remember
 from qlora_tui.memory.learning import record_file
 from qlora_tui.recipe.schema import Recipe
-from tests.memory.models import qwen_7b
+from tests.memory.models import qwen_7b, tinyllama
+
+MIB = 2**20
+GIB = 2**30
+CARD = "NVIDIA GeForce RTX 4090"
 
 
-def _run(ratio: float, machine: str = "RTX 4090") -> Peaks:
+def _run(factor: float, outside: int = 300 * MIB, machine: str = CARD, managed: int = 0) -> Peaks:
+    """A run on a card whose allocator took ``factor`` of what was predicted."""
     return Peaks(
         at=0.0,
         machine=machine,
-        predicted_allocated_bytes=900,
-        predicted_reserved_bytes=950,
-        predicted_process_bytes=1000,
-        measured_process_bytes=int(1000 * ratio),
+        managed_bytes=managed,
+        predicted_allocated_bytes=9 * GIB,
+        predicted_reserved_bytes=10 * GIB,
+        predicted_process_bytes=10 * GIB + 141 * MIB + managed,
+        measured_reserved_bytes=int(10 * GIB * factor),
+        measured_process_bytes=int(10 * GIB * factor) + outside + managed,
     )
 
 
-def _made() -> Estimate:
-    return estimate(Recipe(), qwen_7b())
+def _cpu_run(process: int) -> Peaks:
+    return Peaks(
+        at=0.0,
+        machine="a CPU",
+        predicted_allocated_bytes=100 * MIB,
+        predicted_reserved_bytes=120 * MIB,
+        predicted_process_bytes=600 * MIB,
+        measured_process_bytes=process,
+    )
 
 
-def test_one_run_corrects_nothing() -> None:
+def _made(machine: str = CARD) -> Estimate:
+    return estimate(Recipe(), qwen_7b(), device=Device(correction=correction_for(machine)))
+
+
+def test_one_run_corrects_nothing_and_is_counted() -> None:
     remember(_run(1.2))
-    assert correction_for("RTX 4090") is None
-    assert corrected(_made(), None) == _made()
+    made = _made()
+    assert made.process_bytes == estimate(Recipe(), qwen_7b()).process_bytes == made.uncorrected_bytes
+    assert made.correction_words == "1 run measured, 2 are needed to correct"
 
 
-def test_the_median_of_this_machines_runs_is_the_correction() -> None:
-    for ratio in (1.02, 1.1, 1.04):
-        remember(_run(ratio))
+def test_tensors_are_scaled_and_the_context_is_taken_as_it_was_measured() -> None:
+    for factor, outside in ((1.02, 290), (1.1, 300), (1.04, 500)):
+        remember(_run(factor, outside * MIB))
     remember(_run(1.4, machine="another card"))
-    found = correction_for("RTX 4090")
-    assert found is not None
-    assert (found.factor, found.runs, found.low, found.high) == (1.04, 3, 1.02, 1.1)
+    found = correction_for(CARD)
+    assert found is not None and found.runs == 3
+    assert (round(found.factor, 3), found.outside_bytes) == (1.04, 300 * MIB)
+    assert found.low < 1 < found.high
+    raw, made = estimate(Recipe(), qwen_7b()), _made()
+    assert made.bytes_of("context") == 300 * MIB
+    assert made.allocated_bytes == raw.allocated_bytes
+    assert made.reserved_bytes == int(raw.reserved_bytes * found.factor)
 
 
 def test_a_corrected_estimate_says_so_and_still_adds_up() -> None:
-    for factor in (1.05, 0.98, 0.9):
+    for factor in (1.05, 0.98, 0.5):
         record_file().unlink(missing_ok=True)
         remember(_run(factor))
         remember(_run(factor))
-        made = corrected(_made(), correction_for("RTX 4090"))
+        made = _made()
         assert sum(item.bytes for item in made.items) == made.process_bytes
         assert all(item.bytes > 0 for item in made.items)
         assert made.allocated_bytes <= made.reserved_bytes <= made.process_bytes
-        assert "from 2 runs here" in made.notes[-1]
-        assert made.band.low_bytes <= made.process_bytes or factor == 0.9
+        assert made.band.low_bytes <= made.process_bytes <= made.band.high_bytes
+        change = made.process_bytes / made.uncorrected_bytes - 1
+        assert made.correction_words == f"corrected {change * 100:+.0f} % from 2 runs"
+
+
+def test_a_cpu_run_corrects_by_bytes_so_that_a_tiny_one_does_not_bend_a_large_one() -> None:
+    remember(_cpu_run(700 * MIB))
+    remember(_cpu_run(700 * MIB))
+    device = Device(kind="cpu", correction=correction_for("a CPU"))
+    for model in (tinyllama(), qwen_7b()):
+        raw, made = (
+            estimate(Recipe(), model, device=Device(kind="cpu")),
+            estimate(Recipe(), model, device=device),
+        )
+        assert made.bytes_of("runtime") == 580 * MIB
+        assert made.process_bytes - raw.process_bytes == 100 * MIB
+
+
+def test_a_paged_optimizers_states_are_not_taken_for_the_context() -> None:
+    remember(_run(1.0, 200 * MIB))
+    remember(_run(1.0, 5 * GIB, managed=GIB))
+    remember(_run(1.0, 5 * GIB, managed=GIB))
+    found = correction_for(CARD)
+    assert found is not None and found.outside_bytes == 200 * MIB
 
 
 def test_a_torn_line_is_passed_over() -> None:
@@ -56,5 +102,5 @@ def test_a_torn_line_is_passed_over() -> None:
     with record_file().open("ab") as file:
         file.write(b'{"at": 1.0, "mach')
     remember(_run(1.0))
-    remember(_run(1.0))
-    assert correction_for("RTX 4090") is not None
+    found = correction_for(CARD)
+    assert found is not None and found.runs == 2

@@ -12,6 +12,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from qlora_tui import cli
+from qlora_tui.memory.learning import recall
+from qlora_tui.memory.processor import this_processor
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir, create
@@ -256,3 +259,22 @@ def test_a_trainer_shows_itself_before_torch_is_loaded() -> None:
     code = "import sys, qlora_tui.training.__main__; print('torch' in sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(loaded.stdout.lower()) is False
+
+
+def test_the_next_estimate_on_this_machine_counts_what_runs_measured(
+    recipe: MakeRecipe, trainers: Trainers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = recipe({"training.epochs": 1.0, "data.max_length": 2048})
+    asked = ["estimate", "--model", made.model.id, "--set", "data.max_length=2048", "--json"]
+    for count in (1, 2):
+        assert trainers.run(create(made)) == 0
+        assert cli.main(asked) == 0
+        found = json.loads(capsys.readouterr().out)["precisions"]["nf4"]
+        assert found["correction"]["runs"] == count
+    assert found["correction"]["applied"]
+    assert found["total_bytes"] != found["correction"]["uncorrected_bytes"]
+    record = recall()[-1]
+    assert record.machine == this_processor().name and record.versions["torch"]
+    # Held to the rows that the data has, not to those the recipe allows.
+    assert record.predicted_allocated_bytes < found["tiers"]["allocated"] / 2
+    assert record.measured_process_bytes > 10**8 and record.measured_reserved_bytes == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.memory import estimate
+from qlora_tui.memory import Peaks, estimate, remember
 from qlora_tui.recipe.fields import value_of
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import memory
@@ -188,3 +188,24 @@ def test_the_parts_of_a_bar_add_up_and_its_end_is_marked(seven_billion: str) -> 
         for width in (1, 10, 33, 120):
             assert stacked_bar(made, 24 << 30, width).cell_length == width
             assert stacked_bar(made, 4 << 30, width).plain.endswith("▶")
+
+
+async def test_the_correction_by_past_runs_is_named_with_their_count(
+    seven_billion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play_in_this_process(monkeypatch, "card")
+    for _ in range(3):
+        remember(
+            Peaks(
+                at=0.0,
+                machine="NVIDIA GeForce RTX 4090",
+                predicted_allocated_bytes=9 << 30,
+                predicted_reserved_bytes=10 << 30,
+                predicted_process_bytes=10 << 30,
+                measured_reserved_bytes=int(10.4 * 2**30),
+                measured_process_bytes=int(10.8 * 2**30),
+            )
+        )
+    async with open_with_card("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
+        shown = await shows(pilot, "Peak against", "free now; corrected +", "% from 3 runs")
+        assert "runs…" not in shown

@@ -217,11 +217,15 @@ class MemoryScreen(WorkScreen):
 
     def _heading_text(self) -> str:
         room, pulse = self.workstation.room, self.workstation.pulse
-        what = f"Peak of a training step against {gib(room.bytes)} GiB"
-        if pulse.card is None or room.name != pulse.card.short_name:
-            return what if room.name.startswith("a card") else f"{what}, {room.name}"
-        others = "" if pulse.free_bytes is None else f", {gib(pulse.free_bytes)} free now"
-        return f"{what}: {room.name}{others}"
+        corrected = self._compared[self.precision].correction_words
+        peak = "Peak" if corrected and self.size.width < 100 else "Peak of a training step"
+        what = f"{peak} against {gib(room.bytes)} GiB"
+        if pulse.card is not None and room.name == pulse.card.short_name:
+            free = "" if pulse.free_bytes is None else f", {gib(pulse.free_bytes)} free now"
+            what = f"{what}: {room.name}{free}"
+        elif not room.name.startswith("a card"):
+            what = f"{what}, {room.name}"
+        return f"{what}; {corrected}" if corrected else what
 
     def _show_bars(self) -> None:
         room = self.workstation.room
