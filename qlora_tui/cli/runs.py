@@ -15,12 +15,37 @@ from qlora_tui.runs.directory import RunDir, all_runs, find
 from qlora_tui.runs.status import Status, read_status
 
 
-def list_runs(args: argparse.Namespace) -> Outcome:
+def runs(args: argparse.Namespace) -> Outcome:
+    """Every run, or a change to one."""
+    if args.action == "rename":
+        run = find(args.run_id)
+        actions.rename(run, args.name)
+        return Outcome(data={"run": run.id, "name": run.name}, text=f"{run.id} is called {run.name} now.")
+    if args.action == "delete":
+        return _delete(find(args.run_id), sure=args.yes)
+    return _list()
+
+
+def _delete(run: RunDir, *, sure: bool) -> Outcome:
+    actions.check_deletable(run)
+    if not sure:
+        raise Problem(
+            "Not deleted",
+            what=f"{run.name} would be gone for good, with its checkpoints and its adapter.",
+            fix=f"`qlora-tui runs delete {run.id} --yes` does it.",
+            exit_code=WRONG_CALL,
+        )
+    actions.delete(run)
+    return Outcome(data={"run": run.id, "deleted": True}, text=f"{run.id} is deleted.")
+
+
+def _list() -> Outcome:
     """Every run, newest first, and the queue's order."""
     waiting = queue.waiting()
     known = [(run, read_status(run)) for run in all_runs()]
     rows = [
-        [run.id, status.state, _steps(status), figure(status.loss, 3), status.detail] for run, status in known
+        [run.name, status.state, _steps(status), figure(status.loss, 3), status.detail]
+        for run, status in known
     ]
     text = (
         table(rows, ["run", "state", "step", "loss", ""])
@@ -89,6 +114,7 @@ def _done(run: RunDir, text: str) -> Outcome:
 def _summary(run: RunDir, status: Status) -> dict[str, Any]:
     return {
         "run": run.id,
+        "name": run.name,
         "path": str(run.path),
         "state": status.state,
         "phase": status.phase,
@@ -105,7 +131,19 @@ def _steps(status: Status) -> str:
 
 
 def _one_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_id", metavar="RUN", help="a run's id, the beginning of one, or `last`")
+    parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
+
+
+def _runs_arguments(parser: argparse.ArgumentParser) -> None:
+    changes = parser.add_subparsers(dest="action", metavar="rename|delete")
+    rename = changes.add_parser("rename", help="call a run otherwise; its id stays")
+    _one_run(rename)
+    rename.add_argument("name", metavar="NAME")
+    delete = changes.add_parser("delete", help="delete an ended run for good")
+    _one_run(delete)
+    delete.add_argument("--yes", action="store_true", help="yes, delete it")
+    for change in (rename, delete):
+        change.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
 
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +158,7 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS = {
-    "runs": Verb(list_runs),
+    "runs": Verb(runs, _runs_arguments),
     "attach": Verb(attach, _one_run),
     "stop": Verb(stop, _one_run),
     "pause": Verb(pause, _one_run),

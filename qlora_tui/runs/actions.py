@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 
 from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.files import atomic_write
 from qlora_tui.recipe.locations import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control, queue
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.runner import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, read_status
+
+LONGEST_NAME = 60
 
 
 def submit(recipe: Recipe) -> RunDir:
@@ -46,15 +49,34 @@ def pause(run: RunDir) -> None:
     control.ask(run, "pause")
 
 
-def delete(run: RunDir) -> None:
-    """Delete a run and all it made; raises Problem while it is in training."""
+def rename(run: RunDir, name: str) -> None:
+    """Call a run otherwise; its id, and so its folder, stays. Raises Problem for what is no name."""
+    wrong = wrong_name(name)
+    if wrong:
+        raise Problem("Not a name for a run", what=wrong, fix="Give a short line.", exit_code=WRONG_CALL)
+    atomic_write(run.name_path, f"{name.strip()}\n")
+
+
+def wrong_name(name: str) -> str:
+    """What is wrong with a name for a run, in a sentence; empty where nothing is."""
+    if not name.strip() or not name.strip().isprintable():
+        return "A name is one line with something in it."
+    return f"It is longer than {LONGEST_NAME} characters." if len(name.strip()) > LONGEST_NAME else ""
+
+
+def check_deletable(run: RunDir) -> None:
+    """Raise Problem for a run that waits or is in training."""
     status = read_status(run)
-    if status.state in ACTIVE:
+    if status.state in ACTIVE or run.id in queue.waiting():
         raise Problem(
-            "The run is running",
-            what=f"{run.id} is {status.state}.",
+            "The run is not over",
+            what=f"{run.name} is {status.state}.",
             fix=f"`qlora-tui stop {run.id}` first.",
             exit_code=WRONG_CALL,
         )
-    queue.remove(run)
+
+
+def delete(run: RunDir) -> None:
+    """Delete a run and all it made, for good; raises Problem while it is not over."""
+    check_deletable(run)
     shutil.rmtree(run.path)

@@ -5,6 +5,7 @@ runs/<id>/
   events.jsonl     what happened (:mod:`qlora_tui.runs.events`)
   telemetry.jsonl  the card, once a second
   status.json      where it stands now (:mod:`qlora_tui.runs.status`)
+  name             what the user calls it now, where they renamed it
   trainer.log      the trainer's output
   control/         requests to the trainer (:mod:`qlora_tui.runs.control`)
   checkpoints/     step-N/, to resume from
@@ -27,6 +28,9 @@ from qlora_tui.recipe.toml import dump, load, to_recipe
 from qlora_tui.runs.events import Queued
 from qlora_tui.runs.log import EventWriter
 
+TRASH = ".deleted"
+"""Folder among the runs of those that can be brought back: see :mod:`qlora_tui.runs.trash`."""
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -38,6 +42,18 @@ class RunDir:
     def id(self) -> str:
         """The directory's name: ``qwen2.5-7b-tickets-20261124-0212``."""
         return self.path.name
+
+    @property
+    def name(self) -> str:
+        """What lists call it: the name it was given since, or its id."""
+        try:
+            return self.name_path.read_text("utf-8").strip() or self.id
+        except (OSError, UnicodeDecodeError):
+            return self.id
+
+    @property
+    def name_path(self) -> Path:
+        return self.path / "name"
 
     @property
     def recipe_path(self) -> Path:
@@ -119,12 +135,15 @@ def all_runs() -> list[RunDir]:
 
 
 def find(name: str) -> RunDir:
-    """The run of that id, or the only one whose id begins so; ``last`` is the newest."""
+    """The run of that id or name, or the only one of which either begins so; ``last`` is the newest."""
     runs = all_runs()
     if name == "last" and runs:
         return runs[0]
-    exact = [run for run in runs if run.id == name]
-    matches = exact or [run for run in runs if run.id.startswith(name)]
+    matches = (
+        [run for run in runs if run.id == name]
+        or [run for run in runs if run.name == name]
+        or [run for run in runs if run.id.startswith(name) or run.name.startswith(name)]
+    )
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -157,7 +176,9 @@ def _free_name(parent: Path, recipe: Recipe) -> str:
     slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-.")[:48] or "run"
     base = f"{slug}-{time.strftime('%Y%m%d-%H%M')}"
     name, number = base, 1
-    while (parent / name).exists() or (parent / f".{name}").exists():
+    # One that was deleted may come back under its name.
+    taken = {path.name.removeprefix(".") for path in (*parent.iterdir(), *parent.glob(f"{TRASH}/*/*"))}
+    while name in taken:
         number += 1
         name = f"{base}-{number}"
     return name

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qlora_tui.tui.watch import Watch
 
 LOOK_EVERY_S = 1.0
+_SHOWN_OF_COPY = 160
 
 _SCREENS = {
     "home": "HomeScreen",
@@ -111,6 +112,20 @@ class QloraApp(App[None]):
         save_draft(self.workbench)
         self.recipe_changed.publish(self.workbench.recipe)
 
+    def copy_to_clipboard(self, text: str) -> None:
+        """Copy by every way there is, and say which worked."""
+        self._clipboard = text
+        self.run_worker(self._copy(text), group="copy")
+
+    async def _copy(self, text: str) -> None:
+        from qlora_tui.tui import clipboard
+
+        if self._driver is not None:
+            self._driver.write(clipboard.request(text))
+        tool = await asyncio.to_thread(clipboard.copy_locally, text)
+        shown = text if len(text) <= _SHOWN_OF_COPY else text[:_SHOWN_OF_COPY] + "…"
+        self.notify(shown, title=clipboard.said(tool), markup=False)
+
     def explain(self, problem: Problem) -> None:
         """Show a problem in a modal."""
         self.push_screen(ProblemScreen(problem))
@@ -161,5 +176,8 @@ class QloraApp(App[None]):
         from qlora_tui.tui.watch import Watch
 
         if self._watch is None:
+            from qlora_tui.runs.trash import empty_left_behind
+
+            empty_left_behind()
             self._watch = Watch()
         return self._watch.look()

@@ -106,6 +106,29 @@ def test_runs_are_listed_with_state_and_queue(call: Call, finished_run: RunDir) 
     assert found["queue"] == [waiting.id]
 
 
+def test_a_run_is_renamed_and_found_under_its_new_name(call: Call, finished_run: RunDir) -> None:
+    said = call("runs", "rename", "last", "barn owls", "--json").json
+    assert said == {"run": finished_run.id, "name": "barn owls"}
+    assert call("attach", "barn").code == 0
+    assert "barn owls" in call("runs").out
+    assert call("runs", "rename", "last", " ").code == 2
+
+
+def test_a_run_is_deleted_only_with_yes(call: Call, finished_run: RunDir) -> None:
+    said = call("runs", "delete", "last")
+    assert said.code == 2
+    assert "--yes" in said.err and finished_run.path.exists()
+    assert call("runs", "delete", "last", "--yes").code == 0
+    assert not finished_run.path.exists()
+
+
+def test_a_waiting_run_is_not_deleted(call: Call, finished_run: RunDir) -> None:
+    queue.enqueue(finished_run)
+    said = call("runs", "delete", "last", "--yes")
+    assert said.code == 2
+    assert f"stop {finished_run.id}" in said.err
+
+
 def test_attach_tells_a_run_from_its_first_event(call: Call, finished_run: RunDir) -> None:
     said = call("attach", "owls")
     assert said.code == 0

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,9 @@ from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.presets import find
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.status import read_status
+from qlora_tui.runs.directory import find as find_run
+from qlora_tui.runs.status import State, read_status
+from qlora_tui.tui import clipboard
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.runs import RunsScreen
 from qlora_tui.tui.screens.runs_compare import differing, plot, read
@@ -88,7 +92,7 @@ async def test_an_empty_list_says_what_to_do(make_app: MakeApp) -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("6")
         await shows(pilot, "No runs yet. Press 5 to launch one.")
-        await pilot.press("enter", "space", "v", "D", "R", "c", "y")
+        await pilot.press("enter", "space", "v", "D", "u", "e", "R", "c", "y", "Y")
         assert isinstance(app.screen, RunsScreen)
 
 
@@ -158,30 +162,91 @@ def test_curves_differ_by_their_symbols_and_not_by_colour_alone(three_runs: list
     assert [name for name, _ in differing(compared)] == ["Rank", "Learning rate"]
 
 
-async def test_a_run_is_deleted_only_after_a_yes(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+async def test_a_deleted_run_comes_back_with_u_and_is_gone_after_the_app(
+    make_app: MakeApp, three_runs: list[RunDir]
+) -> None:
     app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await opened(app)
         await shows(pilot, "tickets-a")
         await pilot.press("D")
-        await shows(pilot, "Delete the run?", "This cannot be")
-        await pilot.press("n")
-        assert three_runs[0].path.exists()
-        await pilot.press("D", "y")
+        await shows(pilot, "u brings it back", "D Delete ^p Palette ? Help")
+        assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
+        await pilot.press("D", "u", "u")
+        await shows(pilot, "tickets-a is back", "✓ finished")
+        assert len(all_runs()) == 3
+        assert three_runs[0].recipe().lora.rank == 16
+        await pilot.press("g", "D")
         await pilot.pause()
-        assert not three_runs[0].path.exists()
-        assert len(all_runs()) == 2
+    assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
+    assert not any((paths.runs_dir() / ".deleted").iterdir())
 
 
-async def test_a_run_at_work_is_not_deleted(make_app: MakeApp) -> None:
-    run = play(Play(steps=20))
+async def test_with_nothing_deleted_u_takes_back_a_change_of_the_recipe(make_app: MakeApp) -> None:
+    app = make_app()
+    app.workbench.set("lora.rank", 32)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        await pilot.press("u")
+        assert app.workbench.recipe.lora.rank == 16
+
+
+@pytest.mark.parametrize("state", ["running", "queued"])
+async def test_a_run_that_is_not_over_is_not_deleted(make_app: MakeApp, state: State) -> None:
+    run = play(Play(steps=20, state=state))
+    if state == "queued":
+        queue.enqueue(run)
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
         await shows(pilot, run.id[:20])
-        await pilot.press("D", "y")
-        await shows(pilot, "The run is running")
-        assert read_status(run).state == "running"
+        await pilot.press("D")
+        await shows(pilot, "The run is not over")
+        assert read_status(run).state == state
+
+
+async def test_a_renamed_run_is_listed_and_found_under_its_name(
+    make_app: MakeApp, three_runs: list[RunDir]
+) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        await shows(pilot, "tickets-a")
+        await pilot.press("e", *(["backspace"] * 20), "enter")
+        await shows(pilot, "Rename the run", "✗ A name is one line")
+        await pilot.press(*"owls", "enter")
+        await shows(pilot, "owls  (tickets-a)")
+    assert three_runs[0].path.exists()
+    assert find_run("owls") == three_runs[0]
+
+
+async def test_copying_says_what_took_it(
+    make_app: MakeApp, three_runs: list[RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "xclip"
+    tool.write_text(f"#!/bin/sh\ncat > {tmp_path}/copied\n")
+    tool.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("DISPLAY", ":0")
+    for variable in ("TMUX", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(variable, raising=False)
+    app = make_app()
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await opened(app)
+        await shows(pilot, "tickets-a")
+        await pilot.press("Y")
+        await shows(pilot, "Copied with xclip")
+        copied = (tmp_path / "copied").read_text()
+        assert copied == f"qlora-tui train {shlex.quote(str(three_runs[0].recipe_path))}"
+        monkeypatch.delenv("DISPLAY")
+        await pilot.press("y")
+        await shows(pilot, "Sent to the terminal (OSC 52)", "qlora-tui attach tickets-a")
+
+
+def test_inside_tmux_the_request_is_sent_raw_and_wrapped() -> None:
+    raw = "\x1b]52;c;b3dscw==\a"
+    assert clipboard.request("owls", {}) == raw
+    assert clipboard.request("owls", {"TMUX": "x"}) == f"{raw}\x1bPtmux;\x1b{raw}\x1b\\"
 
 
 async def test_rerun_takes_the_recipe_to_the_workbench_and_u_takes_it_back(
@@ -218,4 +283,4 @@ async def test_a_damaged_run_is_listed_and_named_when_it_is_used(make_app: MakeA
         await opened(app)
         await shows(pilot, "damaged", "recipe unreadable")
         await pilot.press("R")
-        await shows(pilot, "recipe.toml", "esc closes")
+        await shows(pilot, "lora must be a section", "esc closes")

@@ -126,7 +126,7 @@ class ChatScreen(Talking):
         if run == self.run_dir and source == self.source:
             self.query_one(PromptBox).focus()
             return
-        await self._turn_to(source, run, run.id)
+        await self._turn_to(source, run, run.name)
 
     async def _turn_to(self, source: ChatSource, run: RunDir | None, name: str) -> None:
         await self.action_clear()

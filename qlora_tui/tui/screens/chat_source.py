@@ -61,5 +61,5 @@ def _line(run: RunDir) -> Content:
     checkpoints = len(run.checkpoints())
     more = f", {checkpoints} checkpoint{'s' if checkpoints != 1 else ''}" if checkpoints else ""
     return Content.assemble(
-        (run.id, "bold"), (f"\n  {status.state} at step {status.step:,}{loss}{more}", "dim")
+        (run.name, "bold"), (f"\n  {status.state} at step {status.step:,}{loss}{more}", "dim")
     )

@@ -64,7 +64,7 @@ class HomeReader:
             recipe=bench.recipe,
             local_models=self._local_models,
             verdict=self._judged(bench, room),
-            last_run=pulse.last.id if pulse.last else "",
+            last_run=pulse.last.name if pulse.last else "",
             last_state=status.state if status else None,
             last_is_news=news,
             waiting=len(pulse.waiting),
@@ -137,7 +137,7 @@ def run_lines(summary: RunSummary | None, news: bool, now: float) -> list[Conten
     status = summary.status
     sign, style = SIGNS[status.state]
     word = (status.phase or status.state) if status.state in ACTIVE else status.state
-    first = Content.assemble((f"{sign} ", style), (summary.id, "bold"), "  ", (word, style))
+    first = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
     if status.state in ACTIVE:
         share = status.step / status.total_steps if status.total_steps else 0.0
         loss = "" if status.loss is None else f"   loss {figure(status.loss, 3)}"
@@ -187,14 +187,15 @@ def recent_line(summary: RunSummary, now: float) -> Content:
     best = "" if summary.best is None else f"  best {figure(summary.best[0], 3)}"
     when = f"  {ago(summary.status.at, now)}" if summary.status.at else ""
     head = (f"{sign} {summary.status.state:<10}", style)
-    return Content.assemble(head, summary.id, best, (when, "dim"))
+    return Content.assemble(head, summary.name, best, (when, "dim"))
 
 
 def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
     """What waits, the next one first."""
     if not waiting:
         return [Content.styled("Nothing waits.", "dim")]
-    shown = [Content(f"{number}. {name}") for number, name in enumerate(waiting[:3], 1)]
+    named = [RunDir(paths.runs_dir() / id_).name for id_ in waiting[:3]]
+    shown = [Content(f"{number}. {name}") for number, name in enumerate(named, 1)]
     if len(waiting) > len(shown):
         shown.append(Content.styled(f"and {len(waiting) - len(shown)} more", "dim"))
     return shown

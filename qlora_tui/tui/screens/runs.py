@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import ClassVar
 
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from qlora_tui.errors import Problem
-from qlora_tui.recipe.presets import WouldOverwrite, save
-from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, queue
-from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
-from qlora_tui.tui.screens.ask import AskScreen
-from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.question import QuestionScreen
 from qlora_tui.tui.screens.runs_commands import COMMANDS
 from qlora_tui.tui.screens.runs_compare import MOST, CompareScreen
+from qlora_tui.tui.screens.runs_edits import RunEdits
 from qlora_tui.tui.screens.runs_summary import Listing, RunSummary, Summaries
 from qlora_tui.tui.screens.runs_table import RunTable
-from qlora_tui.tui.screens.train import TrainScreen, show_run
+from qlora_tui.tui.screens.train import show_run
 from qlora_tui.tui.widgets.steady import put
 
 _LOOK_S = 0.3
 """A look takes about so long at most; hundreds of runs are read in several."""
 
 
-class RunsScreen(WorkScreen):
+class RunsScreen(RunEdits):
     """A list with the queue on top."""
 
     MODE = "runs"
@@ -70,13 +63,16 @@ class RunsScreen(WorkScreen):
         return self.query_one(RunTable).current
 
     def show_pulse(self, pulse: Pulse) -> None:
-        self._start_look()
+        self.look_again()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action in ("withdraw", "move"):
             return self.current is not None and self._is_waiting(self.current)
         if action == "compare":
             return True if len(self._marked) > 1 else None
+        if action == "bring_back":
+            # Where nothing was deleted, u takes back a change of the recipe as everywhere.
+            return bool(self.trash)
         return super().check_action(action, parameters)
 
     async def action_open(self) -> None:
@@ -131,62 +127,16 @@ class RunsScreen(WorkScreen):
         if self.current is not None:
             await show_chat(self.workstation, self.current.run)
 
-    async def action_rerun(self) -> None:
-        """Take the run's recipe to the workbench."""
-        recipe = self._recipe()
-        if recipe is None:
-            return
-        bench = self.workstation.workbench
-        if bench.replace(recipe):
-            bench.forget_architecture()
-            self.workstation.recipe_edited()
-            self.notify("The recipe is the run's now; u takes that back.")
-        await self.workstation.switch_mode("train")
-        if isinstance(self.app.screen, TrainScreen):
-            self.app.screen.action_prepare()
-
-    def action_save_preset(self) -> None:
-        """Ask for a name, and keep the settings under it."""
-        recipe = self._recipe()
-        if recipe is None:
-            return
-
-        def take(name: str | None) -> None:
-            if name:
-                self._save_preset(name, recipe)
-
-        self.app.push_screen(AskScreen("Save as a preset", "Its settings, without model and data.", ""), take)
-
-    def action_delete(self) -> None:
-        """Ask, then delete."""
-        summary = self.current
-        if summary is None:
-            return
-
-        def take(yes: bool | None) -> None:
-            if yes:
-                self._try(actions.delete, summary.run)
-
-        text = f"{summary.id} with its checkpoints and its adapter. This cannot be taken back."
-        self.app.push_screen(QuestionScreen("Delete the run?", text, "Delete it"), take)
-
-    def action_copy_command(self) -> None:
-        """Copy the command that shows the run in a terminal."""
-        if self.current is not None:
-            command = f"qlora-tui attach {shlex.quote(self.current.id)}"
-            self.app.copy_to_clipboard(command)
-            self.notify(command, title="Copied")
-
     def action_move(self, places: int) -> None:
         """Move the run in the queue."""
         if self.current is not None:
             queue.move(self.current.run, places)
-            self._start_look()
+            self.look_again()
 
     def action_withdraw(self) -> None:
         """Take the run out of the queue."""
         if self.current is not None:
-            self._try(actions.stop, self.current.run)
+            self.try_to(actions.stop, self.current.run)
 
     def on_run_table_moved(self) -> None:
         """Say more of the run under the cursor."""
@@ -197,7 +147,8 @@ class RunsScreen(WorkScreen):
         """As with the key."""
         await self.action_open()
 
-    def _start_look(self) -> None:
+    def look_again(self) -> None:
+        """Read the runs again, unless that is being done."""
         if not self._looking and self.is_current:
             self._looking = True
             self.run_worker(self._look(), group="look")
@@ -213,7 +164,7 @@ class RunsScreen(WorkScreen):
         if listing != before:
             self._show()
         if not listing.complete:
-            self._start_look()
+            self.look_again()
 
     def _show(self) -> None:
         if self._listing is None:
@@ -231,7 +182,8 @@ class RunsScreen(WorkScreen):
     def _rebind(self) -> None:
         """Change the footer where other keys mean something than before."""
         current = self.current
-        bound_for = (current is not None and self._is_waiting(current), len(self._marked) > 1)
+        waits = current is not None and self._is_waiting(current)
+        bound_for = (waits, len(self._marked) > 1)
         if bound_for != self._bound_for:
             self._bound_for = bound_for
             self.refresh_bindings()
@@ -243,44 +195,15 @@ class RunsScreen(WorkScreen):
             facts = [part for part in (summary.model, summary.settings) if part]
             if summary.energy_kwh is not None:
                 facts.append(f"{summary.energy_kwh:.2f} kWh")
-            lines[0] = Content.assemble((summary.id, "bold"), f"  {' · '.join(facts)}")
+            name = summary.name if summary.name == summary.id else f"{summary.name}  ({summary.id})"
+            lines[0] = Content.assemble((name, "bold"), f"  {' · '.join(facts)}")
             lines[1] = Content.styled(summary.status.detail.replace("\n", " "), "dim")
         put(self.query_one("#run-detail", Static), Content("\n").join(lines))
-
-    def _recipe(self) -> Recipe | None:
-        if self.current is None:
-            return None
-        try:
-            return self.current.run.recipe()
-        except Problem as problem:
-            self.workstation.explain(problem)
-            return None
-
-    def _save_preset(self, name: str, recipe: Recipe, *, overwrite: bool = False) -> None:
-        try:
-            path = save(name, recipe, overwrite=overwrite)
-        except WouldOverwrite as problem:
-
-            def take(yes: bool | None) -> None:
-                if yes:
-                    self._save_preset(name, recipe, overwrite=True)
-
-            self.app.push_screen(QuestionScreen("Overwrite the preset?", problem.what, "Overwrite"), take)
-        except Problem as problem:
-            self.workstation.explain(problem)
-        else:
-            self.notify(str(path), title="Saved")
-
-    def _try(self, act: Callable[[RunDir], None], run: RunDir) -> None:
-        try:
-            act(run)
-        except Problem as problem:
-            self.workstation.explain(problem)
-        self._start_look()
 
     def _is_waiting(self, summary: RunSummary) -> bool:
         return self._listing is not None and summary.id in self._listing.waiting
 
 
 def _searched(summary: RunSummary) -> str:
-    return " ".join((summary.id, summary.model, summary.settings, summary.status.state)).casefold()
+    words = (summary.name, summary.id, summary.model, summary.settings, summary.status.state)
+    return " ".join(words).casefold()

@@ -38,7 +38,7 @@ _NAMES_OF_RUNS = frozenset(("name", "note"))
 class Compared:
     """One run of the comparison."""
 
-    run: RunDir
+    name: str
     recipe: Recipe | None
     trace: Trace
     """Running mean of the training loss over tokens."""
@@ -64,7 +64,7 @@ def read(run: RunDir) -> Compared:
     speed = sorted(series.tokens_per_s)[len(series) // 2] if len(series) else None
     best = view.best
     return Compared(
-        run,
+        run.name,
         recipe,
         envelope.trace(series.tokens),
         (
@@ -86,7 +86,7 @@ def plot(compared: Sequence[Compared]) -> Plot:
         x=so_far(most, most, "tokens"),
         y=rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss"),
         curves=tuple(
-            Curve(one.trace, one.run.id, style, mark)
+            Curve(one.trace, one.name, style, mark)
             for one, style, mark in zip(compared, _STYLES, MARKS, strict=False)
         ),
         legend=(("of training, as a running mean", "dim"),),
@@ -116,7 +116,7 @@ def table(compared: Sequence[Compared], width: int) -> Content:
     label = max(len(name) for name, _ in rows) + 2
     each = max(12, (width - label) // len(compared))
     names = [
-        Content.styled(f"{mark} {_cut(one.run.id, each - 3):<{each - 2}}", f"bold {style}")
+        Content.styled(f"{mark} {_cut(one.name, each - 3):<{each - 2}}", f"bold {style}")
         for one, mark, style in zip(compared, MARKS, _STYLES, strict=False)
     ]
     lines = [Content(" " * label) + Content("").join(names)]

@@ -31,6 +31,8 @@ class RunSummary:
     """What is known of a run at a glance."""
 
     run: RunDir
+    name: str
+    """What it is called: its id, unless it was renamed."""
     status: Status
     queued_at: float
     """Unix time; 0 where the events are gone."""
@@ -73,7 +75,7 @@ class Summaries:
 
     def of(self, run: RunDir) -> RunSummary:
         """The summary of one run. Never raises for a strange run."""
-        key = (_changed_at(run.status_path), _changed_at(run.events_path))
+        key = tuple(map(_changed_at, (run.status_path, run.events_path, run.name_path)))
         now = time.monotonic()
         known = self._known.get(run.id)
         if known is not None:
@@ -115,6 +117,7 @@ def summarise(run: RunDir) -> RunSummary:
     model, settings = _recipe_words(run)
     return RunSummary(
         run=run,
+        name=run.name,
         status=read_status(run),
         queued_at=view.queued_at or 0.0,
         model=model,
@@ -132,6 +135,7 @@ def outline(run: RunDir) -> RunSummary:
     """What its status alone says."""
     return RunSummary(
         run=run,
+        name=run.name,
         status=read_status(run),
         queued_at=0.0,
         model="",

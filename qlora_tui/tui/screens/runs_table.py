@@ -60,7 +60,7 @@ def _steps(summary: RunSummary) -> str:
 
 _COLUMNS = (
     _Column("when", 12, lambda s: when(s, clock.now())),
-    _Column("run", 0, lambda s: s.id),
+    _Column("run", 0, lambda s: s.name),
     _Column("model", 26, lambda s: s.model, least_width=150),
     _Column("settings", 22, lambda s: s.settings, least_width=115),
     _Column("steps", 13, _steps, least_width=130, right=True),

@@ -229,7 +229,6 @@ class TrainScreen(WorkScreen):
         if self.run is not None:
             command = f"qlora-tui attach {shlex.quote(self.run.id)}"
             self.app.copy_to_clipboard(command)
-            self.notify(command, title="Copied")
 
     def on_settings_form_edited(self, event: SettingsForm.Edited) -> None:
         """Change the recipe."""

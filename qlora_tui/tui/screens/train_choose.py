@@ -59,4 +59,4 @@ def _line(run: RunDir) -> Content:
     status = read_status(run)
     sign, style = SIGNS[status.state]
     steps = f"  {status.step:,}/{status.total_steps:,}" if status.total_steps else ""
-    return Content.assemble((f"{sign} {status.state:<10} ", style), run.id, (steps, "dim"))
+    return Content.assemble((f"{sign} {status.state:<10} ", style), run.name, (steps, "dim"))

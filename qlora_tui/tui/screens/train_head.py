@@ -56,7 +56,7 @@ def title(picture: Picture) -> Content:
     status, view = picture.status, picture.view
     sign, style = SIGNS[status.state]
     word = (view.phase or status.state) if status.state == "running" else status.state
-    parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (view.run.id, "bold"), "  ", (word, style)]
+    parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (view.run.name, "bold"), "  ", (word, style)]
     if view.attempt > 1:
         parts.append((f"  attempt {view.attempt}", "dim"))
     if status.state == "running" and view.phase_detail:

@@ -1,0 +1,97 @@
+"""Deleted runs that can still be brought back: until the app that deleted them ends.
+
+``runs/.deleted/<owner>/<run id>``: beside the runs, so that deleting is a rename whatever disk they lie on.
+The owner holds a lock while it lives; a folder whose lock is free was left behind and can go.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+
+from qlora_tui import paths
+from qlora_tui.errors import Problem
+from qlora_tui.files import private_dir
+from qlora_tui.runs.actions import check_deletable
+from qlora_tui.runs.directory import TRASH, RunDir
+
+_LOCK = ".lock"
+
+
+class Trash:
+    """What one app has deleted, the last on top."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._lock = -1
+        self._deleted: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._deleted)
+
+    def put(self, run: RunDir) -> None:
+        """Take a run away; raises Problem while it is not over, or where the disk says no."""
+        check_deletable(run)
+        try:
+            run.path.rename(self._own_folder() / run.id)
+        except OSError as error:
+            raise _disk("The run was not deleted", run.path, error) from error
+        self._deleted.append(run.id)
+
+    def bring_back(self) -> RunDir | None:
+        """The run that was deleted last, at its place again; None where there is none. Raises Problem."""
+        if not self._deleted:
+            return None
+        run = RunDir(paths.runs_dir() / self._deleted[-1])
+        try:
+            (self._own_folder() / run.id).rename(run.path)
+        except OSError as error:
+            raise _disk("The run was not brought back", run.path, error) from error
+        self._deleted.pop()
+        return run
+
+    def empty(self) -> None:
+        """Delete for good what is in it."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(self._lock)
+            self._folder, self._lock, self._deleted = None, -1, []
+
+    def _own_folder(self) -> Path:
+        if self._folder is None:
+            name = f"{time.time_ns()}-{os.getpid()}"
+            # It appears under its name when it is locked: another app that starts now leaves it alone.
+            draft = private_dir(_home() / f".{name}")
+            self._lock = os.open(draft / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._folder = draft.rename(_home() / name)
+        return self._folder
+
+
+def empty_left_behind() -> None:
+    """Delete for good what apps left that could not empty it themselves, being killed."""
+    if not _home().exists():
+        return
+    for folder in _home().glob("[!.]*"):
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+
+
+def _home() -> Path:
+    return paths.runs_dir() / TRASH
+
+
+def _disk(title: str, path: Path, error: OSError) -> Problem:
+    return Problem(title, what=f"{path}: {error.strerror or error}.", fix="See that you may write there.")

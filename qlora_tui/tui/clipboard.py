@@ -1,0 +1,64 @@
+"""Copying to the clipboard of the person at the terminal, which may be far from this machine.
+
+OSC 52 asks the terminal itself, over any link; it never answers. Inside tmux the request is sent a second
+time, wrapped so that tmux passes it on. A local tool knows whether it worked, so it is asked too.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+
+_TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("TMUX", ("tmux", "load-buffer", "-w", "-")),
+    ("WAYLAND_DISPLAY", ("wl-copy",)),
+    ("DISPLAY", ("xclip", "-selection", "clipboard")),
+    ("DISPLAY", ("xsel", "--clipboard", "--input")),
+    ("", ("pbcopy",)),
+)
+"""The variable without which a tool has nowhere to copy to, and its command; the text goes to its stdin."""
+_PATIENCE_S = 2.0
+
+
+def request(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """OSC 52 as written to the terminal."""
+    osc = f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\a"
+    return osc + wrapped(osc) if environment.get("TMUX") else osc
+
+
+def wrapped(sequence: str) -> str:
+    """An escape sequence as tmux hands it on to the terminal it runs in."""
+    return "\x1bPtmux;" + sequence.replace("\x1b", "\x1b\x1b") + "\x1b\\"
+
+
+def copy_locally(text: str) -> str:
+    """Give the text to the tools that are here; the name of the first that took it, or nothing."""
+    for variable, command in _TOOLS:
+        if (variable and not os.environ.get(variable)) or not shutil.which(command[0]):
+            continue
+        try:
+            # Some stay in the background to serve the text: they must not keep our output open.
+            done = subprocess.run(
+                command,
+                input=text.encode(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=_PATIENCE_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0:
+            return command[0]
+    return ""
+
+
+def said(tool: str, environment: Mapping[str, str] = os.environ) -> str:
+    """What was done, in words: with the tool that took it, or only by asking the terminal."""
+    if tool:
+        return f"Copied with {tool}, and sent to the terminal (OSC 52)"
+    through = " through tmux" if environment.get("TMUX") else ""
+    return f"Sent to the terminal{through} (OSC 52); not every terminal takes it"

@@ -1,0 +1,81 @@
+"""Deleting and bringing back, across apps that live and that were killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import queue
+from qlora_tui.runs.directory import RunDir, all_runs, create
+from qlora_tui.runs.status import Status, write_status
+from qlora_tui.runs.trash import Trash, empty_left_behind
+
+DELETES = """
+import sys
+from pathlib import Path
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.trash import Trash
+trash = Trash()
+trash.put(RunDir(Path(sys.argv[1])))
+print("deleted", flush=True)
+sys.stdin.read()
+"""
+
+
+def ended(recipe: Recipe) -> RunDir:
+    run = create(recipe)
+    write_status(run, Status(state="stopped", at=1.0))
+    return run
+
+
+def test_what_was_deleted_last_comes_back_first(recipe: Recipe) -> None:
+    first, second = ended(recipe), ended(recipe)
+    trash = Trash()
+    trash.put(first)
+    trash.put(second)
+    assert all_runs() == []
+    assert trash.bring_back() == second
+    assert trash.bring_back() == first
+    assert trash.bring_back() is None
+    assert set(all_runs()) == {first, second}
+
+
+def test_the_id_of_a_deleted_run_is_not_given_to_another(recipe: Recipe) -> None:
+    run = ended(recipe)
+    trash = Trash()
+    trash.put(run)
+    assert create(recipe).id != run.id
+    assert trash.bring_back() == run
+
+
+def test_a_waiting_run_is_not_deleted(recipe: Recipe) -> None:
+    run = create(recipe)
+    queue.enqueue(run)
+    with pytest.raises(Problem, match="not over"):
+        Trash().put(run)
+    assert run.path.exists()
+
+
+def test_what_a_killed_app_left_goes_at_the_next_start_and_what_a_living_one_holds_stays(
+    recipe: Recipe,
+) -> None:
+    run = ended(recipe)
+    app = subprocess.Popen(
+        [sys.executable, "-c", DELETES, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert app.stdout is not None and app.stdin is not None
+    with app.stdout, app.stdin:
+        assert app.stdout.readline() == b"deleted\n"
+        home = paths.runs_dir() / ".deleted"
+        empty_left_behind()
+        assert len(list(home.glob(f"*/{run.id}"))) == 1
+        app.send_signal(signal.SIGKILL)
+        app.wait()
+    empty_left_behind()
+    assert list(home.iterdir()) == []
