@@ -13,6 +13,8 @@ import msgspec
 import pytest
 
 from qlora_tui import cli
+from qlora_tui.catalog.lookup import architecture_of
+from qlora_tui.memory import Device, estimate
 from qlora_tui.memory.learning import recall
 from qlora_tui.memory.processor import this_processor
 from qlora_tui.recipe.schema import Recipe
@@ -265,7 +267,7 @@ def test_the_next_estimate_on_this_machine_counts_what_runs_measured(
     recipe: MakeRecipe, trainers: Trainers, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = recipe({"training.epochs": 1.0, "data.max_length": 2048})
-    asked = ["estimate", "--model", made.model.id, "--set", "data.max_length=2048", "--json"]
+    asked = ["estimate", "--model", made.model.id, "--json"]
     for count in (1, 2):
         assert trainers.run(create(made)) == 0
         assert cli.main(asked) == 0
@@ -276,5 +278,6 @@ def test_the_next_estimate_on_this_machine_counts_what_runs_measured(
     record = recall()[-1]
     assert record.machine == this_processor().name and record.versions["torch"]
     # Held to the rows that the data has, not to those the recipe allows.
-    assert record.predicted_allocated_bytes < found["tiers"]["allocated"] / 2
+    allowed = estimate(made, architecture_of(made.model.id), device=Device(kind="cpu"))
+    assert record.predicted_allocated_bytes < allowed.allocated_bytes
     assert record.measured_process_bytes > 10**8 and record.measured_reserved_bytes == 0
