@@ -1,0 +1,117 @@
+"""One way, watched from outside: its speed, its memory, its losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.ways.work import Work
+
+LOOK_EVERY_S = 0.01
+"""Between two looks at a process's memory."""
+
+
+@dataclass
+class Measured:
+    """What one training took."""
+
+    tokens: int = 0
+    """Real tokens learnt from."""
+    tokens_per_s: float = 0.0
+    """Real tokens a second from the end of the first step to the end of the last."""
+    trained_per_s: float = 0.0
+    """The same of supervised tokens."""
+    losses: list[float] = field(default_factory=list)
+    """Training loss by step."""
+    growth_bytes: int = 0
+    """Most memory held in training above what the loaded model held."""
+    peak_bytes: int = 0
+    """On a card: the most allocated, the model included."""
+    estimated_bytes: int = 0
+    """Where the way itself foretells its memory."""
+    evaluated: dict[int, float] = field(default_factory=dict)
+    """Validation loss by step, where the way itself evaluates."""
+
+
+class Growth:
+    """The most a process holds above what it held when this began, by its resident set."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+        self._base = self._most = self._process.memory_info().rss
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        with suppress(psutil.Error):
+            while not self._ended.wait(LOOK_EVERY_S):
+                self._most = max(self._most, self._process.memory_info().rss)
+
+    def end(self) -> int:
+        """Bytes."""
+        self._ended.set()
+        self._thread.join()
+        return self._most - self._base
+
+
+def lines_of(python: str, module: str, arguments: Sequence[str], log: Path) -> Iterator[dict[str, Any]]:
+    """What a program tells, as it tells it. SystemExit where it fails."""
+    with log.open("ab") as errors:
+        process = subprocess.Popen(
+            [python, "-m", module, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith('{"event"'):
+                yield json.loads(line)
+        if process.wait() != 0:
+            raise SystemExit(f"{module} failed with exit code {process.returncode}; its words are in {log}")
+
+
+def measure(python: str, way: str, work: Work, scratch: Path) -> Measured:
+    """Train once by a way (``usual``, ``trl_packed``, ``ours``)."""
+    found = Measured()
+    first = last = None
+    growth: Growth | None = None
+    held = 0
+    name = Path(work.out).name
+    file = work.write(scratch / f"{name}.json")
+    for line in lines_of(python, f"bench.ways.{way}", [str(file)], scratch / f"{name}.log"):
+        match line["event"]:
+            case "loaded":
+                growth = Growth(line["pid"])
+                held = line.get("allocated", 0)
+            case "step":
+                last = line
+                first = first or line
+                found.losses.append(line["loss"])
+            case "evaluated":
+                found.evaluated[line["step"]] = line["loss"]
+            case "peak" if line["allocated"]:
+                found.peak_bytes = line["allocated"]
+                found.growth_bytes = line["allocated"] - held if held else 0
+                found.estimated_bytes = line.get("estimated", 0)
+    if growth is not None and not found.peak_bytes:
+        found.growth_bytes = growth.end()
+    if first is None or last is None or first is last:
+        raise SystemExit(f"{way} took fewer than two steps; its words are in {scratch}")
+    found.tokens = last["tokens"]
+    seconds = last["at"] - first["at"]
+    found.tokens_per_s = (last["tokens"] - first["tokens"]) / seconds
+    found.trained_per_s = (last["trained"] - first["trained"]) / seconds
+    return found

@@ -1,0 +1,41 @@
+"""TRL's ``SFTTrainer`` with packing, which is what a careful user of libraries takes."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+from transformers import AutoTokenizer, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from bench.ways.usual import TellSteps, common, load_quantized, lora, start_counting, tell_peak
+from bench.ways.work import conversations, given
+
+
+def main() -> None:
+    """Train once over the rows."""
+    work = given()
+    set_seed(work.seed)
+    rows = [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in conversations(work)]
+    trainer = SFTTrainer(
+        model=load_quantized(work),
+        args=SFTConfig(
+            output_dir=f"{work.out}-trainer",
+            packing=True,
+            max_length=work.row_tokens,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            num_train_epochs=1,
+            **common(work),
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(work.model),
+        peft_config=lora(work),
+    )
+    trainer.add_callback(TellSteps(trainer.model))
+    start_counting()
+    trainer.train()
+    tell_peak()
+    trainer.model.save_pretrained(work.out)
+
+
+if __name__ == "__main__":
+    main()
