@@ -1,169 +1,279 @@
-"""What the live screen costs: bytes and processor a second while a run takes a step a second.
+"""What the live screen costs, and how soon it answers, beside what it may.
 
-    python -m bench.dashboard [--seconds N] [--json]
+    python -m bench.dashboard [--only PART]… [--seconds N] [--keys N] [--json]
 
-A writer plays the trainer (a step, a telemetry sample and a heartbeat a second), so that only the screen is
-measured. Budgets: 5 % of one core and 3 kB/s at 80×24.
+quiet, live   bytes, repaints and processor time a second, memory; live: a step a second
+keys          from key to paint while both cores are taken
+link          the same over 50 kB/s with 200 ms each way: how far what is seen lags behind
+session       eight hours of steps at 200 times their pace: memory and keys at the beginning and at the end
+beside        ``btop`` and ``nvitop``, where they are installed
+
+But in ``keys`` a trainer is played (bench/played.py), so that only the screen is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import shutil
+import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.terminal import Terminal
+from bench import busy
+from bench.played import PlayedTrainer
+from bench.terminal import Link, Terminal
+from qlora_tui.demo.model import is_ready, model_folder
 
 SIZES = ((80, 24), (160, 50))
-_STEPS_BEFORE = 1200
+_APP = [sys.executable, "-m", "qlora_tui"]
 _SETTLED_S = 4.0
+_LINK_BYTES_PER_S, _LINK_DELAY_S = 50_000.0, 0.2
+_SESSION_STEPS, _SESSION_SPEED = 28_800, 200
+_SESSION_BEGAN = 600
+_LOOK_EVERY_S = 0.1
+_HURRIED = f"""
+from qlora_tui.settings import load_settings
+from qlora_tui.tui import app
+from qlora_tui.tui.screens import train
+app.LOOK_EVERY_S = train.LOOK_EVERY_S = {_LOOK_EVERY_S}
+app.QloraApp(load_settings()).run()
+"""
+"""The app, looking ten times a second: an eight-hour session of minutes has more looks so."""
+
+MOST_BYTES_PER_S, MOST_CPU_PERCENT, MOST_MEMORY_MB = 3000.0, 5.0, 100.0
+MOST_KEY_MS, MOST_BEHIND_S = 100.0, 1.0
 
 
-def main() -> int:
-    """Measure at both sizes, quiet and live; print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as home:
-        for kind in ("CONFIG", "STATE", "CACHE"):
-            os.environ[f"XDG_{kind}_HOME"] = str(Path(home) / kind.lower())
-        trainer = PlayedTrainer()
-        for columns, lines in SIZES:
-            for live in (False, True):
-                rows.append(measure(trainer, columns, lines, live, args.seconds))
-    if args.json:
-        print(json.dumps(rows))
-        return 0
-    for row in rows:
-        print(
-            f"{row['size']:>7} {row['run']:<6} {row['bytes_per_s']:8,.0f} bytes/s  "
-            f"{row['cpu_percent']:5.1f} % of a core  {row['memory_mb']:.0f} MB"
-        )
-    return 0
+@dataclass(frozen=True)
+class Figure:
+    """One thing measured."""
+
+    where: str
+    what: str
+    value: float
+    at_most: float | None = None
+    """The budget; None where there is none."""
+
+    def __str__(self) -> str:
+        verdict = ""
+        if self.at_most is not None:
+            verdict = f"{'pass' if self.value <= self.at_most else 'MISS'} (at most {self.at_most:,.4g})"
+        return f"{self.where:<34} {self.what:<22} {self.value:>10,.4g}  {verdict}".rstrip()
 
 
-def measure(
-    trainer: PlayedTrainer, columns: int, lines: int, live: bool, seconds: float
-) -> dict[str, object]:
-    """One size; ``live`` with a step a second, else with nothing happening."""
-    command = [sys.executable, "-m", "qlora_tui"]
-    with Terminal(command, columns=columns, rows=lines) as terminal:
+@dataclass(frozen=True)
+class Asked:
+    """How long to measure."""
+
+    seconds: float
+    keys: int
+
+
+def quiet(asked: Asked) -> Iterator[Figure]:
+    yield from _costs(asked, live=False)
+
+
+def live(asked: Asked) -> Iterator[Figure]:
+    yield from _costs(asked, live=True)
+
+
+def _costs(asked: Asked, *, live: bool) -> Iterator[Figure]:
+    with _home():
+        trainer = PlayedTrainer(1200, 3000)
+        for size in SIZES:
+            with _watching(size) as terminal, _played(trainer, live=live):
+                terminal.watch(2.0)
+                before, frames = terminal.cpu_s(), terminal.frames
+                painted = terminal.watch(asked.seconds)
+                cpu = 100 * (terminal.cpu_s() - before) / asked.seconds
+                where = f"{_name(size)} {'live' if live else 'quiet'}"
+                small = size == SIZES[0]
+                bytes_per_s = painted / asked.seconds
+                yield Figure(where, "bytes/s", bytes_per_s, MOST_BYTES_PER_S if small else None)
+                yield Figure(where, "repaints/s", (terminal.frames - frames) / asked.seconds)
+                yield Figure(where, "% of a core", cpu, MOST_CPU_PERCENT)
+                yield Figure(where, "memory MB", terminal.memory_bytes() / 1e6, MOST_MEMORY_MB)
+
+
+def keys(asked: Asked) -> Iterator[Figure]:
+    model = model_folder() if is_ready() else None
+    with _home(), contextlib.ExitStack() as stack:
+        if model is not None:
+            load = busy.TRAINING
+            stack.enter_context(busy.training(model))
+        else:
+            load = busy.LOOPS
+            stack.enter_context(_played(PlayedTrainer(1200, 3000)))
+            stack.enter_context(busy.loops())
+        for size in SIZES:
+            with _watching(size) as terminal:
+                yield from _key_figures(terminal, f"{_name(size)} {load}", asked.keys)
+
+
+def link(asked: Asked) -> Iterator[Figure]:
+    with _home(), _played(PlayedTrainer(1200, 3000)):
+        for size in SIZES:
+            line = Link(_LINK_BYTES_PER_S, _LINK_DELAY_S)
+            with _watching(size, link=line) as terminal:
+                where = f"{_name(size)} 50 kB/s, 200 ms"
+                yield Figure(where, "seconds behind, opening", terminal.most_behind_s, MOST_BEHIND_S)
+                terminal.most_behind_s = 0.0
+                terminal.watch(asked.seconds)
+                yield Figure(where, "seconds behind, live", terminal.most_behind_s, MOST_BEHIND_S)
+                terminal.most_behind_s = 0.0
+                yield from _key_figures(terminal, where, asked.keys // 4, MOST_KEY_MS + 2000 * _LINK_DELAY_S)
+                yield Figure(where, "seconds behind, keys", terminal.most_behind_s, MOST_BEHIND_S)
+
+
+def session(asked: Asked) -> Iterator[Figure]:
+    with _home():
+        trainer = PlayedTrainer(_SESSION_BEGAN, _SESSION_STEPS)
+        with _watching(SIZES[1], command=[sys.executable, "-c", _HURRIED]) as terminal:
+            for when in ("beginning", "end"):
+                where = f"{_name(SIZES[1])} 8 hours, {when}"
+                with _played(trainer):
+                    yield from _key_figures(terminal, where, asked.keys // 2)
+                yield Figure(where, "memory MB", terminal.memory_bytes() / 1e6, MOST_MEMORY_MB)
+                if when == "beginning":
+                    began, frames = time.monotonic(), terminal.frames
+                    _hurry(trainer, terminal)
+                    where = f"{_name(SIZES[1])} 8 hours, between"
+                    yield Figure(where, "times the pace", _SESSION_STEPS / (time.monotonic() - began))
+                    yield Figure(where, "repaints", terminal.frames - frames)
+
+
+def _hurry(trainer: PlayedTrainer, terminal: Terminal) -> None:
+    """The rest of the session but its last minute."""
+    due = time.monotonic()
+    while trainer.step < _SESSION_STEPS - 60:
+        trainer.take(_SESSION_SPEED // 10)
+        due += 0.1
+        terminal.watch(max(0.001, due - time.monotonic()))
+
+
+def beside(asked: Asked) -> Iterator[Figure]:
+    for program in ("btop", "nvitop"):
+        if shutil.which(program) is None:
+            continue
+        for columns, rows in SIZES:
+            with Terminal([program], columns=columns, rows=rows, env=_card(program)) as terminal:
+                terminal.watch(_SETTLED_S)
+                before, painted = terminal.cpu_s(), terminal.watch(asked.seconds)
+                where = f"{columns}x{rows} {program}"
+                yield Figure(where, "bytes/s", painted / asked.seconds)
+                yield Figure(where, "% of a core", 100 * (terminal.cpu_s() - before) / asked.seconds)
+                yield Figure(where, "memory MB", terminal.memory_bytes() / 1e6)
+
+
+def _card(program: str) -> dict[str, str]:
+    """``nvitop`` needs a card, played where there is none."""
+    if program != "nvitop" or Path("/dev/nvidiactl").exists():
+        return {}
+    from tests.gpu.stub import stub_env
+
+    return stub_env("card")
+
+
+PARTS: dict[str, Callable[[Asked], Iterator[Figure]]] = {
+    "quiet": quiet,
+    "live": live,
+    "keys": keys,
+    "link": link,
+    "session": session,
+    "beside": beside,
+}
+
+
+def _key_figures(
+    terminal: Terminal, where: str, count: int, most_ms: float = MOST_KEY_MS
+) -> Iterator[Figure]:
+    """Open the help, a page of text over the screen, at odd moments; how long until it is seen."""
+    luck = random.Random(1)
+    answers: list[float | None] = []
+    for _ in range(count):
+        answers.append(terminal.answer_s("?", "Help: train"))
+        terminal.watch(0.2)
+        terminal.press("q")
+        terminal.watch(0.3 + luck.random() * 0.3)
+    times = sorted(1000 * answer for answer in answers if answer is not None)
+    yield Figure(where, f"of {count} keys unanswered", count - len(times), 0)
+    if len(times) > 1:
+        cuts = statistics.quantiles(times, n=100, method="inclusive")
+        yield Figure(where, "key to paint p50 ms", cuts[49])
+        yield Figure(where, "key to paint p95 ms", cuts[94], most_ms)
+        yield Figure(where, "key to paint p99 ms", cuts[98])
+
+
+@contextlib.contextmanager
+def _watching(
+    size: tuple[int, int], *, link: Link | None = None, command: list[str] | None = None
+) -> Iterator[Terminal]:
+    """The app on its live screen, settled."""
+    with Terminal(command or _APP, columns=size[0], rows=size[1], link=link) as terminal:
         terminal.wait_for("Train")
         terminal.watch(_SETTLED_S)
         terminal.press("5")
         terminal.watch(_SETTLED_S)
-        stop = threading.Event()
-        thread = threading.Thread(target=trainer.play, args=(stop,), daemon=True)
-        if live:
-            thread.start()
-            terminal.watch(2.0)
-        before = terminal.cpu_s()
-        painted = terminal.watch(seconds)
-        used = terminal.cpu_s() - before
-        stop.set()
-        return {
-            "size": f"{columns}x{lines}",
-            "run": "live" if live else "quiet",
-            "bytes_per_s": painted / seconds,
-            "cpu_percent": 100 * used / seconds,
-            "memory_mb": terminal.memory_bytes() / 1e6,
-        }
+        yield terminal
 
 
-class PlayedTrainer:
-    """Writes what a trainer would."""
+@contextlib.contextmanager
+def _played(trainer: PlayedTrainer, *, live: bool = True) -> Iterator[None]:
+    stop = threading.Event()
+    thread = threading.Thread(target=trainer.play, args=(stop,), daemon=True)
+    if live:
+        thread.start()
+    yield
+    stop.set()
+    if live:
+        thread.join()
 
-    def __init__(self) -> None:
-        from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-        from qlora_tui.runs.directory import create
-        from qlora_tui.runs.events import DataReady, PhaseChanged, Started
-        from qlora_tui.runs.log import EventWriter
 
-        recipe = Recipe(model=Model(id="bench/model"), data=Data(sources=(Source(path="rows.jsonl"),)))
-        self._run = create(recipe)
-        self._log = EventWriter(self._run.events_path)
-        self._luck = random.Random(1)
-        self._step = 0
-        now = time.time()
-        self._log.append(Started(at=now, attempt=1, pid=os.getpid()))
-        self._log.append(
-            DataReady(
-                at=now,
-                samples=4800,
-                validation_samples=240,
-                tokens=3_000_000,
-                trained_tokens=1_000_000,
-                rows=1600,
-                steps_per_epoch=1500,
-                total_steps=3000,
-                data_hash="0",
-            )
-        )
-        self._log.append(PhaseChanged(at=now, phase="training"))
-        for before in range(_STEPS_BEFORE, 0, -1):
-            self._tell(now - before)
+@contextlib.contextmanager
+def _home() -> Iterator[None]:
+    """A home of its own, so that no run but ours is seen."""
+    with tempfile.TemporaryDirectory() as home:
+        os.environ |= {f"XDG_{kind}_HOME": f"{home}/{kind.lower()}" for kind in ("CONFIG", "STATE", "CACHE")}
+        yield
 
-    def play(self, stop: threading.Event) -> None:
-        """A step a second until stopped."""
-        while not stop.wait(1.0):
-            self._tell(time.time())
 
-    def _tell(self, at: float) -> None:
-        from qlora_tui.gpu.reading import Reading
-        from qlora_tui.runs.events import Step
-        from qlora_tui.runs.process import mark
-        from qlora_tui.runs.status import Status, write_status
-        from qlora_tui.runs.telemetry import Sample, encode
+def _name(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
-        self._step += 1
-        luck, step = self._luck, self._step
-        loss = 1.2 + 1.5 * 0.997**step + luck.gauss(0, 0.1)
-        self._log.append(
-            Step(
-                at=at,
-                step=step,
-                epoch=step / 1500,
-                loss=loss,
-                learning_rate=2e-4 * (1 - step / 3000),
-                grad_norm=abs(luck.gauss(0.4, 0.1)),
-                tokens=step * 3000,
-                tokens_per_s=luck.gauss(2300, 40),
-            )
-        )
-        reading = Reading(
-            at=at,
-            index=0,
-            utilization_percent=min(100, round(luck.gauss(96, 3))),
-            memory_used_bytes=19_500_000_000,
-            memory_total_bytes=25_700_000_000,
-            power_w=luck.gauss(310, 15),
-            power_limit_w=450.0,
-            temperature_c=round(luck.gauss(61, 1)),
-            sm_clock_mhz=2520,
-            throttle=(),
-        )
-        with self._run.telemetry_path.open("ab") as file:
-            file.write(encode(Sample(at=at, rss_bytes=3_200_000_000, cpu_percent=104.0, gpu=reading)))
-        write_status(
-            self._run,
-            Status(
-                state="running",
-                at=at,
-                process=mark(),
-                phase="training",
-                step=step,
-                total_steps=3000,
-                loss=loss,
-            ),
-        )
+
+def main() -> int:
+    """Measure; print each figure beside its budget. 1 where one is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", choices=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--keys", type=int, default=100)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    load = os.getloadavg()[0]
+    found = []
+    for name in args.only or PARTS:
+        for figure in PARTS[name](Asked(args.seconds, args.keys)):
+            found.append(figure)
+            if not args.json:
+                print(figure, flush=True)
+    missed = [one for one in found if one.at_most is not None and one.value > one.at_most]
+    if args.json:
+        figures = [asdict(one) | {"met": None if one.at_most is None else one not in missed} for one in found]
+        print(json.dumps({"figures": figures, "load_average_before": load, "cores": os.cpu_count()}))
+    else:
+        print(f"{len(missed)} of the budgets missed; load average {load:.1f} before, {os.cpu_count()} cores")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

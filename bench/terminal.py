@@ -17,6 +17,26 @@ from typing import Self
 
 import psutil
 
+_CAN_YOU_HOLD_FRAMES = b"\x1b[?2026$p"
+_YES = b"\x1b[?2026;2$y"
+_FRAME_BEGINS = b"\x1b[?2026h"
+"""Synchronized output, as newer terminals and tmux have it: each repaint comes between two marks."""
+
+
+class Link:
+    """A slow line between program and eyes, reckoned and not waited for."""
+
+    def __init__(self, bytes_per_s: float, delay_s: float) -> None:
+        self.delay_s = delay_s
+        """One way."""
+        self._bytes_per_s = bytes_per_s
+        self._free_at = 0.0
+
+    def arrival(self, sent_at: float, size: int) -> float:
+        """When the last of ``size`` bytes sent at ``sent_at`` is there; what was sent before goes first."""
+        self._free_at = max(sent_at, self._free_at) + size / self._bytes_per_s
+        return self._free_at + self.delay_s
+
 
 class Terminal:
     """Starts ``command`` on a terminal of ``columns`` × ``rows``; ends it on leaving the ``with`` block."""
@@ -28,6 +48,7 @@ class Terminal:
         columns: int = 80,
         rows: int = 24,
         env: Mapping[str, str] | None = None,
+        link: Link | None = None,
     ) -> None:
         self.started = time.perf_counter()
         self._screen, side = pty.openpty()
@@ -41,7 +62,12 @@ class Terminal:
             start_new_session=True,
         )
         os.close(side)
-        self.painted = b""
+        self.painted = bytearray()
+        self.seen_at = 0.0
+        """When what was read last was seen: at once, or at the end of the link."""
+        self.most_behind_s = 0.0
+        """The longest that anything painted took to be seen."""
+        self._link = link
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +89,12 @@ class Terminal:
             return b""
         with contextlib.suppress(OSError):
             piece = os.read(self._screen, 1 << 16)
+            now = time.perf_counter()
+            self.seen_at = self._link.arrival(now, len(piece)) if self._link else now
+            self.most_behind_s = max(self.most_behind_s, self.seen_at - now)
             self.painted += piece
+            if _CAN_YOU_HOLD_FRAMES in piece:
+                os.write(self._screen, _YES)
             return piece
         return b""
 
@@ -83,6 +114,23 @@ class Terminal:
         while (left := deadline - time.perf_counter()) > 0:
             self.read(min(left, 0.1))
         return len(self.painted) - before
+
+    def answer_s(self, key: str, shows: str, seconds: float = 10.0) -> float | None:
+        """Seconds from a key to the sight of what it brings, both ways of the link in them; None: never."""
+        away = self._link.delay_s if self._link else 0.0
+        self.watch(away)
+        before, pressed = len(self.painted), time.perf_counter()
+        self.press(key)
+        while time.perf_counter() < pressed + seconds:
+            self.read(0.05)
+            if self.painted.find(shows.encode(), before) >= 0:
+                return self.seen_at - pressed + away
+        return None
+
+    @property
+    def frames(self) -> int:
+        """Repaints so far."""
+        return self.painted.count(_FRAME_BEGINS)
 
     def memory_bytes(self) -> int:
         """Resident memory of the program."""

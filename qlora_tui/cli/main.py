@@ -41,6 +41,7 @@ VERBS = {
 app and the quick verbs wait for no other's imports."""
 
 _INTERRUPTED = 130
+_LOG = "qlora-tui.log"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,12 +100,19 @@ def _open_app(args: argparse.Namespace) -> int:
     import msgspec
 
     from qlora_tui.tui.app import QloraApp
+    from qlora_tui.tui.native_output import native_errors_in
 
     settings = load_settings()
     if args.gpu_gib:
         settings = msgspec.structs.replace(settings, card_gib=args.gpu_gib)
-    app = QloraApp(settings)
-    app.run(mouse=settings.mouse and not args.no_mouse)
+    log = paths.state_dir() / _LOG
+    with native_errors_in(log):
+        app = QloraApp(settings)
+        app.run(mouse=settings.mouse and not args.no_mouse)
+    if app.return_code:
+        print(
+            f"qlora-tui: The app ended by a mistake of ours.\n  What is known is in {log}.", file=sys.stderr
+        )
     return app.return_code or 0
 
 
@@ -115,7 +123,7 @@ def _show(outcome: Outcome, *, as_json: bool) -> int:
 
 
 def _report_bug(error: Exception) -> int:
-    log = paths.state_dir() / "qlora-tui.log"
+    log = paths.state_dir() / _LOG
     with log.open("a") as file:
         file.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))
         traceback.print_exception(error, file=file)

@@ -7,6 +7,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from textual._compositor import CompositorUpdate
 from textual.app import App
 from textual.binding import BindingType
 from textual.screen import Screen
@@ -18,6 +19,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.settings import Settings
 from qlora_tui.tui import themes
 from qlora_tui.tui.commands import EVERYWHERE
+from qlora_tui.tui.painted import Difference, Painted
 from qlora_tui.tui.palette import CommandProvider
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
@@ -73,6 +75,7 @@ class QloraApp(App[None]):
         self.pulse_changed: Signal[Pulse] = Signal(self, "pulse changed")
         self._watch: Watch | None = None
         self._looking = False
+        self._painted = Painted()
 
     @property
     def room(self) -> Room:
@@ -129,6 +132,20 @@ class QloraApp(App[None]):
     def explain(self, problem: Problem) -> None:
         """Show a problem in a modal."""
         self.push_screen(ProblemScreen(problem))
+
+    def on_resize(self) -> None:
+        """Also sent when the app comes back from ctrl+z: the terminal may show anything."""
+        self.action_repaint()
+
+    def action_repaint(self) -> None:
+        """Send the whole screen, whatever the terminal showed."""
+        self._painted.forget()
+        self.refresh()
+
+    def _display(self, screen: Screen[Any], renderable: Any) -> None:
+        if isinstance(renderable, CompositorUpdate):
+            renderable = Difference(renderable, self._painted)
+        super()._display(screen, renderable)
 
     async def action_go(self, mode: str) -> None:
         """Show a screen by its name."""

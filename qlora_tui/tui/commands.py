@@ -99,6 +99,22 @@ EVERYWHERE: tuple[Command, ...] = (
         in_footer=False,
     ),
     Command(
+        id="app.repaint",
+        key="ctrl+l",
+        action="app.repaint",
+        label="Repaint",
+        help="Paint the whole screen again, where something else wrote over it.",
+        in_footer=False,
+    ),
+    Command(
+        id="app.suspend",
+        key="ctrl+z",
+        action="app.suspend_process",
+        label="Suspend",
+        help="Back to the shell; fg comes back.",
+        in_footer=False,
+    ),
+    Command(
         id="app.quit",
         key="q",
         action="app.quit",

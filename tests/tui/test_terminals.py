@@ -1,0 +1,88 @@
+"""The app on a real pseudo-terminal: what arrives there, whatever the terminal and whatever happens to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bench.terminal import Terminal
+from qlora_tui import paths
+from tests.tui.glass import DEADLINE_S, Glass, see
+from tests.tui.played import Play, play
+
+APP = [sys.executable, "-m", "qlora_tui"]
+VISITED = [
+    ("6", "Compare"),
+    ("5", "Not ready"),
+    ("x", "Watch another run"),
+    ("\r", "talks to it"),
+    ("?", "Help: train"),
+    ("q", "talks to it"),
+    ("\t", "── step"),
+]
+"""Keys, and what is waited for after each."""
+
+
+def test_what_is_sent_piece_by_piece_is_what_a_whole_repaint_shows() -> None:
+    run = play(Play(state="finished", steps=300, total=300))
+    with Terminal(APP, columns=100, rows=30) as terminal:
+        size = (100, 30)
+        see(terminal, run.id, "Home", size=size)
+        for key, shows in VISITED:
+            terminal.press(key)
+            see(terminal, shows, size=size)
+        before = len(terminal.painted)
+        # Whole screens at each step would be 200 kB.
+        assert before < 90_000
+        terminal.press("\x0c")
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            terminal.read(0.2)
+            pieces = Glass(*size).shown(bytes(terminal.painted))
+            whole = Glass(*size).shown(bytes(terminal.painted[before:]))
+            if pieces == whole:
+                break
+            assert time.monotonic() < deadline, f"{pieces.text}\n\n{whole.text}"
+        assert "── step" in whole.text
+
+
+@pytest.mark.parametrize("name", ["xterm", "screen", "tmux-256color", "linux"])
+def test_every_terminal_is_painted_and_left_as_it_was(name: str) -> None:
+    with Terminal(APP, env={"TERM": name}) as terminal:
+        see(terminal, "Train", "Help")
+        terminal.press("q")
+        assert terminal.program.wait(DEADLINE_S) == 0
+        while terminal.read(0):
+            pass
+        assert b"\x1b[?1049l" in terminal.painted
+        assert b"\x1b[?25h" in terminal.painted
+
+
+def test_back_from_ctrl_z_the_whole_screen_is_painted_again() -> None:
+    with Terminal(APP) as terminal:
+        see(terminal, "Train")
+        terminal.press("\x1a")
+        deadline = time.monotonic() + DEADLINE_S
+        while psutil.Process(terminal.program.pid).status() != psutil.STATUS_STOPPED:
+            terminal.read(0.1)
+            assert time.monotonic() < deadline
+        terminal.read(0)
+        stopped_at = len(terminal.painted)
+        os.kill(terminal.program.pid, signal.SIGCONT)
+        see(terminal, "Train", "Next", since=stopped_at)
+
+
+def test_what_a_library_writes_to_descriptor_2_goes_to_the_log_and_not_over_the_screen() -> None:
+    with Terminal(APP) as terminal:
+        see(terminal, "Train")
+        with Path(f"/proc/{terminal.program.pid}/fd/2").open("a") as descriptor:
+            descriptor.write("NVRM: a native warning\n")
+        terminal.press("6")
+        assert "native warning" not in see(terminal, "No runs yet")
+        assert "native warning" in (paths.state_dir() / "qlora-tui.log").read_text()
