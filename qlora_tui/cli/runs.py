@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from qlora_tui.cli.follow import follow
+from qlora_tui.cli.follow import PLAIN_EVERY_S, follow, follow_plain
 from qlora_tui.cli.verb import Outcome, Verb, table
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import figure
@@ -57,7 +57,8 @@ def _list() -> Outcome:
 
 def attach(args: argparse.Namespace) -> int:
     """Show a run's events from its first, and follow it to its end. Ctrl-C leaves it running."""
-    return follow(find(args.run_id), as_json=args.json)
+    run = find(args.run_id)
+    return follow_plain(run) if args.plain and not args.json else follow(run, as_json=args.json)
 
 
 def resume(args: argparse.Namespace) -> Outcome | int:
@@ -146,6 +147,16 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
         change.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
 
 
+def _attach_arguments(parser: argparse.ArgumentParser) -> None:
+    _one_run(parser)
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="sentences for a screen reader: how it and its card stand now, what happens, and how it stands "
+        f"every {PLAIN_EVERY_S:.0f} s",
+    )
+
+
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
     _one_run(parser)
     parser.add_argument("--follow", action="store_true", help="follow it to its end")
@@ -159,7 +170,7 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
 
 VERBS = {
     "runs": Verb(runs, _runs_arguments),
-    "attach": Verb(attach, _one_run),
+    "attach": Verb(attach, _attach_arguments),
     "stop": Verb(stop, _one_run),
     "pause": Verb(pause, _one_run),
     "resume": Verb(resume, _resume_arguments),

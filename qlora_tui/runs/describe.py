@@ -78,6 +78,12 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return f"failed: {event.problem()}"
 
 
+def unknown_lines(number: int) -> str:
+    """What is said where a run was written by another version."""
+    lines = "1 line is" if number == 1 else f"{number:,} lines are"
+    return f"{lines} not shown: another version of qlora-tui wrote them. Update to read all of this run."
+
+
 def _number(value: float | None) -> float:
     # None is how an event writes what JSON cannot: NaN or infinity.
     return float("nan") if value is None else value

@@ -10,6 +10,7 @@ from msgspec import Struct
 from qlora_tui.runs.log import read_from
 
 _CHUNK_BYTES = 1 << 20
+_MOST_CHUNKS = 24
 _LONGEST_GAP_S = 10.0
 """A longer silence is a pause of the run, over which nothing is counted."""
 
@@ -37,18 +38,21 @@ class EnergyMeter:
         self._joules = 0.0
         self._before: tuple[float, float] | None = None
         self._told = False
+        self._is_behind = True
 
     @property
     def kwh(self) -> float | None:
-        """None where the card has not told its power."""
-        return self._joules / 3.6e6 if self._told else None
+        """None where the card has not told its power, and until all that was written has been read."""
+        return self._joules / 3.6e6 if self._told and not self._is_behind else None
 
     def read(self) -> None:
-        """Take in what is new."""
-        while True:
+        """Take in what is new, at most a day of it: who looks every second waits for no week."""
+        self._is_behind = True
+        for _ in range(_MOST_CHUNKS):
             chunk = read_from(self._path, self._offset, _CHUNK_BYTES)
             end = chunk.rfind(b"\n") + 1
             if not end:
+                self._is_behind = False
                 return
             self._offset += end
             for line in chunk[:end].splitlines():

@@ -18,7 +18,7 @@ def followed(view: RunView) -> Iterator[AnyEvent]:
     ``view.ending`` then says how it ended; None, with ``view.status``, that it is lost or cannot be read.
     """
     while True:
-        yield from view.refresh()
+        yield from view.fresh()
         state = view.status.state
         if view.ending is not None and state != "queued" and state not in ACTIVE:
             return

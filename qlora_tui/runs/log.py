@@ -7,6 +7,7 @@ writer cuts the torn end off before it appends.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -50,10 +51,10 @@ class EventWriter:
 class EventTail:
     """Reads events from where it stopped the last time, never from the start again."""
 
-    def __init__(self, path: Path, offset: int = 0) -> None:
+    def __init__(self, path: Path, offset: int = 0, unknown: int = 0) -> None:
         self._path = path
         self._offset = offset
-        self.unknown = 0
+        self.unknown = unknown
         """Whole lines this version does not understand."""
 
     def poll(self, most_bytes: int = _READ_BYTES) -> list[AnyEvent]:
@@ -74,12 +75,14 @@ class EventTail:
 
     def drain(self) -> list[AnyEvent]:
         """Every whole event to the end of the file."""
-        events: list[AnyEvent] = []
+        return [event for events in self.pieces() for event in events]
+
+    def pieces(self) -> Iterator[list[AnyEvent]]:
+        """The same, a read at a time."""
         before = -1
         while self._offset != before:
             before = self._offset
-            events += self.poll()
-        return events
+            yield self.poll()
 
 
 def last_event(path: Path) -> AnyEvent | None:

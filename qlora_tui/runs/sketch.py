@@ -7,6 +7,7 @@ should have. Lists and graphs read such a run so, through :meth:`qlora_tui.runs.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tui.runs.events import AnyEvent, decode
@@ -21,15 +22,26 @@ _NOT_A_STEP = re.compile(rb'"event":"(?:[^s]|s[^t]|st[^e])')
 _BROKEN = b'"loss":null'
 
 
-def sketch(path: Path, steps: int) -> tuple[list[AnyEvent], int]:
-    """The events of a run in order with about so many of its steps, and how far into the file they go.
+@dataclass(frozen=True)
+class Sketch:
+    """What was read of a run."""
+
+    events: list[AnyEvent]
+    end: int
+    """How far into the file they go, in bytes."""
+    unknown: int
+    """Lines that this version does not understand, among those looked at."""
+
+
+def sketch(path: Path, steps: int) -> Sketch:
+    """The events of a run in order with about so many of its steps.
 
     Steps whose loss is not finite, the last step and the last line are among them.
     """
     size = path.stat().st_size if path.exists() else 0
     every = 1 if size <= _WHOLE_BYTES else max(1, size // steps)
     events: list[AnyEvent] = []
-    offset = broken = 0
+    offset = broken = unknown = 0
     while offset < size:
         chunk = read_from(path, offset, min(_CHUNK_BYTES, size - offset))
         end = chunk.rfind(b"\n") + 1
@@ -44,9 +56,11 @@ def sketch(path: Path, steps: int) -> tuple[list[AnyEvent], int]:
             starts |= found
         for start in sorted(starts):
             event = decode(chunk[start : chunk.index(b"\n", start)])
-            if event is not None:
+            if event is None:
+                unknown += 1
+            else:
                 events.append(event)
-    return events, offset
+    return Sketch(events, offset, unknown)
 
 
 def _starts(chunk: bytes, every: int, *, last: bool) -> set[int]:

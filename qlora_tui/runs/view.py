@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 from qlora_tui.runs.directory import RunDir
@@ -113,17 +113,21 @@ class RunView:
         Also the events, for those who show each.
         """
         view = cls(run)
-        events, end = sketch(run.events_path, steps)
-        view._fold(events)
-        view._tail = EventTail(run.events_path, offset=end)
-        return view, events
+        found = sketch(run.events_path, steps)
+        view._fold(found.events)
+        view._tail = EventTail(run.events_path, offset=found.end, unknown=found.unknown)
+        return view, found.events
 
     def refresh(self) -> list[AnyEvent]:
         """Read what is new; the events, in order, for those who show each."""
+        return list(self.fresh())
+
+    def fresh(self) -> Iterator[AnyEvent]:
+        """The same in pieces, for a run whose events are too many to hold."""
         self.status = read_status(self.run)
-        events = self._tail.drain()
-        self._fold(events)
-        return events
+        for events in self._tail.pieces():
+            self._fold(events)
+            yield from events
 
     def _fold(self, events: Iterable[AnyEvent]) -> None:
         for event in events:

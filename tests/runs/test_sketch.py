@@ -12,7 +12,7 @@ def test_a_short_run_is_read_whole(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         for number in range(1, 101):
             log.append(a_step(number))
-    steps = [event.step for event in sketch(run.events_path, 10)[0] if isinstance(event, Step)]
+    steps = [event.step for event in sketch(run.events_path, 10).events if isinstance(event, Step)]
     assert steps == list(range(1, 101))
 
 
@@ -22,7 +22,7 @@ def test_a_long_run_keeps_every_event_but_steps_and_its_last_line(run: RunDir) -
             log.append(a_step(number))
             if number % 500 == 0:
                 log.append(Evaluated(at=1.0, step=number, loss=2.0))
-    events, _ = sketch(run.events_path, 50)
+    events = sketch(run.events_path, 50).events
     steps = [event.step for event in events if isinstance(event, Step)]
     assert 45 <= len(steps) <= 60
     assert steps == sorted(steps)
@@ -32,7 +32,7 @@ def test_a_long_run_keeps_every_event_but_steps_and_its_last_line(run: RunDir) -
         log.append(a_step(20_001))
         log.append(Finished(at=2.0, step=20_001, seconds=1.0, tokens_per_s=1.0))
         log.append(a_step(20_002))
-    last = sketch(run.events_path, 50)[0][-1]
+    last = sketch(run.events_path, 50).events[-1]
     assert isinstance(last, Step) and last.step == 20_002
 
 
@@ -55,6 +55,6 @@ def test_a_sketch_keeps_the_steps_that_are_not_numbers(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         for number in range(1, 20_001):
             log.append(a_step(number, loss=None if number in (7_001, 7_003) else 1.0))
-    events, _ = sketch(run.events_path, 50)
+    events = sketch(run.events_path, 50).events
     broken = [event.step for event in events if isinstance(event, Step) and event.loss is None]
     assert broken == [7_001, 7_003]

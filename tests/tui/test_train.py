@@ -314,6 +314,16 @@ def test_a_run_of_hundreds_of_thousands_of_steps_is_held_as_a_sample() -> None:
     assert follower.look().step == 60_001
 
 
+async def test_lines_of_another_version_are_said_and_passed_over(make_app: MakeApp) -> None:
+    run = play(Play(steps=50))
+    with run.events_path.open("ab") as file:
+        file.write(b'{"event":"teleported","at":1}\n')
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await watching(app, run)
+        await shows(pilot, "! 1 line is not shown: another version")
+
+
 def _step(number: int, loss: float | None = 1.5) -> Step:
     return Step(
         at=BEGAN + 40 + number * 1.5,

@@ -7,6 +7,7 @@ import pytest
 
 from qlora_tui.gpu.reading import Reading
 from qlora_tui.recipe.fields import fields
+from qlora_tui.runs import energy
 from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.telemetry import Sample, encode
 from qlora_tui.tui.widgets.gpu_panel import GpuPanel, Machine
@@ -89,6 +90,21 @@ def test_energy_is_summed_over_what_the_card_told_and_not_over_pauses() -> None:
         file.write(b"\n" + encode(sample(5100.0, power_w=360.0)))
     meter.read()
     assert meter.kwh == pytest.approx((2 * 99 + 1) * 360 / 3.6e6)
+
+
+def test_the_energy_of_a_week_is_told_once_it_is_read_and_holds_up_no_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(energy, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(energy, "_MOST_CHUNKS", 2)
+    run = play(Play(steps=0))
+    run.telemetry_path.write_bytes(b"".join(encode(sample(float(s), power_w=360.0)) for s in range(20)))
+    meter = EnergyMeter(run.telemetry_path)
+    meter.read()
+    assert meter.kwh is None
+    for _ in range(20):
+        meter.read()
+    assert meter.kwh == pytest.approx(19 * 360 / 3.6e6)
 
 
 def test_no_power_told_is_no_energy_told() -> None:

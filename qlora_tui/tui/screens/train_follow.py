@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from qlora_tui.runs.describe import describe
+from qlora_tui.runs.describe import describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.events import AnyEvent, Evaluated, Failed, Health, Progress, Sampled, Step
@@ -23,7 +23,7 @@ from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace
 
 LONG_BYTES = 8 << 20
 """Of events: some 40,000 steps. Of a longer run only a sample of the steps is held."""
-_SKETCH_STEPS = 20_000
+_SKETCH_STEPS = 10_000
 _LEAST_WINDOW, _MOST_WINDOW = 4, 100
 _HISTORY = 240
 """Telemetry samples kept for the charts: four minutes."""
@@ -134,6 +134,7 @@ class Follower:
         self._columns: _Columns | None = None
         self._sketched = False
         self._entries: list[Entry] = []
+        self._unknown_told = 0
         self._telemetry = TelemetryTail(run.telemetry_path)
         self._recent: deque[Sample] = deque(maxlen=_HISTORY)
         self._energy = EnergyMeter(run.telemetry_path)
@@ -149,10 +150,16 @@ class Follower:
         else:
             events = self._columns.view.refresh()
         self._entries += _entries(events, self._columns.view.total_steps)
+        self._tell_unknown(self._columns.view)
         # A new list, so that whoever shows the old one sees that it was replaced.
         if len(self._entries) > 2 * _MOST_ENTRIES:
             self._entries = self._entries[-_MOST_ENTRIES:]
         return self._picture(self._columns)
+
+    def _tell_unknown(self, view: RunView) -> None:
+        if view.unknown_events > self._unknown_told:
+            self._unknown_told = view.unknown_events
+            self._entries.append(Entry(view.status.at, "warning", unknown_lines(view.unknown_events)))
 
     def _open(self) -> tuple[_Columns, list[AnyEvent]]:
         path = self.run.events_path

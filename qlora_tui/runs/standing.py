@@ -1,0 +1,54 @@
+"""How a run stands, in one spoken sentence each for the run and for its card: no chart, no column."""
+
+from __future__ import annotations
+
+from qlora_tui.format import duration, figure, gib
+from qlora_tui.gpu.reading import Reading
+from qlora_tui.runs.telemetry import Sample
+from qlora_tui.runs.view import RunView
+
+
+def standing(view: RunView, sample: Sample | None) -> str:
+    """``training, step 640 of 3,000, loss 1.21, 12 min left. GPU 96% busy, 18.2 of 24.0 GiB, 61 °C.``"""
+    state = view.status.state
+    parts: list[str] = [view.phase if state == "running" and view.phase else state]
+    progress = view.progress
+    if progress is not None and view.phase == progress.phase:
+        parts.append(f"{progress.done:,} of {progress.total:,}")
+    if view.total_steps:
+        parts.append(f"step {view.step:,} of {view.total_steps:,}")
+    if len(view.series):
+        parts.append(f"loss {figure(view.series.loss[-1], 3)}")
+    if view.evaluations:
+        last = view.evaluations[-1]
+        loss = float("nan") if last.loss is None else last.loss
+        parts.append(f"validation loss {figure(loss, 3)} at step {last.step:,}")
+    if view.best is not None and view.best is not view.evaluations[-1]:
+        parts.append(f"best {figure(view.best.loss, 3)} at step {view.best.step:,}")
+    if state == "running" and view.seconds_left is not None:
+        parts.append(f"{duration(view.seconds_left)} left")
+    told = f"{', '.join(parts)}."
+    return told if sample is None or state not in ("starting", "running") else f"{told} {_machine(sample)}"
+
+
+def _machine(sample: Sample) -> str:
+    if sample.gpu is None:
+        return f"No GPU; CPU {sample.cpu_percent:.0f}% of one core, {gib(sample.rss_bytes)} GiB."
+    return f"GPU {', '.join(_card(sample.gpu)) or 'tells nothing'}."
+
+
+def _card(card: Reading) -> list[str]:
+    """What it tells; the rest is left out."""
+    parts = []
+    if card.utilization_percent is not None:
+        parts.append(f"{card.utilization_percent}% busy")
+    if card.memory_used_bytes is not None:
+        parts.append(f"{gib(card.memory_used_bytes)} of {gib(card.memory_total_bytes)} GiB")
+    if card.power_w is not None:
+        limit = "" if card.power_limit_w is None else f" of {card.power_limit_w:.0f}"
+        parts.append(f"{card.power_w:.0f}{limit} W")
+    if card.temperature_c is not None:
+        parts.append(f"{card.temperature_c} °C")
+    if card.throttle:
+        parts.append(f"slowed by {', '.join(card.throttle)}")
+    return parts

@@ -1,0 +1,70 @@
+"""A run told in lines: a long one soon, one for a voice in sentences, one of another version with a word."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from qlora_tui.cli import follow
+from qlora_tui.runs.events import Finished, Health, Step
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.status import Status, write_status
+from tests.cli.conftest import Call
+from tests.tui.played import BEGAN, Play, play
+
+
+def test_of_a_long_run_an_even_sample_is_told_and_all_of_it_as_json(call: Call) -> None:
+    run = play(Play(state="finished", steps=8000, total=8000))
+    said = call("attach", run.id)
+    steps = [line for line in said.out.splitlines() if "  lr " in line]
+    assert 1500 < len(steps) < 2500
+    assert "step 8,000/8,000" in steps[-1] and "finished" in said.out
+    assert "Of 8,000 steps" in said.err
+    assert call("attach", run.id, "--json").out.count('"event":"step"') == 8000
+
+
+def test_plain_says_in_sentences_what_the_live_screen_shows(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "PLAIN_EVERY_S", 0.0)
+    run = play(Play(steps=640, nan=range(30, 33), health=True))
+
+    def go_on() -> None:
+        with EventWriter(run.events_path) as log:
+            log.append(
+                Step(
+                    at=BEGAN,
+                    step=641,
+                    epoch=0.4,
+                    loss=1.5,
+                    learning_rate=1e-4,
+                    grad_norm=1.0,
+                    tokens=9,
+                    tokens_per_s=9.0,
+                )
+            )
+            log.append(
+                Health(at=BEGAN, kind="throttled", severity="warning", evidence="Hot.", remedy="Wait.")
+            )
+            log.append(Finished(at=BEGAN, step=641, seconds=9.0, tokens_per_s=9.0))
+        write_status(run, Status(state="finished", at=BEGAN))
+
+    # It waits when it has said how the run stands.
+    monkeypatch.setattr(time, "sleep", lambda seconds: go_on())
+    said = call("attach", run.id, "--plain")
+    first = said.out.splitlines()[0]
+    assert first.startswith(f"{run.id}: training, step 640 of 3,000, loss ")
+    assert "validation loss" in first and "min left. GPU 9" in first and "61 °C." in first
+    assert said.out.count("not a number") == 1 and "Lower training.learning_rate" in said.out
+    assert "step 641 of 3,000, loss 1.5" in said.out
+    assert "warning: Hot. Wait." in said.out and "finished at step 641" in said.out
+    assert "\x1b" not in said.out and "\r" not in said.out
+    assert said.code == 0
+
+
+def test_lines_of_another_version_are_said(call: Call) -> None:
+    run = play(Play(state="finished", steps=5, total=5))
+    run.events_path.write_bytes(b'{"event":"teleported","at":1}\n' + run.events_path.read_bytes())
+    for words in (["attach", run.id], ["attach", run.id, "--plain"], ["attach", run.id, "--json"]):
+        assert "1 line is not shown: another version" in call(*words).err
