@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.memory import CodePath, Device, our_path
-from qlora_tui.memory.layout import lay_out
-from qlora_tui.memory.step import peaks
+from qlora_tui.memory import Device, our_path
+from qlora_tui.memory.traced import closed_form
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Training
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "configs"
@@ -124,17 +123,13 @@ def recipe_of(case: Case) -> Recipe:
 
 def compare(case: Case) -> Compared:
     """Trace and estimate one case."""
-    from qlora_tui.engine.trace import Request, trace
+    from qlora_tui.engine.trace import trace
+    from qlora_tui.engine.tracing import Request
 
     config, recipe = cut_config(case.family), recipe_of(case)
     traced = trace(Request(config=config, recipe=recipe, loss=case.loss))
     path = replace(our_path(recipe, Device()), loss="stock" if case.loss == "stock" else "chunked")
-    return Compared(case, traced.step_bytes, _estimated(config, recipe, path))
-
-
-def _estimated(config: dict[str, Any], recipe: Recipe, path: CodePath) -> int:
-    layout = lay_out(recipe, read_architecture(config), path)
-    return max(peak.total_bytes for peak in peaks(layout, path, recipe.lora.dropout))
+    return Compared(case, traced.step_bytes, closed_form(recipe, read_architecture(config), path)["step"])
 
 
 def grid(families: list[str], *, quick: bool) -> Iterator[Case]:

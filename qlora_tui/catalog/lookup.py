@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.catalog.local import resolve
+from qlora_tui.errors import Problem
 
 
 def architecture_of(model_id: str) -> Architecture:
@@ -14,8 +18,27 @@ def architecture_of(model_id: str) -> Architecture:
 
     Raises Problem where there is none to be had.
     """
+    config = _config_alone(model_id)
+    return resolve(model_id).architecture if config is None else read_architecture(config)
+
+
+def config_of(model_id: str) -> dict[str, Any]:
+    """The ``config.json`` itself, of what :func:`architecture_of` takes. Raises Problem."""
+    file = _config_alone(model_id) or resolve(model_id).folder / "config.json"
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise Problem(
+            "There is no config.json to trace",
+            what=f"{file} could not be read.",
+            why="A GGUF file keeps its settings elsewhere.",
+            fix="Choose the model it was made from; the estimate without a trace needs none.",
+        ) from error
+
+
+def _config_alone(model_id: str) -> Path | None:
     path = Path(model_id).expanduser()
     for config in (path / "config.json", path):
         if config.suffix == ".json" and config.is_file():
-            return read_architecture(config)
-    return resolve(model_id).architecture
+            return config
+    return None

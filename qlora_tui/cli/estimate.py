@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import sys
+from typing import Any
 
-from qlora_tui.catalog.lookup import architecture_of
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.lookup import architecture_of, config_of
 from qlora_tui.cli.arguments import positive
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from, table
+from qlora_tui.engine.tracing import trace_step
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import GIB, gib, size
 from qlora_tui.memory import PRECISIONS, as_json, compare, judge
-from qlora_tui.memory.room import room_here
+from qlora_tui.memory.layout import STYLES
+from qlora_tui.memory.room import Room, room_here
+from qlora_tui.memory.traced import Traced
+from qlora_tui.recipe.schema import Recipe
 
 _LARGEST_ITEMS = 12
 
@@ -27,8 +35,9 @@ def run(args: argparse.Namespace) -> Outcome:
         )
     architecture = architecture_of(recipe.model.id)
     room = room_here(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
-    data = as_json(recipe, architecture, room.bytes, device=room.device)
-    compared = compare(recipe, architecture, device=room.device)
+    traced = _traced(recipe, architecture, room, asked=args.trace)
+    data = as_json(recipe, architecture, room.bytes, device=room.device, traced=traced)
+    compared = compare(recipe, architecture, device=room.device, traced=traced)
     lines = [f"{recipe.model.id} against {room.name} ({gib(room.bytes)} GiB)", ""]
     rows = []
     for precision in PRECISIONS:
@@ -42,6 +51,8 @@ def run(args: argparse.Namespace) -> Outcome:
         lines += [f"nf4 on this machine: {made.correction_words}", ""]
     largest = sorted(made.items, key=lambda item: -item.bytes)[:_LARGEST_ITEMS]
     lines.append(table([[i.label, size(i.bytes), i.explanation] for i in largest], ["nf4", "", ""]))
+    if data["trace"]:
+        lines += ["", _trace_table(data["trace"])]
     fitting = data["what_fits"]
     lines += [
         "",
@@ -56,6 +67,42 @@ def run(args: argparse.Namespace) -> Outcome:
     return Outcome(data={"model": recipe.model.id, "against": room.name} | data, text="\n".join(lines))
 
 
+TRACED_LABELS = {
+    "frozen": "Frozen weights",
+    "adapter": "LoRA weights",
+    "gradients": "Gradients",
+    "step": "Peak of the step beyond weights and LoRA",
+}
+
+
+def _traced(recipe: Recipe, architecture: Architecture, room: Room, *, asked: bool) -> Traced | None:
+    """The trace that was asked for, or that stands in for a formula the family has not.
+
+    Raises Problem where one was asked for and cannot be had.
+    """
+    without_formula = architecture.model_type not in STYLES
+    if not asked and not without_formula:
+        return None
+    why = f": {architecture.model_type} layers have no formula of their own" if without_formula else ""
+    print(f"tracing a step{why}", file=sys.stderr)
+    try:
+        return asyncio.run(trace_step(config_of(recipe.model.id), recipe, room.device))
+    except Problem as problem:
+        if asked:
+            raise
+        print(f"not traced: {problem.what}", file=sys.stderr)
+        return None
+
+
+def _trace_table(trace: dict[str, Any]) -> str:
+    rows = [
+        [TRACED_LABELS[key], size(both["traced"]), size(both["closed_form"])]
+        for key, both in trace["items"].items()
+    ]
+    formula = "formula" if trace["exact"] else "as Llama's"
+    return table(rows, [f"{trace['precision']}, one step", "traced", formula])
+
+
 def _arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
     parser.add_argument(
@@ -64,6 +111,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         # The same option before the verb: what was said there stays.
         default=argparse.SUPPRESS,
         help="estimate against a card of this size",
+    )
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="also run one step of the real model without its weights, and count: exact, in some seconds",
     )
 
 

@@ -7,8 +7,8 @@ way and a weak reference tells when its storage goes, so the peak follows from l
 ``meta`` would take slower paths than a card where torch chooses by device; :class:`_AsOnCard` puts the card's
 choices in their place (fused attention, fused dropout, one-pass softmax).
 
-Run as a child: ``python -m qlora_tui.engine.trace`` reads a :class:`Request` as JSON from stdin and writes an
-:class:`Answer`. ``qlora-tui estimate --trace`` and the tests start it.
+Run as a child: ``python -m qlora_tui.engine.trace`` reads a :class:`Request` as JSON from stdin and writes
+:class:`Traced`, or a :class:`Failure`. :mod:`qlora_tui.engine.tracing` starts it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any, cast
 
 import msgspec
 import torch
-from msgspec import Struct
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,45 +31,16 @@ from torch.utils._pytree import tree_iter
 
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.catalog.facts import Architecture
+from qlora_tui.engine.protocol import Failure
+from qlora_tui.engine.tracing import Request
+from qlora_tui.errors import Problem
+from qlora_tui.memory.traced import Traced
 from qlora_tui.recipe.schema import Recipe
 
 IGNORED = -100
 
 
-class Request(Struct, kw_only=True):
-    """What to trace."""
-
-    config: dict[str, Any]
-    """The model's ``config.json``."""
-    recipe: Recipe
-    device: str = "cuda"
-    """Whose choices of kernels to follow: ``cuda`` or ``cpu``."""
-    loss: str = "chunked"
-    """``chunked`` (ours) or ``stock`` (transformers', over all logits)."""
-    dtype: str = "bfloat16"
-
-
-class Answer(Struct, kw_only=True):
-    """What the step held at most, in bytes of storages."""
-
-    parameter_bytes: int
-    """Frozen weights as stored, scales included."""
-    adapter_bytes: int
-    forward_bytes: int
-    """Peak of the forward beyond weights and adapter."""
-    backward_bytes: int
-    """Peak of the backward beyond weights and adapter, gradients included."""
-    gradient_bytes: int
-    kept_bytes: int
-    """Alive between forward and backward."""
-
-    @property
-    def step_bytes(self) -> int:
-        """The fuller of the two, beyond weights and adapter."""
-        return max(self.forward_bytes, self.backward_bytes)
-
-
-def trace(request: Request) -> Answer:
+def trace(request: Request) -> Traced:
     """Build the model on ``meta``, run one forward and backward, and count."""
     architecture = read_architecture(request.config)
     dtype = getattr(torch, request.dtype)
@@ -79,13 +51,16 @@ def trace(request: Request) -> Answer:
     inputs = _inputs(request, kept_apart=kept_apart)
     model.train()
     with _AsOnCard(request.device), Storages() as storages:
+        if request.recipe.training.gradient_accumulation > 1:
+            model(**inputs).loss.backward()
+            storages.restart()
         loss = model(**inputs).loss
         forward, kept = storages.peak_bytes, storages.live_bytes
         storages.restart()
         loss.backward()
         backward = storages.peak_bytes
     gradients = sum(_size(p.grad.untyped_storage()) for p in model.parameters() if p.grad is not None)
-    return Answer(
+    return Traced(
         parameter_bytes=frozen,
         adapter_bytes=adapter,
         forward_bytes=forward,
@@ -356,8 +331,20 @@ def _quiet() -> Iterator[None]:
 def main() -> None:
     """One request from stdin, one answer to stdout."""
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    answer: Traced | Failure
     with _quiet():
-        answer = trace(request)
+        try:
+            answer = trace(request)
+        except Problem as problem:
+            answer = Failure.of(problem)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+            traceback.print_exc()
+            answer = Failure(
+                title="The step could not be traced",
+                what=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+                why=f"transformers {version('transformers')} cannot run this model without its weights.",
+                fix="The estimate without a trace stands.",
+            )
     sys.stdout.buffer.write(msgspec.json.encode(answer))
 
 

@@ -14,11 +14,12 @@ from msgspec import structs
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.codepath import CodePath, Device, our_path
 from qlora_tui.memory.explain import LABELS, Facts, explanations
-from qlora_tui.memory.layout import Layout, lay_out
+from qlora_tui.memory.layout import STYLES, Layout, lay_out
 from qlora_tui.memory.learning import FEWEST, Correction
 from qlora_tui.memory.residents import resident_items
 from qlora_tui.memory.step import Peak, peaks
 from qlora_tui.memory.tiers import Band, Tiers, corrected, tiers
+from qlora_tui.memory.traced import Traced
 from qlora_tui.memory.weights import gradient_bytes, optimizer_step_bytes
 from qlora_tui.recipe.schema import Recipe
 
@@ -92,20 +93,26 @@ def estimate(
     *,
     path: CodePath | None = None,
     device: Device | None = None,
+    traced: Traced | None = None,
 ) -> Estimate:
     """Predict the memory of ``recipe`` on the model described by ``architecture``.
 
     Without ``path`` it is the one this project's trainer takes on ``device`` (a CUDA card of Ampere's
-    generation where none is given). Raises Problem for target modules the model does not have.
+    generation where none is given). With ``traced``, a trace of this very recipe, the step is not walked but
+    taken from there. Raises Problem for target modules the model does not have.
     """
     device = device or Device()
     path = path or our_path(recipe, device)
     layout = lay_out(recipe, architecture, path)
     resident = resident_items(recipe, architecture, layout, path)
-    moments = peaks(layout, path, recipe.lora.dropout)
-    if path.accumulates:
-        resident["gradients"] = gradient_bytes(layout, path)
+    if traced is not None:
+        layout = replace(layout, exact=True)
+        moments = [_traced_moment(traced)]
     else:
+        moments = peaks(layout, path, recipe.lora.dropout)
+        if path.accumulates:
+            resident["gradients"] = gradient_bytes(layout, path)
+    if not path.accumulates:
         moments.append(_optimizer_moment(layout, path))
     moments.append(Peak("loading", {"loading": loading_bytes(architecture, path)}))
     fullest = max(moments, key=lambda moment: moment.total_bytes)
@@ -120,6 +127,11 @@ def estimate(
     if correction is None:
         return made
     return replace(made, correction=correction, uncorrected_bytes=before)
+
+
+def _traced_moment(traced: Traced) -> Peak:
+    gradients = min(traced.gradient_bytes, traced.step_bytes)
+    return Peak("traced step", {"gradients": gradients, "activations": traced.step_bytes - gradients})
 
 
 LOADERS = 4
@@ -175,8 +187,11 @@ def _notes(recipe: Recipe, architecture: Architecture, layout: Layout) -> tuple[
     notes = []
     if architecture.experts and recipe.quantization.method != "none":
         notes.append("The experts are fused parameters, which bitsandbytes leaves in 16 bits.")
-    if not layout.exact:
-        notes.append(f"{architecture.model_type} layers are estimated as Llama's: run a trace to be exact.")
+    if architecture.model_type not in STYLES:
+        notes.append(
+            f"{architecture.model_type} layers have no formula of their own: "
+            + ("the step was traced." if layout.exact else "estimated as Llama's.")
+        )
     return tuple(notes)
 
 
@@ -186,11 +201,28 @@ def with_precision(recipe: Recipe, precision: Precision) -> Recipe:
     return structs.replace(recipe, quantization=structs.replace(recipe.quantization, method=method))
 
 
+def precision_of(recipe: Recipe) -> Precision:
+    """Which of the compared precisions the recipe asks for; fp4 takes what NF4 does."""
+    methods: dict[str, Precision] = {"int8": "int8", "none": "fp16"}
+    return methods.get(recipe.quantization.method, "nf4")
+
+
 def compare(
-    recipe: Recipe, architecture: Architecture, *, device: Device | None = None, path: CodePath | None = None
+    recipe: Recipe,
+    architecture: Architecture,
+    *,
+    device: Device | None = None,
+    path: CodePath | None = None,
+    traced: Traced | None = None,
 ) -> dict[Precision, Estimate]:
-    """The recipe in NF4, int8 and 16 bits, side by side."""
+    """The recipe in NF4, int8 and 16 bits, side by side. ``traced`` is of the recipe as it is."""
     return {
-        precision: estimate(with_precision(recipe, precision), architecture, device=device, path=path)
+        precision: estimate(
+            with_precision(recipe, precision),
+            architecture,
+            device=device,
+            path=path,
+            traced=traced if precision == precision_of(recipe) else None,
+        )
         for precision in PRECISIONS
     }

@@ -6,9 +6,11 @@ from typing import Any
 
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.classes import largest_model
-from qlora_tui.memory.codepath import Device
-from qlora_tui.memory.estimate import Estimate, compare
+from qlora_tui.memory.codepath import Device, our_path
+from qlora_tui.memory.estimate import Estimate, compare, precision_of
+from qlora_tui.memory.layout import STYLES
 from qlora_tui.memory.solver import cheapest_changes, what_fits
+from qlora_tui.memory.traced import Traced, closed_form
 from qlora_tui.memory.verdict import judge
 from qlora_tui.recipe.schema import Recipe
 
@@ -19,12 +21,13 @@ def as_json(
     available_bytes: int | None,
     *,
     device: Device | None = None,
+    traced: Traced | None = None,
 ) -> dict[str, Any]:
     """``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
 
     Without ``available_bytes`` there is nothing to fit into: verdicts and ``what_fits`` are null.
     """
-    compared = compare(recipe, architecture, device=device)
+    compared = compare(recipe, architecture, device=device, traced=traced)
     fitting: dict[str, Any] | None = None
     changes: list[dict[str, Any]] = []
     if available_bytes is not None:
@@ -49,8 +52,24 @@ def as_json(
     return {
         "available_bytes": available_bytes,
         "precisions": {name: one_as_json(made, available_bytes) for name, made in compared.items()},
+        "trace": traced and trace_as_json(traced, recipe, architecture, device or Device()),
         "what_fits": fitting,
         "cheapest_changes": changes,
+    }
+
+
+def trace_as_json(
+    traced: Traced, recipe: Recipe, architecture: Architecture, device: Device
+) -> dict[str, Any]:
+    """Bytes by item as they were traced and by the closed form, whose ``exact`` says whether it is the
+    family's own."""
+    closed = closed_form(recipe, architecture, our_path(recipe, device))
+    return {
+        "precision": precision_of(recipe),
+        "exact": architecture.model_type in STYLES,
+        "items": {
+            key: {"traced": size, "closed_form": closed[key]} for key, size in traced.figures().items()
+        },
     }
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qlora_tui.catalog.facts import Architecture
     from qlora_tui.memory import Device, Estimate
     from qlora_tui.memory.estimate import Precision
+    from qlora_tui.memory.traced import Traced
 
 # The first frame shows neither architecture nor estimate, so it does not wait for their rooms: they are
 # imported where they are first asked for.
@@ -47,6 +48,7 @@ class Workbench:
         self._redo: list[_Snapshot] = []
         self._architecture: tuple[str, Architecture | Problem] | None = None
         self._compared: tuple[Recipe, Device, dict[Precision, Estimate] | Problem] | None = None
+        self._traced: tuple[Recipe, Device, Traced] | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -127,6 +129,11 @@ class Workbench:
             self._compared = (self.recipe, device, self._compare(device))
         return self._compared[2]
 
+    def use_trace(self, recipe: Recipe, device: Device, traced: Traced) -> None:
+        """Let a traced step stand in for the formula, for as long as the recipe is this one."""
+        self._traced = (recipe, device, traced)
+        self._compared = None
+
     def _compare(self, device: Device) -> dict[Precision, Estimate] | Problem:
         from qlora_tui.memory import compare
 
@@ -134,9 +141,14 @@ class Workbench:
         if isinstance(architecture, Problem):
             return architecture
         try:
-            return compare(self.recipe, architecture, device=device)
+            return compare(self.recipe, architecture, device=device, traced=self._trace_on(device))
         except Problem as problem:
             return problem
+
+    def _trace_on(self, device: Device) -> Traced | None:
+        if self._traced is None or self._traced[:2] != (self.recipe, device):
+            return None
+        return self._traced[2]
 
     def _remember(self, snapshot: _Snapshot) -> None:
         self._undo = [*self._undo[-_UNDO_STEPS:], self._now]

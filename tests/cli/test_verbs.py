@@ -15,7 +15,7 @@ from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import Failed, Finished, Started, Step
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import Status, write_status
-from tests.cli.conftest import Call
+from tests.cli.conftest import CONFIGS, Call
 
 
 @pytest.fixture
@@ -177,3 +177,20 @@ def test_the_app_needs_a_terminal_and_says_so(call: Call) -> None:
     said = call()
     assert said.code == 2
     assert "terminal" in said.err
+
+
+@pytest.mark.slow
+def test_a_family_without_a_formula_is_traced(call: Call) -> None:
+    model = str(CONFIGS / "LiquidAI__LFM2-350M.json")
+    said = call("estimate", "--model", model, "--gpu-gib", "24", "--json")
+    trace, nf4 = said.json["trace"], said.json["precisions"]["nf4"]
+    assert trace["precision"] == "nf4" and not trace["exact"] and nf4["exact"]
+    assert trace["items"]["adapter"]["traced"] == trace["items"]["adapter"]["closed_form"] > 0
+    assert trace["items"]["step"]["traced"] > trace["items"]["gradients"]["traced"] > 0
+    assert "no formula of their own: the step was traced" in nf4["notes"][0]
+    assert said.json["precisions"]["fp16"]["notes"][0].endswith("estimated as Llama's.")
+
+
+def test_a_trace_that_cannot_be_had_is_a_problem(call: Call, qwen: Path) -> None:
+    said = call("estimate", "--model", str(qwen), "--trace", "--set", "quantization.method=int8")
+    assert said.code == 1 and "An int8 step cannot be traced" in said.err

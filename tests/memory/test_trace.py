@@ -5,15 +5,21 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
+import io
 import sys
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 from bench.trace import Case, Compared, compare, cut_config, recipe_of
-from qlora_tui.engine.trace import Answer, Request
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.engine.protocol import Failure
+from qlora_tui.engine.tracing import Request, trace_step
+from qlora_tui.errors import Problem
+from qlora_tui.memory import Device, our_path
+from qlora_tui.memory.traced import Traced, closed_form
+from qlora_tui.recipe.fields import with_value
 
 CASES = [
     Case("Llama 3", rows=2, length=512),
@@ -50,15 +56,37 @@ def test_the_closed_form_is_within_one_percent_on_average_and_three_at_worst(
 
 
 @pytest.mark.slow
-def test_the_trace_runs_as_a_child_process() -> None:
-    case = Case("GPT-2", length=128)
-    request = Request(config=cut_config("GPT-2"), recipe=recipe_of(case))
-    done = subprocess.run(
-        [sys.executable, "-m", "qlora_tui.engine.trace"],
-        input=msgspec.json.encode(request),
-        capture_output=True,
-        check=True,
+def test_gradients_of_an_earlier_micro_step_are_there_in_the_forward() -> None:
+    from qlora_tui.engine.trace import trace
+
+    recipe = recipe_of(Case("GPT-2", length=128))
+    alone = trace(Request(config=cut_config("GPT-2"), recipe=recipe))
+    training = msgspec.structs.replace(recipe.training, gradient_accumulation=4)
+    accumulating = msgspec.structs.replace(recipe, training=training)
+    after = trace(Request(config=cut_config("GPT-2"), recipe=accumulating))
+    assert after.forward_bytes == alone.forward_bytes + alone.gradient_bytes
+    closed = closed_form(
+        accumulating, read_architecture(cut_config("GPT-2")), our_path(accumulating, Device())
     )
-    answer = msgspec.convert(json.loads(done.stdout), Answer)
-    assert answer.step_bytes > answer.gradient_bytes > 0
-    assert answer.parameter_bytes > answer.adapter_bytes > 0
+    for key, size in after.figures().items():
+        assert closed[key] == pytest.approx(size, rel=0.03), key
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_built_is_a_failure_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_tui.engine import trace
+
+    request = Request(config=cut_config("GPT-2") | {"n_head": 7}, recipe=recipe_of(Case("GPT-2")))
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(msgspec.json.encode(request))))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=out))
+    trace.main()
+    answer = msgspec.json.decode(out.getvalue(), type=Traced | Failure)
+    assert isinstance(answer, Failure) and answer.what and answer.fix
+
+
+@pytest.mark.parametrize("key, value", [("method", "int8"), ("compute_dtype", "float16")])
+async def test_what_cannot_be_traced_is_refused(key: str, value: str) -> None:
+    recipe = with_value(recipe_of(Case("GPT-2")), f"quantization.{key}", value)
+    with pytest.raises(Problem, match="cannot be traced"):
+        await trace_step(cut_config("GPT-2"), recipe, Device())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.memory import Peaks, estimate, remember
+from qlora_tui.memory.traced import Traced
 from qlora_tui.recipe.fields import value_of
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import memory
@@ -209,3 +210,33 @@ async def test_the_correction_by_past_runs_is_named_with_their_count(
     async with open_with_card("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
         shown = await shows(pilot, "Peak against", "free now; corrected +", "% from 3 runs")
         assert "runs…" not in shown
+
+
+async def test_a_family_without_a_formula_is_traced(private_home: Path) -> None:
+    app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Peak against 24.0 GiB; tracing a step…", "estimated as Llama's")
+        # A key ends the trace, and there is no formula for the changed recipe either.
+        await pilot.press("c")
+        await shows(pilot, "tracing a step…")
+
+
+def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
+    app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
+    bench, device = app.workbench, app.room.device
+    traced = Traced(
+        parameter_bytes=1,
+        adapter_bytes=1,
+        forward_bytes=2 << 30,
+        backward_bytes=3 << 30,
+        gradient_bytes=1 << 20,
+        kept_bytes=1,
+    )
+    bench.use_trace(bench.recipe, device, traced)
+    made = bench.comparison(device)
+    assert isinstance(made, dict) and made["nf4"].exact and not made["fp16"].exact
+    assert made["nf4"].peak_phase == "traced step"
+    assert made["nf4"].bytes_of("activations") + made["nf4"].bytes_of("gradients") == 3 << 30
+    bench.set("lora.rank", 32)
+    made = bench.comparison(device)
+    assert isinstance(made, dict) and not made["nf4"].exact

@@ -15,6 +15,7 @@ from textual.widgets import Input, Static
 
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
+from qlora_tui.memory.estimate import precision_of
 from qlora_tui.memory.room import Room
 from qlora_tui.recipe.fields import value_of
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
@@ -25,7 +26,6 @@ from qlora_tui.tui.widgets.lora_advice import KNOBS, advice, knob_head, stepped,
 from qlora_tui.tui.widgets.lora_totals import Prices, cursor_text, difference_text, more, prices, totals_text
 from qlora_tui.tui.widgets.module_grid import ModuleGrid
 from qlora_tui.tui.widgets.module_table import ModuleTable
-from qlora_tui.tui.widgets.recipe_strip import precision_of
 from qlora_tui.tui.widgets.steady import put
 from qlora_tui.tui.widgets.target_text import typed
 

@@ -12,10 +12,12 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
 
+from qlora_tui.catalog.lookup import config_of
+from qlora_tui.engine.tracing import trace_step
 from qlora_tui.errors import Problem
 from qlora_tui.format import gib
 from qlora_tui.memory import Change, Estimate, WhatFits, cheapest_changes, judge, what_fits
-from qlora_tui.memory.estimate import PRECISIONS, Precision
+from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
 from qlora_tui.memory.room import Room
 from qlora_tui.recipe.fields import fields, value_of
 from qlora_tui.recipe.schema import Recipe
@@ -23,7 +25,7 @@ from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.widgets.memory_panel import changes_text, item_line, levels_line, levers, verdict_text
-from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE, precision_of
+from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE
 from qlora_tui.tui.widgets.stacked_bar import legend, stacked_bar
 from qlora_tui.tui.widgets.steady import put
 from qlora_tui.tui.widgets.vi_list import ViList
@@ -94,6 +96,7 @@ class MemoryScreen(WorkScreen):
         self._fitting: WhatFits | None = None
         self._shown_for: tuple[Recipe, Room] | None = None
         self._heading = ""
+        self._tracing = ""
 
     @property
     def precision(self) -> Precision:
@@ -130,6 +133,12 @@ class MemoryScreen(WorkScreen):
             return
         self._fitting = None
         self._changes = ()
+        self._tracing = ""
+        if not self._compared[precision_of(recipe)].exact:
+            self._tracing = "tracing a step…"
+            self.run_worker(self._trace(recipe, room), exclusive=True, group="trace")
+        else:
+            self.workers.cancel_group(self, "trace")
         self._show_all()
         self.run_worker(self._solve(recipe, room), exclusive=True, group="solve")
 
@@ -208,6 +217,20 @@ class MemoryScreen(WorkScreen):
         fitting, changes = await asyncio.to_thread(answer)
         self.post_message(self.Solved(recipe, fitting, changes))
 
+    async def _trace(self, recipe: Recipe, room: Room) -> None:
+        """Count a step of the real model, where its layers have no formula of their own."""
+        await asyncio.sleep(SETTLED_S)
+        try:
+            traced = await trace_step(config_of(recipe.model.id), recipe, room.device)
+        except Problem as problem:
+            self._tracing = f"not traced: {problem.what}"
+        else:
+            self._tracing = "traced"
+            self.workstation.workbench.use_trace(recipe, room.device, traced)
+            compared = self.workstation.workbench.comparison(room.device)
+            self._compared = self._compared if isinstance(compared, Problem) else compared
+        self._show_all()
+
     def _show_all(self) -> None:
         if self._compared:
             self._show_bars()
@@ -217,15 +240,15 @@ class MemoryScreen(WorkScreen):
 
     def _heading_text(self) -> str:
         room, pulse = self.workstation.room, self.workstation.pulse
-        corrected = self._compared[self.precision].correction_words
-        peak = "Peak" if corrected and self.size.width < 100 else "Peak of a training step"
+        more = [words for words in (self._compared[self.precision].correction_words, self._tracing) if words]
+        peak = "Peak" if more and self.size.width < 100 else "Peak of a training step"
         what = f"{peak} against {gib(room.bytes)} GiB"
         if pulse.card is not None and room.name == pulse.card.short_name:
             free = "" if pulse.free_bytes is None else f", {gib(pulse.free_bytes)} free now"
             what = f"{what}: {room.name}{free}"
         elif not room.name.startswith("a card"):
             what = f"{what}, {room.name}"
-        return f"{what}; {corrected}" if corrected else what
+        return "; ".join([what, *more])
 
     def _show_bars(self) -> None:
         room = self.workstation.room

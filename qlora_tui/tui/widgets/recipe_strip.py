@@ -11,7 +11,7 @@ from textual.widget import Widget
 from qlora_tui.errors import Problem
 from qlora_tui.format import gib
 from qlora_tui.memory import Estimate, judge
-from qlora_tui.memory.estimate import Precision
+from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.memory.room import Room
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.widgets.memory_bar import bar
@@ -27,12 +27,6 @@ VERDICT_STYLE = {
 
 KEYS_HINT = "p presets  u undo"
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
-
-
-def precision_of(recipe: Recipe) -> Precision:
-    """Which of the compared precisions the recipe asks for; fp4 takes what NF4 does."""
-    methods: dict[str, Precision] = {"int8": "int8", "none": "fp16"}
-    return methods.get(recipe.quantization.method, "nf4")
 
 
 class RecipeStrip(Widget):

@@ -1,0 +1,85 @@
+"""Having a step traced, by a child process that loads torch for it and ends. Loads none itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.engine.place import roomy_log
+from qlora_tui.engine.protocol import Failure
+from qlora_tui.errors import Problem
+from qlora_tui.memory.codepath import Device, our_path
+from qlora_tui.memory.traced import Traced, check_traceable
+from qlora_tui.recipe.schema import Recipe
+
+
+class Request(Struct, kw_only=True):
+    """What to trace."""
+
+    config: dict[str, Any]
+    """The model's ``config.json``."""
+    recipe: Recipe
+    device: str = "cuda"
+    """Whose choices of kernels to follow: ``cuda`` or ``cpu``."""
+    loss: str = "chunked"
+    """``chunked`` (ours) or ``stock`` (transformers', over all logits)."""
+    dtype: str = "bfloat16"
+
+
+async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> Traced:
+    """One step of ``recipe`` as this project's trainer runs it on ``device``, counted.
+
+    Takes seconds; the child ends when the task does.
+
+    Raises Problem: for what a trace does not know, and where the libraries cannot build the model.
+    """
+    path = our_path(recipe, device)
+    check_traceable(recipe, path)
+    read_architecture(config)
+    request = Request(
+        config=config,
+        recipe=recipe,
+        device=device.kind,
+        dtype="bfloat16" if path.compute_bytes == 2 else "float32",
+    )
+    try:
+        answer = msgspec.json.decode(await _answer(msgspec.json.encode(request)), type=Traced | Failure)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise Problem(
+            "The step could not be traced",
+            what="The process that traces it gave no answer.",
+            fix=f"What it said last is in {roomy_log()}; `qlora-tui doctor` tests what is installed.",
+        ) from error
+    if isinstance(answer, Failure):
+        raise answer.problem()
+    return answer
+
+
+async def _answer(request: bytes) -> bytes:
+    package = str(Path(__file__).parents[2])
+    search_path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with roomy_log().open("ab") as log:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",  # a file named torch.py where the user stands is not torch
+            "-m",
+            "qlora_tui.engine.trace",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            env=os.environ | {"PYTHONPATH": search_path},
+        )
+    try:
+        said, _ = await child.communicate(request)
+    finally:
+        with suppress(ProcessLookupError):
+            child.kill()
+    return said

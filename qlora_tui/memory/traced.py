@@ -1,0 +1,77 @@
+"""A traced step (``engine/trace.py``) as the estimate takes it, and the same figures by the closed form."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.errors import Problem
+from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.layout import lay_out
+from qlora_tui.memory.residents import resident_items
+from qlora_tui.memory.step import peaks
+from qlora_tui.memory.weights import gradient_bytes
+from qlora_tui.recipe.schema import Recipe
+
+FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")
+"""Items that are the base model."""
+
+
+class Traced(Struct, frozen=True, kw_only=True, tag_field="reply", tag="traced"):
+    """What a step held at most, in bytes of storages."""
+
+    parameter_bytes: int
+    """Frozen weights as stored, scales included."""
+    adapter_bytes: int
+    forward_bytes: int
+    """Peak of the forward beyond weights and adapter; gradients of an earlier micro-step included."""
+    backward_bytes: int
+    """Peak of the backward beyond weights and adapter, gradients included."""
+    gradient_bytes: int
+    kept_bytes: int
+    """Alive between forward and backward."""
+
+    @property
+    def step_bytes(self) -> int:
+        """The fuller of the two, beyond weights and adapter."""
+        return max(self.forward_bytes, self.backward_bytes)
+
+    def figures(self) -> dict[str, int]:
+        """What :func:`closed_form` gives too."""
+        return {
+            "frozen": self.parameter_bytes,
+            "adapter": self.adapter_bytes,
+            "gradients": self.gradient_bytes,
+            "step": self.step_bytes,
+        }
+
+
+def closed_form(recipe: Recipe, architecture: Architecture, path: CodePath) -> dict[str, int]:
+    """The estimate's own figures for what a trace counts: frozen weights, adapter, gradients, and the step's
+    peak beyond weights and adapter."""
+    layout = lay_out(recipe, architecture, path)
+    resident = resident_items(recipe, architecture, layout, path)
+    gradients = gradient_bytes(layout, path)
+    step = max(peak.total_bytes for peak in peaks(layout, path, recipe.lora.dropout))
+    return {
+        "frozen": sum(resident.get(key, 0) for key in FROZEN),
+        "adapter": resident["adapter"],
+        "gradients": gradients,
+        "step": step + (gradients if path.accumulates else 0),
+    }
+
+
+def check_traceable(recipe: Recipe, path: CodePath) -> None:
+    """Raises Problem for what the meta device cannot play."""
+    if recipe.quantization.method == "int8":
+        raise Problem(
+            "An int8 step cannot be traced",
+            what="bitsandbytes has no 8-bit product for tensors without values.",
+            fix="Trace it with quantization.method = nf4 or none; the estimate itself covers int8.",
+        )
+    if path.autocast:
+        raise Problem(
+            "A float16 step cannot be traced",
+            what="This card trains in float16 under autocast, which tensors without values do not know.",
+            fix="Trace it with quantization.compute_dtype = bfloat16; the estimate itself covers float16.",
+        )
