@@ -13,6 +13,21 @@ from qlora_tui import paths
 from qlora_tui.errors import WRONG_CALL, Problem
 
 
+class Notify(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What happens when a run finishes or fails."""
+
+    bell: bool = True
+    """Ring the terminal's bell, while the app is open."""
+    title: bool = True
+    """Say it in the window's title, while the app is open."""
+    desktop: bool = True
+    """Ask the terminal for a desktop notification (OSC 9), while the app is open."""
+    webhook: Annotated[str, Meta(pattern=r"^(https?://\S+)?$")] = ""
+    """An address that gets a small JSON body by POST, app or no app."""
+    command: str = ""
+    """A shell command, app or no app; ``$QLORA_TUI_TEXT`` is the news in a sentence."""
+
+
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The user's own settings; every one may be left out."""
 
@@ -23,6 +38,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     keymap: dict[str, str] = {}
     """Keys by command, as in ``"train.stop" = "x"``; `?` in the app lists the commands."""
     mouse: bool = True
+    notify: Notify = Notify()
     card_gib: Annotated[float, Meta(gt=0)] | None = None
     """Memory to estimate against, where it is not the card of this machine."""
 

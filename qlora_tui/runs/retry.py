@@ -49,16 +49,20 @@ def last_plan(run: RunDir) -> Plan:
     return plan
 
 
-def plan_retry(run: RunDir, ending: Terminal) -> Plan | None:
-    """The next attempt after an ending, told in the run's events; None when there should be none."""
+def next_plan(run: RunDir, ending: Terminal) -> Plan | None:
+    """The next attempt after an ending; None when there should be none."""
     if not isinstance(ending, Failed) or ending.kind != "out_of_memory":
         return None
     try:
-        recipe = run.recipe()
+        return smaller(run.recipe(), last_plan(run))
     except Problem:
         return None
-    plan = smaller(recipe, last_plan(run))
-    if plan is not None:
+
+
+def plan_retry(run: RunDir, ending: Terminal) -> Plan | None:
+    """The next attempt after an ending, told in the run's events."""
+    plan = next_plan(run, ending)
+    if plan is not None and isinstance(ending, Failed):
         with EventWriter(run.events_path) as log:
             log.append(
                 Health(

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from qlora_tui import paths
 from qlora_tui.gpu.visible import STABLE_ORDER
@@ -32,17 +33,8 @@ POLL_S = 0.5
 
 def ensure_runner() -> None:
     """Start a runner that outlives this process and its terminal; harmless where one is at work."""
-    log = (paths.state_dir() / "runner.log").open("ab")
-    with log:
-        subprocess.Popen(
-            [sys.executable, "-m", "qlora_tui.runs.runner"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            cwd="/",
-            env=_environment(),
-        )
+    with (paths.state_dir() / "runner.log").open("ab") as log:
+        _start("qlora_tui.runs.runner", output=log)
 
 
 def main() -> int:
@@ -92,6 +84,15 @@ def _go_on(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool = Fal
         return
     if plan is not None:
         _run(run, plan)
+    else:
+        _notify(run)
+
+
+def _notify(run: RunDir) -> None:
+    try:
+        _start("qlora_tui.runs.notify", str(run.path), output=None)
+    except OSError as error:
+        print(f"{run.id}: nobody could be told: {error}", file=sys.stderr)
 
 
 def _run(run: RunDir, plan: Plan) -> None:
@@ -101,21 +102,27 @@ def _run(run: RunDir, plan: Plan) -> None:
 
 
 def _train(run: RunDir, plan: Plan) -> int:
-    command = [sys.executable, "-m", "qlora_tui.training", str(run.path), *plan.arguments()]
     write_status(run, Status(state="starting", at=time.time(), process=mark()), durable=True)
     queue.remove(run)
     with run.log_path.open("ab") as log:
-        trainer = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # Its own session: a signal to the runner's group does not reach it.
-            start_new_session=True,
-            cwd="/",
-            env=_environment(),
-        )
+        trainer = _start("qlora_tui.training", str(run.path), *plan.arguments(), output=log)
     return trainer.wait()
+
+
+def _start(module: str, *arguments: str, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    """A process of ours in a session of its own: a signal to this one's group does not reach it.
+
+    Without ``output`` it writes where this process does.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+        start_new_session=True,
+        cwd="/",
+        env=_environment(),
+    )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from qlora_tui.errors import Problem
 from qlora_tui.format import GIB
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.settings import Settings
-from qlora_tui.tui import themes
+from qlora_tui.tui import escapes, themes
 from qlora_tui.tui.commands import EVERYWHERE
 from qlora_tui.tui.painted import Difference, Painted
 from qlora_tui.tui.palette import CommandProvider
@@ -96,8 +96,12 @@ class QloraApp(App[None]):
         self.set_keymap(self.settings.keymap)
         for problem in problems:
             self.notify(str(problem), severity="warning", timeout=10)
+        self.write_escape(escapes.PUSH_TITLE)
         self.set_interval(LOOK_EVERY_S, self._look)
         self.call_after_refresh(self._look)
+
+    def on_unmount(self) -> None:
+        self.write_escape(escapes.POP_TITLE)
 
     def edit(self, path: str, value: Any) -> bool:
         """Change a setting of the recipe; a value that is not allowed is explained. True when it changed."""
@@ -115,6 +119,11 @@ class QloraApp(App[None]):
         save_draft(self.workbench)
         self.recipe_changed.publish(self.workbench.recipe)
 
+    def write_escape(self, sequence: str) -> None:
+        """Have the terminal do what is not a matter of cells."""
+        if self._driver is not None:
+            self._driver.write(sequence)
+
     def copy_to_clipboard(self, text: str) -> None:
         """Copy by every way there is, and say which worked."""
         self._clipboard = text
@@ -123,8 +132,7 @@ class QloraApp(App[None]):
     async def _copy(self, text: str) -> None:
         from qlora_tui.tui import clipboard
 
-        if self._driver is not None:
-            self._driver.write(clipboard.request(text))
+        self.write_escape(escapes.set_clipboard(text))
         tool = await asyncio.to_thread(clipboard.copy_locally, text)
         shown = text if len(text) <= _SHOWN_OF_COPY else text[:_SHOWN_OF_COPY] + "…"
         self.notify(shown, title=clipboard.said(tool), markup=False)
@@ -182,6 +190,10 @@ class QloraApp(App[None]):
             pulse = await asyncio.to_thread(self._look_in_thread)
         finally:
             self._looking = False
+        for news in pulse.news:
+            from qlora_tui.tui.announce import announce
+
+            announce(self, news)
         card_changed = pulse.card != self.pulse.card
         self.pulse = pulse
         self.pulse_changed.publish(pulse)

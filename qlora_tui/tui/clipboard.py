@@ -6,7 +6,6 @@ time, wrapped so that tmux passes it on. A local tool knows whether it worked, s
 
 from __future__ import annotations
 
-import base64
 import os
 import shutil
 import subprocess
@@ -21,17 +20,6 @@ _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """The variable without which a tool has nowhere to copy to, and its command; the text goes to its stdin."""
 _PATIENCE_S = 2.0
-
-
-def request(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """OSC 52 as written to the terminal."""
-    osc = f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\a"
-    return osc + wrapped(osc) if environment.get("TMUX") else osc
-
-
-def wrapped(sequence: str) -> str:
-    """An escape sequence as tmux hands it on to the terminal it runs in."""
-    return "\x1bPtmux;" + sequence.replace("\x1b", "\x1b\x1b") + "\x1b\\"
 
 
 def copy_locally(text: str) -> str:

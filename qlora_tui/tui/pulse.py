@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qlora_tui.gpu.reading import Card, Reading
     from qlora_tui.runs.directory import RunDir
+    from qlora_tui.runs.news import News
     from qlora_tui.runs.status import Status
 
 
@@ -27,6 +28,8 @@ class Pulse:
     last_status: Status | None = None
     waiting: tuple[str, ...] = ()
     """Ids in the queue, the next one first."""
+    news: tuple[News, ...] = ()
+    """Of runs that have ended since the last look."""
 
     @property
     def free_bytes(self) -> int | None:

@@ -14,11 +14,13 @@ from qlora_tui.gpu.reading import Card, Reading
 from qlora_tui.gpu.visible import torch_card
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.status import ACTIVE, Status, read_status
+from qlora_tui.runs.news import News, news_of
+from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.tui.pulse import Pulse
 
 _ASK_AGAIN_S = 10.0
 """Between two tries to reach a card that could not be asked: opening the driver is not cheap."""
+_OVER: frozenset[State] = frozenset(("finished", "failed"))
 
 
 class Watch:
@@ -29,6 +31,8 @@ class Watch:
         self._runs_seen_at = -1
         self._statuses: dict[str, tuple[int, Status]] = {}
         """Last modification of ``status.json`` in ns, and what it said."""
+        self._at_work: set[str] = set()
+        """Ids of runs seen in training, whose end will be news."""
         self._nvml: Nvml | None = None
         self._known_card: Card | None = None
         self._no_card = ""
@@ -49,7 +53,15 @@ class Watch:
             last=last[0],
             last_status=last[1],
             waiting=tuple(queue.waiting()),
+            news=self._news(statuses),
         )
+
+    def _news(self, statuses: list[tuple[RunDir, Status]]) -> tuple[News, ...]:
+        ended = [run for run, status in statuses if run.id in self._at_work and status.state in _OVER]
+        # A lost run is looked at again: its runner, if it lives, is just writing down how it ended.
+        going = {run.id for run, status in statuses if status.state in ACTIVE or status.state == "lost"}
+        self._at_work = going & (self._at_work | {r.id for r, s in statuses if s.state in ACTIVE})
+        return tuple(news for news in map(news_of, ended) if news is not None)
 
     def close(self) -> None:
         """Let go of the driver."""

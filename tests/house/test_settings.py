@@ -18,7 +18,9 @@ def test_what_the_user_wrote_is_read() -> None:
     assert settings.keymap == {"train.stop": "x"}
 
 
-@pytest.mark.parametrize("text", ['them = "paper"', "theme = 3", "theme = ", "card_gib = -1"])
+@pytest.mark.parametrize(
+    "text", ['them = "paper"', "theme = 3", "theme = ", "card_gib = -1", '[notify]\nwebhook = "ftp://x"']
+)
 def test_a_wrong_file_is_explained(text: str) -> None:
     config_path().write_text(text)
     with pytest.raises(Problem) as caught:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -22,53 +21,7 @@ from qlora_tui.runs.process import mark
 from qlora_tui.runs.status import Status, read_status, write_status
 from tests.waiting import wait_for
 
-TRAINER = """
-import os, signal, sys, time
-from pathlib import Path
-from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import Failed, Finished, Started
-from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.process import mark
-from qlora_tui.runs.status import Status, write_status
-
-run = RunDir(Path(sys.argv[1]))
-words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
-micro_batch = int(words.get("--micro-batch", run.recipe().training.micro_batch))
-accumulation = int(words.get("--gradient-accumulation", run.recipe().training.gradient_accumulation))
-log = EventWriter(run.events_path)
-log.append(Started(at=time.time(), attempt=1, pid=os.getpid(), micro_batch=micro_batch,
-                   gradient_accumulation=accumulation))
-write_status(run, Status(state="running", at=time.time(), process=mark()))
-part = run.recipe().name
-if part == "dies":
-    os.kill(os.getpid(), signal.SIGKILL)
-if part == "crashes":
-    raise SystemExit("something unforeseen")
-if part == "needs memory" and micro_batch > 1:
-    log.append(Failed(at=time.time(), title="Out of GPU memory", what="no", kind="out_of_memory"))
-    sys.exit(3)
-while part == "waits" and not (run.path / "go").exists():
-    time.sleep(0.02)
-log.append(Finished(at=time.time(), step=3, seconds=1.0, tokens_per_s=1.0))
-"""
-
-
-@pytest.fixture(autouse=True)
-def played_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``python -m qlora_tui.training`` runs the script above, in every process a test starts."""
-    (tmp_path / "played_trainer.py").write_text(TRAINER)
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "sys.orig_argv\n"
-        "if 'qlora_tui.training' in sys.orig_argv:\n"
-        "    import runpy\n"
-        "    sys.argv = ['trainer', *sys.orig_argv[sys.orig_argv.index('qlora_tui.training') + 1:]]\n"
-        "    import qlora_tui\n"
-        "    runpy.run_path(__file__.replace('sitecustomize', 'played_trainer'), run_name='__main__')\n"
-        "    raise SystemExit(0)\n"
-    )
-    here = str(Path(__file__).parents[2])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), here]))
+pytestmark = pytest.mark.usefixtures("played_trainer")
 
 
 def named(recipe: Recipe, name: str) -> Recipe:

@@ -4,11 +4,14 @@ import os
 from collections.abc import Callable
 
 import pytest
+from textual.drivers.headless_driver import HeadlessDriver
 from textual.pilot import Pilot
 
 from qlora_tui import paths
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import queue
+from qlora_tui.runs.events import Failed
+from qlora_tui.tui import escapes
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home import HomeScreen
 from qlora_tui.tui.screens.home_next import DEMO, Standing, next_step
@@ -48,6 +51,27 @@ async def test_a_first_time_user_is_led_to_the_demo_or_the_hub(make_app: MakeApp
         await shows(pilot, "98 MB", "Nothing is trained before you say so")
         await pilot.press("n")
         assert isinstance(app.screen, HomeScreen)
+
+
+async def test_a_run_that_ends_is_told_to_someone_who_looks_elsewhere(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TMUX", raising=False)
+    written: list[str] = []
+    monkeypatch.setattr(HeadlessDriver, "write", lambda driver, data: written.append(data))
+    play(Play(name="owls", steps=200, total=300))
+    app = make_app()
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await shows(pilot, "owls", "training")
+        failed = Failed(at=BEGAN + 500, title="The disk is full", what="No room for step 300.")
+        play(Play(name="owls", steps=300, total=300, state="failed", failed=failed))
+        await shows(pilot, "owls failed: The disk is full.")
+        await pilot.press("6")
+        await pilot.pause(0.3)
+    said = "".join(written)
+    assert said.count("\x1b]9;owls failed: The disk is full.\a") == 1
+    assert "\x1b]2;owls failed: The disk is full.\a" in said
+    assert said.index(escapes.PUSH_TITLE) < said.index("\x1b]2;") < said.index(escapes.POP_TITLE)
 
 
 async def test_a_run_that_ended_while_away_is_told(

@@ -15,7 +15,7 @@ from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.directory import find as find_run
 from qlora_tui.runs.status import State, read_status
-from qlora_tui.tui import clipboard
+from qlora_tui.tui import escapes
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.runs import RunsScreen
 from qlora_tui.tui.screens.runs_compare import differing, plot, read
@@ -245,8 +245,8 @@ async def test_copying_says_what_took_it(
 
 def test_inside_tmux_the_request_is_sent_raw_and_wrapped() -> None:
     raw = "\x1b]52;c;b3dscw==\a"
-    assert clipboard.request("owls", {}) == raw
-    assert clipboard.request("owls", {"TMUX": "x"}) == f"{raw}\x1bPtmux;\x1b{raw}\x1b\\"
+    assert escapes.set_clipboard("owls", {}) == raw
+    assert escapes.set_clipboard("owls", {"TMUX": "x"}) == f"{raw}\x1bPtmux;\x1b{raw}\x1b\\"
 
 
 async def test_rerun_takes_the_recipe_to_the_workbench_and_u_takes_it_back(

@@ -1,0 +1,150 @@
+"""A webhook and a command hear how a run ended, with no terminal anywhere; and cannot harm it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Evaluated, Failed, Finished, Stopped, Terminal
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.news import news_of
+from qlora_tui.runs.status import read_status
+from qlora_tui.settings import config_path
+from tests.waiting import wait_for
+
+
+@dataclass
+class Listener:
+    """A webhook on this machine, and what it was told."""
+
+    address: str = ""
+    answer: int = 200
+    silent: bool = False
+    """Takes the request and never answers."""
+    heard: list[dict[str, Any]] = field(default_factory=list)
+
+
+@contextmanager
+def listening(**how: Any) -> Iterator[Listener]:
+    listener = Listener(**how)
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            listener.heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if listener.silent:
+                over.wait()
+                return
+            self.send_response(listener.answer)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        listener.address = f"http://127.0.0.1:{server.server_port}/secret-part"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield listener
+        finally:
+            over.set()
+            server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def wish(text: str) -> None:
+    config_path().write_text(f"[notify]\n{text}\n")
+
+
+def runners_log() -> str:
+    return (paths.state_dir() / "runner.log").read_text()
+
+
+@pytest.mark.usefixtures("played_trainer")
+def test_a_webhook_and_a_command_hear_of_a_finished_run(recipe: Recipe, tmp_path: Path) -> None:
+    with listening() as hook:
+        wish(f"webhook = '{hook.address}'\ncommand = '''echo \"$QLORA_TUI_TEXT\" > {tmp_path}/told'''")
+        run = actions.submit(with_value(recipe, "name", "plain"))
+        wait_for(lambda: hook.heard)
+        body = hook.heard[0]
+    assert (tmp_path / "told").read_text() == f"{run.id} is finished.\n"
+    assert body["event"] == "finished"
+    assert body["run"] == body["name"] == run.id
+    assert body["text"] == f"{run.id} is finished."
+    assert str(paths.state_dir()) not in json.dumps(body)
+
+
+@pytest.mark.usefixtures("played_trainer")
+def test_a_webhook_that_fails_is_named_in_the_log_without_its_secret_and_the_queue_goes_on(
+    recipe: Recipe,
+) -> None:
+    with listening(answer=500) as hook:
+        wish(f"webhook = '{hook.address}'\ncommand = 'exit 3'")
+        crashed = actions.submit(with_value(recipe, "name", "crashes"))
+        wait_for(lambda: "answered 500" in runners_log())
+    assert "notify.command exited with code 3" in runners_log()
+    assert "secret-part" not in runners_log()
+    assert hook.heard[0]["event"] == "failed"
+    assert "ended without a word" in hook.heard[0]["text"]
+    assert read_status(crashed).state == "failed"
+
+
+@pytest.mark.usefixtures("played_trainer")
+def test_a_webhook_that_never_answers_holds_up_no_run(recipe: Recipe) -> None:
+    with listening(silent=True) as hook:
+        wish(f"webhook = '{hook.address}'")
+        first, second = (actions.submit(with_value(recipe, "name", "plain")) for _ in range(2))
+        wait_for(lambda: len(hook.heard) == 2)
+        assert read_status(first).state == read_status(second).state == "finished"
+
+
+@pytest.mark.usefixtures("played_trainer")
+def test_a_webhook_that_is_not_there_is_named_in_the_log(recipe: Recipe) -> None:
+    with listening() as hook:
+        wish(f"webhook = '{hook.address}'")
+    actions.submit(with_value(recipe, "name", "plain"))
+    wait_for(lambda: "the webhook at 127.0.0.1 could not be reached" in runners_log())
+
+
+@pytest.mark.usefixtures("played_trainer")
+def test_a_retry_is_no_news(recipe: Recipe) -> None:
+    with listening() as hook:
+        wish(f"webhook = '{hook.address}'")
+        wanting = with_value(recipe, "name", "needs memory")
+        actions.submit(with_value(wanting, "training.micro_batch", 2))
+        wait_for(lambda: hook.heard)
+    assert [body["event"] for body in hook.heard] == ["finished"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "text"),
+    [
+        (Finished(at=1.0, step=9, seconds=1.0, tokens_per_s=1.0), "is finished: best loss 1.21 at step 6."),
+        (Failed(at=1.0, title="The loss is not a number", what="x"), "failed: The loss is not a number."),
+        (Stopped(at=1.0, step=9), None),
+    ],
+)
+def test_what_is_told_of_an_ending(run: RunDir, ending: Terminal, text: str | None) -> None:
+    with EventWriter(run.events_path) as log:
+        for step, loss in ((3, 1.5), (6, 1.21), (9, 1.3)):
+            log.append(Evaluated(at=1.0, step=step, loss=loss))
+        log.append(ending)
+    news = news_of(run)
+    assert (news.text if news else None) == (text and f"{run.id} {text}")
