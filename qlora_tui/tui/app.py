@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from textual._compositor import CompositorUpdate
 from textual.app import App
 from textual.binding import BindingType
+from textual.events import Resize
 from textual.screen import Screen
 from textual.signal import Signal
 
@@ -19,12 +21,14 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, themes
 from qlora_tui.tui.commands import EVERYWHERE
+from qlora_tui.tui.console_font import stand_ins
 from qlora_tui.tui.painted import Difference, Painted
 from qlora_tui.tui.palette import CommandProvider
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.help import HelpScreen
 from qlora_tui.tui.screens.problem import ProblemScreen
+from qlora_tui.tui.screens.small import SmallScreen, is_too_small
 from qlora_tui.tui.workbench import load_draft, save_draft
 
 if TYPE_CHECKING:
@@ -75,7 +79,8 @@ class QloraApp(App[None]):
         self.pulse_changed: Signal[Pulse] = Signal(self, "pulse changed")
         self._watch: Watch | None = None
         self._looking = False
-        self._painted = Painted()
+        self._is_small = False
+        self._painted = Painted(stand_ins(os.environ.get("TERM", "")))
 
     @property
     def room(self) -> Room:
@@ -141,9 +146,14 @@ class QloraApp(App[None]):
         """Show a problem in a modal."""
         self.push_screen(ProblemScreen(problem))
 
-    def on_resize(self) -> None:
+    def on_resize(self, event: Resize) -> None:
         """Also sent when the app comes back from ctrl+z: the terminal may show anything."""
         self.action_repaint()
+        small, self._is_small = self._is_small, is_too_small(event.size)
+        if self._is_small and not small:
+            self.call_after_refresh(self.push_screen, SmallScreen())
+        elif not self._is_small and isinstance(self.screen, SmallScreen):
+            self.pop_screen()
 
     def action_repaint(self) -> None:
         """Send the whole screen, whatever the terminal showed."""

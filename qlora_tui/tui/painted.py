@@ -6,7 +6,7 @@ terminal of 160×50 is 100 kB, two seconds of a slow link, most of it the same a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.control import Control
@@ -19,8 +19,10 @@ from qlora_tui.tui.widgets.lines import changed_cells
 class Painted:
     """The lines on the terminal, as they were sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, stand_ins: Mapping[int, str]) -> None:
         self._lines: list[Strip] = []
+        self._stand_ins = stand_ins
+        """Of characters that the terminal's font lacks, as ``str.translate`` takes them."""
 
     def forget(self) -> None:
         """The terminal may show anything: the next update is sent whole."""
@@ -28,6 +30,10 @@ class Painted:
 
     def difference(self, update: CompositorUpdate, console: Console) -> str:
         """What turns the terminal into what ``update`` makes of it; it is then taken as sent."""
+        text = self._difference(update, console)
+        return text.translate(self._stand_ins) if self._stand_ins else text
+
+    def _difference(self, update: CompositorUpdate, console: Console) -> str:
         if isinstance(update, LayoutUpdate):
             lines = [_plain(strips) for strips in update.strips]
             if len(lines) != len(self._lines) or not update.region.y == update.region.x == 0:

@@ -13,10 +13,13 @@ import pytest
 
 from bench.terminal import Terminal
 from qlora_tui import paths
+from qlora_tui.tui.app import QloraApp
 from tests.tui.glass import DEADLINE_S, Glass, see
 from tests.tui.played import Play, play
+from tests.tui.seeing import shows
 
 APP = [sys.executable, "-m", "qlora_tui"]
+CODE_PAGE_437 = set(bytes(range(256)).decode("cp437")) | set("♦•○►◄▲▼↑↓→←\x1b")
 VISITED = [
     ("6", "Compare"),
     ("5", "Not ready"),
@@ -86,3 +89,27 @@ def test_what_a_library_writes_to_descriptor_2_goes_to_the_log_and_not_over_the_
         terminal.press("6")
         assert "native warning" not in see(terminal, "No runs yet")
         assert "native warning" in (paths.state_dir() / "qlora-tui.log").read_text()
+
+
+def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
+    run = play(Play(state="finished", steps=300, total=300))
+    with Terminal(APP, env={"TERM": "linux"}) as terminal:
+        see(terminal, run.id)
+        for key, shows in [*VISITED[:2], ("3", "names no model"), ("5", "Not ready"), *VISITED[2:4]]:
+            terminal.press(key)
+            see(terminal, shows)
+        shown = see(terminal, f"√ {run.id}", "▀", "▄")
+        lacking = set(terminal.painted.decode()) - CODE_PAGE_437
+        assert not lacking, shown
+
+
+async def test_a_window_that_is_too_small_is_told_so_until_it_has_grown() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(60, 20)) as pilot:
+        await shows(pilot, "This window is too small", "It is 60×20", "need 80×24")
+        await pilot.resize_terminal(80, 24)
+        assert "too small" not in await shows(pilot, "Train")
+        await pilot.resize_terminal(79, 24)
+        await shows(pilot, "It is 79×24")
+        await pilot.press("enter")
+        assert "too small" not in await shows(pilot, "Next")
