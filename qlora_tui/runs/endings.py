@@ -5,10 +5,15 @@ from __future__ import annotations
 import signal
 import time
 
+from qlora_tui.errors import Problem
+from qlora_tui.format import size
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed, Finished, Paused, Stopped, Terminal
 from qlora_tui.runs.log import EventWriter, last_event
+from qlora_tui.runs.retry import last_plan
+from qlora_tui.runs.shortage import what_would_fit
 from qlora_tui.runs.status import State, Status, read_status, write_status
+from qlora_tui.runs.telemetry import TelemetryTail
 
 LOG_LINES = 3
 """How much of the trainer's log is quoted when it died without a word."""
@@ -36,14 +41,15 @@ def how_it_ended(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool
         )
     if exit_code is None or exit_code < 0:
         name = "" if exit_code is None else f" by {signal.Signals(-exit_code).name}"
-        out_of_memory = exit_code == -signal.SIGKILL and host_out_of_memory
+        what = f"The trainer process was ended{name} before it could save."
+        if exit_code == -signal.SIGKILL and host_out_of_memory:
+            return _out_of_host_memory(run, what, exit_code, now)
         return Failed(
             at=now,
-            title="Out of memory" if out_of_memory else "The trainer was killed",
-            what=f"The trainer process was ended{name} before it could save.",
-            why="The kernel ran out of host memory and chose it." if out_of_memory else "",
+            title="The trainer was killed",
+            what=what,
             fix=resume,
-            kind="out_of_memory" if out_of_memory else "killed",
+            kind="killed",
             exit_code=exit_code,
         )
     return Failed(
@@ -83,6 +89,25 @@ def settle(run: RunDir, ending: Terminal) -> None:
             detail=detail,
         ),
         durable=True,
+    )
+
+
+def _out_of_host_memory(run: RunDir, what: str, exit_code: int, now: float) -> Failed:
+    """The kernel's out-of-memory killer struck while the trainer ran, and the trainer is gone."""
+    samples = TelemetryTail(run.telemetry_path).poll()
+    held = f" It last held {size(samples[-1].rss_bytes)}." if samples else ""
+    try:
+        fix = what_would_fit(last_plan(run).applied(run.recipe()))
+    except Problem:
+        fix = ""
+    return Failed(
+        at=now,
+        title="Out of memory",
+        what=what,
+        why=f"The kernel ran out of host memory and chose it.{held}",
+        fix=fix or "Lower training.micro_batch or data.max_length.",
+        kind="out_of_memory",
+        exit_code=exit_code,
     )
 
 

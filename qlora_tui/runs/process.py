@@ -8,7 +8,6 @@ from pathlib import Path
 from msgspec import Struct
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_VMSTAT = Path("/proc/vmstat")
 
 
 class ProcessMark(Struct, frozen=True, kw_only=True):
@@ -55,12 +54,3 @@ def mark(pid: int | None = None) -> ProcessMark:
 
     process = psutil.Process(pid)
     return ProcessMark(pid=process.pid, started=process.create_time(), boot_id=boot_id())
-
-
-def host_oom_kills() -> int:
-    """Processes the kernel's out-of-memory killer has ended since boot; 0 where it does not say."""
-    try:
-        lines = _VMSTAT.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

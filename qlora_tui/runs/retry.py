@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
@@ -24,6 +24,11 @@ class Plan(Struct, frozen=True, kw_only=True):
     gradient_accumulation: int | None = None
     gradient_checkpointing: bool | None = None
 
+    def applied(self, recipe: Recipe) -> Recipe:
+        """The recipe as the attempt runs it."""
+        changes = {key: value for key, value in structs.asdict(self).items() if value is not None}
+        return structs.replace(recipe, training=structs.replace(recipe.training, **changes))
+
     def arguments(self) -> list[str]:
         """For the trainer's command line."""
         arguments = []
@@ -37,7 +42,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 def last_plan(run: RunDir) -> Plan:
-    """What the last attempt used; empty before the first. A resumed run keeps what a retry found."""
+    """What the last attempt used; empty before the first."""
     plan = Plan()
     for event in EventTail(run.events_path).drain():
         if isinstance(event, Started) and event.micro_batch:
@@ -47,6 +52,15 @@ def last_plan(run: RunDir) -> Plan:
                 gradient_checkpointing=event.gradient_checkpointing,
             )
     return plan
+
+
+def plan_resume(run: RunDir) -> Plan:
+    """The recipe's own settings, or those that a retry found: what did not fit once is not tried again."""
+    ran_out = any(
+        isinstance(event, Failed) and event.kind == "out_of_memory"
+        for event in EventTail(run.events_path).drain()
+    )
+    return last_plan(run) if ran_out else Plan()
 
 
 def next_plan(run: RunDir, ending: Terminal) -> Plan | None:

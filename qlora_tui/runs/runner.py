@@ -23,8 +23,9 @@ from qlora_tui.gpu.visible import STABLE_ORDER
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.endings import how_it_ended, settle
-from qlora_tui.runs.process import host_oom_kills, mark
-from qlora_tui.runs.retry import Plan, plan_retry
+from qlora_tui.runs.process import mark
+from qlora_tui.runs.retry import Plan, plan_resume, plan_retry
+from qlora_tui.runs.shortage import host_oom_kills
 from qlora_tui.runs.status import ACTIVE, Status, read_status, write_status
 
 POLL_S = 0.5
@@ -58,7 +59,7 @@ def _work() -> None:
         if not run_.recipe_path.exists():
             queue.remove(run_)
             continue
-        _run(run_, Plan())
+        _run(run_, plan_resume(run_))
 
 
 def _take_over(run: RunDir) -> None:

@@ -7,8 +7,10 @@ import time
 
 from qlora_tui.errors import Problem
 from qlora_tui.memory import Estimate
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
+from qlora_tui.runs.shortage import what_would_fit
 
 _MEMORY_WORDS = (
     "out of memory",
@@ -20,11 +22,11 @@ _MEMORY_WORDS = (
 _FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 
-def failed(error: BaseException, run: RunDir, estimate: Estimate | None) -> Failed:
+def failed(error: BaseException, run: RunDir, recipe: Recipe | None, estimate: Estimate | None) -> Failed:
     """How a run ended, from what was raised. ``estimate`` tells who owns the memory."""
     now = time.time()
     if is_out_of_memory(error):
-        return _out_of_memory(error, estimate, now)
+        return _out_of_memory(error, recipe, estimate, now)
     if isinstance(error, Problem):
         return Failed(
             at=now,
@@ -66,7 +68,9 @@ def is_full_disk(error: BaseException) -> bool:
     return any(word in str(error) for word in _FULL_DISK_WORDS)
 
 
-def _out_of_memory(error: BaseException, estimate: Estimate | None, now: float) -> Failed:
+def _out_of_memory(
+    error: BaseException, recipe: Recipe | None, estimate: Estimate | None, now: float
+) -> Failed:
     lines = str(error).strip().splitlines()
     why = ""
     if estimate is not None:
@@ -81,7 +85,8 @@ def _out_of_memory(error: BaseException, estimate: Estimate | None, now: float) 
         title="Out of memory",
         what=lines[0] if lines else "The machine had no more memory to give.",
         why=why,
-        fix="Lower training.micro_batch or data.max_length, or turn training.gradient_checkpointing on.",
+        fix=(recipe and what_would_fit(recipe))
+        or "Lower training.micro_batch or data.max_length, or turn training.gradient_checkpointing on.",
         kind="out_of_memory",
         exit_code=1,
     )

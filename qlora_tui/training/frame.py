@@ -12,8 +12,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-import msgspec
-
 from qlora_tui.errors import FAILED, WRONG_CALL, Problem
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.conflicts import ready_to_run
@@ -69,9 +67,10 @@ def _run(run: RunDir, plan: Plan, among: Processes) -> int:
 def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests, among: Processes) -> Terminal:
     number = 1 + sum(isinstance(event, Started) for event in EventTail(run.events_path).drain())
     estimate: Estimate | None = None
+    recipe: Recipe | None = None
     try:
         try:
-            recipe = _as_planned(run.recipe(), plan)
+            recipe = plan.applied(run.recipe())
             checkpoint, damage = checkpoints.latest(run)
         except Problem:
             reporter.tell(Started(at=time.time(), attempt=number, pid=os.getpid()))
@@ -95,7 +94,7 @@ def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests, am
     except (Exception, KeyboardInterrupt) as error:
         if not isinstance(error, Problem):
             reporter.log(traceback.format_exc())
-        return failed(error, run, estimate)
+        return failed(error, run, recipe, estimate)
 
 
 def _tell_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | None, number: int) -> None:
@@ -112,21 +111,6 @@ def _tell_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | N
         )
     )
     reporter.update(step=step)
-
-
-def _as_planned(recipe: Recipe, plan: Plan) -> Recipe:
-    """The recipe as this attempt runs it."""
-    changes = {
-        key: value
-        for key, value in (
-            ("micro_batch", plan.micro_batch),
-            ("gradient_accumulation", plan.gradient_accumulation),
-            ("gradient_checkpointing", plan.gradient_checkpointing),
-        )
-        if value is not None
-    }
-    training = msgspec.structs.replace(recipe.training, **changes)
-    return msgspec.structs.replace(recipe, training=training)
 
 
 @contextmanager

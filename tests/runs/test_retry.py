@@ -5,7 +5,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed, Finished, Health, Started
 from qlora_tui.runs.log import EventWriter, last_event
-from qlora_tui.runs.retry import Plan, last_plan, plan_retry, smaller
+from qlora_tui.runs.retry import Plan, last_plan, plan_resume, plan_retry, smaller
 
 OUT_OF_MEMORY = Failed(at=1.0, title="Out of GPU memory", what="It asked for 2 GiB.", kind="out_of_memory")
 
@@ -38,6 +38,17 @@ def test_the_next_attempt_starts_from_what_the_last_one_used(run: RunDir) -> Non
     assert plan is not None and (plan.micro_batch, plan.gradient_accumulation) == (1, 8)
     told = last_event(run.events_path)
     assert isinstance(told, Health) and "micro-batch 1 × accumulation 8" in told.remedy
+
+
+def test_a_resumed_run_keeps_what_a_retry_found_and_otherwise_its_recipe(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=0.0, attempt=1, pid=1, micro_batch=2, gradient_accumulation=4))
+        assert plan_resume(run) == Plan()
+        log.append(OUT_OF_MEMORY)
+        log.append(Started(at=2.0, attempt=2, pid=2, micro_batch=1, gradient_accumulation=8))
+    plan = plan_resume(run)
+    assert plan.applied(run.recipe()).effective_batch == run.recipe().effective_batch
+    assert plan.micro_batch == 1
 
 
 def test_only_running_out_of_memory_is_tried_again(run: RunDir) -> None:

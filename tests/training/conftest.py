@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,48 +25,50 @@ MakeRecipe = Callable[..., Recipe]
 class Trainer:
     """One trainer process."""
 
-    def __init__(self, zygote: subprocess.Popen[str], pid: int) -> None:
-        self._zygote = zygote
-        self.pid = pid
+    def __init__(self, zygote: Path, arguments: list[str]) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(zygote))
+        asked = {"arguments": arguments, "environment": dict(os.environ)}
+        self._socket.sendall(json.dumps(asked).encode() + b"\n")
+        self._answers = self._socket.makefile()
+        self.pid = int(self._answers.readline())
         self._code: int | None = None
 
     def wait(self) -> int:
         """Until it has ended; the exit code as ``subprocess`` gives it."""
         if self._code is None:
-            assert self._zygote.stdout is not None
-            self._code = int(self._zygote.stdout.readline())
+            self._code = int(self._answers.readline())
+            self._answers.close()
+            self._socket.close()
         return self._code
 
 
 class Trainers:
-    """Starts trainer processes, one at a time; see :mod:`tests.training.zygote`."""
+    """Starts trainer processes; see :mod:`tests.training.zygote`."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         # One thread each: the tests share their cores.
         os.environ["OMP_NUM_THREADS"] = "1"
+        self.socket = folder / "zygote"
         self._zygote = subprocess.Popen(
-            [sys.executable, "-m", "tests.training.zygote"],
+            [sys.executable, "-m", "tests.training.zygote", str(self.socket)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         self._ready = False
 
-    def start(self, run: RunDir, plan: Plan | None = None) -> Trainer:
-        """A trainer for ``run``, in the environment as it is now."""
-        assert self._zygote.stdin is not None and self._zygote.stdout is not None
+    def wait_until_ready(self) -> None:
+        """Until trainers start at once."""
+        assert self._zygote.stdout is not None
         if not self._ready:
             assert self._zygote.stdout.readline() == "ready\n"
             self._ready = True
-        plan = plan or Plan()
-        asked = {
-            "run": str(run.path),
-            "plan": {key: getattr(plan, key) for key in plan.__struct_fields__},
-            "environment": dict(os.environ),
-        }
-        self._zygote.stdin.write(json.dumps(asked) + "\n")
-        self._zygote.stdin.flush()
-        return Trainer(self._zygote, int(self._zygote.stdout.readline()))
+
+    def start(self, run: RunDir, plan: Plan | None = None) -> Trainer:
+        """A trainer for ``run``, in the environment as it is now."""
+        self.wait_until_ready()
+        return Trainer(self.socket, [str(run.path), *(plan or Plan()).arguments()])
 
     def run(self, run: RunDir, plan: Plan | None = None) -> int:
         """Run a trainer to its end."""
@@ -79,10 +82,18 @@ class Trainers:
 
 
 @pytest.fixture(scope="session")
-def trainers() -> Iterator[Trainers]:
-    started = Trainers()
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
+    started = Trainers(tmp_path_factory.mktemp("trainers"))
     yield started
     started.close()
+
+
+@pytest.fixture
+def runner_starts_quickly(trainers: Trainers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainers that a runner starts have their imports behind them too."""
+    trainers.wait_until_ready()
+    monkeypatch.setenv("TRAINER_ZYGOTE", str(trainers.socket))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("quick_start")), prepend=os.pathsep)
 
 
 @pytest.fixture(scope="session")

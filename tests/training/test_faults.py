@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,37 +11,36 @@ import pytest
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.endings import how_it_ended
-from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Health, PhaseChanged, Started, Stopped
+from qlora_tui.runs.events import (
+    CheckpointSaved,
+    DataReady,
+    Failed,
+    Finished,
+    Health,
+    PhaseChanged,
+    Started,
+    Step,
+    Stopped,
+)
 from qlora_tui.runs.status import read_status
 from tests.training.conftest import MakeRecipe, Trainers
-from tests.training.told import events, last_step, told
+from tests.training.told import events, last_step, losses, told
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 LONG = {"training.epochs": 60.0, "training.checkpoint_every": 1000, "training.evaluate_every": 1000}
+WIDE = {"training.micro_batch": 4, "training.gradient_accumulation": 1, "training.checkpoint_every": 2}
+"""Several rows at a time, and a checkpoint between two mishaps."""
 
 
-def small_disk_can_be_mounted() -> bool:
-    """Whether this user may mount a tmpfs in a namespace of its own."""
-    command = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not small_disk_can_be_mounted(), reason="no tmpfs may be mounted here")
-def test_a_full_disk_costs_the_checkpoint_and_not_the_run(recipe: MakeRecipe) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
+    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = create(recipe({"training.checkpoint_every": 2}))
-    script = 'mount -t tmpfs -o size=64k none "$1/checkpoints" && exec "$0" -m qlora_tui.training "$1"'
-    trainer = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, sys.executable, run.path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert trainer.returncode == 0, trainer.stderr
+    befalls(monkeypatch, f"small_disk({str(run.checkpoints_dir)!r}, 65536)")
+    assert trainers.run(run) == 0
     assert isinstance(events(run)[-1], Finished)
     full = [health for health in told(run, Health) if health.kind == "disk_full"]
     assert full and not told(run, CheckpointSaved)
@@ -84,31 +80,67 @@ def test_a_request_that_comes_while_a_checkpoint_is_saved_is_done_after_it(
     assert [event.step for event in told(run, CheckpointSaved)] == list(range(1, ending.step + 1))
 
 
-def test_a_lack_of_memory_is_told_as_such(recipe: MakeRecipe) -> None:
+def test_a_lack_of_memory_is_told_as_such(
+    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = create(recipe({"data.max_length": 100000, "model.attention": "eager"}))
     _one_long_sample(run)
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-
-    trainer = subprocess.run(
-        [sys.executable, "-m", "qlora_tui.training", str(run.path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=limit,
-    )
+    befalls(monkeypatch, f"little_memory({1 << 30})")
+    assert trainers.run(run) == 1
     ending = events(run)[-1]
-    assert isinstance(ending, Failed) and ending.kind == "out_of_memory", trainer.stderr
-    assert trainer.returncode == 1
+    assert isinstance(ending, Failed) and ending.kind == "out_of_memory", run.log_path.read_text()
     assert "GiB" in ending.why and last_step(run) == 0
+    assert "cheapest change that should fit: Attention eager → auto" in ending.fix
+
+
+@pytest.mark.usefixtures("runner_starts_quickly")
+def test_a_run_out_of_memory_in_mid_training_goes_on_from_its_checkpoint_with_less(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    befalls(monkeypatch, "lack_of_memory({4: 2, 6: 1, 8: 0.5})")
+    run = actions.submit(recipe({**WIDE, "training.epochs": 3.0}))
+    wait_for(lambda: read_status(run).state == "finished", seconds=120, saying="the end")
+    attempts = told(run, Started)
+    assert [(a.micro_batch, a.gradient_accumulation, a.gradient_checkpointing) for a in attempts] == [
+        (4, 1, False),
+        (2, 2, False),
+        (1, 4, False),
+        (1, 4, True),
+    ]
+    assert [a.resumed_from_step for a in attempts] == [0, 2, 4, 6]
+    assert all(ending.kind == "out_of_memory" for ending in told(run, Failed))
+    warnings = [health.remedy for health in told(run, Health) if health.kind == "out_of_memory"]
+    assert len(warnings) == 3 and "micro-batch 1 × accumulation 4 and activation" in warnings[-1]
+    data = told(run, DataReady)[0]
+    assert list(losses(run)) == list(range(1, data.total_steps + 1))
+    assert told(run, Step)[-1].tokens == 3 * data.tokens
+    assert isinstance(events(run)[-1], Finished)
+
+
+@pytest.mark.usefixtures("runner_starts_quickly")
+def test_a_run_that_nothing_makes_fit_fails_with_the_cheapest_change(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    befalls(monkeypatch, "lack_of_memory({4: 0})")
+    settings = {"training.micro_batch": 2, "training.gradient_checkpointing": True}
+    costly = {"model.attention": "eager", "data.max_length": 8192}
+    run = actions.submit(recipe({**WIDE, **settings, **costly}))
+    wait_for(lambda: len(told(run, Failed)) == 2 and read_status(run).state == "failed", seconds=120)
+    ending = events(run)[-1]
+    assert isinstance(ending, Failed) and ending.kind == "out_of_memory"
+    assert "The cheapest change that should fit: Attention eager → auto saves" in ending.fix
+
+
+def befalls(monkeypatch: pytest.MonkeyPatch, mishap: str) -> None:
+    """What happens to trainers from now on, one of :mod:`tests.training.mishaps`."""
+    monkeypatch.setenv("BEFORE_TRAINER", f"from tests.training.mishaps import *; {mishap}")
 
 
 def _one_long_sample(run: RunDir) -> None:
     """Data in which one answer is far longer than all others: the probe must meet it first."""
     source = Path(run.recipe().data.sources[0].path)
     long = source.with_name("long.jsonl")
-    answer = "fox " * 40000
+    answer = "fox " * 12000
     long.write_text(
         source.read_text()
         + '{"messages": [{"role": "user", "content": "go on"}, '

@@ -1,14 +1,20 @@
-"""Trainers without their start: this process has imported everything, and forks one for each line it reads.
+"""Trainers without their start: this process has imported everything, and forks one for each that is asked.
 
-Each child is a real process that runs the trainer's own frame, to be stopped, watched and killed like any
-other; it only lacks the ten seconds of imports. A line is JSON: ``run``, ``plan``, ``environment``.
+Each child is a real process that runs ``python -m qlora_tui.training`` from its first line, to be stopped,
+watched and killed like any other; it only lacks the ten seconds of imports. Asked through a Unix socket:
+a line of JSON with ``arguments`` and ``environment``; answered by the child's number and, once it has ended,
+its exit code. ``BEFORE_TRAINER`` in the environment is code to run first: :mod:`tests.training.mishaps`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
+import selectors
 import signal
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -18,42 +24,68 @@ import peft  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
 
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.retry import Plan
+from qlora_tui.training import __main__ as trainer
 from qlora_tui.training import run as _stations  # noqa: F401
-from qlora_tui.training.frame import run_trainer
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Serve on the socket named on the command line until standard input ends."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(sys.argv[1])
+    listener.listen()
+    # What is here now is in every child: a collection there need not go over it, and copy its pages.
+    gc.freeze()
     print("ready", flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _become_trainer(asked)
-        print(child, flush=True)
-        # Its end is reaped here, and told.
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+    events = selectors.DefaultSelector()
+    events.register(listener, selectors.EVENT_READ)
+    events.register(sys.stdin, selectors.EVENT_READ)
+    while True:
+        for key, _ in events.select():
+            if key.fileobj is sys.stdin:
+                return
+            if key.fileobj is listener:
+                client, _ = listener.accept()
+                child = _start(client)
+                events.register(os.pidfd_open(child), selectors.EVENT_READ, (child, client))
+            else:
+                child, client = key.data
+                _, status = os.waitpid(child, 0)
+                events.unregister(key.fileobj)
+                os.close(key.fd)
+                _answer(client, os.waitstatus_to_exitcode(status))
+                client.close()
 
 
-def _become_trainer(asked: dict[str, object]) -> None:
-    run = RunDir(Path(str(asked["run"])))
-    environment = asked["environment"]
-    assert isinstance(environment, dict)
+def _start(client: socket.socket) -> int:
+    asked = json.loads(client.makefile().readline())
+    child = os.fork()
+    if child == 0:
+        _become_trainer(asked["arguments"], asked["environment"])
+    _answer(client, child)
+    return child
+
+
+def _answer(client: socket.socket, number: int) -> None:
+    # The one who asked may have been killed since.
+    with contextlib.suppress(OSError):
+        client.sendall(f"{number}\n".encode())
+
+
+def _become_trainer(arguments: list[str], environment: dict[str, str]) -> None:
+    before = environment.pop("BEFORE_TRAINER", "")
     os.environ.clear()
     os.environ.update(environment)
-    with run.log_path.open("ab") as log:
+    with RunDir(Path(arguments[0])).log_path.open("ab") as log:
         for number in (1, 2):
             os.dup2(log.fileno(), number)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.filterwarnings("ignore")
-    plan = asked["plan"]
-    assert isinstance(plan, dict)
+    sys.argv = ["trainer", *arguments]
     code = 1
     try:
-        code = run_trainer(run, Plan(**plan))
+        exec(before, {})
+        code = trainer.main()
     finally:
         os._exit(code)
 

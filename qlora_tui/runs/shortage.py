@@ -1,0 +1,72 @@
+"""A run that memory ran out for: what killed it, and the cheapest change that would fit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qlora_tui.catalog.local import resolve
+from qlora_tui.errors import Problem
+from qlora_tui.format import size
+from qlora_tui.memory import cheapest_changes, estimate
+from qlora_tui.memory.room import room_here
+from qlora_tui.recipe.schema import Recipe
+
+_CGROUPS = Path("/proc/self/cgroup")
+_HIERARCHIES = Path("/sys/fs/cgroup")
+_VMSTAT = Path("/proc/vmstat")
+_LEAST_SAVING = 0.1
+"""What was estimated to fit and did not must shrink by this share at least."""
+
+
+def what_would_fit(recipe: Recipe) -> str:
+    """The cheapest change after which the recipe should fit here, as a sentence; empty where it is not known.
+
+    Takes the word of the failure, not of the estimate: the recipe as it stands does not fit.
+    """
+    try:
+        architecture, room = resolve(recipe.model.id).architecture, room_here()
+        whole = estimate(recipe, architecture, device=room.device).process_bytes
+        available = min(room.bytes, round(whole * (1 - _LEAST_SAVING)))
+        changes = cheapest_changes(recipe, architecture, available, device=room.device)
+    except Problem:
+        return ""
+    if not changes:
+        return "No change of settings is known to be enough: it takes a smaller model or a larger card."
+    change = changes[0]
+    cost = f" ({change.cost})" if change.cost else ""
+    saved = size(whole - change.estimate.process_bytes)
+    return f"The cheapest change that should fit: {change.label}{cost} saves {saved}."
+
+
+def host_oom_kills() -> int:
+    """Processes that the kernel's out-of-memory killer has ended since boot; 0 where it does not say.
+
+    Of this process's control group where the kernel counts by group (what others lost there is no evidence),
+    else of the whole machine. Sources: ``memory.events`` of cgroup v2, ``memory.oom_control`` of v1,
+    ``/proc/vmstat``.
+    """
+    for counter in (*_group_counters(), _VMSTAT):
+        try:
+            found = re.search(r"^oom_kill (\d+)$", counter.read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        if found:
+            return int(found[1])
+    return 0
+
+
+def _group_counters() -> list[Path]:
+    """Where this process's control group counts such kills."""
+    try:
+        lines = _CGROUPS.read_text().splitlines()
+    except OSError:
+        return []
+    counters = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            counters.append(_HIERARCHIES / path.lstrip("/") / "memory.events")
+        elif "memory" in controllers.split(","):
+            counters.append(_HIERARCHIES / "memory" / path.lstrip("/") / "memory.oom_control")
+    return counters

@@ -1,0 +1,86 @@
+"""A trainer that the kernel killed for want of memory is told apart from one that somebody killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.runs import shortage
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.endings import how_it_ended
+from qlora_tui.runs.events import Failed, Started
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.telemetry import Sample, encode
+
+GROUPS = Path("/sys/fs/cgroup/memory")
+CHILD = """
+import os, sys
+from pathlib import Path
+from qlora_tui.runs.shortage import host_oom_kills
+Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
+before = host_oom_kills()
+child = os.fork()
+if child == 0:
+    if sys.argv[2] == "greedy":
+        held = b"x" * (1 << 30)
+    os.kill(os.getpid(), 9)
+os.waitpid(child, 0)
+print(host_oom_kills() - before)
+"""
+
+
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group with 128 MiB to spend; needs root and cgroup v1."""
+    group = GROUPS / f"qlora-tui-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(128 << 20))
+    except OSError:
+        pytest.skip("no control group may be made here")
+    yield group
+    group.rmdir()
+
+
+@pytest.mark.parametrize(("who", "kills"), [("greedy", 1), ("killed by hand", 0)])
+def test_the_kernels_killer_is_known_by_its_count(small_group: Path, who: str, kills: int) -> None:
+    command = [sys.executable, "-c", CHILD, str(small_group), who]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(told.stdout) == kills
+
+
+def test_the_count_of_the_own_group_goes_before_that_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shortage, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(shortage, "_HIERARCHIES", tmp_path)
+    monkeypatch.setattr(shortage, "_VMSTAT", tmp_path / "vmstat")
+    assert shortage.host_oom_kills() == 0
+    (tmp_path / "vmstat").write_text("pgfault 1\noom_kill 7\n")
+    (tmp_path / "cgroup").write_text("0::/user.slice/session-3.scope\n")
+    assert shortage.host_oom_kills() == 7
+    group = tmp_path / "user.slice" / "session-3.scope"
+    group.mkdir(parents=True)
+    (group / "memory.events").write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
+    assert shortage.host_oom_kills() == 2
+
+
+def test_who_was_killed_for_memory_is_told_with_what_it_held(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=time.time(), attempt=1, pid=1, micro_batch=2, gradient_accumulation=4))
+    run.telemetry_path.write_bytes(encode(Sample(at=time.time(), rss_bytes=13 << 30, cpu_percent=100.0)))
+    by_kernel = how_it_ended(run, -signal.SIGKILL, host_out_of_memory=True)
+    assert isinstance(by_kernel, Failed) and by_kernel.kind == "out_of_memory"
+    assert "It last held 13.0 GiB." in by_kernel.why and "micro_batch" in by_kernel.fix
+    by_hand = how_it_ended(run, -signal.SIGKILL)
+    assert isinstance(by_hand, Failed) and by_hand.kind == "killed" and "resume" in by_hand.fix
+    # Another process was the one chosen: a trainer ended by another signal was not.
+    other = how_it_ended(run, -signal.SIGTERM, host_out_of_memory=True)
+    assert isinstance(other, Failed) and other.kind == "killed"

@@ -1,0 +1,48 @@
+"""What may befall a trainer, played within its process before it begins; see :mod:`tests.training.zygote`."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_tui.training.loop import RunTrainer
+
+_CLONE_NEWNS = 0x00020000
+_MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
+"""``linux/sched.h``, ``linux/mount.h``."""
+
+
+def lack_of_memory(fits: dict[int, float]) -> None:
+    """At each step named only so many rows at a time fit; with checkpointing on a row takes half as much."""
+    train = RunTrainer.training_step
+
+    def short_of_memory(self: RunTrainer, model: Any, inputs: Any, items: Any = None) -> torch.Tensor:
+        rows = self.steps._micro_batch / (2 if model.is_gradient_checkpointing else 1)
+        if rows > fits.get(self.state.global_step + 1, rows):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return train(self, model, inputs, items)
+
+    RunTrainer.training_step = short_of_memory  # type: ignore[method-assign, assignment]
+
+
+def small_disk(folder: str, bytes_: int) -> None:
+    """``folder`` is a disk of so many bytes, for this process alone; needs root."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for failed in (
+        libc.unshare(_CLONE_NEWNS),
+        libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None),
+        libc.mount(b"none", folder.encode(), b"tmpfs", 0, f"size={bytes_}".encode()),
+    ):
+        if failed:
+            raise OSError(ctypes.get_errno(), "no disk of its own")
+
+
+def little_memory(more_bytes: int) -> None:
+    """The process may grow by so much and no more."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    now = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize:"))
+    resource.setrlimit(resource.RLIMIT_AS, (now + more_bytes, now + more_bytes))
