@@ -50,6 +50,7 @@ FAMILIES = {
     "SmolLM3": "HuggingFaceTB__SmolLM3-3B",
     "GLM-4": "zai-org__glm-4-9b-chat-hf",
     "ERNIE 4.5": "baidu__ERNIE-4.5-0.3B-PT",
+    "Cohere": "CohereLabs__c4ai-command-r-v01",
     "gpt-oss": "openai__gpt-oss-20b",
     "DeepSeek-V2": "deepseek-ai__DeepSeek-V2-Lite",
 }

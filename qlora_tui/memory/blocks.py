@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from qlora_tui.memory import fused
+from qlora_tui.memory import cohere, fused
 from qlora_tui.memory.attention import Heads, Kernel, attend
 from qlora_tui.memory.latent import latent_attention
 from qlora_tui.memory.linear import linear
@@ -25,7 +25,8 @@ class Block:
 
     linears: tuple[Linear, ...]
     heads: Heads
-    norm: Literal["rms", "gemma", "layer"]
+    norm: Literal["rms", "gemma", "layer", "cohere"]
+    """cohere: a LayerNorm written out in float32, and rotary positions turned in float32 too."""
     order: Literal["pre", "parallel", "sandwich", "post"]
     """pre: norm before each half. parallel: both halves read the input's norm. sandwich: norms on both
     sides of each half (Gemma 2 and 3). post: norms after each half (OLMo-2)."""
@@ -93,6 +94,8 @@ def _add(ops: Ops, block: Block, residual: Tensor, hidden_states: Tensor) -> Ten
 
 def norm(ops: Ops, block: Block, x: Tensor) -> Tensor:
     """The family's normalisation."""
+    if block.norm == "cohere":
+        return cohere.layer_norm(ops, x)
     if block.norm == "layer":
         return ops.layer_norm(x, weight=block.norm_width)
     if ops.fused:
@@ -106,7 +109,9 @@ def _attention(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
         attended = latent_attention(ops, linears, block.heads, block.kernel, hidden_states, block.norm_width)
         return linear(ops, attended, linears["o_proj"])
     query, key, value = _project(ops, block, hidden_states)
-    if block.rotary:
+    if block.norm == "cohere":
+        query, key = cohere.rotate(ops, query, key)
+    elif block.rotary:
         rotate = partial(fused.rotate, ops) if ops.fused else ops.rotate
         query, key = rotate(query), rotate(key)
     attended = attend(ops, query, key, value, block.heads, block.kernel)

@@ -19,7 +19,7 @@ from qlora_tui.recipe.targets import select
 class Style:
     """How a family puts its layer together; sizes come from the architecture."""
 
-    norm: Literal["rms", "gemma", "layer"] = "rms"
+    norm: Literal["rms", "gemma", "layer", "cohere"] = "rms"
     order: Literal["pre", "parallel", "sandwich", "post"] = "pre"
     head_norms: Literal["no", "head", "full"] = "no"
     rotary: bool = True
@@ -51,7 +51,7 @@ STYLES: dict[str, Style] = {
     "phi": Style(norm="layer", order="parallel"),
     "gpt_neox": Style(norm="layer", order="parallel"),
     "falcon": Style(norm="layer", order="parallel"),
-    "cohere": Style(norm="layer", order="parallel"),
+    "cohere": Style(norm="cohere", order="parallel"),
 }
 """Families whose layer is written out here; any other is walked as Llama's, and said to be approximate."""
 

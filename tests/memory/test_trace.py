@@ -35,6 +35,7 @@ CASES = [
     Case("Phi-3", length=512),
     Case("GPT-2", rows=2, length=256, checkpointing=False),
     Case("OPT", loss="stock"),
+    Case("Cohere", length=256, checkpointing=False),
     Case("OLMo-2", length=512, checkpointing=False, loss="stock"),
     Case("gpt-oss", length=512, checkpointing=False, loss="stock"),
 ]

@@ -1,0 +1,88 @@
+"""Cohere's own LayerNorm and rotary positions, written out in float32 (modeling_cohere.py)."""
+
+from __future__ import annotations
+
+from qlora_tui.memory.ops import FLOAT, Ops
+from qlora_tui.memory.tape import Grads, Tensor
+
+
+def layer_norm(ops: Ops, x: Tensor) -> Tensor:
+    """``(x - mean) * rsqrt((x - mean).pow(2).mean() + eps)``, times the weight.
+
+    The deviation is made twice and saved twice, by the square and by the product.
+    """
+    start = x.width
+    wide = ops.cast(x, FLOAT)
+    del x
+    mean = _mean(ops, wide)
+    variance = _mean(ops, _square(ops, _deviation(ops, wide, mean)))
+    deviation = _deviation(ops, wide, mean)
+    inverse = ops.new(ops.tokens, FLOAT)
+    inverse.node = ops.tape.node((variance,), lambda grad, saved: (ops.new(ops.tokens, FLOAT),), (inverse,))
+    normed = _product(ops, deviation, inverse)
+    del wide, mean, variance, deviation, inverse
+    return ops.cast(ops.scale(normed), start)
+
+
+def rotate(ops: Ops, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Both are turned before either is cast back."""
+    width = query.width
+    query, key = ops.cast(query, FLOAT), ops.cast(key, FLOAT)
+    turned, key_turned = ops.rotate(query), ops.rotate(key)
+    return ops.cast(turned, width), ops.cast(key_turned, width)
+
+
+def _mean(ops: Ops, x: Tensor) -> Tensor:
+    """Of each row; the gradient is spread over it again."""
+    numel = x.numel
+    node = ops.tape.node((x,), lambda grad, saved: (ops.new(numel, FLOAT),))
+    out = ops.new(ops.tokens, FLOAT)
+    out.node = node
+    return out
+
+
+def _deviation(ops: Ops, x: Tensor, mean: Tensor) -> Tensor:
+    numel = x.numel
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        negated = ops.new(numel, FLOAT)  # before it is summed over the row
+        del negated
+        return (grad, ops.new(ops.tokens, FLOAT))
+
+    node = ops.tape.node((x, mean), fn)
+    out = ops.new(numel, FLOAT)
+    out.node = node
+    return out
+
+
+def _square(ops: Ops, x: Tensor) -> Tensor:
+    """``pow(2)``: saves its input."""
+    numel = x.numel
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        # grad * (2 * self.pow(1)): a C++ expression's temporaries live to its end.
+        power, doubled = ops.new(numel, FLOAT), ops.new(numel, FLOAT)
+        made = ops.new(numel, FLOAT)
+        del power, doubled
+        return (made,)
+
+    node = ops.tape.node((x,), fn, (x,))
+    out = ops.new(numel, FLOAT)
+    out.node = node
+    return out
+
+
+def _product(ops: Ops, x: Tensor, by_row: Tensor) -> Tensor:
+    """A number a row times the row: saves both."""
+    numel = x.numel
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        toward = ops.new(numel, FLOAT)
+        spread = ops.new(numel, FLOAT)
+        del spread
+        return (toward, ops.new(ops.tokens, FLOAT))
+
+    node = ops.tape.node((x, by_row), fn, (x, by_row))
+    out = ops.new(numel, FLOAT)
+    out.node = node
+    return out
