@@ -1,8 +1,8 @@
 """Draws the pictures of the README again: ``make screenshots``.
 
-``recorded/`` is a real run of ``qlora-tui demo``, as its trainer wrote it. It is laid into a home of its own
-and shown by the app itself; nothing is drawn by hand. The data shown are the demo's, through the demo's
-tokenizer, so the demo's model must have been fetched (``make demo`` does).
+The run is a real one of ``qlora-tui demo`` (``tests/tui/recordings``), as its trainer wrote it. It is laid
+into a home of its own and shown by the app itself; nothing is drawn by hand. The data shown are the demo's,
+through the demo's tokenizer, so the demo's model must have been fetched (``make demo`` does).
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from pathlib import Path
 from textual.pilot import Pilot
 
 HERE = Path(__file__).parent
-RECORDED = HERE / "recorded"
-WATCHED_SHARE = 0.7
+WATCHED_SHARE = 0.87
 """How much of the recorded run the picture of the live screen shows."""
 QWEN = HERE.parent / "tests" / "configs" / "Qwen__Qwen2.5-7B.json"
 _PATIENCE_S = 30.0
@@ -74,48 +73,25 @@ def main() -> int:
 
 def lay_out_run() -> None:
     """Put the recorded run in place, cut off while it is still in training."""
-    from qlora_tui import paths
-    from qlora_tui.runs.directory import RunDir
-    from qlora_tui.runs.events import Step, decode
     from qlora_tui.runs.process import mark
-    from qlora_tui.runs.status import Status, write_status
+    from tests.tui.recorded import STEPS, recorded_until
 
-    run = RunDir(paths.runs_dir() / (RECORDED / "name").read_text().strip())
-    shutil.copytree(RECORDED, run.path)
-    lines = run.events_path.read_bytes().splitlines(keepends=True)
-    steps = [event for event in map(decode, lines) if isinstance(event, Step)]
-    last = steps[round(len(steps) * WATCHED_SHARE)]
-    end = next(n for n, line in enumerate(lines) if decode(line) == last) + 1
-    run.events_path.write_bytes(b"".join(lines[:end]))
+    run, at = recorded_until(round(STEPS * WATCHED_SHARE), process=mark())
     # The run is shown as if it were now: its clock is moved, nothing else.
-    moved = time.time() - last.at
-    shift_clock(run.events_path, moved)
-    shift_clock(run.telemetry_path, moved, until=time.time())
-    write_status(
-        run,
-        Status(
-            state="running",
-            at=time.time(),
-            process=mark(),
-            phase="training",
-            step=last.step,
-            total_steps=steps[-1].step,
-            loss=last.loss,
-        ),
-    )
+    for path in (run.events_path, run.telemetry_path, run.status_path):
+        shift_clock(path, time.time() - at)
 
 
-def shift_clock(path: Path, by: float, until: float | None = None) -> None:
-    """Add ``by`` seconds to every line's ``at``; lines after ``until`` are left out."""
-    kept = []
+def shift_clock(path: Path, by: float) -> None:
+    """Add ``by`` seconds to every line's ``at``."""
+    lines = []
     for line in path.read_text().splitlines():
         entry = json.loads(line)
         entry["at"] += by
         if isinstance(entry.get("gpu"), dict):
             entry["gpu"]["at"] += by
-        if until is None or entry["at"] <= until:
-            kept.append(json.dumps(entry))
-    path.write_text("\n".join(kept) + "\n")
+        lines.append(json.dumps(entry))
+    path.write_text("\n".join(lines) + "\n")
 
 
 async def draw(picture: Picture, *, model: Path, estimated: Path) -> None:

@@ -6,14 +6,19 @@ last 300 seconds are kept.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 from qlora_tui import paths
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Step, decode
+from qlora_tui.runs.process import ProcessMark
+from qlora_tui.runs.status import Status, write_status
 
 NAME = "smollm2-135m-demo-20261124-1609"
+STEPS = 81
 ENDED = 1_795_538_085.3
 """24 November 2026, 16:34:45 UTC."""
 
@@ -24,3 +29,33 @@ def recorded_run() -> RunDir:
     shutil.copytree(Path(__file__).parent / "recordings" / NAME, run.path)
     os.utime(run.recipe_path, (ENDED - 1500, ENDED - 1500))
     return run
+
+
+def recorded_until(step: int, *, process: ProcessMark) -> tuple[RunDir, float]:
+    """The run as it was when it had done ``step``, 0 being before the first, and the time it then was.
+
+    ``process`` is who trains it: one that is gone makes it lost.
+    """
+    run = recorded_run()
+    lines = run.events_path.read_bytes().splitlines(keepends=True)
+    events = [decode(line) for line in lines]
+    steps = [event for event in events if isinstance(event, Step)]
+    count = events.index(steps[step - 1]) + 1 if step else events.index(steps[0])
+    last = events[count - 1]
+    assert last is not None
+    run.events_path.write_bytes(b"".join(lines[:count]))
+    told = [line for line in run.telemetry_path.read_text().splitlines() if json.loads(line)["at"] <= last.at]
+    run.telemetry_path.write_text("".join(f"{line}\n" for line in told))
+    write_status(
+        run,
+        Status(
+            state="running",
+            at=last.at,
+            process=process,
+            phase="training",
+            step=step,
+            total_steps=steps[-1].step,
+            loss=last.loss if isinstance(last, Step) else None,
+        ),
+    )
+    return run, last.at

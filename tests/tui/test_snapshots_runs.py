@@ -1,7 +1,12 @@
-"""Home, Train and Runs as pictures, at two sizes: fresh, running, finished, failed, NaN, without a card."""
+"""Home, Train and Runs as pictures.
+
+States at 80×24 and 120×40; each state once more at 200×60, from a recorded real run where it was ever in that
+state; each kind of colours (light, sixteen, none) with two states at 80×24.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,10 +20,15 @@ from qlora_tui import paths
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Step
+from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.process import ProcessMark, mark
+from qlora_tui.settings import Settings
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens import train_follow
 from qlora_tui.tui.screens.train import show_run
 from tests.tui.played import BEGAN, GIB, TICKETS, Play, play
-from tests.tui.recorded import ENDED, recorded_run
+from tests.tui.recorded import ENDED, recorded_run, recorded_until
 from tests.tui.seeing import shows
 
 Snap = Callable[..., bool]
@@ -127,3 +137,86 @@ def test_a_recorded_real_run(
     assert snap_compare(
         QloraApp(), terminal_size=size, run_before=watching(run, "finished", "step 81/81", keys="tab")
     )
+
+
+WIDE = (200, 60)
+
+
+def fresh() -> tuple[RunDir, float]:
+    return recorded_until(0, process=mark())
+
+
+def at_work() -> tuple[RunDir, float]:
+    return recorded_until(70, process=mark())
+
+
+def lost() -> tuple[RunDir, float]:
+    run, at = recorded_until(70, process=ProcessMark(pid=1, started=1.0, boot_id=mark().boot_id))
+    return run, at + 3600
+
+
+def finished() -> tuple[RunDir, float]:
+    return recorded_run(), ENDED + 600
+
+
+def not_a_number() -> tuple[RunDir, float]:
+    return play(STATES["nan"][0]), BEGAN + 6000
+
+
+def no_memory() -> tuple[RunDir, float]:
+    return play(STATES["failed"][0]), BEGAN + 6000
+
+
+def a_million() -> tuple[RunDir, float]:
+    """With the steps left out that would not be read."""
+    run = play(Play(steps=0, total=1_000_000, state="running"))
+    with EventWriter(run.events_path) as log:
+        for step in range(1, 1_000_000, 400):
+            log.append(a_step(step, loss=1.2 + 1.5 * math.exp(-step / 1e5) + 0.1 * math.sin(step)))
+    return run, BEGAN + 6000
+
+
+def a_step(number: int, loss: float) -> Step:
+    return Step(
+        at=BEGAN + 40 + number * 0.005,
+        step=number,
+        epoch=number / 5e5,
+        loss=loss,
+        learning_rate=2e-4 * (1 - number / 1e6),
+        grad_norm=0.4,
+        tokens=number * 3500,
+        tokens_per_s=2310.0,
+    )
+
+
+@pytest.mark.parametrize("state", [fresh, at_work, lost, finished, not_a_number, no_memory, a_million])
+def test_every_state_on_a_large_terminal(
+    snap_compare: Snap,
+    set_clock: Callable[[float], None],
+    monkeypatch: pytest.MonkeyPatch,
+    state: Callable[[], tuple[RunDir, float]],
+) -> None:
+    # Read as a long one is; it makes no difference to a short one.
+    monkeypatch.setattr(train_follow, "LONG_BYTES", 0)
+    run, now = state()
+    set_clock(now)
+    assert snap_compare(QloraApp(), terminal_size=WIDE, run_before=watching(run))
+
+
+@pytest.mark.parametrize("theme", ["paper", "terminal-dark", "no colour"])
+@pytest.mark.parametrize("state", [at_work, not_a_number])
+def test_every_kind_of_colours(
+    snap_compare: Snap,
+    set_clock: Callable[[float], None],
+    monkeypatch: pytest.MonkeyPatch,
+    state: Callable[[], tuple[RunDir, float]],
+    theme: str,
+) -> None:
+    run, now = state()
+    set_clock(now)
+    if theme == "no colour":
+        monkeypatch.setenv("NO_COLOR", "1")
+        app = QloraApp()
+    else:
+        app = QloraApp(Settings(theme=theme))
+    assert snap_compare(app, terminal_size=(80, 24), run_before=watching(run))

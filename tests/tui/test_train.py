@@ -12,7 +12,7 @@ from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.events import Evaluated, Health, Started, Step
 from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.status import read_status
+from qlora_tui.runs.status import State, read_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens import train as train_module
@@ -20,8 +20,9 @@ from qlora_tui.tui.screens.train import TrainScreen, show_run
 from qlora_tui.tui.screens.train_checks import Check, check_all
 from qlora_tui.tui.screens.train_follow import Follower
 from qlora_tui.tui.screens.train_output import as_seen
+from qlora_tui.tui.screens.train_remedy import remedy
 from qlora_tui.tui.widgets.settings_form import SettingsForm
-from tests.tui.played import BEGAN, Play, play
+from tests.tui.played import BEGAN, TICKETS, Play, play
 from tests.tui.recorded import recorded_run
 from tests.tui.seeing import shows, text_of
 
@@ -312,6 +313,58 @@ def test_a_run_of_hundreds_of_thousands_of_steps_is_held_as_a_sample() -> None:
     with EventWriter(run.events_path) as log:
         log.append(_step(60_001))
     assert follower.look().step == 60_001
+
+
+async def test_m_asks_the_trainer_for_half_the_rate_where_the_gradient_explodes(make_app: MakeApp) -> None:
+    run = play(Play(steps=50))
+    with EventWriter(run.events_path) as log:
+        log.append(_health("exploding_gradient", "Lower training.learning_rate."))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await watching(app, run)
+        await shows(pilot, "m Mend")
+        await pilot.press("tab", "tab")
+        await shows(pilot, "▸ m: halve the learning rate of this run, to 0.0001")
+        await pilot.press("m", "enter")
+        request = json.loads(next(run.control_dir.glob("*.json")).read_bytes())
+        assert request == {"kind": "set_learning_rate", "value": 1e-4}
+
+
+async def test_m_prepares_a_smaller_run_after_one_that_had_no_room(make_app: MakeApp) -> None:
+    run = play(Play(steps=50, state="failed"))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        before = app.workbench.recipe
+        await watching(app, run)
+        await shows(pilot, "m Mend", "Out of GPU memory")
+        await pilot.press("m")
+        await shows(pilot, "Prepare a run with micro-batch 1 instead of 2")
+        await pilot.press("n")
+        assert app.workbench.recipe == before
+        await pilot.press("m", "y")
+        await shows(pilot, "Micro-batch")
+        training = app.workbench.recipe.training
+        assert (training.micro_batch, training.gradient_accumulation) == (1, 16)
+        await pilot.press("u")
+        assert app.workbench.recipe == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "says"),
+    [
+        ("plateau", "running", "stop this run"),
+        ("nan_loss", "stopped", "prepare a run with learning rate 0.0001 instead of 0.0002"),
+        ("few_steps", "finished", "gradient accumulation 4 instead of 8"),
+        ("throttled", "running", ""),
+    ],
+)
+def test_a_remedy_fits_what_was_told_and_how_the_run_stands(kind: str, state: State, says: str) -> None:
+    found = remedy(state, [_health(kind, "")], None, TICKETS)
+    assert (says in found.says) if found else not says
+
+
+def _health(kind: str, remedy: str) -> Health:
+    return Health(at=BEGAN, kind=kind, severity="warning", evidence="It is odd.", remedy=remedy, step=50)
 
 
 async def test_lines_of_another_version_are_said_and_passed_over(make_app: MakeApp) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from textual.widget import Widget
 
 from qlora_tui.errors import Problem
+from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
@@ -26,6 +27,7 @@ from qlora_tui.tui.screens.train_follow import Follower, Picture
 from qlora_tui.tui.screens.train_launch import LaunchPane, launch
 from qlora_tui.tui.screens.train_live import LivePane
 from qlora_tui.tui.screens.train_plot import zoomed_from
+from qlora_tui.tui.screens.train_remedy import Remedy
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 
 if TYPE_CHECKING:
@@ -101,6 +103,8 @@ class TrainScreen(WorkScreen):
         self._check()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "remedy":
+            return self._picture is not None and self._picture.remedy is not None
         if action in ACTIONS:
             return possible(action, self.run is not None, self.state)
         return super().check_action(action, parameters)
@@ -141,7 +145,9 @@ class TrainScreen(WorkScreen):
     def action_learning_rate(self) -> None:
         """Ask for a learning rate, and set it."""
         now = self._picture.last[0] if self._picture else None
+        self._ask_for_rate("" if now is None else f"{now:.3g}")
 
+    def _ask_for_rate(self, proposed: str) -> None:
         def take(text: str | None) -> None:
             if text:
                 self._try(
@@ -153,11 +159,37 @@ class TrainScreen(WorkScreen):
             AskScreen(
                 "Learning rate",
                 "The peak from here on; the schedule goes on from it.",
-                "" if now is None else f"{now:.3g}",
+                proposed,
                 wrong_rate,
             ),
             take,
         )
+
+    async def action_remedy(self) -> None:
+        """Do what helps against what is wrong with the run, after asking."""
+        found = self._picture.remedy if self._picture else None
+        if found is None or self.run is None:
+            return
+        if found.rate is not None:
+            self._ask_for_rate(f"{found.rate:g}")
+        elif found.stop:
+            await self.action_stop()
+        else:
+            self._offer_next_run(self.run, found)
+
+    def _offer_next_run(self, run: RunDir, found: Remedy) -> None:
+        def take(yes: bool | None) -> None:
+            if not yes:
+                return
+            recipe = run.recipe()
+            for path, value in found.changes.items():
+                recipe = with_value(recipe, path, value)
+            if self.workstation.workbench.replace(recipe):
+                self.workstation.recipe_edited()
+            self.action_prepare()
+
+        text = "It takes this run's recipe in place of the one in hand; u brings that back."
+        self.app.push_screen(QuestionScreen(f"{found.says[:1].upper()}{found.says[1:]}?", text), take)
 
     async def action_chat(self) -> None:
         """Talk to the adapter."""
@@ -257,9 +289,10 @@ class TrainScreen(WorkScreen):
         if follower is not self._follower:
             self._start_look()
             return
-        before, self._picture = self.state, picture
+        before = (self.state, self._picture.remedy if self._picture else None)
+        self._picture = picture
         self.query_one(LivePane).show(picture, follower.from_step)
-        if picture.status.state != before:
+        if (picture.status.state, picture.remedy) != before:
             self.refresh_bindings()
 
     def _check(self) -> None:

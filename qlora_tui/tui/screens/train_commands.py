@@ -40,6 +40,7 @@ COMMANDS: tuple[Command, ...] = (
         in_footer=False,
         verb="ask",
     ),
+    _do("remedy", "m", "remedy", "Mend", "Do what helps against what the health tab tells, after asking."),
     _do("chat", "c", "chat", "Chat", "Talk to this run's adapter.", verb="chat"),
     _do("another", "x", "another", "Another run", "Watch another run, or the queue.", verb="attach"),
     _do("prepare", "n", "prepare", "New run", "Prepare a run: the recipe in full, and its checks."),

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import EnergyMeter
@@ -18,6 +20,7 @@ from qlora_tui.runs.status import Status
 from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.screens.train_output import OutputTail
+from qlora_tui.tui.screens.train_remedy import Remedy, remedy
 from qlora_tui.tui.widgets.log_tail import Entry, Level
 from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace
 
@@ -68,6 +71,8 @@ class Picture:
     """The newest last."""
     energy_kwh: float | None
     seconds_left: float | None
+    remedy: Remedy | None
+    """What one key can do about what is wrong."""
     one_in: int
     """Of so many steps one is drawn: more than 1 in a very long run."""
 
@@ -135,6 +140,7 @@ class Follower:
         self._sketched = False
         self._entries: list[Entry] = []
         self._unknown_told = 0
+        self._recipe = _recipe(run)
         self._telemetry = TelemetryTail(run.telemetry_path)
         self._recent: deque[Sample] = deque(maxlen=_HISTORY)
         self._energy = EnergyMeter(run.telemetry_path)
@@ -199,8 +205,16 @@ class Follower:
             telemetry=tuple(self._recent),
             energy_kwh=self._energy.kwh,
             seconds_left=view.seconds_left,
+            remedy=remedy(view.status.state, view.health, view.ending, self._recipe),
             one_in=max(1, round(view.step / len(series))) if self._sketched and len(series) else 1,
         )
+
+
+def _recipe(run: RunDir) -> Recipe | None:
+    try:
+        return run.recipe()
+    except Problem:
+        return None
 
 
 def _entries(events: Iterable[AnyEvent], total_steps: int) -> list[Entry]:

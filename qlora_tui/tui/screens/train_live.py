@@ -156,6 +156,8 @@ def _health_entries(picture: Picture) -> tuple[Entry, ...]:
         steps = f"step {first.step:,}" if len(told) == 1 else f"steps {first.step:,} to {last.step:,}"
         times = "" if len(told) == 1 else f" ({len(told)} times)"
         entries.append(Entry(last.at, last.severity, f"{steps}: {last.evidence}{times} ▸ {last.remedy}"))
+    if picture.remedy is not None:
+        entries.append(Entry(None, "info", f"▸ m: {picture.remedy.says}"))
     return tuple(entries)
 
 
