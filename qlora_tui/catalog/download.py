@@ -39,13 +39,16 @@ PROGRESS_EVERY_S = 0.25
 
 
 def download(
-    model_id: str, on_progress: OnProgress | None = None, patience_s: tuple[float, ...] = PATIENCE_S
+    model_id: str,
+    on_progress: OnProgress | None = None,
+    patience_s: tuple[float, ...] = PATIENCE_S,
+    revision: str = "main",
 ) -> Path:
-    """Fetch ``model_id`` into the Hugging Face cache; return the folder to load.
+    """Fetch a revision of ``model_id`` into the Hugging Face cache; return the folder to load.
 
     Continues what an earlier attempt left. Raises Problem when it cannot; what was fetched is kept.
     """
-    plan = plan_download(model_id)
+    plan = plan_download(model_id, revision)
     check_space(plan)
     report = on_progress or (lambda done, total, file: None)
     with told(model_id):
@@ -56,9 +59,10 @@ def download(
             if not (plan.blob(file).exists() or (plan.snapshot / file.name).is_file()):
                 _fetch(plan, file, report, patience_s)
             _link(plan, file)
-        refs = plan.folder / "refs"
-        refs.mkdir(exist_ok=True)
-        atomic_write(refs / "main", plan.commit)
+        if revision != plan.commit:
+            ref = plan.folder / "refs" / revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(ref, plan.commit)
     return plan.snapshot
 
 

@@ -87,6 +87,12 @@ def _refused_by_hub(error: Any, model_id: str) -> Problem:
             what=f"{model_id} on {_endpoint()} has no such file as its config.json or an index it needs.",
             fix="Choose another model, or another copy of it.",
         )
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return Problem(
+            "The model has no such revision",
+            what=f"{model_id} on {_endpoint()} has no branch, tag or commit of this name.",
+            fix="The hub lists them under Files and versions; main is what is meant without one.",
+        )
     if isinstance(error, hub_errors.RepositoryNotFoundError) or status == 404:
         return Problem(
             "The model is not on the hub",

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from msgspec import Struct
 
@@ -24,6 +25,7 @@ from qlora_tui.catalog.model_folder import (
     judge_config,
     no_weights_problem,
 )
+from qlora_tui.errors import WRONG_CALL, Problem
 
 SMALL_FILES = frozenset({
     CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -32,6 +34,7 @@ SMALL_FILES = frozenset({
 })  # fmt: skip
 HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 """Of a git blob or commit, or SHA-256."""
+REVISION = re.compile(r"\w[\w-]*(?:[./]\w[\w-]*)*")
 
 
 class HubFile(Struct, frozen=True):
@@ -88,7 +91,8 @@ def plan_download(model_id: str, revision: str = "main") -> Plan:
     Raises Problem when the hub does not answer, the model is gated, or it cannot be trained here (the reason
     is known from its config and file list, before gigabytes are fetched).
     """
-    info = get_json(f"api/models/{checked_id(model_id)}/revision/{revision}", {"blobs": "true"}, model_id)
+    page = f"api/models/{checked_id(model_id)}/revision/{quote(checked_revision(revision), safe='')}"
+    info = get_json(page, {"blobs": "true"}, model_id)
     commit, listed = _listing(info)
     config = fetch_config(model_id, commit) if CONFIG in listed else None
     if config is not None and (refusal := judge_config(config, model_id)[1]) is not None:
@@ -97,6 +101,18 @@ def plan_download(model_id: str, revision: str = "main") -> Plan:
     small = [name for name in listed if name in SMALL_FILES]
     folder = hub_cache_dir() / f"models--{model_id.replace('/', '--')}"
     return Plan(model_id, commit, tuple(listed[name] for name in (*small, *weights)), folder)
+
+
+def checked_revision(revision: str) -> str:
+    """A name that may become part of an address and of a path; raises Problem for any other."""
+    if not REVISION.fullmatch(revision):
+        raise Problem(
+            "That is no revision",
+            what=f"{revision!r} is not the name of a branch, a tag or a commit.",
+            fix="The hub lists them under Files and versions.",
+            exit_code=WRONG_CALL,
+        )
+    return revision
 
 
 def _listing(info: Any) -> tuple[str, dict[str, HubFile]]:

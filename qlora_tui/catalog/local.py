@@ -121,7 +121,7 @@ def not_here(model_id: str) -> Problem:
     get = (
         "Check the path."
         if looks_like_path
-        else f"Download it on the Models screen, or with: hf download {model_id}"
+        else f"Download it on the Models screen, or with: qlora-tui download {model_id}"
     )
     return Problem(
         "The model is not on this machine",
@@ -199,7 +199,7 @@ def _unfinished(name: str) -> Problem:
         "The download is not complete",
         f"{name} is in the cache only in part.",
         "A download began and did not end, or fetched single files only.",
-        "Download the model again: what is there already is kept.",
+        f"Download it again, here or with `qlora-tui download {name}`: what is there is kept.",
     )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 VERBS = {
     "models": ("models", "List models on this machine; with a query, on the hub too."),
+    "download": ("download", "Fetch a model from the hub, or go on where that was cut short."),
     "estimate": ("estimate", "Predict a recipe's memory, item by item."),
     "data": ("data", "Look a data file over, or show one row as the model will see it."),
     "presets": ("presets", "List presets, show one, or print every setting."),

@@ -28,6 +28,8 @@ class Repo:
     private: bool = False
     downloads: int = 0
     tags: tuple[str, ...] = ("transformers", "safetensors", "license:apache-2.0")
+    branches: tuple[str, ...] = ()
+    """Beside main; all have the same files."""
 
     @property
     def commit(self) -> str:
@@ -160,6 +162,8 @@ class _HubHandler(_Handler):
         if repo is None or (repo.private and token is None):
             status = 401 if token is None else 404
             self.refuse(status, "RepoNotFound", "Repository not found")
+        elif parts[2:3] == ["revision"] and "/".join(parts[3:]) not in ("main", repo.commit, *repo.branches):
+            self.refuse(404, "RevisionNotFound", "Invalid rev id")
         elif parts[2:3] == ["tree"]:
             self.json([_tree_entry(*item) for item in repo.files.items()])
         else:
