@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS, CodePath
 from qlora_tui.memory.layout import Layout
+from qlora_tui.memory.ops import FLOAT
 from qlora_tui.recipe.schema import Recipe
 
 LABELS: dict[str, str] = {
@@ -113,7 +114,7 @@ def _training_sentences(facts: Facts) -> dict[str, str]:
 
 def _activation_sentences(facts: Facts) -> dict[str, str]:
     path, layout, layers = facts.path, facts.layout, facts.architecture.layers
-    tokens, hidden, adapter = f"{layout.tokens:,} tokens", f"{layout.hidden:,}", path.adapter_bytes
+    tokens, hidden = f"{layout.tokens:,} tokens", f"{layout.hidden:,}"
     stream = 4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes
     return {
         "checkpoints": (
@@ -124,9 +125,17 @@ def _activation_sentences(facts: Facts) -> dict[str, str]:
             if path.checkpointing
             else f"What all {layers} layers save for the backward pass: {tokens} × their widths."
         ),
-        "adapter_inputs": f"A target's input in the adapter's dtype: {tokens} × width × {adapter} bytes.",
+        "adapter_inputs": (
+            f"What passes between an adapter's two matrices: {tokens} × rank × {path.compute_bytes} bytes."
+            if path.lean_lora
+            else f"A target's input in the adapter's dtype: {tokens} × width × {path.adapter_bytes} bytes."
+        ),
         "int8_inputs": f"The int8 product keeps its input out of checkpointing's reach: {tokens} × width.",
-        "dropout": f"A dropped copy of each target's input, and its mask: {tokens} × width.",
+        "dropout": (
+            f"What was kept of each target's input: {tokens} × width × 1 byte."
+            if path.lean_lora
+            else f"A dropped copy of each target's input, and its mask: {tokens} × width."
+        ),
         "scores": (
             f"Attention written out: {layout.rows} × {facts.architecture.heads} heads × "
             f"{layout.length:,}² scores a matrix, several at a time."
@@ -142,7 +151,9 @@ def _logits_sentence(path: CodePath, layout: Layout) -> str:
     vocabulary = f"{layout.vocabulary:,}"
     if path.loss == "chunked":
         rows = min(LOSS_CHUNK_ROWS, layout.tokens)
-        return f"{rows:,} positions at a time: {rows:,} × {vocabulary} logits × 8 bytes."
+        # float32, and beside them what they were or will be in the compute dtype
+        width = FLOAT + (path.compute_bytes if path.compute_bytes < FLOAT else 0)
+        return f"{rows:,} positions at a time: {rows:,} × {vocabulary} logits × {width} bytes."
     if path.loss == "liger":
         return f"Liger takes some rows at a time, {vocabulary} logits a row."
     return (

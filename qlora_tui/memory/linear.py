@@ -13,6 +13,8 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         return base(ops, x, module)
     if ops.fused and module.method in ("nf4", "fp4"):
         return fused.lora(ops, x, module)
+    if ops.lean and not module.dora and module.method != "int8":
+        return _lean(ops, x, module)
     result = base(ops, x, module)
     if module.method in ("nf4", "fp4"):
         result = ops.copy(result)  # peft/tuners/lora/bnb.py clones the 4-bit result
@@ -28,6 +30,60 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     if module.method == "none":
         del update  # an unnamed value in peft's layer.py; bnb.py gives it a name
     return ops.cast(result, out_width)
+
+
+def _lean(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    """Base and adapter as one function that keeps its input as it came (training/lean.py)."""
+    rows, numel, width = _rows(x, module), x.numel, x.width
+    needs, dropout = x.needs_grad, bool(ops.dropout)
+    down, up = module.rank * module.inputs, module.rank * module.outputs
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        wide = ops.new(rows * module.rank, width)
+        toward_b = _gradient(ops, up, width)
+        with ops.meter.booking("dropout"):
+            dropped = ops.new(numel, width) if dropout else None
+        toward_a = _gradient(ops, down, width)
+        del dropped
+        if not needs:
+            return (None, toward_a, toward_b)
+        weight = _frozen(ops, module, grad.width)
+        toward_x = ops.new(numel, width)
+        del weight
+        if dropout:
+            with ops.meter.booking("dropout"):
+                through = ops.new(numel, width)
+                masked = ops.new(numel, width)
+            del through, masked
+        del wide
+        return (toward_x, toward_a, toward_b)
+
+    workspace = _frozen(ops, module, ops.compute)
+    out = ops.new(rows * module.outputs, width)
+    del workspace
+    kept = None
+    with ops.meter.booking("dropout"):
+        if dropout:
+            kept = ops.new(numel, 1)
+        dropped = ops.new(numel, width) if dropout else None
+    with ops.meter.booking("adapter_inputs"):
+        thin = ops.new(rows * module.rank, width)
+    del dropped
+    a, b = (Tensor(x.storage, 0, ops.adapter, ops.tape.leaf()) for _ in range(2))
+    out.node = ops.tape.node((x, a, b), fn, (x, kept, thin))
+    return out
+
+
+def _gradient(ops: Ops, weights: int, width: int) -> Tensor:
+    """Of an adapter's weight: made in the compute dtype, cast to the adapter's."""
+    with ops.meter.booking("gradients"):
+        made = ops.new(weights, width)
+        return made if width == ops.adapter else ops.new(weights, ops.adapter)
+
+
+def _frozen(ops: Ops, module: Linear, width: int) -> Tensor | None:
+    """The base weight for a product: dequantized where it is packed, else itself."""
+    return _dequantized(ops, module, width) if module.method in ("nf4", "fp4") else None
 
 
 def base(ops: Ops, x: Tensor, module: Linear) -> Tensor:

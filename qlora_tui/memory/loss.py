@@ -90,8 +90,6 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
         thin = ops.new(chunk, width)
         logits = ops.new(chunk, FLOAT) if width != FLOAT else thin
         del thin
-        spare = ops.new(chunk, FLOAT)  # logsumexp's exponentials
-        del spare
         slope = _slope(ops, chunk) if layout.softcap else None
         narrow = ops.new(chunk, width) if width != FLOAT else None
         product = ops.new(rows * layout.hidden, width)

@@ -58,6 +58,7 @@ class Ops:
         autocast: bool,
         tokens: int,
         fused: bool,
+        lean: bool,
         float16: bool,
     ) -> None:
         self.meter = meter
@@ -72,6 +73,7 @@ class Ops:
         self.autocast = autocast
         self.tokens = tokens
         self.fused = fused
+        self.lean = lean
         self.float16 = float16
 
     def new(self, numel: int, width: int, item: str | None = None) -> Tensor:

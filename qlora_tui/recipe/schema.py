@@ -88,7 +88,7 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Dropout",
             "Drops inputs of the adapter while training; 0 is faster, 0.05 to 0.1 helps small data.",
-            "Above 0 each target keeps a copy of its input.",
+            "Above 0 each target keeps a byte for each element of its input.",
             ge=0,
             lt=1,
         ),

@@ -10,6 +10,7 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import select
+from qlora_tui.training.lean import use_lean_lora
 
 
 def add_lora(model: Any, settings: Lora, architecture: Architecture) -> Any:
@@ -30,7 +31,9 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture) -> Any:
         use_dora=settings.use_dora,
         bias="none",
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    use_lean_lora(adapted)
+    return adapted
 
 
 def target_names(model: nn.Module, settings: Lora, architecture: Architecture) -> list[str]:

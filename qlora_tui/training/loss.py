@@ -139,13 +139,15 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits *= head.multiplier
             if head.softcap is not None:
                 logits.div_(head.softcap).tanh_().mul_(head.softcap)
-            normalizer = logits.logsumexp(dim=-1, keepdim=True)
-            total += (normalizer - logits.gather(1, target)).sum()
+            wanted = logits.gather(1, target)
+            slope = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
+            # In place, the logits become softmax(logits), less one at the target.
+            largest = logits.amax(dim=-1, keepdim=True)
+            sums = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+            total += (sums.log() + largest - wanted).sum()
             if grad is None:
                 continue
-            slope = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
-            # In place: the logits become softmax(logits), less one at the target.
-            logits.sub_(normalizer).exp_()
+            logits.div_(sums)
             logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
             if slope is not None:
                 logits *= slope

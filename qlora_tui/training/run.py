@@ -22,7 +22,6 @@ from qlora_tui.training.asked import EndedEarly, Requests
 from qlora_tui.training.batches import Schedule, computed_tokens, lay_out
 from qlora_tui.training.checkpoints import Checkpoint, check_same
 from qlora_tui.training.device import Attention, Device, choose_attention, find_device
-from qlora_tui.training.dropout import use_quick_dropout
 from qlora_tui.training.edge import Edge, Setting
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.finish import write_adapter
@@ -248,8 +247,6 @@ class Attempt:
     def _adapted(self, base: Base, files: ModelFiles, device: Device) -> Any:
         training, lora = self._recipe.training, self._recipe.lora
         model = add_lora(base.model, lora, files.architecture)
-        if device.kind == "cpu":
-            use_quick_dropout(model)
         if training.gradient_checkpointing:
             load.checkpoint_activations(base.model, keep_rng=lora.dropout > 0)
         self._reporter.tell(

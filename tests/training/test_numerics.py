@@ -13,7 +13,6 @@ from torch import Tensor
 from qlora_tui.recipe.schema import Lora, Quantization, Recipe
 from qlora_tui.training import attention, checks, load, loss
 from qlora_tui.training.device import find_device
-from qlora_tui.training.dropout import QuickDropout
 from qlora_tui.training.evaluation import evaluating
 from tests.training.families import FAMILIES, build
 
@@ -214,15 +213,3 @@ def _plain(config: Any) -> dict[str, Any]:
 def test_the_segment_mask_says_where_samples_begin() -> None:
     mask = attention.segment_mask([3, 1, 4])
     assert mask.shape == (1, 1, 1, 4) and mask.flatten().tolist() == [0, 3, 4, 8]
-
-
-def test_quick_dropout_drops_its_share_and_passes_gradients_where_it_kept() -> None:
-    torch.manual_seed(0)
-    dropout = QuickDropout(0.05)
-    values = torch.ones(1001, 999, requires_grad=True)
-    passed = dropout(values)
-    passed.sum().backward()
-    assert (passed == 0).float().mean().item() == pytest.approx(0.05, abs=1e-3)
-    assert passed.mean().item() == pytest.approx(1.0, abs=1e-3)
-    assert values.grad is not None and torch.equal(values.grad, passed.detach())
-    assert dropout.eval()(values) is values

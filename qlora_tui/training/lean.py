@@ -1,0 +1,136 @@
+"""A frozen linear module and its adapter as one function, in place of peft's forward.
+
+peft copies the base's output, casts each target's input to the adapter's fp32, keeps that copy (and with
+dropout another), and multiplies in fp32. Here the input is kept as it came, so that the targets reading one
+hidden state share it; dropout keeps one byte an element; the products are in the compute dtype, as under
+autocast; and the backward adds both gradients of the input in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_WORDS = 4
+"""Decisions to drop or keep from one 64-bit random number."""
+_VALUES = 1 << 15
+"""Values of each: on a CPU a probability is right to 1/32,768."""
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def use_lean_lora(model: nn.Module) -> None:
+    """Let every plain LoRA module compute so. DoRA, and bases whose weight cannot be had, stay peft's."""
+    for module in model.modules():
+        if hasattr(module, "lora_A") and not getattr(module, "lora_variant", None):
+            weight = _weight_of(module.get_base_layer())  # type: ignore[operator]  # a peft layer's method
+            if weight is not None:
+                _replace_forward(module, weight)
+
+
+def _replace_forward(module: Any, weight: Callable[[], Tensor]) -> None:
+    stock, base = module.forward, module.get_base_layer()
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = self.active_adapters
+        if self.disable_adapters or self.merged or len(names) != 1 or args or kwargs:
+            return stock(x, *args, **kwargs)  # type: ignore[no-any-return]
+        (name,) = names
+        out: Tensor = _LeanLinear.apply(  # type: ignore[no-untyped-call]  # torch's own
+            x,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            base,
+            weight,
+            self.scaling[name],
+            getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0,
+        )
+        return out
+
+    module.forward = MethodType(forward, module)
+
+
+def _weight_of(base: Any) -> Callable[[], Tensor] | None:
+    """What gives (outputs, inputs), in 16 or 32 bits; None where there is no such weight."""
+    if type(base).__name__ != "Linear4bit":
+        # Families have subclasses of their own (Falcon's); bitsandbytes' 8-bit weights are whole numbers.
+        known = isinstance(base, nn.Linear) and base.weight.is_floating_point()
+        return (lambda: base.weight) if known else None
+    from bitsandbytes.functional import dequantize_4bit
+
+    def dequantized() -> Tensor:
+        packed = base.weight
+        made: Tensor = dequantize_4bit(packed.data.view(-1, 1), packed.quant_state)
+        return made
+
+    return dequantized
+
+
+class _LeanLinear(torch.autograd.Function):
+    """base(x) + scaling · dropout(x) · Aᵀ · Bᵀ for x (…, inputs), A (rank, inputs), B (outputs, rank)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        base: nn.Module,
+        weight: Callable[[], Tensor],
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        out: Tensor = base(x)
+        rows = x.reshape(-1, x.shape[-1])
+        kept = _kept(rows, p) if p else None
+        # What is kept is scaled up: here, where it is a number.
+        scaling /= 1 - p
+        thin = _dropped(rows, kept) @ a.to(x.dtype).t()
+        out.view(-1, out.shape[-1]).addmm_(thin, b.to(x.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(x, kept, thin, a, b)
+        ctx.weight, ctx.scaling = weight, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, kept, thin, a, b = ctx.saved_tensors
+        grad = grad_outputs[0].reshape(-1, b.shape[0])
+        wide = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
+        toward_b = (grad.t() @ thin).mul_(ctx.scaling).to(b.dtype)
+        toward_a = (wide.t() @ _dropped(x.reshape(-1, x.shape[-1]), kept)).to(a.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, toward_a, toward_b, None, None, None, None
+        toward_x = grad @ ctx.weight().to(grad.dtype)
+        if kept is None:
+            toward_x.addmm_(wide, a.to(grad.dtype))
+        else:
+            toward_x += _dropped(wide @ a.to(grad.dtype), kept)
+        return toward_x.view(x.shape), toward_a, toward_b, None, None, None, None
+
+
+def _kept(values: Tensor, p: float) -> Tensor:
+    """What is kept of ``values``, a byte an element: on a CPU all bits where it is, none where not.
+
+    Drawing is a third of a step on a CPU where each element takes a 64-bit number; 15 bits decide as well.
+    """
+    if values.device.type != "cpu":
+        return torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - p)
+    count = values.numel()
+    drawn = torch.empty(-(-count // _WORDS), dtype=torch.int64, device=values.device)
+    words = drawn.random_(-(1 << 63), None).view(torch.int16)[:count].bitwise_and_(_VALUES - 1)
+    # Below zero, and so all ones once its sign is spread, where the word is not of the lowest share p.
+    words.neg_().add_(round(p * _VALUES) - 1).bitwise_right_shift_(15)
+    return words.to(torch.int8).view(values.shape)
+
+
+def _dropped(values: Tensor, kept: Tensor | None) -> Tensor:
+    """Zeros where not kept. On a CPU as bits: arithmetic with another type is many times slower."""
+    if kept is None:
+        return values
+    if kept.dtype == torch.bool:
+        return values * kept
+    bits = _BITS[values.dtype]
+    return kept.to(bits).bitwise_and_(values.view(bits)).view(values.dtype)
