@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from itertools import islice
+from pathlib import Path
 
 import msgspec
 
@@ -51,7 +52,7 @@ def _show(args: argparse.Namespace) -> Outcome:
         )
     shown = show(_source(args), args.row, tokenizer, Data(max_length=args.max_length))
     bold, end = ("\x1b[1;4m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    lines = []
+    lines = [shown.path] if Path(args.file).is_dir() else []
     for pieces, tokens, trained in zip(shown.samples, shown.token_counts, shown.trained_counts, strict=True):
         lines.append("".join(f"{bold}{p.text}{end}" if p.trained else p.text for p in pieces))
         lines.append(

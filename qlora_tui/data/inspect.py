@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
 
 from qlora_tui.data.checks import conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRefused
@@ -17,8 +20,9 @@ from qlora_tui.data.lengths import fit
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.render import pieces, render
 from qlora_tui.data.report import Counts, FileReport, Report, Shown
+from qlora_tui.data.row import Row
 from qlora_tui.data.row_at import row_at
-from qlora_tui.data.sources import SourceFile, conversation_of, conversations, open_source
+from qlora_tui.data.sources import SourceFile, conversation_of, conversations, open_file_of, open_source
 from qlora_tui.data.statistics import LengthCounter
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained import untrained_problem
@@ -49,12 +53,20 @@ def show(
 ) -> Shown:
     """Row number ``row`` of the source's file ``path``, or of its first. Raises ``Problem``."""
     data = data or Data()
-    files, _ = open_source(source)
-    file = next((file for file in files if str(file.path) == path), files[0])
+    file, found = row_of(source, row, path)
+    shown = _shown(found.number, conversation_of(found, file), tokenizer, data)
+    return msgspec.structs.replace(shown, path=str(file.path))
+
+
+def row_of(source: Source, row: int, path: str = "") -> tuple[SourceFile, Row]:
+    """The same row as the file gives it, or the next there is. Raises ``Problem``."""
+    file = open_file_of(source, path)
     found = row_at(file.path, row)
-    if found is not None:
-        return _shown(found.number, conversation_of(found, file), tokenizer, data)
-    raise Problem("No such row", what=f"{file.path} ends before row {row}.", fix="Choose a smaller number.")
+    if found is None:
+        raise Problem(
+            "No such row", what=f"{file.path} ends before row {row}.", fix="Choose a smaller number."
+        )
+    return file, found
 
 
 class _Inspection:
@@ -67,6 +79,8 @@ class _Inspection:
         self._data = data
         self._examiner = Examiner(data, tokenizer, near_duplicates=True)
         self._lengths = LengthCounter("tokens" if tokenizer else "characters")
+        self._row = 0
+        self._last_rows: dict[Path, int] = {}
         unknown = untrained_problem(tokenizer.folder, tokenizer) if tokenizer and tokenizer.folder else None
         self._of_the_model = [unknown] if unknown else []
         self._bytes = sum(file.path.stat().st_size for file in files) or 1
@@ -77,23 +91,41 @@ class _Inspection:
         done = 0
         for file in self._files:
             position = Position()
-            for batch in self._examiner.examined(file, batches(conversations(file, position))):
+            for batch in self._examiner.examined(file, batches(self._rows(file, position))):
                 self._measure(batch)
                 if time.monotonic() >= due:
                     due = time.monotonic() + _NEXT_REPORT_S
                     yield self._report(False, (done + position.bytes) / self._bytes)
             done += file.path.stat().st_size
+            self._last_rows[file.path] = self._row
         yield self._report(True, 1.0)
+
+    def _rows(self, file: SourceFile, position: Position) -> Iterator[tuple[Row, Conversation | RowRefused]]:
+        for row, one in conversations(file, position):
+            self._row = row.number
+            yield row, one
 
     def _measure(self, batch: list[Examined]) -> None:
         for examined in batch:
             lengths = examined.lengths if self._tokenizer else [_characters(examined.conversation)]
             self._lengths.add(lengths, examined.conversation.row)
 
+    def _file_report(self, file: SourceFile) -> FileReport:
+        found = file.detection
+        return FileReport(
+            path=str(file.path),
+            bytes=file.path.stat().st_size,
+            format=found.layout.format,
+            columns=found.layout.columns,
+            all_columns=found.columns,
+            evidence=(*found.evidence, self._note) if self._note else found.evidence,
+            last_row=self._last_rows.get(file.path, 0),
+        )
+
     def _report(self, complete: bool, share: float) -> Report:
         counts = self._examiner.counts
         return Report(
-            files=tuple(_file_report(file, self._note) for file in self._files),
+            files=tuple(self._file_report(file) for file in self._files),
             complete=complete,
             share=min(1.0, share),
             counts=Counts(**{name: getattr(counts, name) for name in counts.__struct_fields__}),
@@ -103,18 +135,6 @@ class _Inspection:
             notes=dict(self._examiner.notes),
             template=self._tokenizer.template_name if self._tokenizer else "",
         )
-
-
-def _file_report(file: SourceFile, note: str) -> FileReport:
-    found = file.detection
-    return FileReport(
-        path=str(file.path),
-        bytes=file.path.stat().st_size,
-        format=found.layout.format,
-        columns=found.layout.columns,
-        all_columns=found.columns,
-        evidence=(*found.evidence, note) if note else found.evidence,
-    )
 
 
 def _characters(conversation: Conversation) -> int:

@@ -45,6 +45,8 @@ class FileReport(Struct, frozen=True):
     """Column by part."""
     all_columns: tuple[str, ...]
     evidence: tuple[str, ...]
+    last_row: int = 0
+    """Number of the last row; 0 until all of the file has been read."""
 
 
 class Report(Struct, frozen=True):
@@ -80,3 +82,5 @@ class Shown(Struct, frozen=True):
     notes: tuple[str, ...] = ()
     findings: tuple[tuple[str, str], ...] = ()
     """Kind and example of what the checks say of this row."""
+    path: str = ""
+    """The file it is from."""

@@ -36,10 +36,26 @@ def open_source(source: Source, index: int = 0) -> tuple[list[SourceFile], str]:
 
     Raises ``Problem`` for what does not exist, is empty or has no usable field.
     """
-    path = Path(source.path).expanduser()
-    wanted = is_hub_id(source.path) and not path.exists() and not kind_of(path)
-    paths, note = hub_files(source.path) if wanted else files_of(path)
+    paths, note = paths_of(source)
     return [SourceFile(path, index, sniff(path, source)) for path in paths], note
+
+
+def open_file_of(source: Source, path: str = "") -> SourceFile:
+    """The file ``path`` of a source, or its first. Raises ``Problem``."""
+    paths, _ = paths_of(source)
+    chosen = next((one for one in paths if str(one) == path), paths[0])
+    return SourceFile(chosen, 0, sniff(chosen, source))
+
+
+def paths_of(source: Source) -> tuple[list[Path], str]:
+    """The files a source stands for, and a word on them; a hub dataset is fetched. Raises ``Problem``."""
+    return hub_files(source.path) if is_of_the_hub(source.path) else files_of(Path(source.path).expanduser())
+
+
+def is_of_the_hub(name: str) -> bool:
+    """Whether a source's path is the id of a hub dataset rather than a file or folder."""
+    path = Path(name).expanduser()
+    return is_hub_id(name) and not path.exists() and not kind_of(path)
 
 
 def sniff(path: Path, source: Source) -> Detection:

@@ -10,12 +10,11 @@ from pathlib import Path
 from qlora_tui.catalog.local import resolve
 from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.formats import SNIFFED_ROWS
-from qlora_tui.data.inspect import inspecting, show
+from qlora_tui.data.inspect import inspecting, row_of, show
 from qlora_tui.data.problems import shorten
-from qlora_tui.data.read import files_of, rows
+from qlora_tui.data.read import rows
 from qlora_tui.data.report import Piece, Report, Shown
-from qlora_tui.data.row_at import row_at
-from qlora_tui.data.sources import conversation_of, open_source
+from qlora_tui.data.sources import conversation_of, paths_of
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.engine.protocol import (
     DataInspected,
@@ -50,13 +49,13 @@ class Previews:
     def show(self, request: ShowRow) -> RowShown:
         """One row. Raises Problem."""
         if not request.model:
-            return RowShown(shown=_as_read(request.source, request.row))
+            return RowShown(shown=_as_read(request.source, request.row, request.path))
         tokenizer = self._tokenizer(request.model, request.template)
-        return RowShown(shown=show(request.source, request.row, tokenizer, request.data))
+        return RowShown(shown=show(request.source, request.row, tokenizer, request.data, request.path))
 
     def fields(self, request: ShowFields) -> FieldsShown:
         """What the first rows hold, whatever their format. Raises Problem."""
-        path = files_of(Path(request.source.path).expanduser())[0][0]
+        path = paths_of(request.source)[0][0]
         found: dict[str, str] = {}
         for row in islice(rows(path), SNIFFED_ROWS):
             held = row.value if isinstance(row.value, dict) else {}
@@ -86,18 +85,13 @@ def _tokenizer_folder(model: str) -> Path:
     return folder
 
 
-def _as_read(source: Source, row: int) -> Shown:
+def _as_read(source: Source, row: int, path: str) -> Shown:
     """A row without a tokenizer: its turns, and the answers marked as what would be learnt."""
-    file = open_source(source)[0][0]
-    found = row_at(file.path, row)
-    if found is None:
-        raise Problem(
-            "No such row", what=f"{file.path} ends before row {row}.", fix="Choose a smaller number."
-        )
+    file, found = row_of(source, row, path)
     one = conversation_of(found, file)
     if isinstance(one, RowRefused):
-        return Shown(found.number, (), (), (), refused=one.reason)
-    return Shown(found.number, (tuple(_turns(one)),), (), ())
+        return Shown(found.number, (), (), (), refused=one.reason, path=str(file.path))
+    return Shown(found.number, (tuple(_turns(one)),), (), (), path=str(file.path))
 
 
 def _turns(conversation: Conversation) -> Iterator[Piece]:

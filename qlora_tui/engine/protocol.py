@@ -68,6 +68,8 @@ class ShowRow(Request, frozen=True, kw_only=True, tag="show_row"):
 
     source: Source
     row: int
+    path: str = ""
+    """Which file of the source; empty is its first."""
     data: Data
     model: str = ""
     """Empty shows the row as the file has it."""

@@ -17,6 +17,7 @@ from qlora_tui.runs.log import EventWriter
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.data import DataScreen
 from qlora_tui.tui.screens.open_path import OpenPathScreen
+from tests.data.dataset_hub import dataset_hub
 from tests.tui.played import Play, play
 from tests.tui.reading import readable_model, ticket, tickets, write_rows
 from tests.tui.seeing import shows, text_of
@@ -308,3 +309,55 @@ async def test_a_path_can_be_typed_and_completed_and_a_folder_taken_whole(model:
         await pilot.press("ctrl+o")
         await shows(pilot, "set", "Where is parcel 1?")
         assert app.workbench.recipe.data.sources[0].path == str(here / "set")
+
+
+async def test_rows_and_problems_go_through_every_file_of_a_folder(model: str, here: Path) -> None:
+    (here / "set").mkdir()
+    write_rows(here / "set" / "a.jsonl", [ticket(1), ticket(2)])
+    write_rows(here / "set" / "b.jsonl", [ticket(3), ticket(3)])
+    write_rows(here / "set" / "c.jsonl", [ticket(4), ticket(5), ticket(5)])
+    async with opened(model, "set").run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "a.jsonl row 1 of 2", "Duplicate row 1  b.jsonl", "Duplicate row 1  c.jsonl")
+        await pilot.press("h", "l")
+        await shows(pilot, "a.jsonl row 2 of 2", "Where is parcel 2?")
+        await pilot.press("l")
+        await shows(pilot, "b.jsonl row 1 of 2", "Where is parcel 3?")
+        await pilot.press("h")
+        await shows(pilot, "a.jsonl row 2 of 2")
+        await pilot.press("n")
+        await shows(pilot, "b.jsonl row 2 of 2", "⚠ Duplicate row")
+        await pilot.press("n")
+        await shows(pilot, "c.jsonl row 3 of 3", "⚠ Duplicate row")
+        await pilot.press("l")
+        await shows(pilot, "c.jsonl row 3 of 3")
+        await pilot.press("colon", *"b 1", "enter")
+        await shows(pilot, "b.jsonl row 1 of 2")
+        assert "⚠ Duplicate row" not in text_of(pilot.app).split("b.jsonl row 1")[1].split("Duplicate")[0]
+
+
+@pytest.mark.slow
+async def test_a_dataset_of_the_hub_is_opened_by_its_id(
+    model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "".join(f'{{"prompt": "Where is parcel {n}?", "completion": "Here."}}\n' for n in range(3))
+    about = b"---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with dataset_hub({"README.md": about, "train.jsonl": rows.encode()}) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        app = open_on("data", model=model)
+        async with app.run_test(size=(120, 40)) as pilot:
+            await pilot.press("o")
+            await pilot.press(*"owner/parcels")
+            await shows(pilot, "hub  owner/parcels")
+            await pilot.press("enter")
+            await shows(pilot, "owner/parcels  hub", "row 1 of 3", "Where is parcel 0?")
+            assert app.workbench.recipe.data.sources[0].path == "owner/parcels"
+
+
+@pytest.mark.slow
+async def test_a_dataset_that_cannot_be_had_says_why(model: str) -> None:
+    app = open_on("data", model=model)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("o")
+        await pilot.press(*"owner/parcels", "enter")
+        await shows(pilot, "✗ No such data", "owner/parcels is neither a file here nor a dataset", "x takes")

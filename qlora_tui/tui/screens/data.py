@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from textual import work
@@ -12,11 +12,13 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
+from qlora_tui.data.problems import DataProblem
 from qlora_tui.data.report import Report, Shown
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens import data_costs as costs
+from qlora_tui.tui.screens import data_steps as steps
 from qlora_tui.tui.screens import data_words as words
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.data_edits import DataEdits
@@ -50,7 +52,7 @@ class DataScreen(DataEdits):
         "Enter on a problem goes to its next row; tab goes from list to list."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = (
-        _command("open", "o", "open", "Open", "Add a data file, or a folder of them."),
+        _command("open", "o", "open", "Open", "Add a data file, a folder of them, or a hub dataset."),
         _command("next", "right,l", "row(1)", "Next", "The next row.", in_footer=False),
         _command("previous", "left,h", "row(-1)", "Previous", "The row before.", in_footer=False),
         _command("goto", "colon", "go_to", "Row", "Go to a row by its number."),
@@ -94,6 +96,8 @@ class DataScreen(DataEdits):
         self.report: Report | None = None
         self.shown: Shown | None = None
         self.row = 1
+        self.path = ""
+        """The file of the source that the row is from; empty is its first."""
         self._no_tokens: Problem | None = None
         """Why the row is shown as the file has it, where a model is named."""
         self._costs: list[costs.Cost] = []
@@ -149,40 +153,40 @@ class DataScreen(DataEdits):
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Go to the next row with the problem chosen."""
-        if event.option_list.id == "problems" and self.report is not None:
-            chosen = next((p for p in self.report.problems if p.kind == event.option_id), None)
-            if chosen is not None:
-                self._go_to_next(list(chosen.rows), 1)
+        if event.option_list.id == "problems" and self.report is not None and self.report.problems:
+            self._go_to_next([self.report.problems[event.option_index]], 1)
 
     def action_row(self, by: int) -> None:
         """Show a neighbouring row."""
-        last = self.report.counts.rows if self.report and self.report.complete else None
-        # Rows of a JSONL file are lines: their last number may lie behind their count, never before it.
-        if by > 0 and self.shown is not None and last is not None and self.row >= last:
-            return
-        self._show_another(max(1, self.row + by))
+        place = steps.beside((self.path, self.row), by, self.report.files if self.report else ())
+        if self.shown is None or place != (self.path, self.row):
+            self._show_another(*place)
 
     def action_go_to(self) -> None:
         """Ask for a row's number."""
 
+        files = self.report.files if self.report else ()
+
         def answered(text: str | None) -> None:
-            if text is not None:
-                self._show_another(int(text.replace(",", "")))
+            if text is not None and (place := steps.place_of(text, self.path, files)) is not None:
+                self._show_another(*place)
 
         def wrong(text: str) -> str:
-            number = text.replace(",", "")
-            return "" if number.isdigit() and int(number) > 0 else "A number from 1."
+            return "" if steps.place_of(text, self.path, files) else "Not a row."
 
-        self.app.push_screen(AskScreen("Go to a row", "Its number, from 1.", "", wrong), answered)
+        help_ = "Its number, from 1."
+        if len(files) > 1:
+            help_ += " Before it, if you like, a part of another file's name."
+        self.app.push_screen(AskScreen("Go to a row", help_, "", wrong), answered)
 
     def action_problem(self, by: int) -> None:
         """Show the next row with a problem, from the first again after the last."""
-        rows = sorted({row for p in self.report.problems for row in p.rows}) if self.report else []
-        if not rows:
+        problems = self.report.problems if self.report else ()
+        if not any(problem.rows for problem in problems):
             complete = self.report is not None and self.report.complete
             self.notify("No row has a problem." if complete else "No problem so far; still reading.")
             return
-        self._go_to_next(rows, by)
+        self._go_to_next(problems, by)
 
     def action_view(self) -> None:
         """Give all the room to one half, or share it."""
@@ -192,38 +196,39 @@ class DataScreen(DataEdits):
         body.set_class(True, f"-{_VIEWS[(_VIEWS.index(now) + 1) % len(_VIEWS)]}")
         self.call_after_refresh(self._show_report)
 
-    def _go_to_next(self, rows: list[int], by: int) -> None:
-        if by > 0:
-            self._show_another(next((row for row in rows if row > self.row), rows[0]))
-        else:
-            self._show_another(next((row for row in reversed(rows) if row < self.row), rows[-1]))
+    def _go_to_next(self, problems: Sequence[DataProblem], by: int) -> None:
+        files = self.report.files if self.report else ()
+        place = steps.next_of(problems, (self.path, self.row), by, files)
+        if place is not None:
+            self._show_another(*place)
 
     def _want(self, wanted: Wanted) -> None:
         """Look at another source, or with other settings."""
         before, self._wanted = self._wanted, wanted
         if before is None or before.source != wanted.source:
-            self.row = 1 if before is None or before.source.path != wanted.source.path else self.row
+            if before is None or before.source.path != wanted.source.path:
+                self.path, self.row = "", 1
             self.report = None
             self.shown = None
             self.fields = {}
             self._clear_figures()
-            self.query_one("#sample", Static).update(words.READING)
-        self._fetch_row(wanted, self.row)
+            self.query_one("#sample", Static).update(words.reading(wanted.source))
+        self._fetch_row(wanted, self.path, self.row)
         self._inspect(wanted)
 
-    def _show_another(self, row: int) -> None:
+    def _show_another(self, path: str, row: int) -> None:
         if self._wanted is not None:
-            self.row = row
+            self.path, self.row = path, row
             self._show_row_line()
-            self._fetch_row(self._wanted, row)
+            self._fetch_row(self._wanted, path, row)
 
     @work(exclusive=True, group="row")
-    async def _fetch_row(self, wanted: Wanted, row: int) -> None:
+    async def _fetch_row(self, wanted: Wanted, path: str, row: int) -> None:
         try:
-            shown, problem = await self._previews.row(wanted, row)
+            shown, problem = await self._previews.row(wanted, row, path)
         except Problem as found:
             if found.title == "No such row" and self.shown is not None:
-                self.row = self.shown.row
+                self.path, self.row = self.shown.path, self.shown.row
                 self.notify(found.what)
                 self._show_row_line()
             else:
@@ -231,7 +236,7 @@ class DataScreen(DataEdits):
                 self.fields = await self._previews.fields(wanted.source)
                 self.query_one("#sample", Static).update(words.unreadable(found, self.fields))
             return
-        self.shown, self.row, self._no_tokens = shown, shown.row, problem
+        self.shown, self.path, self.row, self._no_tokens = shown, shown.path, shown.row, problem
         self._show_row()
         self.query_one("#sample-scroll").scroll_home(animate=False)
 
@@ -288,7 +293,8 @@ class DataScreen(DataEdits):
     def _show_row_line(self) -> None:
         if self._wanted is not None:
             width = self.query_one("#row-line").content_size.width
-            line = words.row_line(self.row, self.report, self.shown, self._wanted.data, width)
+            place = self.path, self.row
+            line = words.row_line(place, self.report, self.shown, self._wanted.data, width)
             self.query_one("#row-line", Static).update(line)
 
     def _show_report(self) -> None:
@@ -312,7 +318,11 @@ class DataScreen(DataEdits):
         self.query_one("#costs", Static).update(table)
         # Where room is short, the remedy stands over a row that has the problem.
         short = brief or (self.size.height < _TALL and not self.query_one("#data-body").has_class("-figures"))
-        lines = [(p.kind, words.problem_line(p, brief=short)) for p in report.problems]
+        several = len(report.files) > 1
+        lines = [
+            (f"{p.kind} {p.path}", words.problem_line(p, brief=short, several=several))
+            for p in report.problems
+        ]
         self.query_one("#problems", ViList).show(lines or [("none", words.no_problem_line(report))])
         self._show_row_line()
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from qlora_tui.data.sources import is_of_the_hub
 from qlora_tui.recipe.fields import fields, source_fields, value_of
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.screens.ask import AskScreen
@@ -42,11 +43,12 @@ class DataEdits(WorkScreen):
     """Columns of a file in no known format, for the mapping by hand."""
 
     def action_open(self) -> None:
-        """Add a file or folder to the sources."""
+        """Add a file, a folder or a dataset of the hub to the sources."""
         sources = self.workstation.workbench.recipe.data.sources
         start = Path(sources[-1].path).expanduser().parent if sources else None
         known = start if start is not None and start.is_dir() else None
-        self.app.push_screen(OpenPathScreen("Open data", "data", DATA_ENDINGS, known), self.opened)
+        screen = OpenPathScreen("Open data", "data", DATA_ENDINGS, known, is_of_the_hub)
+        self.app.push_screen(screen, self.opened)
 
     def action_format(self) -> None:
         """Read the rows in the next format."""

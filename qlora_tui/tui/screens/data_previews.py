@@ -45,11 +45,12 @@ class DataPreviews:
         self._rows = EngineClient()
         self._reports = EngineClient()
 
-    async def row(self, wanted: Wanted, number: int) -> tuple[Shown, Problem | None]:
+    async def row(self, wanted: Wanted, number: int, path: str = "") -> tuple[Shown, Problem | None]:
         """The row as the model sees it; as the file has it where there is no tokenizer, and why."""
         ask = ShowRow(
             source=wanted.source,
             row=number,
+            path=path,
             data=wanted.data,
             model=wanted.model,
             template=wanted.template,
@@ -59,7 +60,7 @@ class DataPreviews:
         except Problem as problem:
             if not wanted.model:
                 raise
-            plain = ShowRow(source=wanted.source, row=number, data=wanted.data)
+            plain = ShowRow(source=wanted.source, row=number, path=path, data=wanted.data)
             # If the file itself is at fault, this raises the same.
             return await self._shown(plain), problem
 

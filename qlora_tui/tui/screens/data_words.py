@@ -10,18 +10,19 @@ from textual.content import Content
 
 from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.data.report import Piece, Report, Shown
+from qlora_tui.data.sources import is_of_the_hub
 from qlora_tui.errors import Problem
 from qlora_tui.format import percent, size
 from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.tui.screens.data_steps import Place
 
 EMPTY = Content.from_markup(
     "[b]No data yet.[/b]\n\nPress [b]o[/b] to open a file: JSON, JSONL, CSV, TSV, Parquet or text, "
-    "packed with gzip or zstd if you like, or a folder of such files.\n\n"
+    "packed with gzip or zstd if you like, a folder of such files, or the id of a dataset of the hub.\n\n"
     "Conversations (messages, ShareGPT), instructions (Alpaca), prompt and completion, question and answer, "
     "text and label, and plain text are told apart by looking.\n\n"
     "Every row is then shown here exactly as the model will see it."
 )
-READING = Content.styled("reading…", "dim")
 PLAIN = Content.styled("The row as the file has it:\n\n", "dim")
 NO_MODEL = Content.styled(
     "Choose a model (1) to see tokens, the chat template and what is learnt.\n\n", "dim"
@@ -64,7 +65,8 @@ def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content
 def _complaints(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[str, str]]:
     """What is wrong with this row: (kind, example)."""
     seen = {kind for kind, _ in shown.findings}
-    others = [(p.kind, "") for p in problems if shown.row in p.rows and p.kind not in seen]
+    here = (p for p in problems if p.path in ("", shown.path))
+    others = [(p.kind, "") for p in here if shown.row in p.rows and p.kind not in seen]
     return [*shown.findings, *others]
 
 
@@ -89,6 +91,12 @@ def _cut_mark(shown: Shown, data: Data) -> tuple[str, str]:
     return (f"{mark}\n" if data.too_long == "cut-left" else f"\n{mark}"), "$warning"
 
 
+def reading(source: Source) -> Content:
+    """What stands there until the first row comes."""
+    doing = "fetching it from the hub…" if is_of_the_hub(source.path) else "reading…"
+    return Content.styled(doing, "dim")
+
+
 def problem(found: Problem) -> Content:
     """What stands where the sample would be, when there is none."""
     parts: list[tuple[str, str]] = [(f"✗ {found.title}\n\n", "$error bold"), (found.what, "")]
@@ -101,8 +109,11 @@ def problem(found: Problem) -> Content:
 
 def unreadable(found: Problem, fields: dict[str, str]) -> Content:
     """The same for a file: with what is in it, and the keys that may help."""
-    parts: list[Content | tuple[str, str]] = [problem(found)]
     keys = [("o", "opens another file"), ("x", "takes this one out")]
+    if fields:
+        # The fix is for the recipe as a file; here there is a key for it.
+        found = Problem(found.title, what=found.what, why=found.why, fix="Press c to map the columns.")
+    parts: list[Content | tuple[str, str]] = [problem(found)]
     if fields:
         parts.append(("\n\nIts rows hold:", ""))
         parts += [
@@ -117,23 +128,30 @@ def unreadable(found: Problem, fields: dict[str, str]) -> Content:
 def source_line(source: Source, alone: bool) -> Content:
     """A source in the list; its weight where there are others."""
     path = Path(source.path)
+    weight = "" if alone and source.weight == 1 else f" ×{source.weight:g}"
+    if is_of_the_hub(source.path):
+        return Content.assemble(source.path, ("  hub", "dim"), (weight, "bold"))
     try:
         bytes_ = "folder" if path.is_dir() else size(path.stat().st_size)
     except OSError:
         bytes_ = "not there"
-    weight = "" if alone and source.weight == 1 else f" ×{source.weight:g}"
     return Content.assemble(path.name, (f"  {bytes_}", "dim"), (weight, "bold"))
 
 
-def row_line(row: int, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
+def row_line(place: Place, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
     """Which row it is, how much of it is learnt, and how to read the styles, as far as there is room."""
-    of = ""
-    if report and report.complete:
+    path, row = place
+    of = name = ""
+    if report and len(report.files) > 1:
+        file = next((file for file in report.files if file.path == path), report.files[0])
+        name = f"{Path(file.path).name} "
+        of = f" of {file.last_row:,}" if file.last_row else ""
+    elif report and report.complete:
         of = f" of {report.counts.rows:,}"
     elif report:
         # A jump may go beyond what has been read so far.
         of = f" of {max(row, report.counts.rows):,} or more"
-    parts = [f"row {row:,}{of}"]
+    parts = [f"{name}row {row:,}{of}"]
     if shown and shown.samples and shown.token_counts:
         kept = sum(min(count, data.max_length) for count in shown.token_counts)
         parts.append(f"{sum(shown.trained_counts):,} of {kept:,} tokens learnt")
@@ -204,12 +222,17 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
     return Content.assemble(line, "\n", (over, "$warning"))
 
 
-def problem_line(found: DataProblem, *, brief: bool = False) -> Content:
-    """One kind of problem in the list, with its remedy where there is room."""
+def problem_line(found: DataProblem, *, brief: bool = False, several: bool = False) -> Content:
+    """One kind of problem in the list, with its remedy where there is room.
+
+    ``several``: the source has more files than one, and the problem's is named.
+    """
     sign, style = ("✗", "$error") if found.severity == "error" else ("⚠", "$warning")
     rows = ", ".join(f"{row:,}" for row in found.rows[:_ROWS_NAMED])
     more = "…" if found.count > _ROWS_NAMED else ""
     where = f"  row {rows}{more}" if rows and not brief else ""
+    if several and found.path:
+        where = f"  {Path(found.path).name}{where}"
     return Content.assemble(
         (f"{sign} {found.title} ", style),
         (f"{found.count:,}", "bold"),

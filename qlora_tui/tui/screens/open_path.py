@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,8 +34,17 @@ class OpenPathScreen(ModalScreen[Path]):
         Binding("tab", "complete", show=False, priority=True),
     ]
 
-    def __init__(self, title: str, kind: str, endings: tuple[str, ...], start: Path | None = None) -> None:
+    def __init__(
+        self,
+        title: str,
+        kind: str,
+        endings: tuple[str, ...],
+        start: Path | None = None,
+        is_id: Callable[[str], bool] = lambda text: False,
+    ) -> None:
+        """``is_id`` tells the id of something on the hub, which may be chosen too, from a path."""
         super().__init__()
+        self._is_id = is_id
         self._title = title
         self._kind = kind
         self._endings = endings
@@ -57,6 +66,9 @@ class OpenPathScreen(ModalScreen[Path]):
     def on_input_changed(self, event: Input.Changed) -> None:
         """Walk along with what is typed."""
         text = event.value
+        if self._is_id(text) and not Path(text).expanduser().parent.is_dir():
+            self._offer(text)
+            return
         if "/" in text or text.startswith("~"):
             typed = Path(text).expanduser()
             parent = typed if text.endswith("/") or text == "~" else typed.parent
@@ -64,6 +76,14 @@ class OpenPathScreen(ModalScreen[Path]):
                 self._folder = parent.resolve()
             text = "" if parent == typed else typed.name
         self._list(text)
+
+    def _offer(self, id_: str) -> None:
+        """In place of paths: what could only be on the hub."""
+        self._say("not a path here: enter fetches it from the hub")
+        self._listed = [Path(id_)]
+        entries = self.query_one(ViList)
+        entries.show([("id", Content.assemble(("hub  ", "dim"), id_))])
+        entries.highlighted = 0
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Take the path typed, or what the cursor is on."""
@@ -109,7 +129,8 @@ class OpenPathScreen(ModalScreen[Path]):
         self._list("")
 
     def _leave_with(self, path: Path) -> None:
-        remember(self._kind, path)
+        if path.exists():
+            remember(self._kind, path)
         self.dismiss(path)
 
     def _list(self, part: str) -> None:
