@@ -80,6 +80,7 @@ class QloraApp(App[None]):
         self._watch: Watch | None = None
         self._looking = False
         self._is_small = False
+        self._themes_written: tuple[tuple[str, int], ...] = ()
         self._painted = Painted(stand_ins(os.environ.get("TERM", "")))
 
     @property
@@ -91,22 +92,30 @@ class QloraApp(App[None]):
         return room_for(self.pulse.card, None if given is None else round(given * GIB))
 
     def on_mount(self) -> None:
-        found, problems = themes.load_themes()
-        for theme in found:
-            self.register_theme(theme)
-        if self.settings.theme in self.available_themes:
-            self.theme = self.settings.theme
-        else:
+        self._take_themes()
+        if self.settings.theme not in self.available_themes:
             self.notify(f"There is no theme {self.settings.theme!r}.", severity="warning")
         self.set_keymap(self.settings.keymap)
-        for problem in problems:
-            self.notify(str(problem), severity="warning", timeout=10)
         self.write_escape(escapes.PUSH_TITLE)
         self.set_interval(LOOK_EVERY_S, self._look)
         self.call_after_refresh(self._look)
 
     def on_unmount(self) -> None:
         self.write_escape(escapes.POP_TITLE)
+
+    def _take_themes(self) -> None:
+        """Know all themes as they now stand in their files; what is wrong is said and left out."""
+        self._themes_written = themes.user_themes_written()
+        known = set(self.available_themes)
+        found, problems = themes.load_themes()
+        for theme in found:
+            self.register_theme(theme)
+        if self.settings.theme in set(self.available_themes) - known:
+            self.theme = self.settings.theme
+        else:
+            self.mutate_reactive(App.theme)
+        for problem in problems:
+            self.notify(str(problem), severity="warning", timeout=10)
 
     def edit(self, path: str, value: Any) -> bool:
         """Change a setting of the recipe; a value that is not allowed is explained. True when it changed."""
@@ -204,6 +213,8 @@ class QloraApp(App[None]):
             from qlora_tui.tui.announce import announce
 
             announce(self, news)
+        if themes.user_themes_written() != self._themes_written:
+            self._take_themes()
         card_changed = pulse.card != self.pulse.card
         self.pulse = pulse
         self.pulse_changed.publish(pulse)

@@ -7,6 +7,7 @@ A theme file has ``name``, ``dark``, the colours Textual knows (``primary``, ``b
 from __future__ import annotations
 
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -73,6 +74,15 @@ def load_themes() -> tuple[list[Theme], list[Problem]]:
             except Problem as problem:
                 problems.append(problem)
     return list(themes.values()), problems
+
+
+def user_themes_written() -> tuple[tuple[str, int], ...]:
+    """Names and times of the user's theme files: differs when one has come, gone or changed."""
+    found = []
+    for path in sorted(paths.user_themes_dir().glob("*.toml")):
+        with suppress(OSError):
+            found.append((path.name, path.stat().st_mtime_ns))
+    return tuple(found)
 
 
 def _read(path: Path) -> Theme:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.segment import Segment
@@ -28,6 +29,14 @@ async def shows(pilot: Pilot[Any], *texts: str) -> str:
             return shown
         if time.monotonic() > deadline:
             raise AssertionError(f"not on the screen: {missing}\n{shown}")
+        await pilot.pause(0.05)
+
+
+async def until(pilot: Pilot[Any], what: Callable[[], bool]) -> None:
+    """Let the app go on until this is so."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not what():
+        assert time.monotonic() < deadline
         await pilot.pause(0.05)
 
 

@@ -8,7 +8,7 @@ from textual.color import Color
 from qlora_tui import paths
 from qlora_tui.settings import Settings
 from qlora_tui.tui.themes import load_themes
-from tests.tui.seeing import shows
+from tests.tui.seeing import shows, until
 from tests.tui.workstation import config_folder, open_on
 
 LEAST_CONTRAST = 4.5
@@ -138,6 +138,29 @@ async def test_a_users_theme_without_variables_works(private_home: Path) -> None
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "The recipe names no model")
         assert app.theme == "mine"
+
+
+async def test_a_theme_that_is_edited_is_seen_at_once_and_a_mistake_in_it_is_named(
+    private_home: Path,
+) -> None:
+    _write("mine", MINE.format(name="mine", foreground="#eeeeee"))
+    app = open_on("memory", theme="mine")
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await shows(pilot, "The recipe names no model")
+        _write("mine", MINE.format(name="mine", foreground="#abcdef"))
+        await until(pilot, lambda: str(app.screen.rich_style).startswith("#abcdef"))
+        _write("mine", "name = ")
+        await shows(pilot, "A theme was left out")
+        assert app.theme == "mine"
+
+
+async def test_a_theme_that_the_settings_name_is_taken_once_it_is_right(private_home: Path) -> None:
+    _write("mine", "name = ")
+    app = open_on("memory", theme="mine")
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await shows(pilot, "There is no theme 'mine'")
+        _write("mine", MINE.format(name="mine", foreground="#abcdef"))
+        await until(pilot, lambda: app.theme == "mine")
 
 
 def _write(name: str, content: str) -> Path:
