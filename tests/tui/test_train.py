@@ -207,6 +207,21 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: Make
         assert app.workbench.recipe.training.micro_batch == 1
 
 
+async def test_a_letter_jumps_to_a_setting_in_view_and_no_other_key_does_anything(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("5")
+        await shows(pilot, "▸ Name")
+        await pilot.press("apostrophe")
+        await shows(pilot, "a Name", "s Micro-batch", "d Gradient accumulation")
+        await pilot.press("d")
+        shown = await shows(pilot, "▸ Gradient accumulation")
+        assert "s Micro-batch" not in shown
+        await pilot.press("apostrophe", "1")
+        await shows(pilot, "▸ Gradient accumulation", "  Micro-batch")
+        assert app.current_mode == "train"
+
+
 async def test_every_setting_of_the_form_can_be_stepped_both_ways(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:

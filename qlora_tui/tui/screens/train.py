@@ -45,7 +45,7 @@ class TrainScreen(WorkScreen):
     EDITS_RECIPE = True
     HELP_TEXT = (
         "Before a run: the recipe in full, and what was checked. Enter edits a setting, h and l step it, "
-        "backspace puts the preset's value back.\n"
+        "backspace puts the preset's value back, ' labels each with the letter that goes to it.\n"
         "During a run: the loss (grey) with its running mean, ◆ validations, ★ the best of them, × where the "
         "loss was not a number. Strips go from zero to the top they name. ▲ under the memory is the "
         "estimate. The run belongs to no terminal: leaving the app ends nothing."

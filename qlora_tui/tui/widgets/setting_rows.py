@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from textual.binding import Binding, BindingType
 from textual.content import Content
-from textual.events import Click
+from textual.events import Click, Key
 from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
@@ -17,6 +17,9 @@ from textual.visual import Visual
 from qlora_tui.recipe.difference import human
 from qlora_tui.recipe.fields import Field, value_of
 from qlora_tui.recipe.schema import Recipe
+
+_LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
+"""Near the fingers first."""
 
 
 class SettingRows(ScrollView, can_focus=True):
@@ -42,6 +45,7 @@ class SettingRows(ScrollView, can_focus=True):
         Binding("right,l", "step(1)", show=False),
         Binding("enter,space", "choose", show=False),
         Binding("backspace", "reset", show=False),
+        Binding("apostrophe", "jump", show=False),
     ]
 
     class Moved(Message):
@@ -68,6 +72,8 @@ class SettingRows(ScrollView, can_focus=True):
         super().__init__()
         self.cursor = 0
         self._fields = fields_
+        self._letters: dict[str, int] = {}
+        """While a jump is asked for: which setting each letter goes to."""
         self._recipe = self._base = Recipe()
         self._label_cells = max(len(field.label) for field in fields_)
         self._lines: list[int | str] = []
@@ -103,6 +109,25 @@ class SettingRows(ScrollView, can_focus=True):
         """Move the cursor; the ends stop it."""
         self.go_to(self.cursor + places)
 
+    def action_jump(self) -> None:
+        """Label each setting in view with a letter; the next key goes there, any other leaves it."""
+        top = round(self.scroll_y)
+        shown = self._lines[top : top + self.scrollable_content_region.height]
+        numbers = [at for at in shown if isinstance(at, int)]
+        self._letters = dict(zip(_LETTERS, numbers, strict=False))
+        self.refresh()
+
+    def on_key(self, event: Key) -> None:
+        """While letters are shown every key is for them."""
+        if not self._letters:
+            return
+        event.stop()
+        event.prevent_default()
+        number = self._letters.get(event.character or "", self.cursor)
+        self._letters = {}
+        self.refresh()
+        self.go_to(number)
+
     def action_step(self, direction: int) -> None:
         """To the setting's next value."""
         self.post_message(self.Stepped(direction))
@@ -129,7 +154,8 @@ class SettingRows(ScrollView, can_focus=True):
         self.refresh_line(self._lines.index(self.cursor))
 
     def on_blur(self) -> None:
-        self.refresh_line(self._lines.index(self.cursor))
+        self._letters = {}
+        self.refresh()
 
     def render_line(self, y: int) -> Strip:
         width = self.scrollable_content_region.width
@@ -146,8 +172,10 @@ class SettingRows(ScrollView, can_focus=True):
         value, usual = value_of(self._recipe, field.path), value_of(self._base, field.path)
         changed = value != usual
         here = number == self.cursor
-        label = f"{'▸' if here else ' '} {field.label:<{self._label_cells}}  "
+        letter = next((letter for letter, at in self._letters.items() if at == number), "")
+        label = f" {field.label:<{self._label_cells}}  "
         row = Content.assemble(
+            (letter, "bold reverse $accent") if letter else "▸" if here else " ",
             (label, "bold" if here else ""),
             (human(value), "bold $accent" if changed else ""),
             (f"  * preset: {human(usual)}" if changed else "", "dim"),
