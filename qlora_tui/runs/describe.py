@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.format import count, duration, figure, size
+from qlora_tui.format import count, duration, figure, percent, size
 from qlora_tui.runs.events import (
     AdapterReady,
     AnyEvent,
@@ -58,7 +58,9 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             )
         case Evaluated():
             best = "  best so far" if event.best and event.step else ""
-            return f"step {event.step:,}: validation loss {figure(_number(event.loss))}{best}"
+            exact = "" if event.accuracy is None else f", {percent(event.accuracy)} of answers exact"
+            base = " (the base model)" if exact and not event.step else ""
+            return f"step {event.step:,}: validation loss {figure(_number(event.loss))}{exact}{base}{best}"
         case CheckpointSaved():
             return f"checkpoint at step {event.step:,}"
         case Sampled():

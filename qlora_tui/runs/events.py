@@ -127,7 +127,7 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     loss: float | None
     best: bool = False
     accuracy: float | None = None
-    """Exact matches, for short-answer data."""
+    """Share of greedy answers that match exactly, for short-answer data; at step 0 it is the base's."""
 
 
 class CheckpointSaved(Event, tag="checkpoint_saved", frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.format import duration, figure, gib
+from qlora_tui.format import duration, figure, gib, percent
 from qlora_tui.gpu.reading import Reading
 from qlora_tui.runs.telemetry import Sample
 from qlora_tui.runs.view import RunView
@@ -23,6 +23,9 @@ def standing(view: RunView, sample: Sample | None) -> str:
         last = view.evaluations[-1]
         loss = float("nan") if last.loss is None else last.loss
         parts.append(f"validation loss {figure(loss, 3)} at step {last.step:,}")
+        if last.accuracy is not None:
+            base = "" if view.base_accuracy is None else f" (base {percent(view.base_accuracy)})"
+            parts.append(f"{percent(last.accuracy)} of answers exact{base}")
     if view.best is not None and view.best is not view.evaluations[-1]:
         parts.append(f"best {figure(view.best.loss, 3)} at step {view.best.step:,}")
     if state == "running" and view.seconds_left is not None:

@@ -155,6 +155,11 @@ class RunView:
         return min(scored, key=lambda e: e.loss if e.loss is not None else math.inf, default=None)
 
     @property
+    def base_accuracy(self) -> float | None:
+        """Exact answers of the base model: of the adapter before it has learnt anything, which adds zero."""
+        return next((e.accuracy for e in self.evaluations if e.step == 0), None)
+
+    @property
     def seconds_left(self) -> float | None:
         """By the pace of the last steps; None when there is no pace yet."""
         series = self.series

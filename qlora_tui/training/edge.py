@@ -17,11 +17,12 @@ from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import CheckpointSaved, Evaluated, Sampled, Step
 from qlora_tui.training import checkpoints
+from qlora_tui.training.accuracy import has_short_answers
 from qlora_tui.training.asked import Requests
 from qlora_tui.training.batches import Samples, validation_batches
 from qlora_tui.training.checkpoints import State
 from qlora_tui.training.device import Device
-from qlora_tui.training.evaluation import answers, validation_loss
+from qlora_tui.training.evaluation import answers, validate
 from qlora_tui.training.failure import is_full_disk
 from qlora_tui.training.health import StepWatch, too_few_steps
 from qlora_tui.training.loop import RunTrainer
@@ -81,6 +82,9 @@ class Edge:
             setting.recipe.data.max_length,
             kept_apart=setting.kept_apart,
         )
+
+        short = has_short_answers(setting.validation)
+        self._short_answers_end = frozenset(setting.tokenizer.turn_end_ids) if short else None
 
     def restore(self, state: State) -> None:
         """Go on from a checkpoint."""
@@ -257,7 +261,7 @@ class Edge:
 
     def _validate(self, step: int) -> bool:
         setting = self._setting
-        total, trained = validation_loss(
+        mine = validate(
             self._trainer.model,
             setting.validation,
             self._validation[setting.among.rank :: setting.among.count],
@@ -265,9 +269,10 @@ class Edge:
             pad_id=setting.pad_id,
             device=setting.device.torch_device,
             progress=lambda done, of: self._reporter.progress("evaluating", done, of),
+            short_answers_end=self._short_answers_end,
         )
-        all_total, all_trained = setting.among.summed((total, trained))
-        loss = all_total / max(all_trained, 1)
+        total, trained, exact, asked = setting.among.summed(mine)
+        loss = total / max(trained, 1)
         progress = self.progress
         # The loss before training is no candidate: its adapter has learnt nothing.
         best = step > 0 and math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
@@ -276,7 +281,13 @@ class Edge:
         elif step > 0:
             progress.last_losses.append(loss)
         self._reporter.tell(
-            Evaluated(at=time.time(), step=step, loss=loss if math.isfinite(loss) else None, best=best)
+            Evaluated(
+                at=time.time(),
+                step=step,
+                loss=loss if math.isfinite(loss) else None,
+                best=best,
+                accuracy=exact / asked if asked else None,
+            )
         )
         self._reporter.log(f"validation loss {loss:.4f} at step {step}{' (best)' if best else ''}")
         return best

@@ -1,16 +1,17 @@
-"""Validation loss, and answers to the recipe's fixed prompts."""
+"""Validation loss, exact matches where answers are short, and answers to the recipe's fixed prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.training.accuracy import exact_answers, last_hidden_states, likeliest
 from qlora_tui.training.batches import Row, Samples, collate
 from qlora_tui.training.loss import IGNORED
 
@@ -18,7 +19,19 @@ ANSWER_TOKENS = 96
 """Most tokens of a sampled answer."""
 
 
-def validation_loss(
+class Validated(NamedTuple):
+    """Sums over batches; those of several processes add up."""
+
+    loss: float
+    """Σ loss over all trained tokens, in fp32."""
+    trained: int
+    exact: int = 0
+    """Samples answered exactly by greedy search."""
+    asked: int = 0
+    """Samples with a short answer."""
+
+
+def validate(
     model: Any,
     samples: Samples,
     batches: Sequence[Sequence[Row]],
@@ -27,19 +40,29 @@ def validation_loss(
     pad_id: int,
     device: torch.device,
     progress: Callable[[int, int], None],
-) -> tuple[float, int]:
-    """Σ loss over all trained tokens of ``batches``, and how many they are; fp32 sums, no gradients."""
-    total, trained = 0.0, 0
-    with evaluating(model):
+    short_answers_end: frozenset[int] | None,
+) -> Validated:
+    """One pass over ``batches`` without gradients.
+
+    ``short_answers_end``: the tokens that end a turn, where exact matches are to be counted.
+    """
+    total, trained, exact, asked = 0.0, 0, 0, 0
+    with evaluating(model), last_hidden_states(model) as hidden:
         for done, rows in enumerate(batches, 1):
             batch = collate(rows, samples, kept_apart=kept_apart, pad_id=pad_id)
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
             if count:
                 tensors = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-                total += float(model(**tensors, num_items_in_batch=count).loss) * count
+                output = model(**tensors, num_items_in_batch=count)
+                total += float(output.loss) * count
                 trained += count
+                if short_answers_end is not None:
+                    labels = tensors["labels"]
+                    found = likeliest(model, output.logits, hidden[0], labels[:, 1:] != IGNORED)
+                    right, of = exact_answers(found, labels, batch.get("segments"), short_answers_end)
+                    exact, asked = exact + right, asked + of
             progress(done, len(batches))
-    return total, trained
+    return Validated(total, trained, exact, asked)
 
 
 def answers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from qlora_tui.format import figure
+from qlora_tui.format import figure, percent
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.screens.train_follow import Curves, Picture
 from qlora_tui.tui.widgets.axis import Axis, label, rounded, so_far, tick_step
@@ -89,6 +89,10 @@ def _legend(picture: Picture) -> tuple[tuple[str, str], ...]:
         items.append((f"{BEST} best {figure(best.loss, 3)} at {best.step:,}", "$success bold"))
     if last is not None and last is not best:
         items.append((f"{VALIDATION} validation {figure(_number(last.loss), 3)}", "$accent"))
+    if last is not None and last.accuracy is not None:
+        base = picture.view.base_accuracy
+        beside = "" if base is None else f", base {percent(base)}"
+        items.append((f"exact {percent(last.accuracy)}{beside}", "$accent"))
     if any(picture.curves.loss.broken):
         items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
     if picture.one_in > 1:

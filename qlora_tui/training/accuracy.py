@@ -1,0 +1,79 @@
+"""Exact-match accuracy of short answers: classification, sentiment, question answering.
+
+Greedy search gives the wanted answer exactly if each of its tokens is the likeliest after those before it.
+The validation pass has the model in all those places already, so nothing is generated: every sample of the
+validation split is counted, at the price of one projection of its answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_tui.training.batches import Samples
+from qlora_tui.training.loss import IGNORED
+
+SHORT_TOKENS = 16
+"""Trained tokens of a sample, the ends of its turns included, up to which its answer counts as short."""
+_CHUNK_ROWS = 256
+"""Logits that exist at once."""
+
+
+def has_short_answers(samples: Samples) -> bool:
+    """Whether every sample has a short answer, so that exact matches say something."""
+    return len(samples) > 0 and all(sum(samples.trained(i)) <= SHORT_TOKENS for i in range(len(samples)))
+
+
+@contextmanager
+def last_hidden_states(model: Any) -> Iterator[list[Tensor]]:
+    """What the decoder of a peft model gave to the head in the last forward: one tensor."""
+    kept: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        kept[:] = [output[0]]
+
+    hook = model.get_base_model().get_decoder().register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        hook.remove()
+
+
+def likeliest(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """The likeliest token in each place of ``wanted``, a mask of (rows, tokens - 1); (places,).
+
+    Where the loss was taken in chunks there are no ``logits``. Scaling and capping them changes no maximum.
+    """
+    if logits is not None:
+        return logits[:, :-1][wanted].argmax(-1)
+    head = model.get_base_model().get_output_embeddings()
+    states = hidden[:, :-1][wanted].to(head.weight.dtype)
+    return torch.cat([head(chunk).argmax(-1) for chunk in torch.split(states, _CHUNK_ROWS)])
+
+
+def exact_answers(
+    predicted: Tensor, labels: Tensor, segments: Sequence[int] | None, turn_ends: frozenset[int]
+) -> tuple[int, int]:
+    """How many samples were answered exactly, and how many have an answer.
+
+    ``predicted`` is (places,), one for each label of ``labels[:, 1:]`` that is not ignored; ``segments`` the
+    lengths of the samples of the one row, None where each row is a sample. What a template writes after the
+    end of a turn is not part of an answer.
+    """
+    wanted = labels[:, 1:] != IGNORED
+    wrong = torch.zeros_like(labels, dtype=torch.bool)
+    wrong[:, 1:][wanted] = predicted != labels[:, 1:][wanted]
+    answered = labels != IGNORED
+    for end in turn_ends:
+        wrong[:, 1:] &= labels[:, :-1] != end
+    if segments is None:
+        parts = list(zip(wrong, answered, strict=True))
+    else:
+        lengths = list(segments)
+        parts = list(zip(torch.split(wrong[0], lengths), torch.split(answered[0], lengths), strict=True))
+    asked = [part for part in parts if part[1].any()]
+    return sum(not bool(part[0].any()) for part in asked), len(asked)

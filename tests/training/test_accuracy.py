@@ -1,0 +1,88 @@
+"""Exact matches without generating: what greedy search would have answered, for base and adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+from qlora_tui.runs.directory import create
+from qlora_tui.runs.events import Evaluated, Sampled
+from qlora_tui.runs.view import RunView
+from qlora_tui.training.accuracy import exact_answers
+from qlora_tui.training.loss import IGNORED
+from tests.training.conftest import MakeRecipe, Trainers
+from tests.training.told import told
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+END = 9
+COLOURS = ("red", "blue", "green", "brown")
+
+
+def exact(predicted: list[int], labels: list[list[int]], segments: list[int] | None) -> tuple[int, int]:
+    return exact_answers(torch.tensor(predicted), torch.tensor(labels), segments, frozenset({END}))
+
+
+def test_an_answer_is_exact_when_each_of_its_tokens_is_the_likeliest() -> None:
+    padded = [[IGNORED, IGNORED, 5, END], [IGNORED, 6, END, IGNORED]]
+    assert exact([5, END, 6, END], padded, None) == (2, 2)
+    assert exact([5, 4, 6, END], padded, None) == (1, 2)
+    packed = [[IGNORED, 5, END, IGNORED, IGNORED, 6, 7, END, IGNORED]]
+    assert exact([5, END, 6, 7, END], packed, [3, 5, 1]) == (2, 2)
+    assert exact([5, END, 6, 8, END], packed, [3, 5, 1]) == (1, 2)
+
+
+def test_what_follows_the_end_of_the_turn_is_no_part_of_an_answer() -> None:
+    assert exact([5, END, 1], [[IGNORED, 5, END, 4]], None) == (1, 1)
+
+
+def test_the_share_of_exact_answers_is_that_of_greedy_search(
+    recipe: MakeRecipe, trainers: Trainers, tmp_path: Path
+) -> None:
+    def write(name: str, numbers: range) -> Path:
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"what colour is {COLOURS[n % 4]} {n}"},
+                    {"role": "assistant", "content": COLOURS[n % 4]},
+                ]
+            }
+            for n in numbers
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    made = recipe()
+    source = msgspec.structs.replace(made.data.sources[0], path=str(write("train.jsonl", range(80))))
+    settings = {
+        "data.sources": (source,),
+        "data.validation_path": str(write("validation.jsonl", range(100, 104))),
+        "training.sample_prompts": tuple(f"what colour is {COLOURS[n % 4]} {n}" for n in range(100, 104)),
+        "training.epochs": 8.0,
+        "training.evaluate_every": 1000,
+        "training.learning_rate": 1e-2,
+    }
+    run = create(recipe(settings))
+    assert trainers.run(run) == 0
+    wanted = [COLOURS[n % 4] for n in range(100, 104)]
+    shares = {e.step: e.accuracy for e in told(run, Evaluated)}
+    for step, share in shares.items():
+        answers = [sampled.answer for sampled in told(run, Sampled) if sampled.step == step]
+        assert share == sum(a == w for a, w in zip(answers, wanted, strict=True)) / 4
+    view = RunView(run)
+    view.refresh()
+    assert view.base_accuracy == 0.0
+    assert max(share or 0.0 for share in shares.values()) >= 0.5, shares
+
+
+def test_long_answers_have_no_share(recipe: MakeRecipe, trainers: Trainers) -> None:
+    run = create(recipe({"training.max_steps": 1}))
+    assert trainers.run(run) == 0
+    assert [e.accuracy for e in told(run, Evaluated)] == [None, None]
