@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_tui.catalog.architecture import known_model_types, read_architecture
+from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
-from qlora_tui.memory import Device, as_json, estimate
+from qlora_tui.memory import Correction, Device, as_json, estimate
+from qlora_tui.memory.learning import LEAST, MOST
+from qlora_tui.recipe.fields import fields, with_value
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+from tests.catalog.configs import config as config_of
+from tests.memory.models import tinyllama
+from tests.recipe.strategies import recipes
 
 KEYS = (
     "hidden_size",
@@ -43,31 +51,31 @@ CONFIGS = st.fixed_dictionaries(
         "tie_word_embeddings": st.one_of(st.booleans(), st.none(), st.just(3)),
     },
 )
-RECIPES = st.builds(
-    Recipe,
-    quantization=st.builds(
-        Quantization,
-        method=st.sampled_from(["nf4", "fp4", "int8", "none"]),
-        double_quantization=st.booleans(),
-        compute_dtype=st.sampled_from(["auto", "bfloat16", "float16", "float32"]),
-    ),
-    lora=st.builds(Lora, rank=st.integers(1, 1024), dropout=st.floats(0, 0.9), use_dora=st.booleans()),
-    data=st.builds(Data, max_length=st.integers(16, 1_048_576)),
-    training=st.builds(
-        Training,
-        micro_batch=st.integers(1, 4096),
-        gradient_accumulation=st.integers(1, 64),
-        gradient_checkpointing=st.booleans(),
-        optimizer=st.sampled_from(["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]),
-    ),
+CORRECTIONS = st.none() | st.builds(
+    Correction,
+    runs=st.integers(1, 20),
+    factor=st.floats(LEAST, MOST),
+    outside_bytes=st.none() | st.integers(0, 2**42),
+    low=st.floats(1e-6, 2),
+    high=st.floats(1e-6, 1e6),
 )
 DEVICES = st.builds(
-    Device, kind=st.sampled_from(["cuda", "cpu"]), capability=st.sampled_from([(7, 5), (8, 6), (9, 0)])
+    Device,
+    kind=st.sampled_from(["cuda", "cpu"]),
+    capability=st.sampled_from([(7, 5), (8, 6), (9, 0)]),
+    correction=CORRECTIONS,
 )
+REAL = (
+    "meta-llama/Llama-3.2-1B",
+    "deepseek-ai/DeepSeek-V2-Lite",
+    "mistralai/Mixtral-8x7B-v0.1",
+    "LiquidAI/LFM2-350M",
+)
+TARGETS = st.sampled_from([("all-linear",), ("q_proj",), ("0.all-linear",), ("0-2.q_proj", "q_proj")])
 
 
 @settings(max_examples=80, deadline=None)
-@given(config=CONFIGS, recipe=RECIPES, device=DEVICES)
+@given(config=CONFIGS, recipe=recipes(), device=DEVICES)
 def test_any_config_gives_an_estimate_or_a_problem(
     config: dict[str, Any], recipe: Recipe, device: Device
 ) -> None:
@@ -81,12 +89,48 @@ def test_any_config_gives_an_estimate_or_a_problem(
     assert 0 <= made.band.low_bytes <= made.process_bytes <= made.band.high_bytes
 
 
-@settings(max_examples=40, deadline=None)
-@given(recipe=RECIPES, device=DEVICES)
-def test_any_recipe_on_a_real_model_adds_up(recipe: Recipe, device: Device) -> None:
-    from tests.memory.models import tinyllama
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(REAL), recipe=recipes(), targets=TARGETS, device=DEVICES)
+def test_any_recipe_on_a_real_model_adds_up(
+    name: str, recipe: Recipe, targets: tuple[str, ...], device: Device
+) -> None:
+    _adds_up(with_value(recipe, "lora.target_modules", targets), name, device)
 
-    made = as_json(recipe, tinyllama(), None, device=device)
-    for one in made["precisions"].values():
-        assert sum(one["items"].values()) == one["total_bytes"]
-        assert 0 < one["tiers"]["allocated"] <= one["tiers"]["reserved"] <= one["tiers"]["process"]
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", REAL)
+def test_every_setting_at_its_bounds_adds_up(name: str, kind: Literal["cuda", "cpu"]) -> None:
+    for path, field in fields().items():
+        for value in field.choices or (field.minimum, field.maximum):
+            if value is None or (isinstance(value, str) and field.kind != "choice"):
+                continue
+            bound = int(value) if field.kind == "int" else value
+            _adds_up(with_value(Recipe(), path, bound), name, Device(kind=kind))
+
+
+def test_the_largest_recipe_there_is_does_not_fit_and_no_change_is_negative() -> None:
+    recipe = Recipe(
+        quantization=Quantization(method="none", compute_dtype="float32"),
+        lora=Lora(rank=1024, dropout=0.9, use_dora=True),
+        data=Data(max_length=1_048_576),
+        training=Training(micro_batch=4096, gradient_checkpointing=False),
+    )
+    for available in (1, 1 << 30, 1 << 62):
+        found = as_json(recipe, tinyllama(), available)
+        assert found["precisions"]["fp16"]["verdict"] == ("fits" if available == 1 << 62 else "does not fit")
+        assert all(change["total_bytes"] > 0 for change in found["cheapest_changes"])
+        assert all((found["what_fits"][key] or 0) >= 0 for key in ("sequence_length", "micro_batch", "rank"))
+
+
+def _adds_up(recipe: Recipe, name: str, device: Device) -> None:
+    for method in ("nf4", "int8", "none"):
+        made = estimate(with_value(recipe, "quantization.method", method), _real(name), device=device)
+        assert sum(item.bytes for item in made.items) == made.process_bytes
+        assert all(item.bytes > 0 for item in made.items)
+        assert 0 < made.allocated_bytes <= made.reserved_bytes <= made.process_bytes
+        assert 0 <= made.band.low_bytes <= made.process_bytes <= made.band.high_bytes
+
+
+@cache
+def _real(name: str) -> Architecture:
+    return read_architecture(config_of(name))
