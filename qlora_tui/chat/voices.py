@@ -11,6 +11,7 @@ from typing import Any
 from qlora_tui.chat.lean import Speaking, as_peft_does, lean
 from qlora_tui.chat.terms import BASE
 from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.training.adapter import names_as_they_are
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
@@ -71,12 +72,15 @@ class Voices:
         # At the precision the model computes in: the conversions would cost time at every token.
         kept = {"adapter_name": voice, "is_trainable": False, "autocast_adapter_dtype": False}
         try:
-            if self._with_adapters is None:
-                self._with_adapters = PeftModel.from_pretrained(self._model, str(folder), **kept)
-            else:
-                self._with_adapters.load_adapter(str(folder), torch_device=str(self._model.device), **kept)
-                self._with_adapters.base_model.enable_adapter_layers()
-                self._with_adapters.base_model.set_adapter(voice, inference_mode=True)
+            with names_as_they_are(self._model, _targets(folder)):
+                if self._with_adapters is None:
+                    self._with_adapters = PeftModel.from_pretrained(self._model, str(folder), **kept)
+                else:
+                    self._with_adapters.load_adapter(
+                        str(folder), torch_device=str(self._model.device), **kept
+                    )
+                    self._with_adapters.base_model.enable_adapter_layers()
+                    self._with_adapters.base_model.set_adapter(voice, inference_mode=True)
         except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
             raise _unfit(folder, _first_line(error)) from error
         self._model.eval()
@@ -91,6 +95,12 @@ def uses_dora(folder: str) -> bool:
         return bool(json.loads((Path(folder) / _CONFIG).read_bytes()).get("use_dora"))
     except (OSError, ValueError):
         return False
+
+
+def _targets(folder: Path) -> list[str] | str:
+    """Names of modules, or a pattern that some other program wrote."""
+    found: list[str] | str = json.loads((folder / _CONFIG).read_bytes()).get("target_modules") or ""
+    return found
 
 
 def _check(folder: Path) -> None:

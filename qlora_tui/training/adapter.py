@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -31,9 +33,33 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture) -> Any:
         use_dora=settings.use_dora,
         bias="none",
     )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    with names_as_they_are(model, config.target_modules):
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     use_lean_lora(adapted)
     return adapted
+
+
+@contextmanager
+def names_as_they_are(model: nn.Module, names: Iterable[str] | str) -> Iterator[None]:
+    """While peft puts an adapter on, let it touch the modules named and no others.
+
+    For adapters made before transformers 5, peft reads ``gate_proj`` and its like as the routed experts in
+    families that have such (``_convert_peft_config_moe``), also at the end of the full name of a shared
+    expert's or a dense layer's module. Names that are all modules of this model need no such reading.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # a peft, or with it a transformers, that does not do this
+        yield
+        return
+    there = {name for name, _ in model.named_modules()}
+    kept = conversion.convert_peft_config_for_transformers
+    if not isinstance(names, str) and there.issuperset(names):
+        conversion.convert_peft_config_for_transformers = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = kept
 
 
 def target_names(model: nn.Module, settings: Lora, architecture: Architecture) -> list[str]:

@@ -27,7 +27,7 @@ CASES = [
     Case("Mistral", rows=3, length=256, wide=False, method="none"),
     Case("Mixtral", length=512),
     Case("Qwen 1.5 MoE", checkpointing=False, loss="stock", wide=False),
-    Case("DeepSeek-V2", length=512, wide=False),
+    Case("DeepSeek-V2", length=512),
     Case("Falcon", rows=2, length=256),
     Case("Gemma 2", rows=2, length=512),
     Case("Gemma 3", checkpointing=False, loss="stock"),
