@@ -37,6 +37,7 @@ _ROLES: dict[str, Role] = {
 _CALL_ROLES = ("function_call", "tool_call")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TRAIN_KEYS = ("train", "weight", "loss_weight", "loss")
+_LARGEST_WEIGHT = 1000
 
 
 def decoded(value: Any) -> Any:
@@ -124,6 +125,11 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     if role is None:
         raise RowRefused("unknown-role", f"Turn {number} has the role {name!r}.")
     weight = _weight(turn)
+    if not 0 <= weight <= _LARGEST_WEIGHT:
+        raise RowRefused(
+            "wrong-format",
+            f"Turn {number} has the weight {weight:g}, not from 0 to {_LARGEST_WEIGHT:,}.",
+        )
     content = text_of(next((turn[k] for k in CONTENT_KEYS if k in turn), None), f"turn {number}")
     calls = _calls(turn.get("tool_calls") or turn.get("function_call"))
     if str(name).strip().lower() in _CALL_ROLES and not calls:

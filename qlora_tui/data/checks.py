@@ -66,10 +66,6 @@ def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
         ):
             yield "empty-answer", f"Turn {number} says nothing."
             break
-    for number, message in enumerate(conversation.messages, 1):
-        if message.weight not in (0.0, 1.0):
-            yield "part-weight", f"Turn {number} has the weight {message.weight:g}."
-            break
     text = conversation.text or "\n".join(m.content for m in conversation.messages)
     damage = (_CONTROL if text.isascii() else _DAMAGE).search(text)
     if damage:

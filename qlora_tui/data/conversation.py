@@ -33,7 +33,7 @@ class Message(Struct, frozen=True):
     name: str = ""
     """The tool that answers, for a tool turn."""
     weight: float = 1.0
-    """How much it should count, as the file says. Any weight above 0 trains fully; others are pointed out."""
+    """How much each of its tokens counts in the loss, as the file says; 0 is not to train it."""
 
 
 class Conversation(Struct, frozen=True):

@@ -173,7 +173,12 @@ class _Maker:
                     self.split.add(conversation, key)
                 for sample in examined.samples:
                     self.writer.add(
-                        sample.token_ids, sample.trained, conversation.source, conversation.row, key
+                        sample.token_ids,
+                        sample.trained,
+                        conversation.source,
+                        conversation.row,
+                        key,
+                        sample.weights,
                     )
             yield
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator
 from typing import Literal
 
 from qlora_tui.data.render import Rendered
@@ -12,20 +14,54 @@ TooLong = Literal["drop", "cut-left", "cut-right", "split"]
 def fit(sample: Rendered, max_length: int, too_long: TooLong, bos_id: int | None = None) -> list[Rendered]:
     """``sample`` as rows of at most ``max_length`` tokens; those in which nothing trains are left out.
 
-    Cutting at the left keeps a begin token at the start. Empty if nothing is left to learn.
+    The first token of a row is predicted from nothing, so it does not count. Cutting at the left keeps a
+    begin token at the start. Empty if nothing is left to learn.
     """
-    ids, trained = sample.token_ids, sample.trained
-    if len(ids) <= max_length:
-        return [sample] if 1 in trained else []
-    if too_long == "drop":
+    length = len(sample.token_ids)
+    if length <= max_length:
+        parts = [sample]
+    elif too_long == "drop":
         return []
-    if too_long == "split":
-        starts = range(0, len(ids), max_length)
-        parts = [(ids[s : s + max_length], trained[s : s + max_length]) for s in starts]
+    elif too_long == "split":
+        parts = [_part(sample, start, end) for start, end in _pieces(sample.trained, max_length)]
     elif too_long == "cut-right":
-        parts = [(ids[:max_length], trained[:max_length])]
-    elif bos_id is not None and ids[0] == bos_id:
-        parts = [([bos_id, *ids[1 - max_length :]], b"\x00" + trained[1 - max_length :])]
+        parts = [_part(sample, 0, max_length)]
+    elif bos_id is not None and sample.token_ids[0] == bos_id:
+        parts = [_after_bos(_part(sample, length + 1 - max_length, length), bos_id)]
     else:
-        parts = [(ids[-max_length:], trained[-max_length:])]
-    return [Rendered(part, flags, sample.notes) for part, flags in parts if 1 in flags]
+        parts = [_part(sample, length - max_length, length)]
+    return [part for part in parts if 1 in part.trained[1:]]
+
+
+def _pieces(trained: bytes, max_length: int) -> Iterator[tuple[int, int]]:
+    """Where the pieces of a split sample begin and end.
+
+    Each ends after the last answer that fits, so that the next begins with a turn. An answer that does not
+    fit is cut at the limit. Of a question that fills a piece by itself only the end is kept, before its
+    answer.
+    """
+    start = 0
+    while len(trained) - start > max_length:
+        end = start + max_length
+        answer = trained.find(b"\x01", start)
+        if answer < 0:
+            return
+        if answer >= end:
+            over = trained.find(b"\x00", answer) if 0 in trained[answer:] else len(trained)
+            start = max(start, min(over - max_length, answer - max_length // 2))
+            continue
+        # The end of the last answer in reach: what trains is followed by what does not.
+        turn_end = trained.rfind(b"\x01\x00", start, end + 1) + 1
+        yield start, turn_end or end
+        start = turn_end or end
+    yield start, len(trained)
+
+
+def _part(sample: Rendered, start: int, end: int) -> Rendered:
+    weights = None if sample.weights is None else sample.weights[start:end]
+    return Rendered(sample.token_ids[start:end], sample.trained[start:end], sample.notes, weights)
+
+
+def _after_bos(part: Rendered, bos_id: int) -> Rendered:
+    weights = None if part.weights is None else array("f", [0.0]) + part.weights
+    return Rendered([bos_id, *part.token_ids], b"\x00" + part.trained, part.notes, weights)

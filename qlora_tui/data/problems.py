@@ -114,9 +114,6 @@ CHECKS: dict[str, Check] = {
     "secret": Check(
         "warning", "Looks like a secret key", "The model may learn to repeat it. Remove and revoke it."
     ),
-    "part-weight": Check(
-        "warning", "A weight other than 0 or 1", "Any weight above 0 trains the turn fully."
-    ),
 }
 """Every kind there is."""
 
@@ -128,6 +125,7 @@ NOTES: dict[str, str] = {
     "tool-as-user": "The template has no tool role: what tools answer is given as a user turn.",
     "control-tokens": "Control tokens inside a text are learned as ordinary text.",
     "answer-changed": "The template changes what the answer says.",
+    "weights": "Answers count in the loss as the weights in the file say.",
 }
 """What was changed so that the template keeps it: the notes of a report and of a sample, in words."""
 

@@ -8,6 +8,7 @@ anyone's text are encoded as ordinary text.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -33,7 +34,10 @@ class Rendered(Struct, frozen=True):
     """One byte a token: 1 where the model learns to say it."""
     notes: tuple[str, ...] = ()
     """What had to be changed for the template: ``system-in-user``, ``tools-as-text``, ``calls-as-text``,
-    ``tool-as-user``, ``control-tokens`` (some were neutralised), ``answer-changed`` (the template did)."""
+    ``tool-as-user``, ``control-tokens`` (some were neutralised), ``answer-changed`` (the template did); and
+    ``weights``."""
+    weights: array[float] | None = None
+    """How much each token counts in the loss, 32-bit; None where each that trains counts 1."""
 
     @property
     def trained_count(self) -> int:
@@ -153,7 +157,7 @@ def lay(conversation: Conversation, tokenizer: ChatTokenizer, train_on: TrainOn)
     template, traits = tokenizer.template, tokenizer.traits
     if conversation.tools:
         template, traits = tokenizer.tool_template, tokenizer.tool_traits
-    turns, trains, tools, notes = adapted(conversation, traits)
+    turns, weights, tools, notes = adapted(conversation, traits)
     turns, marked = _neutral_turns(turns, tokenizer)
     if tools:
         tools, in_tools = _neutral_value(tools, tokenizer.control_pattern)
@@ -161,9 +165,11 @@ def lay(conversation: Conversation, tokenizer: ChatTokenizer, train_on: TrainOn)
     if marked:
         notes.append("control-tokens")
     special, everything = tokenizer.special_pattern, train_on == "everything"
-    layouts = lay_out(template, turns, trains, tools, special, eos, everything)
-    if not all(_kept(turn, layouts) for turn, wanted in zip(turns, trains, strict=True) if wanted):
+    layouts = lay_out(template, turns, weights, tools, special, eos, everything)
+    if not all(_kept(turn, layouts) for turn, wanted in zip(turns, weights, strict=True) if wanted):
         notes.append("answer-changed")
+    if any(layout.weights for layout in layouts):
+        notes.append("weights")
     return Laid(tuple(layouts), tuple(notes))
 
 
@@ -219,13 +225,16 @@ def _sample(layout: Layout, encoding: Encoding, tokenizer: ChatTokenizer, notes:
         return _by_pieces(layout, tokenizer, notes)
     ids = encoding.ids
     trained = bytearray(len(ids))
-    for start, end in layout.spans:
+    weights = array("f", bytes(4 * len(ids))) if layout.weights else None
+    for number, (start, end) in enumerate(layout.spans):
         first, straddles = _token_at(encoding, start)
         if straddles:
             return _by_pieces(layout, tokenizer, notes)
         last = len(ids) if end == len(layout.text) else _token_at(encoding, end)[0]
         trained[first:last] = b"\x01" * (last - first)
-    return Rendered(ids, bytes(trained), notes)
+        if weights is not None:
+            weights[first:last] = array("f", [layout.weights[number]]) * (last - first)
+    return Rendered(ids, bytes(trained), notes, weights)
 
 
 def _token_at(encoding: Encoding, character: int) -> tuple[int, bool]:
@@ -247,15 +256,19 @@ def _by_pieces(layout: Layout, tokenizer: ChatTokenizer, notes: tuple[str, ...])
     """
     ids: list[int] = []
     trained = bytearray()
+    weights = array("f")
     at = 0
-    for start, end in (*layout.spans, (len(layout.text), len(layout.text))):
+    spans = (*layout.spans, (len(layout.text), len(layout.text)))
+    counts = (*(layout.weights or [1.0] * len(layout.spans)), 0.0)
+    for (start, end), weight in zip(spans, counts, strict=True):
         for flag, (first, last) in ((0, (at, start)), (1, (start, end))):
             for text, literal in _stretches(layout.text[first:last]):
                 new = tokenizer.encode_inside(text, literal) if ids or literal else tokenizer.encode(text)
                 ids += new
                 trained += bytes([flag]) * len(new)
+                weights.extend([flag * weight] * len(new))
         at = end
-    return Rendered(ids, bytes(trained), notes)
+    return Rendered(ids, bytes(trained), notes, weights if layout.weights else None)
 
 
 def _stretches(text: str) -> list[tuple[str, bool]]:

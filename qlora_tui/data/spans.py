@@ -14,7 +14,7 @@ meet it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -33,6 +33,8 @@ class Layout(Struct, frozen=True):
 
     text: str
     spans: tuple[Span, ...]
+    weights: tuple[float, ...] = ()
+    """How much each span counts in the loss; empty where each counts 1."""
 
 
 class _Finder:
@@ -47,34 +49,39 @@ class _Finder:
         self._special = special
         self._eos = eos
 
-    def layouts(self, training: Sequence[int]) -> list[Layout]:
-        """The whole conversation with the spans of the turns ``training``, and samples of their own."""
+    def layouts(self, weights: Mapping[int, float]) -> list[Layout]:
+        """The whole conversation with the spans of the turns that train, and samples of their own.
+
+        ``weights`` has how much each of these turns counts.
+        """
         template, turns = self._template, self._turns
         whole = template.render(turns, self._tools)
         spans: list[Span] = []
+        counts: list[float] = []
         own: list[Layout] = []
-        for i in training:
+        for i, weight in weights.items():
             is_last = i == len(turns) - 1
             ended = whole if is_last else template.render(turns[: i + 1], self._tools)
             start = self._start(i, ended)
             reasoning = _reasoning(turns[i])
             if start is None:
-                own.append(self._after_prompt(i, ended))
+                own.append(_weighed(self._after_prompt(i, ended), weight))
                 continue
             found: Span | None = (start, len(ended))
             if not is_last and not (whole.startswith(ended) and start < len(ended)):
                 found = self._in_rewritten(i, whole, ended, start)
             if reasoning and reasoning not in ended[start:]:
-                own.append(self._with_reasoning(i, ended, start, reasoning))
+                own.append(_weighed(self._with_reasoning(i, ended, start, reasoning), weight))
             elif found is None or (reasoning and reasoning not in whole[slice(*found)]):
-                own.append(self._closed(ended, [(start, len(ended))]))
+                own.append(_weighed(self._closed(ended, [(start, len(ended))]), weight))
             else:
                 spans.append(self._with_stop(whole, found))
+                counts.append(weight)
         if not spans:
             return own
-        if template.has_generation_marks:
-            spans = self._by_marks(whole, spans)
-        return [*own, self._closed(whole, spans)]
+        marked = self._by_marks(whole, spans) if template.has_generation_marks else spans
+        counts = [next(c for s, c in zip(spans, counts, strict=True) if _meet(s, span)) for span in marked]
+        return [*own, _weighed(self._closed(whole, marked), *counts)]
 
     def everything(self) -> Layout:
         """The whole conversation, all of which trains."""
@@ -234,7 +241,7 @@ class _Finder:
             return spans
         result: list[Span] = []
         for span in spans:
-            inside = [m for m in marks if m[0] < span[1] and span[0] < m[1]]
+            inside = [m for m in marks if _meet(m, span)]
             result += inside or [span]
         return sorted(set(result))
 
@@ -252,7 +259,7 @@ class _Finder:
 def lay_out(
     template: ChatTemplate,
     turns: Turns,
-    trains: Sequence[bool],
+    weights: Sequence[float],
     tools: Tools | None,
     special: re.Pattern[str],
     eos: str,
@@ -260,17 +267,25 @@ def lay_out(
 ) -> list[Layout]:
     """The texts of one conversation and what trains in each.
 
-    ``trains`` says for each turn whether the model should learn it; turns after the last of them are
-    left out, for nothing is learned from them. With ``everything`` all of all turns trains. ``special``
+    ``weights`` says for each turn how much it counts; turns after the last that counts are left out, for
+    nothing is learned from them. With ``everything`` all of all turns trains alike. ``special``
     matches any special token, ``eos`` is the end-of-text token. Raises ``RowRefused`` where the
     template does.
     """
     if everything:
         return [_Finder(template, turns, tools, special, eos).everything()]
-    training = [i for i, wanted in enumerate(trains) if wanted]
+    training = {i: weight for i, weight in enumerate(weights) if weight}
     if not training:
         raise RowRefused("no-answer", "No assistant turn trains.")
-    return _Finder(template, turns[: training[-1] + 1], tools, special, eos).layouts(training)
+    return _Finder(template, turns[: max(training) + 1], tools, special, eos).layouts(training)
+
+
+def _weighed(layout: Layout, *weights: float) -> Layout:
+    return layout if set(weights) == {1.0} else Layout(layout.text, layout.spans, weights)
+
+
+def _meet(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
 
 
 def _shared_start(texts: Sequence[str]) -> str:

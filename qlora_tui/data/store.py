@@ -4,6 +4,7 @@ One folder a set. Little-endian, no headers:
 
 * ``tokens.u32``: every token id, sample after sample.
 * ``trained.u8``: one byte a token, 1 where it trains.
+* ``weights.f32``: how much each token counts in the loss; only there if some do not count 0 or 1.
 * ``offsets.u64``: where each sample begins, and where the last ends.
 * ``trained_counts.u32``, ``rows.u32``, ``sources.u16``: one entry a sample.
 * ``train.u32``, ``validation.u32``: sample numbers of the two sides.
@@ -36,6 +37,7 @@ _FILES = {
     "rows.u32": "I",
     "sources.u16": "H",
 }
+_WEIGHTS = "weights.f32"
 
 
 class Writer:
@@ -54,7 +56,7 @@ class Writer:
 
     def __enter__(self) -> Writer:
         for name in _FILES:
-            self._files[name] = self._stack.enter_context((self.folder / name).open("wb", buffering=1 << 20))
+            self._open(name)
         self._write("offsets.u64", array("Q", [0]))
         return self
 
@@ -63,9 +65,18 @@ class Writer:
     ) -> None:
         self._stack.close()
 
-    def add(self, token_ids: Sequence[int], trained: bytes, source: int, row: int, key: int) -> None:
-        """One sample."""
+    def add(
+        self,
+        token_ids: Sequence[int],
+        trained: bytes,
+        source: int,
+        row: int,
+        key: int,
+        weights: array[float] | None = None,
+    ) -> None:
+        """One sample; without ``weights`` each token that trains counts 1."""
         tokens = array("I", token_ids)
+        self._add_weights(trained, weights)
         self._end += len(tokens)
         self._write("tokens.u32", tokens)
         self._write("trained.u8", array("B", trained))
@@ -94,7 +105,22 @@ class Writer:
             self._hash.update(b"|")
         return self._hash.hexdigest()
 
-    def _write(self, name: str, values: array[int]) -> None:
+    def _add_weights(self, trained: bytes, weights: array[float] | None) -> None:
+        if weights is not None:
+            self._hash.update(weights)
+            if _WEIGHTS not in self._files:
+                self._open(_WEIGHTS)
+                self._files["trained.u8"].flush()
+                with (self.folder / "trained.u8").open("rb") as earlier:
+                    while flags := earlier.read(1 << 20):
+                        self._write(_WEIGHTS, array("f", iter(flags)))
+        if _WEIGHTS in self._files:
+            self._write(_WEIGHTS, weights or array("f", iter(trained)))
+
+    def _open(self, name: str) -> None:
+        self._files[name] = self._stack.enter_context((self.folder / name).open("wb", buffering=1 << 20))
+
+    def _write(self, name: str, values: array[int] | array[float]) -> None:
         self._files[name].write(values)
 
 
@@ -105,12 +131,17 @@ class Store:
         self.folder = folder
         self.tokens = _mapped(folder / "tokens.u32", "I")
         self.trained = _mapped(folder / "trained.u8", "B")
+        weighted = (folder / _WEIGHTS).exists()
+        self.weights = _mapped(folder / _WEIGHTS, "f") if weighted else None
         self.offsets = _mapped(folder / "offsets.u64", "Q")
         self.trained_counts = _mapped(folder / "trained_counts.u32", "I")
         self.rows = _mapped(folder / "rows.u32", "I")
         self.sources = _mapped(folder / "sources.u16", "H")
         samples = len(self.offsets) - 1
-        if not len(self.tokens) == len(self.trained) == self.offsets[-1] or not (
+        tokens = {len(self.tokens), len(self.trained), self.offsets[-1]}
+        if self.weights is not None:
+            tokens.add(len(self.weights))
+        if len(tokens) > 1 or not (
             samples == len(self.rows) == len(self.sources) == len(self.trained_counts)
         ):
             raise ValueError(f"{folder} is not whole")
@@ -140,6 +171,10 @@ class Samples:
     def trained(self, i: int) -> memoryview:
         """One byte a token of sample ``i``: 1 where it trains."""
         return self._store.trained[self._slice(i)]
+
+    def weights(self, i: int) -> memoryview | None:
+        """How much each token of sample ``i`` counts in the loss, 32-bit; None where no row says."""
+        return None if self._store.weights is None else self._store.weights[self._slice(i)]
 
     def length(self, i: int) -> int:
         """Tokens in sample ``i``."""

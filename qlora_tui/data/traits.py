@@ -136,8 +136,9 @@ def _as_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 def adapted(
     conversation: Conversation, traits: Traits
-) -> tuple[list[dict[str, Any]], list[bool], list[dict[str, Any]] | None, list[str]]:
-    """Turns as the template reads them, which of them train, the tools, and notes on what was changed."""
+) -> tuple[list[dict[str, Any]], list[float], list[dict[str, Any]] | None, list[str]]:
+    """Turns as the template reads them, how much each counts in the loss (0 for those that do not train), the
+    tools, and notes on what was changed."""
     notes: list[str] = []
     messages = list(conversation.messages)
     tools: list[dict[str, Any]] | None = list(conversation.tools) or None
@@ -148,14 +149,15 @@ def adapted(
     if messages and messages[0].role == "system" and not traits.system:
         messages = _system_in_user(messages)
         notes.append("system-in-user")
-    turns, trains = [], []
+    turns: list[dict[str, Any]] = []
+    weights: list[float] = []
     for message in messages:
         turn, note = _turn(message, traits)
         if note:
             notes.append(note)
         turns.append(_as_parts(turn) if traits.parts else turn)
-        trains.append(message.role == "assistant" and message.train)
-    return turns, trains, tools, list(dict.fromkeys(notes))
+        weights.append(message.weight if message.role == "assistant" and message.train else 0.0)
+    return turns, weights, tools, list(dict.fromkeys(notes))
 
 
 def _turn(message: Message, traits: Traits) -> tuple[dict[str, Any], str]:

@@ -158,7 +158,10 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = 1024
     too_long: Annotated[
         Literal["drop", "cut-left", "cut-right", "split"],
-        _about("Too long", "What happens to a sample longer than a row."),
+        _about(
+            "Too long",
+            "A sample longer than a row is dropped, cut at an end, or split after the last answer that fits.",
+        ),
     ] = "cut-right"
     packing: Annotated[
         bool,

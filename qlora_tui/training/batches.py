@@ -39,6 +39,9 @@ class Samples(Protocol):
     def trained(self, i: int, /) -> Sequence[int]:
         """1 for each token that is learnt from, else 0."""
 
+    def weights(self, i: int, /) -> Sequence[float] | None:
+        """How much each token counts in the loss; None where each that is learnt from counts 1."""
+
     def length(self, i: int, /) -> int:
         """Tokens of a sample."""
 
@@ -135,9 +138,13 @@ def tokens_in(rows: Sequence[Row], samples: Samples) -> int:
     return sum(samples.length(i) for row in rows for i in row)
 
 
-def predictions_in(rows: Sequence[Row], samples: Samples) -> int:
-    """Tokens of some rows that are learnt from; the first of a sample is predicted from nothing."""
-    return sum(sum(samples.trained(i)[1:]) for row in rows for i in row)
+def predictions_in(rows: Sequence[Row], samples: Samples) -> float:
+    """Tokens of some rows that are learnt from, each by its weight: what a sum of losses is divided by.
+
+    The first of a sample is predicted from nothing.
+    """
+    weights = (samples.weights(i) or samples.trained(i) for i in _samples_of(rows))
+    return sum(sum(of_one[1:]) for of_one in weights)
 
 
 def computed_tokens(rows: Sequence[Row], samples: Samples, *, kept_apart: bool) -> int:
@@ -152,20 +159,24 @@ def collate(rows: Sequence[Row], samples: Samples, *, kept_apart: bool, pad_id: 
 
     Kept apart: ``input_ids``, ``position_ids`` (starting over at each sample) and ``labels`` of (1, tokens),
     and ``segments``, the samples' lengths. Else ``input_ids``, ``attention_mask`` and ``labels`` of
-    (rows, longest).
+    (rows, longest). Where the samples have weights, ``loss_weights`` too, fp32 of the shape of the labels.
     """
+    weighted = [samples.weights(i) for i in _samples_of(rows)]
+    weights = [torch.tensor(list(of_one)) for of_one in weighted if of_one is not None]
     ids = [_tensor(samples.token_ids(i)) for row in rows for i in row]
     labels = [_labels(i, tokens, samples) for i, tokens in zip(_samples_of(rows), ids, strict=True)]
     lengths = [len(tokens) for tokens in ids]
     if kept_apart:
-        return {
+        batch = {"loss_weights": torch.cat(weights)[None]} if weights else {}
+        return batch | {
             "input_ids": torch.cat(ids)[None],
             "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
             "labels": torch.cat(labels)[None],
             "segments": lengths,
         }
     longest = max(lengths)
-    return {
+    batch = {"loss_weights": _padded(weights, longest, 0)} if weights else {}
+    return batch | {
         "input_ids": _padded(ids, longest, pad_id),
         "attention_mask": _padded([torch.ones(n, dtype=torch.long) for n in lengths], longest, 0),
         "labels": _padded(labels, longest, IGNORED),
@@ -193,7 +204,7 @@ def _tensor(values: Sequence[int]) -> Tensor:
 
 
 def _padded(tensors: Sequence[Tensor], length: int, value: int) -> Tensor:
-    padded = torch.full((len(tensors), length), value, dtype=torch.long)
+    padded = torch.full((len(tensors), length), value, dtype=tensors[0].dtype)
     for row, tensor in zip(padded, tensors, strict=True):
         row[: len(tensor)] = tensor
     return padded

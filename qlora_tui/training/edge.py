@@ -272,7 +272,7 @@ class Edge:
             short_answers_end=self._short_answers_end,
         )
         total, trained, exact, asked = setting.among.summed(mine)
-        loss = total / max(trained, 1)
+        loss = total / (trained or 1)
         progress = self.progress
         # The loss before training is no candidate: its adapter has learnt nothing.
         best = step > 0 and math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)

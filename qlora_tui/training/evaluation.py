@@ -12,7 +12,7 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.training.accuracy import exact_answers, last_hidden_states, likeliest
-from qlora_tui.training.batches import Row, Samples, collate
+from qlora_tui.training.batches import Row, Samples, collate, predictions_in
 from qlora_tui.training.loss import IGNORED
 
 ANSWER_TOKENS = 96
@@ -23,8 +23,9 @@ class Validated(NamedTuple):
     """Sums over batches; those of several processes add up."""
 
     loss: float
-    """Σ loss over all trained tokens, in fp32."""
-    trained: int
+    """Σ loss over all trained tokens, each by its weight, in fp32."""
+    trained: float
+    """How many they are, each by its weight."""
     exact: int = 0
     """Samples answered exactly by greedy search."""
     asked: int = 0
@@ -46,15 +47,15 @@ def validate(
 
     ``short_answers_end``: the tokens that end a turn, where exact matches are to be counted.
     """
-    total, trained, exact, asked = 0.0, 0, 0, 0
+    total, trained, exact, asked = 0.0, 0.0, 0, 0
     with evaluating(model), last_hidden_states(model) as hidden:
         for done, rows in enumerate(batches, 1):
             batch = collate(rows, samples, kept_apart=kept_apart, pad_id=pad_id)
-            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            count = predictions_in(rows, samples)
             if count:
                 tensors = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-                output = model(**tensors, num_items_in_batch=count)
-                total += float(output.loss) * count
+                output = model(**tensors, num_items_in_batch=1)
+                total += float(output.loss)
                 trained += count
                 if short_answers_end is not None:
                     labels = tensors["labels"]

@@ -49,8 +49,8 @@ class StepData(TypedDict):
     """What one optimizer step learns from, for one process."""
 
     micro_batches: list[dict[str, Any]]
-    predictions: int
-    """Trained tokens of the whole step, over all processes."""
+    predictions: float
+    """Trained tokens of the whole step, each by its weight, over all processes."""
     tokens: int
     """Real tokens of the whole step, over all processes."""
 
@@ -152,9 +152,9 @@ class RunTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Forward and backward over every micro-batch of a step; the mean loss of its trained tokens."""
+        """Forward and backward over every micro-batch of a step; the weighted mean loss of its tokens."""
         batches = inputs["micro_batches"]
-        items = max(1, inputs["predictions"])
+        items = inputs["predictions"] or 1
         # The mean over processes is taken of the gradients, and the loss already holds the sum over all.
         share = self.accelerator.num_processes / items
         model.train()

@@ -73,6 +73,7 @@ def use_chunked_loss(model: nn.Module, head: Head) -> None:
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        loss_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if labels is None:
@@ -82,9 +83,27 @@ def use_chunked_loss(model: nn.Module, head: Head) -> None:
         hidden = decoder(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )[0]
-        total, trained = summed_loss(head, hidden, labels)
+        total, trained = summed_loss(head, hidden, labels, loss_weights)
         items = trained if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / items)
+
+    model.forward = MethodType(forward, model)
+
+
+def weigh_stock_loss(model: nn.Module) -> None:
+    """Let ``model(loss_weights=…)`` weigh the loss of each token, where it cannot be taken in chunks."""
+    stock = model.forward
+
+    @wraps(stock)
+    def forward(self: nn.Module, loss_weights: Tensor | None = None, **kwargs: Any) -> Any:
+        if loss_weights is None:
+            return stock(**kwargs)
+        wanted, items = kwargs.pop("labels")[:, 1:], kwargs.pop("num_items_in_batch")
+        logits = stock(**kwargs).logits
+        losses = nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+        )
+        return CausalLMOutputWithPast(loss=(losses * loss_weights[:, 1:]).sum() / items, logits=logits)
 
     model.forward = MethodType(forward, model)
 
@@ -105,25 +124,29 @@ def use_segments(model: nn.Module, *, by_mask: bool) -> None:
     model.forward = MethodType(forward, model)
 
 
-def summed_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """The sum of the losses of all trained tokens, fp32, and how many they are.
+def summed_loss(
+    head: Head, hidden: Tensor, labels: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """The sum of the losses of all trained tokens, fp32, each by its weight, and how many they are.
 
-    ``hidden`` is (batch, tokens, width), ``labels`` (batch, tokens): token t is predicted from t - 1.
+    ``hidden`` is (batch, tokens, width), ``labels`` and ``weights`` are (batch, tokens): token t is predicted
+    from t - 1.
     """
     wanted = labels[:, 1:]
     trained = wanted != IGNORED
     states, targets = hidden[:, :-1][trained], wanted[trained]
     if not len(targets):
         return hidden.sum() * 0.0, 0
-    total: Tensor = _ChunkedLoss.apply(states, targets, head)  # type: ignore[no-untyped-call]  # torch's own
+    counts = None if weights is None else weights[:, 1:][trained]
+    total: Tensor = _ChunkedLoss.apply(states, targets, head, counts)  # type: ignore[no-untyped-call]  # torch's own
     return total, len(targets)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Σ cross-entropy of (tokens, hidden) against (tokens); the gradient is made in the forward pass."""
+    """Σ weight · cross-entropy of (tokens, hidden) against (tokens); the gradient is made in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, targets: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, states: Tensor, targets: Tensor, head: Head, weights: Tensor | None) -> Tensor:
         weight, bias = head.projection.weight, head.projection.bias
         needs_grad = ctx.needs_input_grad[0]
         # Gradients of fp16 states are kept in fp32 until the loss scale has been applied: they would vanish.
@@ -144,7 +167,9 @@ class _ChunkedLoss(torch.autograd.Function):
             # In place, the logits become softmax(logits), less one at the target.
             largest = logits.amax(dim=-1, keepdim=True)
             sums = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
-            total += (sums.log() + largest - wanted).sum()
+            losses = sums.log() + largest - wanted
+            counts = None if weights is None else weights[start:end, None]
+            total += (losses if counts is None else losses * counts).sum()
             if grad is None:
                 continue
             logits.div_(sums)
@@ -153,6 +178,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits *= slope
             if head.multiplier != 1.0:
                 logits *= head.multiplier
+            if counts is not None:
+                logits *= counts
             grad[start:end] = logits.to(weight.dtype) @ weight
             # Or they would live on beside the next chunk's.
             del logits, slope
@@ -162,6 +189,6 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return (grad * grad_outputs[0]).to(ctx.dtype), None, None
+        return (grad * grad_outputs[0]).to(ctx.dtype), None, None, None

@@ -231,7 +231,9 @@ class Attempt:
         if not isinstance(head, str) and not checks.loss_is_exact(model, head, device.torch_device):
             head = "what it does between head and loss is not known"
         kept_apart = attends == "flash" or (attends == "segments" and load.attend_by_segments(model))
-        if not isinstance(head, str):
+        if isinstance(head, str):
+            loss.weigh_stock_loss(model)
+        else:
             loss.use_chunked_loss(model, head)
         loss.use_segments(model, by_mask=attends == "segments")
         kept_apart = kept_apart and checks.samples_are_kept_apart(model, device.torch_device)

@@ -105,7 +105,6 @@ BAD: dict[str, list[Any]] = {
         pair("pem?", "-----BEGIN RSA " + "PRIVATE KEY-----"),
         pair("gh?", "ghp_" + "x1Y2" * 9),
     ],
-    "part-weight": [pair("half?", "b", weight=0.5)],
 }
 
 

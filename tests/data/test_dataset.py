@@ -4,6 +4,7 @@ import json
 import os
 import random
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,26 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path) -> None:
     assert set(seen.values()) == {1}
 
 
+def test_weights_of_answers_are_kept_beside_the_tokens(tmp_path: Path) -> None:
+    weights = [1, 1, 0.5, 0, 1, 2]
+    asked = {"role": "user", "content": "q"}
+    answers: list[dict[str, Any]] = [
+        {"role": "assistant", "content": f"a{n}", "weight": weight} for n, weight in enumerate(weights)
+    ]
+    rows = [{"messages": [asked, answer]} for answer in answers]
+    source = write(tmp_path / "a.jsonl", rows)
+    prepared = prepare(recipe(source, validation_fraction=0), family("chatml"))
+    train = prepared.train
+    kept = {train.origin(i)[1] - 1: set(train.weights(i) or ()) - {0.0} for i in range(len(train))}
+    assert kept == {0: {1.0}, 1: {1.0}, 2: {0.5}, 4: {1.0}, 5: {2.0}}
+    for answer in answers:
+        answer["weight"] = 1
+    plain = prepare(recipe(write(tmp_path / "b.jsonl", rows), validation_fraction=0), family("chatml")).train
+    assert plain.weights(0) is None
+    (prepared.folder / "weights.f32").write_bytes(b"")
+    assert not prepare(recipe(source, validation_fraction=0), family("chatml")).cached
+
+
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
     told: list[Progress] = []
     prepare(recipe(write(tmp_path / "a.jsonl", pairs(600))), family("chatml"), told.append)
@@ -267,13 +288,50 @@ SAMPLE = Rendered(list(range(10)), b"\x00\x00\x00\x01\x01\x00\x00\x00\x01\x01")
         ("drop", []),
         ("cut-right", [[0, 1, 2, 3]]),
         ("cut-left", [[6, 7, 8, 9]]),
-        ("split", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]),
+        ("split", [[0, 1, 2, 3], [5, 6, 7, 8]]),
     ],
 )
 def test_long_samples_are_fitted_as_the_recipe_says(too_long: Any, kept: list[list[int]]) -> None:
     fitted = fit(SAMPLE, 4, too_long)
     assert [s.token_ids for s in fitted] == kept
     assert all(len(s.trained) == len(s.token_ids) for s in fitted)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=12),
+    st.integers(8, 60),
+    st.integers(0, 5),
+)
+def test_a_piece_of_a_split_begins_in_a_turn_only_if_that_does_not_fit(
+    turns: list[tuple[int, int]], limit: int, tail: int
+) -> None:
+    trained = b"".join(bytes(asked) + b"\x01" * said for asked, said in turns) + bytes(tail)
+    ids = list(range(len(trained)))
+    length_of_turn = [asked + said for asked, said in turns for _ in range(asked + said)]
+    begins = set(accumulate((asked + said for asked, said in turns), initial=0))
+    end = 0
+    for piece in fit(Rendered(ids, trained), limit, "split"):
+        first, last = piece.token_ids[0], piece.token_ids[-1]
+        assert end <= first and len(piece.token_ids) <= limit and 1 in piece.trained[1:]
+        assert piece.token_ids == ids[first : last + 1] and piece.trained == trained[first : last + 1]
+        assert first in begins or length_of_turn[first] > limit
+        end = last + 1
+
+
+def test_a_conversation_is_split_after_answers() -> None:
+    turns = [(6, 4), (5, 5), (3, 3)]
+    trained = b"".join(bytes(asked) + b"\x01" * said for asked, said in turns)
+    pieces = fit(Rendered(list(range(26)), trained), 18, "split")
+    assert [(p.token_ids[0], p.token_ids[-1]) for p in pieces] == [(0, 9), (10, 25)]
+
+
+def test_of_a_question_beyond_the_limit_the_end_stays_with_its_answer() -> None:
+    trained = bytes(50) + b"\x01" * 6 + bytes(4)
+    (piece,) = fit(Rendered(list(range(60)), trained), 20, "split")
+    assert (piece.token_ids[0], piece.token_ids[-1]) == (36, 55)
+    trained = bytes(50) + b"\x01" * 40
+    pieces = fit(Rendered(list(range(90)), trained), 20, "split")
+    assert [p.token_ids[0] for p in pieces] == [40, 60, 80]
 
 
 def test_cutting_at_the_left_keeps_the_begin_token() -> None:

@@ -129,6 +129,13 @@ def test_flags_say_which_turns_train(flag: dict[str, Any], trains: bool) -> None
     assert read({"messages": turns})[1].messages[1].train is trains
 
 
+@pytest.mark.parametrize("weight", [-1, 2000, float("nan"), float("inf")])
+def test_a_weight_that_can_be_no_weight_is_refused(weight: float) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": weight}]
+    with pytest.raises(RowRefused, match="Turn 2 has the weight"):
+        parse(Row(1, {"messages": turns}), Layout("messages", {"messages": "messages"}))
+
+
 def test_only_the_completion_of_a_chat_prompt_trains() -> None:
     row = {
         "prompt": [*CHAT, {"role": "user", "content": "And?"}],

@@ -328,3 +328,36 @@ def test_text_and_tokens_equal_those_of_transformers(tmp_path: Path) -> None:
     kept = len(ours_mask.trained)
     assert theirs_mask["assistant_masks"][:kept] == list(ours_mask.trained)
     assert not any(theirs_mask["assistant_masks"][kept:])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("control", ["", "<|im_end|>"])
+def test_an_answer_counts_as_its_weight_says(name: str, control: str) -> None:
+    turns = (
+        Message("user", f"Three? {control}"),
+        Message("assistant", "the first", weight=0.25),
+        Message("user", "And?"),
+        Message("assistant", "the second", train=False),
+        Message("user", "And?"),
+        Message("assistant", "the third", weight=1.0),
+    )
+    tokenizer = family(name)
+    weighed: dict[float, str] = {}
+    for sample in render(Conversation(turns), tokenizer):
+        assert sample.weights is not None and len(sample.weights) == len(sample.token_ids)
+        assert [weight > 0 for weight in sample.weights] == [flag == 1 for flag in sample.trained]
+        for weight in {0.25, 1.0} & set(sample.weights):
+            ids = [t for t, w in zip(sample.token_ids, sample.weights, strict=True) if w == weight]
+            weighed[weight] = tokenizer.decode(ids)
+        assert "weights" in sample.notes
+    assert "first" in weighed[0.25] and "third" not in weighed[0.25]
+    assert "third" in weighed[1.0] and "first" not in weighed[1.0]
+
+
+def test_whole_weights_need_no_column() -> None:
+    turns = (
+        Message("user", "a"),
+        Message("assistant", "b"),
+        Message("assistant", "c", train=False, weight=0),
+    )
+    assert [sample.weights for sample in render(Conversation(turns), family("chatml"))] == [None]

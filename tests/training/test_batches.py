@@ -44,6 +44,9 @@ class Fake:
     def trained(self, i: int) -> list[int]:
         return [int(k >= self._lengths[i] // 2) for k in range(self._lengths[i])]
 
+    def weights(self, i: int) -> list[float] | None:
+        return None
+
     def length(self, i: int) -> int:
         return self._lengths[i]
 

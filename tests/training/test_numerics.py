@@ -65,6 +65,37 @@ def test_the_chunked_loss_is_the_stock_loss(
     assert close(gradient, stock_gradient)
 
 
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "granite", "gemma2"])
+def test_the_weighted_loss_is_what_a_hand_computes(
+    model_type: str, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "LOSS_CHUNK_ROWS", 7)
+    model = build(model_type, tie_word_embeddings=False)
+    ids, labels = labelled(model)
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) * (labels != loss.IGNORED)
+    embeddings = model.get_input_embeddings().weight.requires_grad_(True)
+    odds = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    own = -odds.gather(2, ids[:, 1:, None])[..., 0]
+    by_hand = (own * weights[:, 1:]).sum() / weights[:, 1:].sum()
+    (expected,) = torch.autograd.grad(by_hand, embeddings)
+    head = loss.find_head(model)
+    assert isinstance(head, loss.Head)
+    if chunked:
+        loss.use_chunked_loss(model, head)
+    else:
+        loss.weigh_stock_loss(model)
+    value, gradient = loss_and_gradient(
+        model,
+        input_ids=ids,
+        labels=labels,
+        loss_weights=weights,
+        num_items_in_batch=float(weights[:, 1:].sum()),
+    )
+    assert value == pytest.approx(by_hand.item(), rel=ROUNDING)
+    assert close(gradient, expected)
+
+
 def test_a_tied_head_is_frozen_and_taken_in_chunks() -> None:
     model = build("llama")
     head = loss.find_head(model)

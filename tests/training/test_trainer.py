@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,7 +18,7 @@ from qlora_tui.catalog.lookup import architecture_of
 from qlora_tui.memory import Device, estimate
 from qlora_tui.memory.learning import recall
 from qlora_tui.memory.processor import this_processor
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import (
@@ -98,6 +99,53 @@ def test_the_adapter_loads_with_plain_peft(recipe: MakeRecipe, trainers: Trainer
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout == "<|im_start|>user\nhi<|im_end|>\n\n"
     assert (run.adapter_dir / "recipe.toml").read_text() == run.recipe_path.read_text()
+
+
+@pytest.mark.parametrize(("micro_batch", "packing"), [(1, True), (3, False)])
+def test_answers_are_learnt_from_as_their_weights_say(
+    recipe: MakeRecipe, trainers: Trainers, tmp_path: Path, micro_batch: int, packing: bool
+) -> None:
+    """A step over all rows, and the validation: each is the weighted mean of the base model's losses."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = [0.25, 1.0, 3.0, 0.5, 0.0, 1.0]
+    conversations = [
+        [
+            {"role": "user", "content": f"what is {n}"},
+            {"role": "assistant", "content": "the fox " * (n + 1), "weight": weight},
+        ]
+        for n, weight in enumerate(weights)
+    ]
+    data = tmp_path / "weighted.jsonl"
+    data.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in conversations))
+    settings = {
+        "data.sources": (Source(path=str(data)),),
+        "data.validation_path": str(data),
+        "data.packing": packing,
+        "data.max_length": 64,
+        "quantization.method": "none",
+        "training.micro_batch": micro_batch,
+        "training.gradient_accumulation": 6,
+        "training.epochs": 1.0,
+    }
+    made = recipe(settings)
+    run = create(made)
+    assert trainers.run(run) == 0
+    model = AutoModelForCausalLM.from_pretrained(made.model.id)
+    tokenizer: Any = AutoTokenizer.from_pretrained(made.model.id)
+    total = count = 0.0
+    for turns, weight in zip(conversations, weights, strict=True):
+        whole = tokenizer.apply_chat_template(turns, return_dict=False)
+        asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+        ids = torch.tensor([whole])
+        with torch.no_grad():
+            odds = model(ids).logits[0, :-1].log_softmax(-1)
+        each = -odds.gather(1, ids[0, 1:, None])[len(asked) - 1 :]
+        total += weight * each.sum().item()
+        count += weight * len(each)
+    assert losses(run)[1] == pytest.approx(total / count, rel=1e-4)
+    assert told(run, Evaluated)[0].loss == pytest.approx(total / count, rel=1e-4)
 
 
 @pytest.mark.parametrize("how", ["stop", "SIGTERM"])
