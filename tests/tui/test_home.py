@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 
 import pytest
@@ -36,7 +37,7 @@ READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="d.jsonl"),))
         (Standing(READY, 1, last_run="a", last_state="finished"), "app.go('train')"),
         (Standing(READY, 1, last_run="a", last_state="lost", last_is_news=True), "watch"),
         (Standing(READY, 1, last_run="a", last_state="paused"), "watch"),
-        (Standing(READY, 1, waiting=2), "app.go('runs')"),
+        (Standing(READY, 1, waiting=2), "start_queue"),
     ],
 )
 def test_the_next_step_is_the_sensible_one(now: Standing, action: str) -> None:
@@ -72,6 +73,39 @@ async def test_a_run_that_ends_is_told_to_someone_who_looks_elsewhere(
     assert said.count("\x1b]9;owls failed: The disk is full.\a") == 1
     assert "\x1b]2;owls failed: The disk is full.\a" in said
     assert said.index(escapes.PUSH_TITLE) < said.index("\x1b]2;") < said.index(escapes.POP_TITLE)
+
+
+async def test_what_a_first_run_came_to_is_news_in_the_first_session_too(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "No run yet")
+        play(Play(name="owls", state="finished", steps=300, total=300, began=time.time()))
+        shown = await shows(pilot, "✓ owls", "Talk to the adapter")
+        assert "while you were away" not in shown
+
+
+async def test_what_is_too_long_for_the_window_goes_on_under_itself(make_app: MakeApp) -> None:
+    play(Play(name="owls", state="failed", steps=120, total=640))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        shown = await shows(pilot, "Out of GPU memory")
+        lines = shown.splitlines()
+        begins = next(n for n, line in enumerate(lines) if "Out of GPU memory" in line)
+        assert lines[begins + 1].startswith(" " * 10)
+        assert "than there was." in lines[begins + 1]
+
+
+async def test_a_queue_that_stands_still_is_started_with_enter(make_app: MakeApp) -> None:
+    run = play(Play(name="owls", state="queued", steps=0))
+    queue.enqueue(run)
+    # A runner passes over what it cannot train, which takes no torch.
+    run.recipe_path.unlink()
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "1. owls", "Start the queue")
+        await pilot.press("enter")
+        await shows(pilot, "Nothing waits.")
+        assert queue.waiting() == []
 
 
 async def test_a_run_that_ended_while_away_is_told(

@@ -49,6 +49,14 @@ def test_looks(snap_compare: Snapshot, private_home: Path, size: tuple[int, int]
     assert snap_compare(app, terminal_size=size, run_before=open_it)
 
 
+async def test_help_opens_over_the_presets_and_closes_to_them() -> None:
+    async with open_on("lora").run_test(size=(80, 24)) as pilot:
+        await pilot.press("p", "question_mark")
+        await shows(pilot, "Help: presets", "it is checked when you come back")
+        await pilot.press("escape")
+        await shows(pilot, "Presets", "balanced")
+
+
 async def test_opening_a_preset_keeps_model_and_data_and_is_undone(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")))
     before = app.workbench.recipe

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _SEEN_EVERY_S = 30.0
 _PARTS = ("card", "run", "queue", "recipe", "next", "recent")
+_TITLE = 8
+"""Cells of a part's title, and of the margin under it."""
 _TITLES = {
     "card": "Card",
     "run": "Run",
@@ -74,7 +76,8 @@ class HomeScreen(WorkScreen):
     def __init__(self) -> None:
         super().__init__()
         self._reader: HomeReader | None = None
-        self._seen_at = _last_seen()
+        self._started_at = clock.now()
+        self._seen_at = _last_seen() or self._started_at
         self._step: NextStep | None = None
         self._reading = False
         self._busy = False
@@ -110,6 +113,12 @@ class HomeScreen(WorkScreen):
 
         if self.workstation.pulse.last is not None:
             await show_run(self.workstation, self.workstation.pulse.last)
+
+    def action_start_queue(self) -> None:
+        """Start a runner: the one that was at work has been killed, or the machine restarted."""
+        from qlora_tui.runs.runner import ensure_runner
+
+        ensure_runner()
 
     async def action_chat(self) -> None:
         """Talk to the last run's adapter."""
@@ -178,7 +187,7 @@ class HomeScreen(WorkScreen):
         from qlora_tui.tui.screens.home_facts import HomeReader
 
         if self._reader is None:
-            self._reader = HomeReader(self._seen_at)
+            self._reader = HomeReader(self._seen_at, self._started_at)
         return self._reader.read(bench, self.workstation.room, pulse, clock.now())
 
     def _put(self, part: str, lines: tuple[Content, ...]) -> None:
@@ -186,8 +195,13 @@ class HomeScreen(WorkScreen):
         self.query_one(f"#{part}").display = bool(lines)
         if not lines:
             return
-        heads = [Content.styled(f"{_TITLES[part]:<8}", "bold $primary")]
-        heads += [Content(" " * 8)] * (len(lines) - 1)
+        # What is too long goes on under itself, not under the titles.
+        room = max(20, self.query_one("#home").scrollable_content_region.width - _TITLE)
+        lines = tuple(
+            piece for line in lines for piece in (line.wrap(room) if line.cell_length > room else [line])
+        )
+        heads = [Content.styled(f"{_TITLES[part]:<{_TITLE}}", "bold $primary")]
+        heads += [Content(" " * _TITLE)] * (len(lines) - 1)
         text = Content("\n").join(head + line for head, line in zip(heads, lines, strict=True))
         if self._busy and part == "next":
             return

@@ -43,9 +43,10 @@ class Facts:
 class HomeReader:
     """Keeps what does not change from one look to the next."""
 
-    def __init__(self, seen_at: float) -> None:
+    def __init__(self, seen_at: float, started_at: float) -> None:
         self._seen_at = seen_at
-        """Unix time at which the app was last looked at before this start; 0 at the first."""
+        """Unix time at which the app was last looked at before this start, or of the first start."""
+        self._started_at = started_at
         self._summaries = Summaries()
         self._local_models: int | None = None
         self._verdict: tuple[object, str] = (None, "")
@@ -59,7 +60,8 @@ class HomeReader:
         if self._local_models is None:
             self._local_models = sum(model.refusal is None for model in list_local())
         status = pulse.last_status
-        news = status is not None and status.state not in ACTIVE and status.at > self._seen_at > 0
+        news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
+        away = news and status is not None and status.at < self._started_at
         standing = Standing(
             recipe=bench.recipe,
             local_models=self._local_models,
@@ -73,7 +75,7 @@ class HomeReader:
         summary = self._summaries.of(pulse.last) if pulse.last is not None else None
         parts = {
             "card": card_lines(pulse, room),
-            "run": run_lines(summary, news, now),
+            "run": run_lines(summary, away, now),
             "queue": queue_lines(pulse.waiting),
             "recipe": recipe_lines(bench, room),
             "next": next_lines(step, other_steps(standing, step)),
@@ -130,7 +132,7 @@ def card_lines(pulse: Pulse, room: Room) -> list[Content]:
     ]
 
 
-def run_lines(summary: RunSummary | None, news: bool, now: float) -> list[Content]:
+def run_lines(summary: RunSummary | None, away: bool, now: float) -> list[Content]:
     """The run at work or the last one: what it is, and how it stands or ended."""
     if summary is None:
         return [Content.styled("No run yet.", "dim")]
@@ -145,7 +147,7 @@ def run_lines(summary: RunSummary | None, news: bool, now: float) -> list[Conten
         left = "" if summary.seconds_left is None else f"   ETA {duration(summary.seconds_left)}"
         return [first, Content(f"{bar(share, _CURVE)} {steps}{loss}{left}")]
     first += f"  {ago(status.at, now)}" if status.at else ""
-    if news and status.at:
+    if away and status.at:
         first += Content.styled("  while you were away", "$accent")
     lines = [first]
     facts = _outcome(summary)
@@ -164,7 +166,7 @@ def _outcome(summary: RunSummary) -> str:
         facts.append(f"best loss {figure(summary.best[0], 3)} at step {summary.best[1]:,}")
     elif summary.loss is not None:
         facts.append(f"loss {figure(summary.loss, 3)}")
-    if summary.status.total_steps:
+    if summary.status.step < summary.status.total_steps:
         facts.append(f"step {summary.status.step:,} of {summary.status.total_steps:,}")
     if summary.seconds is not None:
         facts.append(duration(summary.seconds))
@@ -218,7 +220,7 @@ def recipe_lines(workbench: Workbench, room: Room) -> list[Content]:
 
 def next_lines(step: NextStep, others: tuple[NextStep, ...]) -> list[Content]:
     """The step with its key and the reason for it, and what could be done instead."""
-    key = "" if step.key == "d" else f" (also {step.key})"
+    key = "" if step.key in ("d", "") else f" (also {step.key})"
     lines = [
         Content.assemble(("▸ enter  ", "bold $accent"), (step.text, "bold"), (key, "dim")),
         Content.styled(f"         {step.why}", "dim"),

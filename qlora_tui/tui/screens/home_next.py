@@ -26,7 +26,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class NextStep:
-    """What to do, with which key, and why."""
+    """What to do, with which key (besides enter; empty for none), and why."""
 
     key: str
     action: str
@@ -49,7 +49,7 @@ def next_step(now: Standing) -> NextStep:
     if now.last_state in ACTIVE:
         return NextStep("5", "watch", "Watch the run", f"{now.last_run} is at work")
     if now.waiting:
-        return NextStep("6", "app.go('runs')", "See the queue", "runs wait, and none is at work")
+        return NextStep("", "start_queue", "Start the queue", "runs wait, and none is at work")
     if now.last_is_news and now.last_state == "finished":
         return NextStep("7", "chat", "Talk to the adapter", f"{now.last_run} is finished")
     if now.last_is_news and now.last_state in ("failed", "lost"):

@@ -23,7 +23,9 @@ from qlora_tui.recipe.presets import (
     save,
     take_snapshot,
 )
+from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.ask import AskScreen
+from qlora_tui.tui.screens.help import HelpScreen
 from qlora_tui.tui.screens.presets_files import bring_in, edit, send_out
 from qlora_tui.tui.screens.problem import ProblemScreen
 from qlora_tui.tui.screens.question import QuestionScreen
@@ -36,18 +38,34 @@ if TYPE_CHECKING:
 KEYS = "enter opens  s save as  e edit  i import  x export  D delete  u undo"
 
 
+HELP_TEXT = (
+    "A preset is part of a recipe. Opening one keeps your model and data; beside the list stands what it "
+    "would change. Saving one leaves model and data out. Your own file hides a shipped one of its name."
+)
+
+
+def _do(id_: str, key: str, action: str, label: str, help_: str) -> Command:
+    return Command(id=f"presets.{id_}", key=key, action=action, label=label, help=help_)
+
+
+COMMANDS: tuple[Command, ...] = (
+    _do("save", "s", "save_as", "Save as", "Save the recipe under a name, with a note of what it is for."),
+    _do("edit", "e", "edit", "Edit", "Open your file in $EDITOR; it is checked when you come back."),
+    _do("import", "i", "bring_in", "Import", "Copy a preset file among yours."),
+    _do("export", "x", "send_out", "Export", "Copy the preset to a file or a folder."),
+    _do("delete", "D", "delete", "Delete", "Delete one of yours; u brings it back."),
+    _do("undo", "u", "undo", "Undo", "Take back the last deletion, save or import made here."),
+)
+
+
 class PresetsScreen(ModalScreen[None]):
     """Shipped presets and the user's own, beside what opening one would change."""
 
     CSS_PATH = "presets.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,p,q", "leave", "Close"),
-        Binding("s", "save_as", "Save as"),
-        Binding("e", "edit", "Edit"),
-        Binding("i", "bring_in", "Import"),
-        Binding("x", "send_out", "Export"),
-        Binding("D", "delete", "Delete"),
-        Binding("u", "undo", "Undo"),
+        Binding("question_mark", "help", "Help"),
+        *(command.binding() for command in COMMANDS),
     ]
 
     def __init__(self) -> None:
@@ -99,6 +117,10 @@ class PresetsScreen(ModalScreen[None]):
         name, _, note = event.value.partition(":")
         if name.strip():
             self._save(name.strip(), note.strip(), overwrite=False)
+
+    def action_help(self) -> None:
+        """Show the keys of this list."""
+        self.app.push_screen(HelpScreen("presets", HELP_TEXT, COMMANDS))
 
     def action_leave(self) -> None:
         """Leave the name field first, then the screen."""
