@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,13 +16,14 @@ from textual.widgets import Input
 
 from qlora_tui.chat.terms import ADAPTER, BASE, Outcome, Sampling
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.screens.chat import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat_pair import Pair
 from qlora_tui.tui.transcript import append_exchange, transcript_path
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
-from tests.tui.played import TICKETS, Play, play
+from tests.tui.played import Play, play
+from tests.tui.reading import tickets
 from tests.tui.seeing import shows, text_of
 from tests.tui.workstation import open_on, settle
 
@@ -238,7 +240,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 async def talking(tiny: tuple[Path, Path], most: int = 12) -> AsyncIterator[tuple[Pilot[Any], ChatScreen]]:
     """The chat on a run of the tiny model."""
     model, adapter = tiny
-    recipe = Recipe(name="tale", model=Model(id=str(model)), data=TICKETS.data)
+    told = Data(sources=(Source(path=str(tickets(model.parent / "tickets.jsonl"))),), validation_fraction=0.2)
+    recipe = Recipe(name="tale", model=Model(id=str(model)), data=told)
     run = play(Play(name="tale", state="finished", steps=40, total=40, recipe=recipe))
     with_adapters(run, ADAPTER, "step-20", copy_of=adapter)
     app = open_on("home")
@@ -271,6 +274,16 @@ async def test_base_and_adapter_answer_beside_each_other_and_all_that_follows(
         kept = transcript_path(screen.run_dir).read_text()
         assert kept.count("> what is red") == 1
         assert "seed" in kept
+
+        # The verdict: one sentence, kept in view.
+        await pilot.press("escape", "f")
+        await rest(pilot, screen)
+        shown = " ".join((await shows(pilot, "The adapter ", "held-out conversations")).split())
+        assert re.search(
+            r"changes( the model:)? [\d.]+% of next-token choices on \d+ held-out conversations; ", shown
+        )
+        assert re.search(r"it fits them (better|worse) \(loss [\d.]+ → [\d.]+\) (and|but) ends", shown)
+        await pilot.press("i")
 
         # The base forgets nothing the adapter did not hear: each keeps its own conversation.
         screen.sampling = Sampling(max_new_tokens=8, temperature=0)
