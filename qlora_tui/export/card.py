@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
+from qlora_tui.recipe.difference import human
 from qlora_tui.recipe.schema import Recipe
 
 
@@ -21,10 +22,12 @@ def model_card(recipe: Recipe, *, from_hub: bool) -> str:
         recipe.quantization.method, f"{recipe.quantization.method.upper()} weights"
     )
     sources = ", ".join(PurePath(source.path).name for source in recipe.data.sources) or "not recorded"
+    own = (("Ranks of their own", lora.rank_pattern), ("Alphas of their own", lora.alpha_pattern))
     rows = [
         ("Base model", base),
         ("Method", f"{kind} on {held}, merged into the 16-bit base"),
         ("Rank, alpha, dropout", f"{lora.rank}, {lora.alpha:g}, {lora.dropout:g}"),
+        *((label, human(table)) for label, table in own if table),
         ("Target modules", ", ".join(lora.target_modules)),
         ("Data", sources),
         ("Trained on", _learnt(recipe)),

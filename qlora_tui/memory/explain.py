@@ -8,6 +8,7 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS, CodePath
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT
+from qlora_tui.recipe.difference import human
 from qlora_tui.recipe.schema import Recipe
 
 LABELS: dict[str, str] = {
@@ -104,7 +105,7 @@ def _training_sentences(facts: Facts) -> dict[str, str]:
     return {
         "adapter": (
             f"{trained} trained parameters × {path.adapter_bytes} bytes: "
-            f"rank {facts.recipe.lora.rank} × (in + out) a target."
+            f"rank {_ranks(facts.recipe)} × (in + out) a target."
         ),
         "gradients": f"A gradient a trained parameter: {trained} × {path.adapter_bytes} bytes.",
         "optimizer": f"{moments}{paged}.",
@@ -172,6 +173,11 @@ def _process_sentences(facts: Facts) -> dict[str, str]:
         "context": "The CUDA context and loaded kernels, outside torch's allocator.",
         "runtime": "The process before the model: Python, torch, transformers, peft, bitsandbytes.",
     }
+
+
+def _ranks(recipe: Recipe) -> str:
+    own = human(recipe.lora.rank_pattern)
+    return f"{recipe.lora.rank} ({own})" if recipe.lora.rank_pattern else f"{recipe.lora.rank}"
 
 
 def _n(count: int) -> str:

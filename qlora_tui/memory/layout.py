@@ -12,7 +12,7 @@ from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.moe import Mixture
 from qlora_tui.memory.ops import Linear
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.targets import select
+from qlora_tui.recipe.targets import rank_of, targets_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Layout:
 
 def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layout:
     """Every layer with its modules as this recipe and path hold them."""
-    targets = frozenset(module.name for module in select(recipe.lora.target_modules, architecture.modules))
+    ranks = {m.name: rank_of(recipe.lora, m) for m in targets_of(recipe.lora, architecture.modules)}
     style = STYLES.get(architecture.model_type, Style())
     rows, length = recipe.training.micro_batch, recipe.data.max_length
     by_layer: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]
@@ -106,7 +106,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
     blocks = []
     tensors: list[int] = []
     for modules in by_layer:
-        linears = tuple(_linear(module, recipe, module.name in targets, made) for module in modules)
+        linears = tuple(_linear(module, recipe, ranks.get(module.name, 0), made) for module in modules)
         for linear in linears:
             if linear.rank:
                 tensors += [linear.rank * linear.inputs, linear.rank * linear.outputs]
@@ -172,9 +172,9 @@ def _mixture(recipe: Recipe, architecture: Architecture, path: CodePath) -> Mixt
 
 
 def _linear(
-    module: LinearModule, recipe: Recipe, targeted: bool, made: dict[tuple[object, ...], Linear]
+    module: LinearModule, recipe: Recipe, rank: int, made: dict[tuple[object, ...], Linear]
 ) -> Linear:
-    """The module as the path holds it; equal ones are made once."""
+    """The module as the path holds it, its rank 0 where it is not trained; equal ones are made once."""
     key = (
         module.kind,
         module.in_features,
@@ -182,7 +182,7 @@ def _linear(
         module.part,
         module.bias,
         module.quantizable,
-        targeted,
+        rank,
     )
     if key not in made:
         made[key] = Linear(
@@ -192,7 +192,7 @@ def _linear(
             method=recipe.quantization.method if module.quantizable else "none",
             part=module.part,
             bias=module.bias,
-            rank=recipe.lora.rank if targeted else 0,
-            dora=recipe.lora.use_dora and targeted,
+            rank=rank,
+            dora=recipe.lora.use_dora and rank > 0,
         )
     return made[key]

@@ -39,7 +39,7 @@ def human(value: Any) -> str:
         case tuple():
             return ", ".join(map(human, value)) or "none"
         case dict():
-            return ", ".join(f"{key} = {text}" for key, text in value.items()) or "none"
+            return ", ".join(f"{key} = {human(part)}" for key, part in value.items()) or "none"
         case _:
             return str(value) or "none"
 

@@ -11,8 +11,8 @@ from msgspec import Meta, Struct
 
 from qlora_tui.recipe.schema import Recipe, Source
 
-Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "names"]
-"""``tables`` is a list of :class:`Source`; ``names`` maps texts to texts."""
+Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "names", "numbers"]
+"""``tables`` is a list of :class:`Source`; ``names`` maps texts to texts, ``numbers`` patterns to numbers."""
 
 
 class Field(Struct, frozen=True, kw_only=True):
@@ -71,6 +71,8 @@ class Field(Struct, frozen=True, kw_only=True):
                 return "a list of tables"
             case "names":
                 return "a table of texts"
+            case "numbers":
+                return "a table of target patterns and numbers within the setting's bounds"
 
     @property
     def _bounds(self) -> str:
@@ -192,6 +194,6 @@ def _kind(type_: Any) -> Kind:
     if origin is tuple:
         return "texts" if get_args(type_)[0] is str else "tables"
     if origin is dict:
-        return "names"
+        return "names" if get_args(type_)[1] is str else "numbers"
     kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "text"}
     return kinds[type_]

@@ -55,7 +55,8 @@ def parse_set(argument: str) -> dict[str, Any]:
     """The layer of one ``section.key=value``, checked.
 
     The value is TOML, but needs no quotes: ``training.schedule=linear``. A list of target modules may be a
-    comma list; any other list needs brackets, or is taken as its one item. Raises InvalidRecipe.
+    comma list, and so may ranks by pattern: ``q_proj=32,8-23.v_proj=8``. Any other list needs brackets, or is
+    taken as its one item. Raises InvalidRecipe.
     """
     layer, mistakes = _set(argument)
     if mistakes:
@@ -152,6 +153,9 @@ def _value(field: Field, raw: str) -> Any:
             return _toml(raw) if raw[:1] in ("'", '"') else raw
         case "texts" if not raw.startswith("["):
             return targets.split(raw) if field.path == "lora.target_modules" else [_bare_text(raw)]
+        case "numbers" if not raw.startswith("{"):
+            pairs = [part.partition("=") for part in targets.split(raw) if part]
+            return {pattern.strip(): _toml(value.strip()) for pattern, _, value in pairs}
         case "tables" if not raw.startswith("["):
             return [{"path": _bare_text(raw)}]
         case _:

@@ -102,6 +102,17 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             min_length=1,
         ),
     ] = (ALL_LINEAR,)
+    rank_pattern: Annotated[
+        dict[str, Annotated[int, Meta(ge=1, le=1024)]],
+        _about(
+            "Rank by pattern",
+            "Ranks of their own, by target pattern: 8-23.q_proj = 32; of two that fit, the later holds.",
+        ),
+    ] = {}
+    alpha_pattern: Annotated[
+        dict[str, Annotated[float, Meta(gt=0, le=8192)]],
+        _about("Alpha by pattern", "Alphas of their own, by target pattern: 8-23.q_proj = 64."),
+    ] = {}
     use_rslora: Annotated[
         bool, _about("rsLoRA", "Scale by alpha / √rank, which keeps high ranks learning.")
     ] = False

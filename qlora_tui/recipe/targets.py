@@ -1,4 +1,4 @@
-"""Which linear modules LoRA touches: the patterns of ``lora.target_modules``, read and written.
+"""Which linear modules LoRA touches, and how wide: the patterns of ``lora.target_modules``, read and written.
 
 A pattern is one of
 
@@ -17,7 +17,7 @@ and training use :func:`select`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from typing import Protocol, TypeVar
 
@@ -25,8 +25,10 @@ from msgspec import Struct
 
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.recipe.near import did_you_mean
-from qlora_tui.recipe.schema import ALL_LINEAR
+from qlora_tui.recipe.schema import ALL_LINEAR, Lora
 
+SETTINGS = ("lora.target_modules", "lora.rank_pattern", "lora.alpha_pattern")
+"""Those that hold patterns."""
 _SYNTAX = "write all-linear, a kind (q_proj), layers and a kind (8-23.q_proj), or a module's full name"
 
 _PATTERN = re.compile(
@@ -58,6 +60,7 @@ class Module(Protocol):
 
 
 AnyModule = TypeVar("AnyModule", bound=Module)
+AnyNumber = TypeVar("AnyNumber", int, float)
 
 
 class _Pattern(Struct, frozen=True):
@@ -104,11 +107,57 @@ def select(patterns: Iterable[str], modules: Sequence[AnyModule]) -> list[AnyMod
 
     Raises Problem where a pattern touches nothing: an unknown kind, layers the model has not.
     """
-    parsed = [(pattern, _parse(pattern)) for pattern in patterns]
-    for text, pattern in parsed:
-        if not any(pattern.matches(module) for module in modules):
-            raise _touches_nothing(text, pattern, modules)
-    return [module for module in modules if any(pattern.matches(module) for _, pattern in parsed)]
+    parsed = [_touching(pattern, modules, SETTINGS[0]) for pattern in patterns]
+    return [module for module in modules if any(pattern.matches(module) for pattern in parsed)]
+
+
+def targets_of(lora: Lora, modules: Sequence[AnyModule]) -> list[AnyModule]:
+    """The modules that get an adapter. Raises Problem where a pattern touches nothing."""
+    for setting, patterns in zip(SETTINGS[1:], ([*lora.rank_pattern], [*lora.alpha_pattern]), strict=True):
+        for pattern in patterns:
+            _touching(pattern, modules, setting)
+    return select(lora.target_modules, modules)
+
+
+def rank_of(lora: Lora, module: Module) -> int:
+    """The rank of a module's adapter, should it get one."""
+    return _number_of(lora.rank_pattern, lora.rank, module)
+
+
+def alpha_of(lora: Lora, module: Module) -> float:
+    """The alpha of a module's adapter, should it get one."""
+    return _number_of(lora.alpha_pattern, lora.alpha, module)
+
+
+def _number_of(table: dict[str, AnyNumber], usual: AnyNumber, module: Module) -> AnyNumber:
+    return next((table[pattern] for pattern in reversed(table) if _parse(pattern).matches(module)), usual)
+
+
+def assigned(
+    table: dict[str, AnyNumber],
+    usual: AnyNumber,
+    names: Collection[str],
+    number: AnyNumber,
+    modules: Sequence[Module],
+) -> dict[str, AnyNumber]:
+    """Short patterns by which the named modules have ``number`` and all others what ``table`` gave them.
+
+    ``usual`` is what a module has without a pattern.
+    """
+    numbers = {m.name: number if m.name in names else _number_of(table, usual, m) for m in modules}
+    return {
+        pattern: other
+        for other in dict.fromkeys(numbers.values())
+        if other != usual
+        for pattern in compress([name for name, has in numbers.items() if has == other], modules)
+    }
+
+
+def _touching(text: str, modules: Sequence[Module], setting: str) -> _Pattern:
+    pattern = _parse(text)
+    if not any(pattern.matches(module) for module in modules):
+        raise _touches_nothing(text, pattern, modules, setting)
+    return pattern
 
 
 def compress(selected_names: Iterable[str], modules: Sequence[Module]) -> tuple[str, ...]:
@@ -213,7 +262,7 @@ def _run(text: str) -> tuple[int, int]:
     return run
 
 
-def _touches_nothing(text: str, pattern: _Pattern, modules: Sequence[Module]) -> Problem:
+def _touches_nothing(text: str, pattern: _Pattern, modules: Sequence[Module], setting: str) -> Problem:
     title = "Unknown target module"
     if pattern.name:
         names = [module.name for module in modules]
@@ -224,13 +273,13 @@ def _touches_nothing(text: str, pattern: _Pattern, modules: Sequence[Module]) ->
     if pattern.kind not in (ALL_LINEAR, *kinds):
         prefix = text[: len(text) - len(pattern.kind)]
         hint = did_you_mean(pattern.kind, [*kinds, ALL_LINEAR], prefix + "{}")
-        what = f'lora.target_modules has "{text}", and the model has no {pattern.kind}.'
+        what = f'{setting} has "{text}", and the model has no {pattern.kind}.'
         return _problem(title, what, hint, why=f"Its kinds are {', '.join(kinds) or 'none'}.")
     layers = sorted(
         {m.layer for m in language if m.layer is not None and pattern.kind in (ALL_LINEAR, m.kind)}
     )
     has = f"{pattern.kind} is in layers {_runs(layers, layers)}."
-    what = f'lora.target_modules has "{text}", and the model has no such layers.'
+    what = f'{setting} has "{text}", and the model has no such layers.'
     return _problem(title, what, _SYNTAX, why=has)
 
 

@@ -65,7 +65,7 @@ def _in_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_Findin
     except msgspec.ValidationError:
         yield key, path, f"{path} must be {field.expected}, not {shown(value)}", _hint_for_value(field, value)
         return
-    if path == "lora.target_modules":
+    if path in targets.SETTINGS:
         for pattern in value:
             trouble = targets.syntax_error(pattern)
             if trouble:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.facts import Architecture, LinearModule
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Lora
-from qlora_tui.recipe.targets import select
+from qlora_tui.recipe.targets import alpha_of, rank_of, targets_of
 from qlora_tui.training.lean import use_lean_lora
 
 
@@ -22,13 +23,20 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture) -> Any:
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    targets = targets_by_name(model, settings, architecture)
+    ranks = {name: rank_of(settings, module) for name, module in targets.items()}
+    alphas = {name: alpha_of(settings, module) for name, module in targets.items()}
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
-        # A whole number is written as one: other programs read it as an int.
-        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        lora_alpha=_short(settings.alpha),
+        # peft reads the keys as patterns of its own, so each is one module's whole name, escaped.
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != settings.rank},
+        alpha_pattern={
+            re.escape(name): _short(alpha) for name, alpha in alphas.items() if alpha != settings.alpha
+        },
         lora_dropout=settings.dropout,
-        target_modules=target_names(model, settings, architecture),
+        target_modules=list(targets),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         bias="none",
@@ -62,12 +70,12 @@ def names_as_they_are(model: nn.Module, names: Iterable[str] | str) -> Iterator[
         conversion.convert_peft_config_for_transformers = kept
 
 
-def target_names(model: nn.Module, settings: Lora, architecture: Architecture) -> list[str]:
-    """Full names, as this model has them, of the modules the recipe targets. Raises Problem."""
+def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture) -> dict[str, LinearModule]:
+    """The modules the recipe targets by their full name as this model has it. Raises Problem."""
     there = dict(model.named_modules())
     by_tail = {_tail(name): name for name in there}
-    names = []
-    for module in select(settings.target_modules, architecture.modules):
+    found = {}
+    for module in targets_of(settings, architecture.modules):
         # A text model taken out of a multimodal one lacks the outer part of the name.
         name = module.name if module.name in there else by_tail.get(_tail(module.name))
         if name is None:
@@ -77,13 +85,18 @@ def target_names(model: nn.Module, settings: Lora, architecture: Architecture) -
                 why="The model as loaded differs from what its config.json says.",
                 fix="Name kinds of modules that it has, such as q_proj.",
             )
-        names.append(name)
-    return names
+        found[name] = module
+    return found
 
 
 def trained_parameters(model: nn.Module) -> int:
     """Numbers that training changes."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _short(alpha: float) -> float:
+    """A whole number as an int: other programs read it as one."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _tail(name: str) -> str:

@@ -45,6 +45,34 @@ def test_a_real_step_holds_what_was_predicted(checkpointing: bool, dropout: floa
     assert predicted == pytest.approx(_measured(recipe, dropout), rel=0.02)
 
 
+@pytest.mark.slow
+def test_ranks_and_alphas_by_pattern_are_those_that_peft_makes() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_tui.training.adapter import add_lora, trained_parameters
+
+    lora = Lora(
+        rank=4,
+        alpha=8.0,
+        rank_pattern={"all-linear": 8, "1-2.q_proj": 32, "model.layers.2.mlp.down_proj": 2},
+        alpha_pattern={"q_proj": 64.0},
+    )
+    recipe, architecture = Recipe(lora=lora), read_architecture(TINY)
+    factory: Any = AutoModelForCausalLM
+    model = add_lora(factory.from_config(AutoConfig.for_model(**TINY)), lora, architecture)
+    layout = lay_out(recipe, architecture, our_path(recipe, Device(kind="cpu")))
+    assert trained_parameters(model) == layout.adapter_parameters
+    made = {name: part for name, part in model.named_modules() if hasattr(part, "scaling")}
+    for name, rank, alpha in (
+        ("0.self_attn.q_proj", 8, 64),
+        ("1.self_attn.q_proj", 32, 64),
+        ("1.self_attn.k_proj", 8, 8),
+        ("2.mlp.down_proj", 2, 8),
+    ):
+        part = made[f"base_model.model.model.layers.{name}"]
+        assert (part.r["default"], part.scaling["default"]) == (rank, alpha / rank)
+
+
 def _measured(recipe: Recipe, dropout: float) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

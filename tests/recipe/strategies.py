@@ -59,6 +59,9 @@ def values(field: Field) -> st.SearchStrategy[Any]:
             return st.lists(items, min_size=field.min_length, max_size=4).map(tuple)
         case "tables":
             return st.lists(sources(), max_size=3).map(tuple)
+        case "numbers":
+            whole = st.integers(1, 1024)
+            return st.dictionaries(patterns, whole if "rank" in field.key else whole.map(float), max_size=3)
         case "names":
             return st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3)
 

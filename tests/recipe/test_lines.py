@@ -70,4 +70,5 @@ def test_every_key_of_a_dumped_recipe_has_the_line_it_is_on(recipe: Recipe) -> N
     found = key_lines(text)
     for section, table in toml.to_layer(recipe).items():
         for key in table if isinstance(table, dict) else ():
-            assert lines[found[section, key] - 1].startswith((f"{key} = ", f"[[{section}.{key}]]"))
+            heads = (f"{key} = ", f"[[{section}.{key}]]", f"[{section}.{key}]")
+            assert lines[found[section, key] - 1].startswith(heads)

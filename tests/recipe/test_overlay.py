@@ -180,6 +180,8 @@ def test_any_value_can_be_set(data: st.DataObject) -> None:
     field: Field = data.draw(st.sampled_from([f for f in fields().values() if f.kind != "tables"]))
     value = data.draw(values(field))
     literal = tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
+    if field.kind == "numbers":
+        literal = "{" + ", ".join(f'"{pattern}" = {number!r}' for pattern, number in value.items()) + "}"
     layer = overlay.parse_set(f"{field.path}={literal}")
     found = layer[field.section][field.key] if field.section else layer[field.key]
     assert (tuple(found) if isinstance(found, list) else found) == value
@@ -196,3 +198,19 @@ def test_whatever_is_set_the_answer_is_a_layer_or_a_problem(argument: str) -> No
         overlay.build(sets=[argument])
     except Problem as problem:
         assert problem.exit_code == WRONG_CALL
+
+
+def test_ranks_by_pattern_are_written_without_brackets() -> None:
+    lora = overlay.build(
+        sets=["lora.rank_pattern=0-3,7.q_proj=32, down_proj=8", "lora.alpha_pattern=q_proj=64"]
+    ).lora
+    assert lora.rank_pattern == {"0-3,7.q_proj": 32, "down_proj": 8}
+    assert lora.alpha_pattern == {"q_proj": 64.0}
+    assert overlay.build(sets=["lora.rank_pattern="]).lora.rank_pattern == {}
+    assert overlay.build(sets=["lora.rank_pattern={q_proj = 4}"]).lora.rank_pattern == {"q_proj": 4}
+
+
+@pytest.mark.parametrize("wrong", ["q_proj", "q_proj=0", "q proj=4", "q_proj=many"])
+def test_a_wrong_rank_by_pattern_is_named(wrong: str) -> None:
+    with pytest.raises(InvalidRecipe, match="rank_pattern"):
+        overlay.build(sets=[f"lora.rank_pattern={wrong}"])

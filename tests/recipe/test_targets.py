@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from qlora_tui.errors import Problem
 from qlora_tui.recipe import targets
+from qlora_tui.recipe.schema import Lora
 from tests.recipe.strategies import SomeModule, llama, models, patterns
 
 
@@ -167,3 +168,28 @@ def test_a_run_passes_over_layers_that_lack_the_kind() -> None:
 def test_one_of_two_that_share_kind_and_layer_is_named_in_full() -> None:
     gpt2 = [SomeModule(f"h.{n}.{block}.c_proj", "c_proj", n) for n in range(2) for block in ("attn", "mlp")]
     assert targets.compress([module.name for module in gpt2[:3]], gpt2) == ("0.c_proj", "h.1.attn.c_proj")
+
+
+@given(st.data())
+def test_assigning_gives_the_named_modules_their_number_and_no_other(data: st.DataObject) -> None:
+    model = data.draw(models().filter(bool))
+    own = st.sampled_from(sorted(module.name for module in model))
+    lora = Lora(rank_pattern=data.draw(st.dictionaries(own, st.sampled_from([4, 8, 16]), max_size=6)))
+    marked = data.draw(st.sets(own))
+    table = targets.assigned(lora.rank_pattern, lora.rank, marked, 8, model)
+    for module in model:
+        expected = 8 if module.name in marked else targets.rank_of(lora, module)
+        assert targets.rank_of(Lora(rank_pattern=table), module) == expected
+
+
+def test_of_two_patterns_that_fit_the_later_holds() -> None:
+    lora = Lora(rank_pattern={"q_proj": 8, "1.all-linear": 4})
+    first, second = targets.select(["q_proj"], llama(2))
+    assert (targets.rank_of(lora, first), targets.rank_of(lora, second)) == (8, 4)
+
+
+def test_a_rank_for_what_the_model_has_not_is_named_with_its_setting() -> None:
+    with pytest.raises(Problem) as caught:
+        targets.targets_of(Lora(rank_pattern={"q_porj": 8}), llama(2))
+    assert 'lora.rank_pattern has "q_porj"' in caught.value.what
+    assert "q_proj" in caught.value.fix

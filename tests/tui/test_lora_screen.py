@@ -123,6 +123,30 @@ async def test_patterns_are_shown_while_they_are_typed_and_taken_on_enter(small:
         assert targets(app) == ("all-linear",)
 
 
+async def test_what_is_marked_gets_a_rank_of_its_own_and_u_takes_it_back(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(120, 40)) as pilot:
+        before = await shows(pilot, "every kind", "4.88M of 135M parameters")
+        assert "◆" not in before
+        await pilot.press("j", "l", "x", "l", "l", "e")
+        await shows(pilot, "Rank of 0-2.q_proj", "3 modules")
+        await pilot.press(*"4096", "enter")
+        await shows(pilot, "✗ It must be a whole number from 1 to 1,024.")
+        await pilot.press(*["backspace"] * 2, "enter")
+        # 24 more on 3 modules, in 576 and out 576.
+        await shows(pilot, "◆◆◆■", "4.97M of 135M", "rank_pattern: none → 0-2.q_proj = 40")
+        assert app.workbench.recipe.lora.rank_pattern == {"0-2.q_proj": 40}
+        await pilot.press("E", *"64", "enter")
+        await shows(pilot, "40, alpha 64")
+        assert app.workbench.recipe.lora.alpha_pattern == {"2.q_proj": 64.0}
+        await pilot.press("e", "enter")
+        await pilot.pause()
+        assert app.workbench.recipe.lora.rank_pattern == {"0-1.q_proj": 40}
+        await pilot.press("u", "u", "u")
+        await shows(pilot, "4.88M of 135M")
+        assert app.workbench.recipe.lora == Lora()
+
+
 async def test_targets_of_another_model_are_said_and_the_first_choice_replaces_them(
     private_home: Path,
 ) -> None:

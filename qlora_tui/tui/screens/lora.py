@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from textwrap import wrap
 from typing import ClassVar
 
+import msgspec
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.message import Message
@@ -17,24 +18,23 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory.estimate import precision_of
 from qlora_tui.memory.room import Room
-from qlora_tui.recipe.fields import value_of
+from qlora_tui.recipe.difference import human
+from qlora_tui.recipe.fields import fields, value_of
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
-from qlora_tui.recipe.targets import compress, select
+from qlora_tui.recipe.targets import assigned, compress, select, targets_of
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.lora_commands import COMMANDS
 from qlora_tui.tui.widgets.lora_advice import KNOBS, advice, knob_head, stepped, targets_advice
 from qlora_tui.tui.widgets.lora_totals import Prices, cursor_text, difference_text, more, prices, totals_text
 from qlora_tui.tui.widgets.module_grid import ModuleGrid
 from qlora_tui.tui.widgets.module_table import ModuleTable
 from qlora_tui.tui.widgets.steady import put
-from qlora_tui.tui.widgets.target_text import typed
+from qlora_tui.tui.widgets.target_text import typed, wrong_number
 
 SETTLED_S = 0.1
 """Prices wait until no key has come for so long."""
-
-
-def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = False) -> Command:
-    return Command(id=f"lora.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer)
 
 
 class LoraScreen(WorkScreen):
@@ -46,32 +46,11 @@ class LoraScreen(WorkScreen):
     HELP_TEXT = (
         "Each line is a kind of linear module, each cell one layer of it: ■ gets an adapter, · stays frozen. "
         "On the name, space takes or drops the whole kind; on a cell, that layer alone. x begins a block of "
-        "cells and, pressed again, toggles it. The first line stands for every kind.\n"
+        "cells and, pressed again, toggles it. The first line stands for every kind. e gives what is marked "
+        "a rank of its own, shown as ◆.\n"
         "An adapter adds B·A × alpha/rank to a weight. Only its two matrices, thin by the rank, are trained."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = (
-        _command(
-            "toggle",
-            "space,enter",
-            "toggle_modules",
-            "Toggle",
-            "Take or drop what is marked.",
-            in_footer=True,
-        ),
-        _command(
-            "block", "x", "block", "Block", "Begin a block of layers; again toggles it.", in_footer=True
-        ),
-        _command("patterns", "i", "patterns", "Patterns", "Type patterns: q,v or 8-23.q.", in_footer=True),
-        _command("all", "f", "all_linear", "All", "Every linear module: all-linear.", in_footer=True),
-        _command("rank_up", "r", "step(0, True)", "Rank ×2", "Double the rank."),
-        _command("rank_down", "R", "step(0, False)", "Rank ÷2", "Halve the rank."),
-        _command("alpha_up", "a", "step(1, True)", "Alpha ×2", "Double alpha."),
-        _command("alpha_down", "A", "step(1, False)", "Alpha ÷2", "Halve alpha."),
-        _command("dropout_up", "d", "step(2, True)", "More dropout", "The next larger dropout."),
-        _command("dropout_down", "D", "step(2, False)", "Less dropout", "The next smaller dropout."),
-        _command("rslora", "s", "step(3, True)", "rsLoRA", "Scale by alpha/√rank, or by alpha/rank."),
-        _command("dora", "w", "step(4, True)", "DoRA", "Train magnitude and direction apart, or not."),
-    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     class Priced(Message):
         """The estimates that a key press does not wait for."""
@@ -146,6 +125,32 @@ class LoraScreen(WorkScreen):
     def action_all_linear(self) -> None:
         """Every linear module."""
         self.workstation.edit("lora.target_modules", (ALL_LINEAR,))
+
+    def action_here(self, key: str) -> None:
+        """Ask for a rank or an alpha for what is under the cursor alone."""
+        recipe, modules = self.workstation.workbench.recipe, self.query_one(ModuleGrid).under_cursor
+        architecture = self.workstation.workbench.architecture()
+        if isinstance(architecture, Problem) or not modules:
+            return
+        names = {module.name for module in modules}
+        setting, usual = f"lora.{key}_pattern", value_of(recipe, f"lora.{key}")
+
+        def take(text: str | None) -> None:
+            if text is not None:
+                number = msgspec.convert(text.strip() or usual, fields()[f"lora.{key}"].type, strict=False)
+                own = value_of(recipe, setting)
+                self.workstation.edit(setting, assigned(own, usual, names, number, architecture.modules))
+                self.query_one(ModuleGrid).action_forget_block()
+
+        self.app.push_screen(
+            AskScreen(
+                f"{key.title()} of {', '.join(compress(names, architecture.modules))}",
+                f"{len(names)} modules. Nothing: {human(usual)}, as all others.",
+                "",
+                lambda text: wrong_number(f"lora.{key}", text),
+            ),
+            take,
+        )
 
     def action_patterns(self) -> None:
         """Type patterns; the modules follow while they are typed."""
@@ -254,7 +259,7 @@ class LoraScreen(WorkScreen):
         if self._table is None:
             return
         try:
-            select(recipe.lora.target_modules, self._table.modules)
+            targets_of(recipe.lora, self._table.modules)
         except Problem as problem:
             self._say(problem)
             return

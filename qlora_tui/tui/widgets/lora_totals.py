@@ -11,10 +11,10 @@ from qlora_tui.catalog.facts import Architecture, LinearModule
 from qlora_tui.errors import Problem
 from qlora_tui.format import count, size
 from qlora_tui.memory import Device, Estimate, estimate
-from qlora_tui.recipe.difference import difference
+from qlora_tui.recipe.difference import difference, human
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Lora, Recipe
-from qlora_tui.recipe.targets import select
+from qlora_tui.recipe.targets import alpha_of, rank_of, select
 from qlora_tui.tui.widgets.module_table import adapter_parameters
 from qlora_tui.tui.workbench import Workbench
 
@@ -83,7 +83,7 @@ def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) 
     """What space would toggle, in words."""
     if not modules:
         return Content.styled("Nothing here.", "$text-muted")
-    trained = f"{count(adapter_parameters(modules, lora))} trained if chosen"
+    trained = f"{count(adapter_parameters(modules, lora))} trained if chosen{_own(modules, lora)}"
     if len(modules) == 1:
         only = modules[0]
         shape = f"{only.in_features:,} → {only.out_features:,}"
@@ -92,6 +92,19 @@ def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) 
     end = "; x toggles, esc leaves" if in_block else ""
     weights = count(sum(module.weight_params for module in modules))
     return Content.styled(f"{block}{len(modules)} modules, {weights} weights, {trained}{end}", "$text-muted")
+
+
+def _own(modules: Sequence[LinearModule], lora: Lora) -> str:
+    """``, rank 32, alpha 16 to 64`` where a pattern gives any of them its own."""
+    words = ""
+    for name, number_of, own in (
+        ("rank", rank_of, lora.rank_pattern),
+        ("alpha", alpha_of, lora.alpha_pattern),
+    ):
+        numbers = sorted({number_of(lora, module) for module in modules})
+        if own and numbers:
+            words += f", {name} {' to '.join(human(n) for n in dict.fromkeys((numbers[0], numbers[-1])))}"
+    return words
 
 
 def _percent(share: float) -> str:

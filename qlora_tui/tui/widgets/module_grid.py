@@ -25,12 +25,15 @@ from qlora_tui.tui.widgets.module_table import (
     ModuleTable,
     Row,
     adapter_parameters,
+    has_its_own,
     state,
     toggled,
 )
 
 BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
 CELLS = {ALL: "■", SOME: "▒", NONE: "·"}
+OWN = "◆"
+"""Chosen, with a rank or an alpha of its own."""
 HEAD = -1
 """The cursor's column when it stands on the kind itself, and so on every layer of it."""
 LONGEST_KIND = 18
@@ -216,6 +219,8 @@ class ModuleGrid(Widget, can_focus=True):
             glyph, style = " ", ""
         else:
             mark = state(cell, self._chosen)
+            if mark == ALL and has_its_own(cell, self._lora):
+                return OWN, self._cursor_style(row, column) or "$accent"
             glyph, style = CELLS[mark], "$text-muted" if mark == NONE else "$primary"
         return glyph, self._cursor_style(row, column) or style
 

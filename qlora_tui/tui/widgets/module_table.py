@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture, LinearModule
 from qlora_tui.recipe.schema import Lora
+from qlora_tui.recipe.targets import alpha_of, rank_of
 
 ALL, SOME, NONE = "all", "some", "none"
 EVERY_KIND = 0
@@ -19,9 +20,17 @@ EVERY_KIND = 0
 def adapter_parameters(modules: Iterable[LinearModule], lora: Lora) -> int:
     """Trained parameters: rank × (in + out) a module, and with DoRA a magnitude an output."""
     return sum(
-        lora.rank * (module.in_features + module.out_features) + (module.out_features if lora.use_dora else 0)
+        rank_of(lora, module) * (module.in_features + module.out_features)
+        + (module.out_features if lora.use_dora else 0)
         for module in modules
     )
+
+
+def has_its_own(modules: Iterable[LinearModule], lora: Lora) -> bool:
+    """Whether a pattern gives any of them a rank or an alpha that is not the general one."""
+    if not (lora.rank_pattern or lora.alpha_pattern):
+        return False
+    return any((rank_of(lora, m), alpha_of(lora, m)) != (lora.rank, lora.alpha) for m in modules)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.message import Message
@@ -141,6 +142,8 @@ class SettingsForm(Vertical):
         value = value_of(self._recipe, field.path)
         if field.kind == "texts":
             return (", " if field.path == "lora.target_modules" else _BETWEEN_TEXTS).join(value)
+        if field.kind == "numbers":
+            return ", ".join(f"{pattern}={number:g}" for pattern, number in value.items())
         return str(value) if field.kind == "text" else human(value).replace(",", "")
 
     def _parsed(self, typed: str) -> Any:
@@ -151,9 +154,7 @@ class SettingsForm(Vertical):
             return typed.strip()
         layer = parse_set(f"{field.path}={typed.strip()}")
         value = layer[field.section][field.key] if field.section else layer[field.key]
-        if field.kind == "texts":
-            return tuple(value)
-        return float(value) if field.kind == "float" else value
+        return msgspec.convert(value, field.type)
 
     def _show_help(self) -> None:
         field = self.field

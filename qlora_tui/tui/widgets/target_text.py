@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from qlora_tui.catalog.facts import LinearModule
 from qlora_tui.errors import Problem
+from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import ALL_LINEAR
 from qlora_tui.recipe.targets import select, split, syntax_error
 
@@ -22,6 +25,17 @@ def typed(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]:
             raise Problem("Not a target pattern", what=error[0], fix=error[1])
     select(patterns, modules)
     return patterns
+
+
+def wrong_number(setting: str, text: str) -> str:
+    """What is wrong with a number for a setting, in a sentence; nothing is the general one."""
+    field = fields()[setting]
+    try:
+        if text.strip():
+            msgspec.convert(text.strip(), field.type, strict=False)
+    except msgspec.ValidationError:
+        return f"It must be {field.expected}."
+    return ""
 
 
 def _written_out(pattern: str, modules: Sequence[LinearModule]) -> str:
