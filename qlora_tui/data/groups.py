@@ -1,8 +1,8 @@
 """Which rows say nearly the same, so that a split keeps them on one side.
 
 All sketches are looked at together, in an order that their content decides: the groups are the same in
-whatever order the rows came. Sketches stay on disk, and every step takes a slice of them, so that
-memory is some forty bytes a row. Imports numpy when called: only the trainer prepares data.
+whatever order the rows came. Sketches stay on disk, and every step takes a slice of them: with their pages
+that is under two hundred bytes a row. Imports numpy when called: only the trainer prepares data.
 """
 
 from __future__ import annotations

@@ -195,3 +195,15 @@ def test_the_data_screen_needs_no_tokenizer_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_row_of_any_file_of_a_folder_is_shown_and_the_file_named(tmp_path: Path) -> None:
+    for name, first in (("a", 1), ("b", 10)):
+        rows = [{"prompt": "Which?", "completion": f"number {first + n}"} for n in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    second = str(tmp_path / "b.jsonl")
+    shown = show(Source(path=str(tmp_path)), 2, family("chatml"), path=second)
+    assert shown.path == second
+    assert "number 11" in "".join(piece.text for piece in shown.samples[0])
+    assert show(Source(path=str(tmp_path)), 1, family("chatml")).path == str(tmp_path / "a.jsonl")
+    assert [file.last_row for file in inspect(Source(path=str(tmp_path))).files] == [3, 3]
