@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from qlora_tui.chat.environment import settle_before_torch
 from qlora_tui.chat.sources import chosen_voice, of_run
 from qlora_tui.chat.terms import BASE, GREEDY, ChatSource, Compared, Sampling
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import Problem
+from qlora_tui.gpu.before_torch import settle_before_torch
 from qlora_tui.runs.directory import RunDir
 
 if TYPE_CHECKING:

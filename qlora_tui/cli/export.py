@@ -13,8 +13,8 @@ from qlora_tui.runs.directory import find
 
 def run(args: argparse.Namespace) -> Outcome:
     """Merge the adapter into the 16-bit base and write the model to a folder."""
-    from qlora_tui.chat.environment import settle_before_torch
     from qlora_tui.chat.sources import chosen_voice, of_run
+    from qlora_tui.gpu.before_torch import settle_before_torch
 
     source = of_run(find(args.run_id))
     voice = chosen_voice(source, checkpoint=args.checkpoint)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from qlora_tui.chat.environment import settle_before_torch
+from qlora_tui.gpu.before_torch import settle_before_torch
 
 
 def main() -> None:

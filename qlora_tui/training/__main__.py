@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import warnings
 from pathlib import Path
 
 from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.gpu.visible import STABLE_ORDER
+from qlora_tui.gpu.before_torch import settle_before_torch
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import Plan
 from qlora_tui.training.frame import run_trainer
@@ -17,14 +15,10 @@ from qlora_tui.training.frame import run_trainer
 _ENVIRONMENT = {
     # Segments that grow cut the fragmentation that sample lengths of all kinds cause.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    # Threads that wait for each other sleep. Spinning, the default, makes a step many times slower as soon as
-    # something else wants a core, and takes the core from it. The price on a quiet machine is a third of the
-    # speed (94 to 110 tokens/s against 154 to 167 on two cores).
-    "OMP_WAIT_POLICY": "PASSIVE",
     # A trainer asks nothing of the network: the model is on this machine.
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-} | STABLE_ORDER
+}
 
 
 def main() -> int:
@@ -44,11 +38,7 @@ def main() -> int:
     try:
         if not run.path.is_dir():
             raise Problem("No such run", what=f"{run.path} is not a run's directory.", exit_code=WRONG_CALL)
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        # What libraries plan to rename is of no use in a run's log.
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        settle_before_torch(_ENVIRONMENT)
         return run_trainer(run, plan)
     except Problem as problem:
         print(problem, file=sys.stderr)

@@ -1,0 +1,39 @@
+"""What has to be settled before torch is loaded, in whichever process loads it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+
+import psutil
+
+from qlora_tui.gpu.visible import STABLE_ORDER
+
+_LOOK_S = 0.3
+_QUIET_CORES = 0.5
+"""Up to so much of one core at work in all, the machine counts as quiet."""
+_CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+def settle_before_torch(more: Mapping[str, str] = {}) -> None:
+    """Set what torch and its libraries read from the environment; what the user has set stays."""
+    for name, value in {**waiting(os.environ), **STABLE_ORDER, **more}.items():
+        os.environ.setdefault(name, value)
+    # What libraries plan to rename is of no use to those who train or chat.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def waiting(environ: Mapping[str, str]) -> dict[str, str]:
+    """How OpenMP's threads wait for each other, by a look of 0.3 s at how busy the machine is.
+
+    They sleep on a busy one: spinning would make a step many times slower as soon as something else wants a
+    core, and takes the core from it. On a quiet one they spin for a moment first: two cores then train at 160
+    to 175 tokens/s in place of 94 to 110, and at 30 in place of 88 once the machine is busy after all.
+    Nothing where the user has chosen, or lets one thread work alone.
+    """
+    if environ.get("OMP_NUM_THREADS") == "1" or any(name in environ for name in _CHOSEN):
+        return {}
+    busy_cores = psutil.cpu_percent(_LOOK_S) / 100 * (psutil.cpu_count() or 1)
+    return {"GOMP_SPINCOUNT": "20000"} if busy_cores <= _QUIET_CORES else {"OMP_WAIT_POLICY": "PASSIVE"}

@@ -1,0 +1,55 @@
+"""How threads wait is chosen by how busy the machine is, and by the user before that."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from qlora_tui.gpu import before_torch
+from qlora_tui.gpu.before_torch import waiting
+
+
+@pytest.mark.parametrize(
+    ("busy_percent", "cores", "chosen"),
+    [
+        (10.0, 2, {"GOMP_SPINCOUNT": "20000"}),
+        (50.0, 2, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        # One core of sixteen at work is enough to hold up all threads at each meeting.
+        (6.25, 16, {"OMP_WAIT_POLICY": "PASSIVE"}),
+    ],
+)
+def test_threads_spin_on_a_quiet_machine_and_sleep_on_a_busy_one(
+    monkeypatch: pytest.MonkeyPatch, busy_percent: float, cores: int, chosen: dict[str, str]
+) -> None:
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: busy_percent)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: cores)
+    assert waiting({}) == chosen
+
+
+@pytest.mark.parametrize(
+    "own", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "1"}, {"OMP_NUM_THREADS": "1"}]
+)
+def test_the_users_own_choice_stands_and_costs_no_look(
+    monkeypatch: pytest.MonkeyPatch, own: dict[str, str]
+) -> None:
+    monkeypatch.setattr(before_torch, "psutil", None)
+    assert waiting(own) == {}
+
+
+def test_it_is_settled_in_the_environment_before_anything_heavy_is_loaded() -> None:
+    code = (
+        "import os, sys; from qlora_tui.gpu.before_torch import settle_before_torch;"
+        "settle_before_torch({'HF_HUB_OFFLINE': '1'});"
+        "assert 'torch' not in sys.modules;"
+        "chosen = [n for n in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT') if n in os.environ];"
+        "print(len(chosen), os.environ['HF_HUB_OFFLINE'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"HF_HUB_OFFLINE": "0"}
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert told.stdout.split() == ["1", "0"]
