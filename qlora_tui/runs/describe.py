@@ -71,7 +71,9 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             value = "" if event.value is None else f" {event.value:g}"
             return f"asked: {event.request.replace('_', ' ')}{value}"
         case Finished():
-            return f"finished at step {event.step:,} after {duration(event.seconds)}: {event.reason}"
+            told = f"finished at step {event.step:,} after {duration(event.seconds)}: {event.reason}"
+            energy = energy_words(event)
+            return f"{told}; {energy}" if energy else told
         case Stopped():
             return f"stopped at step {event.step:,}"
         case Paused():
@@ -84,6 +86,14 @@ def unknown_lines(number: int) -> str:
     """What is said where a run was written by another version."""
     lines = "1 line is" if number == 1 else f"{number:,} lines are"
     return f"{lines} not shown: another version of qlora-tui wrote them. Update to read all of this run."
+
+
+def energy_words(ending: Finished) -> str:
+    """``0.42 kWh, 3.1 tokens/J``; empty where the card told no power."""
+    if ending.energy_kwh is None:
+        return ""
+    efficiency = ending.tokens_per_joule
+    return f"{ending.energy_kwh:.2f} kWh" + ("" if efficiency is None else f", {efficiency:.3g} tokens/J")
 
 
 def _number(value: float | None) -> float:

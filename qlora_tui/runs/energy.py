@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from qlora_tui.runs.log import read_from
 
+JOULES_A_KWH = 3.6e6
 _CHUNK_BYTES = 1 << 20
 _MOST_CHUNKS = 24
 _LONGEST_GAP_S = 10.0
@@ -43,7 +44,7 @@ class EnergyMeter:
     @property
     def kwh(self) -> float | None:
         """None where the card has not told its power, and until all that was written has been read."""
-        return self._joules / 3.6e6 if self._told and not self._is_behind else None
+        return self._joules / JOULES_A_KWH if self._told and not self._is_behind else None
 
     def read(self) -> None:
         """Take in what is new, at most a day of it: who looks every second waits for no week."""
@@ -60,6 +61,12 @@ class EnergyMeter:
                     self._add(_decoder.decode(line))
                 except msgspec.MsgspecError:
                     continue
+
+    def read_all(self) -> None:
+        """Take in everything, however long that takes."""
+        self.read()
+        while self._is_behind:
+            self.read()
 
     def _add(self, sample: _Sample) -> None:
         power = sample.gpu.power_w if sample.gpu else None

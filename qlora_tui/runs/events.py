@@ -66,7 +66,7 @@ class Environment(Event, tag="environment", frozen=True, kw_only=True):
     attention: str
     optimizer: str
     loss: str
-    """``chunked``, ``liger`` or ``stock``, with the reason where it is not the usual one."""
+    """``chunked`` or ``stock``, with the reason where it is not the usual one."""
     versions: dict[str, str]
 
 
@@ -173,6 +173,9 @@ class Finished(Event, tag="finished", frozen=True, kw_only=True):
     tokens_per_s: float
     reason: str = "all steps done"
     energy_kwh: float | None = None
+    """Of the card over the whole run, loading and evaluating included; None where it tells no power."""
+    tokens_per_joule: float | None = None
+    """Real tokens learnt from, by that energy."""
 
 
 class Failed(Event, tag="failed", frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from qlora_tui.data.dataset import Prepared, prepare
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, Finished, Paused, Stopped, Terminal
 from qlora_tui.training import checks, gguf, load, loss
 from qlora_tui.training.adapter import add_lora, trained_parameters
@@ -203,13 +204,17 @@ class Attempt:
             )
         if edge.ending == "stopped":
             return Stopped(at=time.time(), step=step)
+        self._telemetry.stop()
+        energy = EnergyMeter(run.telemetry_path)
+        energy.read_all()
         return Finished(
             at=time.time(),
             step=step,
             seconds=seconds,
             tokens_per_s=tokens / max(seconds, 1e-9),
             reason=reason,
-            energy_kwh=self._telemetry.energy_kwh,
+            energy_kwh=energy.kwh,
+            tokens_per_joule=trainer.tokens / (energy.kwh * JOULES_A_KWH) if energy.kwh else None,
         )
 
     def _prepare(self, tokenizer: ChatTokenizer) -> Prepared:

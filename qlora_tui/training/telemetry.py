@@ -1,4 +1,4 @@
-"""The machine, once a second: ``telemetry.jsonl``, and the energy of the run."""
+"""The machine, once a second: ``telemetry.jsonl``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,6 @@ from qlora_tui.training.health import CardWatch
 from qlora_tui.training.reporter import Reporter
 
 PERIOD_S = 1.0
-_LONGEST_GAP_S = 5.0
-"""A longer one between two readings of the power is not filled in."""
-_JOULES_A_KWH = 3.6e6
 
 
 class Telemetry:
@@ -32,8 +29,6 @@ class Telemetry:
         self._watch = CardWatch()
         self._path = run.telemetry_path
         self._process = psutil.Process()
-        self._joules: float | None = None
-        self._power: tuple[float, float] | None = None
         self._stopping = threading.Event()
         self._gpu: Sampler | None = None
         self._thread = threading.Thread(target=self._sample_host, name="telemetry", daemon=True)
@@ -56,11 +51,6 @@ class Telemetry:
         if self._thread.is_alive():
             self._thread.join()
 
-    @property
-    def energy_kwh(self) -> float | None:
-        """Of the card since the start; None where it does not tell its power."""
-        return None if self._joules is None else self._joules / _JOULES_A_KWH
-
     def _sample_host(self) -> None:
         self._write(None)
         while not self._stopping.wait(PERIOD_S):
@@ -70,11 +60,6 @@ class Telemetry:
         if isinstance(reading, NoGpu):
             self._write(None)
             return
-        if reading.power_w is not None:
-            self._joules = self._joules or 0.0
-            if self._power is not None and reading.at - self._power[0] < _LONGEST_GAP_S:
-                self._joules += (reading.at - self._power[0]) * (reading.power_w + self._power[1]) / 2
-            self._power = (reading.at, reading.power_w)
         for finding in self._watch.reading(reading):
             self._reporter.health(finding.kind, finding.evidence, finding.remedy)
         self._write(reading)

@@ -193,8 +193,8 @@ class RunsScreen(RunEdits):
         lines = [Content(""), Content("")]
         if summary is not None:
             facts = [part for part in (summary.model, summary.settings) if part]
-            if summary.energy_kwh is not None:
-                facts.append(f"{summary.energy_kwh:.2f} kWh")
+            if summary.energy:
+                facts.append(summary.energy)
             name = summary.name if summary.name == summary.id else f"{summary.name}  ({summary.id})"
             lines[0] = Content.assemble((name, "bold"), f"  {' · '.join(facts)}")
             lines[1] = Content.styled(summary.status.detail.replace("\n", " "), "dim")

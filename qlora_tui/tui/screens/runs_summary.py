@@ -15,6 +15,7 @@ from pathlib import Path
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import queue
+from qlora_tui.runs.describe import energy_words
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.events import Finished
 from qlora_tui.runs.status import ACTIVE, Status, read_status
@@ -49,7 +50,8 @@ class RunSummary:
     """From the first step to the last, pauses between attempts included; None before there are two."""
     seconds_left: float | None
     """Of a run at work, by its pace; None where there is none."""
-    energy_kwh: float | None
+    energy: str
+    """``0.42 kWh, 3.1 tokens/J``; empty where it is not known."""
 
     @property
     def id(self) -> str:
@@ -127,7 +129,7 @@ def summarise(run: RunDir) -> RunSummary:
         losses=tuple(series.loss),
         seconds=series.at[-1] - series.at[0] if len(series) > 1 else None,
         seconds_left=view.seconds_left,
-        energy_kwh=ending.energy_kwh if isinstance(ending, Finished) else None,
+        energy=energy_words(ending) if isinstance(ending, Finished) else "",
     )
 
 
@@ -145,7 +147,7 @@ def outline(run: RunDir) -> RunSummary:
         losses=(),
         seconds=None,
         seconds_left=None,
-        energy_kwh=None,
+        energy="",
     )
 
 

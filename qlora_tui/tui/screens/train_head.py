@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from textual.content import Content
 
 from qlora_tui.format import duration, figure, short_path
+from qlora_tui.runs.describe import energy_words
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.tui.run_words import SIGNS, ago
 from qlora_tui.tui.screens.train_follow import Picture
@@ -115,8 +116,8 @@ def _gone(picture: Picture, now: float) -> list[str]:
         found.append(f"loss {figure(picture.losses[1], 3)}")
     if isinstance(view.ending, Finished):
         found.append(f"trained {duration(view.ending.seconds)}")
-        if view.ending.energy_kwh is not None:
-            found.append(f"{view.ending.energy_kwh:.2f} kWh")
+        if energy := energy_words(view.ending):
+            found.append(energy)
     return found
 
 

@@ -1,0 +1,55 @@
+"""Energy and tokens a joule, from what a card told while the clock was set."""
+
+from __future__ import annotations
+
+import queue
+import time
+
+import msgspec
+import pytest
+
+from qlora_tui.gpu.reading import Reading
+from qlora_tui.gpu.sampler import Sampler
+from qlora_tui.runs.describe import describe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter
+from qlora_tui.runs.events import Finished
+from qlora_tui.runs.telemetry import Sample, encode
+from tests.gpu.stub import play_in_this_process
+
+
+def a_reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
+    """What the played card tells, its power among it."""
+    play_in_this_process(monkeypatch, "card")
+    found: queue.SimpleQueue[object] = queue.SimpleQueue()
+    with Sampler(0, found.put, period_s=0.01):
+        reading = found.get(timeout=30)
+    assert isinstance(reading, Reading) and reading.power_w is not None
+    return reading
+
+
+def test_the_energy_of_a_run_survives_a_clock_that_is_set(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = a_reading(monkeypatch)
+    now = time.time()
+    # A minute; then the clock is put back an hour, and later two days on: the jumps themselves count nothing.
+    stretches = (now, now - 3600, now + 2 * 86400)
+    with run.telemetry_path.open("wb") as file:
+        for start in stretches:
+            for second in range(61):
+                at = start + second
+                gpu = msgspec.structs.replace(reading, at=at)
+                file.write(encode(Sample(at=at, rss_bytes=1, cpu_percent=1.0, gpu=gpu)))
+    meter = EnergyMeter(run.telemetry_path)
+    meter.read_all()
+    assert reading.power_w is not None
+    assert meter.kwh == pytest.approx(3 * 60 * reading.power_w / JOULES_A_KWH)
+
+
+def test_the_end_of_a_run_tells_energy_and_tokens_a_joule() -> None:
+    finished = Finished(
+        at=1.0, step=9, seconds=60.0, tokens_per_s=1.0, energy_kwh=0.42, tokens_per_joule=3.125
+    )
+    assert describe(finished).endswith("0.42 kWh, 3.12 tokens/J")
+    assert "kWh" not in describe(Finished(at=1.0, step=9, seconds=60.0, tokens_per_s=1.0))
