@@ -143,7 +143,10 @@ def _dequantized(ops: Ops, module: Linear, width: int) -> Tensor:
 
 
 def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """``MatMul8bitLt``, which keeps its input as ``ctx.tensors``: checkpointing cannot drop it."""
+    """``MatMul8bitLt``, which keeps its input as an attribute of its context.
+
+    Checkpointing cannot drop it, and it stays until the loss goes, which holds the graph.
+    """
     numel, width = x.numel, x.width
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
@@ -159,11 +162,14 @@ def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         out = ops.new(out_numel, width)
         del workspace
     else:
-        half = x if x.width == 2 else ops.new(numel, 2)
+        half = None if ops.float16 else ops.new(numel, 2)
         rows = ops.new(numel, 1)
+        del half
+        # int32, then float16 from the kernel, then the input's dtype (int8_mm_dequant).
         product = ops.new(out_numel, FLOAT)
+        narrow = None if ops.float16 else ops.new(out_numel, 2)
         out = ops.new(out_numel, width)
-        del product, rows, half
+        del product, narrow, rows
     out.node = node
     if node is not None:
         x.storage.rebook("int8_inputs")

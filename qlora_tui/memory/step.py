@@ -33,7 +33,7 @@ class Profile:
     backward: Items = field(default_factory=dict)
     """At the peak of its backward, its input included."""
     held: Items = field(default_factory=dict)
-    """Still there after its backward, because the caller refers to it."""
+    """Still there after its backward, because the caller or a node of the graph refers to it."""
     keeps_input: bool = True
     """Something in it saves its input."""
     gradient_bytes: int = 0
@@ -232,4 +232,5 @@ def _candidates(
         items = below[index] + held + Counter(profile.backward) + Counter(gradients=gradients)
         found.append(Peak(f"backward of layer {index}", dict(items)))
         gradients += profile.gradient_bytes
+        held.update(profile.held)
     return found

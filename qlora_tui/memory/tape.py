@@ -254,7 +254,7 @@ def backward(tape: Tape, root: Node, seed: Tensor, kept: list[Storage] | None) -
             continue
         before, meter.item = meter.item, node.item
         outputs = list(node.fn(grad, tape.saved(node)))
-        node.saved, node.slots, node.checkpoint, node.pinned = [], [], None, ()
+        node.saved, node.slots, node.checkpoint = [], [], None
         del grad
         outputs.reverse()
         for parent in node.inputs:

@@ -28,7 +28,14 @@ TINY: dict[str, Any] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("checkpointing", "dropout", "method"), [(True, 0.0, "nf4"), (False, 0.0, "nf4"), (False, 0.1, "none")]
+    ("checkpointing", "dropout", "method"),
+    [
+        (True, 0.0, "nf4"),
+        (False, 0.0, "nf4"),
+        (False, 0.1, "none"),
+        (True, 0.0, "int8"),
+        (False, 0.0, "int8"),
+    ],
 )
 def test_a_real_step_holds_what_was_predicted(checkpointing: bool, dropout: float, method: Any) -> None:
     recipe = Recipe(
@@ -86,8 +93,8 @@ def _measured(recipe: Recipe, dropout: float) -> int:
     factory: Any = AutoModelForCausalLM
     model = factory.from_config(AutoConfig.for_model(**TINY), attn_implementation="sdpa")
     architecture = read_architecture(TINY)
-    if recipe.quantization.method == "nf4":
-        _quantize(model)
+    if recipe.quantization.method != "none":
+        _quantize(model, recipe.quantization.method)
     load.freeze(model)
     assert load.attend_by_segments(model)
     if recipe.training.gradient_checkpointing:
@@ -107,24 +114,40 @@ def _measured(recipe: Recipe, dropout: float) -> int:
     return int(storages.peak_bytes)
 
 
-def _quantize(model: Any) -> None:
+def _quantize(model: Any, method: str) -> None:
     """Every linear module but the head, through bitsandbytes itself."""
-    import torch
-    from bitsandbytes.nn import Linear4bit, Params4bit
     from torch import nn
 
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or name == "lm_head":
             continue
-        made = Linear4bit(
-            module.in_features,
-            module.out_features,
-            bias=False,
-            compute_dtype=torch.float32,
-            compress_statistics=True,
-            quant_type="nf4",
-        )
-        made.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
         parent, _, leaf = name.rpartition(".")
+        made = _eight_bits(module) if method == "int8" else _four_bits(module)
         setattr(model.get_submodule(parent), leaf, made.to("cpu"))
-    model.is_loaded_in_4bit = True
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = method == "nf4", method == "int8"
+
+
+def _four_bits(module: Any) -> Any:
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    made = Linear4bit(
+        module.in_features,
+        module.out_features,
+        bias=False,
+        compute_dtype=torch.float32,
+        compress_statistics=True,
+        quant_type="nf4",
+    )
+    made.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+    return made
+
+
+def _eight_bits(module: Any) -> Any:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    made = Linear8bitLt(
+        module.in_features, module.out_features, bias=False, has_fp16_weights=False, threshold=6.0
+    )
+    made.weight = Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
+    return made
