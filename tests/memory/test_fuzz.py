@@ -14,7 +14,7 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory import Correction, Device, as_json, estimate
 from qlora_tui.memory.learning import LEAST, MOST
-from qlora_tui.recipe.fields import fields, with_value
+from qlora_tui.recipe.fields import fields, value_of, with_value
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config as config_of
 from tests.memory.models import tinyllama
@@ -94,7 +94,13 @@ def test_any_config_gives_an_estimate_or_a_problem(
 def test_any_recipe_on_a_real_model_adds_up(
     name: str, recipe: Recipe, targets: tuple[str, ...], device: Device
 ) -> None:
-    _adds_up(with_value(recipe, "lora.target_modules", targets), name, device)
+    recipe = with_value(recipe, "lora.target_modules", targets)
+    for key in ("rank_pattern", "alpha_pattern"):  # drawn for modules that this model need not have
+        pattern = value_of(recipe, f"lora.{key}")
+        recipe = with_value(
+            recipe, f"lora.{key}", {targets[0]: next(iter(pattern.values()))} if pattern else {}
+        )
+    _adds_up(recipe, name, device)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
