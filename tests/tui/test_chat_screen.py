@@ -240,7 +240,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 async def talking(tiny: tuple[Path, Path], most: int = 12) -> AsyncIterator[tuple[Pilot[Any], ChatScreen]]:
     """The chat on a run of the tiny model."""
     model, adapter = tiny
-    told = Data(sources=(Source(path=str(tickets(model.parent / "tickets.jsonl"))),), validation_fraction=0.2)
+    rows = tickets(adapter.parent / "tickets.jsonl")
+    told = Data(sources=(Source(path=str(rows)),), validation_fraction=0.2)
     recipe = Recipe(name="tale", model=Model(id=str(model)), data=told)
     run = play(Play(name="tale", state="finished", steps=40, total=40, recipe=recipe))
     with_adapters(run, ADAPTER, "step-20", copy_of=adapter)
