@@ -1,0 +1,88 @@
+"""A Llama of a given size with random weights, and conversations for it: no hub, no download."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.data.stock_templates import stock_template
+from qlora_tui.demo.conversations import CONVERSATIONS
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "vocab_size": 512},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    | {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936},
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+    | {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151_936},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256},
+}
+"""Shapes of Qwen2.5-0.5B, Qwen2.5-1.5B and Llama-3.1-8B, as plain Llamas."""
+
+_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def make_model(folder: Path, size: str) -> Path:
+    """Write weights, in bfloat16 and a shard a gigabyte, and a tokenizer trained on the demo's texts."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _make_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SIZES[size],
+        max_position_embeddings=8192,
+        tie_word_embeddings=size != "8b",
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    )
+    # Where there is a card, made there: eight billion random numbers take a CPU minutes.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.save_pretrained(folder, max_shard_size="1GB")
+    return folder
+
+
+def make_rows(path: Path, count: int, long_words: int = 0) -> Path:
+    """An Alpaca file: the demo's conversations over and over, answers lengthened to so many words."""
+    turns = [json.loads(line)["messages"] for line in CONVERSATIONS.read_text().splitlines()]
+    rows = []
+    for number in range(count):
+        asked, answered = turns[number % len(turns)][-2:]
+        words = f"{answered['content']} ".split(" ")
+        more = -(-long_words // len(words)) if long_words else 1
+        rows.append({"instruction": f"{number}. {asked['content']}", "output": " ".join(words * more)})
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def _make_tokenizer(folder: Path) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CONVERSATIONS.read_text().splitlines(), trainer)
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = stock_template("chatml", _SPECIAL, begins_with_bos=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(folder)
+    return fast
