@@ -225,7 +225,7 @@ class MemoryScreen(WorkScreen):
         except Problem as problem:
             self._tracing = f"not traced: {problem.what}"
         else:
-            self._tracing = "traced"
+            self._tracing = ""  # the estimate's own note says so
             self.workstation.workbench.use_trace(recipe, room.device, traced)
             compared = self.workstation.workbench.comparison(room.device)
             self._compared = self._compared if isinstance(compared, Problem) else compared
