@@ -36,8 +36,8 @@ class Painted:
     def _difference(self, update: CompositorUpdate, console: Console) -> str:
         if isinstance(update, LayoutUpdate):
             lines = [_plain(strips) for strips in update.strips]
-            if len(lines) != len(self._lines) or not update.region.y == update.region.x == 0:
-                self._lines = lines if update.region.y == update.region.x == 0 else []
+            if len(lines) != len(self._lines):
+                self._lines = lines
                 return update.render_segments(console)
             return self._send(dict(enumerate(lines)), console)
         if isinstance(update, ChopsUpdate) and self._lines:
