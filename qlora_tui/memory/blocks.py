@@ -25,11 +25,13 @@ class Block:
 
     linears: tuple[Linear, ...]
     heads: Heads
-    norm: Literal["rms", "gemma", "layer", "cohere"]
-    """cohere: a LayerNorm written out in float32, and rotary positions turned in float32 too."""
+    norm: Literal["rms", "float", "layer", "cohere"]
+    """float: an RMSNorm that multiplies by its weight in float32 (Gemma, OLMo-2). cohere: a LayerNorm written out in float32, and rotary positions turned in float32 too."""
     order: Literal["pre", "parallel", "sandwich", "post"]
-    """pre: norm before each half. parallel: both halves read the input's norm. sandwich: norms on both
-    sides of each half (Gemma 2 and 3). post: norms after each half (OLMo-2)."""
+    """pre: norm before each half. parallel: both halves read the layer's input through a norm. sandwich: norms
+    on both sides of each half (Gemma 2 and 3). post: norms after each half (OLMo-2)."""
+    two_norms: bool
+    """Where the halves are parallel: each has a norm of its own (GPT-NeoX), or they share one (Phi-2)."""
     activation: str
     gated: bool
     intermediate: int
@@ -80,8 +82,10 @@ def run_block(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
 
 def _parallel(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     residual = hidden_states
-    hidden_states = norm(ops, block, hidden_states)
+    hidden_states = norm(ops, block, residual)
     attended = ops.dropout_residual(_attention(ops, block, hidden_states), block.dropout)
+    if block.two_norms:
+        hidden_states = norm(ops, block, residual)
     fed_forward = ops.dropout_residual(_feed_forward(ops, block, hidden_states), block.dropout)
     return ops.add(ops.add(attended, fed_forward), residual)
 
@@ -100,7 +104,7 @@ def norm(ops: Ops, block: Block, x: Tensor) -> Tensor:
         return ops.layer_norm(x, weight=block.norm_width)
     if ops.fused:
         return fused.rms_norm(ops, x)
-    return ops.rms_norm(x, weight=block.norm_width, scale_in_float=block.norm == "gemma")
+    return ops.rms_norm(x, weight=block.norm_width, scale_in_float=block.norm == "float")
 
 
 def _attention(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:

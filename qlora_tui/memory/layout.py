@@ -19,7 +19,7 @@ from qlora_tui.recipe.targets import rank_of, targets_of
 class Style:
     """How a family puts its layer together; sizes come from the architecture."""
 
-    norm: Literal["rms", "gemma", "layer", "cohere"] = "rms"
+    norm: Literal["rms", "float", "layer", "cohere"] = "rms"
     order: Literal["pre", "parallel", "sandwich", "post"] = "pre"
     head_norms: Literal["no", "head", "full"] = "no"
     rotary: bool = True
@@ -34,17 +34,17 @@ STYLES: dict[str, Style] = {
     "qwen3": Style(head_norms="head"),
     "ernie4_5": Style(),
     "phi3": Style(),
-    "gemma": Style(norm="gemma"),
-    "gemma2": Style(norm="gemma", order="sandwich"),
-    "gemma3": Style(norm="gemma", order="sandwich", head_norms="head"),
-    "gemma3_text": Style(norm="gemma", order="sandwich", head_norms="head"),
+    "gemma": Style(norm="float"),
+    "gemma2": Style(norm="float", order="sandwich"),
+    "gemma3": Style(norm="float", order="sandwich", head_norms="head"),
+    "gemma3_text": Style(norm="float", order="sandwich", head_norms="head"),
     "mixtral": Style(),
     "qwen2_moe": Style(),
     "qwen3_moe": Style(head_norms="head"),
     "gpt_oss": Style(),
     "deepseek_v2": Style(),
     "granite": Style(residual_scale=True),
-    "olmo2": Style(order="post", head_norms="full"),
+    "olmo2": Style(norm="float", order="post", head_norms="full"),
     "stablelm": Style(norm="layer"),
     "opt": Style(norm="layer", rotary=False),
     "gpt2": Style(norm="layer", rotary=False),
@@ -117,6 +117,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
                 heads=heads,
                 norm=style.norm,
                 order=style.order,
+                two_norms=_layer_norms(architecture) > 1,
                 activation=architecture.activation,
                 gated=architecture.gated,
                 intermediate=architecture.intermediate_size or 0,
@@ -152,6 +153,13 @@ def _kernel(architecture: Architecture, path: CodePath) -> Kernel:
     """Falcon hands SDPA one key head for all query heads, which no fused kernel takes."""
     shared = architecture.model_type == "falcon" and architecture.heads != architecture.kv_heads
     return "math" if shared and path.attention in ("flash", "efficient") else path.attention
+
+
+def _layer_norms(architecture: Architecture) -> int:
+    """Norms over the hidden state in the first layer."""
+    wanted = (architecture.hidden_size,)
+    norms = [p for p in architecture.parameters if p.layer == 0 and p.role == "norm" and p.shape == wanted]
+    return sum(p.name.endswith(".weight") for p in norms)
 
 
 def _mixture(recipe: Recipe, architecture: Architecture, path: CodePath) -> Mixture | None:

@@ -34,6 +34,8 @@ CASES = [
     Case("Phi-2", checkpointing=False, loss="stock", dropout=0.05),
     Case("Phi-3", length=512),
     Case("GPT-2", rows=2, length=256, checkpointing=False),
+    Case("GPT-NeoX", length=1024, wide=False),
+    Case("OLMo-2", length=1024, wide=False),
     Case("OPT", loss="stock"),
     Case("Cohere", length=256, checkpointing=False),
     Case("OLMo-2", length=512, checkpointing=False, loss="stock"),
