@@ -26,10 +26,11 @@ class Block:
     linears: tuple[Linear, ...]
     heads: Heads
     norm: Literal["rms", "float", "layer", "cohere"]
-    """float: an RMSNorm that multiplies by its weight in float32 (Gemma, OLMo-2). cohere: a LayerNorm written out in float32, and rotary positions turned in float32 too."""
+    """float: an RMSNorm that multiplies by its weight in float32 (Gemma, OLMo-2). cohere: a LayerNorm written
+    out in float32, and rotary positions turned in float32 too."""
     order: Literal["pre", "parallel", "sandwich", "post"]
-    """pre: norm before each half. parallel: both halves read the layer's input through a norm. sandwich: norms
-    on both sides of each half (Gemma 2 and 3). post: norms after each half (OLMo-2)."""
+    """pre: norm before each half. parallel: both halves read the layer's input, normed. sandwich: norms on
+    both sides of each half (Gemma 2 and 3). post: norms after each half (OLMo-2)."""
     two_norms: bool
     """Where the halves are parallel: each has a norm of its own (GPT-NeoX), or they share one (Phi-2)."""
     activation: str

@@ -34,11 +34,17 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
 def _lean(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     """Base and adapter as one function that keeps its input as it came (training/lean.py)."""
-    rows, numel, width = _rows(x, module), x.numel, x.width
+    rows, numel, entered = _rows(x, module), x.numel, x.width
+    width = ops.compute if ops.autocast else entered
     needs, dropout = x.needs_grad, bool(ops.dropout)
     down, up = module.rank * module.inputs, module.rank * module.outputs
 
+    def narrowed() -> Tensor | None:
+        # Under autocast a norm's float32 output comes in.
+        return ops.new(numel, width) if entered != width else None
+
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        narrow = narrowed()
         wide = ops.new(rows * module.rank, width)
         toward_b = _gradient(ops, up, width)
         with ops.meter.booking("dropout"):
@@ -47,7 +53,7 @@ def _lean(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         del dropped
         if not needs:
             return (None, toward_a, toward_b)
-        weight = _frozen(ops, module, grad.width)
+        weight = _frozen(ops, module, width)
         toward_x = ops.new(numel, width)
         del weight
         if dropout:
@@ -55,12 +61,15 @@ def _lean(ops: Ops, x: Tensor, module: Linear) -> Tensor:
                 through = ops.new(numel, width)
                 masked = ops.new(numel, width)
             del through, masked
-        del wide
+        if entered != width:
+            toward_x = ops.new(numel, entered)
+        del wide, narrow
         return (toward_x, toward_a, toward_b)
 
     workspace = _frozen(ops, module, ops.compute)
-    out = ops.new(rows * module.outputs, width)
+    out = ops.new(rows * module.outputs, entered)
     del workspace
+    narrow = narrowed()
     kept = None
     with ops.meter.booking("dropout"):
         if dropout:
@@ -68,7 +77,7 @@ def _lean(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         dropped = ops.new(numel, width) if dropout else None
     with ops.meter.booking("adapter_inputs"):
         thin = ops.new(rows * module.rank, width)
-    del dropped
+    del dropped, narrow
     a, b = (Tensor(x.storage, 0, ops.adapter, ops.tape.leaf()) for _ in range(2))
     out.node = ops.tape.node((x, a, b), fn, (x, kept, thin))
     return out

@@ -8,12 +8,16 @@ log; the webhook's address, often a secret, is not.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -51,21 +55,38 @@ def _webhook(url: str, news: News) -> str:
     """Post the news; what went wrong, or nothing."""
     if not url:
         return ""
+    host = urlsplit(url).hostname
+    answers: list[str] = []
+    # In a thread, since a library's time limit is for each read, and a name may take its time to be found.
+    thread = threading.Thread(target=lambda: answers.append(_post(url, news)), daemon=True)
+    thread.start()
+    thread.join(WEBHOOK_S)
+    trouble = answers[0] if answers else f"did not answer within {WEBHOOK_S:.0f} s"
+    return f"the webhook at {host} {trouble}" if trouble else ""
+
+
+def _post(url: str, news: News) -> str:
+    """What went wrong, or nothing."""
     request = urllib.request.Request(
         url,
         data=msgspec.json.encode(news),
         headers={"Content-Type": "application/json", "User-Agent": "qlora-tui"},
     )
-    host = urlsplit(url).hostname
     try:
-        with urllib.request.urlopen(request, timeout=WEBHOOK_S):
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=WEBHOOK_S):
             return ""
     except urllib.error.HTTPError as error:
         error.close()
-        return f"the webhook at {host} answered {error.code}"
+        return f"answered {error.code}"
     except (OSError, HTTPException) as error:
-        why = getattr(error, "reason", None) or type(error).__name__
-        return f"the webhook at {host} could not be reached: {why}"
+        return f"could not be reached: {getattr(error, 'reason', None) or type(error).__name__}"
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would go on as a GET without its body: better told than lost."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 def _command(command: str, news: News) -> str:
@@ -73,18 +94,23 @@ def _command(command: str, news: News) -> str:
     if not command:
         return ""
     told = {f"QLORA_TUI_{key.upper()}": getattr(news, key) for key in ("event", "run", "name", "text")}
+    # What the runner needs to find itself would lead other programs of Python's astray.
+    environment = {key: os.environ[key] for key in os.environ.keys() - {"PYTHONPATH", "PYTHONUNBUFFERED"}}
     try:
-        done = subprocess.run(
-            command,
-            shell=True,
-            env=os.environ | told,
-            stdin=subprocess.DEVNULL,
-            timeout=COMMAND_S,
-            check=False,
+        started = subprocess.Popen(
+            command, shell=True, env=environment | told, stdin=subprocess.DEVNULL, start_new_session=True
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError as error:
+        return f"notify.command could not be started: {error.strerror}"
+    try:
+        code = started.wait(COMMAND_S)
+    except subprocess.TimeoutExpired:
+        # With all it started: a pipe outlives the shell that made it.
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
         return f"notify.command did not end within {COMMAND_S:.0f} s"
-    return f"notify.command exited with code {done.returncode}" if done.returncode else ""
+    return f"notify.command exited with code {code}" if code else ""
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ autocast; and the backward adds both gradients of the input in place.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -84,12 +85,21 @@ class _LeanLinear(torch.autograd.Function):
         p: float,
     ) -> Tensor:
         out: Tensor = base(x)
-        rows = x.reshape(-1, x.shape[-1])
-        kept = _kept(rows, p) if p else None
-        # What is kept is scaled up: here, where it is a number.
-        scaling /= 1 - p
-        thin = _dropped(rows, kept) @ a.to(x.dtype).t()
-        out.view(-1, out.shape[-1]).addmm_(thin, b.to(x.dtype).t(), alpha=scaling)
+        device = x.device.type
+        # Under autocast a norm's fp32 output goes in as it is, and the products are taken in half precision.
+        narrow = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if narrow else x.dtype
+        with _without_autocast(device, narrow):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            kept = _kept(rows, p) if p else None
+            # What is kept is scaled up: here, where it is a number.
+            scaling /= 1 - p
+            thin = _dropped(rows, kept) @ a.to(dtype).t()
+            flat = out.view(-1, out.shape[-1])
+            if out.dtype == dtype:
+                flat.addmm_(thin, b.to(dtype).t(), alpha=scaling)
+            else:
+                flat.add_(thin @ b.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(x, kept, thin, a, b)
         ctx.weight, ctx.scaling = weight, scaling
         return out
@@ -97,18 +107,24 @@ class _LeanLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, kept, thin, a, b = ctx.saved_tensors
-        grad = grad_outputs[0].reshape(-1, b.shape[0])
-        wide = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
+        dtype = thin.dtype
+        grad = grad_outputs[0].reshape(-1, b.shape[0]).to(dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        wide = (grad @ b.to(dtype)).mul_(ctx.scaling)
         toward_b = (grad.t() @ thin).mul_(ctx.scaling).to(b.dtype)
-        toward_a = (wide.t() @ _dropped(x.reshape(-1, x.shape[-1]), kept)).to(a.dtype)
+        toward_a = (wide.t() @ _dropped(rows, kept)).to(a.dtype)
         if not ctx.needs_input_grad[0]:
             return None, toward_a, toward_b, None, None, None, None
-        toward_x = grad @ ctx.weight().to(grad.dtype)
+        toward_x = grad @ ctx.weight().to(dtype)
         if kept is None:
-            toward_x.addmm_(wide, a.to(grad.dtype))
+            toward_x.addmm_(wide, a.to(dtype))
         else:
-            toward_x += _dropped(wide @ a.to(grad.dtype), kept)
-        return toward_x.view(x.shape), toward_a, toward_b, None, None, None, None
+            toward_x += _dropped(wide @ a.to(dtype), kept)
+        return toward_x.view(x.shape).to(x.dtype), toward_a, toward_b, None, None, None, None
+
+
+def _without_autocast(device: str, is_on: bool) -> Any:
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 def _kept(values: Tensor, p: float) -> Tensor:

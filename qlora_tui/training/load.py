@@ -78,8 +78,11 @@ def attend_by_segments(model: Any) -> bool:
     return False
 
 
-def checkpoint_activations(model: Any, *, keep_rng: bool) -> None:
-    """Keep one hidden state a layer and recompute the rest. ``keep_rng``: dropout must fall the same way."""
+def checkpoint_activations(model: Any, *, keep_rng: bool = True) -> None:
+    """Keep one hidden state a layer and recompute the rest.
+
+    ``keep_rng``: dropout, the adapter's or the model's own, falls the same way again. Needs a real device.
+    """
     kwargs = {"use_reentrant": False, "preserve_rng_state": keep_rng}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)

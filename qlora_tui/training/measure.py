@@ -67,10 +67,11 @@ class MemoryMeter:
         """Keep the peak beside what was predicted, for later estimates on this machine.
 
         A run that ran out of memory tells something only where it had more than was predicted: how much it
-        would have taken is not known. One that never met its longest batch tells nothing.
+        would have taken is not known. One that never met its longest batch tells nothing, nor one of a family
+        whose layers are guessed.
         """
         made, peak = self._as_run, self.measured("end")
-        if made is None or (ran_out and peak.measured_bytes <= made.process_bytes):
+        if made is None or not made.exact or (ran_out and peak.measured_bytes <= made.process_bytes):
             return
         outside = made.bytes_of("context") + made.bytes_of("runtime")
         with suppress(OSError):  # A full disk costs the record and not the run.

@@ -189,7 +189,8 @@ class Attempt:
         assert self.meter is not None
         step = trainer.state.global_step
         reporter.tell(self.meter.measured("end"))
-        if self._among.is_first:
+        if self._among.count == 1 and base.loss == "chunked":
+            # Of another path the estimate knows nothing, and would learn what is not its own error.
             self.meter.remember()
         if edge.ending == "paused":
             return Paused(at=time.time(), step=step)
@@ -214,8 +215,12 @@ class Attempt:
             tokens_per_s=tokens / max(seconds, 1e-9),
             reason=reason,
             energy_kwh=energy.kwh,
-            tokens_per_joule=trainer.tokens / (energy.kwh * JOULES_A_KWH) if energy.kwh else None,
+            tokens_per_joule=self._tokens_per_joule(trainer.tokens, energy.kwh),
         )
+
+    def _tokens_per_joule(self, tokens: int, kwh: float | None) -> float | None:
+        """Real tokens learnt from; None where the energy is not known, or is one card's of several."""
+        return tokens / (kwh * JOULES_A_KWH) if kwh and self._among.count == 1 else None
 
     def _prepare(self, tokenizer: ChatTokenizer) -> Prepared:
         reporter = self._reporter
@@ -255,7 +260,7 @@ class Attempt:
         training, lora = self._recipe.training, self._recipe.lora
         model = add_lora(base.model, lora, files.architecture)
         if training.gradient_checkpointing:
-            load.checkpoint_activations(base.model, keep_rng=lora.dropout > 0)
+            load.checkpoint_activations(base.model)
         self._reporter.tell(
             AdapterReady(
                 at=time.time(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from qlora_tui import paths
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions
+from qlora_tui.runs import actions, notify
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Evaluated, Failed, Finished, Stopped, Terminal
 from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.news import news_of
+from qlora_tui.runs.news import News, news_of
 from qlora_tui.runs.status import read_status
 from qlora_tui.settings import config_path
 from tests.waiting import wait_for
@@ -121,6 +123,33 @@ def test_a_webhook_that_is_not_there_is_named_in_the_log(recipe: Recipe) -> None
         wish(f"webhook = '{hook.address}'")
     actions.submit(with_value(recipe, "name", "plain"))
     wait_for(lambda: "the webhook at 127.0.0.1 could not be reached" in runners_log())
+
+
+@pytest.mark.usefixtures("played_trainer")
+def test_a_webhook_that_has_moved_is_named_and_not_followed_without_its_news(recipe: Recipe) -> None:
+    with listening(answer=301) as hook:
+        wish(f"webhook = '{hook.address}'")
+        actions.submit(with_value(recipe, "name", "plain"))
+        wait_for(lambda: "answered 301" in runners_log())
+    assert len(hook.heard) == 1
+
+
+def test_a_command_that_hangs_ends_with_all_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notify, "COMMAND_S", 0.5)
+    news = News(
+        event="finished", run="r", name="r", text="r is finished.", step=1, total_steps=1, best_loss=None
+    )
+    said = notify._command(f"echo $$ > {tmp_path / 'group'}; sleep 600 | cat; true", news)
+    assert "did not end" in said
+    group = int((tmp_path / "group").read_text())
+
+    def gone() -> bool:
+        members = [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE]
+        return not any(os.getpgid(p.pid) == group for p in members if psutil.pid_exists(p.pid))
+
+    wait_for(gone)
 
 
 @pytest.mark.usefixtures("played_trainer")

@@ -76,6 +76,20 @@ def test_loss_and_gradients_are_those_of_peft(
         assert torch.allclose(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6), name
 
 
+def test_under_autocast_inputs_in_fp32_are_taken_as_peft_takes_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a LayerNorm hands on under autocast, where Trainer computes in fp16."""
+    with as_peft_does(monkeypatch):
+        stock = adapted(folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected_loss, expected = learn(stock)
+        loss, gradients = learn(adapted(folder))
+    assert loss == pytest.approx(expected_loss, rel=1e-3)
+    for name, gradient in gradients.items():
+        assert float((gradient - expected[name]).norm() / expected[name].norm()) < 0.05, name
+
+
 def test_bf16_is_as_near_to_fp32_as_autocast_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, exact = learn(adapted(folder))
     with as_peft_does(monkeypatch):

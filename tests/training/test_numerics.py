@@ -244,3 +244,18 @@ def _plain(config: Any) -> dict[str, Any]:
 def test_the_segment_mask_says_where_samples_begin() -> None:
     mask = attention.segment_mask([3, 1, 4])
     assert mask.shape == (1, 1, 1, 4) and mask.flatten().tolist() == [0, 3, 4, 8]
+
+
+def test_a_layer_computed_again_drops_what_it_dropped_before() -> None:
+    """The base model's own dropout too: Granite, Phi-2, OPT and GPT-2 have one."""
+    model = build("granite", attention_dropout=0.3).train()
+    ids, labels = labelled(model)
+
+    def learnt() -> tuple[float, Tensor]:
+        torch.manual_seed(0)
+        return loss_and_gradient(model, input_ids=ids, labels=labels)
+
+    value, gradient = learnt()
+    load.checkpoint_activations(model)
+    again, gradient_again = learnt()
+    assert again == pytest.approx(value, rel=1e-6) and close(gradient_again, gradient)
