@@ -30,7 +30,7 @@ def follow(run: RunDir, *, as_json: bool) -> int:
     view, told = (RunView(run), []) if as_json else RunView.sketched(run, _MOST_STEPS)
     for event in told:
         _say(event.at, describe(event, view.total_steps))
-    if told and view.step > len(view.series):
+    if told and view.step > len(view.series) * run.recipe().training.log_every:
         print(f"Of {view.step:,} steps {len(view.series):,} are told; --json has all.", file=sys.stderr)
 
     def tell(event: AnyEvent) -> None:

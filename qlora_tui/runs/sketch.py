@@ -38,7 +38,7 @@ def sketch(path: Path, steps: int) -> Sketch:
 
     Steps whose loss is not finite, the last step and the last line are among them.
     """
-    size = path.stat().st_size if path.exists() else 0
+    size = _end_of_lines(path)
     every = 1 if size <= _WHOLE_BYTES else max(1, size // steps)
     events: list[AnyEvent] = []
     offset = broken = unknown = 0
@@ -61,6 +61,13 @@ def sketch(path: Path, steps: int) -> Sketch:
             else:
                 events.append(event)
     return Sketch(events, offset, unknown)
+
+
+def _end_of_lines(path: Path) -> int:
+    """Bytes up to the last whole line: what follows it is torn, or being written."""
+    size = path.stat().st_size if path.exists() else 0
+    start = max(0, size - _WHOLE_BYTES)
+    return start + read_from(path, start, size - start).rfind(b"\n") + 1
 
 
 def _starts(chunk: bytes, every: int, *, last: bool) -> set[int]:

@@ -58,3 +58,13 @@ def test_a_sketch_keeps_the_steps_that_are_not_numbers(run: RunDir) -> None:
     events = sketch(run.events_path, 50).events
     broken = [event.step for event in events if isinstance(event, Step) and event.loss is None]
     assert broken == [7_001, 7_003]
+
+
+def test_a_torn_last_line_hides_not_the_last_step(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        for number in range(1, 20_002):
+            log.append(a_step(number))
+    with run.events_path.open("ab") as file:
+        file.write(b'{"event":"step","at":1.0,"st')
+    view, _ = RunView.sketched(run, 50)
+    assert view.step == 20_001
