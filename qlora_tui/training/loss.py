@@ -3,6 +3,10 @@
 The stock loss makes a row of the vocabulary's width for every token, in fp32, and its gradient beside it:
 often the largest item of all. Here prompt tokens make none, and the rest pass a chunk at a time; a chunk's
 gradient is taken at once, so nothing vocabulary-wide outlives it.
+
+Liger is not used beside it. Its Triton kernel needs CUDA and takes every position of a row, where this one,
+on any device, passes prompt tokens over and weighs the rest; neither makes all logits, and what this one
+holds is known to the estimate.
 """
 
 from __future__ import annotations
