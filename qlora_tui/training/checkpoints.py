@@ -122,6 +122,12 @@ def latest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
     return None, damage
 
 
+def whole_at(run: RunDir, step: int) -> Path | None:
+    """The folder of the checkpoint at ``step``; None where it is not there or not whole."""
+    folder = run.checkpoints_dir / f"step-{step}"
+    return folder if _damage(folder) is None else None
+
+
 def prune(run: RunDir, keep: int, best_step: int | None) -> None:
     """Delete all but the newest ``keep`` checkpoints and the best; also what a crash left half written."""
     for step, folder in run.checkpoints()[:-keep]:

@@ -10,7 +10,8 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.training.loop import save_adapter
+from qlora_tui.training import checkpoints
+from qlora_tui.training.loop import load_adapter, save_adapter
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -25,6 +26,20 @@ _TOKENIZER_FILES = (
 )
 _TEMPLATES = "additional_chat_templates"
 _TEMPLATE = "chat_template.jinja"
+
+
+def take_best(run: RunDir, model: Any, step: int) -> str:
+    """Put the weights of ``step``, the best, in place of the last one's; says whose the adapter is.
+
+    A full disk may have cost its checkpoint; that costs no more than the checkpoint here either.
+    """
+    folder = checkpoints.whole_at(run, step)
+    if folder is None:
+        return (
+            f"the adapter is that of the last step, for the checkpoint of step {step}, the best, is missing"
+        )
+    load_adapter(model, folder)
+    return f"the adapter is that of step {step}, the best"
 
 
 def write_adapter(

@@ -25,8 +25,8 @@ from qlora_tui.training.checkpoints import Checkpoint, check_same
 from qlora_tui.training.device import Attention, Device, choose_attention, find_device
 from qlora_tui.training.edge import Edge, Setting
 from qlora_tui.training.failure import is_out_of_memory
-from qlora_tui.training.finish import write_adapter
-from qlora_tui.training.loop import RunTrainer, Steps, arguments, load_adapter
+from qlora_tui.training.finish import take_best, write_adapter
+from qlora_tui.training.loop import RunTrainer, Steps, arguments
 from qlora_tui.training.measure import MemoryMeter
 from qlora_tui.training.probe import longest_micro_batch, probe
 from qlora_tui.training.processes import Processes
@@ -197,8 +197,7 @@ class Attempt:
         reporter.phase("saving", "adapter")
         reason, best = edge.reason, edge.progress.best_step
         if recipe.training.early_stopping and best is not None and best != step and edge.ending == "finished":
-            load_adapter(trainer.model, run.checkpoints_dir / f"step-{best}")
-            reason = f"{reason}; the adapter is that of step {best}, the best"
+            reason = f"{reason}; {take_best(run, trainer.model, best)}"
         if self._among.is_first:
             write_adapter(
                 run, trainer.model, recipe, base.folder, tokenizer, from_hub=files.source == "hub cache"
