@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui import paths
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.endings import how_it_ended
@@ -64,6 +65,23 @@ def test_a_machine_restarted_in_mid_run_is_told_as_that(
     assert trainers.run(run) == 0
     assert told(run, Started)[-1].resumed_from_step > 0
     assert read_status(run).state == "finished"
+
+
+@pytest.mark.usefixtures("runner_starts_quickly")
+def test_a_trainer_outlives_its_killed_runner_and_the_next_one_takes_the_queue_up(recipe: MakeRecipe) -> None:
+    run = actions.submit(recipe(LONG))
+    wait_for(lambda: last_step(run) >= 1, seconds=60)
+    os.kill(int((paths.state_dir() / "runner.lock").read_text()), signal.SIGKILL)
+    killed_at = last_step(run)
+    waiting = actions.submit(recipe({"training.max_steps": 2}))
+    wait_for(lambda: last_step(run) > killed_at + 2, seconds=60, saying="the trainer to go on")
+    assert read_status(waiting).state == "queued"
+    control.ask(run, "finish_epoch")
+    wait_for(lambda: read_status(waiting).state == "finished", seconds=120, saying="the next run")
+    assert len(told(run, Started)) == 1 and read_status(run).state == "finished"
+    ending = events(run)[-1]
+    assert isinstance(ending, Finished) and list(losses(run)) == list(range(1, ending.step + 1))
+    assert told(waiting, Started)[0].at > ending.at
 
 
 def test_a_request_that_comes_while_a_checkpoint_is_saved_is_done_after_it(
