@@ -1,26 +1,44 @@
-"""``train``: queue a run, and follow it unless told otherwise."""
+"""``train``: queue a run and follow it unless told otherwise, or print how several GPUs train it."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from pathlib import Path
 
 from qlora_tui.catalog.local import resolve
+from qlora_tui.cli.arguments import whole
 from qlora_tui.cli.follow import follow
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from
 from qlora_tui.data.sources import open_source
+from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.nvml import cards
+from qlora_tui.gpu.visible import torch_cards
 from qlora_tui.recipe.conflicts import ready_to_run
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
+from qlora_tui.runs.directory import RunDir
 
 
 def run(args: argparse.Namespace) -> Outcome | int:
     """Queue the run and see that a runner is at work."""
+    if args.gpus is not None and not args.print_command:
+        raise Problem(
+            "One GPU at a time",
+            what="A run that is queued trains on one GPU.",
+            fix="With --print-command it says how to train on several.",
+            exit_code=WRONG_CALL,
+        )
     recipe = recipe_from(args)
     ready_to_run(recipe)
     # What the trainer would refuse in ten seconds is refused now.
     resolve(recipe.model.id)
     for source in recipe.data.sources:
         open_source(source)
+    if args.print_command:
+        return _print_command(recipe, args.gpus)
     new = actions.submit(recipe)
     if args.detach:
         return Outcome(
@@ -31,10 +49,58 @@ def run(args: argparse.Namespace) -> Outcome | int:
     return follow(new, as_json=args.json)
 
 
+def _print_command(recipe: Recipe, wanted: int | None) -> Outcome:
+    """Make the run, and give the command that trains it, a process a GPU, sharing out each step's rows."""
+    here = _gpus()
+    gpus = wanted or here or 1
+    if here and gpus > here:
+        raise Problem(
+            "Not so many GPUs",
+            what=f"--gpus {gpus} was asked for, and torch will see {here} here.",
+            exit_code=WRONG_CALL,
+        )
+    run = actions.prepare(recipe)
+    command = shlex.join(_launch(run, gpus))
+    print(f"{run.id} is not queued. This trains it, or goes on from its last checkpoint:", file=sys.stderr)
+    if (shares := recipe.training.gradient_accumulation) % gpus:
+        print(
+            f"(A step has {shares} micro-batches for {gpus} GPUs, so some wait: better make "
+            f"training.gradient_accumulation a multiple of {gpus}.)",
+            file=sys.stderr,
+        )
+    return Outcome(
+        data={"run": run.id, "path": str(run.path), "gpus": gpus, "command": command}, text=command
+    )
+
+
+def _launch(run: RunDir, gpus: int) -> list[str]:
+    torchrun = Path(sys.executable).with_name("torchrun")
+    launcher = [str(torchrun)] if torchrun.exists() else [sys.executable, "-m", "torch.distributed.run"]
+    processes = ["--standalone", "--nproc-per-node", str(gpus)]
+    return [*launcher, *processes, "-m", "qlora_tui.training", str(run.path)]
+
+
+def _gpus() -> int:
+    """How many torch will see."""
+    try:
+        return len(torch_cards(cards()))
+    except NoGpu:
+        return 0
+
+
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="a recipe file")
     recipe_arguments(parser)
-    parser.add_argument("--detach", action="store_true", help="return at once; the run goes on by itself")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--detach", action="store_true", help="return at once; the run goes on by itself")
+    instead.add_argument(
+        "--print-command",
+        action="store_true",
+        help="make the run without queueing it, and print the torchrun command that trains it",
+    )
+    parser.add_argument(
+        "--gpus", type=whole, metavar="N", help="with --print-command: on so many; all, unless told"
+    )
 
 
 VERBS = {"train": Verb(run, _arguments)}

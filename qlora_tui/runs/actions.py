@@ -24,6 +24,13 @@ def submit(recipe: Recipe) -> RunDir:
     return run
 
 
+def prepare(recipe: Recipe) -> RunDir:
+    """Make a new run without queueing it, for trainers that the user starts."""
+    run = create(with_absolute_paths(recipe))
+    queue.set_aside(run, "Not queued: it begins with the command that was printed for it.")
+    return run
+
+
 def resume(run: RunDir) -> None:
     """Queue an ended run again: it goes on from its last checkpoint, or from the start without one."""
     status = read_status(run)

@@ -57,11 +57,16 @@ def withdraw(run: RunDir) -> bool:
     """Stop a run that has not begun; False when it was no longer waiting."""
     if not remove(run):
         return False
+    set_aside(run, "Taken out of the queue.")
+    return True
+
+
+def set_aside(run: RunDir, why: str) -> None:
+    """Make a run that has not begun a stopped one; ``why`` is its detail, a sentence."""
     now = time.time()
     with EventWriter(run.events_path) as log:
         log.append(Stopped(at=now, step=0))
-    write_status(run, Status(state="stopped", at=now, detail="Taken out of the queue."), durable=True)
-    return True
+    write_status(run, Status(state="stopped", at=now, detail=why), durable=True)
 
 
 def move(run: RunDir, places: int) -> None:

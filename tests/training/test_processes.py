@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
+from qlora_tui import cli
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import Evaluated, Finished
+from qlora_tui.runs.status import read_status
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.told import events, losses, told
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 
-def run_with_two(run: RunDir) -> None:
-    """As a user would: torchrun, two processes, gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def run_with_two(recipe: Recipe, folder: Path, capsys: pytest.CaptureFixture[str]) -> RunDir:
+    """As a user would: by the command that is printed, here with gloo."""
+    (folder / "recipe.toml").write_text(dump(recipe))
+    asked = ["train", str(folder / "recipe.toml"), "--print-command", "--gpus", "2", "--json"]
+    assert cli.main(asked) == 0
+    printed = json.loads(capsys.readouterr().out)
     launched = subprocess.run(
-        [*command, "-m", "qlora_tui.training", str(run.path)],
+        shlex.split(printed["command"]),
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert launched.returncode == 0, launched.stderr
+    return RunDir(Path(printed["path"]))
 
 
-def test_two_processes_give_the_losses_of_one(recipe: MakeRecipe, trainers: Trainers) -> None:
+def test_two_processes_give_the_losses_of_one(
+    recipe: MakeRecipe, trainers: Trainers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Three micro-batches a step: one process always has one fewer, and in the last step none.
     settings = {"training.gradient_accumulation": 3, "training.checkpoint_every": 2}
-    alone, together = create(recipe(settings)), create(recipe(settings))
+    alone = create(recipe(settings))
     assert trainers.run(alone) == 0
-    run_with_two(together)
+    together = run_with_two(recipe(settings), tmp_path, capsys)
     assert isinstance(events(together)[-1], Finished)
+    assert read_status(together).state == "finished"
     expected = losses(alone)
     assert losses(together) == pytest.approx(expected, abs=1e-5)
     assert [e.loss for e in told(together, Evaluated)] == pytest.approx(

@@ -133,7 +133,13 @@ class Ending:
 def ending(picture: Picture) -> Ending | None:
     """What happened, why, what to do; None while the run goes on."""
     state, view = picture.status.state, picture.view
-    on = "▸ r goes on from its last checkpoint" if view.checkpoints else "▸ r starts it again"
+    on = (
+        "▸ r goes on from its last checkpoint"
+        if view.checkpoints
+        else "▸ r starts it again"
+        if view.attempt
+        else "▸ r queues it"
+    )
     match state:
         case "finished":
             reason = view.ending.reason if isinstance(view.ending, Finished) else picture.status.detail
@@ -152,7 +158,8 @@ def ending(picture: Picture) -> Ending | None:
         case "lost":
             return Ending(picture.status.detail, f"{on}   n prepares another run", is_error=True)
         case "stopped" | "paused":
-            return Ending(picture.status.detail, f"{on}   c talks to its adapter   n prepares another run")
+            talk = "   c talks to its adapter" if view.checkpoints else ""
+            return Ending(picture.status.detail, f"{on}{talk}   n prepares another run")
         case "unreadable":
             return Ending(picture.status.detail, "▸ x shows the other runs", is_error=True)
         case _:

@@ -1,0 +1,61 @@
+"""The command that trains a run on several GPUs, and the run it is for."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.runs import queue
+from qlora_tui.runs.directory import all_runs, find
+from qlora_tui.runs.status import RESUMABLE, read_status
+from tests.cli.conftest import Call
+from tests.gpu.stub import play_in_this_process
+
+
+@pytest.fixture
+def train(qwen: Path) -> list[str]:
+    """``train`` with a model that is whole as far as anybody looks."""
+    (qwen / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    data = qwen.parent / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    return ["train", "--model", str(qwen), "--data", str(data)]
+
+
+def test_the_command_starts_a_trainer_a_gpu_on_a_run_that_waits_for_it(call: Call, train: list[str]) -> None:
+    said = call(*train, "--print-command", "--gpus", "4", "--json").json
+    run = find("last")
+    launcher, *words = shlex.split(said["command"])
+    assert Path(launcher).exists()
+    assert words[-3:] == ["-m", "qlora_tui.training", str(run.path)]
+    assert words[words.index("--nproc-per-node") + 1] == "4"
+    assert queue.waiting() == []
+    status = read_status(run)
+    assert status.state in RESUMABLE and "begins with the command" in status.detail
+    attached = call("attach", "last")
+    assert attached.code == 0 and "stopped at step 0" in attached.out
+
+
+def test_only_the_command_is_on_stdout(call: Call, train: list[str]) -> None:
+    said = call(*train, "--print-command", "--gpus", "3")
+    assert said.out.endswith(f"{find('last').path}\n") and said.out.count("\n") == 1
+    assert "is not queued" in said.err and "8 micro-batches for 3 GPUs" in said.err
+
+
+def test_every_card_is_used_unless_told_and_no_more(
+    call: Call, train: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(*train, "--print-command", "--json").json["gpus"] == 1
+    play_in_this_process(monkeypatch, "two_cards")
+    assert call(*train, "--print-command", "--json").json["gpus"] == 2
+    runs = len(all_runs())
+    refused = call(*train, "--print-command", "--gpus", "3")
+    assert refused.code == 2 and "Not so many GPUs" in refused.err
+    assert len(all_runs()) == runs
+
+
+def test_a_number_of_gpus_is_for_the_printed_command(call: Call, train: list[str]) -> None:
+    for words in (["--gpus", "2"], ["--gpus", "0", "--print-command"], ["--detach", "--print-command"]):
+        assert call(*train, *words).code == 2
+    assert all_runs() == []
