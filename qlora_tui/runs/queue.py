@@ -15,13 +15,19 @@ from qlora_tui.runs.events import Queued, Stopped
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import Status, write_status
 
+_APART = 1_000_000_000
+"""Between the orders of two runs: a second, in nanoseconds."""
+
 
 def enqueue(run: RunDir) -> None:
     """Put a run at the end of the queue (once; a second call changes nothing)."""
     if run.id in waiting():
         return
     write_status(run, Status(state="queued", at=time.time()), durable=True)
-    (_folder() / f"{time.time_ns():020d}.{run.id}").touch(mode=0o600)
+    last = max((_order(entry) for entry in _folder().iterdir()), default=0)
+    # Behind the others also where the clock was set back.
+    order = max(time.time_ns(), last + _APART)
+    (_folder() / f"{order:020d}.{run.id}").touch(mode=0o600)
 
 
 def enqueue_again(run: RunDir) -> None:
@@ -79,13 +85,17 @@ def move(run: RunDir, places: int) -> None:
     there = min(max(here + places, 0), len(names) - 1)
     if there == here:
         return
-    orders = [int(entry.name.partition(".")[0]) for entry in entries]
+    orders = [_order(entry) for entry in entries]
     order = (
         _between(orders[there - 1] if there else 0, orders[there])
         if there < here
-        else _between(orders[there], orders[there + 1] if there + 1 < len(orders) else time.time_ns())
+        else _between(orders[there], orders[there + 1] if there + 1 < len(orders) else orders[there] + _APART)
     )
     entries[here].rename(_folder() / f"{order:020d}.{run.id}")
+
+
+def _order(entry: Path) -> int:
+    return int(entry.name.partition(".")[0])
 
 
 def _between(low: int, high: int) -> int:

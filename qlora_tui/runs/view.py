@@ -74,6 +74,19 @@ class Series:
         self.tokens.append(event.tokens)
         self.tokens_per_s.append(event.tokens_per_s)
 
+    def seconds(self, first: int = 0) -> float:
+        """What the steps from index ``first`` on took to train, without validations and pauses.
+
+        By the trainer's own measure of its speed: the clock may have been set meanwhile.
+        """
+        before = self.tokens[first - 1] if first else 0
+        total = 0.0
+        for tokens, speed in zip(self.tokens[first:], self.tokens_per_s[first:], strict=True):
+            if speed > 0:
+                total += (tokens - before) / speed
+            before = tokens
+        return total
+
     def cut(self, step: int) -> None:
         """Forget ``step`` and all after it."""
         keep = bisect_left(self.step, step)
@@ -166,8 +179,10 @@ class RunView:
         n = min(len(series), _RATE_STEPS)
         if n < 2 or not self.total_steps or self.ending is not None:
             return None
-        pace = (series.at[-1] - series.at[-n]) / (series.step[-1] - series.step[-n])
-        return max(0, self.total_steps - self.step) * pace
+        trained = series.seconds(len(series) - n + 1)
+        # With the validations between them; but a pause, or a clock that was set, at most doubles it.
+        took = min(max(trained, series.at[-1] - series.at[-n]), 2 * trained)
+        return max(0, self.total_steps - self.step) * took / (series.step[-1] - series.step[-n])
 
     def _apply(self, event: AnyEvent) -> None:
         match event:

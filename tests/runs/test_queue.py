@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+
+from qlora_tui import paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import create
@@ -35,6 +38,19 @@ def test_a_run_can_be_moved_up_and_down_and_not_out(recipe: Recipe) -> None:
     assert queue.waiting() == [a.id, c.id, b.id]
     queue.move(a, 9)
     assert queue.waiting() == [c.id, b.id, a.id]
+
+
+def test_a_run_is_last_also_where_the_clock_was_set_back(recipe: Recipe) -> None:
+    first, second, third = (create(recipe) for _ in range(3))
+    queue.enqueue(first)
+    (entry,) = (paths.state_dir() / "queue").iterdir()
+    tomorrow = time.time_ns() + 86_400 * 10**9
+    entry.rename(entry.with_name(f"{tomorrow:020d}.{first.id}"))
+    queue.enqueue(second)
+    queue.enqueue(third)
+    assert queue.waiting() == [first.id, second.id, third.id]
+    queue.move(first, 9)
+    assert queue.waiting() == [second.id, third.id, first.id]
 
 
 def test_a_run_whose_name_begins_like_another_keeps_its_place(recipe: Recipe) -> None:

@@ -2,22 +2,24 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import DataReady, Evaluated, Failed, Finished, Queued, Started, Step
+from qlora_tui.runs.events import DataReady, Evaluated, Failed, Finished, Paused, Queued, Started, Step
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.view import RunView
 
 
-def a_step(number: int, loss: float | None = 2.0) -> Step:
+def a_step(number: int, loss: float | None = 2.0, *, at: float | None = None) -> Step:
     return Step(
-        at=10.0 * number,
+        at=10.0 * number if at is None else at,
         step=number,
         epoch=number / 10,
         loss=loss,
         learning_rate=1e-4,
         grad_norm=0.5,
         tokens=number * 100,
-        tokens_per_s=50.0,
+        tokens_per_s=10.0,
     )
 
 
@@ -79,6 +81,43 @@ def test_the_time_left_follows_the_pace(run: RunDir) -> None:
         log.append(a_step(4))
     view.refresh()
     assert view.seconds_left == 60.0
+
+
+def test_the_time_left_counts_validations(run: RunDir) -> None:
+    view = RunView(run)
+    with EventWriter(run.events_path) as log:
+        log.append(DATA)
+        for number, at in ((1, 10.0), (2, 20.0), (3, 34.0)):
+            log.append(a_step(number, at=at))
+    view.refresh()
+    assert view.seconds_left == 7 * 12.0
+
+
+@pytest.mark.parametrize(("by", "left"), [(-3600.0, 40.0), (86_400.0, 80.0)])
+def test_a_clock_that_is_set_in_mid_run_spoils_no_duration(run: RunDir, by: float, left: float) -> None:
+    view = RunView(run)
+    with EventWriter(run.events_path) as log:
+        log.append(DATA)
+        for number in range(1, 7):
+            log.append(a_step(number, at=10.0 * number + (by if number > 3 else 0.0)))
+    view.refresh()
+    assert view.seconds_left == left
+    assert view.series.seconds() == 60.0
+
+
+def test_a_night_between_two_attempts_is_no_training(run: RunDir) -> None:
+    view = RunView(run)
+    with EventWriter(run.events_path) as log:
+        log.append(DATA)
+        for number in (1, 2, 3):
+            log.append(a_step(number))
+        log.append(Paused(at=31.0, step=3))
+        log.append(Started(at=30_000.0, attempt=2, pid=2, resumed_from_step=3))
+        for number in (4, 5):
+            log.append(a_step(number, at=30_000.0 + 10.0 * number))
+    view.refresh()
+    assert view.seconds_left == 100.0
+    assert view.series.seconds() == 50.0
 
 
 def test_the_best_validation_is_the_lowest_after_training_began(run: RunDir) -> None:

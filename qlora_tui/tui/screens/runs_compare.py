@@ -72,7 +72,7 @@ def read(run: RunDir) -> Compared:
             "NA" if best is None else f"{figure(best.loss)} at {best.step:,}",
             f"{view.step:,}/{view.total_steps:,}",
             "NA" if speed is None else f"{speed:,.0f}",
-            duration(series.at[-1] - series.at[0]) if len(series) > 1 else "NA",
+            duration(series.seconds()) if len(series) else "NA",
         ),
     )
 

@@ -47,7 +47,7 @@ class RunSummary:
     losses: tuple[float, ...]
     """Training losses from first to last, thinned; NaN where one was not a number."""
     seconds: float | None
-    """From the first step to the last, pauses between attempts included; None before there are two."""
+    """Of training, without validations and pauses; None before there is a step."""
     seconds_left: float | None
     """Of a run at work, by its pace; None where there is none."""
     energy: str
@@ -127,7 +127,7 @@ def summarise(run: RunDir) -> RunSummary:
         best=(best.loss, best.step) if best is not None and best.loss is not None else None,
         loss=series.loss[-1] if len(series) else None,
         losses=tuple(series.loss),
-        seconds=series.at[-1] - series.at[0] if len(series) > 1 else None,
+        seconds=series.seconds() if len(series) else None,
         seconds_left=view.seconds_left,
         energy=energy_words(ending) if isinstance(ending, Finished) else "",
     )

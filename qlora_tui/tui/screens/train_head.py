@@ -101,7 +101,7 @@ def _going(picture: Picture, now: float) -> list[str]:
     if picture.energy_kwh is not None:
         found.append(f"{picture.energy_kwh:.2f} kWh")
     if view.started_at is not None:
-        found.append(f"for {duration(now - view.started_at)}")
+        found.append(f"for {duration(max(0.0, now - view.started_at))}")
     return found or ["starting"]
 
 
