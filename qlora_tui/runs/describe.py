@@ -96,6 +96,13 @@ def energy_words(ending: Finished) -> str:
     return f"{ending.energy_kwh:.2f} kWh" + ("" if efficiency is None else f", {efficiency:.3g} tokens/J")
 
 
+def exact_words(accuracy: float | None, base: float | None) -> str:
+    """``97%, base 12%`` of short answers are exact; empty for data without such."""
+    if accuracy is None:
+        return ""
+    return percent(accuracy) + ("" if base is None else f", base {percent(base)}")
+
+
 def _number(value: float | None) -> float:
     # None is how an event writes what JSON cannot: NaN or infinity.
     return float("nan") if value is None else value

@@ -168,6 +168,11 @@ class RunView:
         return min(scored, key=lambda e: e.loss if e.loss is not None else math.inf, default=None)
 
     @property
+    def accuracy(self) -> float | None:
+        """Exact answers at the last validation; None for data without short ones."""
+        return self.evaluations[-1].accuracy if self.evaluations else None
+
+    @property
     def base_accuracy(self) -> float | None:
         """Exact answers of the base model: of the adapter before it has learnt anything, which adds zero."""
         return next((e.accuracy for e in self.evaluations if e.step == 0), None)

@@ -12,7 +12,7 @@ from qlora_tui.cli.main import VERBS
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir, create
-from qlora_tui.runs.events import Failed, Finished, Started, Step
+from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, Step
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import Status, write_status
 from tests.cli.conftest import CONFIGS, Call
@@ -104,6 +104,19 @@ def test_runs_are_listed_with_state_and_queue(call: Call, finished_run: RunDir) 
         waiting.id: "queued",
     }
     assert found["queue"] == [waiting.id]
+
+
+def test_a_run_is_listed_with_its_best_validation_and_its_exact_answers(
+    call: Call, finished_run: RunDir
+) -> None:
+    assert "NA" in call("runs").out
+    with EventWriter(finished_run.events_path) as log:
+        for step, loss, accuracy in ((0, 3.0, 0.12), (2, 1.2901, 0.9), (3, 1.4, 0.97)):
+            log.append(Evaluated(at=5.0, step=step, loss=loss, accuracy=accuracy))
+    assert "1.29, exact 97%, base 12%" in call("runs").out
+    (told,) = call("runs", "--json").json["runs"]
+    assert (told["best_validation_loss"], told["best_step"]) == (1.2901, 2)
+    assert (told["accuracy"], told["base_accuracy"]) == (0.97, 0.12)
 
 
 def test_a_run_is_renamed_and_found_under_its_new_name(call: Call, finished_run: RunDir) -> None:

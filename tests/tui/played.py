@@ -71,6 +71,8 @@ class Play:
     card: bool = True
     health: bool = False
     recipe: Recipe = TICKETS
+    exact: tuple[float, float] | None = None
+    """Share of exact answers before training and at its end, for short-answer data."""
 
 
 def play(what: Play) -> RunDir:
@@ -94,6 +96,10 @@ def _at(what: Play, step: float) -> float:
 
 def _loss(what: Play, step: int) -> float:
     return 1.22 + 1.5 * math.exp(-step / (what.total / 9))
+
+
+def _accuracy(what: Play, step: int) -> float | None:
+    return what.exact and what.exact[0] + (what.exact[1] - what.exact[0]) * step / what.total
 
 
 def _events(what: Play) -> list[AnyEvent]:
@@ -136,7 +142,7 @@ def _events(what: Play) -> list[AnyEvent]:
             estimated_bytes=round(17.9 * GIB) if what.card else round(1.7 * GIB),
             measured_bytes=round(18.2 * GIB) if what.card else round(1.6 * GIB),
         ),
-        Evaluated(at=began + 39, step=0, loss=2.71),
+        Evaluated(at=began + 39, step=0, loss=2.71, accuracy=_accuracy(what, 0)),
         PhaseChanged(at=began + 40, phase="training"),
     ]
     return events + _steps(what) + [e for e in [_ending(what)] if e is not None]
@@ -183,7 +189,13 @@ def _milestone(what: Play, step: int) -> list[AnyEvent]:
     best = 14 * (what.total // 15) >= step
     worse = 0.0 if step <= what.total // 2 else 0.00012 * (step - what.total / 2)
     return [
-        Evaluated(at=at, step=step, loss=round(_loss(what, step) + 0.05 + worse, 4), best=best),
+        Evaluated(
+            at=at,
+            step=step,
+            loss=round(_loss(what, step) + 0.05 + worse, 4),
+            best=best,
+            accuracy=_accuracy(what, step),
+        ),
         CheckpointSaved(at=at, step=step, folder=f"checkpoints/step-{step}"),
         Sampled(
             at=at,

@@ -18,7 +18,7 @@ from qlora_tui.runs.status import State, read_status
 from qlora_tui.tui import escapes
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.runs import RunsScreen
-from qlora_tui.tui.screens.runs_compare import differing, plot, read
+from qlora_tui.tui.screens.runs_compare import differing, plot, read, table
 from qlora_tui.tui.screens.runs_summary import Summaries, summarise, thinned
 from qlora_tui.tui.screens.train import TrainScreen
 from qlora_tui.tui.widgets.graph import plot as draw
@@ -153,6 +153,13 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(
         assert "Micro-batch" not in shown
         await pilot.press("escape")
         assert isinstance(app.screen, RunsScreen)
+
+
+def test_runs_on_short_answers_are_compared_by_those_that_are_exact(three_runs: list[RunDir]) -> None:
+    labels = play(Play(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97)))
+    assert "exact answers" not in table([read(run) for run in three_runs], 100).plain
+    shown = table([read(labels), read(three_runs[0])], 100).plain
+    assert "exact answers" in shown and "97%, base 12%" in shown
 
 
 def test_curves_differ_by_their_symbols_and_not_by_colour_alone(three_runs: list[RunDir]) -> None:

@@ -54,6 +54,14 @@ async def test_a_run_at_work_is_shown_from_its_files_and_followed(
         await shows(pilot, "step 101/3,000", "★ best 0.5 at 101")
 
 
+async def test_exact_answers_have_room_beside_best_and_last_loss(make_app: MakeApp) -> None:
+    run = play(Play(steps=2640, exact=(0.12, 0.97)))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await shows(pilot, "★ best 1.", "◆ 1.", "exact 86%, base 12%")
+
+
 async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> None:
     run = play(Play(steps=100, state="lost"))
     follower = Follower(run)

@@ -19,6 +19,7 @@ from qlora_tui.format import duration, figure
 from qlora_tui.recipe.difference import human
 from qlora_tui.recipe.fields import fields, value_of
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.describe import exact_words
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.screens.base import EndsItsWorkers
@@ -43,10 +44,10 @@ class Compared:
     trace: Trace
     """Running mean of the training loss over tokens."""
     outcome: tuple[str, ...]
-    """Texts for :data:`OUTCOMES`."""
+    """Texts for :data:`OUTCOMES`; what none of the runs has is left out."""
 
 
-OUTCOMES = ("state", "best validation loss", "steps", "tokens/s", "time")
+OUTCOMES = ("state", "best validation loss", "exact answers", "steps", "tokens/s", "time")
 
 
 def read(run: RunDir) -> Compared:
@@ -70,6 +71,7 @@ def read(run: RunDir) -> Compared:
         (
             view.status.state,
             "NA" if best is None else f"{figure(best.loss)} at {best.step:,}",
+            exact_words(view.accuracy, view.base_accuracy),
             f"{view.step:,}/{view.total_steps:,}",
             "NA" if speed is None else f"{speed:,.0f}",
             duration(series.seconds()) if len(series) else "NA",
@@ -109,10 +111,9 @@ def differing(compared: Sequence[Compared]) -> list[tuple[str, tuple[str, ...]]]
 
 def table(compared: Sequence[Compared], width: int) -> Content:
     """Names, outcomes, and the settings that differ, a column a run."""
-    rows = [
-        *((name, tuple(one.outcome[i] for one in compared)) for i, name in enumerate(OUTCOMES)),
-        *differing(compared),
-    ]
+    outcomes = [(name, tuple(one.outcome[i] for one in compared)) for i, name in enumerate(OUTCOMES)]
+    settings = differing(compared)
+    rows = [row for row in outcomes if any(row[1])] + settings
     label = max(len(name) for name, _ in rows) + 2
     each = max(12, (width - label) // len(compared))
     names = [
@@ -123,7 +124,7 @@ def table(compared: Sequence[Compared], width: int) -> Content:
     for name, values in rows:
         cells = "".join(f"{_cut(value, each - 1):<{each}}" for value in values)
         lines.append(Content.assemble((f"{name:<{label}}", "dim"), cells))
-    if len(rows) == len(OUTCOMES):
+    if not settings:
         lines.append(Content.styled("Their settings are the same.", "dim"))
     return Content("\n").join(lines)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from qlora_tui.format import figure, percent
+from qlora_tui.format import figure
+from qlora_tui.runs.describe import exact_words
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.screens.train_follow import Curves, Picture
 from qlora_tui.tui.widgets.axis import Axis, label, rounded, so_far, tick_step
@@ -87,12 +88,13 @@ def _legend(picture: Picture) -> tuple[tuple[str, str], ...]:
     best, last = picture.best, picture.evaluations[-1] if picture.evaluations else None
     if best is not None:
         items.append((f"{BEST} best {figure(best.loss, 3)} at {best.step:,}", "$success bold"))
+    exact = exact_words(None if last is None else last.accuracy, picture.view.base_accuracy)
     if last is not None and last is not best:
-        items.append((f"{VALIDATION} validation {figure(_number(last.loss), 3)}", "$accent"))
-    if last is not None and last.accuracy is not None:
-        base = picture.view.base_accuracy
-        beside = "" if base is None else f", base {percent(base)}"
-        items.append((f"exact {percent(last.accuracy)}{beside}", "$accent"))
+        # Both have room in a narrow window only without the word.
+        word = "" if exact else "validation "
+        items.append((f"{VALIDATION} {word}{figure(_number(last.loss), 3)}", "$accent"))
+    if exact:
+        items.append((f"exact {exact}", "$accent"))
     if any(picture.curves.loss.broken):
         items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
     if picture.one_in > 1:
