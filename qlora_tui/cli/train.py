@@ -57,6 +57,7 @@ def _print_command(recipe: Recipe, wanted: int | None) -> Outcome:
         raise Problem(
             "Not so many GPUs",
             what=f"--gpus {gpus} was asked for, and torch will see {here} here.",
+            fix="Without --gpus it is for all of them.",
             exit_code=WRONG_CALL,
         )
     run = actions.prepare(recipe)
