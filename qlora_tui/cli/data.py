@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui.catalog.local import resolve
+from qlora_tui.cli.arguments import whole
 from qlora_tui.cli.verb import Outcome, Verb
 from qlora_tui.data.inspect import Report, inspect, show
 from qlora_tui.data.problems import NOTES
@@ -53,7 +54,8 @@ def _show(args: argparse.Namespace) -> Outcome:
     shown = show(_source(args), args.row, tokenizer, Data(max_length=args.max_length))
     bold, end = ("\x1b[1;4m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     lines = [shown.path] if Path(args.file).is_dir() else []
-    for pieces, tokens, trained in zip(shown.samples, shown.token_counts, shown.trained_counts, strict=True):
+    tokens = sum(shown.token_counts)
+    for pieces, trained in zip(shown.samples, shown.trained_counts, strict=True):
         lines.append("".join(f"{bold}{p.text}{end}" if p.trained else p.text for p in pieces))
         lines.append(
             f"\n{trained:,} of {tokens:,} tokens are trained: what stands between {bold}these marks{end}."
@@ -73,7 +75,8 @@ def _source(args: argparse.Namespace) -> Source:
 def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
     if not args.model:
         return None
-    return ChatTokenizer.from_folder(resolve(args.model).folder, args.template)
+    chosen = to_recipe({"model": {"chat_template": args.template}}, origin="the command line")
+    return ChatTokenizer.from_folder(resolve(args.model).folder, chosen.model.chat_template)
 
 
 def _told(report: Report) -> str:
@@ -107,13 +110,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="inspect|show")
     look = actions.add_parser("inspect", help="format, counts, lengths and problems of a file")
     one = actions.add_parser("show", help="one row as the model will see it, trained tokens marked")
-    one.add_argument("--row", type=int, default=1, help="which row, counted from 1")
+    one.add_argument("--row", type=whole, default=1, help="which row, counted from 1")
     for action in (look, one):
         action.add_argument("file", metavar="FILE", help="a data file, a folder of them, or a hub dataset")
         action.add_argument("--model", help="count in this model's tokens, through its chat template")
         action.add_argument("--format", default="auto", help="how the rows are read, where guessing is wrong")
         action.add_argument("--template", default="auto", help="chat template, for a model without one")
-        action.add_argument("--max-length", type=int, default=1024, help="sequence length, in tokens")
+        action.add_argument("--max-length", type=whole, default=1024, help="sequence length, in tokens")
         action.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
 
 

@@ -18,6 +18,7 @@ from qlora_tui.gpu.nvml import cards
 from qlora_tui.gpu.visible import torch_cards
 from qlora_tui.recipe.conflicts import ready_to_run
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.targets import targets_of
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> Outcome | int:
     recipe = recipe_from(args)
     ready_to_run(recipe)
     # What the trainer would refuse in ten seconds is refused now.
-    resolve(recipe.model.id)
+    targets_of(recipe.lora, resolve(recipe.model.id).architecture.modules)
     for source in recipe.data.sources:
         open_source(source)
     if args.print_command:

@@ -9,7 +9,7 @@ from qlora_tui.files import atomic_write
 from qlora_tui.recipe.locations import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control, queue
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import LAST, RunDir, all_runs, create
 from qlora_tui.runs.runner import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, read_status
 
@@ -57,8 +57,8 @@ def pause(run: RunDir) -> None:
 
 
 def rename(run: RunDir, name: str) -> None:
-    """Call a run otherwise; its id, and so its folder, stays. Raises Problem for what is no name."""
-    wrong = wrong_name(name)
+    """Call a run otherwise; its id stays. Raises Problem for what is no name, or is another run's."""
+    wrong = wrong_name(name) or _taken(run, name.strip())
     if wrong:
         raise Problem("Not a name for a run", what=wrong, fix="Give a short line.", exit_code=WRONG_CALL)
     atomic_write(run.name_path, f"{name.strip()}\n")
@@ -68,7 +68,14 @@ def wrong_name(name: str) -> str:
     """What is wrong with a name for a run, in a sentence; empty where nothing is."""
     if not name.strip() or not name.strip().isprintable():
         return "A name is one line with something in it."
+    if name.strip() == LAST:
+        return f"`{LAST}` stands for the newest run."
     return f"It is longer than {LONGEST_NAME} characters." if len(name.strip()) > LONGEST_NAME else ""
+
+
+def _taken(run: RunDir, name: str) -> str:
+    others = (other for other in all_runs() if other.id != run.id)
+    return next((f"{other.id} is called so." for other in others if name in (other.id, other.name)), "")
 
 
 def check_deletable(run: RunDir) -> None:

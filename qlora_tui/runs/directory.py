@@ -101,6 +101,10 @@ class RunDir:
         return sorted(found)
 
 
+LAST = "last"
+"""What the newest run can be called."""
+
+
 def create(recipe: Recipe) -> RunDir:
     """Make the directory of a run that is to be queued.
 
@@ -137,8 +141,15 @@ def all_runs() -> list[RunDir]:
 def find(name: str) -> RunDir:
     """The run of that id or name, or the only one of which either begins so; ``last`` is the newest."""
     runs = all_runs()
-    if name == "last" and runs:
+    if name == LAST and runs:
         return runs[0]
+    if not name.strip():
+        raise Problem(
+            "Which run?",
+            what="No run was named: the name is empty.",
+            fix=f"`qlora-tui runs` lists them; `{LAST}` is the newest.",
+            exit_code=WRONG_CALL,
+        )
     matches = (
         [run for run in runs if run.id == name]
         or [run for run in runs if run.name == name]

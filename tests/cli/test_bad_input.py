@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui import paths
 from qlora_tui.runs.directory import all_runs
 from tests.cli.conftest import Call
+from tests.tui.reading import readable_model
+
+
+@pytest.fixture
+def readable(private_home: Path) -> Path:
+    """A model with a tokenizer, and no weights that anything here would read."""
+    return Path(readable_model(private_home))
 
 
 def recipe_file(folder: Path, text: str) -> str:
@@ -115,3 +123,24 @@ def test_an_unknown_run(call: Call) -> None:
 def test_a_size_that_is_none(call: Call, qwen: Path) -> None:
     for size in ("0", "-3", "nan", "much"):
         assert call("estimate", "--model", str(qwen), "--gpu-gib", size).code == 2
+
+
+def test_a_target_the_model_does_not_have_is_refused_before_anything_is_queued(
+    call: Call, readable: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "owls.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    said = call("train", "--model", str(readable), "--data", str(data), "--set", "lora.target_modules=nope")
+    assert said.code == 2 and "nope" in said.err
+    assert not list(paths.runs_dir().iterdir())
+
+
+def test_what_data_is_asked_is_checked_like_a_recipe(call: Call, readable: Path, tmp_path: Path) -> None:
+    data = tmp_path / "owls.jsonl"
+    data.write_text('{"prompt": "a long question of many words", "completion": "and its answer"}\n')
+    said = call("data", "inspect", str(data), "--model", str(readable), "--template", "bogus")
+    assert said.code == 2 and "chatml" in said.err
+    assert call("data", "show", str(data), "--model", str(readable), "--row", "0").code == 2
+    assert call("data", "inspect", str(data), "--max-length", "-5").code == 2
+    cut = call("data", "show", str(data), "--model", str(readable), "--max-length", "4")
+    assert cut.code == 0 and "Nothing is left to learn within 4 tokens" in cut.out

@@ -125,6 +125,20 @@ def test_a_run_is_renamed_and_found_under_its_new_name(call: Call, finished_run:
     assert call("attach", "barn").code == 0
     assert "barn owls" in call("runs").out
     assert call("runs", "rename", "last", " ").code == 2
+    assert call("runs", "rename", finished_run.id, "last").code == 2
+
+
+def test_no_two_runs_can_be_given_one_name(call: Call, finished_run: RunDir) -> None:
+    other = create(finished_run.recipe())
+    assert call("runs", "rename", finished_run.id, other.id).code == 2
+    assert call("runs", "rename", finished_run.id, "barn").code == 0
+    assert call("runs", "rename", other.id, "barn").code == 2
+
+
+def test_an_empty_name_is_no_run(call: Call, finished_run: RunDir) -> None:
+    assert call("attach", "").code == 2
+    assert call("runs", "delete", "", "--yes").code == 2
+    assert finished_run.path.is_dir()
 
 
 def test_a_run_is_deleted_only_with_yes(call: Call, finished_run: RunDir) -> None:

@@ -14,7 +14,7 @@ from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.status import State
+from qlora_tui.runs.status import ACTIVE, State, read_status
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.ask import AskScreen
@@ -220,16 +220,15 @@ class TrainScreen(WorkScreen):
         if run is None:
             return
 
+        state = read_status(run).state
+        stands = "goes on" if state in ACTIVE else f"is {state}"
+        text = f"{run.id} {stands}. `qlora-tui attach {run.id}` comes back to it."
+
         def take(yes: bool | None) -> None:
             if yes:
-                self.app.exit(message=f"{run.id} goes on. `qlora-tui attach {run.id}` comes back to it.")
+                self.app.exit(message=text)
 
-        self.app.push_screen(
-            QuestionScreen(
-                "Leave the app?", f"{run.id} goes on. `qlora-tui attach {run.id}` comes back to it.", "Leave"
-            ),
-            take,
-        )
+        self.app.push_screen(QuestionScreen("Leave the app?", text, "Leave"), take)
 
     def action_next_tab(self, places: int) -> None:
         """The next of the texts under the graph."""
