@@ -36,7 +36,7 @@ def test_what_is_sent_piece_by_piece_is_what_a_whole_repaint_shows() -> None:
     run = play(Play(state="finished", steps=300, total=300))
     with Terminal(APP, columns=100, rows=30) as terminal:
         size = (100, 30)
-        see(terminal, run.id, "Home", size=size)
+        see(terminal, run.id, "Next", size=size)
         for key, shows in VISITED:
             terminal.press(key)
             see(terminal, shows, size=size)

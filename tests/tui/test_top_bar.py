@@ -15,6 +15,9 @@ from tests.tui.workstation import open_on, open_with_card
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
 async def test_the_line_never_wraps_and_the_map_is_whole(width: int) -> None:
     async with open_on("memory").run_test(size=(width, 24)) as pilot:
+        if width < 80:
+            await shows(pilot, "too small")
+            await pilot.press("enter")
         shown = await shows(pilot, "3 Memory")
         first = shown.splitlines()[0]
         assert len(first) == width
