@@ -56,6 +56,7 @@ class LogTail(ScrollView, can_focus=True):
         self._empty = empty
         self._entries: Sequence[Entry] = ()
         self._taken = 0
+        self._goes_to_end = False
         """Entries that are in ``_lines`` already."""
         self._lines: list[Content] = []
         self._wrapped_at = 0
@@ -121,13 +122,18 @@ class LogTail(ScrollView, can_focus=True):
         follows = self._follows
         self.virtual_size = Size(max(1, self._wrapped_at), len(self._lines))
         if follows:
-            # The range of the scroll bar is only known after the layout.
-            self.call_after_refresh(self.scroll_end, animate=False, immediate=True)
+            # The range of the scroll bar is only known after the layout; lines that come before follow too.
+            self._goes_to_end = True
+            self.call_after_refresh(self._go_to_end)
         self.refresh()
+
+    def _go_to_end(self) -> None:
+        self._goes_to_end = False
+        self.scroll_end(animate=False, immediate=True)
 
     @property
     def _follows(self) -> bool:
-        return self.scroll_y >= self.max_scroll_y - 1
+        return self._goes_to_end or self.scroll_y >= self.max_scroll_y - 1
 
     def _wrapped(self, entry: Entry) -> list[Content]:
         sign, style = SIGNS[entry.level]
