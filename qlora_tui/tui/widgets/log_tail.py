@@ -56,8 +56,9 @@ class LogTail(ScrollView, can_focus=True):
         self._empty = empty
         self._entries: Sequence[Entry] = ()
         self._taken = 0
-        self._goes_to_end = False
         """Entries that are in ``_lines`` already."""
+        self._goes_to_end = False
+        """It will be scrolled to its end once the layout is known."""
         self._lines: list[Content] = []
         self._wrapped_at = 0
         self._search = ""
