@@ -27,7 +27,6 @@ from qlora_tui.settings import Settings
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import train_follow
 from qlora_tui.tui.screens.train import show_run
-from qlora_tui.tui.widgets.log_tail import LogTail
 from tests.tui.played import BEGAN, GIB, TICKETS, Play, play
 from tests.tui.recorded import ENDED, recorded_run, recorded_until
 from tests.tui.seeing import shows
@@ -60,10 +59,6 @@ def watching(run: RunDir, *texts: str, keys: str = "") -> Callable[[Pilot[Any]],
         for key in keys.split():
             await pilot.press(key)
         await pilot.pause(0.3)
-        for log in app.screen.query(LogTail):
-            # A layout later, the log is scrolled to its end.
-            log.scroll_end(animate=False, immediate=True)
-        await pilot.pause()
 
     return before
 

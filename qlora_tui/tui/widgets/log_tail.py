@@ -130,7 +130,7 @@ class LogTail(ScrollView, can_focus=True):
 
     def _go_to_end(self) -> None:
         self._goes_to_end = False
-        self.scroll_end(animate=False, immediate=True)
+        self.scroll_end(animate=False)
 
     @property
     def _follows(self) -> bool:
