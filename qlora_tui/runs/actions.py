@@ -9,8 +9,8 @@ from qlora_tui.files import atomic_write
 from qlora_tui.recipe.locations import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control, queue
+from qlora_tui.runs.detached import ensure_runner
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, create
-from qlora_tui.runs.runner import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, read_status
 
 LONGEST_NAME = 60

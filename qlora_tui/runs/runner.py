@@ -10,17 +10,14 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO
 
 from qlora_tui import paths
-from qlora_tui.gpu.visible import STABLE_ORDER
 from qlora_tui.runs import queue
+from qlora_tui.runs.detached import start
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.endings import how_it_ended, settle
 from qlora_tui.runs.process import mark
@@ -30,12 +27,6 @@ from qlora_tui.runs.status import ACTIVE, Status, read_status, write_status
 
 POLL_S = 0.5
 """How often a trainer that is not our child is looked at."""
-
-
-def ensure_runner() -> None:
-    """Start a runner that outlives this process and its terminal; harmless where one is at work."""
-    with (paths.state_dir() / "runner.log").open("ab") as log:
-        _start("qlora_tui.runs.runner", output=log)
 
 
 def main() -> int:
@@ -91,7 +82,7 @@ def _go_on(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool = Fal
 
 def _notify(run: RunDir) -> None:
     try:
-        _start("qlora_tui.runs.notify", str(run.path), output=None)
+        start("qlora_tui.runs.notify", str(run.path), output=None)
     except OSError as error:
         print(f"{run.id}: nobody could be told: {error}", file=sys.stderr)
 
@@ -106,24 +97,8 @@ def _train(run: RunDir, plan: Plan) -> int:
     write_status(run, Status(state="starting", at=time.time(), process=mark()), durable=True)
     queue.remove(run)
     with run.log_path.open("ab") as log:
-        trainer = _start("qlora_tui.training", str(run.path), *plan.arguments(), output=log)
+        trainer = start("qlora_tui.training", str(run.path), *plan.arguments(), output=log)
     return trainer.wait()
-
-
-def _start(module: str, *arguments: str, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
-    """A process of ours in a session of its own: a signal to this one's group does not reach it.
-
-    Without ``output`` it writes where this process does.
-    """
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=None if output is None else subprocess.STDOUT,
-        start_new_session=True,
-        cwd="/",
-        env=_environment(),
-    )
 
 
 @contextmanager
@@ -139,12 +114,6 @@ def _lock() -> Iterator[bool]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield True
-
-
-def _environment() -> dict[str, str]:
-    package = str(Path(__file__).parents[2])
-    search_path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | STABLE_ORDER | {"PYTHONPATH": os.pathsep.join(search_path), "PYTHONUNBUFFERED": "1"}
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class HomeScreen(WorkScreen):
 
     def action_start_queue(self) -> None:
         """Start a runner: the one that was at work has been killed, or the machine restarted."""
-        from qlora_tui.runs.runner import ensure_runner
+        from qlora_tui.runs.detached import ensure_runner
 
         ensure_runner()
 
