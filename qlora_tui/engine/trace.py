@@ -20,7 +20,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import torch
@@ -30,14 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.engine.meta_model import build, inputs
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.tracing import Request
 from qlora_tui.errors import Problem
 from qlora_tui.memory.traced import Traced
-from qlora_tui.recipe.schema import Recipe
-
-IGNORED = -100
 
 
 def trace(request: Request) -> Traced:
@@ -48,13 +45,13 @@ def trace(request: Request) -> Traced:
     frozen = sum(_size(p.untyped_storage()) for p in model.parameters() if not p.requires_grad)
     frozen += _scale_bytes(model)
     adapter = sum(_size(p.untyped_storage()) for p in model.parameters() if p.requires_grad)
-    inputs = _inputs(request, kept_apart=kept_apart)
+    batch = inputs(request, kept_apart=kept_apart)
     model.train()
     with _AsOnCard(request.device), Storages() as storages:
         if request.recipe.training.gradient_accumulation > 1:
-            model(**inputs).loss.backward()
+            model(**batch).loss.backward()
             storages.restart()
-        loss = model(**inputs).loss
+        loss = model(**batch).loss
         forward, kept = storages.peak_bytes, storages.live_bytes
         storages.restart()
         loss.backward()
@@ -68,111 +65,6 @@ def trace(request: Request) -> Traced:
         gradient_bytes=gradients,
         kept_bytes=kept,
     )
-
-
-def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> tuple[Any, bool]:
-    """The model as the trainer prepares it, without weights, and whether samples in a row are kept apart."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from qlora_tui.training import load
-    from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.loss import Head, find_head, use_chunked_loss, use_segments
-
-    recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
-    values = {
-        k: v for k, v in request.config.items() if k not in ("quantization_config", "torch_dtype", "dtype")
-    }
-    config = AutoConfig.for_model(**values)
-    attention = "eager" if recipe.model.attention == "eager" else "sdpa"
-    with torch.device("meta"):
-        try:
-            model = factory.from_config(config, dtype=dtype, attn_implementation=attention)
-        except ValueError:  # a family without SDPA
-            model = factory.from_config(config, dtype=dtype, attn_implementation="eager")
-    if recipe.quantization.method in ("nf4", "fp4"):
-        _quantize(model, recipe, architecture, dtype)
-    load.freeze(model)
-    segments = attention != "eager" and load.attend_by_segments(model)
-    if recipe.training.gradient_checkpointing:
-        load.checkpoint_activations(model, keep_rng=False)
-    model.enable_input_require_grads()
-    head = find_head(model)
-    if request.loss == "chunked" and isinstance(head, Head):
-        use_chunked_loss(model, head)
-    use_segments(model, by_mask=segments)
-    with torch.device("meta"):
-        return add_lora(model, recipe.lora, architecture), segments
-
-
-def _inputs(request: Request, *, kept_apart: bool) -> dict[str, Any]:
-    """One micro-batch, every token learnt from: end to end in one row where samples are kept apart."""
-    recipe = request.recipe
-    rows, length = recipe.training.micro_batch, recipe.data.max_length
-    shape = (1, rows * length) if kept_apart else (rows, length)
-    labels = torch.zeros(shape, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
-    inputs: dict[str, Any] = {
-        "input_ids": torch.zeros(shape, dtype=torch.long, device="meta"),
-        "labels": labels,
-    }
-    if not kept_apart:
-        # On the CPU, where transformers can look into it and find nothing masked.
-        inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
-    if kept_apart:
-        inputs["position_ids"] = torch.zeros(shape, dtype=torch.long, device="meta")
-        inputs["segments"] = [length] * rows
-    return inputs
-
-
-def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtype: torch.dtype) -> None:
-    """Put bitsandbytes' modules in, with packed weights and scales of the right sizes and no values."""
-    from bitsandbytes import functional as quantization
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
-    for module in architecture.modules:
-        if not module.quantizable:
-            continue
-        parent, _, leaf = module.name.rpartition(".")
-        try:
-            holder = model.get_submodule(parent)
-        except AttributeError:  # text model taken out of a multimodal one
-            continue
-        made = Linear4bit(
-            module.in_features, module.out_features, bias=module.bias, compute_dtype=dtype, device="meta"
-        )
-        count = module.weight_params
-        blocks = -(-count // 64)
-        inner = None
-        if nested:
-            inner = quantization.QuantState(
-                absmax=torch.empty(-(-blocks // 256), device="meta"),
-                code=torch.empty(256, device="meta"),
-                blocksize=256,
-                dtype=torch.float32,
-            )
-        state = quantization.QuantState(
-            absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta"),
-            shape=torch.Size((module.out_features, module.in_features)),
-            code=torch.empty(16, device="meta"),
-            blocksize=64,
-            quant_type=method,
-            dtype=dtype,
-            offset=torch.empty((), device="meta") if nested else None,
-            state2=inner,
-        )
-        made.weight = Params4bit(
-            torch.empty(-(-count // 2), 1, dtype=torch.uint8, device="meta"),
-            requires_grad=False,
-            quant_state=state,
-            quant_type=method,
-            compress_statistics=nested,
-            bnb_quantized=True,
-        )
-        made.quant_state = state
-        if made.bias is not None:
-            made.bias = nn.Parameter(made.bias.to(dtype), requires_grad=False)
-        setattr(holder, leaf, made)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what peft goes by
 
 
 def _scale_bytes(model: nn.Module) -> int:
@@ -203,10 +95,6 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
         """Forget the peak: it starts again from what is alive."""
         gc.collect()
         self.peak_bytes = self.live_bytes
-
-    def ignore(self, tensor: Tensor) -> None:
-        """A tensor that was there before."""
-        self._known[tensor.untyped_storage()._cdata] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for given in tree_iter((args, kwargs)):

@@ -1,0 +1,117 @@
+"""The model of a traced step: as the trainer prepares it, but on the ``meta`` device, without weights."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.engine.tracing import Request
+from qlora_tui.recipe.schema import Recipe
+
+
+def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> tuple[Any, bool]:
+    """The model as the trainer prepares it, without weights, and whether samples in a row are kept apart."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_tui.training import load
+    from qlora_tui.training.adapter import add_lora
+    from qlora_tui.training.loss import Head, find_head, use_chunked_loss, use_segments
+
+    recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
+    values = {
+        k: v for k, v in request.config.items() if k not in ("quantization_config", "torch_dtype", "dtype")
+    }
+    config = AutoConfig.for_model(**values)
+    attention = "eager" if recipe.model.attention == "eager" else "sdpa"
+    with torch.device("meta"):
+        try:
+            model = factory.from_config(config, dtype=dtype, attn_implementation=attention)
+        except ValueError:  # a family without SDPA
+            model = factory.from_config(config, dtype=dtype, attn_implementation="eager")
+    if recipe.quantization.method in ("nf4", "fp4"):
+        _quantize(model, recipe, architecture, dtype)
+    load.freeze(model)
+    segments = attention != "eager" and load.attend_by_segments(model)
+    if recipe.training.gradient_checkpointing:
+        load.checkpoint_activations(model, keep_rng=False)
+    model.enable_input_require_grads()
+    head = find_head(model)
+    if request.loss == "chunked" and isinstance(head, Head):
+        use_chunked_loss(model, head)
+    use_segments(model, by_mask=segments)
+    with torch.device("meta"):
+        return add_lora(model, recipe.lora, architecture), segments
+
+
+def inputs(request: Request, *, kept_apart: bool) -> dict[str, Any]:
+    """One micro-batch, every token learnt from: end to end in one row where samples are kept apart."""
+    recipe = request.recipe
+    rows, length = recipe.training.micro_batch, recipe.data.max_length
+    shape = (1, rows * length) if kept_apart else (rows, length)
+    labels = torch.zeros(shape, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
+    made: dict[str, Any] = {
+        "input_ids": torch.zeros(shape, dtype=torch.long, device="meta"),
+        "labels": labels,
+    }
+    if kept_apart:
+        made["position_ids"] = torch.zeros(shape, dtype=torch.long, device="meta")
+        made["segments"] = [length] * rows
+    else:
+        # On the CPU, where transformers can look into it and find nothing masked.
+        made["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    return made
+
+
+def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtype: torch.dtype) -> None:
+    """Put bitsandbytes' modules in, with packed weights and scales of the right sizes and no values."""
+    from bitsandbytes import functional as quantization
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
+    for module in architecture.modules:
+        if not module.quantizable:
+            continue
+        parent, _, leaf = module.name.rpartition(".")
+        try:
+            holder = model.get_submodule(parent)
+        except AttributeError:  # text model taken out of a multimodal one
+            continue
+        made = Linear4bit(
+            module.in_features, module.out_features, bias=module.bias, compute_dtype=dtype, device="meta"
+        )
+        count = module.weight_params
+        blocks = -(-count // 64)
+        inner = None
+        if nested:
+            inner = quantization.QuantState(
+                absmax=torch.empty(-(-blocks // 256), device="meta"),
+                code=torch.empty(256, device="meta"),
+                blocksize=256,
+                dtype=torch.float32,
+            )
+        state = quantization.QuantState(
+            absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta"),
+            shape=torch.Size((module.out_features, module.in_features)),
+            code=torch.empty(16, device="meta"),
+            blocksize=64,
+            quant_type=method,
+            dtype=dtype,
+            offset=torch.empty((), device="meta") if nested else None,
+            state2=inner,
+        )
+        made.weight = Params4bit(
+            torch.empty(-(-count // 2), 1, dtype=torch.uint8, device="meta"),
+            requires_grad=False,
+            quant_state=state,
+            quant_type=method,
+            compress_statistics=nested,
+            bnb_quantized=True,
+        )
+        made.quant_state = state
+        if made.bias is not None:
+            made.bias = nn.Parameter(made.bias.to(dtype), requires_grad=False)
+        setattr(holder, leaf, made)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what peft goes by
