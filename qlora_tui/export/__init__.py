@@ -1,1 +1,1 @@
-"""A run's result in a form that other programs load: ``merge``, with a model card."""
+"""A run's result as other programs load it: ``merge`` (with ``weight_files``), and its model ``card``."""

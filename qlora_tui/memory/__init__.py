@@ -3,10 +3,15 @@
 Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`judge` it against the memory
 there is, ask :func:`what_fits` or :func:`cheapest_changes`; :func:`as_json` is what ``--json`` prints.
 
-``codepath`` says which trainer's code is meant; ``layout``, ``blocks``, ``attention``, ``linear`` and
-``loss`` walk one step of it over the ``tape``; ``weights`` and ``residents`` count what stays; ``tiers`` goes
-from tensors to what the card sees; ``learning`` corrects it by what past runs measured; ``explain`` has the
-sentence of each item.
+``codepath`` says which trainer's code is meant; ``step`` walks one step of it over the ``tape``, with
+``layout``, ``blocks``, ``ops``, ``attention``, ``linear`` and ``loss`` for what most families share, and
+``moe``, ``latent``, ``cohere`` and ``fused`` for what some have; ``weights`` and ``residents`` count what
+stays; ``tiers`` (with ``allocator``) goes from tensors to what the card sees; ``traced`` takes a counted step
+in place of the walked one; ``learning`` corrects by what past runs measured; ``explain`` has the sentence of
+each item, ``report`` all of them for programs.
+
+``room`` is what there is to compute on (``processor``: where that is the CPU); ``verdict`` holds the estimate
+against it, ``solver`` finds what would fit, ``classes`` how large a model.
 """
 
 from qlora_tui.memory.classes import ModelClass, largest_model

@@ -12,6 +12,7 @@ conflicts   settings that are right alone and wrong together
 presets     named layers: shipped ones, and the user's to save, delete and restore
 difference  what two recipes disagree on, in words
 targets     which modules LoRA touches: patterns in and out
+locations   its paths, made independent of the folder it was written in
 
 A *layer* is what TOML gives: nested dicts that hold some of the settings.
 """
