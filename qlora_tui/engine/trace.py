@@ -173,6 +173,10 @@ class _AsOnCard:
         self._replace(torch, "autocast", _no_autocast)
         if self._device == "cuda":
             self._replace(functional, "dropout", _dropout)
+        else:
+            from qlora_tui.training import attention
+
+            self._replace(attention, "on_cpu", lambda query: True)
 
     def __exit__(self, *exc: object) -> None:
         for undo in self._undo:

@@ -13,6 +13,11 @@ Kernel = Literal["flash", "efficient", "math", "eager"]
 a fused kernel. eager: transformers' own, which keeps the scores."""
 
 
+ATTENTION_BLOCK_ROWS = 512
+"""Queries whose scores our backward holds at a time on a CPU, twice (heads, rows, tokens): more would compute
+more above the diagonal in vain, fewer make the products small."""
+
+
 @dataclass(frozen=True)
 class Heads:
     """The shape of one attention."""
@@ -44,6 +49,8 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
         q, k, v = (ops.cast(tensor, ops.compute) for tensor in (q, k, v))
     if kernel != "eager" and (shape.softcap or shape.sinks):
         return _by_hand(ops, q, k, v, shape)
+    if kernel == "flash" and ops.lean and ops.device == "cpu" and shape.head_dim == shape.value_dim:
+        return _by_blocks(ops, q, k, v, shape)
     if kernel in ("flash", "efficient"):
         if kernel == "efficient":
             k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
@@ -106,6 +113,49 @@ def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, flash: bo
     row_sums = ops.new(statistic, FLOAT)
     out.node = ops.tape.node((q, k, v), fn, (q, k, v, out, row_sums))
     return out
+
+
+def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:
+    """Our own on a CPU (``training/lean/attention.py``), sample by sample; the backward a block at a time."""
+    numel, shared, width = q.numel, k.numel, q.width
+    statistic = shape.rows * shape.heads * shape.length
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        made = [ops.new(size, width) for size in (numel, shared, shared)]
+        _one_backward(ops, numel // shape.rows, shared // shape.rows, width, shape)
+        return tuple(made)
+
+    out = ops.new(numel, width)
+    log_sums = ops.new(statistic, FLOAT)
+    one, other = (ops.new(numel // shape.rows, width) for _ in range(2))
+    del one, other
+    out.node = ops.tape.node((q, k, v), fn, (q, k, v, out, log_sums))
+    return out
+
+
+def _one_backward(ops: Ops, numel: int, shared: int, width: int, shape: Heads) -> None:
+    """What the backward of one sample makes for itself."""
+    rows, heads = numel // shape.head_dim, shape.heads
+    tokens = rows // heads
+    less, rounded = ops.new(rows, width), ops.new(rows, width)
+    weighed = None
+    if width != FLOAT:
+        wide = ops.new(numel, FLOAT)
+        weighed = ops.new(numel, width)
+        del wide
+    sums = [ops.new(shared, width) for _ in range(2)]
+    for start in range(0, tokens, ATTENTION_BLOCK_ROWS):
+        end = min(start + ATTENTION_BLOCK_ROWS, tokens)
+        block = (end - start) * heads
+        folded = [ops.new(block * shape.head_dim, width) for _ in range(2)]
+        with ops.meter.booking("scores"):
+            weights = ops.new(block * end, width)
+            triangle = ops.new(block * (end - start), width) if start else None
+            del triangle
+            scores = ops.new(block * end, width)
+        made = ops.new(block * shape.head_dim, width)
+        del made, weights, scores, folded
+    del less, rounded, weighed, sums
 
 
 def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, math: bool) -> Tensor:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from qlora_tui.memory import cohere, fused
+from qlora_tui.memory import cohere, fused, lean
 from qlora_tui.memory.attention import Heads, Kernel, attend
 from qlora_tui.memory.latent import latent_attention
-from qlora_tui.memory.linear import linear
+from qlora_tui.memory.linear import lean_target, linear
 from qlora_tui.memory.moe import Mixture, mixture, weighted
 from qlora_tui.memory.ops import Linear, Ops
 from qlora_tui.memory.tape import Tensor
@@ -171,6 +171,10 @@ def _mlp(ops: Ops, block: Block, x: Tensor, part: str) -> Tensor:
             del both
             product = ops.multiply(up, ops.activation(gate, block.activation))
             del gate, up
+        elif down and lean_target(ops, down):
+            opening, passed = block.find(part, "gate_proj"), block.find(part, "up_proj")
+            gate = linear(ops, x, opening) if opening else x
+            return lean.gated(ops, gate, linear(ops, x, passed) if passed else x, down)
         else:
             product = _gated(ops, block, x, part)
     else:

@@ -74,8 +74,9 @@ class CodePath:
     device: Literal["cuda", "cpu"] = "cuda"
     fused_kernels: bool = False
     """Fused RMSNorm and rotary kernels, and LoRA on 4-bit weights in one function (Unsloth's, FOAK's)."""
-    lean_lora: bool = False
-    """A 4- or 16-bit target and its adapter are one function that keeps its input as it came: ours."""
+    lean: bool = False
+    """Our own functions for adapters on 4- and 16-bit weights, gated MLPs, RMSNorm, and attention on a CPU
+    (``training/lean``), which keep less."""
     expandable_segments: bool = True
     """The allocator grows its segments (our trainer asks for it), so blocks are cut to size."""
     separate_experts: bool = False
@@ -93,7 +94,7 @@ def our_path(recipe: Recipe, device: Device) -> CodePath:
         # Trainer's fp16 mode: autocast, with scaled gradients.
         autocast=float16,
         adapter_bytes=4,
-        lean_lora=True,
+        lean=True,
         loss="chunked",
         checkpointing=recipe.training.gradient_checkpointing,
         attention=_attention(recipe, device, compute),

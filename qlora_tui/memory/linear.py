@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.memory import fused
+from qlora_tui.memory import fused, lean
 from qlora_tui.memory.ops import FLOAT, Linear, Ops
 from qlora_tui.memory.tape import Grads, Tensor
 
@@ -13,8 +13,8 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         return base(ops, x, module)
     if ops.fused and module.method in ("nf4", "fp4"):
         return fused.lora(ops, x, module)
-    if ops.lean and not module.dora and module.method != "int8":
-        return _lean(ops, x, module)
+    if lean_target(ops, module):
+        return lean.linear(ops, x, module)
     result = base(ops, x, module)
     if module.method in ("nf4", "fp4"):
         result = ops.copy(result)  # peft/tuners/lora/bnb.py clones the 4-bit result
@@ -32,67 +32,9 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     return ops.cast(result, out_width)
 
 
-def _lean(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """Base and adapter as one function that keeps its input as it came (training/lean.py)."""
-    rows, numel, entered = _rows(x, module), x.numel, x.width
-    width = ops.compute if ops.autocast else entered
-    needs, dropout = x.needs_grad, bool(ops.dropout)
-    down, up = module.rank * module.inputs, module.rank * module.outputs
-
-    def narrowed() -> Tensor | None:
-        # Under autocast a norm's float32 output comes in.
-        return ops.new(numel, width) if entered != width else None
-
-    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        narrow = narrowed()
-        wide = ops.new(rows * module.rank, width)
-        toward_b = _gradient(ops, up, width)
-        with ops.meter.booking("dropout"):
-            dropped = ops.new(numel, width) if dropout else None
-        toward_a = _gradient(ops, down, width)
-        del dropped
-        if not needs:
-            return (None, toward_a, toward_b)
-        weight = _frozen(ops, module, width)
-        toward_x = ops.new(numel, width)
-        del weight
-        if dropout:
-            with ops.meter.booking("dropout"):
-                through = ops.new(numel, width)
-                masked = ops.new(numel, width)
-            del through, masked
-        if entered != width:
-            toward_x = ops.new(numel, entered)
-        del wide, narrow
-        return (toward_x, toward_a, toward_b)
-
-    workspace = _frozen(ops, module, ops.compute)
-    out = ops.new(rows * module.outputs, entered)
-    del workspace
-    narrow = narrowed()
-    kept = None
-    with ops.meter.booking("dropout"):
-        if dropout:
-            kept = ops.new(numel, 1)
-        dropped = ops.new(numel, width) if dropout else None
-    with ops.meter.booking("adapter_inputs"):
-        thin = ops.new(rows * module.rank, width)
-    del dropped, narrow
-    a, b = (Tensor(x.storage, 0, ops.adapter, ops.tape.leaf()) for _ in range(2))
-    out.node = ops.tape.node((x, a, b), fn, (x, kept, thin))
-    return out
-
-
-def _gradient(ops: Ops, weights: int, width: int) -> Tensor:
-    """Of an adapter's weight: made in the compute dtype, cast to the adapter's."""
-    with ops.meter.booking("gradients"):
-        made = ops.new(weights, width)
-        return made if width == ops.adapter else ops.new(weights, ops.adapter)
-
-
-def _frozen(ops: Ops, module: Linear, width: int) -> Tensor | None:
-    """The base weight for a product: dequantized where it is packed, else itself."""
-    return _dequantized(ops, module, width) if module.method in ("nf4", "fp4") else None
+def lean_target(ops: Ops, module: Linear) -> bool:
+    """Whether the module and its adapter are one of our functions: not with DoRA, nor on 8-bit weights."""
+    return ops.lean and bool(module.rank) and not module.dora and module.method != "int8"
 
 
 def base(ops: Ops, x: Tensor, module: Linear) -> Tensor:

@@ -222,6 +222,8 @@ class Ops:
         ``x.to(float32)``; ``pow(2).mean``; ``x * rsqrt``; back to the input's dtype; times the weight.
         Saved: the float32 copy (by pow and by the product). Gemma multiplies in float32 and casts last.
         """
+        if self.lean:
+            return self._lean_rms_norm(x)
         start = x.width
         wide = self.cast(x, FLOAT)
         del x
@@ -266,6 +268,24 @@ class Ops:
         node = self.tape.node((wide, inverse), product, (wide, inverse))
         out = self.new(numel, FLOAT)
         out.node = node
+        return out
+
+    def _lean_rms_norm(self, x: Tensor) -> Tensor:
+        """Keeps the input as it came and one number a row (``training/lean/norm.py``)."""
+        numel, width = x.numel, x.width
+
+        def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            toward = self.new(numel, FLOAT)
+            normed = self.new(numel, FLOAT)
+            product = self.new(numel, FLOAT)
+            del product, normed
+            return (self._as(toward, width),)
+
+        spread = self.new(self.tokens, FLOAT)
+        wide = self.new(numel, FLOAT)
+        out = self._as(wide, width)
+        del wide
+        out.node = self.tape.node((x,), fn, (x, spread))
         return out
 
     def layer_norm(self, x: Tensor, *, weight: int) -> Tensor:

@@ -65,7 +65,7 @@ def make_ops(meter: Meter, layout: Layout, path: CodePath, dropout: float) -> Op
         autocast=path.autocast,
         tokens=layout.tokens,
         fused=path.fused_kernels,
-        lean=path.lean_lora,
+        lean=path.lean,
         float16=path.float16,
     )
 
@@ -197,7 +197,7 @@ def _cast_once(layout: Layout, path: CodePath) -> Items:
 
     A LoRA projection fused into one function casts for itself and keeps nothing.
     """
-    casts_for_itself = path.fused_kernels or path.lean_lora
+    casts_for_itself = path.fused_kernels or path.lean
     if not path.autocast or casts_for_itself or path.adapter_bytes == path.compute_bytes:
         return {}
     return {"adapter": layout.adapter_parameters * path.compute_bytes}

@@ -13,7 +13,7 @@ from qlora_tui.catalog.facts import Architecture, LinearModule
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, rank_of, targets_of
-from qlora_tui.training.lean import use_lean_lora
+from qlora_tui.training.lean import use_lean
 
 
 def add_lora(model: Any, settings: Lora, architecture: Architecture) -> Any:
@@ -43,7 +43,7 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture) -> Any:
     )
     with names_as_they_are(model, config.target_modules):
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    use_lean_lora(adapted)
+    use_lean(adapted)
     return adapted
 
 

@@ -58,6 +58,12 @@ def segment_attention(
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         starts = attention_mask.flatten().tolist()
         lengths = [end - start for start, end in pairwise(starts)]
+        windowed = sliding_window is not None and max(lengths) > sliding_window
+        if plain and not (dropout or windowed) and on_cpu(query) and query.shape[-1] == value.shape[-1]:
+            from qlora_tui.training.lean.attention import RowAttention
+
+            made: Tensor = RowAttention.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
+            return made, None
         # torch.split, not slices: its backward is one cat, where each slice would fill a row of zeros.
         parts = [
             _one_sample(q, k, v, dropout, scale, sliding_window, softcap, s_aux).transpose(1, 2)
@@ -78,6 +84,11 @@ def segment_attention(
         attention_mask = _causal(query.shape[2], key.shape[2], None, query.device)
     output = _by_hand(query, key, value, attention_mask, dropout, scale, softcap, s_aux)
     return output.transpose(1, 2).contiguous(), None
+
+
+def on_cpu(query: Tensor) -> bool:
+    """Whether attention runs on the CPU."""
+    return query.device.type == "cpu"
 
 
 def _one_sample(

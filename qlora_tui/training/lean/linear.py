@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,39 +24,68 @@ _VALUES = 1 << 15
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
+Weight: TypeAlias = Callable[[], Tensor]
+"""Gives a base's weight, (outputs, inputs), in 16 or 32 bits."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter on one frozen module, as it computes at this moment."""
+
+    a: Tensor
+    b: Tensor
+    base: nn.Module
+    weight: Weight
+    scaling: float
+    p: float
+    """Share of the inputs dropped."""
+
+    @property
+    def scale(self) -> float:
+        """What is kept of the inputs is scaled up: here, where it is a number."""
+        return self.scaling / (1 - self.p)
+
+
 def use_lean_lora(model: nn.Module) -> None:
     """Let every plain LoRA module compute so. DoRA, and bases whose weight cannot be had, stay peft's."""
     for module in model.modules():
         if hasattr(module, "lora_A") and not getattr(module, "lora_variant", None):
-            weight = _weight_of(module.get_base_layer())  # type: ignore[operator]  # a peft layer's method
+            weight = weight_of(module.get_base_layer())  # type: ignore[operator]  # a peft layer's method
             if weight is not None:
                 _replace_forward(module, weight)
 
 
-def _replace_forward(module: Any, weight: Callable[[], Tensor]) -> None:
+def _replace_forward(module: Any, weight: Weight) -> None:
     stock, base = module.forward, module.get_base_layer()
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = self.active_adapters
-        if self.disable_adapters or self.merged or len(names) != 1 or args or kwargs:
+        adapter = None if args or kwargs else active_adapter(self, base, weight)
+        if adapter is None:
             return stock(x, *args, **kwargs)  # type: ignore[no-any-return]
-        (name,) = names
-        out: Tensor = _LeanLinear.apply(  # type: ignore[no-untyped-call]  # torch's own
-            x,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            base,
-            weight,
-            self.scaling[name],
-            getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0,
-        )
-        return out
+        made: Tensor = _LeanLinear.apply(x, adapter.a, adapter.b, adapter)  # type: ignore[no-untyped-call]
+        return made
 
     module.forward = MethodType(forward, module)
 
 
-def _weight_of(base: Any) -> Callable[[], Tensor] | None:
-    """What gives (outputs, inputs), in 16 or 32 bits; None where there is no such weight."""
+def active_adapter(module: Any, base: nn.Module, weight: Weight) -> Adapter | None:
+    """What ``module`` computes with at this moment; None where that is not one plain adapter."""
+    names = module.active_adapters
+    if module.disable_adapters or module.merged or len(names) != 1:
+        return None
+    (name,) = names
+    return Adapter(
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        base,
+        weight,
+        module.scaling[name],
+        getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0,
+    )
+
+
+def weight_of(base: Any) -> Weight | None:
+    """None where there is no such weight."""
     if type(base).__name__ != "Linear4bit":
         # Families have subclasses of their own (Falcon's); bitsandbytes' 8-bit weights are whole numbers.
         known = isinstance(base, nn.Linear) and base.weight.is_floating_point()
@@ -74,53 +104,64 @@ class _LeanLinear(torch.autograd.Function):
     """base(x) + scaling · dropout(x) · Aᵀ · Bᵀ for x (…, inputs), A (rank, inputs), B (outputs, rank)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        base: nn.Module,
-        weight: Callable[[], Tensor],
-        scaling: float,
-        p: float,
-    ) -> Tensor:
-        out: Tensor = base(x)
-        device = x.device.type
-        # Under autocast a norm's fp32 output goes in as it is, and the products are taken in half precision.
-        narrow = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if narrow else x.dtype
-        with _without_autocast(device, narrow):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)
-            kept = _kept(rows, p) if p else None
-            # What is kept is scaled up: here, where it is a number.
-            scaling /= 1 - p
-            thin = _dropped(rows, kept) @ a.to(dtype).t()
-            flat = out.view(-1, out.shape[-1])
-            if out.dtype == dtype:
-                flat.addmm_(thin, b.to(dtype).t(), alpha=scaling)
-            else:
-                flat.add_(thin @ b.to(dtype).t(), alpha=scaling)
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, adapter: Adapter) -> Tensor:
+        out, kept, thin = forward(x, adapter)
         ctx.save_for_backward(x, kept, thin, a, b)
-        ctx.weight, ctx.scaling = weight, scaling
+        ctx.adapter = adapter
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, kept, thin, a, b = ctx.saved_tensors
-        dtype = thin.dtype
-        grad = grad_outputs[0].reshape(-1, b.shape[0]).to(dtype)
+        to_input = ctx.needs_input_grad[0]
+        return (*backward(grad_outputs[0], x, kept, thin, a, b, ctx.adapter, to_input=to_input), None)
+
+
+def forward(x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The outputs, what dropout kept of the inputs, and the inputs times A."""
+    out: Tensor = adapter.base(x)
+    device = x.device.type
+    # Under autocast a norm's fp32 output goes in as it is, and the products are taken in half precision.
+    narrow = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if narrow else x.dtype
+    with _without_autocast(device, narrow):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        wide = (grad @ b.to(dtype)).mul_(ctx.scaling)
-        toward_b = (grad.t() @ thin).mul_(ctx.scaling).to(b.dtype)
-        toward_a = (wide.t() @ _dropped(rows, kept)).to(a.dtype)
-        if not ctx.needs_input_grad[0]:
-            return None, toward_a, toward_b, None, None, None, None
-        toward_x = grad @ ctx.weight().to(dtype)
-        if kept is None:
-            toward_x.addmm_(wide, a.to(dtype))
+        kept = _kept(rows, adapter.p) if adapter.p else None
+        thin = _dropped(rows, kept) @ adapter.a.to(dtype).t()
+        flat = out.view(-1, out.shape[-1])
+        if out.dtype == dtype:
+            flat.addmm_(thin, adapter.b.to(dtype).t(), alpha=adapter.scale)
         else:
-            toward_x += _dropped(wide @ a.to(dtype), kept)
-        return toward_x.view(x.shape).to(x.dtype), toward_a, toward_b, None, None, None, None
+            flat.add_(thin @ adapter.b.to(dtype).t(), alpha=adapter.scale)
+    return out, kept, thin
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    kept: Tensor | None,
+    thin: Tensor,
+    a: Tensor,
+    b: Tensor,
+    adapter: Adapter,
+    *,
+    to_input: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of the inputs (None where not wanted), of A and of B."""
+    dtype = thin.dtype
+    grad = grad.reshape(-1, b.shape[0]).to(dtype)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    wide = (grad @ b.to(dtype)).mul_(adapter.scale)
+    toward_b = (grad.t() @ thin).mul_(adapter.scale).to(b.dtype)
+    toward_a = (wide.t() @ _dropped(rows, kept)).to(a.dtype)
+    if not to_input:
+        return None, toward_a, toward_b
+    toward_x = grad @ adapter.weight().to(dtype)
+    if kept is None:
+        toward_x.addmm_(wide, a.to(dtype))
+    else:
+        toward_x += _dropped(wide @ a.to(dtype), kept)
+    return toward_x.view(x.shape).to(x.dtype), toward_a, toward_b
 
 
 def _without_autocast(device: str, is_on: bool) -> Any:

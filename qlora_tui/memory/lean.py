@@ -1,0 +1,114 @@
+"""This project's own functions, which keep less than the library's (``training/lean``)."""
+
+from __future__ import annotations
+
+from qlora_tui.memory.ops import Linear, Ops
+from qlora_tui.memory.tape import Grads, Tensor
+
+
+def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    """Base and adapter as one function that keeps its input as it came."""
+    needs, entered, numel = x.needs_grad, x.width, x.numel
+    width = ops.compute if ops.autocast else entered
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        return _linear_backward(ops, module, numel, entered, width, needs=needs)
+
+    out, kept, thin = _linear_forward(ops, x, module, width)
+    out.node = ops.tape.node((x, *_leaves(ops, x)), fn, (x, kept, thin))
+    return out
+
+
+def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear) -> Tensor:
+    """``down(act(gate) * up)`` as one function that keeps gate and up, and makes the rest again."""
+    numel, width = gate.numel, gate.width
+
+    def product() -> tuple[Tensor, Tensor]:
+        opened = ops.new(numel, width)
+        return opened, ops.new(numel, width)
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        opened, inputs = product()
+        made = _linear_backward(ops, module, numel, width, width, needs=True)
+        del inputs
+        toward_up = ops.new(numel, width)
+        toward_gate = ops.new(numel, width)
+        del opened
+        return (toward_gate, toward_up, *made[1:])
+
+    opened, inputs = product()
+    del opened
+    out, kept, thin = _linear_forward(ops, inputs, module, width)
+    del inputs
+    out.node = ops.tape.node((gate, up, *_leaves(ops, gate)), fn, (gate, up, kept, thin))
+    return out
+
+
+def _leaves(ops: Ops, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The adapter's two weights, which are booked where they are kept."""
+    return Tensor(x.storage, 0, ops.adapter, ops.tape.leaf()), Tensor(
+        x.storage, 0, ops.adapter, ops.tape.leaf()
+    )
+
+
+def _linear_forward(ops: Ops, x: Tensor, module: Linear, width: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The outputs, what dropout kept, and the inputs times A."""
+    rows, numel = x.numel // module.inputs, x.numel
+    workspace = _weight(ops, module, ops.compute)
+    out = ops.new(rows * module.outputs, x.width)
+    del workspace
+    narrow = _narrowed(ops, numel, x.width, width)
+    kept = None
+    with ops.meter.booking("dropout"):
+        if ops.dropout:
+            kept = ops.new(numel, 1)
+        dropped = ops.new(numel, width) if ops.dropout else None
+    with ops.meter.booking("adapter_inputs"):
+        thin = ops.new(rows * module.rank, width)
+    del dropped, narrow
+    return out, kept, thin
+
+
+def _linear_backward(ops: Ops, module: Linear, numel: int, entered: int, width: int, *, needs: bool) -> Grads:
+    """Gradients of the inputs, of A and of B."""
+    narrow = _narrowed(ops, numel, entered, width)
+    wide = ops.new(numel // module.inputs * module.rank, width)
+    toward_b = _gradient(ops, module.rank * module.outputs, width)
+    with ops.meter.booking("dropout"):
+        dropped = ops.new(numel, width) if ops.dropout else None
+    toward_a = _gradient(ops, module.rank * module.inputs, width)
+    del dropped
+    if not needs:
+        return (None, toward_a, toward_b)
+    weight = _weight(ops, module, width)
+    toward_x = ops.new(numel, width)
+    del weight
+    if ops.dropout:
+        with ops.meter.booking("dropout"):
+            through = ops.new(numel, width)
+            masked = ops.new(numel, width)
+        del through, masked
+    if entered != width:
+        toward_x = ops.new(numel, entered)
+    del wide, narrow
+    return (toward_x, toward_a, toward_b)
+
+
+def _narrowed(ops: Ops, numel: int, entered: int, width: int) -> Tensor | None:
+    """Under autocast a LayerNorm's float32 output comes in, and is cast for the products."""
+    return ops.new(numel, width) if entered != width else None
+
+
+def _gradient(ops: Ops, weights: int, width: int) -> Tensor:
+    """Of an adapter's weight: made in the compute dtype, cast to the adapter's."""
+    with ops.meter.booking("gradients"):
+        made = ops.new(weights, width)
+        return made if width == ops.adapter else ops.new(weights, ops.adapter)
+
+
+def _weight(ops: Ops, module: Linear, width: int) -> Tensor | None:
+    """The base weight for a product: dequantized where it is packed, else itself."""
+    if module.method not in ("nf4", "fp4"):
+        return None
+    with ops.meter.booking("dequantized"):
+        return ops.new(module.weights, width)

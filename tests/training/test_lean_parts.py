@@ -1,0 +1,137 @@
+"""Attention, norms and gated MLPs as functions of our own: what the library's give, with less kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qlora_tui.training import attention
+from qlora_tui.training.lean import attention as lean_attention
+from qlora_tui.training.lean import gated, norm
+from tests.training.families import FAMILIES, build
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+LENGTHS = [5, 1, 23, 12]
+
+
+def qkv(heads: int, shared: int, *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Queries, keys and values as modules give them: a token after the other, then turned."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (heads, shared, shared)
+    return [
+        torch.randn(1, sum(LENGTHS), count, 16, generator=generator).to(dtype).requires_grad_()
+        for count in sizes
+    ]
+
+
+def attended(given: list[Tensor], *, ours: bool, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The output, and the gradients of queries, keys and values."""
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "on_cpu", lambda query: ours)
+        mask = attention.segment_mask(LENGTHS)
+        q, k, v = (x.detach().requires_grad_() for x in given)
+        queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+        out, _ = attention.segment_attention(nn.Module(), queries, keys, values, mask, scaling=0.3)
+        torch.autograd.backward(out, torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
+    return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+
+@pytest.mark.parametrize("block", [512, 7])
+@pytest.mark.parametrize(("heads", "shared"), [(6, 2), (4, 4), (4, 1)])
+def test_a_rows_attention_and_its_gradients_are_those_of_the_stock_kernel(
+    heads: int, shared: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lean_attention, "ATTENTION_BLOCK_ROWS", block)
+    given = qkv(heads, shared)
+    expected = attended(given, ours=False, monkeypatch=monkeypatch)
+    found = attended(given, ours=True, monkeypatch=monkeypatch)
+    assert len(found) == 4
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_in_bf16_gradients_are_nearly_as_near_to_fp32_as_the_stock_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = qkv(6, 2, dtype=torch.bfloat16)
+    exact = attended([x.float() for x in given], ours=False, monkeypatch=monkeypatch)
+    errors = [
+        max(
+            float((one.float() - other).norm() / other.norm())
+            for one, other in zip(attended(given, ours=ours, monkeypatch=monkeypatch), exact, strict=True)
+        )
+        for ours in (True, False)
+    ]
+    assert errors[0] < 2 * errors[1] < 0.02
+
+
+def test_scores_far_above_their_sum_are_masked_and_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the diagonal the exponential overflows."""
+    given = [x.detach() * 40 for x in qkv(4, 2)]
+    for tensor in attended(given, ours=True, monkeypatch=monkeypatch):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_rms_norm_of_a_family_is_one_of_ours_and_gives_the_same(model_type: str) -> None:
+    model = build(model_type)
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            nn.init.normal_(module.weight, std=0.5)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    given = [3 * torch.randn(2, 7, len(m.weight)) for m in norms]
+    expected = [value_and_gradient(m, x) for m, x in zip(norms, given, strict=True)]
+    norm.use_lean_norms(model)
+    assert all("forward" in vars(m) for m in norms)
+    assert norms or model_type == "cohere"
+    for module, x, (value, gradient) in zip(norms, given, expected, strict=True):
+        found, toward = value_and_gradient(module, x)
+        assert torch.allclose(found, value, atol=1e-5) and torch.allclose(toward, gradient, atol=1e-5)
+
+
+def value_and_gradient(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a weighted sum of its outputs."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    assert x.grad is not None
+    return out.detach(), x.grad
+
+
+def test_a_norm_that_does_more_stays_as_it_is() -> None:
+    class ShiftedRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8), requires_grad=False)
+            self.eps = 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.rms_norm(x, (8,), self.weight, self.eps) + 0.5
+
+    model = nn.Sequential(ShiftedRMSNorm())
+    norm.use_lean_norms(model)
+    assert "forward" not in vars(model[0])
+
+
+def test_an_mlp_that_does_more_stays_as_it_is() -> None:
+    class OddMLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(8, 16), nn.Linear(8, 16)
+            self.down_proj, self.act_fn = nn.Linear(16, 8), nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            product: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return 0.5 * product
+
+    class PlainMLP(OddMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    assert not gated._does_nothing_else(OddMLP(), nn.Linear(16, 8))
+    assert gated._does_nothing_else(PlainMLP(), nn.Linear(16, 8))
