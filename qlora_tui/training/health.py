@@ -60,19 +60,22 @@ class CardWatch:
         self._hot_since: float | None = None
         self._told: set[str] = set()
 
-    def reading(self, reading: Reading) -> list[Finding]:
-        """What it shows; each kind is told once until it has passed."""
-        return [*self._idle(reading), *self._throttled(reading)]
+    def reading(self, reading: Reading, now: float) -> list[Finding]:
+        """What it shows; each kind is told once until it has passed.
 
-    def _idle(self, reading: Reading) -> list[Finding]:
+        ``now``: seconds of a clock that nobody sets, for how long something lasts.
+        """
+        return [*self._idle(reading, now), *self._throttled(reading, now)]
+
+    def _idle(self, reading: Reading, now: float) -> list[Finding]:
         busy, held = reading.utilization_percent, reading.memory_used_bytes or 0
         if busy is None or busy > _IDLE_PERCENT or held < _HELD_BYTES:
             self._idle_since = None
             self._told.discard("gpu_idle")
             return []
-        self._idle_since = self._idle_since or reading.at
+        self._idle_since = now if self._idle_since is None else self._idle_since
         return self._once(
-            reading.at - self._idle_since >= _IDLE_S,
+            now - self._idle_since >= _IDLE_S,
             Finding(
                 "gpu_idle",
                 f"The card has been idle for {_IDLE_S:.0f} s with {held / 2**30:.1f} GiB of its memory held.",
@@ -80,16 +83,16 @@ class CardWatch:
             ),
         )
 
-    def _throttled(self, reading: Reading) -> list[Finding]:
+    def _throttled(self, reading: Reading, now: float) -> list[Finding]:
         reasons = _HOT.intersection(reading.throttle or ())
         if not reasons:
             self._hot_since = None
             self._told.discard("throttled")
             return []
-        self._hot_since = self._hot_since or reading.at
+        self._hot_since = now if self._hot_since is None else self._hot_since
         degrees = "" if reading.temperature_c is None else f" at {reading.temperature_c} °C"
         return self._once(
-            reading.at - self._hot_since >= _THROTTLED_S,
+            now - self._hot_since >= _THROTTLED_S,
             Finding(
                 "throttled",
                 f"The card is slowed down for {_THROTTLED_S:.0f} s now{degrees}: "

@@ -60,7 +60,7 @@ class Telemetry:
         if isinstance(reading, NoGpu):
             self._write(None)
             return
-        for finding in self._watch.reading(reading):
+        for finding in self._watch.reading(reading, time.monotonic()):
             self._reporter.health(finding.kind, finding.evidence, finding.remedy)
         self._write(reading)
 

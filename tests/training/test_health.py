@@ -41,14 +41,21 @@ def test_a_run_of_few_steps_is_told(steps: int, odd: bool) -> None:
 
 
 def test_a_card_that_idles_with_memory_held_is_told_once_until_it_works_again() -> None:
-    def reading(at: float, busy: int) -> Reading:
-        return Reading(at=at, index=0, utilization_percent=busy, memory_used_bytes=4 << 30)
-
     watch = CardWatch()
-    idle = [finding for at in range(1, 200) for finding in watch.reading(reading(at, 0))]
+    idle = [finding for at in range(200) for finding in watch.reading(busy(0), at)]
     assert [finding.kind for finding in idle] == ["gpu_idle"]
-    assert watch.reading(reading(200, 90)) == []
-    assert [f.kind for at in range(201, 300) for f in watch.reading(reading(at, 0))] == ["gpu_idle"]
+    assert watch.reading(busy(90), 200) == []
+    assert [f.kind for at in range(201, 300) for f in watch.reading(busy(0), at)] == ["gpu_idle"]
+
+
+def test_a_clock_that_is_set_makes_no_card_idle() -> None:
+    watch = CardWatch()
+    told = [watch.reading(busy(0, at=at), now) for now, at in enumerate([100.0, 101.0, 7300.0, 50.0])]
+    assert told == [[], [], [], []]
+
+
+def busy(percent: int, at: float = 0.0) -> Reading:
+    return Reading(at=at, index=0, utilization_percent=percent, memory_used_bytes=4 << 30)
 
 
 def test_heat_is_told_and_a_power_cap_is_not() -> None:
@@ -57,7 +64,7 @@ def test_heat_is_told_and_a_power_cap_is_not() -> None:
         return [
             finding.kind
             for at in range(1, 100)
-            for finding in watch.reading(Reading(at=at, index=0, throttle=(reason,), temperature_c=91))
+            for finding in watch.reading(Reading(at=at, index=0, throttle=(reason,), temperature_c=91), at)
         ]
 
     assert told("thermal") == ["throttled"]
@@ -66,4 +73,4 @@ def test_heat_is_told_and_a_power_cap_is_not() -> None:
 
 def test_a_card_that_says_nothing_shows_nothing() -> None:
     watch = CardWatch()
-    assert [f for at in range(200) for f in watch.reading(Reading(at=at, index=0))] == []
+    assert [f for at in range(200) for f in watch.reading(Reading(at=at, index=0), at)] == []
