@@ -14,7 +14,10 @@ from qlora_tui.runs.retry import last_plan
 from qlora_tui.runs.shortage import what_would_fit
 from qlora_tui.runs.status import State, Status, read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
+from qlora_tui.runs.view import RunView
 
+_STEPS = 64
+"""Read of a long run, the last one among them."""
 LOG_LINES = 3
 """How much of the trainer's log is quoted when it died without a word."""
 
@@ -67,7 +70,6 @@ def settle(run: RunDir, ending: Terminal) -> None:
     if _last_word(run) is None:
         with EventWriter(run.events_path) as log:
             log.append(ending)
-    status = read_status(run)
     state: State
     if isinstance(ending, Finished):
         state, detail = "finished", ending.reason
@@ -77,15 +79,16 @@ def settle(run: RunDir, ending: Terminal) -> None:
         state, detail = "paused", f"Paused at step {ending.step}."
     else:
         state, detail = "failed", f"{ending.title}: {ending.what}"
-    step = status.step if isinstance(ending, Failed) else ending.step
+    # The last heartbeat may be a second older than the last step.
+    view, _ = RunView.sketched(run, _STEPS)
     write_status(
         run,
         Status(
             state=state,
             at=ending.at,
-            step=step,
-            total_steps=status.total_steps,
-            loss=status.loss,
+            step=view.step if isinstance(ending, Failed) else ending.step,
+            total_steps=view.total_steps,
+            loss=view.loss,
             detail=detail,
         ),
         durable=True,

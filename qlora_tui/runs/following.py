@@ -22,6 +22,6 @@ def followed(view: RunView) -> Iterator[AnyEvent]:
         state = view.status.state
         if view.ending is not None and state != "queued" and state not in ACTIVE:
             return
-        if state in ("lost", "unreadable"):
+        if state in ("lost", "unreadable", "gone"):
             return
         time.sleep(POLL_S)

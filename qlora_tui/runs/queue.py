@@ -13,7 +13,7 @@ from qlora_tui.files import private_dir
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Queued, Stopped
 from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.status import Status, write_status
+from qlora_tui.runs.status import read_status, write_status
 
 _APART = 1_000_000_000
 """Between the orders of two runs: a second, in nanoseconds."""
@@ -23,7 +23,7 @@ def enqueue(run: RunDir) -> None:
     """Put a run at the end of the queue (once; a second call changes nothing)."""
     if run.id in waiting():
         return
-    write_status(run, Status(state="queued", at=time.time()), durable=True)
+    write_status(run, read_status(run).then("queued"), durable=True)
     last = max((_order(entry) for entry in _folder().iterdir()), default=0)
     # Behind the others also where the clock was set back.
     order = max(time.time_ns(), last + _APART)
@@ -69,10 +69,10 @@ def withdraw(run: RunDir) -> bool:
 
 def set_aside(run: RunDir, why: str) -> None:
     """Make a run that has not begun a stopped one; ``why`` is its detail, a sentence."""
-    now = time.time()
+    status = read_status(run).then("stopped", detail=why)
     with EventWriter(run.events_path) as log:
-        log.append(Stopped(at=now, step=0))
-    write_status(run, Status(state="stopped", at=now, detail=why), durable=True)
+        log.append(Stopped(at=status.at, step=status.step))
+    write_status(run, status, durable=True)
 
 
 def move(run: RunDir, places: int) -> None:

@@ -23,7 +23,7 @@ from qlora_tui.runs.endings import how_it_ended, settle
 from qlora_tui.runs.process import mark
 from qlora_tui.runs.retry import Plan, plan_resume, plan_retry
 from qlora_tui.runs.shortage import host_oom_kills
-from qlora_tui.runs.status import ACTIVE, Status, read_status, write_status
+from qlora_tui.runs.status import ACTIVE, read_status, write_status
 
 POLL_S = 0.5
 """How often a trainer that is not our child is looked at."""
@@ -94,7 +94,7 @@ def _run(run: RunDir, plan: Plan) -> None:
 
 
 def _train(run: RunDir, plan: Plan) -> int:
-    write_status(run, Status(state="starting", at=time.time(), process=mark()), durable=True)
+    write_status(run, read_status(run).then("starting", process=mark()), durable=True)
     queue.remove(run)
     with run.log_path.open("ab") as log:
         trainer = start("qlora_tui.training", str(run.path), *plan.arguments(), output=log)

@@ -17,8 +17,8 @@ def standing(view: RunView, sample: Sample | None) -> str:
         parts.append(f"{progress.done:,} of {progress.total:,}")
     if view.total_steps:
         parts.append(f"step {view.step:,} of {view.total_steps:,}")
-    if len(view.series):
-        parts.append(f"loss {figure(view.series.loss[-1], 3)}")
+    if view.loss is not None:
+        parts.append(f"loss {figure(view.loss, 3)}")
     if view.evaluations:
         last = view.evaluations[-1]
         loss = float("nan") if last.loss is None else last.loss

@@ -5,10 +5,11 @@ Written by whoever has the run: the one who queues it, the runner, the trainer; 
 
 from __future__ import annotations
 
+import time
 from typing import Literal, TypeAlias
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from qlora_tui.files import atomic_write
 from qlora_tui.runs.directory import RunDir
@@ -16,9 +17,9 @@ from qlora_tui.runs.events import Phase
 from qlora_tui.runs.process import ProcessMark
 
 State: TypeAlias = Literal[
-    "queued", "starting", "running", "finished", "failed", "stopped", "paused", "lost", "unreadable"
+    "queued", "starting", "running", "finished", "failed", "stopped", "paused", "lost", "unreadable", "gone"
 ]
-"""``lost`` and ``unreadable`` are never written: they are what a reader finds."""
+"""The last three are never written: they are what a reader finds. ``gone``: not even its folder is there."""
 
 ACTIVE: frozenset[State] = frozenset(("starting", "running"))
 RESUMABLE: frozenset[State] = frozenset(("failed", "stopped", "paused", "lost"))
@@ -38,6 +39,10 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: str = ""
     """One sentence: how it ended, or what it waits for."""
 
+    def then(self, state: State, *, process: ProcessMark | None = None, detail: str = "") -> Status:
+        """The next state, from now on; how far the run has come stays."""
+        return structs.replace(self, state=state, at=time.time(), process=process, phase=None, detail=detail)
+
 
 def write_status(run: RunDir, status: Status, *, durable: bool = False) -> None:
     """Replace ``status.json``; with ``durable`` it survives a power cut."""
@@ -49,6 +54,8 @@ def read_status(run: RunDir) -> Status:
     try:
         status = msgspec.json.decode(run.status_path.read_bytes(), type=Status)
     except FileNotFoundError:
+        if not run.path.exists():
+            return Status(state="gone", at=0.0, detail="The run was deleted: its folder is gone.")
         return Status(state="unreadable", at=0.0, detail="status.json is missing from the run's directory.")
     except (OSError, msgspec.MsgspecError) as error:
         return Status(state="unreadable", at=0.0, detail=f"status.json cannot be read: {error}.")
@@ -60,4 +67,4 @@ def read_status(run: RunDir) -> Status:
         if restarted
         else "Its process is gone and left no word; it was probably killed."
     )
-    return msgspec.structs.replace(status, state="lost", detail=why)
+    return structs.replace(status, state="lost", detail=why)

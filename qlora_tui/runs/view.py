@@ -153,8 +153,17 @@ class RunView:
 
     @property
     def step(self) -> int:
-        """The last step done."""
-        return self.series.step[-1] if len(self.series) else 0
+        """The last step done: the events tell of some, this attempt's heartbeat of every one."""
+        told = self.series.step[-1] if len(self.series) else 0
+        beats = self.started_at is None or self.status.at >= self.started_at
+        return max(told, self.status.step) if beats else told
+
+    @property
+    def loss(self) -> float | None:
+        """Of the last step, in training; NaN where it was not a number, None before there is one."""
+        told = self.series.loss[-1] if len(self.series) else None
+        ahead = not len(self.series) or self.step > self.series.step[-1]
+        return self.status.loss if ahead and self.status.loss is not None else told
 
     @property
     def total_steps(self) -> int:

@@ -113,7 +113,7 @@ class Edge:
         step = self._trainer.state.global_step
         plan = self._trainer.steps.schedule.steps[step - 1]
         last = step == self._trainer.state.max_steps
-        self._tell(step, plan.epoch, loss, learning_rate, grad_norm, last=last)
+        told = self._tell(step, plan.epoch, loss, learning_rate, grad_norm, must=last)
         self._look_after(step, loss, grad_norm)
         self._requests.look()
         self._change_learning_rate()
@@ -145,6 +145,9 @@ class Edge:
         if asked_to_end or ends:
             self._trainer.control.should_training_stop = True
         self._back_to_training(self.evaluating_s - spent_before_s)
+        if self._trainer.control.should_training_stop and not told:
+            # The run's last step is known wherever it ends.
+            self._tell(step, plan.epoch, loss, learning_rate, grad_norm, must=True)
 
     def evaluate(self, step: int) -> bool:
         """Validate and sample; True where the loss is the best so far."""
@@ -199,13 +202,14 @@ class Edge:
         self.evaluating_s += time.perf_counter() - started
 
     def _tell(
-        self, step: int, epoch: float, loss: float, learning_rate: float, grad_norm: float, *, last: bool
-    ) -> None:
+        self, step: int, epoch: float, loss: float, learning_rate: float, grad_norm: float, *, must: bool
+    ) -> bool:
+        """Tell the step where its turn has come, or it must be; True where it was."""
         self._reporter.update(step=step, loss=loss if math.isfinite(loss) else None)
         broken = not (math.isfinite(loss) and math.isfinite(grad_norm))
         every = self._setting.recipe.training.log_every
-        if step % every and not last and not broken:
-            return
+        if step % every and not must and not broken:
+            return False
         now, tokens = time.perf_counter(), self._trainer.tokens
         rate = (tokens - self._told_tokens) / max(now - self._told_at, 1e-9)
         self._told_at, self._told_tokens = now, tokens
@@ -226,6 +230,7 @@ class Edge:
             f"step {step}/{total}  loss {loss:.4f}  lr {learning_rate:.2e}  norm {grad_norm:.3f}"
             f"  {rate:.0f} tokens/s"
         )
+        return True
 
     def _look_after(self, step: int, loss: float, grad_norm: float) -> None:
         if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not self._scales_loss):

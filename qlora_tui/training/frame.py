@@ -110,7 +110,7 @@ def _tell_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | N
             gradient_checkpointing=recipe.training.gradient_checkpointing,
         )
     )
-    reporter.update(step=step)
+    reporter.goes_on_from(step)
 
 
 @contextmanager

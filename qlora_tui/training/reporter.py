@@ -17,7 +17,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Health, Phase, PhaseChanged, Progress
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.process import mark
-from qlora_tui.runs.status import Status, write_status
+from qlora_tui.runs.status import read_status, write_status
 
 HEARTBEAT_S = 1.0
 _PROGRESS_S = 0.5
@@ -33,7 +33,7 @@ class Reporter:
         self._lock = threading.Lock()
         self._writer: EventWriter | None = None
         self._unwritten: list[AnyEvent] = []
-        self._status = Status(state="running", at=time.time(), process=mark())
+        self._status = read_status(run).then("running", process=mark())
         self._progress_at = 0.0
         self._stopping = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -88,6 +88,15 @@ class Reporter:
                 step=step,
             )
         )
+
+    def goes_on_from(self, step: int) -> None:
+        """This attempt begins where a checkpoint was; 0 for the start."""
+        with self._lock:
+            status = self._status
+            # Of an earlier step the loss is in the events.
+            loss = status.loss if step == status.step else None
+            self._status = msgspec.structs.replace(status, step=step, loss=loss)
+        self._write_status()
 
     def update(
         self,

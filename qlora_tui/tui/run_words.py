@@ -17,6 +17,7 @@ SIGNS: dict[State, tuple[str, str]] = {
     "paused": ("‖", "$warning"),
     "lost": ("?", "$error"),
     "unreadable": ("?", "$error"),
+    "gone": ("✗", "$error"),
 }
 """A sign and a colour; the word always stands beside them."""
 

@@ -8,7 +8,7 @@ from qlora_tui.runs import queue
 from qlora_tui.runs.directory import create
 from qlora_tui.runs.events import Stopped
 from qlora_tui.runs.log import last_event
-from qlora_tui.runs.status import read_status
+from qlora_tui.runs.status import Status, read_status, write_status
 
 
 def test_runs_leave_in_the_order_they_came(recipe: Recipe) -> None:
@@ -69,3 +69,17 @@ def test_a_withdrawn_run_is_stopped_before_it_began(recipe: Recipe) -> None:
     assert queue.waiting() == []
     assert read_status(run).state == "stopped"
     assert isinstance(last_event(run.events_path), Stopped)
+
+
+def test_a_run_that_is_queued_again_keeps_how_far_it_had_come(recipe: Recipe) -> None:
+    run = create(recipe)
+    write_status(run, Status(state="paused", at=1.0, step=7, total_steps=20, loss=1.5, detail="Paused."))
+    queue.enqueue_again(run)
+    assert read_status(run) == Status(
+        state="queued", at=read_status(run).at, step=7, total_steps=20, loss=1.5
+    )
+    queue.withdraw(run)
+    status = read_status(run)
+    assert (status.state, status.step, status.total_steps, status.loss) == ("stopped", 7, 20, 1.5)
+    ending = last_event(run.events_path)
+    assert isinstance(ending, Stopped) and ending.step == 7

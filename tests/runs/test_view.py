@@ -5,8 +5,10 @@ import math
 import pytest
 
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.endings import settle
 from qlora_tui.runs.events import DataReady, Evaluated, Failed, Finished, Paused, Queued, Started, Step
 from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 
 
@@ -127,3 +129,29 @@ def test_the_best_validation_is_the_lowest_after_training_began(run: RunDir) -> 
             log.append(Evaluated(at=float(step), step=step, loss=loss))
     view.refresh()
     assert view.best is not None and view.best.step == 10
+
+
+def test_steps_that_the_events_leave_out_are_known_from_the_heartbeat(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=1.0, attempt=1, pid=1))
+        log.append(a_step(10, loss=2.0))
+    write_status(run, Status(state="running", at=105.0, step=13, loss=1.5))
+    view = RunView(run)
+    view.refresh()
+    assert (view.step, view.loss) == (13, 1.5)
+    # The next attempt has not had a heartbeat yet.
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=200.0, attempt=2, pid=2, resumed_from_step=10))
+    view.refresh()
+    assert (view.step, view.loss) == (10, 2.0)
+
+
+def test_the_last_step_of_a_killed_run_is_known_though_no_heartbeat_told_it(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        log.append(DATA)
+        for number in (6, 7):
+            log.append(a_step(number, loss=float(number)))
+    write_status(run, Status(state="running", at=60.0, step=6, total_steps=10, loss=6.0))
+    settle(run, Failed(at=71.0, title="killed", what="by hand", kind="killed"))
+    status = read_status(run)
+    assert (status.state, status.step, status.total_steps, status.loss) == ("failed", 7, 10, 7.0)

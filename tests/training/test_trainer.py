@@ -150,9 +150,9 @@ def test_answers_are_learnt_from_as_their_weights_say(
 
 @pytest.mark.parametrize("how", ["stop", "SIGTERM"])
 def test_a_stopped_run_has_checkpoint_and_adapter(recipe: MakeRecipe, trainers: Trainers, how: str) -> None:
-    run = create(recipe(LONG))
+    run = create(recipe({**LONG, "training.log_every": 1000}))
     trainer = trainers.start(run)
-    wait_for(lambda: last_step(run) >= 3, seconds=60)
+    wait_for(lambda: read_status(run).step >= 3, seconds=60)
     if how == "stop":
         actions.stop(run)
     else:
@@ -162,7 +162,8 @@ def test_a_stopped_run_has_checkpoint_and_adapter(recipe: MakeRecipe, trainers: 
     assert isinstance(ending, Stopped) and ending.step == last_step(run)
     assert told(run, CheckpointSaved)[-1].step == ending.step
     assert (run.adapter_dir / "adapter_model.safetensors").exists()
-    assert read_status(run).state == "stopped"
+    status = read_status(run)
+    assert (status.state, status.step, status.loss) == ("stopped", ending.step, losses(run)[ending.step])
 
 
 def test_a_paused_run_goes_on_where_it_was(recipe: MakeRecipe, trainers: Trainers) -> None:
@@ -179,6 +180,11 @@ def test_a_paused_run_goes_on_where_it_was(recipe: MakeRecipe, trainers: Trainer
     assert list(losses(run)) == list(range(1, total + 1))
     assert told(run, Started)[-1].resumed_from_step == ending.step
     assert read_status(run).state == "finished"
+    # Once more, with nothing left to do: what it had come to stays.
+    assert trainers.run(run) == 0
+    status = read_status(run)
+    assert (status.state, status.step, status.total_steps) == ("finished", total, total)
+    assert status.loss == losses(run)[total]
 
 
 def test_a_run_stopped_before_its_first_step_ends_at_the_next_edge(

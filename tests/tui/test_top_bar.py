@@ -4,6 +4,7 @@ import pytest
 from textual.app import App, ComposeResult
 
 from qlora_tui.gpu.reading import Card
+from qlora_tui.runs.status import Status
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.widgets.top_bar import TopBar
 from tests.gpu.stub import play_in_this_process
@@ -62,3 +63,16 @@ async def test_nothing_is_repainted_while_nothing_changes() -> None:
 def test_a_card_that_says_nothing_is_na_and_never_zero() -> None:
     card = Card(0, "NVIDIA GeForce RTX 4090", None, None, None, None)
     assert "NA" in TopBar.pulse_text(Pulse(card=card))[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (Status(state="starting", at=1.0, step=1240, total_steps=3000), "● starting"),
+        (Status(state="running", at=1.0, phase="loading", step=1240, total_steps=3000), "● loading"),
+        (Status(state="running", at=1.0, phase="training", total_steps=3000), "● training"),
+        (Status(state="running", at=1.0, phase="saving", step=1240, total_steps=3000), "● 1,240/3,000"),
+    ],
+)
+def test_a_run_that_only_begins_again_says_what_it_does(status: Status, says: str) -> None:
+    assert TopBar.pulse_text(Pulse(active_status=status))[2].strip() == says

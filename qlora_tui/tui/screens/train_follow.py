@@ -181,7 +181,6 @@ class Follower:
         view = columns.view
         columns.grow()
         series = view.series
-        loss = series.loss[-1] if len(series) else None
         mean = columns.smoother.column[-1] if len(series) else None
         last = (
             (series.learning_rate[-1], series.grad_norm[-1], series.tokens_per_s[-1])
@@ -194,7 +193,7 @@ class Follower:
             curves=columns.curves(self.from_step),
             step=view.step,
             epoch=series.epoch[-1] if len(series) else 0.0,
-            losses=(loss, mean),
+            losses=(view.loss, mean),
             last=last,
             evaluations=tuple(view.evaluations),
             best=view.best,

@@ -1,0 +1,21 @@
+"""What the trainer says of a run that had begun before."""
+
+from __future__ import annotations
+
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import create
+from qlora_tui.runs.status import Status, read_status, write_status
+from qlora_tui.training.reporter import Reporter
+
+
+def test_how_far_a_run_had_come_is_told_before_its_first_new_step() -> None:
+    run = create(Recipe())
+    write_status(run, Status(state="starting", at=1.0, step=7, total_steps=20, loss=1.5))
+    reporter = Reporter(run)
+    reporter.start()
+    status = read_status(run)
+    assert (status.state, status.step, status.total_steps, status.loss) == ("running", 7, 20, 1.5)
+    reporter.goes_on_from(5)
+    status = read_status(run)
+    assert (status.step, status.total_steps, status.loss) == (5, 20, None)
+    reporter.stop()
