@@ -67,3 +67,11 @@ def short_path(path: Path) -> str:
     """With ``~`` for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
+def shortened(text: str, width: int) -> str:
+    """Cut in the middle: names that begin alike, as those of runs do, differ at their ends."""
+    if len(text) <= width:
+        return text
+    end = width // 2
+    return f"{text[: max(0, width - end - 1)]}…{text[len(text) - end :]}" if width > 1 else text[:width]

@@ -13,11 +13,12 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Failed, Progress, Step
 from qlora_tui.runs.following import followed
 from qlora_tui.runs.standing import standing
+from qlora_tui.runs.status import RESUMABLE
 from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
 
-PLAIN_EVERY_S = 10.0
-"""Between two sentences on how a run stands: what a voice can read out."""
+SAID_EVERY_S = 10.0
+"""Least time between two lines on how far a run or a phase is: what a voice can read out."""
 _MOST_STEPS = 2000
 """Lines of steps that lie behind: of a longer run so many are told, evenly."""
 
@@ -29,14 +30,19 @@ def follow(run: RunDir, *, as_json: bool) -> int:
     """
     view, told = (RunView(run), []) if as_json else RunView.sketched(run, _MOST_STEPS)
     for event in told:
-        _say(event.at, describe(event, view.total_steps))
+        if not isinstance(event, Progress):
+            _say(event.at, describe(event, view.total_steps))
     if told and view.step > len(view.series) * run.recipe().training.log_every:
         print(f"Of {view.step:,} steps {len(view.series):,} are told; --json has all.", file=sys.stderr)
 
+    said_at = time.monotonic()
+
     def tell(event: AnyEvent) -> None:
+        nonlocal said_at
         if as_json:
             print_json(event)
-        else:
+        elif not isinstance(event, Progress) or time.monotonic() - said_at >= SAID_EVERY_S:
+            said_at = time.monotonic()
             _say(event.at, describe(event, view.total_steps))
 
     return _to_its_end(view, tell)
@@ -45,7 +51,7 @@ def follow(run: RunDir, *, as_json: bool) -> int:
 def follow_plain(run: RunDir) -> int:
     """What the live screen says, in sentences: how the run stands now, what happens, how it stands since.
 
-    For screen readers and logs: only whole lines, and of the steps one in :data:`PLAIN_EVERY_S`.
+    For screen readers and logs: only whole lines, and of the steps one in :data:`SAID_EVERY_S`.
     """
     view, _ = RunView.sketched(run, _MOST_STEPS)
     machine = _LastSample(run)
@@ -60,7 +66,7 @@ def follow_plain(run: RunDir) -> int:
         nonlocal said_at
         if not isinstance(event, Step | Progress):
             _say(event.at, describe(event, view.total_steps))
-        elif time.monotonic() - said_at >= PLAIN_EVERY_S:
+        elif time.monotonic() - said_at >= SAID_EVERY_S:
             said_at = time.monotonic()
             _say(event.at, standing(view, machine.look()))
 
@@ -90,7 +96,8 @@ def _to_its_end(view: RunView, tell: Callable[[AnyEvent], None]) -> int:
         print(unknown_lines(view.unknown_events), file=sys.stderr)
     if view.ending is None:
         print(f"{run.id} is {view.status.state}: {view.status.detail}", file=sys.stderr)
-        print(f"`qlora-tui resume {run.id}` goes on from its last checkpoint.", file=sys.stderr)
+        if view.status.state in RESUMABLE:
+            print(f"`qlora-tui resume {run.id}` goes on from its last checkpoint.", file=sys.stderr)
         return FAILED
     return FAILED if isinstance(view.ending, Failed) else 0
 

@@ -6,14 +6,15 @@ import argparse
 import time
 from typing import Any
 
-from qlora_tui.cli.follow import PLAIN_EVERY_S, follow, follow_plain
+from qlora_tui.cli.follow import SAID_EVERY_S, follow, follow_plain
 from qlora_tui.cli.verb import Outcome, Verb, table
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import figure
 from qlora_tui.runs import actions, control, queue
 from qlora_tui.runs.describe import exact_words
+from qlora_tui.runs.detached import ensure_runner
 from qlora_tui.runs.directory import RunDir, all_runs, find
-from qlora_tui.runs.status import Status, read_status
+from qlora_tui.runs.status import read_status
 from qlora_tui.runs.view import RunView
 
 _FEW_STEPS = 16
@@ -52,8 +53,8 @@ def _list() -> Outcome:
         [
             v.run.name,
             v.status.state,
-            _steps(v.status),
-            figure(v.status.loss, 3),
+            f"{v.step:,}/{v.total_steps:,}" if v.total_steps else "-",
+            figure(v.loss, 3),
             _validated(v),
             v.status.detail,
         ]
@@ -70,6 +71,9 @@ def _list() -> Outcome:
 def attach(args: argparse.Namespace) -> int:
     """Show a run's events from its first, and follow it to its end. Ctrl-C leaves it running."""
     run = find(args.run_id)
+    if run.id in queue.waiting():
+        # Its runner may have been killed, or gone down with the machine.
+        ensure_runner()
     return follow_plain(run) if args.plain and not args.json else follow(run, as_json=args.json)
 
 
@@ -132,9 +136,9 @@ def _summary(view: RunView) -> dict[str, Any]:
         "path": str(run.path),
         "state": status.state,
         "phase": status.phase,
-        "step": status.step,
-        "total_steps": status.total_steps,
-        "loss": status.loss,
+        "step": view.step,
+        "total_steps": view.total_steps,
+        "loss": view.loss,
         "best_validation_loss": None if best is None else best.loss,
         "best_step": None if best is None else best.step,
         "accuracy": view.accuracy,
@@ -149,10 +153,6 @@ def _validated(view: RunView) -> str:
     best = figure(None if view.best is None else view.best.loss, 3)
     exact = exact_words(view.accuracy, view.base_accuracy)
     return f"{best}, exact {exact}" if exact else best
-
-
-def _steps(status: Status) -> str:
-    return f"{status.step:,}/{status.total_steps:,}" if status.total_steps else "-"
 
 
 def _one_run(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +177,7 @@ def _attach_arguments(parser: argparse.ArgumentParser) -> None:
         "--plain",
         action="store_true",
         help="sentences for a screen reader: how it and its card stand now, what happens, and how it stands "
-        f"every {PLAIN_EVERY_S:.0f} s",
+        f"every {SAID_EVERY_S:.0f} s",
     )
 
 

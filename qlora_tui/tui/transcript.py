@@ -13,8 +13,9 @@ from qlora_tui.tui import clock
 
 
 def transcript_path(run: RunDir | None) -> Path:
-    """Today's transcript of a run's chats, or of those with a base alone."""
-    folder = paths.state_dir() / "chats" if run is None else run.path / "chats"
+    """Today's transcript of a run's chats, or of those with a base alone or a run that was deleted since."""
+    home = run.path if run is not None and run.path.exists() else paths.state_dir()
+    folder = home / "chats"
     return folder / time.strftime("%Y%m%d.md", time.localtime(clock.now()))
 
 

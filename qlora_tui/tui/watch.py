@@ -1,6 +1,7 @@
 """A look at the card and the runs, once a second, away from the screen's own loop.
 
-``Watch.look`` runs in a thread; what it returns is published to whoever shows it.
+``Watch.look`` runs in a thread; what it returns is published to whoever shows it. It also sees that no queue
+stands still while an app is open.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.reading import Card, Reading
 from qlora_tui.gpu.visible import torch_card
 from qlora_tui.runs import queue
+from qlora_tui.runs.detached import ensure_runner
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.news import News, news_of
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
@@ -20,6 +22,8 @@ from qlora_tui.tui.pulse import Pulse
 
 _ASK_AGAIN_S = 10.0
 """Between two tries to reach a card that could not be asked: opening the driver is not cheap."""
+STANDS_S = 5.0
+"""The queue stands still for so long before another runner is started: one that begins needs a moment."""
 _OVER: frozenset[State] = frozenset(("finished", "failed"))
 
 
@@ -37,13 +41,17 @@ class Watch:
         self._known_card: Card | None = None
         self._no_card = ""
         self._ask_again_at = 0.0
+        self._stands_since: float | None = None
+        """Monotonic seconds since when runs wait while none is at work."""
 
     def look(self) -> Pulse:
         """How things stand now. Never raises for a missing card or a strange run."""
         card, reading, no_card = self._card()
         statuses = [(run, self._status(run)) for run in self._all_runs()]
+        waiting = tuple(queue.waiting())
         active = next(((r, s) for r, s in statuses if s.state in ACTIVE), (None, None))
         last = next(((r, s) for r, s in statuses if s.state != "queued"), (None, None))
+        self._see_to_the_queue(stands_still=bool(waiting) and active[0] is None)
         return Pulse(
             card=card,
             reading=reading,
@@ -52,9 +60,20 @@ class Watch:
             active_status=active[1],
             last=last[0],
             last_status=last[1],
-            waiting=tuple(queue.waiting()),
+            waiting=waiting,
             news=self._news(statuses),
         )
+
+    def _see_to_the_queue(self, *, stands_still: bool) -> None:
+        """A runner that was killed, or went down with the machine, leaves those that wait without one."""
+        now = time.monotonic()
+        if not stands_still:
+            self._stands_since = None
+        elif self._stands_since is None:
+            self._stands_since = now
+        elif now - self._stands_since >= STANDS_S:
+            ensure_runner()
+            self._stands_since = now
 
     def _news(self, statuses: list[tuple[RunDir, Status]]) -> tuple[News, ...]:
         ended = [run for run, status in statuses if run.id in self._at_work and status.state in _OVER]

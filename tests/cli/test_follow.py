@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 
 import pytest
 
 from qlora_tui.cli import follow
-from qlora_tui.runs.events import Finished, Health, Step
+from qlora_tui.runs.events import Finished, Health, PhaseChanged, Progress, Step
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import Status, write_status
 from tests.cli.conftest import Call
@@ -27,7 +28,7 @@ def test_of_a_long_run_an_even_sample_is_told_and_all_of_it_as_json(call: Call) 
 def test_plain_says_in_sentences_what_the_live_screen_shows(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(follow, "SAID_EVERY_S", 0.0)
     run = play(Play(steps=640, nan=range(30, 33), health=True))
 
     def go_on() -> None:
@@ -61,6 +62,25 @@ def test_plain_says_in_sentences_what_the_live_screen_shows(
     assert "warning: Hot. Wait." in said.out and "finished at step 641" in said.out
     assert "\x1b" not in said.out and "\r" not in said.out
     assert said.code == 0
+
+
+def test_how_far_a_phase_was_is_not_told_line_by_line(call: Call) -> None:
+    run = play(Play(state="finished", steps=5, total=5))
+    with EventWriter(run.events_path) as log:
+        log.append(PhaseChanged(at=BEGAN, phase="evaluating"))
+        for done in (1, 2, 3):
+            log.append(Progress(at=BEGAN, phase="evaluating", done=done, total=3))
+        log.append(Finished(at=BEGAN, step=5, seconds=9.0, tokens_per_s=9.0))
+    assert call("attach", run.id).out.count("evaluating") == 1
+    assert call("attach", run.id, "--json").out.count('"event":"progress"') == 3
+
+
+def test_a_run_that_is_deleted_meanwhile_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = play(Play(state="running", steps=5))
+    monkeypatch.setattr(time, "sleep", lambda seconds: shutil.rmtree(run.path))
+    said = call("attach", run.id)
+    assert said.code == 1
+    assert "The run was deleted" in said.err and "resume" not in said.err
 
 
 def test_lines_of_another_version_are_said(call: Call) -> None:

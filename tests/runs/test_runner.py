@@ -11,6 +11,7 @@ import time
 import pytest
 
 from qlora_tui import paths
+from qlora_tui.cli import main
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, queue
@@ -122,6 +123,13 @@ def test_a_queue_entry_whose_run_was_deleted_is_passed_over(recipe: Recipe) -> N
     run = actions.submit(named(recipe, "plain"))
     wait_for(lambda: is_(run, "finished"))
     assert queue.waiting() == []
+
+
+def test_attaching_to_a_run_that_waits_without_a_runner_starts_one(recipe: Recipe) -> None:
+    run = create(named(recipe, "plain"))
+    queue.enqueue(run)
+    assert main(["attach", run.id]) == 0
+    assert is_(run, "finished")
 
 
 def test_the_runner_does_not_import_torch() -> None:

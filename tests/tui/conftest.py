@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from qlora_tui.tui import app, clock
+from qlora_tui.tui import app, clock, watch
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import train
 from tests.tui.played import BEGAN
@@ -37,6 +37,12 @@ def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test need not wait a second for the next look."""
     monkeypatch.setattr(app, "LOOK_EVERY_S", 0.1)
     monkeypatch.setattr(train, "LOOK_EVERY_S", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An app that finds a queue standing still starts nothing, unless a test is about that."""
+    monkeypatch.setattr(watch, "ensure_runner", lambda: None)
 
 
 @pytest.fixture

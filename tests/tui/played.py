@@ -247,7 +247,7 @@ def _status(what: Play) -> Status:
         phase="training" if what.state in ("running", "lost") else None,
         step=what.steps,
         total_steps=what.total,
-        loss=_loss(what, what.steps),
+        loss=_loss(what, what.steps) if what.steps else None,
         detail=detail,
     )
 

@@ -22,7 +22,7 @@ from qlora_tui.tui.screens.chat import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat_pair import Pair
 from qlora_tui.tui.transcript import append_exchange, transcript_path
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
-from tests.tui.played import Play, play
+from tests.tui.played import BEGAN, Play, play
 from tests.tui.reading import tickets
 from tests.tui.seeing import shows, text_of
 from tests.tui.workstation import open_on, settle
@@ -173,6 +173,26 @@ async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
         await pilot.press("G", "enter")
         await shows(pilot, "some-model")
         assert chat_of(app).pair.asked == (BASE,)
+
+
+async def test_a_run_that_was_deleted_is_left_for_the_next_one_or_for_nobody() -> None:
+    older = with_adapters(play(Play(name="older-run", state="stopped", steps=9, began=BEGAN - 999)), "step-9")
+    newest = finished(ADAPTER)
+    app = open_on("chat")
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await shows(pilot, newest.id, "not loaded yet")
+        for run, then in ((newest, ("older-run", "step-9")), (older, ("Nobody to talk to yet.",))):
+            await pilot.press("escape", "6")
+            shutil.rmtree(run.path)
+            await pilot.press("7")
+            await shows(pilot, f"{run.id} was deleted.", *then)
+
+
+def test_what_is_said_with_a_run_that_was_deleted_brings_no_folder_of_it_back() -> None:
+    run = finished(ADAPTER)
+    shutil.rmtree(run.path)
+    assert append_exchange(run, "Hello?", {BASE: "Hello."}, Sampling()).exists()
+    assert not run.path.exists()
 
 
 async def test_settings_are_checked_before_they_are_taken() -> None:

@@ -11,14 +11,15 @@ from textual.pilot import Pilot
 from qlora_tui import paths
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import queue
+from qlora_tui.runs.detached import ensure_runner
 from qlora_tui.runs.events import Failed
-from qlora_tui.tui import escapes
+from qlora_tui.tui import escapes, watch
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home import HomeScreen
 from qlora_tui.tui.screens.home_next import DEMO, Standing, next_step
-from qlora_tui.tui.screens.train import TrainScreen
+from qlora_tui.tui.screens.train import TrainScreen, show_run
 from tests.tui.played import BEGAN, Play, play
-from tests.tui.seeing import shows
+from tests.tui.seeing import shows, until
 
 MakeApp = Callable[[], QloraApp]
 READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="d.jsonl"),)))
@@ -31,13 +32,12 @@ READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="d.jsonl"),))
         (Standing(Recipe(), 3), "app.go('models')"),
         (Standing(Recipe(model=Model(id="m")), 1), "app.go('data')"),
         (Standing(READY, 1, verdict="does not fit"), "app.go('memory')"),
-        (Standing(READY, 1, verdict="fits"), "app.go('train')"),
+        (Standing(READY, 1, verdict="fits"), "prepare"),
         (Standing(READY, 1, last_run="a", last_state="running"), "watch"),
         (Standing(READY, 1, last_run="a", last_state="finished", last_is_news=True), "chat"),
-        (Standing(READY, 1, last_run="a", last_state="finished"), "app.go('train')"),
+        (Standing(READY, 1, last_run="a", last_state="finished"), "prepare"),
         (Standing(READY, 1, last_run="a", last_state="lost", last_is_news=True), "watch"),
         (Standing(READY, 1, last_run="a", last_state="paused"), "watch"),
-        (Standing(READY, 1, waiting=2), "start_queue"),
     ],
 )
 def test_the_next_step_is_the_sensible_one(now: Standing, action: str) -> None:
@@ -95,17 +95,44 @@ async def test_what_is_too_long_for_the_window_goes_on_under_itself(make_app: Ma
         assert "than there was." in lines[begins + 1]
 
 
-async def test_a_queue_that_stands_still_is_started_with_enter(make_app: MakeApp) -> None:
+async def test_a_queue_that_stands_still_is_started_whatever_screen_is_in_front(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "STANDS_S", 0.0)
+    monkeypatch.setattr(watch, "ensure_runner", ensure_runner)
     run = play(Play(name="owls", state="queued", steps=0))
     queue.enqueue(run)
     # A runner passes over what it cannot train, which takes no torch.
     run.recipe_path.unlink()
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "1. owls", "Start the queue")
+        await pilot.press("4")
+        await until(pilot, lambda: queue.waiting() == [])
+
+
+async def test_no_key_is_named_that_goes_elsewhere_than_the_next_step(make_app: MakeApp) -> None:
+    play(Play(name="owls", state="paused", steps=60))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        shown = await shows(pilot, "Go on with the run")
+        assert "also 5" not in shown
+        await pilot.press("5")
+        await shows(pilot, "Micro-batch")
+        await pilot.press("0", "enter")
+        await shows(pilot, "Paused at step 60")
+
+
+async def test_the_step_to_check_a_recipe_leaves_the_run_that_was_watched(make_app: MakeApp) -> None:
+    run = play(Play(name="owls", state="finished", steps=60, total=60))
+    app = make_app()
+    app.workbench.replace(READY)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await show_run(app, run)
+        await shows(pilot, "c talks to it")
+        await pilot.press("0")
+        await shows(pilot, "Check and launch")
         await pilot.press("enter")
-        await shows(pilot, "Nothing waits.")
-        assert queue.waiting() == []
+        await shows(pilot, "Micro-batch")
 
 
 async def test_a_run_that_ended_while_away_is_told(

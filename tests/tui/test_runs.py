@@ -7,14 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from qlora_tui import paths
+from qlora_tui.cli import main
+from qlora_tui.format import figure
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.presets import find
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.directory import find as find_run
-from qlora_tui.runs.status import State, read_status
+from qlora_tui.runs.status import State, read_status, write_status
+from qlora_tui.runs.view import RunView
 from qlora_tui.tui import escapes
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.runs import RunsScreen
@@ -78,6 +82,48 @@ def test_hundreds_of_runs_are_listed_at_once_and_read_in_pieces() -> None:
     began = time.process_time()
     summaries.look(10.0)
     assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("state", ["paused", "lost"])
+async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
+    make_app: MakeApp, capsys: pytest.CaptureFixture[str], state: State
+) -> None:
+    run = play(Play(name="owls", steps=60, state=state))
+    # As of a heartbeat before the last step.
+    write_status(run, structs.replace(read_status(run), step=59, loss=9.9))
+    view = RunView(run)
+    view.refresh()
+    loss = figure(view.series.loss[-1], 3)
+    app = make_app()
+    async with app.run_test(size=(150, 40)) as pilot:
+        await shows(pilot, f"loss {loss}", "step 60 of 3,000")
+        await pilot.press("6")
+        await shows(pilot, f"{loss}*", "60/3,000")
+        await pilot.press("enter")
+        await shows(pilot, f"loss {loss}", "step 60/3,000")
+    assert main(["runs"]) == 0
+    shown = capsys.readouterr().out
+    assert loss in shown and "60/3,000" in shown
+
+
+async def test_runs_whose_names_begin_alike_can_be_told_apart_in_a_narrow_window(make_app: MakeApp) -> None:
+    for number in ("20261123-0101", "20261123-0405"):
+        play(Play(name=f"smollm2-135m-instruct-tickets-{number}", state="finished", steps=5, total=5))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        await shows(pilot, "smollm2", "20261123-0101", "20261123-0405")
+
+
+async def test_exact_answers_have_a_column_where_a_run_has_some(
+    make_app: MakeApp, three_runs: list[RunDir]
+) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        assert "exact" not in await shows(pilot, "tickets-a", "best")
+        play(Play(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97)))
+        await shows(pilot, "labels", "exact", "97%")
 
 
 def test_a_thinned_curve_marks_what_is_no_number_and_leaves_the_rest_empty() -> None:

@@ -22,6 +22,24 @@ def test_the_line_says_what_the_recipe_is() -> None:
     assert recipe_line(bench) == expected
 
 
+def test_names_give_way_to_numbers_where_there_is_little_room() -> None:
+    bench = Workbench()
+    bench.set("model.id", "HuggingFaceTB/SmolLM2-135M-Instruct-converted")
+    bench.set("data.sources", (Source(path="a/lighthouse_keeper_conversations.jsonl"),))
+    numbers = " · r16 all-linear · 1,024 tok × 1 × 8"
+    for width in (78, 90, 118):
+        line = recipe_line(bench, width)
+        assert len(line) <= width and line.endswith(numbers)
+    assert "SmolLM2-135" in recipe_line(bench, 78)
+    assert recipe_line(bench, 200) == recipe_line(bench)
+
+
+def test_ranks_of_their_own_are_told_as_a_range() -> None:
+    bench = Workbench()
+    bench.set("lora.rank_pattern", {"8-23.q_proj": 32, "down_proj": 8})
+    assert " · r8-32 all-linear · " in recipe_line(bench)
+
+
 async def test_the_cost_follows_the_recipe_in_its_own_precision(private_home: Path) -> None:
     app = open_on("lora", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
     async with app.run_test(size=(80, 24)) as pilot:

@@ -156,6 +156,19 @@ async def test_the_texts_are_gone_through_with_tab_and_searched(make_app: MakeAp
         await shows(pilot, "warnings only", "No line matches")
 
 
+async def test_the_log_of_another_run_is_shown_whole(make_app: MakeApp) -> None:
+    first, second = play(Play(steps=50)), play(Play(name="second", steps=450, began=BEGAN - 9000))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        screen = await watching(app, first)
+        await shows(pilot, "step 50/3,000")
+        await pilot.press("v", "slash", *"checkpoint", "enter")
+        await shows(pilot, "/checkpoint", "warnings only")
+        screen.attach(second)
+        shown = await shows(pilot, "second", "checkpoint at step 400", "validation loss")
+        assert "warnings only" not in shown and "/checkpoint" not in shown
+
+
 async def test_the_graph_is_zoomed_to_the_end_of_the_run(make_app: MakeApp) -> None:
     run = play(Play(steps=1240))
     app = make_app()
@@ -182,14 +195,29 @@ async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
         await shows(pilot, "Out of GPU memory", "Another program took", "r starts it again")
 
 
-async def test_a_run_deleted_while_it_is_watched_is_said_and_nothing_breaks(make_app: MakeApp) -> None:
-    run = play(Play(state="stopped", steps=50))
+async def test_a_run_deleted_while_it_is_watched_is_said_and_others_are_offered(make_app: MakeApp) -> None:
+    run = play(Play(name="owls", state="stopped", steps=50))
     app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await watching(app, run)
         await shows(pilot, "stopped")
         shutil.rmtree(run.path)
-        await shows(pilot, "unreadable", "status.json is missing")
+        await shows(pilot, "gone", "The run was deleted", "x shows the other runs")
+        await pilot.press("6", "5")
+        await shows(pilot, f"{run.id} was deleted.", "Micro-batch")
+
+
+async def test_after_a_deletion_key_5_shows_the_run_at_work(make_app: MakeApp) -> None:
+    old = play(Play(name="old", state="stopped", steps=50, began=BEGAN - 9000))
+    at_work = play(Play(steps=60))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, old)
+        await shows(pilot, "stopped")
+        await pilot.press("6")
+        shutil.rmtree(old.path)
+        await pilot.press("5")
+        await shows(pilot, at_work.id, "step 60/3,000")
 
 
 async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: MakeApp) -> None:

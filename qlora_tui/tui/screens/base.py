@@ -46,6 +46,9 @@ class WorkScreen(EndsItsWorkers, Screen[None]):
     """A few sentences for the help screen: what is shown and what the words mean."""
     EDITS_RECIPE: ClassVar[bool] = False
     """Whether the recipe strip stands under the top line."""
+    # Textual would choose the first field, and a digit typed before a screen has said where its focus belongs
+    # would be text in it.
+    AUTO_FOCUS = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
         cls.BINDINGS = [command.binding() for command in cls.ACTIONS]

@@ -10,7 +10,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from qlora_tui.chat.sources import of_run
-from qlora_tui.chat.terms import ChatSource, Sampling
+from qlora_tui.chat.terms import BASE, ChatSource, Sampling
 from qlora_tui.errors import Problem
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import transcript
@@ -41,7 +41,6 @@ class ChatScreen(Talking):
 
     MODE = "chat"
     CSS_PATH = "chat.tcss"
-    AUTO_FOCUS = ""
     HELP_TEXT = (
         "Base and adapter answer the same prompt with the same seed, from one copy of the model. Escape "
         "stops an answer, or leaves the field so that the keys below work; i goes back to typing. "
@@ -61,7 +60,7 @@ class ChatScreen(Talking):
             "Another voice on the left: compare two checkpoints.",
             in_footer=False,
         ),
-        _command("retry", "r", "retry", "Retry", "Answer the last prompt again."),
+        _command("retry", "r", "retry", "Retry", "Answer the last prompt again.", in_footer=False),
         _command(
             "edit",
             "e",
@@ -99,9 +98,15 @@ class ChatScreen(Talking):
         yield PromptBox(words.HINT, id="prompt")
 
     def on_screen_resume(self) -> None:
-        """Talk to the newest run, until another is chosen."""
-        if self.source is None and (runs := runs_to_talk_to()):
+        """Talk to the newest run, until another is chosen; and once that one is deleted."""
+        deleted = self.run_dir is not None and not self.run_dir.path.exists() and not self.busy
+        if deleted:
+            self.notify(f"{self._called} was deleted.")
+        runs = runs_to_talk_to() if deleted or self.source is None else []
+        if runs:
             self.call_later(self.talk_to, runs[0])
+        elif deleted:
+            self.call_later(self._turn_to, None, None, "")
         self.show_head()
 
     def on_resize(self) -> None:
@@ -128,11 +133,12 @@ class ChatScreen(Talking):
             return
         await self._turn_to(source, run, run.name)
 
-    async def _turn_to(self, source: ChatSource, run: RunDir | None, name: str) -> None:
+    async def _turn_to(self, source: ChatSource | None, run: RunDir | None, name: str) -> None:
         await self.action_clear()
-        same_base = self.source is not None and self.source.recipe.model == source.recipe.model
+        before = self.source
+        same_base = before is not None and source is not None and before.recipe.model == source.recipe.model
         self.source, self.run_dir, self._called = source, run, name
-        self.pair = Pair.of(source.voices)
+        self.pair = Pair.of((BASE,) if source is None else source.voices)
         self.ready = None
         if not same_base and self.engine.pid is not None:
             # The one held before is of no more use.

@@ -63,7 +63,12 @@ class DataScreen(DataEdits):
         _command("longer", "plus,equals_sign", "length(2)", "Length", "Double the sequence length."),
         _command("shorter", "minus", "length(0.5)", "Shorter", "Halve the sequence length.", in_footer=False),
         _command(
-            "too_long", "t", "next_choice('data.too_long')", "Too long", "What happens to long samples."
+            "too_long",
+            "t",
+            "next_choice('data.too_long')",
+            "Too long",
+            "What happens to long samples.",
+            in_footer=False,
         ),
         _command("view", "v", "view", "View", "Sample and figures, figures alone, or the sample alone."),
         _command(

@@ -114,11 +114,11 @@ class HomeScreen(WorkScreen):
         if self.workstation.pulse.last is not None:
             await show_run(self.workstation, self.workstation.pulse.last)
 
-    def action_start_queue(self) -> None:
-        """Start a runner: the one that was at work has been killed, or the machine restarted."""
-        from qlora_tui.runs.detached import ensure_runner
+    async def action_prepare(self) -> None:
+        """Check the recipe, and launch it."""
+        from qlora_tui.tui.screens.train import prepare_run
 
-        ensure_runner()
+        await prepare_run(self.workstation)
 
     async def action_chat(self) -> None:
         """Talk to the last run's adapter."""
@@ -165,7 +165,7 @@ class HomeScreen(WorkScreen):
         if bench.replace(demo_recipe(folder)):
             bench.forget_architecture()
             self.workstation.recipe_edited()
-        await self.workstation.switch_mode("train")
+        await self.action_prepare()
 
     def _start_reading(self) -> None:
         if not self._reading:

@@ -69,7 +69,6 @@ class HomeReader:
             last_run=pulse.last.name if pulse.last else "",
             last_state=status.state if status else None,
             last_is_news=news,
-            waiting=len(pulse.waiting),
         )
         step = next_step(standing)
         summary = self._summaries.of(pulse.last) if pulse.last is not None else None
@@ -141,9 +140,9 @@ def run_lines(summary: RunSummary | None, away: bool, now: float) -> list[Conten
     word = (status.phase or status.state) if status.state in ACTIVE else status.state
     first = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
     if status.state in ACTIVE:
-        share = status.step / status.total_steps if status.total_steps else 0.0
-        loss = "" if status.loss is None else f"   loss {figure(status.loss, 3)}"
-        steps = f"step {status.step:,} of {status.total_steps:,}" if status.total_steps else "preparing"
+        share = summary.step / summary.total_steps if summary.total_steps else 0.0
+        loss = "" if summary.loss is None else f"   loss {figure(summary.loss, 3)}"
+        steps = f"step {summary.step:,} of {summary.total_steps:,}" if summary.total_steps else "preparing"
         left = "" if summary.seconds_left is None else f"   ETA {duration(summary.seconds_left)}"
         return [first, Content(f"{bar(share, _CURVE)} {steps}{loss}{left}")]
     first += f"  {ago(status.at, now)}" if status.at else ""
@@ -166,8 +165,8 @@ def _outcome(summary: RunSummary) -> str:
         facts.append(f"best loss {figure(summary.best[0], 3)} at step {summary.best[1]:,}")
     elif summary.loss is not None:
         facts.append(f"loss {figure(summary.loss, 3)}")
-    if summary.status.step < summary.status.total_steps:
-        facts.append(f"step {summary.status.step:,} of {summary.status.total_steps:,}")
+    if summary.step < summary.total_steps:
+        facts.append(f"step {summary.step:,} of {summary.total_steps:,}")
     if summary.seconds is not None:
         facts.append(duration(summary.seconds))
     return "   ".join(facts)

@@ -21,14 +21,14 @@ class Standing:
     last_state: State | None = None
     last_is_news: bool = False
     """It ended since the app was last looked at."""
-    waiting: int = 0
 
 
 @dataclass(frozen=True)
 class NextStep:
-    """What to do, with which key (besides enter; empty for none), and why."""
+    """What to do, with which key besides enter, and why."""
 
     key: str
+    """What does the same; empty where only enter does."""
     action: str
     """As Textual runs it."""
     text: str
@@ -47,15 +47,13 @@ SEARCH = NextStep("1", "app.go('models')", "Search the hub for a model", "there 
 def next_step(now: Standing) -> NextStep:
     """The most useful thing to do now."""
     if now.last_state in ACTIVE:
-        return NextStep("5", "watch", "Watch the run", f"{now.last_run} is at work")
-    if now.waiting:
-        return NextStep("", "start_queue", "Start the queue", "runs wait, and none is at work")
+        return NextStep("", "watch", "Watch the run", f"{now.last_run} is at work")
     if now.last_is_news and now.last_state == "finished":
-        return NextStep("7", "chat", "Talk to the adapter", f"{now.last_run} is finished")
+        return NextStep("", "chat", "Talk to the adapter", f"{now.last_run} is finished")
     if now.last_is_news and now.last_state in ("failed", "lost"):
-        return NextStep("5", "watch", "See what went wrong", f"{now.last_run} {_ended(now.last_state)}")
+        return NextStep("", "watch", "See what went wrong", f"{now.last_run} {_ended(now.last_state)}")
     if now.last_state == "paused":
-        return NextStep("5", "watch", "Go on with the run", f"{now.last_run} is paused; r resumes it")
+        return NextStep("", "watch", "Go on with the run", f"{now.last_run} is paused; r resumes it")
     return _prepare(now)
 
 
@@ -76,7 +74,7 @@ def _prepare(now: Standing) -> NextStep:
         return NextStep("2", "app.go('data')", "Choose what it learns from", "the recipe has no data yet")
     if now.verdict == "does not fit":
         return NextStep("3", "app.go('memory')", "Make it fit", "the recipe needs more memory than there is")
-    return NextStep("5", "app.go('train')", "Check and launch", "the recipe is complete")
+    return NextStep("", "prepare", "Check and launch", "the recipe is complete")
 
 
 def _ended(state: State) -> str:

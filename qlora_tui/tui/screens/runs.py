@@ -32,8 +32,9 @@ class RunsScreen(RunEdits):
     CSS_PATH = "runs.tcss"
     HELP_TEXT = (
         "Runs that wait stand on top, the next one first; then the one at work, then the newest. best is the "
-        "lowest validation loss, or with * the last training loss where none was measured. The small curve "
-        "goes from the run's highest loss to its lowest."
+        "lowest validation loss, or with * the last training loss where none was measured; exact, the share "
+        "of short answers that were exact in the last validation. The small curve goes from the run's "
+        "highest loss to its lowest."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 

@@ -15,7 +15,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.errors import Problem
-from qlora_tui.format import duration, figure
+from qlora_tui.format import duration, figure, shortened
 from qlora_tui.recipe.difference import human
 from qlora_tui.recipe.fields import fields, value_of
 from qlora_tui.recipe.schema import Recipe
@@ -117,20 +117,16 @@ def table(compared: Sequence[Compared], width: int) -> Content:
     label = max(len(name) for name, _ in rows) + 2
     each = max(12, (width - label) // len(compared))
     names = [
-        Content.styled(f"{mark} {_cut(one.name, each - 3):<{each - 2}}", f"bold {style}")
+        Content.styled(f"{mark} {shortened(one.name, each - 3):<{each - 2}}", f"bold {style}")
         for one, mark, style in zip(compared, MARKS, _STYLES, strict=False)
     ]
     lines = [Content(" " * label) + Content("").join(names)]
     for name, values in rows:
-        cells = "".join(f"{_cut(value, each - 1):<{each}}" for value in values)
+        cells = "".join(f"{shortened(value, each - 1):<{each}}" for value in values)
         lines.append(Content.assemble((f"{name:<{label}}", "dim"), cells))
     if not settings:
         lines.append(Content.styled("Their settings are the same.", "dim"))
     return Content("\n").join(lines)
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 class CompareScreen(EndsItsWorkers, ModalScreen[None]):

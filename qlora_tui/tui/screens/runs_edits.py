@@ -15,7 +15,7 @@ from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.question import QuestionScreen
 from qlora_tui.tui.screens.runs_summary import RunSummary
-from qlora_tui.tui.screens.train import TrainScreen
+from qlora_tui.tui.screens.train import prepare_run
 
 
 class RunEdits(WorkScreen):
@@ -47,9 +47,7 @@ class RunEdits(WorkScreen):
             bench.forget_architecture()
             self.workstation.recipe_edited()
             self.notify("The recipe is the run's now; u takes that back.")
-        await self.workstation.switch_mode("train")
-        if isinstance(self.app.screen, TrainScreen):
-            self.app.screen.action_prepare()
+        await prepare_run(self.workstation)
 
     def action_save_preset(self) -> None:
         """Ask for a name, and keep the settings under it."""

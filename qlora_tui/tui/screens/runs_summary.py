@@ -20,6 +20,7 @@ from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.events import Finished
 from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.runs.view import RunView
+from qlora_tui.tui.widgets.recipe_strip import rank_words
 
 _AT_WORK_S = 5.0
 """Between two readings of a run at work; its status is read every time."""
@@ -35,6 +36,12 @@ class RunSummary:
     name: str
     """What it is called: its id, unless it was renamed."""
     status: Status
+    step: int
+    """The last one done."""
+    total_steps: int
+    """0 before it is known."""
+    loss: float | None
+    """Of the last step, in training."""
     queued_at: float
     """Unix time; 0 where the events are gone."""
     model: str
@@ -42,8 +49,8 @@ class RunSummary:
     """``nf4 r16 2,048×2×8``: what most often differs between two runs."""
     best: tuple[float, int] | None
     """Lowest validation loss after training began, and its step."""
-    loss: float | None
-    """The last training loss."""
+    accuracy: float | None
+    """Exact answers at the last validation; None for data without short ones."""
     losses: tuple[float, ...]
     """Training losses from first to last, thinned; NaN where one was not a number."""
     seconds: float | None
@@ -87,7 +94,7 @@ class Summaries:
             if at_work and now - self._read_at[run.id] < _AT_WORK_S:
                 status = read_status(run)
                 if status.state in ACTIVE:
-                    return replace(known[1], status=status)
+                    return _with_heartbeat(known[1], status)
         summary = summarise(run)
         self._known[run.id], self._read_at[run.id] = (key, summary), now
         return summary
@@ -120,12 +127,15 @@ def summarise(run: RunDir) -> RunSummary:
     return RunSummary(
         run=run,
         name=run.name,
-        status=read_status(run),
+        status=view.status,
+        step=view.step,
+        total_steps=view.total_steps,
+        loss=view.loss,
         queued_at=view.queued_at or 0.0,
         model=model,
         settings=settings,
         best=(best.loss, best.step) if best is not None and best.loss is not None else None,
-        loss=series.loss[-1] if len(series) else None,
+        accuracy=view.accuracy,
         losses=tuple(series.loss),
         seconds=series.seconds() if len(series) else None,
         seconds_left=view.seconds_left,
@@ -133,17 +143,27 @@ def summarise(run: RunDir) -> RunSummary:
     )
 
 
+def _with_heartbeat(summary: RunSummary, status: Status) -> RunSummary:
+    if status.step <= summary.step:
+        return replace(summary, status=status)
+    return replace(summary, status=status, step=status.step, loss=status.loss)
+
+
 def outline(run: RunDir) -> RunSummary:
     """What its status alone says."""
+    status = read_status(run)
     return RunSummary(
         run=run,
         name=run.name,
-        status=read_status(run),
+        status=status,
+        step=status.step,
+        total_steps=status.total_steps,
+        loss=status.loss,
         queued_at=0.0,
         model="",
         settings="",
         best=None,
-        loss=None,
+        accuracy=None,
         losses=(),
         seconds=None,
         seconds_left=None,
@@ -187,7 +207,7 @@ def short_settings(recipe: Recipe) -> str:
     """``nf4 r16 2,048×2×8``."""
     training = recipe.training
     batch = f"{recipe.data.max_length:,}×{training.micro_batch}×{training.gradient_accumulation}"
-    return f"{recipe.quantization.method} r{recipe.lora.rank} {batch}"
+    return f"{recipe.quantization.method} {rank_words(recipe.lora)} {batch}"
 
 
 def _changed_at(path: Path) -> int:

@@ -16,7 +16,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.visual import Visual
 
-from qlora_tui.format import duration, figure
+from qlora_tui.format import duration, figure, percent, shortened
 from qlora_tui.tui import clock
 from qlora_tui.tui.run_words import SIGNS
 from qlora_tui.tui.screens.home_facts import curve
@@ -35,6 +35,8 @@ class _Column:
     text: Callable[[RunSummary], str]
     least_width: int = 0
     """The whole list must be so wide for this column to be shown."""
+    everywhere: bool = True
+    """Also where no run has anything in it."""
     right: bool = False
 
 
@@ -53,9 +55,12 @@ def _loss(summary: RunSummary) -> str:
     return "" if summary.loss is None else f"{figure(summary.loss, 3)}*"
 
 
+def _exact(summary: RunSummary) -> str:
+    return "" if summary.accuracy is None else percent(summary.accuracy)
+
+
 def _steps(summary: RunSummary) -> str:
-    status = summary.status
-    return f"{status.step:,}/{status.total_steps:,}" if status.total_steps else ""
+    return f"{summary.step:,}/{summary.total_steps:,}" if summary.total_steps else ""
 
 
 _COLUMNS = (
@@ -65,6 +70,7 @@ _COLUMNS = (
     _Column("settings", 22, lambda s: s.settings, least_width=115),
     _Column("steps", 13, _steps, least_width=130, right=True),
     _Column("best", 6, _loss, right=True),
+    _Column("exact", 5, _exact, right=True, everywhere=False),
     _Column("loss", _CURVE, lambda s: curve(s.losses, _CURVE) if s.losses else ""),
     _Column(
         "time", 11, lambda s: "" if s.seconds is None else duration(s.seconds), least_width=100, right=True
@@ -175,7 +181,11 @@ class RunTable(ScrollView, can_focus=True):
 
     def _draw(self) -> list[Content]:
         width = self.scrollable_content_region.width
-        columns = [column for column in _COLUMNS if width >= column.least_width]
+        columns = [
+            column
+            for column in _COLUMNS
+            if width >= column.least_width and (column.everywhere or any(map(column.text, self._rows)))
+        ]
         taken = _HEAD + sum(column.width + 2 for column in columns)
         left = max(10, width - taken)
         free = min(left, _WIDEST_NAME)
@@ -186,7 +196,8 @@ class RunTable(ScrollView, can_focus=True):
                 f"{_cut(c.text(row), c.width or free, right=c.right)}  " for c in columns
             )
             # What is left of a wide window says how it ended.
-            line += Content.styled(_cut(row.status.detail, max(0, left - free), right=False), "dim")
+            ended = Content(row.status.detail.replace("\n", " ")).truncate(max(0, left - free), ellipsis=True)
+            line += ended.stylize("dim")
             if number == self._cursor:
                 plain = Content(line.plain).pad_right(max(0, width - line.cell_length))
                 line = plain.stylize("reverse") if self.has_focus else line.stylize("bold")
@@ -203,7 +214,5 @@ class RunTable(ScrollView, can_focus=True):
 
 
 def _cut(text: str, width: int, *, right: bool) -> str:
-    text = text.replace("\n", " ")
-    if len(text) > width:
-        text = text[: width - 1] + "…" if width else ""
+    text = shortened(text.replace("\n", " "), width)
     return f"{text:>{width}}" if right else f"{text:<{width}}"

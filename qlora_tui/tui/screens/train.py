@@ -72,6 +72,9 @@ class TrainScreen(WorkScreen):
         self._show_half()
 
     def on_screen_resume(self) -> None:
+        if self.run is not None and not self.run.path.exists():
+            self.notify(f"{self.run.id} was deleted.")
+            self._let_go()
         self._start_look()
 
     @property
@@ -209,9 +212,8 @@ class TrainScreen(WorkScreen):
 
     def action_prepare(self) -> None:
         """Back to the recipe and its checks."""
+        self._let_go()
         self._chosen = True
-        self._follower = self._picture = None
-        self._show_half()
         self.show_recipe(self.workstation.workbench.recipe)
 
     def action_detach(self) -> None:
@@ -264,6 +266,12 @@ class TrainScreen(WorkScreen):
     def on_settings_form_edited(self, event: SettingsForm.Edited) -> None:
         """Change the recipe."""
         self.workstation.edit(event.path, event.value)
+
+    def _let_go(self) -> None:
+        """Watch no run, until one is at work."""
+        self._follower = self._picture = None
+        self._chosen = False
+        self._show_half()
 
     def _show_half(self) -> None:
         self.set_class(self.run is not None, "-live")
@@ -351,3 +359,10 @@ async def show_run(app: QloraApp, run: RunDir) -> None:
     await app.switch_mode("train")
     if isinstance(app.screen, TrainScreen):
         app.screen.attach(run)
+
+
+async def prepare_run(app: QloraApp) -> None:
+    """Go to the Train screen and prepare a run there."""
+    await app.switch_mode("train")
+    if isinstance(app.screen, TrainScreen):
+        app.screen.action_prepare()

@@ -112,8 +112,8 @@ def _gone(picture: Picture, now: float) -> list[str]:
         found.append(f"step {picture.step:,}/{view.total_steps:,}")
     if picture.best is not None:
         found.append(f"best loss {figure(picture.best.loss, 3)} at {picture.best.step:,}")
-    elif picture.losses[1] is not None:
-        found.append(f"loss {figure(picture.losses[1], 3)}")
+    elif picture.losses[0] is not None:
+        found.append(f"loss {figure(picture.losses[0], 3)}")
     if isinstance(view.ending, Finished):
         found.append(f"trained {duration(view.ending.seconds)}")
         if energy := energy_words(view.ending):
@@ -160,7 +160,8 @@ def ending(picture: Picture) -> Ending | None:
         case "stopped" | "paused":
             talk = "   c talks to its adapter" if view.checkpoints else ""
             return Ending(picture.status.detail, f"{on}{talk}   n prepares another run")
-        case "unreadable":
-            return Ending(picture.status.detail, "▸ x shows the other runs", is_error=True)
+        case "unreadable" | "gone":
+            offer = "▸ x shows the other runs   n prepares another run"
+            return Ending(picture.status.detail, offer, is_error=True)
         case _:
             return None

@@ -94,8 +94,11 @@ class LivePane(Vertical):
         self.show_tab(self.query_one(TabLine).front)
 
     def begin(self) -> None:
-        """Another run comes: the log is read from its end again."""
-        self.query_one(LogTail).focus()
+        """Another run comes: all of its log is shown, from the end."""
+        self._level, self._search = 0, ""
+        log = self.query_one(LogTail)
+        log.filter(search="", only=_LEVELS[0][1])
+        log.focus()
 
     def _show_ending(self, picture: Picture) -> None:
         told = ending(picture)

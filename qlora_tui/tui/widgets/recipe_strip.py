@@ -13,7 +13,7 @@ from qlora_tui.format import gib
 from qlora_tui.memory import Estimate, judge
 from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.memory.room import Room
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.tui.widgets.memory_bar import bar
 from qlora_tui.tui.workbench import Workbench
 
@@ -25,6 +25,9 @@ VERDICT_STYLE = {
 }
 """A colour beside the word, never instead of it."""
 
+_BETWEEN = " · "
+_LEAST_NAME = 9
+"""Cells that a name is not shortened below."""
 KEYS_HINT = "p presets  u undo"
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
 
@@ -44,6 +47,7 @@ class RecipeStrip(Widget):
 
     def __init__(self) -> None:
         super().__init__()
+        self._bench: Workbench | None = None
         self._recipe_line = ""
         self._shown: tuple[Precision, Precision] = ("nf4", "fp16")
         self._comparison: dict[Precision, Estimate] | Problem | None = None
@@ -53,6 +57,7 @@ class RecipeStrip(Widget):
         """Repaint with the recipe as it is now, against the memory there is."""
         shown = (recipe_line(workbench), workbench.comparison(room.device), room)
         if shown != (self._recipe_line, self._comparison, self._room):
+            self._bench = workbench
             self._recipe_line, self._comparison, self._room = shown
             own = precision_of(workbench.recipe)
             self._shown = ("nf4" if own == "fp16" else own, "fp16")
@@ -60,9 +65,7 @@ class RecipeStrip(Widget):
 
     def render(self) -> RenderResult:
         width = self.content_size.width
-        line = self._recipe_line
-        if len(line) > width:
-            line = line[: width - 1] + "…"
+        line = "" if self._bench is None else recipe_line(self._bench, width)
         hint = KEYS_HINT if len(line) + len(KEYS_HINT) + 2 <= width else ""
         gap = " " * (width - len(line) - len(hint))
         return Content.assemble(line, (gap + hint, "dim"), "\n", self._cost_line(width))
@@ -87,22 +90,35 @@ def _cost(name: str, made: Estimate, room: Room, width: int) -> Content:
     return text.pad_right(max(0, width - text.cell_length))
 
 
-def recipe_line(workbench: Workbench) -> str:
-    """``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok × 2 × 8``."""
+def recipe_line(workbench: Workbench, width: int | None = None) -> str:
+    """``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok × 2 × 8``.
+
+    To fit a ``width`` names are shortened, that of the data first; the numbers stay.
+    """
     recipe = workbench.recipe
     star = "*" if workbench.modified else ""
     patterns = recipe.lora.target_modules
     targets = ",".join(patterns)
     training = recipe.training
-    return " · ".join(
-        [
-            f"{workbench.preset}{star}",
-            recipe.model.id.rstrip("/").rpartition("/")[2] or "no model",
-            _data_words(recipe),
-            f"r{recipe.lora.rank} {targets if len(targets) <= 16 else f'{len(patterns)} targets'}",
-            f"{recipe.data.max_length:,} tok × {training.micro_batch} × {training.gradient_accumulation}",
-        ]
-    )
+    parts = [
+        f"{workbench.preset}{star}",
+        recipe.model.id.rstrip("/").rpartition("/")[2] or "no model",
+        _data_words(recipe),
+        f"{rank_words(recipe.lora)} {targets if len(targets) <= 16 else f'{len(patterns)} targets'}",
+        f"{recipe.data.max_length:,} tok × {training.micro_batch} × {training.gradient_accumulation}",
+    ]
+    for place in (2, 1, 0):
+        over = 0 if width is None else len(_BETWEEN.join(parts)) - width
+        if over > 0:
+            name = parts[place]
+            parts[place] = name[: max(_LEAST_NAME, len(name) - over - 1)].rstrip(".-_ ") + "…"
+    return _BETWEEN.join(parts)[:width]
+
+
+def rank_words(lora: Lora) -> str:
+    """``r16``; where patterns have ranks of their own, ``r8-32``."""
+    ranks = {lora.rank, *lora.rank_pattern.values()}
+    return f"r{lora.rank}" if len(ranks) == 1 else f"r{min(ranks)}-{max(ranks)}"
 
 
 def _data_words(recipe: Recipe) -> str:
