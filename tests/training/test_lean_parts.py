@@ -42,10 +42,11 @@ def attended(given: list[Tensor], *, ours: bool, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("block", [512, 7])
-@pytest.mark.parametrize(("heads", "shared"), [(6, 2), (4, 4), (4, 1)])
+@pytest.mark.parametrize(("heads", "shared", "grouped"), [(6, 2, True), (6, 2, False), (4, 4, True)])
 def test_a_rows_attention_and_its_gradients_are_those_of_the_stock_kernel(
-    heads: int, shared: int, block: int, monkeypatch: pytest.MonkeyPatch
+    heads: int, shared: int, grouped: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lean_attention, "_takes_shared_heads", lambda: grouped)
     monkeypatch.setattr(lean_attention, "ATTENTION_BLOCK_ROWS", block)
     given = qkv(heads, shared)
     expected = attended(given, ours=False, monkeypatch=monkeypatch)

@@ -8,6 +8,7 @@ once, and the query heads that share a key head lie end to end in one product.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,9 +32,7 @@ class RowAttention(torch.autograd.Function):
         parts = (torch.split(x, lengths, dim=2) for x in (query, key, value))
         log_sums = []
         for q, k, v, part in zip(*parts, torch.split(out, lengths, dim=1), strict=True):
-            made, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, True, scale=scale
-            )
+            made, log_sum = _flash(q, *_as_taken(q, k, v), scale)
             part.copy_(made.transpose(1, 2))
             log_sums.append(log_sum)
         ctx.save_for_backward(query, key, value, out, *log_sums)
@@ -49,6 +48,27 @@ class RowAttention(torch.autograd.Function):
         for (q, k, v, o, grad, *toward), log_sum in zip(zip(*parts, strict=True), log_sums, strict=True):
             _one_backward(q, k, v, o, grad, log_sum[0], ctx.scale, toward)
         return (*made, None, None)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
+    """The output and the logarithm of each query's sum, from the kernel that SDPA would choose."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+
+
+def _as_taken(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, copied for every query head where the kernel knows no shared ones."""
+    group = q.shape[1] // k.shape[1]
+    if group == 1 or _takes_shared_heads():
+        return k, v
+    return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+
+@cache
+def _takes_shared_heads() -> bool:
+    """torch 2.6's kernel takes them without a word and reads past their end."""
+    q, k = torch.ones(1, 2, 3, 16), torch.ones(1, 1, 3, 16)
+    out, _ = _flash(q, k, k, 1.0)
+    return torch.equal(out, q)
 
 
 def _as_laid_out(x: Tensor) -> Tensor:
