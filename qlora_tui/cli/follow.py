@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from qlora_tui.cli.verb import print_json
 from qlora_tui.errors import FAILED
-from qlora_tui.runs.describe import describe, unknown_lines
+from qlora_tui.runs.describe import PhasesTold, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Failed, Progress, Step
 from qlora_tui.runs.following import followed
@@ -29,8 +29,9 @@ def follow(run: RunDir, *, as_json: bool) -> int:
     Of a run of many thousand steps only some of those behind are told, but with ``as_json`` all.
     """
     view, told = (RunView(run), []) if as_json else RunView.sketched(run, _MOST_STEPS)
+    phases = PhasesTold()
     for event in told:
-        if not isinstance(event, Progress):
+        if phases.is_new(event) and not isinstance(event, Progress):
             _say(event.at, describe(event, view.total_steps))
     if told and view.step > len(view.series) * run.recipe().training.log_every:
         print(f"Of {view.step:,} steps {len(view.series):,} are told; --json has all.", file=sys.stderr)
@@ -41,7 +42,9 @@ def follow(run: RunDir, *, as_json: bool) -> int:
         nonlocal said_at
         if as_json:
             print_json(event)
-        elif not isinstance(event, Progress) or time.monotonic() - said_at >= SAID_EVERY_S:
+        elif phases.is_new(event) and (
+            not isinstance(event, Progress) or time.monotonic() - said_at >= SAID_EVERY_S
+        ):
             said_at = time.monotonic()
             _say(event.at, describe(event, view.total_steps))
 
@@ -53,7 +56,10 @@ def follow_plain(run: RunDir) -> int:
 
     For screen readers and logs: only whole lines, and of the steps one in :data:`SAID_EVERY_S`.
     """
-    view, _ = RunView.sketched(run, _MOST_STEPS)
+    view, behind = RunView.sketched(run, _MOST_STEPS)
+    phases = PhasesTold()
+    for event in behind:
+        phases.is_new(event)
     machine = _LastSample(run)
     print(f"{run.id}: {standing(view, machine.look())}", flush=True)
     for health in {told.kind: told for told in view.health}.values():
@@ -64,6 +70,8 @@ def follow_plain(run: RunDir) -> int:
 
     def tell(event: AnyEvent) -> None:
         nonlocal said_at
+        if not phases.is_new(event):
+            return
         if not isinstance(event, Step | Progress):
             _say(event.at, describe(event, view.total_steps))
         elif time.monotonic() - said_at >= SAID_EVERY_S:

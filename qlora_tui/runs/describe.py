@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qlora_tui.format import count, duration, figure, percent, size
 from qlora_tui.runs.events import (
+    STEPPING,
     AdapterReady,
     AnyEvent,
     Asked,
@@ -80,6 +81,27 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return f"paused at step {event.step:,}"
         case Failed():
             return f"failed: {event.problem()}"
+
+
+class PhasesTold:
+    """Whether an event is worth a line: each phase is, once an attempt.
+
+    A run trains on after every validation and checkpoint, and what came of those has a line of its own.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[tuple[str, str]] = set()
+
+    def is_new(self, event: AnyEvent) -> bool:
+        """False for a phase that was told; to be asked of every event, in order."""
+        if isinstance(event, Started):
+            self._told.clear()
+        if not isinstance(event, PhaseChanged):
+            return True
+        phase = (event.phase, "" if event.phase in STEPPING else event.detail)
+        new = phase not in self._told
+        self._told.add(phase)
+        return new
 
 
 def unknown_lines(number: int) -> str:

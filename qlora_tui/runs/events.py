@@ -14,6 +14,8 @@ from msgspec import Struct
 from qlora_tui.errors import Problem
 
 Phase: TypeAlias = Literal["loading", "tokenizing", "probing", "training", "evaluating", "saving"]
+STEPPING: frozenset[Phase] = frozenset(("training", "evaluating", "saving"))
+"""Phases that a run goes to and fro between, from its first step to its last."""
 
 
 class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from qlora_tui.cli import follow
-from qlora_tui.runs.events import Finished, Health, PhaseChanged, Progress, Step
+from qlora_tui.runs.events import Finished, Health, Paused, Phase, PhaseChanged, Progress, Started, Step
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import Status, write_status
 from tests.cli.conftest import Call
@@ -73,6 +73,20 @@ def test_how_far_a_phase_was_is_not_told_line_by_line(call: Call) -> None:
         log.append(Finished(at=BEGAN, step=5, seconds=9.0, tokens_per_s=9.0))
     assert call("attach", run.id).out.count("evaluating") == 1
     assert call("attach", run.id, "--json").out.count('"event":"progress"') == 3
+
+
+def test_each_phase_is_told_once_an_attempt(call: Call) -> None:
+    run = play(Play(state="paused", steps=5))
+    phases: tuple[Phase, ...] = ("loading", "training", "evaluating", "training", "saving", "training")
+    with EventWriter(run.events_path) as log:
+        for attempt in (2, 3):
+            log.append(Started(at=BEGAN, attempt=attempt, pid=1, resumed_from_step=5))
+            for phase in phases:
+                log.append(PhaseChanged(at=BEGAN, phase=phase))
+            log.append(Paused(at=BEGAN, step=5))
+    lines = [line[10:] for line in call("attach", run.id).out.splitlines()]
+    assert lines[-5:] == ["loading", "training", "evaluating", "saving", "paused at step 5"]
+    assert lines.count("evaluating") == 2
 
 
 def test_a_run_that_is_deleted_meanwhile_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

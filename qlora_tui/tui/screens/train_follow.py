@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.describe import describe, unknown_lines
+from qlora_tui.runs.describe import PhasesTold, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.events import AnyEvent, Evaluated, Failed, Health, Progress, Sampled, Step
@@ -140,6 +140,7 @@ class Follower:
         self._sketched = False
         self._entries: list[Entry] = []
         self._unknown_told = 0
+        self._phases = PhasesTold()
         self._recipe = _recipe(run)
         self._telemetry = TelemetryTail(run.telemetry_path)
         self._recent: deque[Sample] = deque(maxlen=_HISTORY)
@@ -155,7 +156,8 @@ class Follower:
             self._columns, events = self._open()
         else:
             events = self._columns.view.refresh()
-        self._entries += _entries(events, self._columns.view.total_steps)
+        fresh = (event for event in events if self._phases.is_new(event))
+        self._entries += _entries(fresh, self._columns.view.total_steps)
         self._tell_unknown(self._columns.view)
         # A new list, so that whoever shows the old one sees that it was replaced.
         if len(self._entries) > 2 * _MOST_ENTRIES:

@@ -10,9 +10,6 @@ from qlora_tui.format import figure, gib
 from qlora_tui.tui.commands import NAVIGATION
 from qlora_tui.tui.pulse import Pulse
 
-_STEPPING = frozenset(("training", "evaluating", "saving"))
-"""Phases between which the steps are; an attempt that only begins says what it does."""
-
 
 class TopBar(Widget):
     """Never wraps: what does not fit is left out, the least important first."""
@@ -71,7 +68,10 @@ def _run_text(pulse: Pulse) -> str:
     status = pulse.active_status
     if status is None:
         return f"{len(pulse.waiting)} waiting" if pulse.waiting else ""
-    if not status.step or status.phase not in _STEPPING:
+    from qlora_tui.runs.events import STEPPING  # the first frame has no run to tell of
+
+    # An attempt that only begins says what it does.
+    if not status.step or status.phase not in STEPPING:
         return f"● {status.phase or status.state}"
     loss = f" loss {figure(status.loss, 3)}" if status.loss is not None else ""
     return f"● {status.step:,}/{status.total_steps:,}{loss}"
