@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -49,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. 0 done, 1 failed, 2 the call was wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if not words:
+            return _open_app()
         verb = next((word for word in words if word in VERBS), None)
         args = _parser(verb).parse_args(words)
         if args.verb is None:
-            return _open_app(args)
+            return _open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse)
         outcome = args.run(args)
         return outcome if isinstance(outcome, int) else _show(outcome, as_json=args.json)
     except Problem as problem:
@@ -90,7 +93,9 @@ def _parser(called: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _open_app(args: argparse.Namespace) -> int:
+def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
+    # The app turns it on again with its first frame: until then there is no garbage worth looking for.
+    gc.disable()
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise Problem(
             "No terminal",
@@ -104,12 +109,12 @@ def _open_app(args: argparse.Namespace) -> int:
     from qlora_tui.tui.native_output import native_errors_in
 
     settings = load_settings()
-    if args.gpu_gib:
-        settings = msgspec.structs.replace(settings, card_gib=args.gpu_gib)
+    if gpu_gib:
+        settings = msgspec.structs.replace(settings, card_gib=gpu_gib)
     log = paths.state_dir() / _LOG
     with native_errors_in(log):
         app = QloraApp(settings)
-        app.run(mouse=settings.mouse and not args.no_mouse)
+        app.run(mouse=settings.mouse and mouse)
     if app.return_code:
         print(
             f"qlora-tui: The app ended by a mistake of ours.\n  What is known is in {log}.", file=sys.stderr

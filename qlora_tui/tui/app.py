@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from textual._compositor import CompositorUpdate
+from textual._compositor import ChopsUpdate, CompositorUpdate
 from textual.app import App
 from textual.binding import BindingType
 from textual.events import Resize
@@ -17,7 +18,6 @@ from textual.signal import Signal
 
 from qlora_tui.errors import Problem
 from qlora_tui.format import GIB
-from qlora_tui.recipe.schema import Recipe
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, themes
 from qlora_tui.tui.commands import EVERYWHERE
@@ -26,17 +26,22 @@ from qlora_tui.tui.painted import Difference, Painted
 from qlora_tui.tui.palette import CommandProvider
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.help import HelpScreen
-from qlora_tui.tui.screens.problem import ProblemScreen
 from qlora_tui.tui.screens.small import SmallScreen, is_too_small
-from qlora_tui.tui.workbench import load_draft, save_draft
+from qlora_tui.tui.stylesheet import ReadOnce
 
 if TYPE_CHECKING:
     from qlora_tui.memory.room import Room
+    from qlora_tui.recipe.schema import Recipe
     from qlora_tui.tui.watch import Watch
+    from qlora_tui.tui.workbench import Workbench
+
+# The first frame shows nothing of a recipe and no modal, so it does not wait for these: they are imported
+# where they are first used.
 
 LOOK_EVERY_S = 1.0
 _SHOWN_OF_COPY = 160
+_RESIZES_AT_START = 2
+"""Told by the app itself and by its driver, before anything can have happened to the terminal."""
 
 _SCREENS = {
     "home": "HomeScreen",
@@ -71,17 +76,27 @@ class QloraApp(App[None]):
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
         self.settings = settings or Settings()
+        self.stylesheet = ReadOnce(variables=self.get_css_variables())
         # Over a slow link an animation is only a delay.
         self.animation_level = "none"
-        self.workbench = load_draft()
         self.pulse = Pulse()
         self.recipe_changed: Signal[Recipe] = Signal(self, "recipe changed")
         self.pulse_changed: Signal[Pulse] = Signal(self, "pulse changed")
+        self.shown = asyncio.Event()
+        """Set once the first frame is on its way: what it need not wait for begins then."""
         self._watch: Watch | None = None
         self._looking = False
         self._is_small = False
+        self._resizes = 0
         self._themes_written: tuple[tuple[str, int], ...] = ()
         self._painted = Painted(stand_ins(os.environ.get("TERM", "")))
+
+    @cached_property
+    def workbench(self) -> Workbench:
+        """The recipe being edited, as it was left."""
+        from qlora_tui.tui.workbench import load_draft
+
+        return load_draft()
 
     @property
     def room(self) -> Room:
@@ -91,8 +106,11 @@ class QloraApp(App[None]):
         given = self.settings.card_gib
         return room_for(self.pulse.card, None if given is None else round(given * GIB))
 
-    def on_mount(self) -> None:
+    def on_load(self) -> None:
+        # Before there is a screen: with its widgets every style sheet would be read once more.
         self._take_themes()
+
+    def on_mount(self) -> None:
         if self.settings.theme not in self.available_themes:
             self.notify(f"There is no theme {self.settings.theme!r}.", severity="warning")
         self.set_keymap(self.settings.keymap)
@@ -130,6 +148,8 @@ class QloraApp(App[None]):
 
     def recipe_edited(self) -> None:
         """Keep and show the workbench's recipe after it changed."""
+        from qlora_tui.tui.workbench import save_draft
+
         save_draft(self.workbench)
         self.recipe_changed.publish(self.workbench.recipe)
 
@@ -153,11 +173,15 @@ class QloraApp(App[None]):
 
     def explain(self, problem: Problem) -> None:
         """Show a problem in a modal."""
+        from qlora_tui.tui.screens.problem import ProblemScreen
+
         self.push_screen(ProblemScreen(problem))
 
     def on_resize(self, event: Resize) -> None:
         """Also sent when the app comes back from ctrl+z: the terminal may show anything."""
-        self.action_repaint()
+        self._resizes += 1
+        if self._resizes > _RESIZES_AT_START:
+            self.action_repaint()
         small, self._is_small = self._is_small, is_too_small(event.size)
         if self._is_small and not small:
             self.call_after_refresh(self.push_screen, SmallScreen())
@@ -170,9 +194,23 @@ class QloraApp(App[None]):
         self.refresh()
 
     def _display(self, screen: Screen[Any], renderable: Any) -> None:
-        if isinstance(renderable, CompositorUpdate):
+        held_back = bool(self._batch_count)
+        if isinstance(renderable, CompositorUpdate) and not held_back:
+            if isinstance(renderable, ChopsUpdate) and self._painted.is_unknown:
+                # Textual laid the whole out while it held frames back, and goes on with what changed since.
+                renderable = screen._compositor.render_full_update()
             renderable = Difference(renderable, self._painted)
         super()._display(screen, renderable)
+        if renderable is not None and not held_back and not self.shown.is_set():
+            self._begin_in_earnest()
+
+    def _begin_in_earnest(self) -> None:
+        """The first frame is on its way: what did not have to come before it comes now."""
+        self.shown.set()
+        if not gc.isenabled():
+            # What is there by now stays: a look for garbage among all of it would hold up a key.
+            gc.freeze()
+            gc.enable()
 
     async def action_go(self, mode: str) -> None:
         """Show a screen by its name."""
@@ -181,6 +219,8 @@ class QloraApp(App[None]):
 
     def action_help(self) -> None:
         """Show the keys and words of the screen in front."""
+        from qlora_tui.tui.screens.help import HelpScreen
+
         here = self.screen
         if isinstance(here, WorkScreen):
             self.push_screen(HelpScreen(here.MODE, here.HELP_TEXT, here.ACTIONS))
@@ -206,6 +246,7 @@ class QloraApp(App[None]):
             return
         self._looking = True
         try:
+            await self.shown.wait()
             pulse = await asyncio.to_thread(self._look_in_thread)
         finally:
             self._looking = False

@@ -28,6 +28,11 @@ class Painted:
         """The terminal may show anything: the next update is sent whole."""
         self._lines = []
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the terminal may show anything."""
+        return not self._lines
+
     def difference(self, update: CompositorUpdate, console: Console) -> str:
         """What turns the terminal into what ``update`` makes of it; it is then taken as sent."""
         text = self._difference(update, console)

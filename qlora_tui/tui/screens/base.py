@@ -11,12 +11,12 @@ from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Footer
 
-from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.widgets.top_bar import TopBar
 
 if TYPE_CHECKING:
+    from qlora_tui.recipe.schema import Recipe
     from qlora_tui.tui.app import QloraApp
 
 
@@ -78,6 +78,9 @@ class WorkScreen(EndsItsWorkers, Screen[None]):
         self.workstation.pulse_changed.subscribe(self, self._pulse_changed, immediate=True)
 
     def on_screen_resume(self) -> None:
+        self.catch_up()
+
+    def catch_up(self) -> None:
         """Show what changed while another screen was in front."""
         self._recipe_changed(self.workstation.workbench.recipe)
         self._pulse_changed(self.workstation.pulse)

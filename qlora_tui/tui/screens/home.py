@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.containers import VerticalScroll
@@ -13,18 +14,17 @@ from textual.widgets import Static
 
 from qlora_tui import paths
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.question import QuestionScreen
 from qlora_tui.tui.widgets.steady import put
-from qlora_tui.tui.workbench import Workbench
 
 if TYPE_CHECKING:
+    from qlora_tui.recipe.schema import Recipe
     from qlora_tui.tui.screens.home_facts import Facts, HomeReader
     from qlora_tui.tui.screens.home_next import NextStep
+    from qlora_tui.tui.workbench import Workbench
 
 _SEEN_EVERY_S = 30.0
 _PARTS = ("card", "run", "queue", "recipe", "next", "recent")
@@ -96,6 +96,10 @@ class HomeScreen(WorkScreen):
         if self._reader is not None:
             self._reader.look_for_models_again()
 
+    def catch_up(self) -> None:
+        # The recipe is read with the rest: the first frame does not wait for it.
+        self._pulse_changed(self.workstation.pulse)
+
     def show_recipe(self, recipe: Recipe) -> None:
         self._start_reading()
 
@@ -130,6 +134,7 @@ class HomeScreen(WorkScreen):
     def action_demo(self) -> None:
         """Fetch the demo's model, if it is not there, and prepare a run of it."""
         from qlora_tui.demo.model import is_ready
+        from qlora_tui.tui.screens.question import QuestionScreen
 
         def take(yes: bool | None) -> None:
             if yes:
@@ -170,12 +175,13 @@ class HomeScreen(WorkScreen):
     def _start_reading(self) -> None:
         if not self._reading:
             self._reading = True
-            # After the frame: the first one is not to wait for what is imported for this.
-            self.call_after_refresh(lambda: self.run_worker(self._read(), group="read"))
+            self.run_worker(self._read(), group="read")
 
     async def _read(self) -> None:
         app = self.workstation
         try:
+            await app.shown.wait()
+            await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home_facts")
             facts = await asyncio.to_thread(self._facts, app.workbench, app.pulse)
         finally:
             self._reading = False

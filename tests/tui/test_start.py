@@ -1,0 +1,79 @@
+"""What comes before the first frame, and what does not have to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.css import stylesheet
+from textual.css.parse import parse
+
+from bench.terminal import Terminal
+from qlora_tui import paths
+from qlora_tui.tui.app import QloraApp
+from tests.tui.glass import see
+from tests.tui.seeing import shows
+
+APP = [sys.executable, "-m", "qlora_tui"]
+LATER = ("qlora_tui.recipe", "qlora_tui.catalog", "qlora_tui.memory", "qlora_tui.runs", "psutil", "pynvml")
+UNTIL_SHOWN = """
+import asyncio, sys
+from qlora_tui.tui.app import QloraApp
+
+async def main():
+    app = QloraApp()
+    set_, loaded = app.shown.set, []
+    app.shown.set = lambda: (loaded.extend(sys.modules), set_())
+    async with app.run_test() as pilot:
+        await app.shown.wait()
+    print(*loaded)
+
+asyncio.run(main())
+"""
+
+
+def test_the_first_frame_waits_for_no_room_whose_news_it_does_not_show() -> None:
+    done = subprocess.run([sys.executable, "-c", UNTIL_SHOWN], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "qlora_tui.tui.screens.home" in loaded
+    assert not [name for name in loaded if name.startswith(LATER)]
+
+
+def test_the_first_frame_is_whole_and_painted_once() -> None:
+    with Terminal(APP) as terminal:
+        see(terminal, "Train", "Next", "Help")
+        painted = bytes(terminal.painted)
+    assert painted.count(b"5 Train") == 1
+    # Every line has the screen's own ground, also where nothing stands.
+    assert painted[: painted.index(b"Help")].count(b" " * 40) >= 20
+
+
+async def test_a_sheet_is_read_once_however_many_screens_bring_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[str] = []
+
+    def counted(scope: str, css: str, read_from: Any, **more: Any) -> object:
+        read.append(f"{read_from} {more['tie_breaker']}")
+        return parse(scope, css, read_from, **more)
+
+    app = QloraApp()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "Next")
+        monkeypatch.setattr(stylesheet, "parse", counted)
+        for key, text in (("5", "Not ready"), ("?", "Help: train"), ("q", "Not ready"), ("6", "Compare")):
+            await pilot.press(key)
+            await shows(pilot, text)
+    assert any("train.tcss" in one for one in read)
+    assert not any("app.tcss" in one for one in read)
+    assert len(read) == len(set(read))
+
+
+async def test_a_draft_is_there_for_whoever_asks_first(private_home: Path) -> None:
+    (paths.state_dir() / "draft.toml").write_text('# began as paper\n[model]\nid = "org/model"\n')
+    async with QloraApp().run_test(size=(120, 40)) as pilot:
+        await pilot.press("3")
+        await shows(pilot, "paper", "no data")
