@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import msgspec
 
+from qlora_tui import children
 from qlora_tui.catalog.hub import TIMEOUT_S, endpoint, request_headers
 from qlora_tui.catalog.hub_errors import is_final, network_error, told
 from qlora_tui.catalog.hub_files import HubFile, Plan, plan_download
@@ -184,7 +185,8 @@ def _size(path: Path) -> int:
 def spawn(model_id: str) -> subprocess.Popen[bytes]:
     """Start a download that outlives this process and its terminal. Its JSON lines come on ``stdout``."""
     return subprocess.Popen(
-        [sys.executable, "-m", "qlora_tui.catalog.download", model_id],
+        children.command("qlora_tui.catalog.download", model_id),
+        env=children.environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

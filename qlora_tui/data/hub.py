@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
+from qlora_tui import children
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.paths import cache_dir
@@ -64,7 +64,8 @@ def _noted(note: Path) -> HubFiles | None:
 
 def _fetched(name: str) -> HubFiles:
     done = subprocess.run(
-        [sys.executable, "-m", "qlora_tui.data.hub_fetch", name],
+        children.command("qlora_tui.data.hub_fetch", name),
+        env=children.environment(),
         capture_output=True,
         stdin=subprocess.DEVNULL,
         check=False,

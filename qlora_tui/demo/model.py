@@ -12,11 +12,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qlora_tui import children
 from qlora_tui.demo.download import SMOLLM2, Packed, check_room, fetch
 from qlora_tui.errors import Problem
 from qlora_tui.files import private_dir
@@ -72,9 +72,15 @@ def _one_at_a_time(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 def _convert(file: Path, folder: Path, log: Path) -> None:
     """Convert in a child process, whose stderr goes to ``log``."""
-    command = [sys.executable, "-m", "qlora_tui.demo.convert", str(file), str(folder)]
-    with log.open("wb") as stderr:
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr).returncode
+    command = children.command("qlora_tui.demo.convert", str(file), str(folder))
+    with log.open("wb") as output:
+        code = subprocess.run(
+            command,
+            env=children.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        ).returncode
     if code == 0:
         return
     said = log.read_text(errors="replace").strip()

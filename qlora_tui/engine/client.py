@@ -11,17 +11,16 @@ however this process ends.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
+from qlora_tui import children
 from qlora_tui.engine.place import roomy_log
 from qlora_tui.engine.protocol import AnyReply, AnyRequest, Asked, Failure, Stop, decode_answered, encode
 from qlora_tui.errors import Problem
@@ -82,22 +81,17 @@ class EngineClient:
             self._listener = None
 
     async def _start(self) -> None:
-        package = str(Path(__file__).parents[2])
-        search_path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
             with roomy_log().open("ab") as log:
                 self._process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-P",  # a file named torch.py where the user stands is not torch
-                    "-m",
-                    "qlora_tui.engine",
+                    *children.command("qlora_tui.engine"),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=log,
                     # Ctrl-C in the terminal is for the app, not for the engine.
                     start_new_session=True,
                     limit=_LONGEST_LINE_BYTES,
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(search_path), "PYTHONUNBUFFERED": "1"},
+                    env=children.environment(),
                 )
         except OSError as error:
             raise Problem(

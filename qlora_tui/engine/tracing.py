@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
+from qlora_tui import children
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.engine.place import roomy_log
 from qlora_tui.engine.protocol import Failure
@@ -64,18 +62,13 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
 
 
 async def _answer(request: bytes) -> bytes:
-    package = str(Path(__file__).parents[2])
-    search_path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     with roomy_log().open("ab") as log:
         child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # a file named torch.py where the user stands is not torch
-            "-m",
-            "qlora_tui.engine.trace",
+            *children.command("qlora_tui.engine.trace"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
-            env=os.environ | {"PYTHONPATH": search_path},
+            env=children.environment(),
         )
     try:
         said, _ = await child.communicate(request)

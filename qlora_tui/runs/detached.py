@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 from typing import IO
 
-from qlora_tui import paths
+from qlora_tui import children, paths
 from qlora_tui.gpu.visible import STABLE_ORDER
 
 
@@ -24,17 +21,11 @@ def start(module: str, *arguments: str, output: IO[bytes] | None) -> subprocess.
     Without ``output`` it writes where this process does.
     """
     return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        children.command(module, *arguments),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
         start_new_session=True,
         cwd="/",
-        env=_environment(),
+        env=children.environment() | STABLE_ORDER,
     )
-
-
-def _environment() -> dict[str, str]:
-    package = str(Path(__file__).parents[2])
-    search_path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | STABLE_ORDER | {"PYTHONPATH": os.pathsep.join(search_path), "PYTHONUNBUFFERED": "1"}

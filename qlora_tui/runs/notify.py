@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from qlora_tui import children
 from qlora_tui.errors import Problem
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.news import News, news_of
@@ -94,11 +95,13 @@ def _command(command: str, news: News) -> str:
     if not command:
         return ""
     told = {f"QLORA_TUI_{key.upper()}": getattr(news, key) for key in ("event", "run", "name", "text")}
-    # What the runner needs to find itself would lead other programs of Python's astray.
-    environment = {key: os.environ[key] for key in os.environ.keys() - {"PYTHONPATH", "PYTHONUNBUFFERED"}}
     try:
         started = subprocess.Popen(
-            command, shell=True, env=environment | told, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            shell=True,
+            env=children.without_ours() | told,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
     except OSError as error:
         return f"notify.command could not be started: {error.strerror}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -18,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui import paths
+from qlora_tui import children, paths
 from qlora_tui.catalog.download import spawn
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write
@@ -118,7 +117,8 @@ def start(model_id: str) -> Download:
 def start_demo(name: str) -> Download:
     """Begin to fetch and convert the demo's model."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "qlora_tui.demo.fetch"],
+        children.command("qlora_tui.demo.fetch"),
+        env=children.environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
