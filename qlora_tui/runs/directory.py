@@ -7,6 +7,7 @@ runs/<id>/
   status.json      where it stands now (:mod:`qlora_tui.runs.status`)
   name             what the user calls it now, where they renamed it
   trainer.log      the trainer's output
+  untold           there until the runner has dealt with how the run ended
   control/         requests to the trainer (:mod:`qlora_tui.runs.control`)
   checkpoints/     step-N/, to resume from
   adapter/         the result: adapter, tokenizer, chat template, recipe
@@ -74,6 +75,10 @@ class RunDir:
     @property
     def log_path(self) -> Path:
         return self.path / "trainer.log"
+
+    @property
+    def untold_path(self) -> Path:
+        return self.path / "untold"
 
     @property
     def control_dir(self) -> Path:

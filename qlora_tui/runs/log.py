@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -73,9 +74,9 @@ class EventTail:
                 events.append(event)
         return events
 
-    def drain(self) -> list[AnyEvent]:
-        """Every whole event to the end of the file."""
-        return [event for events in self.pieces() for event in events]
+    def drain(self) -> Iterator[AnyEvent]:
+        """Every whole event to the end of the file, of which only a read's worth is in memory."""
+        return chain.from_iterable(self.pieces())
 
     def pieces(self) -> Iterator[list[AnyEvent]]:
         """The same, a read at a time."""

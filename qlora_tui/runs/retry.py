@@ -56,10 +56,8 @@ def last_plan(run: RunDir) -> Plan:
 
 def plan_resume(run: RunDir) -> Plan:
     """The recipe's own settings, or those that a retry found: what did not fit once is not tried again."""
-    ran_out = any(
-        isinstance(event, Failed) and event.kind == "out_of_memory"
-        for event in EventTail(run.events_path).drain()
-    )
+    drained = EventTail(run.events_path).drain()
+    ran_out = any(isinstance(event, Failed) and event.kind == "out_of_memory" for event in drained)
     return last_plan(run) if ran_out else Plan()
 
 

@@ -54,14 +54,11 @@ def _work() -> None:
 
 
 def _take_over(run: RunDir) -> None:
-    """Wait for a trainer whose runner was killed, then do as that runner would have."""
-    status = read_status(run)
-    if status.state not in ACTIVE and status.state != "lost":
-        return
-    while status.state in ACTIVE:
+    """Do as a runner would have that was killed: wait for its trainer, and tell of a run that has ended."""
+    while (state := read_status(run).state) in ACTIVE:
         time.sleep(POLL_S)
-        status = read_status(run)
-    _go_on(run, exit_code=None)
+    if state == "lost" or (state != "queued" and run.untold_path.exists()):
+        _go_on(run, exit_code=None)
 
 
 def _go_on(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool = False) -> None:
@@ -82,6 +79,8 @@ def _go_on(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool = Fal
 
 def _notify(run: RunDir) -> None:
     try:
+        # First: a runner that is killed here must not have the next one tell it again.
+        run.untold_path.unlink(missing_ok=True)
         start("qlora_tui.runs.notify", str(run.path), output=None)
     except OSError as error:
         print(f"{run.id}: nobody could be told: {error}", file=sys.stderr)
@@ -94,6 +93,7 @@ def _run(run: RunDir, plan: Plan) -> None:
 
 
 def _train(run: RunDir, plan: Plan) -> int:
+    run.untold_path.touch()
     write_status(run, read_status(run).then("starting", process=mark()), durable=True)
     queue.remove(run)
     with run.log_path.open("ab") as log:

@@ -17,6 +17,7 @@ from qlora_tui.memory import Estimate
 from qlora_tui.recipe.conflicts import ready_to_run
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.detached import ensure_runner
 from qlora_tui.runs.endings import settle
 from qlora_tui.runs.events import Failed, Started, Terminal
 from qlora_tui.runs.log import EventTail
@@ -59,6 +60,9 @@ def _run(run: RunDir, plan: Plan, among: Processes) -> int:
         # On a full disk the status stays as the last heartbeat left it, and reads as lost.
         with suppress(OSError):
             settle(run, ending)
+            if run.untold_path.exists():
+                # Where the runner was killed meanwhile, another tells of the end and takes up the queue.
+                ensure_runner()
     if isinstance(ending, Failed):
         return ending.exit_code or FAILED
     return 0

@@ -14,6 +14,7 @@ TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.endings import settle
 from qlora_tui.runs.events import Failed, Finished, Started
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.process import mark
@@ -37,7 +38,9 @@ if part == "needs memory" and micro_batch > 1:
     sys.exit(3)
 while part == "waits" and not (run.path / "go").exists():
     time.sleep(0.02)
-log.append(Finished(at=time.time(), step=3, seconds=1.0, tokens_per_s=1.0))
+ending = Finished(at=time.time(), step=3, seconds=1.0, tokens_per_s=1.0)
+log.append(ending)
+settle(run, ending)
 """
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 from qlora_tui.runs.events import CheckpointSaved, Finished, Step, encode
@@ -48,7 +49,7 @@ def test_the_next_writer_mends_a_torn_last_line(tmp_path: Path) -> None:
     path.write_bytes(encode(a_step(1)) + b'{"event":"step","at"')
     with EventWriter(path) as log:
         log.append(a_step(2))
-    assert EventTail(path).drain() == [a_step(1), a_step(2)]
+    assert list(EventTail(path).drain()) == [a_step(1), a_step(2)]
 
 
 def test_a_file_that_is_one_torn_line_is_emptied(tmp_path: Path) -> None:
@@ -56,14 +57,14 @@ def test_a_file_that_is_one_torn_line_is_emptied(tmp_path: Path) -> None:
     path.write_bytes(b"x" * 10_000)
     with EventWriter(path) as log:
         log.append(a_step(1))
-    assert EventTail(path).drain() == [a_step(1)]
+    assert list(EventTail(path).drain()) == [a_step(1)]
 
 
 def test_lines_of_another_version_are_counted_and_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_bytes(b'{"event":"teleported","at":1}\nnot json\n' + encode(a_step(1)))
     tail = EventTail(path)
-    assert tail.drain() == [a_step(1)]
+    assert list(tail.drain()) == [a_step(1)]
     assert tail.unknown == 2
 
 
@@ -75,7 +76,18 @@ def test_a_line_longer_than_a_read_is_read_whole(tmp_path: Path) -> None:
     assert tail.poll(most_bytes=100) == [long]
     with path.open("ab") as file:
         file.write(encode(a_step(2)))
-    assert tail.drain() == [a_step(2)]
+    assert list(tail.drain()) == [a_step(2)]
+
+
+def test_a_long_run_is_gone_through_without_holding_it_all(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b"".join(encode(a_step(number)) for number in range(40_000)))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in EventTail(path).drain()) == 40_000
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_last_event_is_found_from_the_end(tmp_path: Path) -> None:

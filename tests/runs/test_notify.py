@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,6 +151,22 @@ def test_a_command_that_hangs_ends_with_all_it_started(
         return not any(os.getpgid(p.pid) == group for p in members if psutil.pid_exists(p.pid))
 
     wait_for(gone)
+
+
+@pytest.mark.usefixtures("played_trainer")
+def test_a_run_that_ended_while_no_runner_lived_is_told_once_by_the_next(recipe: Recipe) -> None:
+    with listening() as hook:
+        wish(f"webhook = '{hook.address}'")
+        run = actions.submit(with_value(recipe, "name", "waits"))
+        wait_for(lambda: read_status(run).state == "running")
+        os.kill(int((paths.state_dir() / "runner.lock").read_text()), signal.SIGKILL)
+        (run.path / "go").touch()
+        wait_for(lambda: read_status(run).state == "finished")
+        assert hook.heard == []
+        later = actions.submit(with_value(recipe, "name", "plain"))
+        wait_for(lambda: len(hook.heard) >= 2)
+    assert sorted(body["run"] for body in hook.heard) == sorted((run.id, later.id))
+    assert not run.untold_path.exists() and not later.untold_path.exists()
 
 
 @pytest.mark.usefixtures("played_trainer")

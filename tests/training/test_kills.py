@@ -56,7 +56,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(
 def _is_told_and_readable(run: RunDir, round_: int) -> None:
     assert read_status(run).state == "lost"
     tail = EventTail(run.events_path)
-    tail.drain()
+    assert list(tail.drain())
     assert tail.unknown == 0
     saved = told(run, CheckpointSaved)
     newest, damage = checkpoints.latest(run)

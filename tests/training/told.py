@@ -14,7 +14,7 @@ AnEvent = TypeVar("AnEvent", bound=Event)
 
 def events(run: RunDir) -> list[AnyEvent]:
     """Every event of a run."""
-    return EventTail(run.events_path).drain()
+    return list(EventTail(run.events_path).drain())
 
 
 def told(run: RunDir, kind: type[AnEvent]) -> list[AnEvent]:
