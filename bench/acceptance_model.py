@@ -29,7 +29,8 @@ def make_model(folder: Path, size: str) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = _make_tokenizer(folder)
+    template = stock_template("chatml", _SPECIAL, begins_with_bos=False)
+    tokenizer = make_tokenizer(folder, CONVERSATIONS.read_text().splitlines(), template, vocab_size=512)
     torch.manual_seed(0)
     config = LlamaConfig(
         **SIZES[size],
@@ -65,7 +66,8 @@ def make_rows(path: Path, count: int, long_words: int = 0) -> Path:
     return path
 
 
-def _make_tokenizer(folder: Path) -> Any:
+def make_tokenizer(folder: Path, texts: list[str], template: str, *, vocab_size: int) -> Any:
+    """Write a byte-level BPE tokenizer of at most ``vocab_size`` tokens, from ``texts``; returns it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -73,16 +75,16 @@ def _make_tokenizer(folder: Path) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=vocab_size,
         special_tokens=_SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CONVERSATIONS.read_text().splitlines(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    fast.chat_template = stock_template("chatml", _SPECIAL, begins_with_bos=False)
+    fast.chat_template = template
     folder.mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(folder)
     return fast

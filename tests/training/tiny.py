@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench.acceptance_model import make_tokenizer
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _TEXT = (
     "the quick brown fox jumps over the lazy dog; a wise old owl sat in an oak and said little, "
     "system user assistant question answer what who where how many is are the colour of red blue green"
@@ -24,7 +25,7 @@ def make_tiny_model(folder: Path, **config: Any) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = make_tokenizer(folder)
+    tokenizer = make_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "vocab_size": 384,
@@ -42,27 +43,3 @@ def make_tiny_model(folder: Path, **config: Any) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**settings | config))
     model.save_pretrained(folder)
     return folder
-
-
-def make_tokenizer(folder: Path) -> Any:
-    """Write a byte-level BPE tokenizer of at most 384 tokens with the ChatML template; returns it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=384,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_TEXT], trainer)
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    folder.mkdir(parents=True, exist_ok=True)
-    fast.save_pretrained(folder)
-    return fast

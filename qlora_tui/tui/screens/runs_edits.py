@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from abc import abstractmethod
 from collections.abc import Callable
 
 from qlora_tui.errors import Problem
@@ -29,13 +30,13 @@ class RunEdits(WorkScreen):
         self.trash.empty()
 
     @property
+    @abstractmethod
     def current(self) -> RunSummary | None:
         """The run under the cursor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def look_again(self) -> None:
         """Something about the runs has changed."""
-        raise NotImplementedError
 
     async def action_rerun(self) -> None:
         """Take the run's recipe to the workbench."""

@@ -6,6 +6,8 @@ charts and panels of the live screen are all of this kind.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from rich.segment import Segment
 from textual.content import Content
 from textual.geometry import Region
@@ -29,9 +31,9 @@ class Lines(Widget):
         self._strips: list[Strip] = []
         self._drawn_for: object = None
 
+    @abstractmethod
     def draw(self, width: int, height: int) -> list[Content]:
         """The lines as they should be now, at most ``height`` of them."""
-        raise NotImplementedError
 
     def redraw(self) -> None:
         """Draw anew, and repaint the cells that differ."""
