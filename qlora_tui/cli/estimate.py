@@ -11,6 +11,7 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.catalog.lookup import architecture_of, config_of
 from qlora_tui.cli.arguments import positive
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from, table
+from qlora_tui.data.sources import is_of_the_hub, open_source
 from qlora_tui.engine.tracing import trace_step
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import GIB, gib, size
@@ -33,6 +34,9 @@ def run(args: argparse.Namespace) -> Outcome:
             fix="Add --model with a hub id, a folder (its config.json is enough) or a GGUF file.",
             exit_code=WRONG_CALL,
         )
+    for source in recipe.data.sources:
+        if not is_of_the_hub(source.path):
+            open_source(source)
     architecture = architecture_of(recipe.model.id)
     room = room_here(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
     traced = _traced(recipe, architecture, room, asked=args.trace)
@@ -53,18 +57,26 @@ def run(args: argparse.Namespace) -> Outcome:
     lines.append(table([[i.label, size(i.bytes), i.explanation] for i in largest], ["nf4", "", ""]))
     if data["trace"]:
         lines += ["", _trace_table(data["trace"])]
-    fitting = data["what_fits"]
-    lines += [
-        "",
-        f"the most that fits, one at a time: sequence length {fitting['sequence_length']:,}, "
-        f"micro-batch {fitting['micro_batch']:,}, rank {fitting['rank']:,}",
-    ]
+    lines += ["", *_what_fits(data["what_fits"])]
     for change in data["cheapest_changes"]:
         lines.append(
             f"to make it fit: {change['label']} → {gib(change['total_bytes'])} GiB, {change['verdict']}"
         )
+    if data["least_bytes"]:
+        lines.append(
+            f"nothing fits: with every change that saves memory it still takes {gib(data['least_bytes'])} "
+            "GiB. Choose a smaller model, or a larger card."
+        )
     lines += [f"note: {note}" for note in made.notes]
+    lines += [f"warning: {warning}" for warning in data["warnings"]]
     return Outcome(data={"model": recipe.model.id, "against": room.name} | data, text="\n".join(lines))
+
+
+def _what_fits(fitting: dict[str, Any]) -> list[str]:
+    """A line, unless nothing can be said."""
+    names = {"sequence_length": "sequence length", "micro_batch": "micro-batch", "rank": "rank"}
+    most = ", ".join(f"{name} {fitting[key]:,}" for key, name in names.items() if fitting[key])
+    return [f"the most that fits, one at a time: {most}"] if most else []
 
 
 TRACED_LABELS = {

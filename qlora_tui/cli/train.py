@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from qlora_tui.catalog.context import beyond_context
 from qlora_tui.catalog.local import resolve
 from qlora_tui.cli.arguments import whole
 from qlora_tui.cli.follow import follow
@@ -35,9 +36,12 @@ def run(args: argparse.Namespace) -> Outcome | int:
     recipe = recipe_from(args)
     ready_to_run(recipe)
     # What the trainer would refuse in ten seconds is refused now.
-    targets_of(recipe.lora, resolve(recipe.model.id).architecture.modules)
+    architecture = resolve(recipe.model.id).architecture
+    targets_of(recipe.lora, architecture.modules)
     for source in recipe.data.sources:
         open_source(source)
+    if too_long := beyond_context(recipe.data.max_length, architecture):
+        print(f"warning: {too_long}", file=sys.stderr)
     if args.print_command:
         return _print_command(recipe, args.gpus)
     new = actions.submit(recipe)

@@ -19,7 +19,7 @@ from qlora_tui.memory.codepath import CodePath, Device, our_path
 from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, compare, estimate
 from qlora_tui.memory.learning import Correction, Peaks, correction_for, remember
 from qlora_tui.memory.report import as_json
-from qlora_tui.memory.solver import Change, WhatFits, cheapest_changes, what_fits
+from qlora_tui.memory.solver import Change, WhatFits, cheapest_changes, least_bytes, what_fits
 from qlora_tui.memory.tiers import Band
 from qlora_tui.memory.verdict import Verdict, judge
 
@@ -43,6 +43,7 @@ __all__ = [
     "estimate",
     "judge",
     "largest_model",
+    "least_bytes",
     "our_path",
     "remember",
     "what_fits",

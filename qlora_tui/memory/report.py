@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from qlora_tui.catalog.context import beyond_context
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.classes import largest_model
 from qlora_tui.memory.codepath import Device, our_path
 from qlora_tui.memory.estimate import Estimate, compare, precision_of
 from qlora_tui.memory.layout import STYLES
-from qlora_tui.memory.solver import cheapest_changes, what_fits
+from qlora_tui.memory.solver import cheapest_changes, least_bytes, what_fits
 from qlora_tui.memory.traced import Traced, closed_form
 from qlora_tui.memory.verdict import judge
 from qlora_tui.recipe.schema import Recipe
@@ -26,10 +27,12 @@ def as_json(
     """``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
 
     Without ``available_bytes`` there is nothing to fit into: verdicts and ``what_fits`` are null.
+    ``least_bytes`` is what every change together comes to, where even that does not fit.
     """
     compared = compare(recipe, architecture, device=device, traced=traced)
     fitting: dict[str, Any] | None = None
     changes: list[dict[str, Any]] = []
+    least: int | None = None
     if available_bytes is not None:
         largest = what_fits(recipe, architecture, available_bytes, device=device)
         model = largest_model(recipe, available_bytes, device=device)
@@ -49,12 +52,17 @@ def as_json(
             }
             for change in cheapest_changes(recipe, architecture, available_bytes, device=device)
         ]
+        if not changes and not judge(compared[precision_of(recipe)], available_bytes).fits:
+            least = least_bytes(recipe, architecture, device=device)
+    too_long = beyond_context(recipe.data.max_length, architecture)
     return {
         "available_bytes": available_bytes,
         "precisions": {name: one_as_json(made, available_bytes) for name, made in compared.items()},
         "trace": traced and trace_as_json(traced, recipe, architecture, device or Device()),
         "what_fits": fitting,
         "cheapest_changes": changes,
+        "least_bytes": least,
+        "warnings": [] if too_long is None else [f"{too_long.what} {too_long.why} {too_long.fix}"],
     }
 
 

@@ -95,14 +95,22 @@ def cheapest_changes(
         return ()
     offers = list(_offers(recipe, architecture))
     changes = [_gentlest(recipe, architecture, available_bytes, device, offer) for offer in offers]
-    fitting = tuple(change for change in changes if change.fits)
-    return fitting or _together(recipe, architecture, available_bytes, device)
+    together = _together(recipe, architecture, available_bytes, device)
+    return tuple(change for change in changes if change.fits) or tuple(c for c in together if c.fits)
+
+
+def least_bytes(recipe: Recipe, architecture: Architecture, *, device: Device | None = None) -> int:
+    """The least memory in which this model can be trained at all: with every change made that saves some."""
+    made = estimate(recipe, architecture, device=device)
+    for change in _together(recipe, architecture, 0, device):
+        made = change.estimate
+    return made.band.high_bytes
 
 
 def _together(
     recipe: Recipe, architecture: Architecture, available_bytes: int, device: Device | None
-) -> tuple[Change, ...]:
-    """Each setting in turn as far as it goes, until the recipe fits."""
+) -> Iterator[Change]:
+    """Setting after setting changed as far as it goes, until the recipe fits: each time all so far as one."""
     taken: list[Change] = []
     now, size = recipe, estimate(recipe, architecture, device=device).process_bytes
     for offer in _offers(recipe, architecture):
@@ -111,12 +119,12 @@ def _together(
             continue
         taken.append(change)
         now, size = change.recipe, change.estimate.process_bytes
+        label = "; ".join(part.label for part in taken)
+        cost = "; ".join(part.cost for part in taken if part.cost)
+        settings = {key: value for part in taken for key, value in part.settings.items()}
+        yield Change(label, cost, settings, now, change.estimate, change.verdict)
         if change.fits:
-            label = "; ".join(part.label for part in taken)
-            cost = "; ".join(part.cost for part in taken if part.cost)
-            settings = {key: value for part in taken for key, value in part.settings.items()}
-            return (Change(label, cost, settings, now, change.estimate, change.verdict),)
-    return ()
+            return
 
 
 @dataclass(frozen=True)

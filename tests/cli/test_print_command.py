@@ -37,6 +37,12 @@ def test_the_command_starts_a_trainer_a_gpu_on_a_run_that_waits_for_it(call: Cal
     assert attached.code == 0 and "stopped at step 0" in attached.out
 
 
+def test_samples_beyond_the_models_context_are_warned_of_before_a_run(call: Call, train: list[str]) -> None:
+    said = call(*train, "--print-command", "--set", "data.max_length=262144")
+    assert said.code == 0
+    assert "warning: Longer than the model's context" in said.err and "Set data.max_length to" in said.err
+
+
 def test_only_the_command_is_on_stdout(call: Call, train: list[str]) -> None:
     said = call(*train, "--print-command", "--gpus", "3")
     assert said.out.endswith(f"{find('last').path}\n") and said.out.count("\n") == 1

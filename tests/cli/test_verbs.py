@@ -95,6 +95,17 @@ def test_an_estimate_that_does_not_fit_names_the_cheapest_change(call: Call, qwe
     assert "to make it fit" in said.out
 
 
+def test_an_estimate_that_nothing_makes_fit_says_so_and_what_it_takes(call: Call, qwen: Path) -> None:
+    said = call("estimate", "--model", str(qwen), "--gpu-gib", "0.1")
+    assert "nothing fits" in said.out and "GiB. Choose a smaller model" in said.out
+    assert "the most that fits" not in said.out and "to make it fit" not in said.out
+
+
+def test_an_estimate_warns_of_samples_beyond_the_models_context(call: Call, qwen: Path) -> None:
+    said = call("estimate", "--model", str(qwen), "--set", "data.max_length=262144")
+    assert "warning: Samples may be 262,144 tokens long, and the model's context is 131,072." in said.out
+
+
 def test_runs_are_listed_with_state_and_queue(call: Call, finished_run: RunDir) -> None:
     waiting = create(finished_run.recipe())
     queue.enqueue(waiting)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory import (
     Device,
@@ -20,6 +21,7 @@ from qlora_tui.memory import (
     what_fits,
 )
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+from tests.catalog.configs import config
 from tests.memory.models import qwen_7b, tinyllama
 
 GIB = 2**30
@@ -105,6 +107,10 @@ def test_nothing_fits_on_a_card_smaller_than_the_weights() -> None:
     largest = what_fits(Recipe(), qwen_7b(), 3 * GIB)
     assert (largest.sequence_length, largest.micro_batch, largest.rank) == (0, 0, 0)
     assert cheapest_changes(Recipe(), qwen_7b(), 3 * GIB) == ()
+    told = as_json(Recipe(), qwen_7b(), 3 * GIB)
+    assert told["cheapest_changes"] == [] and told["least_bytes"] > 3 * GIB
+    (only,) = cheapest_changes(Recipe(), qwen_7b(), told["least_bytes"])
+    assert only.fits and as_json(Recipe(), qwen_7b(), told["least_bytes"])["least_bytes"] is None
 
 
 def test_the_cheapest_change_keeps_the_effective_batch() -> None:
@@ -123,6 +129,21 @@ def test_several_changes_are_taken_together_when_one_is_not_enough() -> None:
 
 def test_a_recipe_that_fits_needs_no_change() -> None:
     assert cheapest_changes(Recipe(), tinyllama(), 24 * GIB) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "why"),
+    [
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 2048, "learnt badly"),
+        ("openai-community/gpt2", 1024, "ends the run"),
+        ("facebook/opt-1.3b", 2048, "ends the run"),
+    ],
+)
+def test_samples_beyond_the_models_context_are_warned_of(name: str, most: int, why: str) -> None:
+    model = read_architecture(config(name))
+    assert as_json(Recipe(data=Data(max_length=most)), model, None)["warnings"] == []
+    (said,) = as_json(Recipe(data=Data(max_length=most + 1)), model, None)["warnings"]
+    assert why in said and f"Set data.max_length to {most:,} or less" in said
 
 
 def test_a_cpu_run_has_no_cuda_context() -> None:

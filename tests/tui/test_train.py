@@ -23,6 +23,7 @@ from qlora_tui.tui.screens.train_output import as_seen
 from qlora_tui.tui.screens.train_remedy import remedy
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 from tests.tui.played import BEGAN, TICKETS, Play, play
+from tests.tui.reading import readable_model
 from tests.tui.recorded import recorded_run
 from tests.tui.seeing import shows, text_of
 
@@ -330,6 +331,14 @@ def test_the_checks_name_what_is_missing_and_how_to_get_it(tmp_path: Path) -> No
     assert found["card"].outcome == "warning" and "No driver." in found["card"].text
     assert found["disk"].outcome == "ok"
     assert "starts at once" in found["turn"].text
+
+
+def test_the_checks_warn_of_samples_beyond_the_models_context(tmp_path: Path) -> None:
+    recipe = Recipe(model=Model(id=readable_model(tmp_path)), data=Data(max_length=8193))
+    found = {check.name: check for check in check_all(recipe, QloraApp().room, Pulse())}
+    assert found["length"].outcome == "warning"
+    assert "the model's context is 8,192" in found["length"].text
+    assert found["length"].fix == "Set data.max_length to 8,192 or less."
 
 
 def test_the_checks_read_the_data_and_say_who_is_before_in_the_queue(tmp_path: Path) -> None:

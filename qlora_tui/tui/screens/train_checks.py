@@ -13,6 +13,7 @@ from typing import Literal
 import psutil
 
 from qlora_tui import paths
+from qlora_tui.catalog.context import beyond_context
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.catalog.local import resolve
 from qlora_tui.data.read import files_of, kind_of
@@ -50,7 +51,7 @@ def check_all(recipe: Recipe, room: Room, pulse: Pulse) -> tuple[Check, ...]:
     """Every check, in the order of what to mend first."""
     model, architecture = _model(recipe)
     made = _estimate(recipe, architecture, room)
-    checks = [model, _data(recipe), *_settings(recipe)]
+    checks = [model, _data(recipe), *_settings(recipe), *_length(recipe, architecture)]
     if made is not None:
         checks.append(made if isinstance(made, Check) else _memory(made, room))
     needed = made.total_bytes if isinstance(made, Estimate) else 0
@@ -101,6 +102,11 @@ def _settings(recipe: Recipe) -> list[Check]:
         Check("settings", "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")
         for c in conflicts(recipe)
     ]
+
+
+def _length(recipe: Recipe, architecture: Architecture | None) -> list[Check]:
+    warning = architecture and beyond_context(recipe.data.max_length, architecture)
+    return [Check("length", "warning", f"{warning.what} {warning.why}", warning.fix)] if warning else []
 
 
 def _estimate(recipe: Recipe, architecture: Architecture | None, room: Room) -> Estimate | Check | None:
