@@ -104,7 +104,7 @@ def least_bytes(recipe: Recipe, architecture: Architecture, *, device: Device | 
     made = estimate(recipe, architecture, device=device)
     for change in _together(recipe, architecture, 0, device):
         made = change.estimate
-    return made.band.high_bytes
+    return made.process_bytes
 
 
 def _together(

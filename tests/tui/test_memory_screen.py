@@ -15,7 +15,7 @@ from qlora_tui.tui.screens.memory import MemoryScreen
 from qlora_tui.tui.widgets.stacked_bar import parts_of, stacked_bar
 from qlora_tui.tui.widgets.vi_list import ViList
 from tests.gpu.stub import play_in_this_process
-from tests.tui.seeing import shows, text_of
+from tests.tui.seeing import shows, text_of, until
 from tests.tui.workstation import config_folder, open_on, open_with_card, settle
 
 Snapshot = Callable[..., bool]
@@ -127,7 +127,7 @@ async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str)
     _big(app)
     before = app.workbench.recipe
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "does not fit", "To make it fit, the cheapest first", "same effective batch")
+        await shows(pilot, "does not fit", "To make it fit, press a:", "same effective batch")
         await pilot.press("a")
         assert app.workbench.recipe.training.micro_batch < 4
         assert app.workbench.recipe.effective_batch >= before.effective_batch
@@ -145,9 +145,21 @@ async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str)
 async def test_a_model_too_large_for_any_change_is_said_to_be(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "mistralai__Mixtral-8x7B-v0.1")))
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await shows(pilot, "No change of settings makes it fit.", "none", "bitsandbytes leaves in 16 bits")
-        await pilot.press("a")
-        await shows(pilot, "Nothing to apply")
+        await shows(pilot, "Nothing makes it fit", "none", "bitsandbytes leaves in 16 bits")
+        await until(pilot, lambda: "Make it fit" not in text_of(app))
+
+
+async def test_samples_beyond_the_models_context_are_warned_of_also_where_it_does_not_fit(
+    private_home: Path,
+) -> None:
+    model = str(config_folder(private_home, "TinyLlama__TinyLlama-1.1B-Chat-v1.0"))
+    app = open_on("memory", model=model, card_gib=4)
+    async with app.run_test(size=(80, 24)) as pilot:
+        assert "model's context" not in await shows(pilot, "checkpointing")
+        await pilot.press("s", "s")
+        await shows(pilot, "! the model's context is 2,048", "Set data.max_length to", "2,048 or less.")
+        await pilot.press("s", "s", "b", "b")
+        await shows(pilot, "! the model's context is 2,048", "To make it fit, press a:")
 
 
 async def test_what_fits_at_most_is_shown_for_each_setting(seven_billion: str) -> None:

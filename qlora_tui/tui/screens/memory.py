@@ -12,11 +12,12 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
 
+from qlora_tui.catalog.context import beyond_context
 from qlora_tui.catalog.lookup import config_of
 from qlora_tui.engine.tracing import trace_step
 from qlora_tui.errors import Problem
 from qlora_tui.format import gib
-from qlora_tui.memory import Change, Estimate, WhatFits, cheapest_changes, judge, what_fits
+from qlora_tui.memory import Change, Estimate, WhatFits, cheapest_changes, judge, least_bytes, what_fits
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
 from qlora_tui.memory.room import Room
 from qlora_tui.recipe.fields import fields, value_of
@@ -24,7 +25,15 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.widgets.memory_panel import changes_text, item_line, levels_line, levers, verdict_text
+from qlora_tui.tui.screens.memory_commands import COMMANDS
+from qlora_tui.tui.widgets.memory_panel import (
+    changes_text,
+    item_line,
+    levels_line,
+    levers,
+    nothing_helps,
+    verdict_text,
+)
 from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE
 from qlora_tui.tui.widgets.stacked_bar import legend, stacked_bar
 from qlora_tui.tui.widgets.steady import put
@@ -38,13 +47,8 @@ TARGETS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "v_proj"),
 )
 """What ``t`` goes through: the choices of the QLoRA paper, of many recipes, and of the LoRA paper."""
-NOTHING_HELPS = "No change of settings makes it fit. Choose a smaller model (1), or a larger card."
 SETTLED_S = 0.15
 """The slower questions wait until no key has come for so long."""
-
-
-def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = False) -> Command:
-    return Command(id=f"memory.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer)
 
 
 class MemoryScreen(WorkScreen):
@@ -56,37 +60,27 @@ class MemoryScreen(WorkScreen):
     HELP_TEXT = (
         "The bars are the predicted peak of a training step, cut into what it is made of. The list takes the "
         "bar apart that is marked ▸; the sentence under it explains the item under the cursor. ◂ recipe is "
-        "the precision the recipe trains in.\n"
+        "the precision the recipe trains in, and m makes it the one marked ▸.\n"
+        "At the right, small letters double a setting and capital ones halve it; 'fits up to' is how far it "
+        "could go with the others as they are. Where the recipe does not fit, a makes the change that costs "
+        "least.\n"
         "'fits': even the upper end of the doubt does. 'tight': less than 5 % is left. "
         "'uncertain': it depends on the doubt."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = (
-        _command("next", "tab,n", "next_bar(1)", "Next bar", "Take the next bar apart.", in_footer=True),
-        _command("previous", "shift+tab,N", "next_bar(-1)", "Previous bar", "Take the one before apart."),
-        _command("use", "m", "use", "Use", "Train in the precision marked ▸.", in_footer=True),
-        _command("apply", "a", "apply", "Make it fit", "Make the cheapest change.", in_footer=True),
-        _command("length_up", "s", "scale('data.max_length', 2)", "Length ×2", "Double the length of rows."),
-        _command(
-            "length_down", "S", "scale('data.max_length', 0.5)", "Length ÷2", "Halve the length of rows."
-        ),
-        _command("batch_up", "b", "scale('training.micro_batch', 2)", "Batch ×2", "Double the micro-batch."),
-        _command(
-            "batch_down", "B", "scale('training.micro_batch', 0.5)", "Batch ÷2", "Halve the micro-batch."
-        ),
-        _command("rank_up", "r", "scale('lora.rank', 2)", "Rank ×2", "Double the rank."),
-        _command("rank_down", "R", "scale('lora.rank', 0.5)", "Rank ÷2", "Halve the rank."),
-        _command("targets", "t", "targets", "Targets", "Next choice of target modules."),
-        _command("checkpointing", "c", "checkpointing", "Checkpointing", "Checkpoint activations, or not."),
-    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     class Solved(Message):
         """The slower questions are answered."""
 
-        def __init__(self, recipe: Recipe, fitting: WhatFits, changes: tuple[Change, ...]) -> None:
+        def __init__(
+            self, recipe: Recipe, fitting: WhatFits, changes: tuple[Change, ...], least_bytes: int
+        ) -> None:
             super().__init__()
             self.recipe = recipe
             self.fitting = fitting
             self.changes = changes
+            self.least_bytes = least_bytes
+            """0 where it fits as it is, or some change makes it fit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,8 +88,10 @@ class MemoryScreen(WorkScreen):
         self._compared: dict[Precision, Estimate] = {}
         self._changes: tuple[Change, ...] = ()
         self._fitting: WhatFits | None = None
+        self._least_bytes = 0
         self._shown_for: tuple[Recipe, Room] | None = None
         self._heading = ""
+        self._offered: object = None
         self._tracing = ""
 
     @property
@@ -133,6 +129,7 @@ class MemoryScreen(WorkScreen):
             return
         self._fitting = None
         self._changes = ()
+        self._least_bytes = 0
         self._tracing = ""
         if not self._compared[precision_of(recipe)].exact:
             self._tracing = "tracing a step…"
@@ -145,6 +142,14 @@ class MemoryScreen(WorkScreen):
     def show_pulse(self, pulse: Pulse) -> None:
         if self._compared and self._heading_text() != self._heading:
             self._show_bars()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys that would change nothing are not offered."""
+        if action == "use":
+            return self.precision != precision_of(self.workstation.workbench.recipe)
+        if action == "apply":
+            return bool(self._compared) and not self._fits_as_it_is() and not self._least_bytes
+        return super().check_action(action, parameters)
 
     def on_resize(self) -> None:
         # The list knows its new width only after the layout.
@@ -183,7 +188,7 @@ class MemoryScreen(WorkScreen):
     def action_apply(self) -> None:
         """Make the cheapest change that fits."""
         if not self._changes:
-            self.notify("Nothing to apply: it fits, or no change is enough.")
+            self.notify("Still looking for a change that is enough.")
             return
         change = self._changes[0]
         if self.workstation.workbench.replace(change.recipe):
@@ -200,6 +205,8 @@ class MemoryScreen(WorkScreen):
         if self._shown_for is None or self._shown_for[0] != message.recipe:
             return
         self._fitting, self._changes = message.fitting, message.changes
+        self._least_bytes = message.least_bytes
+        self._offer()
         self._show_beside()
 
     async def _solve(self, recipe: Recipe, room: Room) -> None:
@@ -207,15 +214,17 @@ class MemoryScreen(WorkScreen):
         if isinstance(architecture, Problem):
             return
 
-        def answer() -> tuple[WhatFits, tuple[Change, ...]]:
-            return (
-                what_fits(recipe, architecture, room.bytes, device=room.device),
-                cheapest_changes(recipe, architecture, room.bytes, device=room.device),
-            )
+        fits = self._fits_as_it_is()
+
+        def answer() -> MemoryScreen.Solved:
+            fitting = what_fits(recipe, architecture, room.bytes, device=room.device)
+            changes = cheapest_changes(recipe, architecture, room.bytes, device=room.device)
+            hopeless = not fits and not changes
+            least = least_bytes(recipe, architecture, device=room.device) if hopeless else 0
+            return self.Solved(recipe, fitting, changes, least)
 
         await asyncio.sleep(SETTLED_S)
-        fitting, changes = await asyncio.to_thread(answer)
-        self.post_message(self.Solved(recipe, fitting, changes))
+        self.post_message(await asyncio.to_thread(answer))
 
     async def _trace(self, recipe: Recipe, room: Room) -> None:
         """Count a step of the real model, where its layers have no formula of their own."""
@@ -251,6 +260,7 @@ class MemoryScreen(WorkScreen):
         return "; ".join([what, *more])
 
     def _show_bars(self) -> None:
+        self._offer()
         room = self.workstation.room
         own = precision_of(self.workstation.workbench.recipe)
         width = max(10, self.size.width - 43)
@@ -272,6 +282,12 @@ class MemoryScreen(WorkScreen):
         lines.append(legend())
         put(self.query_one("#bars", Static), Content("\n").join(lines))
 
+    def _offer(self) -> None:
+        offered = [self.check_action(action, ()) for action in ("use", "apply")]
+        if offered != self._offered:
+            self._offered = offered
+            self.refresh_bindings()
+
     def _show_items(self) -> None:
         made = self._compared[self.precision]
         items = sorted(made.items, key=lambda item: -item.bytes)
@@ -281,11 +297,17 @@ class MemoryScreen(WorkScreen):
 
     def _show_beside(self) -> None:
         recipe, made = self.workstation.workbench.recipe, self._compared[self.precision]
-        put(self.query_one("#levers", Static), levers(recipe, self._fitting))
+        architecture = self.workstation.workbench.architecture()
+        known = None if isinstance(architecture, Problem) else architecture
+        context = known.max_positions if known else None
+        put(self.query_one("#levers", Static), levers(recipe, self._fitting, context))
         beside = self.query_one("#changes", Static)
         parts = [changes_text(self._changes, beside.content_size.width)] if self._changes else []
-        if self._fitting is not None and not self._changes and not self._fits_as_it_is():
-            parts.append(Content(NOTHING_HELPS))
+        if self._least_bytes:
+            parts.append(nothing_helps(self._least_bytes))
+        if known and (warning := beyond_context(recipe.data.max_length, known)):
+            # What it is about stands among the levers.
+            parts.append(Content.styled(f"{warning.why} {warning.fix}", "$warning"))
         parts += [Content(note) for note in made.notes]
         if self.size.width >= 100:
             verdict = judge(made, self.workstation.room.bytes)

@@ -32,50 +32,62 @@ def item_line(item: Item, made: Estimate, largest_bytes: int, width: int) -> Con
 
 
 def levels_line(made: Estimate) -> str:
-    """The three tiers with the doubt, and the moment it is fullest."""
-    tensors = f"tensors {gib(made.allocated_bytes)}"
-    if made.reserved_bytes != made.allocated_bytes:
-        tensors += f", torch {gib(made.reserved_bytes)}"
+    """The process with its doubt, the moment it is fullest, and how much of it torch and its tensors take."""
     doubt = f"({gib(made.band.low_bytes)} to {gib(made.band.high_bytes)})"
-    return f"{tensors}, process {gib(made.process_bytes)} {doubt} GiB, in the {made.peak_phase}"
+    torch = f"torch {gib(made.reserved_bytes)}, " if made.reserved_bytes != made.allocated_bytes else ""
+    parts = f"{torch}tensors {gib(made.allocated_bytes)}"
+    return f"{gib(made.process_bytes)} GiB {doubt}, {parts}, in the {made.peak_phase}"
 
 
-def levers(recipe: Recipe, fitting: WhatFits | None) -> Content:
+def levers(recipe: Recipe, fitting: WhatFits | None, context_tokens: int | None) -> Content:
     """The settings that keys change here, and how far each could go with the others as they are."""
     training = recipe.training
     targets = ",".join(recipe.lora.target_modules)
     counted = (
-        ("s S", "length", recipe.data.max_length, fitting and fitting.sequence_length),
-        ("b B", "micro-batch", training.micro_batch, fitting and fitting.micro_batch),
-        ("r R", "rank", recipe.lora.rank, fitting and fitting.rank),
+        ("s  S", "length", recipe.data.max_length, fitting and fitting.sequence_length),
+        ("b  B", "micro-batch", training.micro_batch, fitting and fitting.micro_batch),
+        ("r  R", "rank", recipe.lora.rank, fitting and fitting.rank),
     )
-    lines = [Content.styled("key setting        now  fits up to", "dim")]
+    lines = [Content.styled(f"×2 ÷2 {'setting':<13} {'now':>7} fits up to", "dim")]
     for keys, name, now, most in counted:
         fits = "…" if most is None else f"{most:,}" if most else "none"
-        lines.append(_lever(keys, f"{name:<11} {now:>6,} {fits:>11}"))
-    lines.append(_lever("t", f"{'targets':<11} {targets if len(targets) < 20 else targets[:18] + '…'}"))
-    lines.append(_lever("c", f"{'checkpoints':<11} {'on' if training.gradient_checkpointing else 'off'}"))
+        lines.append(_lever(keys, name, f"{now:>7,} {fits:>10}"))
+        if name == "length" and context_tokens is not None and now > context_tokens:
+            lines.append(Content.styled(f"      ! the model's context is {context_tokens:,}", "$warning"))
+    lines.append(_lever("t", "targets", targets if len(targets) < 18 else targets[:16] + "…"))
+    lines.append(_lever("c", "checkpointing", "on" if training.gradient_checkpointing else "off"))
     return Content("\n").join(lines)
 
 
-def _lever(keys: str, text: str) -> Content:
-    return Content.assemble((f"{keys:<3}", "$accent bold"), f" {text}")
+def _lever(keys: str, name: str, text: str) -> Content:
+    return Content.assemble((f"{keys:<5}", "$accent bold"), f" {name:<13} {text}")
 
 
 def changes_text(changes: tuple[Change, ...], width: int) -> Content:
     """Each change that makes it fit, the cheapest first, with its price."""
-    lines = [Content.styled("To make it fit, the cheapest first", "bold")]
+    lines = [Content.assemble(("To make it fit, press ", "bold"), ("a", "$accent bold"), (":", "bold"))]
     for number, change in enumerate(changes[:CHANGES_SHOWN]):
+        if number == 1:
+            lines.append(Content.styled("or change one of these yourself:", "bold"))
         word = change.verdict.word
         for index, part in enumerate(wrap(change.label, width - 2)):
-            mark = "  " if index else "a " if number == 0 else "· "
+            mark = "  " if index else "▸ " if number == 0 else "· "
             lines.append(Content.assemble((mark, "$accent bold"), part))
-        lines.append(
-            Content.assemble(f"  {gib(change.estimate.total_bytes)} GiB ", (word, VERDICT_STYLE[word]))
+        told = Content.assemble(
+            f"{gib(change.estimate.total_bytes)} GiB ",
+            (word, VERDICT_STYLE[word]),
+            (f"; {change.cost}" if change.cost else "", "dim"),
         )
-        cost = wrap(change.cost, width - 2)
-        lines += [Content.styled(f"  {part}", "dim") for part in cost]
+        lines += [Content("  ") + part for part in told.wrap(width - 2)]
     return Content("\n").join(lines)
+
+
+def nothing_helps(least_bytes: int) -> Content:
+    """In place of the changes."""
+    return Content(
+        f"Nothing makes it fit: with every change that saves memory it still takes {gib(least_bytes)} GiB. "
+        "Choose a smaller model (1), or a larger card."
+    )
 
 
 def verdict_text(verdict: Verdict, precision: str) -> Content:
