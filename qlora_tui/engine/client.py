@@ -30,6 +30,13 @@ _PATIENCE_S = 3.0
 """How long a child may take to end by itself."""
 
 
+class EngineClosed(Problem):
+    """Whoever asked closed the engine before it had answered: no failure, and nobody need be told."""
+
+    def __init__(self) -> None:
+        super().__init__("The engine was closed", what="It had not answered yet.", fix="Ask again.")
+
+
 class EngineClient:
     """One child process, started when first needed and again after it was lost."""
 
@@ -65,7 +72,8 @@ class EngineClient:
 
     async def close(self) -> None:
         """End the child and give back all it held; the next question starts another."""
-        process, self._process = self._process, None
+        async with self._starting:
+            process, self._process = self._process, None
         if process is None:
             return
         if process.stdin is not None:
@@ -110,7 +118,9 @@ class EngineClient:
                 continue
             if (queue := self._waiting.get(answered.number)) is not None:
                 queue.put_nowait(answered.reply)
-        lost = _lost(await process.wait())
+        code = await process.wait()
+        # Whoever closes it lets go of it first.
+        lost = _lost(code) if self._process is process else EngineClosed()
         for queue in self._waiting.values():
             queue.put_nowait(lost)
         if self._process is process:
@@ -180,8 +190,6 @@ class Answer(AsyncIterator["AnyReply"]):
 
 def _lost(exit_code: int) -> Problem:
     log = roomy_log()
-    if exit_code == 0:
-        return Problem("The engine was closed", what="The engine ended before it had answered.")
     killed = exit_code < 0
     return Problem(
         "The engine is gone",

@@ -18,7 +18,7 @@ import pytest_asyncio
 
 from qlora_tui.chat.terms import GREEDY, ChatSource, Outcome
 from qlora_tui.data.conversation import Message
-from qlora_tui.engine.client import EngineClient
+from qlora_tui.engine.client import EngineClient, EngineClosed
 from qlora_tui.engine.place import log_path
 from qlora_tui.engine.protocol import (
     ChatReady,
@@ -166,6 +166,15 @@ async def test_what_libraries_print_goes_to_the_log_and_the_log_stays_short(engi
     async for _ in engine.ask(Unload()):
         pass
     assert log_path().stat().st_size < 1 << 20
+
+
+async def test_closing_it_is_no_failure_to_those_who_wait(
+    engine: EngineClient, tiny_source: ChatSource
+) -> None:
+    with pytest.raises(EngineClosed):
+        async for _ in engine.ask(LoadChat(source=tiny_source)):
+            await engine.close()
+    assert engine.pid is None
 
 
 PARENT = """

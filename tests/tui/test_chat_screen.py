@@ -22,9 +22,10 @@ from qlora_tui.tui.screens.chat import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat_pair import Pair
 from qlora_tui.tui.transcript import append_exchange, transcript_path
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
+from qlora_tui.tui.widgets.prompt_box import PromptBox
 from tests.tui.played import BEGAN, Play, play
 from tests.tui.reading import tickets
-from tests.tui.seeing import shows, text_of
+from tests.tui.seeing import shows, text_of, until
 from tests.tui.workstation import open_on, settle
 
 Snapshot = Callable[..., bool]
@@ -160,6 +161,18 @@ async def test_a_run_s_voices_are_shown_and_chosen_by_key() -> None:
         assert asked(screen) == [ADAPTER, "step-800"]
         text = await shows(pilot, "Voice", "Options")
         assert "esc" not in text.splitlines()[-1]
+
+
+async def test_digits_are_typed_until_escape_leaves_the_field() -> None:
+    finished(ADAPTER)
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "esc leaves the field: then 0-7 work")
+        await pilot.press("6")
+        text = await shows(pilot, "esc Leave field: then 0-7 work")
+        assert app.screen.query_one(PromptBox).text == "6" and "esc Stop" not in text
+        await pilot.press("escape", "6")
+        await until(pilot, lambda: app.current_mode == "runs")
 
 
 async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
@@ -340,6 +353,24 @@ async def test_base_and_adapter_answer_beside_each_other_and_all_that_follows(
         play(Play(name="next-run", state="running"))
         await shows(pilot, "not loaded yet")
         assert screen.engine.pid is None
+
+
+@pytest.mark.slow
+async def test_escape_while_the_model_loads_reads_as_stopped_and_says_what_to_press(
+    tiny: tuple[Path, Path],
+) -> None:
+    async with talking(tiny) as (pilot, screen):
+        await pilot.press(*"hello", "enter")
+        await shows(pilot, "Starting the engine", "esc Stop")
+        await pilot.press("escape")
+        text = await shows(pilot, "■ stopped loading the model: r asks again", "not loaded yet")
+        assert "✗" not in text and "engine" not in text
+        await rest(pilot, screen)
+        await pilot.press("escape", "f")
+        await shows(pilot, "Starting the engine")
+        await pilot.press("escape")
+        await shows(pilot, "Not measured")
+        assert screen.engine.pid is None and not screen.busy
 
 
 @pytest.mark.slow

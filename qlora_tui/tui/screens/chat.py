@@ -26,7 +26,7 @@ from qlora_tui.tui.widgets.prompt_box import PromptBox
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-_WHILE_TYPING = ("stop", "switch", "scroll_talk")
+_WHILE_TYPING = ("stop", "leave_field", "switch", "scroll_talk")
 """Actions whose keys are no text: the footer shows no others while a prompt is written."""
 
 
@@ -42,13 +42,21 @@ class ChatScreen(Talking):
     MODE = "chat"
     CSS_PATH = "chat.tcss"
     HELP_TEXT = (
-        "Base and adapter answer the same prompt with the same seed, from one copy of the model. Escape "
-        "stops an answer, or leaves the field so that the keys below work; i goes back to typing. "
+        "Base and adapter answer the same prompt with the same seed, from one copy of the model. What you "
+        "type goes into the field, digits too. Escape stops an answer; with none under way it leaves the "
+        "field, and then 0 to 7 and the keys below work. i goes back to typing. "
         "Everything said is kept in the run's chats folder, as Markdown."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = (
         _command("write", "i,enter", "write", "Write", "Type a prompt."),
-        _command("stop", "escape", "stop", "Stop, keys", "Stop the answer, or leave the field."),
+        _command("stop", "escape", "stop", "Stop", "Stop the answer, or the loading of the model."),
+        _command(
+            "leave",
+            "escape",
+            "leave_field",
+            "Leave field: then 0-7 work",
+            "Leave the field, so that keys work.",
+        ),
         _command("voice", "a,ctrl+t", "switch", "On/off", "Switch the adapter off and on: one voice alone."),
         _command("split", "s", "split", "Split", "Both voices side by side, or one alone."),
         _command("right", "v", "voice('right')", "Voice", "Another checkpoint of this run."),
@@ -116,7 +124,9 @@ class ChatScreen(Talking):
         """Keys that would be typed are no commands while the field has the focus."""
         typing = isinstance(self.focused, PromptBox)
         if action == "stop":
-            return typing or self.busy
+            return self.busy
+        if action == "leave_field":
+            return typing and not self.busy
         if typing and action not in _WHILE_TYPING:
             return not any(action == command.action.partition("(")[0] for command in self.ACTIONS)
         return super().check_action(action, parameters)
@@ -165,15 +175,17 @@ class ChatScreen(Talking):
             self.query_one(PromptBox).focus()
 
     async def action_stop(self) -> None:
-        """Stop what is under way; with nothing under way, leave the field so that keys are commands."""
-        if self.answers:
-            for answer in self.answers:
-                answer.stop()
-        elif self.busy:
+        """Stop what is under way."""
+        for answer in self.answers:
+            answer.stop()
+        if not self.answers:
             # A model in the middle of loading hears nothing: its process goes.
+            self.show_head("Stopping")
             await self.engine.close()
-        else:
-            self.set_focus(None)
+
+    def action_leave_field(self) -> None:
+        """Out of the field: keys are commands again."""
+        self.set_focus(None)
 
     def action_switch(self) -> None:
         """From the adapter to the base and back."""

@@ -12,7 +12,7 @@ from textual.containers import VerticalScroll
 
 from qlora_tui.chat.terms import BASE, ChatSource, Sampling
 from qlora_tui.data.conversation import Message
-from qlora_tui.engine.client import Answer, EngineClient
+from qlora_tui.engine.client import Answer, EngineClient, EngineClosed
 from qlora_tui.engine.protocol import (
     ChatReady,
     Done,
@@ -28,6 +28,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.tui import transcript
 from qlora_tui.tui.pulse import Pulse
+from qlora_tui.tui.screens import chat_words as words
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat_pair import Pair
 from qlora_tui.tui.screens.question import QuestionScreen
@@ -122,7 +123,7 @@ class Talking(WorkScreen):
         talk = self.query_one("#talk", VerticalScroll)
         await talk.mount(turn)
         talk.anchor()
-        self.busy = True
+        self._set_to_work()
         sampling = self.sampling
         if sampling.seed is None:
             # One for both: what differs between two answers is then the voice, not the dice.
@@ -130,6 +131,9 @@ class Talking(WorkScreen):
         try:
             await self._load()
             await asyncio.gather(*(self._speak(turn, voice, sampling) for voice in turn.answers))
+        except EngineClosed:
+            for answer in turn.answers.values():
+                await answer.leave(words.STOPPED_LOADING)
         except Problem as problem:
             for answer in turn.answers.values():
                 await answer.fail(problem)
@@ -159,6 +163,8 @@ class Talking(WorkScreen):
                     await turn.answers[voice].grow(reply.piece)
                 elif isinstance(reply, Done):
                     await turn.answers[voice].end(reply.outcome)
+        except EngineClosed:
+            await turn.answers[voice].leave(words.UNLOADED)
         except Problem as problem:
             await turn.answers[voice].fail(problem)
         finally:
@@ -166,7 +172,7 @@ class Talking(WorkScreen):
 
     @work(group="answers")
     async def measure(self) -> None:
-        self.busy = True
+        self._set_to_work()
         try:
             await self._load()
             asked = self.engine.ask(MeasureEffect(voice=self.pair.right))
@@ -179,10 +185,16 @@ class Talking(WorkScreen):
                         self.show_effect(reply.effect.sentence)
             finally:
                 self.answers.remove(asked)
+        except EngineClosed:
+            self.show_effect(words.NOT_MEASURED)
         except Problem as problem:
             self.show_effect("")
             self.workstation.explain(problem)
         self._rest()
+
+    def _set_to_work(self) -> None:
+        self.busy = True
+        self.refresh_bindings()
 
     def _rest(self) -> None:
         """Nothing is under way any more."""

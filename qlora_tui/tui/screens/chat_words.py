@@ -16,7 +16,10 @@ NOBODY = Content.from_markup(
     "Press [b]5[/b] to launch one.\n\nOr press [b]m[/b] to talk to the model of the recipe as it is, "
     "before any training."
 )
-HINT = "say something: enter sends, ^j breaks the line, esc for keys"
+HINT = "say something: enter sends, ^j new line, esc leaves the field: then 0-7 work"
+STOPPED_LOADING = "stopped loading the model: r asks again (esc first, to leave the field)"
+UNLOADED = "stopped, since the model was unloaded: r asks again (esc first, to leave the field)"
+NOT_MEASURED = "Not measured: the model was unloaded. Press f to load it and measure."
 
 
 def who(name: str, pair: Pair, state: str) -> Content:

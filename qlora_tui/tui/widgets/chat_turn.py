@@ -64,7 +64,13 @@ class VoiceAnswer(Vertical):
         self.query_one(".voice", Static).update(voice_line(self.voice, outcome_words(outcome)))
         under = _ENDINGS.get(outcome.ending, "" if outcome.text.strip() else "ended its turn at once")
         if under:
-            self.query_one(".trouble", Static).update(Content.styled(f"■ {under}", "dim"))
+            self._say_under(under)
+
+    async def leave(self, words: str) -> None:
+        """Say that nothing more comes, and what to press; what was said so far stays."""
+        await self.query_one(AnswerText).finish()
+        self.query_one(".voice", Static).update(voice_line(self.voice, "stopped"))
+        self._say_under(words)
 
     async def fail(self, problem: Problem) -> None:
         """Say why there is no answer, or no more of it."""
@@ -77,6 +83,9 @@ class VoiceAnswer(Vertical):
                 (f"✗ {problem.title}\n", "$error bold"), problem.what, (why, "dim"), (fix, "$accent")
             )
         )
+
+    def _say_under(self, words: str) -> None:
+        self.query_one(".trouble", Static).update(Content.styled(f"■ {words}", "dim"))
 
 
 def voice_line(voice: str, words: str) -> Content:
