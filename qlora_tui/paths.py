@@ -36,6 +36,11 @@ def runs_dir() -> Path:
     return private_dir(state_dir() / "runs")
 
 
+def log_path() -> Path:
+    """What went wrong in a process that has a terminal, and what libraries say that is not for its reader."""
+    return state_dir() / "qlora-tui.log"
+
+
 def user_presets_dir() -> Path:
     """Presets the user saved."""
     return private_dir(config_dir() / "presets")

@@ -43,7 +43,6 @@ VERBS = {
 app and the quick verbs wait for no other's imports."""
 
 _INTERRUPTED = 130
-_LOG = "qlora-tui.log"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +110,7 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
     settings = load_settings()
     if gpu_gib:
         settings = msgspec.structs.replace(settings, card_gib=gpu_gib)
-    log = paths.state_dir() / _LOG
+    log = paths.log_path()
     with native_errors_in(log):
         app = QloraApp(settings)
         app.run(mouse=settings.mouse and mouse)
@@ -129,7 +128,7 @@ def _show(outcome: Outcome, *, as_json: bool) -> int:
 
 
 def _report_bug(error: Exception) -> int:
-    log = paths.state_dir() / _LOG
+    log = paths.log_path()
     with log.open("a") as file:
         file.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))
         traceback.print_exception(error, file=file)

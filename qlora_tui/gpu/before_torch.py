@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping
 
 import psutil
 
+from qlora_tui import paths
 from qlora_tui.gpu.visible import STABLE_ORDER
 
 _LOOK_S = 0.3
@@ -23,6 +25,14 @@ def settle_before_torch(more: Mapping[str, str] = {}) -> None:
     # What libraries plan to rename is of no use to those who train or chat.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # On import bitsandbytes warns here that a kernel of the hub is not installed, which it does without;
+    # doctor says so in a sentence.
+    wary = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    wary.propagate = False
+    if not wary.handlers:
+        log = logging.FileHandler(paths.log_path(), delay=True)
+        log.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        wary.addHandler(log)
 
 
 def waiting(environ: Mapping[str, str]) -> dict[str, str]:

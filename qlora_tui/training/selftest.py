@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from qlora_tui.gpu.before_torch import settle_before_torch
+
 _PIP = f"{sys.executable} -m pip install --upgrade"
 
 
@@ -23,6 +25,7 @@ def main() -> int:
     # Libraries greet on stdout; the findings must be alone there.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    settle_before_torch()
     checks = [_library(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets")]
     if all(check["state"] == "ok" for check in checks):
         checks += [_try("torch on the card", _card), _try("NF4 forward and backward", _nf4)]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import distribution
+from pathlib import Path
 
 import psutil
 import pytest
 
+from qlora_tui import paths
 from qlora_tui.gpu import before_torch
 from qlora_tui.gpu.before_torch import waiting
 
@@ -38,6 +41,20 @@ def test_the_users_own_choice_stands_and_costs_no_look(
 ) -> None:
     monkeypatch.setattr(before_torch, "psutil", None)
     assert waiting(own) == {}
+
+
+def test_what_bitsandbytes_says_on_import_goes_to_the_log_and_not_to_the_terminal() -> None:
+    # Its import takes seconds, so its module's own logger is spoken through without it.
+    module = distribution("bitsandbytes").locate_file("bitsandbytes/backends/cpu/ops.py")
+    source = Path(str(module)).read_text()
+    assert "getLogger(__name__)" in source and "kernels-community" in source
+    code = (
+        "import logging; from qlora_tui.gpu.before_torch import settle_before_torch; settle_before_torch();"
+        "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('no kernel')"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stderr == told.stdout == ""
+    assert "no kernel" in paths.log_path().read_text()
 
 
 def test_it_is_settled_in_the_environment_before_anything_heavy_is_loaded() -> None:
