@@ -8,5 +8,5 @@
 * ``hub``, ``hub_files``, ``download``, ``hub_errors``: search the hub, plan a download, fetch it; what goes
   wrong.
 
-Read by the memory estimate, the LoRA and Models screens, and the trainer.
+Read by the memory estimate, the LoRA and Model screens, and the trainer.
 """

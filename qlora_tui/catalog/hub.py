@@ -135,7 +135,7 @@ def checked_id(model_id: str) -> str:
         raise Problem(
             "This is not the name of a model on the hub",
             what=f"{model_id[:80]!r} is not of the form publisher/model.",
-            fix="Search for the model on the Models screen, or copy its name from its page on the hub.",
+            fix="Search for the model on the Model screen, or copy its name from its page on the hub.",
             exit_code=2,
         ) from None
     return model_id

@@ -121,7 +121,7 @@ def not_here(model_id: str) -> Problem:
     get = (
         "Check the path."
         if looks_like_path
-        else f"Download it on the Models screen, or with: qlora-tui download {model_id}"
+        else f"Download it on the Model screen, or with: qlora-tui download {model_id}"
     )
     return Problem(
         "The model is not on this machine",

@@ -82,7 +82,10 @@ def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
 def _told(report: Report) -> str:
     lines = [f"{file.path}: {file.format}, because {'; '.join(file.evidence)}" for file in report.files]
     counts = report.counts
-    lines.append(f"{counts.rows:,} rows, {counts.conversations:,} conversations")
+    # Blank lines are no rows, so that the last of 38 may stand on line 51.
+    by_line = sum(file.last_row for file in report.files) > counts.rows
+    called = "; a row is called by the line it begins on" if by_line else ""
+    lines.append(f"{counts.rows:,} rows, {counts.conversations:,} conversations{called}")
     if report.lengths and report.lengths.count:
         length = report.lengths
         lines.append(

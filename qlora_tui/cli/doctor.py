@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from qlora_tui import paths
+from qlora_tui import children, paths
+from qlora_tui.catalog.local import hub_cache_dir
 from qlora_tui.cli.verb import Outcome, Verb
 from qlora_tui.errors import FAILED
 from qlora_tui.format import size
@@ -56,25 +56,19 @@ def _python() -> Check:
 
 
 def _disks() -> list[Check]:
-    checks = []
-    for name, folder in (("disk for runs", paths.state_dir()), ("disk for models", _hub_cache())):
-        free = shutil.disk_usage(folder).free
-        enough = free >= _DISK_BYTES
-        checks.append(
-            Check(
-                name,
-                "ok" if enough else "fails",
-                f"{size(free)} free in {folder}",
-                "" if enough else "Free some space, or point XDG_STATE_HOME or HF_HOME at another disk.",
-            )
-        )
-    return checks
+    return [
+        _disk("disk for runs", paths.state_dir(), "XDG_STATE_HOME"),
+        _disk("disk for downloaded models", hub_cache_dir(), "HF_HOME"),
+        _disk("disk for converted models and data", paths.cache_dir(), "XDG_CACHE_HOME"),
+    ]
 
 
-def _hub_cache() -> Path:
-    """The hub's cache, or its nearest parent that is there."""
-    folder = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    return next(p for p in (folder, *folder.parents) if p.exists())
+def _disk(name: str, folder: Path, variable: str) -> Check:
+    """What is free for a folder that may not be there yet."""
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    enough = free >= _DISK_BYTES
+    fix = "" if enough else f"Free some space, or point {variable} at another disk."
+    return Check(name, "ok" if enough else "fails", f"{size(free)} free in {folder}", fix)
 
 
 def _card() -> Check:
@@ -88,7 +82,11 @@ def _card() -> Check:
 def _libraries() -> list[Check]:
     """Import, quantize, train and save a few weights, in a process of their own."""
     done = subprocess.run(
-        [sys.executable, "-m", "qlora_tui.training.selftest"], capture_output=True, text=True, check=False
+        children.command("qlora_tui.training.selftest"),
+        env=children.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     try:
         return [Check(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]

@@ -1,7 +1,7 @@
 """Fetching the demo's model, in a process of its own: ``python -m qlora_tui.demo.fetch``.
 
 It prints one JSON object a line, as ``qlora_tui.catalog.download`` does: ``saying`` (``text``) for each step,
-then ``done`` (``path``) or ``problem`` (``title``, ``what``, ``why``, ``fix``). The Models screen reads them.
+then ``done`` (``path``) or ``problem`` (``title``, ``what``, ``why``, ``fix``). The Model screen reads them.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from qlora_tui.errors import Problem
 from qlora_tui.format import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, themes
-from qlora_tui.tui.commands import EVERYWHERE
+from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION
 from qlora_tui.tui.console_font import stand_ins
 from qlora_tui.tui.painted import Difference, Painted
 from qlora_tui.tui.palette import CommandProvider
@@ -223,7 +223,8 @@ class QloraApp(App[None]):
 
         here = self.screen
         if isinstance(here, WorkScreen):
-            self.push_screen(HelpScreen(here.MODE, here.HELP_TEXT, here.ACTIONS))
+            label = next(command.label for command in NAVIGATION if command.id == f"go.{here.MODE}")
+            self.push_screen(HelpScreen(label, here.HELP_TEXT, here.ACTIONS))
 
     def action_presets(self) -> None:
         """Browse, open and save presets."""

@@ -108,6 +108,27 @@ def test_a_data_file_that_cannot_be_used(
         assert word in said.err + said.out
 
 
+def test_rows_called_by_their_lines_are_said_to_be(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "owls.txt"
+    path.write_text("An owl.\n\n\n\nAnother, which is much longer.\n")
+    said = call("data", "inspect", str(path)).out
+    assert "2 rows, 2 conversations; a row is called by the line it begins on" in said
+    assert "(row 5)" in said
+    path.write_text("An owl.\n")
+    assert "called by" not in call("data", "inspect", str(path)).out
+
+
+def test_data_that_a_run_would_refuse_is_refused_by_an_estimate_too(
+    call: Call, qwen: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    for path in (empty, tmp_path / "gone.jsonl"):
+        said = call("estimate", "--model", str(qwen), "--data", str(path))
+        assert said.code in (1, 2) and said.out == ""
+        assert path.name in said.err
+
+
 def test_a_data_file_that_is_not_there(call: Call) -> None:
     said = call("data", "inspect", "gone.jsonl")
     assert said.code in (1, 2)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
+from qlora_tui.cli import doctor
 from qlora_tui.cli.main import VERBS
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import queue
@@ -63,6 +64,18 @@ def test_locate_names_directories_that_are_private(call: Call) -> None:
     places = call("locate", "--json").json
     assert Path(places["runs"]) == paths.runs_dir()
     assert all(Path(place).is_dir() for place in places.values())
+
+
+def test_the_doctor_looks_at_the_disks_where_things_will_lie(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "_libraries", list)  # another test's, and slow
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    found = {check["name"]: check["found"] for check in call("doctor", "--json").json["checks"]}
+    assert str(paths.state_dir()) in found["disk for runs"]
+    assert str(tmp_path / "elsewhere/huggingface/hub") in found["disk for downloaded models"]
+    assert str(tmp_path / "elsewhere/qlora-tui") in found["disk for converted models and data"]
 
 
 def test_presets_are_listed_and_shown(call: Call) -> None:

@@ -108,6 +108,20 @@ async def test_a_row_shows_what_is_learnt_and_keys_go_from_row_to_row(model: str
         await shows(pilot, "row 17 of 40", "Where is parcel 17?")
 
 
+async def test_the_help_shows_keys_as_they_are_on_the_keyboard(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "row 1 of 40")
+        await pilot.press("question_mark")
+        assert "colon" not in await shows(pilot, "Help: Data", "Go to a row by its number.")
+
+
+async def test_rows_called_by_their_lines_are_not_beyond_the_last(model: str, here: Path) -> None:
+    write_rows(here / "spaced.jsonl", [ticket(1), "", "", ticket(2)])
+    async with opened(model, "spaced.jsonl").run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "row 1 of 4", "2 rows")
+
+
 async def test_the_problem_key_goes_round_and_enter_on_a_problem_to_its_rows(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened(model, "tickets.jsonl", max_length=1024).run_test(size=(120, 40)) as pilot:

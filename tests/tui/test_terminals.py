@@ -25,7 +25,7 @@ VISITED = [
     ("5", "Not ready"),
     ("x", "Watch another run"),
     ("\r", "talks to it"),
-    ("?", "Help: train"),
+    ("?", "Help: Train"),
     ("q", "talks to it"),
     ("\t", "── step"),
 ]

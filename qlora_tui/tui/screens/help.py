@@ -13,15 +13,6 @@ from textual.widgets import Static
 
 from qlora_tui.tui.commands import EVERYWHERE, Command
 
-_KEY_NAMES = {
-    "question_mark": "?",
-    "escape": "esc",
-    "slash": "/",
-    "plus": "+",
-    "minus": "-",
-    "equals_sign": "=",
-}
-
 
 class HelpScreen(ModalScreen[None]):
     """One page: made from the same declarations as the footer and the palette."""
@@ -42,22 +33,21 @@ class HelpScreen(ModalScreen[None]):
             if self._text:
                 yield Static(self._text, markup=False)
             if self._commands:
-                yield Static(_table("On this screen", self._commands))
-            yield Static(_table("Everywhere", EVERYWHERE))
+                yield Static(self._table("On this screen", self._commands))
+            yield Static(self._table("Everywhere", EVERYWHERE))
 
     def on_mount(self) -> None:
         self.query_one(VerticalScroll).focus()
 
+    def _table(self, title: str, commands: tuple[Command, ...]) -> Content:
+        lines = [Content.styled(title, "bold")]
+        keys = [" ".join(map(self._shown, command.key.split(","))) for command in commands]
+        width = max(map(len, keys))
+        for key, command in zip(keys, commands, strict=True):
+            verb = f"  (qlora-tui {command.verb})" if command.verb else ""
+            lines.append(Content(f" {key:<{width}}  {command.help}{verb}"))
+        return Content("\n").join(lines)
 
-def _table(title: str, commands: tuple[Command, ...]) -> Content:
-    lines = [Content.styled(title, "bold")]
-    keys = [" ".join(map(_key_name, command.key.split(","))) for command in commands]
-    width = max(map(len, keys))
-    for key, command in zip(keys, commands, strict=True):
-        verb = f"  (qlora-tui {command.verb})" if command.verb else ""
-        lines.append(Content(f" {key:<{width}}  {command.help}{verb}"))
-    return Content("\n").join(lines)
-
-
-def _key_name(key: str) -> str:
-    return _KEY_NAMES.get(key, key.replace("ctrl+", "^"))
+    def _shown(self, key: str) -> str:
+        """As the footer has it."""
+        return self.app.get_key_display(Binding(key, ""))

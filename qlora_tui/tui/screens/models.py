@@ -1,4 +1,4 @@
-"""Models: those on this machine, those on the hub, and what each would cost here."""
+"""Model: those on this machine, those on the hub, and what each would cost here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Models screen asks: the hub about one model, and the user's path whether it is one."""
+"""What the Model screen asks: the hub about one model, and the user's path whether it is one."""
 
 from __future__ import annotations
 
