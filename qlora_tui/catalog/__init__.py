@@ -5,6 +5,7 @@
 * ``families/``: what each model family is built of, as tables; ``template`` and ``config_fields`` read them.
 * ``local``, ``model_folder``, ``gguf``: the models on this machine; why one is refused; finding one by name.
 * ``lookup``: an architecture by the model's name, weights or not.
+* ``context``: samples longer than the model has seen any.
 * ``hub``, ``hub_files``, ``download``, ``hub_errors``: search the hub, plan a download, fetch it; what goes
   wrong.
 

@@ -16,8 +16,8 @@ from qlora_tui.errors import FAILED, WRONG_CALL, Problem
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.conflicts import ready_to_run
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.detached import ensure_runner
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.endings import settle
 from qlora_tui.runs.events import Failed, Started, Terminal
 from qlora_tui.runs.log import EventTail
