@@ -83,7 +83,7 @@ def _grouped(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
 
 
 def _gate(ops: Ops, both: Tensor, made_of: Mixture) -> Tensor:
-    gate, up = ops.split(both, 2)
+    gate, up = ops.split(both, both.numel // 2, both.numel // 2)
     return ops.multiply(ops.activation(gate, made_of.activation), up)
 
 
@@ -123,9 +123,10 @@ def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         toward = ops.new(numel, width)
         spread = ops.new(numel, width)
-        del spread
         if width != back:
+            # The engine casts one gradient before it sums the other over the row (validate_outputs).
             toward = ops.new(numel, back)
+        del spread
         return (toward, ops.new(rows, width))
 
     node = ops.tape.node((x, weights), fn, (x, weights))

@@ -28,6 +28,7 @@ CASES = [
     Case("Mixtral", length=512),
     Case("Qwen 1.5 MoE", checkpointing=False, loss="stock", wide=False),
     Case("DeepSeek-V2", length=512),
+    Case("DeepSeek-V2", rows=3, length=512, checkpointing=False),
     Case("Falcon", rows=2, length=256),
     Case("Gemma 2", rows=2, length=512),
     Case("Gemma 3", checkpointing=False, loss="stock"),
@@ -40,6 +41,7 @@ CASES = [
     Case("Cohere", length=256, checkpointing=False),
     Case("OLMo-2", length=512, checkpointing=False, loss="stock"),
     Case("gpt-oss", length=512, checkpointing=False, loss="stock"),
+    Case("gpt-oss", rows=3, length=512, checkpointing=False),
 ]
 
 
