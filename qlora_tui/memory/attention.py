@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_tui.memory.ops import FLOAT, Ops
-from qlora_tui.memory.tape import Grads, Tensor
+from qlora_tui.memory.tape import Grads, Meter, Storage, Tape, Tensor
 
 Kernel = Literal["flash", "efficient", "math", "eager"]
 """flash: FlashAttention (its own or SDPA's). efficient: SDPA's memory-efficient kernel. math: SDPA without
@@ -190,23 +191,57 @@ def _broadcast(ops: Ops, x: Tensor, shape: Heads) -> Tensor:
 
 def _by_hand(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:
     """What no fused kernel does, sample by sample: capped scores, sinks (``training/attention.py``)."""
-    one = replace(shape, rows=1, pieces=1)
-    parts = [_one_by_hand(ops, q, k, v, one, shape.pieces) for _ in range(shape.pieces)]
-    numel = q.numel // shape.head_dim * shape.value_dim
-    node = ops.tape.node(
-        tuple(parts), lambda grad, saved: tuple(grad.view(None) for _ in range(shape.pieces))
+    one, others = replace(shape, rows=1, pieces=1), shape.pieces - 1
+    if not others:
+        return _one_by_hand(ops, one, q, k, v)
+    halves = [ops.split(x, x.numel // shape.pieces * others, x.numel // shape.pieces) for x in (q, k, v)]
+    parts = (
+        _others_by_hand(ops, one, others, *(first for first, _ in halves)),
+        _one_by_hand(ops, one, *(last for _, last in halves)),
     )
-    if shape.pieces == 1:
-        return parts[0]
-    out = ops.new(numel, q.width)
+    del halves
+    # cat's backward hands out views of the gradient.
+    node = ops.tape.node(parts, lambda grad, saved: (grad.view(None), grad.view(None)))
+    out = ops.new(parts[0].numel + parts[1].numel, q.width)
     out.node = node
     return out
 
 
-def _one_by_hand(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, pieces: int) -> Tensor:
-    """One sample of ``pieces`` equal ones."""
+def _others_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """All samples but the last, as what the graph keeps of them and their output.
+
+    They are alike and done one by one, so most is there while the last one is made, and while its backward
+    runs, which is the first.
+    """
+    width, sizes = q.width, (q.numel, k.numel, v.numel)
+    kept = _kept_by_hand(ops, one, samples, q, k, v)
+    held: list[Tensor | None] = [None] * len(kept)
+    if ops.tape.mode[0] != "first":  # a layer that will be recomputed keeps nothing
+        held = [ops.new(size * samples, 1, item) for item, size in kept.items()]
+    shared = (q,) if one.heads != one.kv_heads else (q, k, v)  # repeated heads are copies
+    node = ops.tape.node(
+        (q, k, v), lambda grad, saved: tuple(ops.new(size, width) for size in sizes), (*shared, *held)
+    )
+    out = ops.new(q.numel // one.head_dim * one.value_dim, width)
+    out.node = node
+    return out
+
+
+def _kept_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+    """What the graph keeps of one sample of so many, beyond its queries, keys and values, by item."""
+    apart = copy(ops)
+    apart.meter = Meter()
+    apart.tape = Tape(apart.meter)
+    leaf, nothing = apart.tape.leaf(), Storage(apart.meter, 0)
+    given = [Tensor(nothing, x.numel // samples, x.width, leaf) for x in (q, k, v)]
+    out = _one_by_hand(apart, one, *given)
+    out.storage.rebook("output")
+    return {item: size for item, size in apart.meter.live_items.items() if size and item != "output"}
+
+
+def _one_by_hand(ops: Ops, shape: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One sample alone."""
     width, scores = q.width, shape.scores
-    q, k, v = (_piece(ops, tensor, pieces) for tensor in (q, k, v))
     k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
     with ops.meter.booking("scores"):
         allowed = ops.new(shape.length * shape.length, 1)
@@ -228,16 +263,6 @@ def _one_by_hand(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, pieces
     out = _product(ops, weights, v, q.numel // shape.head_dim * shape.value_dim)
     del weights, k, v, allowed, mask
     return out
-
-
-def _piece(ops: Ops, x: Tensor, pieces: int) -> Tensor:
-    """One part of ``split``: a view; the parts' gradients meet in one tensor."""
-    if pieces == 1:
-        return x
-    whole, width = x.numel, x.width
-    return Tensor(
-        x.storage, whole // pieces, width, ops.tape.node((x,), lambda grad, saved: (ops.new(whole, width),))
-    )
 
 
 def _product(ops: Ops, a: Tensor, b: Tensor, numel: int) -> Tensor:

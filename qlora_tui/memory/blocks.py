@@ -130,7 +130,8 @@ def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Ten
     if whole:
         together = linear(ops, hidden_states, whole)
         if whole.name != "qkv_proj" and shape.heads == shape.kv_heads:
-            query, key, value = ops.split(together, 3)
+            third = together.numel // 3
+            query, key, value = ops.split(together, third, third, third)
             return query, key, value
         kv = shape.rows * shape.length * shape.kv_heads * shape.head_dim
         query = ops.slice(together, together.numel - 2 * kv)
@@ -167,7 +168,7 @@ def _mlp(ops: Ops, block: Block, x: Tensor, part: str) -> Tensor:
         whole = block.find(part, "gate_up_proj")
         if whole:
             both = linear(ops, x, whole)
-            gate, up = ops.split(both, 2)
+            gate, up = ops.split(both, both.numel // 2, both.numel // 2)
             del both
             product = ops.multiply(up, ops.activation(gate, block.activation))
             del gate, up

@@ -110,20 +110,20 @@ class Ops:
 
         return Tensor(x.storage, numel, x.width, self.tape.node((x,), fn))
 
-    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """``chunk`` or ``split`` into equal views; their gradients are joined once all are there."""
+    def split(self, x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+        """``chunk`` or ``split``: views of these sizes; their gradients are joined once all are there."""
         full, width = x.numel, x.width
         waiting: list[Tensor] = []
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
             waiting.append(grad)
-            if len(waiting) < parts:
+            if len(waiting) < len(sizes):
                 return (None,)
             made = self.new(full, width)
             waiting.clear()
             return (made,)
 
-        return tuple(Tensor(x.storage, full // parts, width, self.tape.node((x,), fn)) for _ in range(parts))
+        return tuple(Tensor(x.storage, size, width, self.tape.node((x,), fn)) for size in sizes)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """Elementwise sum; the dtype is the wider one's."""

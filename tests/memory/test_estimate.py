@@ -173,6 +173,15 @@ def test_one_estimate_takes_less_than_twenty_milliseconds() -> None:
     assert min(times) < 0.020
 
 
+@pytest.mark.parametrize("name", ["google/gemma-2-2b", "openai/gpt-oss-20b"])
+def test_samples_that_are_attended_one_by_one_take_no_longer_for_being_many(name: str) -> None:
+    model = read_architecture(config(name))
+    recipe = Recipe(training=Training(micro_batch=4096, gradient_checkpointing=False))
+    started = time.process_time()
+    estimate(recipe, model)
+    assert time.process_time() - started < 0.5  # walked one by one they take some seconds
+
+
 def test_it_needs_no_machine_learning_library() -> None:
     code = "import sys, qlora_tui.memory; print(*{'torch', 'numpy', 'transformers'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
