@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_tui.memory import CodePath
-from qlora_tui.memory.codepath import Optimizer
+from qlora_tui.memory.codepath import Loss, Optimizer
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 
 Row = dict[str, str]
@@ -17,96 +17,163 @@ class Unplaced(Exception):
     """A row whose code path or model cannot be told."""
 
 
+_NOT_WALKED = {
+    "unsloth": "Unsloth's own layers are not walked",
+    "torch.compile": "a compiled step keeps and makes other tensors",
+    "torch_compile": "a compiled step keeps and makes other tensors",
+    "fsdp": "a model spread over several cards is not walked",
+    "deepspeed": "a model spread over several cards is not walked",
+    "zero-": "a model spread over several cards is not walked",
+    "offload": "what is moved to the host is not known",
+}
+_NO_FLASH = ("T4", "V100", "P100", "RTX 20", "GTX", "TITAN")
+"""Cards before Ampere, where SDPA has no flash kernel."""
+
+
 def read_path(row: Row) -> tuple[Recipe, CodePath]:
     """The recipe and code path of a row, from its columns and the words in ``extra``.
 
-    * ``prepare_model_for_kbit_training``: norms, embedding and head in float32 (``cast_to_float32``), unless
-      ``peft_module_casting_to_bf16`` follows: then norms only.
+    * ``prepare_model_for_kbit_training`` or ``fp32 upcast``: norms, embedding and head in float32
+      (``cast_to_float32``), unless ``peft_module_casting_to_bf16`` follows: then norms only. ``no upcast``
+      and ``without fp32 upcast`` say that nothing is cast.
     * ``Trainer`` or ``TRL`` benchmarks (fms-acceleration, transformers 4.4x): reentrant checkpointing,
       shifted logits, experts as separate modules; autocast where a 4-bit model ran with ``bf16=True``.
-    * ``FOAK`` or ``fused``: fused RMSNorm, rotary, cross-entropy and (on 4-bit weights) LoRA kernels.
+    * ``FOAK`` or ``fused`` kernels: fused RMSNorm, rotary, cross-entropy and (on 4-bit weights) LoRA kernels.
     * fitcheck's own measurements call ``out = model(…); out.loss.backward()``: the logits stay referred to.
-    * ``liger``: fused linear cross-entropy. ``unsloth`` changes too much to be placed.
+    * ``liger``: fused linear cross-entropy. ``chunked loss``: ours.
+    * ``reentrant`` and ``non-reentrant``, ``accumulation N``, ``lora_dropout=P``, ``dora``, ``lora bf16``,
+      ``expandable_segments`` and the compute dtype are taken at their word.
+
+    Raises Unplaced for what is not walked (Unsloth, compiled steps, several cards, GPTQ and its like, other
+    optimizers than Adam's) and for columns that are no numbers.
     """
     extra = row["extra"].lower()
-    if "unsloth" in extra:
-        raise Unplaced("Unsloth's own layers are not walked")
+    for word, reason in _NOT_WALKED.items():
+        if word in extra:
+            raise Unplaced(reason)
     method = _method(row["quant"])
     quantized = method != "none"
     trl_cast = "peft_module_casting" in extra
     fms = "fms-acceleration" in row.get("source_url", "") or "hf trainer" in extra or trl_cast
-    fused = "foak" in extra or "fused" in extra
-    loss: Literal["stock", "shifted", "liger", "fused"] = "shifted" if fms else "stock"
-    if "liger" in extra:
-        loss = "liger"
-    elif fused:
-        loss = "fused"
-    dropout = re.search(r"lora_dropout=([\d.]+)", extra)
+    fused = "foak" in extra or re.search(r"fused [\w/()+]*(rmsnorm|lora|rope|ce|kernel)", extra) is not None
+    dropout = re.search(r"dropout\s*=?\s*([\d.]+)", extra)
+    width = 4 if re.search(r"(fp32|float32)", _compute_dtype(row)) else 2
+    half = "lora in bf16", "lora bf16", "lora fp16", "lora in fp16", "autocast_adapter_dtype=false"
     path = CodePath(
-        compute_bytes=4 if "fp32 compute" in extra or "compute fp32" in extra else 2,
-        float16="fp16 compute" in extra or "compute fp16" in extra,
-        cast_to_float32="prepare_model_for_kbit_training" in extra and not trl_cast,
+        compute_bytes=width,
+        float16="fp16" in _compute_dtype(row) or "float16" in _compute_dtype(row).replace("bfloat16", ""),
+        cast_to_float32=_is_cast(extra) and not trl_cast,
         norms_float32=trl_cast,
+        adapter_bytes=2 if any(word in extra for word in half) else 4,
         autocast=fms and quantized,
-        loss=loss,
+        loss=_loss(extra, fms=fms, fused=fused),
         logits_held="fitcheck" in row.get("source_url", ""),
-        checkpointing=row["grad_ckpt"].lower() == "true",
-        reentrant=fms,
-        attention=_attention(row["attention"]),
+        checkpointing=row["grad_ckpt"].strip().lower() in ("true", "yes", "1"),
+        reentrant=fms if "reentrant" not in extra else "non-reentrant" not in extra,
+        attention=_attention(row, width),
         optimizer=_optimizer(row["optimizer"]),
+        accumulates=_accumulation(extra) > 1,
         fused_kernels=fused,
         separate_experts=fms,
-        expandable_segments=False,
+        expandable_segments="expandable_segments" in extra,
         name=row["extra"].split(";")[0],
     )
+    nested = row["double_quant"].lower() == "true" or re.search(r"\bdq\b|double", row["quant"].lower())
     recipe = Recipe(
-        quantization=Quantization(method=method, double_quantization=row["double_quant"].lower() == "true"),
+        quantization=Quantization(method=method, double_quantization=bool(nested)),
         lora=Lora(
-            rank=int(row["lora_r"]),
+            rank=_number(row, "lora_r"),
             target_modules=tuple(row["targets"].replace(",", " ").split()),
-            dropout=float(dropout[1]) if dropout else 0.0,
+            dropout=float(dropout[1].rstrip(".")) if dropout else 0.0,
+            use_dora="dora" in extra,
         ),
-        data=Data(max_length=int(row["seq_len"]), packing=False),
-        training=Training(micro_batch=int(row["batch"]), gradient_accumulation=1),
+        data=Data(max_length=_number(row, "seq_len"), packing=False),
+        training=Training(micro_batch=_number(row, "batch"), gradient_accumulation=_accumulation(extra)),
     )
     return recipe, path
 
 
+def _number(row: Row, column: str) -> int:
+    text = row[column].replace(",", "").strip()
+    if not text.isdigit() or not int(text):
+        raise Unplaced(f"{column} is {row[column]!r}, no number")
+    return int(text)
+
+
+def _compute_dtype(row: Row) -> str:
+    """What ``extra`` says of it (``compute bf16``, ``fp16 compute``), else what ``quant`` does."""
+    kind = r"(bf16|bfloat16|fp16|float16|fp32|float32)"
+    patterns = rf"compute[_ ]?(?:dtype)?\s*[=:]?\s*(?:torch\.)?{kind}", rf"{kind}[- ]compute"
+    for pattern in patterns:
+        found = re.search(pattern, row["extra"].lower())
+        if found:
+            return found[1]
+    found = re.search(kind, row["quant"].lower())
+    return found[1] if found else ""
+
+
+def _is_cast(extra: str) -> bool:
+    if re.search(r"(no|without)( fp32)? upcast", extra):
+        return False
+    return "prepare_model_for_kbit_training" in extra or "fp32 upcast" in extra
+
+
+def _accumulation(extra: str) -> int:
+    found = re.search(r"accum\w*\s*[=:]?\s*(\d+)", extra)
+    return int(found[1]) if found else 1
+
+
+def _loss(extra: str, *, fms: bool, fused: bool) -> Loss:
+    if "liger" in extra:
+        return "liger"
+    if fused:
+        return "fused"
+    if re.search(r"chunked (loss|ce|cross)", extra):
+        return "chunked"
+    return "shifted" if fms else "stock"
+
+
 def _method(text: str) -> Literal["nf4", "fp4", "int8", "none"]:
     word = text.lower()
-    if word.startswith(("none", "fp16", "bf16", "16")) or not word:
-        return "none"
+    other = re.search(r"gptq|awq|hqq|aqlm|gguf|marlin|mxfp4|fp8", word)
+    if other:
+        raise Unplaced(f"{other[0]}'s packed weights and kernels are not walked")
     if "fp4" in word:
         return "fp4"
     if "nf4" in word or "4bit" in word or "4-bit" in word:
         return "nf4"
     if "int8" in word or "8bit" in word or "8-bit" in word:
         return "int8"
+    if not word or word.startswith(("none", "fp16", "bf16", "fp32", "float", "bfloat", "16", "no")):
+        return "none"
     raise Unplaced(f"quantization {text!r} is not known")
 
 
-def _attention(text: str) -> Literal["flash", "efficient", "math", "eager"]:
-    word = text.lower()
+def _attention(row: Row, width: int) -> Literal["flash", "efficient", "math", "eager"]:
+    word = row["attention"].lower()
+    if "flex" in word or "xformers" in word:
+        raise Unplaced(f"attention {row['attention']!r} is not known")
     if "eager" in word:
         return "eager"
     if "mem" in word:
         return "efficient"
     if "math" in word:
         return "math"
-    return "flash"
+    older = any(name in row["gpu"] for name in _NO_FLASH)
+    return "efficient" if "flash" not in word and (older or width == 4) else "flash"
 
 
 def _optimizer(text: str) -> Optimizer:
+    """Adam's of torch or bitsandbytes; the bare ``adamw_torch`` of a Trainer takes many tensors at once."""
     word = text.lower()
+    other = re.search(r"galore|apollo|anyprecision|schedule_free|ademamix|adamax|mini|torchao|4bit", word)
+    if other or "adam" not in word:
+        raise Unplaced(f"optimizer {text!r} is not known")
     if "paged" in word:
-        return "paged_adamw_8bit" if "8" in word else "paged_adamw_32bit"
-    if "8bit" in word or "8-bit" in word:
+        return "paged_adamw_8bit" if re.search(r"8[-_ ]?bit", word) else "paged_adamw_32bit"
+    if re.search(r"8[-_ ]?bit", word):
         return "adamw_8bit"
-    if "fused" in word:
-        return "adamw_fused"
-    if "adam" in word:
-        return "adamw"
-    raise Unplaced(f"optimizer {text!r} is not known")
+    return "adamw_fused" if "fused" in word else "adamw"
 
 
 def find_config(model_id: str, configs: Path) -> Path:

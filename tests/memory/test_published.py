@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench import estimator
+from bench.published_rows import Unplaced, read_path
 from tests.catalog.configs import CONFIGS
 
 TABLE = Path(__file__).parent / "measured.csv"
@@ -46,3 +47,67 @@ def test_a_row_that_cannot_be_placed_is_listed_with_its_reason(tmp_path: Path) -
     result = estimator.run(table, CONFIGS, NO_FITCHECK)
     assert result["rows"] == []
     assert result["unplaced"][0]["why"] == "no config for no/such-model"
+
+
+def _row(**changes: str) -> dict[str, str]:
+    """The first row of the table, on another code path."""
+    with TABLE.open(newline="") as file:
+        return next(csv.DictReader(file)) | changes
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "field", "value"),
+    [
+        ("optimizer", "adamw_bnb_8bit", "optimizer", "adamw_8bit"),
+        ("optimizer", "paged_adamw_32bit", "optimizer", "paged_adamw_32bit"),
+        ("optimizer", "paged_adamw_8bit", "optimizer", "paged_adamw_8bit"),
+        ("optimizer", "adamw_torch_fused", "optimizer", "adamw_fused"),
+        ("attention", "sdpa", "attention", "efficient"),  # the row's card has no flash kernel
+        ("attention", "flash_attention_2", "attention", "flash"),
+        ("attention", "sdpa(math)", "attention", "math"),
+        ("grad_ckpt", "false", "checkpointing", False),
+        ("extra", "reentrant ckpt", "reentrant", True),
+        ("extra", "non-reentrant ckpt", "reentrant", False),
+        ("extra", "bf16 compute; chunked loss", "loss", "chunked"),
+        ("extra", "HF default loss (no chunking)", "loss", "stock"),
+        ("extra", "Liger fused linear cross-entropy", "loss", "liger"),
+        ("extra", "QLoRA without fp32 upcast", "cast_to_float32", False),
+        ("extra", "norms, embedding and head with fp32 upcast", "cast_to_float32", True),
+        ("extra", "bnb_4bit_compute_dtype=torch.float32", "compute_bytes", 4),
+        ("extra", "compute bfloat16", "float16", False),
+        ("extra", "compute fp16", "float16", True),
+        ("extra", "LoRA bf16", "adapter_bytes", 2),
+        ("extra", "gradient_accumulation_steps=8", "accumulates", True),
+        ("extra", "expandable_segments:True", "expandable_segments", True),
+    ],
+)
+def test_a_row_is_read_by_its_words(column: str, text: str, field: str, value: object) -> None:
+    _, path = read_path(_row(**{column: text}))
+    assert getattr(path, field) == value
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "why"),
+    [
+        ("quant", "gptq-4bit", "gptq"),
+        ("optimizer", "lion_8bit", "lion_8bit"),
+        ("optimizer", "galore_adamw", "galore_adamw"),
+        ("optimizer", "sgd", "sgd"),
+        ("attention", "flex_attention", "flex"),
+        ("extra", "torch.compile; bf16", "compiled"),
+        ("extra", "DeepSpeed ZeRO-3", "several cards"),
+        ("extra", "Unsloth 2025.1", "Unsloth"),
+        ("lora_r", "", "lora_r"),
+        ("seq_len", "up to 512", "seq_len"),
+    ],
+)
+def test_a_path_that_is_not_walked_says_why(column: str, text: str, why: str) -> None:
+    with pytest.raises(Unplaced, match=why):
+        read_path(_row(**{column: text}))
+
+
+def test_the_words_of_a_row_decide_the_recipe_too() -> None:
+    recipe, _ = read_path(_row(extra="lora_dropout=0.05; DoRA; gradient accumulation 4", quant="nf4+dq"))
+    assert (recipe.lora.dropout, recipe.lora.use_dora) == (0.05, True)
+    assert recipe.quantization.double_quantization
+    assert recipe.training.gradient_accumulation == 4
