@@ -35,8 +35,10 @@ _SETTLED_S = 1.5
 
 def measure(command: list[str], marker: str, home: str) -> tuple[float, int]:
     """Seconds to the first frame, and resident bytes once it has settled."""
-    homes = {f"XDG_{kind}_HOME": f"{home}/{kind.lower()}" for kind in ("CONFIG", "STATE", "CACHE")}
-    with Terminal(command, env=homes) as terminal:
+    env = {f"XDG_{kind}_HOME": f"{home}/{kind.lower()}" for kind in ("CONFIG", "STATE", "CACHE")}
+    # Byte code is kept, as where it is installed, whatever this shell says: else only ours would be compiled.
+    env |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{home}/bytecode"}
+    with Terminal(command, env=env) as terminal:
         first_frame = terminal.wait_for(marker)
         terminal.watch(_SETTLED_S)
         return first_frame, terminal.memory_bytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from typing import Any
 
@@ -12,7 +11,6 @@ from qlora_tui.catalog.lookup import architecture_of, config_of
 from qlora_tui.cli.arguments import positive
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from, table
 from qlora_tui.data.sources import is_of_the_hub, open_source
-from qlora_tui.engine.tracing import trace_step
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import GIB, gib, size
 from qlora_tui.memory import PRECISIONS, as_json, compare, judge
@@ -97,6 +95,11 @@ def _traced(recipe: Recipe, architecture: Architecture, room: Room, *, asked: bo
         return None
     why = f": {architecture.model_type} layers have no formula of their own" if without_formula else ""
     print(f"tracing a step{why}", file=sys.stderr)
+    # With the loop they take half as long to load as the whole estimate takes.
+    import asyncio
+
+    from qlora_tui.engine.tracing import trace_step
+
     try:
         return asyncio.run(trace_step(config_of(recipe.model.id), recipe, room.device))
     except Problem as problem:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,23 @@ def test_everything_but_the_app_works_without_textual(module: str) -> None:
 )
 def test_no_screen_loads_an_ml_library(screen: str) -> None:
     assert not loaded_by(f"import qlora_tui.tui.screens.{screen}") & set(HEAVY)
+
+
+def test_an_estimate_loads_no_ml_library_and_no_event_loop(tmp_path: Path) -> None:
+    published = Path(__file__).parents[1] / "configs" / "Qwen__Qwen2.5-0.5B.json"
+    shutil.copy(published, tmp_path / "config.json")
+    # Its words name libraries too, so they go elsewhere.
+    code = (
+        "import contextlib\nfrom qlora_tui.cli import main\nwith contextlib.redirect_stdout(sys.stderr):\n"
+        f"    code = main(['estimate', '--model', {str(tmp_path)!r}])\nassert code == 0, code"
+    )
+    assert not loaded_by(code) & {*HEAVY, "textual", "asyncio"}
+
+
+def test_a_run_is_queued_without_the_estimate() -> None:
+    script = "import sys, qlora_tui.runs.actions; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "qlora_tui.memory" not in done.stdout.split()
 
 
 @pytest.mark.parametrize("words", [["runs"], ["locate"], ["presets"], ["models"]])
