@@ -78,6 +78,8 @@ class Case:
     """All linear modules, or queries and values only."""
     dropout: float = 0.0
     method: str = "nf4"
+    token_rows: int = 0
+    """Tokens whose rows of embedding and head are trained."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,11 @@ def recipe_of(case: Case) -> Recipe:
     return Recipe(
         model=Model(),
         quantization=Quantization(method="nf4" if case.method == "nf4" else "none"),
-        lora=Lora(target_modules=targets, dropout=case.dropout),
+        lora=Lora(
+            target_modules=targets,
+            dropout=case.dropout,
+            token_rows=tuple(f"token {n}" for n in range(case.token_rows)),
+        ),
         data=Data(max_length=case.length),
         training=Training(
             micro_batch=case.rows,

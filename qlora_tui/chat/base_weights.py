@@ -6,25 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.chat.updates import Update
+from qlora_tui.catalog.facts import Head
+from qlora_tui.chat.updates import RowUpdate, Updates
 from qlora_tui.errors import Problem
 
 
-def place(updates: dict[str, Update], files: list[Path], adapter: Path) -> dict[Path, dict[str, Update]]:
+def place(updates: Updates, files: list[Path], adapter: Path) -> dict[Path, Updates]:
     """File to tensor to update, for updates by module name. Raises Problem where one finds no tensor.
 
     ``adapter`` is the folder the updates are of, for the message.
     """
     shapes = {name: (file, shape) for file in files for name, shape in _shapes(file).items()}
     by_tail = {_tail(name): name for name in shapes}
-    placed: dict[Path, dict[str, Update]] = {file: {} for file in files}
+    placed: dict[Path, Updates] = {file: {} for file in files}
     for module, update in updates.items():
         name = f"{module}.weight"
         if name not in shapes:
             # A text model in a multimodal one is named with or without the outer part.
             name = by_tail.get(_tail(name), name)
+        if name not in shapes and isinstance(update, RowUpdate):
+            last = f".{module.rpartition('.')[2]}.weight"
+            name = next((known for known in shapes if f".{known}".endswith(last)), name)
         file, shape = shapes.get(name, (Path(), ()))
-        if shape != update.shape:
+        if not update.fits(shape):
             there = f"{shape} in the base and {update.shape} here" if shape else "the base has no such weight"
             raise Problem(
                 "The adapter does not fit",
@@ -34,6 +38,16 @@ def place(updates: dict[str, Update], files: list[Path], adapter: Path) -> dict[
             )
         placed[file][name] = update
     return placed
+
+
+def with_tied_head(updates: Updates, files: list[Path], head: Head) -> Updates:
+    """The updates, the embedding's rows also as those of a tied head that the files hold beside it.
+
+    transformers ties the two of a file only while they are equal.
+    """
+    rows = next((update for update in updates.values() if isinstance(update, RowUpdate)), None)
+    is_stored = any(f"{head.name}.weight" in _shapes(file) for file in files)
+    return {head.name: rows, **updates} if rows and head.tied and is_stored else updates
 
 
 def header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:

@@ -6,6 +6,8 @@ from msgspec import Struct
 
 _HARDLY = 0.01
 """Share of changed choices under which an adapter is as good as none."""
+_NAMED = 3
+"""Tokens named in the sentence."""
 
 
 class LayerChange(Struct, frozen=True, kw_only=True):
@@ -35,6 +37,8 @@ class Effect(Struct, frozen=True, kw_only=True):
     turns_ended: int
     """How many of them the adapter ends."""
     turns_ended_by_base: int
+    token_rows: tuple[str, ...] = ()
+    """Tokens for which the adapter has rows of the embedding and the head of its own."""
     layers: tuple[LayerChange, ...]
 
     @property
@@ -45,7 +49,7 @@ class Effect(Struct, frozen=True, kw_only=True):
         verb = "changes"
         if self.changed_choices < _HARDLY:
             verb, much = "hardly changes the model:", f"{self.changed_choices:.1%}"
-        moved = f"The {self._name} {verb} {much} of next-token choices on {where}"
+        moved = f"The {self._name}{self._rows} {verb} {much} of next-token choices on {where}"
         fits = self.adapter_loss < self.base_loss
         better = "better" if fits else "worse"
         loss = f"it fits them {better} (loss {self.base_loss:.2f} → {self.adapter_loss:.2f})"
@@ -54,6 +58,14 @@ class Effect(Struct, frozen=True, kw_only=True):
         ends = self.turns_ended == self.turns
         turns = "ends its turns" if ends else f"ends only {self.turns_ended} of {self.turns} turns"
         return f"{moved}; {loss} {'and' if fits == ends else 'but'} {turns}."
+
+    @property
+    def _rows(self) -> str:
+        if not self.token_rows:
+            return ""
+        others = len(self.token_rows) - _NAMED
+        more = f" and {others} more" if others > 0 else ""
+        return f", with rows of its own for {', '.join(self.token_rows[:_NAMED])}{more},"
 
     @property
     def _name(self) -> str:

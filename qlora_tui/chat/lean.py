@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qlora_tui.training.token_rows import TokenRows, row_wrappers, rows_of, with_rows
+
 
 class Speaking:
     """Whose adapter the layers add: shared by all, so that a switch costs nothing."""
@@ -41,6 +43,32 @@ class LeanForward:
             down, up = factors
             output.view(-1, output.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ down, up)
         return output
+
+
+class LeanRows:
+    """Stands in for the ``forward`` of peft's module around an embedding or a head."""
+
+    def __init__(self, base: nn.Module, speaking: Speaking) -> None:
+        self._base = base
+        self._speaking = speaking
+        self._rows: dict[str, TokenRows] = {}
+
+    def learn(self, voice: str, wrapper: Any) -> None:
+        """Take the rows of an adapter over from peft."""
+        self._rows[voice] = rows_of(wrapper, voice)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return with_rows(self._base, x, self._rows.get(self._speaking.voice))
+
+
+def lean_rows(model: nn.Module, voice: str, speaking: Speaking) -> None:
+    """Let embedding and head take the rows that the adapter ``voice`` has of them, if any."""
+    for wrapper in row_wrappers(model):
+        forward = vars(wrapper).get("forward")
+        if forward is None:
+            forward = wrapper.forward = LeanRows(wrapper.original_module, speaking)
+        if voice in wrapper.token_adapter.trainable_tokens_delta:
+            forward.learn(voice, wrapper)
 
 
 def lean(model: nn.Module, voice: str, speaking: Speaking) -> bool:

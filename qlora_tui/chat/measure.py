@@ -18,7 +18,7 @@ from qlora_tui.chat.base_weights import place
 from qlora_tui.chat.effect import Effect, LayerChange
 from qlora_tui.chat.session import ChatSession, model_folder
 from qlora_tui.chat.terms import BASE
-from qlora_tui.chat.updates import read_updates
+from qlora_tui.chat.updates import RowUpdate, Updates, read_updates
 from qlora_tui.data.dataset import prepare
 from qlora_tui.data.store import Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -71,6 +71,7 @@ def measure_effect(
             fix="Try again, and let it finish.",
         )
     tell("Comparing the weights")
+    updates = read_updates(Path(session.source.adapters[voice]))
     return Effect(
         voice=voice,
         samples=sums.samples,
@@ -82,7 +83,8 @@ def measure_effect(
         turns=sums.turns,
         turns_ended=sums.turns_ended,
         turns_ended_by_base=sums.turns_ended_by_base,
-        layers=_layer_changes(session, voice),
+        token_rows=_token_rows(session, updates),
+        layers=_layer_changes(session, voice, updates),
     )
 
 
@@ -144,15 +146,21 @@ def _spread(count: int, most: int) -> list[int]:
     return [i * count // min(count, most) for i in range(min(count, most))]
 
 
-def _layer_changes(session: ChatSession, voice: str) -> tuple[LayerChange, ...]:
+def _token_rows(session: ChatSession, updates: Updates) -> tuple[str, ...]:
+    rows = (update for update in updates.values() if isinstance(update, RowUpdate))
+    ids = dict.fromkeys(i for update in rows for i in update.ids)
+    return tuple(session.tokenizer.backend.id_to_token(i) or str(i) for i in ids)
+
+
+def _layer_changes(session: ChatSession, voice: str, updates: Updates) -> tuple[LayerChange, ...]:
     """Against the 16-bit base as it is on the disk, one weight in memory at a time."""
     base = model_folder(session.source.recipe)
     adapter = Path(session.source.adapters[voice])
     files = [base / name for name in weight_files(base)]
     squares: dict[int, tuple[float, float]] = {}
-    for file, updates in place(read_updates(adapter), files, adapter).items():
+    for file, placed in place(updates, files, adapter).items():
         with safe_open(file, framework="pt") as content:
-            for name, update in updates.items():
+            for name, update in placed.items():
                 if (found := _LAYER.search(name)) is None:
                     continue
                 layer = int(found[1])

@@ -1,4 +1,4 @@
-"""What an adapter adds to each weight: read from its folder, computed one weight at a time.
+"""What an adapter makes of each weight: read from its folder, computed one weight at a time.
 
 LoRA (arXiv:2106.09685, section 4.1): W + s·B·A with s = alpha / r,
 or alpha / √r with rsLoRA (arXiv:2312.03732).
@@ -26,6 +26,7 @@ _CONFIG = "adapter_config.json"
 _PART = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
+_ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Update:
         outputs, inputs = self.up.shape[0], self.down.shape[1]
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it is of a weight of this shape."""
+        return shape == self.shape
+
     def change(self) -> Tensor:
         """s·B·A, in fp32: (outputs, inputs)."""
         return self.up.float() @ self.down.float() * self.scale
@@ -61,8 +66,36 @@ class Update:
         return (merged.T if self.transposed else merged).to(weight.dtype).contiguous()
 
 
-def read_updates(folder: Path) -> dict[str, Update]:
-    """Module name to its update. Raises Problem where there is anything but LoRA on linear modules."""
+@dataclass(frozen=True)
+class RowUpdate:
+    """Rows of an embedding or a head that were learnt (``lora.token_rows``)."""
+
+    ids: tuple[int, ...]
+    rows: Tensor
+    """(ids, width)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the smallest matrix that has such rows."""
+        return max(self.ids) + 1, self.rows.shape[1]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it is of a matrix of this shape."""
+        return len(shape) == 2 and shape[0] >= self.shape[0] and shape[1] == self.shape[1]
+
+    def applied_to(self, weight: Tensor) -> Tensor:
+        """The matrix with these rows in place of its own, in its dtype."""
+        changed = weight.clone()
+        changed[list(self.ids)] = self.rows.to(weight.dtype)
+        return changed
+
+
+Updates = dict[str, Update | RowUpdate]
+"""By module name."""
+
+
+def read_updates(folder: Path) -> Updates:
+    """Every update of an adapter. Raises Problem where one is neither LoRA of a linear module nor rows."""
     try:
         config = json.loads((folder / _CONFIG).read_bytes())
         tensors = load_file(folder / _WEIGHTS)
@@ -73,16 +106,28 @@ def read_updates(folder: Path) -> dict[str, Update]:
             fix="Give the adapter folder of a run, or another checkpoint.",
         ) from error
     parts: dict[str, dict[str, Tensor]] = {}
+    rows: dict[str, RowUpdate] = {}
     for key, tensor in tensors.items():
+        if match := _ROWS.fullmatch(key):
+            rows[match[1]] = RowUpdate(_ids_of(match[1], config), tensor)
+            continue
         match = _PART.fullmatch(key)
         if match is None:
             raise Problem(
                 "This adapter cannot be merged",
-                what=f"It holds {key}, which is no LoRA of a linear module.",
+                what=f"It holds {key}, which is no LoRA of a linear module and no token's row.",
                 fix="Load it with peft and use merge_and_unload instead.",
             )
         parts.setdefault(match[1], {})[match[2].removesuffix(".weight")] = tensor
-    return {name: _update(name, part, config) for name, part in parts.items()}
+    return {**{name: _update(name, part, config) for name, part in parts.items()}, **rows}
+
+
+def _ids_of(module: str, config: dict[str, Any]) -> tuple[int, ...]:
+    """Whose rows: a list is the embedding's; of several modules, each is named, or the end of its name is."""
+    indices = config["trainable_token_indices"]
+    if isinstance(indices, dict):
+        indices = next(ids for name, ids in indices.items() if f".{module}".endswith(f".{name}"))
+    return tuple(indices)
 
 
 def _update(name: str, part: dict[str, Tensor], config: dict[str, Any]) -> Update:

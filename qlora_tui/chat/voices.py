@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.chat.lean import Speaking, as_peft_does, lean
+from qlora_tui.chat.lean import Speaking, as_peft_does, lean, lean_rows
 from qlora_tui.chat.terms import BASE
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.training.adapter import names_as_they_are
@@ -16,6 +16,7 @@ from qlora_tui.training.adapter import names_as_they_are
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
 
 
 class Voices:
@@ -44,6 +45,7 @@ class Voices:
             )
         self._load(voice, Path(folder))
         self._loaded.add(voice)
+        lean_rows(self._model, voice, self._speaking)
         self._lean = self._lean and lean(self._model, voice, self._speaking)
         if not self._lean:
             as_peft_does(self._model)
@@ -85,7 +87,7 @@ class Voices:
             raise _unfit(folder, _first_line(error)) from error
         self._model.eval()
         for name, parameter in self._model.named_parameters():
-            if "lora_" in name and parameter.dtype != self._model.dtype:
+            if ("lora_" in name or "trainable_tokens_" in name) and parameter.dtype != self._model.dtype:
                 parameter.data = parameter.data.to(self._model.dtype)
 
 
@@ -138,14 +140,21 @@ def _check_fits(folder: Path, model: Any) -> None:
     except (SafetensorError, OSError) as error:
         raise _unfit(folder, f"{_WEIGHTS} cannot be read: {_first_line(error)}") from error
     for key, shape in shapes.items():
-        if (match := _FACTOR.fullmatch(key)) is None:
+        if match := _FACTOR.fullmatch(key):
+            name, side = match.groups()
+        elif match := _ROWS.fullmatch(key):
+            name, side = match[1], "rows"
+        else:
             continue
-        name, side = match.groups()
-        module = modules.get(name)
+        # Rows of an adapter read before are around it.
+        module = modules.get(f"{name}.token_adapter.base_layer") or modules.get(name)
         if module is None:
             raise _unfit(folder, f"the model has no {name}.")
-        width = getattr(module, "in_features" if side == "A" else "out_features", None)
-        held = shape[1 if side == "A" else 0]
+        if side == "rows":
+            width = module.weight.shape[1]
+        else:
+            width = getattr(module, "in_features" if side == "A" else "out_features", None)
+        held = shape[0 if side == "B" else 1]
         if width is not None and width != held:
             raise _unfit(folder, f"{name} is {width} wide in the model and {held} in the adapter.")
 

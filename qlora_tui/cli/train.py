@@ -13,6 +13,8 @@ from qlora_tui.cli.arguments import whole
 from qlora_tui.cli.follow import follow
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from
 from qlora_tui.data.sources import open_source
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.untrained import token_ids
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.gpu.no_gpu import NoGpu
 from qlora_tui.gpu.nvml import cards
@@ -36,8 +38,11 @@ def run(args: argparse.Namespace) -> Outcome | int:
     recipe = recipe_from(args)
     ready_to_run(recipe)
     # What the trainer would refuse in ten seconds is refused now.
-    architecture = resolve(recipe.model.id).architecture
+    files = resolve(recipe.model.id)
+    architecture = files.architecture
     targets_of(recipe.lora, architecture.modules)
+    if recipe.lora.token_rows and files.gguf_file is None:
+        token_ids(recipe.lora.token_rows, ChatTokenizer.from_folder(files.folder))
     for source in recipe.data.sources:
         open_source(source)
     if too_long := beyond_context(recipe.data.max_length, architecture):

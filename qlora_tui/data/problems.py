@@ -52,7 +52,7 @@ CHECKS: dict[str, Check] = {
     "untrained-tokens": Check(
         "warning",
         "The base model has never learned these tokens",
-        'A template without them can be learned: model.chat_template = "alpaca" or "plain".',
+        'Or take a template without them: model.chat_template = "alpaca" or "plain".',
     ),
     "template-refuses": Check(
         "warning",
@@ -146,6 +146,8 @@ class DataProblem(Struct, frozen=True):
     """Index of the source."""
     path: str = ""
     """The file whose rows these are."""
+    tokens: tuple[str, ...] = ()
+    """For ``lora.token_rows``, where that mends it."""
 
 
 class Tally:

@@ -2,7 +2,8 @@
 
 A base model's vocabulary often holds tokens kept for later (Llama 3's ``<|eot_id|>``) whose rows are
 still near zero, or all alike. LoRA does not train the embedding, so a template built on them cannot
-be learned. Reads a few rows of the safetensors files, without torch.
+be learned, unless ``lora.token_rows`` has their rows trained. Reads a few rows of the safetensors
+files, without torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from statistics import median
 from qlora_tui.data.conversation import RowRefused
 from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.errors import WRONG_CALL, Problem
 
 _EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight"),
@@ -25,7 +27,7 @@ _EMBEDDINGS = (
 )
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _ORDINARY_ROWS = 64
-_FAINT = 0.1
+FAINT = 0.1
 """A row whose size is less than this share of an ordinary row's has not been trained."""
 _SPARE_ROWS = 64
 _ALIKE = 2
@@ -52,7 +54,7 @@ def untrained_tokens(folder: Path, tokenizer: ChatTokenizer) -> list[str]:
     except (OSError, ValueError, KeyError, IndexError, struct.error):
         return []
     return [
-        token for token, row in rows.items() if _size(row) < _FAINT * ordinary or spare.count(row) > _ALIKE
+        token for token, row in rows.items() if _size(row) < FAINT * ordinary or spare.count(row) > _ALIKE
     ]
 
 
@@ -62,6 +64,7 @@ def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | N
     if not tokens:
         return None
     check = CHECKS["untrained-tokens"]
+    train = f"Have their rows trained: lora.token_rows = {json.dumps(tokens, ensure_ascii=False)}."
     return DataProblem(
         kind="untrained-tokens",
         severity=check.severity,
@@ -69,8 +72,25 @@ def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | N
         count=len(tokens),
         rows=(),
         example=", ".join(tokens),
-        fix=check.fix,
+        fix=f"{train} {check.fix}",
+        tokens=tuple(tokens),
     )
+
+
+def token_ids(tokens: Iterable[str], tokenizer: ChatTokenizer) -> list[int]:
+    """Ids of ``lora.token_rows``, each once. Raises Problem for a text that is no token."""
+    ids = []
+    for token in dict.fromkeys(tokens):
+        found = tokenizer.backend.token_to_id(token)
+        if found is None:
+            raise Problem(
+                "No such token",
+                what=f"lora.token_rows names {token!r}, which is no token of this model's.",
+                fix="`qlora-tui data inspect FILE --model MODEL` names the tokens that it has never learned.",
+                exit_code=WRONG_CALL,
+            )
+        ids.append(found)
+    return ids
 
 
 def _template_tokens(tokenizer: ChatTokenizer) -> list[str]:

@@ -43,7 +43,7 @@ def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> t
         use_chunked_loss(model, head)
     use_segments(model, by_mask=segments)
     with torch.device("meta"):
-        return add_lora(model, recipe.lora, architecture), segments
+        return add_lora(model, recipe.lora, architecture, range(len(set(recipe.lora.token_rows)))), segments
 
 
 def inputs(request: Request, *, kept_apart: bool) -> dict[str, Any]:

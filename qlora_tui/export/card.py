@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import PurePath
 
 from qlora_tui.recipe.difference import human
@@ -29,6 +30,7 @@ def model_card(recipe: Recipe, *, from_hub: bool) -> str:
         ("Rank, alpha, dropout", f"{lora.rank}, {lora.alpha:g}, {lora.dropout:g}"),
         *((label, human(table)) for label, table in own if table),
         ("Target modules", ", ".join(lora.target_modules)),
+        *([("Token rows", _code(lora.token_rows))] if lora.token_rows else []),
         ("Data", sources),
         ("Trained on", _learnt(recipe)),
         ("Effective batch", f"{recipe.effective_batch} rows of at most {recipe.data.max_length:,} tokens"),
@@ -38,6 +40,11 @@ def model_card(recipe: Recipe, *, from_hub: bool) -> str:
     table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
     note = [recipe.note, ""] if recipe.note else []
     return "\n".join([*front, "", f"# {title}", "", *note, *table, ""])
+
+
+def _code(tokens: Iterable[str]) -> str:
+    # A pipe would end the table's cell.
+    return ", ".join(f"`{token}`" for token in tokens).replace("|", r"\|")
 
 
 def _learnt(recipe: Recipe) -> str:

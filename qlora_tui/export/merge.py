@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from qlora_tui.catalog.local import resolve
 from qlora_tui.catalog.model_folder import weight_files
-from qlora_tui.chat.base_weights import place
+from qlora_tui.chat.base_weights import place, with_tied_head
 from qlora_tui.chat.session import model_folder
 from qlora_tui.chat.terms import ChatSource
 from qlora_tui.chat.updates import read_updates
@@ -61,7 +61,8 @@ def merge(
     adapter = Path(source.adapters[voice])
     files = [base / name for name in weight_files(base)]
     _check_room(out, files)
-    placed = place(read_updates(adapter), files, adapter)
+    head = resolve(source.recipe.model.id).architecture.head
+    placed = place(with_tied_head(read_updates(adapter), files, head), files, adapter)
     draft = private_dir(out.parent) / f".{out.name}.part"
     shutil.rmtree(draft, ignore_errors=True)
     try:

@@ -105,7 +105,7 @@ def _training_sentences(facts: Facts) -> dict[str, str]:
     return {
         "adapter": (
             f"{trained} trained parameters × {path.adapter_bytes} bytes: "
-            f"rank {_ranks(facts.recipe)} × (in + out) a target."
+            f"rank {_ranks(facts.recipe)} × (in + out) a target{_rows(facts.layout)}."
         ),
         "gradients": f"A gradient a trained parameter: {trained} × {path.adapter_bytes} bytes.",
         "optimizer": f"{moments}{paged}.",
@@ -178,6 +178,13 @@ def _process_sentences(facts: Facts) -> dict[str, str]:
 def _ranks(recipe: Recipe) -> str:
     own = human(recipe.lora.rank_pattern)
     return f"{recipe.lora.rank} ({own})" if recipe.lora.rank_pattern else f"{recipe.lora.rank}"
+
+
+def _rows(layout: Layout) -> str:
+    if not layout.token_rows:
+        return ""
+    where = "embedding and head" if layout.own_head else "embedding"
+    return f", and {layout.token_rows} rows of {where}"
 
 
 def _n(count: int) -> str:

@@ -11,7 +11,7 @@ from qlora_tui.memory.blocks import Block
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.moe import Mixture
 from qlora_tui.memory.ops import Linear
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import rank_of, targets_of
 
 
@@ -73,6 +73,10 @@ class Layout:
     head_bias: bool
     softcap: bool
     logit_scale: bool
+    token_rows: int
+    """Tokens whose rows of embedding and head are trained."""
+    own_head: bool
+    """The head is not the embedding, and has such rows of its own."""
     adapter_parameters: int
     adapter_tensors: tuple[int, ...]
     """Elements of each trained tensor."""
@@ -131,6 +135,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
                 dropout=architecture.residual_dropout,
             )
         blocks.append(known[linears])
+    tensors += row_tensors(recipe.lora, architecture)
     return Layout(
         blocks=tuple(blocks),
         tokens=rows * length,
@@ -143,10 +148,18 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         head_bias=architecture.head.bias,
         softcap=architecture.final_logit_softcapping is not None,
         logit_scale=architecture.logit_scale is not None,
+        token_rows=len(set(recipe.lora.token_rows)),
+        own_head=not architecture.head.tied,
         adapter_parameters=sum(tensors),
         adapter_tensors=tuple(tensors),
         exact=architecture.model_type in STYLES,
     )
+
+
+def row_tensors(lora: Lora, architecture: Architecture) -> list[int]:
+    """Elements of the rows ``lora.token_rows`` has trained: the embedding's, and the head's if not tied."""
+    rows = len(set(lora.token_rows)) * architecture.hidden_size
+    return [rows] * (1 if architecture.head.tied else 2) if rows else []
 
 
 def _kernel(architecture: Architecture, path: CodePath) -> Kernel:

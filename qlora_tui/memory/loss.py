@@ -86,16 +86,19 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
         states = ops.new(numel, width)
         states.node = node
         toward = ops.new(numel, kept)
+        toward_rows = ops.new(layout.token_rows * layout.hidden, FLOAT)
     with ops.meter.booking("logits"):
+        values = ops.new(layout.token_rows * layout.hidden, width) if width != FLOAT else None
         thin = ops.new(chunk, width)
         logits = ops.new(chunk, FLOAT) if width != FLOAT else thin
         del thin
         slope = _slope(ops, chunk) if layout.softcap else None
+        own = ops.new(rows * layout.token_rows, FLOAT)
         narrow = ops.new(chunk, width) if width != FLOAT else None
         product = ops.new(rows * layout.hidden, width)
-        del narrow, product, slope, logits
+        del narrow, product, own, slope, logits, values
     with ops.meter.booking(item):
-        node = ops.tape.node((states,), scaled, (toward,))
+        node = ops.tape.node((states,), scaled, (toward, toward_rows))
     loss = ops.new(1, FLOAT)
     loss.node = node
     return loss

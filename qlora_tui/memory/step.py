@@ -95,7 +95,12 @@ def peaks(layout: Layout, path: CodePath, dropout: float) -> list[Peak]:
         width = stream_bytes(path)
     tail = partial(_tail, layout=layout, path=path)
     head = _profile(layout, path, dropout, tail, width, checkpointed=False)
-    return list(_candidates(order, head, _cast_once(layout, path), embedded, always=layout.embedding_apart))
+    rows = Counter(activations=layout.tokens * layout.token_rows)  # which token is which of the trained rows
+    if not path.accumulates:
+        rows["gradients"] = layout.token_rows * layout.hidden * path.adapter_bytes
+    return list(
+        _candidates(order, head, _cast_once(layout, path), embedded, rows, always=layout.embedding_apart)
+    )
 
 
 def _embedded(layout: Layout, path: CodePath, width: int) -> Items:
@@ -204,12 +209,13 @@ def _cast_once(layout: Layout, path: CodePath) -> Items:
 
 
 def _candidates(
-    order: list[Profile], head: Profile, forward_only: Items, embedded: Items, *, always: bool
+    order: list[Profile], head: Profile, forward_only: Items, embedded: Items, rows: Items, *, always: bool
 ) -> list[Peak]:
     """Every moment that could be the fullest.
 
     ``embedded`` is the embedding's output: gradients were switched on for it, so the graph holds it as a leaf
-    even where the first layer does not. Where something is added to it, it is apart in any case.
+    even where the first layer does not. Where something is added to it, it is apart in any case. ``rows``:
+    what trained rows of embedding and head keep from the start, and as gradients once the loss is done.
     """
     last = len(order) - 1
     before: Counter[str] = Counter()
@@ -223,10 +229,12 @@ def _candidates(
         before.update(profile.kept)
         if not index and (always or not profile.keeps_input):
             before.update(embedded)
+        if not index:
+            before["activations"] += rows["activations"]
     found.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
     found.append(Peak("loss backward", dict(before + Counter(head.backward))))
     held = Counter(head.held)
-    gradients = 0
+    gradients = rows["gradients"]
     for index in range(last, -1, -1):
         profile = order[index]
         items = below[index] + held + Counter(profile.backward) + Counter(gradients=gradients)

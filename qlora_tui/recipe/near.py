@@ -40,6 +40,7 @@ _ELSEWHERE = {
     "save_steps": "training.checkpoint_every",
     "save_total_limit": "training.keep_checkpoints",
     "sequence_len": "data.max_length",
+    "trainable_token_indices": "lora.token_rows",
     "val_set_size": "data.validation_fraction",
     "warmup_ratio": "training.warmup",
 }

@@ -124,6 +124,15 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Rebuilds each target's weight in 16 bits in the forward pass.",
         ),
     ] = False
+    token_rows: Annotated[
+        tuple[str, ...],
+        _about(
+            "Token rows",
+            "Tokens whose rows of embedding and head are trained too: those a base model has never learned.",
+            "A row as wide as the model for each, and one more where the head is not tied.",
+            max_length=256,
+        ),
+    ] = ()
 
 
 class Source(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

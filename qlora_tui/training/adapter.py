@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,13 @@ from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, rank_of, targets_of
 from qlora_tui.training.lean import use_lean
+from qlora_tui.training.token_rows import begin_rows, token_indices, use_lean_rows
 
 
-def add_lora(model: Any, settings: Lora, architecture: Architecture) -> Any:
+def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: Sequence[int] = ()) -> Any:
     """The model with an adapter that changes nothing yet. Draws from torch's random numbers.
 
+    ``token_ids``: whose rows of embedding and head are trained too; those that say nothing begin as the mean.
     Weights of the adapter are fp32 whatever the model computes in.
     """
     from peft import LoraConfig, TaskType, get_peft_model
@@ -40,10 +42,14 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture) -> Any:
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         bias="none",
+        trainable_token_indices=token_indices(model, token_ids) if token_ids else None,
     )
     with names_as_they_are(model, config.target_modules):
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     use_lean(adapted)
+    if token_ids:
+        begin_rows(model)
+        use_lean_rows(model)
     return adapted
 
 

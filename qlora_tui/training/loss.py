@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS
 from qlora_tui.training.attention import segment_mask
+from qlora_tui.training.token_rows import TokenRows, active_rows
 
 IGNORED = -100
 """Label of a token nothing is learnt from."""
@@ -87,7 +88,8 @@ def use_chunked_loss(model: nn.Module, head: Head) -> None:
         hidden = decoder(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )[0]
-        total, trained = summed_loss(head, hidden, labels, loss_weights)
+        rows = active_rows(self.get_output_embeddings())  # type: ignore[operator]  # a PreTrainedModel's method
+        total, trained = summed_loss(head, hidden, labels, loss_weights, rows)
         items = trained if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / items)
 
@@ -129,39 +131,64 @@ def use_segments(model: nn.Module, *, by_mask: bool) -> None:
 
 
 def summed_loss(
-    head: Head, hidden: Tensor, labels: Tensor, weights: Tensor | None = None
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    rows: TokenRows | None = None,
 ) -> tuple[Tensor, int]:
     """The sum of the losses of all trained tokens, fp32, each by its weight, and how many they are.
 
     ``hidden`` is (batch, tokens, width), ``labels`` and ``weights`` are (batch, tokens): token t is predicted
-    from t - 1.
+    from t - 1. ``rows`` stand in place of the head's own.
     """
+    ids, values = (None, None) if rows is None else (rows.ids, rows.values)
     wanted = labels[:, 1:]
     trained = wanted != IGNORED
     states, targets = hidden[:, :-1][trained], wanted[trained]
     if not len(targets):
-        return hidden.sum() * 0.0, 0
+        nothing = hidden.sum() * 0.0
+        return nothing if values is None else nothing + values.sum() * 0.0, 0
     counts = None if weights is None else weights[:, 1:][trained]
-    total: Tensor = _ChunkedLoss.apply(states, targets, head, counts)  # type: ignore[no-untyped-call]  # torch's own
+    if values is not None and not torch.is_grad_enabled():
+        values = values.detach()
+    total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch's own
+        states, targets, head, counts, ids, values
+    )
     return total, len(targets)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Σ weight · cross-entropy of (tokens, hidden) against (tokens); the gradient is made in the forward."""
+    """Σ weight · cross-entropy of (tokens, hidden) against (tokens); the gradient is made in the forward.
+
+    ``ids`` (rows,) and ``values`` (rows, hidden): the rows of the head that are others.
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, targets: Tensor, head: Head, weights: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        targets: Tensor,
+        head: Head,
+        weights: Tensor | None,
+        ids: Tensor | None,
+        values: Tensor | None,
+    ) -> Tensor:
         weight, bias = head.projection.weight, head.projection.bias
-        needs_grad = ctx.needs_input_grad[0]
+        rows = None if values is None else values.to(weight.dtype)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[5]
         # Gradients of fp16 states are kept in fp32 until the loss scale has been applied: they would vanish.
         kept = torch.float32 if states.dtype == torch.float16 else states.dtype
         grad = torch.empty(states.shape, dtype=kept, device=states.device) if needs_grad else None
+        toward_rows = torch.zeros_like(values) if needs_grad and values is not None else None
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         for start in range(0, len(targets), LOSS_CHUNK_ROWS):
             end = start + LOSS_CHUNK_ROWS
             chunk, target = states[start:end], targets[start:end, None]
             with torch.autocast(states.device.type, enabled=False):
                 logits = nn.functional.linear(chunk.to(weight.dtype), weight, bias).float()
+                if ids is not None and rows is not None:
+                    logits.index_copy_(1, ids, nn.functional.linear(chunk.to(weight.dtype), rows).float())
             if head.multiplier != 1.0:
                 logits *= head.multiplier
             if head.softcap is not None:
@@ -184,15 +211,22 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits *= head.multiplier
             if counts is not None:
                 logits *= counts
-            grad[start:end] = logits.to(weight.dtype) @ weight
+            if ids is None or rows is None or toward_rows is None:
+                grad[start:end] = logits.to(weight.dtype) @ weight
+            else:
+                own = logits.index_select(1, ids)
+                toward_rows.addmm_(own.t(), chunk.to(own.dtype))
+                logits.index_fill_(1, ids, 0)
+                grad[start:end] = (logits.to(weight.dtype) @ weight).addmm_(own.to(weight.dtype), rows)
             # Or they would live on beside the next chunk's.
             del logits, slope
         if grad is not None:
-            ctx.save_for_backward(grad)
+            ctx.save_for_backward(grad, toward_rows)
         ctx.dtype = states.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        return (grad * grad_outputs[0]).to(ctx.dtype), None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad, toward_rows = ctx.saved_tensors
+        rows = None if toward_rows is None else toward_rows * grad_outputs[0]
+        return (grad * grad_outputs[0]).to(ctx.dtype), None, None, None, None, rows

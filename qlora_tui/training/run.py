@@ -13,6 +13,7 @@ from transformers import set_seed
 from qlora_tui.catalog.local import ModelFiles, resolve
 from qlora_tui.data.dataset import Prepared, prepare
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.untrained import token_ids
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter
@@ -107,7 +108,7 @@ class Attempt:
         schedule = lay_out(data.train, recipe, kept_apart=base.kept_apart)
         self._tell_data(data, schedule)
         self._may_end()
-        model = self._adapted(base, files, device)
+        model = self._adapted(base, files, tokenizer)
         return self._steps(files, base, model, device, tokenizer, data, schedule)
 
     def _steps(
@@ -255,9 +256,9 @@ class Attempt:
             kept_apart=kept_apart,
         )
 
-    def _adapted(self, base: Base, files: ModelFiles, device: Device) -> Any:
+    def _adapted(self, base: Base, files: ModelFiles, tokenizer: ChatTokenizer) -> Any:
         training, lora = self._recipe.training, self._recipe.lora
-        model = add_lora(base.model, lora, files.architecture)
+        model = add_lora(base.model, lora, files.architecture, token_ids(lora.token_rows, tokenizer))
         if training.gradient_checkpointing:
             load.checkpoint_activations(base.model)
         self._reporter.tell(

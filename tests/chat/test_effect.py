@@ -144,6 +144,12 @@ EFFECT = Effect(
             " it fits them worse (loss 2.31 → 2.40) and ends only 4 of 12 turns.",
         ),
         (
+            {"token_rows": ("<|im_end|>", "<|im_start|>", "<a>", "<b>")},
+            "The adapter, with rows of its own for <|im_end|>, <|im_start|>, <a> and 1 more, changes 38% of"
+            " next-token choices on 12 held-out conversations;"
+            " it fits them better (loss 2.31 → 1.42) and ends its turns.",
+        ),
+        (
             {"voice": "step-40", "turns": 0},
             "The checkpoint of step 40 changes 38% of next-token choices on 12 held-out conversations;"
             " it fits them better (loss 2.31 → 1.42).",

@@ -205,6 +205,27 @@ def test_dora_speaks_as_peft_has_it_and_plain_voices_beside_it(
     assert texts[0] == reference(session, source, source.adapters["adapter"], SHORT.max_new_tokens)
 
 
+def test_rows_of_tokens_speak_as_peft_has_them_and_voices_without_beside_them(
+    tiny_model: Path, tiny_source: ChatSource, tmp_path: Path
+) -> None:
+    from qlora_tui.chat.session import load_session
+    from tests.chat.adapters import make_adapter
+
+    ids = {"model.embed_tokens": [1, 2, 300], "lm_head": [1, 2, 300]}
+    rows = {
+        voice: str(make_adapter(tiny_model, tmp_path / voice, trainable_token_indices=ids, use_dora=dora))
+        for voice, dora in (("step-5", False), ("step-6", True))
+    }
+    source = msgspec.structs.replace(tiny_source, adapters={**tiny_source.adapters, **rows})
+    session = load_session(source)
+    # The last is read last, and from then on all are spoken as peft does.
+    order = ("adapter", "step-5", "base", "step-6")
+    texts = [said(session, voice).text for voice in (*order, *order)]
+    assert texts[:4] == texts[4:] and len(set(texts)) == 4
+    for voice, text in ((voice, texts[order.index(voice)]) for voice in rows):
+        assert text == reference(session, source, rows[voice], SHORT.max_new_tokens)
+
+
 def test_4_bit_weights_give_the_same_scores_packed_and_written_out(
     tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:

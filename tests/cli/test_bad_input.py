@@ -146,12 +146,13 @@ def test_a_size_that_is_none(call: Call, qwen: Path) -> None:
         assert call("estimate", "--model", str(qwen), "--gpu-gib", size).code == 2
 
 
-def test_a_target_the_model_does_not_have_is_refused_before_anything_is_queued(
-    call: Call, readable: Path, tmp_path: Path
+@pytest.mark.parametrize("setting", ["lora.target_modules=nope", "lora.token_rows=nope"])
+def test_what_the_model_does_not_have_is_refused_before_anything_is_queued(
+    call: Call, readable: Path, tmp_path: Path, setting: str
 ) -> None:
     data = tmp_path / "owls.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
-    said = call("train", "--model", str(readable), "--data", str(data), "--set", "lora.target_modules=nope")
+    said = call("train", "--model", str(readable), "--data", str(data), "--set", setting)
     assert said.code == 2 and "nope" in said.err
     assert not list(paths.runs_dir().iterdir())
 

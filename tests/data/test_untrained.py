@@ -9,7 +9,8 @@ import pytest
 
 from qlora_tui.data.inspect import inspect
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.untrained import untrained_tokens
+from qlora_tui.data.untrained import token_ids, untrained_tokens
+from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Source
 from tests.data.families import CHATML, STRIPS, tokenizer_json
 
@@ -61,13 +62,22 @@ def test_trained_tokens_are_not_named(tmp_path: Path) -> None:
     assert untrained_tokens(tmp_path, model(tmp_path, {})) == []
 
 
-def test_the_report_warns_and_offers_a_template_without_them(tmp_path: Path) -> None:
+def test_the_report_warns_and_offers_to_train_them_or_a_template_without_them(tmp_path: Path) -> None:
     tokenizer = model(tmp_path / "model", {"<|im_end|>": [0.0] * WIDTH})
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     problem = inspect(Source(path=str(rows)), tokenizer).problems[0]
     assert (problem.kind, problem.example) == ("untrained-tokens", "<|im_end|>")
-    assert "alpaca" in problem.fix
+    assert problem.tokens == ("<|im_end|>",)
+    assert 'lora.token_rows = ["<|im_end|>"]' in problem.fix and "alpaca" in problem.fix
+
+
+def test_tokens_are_found_by_name_and_what_is_none_is_refused(tmp_path: Path) -> None:
+    tokenizer = model(tmp_path, {})
+    end = tokenizer.added_tokens["<|im_end|>"]
+    assert token_ids(("<|im_end|>", "<|im_end|>"), tokenizer) == [end]
+    with pytest.raises(Problem, match="'<end>', which is no token"):
+        token_ids(("<|im_end|>", "<end>"), tokenizer)
 
 
 @pytest.mark.parametrize(

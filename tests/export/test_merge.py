@@ -27,7 +27,14 @@ def merged_by_peft(model: Path, adapter: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"v_proj": 32}}]
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"alpha_pattern": {"v_proj": 32}},
+        {"trainable_token_indices": {"embed_tokens": [1, 2, 300], "lm_head": [1, 2, 300]}},
+    ],
 )
 def test_a_merged_model_has_the_weights_that_peft_merges(
     tiny_model: Path, tiny_source: ChatSource, tmp_path: Path, config: dict[str, Any]
@@ -47,8 +54,34 @@ def test_a_merged_model_has_the_weights_that_peft_merges(
     assert ours.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
-    assert merged.changed_weights == 2 * 7
+    assert merged.changed_weights == 2 * 7 + len(config.get("trainable_token_indices", ()))
     assert told == ["Merging model.safetensors (1 of 1)"]
+
+
+def test_rows_go_into_a_tied_head_that_a_file_holds_beside_the_embedding(
+    tiny_source: ChatSource, tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    from qlora_tui.export.merge import merge
+    from tests.training.tiny import make_tiny_model
+
+    model = make_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    weights = load_file(model / "model.safetensors")
+    held = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(held, model / "model.safetensors", {"format": "pt"})
+    adapter = str(make_adapter(model, tmp_path / "adapter", trainable_token_indices=[1, 2, 300]))
+    recipe = msgspec.structs.replace(
+        tiny_source.recipe, model=msgspec.structs.replace(tiny_source.recipe.model, id=str(model))
+    )
+    source = msgspec.structs.replace(tiny_source, recipe=recipe, adapters={"adapter": adapter})
+    library: Any = transformers
+    ours = library.AutoModelForCausalLM.from_pretrained(merge(source, "adapter", tmp_path / "out").folder)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    expected = merged_by_peft(model, adapter)["model.embed_tokens.weight"]
+    torch.testing.assert_close(ours.lm_head.weight.detach(), expected)
 
 
 def test_a_model_in_several_files_is_merged_file_by_file(

@@ -61,6 +61,24 @@ def test_the_closed_form_is_within_one_percent_on_average_and_three_at_worst(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("family", "tied"), [("Llama 3", True), ("Mistral", False)])
+def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) -> None:
+    from qlora_tui.engine.trace import trace
+
+    config = cut_config(family)
+    architecture = read_architecture(config)
+    assert architecture.head.tied == tied
+    traced, closed = [], []
+    for rows in (0, 200):
+        recipe = recipe_of(Case(family, length=512, token_rows=rows))
+        traced.append(trace(Request(config=config, recipe=recipe)).figures())
+        closed.append(closed_form(recipe, architecture, our_path(recipe, Device())))
+        assert closed[-1] == pytest.approx(traced[-1], rel=0.01)
+    added = closed[1]["step"] - closed[0]["step"]
+    assert added == pytest.approx(traced[1]["step"] - traced[0]["step"], rel=0.1)
+
+
+@pytest.mark.slow
 def test_gradients_of_an_earlier_micro_step_are_there_in_the_forward() -> None:
     from qlora_tui.engine.trace import trace
 

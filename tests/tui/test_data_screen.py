@@ -18,10 +18,12 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.data import DataScreen
 from qlora_tui.tui.screens.open_path import OpenPathScreen
 from tests.data.dataset_hub import dataset_hub
+from tests.data.test_untrained import WIDTH
+from tests.data.test_untrained import model as faint_model
 from tests.tui.played import Play, play
 from tests.tui.reading import readable_model, ticket, tickets, write_rows
-from tests.tui.seeing import shows, text_of
-from tests.tui.workstation import open_on, settle
+from tests.tui.seeing import shows, text_of, until
+from tests.tui.workstation import config_folder, open_on, settle
 
 Snapshot = Callable[..., bool]
 SIZES = [(80, 24), (120, 40), (200, 60)]
@@ -136,6 +138,24 @@ async def test_the_problem_key_goes_round_and_enter_on_a_problem_to_its_rows(mod
         problems.focus()
         await pilot.press("G", "enter")
         await shows(pilot, "row 40 of 40")
+
+
+async def test_the_mend_key_has_tokens_trained_that_the_model_never_learned(
+    private_home: Path, here: Path
+) -> None:
+    tickets(here / "tickets.jsonl")
+    folder = config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")
+    faint_model(folder, {"<|im_end|>": [0.0] * WIDTH})
+    app = opened(str(folder), "tickets.jsonl")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "⚠ The base model has never learned these", "▸ m: have <|im_end|> trained")
+        await pilot.press("m")
+        assert list(app.workbench.recipe.lora.token_rows) == ["<|im_end|>"]
+        assert any("<|im_end|>" in told.message for told in app._notifications)
+        await until(pilot, lambda: "never learned" not in text_of(app))
+        await pilot.press("m", "u")
+        assert not app.workbench.recipe.lora.token_rows
+        await shows(pilot, "never learned these")
 
 
 async def test_without_a_model_the_rows_are_shown_as_the_file_has_them(here: Path) -> None:

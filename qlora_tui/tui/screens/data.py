@@ -91,6 +91,14 @@ class DataScreen(DataEdits):
             in_footer=False,
         ),
         _command("packing", "b", "packing", "Packing", "Pack several samples into a row.", in_footer=False),
+        _command(
+            "mend",
+            "m",
+            "mend",
+            "Mend",
+            "Have tokens trained that the model has never learned.",
+            in_footer=False,
+        ),
         _command("remove", "x", "remove", "Remove", "Take the source under the cursor out.", in_footer=False),
     )
 
@@ -158,8 +166,11 @@ class DataScreen(DataEdits):
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Go to the next row with the problem chosen."""
-        if event.option_list.id == "problems" and self.report is not None and self.report.problems:
-            self._go_to_next([self.report.problems[event.option_index]], 1)
+        if event.option_list.id == "problems" and self.problems:
+            self._go_to_next([self.problems[event.option_index]], 1)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return bool(self.untrained()) if action == "mend" else super().check_action(action, parameters)
 
     def action_row(self, by: int) -> None:
         """Show a neighbouring row."""
@@ -186,12 +197,11 @@ class DataScreen(DataEdits):
 
     def action_problem(self, by: int) -> None:
         """Show the next row with a problem, from the first again after the last."""
-        problems = self.report.problems if self.report else ()
-        if not any(problem.rows for problem in problems):
+        if not any(problem.rows for problem in self.problems):
             complete = self.report is not None and self.report.complete
             self.notify("No row has a problem." if complete else "No problem so far; still reading.")
             return
-        self._go_to_next(problems, by)
+        self._go_to_next(self.problems, by)
 
     def action_view(self) -> None:
         """Give all the room to one half, or share it."""
@@ -287,8 +297,7 @@ class DataScreen(DataEdits):
         self._show_row_line()
         if self.shown is None or self._wanted is None:
             return
-        problems = self.report.problems if self.report else ()
-        text = words.sample(self.shown, problems, self._wanted.data)
+        text = words.sample(self.shown, self.problems, self._wanted.data)
         if self._no_tokens is not None:
             text = Content.assemble(words.problem(self._no_tokens), "\n\n", text)
         elif not self._wanted.model:
@@ -325,8 +334,7 @@ class DataScreen(DataEdits):
         short = brief or (self.size.height < _TALL and not self.query_one("#data-body").has_class("-figures"))
         several = len(report.files) > 1
         lines = [
-            (f"{p.kind} {p.path}", words.problem_line(p, brief=short, several=several))
-            for p in report.problems
+            (f"{p.kind} {p.path}", words.problem_line(p, brief=short, several=several)) for p in self.problems
         ]
         self.query_one("#problems", ViList).show(lines or [("none", words.no_problem_line(report))])
         self._show_row_line()

@@ -16,6 +16,7 @@ from qlora_tui.tui.screens.columns import ColumnsScreen
 from qlora_tui.tui.screens.open_path import OpenPathScreen
 
 if TYPE_CHECKING:
+    from qlora_tui.data.problems import DataProblem
     from qlora_tui.data.report import Report
 
 DATA_ENDINGS = (
@@ -149,6 +150,25 @@ class DataEdits(WorkScreen):
             gone = sources.pop(self.source_number)
             self.workstation.edit("data.sources", tuple(sources))
             self.notify(f"{Path(gone.path).name} is out of the recipe. u brings it back.")
+
+    def action_mend(self) -> None:
+        """Have tokens trained that the model has never learned; u takes it back."""
+        if tokens := self.untrained():
+            now = self.workstation.workbench.recipe.lora.token_rows
+            self.workstation.edit("lora.token_rows", tuple(dict.fromkeys((*now, *tokens))))
+            said = f"Embedding and head will be trained for {', '.join(tokens)}. u takes it back."
+            self.notify(said, markup=False)
+
+    @property
+    def problems(self) -> tuple[DataProblem, ...]:
+        """What the report found, but for what the recipe mends."""
+        found = self.report.problems if self.report else ()
+        trained = set(self.workstation.workbench.recipe.lora.token_rows)
+        return tuple(p for p in found if not p.tokens or not trained.issuperset(p.tokens))
+
+    def untrained(self) -> tuple[str, ...]:
+        """Tokens that the model never learned and the recipe does not train."""
+        return tuple(token for problem in self.problems for token in problem.tokens)
 
     def source(self) -> Source | None:
         """The one under the cursor."""

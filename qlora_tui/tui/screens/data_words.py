@@ -238,6 +238,7 @@ def problem_line(found: DataProblem, *, brief: bool = False, several: bool = Fal
         (f"{sign} {found.title} ", style),
         (f"{found.count:,}", "bold"),
         (where, "dim"),
+        (f"\n  ▸ m: have {', '.join(found.tokens)} trained" if found.tokens else "", "$accent"),
         ("" if brief or not found.fix else f"\n  ▸ {found.fix}", "dim"),
     )
 

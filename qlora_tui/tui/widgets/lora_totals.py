@@ -11,6 +11,7 @@ from qlora_tui.catalog.facts import Architecture, LinearModule
 from qlora_tui.errors import Problem
 from qlora_tui.format import count, size
 from qlora_tui.memory import Device, Estimate, estimate
+from qlora_tui.memory.layout import row_tensors
 from qlora_tui.recipe.difference import difference, human
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Lora, Recipe
@@ -54,7 +55,7 @@ def more(bytes_: int) -> str:
 def totals_text(recipe: Recipe, architecture: Architecture, made: Estimate) -> Content:
     """``40M of 7.62B parameters (0.53 %) · 154 MiB on disk · 386 MiB of memory``."""
     chosen = select(recipe.lora.target_modules, architecture.modules)
-    trained = adapter_parameters(chosen, recipe.lora)
+    trained = adapter_parameters(chosen, recipe.lora) + sum(row_tensors(recipe.lora, architecture))
     memory = sum(made.bytes_of(key) for key in LORA_ITEMS)
     share = trained / architecture.total_params
     return Content.assemble(

@@ -1,0 +1,160 @@
+"""Rows of the embedding and the head that are trained beside LoRA: of tokens the base model never learnt.
+
+A token the model is to read needs its row of the embedding, one it is to say its row of the head: both are
+trained, as one row where the head is tied. peft keeps them (``trainable_token_indices``) and loads them
+anywhere, but writes both matrices anew at each forward and has their gradients whole. Here the rows alone are
+computed with, in peft's modules and so in its format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qlora_tui.data.untrained import FAINT
+from qlora_tui.errors import Problem
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """What stands in place of some rows of a matrix (vocabulary, width)."""
+
+    ids: Tensor
+    """(rows,): which."""
+    values: Tensor
+    """(rows, width)."""
+
+
+def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[int]]:
+    """peft's ``trainable_token_indices`` for rows ``ids`` of embedding and head. Raises Problem."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # peft would leave the bias of a head out.
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or _has_bias(head):
+        raise _not_this_model("its embedding or its head is of a kind that peft cannot keep rows of")
+    if max(ids) >= (held := len(embedding.weight)):
+        raise _not_this_model(f"token {max(ids)} is beyond the {held:,} rows of its embedding")
+    if head.weight is embedding.weight:
+        return list(ids)
+    names = {module: name for name, module in model.named_modules()}
+    return {names[embedding]: list(ids), names[head]: list(ids)}
+
+
+def begin_rows(model: Any) -> None:
+    """Let rows too faint to learn from begin as the mean of all rows, as tokens new to a model do.
+
+    A norm of a row near zero has a slope in the hundreds: its gradient would drown all others, and Adam would
+    remember it for a thousand steps. Raises Problem where peft left the head without them.
+    """
+    if not isinstance(model.get_output_embeddings(), _wrapper_type()):
+        raise _not_this_model("peft does not see that its head is tied to its embedding")
+    for wrapper in row_wrappers(model):
+        weight, rows = wrapper.original_module.weight, rows_of(wrapper, "default")
+        sizes = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        faint = sizes[rows.ids] < FAINT * sizes.median()
+        mean = weight.mean(dim=0, dtype=torch.float32)
+        with torch.no_grad():
+            rows.values.copy_(torch.where(faint[:, None], mean, rows.values))
+
+
+def use_lean_rows(model: nn.Module) -> None:
+    """Let every module that has such rows compute with them alone."""
+    for wrapper in row_wrappers(model):
+        _replace_forward(wrapper)
+
+
+def row_wrappers(model: nn.Module) -> Iterator[Any]:
+    """peft's modules around embedding and head."""
+    return (module for module in model.modules() if isinstance(module, _wrapper_type()))
+
+
+def rows_of(wrapper: Any, adapter: str) -> TokenRows:
+    """The rows that an adapter has of this module."""
+    held = wrapper.token_adapter
+    values = held.trainable_tokens_delta[adapter]
+    return TokenRows(torch.tensor(held.token_indices[adapter], device=values.device), values)
+
+
+def active_rows(module: Any) -> TokenRows | None:
+    """Those in use now in a module that ``use_lean_rows`` has seen; None where there are none."""
+    known = getattr(module, "lean_rows", None)
+    return known() if known else None
+
+
+def with_rows(base: nn.Module, x: Tensor, rows: TokenRows | None) -> Tensor:
+    """What the embedding, or head, ``base`` makes of ``x`` with these rows in place of its own."""
+    if rows is None:
+        plain: Tensor = base(x)
+        return plain
+    if isinstance(base, nn.Embedding):
+        found: Tensor = _Lookup.apply(x, rows.values, rows.ids, base)  # type: ignore[no-untyped-call]  # torch's own
+        return found
+    scores: Tensor = base(x)
+    own = functional.linear(x, rows.values.to(x.dtype))
+    return scores.index_copy_(-1, rows.ids, own.to(scores.dtype))
+
+
+def _replace_forward(wrapper: Any) -> None:
+    known = {name: rows_of(wrapper, name) for name in wrapper.token_adapter.trainable_tokens_delta}
+
+    def lean_rows() -> TokenRows | None:
+        if wrapper.disable_adapters or wrapper.token_adapter.merged:
+            return None
+        return next((known[name] for name in wrapper.active_adapters if name in known), None)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return with_rows(self.original_module, x, lean_rows())
+
+    wrapper.lean_rows = lean_rows
+    wrapper.forward = MethodType(forward, wrapper)
+
+
+class _Lookup(torch.autograd.Function):
+    """An embedding some of whose rows are others: ids (…) to (…, width).
+
+    Which token is which row is a matrix of few columns, so that no position has to be counted out, for which
+    a card would have to be waited for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, ids: Tensor, base: nn.Embedding) -> Tensor:
+        out: Tensor = base(x)
+        where = x.reshape(-1, 1) == ids
+        # Gemma's embedding multiplies what it finds.
+        scale = torch.as_tensor(getattr(base, "embed_scale", 1.0), dtype=out.dtype, device=out.device)
+        flat = out.view(-1, out.shape[-1]).masked_fill_(where.any(1, keepdim=True), 0)
+        flat.addmm_(where.to(out.dtype), values.to(out.dtype) * scale)
+        ctx.save_for_backward(where, scale)
+        ctx.dtype = values.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, None, None]:
+        where, scale = ctx.saved_tensors
+        grad = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
+        return None, (where.t().to(grad.dtype) @ grad).to(ctx.dtype) * scale, None, None
+
+
+def _has_bias(head: Any) -> bool:
+    return head.bias is not None
+
+
+def _wrapper_type() -> Any:
+    # Here, because peft takes seconds to load and a base alone does without.
+    from peft.utils.other import TrainableTokensWrapper
+
+    return TrainableTokensWrapper
+
+
+def _not_this_model(why: str) -> Problem:
+    return Problem(
+        "Rows of this model cannot be trained",
+        what=f"lora.token_rows names tokens, and {why}.",
+        fix="Leave lora.token_rows empty, and take a template without such tokens: "
+        'model.chat_template = "alpaca" or "plain".',
+    )

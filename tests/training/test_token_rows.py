@@ -1,0 +1,245 @@
+"""Rows of embedding and head for tokens that a base model never learnt: learnt exactly, kept, and of use."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.chat.sources import of_run
+from qlora_tui.chat.terms import GREEDY
+from qlora_tui.data.conversation import Message
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Lora, Source
+from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.training import loss
+from qlora_tui.training.adapter import add_lora
+from qlora_tui.training.load import checkpoint_activations
+from qlora_tui.training.loop import load_adapter, save_adapter
+from tests.training.conftest import MakeRecipe, Trainers
+from tests.training.families import build
+from tests.training.test_numerics import close, labelled
+from tests.training.test_resume import EXACT, interrupted_at
+from tests.training.tiny import make_tiny_model
+from tests.training.told import losses
+from tests.tui.reading import write_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+IDS = [40, 7, 251]
+"""The first has no row to speak of."""
+END = "<|im_end|>"
+
+
+def faint(model_type: str, *, tied: bool) -> Any:
+    """A model that never learnt the first of the tokens."""
+    model = build(model_type, tie_word_embeddings=tied)
+    for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        matrix[IDS[0]] = 0
+    return model
+
+
+def adapted(model: Any) -> Any:
+    torch.manual_seed(1)
+    adapter = add_lora(model, Lora(rank=4), read_architecture(model.config.to_dict()), IDS)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapter
+
+
+def row_parameters(model: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, p) for name, p in model.named_parameters() if "trainable_tokens_delta" in name)
+
+
+def by_hand(model: Any, ids: Tensor, labels: Tensor) -> tuple[float, list[Tensor]]:
+    """The loss with the rows put into whole matrices, merged with LoRA by peft; those rows' gradients."""
+    plain = model.merge_and_unload()
+    matrices = {id(w): w for w in (plain.get_input_embeddings().weight, plain.get_output_embeddings().weight)}
+    for matrix in matrices.values():
+        matrix.requires_grad_(True)
+    value = plain(input_ids=ids, labels=labels).loss
+    value.backward()
+    return value.item(), [matrix.grad[IDS] for matrix in matrices.values()]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tied", "chunked", "checkpointing"),
+    [
+        ("llama", True, True, False),
+        ("llama", True, True, True),
+        ("llama", True, False, False),
+        ("llama", False, True, False),
+        ("llama", False, True, True),
+        ("llama", False, False, True),
+        ("gemma3_text", True, True, False),
+        ("gemma2", False, True, True),
+    ],
+)
+def test_gradients_are_those_of_whole_matrices(
+    model_type: str, tied: bool, chunked: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "LOSS_CHUNK_ROWS", 7)
+    base = faint(model_type, tied=tied)
+    ids, labels = labelled(base)
+    ids[:, ::3], labels[:, 2::5] = IDS[0], IDS[1]
+    head = loss.find_head(base)
+    assert isinstance(head, loss.Head)
+    model = adapted(base)
+    expected, gradients = by_hand(copy.deepcopy(model), ids, labels)
+    if chunked:
+        loss.use_chunked_loss(base, head)
+    if checkpointing:
+        checkpoint_activations(base, keep_rng=False)
+    value = model.train()(input_ids=ids, labels=labels).loss
+    value.backward()
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    rows = [parameter for _, parameter in row_parameters(model)]
+    assert len(rows) == (1 if tied else 2)
+    for row, gradient in zip(rows, gradients, strict=True):
+        assert row.dtype == torch.float32 and close(row.grad, gradient)
+
+
+def test_a_row_near_zero_begins_as_the_mean_and_the_others_as_they_are() -> None:
+    base = faint("llama", tied=False)
+    before = [m.weight.clone() for m in (base.get_input_embeddings(), base.get_output_embeddings())]
+    for (_, rows), matrix in zip(row_parameters(adapted(base)), before, strict=True):
+        assert torch.allclose(rows[0], matrix.mean(0), atol=1e-6)
+        assert torch.equal(rows[1:], matrix[IDS[1:]])
+
+
+@pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("llama", False), ("gemma3_text", True)])
+def test_plain_peft_reads_what_is_saved_and_says_the_same(
+    model_type: str, tied: bool, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    base = faint(model_type, tied=tied)
+    plain = copy.deepcopy(base)
+    model = adapted(base).eval()
+    for _, rows in row_parameters(model):
+        torch.nn.init.normal_(rows)
+    ids = torch.tensor([[5, 40, 7, 9, 251, 40]])
+    with torch.no_grad():
+        ours = model(ids).logits
+        with model.disable_adapter():
+            torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+    save_adapter(model, tmp_path)
+    with torch.no_grad():
+        for _, rows in row_parameters(model):
+            rows.zero_()
+        load_adapter(model, tmp_path)
+        torch.testing.assert_close(model(ids).logits, ours)
+        theirs: Any = PeftModel.from_pretrained(plain, str(tmp_path))
+        logits = theirs.eval()(ids).logits
+    torch.testing.assert_close(logits, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_learn_leaves_every_row_a_gradient_of_zero() -> None:
+    """Processes that train together wait for the gradient of each parameter."""
+    base = faint("llama", tied=False)
+    head = loss.find_head(base)
+    assert isinstance(head, loss.Head)
+    model = adapted(base)
+    loss.use_chunked_loss(base, head)
+    ids, labels = labelled(base)
+    nothing = torch.full_like(labels, loss.IGNORED)
+    model.train()(input_ids=ids, labels=nothing, num_items_in_batch=1).loss.backward()
+    assert all(rows.grad is not None and not rows.grad.any() for _, rows in row_parameters(model))
+
+
+@pytest.mark.parametrize(("model_type", "why"), [("phi", "of a kind"), ("llama", "beyond the 300 rows")])
+def test_a_model_that_peft_cannot_keep_rows_of_is_refused(model_type: str, why: str) -> None:
+    """A head with a bias, which peft would drop, and a token without a row."""
+    model = build(model_type, tie_word_embeddings=False)
+    with pytest.raises(Problem, match=why):
+        add_lora(model, Lora(rank=4), read_architecture(model.config.to_dict()), [300])
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tied head that never learnt its turn's end."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = make_tiny_model(tmp_path_factory.mktemp("models") / "base", tie_word_embeddings=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(END)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[end] = 0
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def answering(recipe: MakeRecipe, base_model: Path, tmp_path: Path) -> Any:
+    """A recipe that teaches a short answer, and when to stop."""
+    rows = [{"prompt": f"what is {n}", "completion": "blue"} for n in range(40)]
+    data = write_rows(tmp_path / "colours.jsonl", rows)
+
+    def make(**settings: Any) -> RunDir:
+        changes = {path.replace("__", "."): value for path, value in settings.items()}
+        return create(
+            recipe(
+                {
+                    "model.id": str(base_model),
+                    "data.sources": (Source(path=str(data)),),
+                    "data.packing": False,
+                    "training.learning_rate": 1e-2,
+                    "training.gradient_accumulation": 4,
+                    "training.epochs": 4.0,
+                    **changes,
+                }
+            )
+        )
+
+    return make
+
+
+def turn_of(run: RunDir) -> tuple[str, str]:
+    """What the run's adapter answers, and how the answer ends."""
+    from qlora_tui.chat.session import load_session
+
+    reply = load_session(of_run(run)).ask(
+        (Message("user", "what is 1"),),
+        voice="adapter",
+        sampling=msgspec.structs.replace(GREEDY, max_new_tokens=12),
+    )
+    list(reply)
+    assert reply.outcome is not None
+    return reply.outcome.text, reply.outcome.ending
+
+
+def test_a_base_model_learns_to_end_its_turn_with_the_rows_and_not_without(
+    answering: Any, trainers: Trainers, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from qlora_tui.chat.measure import measure_effect
+    from qlora_tui.chat.session import load_session
+    from qlora_tui.export.merge import merge
+
+    without = answering()
+    assert trainers.run(without) == 0
+    assert turn_of(without)[1] == "most tokens"
+
+    run = answering(lora__token_rows=(END,), training__checkpoint_every=1, training__keep_checkpoints=100)
+    assert trainers.run(run) == 0
+    assert turn_of(run) == ("blue", "turn end")
+    again = interrupted_at(run, 10)
+    assert trainers.run(again) == 0
+    assert losses(again) == pytest.approx(losses(run), abs=EXACT)
+
+    session = load_session(of_run(run))
+    effect = measure_effect(session, "adapter")
+    assert effect.token_rows == (END,) and effect.turns_ended == effect.turns > effect.turns_ended_by_base
+    merged = AutoModelForCausalLM.from_pretrained(merge(of_run(run), "adapter", tmp_path / "out").folder)
+    ids = torch.tensor([session.prompt((Message("user", "what is 1"),))])
+    said = merged.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert session.tokenizer.decode(said[0, ids.shape[1] :].tolist()) == f"blue{END}"
