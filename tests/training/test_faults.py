@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.runs import actions, control
+from qlora_tui.runs import actions, control, queue
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.endings import how_it_ended
 from qlora_tui.runs.events import (
@@ -68,12 +68,13 @@ def test_a_machine_restarted_in_mid_run_is_told_as_that(
 
 
 @pytest.mark.usefixtures("runner_starts_quickly")
-def test_a_trainer_outlives_its_killed_runner_and_the_next_one_takes_the_queue_up(recipe: MakeRecipe) -> None:
+def test_a_trainer_outlives_its_killed_runner_and_starts_one_for_those_that_wait(recipe: MakeRecipe) -> None:
     run = actions.submit(recipe(LONG))
     wait_for(lambda: last_step(run) >= 1, seconds=60)
     os.kill(int((paths.state_dir() / "runner.lock").read_text()), signal.SIGKILL)
     killed_at = last_step(run)
-    waiting = actions.submit(recipe({"training.max_steps": 2}))
+    waiting = create(recipe({"training.max_steps": 2}))
+    queue.enqueue(waiting)
     wait_for(lambda: last_step(run) > killed_at + 2, seconds=60, saying="the trainer to go on")
     assert read_status(waiting).state == "queued"
     control.ask(run, "finish_epoch")
