@@ -1,7 +1,7 @@
 """The demo's model as a folder that can be trained: fetched and converted once, then kept in the cache.
 
 ``ensure_model`` is what the demo calls, and whoever wants a real model without a hub. No torch here:
-:mod:`.convert` runs in a child process.
+the conversion runs in a child process.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _one_at_a_time(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 def _convert(file: Path, folder: Path, log: Path) -> None:
     """Convert in a child process, whose stderr goes to ``log``."""
-    command = children.command("qlora_tui.demo.convert", str(file), str(folder))
+    command = children.command("qlora_tui.training.gguf", str(file), str(folder))
     with log.open("wb") as output:
         code = subprocess.run(
             command,

@@ -1,7 +1,8 @@
 """GGUF files as folders of 16-bit safetensors, made once and kept in the cache.
 
 transformers reads a GGUF dequantised; quantising to NF4 at the same time is beyond it, so the model goes
-through the disk. ``python -m qlora_tui.training.gguf FILE`` converts and prints the folder.
+through the disk. ``python -m qlora_tui.training.gguf FILE FOLDER`` converts in a process of its own, so that
+torch leaves with it.
 """
 
 from __future__ import annotations
@@ -12,19 +13,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.catalog.local import converted_dir
-from qlora_tui.errors import Problem
+from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.files import private_dir
+from qlora_tui.training import llama_gguf
 
 
 def converted(file: Path) -> Path:
     """The folder made from a GGUF file, now or earlier. Raises Problem."""
     folder = _folder(file)
-    if (folder / "config.json").exists():
-        return folder
-    draft = private_dir(folder.with_name(f".{folder.name}"))
+    if not (folder / "config.json").exists():
+        convert(file, folder)
+    return folder
+
+
+def kept_conversion(file: Path) -> Path | None:
+    """The folder made from a GGUF file earlier; None where it has not been converted. Raises Problem."""
+    folder = _folder(file)
+    return folder if (folder / "config.json").exists() else None
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Make ``folder``, all of it or nothing. Raises Problem."""
+    draft = folder.with_name(f".{folder.name}")
+    shutil.rmtree(draft, ignore_errors=True)
     try:
-        _convert(file, draft)
+        _convert(file, private_dir(draft))
         draft.rename(folder)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
         says = str(error).strip() or type(error).__name__
@@ -35,16 +50,12 @@ def converted(file: Path) -> Path:
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return folder
-
-
-def kept_conversion(file: Path) -> Path | None:
-    """The folder made from a GGUF file earlier; None where it has not been converted. Raises Problem."""
-    folder = _folder(file)
-    return folder if (folder / "config.json").exists() else None
 
 
 def _convert(file: Path, folder: Path) -> None:
+    if llama_gguf.is_known(read_gguf(file)):
+        llama_gguf.write(file, folder)
+        return
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -69,9 +80,18 @@ def _folder(file: Path) -> Path:
     return private_dir(converted_dir()) / f"{file.stem}-{key}"
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """Convert; a failure is told on stderr. Returns the exit code."""
+    if len(arguments) != 2:
+        print("usage: python -m qlora_tui.training.gguf FILE FOLDER", file=sys.stderr)
+        return WRONG_CALL
     try:
-        print(converted(Path(sys.argv[1])))
+        convert(Path(arguments[0]), Path(arguments[1]))
     except Problem as problem:
         print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+        return problem.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

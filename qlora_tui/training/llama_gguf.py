@@ -1,22 +1,18 @@
-"""A Llama in a GGUF file as a model folder: ``python -m qlora_tui.demo.convert FILE FOLDER``.
+"""The short way for a plain Llama in a GGUF file, as the demo's is.
 
-:mod:`.model` runs this in a child process, so that torch leaves with it. The general way, by transformers
-(:mod:`qlora_tui.training.gguf`), parses the file several times and loses the rule that digits stand alone;
-here it is read once, in a quarter of the time, and the tokenizer is as its makers published it.
+transformers' own parses the file several times and loses the rule that digits stand alone; here it is read
+once, in a quarter of the time, and the tokenizer is as its makers published it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.demo.vocabulary import tokenizer_from
-from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.files import private_dir
+from qlora_tui.catalog.gguf import GgufHeader
+from qlora_tui.training.vocabulary import KIND, tokenizer_from
 
 WHOLE_MODEL = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -35,41 +31,43 @@ IN_A_LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 """Names in the GGUF file (llama.cpp's), and as transformers has them."""
+_IN_A_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_NEEDED = (
+    "tokenizer.chat_template",
+    *(f"tokenizer.ggml.{special}_token_id" for special in ("bos", "eos", "padding", "unknown")),
+)
 
 
-def convert(file: Path, folder: Path) -> None:
-    """Make ``folder``, all of it or nothing: config, tokenizer, chat template, bfloat16 safetensors.
+def is_known(header: GgufHeader) -> bool:
+    """Whether the file is a plain Llama with such a vocabulary: nothing is missing, nothing unknown."""
+    kind = (header.values.get("tokenizer.ggml.model"), header.values.get("tokenizer.ggml.pre"))
+    return (
+        header.architecture == "llama"
+        and kind == KIND
+        and header.values.get("llama.rope.scaling.type", "none") == "none"
+        and all(key in header.values for key in _NEEDED)
+        and all(_name(tensor) for tensor in header.tensors)
+    )
 
-    Raises Problem where the file is not a Llama that can be converted; OSError, and safetensors' own error,
-    where the folder cannot be written.
-    """
+
+def write(file: Path, folder: Path) -> None:
+    """Write config, tokenizer, chat template and bfloat16 safetensors of a file that is known."""
     from gguf import GGUFReader
 
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    private_dir(draft)
-    try:
-        reader = GGUFReader(file)
-        header = {key: field.contents() for key, field in reader.fields.items()}
-        if header.get("general.architecture") != "llama":
-            raise _not_convertible(file, f"its architecture is {header.get('general.architecture')}")
-        _write_tokenizer(header, draft)
-        _write_config(header, reader, draft)
-        _write_weights(header, reader, draft)
-        draft.rename(folder)
-    except (KeyError, ValueError) as error:
-        raise _not_convertible(file, f"{type(error).__name__}: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    reader = GGUFReader(file)
+    header = {key: field.contents() for key, field in reader.fields.items()}
+    _write_tokenizer(header, folder)
+    _write_config(header, reader, folder)
+    _write_weights(header, reader, folder)
 
 
-def _not_convertible(file: Path, why: str) -> Problem:
-    return Problem(
-        "The model file cannot be converted",
-        what=f"{file}: {why}.",
-        why="Only a Llama model with a GPT-2 vocabulary is converted here.",
-        fix="Choose the model's safetensors folder or hub id instead.",
-    )
+def _name(tensor: str) -> str | None:
+    """What transformers calls it."""
+    layer = _IN_A_LAYER.fullmatch(tensor)
+    if layer is None:
+        return WHOLE_MODEL.get(tensor)
+    kind = IN_A_LAYER.get(layer[2])
+    return kind and f"model.layers.{layer[1]}.{kind}.weight"
 
 
 def _write_tokenizer(header: dict[str, Any], folder: Path) -> None:
@@ -137,16 +135,14 @@ def _write_weights(header: dict[str, Any], reader: Any, folder: Path) -> None:
     }
     weights = {}
     for tensor in reader.tensors:
-        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
         # What is stored in 32 bits comes as a view of the file, which torch may not write to: copied.
         values = np.require(dequantize(tensor.data, tensor.tensor_type), requirements="W")
         weight = torch.from_numpy(values)
-        if layer is None:
-            name = WHOLE_MODEL[tensor.name]
-        else:
-            name = f"model.layers.{layer[1]}.{IN_A_LAYER[layer[2]]}.weight"
-            if layer[2] in heads:
-                weight = _halves_apart(weight, heads[layer[2]])
+        layer = _IN_A_LAYER.fullmatch(tensor.name)
+        if layer is not None and layer[2] in heads:
+            weight = _halves_apart(weight, heads[layer[2]])
+        name = _name(tensor.name)
+        assert name is not None
         weights[name] = weight.to(torch.bfloat16).contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -163,20 +159,3 @@ def _halves_apart(weight: Any, heads: int) -> Any:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def main(arguments: list[str]) -> int:
-    """Convert; a failure is told on stderr. Returns the exit code."""
-    if len(arguments) != 2:
-        print("usage: python -m qlora_tui.demo.convert FILE FOLDER", file=sys.stderr)
-        return WRONG_CALL
-    try:
-        convert(Path(arguments[0]), Path(arguments[1]))
-    except Problem as problem:
-        print(problem, file=sys.stderr)
-        return problem.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

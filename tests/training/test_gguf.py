@@ -1,4 +1,4 @@
-"""The converted folder is what transformers makes of the file, weight by weight, and a better tokenizer."""
+"""The folder made the short way is what transformers makes of the file, and has a better tokenizer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.demo.convert import convert, main
+from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.errors import Problem
+from qlora_tui.training.gguf import convert, main
+from qlora_tui.training.llama_gguf import is_known
 from tests.demo.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.slow
@@ -98,17 +100,17 @@ def test_digits_stand_alone(folder: Path) -> None:
     assert tokenizer.encode("the\n\n 34").tokens == ["the", "ĊĊĠ", "3", "4"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [({"architecture": "gpt2"}, "architecture is gpt2"), ({"pre": "qwen2"}, "gpt2 / qwen2")],
-)
-def test_what_cannot_be_converted_is_refused_and_leaves_nothing(
-    tmp_path: Path, settings: dict[str, str], reason: str
-) -> None:
-    file = write_tiny_gguf(tmp_path / "other.gguf", **settings)
-    with pytest.raises(Problem, match="cannot be converted") as raised:
+def test_another_vocabulary_goes_the_general_way(tmp_path: Path) -> None:
+    known = write_tiny_gguf(tmp_path / "known.gguf")
+    assert is_known(read_gguf(known))
+    assert not is_known(read_gguf(write_tiny_gguf(tmp_path / "other.gguf", pre="qwen2")))
+
+
+def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    file = write_tiny_gguf(tmp_path / "other.gguf", architecture="unheard-of")
+    with pytest.raises(Problem, match="could not be converted") as raised:
         convert(file, tmp_path / "converted")
-    assert reason in raised.value.what
+    assert "unheard-of" in raised.value.what
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -118,7 +120,7 @@ def test_a_file_that_is_not_gguf_ends_in_one_sentence(
     file = tmp_path / "broken.gguf"
     file.write_bytes(json.dumps({"not": "a model"}).encode())
     assert main([str(file), str(tmp_path / "converted")]) == 1
-    assert "The model file cannot be converted" in capsys.readouterr().err
+    assert "The GGUF file cannot be used" in capsys.readouterr().err
 
 
 def test_the_wrong_number_of_arguments_is_a_wrong_call(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """The tokenizer inside a GGUF file as a ``tokenizer.json``: a GPT-2 vocabulary with digits split.
 
-Used by :mod:`.convert`. What the keys mean: github.com/ggml-org/ggml, docs/gguf.md.
+Used by :mod:`.llama_gguf`. What the keys mean: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+KIND = ("gpt2", "smollm")
+"""``tokenizer.ggml.model`` and ``.pre`` of the one kind of vocabulary that is read here."""
 CONTROL = 3
 """``token_type`` of a token that stands for no text: a turn's begin, its end."""
 
 
 def tokenizer_from(header: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a file's metadata. Raises ValueError for a kind of vocabulary not known here."""
-    kind = (header["tokenizer.ggml.model"], header["tokenizer.ggml.pre"])
-    if kind != ("gpt2", "smollm"):
-        raise ValueError(f"its vocabulary is of the kind {' / '.join(kind)}")
+    """The tokenizer of a file's metadata, of the kind ``KIND``."""
     tokens = header["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: id_ for id_, token in enumerate(tokens)}, merges=merges))
