@@ -21,17 +21,14 @@ from qlora_tui.catalog.model_folder import (
     CONFIG,
     INDEX,
     SINGLE,
+    TOKENIZER_FILES,
     indexed_files,
     judge_config,
     no_weights_problem,
 )
 from qlora_tui.errors import WRONG_CALL, Problem
 
-SMALL_FILES = frozenset({
-    CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
-})  # fmt: skip
+SMALL_FILES = frozenset((CONFIG, "generation_config.json", *TOKENIZER_FILES))
 HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 """Of a git blob or commit, or SHA-256."""
 REVISION = re.compile(r"\w[\w-]*(?:[./]\w[\w-]*)*")

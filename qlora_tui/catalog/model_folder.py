@@ -23,6 +23,12 @@ from qlora_tui.errors import Problem
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Whichever of them a model has: what turns text into its tokens, and turns into its text."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the classes end that write text."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from qlora_tui.catalog.local import resolve
-from qlora_tui.catalog.model_folder import weight_files
+from qlora_tui.catalog.model_folder import TOKENIZER_FILES, weight_files
 from qlora_tui.chat.base_weights import place, with_tied_head
 from qlora_tui.chat.session import model_folder
 from qlora_tui.chat.terms import ChatSource
@@ -26,17 +26,7 @@ from qlora_tui.export.weight_files import change_tensors
 from qlora_tui.files import private_dir
 
 _SPARE_BYTES = 64 << 20
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *_TOKENIZER_FILES)
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 
 class Merged(Struct, frozen=True, kw_only=True):
@@ -72,7 +62,7 @@ def merge(
             shutil.copyfile(file, draft / file.name)
             changes = {name: update.applied_to for name, update in placed[file].items()}
             change_tensors(draft / file.name, dict(changes))
-        for folder, names in ((base, _MODEL_FILES), (adapter, _TOKENIZER_FILES)):
+        for folder, names in ((base, _MODEL_FILES), (adapter, TOKENIZER_FILES)):
             for name in filter(partial(_is_in, folder), names):
                 shutil.copyfile(folder / name, draft / name)
         (draft / "README.md").write_text(model_card(source.recipe, from_hub=_from_hub(source)))

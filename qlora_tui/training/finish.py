@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.catalog.model_folder import TOKENIZER_FILES
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Recipe
@@ -13,17 +14,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.training import checkpoints
 from qlora_tui.training.loop import load_adapter, save_adapter
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _TEMPLATES = "additional_chat_templates"
 _TEMPLATE = "chat_template.jinja"
 
@@ -57,7 +48,7 @@ def write_adapter(
         config.base_model_name_or_path = recipe.model.id if from_hub else str(model_folder)
         config.revision = recipe.model.revision if from_hub else None
         save_adapter(model, draft)
-        for name in _TOKENIZER_FILES:
+        for name in _FILES:
             if (model_folder / name).is_file():
                 shutil.copyfile(model_folder / name, draft / name)
         if tokenizer.has_own_template:
