@@ -200,7 +200,7 @@ def _key_figures(
     luck = random.Random(1)
     answers: list[float | None] = []
     for _ in range(count):
-        answers.append(terminal.answer_s("?", "Help: train"))
+        answers.append(terminal.answer_s("?", "Help: Train"))
         terminal.watch(0.2)
         terminal.press("q")
         terminal.watch(0.3 + luck.random() * 0.3)

@@ -64,7 +64,7 @@ async def test_a_sheet_is_read_once_however_many_screens_bring_their_own(
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "Next")
         monkeypatch.setattr(stylesheet, "parse", counted)
-        for key, text in (("5", "Not ready"), ("?", "Help: train"), ("q", "Not ready"), ("6", "Compare")):
+        for key, text in (("5", "Not ready"), ("?", "Help: Train"), ("q", "Not ready"), ("6", "Compare")):
             await pilot.press(key)
             await shows(pilot, text)
     assert any("train.tcss" in one for one in read)
