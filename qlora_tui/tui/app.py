@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual._compositor import ChopsUpdate, CompositorUpdate
 from textual.app import App
+from textual.await_complete import AwaitComplete
 from textual.binding import BindingType
 from textual.events import Resize
 from textual.screen import Screen
@@ -22,7 +23,7 @@ from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, themes
 from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION
 from qlora_tui.tui.console_font import stand_ins
-from qlora_tui.tui.painted import Difference, Painted
+from qlora_tui.tui.painted import Difference, Painted, forget_what_is_gone
 from qlora_tui.tui.palette import CommandProvider
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
@@ -203,6 +204,11 @@ class QloraApp(App[None]):
         super()._display(screen, renderable)
         if renderable is not None and not held_back and not self.shown.is_set():
             self._begin_in_earnest()
+
+    def pop_screen(self) -> AwaitComplete:
+        gone = super().pop_screen()
+        forget_what_is_gone()
+        return gone
 
     def _begin_in_earnest(self) -> None:
         """The first frame is on its way: what did not have to come before it comes now."""

@@ -11,9 +11,20 @@ from collections.abc import Iterable, Mapping
 from rich.console import Console
 from rich.control import Control
 from textual._compositor import ChopsUpdate, CompositorUpdate, LayoutUpdate
+from textual._styles_cache import StylesCache
 from textual.strip import Strip
 
 from qlora_tui.tui.widgets.lines import changed_cells
+
+
+def forget_what_is_gone() -> None:
+    """Drop what Textual keeps of widgets that are gone: as keys of a cache of colours, all they had painted.
+
+    A page of help is 160 kB there, and the cache holds a thousand widgets.
+    """
+    clear = getattr(getattr(StylesCache, "get_inner_outer", None), "cache_clear", None)
+    if clear is not None:
+        clear()
 
 
 class Painted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,3 +56,42 @@ async def test_palette_and_help_are_in_view_beside_every_run(make_app: Callable[
                 )
             await show_run(app, run)
             await shows(pilot, run.id, "x Another run", WAY_OUT)
+
+
+async def test_in_a_narrow_window_the_screens_own_keys_give_way(private_home: Path) -> None:
+    app = open_on("data", model=readable_model(private_home))
+    async with app.run_test(size=(80, 24)) as pilot:
+        assert "+ Length" in (await shows(pilot, WAY_OUT)).splitlines()[-1]
+        await pilot.resize_terminal(62, 24)
+        await shows(pilot, "too small")
+        await pilot.press("enter")
+        last = (await shows(pilot, WAY_OUT)).splitlines()[-1]
+        assert "o Open" in last and "+ Length" not in last
+
+
+async def test_a_click_on_a_key_presses_it(private_home: Path) -> None:
+    app = open_on("home", model=readable_model(private_home))
+    async with app.run_test(size=(80, 24)) as pilot:
+        text = await shows(pilot, WAY_OUT)
+        await pilot.click(offset=(text.splitlines()[-1].index("? Help"), 23))
+        await shows(pilot, "esc closes")
+
+
+async def test_what_has_been_closed_is_forgotten(private_home: Path) -> None:
+    """Textual keeps the keys of every footer and what a thousand closed widgets had painted."""
+    app = open_on("home", model=readable_model(private_home))
+
+    async def open_and_close() -> int:
+        for _ in range(5):
+            await pilot.press("question_mark")
+            await shows(pilot, "esc closes")
+            await pilot.press("q")
+            await until(pilot, lambda: len(app.screen_stack) == 1)
+        gc.collect()
+        return len(gc.get_objects())
+
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, WAY_OUT)
+        await open_and_close()
+        before = await open_and_close()
+        assert await open_and_close() < before + 1000

@@ -9,10 +9,10 @@ from textual.app import ComposeResult
 from textual.messages import Prune
 from textual.screen import Screen
 from textual.widget import Widget
-from textual.widgets import Footer
 
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
+from qlora_tui.tui.widgets.key_line import KeyLine
 from qlora_tui.tui.widgets.top_bar import TopBar
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class WorkScreen(EndsItsWorkers, Screen[None]):
 
             yield RecipeStrip()
         yield from self.compose_body()
-        yield Footer(show_command_palette=False, compact=True)
+        yield KeyLine()
 
     def compose_body(self) -> Iterable[Widget]:
         """The screen's own widgets."""
