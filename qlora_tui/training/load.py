@@ -51,7 +51,16 @@ def load_base(folder: Path, recipe: Recipe, device: Device, attends: Attention) 
             what=f"{folder}: {_first_line(error)}",
             fix="`qlora-tui doctor` tests what is installed; another copy of the model may be whole.",
         ) from error
+    if device.kind == "cpu" and quantization is not None:
+        _let_go_of_file(model)
     return freeze(model)
+
+
+def _let_go_of_file(model: nn.Module) -> None:
+    """Copy what was not quantized: it lies in the mapped file, all of which would stay in memory for it."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def freeze(model: nn.Module) -> nn.Module:
