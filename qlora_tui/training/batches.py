@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.loss import IGNORED
@@ -154,17 +154,24 @@ def computed_tokens(rows: Sequence[Row], samples: Samples, *, kept_apart: bool) 
     return len(rows) * max(samples.length(row[0]) for row in rows)
 
 
-def collate(rows: Sequence[Row], samples: Samples, *, kept_apart: bool, pad_id: int) -> dict[str, Any]:
+def collate(
+    rows: Sequence[Row], samples: Samples, *, kept_apart: bool, pad_id: int, multiple: int = 1
+) -> dict[str, Any]:
     """Tensors of one micro-batch, on the CPU: the arguments of the model's forward.
 
     Kept apart: ``input_ids``, ``position_ids`` (starting over at each sample) and ``labels`` of (1, tokens),
-    and ``segments``, the samples' lengths. Else ``input_ids``, ``attention_mask`` and ``labels`` of
-    (rows, longest). Where the samples have weights, ``loss_weights`` too, fp32 of the shape of the labels.
+    and ``segments``, the samples' lengths; the last sample is filled up to a ``multiple`` of tokens. Else
+    ``input_ids``, ``attention_mask`` and ``labels`` of (rows, longest). Where the samples have weights,
+    ``loss_weights`` too, fp32 of the shape of the labels.
     """
     weighted = [samples.weights(i) for i in _samples_of(rows)]
     weights = [torch.tensor(list(of_one)) for of_one in weighted if of_one is not None]
     ids = [_tensor(samples.token_ids(i)) for row in rows for i in row]
     labels = [_labels(i, tokens, samples) for i, tokens in zip(_samples_of(rows), ids, strict=True)]
+    if kept_apart:
+        more = -sum(map(len, ids)) % multiple
+        for parts, value in ((ids, pad_id), (labels, IGNORED), *([(weights, 0)] if weights else [])):
+            parts[-1] = nn.functional.pad(parts[-1], (0, more), value=value)
     lengths = [len(tokens) for tokens in ids]
     if kept_apart:
         batch = {"loss_weights": torch.cat(weights)[None]} if weights else {}

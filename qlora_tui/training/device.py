@@ -13,6 +13,7 @@ import torch
 from qlora_tui.errors import Problem
 from qlora_tui.memory.processor import this_processor
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.training.attention import EVEN_TOKENS, tokens_missing
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BF16_CAPABILITY = (8, 0)
@@ -38,6 +39,11 @@ class Device:
     def kind(self) -> Literal["cuda", "cpu"]:
         """As events name it."""
         return "cuda" if self.torch_device.type == "cuda" else "cpu"
+
+    @property
+    def row_multiple(self) -> int:
+        """Tokens of which a row should be a multiple."""
+        return EVEN_TOKENS if tokens_missing(1, self.torch_device, self.dtype) else 1
 
     @property
     def dtype_name(self) -> str:

@@ -272,6 +272,7 @@ class Edge:
             self._validation[setting.among.rank :: setting.among.count],
             kept_apart=setting.kept_apart,
             pad_id=setting.pad_id,
+            multiple=setting.device.row_multiple,
             device=setting.device.torch_device,
             progress=lambda done, of: self._reporter.progress("evaluating", done, of),
             short_answers_end=self._short_answers_end,

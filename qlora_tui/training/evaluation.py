@@ -39,6 +39,7 @@ def validate(
     *,
     kept_apart: bool,
     pad_id: int,
+    multiple: int,
     device: torch.device,
     progress: Callable[[int, int], None],
     short_answers_end: frozenset[int] | None,
@@ -50,7 +51,7 @@ def validate(
     total, trained, exact, asked = 0.0, 0.0, 0, 0
     with evaluating(model), last_hidden_states(model) as hidden:
         for done, rows in enumerate(batches, 1):
-            batch = collate(rows, samples, kept_apart=kept_apart, pad_id=pad_id)
+            batch = collate(rows, samples, kept_apart=kept_apart, pad_id=pad_id, multiple=multiple)
             count = predictions_in(rows, samples)
             if count:
                 tensors = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}

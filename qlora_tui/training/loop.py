@@ -66,6 +66,7 @@ class Steps(Dataset[StepData]):
         micro_batch: int,
         kept_apart: bool,
         pad_id: int,
+        multiple: int = 1,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
@@ -74,6 +75,7 @@ class Steps(Dataset[StepData]):
         self._micro_batch = micro_batch
         self._kept_apart = kept_apart
         self._pad_id = pad_id
+        self._multiple = multiple
         self._rank = rank
         self._processes = processes
 
@@ -95,7 +97,13 @@ class Steps(Dataset[StepData]):
 
     def collate(self, rows: Any) -> dict[str, Any]:
         """One micro-batch."""
-        return collate(rows, self._samples, kept_apart=self._kept_apart, pad_id=self._pad_id)
+        return collate(
+            rows,
+            self._samples,
+            kept_apart=self._kept_apart,
+            pad_id=self._pad_id,
+            multiple=self._multiple,
+        )
 
 
 def arguments(recipe: Recipe, device: Device, steps: int, folder: Path) -> TrainingArguments:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS
-from qlora_tui.training.attention import segment_mask
+from qlora_tui.training.attention import segment_mask, tokens_missing
 from qlora_tui.training.token_rows import TokenRows, active_rows
 
 IGNORED = -100
@@ -186,7 +186,8 @@ class _ChunkedLoss(torch.autograd.Function):
             end = start + LOSS_CHUNK_ROWS
             chunk, target = states[start:end], targets[start:end, None]
             with torch.autocast(states.device.type, enabled=False):
-                logits = nn.functional.linear(chunk.to(weight.dtype), weight, bias).float()
+                even = _even(chunk.to(weight.dtype))
+                logits = nn.functional.linear(even, weight, bias)[: len(chunk)].float()
                 if ids is not None and rows is not None:
                     logits.index_copy_(1, ids, nn.functional.linear(chunk.to(weight.dtype), rows).float())
             if head.multiplier != 1.0:
@@ -212,12 +213,13 @@ class _ChunkedLoss(torch.autograd.Function):
             if counts is not None:
                 logits *= counts
             if ids is None or rows is None or toward_rows is None:
-                grad[start:end] = logits.to(weight.dtype) @ weight
+                grad[start:end] = (_even(logits.to(weight.dtype)) @ weight)[: len(chunk)]
             else:
                 own = logits.index_select(1, ids)
                 toward_rows.addmm_(own.t(), chunk.to(own.dtype))
                 logits.index_fill_(1, ids, 0)
-                grad[start:end] = (logits.to(weight.dtype) @ weight).addmm_(own.to(weight.dtype), rows)
+                toward = (_even(logits.to(weight.dtype)) @ weight)[: len(chunk)]
+                grad[start:end] = toward.addmm_(own.to(weight.dtype), rows)
             # Or they would live on beside the next chunk's.
             del logits, slope
         if grad is not None:
@@ -230,3 +232,9 @@ class _ChunkedLoss(torch.autograd.Function):
         grad, toward_rows = ctx.saved_tensors
         rows = None if toward_rows is None else toward_rows * grad_outputs[0]
         return (grad * grad_outputs[0]).to(ctx.dtype), None, None, None, None, rows
+
+
+def _even(rows: Tensor) -> Tensor:
+    """Filled up with zeros to a number of rows for which there are kernels."""
+    more = tokens_missing(len(rows), rows.device, rows.dtype)
+    return nn.functional.pad(rows, (0, 0, 0, more)) if more else rows

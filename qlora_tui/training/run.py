@@ -130,6 +130,7 @@ class Attempt:
             micro_batch=training.micro_batch,
             kept_apart=base.kept_apart,
             pad_id=pad_id,
+            multiple=device.row_multiple,
             rank=self._among.rank,
             processes=self._among.count,
         )

@@ -136,6 +136,14 @@ def test_a_packed_micro_batch_has_no_padding_and_no_label_across_samples() -> No
     assert batch["segments"] == [4, 3, 6]
 
 
+def test_a_packed_micro_batch_is_filled_up_behind_its_last_sample() -> None:
+    batch = collate([(0, 2), (1,)], Fake([4, 6, 3]), kept_apart=True, pad_id=9, multiple=8)
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 2000, 2001, 2002, *range(1000, 1006), 9, 9, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, *range(9)]]
+    assert batch["labels"].tolist()[0][-4:] == [1005, -100, -100, -100]
+    assert batch["segments"] == [4, 3, 9]
+
+
 def test_a_padded_micro_batch_learns_nothing_from_padding() -> None:
     batch = collate([(0,), (1,)], Fake([2, 4]), kept_apart=False, pad_id=7)
     assert batch["input_ids"].tolist() == [[0, 1, 7, 7], [1000, 1001, 1002, 1003]]

@@ -246,6 +246,32 @@ def test_the_segment_mask_says_where_samples_begin() -> None:
     assert mask.shape == (1, 1, 1, 4) and mask.flatten().tolist() == [0, 3, 4, 8]
 
 
+def test_samples_filled_up_for_a_cpu_attend_as_they_do_alone() -> None:
+    torch.manual_seed(0)
+    lengths = [5, 32, 41]
+    given = [torch.randn(1, heads, sum(lengths), 16).bfloat16() for heads in (4, 2, 2)]
+    q, k, v = (x.clone().requires_grad_() for x in given)
+    out, _ = attention.segment_attention(torch.nn.Module(), q, k, v, attention.segment_mask(lengths))
+    out.float().square().sum().backward()
+    alone = [x.float().requires_grad_() for x in given]
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(*sample, is_causal=True, enable_gqa=True)
+        for sample in zip(*(x.split(lengths, dim=2) for x in alone), strict=True)
+    ]
+    expected = torch.cat(parts, dim=2).transpose(1, 2)
+    expected.square().sum().backward()
+    assert torch.allclose(out.float(), expected, atol=0.02)
+    for got, wanted in zip((q, k, v), alone, strict=True):
+        assert torch.allclose(got.grad.float(), wanted.grad, atol=0.02 * wanted.grad.abs().max())
+
+
+def test_a_model_lets_go_of_the_file_it_was_quantized_from(tiny_model: Path) -> None:
+    recipe = Recipe(quantization=Quantization(compute_dtype="float32"))  # as it is stored
+    model = load.load_base(tiny_model, recipe, find_device(recipe), "segments")
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    assert str(tiny_model) not in Path("/proc/self/maps").read_text()
+
+
 def test_a_layer_computed_again_drops_what_it_dropped_before() -> None:
     """The base model's own dropout too: Granite, Phi-2, OPT and GPT-2 have one."""
     model = build("granite", attention_dropout=0.3).train()
