@@ -16,7 +16,7 @@ from qlora_tui.memory.codepath import CodePath, Device, our_path
 from qlora_tui.memory.explain import LABELS, Facts, explanations
 from qlora_tui.memory.layout import STYLES, Layout, lay_out
 from qlora_tui.memory.learning import FEWEST, Correction
-from qlora_tui.memory.residents import resident_items
+from qlora_tui.memory.residents import FROZEN, resident_items
 from qlora_tui.memory.step import Peak, peaks
 from qlora_tui.memory.tiers import Band, Tiers, corrected, tiers
 from qlora_tui.memory.traced import Traced
@@ -114,12 +114,14 @@ def estimate(
             resident["gradients"] = gradient_bytes(layout, path)
     if not path.accumulates:
         moments.append(_optimizer_moment(layout, path))
-    moments.append(Peak("loading", {"loading": loading_bytes(architecture, path)}))
     fullest = max(moments, key=lambda moment: moment.total_bytes)
-    items = dict(resident)
-    for key, size in fullest.items.items():
-        items[key] = items.get(key, 0) + size
-    levels = tiers(items, architecture, layout, path)
+    items = _together(resident, fullest)
+    frozen = {key: size for key, size in resident.items() if key in FROZEN}
+    loading = _together(frozen, Peak("loading", {"loading": loading_bytes(architecture, path)}))
+    moving = fullest.total_bytes
+    if sum(loading.values()) > sum(items.values()):
+        fullest, items, moving = Peak("loading", loading), loading, 0
+    levels = tiers(items, moving, architecture, layout, path)
     before, correction = levels.process_bytes, device.correction
     if correction is not None and correction.applies:
         levels = corrected(levels, layout, correction)
@@ -127,6 +129,13 @@ def estimate(
     if correction is None:
         return made
     return replace(made, correction=correction, uncorrected_bytes=before)
+
+
+def _together(resident: dict[str, int], moment: Peak) -> dict[str, int]:
+    items = dict(resident)
+    for key, size in moment.items.items():
+        items[key] = items.get(key, 0) + size
+    return items
 
 
 def _traced_moment(traced: Traced) -> Peak:

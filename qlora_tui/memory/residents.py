@@ -9,6 +9,8 @@ from qlora_tui.memory.step import stream_bytes
 from qlora_tui.memory.weights import adapter_bytes, frozen_weights, optimizer_bytes, rounded, unsplit_bytes
 from qlora_tui.recipe.schema import Recipe
 
+FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")
+"""Items that are the base model."""
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 """torch's default ``CUBLAS_WORKSPACE_CONFIG`` before Hopper, ``:4096:2:16:8``: 2 × 4,096 KiB + 8 × 16 KiB
 (``parseChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp), taken from the allocator."""

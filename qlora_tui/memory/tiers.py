@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.kernels import kernel_bytes
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.learning import Correction
 from qlora_tui.memory.weights import optimizer_bytes
@@ -40,26 +41,24 @@ class Tiers:
     band: Band
 
 
-RUNTIME_BYTES = 480 * MIB
-"""Resident memory of the trainer once torch, transformers, peft and bitsandbytes are imported. Measured."""
-HEAP_SLACK = 5
-"""A CPU's heap holds about one part in this many beyond the tensors: glibc returns only what lies at its top.
-Measured 1.16 to 1.22 times the tensors."""
+RUNTIME_BYTES = 560 * MIB
+"""What a trainer on the CPU holds beside its tensors. Measured, with torch's build for the CPU: 480 MiB once
+torch, transformers (which brings pandas and pyarrow), peft and bitsandbytes are imported, of which 130 are
+read-in library files and 190 Python's objects; 60 for tokenizer, data and the model's modules; 20 of torch's
+library that are read in as its kernels are first called."""
+HEAP_HOLES = 6
+"""One part in so many of what comes and goes with a step stays in gaps of the heap: rows and samples of other
+lengths leave holes too small for the next. glibc returns only what lies at the heap's top, and what is larger
+than 32 MiB (``DEFAULT_MMAP_THRESHOLD_MAX``)."""
 
 
-def tiers(items: dict[str, int], architecture: Architecture, layout: Layout, path: CodePath) -> Tiers:
-    """All three, from the items at the peak."""
+def tiers(
+    items: dict[str, int], moving_bytes: int, architecture: Architecture, layout: Layout, path: CodePath
+) -> Tiers:
+    """All three, from the items at the peak; ``moving_bytes`` of them come and go with each step."""
     allocated = sum(items.values())
     if path.device == "cpu":
-        slack = allocated // HEAP_SLACK
-        process = allocated + slack + RUNTIME_BYTES
-        return Tiers(
-            allocated,
-            allocated + slack,
-            process,
-            {"runtime": RUNTIME_BYTES, "fragmentation": slack},
-            Band(process - slack, process + slack, "the system's allocator returns freed memory late"),
-        )
+        return _on_cpu(allocated, moving_bytes, layout, path)
     slack = SEGMENT_BYTES + allocated // 50
     reserved = allocated + slack
     paged = optimizer_bytes(layout, path) if path.optimizer.startswith("paged") else 0
@@ -82,11 +81,31 @@ def tiers(items: dict[str, int], architecture: Architecture, layout: Layout, pat
     )
 
 
+RUNTIME_DOUBT_BYTES = 60 * MIB
+"""Libraries of other versions."""
+
+
+def _on_cpu(allocated: int, moving_bytes: int, layout: Layout, path: CodePath) -> Tiers:
+    slack = moving_bytes // HEAP_HOLES
+    kernels = kernel_bytes(layout, path) if moving_bytes else 0
+    reserved = allocated + slack + kernels
+    process = reserved + RUNTIME_BYTES
+    doubt = _doubt_bytes(allocated, layout) + slack + kernels // 2 + RUNTIME_DOUBT_BYTES
+    return Tiers(
+        allocated,
+        reserved,
+        process,
+        {"runtime": RUNTIME_BYTES, "kernels": kernels, "fragmentation": slack},
+        Band(process - doubt, process + doubt, "other libraries, and an allocator that returns memory late"),
+    )
+
+
 def corrected(levels: Tiers, layout: Layout, correction: Correction) -> Tiers:
     """As past runs on the machine say they should have been. Allocated stays: it is counted, not guessed."""
     allocated = levels.allocated_bytes
     reserved = max(allocated, int(levels.reserved_bytes * correction.factor))
-    added = {**levels.added, "fragmentation": reserved - allocated}
+    kernels = min(levels.added.get("kernels", 0), reserved - allocated)
+    added = {**levels.added, "kernels": kernels, "fragmentation": reserved - allocated - kernels}
     if correction.outside_bytes is not None:
         added["runtime" if "runtime" in added else "context"] = correction.outside_bytes
     process = allocated + sum(added.values())

@@ -8,13 +8,10 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.layout import lay_out
-from qlora_tui.memory.residents import resident_items
+from qlora_tui.memory.residents import FROZEN, resident_items
 from qlora_tui.memory.step import peaks
 from qlora_tui.memory.weights import gradient_bytes
 from qlora_tui.recipe.schema import Recipe
-
-FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")
-"""Items that are the base model."""
 
 
 class Traced(Struct, frozen=True, kw_only=True, tag_field="reply", tag="traced"):

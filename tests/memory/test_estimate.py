@@ -109,8 +109,8 @@ def test_nothing_fits_on_a_card_smaller_than_the_weights() -> None:
     assert cheapest_changes(Recipe(), qwen_7b(), 3 * GIB) == ()
     told = as_json(Recipe(), qwen_7b(), 3 * GIB)
     assert told["cheapest_changes"] == [] and told["least_bytes"] > 3 * GIB
-    (only,) = cheapest_changes(Recipe(), qwen_7b(), told["least_bytes"] * 11 // 10)
-    assert only.fits and only.estimate.total_bytes >= told["least_bytes"]
+    first, *_ = cheapest_changes(Recipe(), qwen_7b(), told["least_bytes"] * 11 // 10)
+    assert first.fits and first.estimate.total_bytes >= told["least_bytes"]
 
 
 def test_the_cheapest_change_keeps_the_effective_batch() -> None:

@@ -248,21 +248,24 @@ def test_the_segment_mask_says_where_samples_begin() -> None:
 
 def test_samples_filled_up_for_a_cpu_attend_as_they_do_alone() -> None:
     torch.manual_seed(0)
-    lengths = [5, 32, 41]
+    lengths: list[int] = [5, 32, 41]
     given = [torch.randn(1, heads, sum(lengths), 16).bfloat16() for heads in (4, 2, 2)]
-    q, k, v = (x.clone().requires_grad_() for x in given)
-    out, _ = attention.segment_attention(torch.nn.Module(), q, k, v, attention.segment_mask(lengths))
+    filled: Any = [x.clone().requires_grad_() for x in given]
+    mask = attention.segment_mask(lengths)
+    attend_filled: Any = attention.segment_attention
+    out, _ = attend_filled(torch.nn.Module(), *filled, mask)
     out.float().square().sum().backward()
-    alone = [x.float().requires_grad_() for x in given]
+    alone: Any = [x.float().requires_grad_() for x in given]
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
     parts = [
-        torch.nn.functional.scaled_dot_product_attention(*sample, is_causal=True, enable_gqa=True)
+        attend(*sample, is_causal=True, enable_gqa=True)
         for sample in zip(*(x.split(lengths, dim=2) for x in alone), strict=True)
     ]
     expected = torch.cat(parts, dim=2).transpose(1, 2)
-    expected.square().sum().backward()
+    expected.square().sum().backward()  # type: ignore[no-untyped-call]  # torch's own
     assert torch.allclose(out.float(), expected, atol=0.02)
-    for got, wanted in zip((q, k, v), alone, strict=True):
-        assert torch.allclose(got.grad.float(), wanted.grad, atol=0.02 * wanted.grad.abs().max())
+    for got, wanted in zip(filled, alone, strict=True):
+        assert torch.allclose(got.grad.float(), wanted.grad, atol=0.02 * float(wanted.grad.abs().max()))
 
 
 def test_a_model_lets_go_of_the_file_it_was_quantized_from(tiny_model: Path) -> None:

@@ -1,0 +1,48 @@
+"""What oneDNN holds on a CPU: the code it makes for each shape of a bfloat16 product.
+
+torch hands products of bfloat16 to oneDNN, those of float32 to MKL, which makes no code. Measured with torch
+2.13: each new shape adds 0.57 MB to the heap, of which 0.3 go when oneDNN's cache lets go of the shape. The
+rest, a code buffer of 256 KiB a kernel, stays (cpu/x64/brgemm/brgemm_containers.cpp keeps every kernel made).
+"""
+
+from __future__ import annotations
+
+from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS, CodePath
+from qlora_tui.memory.layout import Layout
+
+KEPT_SHAPES = 128
+"""Shapes in the cache: ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` in gpu/before_torch.py."""
+KEPT_BYTES = 300 * 1024
+KERNEL_BYTES = 265 * 1024
+STEP = 32
+"""Rows, samples and chunks of the loss are a multiple of so many tokens (training/attention.py)."""
+LONGEST = 1024
+"""Attention goes in blocks: samples longer than two blocks of 512 keys bring hardly a new shape."""
+ATTENTION_PRODUCTS = 10
+"""Of each length of a sample: the five of attention's backward, for whole blocks of queries and for a rest.
+The forward makes none."""
+FULL_ROWS = 4
+"""Lengths that packed rows have: all are nearly full."""
+
+
+def kernel_bytes(layout: Layout, path: CodePath) -> int:
+    """In the heap at the end of a run with samples of every length; nothing but for bfloat16 on a CPU."""
+    if path.device != "cpu" or path.compute_bytes != 2:
+        return 0
+    lengths = -(-layout.length // STEP)
+    rows = min(FULL_ROWS, lengths) if path.packing else lengths
+    shapes = (
+        _products(layout) * rows
+        + ATTENTION_PRODUCTS * min(lengths, LONGEST // STEP)
+        + 2 * min(lengths, LOSS_CHUNK_ROWS // STEP)
+    )
+    return KEPT_SHAPES * KEPT_BYTES + shapes * KERNEL_BYTES
+
+
+def _products(layout: Layout) -> int:
+    """Shapes of the products over one row: two with each weight, three with each half of an adapter."""
+    linears = {linear for block in layout.blocks for linear in block.linears}
+    weights = {(linear.inputs, linear.outputs) for linear in linears}
+    halves = {(linear.inputs, "A") for linear in linears if linear.rank}
+    halves |= {(linear.outputs, "B") for linear in linears if linear.rank}
+    return 2 * len(weights) + 3 * len(halves)
