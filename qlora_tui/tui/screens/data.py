@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import ClassVar
 
 from textual import work
@@ -135,6 +136,7 @@ class DataScreen(DataEdits):
 
     def on_mount(self) -> None:
         self.query_one("#sample-scroll").focus()
+        self._start()
 
     async def on_unmount(self) -> None:
         """The engines go with the screen."""
@@ -236,6 +238,12 @@ class DataScreen(DataEdits):
             self.path, self.row = path, row
             self._show_row_line()
             self._fetch_row(self._wanted, path, row)
+
+    @work
+    async def _start(self) -> None:
+        # Before a file is chosen; why it cannot be is said when one is.
+        with suppress(Problem):
+            await self._previews.start()
 
     @work(exclusive=True, group="row")
     async def _fetch_row(self, wanted: Wanted, path: str, row: int) -> None:

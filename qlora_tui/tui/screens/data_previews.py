@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -39,11 +40,16 @@ class Wanted:
 
 
 class DataPreviews:
-    """Two engines, started when first needed. They load no torch."""
+    """Two engines, started one after the other, for together they would be slow. They load no torch."""
 
     def __init__(self) -> None:
         self._rows = EngineClient()
         self._reports = EngineClient()
+        self._row_came = asyncio.Event()
+
+    async def start(self) -> None:
+        """Start the one for rows ahead of need. Raises Problem."""
+        await self._rows.start()
 
     async def row(self, wanted: Wanted, number: int, path: str = "") -> tuple[Shown, Problem | None]:
         """The row as the model sees it; as the file has it where there is no tokenizer, and why."""
@@ -63,9 +69,15 @@ class DataPreviews:
             plain = ShowRow(source=wanted.source, row=number, path=path, data=wanted.data)
             # If the file itself is at fault, this raises the same.
             return await self._shown(plain), problem
+        finally:
+            self._row_came.set()
 
     async def reports(self, wanted: Wanted) -> AsyncIterator[Report]:
-        """Reports on the whole source, each better than the last; in characters without a tokenizer."""
+        """Reports on the whole source, each better than the last; in characters without a tokenizer.
+
+        The first waits for the first row that is asked for.
+        """
+        await self._row_came.wait()
         ask = InspectData(
             source=wanted.source, data=wanted.data, model=wanted.model, template=wanted.template
         )
