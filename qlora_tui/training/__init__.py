@@ -7,6 +7,7 @@
 ``reporter``     writes events, status and log; ``telemetry``: the machine once a second
 ``run``          the stations of a run, in order: load, prepare, train, save
 ``device``       what there is to compute on, and in which dtype; ``versions``: with which libraries
+``priority``     giving way to other programs, where the processor trains
 ``load``         the base model, quantised and frozen; ``gguf``: one that comes as GGUF
                  (``llama_gguf``, ``vocabulary``: the short way for a plain Llama)
 ``adapter``      LoRA on top of it; ``lean``: module and adapter as one function; ``token_rows``: rows of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -20,7 +19,6 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-_NICENESS = 5
 
 
 def main() -> int:
@@ -41,8 +39,6 @@ def main() -> int:
         if not run.path.is_dir():
             raise Problem("No such run", what=f"{run.path} is not a run's directory.", exit_code=WRONG_CALL)
         settle_before_torch(_ENVIRONMENT)
-        # An app that watches must answer a key at once while every core trains; alone, it costs nothing.
-        os.nice(max(0, _NICENESS - os.nice(0)))
         return run_trainer(run, plan)
     except Problem as problem:
         print(problem, file=sys.stderr)

@@ -29,6 +29,7 @@ from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.finish import take_best, write_adapter
 from qlora_tui.training.loop import RunTrainer, Steps, arguments
 from qlora_tui.training.measure import MemoryMeter
+from qlora_tui.training.priority import give_way
 from qlora_tui.training.probe import longest_micro_batch, probe
 from qlora_tui.training.processes import Processes
 from qlora_tui.training.reporter import Reporter
@@ -89,6 +90,8 @@ class Attempt:
     def _train(self) -> Terminal:
         recipe, reporter = self._recipe, self._reporter
         device = find_device(recipe, self._among.local_rank)
+        if device.kind == "cpu":
+            give_way()
         self._among.meet(on_cpu=device.kind == "cpu")
         self._may_end()
         reporter.phase("loading", recipe.model.id)

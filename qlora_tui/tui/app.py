@@ -214,9 +214,14 @@ class QloraApp(App[None]):
         """The first frame is on its way: what did not have to come before it comes now."""
         self.shown.set()
         if not gc.isenabled():
-            # What is there by now stays: a look for garbage among all of it would hold up a key.
-            gc.freeze()
             gc.enable()
+            gc.freeze()
+
+    def settle(self) -> None:
+        """Take what is there by now as there to stay: a look for garbage among all of it holds up a key."""
+        if gc.get_freeze_count():
+            gc.collect()
+            gc.freeze()
 
     async def action_go(self, mode: str) -> None:
         """Show a screen by its name."""

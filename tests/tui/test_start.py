@@ -20,7 +20,8 @@ from tests.tui.seeing import shows
 APP = [sys.executable, "-m", "qlora_tui"]
 LATER = ("qlora_tui.recipe", "qlora_tui.catalog", "qlora_tui.memory", "qlora_tui.runs", "psutil", "pynvml")
 UNTIL_SHOWN = """
-import asyncio, sys
+import asyncio, gc, sys
+gc.disable()  # as the command line does
 from qlora_tui.tui.app import QloraApp
 
 async def main():
@@ -29,13 +30,17 @@ async def main():
     app.shown.set = lambda: (loaded.extend(sys.modules), set_())
     async with app.run_test() as pilot:
         await app.shown.wait()
+        frozen = gc.get_freeze_count()
+        kept = [[] for _ in range(1000)]
+        app.settle()
+        assert gc.isenabled() and 0 < frozen < gc.get_freeze_count() - 900
     print(*loaded)
 
 asyncio.run(main())
 """
 
 
-def test_the_first_frame_waits_for_no_room_whose_news_it_does_not_show() -> None:
+def test_the_first_frame_waits_for_nothing_it_does_not_show_and_garbage_is_looked_for_after_it() -> None:
     done = subprocess.run([sys.executable, "-c", UNTIL_SHOWN], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
     assert "qlora_tui.tui.screens.home" in loaded

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.tui.app import QloraApp
 
+_SETTLED_S = 4.0
+"""After a screen is first shown: by then it has all it keeps."""
+
 
 class EndsItsWorkers(Widget):
     """A screen whose workers end before its widgets do.
@@ -76,6 +79,7 @@ class WorkScreen(EndsItsWorkers, Screen[None]):
     def on_mount(self) -> None:
         self.workstation.recipe_changed.subscribe(self, self._recipe_changed, immediate=True)
         self.workstation.pulse_changed.subscribe(self, self._pulse_changed, immediate=True)
+        self.set_timer(_SETTLED_S, self.workstation.settle)
 
     def on_screen_resume(self) -> None:
         self.catch_up()
