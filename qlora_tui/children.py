@@ -17,7 +17,7 @@ def command(module: str, *arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """This process's own, in which ``command`` finds this very package and what it prints comes at once."""
-    paths = filter(None, (_PACKAGE, os.environ.get(PATHS)))
+    paths = dict.fromkeys((_PACKAGE, *filter(None, os.environ.get(PATHS, "").split(os.pathsep))))
     return {**os.environ, PATHS: os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 

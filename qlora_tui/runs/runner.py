@@ -57,7 +57,7 @@ def _take_over(run: RunDir) -> None:
     """Do as a runner would have that was killed: wait for its trainer, and tell of a run that has ended."""
     while (state := read_status(run).state) in ACTIVE:
         time.sleep(POLL_S)
-    if state == "lost" or (state != "queued" and run.untold_path.exists()):
+    if state == "lost" or (state not in ("queued", "unreadable") and run.untold_path.exists()):
         _go_on(run, exit_code=None)
 
 
