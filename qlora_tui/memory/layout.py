@@ -70,7 +70,6 @@ class Layout:
     embedding_apart: bool
     """The first layer's input is not the embedding's output itself: positions were added, or a factor."""
     embedding_dropout: float
-    head_bias: bool
     softcap: bool
     logit_scale: bool
     token_rows: int
@@ -145,7 +144,6 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         vocabulary=architecture.vocab_size,
         embedding_apart=len(architecture.embeddings) > 1 or architecture.model_type == "granite",
         embedding_dropout=architecture.residual_dropout if architecture.model_type == "gpt2" else 0.0,
-        head_bias=architecture.head.bias,
         softcap=architecture.final_logit_softcapping is not None,
         logit_scale=architecture.logit_scale is not None,
         token_rows=len(set(recipe.lora.token_rows)),

@@ -13,8 +13,6 @@ from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, rank_of
 
 ALL, SOME, NONE = "all", "some", "none"
-EVERY_KIND = 0
-"""The first row stands for all kinds at once."""
 
 
 def adapter_parameters(modules: Iterable[LinearModule], lora: Lora) -> int:
