@@ -134,5 +134,12 @@ def test_an_mlp_that_does_more_stays_as_it_is() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
+    class DroppingMLP(PlainMLP):
+        """As Seed-OSS's: only in training does it do more."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.dropout(super().forward(x), 0.5, training=self.training)
+
     assert not gated._does_nothing_else(OddMLP(), nn.Linear(16, 8))
+    assert not gated._does_nothing_else(DroppingMLP().eval(), nn.Linear(16, 8))
     assert gated._does_nothing_else(PlainMLP(), nn.Linear(16, 8))

@@ -65,6 +65,8 @@ def _does_nothing_else(mlp: Any, base: nn.Module) -> bool:
     x = torch.randn(1, 2, width, generator=generator).to(example.device, dtype)
     training = mlp.training
     mlp.eval()
+    # Families drop some of what comes out (Seed-OSS); what the adapters drop is no matter here.
+    mlp.training = True
     found, expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)), mlp(x)
     mlp.train(training)
     return float((found - expected).abs().max()) <= _AS_NEAR * float(expected.abs().max())
