@@ -213,6 +213,7 @@ class QloraApp(App[None]):
     def _begin_in_earnest(self) -> None:
         """The first frame is on its way: what did not have to come before it comes now."""
         self.shown.set()
+        # Only the command line turns it off: where many apps come and go, as in tests, none may stay.
         if not gc.isenabled():
             gc.enable()
             gc.freeze()

@@ -1,6 +1,6 @@
 """Style sheets that are read once a theme.
 
-Textual reads every sheet of the app again whenever a screen brings one of its own, which is at its first key.
+Textual reads every sheet of the app again whenever a screen brings one of its own, while its first key waits.
 """
 
 from __future__ import annotations
