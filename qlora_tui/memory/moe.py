@@ -124,7 +124,9 @@ def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
         toward = ops.new(numel, width)
         spread = ops.new(numel, width)
         if width != back:
-            # The engine casts one gradient before it sums the other over the row (validate_outputs).
+            # The engine casts one gradient before it sums the other over the row (validate_outputs); what the
+            # function had unpacked is gone by then, unless the node holds it.
+            saved.clear()
             toward = ops.new(numel, back)
         del spread
         return (toward, ops.new(rows, width))

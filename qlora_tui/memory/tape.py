@@ -202,9 +202,9 @@ class Tape:
         return Node(self.sequence, "gradients", (), _keep)
 
     def saved(self, node: Node) -> list[Tensor | None]:
-        """What ``node`` saved, recomputed if its layer was checkpointed."""
+        """What ``node`` saved, recomputed if its layer was checkpointed: then nothing else holds it."""
         if node.checkpoint is None:
-            return node.saved
+            return list(node.saved)
         return [node.checkpoint.take(slot, self) for slot in node.slots]
 
 

@@ -27,7 +27,7 @@ CASES = [
     Case("Mistral", rows=3, length=256, wide=False, method="none"),
     Case("Mixtral", length=512),
     Case("Qwen 1.5 MoE", checkpointing=False, loss="stock", wide=False),
-    Case("DeepSeek-V2", length=512),
+    Case("DeepSeek-V2", rows=3, length=512),
     Case("DeepSeek-V2", rows=3, length=512, checkpointing=False),
     Case("Falcon", rows=2, length=256),
     Case("Gemma 2", rows=2, length=512),
