@@ -50,7 +50,8 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
         q, k, v = (ops.cast(tensor, ops.compute) for tensor in (q, k, v))
     if kernel != "eager" and (shape.softcap or shape.sinks):
         return _by_hand(ops, q, k, v, shape)
-    if kernel == "flash" and ops.lean and ops.device == "cpu" and shape.head_dim == shape.value_dim:
+    halves = ops.lean and ops.device == "cpu" and q.width < FLOAT
+    if kernel == "flash" and halves and shape.head_dim == shape.value_dim:
         return _by_blocks(ops, q, k, v, shape)
     if kernel in ("flash", "efficient"):
         if kernel == "efficient":
@@ -117,7 +118,7 @@ def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, flash: bo
 
 
 def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:
-    """Our own on a CPU (``training/lean/attention.py``), sample by sample; the backward a block at a time."""
+    """Our own on a CPU in half precision (``training/lean/attention.py``), a sample and a block at a time."""
     numel, shared, width = q.numel, k.numel, q.width
     statistic = shape.rows * shape.heads * shape.length
 
@@ -139,11 +140,9 @@ def _one_backward(ops: Ops, numel: int, shared: int, width: int, shape: Heads) -
     rows, heads = numel // shape.head_dim, shape.heads
     tokens = rows // heads
     less, rounded = ops.new(rows, width), ops.new(rows, width)
-    weighed = None
-    if width != FLOAT:
-        wide = ops.new(numel, FLOAT)
-        weighed = ops.new(numel, width)
-        del wide
+    wide = ops.new(numel, FLOAT)
+    weighed = ops.new(numel, width)
+    del wide
     sums = [ops.new(shared, width) for _ in range(2)]
     for start in range(0, tokens, ATTENTION_BLOCK_ROWS):
         end = min(start + ATTENTION_BLOCK_ROWS, tokens)

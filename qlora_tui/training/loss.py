@@ -186,8 +186,9 @@ class _ChunkedLoss(torch.autograd.Function):
             end = start + LOSS_CHUNK_ROWS
             chunk, target = states[start:end], targets[start:end, None]
             with torch.autocast(states.device.type, enabled=False):
-                even = _even(chunk.to(weight.dtype))
-                logits = nn.functional.linear(even, weight, bias)[: len(chunk)].float()
+                whole = nn.functional.linear(_even(chunk.to(weight.dtype)), weight, bias).float()
+                # What was filled up goes along unread, and no copy is made without it.
+                logits = whole[: len(chunk)]
                 if ids is not None and rows is not None:
                     logits.index_copy_(1, ids, nn.functional.linear(chunk.to(weight.dtype), rows).float())
             if head.multiplier != 1.0:
@@ -213,15 +214,15 @@ class _ChunkedLoss(torch.autograd.Function):
             if counts is not None:
                 logits *= counts
             if ids is None or rows is None or toward_rows is None:
-                grad[start:end] = (_even(logits.to(weight.dtype)) @ weight)[: len(chunk)]
+                grad[start:end] = (whole.to(weight.dtype) @ weight)[: len(chunk)]
             else:
                 own = logits.index_select(1, ids)
                 toward_rows.addmm_(own.t(), chunk.to(own.dtype))
                 logits.index_fill_(1, ids, 0)
-                toward = (_even(logits.to(weight.dtype)) @ weight)[: len(chunk)]
+                toward = (whole.to(weight.dtype) @ weight)[: len(chunk)]
                 grad[start:end] = toward.addmm_(own.to(weight.dtype), rows)
             # Or they would live on beside the next chunk's.
-            del logits, slope
+            del logits, whole, slope
         if grad is not None:
             ctx.save_for_backward(grad, toward_rows)
         ctx.dtype = states.dtype

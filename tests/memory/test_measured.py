@@ -28,18 +28,22 @@ TINY: dict[str, Any] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("checkpointing", "dropout", "method"),
+    ("checkpointing", "dropout", "method", "dtype"),
     [
-        (True, 0.0, "nf4"),
-        (False, 0.0, "nf4"),
-        (False, 0.1, "none"),
-        (True, 0.0, "int8"),
-        (False, 0.0, "int8"),
+        (True, 0.0, "nf4", "float32"),
+        (False, 0.0, "nf4", "float32"),
+        (False, 0.1, "none", "float32"),
+        (True, 0.0, "int8", "float32"),
+        (False, 0.0, "int8", "float32"),
+        (True, 0.0, "nf4", "bfloat16"),
+        (False, 0.1, "nf4", "bfloat16"),
     ],
 )
-def test_a_real_step_holds_what_was_predicted(checkpointing: bool, dropout: float, method: Any) -> None:
+def test_a_real_step_holds_what_was_predicted(
+    checkpointing: bool, dropout: float, method: Any, dtype: Any
+) -> None:
     recipe = Recipe(
-        quantization=Quantization(method=method),
+        quantization=Quantization(method=method, compute_dtype=dtype),
         lora=Lora(dropout=dropout),
         data=Data(max_length=512),
         training=Training(
@@ -91,7 +95,8 @@ def _measured(recipe: Recipe, dropout: float) -> int:
 
     torch.manual_seed(0)
     factory: Any = AutoModelForCausalLM
-    model = factory.from_config(AutoConfig.for_model(**TINY), attn_implementation="sdpa")
+    dtype = getattr(torch, recipe.quantization.compute_dtype)
+    model = factory.from_config(AutoConfig.for_model(**TINY), attn_implementation="sdpa", dtype=dtype)
     architecture = read_architecture(TINY)
     if recipe.quantization.method != "none":
         _quantize(model, recipe.quantization.method)
@@ -128,14 +133,13 @@ def _quantize(model: Any, method: str) -> None:
 
 
 def _four_bits(module: Any) -> Any:
-    import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     made = Linear4bit(
         module.in_features,
         module.out_features,
         bias=False,
-        compute_dtype=torch.float32,
+        compute_dtype=module.weight.dtype,
         compress_statistics=True,
         quant_type="nf4",
     )

@@ -32,7 +32,7 @@ def qkv(heads: int, shared: int, *, dtype: torch.dtype = torch.float32) -> list[
 def attended(given: list[Tensor], *, ours: bool, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The output, and the gradients of queries, keys and values."""
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "on_cpu", lambda query: ours)
+        patch.setattr(attention, "by_blocks", lambda query: ours)
         mask = attention.segment_mask(LENGTHS)
         q, k, v = (x.detach().requires_grad_() for x in given)
         queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
@@ -41,11 +41,13 @@ def attended(given: list[Tensor], *, ours: bool, monkeypatch: pytest.MonkeyPatch
     return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
 
 
+@pytest.mark.parametrize("multiple", [1, 32])
 @pytest.mark.parametrize("block", [512, 7])
 @pytest.mark.parametrize(("heads", "shared", "grouped"), [(6, 2, True), (6, 2, False), (4, 4, True)])
 def test_a_rows_attention_and_its_gradients_are_those_of_the_stock_kernel(
-    heads: int, shared: int, grouped: bool, block: int, monkeypatch: pytest.MonkeyPatch
+    heads: int, shared: int, grouped: bool, block: int, multiple: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lean_attention, "tokens_missing", lambda count, device, dtype: -count % multiple)
     monkeypatch.setattr(lean_attention, "_takes_shared_heads", lambda: grouped)
     monkeypatch.setattr(lean_attention, "ATTENTION_BLOCK_ROWS", block)
     given = qkv(heads, shared)

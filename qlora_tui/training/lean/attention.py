@@ -1,8 +1,8 @@
-"""Attention over the samples of a row on a CPU: torch's flash kernel forward, a backward of our own.
+"""Attention over a row's samples on a CPU in half precision: torch's flash kernel, a backward of our own.
 
 The kernel's backward goes through the scores in small tiles, each a matrix product too small for the
-library beneath it, and takes three times as long as it need. Here a block of queries meets all its keys at
-once, and the query heads that share a key head lie end to end in one product.
+library beneath it, and takes up to three times as long as it need. Here a block of queries meets all its
+keys at once, and the query heads that share a key head lie end to end in one product.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qlora_tui.memory.attention import ATTENTION_BLOCK_ROWS
+from qlora_tui.training.attention import tokens_missing
 
 
 class RowAttention(torch.autograd.Function):
@@ -32,8 +34,10 @@ class RowAttention(torch.autograd.Function):
         parts = (torch.split(x, lengths, dim=2) for x in (query, key, value))
         log_sums = []
         for q, k, v, part in zip(*parts, torch.split(out, lengths, dim=1), strict=True):
-            made, log_sum = _flash(q, *_as_taken(q, k, v), scale)
-            part.copy_(made.transpose(1, 2))
+            shared_k, shared_v = _as_taken(q, k, v)
+            made, log_sum = _flash(_even(q), _even(shared_k), _even(shared_v), scale)
+            tokens = q.shape[2]
+            part.copy_(made.transpose(1, 2)[:, :tokens])
             log_sums.append(log_sum)
         ctx.save_for_backward(query, key, value, out, *log_sums)
         ctx.lengths, ctx.scale = lengths, scale
@@ -48,6 +52,12 @@ class RowAttention(torch.autograd.Function):
         for (q, k, v, o, grad, *toward), log_sum in zip(zip(*parts, strict=True), log_sums, strict=True):
             _one_backward(q, k, v, o, grad, log_sum[0], ctx.scale, toward)
         return (*made, None, None)
+
+
+def _even(x: Tensor) -> Tensor:
+    """x (…, tokens, width) filled up with zeros to a number of tokens for which there are kernels."""
+    more = tokens_missing(x.shape[-2], x.device, x.dtype)
+    return functional.pad(x, (0, 0, 0, more)) if more else x
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
@@ -91,17 +101,18 @@ def _one_backward(
     With P = exp(scale · q kᵀ - log_sum) and D = rowsum(grad · out): toward v Pᵀ grad, toward the scores
     P · (grad vᵀ - D), toward q and k their products with k and q (Dao et al. 2022, FlashAttention, B.4).
     """
+    real = q.shape[1]
+    q, k, v, out, grad = (_even(x) for x in (q, k, v, out, grad))
+    log_sum = log_sum[..., None]
     heads, tokens, width = q.shape
     shared, group = k.shape[0], heads // k.shape[0]
     less = (grad * out).sum(-1, keepdim=True, dtype=torch.float32)
-    rounded = log_sum[..., None].to(q.dtype)
-    if q.dtype != torch.float32:
-        # The sums are subtracted in half precision; what rounding took from them comes back as a factor.
-        factor = (rounded - log_sum[..., None]).exp_()
-        grad, less = (grad * factor).to(q.dtype), less * factor
-    less = less.to(q.dtype)
+    # The sums are subtracted in half precision; what rounding took from them comes back as a factor.
+    rounded = log_sum.to(q.dtype)
+    factor = (rounded - log_sum).exp_()
+    grad, less = (grad * factor).to(q.dtype), (less * factor).to(q.dtype)
     sum_k, sum_v = torch.zeros_like(k), torch.zeros_like(v)
-    for start in range(0, tokens, ATTENTION_BLOCK_ROWS):
+    for start in range(0, real, ATTENTION_BLOCK_ROWS):
         end = min(start + ATTENTION_BLOCK_ROWS, tokens)
         rows = group * (end - start)
 
@@ -115,11 +126,10 @@ def _one_backward(
         weights.view(shared, group, end - start, end)[..., start:].tril_()
         sum_v[:, :end].baddbmm_(weights.transpose(1, 2), some_grad)
         scores = torch.baddbmm(some_less, some_grad, seen_v.transpose(1, 2), beta=-1).mul_(weights)
-        toward[0].view(shared, group, tokens, width)[:, :, start:end] = (
-            torch.bmm(scores, seen_k).mul_(scale).view(shared, group, end - start, width)
-        )
+        made = torch.bmm(scores, seen_k).mul_(scale).view(shared, group, end - start, width)
+        toward[0].view(shared, group, real, width)[:, :, start:end] = made[:, :, : real - start]
         sum_k[:, :end].baddbmm_(scores.transpose(1, 2), some_q, alpha=scale)
         # Or they would live on beside the next block's.
         del weights, scores
-    toward[1].copy_(sum_k)
-    toward[2].copy_(sum_v)
+    toward[1].copy_(sum_k[:, :real])
+    toward[2].copy_(sum_v[:, :real])
