@@ -36,12 +36,14 @@ def kept_conversion(file: Path) -> Path | None:
 
 def convert(file: Path, folder: Path) -> None:
     """Make ``folder``, all of it or nothing. Raises Problem."""
+    from safetensors import SafetensorError  # no OSError, also where the disk is full
+
     draft = folder.with_name(f".{folder.name}")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         _convert(file, private_dir(draft))
         draft.rename(folder)
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError, SafetensorError) as error:
         says = str(error).strip() or type(error).__name__
         raise Problem(
             "The GGUF file could not be converted",

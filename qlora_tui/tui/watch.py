@@ -7,6 +7,7 @@ stands still while an app is open.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from qlora_tui import paths
 from qlora_tui.gpu.no_gpu import NoGpu
@@ -72,8 +73,10 @@ class Watch:
         elif self._stands_since is None:
             self._stands_since = now
         elif now - self._stands_since >= STANDS_S:
-            ensure_runner()
             self._stands_since = now
+            # No memory for a process, or no place for its log: tried again when the queue has stood as long.
+            with suppress(OSError):
+                ensure_runner()
 
     def _news(self, statuses: list[tuple[RunDir, Status]]) -> tuple[News, ...]:
         ended = [run for run, status in statuses if run.id in self._at_work and status.state in _OVER]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_tui import children
 from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.errors import Problem
 from qlora_tui.training.gguf import convert, main
@@ -121,6 +123,23 @@ def test_a_file_that_is_not_gguf_ends_in_one_sentence(
     file.write_bytes(json.dumps({"not": "a model"}).encode())
     assert main([str(file), str(tmp_path / "converted")]) == 1
     assert "The GGUF file cannot be used" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(file: Path, tmp_path: Path) -> None:
+    """Here a limit on the size of a file, which the weights are the first to reach."""
+    done = subprocess.run(
+        [
+            *("bash", "-c", 'ulimit -f 64 && exec "$@"', "-"),
+            *children.command("qlora_tui.training.gguf", str(file), str(tmp_path / "folder")),
+        ],
+        env=children.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "too large" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_wrong_number_of_arguments_is_a_wrong_call(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,18 @@ async def test_a_queue_that_stands_still_is_started_whatever_screen_is_in_front(
         await until(pilot, lambda: queue.waiting() == [])
 
 
+def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "STANDS_S", 0.0)
+    monkeypatch.setattr(watch, "ensure_runner", ensure_runner)
+    run = play(Play(name="owls", state="queued", steps=0))
+    queue.enqueue(run)
+    (paths.state_dir() / "runner.log").mkdir()
+    look = watch.Watch()
+    look.look()
+    assert look.look().waiting == (run.id,)
+    look.close()
+
+
 async def test_no_key_is_named_that_goes_elsewhere_than_the_next_step(make_app: MakeApp) -> None:
     play(Play(name="owls", state="paused", steps=60))
     app = make_app()
