@@ -117,7 +117,7 @@ def estimate(
     fullest = max(moments, key=lambda moment: moment.total_bytes)
     items = _together(resident, fullest)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
-    loading = _together(frozen, Peak("loading", {"loading": loading_bytes(architecture, path)}))
+    loading = _together(frozen, Peak("loading", {"loading": loading_bytes(recipe, architecture, path)}))
     moving = fullest.total_bytes
     if sum(loading.values()) > sum(items.values()):
         fullest, items, moving = Peak("loading", loading), loading, 0
@@ -147,9 +147,11 @@ LOADERS = 4
 """Threads with which transformers reads weights (``core_model_loading.GLOBAL_WORKERS``)."""
 
 
-def loading_bytes(architecture: Architecture, path: CodePath) -> int:
+def loading_bytes(recipe: Recipe, architecture: Architecture, path: CodePath) -> int:
     """What is there while weights are read: a card holds some tensors in 16 bits before each is quantized; a
-    CPU has the whole file mapped."""
+    CPU has the whole file mapped. Weights that stay as they are stored are what is read."""
+    if recipe.quantization.method == "none" and path.compute_bytes == 2:
+        return 0
     if path.device == "cpu":
         return 2 * architecture.total_params
     sizes = sorted((2 * module.weight_params for module in architecture.modules), reverse=True)

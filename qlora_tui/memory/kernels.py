@@ -13,14 +13,12 @@ from qlora_tui.memory.layout import Layout
 KEPT_SHAPES = 128
 """Shapes in the cache: ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` in gpu/before_torch.py."""
 KEPT_BYTES = 300 * 1024
-KERNEL_BYTES = 265 * 1024
+KERNEL_BYTES = 268 * 1024
 STEP = 32
 """Rows, samples and chunks of the loss are a multiple of so many tokens (training/attention.py)."""
-LONGEST = 1024
-"""Attention goes in blocks: samples longer than two blocks of 512 keys bring hardly a new shape."""
-ATTENTION_PRODUCTS = 10
-"""Of each length of a sample: the five of attention's backward, for whole blocks of queries and for a rest.
-The forward makes none."""
+ATTENTION_PRODUCTS = 5
+"""Of each length of a sample: those of attention's backward (training/lean/attention.py). The forward makes
+no kernel."""
 FULL_ROWS = 4
 """Lengths that packed rows have: all are nearly full."""
 
@@ -32,9 +30,7 @@ def kernel_bytes(layout: Layout, path: CodePath) -> int:
     lengths = -(-layout.length // STEP)
     rows = min(FULL_ROWS, lengths) if path.packing else lengths
     shapes = (
-        _products(layout) * rows
-        + ATTENTION_PRODUCTS * min(lengths, LONGEST // STEP)
-        + 2 * min(lengths, LOSS_CHUNK_ROWS // STEP)
+        _products(layout) * rows + ATTENTION_PRODUCTS * lengths + 2 * min(lengths, LOSS_CHUNK_ROWS // STEP)
     )
     return KEPT_SHAPES * KEPT_BYTES + shapes * KERNEL_BYTES
 

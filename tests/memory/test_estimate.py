@@ -149,8 +149,22 @@ def test_samples_beyond_the_models_context_are_warned_of(name: str, most: int, w
 def test_a_cpu_run_has_no_cuda_context() -> None:
     made = estimate(Recipe(), tinyllama(), device=Device(kind="cpu"))
     assert made.bytes_of("context") == 0
-    assert made.bytes_of("runtime") > 0
+    assert made.bytes_of("runtime") > 0 and made.bytes_of("kernels") == 0
     assert made.path.compute_bytes == 4
+
+
+def test_a_cpu_that_computes_in_bfloat16_holds_a_kernel_a_shape() -> None:
+    device = Device(kind="cpu", native_bfloat16=True)
+    fuller = Training(micro_batch=8, gradient_checkpointing=False)  # than while it is loaded
+    some, more, most = (
+        estimate(Recipe(data=data, training=fuller), tinyllama(), device=device).bytes_of("kernels")
+        for data in (
+            Data(max_length=512),
+            Data(max_length=1024),
+            Data(max_length=1024, packing=False),  # rows of every length
+        )
+    )
+    assert 0 < some < more < most
 
 
 def test_json_has_the_documented_shape() -> None:
