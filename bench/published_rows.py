@@ -8,7 +8,7 @@ from typing import Literal
 
 from qlora_tui.memory import CodePath
 from qlora_tui.memory.codepath import Loss, Optimizer
-from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+from qlora_tui.recipe.schema import ALL_LINEAR, Data, Lora, Quantization, Recipe, Training
 
 Row = dict[str, str]
 
@@ -83,7 +83,7 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
         quantization=Quantization(method=method, double_quantization=bool(nested)),
         lora=Lora(
             rank=_number(row, "lora_r"),
-            target_modules=tuple(row["targets"].replace(",", " ").split()),
+            target_modules=_targets(row["targets"]),
             dropout=float(dropout[1].rstrip(".")) if dropout else 0.0,
             use_dora="dora" in extra,
         ),
@@ -91,6 +91,12 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
         training=Training(micro_batch=_number(row, "batch"), gradient_accumulation=_accumulation(extra)),
     )
     return recipe, path
+
+
+def _targets(text: str) -> tuple[str, ...]:
+    if re.fullmatch(r"all([ _-]?linear)?", text.strip().lower()):
+        return (ALL_LINEAR,)
+    return tuple(text.replace(",", " ").split())
 
 
 def _number(row: Row, column: str) -> int:

@@ -107,7 +107,9 @@ def test_a_path_that_is_not_walked_says_why(column: str, text: str, why: str) ->
 
 
 def test_the_words_of_a_row_decide_the_recipe_too() -> None:
-    recipe, _ = read_path(_row(extra="lora_dropout=0.05; DoRA; gradient accumulation 4", quant="nf4+dq"))
+    words = "lora_dropout=0.05; DoRA; gradient accumulation 4"
+    recipe, _ = read_path(_row(extra=words, quant="nf4+dq", targets="all linear"))
+    assert recipe.lora.target_modules == ("all-linear",)
     assert (recipe.lora.dropout, recipe.lora.use_dora) == (0.05, True)
     assert recipe.quantization.double_quantization
     assert recipe.training.gradient_accumulation == 4
