@@ -51,7 +51,9 @@ def likeliest(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Tensor)
     if logits is not None:
         return logits[:, :-1][wanted].argmax(-1)
     head = model.get_base_model().get_output_embeddings()
-    states = hidden[:, :-1][wanted].to(head.weight.dtype)
+    # Where rows of it are trained, peft copies the whole matrix for who asks for the weight.
+    weight = getattr(head, "original_module", head).weight
+    states = hidden[:, :-1][wanted].to(weight.dtype)
     return torch.cat([head(chunk).argmax(-1) for chunk in torch.split(states, _CHUNK_ROWS)])
 
 

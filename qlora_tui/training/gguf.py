@@ -18,6 +18,7 @@ from qlora_tui.catalog.local import converted_dir
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.files import private_dir
 from qlora_tui.training import llama_gguf
+from qlora_tui.training.failure import is_full_disk
 
 
 def converted(file: Path) -> Path:
@@ -48,7 +49,9 @@ def convert(file: Path, folder: Path) -> None:
         raise Problem(
             "The GGUF file could not be converted",
             what=f"{file}: {says.splitlines()[0]}",
-            fix="Choose the model's safetensors folder or hub id instead.",
+            fix="Free some space."
+            if is_full_disk(error)
+            else "Choose the model's safetensors folder or hub id instead.",
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.chat.sources import of_run
@@ -20,6 +21,7 @@ from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Lora, Source
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.training import loss
+from qlora_tui.training.accuracy import likeliest
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.load import checkpoint_activations
 from qlora_tui.training.loop import load_adapter, save_adapter
@@ -153,6 +155,29 @@ def test_nothing_to_learn_leaves_every_row_a_gradient_of_zero() -> None:
     nothing = torch.full_like(labels, loss.IGNORED)
     model.train()(input_ids=ids, labels=nothing, num_items_in_batch=1).loss.backward()
     assert all(rows.grad is not None and not rows.grad.any() for _, rows in row_parameters(model))
+
+
+def test_short_answers_are_looked_for_without_a_copy_of_the_whole_head() -> None:
+    """peft makes one for whoever asks for the head's ``weight``, and a card may have no room for it."""
+
+    class Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+        made: ClassVar[set[torch.Size]] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **kwargs or {})
+            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() != weight.data_ptr():
+                self.made.add(out.shape)
+            return out
+
+    base = faint("llama", tied=False)
+    model = adapted(base).eval()
+    head = base.get_output_embeddings()
+    weight = head.original_module.weight
+    hidden, wanted = torch.randn(1, 6, 64), torch.ones(1, 5, dtype=torch.bool)
+    with torch.no_grad(), Sizes() as sizes:  # type: ignore[no-untyped-call]
+        found = likeliest(model, None, hidden, wanted)
+    assert torch.equal(found, head(hidden[0, :-1]).argmax(-1))
+    assert sizes.made and weight.shape not in sizes.made
 
 
 @pytest.mark.parametrize(("model_type", "why"), [("phi", "of a kind"), ("llama", "beyond the 300 rows")])
