@@ -11,6 +11,8 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
+from qlora_tui.tui.widgets.entry import Entry
+
 
 class AskScreen(ModalScreen[str | None]):
     """Gives the text, checked by ``wrong`` (what is wrong with it, or nothing); None when left."""
@@ -32,7 +34,7 @@ class AskScreen(ModalScreen[str | None]):
             card.border_title = self._title
             card.border_subtitle = "enter takes it · esc cancels"
             yield Static(self._text, markup=False)
-            yield Input(self._value, compact=True)
+            yield Entry(self._value, compact=True)
             yield Static("", id="ask-wrong", markup=False)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:

@@ -12,6 +12,7 @@ from textual.suggester import SuggestFromList
 from textual.widgets import Input, Label, Static
 
 from qlora_tui.data.formats import parts_of
+from qlora_tui.tui.widgets.entry import Entry
 
 
 class ColumnsScreen(ModalScreen[dict[str, str]]):
@@ -34,7 +35,7 @@ class ColumnsScreen(ModalScreen[dict[str, str]]):
             for part in parts_of(self._format):
                 with Horizontal(classes="field"):
                     yield Label(part.replace("_", " "))
-                    yield Input(
+                    yield Entry(
                         self._mapping.get(part, ""),
                         name=part,
                         placeholder="no column",

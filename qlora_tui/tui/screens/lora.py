@@ -26,6 +26,7 @@ from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora_commands import COMMANDS
+from qlora_tui.tui.widgets.entry import Entry
 from qlora_tui.tui.widgets.lora_advice import KNOBS, advice, knob_head, stepped, targets_advice
 from qlora_tui.tui.widgets.lora_totals import Prices, cursor_text, difference_text, more, prices, totals_text
 from qlora_tui.tui.widgets.module_grid import ModuleGrid
@@ -71,7 +72,7 @@ class LoraScreen(WorkScreen):
         with Horizontal(id="targets-line"):
             yield Static("targets ", id="targets-label")
             yield Static(id="targets-text", markup=False)
-            yield Input(compact=True, id="targets-input")
+            yield Entry(compact=True, id="targets-input")
         with Horizontal(id="lora-parts"):
             with Vertical(id="grid-side"):
                 yield ModuleGrid(id="modules")

@@ -23,6 +23,7 @@ from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.models_ask import ask_hub, demo_model, demo_name, wrong_path
 from qlora_tui.tui.widgets.download_line import download_lines
+from qlora_tui.tui.widgets.entry import Entry
 from qlora_tui.tui.widgets.model_facts import HubFacts, hub_facts, local_facts
 from qlora_tui.tui.widgets.model_lines import HUB, LOCAL, hub_lines, local_lines
 from qlora_tui.tui.widgets.steady import put
@@ -69,7 +70,7 @@ class ModelsScreen(WorkScreen):
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="models-filter-line"):
             yield Static("search ", id="models-filter-label")
-            yield Input(placeholder="/ and a name; enter asks the hub too", compact=True, id="models-filter")
+            yield Entry(placeholder="/ and a name; enter asks the hub too", compact=True, id="models-filter")
         with Horizontal(id="models-parts"):
             with Vertical(id="models-side"):
                 yield Static(EMPTY, id="models-empty")

@@ -15,6 +15,7 @@ from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.format import short_path, size
 from qlora_tui.tui.recent import recent, remember
+from qlora_tui.tui.widgets.entry import Entry
 from qlora_tui.tui.widgets.vi_list import ViList
 
 _SHOWN = 500
@@ -55,7 +56,7 @@ class OpenPathScreen(ModalScreen[Path]):
         with Vertical(id="open-card") as card:
             card.border_title = self._title
             card.border_subtitle = "↑↓ choose · enter opens · tab completes · ^o the folder · esc"
-            yield Input(placeholder="a path, or a part of a name", id="typed", compact=True)
+            yield Entry(placeholder="a path, or a part of a name", id="typed", compact=True)
             yield Static(id="where", markup=False)
             yield ViList(id="entries")
 

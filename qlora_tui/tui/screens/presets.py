@@ -29,6 +29,7 @@ from qlora_tui.tui.screens.help import HelpScreen
 from qlora_tui.tui.screens.presets_files import bring_in, edit, send_out
 from qlora_tui.tui.screens.problem import ProblemScreen
 from qlora_tui.tui.screens.question import QuestionScreen
+from qlora_tui.tui.widgets.entry import Entry
 from qlora_tui.tui.widgets.preset_preview import preset_line, preview
 from qlora_tui.tui.widgets.vi_list import ViList
 
@@ -94,7 +95,7 @@ class PresetsScreen(ModalScreen[None]):
                     yield Static(id="preview")
             with Horizontal(id="save-line"):
                 yield Static("save as ", id="save-label")
-                yield Input(placeholder="name, or name: what it is for", compact=True, id="save-name")
+                yield Entry(placeholder="name, or name: what it is for", compact=True, id="save-name")
 
     def on_mount(self) -> None:
         self.query_one("#save-line").display = False

@@ -19,6 +19,7 @@ from qlora_tui.tui.screens.runs_edits import RunEdits
 from qlora_tui.tui.screens.runs_summary import Listing, RunSummary, Summaries
 from qlora_tui.tui.screens.runs_table import RunTable
 from qlora_tui.tui.screens.train import show_run
+from qlora_tui.tui.widgets.entry import Entry
 from qlora_tui.tui.widgets.steady import put
 
 _LOOK_S = 0.3
@@ -48,7 +49,7 @@ class RunsScreen(RunEdits):
         self._bound_for: object = None
 
     def compose_body(self) -> Iterable[Widget]:
-        yield Input(
+        yield Entry(
             placeholder="part of a name, a model, a setting or a state", id="runs-filter", compact=True
         )
         yield RunTable()

@@ -9,8 +9,10 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import TextArea
 
+from qlora_tui.tui.widgets.entry import OwnKeysFirst
 
-class PromptBox(TextArea):
+
+class PromptBox(OwnKeysFirst, TextArea):
     """A pasted text keeps its lines."""
 
     DEFAULT_CSS = """
@@ -28,8 +30,8 @@ class PromptBox(TextArea):
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "send", show=False, priority=True),
-        Binding("ctrl+j", "new_line", show=False, priority=True),
+        Binding("enter", "send", show=False),
+        Binding("ctrl+j", "new_line", show=False),
     ]
 
     class Sent(Message):
@@ -71,5 +73,3 @@ class PromptBox(TextArea):
             event.stop()
             event.prevent_default()
             self.post_message(self.Recalled())
-            return
-        await super()._on_key(event)

@@ -21,6 +21,7 @@ from qlora_tui.recipe.fields import Field, fields, value_of
 from qlora_tui.recipe.mistakes import InvalidRecipe
 from qlora_tui.recipe.overlay import parse_set
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.widgets.entry import Entry
 from qlora_tui.tui.widgets.setting_rows import SettingRows
 from qlora_tui.tui.widgets.setting_steps import stepped
 
@@ -65,7 +66,7 @@ class SettingsForm(Vertical):
     def compose(self) -> ComposeResult:
         yield SettingRows(self._fields)
         yield Static(id="setting-help", markup=False)
-        yield Input(compact=True)
+        yield Entry(compact=True)
 
     def focus(self, scroll_visible: bool = True) -> SettingsForm:
         self.query_one(SettingRows).focus(scroll_visible)
@@ -114,7 +115,7 @@ class SettingsForm(Vertical):
             value = self._parsed(event.value)
         except InvalidRecipe as problem:
             says = "; ".join(str(mistake.says) for mistake in problem.mistakes)
-            self.query_one("#setting-help", Static).update(f"✗ {says}. It must be {self.field.expected}.")
+            self.query_one("#setting-help", Static).update(f"✗ {says}.")
             return
         self._leave()
         self.post_message(self.Edited(self.field.path, value))
