@@ -8,6 +8,7 @@ them). Only a chunk of the file is in memory at a time. A row that cannot be rea
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,7 +73,9 @@ def files_of(path: Path) -> tuple[list[Path], str]:
         )
     if not path.is_dir():
         return [path], ""
-    found = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) and _is_data(p.relative_to(path)))
+    # Unlike rglob, walk passes over a folder that goes while it looks.
+    inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    found = sorted(p for p in inside if p.is_file() and kind_of(p) and _is_data(p.relative_to(path)))
     if not found:
         raise Problem(
             "No data in the folder",
