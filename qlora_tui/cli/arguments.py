@@ -14,7 +14,10 @@ def whole(text: str) -> int:
 
 def positive(text: str) -> float:
     """A size above nothing, in GiB."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError("it must be a size above 0, in GiB")
     return value

@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> Outcome:
     traced = _traced(recipe, architecture, room, asked=args.trace)
     data = as_json(recipe, architecture, room.bytes, device=room.device, traced=traced)
     compared = compare(recipe, architecture, device=room.device, traced=traced)
-    lines = [f"{recipe.model.id} against {room.name} ({gib(room.bytes)} GiB)", ""]
+    # The name of a card that was only said is its size.
+    held_to = room.name if args.gpu_gib else f"{room.name} ({gib(room.bytes)} GiB)"
+    lines = [f"{recipe.model.id} against {held_to}", ""]
     rows = []
     for precision in PRECISIONS:
         made = compared[precision]

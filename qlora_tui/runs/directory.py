@@ -169,6 +169,13 @@ def find(name: str) -> RunDir:
             fix="Give more of the name.",
             exit_code=WRONG_CALL,
         )
+    if name == LAST:
+        raise Problem(
+            "No run yet",
+            what=f"{paths.runs_dir()} holds no run.",
+            fix="`qlora-tui train` starts one.",
+            exit_code=WRONG_CALL,
+        )
     newest = f" The newest is {runs[0].id}." if runs else ""
     raise Problem(
         "No such run",

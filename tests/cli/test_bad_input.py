@@ -139,11 +139,14 @@ def test_an_unknown_run(call: Call) -> None:
     said = call("attach", "nothing")
     assert said.code == 2
     assert "nothing" in said.err
+    assert "No run yet" in call("attach", "last").err
 
 
 def test_a_size_that_is_none(call: Call, qwen: Path) -> None:
     for size in ("0", "-3", "nan", "much"):
-        assert call("estimate", "--model", str(qwen), "--gpu-gib", size).code == 2
+        said = call("estimate", "--model", str(qwen), "--gpu-gib", size)
+        assert said.code == 2
+        assert "it must be a size above 0, in GiB" in said.err
 
 
 @pytest.mark.parametrize("setting", ["lora.target_modules=nope", "lora.token_rows=nope"])

@@ -32,6 +32,8 @@ def test_names_give_way_to_numbers_where_there_is_little_room() -> None:
         assert len(line) <= width and line.endswith(numbers)
     assert "SmolLM2-135" in recipe_line(bench, 78)
     assert recipe_line(bench, 200) == recipe_line(bench)
+    bench.set("data.sources", ())
+    assert " · no data · " in recipe_line(bench, 78)
 
 
 def test_ranks_of_their_own_are_told_as_a_range() -> None:

@@ -109,8 +109,8 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
     ]
     for place in (2, 1, 0):
         over = 0 if width is None else len(_BETWEEN.join(parts)) - width
-        if over > 0:
-            name = parts[place]
+        name = parts[place]
+        if over > 0 and len(name) > _LEAST_NAME + 1:
             parts[place] = name[: max(_LEAST_NAME, len(name) - over - 1)].rstrip(".-_ ") + "…"
     return _BETWEEN.join(parts)[:width]
 
