@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def announce(app: QloraApp, news: News) -> None:
     """By a line in the app, and by bell, title and desktop notification as the settings want them."""
     wanted = app.settings.notify
-    app.notify(news.text, severity="information" if news.event == "finished" else "error", markup=False)
+    app.notify(news.text, severity="information" if news.event == "finished" else "error")
     if wanted.title:
         app.write_escape(escapes.set_title(news.text))
     if wanted.desktop:

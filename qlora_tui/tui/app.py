@@ -170,7 +170,11 @@ class QloraApp(App[None]):
         self.write_escape(escapes.set_clipboard(text))
         tool = await asyncio.to_thread(clipboard.copy_locally, text)
         shown = text if len(text) <= _SHOWN_OF_COPY else text[:_SHOWN_OF_COPY] + "…"
-        self.notify(shown, title=clipboard.said(tool), markup=False)
+        self.notify(shown, title=clipboard.said(tool))
+
+    def notify(self, message: str, *, markup: bool = False, **how: Any) -> None:
+        """Say something for a while, as it stands: names of runs and files may hold brackets."""
+        super().notify(message, markup=False, **how)
 
     def explain(self, problem: Problem) -> None:
         """Show a problem in a modal."""

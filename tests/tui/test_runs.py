@@ -14,7 +14,7 @@ from qlora_tui.cli import main
 from qlora_tui.format import figure
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.presets import find
-from qlora_tui.runs import queue
+from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.directory import find as find_run
 from qlora_tui.runs.status import State, read_status, write_status
@@ -219,14 +219,15 @@ async def test_a_deleted_run_comes_back_with_u_and_is_gone_after_the_app(
     make_app: MakeApp, three_runs: list[RunDir]
 ) -> None:
     app = make_app()
+    actions.rename(three_runs[0], "tickets [/a]")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await opened(app)
-        await shows(pilot, "tickets-a")
+        await shows(pilot, "tickets [/a]")
         await pilot.press("D")
-        await shows(pilot, "u brings it back", "D Delete ^p Palette ? Help")
+        await shows(pilot, "tickets [/a] is deleted", "u brings it back", "D Delete ^p Palette ? Help")
         assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
         await pilot.press("D", "u", "u")
-        await shows(pilot, "tickets-a is back", "✓ finished")
+        await shows(pilot, "tickets [/a] is back", "✓ finished")
         assert len(all_runs()) == 3
         assert three_runs[0].recipe().lora.rank == 16
         await pilot.press("g", "D")

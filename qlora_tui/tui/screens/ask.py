@@ -8,6 +8,7 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
+from textual.markup import escape
 from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
@@ -31,7 +32,7 @@ class AskScreen(ModalScreen[str | None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="card") as card:
-            card.border_title = self._title
+            card.border_title = escape(self._title)
             card.border_subtitle = "enter takes it · esc cancels"
             yield Static(self._text, markup=False)
             yield Entry(self._value, compact=True)

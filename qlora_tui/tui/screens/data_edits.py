@@ -157,7 +157,7 @@ class DataEdits(WorkScreen):
             now = self.workstation.workbench.recipe.lora.token_rows
             self.workstation.edit("lora.token_rows", tuple(dict.fromkeys((*now, *tokens))))
             said = f"Embedding and head will be trained for {', '.join(tokens)}. u takes it back."
-            self.notify(said, markup=False)
+            self.notify(said)
 
     @property
     def problems(self) -> tuple[DataProblem, ...]:
