@@ -58,11 +58,7 @@ RUNTIME_DOUBT_BYTES = RUNTIME_BYTES // 10
 HEAP_HOLES = 6
 """One part in so many of what comes and goes with a step stays in gaps of the heap: rows and samples of other
 lengths leave holes too small for the next. glibc returns only what lies at the heap's top, and what is larger
-than 32 MiB (``DEFAULT_MMAP_THRESHOLD_MAX``). Measured over the demo in float32, where nothing else grows."""
-KERNEL_HOLES = 2
-"""And one part in so many of what oneDNN's kernels take: each is made while a step's tensors are there, stays
-when they go, and keeps the gaps on both its sides apart. Measured over the demo in bfloat16, rows of 384 and
-1,024."""
+than 32 MiB (``DEFAULT_MMAP_THRESHOLD_MAX``). Measured over the demo, in float32 and in bfloat16."""
 
 
 def tiers(
@@ -97,7 +93,7 @@ def tiers(
 
 def _on_cpu(allocated: int, moving_bytes: int, layout: Layout, path: CodePath) -> Tiers:
     kernels = kernel_bytes(layout, path) if moving_bytes else 0
-    slack = moving_bytes // HEAP_HOLES + kernels // KERNEL_HOLES
+    slack = moving_bytes // HEAP_HOLES
     reserved = allocated + slack + kernels
     process = reserved + RUNTIME_BYTES
     doubt = _doubt_bytes(allocated, layout) + slack + kernels // 2 + RUNTIME_DOUBT_BYTES
