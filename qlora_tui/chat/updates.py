@@ -109,7 +109,14 @@ def read_updates(folder: Path) -> Updates:
     rows: dict[str, RowUpdate] = {}
     for key, tensor in tensors.items():
         if match := _ROWS.fullmatch(key):
-            rows[match[1]] = RowUpdate(_ids_of(match[1], config), tensor)
+            ids = _ids_of(match[1], config)
+            if len(ids) != len(tensor):
+                raise Problem(
+                    "The adapter cannot be read",
+                    what=f"{folder}: {len(tensor)} rows of {match[1]}, and {len(ids)} named in {_CONFIG}.",
+                    fix="Give the adapter folder of a run, or another checkpoint.",
+                )
+            rows[match[1]] = RowUpdate(ids, tensor)
             continue
         match = _PART.fullmatch(key)
         if match is None:
@@ -124,10 +131,10 @@ def read_updates(folder: Path) -> Updates:
 
 def _ids_of(module: str, config: dict[str, Any]) -> tuple[int, ...]:
     """Whose rows: a list is the embedding's; of several modules, each is named, or the end of its name is."""
-    indices = config["trainable_token_indices"]
+    indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
-        indices = next(ids for name, ids in indices.items() if f".{module}".endswith(f".{name}"))
-    return tuple(indices)
+        indices = next((ids for name, ids in indices.items() if f".{module}".endswith(f".{name}")), None)
+    return tuple(indices or ())
 
 
 def _update(name: str, part: dict[str, Tensor], config: dict[str, Any]) -> Update:

@@ -34,6 +34,8 @@ def enqueue_again(run: RunDir) -> None:
     """Queue a run that had ended, to go on from its last checkpoint."""
     with EventWriter(run.events_path) as log:
         log.append(Queued(at=time.time()))
+    # Who queues it again knows how it ended.
+    run.untold_path.unlink(missing_ok=True)
     enqueue(run)
 
 

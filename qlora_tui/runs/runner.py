@@ -93,7 +93,7 @@ def _run(run: RunDir, plan: Plan) -> None:
 
 
 def _train(run: RunDir, plan: Plan) -> int:
-    run.untold_path.touch()
+    run.untold_path.touch(mode=0o600)
     write_status(run, read_status(run).then("starting", process=mark()), durable=True)
     queue.remove(run)
     with run.log_path.open("ab") as log:

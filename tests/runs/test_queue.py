@@ -74,7 +74,9 @@ def test_a_withdrawn_run_is_stopped_before_it_began(recipe: Recipe) -> None:
 def test_a_run_that_is_queued_again_keeps_how_far_it_had_come(recipe: Recipe) -> None:
     run = create(recipe)
     write_status(run, Status(state="paused", at=1.0, step=7, total_steps=20, loss=1.5, detail="Paused."))
+    run.untold_path.touch()
     queue.enqueue_again(run)
+    assert not run.untold_path.exists(), "who queues it again knows how it ended"
     assert read_status(run) == Status(
         state="queued", at=read_status(run).at, step=7, total_steps=20, loss=1.5
     )

@@ -1,0 +1,30 @@
+"""Adapters from elsewhere, whose two files may not agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui.errors import Problem
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("indices", [{}, {"trainable_token_indices": {"wte": [1, 2]}}, [1, 2, 3]])
+def test_rows_of_tokens_that_the_configuration_does_not_name_are_refused(
+    tmp_path: Path, indices: Any
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from qlora_tui.chat.updates import read_updates
+
+    rows = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.zeros(2, 8)}
+    save_file(rows, tmp_path / "adapter_model.safetensors")
+    config = indices if isinstance(indices, dict) else {"trainable_token_indices": indices}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, **config}))
+    with pytest.raises(Problem, match=r"model\.embed_tokens"):
+        read_updates(tmp_path)
