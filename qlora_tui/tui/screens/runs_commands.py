@@ -15,6 +15,7 @@ def _do(
 
 COMMANDS: tuple[Command, ...] = (
     _do("open", "enter", "open", "Open", "Watch the run, or see how it ended.", verb="attach"),
+    _do("withdraw", "w", "withdraw", "Withdraw", "Take it out of the queue.", verb="stop"),
     _do("mark", "space", "mark", "Mark", "Choose up to four runs to compare."),
     _do("compare", "v", "compare", "Compare", "Curves on one graph, and the settings that differ."),
     _do("filter", "slash", "filter", "Filter", "Only runs with a text in them."),
@@ -43,5 +44,4 @@ COMMANDS: tuple[Command, ...] = (
     _do("copy_train", "Y", "copy('train')", "Copy", "Copy the command that trains it.", in_footer=False),
     _do("sooner", "K", "move(-1)", "Sooner", "Move it up in the queue.", in_footer=False),
     _do("later", "J", "move(1)", "Later", "Move it down in the queue.", in_footer=False),
-    _do("withdraw", "w", "withdraw", "Withdraw", "Take it out of the queue.", verb="stop"),
 )
