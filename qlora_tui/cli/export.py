@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("form", choices=("merge",), help="merge: adapter and base as one 16-bit model")
-    parser.add_argument("run_id", metavar="RUN", help="a run's id, the beginning of one, or `last`")
+    parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="a checkpoint, not the final adapter")
 

@@ -83,7 +83,8 @@ def resume(args: argparse.Namespace) -> Outcome | int:
     actions.resume(run)
     if args.follow:
         return follow(run, as_json=args.json)
-    return _done(run, f"{run.id} is queued and goes on from its last checkpoint.")
+    where = "goes on from its last checkpoint" if run.checkpoints() else "begins again: it has no checkpoint"
+    return _done(run, f"{run.id} is queued and {where}.")
 
 
 def stop(args: argparse.Namespace) -> Outcome:

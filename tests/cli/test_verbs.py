@@ -11,7 +11,7 @@ from qlora_tui import paths
 from qlora_tui.cli import doctor
 from qlora_tui.cli.main import VERBS
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs import queue
+from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, Step
 from qlora_tui.runs.log import EventWriter
@@ -217,6 +217,20 @@ def test_a_finished_run_cannot_be_resumed(call: Call, finished_run: RunDir) -> N
     said = call("resume", finished_run.id)
     assert said.code == 2
     assert "finished" in said.err
+
+
+def test_resume_says_where_a_run_without_a_checkpoint_begins(
+    call: Call, finished_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    write_status(finished_run, Status(state="failed", at=4.0))
+    assert "begins again: it has no checkpoint" in call("resume", finished_run.id).out
+
+
+def test_an_empty_prompt_is_not_asked(call: Call, finished_run: RunDir) -> None:
+    said = call("chat", finished_run.id, "--prompt", " ")
+    assert said.code == 2
+    assert "The prompt is empty." in said.err
 
 
 def test_a_learning_rate_needs_a_value_and_other_requests_none(call: Call, finished_run: RunDir) -> None:
