@@ -10,7 +10,7 @@ import pytest
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.events import Evaluated, Health, Started, Step
+from qlora_tui.runs.events import Evaluated, Health, Progress, Started, Step
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import State, read_status
 from qlora_tui.tui.app import QloraApp
@@ -194,6 +194,17 @@ async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
         await shows(pilot, "Watch another run", "failed", "older-run")
         await pilot.press("enter")
         await shows(pilot, "Out of GPU memory", "Another program took", "r starts it again")
+
+
+async def test_a_run_that_failed_before_its_first_step_is_not_shown_as_complete(make_app: MakeApp) -> None:
+    run = play(Play(state="failed", steps=0))
+    with EventWriter(run.events_path) as log:
+        log.append(Progress(at=BEGAN, phase="tokenizing", done=100, total=100))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        shown = await shows(pilot, "r starts it again")
+        assert "███" not in shown.splitlines()[2]
 
 
 async def test_a_run_deleted_while_it_is_watched_is_said_and_others_are_offered(make_app: MakeApp) -> None:

@@ -66,11 +66,12 @@ def title(picture: Picture) -> Content:
 
 
 def progress_share(picture: Picture) -> float | None:
-    """How far the run, or a phase without steps, has come; None where that is not known."""
+    """How far the run, or a phase without steps that goes on, has come; None where that is not known."""
     if picture.status.state in ("finished", "queued"):
         return None
     progress, view = picture.view.progress, picture.view
-    if progress is not None and progress.total and not picture.step:
+    over = picture.status.state not in ("starting", "running")
+    if progress is not None and progress.total and not picture.step and not over:
         return progress.done / progress.total
     return picture.step / view.total_steps if view.total_steps else None
 
