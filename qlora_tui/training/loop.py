@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PrinterCallback,
@@ -157,6 +159,13 @@ class RunTrainer(Trainer):
             self.steps, batch_size=1, shuffle=False, collate_fn=_first, generator=torch.Generator()
         )
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """transformers' schedule, but its first step has a rate above zero: by its own it learns nothing."""
+        stock: Any = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        self.lr_scheduler = LambdaLR(stock.optimizer, partial(_warmed_up, stock.lr_lambdas[0], warmup))
+        return self.lr_scheduler
+
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
@@ -193,6 +202,11 @@ class RunTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self.model, Path(resume_from_checkpoint))
+
+
+def _warmed_up(share_at: Callable[[int], float], warmup: int, step: int) -> float:
+    """Share of the learning rate at ``step``, from 0."""
+    return share_at(step + 1 if step < warmup else step)
 
 
 def save_adapter(model: Any, folder: Path) -> None:

@@ -57,7 +57,7 @@ def test_submitted_runs_are_trained_one_after_the_other_in_the_background(recipe
 
 
 def test_a_run_tells_what_it_is_and_does(recipe: MakeRecipe, trainers: Trainers) -> None:
-    run = create(recipe({"training.sample_prompts": ("what is 3",)}))
+    run = create(recipe({"training.sample_prompts": ("what is 3",), "training.warmup": 0.5}))
     assert trainers.run(run) == 0
     (environment,) = told(run, Environment)
     assert (environment.device_kind, environment.compute_dtype) == ("cpu", "float32")
@@ -66,6 +66,10 @@ def test_a_run_tells_what_it_is_and_does(recipe: MakeRecipe, trainers: Trainers)
     steps = told(run, Step)
     assert [step.step for step in steps] == list(range(1, data.total_steps + 1))
     assert steps[-1].tokens == 2 * data.tokens and steps[-1].epoch == 2.0
+    warmup = data.total_steps // 2
+    assert [step.learning_rate for step in steps[:warmup]] == pytest.approx(
+        [2e-3 * n / warmup for n in range(1, warmup + 1)]
+    )
     assert told(run, AdapterReady)[0].trained_parameters == 16384
     evaluated = told(run, Evaluated)
     assert [e.step for e in evaluated] == [0, data.steps_per_epoch, data.total_steps]
