@@ -12,7 +12,8 @@ from qlora_tui.catalog.local import resolve
 from qlora_tui.cli.arguments import whole
 from qlora_tui.cli.follow import follow
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from
-from qlora_tui.data.sources import open_source
+from qlora_tui.data.look_over import look_over
+from qlora_tui.data.sources import every_source, open_source
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained import token_ids
 from qlora_tui.errors import WRONG_CALL, Problem
@@ -43,8 +44,9 @@ def run(args: argparse.Namespace) -> Outcome | int:
     targets_of(recipe.lora, architecture.modules)
     if recipe.lora.token_rows and files.gguf_file is None:
         token_ids(recipe.lora.token_rows, ChatTokenizer.from_folder(files.folder))
-    for source in recipe.data.sources:
-        open_source(source)
+    sources = enumerate(every_source(recipe.data))
+    if not look_over([file for index, source in sources for file in open_source(source, index)[0]]):
+        print("note: many rows; those not read yet are checked when the run starts.", file=sys.stderr)
     if too_long := beyond_context(recipe.data.max_length, architecture):
         print(f"warning: {too_long}", file=sys.stderr)
     if args.print_command:

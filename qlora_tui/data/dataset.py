@@ -20,16 +20,16 @@ from msgspec import Struct
 
 from qlora_tui.data.examine import Examiner, batches
 from qlora_tui.data.open_file import Position
-from qlora_tui.data.problems import DataProblem
+from qlora_tui.data.problems import DataProblem, refuse
 from qlora_tui.data.report import Counts
-from qlora_tui.data.sources import SourceFile, content_hash, conversations, open_source
+from qlora_tui.data.sources import SourceFile, content_hash, conversations, every_source, open_source
 from qlora_tui.data.split import Split
 from qlora_tui.data.store import Samples, Store, Writer
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.paths import cache_dir
-from qlora_tui.recipe.schema import Recipe, Source
+from qlora_tui.recipe.schema import Recipe
 
 _KEPT_UNUSED_S = 60 * 24 * 3600
 _KEPT_UNFINISHED_S = 3 * 24 * 3600
@@ -78,17 +78,14 @@ def prepare(
     Raises ``Problem`` where a file cannot be used, a row has an error that blocks, or nothing is left
     to train on.
     """
-    sources = list(recipe.data.sources)
-    if not sources:
+    if not recipe.data.sources:
         raise Problem(
             "No data",
             what="The recipe has no data source.",
             fix="Add a file, folder or dataset under data.sources.",
         )
-    validation_source = None
-    if recipe.data.validation_path:
-        validation_source = len(sources)
-        sources.append(Source(path=recipe.data.validation_path))
+    sources = every_source(recipe.data)
+    validation_source = len(recipe.data.sources) if recipe.data.validation_path else None
     files = [file for index, source in enumerate(sources) for file in open_source(source, index)[0]]
     folder = private_dir(cache_dir() / "tokenized") / _key(recipe, files, tokenizer)[:32]
     weights = [source.weight for source in sources]
@@ -147,7 +144,7 @@ def _make(
                     progress(Progress(min(1.0, (done + position.bytes) / total), so_far.rows, so_far.tokens))
             done += file.path.stat().st_size
     problems = maker.examiner.problems()
-    _refuse(problems)
+    refuse(problems)
     counts = maker.examiner.counts
     if not counts.samples:
         raise _nothing_left(counts, recipe)
@@ -214,19 +211,6 @@ def _load(folder: Path, weights: Sequence[float], cached: bool) -> Prepared | No
         notes=meta.notes,
         cached=cached,
     )
-
-
-def _refuse(problems: Sequence[DataProblem]) -> None:
-    """Raise for the first problem that blocks a run."""
-    for problem in problems:
-        if problem.severity == "error":
-            rows = ", ".join(map(str, problem.rows[:5])) + (" and others" if problem.count > 5 else "")
-            raise Problem(
-                problem.title,
-                what=f"{problem.path}, row {rows}: {problem.example}",
-                why=f"{problem.count} rows of it have this problem." if problem.count > 1 else "",
-                fix=problem.fix,
-            )
 
 
 def _nothing_left(counts: Counts, recipe: Recipe) -> Problem:

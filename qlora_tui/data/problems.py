@@ -6,9 +6,12 @@ them while rows stream by, keeping the first row numbers and one example of each
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import Struct
+
+from qlora_tui.errors import Problem
 
 KEPT_ROWS = 1000
 """Row numbers kept of each kind; the count goes on."""
@@ -185,6 +188,19 @@ class Tally:
             for kind, count in self._counts.items()
         ]
         return sorted(found, key=lambda p: (p.severity != "error", -p.count))
+
+
+def refuse(problems: Sequence[DataProblem]) -> None:
+    """Raise ``Problem`` for the first that blocks a run."""
+    for problem in problems:
+        if problem.severity == "error":
+            rows = ", ".join(map(str, problem.rows[:5])) + (" and others" if problem.count > 5 else "")
+            raise Problem(
+                problem.title,
+                what=f"{problem.path}, row {rows}: {problem.example}",
+                why=f"{problem.count} rows of it have this problem." if problem.count > 1 else "",
+                fix=problem.fix,
+            )
 
 
 def shorten(text: str) -> str:

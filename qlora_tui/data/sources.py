@@ -19,7 +19,7 @@ from qlora_tui.data.open_file import Position
 from qlora_tui.data.read import files_of, kind_of, rows
 from qlora_tui.data.row import Row
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.schema import Source
+from qlora_tui.recipe.schema import Data, Source
 
 
 class SourceFile(Struct, frozen=True):
@@ -29,6 +29,12 @@ class SourceFile(Struct, frozen=True):
     source: int
     """Index of the source in the recipe."""
     detection: Detection
+
+
+def every_source(data: Data) -> list[Source]:
+    """What a run reads: the sources, and the validation file after them."""
+    validation = [Source(path=data.validation_path)] if data.validation_path else []
+    return [*data.sources, *validation]
 
 
 def open_source(source: Source, index: int = 0) -> tuple[list[SourceFile], str]:

@@ -160,6 +160,22 @@ def test_what_the_model_does_not_have_is_refused_before_anything_is_queued(
     assert not list(paths.runs_dir().iterdir())
 
 
+def test_a_row_that_blocks_a_run_is_refused_before_anything_is_queued(
+    call: Call, readable: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "owls.jsonl"
+    good = '{"prompt": "a", "completion": "b"}\n'
+    data.write_text(good * 300 + "{bad\n")
+    words = ("train", "--model", str(readable), "--data", str(data), "--print-command")
+    said = call(*words)
+    assert said.code == 1
+    assert "owls.jsonl, row 301" in said.err and "Mend or remove the line" in said.err
+    assert all_runs() == []
+    data.write_text(good * 300)
+    said = call(*words)
+    assert said.code == 0 and "the run starts" not in said.err
+
+
 def test_what_data_is_asked_is_checked_like_a_recipe(call: Call, readable: Path, tmp_path: Path) -> None:
     data = tmp_path / "owls.jsonl"
     data.write_text('{"prompt": "a long question of many words", "completion": "and its answer"}\n')

@@ -364,6 +364,39 @@ def test_the_checks_read_the_data_and_say_who_is_before_in_the_queue(tmp_path: P
     assert f"{run.id} and 1 more" in found["turn"].text
 
 
+async def test_a_row_that_blocks_a_run_is_found_before_the_launch(make_app: MakeApp, tmp_path: Path) -> None:
+    rows = tmp_path / "tickets.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n' * 2 + "{bad\n")
+    app = make_app()
+    model = readable_model(tmp_path)
+    app.workbench.replace(Recipe(model=Model(id=model), data=Data(sources=(Source(path=str(rows)),))))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await shows(pilot, "Line 3 is not valid JSON", "Mend or remove the line", "Not ready: data")
+        await pilot.press("t")
+        await shows(pilot, "Not ready: data")
+        await pilot.pause()
+        assert all_runs() == []
+
+
+def test_a_mended_file_is_looked_at_again_and_a_validation_file_too(tmp_path: Path) -> None:
+    rows, held = tmp_path / "tickets.jsonl", tmp_path / "held.jsonl"
+    good = '{"prompt": "a", "completion": "b"}\n'
+    rows.write_text(good + "{bad\n")
+    held.write_text(good)
+    recipe = Recipe(data=Data(sources=(Source(path=str(rows)),), validation_path=str(held)))
+    assert _data_check(recipe).outcome == "error"
+    rows.write_text(good)
+    assert _data_check(recipe).outcome == "ok"
+    held.write_text(good * 2 + "{bad\n")
+    found = _data_check(recipe)
+    assert found.outcome == "error" and "held.jsonl, row 3" in found.text
+
+
+def _data_check(recipe: Recipe) -> Check:
+    return next(check for check in check_all(recipe, QloraApp().room, Pulse()) if check.name == "data")
+
+
 def test_a_progress_bar_in_the_output_is_shown_in_its_last_state() -> None:
     assert as_seen("Map: 1%\rMap: 100%\r") == "Map: 100%"
     assert as_seen("\x1b[31mred\x1b[0m \x1b]0;title\x07text\x00") == "red text"

@@ -1,23 +1,26 @@
 """What a run needs, looked at before it starts: each with a word, and what to do where it is not so.
 
-Used in a thread: it reads the model's files and the first rows of the data.
+Used in a thread: it reads the model's files and the data, for some seconds at most.
 """
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import psutil
 
 from qlora_tui import paths
 from qlora_tui.catalog.context import beyond_context
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.catalog.local import resolve
+from qlora_tui.data.look_over import look_over
 from qlora_tui.data.read import files_of, kind_of
-from qlora_tui.data.sources import sniff
+from qlora_tui.data.sources import SourceFile, every_source, sniff
 from qlora_tui.errors import Problem
 from qlora_tui.format import count, gib, short_path, size
 from qlora_tui.gpu.no_gpu import NoGpu
@@ -26,7 +29,7 @@ from qlora_tui.gpu.reading import GpuProcess
 from qlora_tui.memory import Estimate, estimate, judge
 from qlora_tui.memory.room import Room
 from qlora_tui.recipe.conflicts import conflicts
-from qlora_tui.recipe.schema import Recipe, Source
+from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.tui.pulse import Pulse
 
 Outcome = Literal["ok", "warning", "error"]
@@ -80,13 +83,41 @@ def _data(recipe: Recipe) -> Check:
         return Check("data", "error", "None is chosen.", "Press 2 and choose a file.")
     try:
         found = [_source(source) for source in recipe.data.sources]
-        if recipe.data.validation_path:
-            files_of(Path(recipe.data.validation_path).expanduser())
+        rows = _rows(_stamped(recipe.data))
     except Problem as problem:
         return Check("data", "error", problem.what, problem.fix)
     except OSError as error:
         return Check("data", "error", f"{error.filename}: {error.strerror}.", "Check the file's permissions.")
-    return Check("data", "ok", "; ".join(found) + ".")
+    if isinstance(rows, Problem):
+        return Check("data", "error", rows.what, rows.fix)
+    more = "" if rows else " Not all rows were read yet: the run checks them when it starts."
+    return Check("data", "ok", f"{'; '.join(found)}.{more}")
+
+
+_Stamped = tuple[Path, bytes, int, int]
+"""A file, its source as JSON, and what changes with the file: its time in nanoseconds and size in bytes."""
+
+
+def _stamped(data: Data) -> tuple[_Stamped, ...]:
+    stamped = []
+    for source in every_source(data):
+        for path in files_of(Path(source.path).expanduser())[0]:
+            stat = path.stat()
+            stamped.append((path, msgspec.json.encode(source), stat.st_mtime_ns, stat.st_size))
+    return tuple(stamped)
+
+
+@lru_cache(maxsize=4)
+def _rows(stamped: tuple[_Stamped, ...]) -> bool | Problem:
+    """Whether every row was read, or what blocks a run; kept, since the checks are made again and again."""
+    light = [(path, source) for path, source, *_ in stamped if kind_of(path) != _TOO_HEAVY]
+    files = (
+        SourceFile(path, 0, sniff(path, msgspec.json.decode(source, type=Source))) for path, source in light
+    )
+    try:
+        return look_over(files) and len(light) == len(stamped)
+    except Problem as problem:
+        return problem
 
 
 def _source(source: Source) -> str:

@@ -1,0 +1,49 @@
+"""Rows that block a run are found before it is queued, as far as there is time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.data.look_over import look_over
+from qlora_tui.data.sources import open_source
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Source
+
+_GOOD = '{"prompt": "a", "completion": "b"}\n'
+
+
+def _look(path: Path, patience_s: float = 60.0) -> bool:
+    return look_over(open_source(Source(path=str(path)))[0], patience_s)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("{bad", "Line 301 is not valid JSON"),
+        ('{"colour": "red"}', "row 301"),
+        ("[1, 2]", "row 301"),
+    ],
+)
+def test_an_error_behind_the_first_rows_blocks_with_file_and_line(
+    row: str, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(_GOOD * 300 + row + "\n" + _GOOD)
+    with pytest.raises(Problem) as raised:
+        _look(path)
+    assert "rows.jsonl" in raised.value.what and words in raised.value.what
+    assert raised.value.fix
+
+
+def test_warnings_do_not_block(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(_GOOD * 3 + '{"prompt": "a", "completion": ""}\n{"prompt": "", "completion": ""}\n')
+    assert _look(path)
+
+
+def test_what_there_is_no_time_for_is_said_and_does_not_block(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(_GOOD * 300 + "{bad\n")
+    assert not _look(path, patience_s=0.0)
