@@ -11,7 +11,7 @@ import msgspec
 
 from qlora_tui.catalog.local import resolve
 from qlora_tui.cli.arguments import whole
-from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.cli.verb import Outcome, Verb, json_argument
 from qlora_tui.data.inspect import Report, inspect, show
 from qlora_tui.data.problems import NOTES
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -120,7 +120,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--format", default="auto", help="how the rows are read, where guessing is wrong")
         action.add_argument("--template", default="auto", help="chat template, for a model without one")
         action.add_argument("--max-length", type=whole, default=1024, help="sequence length, in tokens")
-        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+        json_argument(action)
 
 
 VERBS = {"data": Verb(run, _arguments)}

@@ -83,9 +83,9 @@ def _parser(called: str | None) -> argparse.ArgumentParser:
     for name, (module, help_) in VERBS.items():
         sub = verbs.add_parser(name, help=help_, description=help_)
         if name == called:
-            sub.add_argument(
-                "--json", action="store_true", help="one JSON object on stdout, messages on stderr"
-            )
+            from qlora_tui.cli.verb import JSON_HELP
+
+            sub.add_argument("--json", action="store_true", help=JSON_HELP)
             verb: Verb = import_module(f"qlora_tui.cli.{module}").VERBS[name]
             verb.arguments(sub)
             sub.set_defaults(run=verb.run)

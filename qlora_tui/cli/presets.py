@@ -6,7 +6,7 @@ import argparse
 
 import msgspec
 
-from qlora_tui.cli.verb import Outcome, Verb, table
+from qlora_tui.cli.verb import Outcome, Verb, json_argument, table
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.presets import find
 from qlora_tui.recipe.presets import presets as all_presets
@@ -53,7 +53,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("name", metavar="NAME")
     every = actions.add_parser("reference", help="print every setting: default, bounds, and what it does")
     for action in (one, every):
-        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+        json_argument(action)
 
 
 VERBS = {"presets": Verb(run, _arguments)}

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from qlora_tui.cli.follow import SAID_EVERY_S, follow, follow_plain
-from qlora_tui.cli.verb import Outcome, Verb, table
+from qlora_tui.cli.verb import Outcome, Verb, json_argument, table
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import figure
 from qlora_tui.runs import actions, control, queue
@@ -169,7 +169,7 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     _one_run(delete)
     delete.add_argument("--yes", action="store_true", help="yes, delete it")
     for change in (rename, delete):
-        change.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+        json_argument(change)
 
 
 def _attach_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,8 +189,8 @@ def _resume_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _ask_arguments(parser: argparse.ArgumentParser) -> None:
     _one_run(parser)
-    parser.add_argument("request", choices=list(_ASKABLE))
-    parser.add_argument("value", nargs="?", type=float)
+    parser.add_argument("request", choices=list(_ASKABLE), help="what the trainer shall do at its next step")
+    parser.add_argument("value", nargs="?", type=float, help="the new rate, for learning-rate alone")
 
 
 VERBS = {

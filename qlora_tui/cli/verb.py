@@ -14,6 +14,8 @@ import msgspec
 from qlora_tui.recipe.overlay import build
 from qlora_tui.recipe.schema import Recipe
 
+JSON_HELP = "one JSON object on stdout, messages on stderr"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -48,6 +50,11 @@ def print_json(data: Any) -> None:
     """One object on one line."""
     sys.stdout.write(msgspec.json.encode(data).decode() + "\n")
     sys.stdout.flush()
+
+
+def json_argument(parser: argparse.ArgumentParser) -> None:
+    """``--json`` of a verb's action: unlike the verb's own it has no default, which would undo that one."""
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=JSON_HELP)
 
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:

@@ -50,6 +50,13 @@ def test_every_verb_explains_itself(verb: str, call: Call) -> None:
     assert verb in said.out
 
 
+@pytest.mark.parametrize(
+    "words", [("data", "show"), ("data", "inspect"), ("presets", "show"), ("runs", "rename")]
+)
+def test_an_action_explains_its_json(words: tuple[str, str], call: Call) -> None:
+    assert "one JSON object on stdout" in call(*words, "--help").out
+
+
 def test_the_help_names_every_verb(call: Call) -> None:
     said = call("--help")
     assert said.code == 0

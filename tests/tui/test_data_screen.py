@@ -266,6 +266,25 @@ async def test_what_other_lengths_cost_is_told_with_the_time_of_the_last_run(mod
         assert "MiB" in line
 
 
+async def test_what_a_length_costs_is_one_line_at_80_columns_with_a_time_or_without(
+    model: str, here: Path
+) -> None:
+    tickets(here / "tickets.jsonl")
+    app = opened(model, "tickets.jsonl", max_length=64)
+    run = play(Play(state="queued", recipe=app.workbench.recipe))
+    with EventWriter(run.events_path) as log:
+        log.append(Finished(at=1.0, step=9, seconds=9.0, tokens_per_s=10.0))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "at length", "about 8 min")
+        await pilot.press("v")
+        text = await shows(pilot, "▸ now", "p50")
+        lines = [
+            line for line in text.splitlines() if any(f" {name} " in line[:9] for name in ("now", "p50"))
+        ]
+        assert len(lines) == 2
+        assert all("MiB  fits" in line for line in lines)
+
+
 async def test_a_row_of_a_large_file_comes_while_it_is_still_being_read(model: str, here: Path) -> None:
     write_rows(here / "large.jsonl", [ticket(n) for n in range(1, 12_001)])
     app = opened(model, "large.jsonl")

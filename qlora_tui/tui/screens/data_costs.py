@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _SIGNS = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
 """For the word, where there is no room for it."""
+_TIMED_WIDTH = 44
+"""Cells of a line with its time and a sign; that of the recipe's own length is told above, too."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def table(costs: list[Cost], width: int) -> Content:
     """One line a length; the recipe's own is marked."""
     if not costs:
         return Content("")
-    timed = any(cost.seconds is not None for cost in costs)
+    timed = width >= _TIMED_WIDTH and any(cost.seconds is not None for cost in costs)
     head = f"{'  at length':<15}{'whole':>6}  {'memory':>8}{'      time' if timed else ''}"
     lines = [Content.styled(head[:width], "dim")]
     for cost in costs:
