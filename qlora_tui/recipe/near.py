@@ -42,9 +42,11 @@ _ELSEWHERE = {
     "sequence_len": "data.max_length",
     "trainable_token_indices": "lora.token_rows",
     "val_set_size": "data.validation_fraction",
+    "validation_share": "data.validation_fraction",
+    "validation_split": "data.validation_fraction",
     "warmup_ratio": "training.warmup",
 }
-"""What peft, transformers and the other trainers call it."""
+"""What peft, transformers and the other trainers call it, or the app's own screens."""
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:

@@ -34,6 +34,10 @@ def refused(text: str) -> InvalidRecipe:
             "[training]\nlr = 1e-4",
             "line 2: training.lr is not a setting\n  Did you mean training.learning_rate?",
         ),
+        (
+            "[data]\nvalidation_share = 0.0",
+            "line 2: data.validation_share is not a setting\n  Did you mean data.validation_fraction?",
+        ),
         ("lora_r = 8", "line 1: lora_r is not a setting\n  Did you mean lora.rank?"),
         (
             "[lora]\nlerning_rate = 1",
