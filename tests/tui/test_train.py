@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, queue
@@ -19,6 +21,7 @@ from qlora_tui.tui.screens import train as train_module
 from qlora_tui.tui.screens.train import TrainScreen, show_run
 from qlora_tui.tui.screens.train_checks import Check, check_all
 from qlora_tui.tui.screens.train_follow import Follower
+from qlora_tui.tui.screens.train_head import facts
 from qlora_tui.tui.screens.train_output import as_seen
 from qlora_tui.tui.screens.train_remedy import remedy
 from qlora_tui.tui.widgets.settings_form import SettingsForm
@@ -501,3 +504,14 @@ def test_every_step_of_a_recorded_real_run_is_there_once() -> None:
     assert len(picture.curves.loss.xs) == 81
     assert picture.best is not None and picture.best.step in {e.step for e in picture.evaluations}
     assert picture.samples and picture.entries and picture.output and picture.telemetry
+
+
+@pytest.mark.parametrize(
+    ("total", "now", "says"),
+    [(57, 0.0, "epoch 0/0.057"), (57, 0.01234, "epoch 0.012/0.057"), (2000, 1.3333, "epoch 1.33/2")],
+)
+def test_epochs_are_told_in_two_or_three_digits(total: int, now: float, says: str) -> None:
+    picture = Follower(play(Play(steps=2))).look()
+    assert picture.view.data is not None
+    picture.view.data = structs.replace(picture.view.data, steps_per_epoch=1000, total_steps=total)
+    assert says in facts(replace(picture, epoch=now), BEGAN + 60)

@@ -98,12 +98,17 @@ def _going(picture: Picture, now: float) -> list[str]:
     if picture.last[2] is not None:
         found.append(f"{picture.last[2]:,.0f} tok/s")
     if view.data is not None and view.data.steps_per_epoch:
-        found.append(f"epoch {picture.epoch:.2f}/{view.total_steps / view.data.steps_per_epoch:.3g}")
+        all_epochs = view.total_steps / view.data.steps_per_epoch
+        found.append(f"epoch {_epochs(picture.epoch)}/{_epochs(all_epochs)}")
     if picture.energy_kwh is not None:
         found.append(f"{picture.energy_kwh:.2f} kWh")
     if view.started_at is not None:
         found.append(f"for {duration(max(0.0, now - view.started_at))}")
     return found or ["starting"]
+
+
+def _epochs(count: float) -> str:
+    return figure(count, 3 if count >= 1 else 2)
 
 
 def _gone(picture: Picture, now: float) -> list[str]:
