@@ -192,6 +192,22 @@ async def test_what_is_wrong_with_a_file_stands_where_the_sample_would(
         await shows(pilot, *says)
 
 
+async def test_what_is_opened_takes_the_place_of_a_file_that_cannot_be_used(model: str, here: Path) -> None:
+    write_rows(here / "odd.jsonl", [{"foo": 1}] * 3)
+    good = tickets(here / "tickets.jsonl")
+    other = write_rows(here / "other.jsonl", [ticket(n) for n in range(1, 4)])
+    app = opened(model, "odd.jsonl")
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await shows(pilot, "✗ No usable field", "o opens another file")
+        screen_of(app).opened(good)
+        await shows(pilot, "Where is parcel 1?", "odd.jsonl made way for it")
+        assert [s.path for s in app.workbench.recipe.data.sources] == [str(good)]
+        screen_of(app).opened(other)
+        assert [s.path for s in app.workbench.recipe.data.sources] == [str(good), str(other)]
+        await pilot.press("u", "u")
+        assert [s.path for s in app.workbench.recipe.data.sources] == ["odd.jsonl"]
+
+
 async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here: Path) -> None:
     rows: list[Any] = [ticket(n) for n in range(1, 21)]
     rows[6] = '{"messages": oops'

@@ -255,11 +255,12 @@ class DataScreen(DataEdits):
                 self.notify(found.what)
                 self._show_row_line()
             else:
-                self.shown = None
+                self.shown, self.unread = None, wanted.source
                 self.fields = await self._previews.fields(wanted.source)
                 self.query_one("#sample", Static).update(words.unreadable(found, self.fields))
             return
         self.shown, self.path, self.row, self._no_tokens = shown, shown.path, shown.row, problem
+        self.unread = None
         self._show_row()
         self.query_one("#sample-scroll").scroll_home(animate=False)
 

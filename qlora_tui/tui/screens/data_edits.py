@@ -42,6 +42,8 @@ class DataEdits(WorkScreen):
     source_number = 0
     fields: dict[str, str] = {}  # noqa: RUF012
     """Columns of a file in no known format, for the mapping by hand."""
+    unread: Source | None = None
+    """The source that was looked at last, where nothing of it could be read."""
 
     def action_open(self) -> None:
         """Add a file, a folder or a dataset of the hub to the sources."""
@@ -176,11 +178,21 @@ class DataEdits(WorkScreen):
         return sources[self.source_number] if sources else None
 
     def opened(self, path: Path | None) -> None:
-        """Add what the file picker gave to the sources, and look at it."""
-        if path is not None:
-            sources = self.workstation.workbench.recipe.data.sources
-            self.source_number = len(sources)
-            self.workstation.edit("data.sources", (*sources, Source(path=str(path))))
+        """Add what the file picker gave to the sources, and look at it.
+
+        It takes the place of one that cannot be read: beside it no run could begin either.
+        """
+        if path is None:
+            return
+        gone = self.source()
+        if gone is not None and gone == self.unread:
+            self._change_source(Source(path=str(path)))
+            if gone.path != str(path):
+                self.notify(f"{Path(gone.path).name} made way for it. u brings it back.")
+            return
+        sources = self.workstation.workbench.recipe.data.sources
+        self.source_number = len(sources)
+        self.workstation.edit("data.sources", (*sources, Source(path=str(path))))
 
     def _change_source(self, source: Source) -> None:
         sources = list(self.workstation.workbench.recipe.data.sources)
