@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from bench.trace import CONFIGS
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.memory import Device, our_path
 from qlora_tui.memory.layout import lay_out
@@ -53,7 +55,21 @@ def test_a_real_step_holds_what_was_predicted(
     path = our_path(recipe, Device(kind="cpu"))
     layout = lay_out(recipe, read_architecture(TINY), path)
     predicted = max(peak.total_bytes for peak in peaks(layout, path, dropout))
-    assert predicted == pytest.approx(_measured(recipe, dropout), rel=0.02)
+    assert predicted == pytest.approx(_measured(TINY, recipe, dropout), rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_real_step_of_a_model_of_135_million_holds_what_was_predicted() -> None:
+    recipe = Recipe(
+        quantization=Quantization(compute_dtype="float32"),
+        data=Data(max_length=128),
+        training=Training(micro_batch=1, gradient_checkpointing=False, gradient_accumulation=1),
+    )
+    config = json.loads((CONFIGS / "HuggingFaceTB__SmolLM2-135M.json").read_text())
+    path = our_path(recipe, Device(kind="cpu"))
+    layout = lay_out(recipe, read_architecture(config), path)
+    predicted = max(peak.total_bytes for peak in peaks(layout, path, 0.0))
+    assert predicted == pytest.approx(_measured(config, recipe, 0.0), rel=0.02)
 
 
 @pytest.mark.slow
@@ -84,7 +100,7 @@ def test_ranks_and_alphas_by_pattern_are_those_that_peft_makes() -> None:
         assert (part.r["default"], part.scaling["default"]) == (rank, alpha / rank)
 
 
-def _measured(recipe: Recipe, dropout: float) -> int:
+def _measured(config: dict[str, Any], recipe: Recipe, dropout: float) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -96,8 +112,8 @@ def _measured(recipe: Recipe, dropout: float) -> int:
     torch.manual_seed(0)
     factory: Any = AutoModelForCausalLM
     dtype = getattr(torch, recipe.quantization.compute_dtype)
-    model = factory.from_config(AutoConfig.for_model(**TINY), attn_implementation="sdpa", dtype=dtype)
-    architecture = read_architecture(TINY)
+    model = factory.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa", dtype=dtype)
+    architecture = read_architecture(config)
     if recipe.quantization.method != "none":
         _quantize(model, recipe.quantization.method)
     load.freeze(model)
