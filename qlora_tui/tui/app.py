@@ -173,8 +173,17 @@ class QloraApp(App[None]):
         self.notify(shown, title=clipboard.said(tool))
 
     def notify(self, message: str, *, markup: bool = False, **how: Any) -> None:
-        """Say something for a while, as it stands: names of runs and files may hold brackets."""
+        """Say something for a while, as it stands: names of runs and files may hold brackets.
+
+        It takes the place of what was said before, but for warnings and errors: those keep their time.
+        """
+        for said in [note for note in self._notifications if note.severity == "information"]:
+            self._unnotify(said, refresh=False)
         super().notify(message, markup=False, **how)
+
+    def action_clear_notes(self) -> None:
+        """Take away what is said in the corner."""
+        self.clear_notifications()
 
     def explain(self, problem: Problem) -> None:
         """Show a problem in a modal."""

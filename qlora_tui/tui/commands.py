@@ -107,6 +107,14 @@ EVERYWHERE: tuple[Command, ...] = (
         in_footer=False,
     ),
     Command(
+        id="app.clear_notes",
+        key="escape",
+        action="app.clear_notes",
+        label="Clear notes",
+        help="Take away what is said in the lower right corner.",
+        in_footer=False,
+    ),
+    Command(
         id="app.suspend",
         key="ctrl+z",
         action="app.suspend_process",

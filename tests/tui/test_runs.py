@@ -27,7 +27,7 @@ from qlora_tui.tui.screens.runs_summary import Summaries, summarise, thinned
 from qlora_tui.tui.screens.train import TrainScreen
 from qlora_tui.tui.widgets.graph import plot as draw
 from tests.tui.played import BEGAN, TICKETS, Play, play
-from tests.tui.seeing import shows, text_of
+from tests.tui.seeing import shows, text_of, until
 
 MakeApp = Callable[[], QloraApp]
 
@@ -227,7 +227,9 @@ async def test_a_deleted_run_comes_back_with_u_and_is_gone_after_the_app(
         await shows(pilot, "tickets [/a] is deleted", "u brings it back", "D Delete ^p Palette ? Help")
         assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
         await pilot.press("D", "u", "u")
-        await shows(pilot, "tickets [/a] is back", "✓ finished")
+        assert "is deleted" not in await shows(pilot, "tickets [/a] is back", "✓ finished")
+        await pilot.press("escape")
+        await until(pilot, lambda: "is back" not in text_of(app))
         assert len(all_runs()) == 3
         assert three_runs[0].recipe().lora.rank == 16
         await pilot.press("g", "D")
