@@ -38,6 +38,8 @@ class Device:
     """CUDA compute capability; 8.6 (RTX 30) where no card was found."""
     native_bfloat16: bool = False
     """On a CPU: whether it multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
+    cuda_libraries: bool = False
+    """On a CPU: torch's build is one for CUDA, whose libraries a process reads in all the same."""
     correction: Correction | None = None
     """What past runs on it measured."""
 
@@ -72,6 +74,8 @@ class CodePath:
     segments: bool = False
     """The micro-batch is one long row whose samples are attended one by one."""
     device: Literal["cuda", "cpu"] = "cuda"
+    cuda_libraries: bool = False
+    """On a CPU: with a build of torch for CUDA."""
     fused_kernels: bool = False
     """Fused RMSNorm and rotary kernels, and LoRA on 4-bit weights in one function (Unsloth's, FOAK's)."""
     lean: bool = False
@@ -103,6 +107,7 @@ def our_path(recipe: Recipe, device: Device) -> CodePath:
         packing=recipe.data.packing,
         segments=recipe.model.attention != "eager",
         device=device.kind,
+        cuda_libraries=device.cuda_libraries,
     )
 
 

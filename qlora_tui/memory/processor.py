@@ -1,8 +1,9 @@
-"""The CPU, as Linux tells of it."""
+"""The CPU, as Linux tells of it, and the torch that would compute on it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 _BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
@@ -16,6 +17,14 @@ class Processor:
     name: str
     native_bfloat16: bool
     """It multiplies bfloat16 in hardware; the trainer computes in float32 where it does not."""
+
+
+def torch_is_for_cuda() -> bool:
+    """Whether the torch installed is a build for CUDA. Does not import it."""
+    found = find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    return (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists()
 
 
 def this_processor() -> Processor:

@@ -11,7 +11,7 @@ from qlora_tui.gpu.reading import Card
 from qlora_tui.gpu.visible import torch_card
 from qlora_tui.memory.codepath import Device
 from qlora_tui.memory.learning import correction_for
-from qlora_tui.memory.processor import this_processor
+from qlora_tui.memory.processor import this_processor, torch_is_for_cuda
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,12 @@ def room_for(card: Card | None, assumed_bytes: int | None = None) -> Room:
         return Room(device, card.usable_bytes, card.short_name)
     cpu = this_processor()
     return Room(
-        Device(kind="cpu", native_bfloat16=cpu.native_bfloat16, correction=correction_for(cpu.name)),
+        Device(
+            kind="cpu",
+            native_bfloat16=cpu.native_bfloat16,
+            cuda_libraries=torch_is_for_cuda(),
+            correction=correction_for(cpu.name),
+        ),
         psutil.virtual_memory().total,
         "this machine's memory",
     )

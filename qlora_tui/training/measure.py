@@ -100,6 +100,7 @@ class MemoryMeter:
             kind=device.kind,
             capability=torch.cuda.get_device_capability(device.torch_device) if cuda else (0, 0),
             native_bfloat16=device.dtype == torch.bfloat16,
+            cuda_libraries=torch.version.cuda is not None,
             correction=correction_for(device.name) if corrected else None,
         )
         try:

@@ -20,6 +20,7 @@ from qlora_tui.memory import (
     largest_model,
     what_fits,
 )
+from qlora_tui.memory.tiers import CUDA_LIBRARIES_BYTES
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 from tests.memory.models import qwen_7b, tinyllama
@@ -151,6 +152,19 @@ def test_a_cpu_run_has_no_cuda_context() -> None:
     assert made.bytes_of("context") == 0
     assert made.bytes_of("runtime") > 0 and made.bytes_of("kernels") == 0
     assert made.path.compute_bytes == 4
+
+
+def test_a_build_of_torch_for_cuda_weighs_more_on_a_cpu_and_nothing_on_a_card() -> None:
+    plain, built = (
+        [
+            estimate(Recipe(), tinyllama(), device=Device(kind="cpu", cuda_libraries=libraries)),
+            estimate(Recipe(), tinyllama(), device=Device(kind="cuda", cuda_libraries=libraries)),
+        ]
+        for libraries in (False, True)
+    )
+    more = built[0].process_bytes - plain[0].process_bytes
+    assert more == built[0].bytes_of("runtime") - plain[0].bytes_of("runtime") == CUDA_LIBRARIES_BYTES
+    assert built[1].process_bytes == plain[1].process_bytes
 
 
 def test_a_cpu_that_computes_in_bfloat16_holds_a_kernel_a_shape() -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
-from bench.trace import CONFIGS
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.memory import Device, our_path
 from qlora_tui.memory.layout import lay_out
 from qlora_tui.memory.step import peaks
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+from tests.catalog.configs import config
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -65,11 +64,11 @@ def test_a_real_step_of_a_model_of_135_million_holds_what_was_predicted() -> Non
         data=Data(max_length=128),
         training=Training(micro_batch=1, gradient_checkpointing=False, gradient_accumulation=1),
     )
-    config = json.loads((CONFIGS / "HuggingFaceTB__SmolLM2-135M.json").read_text())
+    model = config("HuggingFaceTB/SmolLM2-135M")
     path = our_path(recipe, Device(kind="cpu"))
-    layout = lay_out(recipe, read_architecture(config), path)
+    layout = lay_out(recipe, read_architecture(model), path)
     predicted = max(peak.total_bytes for peak in peaks(layout, path, 0.0))
-    assert predicted == pytest.approx(_measured(config, recipe, 0.0), rel=0.02)
+    assert predicted == pytest.approx(_measured(model, recipe, 0.0), rel=0.02)
 
 
 @pytest.mark.slow
@@ -100,7 +99,7 @@ def test_ranks_and_alphas_by_pattern_are_those_that_peft_makes() -> None:
         assert (part.r["default"], part.scaling["default"]) == (rank, alpha / rank)
 
 
-def _measured(config: dict[str, Any], recipe: Recipe, dropout: float) -> int:
+def _measured(values: dict[str, Any], recipe: Recipe, dropout: float) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -112,8 +111,8 @@ def _measured(config: dict[str, Any], recipe: Recipe, dropout: float) -> int:
     torch.manual_seed(0)
     factory: Any = AutoModelForCausalLM
     dtype = getattr(torch, recipe.quantization.compute_dtype)
-    model = factory.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa", dtype=dtype)
-    architecture = read_architecture(config)
+    model = factory.from_config(AutoConfig.for_model(**values), attn_implementation="sdpa", dtype=dtype)
+    architecture = read_architecture(values)
     if recipe.quantization.method != "none":
         _quantize(model, recipe.quantization.method)
     load.freeze(model)
