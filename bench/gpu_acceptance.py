@@ -38,7 +38,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_acceptance.json"))
     args = parser.parse_args()
     report: dict[str, Any] = {"size": args.size, "checks": {}}
-    with tempfile.TemporaryDirectory() as folder:
+    # A runner may still write its last line when the folder goes.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         scratch = Path(folder)
         for kind in ("CONFIG", "STATE", "CACHE"):
             os.environ[f"XDG_{kind}_HOME"] = str(scratch / kind.lower())

@@ -12,7 +12,8 @@ From the outside in:
 * ``examine`` (with ``checks``, ``lengths``, ``key_table``, ``near_duplicates``, ``problems``): every row
   rendered, fitted, checked and counted; ``untrained``: tokens the model has never learned.
 * ``dataset`` (with ``split``, ``groups``, ``store``): the tokenized set on disk that the trainer maps.
-* ``inspect`` (with ``statistics``, ``report``): what is to be said of a file before a run.
+* ``inspect`` (with ``statistics``, ``report``): what is to be said of a file before a run. ``look_over``: the
+  rows that would block it, as far as two seconds reach.
 
 Nothing here imports torch or transformers: the Data screen and the trainer share this code, so what
 the screen shows is what is trained.

@@ -28,7 +28,7 @@ from qlora_tui.tui.widgets.settings_form import SettingsForm
 from tests.tui.played import BEGAN, TICKETS, Play, play
 from tests.tui.reading import readable_model
 from tests.tui.recorded import recorded_run
-from tests.tui.seeing import shows, text_of
+from tests.tui.seeing import shows, text_of, until
 
 MakeApp = Callable[[], QloraApp]
 SetClock = Callable[[float], None]
@@ -373,9 +373,12 @@ async def test_a_row_that_blocks_a_run_is_found_before_the_launch(make_app: Make
     app = make_app()
     model = readable_model(tmp_path)
     app.workbench.replace(Recipe(model=Model(id=model), data=Data(sources=(Source(path=str(rows)),))))
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(80, 60)) as pilot:
         await pilot.press("5")
-        await shows(pilot, "Line 3 is not valid JSON", "Mend or remove the line", "Not ready: data")
+        await shows(pilot, "Not ready: data")
+        # The path before it decides where its lines break.
+        await until(pilot, lambda: "Line 3 is not valid JSON" in " ".join(text_of(app).split()))
+        await until(pilot, lambda: "Mend or remove the line" in " ".join(text_of(app).split()))
         await pilot.press("t")
         await shows(pilot, "Not ready: data")
         await pilot.pause()
