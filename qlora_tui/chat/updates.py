@@ -21,12 +21,14 @@ from torch import Tensor
 
 from qlora_tui.errors import Problem
 
-_WEIGHTS = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+"""An adapter's files, as peft calls them."""
 _PART = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
-_ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
+ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
+"""What peft calls a module's rows of tokens."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ Updates = dict[str, Update | RowUpdate]
 def read_updates(folder: Path) -> Updates:
     """Every update of an adapter. Raises Problem where one is neither LoRA of a linear module nor rows."""
     try:
-        config = json.loads((folder / _CONFIG).read_bytes())
-        tensors = load_file(folder / _WEIGHTS)
+        config = json.loads((folder / CONFIG).read_bytes())
+        tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise Problem(
             "The adapter cannot be read",
@@ -108,12 +110,12 @@ def read_updates(folder: Path) -> Updates:
     parts: dict[str, dict[str, Tensor]] = {}
     rows: dict[str, RowUpdate] = {}
     for key, tensor in tensors.items():
-        if match := _ROWS.fullmatch(key):
+        if match := ROWS.fullmatch(key):
             ids = _ids_of(match[1], config)
             if len(ids) != len(tensor):
                 raise Problem(
                     "The adapter cannot be read",
-                    what=f"{folder}: {len(tensor)} rows of {match[1]}, and {len(ids)} named in {_CONFIG}.",
+                    what=f"{folder}: {len(tensor)} rows of {match[1]}, and {len(ids)} named in {CONFIG}.",
                     fix="Give the adapter folder of a run, or another checkpoint.",
                 )
             rows[match[1]] = RowUpdate(ids, tensor)

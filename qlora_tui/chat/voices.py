@@ -10,13 +10,11 @@ from typing import Any
 
 from qlora_tui.chat.lean import Speaking, as_peft_does, lean, lean_rows
 from qlora_tui.chat.terms import BASE
+from qlora_tui.chat.updates import CONFIG, ROWS, WEIGHTS
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.training.adapter import names_as_they_are
 
-_WEIGHTS = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
 
 
 class Voices:
@@ -94,24 +92,24 @@ class Voices:
 def uses_dora(folder: str) -> bool:
     """Whether this adapter computes with the base weights, which must then keep their usual layout."""
     try:
-        return bool(json.loads((Path(folder) / _CONFIG).read_bytes()).get("use_dora"))
+        return bool(json.loads((Path(folder) / CONFIG).read_bytes()).get("use_dora"))
     except (OSError, ValueError):
         return False
 
 
 def _targets(folder: Path) -> list[str] | str:
     """Names of modules, or a pattern that some other program wrote."""
-    found: list[str] | str = json.loads((folder / _CONFIG).read_bytes()).get("target_modules") or ""
+    found: list[str] | str = json.loads((folder / CONFIG).read_bytes()).get("target_modules") or ""
     return found
 
 
 def _check(folder: Path) -> None:
     try:
-        kind = json.loads((folder / _CONFIG).read_bytes()).get("peft_type")
+        kind = json.loads((folder / CONFIG).read_bytes()).get("peft_type")
     except (OSError, ValueError) as error:
         raise Problem(
             "The adapter cannot be read",
-            what=f"{folder / _CONFIG}: {error}",
+            what=f"{folder / CONFIG}: {error}",
             fix="Choose another checkpoint of the run.",
         ) from error
     if kind != "LORA":
@@ -120,10 +118,10 @@ def _check(folder: Path) -> None:
             what=f"{folder} holds a {kind} adapter.",
             fix="This program speaks with LoRA adapters only.",
         )
-    if not (folder / _WEIGHTS).is_file():
+    if not (folder / WEIGHTS).is_file():
         raise Problem(
             "No safetensors weights",
-            what=f"{folder} has no {_WEIGHTS}.",
+            what=f"{folder} has no {WEIGHTS}.",
             why="Pickled weights are never loaded: a pickle can run any code.",
             fix="Choose an adapter saved as safetensors.",
         )
@@ -135,14 +133,14 @@ def _check_fits(folder: Path, model: Any) -> None:
 
     modules = dict(model.named_modules())
     try:
-        with safe_open(folder / _WEIGHTS, framework="pt") as weights:
+        with safe_open(folder / WEIGHTS, framework="pt") as weights:
             shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
-        raise _unfit(folder, f"{_WEIGHTS} cannot be read: {_first_line(error)}") from error
+        raise _unfit(folder, f"{WEIGHTS} cannot be read: {_first_line(error)}") from error
     for key, shape in shapes.items():
         if match := _FACTOR.fullmatch(key):
             name, side = match.groups()
-        elif match := _ROWS.fullmatch(key):
+        elif match := ROWS.fullmatch(key):
             name, side = match[1], "rows"
         else:
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -15,21 +14,31 @@ from qlora_tui.gpu.visible import STABLE_ORDER
 _LOOK_S = 0.3
 _QUIET_CORES = 0.5
 """Up to so much of one core at work in all, the machine counts as quiet."""
-_KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
-"""oneDNN, which multiplies bfloat16 on a CPU, else keeps what it made for 1,024 shapes, 0.3 MB each. A step
-has some 70."""
+KERNELS_KEPT = 128
+"""Shapes for which oneDNN, which multiplies bfloat16 on a CPU, keeps what it made: else 1,024, 0.3 MB each. A
+step has some 70."""
 _CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def settle_before_torch(more: Mapping[str, str] = {}) -> None:
     """Set what torch and its libraries read from the environment; what the user has set stays."""
-    for name, value in {**waiting(os.environ), **STABLE_ORDER, **_KERNELS_KEPT, **more}.items():
+    kernels = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KERNELS_KEPT)}
+    for name, value in {**waiting(os.environ), **STABLE_ORDER, **kernels, **more}.items():
         os.environ.setdefault(name, value)
     # What libraries plan to rename is of no use to those who train or chat.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    # On import bitsandbytes warns here that a kernel of the hub is not installed, which it does without;
-    # doctor says so in a sentence.
+    _keep_bitsandbytes_quiet()
+
+
+def _keep_bitsandbytes_quiet() -> None:
+    """On import it warns that a kernel of the hub is missing, which it does without: that goes to the log.
+
+    Doctor says so in a sentence.
+    """
+    # Here, since light verbs import this module for what it knows of kernels.
+    import logging
+
     wary = logging.getLogger("bitsandbytes.backends.cpu.ops")
     wary.propagate = False
     if not wary.handlers:

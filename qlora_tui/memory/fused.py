@@ -32,8 +32,7 @@ def lora(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         with ops.meter.booking("gradients"):
             thin = ops.new(module.rank * module.inputs, ops.adapter)
             wide = ops.new(module.rank * module.outputs, ops.adapter)
-        with ops.meter.booking("dequantized"):
-            weight = ops.new(module.weights, width)
+        weight = ops.dequantized(module, width)
         toward = ops.new(numel, width)
         del weight
         through_adapter = ops.new(numel, width)
@@ -50,8 +49,7 @@ def lora(ops: Ops, x: Tensor, module: Linear) -> Tensor:
             del mask
     leaves = (Tensor(x.storage, 0, 4, ops.tape.leaf()), Tensor(x.storage, 0, 4, ops.tape.leaf()))
     node = ops.tape.node((x, *leaves), fn, (x, None, None, dropped))
-    with ops.meter.booking("dequantized"):
-        weight = ops.new(module.weights, width)
+    weight = ops.dequantized(module, width)
     out = ops.new(rows * module.outputs, width)
     del weight
     out.node = node

@@ -7,15 +7,16 @@ rest, a code buffer of 256 KiB a kernel, stays (cpu/x64/brgemm/brgemm_containers
 
 from __future__ import annotations
 
+from qlora_tui.gpu.before_torch import KERNELS_KEPT
 from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS, CodePath
 from qlora_tui.memory.layout import Layout
 
-KEPT_SHAPES = 128
-"""Shapes in the cache: ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` in gpu/before_torch.py."""
 KEPT_BYTES = 300 * 1024
 KERNEL_BYTES = 268 * 1024
-STEP = 32
-"""Rows, samples and chunks of the loss are a multiple of so many tokens (training/attention.py)."""
+EVEN_TOKENS = 32
+"""Rows, samples and chunks of the loss are filled up to a multiple of so many tokens (training/even.py): a
+kernel takes milliseconds to make, and there would be some 10 for each new length of a sample, some 25 for
+each of a row."""
 ATTENTION_PRODUCTS = 5
 """Of each length of a sample: those of attention's backward (training/lean/attention.py). The forward makes
 no kernel."""
@@ -27,12 +28,11 @@ def kernel_bytes(layout: Layout, path: CodePath) -> int:
     """In the heap at the end of a run with samples of every length; nothing but for bfloat16 on a CPU."""
     if path.device != "cpu" or path.compute_bytes != 2:
         return 0
-    lengths = -(-layout.length // STEP)
+    lengths = -(-layout.length // EVEN_TOKENS)
     rows = min(FULL_ROWS, lengths) if path.packing else lengths
-    shapes = (
-        _products(layout) * rows + ATTENTION_PRODUCTS * lengths + 2 * min(lengths, LOSS_CHUNK_ROWS // STEP)
-    )
-    return KEPT_SHAPES * KEPT_BYTES + shapes * KERNEL_BYTES
+    chunks = min(lengths, LOSS_CHUNK_ROWS // EVEN_TOKENS)
+    shapes = _products(layout) * rows + ATTENTION_PRODUCTS * lengths + 2 * chunks
+    return KERNELS_KEPT * KEPT_BYTES + shapes * KERNEL_BYTES
 
 
 def _products(layout: Layout) -> int:

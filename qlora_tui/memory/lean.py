@@ -15,7 +15,7 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         return _linear_backward(ops, module, numel, entered, width, needs=needs)
 
     out, kept, thin = _linear_forward(ops, x, module, width)
-    out.node = ops.tape.node((x, *_leaves(ops, x)), fn, (x, kept, thin))
+    out.node = ops.tape.node((x, *ops.adapter_leaves(x)), fn, (x, kept, thin))
     return out
 
 
@@ -40,15 +40,8 @@ def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear) -> Tensor:
     del opened
     out, kept, thin = _linear_forward(ops, inputs, module, width)
     del inputs
-    out.node = ops.tape.node((gate, up, *_leaves(ops, gate)), fn, (gate, up, kept, thin))
+    out.node = ops.tape.node((gate, up, *ops.adapter_leaves(gate)), fn, (gate, up, kept, thin))
     return out
-
-
-def _leaves(ops: Ops, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The adapter's two weights, which are booked where they are kept."""
-    return Tensor(x.storage, 0, ops.adapter, ops.tape.leaf()), Tensor(
-        x.storage, 0, ops.adapter, ops.tape.leaf()
-    )
 
 
 def _linear_forward(ops: Ops, x: Tensor, module: Linear, width: int) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -108,7 +101,4 @@ def _gradient(ops: Ops, weights: int, width: int) -> Tensor:
 
 def _weight(ops: Ops, module: Linear, width: int) -> Tensor | None:
     """The base weight for a product: dequantized where it is packed, else itself."""
-    if module.method not in ("nf4", "fp4"):
-        return None
-    with ops.meter.booking("dequantized"):
-        return ops.new(module.weights, width)
+    return ops.dequantized(module, width) if module.method in ("nf4", "fp4") else None

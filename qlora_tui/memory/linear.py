@@ -74,23 +74,18 @@ def _four_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         # MatMul4Bit.backward: dequantize the whole weight, then grad @ weight.
-        weight = _dequantized(ops, module, grad.width)
+        weight = ops.dequantized(module, grad.width)
         made = ops.new(numel, width)
         del weight
         return (made,)
 
     # The packed weight is kept as a plain attribute: nothing is packed for the checkpoint.
     node = ops.tape.node((x,), fn)
-    workspace = _dequantized(ops, module, ops.compute)
+    workspace = ops.dequantized(module, ops.compute)
     out = ops.new(_rows(x, module) * module.outputs, width)
     del workspace
     out.node = node
     return ops.cast(out, entered)
-
-
-def _dequantized(ops: Ops, module: Linear, width: int) -> Tensor:
-    with ops.meter.booking("dequantized"):
-        return ops.new(module.weights, width)
 
 
 def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
@@ -101,7 +96,7 @@ def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     numel, width = x.numel, x.width
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        weight = _dequantized(ops, module, width)
+        weight = ops.dequantized(module, width)
         made = ops.new(numel, width)
         del weight
         return (made,)
@@ -109,7 +104,7 @@ def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     node = ops.tape.node((x,), fn)
     out_numel = _rows(x, module) * module.outputs
     if ops.device == "cpu":  # MatMul8bitFp: dequantize, then F.linear
-        workspace = _dequantized(ops, module, width)
+        workspace = ops.dequantized(module, width)
         out = ops.new(out_numel, width)
         del workspace
     else:

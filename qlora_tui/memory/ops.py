@@ -80,6 +80,16 @@ class Ops:
         """An uninitialised tensor outside the graph."""
         return Tensor(Storage(self.meter, numel * width, item), numel, width)
 
+    def dequantized(self, module: Linear, width: int) -> Tensor:
+        """A packed weight, rebuilt for a product."""
+        with self.meter.booking("dequantized"):
+            return self.new(module.weights, width)
+
+    def adapter_leaves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """An adapter's two weights as inputs of a node; their bytes are booked where they are kept."""
+        a, b = (Tensor(x.storage, 0, self.adapter, self.tape.leaf()) for _ in range(2))
+        return a, b
+
     def cast(self, x: Tensor, width: int) -> Tensor:
         """``x.to(dtype)``: nothing if it has the dtype already."""
         if x.width == width:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class Processor:
     """It multiplies bfloat16 in hardware; the trainer computes in float32 where it does not."""
 
 
+@cache
 def torch_is_for_cuda() -> bool:
     """Whether the torch installed is a build for CUDA. Does not import it."""
     found = find_spec("torch")

@@ -12,7 +12,8 @@
                  (``llama_gguf``, ``vocabulary``: the short way for a plain Llama)
 ``adapter``      LoRA on top of it; ``lean``: module and adapter as one function; ``token_rows``: rows of
                  embedding and head for tokens that the base never learned
-``attention``    several samples in one row, each attending only to itself
+``attention``    several samples in one row, each attending only to itself; ``even``: filled up for a CPU's
+                 kernels
 ``loss``         cross-entropy over the trained tokens only, without the whole logits
 ``checks``       proves both on the model at hand, or falls back
 ``batches``      samples to rows to micro-batches, in an order that resume can repeat

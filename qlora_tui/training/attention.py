@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qlora_tui.training.even import even_multiple, filled_up
+from qlora_tui.training.lean.attention import RowAttention
+
 NAME = "qlora_segments"
 """The attention implementation as transformers knows it."""
-EVEN_TOKENS = 32
-"""On a CPU samples and rows of bfloat16 are filled up to a multiple of so many tokens. oneDNN, which
-multiplies them, makes a kernel for every new shape, which takes milliseconds, and never lets go of its
-quarter of a megabyte: some 10 for each new length of a sample, some 25 for each of a row."""
 
 
 def register() -> None:
@@ -34,11 +33,6 @@ def register() -> None:
     AttentionInterface.register(NAME, segment_attention)
     # For calls that are no packed training row, such as generating a sample.
     AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def tokens_missing(count: int, device: torch.device, dtype: torch.dtype) -> int:
-    """How many more it should be there."""
-    return -count % EVEN_TOKENS if device.type == "cpu" and dtype == torch.bfloat16 else 0
 
 
 def segment_mask(lengths: list[int]) -> Tensor:
@@ -69,8 +63,6 @@ def segment_attention(
         lengths = [end - start for start, end in pairwise(starts)]
         windowed = sliding_window is not None and max(lengths) > sliding_window
         if plain and not (dropout or windowed) and by_blocks(query) and query.shape[-1] == value.shape[-1]:
-            from qlora_tui.training.lean.attention import RowAttention
-
             made: Tensor = RowAttention.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
             return made, None
         # torch.split, not slices: its backward is one cat, where each slice would fill a row of zeros.
@@ -111,10 +103,9 @@ def _one_sample(
     sinks: Tensor | None,
 ) -> Tensor:
     tokens = query.shape[2]
-    more = tokens_missing(tokens, query.device, query.dtype) if query.requires_grad else 0
-    if more:
+    if query.requires_grad and tokens % even_multiple(query.device, query.dtype):
         # What is added lies behind every real token, which looks back only.
-        query, key, value = (functional.pad(x, (0, 0, 0, more)) for x in (query, key, value))
+        query, key, value = (filled_up(x) for x in (query, key, value))
         return _one_sample(query, key, value, dropout, scale, sliding_window, softcap, sinks)[:, :, :tokens]
     windowed = sliding_window is not None and tokens > sliding_window
     if softcap is not None or sinks is not None:

@@ -13,7 +13,7 @@ import torch
 from qlora_tui.errors import Problem
 from qlora_tui.memory.processor import this_processor
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.training.attention import EVEN_TOKENS, tokens_missing
+from qlora_tui.training.even import even_multiple
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BF16_CAPABILITY = (8, 0)
@@ -43,7 +43,7 @@ class Device:
     @property
     def row_multiple(self) -> int:
         """Tokens of which a row should be a multiple."""
-        return EVEN_TOKENS if tokens_missing(1, self.torch_device, self.dtype) else 1
+        return even_multiple(self.torch_device, self.dtype)
 
     @property
     def dtype_name(self) -> str:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS
-from qlora_tui.training.attention import segment_mask, tokens_missing
+from qlora_tui.training.attention import segment_mask
+from qlora_tui.training.even import filled_up
 from qlora_tui.training.token_rows import TokenRows, active_rows
 
 IGNORED = -100
@@ -186,7 +187,7 @@ class _ChunkedLoss(torch.autograd.Function):
             end = start + LOSS_CHUNK_ROWS
             chunk, target = states[start:end], targets[start:end, None]
             with torch.autocast(states.device.type, enabled=False):
-                whole = nn.functional.linear(_even(chunk.to(weight.dtype)), weight, bias).float()
+                whole = nn.functional.linear(filled_up(chunk.to(weight.dtype)), weight, bias).float()
                 # What was filled up goes along unread, and no copy is made without it.
                 logits = whole[: len(chunk)]
                 if ids is not None and rows is not None:
@@ -233,9 +234,3 @@ class _ChunkedLoss(torch.autograd.Function):
         grad, toward_rows = ctx.saved_tensors
         rows = None if toward_rows is None else toward_rows * grad_outputs[0]
         return (grad * grad_outputs[0]).to(ctx.dtype), None, None, None, None, rows
-
-
-def _even(rows: Tensor) -> Tensor:
-    """Filled up with zeros to a number of rows for which there are kernels."""
-    more = tokens_missing(len(rows), rows.device, rows.dtype)
-    return nn.functional.pad(rows, (0, 0, 0, more)) if more else rows

@@ -18,6 +18,7 @@ from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.visible import torch_card
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, Peaks, correction_for, estimate, remember
+from qlora_tui.memory.processor import torch_is_for_cuda
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
 from qlora_tui.training.device import Device
@@ -100,7 +101,7 @@ class MemoryMeter:
             kind=device.kind,
             capability=torch.cuda.get_device_capability(device.torch_device) if cuda else (0, 0),
             native_bfloat16=device.dtype == torch.bfloat16,
-            cuda_libraries=torch.version.cuda is not None,
+            cuda_libraries=torch_is_for_cuda(),
             correction=correction_for(device.name) if corrected else None,
         )
         try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_tui.training import attention
+from qlora_tui.training import attention, even
 from qlora_tui.training.lean import attention as lean_attention
 from qlora_tui.training.lean import gated, norm
 from tests.training.families import FAMILIES, build
@@ -47,7 +47,7 @@ def attended(given: list[Tensor], *, ours: bool, monkeypatch: pytest.MonkeyPatch
 def test_a_rows_attention_and_its_gradients_are_those_of_the_stock_kernel(
     heads: int, shared: int, grouped: bool, block: int, multiple: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lean_attention, "tokens_missing", lambda count, device, dtype: -count % multiple)
+    monkeypatch.setattr(even, "even_multiple", lambda device, dtype: multiple)
     monkeypatch.setattr(lean_attention, "_takes_shared_heads", lambda: grouped)
     monkeypatch.setattr(lean_attention, "ATTENTION_BLOCK_ROWS", block)
     given = qkv(heads, shared)

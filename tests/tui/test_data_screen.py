@@ -11,7 +11,7 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from qlora_tui.recipe.schema import Source
+from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs.events import Finished
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.tui.app import QloraApp
@@ -268,12 +268,17 @@ async def test_keys_change_length_split_weight_and_what_is_learnt(model: str, he
         assert app.workbench.recipe.data.max_length == 16
 
 
+def trained_before(recipe: Recipe) -> None:
+    """A run of it has finished, at 10 tokens a second."""
+    run = play(Play(state="queued", recipe=recipe))
+    with EventWriter(run.events_path) as log:
+        log.append(Finished(at=1.0, step=9, seconds=9.0, tokens_per_s=10.0))
+
+
 async def test_what_other_lengths_cost_is_told_with_the_time_of_the_last_run(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     app = opened(model, "tickets.jsonl", max_length=64)
-    run = play(Play(state="queued", recipe=app.workbench.recipe))
-    with EventWriter(run.events_path) as log:
-        log.append(Finished(at=1.0, step=9, seconds=9.0, tokens_per_s=10.0))
+    trained_before(app.workbench.recipe)
     async with app.run_test(size=(120, 40)) as pilot:
         text = await shows(pilot, "at length", "▸ now", "p90", "memory      time", "fits")
         assert "in all, about" in text
@@ -287,9 +292,7 @@ async def test_what_a_length_costs_is_one_line_at_80_columns_with_a_time_or_with
 ) -> None:
     tickets(here / "tickets.jsonl")
     app = opened(model, "tickets.jsonl", max_length=64)
-    run = play(Play(state="queued", recipe=app.workbench.recipe))
-    with EventWriter(run.events_path) as log:
-        log.append(Finished(at=1.0, step=9, seconds=9.0, tokens_per_s=10.0))
+    trained_before(app.workbench.recipe)
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "at length", "about 8 min")
         await pilot.press("v")

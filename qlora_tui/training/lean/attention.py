@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from qlora_tui.memory.attention import ATTENTION_BLOCK_ROWS
-from qlora_tui.training.attention import tokens_missing
+from qlora_tui.training.even import filled_up
 
 
 class RowAttention(torch.autograd.Function):
@@ -35,7 +34,7 @@ class RowAttention(torch.autograd.Function):
         log_sums = []
         for q, k, v, part in zip(*parts, torch.split(out, lengths, dim=1), strict=True):
             shared_k, shared_v = _as_taken(q, k, v)
-            made, log_sum = _flash(_even(q), _even(shared_k), _even(shared_v), scale)
+            made, log_sum = _flash(filled_up(q), filled_up(shared_k), filled_up(shared_v), scale)
             tokens = q.shape[2]
             part.copy_(made.transpose(1, 2)[:, :tokens])
             log_sums.append(log_sum)
@@ -52,12 +51,6 @@ class RowAttention(torch.autograd.Function):
         for (q, k, v, o, grad, *toward), log_sum in zip(zip(*parts, strict=True), log_sums, strict=True):
             _one_backward(q, k, v, o, grad, log_sum[0], ctx.scale, toward)
         return (*made, None, None)
-
-
-def _even(x: Tensor) -> Tensor:
-    """x (…, tokens, width) filled up with zeros to a number of tokens for which there are kernels."""
-    more = tokens_missing(x.shape[-2], x.device, x.dtype)
-    return functional.pad(x, (0, 0, 0, more)) if more else x
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
@@ -102,7 +95,7 @@ def _one_backward(
     P · (grad vᵀ - D), toward q and k their products with k and q (Dao et al. 2022, FlashAttention, B.4).
     """
     real = q.shape[1]
-    q, k, v, out, grad = (_even(x) for x in (q, k, v, out, grad))
+    q, k, v, out, grad = (filled_up(x) for x in (q, k, v, out, grad))
     log_sum = log_sum[..., None]
     heads, tokens, width = q.shape
     shared, group = k.shape[0], heads // k.shape[0]

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.lean.linear import Adapter, active_adapter, backward, forward, weight_of
+from qlora_tui.training.lean.linear import Adapter, Weight, active_adapter, backward, forward, plain_weight
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -25,16 +25,16 @@ def use_lean_mlp(model: nn.Module) -> None:
     """Let every gated MLP whose last module has a plain adapter compute so."""
     known: dict[type[nn.Module], bool] = {}
     for module in model.modules():
-        if {name for name, _ in module.named_children()} == _PARTS and hasattr(module.down_proj, "lora_A"):
-            _replace_forward(module, known)
+        if {name for name, _ in module.named_children()} != _PARTS:
+            continue
+        weight = plain_weight(module.down_proj)
+        if weight is not None:
+            _replace_forward(module, weight, known)
 
 
-def _replace_forward(mlp: Any, known: dict[type[nn.Module], bool]) -> None:
+def _replace_forward(mlp: Any, weight: Weight, known: dict[type[nn.Module], bool]) -> None:
     down = mlp.down_proj
     base = down.get_base_layer()
-    weight = weight_of(base)
-    if weight is None or getattr(down, "lora_variant", None):
-        return
     kind, stock = type(mlp), mlp.forward
     if kind not in known:
         known[kind] = _does_nothing_else(mlp, base)

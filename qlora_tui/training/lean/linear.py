@@ -49,10 +49,9 @@ class Adapter:
 def use_lean_lora(model: nn.Module) -> None:
     """Let every plain LoRA module compute so. DoRA, and bases whose weight cannot be had, stay peft's."""
     for module in model.modules():
-        if hasattr(module, "lora_A") and not getattr(module, "lora_variant", None):
-            weight = weight_of(module.get_base_layer())  # type: ignore[operator]  # a peft layer's method
-            if weight is not None:
-                _replace_forward(module, weight)
+        weight = plain_weight(module)
+        if weight is not None:
+            _replace_forward(module, weight)
 
 
 def _replace_forward(module: Any, weight: Weight) -> None:
@@ -84,8 +83,14 @@ def active_adapter(module: Any, base: nn.Module, weight: Weight) -> Adapter | No
     )
 
 
-def weight_of(base: Any) -> Weight | None:
-    """None where there is no such weight."""
+def plain_weight(module: Any) -> Weight | None:
+    """The frozen weight under a plain adapter; None where there is none, or it cannot be had."""
+    if not hasattr(module, "lora_A") or getattr(module, "lora_variant", None):
+        return None
+    return _weight_of(module.get_base_layer())
+
+
+def _weight_of(base: Any) -> Weight | None:
     if type(base).__name__ != "Linear4bit":
         # Families have subclasses of their own (Falcon's); bitsandbytes' 8-bit weights are whole numbers.
         known = isinstance(base, nn.Linear) and base.weight.is_floating_point()

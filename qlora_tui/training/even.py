@@ -1,0 +1,20 @@
+"""Numbers of tokens for which a CPU has its kernels already: what is multiplied is filled up to them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qlora_tui.memory.kernels import EVEN_TOKENS
+
+
+def even_multiple(device: torch.device, dtype: torch.dtype) -> int:
+    """Tokens of which rows and samples should be a multiple: bfloat16 on a CPU is multiplied by oneDNN."""
+    return EVEN_TOKENS if device.type == "cpu" and dtype == torch.bfloat16 else 1
+
+
+def filled_up(x: Tensor) -> Tensor:
+    """x (…, tokens, width) with zeros behind the last token, up to such a multiple."""
+    more = -x.shape[-2] % even_multiple(x.device, x.dtype)
+    return functional.pad(x, (0, 0, 0, more)) if more else x
