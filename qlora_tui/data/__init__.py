@@ -6,8 +6,8 @@ From the outside in:
   Arrow and text files, plain or compressed. ``hub`` and ``hub_fetch``: datasets of the hub.
 * ``formats`` (with ``chat_formats`` and ``pair_formats``): which format rows are in, and conversations from
   them. ``conversation``: what a conversation is. ``sources``: the recipe's sources as such files.
-* ``tokenizer``, ``template``, ``traits``, ``stock_templates``: a model's tokenizer and chat template, without
-  transformers.
+* ``tokenizer`` (with ``word_memo``), ``template``, ``traits``, ``stock_templates``: a model's tokenizer and
+  chat template, without transformers.
 * ``spans``, ``render``: token ids of a conversation, and the mask of what is trained.
 * ``examine`` (with ``checks``, ``lengths``, ``key_table``, ``near_duplicates``, ``problems``): every row
   rendered, fitted, checked and counted; ``untrained``: tokens the model has never learned.

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
-from tokenizers import Encoding
 
 from qlora_tui.data.conversation import Conversation, Message, RowRefused
 from qlora_tui.data.report import Piece
 from qlora_tui.data.spans import PRIVATE, Layout, lay_out
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.traits import adapted
+from qlora_tui.data.word_memo import Marked
 
 TrainOn = Literal["assistant", "everything"]
 _LITERAL, _END_LITERAL = "\U000f0000", "\U000f0001"
@@ -80,17 +80,19 @@ class Rendering:
     ):
         self._tokenizer = tokenizer
         self._laid = [_laid_or_refused(conversation, tokenizer, train_on) for conversation in conversations]
-        texts = [layout.text for one in self._laid if isinstance(one, Laid) for layout in one.layouts]
-        self._encodings = tokenizer.encode_ahead(texts)
+        layouts = [layout for one in self._laid if isinstance(one, Laid) for layout in one.layouts]
+        self._marked = tokenizer.encode_ahead(
+            [layout.text for layout in layouts], list(map(_places, layouts))
+        )
 
     def results(self) -> Iterator[list[Rendered] | RowRefused]:
         """One result a conversation, in order."""
-        encodings = iter(self._encodings.result())
+        marked = iter(self._marked.result())
         for one in self._laid:
             if isinstance(one, RowRefused):
                 yield one
             else:
-                yield [_sample(layout, next(encodings), self._tokenizer, one.notes) for layout in one.layouts]
+                yield [_sample(layout, next(marked), self._tokenizer, one.notes) for layout in one.layouts]
 
 
 def _laid_or_refused(
@@ -220,32 +222,28 @@ def _neutral(text: str, pattern: re.Pattern[str]) -> tuple[str, bool]:
     return marked, count > 0
 
 
-def _sample(layout: Layout, encoding: Encoding, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> Rendered:
+def _places(layout: Layout) -> list[int]:
+    """Where spans begin and end, but for both ends of the text."""
+    return sorted({place for span in layout.spans for place in span if 0 < place < len(layout.text)})
+
+
+def _sample(layout: Layout, marked: Marked, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> Rendered:
     if _LITERAL in layout.text or _END_LITERAL in layout.text:
         return _by_pieces(layout, tokenizer, notes)
-    ids = encoding.ids
+    ids = marked.ids
+    cuts = dict(zip(_places(layout), marked.cuts, strict=True))
+    cuts[0], cuts[len(layout.text)] = (0, False), (len(ids), False)
     trained = bytearray(len(ids))
     weights = array("f", bytes(4 * len(ids))) if layout.weights else None
     for number, (start, end) in enumerate(layout.spans):
-        first, straddles = _token_at(encoding, start)
+        first, straddles = cuts[start]
         if straddles:
             return _by_pieces(layout, tokenizer, notes)
-        last = len(ids) if end == len(layout.text) else _token_at(encoding, end)[0]
+        last = cuts[end][0]
         trained[first:last] = b"\x01" * (last - first)
         if weights is not None:
             weights[first:last] = array("f", [layout.weights[number]]) * (last - first)
     return Rendered(ids, bytes(trained), notes, weights)
-
-
-def _token_at(encoding: Encoding, character: int) -> tuple[int, bool]:
-    """The first token that begins at ``character`` or later, and whether the one before reaches across."""
-    token = encoding.char_to_token(character)
-    if token is None:
-        offsets = encoding.offsets
-        token = next((i for i, (_, end) in enumerate(offsets) if end > character), len(offsets))
-    if token < len(encoding.ids) and encoding.token_to_chars(token)[0] < character:  # type: ignore[index]
-        return token + 1, True
-    return token, False
 
 
 def _by_pieces(layout: Layout, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> Rendered:
