@@ -9,8 +9,10 @@ From the outside in:
 * ``tokenizer`` (with ``word_memo``), ``template``, ``traits``, ``stock_templates``: a model's tokenizer and
   chat template, without transformers.
 * ``spans``, ``render``: token ids of a conversation, and the mask of what is trained.
-* ``examine`` (with ``checks``, ``lengths``, ``key_table``, ``near_duplicates``, ``problems``): every row
-  rendered, fitted, checked and counted; ``untrained``: tokens the model has never learned.
+* ``outcome`` (with ``checks``, ``lengths``, ``near_duplicates``, ``problems``): a row by itself, rendered,
+  fitted and checked; ``workers`` (with ``worker``, ``frames``) has that done on all cores. ``examine`` (with
+  ``key_table``): the rows in order, counted and set beside each other. ``untrained``: tokens the model has
+  never learned.
 * ``dataset`` (with ``split``, ``groups``, ``store``): the tokenized set on disk that the trainer maps.
 * ``inspect`` (with ``statistics``, ``report``): what is to be said of a file before a run. ``look_over``: the
   rows that would block it, as far as two seconds reach.

@@ -52,6 +52,7 @@ _SECRET_MARKS = (
     *("hf_", "sk-", "xox", "AIza", "eyJ"),
 )
 """What every secret contains: looking for these first is a hundred times faster than the pattern."""
+_SECRET_MARKS_WITHOUT_LINE = tuple(mark for mark in _SECRET_MARKS if "_" not in mark)
 _SHOWN_OF_A_SECRET = 6
 
 
@@ -70,8 +71,8 @@ def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
     damage = (_CONTROL if text.isascii() else _DAMAGE).search(text)
     if damage:
         yield "encoding-damage", text[max(0, damage.start() - 30) : damage.end() + 30]
-    marked = any(mark in text for mark in _SECRET_MARKS)
-    secret = _SECRETS.search(text) if marked else None
+    marks = _SECRET_MARKS if "_" in text else _SECRET_MARKS_WITHOUT_LINE
+    secret = _SECRETS.search(text) if any(map(text.__contains__, marks)) else None
     if secret:
         yield "secret", f"{secret[0][:_SHOWN_OF_A_SECRET]}… ({len(secret[0])} characters)"
 

@@ -12,20 +12,23 @@ import hashlib
 import shutil
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.data.examine import Examiner, batches
+from qlora_tui.data.examine import Examiner
 from qlora_tui.data.open_file import Position
+from qlora_tui.data.outcome import Outcomes
 from qlora_tui.data.problems import DataProblem, refuse
 from qlora_tui.data.report import Counts
-from qlora_tui.data.sources import SourceFile, content_hash, conversations, every_source, open_source
+from qlora_tui.data.sources import SourceFile, content_hash, every_source, open_source
 from qlora_tui.data.split import Split
 from qlora_tui.data.store import Samples, Store, Writer
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.workers import Work, working
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.paths import cache_dir
@@ -132,23 +135,25 @@ def _make(
 ) -> None:
     # A validation file takes the place of the fraction.
     fraction = 0.0 if validation_source is not None else recipe.data.validation_fraction
-    maker = _Maker(folder, recipe, tokenizer, fraction)
-    total = sum(file.path.stat().st_size for file in files) or 1
-    with maker.writer:
+    total = sum(file.path.stat().st_size for file in files)
+    outcomes = Outcomes(recipe.data, tokenizer, recipe.training.seed)
+    with working(outcomes, total) as work, Writer(folder) as writer:
+        maker = _Maker(writer, Split(folder, fraction), recipe, work)
         done = 0
         for file in files:
             position = Position()
             for _ in maker.write(file, position):
                 if progress is not None:
                     so_far = maker.examiner.counts
-                    progress(Progress(min(1.0, (done + position.bytes) / total), so_far.rows, so_far.tokens))
+                    share = min(1.0, (done + position.bytes) / (total or 1))
+                    progress(Progress(share, so_far.rows, so_far.tokens))
             done += file.path.stat().st_size
-    problems = maker.examiner.problems()
-    refuse(problems)
-    counts = maker.examiner.counts
-    if not counts.samples:
-        raise _nothing_left(counts, recipe)
-    data_hash = maker.writer.finish(maker.split.held_back(), validation_source)
+        problems = maker.examiner.problems()
+        refuse(problems)
+        counts = maker.examiner.counts
+        if not counts.samples:
+            raise _nothing_left(counts, recipe)
+        data_hash = writer.finish(maker.split.held_back(), validation_source)
     meta = _Meta(data_hash, counts, tuple(problems), maker.examiner.notes)
     atomic_write(folder / "meta.json", msgspec.json.encode(meta))
 
@@ -156,27 +161,19 @@ def _make(
 class _Maker:
     """Writes what an examiner lets through."""
 
-    def __init__(self, folder: Path, recipe: Recipe, tokenizer: ChatTokenizer, fraction: float):
-        self.writer = Writer(folder)
-        self.examiner = Examiner(recipe.data, tokenizer, recipe.training.seed)
-        self.split = Split(folder, fraction)
+    def __init__(self, writer: Writer, split: Split, recipe: Recipe, work: Work):
+        self.split = split
+        self.examiner = Examiner(recipe.data, work, sketched=split.wanted)
+        self._writer = writer
 
     def write(self, file: SourceFile, position: Position) -> Iterator[None]:
-        """Render and write a file, a batch at a step."""
-        for batch in self.examiner.examined(file, batches(conversations(file, position))):
-            for examined in batch:
-                conversation, key = examined.conversation, examined.key
-                if examined.samples:
-                    self.split.add(conversation, key)
-                for sample in examined.samples:
-                    self.writer.add(
-                        sample.token_ids,
-                        sample.trained,
-                        conversation.source,
-                        conversation.row,
-                        key,
-                        sample.weights,
-                    )
+        """Write what becomes of a file, a batch at a step."""
+        for outcomes in self.examiner.examined(file, position):
+            for one in outcomes:
+                if one.samples and one.key is not None:
+                    self.split.add(file.source, one.key, array("I", one.sketch))
+                    for sample in one.samples:
+                        self._writer.add(sample, file.source, one.row, one.key)
             yield
 
 

@@ -15,17 +15,19 @@ import msgspec
 
 from qlora_tui.data.checks import conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRefused
-from qlora_tui.data.examine import Examined, Examiner, batches
+from qlora_tui.data.examine import Examiner
 from qlora_tui.data.lengths import fit
 from qlora_tui.data.open_file import Position
+from qlora_tui.data.outcome import Outcome, Outcomes
 from qlora_tui.data.render import pieces, render
 from qlora_tui.data.report import Counts, FileReport, Report, Shown
 from qlora_tui.data.row import Row
 from qlora_tui.data.row_at import row_at
-from qlora_tui.data.sources import SourceFile, conversation_of, conversations, open_file_of, open_source
+from qlora_tui.data.sources import SourceFile, conversation_of, open_file_of, open_source
 from qlora_tui.data.statistics import LengthCounter
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained import untrained_problem
+from qlora_tui.data.workers import working
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
 
@@ -77,38 +79,35 @@ class _Inspection:
         self._note = note
         self._tokenizer = tokenizer
         self._data = data
-        self._examiner = Examiner(data, tokenizer, near_duplicates=True)
         self._lengths = LengthCounter("tokens" if tokenizer else "characters")
-        self._row = 0
         self._last_rows: dict[Path, int] = {}
         unknown = untrained_problem(tokenizer.folder, tokenizer) if tokenizer and tokenizer.folder else None
         self._of_the_model = [unknown] if unknown else []
-        self._bytes = sum(file.path.stat().st_size for file in files) or 1
+        self._bytes = sum(file.path.stat().st_size for file in files)
 
     def reports(self) -> Iterator[Report]:
         """One at once, then one every second, and the complete one."""
-        due = time.monotonic()
-        done = 0
-        for file in self._files:
-            position = Position()
-            for batch in self._examiner.examined(file, batches(self._rows(file, position))):
-                self._measure(batch)
-                if time.monotonic() >= due:
-                    due = time.monotonic() + _NEXT_REPORT_S
-                    yield self._report(False, (done + position.bytes) / self._bytes)
-            done += file.path.stat().st_size
-            self._last_rows[file.path] = self._row
-        yield self._report(True, 1.0)
+        with working(Outcomes(self._data, self._tokenizer, keep_samples=False), self._bytes) as work:
+            examiner = Examiner(self._data, work, near_duplicates=True)
+            due = time.monotonic()
+            done = 0
+            for file in self._files:
+                position = Position()
+                last_row = 0
+                for outcomes in examiner.examined(file, position):
+                    last_row = self._measure(outcomes) or last_row
+                    if time.monotonic() >= due:
+                        due = time.monotonic() + _NEXT_REPORT_S
+                        yield self._report(examiner, False, (done + position.bytes) / (self._bytes or 1))
+                done += file.path.stat().st_size
+                self._last_rows[file.path] = last_row
+            yield self._report(examiner, True, 1.0)
 
-    def _rows(self, file: SourceFile, position: Position) -> Iterator[tuple[Row, Conversation | RowRefused]]:
-        for row, one in conversations(file, position):
-            self._row = row.number
-            yield row, one
-
-    def _measure(self, batch: list[Examined]) -> None:
-        for examined in batch:
-            lengths = examined.lengths if self._tokenizer else [_characters(examined.conversation)]
-            self._lengths.add(lengths, examined.conversation.row)
+    def _measure(self, outcomes: list[Outcome]) -> int:
+        """Add the lengths; the number of the last row."""
+        for one in outcomes:
+            self._lengths.add(one.lengths, one.row)
+        return outcomes[-1].row if outcomes else 0
 
     def _file_report(self, file: SourceFile) -> FileReport:
         found = file.detection
@@ -122,8 +121,8 @@ class _Inspection:
             last_row=self._last_rows.get(file.path, 0),
         )
 
-    def _report(self, complete: bool, share: float) -> Report:
-        counts = self._examiner.counts
+    def _report(self, examiner: Examiner, complete: bool, share: float) -> Report:
+        counts = examiner.counts
         return Report(
             files=tuple(self._file_report(file) for file in self._files),
             complete=complete,
@@ -131,14 +130,10 @@ class _Inspection:
             counts=Counts(**{name: getattr(counts, name) for name in counts.__struct_fields__}),
             lengths=self._lengths.summary(),
             too_long=self._lengths.above(self._data.max_length) if self._tokenizer else 0,
-            problems=(*self._of_the_model, *self._examiner.problems()),
-            notes=dict(self._examiner.notes),
+            problems=(*self._of_the_model, *examiner.problems()),
+            notes=dict(examiner.notes),
             template=self._tokenizer.template_name if self._tokenizer else "",
         )
-
-
-def _characters(conversation: Conversation) -> int:
-    return len(conversation.text) + sum(len(m.content) + len(m.reasoning) for m in conversation.messages)
 
 
 def _shown(row: int, one: Conversation | RowRefused, tokenizer: ChatTokenizer, data: Data) -> Shown:

@@ -35,12 +35,14 @@ class NearDuplicates:
         self._sketches: list[array[int]] = []
         self._rows: list[int] = []
 
-    def earlier(self, conversation: Conversation, row: int) -> int | None:
-        """An earlier row that is nearly the same, if there is one; ``row`` is remembered."""
-        if len(self._rows) >= MOST_ROWS:
-            return None
-        own = sketch(conversation)
-        if not own:
+    @property
+    def full(self) -> bool:
+        """Whether no more rows are looked at."""
+        return len(self._rows) >= MOST_ROWS
+
+    def earlier(self, own: array[int], row: int) -> int | None:
+        """An earlier row that is nearly the same as one with this sketch; ``row`` is remembered."""
+        if self.full or not own:
             return None
         found = None
         for value in own[:_PROBES]:
@@ -64,7 +66,7 @@ def sketch(conversation: Conversation) -> array[int]:
     # The hash of a tuple of integers is the same in every process, unlike that of a text.
     triples = map(hash, zip(words, words[1:], words[2:], strict=False))
     bound = _LEAST + (_SPARE * SKETCH << 64) // len(words)
-    few = {value for value in triples if value < bound} if len(words) > 2 * _SPARE * SKETCH else set(triples)
+    few = set(filter(bound.__gt__, triples) if len(words) > 2 * _SPARE * SKETCH else triples)
     return array("I", sorted({value - _LEAST >> 32 for value in sorted(few)[:SKETCH]}))
 
 

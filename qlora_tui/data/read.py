@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import msgspec
 
 from qlora_tui.data.json_rows import json_rows
 from qlora_tui.data.open_file import NotUtf8, Position, Stream, bad_utf8, opened
-from qlora_tui.data.row import Row
+from qlora_tui.data.row import Line, Row
 from qlora_tui.errors import Problem
 
 SUFFIXES = {
@@ -106,6 +106,16 @@ def rows(path: Path, position: Position | None = None) -> Iterator[Row]:
 
     Raises ``Problem`` if the file is empty, unreadable, damaged or of no known kind.
     """
+    return filter(None, map(row_of, raw_rows(path, position)))
+
+
+def row_of(raw: Row | Line) -> Row | None:
+    """The row; None for a blank line."""
+    return jsonl_row(raw.number, raw.text) if isinstance(raw, Line) else raw
+
+
+def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Line]:
+    """The same, but the lines of a JSONL file as they are, blank ones too."""
     kind = kind_of(path)
     try:
         if kind in ("parquet", "arrow"):
@@ -135,11 +145,8 @@ def _guess(stream: Stream) -> str:
     return "json" if start in (b"[", b"{") else "text"
 
 
-def _jsonl_rows(stream: Stream) -> Iterator[Row]:
-    for number, line in enumerate(stream.lines(), 1):
-        row = jsonl_row(number, line)
-        if row is not None:
-            yield row
+def _jsonl_lines(stream: Stream) -> Iterator[Line]:
+    return (Line(number, line) for number, line in enumerate(stream.lines(), 1))
 
 
 def jsonl_row(number: int, line: bytes) -> Row | None:
@@ -297,4 +304,10 @@ def label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
         return {}
 
 
-_READERS = {"json": json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _tsv_rows, "text": _text_rows}
+_READERS: dict[str, Callable[[Stream], Iterator[Row | Line]]] = {
+    "json": json_rows,
+    "jsonl": _jsonl_lines,
+    "csv": _csv_rows,
+    "tsv": _tsv_rows,
+    "text": _text_rows,
+}

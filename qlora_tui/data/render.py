@@ -69,30 +69,14 @@ def render_many(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, train_on: TrainOn = "assistant"
 ) -> Iterator[list[Rendered] | RowRefused]:
     """The same for a batch; one result a conversation, in order."""
-    return Rendering(conversations, tokenizer, train_on).results()
-
-
-class Rendering:
-    """A batch on its way: laid out at once, encoded by the tokenizer's own threads in the meantime."""
-
-    def __init__(
-        self, conversations: Sequence[Conversation], tokenizer: ChatTokenizer, train_on: TrainOn = "assistant"
-    ):
-        self._tokenizer = tokenizer
-        self._laid = [_laid_or_refused(conversation, tokenizer, train_on) for conversation in conversations]
-        layouts = [layout for one in self._laid if isinstance(one, Laid) for layout in one.layouts]
-        self._marked = tokenizer.encode_ahead(
-            [layout.text for layout in layouts], list(map(_places, layouts))
-        )
-
-    def results(self) -> Iterator[list[Rendered] | RowRefused]:
-        """One result a conversation, in order."""
-        marked = iter(self._marked.result())
-        for one in self._laid:
-            if isinstance(one, RowRefused):
-                yield one
-            else:
-                yield [_sample(layout, next(marked), self._tokenizer, one.notes) for layout in one.layouts]
+    laid = [_laid_or_refused(conversation, tokenizer, train_on) for conversation in conversations]
+    layouts = [layout for one in laid if isinstance(one, Laid) for layout in one.layouts]
+    marked = iter(tokenizer.encode_marked([layout.text for layout in layouts], list(map(_places, layouts))))
+    for one in laid:
+        if isinstance(one, RowRefused):
+            yield one
+        else:
+            yield [_sample(layout, next(marked), tokenizer, one.notes) for layout in one.layouts]
 
 
 def _laid_or_refused(

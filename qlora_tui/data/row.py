@@ -7,6 +7,13 @@ from typing import Any
 from msgspec import Struct
 
 
+class Line(Struct, frozen=True):
+    """One line of a JSONL file, not yet read: that is most of the work, and can be done elsewhere."""
+
+    number: int
+    text: bytes
+
+
 class Row(Struct, frozen=True):
     """One row of a file, or why there is none."""
 

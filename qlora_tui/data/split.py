@@ -15,7 +15,6 @@ import msgspec
 
 from qlora_tui.data.conversation import Conversation
 from qlora_tui.data.groups import group_keys, padded
-from qlora_tui.data.near_duplicates import sketch
 
 _encode = msgspec.json.Encoder().encode
 
@@ -46,12 +45,17 @@ class Split:
         self._path = folder / "sketches.u32"
         self._sketches = self._path.open("wb", buffering=1 << 20)
 
-    def add(self, conversation: Conversation, key: int) -> None:
-        """One row; ``key`` is its ``group_key``."""
-        if self._fraction > 0:
+    @property
+    def wanted(self) -> bool:
+        """Whether any rows are to be held back, so that their sketches are needed."""
+        return self._fraction > 0
+
+    def add(self, source: int, key: int, sketch: array[int]) -> None:
+        """One row; ``key`` is its ``group_key``, ``sketch`` that of ``near_duplicates``."""
+        if self.wanted:
             self._keys.append(key)
-            self._sources.append(conversation.source)
-            self._sketches.write(padded(sketch(conversation)))
+            self._sources.append(source)
+            self._sketches.write(padded(sketch))
 
     def held_back(self) -> frozenset[int]:
         """The keys of the rows to validate on."""

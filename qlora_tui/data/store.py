@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from msgspec import Struct
+
 if sys.byteorder != "little" or array("I").itemsize != 4:
     raise ImportError("The tokenized store needs a little-endian machine with 32-bit integers.")
 
@@ -38,6 +40,15 @@ _FILES = {
     "sources.u16": "H",
 }
 _WEIGHTS = "weights.f32"
+
+
+class Sample(Struct, frozen=True, array_like=True):
+    """One training sample, as it lies on disk."""
+
+    tokens: bytes
+    trained: bytes
+    weights: bytes | None = None
+    """Where there are none, each token that trains counts 1."""
 
 
 class Writer:
@@ -65,29 +76,22 @@ class Writer:
     ) -> None:
         self._stack.close()
 
-    def add(
-        self,
-        token_ids: Sequence[int],
-        trained: bytes,
-        source: int,
-        row: int,
-        key: int,
-        weights: array[float] | None = None,
-    ) -> None:
-        """One sample; without ``weights`` each token that trains counts 1."""
-        tokens = array("I", token_ids)
-        self._add_weights(trained, weights)
-        self._end += len(tokens)
-        self._write("tokens.u32", tokens)
-        self._write("trained.u8", array("B", trained))
-        self._write("offsets.u64", array("Q", [self._end]))
-        self._write("trained_counts.u32", array("I", [trained.count(1)]))
-        self._write("rows.u32", array("I", [row]))
-        self._write("sources.u16", array("H", [source]))
+    def add(self, sample: Sample, source: int, row: int, key: int) -> None:
+        """One sample."""
+        count = len(sample.trained)
+        self._add_weights(sample.trained, sample.weights)
+        self._end += count
+        write = self._write
+        write("tokens.u32", sample.tokens)
+        write("trained.u8", sample.trained)
+        write("offsets.u64", array("Q", [self._end]))
+        write("trained_counts.u32", array("I", [sample.trained.count(1)]))
+        write("rows.u32", array("I", [row]))
+        write("sources.u16", array("H", [source]))
         self.keys.append(key)
         self.sources.append(source)
-        self._hash.update(tokens)
-        self._hash.update(trained)
+        self._hash.update(sample.tokens)
+        self._hash.update(sample.trained)
 
     def finish(self, validation: frozenset[int], validation_source: int | None) -> str:
         """Write the two sides; return the hash of everything.
@@ -105,7 +109,7 @@ class Writer:
             self._hash.update(b"|")
         return self._hash.hexdigest()
 
-    def _add_weights(self, trained: bytes, weights: array[float] | None) -> None:
+    def _add_weights(self, trained: bytes, weights: bytes | None) -> None:
         if weights is not None:
             self._hash.update(weights)
             if _WEIGHTS not in self._files:
@@ -120,7 +124,7 @@ class Writer:
     def _open(self, name: str) -> None:
         self._files[name] = self._stack.enter_context((self.folder / name).open("wb", buffering=1 << 20))
 
-    def _write(self, name: str, values: array[int] | array[float]) -> None:
+    def _write(self, name: str, values: bytes | array[int] | array[float]) -> None:
         self._files[name].write(values)
 
 

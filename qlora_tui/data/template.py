@@ -133,6 +133,12 @@ class _GenerationTag(jinja2.ext.Extension):
 class _Environment(ImmutableSandboxedEnvironment):
     marks: _Marks
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As the sandbox has it, which for ``message.role`` fails at an attribute first, for each turn."""
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
 
 def _environment(marks: _Marks) -> _Environment:
     environment = _Environment(

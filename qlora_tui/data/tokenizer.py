@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from qlora_tui.data.conversation import RowRefused
 from qlora_tui.data.stock_templates import stock_template
 from qlora_tui.data.template import ChatTemplate, TemplateBroken
 from qlora_tui.data.traits import Traits, traits_of
-from qlora_tui.data.word_memo import Marked, WordMemo, cuts_at_spaces, token_at
+from qlora_tui.data.word_memo import Marked, WordMemo, cuts_at_spaces, stand_apart, token_at
 from qlora_tui.errors import Problem
 
 OWN = "tokenizer"
@@ -100,6 +99,11 @@ class ChatTokenizer:
         tokenizer.folder = folder
         return tokenizer
 
+    def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[str, dict[str, str], str, str, str]]:
+        """To another process: with the template that was chosen as its own."""
+        tools = "" if self.tool_template is self.template else self.tool_template.text
+        return (ChatTokenizer, (self._json, self.special_tokens, self.template.text, "auto", tools))
+
     @property
     def has_own_template(self) -> bool:
         """Whether the template came with the tokenizer; else the trainer saves it with the adapter."""
@@ -166,10 +170,14 @@ class ChatTokenizer:
         """Ids of ``text``, in which added tokens are control tokens; nothing is put before or after."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_ahead(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> Future[list[Marked]]:
-        """The ids of each text and where its ``places`` are in them (see ``WordMemo.encode``), found while
-        the caller goes on."""
-        return self._ahead.submit(self._marked, texts, places)
+    def encode_marked(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[Marked]:
+        """The ids of each text, and where its ``places`` are in them (see ``WordMemo.encode``)."""
+        if self._words is not None:
+            return self._words.encode(texts, places)
+        return [
+            Marked(encoding.ids, [token_at(encoding, place) for place in at])
+            for encoding, at in zip(self._encode_batch(texts), places, strict=True)
+        ]
 
     def encode_inside(self, piece: str, literal: bool = False) -> list[int]:
         """Ids of a piece from the middle of a text; with ``literal`` its control tokens are ordinary text.
@@ -194,24 +202,13 @@ class ChatTokenizer:
         """The text of ``ids``, special tokens included."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
-    def _marked(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[Marked]:
-        if self._words is not None:
-            return self._words.encode(texts, places)
-        return [
-            Marked(encoding.ids, [token_at(encoding, place) for place in at])
-            for encoding, at in zip(self._encode_batch(texts), places, strict=True)
-        ]
-
     def _encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
     @cached_property
     def _words(self) -> WordMemo | None:
-        return WordMemo(self._encode_batch) if cuts_at_spaces(json.loads(self._json)) else None
-
-    @cached_property
-    def _ahead(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, thread_name_prefix="encode")
+        held = json.loads(self._json)
+        return WordMemo(self._encode_batch, stand_apart(held)) if cuts_at_spaces(held) else None
 
     @cached_property
     def _without_added(self) -> Tokenizer:

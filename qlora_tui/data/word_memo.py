@@ -9,9 +9,10 @@ it stands: a look into a table instead of a search. Used by ``tokenizer``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 from msgspec import Struct
 from tokenizers import Encoding
@@ -20,7 +21,7 @@ _KEPT_WORDS = 100_000
 """All are forgotten when there are more: with their tokens, some 25 MB."""
 _LONGEST_WORD = 48
 """Characters. What is longer is seldom met again: addresses, code, writing without spaces."""
-_CHUNKS = re.compile(r" ?\S+(?:(?! \S)\s+(?:\S+|$))*|\s+\S*")
+_WORDS = re.compile(r" ?\S+(?:(?! \S)\s+(?:\S+|$))*|\s+\S*")
 """A word and the space before it; with what follows it, where that is other white space."""
 
 
@@ -46,66 +47,72 @@ def token_at(encoding: Encoding, character: int) -> tuple[int, bool]:
 class WordMemo:
     """Words and their tokens."""
 
-    def __init__(self, encode_batch: Callable[[list[str]], list[Encoding]]):
+    def __init__(self, encode_batch: Callable[[list[str]], list[Encoding]], apart: Iterable[str] = ()):
+        """``apart``: tokens at which a text is cut before anything else is done (see ``stand_apart``)."""
         self._encode_batch = encode_batch
         self._words: dict[str, tuple[int, ...]] = {}
+        self._inside: dict[tuple[str, int], tuple[int, bool]] = {}
+        """For places inside words, what ``token_at`` says."""
+        longest_first = sorted(apart, key=len, reverse=True)
+        self._apart = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
     def encode(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[Marked]:
         """The tokens of each text, and which of them begin at its ``places``: characters, ascending, none of
         them at either end."""
-        if len(self._words) > _KEPT_WORDS:
+        if len(self._words) + len(self._inside) > _KEPT_WORDS:
             self._words.clear()
-        cut = [_Cut(text, at) for text, at in zip(texts, places, strict=True)]
-        words = {word for one in cut for run in one.runs for word in run}
-        new = list(words.difference(self._words))
-        encodings = iter(self._encode_batch([*new, *(joint for one in cut for joint in one.joints)]))
-        self._words.update((word, tuple(next(encodings).ids)) for word in new)
-        found = [one.marked(self._words, encodings) for one in cut]
+            self._inside.clear()
+        cut = [self._cut(text, at) for text, at in zip(texts, places, strict=True)]
+        new = list(set().union(*(words for words, _ in cut)).difference(self._words))
+        encodings = self._encode_batch(new) if new else []
+        self._words.update(zip(new, (tuple(encoding.ids) for encoding in encodings), strict=True))
+        found = [self._marked(words, marks) for words, marks in cut]
         for word in new:
             if len(word) > _LONGEST_WORD:
                 del self._words[word]
         return found
 
+    def _cut(self, text: str, places: Sequence[int]) -> _Cut:
+        words: list[str] = []
+        marks: list[tuple[int, int]] = []
+        wanted = deque(places)
+        start = 0
+        for number, piece in enumerate(self._apart.split(text) if self._apart else (text,)):
+            found = [piece] if number % 2 else _WORDS.findall(piece)
+            end = start + len(piece)
+            while wanted and wanted[0] < end:
+                at, character = 0, wanted.popleft() - start
+                while character >= len(found[at]):
+                    character -= len(found[at])
+                    at += 1
+                marks.append((len(words) + at, character))
+            words += found
+            start = end
+        return words, marks
 
-class _Cut:
-    """A text as runs of words, and joints between them: the words that a place falls into, or between."""
-
-    def __init__(self, text: str, places: Sequence[int]):
-        self.runs: list[list[str]] = []
-        self.joints: list[str] = []
-        self._at: list[list[int]] = []
-        """Places in each joint."""
-        run: list[str] = []
-        for start, end in zip((0, *places), (*places, len(text)), strict=True):
-            words = _CHUNKS.findall(text, start, end)
-            if start:
-                self._join(run, words.pop(0))
-            run = words
-        self.runs.append(run)
-
-    def marked(self, words: Mapping[str, tuple[int, ...]], joints: Iterator[Encoding]) -> Marked:
-        """With the tokens of every word, and the encodings of its joints."""
+    def _marked(self, words: list[str], marks: list[tuple[int, int]]) -> Marked:
         ids: list[int] = []
         cuts: list[tuple[int, bool]] = []
-        for run, at in zip(self.runs, self._at, strict=False):
-            ids.extend(chain.from_iterable(map(words.__getitem__, run)))
-            joint = next(joints)
-            for character in at:
-                token, straddles = token_at(joint, character)
-                cuts.append((len(ids) + token, straddles))
-            ids.extend(joint.ids)
-        ids.extend(chain.from_iterable(map(words.__getitem__, self.runs[-1])))
+        done = 0
+        for at, character in marks:
+            ids.extend(chain.from_iterable(map(self._words.__getitem__, words[done:at])))
+            done = at
+            token, straddles = self._token_in(words[at], character) if character else (0, False)
+            cuts.append((len(ids) + token, straddles))
+        ids.extend(chain.from_iterable(map(self._words.__getitem__, words[done:])))
         return Marked(ids, cuts)
 
-    def _join(self, before: list[str], word: str) -> None:
-        """The last word before a place and the first after it; without one, the last joint goes on."""
-        if before:
-            self.joints.append(before.pop())
-            self._at.append([])
-            self.runs.append(before)
-        self._at[-1].append(len(self.joints[-1]))
-        self.joints[-1] += word
+    def _token_in(self, word: str, character: int) -> tuple[int, bool]:
+        known = self._inside.get((word, character))
+        if known is None:
+            known = token_at(self._encode_batch([word])[0], character)
+            if len(word) <= _LONGEST_WORD:
+                self._inside[word, character] = known
+        return known
 
+
+_Cut: TypeAlias = tuple[list[str], list[tuple[int, int]]]
+"""The words of a text, and for each place the word it is in and the character of that word."""
 
 _CLASS = r"(?:\\p\{[LMN]\w?\}|\[(?:\\p\{[LMN]\w?\})+\]|\[\^\\s(?:\\p\{[LMN]\w?\})+\]|\[\\r\\n/?\])"
 _SHORT_FORMS = r"\(\?i:'s\|'t\|'re\|'ve\|'m\|'ll\|'d\)"
@@ -133,6 +140,14 @@ def cuts_at_spaces(tokenizer: Mapping[str, Any]) -> bool:
         and any(_cuts(step) for step in steps)
         and not any(_looks_across(token) for token in tokenizer.get("added_tokens") or ())
     )
+
+
+def stand_apart(tokenizer: Mapping[str, Any]) -> list[str]:
+    """The added tokens that are cut out of a text before anything else looks at it, and that do not look at
+    what is beside them; none where one of the same kind does."""
+    first = [token for token in tokenizer.get("added_tokens") or () if not token.get("normalized")]
+    plain = not any(token.get(flag) for token in first for flag in ("lstrip", "rstrip", "single_word"))
+    return [token["content"] for token in first] if plain else []
 
 
 def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:

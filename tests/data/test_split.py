@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_tui.data.conversation import Conversation, Message
+from qlora_tui.data.near_duplicates import sketch
 from qlora_tui.data.split import Split, group_key, held_back
 
 WORDS = [f"{start}{end}" for start in "bdfgklmnprstvz" for end in ("a", "el", "ir", "on", "um", "ys")]
@@ -24,7 +25,7 @@ def split_of(rows: list[Conversation], folder: Path, fraction: float, seed: int 
     split = Split(folder, fraction)
     keys = [group_key(row, seed) for row in rows]
     for row, key in zip(rows, keys, strict=True):
-        split.add(row, key)
+        split.add(row.source, key, sketch(row))
     held = split.held_back()
     return {row for row, key in zip(rows, keys, strict=True) if key in held}
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from qlora_tui.data import word_memo
-from qlora_tui.data.word_memo import WordMemo, cuts_at_spaces, token_at
+from qlora_tui.data.word_memo import WordMemo, cuts_at_spaces, stand_apart, token_at
 from tests.data.families import tokenizer_json
 
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -53,7 +53,8 @@ def made(name: str) -> Tokenizer:
     )
     lines = ["a 1 é. B a 's \n\n  a  1 1,\t!! -- a/ B你 你\n a <|im_end|>\n", " ..  11 a'saBé\r\n"]
     tokenizer.train_from_iterator(lines * 20, trainer)
-    tokenizer.add_special_tokens(["<|im_end|>"])
+    stripping = AddedToken("<|im_end|>", lstrip=name == "gpt2", normalized=False, special=True)
+    tokenizer.add_special_tokens([stripping, AddedToken("<|im_end|>!", normalized=False, special=True)])
     return tokenizer
 
 
@@ -65,7 +66,10 @@ def whole(tokenizer: Tokenizer, text: str, places: list[int]) -> tuple[list[int]
 
 def by_words(tokenizer: Tokenizer, text: str, places: list[int]) -> tuple[list[int], list[tuple[int, bool]]]:
     """What the memo says, the words known or not."""
-    memo = WordMemo(lambda texts: tokenizer.encode_batch(texts, add_special_tokens=False))
+    memo = WordMemo(
+        lambda texts: tokenizer.encode_batch(texts, add_special_tokens=False),
+        stand_apart(json.loads(tokenizer.to_str())),
+    )
     (first,), (again,) = memo.encode([text], [places]), memo.encode([text], [places])
     assert (first.ids, first.cuts) == (again.ids, again.cuts)
     return first.ids, first.cuts
@@ -79,11 +83,18 @@ def test_these_tokenizers_cut_at_spaces(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "smollm", *PATTERNS])
 @given(data=st.data())
 def test_word_by_word_gives_what_the_whole_text_gives(name: str, data: st.DataObject) -> None:
-    pieces = st.sampled_from([*LETTERS, "<|im_end|>", " ", " ", "  ", "a", "word"])
+    pieces = st.sampled_from([*LETTERS, "<|im_end|>", "<|im_end|>!", " ", " ", "  ", "a", "word"])
     text = "".join(data.draw(st.lists(pieces, max_size=40)))
     places = sorted(data.draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=4)))
     places = [place for place in places if place < len(text)]
     assert by_words(made(name), text, places) == whole(made(name), text, places)
+
+
+def test_a_token_that_takes_white_space_beside_it_does_not_stand_apart() -> None:
+    plain = {"content": "<a>", "normalized": False}
+    assert stand_apart({"added_tokens": [plain, {"content": "<b>", "normalized": True}]}) == ["<a>"]
+    for flag in ("lstrip", "rstrip", "single_word"):
+        assert stand_apart({"added_tokens": [plain, {**plain, flag: True}]}) == []
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])

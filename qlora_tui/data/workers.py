@@ -1,0 +1,135 @@
+"""Batches of rows worked on by several processes, their outcomes in the order of the rows.
+
+A small file is worked on right here. For a large one each core gets a child process (``worker``); until the
+first of them is ready, and where one has died, the work is done here too. The outcomes are the same either
+way. Children leave when their input ends: none outlives this process, however it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
+from typing import TypeAlias
+
+import msgspec
+
+from qlora_tui import children
+from qlora_tui.data.frames import read_frame, write_frame
+from qlora_tui.data.outcome import Batch, Outcome, Outcomes
+
+Work: TypeAlias = Callable[[Iterable[Batch]], Iterator[list[Outcome]]]
+
+WORTH_BYTES = 16 << 20
+"""Of data from which on it is worth it: a child takes half a second of a core to start, and reads some five
+megabytes a second."""
+MODULE = "qlora_tui.data.worker"
+MOST = 8
+"""Children. What is left to this process is about a tenth of the work."""
+_decode = msgspec.msgpack.Decoder(list[Outcome]).decode
+
+
+@contextmanager
+def working(outcomes: Outcomes, data_bytes: int) -> Iterator[Work]:
+    """How batches of so many bytes in all are to be worked on."""
+    count = min(cores(), MOST) if data_bytes >= WORTH_BYTES else 1
+    if count < 2:
+        yield lambda batches: map(outcomes.of, batches)
+        return
+    workers = Workers(outcomes, count)
+    try:
+        yield workers.work
+    finally:
+        workers.close()
+
+
+def cores() -> int:
+    """How many this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+class Workers:
+    """Child processes, and a thread for each that waits for it."""
+
+    def __init__(self, outcomes: Outcomes, count: int):
+        self._outcomes = outcomes
+        self._count = count
+        self._waiting: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
+        """Children with nothing to do."""
+        self.ready = False
+        """Whether a child has answered."""
+        self.children = [_started() for _ in range(count)]
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="data-worker")
+        what = pickle.dumps(outcomes)
+        for child in self.children:
+            self._threads.submit(self._introduce, child, what)
+
+    def work(self, batches: Iterable[Batch]) -> Iterator[list[Outcome]]:
+        """The outcomes of each batch, in order; a few batches are in work at a time."""
+        given: deque[tuple[Batch, Future[list[Outcome]]]] = deque()
+        for batch in batches:
+            if not self.ready:
+                yield self._outcomes.of(batch)
+                continue
+            given.append((batch, self._threads.submit(self._done_by_a_child, batch)))
+            if len(given) > 2 * self._count:
+                yield self._result(*given.popleft())
+        while given:
+            yield self._result(*given.popleft())
+
+    def close(self) -> None:
+        """End the children."""
+        for child in self.children:
+            child.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for child in self.children:
+            child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe is not None:
+                    with suppress(OSError):
+                        pipe.close()
+
+    def _introduce(self, child: subprocess.Popen[bytes], what: bytes) -> None:
+        _ask(child, what)
+        self._waiting.put(child)
+        self.ready = True
+
+    def _done_by_a_child(self, batch: Batch) -> list[Outcome]:
+        child = self._waiting.get()
+        try:
+            return _decode(_ask(child, pickle.dumps(batch)))
+        finally:
+            self._waiting.put(child)
+
+    def _result(self, batch: Batch, future: Future[list[Outcome]]) -> list[Outcome]:
+        try:
+            return future.result()
+        except (OSError, EOFError):  # the child has died: of this batch, or killed for its memory
+            return self._outcomes.of(batch)
+
+
+def _started() -> subprocess.Popen[bytes]:
+    """Out of reach of Ctrl-C: that is for this process, which then ends its children."""
+    return subprocess.Popen(
+        children.command(MODULE),
+        env={**children.environment(), "TOKENIZERS_PARALLELISM": "false"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def _ask(child: subprocess.Popen[bytes], what: bytes) -> bytes:
+    """The child's answer. Raises ``OSError`` or ``EOFError`` where it has died."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    write_frame(child.stdin, what)
+    return read_frame(child.stdout)

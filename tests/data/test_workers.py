@@ -1,0 +1,173 @@
+"""Rows worked on by other processes come out as they would here, and nothing is left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from qlora_tui.data import workers
+from qlora_tui.data.dataset import prepare
+from qlora_tui.data.inspect import inspect
+from qlora_tui.data.outcome import Batch, Outcomes, batches
+from qlora_tui.data.read import raw_rows
+from qlora_tui.data.sources import open_source
+from qlora_tui.data.workers import Workers, working
+from qlora_tui.recipe.schema import Data, Recipe, Source
+from tests.data.families import family
+from tests.waiting import wait_for
+
+ROWS = 1200
+
+
+def written(tmp_path: Path) -> Path:
+    """Rows of all kinds: good, with a system prompt, weighed, long, empty, twice, blank, broken."""
+    path = tmp_path / "rows.jsonl"
+    lines = []
+    for n in range(ROWS):
+        turns: list[dict[str, Any]] = [
+            {"role": "user", "content": f"question {n % 700}? sk-"},
+            {"role": "assistant", "content": f"the answer é {n % 700} " * (1 + n % 40)},
+        ]
+        if n % 5 == 0:
+            turns.insert(0, {"role": "system", "content": "Be kind. <|im_end|>"})
+        if n % 7 == 0:
+            turns[-1]["weight"] = 0.5
+        if n % 50 == 3:
+            turns[-1]["content"] = ""
+        lines.append("" if n % 90 == 1 else json.dumps({"messages": turns}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def by_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even the smallest file is worked on by two children, from its first row on."""
+    monkeypatch.setattr(workers, "WORTH_BYTES", 0)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    introduced = Workers.work
+
+    def work(self: Workers, given: Any) -> Any:
+        wait_for(lambda: self.ready)
+        return introduced(self, given)
+
+    monkeypatch.setattr(Workers, "work", work)
+
+
+def recipe(path: Path) -> Recipe:
+    return Recipe(data=Data(sources=(Source(path=str(path)),), max_length=120, too_long="split"))
+
+
+def in_batches(path: Path) -> Iterator[Batch]:
+    (file,) = open_source(Source(path=str(path)))[0]
+    return batches(file, raw_rows(path), lambda: True)
+
+
+def test_the_set_is_the_same_to_the_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    path = written(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    here = prepare(recipe(path), family("chatml"))
+    request.getfixturevalue("by_two")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
+    there = prepare(recipe(path), family("chatml"))
+    assert not there.cached
+    assert there.data_hash == here.data_hash
+    assert (there.counts, there.problems, there.notes) == (here.counts, here.problems, here.notes)
+    names = sorted(file.name for file in here.folder.iterdir())
+    assert names == sorted(file.name for file in there.folder.iterdir())
+    for name in names:
+        assert (here.folder / name).read_bytes() == (there.folder / name).read_bytes()
+
+
+def test_a_report_is_the_same_with_and_without_a_model(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = Source(path=str(written(tmp_path)))
+    here = [inspect(source, tokenizer) for tokenizer in (None, family("strips"))]
+    request.getfixturevalue("by_two")
+    assert [inspect(source, tokenizer) for tokenizer in (None, family("strips"))] == here
+
+
+@pytest.mark.usefixtures("by_two")
+def test_what_a_dead_child_had_is_done_here(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    outcomes = Outcomes(Data(), family("chatml"))
+    expected = [outcomes.of(batch) for batch in in_batches(path)]
+    made = Workers(outcomes, 2)
+    try:
+        found = []
+        for number, one in enumerate(made.work(in_batches(path))):
+            if number == 0:
+                made.children[0].kill()
+            elif number == 3:
+                made.children[1].kill()
+            found.append(one)
+    finally:
+        made.close()
+    assert found == expected
+
+
+def test_children_that_never_start_are_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "WORTH_BYTES", 0)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(workers, "MODULE", "qlora_tui.no_such_module")
+    outcomes = Outcomes(Data(), family("chatml"))
+    path = written(tmp_path)
+    with working(outcomes, 1) as work:
+        assert list(work(in_batches(path))) == [outcomes.of(batch) for batch in in_batches(path)]
+
+
+@pytest.mark.usefixtures("by_two")
+def test_no_child_is_left_when_the_reading_ends_early(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    before = set(psutil.Process().children(recursive=True))
+    with working(Outcomes(Data(), family("chatml")), 1) as work:
+        next(work(in_batches(path)))
+        assert len(set(psutil.Process().children(recursive=True)) - before) == 2
+    assert set(psutil.Process().children(recursive=True)) <= before
+
+
+def test_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = (
+        "from qlora_tui.data.outcome import Outcomes\n"
+        "from qlora_tui.data.workers import Workers\n"
+        "from qlora_tui.recipe.schema import Data\n"
+        "made = Workers(Outcomes(Data(), None), 2)\n"
+        "print(*(child.pid for child in made.children), flush=True)\n"
+        "input()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    wait_for(lambda: not any(map(psutil.pid_exists, pids)))
+
+
+def test_a_child_loads_nothing_heavy() -> None:
+    script = (
+        "import sys, qlora_tui.data.worker, qlora_tui.data.outcome\n"
+        "print(*({'torch', 'transformers', 'numpy', 'textual', 'pyarrow'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_small_data_starts_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "Workers", None)
+    prepare(recipe(written(tmp_path)), family("chatml"))
