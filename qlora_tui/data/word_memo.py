@@ -9,6 +9,7 @@ it stands: a look into a table instead of a search. Used by ``tokenizer``.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -23,6 +24,9 @@ _LONGEST_WORD = 48
 """Characters. What is longer is seldom met again: addresses, code, writing without spaces."""
 _WORDS = re.compile(r" ?\S+(?:(?! \S)\s+(?:\S+|$))*|\s+\S*")
 """A word and the space before it; with what follows it, where that is other white space."""
+
+_CHAINED = re.compile(r" \S(?:.*\S)?", re.DOTALL)
+"""A word that begins with its space and ends without one."""
 
 
 class Marked(Struct, frozen=True):
@@ -64,8 +68,7 @@ class WordMemo:
             self._inside.clear()
         cut = [self._cut(text, at) for text, at in zip(texts, places, strict=True)]
         new = list(set().union(*(words for words, _ in cut)).difference(self._words))
-        encodings = self._encode_batch(new) if new else []
-        self._words.update(zip(new, (tuple(encoding.ids) for encoding in encodings), strict=True))
+        self._learn(new)
         found = [self._marked(words, marks) for words, marks in cut]
         for word in new:
             if len(word) > _LONGEST_WORD:
@@ -101,6 +104,20 @@ class WordMemo:
             cuts.append((len(ids) + token, straddles))
         ids.extend(chain.from_iterable(map(self._words.__getitem__, words[done:])))
         return Marked(ids, cuts)
+
+    def _learn(self, words: list[str]) -> None:
+        """Encode words. Those that may stand one behind the other are one text, which is quicker by half."""
+        chained = [word for word in words if _CHAINED.fullmatch(word)]
+        alone = list(set(words).difference(chained))
+        *encodings, chain_ = self._encode_batch([*alone, "".join(chained)])
+        self._words.update(zip(alone, (tuple(encoding.ids) for encoding in encodings), strict=True))
+        ids, ends = chain_.ids, [end for _, end in chain_.offsets]
+        first = length = 0
+        for word in chained:
+            length += len(word)
+            last = bisect_right(ends, length, first)
+            self._words[word] = tuple(ids[first:last])
+            first = last
 
     def _token_in(self, word: str, character: int) -> tuple[int, bool]:
         known = self._inside.get((word, character))
