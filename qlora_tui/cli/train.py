@@ -12,6 +12,7 @@ from qlora_tui.catalog.local import resolve
 from qlora_tui.cli.arguments import whole
 from qlora_tui.cli.follow import follow
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from
+from qlora_tui.data.known_errors import refuse_known_errors, tokens_of
 from qlora_tui.data.look_over import look_over
 from qlora_tui.data.sources import every_source, open_source
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -44,8 +45,11 @@ def run(args: argparse.Namespace) -> Outcome | int:
     targets_of(recipe.lora, architecture.modules)
     if recipe.lora.token_rows and files.gguf_file is None:
         token_ids(recipe.lora.token_rows, ChatTokenizer.from_folder(files.folder))
-    sources = enumerate(every_source(recipe.data))
-    if not look_over([file for index, source in sources for file in open_source(source, index)[0]]):
+    sources = every_source(recipe.data)
+    found = [(source, file) for i, source in enumerate(sources) for file in open_source(source, i)[0]]
+    tokens = tokens_of(files.folder, recipe.model.chat_template, recipe.data.train_on)
+    refuse_known_errors([(source, file.path) for source, file in found], tokens)
+    if not look_over(file for _, file in found):
         print("note: many rows; those not read yet are checked when the run starts.", file=sys.stderr)
     if too_long := beyond_context(recipe.data.max_length, architecture):
         print(f"warning: {too_long}", file=sys.stderr)

@@ -15,7 +15,7 @@ From the outside in:
   never learned.
 * ``dataset`` (with ``split``, ``groups``, ``store``): the tokenized set on disk that the trainer maps.
 * ``inspect`` (with ``statistics``, ``report``): what is to be said of a file before a run. ``look_over``: the
-  rows that would block it, as far as two seconds reach.
+  rows that would block it, as far as two seconds reach, and ``known_errors``: those an inspection has met.
 
 Nothing here imports torch or transformers: the Data screen and the trainer share this code, so what
 the screen shows is what is trained.

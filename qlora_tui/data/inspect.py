@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
+from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.data.checks import conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.examine import Examiner
+from qlora_tui.data.known_errors import note_errors, tokens_of
 from qlora_tui.data.lengths import fit
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.outcome import Outcome, Outcomes
+from qlora_tui.data.problems import DataProblem, problem_of
 from qlora_tui.data.render import pieces, render
 from qlora_tui.data.report import Counts, FileReport, Report, Shown
 from qlora_tui.data.row import Row
@@ -47,7 +51,7 @@ def inspecting(
 ) -> Iterator[Report]:
     """Reports that get better; the last one is complete. Raises ``Problem`` before the first."""
     files, note = open_source(source)
-    yield from _Inspection(files, note, tokenizer, data or Data()).reports()
+    yield from _Inspection(source, files, note, tokenizer, data or Data()).reports()
 
 
 def show(
@@ -74,7 +78,15 @@ def row_of(source: Source, row: int, path: str = "") -> tuple[SourceFile, Row]:
 class _Inspection:
     """What has been counted so far."""
 
-    def __init__(self, files: list[SourceFile], note: str, tokenizer: ChatTokenizer | None, data: Data):
+    def __init__(
+        self,
+        source: Source,
+        files: list[SourceFile],
+        note: str,
+        tokenizer: ChatTokenizer | None,
+        data: Data,
+    ):
+        self._source = source
         self._files = files
         self._note = note
         self._tokenizer = tokenizer
@@ -83,6 +95,7 @@ class _Inspection:
         self._last_rows: dict[Path, int] = {}
         unknown = untrained_problem(tokenizer.folder, tokenizer) if tokenizer and tokenizer.folder else None
         self._of_the_model = [unknown] if unknown else []
+        self._context = _context_of(tokenizer)
         self._bytes = sum(file.path.stat().st_size for file in files)
 
     def reports(self) -> Iterator[Report]:
@@ -98,10 +111,26 @@ class _Inspection:
                     last_row = self._measure(outcomes) or last_row
                     if time.monotonic() >= due:
                         due = time.monotonic() + _NEXT_REPORT_S
+                        self._note_errors(file, examiner, read=False)
                         yield self._report(examiner, False, (done + position.bytes) / (self._bytes or 1))
                 done += file.path.stat().st_size
                 self._last_rows[file.path] = last_row
+                self._note_errors(file, examiner, read=True)
             yield self._report(examiner, True, 1.0)
+
+    def _note_errors(self, file: SourceFile, examiner: Examiner, *, read: bool) -> None:
+        """For a launch to know; that there is none, once all of the file was ``read``."""
+        problems = examiner.problems()
+        if not read and not any(problem.severity == "error" for problem in problems):
+            return
+        one = self._tokenizer
+        tokens = (
+            tokens_of(one.folder, one.asked_template, self._data.train_on)
+            if one is not None and one.folder is not None
+            else None
+        )
+        with suppress(OSError):  # a full disk is no reason to show nothing
+            note_errors(self._source, file.path, problems, tokens)
 
     def _measure(self, outcomes: list[Outcome]) -> int:
         """Add the lengths; the number of the last row."""
@@ -121,8 +150,19 @@ class _Inspection:
             last_row=self._last_rows.get(file.path, 0),
         )
 
+    def _of_the_whole(self, examiner: Examiner, complete: bool) -> Iterator[DataProblem]:
+        """What no row shows by itself."""
+        most, path = self._context, str(self._files[0].path)
+        if most is not None and self._data.max_length > most and (over := self._lengths.above(most)):
+            yield problem_of(
+                "beyond-context", over, path, f"Samples of more than {most:,} tokens, the model's context."
+            )
+        if complete and examiner.counts.rows == 1:
+            yield problem_of("one-row", 1, path, "There is nothing beside it to learn or to validate on.")
+
     def _report(self, examiner: Examiner, complete: bool, share: float) -> Report:
         counts = examiner.counts
+        problems = [*self._of_the_model, *self._of_the_whole(examiner, complete), *examiner.problems()]
         return Report(
             files=tuple(self._file_report(file) for file in self._files),
             complete=complete,
@@ -130,10 +170,20 @@ class _Inspection:
             counts=Counts(**{name: getattr(counts, name) for name in counts.__struct_fields__}),
             lengths=self._lengths.summary(),
             too_long=self._lengths.above(self._data.max_length) if self._tokenizer else 0,
-            problems=(*self._of_the_model, *examiner.problems()),
+            problems=tuple(sorted(problems, key=lambda p: p.severity != "error")),
             notes=dict(examiner.notes),
             template=self._tokenizer.template_name if self._tokenizer else "",
         )
+
+
+def _context_of(tokenizer: ChatTokenizer | None) -> int | None:
+    """Tokens the model can read at most; None where that is not known."""
+    if tokenizer is None or tokenizer.folder is None:
+        return None
+    try:
+        return read_architecture(tokenizer.folder / "config.json").max_positions
+    except (Problem, OSError):
+        return None
 
 
 def _shown(row: int, one: Conversation | RowRefused, tokenizer: ChatTokenizer, data: Data) -> Shown:

@@ -85,6 +85,16 @@ CHECKS: dict[str, Check] = {
         "Longer than the length limit",
         "Dropped, cut or split, as data.too_long says. Raise data.max_length to keep the row whole.",
     ),
+    "beyond-context": Check(
+        "warning",
+        "Longer than the model's context",
+        "Set data.max_length to the model's context or less, or choose a model with a longer one.",
+    ),
+    "one-row": Check(
+        "warning",
+        "Only one row",
+        "If the file holds more, they lie inside one object or line: give each a line of its own, as JSONL.",
+    ),
     "double-bos": Check(
         "warning",
         "Begins with two begin tokens",
@@ -188,6 +198,12 @@ class Tally:
             for kind, count in self._counts.items()
         ]
         return sorted(found, key=lambda p: (p.severity != "error", -p.count))
+
+
+def problem_of(kind: str, count: int, path: str, example: str) -> DataProblem:
+    """A problem of a file as a whole, with no row to name."""
+    check = CHECKS[kind]
+    return DataProblem(kind, check.severity, check.title, count, (), example, check.fix, path=path)
 
 
 def refuse(problems: Sequence[DataProblem]) -> None:

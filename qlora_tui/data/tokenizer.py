@@ -46,6 +46,7 @@ class ChatTokenizer:
         """
         self.folder: Path | None = None
         """The model it came with, if any."""
+        self.asked_template = template
         self.backend = Tokenizer.from_str(tokenizer_json)
         self.backend.no_padding()
         self.backend.no_truncation()

@@ -176,6 +176,22 @@ def test_a_row_that_blocks_a_run_is_refused_before_anything_is_queued(
     assert said.code == 0 and "the run starts" not in said.err
 
 
+def test_what_an_inspection_has_met_is_refused_however_far_down_it_is(
+    call: Call, readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_tui.cli.train.look_over", lambda files: not list(files))
+    data = tmp_path / "owls.jsonl"
+    good = '{"prompt": "a", "completion": "b"}\n'
+    data.write_text(good * 300 + "{bad\n")
+    words = ("train", "--model", str(readable), "--data", str(data), "--print-command")
+    assert call(*words).code == 0
+    assert call("data", "inspect", str(data)).code == 1
+    said = call(*words)
+    assert said.code == 1 and "owls.jsonl, row 301" in said.err
+    data.write_text(good * 300)
+    assert call(*words).code == 0
+
+
 def test_what_data_is_asked_is_checked_like_a_recipe(call: Call, readable: Path, tmp_path: Path) -> None:
     data = tmp_path / "owls.jsonl"
     data.write_text('{"prompt": "a long question of many words", "completion": "and its answer"}\n')

@@ -15,9 +15,10 @@ from qlora_tui.data.read import rows
 from qlora_tui.data.report import Report
 from qlora_tui.data.row_at import row_at
 from qlora_tui.data.statistics import LengthCounter
+from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
-from tests.data.families import family
+from tests.data.families import family, tokenizer_json
 
 
 def pairs(count: int) -> list[dict[str, str]]:
@@ -207,3 +208,34 @@ def test_a_row_of_any_file_of_a_folder_is_shown_and_the_file_named(tmp_path: Pat
     assert "number 11" in "".join(piece.text for piece in shown.samples[0])
     assert show(Source(path=str(tmp_path)), 1, family("chatml")).path == str(tmp_path / "a.jsonl")
     assert [file.last_row for file in inspect(Source(path=str(tmp_path))).files] == [3, 3]
+
+
+def test_a_file_of_one_row_is_told(tmp_path: Path) -> None:
+    kinds = [
+        [problem.kind for problem in inspect(write(tmp_path / f"{count}.jsonl", pairs(count))).problems]
+        for count in (1, 2)
+    ]
+    assert kinds == [["one-row"], []]
+
+
+@pytest.mark.parametrize(("max_length", "words", "told"), [(64, 60, True), (32, 60, False), (64, 3, False)])
+def test_samples_beyond_the_context_of_the_model_are_told(
+    tmp_path: Path, max_length: int, words: int, told: bool
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "tokenizer.json").write_text(tokenizer_json())
+    config = {
+        "model_type": "llama",
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    source = write(tmp_path / "a.jsonl", [*pairs(3), {"prompt": "q", "completion": "dog " * words}])
+    report = inspect(source, ChatTokenizer.from_folder(model), Data(max_length=max_length))
+    found = [problem for problem in report.problems if problem.kind == "beyond-context"]
+    assert [problem.count for problem in found] == ([1] if told else [])

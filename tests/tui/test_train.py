@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from qlora_tui.data.inspect import inspect
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -397,6 +398,19 @@ def test_a_mended_file_is_looked_at_again_and_a_validation_file_too(tmp_path: Pa
     held.write_text(good * 2 + "{bad\n")
     found = _data_check(recipe)
     assert found.outcome == "error" and "held.jsonl, row 3" in found.text
+
+
+def test_what_an_inspection_has_met_is_found_however_far_down_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_tui.tui.screens.train_checks.look_over", lambda files: not list(files))
+    rows = tmp_path / "tickets.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2 + "{bad\n")
+    recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))
+    assert _data_check(recipe).outcome == "ok"
+    inspect(recipe.data.sources[0])
+    found = _data_check(recipe)
+    assert found.outcome == "error" and "row 3" in found.text
 
 
 def _data_check(recipe: Recipe) -> Check:

@@ -18,6 +18,7 @@ from qlora_tui import paths
 from qlora_tui.catalog.context import beyond_context
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.catalog.local import resolve
+from qlora_tui.data.known_errors import Tokens, refuse_known_errors, tokens_of
 from qlora_tui.data.look_over import look_over
 from qlora_tui.data.read import files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, sniff
@@ -83,6 +84,7 @@ def _data(recipe: Recipe) -> Check:
         return Check("data", "error", "None is chosen.", "Press 2 and choose a file.")
     try:
         found = [_source(source) for source in recipe.data.sources]
+        refuse_known_errors(_files(recipe.data), _tokens(recipe))
         rows = _rows(_stamped(recipe.data))
     except Problem as problem:
         return Check("data", "error", problem.what, problem.fix)
@@ -98,12 +100,30 @@ _Stamped = tuple[Path, bytes, int, int]
 """A file, its source as JSON, and what changes with the file: its time in nanoseconds and size in bytes."""
 
 
+def _files(data: Data) -> list[tuple[Source, Path]]:
+    return [
+        (source, path)
+        for source in every_source(data)
+        for path in files_of(Path(source.path).expanduser())[0]
+    ]
+
+
+def _tokens(recipe: Recipe) -> Tokens | None:
+    """What errors in tokens depend on; None without a model, or where its tokenizer is inside a GGUF file."""
+    try:
+        files = resolve(recipe.model.id)
+    except Problem:
+        return None
+    if files.gguf_file is not None:
+        return None
+    return tokens_of(files.folder, recipe.model.chat_template, recipe.data.train_on)
+
+
 def _stamped(data: Data) -> tuple[_Stamped, ...]:
     stamped = []
-    for source in every_source(data):
-        for path in files_of(Path(source.path).expanduser())[0]:
-            stat = path.stat()
-            stamped.append((path, msgspec.json.encode(source), stat.st_mtime_ns, stat.st_size))
+    for source, path in _files(data):
+        stat = path.stat()
+        stamped.append((path, msgspec.json.encode(source), stat.st_mtime_ns, stat.st_size))
     return tuple(stamped)
 
 

@@ -1,0 +1,79 @@
+"""Errors that an inspection has found, kept so that a launch is refused at once, however large the file.
+
+``inspect`` writes what it meets, ``look_over`` and the Train screen read it. A note holds for one file as it
+is now (its time and size) and one way of reading it; an error that shows only in tokens holds for one
+tokenizer and template as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from qlora_tui.data.problems import DataProblem, refuse
+from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.paths import cache_dir
+from qlora_tui.recipe.schema import Source
+
+_OF_TOKENS = ("turn-end-untrained", "pad-hides-end")
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "*/tool_use.jinja",
+)
+_KEPT_S = 60 * 24 * 3600
+
+Tokens = tuple[object, ...]
+"""What errors in tokens depend on: see ``tokens_of``."""
+
+
+def tokens_of(folder: Path, template: str, train_on: str) -> Tokens:
+    """A tokenizer as its files are now, the recipe's ``model.chat_template`` and ``data.train_on``."""
+    files = sorted(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
+    stamps = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    return (str(folder.resolve()), stamps, template, train_on)
+
+
+def note_errors(source: Source, path: Path, problems: Iterable[DataProblem], tokens: Tokens | None) -> None:
+    """Keep the first error of each sort among the problems of a file; forget what is not so any more."""
+    errors = [problem for problem in problems if problem.severity == "error" and problem.path == str(path)]
+    for of_tokens in (False, True):
+        if of_tokens and tokens is None:
+            continue
+        found = next((e for e in errors if (e.kind in _OF_TOKENS) == of_tokens), None)
+        note = _note(source, path, tokens if of_tokens else None)
+        if found is not None:
+            _forget_old(private_dir(note.parent))
+            atomic_write(note, msgspec.json.encode(found))
+        else:
+            note.unlink(missing_ok=True)
+
+
+def refuse_known_errors(files: Sequence[tuple[Source, Path]], tokens: Tokens | None = None) -> None:
+    """Raise ``Problem`` for the first of the files of which an error is known."""
+    for source, path in files:
+        for one in dict.fromkeys((None, tokens)):
+            try:
+                refuse([msgspec.json.decode(_note(source, path, one).read_bytes(), type=DataProblem)])
+            except (OSError, msgspec.MsgspecError):
+                continue
+
+
+def _note(source: Source, path: Path, tokens: Tokens | None) -> Path:
+    stat = path.stat()
+    what = (str(path.resolve()), stat.st_mtime_ns, stat.st_size, source.format, source.columns, tokens)
+    return cache_dir() / "findings" / f"{hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:32]}.json"
+
+
+def _forget_old(folder: Path) -> None:
+    for note in folder.iterdir():
+        try:
+            if time.time() - note.stat().st_mtime > _KEPT_S:
+                note.unlink()
+        except FileNotFoundError:
+            continue

@@ -1,0 +1,87 @@
+"""An error that an inspection has met refuses a launch, as long as it is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.data.inspect import inspect
+from qlora_tui.data.known_errors import note_errors, refuse_known_errors, tokens_of
+from qlora_tui.data.problems import Tally
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Data, Source
+from tests.data.families import NO_TURN_END, tokenizer_json
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file with an error far down."""
+    made = tmp_path / "rows.jsonl"
+    made.write_text(GOOD * 400 + "{bad\n" + GOOD)
+    return made
+
+
+def test_what_was_found_is_refused_with_its_row(path: Path) -> None:
+    source = Source(path=str(path))
+    refuse_known_errors([(source, path)])
+    inspect(source)
+    with pytest.raises(Problem) as raised:
+        refuse_known_errors([(source, path)])
+    assert "row 401" in raised.value.what and raised.value.fix
+
+
+def test_a_mended_file_is_not_refused(path: Path) -> None:
+    source = Source(path=str(path))
+    inspect(source)
+    path.write_text(GOOD * 402)
+    refuse_known_errors([(source, path)])
+
+
+def test_another_way_of_reading_the_file_is_not_refused(path: Path) -> None:
+    inspect(Source(path=str(path)))
+    mapped = Source(path=str(path), format="prompt-completion")
+    refuse_known_errors([(mapped, path)])
+
+
+def test_what_is_no_longer_found_is_forgotten(path: Path) -> None:
+    source = Source(path=str(path))
+    tally = Tally(0, str(path))
+    tally.add("bad-row", 3, "of an older reader")
+    note_errors(source, path, tally.problems(), None)
+    with pytest.raises(Problem):
+        refuse_known_errors([(source, path)])
+    note_errors(source, path, [], None)
+    refuse_known_errors([(source, path)])
+
+
+def test_warnings_are_no_errors(tmp_path: Path) -> None:
+    made = tmp_path / "rows.jsonl"
+    made.write_text(GOOD * 3 + '{"prompt": "a", "completion": ""}\n')
+    assert inspect(Source(path=str(made))).problems
+    refuse_known_errors([(Source(path=str(made)), made)])
+
+
+def test_an_error_in_tokens_holds_for_its_tokenizer_and_template_only(tmp_path: Path) -> None:
+    path, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    path.write_text(GOOD * 3)
+    model.mkdir()
+    (model / "tokenizer.json").write_text(tokenizer_json())
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": NO_TURN_END}))
+    source, files = Source(path=str(path)), [(Source(path=str(path)), path)]
+    report = inspect(source, ChatTokenizer.from_folder(model), Data())
+    assert [problem.kind for problem in report.problems if problem.severity == "error"] == [
+        "turn-end-untrained"
+    ]
+    with pytest.raises(Problem):
+        refuse_known_errors(files, tokens_of(model, "auto", "assistant"))
+    refuse_known_errors(files)
+    refuse_known_errors(files, tokens_of(model, "chatml", "assistant"))
+    refuse_known_errors(files, tokens_of(model, "auto", "everything"))
+    os.utime(model / "tokenizer_config.json", (1, 1))
+    refuse_known_errors(files, tokens_of(model, "auto", "assistant"))
