@@ -4,8 +4,9 @@ From the outside in:
 
 * ``open_file``, ``json_rows``, ``read``, ``row``, ``row_at``: rows out of JSON, JSONL, CSV, TSV, Parquet,
   Arrow and text files, plain or compressed. ``hub`` and ``hub_fetch``: datasets of the hub.
-* ``formats`` (with ``chat_formats`` and ``pair_formats``): which format rows are in, and conversations from
-  them. ``conversation``: what a conversation is. ``sources``: the recipe's sources as such files.
+* ``formats`` (with ``columns``, ``chat_formats``, ``pair_formats``, ``hints``): which format rows are in, and
+  conversations from them. ``conversation``: what a conversation is. ``sources``: the recipe's sources as such
+  files.
 * ``tokenizer`` (with ``word_memo``), ``template``, ``traits``, ``stock_templates``: a model's tokenizer and
   chat template, without transformers.
 * ``spans``, ``render``: token ids of a conversation, and the mask of what is trained.

@@ -11,7 +11,7 @@ import msgspec
 from qlora_tui.data.conversation import Message, Role, RowRefused, ToolCall
 
 ROLE_KEYS = ("role", "from", "speaker")
-CONTENT_KEYS = ("content", "value", "text", "message")
+CONTENT_KEYS = ("content", "value", "text", "message", "parts")
 _ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -34,6 +34,11 @@ _ROLES: dict[str, Role] = {
     "tool_response": "tool",
     "function_response": "tool",
 }
+EXCHANGES = (
+    *(("input", "output"), ("human", "assistant"), ("user", "assistant"), ("human", "gpt")),
+    *(("question", "answer"), ("prompt", "response"), ("instruction", "output")),
+)
+"""Names under which some files keep a question and its answer as one item of a conversation."""
 _CALL_ROLES = ("function_call", "tool_call")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TRAIN_KEYS = ("train", "weight", "loss_weight", "loss")
@@ -59,7 +64,20 @@ def turn_keys(value: Any) -> tuple[str, str] | None:
     content = next((k for k in CONTENT_KEYS if k in turns[0]), "")
     if not content and ("tool_calls" in turns[0] or "function_call" in turns[0]):
         content = "content"
-    return (role, content) if role and content else None
+    if role and content:
+        return (role, content)
+    return next(((q, a) for q, a in EXCHANGES if q in turns[0] and a in turns[0]), None)
+
+
+def is_role(name: Any) -> bool:
+    """Whether this is what someone in a conversation is called."""
+    return str(name).strip().lower() in _ROLES
+
+
+def are_alternate(value: Any) -> bool:
+    """Whether this is a list of texts, two or more: said by user and assistant in turn, if by anyone."""
+    texts = decoded(value)
+    return isinstance(texts, list) and len(texts) > 1 and all(isinstance(text, str) for text in texts)
 
 
 def messages_of(value: Any) -> tuple[Message, ...]:
@@ -68,7 +86,7 @@ def messages_of(value: Any) -> tuple[Message, ...]:
     if not isinstance(turns, list):
         raise RowRefused("wrong-format", f"Expected a list of turns, found {type(turns).__name__}.")
     messages: list[Message] = []
-    for number, turn in enumerate(turns, 1):
+    for number, turn in enumerate(_unfolded(turns), 1):
         if not isinstance(turn, Mapping):
             raise RowRefused("wrong-format", f"Turn {number} is not an object with role and content.")
         message = _message(turn, number)
@@ -76,6 +94,39 @@ def messages_of(value: Any) -> tuple[Message, ...]:
             message = _joined(messages.pop(), message)
         messages.append(message)
     return tuple(messages)
+
+
+def _unfolded(turns: list[Any]) -> list[Any]:
+    """One item a turn, where the file has texts in turn, or question and answer as one item."""
+    if are_alternate(turns):
+        return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+    keys = turn_keys(turns)
+    if keys not in EXCHANGES:
+        return turns
+    return [
+        {"role": role, "content": turn.get(key)} if isinstance(turn, Mapping) else turn
+        for turn in turns
+        for role, key in zip(("user", "assistant"), keys, strict=True)
+    ]
+
+
+def calls_of(value: Any) -> tuple[ToolCall, ...]:
+    """Tool calls in any of the usual spellings; nothing if it is none of them."""
+    value = decoded(value)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return ()
+    calls = []
+    for item in value:
+        call = item.get("function", item) if isinstance(item, dict) else None
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return ()
+        arguments = decoded(call.get("arguments", call.get("parameters", {})))
+        calls.append(
+            ToolCall(call["name"], {} if arguments in (None, "") else arguments, str(item.get("id") or ""))
+        )
+    return tuple(calls)
 
 
 def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
@@ -131,9 +182,9 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
             f"Turn {number} has the weight {weight:g}, not from 0 to {_LARGEST_WEIGHT:,}.",
         )
     content = text_of(next((turn[k] for k in CONTENT_KEYS if k in turn), None), f"turn {number}")
-    calls = _calls(turn.get("tool_calls") or turn.get("function_call"))
+    calls = calls_of(turn.get("tool_calls") or turn.get("function_call"))
     if str(name).strip().lower() in _CALL_ROLES and not calls:
-        calls = _calls(content)
+        calls = calls_of(content)
         content = "" if calls else content
     return Message(
         role=role,
@@ -145,25 +196,6 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
         tool_call_id=str(turn.get("tool_call_id") or ""),
         name=str(turn.get("name") or "") if role == "tool" else "",
     )
-
-
-def _calls(value: Any) -> tuple[ToolCall, ...]:
-    """Tool calls in any of the usual spellings; nothing if it is none of them."""
-    value = decoded(value)
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        return ()
-    calls = []
-    for item in value:
-        call = item.get("function", item) if isinstance(item, dict) else None
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return ()
-        arguments = decoded(call.get("arguments", call.get("parameters", {})))
-        calls.append(
-            ToolCall(call["name"], {} if arguments in (None, "") else arguments, str(item.get("id") or ""))
-        )
-    return tuple(calls)
 
 
 def _weight(turn: Mapping[str, Any]) -> float:

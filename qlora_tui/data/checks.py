@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from qlora_tui.data.conversation import Conversation
+from qlora_tui.data.conversation import Conversation, Message
 from qlora_tui.data.render import Rendered
 from qlora_tui.data.tokenizer import ChatTokenizer
 
@@ -24,6 +24,8 @@ _AFTER: dict[str, tuple[str, ...]] = {
     "call": ("tool",),
     "tool": ("assistant", "tool"),
 }
+
+_CALL_MARKS = ("<tool_call>", "<functioncall>", "<function_call>", "<function=", "[TOOL_CALLS]")
 
 _CONTROL_CHARACTERS = "[\\x00-\\x08\\x0b\\x0e-\\x1f]"
 """No text needs them."""
@@ -107,8 +109,15 @@ def _disorder(conversation: Conversation) -> str:
         if message.role not in _AFTER[before]:
             shown = "a tool call" if before == "call" else before or "nothing"
             return f"Turn {number} is {message.role}, after {shown}."
-        before = "call" if message.tool_calls else message.role
+        before = "call" if _calls(message) else message.role
     return ""
+
+
+def _calls(message: Message) -> bool:
+    """Whether a turn calls a tool, perhaps in its text, as the Hermes and Glaive sets have it."""
+    return bool(message.tool_calls) or (
+        message.role == "assistant" and any(mark in message.content for mark in _CALL_MARKS)
+    )
 
 
 def _ends_in_the_loss(tokenizer: ChatTokenizer, sample: Rendered) -> bool:

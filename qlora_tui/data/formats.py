@@ -15,56 +15,14 @@ from msgspec import Struct
 
 from qlora_tui.data import pair_formats
 from qlora_tui.data.chat_formats import messages_of, text_of, tools_of, turn_keys
+from qlora_tui.data.columns import OPTIONAL, PARTS, columns_of
 from qlora_tui.data.conversation import Conversation, Message, RowRefused
+from qlora_tui.data.hints import mapping_hint, single_turns, written_out
 from qlora_tui.data.row import Row
 from qlora_tui.errors import Problem
 
 SNIFFED_ROWS = 200
 
-_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "messages": {
-        "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
-    },
-    "sharegpt": {"messages": ("conversations", "conversation", "messages", "items")},
-    "alpaca": {"instruction": ("instruction",), "output": ("output", "response", "answer", "completion")},
-    "prompt-completion": {
-        "prompt": ("prompt", "input", "source"),
-        "completion": ("completion", "response", "output", "answer", "target", "chosen"),
-    },
-    "question-answer": {
-        "question": ("question", "query", "problem", "q"),
-        "answer": ("answer", "answers", "response", "solution", "a", "output"),
-    },
-    "label": {
-        "text": ("text", "sentence", "review", "content", "comment", "tweet", "document", "title", "input"),
-        "label": (
-            "label_text",
-            "label_name",
-            "label",
-            "labels",
-            "sentiment",
-            "category",
-            "class",
-            "emotion",
-            "intent",
-            "target",
-        ),
-    },
-    "text": {"text": ("text", "content", "document", "body")},
-}
-"""What each format needs, and the column names it is known by, likeliest first."""
-
-_OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
-    "messages": {"system": ("system", "system_prompt"), "tools": ("tools", "functions")},
-    "sharegpt": {"system": ("system", "system_prompt"), "tools": ("tools", "functions")},
-    "alpaca": {"input": ("input", "context"), "system": ("system", "system_prompt"), "history": ("history",)},
-    "prompt-completion": {"system": ("system", "system_prompt"), "tools": ("tools",)},
-    "question-answer": {"context": ("context", "passage"), "system": ("system", "system_prompt")},
-    "label": {"system": ("system", "system_prompt")},
-    "text": {},
-}
-_HALVES = ("prompt", "completion", "chosen", "rejected")
-"""Columns that may hold turns, but only half of a conversation."""
 LABEL_NAMES = "label_names"
 """A part that is no column: the names of integer labels in order, with commas between."""
 
@@ -90,7 +48,7 @@ class Detection(Struct, frozen=True):
 
 def parts_of(format_: str) -> tuple[str, ...]:
     """The parts a format has, those it needs first: what ``Source.columns`` may map."""
-    parts = (*_PARTS[format_], *_OPTIONAL[format_])
+    parts = (*PARTS[format_], *OPTIONAL[format_])
     return (*parts, LABEL_NAMES) if format_ == "label" else parts
 
 
@@ -108,12 +66,14 @@ def detect(
     mapping = dict(mapping or {})
     _check_mapping(mapping, wanted, columns, name)
     names = tuple(n.strip() for n in mapping.pop(LABEL_NAMES, "").split(",") if n.strip())
-    for format_ in [wanted] if wanted != "auto" else _PARTS:
-        if wanted == "auto" and not mapping.keys() <= {*_PARTS[format_], *_OPTIONAL[format_]}:
+    for format_ in [wanted] if wanted != "auto" else PARTS:
+        if wanted == "auto" and not mapping.keys() <= {*PARTS[format_], *OPTIONAL[format_]}:
             continue
-        found = _columns(format_, values, mapping, by_hand=wanted != "auto")
-        if found is None or (wanted == "auto" and mapping and not mapping.keys() & _PARTS[format_].keys()):
+        found = columns_of(format_, values, mapping, by_hand=wanted != "auto")
+        if found is None or (wanted == "auto" and mapping and not mapping.keys() & PARTS[format_].keys()):
             continue
+        if format_ == "text" and wanted == "auto" and (why := single_turns(values, columns)):
+            raise _turn_a_row(name, why)
         layout = Layout(format_, found, names)
         return Detection(layout, tuple(_evidence(layout, values, wanted)), columns)
     raise _nothing_fits(name, wanted, columns, values)
@@ -128,7 +88,7 @@ def parse(row: Row, layout: Layout, source: int = 0) -> Conversation:
         what = "is empty" if row.value in ({}, [], "", None) else f"is a {type(row.value).__name__}"
         raise RowRefused("bad-row", f"Row {row.number} {what}.")
     cells = {part: fields.get(column) for part, column in layout.columns.items()}
-    missing = [p for p in _PARTS[layout.format] if layout.columns.get(p) not in fields]
+    missing = [p for p in PARTS[layout.format] if layout.columns.get(p) not in fields]
     if missing:
         raise RowRefused("wrong-format", f"The row has no {layout.columns.get(missing[0], missing[0])!r}.")
     if layout.format == "text":
@@ -178,64 +138,10 @@ def _as_fields(value: Any) -> dict[str, Any]:
     return {}
 
 
-def _columns(
-    format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], by_hand: bool
-) -> dict[str, str] | None:
-    """Column by part where most rows have all a format needs, else None.
-
-    A format chosen ``by_hand`` takes turns of either spelling.
-    """
-    found: dict[str, str] = {}
-    for part, names in _PARTS[format_].items():
-        column = mapping.get(part) or _pick(format_, part, names, values, found.values(), by_hand)
-        if not column:
-            return None
-        found[part] = column
-    for part, names in _OPTIONAL[format_].items():
-        column = mapping.get(part) or next((n for v in values for n in names if n in v), "")
-        if column and column not in found.values():
-            found[part] = column
-    return found
-
-
-def _pick(
-    format_: str,
-    part: str,
-    names: tuple[str, ...],
-    values: list[dict[str, Any]],
-    taken: Iterable[str],
-    by_hand: bool,
-) -> str:
-    """The column that plays a part in at least half of the rows."""
-    taken = set(taken)
-    spelled = {c.lower(): c for v in values for c in v}
-    candidates = [spelled[n] for n in names if n in spelled]
-    if part == "messages":
-        candidates += [c for c in spelled.values() if c not in candidates and c.lower() not in _HALVES]
-        kinds: tuple[str, ...] = ("messages", "sharegpt") if by_hand else (format_,)
-    elif part in ("prompt", "completion"):
-        kinds = ("", "messages", "sharegpt")
-    else:
-        kinds = ("",)
-    for column in candidates:
-        fitting = sum(column in v and _turn_format(v[column]) in kinds for v in values)
-        if column not in taken and 2 * fitting >= max(1, len(values)):
-            return column
-    return ""
-
-
-def _turn_format(value: Any) -> str:
-    """``messages`` or ``sharegpt`` for a list of turns, else empty."""
-    keys = turn_keys(value)
-    if keys is None:
-        return ""
-    return "messages" if keys[0] == "role" and keys[1] != "value" else "sharegpt"
-
-
 def _evidence(layout: Layout, values: list[dict[str, Any]], wanted: str) -> Iterable[str]:
     if wanted != "auto":
         yield "format set by hand"
-    for part in _PARTS[layout.format]:
+    for part in PARTS[layout.format]:
         column = layout.columns[part]
         having = sum(column in v for v in values)
         what = ""
@@ -247,13 +153,17 @@ def _evidence(layout: Layout, values: list[dict[str, Any]], wanted: str) -> Iter
             f"column {column!r}" if column == part or part == "messages" else f"column {column!r} as {part}"
         )
         yield f"{name}{what} in {having} of {len(values)} rows"
-    for part in _OPTIONAL[layout.format]:
+    for part in OPTIONAL[layout.format]:
         if part in layout.columns:
             yield f"column {layout.columns[part]!r} as {part}"
     used = set(layout.columns.values())
     unused = sorted({c for v in values for c in v} - used)
     if unused:
         yield f"not used: {', '.join(unused)}"
+    if layout.format == "text" and (mark := written_out([v.get(layout.columns["text"]) for v in values])):
+        yield f"the texts hold conversations ({mark}): of plain text the questions are learnt too"
+    if "rejected" in unused and "chosen" in used:
+        yield "preferences: only the chosen side is learnt"
     if layout.format == "label" and not layout.label_names and values:
         numbers = all(isinstance(v.get(layout.columns["label"]), int) for v in values)
         if numbers:
@@ -261,7 +171,7 @@ def _evidence(layout: Layout, values: list[dict[str, Any]], wanted: str) -> Iter
 
 
 def _check_mapping(mapping: Mapping[str, str], wanted: str, columns: tuple[str, ...], name: str) -> None:
-    formats = [wanted] if wanted != "auto" else list(_PARTS)
+    formats = [wanted] if wanted != "auto" else list(PARTS)
     known = list(dict.fromkeys(part for f in formats for part in parts_of(f)))
     for part, column in mapping.items():
         if part not in known:
@@ -285,6 +195,16 @@ def _near(word: str, known: Iterable[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else "Choose one of these."
 
 
+def _turn_a_row(name: str, why: str) -> Problem:
+    return Problem(
+        "Conversations in pieces",
+        what=f"{name}: {why}",
+        why="What belongs together cannot be told from one row.",
+        fix="Join the turns of each conversation into a list of messages, or take a copy where that is done; "
+        'to learn every turn as plain text, set format = "text".',
+    )
+
+
 def _nothing_fits(name: str, wanted: str, columns: tuple[str, ...], values: list[dict[str, Any]]) -> Problem:
     if not values:
         return Problem(
@@ -294,7 +214,7 @@ def _nothing_fits(name: str, wanted: str, columns: tuple[str, ...], values: list
         )
     what = f"in the columns {', '.join(columns)}" if columns else "in its rows, which are not objects"
     if wanted != "auto":
-        needs = ", ".join(_PARTS[wanted])
+        needs = ", ".join(PARTS[wanted])
         return Problem(
             "Not in that format",
             what=f"{name} is not in the format {wanted}: it lacks one of {needs}.",
@@ -304,6 +224,6 @@ def _nothing_fits(name: str, wanted: str, columns: tuple[str, ...], values: list
     return Problem(
         "No usable field",
         what=f"No known format fits {name}: nothing to learn from was found {what}.",
-        why=f"Known are {', '.join(_PARTS)}.",
-        fix='Say which column plays which part: columns = { prompt = "…", completion = "…" }.',
+        why=f"Known are {', '.join(PARTS)}.",
+        fix=mapping_hint(values, columns),
     )

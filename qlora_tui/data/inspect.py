@@ -154,15 +154,20 @@ class _Inspection:
         """What no row shows by itself."""
         most, path = self._context, str(self._files[0].path)
         if most is not None and self._data.max_length > most and (over := self._lengths.above(most)):
+            longest = self._lengths.summary().longest_row
             yield problem_of(
-                "beyond-context", over, path, f"Samples of more than {most:,} tokens, the model's context."
+                *("beyond-context", over, longest, path),
+                example=f"More than {most:,} tokens, which is the model's context.",
             )
         if complete and examiner.counts.rows == 1:
-            yield problem_of("one-row", 1, path, "There is nothing beside it to learn or to validate on.")
+            row = max(self._last_rows.values())
+            yield problem_of(
+                "one-row", 1, row, path, "There is nothing beside it to learn or to validate on."
+            )
 
     def _report(self, examiner: Examiner, complete: bool, share: float) -> Report:
         counts = examiner.counts
-        problems = [*self._of_the_model, *self._of_the_whole(examiner, complete), *examiner.problems()]
+        problems = [*self._of_the_model, *examiner.problems(), *self._of_the_whole(examiner, complete)]
         return Report(
             files=tuple(self._file_report(file) for file in self._files),
             complete=complete,

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.data.chat_formats import decoded, messages_of, text_of, turn_keys
+from qlora_tui.data.chat_formats import CONTENT_KEYS, calls_of, decoded, messages_of, text_of, turn_keys
 from qlora_tui.data.conversation import Message, RowRefused
 
 Cells = Mapping[str, Any]
@@ -48,14 +48,19 @@ def prompt_completion(cells: Cells) -> tuple[Message, ...]:
 
 
 def question_answer(cells: Cells) -> tuple[Message, ...]:
-    """Question, perhaps with the context it is about, and answer (the first, where there are several)."""
+    """Question, perhaps with the context it is about, and answer (the first, where there are several); where
+    tools are offered, the answer may be calls of them."""
     answer = decoded(cells.get("answer"))
-    if isinstance(answer, dict):
-        answer = answer.get("text")
-    if isinstance(answer, list):
-        answer = answer[0] if answer else ""
+    calls = calls_of(answer) if cells.get("tools") else ()
+    for _ in range(2):  # a list of answers, of which each may be an object; or lists under names
+        if isinstance(answer, dict):
+            answer = next((answer[key] for key in CONTENT_KEYS if key in answer), answer)
+        if isinstance(answer, list):
+            answer = answer[0] if answer else ""
     question, context = _text(cells, "question"), _text(cells, "context")
     prompt = f"{context}\n\n{question}" if context.strip() else question
+    if calls and prompt.strip():
+        return (*_system(cells), Message("user", prompt), Message("assistant", "", tool_calls=calls))
     return (*_system(cells), *_pair(prompt, text_of(answer, "the answer"), "question", "answer"))
 
 

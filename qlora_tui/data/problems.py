@@ -200,10 +200,10 @@ class Tally:
         return sorted(found, key=lambda p: (p.severity != "error", -p.count))
 
 
-def problem_of(kind: str, count: int, path: str, example: str) -> DataProblem:
-    """A problem of a file as a whole, with no row to name."""
+def problem_of(kind: str, count: int, row: int, path: str, example: str) -> DataProblem:
+    """A problem that shows in all rows together, with one of them to look at."""
     check = CHECKS[kind]
-    return DataProblem(kind, check.severity, check.title, count, (), example, check.fix, path=path)
+    return DataProblem(kind, check.severity, check.title, count, (row,), example, check.fix, path=path)
 
 
 def refuse(problems: Sequence[DataProblem]) -> None:

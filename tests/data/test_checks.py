@@ -182,6 +182,15 @@ def test_rows_beyond_the_length_limit_are_reported(
     assert found(tmp_path, rows, data=Data(max_length=32, too_long=too_long)) == kinds
 
 
+@pytest.mark.parametrize(("said", "told"), [("<tool_call>{}</tool_call>", False), ("Let me see.", True)])
+def test_a_tool_may_answer_a_call_in_the_text(tmp_path: Path, said: str, told: bool) -> None:
+    turns = [("human", "q"), ("gpt", said), ("tool", "r"), ("gpt", "a")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"conversations": [{"from": r, "value": v} for r, v in turns]}))
+    found = [problem.kind for problem in inspect(Source(path=str(path))).problems]
+    assert ("role-order" in found) is told
+
+
 def test_a_secret_is_not_shown_whole(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     key = "hf_" + "a1B2" * 9

@@ -39,6 +39,19 @@ def read(value: Any, wanted: str = "auto", columns: dict[str, str] | None = None
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "prompt-completion"),
         ({"question": "Hi", "answer": "Hello"}, "question-answer"),
         ({"question": "Hi", "answers": {"text": ["Hello", "Hey"], "start": [0, 0]}}, "question-answer"),
+        ({"conversation": [{"input": "Hi", "output": "Hello"}]}, "sharegpt"),
+        ({"conversation": [{"human": "Hi", "assistant": "Hello"}], "category": "x"}, "sharegpt"),
+        ({"conversations": ["Hi", "Hello"], "source": "x"}, "sharegpt"),
+        ({"contents": [{"role": "user", "parts": [{"text": "Hi"}]},
+                       {"role": "model", "parts": [{"text": "Hello"}]}]}, "messages"),
+        ({"User": "Hi", "Assistant": "Hello"}, "prompt-completion"),
+        ({"human": "Hi", "assistant": "Hello"}, "prompt-completion"),
+        ({"src": "Hi", "tgt": "Hello"}, "prompt-completion"),
+        ({"dialogue": "Hi", "summary": "Hello", "id": "1"}, "prompt-completion"),
+        ({"article": "Hi", "highlights": "Hello"}, "prompt-completion"),
+        ({"text": "Hi", "summary": "Hello", "title": "x"}, "prompt-completion"),
+        ({"question": "Hi", "answers": [{"text": "Hello", "score": 3}]}, "question-answer"),
+        ({"question": "Hi", "chosen": "Hello", "rejected": "No"}, "question-answer"),
         ({"text": "Hi", "label": "Hello"}, "label"),
         ({"sentence": "Hi", "label": 1, "label_text": "Hello"}, "label"),
     ],
@@ -47,6 +60,74 @@ def test_common_formats_are_found_and_read(value: Any, format_: str) -> None:
     found, conversation = read(value)
     assert found == format_
     assert [(m.role, m.content) for m in conversation.messages] == [(U, "Hi"), (A, "Hello")]
+
+
+def test_calls_are_the_answer_where_tools_are_offered() -> None:
+    row = {"query": "Hi", "answers": '[{"name": "w", "arguments": {"a": 1}}]', "tools": '[{"name": "w"}]'}
+    _, conversation = read(row)
+    assert conversation.messages[1].tool_calls == (ToolCall("w", {"a": 1}),)
+    assert [tool["function"]["name"] for tool in conversation.tools] == ["w"]
+    _, without = read({key: row[key] for key in ("query", "answers")})
+    assert not without.messages[1].tool_calls
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"instruction": "Hi", "output": "Hello", "examples": [{"input": "a", "output": "b"}]},
+        {"instruction": "Hi", "output": "Hello", "tags": ["a", "b"]},
+        {"question": "Hi", "answer": "Hello", "turns": "two"},
+    ],
+)
+def test_examples_and_lists_of_words_are_no_conversation(value: Any) -> None:
+    assert [m.content for m in read(value)[1].messages] == ["Hi", "Hello"]
+
+
+def test_texts_in_turn_alternate_to_the_last() -> None:
+    _, conversation = read({"dialog": ["a", "b", "c"]})
+    assert [(m.role, m.content) for m in conversation.messages] == [(U, "a"), (A, "b"), (U, "c")]
+
+
+def test_rows_that_are_single_turns_are_refused_and_other_rows_with_roles_are_not() -> None:
+    turn = {"message_id": "x", "parent_id": None, "role": "prompter", "text": "Hi"}
+    with pytest.raises(Problem) as raised:
+        read(turn)
+    assert raised.value.title == "Conversations in pieces" and "'role'" in raised.value.what
+    assert read(turn, "text")[0] == "text"
+    assert read({**turn, "role": "chapter"})[0] == "text"
+    assert read({"role": "user", "text": "Hi"})[0] == "text"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"chosen": CHAT, "rejected": CHAT}, 'columns = { messages = "chosen" }'),
+        ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}, "each side a whole conversation"),
+        ({"translation": {"en": "a", "fr": "b"}, "id": "1"}, "'translation' holds an object"),
+        ({"FAQ": "Hi", "Reply": "Hello"}, 'prompt = "FAQ", completion = "Reply"'),
+        ({"tokens": [1, 2]}, 'prompt = "…"'),
+    ],
+)
+def test_a_refusal_says_how_these_columns_are_mapped(value: Any, words: str) -> None:
+    with pytest.raises(Problem) as raised:
+        read(value)
+    assert words in raised.value.fix
+
+
+def test_the_better_side_of_preferences_is_learnt_and_it_is_said() -> None:
+    row = {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}
+    assert any("only the chosen side" in said for said in detect([Row(1, row)], "f").evidence)
+    assert not any(
+        "chosen" in said for said in detect([Row(1, {"prompt": "a", "output": "b"})], "f").evidence
+    )
+    by_hand = read({"chosen": CHAT, "rejected": CHAT}, columns={"messages": "chosen"})
+    assert by_hand[1].messages == PLAIN
+
+
+def test_conversations_written_out_as_text_are_told() -> None:
+    for text, told in (("### Human: a### Assistant: b", True), ("Once upon a time", False)):
+        said = detect([Row(1, {"text": text})], "f").evidence
+        assert any("### Human:" in sentence for sentence in said) is told
 
 
 def test_plain_text_is_read_as_text() -> None:

@@ -1,0 +1,148 @@
+"""Which column plays which part: known by its name, or by what it holds. Used by ``formats``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qlora_tui.data.chat_formats import EXCHANGES, are_alternate, turn_keys
+
+PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "messages": {
+        "messages": (
+            *("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "contents"),
+        )
+    },
+    "sharegpt": {
+        "messages": ("conversations", "conversation", "messages", "items", "dialog", "dialogue", "turns")
+    },
+    "alpaca": {"instruction": ("instruction",), "output": ("output", "response", "answer", "completion")},
+    "prompt-completion": {
+        "prompt": ("prompt", "input", "source"),
+        "completion": ("completion", "response", "output", "answer", "target", "chosen"),
+    },
+    "question-answer": {
+        "question": ("question", "query", "problem", "q"),
+        "answer": ("answer", "answers", "response", "solution", "a", "output", "chosen"),
+    },
+    "label": {
+        "text": ("text", "sentence", "review", "content", "comment", "tweet", "document", "title", "input"),
+        "label": (
+            "label_text",
+            "label_name",
+            "label",
+            "labels",
+            "sentiment",
+            "category",
+            "class",
+            "emotion",
+            "intent",
+            "target",
+        ),
+    },
+    "text": {"text": ("text", "content", "document", "body")},
+}
+"""What each format needs, and the column names it is known by, likeliest first."""
+
+OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
+    "messages": {"system": ("system", "system_prompt"), "tools": ("tools", "functions")},
+    "sharegpt": {"system": ("system", "system_prompt"), "tools": ("tools", "functions")},
+    "alpaca": {"input": ("input", "context"), "system": ("system", "system_prompt"), "history": ("history",)},
+    "prompt-completion": {"system": ("system", "system_prompt"), "tools": ("tools",)},
+    "question-answer": {
+        "context": ("context", "passage"),
+        "system": ("system", "system_prompt"),
+        "tools": ("tools", "functions"),
+    },
+    "label": {"system": ("system", "system_prompt")},
+    "text": {},
+}
+_PAIRS = (
+    *(("article", "highlights"), ("article", "summary"), ("dialogue", "summary"), ("document", "summary")),
+    *(("text", "summary"), ("text", "code"), ("src", "tgt"), ("prompt", "canonical_solution")),
+    *(("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("human", "bot"), ("user", "bot")),
+)
+"""Columns that are prompt and completion where they stand together, though one of them alone says little."""
+_HALVES = ("prompt", "completion", "chosen", "rejected")
+"""Columns that may hold turns, but only half of a conversation."""
+
+
+def columns_of(
+    format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], by_hand: bool
+) -> dict[str, str] | None:
+    """Column by part where most rows have all a format needs, else None.
+
+    A format chosen ``by_hand`` takes turns of either spelling.
+    """
+    found: dict[str, str] = {}
+    if format_ == "prompt-completion" and not mapping and (pair := _pair_of(values)):
+        return dict(zip(PARTS[format_], pair, strict=True)) | _optional(format_, values, mapping, pair)
+    for part, names in PARTS[format_].items():
+        column = mapping.get(part) or _pick(format_, part, names, values, found.values(), by_hand)
+        if not column:
+            return None
+        found[part] = column
+    return found | _optional(format_, values, mapping, found.values())
+
+
+def _optional(
+    format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], taken: Iterable[str]
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part, names in OPTIONAL[format_].items():
+        column = mapping.get(part) or next((n for v in values for n in names if n in v), "")
+        if column and column not in (*taken, *found.values()):
+            found[part] = column
+    return found
+
+
+def _pair_of(values: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """Two columns that are prompt and completion by being together, in at least half of the rows."""
+    spelled = {c.lower(): c for v in values for c in v}
+    for one, other in _PAIRS:
+        if one in spelled and other in spelled:
+            pair = spelled[one], spelled[other]
+            having = sum(all(isinstance(v.get(c), str) for c in pair) for v in values)
+            if 2 * having >= max(1, len(values)):
+                return pair
+    return None
+
+
+def _pick(
+    format_: str,
+    part: str,
+    names: tuple[str, ...],
+    values: list[dict[str, Any]],
+    taken: Iterable[str],
+    by_hand: bool,
+) -> str:
+    """The column that plays a part in at least half of the rows."""
+    taken = set(taken)
+    spelled = {c.lower(): c for v in values for c in v}
+    candidates = [spelled[n] for n in names if n in spelled]
+    named = set(candidates)
+    if part == "messages":
+        candidates += [c for c in spelled.values() if c not in candidates and c.lower() not in _HALVES]
+        kinds: tuple[str, ...] = ("messages", "sharegpt") if by_hand else (format_,)
+    elif part in ("prompt", "completion"):
+        kinds = ("", "messages", "sharegpt")
+    else:
+        kinds = ("",)
+    for column in candidates:
+        fitting = sum(column in v and _turn_format(v[column], column in named) in kinds for v in values)
+        if column not in taken and 2 * fitting >= max(1, len(values)):
+            return column
+    return ""
+
+
+def _turn_format(value: Any, named: bool) -> str:
+    """``messages`` or ``sharegpt`` for a list of turns, else empty.
+
+    A list of texts or of questions with their answers is one only in a column ``named`` like one.
+    """
+    keys = turn_keys(value)
+    if keys is None:
+        return "sharegpt" if named and are_alternate(value) else ""
+    if keys in EXCHANGES:
+        return "sharegpt" if named else ""
+    return "messages" if keys[0] == "role" and keys[1] != "value" else "sharegpt"

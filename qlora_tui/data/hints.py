@@ -1,0 +1,54 @@
+"""What to say of rows that no format fits, or that one fits only at first sight. Used by ``formats``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_tui.data.chat_formats import ROLE_KEYS, is_role, turn_keys
+
+_MARKS = ("### Human:", "### Instruction:", "\n\nHuman:", "[INST]", "<|im_start|>", "USER:")
+"""What a conversation that was already written out as one text begins its questions with."""
+_TREE = ("parent_id", "message_tree_id", "message_id")
+
+
+def single_turns(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Why rows are single turns of conversations rather than texts; empty if they are not."""
+    role = next((c for c in columns if c.lower() in ROLE_KEYS), "")
+    if not role or not any(c in columns for c in _TREE):
+        return ""
+    turns = sum(is_role(value.get(role)) for value in values)
+    return f"Each row is one turn, with its role in {role!r}." if 2 * turns >= max(1, len(values)) else ""
+
+
+def written_out(texts: Sequence[Any]) -> str:
+    """The mark by which most texts are whole conversations; empty if they are not."""
+    said = [text for text in texts if isinstance(text, str)]
+    found = Counter(mark for text in said for mark in _MARKS if mark in text).most_common(1)
+    return found[0][0].strip() if found and 2 * found[0][1] >= len(said) else ""
+
+
+def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """How to map these columns by hand, with their own names where they can be guessed."""
+    if all(side in columns for side in ("chosen", "rejected")):
+        if any(turn_keys(value.get("chosen")) for value in values):
+            return 'These are preferences. To learn the better side: columns = { messages = "chosen" }.'
+        return (
+            "These are preferences, each side a whole conversation as one text. Give the better side as "
+            "messages, or as prompt and completion."
+        )
+    nested = next((c for c in columns if any(isinstance(value.get(c), dict) for value in values)), "")
+    texts = [c for c in columns if _is_text(values, c)]
+    if len(texts) < 2 and nested:
+        return f"{nested!r} holds an object: give its fields columns of their own."
+    first, last = (texts[0], texts[-1]) if len(texts) > 1 else ("…", "…")
+    return (
+        f'Say which column plays which part, as in columns = {{ prompt = "{first}", completion = "{last}" }}.'
+    )
+
+
+def _is_text(values: Sequence[Mapping[str, Any]], column: str) -> bool:
+    """Whether most rows have words there: no number, no id."""
+    said = sum(isinstance(v.get(column), str) and not v[column].isdigit() for v in values)
+    return 2 * said >= max(1, len(values)) and not column.lower().endswith("id")
