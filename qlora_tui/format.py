@@ -24,6 +24,11 @@ def gib(bytes_: int | None) -> str:
     return "NA" if bytes_ is None else f"{bytes_ / GIB:.1f}"
 
 
+def counted(number: int, word: str) -> str:
+    """``1 row``, ``4,812 rows``."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def count(number: int | None) -> str:
     """``7.6B``, ``135M``, ``4,812``; NA where it is not known."""
     if number is None:

@@ -16,6 +16,7 @@ from qlora_tui.data.inspect import Report, inspect, show
 from qlora_tui.data.problems import NOTES
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import FAILED, WRONG_CALL, Problem
+from qlora_tui.format import counted
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.recipe.toml import to_recipe
 
@@ -85,7 +86,7 @@ def _told(report: Report) -> str:
     # Blank lines are no rows, so that the last of 38 may stand on line 51.
     by_line = sum(file.last_row for file in report.files) > counts.rows
     called = "; a row is called by the line it begins on" if by_line else ""
-    lines.append(f"{counts.rows:,} rows, {counts.conversations:,} conversations{called}")
+    lines.append(f"{counted(counts.rows, 'row')}, {counted(counts.conversations, 'conversation')}{called}")
     if report.lengths and report.lengths.count:
         length = report.lengths
         lines.append(

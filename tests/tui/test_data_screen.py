@@ -366,6 +366,23 @@ async def test_a_file_is_found_by_a_part_of_its_name_and_remembered(model: str, 
         ]
 
 
+async def test_the_keys_of_the_file_dialog_are_above_where_notes_lie(model: str, here: Path) -> None:
+    app = opened(model)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("o")
+        await shows(pilot, "enter opens · tab completes · ^o the folder · esc")
+        assert app.screen.query_one("#keys").region.bottom < 6
+
+
+async def test_rows_that_are_single_turns_are_not_sent_to_the_columns(model: str, here: Path) -> None:
+    turn = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hi"}
+    app = opened(model, str(write_rows(here / "turns.jsonl", [turn] * 3)))
+    async with app.run_test(size=(120, 40)) as pilot:
+        shown = await shows(pilot, "Conversations in pieces", "Join the turns")
+        assert "Press c" not in shown
+
+
 async def test_a_path_can_be_typed_and_completed_and_a_folder_taken_whole(model: str, here: Path) -> None:
     (here / "set").mkdir()
     tickets(here / "set" / "tickets.jsonl")

@@ -12,7 +12,7 @@ from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.data.report import Piece, Report, Shown
 from qlora_tui.data.sources import is_of_the_hub
 from qlora_tui.errors import Problem
-from qlora_tui.format import percent, size
+from qlora_tui.format import counted, percent, size
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.tui.screens.data_steps import Place
 
@@ -110,7 +110,7 @@ def problem(found: Problem) -> Content:
 def unreadable(found: Problem, fields: dict[str, str]) -> Content:
     """The same for a file: with what is in it, and the keys that may help."""
     keys = [("o", "opens another file"), ("x", "takes this one out")]
-    if fields:
+    if fields and found.fix.startswith(("Say which column", "Map the columns")):
         # The fix is for the recipe as a file; here there is a key for it.
         found = Problem(found.title, what=found.what, why=found.why, fix="Press c to map the columns.")
     parts: list[Content | tuple[str, str]] = [problem(found)]
@@ -183,9 +183,17 @@ def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = Fals
         parts.append(Content.assemble((file.format, "bold"), (f": {evidence}{more}", "dim")))
     reading = "" if report.complete else f"  ({percent(report.share)} read)"
     if not report.template:
-        parts.append(Content(f"{counts.rows:,} rows, {counts.conversations:,} conversations{reading}"))
+        parts.append(
+            Content(
+                f"{counted(counts.rows, 'row')}, {counted(counts.conversations, 'conversation')}{reading}"
+            )
+        )
         return Content("\n").join(parts)
-    parts.append(Content.assemble(f"{counts.rows:,} rows → {counts.samples:,} samples", (reading, "bold")))
+    parts.append(
+        Content.assemble(
+            f"{counted(counts.rows, 'row')} → {counted(counts.samples, 'sample')}", (reading, "bold")
+        )
+    )
     learnt = percent(counts.trained_tokens / counts.tokens) if counts.tokens else "none"
     parts.append(Content(f"{counts.tokens:,} tokens, {counts.trained_tokens:,} learnt ({learnt})"))
     if report.complete:
@@ -261,4 +269,4 @@ def steps_line(report: Report, recipe: Recipe) -> str:
     steps = math.ceil(a_pass * recipe.training.epochs)
     if recipe.training.max_steps:
         steps = min(steps, recipe.training.max_steps)
-    return f"about {a_pass:,} steps an epoch, {steps:,} in all"
+    return f"about {counted(a_pass, 'step')} an epoch, {steps:,} in all"

@@ -21,6 +21,7 @@ from qlora_tui.tui.widgets.vi_list import ViList
 _SHOWN = 500
 """Entries of one folder; type to find the others."""
 _RECENT = 6
+_KEYS = "↑↓ choose · enter opens · tab completes · ^o the folder · esc"
 
 
 class OpenPathScreen(ModalScreen[Path]):
@@ -55,8 +56,9 @@ class OpenPathScreen(ModalScreen[Path]):
     def compose(self) -> ComposeResult:
         with Vertical(id="open-card") as card:
             card.border_title = self._title
-            card.border_subtitle = "↑↓ choose · enter opens · tab completes · ^o the folder · esc"
             yield Entry(placeholder="a path, or a part of a name", id="typed", compact=True)
+            # Over the list, since at the foot of the screen a note may lie on them.
+            yield Static(_KEYS, id="keys", markup=False)
             yield Static(id="where", markup=False)
             yield ViList(id="entries")
 
