@@ -155,10 +155,8 @@ class _Inspection:
         most, path = self._context, str(self._files[0].path)
         if most is not None and self._data.max_length > most and (over := self._lengths.above(most)):
             longest = self._lengths.summary().longest_row
-            yield problem_of(
-                *("beyond-context", over, longest, path),
-                example=f"More than {most:,} tokens, which is the model's context.",
-            )
+            example = f"More than {most:,} tokens, which is the model's context."
+            yield problem_of("beyond-context", over, longest, path, example)
         if complete and examiner.counts.rows == 1:
             row = max(self._last_rows.values())
             yield problem_of(

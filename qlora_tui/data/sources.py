@@ -92,9 +92,11 @@ def conversation_of(row: Row, file: SourceFile) -> Conversation | RowRefused:
 def unreadable(path: Path, row: Row) -> Problem:
     """A file none of whose first rows can be read."""
     titles = {"bad-json": "Not valid JSON", "bad-encoding": "Not UTF-8", "bad-row": "Not a table"}
+    # Every other byte of a Western text in UTF-16 is NUL.
+    encoding = "UTF-16LE" if "NUL bytes" in row.error else "LATIN1"
     fixes = {
         "bad-json": "Mend the line, or download the file again.",
-        "bad-encoding": f"Convert it: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}",
+        "bad-encoding": f"Convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}",
         "bad-row": "Check the separator and the quotes of the file.",
     }
     return Problem(

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_tui.data.read import files_of, kind_of, rows
+from qlora_tui.data.sources import open_source
 from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Source
 
 ROWS = [{"prompt": f"Frage {n} — 你好", "completion": "a\nb"} for n in range(3)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -252,3 +254,12 @@ def test_kinds_go_by_the_end_of_the_name() -> None:
         "a.bin": "",
     }
     assert {name: kind_of(Path(name)) for name in names} == names
+
+
+@pytest.mark.parametrize(("encoding", "named"), [("utf-16-le", "UTF-16LE"), ("latin-1", "LATIN1")])
+def test_the_remedy_names_the_encoding_it_is_likely_in(tmp_path: Path, encoding: str, named: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("question,answer\nété,oui\n".encode(encoding))
+    with pytest.raises(Problem) as caught:
+        open_source(Source(path=str(path)))
+    assert f"iconv -f {named} -t UTF-8" in caught.value.fix
