@@ -11,11 +11,13 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from qlora_tui.recipe.schema import Recipe, Source
+from qlora_tui.data.report import Piece, Shown
+from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs.events import Finished
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.data import DataScreen
+from qlora_tui.tui.screens.data_words import row_line
 from qlora_tui.tui.screens.open_path import OpenPathScreen
 from tests.data.dataset_hub import dataset_hub
 from tests.data.test_untrained import WIDTH
@@ -364,6 +366,14 @@ async def test_a_file_is_found_by_a_part_of_its_name_and_remembered(model: str, 
             "tickets.jsonl",
             "tickets.jsonl",
         ]
+
+
+@pytest.mark.parametrize(("width", "end"), [(80, "calls-as-text"), (58, "tools-as-text …"), (45, "learnt …")])
+def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
+    piece = Piece("a", trained=True, special=False)
+    shown = Shown(1, ((piece,),), (256,), (62,), notes=("tools-as-text", "calls-as-text"))
+    words = row_line(("", 1), None, shown, Data(max_length=256), width).plain
+    assert words.rstrip().endswith(end) and len(words) <= width
 
 
 async def test_the_keys_of_the_file_dialog_are_above_where_notes_lie(model: str, here: Path) -> None:

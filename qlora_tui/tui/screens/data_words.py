@@ -158,7 +158,7 @@ def row_line(place: Place, report: Report | None, shown: Shown | None, data: Dat
         parts.append(f"{sum(shown.trained_counts):,} of {kept:,} tokens learnt")
     if shown:
         parts += shown.notes
-    words = " · ".join(parts)
+    words = _as_room(parts, width)
     legend = Content.assemble(
         ("learnt", "bold underline"),
         " ",
@@ -171,6 +171,15 @@ def row_line(place: Place, report: Report | None, shown: Shown | None, data: Dat
     if room < 2:
         return Content(words)
     return Content.assemble(words, " " * room, legend)
+
+
+def _as_room(parts: Sequence[str], width: int) -> str:
+    """The first of these that stand on one line together; a mark where there are more."""
+    for kept in range(len(parts), 1, -1):
+        words = " · ".join(parts[:kept]) + (" …" if kept < len(parts) else "")
+        if len(words) <= width:
+            return words
+    return parts[0]
 
 
 def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = False) -> Content:
