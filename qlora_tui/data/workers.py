@@ -26,8 +26,8 @@ from qlora_tui.data.outcome import Batch, Outcome, Outcomes
 Work: TypeAlias = Callable[[Iterable[Batch]], Iterator[list[Outcome]]]
 
 WORTH_BYTES = 16 << 20
-"""Of data from which on it is worth it: a child takes half a second of a core to start, and reads some five
-megabytes a second."""
+"""Of data from which on it is worth it: a child takes a third of a second of a core to start,
+and gets through some five megabytes a second."""
 MODULE = "qlora_tui.data.worker"
 MOST = 8
 """Children. What is left to this process is about a tenth of the work."""
