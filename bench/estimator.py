@@ -6,7 +6,9 @@ The table has a row a measurement: ``model_id, quant, double_quant, batch, seq_l
 grad_ckpt, optimizer, attention, extra, gpu, measured_gb, unit, measure``. ``--configs`` holds
 ``<org>__<name>/config.json``. Which code a row ran is read from its own words by :mod:`bench.published_rows`;
 a row that cannot be placed is listed with the reason. A row that ran out of memory has no figure:
-there the verdict is scored against the card.
+there the verdict is scored against the card. Where ``extra`` gives what the allocator reserved or the process
+held beside what was allocated (``peak_reserved_MiB``, ``process_MiB``, ``nvidia_smi_MiB``), those tiers are
+scored too.
 
 Baselines: ``fitcheck-llm`` 0.3.1 in ``.bench-venv`` (``make bench-deps``), fed the same config;
 ``accelerate estimate-memory``'s rule for Adam (the largest of weights, weights and gradients, and four
@@ -19,18 +21,17 @@ import argparse
 import csv
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.fitcheck import Answer, ask, question
 from bench.published_rows import Row, Unplaced, find_config, read_path
 from qlora_tui.catalog.architecture import load_config, read_architecture
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
-from qlora_tui.memory import Estimate, estimate
+from qlora_tui.memory import Estimate, estimate, judge
 
 UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
@@ -51,15 +52,38 @@ class Score:
     half_byte_bytes: int
     phase: str
     capacity_bytes: int | None
+    verdict: str | None
+    tier_errors: dict[str, float]
+    """In percent, by tier, where the row gives it."""
+    fitcheck_process_error: float | None
 
     def error(self, predicted: int | None) -> float | None:
         """Relative error in percent; positive is over."""
         if predicted is None or not self.measured_bytes:
             return None
-        return 100 * (predicted - self.measured_bytes) / self.measured_bytes
+        return _percent(predicted, self.measured_bytes)
 
 
-def score(row: Row, architecture: Architecture, fitcheck_bytes: int | None) -> Score:
+def _percent(predicted: float, measured: float) -> float:
+    return 100 * (predicted - measured) / measured
+
+
+MEASURED_TIERS = {
+    "reserved": r"peak_reserved_mib=([\d.]+)",
+    "process": r"process_mib=([\d.]+)",
+    "process (nvidia-smi)": r"nvidia_smi_mib=([\d.]+)",
+}
+
+
+def measured_tiers(row: Row) -> dict[str, float]:
+    """What ``extra`` gives beside the measure, in bytes; of a run that went out of memory it says nothing."""
+    if row["measured_gb"].upper() == "OOM":
+        return {}
+    found = {tier: re.search(pattern, row["extra"].lower()) for tier, pattern in MEASURED_TIERS.items()}
+    return {tier: float(match[1]) * 2**20 for tier, match in found.items() if match}
+
+
+def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Score:
     """Estimate one row. Raises Unplaced or Problem."""
     recipe, path = read_path(row)
     made = estimate(recipe, architecture, path=path)
@@ -67,6 +91,8 @@ def score(row: Row, architecture: Architecture, fitcheck_bytes: int | None) -> S
     if row["measured_gb"].upper() != "OOM":
         measured = int(float(row["measured_gb"]) * UNITS[row["unit"].lower()])
     width = 4 if path.compute_bytes == 4 else 2
+    capacity, tiers = _capacity(row["gpu"]), measured_tiers(row)
+    theirs = fitcheck and tiers.get("process") and _percent(fitcheck[1], tiers["process"])
     return Score(
         id=row["id"],
         model=row["model_id"],
@@ -74,11 +100,14 @@ def score(row: Row, architecture: Architecture, fitcheck_bytes: int | None) -> S
         measure=row["measure"],
         measured_bytes=measured,
         ours_bytes=_tier(made, row["measure"]),
-        fitcheck_bytes=fitcheck_bytes,
+        fitcheck_bytes=fitcheck and fitcheck[0],
         accelerate_bytes=architecture.total_params * width * 4,
         half_byte_bytes=architecture.total_params // 2 + 1_500_000_000,
         phase=made.peak_phase,
-        capacity_bytes=_capacity(row["gpu"]),
+        capacity_bytes=capacity,
+        verdict=None if capacity is None else judge(made, capacity).word,
+        tier_errors={tier: _percent(_tier(made, tier), bytes_) for tier, bytes_ in tiers.items()},
+        fitcheck_process_error=theirs,
     )
 
 
@@ -96,61 +125,6 @@ def _capacity(gpu: str) -> int | None:
     return int(found[1]) * 2**30 if found else None
 
 
-def ask_fitcheck(questions: list[dict[str, Any]], python: Path) -> list[int | None]:
-    """What fitcheck-llm says of each row's tensors, in bytes; None where it declines."""
-    if not questions or not python.exists():
-        return [None] * len(questions)
-    asked = json.dumps(questions)
-    done = subprocess.run([python, "-c", _FITCHECK], input=asked, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"fitcheck-llm failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-        return [None] * len(questions)
-    answers: list[int | None] = json.loads(done.stdout)
-    return answers
-
-
-_FITCHECK = """
-import json, sys, types
-from unittest import mock
-from fitcheck import config_parser
-from fitcheck.estimator import TrainingConfig, estimate
-from fitcheck.gpu_db import get_gpu
-answers = []
-for question in json.load(sys.stdin):
-    try:
-        with mock.patch.object(config_parser, "hf_hub_download", lambda **_: question["config"]), \\
-             mock.patch.object(config_parser, "_reported_param_count", lambda *a, **k: None):
-            model = config_parser.fetch_model_config(question["model"])
-        report = estimate(model, TrainingConfig(**question["training"]), get_gpu(vram_mib=200_000))
-        answers.append(int((report.total_mib - report.overhead_mib) * 2**20))
-    except Exception as error:
-        print(question["model"], repr(error), file=sys.stderr)
-        answers.append(None)
-print(json.dumps(answers))
-"""
-
-
-def _question(row: Row, config: Path) -> dict[str, Any]:
-    recipe, path = read_path(row)
-    method = recipe.quantization.method
-    return {
-        "config": str(config),
-        "model": row["model_id"],
-        "training": {
-            "precision": "fp16" if path.float16 else "bf16",
-            "quantization": method,
-            "double_quant": recipe.quantization.double_quantization and method == "nf4",
-            "optimizer": "adam8bit" if "8bit" in path.optimizer else "adamw",
-            "batch_size": recipe.training.micro_batch,
-            "seq_len": recipe.data.max_length,
-            "lora_rank": recipe.lora.rank,
-            "lora_targets": list(recipe.lora.target_modules),
-            "grad_checkpoint": path.checkpointing,
-            "flash_attn": path.attention != "eager",
-        },
-    }
-
-
 def run(table: Path, configs: Path, fitcheck: Path) -> dict[str, Any]:
     """Score a whole table; the JSON that ``--json`` prints."""
     placed: list[tuple[Row, Path, Architecture]] = []
@@ -165,7 +139,7 @@ def run(table: Path, configs: Path, fitcheck: Path) -> dict[str, Any]:
                 unplaced.append(
                     {"id": row.get("id", "?"), "model": row.get("model_id", "?"), "why": str(reason)}
                 )
-    answers = ask_fitcheck([_question(row, config) for row, config, _ in placed], fitcheck)
+    answers = ask([question(row, config) for row, config, _ in placed], fitcheck)
     scores: list[Score] = []
     for (row, _, architecture), answer in zip(placed, answers, strict=True):
         try:
@@ -176,6 +150,7 @@ def run(table: Path, configs: Path, fitcheck: Path) -> dict[str, Any]:
         "rows": [_row(made) for made in scores],
         "summary": {name: summary(scores, name) for name in ("ours", "fitcheck", "accelerate", "half_byte")},
         "by_path": _by_path(scores),
+        "by_tier": _by_tier(scores),
         "out_of_memory": [_out_of_memory(made) for made in scores if made.measured_bytes is None],
         "unplaced": unplaced,
     }
@@ -194,31 +169,48 @@ def _row(made: Score) -> dict[str, Any]:
         "fitcheck_error_pct": made.error(made.fitcheck_bytes),
         "accelerate_error_pct": made.error(made.accelerate_bytes),
         "half_byte_error_pct": made.error(made.half_byte_bytes),
+        "tier_error_pct": made.tier_errors,
+        "fitcheck_process_error_pct": made.fitcheck_process_error,
     }
 
 
 def _out_of_memory(made: Score) -> dict[str, Any]:
     says = None if made.capacity_bytes is None else made.ours_bytes > made.capacity_bytes
-    return {"id": made.id, "model": made.model, "ours_bytes": made.ours_bytes, "said_it_would_not_fit": says}
+    return {
+        "id": made.id,
+        "model": made.model,
+        "ours_bytes": made.ours_bytes,
+        "said_it_would_not_fit": says,
+        "verdict": made.verdict,
+    }
 
 
 def summary(scores: Iterable[Score], name: str) -> dict[str, Any]:
     """Mean of the absolute errors, the worst over and the worst under, in percent."""
-    errors = [made.error(getattr(made, f"{name}_bytes")) for made in scores]
+    return _summary([made.error(getattr(made, f"{name}_bytes")) for made in scores])
+
+
+def _summary(errors: Iterable[float | None]) -> dict[str, Any]:
     known = [error for error in errors if error is not None]
     if not known:
         return {"rows": 0, "mean_pct": None, "worst_over_pct": None, "worst_under_pct": None}
     return {
         "rows": len(known),
         "mean_pct": sum(abs(error) for error in known) / len(known),
-        "worst_over_pct": max(0.0, *known) if len(known) > 1 else max(0.0, known[0]),
-        "worst_under_pct": min(0.0, *known) if len(known) > 1 else min(0.0, known[0]),
+        "worst_over_pct": max(0.0, *known),
+        "worst_under_pct": min(0.0, *known),
     }
 
 
 def _by_path(scores: list[Score]) -> dict[str, Any]:
     paths = dict.fromkeys(made.path for made in scores)
     return {path: summary([made for made in scores if made.path == path], "ours") for path in paths}
+
+
+def _by_tier(scores: list[Score]) -> dict[str, Any]:
+    found = {tier: _summary(made.tier_errors.get(tier) for made in scores) for tier in MEASURED_TIERS}
+    found["process, as fitcheck says"] = _summary(made.fitcheck_process_error for made in scores)
+    return found
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -231,16 +223,21 @@ def _print(result: dict[str, Any]) -> None:
         )
         print(
             f"{row['id']:6}{row['model'][-28:]:29}{row['measured_bytes'] / 2**30:8.3f} GiB"
-            f"{row['ours_bytes'] / 2**30:9.3f}{row['error_pct']:+8.2f} %   {others}   {row['peak_phase']}"
+            f"{row['ours_bytes'] / 2**30:9.3f}{row['error_pct']:+8.2f} %   {others}   {row['peak_phase']:24}"
+            + "  ".join(f"{tier} {error:+.1f}" for tier, error in row["tier_error_pct"].items())
         )
     print("\nby path")
     for path, figures in result["by_path"].items():
         print(f"  {_figures(figures)}  {path[:70]}")
+    print("\nby tier, where a row gives it")
+    for tier, figures in result["by_tier"].items():
+        print(f"  {_figures(figures)}  {tier}")
     print("\nin all")
     for name, figures in result["summary"].items():
         print(f"  {_figures(figures)}  {name.replace('_', ' ')}")
     told = [row for row in result["out_of_memory"] if row["said_it_would_not_fit"]]
-    print(f"\nout of memory: {len(told)} of {len(result['out_of_memory'])} told beforehand")
+    fits = [row for row in result["out_of_memory"] if row["verdict"] in ("fits", "tight")]
+    print(f"\nout of memory: {len(told)} of {len(result['out_of_memory'])} told, {len(fits)} said to fit")
     for row in result["unplaced"]:
         print(f"not placed: {row['id']} {row['model']}: {row['why'].splitlines()[0]}")
 

@@ -170,15 +170,21 @@ def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, mat
         q, k = ops.times_number(q), ops.times_number(k)
     else:
         k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
+        if shape.rows > 1:
+            q = ops.copy(q)
+            if shape.heads == shape.kv_heads:
+                k, v = ops.copy(k), ops.copy(v)
     with ops.meter.booking("scores"):
         weights = _product(ops, q, _broadcast(ops, k, shape) if math else k, scores)
         if not math:
             weights = ops.times_number(weights)
         if shape.softcap:
             weights = ops.times_number(ops.activation(ops.times_number(weights), "tanh"))
-        weights = ops.cast(_softmax(ops, _masked(ops, weights), FLOAT), q.width)
+        weights = _masked(ops, weights)
+        weights = ops.cast(_softmax(ops, weights, FLOAT), q.width)
     out = ops.cast(_product(ops, weights, _broadcast(ops, v, shape) if math else v, numel), width)
-    del weights, k, v
+    if not math:
+        ops.lingering = weights
     # (rows, heads, length, dim) becomes (rows, length, heads × dim): a copy.
     return ops.copy(out)
 
@@ -292,8 +298,8 @@ def _softmax(ops: Ops, x: Tensor, width: int) -> Tensor:
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         # softmax_backward_cuda_out makes grad * output first (aten/src/ATen/native/cuda/SoftMax.cu).
-        product = ops.new(numel, width) if ops.device == "cuda" else None
         made = ops.new(numel, back)
+        product = ops.new(numel, width) if ops.device == "cuda" else None
         del product
         return (made,)
 

@@ -61,6 +61,13 @@ class Block:
 
 def run_block(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     """The layer's forward; returns its output."""
+    try:
+        return _run(ops, block, hidden_states)
+    finally:
+        ops.lingering = None
+
+
+def _run(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     if block.order == "parallel":
         return _parallel(ops, block, hidden_states)
     residual = hidden_states

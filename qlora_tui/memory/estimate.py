@@ -16,8 +16,9 @@ from qlora_tui.memory.codepath import CodePath, Device, our_path
 from qlora_tui.memory.explain import LABELS, Facts, explanations
 from qlora_tui.memory.layout import STYLES, Layout, lay_out
 from qlora_tui.memory.learning import FEWEST, Correction
+from qlora_tui.memory.replay import replay
 from qlora_tui.memory.residents import FROZEN, resident_items
-from qlora_tui.memory.step import Peak, peaks
+from qlora_tui.memory.step import Peak, peaks, walk
 from qlora_tui.memory.tiers import Band, Tiers, corrected, tiers
 from qlora_tui.memory.traced import Traced
 from qlora_tui.memory.weights import gradient_bytes, optimizer_step_bytes
@@ -105,13 +106,15 @@ def estimate(
     path = path or our_path(recipe, device)
     layout = lay_out(recipe, architecture, path)
     resident = resident_items(recipe, architecture, layout, path)
+    walked = walk(layout, path, recipe.lora.dropout)
     if traced is not None:
         layout = replace(layout, exact=True)
         moments = [_traced_moment(traced)]
     else:
-        moments = peaks(layout, path, recipe.lora.dropout)
+        moments = peaks(walked, layout, path)
         if path.accumulates:
             resident["gradients"] = gradient_bytes(layout, path)
+    pool = replay(recipe, architecture, layout, path, walked) if path.device == "cuda" else None
     if not path.accumulates:
         moments.append(_optimizer_moment(layout, path))
     fullest = max(moments, key=lambda moment: moment.total_bytes)
@@ -121,7 +124,7 @@ def estimate(
     moving = fullest.total_bytes
     if sum(loading.values()) > sum(items.values()):
         fullest, items, moving = Peak("loading", loading), loading, 0
-    levels = tiers(items, moving, architecture, layout, path)
+    levels = tiers(items, moving, pool, architecture, layout, path)
     before, correction = levels.process_bytes, device.correction
     if correction is not None and correction.applies:
         levels = corrected(levels, layout, correction)

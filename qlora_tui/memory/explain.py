@@ -171,7 +171,10 @@ def _process_sentences(facts: Facts) -> dict[str, str]:
         "workspace": "cuBLAS keeps a workspace in the allocator's pool.",
         "unsplit": "Up to 1 MiB a tensor that the allocator did not cut off, without expandable segments.",
         "kernels": "Code that oneDNN makes for each shape of a product, and keeps.",
-        "fragmentation": "What the allocator holds beyond the tensors: rounding, and gaps between blocks.",
+        "fragmentation": (
+            "What the allocator holds beyond the tensors: free blocks, each too small for the next tensor, "
+            "as loading and two steps leave them."
+        ),
         "context": "The CUDA context and loaded kernels, outside torch's allocator.",
         "runtime": "The process before the model: Python, torch, transformers, peft, bitsandbytes.",
     }

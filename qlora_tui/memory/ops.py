@@ -75,6 +75,8 @@ class Ops:
         self.fused = fused
         self.lean = lean
         self.float16 = float16
+        self.lingering: Tensor | None = None
+        """What a layer's forward returns beside its output, and so holds to its end."""
 
     def new(self, numel: int, width: int, item: str | None = None) -> Tensor:
         """An uninitialised tensor outside the graph."""

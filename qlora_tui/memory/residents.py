@@ -6,7 +6,7 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.step import stream_bytes
-from qlora_tui.memory.weights import adapter_bytes, frozen_weights, optimizer_bytes, rounded, unsplit_bytes
+from qlora_tui.memory.weights import adapter_bytes, frozen_weights, optimizer_bytes, rounded
 from qlora_tui.recipe.schema import Recipe
 
 FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")
@@ -33,9 +33,8 @@ def resident_items(
         "experts": frozen.expert_bytes,
         "vision": frozen.vision_bytes,
         "adapter": adapter_bytes(layout, path),
-        "inputs": _input_bytes(architecture, layout, path),
-        "mask": _mask_bytes(layout, path),
-        "unsplit": unsplit_bytes(recipe, architecture, layout, path),
+        "inputs": input_bytes(architecture, layout, path),
+        "mask": mask_bytes(layout, path),
     }
     if path.device == "cuda":
         items["workspace"] = CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES
@@ -44,13 +43,13 @@ def resident_items(
     return {key: size for key, size in items.items() if size}
 
 
-def _input_bytes(architecture: Architecture, layout: Layout, path: CodePath) -> int:
+def input_bytes(architecture: Architecture, layout: Layout, path: CodePath) -> int:
     """Ids, labels (and their shifted copy) and positions, 8 bytes each; the rotary tables."""
     tables = 2 * layout.length * architecture.head_dim * stream_bytes(path)
     return 4 * rounded(layout.tokens * 8) + rounded(tables)
 
 
-def _mask_bytes(layout: Layout, path: CodePath) -> int:
+def mask_bytes(layout: Layout, path: CodePath) -> int:
     """Eager attention adds a mask of the hidden states' dtype."""
     if path.attention == "eager":
         return rounded(layout.length * layout.length * stream_bytes(path))

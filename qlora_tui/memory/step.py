@@ -17,6 +17,7 @@ from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.loss import head_and_loss
 from qlora_tui.memory.ops import Ops
+from qlora_tui.memory.recording import Recording, last_gone, stage
 from qlora_tui.memory.tape import Checkpoint, Meter, Node, Storage, Tensor, backward
 
 Items = dict[str, int]
@@ -38,6 +39,17 @@ class Profile:
     """Something in it saves its input."""
     gradient_bytes: int = 0
     """Of the parameters in it, after its backward."""
+    recording: Recording = field(default_factory=Recording)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The parts of a step, each walked once."""
+
+    layers: tuple[Profile, ...]
+    """In order; equal layers are the same object."""
+    head: Profile
+    """Final norm, output head and loss."""
 
 
 @dataclass(frozen=True)
@@ -80,27 +92,29 @@ def embedding_bytes(path: CodePath) -> int:
     return 4 if path.cast_to_float32 else path.compute_bytes
 
 
-def peaks(layout: Layout, path: CodePath, dropout: float) -> list[Peak]:
-    """Every candidate for the step's peak, in order of time."""
+def walk(layout: Layout, path: CodePath, dropout: float) -> Walk:
+    """Each kind of layer once, and the head."""
     profiles: dict[tuple[int, int], Profile] = {}
-    order = []
+    layers = []
     width = embedding_bytes(path)
-    embedded = _embedded(layout, path, width)
     for block in layout.blocks:
         key = (id(block), width)
         if key not in profiles:
             run = partial(_layer, block=block)
             profiles[key] = _profile(layout, path, dropout, run, width, checkpointed=path.checkpointing)
-        order.append(profiles[key])
+        layers.append(profiles[key])
         width = stream_bytes(path)
     tail = partial(_tail, layout=layout, path=path)
-    head = _profile(layout, path, dropout, tail, width, checkpointed=False)
+    return Walk(tuple(layers), _profile(layout, path, dropout, tail, width, checkpointed=False))
+
+
+def peaks(walked: Walk, layout: Layout, path: CodePath) -> list[Peak]:
+    """Every candidate for the step's peak, in order of time."""
+    embedded = _embedded(layout, path, embedding_bytes(path))
     rows = Counter(activations=layout.tokens * layout.token_rows)  # which token is which of the trained rows
     if not path.accumulates:
         rows["gradients"] = layout.token_rows * layout.hidden * path.adapter_bytes
-    return list(
-        _candidates(order, head, _cast_once(layout, path), embedded, rows, always=layout.embedding_apart)
-    )
+    return list(_candidates(walked, _cast_once(layout, path), embedded, rows, always=layout.embedding_apart))
 
 
 def _embedded(layout: Layout, path: CodePath, width: int) -> Items:
@@ -137,6 +151,8 @@ def _profile(
     x = ops.new(layout.tokens * layout.hidden, width, "checkpoints" if checkpointed else None)
     x.node = upstream
     there = weakref.ref(x.storage)
+    recording = made.recording
+    recording.enters, begins = x.storage.number, len(meter.events)
     meter.restart()
     given = [x]
     if checkpointed:
@@ -149,18 +165,24 @@ def _profile(
     made.forward = dict(meter.peak_items)
     node, numel, width = result.node, result.numel, result.width
     assert node is not None
+    recording.leaves = result.storage.number
     del result
     if checkpointed and path.reentrant:
         del node
+        recording.forward = stage(meter.events[begins:], recording.leaves)
         _reenter(ops, run, given, made, numel, width, path)
         return made
     given.clear()
+    recording.forward = stage(meter.events[begins:], recording.leaves)
     made.kept = {item: size for item, size in meter.live_items.items() if size}
     made.keeps_input = there() is not None
     meter.restart()
     seed = [ops.new(numel, width)]
+    recording.seed, begins = seed[0].storage.number, len(meter.events)
     kept: list[Storage] = []
     backward(ops.tape, node, seed.pop(), None if path.accumulates else kept)
+    recording.gradient = last_gone(meter.events)
+    recording.backward = stage(meter.events[begins:], recording.gradient)
     made.backward = dict(meter.peak_items)
     made.gradient_bytes = sum(storage.size for storage in kept)
     kept.clear()
@@ -180,13 +202,18 @@ def _reenter(
     made.kept = {x.storage.item: x.storage.size}
     ops.meter.restart()
     gradient = ops.new(numel, width)
+    made.recording.seed, begins = gradient.storage.number, len(ops.meter.events)
     result, held = run(ops, [x])
     kept: list[Storage] = []
     assert result.node is not None
     backward(ops.tape, result.node, gradient, None if path.accumulates else kept)
     made.backward = dict(ops.meter.peak_items)
     made.gradient_bytes = sum(storage.size for storage in kept)
-    del held
+    goes_on = last_gone(ops.meter.events)
+    del held, result, gradient, x
+    given.clear()
+    made.recording.gradient = goes_on
+    made.recording.backward = stage(ops.meter.events[begins:], goes_on)
 
 
 def _again(run: Run, ops: Ops, x: Tensor) -> Tensor:
@@ -209,7 +236,7 @@ def _cast_once(layout: Layout, path: CodePath) -> Items:
 
 
 def _candidates(
-    order: list[Profile], head: Profile, forward_only: Items, embedded: Items, rows: Items, *, always: bool
+    walked: Walk, forward_only: Items, embedded: Items, rows: Items, *, always: bool
 ) -> list[Peak]:
     """Every moment that could be the fullest.
 
@@ -217,7 +244,7 @@ def _candidates(
     even where the first layer does not. Where something is added to it, it is apart in any case. ``rows``:
     what trained rows of embedding and head keep from the start, and as gradients once the loss is done.
     """
-    last = len(order) - 1
+    order, head, last = walked.layers, walked.head, len(walked.layers) - 1
     before: Counter[str] = Counter()
     cast = Counter(forward_only)
     found: list[Peak] = []

@@ -22,9 +22,9 @@ ALLOCATION_BYTES = 512
 
 
 class Meter:
-    """Bytes alive now and at the peak, by item."""
+    """Bytes alive now and at the peak, by item, and every storage that was made or went."""
 
-    __slots__ = ("item", "live_bytes", "live_items", "peak_bytes", "peak_items", "rounding")
+    __slots__ = ("events", "item", "live_bytes", "live_items", "made", "peak_bytes", "peak_items", "rounding")
 
     def __init__(self, rounding: int = ALLOCATION_BYTES) -> None:
         self.rounding = rounding
@@ -33,6 +33,9 @@ class Meter:
         self.peak_bytes = 0
         self.live_items: dict[str, int] = {}
         self.peak_items: dict[str, int] = {}
+        self.made = 0
+        self.events: list[tuple[int, int]] = []
+        """Number of a storage and its bytes, negative where it goes."""
 
     @contextmanager
     def booking(self, item: str) -> Iterator[None]:
@@ -48,8 +51,14 @@ class Meter:
         self.peak_bytes = self.live_bytes
         self.peak_items = dict(self.live_items)
 
-    def add(self, size: int, item: str) -> None:
-        """Count ``size`` more bytes (or fewer, when negative)."""
+    def number(self) -> int:
+        """Of one more storage."""
+        self.made += 1
+        return self.made
+
+    def add(self, number: int, size: int, item: str) -> None:
+        """Count ``size`` more bytes (or fewer, when negative) in the storage of that number."""
+        self.events.append((number, size))
         self.live_items[item] = self.live_items.get(item, 0) + size
         self.live_bytes += size
         if self.live_bytes > self.peak_bytes:
@@ -60,16 +69,17 @@ class Meter:
 class Storage:
     """Bytes that live as long as something refers to them."""
 
-    __slots__ = ("__weakref__", "item", "meter", "size")
+    __slots__ = ("__weakref__", "item", "meter", "number", "size")
 
     def __init__(self, meter: Meter, size: int, item: str | None = None) -> None:
         self.meter = meter
         self.size = -(-size // meter.rounding) * meter.rounding
         self.item = item or meter.item
-        meter.add(self.size, self.item)
+        self.number = meter.number()
+        meter.add(self.number, self.size, self.item)
 
     def __del__(self) -> None:
-        self.meter.add(-self.size, self.item)
+        self.meter.add(self.number, -self.size, self.item)
 
     def rebook(self, item: str) -> None:
         """Move the bytes to another item without making them anew."""

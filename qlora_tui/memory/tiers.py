@@ -9,23 +9,19 @@ from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.kernels import kernel_bytes
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.learning import Correction
+from qlora_tui.memory.replay import Pool
 from qlora_tui.memory.weights import optimizer_bytes
 
 MIB = 1024 * 1024
-SEGMENT_BYTES = 20 * MIB
-"""The allocator takes memory for blocks of 1 to 10 MiB in segments of this size (``kLargeBuffer``), and maps
-expandable segments in steps of it."""
-GAPS = 50
-"""Of one part in so many of all tensors the size is free between them, in pieces too small for the next. The
-allocations of traced steps of six families, replayed on segments that grow, leave 30 to 170 MiB."""
-UNCUT_GAPS = 0.22
-"""Without segments that grow, each large tensor gets one of its own size, which serves only smaller ones once
-it is freed. Share of what comes and goes with a step: 5 to 60 % in 46 published runs on a T4, this in their
-middle."""
 CONTEXT_BYTES = 141 * MIB
 """CUDA context with cuBLAS's and bitsandbytes' kernels loaded. Measured 133 to 147 MiB on a T4."""
 CONTEXT_DOUBT_BYTES = 400 * MIB
 """Newer cards and drivers take up to this much more."""
+
+SLACK_DOUBT = 0.5
+"""How weights are read and which addresses segments get differ from run to run, and with them which free
+block a tensor takes: of the 27 runs on a T4 with a quantized base, 24 had at most so much more slack than
+replayed, and three 54 to 302 MiB more. Without a quantization 19 runs were within 23 MiB."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +62,31 @@ than 32 MiB (``DEFAULT_MMAP_THRESHOLD_MAX``). Measured over the demo, in float32
 
 
 def tiers(
-    items: dict[str, int], moving_bytes: int, architecture: Architecture, layout: Layout, path: CodePath
+    items: dict[str, int],
+    moving_bytes: int,
+    pool: Pool | None,
+    architecture: Architecture,
+    layout: Layout,
+    path: CodePath,
 ) -> Tiers:
-    """All three, from the items at the peak; ``moving_bytes`` of them come and go with each step."""
+    """All three, from the items at the peak; ``moving_bytes`` of them come and go with each step. ``pool`` is
+    what the allocator of a card came to."""
     allocated = sum(items.values())
-    if path.device == "cpu":
+    if pool is None:
         return _on_cpu(allocated, moving_bytes, layout, path)
-    gaps = allocated // GAPS if path.expandable_segments else int(moving_bytes * UNCUT_GAPS)
-    slack = SEGMENT_BYTES + gaps
+    # Blocks that were not cut count as allocated; with segments that grow all are.
+    unsplit = 0 if path.expandable_segments else max(0, pool.allocated_bytes - allocated)
+    allocated += unsplit
+    slack = pool.reserved_bytes - pool.allocated_bytes
     reserved = allocated + slack
     paged = optimizer_bytes(layout, path) if path.optimizer.startswith("paged") else 0
     process = reserved + CONTEXT_BYTES + paged
     doubt = _doubt_bytes(allocated, layout)
-    reason = (
-        "2 % of the tensors, and a CUDA context of 133 to 540 MiB depending on card and driver"
-        if layout.exact
-        else f"{architecture.model_type} layers are estimated as Llama's"
+    tensors = (
+        "2 % of the tensors" if layout.exact else f"{architecture.model_type} layers estimated as Llama's"
     )
-    added = {"fragmentation": slack, "context": CONTEXT_BYTES}
+    reason = f"{tensors}, {SLACK_DOUBT:.0%} of the allocator's slack, and a CUDA context of 133 to 540 MiB"
+    added = {"unsplit": unsplit, "fragmentation": slack, "context": CONTEXT_BYTES}
     if paged:
         added["optimizer"] = paged
     return Tiers(
@@ -91,7 +94,11 @@ def tiers(
         reserved,
         process,
         added,
-        Band(process - doubt - slack, process + doubt + CONTEXT_DOUBT_BYTES, reason),
+        Band(
+            process - doubt - slack,
+            process + doubt + int(slack * SLACK_DOUBT) + CONTEXT_DOUBT_BYTES,
+            reason,
+        ),
     )
 
 

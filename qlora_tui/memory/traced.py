@@ -9,7 +9,7 @@ from qlora_tui.errors import Problem
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.layout import lay_out
 from qlora_tui.memory.residents import FROZEN, resident_items
-from qlora_tui.memory.step import peaks
+from qlora_tui.memory.step import peaks, walk
 from qlora_tui.memory.weights import gradient_bytes
 from qlora_tui.recipe.schema import Recipe
 
@@ -49,7 +49,7 @@ def closed_form(recipe: Recipe, architecture: Architecture, path: CodePath) -> d
     layout = lay_out(recipe, architecture, path)
     resident = resident_items(recipe, architecture, layout, path)
     gradients = gradient_bytes(layout, path)
-    step = max(peak.total_bytes for peak in peaks(layout, path, recipe.lora.dropout))
+    step = max(peak.total_bytes for peak in peaks(walk(layout, path, recipe.lora.dropout), layout, path))
     return {
         "frozen": sum(resident.get(key, 0) for key in FROZEN),
         "adapter": resident["adapter"],

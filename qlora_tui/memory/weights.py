@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory.allocator import allocated_bytes
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.tape import ALLOCATION_BYTES
@@ -92,16 +91,15 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, path: CodePath) -
 
 def four_bit_scale_bytes(weights: int, nested: bool) -> int:
     """Scales and code tables of one 4-bit module."""
+    return sum(rounded(size) for size in four_bit_scale_sizes(weights, nested))
+
+
+def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
+    """The same, tensor by tensor."""
     blocks = -(-weights // BLOCK)
     if not nested:
-        return rounded(blocks * 4) + rounded(CODE_BYTES)
-    return (
-        rounded(blocks)
-        + rounded(-(-blocks // NESTED_BLOCK) * 4)
-        + rounded(CODE_BYTES)
-        + rounded(NESTED_CODE_BYTES)
-        + rounded(4)
-    )
+        return (blocks * 4, CODE_BYTES)
+    return (blocks, -(-blocks // NESTED_BLOCK) * 4, CODE_BYTES, NESTED_CODE_BYTES, 4)
 
 
 def adapter_bytes(layout: Layout, path: CodePath) -> int:
@@ -115,39 +113,21 @@ def gradient_bytes(layout: Layout, path: CodePath) -> int:
     return adapter_bytes(layout, path)
 
 
-def unsplit_bytes(recipe: Recipe, architecture: Architecture, layout: Layout, path: CodePath) -> int:
-    """What the allocator counts beyond the tensors that stay, where it does not cut blocks to size.
-
-    The tensors are taken in the order of the modules. Loading interleaves them with copies that go again, so
-    the true figure differs by some MiB from run to run.
-    """
-    if path.expandable_segments or path.device != "cuda":
-        return 0
-    kept = 4 if path.cast_to_float32 else path.compute_bytes
-    sizes = [table.params * kept for table in architecture.embeddings]
-    method = recipe.quantization.method
-    for module in architecture.modules:
-        if module.quantizable and method in ("nf4", "fp4"):
-            sizes += [module.weight_params // 2, module.weight_params // BLOCK * 4, CODE_BYTES]
-        else:
-            width = 1 if module.quantizable and method == "int8" else kept
-            sizes.append(module.weight_params * width)
-        sizes.append(module.bias_params * kept)
-    sizes.append(architecture.head.own_params * kept)
-    sizes += [count * path.adapter_bytes for count in layout.adapter_tensors]
-    return allocated_bytes(sizes) - sum(rounded(size) for size in sizes)
-
-
 def optimizer_bytes(layout: Layout, path: CodePath) -> int:
     """Both moments. Paged states are the same bytes in managed memory."""
     return sum(times * _state_bytes(count, path) for count, times in Counter(layout.adapter_tensors).items())
 
 
 def _state_bytes(count: int, path: CodePath) -> int:
+    return sum(rounded(size) for size in state_sizes(count, path))
+
+
+def state_sizes(count: int, path: CodePath) -> tuple[int, ...]:
+    """Both moments of one trained tensor, and their scales."""
     if "8bit" in path.optimizer and count >= SMALL_TENSOR:
-        return 2 * (rounded(count) + rounded(-(-count // STATE_BLOCK) * 4))
+        return (count, count, *[-(-count // STATE_BLOCK) * 4] * 2)
     width = path.adapter_bytes if path.optimizer.startswith("adamw") and "8bit" not in path.optimizer else 4
-    return 2 * rounded(count * width)
+    return (count * width, count * width)
 
 
 def optimizer_step_bytes(layout: Layout, path: CodePath) -> int:

@@ -9,7 +9,7 @@ import pytest
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.memory import Device, our_path
 from qlora_tui.memory.layout import lay_out
-from qlora_tui.memory.step import peaks
+from qlora_tui.memory.step import peaks, walk
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 
@@ -53,7 +53,7 @@ def test_a_real_step_holds_what_was_predicted(
     )
     path = our_path(recipe, Device(kind="cpu"))
     layout = lay_out(recipe, read_architecture(TINY), path)
-    predicted = max(peak.total_bytes for peak in peaks(layout, path, dropout))
+    predicted = max(peak.total_bytes for peak in peaks(walk(layout, path, dropout), layout, path))
     assert predicted == pytest.approx(_measured(TINY, recipe, dropout), rel=0.02)
 
 
@@ -67,7 +67,7 @@ def test_a_real_step_of_a_model_of_135_million_holds_what_was_predicted() -> Non
     model = config("HuggingFaceTB/SmolLM2-135M")
     path = our_path(recipe, Device(kind="cpu"))
     layout = lay_out(recipe, read_architecture(model), path)
-    predicted = max(peak.total_bytes for peak in peaks(layout, path, 0.0))
+    predicted = max(peak.total_bytes for peak in peaks(walk(layout, path, 0.0), layout, path))
     assert predicted == pytest.approx(_measured(model, recipe, 0.0), rel=0.02)
 
 

@@ -1,0 +1,71 @@
+"""What ``fitcheck-llm`` says of a row, asked in an environment of its own (``make bench-deps``)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.published_rows import Row, read_path
+
+Answer = tuple[int, int]
+"""Bytes of tensors, and of the process."""
+
+
+def ask(questions: list[dict[str, Any]], python: Path) -> list[Answer | None]:
+    """One answer a question; None where it declines."""
+    if not questions or not python.exists():
+        return [None] * len(questions)
+    asked = json.dumps(questions)
+    done = subprocess.run([python, "-c", _ASK], input=asked, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"fitcheck-llm failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return [None] * len(questions)
+    return [answer and (answer[0], answer[1]) for answer in json.loads(done.stdout)]
+
+
+_ASK = """
+import json, sys, types
+from unittest import mock
+from fitcheck import config_parser
+from fitcheck.estimator import TrainingConfig, estimate
+from fitcheck.gpu_db import get_gpu
+answers = []
+for question in json.load(sys.stdin):
+    try:
+        with mock.patch.object(config_parser, "hf_hub_download", lambda **_: question["config"]), \\
+             mock.patch.object(config_parser, "_reported_param_count", lambda *a, **k: None):
+            model = config_parser.fetch_model_config(question["model"])
+        card = get_gpu(question["card"]) if question["card"] else get_gpu(vram_mib=200_000)
+        report = estimate(model, TrainingConfig(**question["training"]), card)
+        answers.append([int((report.total_mib - report.overhead_mib) * 2**20), int(report.total_mib * 2**20)])
+    except Exception as error:
+        print(question["model"], repr(error), file=sys.stderr)
+        answers.append(None)
+print(json.dumps(answers))
+"""
+
+
+def question(row: Row, config: Path) -> dict[str, Any]:
+    """A row in its words. The card is named where it has a profile of it: the overhead depends on that."""
+    recipe, path = read_path(row)
+    method = recipe.quantization.method
+    return {
+        "config": str(config),
+        "model": row["model_id"],
+        "card": "t4" if "T4" in row["gpu"] else None,
+        "training": {
+            "precision": "fp16" if path.float16 else "bf16",
+            "quantization": method,
+            "double_quant": recipe.quantization.double_quantization and method == "nf4",
+            "optimizer": "adam8bit" if "8bit" in path.optimizer else "adamw",
+            "batch_size": recipe.training.micro_batch,
+            "seq_len": recipe.data.max_length,
+            "lora_rank": recipe.lora.rank,
+            "lora_targets": list(recipe.lora.target_modules),
+            "grad_checkpoint": path.checkpointing,
+            "flash_attn": path.attention != "eager",
+        },
+    }

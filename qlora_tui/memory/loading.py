@@ -1,0 +1,106 @@
+"""The model as it comes into the allocator: what loading leaves free is where the step's tensors go.
+
+With a quantization transformers first makes one tensor of the size of the whole model and lets it go, so
+that the weights are cut from one segment (``caching_allocator_warmup`` in modeling_utils.py). It then reads
+them in the natural order of their names, and quantizes each before it reads the next
+(``convert_and_load_state_dict_in_model`` in core_model_loading.py).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from qlora_tui.catalog.facts import Architecture
+from qlora_tui.memory.allocator import CachingAllocator, MemoryBlock
+from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.layout import Layout
+from qlora_tui.memory.ops import FLOAT
+from qlora_tui.memory.weights import four_bit_scale_sizes
+from qlora_tui.recipe.schema import Recipe
+
+READ_BYTES = 2
+"""Of a weight as it is read."""
+
+
+@dataclass(frozen=True)
+class _Weight:
+    name: str
+    count: int
+    rows: int
+    """Outputs of a linear weight that can be quantized; 0 for any other."""
+
+
+def load(
+    allocator: CachingAllocator, recipe: Recipe, architecture: Architecture, layout: Layout, path: CodePath
+) -> None:
+    """Weights, casts of those that are not quantized, adapter."""
+    weights = _weights(architecture, path.separate_experts)
+    if recipe.quantization.method == "none":
+        for weight in weights:
+            allocator.take(weight.count * path.compute_bytes)
+    else:
+        kept = _quantize(allocator, recipe, architecture, path)
+        if path.cast_to_float32 or path.compute_bytes != READ_BYTES:
+            for weight in weights:  # one after another, in the model's order
+                if not weight.rows:
+                    allocator.take(weight.count * FLOAT)
+                    allocator.give(kept[weight.name])
+        if path.cast_to_float32:
+            allocator.empty()  # peft/utils/other.py, after its casts
+    for count in layout.adapter_tensors:
+        allocator.take(count * path.adapter_bytes)
+
+
+def _quantize(
+    allocator: CachingAllocator, recipe: Recipe, architecture: Architecture, path: CodePath
+) -> dict[str, MemoryBlock]:
+    """Returns what is left as it was read."""
+    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
+    weights = _in_natural_order(architecture, path.separate_experts)
+    a_weight = 1.0 if method == "int8" else 0.5
+    whole = sum(weight.count * (a_weight if weight.rows else READ_BYTES) for weight in weights)
+    allocator.give(allocator.take(int(whole)))
+    kept: dict[str, MemoryBlock] = {}
+    for weight in weights:
+        read = allocator.take(weight.count * READ_BYTES)
+        if not weight.rows:
+            kept[weight.name] = read
+            continue
+        if method == "int8":
+            scales: tuple[int, ...] = (weight.rows * FLOAT,)
+        else:
+            scales = four_bit_scale_sizes(weight.count, nested)
+        for size in scales:
+            allocator.take(size)
+        allocator.take(-(-weight.count // 2) if method != "int8" else weight.count)
+        allocator.give(read)
+    return kept
+
+
+@lru_cache(maxsize=16)
+def _weights(architecture: Architecture, separate_experts: bool) -> tuple[_Weight, ...]:
+    """Every parameter, in the model's order as far as it is known: norms come last."""
+    found = [_Weight(table.name, table.params, 0) for table in architecture.embeddings]
+    for module in architecture.modules:
+        rows = module.out_features if module.quantizable else 0
+        found.append(_Weight(f"{module.name}.weight", module.weight_params, rows))
+        if module.bias_params:
+            found.append(_Weight(f"{module.name}.bias", module.bias_params, 0))
+    for parameter in architecture.parameters:
+        rows = parameter.shape[0] if parameter.role == "expert" and separate_experts else 0
+        found.append(_Weight(parameter.name, parameter.params, rows))
+    if architecture.head.own_params:
+        found.append(_Weight(architecture.head.name, architecture.head.own_params, 0))
+    return tuple(found)
+
+
+@lru_cache(maxsize=16)
+def _in_natural_order(architecture: Architecture, separate_experts: bool) -> tuple[_Weight, ...]:
+    """By name, numbers in it as numbers."""
+    return tuple(sorted(_weights(architecture, separate_experts), key=_natural))
+
+
+def _natural(weight: _Weight) -> list[int | str]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", weight.name)]

@@ -1,0 +1,93 @@
+"""The replay of a run's allocations, beside the walk and beside what was measured."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from bench.published_rows import find_config, read_path
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.memory import Device, estimate, our_path, replay
+from qlora_tui.memory.layout import lay_out
+from qlora_tui.memory.replay import Pool
+from qlora_tui.memory.step import walk
+from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+from tests.catalog.configs import CONFIGS, config
+
+TABLE = Path(__file__).parent / "measured.csv"
+MODELS = ("Qwen/Qwen2.5-0.5B", "google/gemma-2-2b", "meta-llama/Llama-3.1-8B")
+
+
+def _rows() -> list[dict[str, str]]:
+    with TABLE.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if "peak_reserved_MiB" in row["extra"]]
+
+
+def _replayed(recipe: Recipe, name: str) -> Pool:
+    architecture, path = read_architecture(config(name)), our_path(recipe, Device())
+    layout = lay_out(recipe, architecture, path)
+    return replay.replay(recipe, architecture, layout, path, walk(layout, path, recipe.lora.dropout))
+
+
+def test_what_was_reserved_on_a_card_is_met_as_what_was_allocated_is() -> None:
+    errors = {}
+    for row in _rows():
+        recipe, path = read_path(row)
+        made = estimate(recipe, read_architecture(find_config(row["model_id"], CONFIGS)), path=path)
+        found = re.search(r"peak_reserved_MiB=(\d+)", row["extra"])
+        assert found
+        errors[row["id"]] = made.reserved_bytes / 2**20 / int(found[1]) - 1
+        low, high = made.band.low_bytes, made.band.high_bytes
+        process = re.search(r"process_MiB=([\d.]+)", row["extra"])
+        assert process and low < float(process[1]) * 2**20 < high, row["id"]
+    assert sum(map(abs, errors.values())) / len(errors) < 0.03, errors
+    assert min(errors.values()) > -0.06 and max(errors.values()) < 0.16, errors
+
+
+def test_an_unquantized_model_comes_to_the_reserved_bytes_that_were_measured() -> None:
+    rows = [row for row in _rows() if row["quant"].startswith("none")]
+    assert len(rows) >= 5
+    for row in rows:
+        recipe, path = read_path(row)
+        made = estimate(recipe, read_architecture(find_config(row["model_id"], CONFIGS)), path=path)
+        measured = re.search(r"peak_reserved_MiB=(\d+)", row["extra"])
+        assert measured and made.reserved_bytes / 2**20 == pytest.approx(int(measured[1]), rel=0.005)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("training", "dropout", "method"),
+    [
+        (Training(micro_batch=2, gradient_accumulation=1, optimizer="adamw"), 0.0, "nf4"),
+        (Training(micro_batch=1, gradient_accumulation=8), 0.05, "nf4"),
+        (Training(gradient_checkpointing=False, gradient_accumulation=1), 0.0, "none"),
+    ],
+)
+def test_the_replay_holds_as_much_at_its_peak_as_the_walk(
+    name: str, training: Training, dropout: float, method: str
+) -> None:
+    recipe = Recipe(
+        quantization=Quantization(method=method),  # type: ignore[arg-type]  # one of its choices
+        lora=Lora(dropout=dropout),
+        data=Data(max_length=1024),
+        training=training,
+    )
+    made = estimate(recipe, read_architecture(config(name)))
+    accumulated = made.bytes_of("gradients") if training.gradient_accumulation > 1 else 0
+    replayed = _replayed(recipe, name).allocated_bytes + accumulated
+    assert replayed == pytest.approx(made.allocated_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_layers_between_equal_ones_need_no_full_replay(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(training=Training(micro_batch=rows), data=Data(max_length=2048))
+    short = _replayed(recipe, name)
+    monkeypatch.setattr(replay, "ENDS", 1000)
+    whole = _replayed(recipe, name)
+    assert short.reserved_bytes == pytest.approx(whole.reserved_bytes, rel=0.01)
