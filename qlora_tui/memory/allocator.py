@@ -15,6 +15,7 @@ of which only the bytes are counted: its segments are of 2 MiB.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 
 from qlora_tui.memory.tape import ALLOCATION_BYTES
 
@@ -87,6 +88,16 @@ class CachingAllocator:
         self._most_small_bytes = max(self._most_small_bytes, self.small_bytes + most)
         self.small_bytes += left
         self._note()
+
+    def keep(self, sizes: Iterable[int]) -> None:
+        """Make tensors that stay."""
+        small = 0
+        for size in sizes:
+            if size <= SMALL:
+                small += -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
+            else:
+                self.take(size)
+        self.count(small, small)
 
     def take(self, size: int) -> MemoryBlock:
         """Make a tensor."""

@@ -38,8 +38,7 @@ def load(
     """Weights, casts of those that are not quantized, adapter."""
     weights = _weights(architecture, path.separate_experts)
     if recipe.quantization.method == "none":
-        for weight in weights:
-            allocator.take(weight.count * path.compute_bytes)
+        allocator.keep(weight.count * path.compute_bytes for weight in weights)
     else:
         kept = _quantize(allocator, recipe, architecture, path)
         if path.cast_to_float32 or path.compute_bytes != READ_BYTES:
@@ -49,8 +48,7 @@ def load(
                     allocator.give(kept[weight.name])
         if path.cast_to_float32:
             allocator.empty()  # peft/utils/other.py, after its casts
-    for count in layout.adapter_tensors:
-        allocator.take(count * path.adapter_bytes)
+    allocator.keep(count * path.adapter_bytes for count in layout.adapter_tensors)
 
 
 def _quantize(
@@ -72,9 +70,7 @@ def _quantize(
             scales: tuple[int, ...] = (weight.rows * FLOAT,)
         else:
             scales = four_bit_scale_sizes(weight.count, nested)
-        for size in scales:
-            allocator.take(size)
-        allocator.take(-(-weight.count // 2) if method != "int8" else weight.count)
+        allocator.keep((*scales, -(-weight.count // 2) if method != "int8" else weight.count))
         allocator.give(read)
     return kept
 

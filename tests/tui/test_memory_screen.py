@@ -78,7 +78,7 @@ async def test_a_key_changes_a_setting_and_the_bars(
     monkeypatch.setattr(memory, "SETTLED_S", 60.0)  # the slower questions are another test's
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "6.4 GiB")
+        await shows(pilot, "6.3 GiB")
         start = app.workbench.recipe
         for keys, path, value in KEYS:
             await pilot.press(*keys.split())
@@ -181,7 +181,7 @@ async def test_a_key_costs_little(seven_billion: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(memory, "SETTLED_S", 60.0)
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "6.4 GiB")
+        await shows(pilot, "6.3 GiB")
         costs = []
         for rank in (8, 32, 64, 128, 256):
             began = time.process_time()

@@ -82,7 +82,7 @@ async def test_a_model_is_chosen_and_told_apart_from_the_others() -> None:
         await shows(pilot, "✗ This model has pickled weights only", "gpt2")
         await pilot.press("g")
         await shows(
-            pilot, "licence apache-2.0", "context 131,072", "152,064", "6.4 GiB  fits", "15.5 GiB  fits"
+            pilot, "licence apache-2.0", "context 131,072", "152,064", "6.3 GiB  fits", "15.2 GiB  fits"
         )
         await pilot.press("enter")
         assert app.workbench.recipe.model.id == "Qwen/Qwen2.5-7B-Instruct"
