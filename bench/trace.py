@@ -46,6 +46,7 @@ FAMILIES = {
     "GPT-NeoX": "EleutherAI__pythia-1.4b",
     "Falcon": "tiiuae__falcon-7b",
     "GPT-2": "openai-community__gpt2",
+    "GPT-BigCode": "openai-community__gpt2",
     "OPT": "facebook__opt-1.3b",
     "Granite": "ibm-granite__granite-3.1-2b-instruct",
     "OLMo-2": "allenai__OLMo-2-1124-7B",
@@ -57,8 +58,33 @@ FAMILIES = {
     "gpt-oss": "openai__gpt-oss-20b",
     "DeepSeek-V2": "deepseek-ai__DeepSeek-V2-Lite",
 }
+OTHERS = {
+    "Arcee": {"model_type": "arcee", "hidden_act": "relu2"},
+    "Cohere 2": {"model_type": "cohere2", "tie_word_embeddings": True},
+    "EXAONE 4": {"model_type": "exaone4"},
+    "GLM-4 0414": {"model_type": "glm4"},
+    "Helium": {"model_type": "helium"},
+    "Hunyuan": {"model_type": "hunyuan_v1_dense"},
+    "Ministral 3": {"model_type": "ministral3"},
+    "Nemotron": {"model_type": "nemotron", "hidden_act": "relu2"},
+    "OLMo-3": {"model_type": "olmo3"},
+    "StarCoder 2": {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh"},
+}
+"""Further families whose layer is written out, as models of Llama 2's sizes; two cases of each are enough."""
+SIZES = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_hidden_layers": 2,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "Qwen 1.5": {"num_key_value_heads": 14},  # a key head a query head; for the rest it is Qwen 2
+    "GPT-BigCode": {"model_type": "gpt_bigcode", "activation_function": "gelu_pytorch_tanh"},
 }
 NARROW = {
     "Phi-3": ("qkv_proj",),
@@ -67,6 +93,7 @@ NARROW = {
     "GPT-NeoX": ("query_key_value",),
     "Falcon": ("query_key_value",),
     "GPT-2": ("c_attn",),
+    "GPT-BigCode": ("c_attn",),
 }
 """What stands for ``q_proj, v_proj`` where the projections are fused."""
 
@@ -104,6 +131,8 @@ class Compared:
 
 def cut_config(family: str, layers: int = 2) -> dict[str, Any]:
     """A family's config with few layers."""
+    if family in OTHERS:
+        return SIZES | OTHERS[family]
     config: dict[str, Any] = json.loads((CONFIGS / f"{FAMILIES[family]}.json").read_text())
     config |= OVERRIDES.get(family, {})
     for key in ("num_hidden_layers", "n_layer"):
@@ -174,7 +203,7 @@ def grid(families: list[str], *, quick: bool) -> Iterator[Case]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Hold the closed form to the trace.")
-    parser.add_argument("--family", action="append", choices=sorted(FAMILIES))
+    parser.add_argument("--family", action="append", choices=sorted({**FAMILIES, **OTHERS}))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()

@@ -210,14 +210,23 @@ def _assemble(
     )
 
 
+_DROPOUT_KEYS = {
+    "gpt2": "resid_pdrop",
+    "gpt_bigcode": "resid_pdrop",
+    "opt": "dropout",
+    "phi": "resid_pdrop",
+    "seed_oss": "residual_dropout",
+    "starcoder2": "residual_dropout",
+}
+_DROP_A_TENTH = ("gpt2", "gpt_bigcode", "opt", "seed_oss")
+
+
 def _residual_dropout(fields: ConfigFields, family: Family) -> float:
     """``resid_pdrop``, ``dropout`` (OPT) or ``hidden_dropout``; GPT-2 and OPT drop a tenth by default."""
-    key = {"gpt2": "resid_pdrop", "phi": "resid_pdrop", "opt": "dropout"}.get(
-        family.model_types[0], "hidden_dropout"
-    )
+    key = _DROPOUT_KEYS.get(family.model_types[0], "hidden_dropout")
     value = fields.values.get(key)
     if value is None:
-        return 0.1 if family.model_types[0] in ("gpt2", "opt") else 0.0
+        return 0.1 if family.model_types[0] in _DROP_A_TENTH else 0.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise fields.bad(key, "a number from 0 up to 1")
     return float(value)

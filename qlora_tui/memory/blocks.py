@@ -141,6 +141,9 @@ def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Ten
             query, key, value = ops.split(together, third, third, third)
             return query, key, value
         kv = shape.rows * shape.length * shape.kv_heads * shape.head_dim
+        if whole.name == "c_attn":
+            query, key, value = ops.split(together, together.numel - 2 * kv, kv, kv)
+            return query, key, value
         query = ops.slice(together, together.numel - 2 * kv)
         return query, ops.slice(together, kv), ops.slice(together, kv)
     parts = [block.find("attention", name) for name in ("q_proj", "k_proj", "v_proj")]

@@ -48,12 +48,27 @@ STYLES: dict[str, Style] = {
     "stablelm": Style(norm="layer"),
     "opt": Style(norm="layer", rotary=False),
     "gpt2": Style(norm="layer", rotary=False),
+    "gpt_bigcode": Style(norm="layer", rotary=False),
+    "starcoder2": Style(norm="layer"),
+    "arcee": Style(),
+    "ministral3": Style(),
+    "helium": Style(),
+    "glm": Style(),
+    "glm4": Style(order="sandwich"),
+    "nemotron": Style(norm="layer"),
+    "hunyuan_v1_dense": Style(head_norms="head"),
+    "olmo3": Style(norm="float", order="post", head_norms="full"),
+    "exaone4": Style(order="post", head_norms="head"),
+    "cohere2": Style(norm="cohere", order="parallel"),
+    "olmoe": Style(head_norms="full"),
     "phi": Style(norm="layer", order="parallel"),
     "gpt_neox": Style(norm="layer", order="parallel"),
     "falcon": Style(norm="layer", order="parallel"),
     "cohere": Style(norm="cohere", order="parallel"),
 }
 """Families whose layer is written out here; any other is walked as Llama's, and said to be approximate."""
+GPT_2 = ("gpt2", "gpt_bigcode")
+"""They drop a part of the embedding too."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         hidden=architecture.hidden_size,
         vocabulary=architecture.vocab_size,
         embedding_apart=len(architecture.embeddings) > 1 or architecture.model_type == "granite",
-        embedding_dropout=architecture.residual_dropout if architecture.model_type == "gpt2" else 0.0,
+        embedding_dropout=architecture.residual_dropout if architecture.model_type in GPT_2 else 0.0,
         softcap=architecture.final_logit_softcapping is not None,
         logit_scale=architecture.logit_scale is not None,
         token_rows=len(set(recipe.lora.token_rows)),

@@ -26,8 +26,8 @@ from qlora_tui.recipe.schema import Recipe
 STEPS = 2
 ENDS, ENDS_THAT_KEEP = 2, 8
 """Layers at either end of a row of equal ones that are replayed in full where blocks are cut to size: what
-only passes finds the same places in all layers between. Over eight families, with and without dropout, that is
-within 1 % of the whole where a layer leaves but its checkpoint, and 2 % where it keeps what it saves."""
+only passes finds the same places in all layers between. Over eight families, with and without dropout, that
+is within 1 % of the whole where a layer leaves but its checkpoint, and 2 % where it keeps what it saves."""
 
 NOTHING = MemoryBlock(0, 0)
 """Stands for a small tensor, which the parts only count."""

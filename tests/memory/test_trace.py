@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from bench.trace import FAMILIES, Case, compare, cut_config, grid, quick_collections, recipe_of
+from bench.trace import FAMILIES, OTHERS, Case, compare, cut_config, grid, quick_collections, recipe_of
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.tracing import Request, trace_step
@@ -43,6 +43,15 @@ def test_the_closed_form_is_within_one_percent_on_average_and_three_at_worst(fam
     told = "\n".join(f"{each.error_pct:+.2f} % {each.case}" for each in made[:WORST_SHOWN])
     assert sum(abs(each.error_pct) for each in made) / len(made) < 1, told
     assert abs(made[0].error_pct) < 3, told
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traces")
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_further_family_is_within_three_percent(family: str) -> None:
+    for case in grid([family], quick=True):
+        made = compare(case)
+        assert abs(made.error_pct) < 3, made
 
 
 @pytest.mark.slow
