@@ -75,9 +75,13 @@ MEASURED_TIERS = {
 }
 
 
+def _ran_out(row: Row) -> bool:
+    return row["measured_gb"].strip().lower() in ("oom", "out of memory")
+
+
 def measured_tiers(row: Row) -> dict[str, float]:
     """What ``extra`` gives beside the measure, in bytes; of a run that went out of memory it says nothing."""
-    if row["measured_gb"].upper() == "OOM":
+    if _ran_out(row):
         return {}
     found = {tier: re.search(pattern, row["extra"].lower()) for tier, pattern in MEASURED_TIERS.items()}
     return {tier: float(match[1]) * 2**20 for tier, match in found.items() if match}
@@ -88,8 +92,8 @@ def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Scor
     recipe, path = read_path(row)
     made = estimate(recipe, architecture, path=path)
     measured = None
-    if row["measured_gb"].upper() != "OOM":
-        measured = int(float(row["measured_gb"]) * UNITS[row["unit"].lower()])
+    if not _ran_out(row):
+        measured = int(float(row["measured_gb"].replace(",", "")) * UNITS[row["unit"].strip().lower()])
     width = 4 if path.compute_bytes == 4 else 2
     capacity, tiers = _capacity(row["gpu"]), measured_tiers(row)
     theirs = fitcheck and tiers.get("process") and _percent(fitcheck[1], tiers["process"])

@@ -39,6 +39,8 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
     * ``Trainer`` or ``TRL`` benchmarks (fms-acceleration, transformers 4.4x): reentrant checkpointing,
       shifted logits, experts as separate modules; autocast where a 4-bit model ran with ``bf16=True``.
     * ``FOAK`` or ``fused`` kernels: fused RMSNorm, rotary, cross-entropy and (on 4-bit weights) LoRA kernels.
+    * GPT-BigCode under such a benchmark: the loss in the logits' dtype, and logits that stay referred to, as
+      its model was written then.
     * fitcheck's own measurements call ``out = model(…); out.loss.backward()``: the logits stay referred to.
     * ``liger``: fused linear cross-entropy. ``chunked loss``: ours.
     * ``reentrant`` and ``non-reentrant``, ``accumulation N``, ``lora_dropout=P``, ``dora``, ``lora bf16``,
@@ -56,7 +58,8 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
     trl_cast = "peft_module_casting" in extra
     fms = "fms-acceleration" in row.get("source_url", "") or "hf trainer" in extra or trl_cast
     fused = "foak" in extra or re.search(r"fused [\w/()+]*(rmsnorm|lora|rope|ce|kernel)", extra) is not None
-    dropout = re.search(r"dropout\s*=?\s*([\d.]+)", extra)
+    bigcode = "bigcode" in row["model_id"].lower()
+    dropout = re.search(r"dropout\s*[=:]?\s*(\d*\.?\d+)", extra)
     width = 4 if re.search(r"(fp32|float32)", _compute_dtype(row)) else 2
     half = "lora in bf16", "lora bf16", "lora fp16", "lora in fp16", "autocast_adapter_dtype=false"
     path = CodePath(
@@ -67,9 +70,10 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
         adapter_bytes=2 if any(word in extra for word in half) else 4,
         autocast=fms and quantized,
         loss=_loss(extra, fms=fms, fused=fused),
-        logits_held="fitcheck" in row.get("source_url", ""),
-        checkpointing=row["grad_ckpt"].strip().lower() in ("true", "yes", "1"),
-        reentrant=fms if "reentrant" not in extra else "non-reentrant" not in extra,
+        narrow_loss=fms and bigcode,
+        logits_held="fitcheck" in row.get("source_url", "") or (fms and bigcode),
+        checkpointing=_yes(row, "grad_ckpt"),
+        reentrant=_reentrant(extra, fms=fms),
         attention=_attention(row, width),
         optimizer=_optimizer(row["optimizer"]),
         accumulates=_accumulation(extra) > 1,
@@ -78,13 +82,13 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
         expandable_segments="expandable_segments" in extra,
         name=row["extra"].split(";")[0],
     )
-    nested = row["double_quant"].lower() == "true" or re.search(r"\bdq\b|double", row["quant"].lower())
+    nested = _yes(row, "double_quant") or re.search(r"\bdq\b|double", row["quant"].lower())
     recipe = Recipe(
         quantization=Quantization(method=method, double_quantization=bool(nested)),
         lora=Lora(
             rank=_number(row, "lora_r"),
             target_modules=_targets(row["targets"]),
-            dropout=float(dropout[1].rstrip(".")) if dropout else 0.0,
+            dropout=float(dropout[1]) if dropout else 0.0,
             use_dora="dora" in extra,
         ),
         data=Data(max_length=_number(row, "seq_len"), packing=False),
@@ -99,8 +103,24 @@ def _targets(text: str) -> tuple[str, ...]:
     return tuple(text.replace(",", " ").split())
 
 
+def _yes(row: Row, column: str) -> bool:
+    """A blank says no."""
+    word = row[column].strip().lower()
+    if word in ("true", "yes", "1", "on", "enabled"):
+        return True
+    if word in ("", "false", "no", "0", "off", "none", "disabled", "n/a", "-"):
+        return False
+    raise Unplaced(f"{column} is {row[column]!r}, neither yes nor no")
+
+
+def _reentrant(extra: str, *, fms: bool) -> bool:
+    if "reentrant" not in extra:
+        return fms
+    return not re.search(r"(non|not)[- ]reentrant|use_reentrant\s*[=:]\s*false", extra)
+
+
 def _number(row: Row, column: str) -> int:
-    text = row[column].replace(",", "").strip()
+    text = row[column].replace(",", "").strip().removesuffix(".0")
     if not text.isdigit() or not int(text):
         raise Unplaced(f"{column} is {row[column]!r}, no number")
     return int(text)
@@ -119,7 +139,7 @@ def _compute_dtype(row: Row) -> str:
 
 
 def _is_cast(extra: str) -> bool:
-    if re.search(r"(no|without)( fp32)? upcast", extra):
+    if re.search(r"(no|without)( fp32)? (upcast|cast|prepare_model)", extra):
         return False
     return "prepare_model_for_kbit_training" in extra or "fp32 upcast" in extra
 

@@ -61,6 +61,8 @@ class CodePath:
     autocast: bool = False
     """Forward under ``torch.autocast``, as ``Trainer(bf16=True)`` runs it."""
     loss: Loss = "chunked"
+    narrow_loss: bool = False
+    """The loss is taken in the logits' own dtype: GPT-BigCode's, before transformers had one loss for all."""
     logits_held: bool = False
     """The model's output, and with it the logits, is still referred to during the backward."""
     checkpointing: bool = True

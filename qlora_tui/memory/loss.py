@@ -19,8 +19,11 @@ def head_and_loss(
     logits = _head(ops, layout, hidden, layout.tokens, width)
     held = [logits] if path.logits_held else []
     with ops.meter.booking("logits"):
-        wide = ops.cast(logits, FLOAT)
-        source = wide if path.loss == "stock" else ops.copy(wide)
+        if path.narrow_loss:
+            source = ops.copy(ops.slice(logits, logits.numel))  # logits[..., :-1, :].contiguous()
+        else:
+            wide = ops.cast(logits, FLOAT)
+            source = wide if path.loss == "stock" else ops.copy(wide)
         return (_in_place if path.loss == "fused" else _cross_entropy)(ops, source), held
 
 
@@ -46,16 +49,16 @@ def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Te
 
 
 def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
-    """Log-softmax (saved) and the gradients of both its steps: three float32 tensors at the peak."""
-    numel = logits.numel
+    """Log-softmax (saved) and the gradients of both its steps: three tensors at the peak."""
+    numel, width = logits.numel, logits.width
 
     def softmax_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, FLOAT),)
+        return (ops.new(numel, width),)
 
     def pick_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, FLOAT),)
+        return (ops.new(numel, width),)
 
-    likely = ops.new(numel, FLOAT)
+    likely = ops.new(numel, width)
     likely.node = ops.tape.node((logits,), softmax_grad, (likely,))
     node = ops.tape.node((likely,), pick_grad, (likely,))
     loss = ops.new(1, FLOAT)

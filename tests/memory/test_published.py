@@ -66,6 +66,12 @@ def _row(**changes: str) -> dict[str, str]:
         ("attention", "flash_attention_2", "attention", "flash"),
         ("attention", "sdpa(math)", "attention", "math"),
         ("grad_ckpt", "false", "checkpointing", False),
+        ("grad_ckpt", "On", "checkpointing", True),
+        ("grad_ckpt", "", "checkpointing", False),
+        ("extra", "use_reentrant=False", "reentrant", False),
+        ("extra", "use_reentrant=True", "reentrant", True),
+        ("extra", "no prepare_model_for_kbit_training", "cast_to_float32", False),
+        ("extra", "HF Trainer; bf16", "narrow_loss", False),
         ("extra", "reentrant ckpt", "reentrant", True),
         ("extra", "non-reentrant ckpt", "reentrant", False),
         ("extra", "bf16 compute; chunked loss", "loss", "chunked"),
@@ -99,11 +105,40 @@ def test_a_row_is_read_by_its_words(column: str, text: str, field: str, value: o
         ("extra", "Unsloth 2025.1", "Unsloth"),
         ("lora_r", "", "lora_r"),
         ("seq_len", "up to 512", "seq_len"),
+        ("grad_ckpt", "every 2nd layer", "grad_ckpt"),
     ],
 )
 def test_a_path_that_is_not_walked_says_why(column: str, text: str, why: str) -> None:
     with pytest.raises(Unplaced, match=why):
         read_path(_row(**{column: text}))
+
+
+def test_gpt_bigcode_took_the_loss_in_its_own_dtype_under_the_trainer_of_its_time() -> None:
+    _, path = read_path(_row(model_id="bigcode/gpt_bigcode-santacoder", extra="HF Trainer/TRL baseline"))
+    assert path.narrow_loss and path.logits_held
+
+
+@pytest.mark.parametrize(
+    ("text", "dropout"), [("lora_dropout: 0.1; x", 0.1), ("dropout=.05.", 0.05), ("no dropout", 0.0)]
+)
+def test_dropout_is_read_however_it_is_written(text: str, dropout: float) -> None:
+    recipe, _ = read_path(_row(extra=text))
+    assert recipe.lora.dropout == dropout
+
+
+def test_units_and_words_for_no_memory_are_read_in_any_case(tmp_path: Path) -> None:
+    with TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))[:4]
+    words = (("7,180", " MB"), ("OOM ", "GiB"), ("Out of memory", ""), ("6.69", "gib"))
+    table = tmp_path / "table.csv"
+    with table.open("w", newline="") as out:
+        writer = csv.DictWriter(out, rows[0])
+        writer.writeheader()
+        for row, (measured, unit) in zip(rows, words, strict=True):
+            writer.writerow(row | {"measured_gb": measured, "unit": unit})
+    made = estimator.run(table, CONFIGS, NO_FITCHECK)
+    assert made["unplaced"] == [] and len(made["out_of_memory"]) == 2
+    assert made["rows"][0]["measured_bytes"] == 7_180_000_000
 
 
 def test_the_words_of_a_row_decide_the_recipe_too() -> None:
