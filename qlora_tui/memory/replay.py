@@ -105,7 +105,7 @@ class _Run:
             gradient = blocks.pop(recording.gradient, NOTHING)
             alive += blocks.values()
         alive.append(gradient)
-        kept = self._optimize(first=first)
+        kept = self._optimize(first=first) + self._accumulate(first=first)
         for block in alive:
             allocator.give(block)
         # Small ones were counted by the parts, not given back one by one.
@@ -121,6 +121,13 @@ class _Run:
         if recording.owns_output:
             return blocks.get(recording.leaves, NOTHING)
         return blocks.pop(recording.leaves, NOTHING)
+
+    def _accumulate(self, *, first: bool) -> int:
+        """Gradients stay from one micro-step to the next. Returns how many bytes are in small tensors."""
+        before = self._allocator.small_bytes
+        if first and self._path.accumulates:
+            self._allocator.keep(count * self._path.adapter_bytes for count in self._layout.adapter_tensors)
+        return self._allocator.small_bytes - before
 
     def _optimize(self, *, first: bool) -> int:
         """Make the states, in the first step; gradients are there all the while.

@@ -85,7 +85,7 @@ def tiers(
     tensors = (
         "2 % of the tensors" if layout.exact else f"{architecture.model_type} layers estimated as Llama's"
     )
-    reason = f"{tensors}, {SLACK_DOUBT:.0%} of the allocator's slack, and a CUDA context of 133 to 540 MiB"
+    reason = f"{tensors}, half of the allocator's slack, and a CUDA context of 133 to 540 MiB"
     added = {"unsplit": unsplit, "fragmentation": slack, "context": CONTEXT_BYTES}
     if paged:
         added["optimizer"] = paged
