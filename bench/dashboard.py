@@ -5,10 +5,11 @@
 quiet, live   bytes, repaints and processor time a second, memory; live: a step a second
 keys          from key to paint while both cores are taken
 link          the same over 50 kB/s with 200 ms each way: how far what is seen lags behind
-session       eight hours of steps at 200 times their pace: memory and keys at the beginning and at the end
-beside        ``btop`` and ``nvitop``, where they are installed
+session       eight hours of steps at 200 times their pace: memory and keys every two hours
+beside        what ``live`` measures, of ours and of ``btop`` and ``nvitop`` where they are installed
 
-But in ``keys`` a trainer is played (bench/played.py), so that only the screen is measured.
+``keys`` measures those two as well, by what their own key for help takes. But in ``keys`` a trainer is played
+(bench/played.py), so that only the screen is measured.
 """
 
 from __future__ import annotations
@@ -18,34 +19,34 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
-from bench import busy
+from bench import busy, neighbours
+from bench.neighbours import Help, Neighbour
 from bench.played import PlayedTrainer
 from bench.terminal import Link, Terminal
 from qlora_tui.demo.model import is_ready, model_folder
 
 SIZES = ((80, 24), (160, 50))
 _APP = [sys.executable, "-m", "qlora_tui"]
+OURS = Help("?", "Help: Train", "q")
 _SETTLED_S = 4.0
 _LINK_BYTES_PER_S, _LINK_DELAY_S = 50_000.0, 0.2
 _SESSION_STEPS, _SESSION_SPEED = 28_800, 200
 _SESSION_BEGAN = 600
 _LOOK_EVERY_S = 0.1
 _HURRIED = f"""
-from qlora_tui.settings import load_settings
+from qlora_tui.cli.main import main
 from qlora_tui.tui import app
 from qlora_tui.tui.screens import train
 app.LOOK_EVERY_S = train.LOOK_EVERY_S = {_LOOK_EVERY_S}
-app.QloraApp(load_settings()).run()
+main([])
 """
 """The app, looking ten times a second: an eight-hour session of minutes has more looks so."""
 
@@ -91,17 +92,19 @@ def _costs(asked: Asked, *, live: bool) -> Iterator[Figure]:
         trainer = PlayedTrainer(1200, 3000)
         for size in SIZES:
             with _watching(size) as terminal, _played(trainer, live=live):
-                terminal.watch(2.0)
-                before, frames = terminal.cpu_s(), terminal.frames
-                painted = terminal.watch(asked.seconds)
-                cpu = 100 * (terminal.cpu_s() - before) / asked.seconds
                 where = f"{_name(size)} {'live' if live else 'quiet'}"
-                small = size == SIZES[0]
-                bytes_per_s = painted / asked.seconds
-                yield Figure(where, "bytes/s", bytes_per_s, MOST_BYTES_PER_S if small else None)
-                yield Figure(where, "repaints/s", (terminal.frames - frames) / asked.seconds)
-                yield Figure(where, "% of a core", cpu, MOST_CPU_PERCENT)
-                yield Figure(where, "memory MB", terminal.memory_bytes() / 1e6, MOST_MEMORY_MB)
+                yield from _cost_figures(terminal, where, asked.seconds, small=size == SIZES[0])
+
+
+def _cost_figures(terminal: Terminal, where: str, seconds: float, *, small: bool) -> Iterator[Figure]:
+    terminal.watch(2.0)
+    before, repaints = terminal.cpu_s(), terminal.repaints
+    painted = terminal.watch(seconds)
+    cpu = 100 * (terminal.cpu_s() - before) / seconds
+    yield Figure(where, "bytes/s", painted / seconds, MOST_BYTES_PER_S if small else None)
+    yield Figure(where, "repaints/s", (terminal.repaints - repaints) / seconds)
+    yield Figure(where, "% of a core", cpu, MOST_CPU_PERCENT)
+    yield Figure(where, "memory MB", terminal.memory_bytes() / 1e6, MOST_MEMORY_MB)
 
 
 def keys(asked: Asked) -> Iterator[Figure]:
@@ -117,6 +120,11 @@ def keys(asked: Asked) -> Iterator[Figure]:
         for size in SIZES:
             with _watching(size) as terminal:
                 yield from _key_figures(terminal, f"{_name(size)} {load}", asked.keys)
+            for other in neighbours.installed():
+                with _beside(other, size) as terminal:
+                    where = f"{_name(size)} {other.name}, {load}"
+                    figures = _key_figures(terminal, where, asked.keys, other.help)
+                    yield from map(_without_budget, figures)
 
 
 def link(asked: Asked) -> Iterator[Figure]:
@@ -130,7 +138,9 @@ def link(asked: Asked) -> Iterator[Figure]:
                 terminal.watch(asked.seconds)
                 yield Figure(where, "seconds behind, live", terminal.most_behind_s, MOST_BEHIND_S)
                 terminal.most_behind_s = 0.0
-                yield from _key_figures(terminal, where, asked.keys // 4, MOST_KEY_MS + 2000 * _LINK_DELAY_S)
+                yield from _key_figures(
+                    terminal, where, asked.keys // 4, most_ms=MOST_KEY_MS + 2000 * _LINK_DELAY_S
+                )
                 yield Figure(where, "seconds behind, keys", terminal.most_behind_s, MOST_BEHIND_S)
 
 
@@ -138,49 +148,53 @@ def session(asked: Asked) -> Iterator[Figure]:
     with _home():
         trainer = PlayedTrainer(_SESSION_BEGAN, _SESSION_STEPS)
         with _watching(SIZES[1], command=[sys.executable, "-c", _HURRIED]) as terminal:
-            for when in ("beginning", "end"):
-                where = f"{_name(SIZES[1])} 8 hours, {when}"
+            began, repaints = time.monotonic(), terminal.repaints
+            for hours in (0, 2, 4, 6, 8):
+                # Room for the keys, which are pressed at the pace of a second a step.
+                _hurry(trainer, terminal, hours * 3600 - 2 * asked.keys)
+                where = f"{_name(SIZES[1])} after {hours} hours"
                 with _played(trainer):
-                    yield from _key_figures(terminal, where, asked.keys // 2)
+                    yield from _key_figures(terminal, where, asked.keys)
                 yield Figure(where, "memory MB", terminal.memory_bytes() / 1e6, MOST_MEMORY_MB)
-                if when == "beginning":
-                    began, frames = time.monotonic(), terminal.frames
-                    _hurry(trainer, terminal)
-                    where = f"{_name(SIZES[1])} 8 hours, between"
-                    yield Figure(where, "times the pace", _SESSION_STEPS / (time.monotonic() - began))
-                    yield Figure(where, "repaints", terminal.frames - frames)
+            where = f"{_name(SIZES[1])} 8 hours"
+            yield Figure(where, "times the pace", _SESSION_STEPS / (time.monotonic() - began))
+            yield Figure(where, "repaints", terminal.repaints - repaints)
 
 
-def _hurry(trainer: PlayedTrainer, terminal: Terminal) -> None:
-    """The rest of the session but its last minute."""
+def _hurry(trainer: PlayedTrainer, terminal: Terminal, step: int) -> None:
+    """On to a step of the session."""
     due = time.monotonic()
-    while trainer.step < _SESSION_STEPS - 60:
+    while trainer.step < step:
         trainer.take(_SESSION_SPEED // 10)
         due += 0.1
         terminal.watch(max(0.001, due - time.monotonic()))
 
 
 def beside(asked: Asked) -> Iterator[Figure]:
-    for program in ("btop", "nvitop"):
-        if shutil.which(program) is None:
-            continue
-        for columns, rows in SIZES:
-            with Terminal([program], columns=columns, rows=rows, env=_card(program)) as terminal:
-                terminal.watch(_SETTLED_S)
-                before, painted = terminal.cpu_s(), terminal.watch(asked.seconds)
-                where = f"{columns}x{rows} {program}"
-                yield Figure(where, "bytes/s", painted / asked.seconds)
-                yield Figure(where, "% of a core", 100 * (terminal.cpu_s() - before) / asked.seconds)
-                yield Figure(where, "memory MB", terminal.memory_bytes() / 1e6)
+    with _home():
+        trainer = PlayedTrainer(1200, 3000)
+        for size in SIZES:
+            with _watching(size) as terminal, _played(trainer):
+                where = f"{_name(size)} qlora-tui"
+                yield from _cost_figures(terminal, where, asked.seconds, small=size == SIZES[0])
+            for other in neighbours.installed():
+                with _beside(other, size) as terminal:
+                    figures = _cost_figures(
+                        terminal, f"{_name(size)} {other.name}", asked.seconds, small=False
+                    )
+                    yield from map(_without_budget, figures)
 
 
-def _card(program: str) -> dict[str, str]:
-    """``nvitop`` needs a card, played where there is none."""
-    if program != "nvitop" or Path("/dev/nvidiactl").exists():
-        return {}
-    from tests.gpu.stub import stub_env
+@contextlib.contextmanager
+def _beside(other: Neighbour, size: tuple[int, int]) -> Iterator[Terminal]:
+    """Another program, settled."""
+    with Terminal(other.command, columns=size[0], rows=size[1], env=other.env) as terminal:
+        terminal.watch(_SETTLED_S)
+        yield terminal
 
-    return stub_env("card")
+
+def _without_budget(figure: Figure) -> Figure:
+    return replace(figure, at_most=None)
 
 
 PARTS: dict[str, Callable[[Asked], Iterator[Figure]]] = {
@@ -194,15 +208,15 @@ PARTS: dict[str, Callable[[Asked], Iterator[Figure]]] = {
 
 
 def _key_figures(
-    terminal: Terminal, where: str, count: int, most_ms: float = MOST_KEY_MS
+    terminal: Terminal, where: str, count: int, asks: Help = OURS, most_ms: float = MOST_KEY_MS
 ) -> Iterator[Figure]:
     """Open the help, a page of text over the screen, at odd moments; how long until it is seen."""
     luck = random.Random(1)
     answers: list[float | None] = []
     for _ in range(count):
-        answers.append(terminal.answer_s("?", "Help: Train"))
+        answers.append(terminal.answer_s(asks.key, asks.shows))
         terminal.watch(0.2)
-        terminal.press("q")
+        terminal.press(asks.closes)
         terminal.watch(0.3 + luck.random() * 0.3)
     times = sorted(1000 * answer for answer in answers if answer is not None)
     yield Figure(where, f"of {count} keys unanswered", count - len(times), 0)

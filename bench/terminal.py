@@ -19,8 +19,9 @@ import psutil
 
 _CAN_YOU_HOLD_FRAMES = b"\x1b[?2026$p"
 _YES = b"\x1b[?2026;2$y"
-_FRAME_BEGINS = b"\x1b[?2026h"
 """Synchronized output, as newer terminals and tmux have it: each repaint comes between two marks."""
+_SILENCE_S = 0.02
+"""What comes after so long without anything is another repaint; not every program marks its own."""
 
 
 class Link:
@@ -63,6 +64,8 @@ class Terminal:
         )
         os.close(side)
         self.painted = bytearray()
+        self.repaints = 0
+        self._read_at = 0.0
         self.seen_at = 0.0
         """When what was read last was seen: at once, or at the end of the link."""
         self.most_behind_s = 0.0
@@ -90,6 +93,8 @@ class Terminal:
         with contextlib.suppress(OSError):
             piece = os.read(self._screen, 1 << 16)
             now = time.perf_counter()
+            self.repaints += now - self._read_at > _SILENCE_S
+            self._read_at = now
             self.seen_at = self._link.arrival(now, len(piece)) if self._link else now
             self.most_behind_s = max(self.most_behind_s, self.seen_at - now)
             self.painted += piece
@@ -126,11 +131,6 @@ class Terminal:
             if self.painted.find(shows.encode(), before) >= 0:
                 return self.seen_at - pressed + away
         return None
-
-    @property
-    def frames(self) -> int:
-        """Repaints so far."""
-        return self.painted.count(_FRAME_BEGINS)
 
     def memory_bytes(self) -> int:
         """Resident memory of the program."""

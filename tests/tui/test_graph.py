@@ -140,6 +140,18 @@ def test_values_that_were_replaced_are_read_anew() -> None:
     assert envelope.between(0, 400) == (1.0, 5.0, False)
 
 
+@given(st.lists(st.lists(st.floats(-9, 9), max_size=200), max_size=6), st.integers(5, 60))
+def test_a_curve_that_grows_is_drawn_as_one_that_was_there_at_once(
+    pieces: list[list[float]], most: int
+) -> None:
+    column = array("d")
+    envelope = Envelope(column)
+    for piece in pieces:
+        column.extend(piece)
+        envelope.grow()
+        assert envelope.trace(range(len(column)), most=most) == trace_of(list(column), most)
+
+
 def test_a_running_mean_begins_at_the_first_value_and_passes_over_what_is_no_number() -> None:
     source = array("d", [4.0, math.nan, 4.0])
     smoother = Smoother(source)

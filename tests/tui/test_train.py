@@ -19,6 +19,7 @@ from qlora_tui.runs.status import State, read_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens import train as train_module
+from qlora_tui.tui.screens import train_follow
 from qlora_tui.tui.screens.train import TrainScreen, show_run
 from qlora_tui.tui.screens.train_checks import Check, check_all
 from qlora_tui.tui.screens.train_follow import Follower
@@ -437,6 +438,26 @@ def test_a_run_of_hundreds_of_thousands_of_steps_is_held_as_a_sample() -> None:
     with EventWriter(run.events_path) as log:
         log.append(_step(60_001))
     assert follower.look().step == 60_001
+
+
+def test_a_run_that_is_watched_for_weeks_is_held_as_a_sample_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train_follow, "_MOST_STEPS", 4000)
+    monkeypatch.setattr(train_follow, "_SKETCH_STEPS", 1000)
+    run = play(Play(steps=10, total=200_000))
+    follower = Follower(run)
+    held = []
+    with EventWriter(run.events_path) as log:
+        for step in range(11, 12_001):
+            log.append(_step(step))
+            if step % 500 == 0:
+                picture = follower.look()
+                assert picture.step == step
+                held.append(len(picture.view.series))
+    assert max(held) <= 4000
+    assert picture.one_in > 1
+    assert len(picture.entries) == len({entry.text for entry in picture.entries})
 
 
 async def test_m_asks_the_trainer_for_half_the_rate_where_the_gradient_explodes(make_app: MakeApp) -> None:

@@ -27,6 +27,8 @@ from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace
 LONG_BYTES = 8 << 20
 """Of events: some 40,000 steps. Of a longer run only a sample of the steps is held."""
 _SKETCH_STEPS = 10_000
+_MOST_STEPS = 40_000
+"""Held of a run that is followed; with more it is sketched anew, so that weeks of it take no more memory."""
 _LEAST_WINDOW, _MOST_WINDOW = 4, 100
 _HISTORY = 240
 """Telemetry samples kept for the charts: four minutes."""
@@ -156,6 +158,8 @@ class Follower:
             self._columns, events = self._open()
         else:
             events = self._columns.view.refresh()
+            if len(self._columns.view.series) > _MOST_STEPS:
+                self._columns, _ = self._sketch()
         fresh = (event for event in events if self._phases.is_new(event))
         self._entries += _entries(fresh, self._columns.view.total_steps)
         self._tell_unknown(self._columns.view)
@@ -171,12 +175,15 @@ class Follower:
 
     def _open(self) -> tuple[_Columns, list[AnyEvent]]:
         path = self.run.events_path
-        self._sketched = path.exists() and path.stat().st_size > LONG_BYTES
-        if self._sketched:
-            view, events = RunView.sketched(self.run, _SKETCH_STEPS)
-        else:
-            view = RunView(self.run)
-            events = view.refresh()
+        if path.exists() and path.stat().st_size > LONG_BYTES:
+            return self._sketch()
+        view = RunView(self.run)
+        events = view.refresh()
+        return _Columns(view), events
+
+    def _sketch(self) -> tuple[_Columns, list[AnyEvent]]:
+        self._sketched = True
+        view, events = RunView.sketched(self.run, _SKETCH_STEPS)
         return _Columns(view), events
 
     def _picture(self, columns: _Columns) -> Picture:

@@ -49,12 +49,14 @@ class Envelope:
         self._lows = array("d")
         self._highs = array("d")
         self._broken = bytearray()
+        self._known: dict[tuple[int, int], tuple[float, float, bool]] = {}
+        """What was found for the stretches of the last trace: all but its end stay as they are."""
 
     def grow(self) -> None:
         """Take in what was appended to the column, or cut off it."""
         blocks = len(self._column) // _BLOCK
         if blocks < len(self._lows):
-            del self._lows[blocks:], self._highs[blocks:], self._broken[blocks:]
+            self.forget_from(blocks * _BLOCK)
         for block in range(len(self._lows), blocks):
             low, high, broken = extremes(self._column[block * _BLOCK : (block + 1) * _BLOCK])
             self._lows.append(low)
@@ -65,6 +67,7 @@ class Envelope:
         """Values from ``index`` on have been replaced."""
         keep = max(0, index) // _BLOCK
         del self._lows[keep:], self._highs[keep:], self._broken[keep:]
+        self._known = {}
 
     def between(self, start: int, end: int) -> tuple[float, float, bool]:
         """Lowest, highest and whether broken, of ``column[start:end]``."""
@@ -94,7 +97,9 @@ class Envelope:
         length = 1 << max(0, math.ceil(math.log2((end - start) / most)))
         edges = [start, *range((start // length + 1) * length, end, length), end]
         spans = list(pairwise(edges))
-        lows, highs, broken = zip(*(self.between(a, b) for a, b in spans), strict=True)
+        known = self._known
+        self._known = {span: known.get(span) or self.between(*span) for span in spans}
+        lows, highs, broken = zip(*self._known.values(), strict=True)
         return Trace(tuple(float(xs[(a + b - 1) // 2]) for a, b in spans), lows, highs, broken)
 
 

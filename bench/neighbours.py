@@ -1,0 +1,50 @@
+"""Programs of the same kind, to be measured as ours is: ``btop``, and ``nvitop`` with a card real or played.
+
+Each looks once a second, as ours does, and has a help that a key opens.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Help:
+    """The key that opens it, words of it, and the key that closes it."""
+
+    key: str
+    shows: str
+    closes: str
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """How one is started."""
+
+    name: str
+    command: tuple[str, ...]
+    help: Help
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def installed() -> list[Neighbour]:
+    """Those that are here."""
+    found = []
+    if shutil.which("btop"):
+        command = ("btop", "--utf-force", "--update", "1000")
+        found.append(Neighbour("btop", command, Help("h", "Mouse 1", "\x1b")))
+    if shutil.which("nvitop"):
+        command = ("nvitop", "--interval", "1")
+        found.append(Neighbour("nvitop", command, Help("h", "show this help screen", "\x1b"), _card()))
+    return found
+
+
+def _card() -> dict[str, str]:
+    """``nvitop`` needs a card, played where there is none."""
+    if Path("/dev/nvidiactl").exists():
+        return {}
+    from tests.gpu.stub import stub_env
+
+    return stub_env("card")
