@@ -80,13 +80,27 @@ def by_generate(recipe: Recipe, adapter: str) -> Callable[[int], None]:
     """As a script would: peft's model and ``generate``."""
     import torch
     from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from qlora_tui.data.render import prompt_ids
     from qlora_tui.data.tokenizer import ChatTokenizer
 
     folder = model_folder(recipe)
     device = find_device(recipe)
-    model: Any = PeftModel.from_pretrained(load_base(folder, recipe, device, "segments"), adapter)
+    quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=device.dtype,
+    )
+    # Not by our own loading, which keeps CPUs from the layout of 4-bit weights that answers fastest.
+    base = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=device.dtype,
+        device_map={"": device.torch_device},
+        quantization_config=quantization,
+    )
+    model: Any = PeftModel.from_pretrained(base, adapter)
     model.eval()
     prompt = prompt_ids([Message("user", QUESTION)], ChatTokenizer.from_folder(folder))
     ids = torch.tensor([prompt], device=device.torch_device)

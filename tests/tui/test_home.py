@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from textual.drivers.headless_driver import HeadlessDriver
 from textual.pilot import Pilot
 
 from qlora_tui import paths
+from qlora_tui.demo import model as demo_model
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import queue
 from qlora_tui.runs.detached import ensure_runner
@@ -52,6 +55,33 @@ async def test_a_first_time_user_is_led_to_the_demo_or_the_hub(make_app: MakeApp
         await shows(pilot, "98 MB", "Nothing is trained before you say so")
         await pilot.press("n")
         assert isinstance(app.screen, HomeScreen)
+
+
+async def test_enter_fetches_the_demo_once_and_takes_nobody_from_another_screen(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    began, go_on = [], threading.Event()
+
+    def fetch(tell: Callable[[str], None]) -> Path:
+        began.append(1)
+        tell("Fetching")
+        go_on.wait(30)
+        return tmp_path / "model"
+
+    monkeypatch.setattr(demo_model, "ensure_model", fetch)
+    app = make_app()
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await shows(pilot, DEMO.text)
+        await pilot.press("enter", "enter")
+        await shows(pilot, "Demo    Fetching…")
+        await pilot.press("enter", "d")
+        assert isinstance(app.screen, HomeScreen)
+        await pilot.press("1")
+        go_on.set()
+        await shows(pilot, "The demo's model is here")
+        assert app.current_mode == "models"
+        assert app.workbench.recipe.model.id == str(tmp_path / "model")
+    assert began == [1]
 
 
 async def test_a_run_that_ends_is_told_to_someone_who_looks_elsewhere(

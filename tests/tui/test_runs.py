@@ -65,6 +65,17 @@ def test_a_summary_is_read_again_only_when_a_file_changed(three_runs: list[RunDi
     assert summaries.of(three_runs[0]).status.state == "stopped"
 
 
+async def test_a_name_that_was_made_up_loses_its_time_before_its_words(make_app: MakeApp) -> None:
+    for name in ("smollm2-135m-tickets-20261124-1609", "smollm2-135m-tickets-20261124-1609-2"):
+        play(Play(name=name, state="finished", steps=5, total=5))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await opened(app)
+        shown = await shows(pilot, "smollm2-135m-tickets ", "smollm2-135m-tickets-2 ")
+        # In full below, for the one under the cursor.
+        assert "smollm2-135m-tickets-20261124-1609" in shown
+
+
 def test_hundreds_of_runs_are_listed_at_once_and_read_in_pieces() -> None:
     for number in range(300):
         play(Play(name=f"run-{number:03}", state="finished", steps=5, total=5, began=BEGAN + number))

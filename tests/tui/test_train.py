@@ -423,6 +423,20 @@ def test_a_progress_bar_in_the_output_is_shown_in_its_last_state() -> None:
     assert as_seen("\x1b[31mred\x1b[0m \x1b]0;title\x07text\x00") == "red text"
 
 
+async def test_the_log_is_at_its_end_for_who_comes_back_to_it(make_app: MakeApp) -> None:
+    run = play(Play(steps=2))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await shows(pilot, "step 2/3,000")
+        await pilot.press("0")
+        with EventWriter(run.events_path) as log:
+            for step in range(3, 30):
+                log.append(Evaluated(at=BEGAN + 191, step=step, loss=9 - 0.1 * step, best=True))
+        await pilot.press("5")
+        await shows(pilot, "step 29: validation loss 6.1")
+
+
 def test_a_run_of_hundreds_of_thousands_of_steps_is_held_as_a_sample() -> None:
     run = play(Play(steps=10, total=200_000))
     with EventWriter(run.events_path) as log:

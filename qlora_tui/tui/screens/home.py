@@ -108,7 +108,7 @@ class HomeScreen(WorkScreen):
 
     async def action_next(self) -> None:
         """Do the next step."""
-        if self._step is not None:
+        if self._step is not None and not self._busy:
             await self.run_action(self._step.action)
 
     async def action_watch(self) -> None:
@@ -138,8 +138,11 @@ class HomeScreen(WorkScreen):
 
         def take(yes: bool | None) -> None:
             if yes:
-                self.run_worker(self._prepare_demo(), exclusive=True, group="demo")
+                self._busy = True
+                self.run_worker(self._prepare_demo(), group="demo")
 
+        if self._busy:
+            return
         if is_ready():
             take(True)
             return
@@ -148,7 +151,8 @@ class HomeScreen(WorkScreen):
             "converted. The recipe is then set to it and to the 120 conversations that ship with the app; "
             "u takes that back. Nothing is trained before you say so."
         )
-        self.app.push_screen(QuestionScreen("Fetch the demo's model?", text, "Fetch it"), take)
+        question = QuestionScreen("Fetch the demo's model?", text, "Fetch it", harmless=True)
+        self.app.push_screen(question, take)
 
     async def _prepare_demo(self) -> None:
         from qlora_tui.demo.loop import demo_recipe
@@ -157,7 +161,6 @@ class HomeScreen(WorkScreen):
         def tell(text: str) -> None:
             self.app.call_from_thread(self.query_one("#next", Static).update, f"Demo    {text}…")
 
-        self._busy = True
         try:
             folder = await asyncio.to_thread(ensure_model, tell)
         except Problem as problem:
@@ -170,7 +173,10 @@ class HomeScreen(WorkScreen):
         if bench.replace(demo_recipe(folder)):
             bench.forget_architecture()
             self.workstation.recipe_edited()
-        await self.action_prepare()
+        if self.is_current:
+            await self.action_prepare()
+        else:
+            self.notify("The demo's model is here, and the recipe is set to it. 5 checks and launches it.")
 
     def _start_reading(self) -> None:
         if not self._reading:

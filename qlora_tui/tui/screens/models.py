@@ -85,8 +85,8 @@ class ModelsScreen(WorkScreen):
         self.query_one(ViList).focus()
         self.action_rescan()
 
-    def on_resize(self) -> None:
-        self.call_after_refresh(self._show_list)
+    def on_vi_list_resized(self) -> None:
+        self._show_list()
 
     def show_recipe(self, recipe: Recipe) -> None:
         self._show_list()

@@ -1,4 +1,4 @@
-"""A question before something is lost: answered with y or n."""
+"""A question before something is done: answered with y or n."""
 
 from __future__ import annotations
 
@@ -12,23 +12,33 @@ from textual.widgets import Static
 
 
 class QuestionScreen(ModalScreen[bool]):
-    """Gives True for yes. Escape is no."""
+    """Gives True for yes. Escape is no; enter is yes where nothing is lost by it."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "dismiss(True)", "Yes"),
+        Binding("enter", "agree", "Yes"),
         Binding("n,escape", "dismiss(False)", "No"),
     ]
 
-    def __init__(self, title: str, text: str, yes: str = "Yes", no: str = "No") -> None:
+    def __init__(
+        self, title: str, text: str, yes: str = "Yes", no: str = "No", *, harmless: bool = False
+    ) -> None:
         super().__init__()
         self._title = title
         self._text = text
         self._yes = yes
         self._no = no
+        self._harmless = harmless
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="card") as card:
             card.border_title = self._title
             yield Static(self._text, markup=False)
-            yield Static(f"y  {self._yes}      n  {self._no}", markup=False, classes="fix")
+            yes = f"{'⏎ or ' if self._harmless else ''}y  {self._yes}"
+            yield Static(f"{yes}      n  {self._no}", markup=False, classes="fix")
+
+    def action_agree(self) -> None:
+        """Yes, by the key that is pressed without a thought."""
+        if self._harmless:
+            self.dismiss(True)

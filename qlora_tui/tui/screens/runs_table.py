@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ _COLUMNS = (
     ),
 )
 _WIDEST_NAME = 44
+_TIME_OF_NAME = re.compile(r"-\d{8}-\d{4}(?=(-\d+)?$)")
+"""Of a name that was made up: the column ``when`` has it too."""
 _HEAD = 14
 """Cells of the mark and the state before the columns."""
 
@@ -214,5 +217,7 @@ class RunTable(ScrollView, can_focus=True):
 
 
 def _cut(text: str, width: int, *, right: bool) -> str:
-    text = shortened(text.replace("\n", " "), width)
+    text = text.replace("\n", " ")
+    if len(text) > width:
+        text = shortened(_TIME_OF_NAME.sub("", text), width)
     return f"{text:>{width}}" if right else f"{text:<{width}}"

@@ -230,7 +230,7 @@ class TrainScreen(WorkScreen):
             if yes:
                 self.app.exit(message=text)
 
-        self.app.push_screen(QuestionScreen("Leave the app?", text, "Leave"), take)
+        self.app.push_screen(QuestionScreen("Leave the app?", text, "Leave", harmless=True), take)
 
     def action_next_tab(self, places: int) -> None:
         """The next of the texts under the graph."""

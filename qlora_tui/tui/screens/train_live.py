@@ -98,6 +98,7 @@ class LivePane(Vertical):
         self._level, self._search = 0, ""
         log = self.query_one(LogTail)
         log.filter(search="", only=_LEVELS[0][1])
+        log.anchor()
         log.focus()
 
     def _show_ending(self, picture: Picture) -> None:

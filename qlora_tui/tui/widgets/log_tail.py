@@ -57,8 +57,6 @@ class LogTail(ScrollView, can_focus=True):
         self._entries: Sequence[Entry] = ()
         self._taken = 0
         """Entries that are in ``_lines`` already."""
-        self._goes_to_end = False
-        """It will be scrolled to its end once the layout is known."""
         self._lines: list[Content] = []
         self._wrapped_at = 0
         self._search = ""
@@ -84,6 +82,14 @@ class LogTail(ScrollView, can_focus=True):
         self._search = self._search if search is None else search.casefold()
         self._only = self._only if only is None else only
         self._rebuild()
+
+    def on_mount(self) -> None:
+        self.anchor()
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        super().watch_scroll_y(old_value, new_value)
+        # Textual's list without children lets go of its end and never takes hold of it again.
+        self._check_anchor()
 
     def on_resize(self) -> None:
         if self._wrapped_at != self.scrollable_content_region.width:
@@ -120,21 +126,9 @@ class LogTail(ScrollView, can_focus=True):
         for entry in fresh:
             if entry.level in self._only and self._search in entry.text.casefold():
                 self._lines += self._wrapped(entry)
-        follows = self._follows
+        # Anchored, it is scrolled to its end by the layout, which alone knows how much is in view.
         self.virtual_size = Size(max(1, self._wrapped_at), len(self._lines))
-        if follows:
-            # The range of the scroll bar is only known after the layout; lines that come before follow too.
-            self._goes_to_end = True
-            self.call_after_refresh(self._go_to_end)
         self.refresh()
-
-    def _go_to_end(self) -> None:
-        self._goes_to_end = False
-        self.scroll_end(animate=False)
-
-    @property
-    def _follows(self) -> bool:
-        return self._goes_to_end or self.scroll_y >= self.max_scroll_y - 1
 
     def _wrapped(self, entry: Entry) -> list[Content]:
         sign, style = SIGNS[entry.level]

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from textual.binding import Binding, BindingType
 from textual.content import Content
+from textual.message import Message
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
@@ -36,6 +37,12 @@ class ViList(OptionList):
         Binding("ctrl+d", "page_down", show=False),
         Binding("ctrl+u", "page_up", show=False),
     ]
+
+    class Resized(Message):
+        """It has another width: lines that were laid out for it are to be shown anew."""
+
+    def on_resize(self) -> None:
+        self.post_message(self.Resized())
 
     @property
     def current(self) -> str | None:
