@@ -3,7 +3,8 @@
     python bench/chat.py MODEL [--adapter FOLDER] [--tokens 32] [--rounds 5]
 
 Both hold the same NF4 base; without --adapter a random LoRA of rank 16 on all linear modules is made. Rounds
-alternate, so that a busy machine slows both. Prints one JSON object.
+alternate, so that a busy machine slows both; ``cpu_times`` compares processor time, which other work on the
+machine disturbs less (with OMP_NUM_THREADS=1, or threads that wait count too). Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -41,22 +42,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         adapter = args.adapter or random_adapter(recipe, Path(scratch))
         ways = {"generate": by_generate(recipe, adapter), "chat": by_chat(recipe, adapter)}
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
         for _ in range(args.rounds):
             for way, answer in ways.items():
                 # The difference of a long and a one-token answer: without reading the prompt.
                 one, many = timed(answer, 1), timed(answer, args.tokens + 1)
-                seconds[way].append((many - one) / args.tokens)
-    rates = {way: 1 / statistics.median(each) for way, each in seconds.items()}
-    best = {way: 1 / min(each) for way, each in seconds.items()}
-    print(json.dumps({"tokens_per_s": rates, "best": best, "times": rates["chat"] / rates["generate"]}))
+                wall, cpu = ((b - a) / args.tokens for a, b in zip(one, many, strict=True))
+                seconds[way].append((wall, cpu))
+    rates = {way: 1 / statistics.median(wall for wall, _ in each) for way, each in seconds.items()}
+    cpu_rates = {way: 1 / statistics.median(cpu for _, cpu in each) for way, each in seconds.items()}
+    best = {way: 1 / min(wall for wall, _ in each) for way, each in seconds.items()}
+    print(
+        json.dumps(
+            {
+                "tokens_per_s": rates,
+                "best": best,
+                "times": rates["chat"] / rates["generate"],
+                "cpu_times": cpu_rates["chat"] / cpu_rates["generate"],
+            }
+        )
+    )
 
 
-def timed(answer: Callable[[int], None], tokens: int) -> float:
-    """Seconds that ``answer`` takes for so many tokens."""
-    began = time.perf_counter()
+def timed(answer: Callable[[int], None], tokens: int) -> tuple[float, float]:
+    """Seconds that ``answer`` takes for so many tokens, and seconds of processors."""
+    began, cpu_began = time.perf_counter(), time.process_time()
     answer(tokens)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu_began
 
 
 def random_adapter(recipe: Recipe, folder: Path) -> str:
