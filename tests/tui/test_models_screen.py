@@ -92,7 +92,9 @@ async def test_a_model_is_chosen_and_told_apart_from_the_others() -> None:
 
 
 async def test_names_have_all_the_room_there_is_after_the_window_changed() -> None:
-    make_cached(hub_cache_dir(), "a-maker/of-very-long-names-for-its-models-7B", config_of("Qwen__Qwen2.5-7B"))
+    make_cached(
+        hub_cache_dir(), "a-maker/of-very-long-names-for-its-models-7B", config_of("Qwen__Qwen2.5-7B")
+    )
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "On this machine (1)", "a-maker/of-very-long-names")
