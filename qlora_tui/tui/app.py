@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 from functools import cached_property, partial
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual._compositor import ChopsUpdate, CompositorUpdate
@@ -27,6 +26,7 @@ from qlora_tui.tui.painted import Difference, Painted, forget_what_is_gone
 from qlora_tui.tui.palette import CommandProvider
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.by_mode import SCREENS, make_screen
 from qlora_tui.tui.screens.small import SmallScreen, is_too_small
 from qlora_tui.tui.stylesheet import ReadOnce
 
@@ -44,30 +44,13 @@ _SHOWN_OF_COPY = 160
 _RESIZES_AT_START = 2
 """Told by the app itself and by its driver, before anything can have happened to the terminal."""
 
-_SCREENS = {
-    "home": "HomeScreen",
-    "models": "ModelsScreen",
-    "data": "DataScreen",
-    "memory": "MemoryScreen",
-    "lora": "LoraScreen",
-    "train": "TrainScreen",
-    "runs": "RunsScreen",
-    "chat": "ChatScreen",
-}
-"""Class of each mode, in the module ``qlora_tui.tui.screens.<mode>``, imported when it is first shown."""
-
-
-def _screen(mode: str) -> Screen[Any]:
-    screen: Screen[Any] = getattr(import_module(f"qlora_tui.tui.screens.{mode}"), _SCREENS[mode])()
-    return screen
-
 
 class QloraApp(App[None]):
     """The terminal workstation."""
 
     TITLE = "qlora-tui"
     CSS_PATH = "app.tcss"
-    MODES: ClassVar[dict[str, Any]] = {mode: partial(_screen, mode) for mode in _SCREENS}
+    MODES: ClassVar[dict[str, Any]] = {mode: partial(make_screen, mode) for mode in SCREENS}
     DEFAULT_MODE = "home"
     COMMANDS: ClassVar[set[Any]] = {CommandProvider}
     BINDINGS: ClassVar[list[BindingType]] = [command.binding() for command in EVERYWHERE]

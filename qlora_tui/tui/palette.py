@@ -1,14 +1,23 @@
-"""The command palette: every command of the screen in front and of the app."""
+"""The command palette: every command of the screen in front, of the app, and of the other screens.
+
+What another screen can do is for what is under the cursor there: the palette leads to it and leaves the key
+to the user.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import cast
 
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
-from qlora_tui.tui.commands import EVERYWHERE, Command
+from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION, Command
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.by_mode import screen_class
+
+_FURTHER = 0.8
+"""Of the score of what is here: what is elsewhere comes after it."""
 
 
 class CommandProvider(Provider):
@@ -25,6 +34,11 @@ class CommandProvider(Provider):
             score = max(matcher.match(title), matcher.match(command.help))
             if score > 0:
                 yield Hit(score, matcher.highlight(title), partial(self._run, command), help=command.help)
+        for screen, command in await asyncio.to_thread(_elsewhere, self.screen):
+            title = _title(command, f" on {screen.label}")
+            score = _FURTHER * max(matcher.match(title), matcher.match(command.help))
+            if score > 0:
+                yield Hit(score, matcher.highlight(title), partial(self._run, screen), help=command.help)
 
     def _commands(self) -> tuple[Command, ...]:
         here = self.screen.ACTIONS if isinstance(self.screen, WorkScreen) else ()
@@ -34,5 +48,11 @@ class CommandProvider(Provider):
         await self.app.run_action(command.action, default_namespace=cast("WorkScreen", self.screen))
 
 
-def _title(command: Command) -> str:
-    return f"{command.label} ({command.key.split(',')[0]})"
+def _elsewhere(here: object) -> list[tuple[Command, Command]]:
+    """The commands of the other screens, each after the one that goes there. Some have yet to be imported."""
+    screens = [(go, screen_class(go.id.removeprefix("go."))) for go in NAVIGATION]
+    return [(go, command) for go, kind in screens if not isinstance(here, kind) for command in kind.ACTIONS]
+
+
+def _title(command: Command, where: str = "") -> str:
+    return f"{command.label} ({command.key.split(',')[0]}{where})"

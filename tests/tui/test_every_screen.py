@@ -95,3 +95,14 @@ async def test_what_has_been_closed_is_forgotten(private_home: Path) -> None:
         await open_and_close()
         before = await open_and_close()
         assert await open_and_close() < before + 1000
+
+
+async def test_the_palette_knows_what_other_screens_can_do_and_leads_there(
+    make_app: Callable[[], QloraApp],
+) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("ctrl+p", *"rerun")
+        await shows(pilot, "Rerun (R on Runs)")
+        await pilot.press("enter")
+        await until(pilot, lambda: app.current_mode == "runs")

@@ -117,13 +117,16 @@ async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
     assert loss in shown and "60/3,000" in shown
 
 
-async def test_runs_whose_names_begin_alike_can_be_told_apart_in_a_narrow_window(make_app: MakeApp) -> None:
-    for number in ("20261123-0101", "20261123-0405"):
-        play(Play(name=f"smollm2-135m-instruct-tickets-{number}", state="finished", steps=5, total=5))
+async def test_runs_of_one_name_are_told_apart_by_when_they_were_made(make_app: MakeApp) -> None:
+    for minutes in (0, 184):
+        name = f"smollm2-135m-tickets-{time.strftime('%Y%m%d-%H%M', time.localtime(BEGAN + 60 * minutes))}"
+        play(Play(name=name, state="finished", steps=5, total=5, began=BEGAN + 60 * minutes))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
-        await shows(pilot, "smollm2", "20261123-0101", "20261123-0405")
+        shown = await shows(pilot, "smollm2-135m-tickets ")
+        lines = [line for line in shown.splitlines() if "smollm2-135m-tickets " in line]
+        assert len(lines) == len(set(lines)) == 2
 
 
 async def test_exact_answers_have_a_column_where_a_run_has_some(
