@@ -46,17 +46,26 @@ def hub_files(name: str) -> tuple[list[Path], str]:
 
     Raises ``Problem`` where there is no such dataset, or no way to it.
     """
-    note = private_dir(cache_dir() / "datasets") / f"{name.replace('/', '--').replace(':', '@')}.json"
-    found = _noted(note)
+    found = _noted(name)
     if found is None:
         found = _fetched(name)
-        atomic_write(note, msgspec.json.encode(found))
+        atomic_write(_note(name), msgspec.json.encode(found))
     return [Path(file) for file in found.files], f"hub dataset {name}, split {found.split}"
 
 
-def _noted(note: Path) -> HubFiles | None:
+def files_here(name: str) -> list[Path] | None:
+    """The same files where they were downloaded before; None where they were not. Asks nothing of the hub."""
+    found = _noted(name)
+    return None if found is None else [Path(file) for file in found.files]
+
+
+def _note(name: str) -> Path:
+    return private_dir(cache_dir() / "datasets") / f"{name.replace('/', '--').replace(':', '@')}.json"
+
+
+def _noted(name: str) -> HubFiles | None:
     try:
-        found = msgspec.json.decode(note.read_bytes(), type=HubFiles)
+        found = msgspec.json.decode(_note(name).read_bytes(), type=HubFiles)
     except (OSError, msgspec.MsgspecError):
         return None
     return found if found.files and all(Path(file).is_file() for file in found.files) else None

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from qlora_tui import paths
 from qlora_tui.data.inspect import inspect
+from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -435,6 +437,23 @@ async def test_the_log_is_at_its_end_for_who_comes_back_to_it(make_app: MakeApp)
                 log.append(Evaluated(at=BEGAN + 191, step=step, loss=9 - 0.1 * step, best=True))
         await pilot.press("5")
         await shows(pilot, "step 29: validation loss 6.1")
+
+
+def test_a_dataset_of_the_hub_is_no_missing_file(tmp_path: Path) -> None:
+    recipe = Recipe(data=Data(sources=(Source(path="owner/set"),)))
+
+    def data_check() -> Check:
+        return {check.name: check for check in check_all(recipe, QloraApp().room, Pulse())}["data"]
+
+    check = data_check()
+    assert (check.outcome, "fetches from the hub" in check.text) == ("ok", True)
+    assert "checks them when it starts" in check.text
+
+    fetched = tmp_path / "set-train.arrow"
+    fetched.write_bytes(b"x" * 2048)
+    note = private_dir(paths.cache_dir() / "datasets") / "owner--set.json"
+    note.write_text(json.dumps({"files": [str(fetched)], "split": "train"}))
+    assert data_check().text.startswith("owner/set, 2 KiB, arrow.")
 
 
 def test_a_run_of_hundreds_of_thousands_of_steps_is_held_as_a_sample() -> None:

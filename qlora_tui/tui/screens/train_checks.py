@@ -18,10 +18,11 @@ from qlora_tui import paths
 from qlora_tui.catalog.context import beyond_context
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.catalog.local import resolve
+from qlora_tui.data.hub import files_here
 from qlora_tui.data.known_errors import Tokens, refuse_known_errors, tokens_of
 from qlora_tui.data.look_over import look_over
 from qlora_tui.data.read import files_of, kind_of
-from qlora_tui.data.sources import SourceFile, every_source, sniff
+from qlora_tui.data.sources import SourceFile, every_source, is_of_the_hub, sniff
 from qlora_tui.errors import Problem
 from qlora_tui.format import count, gib, short_path, size
 from qlora_tui.gpu.no_gpu import NoGpu
@@ -34,8 +35,8 @@ from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.tui.pulse import Pulse
 
 Outcome = Literal["ok", "warning", "error"]
-_TOO_HEAVY = "parquet"
-"""A kind of file whose reader this process does not load; the Data screen's engine looks into it."""
+_TOO_HEAVY = ("parquet", "arrow")
+"""Kinds of file whose reader this process does not load; the Data screen's engine looks into them."""
 _ROOM_TO_SPARE = 1 << 30
 _NOTABLE_BYTES = 512 << 20
 """Memory of the card held by others that is worth a word."""
@@ -84,7 +85,7 @@ def _data(recipe: Recipe) -> Check:
         return Check("data", "error", "None is chosen.", "Press 2 and choose a file.")
     try:
         found = [_source(source) for source in recipe.data.sources]
-        refuse_known_errors(_files(recipe.data), _tokens(recipe))
+        refuse_known_errors(_all_files(recipe.data), _tokens(recipe))
         rows = _rows(_stamped(recipe.data))
     except Problem as problem:
         return Check("data", "error", problem.what, problem.fix)
@@ -92,7 +93,8 @@ def _data(recipe: Recipe) -> Check:
         return Check("data", "error", f"{error.filename}: {error.strerror}.", "Check the file's permissions.")
     if isinstance(rows, Problem):
         return Check("data", "error", rows.what, rows.fix)
-    more = "" if rows else " Not all rows were read yet: the run checks them when it starts."
+    all_read = rows and all(_files(source) is not None for source in every_source(recipe.data))
+    more = "" if all_read else " Not all rows were read yet: the run checks them when it starts."
     return Check("data", "ok", f"{'; '.join(found)}.{more}")
 
 
@@ -100,12 +102,9 @@ _Stamped = tuple[Path, bytes, int, int]
 """A file, its source as JSON, and what changes with the file: its time in nanoseconds and size in bytes."""
 
 
-def _files(data: Data) -> list[tuple[Source, Path]]:
-    return [
-        (source, path)
-        for source in every_source(data)
-        for path in files_of(Path(source.path).expanduser())[0]
-    ]
+def _all_files(data: Data) -> list[tuple[Source, Path]]:
+    """Those that are here, each with its source."""
+    return [(source, path) for source in every_source(data) for path in _files(source) or ()]
 
 
 def _tokens(recipe: Recipe) -> Tokens | None:
@@ -121,7 +120,7 @@ def _tokens(recipe: Recipe) -> Tokens | None:
 
 def _stamped(data: Data) -> tuple[_Stamped, ...]:
     stamped = []
-    for source, path in _files(data):
+    for source, path in _all_files(data):
         stat = path.stat()
         stamped.append((path, msgspec.json.encode(source), stat.st_mtime_ns, stat.st_size))
     return tuple(stamped)
@@ -130,7 +129,7 @@ def _stamped(data: Data) -> tuple[_Stamped, ...]:
 @lru_cache(maxsize=4)
 def _rows(stamped: tuple[_Stamped, ...]) -> bool | Problem:
     """Whether every row was read, or what blocks a run; kept, since the checks are made again and again."""
-    light = [(path, source) for path, source, *_ in stamped if kind_of(path) != _TOO_HEAVY]
+    light = [(path, source) for path, source, *_ in stamped if kind_of(path) not in _TOO_HEAVY]
     files = (
         SourceFile(path, 0, sniff(path, msgspec.json.decode(source, type=Source))) for path, source in light
     )
@@ -140,12 +139,22 @@ def _rows(stamped: tuple[_Stamped, ...]) -> bool | Problem:
         return problem
 
 
+def _files(source: Source) -> list[Path] | None:
+    """None for a dataset of the hub that has yet to be fetched: a look does not wait for that."""
+    if is_of_the_hub(source.path):
+        return files_here(source.path)
+    return files_of(Path(source.path).expanduser())[0]
+
+
 def _source(source: Source) -> str:
-    files, _ = files_of(Path(source.path).expanduser())
+    files = _files(source)
+    if files is None:
+        return f"{source.path}, which the run fetches from the hub"
     kind = kind_of(files[0])
-    layout = kind if kind == _TOO_HEAVY else sniff(files[0], source).layout.format
+    layout = kind if kind in _TOO_HEAVY else sniff(files[0], source).layout.format
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return f"{files[0].name}{more}, {size(sum(f.stat().st_size for f in files))}, {layout}"
+    name = source.path if is_of_the_hub(source.path) else files[0].name
+    return f"{name}{more}, {size(sum(f.stat().st_size for f in files))}, {layout}"
 
 
 def _settings(recipe: Recipe) -> list[Check]:
