@@ -81,5 +81,6 @@ def test_shared_experts_are_adapted_and_routed_ones_are_not(targets: tuple[str, 
     voices.need("adapter")
     voices.speak_as("adapter")
     with torch.no_grad():
-        torch.testing.assert_close(base(ids).logits, model.eval()(ids).logits)
+        # The chat adds in another order, and with such factors the layers after it make more of that.
+        torch.testing.assert_close(base(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-4)
         assert not torch.allclose(base(ids).logits, before)
