@@ -37,9 +37,10 @@ class LeanForward:
     def learn(self, voice: str, layer: Any) -> None:
         """Take the factors of an adapter over from peft."""
         down, up = layer.lora_A[voice].weight.detach(), layer.lora_B[voice].weight.detach()
+        down, up = down.T, up.T * layer.scaling[voice]
         if down.device.type == "cpu":
-            down, up = down.float(), up.float()
-        self._factors[voice] = (down.T.contiguous(), (up * layer.scaling[voice]).T.contiguous())
+            down, up = down.float().contiguous(), up.float().contiguous()
+        self._factors[voice] = (down, up)
 
     def __call__(self, x: Tensor) -> Tensor:
         output = product(self._base, x)

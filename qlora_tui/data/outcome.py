@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from msgspec import Struct
 
@@ -27,7 +28,7 @@ from qlora_tui.recipe.schema import Data
 _FIRST_BATCH_ROWS = 32
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 20
-"""Of lines: what is in memory at a time stays small where rows are long."""
+"""Of text: what is in memory at a time stays small where rows are long."""
 
 
 class Batch(Struct, frozen=True):
@@ -44,12 +45,21 @@ def batches(file: SourceFile, rows: Iterable[Row | Line], sketched: Callable[[],
     most, held, size = _FIRST_BATCH_ROWS, list[Row | Line](), 0
     for row in rows:
         held.append(row)
-        size += len(row.text) if isinstance(row, Line) else 0
+        size += len(row.text) if isinstance(row, Line) else _text_in(row.value)
         if len(held) >= most or size >= _BATCH_BYTES:
             yield Batch(file, held, sketched())
             most, held, size = min(2 * most, _BATCH_ROWS), [], 0
     if held:
         yield Batch(file, held, sketched())
+
+
+def _text_in(value: Any) -> int:
+    """Characters in all strings of a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_text_in, value.values()))
+    return sum(map(_text_in, value)) if isinstance(value, list) else 0
 
 
 class Outcome(Struct, frozen=True, array_like=True):

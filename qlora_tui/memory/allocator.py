@@ -80,7 +80,7 @@ class CachingAllocator:
 
     @property
     def reserved_bytes(self) -> int:
-        """Of all segments."""
+        """Of all segments that it has not given back."""
         return self._taken_bytes + -(-self._most_small_bytes // SMALL_SEGMENT) * SMALL_SEGMENT
 
     def count(self, most: int, left: int = 0) -> None:
@@ -132,7 +132,10 @@ class CachingAllocator:
         insort(self._free, (block.size, block))
 
     def empty(self) -> None:
-        """``torch.cuda.empty_cache``: give back the segments that are wholly free. One that grows is kept."""
+        """``torch.cuda.empty_cache``: give back the segments that are wholly free.
+
+        Of one that grows, whole steps that are free would go too; nothing that lets it grow calls this.
+        """
         for size, block in [] if self._expandable else list(self._free):
             if block.before is None and block.after is None:
                 self._withdraw(block)

@@ -40,7 +40,8 @@ class Pool:
     allocated_bytes: int
     """``max_memory_allocated``: tensors, and what was not cut off their blocks."""
     reserved_bytes: int
-    """``max_memory_reserved``."""
+    """``max_memory_reserved`` of the steps. That a full card's allocator first gives back what is free is not
+    replayed."""
 
 
 def replay(recipe: Recipe, architecture: Architecture, layout: Layout, path: CodePath, walked: Walk) -> Pool:

@@ -117,6 +117,34 @@ def test_what_a_dead_child_had_is_done_here(tmp_path: Path) -> None:
     assert found == expected
 
 
+@pytest.mark.usefixtures("by_two")
+def test_a_dead_child_is_given_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path)
+    asked = []
+    ask = workers._ask
+
+    def noted(child: Any, what: bytes) -> bytes:
+        asked.append(child)
+        return ask(child, what)
+
+    made = Workers(Outcomes(Data(), family("chatml")), 2)
+    try:
+        wait_for(lambda: made._alive == 2)
+        monkeypatch.setattr(workers, "_ask", noted)
+        made.children[0].kill()
+        list(made.work(in_batches(path)))
+    finally:
+        made.close()
+    assert asked.count(made.children[0]) <= 1
+    assert made.children[1] in asked
+
+
+def test_long_rows_are_few_in_a_batch_whatever_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"messages": [{"role": "user", "content": "x" * 300_000}]}] * 12))
+    assert max(len(batch.rows) for batch in in_batches(path)) == 4
+
+
 def test_children_that_never_start_are_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,8 @@ class Follower:
         self._columns: _Columns | None = None
         self._sketched = False
         self._entries: list[Entry] = []
+        self._told = 0
+        """Events but steps that were read so far."""
         self._unknown_told = 0
         self._phases = PhasesTold()
         self._recipe = _recipe(run)
@@ -154,12 +156,8 @@ class Follower:
         self._recent.extend(self._telemetry.poll())
         self._energy.read()
         self._output.read()
-        if self._columns is None:
-            self._columns, events = self._open()
-        else:
-            events = self._columns.view.refresh()
-            if len(self._columns.view.series) > _MOST_STEPS:
-                self._columns, _ = self._sketch()
+        self._columns, events = self._read()
+        self._told += len(events)
         fresh = (event for event in events if self._phases.is_new(event))
         self._entries += _entries(fresh, self._columns.view.total_steps)
         self._tell_unknown(self._columns.view)
@@ -167,6 +165,18 @@ class Follower:
         if len(self._entries) > 2 * _MOST_ENTRIES:
             self._entries = self._entries[-_MOST_ENTRIES:]
         return self._picture(self._columns)
+
+    def _read(self) -> tuple[_Columns, list[AnyEvent]]:
+        """The run as far as it is written, and the events but steps that no look has told yet."""
+        if self._columns is None:
+            columns, events = self._open()
+        elif len(self._columns.view.series) > _MOST_STEPS:
+            # A sketch has every event but steps.
+            columns, events = self._sketch()
+            return columns, _without_steps(events)[self._told :]
+        else:
+            columns, events = self._columns, self._columns.view.refresh()
+        return columns, _without_steps(events)
 
     def _tell_unknown(self, view: RunView) -> None:
         if view.unknown_events > self._unknown_told:
@@ -225,12 +235,16 @@ def _recipe(run: RunDir) -> Recipe | None:
         return None
 
 
+def _without_steps(events: Iterable[AnyEvent]) -> list[AnyEvent]:
+    return [event for event in events if not isinstance(event, Step)]
+
+
 def _entries(events: Iterable[AnyEvent], total_steps: int) -> list[Entry]:
-    """Lines of the log; steps, samples and progress are shown elsewhere."""
+    """Lines of the log; samples and progress are shown elsewhere."""
     return [
         Entry(event.at, _level(event), " ".join(describe(event, total_steps).split()))
         for event in events
-        if not isinstance(event, Step | Sampled | Progress)
+        if not isinstance(event, Sampled | Progress)
     ]
 
 
