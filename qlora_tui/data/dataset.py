@@ -36,7 +36,7 @@ from qlora_tui.recipe.schema import Recipe
 
 _KEPT_UNUSED_S = 60 * 24 * 3600
 _KEPT_UNFINISHED_S = 3 * 24 * 3600
-_RENDERING = 3
+_RENDERING = 4
 """Raised when the same data and settings come to give other tokens, or other sides."""
 
 

@@ -22,8 +22,8 @@ _KEPT_WORDS = 100_000
 """All are forgotten when there are more: with their tokens, some 25 MB."""
 _LONGEST_WORD = 48
 """Characters. What is longer is seldom met again: addresses, code, writing without spaces."""
-_WORDS = re.compile(r" ?\S+(?:(?! \S)\s+(?:\S+|$))*|\s+\S*")
-"""A word and the space before it; with what follows it, where that is other white space."""
+_WORDS = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+(?:\S+|$))*")
+"""A word and the white space before it; with what follows it, where that is not a single space and a word."""
 
 _CHAINED = re.compile(r" \S(?:.*\S)?", re.DOTALL)
 """A word that begins with its space and ends without one."""

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -51,7 +51,10 @@ def made(name: str) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    lines = ["a 1 é. B a 's \n\n  a  1 1,\t!! -- a/ B你 你\n a <|im_end|>\n", " ..  11 a'saBé\r\n"]
+    lines = [
+        *("a 1 é. B a 's \n\n  a  1 1,\t!! -- a/ B你 你\n a <|im_end|>\n", " ..  11 a'saBé\r\n"),
+        *("a.\n\nb !\n a!\r\n", "\n\na!\n\nB.\n-\n", "/\n1,\r\n\r\n'\n\n"),
+    ]
     tokenizer.train_from_iterator(lines * 20, trainer)
     stripping = AddedToken("<|im_end|>", lstrip=name == "gpt2", normalized=False, special=True)
     tokenizer.add_special_tokens([stripping, AddedToken("<|im_end|>!", normalized=False, special=True)])
@@ -83,11 +86,30 @@ def test_these_tokenizers_cut_at_spaces(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "smollm", *PATTERNS])
 @given(data=st.data())
 def test_word_by_word_gives_what_the_whole_text_gives(name: str, data: st.DataObject) -> None:
-    pieces = st.sampled_from([*LETTERS, "<|im_end|>", "<|im_end|>!", " ", " ", "  ", "a", "word"])
+    pieces = st.sampled_from([*LETTERS, "<|im_end|>", "<|im_end|>!", " ", " ", "  ", "\n\n", "a", "word"])
     text = "".join(data.draw(st.lists(pieces, max_size=40)))
     places = sorted(data.draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=4)))
     places = [place for place in places if place < len(text)]
     assert by_words(made(name), text, places) == whole(made(name), text, places)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "smollm", *PATTERNS])
+@given(text=st.lists(st.sampled_from([*LETTERS, " ", " ", "  ", "\n\n", "word"]), max_size=40).map("".join))
+@example(text="\n\nSure!\n\nHere is")
+@example(text="\n")
+@example(text="  a!\n ")
+def test_no_word_of_the_tokenizer_reaches_across_a_cut(name: str, text: str) -> None:
+    """Whatever tokens it has learnt: a wrong cut shows even where no token would span it."""
+    words, _ = WordMemo(lambda _: [])._cut(text, [])
+    assert "".join(words) == text
+    assert _pieces(name, text) == [piece for word in words for piece in _pieces(name, word)]
+
+
+def _pieces(name: str, text: str) -> list[str]:
+    """What one of these tokenizers looks for tokens in."""
+    tokenizer = made(name)
+    normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
 
 
 def test_a_token_that_takes_white_space_beside_it_does_not_stand_apart() -> None:
