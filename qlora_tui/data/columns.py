@@ -14,11 +14,13 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         )
     },
     "sharegpt": {
-        "messages": ("conversations", "conversation", "messages", "items", "dialog", "dialogue", "turns")
+        "messages": (
+            *("conversations", "conversation", "messages", "items", "dialog", "dialogue", "dialogs", "turns"),
+        )
     },
     "alpaca": {"instruction": ("instruction",), "output": ("output", "response", "answer", "completion")},
     "prompt-completion": {
-        "prompt": ("prompt", "input", "source"),
+        "prompt": ("prompt", "input"),
         "completion": ("completion", "response", "output", "answer", "target", "chosen"),
     },
     "question-answer": {
@@ -61,8 +63,13 @@ _PAIRS = (
     *(("article", "highlights"), ("article", "summary"), ("dialogue", "summary"), ("document", "summary")),
     *(("text", "summary"), ("text", "code"), ("src", "tgt"), ("prompt", "canonical_solution")),
     *(("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("human", "bot"), ("user", "bot")),
+    ("source", "target"),
 )
 """Columns that are prompt and completion where they stand together, though one of them alone says little."""
+_NAMES_NO_SOURCE = ("prompt", "question", "text")
+"""Beside one of these a ``source`` is where the row was taken from."""
+_SAID_IN_TURN = ("conversations", "conversation", "messages", "dialogs", "dialog", "dialogue")
+"""Columns whose plain texts are said by user and assistant in turn."""
 _HALVES = ("prompt", "completion", "chosen", "rejected")
 """Columns that may hold turns, but only half of a conversation."""
 
@@ -74,9 +81,25 @@ def columns_of(
 
     A format chosen ``by_hand`` takes turns of either spelling.
     """
+    found = _named(format_, values, mapping, by_hand)
+    if mapping or (by_hand and found is not None):
+        return found
+    if format_ == "sharegpt" and found is not None and _texts_in_turn(values, found["messages"]):
+        others = ("alpaca", "prompt-completion", "question-answer")
+        return None if any(_named(other, values, {}, False) for other in others) else found
+    if format_ != "prompt-completion" or found is not None:
+        return found
+    pair = _pair_of(values)
+    if pair is None or not (by_hand or _named("question-answer", values, {}, False) is None):
+        return None
+    return dict(zip(PARTS[format_], pair, strict=True)) | _optional(format_, values, {}, pair)
+
+
+def _named(
+    format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], by_hand: bool
+) -> dict[str, str] | None:
+    """The same without columns that say something only together."""
     found: dict[str, str] = {}
-    if format_ == "prompt-completion" and not mapping and (pair := _pair_of(values)):
-        return dict(zip(PARTS[format_], pair, strict=True)) | _optional(format_, values, mapping, pair)
     for part, names in PARTS[format_].items():
         column = mapping.get(part) or _pick(format_, part, names, values, found.values(), by_hand)
         if not column:
@@ -100,6 +123,8 @@ def _pair_of(values: list[dict[str, Any]]) -> tuple[str, str] | None:
     """Two columns that are prompt and completion by being together, in at least half of the rows."""
     spelled = {c.lower(): c for v in values for c in v}
     for one, other in _PAIRS:
+        if one == "source" and any(name in spelled for name in _NAMES_NO_SOURCE):
+            continue
         if one in spelled and other in spelled:
             pair = spelled[one], spelled[other]
             having = sum(all(isinstance(v.get(c), str) for c in pair) for v in values)
@@ -120,7 +145,7 @@ def _pick(
     taken = set(taken)
     spelled = {c.lower(): c for v in values for c in v}
     candidates = [spelled[n] for n in names if n in spelled]
-    named = set(candidates)
+    named = set(candidates) if part == "messages" else set()
     if part == "messages":
         candidates += [c for c in spelled.values() if c not in candidates and c.lower() not in _HALVES]
         kinds: tuple[str, ...] = ("messages", "sharegpt") if by_hand else (format_,)
@@ -129,20 +154,35 @@ def _pick(
     else:
         kinds = ("",)
     for column in candidates:
-        fitting = sum(column in v and _turn_format(v[column], column in named) in kinds for v in values)
+        fitting = sum(
+            column in v
+            and _turn_format(v[column], column, column in named) in kinds
+            and (part != "label" or _is_label(v[column]))
+            for v in values
+        )
         if column not in taken and 2 * fitting >= max(1, len(values)):
             return column
     return ""
 
 
-def _turn_format(value: Any, named: bool) -> str:
+def _is_label(value: Any) -> bool:
+    """Whether this is a label or several, rather than an object of them."""
+    return not any(isinstance(one, dict | list) for one in (value if isinstance(value, list) else [value]))
+
+
+def _texts_in_turn(values: list[dict[str, Any]], column: str) -> bool:
+    return 2 * sum(are_alternate(v.get(column)) for v in values) >= max(1, len(values))
+
+
+def _turn_format(value: Any, column: str, named: bool) -> str:
     """``messages`` or ``sharegpt`` for a list of turns, else empty.
 
     A list of texts or of questions with their answers is one only in a column ``named`` like one.
     """
     keys = turn_keys(value)
     if keys is None:
-        return "sharegpt" if named and are_alternate(value) else ""
+        in_turn = named and column.lower() in _SAID_IN_TURN and are_alternate(value)
+        return "sharegpt" if in_turn else ""
     if keys in EXCHANGES:
         return "sharegpt" if named else ""
     return "messages" if keys[0] == "role" and keys[1] != "value" else "sharegpt"

@@ -72,7 +72,7 @@ def detect(
         found = columns_of(format_, values, mapping, by_hand=wanted != "auto")
         if found is None or (wanted == "auto" and mapping and not mapping.keys() & PARTS[format_].keys()):
             continue
-        if format_ == "text" and wanted == "auto" and (why := single_turns(values, columns)):
+        if format_ in ("label", "text") and wanted == "auto" and (why := single_turns(values, columns)):
             raise _turn_a_row(name, why)
         layout = Layout(format_, found, names)
         return Detection(layout, tuple(_evidence(layout, values, wanted)), columns)

@@ -65,8 +65,14 @@ def question_answer(cells: Cells) -> tuple[Message, ...]:
 
 
 def label(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:
-    """A text and its class. An integer is looked up in ``names`` where there are any."""
+    """A text and its class, or its classes with commas between."""
     value = cells.get("label")
+    answer = ", ".join(_label(one, names) for one in (value if isinstance(value, list) else [value]))
+    return (*_system(cells), *_pair(_text(cells, "text"), answer, "text", "label"))
+
+
+def _label(value: Any, names: tuple[str, ...]) -> str:
+    """One class in words. An integer is looked up in ``names`` where there are any."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     number = int(str(value)) if names and str(value).strip().isdigit() else None
@@ -78,8 +84,7 @@ def label(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:
                 "wrong-format", f"The label {number} has no name: there are {len(names)} names, from 0."
             )
         value = names[number]
-    answer = "" if value is None else str(value)
-    return (*_system(cells), *_pair(_text(cells, "text"), answer, "text", "label"))
+    return "" if value is None else str(value)
 
 
 def _pair(prompt: str, answer: str, prompt_name: str, answer_name: str) -> tuple[Message, Message]:

@@ -62,6 +62,37 @@ def test_common_formats_are_found_and_read(value: Any, format_: str) -> None:
     assert [(m.role, m.content) for m in conversation.messages] == [(U, "Hi"), (A, "Hello")]
 
 
+@pytest.mark.parametrize(
+    ("value", "format_", "columns"),
+    [
+        ({"question": "Q", "answers": ["a", "b"]}, "question-answer", ("question", "answers")),
+        ({"text": "T", "labels": ["sport", "news"]}, "label", ("text", "labels")),
+        ({"source": "web", "question": "Q", "answer": "A"}, "question-answer", ("question", "answer")),
+        ({"source": "S", "target": "T"}, "prompt-completion", ("source", "target")),
+        ({"source": "web", "target": "T", "text": "x"}, "label", ("text", "target")),
+        ({"article": "a", "summary": "s", "question": "Q", "answer": "A"}, "question-answer",
+         ("question", "answer")),
+        ({"prompt": "P", "completion": "C", "text": "t", "summary": "s"}, "prompt-completion",
+         ("prompt", "completion")),
+        ({"instruction": "Sort", "items": ["b", "a"], "output": "a, b"}, "alpaca",
+         ("instruction", "output")),
+        ({"dialogue": ["b", "a"], "question": "Q", "answer": "A"}, "question-answer",
+         ("question", "answer")),
+    ],
+)  # fmt: skip
+def test_columns_are_taken_for_what_they_are_beside_the_others(
+    value: Any, format_: str, columns: tuple[str, ...]
+) -> None:
+    layout = detect([Row(1, value)], "file").layout
+    assert layout.format == format_
+    assert tuple(layout.columns.values()) == columns
+
+
+def test_questions_without_answers_are_no_conversation() -> None:
+    with pytest.raises(Problem, match="No usable field"):
+        read({"turns": ["Who?", "And why?"], "category": "x"})
+
+
 def test_calls_are_the_answer_where_tools_are_offered() -> None:
     row = {"query": "Hi", "answers": '[{"name": "w", "arguments": {"a": 1}}]', "tools": '[{"name": "w"}]'}
     _, conversation = read(row)
@@ -93,6 +124,10 @@ def test_rows_that_are_single_turns_are_refused_and_other_rows_with_roles_are_no
     with pytest.raises(Problem) as raised:
         read(turn)
     assert raised.value.title == "Conversations in pieces" and "'role'" in raised.value.what
+    for labels in ({"name": ["spam"], "value": [0.0]}, "good"):
+        with pytest.raises(Problem, match="Conversations in pieces"):
+            read({**turn, "labels": labels})
+    assert read({"text": "Hi", "labels": {"name": ["spam"]}})[0] == "text"
     assert read(turn, "text")[0] == "text"
     assert read({**turn, "role": "chapter"})[0] == "text"
     assert read({"role": "user", "text": "Hi"})[0] == "text"
@@ -237,6 +272,12 @@ def test_integer_labels_take_their_names_from_the_mapping() -> None:
     assert read({"s": "Fine!", "y": "0"}, columns=columns)[1].messages[1].content == "bad"
     with pytest.raises(RowRefused, match="has no name"):
         read({"s": "Fine!", "y": 2}, columns=columns)
+
+
+def test_several_labels_of_a_text_are_read_with_commas_between() -> None:
+    assert read({"text": "T", "labels": ["sport", "news"]})[1].messages[1].content == "sport, news"
+    columns = {"text": "s", "label": "y", "label_names": "bad, good"}
+    assert read({"s": "T", "y": [1, 0]}, columns=columns)[1].messages[1].content == "good, bad"
 
 
 def test_labels_without_names_are_pointed_out() -> None:
