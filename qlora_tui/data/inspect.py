@@ -18,7 +18,7 @@ from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.data.checks import conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.examine import Examiner
-from qlora_tui.data.known_errors import note_errors, tokens_of
+from qlora_tui.data.known_errors import note_errors, stamp_of, tokens_of
 from qlora_tui.data.lengths import fit
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.outcome import Outcome, Outcomes
@@ -96,6 +96,7 @@ class _Inspection:
         unknown = untrained_problem(tokenizer.folder, tokenizer) if tokenizer and tokenizer.folder else None
         self._of_the_model = [unknown] if unknown else []
         self._context = _context_of(tokenizer)
+        self._stamps = {file.path: stamp_of(file.path) for file in files}
         self._bytes = sum(file.path.stat().st_size for file in files)
 
     def reports(self) -> Iterator[Report]:
@@ -130,7 +131,7 @@ class _Inspection:
             else None
         )
         with suppress(OSError):  # a full disk is no reason to show nothing
-            note_errors(self._source, file.path, problems, tokens)
+            note_errors(self._source, file.path, self._stamps[file.path], problems, tokens, read=read)
 
     def _measure(self, outcomes: list[Outcome]) -> int:
         """Add the lengths; the number of the last row."""

@@ -1,8 +1,8 @@
 """Errors that an inspection has found, kept so that a launch is refused at once, however large the file.
 
 ``inspect`` writes what it meets, ``look_over`` and the Train screen read it. A note holds for one file as it
-is now (its time and size) and one way of reading it; an error that shows only in tokens holds for one
-tokenizer and template as well.
+was when it was read (its time and size) and one way of reading it; an error that shows only in tokens
+holds for one tokenizer and template as well.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ _TOKENIZER_FILES = (
     "*/tool_use.jinja",
 )
 _KEPT_S = 60 * 24 * 3600
+_READING = 1
+"""Raised when rows that were an error come to be read."""
 
 Tokens = tuple[object, ...]
 """What errors in tokens depend on: see ``tokens_of``."""
@@ -39,18 +41,37 @@ def tokens_of(folder: Path, template: str, train_on: str) -> Tokens:
     return (str(folder.resolve()), stamps, template, train_on)
 
 
-def note_errors(source: Source, path: Path, problems: Iterable[DataProblem], tokens: Tokens | None) -> None:
-    """Keep the first error of each sort among the problems of a file; forget what is not so any more."""
+Stamp = tuple[int, int]
+"""The time and the size of a file."""
+
+
+def stamp_of(path: Path) -> Stamp:
+    """What a file is now: to be taken before its first row is read, as it may be mended meanwhile."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+def note_errors(
+    source: Source,
+    path: Path,
+    stamp: Stamp,
+    problems: Iterable[DataProblem],
+    tokens: Tokens | None,
+    *,
+    read: bool,
+) -> None:
+    """Keep the first error of each sort among the problems of a file; forget what is not so any more, where
+    all of it was ``read``."""
     errors = [problem for problem in problems if problem.severity == "error" and problem.path == str(path)]
     for of_tokens in (False, True):
         if of_tokens and tokens is None:
             continue
         found = next((e for e in errors if (e.kind in _OF_TOKENS) == of_tokens), None)
-        note = _note(source, path, tokens if of_tokens else None)
+        note = _note(source, path, stamp, tokens if of_tokens else None)
         if found is not None:
             _forget_old(private_dir(note.parent))
             atomic_write(note, msgspec.json.encode(found))
-        else:
+        elif read:
             note.unlink(missing_ok=True)
 
 
@@ -59,14 +80,14 @@ def refuse_known_errors(files: Sequence[tuple[Source, Path]], tokens: Tokens | N
     for source, path in files:
         for one in dict.fromkeys((None, tokens)):
             try:
-                refuse([msgspec.json.decode(_note(source, path, one).read_bytes(), type=DataProblem)])
+                note = _note(source, path, stamp_of(path), one)
+                refuse([msgspec.json.decode(note.read_bytes(), type=DataProblem)])
             except (OSError, msgspec.MsgspecError):
                 continue
 
 
-def _note(source: Source, path: Path, tokens: Tokens | None) -> Path:
-    stat = path.stat()
-    what = (str(path.resolve()), stat.st_mtime_ns, stat.st_size, source.format, source.columns, tokens)
+def _note(source: Source, path: Path, stamp: Stamp, tokens: Tokens | None) -> Path:
+    what = (_READING, str(path.resolve()), *stamp, source.format, source.columns, tokens)
     return cache_dir() / "findings" / f"{hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:32]}.json"
 
 

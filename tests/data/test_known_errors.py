@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.data.inspect import inspect
-from qlora_tui.data.known_errors import note_errors, refuse_known_errors, tokens_of
+from qlora_tui.data import known_errors
+from qlora_tui.data.inspect import inspect, inspecting
+from qlora_tui.data.known_errors import note_errors, refuse_known_errors, stamp_of, tokens_of
 from qlora_tui.data.problems import Tally
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
@@ -43,6 +44,24 @@ def test_a_mended_file_is_not_refused(path: Path) -> None:
     refuse_known_errors([(source, path)])
 
 
+def test_a_file_that_is_mended_while_it_is_read_is_not_refused(path: Path) -> None:
+    source = Source(path=str(path))
+    reports = inspecting(source)
+    next(reports)
+    mended = path.with_suffix(".new")
+    mended.write_text(GOOD * 402)
+    mended.replace(path)
+    list(reports)
+    refuse_known_errors([(source, path)])
+
+
+def test_what_another_reader_has_found_is_not_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source(path=str(path))
+    inspect(source)
+    monkeypatch.setattr(known_errors, "_READING", known_errors._READING + 1)
+    refuse_known_errors([(source, path)])
+
+
 def test_another_way_of_reading_the_file_is_not_refused(path: Path) -> None:
     inspect(Source(path=str(path)))
     mapped = Source(path=str(path), format="prompt-completion")
@@ -53,10 +72,11 @@ def test_what_is_no_longer_found_is_forgotten(path: Path) -> None:
     source = Source(path=str(path))
     tally = Tally(0, str(path))
     tally.add("bad-row", 3, "of an older reader")
-    note_errors(source, path, tally.problems(), None)
+    note_errors(source, path, stamp_of(path), tally.problems(), None, read=True)
+    note_errors(source, path, stamp_of(path), [], None, read=False)
     with pytest.raises(Problem):
         refuse_known_errors([(source, path)])
-    note_errors(source, path, [], None)
+    note_errors(source, path, stamp_of(path), [], None, read=True)
     refuse_known_errors([(source, path)])
 
 
