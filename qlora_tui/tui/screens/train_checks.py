@@ -19,7 +19,7 @@ from qlora_tui.catalog.context import beyond_context
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.catalog.local import resolve
 from qlora_tui.data.hub import files_here
-from qlora_tui.data.known_errors import Tokens, refuse_known_errors, tokens_of
+from qlora_tui.data.known_errors import Tokens, refuse_known_errors, stamp_of, tokens_of
 from qlora_tui.data.look_over import look_over
 from qlora_tui.data.read import files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, is_of_the_hub, sniff
@@ -119,11 +119,7 @@ def _tokens(recipe: Recipe) -> Tokens | None:
 
 
 def _stamped(data: Data) -> tuple[_Stamped, ...]:
-    stamped = []
-    for source, path in _all_files(data):
-        stat = path.stat()
-        stamped.append((path, msgspec.json.encode(source), stat.st_mtime_ns, stat.st_size))
-    return tuple(stamped)
+    return tuple((path, msgspec.json.encode(source), *stamp_of(path)) for source, path in _all_files(data))
 
 
 @lru_cache(maxsize=4)
