@@ -40,6 +40,8 @@ class Device:
     """On a CPU: whether it multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
     cuda_libraries: bool = False
     """On a CPU: torch's build is one for CUDA, whose libraries a process reads in all the same."""
+    liger: bool = False
+    """On a card: Liger's kernels are installed."""
     correction: Correction | None = None
     """What past runs on it measured."""
 
@@ -91,7 +93,7 @@ class CodePath:
 
 
 def our_path(recipe: Recipe, device: Device) -> CodePath:
-    """The path this project's trainer takes: no float32 cast, chunked loss, non-reentrant checkpointing."""
+    """The path this project's trainer takes: no float32 cast, no full logits, non-reentrant checkpointing."""
     compute = _compute_bytes(recipe, device)
     float16 = compute == 2 and device.kind == "cuda" and _is_float16(recipe, device)
     return CodePath(
@@ -101,7 +103,8 @@ def our_path(recipe: Recipe, device: Device) -> CodePath:
         autocast=float16,
         adapter_bytes=4,
         lean=True,
-        loss="chunked",
+        # Liger would keep float16's gradients in 16 bits, and knows no rows beside the head's own.
+        loss="liger" if device.liger and not float16 and not recipe.lora.token_rows else "chunked",
         checkpointing=recipe.training.gradient_checkpointing,
         attention=_attention(recipe, device, compute),
         optimizer="adamw_fused" if recipe.training.optimizer == "adamw" else recipe.training.optimizer,

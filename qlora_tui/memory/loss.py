@@ -15,7 +15,7 @@ def head_and_loss(
     if path.loss == "chunked":
         return _chunked(ops, layout, path, hidden, width), []
     if path.loss == "liger":
-        return _liger(ops, layout, hidden, width), []
+        return _liger(ops, layout, path, hidden, width), []
     logits = _head(ops, layout, hidden, layout.tokens, width)
     held = [logits] if path.logits_held else []
     with ops.meter.booking("logits"):
@@ -75,19 +75,12 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
     numel, chunk, item = hidden.numel, rows * layout.vocabulary, "hidden_gradient"
     kept = FLOAT if path.autocast else width
 
-    def spread(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        # The gradient of a masked index is zeros of the whole with the rows put in.
-        return (ops.new(numel, width),)
-
     def scaled(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         made = ops.new(numel, kept)
         return (made if kept == width else ops.new(numel, width),)
 
     with ops.meter.booking(item):
-        cut = hidden.view(ops.tape.node((hidden,), spread))
-        node = ops.tape.node((cut,), spread, (None,))
-        states = ops.new(numel, width)
-        states.node = node
+        states = _learnt_from(ops, hidden, width)
         toward = ops.new(numel, kept)
         toward_rows = ops.new(layout.token_rows * layout.hidden, FLOAT)
     with ops.meter.booking("logits"):
@@ -107,6 +100,20 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
     return loss
 
 
+def _learnt_from(ops: Ops, hidden: Tensor, width: int) -> Tensor:
+    """The states of the positions learnt from, cut out and copied."""
+
+    def spread(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        # The gradient of a masked index is zeros of the whole with the rows put in.
+        return (ops.new(hidden.numel, width),)
+
+    cut = hidden.view(ops.tape.node((hidden,), spread))
+    node = ops.tape.node((cut,), spread, (None,))
+    states = ops.new(hidden.numel, width)
+    states.node = node
+    return states
+
+
 def _slope(ops: Ops, chunk: int) -> Tensor:
     """``1 - (logits / softcap) ** 2``: each step a tensor."""
     first = ops.new(chunk, FLOAT)
@@ -115,18 +122,24 @@ def _slope(ops: Ops, chunk: int) -> Tensor:
     return ops.new(second.numel, FLOAT)
 
 
-def _liger(ops: Ops, layout: Layout, hidden: Tensor, width: int) -> Tensor:
-    """Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows."""
+def _liger(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: int) -> Tensor:
+    """Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows.
+
+    Our trainer gives it the positions learnt from: every one, in the fullest case.
+    """
     share = -(-layout.vocabulary // layout.hidden)
     rows = -(-layout.tokens // share)
     rows = min(1 << (rows - 1).bit_length(), layout.tokens)
     numel = hidden.numel
     with ops.meter.booking("hidden_gradient"):
+        states = _learnt_from(ops, hidden, width) if path.lean else hidden
+        if path.lean and layout.logit_scale:
+            states = ops.times_number(states)
         toward = ops.new(numel, width)
     with ops.meter.booking("logits"):
         logits = ops.new(rows * layout.vocabulary, width)
         del logits
-    node = ops.tape.node((hidden,), lambda grad, saved: (ops.new(numel, width),), (toward,))
+    node = ops.tape.node((states,), lambda grad, saved: (ops.new(numel, width),), (toward,))
     loss = ops.new(1, FLOAT)
     loss.node = node
     return loss

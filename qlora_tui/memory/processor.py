@@ -1,4 +1,4 @@
-"""The CPU, as Linux tells of it, and the torch that would compute on it."""
+"""The CPU, as Linux tells of it, and the libraries that would compute here."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ def torch_is_for_cuda() -> bool:
     if found is None or found.origin is None:
         return False
     return (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists()
+
+
+@cache
+def liger_is_installed() -> bool:
+    """Whether Liger's kernels, and the Triton they are written in, are there. Imports neither."""
+    return find_spec("liger_kernel") is not None and find_spec("triton") is not None
 
 
 def this_processor() -> Processor:

@@ -11,7 +11,7 @@ from qlora_tui.gpu.reading import Card
 from qlora_tui.gpu.visible import torch_card
 from qlora_tui.memory.codepath import Device
 from qlora_tui.memory.learning import correction_for
-from qlora_tui.memory.processor import this_processor, torch_is_for_cuda
+from qlora_tui.memory.processor import liger_is_installed, this_processor, torch_is_for_cuda
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ def room_for(card: Card | None, assumed_bytes: int | None = None) -> Room:
         device = Device() if card is None else Device(capability=_capability(card))
         return Room(device, assumed_bytes, f"a card of {assumed_bytes / 2**30:.1f} GiB")
     if card is not None and card.usable_bytes is not None:
-        device = Device(capability=_capability(card), correction=correction_for(card.name))
+        device = Device(
+            capability=_capability(card), liger=liger_is_installed(), correction=correction_for(card.name)
+        )
         return Room(device, card.usable_bytes, card.short_name)
     cpu = this_processor()
     return Room(

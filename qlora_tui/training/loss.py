@@ -2,15 +2,13 @@
 
 The stock loss makes a row of the vocabulary's width for every token, in fp32, and its gradient beside it:
 often the largest item of all. Here prompt tokens make none, and the rest pass a chunk at a time; a chunk's
-gradient is taken at once, so nothing vocabulary-wide outlives it.
-
-Liger is not used beside it. Its Triton kernel needs CUDA and takes every position of a row, where this one,
-on any device, passes prompt tokens over and weighs the rest; neither makes all logits, and what this one
-holds is known to the estimate.
+gradient is taken at once, so nothing vocabulary-wide outlives it. On a card with Liger installed its kernel
+takes the place of the chunks (:mod:`qlora_tui.training.liger`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
@@ -66,8 +64,13 @@ def find_head(model: nn.Module) -> Head | str:
     return Head(projection, multiplier, getattr(config, "final_logit_softcapping", None))
 
 
-def use_chunked_loss(model: nn.Module, head: Head) -> None:
-    """Let ``model(labels=…)`` compute its loss in chunks. Without labels it does what it always did."""
+def use_chunked_loss(
+    model: nn.Module, head: Head, kernel: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> None:
+    """Let ``model(labels=…)`` compute its loss in chunks. Without labels it does what it always did.
+
+    ``kernel`` (:func:`qlora_tui.training.liger.proven_liger`) takes their place where it can.
+    """
     stock = model.forward
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]  # a PreTrainedModel's method
 
@@ -90,7 +93,7 @@ def use_chunked_loss(model: nn.Module, head: Head) -> None:
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )[0]
         rows = active_rows(self.get_output_embeddings())  # type: ignore[operator]  # a PreTrainedModel's method
-        total, trained = summed_loss(head, hidden, labels, loss_weights, rows)
+        total, trained = summed_loss(head, hidden, labels, loss_weights, rows, kernel)
         items = trained if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / items)
 
@@ -137,11 +140,12 @@ def summed_loss(
     labels: Tensor,
     weights: Tensor | None = None,
     rows: TokenRows | None = None,
+    kernel: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, int]:
     """The sum of the losses of all trained tokens, fp32, each by its weight, and how many they are.
 
     ``hidden`` is (batch, tokens, width), ``labels`` and ``weights`` are (batch, tokens): token t is predicted
-    from t - 1. ``rows`` stand in place of the head's own.
+    from t - 1. ``rows`` stand in place of the head's own. ``kernel`` knows of neither weights nor rows.
     """
     ids, values = (None, None) if rows is None else (rows.ids, rows.values)
     wanted = labels[:, 1:]
@@ -150,20 +154,34 @@ def summed_loss(
     if not len(targets):
         nothing = hidden.sum() * 0.0
         return nothing if values is None else nothing + values.sum() * 0.0, 0
+    if kernel is not None and weights is None and rows is None:
+        return kernel(states, targets), len(targets)
     counts = None if weights is None else weights[:, 1:][trained]
     if values is not None and not torch.is_grad_enabled():
         values = values.detach()
-    total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch's own
-        states, targets, head, counts, ids, values
-    )
-    return total, len(targets)
+    return chunked_sum(states, targets, head, counts, ids, values), len(targets)
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Σ weight · cross-entropy of (tokens, hidden) against (tokens); the gradient is made in the forward.
+def chunked_sum(
+    states: Tensor,
+    targets: Tensor,
+    head: Head,
+    weights: Tensor | None = None,
+    ids: Tensor | None = None,
+    values: Tensor | None = None,
+) -> Tensor:
+    """Σ weight · cross-entropy of states (tokens, hidden) against targets (tokens), fp32.
 
     ``ids`` (rows,) and ``values`` (rows, hidden): the rows of the head that are others.
     """
+    total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch's own
+        states, targets, head, weights, ids, values
+    )
+    return total
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """:func:`chunked_sum`; the gradient is made in the forward."""
 
     @staticmethod
     def forward(

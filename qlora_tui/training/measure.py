@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +18,9 @@ from qlora_tui.gpu.no_gpu import NoGpu
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.visible import torch_card
 from qlora_tui.memory import Device as EstimatedDevice
-from qlora_tui.memory import Estimate, Peaks, correction_for, estimate, remember
-from qlora_tui.memory.processor import torch_is_for_cuda
+from qlora_tui.memory import Estimate, Peaks, correction_for, estimate, our_path, remember
+from qlora_tui.memory.codepath import Loss
+from qlora_tui.memory.processor import liger_is_installed, torch_is_for_cuda
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
 from qlora_tui.training.device import Device
@@ -35,6 +37,11 @@ class MemoryMeter:
         self.estimate = self._estimate(recipe, corrected=True)
         """None where the memory room does not know the model."""
         self._as_run: Estimate | None = None
+
+    @property
+    def expected_loss(self) -> Loss:
+        """The one that the estimate counts on."""
+        return our_path(self._recipe, _as_estimated(self._device)).loss
 
     def measured(self, when: Literal["probe", "end"]) -> MemoryMeasured:
         """The peak so far beside the estimate."""
@@ -95,15 +102,9 @@ class MemoryMeter:
             )
 
     def _estimate(self, recipe: Recipe, *, corrected: bool) -> Estimate | None:
-        device = self._device
-        cuda = device.kind == "cuda"
-        where = EstimatedDevice(
-            kind=device.kind,
-            capability=torch.cuda.get_device_capability(device.torch_device) if cuda else (0, 0),
-            native_bfloat16=device.dtype == torch.bfloat16,
-            cuda_libraries=torch_is_for_cuda(),
-            correction=correction_for(device.name) if corrected else None,
-        )
+        where = _as_estimated(self._device)
+        if corrected:
+            where = replace(where, correction=correction_for(self._device.name))
         try:
             return estimate(recipe, self._architecture, device=where)
         except Problem:
@@ -115,6 +116,17 @@ class MemoryMeter:
         if held is None:
             return self.estimate.bytes_of("context") if self.estimate else 0
         return max(0, held - torch.cuda.memory_reserved(self._device.torch_device))
+
+
+def _as_estimated(device: Device) -> EstimatedDevice:
+    cuda = device.kind == "cuda"
+    return EstimatedDevice(
+        kind=device.kind,
+        capability=torch.cuda.get_device_capability(device.torch_device) if cuda else (0, 0),
+        native_bfloat16=device.dtype == torch.bfloat16,
+        cuda_libraries=torch_is_for_cuda(),
+        liger=cuda and liger_is_installed(),
+    )
 
 
 def peak_resident_bytes() -> int:

@@ -27,6 +27,7 @@ from qlora_tui.training.device import Attention, Device, choose_attention, find_
 from qlora_tui.training.edge import Edge, Setting
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.finish import take_best, write_adapter
+from qlora_tui.training.liger import proven_liger
 from qlora_tui.training.loop import RunTrainer, Steps, arguments
 from qlora_tui.training.measure import MemoryMeter
 from qlora_tui.training.priority import give_way
@@ -194,7 +195,7 @@ class Attempt:
         assert self.meter is not None
         step = trainer.state.global_step
         reporter.tell(self.meter.measured("end"))
-        if self._among.count == 1 and base.loss == "chunked":
+        if self._among.count == 1 and base.loss == self.meter.expected_loss:
             # Of another path the estimate knows nothing, and would learn what is not its own error.
             self.meter.remember()
         if edge.ending == "paused":
@@ -245,10 +246,7 @@ class Attempt:
         if not isinstance(head, str) and not checks.loss_is_exact(model, head, device.torch_device):
             head = "what it does between head and loss is not known"
         kept_apart = attends == "flash" or (attends == "segments" and load.attend_by_segments(model))
-        if isinstance(head, str):
-            loss.weigh_stock_loss(model)
-        else:
-            loss.use_chunked_loss(model, head)
+        taken = self._use_loss(model, head, device)
         loss.use_segments(model, by_mask=attends == "segments")
         kept_apart = kept_apart and checks.samples_are_kept_apart(model, device.torch_device)
         name = {"segments": "SDPA", "flash": "flash", "eager": "eager"}[attends]
@@ -256,9 +254,23 @@ class Attempt:
             model=model,
             folder=folder,
             attention=f"{name}, sample by sample" if kept_apart else f"{name}, padded rows",
-            loss=f"stock: {head}" if isinstance(head, str) else "chunked",
+            loss=taken,
             kept_apart=kept_apart,
         )
+
+    def _use_loss(self, model: Any, head: loss.Head | str, device: Device) -> str:
+        """Give the model its loss; what the run's record says of it."""
+        if isinstance(head, str):
+            loss.weigh_stock_loss(model)
+            return f"stock: {head}"
+        assert self.meter is not None
+        wanted = self.meter.expected_loss
+        kernel = proven_liger(head, device.torch_device) if wanted == "liger" else None
+        if isinstance(kernel, str):
+            loss.use_chunked_loss(model, head)
+            return f"chunked: {kernel}"
+        loss.use_chunked_loss(model, head, kernel)
+        return wanted
 
     def _adapted(self, base: Base, files: ModelFiles, tokenizer: ChatTokenizer) -> Any:
         training, lora = self._recipe.training, self._recipe.lora

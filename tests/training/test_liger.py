@@ -1,0 +1,157 @@
+"""Liger's loss is used where it was proved equal to ours, and nowhere else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora_tui.memory import Device, our_path
+from qlora_tui.recipe.schema import Lora, Quantization, Recipe
+from qlora_tui.training import loss
+from qlora_tui.training.liger import proven_liger
+from tests.training.families import build
+from tests.training.test_numerics import close, labelled, loss_and_gradient
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+CPU = torch.device("cpu")
+
+
+class PlayedLiger(nn.Module):
+    """What ``liger_kernel.transformers`` offers by this name, in plain torch."""
+
+    def __init__(self, reduction: str = "mean", softcap: float | None = None) -> None:
+        super().__init__()
+        self.reduction, self.softcap, self.calls = reduction, softcap, 0
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        self.calls += 1
+        logits = nn.functional.linear(_input, lin_weight, bias).float()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return nn.functional.cross_entropy(logits, target, reduction=self.reduction)
+
+
+class Averaging(PlayedLiger):
+    """One that takes no notice of how it is asked to reduce."""
+
+    def __init__(self, reduction: str = "mean", softcap: float | None = None) -> None:
+        super().__init__("mean", softcap)
+
+
+class Deaf(PlayedLiger):
+    """One whose gradient is of other states than its loss."""
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        return super().forward(
+            lin_weight, _input.detach() * 1.0 + (_input - _input.detach()) * 0.5, target, bias
+        )
+
+
+class WithoutCompiler(PlayedLiger):
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        raise FileNotFoundError(
+            "Failed to find C compiler. Please specify via CC environment variable.\nmore"
+        )
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def installed(kind: type[PlayedLiger]) -> None:
+        package, module = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
+        module.LigerFusedLinearCrossEntropyLoss = kind  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "liger_kernel", package)
+        monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
+
+    return installed
+
+
+def head_of(model: Any) -> loss.Head:
+    head = loss.find_head(model)
+    assert isinstance(head, loss.Head)
+    return head
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "granite", "cohere", "gemma2"])
+def test_with_its_kernel_the_loss_is_the_stock_loss(model_type: str, install: Any) -> None:
+    install(PlayedLiger)
+    model = build(model_type, tie_word_embeddings=False)
+    head = head_of(model)
+    kernel = proven_liger(head, CPU)
+    assert not isinstance(kernel, str)
+    ids, labels = labelled(model)
+    inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": 37}
+    stock, stock_gradient = loss_and_gradient(model, **inputs)
+    loss.use_chunked_loss(model, head, kernel)
+    made, gradient = loss_and_gradient(model, **inputs)
+    assert made == pytest.approx(stock, rel=2e-5) and close(gradient, stock_gradient)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Averaging, "Liger's loss is not the model's own"),
+        (Deaf, "Liger's gradient is not the model's own"),
+        (WithoutCompiler, "Liger does not run here (FileNotFoundError: Failed to find C compiler."),
+    ],
+)
+def test_one_that_is_wrong_or_does_not_run_is_left_with_the_reason(
+    kind: type[PlayedLiger], why: str, install: Any
+) -> None:
+    install(kind)
+    said = proven_liger(head_of(build("llama")), CPU)
+    assert isinstance(said, str) and said.startswith(why) and "\n" not in said
+
+
+def test_tokens_that_count_for_more_or_less_stay_with_our_own_loss(install: Any) -> None:
+    install(PlayedLiger)
+    model = build("llama")
+    head = head_of(model)
+    ids, labels = labelled(model)
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2))
+    inputs = {"input_ids": ids, "labels": labels, "loss_weights": weights, "num_items_in_batch": 5}
+
+    def unwanted(states: Tensor, targets: Tensor) -> Tensor:
+        raise AssertionError
+
+    loss.use_chunked_loss(model, head, unwanted)
+    value, _ = loss_and_gradient(model, **inputs)
+    assert value > 0
+
+
+def test_it_is_counted_on_where_it_is_installed_and_can_do_all_that_is_asked() -> None:
+    card = Device(liger=True)
+    assert our_path(Recipe(), card).loss == "liger"
+    assert our_path(Recipe(), Device()).loss == "chunked"
+    half = Recipe(quantization=Quantization(compute_dtype="float16"))
+    assert our_path(half, card).loss == "chunked"
+    assert our_path(Recipe(), Device(liger=True, capability=(7, 5))).loss == "chunked"
+    assert our_path(Recipe(lora=Lora(token_rows=("<x>",))), card).loss == "chunked"
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None or find_spec("triton") is None, reason="no Liger here")
+@pytest.mark.parametrize("model_type", ["llama", "granite"])
+def test_the_real_kernel_is_found_equal_under_tritons_interpreter(model_type: str) -> None:
+    code = (
+        "import torch\n"
+        "from tests.training.families import build\n"
+        "from qlora_tui.training.liger import proven_liger\n"
+        "from qlora_tui.training.loss import find_head\n"
+        f"found = proven_liger(find_head(build({model_type!r})), torch.device('cpu'))\n"
+        "assert callable(found), found\n"
+    )
+    env = {"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
