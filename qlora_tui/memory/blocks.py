@@ -46,6 +46,8 @@ class Block:
     """RMSNorm on queries and keys: a head at a time (Qwen3, Gemma 3) or over the full width (OLMo-2)."""
     residual_scale: bool = False
     """Each half is multiplied by a number before it is added (Granite)."""
+    attended_held: bool = False
+    """The layer's code refers to what attention gave until it ends (StableLM)."""
     mixture: Mixture | None = None
     """Routed experts in place of the MLP."""
     dropout: float = 0.0
@@ -77,6 +79,7 @@ def _run(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     hidden_states = ops.dropout_residual(hidden_states, block.dropout)
     if block.order in ("post", "sandwich"):
         hidden_states = norm(ops, block, hidden_states)
+    held = hidden_states if block.attended_held else None
     hidden_states = _add(ops, block, residual, hidden_states)
     residual = hidden_states
     if block.order != "post":
@@ -85,7 +88,9 @@ def _run(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     hidden_states = ops.dropout_residual(hidden_states, block.dropout)
     if block.order in ("post", "sandwich"):
         hidden_states = norm(ops, block, hidden_states)
-    return _add(ops, block, residual, hidden_states)
+    made = _add(ops, block, residual, hidden_states)
+    del held
+    return made
 
 
 def _parallel(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:

@@ -22,8 +22,11 @@ float32, and one kernel that writes their gradient in their place."""
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
 LOSS_CHUNK_ROWS = 256
-"""Positions whose logits our trainer holds at a time: enough rows to keep the matrix product busy, and 300 MB
-at a vocabulary of 152,000."""
+"""Positions whose logits our trainer holds at a time: enough rows to keep the matrix product busy, and
+78 MB in 16 bits at a vocabulary of 152,000."""
+
+LOSS_BLOCK_ROWS = 32
+"""Of them, those that are in float32 at a time: few enough for a CPU's cache."""
 
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which bfloat16 is computed natively (Ampere)."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS, CodePath
+from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, CodePath
 from qlora_tui.memory.layout import Layout
-from qlora_tui.memory.ops import FLOAT
 from qlora_tui.recipe.difference import human
 from qlora_tui.recipe.schema import Recipe
 
@@ -153,9 +152,10 @@ def _logits_sentence(path: CodePath, layout: Layout) -> str:
     vocabulary = f"{layout.vocabulary:,}"
     if path.loss == "chunked":
         rows = min(LOSS_CHUNK_ROWS, layout.tokens)
-        # float32, and beside them what they were or will be in the compute dtype
-        width = FLOAT + (path.compute_bytes if path.compute_bytes < FLOAT else 0)
-        return f"{rows:,} positions at a time: {rows:,} × {vocabulary} logits × {width} bytes."
+        return (
+            f"{rows:,} positions at a time: {rows:,} × {vocabulary} logits × {path.compute_bytes} bytes, "
+            f"{min(LOSS_BLOCK_ROWS, rows)} of them in 32 bits."
+        )
     if path.loss == "liger":
         return f"Liger takes some rows at a time, {vocabulary} logits a row."
     return (

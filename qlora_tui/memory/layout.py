@@ -24,6 +24,7 @@ class Style:
     head_norms: Literal["no", "head", "full"] = "no"
     rotary: bool = True
     residual_scale: bool = False
+    attended_held: bool = False
 
 
 STYLES: dict[str, Style] = {
@@ -45,7 +46,7 @@ STYLES: dict[str, Style] = {
     "deepseek_v2": Style(),
     "granite": Style(residual_scale=True),
     "olmo2": Style(norm="float", order="post", head_norms="full"),
-    "stablelm": Style(norm="layer"),
+    "stablelm": Style(norm="layer", attended_held=True),
     "opt": Style(norm="layer", rotary=False),
     "gpt2": Style(norm="layer", rotary=False),
     "gpt_bigcode": Style(norm="layer", rotary=False),
@@ -145,6 +146,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
                 rotary=1.0 if style.rotary else 0.0,
                 head_norms=style.head_norms,
                 residual_scale=style.residual_scale,
+                attended_held=style.attended_held,
                 mixture=None if any(linear.part == "mlp" for linear in linears) else routed,
                 dropout=architecture.residual_dropout,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS, CodePath
+from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, CodePath
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT, Ops
 from qlora_tui.memory.tape import Grads, Tensor
@@ -85,14 +85,12 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
         toward_rows = ops.new(layout.token_rows * layout.hidden, FLOAT)
     with ops.meter.booking("logits"):
         values = ops.new(layout.token_rows * layout.hidden, width) if width != FLOAT else None
-        thin = ops.new(chunk, width)
-        logits = ops.new(chunk, FLOAT) if width != FLOAT else thin
-        del thin
-        slope = _slope(ops, chunk) if layout.softcap else None
+        logits = ops.new(chunk, width)
         own = ops.new(rows * layout.token_rows, FLOAT)
-        narrow = ops.new(chunk, width) if width != FLOAT else None
+        block = _slopes(ops, layout, min(LOSS_BLOCK_ROWS, rows) * layout.vocabulary, width)
+        del block
         product = ops.new(rows * layout.hidden, width)
-        del narrow, product, own, slope, logits, values
+        del product, own, logits, values
     with ops.meter.booking(item):
         node = ops.tape.node((states,), scaled, (toward, toward_rows))
     loss = ops.new(1, FLOAT)
@@ -102,24 +100,30 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
 
 def _learnt_from(ops: Ops, hidden: Tensor, width: int) -> Tensor:
     """The states of the positions learnt from, cut out and copied."""
+    numel = hidden.numel
 
     def spread(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         # The gradient of a masked index is zeros of the whole with the rows put in.
-        return (ops.new(hidden.numel, width),)
+        return (ops.new(numel, width),)
 
     cut = hidden.view(ops.tape.node((hidden,), spread))
     node = ops.tape.node((cut,), spread, (None,))
-    states = ops.new(hidden.numel, width)
+    states = ops.new(numel, width)
     states.node = node
     return states
 
 
-def _slope(ops: Ops, chunk: int) -> Tensor:
-    """``1 - (logits / softcap) ** 2``: each step a tensor."""
-    first = ops.new(chunk, FLOAT)
-    second = ops.new(chunk, FLOAT)
-    del first
-    return ops.new(second.numel, FLOAT)
+def _slopes(ops: Ops, layout: Layout, numel: int, width: int) -> Tensor:
+    """The gradient of a block of logits, in float32 like all that comes between."""
+    logits, bent = ops.new(numel, FLOAT) if width != FLOAT else None, None
+    if layout.logit_scale:
+        logits = ops.new(numel, FLOAT)
+    if layout.softcap:
+        bent = ops.new(numel, FLOAT)
+        logits = ops.new(numel, FLOAT)
+    likely = ops.new(numel, FLOAT)
+    del logits, bent
+    return likely
 
 
 def _liger(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Cross-entropy over the trained tokens only, through the head in chunks.
 
 The stock loss makes a row of the vocabulary's width for every token, in fp32, and its gradient beside it:
-often the largest item of all. Here prompt tokens make none, and the rest pass a chunk at a time; a chunk's
-gradient is taken at once, so nothing vocabulary-wide outlives it. On a card with Liger installed its kernel
-takes the place of the chunks (:mod:`qlora_tui.training.liger`).
+often the largest item of all. Here prompt tokens make none, and the rest pass a chunk at a time, a few rows
+of it in fp32; a chunk's gradient takes the place of its logits, so nothing vocabulary-wide outlives it. On a
+card with Liger installed its kernel takes the place of the chunks (:mod:`qlora_tui.training.liger`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS
+from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
 from qlora_tui.training.attention import segment_mask
 from qlora_tui.training.even import filled_up
 from qlora_tui.training.token_rows import TokenRows, active_rows
@@ -203,45 +203,42 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         for start in range(0, len(targets), LOSS_CHUNK_ROWS):
             end = start + LOSS_CHUNK_ROWS
-            chunk, target = states[start:end], targets[start:end, None]
-            with torch.autocast(states.device.type, enabled=False):
-                whole = nn.functional.linear(filled_up(chunk.to(weight.dtype)), weight, bias).float()
-                # What was filled up goes along unread, and no copy is made without it.
-                logits = whole[: len(chunk)]
-                if ids is not None and rows is not None:
-                    logits.index_copy_(1, ids, nn.functional.linear(chunk.to(weight.dtype), rows).float())
-            if head.multiplier != 1.0:
-                logits *= head.multiplier
-            if head.softcap is not None:
-                logits.div_(head.softcap).tanh_().mul_(head.softcap)
-            wanted = logits.gather(1, target)
-            slope = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
-            # In place, the logits become softmax(logits), less one at the target.
-            largest = logits.amax(dim=-1, keepdim=True)
-            sums = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
-            losses = sums.log() + largest - wanted
+            chunk, target = states[start:end].to(weight.dtype), targets[start:end, None]
             counts = None if weights is None else weights[start:end, None]
-            total += (losses if counts is None else losses * counts).sum()
-            if grad is None:
-                continue
-            logits.div_(sums)
-            logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
-            if slope is not None:
-                logits *= slope
-            if head.multiplier != 1.0:
-                logits *= head.multiplier
-            if counts is not None:
-                logits *= counts
-            if ids is None or rows is None or toward_rows is None:
-                grad[start:end] = (whole.to(weight.dtype) @ weight)[: len(chunk)]
-            else:
-                own = logits.index_select(1, ids)
-                toward_rows.addmm_(own.t(), chunk.to(own.dtype))
-                logits.index_fill_(1, ids, 0)
-                toward = (whole.to(weight.dtype) @ weight)[: len(chunk)]
-                grad[start:end] = toward.addmm_(own.to(weight.dtype), rows)
+            with torch.autocast(states.device.type, enabled=False):
+                whole = nn.functional.linear(filled_up(chunk), weight, bias)
+            # What was filled up goes along unread, and no copy is made without it.
+            logits = whole[: len(chunk)]
+            if ids is not None and rows is not None:
+                logits.index_copy_(1, ids, chunk @ rows.t())
+            own = None if toward_rows is None or ids is None else toward_rows.new_empty(len(chunk), len(ids))
+            for at in range(0, len(chunk), LOSS_BLOCK_ROWS):
+                some = slice(at, at + LOSS_BLOCK_ROWS)
+                losses, slopes = _losses_and_slopes(
+                    logits[some], target[some], head, needs_grad=grad is not None
+                )
+                if counts is not None:
+                    losses *= counts[some]
+                total += losses.sum()
+                if slopes is None:
+                    continue
+                if counts is not None:
+                    slopes *= counts[some]
+                if ids is not None and own is not None:
+                    own[some] = slopes.index_select(1, ids)
+                    slopes.index_fill_(1, ids, 0)
+                logits[some] = slopes
+                # Or it would live on beside the next block's.
+                del slopes
+            if grad is not None:
+                toward = (whole @ weight)[: len(chunk)]
+                if own is not None and toward_rows is not None and rows is not None:
+                    toward_rows.addmm_(own.t(), chunk.to(own.dtype))
+                    toward.addmm_(own.to(rows.dtype), rows)
+                grad[start:end] = toward
+                del toward
             # Or they would live on beside the next chunk's.
-            del logits, whole, slope
+            del logits, whole, own
         if grad is not None:
             ctx.save_for_backward(grad, toward_rows)
         ctx.dtype = states.dtype
@@ -252,3 +249,27 @@ class _ChunkedLoss(torch.autograd.Function):
         grad, toward_rows = ctx.saved_tensors
         rows = None if toward_rows is None else toward_rows * grad_outputs[0]
         return (grad * grad_outputs[0]).to(ctx.dtype), None, None, None, None, rows
+
+
+def _losses_and_slopes(
+    logits: Tensor, targets: Tensor, head: Head, *, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of some rows (rows, vocabulary) of the head's own logits, against (rows, 1), and the
+    gradient of each towards its logits, in their shape. Both are fp32."""
+    logits, bent = logits.float(), None
+    if head.multiplier != 1.0:
+        logits = logits * head.multiplier
+    if head.softcap is not None:
+        bent = (logits / head.softcap).tanh_()
+        logits = bent * head.softcap
+    likely = logits.log_softmax(dim=-1)
+    losses = -likely.gather(1, targets)
+    if not needs_grad:
+        return losses, None
+    slopes = likely.exp_()
+    slopes.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=slopes.dtype))
+    if bent is not None:
+        slopes *= bent.square_().neg_().add_(1)
+    if head.multiplier != 1.0:
+        slopes *= head.multiplier
+    return losses, slopes
