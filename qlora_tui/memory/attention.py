@@ -17,6 +17,8 @@ a fused kernel. eager: transformers' own, which keeps the scores."""
 ATTENTION_BLOCK_ROWS = 512
 """Queries whose scores our backward holds at a time on a CPU, twice (heads, rows, tokens): more would compute
 more above the diagonal in vain, fewer make the products small."""
+EXTRA_COLUMNS = 2
+"""Of queries and keys there, for what is taken from each score, as the sum of two numbers of 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,13 @@ def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tenso
     statistic = shape.rows * shape.heads * shape.length
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        product = ops.new(numel, width)
+        less = ops.new(statistic, FLOAT)
+        del product
+        taken = [ops.new(EXTRA_COLUMNS * statistic, width) for _ in range(2)]
         made = [ops.new(size, width) for size in (numel, shared, shared)]
         _one_backward(ops, numel // shape.rows, shared // shape.rows, width, shape)
+        del less, taken
         return tuple(made)
 
     out = ops.new(numel, width)
@@ -137,25 +144,28 @@ def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tenso
 
 def _one_backward(ops: Ops, numel: int, shared: int, width: int, shape: Heads) -> None:
     """What the backward of one sample makes for itself."""
-    rows, heads = numel // shape.head_dim, shape.heads
-    tokens = rows // heads
-    less, rounded = ops.new(rows, width), ops.new(rows, width)
-    wide = ops.new(numel, FLOAT)
-    weighed = ops.new(numel, width)
-    del wide
-    sums = [ops.new(shared, width) for _ in range(2)]
+    heads, tokens = shape.heads, numel // shape.head_dim // shape.heads
+    rows, shared_rows = heads * tokens, shared // shape.head_dim
+    laid_out = [
+        ops.new(count * (shape.head_dim + EXTRA_COLUMNS), width)
+        for count in (rows, shared_rows, shared_rows, rows)
+    ]
+    sums = [ops.new(shared, width) for _ in range(2)] if tokens > ATTENTION_BLOCK_ROWS else []
     for start in range(0, tokens, ATTENTION_BLOCK_ROWS):
         end = min(start + ATTENTION_BLOCK_ROWS, tokens)
-        block = (end - start) * heads
-        folded = [ops.new(block * shape.head_dim, width) for _ in range(2)]
+        block, seen = (end - start) * heads, shared // tokens * end
+        # One block is all of them, and no copy.
+        copies = [ops.new(block * (shape.head_dim + EXTRA_COLUMNS), width) for _ in range(2)] if sums else []
         with ops.meter.booking("scores"):
             weights = ops.new(block * end, width)
             triangle = ops.new(block * (end - start), width) if start else None
             del triangle
+        toward_v = ops.new(seen, width)
+        with ops.meter.booking("scores"):
             scores = ops.new(block * end, width)
-        made = ops.new(block * shape.head_dim, width)
-        del made, weights, scores, folded
-    del less, rounded, weighed, sums
+        toward_q, toward_k = ops.new(block * shape.head_dim, width), ops.new(seen, width)
+        del toward_v, toward_q, toward_k, weights, scores, copies
+    del laid_out, sums
 
 
 def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, math: bool) -> Tensor:

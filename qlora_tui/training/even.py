@@ -16,5 +16,11 @@ def even_multiple(device: torch.device, dtype: torch.dtype) -> int:
 
 def filled_up(x: Tensor) -> Tensor:
     """x (…, tokens, width) with zeros behind the last token, up to such a multiple."""
-    more = -x.shape[-2] % even_multiple(x.device, x.dtype)
+    more = filled_up_length(x) - x.shape[-2]
     return functional.pad(x, (0, 0, 0, more)) if more else x
+
+
+def filled_up_length(x: Tensor) -> int:
+    """Tokens of x (…, tokens, width) when it is filled up."""
+    multiple = even_multiple(x.device, x.dtype)
+    return -(-x.shape[-2] // multiple) * multiple

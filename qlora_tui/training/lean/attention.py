@@ -2,20 +2,20 @@
 
 The kernel's backward goes through the scores in small tiles, each a matrix product too small for the
 library beneath it, and takes up to three times as long as it need. Here a block of queries meets all its
-keys at once, and the query heads that share a key head lie end to end in one product.
+keys at once, and the query heads that share a key head lie end to end in one product. What is taken from each
+score goes through the same product, which adds in float32: queries have two columns more, keys two ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_tui.memory.attention import ATTENTION_BLOCK_ROWS
-from qlora_tui.training.even import filled_up
+from qlora_tui.memory.attention import ATTENTION_BLOCK_ROWS, EXTRA_COLUMNS
+from qlora_tui.training.even import filled_up, filled_up_length
 
 
 class RowAttention(torch.autograd.Function):
@@ -30,26 +30,36 @@ class RowAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float
     ) -> Tensor:
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
-        parts = (torch.split(x, lengths, dim=2) for x in (query, key, value))
-        log_sums = []
-        for q, k, v, part in zip(*parts, torch.split(out, lengths, dim=1), strict=True):
+        log_sums = query.new_empty(*query.shape[:3], dtype=torch.float32)
+        parts = (torch.split(x, lengths, dim=2) for x in (query, key, value, log_sums))
+        for q, k, v, log_sum, part in zip(*parts, torch.split(out, lengths, dim=1), strict=True):
             shared_k, shared_v = _as_taken(q, k, v)
-            made, log_sum = _flash(filled_up(q), filled_up(shared_k), filled_up(shared_v), scale)
+            made, sums = _flash(filled_up(q), filled_up(shared_k), filled_up(shared_v), scale)
             tokens = q.shape[2]
             part.copy_(made.transpose(1, 2)[:, :tokens])
-            log_sums.append(log_sum)
-        ctx.save_for_backward(query, key, value, out, *log_sums)
+            log_sum.copy_(sums[..., :tokens])
+        ctx.save_for_backward(query, key, value, out, log_sums)
         ctx.lengths, ctx.scale = lengths, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, *log_sums = ctx.saved_tensors
+        query, key, value, out, log_sums = ctx.saved_tensors
+        grad = grad_outputs[0].transpose(1, 2)
+        less = (grad * out.transpose(1, 2)).sum(-1, dtype=torch.float32).neg_()
+        taken = (_in_two(log_sums / -ctx.scale, query.dtype), _in_two(less, query.dtype))
         made = [_as_laid_out(x) for x in (query, key, value)]
-        given = (query, key, value, out.transpose(1, 2), grad_outputs[0].transpose(1, 2))
-        parts = (torch.split(x[0], ctx.lengths, dim=1) for x in (*given, *made))
-        for (q, k, v, o, grad, *toward), log_sum in zip(zip(*parts, strict=True), log_sums, strict=True):
-            _one_backward(q, k, v, o, grad, log_sum[0], ctx.scale, toward)
+        parts = (torch.split(x[0], ctx.lengths, dim=1) for x in (query, key, value, grad, *taken, *made))
+        group = query.shape[1] // key.shape[1]
+        for q, k, v, g, from_q, from_g, *toward in zip(*parts, strict=True):
+            _one_backward(
+                _laid_out(q, from_q, group),
+                _laid_out(k, 1.0)[:, 0],
+                _laid_out(v, 1.0)[:, 0],
+                _laid_out(g, from_g, group),
+                ctx.scale,
+                *toward,
+            )
         return (*made, None, None)
 
 
@@ -79,50 +89,63 @@ def _as_laid_out(x: Tensor) -> Tensor:
     return x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
+def _in_two(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (…) as the sum of two of fewer bits, (…, 2): what rounding takes from the one is the other."""
+    high = x.to(dtype)
+    return torch.stack((high, (x - high).to(dtype)), dim=-1)
+
+
+def _laid_out(x: Tensor, more: Tensor | float, group: int = 1) -> Tensor:
+    """x (heads, tokens, width) with columns more: (heads / group, group, tokens, width + 2), filled up."""
+    heads, tokens, width = x.shape
+    made = x.new_empty(heads, filled_up_length(x), width + EXTRA_COLUMNS)
+    made[:, :tokens, :width] = x
+    made[:, :tokens, width:] = more
+    made[:, tokens:] = 0
+    return made.view(heads // group, group, *made.shape[1:])
+
+
 def _one_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     grad: Tensor,
-    log_sum: Tensor,
     scale: float,
-    toward: Sequence[Tensor],
+    toward_q: Tensor,
+    toward_k: Tensor,
+    toward_v: Tensor,
 ) -> None:
     """Gradients of one sample's q (heads, tokens, width), k and v, written to where they belong.
 
     With P = exp(scale · q kᵀ - log_sum) and D = rowsum(grad · out): toward v Pᵀ grad, toward the scores
     P · (grad vᵀ - D), toward q and k their products with k and q (Dao et al. 2022, FlashAttention, B.4).
     """
-    real = q.shape[1]
-    q, k, v, out, grad = (filled_up(x) for x in (q, k, v, out, grad))
-    log_sum = log_sum[..., None]
-    heads, tokens, width = q.shape
-    shared, group = k.shape[0], heads // k.shape[0]
-    less = (grad * out).sum(-1, keepdim=True, dtype=torch.float32)
-    # The sums are subtracted in half precision; what rounding took from them comes back as a factor.
-    rounded = log_sum.to(q.dtype)
-    factor = (rounded - log_sum).exp_()
-    grad, less = (grad * factor).to(q.dtype), (less * factor).to(q.dtype)
-    sum_k, sum_v = torch.zeros_like(k), torch.zeros_like(v)
-    for start in range(0, real, ATTENTION_BLOCK_ROWS):
-        end = min(start + ATTENTION_BLOCK_ROWS, tokens)
-        rows = group * (end - start)
-
-        def folded(x: Tensor, start: int = start, end: int = end, rows: int = rows) -> Tensor:
-            return x.view(shared, group, tokens, -1)[:, :, start:end].reshape(shared, rows, -1)
-
-        some_q, some_grad = folded(q), folded(grad)
-        seen_k, seen_v = k[:, :end], v[:, :end]
-        some_rounded, some_less = (folded(x).expand(shared, rows, end) for x in (rounded, less))
-        weights = torch.baddbmm(some_rounded, some_q, seen_k.transpose(1, 2), beta=-1, alpha=scale).exp_()
+    shared, group, filled, _ = q.shape
+    _, tokens, width = toward_k.shape
+    toward_q = toward_q.view(shared, group, tokens, width)
+    plain_k, nothing = k[..., :width], q.new_empty(1)
+    sum_k, sum_v = (
+        (torch.zeros_like(plain_k) for _ in range(2)) if filled > ATTENTION_BLOCK_ROWS else (None, None)
+    )
+    for start in range(0, filled, ATTENTION_BLOCK_ROWS):
+        end = min(start + ATTENTION_BLOCK_ROWS, filled)
+        some_q, some_grad = (x[:, :, start:end].reshape(shared, group * (end - start), -1) for x in (q, grad))
+        # A product times a number, added to none.
+        weights = torch.baddbmm(nothing, some_q, k[:, :end].transpose(1, 2), beta=0, alpha=scale).exp_()
         weights.view(shared, group, end - start, end)[..., start:].tril_()
-        sum_v[:, :end].baddbmm_(weights.transpose(1, 2), some_grad)
-        scores = torch.baddbmm(some_less, some_grad, seen_v.transpose(1, 2), beta=-1).mul_(weights)
-        made = torch.bmm(scores, seen_k).mul_(scale).view(shared, group, end - start, width)
-        toward[0].view(shared, group, real, width)[:, :, start:end] = made[:, :, : real - start]
-        sum_k[:, :end].baddbmm_(scores.transpose(1, 2), some_q, alpha=scale)
+        made_v = torch.bmm(weights.transpose(1, 2), some_grad[..., :width])
+        scores = torch.bmm(some_grad, v[:, :end].transpose(1, 2)).mul_(weights)
+        made_q = torch.bmm(scores, plain_k[:, :end]).view(shared, group, end - start, width)
+        real = min(end, tokens) - start
+        torch.mul(made_q[:, :, :real], scale, out=toward_q[:, :, start : start + real])
+        made_k = torch.bmm(scores.transpose(1, 2), some_q[..., :width])
         # Or they would live on beside the next block's.
-        del weights, scores
-    toward[1].copy_(sum_k[:, :real])
-    toward[2].copy_(sum_v[:, :real])
+        del weights, scores, made_q
+        if sum_k is None or sum_v is None:
+            sum_k, sum_v = made_k, made_v
+        else:
+            sum_k[:, :end] += made_k
+            sum_v[:, :end] += made_v
+    assert sum_k is not None and sum_v is not None
+    torch.mul(sum_k[:, :tokens], scale, out=toward_k)
+    toward_v.copy_(sum_v[:, :tokens])
