@@ -80,7 +80,13 @@ class Terminal:
     ) -> None:
         self.program.kill()
         self.program.wait()
-        os.close(self._screen)
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Take the terminal away. No signal tells of it: the terminal does not control the program."""
+        if self._screen >= 0:
+            os.close(self._screen)
+        self._screen = -1
 
     def press(self, keys: str) -> None:
         """Type."""

@@ -114,7 +114,7 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
     with native_errors_in(log):
         app = QloraApp(settings)
         app.run(mouse=settings.mouse and mouse)
-    if app.return_code:
+    if app.return_code == FAILED:
         print(
             f"qlora-tui: The app ended by a mistake of ours.\n  What is known is in {log}.", file=sys.stderr
         )

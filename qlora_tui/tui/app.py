@@ -22,6 +22,7 @@ from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, themes
 from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION
 from qlora_tui.tui.console_font import stand_ins
+from qlora_tui.tui.hang_up import end_in_order
 from qlora_tui.tui.painted import Difference, Painted, forget_what_is_gone
 from qlora_tui.tui.palette import CommandProvider
 from qlora_tui.tui.pulse import Pulse
@@ -99,11 +100,16 @@ class QloraApp(App[None]):
             self.notify(f"There is no theme {self.settings.theme!r}.", severity="warning")
         self.set_keymap(self.settings.keymap)
         self.write_escape(escapes.PUSH_TITLE)
+        if not self.is_headless:
+            end_in_order(self._leave)
         self.set_interval(LOOK_EVERY_S, self._look)
         self.call_after_refresh(self._look)
 
     def on_unmount(self) -> None:
         self.write_escape(escapes.POP_TITLE)
+
+    def _leave(self, exit_code: int) -> None:
+        self.exit(return_code=exit_code)
 
     def _take_themes(self) -> None:
         """Know all themes as they now stand in their files; what is wrong is said and left out."""

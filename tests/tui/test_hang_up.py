@@ -1,0 +1,71 @@
+"""The app without its terminal: it ends in order, whether or not a signal tells of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+
+from bench.terminal import Terminal
+from qlora_tui import paths
+from qlora_tui.tui.native_output import screen_on
+from qlora_tui.tui.workbench import load_draft
+from tests.tui.glass import DEADLINE_S, see
+
+APP = [sys.executable, "-m", "qlora_tui"]
+LEFT = b"\x1b[?1049l"
+"""The terminal's own screen is back."""
+
+
+def log() -> str:
+    return paths.log_path().read_text()
+
+
+def edit_the_recipe(terminal: Terminal) -> None:
+    see(terminal, "Train", "Next")
+    terminal.press("4")
+    see(terminal, "R rank")
+    terminal.press("r")
+    see(terminal, "R rank        32")
+
+
+def test_it_ends_when_the_terminal_goes_away_without_a_signal() -> None:
+    with Terminal(APP) as terminal:
+        edit_the_recipe(terminal)
+        terminal.hang_up()
+        assert terminal.program.wait(DEADLINE_S) == 128 + signal.SIGHUP
+    assert load_draft().recipe.lora.rank == 32
+    assert not log()
+
+
+def test_it_ends_when_what_it_paints_goes_to_a_pipe_that_nobody_reads_any_more() -> None:
+    piped = f"{{ {sys.executable} -m qlora_tui 2>&1 >&3 | head -c 1000; }} 3>&1"
+    with Terminal(["sh", "-c", piped]) as terminal:
+        assert terminal.program.wait(DEADLINE_S) == 0
+    assert not log()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_it_ends_in_order_when_told_to_by_a_signal(number: signal.Signals) -> None:
+    with Terminal(APP) as terminal:
+        edit_the_recipe(terminal)
+        os.kill(terminal.program.pid, number)
+        assert terminal.program.wait(DEADLINE_S) == 128 + number
+        while terminal.read(0):
+            pass
+        assert LEFT in terminal.painted
+        assert b"mistake" not in terminal.painted
+    assert load_draft().recipe.lora.rank == 32
+    assert not log()
+
+
+def test_what_is_painted_on_a_terminal_that_is_gone_is_let_go() -> None:
+    master, side = os.openpty()
+    with screen_on(side) as screen:
+        print("here", file=screen, flush=True)
+        assert os.read(master, 100) == b"here\r\n"
+        os.close(master)
+        for _ in range(3):
+            print("gone" * 10_000, file=screen, flush=True)
