@@ -106,6 +106,7 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
 
     from qlora_tui.tui.app import QloraApp
     from qlora_tui.tui.native_output import native_errors_in
+    from qlora_tui.tui.uncoloured import lacks_colours
 
     settings = load_settings()
     if gpu_gib:
@@ -113,6 +114,7 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
     log = paths.log_path()
     with native_errors_in(log):
         app = QloraApp(settings)
+        app.no_color = app.no_color or lacks_colours()
         app.run(mouse=settings.mouse and mouse)
     if app.return_code == FAILED:
         print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +14,7 @@ from textual.app import App
 from textual.await_complete import AwaitComplete
 from textual.binding import BindingType
 from textual.events import Resize
+from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.signal import Signal
 
@@ -30,6 +32,7 @@ from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.by_mode import SCREENS, make_screen
 from qlora_tui.tui.screens.small import SmallScreen, is_too_small
 from qlora_tui.tui.stylesheet import ReadOnce
+from qlora_tui.tui.uncoloured import TWO_COLOURS, InkOnly
 
 if TYPE_CHECKING:
     from qlora_tui.memory.room import Room
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 LOOK_EVERY_S = 1.0
 _SHOWN_OF_COPY = 160
+_WITHOUT_COLOURS = (InkOnly(),)
 _RESIZES_AT_START = 2
 """Told by the app itself and by its driver, before anything can have happened to the terminal."""
 
@@ -116,14 +120,19 @@ class QloraApp(App[None]):
         self._themes_written = themes.user_themes_written()
         known = set(self.available_themes)
         found, problems = themes.load_themes()
-        for theme in found:
+        for theme in (*found, TWO_COLOURS):
             self.register_theme(theme)
-        if self.settings.theme in set(self.available_themes) - known:
-            self.theme = self.settings.theme
+        wanted = TWO_COLOURS.name if self.no_color else self.settings.theme
+        if wanted in set(self.available_themes) - known:
+            self.theme = wanted
         else:
             self.mutate_reactive(App.theme)
         for problem in problems:
             self.notify(str(problem), severity="warning", timeout=10)
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """What each line goes through before it is painted."""
+        return _WITHOUT_COLOURS if self.no_color else super().get_line_filters()
 
     def edit(self, path: str, value: Any) -> bool:
         """Change a setting of the recipe; a value that is not allowed is explained. True when it changed."""

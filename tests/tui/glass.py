@@ -46,6 +46,13 @@ class Glass:
         """Its lines."""
         return "\n".join("".join(text for text, _ in line) for line in self._cells)
 
+    def style_of(self, text: str) -> set[str]:
+        """Attributes and colours, as SGR has them, that ``text`` begins with where it first stands."""
+        for line, cells in zip(self.text.splitlines(), self._cells, strict=True):
+            if text in line:
+                return set(cells[line.index(text)][1].split(";"))
+        return set()
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Glass) and self._cells == other._cells
 

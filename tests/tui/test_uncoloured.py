@@ -1,0 +1,72 @@
+"""Without colours: the terminal's own two, and attributes that tell things apart."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from bench.terminal import Terminal
+from qlora_tui import paths
+from tests.tui.glass import Glass, see
+from tests.tui.played import BEGAN, Play, play
+from tests.waiting import wait_for
+
+APP = [sys.executable, "-m", "qlora_tui"]
+BOLD, DIM, UNDERLINE, REVERSE = "1", "2", "4", "7"
+ATTRIBUTES = {"0", BOLD, DIM, "3", UNDERLINE, REVERSE, "9"}
+VISITED = [
+    ("0", "Next"),
+    ("1", "On the hub"),
+    ("2", "names no model"),
+    ("3", "names no model"),
+    ("4", "r R rank"),
+    ("5", "Not ready"),
+    ("6", "v Compare"),
+    ("?", "Help: Runs"),
+    ("q", "v Compare"),
+    ("p", "enter opens"),
+    ("q", "v Compare"),
+    ("\x10", "Search for commands"),
+]
+"""Keys, and what is waited for after each."""
+
+
+@pytest.mark.parametrize("how", [{"NO_COLOR": "1"}, {"TERM": "vt100"}], ids=["NO_COLOR", "vt100"])
+def test_no_colour_is_sent_from_any_screen(how: dict[str, str]) -> None:
+    play(Play(state="failed", steps=120, total=300))
+    (paths.config_dir() / "config.toml").write_text('theme = "paper"\n')
+    with Terminal(APP, env=how) as terminal:
+        for key, shown in VISITED:
+            terminal.press(key)
+            see(terminal, shown)
+        sent = re.findall(rb"\x1b\[([\d;]*)m", terminal.painted)
+        assert {code for codes in sent for code in codes.decode().split(";")} <= ATTRIBUTES
+
+
+def test_cursor_selection_and_fields_are_told_by_attributes() -> None:
+    play(Play(name="first", state="failed", steps=120, total=300, began=BEGAN - 1000))
+    play(Play(name="second", state="finished", steps=300, total=300))
+    with Terminal(APP, env={"NO_COLOR": "1"}) as terminal:
+
+        def styled(text: str) -> set[str]:
+            terminal.read(0)
+            return Glass(80, 24).shown(bytes(terminal.painted)).style_of(text)
+
+        see(terminal, "Next")
+        terminal.press("6")
+        wait_for(lambda: REVERSE in styled("6 Runs") and REVERSE not in styled("0 Home"))
+        wait_for(lambda: REVERSE in styled("second") and REVERSE not in styled("first"))
+        terminal.press("j")
+        wait_for(lambda: REVERSE in styled("first") and REVERSE not in styled("second"))
+        terminal.press("p")
+        see(terminal, "enter opens")
+        wait_for(lambda: REVERSE in styled("balanced") and REVERSE not in styled("cpu-demo"))
+        terminal.press("q")
+        see(terminal, "v Compare")
+        terminal.press("7o")
+        see(terminal, "How to answer", "same again")
+        assert UNDERLINE in styled("0.95")
+        # The seed, which is empty.
+        assert UNDERLINE in styled("    same again")
