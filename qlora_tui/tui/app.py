@@ -33,6 +33,7 @@ from qlora_tui.tui.screens.by_mode import SCREENS, make_screen
 from qlora_tui.tui.screens.small import SmallScreen, is_too_small
 from qlora_tui.tui.stylesheet import ReadOnce
 from qlora_tui.tui.uncoloured import TWO_COLOURS, InkOnly
+from qlora_tui.tui.work import Later
 
 if TYPE_CHECKING:
     from qlora_tui.memory.room import Room
@@ -160,7 +161,7 @@ class QloraApp(App[None]):
     def copy_to_clipboard(self, text: str) -> None:
         """Copy by every way there is, and say which worked."""
         self._clipboard = text
-        self.run_worker(self._copy(text), group="copy")
+        self.run_worker(Later(self._copy, text), group="copy")
 
     async def _copy(self, text: str) -> None:
         from qlora_tui.tui import clipboard

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import re
+import warnings
+from pathlib import Path
 
 from textual.widget import Widget
 
+import qlora_tui.tui
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.work import Later
 from tests.tui.workstation import open_on
 
 
@@ -43,3 +49,31 @@ async def test_news_that_arrives_while_the_app_quits_looks_for_no_widget() -> No
         await pilot.pause()
     assert last.going.is_set()
     assert not looked
+
+
+async def test_work_that_a_later_one_takes_the_place_of_at_once_leaves_no_coroutine_behind() -> None:
+    done: list[int] = []
+
+    async def work(number: int) -> None:
+        done.append(number)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        async with open_on("data").run_test() as pilot:
+            await pilot.pause()
+            for number in range(3):
+                pilot.app.screen.run_worker(Later(work, number), exclusive=True, group="numbers")
+            await pilot.pause()
+            gc.collect()
+    assert done == [2]
+    assert not [warning for warning in told if "never awaited" in str(warning.message)]
+
+
+def test_every_worker_is_given_its_work_that_way() -> None:
+    given = [
+        call
+        for path in Path(qlora_tui.tui.__path__[0]).rglob("*.py")
+        for call in re.findall(r"run_worker\((\w+)", path.read_text())
+    ]
+    assert len(given) > 10
+    assert set(given) == {"Later"}

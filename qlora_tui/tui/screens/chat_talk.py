@@ -34,6 +34,7 @@ from qlora_tui.tui.screens.chat_pair import Pair
 from qlora_tui.tui.screens.question import QuestionScreen
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from qlora_tui.tui.widgets.prompt_box import PromptBox
+from qlora_tui.tui.work import Later
 
 
 class Talking(WorkScreen):
@@ -109,7 +110,7 @@ class Talking(WorkScreen):
         active = pulse.active
         if self.ready is not None and active is not None and active.id not in self.shares_with:
             self.ready = None
-            self.run_worker(self._let_go(active.id))
+            self.run_worker(Later(self._let_go, active.id))
 
     async def _let_go(self, run_id: str) -> None:
         await self.engine.close()

@@ -19,6 +19,7 @@ from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.widgets.steady import put
+from qlora_tui.tui.work import Later
 
 if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
@@ -139,7 +140,7 @@ class HomeScreen(WorkScreen):
         def take(yes: bool | None) -> None:
             if yes:
                 self._busy = True
-                self.run_worker(self._prepare_demo(), group="demo")
+                self.run_worker(Later(self._prepare_demo), group="demo")
 
         if self._busy:
             return
@@ -181,7 +182,7 @@ class HomeScreen(WorkScreen):
     def _start_reading(self) -> None:
         if not self._reading:
             self._reading = True
-            self.run_worker(self._read(), group="read")
+            self.run_worker(Later(self._read), group="read")
 
     async def _read(self) -> None:
         app = self.workstation

@@ -33,6 +33,7 @@ from qlora_tui.tui.widgets.module_grid import ModuleGrid
 from qlora_tui.tui.widgets.module_table import ModuleTable
 from qlora_tui.tui.widgets.steady import put
 from qlora_tui.tui.widgets.target_text import typed, wrong_number
+from qlora_tui.tui.work import Later
 
 SETTLED_S = 0.1
 """Prices wait until no key has come for so long."""
@@ -105,7 +106,7 @@ class LoraScreen(WorkScreen):
         asked = (recipe, self.workstation.room)
         if asked != self._priced_for and not isinstance(architecture, Problem):
             self._priced_for = asked
-            self.run_worker(self._price(*asked, architecture), exclusive=True, group="price")
+            self.run_worker(Later(self._price, *asked, architecture), exclusive=True, group="price")
 
     def action_step(self, index: int, up: bool) -> None:
         """One step of a setting."""

@@ -38,6 +38,7 @@ from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE
 from qlora_tui.tui.widgets.stacked_bar import legend, stacked_bar
 from qlora_tui.tui.widgets.steady import put
 from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.work import Later
 
 METHODS = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
 """What ``quantization.method`` says for each precision."""
@@ -133,11 +134,11 @@ class MemoryScreen(WorkScreen):
         self._tracing = ""
         if not self._compared[precision_of(recipe)].exact:
             self._tracing = "tracing a step…"
-            self.run_worker(self._trace(recipe, room), exclusive=True, group="trace")
+            self.run_worker(Later(self._trace, recipe, room), exclusive=True, group="trace")
         else:
             self.workers.cancel_group(self, "trace")
         self._show_all()
-        self.run_worker(self._solve(recipe, room), exclusive=True, group="solve")
+        self.run_worker(Later(self._solve, recipe, room), exclusive=True, group="solve")
 
     def show_pulse(self, pulse: Pulse) -> None:
         if self._compared and self._heading_text() != self._heading:

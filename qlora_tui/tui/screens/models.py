@@ -28,6 +28,7 @@ from qlora_tui.tui.widgets.model_facts import HubFacts, hub_facts, local_facts
 from qlora_tui.tui.widgets.model_lines import HUB, LOCAL, hub_lines, local_lines
 from qlora_tui.tui.widgets.steady import put
 from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.work import Later
 
 EMPTY = (
     "No models on this machine yet. Type / and a name to search the hub, or press d for the 135M demo model."
@@ -94,7 +95,7 @@ class ModelsScreen(WorkScreen):
 
     def action_rescan(self) -> None:
         """Look for models again."""
-        self.run_worker(self._scan(), exclusive=True, group="scan")
+        self.run_worker(Later(self._scan), exclusive=True, group="scan")
 
     def action_filter(self) -> None:
         """Type a name."""
@@ -125,7 +126,7 @@ class ModelsScreen(WorkScreen):
         def answered(text: str | None) -> None:
             if text:
                 self._opened.append(Path(text.strip()).expanduser().absolute())
-                self.run_worker(self._scan(choose=self._opened[-1]), exclusive=True, group="scan")
+                self.run_worker(Later(self._scan, choose=self._opened[-1]), exclusive=True, group="scan")
 
         words = "A folder with config.json and safetensors, a folder of such folders, or a .gguf file:"
         self.app.push_screen(AskScreen("Open a path", words, wrong=wrong_path), answered)
@@ -139,7 +140,7 @@ class ModelsScreen(WorkScreen):
         """Ask the hub for the name."""
         self.query_one(ViList).focus()
         if event.value.strip():
-            self.run_worker(self._search(event.value.strip()), exclusive=True, group="search")
+            self.run_worker(Later(self._search, event.value.strip()), exclusive=True, group="search")
 
     def on_option_list_option_highlighted(self) -> None:
         """Show the facts of the model under the cursor."""
@@ -158,7 +159,7 @@ class ModelsScreen(WorkScreen):
             elif hub.refusal is not None:
                 self.workstation.explain(hub.refusal)
             else:
-                self.run_worker(self._ask(hub.id), exclusive=True, group="ask")
+                self.run_worker(Later(self._ask, hub.id), exclusive=True, group="ask")
 
     def on_key(self, event: object) -> None:
         """Down and escape leave the search field for the list."""
@@ -185,7 +186,7 @@ class ModelsScreen(WorkScreen):
         download: Download = start(id_)
         self._downloads[id_] = download
         self._show_downloads()
-        self.run_worker(self._follow(download), group=f"download {id_}")
+        self.run_worker(Later(self._follow, download), group=f"download {id_}")
 
     async def _follow(self, download: Download) -> None:
         async for _ in download.follow():

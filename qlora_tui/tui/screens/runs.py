@@ -21,6 +21,7 @@ from qlora_tui.tui.screens.runs_table import RunTable
 from qlora_tui.tui.screens.train import show_run
 from qlora_tui.tui.widgets.entry import Entry
 from qlora_tui.tui.widgets.steady import put
+from qlora_tui.tui.work import Later
 
 _LOOK_S = 0.3
 """A look takes about so long at most; hundreds of runs are read in several."""
@@ -153,7 +154,7 @@ class RunsScreen(RunEdits):
         """Read the runs again, unless that is being done."""
         if not self._looking and self.is_current:
             self._looking = True
-            self.run_worker(self._look(), group="look")
+            self.run_worker(Later(self._look), group="look")
 
     async def _look(self) -> None:
         try:

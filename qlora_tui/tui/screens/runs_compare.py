@@ -28,6 +28,7 @@ from qlora_tui.tui.screens.train_follow import smoothing_window
 from qlora_tui.tui.widgets.axis import Axis, rounded, so_far
 from qlora_tui.tui.widgets.graph import Curve, Graph, Plot, overall
 from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace
+from qlora_tui.tui.work import Later
 
 MOST = len(MARKS)
 _STEPS = 800
@@ -170,7 +171,7 @@ class CompareScreen(EndsItsWorkers, ModalScreen[None]):
                 yield Static(id="compare-table")
 
     def on_mount(self) -> None:
-        self.run_worker(self._read(), exclusive=True)
+        self.run_worker(Later(self._read), exclusive=True)
 
     def on_resize(self) -> None:
         self._show_table()

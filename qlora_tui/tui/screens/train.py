@@ -29,6 +29,7 @@ from qlora_tui.tui.screens.train_live import LivePane
 from qlora_tui.tui.screens.train_plot import zoomed_from
 from qlora_tui.tui.screens.train_remedy import Remedy
 from qlora_tui.tui.widgets.settings_form import SettingsForm
+from qlora_tui.tui.work import Later
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -114,7 +115,7 @@ class TrainScreen(WorkScreen):
 
     def action_launch(self) -> None:
         """Launch the recipe, or queue it; what speaks against it is said first."""
-        self.run_worker(self._launch(), exclusive=True, group="launch")
+        self.run_worker(Later(self._launch), exclusive=True, group="launch")
 
     async def action_stop(self) -> None:
         """Ask, then stop the run."""
@@ -284,7 +285,7 @@ class TrainScreen(WorkScreen):
     def _start_look(self) -> None:
         if self._follower is not None and not self._looking and self.is_current:
             self._looking = True
-            self.run_worker(self._look(self._follower), group="look")
+            self.run_worker(Later(self._look, self._follower), group="look")
 
     async def _look(self, follower: Follower) -> None:
         step = self._picture.step if self._picture else 0
@@ -318,7 +319,7 @@ class TrainScreen(WorkScreen):
         )
         if asked != self._checked_for:
             self._checked_for = asked
-            self.run_worker(self._look_at_needs(recipe, pulse), exclusive=True, group="checks")
+            self.run_worker(Later(self._look_at_needs, recipe, pulse), exclusive=True, group="checks")
 
     async def _look_at_needs(self, recipe: Recipe, pulse: Pulse) -> None:
         self._checks = await asyncio.to_thread(check_all, recipe, self.workstation.room, pulse)
