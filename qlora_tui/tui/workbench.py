@@ -171,6 +171,14 @@ def save_draft(workbench: Workbench) -> None:
     atomic_write(_draft_path(), f"{_BEGAN_AS}{workbench.preset}\n{dump(workbench.recipe)}")
 
 
+def draft_written_at() -> float:
+    """Unix time of the last change of the recipe; 0 where there was none."""
+    try:
+        return _draft_path().stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def _draft_path() -> Path:
     return paths.state_dir() / "draft.toml"
 

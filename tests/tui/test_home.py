@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from textual.drivers.headless_driver import HeadlessDriver
@@ -13,13 +14,14 @@ from textual.pilot import Pilot
 from qlora_tui import paths
 from qlora_tui.demo import model as demo_model
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs import queue
+from qlora_tui.runs import actions, queue
 from qlora_tui.runs.detached import ensure_runner
 from qlora_tui.runs.events import Failed
+from qlora_tui.runs.status import State
 from qlora_tui.tui import escapes, watch
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home import HomeScreen
-from qlora_tui.tui.screens.home_next import DEMO, Standing, next_step
+from qlora_tui.tui.screens.home_next import DEMO, Standing, next_step, other_steps
 from qlora_tui.tui.screens.train import TrainScreen, show_run
 from tests.tui.played import BEGAN, Play, play
 from tests.tui.seeing import shows, until
@@ -28,23 +30,76 @@ MakeApp = Callable[[], QloraApp]
 READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="d.jsonl"),)))
 
 
+def after(state: State, **how: Any) -> Standing:
+    """A run of that state was the last; the recipe is complete and fits."""
+    return Standing(READY, 1, verdict="fits", last_run="a", last_state=state, **how)
+
+
 @pytest.mark.parametrize(
-    ("now", "action"),
+    ("now", "action", "instead"),
     [
-        (Standing(Recipe(), 0), "demo"),
-        (Standing(Recipe(), 3), "app.go('models')"),
-        (Standing(Recipe(model=Model(id="m")), 1), "app.go('data')"),
-        (Standing(READY, 1, verdict="does not fit"), "app.go('memory')"),
-        (Standing(READY, 1, verdict="fits"), "prepare"),
-        (Standing(READY, 1, last_run="a", last_state="running"), "watch"),
-        (Standing(READY, 1, last_run="a", last_state="finished", last_is_news=True), "chat"),
-        (Standing(READY, 1, last_run="a", last_state="finished"), "prepare"),
-        (Standing(READY, 1, last_run="a", last_state="lost", last_is_news=True), "watch"),
-        (Standing(READY, 1, last_run="a", last_state="paused"), "watch"),
+        (Standing(Recipe(), 0), "demo", "app.go('models')"),
+        (Standing(Recipe(), 3), "app.go('models')", ""),
+        (Standing(Recipe(model=Model(id="m")), 1), "app.go('data')", ""),
+        (Standing(READY, 1, verdict="does not fit"), "app.go('memory')", ""),
+        (Standing(READY, 1, verdict="fits"), "prepare", ""),
+        (after("running"), "watch", ""),
+        (after("finished", last_is_news=True), "chat", ""),
+        (after("finished"), "prepare", ""),
+        (after("paused", last_checkpoint=60), "resume", "prepare"),
+        (after("paused", last_checkpoint=60, edited_since=True), "resume", "prepare"),
+        (after("paused"), "resume", "prepare"),
+        (after("stopped", last_checkpoint=60), "resume", "prepare"),
+        (after("stopped", last_checkpoint=60, edited_since=True), "prepare", "resume"),
+        (after("stopped"), "prepare", ""),
+        (after("lost", last_checkpoint=60, last_is_news=True), "resume", "prepare"),
+        (after("lost", last_checkpoint=60, edited_since=True), "prepare", "resume"),
+        (after("lost"), "watch", "prepare"),
+        (after("failed", last_checkpoint=60, last_is_news=True), "watch", "prepare"),
+        (after("failed", last_checkpoint=60), "watch", "prepare"),
+        (after("failed", last_is_news=True, edited_since=True), "prepare", ""),
+        (Standing(Recipe(), 1, last_run="a", last_state="failed", edited_since=True), "watch", ""),
     ],
 )
-def test_the_next_step_is_the_sensible_one(now: Standing, action: str) -> None:
-    assert next_step(now).action == action
+def test_the_next_step_is_the_sensible_one(now: Standing, action: str, instead: str) -> None:
+    step = next_step(now)
+    assert step.action == action
+    assert [other.action for other in other_steps(now, step)] == ([instead] if instead else [])
+
+
+def test_it_is_said_what_a_run_goes_on_from_and_how_a_failure_is_mended() -> None:
+    stopped = next_step(after("stopped", last_checkpoint=1200, last_total_steps=3000))
+    assert stopped.why == "a was stopped; it goes on from its checkpoint at step 1,200 of 3,000"
+    assert next_step(after("paused")).why == "a is paused; it goes on from its start"
+    assert next_step(after("failed", last_fix="Free some space.")).why == "Free some space."
+    assert next_step(after("failed")).why == "a failed"
+
+
+async def test_a_run_that_was_stopped_goes_on_with_enter_until_another_recipe_is_begun(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    run = play(Play(name="owls", state="stopped", steps=60, total=300, began=time.time()))
+    checkpoint = run.checkpoints_dir / "step-40"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "complete").touch()
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Go on with the run", "owls was stopped; it goes on from its checkpoint")
+        app.workbench.replace(READY)
+        app.recipe_edited()
+        os.utime(paths.state_dir() / "draft.toml", (time.time() + 3600,) * 2)
+        await shows(pilot, "▸ enter  Check and launch", "or r   Go on with the run")
+        await pilot.press("r")
+        await until(pilot, lambda: queue.waiting() == [run.id])
+        await shows(pilot, "owls", "queued")
+        assert isinstance(app.screen, TrainScreen)
+
+
+async def test_a_run_that_failed_is_told_with_its_remedy(make_app: MakeApp) -> None:
+    play(Play(name="owls", state="failed", steps=60, total=300))
+    async with make_app().run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "See what went wrong", "Close it and resume, or halve training.micro_batch.")
 
 
 async def test_a_first_time_user_is_led_to_the_demo_or_the_hub(make_app: MakeApp) -> None:
@@ -153,15 +208,15 @@ def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.Monkey
 
 
 async def test_no_key_is_named_that_goes_elsewhere_than_the_next_step(make_app: MakeApp) -> None:
-    play(Play(name="owls", state="paused", steps=60))
+    play(Play(name="owls", state="lost", steps=60))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        shown = await shows(pilot, "Go on with the run")
-        assert "also 5" not in shown
+        shown = await shows(pilot, "See what went wrong")
+        assert "also" not in shown
         await pilot.press("5")
         await shows(pilot, "Micro-batch")
         await pilot.press("0", "enter")
-        await shows(pilot, "Paused at step 60")
+        await shows(pilot, "Its process is gone")
 
 
 async def test_the_step_to_check_a_recipe_leaves_the_run_that_was_watched(make_app: MakeApp) -> None:

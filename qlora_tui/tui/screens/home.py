@@ -72,6 +72,24 @@ class HomeScreen(WorkScreen):
             help="Fetch the 135M demo model and prepare a run of it.",
             verb="demo",
         ),
+        Command(
+            id="home.resume",
+            key="r",
+            action="resume",
+            label="Resume",
+            help="Go on with the last run, from its last checkpoint.",
+            in_footer=False,
+            verb="resume",
+        ),
+        Command(
+            id="home.prepare",
+            key="n",
+            action="prepare",
+            label="New run",
+            help="Check the recipe, and launch it.",
+            in_footer=False,
+            verb="train",
+        ),
     )
 
     def __init__(self) -> None:
@@ -118,6 +136,20 @@ class HomeScreen(WorkScreen):
 
         if self.workstation.pulse.last is not None:
             await show_run(self.workstation, self.workstation.pulse.last)
+
+    async def action_resume(self) -> None:
+        """Queue the last run again, and watch it."""
+        from qlora_tui.runs import actions
+
+        last = self.workstation.pulse.last
+        if last is None:
+            return
+        try:
+            actions.resume(last)
+        except Problem as problem:
+            self.workstation.explain(problem)
+            return
+        await self.action_watch()
 
     async def action_prepare(self) -> None:
         """Check the recipe, and launch it."""

@@ -16,7 +16,7 @@ from qlora_tui.format import duration, figure, gib
 from qlora_tui.memory import Estimate, judge
 from qlora_tui.memory.room import Room
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.status import ACTIVE
+from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.run_words import SIGNS, ago
 from qlora_tui.tui.screens.home_next import NextStep, Standing, next_step, other_steps
@@ -25,7 +25,7 @@ from qlora_tui.tui.widgets.axis import rounded
 from qlora_tui.tui.widgets.memory_bar import bar
 from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE, recipe_line
 from qlora_tui.tui.widgets.strip_chart import blocks
-from qlora_tui.tui.workbench import Workbench
+from qlora_tui.tui.workbench import Workbench, draft_written_at
 
 _CURVE = 24
 _RECENT = 4
@@ -62,16 +62,21 @@ class HomeReader:
         status = pulse.last_status
         news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
         away = news and status is not None and status.at < self._started_at
+        summary = self._summaries.of(pulse.last) if pulse.last is not None else None
+        checkpoints = pulse.last.checkpoints() if pulse.last and status and status.state in RESUMABLE else []
         standing = Standing(
             recipe=bench.recipe,
             local_models=self._local_models,
             verdict=self._judged(bench, room),
-            last_run=pulse.last.name if pulse.last else "",
+            last_run=summary.name if summary else "",
             last_state=status.state if status else None,
             last_is_news=news,
+            last_checkpoint=checkpoints[-1][0] if checkpoints else 0,
+            last_total_steps=status.total_steps if status else 0,
+            last_fix=summary.fix if summary else "",
+            edited_since=status is not None and draft_written_at() > status.at,
         )
         step = next_step(standing)
-        summary = self._summaries.of(pulse.last) if pulse.last is not None else None
         parts = {
             "card": card_lines(pulse, room),
             "run": run_lines(summary, away, now),

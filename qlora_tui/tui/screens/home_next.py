@@ -21,6 +21,14 @@ class Standing:
     last_state: State | None = None
     last_is_news: bool = False
     """It ended since the app was last looked at."""
+    last_checkpoint: int = 0
+    """Step of the last that it has whole; 0 where there is none."""
+    last_total_steps: int = 0
+    """0 where it is not known."""
+    last_fix: str = ""
+    """What its failure says to do."""
+    edited_since: bool = False
+    """The recipe was changed after it ended: another run is being prepared."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +54,43 @@ SEARCH = NextStep("1", "app.go('models')", "Search the hub for a model", "there 
 
 def next_step(now: Standing) -> NextStep:
     """The most useful thing to do now."""
-    if now.last_state in ACTIVE:
+    state = now.last_state
+    if state in ACTIVE:
         return NextStep("", "watch", "Watch the run", f"{now.last_run} is at work")
-    if now.last_is_news and now.last_state == "finished":
+    if now.last_is_news and state == "finished":
         return NextStep("", "chat", "Talk to the adapter", f"{now.last_run} is finished")
-    if now.last_is_news and now.last_state in ("failed", "lost"):
-        return NextStep("", "watch", "See what went wrong", f"{now.last_run} {_ended(now.last_state)}")
-    if now.last_state == "paused":
-        return NextStep("", "watch", "Go on with the run", f"{now.last_run} is paused; r resumes it")
+    if state == "paused" or (_can_go_on(now) and not now.edited_since):
+        return _go_on(now)
+    if state in ("failed", "lost") and not (now.edited_since and _is_complete(now)):
+        return NextStep("", "watch", "See what went wrong", now.last_fix or f"{now.last_run} {_ended(state)}")
     return _prepare(now)
 
 
 def other_steps(now: Standing, chosen: NextStep) -> tuple[NextStep, ...]:
-    """What a newcomer could do instead."""
+    """What could be done instead: by a newcomer, or with a run that can go on."""
+    if chosen.action in ("resume", "watch") and now.last_state not in ACTIVE:
+        return (_prepare(now),) if _is_complete(now) else ()
+    if chosen.action == "prepare" and _can_go_on(now):
+        return (_go_on(now),)
     if now.recipe.model.id or now.last_state is not None or chosen not in (DEMO, SEARCH):
         return ()
     return (SEARCH,) if chosen is DEMO else (DEMO,)
+
+
+def _can_go_on(now: Standing) -> bool:
+    """A run that was broken off, by the user or by whatever killed it, and not by what it met in itself."""
+    return now.last_state in ("stopped", "lost") and now.last_checkpoint > 0
+
+
+def _go_on(now: Standing) -> NextStep:
+    total = f" of {now.last_total_steps:,}" if now.last_total_steps else ""
+    where = f"its checkpoint at step {now.last_checkpoint:,}{total}" if now.last_checkpoint else "its start"
+    why = f"{now.last_run} {_ended(now.last_state)}; it goes on from {where}"
+    return NextStep("r", "resume", "Go on with the run", why)
+
+
+def _is_complete(now: Standing) -> bool:
+    return bool(now.recipe.model.id and now.recipe.data.sources)
 
 
 def _prepare(now: Standing) -> NextStep:
@@ -74,8 +103,8 @@ def _prepare(now: Standing) -> NextStep:
         return NextStep("2", "app.go('data')", "Choose what it learns from", "the recipe has no data yet")
     if now.verdict == "does not fit":
         return NextStep("3", "app.go('memory')", "Make it fit", "the recipe needs more memory than there is")
-    return NextStep("", "prepare", "Check and launch", "the recipe is complete")
+    return NextStep("n", "prepare", "Check and launch", "the recipe is complete")
 
 
-def _ended(state: State) -> str:
-    return "was lost" if state == "lost" else "failed"
+def _ended(state: State | None) -> str:
+    return {"paused": "is paused", "stopped": "was stopped", "lost": "was lost"}.get(state or "", "failed")

@@ -17,7 +17,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import queue
 from qlora_tui.runs.describe import energy_words
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.events import Finished
+from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.widgets.recipe_strip import rank_words
@@ -59,6 +59,8 @@ class RunSummary:
     """Of a run at work, by its pace; None where there is none."""
     energy: str
     """``0.42 kWh, 3.1 tokens/J``; empty where it is not known."""
+    fix: str
+    """What to do about its failure, in a sentence; empty where there is none, or nothing was said."""
 
     @property
     def id(self) -> str:
@@ -140,6 +142,7 @@ def summarise(run: RunDir) -> RunSummary:
         seconds=series.seconds() if len(series) else None,
         seconds_left=view.seconds_left,
         energy=energy_words(ending) if isinstance(ending, Finished) else "",
+        fix=ending.fix if isinstance(ending, Failed) else "",
     )
 
 
@@ -168,6 +171,7 @@ def outline(run: RunDir) -> RunSummary:
         seconds=None,
         seconds_left=None,
         energy="",
+        fix="",
     )
 
 
