@@ -10,8 +10,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(what: Callable[[], T | None], *, seconds: float = 30.0, saying: str = "") -> T:
-    """The first true value of ``what``; fails when there is none in time."""
+def wait_for(what: Callable[[], T | None], *, seconds: float = 60.0, saying: str = "") -> T:
+    """The first true value of ``what``; fails when there is none in time.
+
+    The time is a guard against waiting for ever, not a budget: on a loaded machine all takes longer.
+    """
     deadline = time.monotonic() + seconds
     pause = threading.Event()
     while True:

@@ -230,7 +230,7 @@ class _StoreHandler(_Handler):
             half = len(body) // 2
             self.wfile.write(body[:half])
             self.wfile.flush()
-            self.hub.stalls.wait(60)
+            self.hub.stalls.wait()
             self.wfile.write(body[half:])
         else:
             self.wfile.write(body)

@@ -52,19 +52,21 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_call_does(hub: Hub) -> None:
     hub.repos["org/tiny"] = tiny_repo(6 * MIB)
     weights = hub.repos["org/tiny"].files["model.safetensors"]
     partial = hub_cache_dir() / "models--org--tiny" / "blobs" / f"{sha256(weights)}.incomplete"
-    half = len(weights) // 2 // MIB * MIB
     hub.stalls = threading.Event()
     child = _start(hub, "org/tiny")
-    wait_for(lambda: partial.exists() and partial.stat().st_size == half)
+    wait_for(lambda: partial.exists() and partial.stat().st_size >= MIB)
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=120)
     assert child.returncode == 130
     assert "`qlora-tui download org/tiny` goes on" in err
     assert "Traceback" not in err
+    # Half of it; more where the client lost patience and asked again before it was stopped.
+    fetched = partial.stat().st_size
+    assert fetched < len(weights)
     hub.stalls.set()
     hub.requests.clear()
     assert _call(hub, "org/tiny")[0] == 0
-    assert hub.ranges(sha256(weights)) == [f"bytes={half}-"]
+    assert hub.ranges(sha256(weights)) == [f"bytes={fetched}-"]
 
 
 def test_a_gated_model_is_refused_with_guidance(hub: Hub) -> None:

@@ -26,6 +26,7 @@ from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.news import News, news_of
 from qlora_tui.runs.status import read_status
 from qlora_tui.settings import config_path
+from tests.runs.conftest import let_go
 from tests.waiting import wait_for
 
 
@@ -160,7 +161,7 @@ def test_a_run_that_ended_while_no_runner_lived_is_told_once_by_the_next(recipe:
         run = actions.submit(with_value(recipe, "name", "waits"))
         wait_for(lambda: read_status(run).state == "running")
         os.kill(int((paths.state_dir() / "runner.lock").read_text()), signal.SIGKILL)
-        (run.path / "go").touch()
+        let_go(run)
         wait_for(lambda: read_status(run).state == "finished")
         assert hook.heard == []
         later = actions.submit(with_value(recipe, "name", "plain"))

@@ -20,6 +20,7 @@ from qlora_tui.runs.events import Failed, Finished, Started
 from qlora_tui.runs.log import EventTail, last_event
 from qlora_tui.runs.process import mark
 from qlora_tui.runs.status import Status, read_status, write_status
+from tests.runs.conftest import let_go
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("played_trainer")
@@ -38,7 +39,7 @@ def test_queued_runs_are_taken_one_after_the_other(recipe: Recipe) -> None:
     wait_for(lambda: is_(first, "running"))
     second = actions.submit(named(recipe, "plain"))
     assert read_status(second).state == "queued"
-    (first.path / "go").touch()
+    let_go(first)
     wait_for(lambda: is_(second, "finished"))
     assert read_status(first).state == "finished"
     assert queue.waiting() == []
@@ -76,7 +77,7 @@ def test_a_second_runner_leaves_at_once(recipe: Recipe) -> None:
     second = subprocess.run([sys.executable, "-m", "qlora_tui.runs.runner"], timeout=20, check=False)
     assert second.returncode == 0
     assert read_status(run).state == "running"
-    (run.path / "go").touch()
+    let_go(run)
     wait_for(lambda: is_(run, "finished"))
 
 
@@ -87,7 +88,7 @@ def test_the_trainer_outlives_a_killed_runner_and_the_next_runner_takes_over(rec
     os.kill(runner, signal.SIGKILL)
     waiting = actions.submit(named(recipe, "plain"))
     assert read_status(run).state == "running"
-    (run.path / "go").touch()
+    let_go(run)
     wait_for(lambda: is_(waiting, "finished"))
     assert isinstance(last_event(run.events_path), Finished)
     assert read_status(run).state == "finished"

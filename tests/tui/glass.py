@@ -9,7 +9,8 @@ from rich.cells import cell_len
 
 from bench.terminal import Terminal
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
+"""A guard against waiting for ever, not a budget."""
 _TOKEN = re.compile(
     r"\x1b\[(?P<args>[0-?]*)[ -/]*(?P<final>[@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1bP.*?\x1b\\|\x1b."
     r"|(?P<text>[^\x1b])",

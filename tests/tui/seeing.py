@@ -9,7 +9,8 @@ from typing import Any
 from rich.segment import Segment
 from textual.pilot import Pilot
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
+"""A guard against waiting for ever, not a budget."""
 
 
 def text_of(app: Any) -> str:

@@ -186,6 +186,7 @@ async def test_a_download_is_stopped_kept_and_continued(hub: Hub) -> None:
         hub.stalls.set()
         hub.stalls = None
         await pilot.press("d")
+        await settle(pilot)
         await shows(pilot, "On this machine (1)")
     assert any(asked and asked != "bytes=0-" for asked in hub.ranges(""))
 
