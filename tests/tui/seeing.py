@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.segment import Segment
+from rich.style import Style
 from textual.pilot import Pilot
 
 DEADLINE_S = 60.0
@@ -17,6 +18,13 @@ def text_of(app: Any) -> str:
     """The characters on the screen, line by line."""
     update = app.screen._compositor.render_update(full=True)
     return "\n".join("".join(segment.text for segment in _flat(strip)) for strip in update.strips)
+
+
+def style_of(app: Any, text: str) -> Style:
+    """How ``text`` looks where it first stands."""
+    update = app.screen._compositor.render_update(full=True)
+    segments = (segment for strip in update.strips for segment in _flat(strip))
+    return next((one.style for one in segments if text in one.text and one.style), Style())
 
 
 async def shows(pilot: Pilot[Any], *texts: str) -> str:

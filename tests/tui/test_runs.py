@@ -27,7 +27,7 @@ from qlora_tui.tui.screens.runs_summary import Summaries, summarise, thinned
 from qlora_tui.tui.screens.train import TrainScreen
 from qlora_tui.tui.widgets.graph import plot as draw
 from tests.tui.played import BEGAN, TICKETS, Play, play
-from tests.tui.seeing import shows, text_of, until
+from tests.tui.seeing import shows, style_of, text_of, until
 
 MakeApp = Callable[[], QloraApp]
 
@@ -166,6 +166,19 @@ async def test_the_list_shows_outcomes_and_enter_opens_one(
         await pilot.press("j", "enter")
         await shows(pilot, "tickets-b", "Out of GPU memory")
         assert isinstance(app.screen, TrainScreen)
+
+
+async def test_the_cursor_is_seen_once_the_list_has_the_keys_again(
+    make_app: MakeApp, three_runs: list[RunDir]
+) -> None:
+    async with make_app().run_test(size=(120, 40)) as pilot:
+        await pilot.press("6")
+        await shows(pilot, "poems-c")
+        await until(pilot, lambda: bool(style_of(pilot.app, "tickets-a").reverse))
+        await pilot.press("slash")
+        await until(pilot, lambda: not style_of(pilot.app, "tickets-a").reverse)
+        await pilot.press("escape")
+        await until(pilot, lambda: bool(style_of(pilot.app, "tickets-a").reverse))
 
 
 async def test_the_filter_cuts_the_list_down(make_app: MakeApp, three_runs: list[RunDir]) -> None:

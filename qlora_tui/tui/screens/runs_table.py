@@ -147,10 +147,8 @@ class RunTable(ScrollView, can_focus=True):
                 self.post_message(self.Opened())
             self._go_to(line)
 
-    def on_focus(self) -> None:
-        self._redraw()
-
-    def on_blur(self) -> None:
+    def watch_has_focus(self, has_focus: bool) -> None:
+        super().watch_has_focus(has_focus)
         self._redraw()
 
     def render_line(self, y: int) -> Strip:
