@@ -18,7 +18,7 @@ from qlora_tui.tui.widgets.lora_advice import KNOBS, advice, stepped
 from qlora_tui.tui.widgets.module_table import ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.widgets.target_text import typed
 from tests.tui.seeing import shows
-from tests.tui.workstation import config_folder, config_of, open_on, settle
+from tests.tui.workstation import config_folder, config_of, go_to, open_on, settle
 
 Snapshot = Callable[..., bool]
 SMALL = "HuggingFaceTB__SmolLM2-135M"
@@ -43,12 +43,12 @@ def targets(app: QloraApp) -> tuple[str, ...]:
 def test_looks_of_a_choice_of_layers(
     snap_compare: Snapshot, private_home: Path, size: tuple[int, int]
 ) -> None:
-    app = open_on("lora", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
+    app = open_on("home", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
     app.workbench.set("lora.target_modules", ("q_proj", "v_proj", "8-23.o_proj"))
     app.workbench.set("lora.rank", 32)
 
     async def move(pilot: Pilot[Any]) -> None:
-        await settle(pilot)
+        await go_to(pilot, "lora")
         await pilot.press("down", "right", "right", "x", "right", "right", "down")
         await settle(pilot)
 

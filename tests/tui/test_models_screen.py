@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.catalog.conftest import tiny_repo
 from tests.catalog.hub_server import Hub, serving
 from tests.catalog.models import make_cached, make_model
 from tests.tui.seeing import shows, text_of
-from tests.tui.workstation import config_of, open_on, settle
+from tests.tui.workstation import config_of, go_to, open_on, settle
 from tests.waiting import wait_for
 
 Snapshot = Callable[..., bool]
@@ -65,12 +66,13 @@ def make_three() -> None:
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
 def test_looks_of_models_on_this_machine(snap_compare: Snapshot, size: tuple[int, int]) -> None:
     make_three()
-    app = open_on("models", model="Qwen/Qwen2.5-7B-Instruct")
-    assert snap_compare(app, terminal_size=size, run_before=settle)
+    app = open_on("home", model="Qwen/Qwen2.5-7B-Instruct")
+    assert snap_compare(app, terminal_size=size, run_before=partial(go_to, mode="models"))
 
 
 def test_looks_of_an_empty_machine(snap_compare: Snapshot) -> None:
-    assert snap_compare(open_on("models"), terminal_size=(80, 24), run_before=settle)
+    app = open_on("home")
+    assert snap_compare(app, terminal_size=(80, 24), run_before=partial(go_to, mode="models"))
 
 
 async def test_a_model_is_chosen_and_told_apart_from_the_others() -> None:

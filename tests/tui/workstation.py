@@ -56,6 +56,16 @@ def _first_shown(mode: str) -> type[QloraApp]:
     return type("OpenedOn", (QloraApp,), {"DEFAULT_MODE": mode, "CSS_PATH": styles})
 
 
+async def go_to(pilot: Pilot[Any], mode: str) -> None:
+    """For pictures: the app is opened on another screen and goes to this one.
+
+    From Python 3.12 on, Textual (8.2) mounts the widgets of an app's very first screen before that screen
+    is on its stack, which a screen with a field in it does not stand.
+    """
+    await pilot.app.switch_mode(mode)
+    await settle(pilot)
+
+
 async def settle(pilot: Pilot[Any]) -> None:
     """Until every worker has said what it had to say."""
     # A question asked again cancels the one before it; the later one is what is waited for.
