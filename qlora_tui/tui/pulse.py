@@ -24,7 +24,7 @@ class Pulse:
     """The run in training."""
     active_status: Status | None = None
     last: RunDir | None = None
-    """The newest run that is not waiting, active or ended."""
+    """The run at work, else the one that ended last."""
     last_status: Status | None = None
     waiting: tuple[str, ...] = ()
     """Ids in the queue, the next one first."""

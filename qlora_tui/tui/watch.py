@@ -51,7 +51,9 @@ class Watch:
         statuses = [(run, self._status(run)) for run in self._all_runs()]
         waiting = tuple(queue.waiting())
         active = next(((r, s) for r, s in statuses if s.state in ACTIVE), (None, None))
-        last = next(((r, s) for r, s in statuses if s.state != "queued"), (None, None))
+        # Not the newest: a queue may be turned around, and an older run resumed.
+        over = [(r, s) for r, s in statuses if s.state != "queued"]
+        last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
         self._see_to_the_queue(stands_still=bool(waiting) and active[0] is None)
         return Pulse(
             card=card,

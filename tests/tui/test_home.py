@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,17 @@ def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.Monkey
     look = watch.Watch()
     look.look()
     assert look.look().waiting == (run.id,)
+    look.close()
+
+
+def test_an_older_run_that_is_resumed_or_ends_later_is_the_one_told_of() -> None:
+    older = Play(name="owls", steps=200, total=300)
+    play(Play(name="crows", state="finished", steps=300, total=300, began=BEGAN + 100))
+    run = play(older)
+    look = watch.Watch()
+    assert look.look().last == run
+    play(replace(older, state="finished", steps=300, seconds_a_step=5.0))
+    assert look.look().last == run
     look.close()
 
 
