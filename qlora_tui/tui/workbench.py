@@ -157,13 +157,19 @@ class Workbench:
 
 
 def load_draft() -> Workbench:
-    """The workbench as it was left; a fresh one where there is no draft or it cannot be read."""
+    """The workbench as it was left; a fresh one where there is no draft or it cannot be read.
+
+    A preset that was deleted or damaged since takes nothing of the recipe with it.
+    """
     try:
         recipe = to_recipe(load(_draft_path()), origin=str(_draft_path()))
         first_line = _draft_path().read_text("utf-8").partition("\n")[0]
-        return Workbench(recipe, preset=first_line.removeprefix(_BEGAN_AS).strip())
     except (Problem, OSError):
         return Workbench()
+    try:
+        return Workbench(recipe, preset=first_line.removeprefix(_BEGAN_AS).strip())
+    except Problem:
+        return Workbench(recipe)
 
 
 def save_draft(workbench: Workbench) -> None:

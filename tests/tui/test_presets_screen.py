@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,21 @@ async def test_an_edited_file_is_replaced_only_after_a_question() -> None:
         assert "by hand" not in mine("tickets").read_text()
 
 
+async def test_another_preset_of_the_name_is_replaced_only_after_a_question() -> None:
+    save("tickets", Recipe(lora=Lora(rank=8)))
+    before = mine("tickets").read_bytes()
+    async with open_on("memory").run_test(size=(80, 24), notifications=True) as pilot:
+        await pilot.press("p", "s", *"tickets", "enter")
+        await shows(pilot, "You have a preset tickets already")
+        await pilot.press("n")
+        assert mine("tickets").read_bytes() == before
+        await pilot.press("enter", "y")
+        await shows(pilot, "Saved as tickets", "● tickets")
+        # Now it is the one that is open: saving it again needs no question.
+        await pilot.press("s", "enter")
+        await shows(pilot, "Saved as tickets")
+
+
 async def test_a_deletion_is_taken_back_byte_by_byte_and_shipped_ones_stay() -> None:
     mine("tickets").write_text('# why\nnote = "by hand"\n')
     app = open_on("memory")
@@ -170,11 +186,26 @@ async def import_(pilot: Pilot[Any], path: Path) -> None:
     await pilot.press("enter")
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("false", "false ended with exit status 1"), ("/no/such", "No such file"), ("vi 'x", "No closing")],
+)
+async def test_an_editor_that_fails_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    monkeypatch.delenv("VISUAL", raising=False)
+    monkeypatch.setenv("EDITOR", command)
+    monkeypatch.setattr(QloraApp, "suspend", lambda self: nullcontext())
+    mine("tickets").write_text("[lora]\nrank = 4\n")
+    async with open_on("memory").run_test(size=(120, 40)) as pilot:
+        await go_to(pilot, "tickets")
+        await pilot.press("e")
+        await shows(pilot, said, "export EDITOR=nano")
+
+
 async def test_the_editor_is_opened_on_the_users_file_and_what_it_wrote_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from contextlib import nullcontext
-
     editor = tmp_path / "editor"
     editor.write_text('#!/bin/sh\nprintf "[lora]\\nrank = -1\\n" > "$1"\n')
     editor.chmod(editor.stat().st_mode | stat.S_IXUSR)

@@ -356,6 +356,10 @@ async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_ru
         await pilot.pause()
         assert find("wide").settings()["lora"]["rank"] == 64
         assert (paths.user_presets_dir() / "wide.toml").exists()
+        await pilot.press("j", "S", *"wide", "enter")
+        await shows(pilot, "You have a preset wide already")
+        await pilot.press("n")
+        assert find("wide").settings()["lora"]["rank"] == 64
 
 
 async def test_a_damaged_run_is_listed_and_named_when_it_is_used(make_app: MakeApp) -> None:

@@ -24,12 +24,17 @@ def test_a_damaged_draft_is_a_fresh_start() -> None:
     assert load_draft().preset == "balanced"
 
 
-def test_a_draft_of_a_preset_that_is_gone_is_a_fresh_start() -> None:
+def test_a_draft_outlives_the_preset_it_began_as() -> None:
     bench = Workbench()
+    bench.set("model.id", "some/model")
+    bench.set("lora.rank", 8)
     save_draft(bench)
     path = paths.state_dir() / "draft.toml"
     path.write_text(path.read_text().replace("began as balanced", "began as gone"))
-    assert load_draft().preset == "balanced"
+    again = load_draft()
+    assert again.recipe == bench.recipe
+    assert again.preset == "balanced"
+    assert again.modified
 
 
 def test_undo_and_redo_walk_the_changes() -> None:

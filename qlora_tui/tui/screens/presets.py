@@ -26,7 +26,7 @@ from qlora_tui.recipe.presets import (
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.help import HelpScreen
-from qlora_tui.tui.screens.presets_files import bring_in, edit, send_out
+from qlora_tui.tui.screens.presets_files import bring_in, check_no_other, edit, send_out
 from qlora_tui.tui.screens.problem import ProblemScreen
 from qlora_tui.tui.screens.question import QuestionScreen
 from qlora_tui.tui.widgets.entry import Entry
@@ -220,8 +220,10 @@ class PresetsScreen(ModalScreen[None]):
 
     def _save(self, name: str, note: str, *, overwrite: bool) -> None:
         try:
+            if not overwrite:
+                check_no_other(name, own=self.workstation.workbench.preset)
             before = take_snapshot(name)
-            path = save(name, self.workstation.workbench.recipe, note=note, overwrite=overwrite)
+            save(name, self.workstation.workbench.recipe, note=note, overwrite=overwrite)
         except WouldOverwrite as problem:
             self._question(problem, lambda: self._save(name, note, overwrite=True))
             return
@@ -231,7 +233,7 @@ class PresetsScreen(ModalScreen[None]):
         self._remember(before)
         self.workstation.workbench.saved_as(name)
         self.workstation.recipe_edited()
-        self.notify(f"Saved as {path}")
+        self.notify(f"Saved as {name}. u takes it back.")
         self.action_leave()
         self._list_again(name)
 

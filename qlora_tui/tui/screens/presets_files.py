@@ -11,10 +11,17 @@ from pathlib import Path
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe import toml
-from qlora_tui.recipe.presets import Preset, Snapshot, restore, take_snapshot
+from qlora_tui.recipe.presets import Preset, Snapshot, WouldOverwrite, restore, take_snapshot
 
 EDITORS = ("sensible-editor", "nano", "vim", "vi")
 """Tried in this order where neither VISUAL nor EDITOR is set."""
+_SET_EDITOR = "Leave the app, set one as in `export EDITOR=nano`, and come back."
+
+
+def check_no_other(name: str, own: str = "") -> None:
+    """Raises WouldOverwrite where the user has a preset ``name`` already, and it is not their ``own``."""
+    if name != own and take_snapshot(name).content is not None:
+        raise WouldOverwrite("Preset exists", what=f"You have a preset {name} already; it would be replaced.")
 
 
 def bring_in(path: Path, *, overwrite: bool = False) -> Snapshot:
@@ -42,12 +49,15 @@ def send_out(preset: Preset, target: Path) -> Path:
 
 def editor() -> list[str]:
     """The user's editor as a command. Raises Problem where there is none."""
-    wanted = os.environ.get("VISUAL") or os.environ.get("EDITOR")
-    if wanted:
-        return shlex.split(wanted)
+    wanted = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ""
+    if wanted.strip():
+        try:
+            return shlex.split(wanted)
+        except ValueError as error:
+            raise Problem("No editor", what=f"EDITOR is {wanted}: {error}.", fix=_SET_EDITOR) from error
     found = next(filter(None, map(shutil.which, EDITORS)), None)
     if found is None:
-        raise Problem("No editor", what="Neither VISUAL nor EDITOR is set.", fix="export EDITOR=nano")
+        raise Problem("No editor", what="Neither VISUAL nor EDITOR is set.", fix=_SET_EDITOR)
     return [found]
 
 
@@ -61,10 +71,15 @@ def edit(preset: Preset) -> None:
         )
     command = editor()
     try:
-        subprocess.run([*command, str(preset.path)], check=False)
+        ended = subprocess.run([*command, str(preset.path)], check=False).returncode
     except OSError as error:
         raise Problem(
-            "The editor did not start",
-            what=f"{command[0]}: {error.strerror}.",
-            fix="Set EDITOR to one that is here.",
+            "The editor did not start", what=f"{command[0]}: {error.strerror}.", fix=_SET_EDITOR
         ) from error
+    if ended:
+        how = f"exit status {ended}" if ended > 0 else f"signal {-ended}"
+        raise Problem(
+            "The editor gave up",
+            what=f"{shlex.join(command)} ended with {how}. The preset is as that left it.",
+            fix=_SET_EDITOR,
+        )

@@ -14,6 +14,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.trash import Trash
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.presets_files import check_no_other
 from qlora_tui.tui.screens.question import QuestionScreen
 from qlora_tui.tui.screens.runs_summary import RunSummary
 from qlora_tui.tui.screens.train import prepare_run
@@ -110,7 +111,9 @@ class RunEdits(WorkScreen):
 
     def _save_preset(self, name: str, recipe: Recipe, *, overwrite: bool = False) -> None:
         try:
-            path = save(name, recipe, overwrite=overwrite)
+            if not overwrite:
+                check_no_other(name)
+            save(name, recipe, overwrite=overwrite)
         except WouldOverwrite as problem:
 
             def take(yes: bool | None) -> None:
@@ -121,7 +124,7 @@ class RunEdits(WorkScreen):
         except Problem as problem:
             self.workstation.explain(problem)
         else:
-            self.notify(str(path), title="Saved")
+            self.notify(f"Saved as {name}. p shows it.")
 
     def try_to(self, act: Callable[[RunDir], None], run: RunDir) -> bool:
         """Do it; a problem is shown, and False given."""
