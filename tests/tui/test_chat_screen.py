@@ -15,10 +15,12 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input
 
+from qlora_tui.chat.effect import Effect, LayerChange
 from qlora_tui.chat.terms import ADAPTER, BASE, Outcome, Sampling
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.tui.screens import chat_words as words
 from qlora_tui.tui.screens.chat import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat_pair import Pair
 from qlora_tui.tui.transcript import append_exchange, transcript_path
@@ -96,6 +98,28 @@ def test_what_was_said_is_kept_with_how_it_was_asked(set_clock: Callable[[float]
     assert append_exchange(None, "?", {BASE: "!"}, sampling).parent.parent.name == "qlora-tui"
 
 
+def test_the_verdict_has_its_figures_under_it() -> None:
+    measured = Effect(
+        voice=ADAPTER,
+        samples=12,
+        tokens=900,
+        mean_kl=0.41,
+        changed_choices=0.384,
+        base_loss=2.31,
+        adapter_loss=1.42,
+        turns=12,
+        turns_ended=12,
+        turns_ended_by_base=3,
+        layers=tuple(LayerChange(layer=n, relative=(n + 1) / 3000) for n in range(30)),
+    )
+    sentence, figures = words.effect(measured, 78).splitlines()
+    assert sentence == measured.sentence
+    assert figures == "KL 0.41 nats · ‖ΔW‖/‖W‖ of layers 0 ▁▁▁▂▂▃▃▃▄▄▅▅▆▆▇▇▇█ 29: at most 1.0% in 29"
+    assert len(words.effect(measured, 200).splitlines()[1]) - len(figures) == 12
+    alone = msgspec.structs.replace(measured, layers=())
+    assert words.effect(alone, 78).splitlines()[1] == "KL 0.41 nats"
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_looks_of_nobody(snap_compare: Snapshot, size: tuple[int, int]) -> None:
     assert snap_compare(open_on("chat"), terminal_size=size, run_before=settle)
@@ -162,6 +186,13 @@ async def test_a_run_s_voices_are_shown_and_chosen_by_key() -> None:
         assert asked(screen) == [ADAPTER, "step-800"]
         text = await shows(pilot, "Voice", "Options")
         assert "esc" not in text.splitlines()[-1]
+
+
+async def test_how_it_answers_is_said_from_the_first_look() -> None:
+    finished(ADAPTER)
+    async with open_on("home").run_test(size=(80, 24)) as pilot:
+        await pilot.press("7")
+        await shows(pilot, "temp 0.7 · top-p 0.95")
 
 
 async def test_digits_are_typed_until_escape_leaves_the_field() -> None:

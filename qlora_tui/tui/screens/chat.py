@@ -285,7 +285,8 @@ class ChatScreen(Talking):
         state = doing or (words.held(self.ready) if self.ready else "not loaded yet")
         self.query_one("#who", Static).update(words.who(self._called, self.pair, state))
         path = transcript.transcript_path(self.run_dir)
-        width = self.query_one("#how").content_size.width
+        # Not the line's own width, which is known only once it has been shown.
+        width = self.size.width - 2
         line = words.how(self.sampling, self.system_prompt, path if path.exists() else None, width)
         self.query_one("#how", Static).update(line)
 

@@ -16,11 +16,11 @@ from qlora_tui.tui.widgets.entry import Entry
 
 _HELP = {
     "temperature": "0 always takes the likeliest token",
-    "top_p": "only the likeliest that together have this probability",
-    "top_k": "only so many of the likeliest; 0 is all",
-    "repetition_penalty": "above 1: less of what was said already",
+    "top_p": "only the likeliest, to this share",
+    "top_k": "only so many of them; 0 is all",
+    "repetition_penalty": "above 1 it repeats itself less",
     "max_new_tokens": "an answer is cut off there",
-    "seed": "same again; empty is another each time",
+    "seed": "empty draws another each time",
 }
 _LABELS = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "most tokens"}
 

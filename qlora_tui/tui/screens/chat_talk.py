@@ -183,7 +183,7 @@ class Talking(WorkScreen):
                     if isinstance(reply, Stage):
                         self.show_effect(f"{reply.words}…")
                     elif isinstance(reply, EffectMeasured):
-                        self.show_effect(reply.effect.sentence)
+                        self.show_effect(words.effect(reply.effect, self.size.width - 2))
             finally:
                 self.answers.remove(asked)
         except EngineClosed:

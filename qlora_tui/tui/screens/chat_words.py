@@ -6,10 +6,13 @@ from pathlib import Path
 
 from textual.content import Content
 
+from qlora_tui.chat.effect import Effect
 from qlora_tui.chat.terms import Sampling
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.format import figure, short_path, size
 from qlora_tui.tui.screens.chat_pair import Pair
+from qlora_tui.tui.screens.runs_summary import thinned
+from qlora_tui.tui.widgets.strip_chart import blocks
 
 NOBODY = Content.from_markup(
     "[b]Nobody to talk to yet.[/b]\n\nA run has somebody once it has saved a checkpoint. "
@@ -19,6 +22,8 @@ NOBODY = Content.from_markup(
 HINT = "say something: enter sends, ^j new line, esc leaves the field: then 0-7 work"
 STOPPED_LOADING = "stopped loading the model: r asks again (esc first, to leave the field)"
 UNLOADED = "stopped, since the model was unloaded: r asks again (esc first, to leave the field)"
+_BESIDE_LAYERS = 60
+"""Cells that the figures take besides the layers' columns."""
 NOT_MEASURED = "Not measured: the model was unloaded. Press f to load it and measure."
 
 
@@ -57,6 +62,19 @@ def how(sampling: Sampling, system_prompt: str, kept: Path | None, width: int) -
         line = line[: max(0, width - len(place) - 3)] + "…"
         room = width - len(line)
     return Content.styled(line + " " * (room - len(place)) + place, "dim")
+
+
+def effect(measured: Effect, width: int) -> str:
+    """The verdict, and under it the figures: mean KL, and how far each layer moved, from none to the most."""
+    figures = f"KL {figure(measured.mean_kl, 3)} nats"
+    if measured.layers:
+        first, last = measured.layers[0].layer, measured.layers[-1].layer
+        most = max(measured.layers, key=lambda change: change.relative)
+        room = min(len(measured.layers), max(8, width - _BESIDE_LAYERS))
+        columns = blocks(thinned([it.relative for it in measured.layers], room), 0.0, most.relative, 1)[0]
+        where = f"layers {first} {columns} {last}" if last > first else f"layer {first}"
+        figures += f" · ‖ΔW‖/‖W‖ of {where}: at most {most.relative:.1%} in {most.layer}"
+    return f"{measured.sentence}\n{figures}"
 
 
 def _sampling_words(sampling: Sampling) -> str:
