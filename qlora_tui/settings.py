@@ -36,7 +36,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model_folders: tuple[str, ...] = ()
     """Folders to look for models in, besides the Hugging Face cache."""
     keymap: dict[str, str] = {}
-    """Keys by command, as in ``"train.stop" = "x"``; `?` in the app lists the commands."""
+    """Keys by command, as in ``"train.stop" = "x"``; F1 in the app names every command."""
     mouse: bool = True
     notify: Notify = Notify()
     card_gib: Annotated[float, Meta(gt=0)] | None = None

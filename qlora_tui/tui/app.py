@@ -97,13 +97,18 @@ class QloraApp(App[None]):
         return room_for(self.pulse.card, None if given is None else round(given * GIB))
 
     def on_load(self) -> None:
-        # Before there is a screen: with its widgets every style sheet would be read once more.
+        # Before there is a screen: with its widgets every style sheet would be read once more, and its keys
+        # would have been painted.
         self._take_themes()
+        self.set_keymap(self.settings.keymap)
 
     def on_mount(self) -> None:
         if self.settings.theme not in self.available_themes:
             self.notify(f"There is no theme {self.settings.theme!r}.", severity="warning")
-        self.set_keymap(self.settings.keymap)
+        if self.settings.keymap:
+            from qlora_tui.tui.keymap import tell_strangers
+
+            self.run_worker(tell_strangers(self))
         self.write_escape(escapes.PUSH_TITLE)
         if not self.is_headless:
             end_in_order(self._leave)
@@ -248,7 +253,16 @@ class QloraApp(App[None]):
         here = self.screen
         if isinstance(here, WorkScreen):
             label = next(command.label for command in NAVIGATION if command.id == f"go.{here.MODE}")
-            self.push_screen(HelpScreen(label, here.HELP_TEXT, here.ACTIONS))
+            tables = (("On this screen", here.ACTIONS), ("Everywhere", EVERYWHERE))
+            self.push_screen(HelpScreen(label, here.HELP_TEXT, *tables))
+
+    async def action_keys(self) -> None:
+        """Show every key of every screen."""
+        from qlora_tui.tui.keymap import every_command
+        from qlora_tui.tui.screens.help import KEYMAP_TEXT, HelpScreen
+
+        tables = await asyncio.to_thread(every_command)
+        self.push_screen(HelpScreen("all keys", KEYMAP_TEXT, *tables, names=True))
 
     def action_presets(self) -> None:
         """Browse, open and save presets."""

@@ -74,6 +74,14 @@ EVERYWHERE: tuple[Command, ...] = (
         help="Keys and words of this screen.",
     ),
     Command(
+        id="app.keys",
+        key="f1",
+        action="app.keys",
+        label="All keys",
+        help="Every key of every screen, and what a keymap calls it.",
+        in_footer=False,
+    ),
+    Command(
         id="app.presets",
         key="p",
         action="app.presets",

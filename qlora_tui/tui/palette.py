@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION, Command
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.by_mode import screen_class
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
 
 _FURTHER = 0.8
 """Of the score of what is here: what is elsewhere comes after it."""
@@ -25,17 +28,17 @@ class CommandProvider(Provider):
 
     async def discover(self) -> Hits:
         for command in self._commands():
-            yield DiscoveryHit(_title(command), partial(self._run, command), help=command.help)
+            yield DiscoveryHit(self._title(command), partial(self._run, command), help=command.help)
 
     async def search(self, query: str) -> Hits:
         matcher = self.matcher(query)
         for command in self._commands():
-            title = _title(command)
+            title = self._title(command)
             score = max(matcher.match(title), matcher.match(command.help))
             if score > 0:
                 yield Hit(score, matcher.highlight(title), partial(self._run, command), help=command.help)
         for screen, command in await asyncio.to_thread(_elsewhere, self.screen):
-            title = _title(command, f" on {screen.label}")
+            title = self._title(command, f" on {screen.label}")
             score = _FURTHER * max(matcher.match(title), matcher.match(command.help))
             if score > 0:
                 yield Hit(score, matcher.highlight(title), partial(self._run, screen), help=command.help)
@@ -47,12 +50,12 @@ class CommandProvider(Provider):
     async def _run(self, command: Command) -> None:
         await self.app.run_action(command.action, default_namespace=cast("WorkScreen", self.screen))
 
+    def _title(self, command: Command, where: str = "") -> str:
+        key = cast("QloraApp", self.app).settings.keymap.get(command.id, command.key)
+        return f"{command.label} ({key.split(',')[0]}{where})"
+
 
 def _elsewhere(here: object) -> list[tuple[Command, Command]]:
     """The commands of the other screens, each after the one that goes there. Some have yet to be imported."""
     screens = [(go, screen_class(go.id.removeprefix("go."))) for go in NAVIGATION]
     return [(go, command) for go, kind in screens if not isinstance(here, kind) for command in kind.ACTIONS]
-
-
-def _title(command: Command, where: str = "") -> str:
-    return f"{command.label} ({command.key.split(',')[0]}{where})"

@@ -30,6 +30,13 @@ def arrive(pilot: Pilot[None], *keys: str) -> None:
         pilot.app.post_message(events.Key(key, key if len(key) == 1 else None))
 
 
+async def test_no_cursor_blinks() -> None:
+    app = Entries()
+    async with app.run_test():
+        assert not app.query_one(Entry).cursor_blink
+        assert not app.query_one(PromptBox).cursor_blink
+
+
 async def test_keys_that_arrive_together_act_in_their_order() -> None:
     app = Entries()
     async with app.run_test() as pilot:

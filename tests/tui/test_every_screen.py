@@ -106,3 +106,27 @@ async def test_the_palette_knows_what_other_screens_can_do_and_leads_there(
         await shows(pilot, "Rerun (R on Runs)")
         await pilot.press("enter")
         await until(pilot, lambda: app.current_mode == "runs")
+
+
+async def test_help_is_scrolled_by_the_keys_of_vi(private_home: Path) -> None:
+    async with open_on("runs").run_test(size=(80, 24)) as pilot:
+        await pilot.press("question_mark")
+        await shows(pilot, "Help: Runs", "Watch the run")
+        await pilot.press("G")
+        await shows(pilot, "Leave the app. Runs go on without it.")
+        await pilot.press("g")
+        await shows(pilot, "Watch the run")
+
+
+async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) -> None:
+    app = open_on("home", keymap={"home.demo": "x", "train.stopp": "y"})
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await shows(pilot, "x Demo", "train.stopp", "Did you mean train.stop?")
+        await pilot.press("question_mark")
+        await shows(pilot, "x  Fetch the 135M demo model")
+        await pilot.press("escape", "ctrl+p", *"demo")
+        await shows(pilot, "Demo (x)")
+        await pilot.press("escape", "escape", "f1")
+        await shows(pilot, "Help: all keys", "f1   app.keys", "app.quit")
+        await pilot.press("G")
+        await shows(pilot, "presets.undo")

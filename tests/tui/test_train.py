@@ -165,6 +165,18 @@ async def test_the_texts_are_gone_through_with_tab_and_searched(make_app: MakeAp
         await shows(pilot, "warnings only", "No line matches")
 
 
+async def test_what_is_left_out_of_the_log_is_said_in_a_narrow_window_too(make_app: MakeApp) -> None:
+    run = play(Play(steps=450, health=True))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await shows(pilot, "tab next · / search · v level")
+        await pilot.press("slash", *"checkpoint", "enter", "v")
+        await shows(pilot, "/checkpoint warnings only")
+        await pilot.press("slash", *" of the hundredth step and all after it", "enter")
+        await shows(pilot, "…")
+
+
 async def test_the_log_of_another_run_is_shown_whole(make_app: MakeApp) -> None:
     first, second = play(Play(steps=50)), play(Play(name="second", steps=450, began=BEGAN - 9000))
     app = make_app()

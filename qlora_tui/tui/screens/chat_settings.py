@@ -44,7 +44,9 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
             card.border_title = "How to answer"
             card.border_subtitle = "tab next · enter or ^s takes them · esc closes"
             yield Label("system prompt")
-            yield TextArea(self._system_prompt, id="system", soft_wrap=True, tab_behavior="focus")
+            system = TextArea(self._system_prompt, id="system", soft_wrap=True, tab_behavior="focus")
+            system.cursor_blink = False
+            yield system
             for name, value in msgspec.structs.asdict(self._sampling).items():
                 with Horizontal(classes="field"):
                     yield Label(_LABELS.get(name, name.replace("_", " ")))

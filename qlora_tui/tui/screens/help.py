@@ -1,17 +1,26 @@
-"""Help: the keys of the screen in front and of the app, and the screen's words."""
+"""Help: the words of the screen in front, and tables of keys."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
+from rich.table import Table as Grid
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
-from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from qlora_tui.tui.commands import EVERYWHERE, Command
+from qlora_tui.tui.commands import Command
+from qlora_tui.tui.keymap import Table
+from qlora_tui.tui.widgets.vi_scroll import ViScroll
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
+
+KEYMAP_TEXT = (
+    "Beside each key stands the name of what it does. A [keymap] in config.toml gives it another key, "
+    'by that name: "train.stop" = "x".'
+)
 
 
 class HelpScreen(ModalScreen[None]):
@@ -20,33 +29,39 @@ class HelpScreen(ModalScreen[None]):
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "dismiss", "Close")]
 
-    def __init__(self, title: str, text: str, commands: tuple[Command, ...]) -> None:
+    def __init__(self, title: str, text: str, *tables: Table, names: bool = False) -> None:
+        """``names``: with what a keymap calls each command."""
         super().__init__()
         self._title = title
         self._text = text
-        self._commands = commands
+        self._tables = tables
+        self._names = names
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="card") as card:
+        with ViScroll(classes="card") as card:
             card.border_title = f"Help: {self._title}"
             card.border_subtitle = "esc closes"
-            if self._text:
-                yield Static(self._text, markup=False)
-            if self._commands:
-                yield Static(self._table("On this screen", self._commands))
-            yield Static(self._table("Everywhere", EVERYWHERE))
+            yield Static(self._text, markup=False)
+            for heading, commands in self._tables:
+                if commands:
+                    yield Static(heading, markup=False, classes="heading")
+                    yield Static(self._grid(commands))
 
     def on_mount(self) -> None:
-        self.query_one(VerticalScroll).focus()
+        self.query_one(ViScroll).focus()
 
-    def _table(self, title: str, commands: tuple[Command, ...]) -> Content:
-        lines = [Content.styled(title, "bold")]
-        keys = [" ".join(map(self._shown, command.key.split(","))) for command in commands]
-        width = max(map(len, keys))
-        for key, command in zip(keys, commands, strict=True):
-            verb = f"  (qlora-tui {command.verb})" if command.verb else ""
-            lines.append(Content(f" {key:<{width}}  {command.help}{verb}"))
-        return Content("\n").join(lines)
+    def _grid(self, commands: tuple[Command, ...]) -> Grid:
+        grid = Grid.grid(padding=(0, 2, 0, 0))
+        grid.add_column(no_wrap=True)
+        for command in commands:
+            keys = " ".join(map(self._shown, self._key(command).split(",")))
+            verb = f" (qlora-tui {command.verb})" if command.verb and not self._names else ""
+            name = (command.id,) if self._names else ()
+            grid.add_row(f" {keys}", *name, f"{command.help}{verb}")
+        return grid
+
+    def _key(self, command: Command) -> str:
+        return cast("QloraApp", self.app).settings.keymap.get(command.id, command.key)
 
     def _shown(self, key: str) -> str:
         """As the footer has it."""

@@ -56,7 +56,7 @@ class ModelsScreen(WorkScreen):
         _command("download", "d", "download", "Download", "Fetch the hub's model, or the demo's."),
         _command("cancel", "c", "cancel", "Stop download", "Stop it; what came is kept.", in_footer=False),
         _command("open", "o", "open_path", "Open path", "Use a folder or a GGUF file."),
-        _command("rescan", "ctrl+l", "rescan", "Look again", "Look for models again.", in_footer=False),
+        _command("rescan", "r", "rescan", "Look again", "Look for models again.", in_footer=False),
     )
 
     def __init__(self) -> None:

@@ -121,7 +121,7 @@ class PresetsScreen(ModalScreen[None]):
 
     def action_help(self) -> None:
         """Show the keys of this list."""
-        self.app.push_screen(HelpScreen("presets", HELP_TEXT, COMMANDS))
+        self.app.push_screen(HelpScreen("presets", HELP_TEXT, ("Keys", COMMANDS)))
 
     def action_leave(self) -> None:
         """Leave the name field first, then the screen."""

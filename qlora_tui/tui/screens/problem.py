@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.errors import Problem
+from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 
 class ProblemScreen(ModalScreen[None]):
@@ -24,7 +24,7 @@ class ProblemScreen(ModalScreen[None]):
         self._problem = problem
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="card") as card:
+        with ViScroll(classes="card") as card:
             card.border_title = self._problem.title
             card.border_subtitle = "esc closes"
             yield Static(self._problem.what, markup=False)

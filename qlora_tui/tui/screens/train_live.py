@@ -27,6 +27,7 @@ _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("errors only", frozenset(("error",))),
 )
 TABS = ("log", "samples", "health", "output")
+_KEYS = "tab next · / search · v level"
 
 
 class LivePane(Vertical):
@@ -68,7 +69,7 @@ class LivePane(Vertical):
         if picture is None:
             return
         notes = {"samples": str(len(picture.samples) or ""), "health": _health_note(picture)}
-        self.query_one(TabLine).show(name, notes, self._hint())
+        self.query_one(TabLine).show(name, notes, _KEYS, self._left_out())
         self.query_one(LogTail).show(_entries(picture, name))
 
     def next_tab(self, places: int) -> None:
@@ -110,9 +111,10 @@ class LivePane(Vertical):
         box.display = told is not None
         box.set_class(told is not None and told.is_error, "-error")
 
-    def _hint(self) -> str:
-        search = f"/{self._search}  " if self._search else ""
-        return f"{search}{_LEVELS[self._level][0]}  tab next · / search · v level"
+    def _left_out(self) -> str:
+        """Why not all lines are there."""
+        search = f"/{self._search}" if self._search else ""
+        return " ".join(filter(None, (search, _LEVELS[self._level][0])))
 
     def _machine(self, picture: Picture) -> Machine:
         view = picture.view

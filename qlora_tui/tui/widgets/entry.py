@@ -25,4 +25,7 @@ class OwnKeysFirst:
 
 
 class Entry(OwnKeysFirst, Input):
-    """A line of text."""
+    """A line of text. Its cursor stands still: over a slow link nothing is sent while nothing changes."""
+
+    def on_mount(self) -> None:
+        self.cursor_blink = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from textual.content import Content
 
+from qlora_tui.format import shortened
 from qlora_tui.tui.widgets.lines import Lines
 
 
@@ -24,11 +25,15 @@ class TabLine(Lines):
         self.front = names[0]
         self._notes: dict[str, str] = {}
         self._hint = ""
+        self._state = ""
 
-    def show(self, front: str, notes: dict[str, str], hint: str = "") -> None:
-        """Put one in front; ``notes`` stand behind names, ``hint`` at the right end."""
-        if (front, notes, hint) != (self.front, self._notes, self._hint):
-            self.front, self._notes, self._hint = front, dict(notes), hint
+    def show(self, front: str, notes: dict[str, str], hint: str = "", state: str = "") -> None:
+        """Put one in front; ``notes`` stand behind names, ``state`` and ``hint`` at the right end.
+
+        Where both find no room the hint gives way: what is left out of the text is said in any case.
+        """
+        if (front, notes, hint, state) != (self.front, self._notes, self._hint, self._state):
+            self.front, self._notes, self._hint, self._state = front, dict(notes), hint, state
             self.redraw()
 
     def draw(self, width: int, height: int) -> list[Content]:
@@ -40,6 +45,9 @@ class TabLine(Lines):
             parts.append(Content.styled(text, style).stylize(f"@click=screen.show_tab('{name}')"))
         line = Content.styled("│", "dim").join(parts)
         room = width - line.cell_length - 2
-        if self._hint and len(self._hint) <= room:
-            line += Content(" " * (room - len(self._hint) + 1)) + Content.styled(self._hint, "dim")
-        return [line]
+        state = Content.styled(shortened(self._state, room), "bold")
+        hint = Content.styled(self._hint, "dim")
+        if state:
+            hint = Content("  ") + hint
+        end = state + hint if state.cell_length + hint.cell_length <= room else state
+        return [line + Content(" " * max(0, room - end.cell_length + 1)) + end]
