@@ -10,13 +10,16 @@ from textual.widgets import Input
 
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.errors import Problem
+from qlora_tui.memory import Device, estimate
 from qlora_tui.recipe.fields import value_of
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import select
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.widgets.lora_advice import KNOBS, advice, stepped
+from qlora_tui.tui.widgets.lora_totals import Prices, difference_text, totals_text
 from qlora_tui.tui.widgets.module_table import ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.widgets.target_text import typed
+from qlora_tui.tui.workbench import Workbench
 from tests.tui.seeing import shows
 from tests.tui.workstation import config_folder, config_of, go_to, open_on, settle
 
@@ -181,6 +184,44 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
 async def test_the_price_of_dora_is_told(small: str) -> None:
     async with open_on("lora", model=small).run_test(size=(120, 40)) as pilot:
         await shows(pilot, "iB. Ahead at low rank (DoRA")
+
+
+async def test_fewer_targets_are_never_dearer_than_the_preset_whatever_else_is_set(small: str) -> None:
+    app = open_on("lora", model=small)
+    app.workbench.set("training.micro_batch", 16)
+    app.workbench.set("lora.target_modules", ("8-23.q_proj",))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Against balanced: -")
+
+
+async def test_what_little_is_trained_has_its_memory_though_the_peak_is_at_loading(small: str) -> None:
+    app = open_on("lora", model=small)
+    app.workbench.set("lora.target_modules", ("8-9.q_proj",))
+    app.workbench.set("training.optimizer", "adamw")
+    app.workbench.set("data.max_length", 16)
+    architecture = app.workbench.architecture()
+    assert not isinstance(architecture, Problem)
+    made = estimate(app.workbench.recipe, architecture, device=Device(kind="cpu"))
+    assert made.peak_phase == "loading"
+    assert "576 KiB in memory" in str(totals_text(app.workbench.recipe, architecture, made))
+
+
+def test_differences_that_find_no_room_are_counted() -> None:
+    bench = Workbench()
+    assert str(difference_text(bench, None, 78)) == "As balanced has it"
+    for path, value in (
+        ("lora.rank", 8),
+        ("lora.target_modules", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        ("lora.rank_pattern", {"4-7.q_proj": 64}),
+        ("lora.alpha_pattern", {"7.q_proj": 8}),
+        ("lora.use_dora", True),
+    ):
+        bench.set(path, value)
+    text = difference_text(bench, Prices(0, -5 << 20), 78)
+    assert str(text).startswith("Against balanced: -5 MiB · rank: 16 → 8 · targets: all-linear → q_proj, ")
+    assert str(text).endswith(" · 2 more")
+    assert len(text.wrap(78)) == 2
+    assert "more" not in str(difference_text(bench, None, 200))
 
 
 async def test_a_click_toggles_what_is_under_it(small: str) -> None:

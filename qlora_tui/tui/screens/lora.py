@@ -233,7 +233,7 @@ class LoraScreen(WorkScreen):
         self.show_recipe(self.workstation.workbench.recipe)
 
     def _say(self, problem: Problem) -> None:
-        text = f"✗ {problem.what} {problem.fix}"
+        text = f"✗ {problem.what} ▸ {problem.fix}" if problem.fix else f"✗ {problem.what}"
         put(self.query_one("#under-cursor", Static), Content.styled(text, "$error"))
 
     def _show_targets(self, recipe: Recipe) -> None:
@@ -293,7 +293,7 @@ class LoraScreen(WorkScreen):
 
     def _totals(self, recipe: Recipe) -> Content:
         bench = self.workstation.workbench
-        differs = difference_text(bench, self._known_prices(recipe))
+        differs = difference_text(bench, self._known_prices(recipe), max(20, self.size.width - 2))
         compared = bench.comparison(self.workstation.room.device)
         architecture = bench.architecture()
         if isinstance(compared, Problem) or isinstance(architecture, Problem):

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msgspec import structs
 from textual.content import Content
 
 from qlora_tui.catalog.facts import Architecture, LinearModule
 from qlora_tui.errors import Problem
 from qlora_tui.format import count, size
 from qlora_tui.memory import Device, Estimate, estimate
-from qlora_tui.memory.layout import row_tensors
+from qlora_tui.memory.layout import lay_out, row_tensors
+from qlora_tui.memory.weights import adapter_bytes, gradient_bytes, optimizer_bytes
 from qlora_tui.recipe.difference import difference, human
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Lora, Recipe
@@ -21,7 +23,8 @@ from qlora_tui.tui.workbench import Workbench
 
 SAVED_BYTES = 4
 """A trained parameter in ``adapter_model.safetensors``: adapters are trained and kept in 32 bits."""
-LORA_ITEMS = ("adapter", "gradients", "optimizer", "optimizer_step")
+_MOST_LINES = 2
+"""Of what differs from the preset."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Prices:
     dora_bytes: int
     """Of DoRA, on instead of off."""
     preset_bytes: int
-    """Of this recipe against the preset's settings."""
+    """Of its LoRA settings against the preset's, all else being as it is."""
 
 
 def prices(recipe: Recipe, base: Recipe, architecture: Architecture, device: Device) -> Prices | None:
@@ -42,7 +45,8 @@ def prices(recipe: Recipe, base: Recipe, architecture: Architecture, device: Dev
 
     try:
         plain, dora = (total(with_value(recipe, "lora.use_dora", on)) for on in (False, True))
-        return Prices(dora - plain, (dora if recipe.lora.use_dora else plain) - total(base))
+        as_preset = total(structs.replace(recipe, lora=base.lora))
+        return Prices(dora - plain, (dora if recipe.lora.use_dora else plain) - as_preset)
     except Problem:
         return None
 
@@ -53,10 +57,14 @@ def more(bytes_: int) -> str:
 
 
 def totals_text(recipe: Recipe, architecture: Architecture, made: Estimate) -> Content:
-    """``40M of 7.62B parameters (0.53 %) · 154 MiB on disk · 386 MiB of memory``."""
+    """``40M of 7.62B parameters (0.53 %) · 154 MiB on disk · 386 MiB in memory``.
+
+    In memory are the adapter, its gradients and the optimizer's states, wherever the estimate's peak is.
+    """
     chosen = select(recipe.lora.target_modules, architecture.modules)
     trained = adapter_parameters(chosen, recipe.lora) + sum(row_tensors(recipe.lora, architecture))
-    memory = sum(made.bytes_of(key) for key in LORA_ITEMS)
+    layout, path = lay_out(recipe, architecture, made.path), made.path
+    memory = adapter_bytes(layout, path) + gradient_bytes(layout, path) + optimizer_bytes(layout, path)
     share = trained / architecture.total_params
     return Content.assemble(
         (f"{count(trained)}", "bold"),
@@ -68,16 +76,22 @@ def totals_text(recipe: Recipe, architecture: Architecture, made: Estimate) -> C
     )
 
 
-def difference_text(workbench: Workbench, known: Prices | None) -> Content:
-    """The LoRA settings that differ from the preset, and what the recipe takes more than it."""
+def difference_text(workbench: Workbench, known: Prices | None, width: int) -> Content:
+    """The LoRA settings that differ from the preset, what they take more, and how many find no room."""
     changes = [c for c in difference(workbench.base, workbench.recipe) if c.path.startswith("lora.")]
     if not changes:
         return Content.styled(f"As {workbench.preset} has it", "$text-muted")
-    words = " · ".join(
+    words = [
         str(change).removeprefix("lora.").removeprefix("use_").replace("_modules", "s") for change in changes
-    )
+    ]
     price = f"{more(known.preset_bytes)} · " if known and known.preset_bytes else ""
-    return Content.assemble((f"Against {workbench.preset}: ", "$text-muted"), (price, "bold"), words)
+    for shown in range(len(words), -1, -1):
+        rest = [f"{len(words) - shown} more"] if shown < len(words) else []
+        named = " · ".join([*words[:shown], *rest])
+        text = Content.assemble((f"Against {workbench.preset}: ", "$text-muted"), (price, "bold"), named)
+        if len(text.wrap(width)) <= _MOST_LINES:
+            break
+    return text
 
 
 def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) -> Content:
