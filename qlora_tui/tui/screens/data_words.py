@@ -21,7 +21,8 @@ EMPTY = Content.from_markup(
     "packed with gzip or zstd if you like, a folder of such files, or the id of a dataset of the hub.\n\n"
     "Conversations (messages, ShareGPT), instructions (Alpaca), prompt and completion, question and answer, "
     "text and label, and plain text are told apart by looking.\n\n"
-    "Every row is then shown here exactly as the model will see it."
+    "Every row is then shown here exactly as the model will see it.\n\n"
+    "To try it without a file of your own: [b]d[/b] on Home ([b]0[/b]) takes the demo's conversations."
 )
 PLAIN = Content.styled("The row as the file has it:\n\n", "dim")
 NO_MODEL = Content.styled(
