@@ -6,6 +6,7 @@ A theme file has ``name``, ``dark``, the colours Textual knows (``primary``, ``b
 
 from __future__ import annotations
 
+import re
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ from qlora_tui.errors import Problem
 MUTED_SHARE = 0.7
 """How far muted text is from the background, towards the foreground."""
 Colour = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
+_NO_COLOUR = re.compile(r"Expected `str` matching regex '\^\(#.*' - at `\$\.(\w+)`")
+"""What msgspec says of one."""
 
 
 class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,9 +94,10 @@ def _read(path: Path) -> Theme:
         _check_colours(file)
         return file.theme()
     except (OSError, ValueError, ColorParseError, msgspec.ValidationError) as error:
+        wrong = _NO_COLOUR.sub(r"\1 is no colour", str(error))
         raise Problem(
             "A theme was left out",
-            what=f"{path}: {error}.",
+            what=f"{path}: {wrong}.",
             fix="Compare it with the shipped themes; colours are #rrggbb or ansi_blue.",
         ) from error
 

@@ -132,6 +132,12 @@ async def test_the_app_opens_in_spite_of_a_wrong_theme_and_says_so() -> None:
         await shows(pilot, "A theme was left out")
 
 
+def test_what_is_no_colour_is_named() -> None:
+    _write("bad", MINE.format(name="bad", foreground="grey"))
+    _, problems = load_themes()
+    assert [problem.what.rpartition(": ")[2] for problem in problems] == ["foreground is no colour."]
+
+
 async def test_a_users_theme_without_variables_works(private_home: Path) -> None:
     _write("mine", MINE.format(name="mine", foreground="#eeeeee"))
     app = open_on("memory", theme="mine")

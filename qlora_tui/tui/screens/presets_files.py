@@ -71,12 +71,13 @@ def edit(preset: Preset) -> None:
         )
     command = editor()
     try:
-        ended = subprocess.run([*command, str(preset.path)], check=False).returncode
+        # Our own standard error is a file while the app runs; the editor's is for the person before it.
+        run = subprocess.run([*command, str(preset.path)], stderr=subprocess.STDOUT, check=False)
     except OSError as error:
         raise Problem(
             "The editor did not start", what=f"{command[0]}: {error.strerror}.", fix=_SET_EDITOR
         ) from error
-    if ended:
+    if ended := run.returncode:
         how = f"exit status {ended}" if ended > 0 else f"signal {-ended}"
         raise Problem(
             "The editor gave up",
