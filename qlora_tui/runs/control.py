@@ -32,13 +32,20 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def ask(run: RunDir, kind: Kind, value: float | None = None) -> None:
-    """Leave a request for the trainer of ``run``; raises Problem when no trainer has it."""
+    """Leave a request for the trainer of ``run``; raises Problem when no trainer has it, or nothing to do."""
     status = read_status(run)
     if status.state not in ACTIVE:
         raise Problem(
             "The run is not running",
             what=f"{run.id} is {status.state}, so there is no trainer to {kind.replace('_', ' ')}.",
             fix="`qlora-tui runs` shows what is running.",
+            exit_code=WRONG_CALL,
+        )
+    if kind == "sample" and not run.recipe().training.sample_prompts:
+        raise Problem(
+            "Nothing to sample",
+            what=f"The recipe of {run.id} has no sample prompts.",
+            fix="Give the next run some (training.sample_prompts); the chat answers any, from a checkpoint.",
             exit_code=WRONG_CALL,
         )
     name = f"{time.time_ns():020d}-{os.getpid()}-{kind}.json"

@@ -3,8 +3,10 @@ from __future__ import annotations
 import time
 
 import pytest
+from msgspec import structs
 
 from qlora_tui.errors import Problem
+from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import mark
@@ -41,3 +43,13 @@ def test_asking_a_run_nobody_trains_is_refused(run: RunDir) -> None:
     with pytest.raises(Problem, match="not running") as caught:
         control.ask(run, "pause")
     assert "finished" in caught.value.what
+
+
+def test_a_sample_of_no_prompts_is_refused(running: RunDir) -> None:
+    with pytest.raises(Problem, match="has no sample prompts"):
+        control.ask(running, "sample")
+    recipe = running.recipe()
+    training = structs.replace(recipe.training, sample_prompts=("Where?",))
+    running.recipe_path.write_text(dump(structs.replace(recipe, training=training)))
+    control.ask(running, "sample")
+    assert control.take(running) == [control.Request(kind="sample")]

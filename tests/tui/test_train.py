@@ -85,7 +85,8 @@ async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> N
 
 
 async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeApp) -> None:
-    run = play(Play(steps=50))
+    training = structs.replace(TICKETS.training, sample_prompts=("Where is it?",))
+    run = play(Play(steps=50, recipe=structs.replace(TICKETS, training=training)))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)

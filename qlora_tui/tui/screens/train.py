@@ -22,7 +22,7 @@ from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.question import QuestionScreen
 from qlora_tui.tui.screens.train_checks import Check, check_all
 from qlora_tui.tui.screens.train_choose import ChooseRunScreen
-from qlora_tui.tui.screens.train_commands import ACTIONS, COMMANDS, possible, wrong_rate
+from qlora_tui.tui.screens.train_commands import ACTIONS, ASKED, COMMANDS, possible, wrong_rate
 from qlora_tui.tui.screens.train_follow import Follower, Picture
 from qlora_tui.tui.screens.train_launch import LaunchPane, launch
 from qlora_tui.tui.screens.train_live import LivePane
@@ -144,7 +144,7 @@ class TrainScreen(WorkScreen):
 
     def action_ask(self, kind: control.Kind) -> None:
         """Leave a request for the trainer."""
-        self._try(lambda run: control.ask(run, kind), f"Asked: {kind.replace('_', ' ')}, after this step.")
+        self._try(lambda run: control.ask(run, kind), ASKED[kind])
 
     def action_learning_rate(self) -> None:
         """Ask for a learning rate, and set it."""

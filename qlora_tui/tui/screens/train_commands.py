@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlora_tui.runs.control import Kind
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
 from qlora_tui.tui.commands import Command
 
@@ -86,6 +87,13 @@ COMMANDS: tuple[Command, ...] = (
     ),
 )
 
+ASKED: dict[Kind, str] = {
+    "checkpoint": "It saves a checkpoint after this step.",
+    "evaluate": "It measures the validation loss after this step.",
+    "sample": "It answers the sample prompts after this step.",
+    "finish_epoch": "It ends when this epoch is done.",
+}
+"""What the trainer does with a request, by its kind."""
 _WHEN_RUNNING = frozenset(("pause", "ask", "learning_rate"))
 _WHEN_LIVE = frozenset(
     ("another", "prepare", "detach", "next_tab", "zoom", "level", "search", "copy_command")
