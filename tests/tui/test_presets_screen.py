@@ -58,6 +58,18 @@ async def test_help_opens_over_the_presets_and_closes_to_them() -> None:
         await shows(pilot, "Presets", "balanced")
 
 
+async def test_a_preview_longer_than_its_window_is_scrolled(private_home: Path) -> None:
+    app = open_on("memory", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
+    app.workbench.set("lora.rank_pattern", {f"{layer}.q_proj": 8 for layer in range(28)})
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, "paper")
+        await shows(pilot, "The QLoRA paper's settings")
+        await pilot.press("J", "J", "J", "J")
+        assert "The QLoRA paper's settings" not in await shows(pilot, "memory  ")
+        await pilot.press("K", "K", "K", "K")
+        await shows(pilot, "The QLoRA paper's settings")
+
+
 async def test_opening_a_preset_keeps_model_and_data_and_is_undone(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")))
     before = app.workbench.recipe

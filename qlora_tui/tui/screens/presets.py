@@ -56,6 +56,8 @@ COMMANDS: tuple[Command, ...] = (
     _do("export", "x", "send_out", "Export", "Copy the preset to a file or a folder."),
     _do("delete", "D", "delete", "Delete", "Delete one of yours; u brings it back."),
     _do("undo", "u", "undo", "Undo", "Take back the last deletion, save or import made here."),
+    _do("preview_down", "J", "scroll_preview(1)", "Down", "Scroll what it would change."),
+    _do("preview_up", "K", "scroll_preview(-1)", "Up", "Scroll it back."),
 )
 
 
@@ -131,6 +133,10 @@ class PresetsScreen(ModalScreen[None]):
             self.query_one(ViList).focus()
         else:
             self.dismiss()
+
+    def action_scroll_preview(self, lines: int) -> None:
+        """Scroll what the preset would change."""
+        self.query_one("#preview-side").scroll_relative(y=3 * lines, animate=False)
 
     def action_save_as(self) -> None:
         """Ask for a name."""
