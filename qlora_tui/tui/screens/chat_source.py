@@ -28,7 +28,7 @@ def runs_to_talk_to() -> list[RunDir]:
 class ChatSourceScreen(ModalScreen[RunDir | str | None]):
     """Gives the run chosen, ``BASE_ALONE`` for the recipe's model, None when closed with Escape."""
 
-    CSS_PATH = ["modal.tcss", "chat_source.tcss"]  # noqa: RUF012
+    CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
 
     def __init__(self, runs: list[RunDir], model: str) -> None:
@@ -40,7 +40,7 @@ class ChatSourceScreen(ModalScreen[RunDir | str | None]):
         with Vertical(classes="card") as card:
             card.border_title = "Talk to"
             card.border_subtitle = "enter chooses · esc closes"
-            yield ViList(id="chat-sources")
+            yield ViList()
 
     def on_mount(self) -> None:
         lines = [(run.id, _line(run)) for run in self._runs.values()]

@@ -10,11 +10,11 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
-from textual.widgets.option_list import Option
 
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui.run_words import SIGNS
+from qlora_tui.tui.widgets.vi_list import ViList
 
 _MOST = 30
 """The Runs screen has them all."""
@@ -26,8 +26,6 @@ class ChooseRunScreen(ModalScreen[RunDir | None]):
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q", "dismiss(None)", "Close"),
-        Binding("j", "move(1)", show=False),
-        Binding("k", "move(-1)", show=False),
     ]
 
     def __init__(self, now: RunDir | None) -> None:
@@ -39,17 +37,13 @@ class ChooseRunScreen(ModalScreen[RunDir | None]):
             card.border_title = "Watch another run"
             card.border_subtitle = "enter watches it · 6 has them all · esc closes"
             if self._runs:
-                yield OptionList(*(Option(_line(run)) for run in self._runs))
+                yield ViList()
             else:
                 yield Static("There is no other run.")
 
-    def action_move(self, places: int) -> None:
-        """Move along the list."""
-        for options in self.query(OptionList):
-            if places > 0:
-                options.action_cursor_down()
-            else:
-                options.action_cursor_up()
+    def on_mount(self) -> None:
+        for runs in self.query(ViList):
+            runs.show([(run.id, _line(run)) for run in self._runs])
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         self.dismiss(self._runs[event.option_index])
