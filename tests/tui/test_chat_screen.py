@@ -89,11 +89,12 @@ def test_a_base_alone_has_nobody_to_switch_to() -> None:
 
 def test_what_was_said_is_kept_with_how_it_was_asked(set_clock: Callable[[float], None]) -> None:
     run = finished(ADAPTER)
-    sampling = Sampling(seed=7, temperature=0)
+    sampling = Sampling(seed=2_400_670_123, temperature=0)
     path = append_exchange(run, "Where?\nNow.", {BASE: "Here.", ADAPTER: "There."}, sampling, "Be kind.")
     assert path == transcript_path(run) == run.path / "chats" / "20261123.md"
     text = path.read_text()
-    for part in ("> Where?\n> Now.", "**base**\n\nHere.", "**adapter**\n\nThere.", "seed 7", "Be kind."):
+    answers = ("**base**\n\nHere.", "**adapter**\n\nThere.")
+    for part in ("> Where?\n> Now.", *answers, "seed 2400670123", "Be kind."):
         assert part in text
     assert append_exchange(None, "?", {BASE: "!"}, sampling).parent.parent.name == "qlora-tui"
 
@@ -258,6 +259,13 @@ async def test_settings_are_checked_before_they_are_taken() -> None:
         await pilot.press("enter")
         await shows(pilot, "always the likeliest token")
         assert chat_of(app).sampling.temperature == 0
+        await pilot.press("o")
+        await shows(pilot, "How to answer")
+        list(app.screen.query(Input))[-1].value = "2400670123"
+        await pilot.press("enter")
+        await shows(pilot, "seed 2400670123")
+        await pilot.press("o", "enter")
+        await shows(pilot, "seed 2400670123")
 
 
 async def test_a_run_at_work_is_not_disturbed_without_a_word() -> None:

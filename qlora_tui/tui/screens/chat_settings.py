@@ -12,6 +12,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
 from qlora_tui.chat.terms import Sampling
+from qlora_tui.tui.transcript import typed
 from qlora_tui.tui.widgets.entry import Entry
 
 _HELP = {
@@ -50,7 +51,7 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
             for name, value in msgspec.structs.asdict(self._sampling).items():
                 with Horizontal(classes="field"):
                     yield Label(_LABELS.get(name, name.replace("_", " ")))
-                    yield Entry("" if value is None else f"{value:g}", name=name, compact=True)
+                    yield Entry("" if value is None else typed(value), name=name, compact=True)
                     yield Static(_HELP[name], classes="quiet help", markup=False)
             yield Static("", id="wrong", markup=False)
 
