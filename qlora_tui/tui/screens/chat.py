@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual.containers import Vertical, VerticalScroll
+from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -271,9 +272,9 @@ class ChatScreen(Talking):
         await turn.remove()
         return turn
 
-    def show_effect(self, sentence: str) -> None:
-        self.query_one("#effect").display = bool(sentence)
-        self.query_one("#effect", Static).update(sentence)
+    def show_effect(self, said: str | Content) -> None:
+        self.query_one("#effect").display = bool(said)
+        self.query_one("#effect", Static).update(said)
 
     def show_head(self, doing: str = "") -> None:
         somebody = self.source is not None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 from textual import work
 from textual.containers import VerticalScroll
+from textual.content import Content
 
 from qlora_tui.chat.terms import BASE, ChatSource, Sampling
 from qlora_tui.data.conversation import Message
@@ -70,7 +71,7 @@ class Talking(WorkScreen):
     def show_head(self, doing: str = "") -> None:
         """Say whom it is that is talked to, and what is being done."""
 
-    def show_effect(self, sentence: str) -> None:
+    def show_effect(self, said: str | Content) -> None:
         """Say what the adapter changes."""
 
     async def send(self, prompt: str) -> None:

@@ -22,8 +22,8 @@ NOBODY = Content.from_markup(
 HINT = "say something: enter sends, ^j new line, esc leaves the field: then 0-7 work"
 STOPPED_LOADING = "stopped loading the model: r asks again (esc first, to leave the field)"
 UNLOADED = "stopped, since the model was unloaded: r asks again (esc first, to leave the field)"
-_BESIDE_LAYERS = 60
-"""Cells that the figures take besides the layers' columns."""
+_FEWEST_COLUMNS = 8
+"""In which the layers are drawn, however narrow the window."""
 NOT_MEASURED = "Not measured: the model was unloaded. Press f to load it and measure."
 
 
@@ -64,17 +64,18 @@ def how(sampling: Sampling, system_prompt: str, kept: Path | None, width: int) -
     return Content.styled(line + " " * (room - len(place)) + place, "dim")
 
 
-def effect(measured: Effect, width: int) -> str:
+def effect(measured: Effect, width: int) -> Content:
     """The verdict, and under it the figures: mean KL, and how far each layer moved, from none to the most."""
     figures = f"KL {figure(measured.mean_kl, 3)} nats"
     if measured.layers:
         first, last = measured.layers[0].layer, measured.layers[-1].layer
         most = max(measured.layers, key=lambda change: change.relative)
-        room = min(len(measured.layers), max(8, width - _BESIDE_LAYERS))
-        columns = blocks(thinned([it.relative for it in measured.layers], room), 0.0, most.relative, 1)[0]
-        where = f"layers {first} {columns} {last}" if last > first else f"layer {first}"
-        figures += f" · ‖ΔW‖/‖W‖ of {where}: at most {most.relative:.1%} in {most.layer}"
-    return f"{measured.sentence}\n{figures}"
+        before = f"{figures} · ‖ΔW‖/‖W‖ by layer {first} "
+        after = f" {last}, most {figure(most.relative * 100, 2)}% in {most.layer}"
+        room = min(len(measured.layers), max(_FEWEST_COLUMNS, width - len(before + after)))
+        columns = thinned([change.relative for change in measured.layers], room)
+        figures = before + blocks(columns, 0.0, most.relative, 1)[0] + after
+    return Content.assemble(measured.sentence, (f"\n{figures}", "$text-muted"))
 
 
 def _sampling_words(sampling: Sampling) -> str:
