@@ -19,7 +19,7 @@ from tests.tui.played import Play, play
 from tests.tui.seeing import shows
 
 APP = [sys.executable, "-m", "qlora_tui"]
-CODE_PAGE_437 = set(bytes(range(256)).decode("cp437")) | set("♦•○►◄▲▼↑↓→←\x1b")
+CODE_PAGE_437 = set(bytes(range(256)).decode("cp437")) | set("♦•○►◄▲▼↑↓→←§\x1b")
 VISITED = [
     ("6", "Compare"),
     ("5", "Not ready"),
@@ -95,7 +95,20 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
     run = play(Play(state="finished", steps=300, total=300))
     with Terminal(APP, env={"TERM": "linux"}) as terminal:
         see(terminal, run.id)
-        for key, shows in [*VISITED[:2], ("3", "names no model"), ("5", "Not ready"), *VISITED[2:4]]:
+        for key, shows in [
+            *VISITED[:2],
+            ("1", "No models"),
+            ("2", "No data yet"),
+            ("4", "names no model"),
+            ("p", "enter opens"),
+            ("q", "names no model"),
+            ("\x10", "Search for"),
+            ("redo", "Make the change again"),
+            ("\r", "names no model"),
+            ("3", "names no model"),
+            ("5", "Not ready"),
+            *VISITED[2:4],
+        ]:
             terminal.press(key)
             see(terminal, shows)
         shown = see(terminal, f"√ {run.id}", "▀", "▄")
