@@ -258,11 +258,13 @@ class QloraApp(App[None]):
 
     async def action_keys(self) -> None:
         """Show every key of every screen."""
-        from qlora_tui.tui.keymap import every_command
-        from qlora_tui.tui.screens.help import KEYMAP_TEXT, HelpScreen
+        from qlora_tui.tui.screens.help import all_keys
 
-        tables = await asyncio.to_thread(every_command)
-        self.push_screen(HelpScreen("all keys", KEYMAP_TEXT, *tables, names=True))
+        self.push_screen(await all_keys())
+
+    def action_help_quit(self) -> None:
+        """Say what ends the app, where ctrl+c was pressed as in any program."""
+        self.notify(f"{self.settings.keymap.get('app.quit', 'q')} leaves the app. Runs go on without it.")
 
     def action_presets(self) -> None:
         """Browse, open and save presets."""

@@ -130,3 +130,9 @@ async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) 
         await shows(pilot, "Help: all keys", "f1   app.keys", "app.quit")
         await pilot.press("G")
         await shows(pilot, "presets.undo")
+
+
+async def test_ctrl_c_says_what_leaves_the_app() -> None:
+    async with open_on("home", keymap={"app.quit": "x"}).run_test(size=(80, 24), notifications=True) as pilot:
+        await pilot.press("ctrl+c")
+        await shows(pilot, "x leaves the app. Runs go on")

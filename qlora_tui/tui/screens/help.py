@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from rich.table import Table as Grid
@@ -11,13 +12,13 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.keymap import Table
+from qlora_tui.tui.keymap import Table, every_command
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-KEYMAP_TEXT = (
+_KEYMAP_TEXT = (
     "Beside each key stands the name of what it does. A [keymap] in config.toml gives it another key, "
     'by that name: "train.stop" = "x".'
 )
@@ -66,3 +67,9 @@ class HelpScreen(ModalScreen[None]):
     def _shown(self, key: str) -> str:
         """As the footer has it."""
         return self.app.get_key_display(Binding(key, ""))
+
+
+async def all_keys() -> HelpScreen:
+    """Every key of every screen, with the names of the commands."""
+    tables = await asyncio.to_thread(every_command)
+    return HelpScreen("all keys", _KEYMAP_TEXT, *tables, names=True)
