@@ -19,7 +19,8 @@ from qlora_tui.training import attention
 from qlora_tui.training.device import Attention, Device
 
 _FLASH = "kernels-community/flash-attn2"
-_ATTENTION = {"segments": "sdpa", "flash": _FLASH, "eager": "eager"}
+_ATTENTION: dict[Attention, str | None] = {"segments": None, "flash": _FLASH, "eager": "eager"}
+"""As transformers is told. None leaves it to take SDPA, which a few families lack (Gemma 2, gpt-oss)."""
 
 
 def load_base(folder: Path, recipe: Recipe, device: Device, attends: Attention) -> Any:

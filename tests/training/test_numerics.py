@@ -191,6 +191,16 @@ def test_generation_is_as_with_stock_attention() -> None:
     assert torch.equal(model.generate(ids, **settings), expected)
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
+def test_a_family_that_transformers_has_no_sdpa_of_is_loaded_all_the_same(
+    model_type: str, tmp_path: Path
+) -> None:
+    build(model_type).save_pretrained(tmp_path)
+    recipe = Recipe(quantization=Quantization(method="none"))
+    model = load.load_base(tmp_path, recipe, find_device(recipe), "segments")
+    assert load.attend_by_segments(model)
+
+
 @pytest.mark.parametrize("method", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 def test_gradients_through_4_bit_weights_are_exact_after_a_sample_was_taken(
