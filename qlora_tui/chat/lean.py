@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qlora_tui.training.token_rows import TokenRows, row_wrappers, rows_of, with_rows
@@ -43,7 +42,7 @@ class LeanForward:
         self._factors[voice] = (down, up)
 
     def __call__(self, x: Tensor) -> Tensor:
-        output = product(self._base, x)
+        output: Tensor = self._base(x)
         factors = self._factors.get(self._speaking.voice)
         if factors is not None:
             down, up = factors
@@ -54,26 +53,6 @@ class LeanForward:
             else:
                 rows.add_(inner @ up)
         return output
-
-
-def product(base: Any, x: Tensor) -> Tensor:
-    """``base(x)``; of 4-bit weights laid out for CPUs with AVX512-BF16, without asking anew what they are.
-
-    bitsandbytes looks at its layer in four functions before it begins: a fifth of a small product's time.
-    """
-    state: Any = getattr(getattr(base, "weight", None), "quant_state", None)
-    if (
-        getattr(state, "packing_format_for_cpu", False)
-        and base.bias is None
-        and x.dtype == base.compute_dtype
-    ):
-        code, shape = state.code, state.shape
-        output: Tensor = torch.ops.bitsandbytes.gemv_4bit.default(
-            x, base.weight, shape, state.absmax, code, state.blocksize
-        )
-    else:
-        output = base(x)
-    return output
 
 
 class LeanRows:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from qlora_tui.catalog.local import resolve
+from qlora_tui.chat.attention import group_heads
+from qlora_tui.chat.four_bit import answer_from_cpu_layout
 from qlora_tui.chat.kept import Kept
 from qlora_tui.chat.reply import Reply
 from qlora_tui.chat.terms import BASE, ChatSource, Sampling
@@ -150,8 +152,10 @@ def load_session(source: ChatSource, tell: Tell = lambda words: None) -> ChatSes
     except torch.OutOfMemoryError as error:
         raise out_of_memory(device) from error
     model.eval()
-    if not unpack_on_cpu(model, device) and not any(map(uses_dora, source.adapters.values())):
-        _let_cpus_repack(model)
+    if device.kind == "cpu":
+        group_heads(model)
+        if not unpack_on_cpu(model, device) and not any(map(uses_dora, source.adapters.values())):
+            answer_from_cpu_layout(model)
     return ChatSession(source, model, tokenizer, device)
 
 
@@ -188,12 +192,3 @@ def _model_ends(model: Any) -> frozenset[int]:
     if ends is None:
         return frozenset()
     return frozenset([ends] if isinstance(ends, int) else ends)
-
-
-def _let_cpus_repack(model: Any) -> None:
-    """Let 4-bit layers use the layout that AVX512-BF16 CPUs answer fastest from; nothing trains here."""
-    from bitsandbytes.functional import has_avx512bf16
-
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = has_avx512bf16()

@@ -244,25 +244,6 @@ def test_4_bit_weights_give_the_same_scores_packed_and_written_out(
     torch.testing.assert_close(scores[0], scores[1], rtol=2e-2, atol=2e-2)
 
 
-def test_a_product_of_weights_laid_out_for_the_cpu_is_that_of_the_layer_itself() -> None:
-    import torch
-    from bitsandbytes.functional import has_avx512bf16
-    from bitsandbytes.nn import Linear4bit
-
-    from qlora_tui.chat.lean import product
-
-    if not has_avx512bf16():
-        pytest.skip("this CPU has no product of 4-bit weights")
-    with torch.inference_mode():
-        layer = (
-            Linear4bit(64, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu").eval()
-        )
-        for tokens in (1, 1, 7):
-            x = torch.randn(1, tokens, 64, dtype=torch.bfloat16)
-            torch.testing.assert_close(product(layer, x), layer(x), rtol=0, atol=0)
-        assert layer.weight.quant_state.packing_format_for_cpu
-
-
 def test_pickled_adapter_weights_are_never_loaded(tiny_source: ChatSource, tmp_path: Path) -> None:
     from qlora_tui.chat.session import load_session
 

@@ -1,0 +1,77 @@
+"""4-bit weights on CPUs with AVX512-BF16: bitsandbytes' own layout, and its kernel without the way to it.
+
+bitsandbytes looks at every call what its layer holds, in Python and through torch's dispatcher: 25 µs, where
+the kernel itself takes 3 to 15 for a product of a small model. Here one token's product goes straight to the
+kernel; everything else, and the change of layout, stays bitsandbytes' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_KNOWN = ((0, 49), (0, 50))
+"""Versions of bitsandbytes whose kernel takes what is handed over here; others are called as they ask for."""
+
+
+def answer_from_cpu_layout(model: nn.Module) -> None:
+    """Let 4-bit layers take the layout that this CPU answers fastest from, if any; nothing trains here."""
+    layers: list[Any] = [each for each in model.modules() if hasattr(each, "support_avx512bf16_for_cpu")]
+    if not layers:
+        return
+    # Here, because it takes seconds to load and a model of 16 bits does without.
+    import bitsandbytes
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        return
+    version = tuple(int(part) for part in bitsandbytes.__version__.split(".")[:2])
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+        if version in _KNOWN:
+            layer.forward = OneToken(layer)
+
+
+class OneToken:
+    """Stands in for the ``forward`` of one ``Linear4bit``."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._stock: Callable[[Tensor], Tensor] = layer.forward
+        self._product: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() != x.shape[-1] or x.dtype != torch.bfloat16 or not x.is_contiguous():
+            return self._stock(x)
+        if self._product is None:
+            # The layout changes with the first product.
+            made = self._stock(x)
+            self._product = _straight(self._layer)
+            return made
+        return self._product(x)
+
+
+def _straight(layer: Any) -> Callable[[Tensor], Tensor] | None:
+    """A function from one token's inputs (…, inputs) to its outputs; None where the layout is another."""
+    from bitsandbytes.cextension import lib
+
+    weight, state, bias = layer.weight.data, layer.weight.quant_state, layer.bias
+    if not getattr(state, "packing_format_for_cpu", False) or layer.compute_dtype != torch.bfloat16:
+        return None
+    kernel = getattr(lib, f"gemv_4bit_inference_cpu_{state.quant_type}_bf16")
+    absmax = state.absmax
+    outputs, inputs = state.shape
+    sizes = c_int64(1), c_int64(outputs), c_int64(inputs)
+    strides = c_int64(state.blocksize), c_int64(inputs), c_int64(outputs)
+    addresses = c_void_p(weight.data_ptr()), c_void_p(absmax.data_ptr())
+
+    def product(x: Tensor, held: object = (weight, absmax)) -> Tensor:
+        made = x.new_empty((*x.shape[:-1], outputs))
+        kernel(*sizes, c_void_p(x.data_ptr()), *addresses, c_void_p(made.data_ptr()), *strides)
+        return made if bias is None else made.add_(bias)
+
+    return product

@@ -1,0 +1,135 @@
+"""One new token on a CPU is read in ways of our own, and scores as the libraries would have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from qlora_tui.chat import attention, four_bit
+from qlora_tui.chat.kept import Kept
+from qlora_tui.chat.session import ChatSession, load_session
+from qlora_tui.chat.terms import ADAPTER, BASE, ChatSource
+from qlora_tui.recipe.schema import Model, Quantization, Recipe
+from tests.chat.adapters import make_adapter
+from tests.training.families import FAMILIES, build
+from tests.training.tiny import make_tiny_model
+
+pytestmark = pytest.mark.slow
+
+READ = [5, 17, 80, 33, 120, 7, 64, 9, 200, 31, 2, 45]
+"""Longer than the families' sliding windows."""
+SAID = [90, 11, 250, 3, 77]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatSource:
+    """A family's tiny model in fp32, and an adapter on it."""
+    folder = make_tiny_model(tmp_path_factory.mktemp(request.param) / "model")
+    build(request.param, vocab_size=384).save_pretrained(folder)
+    adapter = make_adapter(folder, folder.parent / "adapter")
+    quantization = Quantization(method="none", compute_dtype="float32")
+    recipe = Recipe(model=Model(id=str(folder)), quantization=quantization)
+    return ChatSource(recipe=recipe, adapters={ADAPTER: str(adapter)})
+
+
+def scores(session: ChatSession, voice: str) -> torch.Tensor:
+    """(tokens, vocabulary): after a prompt, and after each of the tokens that follow it one by one."""
+    kept = Kept(session._model.config)
+    session.need(voice)
+    return torch.cat([session.read(voice, ids, kept) for ids in (READ, *([token] for token in SAID))])
+
+
+def test_tokens_read_one_by_one_score_as_plain_transformers_and_peft_score_the_whole(
+    source: ChatSource,
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    session = load_session(source)
+    assert session._model.config._attn_implementation in (attention.NAME, "eager")
+    plain: Any = AutoModelForCausalLM.from_pretrained(source.recipe.model.id, attn_implementation="eager")
+    tuned: Any = PeftModel.from_pretrained(plain, source.adapters[ADAPTER])
+    ids = torch.tensor([READ + SAID])
+    with torch.no_grad():
+        expected = {ADAPTER: tuned(input_ids=ids).logits[0, len(READ) - 1 :]}
+        with tuned.disable_adapter():
+            expected[BASE] = tuned(input_ids=ids).logits[0, len(READ) - 1 :]
+    assert not torch.allclose(expected[ADAPTER], expected[BASE], atol=0.1)
+    for voice in (ADAPTER, BASE, ADAPTER):
+        torch.testing.assert_close(scores(session, voice), expected[voice], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(6, 2), (4, 4)])
+@pytest.mark.parametrize(("tokens", "masked"), [(1, False), (1, True), (3, False)])
+def test_heads_in_groups_attend_as_head_by_head(heads: int, shared: int, tokens: int, masked: bool) -> None:
+    module: Any = nn.Module()
+    module.num_key_value_groups = heads // shared
+    query = torch.randn(1, tokens, heads, 16).transpose(1, 2)
+    key, value = torch.randn(1, shared, 9, 16), torch.randn(1, shared, 9, 16)
+    mask = torch.rand(1, 1, tokens, 9) > 0.3 if masked else None
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    found, _ = attention.attend(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.fixture
+def packed() -> Callable[..., Any]:
+    """Makes a 4-bit layer of the layout for this CPU."""
+    from bitsandbytes.functional import has_avx512bf16
+    from bitsandbytes.nn import Linear4bit
+
+    if not has_avx512bf16():
+        pytest.skip("this CPU has no product of 4-bit weights")
+
+    def make(kind: str = "nf4", *, bias: bool = False) -> Any:
+        layer = Linear4bit(64, 128, bias=bias, compute_dtype=torch.bfloat16, quant_type=kind)
+        layer.requires_grad_(False)
+        return layer.to(torch.bfloat16).to("cpu").eval()
+
+    return make
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_4_bit_product_straight_from_the_kernel_is_the_layers_own(
+    packed: Callable[..., Any], kind: str, bias: bool
+) -> None:
+    layer = packed(kind, bias=bias)
+    stock = layer.forward
+    four_bit.answer_from_cpu_layout(nn.ModuleList([layer]))
+    assert layer.forward is not stock
+    with torch.inference_mode():
+        wide = torch.randn(1, 1, 128, dtype=torch.bfloat16)
+        one, many = wide[..., :64].clone(), torch.randn(1, 7, 64, dtype=torch.bfloat16)
+        for x in (many, one, one.view(1, 64), one, wide[..., ::2], one.float(), many):
+            given = layer(x)
+            torch.testing.assert_close(given, stock(x), rtol=0, atol=0)
+
+
+def test_a_version_of_bitsandbytes_that_is_not_known_is_asked_as_it_asks_to_be(
+    packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = packed()
+    monkeypatch.setattr("bitsandbytes.__version__", "0.99.1.dev0")
+    four_bit.answer_from_cpu_layout(nn.ModuleList([layer]))
+    assert "forward" not in vars(layer)
+    assert layer.support_avx512bf16_for_cpu
+
+
+def test_straight_products_change_nothing_in_what_a_model_says(
+    tiny_source: ChatSource, packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = msgspec.structs.replace(tiny_source.recipe.quantization, compute_dtype="bfloat16")
+    recipe = msgspec.structs.replace(tiny_source.recipe, quantization=settings)
+    source = msgspec.structs.replace(tiny_source, recipe=recipe)
+    straight = load_session(source)
+    monkeypatch.setattr(four_bit, "_KNOWN", ())
+    stock = load_session(source)
+    for voice in (ADAPTER, BASE):
+        torch.testing.assert_close(scores(straight, voice), scores(stock, voice), rtol=0, atol=0)
