@@ -1,80 +1,162 @@
-"""How fast the chat answers, beside plain ``generate`` with the same adapter unmerged.
+"""How fast and lean the chat answers, beside plain ``generate`` with the same adapter unmerged.
 
-    python bench/chat.py MODEL [--adapter FOLDER] [--tokens 32] [--rounds 5]
+    python -m bench.chat MODEL [--adapter FOLDER] [--tokens 48] [--rounds 7] [--json]
 
-Both hold the same NF4 base; without --adapter a random LoRA of rank 16 on all linear modules is made. Rounds
-alternate, so that a busy machine slows both; ``cpu_times`` compares processor time, which other work on the
-machine disturbs less (with OMP_NUM_THREADS=1, or threads that wait count too). Prints one JSON object.
+Both hold the same NF4 base, each in a process of its own; without --adapter a random LoRA of rank 16 on all
+linear modules is made. They answer in turns whose order is reversed every round, so that a busy machine slows
+both: a short question, and one of some 600 tokens. Medians count. Processor time is what other work on the
+machine disturbs least (with OMP_NUM_THREADS=1, or threads that wait count too). Plain ``generate`` looks for
+no end of its turn, and its threads wait for each other as ours do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
-from qlora_tui.chat.session import load_session, model_folder
 from qlora_tui.chat.terms import ADAPTER, GREEDY, ChatSource
 from qlora_tui.data.conversation import Message
+from qlora_tui.gpu.before_torch import settle_before_torch
 from qlora_tui.recipe.schema import Model, Recipe
-from qlora_tui.training.device import find_device
-from qlora_tui.training.load import load_base
 
 QUESTION = "Tell me about Paris and its history."
+QUESTIONS = {"short": QUESTION, "long": f"{QUESTION} " * 70}
+WAYS = ("plain", "ours")
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Answered:
+    """One answer: its tokens after the first are counted a second."""
+
+    prompt_tokens: int
+    first_token_s: float
+    tokens_per_s: float
+    cpu_s: float
+    """Of processors, for all of it."""
+    peak_bytes: int
+    """The process's so far, libraries and all."""
+    text: str
+
+
+Answer = Callable[[str, int], Answered]
+"""Answers a question in so many tokens."""
+
+
+def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--adapter")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    recipe = Recipe(model=Model(id=args.model))
+    if args.way:
+        # Both: threads that spin on a busy machine would make plain ``generate`` many times slower.
+        settle_before_torch()
+        recipe = Recipe(model=Model(id=args.model))
+        serve(by_generate(recipe, args.adapter) if args.way == "plain" else by_chat(recipe, args.adapter))
+        return 0
     with tempfile.TemporaryDirectory() as scratch:
-        adapter = args.adapter or random_adapter(recipe, Path(scratch))
-        ways = {"generate": by_generate(recipe, adapter), "chat": by_chat(recipe, adapter)}
-        seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-        for _ in range(args.rounds):
-            for way, answer in ways.items():
-                # The difference of a long and a one-token answer: without reading the prompt.
-                one, many = timed(answer, 1), timed(answer, args.tokens + 1)
-                wall, cpu = ((b - a) / args.tokens for a, b in zip(one, many, strict=True))
-                seconds[way].append((wall, cpu))
-    rates = {way: 1 / statistics.median(wall for wall, _ in each) for way, each in seconds.items()}
-    cpu_rates = {way: 1 / statistics.median(cpu for _, cpu in each) for way, each in seconds.items()}
-    best = {way: 1 / min(wall for wall, _ in each) for way, each in seconds.items()}
-    print(
-        json.dumps(
-            {
-                "tokens_per_s": rates,
-                "best": best,
-                "times": rates["chat"] / rates["generate"],
-                "cpu_times": cpu_rates["chat"] / cpu_rates["generate"],
-            }
-        )
+        adapter = args.adapter or random_adapter(Recipe(model=Model(id=args.model)), Path(scratch))
+        report = summary(answered(args.model, adapter, args.tokens, args.rounds))
+    print(json.dumps(report) if args.json else table(report))
+    return 0
+
+
+def answered(model: str, adapter: str, tokens: int, rounds: int) -> dict[str, dict[str, list[Answered]]]:
+    """Way to length of question to answers, after one that warms up."""
+    command = [sys.executable, "-m", "bench.chat", model, "--adapter", adapter, "--way"]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = {way: subprocess.Popen([*command, way], **pipes) for way in WAYS}
+    found: dict[str, dict[str, list[Answered]]] = {way: {name: [] for name in QUESTIONS} for way in WAYS}
+    for number in range(-1, rounds):
+        for way in reversed(WAYS) if number % 2 else WAYS:
+            child = children[way]
+            assert child.stdin and child.stdout
+            for name in QUESTIONS:
+                print(json.dumps([name, tokens]), file=child.stdin, flush=True)
+                answer = Answered(**json.loads(child.stdout.readline()))
+                if number >= 0:
+                    found[way][name].append(answer)
+    for child in children.values():
+        child.communicate()
+    return found
+
+
+def summary(found: dict[str, dict[str, list[Answered]]]) -> dict[str, Any]:
+    """Medians by length of question and way, and whether both said the same."""
+    report: dict[str, Any] = {}
+    for name in QUESTIONS:
+        report[name] = {way: _medians(found[way][name]) for way in WAYS}
+        report[name]["same_text"] = len({each.text for way in WAYS for each in found[way][name]}) == 1
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """In Markdown."""
+    lines = ["| | plain `generate` | qlora-tui | |", "| --- | ---: | ---: | ---: |"]
+    for name in QUESTIONS:
+        plain, ours = (report[name][way] for way in WAYS)
+        after = f"after a prompt of {ours['prompt_tokens']:.0f} tokens"
+        for what, key, form in (
+            ("tokens/s", "tokens_per_s", ".1f"),
+            ("seconds to the first token", "first_token_s", ".2f"),
+            ("processor seconds in all", "cpu_s", ".2f"),
+        ):
+            times = f"{ours[key] / plain[key]:.2f}×"
+            lines.append(f"| {what} {after} | {plain[key]:{form}} | {ours[key]:{form}} | {times} |")
+    plain, ours = (report["long"][way]["peak_bytes"] for way in WAYS)
+    lines.append(
+        f"| peak memory of the process | {plain / 2**20:,.0f} MiB | {ours / 2**20:,.0f} MiB |"
+        f" {ours / plain:.2f}× |"
     )
+    same = all(report[name]["same_text"] for name in QUESTIONS)
+    return "\n".join([*lines, "", f"Both say the same: {'yes' if same else 'no'}."])
 
 
-def timed(answer: Callable[[int], None], tokens: int) -> tuple[float, float]:
-    """Seconds that ``answer`` takes for so many tokens, and seconds of processors."""
-    began, cpu_began = time.perf_counter(), time.process_time()
-    answer(tokens)
-    return time.perf_counter() - began, time.process_time() - cpu_began
+def _medians(answers: list[Answered]) -> dict[str, float]:
+    fields = [field for field in asdict(answers[0]) if field != "text"]
+    return {field: statistics.median(getattr(each, field) for each in answers) for field in fields}
+
+
+def serve(answer: Answer) -> None:
+    """Answer what is asked on stdin, a line each."""
+    for line in sys.stdin:
+        name, tokens = json.loads(line)
+        print(json.dumps(asdict(answer(QUESTIONS[name], tokens))), flush=True)
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held: of the card, where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def random_adapter(recipe: Recipe, folder: Path) -> str:
     """An adapter that changes little."""
     import torch
     from peft import LoraConfig, get_peft_model
+
+    from qlora_tui.chat.session import model_folder
+    from qlora_tui.training.device import find_device
+    from qlora_tui.training.load import load_base
 
     device = find_device(recipe)
     tuned = get_peft_model(
@@ -88,14 +170,16 @@ def random_adapter(recipe: Recipe, folder: Path) -> str:
     return str(folder)
 
 
-def by_generate(recipe: Recipe, adapter: str) -> Callable[[int], None]:
-    """As a script would: peft's model and ``generate``."""
+def by_generate(recipe: Recipe, adapter: str) -> Answer:
+    """As a script would: peft's model and ``generate``, streaming."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from qlora_tui.chat.session import model_folder
     from qlora_tui.data.render import prompt_ids
     from qlora_tui.data.tokenizer import ChatTokenizer
+    from qlora_tui.training.device import find_device
 
     folder = model_folder(recipe)
     device = find_device(recipe)
@@ -114,35 +198,76 @@ def by_generate(recipe: Recipe, adapter: str) -> Callable[[int], None]:
     )
     model: Any = PeftModel.from_pretrained(base, adapter)
     model.eval()
-    prompt = prompt_ids([Message("user", QUESTION)], ChatTokenizer.from_folder(folder))
-    ids = torch.tensor([prompt], device=device.torch_device)
+    model.generation_config.eos_token_id = None
+    tokenizer = ChatTokenizer.from_folder(folder)
 
-    def answer(tokens: int) -> None:
-        model.generate(
+    def answer(question: str, tokens: int) -> Answered:
+        ids = torch.tensor([prompt_ids([Message("user", question)], tokenizer)], device=device.torch_device)
+        clock = _Clock()
+        cpu_began = time.process_time()
+        given = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            min_new_tokens=tokens,
             max_new_tokens=tokens,
             do_sample=False,
             use_cache=True,
+            streamer=clock,
+        )
+        # The first is the prompt.
+        began, first, *_, last = clock.times_s
+        return Answered(
+            prompt_tokens=ids.shape[1],
+            first_token_s=first - began,
+            tokens_per_s=(tokens - 1) / (last - first),
+            cpu_s=time.process_time() - cpu_began,
+            peak_bytes=peak_bytes(),
+            text=tokenizer.backend.decode(given[0, ids.shape[1] :].tolist()),
         )
 
     return answer
 
 
-def by_chat(recipe: Recipe, adapter: str) -> Callable[[int], None]:
+class _Clock:
+    """Takes tokens as a streamer does, and notes when."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def put(self, value: object) -> None:
+        self.times_s.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def by_chat(recipe: Recipe, adapter: str) -> Answer:
     """As this program does."""
+    from qlora_tui.chat.session import load_session
+
     session = load_session(ChatSource(recipe=recipe, adapters={ADAPTER: adapter}))
     session.end_ids = frozenset()
 
-    def answer(tokens: int) -> None:
-        for _ in session.ask(
-            [Message("user", QUESTION)], voice=ADAPTER, sampling=replace(GREEDY, max_new_tokens=tokens)
-        ):
+    def answer(question: str, tokens: int) -> Answered:
+        # Each question is read anew, though it has been asked before.
+        session._kept.clear()
+        cpu_began = time.process_time()
+        reply = session.ask(
+            [Message("user", question)], voice=ADAPTER, sampling=replace(GREEDY, max_new_tokens=tokens)
+        )
+        for _ in reply:
             pass
+        assert reply.outcome is not None
+        return Answered(
+            prompt_tokens=reply.outcome.prompt_tokens,
+            first_token_s=reply.outcome.first_token_s,
+            tokens_per_s=reply.outcome.tokens_per_s,
+            cpu_s=time.process_time() - cpu_began,
+            peak_bytes=peak_bytes(),
+            text=reply.outcome.text,
+        )
 
     return answer
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
