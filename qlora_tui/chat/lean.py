@@ -6,6 +6,7 @@ in place.
 
 On a CPU the factors are kept in fp32: torch answers a thin product in half precision through a library that
 takes three times as long to begin, and sets every core to it, which on a busy machine wait for each other.
+Where many tokens are read at once that is no matter, and half precision spares the conversion of them all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora_tui.training.token_rows import TokenRows, row_wrappers, rows_of, with_rows
+
+_MANY_TOKENS = 64
 
 
 class Speaking:
@@ -46,8 +49,10 @@ class LeanForward:
         factors = self._factors.get(self._speaking.voice)
         if factors is not None:
             down, up = factors
-            rows = output.view(-1, output.shape[-1])
-            inner = x.reshape(-1, x.shape[-1]).to(down.dtype) @ down
+            rows, inputs = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
+            if len(rows) >= _MANY_TOKENS:
+                down, up = down.to(x.dtype), up.to(x.dtype)
+            inner = inputs.to(down.dtype) @ down
             if rows.dtype == up.dtype:
                 rows.addmm_(inner, up)
             else:

@@ -109,11 +109,14 @@ class ChatSession:
     def read(self, voice: str, token_ids: list[int], kept: Kept) -> Tensor:
         """Scores (1, vocabulary) of what comes after ``token_ids``, which are kept."""
         self._voices.speak_as(voice)
+        # Of several by its number: a slice of them lies in memory in such a way that torch copies the whole
+        # head for it.
+        last = torch.tensor([len(token_ids) - 1], device=self.device) if len(token_ids) > 1 else 1
         try:
             output = self._model(
                 input_ids=torch.tensor([token_ids], device=self.device),
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=last,
                 **{self._cache_argument: kept.cache},
             )
         except BaseException:

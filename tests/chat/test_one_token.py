@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_tui.chat import attention, four_bit
+from qlora_tui.chat import attention, four_bit, lean
 from qlora_tui.chat.kept import Kept
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.chat.terms import ADAPTER, BASE, ChatSource
@@ -133,3 +133,21 @@ def test_straight_products_change_nothing_in_what_a_model_says(
     stock = load_session(source)
     for voice in (ADAPTER, BASE):
         torch.testing.assert_close(scores(straight, voice), scores(stock, voice), rtol=0, atol=0)
+
+
+def test_an_adapter_adds_the_same_to_many_tokens_as_to_each() -> None:
+    """Many in half precision, one in fp32."""
+    base = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    layer: Any = nn.Module()
+    layer.lora_A = nn.ModuleDict({ADAPTER: nn.Linear(64, 4, bias=False)}).requires_grad_(False)
+    layer.lora_B = nn.ModuleDict({ADAPTER: nn.Linear(4, 48, bias=False)}).requires_grad_(False)
+    layer.scaling = {ADAPTER: 2.0}
+    forward = lean.LeanForward(base, lean.Speaking(ADAPTER))
+    forward.learn(ADAPTER, layer)
+    x = torch.randn(1, 100, 64, dtype=torch.bfloat16)
+    each = torch.cat([forward(x[:, i : i + 1]) for i in range(100)], dim=1)
+    exact = (
+        x.float() @ (base.weight.float() + 2 * layer.lora_B[ADAPTER].weight @ layer.lora_A[ADAPTER].weight).T
+    )
+    for given in (forward(x), each):
+        torch.testing.assert_close(given.float(), exact, rtol=2e-2, atol=2e-2)
