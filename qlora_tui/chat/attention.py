@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qlora_tui.training.load import attend_by
+
 NAME = "qlora_chat"
 """The attention implementation as transformers knows it."""
 
@@ -24,7 +26,7 @@ def group_heads(model: Any) -> None:
         return
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    attend_by(model, NAME)
 
 
 def attend(

@@ -79,10 +79,15 @@ def freeze(model: nn.Module) -> nn.Module:
 def attend_by_segments(model: Any) -> bool:
     """Switch to attention sample by sample; False where the family builds its attention by itself."""
     attention.register()
+    return attend_by(model, attention.NAME)
+
+
+def attend_by(model: Any, name: str) -> bool:
+    """Switch to an attention implementation that transformers knows; False where the family takes none."""
     before = model.config._attn_implementation
     with suppress(ValueError, AttributeError, NotImplementedError):
-        model.set_attn_implementation(attention.NAME)
-    if model.config._attn_implementation == attention.NAME:
+        model.set_attn_implementation(name)
+    if model.config._attn_implementation == name:
         return True
     model.set_attn_implementation(before)
     return False

@@ -39,10 +39,11 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def scores(session: ChatSession, voice: str) -> torch.Tensor:
-    """(tokens, vocabulary): after a prompt, and after each of the tokens that follow it one by one."""
+    """(tokens, vocabulary): after a prompt in two parts, and after each of the tokens that follow it."""
     kept = Kept(session._model.config)
     session.need(voice)
-    return torch.cat([session.read(voice, ids, kept) for ids in (READ, *([token] for token in SAID))])
+    session.read(voice, READ[:5], kept)
+    return torch.cat([session.read(voice, ids, kept) for ids in (READ[5:], *([token] for token in SAID))])
 
 
 def test_tokens_read_one_by_one_score_as_plain_transformers_and_peft_score_the_whole(
