@@ -32,27 +32,29 @@ def answer_from_cpu_layout(model: nn.Module) -> None:
     version = tuple(int(part) for part in bitsandbytes.__version__.split(".")[:2])
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True
-        if version in _KNOWN:
-            layer.forward = OneToken(layer)
+        # The layout changes with the first product: now, so that the first question need not wait for it.
+        layer(torch.zeros(1, layer.in_features, dtype=layer.compute_dtype))
+        layer._save_to_state_dict = _nothing
+        if version in _KNOWN and (product := _straight(layer)):
+            layer.forward = OneToken(layer.forward, product)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What is saved of a layer. bitsandbytes would lay its weights out for saving, for good, and round their
+    scales a second time: peft asks for them as it reads an adapter, and does without.
+    """
 
 
 class OneToken:
     """Stands in for the ``forward`` of one ``Linear4bit``."""
 
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
-        self._stock: Callable[[Tensor], Tensor] = layer.forward
-        self._product: Callable[[Tensor], Tensor] | None = None
+    def __init__(self, stock: Callable[[Tensor], Tensor], product: Callable[[Tensor], Tensor]) -> None:
+        self._stock = stock
+        self._product = product
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() != x.shape[-1] or x.dtype != torch.bfloat16 or not x.is_contiguous():
-            return self._stock(x)
-        if self._product is None:
-            # The layout changes with the first product.
-            made = self._stock(x)
-            self._product = _straight(self._layer)
-            return made
-        return self._product(x)
+        is_one = x.numel() == x.shape[-1] and x.dtype == torch.bfloat16 and x.is_contiguous()
+        return self._product(x) if is_one else self._stock(x)
 
 
 def _straight(layer: Any) -> Callable[[Tensor], Tensor] | None:

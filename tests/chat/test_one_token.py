@@ -123,17 +123,32 @@ def test_a_version_of_bitsandbytes_that_is_not_known_is_asked_as_it_asks_to_be(
     assert layer.support_avx512bf16_for_cpu
 
 
-def test_straight_products_change_nothing_in_what_a_model_says(
-    tiny_source: ChatSource, packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def in_bf16(tiny_source: ChatSource, packed: Callable[..., Any]) -> ChatSource:
+    """The tiny model in 4 bits, laid out for the CPU."""
     settings = msgspec.structs.replace(tiny_source.recipe.quantization, compute_dtype="bfloat16")
     recipe = msgspec.structs.replace(tiny_source.recipe, quantization=settings)
-    source = msgspec.structs.replace(tiny_source, recipe=recipe)
-    straight = load_session(source)
+    return msgspec.structs.replace(tiny_source, recipe=recipe)
+
+
+def test_straight_products_change_nothing_in_what_a_model_says(
+    in_bf16: ChatSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = load_session(in_bf16)
     monkeypatch.setattr(four_bit, "_KNOWN", ())
-    stock = load_session(source)
+    stock = load_session(in_bf16)
     for voice in (ADAPTER, BASE):
         torch.testing.assert_close(scores(straight, voice), scores(stock, voice), rtol=0, atol=0)
+
+
+def test_reading_an_adapter_leaves_the_weights_beneath_it_as_they_were(in_bf16: ChatSource) -> None:
+    session = load_session(in_bf16)
+    before = scores(session, BASE)
+    layers = [m for m in session._model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    addresses = [layer.weight.data_ptr() for layer in layers]
+    session.need(ADAPTER)
+    torch.testing.assert_close(scores(session, BASE), before, rtol=0, atol=0)
+    assert [layer.weight.data_ptr() for layer in layers] == addresses
 
 
 def test_an_adapter_adds_the_same_to_many_tokens_as_to_each() -> None:
