@@ -51,7 +51,7 @@ def test_looks_of_a_choice_of_layers(
     app.workbench.set("lora.rank", 32)
 
     async def move(pilot: Pilot[Any]) -> None:
-        await go_to(pilot, "lora")
+        await go_to(pilot, "4", "every kind")
         await pilot.press("down", "right", "right", "x", "right", "right", "down")
         await settle(pilot)
 

@@ -67,12 +67,12 @@ def make_three() -> None:
 def test_looks_of_models_on_this_machine(snap_compare: Snapshot, size: tuple[int, int]) -> None:
     make_three()
     app = open_on("home", model="Qwen/Qwen2.5-7B-Instruct")
-    assert snap_compare(app, terminal_size=size, run_before=partial(go_to, mode="models"))
+    assert snap_compare(app, terminal_size=size, run_before=partial(go_to, key="1", text="On the hub"))
 
 
 def test_looks_of_an_empty_machine(snap_compare: Snapshot) -> None:
     app = open_on("home")
-    assert snap_compare(app, terminal_size=(80, 24), run_before=partial(go_to, mode="models"))
+    assert snap_compare(app, terminal_size=(80, 24), run_before=partial(go_to, key="1", text="On the hub"))
 
 
 async def test_a_model_is_chosen_and_told_apart_from_the_others() -> None:

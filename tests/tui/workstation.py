@@ -16,6 +16,7 @@ from qlora_tui.settings import Settings
 from qlora_tui.tui import app as app_module
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.workbench import Workbench, save_draft
+from tests.tui.seeing import shows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -56,13 +57,14 @@ def _first_shown(mode: str) -> type[QloraApp]:
     return type("OpenedOn", (QloraApp,), {"DEFAULT_MODE": mode, "CSS_PATH": styles})
 
 
-async def go_to(pilot: Pilot[Any], mode: str) -> None:
-    """For pictures: the app is opened on another screen and goes to this one.
+async def go_to(pilot: Pilot[Any], key: str, text: str) -> None:
+    """For pictures: the app is opened on Home and goes to the screen of this key, where this is to be read.
 
     From Python 3.12 on, Textual (8.2) mounts the widgets of an app's very first screen before that screen
     is on its stack, which a screen with a field in it does not stand.
     """
-    await pilot.app.switch_mode(mode)
+    await pilot.press(key)
+    await shows(pilot, text)
     await settle(pilot)
 
 
