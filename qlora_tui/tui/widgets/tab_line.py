@@ -46,8 +46,6 @@ class TabLine(Lines):
         line = Content.styled("│", "dim").join(parts)
         room = width - line.cell_length - 2
         state = Content.styled(shortened(self._state, room), "bold")
-        hint = Content.styled(self._hint, "dim")
-        if state:
-            hint = Content("  ") + hint
+        hint = Content.styled(f"  {self._hint}" if self._hint else "", "dim")
         end = state + hint if state.cell_length + hint.cell_length <= room else state
         return [line + Content(" " * max(0, room - end.cell_length + 1)) + end]
