@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -21,7 +20,7 @@ from textual.signal import Signal
 from qlora_tui.errors import Problem
 from qlora_tui.format import GIB
 from qlora_tui.settings import Settings
-from qlora_tui.tui import escapes, themes
+from qlora_tui.tui import escapes, garbage, themes
 from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION
 from qlora_tui.tui.console_font import stand_ins
 from qlora_tui.tui.hang_up import end_in_order
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 # where they are first used.
 
 LOOK_EVERY_S = 1.0
-_SHOWN_OF_COPY = 160
 _WITHOUT_COLOURS = (InkOnly(),)
 _RESIZES_AT_START = 2
 """Told by the app itself and by its driver, before anything can have happened to the terminal."""
@@ -108,7 +106,7 @@ class QloraApp(App[None]):
         if self.settings.keymap:
             from qlora_tui.tui.keymap import tell_strangers
 
-            self.run_worker(tell_strangers(self))
+            self.run_worker(Later(tell_strangers, self))
         self.write_escape(escapes.PUSH_TITLE)
         if not self.is_headless:
             end_in_order(self._leave)
@@ -165,16 +163,10 @@ class QloraApp(App[None]):
 
     def copy_to_clipboard(self, text: str) -> None:
         """Copy by every way there is, and say which worked."""
-        self._clipboard = text
-        self.run_worker(Later(self._copy, text), group="copy")
-
-    async def _copy(self, text: str) -> None:
         from qlora_tui.tui import clipboard
 
-        self.write_escape(escapes.set_clipboard(text))
-        tool = await asyncio.to_thread(clipboard.copy_locally, text)
-        shown = text if len(text) <= _SHOWN_OF_COPY else text[:_SHOWN_OF_COPY] + "…"
-        self.notify(shown, title=clipboard.said(tool))
+        self._clipboard = text
+        self.run_worker(Later(clipboard.copy, self, text), group="copy")
 
     def notify(self, message: str, *, markup: bool = False, **how: Any) -> None:
         """Say something for a while, as it stands: names of runs and files may hold brackets.
@@ -220,26 +212,14 @@ class QloraApp(App[None]):
             renderable = Difference(renderable, self._painted)
         super()._display(screen, renderable)
         if renderable is not None and not held_back and not self.shown.is_set():
-            self._begin_in_earnest()
+            # What did not have to come before the first frame comes now.
+            self.shown.set()
+            garbage.begin()
 
     def pop_screen(self) -> AwaitComplete:
         gone = super().pop_screen()
         forget_what_is_gone()
         return gone
-
-    def _begin_in_earnest(self) -> None:
-        """The first frame is on its way: what did not have to come before it comes now."""
-        self.shown.set()
-        # Only the command line turns it off: where many apps come and go, as in tests, none may stay.
-        if not gc.isenabled():
-            gc.enable()
-            gc.freeze()
-
-    def settle(self) -> None:
-        """Take what is there by now as there to stay: a look for garbage among all of it holds up a key."""
-        if gc.get_freeze_count():
-            gc.collect()
-            gc.freeze()
 
     async def action_go(self, mode: str) -> None:
         """Show a screen by its name."""

@@ -6,10 +6,17 @@ time, wrapped so that tmux passes it on. A local tool knows whether it worked, s
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from qlora_tui.tui import escapes
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
 
 _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("TMUX", ("tmux", "load-buffer", "-w", "-")),
@@ -20,6 +27,15 @@ _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """The variable without which a tool has nowhere to copy to, and its command; the text goes to its stdin."""
 _PATIENCE_S = 2.0
+_SHOWN = 160
+"""Characters of what was copied that are said again."""
+
+
+async def copy(app: QloraApp, text: str) -> None:
+    """Copy by every way there is, and say which worked."""
+    app.write_escape(escapes.set_clipboard(text))
+    tool = await asyncio.to_thread(copy_locally, text)
+    app.notify(text if len(text) <= _SHOWN else text[:_SHOWN] + "…", title=said(tool))
 
 
 def copy_locally(text: str) -> str:

@@ -66,7 +66,7 @@ def test_cursor_selection_and_fields_are_told_by_attributes() -> None:
         terminal.press("q")
         see(terminal, "v Compare")
         terminal.press("7o")
-        see(terminal, "How to answer", "same again")
+        see(terminal, "How to answer", "empty draws another")
         assert UNDERLINE in styled("0.95")
         # The seed, which is empty.
-        assert UNDERLINE in styled("    same again")
+        assert UNDERLINE in styled("    empty draws another")

@@ -10,6 +10,7 @@ from textual.messages import Prune
 from textual.screen import Screen
 from textual.widget import Widget
 
+from qlora_tui.tui import garbage
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.widgets.key_line import KeyLine
@@ -79,7 +80,7 @@ class WorkScreen(EndsItsWorkers, Screen[None]):
     def on_mount(self) -> None:
         self.workstation.recipe_changed.subscribe(self, self._recipe_changed, immediate=True)
         self.workstation.pulse_changed.subscribe(self, self._pulse_changed, immediate=True)
-        self.set_timer(_SETTLED_S, self.workstation.settle)
+        self.set_timer(_SETTLED_S, garbage.settle)
 
     def on_screen_resume(self) -> None:
         self.catch_up()
