@@ -176,6 +176,11 @@ class Samples:
         """One byte a token of sample ``i``: 1 where it trains."""
         return self._store.trained[self._slice(i)]
 
+    @property
+    def weighted(self) -> bool:
+        """Whether a token may count for more or less than others in the loss."""
+        return self._store.weights is not None
+
     def weights(self, i: int) -> memoryview | None:
         """How much each token of sample ``i`` counts in the loss, 32-bit; None where no row says."""
         return None if self._store.weights is None else self._store.weights[self._slice(i)]

@@ -176,7 +176,7 @@ class _AsOnCard:
         else:
             from qlora_tui.training import attention
 
-            self._replace(attention, "by_blocks", lambda query: query.dtype != torch.float32)
+            self._replace(attention, "by_blocks", lambda query: query.dtype == torch.bfloat16)
 
     def __exit__(self, *exc: object) -> None:
         for undo in self._undo:

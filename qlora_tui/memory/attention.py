@@ -52,8 +52,14 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
         q, k, v = (ops.cast(tensor, ops.compute) for tensor in (q, k, v))
     if kernel != "eager" and (shape.softcap or shape.sinks):
         return _by_hand(ops, q, k, v, shape)
-    halves = ops.lean and ops.device == "cpu" and q.width < FLOAT
-    if kernel == "flash" and halves and shape.head_dim == shape.value_dim:
+    bfloat16 = q.width < FLOAT and not ops.float16
+    if (
+        kernel == "flash"
+        and ops.lean
+        and ops.device == "cpu"
+        and bfloat16
+        and shape.head_dim == shape.value_dim
+    ):
         return _by_blocks(ops, q, k, v, shape)
     if kernel in ("flash", "efficient"):
         if kernel == "efficient":
@@ -120,7 +126,7 @@ def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, flash: bo
 
 
 def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:
-    """Our own on a CPU in half precision (``training/lean/attention.py``), a sample and a block at a time."""
+    """Our own on a CPU in bfloat16 (``training/lean/attention.py``), a sample and a block at a time."""
     numel, shared, width = q.numel, k.numel, q.width
     statistic = shape.rows * shape.heads * shape.length
 

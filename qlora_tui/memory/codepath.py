@@ -98,12 +98,12 @@ class CodePath:
 def our_path(recipe: Recipe, device: Device) -> CodePath:
     """The path this project's trainer takes: no float32 cast, no full logits, non-reentrant checkpointing."""
     compute = _compute_bytes(recipe, device)
-    float16 = compute == 2 and device.kind == "cuda" and _is_float16(recipe, device)
+    float16 = compute == 2 and _is_float16(recipe, device)
     return CodePath(
         compute_bytes=compute,
         float16=float16,
         # Trainer's fp16 mode: autocast, with scaled gradients.
-        autocast=float16,
+        autocast=float16 and device.kind == "cuda",
         adapter_bytes=4,
         lean=True,
         # Liger would keep float16's gradients in 16 bits, and knows no rows beside the head's own.
@@ -130,7 +130,8 @@ def _compute_bytes(recipe: Recipe, device: Device) -> int:
 
 def _is_float16(recipe: Recipe, device: Device) -> bool:
     asked = recipe.quantization.compute_dtype
-    return asked == "float16" or (asked == "auto" and device.capability < BFLOAT16_CAPABILITY)
+    old_card = device.kind == "cuda" and device.capability < BFLOAT16_CAPABILITY
+    return asked == "float16" or (asked == "auto" and old_card)
 
 
 def _attention(recipe: Recipe, device: Device, compute: int) -> Kernel:

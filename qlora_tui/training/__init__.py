@@ -8,8 +8,8 @@
 ``run``          the stations of a run, in order: load, prepare, train, save
 ``device``       what there is to compute on, and in which dtype; ``versions``: with which libraries
 ``priority``     giving way to other programs, where the processor trains
-``load``         the base model, quantised and frozen; ``gguf``: one that comes as GGUF
-                 (``llama_gguf``, ``vocabulary``: the short way for a plain Llama)
+``base``         the base model with its loss and attention; ``load``: quantised and frozen; ``gguf``: one
+                 that comes as GGUF (``llama_gguf``, ``vocabulary``: the short way for a plain Llama)
 ``adapter``      LoRA on top of it; ``lean``: module and adapter as one function; ``token_rows``: rows of
                  embedding and head for tokens that the base never learned
 ``attention``    several samples in one row, each attending only to itself; ``even``: filled up for a CPU's

@@ -20,7 +20,10 @@ from qlora_tui.training.loss import Head, chunked_sum
 SummedLoss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """The sum of the losses of states (tokens, hidden) against targets (tokens), fp32."""
 
-_TOKENS = 48
+_TOKENS = 256
+"""Enough that Liger cuts them into several chunks, of several rows each in most models."""
+_COUNTS = 0.125
+"""What the loss is multiplied by before its backward, as a step divides it by its tokens."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 """Share of its own size by which a loss, or a gradient as a whole, may differ from ours."""
 
@@ -49,16 +52,18 @@ def proven_liger(head: Head, device: torch.device) -> SummedLoss | str:
 
 
 def _difference(summed: SummedLoss, head: Head, device: torch.device) -> str | None:
-    """What differs from our own loss on states as the last norm gives them."""
+    """What differs from our own loss on states as a norm gives them, larger where there is a softcap."""
     weight = head.projection.weight
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(_TOKENS, weight.shape[1], generator=generator).to(device, weight.dtype)
     targets = torch.randint(weight.shape[0], (_TOKENS,), generator=generator).to(device)
+    if head.softcap is not None:
+        states *= head.softcap / (states[:8] @ weight.t() * head.multiplier).std()
     sums = []
     for way in (summed, partial(chunked_sum, head=head)):
         given = states.clone().requires_grad_(True)
         total = way(given, targets)
-        (gradient,) = torch.autograd.grad(total, given)
+        (gradient,) = torch.autograd.grad(total * _COUNTS, given)
         sums.append((total.detach().float(), gradient.float()))
     (loss, gradient), (our_loss, our_gradient) = sums
     for name, made, wanted in (("loss", loss, our_loss), ("gradient", gradient, our_gradient)):

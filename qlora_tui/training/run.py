@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,16 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, Finished, Paused, Stopped, Terminal
-from qlora_tui.training import checks, gguf, load, loss
+from qlora_tui.training import gguf, load
 from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.asked import EndedEarly, Requests
+from qlora_tui.training.base import Base, prepare_base
 from qlora_tui.training.batches import Schedule, computed_tokens, lay_out
 from qlora_tui.training.checkpoints import Checkpoint, check_same
-from qlora_tui.training.device import Attention, Device, choose_attention, find_device
+from qlora_tui.training.device import Device, choose_attention, find_device
 from qlora_tui.training.edge import Edge, Setting
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.finish import take_best, write_adapter
-from qlora_tui.training.liger import proven_liger
 from qlora_tui.training.loop import RunTrainer, Steps, arguments
 from qlora_tui.training.measure import MemoryMeter
 from qlora_tui.training.priority import give_way
@@ -36,18 +35,6 @@ from qlora_tui.training.processes import Processes
 from qlora_tui.training.reporter import Reporter
 from qlora_tui.training.telemetry import Telemetry
 from qlora_tui.training.versions import versions
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model as it will be trained on, before LoRA."""
-
-    model: Any
-    folder: Path
-    attention: str
-    """As the run's record names it."""
-    loss: str
-    kept_apart: bool
 
 
 class Attempt:
@@ -107,7 +94,9 @@ class Attempt:
         self._may_end()
         reporter.phase("loading", f"{recipe.model.id} on {device.name}")
         set_seed(recipe.training.seed)
-        base = self._base(folder, device, attends)
+        base = prepare_base(
+            folder, recipe, device, attends, self.meter.expected_loss, weighted=data.train.weighted
+        )
         self._tell_environment(device, base)
         schedule = lay_out(data.train, recipe, kept_apart=base.kept_apart)
         self._tell_data(data, schedule)
@@ -238,39 +227,6 @@ class Attempt:
         if self._checkpoint is not None:
             check_same(self._checkpoint.state, self._recipe, data.data_hash)
         return data
-
-    def _base(self, folder: Path, device: Device, attends: Attention) -> Base:
-        recipe = self._recipe
-        model = load.load_base(folder, recipe, device, attends)
-        head = loss.find_head(model)
-        if not isinstance(head, str) and not checks.loss_is_exact(model, head, device.torch_device):
-            head = "what it does between head and loss is not known"
-        kept_apart = attends == "flash" or (attends == "segments" and load.attend_by_segments(model))
-        taken = self._use_loss(model, head, device)
-        loss.use_segments(model, by_mask=attends == "segments")
-        kept_apart = kept_apart and checks.samples_are_kept_apart(model, device.torch_device)
-        name = {"segments": "SDPA", "flash": "flash", "eager": "eager"}[attends]
-        return Base(
-            model=model,
-            folder=folder,
-            attention=f"{name}, sample by sample" if kept_apart else f"{name}, padded rows",
-            loss=taken,
-            kept_apart=kept_apart,
-        )
-
-    def _use_loss(self, model: Any, head: loss.Head | str, device: Device) -> str:
-        """Give the model its loss; what the run's record says of it."""
-        if isinstance(head, str):
-            loss.weigh_stock_loss(model)
-            return f"stock: {head}"
-        assert self.meter is not None
-        wanted = self.meter.expected_loss
-        kernel = proven_liger(head, device.torch_device) if wanted == "liger" else None
-        if isinstance(kernel, str):
-            loss.use_chunked_loss(model, head)
-            return f"chunked: {kernel}"
-        loss.use_chunked_loss(model, head, kernel)
-        return wanted
 
     def _adapted(self, base: Base, files: ModelFiles, tokenizer: ChatTokenizer) -> Any:
         training, lora = self._recipe.training, self._recipe.lora

@@ -80,6 +80,15 @@ def test_scores_far_above_their_sum_are_masked_and_not_multiplied(monkeypatch: p
         assert torch.isfinite(tensor).all()
 
 
+def test_in_float16_scores_beyond_its_range_have_the_gradients_of_the_stock_kernel() -> None:
+    """A query's log-sum over the scale is 80,000 here; float16 ends at 65,504."""
+    q, k, v = (x.detach().half().transpose(1, 2) for x in qkv(4, 2))
+    q, k = torch.full_like(q, 70.0).requires_grad_(), torch.full_like(k, 70.0)
+    out, _ = attention.segment_attention(nn.Module(), q, k, v, attention.segment_mask(LENGTHS), scaling=0.1)
+    torch.autograd.backward(out, torch.ones_like(out))
+    assert q.grad is not None and torch.isfinite(q.grad).all()
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_rms_norm_of_a_family_is_one_of_ours_and_gives_the_same(model_type: str) -> None:
     model = build(model_type)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from qlora_tui.memory import Device, our_path
 from qlora_tui.recipe.schema import Lora, Quantization, Recipe
 from qlora_tui.training import loss
+from qlora_tui.training.base import prepare_base
+from qlora_tui.training.device import find_device
 from qlora_tui.training.liger import proven_liger
 from tests.training.families import build
 from tests.training.test_numerics import close, labelled, loss_and_gradient
@@ -59,6 +62,43 @@ class Deaf(PlayedLiger):
         )
 
 
+class Unscaled(PlayedLiger):
+    """One whose gradient is that of the sum, whatever the sum is multiplied by after it."""
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        made: Tensor = _Unscaled.apply(super().forward(lin_weight, _input, target, bias))  # type: ignore[no-untyped-call]
+        return made
+
+
+class _Unscaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return torch.ones_like(grad_outputs[0])
+
+
+class Uncapped(PlayedLiger):
+    """One that knows no softcap."""
+
+    def __init__(self, reduction: str = "mean", softcap: float | None = None) -> None:
+        super().__init__(reduction)
+
+
+class FirstChunk(PlayedLiger):
+    """One that takes every later row for the first."""
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        rows = torch.arange(len(target)) % (len(target) // 4)
+        return super().forward(lin_weight, _input[rows], target[rows], bias)
+
+
 class WithoutCompiler(PlayedLiger):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
@@ -101,18 +141,21 @@ def test_with_its_kernel_the_loss_is_the_stock_loss(model_type: str, install: An
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"),
+    ("kind", "family", "why"),
     [
-        (Averaging, "Liger's loss is not the model's own"),
-        (Deaf, "Liger's gradient is not the model's own"),
-        (WithoutCompiler, "Liger does not run here (FileNotFoundError: Failed to find C compiler."),
+        (Averaging, "llama", "Liger's loss is not the model's own"),
+        (Uncapped, "gemma2", "Liger's loss is not the model's own"),
+        (Deaf, "llama", "Liger's gradient is not the model's own"),
+        (Unscaled, "llama", "Liger's gradient is not the model's own"),
+        (FirstChunk, "llama", "Liger's loss is not the model's own"),
+        (WithoutCompiler, "llama", "Liger does not run here (FileNotFoundError: Failed to find C compiler."),
     ],
 )
 def test_one_that_is_wrong_or_does_not_run_is_left_with_the_reason(
-    kind: type[PlayedLiger], why: str, install: Any
+    kind: type[PlayedLiger], family: str, why: str, install: Any
 ) -> None:
     install(kind)
-    said = proven_liger(head_of(build("llama")), CPU)
+    said = proven_liger(head_of(build(family)), CPU)
     assert isinstance(said, str) and said.startswith(why) and "\n" not in said
 
 
@@ -130,6 +173,25 @@ def test_tokens_that_count_for_more_or_less_stay_with_our_own_loss(install: Any)
     loss.use_chunked_loss(model, head, unwanted)
     value, _ = loss_and_gradient(model, **inputs)
     assert value > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "weighted", "told"),
+    [
+        (PlayedLiger, False, "liger"),
+        (PlayedLiger, True, "chunked: tokens of this data count for more or less"),
+        (Deaf, False, "chunked: Liger's gradient is not the model's own"),
+    ],
+)
+def test_the_record_names_the_loss_that_is_used(
+    kind: type[PlayedLiger], weighted: bool, told: str, tiny_model: Path, install: Any
+) -> None:
+    install(kind)
+    recipe = Recipe(quantization=Quantization(method="none", compute_dtype="float32"))
+    base = prepare_base(
+        tiny_model, recipe, find_device(recipe), "segments", counted_on="liger", weighted=weighted
+    )
+    assert base.loss.startswith(told)
 
 
 def test_it_is_counted_on_where_it_is_installed_and_can_do_all_that_is_asked() -> None:

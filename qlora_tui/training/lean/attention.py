@@ -1,4 +1,4 @@
-"""Attention over a row's samples on a CPU in half precision: torch's flash kernel, a backward of our own.
+"""Attention over a row's samples on a CPU in bfloat16: torch's flash kernel, a backward of our own.
 
 The kernel's backward goes through the scores in small tiles, each a matrix product too small for the
 library beneath it, and takes up to three times as long as it need. Here a block of queries meets all its
