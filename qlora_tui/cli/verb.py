@@ -14,7 +14,7 @@ import msgspec
 from qlora_tui.recipe.overlay import build
 from qlora_tui.recipe.schema import Recipe
 
-JSON_HELP = "one JSON object on stdout, messages on stderr"
+JSON_HELP = "JSON on stdout, an object a line; messages on stderr"
 
 
 @dataclass(frozen=True)

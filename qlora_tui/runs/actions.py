@@ -85,7 +85,7 @@ def check_deletable(run: RunDir) -> None:
         raise Problem(
             "The run is not over",
             what=f"{run.name} is {status.state}.",
-            fix=f"`qlora-tui stop {run.id}` first.",
+            fix=f"Stop it first: s on Train, or `qlora-tui stop {run.id}`.",
             exit_code=WRONG_CALL,
         )
 

@@ -14,7 +14,7 @@
                  embedding and head for tokens that the base never learned
 ``attention``    several samples in one row, each attending only to itself; ``even``: filled up for a CPU's
                  kernels
-``loss``         cross-entropy over the trained tokens only, without the whole logits
+``loss``         cross-entropy over the trained tokens only, without the whole logits; ``liger``: its kernel
 ``checks``       proves both on the model at hand, or falls back
 ``batches``      samples to rows to micro-batches, in an order that resume can repeat
 ``probe``        one step on the longest batch before the first; ``measure``: the memory a run takes

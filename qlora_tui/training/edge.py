@@ -240,10 +240,12 @@ class Edge:
             self._reporter.health(
                 "nan_loss", f"The {what} is {value} at step {step}.", remedy, step=step, error=True
             )
+            kept = self.progress.checkpoint_step
+            good = f"the checkpoint of step {kept} is good" if kept >= 0 else "there is no checkpoint yet"
             raise Problem(
                 "The loss is not a number",
                 what=f"At step {step} the {what} was {value}.",
-                why="Nothing learnt after that would be of use; the last checkpoint is good.",
+                why=f"Nothing learnt after that would be of use; {good}.",
                 fix="Lower training.learning_rate and start again, or train in another compute dtype.",
             )
         for finding in self._watch.step(step, loss, grad_norm):

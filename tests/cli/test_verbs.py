@@ -54,7 +54,7 @@ def test_every_verb_explains_itself(verb: str, call: Call) -> None:
     "words", [("data", "show"), ("data", "inspect"), ("presets", "show"), ("runs", "rename")]
 )
 def test_an_action_explains_its_json(words: tuple[str, str], call: Call) -> None:
-    assert "one JSON object on stdout" in call(*words, "--help").out
+    assert "JSON on stdout, an object a line" in call(*words, "--help").out
 
 
 def test_the_help_names_every_verb(call: Call) -> None:

@@ -181,6 +181,26 @@ async def test_what_is_too_long_for_the_window_goes_on_under_itself(make_app: Ma
         assert "than there was." in lines[begins + 1]
 
 
+@pytest.mark.parametrize(
+    ("size", "shown"), [((80, 24), 4), ((120, 40), 20), ((200, 60), 20)], ids=["80x24", "120x40", "200x60"]
+)
+async def test_as_many_of_the_runs_before_are_shown_as_there_is_room_for(
+    size: tuple[int, int], shown: int, make_app: MakeApp
+) -> None:
+    now = time.time()
+    for number in range(30):
+        play(
+            Play(name=f"keeper-of-the-lights-{number:02}", state="finished", began=now - 9e4 * (30 - number))
+        )
+    async with make_app().run_test(size=size) as pilot:
+        said = await shows(pilot, "keeper-of-the-lights-29", "keeper-of-the-lights-28")
+        lines = [line for line in said.splitlines() if "keeper-of-the-lights" in line and "best" in line]
+        assert len(lines) == shown
+        assert len({line.index("best") for line in lines}) == 1
+        assert all(("Qwen2.5-7B" in line) == (size[0] == 200) and "d" in line for line in lines)
+        assert pilot.app.screen.query_one("#home").max_scroll_y == 0
+
+
 async def test_a_queue_that_stands_still_is_started_whatever_screen_is_in_front(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:

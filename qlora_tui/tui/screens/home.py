@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual.containers import VerticalScroll
 from textual.content import Content
+from textual.geometry import Size
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -51,6 +52,7 @@ class HomeScreen(WorkScreen):
         #home {
             height: 1fr;
             padding: 1 2;
+            scrollbar-size-vertical: 1;
         }
         .part {
             height: auto;
@@ -221,19 +223,21 @@ class HomeScreen(WorkScreen):
         try:
             await app.shown.wait()
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home_facts")
-            facts = await asyncio.to_thread(self._facts, app.workbench, app.pulse)
+            size = self.query_one("#home").scrollable_content_region.size
+            facts = await asyncio.to_thread(self._facts, app.workbench, app.pulse, size)
         finally:
             self._reading = False
         self._step = facts.step
         for part, lines in facts.parts.items():
             self._put(part, lines)
 
-    def _facts(self, bench: Workbench, pulse: Pulse) -> Facts:
+    def _facts(self, bench: Workbench, pulse: Pulse, size: Size) -> Facts:
         from qlora_tui.tui.screens.home_facts import HomeReader
 
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
-        return self._reader.read(bench, self.workstation.room, pulse, clock.now())
+        room, now = self.workstation.room, clock.now()
+        return self._reader.read(bench, room, pulse, now, across=size.width - _TITLE, down=size.height)
 
     def _put(self, part: str, lines: tuple[Content, ...]) -> None:
         """Show a part if it reads differently than before."""

@@ -12,7 +12,7 @@ from textual.content import Content
 from qlora_tui import paths
 from qlora_tui.catalog.local import list_local
 from qlora_tui.errors import Problem
-from qlora_tui.format import duration, figure, gib
+from qlora_tui.format import duration, figure, gib, shortened
 from qlora_tui.memory import Estimate, judge
 from qlora_tui.memory.room import Room
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -27,8 +27,14 @@ from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE, recipe_line
 from qlora_tui.tui.widgets.strip_chart import blocks
 from qlora_tui.tui.workbench import Workbench, draft_written_at
 
-_CURVE = 24
-_RECENT = 4
+_CURVE, _SHORT_CURVE = 24, 12
+_RECENT = range(3, 21)
+"""The fewest and the most runs shown before the last: as many as there is room for."""
+_WIDEST = 44
+"""Cells of a name or a model in their list."""
+_STATE = 12
+_CURVES_FROM, _MODELS_FROM = 90, 140
+"""Cells from which they have curves, and models and settings."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,10 @@ class HomeReader:
         """One may have been downloaded since."""
         self._local_models = None
 
-    def read(self, bench: Workbench, room: Room, pulse: Pulse, now: float) -> Facts:
-        """How things stand."""
+    def read(
+        self, bench: Workbench, room: Room, pulse: Pulse, now: float, *, across: int, down: int
+    ) -> Facts:
+        """How things stand, on ``down`` lines of ``across`` cells beside the titles."""
         if self._local_models is None:
             self._local_models = sum(model.refusal is None for model in list_local())
         status = pulse.last_status
@@ -79,19 +87,25 @@ class HomeReader:
         step = next_step(standing)
         parts = {
             "card": card_lines(pulse, room),
-            "run": run_lines(summary, away, now),
+            "run": run_lines(summary, away, now, _CURVE if across >= _CURVES_FROM else _SHORT_CURVE),
             "queue": queue_lines(pulse.waiting),
             "recipe": recipe_lines(bench, room),
             "next": next_lines(step, other_steps(standing, step)),
-            "recent": self._recent(pulse, now),
         }
+        # A line under each part; one that is too long goes on under itself.
+        left = (
+            down
+            - 1
+            - sum(1 + sum(-(-line.cell_length // across) or 1 for line in lines) for lines in parts.values())
+        )
+        parts["recent"] = self._recent(pulse, now, across, min(max(left, _RECENT.start), _RECENT.stop - 1))
         return Facts({name: tuple(lines) for name, lines in parts.items()}, step)
 
-    def _recent(self, pulse: Pulse, now: float) -> list[Content]:
+    def _recent(self, pulse: Pulse, now: float, across: int, down: int) -> list[Content]:
         """The runs before the last."""
         shown = (pulse.last, *map(RunDir, (paths.runs_dir() / name for name in pulse.waiting)))
-        before = [run for run in all_runs() if run not in shown][:_RECENT]
-        return [recent_line(self._summaries.of(run), now) for run in before]
+        before = [run for run in all_runs() if run not in shown][:down]
+        return recent_lines([self._summaries.of(run) for run in before], now, across)
 
     def _judged(self, bench: Workbench, room: Room) -> str:
         asked = (bench.recipe, room)
@@ -136,7 +150,7 @@ def card_lines(pulse: Pulse, room: Room) -> list[Content]:
     ]
 
 
-def run_lines(summary: RunSummary | None, away: bool, now: float) -> list[Content]:
+def run_lines(summary: RunSummary | None, away: bool, now: float, cells: int) -> list[Content]:
     """The run at work or the last one: what it is, and how it stands or ended."""
     if summary is None:
         return [Content.styled("No run yet.", "dim")]
@@ -149,14 +163,14 @@ def run_lines(summary: RunSummary | None, away: bool, now: float) -> list[Conten
         loss = "" if summary.loss is None else f"   loss {figure(summary.loss, 3)}"
         steps = f"step {summary.step:,} of {summary.total_steps:,}" if summary.total_steps else "preparing"
         left = "" if summary.seconds_left is None else f"   ETA {duration(summary.seconds_left)}"
-        return [first, Content(f"{bar(share, _CURVE)} {steps}{loss}{left}")]
+        return [first, Content(f"{bar(share, cells)} {steps}{loss}{left}")]
     first += f"  {ago(status.at, now)}" if status.at else ""
     if away and status.at:
         first += Content.styled("  while you were away", "$accent")
     lines = [first]
     facts = _outcome(summary)
     if summary.losses:
-        lines.append(Content.assemble((curve(summary.losses, _CURVE), "$primary"), "  ", facts))
+        lines.append(Content.assemble((curve(summary.losses, cells), "$primary"), "  ", facts))
     elif facts:
         lines.append(Content(facts))
     if status.state in ("failed", "lost", "unreadable") and status.detail:
@@ -187,13 +201,39 @@ def curve(losses: tuple[float, ...], width: int) -> str:
     return blocks(means, axis.low, axis.high, 1)[0]
 
 
-def recent_line(summary: RunSummary, now: float) -> Content:
-    """``✓ finished  qwen2.5-7b-tickets-20261123-0101  best 1.29``."""
-    sign, style = SIGNS[summary.status.state]
-    best = "" if summary.best is None else f"  best {figure(summary.best[0], 3)}"
-    when = f"  {ago(summary.status.at, now)}" if summary.status.at else ""
-    head = (f"{sign} {summary.status.state:<10}", style)
-    return Content.assemble(head, summary.name, best, (when, "dim"))
+def recent_lines(summaries: list[RunSummary], now: float, across: int) -> list[Content]:
+    """``✓ finished  qwen2.5-7b-tickets-20261123-0101  best 1.29  at 03:12, 4 h ago``, one under the other."""
+    curves = [curve(s.losses, _SHORT_CURVE) if s.losses else "" for s in summaries]
+    columns = [
+        (_column([s.model for s in summaries]), "") if across >= _MODELS_FROM else None,
+        (_column([s.settings for s in summaries]), "") if across >= _MODELS_FROM else None,
+        (_column(["" if s.best is None else f"best {figure(s.best[0], 3)}" for s in summaries]), ""),
+        (_column(curves), "$primary") if across >= _CURVES_FROM else None,
+        (_column([_when(s.status.at, now, across) for s in summaries]), "dim"),
+    ]
+    shown = [column for column in columns if column is not None]
+    left = across - _STATE - sum(len(texts[0]) + 2 for texts, _ in shown if texts)
+    names = _column([summary.name for summary in summaries], max(_WIDEST // 3, left - 2))
+    lines = []
+    for number, summary in enumerate(summaries):
+        sign, style = SIGNS[summary.status.state]
+        head = (f"{sign} {summary.status.state:<{_STATE - 2}}", style)
+        rest = [(f"  {texts[number]}", style) for texts, style in shown]
+        lines.append(Content.assemble(head, names[number], *rest))
+    return lines
+
+
+def _when(at: float, now: float, across: int) -> str:
+    if not at:
+        return ""
+    return ago(at, now) if across >= _CURVES_FROM else f"{duration(max(0.0, now - at))} ago"
+
+
+def _column(texts: list[str], widest: int = _WIDEST) -> list[str]:
+    """All as wide as the widest, and no wider."""
+    shown = [shortened(text, min(widest, _WIDEST)) for text in texts]
+    width = max(map(len, shown), default=0)
+    return [f"{text:<{width}}" for text in shown]
 
 
 def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
