@@ -7,6 +7,7 @@ kernel; everything else, and the change of layout, stays bitsandbytes' own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_KNOWN = ((0, 49), (0, 50))
+_KNOWN = re.compile(r"0\.(49|50)\.")
 """Versions of bitsandbytes whose kernel takes what is handed over here; others are called as they ask for."""
+_ROWS = 32
+"""Outputs that the layout takes together."""
 
 
 def answer_from_cpu_layout(model: nn.Module) -> None:
@@ -23,20 +26,26 @@ def answer_from_cpu_layout(model: nn.Module) -> None:
     layers: list[Any] = [each for each in model.modules() if hasattr(each, "support_avx512bf16_for_cpu")]
     if not layers:
         return
-    # Here, because it takes seconds to load and a model of 16 bits does without.
+    # Here, because it takes a second to load and a model of 16 bits does without.
     import bitsandbytes
     from bitsandbytes.functional import has_avx512bf16
 
     if not has_avx512bf16():
         return
-    version = tuple(int(part) for part in bitsandbytes.__version__.split(".")[:2])
-    for layer in layers:
+    known = _KNOWN.match(bitsandbytes.__version__)
+    for layer in filter(_has_the_shape, layers):
         layer.support_avx512bf16_for_cpu = True
         # The layout changes with the first product: now, so that the first question need not wait for it.
         layer(torch.zeros(1, layer.in_features, dtype=layer.compute_dtype))
         layer._save_to_state_dict = _nothing
-        if version in _KNOWN and (product := _straight(layer)):
+        if known and (product := _straight(layer)):
             layer.forward = OneToken(layer.forward, product)
+
+
+def _has_the_shape(layer: Any) -> bool:
+    """Whether the layout has room for it; bitsandbytes only finds out as it makes it."""
+    outputs, inputs, blocksize = layer.out_features, layer.in_features, layer.weight.quant_state.blocksize
+    return not (outputs % _ROWS or inputs % blocksize)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from qlora_tui.memory.processor import this_processor
 from qlora_tui.training.token_rows import TokenRows, row_wrappers, rows_of, with_rows
 
 _MANY_TOKENS = 64
@@ -50,7 +52,7 @@ class LeanForward:
         if factors is not None:
             down, up = factors
             rows, inputs = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
-            if len(rows) >= _MANY_TOKENS:
+            if len(rows) >= _MANY_TOKENS and _is_quick(x):
                 down, up = down.to(x.dtype), up.to(x.dtype)
             inner = inputs.to(down.dtype) @ down
             if rows.dtype == up.dtype:
@@ -58,6 +60,11 @@ class LeanForward:
             else:
                 rows.add_(inner @ up)
         return output
+
+
+def _is_quick(x: Tensor) -> bool:
+    """Whether products in the dtype of x are as quick as in fp32."""
+    return x.device.type != "cpu" or (x.dtype == torch.bfloat16 and this_processor().native_bfloat16)
 
 
 class LeanRows:

@@ -44,7 +44,10 @@ class ChatSession:
         self.tokenizer = tokenizer
         self.machine = device
         self.device = device.torch_device
-        self.context_length = int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        config = model.config.get_text_config()
+        self.context_length = int(getattr(config, "max_position_embeddings", 1 << 30))
+        self._shares_keys = bool(getattr(config, "num_kv_shared_layers", 0))
+        """Such a model reads a prompt's last token alone in those layers, if it is asked for as a number."""
         self.end_ids = frozenset(tokenizer.turn_end_ids) | _model_ends(model)
         self._model = model
         self._voices = Voices(model, source.adapters)
@@ -109,9 +112,10 @@ class ChatSession:
     def read(self, voice: str, token_ids: list[int], kept: Kept) -> Tensor:
         """Scores (1, vocabulary) of what comes after ``token_ids``, which are kept."""
         self._voices.speak_as(voice)
-        # Of several by its number: a slice of them lies in memory in such a way that torch copies the whole
-        # head for it.
-        last = torch.tensor([len(token_ids) - 1], device=self.device) if len(token_ids) > 1 else 1
+        last: int | Tensor = 1
+        if len(token_ids) > 1 and self.device.type == "cpu" and not self._shares_keys:
+            # By its number: a slice of several lies in memory in such a way that a CPU copies the whole head.
+            last = torch.tensor([len(token_ids) - 1])
         try:
             output = self._model(
                 input_ids=torch.tensor([token_ids], device=self.device),

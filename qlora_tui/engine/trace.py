@@ -34,6 +34,7 @@ from qlora_tui.engine.meta_model import build, inputs
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.tracing import Request
 from qlora_tui.errors import Problem
+from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS
 from qlora_tui.memory.traced import Traced
 
 
@@ -170,12 +171,13 @@ class _AsOnCard:
 
     def __enter__(self) -> None:
         self._replace(functional, "scaled_dot_product_attention", _attention)
+        from qlora_tui.training import attention, loss
+
         self._replace(torch, "autocast", _no_autocast)
+        self._replace(loss, "block_rows", lambda device: LOSS_BLOCK_ROWS[self._device])
         if self._device == "cuda":
             self._replace(functional, "dropout", _dropout)
         else:
-            from qlora_tui.training import attention
-
             self._replace(attention, "by_blocks", lambda query: query.dtype == torch.bfloat16)
 
     def __exit__(self, *exc: object) -> None:

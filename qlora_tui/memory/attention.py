@@ -156,6 +156,7 @@ def _one_backward(ops: Ops, numel: int, shared: int, width: int, shape: Heads) -
         ops.new(count * (shape.head_dim + EXTRA_COLUMNS), width)
         for count in (rows, shared_rows, shared_rows, rows)
     ]
+    laid_out.append(ops.new(shared, width))  # keys without what they share
     sums = [ops.new(shared, width) for _ in range(2)] if tokens > ATTENTION_BLOCK_ROWS else []
     for start in range(0, tokens, ATTENTION_BLOCK_ROWS):
         end = min(start + ATTENTION_BLOCK_ROWS, tokens)

@@ -8,11 +8,14 @@ of this project's trainer from a recipe and a :class:`Device`; ``bench/estimator
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlora_tui.memory.attention import Kernel
 from qlora_tui.memory.learning import Correction
 from qlora_tui.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from qlora_tui.catalog.facts import Architecture
 
 Loss = Literal["stock", "shifted", "chunked", "liger", "fused"]
 """stock: transformers' ``ForCausalLMLoss``. shifted: the same before 4.50, which copied the shifted logits.
@@ -25,8 +28,9 @@ LOSS_CHUNK_ROWS = 256
 """Positions whose logits our trainer holds at a time: enough rows to keep the matrix product busy, and
 78 MB in 16 bits at a vocabulary of 152,000."""
 
-LOSS_BLOCK_ROWS = 32
-"""Of them, those that are in float32 at a time: few enough for a CPU's cache."""
+LOSS_BLOCK_ROWS = {"cpu": 32, "cuda": 128}
+"""Of them, those that are in float32 at a time: few enough for a CPU's cache, and on a card, whose kernels
+take one of its multiprocessors a row, enough to keep all at work."""
 
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which bfloat16 is computed natively (Ampere)."""
@@ -95,8 +99,11 @@ class CodePath:
     name: str = "this trainer"
 
 
-def our_path(recipe: Recipe, device: Device) -> CodePath:
-    """The path this project's trainer takes: no float32 cast, no full logits, non-reentrant checkpointing."""
+def our_path(recipe: Recipe, device: Device, architecture: Architecture | None = None) -> CodePath:
+    """The path this project's trainer takes: no float32 cast, no full logits, non-reentrant checkpointing.
+
+    Without an architecture Liger is not counted on, which pays for some only.
+    """
     compute = _compute_bytes(recipe, device)
     float16 = compute == 2 and _is_float16(recipe, device)
     return CodePath(
@@ -107,7 +114,9 @@ def our_path(recipe: Recipe, device: Device) -> CodePath:
         adapter_bytes=4,
         lean=True,
         # Liger would keep float16's gradients in 16 bits, and knows no rows beside the head's own.
-        loss="liger" if device.liger and not float16 and not recipe.lora.token_rows else "chunked",
+        loss="liger"
+        if device.liger and not float16 and not recipe.lora.token_rows and _liger_pays(recipe, architecture)
+        else "chunked",
         checkpointing=recipe.training.gradient_checkpointing,
         attention=_attention(recipe, device, compute),
         optimizer="adamw_fused" if recipe.training.optimizer == "adamw" else recipe.training.optimizer,
@@ -117,6 +126,20 @@ def our_path(recipe: Recipe, device: Device) -> CodePath:
         device=device.kind,
         cuda_libraries=device.cuda_libraries,
     )
+
+
+def liger_rows(tokens: int, hidden: int, vocabulary: int) -> int:
+    """Rows of logits that Liger makes at a time (its ``fused_linear_cross_entropy.py``)."""
+    rows = -(-tokens // -(-vocabulary // hidden))
+    return min(1 << (rows - 1).bit_length(), tokens)
+
+
+def _liger_pays(recipe: Recipe, architecture: Architecture | None) -> bool:
+    """Whether it reads the head no more often than we do: twice a chunk, of a gigabyte in a model of 7B."""
+    if architecture is None:
+        return False
+    tokens = recipe.training.micro_batch * recipe.data.max_length
+    return liger_rows(tokens, architecture.hidden_size, architecture.vocab_size) >= LOSS_CHUNK_ROWS
 
 
 def _compute_bytes(recipe: Recipe, device: Device) -> int:

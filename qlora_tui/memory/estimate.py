@@ -103,7 +103,7 @@ def estimate(
     taken from there. Raises Problem for target modules the model does not have.
     """
     device = device or Device()
-    path = path or our_path(recipe, device)
+    path = path or our_path(recipe, device, architecture)
     layout = lay_out(recipe, architecture, path)
     resident = resident_items(recipe, architecture, layout, path)
     walked = walk(layout, path, recipe.lora.dropout)

@@ -154,7 +154,7 @@ def _logits_sentence(path: CodePath, layout: Layout) -> str:
         rows = min(LOSS_CHUNK_ROWS, layout.tokens)
         return (
             f"{rows:,} positions at a time: {rows:,} × {vocabulary} logits × {path.compute_bytes} bytes, "
-            f"{min(LOSS_BLOCK_ROWS, rows)} of them in 32 bits."
+            f"{min(LOSS_BLOCK_ROWS[path.device], rows)} of them in 32 bits."
         )
     if path.loss == "liger":
         return f"Liger takes some rows at a time, {vocabulary} logits a row."

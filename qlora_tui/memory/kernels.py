@@ -26,7 +26,7 @@ FULL_ROWS = 4
 
 def kernel_bytes(layout: Layout, path: CodePath) -> int:
     """In the heap at the end of a run with samples of every length; nothing but for bfloat16 on a CPU."""
-    if path.device != "cpu" or path.compute_bytes != 2:
+    if path.device != "cpu" or path.compute_bytes != 2 or path.float16:
         return 0
     lengths = -(-layout.length // EVEN_TOKENS)
     rows = min(FULL_ROWS, lengths) if path.packing else lengths

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, CodePath
+from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, CodePath, liger_rows
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT, Ops
 from qlora_tui.memory.tape import Grads, Tensor
@@ -73,7 +73,7 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
     """
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
     numel, chunk, item = hidden.numel, rows * layout.vocabulary, "hidden_gradient"
-    kept = FLOAT if path.autocast else width
+    kept = FLOAT if path.float16 else width
 
     def scaled(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         made = ops.new(numel, kept)
@@ -87,7 +87,7 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
         values = ops.new(layout.token_rows * layout.hidden, width) if width != FLOAT else None
         logits = ops.new(chunk, width)
         own = ops.new(rows * layout.token_rows, FLOAT)
-        block = _slopes(ops, layout, min(LOSS_BLOCK_ROWS, rows) * layout.vocabulary, width)
+        block = _slopes(ops, layout, min(LOSS_BLOCK_ROWS[path.device], rows) * layout.vocabulary, width)
         del block
         product = ops.new(rows * layout.hidden, width)
         del product, own, logits, values
@@ -131,9 +131,7 @@ def _liger(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: int)
 
     Our trainer gives it the positions learnt from: every one, in the fullest case.
     """
-    share = -(-layout.vocabulary // layout.hidden)
-    rows = -(-layout.tokens // share)
-    rows = min(1 << (rows - 1).bit_length(), layout.tokens)
+    rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
     numel = hidden.numel
     with ops.meter.booking("hidden_gradient"):
         states = _learnt_from(ops, hidden, width) if path.lean else hidden

@@ -29,7 +29,8 @@ def room_for(card: Card | None, assumed_bytes: int | None = None) -> Room:
     """The card found; a card of the size given, where one is; the machine's own memory without either."""
     if assumed_bytes is not None:
         # Not this machine's card: what was learnt here does not count.
-        device = Device() if card is None else Device(capability=_capability(card))
+        liger = liger_is_installed()
+        device = Device(liger=liger) if card is None else Device(capability=_capability(card), liger=liger)
         return Room(device, assumed_bytes, f"a card of {assumed_bytes / 2**30:.1f} GiB")
     if card is not None and card.usable_bytes is not None:
         device = Device(

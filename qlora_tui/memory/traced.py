@@ -66,9 +66,9 @@ def check_traceable(recipe: Recipe, path: CodePath) -> None:
             what="bitsandbytes has no 8-bit product for tensors without values.",
             fix="Trace it with quantization.method = nf4 or none; the estimate itself covers int8.",
         )
-    if path.autocast:
+    if path.float16:
         raise Problem(
             "A float16 step cannot be traced",
-            what="This card trains in float16 under autocast, which tensors without values do not know.",
+            what="What a float16 step does more, autocast and all, tensors without values do not know.",
             fix="Trace it with quantization.compute_dtype = bfloat16; the estimate itself covers float16.",
         )

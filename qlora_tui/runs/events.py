@@ -68,7 +68,7 @@ class Environment(Event, tag="environment", frozen=True, kw_only=True):
     attention: str
     optimizer: str
     loss: str
-    """``chunked`` or ``stock``, with the reason where it is not the usual one."""
+    """``chunked``, ``liger`` or ``stock``, with the reason where it is not the usual one."""
     versions: dict[str, str]
 
 

@@ -10,7 +10,7 @@ from qlora_tui.memory.codepath import Loss
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training import checks, load, loss
 from qlora_tui.training.device import Attention, Device
-from qlora_tui.training.liger import SummedLoss, proven_liger
+from qlora_tui.training.liger import proven_liger
 
 _NAMES: dict[Attention, str] = {"segments": "SDPA", "flash": "flash", "eager": "eager"}
 _NOT_WEIGHTED = "tokens of this data count for more or less, which Liger does not know"
@@ -59,7 +59,7 @@ def _use_loss(model: Any, head: loss.Head | str, device: Device, counted_on: Los
     if isinstance(head, str):
         loss.weigh_stock_loss(model)
         return f"stock: {head}"
-    kernel: SummedLoss | str | None = None
+    kernel: loss.SummedLoss | str | None = None
     if counted_on == "liger":
         kernel = _NOT_WEIGHTED if weighted else proven_liger(head, device.torch_device)
     if isinstance(kernel, str):

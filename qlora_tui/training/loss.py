@@ -2,8 +2,8 @@
 
 The stock loss makes a row of the vocabulary's width for every token, in fp32, and its gradient beside it:
 often the largest item of all. Here prompt tokens make none, and the rest pass a chunk at a time, a few rows
-of it in fp32; a chunk's gradient takes the place of its logits, so nothing vocabulary-wide outlives it. On a
-card with Liger installed its kernel takes the place of the chunks (:mod:`qlora_tui.training.liger`).
+of it in fp32; a chunk's gradient takes the place of its logits, so nothing vocabulary-wide outlives it.
+Liger's kernel may take the place of the chunks (:mod:`qlora_tui.training.liger`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from qlora_tui.training.token_rows import TokenRows, active_rows
 
 IGNORED = -100
 """Label of a token nothing is learnt from."""
+SummedLoss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""The sum of the losses of states (tokens, hidden) against targets (tokens), fp32."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,7 @@ def find_head(model: nn.Module) -> Head | str:
     return Head(projection, multiplier, getattr(config, "final_logit_softcapping", None))
 
 
-def use_chunked_loss(
-    model: nn.Module, head: Head, kernel: Callable[[Tensor, Tensor], Tensor] | None = None
-) -> None:
+def use_chunked_loss(model: nn.Module, head: Head, kernel: SummedLoss | None = None) -> None:
     """Let ``model(labels=…)`` compute its loss in chunks. Without labels it does what it always did.
 
     ``kernel`` (:func:`qlora_tui.training.liger.proven_liger`) takes their place where it can.
@@ -140,7 +140,7 @@ def summed_loss(
     labels: Tensor,
     weights: Tensor | None = None,
     rows: TokenRows | None = None,
-    kernel: Callable[[Tensor, Tensor], Tensor] | None = None,
+    kernel: SummedLoss | None = None,
 ) -> tuple[Tensor, int]:
     """The sum of the losses of all trained tokens, fp32, each by its weight, and how many they are.
 
@@ -201,6 +201,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad = torch.empty(states.shape, dtype=kept, device=states.device) if needs_grad else None
         toward_rows = torch.zeros_like(values) if needs_grad and values is not None else None
         total = torch.zeros((), dtype=torch.float32, device=states.device)
+        block = block_rows(states.device)
         for start in range(0, len(targets), LOSS_CHUNK_ROWS):
             end = start + LOSS_CHUNK_ROWS
             chunk, target = states[start:end].to(weight.dtype), targets[start:end, None]
@@ -212,8 +213,8 @@ class _ChunkedLoss(torch.autograd.Function):
             if ids is not None and rows is not None:
                 logits.index_copy_(1, ids, chunk @ rows.t())
             own = None if toward_rows is None or ids is None else toward_rows.new_empty(len(chunk), len(ids))
-            for at in range(0, len(chunk), LOSS_BLOCK_ROWS):
-                some = slice(at, at + LOSS_BLOCK_ROWS)
+            for at in range(0, len(chunk), block):
+                some = slice(at, at + block)
                 losses, slopes = _losses_and_slopes(
                     logits[some], target[some], head, needs_grad=grad is not None
                 )
@@ -249,6 +250,11 @@ class _ChunkedLoss(torch.autograd.Function):
         grad, toward_rows = ctx.saved_tensors
         rows = None if toward_rows is None else toward_rows * grad_outputs[0]
         return (grad * grad_outputs[0]).to(ctx.dtype), None, None, None, None, rows
+
+
+def block_rows(device: torch.device) -> int:
+    """Rows of a chunk that are in float32 at a time."""
+    return LOSS_BLOCK_ROWS["cuda" if device.type == "cuda" else "cpu"]
 
 
 def _losses_and_slopes(

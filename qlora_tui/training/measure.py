@@ -37,11 +37,16 @@ class MemoryMeter:
         self.estimate = self._estimate(recipe, corrected=True)
         """None where the memory room does not know the model."""
         self._as_run: Estimate | None = None
+        self._learns = False
 
     @property
     def expected_loss(self) -> Loss:
         """The one that the estimate counts on."""
-        return our_path(self._recipe, _as_estimated(self._device)).loss
+        return our_path(self._recipe, _as_estimated(self._device), self._architecture).loss
+
+    def trains_with(self, loss: str) -> None:
+        """Of another loss than that the estimate knows nothing, and would learn what is not its own error."""
+        self._learns = loss == self.expected_loss
 
     def measured(self, when: Literal["probe", "end"]) -> MemoryMeasured:
         """The peak so far beside the estimate."""
@@ -79,7 +84,9 @@ class MemoryMeter:
         whose layers are guessed.
         """
         made, peak = self._as_run, self.measured("end")
-        if made is None or not made.exact or (ran_out and peak.measured_bytes <= made.process_bytes):
+        if made is None or not (self._learns and made.exact):
+            return
+        if ran_out and peak.measured_bytes <= made.process_bytes:
             return
         outside = made.bytes_of("context") + made.bytes_of("runtime")
         with suppress(OSError):  # A full disk costs the record and not the run.

@@ -69,7 +69,7 @@ class Attempt:
                 return Paused(at=time.time(), step=step)
             return Stopped(at=time.time(), step=step)
         except Exception as error:
-            if self.meter is not None and self._among.is_first and is_out_of_memory(error):
+            if self.meter is not None and self._among.count == 1 and is_out_of_memory(error):
                 self.meter.remember(ran_out=True)
             raise
         finally:
@@ -97,6 +97,7 @@ class Attempt:
         base = prepare_base(
             folder, recipe, device, attends, self.meter.expected_loss, weighted=data.train.weighted
         )
+        self.meter.trains_with(base.loss)
         self._tell_environment(device, base)
         schedule = lay_out(data.train, recipe, kept_apart=base.kept_apart)
         self._tell_data(data, schedule)
@@ -184,8 +185,7 @@ class Attempt:
         assert self.meter is not None
         step = trainer.state.global_step
         reporter.tell(self.meter.measured("end"))
-        if self._among.count == 1 and base.loss == self.meter.expected_loss:
-            # Of another path the estimate knows nothing, and would learn what is not its own error.
+        if self._among.count == 1:
             self.meter.remember()
         if edge.ending == "paused":
             return Paused(at=time.time(), step=step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -135,7 +136,7 @@ def test_straight_products_change_nothing_in_what_a_model_says(
     in_bf16: ChatSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = load_session(in_bf16)
-    monkeypatch.setattr(four_bit, "_KNOWN", ())
+    monkeypatch.setattr(four_bit, "_KNOWN", re.compile("none"))
     stock = load_session(in_bf16)
     for voice in (ADAPTER, BASE):
         torch.testing.assert_close(scores(straight, voice), scores(stock, voice), rtol=0, atol=0)
@@ -167,3 +168,18 @@ def test_an_adapter_adds_the_same_to_many_tokens_as_to_each() -> None:
     )
     for given in (forward(x), each):
         torch.testing.assert_close(given.float(), exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (1152, 4304), (4304, 1152)])
+def test_a_layer_that_the_cpus_layout_has_no_room_for_stays_as_it_is(
+    inputs: int, outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the vision towers of Gemma 3: bitsandbytes would end with an assertion as it lays them out."""
+    import bitsandbytes
+
+    monkeypatch.setattr(bitsandbytes.functional, "has_avx512bf16", lambda: True)
+    layer = bitsandbytes.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.bfloat16).to("cpu")
+    layer.support_avx512bf16_for_cpu = False
+    before = layer.weight.data.clone()
+    four_bit.answer_from_cpu_layout(nn.ModuleList([layer]))
+    assert not layer.support_avx512bf16_for_cpu and torch.equal(layer.weight.data, before)

@@ -80,13 +80,36 @@ def test_scores_far_above_their_sum_are_masked_and_not_multiplied(monkeypatch: p
         assert torch.isfinite(tensor).all()
 
 
+def test_in_bf16_what_all_keys_share_costs_no_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a bias gives it to them (Qwen2)."""
+    q, k, v = qkv(6, 2, dtype=torch.bfloat16)
+    bias = torch.randn(16, generator=torch.Generator().manual_seed(1)) * 8
+    given = [q, (k.detach() + bias).to(torch.bfloat16), v]
+    exact = attended([x.float() for x in given], ours=False, monkeypatch=monkeypatch)
+    made = attended(given, ours=True, monkeypatch=monkeypatch)
+    errors = [
+        float((one.float() - other).norm() / other.norm()) for one, other in zip(made, exact, strict=True)
+    ]
+    assert max(errors) < 0.015
+
+
 def test_in_float16_scores_beyond_its_range_have_the_gradients_of_the_stock_kernel() -> None:
     """A query's log-sum over the scale is 80,000 here; float16 ends at 65,504."""
-    q, k, v = (x.detach().half().transpose(1, 2) for x in qkv(4, 2))
-    q, k = torch.full_like(q, 70.0).requires_grad_(), torch.full_like(k, 70.0)
-    out, _ = attention.segment_attention(nn.Module(), q, k, v, attention.segment_mask(LENGTHS), scaling=0.1)
-    torch.autograd.backward(out, torch.ones_like(out))
-    assert q.grad is not None and torch.isfinite(q.grad).all()
+    given = [x.detach().half().transpose(1, 2) for x in qkv(4, 2)]
+    given[0] = torch.full_like(given[0], 70.0)
+    given[1] = (given[1] / 8 + 70.0).half()
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        q, k, v = (x.detach().to(dtype, copy=True).requires_grad_() for x in given)
+        mask = attention.segment_mask(LENGTHS)
+        out, _ = attention.segment_attention(nn.Module(), q, k, v, mask, scaling=0.1)
+        torch.autograd.backward(out, torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape))
+        gradients.append([x.grad.float() for x in (q, k, v) if x.grad is not None])
+    assert len(gradients[0]) == 3
+    # Toward the queries all keys are nearly the same: what is left is rounding.
+    assert torch.isfinite(gradients[0][0]).all()
+    for one, other in zip(*(of_one[1:] for of_one in gradients), strict=True):
+        assert (one - other).norm() < 0.01 * other.norm()
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

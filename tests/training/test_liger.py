@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory import Device, our_path
-from qlora_tui.recipe.schema import Lora, Quantization, Recipe
+from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
 from qlora_tui.training import loss
 from qlora_tui.training.base import prepare_base
 from qlora_tui.training.device import find_device
 from qlora_tui.training.liger import proven_liger
 from tests.training.families import build
 from tests.training.test_numerics import close, labelled, loss_and_gradient
+from tests.training.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -99,6 +103,17 @@ class FirstChunk(PlayedLiger):
         return super().forward(lin_weight, _input[rows], target[rows], bias)
 
 
+class Onehot(PlayedLiger):
+    """One whose gradient knows of the targets only, and nothing of the softmax."""
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        loss = super().forward(lin_weight, _input.detach(), target, bias)
+        own = -(_input.float() * lin_weight[target].float()).sum()
+        return loss + own - own.detach()
+
+
 class WithoutCompiler(PlayedLiger):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
@@ -123,6 +138,19 @@ def head_of(model: Any) -> loss.Head:
     head = loss.find_head(model)
     assert isinstance(head, loss.Head)
     return head
+
+
+def of_7b(vocabulary: int) -> Architecture:
+    """A model of 4,096 hidden units."""
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 2,
+        "vocab_size": vocabulary,
+    }
+    return read_architecture(
+        {"model_type": "llama", "num_attention_heads": 32, "vocab_size": vocabulary, **sizes}
+    )
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "granite", "cohere", "gemma2"])
@@ -159,6 +187,18 @@ def test_one_that_is_wrong_or_does_not_run_is_left_with_the_reason(
     assert isinstance(said, str) and said.startswith(why) and "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("kind", "proven"), [(PlayedLiger, True), (Onehot, False), (Unscaled, False), (FirstChunk, False)]
+)
+def test_in_16_bits_it_is_proved_as_sharply(kind: type[PlayedLiger], proven: bool, install: Any) -> None:
+    """With the faint head of a trained model, whose softmax of random states would rest on every word."""
+    install(kind)
+    projection = nn.Linear(256, 4_000, bias=False, dtype=torch.bfloat16)
+    nn.init.normal_(projection.weight, std=0.02, generator=torch.Generator().manual_seed(1))
+    said = proven_liger(loss.Head(projection.requires_grad_(False), 1.0, None), CPU)
+    assert isinstance(said, str) != proven
+
+
 def test_tokens_that_count_for_more_or_less_stay_with_our_own_loss(install: Any) -> None:
     install(PlayedLiger)
     model = build("llama")
@@ -184,24 +224,33 @@ def test_tokens_that_count_for_more_or_less_stay_with_our_own_loss(install: Any)
     ],
 )
 def test_the_record_names_the_loss_that_is_used(
-    kind: type[PlayedLiger], weighted: bool, told: str, tiny_model: Path, install: Any
+    kind: type[PlayedLiger], weighted: bool, told: str, tmp_path: Path, install: Any
 ) -> None:
     install(kind)
     recipe = Recipe(quantization=Quantization(method="none", compute_dtype="float32"))
     base = prepare_base(
-        tiny_model, recipe, find_device(recipe), "segments", counted_on="liger", weighted=weighted
+        make_tiny_model(tmp_path / "llama"),
+        recipe,
+        find_device(recipe),
+        "segments",
+        counted_on="liger",
+        weighted=weighted,
     )
     assert base.loss.startswith(told)
 
 
-def test_it_is_counted_on_where_it_is_installed_and_can_do_all_that_is_asked() -> None:
-    card = Device(liger=True)
-    assert our_path(Recipe(), card).loss == "liger"
-    assert our_path(Recipe(), Device()).loss == "chunked"
-    half = Recipe(quantization=Quantization(compute_dtype="float16"))
-    assert our_path(half, card).loss == "chunked"
-    assert our_path(Recipe(), Device(liger=True, capability=(7, 5))).loss == "chunked"
-    assert our_path(Recipe(lora=Lora(token_rows=("<x>",))), card).loss == "chunked"
+def test_it_is_counted_on_where_it_is_installed_can_do_all_that_is_asked_and_pays() -> None:
+    card, few, many = Device(liger=True), of_7b(vocabulary=32_000), of_7b(vocabulary=152_000)
+    long = Recipe(data=Data(max_length=2048))
+    assert our_path(long, card, few).loss == "liger"
+    assert our_path(long, Device(), few).loss == "chunked"
+    # It would read a head of a gigabyte twice for each 64 rows.
+    assert our_path(long, card, many).loss == "chunked"
+    assert our_path(Recipe(), card, few).loss == "chunked"
+    half = replace(long, quantization=Quantization(compute_dtype="float16"))
+    assert our_path(half, card, few).loss == "chunked"
+    assert our_path(long, Device(liger=True, capability=(7, 5)), few).loss == "chunked"
+    assert our_path(replace(long, lora=Lora(token_rows=("<x>",))), card, few).loss == "chunked"
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is None or find_spec("triton") is None, reason="no Liger here")

@@ -53,6 +53,7 @@ def test_the_chunked_loss_is_the_stock_loss(
     model_type: str, items: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "LOSS_CHUNK_ROWS", 7)
+    monkeypatch.setattr(loss, "block_rows", lambda device: 3)
     model = build(model_type, tie_word_embeddings=False)
     head = loss.find_head(model)
     assert isinstance(head, loss.Head) and checks.loss_is_exact(model, head, CPU)
@@ -71,6 +72,7 @@ def test_the_weighted_loss_is_what_a_hand_computes(
     model_type: str, chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "LOSS_CHUNK_ROWS", 7)
+    monkeypatch.setattr(loss, "block_rows", lambda device: 3)
     model = build(model_type, tie_word_embeddings=False)
     ids, labels = labelled(model)
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) * (labels != loss.IGNORED)

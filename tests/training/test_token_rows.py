@@ -89,6 +89,7 @@ def test_gradients_are_those_of_whole_matrices(
     model_type: str, tied: bool, chunked: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "LOSS_CHUNK_ROWS", 7)
+    monkeypatch.setattr(loss, "block_rows", lambda device: 3)
     base = faint(model_type, tied=tied)
     ids, labels = labelled(base)
     ids[:, ::3], labels[:, 2::5] = IDS[0], IDS[1]
