@@ -84,7 +84,10 @@ class QloraApp(App[None]):
         """The recipe being edited, as it was left."""
         from qlora_tui.tui.workbench import load_draft
 
-        return load_draft()
+        made = load_draft()
+        if made.lost_preset is not None:
+            self.call_later(partial(self.notify, str(made.lost_preset), severity="warning", timeout=10))
+        return made
 
     @property
     def room(self) -> Room:
@@ -104,14 +107,14 @@ class QloraApp(App[None]):
         if self.settings.theme not in self.available_themes:
             self.notify(f"There is no theme {self.settings.theme!r}.", severity="warning")
         if self.settings.keymap:
-            from qlora_tui.tui.keymap import tell_strangers
+            from qlora_tui.tui.keymap import tell_faults
 
-            self.run_worker(Later(tell_strangers, self))
+            self.run_worker(Later(tell_faults, self))
         self.write_escape(escapes.PUSH_TITLE)
         if not self.is_headless:
             end_in_order(self._leave)
-        self.set_interval(LOOK_EVERY_S, self._look)
-        self.call_after_refresh(self._look)
+        self.set_interval(LOOK_EVERY_S, self._start_looking)
+        self.call_after_refresh(self._start_looking)
 
     def on_unmount(self) -> None:
         self.write_escape(escapes.POP_TITLE)
@@ -262,10 +265,13 @@ class QloraApp(App[None]):
         if self.workbench.redo():
             self.recipe_edited()
 
+    def _start_looking(self) -> None:
+        # Beside the app's own messages: a driver that is slow to answer must not hold up a key.
+        if not self._looking:
+            self._looking = True
+            self.run_worker(Later(self._look), group="look")
+
     async def _look(self) -> None:
-        if self._looking:
-            return
-        self._looking = True
         try:
             await self.shown.wait()
             pulse = await asyncio.to_thread(self._look_in_thread)

@@ -1,9 +1,9 @@
-"""Every command there is, by screen; and whether a user's keymap names any that is none."""
+"""Every command there is, by screen; and whether what a user's keymap says of them can work."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -25,20 +25,50 @@ def every_command() -> list[Table]:
     return [("Everywhere", EVERYWHERE), *screens, ("Presets", COMMANDS)]
 
 
-async def tell_strangers(app: QloraApp) -> None:
-    """Say which names in the user's keymap are no commands, once the app is shown."""
+async def tell_faults(app: QloraApp) -> None:
+    """Say what in the user's keymap does nothing or takes a key from another, once the app is shown."""
     await app.shown.wait()
-    for told in await asyncio.to_thread(strangers, app.settings.keymap):
+    for told in await asyncio.to_thread(faults, app.settings.keymap):
         app.notify(told, severity="warning", timeout=10)
 
 
-def strangers(names: Iterable[str]) -> list[str]:
-    """A sentence for each name in a keymap that no command has."""
-    known = [command.id for _, commands in every_command() for command in commands]
-    return [_told(name, known) for name in names if name not in known]
+def faults(keymap: Mapping[str, str]) -> list[str]:
+    """A sentence for each name that no command has, each key that none sends, and each that two have."""
+    tables = every_command()
+    known = [command.id for _, commands in tables for command in commands]
+    told = [_stranger(name, known) for name in keymap if name not in known]
+    for name, keys in keymap.items():
+        told += [_unwritten(name, key) for key in keys.split(",") if key != key.strip() or "^" in key[:-1]]
+    return told + [_shared(key, *pair) for key, pair in _clashes(tables, keymap)]
 
 
-def _told(name: str, known: list[str]) -> str:
+def _clashes(tables: list[Table], keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Keys that a command of the keymap shares with another one at hand on the same screen."""
+    everywhere, *screens = tables
+    for heading, commands in [everywhere, *screens]:
+        at_hand = commands if heading in ("Everywhere", "Presets") else (*commands, *everywhere[1])
+        for mine in (command for command in commands if command.id in keymap):
+            for other in at_hand:
+                for key in _keys(mine, keymap) & _keys(other, keymap):
+                    # Some keys have two commands by themselves, of which one is at hand at a time.
+                    if other.id != mine.id and key not in mine.key.split(","):
+                        yield key, (mine.id, other.id)
+
+
+def _keys(command: Command, keymap: Mapping[str, str]) -> set[str]:
+    return set(keymap.get(command.id, command.key).split(","))
+
+
+def _stranger(name: str, known: list[str]) -> str:
     near = get_close_matches(name, known, 1)
     meant = f" Did you mean {near[0]}?" if near else ""
     return f"The keymap of config.toml gives a key to {name}, which is no command.{meant} F1 lists them all."
+
+
+def _unwritten(name: str, key: str) -> str:
+    written = key.strip().replace("^", "ctrl+")
+    return f'The keymap of config.toml gives {name} the key "{key}", which none sends: write "{written}".'
+
+
+def _shared(key: str, mine: str, other: str) -> str:
+    return f"The keymap of config.toml gives {mine} the key {key}, which {other} has: give that one another."

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class Pulse:
     """How things stand."""
 
+    looked: bool = False
+    """False before the first look: then nothing of the rest is known."""
     card: Card | None = None
     reading: Reading | None = None
     no_card: str = ""

@@ -83,7 +83,9 @@ class InkOnly(LineFilter):
 def _in_ink(style: Style) -> Style:
     on_ink = _is_ink(style.bgcolor, otherwise=False)
     faint = style.dim or not (on_ink or _is_ink(style.color, otherwise=True))
-    return style.without_color + Style(dim=faint, reverse=bool(style.reverse) != on_ink)
+    # Without its meta no click would find what it is on.
+    reverse = bool(style.reverse) != on_ink
+    return style.without_color + Style(dim=faint, reverse=reverse, meta=style.meta or None)
 
 
 def _is_ink(colour: RichColor | None, *, otherwise: bool) -> bool:

@@ -56,6 +56,7 @@ class Watch:
         last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
         self._see_to_the_queue(stands_still=bool(waiting) and active[0] is None)
         return Pulse(
+            looked=True,
             card=card,
             reading=reading,
             no_card=no_card,

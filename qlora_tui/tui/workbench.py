@@ -5,6 +5,7 @@ Holds no widget. It is kept in a file as it changes, so that a closed terminal l
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # imported where they are first asked for.
 
 _UNDO_STEPS = 200
+_FIRST_PRESET = "balanced"
 _BEGAN_AS = "# began as "
 """First line of the draft, before the preset's name."""
 
@@ -41,9 +43,12 @@ class _Snapshot:
 class Workbench:
     """One recipe in the making."""
 
-    def __init__(self, recipe: Recipe | None = None, preset: str = "balanced") -> None:
-        base = build(preset=preset)
+    def __init__(self, recipe: Recipe | None = None, preset: str = _FIRST_PRESET) -> None:
+        """Raises Problem where there is no such preset, or it is damaged."""
+        base = build(preset=preset) if preset else Recipe()
         self._now = _Snapshot(recipe or base, preset, base)
+        self.lost_preset: Problem | None = None
+        """Why it could not go on as the preset it began as."""
         self._undo: list[_Snapshot] = []
         self._redo: list[_Snapshot] = []
         self._architecture: tuple[str, Architecture | Problem] | None = None
@@ -57,7 +62,7 @@ class Workbench:
 
     @property
     def preset(self) -> str:
-        """Name of the preset it began as."""
+        """Name of the preset it began as; empty for the defaults."""
         return self._now.preset
 
     @property
@@ -88,9 +93,17 @@ class Workbench:
         base = build(preset=name)
         self._remember(_Snapshot(_with_model_and_data(base, self.recipe), name, base))
 
-    def saved_as(self, name: str) -> None:
-        """The recipe is now what preset ``name`` gives; not a change, so not undone."""
+    def saved_as(self, name: str) -> tuple[str, Recipe]:
+        """The recipe is now what preset ``name`` gives; not a change, so not undone. What it began as until
+        now is given, for :meth:`saved_no_more`."""
+        began = self._now.preset, self._now.base
         self._now = _Snapshot(self.recipe, name, self.recipe)
+        return began
+
+    def saved_no_more(self, name: str, began: tuple[str, Recipe]) -> None:
+        """Preset ``name`` is again what it was before the recipe was saved as it."""
+        if self.preset == name:
+            self._now = _Snapshot(self.recipe, *began)
 
     def undo(self) -> bool:
         """Back by one change; False at the beginning."""
@@ -161,15 +174,23 @@ def load_draft() -> Workbench:
 
     A preset that was deleted or damaged since takes nothing of the recipe with it.
     """
-    try:
+    recipe, preset = None, _FIRST_PRESET
+    with suppress(Problem, OSError):
         recipe = to_recipe(load(_draft_path()), origin=str(_draft_path()))
         first_line = _draft_path().read_text("utf-8").partition("\n")[0]
-    except (Problem, OSError):
-        return Workbench()
-    try:
-        return Workbench(recipe, preset=first_line.removeprefix(_BEGAN_AS).strip())
-    except Problem:
-        return Workbench(recipe)
+        preset = first_line.removeprefix(_BEGAN_AS).strip()
+    lost = None
+    for name in (preset or _FIRST_PRESET, _FIRST_PRESET):
+        # The user may have a preset of either name, and have broken it.
+        try:
+            made = Workbench(recipe, name)
+            break
+        except Problem as problem:
+            lost = lost or problem
+    else:
+        made = Workbench(recipe, preset="")
+    made.lost_preset = lost
+    return made
 
 
 def save_draft(workbench: Workbench) -> None:

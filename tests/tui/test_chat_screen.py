@@ -115,9 +115,9 @@ def test_the_verdict_has_its_figures_under_it() -> None:
     )
     sentence, figures = str(words.effect(measured, 78)).splitlines()
     assert sentence == measured.sentence
-    assert figures == "KL 0.41 nats · ‖ΔW‖/‖W‖ by layer 0 ▁▁▁▁▂▂▂▃▃▃▃▄▄▅▅▅▅▆▆▆▇▇▇██ 29, most 1% in 29"
+    assert figures == "KL 0.41 nats · layers moved: 0 ▁▁▁▁▁▂▂▂▂▃▃▃▃▄▄▅▅▅▅▆▆▆▆▇▇▇▇██ 29, most 1% in 29"
     assert len(figures) <= 78
-    assert len(str(words.effect(measured, 200)).splitlines()[1]) == len(figures) + 5
+    assert len(str(words.effect(measured, 200)).splitlines()[1]) == len(figures) + 1
     alone = msgspec.structs.replace(measured, layers=())
     assert str(words.effect(alone, 78)).splitlines()[1] == "KL 0.41 nats"
 
@@ -368,7 +368,9 @@ async def test_base_and_adapter_answer_beside_each_other_and_all_that_follows(
         await pilot.press("ctrl+t", *"and blue", "enter")
         await rest(pilot, screen)
         assert list(screen.turns[1].answers) == [ADAPTER]
-        assert len(screen._conversation(screen.turns[1], ADAPTER)) == 3
+        # Its answer was drawn at random, and may have ended at once: of a silent turn nothing is kept.
+        heard = screen._conversation(screen.turns[1], ADAPTER)
+        assert len(heard) == (3 if answers[ADAPTER].text else 1)
 
         first = screen.turns[1].answers[ADAPTER].text
         await pilot.press("escape", "r")

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qlora_tui.runs.events import Failed
 from qlora_tui.runs.status import State
 from qlora_tui.tui import escapes, watch
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.home import HomeScreen
 from qlora_tui.tui.screens.home_next import DEMO, Standing, next_step, other_steps
 from qlora_tui.tui.screens.train import TrainScreen, show_run
@@ -56,8 +58,9 @@ def after(state: State, **how: Any) -> Standing:
         (after("lost", last_checkpoint=60, last_is_news=True), "resume", "prepare"),
         (after("lost", last_checkpoint=60, edited_since=True), "prepare", "resume"),
         (after("lost"), "watch", "prepare"),
-        (after("failed", last_checkpoint=60, last_is_news=True), "watch", "prepare"),
-        (after("failed", last_checkpoint=60), "watch", "prepare"),
+        (after("failed", last_checkpoint=60, last_is_news=True), "watch", "resume prepare"),
+        (after("failed", last_checkpoint=60), "watch", "resume prepare"),
+        (after("failed"), "watch", "prepare"),
         (after("failed", last_is_news=True, edited_since=True), "prepare", ""),
         (Standing(Recipe(), 1, last_run="a", last_state="failed", edited_since=True), "watch", ""),
     ],
@@ -65,7 +68,7 @@ def after(state: State, **how: Any) -> Standing:
 def test_the_next_step_is_the_sensible_one(now: Standing, action: str, instead: str) -> None:
     step = next_step(now)
     assert step.action == action
-    assert [other.action for other in other_steps(now, step)] == ([instead] if instead else [])
+    assert [other.action for other in other_steps(now, step)] == instead.split()
 
 
 def test_it_is_said_what_a_run_goes_on_from_and_how_a_failure_is_mended() -> None:
@@ -199,6 +202,52 @@ async def test_as_many_of_the_runs_before_are_shown_as_there_is_room_for(
         assert len({line.index("best") for line in lines}) == 1
         assert all(("Qwen2.5-7B" in line) == (size[0] == 200) and "d" in line for line in lines)
         assert pilot.app.screen.query_one("#home").max_scroll_y == 0
+
+
+@pytest.mark.parametrize("size", [(80, 36), (80, 24), (14, 30)], ids=["80x36", "80x24", "14x30"])
+async def test_a_long_reason_leaves_room_for_fewer_runs_and_nothing_moves(
+    size: tuple[int, int], make_app: MakeApp
+) -> None:
+    now = time.time()
+    for number in range(24):
+        play(Play(name=f"run-{number:02}", state="finished", began=now - 9e4 * (30 - number)))
+    failed = Failed(at=now - 50, title="It failed", what=" ".join(["ninechars"] * 13 + ["nine"]))
+    play(Play(name="owls", state="failed", began=now - 100, failed=failed))
+    app = make_app()
+    async with app.run_test(size=size) as pilot:
+        if size[0] < 60:
+            await shows(pilot, "cut off")
+            return
+        await shows(pilot, "owls", "ninechars")
+        home, recent = (pilot.app.screen.query_one(f"#{name}") for name in ("home", "recent"))
+        seen = set()
+        for _ in range(3):
+            before = app.pulse
+            await until(pilot, partial(_is_not, app, before))
+            await pilot.pause()
+            seen.add((home.scrollable_content_region.width, recent.size.height, home.max_scroll_y))
+        assert len(seen) == 1
+        await pilot.press("G")
+        assert home.scroll_offset.y == home.max_scroll_y
+
+
+def _is_not(app: QloraApp, before: Pulse) -> bool:
+    return app.pulse is not before
+
+
+async def test_nothing_is_said_of_runs_and_no_step_offered_before_the_first_look(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(Play(name="owls", state="finished"))
+    looking = threading.Event()
+    look = watch.Watch.look
+    monkeypatch.setattr(watch.Watch, "look", lambda self: looking.wait(30) and look(self))
+    async with make_app().run_test() as pilot:
+        said = await shows(pilot, "looking…")
+        await pilot.press("enter")
+        assert "▸ enter" not in said and isinstance(pilot.app.screen, HomeScreen)
+        looking.set()
+        await shows(pilot, "owls", "Next")
 
 
 async def test_a_queue_that_stands_still_is_started_whatever_screen_is_in_front(

@@ -70,3 +70,11 @@ def test_cursor_selection_and_fields_are_told_by_attributes() -> None:
         assert UNDERLINE in styled("0.95")
         # The seed, which is empty.
         assert UNDERLINE in styled("    empty draws another")
+
+
+def test_a_click_finds_what_it_is_on() -> None:
+    with Terminal(APP, env={"NO_COLOR": "1"}) as terminal:
+        see(terminal, "Next")
+        # The tab "2 Data", in the first line.
+        terminal.press("\x1b[<0;14;1M\x1b[<0;14;1m")
+        see(terminal, "names no model")

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.schema import Source
+from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.tui.workbench import Workbench, load_draft, save_draft
 
 
@@ -35,6 +35,23 @@ def test_a_draft_outlives_the_preset_it_began_as() -> None:
     assert again.recipe == bench.recipe
     assert again.preset == "balanced"
     assert again.modified
+
+
+@pytest.mark.parametrize("drafted", [True, False])
+def test_a_broken_preset_of_the_users_named_as_the_first_one_keeps_nobody_out(drafted: bool) -> None:
+    bench = Workbench()
+    bench.set("lora.rank", 8)
+    if drafted:
+        save_draft(bench)
+    (paths.user_presets_dir() / "balanced.toml").write_text("nonsense = [\n")
+    again = load_draft()
+    assert again.recipe == (bench.recipe if drafted else Recipe())
+    assert again.preset == "" and again.lost_preset is not None
+    assert "balanced.toml" in str(again.lost_preset)
+    save_draft(again)
+    assert load_draft().recipe == again.recipe
+    (paths.user_presets_dir() / "balanced.toml").unlink()
+    assert load_draft().preset == "balanced"
 
 
 def test_undo_and_redo_walk_the_changes() -> None:

@@ -10,6 +10,7 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
+from qlora_tui.chat.effect import Effect
 from qlora_tui.chat.sources import of_run
 from qlora_tui.chat.terms import BASE, ChatSource, Sampling
 from qlora_tui.errors import Problem
@@ -23,6 +24,7 @@ from qlora_tui.tui.screens.chat_source import ChatSourceScreen, runs_to_talk_to
 from qlora_tui.tui.screens.chat_talk import Talking
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from qlora_tui.tui.widgets.prompt_box import PromptBox
+from qlora_tui.tui.widgets.steady import put
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -46,7 +48,9 @@ class ChatScreen(Talking):
         "Base and adapter answer the same prompt with the same seed, from one copy of the model. What you "
         "type goes into the field, digits too. Escape stops an answer; with none under way it leaves the "
         "field, and then 0 to 7 and the keys below work. i goes back to typing. "
-        "Everything said is kept in the run's chats folder, as Markdown."
+        "Everything said is kept in the run's chats folder, as Markdown. "
+        "f says what the adapter changes: KL is how far its next tokens are from the base's (0: the same), "
+        "and the columns show for each layer how far its weights moved, as a share of what they were."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = (
         _command("write", "i,enter", "write", "Write", "Type a prompt."),
@@ -96,6 +100,7 @@ class ChatScreen(Talking):
     def __init__(self) -> None:
         super().__init__()
         self._called = ""
+        self._effect: str | Effect = ""
 
     def compose_body(self) -> Iterable[Widget]:
         with Vertical(id="chat-head"):
@@ -120,6 +125,7 @@ class ChatScreen(Talking):
 
     def on_resize(self) -> None:
         self.show_head()
+        self.show_effect(self._effect)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that would be typed are no commands while the field has the focus."""
@@ -272,9 +278,11 @@ class ChatScreen(Talking):
         await turn.remove()
         return turn
 
-    def show_effect(self, said: str | Content) -> None:
+    def show_effect(self, said: str | Effect) -> None:
+        self._effect = said
+        shown = Content(said) if isinstance(said, str) else words.effect(said, self.size.width - 2)
         self.query_one("#effect").display = bool(said)
-        self.query_one("#effect", Static).update(said)
+        put(self.query_one("#effect", Static), shown)
 
     def show_head(self, doing: str = "") -> None:
         somebody = self.source is not None

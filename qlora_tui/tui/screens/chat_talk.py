@@ -9,8 +9,8 @@ from collections.abc import Callable
 import msgspec
 from textual import work
 from textual.containers import VerticalScroll
-from textual.content import Content
 
+from qlora_tui.chat.effect import Effect
 from qlora_tui.chat.terms import BASE, ChatSource, Sampling
 from qlora_tui.data.conversation import Message
 from qlora_tui.engine.client import Answer, EngineClient, EngineClosed
@@ -71,8 +71,8 @@ class Talking(WorkScreen):
     def show_head(self, doing: str = "") -> None:
         """Say whom it is that is talked to, and what is being done."""
 
-    def show_effect(self, said: str | Content) -> None:
-        """Say what the adapter changes."""
+    def show_effect(self, said: str | Effect) -> None:
+        """Say what the adapter changes, or how far that has come."""
 
     async def send(self, prompt: str) -> None:
         if self.source is not None:
@@ -184,7 +184,7 @@ class Talking(WorkScreen):
                     if isinstance(reply, Stage):
                         self.show_effect(f"{reply.words}…")
                     elif isinstance(reply, EffectMeasured):
-                        self.show_effect(words.effect(reply.effect, self.size.width - 2))
+                        self.show_effect(reply.effect)
             finally:
                 self.answers.remove(asked)
         except EngineClosed:

@@ -70,7 +70,7 @@ def effect(measured: Effect, width: int) -> Content:
     if measured.layers:
         first, last = measured.layers[0].layer, measured.layers[-1].layer
         most = max(measured.layers, key=lambda change: change.relative)
-        before = f"{figures} · ‖ΔW‖/‖W‖ by layer {first} "
+        before = f"{figures} · layers moved: {first} "
         after = f" {last}, most {figure(most.relative * 100, 2)}% in {most.layer}"
         room = min(len(measured.layers), max(_FEWEST_COLUMNS, width - len(before + after)))
         columns = thinned([change.relative for change in measured.layers], room)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _KEYMAP_TEXT = (
     "Beside each key stands the name of what it does. A [keymap] in config.toml gives it another key, "
-    'by that name: "train.stop" = "x".'
+    'by that name: "train.stop" = "x". Keys are written ctrl+x, escape, enter, slash, f2; several as "x,f2".'
 )
 
 

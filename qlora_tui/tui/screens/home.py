@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar
 
-from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.geometry import Size
 from textual.widget import Widget
@@ -20,6 +19,7 @@ from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.widgets.steady import put
+from qlora_tui.tui.widgets.vi_scroll import ViScroll
 from qlora_tui.tui.work import Later
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ class HomeScreen(WorkScreen):
     HomeScreen {
         #home {
             height: 1fr;
-            padding: 1 2;
+            padding: 1 1 1 2;
             scrollbar-size-vertical: 1;
+            scrollbar-gutter: stable;
         }
         .part {
             height: auto;
@@ -105,7 +106,7 @@ class HomeScreen(WorkScreen):
         """While the demo's model is fetched, which is told where the next step stands."""
 
     def compose_body(self) -> Iterable[Widget]:
-        with VerticalScroll(id="home", can_focus=False):
+        with ViScroll(id="home"):
             for part in _PARTS:
                 yield Static(id=part, classes="part")
 
@@ -222,6 +223,10 @@ class HomeScreen(WorkScreen):
         app = self.workstation
         try:
             await app.shown.wait()
+            if not app.pulse.looked:
+                # What is shown of a machine that nobody has looked at would be wrong, and Enter would do it.
+                self._put("card", (Content.styled("looking…", "dim"),))
+                return
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home_facts")
             size = self.query_one("#home").scrollable_content_region.size
             facts = await asyncio.to_thread(self._facts, app.workbench, app.pulse, size)
@@ -244,11 +249,6 @@ class HomeScreen(WorkScreen):
         self.query_one(f"#{part}").display = bool(lines)
         if not lines:
             return
-        # What is too long goes on under itself, not under the titles.
-        room = max(20, self.query_one("#home").scrollable_content_region.width - _TITLE)
-        lines = tuple(
-            piece for line in lines for piece in (line.wrap(room) if line.cell_length > room else [line])
-        )
         heads = [Content.styled(f"{_TITLES[part]:<{_TITLE}}", "bold $primary")]
         heads += [Content(" " * _TITLE)] * (len(lines) - 1)
         text = Content("\n").join(head + line for head, line in zip(heads, lines, strict=True))

@@ -28,11 +28,12 @@ from qlora_tui.tui.widgets.strip_chart import blocks
 from qlora_tui.tui.workbench import Workbench, draft_written_at
 
 _CURVE, _SHORT_CURVE = 24, 12
-_RECENT = range(3, 21)
-"""The fewest and the most runs shown before the last: as many as there is room for."""
+_MOST_RECENT = 20
+_LEAST_ACROSS = 20
+"""Cells that lines are laid out in, however narrow the window."""
 _WIDEST = 44
 """Cells of a name or a model in their list."""
-_STATE = 12
+_STATE = 13
 _CURVES_FROM, _MODELS_FROM = 90, 140
 """Cells from which they have curves, and models and settings."""
 
@@ -42,7 +43,7 @@ class Facts:
     """All of Home."""
 
     parts: dict[str, tuple[Content, ...]]
-    """Lines by part: card, run, queue, recipe, next, recent."""
+    """Lines by part: card, run, queue, recipe, next, recent. None is wider than there is room."""
     step: NextStep
 
 
@@ -65,6 +66,7 @@ class HomeReader:
         self, bench: Workbench, room: Room, pulse: Pulse, now: float, *, across: int, down: int
     ) -> Facts:
         """How things stand, on ``down`` lines of ``across`` cells beside the titles."""
+        across = max(_LEAST_ACROSS, across)
         if self._local_models is None:
             self._local_models = sum(model.refusal is None for model in list_local())
         status = pulse.last_status
@@ -87,24 +89,21 @@ class HomeReader:
         step = next_step(standing)
         parts = {
             "card": card_lines(pulse, room),
-            "run": run_lines(summary, away, now, _CURVE if across >= _CURVES_FROM else _SHORT_CURVE),
+            "run": run_lines(summary, away, now, across),
             "queue": queue_lines(pulse.waiting),
             "recipe": recipe_lines(bench, room),
             "next": next_lines(step, other_steps(standing, step)),
         }
-        # A line under each part; one that is too long goes on under itself.
-        left = (
-            down
-            - 1
-            - sum(1 + sum(-(-line.cell_length // across) or 1 for line in lines) for lines in parts.values())
-        )
-        parts["recent"] = self._recent(pulse, now, across, min(max(left, _RECENT.start), _RECENT.stop - 1))
-        return Facts({name: tuple(lines) for name, lines in parts.items()}, step)
+        wrapped = {name: _wrapped(lines, across) for name, lines in parts.items()}
+        # A line under each part.
+        left = down - 1 - sum(len(lines) + 1 for lines in wrapped.values())
+        wrapped["recent"] = _wrapped(self._recent(pulse, now, across, min(left, _MOST_RECENT)), across)
+        return Facts(wrapped, step)
 
     def _recent(self, pulse: Pulse, now: float, across: int, down: int) -> list[Content]:
         """The runs before the last."""
         shown = (pulse.last, *map(RunDir, (paths.runs_dir() / name for name in pulse.waiting)))
-        before = [run for run in all_runs() if run not in shown][:down]
+        before = [run for run in all_runs() if run not in shown][: max(0, down)]
         return recent_lines([self._summaries.of(run) for run in before], now, across)
 
     def _judged(self, bench: Workbench, room: Room) -> str:
@@ -150,11 +149,11 @@ def card_lines(pulse: Pulse, room: Room) -> list[Content]:
     ]
 
 
-def run_lines(summary: RunSummary | None, away: bool, now: float, cells: int) -> list[Content]:
+def run_lines(summary: RunSummary | None, away: bool, now: float, across: int) -> list[Content]:
     """The run at work or the last one: what it is, and how it stands or ended."""
     if summary is None:
         return [Content.styled("No run yet.", "dim")]
-    status = summary.status
+    status, cells = summary.status, _CURVE if across >= _CURVES_FROM else _SHORT_CURVE
     sign, style = SIGNS[status.state]
     word = (status.phase or status.state) if status.state in ACTIVE else status.state
     first = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
@@ -164,10 +163,9 @@ def run_lines(summary: RunSummary | None, away: bool, now: float, cells: int) ->
         steps = f"step {summary.step:,} of {summary.total_steps:,}" if summary.total_steps else "preparing"
         left = "" if summary.seconds_left is None else f"   ETA {duration(summary.seconds_left)}"
         return [first, Content(f"{bar(share, cells)} {steps}{loss}{left}")]
-    first += f"  {ago(status.at, now)}" if status.at else ""
-    if away and status.at:
-        first += Content.styled("  while you were away", "$accent")
-    lines = [first]
+    lines = [first, *_ended(status.at, now, away=away)]
+    if sum(line.cell_length for line in lines) + 2 <= across:
+        lines = [Content("  ").join(lines)]
     facts = _outcome(summary)
     if summary.losses:
         lines.append(Content.assemble((curve(summary.losses, cells), "$primary"), "  ", facts))
@@ -176,6 +174,13 @@ def run_lines(summary: RunSummary | None, away: bool, now: float, cells: int) ->
     if status.state in ("failed", "lost", "unreadable") and status.detail:
         lines.append(Content.styled(status.detail, "$error"))
     return lines
+
+
+def _ended(at: float, now: float, *, away: bool) -> list[Content]:
+    """``at 03:12, 4 h ago  while you were away``, as a line if it is known."""
+    if not at:
+        return []
+    return [Content.assemble(ago(at, now), ("  while you were away" if away else "", "$accent"))]
 
 
 def _outcome(summary: RunSummary) -> str:
@@ -212,13 +217,13 @@ def recent_lines(summaries: list[RunSummary], now: float, across: int) -> list[C
         (_column([_when(s.status.at, now, across) for s in summaries]), "dim"),
     ]
     shown = [column for column in columns if column is not None]
-    left = across - _STATE - sum(len(texts[0]) + 2 for texts, _ in shown if texts)
-    names = _column([summary.name for summary in summaries], max(_WIDEST // 3, left - 2))
+    left = across - _STATE - sum(texts[0].cell_length + 2 for texts, _ in shown if texts)
+    names = _column([summary.name for summary in summaries], max(_WIDEST // 3, left))
     lines = []
     for number, summary in enumerate(summaries):
         sign, style = SIGNS[summary.status.state]
         head = (f"{sign} {summary.status.state:<{_STATE - 2}}", style)
-        rest = [(f"  {texts[number]}", style) for texts, style in shown]
+        rest = [texts[number].stylize(style).pad_left(2) for texts, style in shown]
         lines.append(Content.assemble(head, names[number], *rest))
     return lines
 
@@ -229,11 +234,25 @@ def _when(at: float, now: float, across: int) -> str:
     return ago(at, now) if across >= _CURVES_FROM else f"{duration(max(0.0, now - at))} ago"
 
 
-def _column(texts: list[str], widest: int = _WIDEST) -> list[str]:
+def _column(texts: list[str], widest: int = _WIDEST) -> list[Content]:
     """All as wide as the widest, and no wider."""
-    shown = [shortened(text, min(widest, _WIDEST)) for text in texts]
-    width = max(map(len, shown), default=0)
-    return [f"{text:<{width}}" for text in shown]
+    shown = [_cut(Content(text), min(widest, _WIDEST)) for text in texts]
+    width = max((text.cell_length for text in shown), default=0)
+    return [text.pad_right(width - text.cell_length) for text in shown]
+
+
+def _cut(text: Content, width: int) -> Content:
+    """In the middle, as names differ at their ends; by cells at the end where some are two wide."""
+    if text.cell_length == len(text):
+        return Content(shortened(text.plain, width))
+    return text.truncate(width, ellipsis=True)
+
+
+def _wrapped(lines: list[Content], across: int) -> tuple[Content, ...]:
+    """What is too long goes on under itself."""
+    return tuple(
+        piece for line in lines for piece in (line.wrap(across) if line.cell_length > across else [line])
+    )
 
 
 def queue_lines(waiting: tuple[str, ...]) -> list[Content]:

@@ -69,7 +69,8 @@ def next_step(now: Standing) -> NextStep:
 def other_steps(now: Standing, chosen: NextStep) -> tuple[NextStep, ...]:
     """What could be done instead: by a newcomer, or with a run that can go on."""
     if chosen.action in ("resume", "watch") and now.last_state not in ACTIVE:
-        return (_prepare(now),) if _is_complete(now) else ()
+        mended = (_go_on(now),) if now.last_state == "failed" and now.last_checkpoint else ()
+        return (*mended, *((_prepare(now),) if _is_complete(now) else ()))
     if chosen.action == "prepare" and _can_go_on(now):
         return (_go_on(now),)
     if now.recipe.model.id or now.last_state is not None or chosen not in (DEMO, SEARCH):

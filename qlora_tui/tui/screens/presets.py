@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -23,6 +24,7 @@ from qlora_tui.recipe.presets import (
     save,
     take_snapshot,
 )
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.help import HelpScreen
@@ -54,11 +56,21 @@ COMMANDS: tuple[Command, ...] = (
     _do("edit", "e", "edit", "Edit", "Open your file in $EDITOR; it is checked when you come back."),
     _do("import", "i", "bring_in", "Import", "Copy a preset file among yours."),
     _do("export", "x", "send_out", "Export", "Copy the preset to a file or a folder."),
-    _do("delete", "D", "delete", "Delete", "Delete one of yours; u brings it back."),
+    _do("delete", "D", "delete", "Delete", "Delete one of yours; u brings it back while this is open."),
     _do("undo", "u", "undo", "Undo", "Take back the last deletion, save or import made here."),
     _do("preview_down", "J", "scroll_preview(1)", "Down", "Scroll what it would change."),
     _do("preview_up", "K", "scroll_preview(-1)", "Up", "Scroll it back."),
 )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Of a user's file."""
+
+    before: Snapshot
+    after: Snapshot
+    began: tuple[str, Recipe] | None
+    """What the recipe had begun as when it was saved there."""
 
 
 class PresetsScreen(ModalScreen[None]):
@@ -74,8 +86,8 @@ class PresetsScreen(ModalScreen[None]):
     def __init__(self) -> None:
         super().__init__()
         self._presets: list[Preset] = []
-        self._undo: list[tuple[Snapshot, Snapshot]] = []
-        """A user's file before and after each change made here."""
+        self._undo: list[_Change] = []
+        """Made here, the last one last."""
 
     @property
     def workstation(self) -> QloraApp:
@@ -147,7 +159,7 @@ class PresetsScreen(ModalScreen[None]):
         """Delete one of the user's own."""
         preset = self._current
         if preset is not None and self._tried(lambda: self._remember(delete(preset.name))):
-            self.notify(f"{preset.name} is deleted. u brings it back.")
+            self.notify(f"{preset.name} is deleted. u here brings it back.")
             self._list_again()
 
     def action_undo(self) -> None:
@@ -155,23 +167,27 @@ class PresetsScreen(ModalScreen[None]):
         if not self._undo:
             self.notify("Nothing to take back here.")
             return
-        before, after = self._undo[-1]
+        last = self._undo[-1]
         # What was edited since is somebody's work: then restore asks.
-        self._restore(before, overwrite=take_snapshot(before.name) == after)
+        self._restore(last, overwrite=take_snapshot(last.before.name) == last.after)
 
-    def _restore(self, before: Snapshot, *, overwrite: bool) -> None:
+    def _restore(self, change: _Change, *, overwrite: bool) -> None:
+        before = change.before
         try:
             restore(before, overwrite=overwrite)
         except WouldOverwrite as problem:
-            self._question(problem, lambda: self._restore(before, overwrite=True))
+            self._question(problem, lambda: self._restore(change, overwrite=True))
         except Problem as problem:
             self.app.push_screen(ProblemScreen(problem))
         else:
             self._undo.pop()
+            if change.began is not None:
+                self.workstation.workbench.saved_no_more(before.name, change.began)
+                self.workstation.recipe_edited()
             self._list_again(before.name)
 
-    def _remember(self, before: Snapshot) -> None:
-        self._undo.append((before, take_snapshot(before.name)))
+    def _remember(self, before: Snapshot, began: tuple[str, Recipe] | None = None) -> None:
+        self._undo.append(_Change(before, take_snapshot(before.name), began))
 
     def action_edit(self) -> None:
         """Open the user's file in the editor, and check it on return."""
@@ -210,7 +226,7 @@ class PresetsScreen(ModalScreen[None]):
             self.app.push_screen(ProblemScreen(problem))
         else:
             self._list_again(path.stem)
-            self.notify(f"{path.stem} is among yours. u takes it back.")
+            self.notify(f"{path.stem} is among yours. u here takes it back.")
 
     def _send_out(self, preset: Preset, target: Path) -> None:
         file = target / preset.path.name if target.is_dir() else target
@@ -236,10 +252,9 @@ class PresetsScreen(ModalScreen[None]):
         except Problem as problem:
             self.app.push_screen(ProblemScreen(problem))
             return
-        self._remember(before)
-        self.workstation.workbench.saved_as(name)
+        self._remember(before, self.workstation.workbench.saved_as(name))
         self.workstation.recipe_edited()
-        self.notify(f"Saved as {name}. u takes it back.")
+        self.notify(f"Saved as {name}. u here takes it back.")
         self.action_leave()
         self._list_again(name)
 

@@ -15,7 +15,8 @@ from qlora_tui.recipe.presets import Preset, Snapshot, WouldOverwrite, restore, 
 
 EDITORS = ("sensible-editor", "nano", "vim", "vi")
 """Tried in this order where neither VISUAL nor EDITOR is set."""
-_SET_EDITOR = "Leave the app, set one as in `export EDITOR=nano`, and come back."
+_VARIABLES = ("VISUAL", "EDITOR")
+"""The first that is set counts."""
 
 
 def check_no_other(name: str, own: str = "") -> None:
@@ -49,16 +50,23 @@ def send_out(preset: Preset, target: Path) -> Path:
 
 def editor() -> list[str]:
     """The user's editor as a command. Raises Problem where there is none."""
-    wanted = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ""
-    if wanted.strip():
+    for variable in _VARIABLES:
+        if not (wanted := os.environ.get(variable, "").strip()):
+            continue
         try:
             return shlex.split(wanted)
         except ValueError as error:
-            raise Problem("No editor", what=f"EDITOR is {wanted}: {error}.", fix=_SET_EDITOR) from error
+            what = f"{variable} is {wanted}: {error}."
+            raise Problem("The editor cannot be called", what=what, fix=_set_editor()) from error
     found = next(filter(None, map(shutil.which, EDITORS)), None)
     if found is None:
-        raise Problem("No editor", what="Neither VISUAL nor EDITOR is set.", fix=_SET_EDITOR)
+        raise Problem("No editor", what="Neither VISUAL nor EDITOR is set.", fix=_set_editor())
     return [found]
+
+
+def _set_editor() -> str:
+    counts = next((variable for variable in _VARIABLES if os.environ.get(variable)), _VARIABLES[-1])
+    return f"Leave the app, set one as in `export {counts}=nano`, and come back."
 
 
 def edit(preset: Preset) -> None:
@@ -75,12 +83,12 @@ def edit(preset: Preset) -> None:
         run = subprocess.run([*command, str(preset.path)], stderr=subprocess.STDOUT, check=False)
     except OSError as error:
         raise Problem(
-            "The editor did not start", what=f"{command[0]}: {error.strerror}.", fix=_SET_EDITOR
+            "The editor did not start", what=f"{command[0]}: {error.strerror}.", fix=_set_editor()
         ) from error
     if ended := run.returncode:
         how = f"exit status {ended}" if ended > 0 else f"signal {-ended}"
         raise Problem(
             "The editor gave up",
             what=f"{shlex.join(command)} ended with {how}. The preset is as that left it.",
-            fix=_SET_EDITOR,
+            fix=_set_editor(),
         )

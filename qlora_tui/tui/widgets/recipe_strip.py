@@ -101,7 +101,7 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
     targets = ",".join(patterns)
     training = recipe.training
     parts = [
-        f"{workbench.preset}{star}",
+        f"{workbench.preset or 'defaults'}{star}",
         recipe.model.id.rstrip("/").rpartition("/")[2] or "no model",
         _data_words(recipe),
         f"{rank_words(recipe.lora)} {targets if len(targets) <= 16 else f'{len(patterns)} targets'}",
