@@ -12,6 +12,7 @@ no end of its turn, and its threads wait for each other as ours do.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import statistics
@@ -81,7 +82,17 @@ def answered(model: str, adapter: str, tokens: int, rounds: int) -> dict[str, di
     """Way to length of question to answers, after one that warms up."""
     command = [sys.executable, "-m", "bench.chat", model, "--adapter", adapter, "--way"]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = {way: subprocess.Popen([*command, way], **pipes) for way in WAYS}
+    with contextlib.ExitStack() as ends:
+        children = {way: ends.enter_context(subprocess.Popen([*command, way], **pipes)) for way in WAYS}
+        # Without its input a child ends.
+        for child in children.values():
+            ends.callback(child.stdin.close)
+        return _in_turns(children, tokens, rounds)
+
+
+def _in_turns(
+    children: dict[str, subprocess.Popen[str]], tokens: int, rounds: int
+) -> dict[str, dict[str, list[Answered]]]:
     found: dict[str, dict[str, list[Answered]]] = {way: {name: [] for name in QUESTIONS} for way in WAYS}
     for number in range(-1, rounds):
         for way in reversed(WAYS) if number % 2 else WAYS:
@@ -89,11 +100,11 @@ def answered(model: str, adapter: str, tokens: int, rounds: int) -> dict[str, di
             assert child.stdin and child.stdout
             for name in QUESTIONS:
                 print(json.dumps([name, tokens]), file=child.stdin, flush=True)
-                answer = Answered(**json.loads(child.stdout.readline()))
+                if not (line := child.stdout.readline()):
+                    raise SystemExit(f"{way} ended; why is told above.")
+                answer = Answered(**json.loads(line))
                 if number >= 0:
                     found[way][name].append(answer)
-    for child in children.values():
-        child.communicate()
     return found
 
 
