@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from textwrap import wrap
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from rich.table import Table as Grid
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.keymap import Table, every_command
+from qlora_tui.tui.widgets.steady import put
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
+_WIDEST = 72
+"""Cells of a card (``modal.tcss``)."""
+_AROUND = 8
+"""Of them border, padding and scrollbar."""
+_NARROWEST = 16
 _KEYMAP_TEXT = (
     "Beside each key stands the name of what it does. A [keymap] in config.toml gives it another key, "
     'by that name: "train.stop" = "x". Keys are written ctrl+x, escape, enter, slash, f2; several as "x,f2".'
@@ -45,21 +52,34 @@ class HelpScreen(ModalScreen[None]):
             yield Static(self._text, markup=False)
             for heading, commands in self._tables:
                 if commands:
-                    yield Static(heading, markup=False, classes="heading")
-                    yield Static(self._grid(commands))
+                    yield Static(self._table(heading, commands), classes="commands")
 
     def on_mount(self) -> None:
         self.query_one(ViScroll).focus()
 
-    def _grid(self, commands: tuple[Command, ...]) -> Grid:
-        grid = Grid.grid(padding=(0, 2, 0, 0))
-        grid.add_column(no_wrap=True)
-        for command in commands:
-            keys = " ".join(map(self._shown, self._key(command).split(",")))
+    def on_resize(self) -> None:
+        """A window of another width breaks the lines elsewhere."""
+        tables = [table for table in self._tables if table[1]]
+        for shown, table in zip(self.query(".commands").results(Static), tables, strict=True):
+            put(shown, self._table(*table))
+
+    def _table(self, heading: str, commands: tuple[Command, ...]) -> Content:
+        """By hand: a table of Rich's takes longer to draw than all the rest of the page to open."""
+        room = min(_WIDEST, self.app.size.width * 94 // 100) - _AROUND
+        columns = [[" ".join(map(self._shown, self._key(command).split(","))) for command in commands]]
+        if self._names:
+            columns.append([command.id for command in commands])
+        widths = [max(map(len, column)) for column in columns]
+        lines = [Content.styled(heading, "bold")]
+        for number, command in enumerate(commands):
+            texts = [f"{column[number]:<{width}}  " for column, width in zip(columns, widths, strict=True)]
+            head = " " + "".join(texts)
             verb = f" (qlora-tui {command.verb})" if command.verb and not self._names else ""
-            name = (command.id,) if self._names else ()
-            grid.add_row(f" {keys}", *name, f"{command.help}{verb}")
-        return grid
+            pieces = wrap(f"{command.help}{verb}", max(_NARROWEST, room - len(head)))
+            lines += [
+                Content((" " * len(head) if below else head) + piece) for below, piece in enumerate(pieces)
+            ]
+        return Content("\n").join(lines)
 
     def _key(self, command: Command) -> str:
         return cast("QloraApp", self.app).settings.keymap.get(command.id, command.key)
