@@ -217,6 +217,19 @@ async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
         await shows(pilot, "Out of GPU memory", "Another program took", "r starts it again")
 
 
+async def test_the_last_of_many_runs_is_in_sight_when_the_cursor_is_on_it(make_app: MakeApp) -> None:
+    run = play(Play(steps=50))
+    for number in range(29):
+        play(Play(name=f"older-{number:02}", state="finished", steps=3, began=BEGAN - 9000 - 60 * number))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await pilot.press("x")
+        await shows(pilot, "Watch another run", "older-00")
+        await pilot.press("G")
+        await shows(pilot, "older-28")
+
+
 async def test_a_run_that_failed_before_its_first_step_is_not_shown_as_complete(make_app: MakeApp) -> None:
     run = play(Play(state="failed", steps=0))
     with EventWriter(run.events_path) as log:
