@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from qlora_tui.chat.effect import Effect
 from qlora_tui.chat.terms import ChatSource
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
+from tests.chat.measured import EFFECT
 
 COLOURS = ("red", "blue", "green")
 
@@ -113,21 +113,6 @@ def test_it_can_be_ended_early_and_needs_held_out_data(source: ChatSource) -> No
     session.source = msgspec.structs.replace(source, recipe=msgspec.structs.replace(source.recipe, data=data))
     with pytest.raises(Problem, match="No held-out"):
         measure_effect(session, "adapter")
-
-
-EFFECT = Effect(
-    voice="adapter",
-    samples=12,
-    tokens=900,
-    mean_kl=0.41,
-    changed_choices=0.384,
-    base_loss=2.31,
-    adapter_loss=1.42,
-    turns=12,
-    turns_ended=12,
-    turns_ended_by_base=3,
-    layers=(),
-)
 
 
 @pytest.mark.parametrize(

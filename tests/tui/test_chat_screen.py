@@ -15,7 +15,7 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from qlora_tui.chat.effect import Effect, LayerChange
+from qlora_tui.chat.effect import LayerChange
 from qlora_tui.chat.terms import ADAPTER, BASE, Outcome, Sampling
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
@@ -26,6 +26,7 @@ from qlora_tui.tui.screens.chat_pair import Pair
 from qlora_tui.tui.transcript import append_exchange, transcript_path
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from qlora_tui.tui.widgets.prompt_box import PromptBox
+from tests.chat.measured import EFFECT
 from tests.tui.played import BEGAN, Play, play
 from tests.tui.reading import tickets
 from tests.tui.seeing import shows, text_of, until
@@ -100,19 +101,8 @@ def test_what_was_said_is_kept_with_how_it_was_asked(set_clock: Callable[[float]
 
 
 def test_the_verdict_has_its_figures_under_it() -> None:
-    measured = Effect(
-        voice=ADAPTER,
-        samples=12,
-        tokens=900,
-        mean_kl=0.41,
-        changed_choices=0.384,
-        base_loss=2.31,
-        adapter_loss=1.42,
-        turns=12,
-        turns_ended=12,
-        turns_ended_by_base=3,
-        layers=tuple(LayerChange(layer=n, relative=(n + 1) / 3000) for n in range(30)),
-    )
+    layers = tuple(LayerChange(layer=n, relative=(n + 1) / 3000) for n in range(30))
+    measured = msgspec.structs.replace(EFFECT, layers=layers)
     sentence, figures = str(words.effect(measured, 78)).splitlines()
     assert sentence == measured.sentence
     assert figures == "KL 0.41 nats · layers moved: 0 ▁▁▁▁▁▂▂▂▂▃▃▃▃▄▄▅▅▅▅▆▆▆▆▇▇▇▇██ 29, most 1% in 29"
