@@ -18,8 +18,8 @@ _SHARE_OF_FREE_MEMORY = 0.25
 
 
 def unpack_on_cpu(model: Any, device: Device) -> bool:
-    """Write the 4-bit weights out if the CPU is slow without and has room; whether it was done."""
-    if device.kind != "cpu" or not any(hasattr(each, "quant_state") for each in model.modules()):
+    """Write the 4-bit weights out if this CPU is slow without and has room; whether it was done."""
+    if not any(hasattr(each, "quant_state") for each in model.modules()):
         return False
     # Here: it takes a second to load.
     from bitsandbytes.functional import has_avx512bf16

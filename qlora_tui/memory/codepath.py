@@ -113,10 +113,8 @@ def our_path(recipe: Recipe, device: Device, architecture: Architecture | None =
         autocast=float16 and device.kind == "cuda",
         adapter_bytes=4,
         lean=True,
-        # Liger would keep float16's gradients in 16 bits, and knows no rows beside the head's own.
-        loss="liger"
-        if device.liger and not float16 and not recipe.lora.token_rows and _liger_pays(recipe, architecture)
-        else "chunked",
+        # Liger would keep float16's gradients in 16 bits.
+        loss="liger" if device.liger and not float16 and _liger_pays(recipe, architecture) else "chunked",
         checkpointing=recipe.training.gradient_checkpointing,
         attention=_attention(recipe, device, compute),
         optimizer="adamw_fused" if recipe.training.optimizer == "adamw" else recipe.training.optimizer,
@@ -135,8 +133,11 @@ def liger_rows(tokens: int, hidden: int, vocabulary: int) -> int:
 
 
 def _liger_pays(recipe: Recipe, architecture: Architecture | None) -> bool:
-    """Whether it reads the head no more often than we do: twice a chunk, of a gigabyte in a model of 7B."""
-    if architecture is None:
+    """Whether it reads the head no more often than we do: twice a chunk, of a gigabyte in a model of 7B.
+
+    It knows no rows beside the head's own.
+    """
+    if architecture is None or recipe.lora.token_rows:
         return False
     tokens = recipe.training.micro_batch * recipe.data.max_length
     return liger_rows(tokens, architecture.hidden_size, architecture.vocab_size) >= LOSS_CHUNK_ROWS

@@ -247,7 +247,9 @@ class QloraApp(App[None]):
 
     def action_help_quit(self) -> None:
         """Say what ends the app, where ctrl+c was pressed as in any program."""
-        self.notify(f"{self.settings.keymap.get('app.quit', 'q')} leaves the app. Runs go on without it.")
+        leaves = next(command for command in EVERYWHERE if command.id == "app.quit")
+        keys = ",".join(leaves.keys(self.settings.keymap))
+        self.notify(f"{keys} leaves the app. Runs go on without it.")
 
     def action_presets(self) -> None:
         """Browse, open and save presets."""

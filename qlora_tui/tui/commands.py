@@ -6,6 +6,7 @@ bindings. A user's keymap names them by ``id``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from textual.binding import Binding
@@ -32,6 +33,10 @@ class Command:
     def binding(self) -> Binding:
         """As Textual takes it."""
         return Binding(self.key, self.action, self.label, show=self.in_footer, tooltip=self.help, id=self.id)
+
+    def keys(self, keymap: Mapping[str, str]) -> list[str]:
+        """Its keys: those that a user's keymap gives it, else its own."""
+        return keymap.get(self.id, self.key).split(",")
 
 
 def _go(number: int, mode: str, label: str, help_: str) -> Command:

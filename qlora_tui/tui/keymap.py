@@ -49,14 +49,10 @@ def _clashes(tables: list[Table], keymap: Mapping[str, str]) -> Iterator[tuple[s
         at_hand = commands if heading in ("Everywhere", "Presets") else (*commands, *everywhere[1])
         for mine in (command for command in commands if command.id in keymap):
             for other in at_hand:
-                for key in _keys(mine, keymap) & _keys(other, keymap):
+                for key in {*mine.keys(keymap)} & {*other.keys(keymap)}:
                     # Some keys have two commands by themselves, of which one is at hand at a time.
                     if other.id != mine.id and key not in mine.key.split(","):
                         yield key, (mine.id, other.id)
-
-
-def _keys(command: Command, keymap: Mapping[str, str]) -> set[str]:
-    return set(keymap.get(command.id, command.key).split(","))
 
 
 def _stranger(name: str, known: list[str]) -> str:

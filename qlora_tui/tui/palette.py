@@ -51,8 +51,8 @@ class CommandProvider(Provider):
         await self.app.run_action(command.action, default_namespace=cast("WorkScreen", self.screen))
 
     def _title(self, command: Command, where: str = "") -> str:
-        key = cast("QloraApp", self.app).settings.keymap.get(command.id, command.key)
-        return f"{command.label} ({key.split(',')[0]}{where})"
+        keymap = cast("QloraApp", self.app).settings.keymap
+        return f"{command.label} ({command.keys(keymap)[0]}{where})"
 
 
 def _elsewhere(here: object) -> list[tuple[Command, Command]]:

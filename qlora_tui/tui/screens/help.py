@@ -42,31 +42,37 @@ class HelpScreen(ModalScreen[None]):
         super().__init__()
         self._title = title
         self._text = text
-        self._tables = tables
+        self._tables = [table for table in tables if table[1]]
         self._names = names
+        self._broken_for = 0
+        """The window's width when the lines were broken."""
 
     def compose(self) -> ComposeResult:
         with ViScroll(classes="card") as card:
             card.border_title = f"Help: {self._title}"
             card.border_subtitle = "esc closes"
             yield Static(self._text, markup=False)
+            self._broken_for = self.app.size.width
             for heading, commands in self._tables:
-                if commands:
-                    yield Static(self._table(heading, commands), classes="commands")
+                yield Static(self._table(heading, commands), classes="commands")
 
     def on_mount(self) -> None:
         self.query_one(ViScroll).focus()
 
     def on_resize(self) -> None:
         """A window of another width breaks the lines elsewhere."""
-        tables = [table for table in self._tables if table[1]]
-        for shown, table in zip(self.query(".commands").results(Static), tables, strict=True):
+        # Also told of the width it opened in.
+        if self.app.size.width == self._broken_for:
+            return
+        self._broken_for = self.app.size.width
+        for shown, table in zip(self.query(".commands").results(Static), self._tables, strict=True):
             put(shown, self._table(*table))
 
     def _table(self, heading: str, commands: tuple[Command, ...]) -> Content:
         """By hand: a table of Rich's takes longer to draw than all the rest of the page to open."""
         room = min(_WIDEST, self.app.size.width * 94 // 100) - _AROUND
-        columns = [[" ".join(map(self._shown, self._key(command).split(","))) for command in commands]]
+        keymap = cast("QloraApp", self.app).settings.keymap
+        columns = [[" ".join(map(self._shown, command.keys(keymap))) for command in commands]]
         if self._names:
             columns.append([command.id for command in commands])
         widths = [max(map(len, column)) for column in columns]
@@ -80,9 +86,6 @@ class HelpScreen(ModalScreen[None]):
                 Content((" " * len(head) if below else head) + piece) for below, piece in enumerate(pieces)
             ]
         return Content("\n").join(lines)
-
-    def _key(self, command: Command) -> str:
-        return cast("QloraApp", self.app).settings.keymap.get(command.id, command.key)
 
     def _shown(self, key: str) -> str:
         """As the footer has it."""

@@ -208,15 +208,14 @@ def curve(losses: tuple[float, ...], width: int) -> str:
 
 def recent_lines(summaries: list[RunSummary], now: float, across: int) -> list[Content]:
     """``✓ finished  qwen2.5-7b-tickets-20261123-0101  best 1.29  at 03:12, 4 h ago``, one under the other."""
-    curves = [curve(s.losses, _SHORT_CURVE) if s.losses else "" for s in summaries]
-    columns = [
-        (_column([s.model for s in summaries]), "") if across >= _MODELS_FROM else None,
-        (_column([s.settings for s in summaries]), "") if across >= _MODELS_FROM else None,
-        (_column(["" if s.best is None else f"best {figure(s.best[0], 3)}" for s in summaries]), ""),
-        (_column(curves), "$primary") if across >= _CURVES_FROM else None,
-        (_column([_when(s.status.at, now, across) for s in summaries]), "dim"),
-    ]
-    shown = [column for column in columns if column is not None]
+    columns: list[tuple[list[str], str]] = []
+    if across >= _MODELS_FROM:
+        columns += [([s.model for s in summaries], ""), ([s.settings for s in summaries], "")]
+    columns.append((["" if s.best is None else f"best {figure(s.best[0], 3)}" for s in summaries], ""))
+    if across >= _CURVES_FROM:
+        columns.append(([curve(s.losses, _SHORT_CURVE) if s.losses else "" for s in summaries], "$primary"))
+    columns.append(([_when(s.status.at, now, across) for s in summaries], "dim"))
+    shown = [(_column(texts), style) for texts, style in columns]
     left = across - _STATE - sum(texts[0].cell_length + 2 for texts, _ in shown if texts)
     names = _column([summary.name for summary in summaries], max(_WIDEST // 3, left))
     lines = []

@@ -21,14 +21,13 @@ from qlora_tui.recipe.presets import (
     delete,
     presets,
     restore,
-    save,
     take_snapshot,
 )
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.help import HelpScreen
-from qlora_tui.tui.screens.presets_files import bring_in, check_no_other, edit, send_out
+from qlora_tui.tui.screens.presets_files import bring_in, edit, save_as, send_out
 from qlora_tui.tui.screens.problem import ProblemScreen
 from qlora_tui.tui.screens.question import QuestionScreen
 from qlora_tui.tui.widgets.entry import Entry
@@ -241,18 +240,16 @@ class PresetsScreen(ModalScreen[None]):
             write()
 
     def _save(self, name: str, note: str, *, overwrite: bool) -> None:
+        bench = self.workstation.workbench
         try:
-            if not overwrite:
-                check_no_other(name, own=self.workstation.workbench.preset)
-            before = take_snapshot(name)
-            save(name, self.workstation.workbench.recipe, note=note, overwrite=overwrite)
+            before = save_as(name, bench.recipe, note=note, own=bench.preset, overwrite=overwrite)
         except WouldOverwrite as problem:
             self._question(problem, lambda: self._save(name, note, overwrite=True))
             return
         except Problem as problem:
             self.app.push_screen(ProblemScreen(problem))
             return
-        self._remember(before, self.workstation.workbench.saved_as(name))
+        self._remember(before, bench.saved_as(name))
         self.workstation.recipe_edited()
         self.notify(f"Saved as {name}. u here takes it back.")
         self.action_leave()

@@ -11,18 +11,23 @@ from pathlib import Path
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe import toml
-from qlora_tui.recipe.presets import Preset, Snapshot, WouldOverwrite, restore, take_snapshot
+from qlora_tui.recipe.presets import Preset, Snapshot, WouldOverwrite, restore, save, take_snapshot
+from qlora_tui.recipe.schema import Recipe
 
 EDITORS = ("sensible-editor", "nano", "vim", "vi")
 """Tried in this order where neither VISUAL nor EDITOR is set."""
-_VARIABLES = ("VISUAL", "EDITOR")
-"""The first that is set counts."""
 
 
-def check_no_other(name: str, own: str = "") -> None:
-    """Raises WouldOverwrite where the user has a preset ``name`` already, and it is not their ``own``."""
-    if name != own and take_snapshot(name).content is not None:
+def save_as(name: str, recipe: Recipe, *, note: str = "", own: str = "", overwrite: bool = False) -> Snapshot:
+    """Save as the user's preset ``name``; gives what was there before, for an undo.
+
+    Raises WouldOverwrite where the user has one of that name that is not their ``own``, or was edited.
+    """
+    before = take_snapshot(name)
+    if not overwrite and name != own and before.content is not None:
         raise WouldOverwrite("Preset exists", what=f"You have a preset {name} already; it would be replaced.")
+    save(name, recipe, note=note, overwrite=overwrite)
+    return before
 
 
 def bring_in(path: Path, *, overwrite: bool = False) -> Snapshot:
@@ -50,9 +55,8 @@ def send_out(preset: Preset, target: Path) -> Path:
 
 def editor() -> list[str]:
     """The user's editor as a command. Raises Problem where there is none."""
-    for variable in _VARIABLES:
-        if not (wanted := os.environ.get(variable, "").strip()):
-            continue
+    variable, wanted = _wanted()
+    if wanted:
         try:
             return shlex.split(wanted)
         except ValueError as error:
@@ -64,9 +68,14 @@ def editor() -> list[str]:
     return [found]
 
 
+def _wanted() -> tuple[str, str]:
+    """The variable that names the editor, and what it says; EDITOR and nothing where none does."""
+    visual = os.environ.get("VISUAL", "").strip()
+    return ("VISUAL", visual) if visual else ("EDITOR", os.environ.get("EDITOR", "").strip())
+
+
 def _set_editor() -> str:
-    counts = next((variable for variable in _VARIABLES if os.environ.get(variable)), _VARIABLES[-1])
-    return f"Leave the app, set one as in `export {counts}=nano`, and come back."
+    return f"Leave the app, set one as in `export {_wanted()[0]}=nano`, and come back."
 
 
 def edit(preset: Preset) -> None:

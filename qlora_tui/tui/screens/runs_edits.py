@@ -7,14 +7,14 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.presets import WouldOverwrite, save
+from qlora_tui.recipe.presets import WouldOverwrite
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.trash import Trash
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.presets_files import check_no_other
+from qlora_tui.tui.screens.presets_files import save_as
 from qlora_tui.tui.screens.question import QuestionScreen
 from qlora_tui.tui.screens.runs_summary import RunSummary
 from qlora_tui.tui.screens.train import prepare_run
@@ -111,9 +111,7 @@ class RunEdits(WorkScreen):
 
     def _save_preset(self, name: str, recipe: Recipe, *, overwrite: bool = False) -> None:
         try:
-            if not overwrite:
-                check_no_other(name)
-            save(name, recipe, overwrite=overwrite)
+            save_as(name, recipe, overwrite=overwrite)
         except WouldOverwrite as problem:
 
             def take(yes: bool | None) -> None:
