@@ -87,6 +87,11 @@ class Series:
             before = tokens
         return total
 
+    def keep_last(self, most: int) -> None:
+        """Forget all but the last steps."""
+        for column in vars(self).values():
+            del column[:-most]
+
     def cut(self, step: int) -> None:
         """Forget ``step`` and all after it."""
         keep = bisect_left(self.step, step)

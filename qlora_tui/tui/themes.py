@@ -22,6 +22,8 @@ from qlora_tui.errors import Problem
 
 MUTED_SHARE = 0.7
 """How far muted text is from the background, towards the foreground."""
+SELECTION_SHARE = 0.35
+"""How far the ground of a field's selection is from the background, towards the primary colour."""
 Colour = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
 _NO_COLOUR = re.compile(r"Expected `str` matching regex '\^\(#.*' - at `\$\.(\w+)`")
 """What msgspec says of one."""
@@ -47,13 +49,20 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def theme(self) -> Theme:
         """As Textual takes it, with what its widgets need and its own themes have."""
-        needed = _sixteen_colours(self.dark) if self.ansi else {"text-muted": _between(self)}
+        needed = _sixteen_colours(self.dark) if self.ansi else _blended(self)
         return Theme(**{**msgspec.structs.asdict(self), "variables": {**needed, **self.variables}})
 
 
-def _between(file: ThemeFile) -> str:
-    """Muted text as a colour of its own: Textual's ``auto 60%`` is not resolved inside a line of text."""
-    return Color.parse(file.background).blend(Color.parse(file.foreground), MUTED_SHARE).hex6
+def _blended(file: ThemeFile) -> dict[str, str]:
+    """What Textual would make fainter than can be read, or does not resolve inside a line (``auto 60%``)."""
+    page, ink, primary = (Color.parse(colour) for colour in (file.background, file.foreground, file.primary))
+    muted = page.blend(ink, MUTED_SHARE).hex6
+    return {
+        "text-muted": muted,
+        # The hint in an empty field is there to be read.
+        "text-disabled": muted,
+        "input-selection-background": page.blend(primary, SELECTION_SHARE).hex6,
+    }
 
 
 def _sixteen_colours(dark: bool) -> dict[str, str]:

@@ -16,15 +16,18 @@ DEADLINE_S = 60.0
 
 def text_of(app: Any) -> str:
     """The characters on the screen, line by line."""
-    update = app.screen._compositor.render_update(full=True)
-    return "\n".join("".join(segment.text for segment in _flat(strip)) for strip in update.strips)
+    return "\n".join("".join(segment.text for segment in line) for line in segments_of(app))
 
 
 def style_of(app: Any, text: str) -> Style:
     """How ``text`` looks where it first stands."""
-    update = app.screen._compositor.render_update(full=True)
-    segments = (segment for strip in update.strips for segment in _flat(strip))
+    segments = (segment for line in segments_of(app) for segment in line)
     return next((one.style for one in segments if text in one.text and one.style), Style())
+
+
+def segments_of(app: Any) -> list[list[Segment]]:
+    """What the screen paints, line by line."""
+    return [_flat(strip) for strip in app.screen._compositor.render_update(full=True).strips]
 
 
 async def shows(pilot: Pilot[Any], *texts: str) -> str:

@@ -15,28 +15,41 @@ from qlora_tui.tui.widgets.axis import Axis, label, rounded, so_far, ticks
 from qlora_tui.tui.widgets.graph import NOT_A_NUMBER, Curve, Mark, Plot, plot
 from qlora_tui.tui.widgets.lines import changed_cells
 from qlora_tui.tui.widgets.strip_chart import blocks, over_axis
-from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace, extremes
+from qlora_tui.tui.widgets.trace import MOST_POINTS, History, Smoother, Trace
 
 ANY_FLOATS = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=600)
 
 
-def trace_of(values: list[float], most: int = 640) -> Trace:
-    column = array("d", values)
-    envelope = Envelope(column)
-    envelope.grow()
-    return envelope.trace(range(len(values)), most=most)
+def trace_of(values: list[float], most: int = MOST_POINTS) -> Trace:
+    history = History(most=most)
+    history.extend(range(len(values)), values)
+    return history.traces()[0]
 
 
 def drawn(trace: Trace, x: Axis, y: Axis, width: int = 40, height: int = 8) -> list[str]:
     return [line.plain for line in plot(Plot(x, y, (Curve(trace, "loss", ""),)), width, height)]
 
 
-@given(ANY_FLOATS)
-def test_an_envelope_tells_the_same_extremes_as_the_whole_column(values: list[float]) -> None:
-    envelope = Envelope(array("d", values))
-    envelope.grow()
-    start, end = len(values) // 5, len(values) - len(values) // 7
-    assert envelope.between(start, end) == extremes(array("d", values)[start:end])
+@given(ANY_FLOATS, st.integers(2, 40), st.integers(0, 600))
+def test_a_thinned_curve_tells_the_extremes_of_every_stretch(
+    values: list[float], most: int, low: int
+) -> None:
+    history = History(most=most)
+    history.extend(range(len(values)), values)
+    trace = history.traces(low)[0]
+    ends = [round(x) for x in trace.xs]
+    length, whole = 1, list(range(len(values)))
+    while len([end for end in whole if end >= low]) > most:
+        length *= 2
+        whole = list(range(length - 1, len(values), length))
+    rest = [len(values) - 1] if len(values) % length and low < len(values) else []
+    assert ends == [end for end in whole if end >= low] + rest
+    for number, end in enumerate(ends):
+        part = values[end // length * length : end + 1]
+        finite = [value for value in part if math.isfinite(value)]
+        assert trace.lows[number] == min(finite, default=math.inf)
+        assert trace.highs[number] == max(finite, default=-math.inf)
+        assert trace.broken[number] == (len(finite) < len(part))
 
 
 @given(ANY_FLOATS, st.integers(4, 120), st.integers(3, 40))
@@ -117,49 +130,48 @@ def test_a_tick_is_short_and_exact(value: float, step: float, text: str) -> None
 
 def test_a_million_steps_are_drawn_in_milliseconds_once_they_are_known() -> None:
     luck = random.Random(1)
-    column = array("d", (luck.random() for _ in range(1_000_000)))
-    steps = array("q", range(1_000_000))
-    envelope = Envelope(column)
-    envelope.grow()
+    history = History()
+    history.extend(range(1_000_000), array("d", (luck.random() for _ in range(1_000_000))))
     times = []
     for _ in range(5):
         began = time.process_time()
-        drawn(envelope.trace(steps), so_far(1e6, 1e6), Axis(0, 1), 160, 40)
+        drawn(history.traces()[0], so_far(1e6, 1e6), Axis(0, 1), 160, 40)
         times.append(time.process_time() - began)
     assert min(times) < 0.2, times
 
 
-def test_values_that_were_replaced_are_read_anew() -> None:
-    column = array("d", [1.0] * 300)
-    envelope = Envelope(column)
-    envelope.grow()
-    del column[100:]
-    column.extend([5.0] * 300)
-    envelope.forget_from(100)
-    envelope.grow()
-    assert envelope.between(0, 400) == (1.0, 5.0, False)
+def test_what_is_kept_of_a_curve_grows_with_the_logarithm_of_its_length() -> None:
+    def kept(steps: int) -> int:
+        history = History(columns=5, most=64)
+        for start in range(0, steps, 1000):
+            history.extend(range(start, start + 1000), *[array("d", [1.0]) * 1000] * 5)
+        return sum(len(level.xs) for level in history._levels)
+
+    few, many = kept(10_000), kept(160_000)
+    assert many - few <= 4 * 2 * 64
 
 
 @given(st.lists(st.lists(st.floats(-9, 9), max_size=200), max_size=6), st.integers(5, 60))
 def test_a_curve_that_grows_is_drawn_as_one_that_was_there_at_once(
     pieces: list[list[float]], most: int
 ) -> None:
-    column = array("d")
-    envelope = Envelope(column)
+    history, values = History(most=most), list[float]()
     for piece in pieces:
-        column.extend(piece)
-        envelope.grow()
-        assert envelope.trace(range(len(column)), most=most) == trace_of(list(column), most)
+        history.extend(range(len(values), len(values) + len(piece)), piece)
+        values += piece
+        assert len(history) == len(values)
+        for low in (0, len(values) // 2, len(values) - most // 2):
+            at_once = History(most=most)
+            at_once.extend(range(len(values)), values)
+            assert history.traces(low) == at_once.traces(low)
 
 
 def test_a_running_mean_begins_at_the_first_value_and_passes_over_what_is_no_number() -> None:
-    source = array("d", [4.0, math.nan, 4.0])
-    smoother = Smoother(source)
-    smoother.grow()
-    source.append(2.0)
-    smoother.grow()
-    assert list(smoother.column[:3]) == [4.0, 4.0, 4.0]
-    assert 2.0 < smoother.column[3] < 4.0
+    smoother = Smoother()
+    assert list(smoother.smooth([4.0, math.nan, 4.0])) == [4.0, 4.0, 4.0]
+    (mean,) = smoother.smooth([2.0])
+    assert 2.0 < mean < 4.0
+    assert smoother.mean == mean
 
 
 def test_a_strip_is_scaled_from_its_fixed_zero_and_not_from_its_values() -> None:

@@ -1,7 +1,7 @@
 """Home, Train and Runs as pictures.
 
 States at 80×24 and 120×40; each state once more at 200×60, from a recorded real run where it was ever in that
-state; each kind of colours (light, sixteen, none) with two states at 80×24.
+state. In other colours than the usual: ``test_colours.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Step
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.process import ProcessMark, mark
-from qlora_tui.settings import Settings
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import train_follow
 from qlora_tui.tui.screens.train import show_run
@@ -189,34 +188,22 @@ def a_step(number: int, loss: float) -> Step:
     )
 
 
-@pytest.mark.parametrize("state", [fresh, at_work, lost, finished, not_a_number, no_memory, a_million])
+State = Callable[[], tuple[RunDir, float]]
+"""Makes a run, and tells the time at which it is looked at."""
+STATES_ONCE: dict[str, State] = {
+    state.__name__: state for state in (fresh, at_work, lost, finished, not_a_number, no_memory, a_million)
+}
+
+
+@pytest.mark.parametrize("state", STATES_ONCE)
 def test_every_state_on_a_large_terminal(
     snap_compare: Snap,
     set_clock: Callable[[float], None],
     monkeypatch: pytest.MonkeyPatch,
-    state: Callable[[], tuple[RunDir, float]],
+    state: str,
 ) -> None:
     # Read as a long one is; it makes no difference to a short one.
     monkeypatch.setattr(train_follow, "LONG_BYTES", 0)
-    run, now = state()
+    run, now = STATES_ONCE[state]()
     set_clock(now)
     assert snap_compare(QloraApp(), terminal_size=WIDE, run_before=watching(run))
-
-
-@pytest.mark.parametrize("theme", ["paper", "terminal-dark", "no colour"])
-@pytest.mark.parametrize("state", [at_work, not_a_number])
-def test_every_kind_of_colours(
-    snap_compare: Snap,
-    set_clock: Callable[[float], None],
-    monkeypatch: pytest.MonkeyPatch,
-    state: Callable[[], tuple[RunDir, float]],
-    theme: str,
-) -> None:
-    run, now = state()
-    set_clock(now)
-    if theme == "no colour":
-        monkeypatch.setenv("NO_COLOR", "1")
-        app = QloraApp()
-    else:
-        app = QloraApp(Settings(theme=theme))
-    assert snap_compare(app, terminal_size=(80, 24), run_before=watching(run))

@@ -8,11 +8,10 @@ from textual.color import Color
 from qlora_tui import paths
 from qlora_tui.settings import Settings
 from qlora_tui.tui.themes import load_themes
+from tests.tui.look import LEAST_CONTRAST, contrast
 from tests.tui.seeing import shows, until
 from tests.tui.workstation import config_folder, open_on
 
-LEAST_CONTRAST = 4.5
-"""For text, WCAG 2.1, 1.4.3."""
 TEXT = ("foreground", "primary", "secondary", "warning", "error", "success", "accent")
 GROUNDS = ("background", "surface", "panel")
 SHIPPED, PROBLEMS = load_themes()
@@ -30,20 +29,6 @@ background = "#000000"
 surface = "#1c1c1c"
 panel = "#262626"
 """
-
-
-def contrast(a: Color, b: Color) -> float:
-    """As WCAG 2.1 defines it, from relative luminance: 1 to 21."""
-    lighter, darker = sorted((_luminance(a), _luminance(b)), reverse=True)
-    return (lighter + 0.05) / (darker + 0.05)
-
-
-def _luminance(colour: Color) -> float:
-    def linear(part: float) -> float:
-        return part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
-
-    red, green, blue = (linear(part) for part in colour.normalized)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def test_black_on_white_is_the_most_contrast_there_is() -> None:

@@ -27,7 +27,7 @@ from qlora_tui.tui.screens.runs_table import MARKS
 from qlora_tui.tui.screens.train_follow import smoothing_window
 from qlora_tui.tui.widgets.axis import Axis, rounded, so_far
 from qlora_tui.tui.widgets.graph import Curve, Graph, Plot, overall
-from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace
+from qlora_tui.tui.widgets.trace import History, Smoother, Trace
 from qlora_tui.tui.work import Later
 
 MOST = len(MARKS)
@@ -55,10 +55,8 @@ def read(run: RunDir) -> Compared:
     """A run as it is compared. Used in a thread."""
     view, _ = RunView.sketched(run, _STEPS)
     series = view.series
-    smoother = Smoother(series.loss, smoothing_window(len(series)))
-    smoother.grow()
-    envelope = Envelope(smoother.column)
-    envelope.grow()
+    history = History()
+    history.extend(series.tokens, Smoother(smoothing_window(len(series))).smooth(series.loss))
     try:
         recipe = run.recipe()
     except Problem:
@@ -68,7 +66,7 @@ def read(run: RunDir) -> Compared:
     return Compared(
         run.name,
         recipe,
-        envelope.trace(series.tokens),
+        history.traces()[0],
         (
             view.status.state,
             "NA" if best is None else f"{figure(best.loss)} at {best.step:,}",

@@ -15,13 +15,13 @@ from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
-from textual.visual import Visual
 
 from qlora_tui.format import duration, figure, percent, shortened
 from qlora_tui.tui import clock
 from qlora_tui.tui.run_words import SIGNS
 from qlora_tui.tui.screens.home_facts import curve
 from qlora_tui.tui.screens.runs_summary import RunSummary
+from qlora_tui.tui.widgets.strips import line_strip
 
 MARKS = "●▲■◆"
 """Of the runs chosen to compare: the same symbols as on their curves."""
@@ -157,8 +157,7 @@ class RunTable(ScrollView, can_focus=True):
             self._drawn_at, self._drawn = width, self._draw()
         line = 0 if y == 0 else y + round(self.scroll_y)
         content = self._drawn[line] if line < len(self._drawn) else Content("")
-        strips = Visual.to_strips(self, content, width, 1, self.visual_style, pad=True, apply_selection=False)
-        return strips[0] if strips else Strip.blank(width, self.rich_style)
+        return line_strip(self, content, width)
 
     def _go_to(self, row: int) -> None:
         row = min(max(row, 0), max(0, len(self._rows) - 1))

@@ -6,29 +6,30 @@ in it; a picture holds what is shown and no more.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import PhasesTold, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import EnergyMeter
-from qlora_tui.runs.events import AnyEvent, Evaluated, Failed, Health, Progress, Sampled, Step
+from qlora_tui.runs.events import AnyEvent, Evaluated, Failed, Health, Progress, Sampled, Started, Step
 from qlora_tui.runs.status import Status
 from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.screens.train_output import OutputTail
 from qlora_tui.tui.screens.train_remedy import Remedy, remedy
 from qlora_tui.tui.widgets.log_tail import Entry, Level
-from qlora_tui.tui.widgets.trace import Envelope, Smoother, Trace
+from qlora_tui.tui.widgets.trace import History, Smoother, Trace
 
 LONG_BYTES = 8 << 20
-"""Of events: some 40,000 steps. Of a longer run only a sample of the steps is held."""
+"""Of events: some 40,000 steps. Of a longer run only a sample of the steps is read."""
 _SKETCH_STEPS = 10_000
-_MOST_STEPS = 40_000
-"""Held of a run that is followed; with more it is sketched anew, so that weeks of it take no more memory."""
+_KEPT_STEPS = 100
+"""Of the view: more than its pace is reckoned from. What is drawn of the others is kept thinned."""
 _LEAST_WINDOW, _MOST_WINDOW = 4, 100
 _HISTORY = 240
 """Telemetry samples kept for the charts: four minutes."""
@@ -52,7 +53,7 @@ class Picture:
     """A run at one moment, as the live screen shows it."""
 
     view: RunView
-    """Its single facts are read at once; its columns belong to the follower."""
+    """Its single facts are read at once; its columns, of the last steps, belong to the follower."""
     status: Status
     curves: Curves
     step: int
@@ -79,51 +80,41 @@ class Picture:
     """Of so many steps one is drawn: more than 1 in a very long run."""
 
 
-@dataclass
-class _Columns:
-    """A view's columns with what thins them."""
+class _Thinned:
+    """What a view has told, thinned: of its steps those that a graph can show."""
 
-    view: RunView
-    smoother: Smoother = field(init=False)
-    envelopes: dict[str, Envelope] = field(init=False)
-    _last_seen: tuple[int, float] = (0, 0.0)
-    _curves: Curves | None = None
-    _drawn_for: object = None
+    def __init__(self, view: RunView) -> None:
+        self.view = view
+        self.history = History(columns=5)
+        self.smoother = Smoother()
+        self._last_step = 0
+        self._drawn: tuple[object, Curves] | None = None
 
-    def __post_init__(self) -> None:
-        series = self.view.series
-        self.smoother = Smoother(series.loss)
-        self.envelopes = {
-            "loss": Envelope(series.loss),
-            "smooth": Envelope(self.smoother.column),
-            "learning_rate": Envelope(series.learning_rate),
-            "grad_norm": Envelope(series.grad_norm),
-            "tokens_per_s": Envelope(series.tokens_per_s),
-        }
+    def read(self) -> list[AnyEvent]:
+        """Take in what is new; the events but steps, which are too many to hold."""
+        told = _without_steps(self.view.fresh())
+        self.take()
+        return told
 
-    def grow(self) -> None:
-        series = self.view.series
-        known, at = self._last_seen
-        if known > len(series) or (known and series.at[known - 1] != at):
-            # A resumed attempt did steps again.
-            self.smoother.restart()
-            for envelope in self.envelopes.values():
-                envelope.forget_from(0)
-        if self.smoother.over(smoothing_window(self.view.total_steps)):
-            self.envelopes["smooth"].forget_from(0)
-        self.smoother.grow()
-        for envelope in self.envelopes.values():
-            envelope.grow()
-        self._last_seen = (len(series), series.at[-1]) if len(series) else (0, 0.0)
+    def take(self) -> None:
+        """Take in the steps that the view has beyond those taken before, and leave it the last of them."""
+        view, series = self.view, self.view.series
+        new = bisect_right(series.step, self._last_step)
+        self.smoother.window = smoothing_window(view.total_steps)
+        loss = series.loss[new:]
+        rate, norm, speed = (x[new:] for x in (series.learning_rate, series.grad_norm, series.tokens_per_s))
+        self.history.extend(series.step[new:], loss, self.smoother.smooth(loss), rate, norm, speed)
+        if len(series):
+            self._last_step = series.step[-1]
+        series.keep_last(_KEPT_STEPS)
+        del view.samples[:-_MOST_SAMPLES]
 
     def curves(self, from_step: float) -> Curves:
         """As they were, where nothing has changed."""
-        drawn_for = (self._last_seen, from_step)
-        if self._curves is None or self._drawn_for != drawn_for:
-            steps = self.view.series.step
-            traces = {name: envelope.trace(steps, from_step) for name, envelope in self.envelopes.items()}
-            self._curves, self._drawn_for = Curves(**traces), drawn_for
-        return self._curves
+        drawn_for = (len(self.history), from_step)
+        if self._drawn is None or self._drawn[0] != drawn_for:
+            self._drawn = (drawn_for, Curves(*self.history.traces(from_step)))
+        return self._drawn[1]
 
 
 def smoothing_window(total_steps: int) -> float:
@@ -138,7 +129,7 @@ class Follower:
         self.run = run
         self.from_step = 0.0
         """Where the graphs begin: more than 0 when zoomed to the end of the run."""
-        self._columns: _Columns | None = None
+        self._thinned: _Thinned | None = None
         self._sketched = False
         self._entries: list[Entry] = []
         self._told = 0
@@ -156,51 +147,47 @@ class Follower:
         self._recent.extend(self._telemetry.poll())
         self._energy.read()
         self._output.read()
-        self._columns, events = self._read()
+        events = self._read()
+        assert self._thinned is not None
         self._told += len(events)
         fresh = (event for event in events if self._phases.is_new(event))
-        self._entries += _entries(fresh, self._columns.view.total_steps)
-        self._tell_unknown(self._columns.view)
+        self._entries += _entries(fresh, self._thinned.view.total_steps)
+        self._tell_unknown(self._thinned.view)
         # A new list, so that whoever shows the old one sees that it was replaced.
         if len(self._entries) > 2 * _MOST_ENTRIES:
             self._entries = self._entries[-_MOST_ENTRIES:]
-        return self._picture(self._columns)
+        return self._picture(self._thinned)
 
-    def _read(self) -> tuple[_Columns, list[AnyEvent]]:
-        """The run as far as it is written, and the events but steps that no look has told yet."""
-        if self._columns is None:
-            columns, events = self._open()
-        elif len(self._columns.view.series) > _MOST_STEPS:
-            # A sketch has every event but steps.
-            columns, events = self._sketch()
-            return columns, _without_steps(events)[self._told :]
-        else:
-            columns, events = self._columns, self._columns.view.refresh()
-        return columns, _without_steps(events)
+    def _read(self) -> list[AnyEvent]:
+        """The events but steps that no look has told yet."""
+        if self._thinned is None:
+            return self._open()
+        events = self._thinned.read()
+        if any(isinstance(event, Started) for event in events) and len(self._thinned.history):
+            # This attempt may do steps again that are thinned already.
+            return self._open()[self._told :]
+        return events
 
     def _tell_unknown(self, view: RunView) -> None:
         if view.unknown_events > self._unknown_told:
             self._unknown_told = view.unknown_events
             self._entries.append(Entry(view.status.at, "warning", unknown_lines(view.unknown_events)))
 
-    def _open(self) -> tuple[_Columns, list[AnyEvent]]:
+    def _open(self) -> list[AnyEvent]:
+        """The run from its beginning: the events but steps."""
         path = self.run.events_path
-        if path.exists() and path.stat().st_size > LONG_BYTES:
-            return self._sketch()
-        view = RunView(self.run)
-        events = view.refresh()
-        return _Columns(view), events
-
-    def _sketch(self) -> tuple[_Columns, list[AnyEvent]]:
-        self._sketched = True
+        self._sketched = path.exists() and path.stat().st_size > LONG_BYTES
+        if not self._sketched:
+            self._thinned = _Thinned(RunView(self.run))
+            return self._thinned.read()
         view, events = RunView.sketched(self.run, _SKETCH_STEPS)
-        return _Columns(view), events
+        self._thinned = _Thinned(view)
+        self._thinned.take()
+        return _without_steps(events)
 
-    def _picture(self, columns: _Columns) -> Picture:
-        view = columns.view
-        columns.grow()
+    def _picture(self, thinned: _Thinned) -> Picture:
+        view, drawn = thinned.view, len(thinned.history)
         series = view.series
-        mean = columns.smoother.column[-1] if len(series) else None
         last = (
             (series.learning_rate[-1], series.grad_norm[-1], series.tokens_per_s[-1])
             if len(series)
@@ -209,14 +196,14 @@ class Follower:
         return Picture(
             view=view,
             status=view.status,
-            curves=columns.curves(self.from_step),
+            curves=thinned.curves(self.from_step),
             step=view.step,
             epoch=series.epoch[-1] if len(series) else 0.0,
-            losses=(view.loss, mean),
+            losses=(view.loss, thinned.smoother.mean if drawn else None),
             last=last,
             evaluations=tuple(view.evaluations),
             best=view.best,
-            samples=tuple(view.samples[-_MOST_SAMPLES:]),
+            samples=tuple(view.samples),
             health=tuple(view.health),
             entries=self._entries,
             output=self._output.entries,
@@ -224,7 +211,7 @@ class Follower:
             energy_kwh=self._energy.kwh,
             seconds_left=view.seconds_left,
             remedy=remedy(view.status.state, view.health, view.ending, self._recipe),
-            one_in=max(1, round(view.step / len(series))) if self._sketched and len(series) else 1,
+            one_in=max(1, round(view.step / drawn)) if self._sketched and drawn else 1,
         )
 
 

@@ -12,8 +12,9 @@ from rich.segment import Segment
 from textual.content import Content
 from textual.geometry import Region
 from textual.strip import Strip
-from textual.visual import Visual
 from textual.widget import Widget
+
+from qlora_tui.tui.widgets.strips import strips_of
 
 
 class Lines(Widget):
@@ -73,9 +74,7 @@ class Lines(Widget):
             return []
         lines = self.draw(width, height)[:height]
         lines += [Content("")] * (height - len(lines))
-        return Visual.to_strips(
-            self, Content("\n").join(lines), width, height, self.visual_style, pad=True, apply_selection=False
-        )
+        return strips_of(self, Content("\n").join(lines), width, height)
 
 
 def changed_cells(old: Strip, new: Strip) -> tuple[int, int]:

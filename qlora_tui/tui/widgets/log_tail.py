@@ -12,7 +12,8 @@ from textual.content import Content
 from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
-from textual.visual import Visual
+
+from qlora_tui.tui.widgets.strips import line_strip
 
 Level: TypeAlias = Literal["info", "warning", "error"]
 
@@ -95,23 +96,23 @@ class LogTail(ScrollView, can_focus=True):
         if self._wrapped_at != self.scrollable_content_region.width:
             self._rebuild()
 
+    def watch_show_vertical_scrollbar(self) -> None:
+        # What has become too long for its place has a column less, and is told no new size.
+        self.on_resize()
+
     def render_line(self, y: int) -> Strip:
         width = self.scrollable_content_region.width
         line = y + round(self.scroll_y)
         if not self._lines and y == 0:
             nothing = "No line matches." if self._entries else self._empty
-            return self._strip(Content.styled(nothing, "dim"), width)
+            return line_strip(self, Content.styled(nothing, "dim"), width)
         if line >= len(self._lines):
             return Strip.blank(width, self.rich_style)
-        return self._strip(self._lines[line], width)
+        return line_strip(self, self._lines[line], width)
 
     def notify_style_update(self) -> None:
         self.refresh()
         super().notify_style_update()
-
-    def _strip(self, content: Content, width: int) -> Strip:
-        strips = Visual.to_strips(self, content, width, 1, self.visual_style, pad=True, apply_selection=False)
-        return strips[0] if strips else Strip.blank(width, self.rich_style)
 
     def _rebuild(self) -> None:
         self._lines = []

@@ -12,11 +12,11 @@ from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
-from textual.visual import Visual
 
 from qlora_tui.recipe.difference import human
 from qlora_tui.recipe.fields import Field, value_of
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.widgets.strips import line_strip
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """Near the fingers first."""
@@ -164,8 +164,7 @@ class SettingRows(ScrollView, can_focus=True):
             return Strip.blank(width, self.rich_style)
         at = self._lines[line]
         content = Content.styled(at, "bold $primary") if isinstance(at, str) else self._row(at)
-        strips = Visual.to_strips(self, content, width, 1, self.visual_style, pad=True, apply_selection=False)
-        return strips[0] if strips else Strip.blank(width, self.rich_style)
+        return line_strip(self, content, width)
 
     def _row(self, number: int) -> Content:
         field = self._fields[number]

@@ -15,7 +15,7 @@ class TabLine(Lines):
     TabLine {
         height: 1;
         link-style: none;
-        link-color: $text-muted;
+        link-color: $foreground;
     }
     """
 

@@ -1,22 +1,21 @@
 """Columns of numbers made small enough to draw: the lowest and highest of each stretch, and where it broke.
 
-A run of a million steps is a column of a million floats; a graph is a few hundred dots wide. An
-:class:`Envelope` keeps the extremes of each block as the column grows, so that any stretch of it is thinned
-in a millisecond. What is drawn is a :class:`Trace`, which holds no more points than a wide screen has dots.
+A graph is a few hundred dots wide, and a run may be weeks long. A :class:`History` takes values as they come
+and keeps what a graph can show: the last few hundred one by one, what lies before them in stretches of two,
+of four, and so on. What is drawn is a :class:`Trace`, which holds no more points than a wide screen has dots.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from operator import or_
 
 MOST_POINTS = 640
 """Of a trace: more than any terminal is dots wide."""
-_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Trace:
     """A curve ready to be drawn. Each point stands for one value, or for a stretch of them."""
 
     xs: tuple[float, ...] = ()
+    """Where each stretch ends."""
     lows: tuple[float, ...] = ()
     """Lowest finite value of the stretch; ``inf`` where it has none."""
     highs: tuple[float, ...] = ()
@@ -41,116 +41,165 @@ class Trace:
         return max((high for high in self.highs if high > -math.inf), default=None)
 
 
-class Envelope:
-    """The extremes of a column that grows at its end."""
+class History:
+    """Columns over one x that grow at their end. What is kept grows with the logarithm of their length."""
 
-    def __init__(self, column: array[float]) -> None:
-        self._column = column
-        self._lows = array("d")
-        self._highs = array("d")
-        self._broken = bytearray()
-        self._known: dict[tuple[int, int], tuple[float, float, bool]] = {}
-        """What was found for the stretches of the last trace: all but its end stay as they are."""
+    def __init__(self, columns: int = 1, most: int = MOST_POINTS) -> None:
+        self._most = most
+        self._levels = [_Level(columns)]
+        """Stretches of 1, 2, 4, 8… values; each level has the last of its kind."""
 
-    def grow(self) -> None:
-        """Take in what was appended to the column, or cut off it."""
-        blocks = len(self._column) // _BLOCK
-        if blocks < len(self._lows):
-            self.forget_from(blocks * _BLOCK)
-        for block in range(len(self._lows), blocks):
-            low, high, broken = extremes(self._column[block * _BLOCK : (block + 1) * _BLOCK])
-            self._lows.append(low)
-            self._highs.append(high)
-            self._broken.append(broken)
+    def __len__(self) -> int:
+        return self._levels[0].count
 
-    def forget_from(self, index: int) -> None:
-        """Values from ``index`` on have been replaced."""
-        keep = max(0, index) // _BLOCK
-        del self._lows[keep:], self._highs[keep:], self._broken[keep:]
-        self._known = {}
+    def extend(self, xs: Sequence[float], *columns: Sequence[float]) -> None:
+        """Take in the next values. ``xs`` ascend and go on from the last; each column is as long."""
+        self._levels[0].extend(xs, [_Extremes.of(values) for values in columns])
+        for number, level in enumerate(self._levels, 1):
+            if level.count <= self._most:
+                break
+            if number == len(self._levels):
+                self._levels.append(_Level(len(columns)))
+            level.pair_into(self._levels[number])
+            level.shorten(self._most)
 
-    def between(self, start: int, end: int) -> tuple[float, float, bool]:
-        """Lowest, highest and whether broken, of ``column[start:end]``."""
-        first, last = -(-start // _BLOCK), end // _BLOCK
-        if last <= first or last > len(self._lows):
-            return extremes(self._column[start:end])
-        parts = [
-            extremes(self._column[start : first * _BLOCK]),
-            (min(self._lows[first:last]), max(self._highs[first:last]), any(self._broken[first:last])),
-            extremes(self._column[last * _BLOCK : end]),
-        ]
-        lows, highs, broken = zip(*parts, strict=True)
-        return min(lows), max(highs), any(broken)
+    def traces(self, low: float = -math.inf) -> list[Trace]:
+        """Each column from ``low`` on, in the shortest stretches of which there is room for all."""
+        number, start = self._resolution(low)
+        level = self._levels[number]
+        # What is in no stretch yet: at most one of each shorter kind, the last of an odd number.
+        rest = [shorter for shorter in self._levels[:number] if shorter.count % 2]
+        xs = level.xs[start:]
+        if rest:
+            xs.append(self._levels[0].xs[-1])
+        made = []
+        for place, column in enumerate(level.columns):
+            shown = column.part(start)
+            if rest:
+                shown.extend(_Extremes.over([shorter.columns[place].part(-1) for shorter in rest]))
+            made.append(
+                Trace(tuple(xs), tuple(shown.lows), tuple(shown.highs), tuple(map(bool, shown.broken)))
+            )
+        return made
 
-    def trace(
-        self,
-        xs: Sequence[float],
-        low: float = -math.inf,
-        high: float = math.inf,
-        most: int = MOST_POINTS,
-    ) -> Trace:
-        """The part between two values of ``xs`` (ascending, as long as the column), thinned."""
-        start, end = bisect_left(xs, low), min(bisect_right(xs, high), len(self._column))
-        if end <= start:
-            return Trace()
-        # Stretches begin at multiples of their length, so that a growing curve keeps the ones it has.
-        length = 1 << max(0, math.ceil(math.log2((end - start) / most)))
-        edges = [start, *range((start // length + 1) * length, end, length), end]
-        spans = list(pairwise(edges))
-        known = self._known
-        self._known = {span: known.get(span) or self.between(*span) for span in spans}
-        lows, highs, broken = zip(*self._known.values(), strict=True)
-        return Trace(tuple(float(xs[(a + b - 1) // 2]) for a, b in spans), lows, highs, broken)
+    def _resolution(self, low: float) -> tuple[int, int]:
+        """The level to draw from, and its first stretch that ends at or after ``low``."""
+        for number, level in enumerate(self._levels):
+            start = bisect_left(level.xs, low)
+            # A level that has dropped some has more than enough: it begins before the first one shown.
+            if len(level.xs) - start <= self._most:
+                return number, start
+        raise AssertionError("the last level has all there is")
 
 
-def extremes(values: Sequence[float]) -> tuple[float, float, bool]:
-    """Lowest and highest finite value, and whether any was not finite."""
-    if not values:
-        return math.inf, -math.inf, False
-    # A sum is finite only where every value is: three passes in C instead of a loop here.
-    if math.isfinite(sum(values)):
-        return min(values), max(values), False
-    finite = [value for value in values if math.isfinite(value)]
-    broken = len(finite) < len(values)
-    return min(finite, default=math.inf), max(finite, default=-math.inf), broken
+@dataclass
+class _Extremes:
+    """A column's stretches of one length."""
+
+    lows: array[float] = field(default_factory=lambda: array("d"))
+    highs: array[float] = field(default_factory=lambda: array("d"))
+    broken: bytearray = field(default_factory=bytearray)
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> _Extremes:
+        """Each value a stretch of its own."""
+        # A sum is finite only where every value is: one pass in C instead of a loop here.
+        if math.isfinite(sum(values)):
+            return cls(array("d", values), array("d", values), bytearray(len(values)))
+        finite = [math.isfinite(value) for value in values]
+        return cls(
+            array("d", (v if good else math.inf for v, good in zip(values, finite, strict=True))),
+            array("d", (v if good else -math.inf for v, good in zip(values, finite, strict=True))),
+            bytearray(not good for good in finite),
+        )
+
+    @classmethod
+    def over(cls, parts: Sequence[_Extremes]) -> _Extremes:
+        """All as one stretch."""
+        return cls(
+            array("d", [min(low for part in parts for low in part.lows)]),
+            array("d", [max(high for part in parts for high in part.highs)]),
+            bytearray([any(any(part.broken) for part in parts)]),
+        )
+
+    def extend(self, more: _Extremes) -> None:
+        self.lows.extend(more.lows)
+        self.highs.extend(more.highs)
+        self.broken.extend(more.broken)
+
+    def part(self, start: int) -> _Extremes:
+        return _Extremes(self.lows[start:], self.highs[start:], self.broken[start:])
+
+    def pairs(self, start: int, end: int) -> _Extremes:
+        """Of each two the extremes of both."""
+        one, other = slice(start, end, 2), slice(start + 1, end, 2)
+        return _Extremes(
+            array("d", map(min, self.lows[one], self.lows[other])),
+            array("d", map(max, self.highs[one], self.highs[other])),
+            bytearray(map(or_, self.broken[one], self.broken[other])),
+        )
+
+    def drop(self, count: int) -> None:
+        del self.lows[:count], self.highs[:count], self.broken[:count]
+
+
+class _Level:
+    """The last stretches of one length, of every column."""
+
+    def __init__(self, columns: int) -> None:
+        self.xs = array("d")
+        self.columns = [_Extremes() for _ in range(columns)]
+        self.dropped = 0
+
+    @property
+    def count(self) -> int:
+        """Of all that ever were."""
+        return self.dropped + len(self.xs)
+
+    def extend(self, xs: Sequence[float], columns: Sequence[_Extremes]) -> None:
+        self.xs.extend(array("d", xs))
+        for column, more in zip(self.columns, columns, strict=True):
+            column.extend(more)
+
+    def pair_into(self, longer: _Level) -> None:
+        """Give each two that are not there yet to the level of stretches twice as long."""
+        start = 2 * longer.count - self.dropped
+        end = start + (len(self.xs) - start) // 2 * 2
+        longer.extend(self.xs[start + 1 : end : 2], [column.pairs(start, end) for column in self.columns])
+
+    def shorten(self, most: int) -> None:
+        """Forget the oldest, rarely: only where there are twice as many as are wanted."""
+        if len(self.xs) <= 2 * most:
+            return
+        over = len(self.xs) - (most + 1)
+        del self.xs[:over]
+        for column in self.columns:
+            column.drop(over)
+        self.dropped += over
 
 
 class Smoother:
-    """A running mean of a column that grows at its end, as a column of its own.
+    """A running mean of values that come one after the other.
 
     Exponential, without the pull of a made-up start: ``m += (x - m) · (1 - β) / (1 - βⁿ)``, the bias
     correction of Adam (Kingma and Ba 2015, section 3). What is not finite is passed over.
     """
 
-    def __init__(self, column: array[float], window: float = 20.0) -> None:
-        self.column = array("d")
-        """NaN before the first finite value."""
-        self._source = column
-        self._window = window
+    def __init__(self, window: float = 20.0) -> None:
+        self.window = window
         """In values: β = 1 - 1 / window."""
-        self._mean = math.nan
+        self.mean = math.nan
+        """NaN before the first finite value."""
         self._decay = 1.0
 
-    def grow(self) -> None:
-        """Take in what was appended to the source."""
-        mean, decay, beta = self._mean, self._decay, 1 - 1 / self._window
-        append = self.column.append
-        for value in self._source[len(self.column) :]:
+    def smooth(self, values: Sequence[float]) -> array[float]:
+        """The mean after each of the next values."""
+        mean, decay, beta = self.mean, self._decay, 1 - 1 / self.window
+        made = array("d")
+        for value in values:
             if math.isfinite(value):
                 decay *= beta
                 mean = value if mean != mean else mean + (value - mean) * (1 - beta) / (1 - decay)
-            append(mean)
-        self._mean, self._decay = mean, decay
-
-    def over(self, window: float) -> bool:
-        """Smooth over so many values; True where that is another number and all is reckoned anew."""
-        if window == self._window:
-            return False
-        self._window = window
-        self.restart()
-        return True
-
-    def restart(self) -> None:
-        """Values were replaced: begin again from the first."""
-        del self.column[:]
-        self._mean, self._decay = math.nan, 1.0
+            made.append(mean)
+        self.mean, self._decay = mean, decay
+        return made

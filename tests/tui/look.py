@@ -1,0 +1,77 @@
+"""A screen as text: its characters, and how each stretch of a line is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from string import ascii_letters
+from typing import Any
+
+from rich.style import Style
+from textual.color import Color
+
+from tests.tui.seeing import segments_of
+
+LEAST_CONTRAST = 4.5
+"""For text, WCAG 2.1, 1.4.3."""
+
+
+def styles_of(app: Any) -> str:
+    """A line a line of the screen: letters that stand for styles with how many cells each has; their key."""
+    letters: dict[str, str] = {}
+    lines = []
+    for line in segments_of(app):
+        cells = [str(_seen(one.style)) for one in line for _ in one.text]
+        runs = [
+            (letters.setdefault(style, _letter(len(letters))), len(list(run)))
+            for style, run in groupby(cells)
+        ]
+        lines.append(" ".join(f"{letter}{count}" for letter, count in runs))
+    return "\n".join([*lines, "", *(f"{letter}: {style}" for style, letter in letters.items())])
+
+
+def illegible(app: Any) -> set[str]:
+    """Words on a ground that they hardly stand out from. What is drawn, bars and lines, is not looked at."""
+    return {
+        f"{one.text.strip()!r} {ratio:.2f}"
+        for line in segments_of(app)
+        for one in line
+        if any(character.isalnum() for character in one.text)
+        for ratio in _contrast_of(_seen(one.style))
+        if ratio < LEAST_CONTRAST
+    }
+
+
+def colours_of(app: Any) -> set[str]:
+    """Of what kinds the colours are: default, standard, eight_bit, truecolor; none where there are none."""
+    styles = [_seen(one.style) for line in segments_of(app) for one in line]
+    return {colour.type.name.lower() for style in styles for colour in (style.color, style.bgcolor) if colour}
+
+
+def contrast(a: Color, b: Color) -> float:
+    """As WCAG 2.1 defines it, from relative luminance: 1 to 21."""
+    lighter, darker = sorted((_luminance(a), _luminance(b)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def _contrast_of(style: Style) -> Iterator[float]:
+    # What a terminal shows for one of its own sixteen is not known.
+    if all(colour is not None and colour.triplet for colour in (style.color, style.bgcolor)):
+        yield contrast(*map(Color.from_rich_color, (style.color, style.bgcolor)))
+
+
+def _luminance(colour: Color) -> float:
+    def linear(part: float) -> float:
+        return part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+
+    red, green, blue = (linear(part) for part in colour.normalized)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _seen(style: Style | None) -> Style:
+    """Without what a click runs."""
+    return Style() if style is None else style.clear_meta_and_links()
+
+
+def _letter(number: int) -> str:
+    return ascii_letters[number]

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from textual.app import App, ComposeResult
+
+from qlora_tui.tui.widgets.log_tail import Entry, LogTail
+from tests.tui.seeing import shows
+
+
+class Bare(App[None]):
+    CSS = "LogTail { height: 1fr; }"
+
+    def compose(self) -> ComposeResult:
+        yield LogTail("Nothing yet.")
+
+
+async def test_no_word_is_under_the_scrollbar_of_a_log_that_has_grown_too_long() -> None:
+    app = Bare()
+    async with app.run_test(size=(30, 5)) as pilot:
+        entries = [Entry(None, "info", "short")]
+        log = app.query_one(LogTail)
+        log.show(entries)
+        await shows(pilot, "short")
+        entries += [Entry(None, "info", f"line {n} fills all of its place") for n in range(10, 20)]
+        log.show(entries)
+        # The whole of the last line, which has gone on to a second.
+        assert (await shows(pilot, "line 19")).rstrip().endswith("place")
