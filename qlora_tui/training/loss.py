@@ -149,7 +149,8 @@ def summed_loss(
     """
     ids, values = (None, None) if rows is None else (rows.ids, rows.values)
     wanted = labels[:, 1:]
-    trained = wanted != IGNORED
+    # Counted out once: for how many they are, a card has to be waited for.
+    trained = (wanted != IGNORED).nonzero(as_tuple=True)
     states, targets = hidden[:, :-1][trained], wanted[trained]
     if not len(targets):
         nothing = hidden.sum() * 0.0

@@ -1,0 +1,173 @@
+"""Steps of training on a card that is played, each beside the same on the CPU: a line of JSON a case."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.recipe.schema import Lora
+from qlora_tui.training import load, loss
+from qlora_tui.training.adapter import add_lora
+from tests.training.families import FAMILIES, build
+from tests.training.played_card import OnCard, card, put_on_card, set_up, values
+
+LENGTHS = [11, 17, 12]
+IDS = [40, 7, 251]
+
+
+def prepared(model_type: str, *, four_bit: bool = False) -> Any:
+    """A tiny model of the family as a run has it before the adapter."""
+    model = build(model_type)
+    if four_bit:
+        quantize(model)
+    head = loss.find_head(model)
+    assert not isinstance(head, str)
+    assert load.attend_by_segments(model)
+    loss.use_chunked_loss(model, head)
+    loss.use_segments(model, by_mask=True)
+    return model
+
+
+def with_adapter(model: Any, rows: bool = False, **lora: Any) -> Any:
+    """The same with an adapter that changes it."""
+    torch.manual_seed(1)
+    settings = Lora(rank=4, **lora)
+    model = add_lora(model, settings, read_architecture(model.config.to_dict()), IDS if rows else ())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def quantize(model: Any) -> None:
+    """NF4 with double quantization, as bitsandbytes does it when it loads."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(model.modules()):
+        for name, linear in parent.named_children():
+            if type(linear) is torch.nn.Linear and linear is not model.get_output_embeddings():
+                made = Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=linear.bias is not None,
+                    compute_dtype=torch.float32,
+                    quant_type="nf4",
+                )
+                made.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+                if linear.bias is not None:
+                    made.bias = linear.bias
+                setattr(parent, name, made)
+    load.freeze(model)
+
+
+def packed(weighted: bool = False) -> dict[str, Any]:
+    """A row of samples, their prompts unlearnt."""
+    tokens = sum(LENGTHS)
+    ids = torch.randint(3, 300, (1, tokens), generator=torch.Generator().manual_seed(2))
+    ids[0, 5], ids[0, 20] = IDS[0], IDS[1]
+    labels = ids.clone()
+    labels[0, [*range(4), *range(11, 15), *range(28, 33)]] = loss.IGNORED
+    batch = {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        "segments": LENGTHS,
+    }
+    if weighted:
+        batch["loss_weights"] = torch.linspace(0.2, 1.0, tokens)[None]
+    return batch
+
+
+def padded() -> dict[str, Any]:
+    """Two rows, the second one short."""
+    ids = torch.randint(3, 300, (2, 15), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, loss.IGNORED)}
+
+
+def unlearnt() -> dict[str, Any]:
+    """Nothing but prompts."""
+    batch = packed()
+    return batch | {"labels": torch.full_like(batch["labels"], loss.IGNORED)}
+
+
+def step(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    """Forward and backward: the loss, and the gradient of all that is trained."""
+    found = model(**batch, num_items_in_batch=1).loss
+    found.backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient is not None for gradient in trained.values())
+    return float(values(found.detach())), {name: values(grad) for name, grad in trained.items()}
+
+
+def beside(
+    family: str,
+    batch: dict[str, Any],
+    *,
+    four_bit: bool = False,
+    checkpointing: bool = False,
+    **adapter: Any,
+) -> dict[str, Any]:
+    """The same step here and there."""
+
+    def ready(model: Any) -> Any:
+        model = with_adapter(model, **adapter)
+        if checkpointing:
+            load.checkpoint_activations(model.get_base_model(), keep_rng=False)
+        return model
+
+    expected, gradients = step(ready(prepared(family, four_bit=four_bit)), batch)
+    there = prepared(family, four_bit=four_bit)
+    put_on_card(there)
+    with card() as told:
+        model = ready(there)
+        told.waits.clear()
+        moved = {name: OnCard(held) if torch.is_tensor(held) else held for name, held in batch.items()}
+        found, others = step(model, moved)
+    far = max(
+        float((others[name] - gradient).norm() / gradient.norm().clamp(min=1e-9))
+        for name, gradient in gradients.items()
+    )
+    return {
+        "loss": found,
+        "on_cpu": expected,
+        "gradients_differ": far,
+        "refused": told.refused,
+        "waits": told.waits,
+    }
+
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    # gpt-oss counts its experts' tokens in whole numbers, which only a real card can.
+    **{family: partial(beside, family, packed()) for family in FAMILIES if family != "gpt_oss"},
+    "4 bits": partial(beside, "llama", packed(), four_bit=True),
+    "checkpointing": partial(beside, "llama", packed(), four_bit=True, checkpointing=True),
+    "rank-stabilised": partial(beside, "qwen2", packed(), use_rslora=True),
+    "DoRA": partial(beside, "llama", packed(), use_dora=True),
+    "token rows": partial(beside, "qwen3", packed(), rows=True),
+    "weighted tokens": partial(beside, "qwen2", packed(weighted=True)),
+    "padded rows": partial(beside, "llama", padded()),
+    "nothing learnt": partial(beside, "llama", unlearnt(), rows=True),
+}
+
+
+def main() -> None:
+    """Every case, whatever becomes of the others."""
+    set_up()
+    for name, case in CASES.items():
+        try:
+            told = case()
+        except Exception as error:  # it is what is told
+            told = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"case": name} | told), flush=True)
+
+
+if __name__ == "__main__":
+    main()

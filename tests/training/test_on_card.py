@@ -1,0 +1,65 @@
+"""A step of training on a card that is played: the same as on the CPU, nothing mixed, hardly waited for.
+
+No card is needed, and none is replaced: kernels, memory and speed are for ``bench/gpu_acceptance.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+COUNTED = "aten::nonzero loss.py summed_loss"
+"""How many tokens are learnt from has to be known: once a micro-batch."""
+LIBRARYS = "masking_utils.py"
+"""transformers asks whether the mask of padded rows masks anything."""
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, dict[str, Any]]:
+    """What became of each case. In a process of its own, where torch knows of the card."""
+    pytest.importorskip("torch.utils.backend_registration")
+    command = [sys.executable, "-m", "tests.training.on_card"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {case.pop("case"): case for case in map(json.loads, done.stdout.splitlines())}
+
+
+CASES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "mistral",
+    "granite",
+    "cohere",
+    "4 bits",
+    "checkpointing",
+    "rank-stabilised",
+    "DoRA",
+    "token rows",
+    "weighted tokens",
+    "padded rows",
+    "nothing learnt",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_on_a_card_is_that_on_the_cpu(told: dict[str, dict[str, Any]], case: str) -> None:
+    found = told[case]
+    assert "error" not in found, found["error"]
+    assert found["refused"] == []
+    assert found["loss"] == pytest.approx(found["on_cpu"], rel=1e-5)
+    assert found["gradients_differ"] < 1e-4
+    assert [wait for wait in found["waits"] if LIBRARYS not in wait] == [COUNTED]
+
+
+def test_every_case_is_looked_at(told: dict[str, dict[str, Any]]) -> None:
+    assert list(told) == CASES
