@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -44,8 +45,9 @@ def training(model: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loops() -> Iterator[None]:
-    """Two processes that never wait."""
-    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    """Two processes that never wait, and end with this one, however it ends."""
+    spin = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    spinning = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
     try:
         yield
     finally:

@@ -88,7 +88,10 @@ class Series:
         return total
 
     def keep_last(self, most: int) -> None:
-        """Forget all but the last steps."""
+        """Forget all but the last ``most`` steps, 1 at least: a run that is followed is thinned elsewhere.
+
+        The first that is left then stands for all tokens before it in :meth:`seconds`.
+        """
         for column in vars(self).values():
             del column[:-most]
 

@@ -67,10 +67,12 @@ def _blended(file: ThemeFile) -> dict[str, str]:
 
 def _sixteen_colours(dark: bool) -> dict[str, str]:
     ink, page = ("ansi_white", "ansi_black") if dark else ("ansi_black", "ansi_white")
+    muted = "ansi_white" if dark else "ansi_bright_black"
     return {
         "ansi-foreground": ink,
         "ansi-background": page,
-        "text-muted": "ansi_white" if dark else "ansi_bright_black",
+        "text-muted": muted,
+        "text-disabled": muted,
     }
 
 

@@ -36,6 +36,7 @@ TWO_COLOURS = Theme(
     boost=_PAGE,
     variables={
         "text-muted": _INK,
+        "text-disabled": _INK,
         "block-cursor-foreground": _PAGE,
         "block-cursor-background": _INK,
         "block-cursor-blurred-foreground": _INK,

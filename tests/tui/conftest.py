@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from qlora_tui.tui import app, clock, watch
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import train
-from tests.tui.played import BEGAN
+from tests.tui.played import BEGAN, GIB
 
 NOW = BEGAN + 3600.0
 """What the clock shows unless a test sets it."""
@@ -54,3 +57,18 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     set_(NOW)
     return set_
+
+
+class _Memory:
+    total = 32 * GIB
+
+
+@pytest.fixture
+def same_machine(
+    private_home: Path, monkeypatch: pytest.MonkeyPatch, set_clock: Callable[[float], None]
+) -> None:
+    """The same paths, memory, processors and time on every machine."""
+    monkeypatch.setenv("HOME", str(private_home))
+    monkeypatch.setattr(psutil, "virtual_memory", _Memory)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    set_clock(BEGAN + 6000)

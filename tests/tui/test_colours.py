@@ -9,24 +9,28 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 
+from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.themes import load_themes
 from tests.tui.look import colours_of, illegible, styles_of
 from tests.tui.played import BEGAN
 from tests.tui.seeing import shows, text_of, until
-from tests.tui.test_snapshots_runs import (
-    STATES_ONCE,
-    same_machine,
-    three_runs,
-    watching,
-)
+from tests.tui.states import STATES_ONCE, three_runs, watching
 from tests.tui.workstation import config_folder, open_on
 
-__all__ = ["same_machine"]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_machine")]
 
 SIZES = {"80x24": (80, 24), "120x40": (120, 40), "200x60": (200, 60)}
-COLOURS = {"light": "paper", "sixteen": "terminal-dark"}
-TRUECOLOUR = [theme.name for theme in load_themes()[0] if not theme.ansi]
+COLOURS = {
+    "dark": ("harbour", {"truecolor"}),
+    "light": ("paper", {"truecolor"}),
+    "sixteen": ("terminal-dark", {"default", "standard"}),
+}
+"""A theme of each kind, and what its colours may be."""
+_STILL = 6
+"""Looks of a twentieth of a second: three of the app's own, in tests."""
+SHIPPED = {path.stem for path in paths.shipped_dir("themes").glob("*.toml")}
+TRUECOLOUR = [theme.name for theme in load_themes()[0] if not theme.ansi and theme.name in SHIPPED]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -40,22 +44,22 @@ async def test_a_run_in_every_state_at_every_size_in_every_kind_of_colours(
 ) -> None:
     run, now = STATES_ONCE[state]()
     set_clock(now)
+    looks = {}
     app = QloraApp()
     async with app.run_test(size=SIZES[size]) as pilot:
         await watching(run)(pilot)
-        shown, looks = text_of(app), {"dark": styles_of(app)}
-        assert not illegible(app)
-        for name, theme in COLOURS.items():
+        shown = await settled(pilot)
+        for name, (theme, colours) in COLOURS.items():
             await dressed(pilot, theme)
             assert text_of(app) == shown
             assert not illegible(app)
+            assert colours_of(app) and colours_of(app) <= colours
             looks[name] = styles_of(app)
-        assert colours_of(app) <= {"default", "standard"}
     monkeypatch.setenv("NO_COLOR", "1")
     app = QloraApp()
     async with app.run_test(size=SIZES[size]) as pilot:
         await watching(run)(pilot)
-        assert text_of(app) == shown
+        assert await settled(pilot) == shown
         assert not colours_of(app)
         looks["none"] = styles_of(app)
     assert shown == snapshot(name="text")
@@ -64,21 +68,21 @@ async def test_a_run_in_every_state_at_every_size_in_every_kind_of_colours(
 
 
 VISITED = {
-    "home": ("0", "Next"),
+    "home": ("0", "▸ enter"),
     "models": ("1", "On the hub"),
     "data": ("2", "No data yet"),
-    "memory": ("3", "NF4"),
+    "memory": ("3", "▸ NF4"),
     "lora": ("4", "r R rank"),
     "train": ("5", "Not ready"),
-    "runs": ("6", "v Compare"),
-    "a filter": ("6 slash", "Filter"),
+    "runs": ("6", "tickets-a"),
+    "a filter": ("6 slash", "part of a name"),
     "a comparison": ("6 j space space v", "runs compared"),
-    "chat": ("7", "Chat"),
+    "chat": ("7", "Nobody to talk to yet"),
     "sampling": ("7 o", "How to answer"),
     "presets": ("p", "enter opens"),
-    "help": ("question_mark", "Help"),
-    "all keys": ("f1", "Keys"),
-    "a file": ("2 o", "enter"),
+    "help": ("question_mark", "Help: Memory"),
+    "all keys": ("f1", "Help: all keys"),
+    "a file": ("2 o", "tab completes"),
 }
 """Keys, and what is waited for."""
 
@@ -106,4 +110,16 @@ async def dressed(pilot: Pilot[Any], theme: str) -> None:
     if app.theme != theme:
         app.theme = theme
         await until(pilot, lambda: styles_of(app) != before)
-    await pilot.pause(0.2)
+    await settled(pilot)
+
+
+async def settled(pilot: Pilot[Any]) -> str:
+    """The screen's text, once text and colours stay as they are over three looks of the app."""
+    seen: list[tuple[str, str]] = []
+
+    def stays() -> bool:
+        seen.append((text_of(pilot.app), styles_of(pilot.app)))
+        return len(seen) > _STILL and len(set(seen[-_STILL:])) == 1
+
+    await until(pilot, stays)
+    return seen[-1][0]

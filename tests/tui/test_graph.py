@@ -42,8 +42,10 @@ def test_a_thinned_curve_tells_the_extremes_of_every_stretch(
     while len([end for end in whole if end >= low]) > most:
         length *= 2
         whole = list(range(length - 1, len(values), length))
+    # What may hold a value before ``low`` is left out.
+    shown = [end for end in whole if end >= low][int(length > 1 and low > 0) :]
     rest = [len(values) - 1] if len(values) % length and low < len(values) else []
-    assert ends == [end for end in whole if end >= low] + rest
+    assert ends == shown + rest
     for number, end in enumerate(ends):
         part = values[end // length * length : end + 1]
         finite = [value for value in part if math.isfinite(value)]
@@ -138,6 +140,25 @@ def test_a_million_steps_are_drawn_in_milliseconds_once_they_are_known() -> None
         drawn(history.traces()[0], so_far(1e6, 1e6), Axis(0, 1), 160, 40)
         times.append(time.process_time() - began)
     assert min(times) < 0.2, times
+
+
+def test_a_graph_zoomed_past_a_spike_is_rid_of_it() -> None:
+    values = array("d", [2.0]) * 100_000
+    values[50_001] = 90.0
+    history = History()
+    history.extend(range(100_000), values)
+    assert history.traces(50_001)[0].high == history.traces(50_010)[0].high == 2.0
+    assert history.traces(49_000)[0].high == history.traces()[0].high == 90.0
+
+
+def test_each_column_is_drawn_as_it_was_given() -> None:
+    history = History(columns=2)
+    history.extend([1.0, 2.0], [3.0, math.nan], [5.0, 6.0])
+    one, other = history.traces()
+    assert (one.lows, one.broken) == ((3.0, math.inf), (False, True))
+    assert (other.highs, other.broken) == ((5.0, 6.0), (False, False))
+    with pytest.raises(ValueError, match="as long"):
+        history.extend([3.0, 4.0], [1.0, 1.0], [1.0])
 
 
 def test_what_is_kept_of_a_curve_grows_with_the_logarithm_of_its_length() -> None:

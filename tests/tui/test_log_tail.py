@@ -3,7 +3,7 @@ from __future__ import annotations
 from textual.app import App, ComposeResult
 
 from qlora_tui.tui.widgets.log_tail import Entry, LogTail
-from tests.tui.seeing import shows
+from tests.tui.seeing import shows, text_of, until
 
 
 class Bare(App[None]):
@@ -23,4 +23,4 @@ async def test_no_word_is_under_the_scrollbar_of_a_log_that_has_grown_too_long()
         entries += [Entry(None, "info", f"line {n} fills all of its place") for n in range(10, 20)]
         log.show(entries)
         # The whole of the last line, which has gone on to a second.
-        assert (await shows(pilot, "line 19")).rstrip().endswith("place")
+        await until(pilot, lambda: text_of(app).rstrip().endswith("place"))

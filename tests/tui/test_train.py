@@ -17,6 +17,7 @@ from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import State
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import train as train_module
+from qlora_tui.tui.screens import train_follow
 from qlora_tui.tui.screens.train import TrainScreen, show_run
 from qlora_tui.tui.screens.train_checks import Check
 from qlora_tui.tui.screens.train_follow import Follower
@@ -70,16 +71,53 @@ async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> N
     follower = Follower(run)
     assert follower.look().step == 100
     with EventWriter(run.events_path) as log:
+        log.append(_health("plateau", "seen before"))
         log.append(Started(at=BEGAN + 500, attempt=2, pid=1, resumed_from_step=50))
         log.append(_step(51, loss=9.0))
     picture = follower.look()
     assert picture.step == 51
     assert picture.curves.loss.high == 9.0
     assert len(picture.curves.loss.xs) == 51
-    # Its beginning was read a second time and is told once.
+    # Its beginning was read a second time and is told once, and nothing was passed over.
     texts = [entry.text for entry in picture.entries]
     assert len(texts) == len(set(texts))
-    assert follower.look().entries == picture.entries
+    assert texts[-1] == "attempt 2, going on from step 50" and "seen before" in texts[-2]
+    assert len(follower.look().entries) == len(texts)
+
+
+def test_a_run_that_goes_on_where_it_was_paused_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = play(Play(steps=100, state="paused"))
+    follower = Follower(run)
+    follower.look()
+    monkeypatch.setattr(Follower, "_open", lambda self: pytest.fail("it was read again"))
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=BEGAN + 500, attempt=2, pid=1, resumed_from_step=100))
+        log.append(_step(101))
+    assert len(follower.look().curves.loss.xs) == 101
+
+
+def test_a_long_run_that_is_followed_on_is_drawn_as_evenly_as_when_it_was_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train_follow, "LONG_BYTES", 1 << 20)
+    monkeypatch.setattr(train_follow, "_SKETCH_STEPS", 100)
+    run = play(Play(steps=10, total=200_000))
+    follower = Follower(run)
+    with EventWriter(run.events_path) as log:
+        for step in range(11, 20_001):
+            log.append(_step(step))
+        assert follower.look().one_in > 50
+        for step in range(20_001, 24_001):
+            log.append(_step(step))
+            if step % 100 == 0:
+                if step == 22_000:
+                    log.append(_health("plateau", "seen on the way"))
+                picture = follower.look()
+                xs = picture.curves.loss.xs
+                assert picture.step == xs[-1] == step
+                assert len([x for x in xs if x < step / 2]) > len(xs) / 6
+    texts = [entry.text for entry in picture.entries]
+    assert len(texts) == len(set(texts)) and sum("seen on the way" in text for text in texts) == 1
 
 
 async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeApp) -> None:

@@ -87,7 +87,8 @@ class _Thinned:
         self.view = view
         self.history = History(columns=5)
         self.smoother = Smoother()
-        self._last_step = 0
+        self.last_step = 0
+        """Of those taken in."""
         self._drawn: tuple[object, Curves] | None = None
 
     def read(self) -> list[AnyEvent]:
@@ -99,13 +100,13 @@ class _Thinned:
     def take(self) -> None:
         """Take in the steps that the view has beyond those taken before, and leave it the last of them."""
         view, series = self.view, self.view.series
-        new = bisect_right(series.step, self._last_step)
+        new = bisect_right(series.step, self.last_step)
         self.smoother.window = smoothing_window(view.total_steps)
         loss = series.loss[new:]
         rate, norm, speed = (x[new:] for x in (series.learning_rate, series.grad_norm, series.tokens_per_s))
         self.history.extend(series.step[new:], loss, self.smoother.smooth(loss), rate, norm, speed)
         if len(series):
-            self._last_step = series.step[-1]
+            self.last_step = series.step[-1]
         series.keep_last(_KEPT_STEPS)
         del view.samples[:-_MOST_SAMPLES]
 
@@ -130,7 +131,8 @@ class Follower:
         self.from_step = 0.0
         """Where the graphs begin: more than 0 when zoomed to the end of the run."""
         self._thinned: _Thinned | None = None
-        self._sketched = False
+        self._sketched = 0
+        """Steps that were drawn when a long run was opened as a sample; 0 where every step is drawn."""
         self._entries: list[Entry] = []
         self._told = 0
         """Events but steps that were read so far."""
@@ -147,43 +149,47 @@ class Follower:
         self._recent.extend(self._telemetry.poll())
         self._energy.read()
         self._output.read()
-        events = self._read()
-        assert self._thinned is not None
+        thinned, events = self._read()
+        self._thinned = thinned
         self._told += len(events)
         fresh = (event for event in events if self._phases.is_new(event))
-        self._entries += _entries(fresh, self._thinned.view.total_steps)
-        self._tell_unknown(self._thinned.view)
+        self._entries += _entries(fresh, thinned.view.total_steps)
+        self._tell_unknown(thinned.view)
         # A new list, so that whoever shows the old one sees that it was replaced.
         if len(self._entries) > 2 * _MOST_ENTRIES:
             self._entries = self._entries[-_MOST_ENTRIES:]
-        return self._picture(self._thinned)
+        return self._picture(thinned)
 
-    def _read(self) -> list[AnyEvent]:
-        """The events but steps that no look has told yet."""
+    def _read(self) -> tuple[_Thinned, list[AnyEvent]]:
+        """The run as far as it is written, and the events but steps that no look has told yet."""
         if self._thinned is None:
             return self._open()
+        before = self._thinned.last_step
         events = self._thinned.read()
-        if any(isinstance(event, Started) for event in events) and len(self._thinned.history):
-            # This attempt may do steps again that are thinned already.
-            return self._open()[self._told :]
-        return events
+        again = any(isinstance(event, Started) and event.resumed_from_step < before for event in events)
+        # The steps of a sample stand for many, those that came since for one each.
+        uneven = self._sketched and len(self._thinned.history) > 2 * self._sketched
+        if again or uneven:
+            thinned, all_events = self._open()
+            return thinned, all_events[self._told :]
+        return self._thinned, events
 
     def _tell_unknown(self, view: RunView) -> None:
         if view.unknown_events > self._unknown_told:
             self._unknown_told = view.unknown_events
             self._entries.append(Entry(view.status.at, "warning", unknown_lines(view.unknown_events)))
 
-    def _open(self) -> list[AnyEvent]:
-        """The run from its beginning: the events but steps."""
+    def _open(self) -> tuple[_Thinned, list[AnyEvent]]:
+        """The run from its beginning, and its events but steps."""
         path = self.run.events_path
-        self._sketched = path.exists() and path.stat().st_size > LONG_BYTES
-        if not self._sketched:
-            self._thinned = _Thinned(RunView(self.run))
-            return self._thinned.read()
+        if not path.exists() or path.stat().st_size <= LONG_BYTES:
+            thinned = _Thinned(RunView(self.run))
+            return thinned, thinned.read()
         view, events = RunView.sketched(self.run, _SKETCH_STEPS)
-        self._thinned = _Thinned(view)
-        self._thinned.take()
-        return _without_steps(events)
+        thinned = _Thinned(view)
+        thinned.take()
+        self._sketched = len(thinned.history)
+        return thinned, _without_steps(events)
 
     def _picture(self, thinned: _Thinned) -> Picture:
         view, drawn = thinned.view, len(thinned.history)

@@ -93,12 +93,15 @@ class LogTail(ScrollView, can_focus=True):
         self._check_anchor()
 
     def on_resize(self) -> None:
+        self._wrap_anew()
+
+    def _wrap_anew(self) -> None:
         if self._wrapped_at != self.scrollable_content_region.width:
             self._rebuild()
 
     def watch_show_vertical_scrollbar(self) -> None:
         # What has become too long for its place has a column less, and is told no new size.
-        self.on_resize()
+        self._wrap_anew()
 
     def render_line(self, y: int) -> Strip:
         width = self.scrollable_content_region.width

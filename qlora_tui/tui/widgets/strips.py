@@ -34,8 +34,9 @@ def line_strip(widget: Widget, content: Content, width: int) -> Strip:
 
 
 def _placeless(style: Style | None) -> Style | None:
-    if style is None or _PLACE not in style.meta:
+    meta = {} if style is None else style.meta
+    if style is None or _PLACE not in meta:
         return style
+    del meta[_PLACE]
     plain = style.clear_meta_and_links()
-    kept = {name: value for name, value in style.meta.items() if name != _PLACE}
-    return plain + Style(meta=kept) if kept else plain
+    return plain + Style(meta=meta or None, link=style.link) if meta or style.link else plain

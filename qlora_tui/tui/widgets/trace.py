@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from operator import or_
 
 MOST_POINTS = 640
-"""Of a trace: more than any terminal is dots wide."""
+"""Of a trace: about as many as a wide terminal has dots across."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class History:
 
     def __init__(self, columns: int = 1, most: int = MOST_POINTS) -> None:
         self._most = most
+        self._first = math.inf
+        """The x of the first value."""
         self._levels = [_Level(columns)]
         """Stretches of 1, 2, 4, 8… values; each level has the last of its kind."""
 
@@ -54,6 +56,8 @@ class History:
 
     def extend(self, xs: Sequence[float], *columns: Sequence[float]) -> None:
         """Take in the next values. ``xs`` ascend and go on from the last; each column is as long."""
+        if len(xs) and not len(self):
+            self._first = xs[0]
         self._levels[0].extend(xs, [_Extremes.of(values) for values in columns])
         for number, level in enumerate(self._levels, 1):
             if level.count <= self._most:
@@ -64,31 +68,32 @@ class History:
             level.shorten(self._most)
 
     def traces(self, low: float = -math.inf) -> list[Trace]:
-        """Each column from ``low`` on, in the shortest stretches of which there is room for all."""
+        """Each column from ``low`` on, in the shortest stretches of which there is room for all.
+
+        A stretch that may hold values before ``low`` is left out: less than a dot or two.
+        """
         number, start = self._resolution(low)
         level = self._levels[number]
         # What is in no stretch yet: at most one of each shorter kind, the last of an odd number.
         rest = [shorter for shorter in self._levels[:number] if shorter.count % 2]
-        xs = level.xs[start:]
+        xs = tuple(level.xs[start:])
         if rest:
-            xs.append(self._levels[0].xs[-1])
+            xs += (self._levels[0].xs[-1],)
         made = []
         for place, column in enumerate(level.columns):
             shown = column.part(start)
             if rest:
                 shown.extend(_Extremes.over([shorter.columns[place].part(-1) for shorter in rest]))
-            made.append(
-                Trace(tuple(xs), tuple(shown.lows), tuple(shown.highs), tuple(map(bool, shown.broken)))
-            )
+            made.append(Trace(xs, tuple(shown.lows), tuple(shown.highs), tuple(map(bool, shown.broken))))
         return made
 
     def _resolution(self, low: float) -> tuple[int, int]:
-        """The level to draw from, and its first stretch that ends at or after ``low``."""
+        """The level to draw from, and its first stretch to draw."""
         for number, level in enumerate(self._levels):
             start = bisect_left(level.xs, low)
             # A level that has dropped some has more than enough: it begins before the first one shown.
             if len(level.xs) - start <= self._most:
-                return number, start
+                return number, start + (number > 0 and low > self._first)
         raise AssertionError("the last level has all there is")
 
 
@@ -157,6 +162,8 @@ class _Level:
         return self.dropped + len(self.xs)
 
     def extend(self, xs: Sequence[float], columns: Sequence[_Extremes]) -> None:
+        if any(len(more.lows) != len(xs) for more in columns):
+            raise ValueError("a column is not as long as xs")
         self.xs.extend(array("d", xs))
         for column, more in zip(self.columns, columns, strict=True):
             column.extend(more)
