@@ -190,6 +190,15 @@ def collate(
     }
 
 
+def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A micro-batch with its tensors there. The copies go on their own: nobody waits for what a card has yet
+    to do before them."""
+    return {
+        name: held.to(device, non_blocking=True) if torch.is_tensor(held) else held
+        for name, held in batch.items()
+    }
+
+
 def nothing_learnt(batch: dict[str, Any]) -> dict[str, Any]:
     """The same micro-batch without a label: for a process that has none left when the others have one."""
     return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}

@@ -12,7 +12,7 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.training.accuracy import exact_answers, last_hidden_states, likeliest
-from qlora_tui.training.batches import Row, Samples, collate, predictions_in
+from qlora_tui.training.batches import Row, Samples, collate, on_device, predictions_in
 from qlora_tui.training.loss import IGNORED
 
 ANSWER_TOKENS = 96
@@ -54,7 +54,7 @@ def validate(
             batch = collate(rows, samples, kept_apart=kept_apart, pad_id=pad_id, multiple=multiple)
             count = predictions_in(rows, samples)
             if count:
-                tensors = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+                tensors = on_device(batch, device)
                 output = model(**tensors, num_items_in_batch=1)
                 total += float(output.loss)
                 trained += count

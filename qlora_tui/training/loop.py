@@ -33,6 +33,7 @@ from qlora_tui.training.batches import (
     collate,
     micro_batches,
     nothing_learnt,
+    on_device,
     predictions_in,
     tokens_in,
 )
@@ -179,7 +180,7 @@ class RunTrainer(Trainer):
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = model(**self._prepare_inputs(batch), num_items_in_batch=1).loss * share
+                loss = model(**on_device(batch, self.args.device), num_items_in_batch=1).loss * share
                 self.accelerator.backward(loss)
             total += loss.detach()
         self.step_tokens = inputs["tokens"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qlora_tui.training.batches import Row, Samples, Schedule, computed_tokens, micro_batches
+from qlora_tui.training.batches import Row, Samples, Schedule, computed_tokens, micro_batches, on_device
 from qlora_tui.training.loop import RunTrainer
 
 
@@ -34,7 +34,7 @@ def probe(trainer: RunTrainer, rows: list[Row], *, fresh: bool) -> None:
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         model.train()
-        loss = model(**trainer._prepare_inputs(batch), num_items_in_batch=1).loss
+        loss = model(**on_device(batch, trainer.args.device), num_items_in_batch=1).loss
         loss = loss / max(1, int((batch["labels"][:, 1:] >= 0).sum()))
         loss.backward()
         if fresh:

@@ -126,18 +126,20 @@ class _Lookup(torch.autograd.Function):
         out: Tensor = base(x)
         where = x.reshape(-1, 1) == ids
         # Gemma's embedding multiplies what it finds.
-        scale = torch.as_tensor(getattr(base, "embed_scale", 1.0), dtype=out.dtype, device=out.device)
+        scale = getattr(base, "embed_scale", 1.0)
+        if isinstance(scale, Tensor):
+            scale = scale.to(out.dtype)
         flat = out.view(-1, out.shape[-1]).masked_fill_(where.any(1, keepdim=True), 0)
         flat.addmm_(where.to(out.dtype), values.to(out.dtype) * scale)
-        ctx.save_for_backward(where, scale)
-        ctx.dtype = values.dtype
+        ctx.save_for_backward(where)
+        ctx.scale, ctx.dtype = scale, values.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, None, None]:
-        where, scale = ctx.saved_tensors
+        (where,) = ctx.saved_tensors
         grad = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        return None, (where.t().to(grad.dtype) @ grad).to(ctx.dtype) * scale, None, None
+        return None, (where.t().to(grad.dtype) @ grad).to(ctx.dtype) * ctx.scale, None, None
 
 
 def _has_bias(head: Any) -> bool:

@@ -22,9 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 KIND, CARD = "card", "card:0"
-_MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put", "aten::_index_put_impl")
-"""A copy to or from the card, and places given from the CPU."""
-_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
+_COPIES = ("aten::copy_", "aten::_to_copy")
+_WAITS = (
+    *("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::bincount"),
+    *("aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave"),
+)
 """What has to know a value: the CPU stands until the card has come so far."""
 
 
@@ -67,7 +69,7 @@ class Told:
 def card() -> Iterator[Told]:
     """Within it tensors may be made on the card."""
     told = Told()
-    with _FromNumbers(), _Operations(told):
+    with _FromNumbers(told), _Operations(told):
         yield told
 
 
@@ -83,14 +85,15 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 class _FromNumbers(TorchFunctionMode):
     """Tensors made of Python's numbers: torch makes them without asking a dispatch mode."""
 
+    def __init__(self, told: Told) -> None:
+        super().__init__()
+        self._told = told
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if (
-            func in (torch.tensor, torch.as_tensor)
-            and device is not None
-            and torch.device(device).type == KIND
-        ):
+        made = func in (torch.tensor, torch.as_tensor)
+        if made and _is_card(kwargs.get("device")) and not isinstance(args[0], Tensor):
+            self._told.waits.append(f"{func.__name__} {_asked_by()}")
             return OnCard(func(*args, **kwargs | {"device": "cpu"}))
         if func is Tensor.__getitem__ and isinstance(args[1], list):
             return args[0][torch.tensor(args[1])]
@@ -145,20 +148,19 @@ def _state_moved(state: Any) -> Any:
 
 def _run(func: Any, args: Any, kwargs: Any, told: Told) -> Any:
     name = func._schema.name
-    device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
+    device = kwargs.get("device")
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    on_card = [tensor for tensor in given if isinstance(tensor, OnCard)]
-    if on_card:
-        if _mixes(name, given):
-            told.refused.append(f"{name} {_asked_by()}")
-        if name in _WAITS or _leaves(name, device, args) or _counts_out(name, given):
-            told.waits.append(f"{name} {_asked_by()}")
-    plain = dict(kwargs, device="cpu") if device is not None else kwargs
+    on_card = any(isinstance(tensor, OnCard) for tensor in given)
+    if on_card and _mixes(func, name, args, given, _written(func, args, kwargs)):
+        told.refused.append(f"{name} {_asked_by()}")
+    if _waits(name, args, kwargs, on_card=on_card):
+        told.waits.append(f"{name} {_asked_by()}")
+    plain = dict(kwargs, device="cpu") if _is_card(device) else kwargs
     made = func(*tree_map(values_of, args), **tree_map(values_of, plain))
     written = _written(func, args, kwargs)
     if written is not None:
-        return written
-    stays = device.type == KIND if device is not None else bool(on_card)
+        return written if len(func._schema.returns) == 1 else None
+    stays = on_card if device is None else _is_card(device)
     return tree_map(lambda x: OnCard(x) if stays and isinstance(x, Tensor) else x, made)
 
 
@@ -167,30 +169,48 @@ def values_of(leaf: Any) -> Any:
     return values(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def _mixes(name: str, given: list[Tensor]) -> bool:
-    """Whether tensors of both are computed with. A number is taken from anywhere."""
-    may = name.rstrip("_") in _MAY_MIX
-    return not may and any(not isinstance(tensor, OnCard) and tensor.dim() for tensor in given)
+def _is_card(device: Any) -> bool:
+    return device is not None and torch.device(device).type == KIND
 
 
-def _leaves(name: str, device: torch.device | None, args: Any) -> bool:
-    """Whether values are taken to the CPU."""
-    copied = name == "aten::copy_" and not isinstance(args[0], OnCard)
-    return copied or (device is not None and device.type == "cpu")
+def _mixes(func: Any, name: str, args: Any, given: list[Tensor], written: Tensor | None) -> bool:
+    """Whether tensors of both are computed with, some of them on the card."""
+    if name in _COPIES:
+        return False
+    if written is not None and not isinstance(written, OnCard):
+        return True
+    if "index_put" in name or name in ("aten::index", "aten::_unsafe_index"):
+        # Places may be given from the CPU; what they are places of may not, nor what is put there.
+        given = [args[0], *args[2:3]]
+    numbers = torch.Tag.pointwise in func.tags or "index_put" in name
+    return any(not isinstance(tensor, OnCard) and not (numbers and tensor.dim() == 0) for tensor in given)
 
 
-def _counts_out(name: str, given: list[Tensor]) -> bool:
-    """An index of true and false: how many are true has to be known."""
-    return name.startswith("aten::index") and any(tensor.dtype == torch.bool for tensor in given[1:])
+def _waits(name: str, args: Any, kwargs: Any, *, on_card: bool) -> bool:
+    """Whether the CPU stands still: for a value, or for a copy that was not told to go on its own."""
+    if name == "aten::copy_":
+        there, here = (isinstance(tensor, OnCard) for tensor in args[:2])
+        return there != here and not (there and _on_its_own(args[2:], kwargs))
+    if name == "aten::_to_copy" and kwargs.get("device") is not None:
+        comes = _is_card(kwargs["device"])
+        return comes != on_card and not (comes and _on_its_own((), kwargs))
+    counts_out = "index" in name and any(
+        isinstance(index, Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1:2])
+    )
+    return on_card and (name in _WAITS or counts_out)
+
+
+def _on_its_own(args: Any, kwargs: Any) -> bool:
+    return bool(kwargs.get("non_blocking") or any(args))
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation in place gives back: the tensor it was given."""
+    """What an operation in place writes to, and gives back."""
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             held = args[place] if place < len(args) else kwargs.get(argument.name)
             if isinstance(held, Tensor):
-                return held if len(func._schema.returns) == 1 else None
+                return held
     return None
 
 

@@ -6,6 +6,7 @@ in it; a picture holds what is shown and no more.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -88,7 +89,10 @@ class _Thinned:
         self.history = History(columns=5)
         self.smoother = Smoother()
         self.last_step = 0
-        """Of those taken in."""
+        """Of those looked at."""
+        self.one_in = 1
+        """Of so many steps one is taken in from now on; those that are no number are in any case."""
+        self._due = 0
         self._drawn: tuple[object, Curves] | None = None
 
     def read(self) -> list[AnyEvent]:
@@ -100,15 +104,25 @@ class _Thinned:
     def take(self) -> None:
         """Take in the steps that the view has beyond those taken before, and leave it the last of them."""
         view, series = self.view, self.view.series
-        new = bisect_right(series.step, self.last_step)
+        new = self._taken_in(bisect_right(series.step, self.last_step))
         self.smoother.window = smoothing_window(view.total_steps)
-        loss = series.loss[new:]
-        rate, norm, speed = (x[new:] for x in (series.learning_rate, series.grad_norm, series.tokens_per_s))
-        self.history.extend(series.step[new:], loss, self.smoother.smooth(loss), rate, norm, speed)
+        columns = (series.step, series.loss, series.learning_rate, series.grad_norm, series.tokens_per_s)
+        steps, loss, *others = ([column[at] for at in new] for column in columns)
+        self.history.extend(steps, loss, self.smoother.smooth(loss), *others)
         if len(series):
             self.last_step = series.step[-1]
         series.keep_last(_KEPT_STEPS)
         del view.samples[:-_MOST_SAMPLES]
+
+    def _taken_in(self, first: int) -> list[int]:
+        """Which of the view's steps, of those from index ``first`` on."""
+        series = self.view.series
+        taken = []
+        for at in range(first, len(series)):
+            if series.step[at] >= self._due or not math.isfinite(series.loss[at]):
+                taken.append(at)
+                self._due = series.step[at] + self.one_in
+        return taken
 
     def curves(self, from_step: float) -> Curves:
         """As they were, where nothing has changed."""
@@ -131,8 +145,6 @@ class Follower:
         self.from_step = 0.0
         """Where the graphs begin: more than 0 when zoomed to the end of the run."""
         self._thinned: _Thinned | None = None
-        self._sketched = 0
-        """Steps that were drawn when a long run was opened as a sample; 0 where every step is drawn."""
         self._entries: list[Entry] = []
         self._told = 0
         """Events but steps that were read so far."""
@@ -166,10 +178,8 @@ class Follower:
             return self._open()
         before = self._thinned.last_step
         events = self._thinned.read()
-        again = any(isinstance(event, Started) and event.resumed_from_step < before for event in events)
-        # The steps of a sample stand for many, those that came since for one each.
-        uneven = self._sketched and len(self._thinned.history) > 2 * self._sketched
-        if again or uneven:
+        if any(isinstance(event, Started) and event.resumed_from_step < before for event in events):
+            # This attempt does steps again that are thinned already.
             thinned, all_events = self._open()
             return thinned, all_events[self._told :]
         return self._thinned, events
@@ -188,11 +198,12 @@ class Follower:
         view, events = RunView.sketched(self.run, _SKETCH_STEPS)
         thinned = _Thinned(view)
         thinned.take()
-        self._sketched = len(thinned.history)
+        # So that the steps to come are drawn as densely as those of the sample.
+        thinned.one_in = max(1, round(thinned.last_step / max(1, len(thinned.history))))
         return thinned, _without_steps(events)
 
     def _picture(self, thinned: _Thinned) -> Picture:
-        view, drawn = thinned.view, len(thinned.history)
+        view = thinned.view
         series = view.series
         last = (
             (series.learning_rate[-1], series.grad_norm[-1], series.tokens_per_s[-1])
@@ -205,7 +216,7 @@ class Follower:
             curves=thinned.curves(self.from_step),
             step=view.step,
             epoch=series.epoch[-1] if len(series) else 0.0,
-            losses=(view.loss, thinned.smoother.mean if drawn else None),
+            losses=(view.loss, thinned.smoother.mean if len(thinned.history) else None),
             last=last,
             evaluations=tuple(view.evaluations),
             best=view.best,
@@ -217,7 +228,7 @@ class Follower:
             energy_kwh=self._energy.kwh,
             seconds_left=view.seconds_left,
             remedy=remedy(view.status.state, view.health, view.ending, self._recipe),
-            one_in=max(1, round(view.step / drawn)) if self._sketched and drawn else 1,
+            one_in=thinned.one_in,
         )
 
 
