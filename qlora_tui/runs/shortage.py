@@ -32,7 +32,7 @@ def what_would_fit(recipe: Recipe) -> str:
     except Problem:
         return ""
     if not changes:
-        return "No change of settings is known to be enough: it takes a smaller model or a larger card."
+        return "No change of settings is known to be enough: it takes a smaller model or more memory."
     change = changes[0]
     cost = f" ({change.cost})" if change.cost else ""
     saved = size(whole - change.estimate.process_bytes)

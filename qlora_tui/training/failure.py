@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import re
 import time
 
 from qlora_tui.errors import Problem
+from qlora_tui.format import size
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
@@ -19,6 +21,9 @@ _MEMORY_WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "Cannot allocate memory",
 )
+_ONEDNN_MESSAGES = ("could not create a primitive", "could not create a memory object")
+"""All that oneDNN says of it, word for word: what it cannot do it says at greater length."""
+_CPU_ASKED = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
 _FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 
@@ -58,7 +63,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory, the card's or the machine's, was what lacked."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _MEMORY_WORDS)
+    said = str(error)
+    told = any(word in said for word in _MEMORY_WORDS) or said.strip() in _ONEDNN_MESSAGES
+    return isinstance(error, RuntimeError) and told
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -83,10 +90,18 @@ def _out_of_memory(
     return Failed(
         at=now,
         title="Out of memory",
-        what=lines[0] if lines else "The machine had no more memory to give.",
+        what=_asked_for(lines[0] if lines else ""),
         why=why,
         fix=(recipe and what_would_fit(recipe))
         or "Lower training.micro_batch or data.max_length, or turn training.gradient_checkpointing on.",
         kind="out_of_memory",
         exit_code=1,
     )
+
+
+def _asked_for(said: str) -> str:
+    """What torch said, where a person can read it: on a card. On a CPU, how much it asked for."""
+    asked = _CPU_ASKED.search(said)
+    if asked:
+        return f"It asked for {size(int(asked[1]))} more, and the machine had no more memory to give."
+    return "The machine had no more memory to give." if said in ("", *_ONEDNN_MESSAGES) else said

@@ -1,7 +1,9 @@
-"""A real run, recorded: SmolLM2-135M with NF4 on the demo's conversations, 81 steps on two CPU cores.
+"""Real runs, recorded: SmolLM2-135M with NF4 on the demo's conversations, on two CPU cores.
 
-Made by the project's own trainer; only the folders of model and data were renamed, and of the telemetry the
-last 300 seconds are kept.
+One of 81 steps that ended well; one in float16 that was asked for a learning rate of 1 and lost its numbers;
+one that might hold 1.06 GB of data (``prlimit --data``), and had too little with every smaller micro-batch
+and with checkpointing. Made by the project's own trainer; only folders were renamed, and of the telemetry the
+last 300 lines are kept, of the log the end.
 """
 
 from __future__ import annotations
@@ -15,19 +17,21 @@ from qlora_tui import paths
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Step, decode
 from qlora_tui.runs.process import ProcessMark
-from qlora_tui.runs.status import Status, write_status
+from qlora_tui.runs.status import Status, read_status, write_status
 
 NAME = "smollm2-135m-demo-20261124-1609"
 STEPS = 81
 ENDED = 1_795_538_085.3
 """24 November 2026, 16:34:45 UTC."""
+NOT_A_NUMBER, NO_MEMORY = "smollm2-135m-demo-20261125-2000", "smollm2-135m-demo-20261125-2010"
 
 
-def recorded_run() -> RunDir:
+def recorded_run(name: str = NAME) -> RunDir:
     """The run, copied to where runs are kept."""
-    run = RunDir(paths.runs_dir() / NAME)
-    shutil.copytree(Path(__file__).parent / "recordings" / NAME, run.path)
-    os.utime(run.recipe_path, (ENDED - 1500, ENDED - 1500))
+    run = RunDir(paths.runs_dir() / name)
+    shutil.copytree(Path(__file__).parent / "recordings" / name, run.path)
+    began = read_status(run).at - 1500
+    os.utime(run.recipe_path, (began, began))
     return run
 
 

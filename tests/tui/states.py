@@ -14,10 +14,11 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Step
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.process import ProcessMark, mark
+from qlora_tui.runs.status import read_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import show_run
 from tests.tui.played import BEGAN, TICKETS, Play, play
-from tests.tui.recorded import ENDED, recorded_run, recorded_until
+from tests.tui.recorded import ENDED, NO_MEMORY, NOT_A_NUMBER, recorded_run, recorded_until
 from tests.tui.seeing import shows
 
 
@@ -70,11 +71,16 @@ def finished() -> tuple[RunDir, float]:
 
 
 def not_a_number() -> tuple[RunDir, float]:
-    return play(STATES["nan"][0]), BEGAN + 6000
+    return _ten_minutes_later(NOT_A_NUMBER)
 
 
 def no_memory() -> tuple[RunDir, float]:
-    return play(STATES["failed"][0]), BEGAN + 6000
+    return _ten_minutes_later(NO_MEMORY)
+
+
+def _ten_minutes_later(name: str) -> tuple[RunDir, float]:
+    run = recorded_run(name)
+    return run, read_status(run).at + 600
 
 
 def a_million() -> tuple[RunDir, float]:
