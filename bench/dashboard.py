@@ -53,7 +53,7 @@ main([])
 """The app, looking 33 times a second: an eight-hour session of minutes has more looks so."""
 
 MOST_BYTES_PER_S, MOST_CPU_PERCENT, MOST_MEMORY_MB = 3000.0, 5.0, 100.0
-MOST_GROWN_MB = 5.0
+MOST_GROWN_MB = 3.0
 """From the first quarter of an hour to the eighth hour: what is left of bounded caches, and holes."""
 MOST_KEY_MS, MOST_BEHIND_S = 100.0, 1.0
 
