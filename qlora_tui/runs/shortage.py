@@ -10,6 +10,7 @@ from qlora_tui.errors import Problem
 from qlora_tui.format import size
 from qlora_tui.memory import cheapest_changes, estimate
 from qlora_tui.memory.room import room_here
+from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Recipe
 
 _CGROUPS = Path("/proc/self/cgroup")
@@ -29,8 +30,12 @@ def what_would_fit(recipe: Recipe) -> str:
         whole = estimate(recipe, architecture, device=room.device).process_bytes
         available = min(room.bytes, round(whole * (1 - _LEAST_SAVING)))
         changes = cheapest_changes(recipe, architecture, available, device=room.device)
+        lean = with_value(recipe, "training.gradient_checkpointing", True)
+        lean_bytes = estimate(lean, architecture, device=room.device).process_bytes
     except Problem:
         return ""
+    if not changes and lean_bytes < whole:
+        return f"Checkpointing activations saves {size(whole - lean_bytes)}, which may not be enough."
     if not changes:
         return "No change of settings is known to be enough: it takes a smaller model or more memory."
     change = changes[0]

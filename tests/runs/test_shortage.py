@@ -9,15 +9,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs import shortage
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.endings import how_it_ended
 from qlora_tui.runs.events import Failed, Started
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.telemetry import Sample, encode
+from tests.tui.workstation import config_of
 
 GROUPS = Path("/sys/fs/cgroup/memory")
 CHILD = """
@@ -84,3 +89,14 @@ def test_who_was_killed_for_memory_is_told_with_what_it_held(run: RunDir) -> Non
     # Another process was the one chosen: a trainer ended by another signal was not.
     other = how_it_ended(run, -signal.SIGTERM, host_out_of_memory=True)
     assert isinstance(other, Failed) and other.kind == "killed"
+
+
+def test_before_nothing_is_said_to_help_checkpointing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = SimpleNamespace(architecture=read_architecture(config_of("HuggingFaceTB__SmolLM2-135M")))
+    monkeypatch.setattr(shortage, "resolve", lambda id_: files)
+    monkeypatch.setattr(shortage, "cheapest_changes", lambda *args, **kwargs: [])
+    recipe = Recipe(model=Model(id="smollm2"))
+    held = with_value(recipe, "training.gradient_checkpointing", False)
+    assert shortage.what_would_fit(held).startswith("Checkpointing activations saves ")
+    lean = with_value(recipe, "training.gradient_checkpointing", True)
+    assert shortage.what_would_fit(lean).startswith("No change of settings is known to be enough")
