@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ from tests.gpu.stub import play_in_this_process
 
 # Tests run side by side: threads that spin while they wait would take each other's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A script's background job, and ``nohup``, start their children deaf to these, and theirs in turn.
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
 
 
 @pytest.fixture(autouse=True)
