@@ -30,18 +30,22 @@ def what_would_fit(recipe: Recipe) -> str:
         whole = estimate(recipe, architecture, device=room.device).process_bytes
         available = min(room.bytes, round(whole * (1 - _LEAST_SAVING)))
         changes = cheapest_changes(recipe, architecture, available, device=room.device)
-        lean = with_value(recipe, "training.gradient_checkpointing", True)
-        lean_bytes = estimate(lean, architecture, device=room.device).process_bytes
+        if not changes:
+            lean = with_value(recipe, "training.gradient_checkpointing", True)
+            return _at_most(whole - estimate(lean, architecture, device=room.device).process_bytes)
     except Problem:
         return ""
-    if not changes and lean_bytes < whole:
-        return f"Checkpointing activations saves {size(whole - lean_bytes)}, which may not be enough."
-    if not changes:
-        return "No change of settings is known to be enough: it takes a smaller model or more memory."
     change = changes[0]
     cost = f" ({change.cost})" if change.cost else ""
     saved = size(whole - change.estimate.process_bytes)
     return f"The cheapest change that should fit: {change.label}{cost} saves {saved}."
+
+
+def _at_most(saved_bytes: int) -> str:
+    """Where nothing is known to be enough: what checkpointing would save, which is tried in any case."""
+    if saved_bytes > 0:
+        return f"Checkpointing activations saves {size(saved_bytes)}, which may not be enough."
+    return "No change of settings is known to be enough: it takes a smaller model or more memory."
 
 
 def host_oom_kills() -> int:

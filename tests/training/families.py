@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.recipe.schema import Lora
+from qlora_tui.training.adapter import add_lora
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 300,
@@ -32,6 +37,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 4, "head_dim": 16, "sliding_window": 8},
 }
 """``model_type``: settings. Sliding windows are shorter than the samples of the tests."""
+
+
+def with_adapter(model: Any, token_ids: Sequence[int] = (), **lora: Any) -> Any:
+    """The model with an adapter of rank 4 that changes it; ``token_ids``: whose rows are trained too."""
+    torch.manual_seed(1)
+    settings = Lora(rank=4, **lora)
+    adapted = add_lora(model, settings, read_architecture(model.config.to_dict()), token_ids)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted
 
 
 def build(model_type: str, **settings: Any) -> Any:

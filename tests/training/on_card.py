@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.recipe.schema import Lora
 from qlora_tui.training import checks, load, loss
-from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.batches import on_device
 from qlora_tui.training.lean import linear
-from tests.training.families import FAMILIES, build
+from tests.training.families import FAMILIES, build, with_adapter
 from tests.training.played_card import CARD, card, put_on_card, set_up, values
 
 LENGTHS = [11, 17, 12]
@@ -35,17 +32,6 @@ def prepared(model_type: str, *, four_bit: bool = False) -> Any:
     loss.use_chunked_loss(model, head)
     loss.use_segments(model, by_mask=True)
     return model
-
-
-def with_adapter(model: Any, rows: bool = False, **lora: Any) -> Any:
-    """The same with an adapter that changes it."""
-    torch.manual_seed(1)
-    settings = Lora(rank=4, **lora)
-    model = add_lora(model, settings, read_architecture(model.config.to_dict()), IDS if rows else ())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.train()
 
 
 def quantize(model: Any) -> None:
@@ -116,12 +102,13 @@ def beside(
     *,
     four_bit: bool = False,
     checkpointing: bool = False,
+    rows: bool = False,
     **adapter: Any,
 ) -> dict[str, Any]:
     """The same step here and there."""
 
     def ready(model: Any) -> Any:
-        model = with_adapter(model, **adapter)
+        model = with_adapter(model, IDS if rows else (), **adapter).train()
         if checkpointing:
             load.checkpoint_activations(model.get_base_model(), keep_rng=False)
         return model

@@ -26,7 +26,7 @@ from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.load import checkpoint_activations
 from qlora_tui.training.loop import load_adapter, save_adapter
 from tests.training.conftest import MakeRecipe, Trainers
-from tests.training.families import build
+from tests.training.families import build, with_adapter
 from tests.training.test_numerics import close, labelled
 from tests.training.test_resume import EXACT, interrupted_at
 from tests.training.tiny import make_tiny_model
@@ -49,12 +49,7 @@ def faint(model_type: str, *, tied: bool) -> Any:
 
 
 def adapted(model: Any) -> Any:
-    torch.manual_seed(1)
-    adapter = add_lora(model, Lora(rank=4), read_architecture(model.config.to_dict()), IDS)
-    for name, parameter in adapter.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return adapter
+    return with_adapter(model, IDS)
 
 
 def row_parameters(model: Any) -> Iterator[tuple[str, Any]]:
