@@ -7,13 +7,13 @@ keeps in all. Both are made again from gate and up in the backward, for two elem
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from qlora_tui.training.lean.linear import Adapter, Weight, active_adapter, backward, forward, plain_weight
+from qlora_tui.training.lean.replace import replace_forward
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -50,7 +50,7 @@ def _replace_forward(mlp: Any, weight: Weight, known: dict[type[nn.Module], bool
         )
         return made
 
-    mlp.forward = MethodType(forward, mlp)
+    replace_forward(mlp, forward, "mlp")
 
 
 @torch.no_grad()

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from qlora_tui.training.lean.replace import replace_forward
 
 _WORDS = 4
 """Decisions to drop or keep from one 64-bit random number."""
@@ -64,7 +65,7 @@ def _replace_forward(module: Any, weight: Weight) -> None:
         made: Tensor = _LeanLinear.apply(x, adapter.a, adapter.b, adapter)  # type: ignore[no-untyped-call]
         return made
 
-    module.forward = MethodType(forward, module)
+    replace_forward(module, forward, "lora")
 
 
 def active_adapter(module: Any, base: nn.Module, weight: Weight) -> Adapter | None:
