@@ -6,14 +6,14 @@ transformers writes it out, a tensor a step, and keeps the input's fp32 copy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-_AS_NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Share of the largest output by which rounding may set two ways apart."""
+from qlora_tui.training.agreement import rounds_alike
+from qlora_tui.training.lean.replace import replace_forward, restore_forwards
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ def use_lean_norms(model: nn.Module) -> None:
             _replace_forward(module, form)
 
 
+def restore_norms(model: nn.Module) -> int:
+    """Undo :func:`use_lean_norms`; the number of norms that compute as the library writes them again."""
+    return restore_forwards(model, "norms")
+
+
 def _replace_forward(norm: Any, form: Form) -> None:
     stock, eps = norm.forward, _eps_of(norm)
 
@@ -45,7 +50,7 @@ def _replace_forward(norm: Any, form: Form) -> None:
         made: Tensor = _LeanNorm.apply(x, self.weight, eps, form)  # type: ignore[no-untyped-call]
         return made
 
-    norm.forward = MethodType(forward, norm)
+    replace_forward(norm, forward, "norms")
 
 
 def _eps_of(norm: Any) -> Any:
@@ -54,26 +59,40 @@ def _eps_of(norm: Any) -> Any:
 
 @torch.no_grad()
 def _form_of(norm: Any) -> Form | None:
-    """The form that gives what the module gives, tried on two rows; None where none does."""
+    """The one form that computes what the module computes; None where none does, or several do.
+
+    Trained weights may hide the form (Gemma's reach 1,656, where 1 more is below bfloat16's resolution), so
+    the module is also run with weights between -3 and 3 in place of its own.
+    """
     weight, eps = getattr(norm, "weight", None), _eps_of(norm)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return None
     if weight.requires_grad or sum(1 for _ in norm.parameters()) != 1:
         return None
-    if weight.is_meta:  # all keep the same
+    if weight.is_meta:  # every form keeps the same for the backward
         return _FORMS[0]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, len(weight), generator=generator).mul_(3).to(weight.device, weight.dtype)
-    expected = norm(x)
-    for form in _FORMS:
-        found, _ = _normed(x, weight, eps, form)
-        if found.dtype == expected.dtype and _is_near(found, expected):
-            return form
-    return None
+    x = _example_rows(len(weight), eps).to(weight.device, weight.dtype)
+    matching = set(_distinct_forms(weight.dtype))
+    for values in (torch.linspace(-3, 3, len(weight)).to(weight), weight):
+        expected = functional_call(norm, {"weight": values}, (x,))
+        matching = {form for form in matching if rounds_alike(_normed(x, values, eps, form)[0], expected)}
+    return matching.pop() if len(matching) == 1 else None
 
 
-def _is_near(found: Tensor, expected: Tensor) -> bool:
-    return float((found - expected).abs().max()) <= _AS_NEAR[found.dtype] * float(expected.abs().max())
+def _distinct_forms(dtype: torch.dtype) -> tuple[Form, ...]:
+    """The forms that differ in ``dtype``: in float32 it is no matter when the product is cast."""
+    return _FORMS[1:] if dtype == torch.float32 else _FORMS
+
+
+def _example_rows(width: int, eps: float) -> Tensor:
+    """Inputs (4, width) that tell forms apart: one of usual size, one with a few massive channels, one of a
+    mean far from 0, one so small that epsilon is half of what its root is taken of."""
+    rows = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+    rows[0] *= 3
+    rows[1, :: max(width // 3, 1)] *= 1000
+    rows[2] += 2
+    rows[3] *= max(eps, 1e-9) ** 0.5
+    return rows
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
@@ -83,7 +102,9 @@ def _normed(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, 
     wide = x.to(torch.float32, copy=True).mul_(spread)
     if form.in_float:
         return wide.mul_(_factor(weight, form)).to(x.dtype), spread
-    return wide.to(x.dtype).mul_(weight), spread
+    narrow = wide.to(x.dtype)
+    # A weight of more bits than the input widens the output.
+    return narrow.mul_(weight) if weight.dtype == x.dtype else narrow * weight, spread
 
 
 def _factor(weight: Tensor, form: Form) -> Tensor:

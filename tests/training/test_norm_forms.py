@@ -1,0 +1,150 @@
+"""Which RMSNorm modules are computed by our own function, under weights as trained models have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora_tui.training.lean import norm
+from tests.training.families import FAMILIES, build
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+WIDTH = 640
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMS = [norm.Form(), norm.Form(in_float=True), norm.Form(offset=1.0, in_float=True)]
+Formula = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def trained_weights(width: int, dtype: torch.dtype) -> Tensor:
+    """As Gemma-3-270M's norms after the feed-forward: many of 1 to 10, some in the hundreds, one of 1,656."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(width, generator=generator).mul_(1.5).exp_()
+    weight[:: width // 8 or 1] *= 50
+    weight[width // 2] = 1656.0
+    return weight.to(dtype)
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def llama(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * unit(x, eps).to(x.dtype)
+
+
+def olmo2(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (weight * unit(x, eps)).to(x.dtype)
+
+
+def gemma(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (unit(x, eps) * (1.0 + weight.float())).type_as(x)
+
+
+RIGHT: dict[Formula, norm.Form] = dict(zip([llama, olmo2, gemma], FORMS, strict=True))
+MUTANTS: dict[str, Formula] = {
+    "epsilon ten times as large": lambda x, weight, eps: llama(x, weight, 10 * eps),
+    "epsilon twice as large": lambda x, weight, eps: gemma(x, weight, 2 * eps),
+    "no epsilon": lambda x, weight, eps: olmo2(x, weight, 0.0),
+    "epsilon outside the root": lambda x, weight, eps: (
+        weight * (x.float() / (x.float().pow(2).mean(-1, keepdim=True).sqrt() + eps)).to(x.dtype)
+    ),
+    "offset of 0.5": lambda x, weight, eps: (unit(x, eps) * (0.5 + weight.float())).type_as(x),
+    "offset of 1.01": lambda x, weight, eps: (unit(x, eps) * (1.01 + weight.float())).type_as(x),
+    "offset in the weight's dtype, then 16 bits": lambda x, weight, eps: (
+        (1.0 + 2.0**-5 + weight) * unit(x, eps).to(x.dtype)
+    ),
+    "mean subtracted": lambda x, weight, eps: llama(x - x.mean(-1, keepdim=True), weight, eps),
+    "weight left out": lambda x, weight, eps: unit(x, eps).to(x.dtype),
+    "scale of 0.99": lambda x, weight, eps: (0.99 * weight * unit(x, eps)).to(x.dtype),
+    "halves on their own": lambda x, weight, eps: torch.cat(
+        [llama(half, w, eps) for half, w in zip(x.chunk(2, -1), weight.chunk(2), strict=True)], dim=-1
+    ),
+    "one channel left out of 640": lambda x, weight, eps: llama(x, weight, eps).index_fill(
+        -1, torch.tensor([3]), 0.0
+    ),
+}
+
+
+class FormulaRMSNorm(nn.Module):
+    """One that computes by ``formula``, with weights as a trained model has them."""
+
+    def __init__(self, formula: Formula, dtype: torch.dtype, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.formula, self.eps = formula, eps
+        self.weight = nn.Parameter(trained_weights(WIDTH, dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(x, self.weight, self.eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("formula", RIGHT, ids=lambda formula: formula.__name__)
+def test_the_form_is_known_under_weights_that_hide_it(formula: Formula, dtype: torch.dtype) -> None:
+    found = norm._form_of(FormulaRMSNorm(formula, dtype))
+    expected = RIGHT[formula]
+    if dtype == torch.float32:  # where the product is cast makes no difference
+        assert found is not None and found.offset == expected.offset
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_norm_of_another_formula_stays_the_librarys(name: str, dtype: torch.dtype) -> None:
+    assert norm._form_of(FormulaRMSNorm(MUTANTS[name], dtype)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_form_is_taken_where_two_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "_distinct_forms", lambda dtype: (FORMS[0], norm.Form(offset=1e-30)))
+    assert norm._form_of(FormulaRMSNorm(llama, dtype)) is None
+
+
+def test_a_norm_is_restored_to_the_librarys_forward() -> None:
+    model = nn.Sequential(FormulaRMSNorm(gemma, torch.float32), nn.Linear(WIDTH, 4))
+    norm.use_lean_norms(model)
+    assert "forward" in vars(model[0])
+    assert norm.restore_norms(model) == 1
+    assert "forward" not in vars(model[0]) and norm.restore_norms(model) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_familys_trained_norms_give_the_librarys_values(model_type: str, dtype: torch.dtype) -> None:
+    model = build(model_type).to(dtype)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    for module in norms:
+        module.weight.copy_(trained_weights(len(module.weight), dtype))
+    rows = [heavy_rows(len(m.weight), dtype) for m in norms]
+    expected = [value_and_gradient(m, x) for m, x in zip(norms, rows, strict=True)]
+    norm.use_lean_norms(model)
+    assert all("forward" in vars(m) for m in norms)
+    eps = torch.finfo(dtype).eps
+    for module, x, (value, gradient) in zip(norms, rows, expected, strict=True):
+        our_value, our_gradient = value_and_gradient(module, x)
+        assert our_value.dtype == value.dtype
+        assert ((our_value - value).abs() <= 16 * eps * value.abs()).all()
+        # What a row's gradient sums up to is as exact as its largest term.
+        assert ((our_gradient - gradient).abs() <= 16 * eps * gradient.abs().amax(-1, keepdim=True)).all()
+
+
+def heavy_rows(width: int, dtype: torch.dtype) -> Tensor:
+    """Hidden states (2, 7, width) with a massive channel."""
+    rows = torch.randn(2, 7, width, generator=torch.Generator().manual_seed(1))
+    rows[..., width // 3] *= 500
+    return rows.to(dtype)
+
+
+def value_and_gradient(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a weighted sum of its outputs, in fp32."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    assert x.grad is not None
+    return out.detach().float(), x.grad.float()
