@@ -18,6 +18,11 @@ _DIFFERING = {torch.float32: 1.0, torch.bfloat16: 0.01, torch.float16: 0.02}
 boundary in about 1 of 1,000 elements (bfloat16: 1 of 10,000); one rounding more or less shows in 1 of 5."""
 
 
+def is_same(actual: Tensor, expected: Tensor) -> bool:
+    """Whether dtype, shape and every bit agree: the same operations on the same values, in the same order."""
+    return actual.dtype == expected.dtype and torch.equal(actual, expected)
+
+
 def rounds_alike(actual: Tensor, expected: Tensor) -> bool:
     """Whether elementwise operations in the same order, rounded at the same places, gave both tensors.
 

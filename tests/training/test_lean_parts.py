@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from qlora_tui.training import attention, even
 from qlora_tui.training.lean import attention as lean_attention
-from qlora_tui.training.lean import gated, norm
+from qlora_tui.training.lean import norm
 from tests.training.families import FAMILIES, build
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -151,29 +151,3 @@ def test_a_norm_that_does_more_stays_as_it_is() -> None:
     model = nn.Sequential(ShiftedRMSNorm())
     norm.use_lean_norms(model)
     assert "forward" not in vars(model[0])
-
-
-def test_an_mlp_that_does_more_stays_as_it_is() -> None:
-    class OddMLP(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_proj, self.up_proj = nn.Linear(8, 16), nn.Linear(8, 16)
-            self.down_proj, self.act_fn = nn.Linear(16, 8), nn.SiLU()
-
-        def forward(self, x: Tensor) -> Tensor:
-            product: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-            return 0.5 * product
-
-    class PlainMLP(OddMLP):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    class DroppingMLP(PlainMLP):
-        """As Seed-OSS's: only in training does it do more."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            return functional.dropout(super().forward(x), 0.5, training=self.training)
-
-    assert not gated._does_nothing_else(OddMLP(), nn.Linear(16, 8))
-    assert not gated._does_nothing_else(DroppingMLP().eval(), nn.Linear(16, 8))
-    assert gated._does_nothing_else(PlainMLP(), nn.Linear(16, 8))

@@ -12,34 +12,30 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from qlora_tui.training.agreement import is_same
 from qlora_tui.training.lean.linear import Adapter, Weight, active_adapter, backward, forward, plain_weight
 from qlora_tui.training.lean.replace import replace_forward
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_AS_NEAR = 1e-2
-"""Share of the largest output by which rounding may set two ways apart."""
+_TOKENS = 4
+"""Rows that a check feeds."""
 
 
 def use_lean_mlp(model: nn.Module) -> None:
     """Let every gated MLP whose last module has a plain adapter compute so."""
-    known: dict[type[nn.Module], bool] = {}
     for module in model.modules():
         if {name for name, _ in module.named_children()} != _PARTS:
             continue
         weight = plain_weight(module.down_proj)
-        if weight is not None:
-            _replace_forward(module, weight, known)
+        if weight is not None and is_gated(module):
+            _replace_forward(module, weight)
 
 
-def _replace_forward(mlp: Any, weight: Weight, known: dict[type[nn.Module], bool]) -> None:
+def _replace_forward(mlp: Any, weight: Weight) -> None:
     down = mlp.down_proj
     base = down.get_base_layer()
-    kind, stock = type(mlp), mlp.forward
-    if kind not in known:
-        known[kind] = _does_nothing_else(mlp, base)
-    if not known[kind]:
-        return
+    stock = mlp.forward
 
     def forward(self: Any, x: Tensor) -> Tensor:
         adapter = active_adapter(down, base, weight) if torch.is_grad_enabled() else None
@@ -54,22 +50,70 @@ def _replace_forward(mlp: Any, weight: Weight, known: dict[type[nn.Module], bool
 
 
 @torch.no_grad()
-def _does_nothing_else(mlp: Any, base: nn.Module) -> bool:
-    """Whether the family's forward is the formula above, tried on two rows but on ``meta``."""
-    example = next(base.parameters())
-    if example.is_meta:
+def is_gated(mlp: Any) -> bool:
+    """Whether the module's forward is down(act(gate(x)) · up(x)) and nothing else, bit by bit.
+
+    Its three projections stand aside for the test and give values of our choice, so nothing hides a factor,
+    a clamp or another activation, and no weight is read. Every layer is tested: some differ by their index
+    (Gemma 3n). On ``meta`` there are no values to compare.
+    """
+    parameter = next(mlp.parameters())
+    if parameter.is_meta:
         return True
-    width = mlp.gate_proj.in_features
-    generator = torch.Generator().manual_seed(0)
-    dtype = getattr(base, "compute_dtype", None) or example.dtype
-    x = torch.randn(1, 2, width, generator=generator).to(example.device, dtype)
+    base = mlp.down_proj.get_base_layer() if hasattr(mlp.down_proj, "get_base_layer") else mlp.down_proj
+    dtype = getattr(base, "compute_dtype", None) or parameter.dtype
+    gate, up, out, x = (
+        values.to(parameter.device, dtype)
+        for values in _example_values(base.in_features, base.out_features, mlp.gate_proj.in_features)
+    )
+    received: dict[str, list[Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}
+    returned = {"gate_proj": gate, "up_proj": up, "down_proj": out}
+
+    def stand_in(name: str) -> Callable[[Tensor], Tensor]:
+        def forward(given: Tensor) -> Tensor:
+            received[name].append(given)
+            return returned[name].clone()
+
+        return forward
+
+    modules = {name: getattr(mlp, name) for name in received}
+    former = {name: vars(module).get("forward") for name, module in modules.items()}
     training = mlp.training
     mlp.eval()
-    # Families drop some of what comes out (Seed-OSS); what the adapters drop is no matter here.
+    # Families drop some of what comes out (Seed-OSS), in training only.
     mlp.training = True
-    found, expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)), mlp(x)
-    mlp.train(training)
-    return float((found - expected).abs().max()) <= _AS_NEAR * float(expected.abs().max())
+    try:
+        for name, module in modules.items():
+            vars(module)["forward"] = stand_in(name)
+        result = mlp(x)
+        product = mlp.act_fn(gate) * up
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    finally:
+        for name, module in modules.items():
+            del vars(module)["forward"]
+            if former[name] is not None:
+                vars(module)["forward"] = former[name]
+        mlp.train(training)
+    expected = {"gate_proj": x, "up_proj": x, "down_proj": product}
+    return is_same(result, out) and all(
+        len(received[name]) == 1 and is_same(received[name][0], expected[name]) for name in expected
+    )
+
+
+def _example_values(inner: int, outputs: int, inputs: int) -> tuple[Tensor, ...]:
+    """Gate and up (4, inner), down's output (4, outputs) and the input (4, inputs), with outliers.
+
+    The gate goes evenly through where activations bend and differ, and in one row up to the hundreds, where
+    clamps act.
+    """
+    generator = torch.Generator().manual_seed(0)
+    up, out, x = (torch.randn(_TOKENS, width, generator=generator) for width in (inner, outputs, inputs))
+    gate = torch.linspace(-8, 8, _TOKENS * inner).view(inner, _TOKENS).t().contiguous()
+    gate[-1] *= 50
+    for values in (up, out, x):
+        values[:, :: max(values.shape[1] // 3, 1)] *= 300
+    return gate, up, out, x
 
 
 class _LeanGated(torch.autograd.Function):

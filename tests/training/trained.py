@@ -1,0 +1,133 @@
+"""Tiny models of every family that the catalog knows, with weights of the shape that trained models have.
+
+Random initialization hides mistakes: norm weights of 1, logits that never leave the linear part of a soft
+cap, scores near 0. Trained models have heavy tails everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.training.families import FAMILIES, build
+
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 8,
+}
+_DELTA: dict[str, Any] = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+CLAIMED: dict[str, dict[str, Any]] = {
+    **FAMILIES,
+    "arcee": {},
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "codegen": {"n_head": 4, "n_layer": 2, "rotary_dim": 8, "n_positions": 64},
+    "cohere2": {
+        "sliding_window": 8,
+        "logit_scale": 0.25,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "ernie4_5": {"head_dim": 16},
+    "exaone4": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "falcon": {},
+    "gemma": {"head_dim": 16},
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "sliding_window": 8,
+        "vocab_size_per_layer_input": 300,
+        "hidden_size_per_layer_input": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "gpt2": {"n_head": 4, "n_layer": 2},
+    "gpt_bigcode": {"n_head": 4, "n_layer": 2},
+    "gpt_neo": {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "gpt_neox": {},
+    "gptj": {"n_head": 4, "n_layer": 2, "rotary_dim": 8},
+    "granitemoe": {"logits_scaling": 3.0, "num_local_experts": 4, "residual_multiplier": 0.3},
+    "helium": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "ministral3": {"head_dim": 16},
+    "mixtral": {"num_local_experts": 4},
+    "nemotron": {},
+    "olmo": {"clip_qkv": 8.0},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmoe": _EXPERTS,
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "phi": {},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_5_moe_text": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": _DELTA,
+    "qwen3_moe": {**_EXPERTS, "head_dim": 16},
+    "qwen3_next": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32},
+    "seed_oss": {"head_dim": 16, "residual_dropout": 0.1},
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 8},
+}
+"""``model_type``: settings, of every text model in ``catalog/families``."""
+
+
+def build_trained(model_type: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A tiny frozen model in eval mode, with weights as :func:`give_trained_weights` makes them."""
+    return give_trained_weights(build(model_type, **{**CLAIMED[model_type], **settings}), dtype)
+
+
+@torch.no_grad()
+def give_trained_weights(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The model with outliers: norm weights to 2,000, massive channels, sharp attention, large embeddings."""
+    generator = torch.Generator().manual_seed(4)
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            continue
+        if weight.dim() == 1 and "Norm" in type(module).__name__:
+            weight.copy_(trained_norm_weight(len(weight), generator))
+        elif isinstance(module, nn.Embedding):
+            weight.mul_(5)
+            weight[::37] *= 20
+        elif name.endswith(("q_proj", "k_proj")):
+            weight.mul_(2)
+        elif name.endswith("down_proj") and weight.dim() == 2:
+            weight[weight.shape[0] // 3] *= 50
+    return model.to(dtype)
+
+
+def trained_norm_weight(width: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """As Gemma-3-270M's after the feed-forward: most of 0.1 to 10, some in the hundreds, one of 2,000."""
+    generator = generator or torch.Generator().manual_seed(2)
+    weight = torch.randn(width, generator=generator).mul_(1.5).exp_()
+    weight[:: max(width // 8, 1)] *= 50
+    weight[width // 2] = 2000.0
+    return weight
