@@ -1,14 +1,17 @@
 """Score the memory estimate against published measurements, beside three other ways to estimate.
 
-    python -m bench.estimator --csv measured.csv --configs model-configs [--json]
+    python -m bench.estimator [--csv TABLE ...] [--configs FOLDER] [--json]
 
-The table has a row a measurement: ``model_id, quant, double_quant, batch, seq_len, lora_r, targets,
-grad_ckpt, optimizer, attention, extra, gpu, measured_gb, unit, measure``. ``--configs`` holds
-``<org>__<name>/config.json``. Which code a row ran is read from its own words by :mod:`bench.published_rows`;
-a row that cannot be placed is listed with the reason. A row that ran out of memory has no figure:
-there the verdict is scored against the card. Where ``extra`` gives what the allocator reserved or the process
-held beside what was allocated (``peak_reserved_MiB``, ``process_MiB``, ``nvidia_smi_MiB``), those tiers are
-scored too.
+Without arguments it scores ``tests/memory/measured*.csv`` with the configs in ``tests/configs``. A table has
+a row a measurement: ``model_id, quant, double_quant, batch, seq_len, lora_r, targets, grad_ckpt, optimizer,
+attention, extra, gpu, measured_gb, unit, measure``; ``measure`` says which tier ``measured_gb`` is.
+``--configs`` holds ``<org>__<name>/config.json`` or ``<org>__<name>.json``. Which code a row ran is read from
+its own words by :mod:`bench.published_rows`; a row whose code is not modeled is listed with the reason, never
+with a figure.
+
+A row that ran out of memory has no figure: there the process tier is compared with the card, and so it is for
+the rows that ran. Where ``extra`` gives what the allocator reserved or the process held beside what was
+allocated (``peak_reserved_MiB``, ``process_MiB``, ``nvidia_smi_MiB``), those tiers are scored too.
 
 Baselines: ``fitcheck-llm`` 0.3.1 in ``.bench-venv`` (``make bench-deps``), fed the same config;
 ``accelerate estimate-memory``'s rule for Adam (the largest of weights, weights and gradients, and four
@@ -21,19 +24,22 @@ import argparse
 import csv
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.fitcheck import Answer, ask, question
-from bench.published_rows import Row, Unplaced, find_config, read_path
+from bench.published_rows import GROUPS, Row, Unplaced, find_config, group_of, read_path
 from qlora_tui.catalog.architecture import load_config, read_architecture
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory import Estimate, estimate, judge
 
 UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+TESTS = Path(__file__).parents[1] / "tests"
+UNDER_PCT = -3.0
+"""An estimate that is lower than this is counted: a run that was said to fit may not."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Score:
     id: str
     model: str
     path: str
+    group: str
+    """Whose code ran: one of ``published_rows.GROUPS``."""
     measure: str
     measured_bytes: int | None
     """None where the run went out of memory."""
@@ -50,6 +58,7 @@ class Score:
     fitcheck_bytes: int | None
     accelerate_bytes: int
     half_byte_bytes: int
+    process_bytes: int
     phase: str
     capacity_bytes: int | None
     verdict: str | None
@@ -62,6 +71,11 @@ class Score:
         if predicted is None or not self.measured_bytes:
             return None
         return _percent(predicted, self.measured_bytes)
+
+    @property
+    def exceeds_card(self) -> bool | None:
+        """Whether the estimate says that the run goes out of memory; None without the card's size."""
+        return None if self.capacity_bytes is None else self.process_bytes > self.capacity_bytes
 
 
 def _percent(predicted: float, measured: float) -> float:
@@ -90,23 +104,25 @@ def measured_tiers(row: Row) -> dict[str, float]:
 def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Score:
     """Estimate one row. Raises Unplaced or Problem."""
     recipe, path = read_path(row)
-    made = estimate(recipe, architecture, path=path)
+    capacity, tiers = _capacity(row["gpu"]), measured_tiers(row)
+    made = estimate(recipe, architecture, path=path, capacity_bytes=capacity)
     measured = None
     if not _ran_out(row):
         measured = int(float(row["measured_gb"].replace(",", "")) * UNITS[row["unit"].strip().lower()])
     width = 4 if path.compute_bytes == 4 else 2
-    capacity, tiers = _capacity(row["gpu"]), measured_tiers(row)
     theirs = fitcheck and tiers.get("process") and _percent(fitcheck[1], tiers["process"])
     return Score(
         id=row["id"],
         model=row["model_id"],
         path=path.name,
+        group=group_of(row, path),
         measure=row["measure"],
         measured_bytes=measured,
         ours_bytes=_tier(made, row["measure"]),
         fitcheck_bytes=fitcheck and fitcheck[0],
         accelerate_bytes=architecture.total_params * width * 4,
         half_byte_bytes=architecture.total_params // 2 + 1_500_000_000,
+        process_bytes=made.process_bytes,
         phase=made.peak_phase,
         capacity_bytes=capacity,
         verdict=None if capacity is None else judge(made, capacity).word,
@@ -129,20 +145,17 @@ def _capacity(gpu: str) -> int | None:
     return int(found[1]) * 2**30 if found else None
 
 
-def run(table: Path, configs: Path, fitcheck: Path) -> dict[str, Any]:
-    """Score a whole table; the JSON that ``--json`` prints."""
+def run(tables: Path | Sequence[Path], configs: Path, fitcheck: Path) -> dict[str, Any]:
+    """Score whole tables; the JSON that ``--json`` prints."""
     placed: list[tuple[Row, Path, Architecture]] = []
     unplaced: list[dict[str, str]] = []
-    with table.open(newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                config = find_config(row["model_id"], configs)
-                read_path(row)
-                placed.append((row, config, read_architecture(load_config(config))))
-            except (Unplaced, Problem, KeyError, ValueError) as reason:
-                unplaced.append(
-                    {"id": row.get("id", "?"), "model": row.get("model_id", "?"), "why": str(reason)}
-                )
+    for row in _read_tables([tables] if isinstance(tables, Path) else tables):
+        try:
+            read_path(row)
+            config = find_config(row["model_id"], configs)
+            placed.append((row, config, read_architecture(load_config(config))))
+        except (Unplaced, Problem, KeyError, ValueError) as reason:
+            unplaced.append({"id": row.get("id", "?"), "model": row.get("model_id", "?"), "why": str(reason)})
     answers = ask([question(row, config) for row, config, _ in placed], fitcheck)
     scores: list[Score] = []
     for (row, _, architecture), answer in zip(placed, answers, strict=True):
@@ -153,10 +166,32 @@ def run(table: Path, configs: Path, fitcheck: Path) -> dict[str, Any]:
     return {
         "rows": [_row(made) for made in scores],
         "summary": {name: summary(scores, name) for name in ("ours", "fitcheck", "accelerate", "half_byte")},
+        "by_group": {group: _group(scores, group) for group in GROUPS},
         "by_path": _by_path(scores),
         "by_tier": _by_tier(scores),
         "out_of_memory": [_out_of_memory(made) for made in scores if made.measured_bytes is None],
+        "ran_but_said_not_to_fit": [
+            made.id for made in scores if made.measured_bytes is not None and made.exceeds_card
+        ],
         "unplaced": unplaced,
+    }
+
+
+def _read_tables(tables: Sequence[Path]) -> Iterable[Row]:
+    for table in tables:
+        with table.open(newline="") as file:
+            yield from csv.DictReader(file)
+
+
+def _group(scores: list[Score], group: str) -> dict[str, Any]:
+    """One group's errors in all and by path, and its runs that went out of memory."""
+    rows = [made for made in scores if made.group == group]
+    failed = [made for made in rows if made.measured_bytes is None]
+    return {
+        **summary(rows, "ours"),
+        "by_path": _by_path(rows),
+        "out_of_memory": len(failed),
+        "out_of_memory_predicted": sum(bool(made.exceeds_card) for made in failed),
     }
 
 
@@ -165,6 +200,7 @@ def _row(made: Score) -> dict[str, Any]:
         "id": made.id,
         "model": made.model,
         "path": made.path,
+        "group": made.group,
         "measure": made.measure,
         "measured_bytes": made.measured_bytes,
         "ours_bytes": made.ours_bytes,
@@ -179,28 +215,31 @@ def _row(made: Score) -> dict[str, Any]:
 
 
 def _out_of_memory(made: Score) -> dict[str, Any]:
-    says = None if made.capacity_bytes is None else made.ours_bytes > made.capacity_bytes
     return {
         "id": made.id,
         "model": made.model,
         "ours_bytes": made.ours_bytes,
-        "said_it_would_not_fit": says,
+        "process_bytes": made.process_bytes,
+        "said_it_would_not_fit": made.exceeds_card,
         "verdict": made.verdict,
     }
 
 
 def summary(scores: Iterable[Score], name: str) -> dict[str, Any]:
-    """Mean of the absolute errors, the worst over and the worst under, in percent."""
+    """Mean of the absolute errors, their bias (the signed mean), the worst over and under, in percent."""
     return _summary([made.error(getattr(made, f"{name}_bytes")) for made in scores])
 
 
 def _summary(errors: Iterable[float | None]) -> dict[str, Any]:
     known = [error for error in errors if error is not None]
     if not known:
-        return {"rows": 0, "mean_pct": None, "worst_over_pct": None, "worst_under_pct": None}
+        nothing = ("mean_pct", "bias_pct", "worst_over_pct", "worst_under_pct")
+        return {"rows": 0, **dict.fromkeys(nothing), "under_by_more_than_3_pct": 0}
     return {
         "rows": len(known),
         "mean_pct": sum(abs(error) for error in known) / len(known),
+        "bias_pct": sum(known) / len(known),
+        "under_by_more_than_3_pct": sum(error < UNDER_PCT for error in known),
         "worst_over_pct": max(0.0, *known),
         "worst_under_pct": min(0.0, *known),
     }
@@ -230,36 +269,45 @@ def _print(result: dict[str, Any]) -> None:
             f"{row['ours_bytes'] / 2**30:9.3f}{row['error_pct']:+8.2f} %   {others}   {row['peak_phase']:24}"
             + "  ".join(f"{tier} {error:+.1f}" for tier, error in row["tier_error_pct"].items())
         )
-    print("\nby path")
-    for path, figures in result["by_path"].items():
-        print(f"  {_figures(figures)}  {path[:70]}")
+    for group, figures in result["by_group"].items():
+        print(f"\n{GROUPS[group]}\n  {_figures(figures)}")
+        for path, path_figures in figures["by_path"].items():
+            print(f"  {_figures(path_figures)}  {path[:70]}")
+        if figures["out_of_memory"]:
+            predicted, failed = figures["out_of_memory_predicted"], figures["out_of_memory"]
+            print(f"  out of memory: {predicted} of {failed} predicted")
     print("\nby tier, where a row gives it")
     for tier, figures in result["by_tier"].items():
         print(f"  {_figures(figures)}  {tier}")
     print("\nin all")
     for name, figures in result["summary"].items():
         print(f"  {_figures(figures)}  {name.replace('_', ' ')}")
-    told = [row for row in result["out_of_memory"] if row["said_it_would_not_fit"]]
-    fits = [row for row in result["out_of_memory"] if row["verdict"] in ("fits", "tight")]
-    print(f"\nout of memory: {len(told)} of {len(result['out_of_memory'])} told, {len(fits)} said to fit")
+    failed_rows = result["out_of_memory"]
+    predicted = sum(bool(row["said_it_would_not_fit"]) for row in failed_rows)
+    fits = sum(row["verdict"] in ("fits", "tight") for row in failed_rows)
+    false_alarms = len(result["ran_but_said_not_to_fit"])
+    print(f"\nout of memory: {predicted} of {len(failed_rows)} predicted, {fits} said to fit")
+    print(f"ran, but predicted to go out of memory: {false_alarms}")
+    print(f"\nnot modeled: {len(result['unplaced'])} rows")
     for row in result["unplaced"]:
-        print(f"not placed: {row['id']} {row['model']}: {row['why'].splitlines()[0]}")
+        print(f"  {row['id']} {row['model']}: {row['why'].splitlines()[0]}")
 
 
 def _figures(figures: dict[str, Any]) -> str:
     if not figures["rows"]:
-        return f"{0:3} rows" + " " * 44
+        return f"{0:3} rows" + " " * 77
     return (
-        f"{figures['rows']:3} rows  mean {figures['mean_pct']:6.2f} %"
-        f"  worst over {figures['worst_over_pct']:+8.2f} %  under {figures['worst_under_pct']:+7.2f} %"
+        f"{figures['rows']:3} rows  mean {figures['mean_pct']:6.2f} %  bias {figures['bias_pct']:+7.2f} %"
+        f"  worst over {figures['worst_over_pct']:+7.2f} %  under {figures['worst_under_pct']:+7.2f} %"
+        f"  under by > 3 %: {figures['under_by_more_than_3_pct']}"
     )
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Score the memory estimate against measurements.")
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--configs", type=Path, required=True)
+    parser.add_argument("--csv", type=Path, nargs="+", default=sorted(TESTS.glob("memory/measured*.csv")))
+    parser.add_argument("--configs", type=Path, default=TESTS / "configs")
     parser.add_argument("--fitcheck", type=Path, default=Path(".bench-venv/bin/python"))
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()

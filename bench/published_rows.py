@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from qlora_tui.memory import CodePath
 from qlora_tui.memory.codepath import Loss, Optimizer
+from qlora_tui.memory.versions import CURRENT, Version
 from qlora_tui.recipe.schema import ALL_LINEAR, Data, Lora, Quantization, Recipe, Training
 
 Row = dict[str, str]
@@ -30,6 +32,46 @@ _NO_FLASH = ("T4", "V100", "P100", "RTX 20", "GTX", "TITAN")
 """Cards before Ampere, where SDPA has no flash kernel."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a published benchmark ran with, where its rows do not say."""
+
+    transformers: Version
+    """Pinned by the benchmark's requirements file."""
+    mixed_precision: bool = False
+    """``bf16=True`` or ``fp16=True`` in every scenario, so that 16-bit models run under autocast too."""
+
+
+SOURCES = {
+    "fms-acceleration/blob/main/scripts/benchmarks/refs/a100_80gb.csv": Source((4, 48)),
+    "fms-acceleration/blob/main/scripts/benchmarks/refs/a100_80gb_granite.csv": Source((4, 45)),
+    "fms-acceleration/blob/main/scripts/benchmarks/refs/a100_80gb_liger.csv": Source((4, 45), True),
+    "fms-acceleration/blob/main/scripts/benchmarks/refs/a100_80gb_moe.csv": Source((4, 52)),
+    "fms-acceleration/blob/main/scripts/benchmarks/refs_orca/": Source((4, 44)),
+    "Anassbzdd/fitcheck": Source((5, 0)),
+}
+"""By a part of the address. fms-acceleration's ``scripts/benchmarks`` holds, beside each table, the scenarios
+(``scenarios*.yaml``) and the versions (``requirements*.txt``) that made it."""
+
+
+GROUPS = {
+    "stock": "transformers and peft, by a plain loop or by Trainer",
+    "trl": "TRL's SFTTrainer",
+    "ours": "this project's trainer",
+    "foreign": "other engines and kernels (FOAK, Liger, …)",
+}
+
+
+def group_of(row: Row, path: CodePath) -> str:
+    """Which of ``GROUPS`` a row belongs to."""
+    words = f"{row['extra']} {row.get('source_url', '')}".lower()
+    if path.fused_kernels or path.loss in ("fused", "liger"):
+        return "foreign"
+    if "qlora-tui" in words or path.lean:
+        return "ours"
+    return "trl" if "trl" in words or "fms-acceleration" in words else "stock"
+
+
 def read_path(row: Row) -> tuple[Recipe, CodePath]:
     """The recipe and code path of a row, from its columns and the words in ``extra``.
 
@@ -39,8 +81,7 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
     * ``Trainer`` or ``TRL`` benchmarks (fms-acceleration, transformers 4.4x): reentrant checkpointing,
       shifted logits, experts as separate modules; autocast where a 4-bit model ran with ``bf16=True``.
     * ``FOAK`` or ``fused`` kernels: fused RMSNorm, rotary, cross-entropy and (on 4-bit weights) LoRA kernels.
-    * GPT-BigCode under such a benchmark: the loss in the logits' dtype, and logits that stay referred to, as
-      its model was written then.
+    * GPT-BigCode under such a benchmark: logits that stay referred to, which its code does not explain.
     * fitcheck's own measurements call ``out = model(…); out.loss.backward()``: the logits stay referred to.
     * ``liger``: fused linear cross-entropy. ``chunked loss``: ours.
     * ``reentrant`` and ``non-reentrant``, ``accumulation N``, ``lora_dropout=P``, ``dora``, ``lora bf16``,
@@ -57,8 +98,8 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
     quantized = method != "none"
     trl_cast = "peft_module_casting" in extra
     fms = "fms-acceleration" in row.get("source_url", "") or "hf trainer" in extra or trl_cast
+    source = next((known for part, known in SOURCES.items() if part in row.get("source_url", "")), None)
     fused = "foak" in extra or re.search(r"fused [\w/()+]*(rmsnorm|lora|rope|ce|kernel)", extra) is not None
-    bigcode = "bigcode" in row["model_id"].lower()
     dropout = re.search(r"dropout\s*[=:]?\s*(\d*\.?\d+)", extra)
     width = 4 if re.search(r"(fp32|float32)", _compute_dtype(row)) else 2
     half = "lora in bf16", "lora bf16", "lora fp16", "lora in fp16", "autocast_adapter_dtype=false"
@@ -68,17 +109,17 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
         cast_to_float32=_is_cast(extra) and not trl_cast,
         norms_float32=trl_cast,
         adapter_bytes=2 if any(word in extra for word in half) else 4,
-        autocast=fms and quantized,
-        loss=_loss(extra, fms=fms, fused=fused),
-        narrow_loss=fms and bigcode,
-        logits_held="fitcheck" in row.get("source_url", "") or (fms and bigcode),
+        autocast=fms and (quantized or _mixed_precision(extra, source)),
+        loss=_loss(extra, fused=fused),
+        transformers=_transformers(row, source),
+        logits_held="fitcheck" in row.get("source_url", "") or (fms and "bigcode" in row["model_id"].lower()),
         checkpointing=_yes(row, "grad_ckpt"),
         reentrant=_reentrant(extra, fms=fms),
         attention=_attention(row, width),
+        sdpa="sdpa" in row["attention"].lower(),
         optimizer=_optimizer(row["optimizer"]),
         accumulates=_accumulation(extra) > 1,
         fused_kernels=fused,
-        separate_experts=fms,
         expandable_segments="expandable_segments" in extra,
         name=row["extra"].split(";")[0],
     )
@@ -95,6 +136,20 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
         training=Training(micro_batch=_number(row, "batch"), gradient_accumulation=_accumulation(extra)),
     )
     return recipe, path
+
+
+def _mixed_precision(extra: str, source: Source | None) -> bool:
+    if re.search(r"\b(bf16|fp16)\s*[=:]\s*true|mixed[_ -]precision|autocast|\bamp\b", extra):
+        return True
+    return source is not None and source.mixed_precision
+
+
+def _transformers(row: Row, source: Source | None) -> Version:
+    """The version in the row's words, else what its source pinned, else the newest read."""
+    found = re.search(r"transformers\s*[=@v ]*(\d+)\.(\d+)", row["extra"].lower())
+    if found:
+        return int(found[1]), int(found[2])
+    return source.transformers if source else CURRENT
 
 
 def _targets(text: str) -> tuple[str, ...]:
@@ -121,9 +176,11 @@ def _reentrant(extra: str, *, fms: bool) -> bool:
 
 def _number(row: Row, column: str) -> int:
     text = row[column].replace(",", "").strip().removesuffix(".0")
-    if not text.isdigit() or not int(text):
-        raise Unplaced(f"{column} is {row[column]!r}, no number")
-    return int(text)
+    if text.isdigit() and int(text):
+        return int(text)
+    if column == "seq_len":
+        raise Unplaced(f"seq_len is {row[column]!r}: the longest batch decides, and the row does not give it")
+    raise Unplaced(f"{column} is {row[column]!r}, no number")
 
 
 def _compute_dtype(row: Row) -> str:
@@ -149,14 +206,14 @@ def _accumulation(extra: str) -> int:
     return int(found[1]) if found else 1
 
 
-def _loss(extra: str, *, fms: bool, fused: bool) -> Loss:
+def _loss(extra: str, *, fused: bool) -> Loss:
     if "liger" in extra:
         return "liger"
     if fused:
         return "fused"
     if re.search(r"chunked (loss|ce|cross)", extra):
         return "chunked"
-    return "shifted" if fms else "stock"
+    return "stock"
 
 
 def _method(text: str) -> Literal["nf4", "fp4", "int8", "none"]:

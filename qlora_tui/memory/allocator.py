@@ -54,6 +54,8 @@ class CachingAllocator:
 
     __slots__ = (
         "_address",
+        "_before_emptied_bytes",
+        "_capacity_bytes",
         "_expandable",
         "_free",
         "_large_bytes",
@@ -64,14 +66,17 @@ class CachingAllocator:
         "small_bytes",
     )
 
-    def __init__(self, *, expandable: bool) -> None:
+    def __init__(self, *, expandable: bool, capacity_bytes: int | None = None) -> None:
+        """``capacity_bytes`` is what the card has for it; None for a card without end."""
         self._expandable = expandable
+        self._capacity_bytes = capacity_bytes
         self._free: list[tuple[int, MemoryBlock]] = []
         """By size, then address."""
         self._last: MemoryBlock | None = None
         """At the end of the segment that grows."""
         self._address = HIGHEST
         self._taken_bytes = 0
+        self._before_emptied_bytes = 0
         self._large_bytes = 0
         self._most_small_bytes = 0
         self.small_bytes = 0
@@ -82,6 +87,11 @@ class CachingAllocator:
     def reserved_bytes(self) -> int:
         """Of all segments that it has not given back."""
         return self._taken_bytes + -(-self._most_small_bytes // SMALL_SEGMENT) * SMALL_SEGMENT
+
+    @property
+    def most_reserved_bytes(self) -> int:
+        """The most it held, counting what a full card made it give back."""
+        return max(self.reserved_bytes, self._before_emptied_bytes)
 
     def count(self, most: int, left: int = 0) -> None:
         """Small tensors came and went, of so many bytes together at most, and so many are left."""
@@ -156,6 +166,9 @@ class CachingAllocator:
     def _new(self, size: int) -> MemoryBlock:
         if not self._expandable:
             whole = LARGE_SEGMENT if size < OWN_SEGMENT else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
+            if self._capacity_bytes is not None and self.reserved_bytes + whole > self._capacity_bytes:
+                self._before_emptied_bytes = max(self._before_emptied_bytes, self.reserved_bytes)
+                self.empty()  # release_cached_blocks, before cudaMalloc is tried again
             self._taken_bytes += whole
             self._address -= whole
             return MemoryBlock(self._address, whole)

@@ -38,6 +38,12 @@ class Heads:
     softcap: bool = False
     sinks: bool = False
     """A learned logit a head that takes part in the softmax (gpt-oss)."""
+    repeated_by: Literal["layer", "kernel", ""] = ""
+    """Who copies each key and value head for the query heads that share it, where the kernel is flash or
+    efficient: the layer, which lets go of the originals; the function that calls the kernel, whose caller
+    still holds them; or nobody."""
+    copied: bool = False
+    """Queries, keys and values are made contiguous for the kernel."""
 
     @property
     def scores(self) -> int:
@@ -62,13 +68,26 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
     ):
         return _by_blocks(ops, q, k, v, shape)
     if kernel in ("flash", "efficient"):
-        if kernel == "efficient":
+        grouped = shape.heads != shape.kv_heads
+        if shape.repeated_by == "kernel":
             k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
+            grouped = False
+        if shape.copied:
+            q = ops.copy(q)
+            if k.numel == q.numel and shape.heads == shape.kv_heads:
+                k, v = ops.copy(k), ops.copy(v)
         if shape.pieces > 1:
             q, k, v = (_split(ops, tensor) for tensor in (q, k, v))
-        out = _fused(ops, q, k, v, shape, flash=kernel == "flash")
+        out = _fused(ops, q, k, v, shape, grouped=grouped and kernel == "flash")
         return _joined(ops, out) if shape.pieces > 1 else out
     return _written_out(ops, q, k, v, shape, math=kernel == "math")
+
+
+def repeated(ops: Ops, k: Tensor, v: Tensor, shape: Heads) -> tuple[Tensor, Tensor, Heads]:
+    """Keys and values as the layer itself hands them on, and the shape they then have."""
+    if shape.repeated_by != "layer":
+        return k, v, shape
+    return _repeat(ops, k, shape), _repeat(ops, v, shape), replace(shape, kv_heads=shape.heads)
 
 
 def _split(ops: Ops, x: Tensor) -> Tensor:
@@ -100,11 +119,10 @@ def _repeat(ops: Ops, x: Tensor, shape: Heads) -> Tensor:
     return out
 
 
-def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, flash: bool) -> Tensor:
+def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, grouped: bool) -> Tensor:
     """A kernel that keeps q, k, v, its output and one number a row instead of the scores."""
     sizes, width = (q.numel, k.numel, v.numel), q.width
     statistic = shape.rows * shape.heads * shape.length
-    grouped = flash and shape.heads != shape.kv_heads
     half = width == 2
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:

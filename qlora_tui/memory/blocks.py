@@ -11,7 +11,7 @@ from functools import partial
 from typing import Literal
 
 from qlora_tui.memory import cohere, fused, lean
-from qlora_tui.memory.attention import Heads, Kernel, attend
+from qlora_tui.memory.attention import Heads, Kernel, attend, repeated
 from qlora_tui.memory.latent import latent_attention
 from qlora_tui.memory.linear import lean_target, linear
 from qlora_tui.memory.moe import Mixture, mixture, weighted
@@ -131,7 +131,8 @@ def _attention(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     elif block.rotary:
         rotate = partial(fused.rotate, ops) if ops.fused else ops.rotate
         query, key = rotate(query), rotate(key)
-    attended = attend(ops, query, key, value, block.heads, block.kernel)
+    key, value, heads = repeated(ops, key, value, block.heads)
+    attended = attend(ops, query, key, value, heads, block.kernel)
     output = block.find("attention", "o_proj", "dense", "out_proj", "c_proj")
     return linear(ops, attended, output) if output else attended
 

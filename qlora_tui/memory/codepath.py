@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_tui.memory.attention import Kernel
 from qlora_tui.memory.learning import Correction
+from qlora_tui.memory.versions import CURRENT, FUSED_EXPERTS, Version
 from qlora_tui.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from qlora_tui.catalog.facts import Architecture
 
-Loss = Literal["stock", "shifted", "chunked", "liger", "fused"]
-"""stock: transformers' ``ForCausalLMLoss``. shifted: the same before 4.50, which copied the shifted logits.
-chunked: ours, a few rows of logits at a time. liger: fused linear cross-entropy. fused: the shifted logits in
-float32, and one kernel that writes their gradient in their place."""
+Loss = Literal["stock", "chunked", "liger", "fused"]
+"""stock: the model's own or transformers' ``ForCausalLMLoss`` (``versions.loss_code`` says which).
+chunked: ours, a few rows of logits at a time. liger: fused linear cross-entropy. fused: like stock, but one
+kernel in place of log-softmax and its gradient, which writes the gradient over the logits."""
 
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
@@ -70,14 +71,16 @@ class CodePath:
     autocast: bool = False
     """Forward under ``torch.autocast``, as ``Trainer(bf16=True)`` runs it."""
     loss: Loss = "chunked"
-    narrow_loss: bool = False
-    """The loss is taken in the logits' own dtype: GPT-BigCode's, before transformers had one loss for all."""
+    transformers: Version = CURRENT
+    """Version of transformers whose modeling code ran."""
     logits_held: bool = False
     """The model's output, and with it the logits, is still referred to during the backward."""
     checkpointing: bool = True
     reentrant: bool = False
     """The older kind of checkpointing: the whole layer again, its output and gradient held throughout."""
     attention: Kernel = "flash"
+    sdpa: bool = False
+    """The kernel is called by transformers' SDPA code, not by ours or by FlashAttention's own."""
     optimizer: Optimizer = "adamw"
     accumulates: bool = False
     """Gradients of earlier micro-steps are there during the forward."""
@@ -94,9 +97,12 @@ class CodePath:
     (``training/lean``), which keep less."""
     expandable_segments: bool = True
     """The allocator grows its segments (our trainer asks for it), so blocks are cut to size."""
-    separate_experts: bool = False
-    """transformers before 5 held each expert's matrices as linear modules, which bitsandbytes quantizes."""
     name: str = "this trainer"
+
+    @property
+    def separate_experts(self) -> bool:
+        """Each expert's matrices are linear modules, which bitsandbytes quantizes."""
+        return self.transformers < FUSED_EXPERTS
 
 
 def our_path(recipe: Recipe, device: Device, architecture: Architecture | None = None) -> CodePath:

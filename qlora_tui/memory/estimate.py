@@ -19,7 +19,7 @@ from qlora_tui.memory.learning import FEWEST, Correction
 from qlora_tui.memory.replay import replay
 from qlora_tui.memory.residents import FROZEN, resident_items
 from qlora_tui.memory.step import Peak, peaks, walk
-from qlora_tui.memory.tiers import Band, Tiers, corrected, tiers
+from qlora_tui.memory.tiers import CONTEXT_BYTES, Band, Tiers, corrected, tiers
 from qlora_tui.memory.traced import Traced
 from qlora_tui.memory.weights import gradient_bytes, optimizer_step_bytes
 from qlora_tui.recipe.schema import Recipe
@@ -95,12 +95,14 @@ def estimate(
     path: CodePath | None = None,
     device: Device | None = None,
     traced: Traced | None = None,
+    capacity_bytes: int | None = None,
 ) -> Estimate:
     """Predict the memory of ``recipe`` on the model described by ``architecture``.
 
     Without ``path`` it is the one this project's trainer takes on ``device`` (a CUDA card of Ampere's
     generation where none is given). With ``traced``, a trace of this very recipe, the step is not walked but
-    taken from there. Raises Problem for target modules the model does not have.
+    taken from there. With ``capacity_bytes``, the card's memory, the allocator gives back what is free before
+    it takes more than that. Raises Problem for target modules the model does not have.
     """
     device = device or Device()
     path = path or our_path(recipe, device, architecture)
@@ -114,7 +116,10 @@ def estimate(
         moments = peaks(walked, layout, path)
         if path.accumulates:
             resident["gradients"] = gradient_bytes(layout, path)
-    pool = replay(recipe, architecture, layout, path, walked) if path.device == "cuda" else None
+    pool = None
+    if path.device == "cuda":
+        room = None if capacity_bytes is None else capacity_bytes - CONTEXT_BYTES
+        pool = replay(recipe, architecture, layout, path, walked, room)
     if not path.accumulates:
         moments.append(_optimizer_moment(layout, path))
     fullest = max(moments, key=lambda moment: moment.total_bytes)

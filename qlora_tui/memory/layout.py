@@ -11,6 +11,13 @@ from qlora_tui.memory.blocks import Block
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.moe import Mixture
 from qlora_tui.memory.ops import Linear
+from qlora_tui.memory.versions import (
+    LossCode,
+    copies_for_sdpa,
+    loss_code,
+    repeats_heads_in_layer,
+    repeats_heads_in_sdpa,
+)
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import rank_of, targets_of
 
@@ -97,6 +104,8 @@ class Layout:
     """Elements of each trained tensor."""
     exact: bool
     """Whether the family's layer is written out."""
+    loss_code: LossCode
+    """How the family's stock loss is written in the path's version of transformers."""
 
 
 def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layout:
@@ -118,6 +127,8 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         pieces=rows if path.segments else 1,
         softcap=architecture.model_type == "gemma2",
         sinks=architecture.model_type == "gpt_oss",
+        repeated_by=_repeated_by(architecture, path),
+        copied=path.sdpa and copies_for_sdpa(path.transformers),
     )
     known: dict[tuple[Linear, ...], Block] = {}
     made: dict[tuple[object, ...], Linear] = {}
@@ -168,6 +179,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         adapter_parameters=sum(tensors),
         adapter_tensors=tuple(tensors),
         exact=architecture.model_type in STYLES,
+        loss_code=loss_code(architecture.model_type, path.transformers),
     )
 
 
@@ -181,6 +193,17 @@ def _kernel(architecture: Architecture, path: CodePath) -> Kernel:
     """Falcon hands SDPA one key head for all query heads, which no fused kernel takes."""
     shared = architecture.model_type == "falcon" and architecture.heads != architecture.kv_heads
     return "math" if shared and path.attention in ("flash", "efficient") else path.attention
+
+
+def _repeated_by(architecture: Architecture, path: CodePath) -> Literal["layer", "kernel", ""]:
+    """Who copies key and value heads for the query heads that share them."""
+    if path.attention in ("flash", "efficient") and repeats_heads_in_layer(
+        architecture.model_type, path.transformers, sdpa=path.sdpa
+    ):
+        return "layer"
+    if path.attention == "efficient" or (path.sdpa and repeats_heads_in_sdpa(path.transformers)):
+        return "kernel"
+    return ""
 
 
 def _layer_norms(architecture: Architecture) -> int:

@@ -17,14 +17,16 @@ def head_and_loss(
     if path.loss == "liger":
         return _liger(ops, layout, path, hidden, width), []
     logits = _head(ops, layout, hidden, layout.tokens, width)
-    held = [logits] if path.logits_held else []
     with ops.meter.booking("logits"):
-        if path.narrow_loss:
-            source = ops.copy(ops.slice(logits, logits.numel))  # logits[..., :-1, :].contiguous()
-        else:
-            wide = ops.cast(logits, FLOAT)
-            source = wide if path.loss == "stock" else ops.copy(wide)
-        return (_in_place if path.loss == "fused" else _cross_entropy)(ops, source), held
+        wide = logits if layout.loss_code == "narrow" else ops.cast(logits, FLOAT)
+        if layout.loss_code == "rebound":
+            logits = wide
+        if layout.loss_code == "padded" and path.loss != "fused":
+            source = wide
+        else:  # logits[..., :-1, :].contiguous(), which FOAK's loss has kept to
+            source = ops.copy(ops.slice(wide, wide.numel - layout.rows * layout.vocabulary))
+        loss = (_in_place if path.loss == "fused" else _cross_entropy)(ops, source)
+        return loss, [logits] if path.logits_held else []
 
 
 def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Tensor:

@@ -40,18 +40,25 @@ class Pool:
     allocated_bytes: int
     """``max_memory_allocated``: tensors, and what was not cut off their blocks."""
     reserved_bytes: int
-    """``max_memory_reserved`` of the steps. That a full card's allocator first gives back what is free is not
-    replayed."""
+    """``max_memory_reserved`` of the steps."""
 
 
-def replay(recipe: Recipe, architecture: Architecture, layout: Layout, path: CodePath, walked: Walk) -> Pool:
-    """Load and train."""
-    allocator = CachingAllocator(expandable=path.expandable_segments)
+def replay(
+    recipe: Recipe,
+    architecture: Architecture,
+    layout: Layout,
+    path: CodePath,
+    walked: Walk,
+    capacity_bytes: int | None = None,
+) -> Pool:
+    """Load and train. An allocator that reaches ``capacity_bytes`` gives back what is free before it takes
+    more, unless its segments grow."""
+    allocator = CachingAllocator(expandable=path.expandable_segments, capacity_bytes=capacity_bytes)
     load(allocator, recipe, architecture, layout, path)
     run = _Run(allocator, architecture, layout, path, walked)
     for step in range(STEPS):
         run.step(first=not step)
-    return Pool(allocator.most_allocated_bytes, allocator.reserved_bytes)
+    return Pool(allocator.most_allocated_bytes, allocator.most_reserved_bytes)
 
 
 class _Run:

@@ -227,9 +227,11 @@ def _nothing(grad: Tensor, saved: list[Tensor | None]) -> tuple[Tensor | None, .
 def _cast_once(layout: Layout, path: CodePath) -> Items:
     """Autocast keeps its cast of each trained float32 weight until the forward, loss included, is over.
 
-    A LoRA projection fused into one function casts for itself and keeps nothing.
+    A LoRA projection fused into one function casts for itself and keeps nothing; fused kernels do so on 4-bit
+    weights only.
     """
-    casts_for_itself = path.fused_kernels or path.lean
+    targets = {linear.method for block in layout.blocks for linear in block.linears if linear.rank}
+    casts_for_itself = path.lean or (path.fused_kernels and targets <= {"nf4", "fp4"})
     if not path.autocast or casts_for_itself or path.adapter_bytes == path.compute_bytes:
         return {}
     return {"adapter": layout.adapter_parameters * path.compute_bytes}

@@ -96,3 +96,28 @@ def test_an_emptied_cache_gives_back_whole_segments_only() -> None:
     allocator.give(cut)
     allocator.empty()
     assert allocator.reserved_bytes == 0
+
+
+def test_a_full_card_first_gives_back_what_is_free() -> None:
+    allocator = CachingAllocator(expandable=False, capacity_bytes=100 * MIB)
+    allocator.give(allocator.take(40 * MIB))
+    cut = allocator.take(30 * MIB)
+    assert cut.size == 30 * MIB and allocator.reserved_bytes == 40 * MIB
+    allocator.give(allocator.take(50 * MIB))
+    allocator.take(60 * MIB)  # 90 are held, of which the 50 can go
+    assert allocator.reserved_bytes == 100 * MIB
+    allocator.take(20 * MIB)  # nothing is left to give back
+    assert allocator.reserved_bytes == allocator.most_reserved_bytes == 120 * MIB
+
+
+def test_what_a_full_card_gave_back_counts_as_reserved() -> None:
+    allocator = CachingAllocator(expandable=False, capacity_bytes=100 * MIB)
+    allocator.give(allocator.take(90 * MIB))
+    allocator.take(95 * MIB)
+    assert (allocator.reserved_bytes, allocator.most_reserved_bytes) == (96 * MIB, 96 * MIB)
+    allocator = CachingAllocator(expandable=False, capacity_bytes=100 * MIB)
+    first, second = allocator.take(48 * MIB), allocator.take(48 * MIB)
+    allocator.give(first)
+    allocator.give(second)
+    allocator.take(50 * MIB)
+    assert (allocator.reserved_bytes, allocator.most_reserved_bytes) == (50 * MIB, 96 * MIB)

@@ -1,0 +1,98 @@
+"""What transformers' versions did differently, and that the walk follows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.layout import lay_out
+from qlora_tui.memory.step import walk
+from qlora_tui.memory.versions import Version, copies_for_sdpa, loss_code, repeats_heads_in_layer
+from qlora_tui.recipe.schema import Data, Lora, Recipe, Training
+from tests.catalog.configs import config
+
+RECIPE = Recipe(
+    lora=Lora(target_modules=("q_proj", "v_proj")),
+    data=Data(max_length=1024, packing=False),
+    training=Training(micro_batch=2),
+)
+LOGITS = 2 * 1024 * 32000
+STOCK = CodePath(loss="stock", reentrant=True, expandable_segments=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "version", "code"),
+    [
+        ("llama", (4, 45), "rebound"),
+        ("llama", (4, 46), "shifted"),
+        ("mistral", (4, 47), "rebound"),
+        ("mistral", (4, 48), "shifted"),
+        ("granite", (4, 47), "rebound"),
+        ("granite", (4, 48), "shifted"),
+        ("gpt2", (4, 48), "narrow"),
+        ("gpt2", (4, 49), "padded"),
+        ("llama", (5, 24), "padded"),
+    ],
+)
+def test_a_familys_loss_is_that_of_its_version(family: str, version: Version, code: str) -> None:
+    assert loss_code(family, version) == code
+
+
+def _loss_bytes(name: str, version: Version) -> int:
+    """Of the logits and all that comes of them, at the fullest moment of the loss's forward."""
+    path = replace(STOCK, transformers=version)
+    layout = lay_out(RECIPE, read_architecture(config(name)), path)
+    return walk(layout, path, 0.0).head.forward["logits"]
+
+
+def test_each_loss_holds_the_copies_its_code_makes() -> None:
+    name, row = "mistralai/Mistral-7B-v0.1", 2 * 32000
+    # log-softmax; the 16-bit logits; the logits in 32 bits; a copy without each sample's last position
+    shifted = 4 * (LOGITS - row)
+    assert _loss_bytes(name, (4, 49)) == pytest.approx((4 + 2 + 4) * LOGITS, abs=2048)
+    assert _loss_bytes(name, (4, 48)) == pytest.approx((2 + 4) * LOGITS + 2 * shifted, abs=2048)
+    assert _loss_bytes(name, (4, 45)) == pytest.approx(4 * LOGITS + 2 * shifted, abs=2048)
+
+
+def test_granites_scaled_logits_are_no_copy_more_before_4_48() -> None:
+    name, logits = "ibm-research/PowerLM-3b", 2 * 1024 * 49152
+    assert _loss_bytes(name, (4, 45)) == pytest.approx(12 * logits, rel=0.001)
+    assert _loss_bytes(name, (4, 48)) == pytest.approx(14 * logits, rel=0.001)
+
+
+def test_mistral_repeated_its_heads_for_flash_until_4_48() -> None:
+    assert repeats_heads_in_layer("mistral", (4, 47), sdpa=False)
+    assert not repeats_heads_in_layer("mistral", (4, 48), sdpa=False)
+    assert not repeats_heads_in_layer("llama", (4, 47), sdpa=False)
+    assert repeats_heads_in_layer("llama", (4, 47), sdpa=True)
+
+
+def _kept_bytes(name: str, **changes: object) -> int:
+    """Of activations that one layer keeps without checkpointing."""
+    path = replace(STOCK, checkpointing=False, **changes)  # type: ignore[arg-type]  # fields of a CodePath
+    layout = lay_out(RECIPE, read_architecture(config(name)), path)
+    return walk(layout, path, 0.0).layers[0].kept["activations"]
+
+
+def test_repeated_heads_are_kept_for_the_backward() -> None:
+    name = "mistralai/Mistral-7B-v0.1"
+    more = _kept_bytes(name, transformers=(4, 47)) - _kept_bytes(name, transformers=(4, 48))
+    assert more == 2 * (32 - 8) * 128 * 2 * 1024 * 2  # of keys and values, 24 heads more, in 16 bits
+
+
+def test_sdpa_shares_heads_from_4_54() -> None:
+    name = "mistralai/Mistral-7B-v0.1"
+    before, after = (_kept_bytes(name, sdpa=True, transformers=version) for version in ((4, 53), (4, 54)))
+    assert before - after == 2 * (32 - 8) * 128 * 2 * 1024 * 2
+
+
+def test_sdpa_copies_queries_keys_and_values_until_4_56() -> None:
+    assert [copies_for_sdpa((4, minor)) for minor in (47, 48, 55, 56)] == [False, True, True, False]
+
+
+def test_experts_are_modules_of_their_own_before_version_5() -> None:
+    assert replace(STOCK, transformers=(4, 57)).separate_experts
+    assert not replace(STOCK, transformers=(5, 0)).separate_experts
