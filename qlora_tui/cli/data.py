@@ -13,7 +13,7 @@ from qlora_tui.catalog.local import resolve
 from qlora_tui.cli.arguments import whole
 from qlora_tui.cli.verb import Outcome, Verb, json_argument
 from qlora_tui.data.inspect import Report, inspect, show
-from qlora_tui.data.problems import NOTES
+from qlora_tui.data.problems import NOTES, ON_THINKING
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import FAILED, WRONG_CALL, Problem
 from qlora_tui.format import counted
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _inspect(args: argparse.Namespace) -> Outcome:
-    report = inspect(_source(args), _tokenizer(args), Data(max_length=args.max_length))
+    report = inspect(_source(args), _tokenizer(args), _data(args))
     wrong = any(problem.severity == "error" for problem in report.problems)
     return Outcome(data=msgspec.to_builtins(report), text=_told(report), exit_code=FAILED if wrong else 0)
 
@@ -52,7 +52,7 @@ def _show(args: argparse.Namespace) -> Outcome:
             fix="Add --model with a model of this machine.",
             exit_code=WRONG_CALL,
         )
-    shown = show(_source(args), args.row, tokenizer, Data(max_length=args.max_length))
+    shown = show(_source(args), args.row, tokenizer, _data(args))
     bold, end = ("\x1b[1;4m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     lines = [shown.path] if Path(args.file).is_dir() else []
     tokens = sum(shown.token_counts)
@@ -71,6 +71,12 @@ def _source(args: argparse.Namespace) -> Source:
     table = {"path": args.file, "format": args.format}
     (source,) = to_recipe({"data": {"sources": [table]}}, origin="the command line").data.sources
     return source
+
+
+def _data(args: argparse.Namespace) -> Data:
+    return Data(
+        max_length=args.max_length, thinking=args.thinking, reasoning_in_loss=not args.reasoning_not_in_loss
+    )
 
 
 def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
@@ -95,7 +101,12 @@ def _told(report: Report) -> str:
         )
     if report.too_long:
         lines.append(f"{report.too_long:,} longer than the sequence length")
-    lines += [f"note: {NOTES.get(note, note)} ({rows:,} rows)" for note, rows in report.notes.items()]
+    lines += report.thinking
+    lines += [
+        f"note: {NOTES.get(note, note)} ({rows:,} rows)"
+        for note, rows in report.notes.items()
+        if note not in ON_THINKING
+    ]
     for problem in report.problems:
         rows = ", ".join(f"{row:,}" for row in islice(problem.rows, _ROWS_NAMED))
         more = "…" if problem.count > _ROWS_NAMED else ""
@@ -120,6 +131,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--model", help="count in this model's tokens, through its chat template")
         action.add_argument("--format", default="auto", help="how the rows are read, where guessing is wrong")
         action.add_argument("--template", default="auto", help="chat template, for a model without one")
+        action.add_argument(
+            "--thinking",
+            choices=("auto", "on", "off"),
+            default="auto",
+            help="render rows as for a model that thinks, or not",
+        )
+        action.add_argument(
+            "--reasoning-not-in-loss", action="store_true", help="reasoning is read, and not trained"
+        )
         action.add_argument("--max-length", type=whole, default=1024, help="sequence length, in tokens")
         json_argument(action)
 

@@ -8,15 +8,17 @@ From the outside in:
   conversations from them. ``conversation``: what a conversation is. ``sources``: the recipe's sources as such
   files.
 * ``tokenizer`` (with ``word_memo``), ``template``, ``traits``, ``stock_templates``: a model's tokenizer and
-  chat template, without transformers.
+  chat template, without transformers. ``thinking``: how a template is told to think,
+  and the reasoning of a row.
 * ``spans``, ``render``: token ids of a conversation, and the mask of what is trained.
 * ``outcome`` (with ``checks``, ``lengths``, ``near_duplicates``, ``problems``): a row by itself, rendered,
   fitted and checked; ``workers`` (with ``worker``, ``frames``) has that done on all cores. ``examine`` (with
   ``key_table``): the rows in order, counted and set beside each other. ``untrained``: tokens the model has
   never learned.
 * ``dataset`` (with ``split``, ``groups``, ``store``): the tokenized set on disk that the trainer maps.
-* ``inspect`` (with ``statistics``, ``report``): what is to be said of a file before a run. ``look_over``: the
-  rows that would block it, as far as two seconds reach, and ``known_errors``: those an inspection has met.
+* ``inspect`` (with ``statistics``, ``thinking_facts``, ``report``): what is to be said of a file before a
+  run. ``look_over``: the rows that would block it, as far as two seconds reach, and ``known_errors``: those
+  an inspection has met.
 
 Nothing here imports torch or transformers: the Data screen and the trainer share this code, so what
 the screen shows is what is trained.

@@ -23,6 +23,7 @@ from qlora_tui.data.examine import Examiner
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.outcome import Outcomes
 from qlora_tui.data.problems import DataProblem, refuse
+from qlora_tui.data.render import Choices
 from qlora_tui.data.report import Counts
 from qlora_tui.data.sources import SourceFile, content_hash, every_source, open_source
 from qlora_tui.data.split import Split
@@ -36,7 +37,7 @@ from qlora_tui.recipe.schema import Recipe
 
 _KEPT_UNUSED_S = 60 * 24 * 3600
 _KEPT_UNFINISHED_S = 3 * 24 * 3600
-_RENDERING = 4
+_RENDERING = 5
 """Raised when the same data and settings come to give other tokens, or other sides."""
 
 
@@ -184,7 +185,8 @@ def _key(recipe: Recipe, files: Sequence[SourceFile], tokenizer: ChatTokenizer) 
         _RENDERING,
         tokenizer.fingerprint,
         [(content_hash(file.path), file.source, file.detection.layout) for file in files],
-        (data.max_length, data.too_long, data.train_on, data.validation_fraction, bool(data.validation_path)),
+        (data.max_length, data.too_long, data.validation_fraction, bool(data.validation_path)),
+        Choices.of(data),
         recipe.training.seed,
     )
     return hashlib.sha256(msgspec.json.encode(what)).hexdigest()

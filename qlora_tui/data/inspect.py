@@ -23,12 +23,13 @@ from qlora_tui.data.lengths import fit
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.outcome import Outcome, Outcomes
 from qlora_tui.data.problems import DataProblem, problem_of
-from qlora_tui.data.render import pieces, render
+from qlora_tui.data.render import Choices, pieces, render
 from qlora_tui.data.report import Counts, FileReport, Report, Shown
 from qlora_tui.data.row import Row
 from qlora_tui.data.row_at import row_at
 from qlora_tui.data.sources import SourceFile, conversation_of, open_file_of, open_source
 from qlora_tui.data.statistics import LengthCounter
+from qlora_tui.data.thinking_facts import facts
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained import untrained_problem
 from qlora_tui.data.workers import working
@@ -177,6 +178,9 @@ class _Inspection:
             problems=tuple(sorted(problems, key=lambda p: p.severity != "error")),
             notes=dict(examiner.notes),
             template=self._tokenizer.template_name if self._tokenizer else "",
+            thinking=facts(examiner.notes, counts.conversations, self._tokenizer.traits, self._data)
+            if self._tokenizer
+            else (),
         )
 
 
@@ -194,7 +198,7 @@ def _shown(row: int, one: Conversation | RowRefused, tokenizer: ChatTokenizer, d
     try:
         if isinstance(one, RowRefused):
             raise one
-        whole = render(one, tokenizer, data.train_on)
+        whole = render(one, tokenizer, Choices.of(data))
     except RowRefused as refused:
         return Shown(row, (), (), (), refused=refused.reason)
     samples = [

@@ -17,7 +17,7 @@ from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.lengths import fit
 from qlora_tui.data.near_duplicates import sketch
 from qlora_tui.data.read import row_of
-from qlora_tui.data.render import Rendered, render_many
+from qlora_tui.data.render import Choices, Rendered, render_many
 from qlora_tui.data.row import Line, Row
 from qlora_tui.data.sources import SourceFile, conversation_of
 from qlora_tui.data.split import group_key
@@ -110,7 +110,7 @@ class Outcomes:
     def _rendered(self, usable: Sequence[Conversation]) -> Iterable[list[Rendered] | RowRefused]:
         if self._tokenizer is None:
             return ([] for _ in usable)
-        return render_many(usable, self._tokenizer, self._data.train_on)
+        return render_many(usable, self._tokenizer, Choices.of(self._data))
 
     def _outcome(self, one: Conversation, rendered: list[Rendered] | RowRefused, sketched: bool) -> Outcome:
         said = tuple(conversation_findings(one))

@@ -139,8 +139,19 @@ NOTES: dict[str, str] = {
     "control-tokens": "Control tokens inside a text are learned as ordinary text.",
     "answer-changed": "The template changes what the answer says.",
     "weights": "Answers count in the loss as the weights in the file say.",
+    "reasoning-learned": "Reasoning is in the loss.",
+    "reasoning-read": "Reasoning is read but not in the loss.",
+    "reasoning-left-out": "Reasoning is left out: data.thinking is off.",
+    "reasoning-split": "The template drops reasoning from earlier turns: each gets its own sample.",
+    "thinking-on": "Rendered with thinking on.",
+    "thinking-off": "Rendered with thinking off; an empty thought in the prompt is not in the loss.",
+    "thought-closed": "The template's prompt opens a thought: it is closed at once, and that is in the loss.",
 }
 """What was changed so that the template keeps it: the notes of a report and of a sample, in words."""
+
+
+ON_THINKING = frozenset(kind for kind in NOTES if kind.startswith(("reasoning-", "thinking-", "thought-")))
+"""Notes that ``thinking_facts`` puts into sentences for data as a whole."""
 
 
 class DataProblem(Struct, frozen=True):

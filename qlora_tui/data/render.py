@@ -13,13 +13,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qlora_tui.data.conversation import Conversation, Message, RowRefused
 from qlora_tui.data.report import Piece
 from qlora_tui.data.spans import PRIVATE, Layout, lay_out
+from qlora_tui.data.template import ChatTemplate
+from qlora_tui.data.thinking import (
+    Thinking,
+    decided,
+    reasoning_apart,
+    reasoning_of,
+    variables,
+    without_reasoning,
+)
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.traits import adapted
+from qlora_tui.data.traits import Traits, adapted
 from qlora_tui.data.word_memo import Marked
+from qlora_tui.recipe.schema import Data
 
 TrainOn = Literal["assistant", "everything"]
 _LITERAL, _END_LITERAL = "\U000f0000", "\U000f0001"
@@ -34,8 +45,8 @@ class Rendered(Struct, frozen=True):
     """One byte a token: 1 where the model learns to say it."""
     notes: tuple[str, ...] = ()
     """What had to be changed for the template: ``system-in-user``, ``tools-as-text``, ``calls-as-text``,
-    ``tool-as-user``, ``control-tokens`` (some were neutralised), ``answer-changed`` (the template did); and
-    ``weights``."""
+    ``tool-as-user``, ``control-tokens`` (some were neutralised), ``answer-changed`` (the template did);
+    ``weights``; and what became of reasoning: see ``_notes_on_thinking``."""
     weights: array[float] | None = None
     """How much each token counts in the loss, 32-bit; None where each that trains counts 1."""
 
@@ -52,24 +63,40 @@ class Laid(Struct, frozen=True):
     notes: tuple[str, ...]
 
 
+class Choices(Struct, frozen=True):
+    """The settings of a recipe's ``data`` that decide how a conversation is rendered."""
+
+    train_on: TrainOn = "assistant"
+    thinking: Thinking = "auto"
+    reasoning_in_loss: bool = True
+
+    @classmethod
+    def of(cls, data: Data) -> Choices:
+        """Those of ``data``."""
+        return cls(data.train_on, data.thinking, data.reasoning_in_loss)
+
+
+DEFAULT = Choices()
+
+
 def render(
-    conversation: Conversation, tokenizer: ChatTokenizer, train_on: TrainOn = "assistant"
+    conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices = DEFAULT
 ) -> list[Rendered]:
     """The samples of one conversation: one, or more where the template rewrites what came before.
 
     Raises ``RowRefused``.
     """
-    result = next(render_many([conversation], tokenizer, train_on))
+    result = next(render_many([conversation], tokenizer, choices))
     if isinstance(result, RowRefused):
         raise result
     return result
 
 
 def render_many(
-    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, train_on: TrainOn = "assistant"
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, choices: Choices = DEFAULT
 ) -> Iterator[list[Rendered] | RowRefused]:
-    """The same for a batch; one result a conversation, in order."""
-    laid = [_laid_or_refused(conversation, tokenizer, train_on) for conversation in conversations]
+    """The samples of each conversation, in order, or why it gives none."""
+    laid = [_laid_or_refused(conversation, tokenizer, choices) for conversation in conversations]
     layouts = [layout for one in laid if isinstance(one, Laid) for layout in one.layouts]
     marked = iter(tokenizer.encode_marked([layout.text for layout in layouts], list(map(_places, layouts))))
     for one in laid:
@@ -80,22 +107,26 @@ def render_many(
 
 
 def _laid_or_refused(
-    conversation: Conversation, tokenizer: ChatTokenizer, train_on: TrainOn
+    conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices
 ) -> Laid | RowRefused:
     try:
-        return lay(conversation, tokenizer, train_on)
+        return lay(conversation, tokenizer, choices)
     except RowRefused as refused:
         return refused
 
 
 def prompt_ids(
-    messages: Sequence[Message], tokenizer: ChatTokenizer, tools: Sequence[dict[str, Any]] = ()
+    messages: Sequence[Message],
+    tokenizer: ChatTokenizer,
+    tools: Sequence[dict[str, Any]] = (),
+    thinking: Thinking = "auto",
 ) -> list[int]:
     """What the model is given when it is to answer ``messages``: the same tokens as in training, up to
-    where the answer begins. Raises ``RowRefused``."""
-    template = tokenizer.tool_template if tools else tokenizer.template
-    traits = tokenizer.tool_traits if tools else tokenizer.traits
-    turns, _, kept_tools, _ = adapted(Conversation(tuple(messages), tuple(tools)), traits)
+    where the answer begins. ``auto`` leaves thinking to the template's default. Raises ``RowRefused``."""
+    template, traits = _template_of(tokenizer, bool(tools))
+    template = template.with_variables(variables(traits.switch, thinking))
+    conversation = _prepared(Conversation(tuple(messages), tuple(tools)), traits, thinking)
+    turns, _, kept_tools, _ = adapted(conversation, traits)
     turns, _ = _neutral_turns(turns, tokenizer)
     if kept_tools:
         kept_tools, _ = _neutral_value(kept_tools, tokenizer.control_pattern)
@@ -131,7 +162,7 @@ def _text_at(tokenizer: ChatTokenizer, ids: Sequence[int], start: int, end: int)
     return both[len(context) :] if both.startswith(context) else tokenizer.decode(ids[start:end])
 
 
-def lay(conversation: Conversation, tokenizer: ChatTokenizer, train_on: TrainOn) -> Laid:
+def lay(conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices = DEFAULT) -> Laid:
     """The texts of one conversation and the spans that train. Raises ``RowRefused``."""
     eos = tokenizer.special_tokens.get("eos_token", "")
     if not conversation.messages:
@@ -140,23 +171,65 @@ def lay(conversation: Conversation, tokenizer: ChatTokenizer, train_on: TrainOn)
         return Laid(
             (Layout(bos + text + eos, ((0, len(bos + text + eos)),)),), ("control-tokens",) if marked else ()
         )
-    template, traits = tokenizer.template, tokenizer.traits
-    if conversation.tools:
-        template, traits = tokenizer.tool_template, tokenizer.tool_traits
-    turns, weights, tools, notes = adapted(conversation, traits)
+    template, traits = _template_of(tokenizer, bool(conversation.tools))
+    thinking = decided(choices.thinking, traits.switch, conversation)
+    template = template.with_variables(variables(traits.switch, thinking))
+    turns, weights, tools, notes = adapted(_prepared(conversation, traits, thinking), traits)
+    notes += _notes_on_thinking(conversation, traits, thinking, choices)
     turns, marked = _neutral_turns(turns, tokenizer)
     if tools:
         tools, in_tools = _neutral_value(tools, tokenizer.control_pattern)
         marked = marked or in_tools
     if marked:
         notes.append("control-tokens")
-    special, everything = tokenizer.special_pattern, train_on == "everything"
-    layouts = lay_out(template, turns, weights, tools, special, eos, everything)
+    special, everything = tokenizer.special_pattern, choices.train_on == "everything"
+    layouts = lay_out(template, turns, weights, tools, special, eos, everything, choices.reasoning_in_loss)
     if not all(_kept(turn, layouts) for turn, wanted in zip(turns, weights, strict=True) if wanted):
         notes.append("answer-changed")
     if any(layout.weights for layout in layouts):
         notes.append("weights")
     return Laid(tuple(layouts), tuple(notes))
+
+
+def _template_of(tokenizer: ChatTokenizer, with_tools: bool) -> tuple[ChatTemplate, Traits]:
+    if with_tools:
+        return tokenizer.tool_template, tokenizer.tool_traits
+    return tokenizer.template, tokenizer.traits
+
+
+def _prepared(conversation: Conversation, traits: Traits, thinking: Thinking) -> Conversation:
+    """The conversation with reasoning where the template looks for it, or with none where thinking is off."""
+    if thinking == "off":
+        return replace(conversation, messages=without_reasoning(conversation.messages))
+    if traits.switch is not None and traits.reasoning:
+        return replace(conversation, messages=reasoning_apart(conversation.messages))
+    return conversation
+
+
+def _notes_on_thinking(
+    conversation: Conversation, traits: Traits, thinking: Thinking, choices: Choices
+) -> list[str]:
+    """What became of a conversation's reasoning, and whether it was rendered with thinking on or off.
+
+    One of ``reasoning-learned``, ``reasoning-read`` (not in the loss) and ``reasoning-left-out`` where it
+    has any; ``reasoning-split`` where each such turn gets a sample of its own; ``thinking-on`` or
+    ``thinking-off`` where the template has a switch, ``thought-closed`` where its prompt opens a thought all
+    the same.
+    """
+    notes = []
+    reasons = [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and reasoning_of(m)]
+    if reasons and thinking == "off":
+        notes.append("reasoning-left-out")
+    elif reasons:
+        notes.append("reasoning-learned" if choices.reasoning_in_loss else "reasoning-read")
+        last = max(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
+        if traits.forgets_reasoning and any(i < last and conversation.messages[i].train for i in reasons):
+            notes.append("reasoning-split")
+    if traits.opens_thought and (thinking == "off" or not reasons):
+        notes.append("thought-closed")
+    elif traits.switch is not None and thinking != "auto":
+        notes.append(f"thinking-{thinking}")
+    return notes
 
 
 def _kept(turn: Mapping[str, Any], layouts: Sequence[Layout]) -> bool:
@@ -178,7 +251,7 @@ def _neutral_turns(
     """
     result, any_marked = [], False
     for turn in turns:
-        pattern = tokenizer.special_pattern if turn["role"] == "assistant" else tokenizer.control_pattern
+        pattern = tokenizer.said_pattern if turn["role"] == "assistant" else tokenizer.control_pattern
         kept = {"role": turn["role"]}
         rest, marked = _neutral_value({k: v for k, v in turn.items() if k != "role"}, pattern)
         result.append({**kept, **rest})

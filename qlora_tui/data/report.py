@@ -66,6 +66,8 @@ class Report(Struct, frozen=True):
     notes: dict[str, int]
     template: str
     """``tokenizer``, or the stock template in use; empty without a tokenizer."""
+    thinking: tuple[str, ...] = ()
+    """Sentences on the reasoning in the rows and what the template makes of it."""
 
 
 class Shown(Struct, frozen=True):

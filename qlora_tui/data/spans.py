@@ -9,6 +9,9 @@ closes earlier turns with another token). Then the turn is found in the whole co
 its text; and where rewriting has removed reasoning, which would so never be learned, or the turn
 cannot be found, the conversation up to that turn becomes a sample of its own, just as the model will
 meet it.
+
+A prompt that opens a thought (DeepSeek-R1's) is followed by one: by the turn's reasoning or, where it has
+none, by the end of the thought at once.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from msgspec import Struct
 
 from qlora_tui.data.conversation import RowRefused
 from qlora_tui.data.template import ChatTemplate, Span, Tools, Turns
+from qlora_tui.data.thinking import OPENED
 
 _OPEN, _CLOSE = "\U000f0002", "\U000f0003"
 _PROBES = ("\U000f0004", "\U000f0005")
@@ -41,13 +45,21 @@ class _Finder:
     """Finds the assistant's spans in one conversation."""
 
     def __init__(
-        self, template: ChatTemplate, turns: Turns, tools: Tools | None, special: re.Pattern[str], eos: str
+        self,
+        template: ChatTemplate,
+        turns: Turns,
+        tools: Tools | None,
+        special: re.Pattern[str],
+        eos: str,
+        reasoning_in_loss: bool,
     ):
         self._template = template
+        self._reasoning_in_loss = reasoning_in_loss
         self._turns = list(turns)
         self._tools = tools
         self._special = special
         self._eos = eos
+        self._prompts: dict[int, str] = {}
 
     def layouts(self, weights: Mapping[int, float]) -> list[Layout]:
         """The whole conversation with the spans of the turns that train, and samples of their own.
@@ -55,7 +67,7 @@ class _Finder:
         ``weights`` has how much each of these turns counts.
         """
         template, turns = self._template, self._turns
-        whole = template.render(turns, self._tools)
+        whole = self._thought_closed(template.render(turns, self._tools))
         spans: list[Span] = []
         counts: list[float] = []
         own: list[Layout] = []
@@ -65,7 +77,7 @@ class _Finder:
             start = self._start(i, ended)
             reasoning = _reasoning(turns[i])
             if start is None:
-                own.append(_weighed(self._after_prompt(i, ended), weight))
+                own.append(_weighed(self._after_prompt(i, ended, reasoning), weight))
                 continue
             found: Span | None = (start, len(ended))
             if not is_last and not (whole.startswith(ended) and start < len(ended)):
@@ -73,9 +85,10 @@ class _Finder:
             if reasoning and reasoning not in ended[start:]:
                 own.append(_weighed(self._with_reasoning(i, ended, start, reasoning), weight))
             elif found is None or (reasoning and reasoning not in whole[slice(*found)]):
-                own.append(_weighed(self._closed(ended, [(start, len(ended))]), weight))
+                own.append(_weighed(self._alone(ended, start, reasoning), weight))
             else:
-                spans.append(self._with_stop(whole, found))
+                stopped = self._with_stop(whole, found)
+                spans.append(self._learned(whole, stopped, reasoning))
                 counts.append(weight)
         if not spans:
             return own
@@ -87,7 +100,36 @@ class _Finder:
         """The whole conversation, all of which trains."""
         whole = self._template.render(self._turns, self._tools)
         layout = self._closed(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
-        return layout or Layout(whole, ((0, len(whole)),))
+        layout = layout or Layout(whole, ((0, len(whole)),))
+        if self._reasoning_in_loss:
+            return layout
+        spans, at = [], 0
+        for turn in self._turns:
+            reasoning = _reasoning(turn) if turn["role"] == "assistant" else ""
+            place = layout.text.find(reasoning, at) if reasoning else -1
+            if place >= 0:
+                spans.append((at, place))
+                at = _after_thought(layout.text, place + len(reasoning))
+        return Layout(layout.text, (*spans, (at, len(layout.text))))
+
+    def _thought_closed(self, whole: str) -> str:
+        """``whole`` with an empty thought before its last answer, where the prompt opens one it lacks."""
+        last = len(self._turns) - 1
+        asked = self._asked(last)
+        if _reasoning(self._turns[last]) or not OPENED.search(asked) or whole.startswith(asked):
+            return whole
+        start = self._start(last, whole)
+        return whole if start is None else _answered(asked, "", whole[start:])
+
+    def _alone(self, text: str, start: int, reasoning: str) -> Layout:
+        """A sample of its own for the turn that begins at ``start`` and ends ``text``."""
+        return self._closed(text, [self._learned(text, (start, len(text)), reasoning)])
+
+    def _learned(self, text: str, span: Span, reasoning: str) -> Span:
+        """What of ``span`` is in the loss: all of it, or what comes after the reasoning."""
+        start, end = span
+        place = text.find(reasoning, start, end) if reasoning and not self._reasoning_in_loss else -1
+        return span if place < 0 else (min(_after_thought(text, place + len(reasoning)), end), end)
 
     def _start(self, i: int, ended: str) -> int | None:
         """Where the answer of turn ``i`` begins in the text that ends with it.
@@ -104,7 +146,8 @@ class _Finder:
             return None
         probes = [self._probe(i, character) for character in _PROBES]
         start = len(_shared_start([ended, *probes, *([asked] if asked else [])]))
-        inside = next((m for m in self._special.finditer(ended) if m.start() < start < m.end()), None)
+        tokens = (*self._special.finditer(ended), *_TAGS.finditer(ended))
+        inside = next((m for m in tokens if m.start() < start < m.end()), None)
         return inside.start() if inside else start
 
     def _before(self, i: int) -> str:
@@ -115,7 +158,7 @@ class _Finder:
         asked, before = self._asked(i), self._before(i) if i else ""
         return asked[len(before) :] if asked.startswith(before) else ""
 
-    def _after_prompt(self, i: int, ended: str) -> Layout:
+    def _after_prompt(self, i: int, ended: str, reasoning: str) -> Layout:
         """A sample of its own for an answer before which the template, once it is given, drops something.
 
         gpt-oss drops what was said beside a tool call. The model was asked with it: so it is trained.
@@ -128,15 +171,17 @@ class _Finder:
                 "template-refuses", f"Turn {i + 1} cannot be told apart in what the template makes of it."
             )
         asked = self._asked(i)
-        text = asked + ended[begin + len(header) :]
-        return self._closed(text, [(len(asked), len(text))])
+        return self._alone(asked + ended[begin + len(header) :], len(asked), reasoning)
 
     def _asked(self, i: int) -> str:
         """What the model is given to answer turn ``i``; empty where the template cannot ask for it."""
-        try:
-            return self._template.render(self._turns[:i], self._tools, prompt=True) if i else ""
-        except RowRefused:
-            return ""
+        if i not in self._prompts:
+            try:
+                text = self._template.render(self._turns[:i], self._tools, prompt=True) if i else ""
+            except RowRefused:
+                text = ""
+            self._prompts[i] = text
+        return self._prompts[i]
 
     def _probe(self, i: int, character: str) -> str:
         """The same text, but with an answer no text begins with."""
@@ -220,9 +265,7 @@ class _Finder:
         DeepSeek-R1's does: its prompt opens ``<think>`` and the model goes on from there.
         """
         asked = self._asked(i) or ended[:start]
-        opening = "" if asked.rstrip().endswith("<think>") else "<think>\n"
-        text = f"{asked}{opening}{reasoning}\n</think>\n\n{ended[start:].lstrip()}"
-        return self._closed(text, [(len(asked), len(text))])
+        return self._alone(_answered(asked, reasoning, ended[start:]), len(asked), reasoning)
 
     def _with_stop(self, whole: str, span: Span) -> Span:
         """With the token after it, where nothing else closes the turn: GLM's models stop at ``<|user|>``."""
@@ -241,7 +284,8 @@ class _Finder:
             return spans
         result: list[Span] = []
         for span in spans:
-            inside = [m for m in marks if _meet(m, span)]
+            # Some templates mark the header of the turn and an empty thought too, which the prompt gives.
+            inside = [(max(m[0], span[0]), min(m[1], span[1])) for m in marks if _meet(m, span)]
             result += inside or [span]
         return sorted(set(result))
 
@@ -264,20 +308,23 @@ def lay_out(
     special: re.Pattern[str],
     eos: str,
     everything: bool = False,
+    reasoning_in_loss: bool = True,
 ) -> list[Layout]:
     """The texts of one conversation and what trains in each.
 
     ``weights`` says for each turn how much it counts; turns after the last that counts are left out, for
-    nothing is learned from them. With ``everything`` all of all turns trains alike. ``special``
-    matches any special token, ``eos`` is the end-of-text token. Raises ``RowRefused`` where the
-    template does.
+    nothing is learned from them. With ``everything`` all of all turns trains alike. Without
+    ``reasoning_in_loss`` what an answer is reasoned from is read and not learned, its tags included.
+    ``special`` matches any special token, ``eos`` is the end-of-text token. Raises ``RowRefused`` where
+    the template does.
     """
     if everything:
-        return [_Finder(template, turns, tools, special, eos).everything()]
+        return [_Finder(template, turns, tools, special, eos, reasoning_in_loss).everything()]
     training = {i: weight for i, weight in enumerate(weights) if weight}
     if not training:
         raise RowRefused("no-answer", "No assistant turn trains.")
-    return _Finder(template, turns[: max(training) + 1], tools, special, eos).layouts(training)
+    turns = turns[: max(training) + 1]
+    return _Finder(template, turns, tools, special, eos, reasoning_in_loss).layouts(training)
 
 
 def _weighed(layout: Layout, *weights: float) -> Layout:
@@ -334,3 +381,26 @@ def _with_marks(turn: Any) -> dict[str, Any]:
 
 
 _TAGS = re.compile("</?think>")
+_THOUGHT_ENDS = re.compile(r"\s*(?:</think>|<channel\|>|<\|end\|>|\[/THINK\])\s*")
+"""What stands between reasoning and answer: of Qwen, GLM and DeepSeek; of Gemma 4; of gpt-oss; of Mistral."""
+
+
+def _after_thought(text: str, end: int) -> int:
+    """Where the answer begins after reasoning that ends at ``end``."""
+    match = _THOUGHT_ENDS.match(text, end)
+    return match.end() if match else end
+
+
+def _answered(asked: str, reasoning: str, rest: str) -> str:
+    """A prompt, the reasoning that follows it, and ``rest``, which is the answer and its end.
+
+    The tags stand on lines of their own, but where the prompt has opened the thought without a line end, as
+    DeepSeek-V3.1's does.
+    """
+    opened = OPENED.search(asked)
+    # White space after reasoning is the file's; before an answer without any it is the answer's own.
+    answer = re.sub(r"\A\s*</think>\s*", "", rest.lstrip() if reasoning else rest)
+    if opened and not opened[1]:
+        return f"{asked}{reasoning}</think>{answer}"
+    opening = "" if opened else "<think>\n"
+    return f"{asked}{opening}{reasoning}\n</think>\n\n{answer}"

@@ -7,6 +7,7 @@ One thing differs: the date is pinned, so that the same row gives the same token
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,12 +48,22 @@ class ChatTemplate:
             tree = environment.parse(text)
             self.literals = "\0".join(_literals(tree))
             """Every piece of text the template itself writes."""
+            self.names = frozenset(name.name for name in tree.find_all(jinja2.nodes.Name))
+            """Every variable the template reads or sets."""
             self._template = jinja2.Template.from_code(
                 environment, environment.compile(tree), environment.globals
             )
         except (jinja2.TemplateError, RecursionError) as error:
             raise TemplateBroken(str(error)) from error
         self.has_generation_marks = self._marks.in_template
+
+    def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        """This template, compiled once, with further variables set: ``enable_thinking=False``."""
+        if not variables:
+            return self
+        other = copy.copy(self)
+        other._variables = {**self._variables, **variables}
+        return other
 
     def render(self, turns: Turns, tools: Tools | None = None, prompt: bool = False) -> str:
         """The conversation as text; with ``prompt``, up to where the assistant would begin.

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from qlora_tui.data.conversation import RowRefused
 from qlora_tui.data.stock_templates import stock_template
 from qlora_tui.data.template import ChatTemplate, TemplateBroken
+from qlora_tui.data.thinking import THOUGHT_TAGS
 from qlora_tui.data.traits import Traits, traits_of
 from qlora_tui.data.word_memo import Marked, WordMemo, cuts_at_spaces, stand_apart, token_at
 from qlora_tui.errors import Problem
@@ -160,6 +161,13 @@ class ChatTokenizer:
     def special_pattern(self) -> re.Pattern[str]:
         """Matches any special token."""
         return _any_of([t.content for t in self._added.values() if t.special])
+
+    @cached_property
+    def said_pattern(self) -> re.Pattern[str]:
+        """Matches what must not come from an answer's text: special tokens, but for the tags of a thought."""
+        return _any_of(
+            [t.content for t in self._added.values() if t.special and t.content not in THOUGHT_TAGS]
+        )
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:

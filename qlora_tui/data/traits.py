@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from qlora_tui.data.conversation import Conversation, Message, RowRefused, ToolCall
 from qlora_tui.data.template import ChatTemplate
+from qlora_tui.data.thinking import OPENED, Switch, switch_of, variables
 
 _ASKED, _ANSWERED, _SYSTEM, _NAME, _VALUE, _FOUND = (
     "qvzask",
@@ -44,6 +45,17 @@ class Traits(Struct, frozen=True):
     """It writes ``reasoning_content``; else reasoning goes into the content, between ``<think>`` tags."""
     tool_turns: bool
     """It writes tool turns; else their text is given as a user turn."""
+    switch: Switch | None
+    """How it is told to think or not; None where it has no such variable."""
+    opens_thought: bool
+    """Its prompt begins a thought, whatever it is told."""
+    forgets_reasoning: bool
+    """It leaves the reasoning out of every answer but the last."""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether it is a thinking model's."""
+        return self.switch is not None or self.opens_thought
 
 
 def traits_of(template: ChatTemplate) -> Traits:
@@ -63,8 +75,15 @@ def traits_of(template: ChatTemplate) -> Traits:
             "parameters": {"type": "object", "properties": {}},
         },
     }
+    switch = switch_of(template, [asked])
+    quiet = template.with_variables(variables(switch, "off"))
     style, bare = _call_style(template, asked, answered, wrap)
     call_turn = _call_turn(style, bare, wrap) if style != "text" else answered
+    thought = {**answered, "reasoning_content": _FOUND, "thinking": _FOUND}
+    reasoning = _shows(template, [asked, thought])(_FOUND)
+    if not reasoning:
+        thought = wrap({"role": "assistant", "content": f"<think>\n{_FOUND}\n</think>\n\n{_ANSWERED}"})
+    thinking = template.with_variables(variables(switch, "on"))
     return Traits(
         system=_shows(template, [wrap({"role": "system", "content": _SYSTEM}), asked, answered])(
             _SYSTEM, _ASKED
@@ -73,13 +92,21 @@ def traits_of(template: ChatTemplate) -> Traits:
         tools=_shows(template, [asked, answered], [tool])(_NAME, _VALUE),
         calls=style,
         calls_without_content=bare,
-        reasoning=_shows(template, [asked, {**answered, "reasoning_content": _FOUND, "thinking": _FOUND}])(
-            _FOUND
-        ),
+        reasoning=reasoning,
         tool_turns=_shows(template, [asked, call_turn, wrap(_tool_turn(_FOUND)), answered])(
             _FOUND, _ANSWERED
         ),
+        switch=switch,
+        opens_thought=bool(OPENED.search(_prompt(quiet, [asked]))),
+        forgets_reasoning=not _shows(thinking, [asked, thought, asked, answered])(_FOUND),
     )
+
+
+def _prompt(template: ChatTemplate, turns: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        return template.render(turns, prompt=True)
+    except RowRefused:
+        return ""
 
 
 def _shows(

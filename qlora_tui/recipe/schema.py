@@ -195,6 +195,17 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["assistant", "everything"],
         _about("Train on", "assistant: only what the model should learn to say."),
     ] = "assistant"
+    thinking: Annotated[
+        Literal["auto", "on", "off"],
+        _about(
+            "Thinking",
+            "enable_thinking of the template. auto: on for rows with reasoning, else off; off leaves it out.",
+        ),
+    ] = "auto"
+    reasoning_in_loss: Annotated[
+        bool,
+        _about("Reasoning in the loss", "Learn the reasoning too; else it is only read before the answer."),
+    ] = True
 
 
 class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

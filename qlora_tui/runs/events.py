@@ -86,6 +86,8 @@ class DataReady(Event, tag="data_ready", frozen=True, kw_only=True):
     data_hash: str
     dropped: int = 0
     cut: int = 0
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """How the model is to be asked, as it was trained; ``auto``: as its chat template does by itself."""
 
 
 class AdapterReady(Event, tag="adapter_ready", frozen=True, kw_only=True):

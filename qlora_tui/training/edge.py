@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qlora_tui.data.thinking import Thinking
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
@@ -45,6 +46,8 @@ class Setting:
     data_hash: str
     kept_apart: bool
     pad_id: int
+    thinking: Thinking
+    """How sample prompts are asked."""
     among: Processes
 
 
@@ -301,10 +304,11 @@ class Edge:
         return best
 
     def _sample(self, step: int) -> None:
-        prompts = self._setting.recipe.training.sample_prompts
+        setting = self._setting
+        prompts = setting.recipe.training.sample_prompts
         model: Any = self._trainer.model
         for prompt, answer in answers(
-            model, self._setting.tokenizer, prompts, self._setting.device.torch_device
+            model, setting.tokenizer, prompts, setting.device.torch_device, setting.thinking
         ):
             self._reporter.tell(Sampled(at=time.time(), step=step, prompt=prompt, answer=answer))
 

@@ -10,6 +10,7 @@ import torch
 
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
+from qlora_tui.data.thinking import Thinking
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.training.accuracy import exact_answers, last_hidden_states, likeliest
 from qlora_tui.training.batches import Row, Samples, collate, on_device, predictions_in
@@ -68,11 +69,15 @@ def validate(
 
 
 def answers(
-    model: Any, tokenizer: ChatTokenizer, prompts: Sequence[str], device: torch.device
+    model: Any,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[str],
+    device: torch.device,
+    thinking: Thinking = "auto",
 ) -> Iterator[tuple[str, str]]:
     """(prompt, greedy answer) for each prompt; draws no random numbers."""
     for prompt in prompts:
-        ids = prompt_ids([Message("user", prompt)], tokenizer)
+        ids = prompt_ids([Message("user", prompt)], tokenizer, thinking=thinking)
         tokens = torch.tensor([ids], device=device)
         with evaluating(model):
             output = model.generate(

@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from qlora_tui.catalog.local import ModelFiles, resolve
 from qlora_tui.data.dataset import Prepared, prepare
+from qlora_tui.data.thinking_facts import for_prompts
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained import token_ids
 from qlora_tui.recipe.schema import Recipe
@@ -141,6 +142,7 @@ class Attempt:
                 data_hash=data.data_hash,
                 kept_apart=base.kept_apart,
                 pad_id=pad_id,
+                thinking=for_prompts(recipe.data.thinking, data.notes),
                 among=self._among,
             ),
             trainer,
@@ -272,6 +274,7 @@ class Attempt:
                 data_hash=data.data_hash,
                 dropped=counts.dropped,
                 cut=counts.cut,
+                thinking=for_prompts(self._recipe.data.thinking, data.notes),
             )
         )
         self._reporter.update(total_steps=len(schedule.steps))

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from msgspec.structs import replace
 
 from qlora_tui.data.conversation import RowRefused
 from qlora_tui.data.render import lay
 from qlora_tui.data.template import ChatTemplate
+from qlora_tui.data.thinking import decided, reasoning_apart, variables
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.traits import adapted, traits_of
 from tests.data.families import tokenizer_json
@@ -42,7 +44,7 @@ class Known(NamedTuple):
     theirs: str = ""
     """A pattern cut from the start of each of their stretches."""
     thoughts: bool = False
-    """Whether empty thoughts are cut from both sides."""
+    """Whether empty thoughts, and line ends after them, are cut from both sides."""
     end: str = ""
     """The pattern cut from the very end of both sides."""
 
@@ -50,14 +52,21 @@ class Known(NamedTuple):
 _PROMPT = (
     "They train on the role header too. The prompt gives it to the model, which never has to say it: ours."
 )
+_CLOSED = " Ours closes at once the thought that the prompt opens, where a row has none."
+_EMPTY = (
+    "Of a row without reasoning, which is rendered with thinking off, theirs trains the empty thought. The "
+    "prompt gives it to the model: ours."
+)
 _HISTORY = (
     "Theirs shows (empty) thoughts in earlier turns, which the published template drops, as the model's "
     "prompt will. Ours labels earlier answers as the published template shows them, and gives a turn with "
     "real thoughts a sample of its own."
 )
 KNOWN: dict[str, Known] = {
-    "deepseek_r1_distill": Known(_PROMPT, "<｜Assistant｜>(<think>\n)?|<｜tool▁outputs▁end｜>"),
-    "deepseekv3": Known(_PROMPT, "<｜Assistant｜>|<｜tool▁outputs▁end｜>"),
+    "deepseek_r1_distill": Known(
+        _PROMPT + _CLOSED, "<｜Assistant｜>(<think>\n)?|<｜tool▁outputs▁end｜>", thoughts=True
+    ),
+    "deepseekv3": Known(_PROMPT + _CLOSED, "<｜Assistant｜>|<｜tool▁outputs▁end｜>", thoughts=True),
     "gptoss": Known(_PROMPT, r"<\|start\|>assistant"),
     "muse_glimmer": Known(_PROMPT, r"<\|start\|>assistant"),
     "qwen2_5": Known(_PROMPT + " Here it is the new line after it.", "\n"),
@@ -65,7 +74,7 @@ KNOWN: dict[str, Known] = {
     "qwen3_5_nothink": Known(_HISTORY, "<think>\n", thoughts=True),
     "qwen3_5_think": Known(_HISTORY, "<think>\n", thoughts=True),
     "qwen3_6": Known(_HISTORY, "<think>\n", thoughts=True),
-    "qwen3_8": Known(_PROMPT + " Its prompt opens <think>.", "<think>\n"),
+    "qwen3_8": Known(_EMPTY, "<think>\n", thoughts=True),
     "glm4moe": Known(
         _HISTORY
         + " After the last answer theirs puts <|user|>, ours the end-of-text token: the model stops at both.",
@@ -130,13 +139,22 @@ def _marked_template(name: str) -> ChatTemplate:
 
 
 def _ours(name: str, shape: str) -> list[str]:
-    laid = lay(conversation(shape), _tokenizer(name), "assistant")
+    laid = lay(conversation(shape), _tokenizer(name))
     return [layout.text[a:b] for layout in laid.layouts for a, b in layout.spans]
 
 
 def _theirs(name: str, shape: str) -> list[str]:
     template = _marked_template(name)
-    turns, trains, tools, _ = adapted(conversation(shape), traits_of(template))
+    traits = traits_of(template)
+    # Told to think, or not to, as ours is.
+    template = template.with_variables(
+        variables(traits.switch, decided("auto", traits.switch, conversation(shape)))
+    )
+    one = conversation(shape)
+    if traits.switch is not None and traits.reasoning:
+        # Reasoning written into an answer goes where the template looks for it, as ours does.
+        one = replace(one, messages=reasoning_apart(one.messages))
+    turns, trains, tools, _ = adapted(one, traits)
     last = max(i for i, wanted in enumerate(trains) if wanted)
     text, marks = template.render_marked(turns[: last + 1], tools)
     marks = [mark for mark in marks if mark[0] < mark[1]]
@@ -159,7 +177,7 @@ def _compared(name: str, shape: str) -> tuple[str, str]:
         theirs = [re.sub(f"^(?:{known.theirs})", "", stretch) for stretch in theirs]
     if known.thoughts:
         ours, theirs = (
-            [re.sub(r"^\n*(<think>)?\n*</think>\n*", "", s) for s in side] for side in (ours, theirs)
+            [re.sub(r"^\n*((<think>)?\n*</think>)?\n*", "", s) for s in side] for side in (ours, theirs)
         )
     if known.end:
         ours, theirs = ([re.sub(f"(?:{known.end})$", "", s) for s in side] for side in (ours, theirs))

@@ -91,6 +91,22 @@ class DataScreen(DataEdits):
             "Learn the answers only, or everything.",
             in_footer=False,
         ),
+        _command(
+            "thinking",
+            "r",
+            "next_choice('data.thinking')",
+            "Thinking",
+            "Render rows with thinking on or off, or as their reasoning asks.",
+            in_footer=False,
+        ),
+        _command(
+            "reasoning",
+            "R",
+            "reasoning_in_loss",
+            "Reasoning",
+            "Learn the reasoning too, or only read it before the answer.",
+            in_footer=False,
+        ),
         _command("packing", "b", "packing", "Packing", "Pack several samples into a row.", in_footer=False),
         _command(
             "mend",

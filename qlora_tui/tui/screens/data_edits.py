@@ -141,6 +141,11 @@ class DataEdits(WorkScreen):
         now = value_of(self.workstation.workbench.recipe, path)
         self.workstation.edit(path, choices[(choices.index(now) + 1) % len(choices)])
 
+    def action_reasoning_in_loss(self) -> None:
+        """Learn the reasoning too, or only read it."""
+        now = self.workstation.workbench.recipe.data.reasoning_in_loss
+        self.workstation.edit("data.reasoning_in_loss", not now)
+
     def action_packing(self) -> None:
         """Pack, or not."""
         self.workstation.edit("data.packing", not self.workstation.workbench.recipe.data.packing)

@@ -34,7 +34,11 @@ class Wanted:
     def of(cls, recipe: Recipe, number: int) -> Wanted:
         """Source ``number`` of the recipe. Settings that change nothing of it are left out."""
         data = Data(
-            max_length=recipe.data.max_length, too_long=recipe.data.too_long, train_on=recipe.data.train_on
+            max_length=recipe.data.max_length,
+            too_long=recipe.data.too_long,
+            train_on=recipe.data.train_on,
+            thinking=recipe.data.thinking,
+            reasoning_in_loss=recipe.data.reasoning_in_loss,
         )
         return cls(recipe.data.sources[number], data, recipe.model.id, recipe.model.chat_template)
 

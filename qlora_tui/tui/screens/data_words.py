@@ -208,6 +208,7 @@ def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = Fals
     parts.append(Content(f"{counts.tokens:,} tokens, {counts.trained_tokens:,} learnt ({learnt})"))
     if report.complete:
         parts.append(Content(steps_line(report, recipe) + time))
+    parts += map(Content, report.thinking[:1] if brief else report.thinking)
     parts.append(Content.styled(_rules(data), "dim"))
     return Content("\n").join(parts)
 

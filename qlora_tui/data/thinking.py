@@ -1,0 +1,140 @@
+"""Whether a model thinks before it answers: what its chat template calls that, and what a row has of it.
+
+Templates of hybrid models take a variable: ``enable_thinking`` (Qwen3, SmolLM3, GLM-4.5, Gemma 4,
+Nemotron), ``thinking`` (DeepSeek-V3.1, Granite), ``reasoning_effort`` (gpt-oss). ``switch_of`` finds it by
+name and tries what it does. ``decided`` chooses on or off for one conversation, ``without_reasoning`` takes
+the reasoning out of one. Training and chat both render through these: a model is asked as it was trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qlora_tui.data.conversation import Conversation, Message, RowRefused
+from qlora_tui.data.template import ChatTemplate, Turns
+
+Thinking = Literal["auto", "on", "off"]
+"""The setting. ``auto`` is, for a row, on where it has reasoning; for a prompt, the template's default."""
+OnOff = Literal["on", "off"]
+
+_FLAGS = ("enable_thinking", "thinking", "enable_reasoning", "reasoning")
+"""Variables that are true or false."""
+_EFFORTS = ("reasoning_effort", "reasoning_strength")
+"""Variables that are ``low``, ``medium``, ``high``; some templates know ``none``."""
+
+THOUGHT_TAGS = ("<think>", "</think>")
+"""Tokens of an answer, whether or not the tokenizer calls them special."""
+OPENED = re.compile(r"<think>(\s*)\Z")
+"""A prompt that has opened a thought, with the white space after the tag."""
+
+
+class Switch(Struct, frozen=True):
+    """How a template is told to think, or not to."""
+
+    variable: str
+    on: dict[str, Any]
+    """Variables to render with; empty where the template thinks by default."""
+    off: dict[str, Any]
+    default: OnOff
+    """What the template does when it is told nothing."""
+    can_turn_off: bool = True
+    """False for an effort whose least is ``low``: the model thinks less, but thinks."""
+
+
+def switch_of(template: ChatTemplate, asked: Turns) -> Switch | None:
+    """The switch of ``template``, tried on the conversation ``asked``; None where it has none."""
+
+    def prompt(variables: Mapping[str, Any]) -> str | None:
+        try:
+            return template.with_variables(variables).render(asked, prompt=True)
+        except RowRefused:
+            return None
+
+    default = prompt({})
+    for name in _FLAGS:
+        if name not in template.names:
+            continue
+        on, off = prompt({name: True}), prompt({name: False})
+        if on is not None and off is not None and on != off:
+            return Switch(name, {name: True}, {name: False}, "off" if off == default else "on")
+    for name in _EFFORTS:
+        if name not in template.names:
+            continue
+        constants = template.literals.split("\0")
+        least = "none" if "none" in constants else "low"
+        off = prompt({name: least})
+        if off is None:
+            continue
+        if off != default:
+            return Switch(name, {}, {name: least}, "on", can_turn_off=least == "none")
+        on = prompt({name: "high"})
+        if on is not None and on != off:
+            return Switch(name, {name: "high"}, {name: least}, "off", can_turn_off=least == "none")
+    return None
+
+
+def variables(switch: Switch | None, thinking: Thinking) -> dict[str, Any]:
+    """What to render with; nothing for ``auto``, or where there is no switch."""
+    if switch is None or thinking == "auto":
+        return {}
+    return switch.on if thinking == "on" else switch.off
+
+
+def decided(thinking: Thinking, switch: Switch | None, conversation: Conversation) -> Thinking:
+    """The setting for one conversation: ``auto`` is on where an answer has reasoning, else off.
+
+    An effort that cannot be turned off stays at the template's default, ``auto``.
+    """
+    if thinking != "auto":
+        return thinking
+    if has_reasoning(conversation.messages):
+        return "on"
+    return "off" if switch is None or switch.can_turn_off else "auto"
+
+
+def has_reasoning(messages: Sequence[Message]) -> bool:
+    """Whether any answer comes with reasoning."""
+    return any(message.role == "assistant" and reasoning_of(message) for message in messages)
+
+
+def reasoning_of(message: Message) -> str:
+    """What an answer is preceded by, kept apart from it or written into it; empty where there is none."""
+    return (message.reasoning or _inline(message)[0]).strip()
+
+
+def without_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with answers alone."""
+    return tuple(map(_answer_alone, messages))
+
+
+def reasoning_apart(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with reasoning that is written into an answer moved into ``Message.reasoning``."""
+    return tuple(map(_reasoning_moved, messages))
+
+
+def _reasoning_moved(message: Message) -> Message:
+    inside, rest = _inline(message)
+    return replace(message, reasoning=inside, content=rest) if inside and not message.reasoning else message
+
+
+def _answer_alone(message: Message) -> Message:
+    _, rest = _inline(message)
+    if not message.reasoning and rest == message.content:
+        return message
+    return replace(message, reasoning="", content=rest)
+
+
+def _inline(message: Message) -> tuple[str, str]:
+    """The reasoning written into an answer, and the rest of it."""
+    before, tag, rest = message.content.partition("</think>")
+    if message.role != "assistant" or not tag:
+        return "", message.content
+    opening, opened, inside = before.partition("<think>")
+    if opened and opening.strip():
+        return "", message.content
+    return (inside if opened else before).strip(), rest.lstrip()

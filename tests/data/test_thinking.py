@@ -1,0 +1,251 @@
+"""Thinking on, off and auto: rows rendered as the model will be asked, reasoning where it belongs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qlora_tui.data.conversation import Conversation, Message
+from qlora_tui.data.render import Choices, Rendered, prompt_ids, render
+from qlora_tui.data.thinking import Thinking, reasoning_of, without_reasoning
+from qlora_tui.data.tokenizer import ChatTokenizer
+from tests.data.families import FAMILIES, family
+from tests.data.shapes import assistant, system, user
+from tests.data.thinkers import PUBLISHED, THINKERS, template_text, thinker
+
+WHY = "Let me count: 17*3 is 51."
+PLAIN = Conversation((system("Be brief."), user("17*3?"), assistant("51")))
+REASONED = Conversation((system("Be brief."), user("17*3?"), assistant("51", WHY)))
+INLINE = Conversation((system("Be brief."), user("17*3?"), assistant(f"<think>\n{WHY}\n</think>\n\n51")))
+TURNS = Conversation((user("1?"), assistant("one"), user("2?"), assistant("two")))
+REASONED_TURNS = Conversation(
+    (user("1?"), assistant("one", "First."), user("2?"), assistant("two", "Second."))
+)
+ROWS = (PLAIN, REASONED, INLINE, TURNS, REASONED_TURNS)
+SETTINGS: tuple[Thinking, ...] = ("auto", "on", "off")
+
+
+def learned(tokenizer: ChatTokenizer, sample: Rendered) -> str:
+    """The text of the tokens that train."""
+    return tokenizer.decode([t for t, flag in zip(sample.token_ids, sample.trained, strict=True) if flag])
+
+
+def asked_in_training(sample: Rendered) -> list[int]:
+    """The tokens before the last stretch that trains."""
+    return sample.token_ids[: sample.trained.rindex(b"\x00\x01") + 1]
+
+
+def as_decided(setting: Thinking, row: Conversation, tokenizer: ChatTokenizer) -> Thinking:
+    """What the notes of a row say of how it was rendered."""
+    notes = render(row, tokenizer, Choices(thinking=setting))[-1].notes
+    return "on" if "thinking-on" in notes else "off" if "thinking-off" in notes else setting
+
+
+@pytest.mark.parametrize("special_tags", [False, True])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", THINKERS)
+def test_training_asks_for_the_last_answer_as_chat_does(
+    name: str, setting: Thinking, special_tags: bool
+) -> None:
+    tokenizer = thinker(name, special_tags)
+    for row in ROWS:
+        sample = render(row, tokenizer, Choices(thinking=setting))[-1]
+        chat = prompt_ids(row.messages[:-1], tokenizer, thinking=as_decided(setting, row, tokenizer))
+        assert asked_in_training(sample) == chat, row
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", THINKERS)
+def test_what_is_asked_is_what_the_template_itself_asks(name: str, setting: Thinking) -> None:
+    tokenizer = thinker(name)
+    switch = tokenizer.traits.switch
+    told = {} if switch is None or setting == "auto" else switch.on if setting == "on" else switch.off
+    turns = [{"role": m.role, "content": m.content} for m in PLAIN.messages[:-1]]
+    text = tokenizer.template.with_variables(told).render(turns, prompt=True)
+    assert prompt_ids(PLAIN.messages[:-1], tokenizer, thinking=setting) == tokenizer.encode(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_switch_asks_for_what_transformers_renders_with_it(name: str) -> None:
+    import transformers.utils.chat_template_utils as library
+
+    tokenizer = thinker(name)
+    switch = tokenizer.traits.switch
+    text = template_text(name).replace('strftime_now("%Y-%m-%d")', "'2024-07-26'")
+    transformers: Any = library
+    turns = [{"role": m.role, "content": m.content} for m in PLAIN.messages[:-1]]
+    for told in ({}, *((switch.on, switch.off) if switch else ())):
+        (theirs,), _ = transformers.render_jinja_template(
+            [turns], chat_template=text, add_generation_prompt=True, **tokenizer.special_tokens, **told
+        )
+        assert tokenizer.template.with_variables(told).render(turns, prompt=True) == theirs
+
+
+EMPTY = {
+    "qwen3": "<think>\n\n</think>\n\n",
+    "qwen3_5_think": "<think>\n\n</think>\n\n",
+    "qwen3_5_nothink": "<think>\n\n</think>\n\n",
+    "qwen3_8": "<think>\n\n</think>\n\n",
+    "smollm3": "<think>\n\n</think>\n",
+    "deepseek-v3.1": "</think>",
+    "glm4moe": "<think></think>",
+    "nemotron_3_nano": "<think></think>",
+}
+"""The empty thought with which a template's prompt ends when it is told not to think."""
+
+
+@pytest.mark.parametrize("name", [name for name in EMPTY if name in THINKERS])
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_an_empty_thought_is_in_the_prompt_and_not_in_the_loss(name: str, setting: Thinking) -> None:
+    tokenizer = thinker(name)
+    sample = render(PLAIN, tokenizer, Choices(thinking=setting))[-1]
+    assert tokenizer.decode(asked_in_training(sample)).endswith(EMPTY[name])
+    assert learned(tokenizer, sample).strip().startswith("51")
+    assert "thinking-off" in sample.notes
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_thought_the_prompt_always_opens_is_closed_and_that_is_learned(
+    name: str, setting: Thinking
+) -> None:
+    if name not in PUBLISHED:
+        pytest.skip("trl is not installed")
+    tokenizer = thinker(name)
+    for row in (PLAIN, TURNS):
+        sample = render(row, tokenizer, Choices(thinking=setting))[-1]
+        assert tokenizer.decode(asked_in_training(sample)).endswith("<｜Assistant｜><think>\n")
+        assert "\n</think>\n\n" + row.messages[-1].content in learned(tokenizer, sample)
+        assert "thought-closed" in sample.notes
+
+
+@pytest.mark.parametrize("row", [REASONED, INLINE])
+@pytest.mark.parametrize("name", THINKERS)
+def test_reasoning_and_answer_are_both_in_the_loss(name: str, row: Conversation) -> None:
+    tokenizer = thinker(name)
+    (sample,) = render(row, tokenizer)
+    text = learned(tokenizer, sample)
+    assert text.count(WHY) == 1 and "51" in text.partition(WHY)[2]
+    assert "reasoning-learned" in sample.notes
+
+
+@pytest.mark.parametrize("row", [REASONED, INLINE, REASONED_TURNS])
+@pytest.mark.parametrize("name", THINKERS)
+def test_reasoning_out_of_the_loss_is_read_before_the_answer(name: str, row: Conversation) -> None:
+    tokenizer = thinker(name)
+    with_it = render(row, tokenizer)
+    without = render(row, tokenizer, Choices(reasoning_in_loss=False))
+    assert [s.token_ids for s in without] == [s.token_ids for s in with_it]
+    for sample in without:
+        text = learned(tokenizer, sample)
+        assert not any(reasoning_of(m) in text for m in row.messages if m.role == "assistant")
+        assert "think>" not in text
+        assert "reasoning-read" in sample.notes
+    assert sum(s.trained_count for s in without) < sum(s.trained_count for s in with_it)
+    answers = "".join(learned(tokenizer, s) for s in without)
+    said = [m.content.rpartition("</think>")[2].strip() for m in row.messages if m.role == "assistant"]
+    assert all(answer in answers for answer in said)
+
+
+@pytest.mark.parametrize("name", THINKERS)
+def test_off_takes_reasoning_out_of_the_row(name: str) -> None:
+    tokenizer = thinker(name)
+    for row in (REASONED, INLINE):
+        (sample,) = render(row, tokenizer, Choices(thinking="off"))
+        (plain,) = render(PLAIN, tokenizer, Choices(thinking="off"))
+        assert (sample.token_ids, sample.trained) == (plain.token_ids, plain.trained)
+        assert "reasoning-left-out" in sample.notes
+
+
+def test_everything_trains_but_reasoning_that_is_out_of_the_loss() -> None:
+    tokenizer = thinker("granite")
+    sample = render(REASONED_TURNS, tokenizer, Choices("everything", reasoning_in_loss=False))[0]
+    text = learned(tokenizer, sample)
+    assert "First." not in text and "Second." not in text
+    assert all(said in text for said in ("1?", "one", "2?", "two"))
+
+
+@pytest.mark.parametrize("name", THINKERS)
+def test_reasoning_a_template_drops_from_history_is_learned_and_counted(name: str) -> None:
+    tokenizer = thinker(name)
+    samples = render(REASONED_TURNS, tokenizer)
+    text = "".join(learned(tokenizer, sample) for sample in samples)
+    assert text.count("First.") == text.count("Second.") == 1
+    forgets = name not in ("smollm3", "granite", "qwen3_8")
+    assert tokenizer.traits.forgets_reasoning == forgets
+    assert ("reasoning-split" in samples[0].notes) == forgets == (len(samples) == 2)
+
+
+@pytest.mark.parametrize("setting", ["auto", "on"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_a_switch_and_without_reasoning_nothing_changes(name: str, setting: Thinking) -> None:
+    if name == "opens-thinking":
+        return
+    tokenizer = family(name)
+    for row in (Conversation(PLAIN.messages[1:]), TURNS):
+        (default,), (sample,) = render(row, tokenizer), render(row, tokenizer, Choices(thinking=setting))
+        assert sample == default
+        assert not any("think" in note or "reason" in note for note in sample.notes)
+        assert prompt_ids(row.messages[:-1], tokenizer, thinking=setting) == prompt_ids(
+            row.messages[:-1], tokenizer
+        )
+
+
+def test_the_switches_of_templates_are_told_apart() -> None:
+    told = {name: thinker(name).traits.switch for name in THINKERS}
+    assert told["smollm3"] and told["smollm3"].variable == "enable_thinking"
+    assert told["granite"] and (told["granite"].variable, told["granite"].default) == ("thinking", "off")
+    assert told["deepseek-v3.1"] and told["deepseek-v3.1"].default == "off"
+    if PUBLISHED:
+        assert told["qwen3"] and (told["qwen3"].variable, told["qwen3"].default) == ("enable_thinking", "on")
+        assert told["qwen3_5_nothink"] and told["qwen3_5_nothink"].default == "off"
+        assert told["gptoss"] and not told["gptoss"].can_turn_off
+        assert told["gptoss"].off == {"reasoning_effort": "low"}
+        assert told["deepseek_r1_distill"] is None and thinker("deepseek_r1_distill").traits.opens_thought
+
+
+def test_an_effort_that_cannot_be_turned_off_stays_at_its_default_for_rows_without_reasoning() -> None:
+    if "gptoss" not in PUBLISHED:
+        pytest.skip("trl is not installed")
+    tokenizer = thinker("gptoss")
+    assert "Reasoning: medium" in tokenizer.decode(render(PLAIN, tokenizer)[0].token_ids)
+    low = render(PLAIN, tokenizer, Choices(thinking="off"))[0]
+    assert "Reasoning: low" in tokenizer.decode(low.token_ids)
+
+
+def test_history_is_sent_back_as_the_template_has_it() -> None:
+    granite, r1 = thinker("granite"), thinker("deepseek-v3.1")
+    history = REASONED_TURNS.messages[:-1]
+    assert "First." in granite.decode(prompt_ids(history, granite, thinking="on"))
+    assert "First." not in granite.decode(prompt_ids(history, granite, thinking="off"))
+    assert "First." not in r1.decode(prompt_ids(history, r1, thinking="on"))
+
+
+@pytest.mark.parametrize(
+    ("content", "reasoning", "answer"),
+    [
+        ("<think>a</think>b", "a", "b"),
+        ("a\n</think>\n\nb", "a", "b"),
+        (" \n<think>\n\n</think>\n\nb", "", "b"),
+        ("Use <think>a</think> here", "", "Use <think>a</think> here"),
+        ("b", "", "b"),
+        ("<think>never closed", "", "<think>never closed"),
+    ],
+)
+def test_reasoning_in_a_text_is_what_stands_before_it(content: str, reasoning: str, answer: str) -> None:
+    message = Message("assistant", content)
+    assert reasoning_of(message) == reasoning
+    assert without_reasoning([message])[0].content == answer
+    question = Message("user", content)
+    assert reasoning_of(question) == "" and without_reasoning([question]) == (question,)
+
+
+def test_control_tokens_in_reasoning_are_still_plain_text() -> None:
+    tokenizer = thinker("granite", special_tags=True)
+    row = Conversation((user("a"), assistant("b", "x<|end|>y")))
+    (sample,) = render(row, tokenizer)
+    ends = sample.token_ids.count(tokenizer.added_tokens["<|end|>"])
+    assert ends == 3 and "x<|end|>y" in tokenizer.decode(sample.token_ids)
+    assert sample.token_ids.count(tokenizer.added_tokens["<think>"]) == 1

@@ -1,0 +1,108 @@
+"""What is said of reasoning and thinking in data, and what a model trained on it is asked with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.data.dataset import prepare
+from qlora_tui.data.inspect import inspect
+from qlora_tui.data.thinking import Thinking
+from qlora_tui.data.thinking_facts import for_prompts
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.recipe.schema import Data, Recipe, Source
+from tests.data.families import family
+from tests.data.thinkers import PUBLISHED, thinker
+
+PLAIN = ("What is a fox?", "A small wild dog.")
+THOUGHT = ("17*3?", "<think>\n17*3 is 51.\n</think>\n\n51")
+
+
+def rows(path: Path, *conversations: tuple[str, ...]) -> Source:
+    """A file of conversations: question, answer, question, answer."""
+    lines = [
+        {
+            "messages": [
+                {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)
+            ]
+        }
+        for turns in conversations
+    ]
+    file = path / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Source(path=str(file))
+
+
+def said(source: Source, tokenizer: ChatTokenizer, thinking: Thinking = "auto", learn: bool = True) -> str:
+    data = Data(thinking=thinking, reasoning_in_loss=learn)
+    return " ".join(inspect(source, tokenizer, data).thinking)
+
+
+def test_rows_with_reasoning_are_counted_and_what_was_decided_is_said(tmp_path: Path) -> None:
+    source = rows(tmp_path, PLAIN, THOUGHT, (*THOUGHT, "Sure?", "<think>Yes.</think>Yes."))
+    tokenizer = thinker("smollm3")
+    auto = said(source, tokenizer)
+    assert "Reasoning: 2 of 3 rows, in the loss." in auto
+    assert "on for the 2 with reasoning, off for 1 (enable_thinking)" in auto
+    assert "not in the loss" in said(source, tokenizer, learn=False)
+    assert "2 of 3 rows, left out" in said(source, tokenizer, "off")
+    assert "an empty thought is learned from 1 row without reasoning" in said(source, tokenizer, "on")
+    assert "drops it from earlier turns" not in auto
+    assert "drops it from earlier turns: 1 row" in said(source, thinker("deepseek-v3.1"))
+
+
+def test_rows_without_reasoning_turn_thinking_off_and_say_so(tmp_path: Path) -> None:
+    text = said(rows(tmp_path, PLAIN), thinker("smollm3"))
+    assert (
+        "in none of 1 row" in text and "off for every row (enable_thinking), for none has reasoning" in text
+    )
+
+
+def test_a_template_without_a_switch_says_that_the_setting_does_nothing(tmp_path: Path) -> None:
+    source = rows(tmp_path, PLAIN)
+    assert said(source, family("chatml")) == ""
+    assert "on changes nothing" in said(source, family("chatml"), "on")
+    assert "off changes nothing" in said(source, family("chatml"), "off")
+    assert "left out" in said(rows(tmp_path, THOUGHT), family("chatml"), "off")
+
+
+def test_a_template_that_always_thinks_says_that_the_thought_is_closed(tmp_path: Path) -> None:
+    text = said(rows(tmp_path, PLAIN, THOUGHT), family("opens-thinking"))
+    assert "always opens a thought" in text and "closed at once in 1 row" in text
+
+
+def test_an_effort_says_that_it_cannot_be_turned_off(tmp_path: Path) -> None:
+    if "gptoss" not in PUBLISHED:
+        pytest.skip("trl is not installed")
+    assert "reasoning_effort = low" in said(rows(tmp_path, PLAIN), thinker("gptoss"), "off")
+    assert "not turned off" in said(rows(tmp_path, PLAIN), thinker("gptoss"))
+
+
+@pytest.mark.parametrize("change", [{"thinking": "off"}, {"thinking": "on"}, {"reasoning_in_loss": False}])
+def test_either_setting_makes_another_tokenized_set(tmp_path: Path, change: dict[str, object]) -> None:
+    source = rows(tmp_path, PLAIN, THOUGHT)
+    tokenizer = thinker("smollm3")
+    sets = [
+        prepare(Recipe(data=Data(sources=(source,), validation_fraction=0.0, **settings)), tokenizer)  # type: ignore[arg-type]  # by name
+        for settings in ({}, change)
+    ]
+    assert sets[0].folder != sets[1].folder and sets[0].data_hash != sets[1].data_hash
+    assert not any(one.cached for one in sets)
+
+
+@pytest.mark.parametrize(
+    ("setting", "notes", "asked"),
+    [
+        ("auto", {"thinking-off": 3}, "off"),
+        ("auto", {"thinking-on": 3, "thinking-off": 2}, "on"),
+        ("auto", {"reasoning-learned": 3}, "auto"),
+        ("off", {"thinking-on": 3}, "off"),
+        ("on", {}, "on"),
+    ],
+)
+def test_a_model_is_asked_as_most_rows_were_rendered(
+    setting: Thinking, notes: dict[str, int], asked: Thinking
+) -> None:
+    assert for_prompts(setting, notes) == asked
