@@ -94,7 +94,6 @@ class Attempt:
         data = self._prepare(tokenizer)
         self._may_end()
         reporter.phase("loading", f"{recipe.model.id} on {device.name}")
-        set_seed(recipe.training.seed)
         base = prepare_base(
             folder, recipe, device, attends, self.meter.expected_loss, weighted=data.train.weighted
         )
@@ -232,6 +231,8 @@ class Attempt:
 
     def _adapted(self, base: Base, files: ModelFiles, tokenizer: ChatTokenizer) -> Any:
         training, lora = self._recipe.training, self._recipe.lora
+        # Here, so that the initial adapter depends on the seed alone, not on what earlier checks have drawn.
+        set_seed(training.seed)
         model = add_lora(base.model, lora, files.architecture, token_ids(lora.token_rows, tokenizer))
         if training.gradient_checkpointing:
             load.checkpoint_activations(base.model)
