@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test check run screenshots bench-deps clean
+.PHONY: help demo test check run screenshots real-models bench-deps clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
@@ -13,6 +13,7 @@ help:
 	@echo "make test         run every test"
 	@echo "make check        lint, formatting, types, architecture"
 	@echo "make screenshots  draw the pictures of the README again, from recorded runs"
+	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
 	@echo "make bench-deps   what only the benchmarks need, in an environment of its own"
 
 $(INSTALLED): pyproject.toml
@@ -37,6 +38,11 @@ check: $(INSTALLED)
 
 screenshots: $(INSTALLED)
 	$(BIN)/python -m screenshots.make
+
+real-models: $(INSTALLED)
+	@echo "Gemma 3 270M is under the Gemma Terms of Use (ai.google.dev/gemma/terms): by fetching it you accept"
+	@echo "them. It is kept in this machine's cache, and must not be passed on without those terms."
+	$(BIN)/python -m bench.real_models
 
 bench-deps:
 	$(PYTHON) -m venv .bench-venv

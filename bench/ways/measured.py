@@ -32,12 +32,18 @@ class Measured:
     """The same of supervised tokens."""
     losses: list[float] = field(default_factory=list)
     """Training loss by step."""
+    grad_norms: list[float] = field(default_factory=list)
+    """Norm of the whole gradient by step, before clipping, where the way tells it."""
+    data_hash: str = ""
+    """Digest of every token and label, where the way tells it."""
     growth_bytes: int = 0
     """Most memory held in training above what the loaded model held."""
     peak_bytes: int = 0
     """On a card: the most allocated, the model included."""
     estimated_bytes: int = 0
-    """Where the way itself foretells its memory."""
+    """Where the way itself estimates its memory."""
+    process_bytes: int = 0
+    """On a CPU, beside ``estimated_bytes``: the largest resident set of the process, the model included."""
     evaluated: dict[int, float] = field(default_factory=dict)
     """Validation loss by step, where the way itself evaluates."""
 
@@ -84,7 +90,7 @@ def lines_of(python: str, module: str, arguments: Sequence[str], log: Path) -> I
 
 
 def measure(python: str, way: str, work: Work, scratch: Path) -> Measured:
-    """Train once by a way (``usual``, ``trl_packed``, ``ours``)."""
+    """Train once by a way (``usual``, ``plain``, ``trl_packed``, ``ours``)."""
     found = Measured()
     first = last = None
     growth: Growth | None = None
@@ -100,12 +106,18 @@ def measure(python: str, way: str, work: Work, scratch: Path) -> Measured:
                 last = line
                 first = first or line
                 found.losses.append(line["loss"])
+                if "grad_norm" in line:
+                    found.grad_norms.append(line["grad_norm"])
+            case "data":
+                found.data_hash = line["hash"]
             case "evaluated":
                 found.evaluated[line["step"]] = line["loss"]
             case "peak" if line["allocated"]:
                 found.peak_bytes = line["allocated"]
                 found.growth_bytes = line["allocated"] - held if held else 0
                 found.estimated_bytes = line.get("estimated", 0)
+            case "peak":
+                found.process_bytes, found.estimated_bytes = line["process"], line["estimated"]
     if growth is not None and not found.peak_bytes:
         found.growth_bytes = growth.end()
     if first is None or last is None or first is last:

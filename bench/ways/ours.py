@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -27,15 +28,19 @@ from qlora_tui.runs.view import RunView
 def main() -> None:
     """Train once over the rows."""
     work = given()
-    home = Path(f"{work.out}-home")
-    for kind in ("CONFIG", "STATE", "CACHE"):
-        os.environ[f"XDG_{kind}_HOME"] = str(home / kind.lower())
+    use_private_home(work)
     run = actions.submit(recipe(work))
     ending = relay(run)
     if not isinstance(ending, Finished):
         sys.exit(f"{ending}; see {run.path}")
     Path(work.out).parent.mkdir(parents=True, exist_ok=True)
     Path(work.out).symlink_to(run.adapter_dir)
+
+
+def use_private_home(work: Work) -> None:
+    """Keep runs, settings and caches of this process away from the user's."""
+    for kind in ("CONFIG", "STATE", "CACHE"):
+        os.environ[f"XDG_{kind}_HOME"] = str(Path(f"{work.out}-home") / kind.lower())
 
 
 def recipe(work: Work) -> Recipe:
@@ -56,9 +61,10 @@ def recipe(work: Work) -> Recipe:
             micro_batch=1,
             gradient_accumulation=1,
             epochs=1.0,
+            max_steps=work.max_steps,
             learning_rate=work.learning_rate,
-            schedule="constant",
-            warmup=0.0,
+            schedule=work.schedule,
+            warmup=work.warmup,
             optimizer="adamw",
             gradient_checkpointing=work.checkpointing,
             seed=work.seed,
@@ -76,6 +82,7 @@ def relay(run: RunDir) -> AnyEvent | None:
                 pid = event.pid
             case DataReady():
                 share = event.trained_tokens / event.tokens
+                tell("data", hash=event.data_hash)
             case AdapterReady():
                 tell("loaded", pid=pid)
             case Step():
@@ -83,14 +90,25 @@ def relay(run: RunDir) -> AnyEvent | None:
                     "step",
                     tokens=event.tokens,
                     trained=round(share * event.tokens),
-                    loss=event.loss,
+                    loss=_number(event.loss),
+                    grad_norm=_number(event.grad_norm),
                     at=event.at,
                 )
             case Evaluated():
                 tell("evaluated", step=event.step, loss=event.loss)
             case MemoryMeasured(when="end"):
-                tell("peak", allocated=event.allocated_bytes, estimated=event.estimated_bytes)
+                tell(
+                    "peak",
+                    allocated=event.allocated_bytes,
+                    estimated=event.estimated_bytes,
+                    process=event.measured_bytes,
+                )
     return view.ending
+
+
+def _number(value: float | None) -> float:
+    """Events write None for what is not finite."""
+    return math.nan if value is None else value
 
 
 if __name__ == "__main__":

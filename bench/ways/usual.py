@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from bench.ways.work import Work, conversations, given, tell
+from bench.ways.work import Work, conversations, given, steps_of, tell
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
             num_train_epochs=1,
             **common(work),
         ),
-        train_dataset=[tokenized(messages, tokenizer, work.row_tokens) for messages in conversations(work)],
+        train_dataset=samples(work, tokenizer),
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         callbacks=[TellSteps(model)],
     )
@@ -51,6 +51,14 @@ def main() -> None:
     trainer.train()
     tell_peak()
     model.save_pretrained(work.out)
+
+
+def samples(work: Work, tokenizer: Any) -> list[dict[str, list[int]]]:
+    """What is learned from, as the model takes it."""
+    if work.batches:
+        every = [sample for step in steps_of(work) for sample in step]
+        return [sample | {"attention_mask": [1] * len(sample["input_ids"])} for sample in every]
+    return [tokenized(messages, tokenizer, work.row_tokens) for messages in conversations(work)]
 
 
 def load_quantized(work: Work) -> Any:

@@ -36,6 +36,15 @@ class Work:
     alpha: int = 32
     dropout: float = 0.0
     learning_rate: float = 2e-4
+    schedule: str = "constant"
+    """``constant`` or ``cosine``."""
+    warmup: float = 0.0
+    """Share of the steps in which the rate rises."""
+    max_steps: int = 0
+    """Optimizer steps at most; 0 for one pass over the rows."""
+    batches: str = ""
+    """File that :mod:`.batches` wrote: the rows as token ids and labels, step by step; empty where each way
+    renders them by itself."""
     checkpointing: bool = False
     seed: int = 1
 
@@ -55,10 +64,16 @@ def conversations(work: Work) -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in Path(work.rows).read_text().splitlines()]
 
 
+def steps_of(work: Work) -> list[list[dict[str, list[int]]]]:
+    """The samples of each optimizer step, as ``input_ids`` and ``labels`` of equal length."""
+    return [json.loads(line) for line in Path(work.batches).read_text().splitlines()]
+
+
 def tell(event: str, **values: Any) -> None:
     """One line to whoever measures.
 
     ``loaded`` (``pid`` of the process that trains, ``allocated`` bytes on the card), ``step`` (``tokens`` and
-    ``trained`` tokens so far, ``loss``), ``peak`` (most bytes ``allocated`` on the card).
+    ``trained`` tokens so far, ``loss`` and, where known, ``grad_norm`` before clipping), ``peak`` (most bytes
+    ``allocated`` on the card), ``data`` (``hash`` of every token and label read).
     """
     print(json.dumps({"event": event} | {"at": time.time()} | values), flush=True)

@@ -43,3 +43,40 @@ def make_tiny_model(folder: Path, **config: Any) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**settings | config))
     model.save_pretrained(folder)
     return folder
+
+
+def make_tiny_gemma(folder: Path) -> Path:
+    """Write a random Gemma 3 of three layers, one of them without a window; returns ``folder``.
+
+    Its norms have the weights of real ones: tens at the median, and a few of more than a thousand.
+    """
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    tokenizer = make_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        max_position_embeddings=2048,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    )
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layernorm" in name:
+                weight.copy_(torch.randn_like(weight).abs() * 0.7)
+                weight[:2] = torch.tensor([1656.0, 233.0])
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,60 @@
+"""What a run of this program learns from, step by step, written to a file for other ways to train on.
+
+``python -m bench.ways.batches WORK.json`` renders and lays out the rows as the run will, and writes
+``work.batches``. It prints ``data`` with the digest that the run prints too, so that a caller knows that both
+read the same tokens and labels.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bench.ways.ours import recipe, use_private_home
+from bench.ways.work import Work, given, tell
+from qlora_tui.catalog.local import resolve
+from qlora_tui.data.dataset import prepare
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.training.batches import Samples, Step, lay_out
+
+IGNORED = -100
+"""Label of a token that is not learned from."""
+
+
+def main() -> None:
+    """Write the steps of the work named on the command line."""
+    work = given()
+    use_private_home(work)
+    tell("data", hash=write_batches(work))
+
+
+def write_batches(work: Work) -> str:
+    """Render and lay out the rows, and write ``work.batches``; returns the digest."""
+    wanted = recipe(work)
+    tokenizer = ChatTokenizer.from_folder(resolve(work.model).folder, wanted.model.chat_template)
+    data = prepare(wanted, tokenizer)
+    schedule = lay_out(data.train, wanted, kept_apart=True)
+    write_steps(schedule.steps, data.train, Path(work.batches))
+    return data.data_hash
+
+
+def write_steps(steps: tuple[Step, ...], samples: Samples, path: Path) -> None:
+    """One line of JSON a step: its samples in order, each with ``input_ids`` and ``labels``."""
+    with path.open("w") as lines:
+        for step in steps:
+            rows = [sample(samples, i) for row in step.rows for i in row]
+            lines.write(json.dumps(rows) + "\n")
+
+
+def sample(samples: Samples, i: int) -> dict[str, list[int]]:
+    """Token ids and labels of one sample."""
+    ids = list(samples.token_ids(i))
+    trained = samples.trained(i)
+    return {
+        "input_ids": ids,
+        "labels": [token if use else IGNORED for token, use in zip(ids, trained, strict=True)],
+    }
+
+
+if __name__ == "__main__":
+    main()

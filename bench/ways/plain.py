@@ -1,0 +1,110 @@
+"""The training loop as people write it by hand: transformers and peft, one sample a pass, nothing fused.
+
+``python -m bench.ways.plain WORK.json`` trains on the steps of ``work.batches``. A step accumulates the
+gradients of its samples, whose losses count by the token. The loss is the model's own, the attention
+transformers' default.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+
+from bench.ways.work import Work, given, steps_of, tell
+
+Sample = dict[str, list[int]]
+
+
+def main() -> None:
+    """Train once over the steps."""
+    work = given()
+    model = adapted(work)
+    steps = steps_of(work)
+    tell(
+        "loaded", pid=os.getpid(), allocated=torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    )
+    tokens = trained = 0
+    for samples, (loss, grad_norm) in zip(steps, train(model, steps, work), strict=True):
+        at = time.time()
+        tokens += sum(len(sample["input_ids"]) for sample in samples)
+        trained += predictions(samples)
+        tell("step", tokens=tokens, trained=trained, loss=loss, grad_norm=grad_norm, at=at)
+    if torch.cuda.is_available():
+        tell("peak", allocated=torch.cuda.max_memory_allocated())
+    model.save_pretrained(work.out)
+
+
+def adapted(work: Work) -> Any:
+    """The base model in 4 bits with a fresh adapter on every linear module."""
+    dtype = getattr(torch, work.dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        work.model,
+        dtype=dtype,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=work.method,
+            bnb_4bit_use_double_quant=work.double,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    )
+    model.config.use_cache = False
+    set_seed(work.seed)
+    config = LoraConfig(
+        r=work.rank,
+        lora_alpha=work.alpha,
+        lora_dropout=work.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    # In training mode before the first forward: bitsandbytes repacks 4-bit weights in eval mode on some CPUs,
+    # and computes wrong gradients from then on.
+    return get_peft_model(model, config).train()
+
+
+def train(model: Any, steps: list[list[Sample]], work: Work) -> Iterator[tuple[float, float]]:
+    """Loss and gradient norm before clipping of each step, as it is done."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=work.learning_rate, weight_decay=0.0)
+    device = parameters[0].device
+    for number, samples in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = work.learning_rate * share_of_rate(work, number, len(steps))
+        count = predictions(samples)
+        total = 0.0
+        for sample in samples:
+            inputs = {name: torch.tensor([values], device=device) for name, values in sample.items()}
+            loss = model(**inputs, num_items_in_batch=count).loss
+            loss.backward()
+            total += loss.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield total, grad_norm
+
+
+def predictions(samples: list[Sample]) -> int:
+    """Tokens that are learned from; the first of a sample is predicted from nothing."""
+    return sum(label != -100 for sample in samples for label in sample["labels"][1:])
+
+
+def share_of_rate(work: Work, step: int, steps: int) -> float:
+    """Share of the learning rate at ``step``, from 0: a linear warm-up that does not begin at zero, then
+    constant or half a cosine."""
+    warmup = math.ceil(work.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if work.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+if __name__ == "__main__":
+    main()

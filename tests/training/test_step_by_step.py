@@ -1,0 +1,148 @@
+"""A run is, step for step, what a plain script of transformers and peft computes on the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.real_models import Agreement, agreement, agreements
+from bench.ways import plain
+from bench.ways.batches import write_batches
+from bench.ways.measured import Measured
+from bench.ways.ours import recipe as recipe_of
+from bench.ways.work import Work, steps_of
+from qlora_tui.runs.directory import create
+from qlora_tui.runs.events import Step
+from tests.training.conftest import Trainers
+from tests.training.tiny import make_tiny_gemma
+from tests.training.told import told
+
+STEPS = 4
+ROUNDING = 2e-3
+"""Largest difference in fp32, of a loss or, as a share, of a gradient norm: norm weights as large as those of
+real models make the tiny Gemma ill-conditioned."""
+
+
+@pytest.fixture(scope="module")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_gemma(tmp_path_factory.mktemp("models") / "tiny-gemma")
+
+
+@pytest.fixture
+def work(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Work:
+    """Four steps of packed rows, in fp32, at a rate that warms up and falls."""
+    return Work(
+        model=str(tiny_model),
+        rows=str(tiny_data),
+        out=str(tmp_path / "adapter"),
+        batches=str(tmp_path / "batches.jsonl"),
+        dtype="float32",
+        row_tokens=128,
+        rank=8,
+        alpha=16,
+        learning_rate=2e-3,
+        schedule="cosine",
+        warmup=0.5,
+        max_steps=STEPS,
+    )
+
+
+def by_us(work: Work, trainers: Trainers) -> Measured:
+    """Losses and gradient norms of a run, from its events."""
+    run = create(recipe_of(work))
+    assert trainers.run(run) == 0, run.log_path.read_text()
+    steps = told(run, Step)
+    losses, norms = [s.loss for s in steps], [s.grad_norm for s in steps]
+    return Measured(losses=[x or 0.0 for x in losses], grad_norms=[x or 0.0 for x in norms])
+
+
+def plainly(work: Work) -> Measured:
+    """Losses and gradient norms of the plain script."""
+    pairs = list(plain.train(plain.adapted(work), steps_of(work), work))
+    return Measured(losses=[loss for loss, _ in pairs], grad_norms=[norm for _, norm in pairs])
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Measured]:
+    """What the plain script computes, by model."""
+    return {}
+
+
+def differences(work: Work, trainers: Trainers, references: dict[str, Measured]) -> list[Agreement]:
+    """Of losses and gradient norms; what noise there is in fp32 is not measured."""
+    if work.model not in references:
+        write_batches(work)
+        references[work.model] = plainly(work)
+    reference = references[work.model]
+    return agreements(by_us(work, trainers), reference, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("training")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_run_is_the_plain_script(
+    family: str, work: Work, tiny_gemma: Path, trainers: Trainers, references: dict[str, Measured]
+) -> None:
+    if family == "gemma3":
+        work = replace(work, model=str(tiny_gemma))
+    for each in differences(work, trainers, references):
+        assert each.difference <= ROUNDING, str(each)
+
+
+MUTANTS = {
+    "a norm without its offset": (
+        "from qlora_tui.training.lean import norm\n"
+        "stock = norm._normed\n"
+        "def forward(ctx, x, weight, eps, form):\n"
+        "    out, spread = stock(x, weight - 1, eps, form)\n"
+        "    ctx.save_for_backward(x, spread)\n"
+        "    ctx.weight, ctx.form = weight, form\n"
+        "    return out\n"
+        "norm._LeanNorm.forward = staticmethod(forward)"
+    ),
+    "samples that see each other": (
+        "from qlora_tui.training import attention, checks, loss\n"
+        "checks.samples_are_kept_apart = lambda *args: True\n"
+        "whole = attention.segment_mask\n"
+        "loss.segment_mask = lambda lengths: whole([sum(lengths)])"
+    ),
+    "a first step without a rate": (
+        "from qlora_tui.training import loop\nloop._warmed_up = lambda share_at, warmup, step: share_at(step)"
+    ),
+    "gradients of half the size": (
+        "from qlora_tui.training.loss import _ChunkedLoss\n"
+        "stock = _ChunkedLoss.backward\n"
+        "_ChunkedLoss.backward = staticmethod(lambda ctx, grad: stock(ctx, grad / 2))"
+    ),
+    "another initial adapter": ("from qlora_tui.training import run\nrun.set_seed = lambda seed: None"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("training")
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_step_differs_by_more_than_rounding(
+    mutant: str,
+    work: Work,
+    tiny_gemma: Path,
+    trainers: Trainers,
+    references: dict[str, Measured],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BEFORE_TRAINER", MUTANTS[mutant])
+    found = differences(replace(work, model=str(tiny_gemma)), trainers, references)
+    assert max(each.difference for each in found) > 10 * ROUNDING, [str(each) for each in found]
+
+
+def test_the_largest_difference_is_named_with_its_step() -> None:
+    found = agreement("loss", [3.0, 2.5, 2.0], [3.0, 2.0, 1.9], [3.0, 2.0, 2.2])
+    assert (found.step, found.difference) == (2, 0.5)
+    assert found.noise == pytest.approx(0.3)
+    assert not found.within_noise
+    assert "step 2" in str(found)
+
+
+def test_a_loss_that_is_not_a_number_is_outside_the_noise() -> None:
+    assert not agreement("loss", [float("nan"), 2.0], [3.0, 2.0], [3.5, 2.0]).within_noise
