@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.fitcheck import Answer, ask, question
-from bench.published_rows import GROUPS, Row, Unplaced, find_config, group_of, read_path
+from bench.published_rows import GROUPS, find_config, group_of, read_path
+from bench.published_words import Row, Unplaced
 from qlora_tui.catalog.architecture import load_config, read_architecture
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem

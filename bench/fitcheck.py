@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.published_rows import Row, read_path
+from bench.published_rows import read_path
+from bench.published_words import Row
 
 Answer = tuple[int, int]
 """Bytes of tensors, and of the process."""

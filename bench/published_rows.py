@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from qlora_tui.memory import CodePath
-from qlora_tui.memory.codepath import Loss, Optimizer
+from bench.published_words import (
+    Cast,
+    Row,
+    Unplaced,
+    fuses_lora,
+    has_no_flash,
+    read_accumulation,
+    read_attention,
+    read_cast,
+    read_compute_dtype,
+    read_loss,
+    read_method,
+    read_mixed_precision,
+    read_number,
+    read_optimizer,
+    read_reentrant,
+    read_targets,
+    read_version,
+    read_yes,
+)
+from qlora_tui.memory import CodePath, Device, our_path
 from qlora_tui.memory.versions import CURRENT, Version
-from qlora_tui.recipe.schema import ALL_LINEAR, Data, Lora, Quantization, Recipe, Training
+from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 
-Row = dict[str, str]
-
-
-class Unplaced(Exception):
-    """A row whose code path or model cannot be told."""
-
-
-_NOT_WALKED = {
-    "unsloth": "Unsloth's own layers are not walked",
-    "torch.compile": "a compiled step keeps and makes other tensors",
-    "torch_compile": "a compiled step keeps and makes other tensors",
-    "fsdp": "a model spread over several cards is not walked",
-    "deepspeed": "a model spread over several cards is not walked",
-    "zero-": "a model spread over several cards is not walked",
-    "offload": "what is moved to the host is not known",
+_NOT_MODELED = {
+    r"unsloth": "Unsloth's own layers are not walked",
+    r"torch[._]compile": "a compiled step keeps and makes other tensors",
+    r"fsdp|deepspeed|zero-|\bddp\b|tensor parallel|pipeline parallel|\b[2-9]\d* ?gpus?\b|num_gpus=[2-9]": (
+        "a model spread over several cards is not walked"
+    ),
+    r"offload": "what is moved to the host is not known",
+    r"axolotl|llama[-_ ]?factory|torchtune|litgpt|ms-swift|megatron|nemo\b|colossal|xtuner|mlx": (
+        "this engine's own training code is not walked"
+    ),
+    r"modules_to_save|full[- ]fine-?tun|full_ft": "it trains more than an adapter",
+    r"\bdpo\b|\bgrpo\b|\bkto\b|reward model": "its loss is not that of supervised fine-tuning",
+    r"scattermoe": "ScatterMoE's kernels are not walked",
 }
-_NO_FLASH = ("T4", "V100", "P100", "RTX 20", "GTX", "TITAN")
-"""Cards before Ampere, where SDPA has no flash kernel."""
+"""What no row's figure is given for, as patterns of its words, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -77,186 +93,130 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
 
     * ``prepare_model_for_kbit_training`` or ``fp32 upcast``: norms, embedding and head in float32
       (``cast_to_float32``), unless ``peft_module_casting_to_bf16`` follows: then norms only. ``no upcast``
-      and ``without fp32 upcast`` say that nothing is cast.
-    * ``Trainer`` or ``TRL`` benchmarks (fms-acceleration, transformers 4.4x): reentrant checkpointing,
-      shifted logits, experts as separate modules; autocast where a 4-bit model ran with ``bf16=True``.
+      and ``without fp32 upcast`` say that nothing is cast. Where a row of TRL says none of these, its version
+      decides (:func:`_trl_preparation`).
+    * ``Trainer``, ``TRL`` and fms-acceleration's benchmarks: autocast on quantized weights, and on others
+      where ``bf16=True`` is said, pinned (``SOURCES``) or TRL's default. Any other row is taken for a plain
+      loop, ``out = model(…); out.loss.backward()``, where the logits stay referred to.
+    * The version of transformers is the one that a row names, its source pinned, or else the newest.
     * ``FOAK`` or ``fused`` kernels: fused RMSNorm, rotary, cross-entropy and (on 4-bit weights) LoRA kernels.
-    * GPT-BigCode under such a benchmark: logits that stay referred to, which its code does not explain.
-    * fitcheck's own measurements call ``out = model(…); out.loss.backward()``: the logits stay referred to.
-    * ``liger``: fused linear cross-entropy. ``chunked loss``: ours.
-    * ``reentrant`` and ``non-reentrant``, ``accumulation N``, ``lora_dropout=P``, ``dora``, ``lora bf16``,
-      ``expandable_segments`` and the compute dtype are taken at their word.
+    * ``liger``: fused linear cross-entropy and, without FOAK, its RMSNorm, rotary and gated-MLP kernels, as
+      ``use_liger_kernel`` puts them in. ``chunked loss``: ours.
+    * GPT-BigCode under a Trainer: logits that stay referred to, which its code does not explain.
+    * ``reentrant`` and ``non-reentrant`` (else the version's default), ``accumulation N``,
+      ``lora_dropout=P``, ``dora``, ``lora bf16``, ``expandable_segments`` and the compute dtype are taken at
+      their word.
 
-    Raises Unplaced for what is not walked (Unsloth, compiled steps, several cards, GPTQ and its like, other
-    optimizers than Adam's) and for columns that are no numbers.
+    Raises Unplaced for what is not modeled (``_NOT_MODELED``, GPTQ and its like, other optimizers than
+    Adam's) and for columns that are no numbers.
     """
     extra = row["extra"].lower()
-    for word, reason in _NOT_WALKED.items():
-        if word in extra:
-            raise Unplaced(reason)
-    method = _method(row["quant"])
-    quantized = method != "none"
-    trl_cast = "peft_module_casting" in extra
-    fms = "fms-acceleration" in row.get("source_url", "") or "hf trainer" in extra or trl_cast
+    _check_modeled(row)
+    method = read_method(row["quant"])
+    recipe = _recipe(row, method)
+    if "qlora-tui" in f"{extra} {row.get('source_url', '')}":
+        return recipe, _our_path(row, recipe)
     source = next((known for part, known in SOURCES.items() if part in row.get("source_url", "")), None)
+    version, trl = read_version("transformers", extra), read_version("trl", extra)
+    version = version or (source.transformers if source else CURRENT)
     fused = "foak" in extra or re.search(r"fused [\w/()+]*(rmsnorm|lora|rope|ce|kernel)", extra) is not None
-    dropout = re.search(r"dropout\s*[=:]?\s*(\d*\.?\d+)", extra)
-    width = 4 if re.search(r"(fp32|float32)", _compute_dtype(row)) else 2
-    half = "lora in bf16", "lora bf16", "lora fp16", "lora in fp16", "autocast_adapter_dtype=false"
+    liger = "liger" in extra and not fused
+    trainer = "fms-acceleration" in row.get("source_url", "") or bool(re.search(r"trainer|\btrl\b", extra))
+    width = 4 if re.search(r"(fp32|float32)", read_compute_dtype(row)) else 2
+    float16 = "fp16" in read_compute_dtype(row) or "float16" in read_compute_dtype(row).replace(
+        "bfloat16", ""
+    )
+    cast = read_cast(extra)
+    adapter = 2 if any(word in extra for word in _HALF_ADAPTER) else 4
+    if re.search(r"\btrl\b|sfttrainer", extra) and method != "none" and cast in (None, "all"):
+        cast, adapter = _trl_preparation(trl, version, cast, float16=float16)
+    mixed = read_mixed_precision(extra) or (source is not None and source.mixed_precision)
+    mixed = mixed or (source is None and trl is not None and trl >= _TRL_MIXED_PRECISION)
     path = CodePath(
         compute_bytes=width,
-        float16="fp16" in _compute_dtype(row) or "float16" in _compute_dtype(row).replace("bfloat16", ""),
-        cast_to_float32=_is_cast(extra) and not trl_cast,
-        norms_float32=trl_cast,
-        adapter_bytes=2 if any(word in extra for word in half) else 4,
-        autocast=fms and (quantized or _mixed_precision(extra, source)),
-        loss=_loss(extra, fused=fused),
-        transformers=_transformers(row, source),
-        logits_held="fitcheck" in row.get("source_url", "") or (fms and "bigcode" in row["model_id"].lower()),
-        checkpointing=_yes(row, "grad_ckpt"),
-        reentrant=_reentrant(extra, fms=fms),
-        attention=_attention(row, width),
+        float16=float16,
+        cast_to_float32=cast == "all",
+        norms_float32=cast == "norms",
+        adapter_bytes=adapter,
+        autocast=trainer and width == 2 and (method != "none" or mixed),
+        loss=read_loss(extra, fused=fused),
+        transformers=version,
+        logits_held=not trainer or "bigcode" in row["model_id"].lower(),
+        checkpointing=read_yes(row, "grad_ckpt"),
+        reentrant=read_reentrant(extra, version, trl),
+        attention=read_attention(row, width),
         sdpa="sdpa" in row["attention"].lower(),
-        optimizer=_optimizer(row["optimizer"]),
-        accumulates=_accumulation(extra) > 1,
-        fused_kernels=fused,
+        optimizer=read_optimizer(row["optimizer"]),
+        accumulates=read_accumulation(extra) > 1,
+        fused_kernels=fused or liger,
+        fused_lora=fused and method in ("nf4", "fp4") and fuses_lora(row["targets"]),
+        fused_mlp=liger,
         expandable_segments="expandable_segments" in extra,
         name=row["extra"].split(";")[0],
-    )
-    nested = _yes(row, "double_quant") or re.search(r"\bdq\b|double", row["quant"].lower())
-    recipe = Recipe(
-        quantization=Quantization(method=method, double_quantization=bool(nested)),
-        lora=Lora(
-            rank=_number(row, "lora_r"),
-            target_modules=_targets(row["targets"]),
-            dropout=float(dropout[1]) if dropout else 0.0,
-            use_dora="dora" in extra,
-        ),
-        data=Data(max_length=_number(row, "seq_len"), packing=False),
-        training=Training(micro_batch=_number(row, "batch"), gradient_accumulation=_accumulation(extra)),
     )
     return recipe, path
 
 
-def _mixed_precision(extra: str, source: Source | None) -> bool:
-    if re.search(r"\b(bf16|fp16)\s*[=:]\s*true|mixed[_ -]precision|autocast|\bamp\b", extra):
-        return True
-    return source is not None and source.mixed_precision
+def _our_path(row: Row, recipe: Recipe) -> CodePath:
+    device = Device(capability=(7, 5) if has_no_flash(row) else (8, 6))
+    return replace(
+        our_path(recipe, device),
+        checkpointing=read_yes(row, "grad_ckpt"),
+        optimizer=read_optimizer(row["optimizer"]),
+        name=row["extra"].split(";")[0],
+    )
 
 
-def _transformers(row: Row, source: Source | None) -> Version:
-    """The version in the row's words, else what its source pinned, else the newest read."""
-    found = re.search(r"transformers\s*[=@v ]*(\d+)\.(\d+)", row["extra"].lower())
-    if found:
-        return int(found[1]), int(found[2])
-    return source.transformers if source else CURRENT
+def _recipe(row: Row, method: Literal["nf4", "fp4", "int8", "none"]) -> Recipe:
+    extra = row["extra"].lower()
+    nested = read_yes(row, "double_quant") or re.search(r"\bdq\b|double", row["quant"].lower())
+    dropout = re.search(r"dropout\s*[=:]?\s*(\d*\.?\d+)", extra)
+    return Recipe(
+        quantization=Quantization(method=method, double_quantization=bool(nested)),
+        lora=Lora(
+            rank=read_number(row, "lora_r"),
+            target_modules=read_targets(row["targets"]),
+            dropout=float(dropout[1]) if dropout else 0.0,
+            use_dora="dora" in extra,
+        ),
+        data=Data(max_length=read_number(row, "seq_len"), packing=False),
+        training=Training(
+            micro_batch=read_number(row, "batch"), gradient_accumulation=read_accumulation(extra)
+        ),
+    )
 
 
-def _targets(text: str) -> tuple[str, ...]:
-    if re.fullmatch(r"all([ _-]?linear)?", text.strip().lower()):
-        return (ALL_LINEAR,)
-    return tuple(text.replace(",", " ").split())
+def _check_modeled(row: Row) -> None:
+    """Raises Unplaced."""
+    words = f"{row['extra']} {row['quant']} {row['optimizer']}".lower()
+    for pattern, reason in _NOT_MODELED.items():
+        if re.search(pattern, words):
+            raise Unplaced(reason)
+    if re.search(r"^\s*([2-9]|\d\d+)\s*[x×*]|(?<![a-z])[x×*]\s*([2-9]|\d\d+)\s*$", row["gpu"].lower()):
+        raise Unplaced("a model spread over several cards is not walked")
 
 
-def _yes(row: Row, column: str) -> bool:
-    """A blank says no."""
-    word = row[column].strip().lower()
-    if word in ("true", "yes", "1", "on", "enabled"):
-        return True
-    if word in ("", "false", "no", "0", "off", "none", "disabled", "n/a", "-"):
-        return False
-    raise Unplaced(f"{column} is {row[column]!r}, neither yes nor no")
+_HALF_ADAPTER = ("lora in bf16", "lora bf16", "lora fp16", "lora in fp16", "autocast_adapter_dtype=false")
+_TRL_WITHOUT_CAST: Version = (0, 26)
+"""From here on SFTTrainer no longer calls ``prepare_model_for_kbit_training``, and has adapters on quantized
+weights in bfloat16 (``sft_trainer.py``; before, ``prepare_peft_model`` in ``models/utils.py``)."""
+_TRL_MIXED_PRECISION: Version = (0, 20)
+"""``SFTConfig.bf16`` is True unless ``fp16`` is; 0.19 and earlier have Trainer's default, False."""
 
 
-def _reentrant(extra: str, *, fms: bool) -> bool:
-    if "reentrant" not in extra:
-        return fms
-    return not re.search(r"(non|not)[- ]reentrant|use_reentrant\s*[=:]\s*false", extra)
+def _trl_preparation(
+    trl: Version | None, version: Version, cast: Cast | None, *, float16: bool
+) -> tuple[Cast | None, int]:
+    """What is in float32 of a quantized model that SFTTrainer prepared, and the bytes of an adapter's weight.
 
-
-def _number(row: Row, column: str) -> int:
-    text = row[column].replace(",", "").strip().removesuffix(".0")
-    if text.isdigit() and int(text):
-        return int(text)
-    if column == "seq_len":
-        raise Unplaced(f"seq_len is {row[column]!r}: the longest batch decides, and the row does not give it")
-    raise Unplaced(f"{column} is {row[column]!r}, no number")
-
-
-def _compute_dtype(row: Row) -> str:
-    """What ``extra`` says of it (``compute bf16``, ``fp16 compute``), else what ``quant`` does."""
-    kind = r"(bf16|bfloat16|fp16|float16|fp32|float32)"
-    patterns = rf"compute[_ ]?(?:dtype)?\s*[=:]?\s*(?:torch\.)?{kind}", rf"{kind}[- ]compute"
-    for pattern in patterns:
-        found = re.search(pattern, row["extra"].lower())
-        if found:
-            return found[1]
-    found = re.search(kind, row["quant"].lower())
-    return found[1] if found else ""
-
-
-def _is_cast(extra: str) -> bool:
-    if re.search(r"(no|without)( fp32)? (upcast|cast|prepare_model)", extra):
-        return False
-    return "prepare_model_for_kbit_training" in extra or "fp32 upcast" in extra
-
-
-def _accumulation(extra: str) -> int:
-    found = re.search(r"accum\w*\s*[=:]?\s*(\d+)", extra)
-    return int(found[1]) if found else 1
-
-
-def _loss(extra: str, *, fused: bool) -> Loss:
-    if "liger" in extra:
-        return "liger"
-    if fused:
-        return "fused"
-    if re.search(r"chunked (loss|ce|cross)", extra):
-        return "chunked"
-    return "stock"
-
-
-def _method(text: str) -> Literal["nf4", "fp4", "int8", "none"]:
-    word = text.lower()
-    other = re.search(r"gptq|awq|hqq|aqlm|gguf|marlin|mxfp4|fp8", word)
-    if other:
-        raise Unplaced(f"{other[0]}'s packed weights and kernels are not walked")
-    if "fp4" in word:
-        return "fp4"
-    if "nf4" in word or "4bit" in word or "4-bit" in word:
-        return "nf4"
-    if "int8" in word or "8bit" in word or "8-bit" in word:
-        return "int8"
-    if not word or word.startswith(("none", "fp16", "bf16", "fp32", "float", "bfloat", "16", "no")):
-        return "none"
-    raise Unplaced(f"quantization {text!r} is not known")
-
-
-def _attention(row: Row, width: int) -> Literal["flash", "efficient", "math", "eager"]:
-    word = row["attention"].lower()
-    if "flex" in word or "xformers" in word:
-        raise Unplaced(f"attention {row['attention']!r} is not known")
-    if "eager" in word:
-        return "eager"
-    if "mem" in word:
-        return "efficient"
-    if "math" in word:
-        return "math"
-    older = any(name in row["gpu"] for name in _NO_FLASH)
-    return "efficient" if "flash" not in word and (older or width == 4) else "flash"
-
-
-def _optimizer(text: str) -> Optimizer:
-    """Adam's of torch or bitsandbytes; the bare ``adamw_torch`` of a Trainer takes many tensors at once."""
-    word = text.lower()
-    other = re.search(r"galore|apollo|anyprecision|schedule_free|ademamix|adamax|mini|torchao|4bit", word)
-    if other or "adam" not in word:
-        raise Unplaced(f"optimizer {text!r} is not known")
-    if "paged" in word:
-        return "paged_adamw_8bit" if re.search(r"8[-_ ]?bit", word) else "paged_adamw_32bit"
-    if re.search(r"8[-_ ]?bit", word):
-        return "adamw_8bit"
-    return "adamw_fused" if "fused" in word else "adamw"
+    Where the row does not give TRL's version, the one that goes with transformers' is assumed. ``cast`` is
+    what the row's own script did before.
+    """
+    if trl is None:
+        trl = _TRL_WITHOUT_CAST if version >= (5, 0) else (0, 11)
+    if trl >= _TRL_WITHOUT_CAST:
+        return cast, 2
+    return ("all" if float16 else "norms"), 4
 
 
 def find_config(model_id: str, configs: Path) -> Path:

@@ -186,7 +186,10 @@ def _mlp(ops: Ops, block: Block, x: Tensor, part: str) -> Tensor:
             both = linear(ops, x, whole)
             gate, up = ops.split(both, both.numel // 2, both.numel // 2)
             del both
-            product = ops.multiply(up, ops.activation(gate, block.activation))
+            if ops.fused_mlp:
+                product = fused.gated(ops, gate, up)
+            else:
+                product = ops.multiply(up, ops.activation(gate, block.activation))
             del gate, up
         elif down and lean_target(ops, down):
             opening, passed = block.find(part, "gate_proj"), block.find(part, "up_proj")
@@ -203,5 +206,8 @@ def _mlp(ops: Ops, block: Block, x: Tensor, part: str) -> Tensor:
 def _gated(ops: Ops, block: Block, x: Tensor, part: str) -> Tensor:
     """``act_fn(gate_proj(x)) * up_proj(x)``: the activation's input dies only if nothing saved it."""
     gate, up = block.find(part, "gate_proj"), block.find(part, "up_proj")
+    if ops.fused_mlp:
+        opening = linear(ops, x, gate) if gate else x
+        return fused.gated(ops, opening, linear(ops, x, up) if up else x)
     opened = ops.activation(linear(ops, x, gate) if gate else x, block.activation)
     return ops.multiply(opened, linear(ops, x, up) if up else x)

@@ -91,7 +91,11 @@ class CodePath:
     cuda_libraries: bool = False
     """On a CPU: with a build of torch for CUDA."""
     fused_kernels: bool = False
-    """Fused RMSNorm and rotary kernels, and LoRA on 4-bit weights in one function (Unsloth's, FOAK's)."""
+    """Fused RMSNorm and rotary kernels (Unsloth's, FOAK's, Liger's)."""
+    fused_lora: bool = False
+    """LoRA on 4-bit weights in one function (FOAK's)."""
+    fused_mlp: bool = False
+    """The product of a gated MLP's halves in one function (Liger's)."""
     lean: bool = False
     """Our own functions for adapters on 4- and 16-bit weights, gated MLPs, RMSNorm, and attention on a CPU
     (``training/lean``), which keep less."""

@@ -1,7 +1,8 @@
-"""Kernels that do several operations at once and so keep less: Unsloth's and those made from them (FOAK).
+"""Kernels that do several operations at once and so keep less: Unsloth's, FOAK's made from them, Liger's.
 
 RMSNorm keeps its input and writes its gradient over the incoming one; rotary positions turn queries and
-keys in place; a LoRA projection is one function that keeps its input and the dropped copy, and no mask.
+keys in place; a LoRA projection (FOAK's) is one function that keeps its input and the dropped copy, and no
+mask; the product of a gated MLP (Liger's) keeps both halves and writes their gradients over them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ def rms_norm(ops: Ops, x: Tensor) -> Tensor:
 def rotate(ops: Ops, x: Tensor) -> Tensor:
     """In place, forward and back."""
     return x.view(ops.tape.node((x,), lambda grad, saved: (grad,), (None, None)))
+
+
+def gated(ops: Ops, gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (``LigerSiLUMulFunction``)."""
+    node = ops.tape.node((gate, up), lambda grad, saved: (saved[0], saved[1]), (gate, up))
+    out = ops.new(gate.numel, gate.width)
+    out.node = node
+    return out
 
 
 def lora(ops: Ops, x: Tensor, module: Linear) -> Tensor:

@@ -11,7 +11,7 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     """The whole module: base, and adapter where it is a target."""
     if not module.rank:
         return base(ops, x, module)
-    if ops.fused and module.method in ("nf4", "fp4"):
+    if ops.fused_lora and module.method in ("nf4", "fp4"):
         return fused.lora(ops, x, module)
     if lean_target(ops, module):
         return lean.linear(ops, x, module)
@@ -22,7 +22,7 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     if module.dora:
         return ops.cast(_dora(ops, x, result, module), out_width)
     # peft binds the cast input to a name that lives to the end of its forward.
-    entered = _entered(ops, x)
+    entered = _entered(ops, x, module)
     update = _adapter(ops, entered, module)
     if module.method != "none" and not ops.autocast:
         update = ops.cast(update, out_width)
@@ -123,9 +123,10 @@ def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     return out
 
 
-def _entered(ops: Ops, x: Tensor) -> Tensor:
-    """The input in the adapter's dtype; autocast casts later, inside the product."""
-    if ops.autocast:
+def _entered(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    """The input in the adapter's dtype. On quantized weights peft leaves that to autocast, where it is on; on
+    others it casts in any case (``layer.py``)."""
+    if ops.autocast and module.method != "none":
         return x
     with ops.meter.booking("adapter_inputs"):
         return ops.cast(x, ops.adapter)
@@ -193,7 +194,7 @@ def _dora(ops: Ops, x: Tensor, result: Tensor, module: Linear) -> Tensor:
         update = ops.new(module.weights, FLOAT)
         total = ops.new(module.weights, FLOAT)
         del weight, update, total
-    lora = _adapter(ops, _entered(ops, x), module)
+    lora = _adapter(ops, _entered(ops, x, module), module)
     with ops.meter.booking("adapter_inputs"):
         scaled = _times_magnitude(ops, result, module)
         return ops.add(scaled, _times_magnitude(ops, lora, module))

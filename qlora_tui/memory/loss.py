@@ -31,14 +31,18 @@ def head_and_loss(
 
 def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Tensor:
     """``lm_head(hidden)`` and what the family does to the logits after it."""
-    numel = rows * layout.hidden
-    hidden = ops.cast(hidden, width) if ops.autocast else hidden
+    numel, weight = rows * layout.hidden, None
+    if ops.autocast:
+        if width != ops.compute:  # a weight in float32, which the product saves as autocast made it
+            weight = ops.new(layout.vocabulary * layout.hidden, ops.compute, "head")
+        width = ops.compute
+        hidden = ops.cast(hidden, width)
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         return (ops.new(numel, width),)
 
     with ops.meter.booking("logits"):
-        node = ops.tape.node((hidden,), fn, (None,))
+        node = ops.tape.node((hidden,), fn, (weight,))
         logits = ops.new(rows * layout.vocabulary, width)
         logits.node = node
         if layout.logit_scale:

@@ -58,6 +58,8 @@ class Ops:
         autocast: bool,
         tokens: int,
         fused: bool,
+        fused_lora: bool,
+        fused_mlp: bool,
         lean: bool,
         float16: bool,
     ) -> None:
@@ -73,6 +75,8 @@ class Ops:
         self.autocast = autocast
         self.tokens = tokens
         self.fused = fused
+        self.fused_lora = fused_lora
+        self.fused_mlp = fused_mlp
         self.lean = lean
         self.float16 = float16
         self.lingering: Tensor | None = None

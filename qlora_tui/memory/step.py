@@ -77,6 +77,8 @@ def make_ops(meter: Meter, layout: Layout, path: CodePath, dropout: float) -> Op
         autocast=path.autocast,
         tokens=layout.tokens,
         fused=path.fused_kernels,
+        fused_lora=path.fused_lora,
+        fused_mlp=path.fused_mlp,
         lean=path.lean,
         float16=path.float16,
     )
@@ -227,11 +229,9 @@ def _nothing(grad: Tensor, saved: list[Tensor | None]) -> tuple[Tensor | None, .
 def _cast_once(layout: Layout, path: CodePath) -> Items:
     """Autocast keeps its cast of each trained float32 weight until the forward, loss included, is over.
 
-    A LoRA projection fused into one function casts for itself and keeps nothing; fused kernels do so on 4-bit
-    weights only.
+    A LoRA projection fused into one function casts for itself and keeps nothing.
     """
-    targets = {linear.method for block in layout.blocks for linear in block.linears if linear.rank}
-    casts_for_itself = path.lean or (path.fused_kernels and targets <= {"nf4", "fp4"})
+    casts_for_itself = path.lean or path.fused_lora
     if not path.autocast or casts_for_itself or path.adapter_bytes == path.compute_bytes:
         return {}
     return {"adapter": layout.adapter_parameters * path.compute_bytes}

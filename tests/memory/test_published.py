@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from bench import estimator
-from bench.published_rows import Unplaced, read_path
+from bench.published_rows import group_of, read_path
+from bench.published_words import Unplaced
 from tests.catalog.configs import CONFIGS
 
 TABLE = Path(__file__).parent / "measured.csv"
@@ -155,7 +156,13 @@ def test_a_row_is_read_by_its_words(column: str, text: str, field: str, value: o
         ("extra", "torch.compile; bf16", "compiled"),
         ("extra", "DeepSpeed ZeRO-3", "several cards"),
         ("extra", "Unsloth 2025.1", "Unsloth"),
-        ("lora_r", "", "lora_r"),
+        ("lora_r", "", "whole model"),
+        ("extra", "2 GPUs; bf16", "several cards"),
+        ("gpu", "2x A100 80GB", "several cards"),
+        ("gpu", "A100 80GB x 4", "several cards"),
+        ("extra", "LLaMA-Factory", "engine"),
+        ("extra", "TRL DPO", "supervised"),
+        ("extra", "modules_to_save=lm_head", "more than an adapter"),
         ("seq_len", "up to 512", "seq_len"),
         ("grad_ckpt", "every 2nd layer", "grad_ckpt"),
     ],
@@ -171,6 +178,79 @@ def test_a_path_that_is_not_walked_says_why(column: str, text: str, why: str) ->
 def test_dropout_is_read_however_it_is_written(text: str, dropout: float) -> None:
     recipe, _ = read_path(_row(extra=text))
     assert recipe.lora.dropout == dropout
+
+
+@pytest.mark.parametrize(
+    ("words", "norms_float32", "cast_to_float32", "adapter_bytes", "reentrant"),
+    [
+        ("TRL 0.11.4; transformers 4.45.2; bf16 compute", True, False, 4, True),
+        ("TRL 0.11.4; transformers 4.45.2; fp16 compute", False, True, 4, True),
+        ("TRL; transformers 4.45.2; bf16 compute", True, False, 4, True),
+        ("TRL 0.25; prepare_model_for_kbit_training; bf16 compute", True, False, 4, False),
+        ("TRL 0.26; transformers 4.57; bf16 compute", False, False, 2, True),
+        ("TRL 0.27; transformers 4.57; bf16 compute", False, False, 2, False),
+        ("TRL; transformers 5.1; bf16 compute", False, False, 2, False),
+        ("HF Trainer; transformers 4.45; no upcast; bf16 compute", False, False, 4, True),
+    ],
+)
+def test_trl_prepares_a_quantized_model_as_its_version_does(
+    words: str, norms_float32: bool, cast_to_float32: bool, adapter_bytes: int, reentrant: bool
+) -> None:
+    _, path = read_path(_row(extra=words))
+    assert (path.norms_float32, path.cast_to_float32) == (norms_float32, cast_to_float32)
+    assert (path.adapter_bytes, path.reentrant) == (adapter_bytes, reentrant)
+    assert path.autocast and not path.logits_held
+
+
+@pytest.mark.parametrize(
+    ("words", "autocast", "held"),
+    [
+        ("plain loop; compute bf16", False, True),
+        ("HF Trainer; compute bf16", False, False),
+        ("HF Trainer; bf16=True", True, False),
+        ("TRL 0.22; compute bf16", True, False),
+        ("LoRA fp32 by autocast_adapter_dtype; fp16 compute", False, True),
+    ],
+)
+def test_16_bit_weights_run_under_autocast_only_where_a_trainer_was_told_to(
+    words: str, autocast: bool, held: bool
+) -> None:
+    _, path = read_path(_row(extra=words, quant="none(bf16)", double_quant="", source_url=""))
+    assert (path.autocast, path.logits_held) == (autocast, held)
+
+
+@pytest.mark.parametrize(
+    ("words", "loss", "kernels", "lora", "mlp", "group"),
+    [
+        ("FOAK: fused kernels; HF Trainer", "fused", True, True, False, "foreign"),
+        ("FOAK + Liger fused-linear-CE; HF Trainer", "liger", True, True, False, "foreign"),
+        ("TRL 0.22; use_liger_kernel", "liger", True, False, True, "foreign"),
+        ("TRL 0.22", "stock", False, False, False, "trl"),
+        ("plain loop", "stock", False, False, False, "stock"),
+        ("qlora-tui 0.9", "chunked", False, False, False, "ours"),
+    ],
+)
+def test_kernels_and_their_engine_are_read_from_the_words(
+    words: str, loss: str, kernels: bool, lora: bool, mlp: bool, group: str
+) -> None:
+    row = _row(extra=words, source_url="")
+    _, path = read_path(row)
+    assert (path.loss, path.fused_kernels, path.fused_lora, path.fused_mlp) == (loss, kernels, lora, mlp)
+    assert group_of(row, path) == group
+
+
+def test_foak_fuses_queries_keys_and_values_only_together() -> None:
+    words = {"extra": "FOAK: fused kernels; HF Trainer"}
+    assert read_path(_row(**words, targets="q_proj k_proj v_proj"))[1].fused_lora
+    assert not read_path(_row(**words, targets="q_proj v_proj"))[1].fused_lora
+    for targets in ("all-linear", "q_proj o_proj", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"):
+        with pytest.raises(Unplaced, match="fused LoRA"):
+            read_path(_row(**words, targets=targets))
+
+
+def test_one_card_of_a_numbered_series_is_one_card() -> None:
+    for gpu in ("RTX 3090 24GB", "GTX 1080", "NVIDIA RTX A6000 48GB", "1x A100 80GB"):
+        read_path(_row(gpu=gpu))
 
 
 def test_units_and_words_for_no_memory_are_read_in_any_case(tmp_path: Path) -> None:
