@@ -6,6 +6,7 @@ Torch is loaded with the first answer, in this process.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -13,16 +14,22 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from qlora_tui.chat.sources import chosen_voice, of_run
-from qlora_tui.chat.terms import BASE, GREEDY, ChatSource, Compared, Sampling
+from qlora_tui.chat.terms import BASE, GREEDY, ChatSource, Compared, Said, Sampling
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import Problem
+from qlora_tui.format import counted
 from qlora_tui.gpu.before_torch import settle_before_torch
+from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
 
 if TYPE_CHECKING:
+    from qlora_tui.chat.reply import Reply
     from qlora_tui.chat.session import ChatSession
 
-_HELP = "/voice NAME  who answers     /new  begin again     /quit  (or Ctrl-D)     Ctrl-C stops an answer"
+_HELP = (
+    "/voice NAME  who answers     /thinking on|off     /thought  the last one     /new  begin again     "
+    "/quit  (or Ctrl-D)     Ctrl-C stops an answer"
+)
 
 
 def answer(
@@ -32,12 +39,18 @@ def answer(
     base: bool = False,
     checkpoint: int | None = None,
     sampling: Sampling | None = None,
-) -> Iterator[str]:
-    """One answer, in pieces as they come; notes go to stderr. Raises Problem."""
+    thinking: Thinking = "auto",
+) -> Iterator[Said]:
+    """One answer, in pieces as they come, its thoughts among them; notes go to stderr. Raises Problem.
+
+    ``thinking`` is on, off, or ``auto``: as the run was trained.
+    """
     source = of_run(run)
     voice = chosen_voice(source, base=base, checkpoint=checkpoint)
     session = _loaded(source, _note)
-    yield from session.ask([Message("user", prompt)], voice=voice, sampling=sampling)
+    _note_effect(session, thinking)
+    reply = session.ask([Message("user", prompt)], voice=voice, sampling=sampling, thinking=thinking)
+    yield from _with_notes(reply)
 
 
 def compare(
@@ -52,7 +65,8 @@ def compare(
     sampling = replace(GREEDY, max_new_tokens=max_new_tokens)
 
     def say(prompt: str, who: str) -> str:
-        return "".join(session.ask([Message("user", prompt)], voice=who, sampling=sampling)).strip()
+        reply = session.ask([Message("user", prompt)], voice=who, sampling=sampling)
+        return "".join(said.text for said in reply if not said.thought).strip()
 
     return [Compared(prompt, base=say(prompt, BASE), adapter=say(prompt, voice)) for prompt in prompts]
 
@@ -63,6 +77,7 @@ def converse(
     base: bool = False,
     checkpoint: int | None = None,
     sampling: Sampling | None = None,
+    thinking: Thinking = "auto",
     ask_user: Callable[[str], str] = input,
 ) -> None:
     """Talk on stdin and stdout until end of file; notes go to stderr. Raises Problem."""
@@ -73,6 +88,7 @@ def converse(
         import readline  # noqa: F401
     session = _loaded(source, _note)
     _note(_HELP)
+    _note_effect(session, thinking)
     messages: list[Message] = []
     while True:
         try:
@@ -83,13 +99,19 @@ def converse(
         if not line:
             continue
         if not line.startswith("/"):
-            messages = _turn(session, voice, [*messages, Message("user", line)], sampling)
+            messages = _turn(session, voice, [*messages, Message("user", line)], sampling, thinking)
             continue
         word, _, rest = line.partition(" ")
         if word == "/quit":
             return
         if word == "/new":
             messages = []
+        elif word == "/thinking" and rest in ("on", "off"):
+            thinking = "on" if rest == "on" else "off"
+            _note_effect(session, thinking)
+        elif word == "/thought":
+            thoughts = [message.reasoning for message in messages if message.reasoning]
+            _note(thoughts[-1] if thoughts else "It has not thought yet.")
         elif word == "/voice" and rest in source.voices:
             voice = rest
         elif word == "/voice":
@@ -105,28 +127,62 @@ def _loaded(source: ChatSource, tell: Callable[[str], None]) -> ChatSession:
     return load_session(source, tell)
 
 
+def _note_effect(session: ChatSession, thinking: Thinking) -> None:
+    """Say where the setting does nothing, or something else, with this model."""
+    if words := session.thinking.effect_of(thinking):
+        _note(words)
+
+
+def _with_notes(reply: Reply) -> Iterator[Said]:
+    """The pieces of a reply; that it thinks, and for how long it did, goes to stderr."""
+    began, thought = 0.0, None
+    for said in reply:
+        if said.thought and thought is None:
+            began = time.monotonic()
+            _note("Thinking…")
+        elif not said.thought and thought is not None:
+            _note(f"Thought for {time.monotonic() - began:.1f} s, {counted(thought.tokens, 'token')}.")
+            thought = None
+        thought = said if said.thought else thought
+        yield said
+    if thought is not None:
+        _note(
+            f"It was still thinking after {counted(thought.tokens, 'token')} and gave no answer. "
+            "--thinking off asks it to answer at once."
+        )
+
+
 def _turn(
-    session: ChatSession, voice: str, messages: list[Message], sampling: Sampling | None
+    session: ChatSession,
+    voice: str,
+    messages: list[Message],
+    sampling: Sampling | None,
+    thinking: Thinking,
 ) -> list[Message]:
     """Print the answer as it comes; the conversation with it."""
-    said = ""
+    answer = thought = ""
     try:
-        reply = session.ask(messages, voice=voice, sampling=sampling)
+        reply = session.ask(messages, voice=voice, sampling=sampling, thinking=thinking)
     except Problem as problem:
         # Too long, or refused by the template: what was said before stands.
         _note(str(problem))
         return messages[:-1]
     try:
-        for piece in reply:
-            said += piece
-            print(piece, end="", flush=True)
+        for said in _with_notes(reply):
+            if said.thought:
+                thought += said.text
+                continue
+            answer += said.text
+            print(said.text, end="", flush=True)
     except KeyboardInterrupt:
         _note("\nStopped.")
     else:
         assert reply.outcome is not None
         print()
         _note(f"{reply.outcome.new_tokens} tokens, {reply.outcome.tokens_per_s:.1f} a second")
-    return [*messages, Message("assistant", said)]
+    if thought and not answer:
+        return messages[:-1]
+    return [*messages, Message("assistant", answer, reasoning=thought.strip())]
 
 
 def _note(words: str) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from qlora_tui.chat.choose import chooser
 from qlora_tui.chat.kept import Kept
-from qlora_tui.chat.terms import Ending, Outcome, Sampling
+from qlora_tui.chat.terms import Ending, Outcome, Said, Sampling
 from qlora_tui.chat.text_stream import TextStream
+from qlora_tui.chat.thoughts import ThoughtSplitter
 
 _READ_AT_ONCE = 512
 """Tokens of a prompt between two looks at whether to stop."""
@@ -34,7 +35,7 @@ class Speaker(Protocol):
 
 
 class Reply:
-    """An answer in the making. Iterate once, for pieces of its text; ``outcome`` is there at the end."""
+    """An answer in the making. Iterate once, for pieces of thought and answer; then ``outcome`` is there."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Reply:
         kept: Kept,
         sampling: Sampling,
         stop: Event,
+        splitter: ThoughtSplitter,
     ) -> None:
         self._speaker = speaker
         self._voice = voice
@@ -51,44 +53,45 @@ class Reply:
         self._kept = kept
         self._sampling = sampling
         self._stop = stop
+        self._splitter = splitter
         self.outcome: Outcome | None = None
 
     def stop(self) -> None:
         """End the answer before its next token. Any thread may call this."""
         self._stop.set()
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Said]:
         began = time.perf_counter()
         first_at = began
-        stream = TextStream(self._speaker.decode)
+        stream, said = TextStream(self._speaker.decode), _Heard(self._splitter)
         reused = self._kept.reuse(self._prompt)
         answer: list[int] = []
-        text = ""
         ending: Ending = "stopped"
         for token_id in self._tokens(reused):
             if not answer:
                 first_at = time.perf_counter()
+                said.began_at = first_at
             answer.append(token_id)
             if token_id in self._speaker.end_ids:
                 ending = "turn end"
                 break
-            if piece := stream.add(token_id):
-                text += piece
-                yield piece
+            yield from said.hear(stream.add(token_id))
         else:
             ending = self._why_no_more(len(answer))
-        if piece := stream.rest():
-            text += piece
-            yield piece
+        yield from said.hear(stream.rest(), is_last=True)
         ended = time.perf_counter()
         self.outcome = Outcome(
             ending=ending,
-            text=text,
+            text=said.answer,
             prompt_tokens=len(self._prompt),
             reused_tokens=reused,
             new_tokens=len(answer),
             first_token_s=first_at - began,
             tokens_per_s=(len(answer) - 1) / (ended - first_at) if len(answer) > 1 else 0.0,
+            thought=said.thought.strip(),
+            thought_tokens=said.thought_tokens,
+            thought_s=said.thought_s,
+            thought_ended=not said.thought or not self._splitter.in_thought,
         )
 
     @property
@@ -122,3 +125,32 @@ class Reply:
                 return None
             scores = self._speaker.read(self._voice, token_ids[start : start + _READ_AT_ONCE], self._kept)
         return scores
+
+
+class _Heard:
+    """What has been said so far, thoughts and answer apart."""
+
+    def __init__(self, splitter: ThoughtSplitter) -> None:
+        self._splitter = splitter
+        self.answer = ""
+        self.thought = ""
+        self.thought_tokens = 0
+        self.thought_s = 0.0
+        self.began_at = 0.0
+        """When the first token came."""
+
+    def hear(self, text: str, *, is_last: bool = False) -> Iterator[Said]:
+        """The pieces that one more token makes certain; with ``is_last``, all that is left."""
+        was_in_thought = self._splitter.in_thought
+        pieces = self._splitter.feed(text) + (self._splitter.rest() if is_last else [])
+        if was_in_thought:
+            self.thought_s = time.perf_counter() - self.began_at
+            if self._splitter.in_thought and not is_last:
+                self.thought_tokens += 1
+        for piece in pieces:
+            if piece.thought:
+                self.thought += piece.text
+                yield Said(piece.text, True, self.thought_tokens)
+            else:
+                self.answer += piece.text
+                yield piece

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from inspect import signature
+from itertools import groupby
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,18 +21,22 @@ from qlora_tui.chat.attention import group_heads
 from qlora_tui.chat.four_bit import answer_from_cpu_layout
 from qlora_tui.chat.kept import Kept
 from qlora_tui.chat.reply import Reply
-from qlora_tui.chat.terms import BASE, ChatSource, Sampling
+from qlora_tui.chat.terms import BASE, ChatSource, Sampling, ThinkingOf
+from qlora_tui.chat.thoughts import ThoughtSplitter, marks_of
 from qlora_tui.chat.unpack import unpack_on_cpu
 from qlora_tui.chat.voices import Voices, uses_dora
 from qlora_tui.data.conversation import Message, RowRefused
 from qlora_tui.data.render import prompt_ids
+from qlora_tui.data.thinking import OPENED
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.training.device import Attention, Device, find_device
 from qlora_tui.training.gguf import converted
 from qlora_tui.training.load import load_base
 
+_OPENING_TOKENS = 8
+"""Of a prompt's end, in which a thought that it opens is seen."""
 Tell = Callable[[str], None]
 """Takes a few words on what is being done: ``Loading the model``."""
 
@@ -49,6 +54,12 @@ class ChatSession:
         self._shares_keys = bool(getattr(config, "num_kv_shared_layers", 0))
         """Such a model reads a prompt's last token alone in those layers, if it is asked for as a number."""
         self.end_ids = frozenset(tokenizer.turn_end_ids) | _model_ends(model)
+        self._marks = marks_of(tokenizer.template.literals)
+        self._mark_ids = frozenset(
+            token_id
+            for token_id in tokenizer.special_ids
+            if any((tokenizer.backend.id_to_token(token_id) or "\0") in mark.text for mark in self._marks)
+        )
         self._model = model
         self._voices = Voices(model, source.adapters)
         self._kept: dict[str, Kept] = {}
@@ -62,6 +73,20 @@ class ChatSession:
         return self.source.voices
 
     @property
+    def thinking(self) -> ThinkingOf:
+        """What the chat template makes of thinking."""
+        traits = self.tokenizer.traits
+        if traits.switch is None:
+            return ThinkingOf(kind="always" if traits.opens_thought else "none")
+        switch = traits.switch
+        return ThinkingOf(
+            kind="switch" if switch.can_turn_off else "effort",
+            variable=switch.variable,
+            off=str(switch.off[switch.variable]),
+            default=switch.default,
+        )
+
+    @property
     def held_bytes(self) -> int:
         """Memory of the weights, adapters included."""
         return int(self._model.get_memory_footprint())
@@ -73,25 +98,32 @@ class ChatSession:
         voice: str = BASE,
         sampling: Sampling | None = None,
         stop: Event | None = None,
+        thinking: Thinking = "auto",
     ) -> Reply:
         """The answer of one voice to a conversation that ends with the user's turn; ``stop`` ends it.
+
+        ``thinking`` is on, off, or ``auto``: as the source says. Earlier answers are sent back with their
+        reasoning, of which the chat template keeps what it does in training.
 
         Raises Problem where the voice cannot be loaded, the chat template refuses the conversation, or it is
         longer than the model's context. Only the last answer of each voice may be under way.
         """
-        prompt = self.prompt(messages)
+        prompt = self.prompt(messages, thinking)
         self.need(voice)
         kept = self._kept.setdefault(voice, Kept(self._model.config))
-        return Reply(self, voice, prompt, kept, sampling or Sampling(), stop or Event())
+        opened = bool(OPENED.search(self.tokenizer.decode(prompt[-_OPENING_TOKENS:])))
+        splitter = ThoughtSplitter(self._marks, in_thought=opened)
+        return Reply(self, voice, prompt, kept, sampling or Sampling(), stop or Event(), splitter)
 
     def need(self, voice: str) -> None:
         """Read the adapter of ``voice`` if it has not been read. Raises Problem."""
         self._voices.need(voice)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], thinking: Thinking = "auto") -> list[int]:
         """The conversation as the model reads it, up to where the answer begins. Raises Problem."""
+        wanted = self.source.thinking if thinking == "auto" else thinking
         try:
-            prompt = prompt_ids(messages, self.tokenizer)
+            prompt = prompt_ids(messages, self.tokenizer, thinking=wanted)
         except RowRefused as refused:
             raise Problem(
                 "The chat template refuses this conversation",
@@ -142,8 +174,12 @@ class ChatSession:
         return output.logits[0]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Their text, special tokens left out."""
-        return self.tokenizer.backend.decode(list(token_ids), skip_special_tokens=True)
+        """Their text, special tokens left out but for those that a thought is marked with."""
+        backend = self.tokenizer.backend
+        if self._mark_ids.isdisjoint(token_ids):
+            return backend.decode(list(token_ids), skip_special_tokens=True)
+        runs = groupby(token_ids, self._mark_ids.__contains__)
+        return "".join(backend.decode(list(ids), skip_special_tokens=not marks) for marks, ids in runs)
 
 
 def load_session(source: ChatSource, tell: Tell = lambda words: None) -> ChatSession:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from qlora_tui.chat.terms import ADAPTER, BASE, ChatSource
 from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.recipe.toml import load, to_recipe
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import DataReady, decode
 
 _CONFIG = "adapter_config.json"
+_DATA_READY = b'"data_ready"'
 
 
 def of_run(run: RunDir) -> ChatSource:
@@ -20,7 +22,9 @@ def of_run(run: RunDir) -> ChatSource:
         adapters[ADAPTER] = str(run.adapter_dir)
     for step, folder in reversed(run.checkpoints()):
         adapters[checkpoint_voice(step)] = str(folder)
-    return ChatSource(recipe=run.recipe(), adapters=adapters)
+    recipe = run.recipe()
+    thinking = recipe.data.thinking if recipe.data.thinking != "auto" else _trained_thinking(run)
+    return ChatSource(recipe=recipe, adapters=adapters, thinking=thinking)
 
 
 def of_adapter(folder: Path, model: str | None = None) -> ChatSource:
@@ -48,7 +52,19 @@ def of_adapter(folder: Path, model: str | None = None) -> ChatSource:
         from msgspec.structs import replace
 
         recipe = replace(recipe, model=replace(recipe.model, id=model))
-    return ChatSource(recipe=recipe, adapters={ADAPTER: str(folder)})
+    return ChatSource(recipe=recipe, adapters={ADAPTER: str(folder)}, thinking=recipe.data.thinking)
+
+
+def _trained_thinking(run: RunDir) -> Thinking:
+    """What a run's data decided, from its first event on them."""
+    try:
+        with run.events_path.open("rb") as events:
+            for line in events:
+                if _DATA_READY in line and isinstance(event := decode(line), DataReady):
+                    return event.thinking
+    except OSError:
+        pass
+    return "auto"
 
 
 def checkpoint_voice(step: int) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Recipe, Thinking
 
 BASE = "base"
 """The voice of the model without an adapter."""
@@ -40,11 +40,46 @@ GREEDY = Sampling(temperature=0.0)
 """Always the likeliest token: for comparing."""
 
 
+class Said(Struct, frozen=True):
+    """A piece of what a model says."""
+
+    text: str
+    thought: bool = False
+    """Whether it is a thought and not the answer."""
+    tokens: int = 0
+    """Of the thought so far."""
+
+
+class ThinkingOf(Struct, frozen=True, kw_only=True):
+    """What a model's chat template makes of thinking."""
+
+    kind: Literal["switch", "effort", "always", "none"] = "none"
+    """Turned on and off; only lowered; a thought is always opened; the template does not know of it."""
+    variable: str = ""
+    """What the template calls it: ``enable_thinking``."""
+    off: str = ""
+    """An effort's least: ``low``."""
+    default: Literal["on", "off"] = "off"
+
+    def effect_of(self, thinking: Thinking) -> str:
+        """What the setting does here, where that is not what it says; else empty."""
+        if thinking == "auto" or self.kind == "switch":
+            return ""
+        if self.kind == "none":
+            return f"Thinking {thinking} changes nothing: this model's chat template has no switch for it."
+        if self.kind == "always":
+            return f"Thinking {thinking} changes nothing: this model's chat template always opens a thought."
+        if thinking == "off":
+            return f"This model cannot be told not to think: it is asked with {self.variable} = {self.off}."
+        return ""
+
+
 class Outcome(Struct, frozen=True, kw_only=True):
     """How an answer came about."""
 
     ending: Ending
     text: str
+    """The answer, without thoughts."""
     prompt_tokens: int
     reused_tokens: int
     """Of the prompt, those still known from the turn before: they cost nothing."""
@@ -53,6 +88,12 @@ class Outcome(Struct, frozen=True, kw_only=True):
     """From the question to the first token."""
     tokens_per_s: float
     """After the first token; 0 where there was only one."""
+    thought: str = ""
+    """What it thought before it answered."""
+    thought_tokens: int = 0
+    thought_s: float = 0.0
+    thought_ended: bool = True
+    """False where it was still thinking when it stopped."""
 
 
 class Compared(Struct, frozen=True):
@@ -69,6 +110,8 @@ class ChatSource(Struct, frozen=True, kw_only=True):
     recipe: Recipe
     adapters: dict[str, str] = {}
     """Voice to the folder of its adapter; each is read when it first speaks."""
+    thinking: Thinking = "auto"
+    """How it was trained to be asked."""
 
     @property
     def voices(self) -> tuple[str, ...]:

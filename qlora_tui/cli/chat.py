@@ -23,13 +23,18 @@ def run(args: argparse.Namespace) -> Outcome | int:
     from qlora_tui.chat.ask import answer, converse
 
     if args.prompt is None:
-        converse(chosen, base=args.base, checkpoint=args.checkpoint)
+        converse(chosen, base=args.base, checkpoint=args.checkpoint, thinking=args.thinking)
         return 0
-    pieces = answer(chosen, args.prompt, base=args.base, checkpoint=args.checkpoint)
+    pieces = answer(chosen, args.prompt, base=args.base, checkpoint=args.checkpoint, thinking=args.thinking)
     if args.json:
-        return Outcome({"run": chosen.id, "prompt": args.prompt, "answer": "".join(pieces)}, text="")
-    for piece in pieces:
-        print(piece, end="", flush=True)
+        heard = {False: "", True: ""}
+        for said in pieces:
+            heard[said.thought] += said.text
+        data = {"run": chosen.id, "prompt": args.prompt, "answer": heard[False]}
+        return Outcome({**data, "thought": heard[True].strip()} if heard[True] else data, text="")
+    for said in pieces:
+        if not said.thought:
+            print(said.text, end="", flush=True)
     sys.stdout.write("\n")
     return 0
 
@@ -39,6 +44,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="ask this and print the answer")
     parser.add_argument("--base", action="store_true", help="talk to the base, without the adapter")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="talk to a checkpoint")
+    parser.add_argument(
+        "--thinking",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="have it think before it answers, or not; auto asks as the run was trained",
+    )
 
 
 VERBS = {"chat": Verb(run, _arguments)}

@@ -20,7 +20,6 @@ from qlora_tui.data.report import Piece
 from qlora_tui.data.spans import PRIVATE, Layout, lay_out
 from qlora_tui.data.template import ChatTemplate
 from qlora_tui.data.thinking import (
-    Thinking,
     decided,
     reasoning_apart,
     reasoning_of,
@@ -30,7 +29,7 @@ from qlora_tui.data.thinking import (
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.traits import Traits, adapted
 from qlora_tui.data.word_memo import Marked
-from qlora_tui.recipe.schema import Data
+from qlora_tui.recipe.schema import Data, Thinking
 
 TrainOn = Literal["assistant", "everything"]
 _LITERAL, _END_LITERAL = "\U000f0000", "\U000f0001"

@@ -17,9 +17,8 @@ from msgspec.structs import replace
 
 from qlora_tui.data.conversation import Conversation, Message, RowRefused
 from qlora_tui.data.template import ChatTemplate, Turns
+from qlora_tui.recipe.schema import Thinking
 
-Thinking = Literal["auto", "on", "off"]
-"""The setting. ``auto`` is, for a row, on where it has reasoning; for a prompt, the template's default."""
 OnOff = Literal["on", "off"]
 
 _FLAGS = ("enable_thinking", "thinking", "enable_reasoning", "reasoning")

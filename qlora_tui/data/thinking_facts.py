@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qlora_tui.data.thinking import Switch, Thinking
+from qlora_tui.data.thinking import Switch
 from qlora_tui.data.traits import Traits
 from qlora_tui.format import counted
-from qlora_tui.recipe.schema import Data
+from qlora_tui.recipe.schema import Data, Thinking
 
 
 def facts(notes: Mapping[str, int], conversations: int, traits: Traits, data: Data) -> tuple[str, ...]:

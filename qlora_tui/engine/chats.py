@@ -42,15 +42,22 @@ class Chats:
             context_tokens=session.context_length,
             seconds=time.perf_counter() - began,
             held_bytes=session.held_bytes,
+            thinking=session.thinking,
         )
 
     def generate(self, request: Generate, stop: Event) -> Iterator[AnyReply]:
         """An answer, piece by piece. Raises Problem."""
         session = self._loaded()
-        reply = session.ask(request.messages, voice=request.voice, sampling=request.sampling, stop=stop)
+        reply = session.ask(
+            request.messages,
+            voice=request.voice,
+            sampling=request.sampling,
+            stop=stop,
+            thinking=request.thinking,
+        )
         try:
-            for piece in reply:
-                yield Text(piece=piece)
+            for said in reply:
+                yield Text(said=said)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(session.machine) from error
         assert reply.outcome is not None

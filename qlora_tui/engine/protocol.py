@@ -13,11 +13,11 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.chat.effect import Effect
-from qlora_tui.chat.terms import ChatSource, Outcome, Sampling
+from qlora_tui.chat.terms import ChatSource, Outcome, Said, Sampling, ThinkingOf
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.report import Report, Shown
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.schema import Data, Source
+from qlora_tui.recipe.schema import Data, Source, Thinking
 
 
 class Request(Struct, frozen=True, kw_only=True, tag_field="ask", omit_defaults=True):
@@ -37,6 +37,7 @@ class Generate(Request, frozen=True, kw_only=True, tag="generate"):
     voice: str
     """One of the source's voices: ``base``, ``adapter``, ``step-120``."""
     sampling: Sampling = Sampling()
+    thinking: Thinking = "auto"
 
 
 class MeasureEffect(Request, frozen=True, kw_only=True, tag="measure_effect"):
@@ -114,13 +115,14 @@ class ChatReady(Reply, frozen=True, kw_only=True, tag="chat_ready"):
     seconds: float
     held_bytes: int
     """Memory the model takes: of the card, or of the host where there is none."""
+    thinking: ThinkingOf = ThinkingOf()
 
 
 class Text(Reply, frozen=True, kw_only=True, tag="text"):
-    """The next piece of an answer."""
+    """The next piece of an answer, or of a thought before it."""
 
     final: ClassVar[bool] = False
-    piece: str
+    said: Said
 
 
 class Done(Reply, frozen=True, kw_only=True, tag="done"):

@@ -12,6 +12,9 @@ from msgspec import Meta, Struct
 ALL_LINEAR = "all-linear"
 """Target pattern: every linear module of the language model but the output head. See :mod:`.targets`."""
 
+Thinking = Literal["auto", "on", "off"]
+"""The setting. ``auto`` is, for a row, on where it has reasoning; for a prompt, the template's default."""
+
 _MANY_STEPS = 10_000_000
 """A bound no run meets, so that a slip of the finger is an error and not an endless run."""
 
@@ -196,7 +199,7 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about("Train on", "assistant: only what the model should learn to say."),
     ] = "assistant"
     thinking: Annotated[
-        Literal["auto", "on", "off"],
+        Thinking,
         _about(
             "Thinking",
             "enable_thinking of the template. auto: on for rows with reasoning, else off; off leaves it out.",

@@ -10,10 +10,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qlora_tui.data.thinking import Thinking
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import CheckpointSaved, Evaluated, Sampled, Step

@@ -10,8 +10,8 @@ import torch
 
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
-from qlora_tui.data.thinking import Thinking
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.recipe.schema import Thinking
 from qlora_tui.training.accuracy import exact_answers, last_hidden_states, likeliest
 from qlora_tui.training.batches import Row, Samples, collate, on_device, predictions_in
 from qlora_tui.training.loss import IGNORED

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from qlora_tui import paths
 from qlora_tui.chat.terms import Sampling
@@ -25,9 +27,17 @@ def typed(value: float) -> str:
 
 
 def append_exchange(
-    run: RunDir | None, prompt: str, answers: dict[str, str], sampling: Sampling, system_prompt: str = ""
+    run: RunDir | None,
+    prompt: str,
+    answers: dict[str, str],
+    sampling: Sampling,
+    system_prompt: str = "",
+    thoughts: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Add a prompt, how it was asked, and its answers to today's transcript; its path. Raises OSError."""
+    """Add a prompt, how it was asked, and its answers to today's transcript; its path. Raises OSError.
+
+    ``answers`` and the ``thoughts`` before them are by voice.
+    """
     path = transcript_path(run)
     private_dir(path.parent)
     settings = ", ".join(
@@ -40,7 +50,10 @@ def append_exchange(
         lines += ["**system**", "", system_prompt, ""]
     lines += [*(f"> {line}" for line in prompt.splitlines()), ""]
     for voice, text in answers.items():
-        lines += [f"**{voice}**", "", text, ""]
+        lines += [f"**{voice}**", ""]
+        if thought := thoughts.get(voice):
+            lines += ["<details><summary>Thought</summary>", "", thought, "", "</details>", ""]
+        lines += [text or "*no answer*", ""]
     with path.open("a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
     return path

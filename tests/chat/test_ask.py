@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qlora_tui.chat.terms import GREEDY, ChatSource
+from qlora_tui.chat.terms import GREEDY, ChatSource, Said
 from qlora_tui.runs.directory import RunDir, create
 
 pytestmark = pytest.mark.slow
@@ -29,6 +29,11 @@ def run(tiny_source: ChatSource) -> RunDir:
     return run
 
 
+def text(pieces: Iterator[Said]) -> str:
+    """What is answered, without thoughts."""
+    return "".join(said.text for said in pieces if not said.thought)
+
+
 def typed(*lines: str) -> Iterator[str]:
     yield from lines
     raise EOFError
@@ -38,9 +43,9 @@ def test_base_adapter_and_checkpoint_answer_differently(run: RunDir) -> None:
     from qlora_tui.chat.ask import answer, compare
     from qlora_tui.chat.sources import of_run
 
-    adapter = "".join(answer(run, PROMPT, sampling=SHORT))
-    base = "".join(answer(run, PROMPT, base=True, sampling=SHORT))
-    checkpoint = "".join(answer(run, PROMPT, checkpoint=2, sampling=SHORT))
+    adapter = text(answer(run, PROMPT, sampling=SHORT))
+    base = text(answer(run, PROMPT, base=True, sampling=SHORT))
+    checkpoint = text(answer(run, PROMPT, checkpoint=2, sampling=SHORT))
     assert len({adapter, base, checkpoint}) == 3
     (compared,) = compare(of_run(run), [PROMPT], max_new_tokens=8)
     assert (compared.base, compared.adapter) == (base.strip(), adapter.strip())
@@ -60,8 +65,8 @@ def test_a_conversation_switches_voices_and_begins_again(
 
     converse(run, sampling=SHORT, ask_user=ask_user)
     out, notes = capsys.readouterr()
-    assert "".join(answer(run, PROMPT, sampling=SHORT)) in out
-    assert "".join(answer(run, PROMPT, base=True, sampling=SHORT)) in out
+    assert text(answer(run, PROMPT, sampling=SHORT)) in out
+    assert text(answer(run, PROMPT, base=True, sampling=SHORT)) in out
     assert asked == ["adapter> "] * 3 + ["base> "] * 5
     assert "There are: base, adapter, step-2." in notes
     assert "tokens" in notes
@@ -75,7 +80,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(
 
     pieces = Reply.__iter__
 
-    def interrupted(reply: Reply) -> Iterator[str]:
+    def interrupted(reply: Reply) -> Iterator[Said]:
         yield next(pieces(reply))
         raise KeyboardInterrupt
 

@@ -8,8 +8,9 @@ import pytest
 
 from qlora_tui.data.conversation import Conversation, Message
 from qlora_tui.data.render import Choices, Rendered, prompt_ids, render
-from qlora_tui.data.thinking import Thinking, reasoning_of, without_reasoning
+from qlora_tui.data.thinking import reasoning_of, without_reasoning
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.recipe.schema import Thinking
 from tests.data.families import FAMILIES, family
 from tests.data.shapes import assistant, system, user
 from tests.data.thinkers import PUBLISHED, THINKERS, template_text, thinker
@@ -149,6 +150,14 @@ def test_reasoning_out_of_the_loss_is_read_before_the_answer(name: str, row: Con
     assert all(answer in answers for answer in said)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe", "gptoss", "nemotron_3_nano"])
+def test_reasoning_in_an_answer_goes_where_the_template_has_it(name: str) -> None:
+    if name not in PUBLISHED:
+        pytest.skip("trl is not installed")
+    (apart,), (inline,) = render(REASONED, thinker(name)), render(INLINE, thinker(name))
+    assert (inline.token_ids, inline.trained) == (apart.token_ids, apart.trained)
+
+
 @pytest.mark.parametrize("name", THINKERS)
 def test_off_takes_reasoning_out_of_the_row(name: str) -> None:
     tokenizer = thinker(name)
@@ -213,6 +222,15 @@ def test_an_effort_that_cannot_be_turned_off_stays_at_its_default_for_rows_witho
     assert "Reasoning: medium" in tokenizer.decode(render(PLAIN, tokenizer)[0].token_ids)
     low = render(PLAIN, tokenizer, Choices(thinking="off"))[0]
     assert "Reasoning: low" in tokenizer.decode(low.token_ids)
+
+
+def test_dropped_reasoning_is_written_as_the_prompt_begins_it() -> None:
+    tokenizer = thinker("deepseek-v3.1")
+    (sample,) = render(REASONED, tokenizer)
+    assert tokenizer.decode(sample.token_ids).endswith(f"<Assistant><think>{WHY}</think>51</s>")
+    assert learned(tokenizer, sample) == f"{WHY}</think>51</s>"
+    (closed,) = render(PLAIN, tokenizer, Choices(thinking="on"))
+    assert learned(tokenizer, closed) == "</think>51</s>"
 
 
 def test_history_is_sent_back_as_the_template_has_it() -> None:

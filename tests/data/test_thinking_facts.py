@@ -9,10 +9,9 @@ import pytest
 
 from qlora_tui.data.dataset import prepare
 from qlora_tui.data.inspect import inspect
-from qlora_tui.data.thinking import Thinking
 from qlora_tui.data.thinking_facts import for_prompts
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.recipe.schema import Data, Recipe, Source, Thinking
 from tests.data.families import family
 from tests.data.thinkers import PUBLISHED, thinker
 

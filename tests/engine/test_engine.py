@@ -64,7 +64,7 @@ async def answer(engine: EngineClient, question: Generate) -> Outcome:
     *pieces, done = replies
     assert isinstance(done, Done)
     assert all(isinstance(piece, Text) for piece in pieces)
-    assert "".join(p.piece for p in pieces if isinstance(p, Text)) == done.outcome.text
+    assert "".join(p.said.text for p in pieces if isinstance(p, Text)) == done.outcome.text
     return done.outcome
 
 
@@ -81,7 +81,7 @@ async def test_two_voices_asked_together_grow_side_by_side(engine: EngineClient)
         async for reply in engine.ask(msgspec.structs.replace(SHORT, voice=voice)):
             if isinstance(reply, Text):
                 order.append(voice)
-                text += reply.piece
+                text += reply.said.text
         return text
 
     adapter, base = await asyncio.gather(listen("adapter"), listen("base"))

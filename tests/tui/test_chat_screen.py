@@ -16,7 +16,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui.chat.effect import LayerChange
-from qlora_tui.chat.terms import ADAPTER, BASE, Outcome, Sampling
+from qlora_tui.chat.terms import ADAPTER, BASE, Outcome, Said, Sampling
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir
@@ -129,9 +129,9 @@ def test_looks_of_an_exchange(
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
         screen.turns.append(turn)
         await screen.query_one("#talk").mount(turn)
-        await turn.answers[ADAPTER].grow(OUTCOME.text)
+        await turn.answers[ADAPTER].grow(Said(OUTCOME.text))
         await turn.answers[ADAPTER].end(OUTCOME)
-        await turn.answers[BASE].grow("I cannot know that.")
+        await turn.answers[BASE].grow(Said("I cannot know that."))
         cut = msgspec.structs.replace(OUTCOME, text="I cannot know that.", ending="most tokens")
         await turn.answers[BASE].end(cut)
         screen.set_focus(None)

@@ -29,7 +29,7 @@ from qlora_tui.tui.widgets.steady import put
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-_WHILE_TYPING = ("stop", "leave_field", "switch", "scroll_talk")
+_WHILE_TYPING = ("stop", "leave_field", "switch", "scroll_talk", "thinking", "unfold")
 """Actions whose keys are no text: the footer shows no others while a prompt is written."""
 
 
@@ -49,6 +49,8 @@ class ChatScreen(Talking):
         "type goes into the field, digits too. Escape stops an answer; with none under way it leaves the "
         "field, and then 0 to 7 and the keys below work. i goes back to typing. "
         "Everything said is kept in the run's chats folder, as Markdown. "
+        "What a model thinks before it answers is folded into one line: z (ctrl+o while typing) shows it. "
+        "t (ctrl+g while typing) turns thinking on and off; at first it is as the run was trained. "
         "f says what the adapter changes: KL is how far its next tokens are from the base's (0: the same), "
         "and the columns show for each layer how far its weights moved, as a share of what they were."
     )
@@ -63,6 +65,17 @@ class ChatScreen(Talking):
             "Leave the field, so that keys work.",
         ),
         _command("voice", "a,ctrl+t", "switch", "On/off", "Switch the adapter off and on: one voice alone."),
+        _command(
+            "thinking", "t,ctrl+g", "thinking", "Think", "Have the model think before it answers, or not."
+        ),
+        _command(
+            "unfold",
+            "z,ctrl+o",
+            "unfold",
+            "Thoughts",
+            "Show what was thought, or fold it into a line.",
+            in_footer=False,
+        ),
         _command("split", "s", "split", "Split", "Both voices side by side, or one alone."),
         _command("right", "v", "voice('right')", "Voice", "Another checkpoint of this run."),
         _command(
@@ -155,6 +168,7 @@ class ChatScreen(Talking):
         before = self.source
         same_base = before is not None and source is not None and before.recipe.model == source.recipe.model
         self.source, self.run_dir, self._called = source, run, name
+        self.thinking = "auto" if source is None else source.thinking
         self.pair = Pair.of((BASE,) if source is None else source.voices)
         self.ready = None
         if not same_base and self.engine.pid is not None:
@@ -198,6 +212,27 @@ class ChatScreen(Talking):
         """From the adapter to the base and back."""
         self._choose(self.pair.switched())
 
+    def action_thinking(self) -> None:
+        """Turn thinking on or off; say so where the model has no such switch."""
+        if self.source is None:
+            return
+        known = self.ready.thinking if self.ready else None
+        default = known.default if known else "off"
+        now = default if self.thinking == "auto" else self.thinking
+        self.thinking = "off" if now == "on" else "on"
+        if known is not None and (effect := known.effect_of(self.thinking)):
+            if known.kind != "effort":
+                self.thinking = "auto"
+            self.notify(effect)
+        self.show_head()
+
+    async def action_unfold(self) -> None:
+        """Show every thought, or fold each into a line."""
+        self.unfolded = not self.unfolded
+        for turn in self.turns:
+            for answer in turn.answers.values():
+                await answer.unfold(self.unfolded)
+
     def action_split(self) -> None:
         """Two columns, or one."""
         self._choose(self.pair.split())
@@ -235,7 +270,8 @@ class ChatScreen(Talking):
                 await self.talk_to(chosen)
             elif chosen is not None:
                 name = recipe.model.id.rstrip("/").rpartition("/")[2]
-                await self._turn_to(ChatSource(recipe=recipe), None, name)
+                source = ChatSource(recipe=recipe, thinking=recipe.data.thinking)
+                await self._turn_to(source, None, name)
 
         runs = runs_to_talk_to()
         if runs or recipe.model.id:
@@ -296,7 +332,8 @@ class ChatScreen(Talking):
         path = transcript.transcript_path(self.run_dir)
         # Not the line's own width, which is known only once it has been shown.
         width = self.size.width - 2
-        line = words.how(self.sampling, self.system_prompt, path if path.exists() else None, width)
+        thinking = words.thinking(self.thinking, self.ready)
+        line = words.how(self.sampling, self.system_prompt, path if path.exists() else None, width, thinking)
         self.query_one("#how", Static).update(line)
 
 

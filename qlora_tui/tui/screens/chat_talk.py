@@ -25,6 +25,7 @@ from qlora_tui.engine.protocol import (
     Text,
 )
 from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.tui import transcript
@@ -56,6 +57,10 @@ class Talking(WorkScreen):
         self.busy = False
         self.sampling = Sampling()
         self.system_prompt = ""
+        self.thinking: Thinking = "auto"
+        """As the model is asked; ``auto`` leaves it to the run and the chat template."""
+        self.unfolded = False
+        """Whether thoughts are shown."""
         self.shares_with: set[str] = set()
         """Runs beside which the user said the model may be held."""
 
@@ -120,7 +125,7 @@ class Talking(WorkScreen):
 
     @work(group="answers")
     async def _answer(self, prompt: str) -> None:
-        turn = ChatTurn(prompt, self.pair.asked)
+        turn = ChatTurn(prompt, self.pair.asked, unfolded=self.unfolded)
         self.turns.append(turn)
         talk = self.query_one("#talk", VerticalScroll)
         await talk.mount(turn)
@@ -151,18 +156,25 @@ class Talking(WorkScreen):
                 self.show_head(reply.words)
             elif isinstance(reply, ChatReady):
                 self.ready = reply
+                if effect := reply.thinking.effect_of(self.thinking):
+                    self.notify(effect)
         self.show_head()
 
     async def _speak(self, turn: ChatTurn, voice: str, sampling: Sampling) -> None:
         """One voice's answer; what goes wrong with it is said in its place."""
         asked = self.engine.ask(
-            Generate(messages=self._conversation(turn, voice), voice=voice, sampling=sampling)
+            Generate(
+                messages=self._conversation(turn, voice),
+                voice=voice,
+                sampling=sampling,
+                thinking=self.thinking,
+            )
         )
         self.answers.append(asked)
         try:
             async for reply in asked:
                 if isinstance(reply, Text):
-                    await turn.answers[voice].grow(reply.piece)
+                    await turn.answers[voice].grow(reply.said)
                 elif isinstance(reply, Done):
                     await turn.answers[voice].end(reply.outcome)
         except EngineClosed:
@@ -207,11 +219,15 @@ class Talking(WorkScreen):
         self.refresh_bindings()
 
     def _keep(self, turn: ChatTurn, sampling: Sampling) -> None:
-        said = {voice: answer.text for voice, answer in turn.answers.items() if answer.text}
+        spoken = {v: answer for v, answer in turn.answers.items() if answer.text or answer.thought}
+        said = {voice: answer.text for voice, answer in spoken.items()}
+        thoughts = {voice: answer.thought for voice, answer in spoken.items()}
         if not said or turn not in self.turns:
             return
         try:
-            transcript.append_exchange(self.run_dir, turn.prompt, said, sampling, self.system_prompt)
+            transcript.append_exchange(
+                self.run_dir, turn.prompt, said, sampling, self.system_prompt, thoughts
+            )
         except OSError as error:
             self.notify(f"The transcript could not be written: {error.strerror}.", severity="warning")
 
@@ -222,5 +238,6 @@ class Talking(WorkScreen):
         for before in earlier:
             said = before.answers.get(voice)
             if said is not None and said.text:
-                messages += [Message("user", before.prompt), Message("assistant", said.text)]
+                answer = Message("assistant", said.text, reasoning=said.thought)
+                messages += [Message("user", before.prompt), answer]
         return (*messages, Message("user", turn.prompt))

@@ -10,6 +10,7 @@ from qlora_tui.chat.effect import Effect
 from qlora_tui.chat.terms import Sampling
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.format import figure, short_path, size
+from qlora_tui.recipe.schema import Thinking
 from qlora_tui.tui.screens.chat_pair import Pair
 from qlora_tui.tui.screens.runs_summary import thinned
 from qlora_tui.tui.widgets.strip_chart import blocks
@@ -43,9 +44,26 @@ def held(ready: ChatReady) -> str:
     return f"{ready.device} {ready.dtype}, {size(ready.held_bytes)}, {ready.context_tokens:,} tokens"
 
 
-def how(sampling: Sampling, system_prompt: str, kept: Path | None, width: int) -> Content:
-    """How answers are chosen, and where they are kept."""
-    parts = ["always the likeliest token" if not sampling.temperature else _sampling_words(sampling)]
+def thinking(setting: Thinking, ready: ChatReady | None) -> str:
+    """``thinking on``; empty where it is not known, or the model cannot think."""
+    if ready is None:
+        return "" if setting == "auto" else f"thinking {setting}"
+    known = ready.thinking
+    match known.kind:
+        case "none":
+            return ""
+        case "always":
+            return "always thinks"
+        case "effort":
+            return f"{known.variable} {known.off}" if setting == "off" else "thinks"
+        case "switch":
+            return f"thinking {known.default if setting == 'auto' else setting}"
+
+
+def how(sampling: Sampling, system_prompt: str, kept: Path | None, width: int, thinking: str = "") -> Content:
+    """How answers are chosen, whether the model is to think, and where what was said is kept."""
+    parts = [thinking] if thinking else []
+    parts.append("always the likeliest token" if not sampling.temperature else _sampling_words(sampling))
     parts.append(f"≤ {sampling.max_new_tokens} tokens")
     if sampling.seed is not None:
         parts.append(f"seed {sampling.seed}")

@@ -26,8 +26,8 @@ class AnswerText(Markdown):
     }
     """
 
-    def __init__(self) -> None:
-        super().__init__("", parser_factory=_parser, open_links=False)
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__("", parser_factory=_parser, open_links=False, id=id)
         self._waiting = ""
         self._painted_at = 0.0
 

@@ -7,10 +7,11 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widgets import Static
 
-from qlora_tui.chat.terms import Outcome
+from qlora_tui.chat.terms import Outcome, Said
 from qlora_tui.errors import Problem
 from qlora_tui.format import duration, figure
 from qlora_tui.tui.widgets.answer_text import AnswerText
+from qlora_tui.tui.widgets.thought_view import ThoughtView
 
 _ENDINGS = {
     "most tokens": "cut off at the most tokens: o raises it",
@@ -18,6 +19,12 @@ _ENDINGS = {
     "stopped": "stopped",
 }
 """What stands under an answer that did not end by itself."""
+_STILL_THINKING = {
+    "most tokens": "still thinking at the most tokens: o raises it, t turns thinking off",
+    "context full": "still thinking when the model could read no more: t turns thinking off",
+    "stopped": "stopped while it was thinking",
+}
+"""What stands there if it had not begun to answer."""
 
 
 class VoiceAnswer(Vertical):
@@ -41,40 +48,65 @@ class VoiceAnswer(Vertical):
     }
     """
 
-    def __init__(self, voice: str, *, beside: bool) -> None:
+    def __init__(self, voice: str, *, beside: bool, unfolded: bool = False) -> None:
         super().__init__(classes="-beside" if beside else "")
         self.voice = voice
         self.text = ""
+        self._thought = ThoughtView(unfolded=unfolded)
         self.outcome: Outcome | None = None
 
     def compose(self) -> ComposeResult:
         yield Static(voice_line(self.voice, "…"), classes="voice")
-        yield AnswerText()
+        yield self._thought
+        yield AnswerText(id="answer")
         yield Static("", classes="trouble")
 
-    async def grow(self, piece: str) -> None:
-        """Add a piece."""
-        self.text += piece
-        await self.query_one(AnswerText).grow(piece)
+    @property
+    def thought(self) -> str:
+        """What was thought before the answer."""
+        return self._thought.text.strip()
+
+    async def grow(self, said: Said) -> None:
+        """Add a piece, of the thought or of the answer."""
+        if said.thought:
+            await self._thought.grow(said)
+            return
+        if not self.text:
+            await self._thought.end()
+        self.text += said.text
+        await self._answer.grow(said.text)
+
+    async def unfold(self, unfolded: bool) -> None:
+        """Show the thought, or fold it into its line."""
+        await self._thought.unfold(unfolded)
+
+    @property
+    def _answer(self) -> AnswerText:
+        return self.query_one("#answer", AnswerText)
 
     async def end(self, outcome: Outcome) -> None:
         """Say how it ended and how fast it was."""
-        await self.query_one(AnswerText).finish()
+        await self._answer.finish()
+        await self._thought.end(outcome)
         self.text, self.outcome = outcome.text, outcome
         self.query_one(".voice", Static).update(voice_line(self.voice, outcome_words(outcome)))
         under = _ENDINGS.get(outcome.ending, "" if outcome.text.strip() else "ended its turn at once")
+        if not outcome.thought_ended:
+            under = _STILL_THINKING.get(outcome.ending, "ended its turn without an answer")
         if under:
             self._say_under(under)
 
     async def leave(self, words: str) -> None:
         """Say that nothing more comes, and what to press; what was said so far stays."""
-        await self.query_one(AnswerText).finish()
+        await self._answer.finish()
+        await self._thought.end()
         self.query_one(".voice", Static).update(voice_line(self.voice, "stopped"))
         self._say_under(words)
 
     async def fail(self, problem: Problem) -> None:
         """Say why there is no answer, or no more of it."""
-        await self.query_one(AnswerText).finish()
+        await self._answer.finish()
+        await self._thought.end()
         self.query_one(".voice", Static).update(voice_line(self.voice, "no answer"))
         why = f"\n{problem.why}" if problem.why else ""
         fix = f"\n▸ {problem.fix}" if problem.fix else ""
@@ -121,11 +153,12 @@ class ChatTurn(Vertical):
     }
     """
 
-    def __init__(self, prompt: str, voices: tuple[str, ...]) -> None:
+    def __init__(self, prompt: str, voices: tuple[str, ...], *, unfolded: bool = False) -> None:
         super().__init__()
         self.prompt = prompt
         self.answers = {
-            voice: VoiceAnswer(voice, beside=number > 0) for number, voice in enumerate(dict.fromkeys(voices))
+            voice: VoiceAnswer(voice, beside=number > 0, unfolded=unfolded)
+            for number, voice in enumerate(dict.fromkeys(voices))
         }
 
     def compose(self) -> ComposeResult:

@@ -1,0 +1,160 @@
+"""A thinking model in the chat: asked as it was trained, its thoughts apart from its answer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from qlora_tui.chat.sources import of_adapter, of_run
+from qlora_tui.chat.terms import GREEDY, ChatSource, Outcome, Said
+from qlora_tui.data.conversation import Message
+from qlora_tui.data.render import Choices, prompt_ids, render
+from qlora_tui.recipe.schema import Data, Recipe, Thinking
+from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.events import DataReady, encode
+from tests.data.thinkers import DEEPSEEK_V31, GRANITE, SMOLLM3
+
+QUESTION = Message("user", "what is the colour of the fox")
+HISTORY = (QUESTION, Message("assistant", "red", reasoning="a fox is red"), Message("user", "and the dog"))
+SHORT = msgspec.structs.replace(GREEDY, max_new_tokens=12)
+TEMPLATES = {"smollm3": SMOLLM3, "deepseek-v3.1": DEEPSEEK_V31, "granite": GRANITE}
+
+
+def told(run: RunDir, thinking: Thinking) -> None:
+    """Let a run have decided so."""
+    event = DataReady(
+        at=0.0, samples=1, validation_samples=0, tokens=9, trained_tokens=3, rows=1, steps_per_epoch=1,
+        total_steps=1, data_hash="x", thinking=thinking,
+    )  # fmt: skip
+    with run.events_path.open("ab") as events:
+        events.write(encode(event))
+
+
+def test_a_run_is_asked_as_its_data_decided_unless_its_recipe_says() -> None:
+    run = create(Recipe())
+    assert of_run(run).thinking == "auto"
+    told(run, "off")
+    assert of_run(run).thinking == "off"
+    assert of_run(create(Recipe(data=Data(thinking="on")))).thinking == "on"
+
+
+def test_a_run_of_before_is_asked_as_its_template_does() -> None:
+    run = create(Recipe())
+    with run.events_path.open("ab") as events:
+        events.write(
+            b'{"event":"data_ready","at":1.0,"samples":1,"validation_samples":0,"tokens":1,"trained_tokens":1,'
+            b'"rows":1,"steps_per_epoch":1,"total_steps":1,"data_hash":"x"}\n'
+        )
+    assert of_run(run).thinking == "auto"
+
+
+def test_an_adapters_recipe_says_how_it_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "recipe.toml").write_text('[data]\nthinking = "off"\n')
+    assert of_adapter(tmp_path).thinking == "off"
+
+
+@pytest.fixture(scope="module")
+def sessions(tiny_model: Path, tiny_source: ChatSource, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny model with the template of each thinking model."""
+    from qlora_tui.chat.session import load_session
+
+    loaded = {}
+    for name, template in TEMPLATES.items():
+        folder = tmp_path_factory.mktemp("thinkers") / name
+        shutil.copytree(tiny_model, folder)
+        (folder / "chat_template.jinja").write_text(template)
+        model = msgspec.structs.replace(tiny_source.recipe.model, id=str(folder))
+        recipe = msgspec.structs.replace(tiny_source.recipe, model=model)
+        loaded[name] = load_session(ChatSource(recipe=recipe, thinking="off"))
+    return loaded
+
+
+def heard(session: Any, answer: str, thinking: Thinking = "on", ends: bool = True) -> Outcome:
+    """How the session hears a model that says ``answer``."""
+    ids = session.tokenizer.encode(answer)
+    last = [next(iter(session.end_ids))] if ends else []
+    sampling = msgspec.structs.replace(SHORT, max_new_tokens=len(ids) + len(last))
+    reply = session.ask([QUESTION], sampling=sampling, thinking=thinking)
+    reply._tokens = lambda reused: iter([*ids, *last])
+    pieces: list[Said] = list(reply)
+    outcome: Outcome = reply.outcome
+    assert "".join(p.text for p in pieces if p.thought).strip() == outcome.thought
+    assert "".join(p.text for p in pieces if not p.thought) == outcome.text
+    return outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("thinking", ["on", "off"])
+def test_chat_asks_with_the_tokens_of_training(sessions: Any, name: str, thinking: Thinking) -> None:
+    from qlora_tui.data.conversation import Conversation
+
+    session = sessions[name]
+    row = Conversation((*HISTORY, Message("assistant", "brown", reasoning="dogs are brown")))
+    sample = render(row, session.tokenizer, Choices(thinking=thinking))[-1]
+    asked = session.prompt(HISTORY, thinking)
+    assert sample.token_ids[: len(asked)] == asked
+    assert sample.trained[len(asked) - 1 : len(asked) + 1] == b"\x00\x01"
+
+
+@pytest.mark.slow
+def test_unless_told_the_session_asks_as_its_source_says(sessions: Any) -> None:
+    for session in sessions.values():
+        off = prompt_ids([QUESTION], session.tokenizer, thinking="off")
+        assert session.prompt([QUESTION]) == off != session.prompt([QUESTION], "on")
+
+
+@pytest.mark.slow
+def test_a_thought_is_apart_from_the_answer_and_counted(sessions: Any) -> None:
+    session = sessions["smollm3"]
+    outcome = heard(session, "<think>\na fox is red\n</think>\n\nred")
+    assert (outcome.thought, outcome.text, outcome.thought_ended) == ("a fox is red", "red", True)
+    assert 0 < outcome.thought_tokens <= len(session.tokenizer.encode("\na fox is red\n</think>"))
+    assert outcome.thought_s > 0
+    plain = heard(session, "red")
+    assert (plain.thought, plain.text, plain.thought_tokens, plain.thought_s) == ("", "red", 0, 0.0)
+
+
+@pytest.mark.slow
+def test_a_thought_that_the_prompt_opens_is_a_thought(sessions: Any) -> None:
+    session = sessions["deepseek-v3.1"]
+    assert heard(session, "a fox is red</think>red").thought == "a fox is red"
+    assert heard(session, "red", thinking="off").text == "red"
+
+
+@pytest.mark.slow
+def test_a_thought_that_is_cut_off_gives_no_answer_and_says_so(sessions: Any) -> None:
+    outcome = heard(sessions["smollm3"], "<think>\na fox is", ends=False)
+    assert (outcome.text, outcome.thought, outcome.thought_ended) == ("", "a fox is", False)
+    assert outcome.ending == "most tokens"
+
+
+@pytest.mark.slow
+def test_special_tokens_that_mark_a_thought_are_seen_and_others_are_not(sessions: Any) -> None:
+    session = sessions["smollm3"]
+    end = "<|im_end|>"
+    ids = session.tokenizer.encode(f"red{end}")
+    assert session.decode(ids) == "red"
+    before, session._mark_ids = session._mark_ids, frozenset(session.tokenizer.encode(end))
+    try:
+        assert session.decode(ids) == f"red{end}"
+    finally:
+        session._mark_ids = before
+
+
+@pytest.mark.slow
+def test_the_command_line_says_what_a_setting_does_not_do(
+    tiny_source: ChatSource, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_tui.chat.ask import answer
+
+    run = create(tiny_source.recipe)
+    list(answer(run, QUESTION.content, base=True, sampling=SHORT, thinking="off"))
+    assert "Thinking off changes nothing" in capsys.readouterr().err
+    list(answer(run, QUESTION.content, base=True, sampling=SHORT))
+    assert "Thinking" not in capsys.readouterr().err

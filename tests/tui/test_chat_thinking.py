@@ -1,0 +1,203 @@
+"""The Chat screen and a model that thinks: thoughts are folded, and thinking is turned on and off."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from textual.pilot import Pilot
+
+from qlora_tui.chat.terms import ADAPTER, BASE, Outcome, Said, Sampling, ThinkingOf
+from qlora_tui.data.conversation import Message
+from qlora_tui.engine.protocol import ChatReady
+from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.tui.screens.chat import ChatScreen
+from qlora_tui.tui.transcript import append_exchange
+from qlora_tui.tui.widgets.chat_turn import ChatTurn
+from tests.tui.played import Play, play
+from tests.tui.seeing import shows, text_of, until
+from tests.tui.test_chat_screen import OUTCOME, chat_of, finished, with_adapters
+from tests.tui.workstation import open_on, settle
+
+Snapshot = Callable[..., bool]
+WHY = "I look at the ticket:\n\n1. It was sorted on Sunday.\n2. It left **Oslo** on Monday."
+THOUGHT = msgspec.structs.replace(OUTCOME, thought=WHY, thought_tokens=340, thought_s=12.3)
+CUT = msgspec.structs.replace(
+    OUTCOME, text="", thought="Okay, the", thought_tokens=512, thought_s=20.1, thought_ended=False,
+    ending="most tokens",
+)  # fmt: skip
+SWITCH = ThinkingOf(kind="switch", variable="enable_thinking", default="on")
+
+
+def ready(thinking: ThinkingOf) -> ChatReady:
+    """A model that is loaded."""
+    return ChatReady(
+        voices=(BASE, ADAPTER),
+        device="NVIDIA GeForce RTX 4090",
+        dtype="bfloat16",
+        context_tokens=32768,
+        seconds=1.0,
+        held_bytes=5 << 30,
+        thinking=thinking,
+    )
+
+
+@asynccontextmanager
+async def chatting(
+    thinking: ThinkingOf | None = None, recipe: Recipe | None = None
+) -> AsyncIterator[tuple[Pilot[Any], ChatScreen]]:
+    """The chat on a finished run, its model loaded if ``thinking`` says what it makes of that."""
+    if recipe is None:
+        finished(ADAPTER)
+    else:
+        with_adapters(play(Play(name="set", state="finished", steps=9, total=9, recipe=recipe)), ADAPTER)
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "not loaded yet")
+        screen = chat_of(app)
+        if thinking is not None:
+            screen.ready = ready(thinking)
+            screen.show_head()
+        yield pilot, screen
+
+
+async def exchange(screen: ChatScreen, *pieces: Said, outcome: Outcome | None = None) -> ChatTurn:
+    """A prompt, and what the adapter says to it."""
+    turn = ChatTurn("Where is my parcel?", (ADAPTER,), unfolded=screen.unfolded)
+    screen.turns.append(turn)
+    await screen.query_one("#talk").mount(turn)
+    for piece in pieces:
+        await turn.answers[ADAPTER].grow(piece)
+    if outcome is not None:
+        await turn.answers[ADAPTER].end(outcome)
+    return turn
+
+
+@pytest.mark.parametrize("unfolded", [False, True], ids=["folded", "unfolded"])
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_looks_of_a_thought(
+    snap_compare: Snapshot, set_clock: Callable[[float], None], size: tuple[int, int], unfolded: bool
+) -> None:
+    finished(ADAPTER, "step-800")
+
+    async def said(pilot: Pilot[Any]) -> None:
+        await shows(pilot, "not loaded yet")
+        screen = chat_of(pilot.app)
+        screen.ready = ready(SWITCH)
+        screen.show_head()
+        turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
+        screen.turns.append(turn)
+        await screen.query_one("#talk").mount(turn)
+        await turn.answers[BASE].grow(Said("Okay, the", True, 512))
+        await turn.answers[BASE].end(CUT)
+        await turn.answers[ADAPTER].grow(Said(WHY, True, 340))
+        await turn.answers[ADAPTER].grow(Said(OUTCOME.text))
+        await turn.answers[ADAPTER].end(THOUGHT)
+        if unfolded:
+            await screen.action_unfold()
+        screen.set_focus(None)
+        await settle(pilot)
+
+    assert snap_compare(open_on("chat"), terminal_size=size, run_before=said)
+
+
+async def test_a_thought_is_one_line_until_it_is_unfolded_even_while_typing() -> None:
+    async with chatting(SWITCH) as (pilot, screen):
+        await exchange(screen, Said(WHY, True, 340), Said("On the road."), outcome=THOUGHT)
+        text = await shows(pilot, "▸ Thought for 12 s, 340 tokens", "On the road.")
+        assert "sorted on Sunday" not in text
+        await pilot.press("ctrl+o")
+        await shows(pilot, "▾ Thought for 12 s, 340 tokens", "It was sorted on Sunday", "On the road.")
+        await pilot.press("escape", "z")
+        await shows(pilot, "▸ Thought for 12 s")
+        assert "sorted on Sunday" not in text_of(pilot.app)
+
+
+async def test_an_unfolded_thought_grows_and_so_does_the_next() -> None:
+    async with chatting(SWITCH) as (pilot, screen):
+        await pilot.press("ctrl+o")
+        turn = await exchange(screen, Said("I look ", True, 2))
+        await shows(pilot, "▾ Thinking for", "2 tokens", "I look")
+        await turn.answers[ADAPTER].grow(Said("at it.", True, 4))
+        await turn.answers[ADAPTER].grow(Said("Here."))
+        await shows(pilot, "▾ Thought for", "4 tokens", "I look at it.", "Here.")
+        assert (turn.answers[ADAPTER].thought, turn.answers[ADAPTER].text) == ("I look at it.", "Here.")
+
+
+async def test_a_folded_thought_is_whole_when_unfolded_in_the_middle() -> None:
+    async with chatting(SWITCH) as (pilot, screen):
+        turn = await exchange(screen, Said("I look ", True, 2), Said("at ", True, 3))
+        await pilot.press("ctrl+o")
+        await turn.answers[ADAPTER].grow(Said("it.", True, 4))
+        await pilot.press("ctrl+o", "ctrl+o")
+        await shows(pilot, "I look at it.")
+        assert text_of(pilot.app).count("I look") == 1
+
+
+async def test_a_thought_without_an_end_says_what_to_press() -> None:
+    async with chatting(SWITCH) as (pilot, screen):
+        await exchange(screen, Said("Okay, the", True, 512), outcome=CUT)
+        await shows(pilot, "▸ Unfinished: 20 s, 512 tokens", "o raises it, t turns thinking off")
+        # It is not sent back as if it were an answer.
+        following = ChatTurn("And now?", (ADAPTER,))
+        screen.turns.append(following)
+        assert screen._conversation(following, ADAPTER) == (Message("user", "And now?"),)
+
+
+async def test_thoughts_are_sent_back_beside_the_answers_they_led_to() -> None:
+    async with chatting(SWITCH) as (_, screen):
+        await exchange(screen, Said(WHY, True, 340), Said("On the road."), outcome=THOUGHT)
+        following = ChatTurn("And now?", (ADAPTER,))
+        screen.turns.append(following)
+        asked, answered, _ = screen._conversation(following, ADAPTER)
+        assert (asked.content, answered.content, answered.reasoning) == (
+            "Where is my parcel?",
+            THOUGHT.text,
+            WHY,
+        )
+
+
+async def test_one_key_turns_thinking_off_and_on() -> None:
+    async with chatting(SWITCH) as (pilot, screen):
+        await shows(pilot, "thinking on")
+        await pilot.press("ctrl+g")
+        await shows(pilot, "thinking off")
+        await pilot.press("escape", "t")
+        await shows(pilot, "thinking on")
+        assert screen.thinking == "on"
+
+
+async def test_a_run_trained_without_thinking_is_asked_without_it() -> None:
+    async with chatting(recipe=Recipe(name="set", data=Data(thinking="off"))) as (pilot, screen):
+        await shows(pilot, "thinking off")
+        assert screen.thinking == "off"
+        await pilot.press("ctrl+g")
+        await shows(pilot, "thinking on")
+
+
+@pytest.mark.parametrize(
+    ("thinking", "says", "then"),
+    [
+        (ThinkingOf(kind="none"), "has no switch", "auto"),
+        (ThinkingOf(kind="always"), "always opens a thought", "auto"),
+        (
+            ThinkingOf(kind="effort", variable="reasoning_effort", off="low", default="on"),
+            "reasoning_effort = low",
+            "off",
+        ),
+    ],
+)
+async def test_a_model_without_such_a_switch_says_so(thinking: ThinkingOf, says: str, then: str) -> None:
+    async with chatting(thinking) as (pilot, screen):
+        await pilot.press("ctrl+g")
+        await until(pilot, lambda: any(says in note.message for note in pilot.app._notifications))
+        assert screen.thinking == then
+
+
+def test_thoughts_are_kept_in_the_transcript_apart_from_answers() -> None:
+    run = finished(ADAPTER)
+    path = append_exchange(run, "Where?", {ADAPTER: "There."}, Sampling(), thoughts={ADAPTER: "Hm."})
+    assert "<details><summary>Thought</summary>\n\nHm.\n\n</details>\n\nThere." in path.read_text()
