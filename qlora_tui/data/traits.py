@@ -204,9 +204,8 @@ def _turn(message: Message, traits: Traits) -> tuple[dict[str, Any], str]:
             turn["name"] = message.name
     if message.tool_calls:
         if traits.calls == "text":
-            turn["content"] = "\n".join(
-                filter(str.strip, [message.content, *map(_call_as_text, message.tool_calls)])
-            )
+            said = "\n".join(filter(str.strip, [message.content, *map(_call_as_text, message.tool_calls)]))
+            turn["content"] = turn["content"].removesuffix(message.content) + said
             return turn, "calls-as-text"
         turn["tool_calls"] = [_call_field(call, traits.calls) for call in message.tool_calls]
         if traits.calls_without_content and not turn["content"]:
