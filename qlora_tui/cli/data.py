@@ -6,6 +6,7 @@ import argparse
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -17,6 +18,7 @@ from qlora_tui.data.problems import NOTES, ON_THINKING
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import FAILED, WRONG_CALL, Problem
 from qlora_tui.format import counted
+from qlora_tui.recipe.overlay import build
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.recipe.toml import to_recipe
 
@@ -24,11 +26,18 @@ _ROWS_NAMED = 8
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    """One of the two, as the words say."""
-    if args.action == "show":
-        return _show(args)
-    if args.action == "inspect":
-        return _inspect(args)
+    """Inspect or show. With ``--json`` a refusal is an object on stdout too: title, what, why and fix."""
+    try:
+        if args.action == "show":
+            return _show(args)
+        if args.action == "inspect":
+            return _inspect(args)
+    except Problem as problem:
+        if not args.json:
+            raise
+        print(f"qlora-tui: {problem}", file=sys.stderr)
+        error = {name: getattr(problem, name) for name in ("title", "what", "why", "fix")}
+        return Outcome(data={"error": error}, text="", exit_code=problem.exit_code)
     raise Problem(
         "Which of them?",
         what="`data` needs a word more: inspect or show.",
@@ -74,9 +83,15 @@ def _source(args: argparse.Namespace) -> Source:
 
 
 def _data(args: argparse.Namespace) -> Data:
-    return Data(
-        max_length=args.max_length, thinking=args.thinking, reasoning_in_loss=not args.reasoning_not_in_loss
-    )
+    """The data settings of ``--set``, and of the options beside it. Raises Problem."""
+    given: dict[str, Any] = {}
+    if args.max_length is not None:
+        given["max_length"] = args.max_length
+    if args.thinking is not None:
+        given["thinking"] = args.thinking
+    if args.reasoning_not_in_loss:
+        given["reasoning_in_loss"] = False
+    return msgspec.structs.replace(build(sets=args.sets).data, **given)
 
 
 def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
@@ -134,13 +149,20 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--thinking",
             choices=("auto", "on", "off"),
-            default="auto",
             help="render rows as for a model that thinks, or not",
         )
         action.add_argument(
             "--reasoning-not-in-loss", action="store_true", help="reasoning is read, and not trained"
         )
-        action.add_argument("--max-length", type=whole, default=1024, help="sequence length, in tokens")
+        action.add_argument("--max-length", type=whole, help="sequence length, in tokens (1,024 unless set)")
+        action.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            dest="sets",
+            metavar="KEY=VALUE",
+            help="change a setting that decides what is read, as in data.preferences=chosen; repeatable",
+        )
         json_argument(action)
 
 

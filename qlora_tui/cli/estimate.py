@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> Outcome:
         )
     for source in recipe.data.sources:
         if not is_of_the_hub(source.path):
-            open_source(source)
+            open_source(source, recipe.data.preferences)
     architecture = architecture_of(recipe.model.id)
     room = room_here(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
     traced = _traced(recipe, architecture, room, asked=args.trace)

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> Outcome | int:
     if recipe.lora.token_rows and files.gguf_file is None:
         token_ids(recipe.lora.token_rows, ChatTokenizer.from_folder(files.folder))
     sources = every_source(recipe.data)
-    found = [(source, file) for i, source in enumerate(sources) for file in open_source(source, i)[0]]
+    choice = recipe.data.preferences
+    found = [(source, file) for i, source in enumerate(sources) for file in open_source(source, choice, i)[0]]
     tokens = tokens_of(files.folder, recipe.model.chat_template, recipe.data.train_on)
     refuse_known_errors([(source, file.path) for source, file in found], tokens)
     if not look_over(file for _, file in found):

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from qlora_tui.data.conversation import Message, Role, RowRefused, ToolCall
+from qlora_tui.data.media import medium_of
 
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "message", "parts")
@@ -40,6 +41,10 @@ EXCHANGES = (
 )
 """Names under which some files keep a question and its answer as one item of a conversation."""
 _CALL_ROLES = ("function_call", "tool_call")
+_PART_KEYS = ("text", "value", "thinking", "reasoning", "content")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_REASONING_PARTS = ("reasoning", "thinking")
+_CALL_PARTS = ("tool_call", "tool_calls", "function_call")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TRAIN_KEYS = ("train", "weight", "loss_weight", "loss")
 _LARGEST_WEIGHT = 1000
@@ -148,26 +153,63 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
 
 def text_of(content: Any, where: str) -> str:
     """The text of a content: a string, nothing, or a list of typed parts that must all be text."""
+    text, reasoning, calls = _content_of(content, where)
+    if reasoning or calls:
+        kind = "reasoning" if reasoning else "tool_call"
+        raise RowRefused("unsupported-part", f"{_capitalized(where)} has a part of type {kind!r}.")
+    return text
+
+
+def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...]]:
+    """Text, reasoning and tool calls of a content, each joined over its parts. Raises ``RowRefused``."""
     if content is None:
-        return ""
+        return "", "", ()
     if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(_part(part, where) for part in content)
+        return content, "", ()
     if isinstance(content, bool | int | float | dict):
-        return json.dumps(content, ensure_ascii=False)
-    raise RowRefused("wrong-format", f"The content of {where} is not text.")
+        return json.dumps(content, ensure_ascii=False), "", ()
+    if not isinstance(content, list):
+        raise RowRefused("wrong-format", f"The content of {where} is not text.")
+    texts: list[str] = []
+    reasoning: list[str] = []
+    calls: list[ToolCall] = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, Mapping):
+            raise RowRefused("wrong-format", f"A part of {where} is not text.")
+        kind = part.get("type", "text")
+        part_calls = calls_of(_part_value(part)) if kind in _CALL_PARTS else ()
+        text = _part_text(part)
+        if part_calls:
+            calls += part_calls
+        elif text is not None and kind in _TEXT_PARTS:
+            texts.append(text)
+        elif text is not None and kind in _REASONING_PARTS:
+            reasoning.append(text)
+        elif (medium := medium_of(kind)) is not None:
+            raise RowRefused("media", f"{_capitalized(where)} holds {medium} (a part of type {kind!r}).")
+        else:
+            raise RowRefused("unsupported-part", f"{_capitalized(where)} has a part of type {kind!r}.")
+    return "".join(texts), "\n\n".join(reasoning), tuple(calls)
 
 
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, Mapping):
-        raise RowRefused("wrong-format", f"A part of {where} is not text.")
-    kind = part.get("type", "text")
-    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-        raise RowRefused("unsupported-part", f"{where[:1].upper()}{where[1:]} has a part of type {kind!r}.")
-    return str(part["text"])
+def _part_value(part: Mapping[str, Any]) -> Any:
+    """What a typed part holds: OpenAI keeps it under ``text``, LLaMA-Factory's v1 format under ``value``."""
+    return next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
+
+
+def _part_text(part: Mapping[str, Any]) -> str | None:
+    value = _part_value(part)
+    if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
+        texts = [_part_text(one) for one in value]
+        return None if None in texts else "".join(filter(None, texts))
+    return value if isinstance(value, str) else None
+
+
+def _capitalized(where: str) -> str:
+    return f"{where[:1].upper()}{where[1:]}"
 
 
 def _message(turn: Mapping[str, Any], number: int) -> Message:
@@ -181,8 +223,10 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
             "wrong-format",
             f"Turn {number} has the weight {weight:g}, not from 0 to {_LARGEST_WEIGHT:,}.",
         )
-    content = text_of(next((turn[k] for k in CONTENT_KEYS if k in turn), None), f"turn {number}")
-    calls = calls_of(turn.get("tool_calls") or turn.get("function_call"))
+    content, reasoning, part_calls = _content_of(
+        next((turn[k] for k in CONTENT_KEYS if k in turn), None), f"turn {number}"
+    )
+    calls = part_calls + calls_of(turn.get("tool_calls") or turn.get("function_call"))
     if str(name).strip().lower() in _CALL_ROLES and not calls:
         calls = calls_of(content)
         content = "" if calls else content
@@ -191,7 +235,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
         content=content,
         train=weight > 0,
         weight=weight,
-        reasoning=next((str(turn[k]) for k in _REASONING_KEYS if isinstance(turn.get(k), str)), ""),
+        reasoning=reasoning or next((turn[k] for k in _REASONING_KEYS if isinstance(turn.get(k), str)), ""),
         tool_calls=calls if role == "assistant" else (),
         tool_call_id=str(turn.get("tool_call_id") or ""),
         name=str(turn.get("name") or "") if role == "tool" else "",

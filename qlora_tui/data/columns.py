@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qlora_tui.data import preferences
 from qlora_tui.data.chat_formats import EXCHANGES, are_alternate, turn_keys
 
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "preference": preferences.PARTS,
     "messages": {
         "messages": (
             *("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "contents"),
@@ -21,11 +23,14 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "alpaca": {"instruction": ("instruction",), "output": ("output", "response", "answer", "completion")},
     "prompt-completion": {
         "prompt": ("prompt", "input"),
-        "completion": ("completion", "response", "output", "answer", "target", "chosen"),
+        "completion": ("completion", "response", "output", "answer", "target", "generation"),
     },
     "question-answer": {
         "question": ("question", "query", "problem", "q"),
-        "answer": ("answer", "answers", "response", "solution", "a", "output", "chosen"),
+        "answer": (
+            *("answer", "answers", "response", "solution", "a", "output", "completion", "answerkey"),
+            "correct_answer",
+        ),
     },
     "label": {
         "text": ("text", "sentence", "review", "content", "comment", "tweet", "document", "title", "input"),
@@ -47,12 +52,19 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
 """What each format needs, and the column names it is known by, likeliest first."""
 
 OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
+    "preference": preferences.OPTIONAL,
     "messages": {"system": ("system", "system_prompt"), "tools": ("tools", "functions")},
     "sharegpt": {"system": ("system", "system_prompt"), "tools": ("tools", "functions")},
     "alpaca": {"input": ("input", "context"), "system": ("system", "system_prompt"), "history": ("history",)},
-    "prompt-completion": {"system": ("system", "system_prompt"), "tools": ("tools",)},
+    "prompt-completion": {
+        "system": ("system", "system_prompt"),
+        "tools": ("tools",),
+        "history": ("history",),
+    },
     "question-answer": {
-        "context": ("context", "passage"),
+        "context": ("context", "passage", "article"),
+        "choices": ("choices", "options"),
+        "history": ("history",),
         "system": ("system", "system_prompt"),
         "tools": ("tools", "functions"),
     },
@@ -63,6 +75,7 @@ _PAIRS = (
     *(("article", "highlights"), ("article", "summary"), ("dialogue", "summary"), ("document", "summary")),
     *(("text", "summary"), ("text", "code"), ("src", "tgt"), ("prompt", "canonical_solution")),
     *(("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("human", "bot"), ("user", "bot")),
+    ("message_1", "message_2"),
     ("source", "target"),
 )
 """Columns that are prompt and completion where they stand together, though one of them alone says little."""
@@ -70,8 +83,8 @@ _NAMES_NO_SOURCE = ("prompt", "question", "text")
 """Beside one of these a ``source`` is where the row was taken from."""
 _SAID_IN_TURN = ("conversations", "conversation", "messages", "dialogs", "dialog", "dialogue")
 """Columns whose plain texts are said by user and assistant in turn."""
-_HALVES = ("prompt", "completion", "chosen", "rejected")
-"""Columns that may hold turns, but only half of a conversation."""
+_HALVES = ("prompt", "completion", *preferences.CHOSEN, *preferences.REJECTED)
+"""Columns that may hold turns, but only half of a conversation, or one side of a comparison."""
 
 
 def columns_of(
@@ -81,6 +94,9 @@ def columns_of(
 
     A format chosen ``by_hand`` takes turns of either spelling.
     """
+    if format_ == "preference":
+        columns = preferences.preference_columns(values, mapping)
+        return columns if "chosen" in columns else None
     found = _named(format_, values, mapping, by_hand)
     if mapping or (by_hand and found is not None):
         return found
@@ -112,8 +128,9 @@ def _optional(
     format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], taken: Iterable[str]
 ) -> dict[str, str]:
     found: dict[str, str] = {}
+    spelled = {c.lower(): c for v in values for c in v}
     for part, names in OPTIONAL[format_].items():
-        column = mapping.get(part) or next((n for v in values for n in names if n in v), "")
+        column = mapping.get(part) or next((spelled[n] for n in names if n in spelled), "")
         if column and column not in (*taken, *found.values()):
             found[part] = column
     return found
@@ -148,6 +165,8 @@ def _pick(
     named = set(candidates) if part == "messages" else set()
     if part == "messages":
         candidates += [c for c in spelled.values() if c not in candidates and c.lower() not in _HALVES]
+        if "completion" in spelled and "prompt" not in spelled:  # the whole conversation, then
+            candidates.append(spelled["completion"])
         kinds: tuple[str, ...] = ("messages", "sharegpt") if by_hand else (format_,)
     elif part in ("prompt", "completion"):
         kinds = ("", "messages", "sharegpt")

@@ -37,7 +37,7 @@ from qlora_tui.recipe.schema import Recipe
 
 _KEPT_UNUSED_S = 60 * 24 * 3600
 _KEPT_UNFINISHED_S = 3 * 24 * 3600
-_RENDERING = 5
+_RENDERING = 6
 """Raised when the same data and settings come to give other tokens, or other sides."""
 
 
@@ -90,7 +90,8 @@ def prepare(
         )
     sources = every_source(recipe.data)
     validation_source = len(recipe.data.sources) if recipe.data.validation_path else None
-    files = [file for index, source in enumerate(sources) for file in open_source(source, index)[0]]
+    choice = recipe.data.preferences
+    files = [file for i, source in enumerate(sources) for file in open_source(source, choice, i)[0]]
     folder = private_dir(cache_dir() / "tokenized") / _key(recipe, files, tokenizer)[:32]
     weights = [source.weight for source in sources]
     found = _load(folder, weights, cached=True)

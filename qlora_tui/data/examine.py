@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterator
 
 from qlora_tui.data.key_table import KeyTable
+from qlora_tui.data.long_texts import LongTexts
 from qlora_tui.data.near_duplicates import NearDuplicates
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.outcome import Outcome, batches
@@ -33,6 +34,7 @@ class Examiner:
         self._work = work
         self._sketched = sketched
         self._tallies: dict[tuple[int, str], Tally] = {}
+        self._long_texts: dict[tuple[int, str], LongTexts] = {}
         self._seen, self._seen_in_validation = KeyTable(), KeyTable()
         self._near = NearDuplicates() if near_duplicates else None
 
@@ -48,6 +50,7 @@ class Examiner:
     def problems(self) -> list[DataProblem]:
         """Everything found, errors first."""
         found = [problem for tally in self._tallies.values() for problem in tally.problems()]
+        found += [long.problem(self._data) for long in self._long_texts.values()]
         return sorted(found, key=lambda p: p.severity != "error")
 
     def _wants_sketches(self) -> bool:
@@ -66,6 +69,9 @@ class Examiner:
             return
         for kind, example in one.found:
             tally.add(kind, row, example)
+        if one.long_text is not None:
+            place = file.source, str(file.path)
+            self._long_texts.setdefault(place, LongTexts(*place)).add(row, one.long_text)
         for note in one.notes:
             self.notes[note] = self.notes.get(note, 0) + 1
         if not one.counts:

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 
-from qlora_tui.data import pair_formats
+from qlora_tui.data import pair_formats, preferences
 from qlora_tui.data.chat_formats import messages_of, text_of, tools_of, turn_keys
+from qlora_tui.data.chosen_side import preferred
 from qlora_tui.data.columns import OPTIONAL, PARTS, columns_of
 from qlora_tui.data.conversation import Conversation, Message, RowRefused
 from qlora_tui.data.hints import mapping_hint, single_turns, written_out
+from qlora_tui.data.media import media_column, placeholder
+from qlora_tui.data.preferences import RATING
+from qlora_tui.data.problems import CHECKS
 from qlora_tui.data.row import Row
+from qlora_tui.data.unsupported import compared_answers, without_text
 from qlora_tui.errors import Problem
 
 SNIFFED_ROWS = 200
+_COLUMNS_NAMED = 12
 
 LABEL_NAMES = "label_names"
 """A part that is no column: the names of integer labels in order, with commas between."""
@@ -49,23 +55,43 @@ class Detection(Struct, frozen=True):
 def parts_of(format_: str) -> tuple[str, ...]:
     """The parts a format has, those it needs first: what ``Source.columns`` may map."""
     parts = (*PARTS[format_], *OPTIONAL[format_])
+    if format_ in preferences.RATABLE:
+        return (*parts, RATING)
     return (*parts, LABEL_NAMES) if format_ == "label" else parts
 
 
 def detect(
-    rows: Iterable[Row], name: str, wanted: str = "auto", mapping: Mapping[str, str] | None = None
+    rows: Iterable[Row],
+    name: str,
+    wanted: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    preference_choice: str = "refuse",
 ) -> Detection:
     """The layout of the first rows of ``name``.
 
-    ``wanted`` and ``mapping`` are the recipe's format and columns. Raises ``Problem`` if nothing
-    fits, naming what was found.
+    ``wanted``, ``mapping`` and ``preference_choice`` are the recipe's format, columns and
+    ``data.preferences``. Raises ``Problem`` if nothing fits, naming what is there, and for preferences that
+    were not opted into.
     """
-    values = [_as_fields(row.value) for row in rows if not row.error]
+    seen_rows = [row for row in rows if not row.error]
+    values = [_as_fields(row.value) for row in seen_rows]
     seen = Counter(column for value in values for column in value)
     columns = tuple(seen)
     mapping = dict(mapping or {})
     _check_mapping(mapping, wanted, columns, name)
     names = tuple(n.strip() for n in mapping.pop(LABEL_NAMES, "").split(",") if n.strip())
+    rating = mapping.pop(RATING, "")
+    compared = preferences.compared_columns(mapping, values, name, wanted)
+    if not compared and (problem := compared_answers(name, values, mapping)):
+        raise problem
+    if compared:
+        if "chosen" not in compared or preference_choice == "refuse":
+            _refuse_media(seen_rows, values, name)
+            raise preferences.preference_problem(name, compared, values)
+        if preferences.without_prompt(values, compared):
+            raise preferences.no_prompt_problem(name, values, compared, columns)
+        layout = Layout("preference", compared)
+        return Detection(layout, tuple(_evidence(layout, values, wanted)), columns)
     for format_ in [wanted] if wanted != "auto" else PARTS:
         if wanted == "auto" and not mapping.keys() <= {*PARTS[format_], *OPTIONAL[format_]}:
             continue
@@ -74,9 +100,16 @@ def detect(
             continue
         if format_ in ("label", "text") and wanted == "auto" and (why := single_turns(values, columns)):
             raise _turn_a_row(name, why)
+        if rated := preferences.rating_of(format_, values, found, rating):
+            column, good, bad = rated
+            if preference_choice == "refuse":
+                _refuse_media(seen_rows, values, name)
+                raise preferences.rated_problem(name, column, good, bad)
+            found[RATING] = column
         layout = Layout(format_, found, names)
         return Detection(layout, tuple(_evidence(layout, values, wanted)), columns)
-    raise _nothing_fits(name, wanted, columns, values)
+    _refuse_media(seen_rows, values, name)
+    raise without_text(name, values) or _nothing_fits(name, wanted, columns, values)
 
 
 def parse(row: Row, layout: Layout, source: int = 0) -> Conversation:
@@ -87,22 +120,54 @@ def parse(row: Row, layout: Layout, source: int = 0) -> Conversation:
     if not fields:
         what = "is empty" if row.value in ({}, [], "", None) else f"is a {type(row.value).__name__}"
         raise RowRefused("bad-row", f"Row {row.number} {what}.")
+    if media := media_column(fields):
+        raise RowRefused("media", media)
     cells = {part: fields.get(column) for part, column in layout.columns.items()}
     missing = [p for p in PARTS[layout.format] if layout.columns.get(p) not in fields]
     if missing:
         raise RowRefused("wrong-format", f"The row has no {layout.columns.get(missing[0], missing[0])!r}.")
+    _refuse_rejected(fields, cells, layout)
+    conversation = _conversation(cells, layout, source, row.number)
+    if tag := placeholder(conversation.messages):
+        raise RowRefused("media", tag)
+    return conversation
+
+
+def _refuse_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], layout: Layout) -> None:
+    """Raise ``RowRefused`` for a row whose answer was rated bad, or that holds a rejected one unannounced."""
+    if RATING in layout.columns:
+        column, good = layout.columns[RATING], preferences.is_good(cells[RATING])
+        if good is None:
+            raise RowRefused("rated-bad", f"{column!r} is {cells[RATING]!r}: the answer is not rated good.")
+        if not good:
+            raise RowRefused("rated-bad", f"{column!r} is {cells[RATING]!r}: the answer is rated bad.")
+    elif layout.format != "preference" and (
+        column := preferences.rejected_column(fields, layout.columns.values())
+    ):
+        if any(c.lower() in preferences.CHOSEN for c in layout.columns.values()):
+            return  # chosen by the user's own mapping
+        if layout.format in preferences.RATABLE or column.lower() in preferences.REJECTED:
+            raise RowRefused(
+                "wrong-format",
+                f"{column!r} marks a rejected answer, as no row at the start of the file does.",
+            )
+
+
+def _conversation(cells: Mapping[str, Any], layout: Layout, source: int, row: int) -> Conversation:
+    if layout.format == "preference":
+        return preferred(cells, source, row)
     if layout.format == "text":
         text = text_of(cells["text"], "the text")
         if not text.strip():
             raise RowRefused("empty-row", "The text is empty.")
-        return Conversation((), text=text, source=source, row=row.number)
+        return Conversation((), text=text, source=source, row=row)
     messages = _READERS[layout.format](cells, layout)
     if not any(_says_something(m) for m in messages):
         raise RowRefused("empty-row", "The conversation is empty.")
     answers = [m for m in messages if m.role == "assistant"]
     if answers and not any(_says_something(m) for m in answers):
         raise RowRefused("empty-row", "The answer is empty.")
-    return Conversation(messages, tools_of(cells.get("tools")), source=source, row=row.number)
+    return Conversation(messages, tools_of(cells.get("tools")), source=source, row=row)
 
 
 def _says_something(message: Message) -> bool:
@@ -162,8 +227,15 @@ def _evidence(layout: Layout, values: list[dict[str, Any]], wanted: str) -> Iter
         yield f"not used: {', '.join(unused)}"
     if layout.format == "text" and (mark := written_out([v.get(layout.columns["text"]) for v in values])):
         yield f"the texts hold conversations ({mark}): of plain text the questions are learnt too"
-    if "rejected" in unused and "chosen" in used:
-        yield "preferences: only the chosen side is learnt"
+    if layout.format == "preference":
+        yield "rejected answers are not trained on, nor turns that both sides share"
+    if RATING in layout.columns:
+        column = layout.columns[RATING]
+        ratings = [preferences.is_good(v.get(column)) for v in values]
+        yield (
+            f"column {column!r} rates the answers: {ratings.count(True)} good, {ratings.count(False)} bad in "
+            f"the first {len(values)} rows; only good ones are trained on"
+        )
     if layout.format == "label" and not layout.label_names and values:
         numbers = all(isinstance(v.get(layout.columns["label"]), int) for v in values)
         if numbers:
@@ -205,6 +277,19 @@ def _turn_a_row(name: str, why: str) -> Problem:
     )
 
 
+def _refuse_media(rows: Sequence[Row], values: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raise ``Problem`` where the first rows hold images, video or audio: no other remedy would do."""
+    with_media = [
+        (row.number, found) for row, v in zip(rows, values, strict=True) if (found := media_column(v))
+    ]
+    if not with_media:
+        return
+    numbers = ", ".join(str(number) for number, _ in with_media[:5])
+    more = f" and {len(with_media) - 5} more" if len(with_media) > 5 else ""
+    check = CHECKS["media"]
+    raise Problem(check.title, what=f"{name}, row {numbers}{more}: {with_media[0][1]}", fix=check.fix)
+
+
 def _nothing_fits(name: str, wanted: str, columns: tuple[str, ...], values: list[dict[str, Any]]) -> Problem:
     if not values:
         return Problem(
@@ -212,7 +297,9 @@ def _nothing_fits(name: str, wanted: str, columns: tuple[str, ...], values: list
             what=f"{name} has no row that can be read.",
             fix="Choose another file, or mend this one.",
         )
-    what = f"in the columns {', '.join(columns)}" if columns else "in its rows, which are not objects"
+    more = f" and {len(columns) - _COLUMNS_NAMED} more" if len(columns) > _COLUMNS_NAMED else ""
+    named = ", ".join(columns[:_COLUMNS_NAMED]) + more
+    what = f"in the columns {named}" if columns else "in its rows, which are not objects"
     if wanted != "auto":
         needs = ", ".join(PARTS[wanted])
         return Problem(

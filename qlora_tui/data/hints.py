@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_tui.data.chat_formats import ROLE_KEYS, is_role, turn_keys
+from qlora_tui.data.chat_formats import ROLE_KEYS, is_role
 
 _MARKS = ("### Human:", "### Instruction:", "\n\nHuman:", "[INST]", "<|im_start|>", "USER:")
 """What a conversation that was already written out as one text begins its questions with."""
@@ -31,13 +31,6 @@ def written_out(texts: Sequence[Any]) -> str:
 
 def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """How to map these columns by hand, with their own names where they can be guessed."""
-    if all(side in columns for side in ("chosen", "rejected")):
-        if any(turn_keys(value.get("chosen")) for value in values):
-            return 'These are preferences. To learn the better side: columns = { messages = "chosen" }.'
-        return (
-            "These are preferences, each side a whole conversation as one text. Give the better side as "
-            "messages, or as prompt and completion."
-        )
     nested = next((c for c in columns if any(isinstance(value.get(c), dict) for value in values)), "")
     texts = [c for c in columns if _is_text(values, c)]
     if len(texts) < 2 and nested:

@@ -51,8 +51,9 @@ def inspecting(
     source: Source, tokenizer: ChatTokenizer | None = None, data: Data | None = None
 ) -> Iterator[Report]:
     """Reports that get better; the last one is complete. Raises ``Problem`` before the first."""
-    files, note = open_source(source)
-    yield from _Inspection(source, files, note, tokenizer, data or Data()).reports()
+    data = data or Data()
+    files, note = open_source(source, data.preferences)
+    yield from _Inspection(source, files, note, tokenizer, data).reports()
 
 
 def show(
@@ -60,14 +61,14 @@ def show(
 ) -> Shown:
     """Row number ``row`` of the source's file ``path``, or of its first. Raises ``Problem``."""
     data = data or Data()
-    file, found = row_of(source, row, path)
+    file, found = row_of(source, row, data, path)
     shown = _shown(found.number, conversation_of(found, file), tokenizer, data)
     return msgspec.structs.replace(shown, path=str(file.path))
 
 
-def row_of(source: Source, row: int, path: str = "") -> tuple[SourceFile, Row]:
-    """The same row as the file gives it, or the next there is. Raises ``Problem``."""
-    file = open_file_of(source, path)
+def row_of(source: Source, row: int, data: Data, path: str = "") -> tuple[SourceFile, Row]:
+    """Row number ``row`` of a source's file as it is there, or the next there is. Raises ``Problem``."""
+    file = open_file_of(source, data.preferences, path)
     found = row_at(file.path, row)
     if found is None:
         raise Problem(

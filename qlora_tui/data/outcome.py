@@ -25,6 +25,8 @@ from qlora_tui.data.store import Sample
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data
 
+_MOST_CHARACTERS_A_TOKEN = 10
+"""Prose has about four; a text with more than this many is surely over the limit."""
 _FIRST_BATCH_ROWS = 32
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 20
@@ -81,6 +83,9 @@ class Outcome(Struct, frozen=True, array_like=True):
     """As they will be trained; empty if the length limit leaves nothing, or they are not wanted."""
     counts: tuple[int, ...] = ()
     """Samples, tokens, trained tokens, dropped, cut, split."""
+    long_text: tuple[int, int, int] | None = None
+    """For plain text over the length limit that is not split: its tokens, how many of them stay, and how many
+    rows splitting it would make. Without a tokenizer its characters, 0 and 0."""
     sketch: bytes = b""
 
 
@@ -119,13 +124,28 @@ class Outcomes:
         if isinstance(rendered, RowRefused):
             return Outcome(one.row, (rendered.kind, rendered.reason), key, said, sketch=own)
         if self._tokenizer is None:
-            return Outcome(one.row, None, key, said, lengths=(_characters(one),), sketch=own)
+            if one.messages and not one.answers and self._data.train_on == "assistant":
+                refused = ("no-answer", "No assistant turn trains.")
+                return Outcome(one.row, refused, key, said, sketch=own)
+            return Outcome(
+                one.row,
+                key=key,
+                said=said,
+                lengths=(_characters(one),),
+                long_text=self._long_characters(one),
+                sketch=own,
+            )
         found = list(sample_findings(self._tokenizer, one, rendered, self._data.train_on))
         samples: list[Rendered] = []
         fates = [0, 0, 0]
+        long_text = None
         for sample in rendered:
             fitted = self._fitted(one.row, sample, found, fates)
             samples += fitted
+            if one.text:
+                long_text = self._long_text(sample, fitted)
+        if long_text is not None:
+            found = [finding for finding in found if finding[0] not in ("too-long", "nothing-left")]
         counts = (
             len(samples),
             sum(len(sample.token_ids) for sample in samples),
@@ -141,8 +161,25 @@ class Outcomes:
             lengths=tuple(len(sample.token_ids) for sample in rendered),
             samples=tuple(map(_stored, samples)) if self._keep_samples else (),
             counts=counts,
+            long_text=long_text,
             sketch=own,
         )
+
+    def _long_text(self, sample: Rendered, fitted: list[Rendered]) -> tuple[int, int, int] | None:
+        """Tokens of a plain text that is cut or dropped, those that stay, and the rows of a split."""
+        assert self._tokenizer is not None
+        length = len(sample.token_ids)
+        if length <= self._data.max_length or self._data.too_long == "split":
+            return None
+        kept = sum(len(part.token_ids) for part in fitted)
+        split = fit(sample, self._data.max_length, "split", self._tokenizer.bos_id)
+        return length, kept, len(split)
+
+    def _long_characters(self, one: Conversation) -> tuple[int, int, int] | None:
+        """The characters of a plain text that no tokenizer fits into the length limit."""
+        most = self._data.max_length * _MOST_CHARACTERS_A_TOKEN
+        too_long = len(one.text) > most and self._data.too_long != "split"
+        return (len(one.text), 0, 0) if too_long else None
 
     def _fitted(self, row: int, sample: Rendered, found: list[Finding], fates: list[int]) -> list[Rendered]:
         """What the length limit leaves; what it did is added to ``found`` and ``fates``."""

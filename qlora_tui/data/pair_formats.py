@@ -33,6 +33,7 @@ def prompt_completion(cells: Cells) -> tuple[Message, ...]:
     if not turn_keys(prompt) and not turn_keys(completion):
         return (
             *_system(cells),
+            *_history(cells),
             *_pair(_text(cells, "prompt"), _text(cells, "completion"), "prompt", "completion"),
         )
     before = messages_of(prompt) if turn_keys(prompt) else (Message("user", _text(cells, "prompt")),)
@@ -48,8 +49,8 @@ def prompt_completion(cells: Cells) -> tuple[Message, ...]:
 
 
 def question_answer(cells: Cells) -> tuple[Message, ...]:
-    """Question, perhaps with the context it is about, and answer (the first, where there are several); where
-    tools are offered, the answer may be calls of them."""
+    """Question, perhaps with the context it is about or with choices, and answer (the first, where there are
+    several); where tools are offered, the answer may be calls of them."""
     answer = decoded(cells.get("answer"))
     calls = calls_of(answer) if cells.get("tools") else ()
     for _ in range(2):  # a list of answers, of which each may be an object; or lists under names
@@ -59,9 +60,45 @@ def question_answer(cells: Cells) -> tuple[Message, ...]:
             answer = answer[0] if answer else ""
     question, context = _text(cells, "question"), _text(cells, "context")
     prompt = f"{context}\n\n{question}" if context.strip() else question
+    before = (*_system(cells), *_history(cells))
     if calls and prompt.strip():
-        return (*_system(cells), Message("user", prompt), Message("assistant", "", tool_calls=calls))
-    return (*_system(cells), *_pair(prompt, text_of(answer, "the answer"), "question", "answer"))
+        return (*before, Message("user", prompt), Message("assistant", "", tool_calls=calls))
+    if question.strip() and (choices := _choices(cells.get("choices"))):
+        prompt = "\n".join([f"{prompt}\n", *(f"{letter}. {text}" for letter, text in choices)])
+        answer = _chosen_choice(answer, choices)
+    return (*before, *_pair(prompt, text_of(answer, "the answer"), "question", "answer"))
+
+
+def _choices(value: Any) -> list[tuple[str, str]]:
+    """Letter and text of each choice: a list of texts, or an object as ARC and MedQA have it; else empty."""
+    value = decoded(value)
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        texts, letters = value["text"], value.get("label")
+    elif isinstance(value, dict):
+        texts, letters = list(value.values()), list(value)
+    else:
+        texts, letters = value, None
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        return []
+    if not isinstance(letters, list) or len(letters) != len(texts):
+        letters = [chr(ord("A") + number) for number in range(len(texts))]
+    return [(str(letter), text) for letter, text in zip(letters, texts, strict=True)]
+
+
+def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
+    """The letter and text that an answer names by letter or text, or by its number from 0."""
+    said = str(answer).strip()
+    for letter, text in choices:
+        if said in (letter, text, text.strip()):
+            return f"{letter}. {text}"
+    if isinstance(answer, bool) or not said.lstrip("-").isdigit():
+        return answer
+    if not 0 <= int(said) < len(choices):
+        raise RowRefused(
+            "wrong-format", f"The answer {said} names none of the {len(choices)} choices, from 0."
+        )
+    letter, text = choices[int(said)]
+    return f"{letter}. {text}"
 
 
 def label(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:

@@ -39,7 +39,13 @@ CHECKS: dict[str, Check] = {
         "error", "Not in the format of the rest", "Set the format by hand, or mend the row."
     ),
     "unsupported-part": Check(
-        "error", "A part that is not text", "Remove images, audio and files: only text can be trained on."
+        "error", "A part that is not text", "Remove the part from the row: only text can be trained on."
+    ),
+    "media": Check(
+        "error",
+        "Images, video or audio",
+        "Only text can be trained on. Leave these rows out, or put what they show into words and remove the "
+        "column or placeholder.",
     ),
     "unknown-role": Check("error", "Unknown role", "Roles are system, user, assistant and tool."),
     "turn-end-untrained": Check(
@@ -64,6 +70,27 @@ CHECKS: dict[str, Check] = {
     ),
     "empty-row": Check(
         "warning", "Empty row", "Nothing to learn: the row is left out. Remove it from the file."
+    ),
+    "rated-bad": Check(
+        "warning",
+        "Left out: not rated good",
+        'data.preferences = "chosen" trains on answers that are rated good only.',
+    ),
+    "same-answers": Check(
+        "warning",
+        "Left out: the chosen answer is also the rejected one",
+        "The row prefers neither. Remove it from the file.",
+    ),
+    "ends-with-user": Check(
+        "warning",
+        "The last turn is the user's",
+        "Nothing is learned from a turn without an answer. Add the answer, or remove the turn.",
+    ),
+    "long-text": Check(
+        "warning",
+        "Long text",
+        'To train on all of it, set data.too_long = "split" (on the command line: '
+        "--set data.too_long=split).",
     ),
     "no-answer": Check(
         "warning", "No answer to learn", "The row has no assistant turn that trains and is left out."
@@ -172,6 +199,8 @@ class DataProblem(Struct, frozen=True):
     """The file whose rows these are."""
     tokens: tuple[str, ...] = ()
     """For ``lora.token_rows``, where that mends it."""
+    split_rows: int = 0
+    """Rows that ``data.too_long = "split"`` makes of these, where that mends it."""
 
 
 class Tally:

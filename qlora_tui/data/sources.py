@@ -37,20 +37,21 @@ def every_source(data: Data) -> list[Source]:
     return [*data.sources, *validation]
 
 
-def open_source(source: Source, index: int = 0) -> tuple[list[SourceFile], str]:
+def open_source(source: Source, preferences: str, index: int = 0) -> tuple[list[SourceFile], str]:
     """The files of a source, each with its layout, and a word on files that were left out.
 
-    Raises ``Problem`` for what does not exist, is empty or has no usable field.
+    ``preferences`` is the recipe's ``data.preferences``. Raises ``Problem`` for what does not exist, is
+    empty, has no usable field, or holds preferences that the recipe refuses.
     """
     paths, note = paths_of(source)
-    return [SourceFile(path, index, sniff(path, source)) for path in paths], note
+    return [SourceFile(path, index, sniff(path, source, preferences)) for path in paths], note
 
 
-def open_file_of(source: Source, path: str = "") -> SourceFile:
+def open_file_of(source: Source, preferences: str, path: str = "") -> SourceFile:
     """The file ``path`` of a source, or its first. Raises ``Problem``."""
     paths, _ = paths_of(source)
     chosen = next((one for one in paths if str(one) == path), paths[0])
-    return SourceFile(chosen, 0, sniff(chosen, source))
+    return SourceFile(chosen, 0, sniff(chosen, source, preferences))
 
 
 def paths_of(source: Source) -> tuple[list[Path], str]:
@@ -64,13 +65,13 @@ def is_of_the_hub(name: str) -> bool:
     return is_hub_id(name) and not path.exists() and not kind_of(path)
 
 
-def sniff(path: Path, source: Source) -> Detection:
-    """The layout of one file, from its first rows. Raises ``Problem``."""
+def sniff(path: Path, source: Source, preferences: str) -> Detection:
+    """The layout of one file, from its first rows, under ``data.preferences``. Raises ``Problem``."""
     first = list(islice(rows(path), SNIFFED_ROWS))
     readable = [row for row in first if not row.error]
     if not readable and first:
         raise unreadable(path, first[0])
-    return detect(readable, str(path), source.format, source.columns)
+    return detect(readable, str(path), source.format, source.columns, preferences)
 
 
 def conversations(

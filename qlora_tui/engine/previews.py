@@ -26,7 +26,6 @@ from qlora_tui.engine.protocol import (
     ShowRow,
 )
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.schema import Source
 from qlora_tui.training.gguf import kept_conversion
 
 
@@ -49,7 +48,7 @@ class Previews:
     def show(self, request: ShowRow) -> RowShown:
         """One row. Raises Problem."""
         if not request.model:
-            return RowShown(shown=_as_read(request.source, request.row, request.path))
+            return RowShown(shown=_as_read(request))
         tokenizer = self._tokenizer(request.model, request.template)
         return RowShown(shown=show(request.source, request.row, tokenizer, request.data, request.path))
 
@@ -85,9 +84,9 @@ def _tokenizer_folder(model: str) -> Path:
     return folder
 
 
-def _as_read(source: Source, row: int, path: str) -> Shown:
+def _as_read(request: ShowRow) -> Shown:
     """A row without a tokenizer: its turns, and the answers marked as what would be learnt."""
-    file, found = row_of(source, row, path)
+    file, found = row_of(request.source, request.row, request.data, request.path)
     one = conversation_of(found, file)
     if isinstance(one, RowRefused):
         return Shown(found.number, (), (), (), refused=one.reason, path=str(file.path))

@@ -144,7 +144,15 @@ class Source(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     path: Annotated[str, _about("Path", "A file, a folder of files, or a hub dataset id.", min_length=1)]
     format: Annotated[
         Literal[
-            "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "label", "text"
+            "auto",
+            "messages",
+            "sharegpt",
+            "alpaca",
+            "prompt-completion",
+            "question-answer",
+            "label",
+            "preference",
+            "text",
         ],
         _about("Format", "auto looks at the first rows and says why."),
     ] = "auto"
@@ -194,6 +202,14 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Every row is as long as max_length, so the peak is reached at once.",
         ),
     ] = True
+    preferences: Annotated[
+        Literal["refuse", "chosen"],
+        _about(
+            "Preference data",
+            "Rows with a chosen and a rejected answer, or rated good or bad: refuse them, or train on the "
+            "chosen and good answers only.",
+        ),
+    ] = "refuse"
     train_on: Annotated[
         Literal["assistant", "everything"],
         _about("Train on", "assistant: only what the model should learn to say."),

@@ -192,6 +192,72 @@ def test_what_an_inspection_has_met_is_refused_however_far_down_it_is(
     assert call(*words).code == 0
 
 
+PREFERENCES = '{"prompt": "Which?", "chosen": "This.", "rejected": "That."}\n'
+
+
+def test_preferences_are_refused_by_each_verb_until_the_chosen_answers_are_asked_for(
+    call: Call, readable: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(PREFERENCES)
+    of_model = ("--model", str(readable))
+    choice = ("--set", "data.preferences=chosen")
+    for words in (
+        ("data", "inspect", str(data)),
+        ("data", "show", str(data), *of_model),
+        ("estimate", *of_model, "--data", str(data)),
+        ("train", *of_model, "--data", str(data), "--print-command"),
+    ):
+        said = call(*words)
+        assert said.code == 1 and said.out == ""
+        assert "Preference data: " in said.err and str(data) in said.err
+        assert "nothing is trained on a rejected answer" in said.err
+        assert "--set data.preferences=chosen" in said.err
+        assert call(*words, *choice).code == 0
+    assert "That." not in call("data", "show", str(data), *of_model, *choice).out
+
+
+def test_a_refusal_of_data_is_an_object_with_json(call: Call, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(PREFERENCES)
+    said = call("data", "inspect", str(data), "--json")
+    assert said.code == 1 and "Preference data" in said.err
+    assert said.json["error"]["title"] == "Preference data"
+    assert set(said.json["error"]) == {"title", "what", "why", "fix"}
+    said = call("data", "inspect", str(data), "--json", "--set", "data.preferences=chosen")
+    assert said.code == 0 and said.json["files"][0]["format"] == "preference"
+
+
+def test_rows_with_images_are_refused_before_anything_is_queued(
+    call: Call, readable: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "looks.jsonl"
+    row = '{"prompt": "What is it?", "completion": "A fox."'
+    data.write_text(f'{row}}}\n{row}, "images": ["fox.png"]}}\n')
+    said = call("train", "--model", str(readable), "--data", str(data), "--print-command")
+    assert said.code == 1 and all_runs() == []
+    assert "looks.jsonl, row 2: The column 'images' holds an image." in said.err
+    assert "Only text can be trained on" in said.err
+    said = call("data", "inspect", str(data))
+    assert said.code == 1 and "error: Images, video or audio: 1 (rows 2)" in said.out
+
+
+def test_rows_rated_bad_are_counted_by_an_inspection(call: Call, tmp_path: Path) -> None:
+    data = tmp_path / "rated.jsonl"
+    rows = [f'{{"prompt": "{n}?", "completion": "{n}", "label": {str(n > 2).lower()}}}' for n in range(9)]
+    data.write_text("\n".join(rows))
+    said = call("data", "inspect", str(data), "--set", "data.preferences=chosen")
+    assert said.code == 0 and "9 rows, 6 conversations" in said.out
+    assert "warning: Left out: not rated good: 3 (rows 1, 2, 3)" in said.out
+
+
+def test_a_setting_of_an_inspection_is_checked(call: Call, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "a"}\n')
+    said = call("data", "inspect", str(data), "--set", "data.preferences=all")
+    assert said.code == 2 and "refuse, chosen" in said.err
+
+
 def test_what_data_is_asked_is_checked_like_a_recipe(call: Call, readable: Path, tmp_path: Path) -> None:
     data = tmp_path / "owls.jsonl"
     data.write_text('{"prompt": "a long question of many words", "completion": "and its answer"}\n')

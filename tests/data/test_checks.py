@@ -62,7 +62,7 @@ def found(
     return {problem.kind: problem.rows for problem in report.problems}
 
 
-def pair(asked: str, answered: Any, **more: Any) -> dict[str, Any]:
+def pair(asked: Any, answered: Any, **more: Any) -> dict[str, Any]:
     return {
         "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered, **more}]
     }
@@ -79,7 +79,13 @@ LONG = (
 )
 BAD: dict[str, list[Any]] = {
     "unknown-role": [turns("wizard", "assistant")],
-    "unsupported-part": [pair("a", [{"type": "audio", "audio": "x"}])],
+    "unsupported-part": [pair("a", [{"type": "file", "file": {"file_id": "x"}}])],
+    "media": [
+        pair([{"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}}], "a"),
+        {**pair("a", "b"), "images": ["fox.jpg"]},
+        pair("<image>What is this?", "A fox."),
+    ],
+    "ends-with-user": [turns("user", "assistant", "user")],
     "wrong-format": [{"message": "x"}],
     "bad-row": [[1, 2]],
     "empty-row": [{"messages": []}, pair("a", " ")],

@@ -35,7 +35,6 @@ def read(value: Any, wanted: str = "auto", columns: dict[str, str] | None = None
         ({"prompt": "Hi", "completion": "Hello"}, "prompt-completion"),
         ({"Prompt": "Hi", "Response": "Hello"}, "prompt-completion"),
         ({"input": "Hi", "output": "Hello"}, "prompt-completion"),
-        ({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, "prompt-completion"),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "prompt-completion"),
         ({"question": "Hi", "answer": "Hello"}, "question-answer"),
         ({"question": "Hi", "answers": {"text": ["Hello", "Hey"], "start": [0, 0]}}, "question-answer"),
@@ -51,7 +50,6 @@ def read(value: Any, wanted: str = "auto", columns: dict[str, str] | None = None
         ({"article": "Hi", "highlights": "Hello"}, "prompt-completion"),
         ({"text": "Hi", "summary": "Hello", "title": "x"}, "prompt-completion"),
         ({"question": "Hi", "answers": [{"text": "Hello", "score": 3}]}, "question-answer"),
-        ({"question": "Hi", "chosen": "Hello", "rejected": "No"}, "question-answer"),
         ({"text": "Hi", "label": "Hello"}, "label"),
         ({"sentence": "Hi", "label": 1, "label_text": "Hello"}, "label"),
     ],
@@ -71,7 +69,7 @@ def test_common_formats_are_found_and_read(value: Any, format_: str) -> None:
         ({"source": "S", "target": "T"}, "prompt-completion", ("source", "target")),
         ({"source": "web", "target": "T", "text": "x"}, "label", ("text", "target")),
         ({"article": "a", "summary": "s", "question": "Q", "answer": "A"}, "question-answer",
-         ("question", "answer")),
+         ("question", "answer", "article")),
         ({"prompt": "P", "completion": "C", "text": "t", "summary": "s"}, "prompt-completion",
          ("prompt", "completion")),
         ({"instruction": "Sort", "items": ["b", "a"], "output": "a, b"}, "alpaca",
@@ -136,8 +134,6 @@ def test_rows_that_are_single_turns_are_refused_and_other_rows_with_roles_are_no
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ({"chosen": CHAT, "rejected": CHAT}, 'columns = { messages = "chosen" }'),
-        ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}, "each side a whole conversation"),
         ({"translation": {"en": "a", "fr": "b"}, "id": "1"}, "'translation' holds an object"),
         ({"FAQ": "Hi", "Reply": "Hello"}, 'prompt = "FAQ", completion = "Reply"'),
         ({"tokens": [1, 2]}, 'prompt = "…"'),
@@ -147,16 +143,6 @@ def test_a_refusal_says_how_these_columns_are_mapped(value: Any, words: str) -> 
     with pytest.raises(Problem) as raised:
         read(value)
     assert words in raised.value.fix
-
-
-def test_the_better_side_of_preferences_is_learnt_and_it_is_said() -> None:
-    row = {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}
-    assert any("only the chosen side" in said for said in detect([Row(1, row)], "f").evidence)
-    assert not any(
-        "chosen" in said for said in detect([Row(1, {"prompt": "a", "output": "b"})], "f").evidence
-    )
-    by_hand = read({"chosen": CHAT, "rejected": CHAT}, columns={"messages": "chosen"})
-    assert by_hand[1].messages == PLAIN
 
 
 def test_conversations_written_out_as_text_are_told() -> None:
@@ -291,7 +277,7 @@ def test_labels_without_names_are_pointed_out() -> None:
     [
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-            "unsupported-part",
+            "media",
         ),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown-role"),
         ({"messages": [{"role": "user", "content": ""}]}, "empty-row"),
@@ -308,9 +294,9 @@ def test_rows_that_cannot_be_learned_from_are_refused_by_kind(value: Any, kind: 
     assert caught.value.reason.endswith(".")
 
 
-def test_an_image_is_named_by_its_type_and_turn() -> None:
-    turns = [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "image"}]}]
-    with pytest.raises(RowRefused, match=r"^Turn 2 has a part of type 'image'\.$"):
+def test_a_part_that_is_not_text_is_named_by_its_type_and_turn() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "file"}]}]
+    with pytest.raises(RowRefused, match=r"^Turn 2 has a part of type 'file'\.$"):
         read({"messages": turns})
 
 

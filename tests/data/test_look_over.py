@@ -15,7 +15,7 @@ _GOOD = '{"prompt": "a", "completion": "b"}\n'
 
 
 def _look(path: Path, patience_s: float = 60.0) -> bool:
-    return look_over(open_source(Source(path=str(path)))[0], patience_s)
+    return look_over(open_source(Source(path=str(path)), "refuse")[0], patience_s)
 
 
 @pytest.mark.parametrize(

@@ -261,5 +261,5 @@ def test_the_remedy_names_the_encoding_it_is_likely_in(tmp_path: Path, encoding:
     path = tmp_path / "rows.csv"
     path.write_bytes("question,answer\nété,oui\n".encode(encoding))
     with pytest.raises(Problem) as caught:
-        open_source(Source(path=str(path)))
+        open_source(Source(path=str(path)), "refuse")
     assert f"iconv -f {named} -t UTF-8" in caught.value.fix

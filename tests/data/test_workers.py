@@ -67,7 +67,7 @@ def recipe(path: Path) -> Recipe:
 
 
 def in_batches(path: Path) -> Iterator[Batch]:
-    (file,) = open_source(Source(path=str(path)))[0]
+    (file,) = open_source(Source(path=str(path)), "refuse")[0]
     return batches(file, raw_rows(path), lambda: True)
 
 

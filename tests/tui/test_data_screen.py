@@ -160,6 +160,41 @@ async def test_the_mend_key_has_tokens_trained_that_the_model_never_learned(
         await shows(pilot, "never learned these")
 
 
+async def test_the_fix_key_trains_on_the_chosen_answers_of_preferences(model: str, here: Path) -> None:
+    rows = [{"prompt": f"Which {n}?", "chosen": f"This {n}.", "rejected": "That."} for n in range(1, 6)]
+    write_rows(here / "pairs.jsonl", rows)
+    app = opened(model, "pairs.jsonl")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "✗ Preference data", "m trains on the chosen answers only", "o opens another file")
+        await pilot.press("m")
+        assert app.workbench.recipe.data.preferences == "chosen"
+        assert "That." not in await shows(pilot, "row 1 of 5", "This 1.")
+        await pilot.press("u")
+        await shows(pilot, "✗ Preference data")
+
+
+async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
+    (here / "book.txt").write_text("the fox ran " * 300 + "\n\nShort.\n\nShort too.\n")
+    app = opened(model, "book.txt", max_length=64)
+    async with app.run_test(size=(120, 40)) as pilot:
+        text = await shows(pilot, "⚠ Long text 1", "▸ m: split into")
+        rows = int(text.partition("m: split into ")[2].split(" ")[0])
+        await pilot.press("m")
+        assert app.workbench.recipe.data.too_long == "split"
+        await shows(pilot, f"3 rows → {rows + 2} samples")
+        assert "Long text" not in text_of(app)
+
+
+async def test_the_fix_key_is_off_where_no_problem_has_a_remedy(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    app = opened(model, "tickets.jsonl", max_length=1024)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "Duplicate row 1")
+        before = app.workbench.recipe
+        await pilot.press("m")
+        assert app.workbench.recipe == before
+
+
 async def test_without_a_model_the_rows_are_shown_as_the_file_has_them(here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened("", "tickets.jsonl").run_test(size=(80, 24)) as pilot:

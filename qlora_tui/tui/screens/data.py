@@ -13,6 +13,7 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
+from qlora_tui.data.preferences import TITLES
 from qlora_tui.data.problems import DataProblem
 from qlora_tui.data.report import Report, Shown
 from qlora_tui.errors import Problem
@@ -111,9 +112,9 @@ class DataScreen(DataEdits):
         _command(
             "mend",
             "m",
-            "mend",
-            "Mend",
-            "Have tokens trained that the model has never learned.",
+            "fix",
+            "Fix",
+            "Change the setting that a problem names: chosen answers, split texts, tokens to train.",
             in_footer=False,
         ),
         _command("remove", "x", "remove", "Remove", "Take the source under the cursor out.", in_footer=False),
@@ -188,7 +189,7 @@ class DataScreen(DataEdits):
             self._go_to_next([self.problems[event.option_index]], 1)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        return bool(self.untrained()) if action == "mend" else super().check_action(action, parameters)
+        return self.can_fix if action == "fix" else super().check_action(action, parameters)
 
     def action_row(self, by: int) -> None:
         """Show a neighbouring row."""
@@ -272,9 +273,11 @@ class DataScreen(DataEdits):
                 self._show_row_line()
             else:
                 self.shown, self.unread = None, wanted.source
+                self.offers_chosen = found.title in TITLES
                 self.fields = await self._previews.fields(wanted.source)
                 self.query_one("#sample", Static).update(words.unreadable(found, self.fields))
             return
+        self.offers_chosen = False
         self.shown, self.path, self.row, self._no_tokens = shown, shown.path, shown.row, problem
         self.unread = None
         self._show_row()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from qlora_tui.data.sources import is_of_the_hub
+from qlora_tui.format import counted
 from qlora_tui.recipe.fields import fields, source_fields, value_of
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.screens.ask import AskScreen
@@ -42,6 +43,8 @@ class DataEdits(WorkScreen):
     source_number = 0
     fields: dict[str, str] = {}  # noqa: RUF012
     """Columns of a file in no known format, for the mapping by hand."""
+    offers_chosen = False
+    """Whether the source is refused for its preferences, and the recipe can take the chosen answers."""
     unread: Source | None = None
     """The source that was looked at last, where nothing of it could be read."""
 
@@ -158,13 +161,27 @@ class DataEdits(WorkScreen):
             self.workstation.edit("data.sources", tuple(sources))
             self.notify(f"{Path(gone.path).name} is out of the recipe. u brings it back.")
 
-    def action_mend(self) -> None:
-        """Have tokens trained that the model has never learned; u takes it back."""
-        if tokens := self.untrained():
+    def action_fix(self) -> None:
+        """Change the setting that answers the first problem which has such a remedy; u takes it back."""
+        if self.offers_chosen:
+            self.workstation.edit("data.preferences", "chosen")
+            self.notify("Trains on the chosen and good answers only. u takes it back.")
+        elif split_rows := self.split_rows():
+            self.workstation.edit("data.too_long", "split")
+            self.notify(f"Long texts are split into {counted(split_rows, 'row')}. u takes it back.")
+        elif tokens := self.untrained():
             now = self.workstation.workbench.recipe.lora.token_rows
             self.workstation.edit("lora.token_rows", tuple(dict.fromkeys((*now, *tokens))))
-            said = f"Embedding and head will be trained for {', '.join(tokens)}. u takes it back."
-            self.notify(said)
+            self.notify(f"Embedding and head will be trained for {', '.join(tokens)}. u takes it back.")
+
+    @property
+    def can_fix(self) -> bool:
+        """Whether a problem has a remedy that one setting applies."""
+        return self.offers_chosen or bool(self.split_rows() or self.untrained())
+
+    def split_rows(self) -> int:
+        """Rows that splitting would make of plain texts that are cut or dropped."""
+        return sum(problem.split_rows for problem in self.problems)
 
     @property
     def problems(self) -> tuple[DataProblem, ...]:

@@ -36,6 +36,7 @@ class Wanted:
         data = Data(
             max_length=recipe.data.max_length,
             too_long=recipe.data.too_long,
+            preferences=recipe.data.preferences,
             train_on=recipe.data.train_on,
             thinking=recipe.data.thinking,
             reasoning_in_loss=recipe.data.reasoning_in_loss,

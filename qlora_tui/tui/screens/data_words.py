@@ -8,6 +8,7 @@ from pathlib import Path
 
 from textual.content import Content
 
+from qlora_tui.data.preferences import TITLES
 from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.data.report import Piece, Report, Shown
 from qlora_tui.data.sources import is_of_the_hub
@@ -115,7 +116,9 @@ def unreadable(found: Problem, fields: dict[str, str]) -> Content:
         # The fix is for the recipe as a file; here there is a key for it.
         found = Problem(found.title, what=found.what, why=found.why, fix="Press c to map the columns.")
     parts: list[Content | tuple[str, str]] = [problem(found)]
-    if fields:
+    if found.title in TITLES:
+        keys = [("m", "trains on the chosen answers only"), *keys]
+    elif fields:
         parts.append(("\n\nIts rows hold:", ""))
         parts += [
             part for name, held in fields.items() for part in ((f"\n  {name}  ", "bold"), (held, "dim"))
@@ -257,9 +260,16 @@ def problem_line(found: DataProblem, *, brief: bool = False, several: bool = Fal
         (f"{sign} {found.title} ", style),
         (f"{found.count:,}", "bold"),
         (where, "dim"),
-        (f"\n  ▸ m: have {', '.join(found.tokens)} trained" if found.tokens else "", "$accent"),
+        (f"\n  ▸ m: {remedy}" if (remedy := _remedy(found)) else "", "$accent"),
         ("" if brief or not found.fix else f"\n  ▸ {found.fix}", "dim"),
     )
+
+
+def _remedy(found: DataProblem) -> str:
+    """What the key m does about it; empty where it does nothing."""
+    if found.split_rows:
+        return f"split into {counted(found.split_rows, 'row')}"
+    return f"have {', '.join(found.tokens)} trained" if found.tokens else ""
 
 
 def no_problem_line(report: Report) -> Content:

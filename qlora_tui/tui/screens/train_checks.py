@@ -84,9 +84,9 @@ def _data(recipe: Recipe) -> Check:
     if not recipe.data.sources:
         return Check("data", "error", "None is chosen.", "Press 2 and choose a file.")
     try:
-        found = [_source(source) for source in recipe.data.sources]
+        found = [_source(source, recipe.data.preferences) for source in recipe.data.sources]
         refuse_known_errors(_all_files(recipe.data), _tokens(recipe))
-        rows = _rows(_stamped(recipe.data))
+        rows = _rows(_stamped(recipe.data), recipe.data.preferences)
     except Problem as problem:
         return Check("data", "error", problem.what, problem.fix)
     except OSError as error:
@@ -123,11 +123,12 @@ def _stamped(data: Data) -> tuple[_Stamped, ...]:
 
 
 @lru_cache(maxsize=4)
-def _rows(stamped: tuple[_Stamped, ...]) -> bool | Problem:
+def _rows(stamped: tuple[_Stamped, ...], preferences: str) -> bool | Problem:
     """Whether every row was read, or what blocks a run; kept, since the checks are made again and again."""
     light = [(path, source) for path, source, *_ in stamped if kind_of(path) not in _TOO_HEAVY]
     files = (
-        SourceFile(path, 0, sniff(path, msgspec.json.decode(source, type=Source))) for path, source in light
+        SourceFile(path, 0, sniff(path, msgspec.json.decode(source, type=Source), preferences))
+        for path, source in light
     )
     try:
         return look_over(files) and len(light) == len(stamped)
@@ -142,12 +143,12 @@ def _files(source: Source) -> list[Path] | None:
     return files_of(Path(source.path).expanduser())[0]
 
 
-def _source(source: Source) -> str:
+def _source(source: Source, preferences: str) -> str:
     files = _files(source)
     if files is None:
         return f"{source.path}, which the run fetches from the hub"
     kind = kind_of(files[0])
-    layout = kind if kind in _TOO_HEAVY else sniff(files[0], source).layout.format
+    layout = kind if kind in _TOO_HEAVY else sniff(files[0], source, preferences).layout.format
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     name = source.path if is_of_the_hub(source.path) else files[0].name
     return f"{name}{more}, {size(sum(f.stat().st_size for f in files))}, {layout}"

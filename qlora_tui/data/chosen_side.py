@@ -1,0 +1,136 @@
+"""The conversation that ends with the chosen answer of a row that compares two. Used by ``formats``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from qlora_tui.data.chat_formats import CONTENT_KEYS, decoded, messages_of, text_of, tools_of, turn_keys
+from qlora_tui.data.conversation import Conversation, Message, RowRefused
+
+_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")
+
+
+def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
+    """The conversation that ends with the chosen answer. Raises ``RowRefused``.
+
+    Turns that both sides share are the prompt and do not train. Both sides may be whole conversations, turns,
+    texts, or the dialogues of Anthropic's sets as one text.
+    """
+    asked, tools = _asked(cells)
+    chosen = _side(cells.get("chosen"), asked, "chosen")
+    if not any(m.content.strip() or m.tool_calls for m in chosen if m.role == "assistant"):
+        raise RowRefused("empty-row", "The chosen answer is empty.")
+    turns = _before_answer(chosen) if chosen[0].role != "assistant" else asked
+    rejected = [_side(one, turns, "rejected") for one in _alternatives(cells.get("rejected"))]
+    if any(_same(chosen, one) for one in rejected):
+        raise RowRefused("same-answers", "The chosen and the rejected answer are the same.")
+    if not any(m.role == "user" for m in chosen):
+        if len(chosen) > 1 or cells.keys() & {"prompt", "messages", "history"}:
+            raise RowRefused("empty-row", "The prompt is empty.")
+        return Conversation((), text=chosen[0].content, source=source, row=row)
+    shared = min((_shared(chosen, one) for one in rejected), default=len(_before_answer(chosen)))
+    messages = tuple(
+        msgspec.structs.replace(m, train=m.train and number >= shared) for number, m in enumerate(chosen)
+    )
+    return Conversation(messages, tools, source=source, row=row)
+
+
+def _asked(cells: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
+    """What was said before the answer, and the tools."""
+    prompt, tools = decoded(cells.get("prompt")), tools_of(cells.get("tools"))
+    if isinstance(prompt, dict) and "messages" in prompt:  # OpenAI's format
+        tools = tools_of(prompt.get("tools")) or tools
+        prompt = prompt["messages"]
+    given = text_of(cells.get("input"), "the input") if "input" in cells else ""
+    messages: tuple[Message, ...]
+    if turn_keys(prompt):
+        messages = messages_of(prompt)
+    elif prompt is not None and text_of(prompt, "the prompt").strip():
+        text = text_of(prompt, "the prompt")
+        together = f"{text}\n\n{given}" if given.strip() else text
+        messages = dialogue(text) or (Message("user", together),)
+    elif cells.get("messages"):
+        messages = _before_answer(messages_of(cells["messages"]))
+    else:
+        messages = ()
+    history = decoded(cells.get("history"))
+    if isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        texts = [text_of(text, "history") for pair in history for text in pair]
+        messages = (*_alternating(texts), *messages)
+    system = text_of(cells.get("system"), "the system prompt")
+    if system.strip() and not (messages and messages[0].role == "system"):
+        messages = (Message("system", system), *messages)
+    return messages, tools
+
+
+def _alternating(texts: Sequence[str]) -> tuple[Message, ...]:
+    return tuple(Message("assistant" if n % 2 else "user", text) for n, text in enumerate(texts))
+
+
+def _alternatives(value: Any) -> list[Any]:
+    """One rejected side, or each of several texts."""
+    value = decoded(value)
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return value
+    return [value] if value else []
+
+
+def _side(value: Any, asked: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+    """The whole conversation of one side."""
+    value = decoded(value)
+    if is_turn(value):
+        value = [value]
+    elif isinstance(value, dict):
+        value = next((value[key] for key in CONTENT_KEYS if isinstance(value.get(key), str)), value)
+    if turn_keys(value):
+        messages = messages_of(value)
+        if messages and messages[0].role not in ("assistant", "tool"):
+            system = asked[:1] if asked and asked[0].role == "system" else ()
+            return (*system, *messages) if messages[0].role != "system" else messages
+        return (*asked, *messages)
+    text = text_of(value, f"the {name} answer")
+    return dialogue(text) or (*asked, Message("assistant", text))
+
+
+def dialogue(text: str) -> tuple[Message, ...] | None:
+    """The turns of a text that begins with ``Human:``, as Anthropic's sets have it; None for any other."""
+    pieces = _SPEAKER.split(text)
+    if len(pieces) < 3 or pieces[0].strip() or pieces[1] != "Human":
+        return None
+    turns = [
+        Message("user" if name == "Human" else "assistant", said.strip())
+        for name, said in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]
+    if turns[-1].role == "assistant" and not turns[-1].content:
+        turns.pop()
+    return tuple(turns)
+
+
+def _before_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Up to the last turn that is not the assistant's."""
+    end = len(messages)
+    while end and messages[end - 1].role == "assistant":
+        end -= 1
+    return messages[:end]
+
+
+def _said(message: Message) -> tuple[object, ...]:
+    return message.role, message.content.strip(), message.reasoning.strip(), message.tool_calls
+
+
+def _same(one: Sequence[Message], other: Sequence[Message]) -> bool:
+    return [_said(m) for m in one] == [_said(m) for m in other]
+
+
+def _shared(one: Sequence[Message], other: Sequence[Message]) -> int:
+    """How many turns both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if _said(a) != _said(b)), min(len(one), len(other)))
+
+
+def is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and turn_keys([value]) is not None

@@ -1,0 +1,254 @@
+"""Rows that hold preferences: a chosen and a rejected answer, or an answer rated good or bad.
+
+There is no preference training, and no run trains on a rejected answer. ``data.preferences`` decides:
+``refuse`` stops with the reason, ``chosen`` trains on the chosen or good answers only. Used by ``formats``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from qlora_tui.data.chat_formats import messages_of, turn_keys
+from qlora_tui.data.chosen_side import dialogue, is_turn
+from qlora_tui.data.conversation import RowRefused
+from qlora_tui.errors import Problem
+
+CHOSEN = (
+    *("chosen", "chosen_messages", "chosen_response", "chosen_conversations"),
+    *("preferred_output", "preferred_response", "preferred", "accepted"),
+)
+REJECTED = (
+    *("rejected", "rejected_messages", "rejected_response", "rejected_responses", "rejected_conversations"),
+    *("non_preferred_output", "non_preferred_response", "dispreferred_response", "dispreferred"),
+)
+"""Names of the two sides, in TRL, LLaMA-Factory, ms-swift, axolotl and OpenAI's format."""
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+_ANSWERS = ("response", "completion", "output", "answer", *_CONVERSATIONS)
+"""What is preferred to the rejected side where no column is named as chosen (ms-swift)."""
+PARTS: dict[str, tuple[str, ...]] = {"chosen": (*CHOSEN, *_ANSWERS), "rejected": REJECTED}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "instruction", "question", "query", "problem", "context", "input"),
+    "input": ("input",),
+    "messages": _CONVERSATIONS,
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools", "functions"),
+}
+
+RATING = "rating"
+"""A part of any format: the column that says whether the answer is good."""
+_RATED = ("kto_tag", "kto_label", "label", "desirable", "is_desirable", "is_chosen", "is_good", "is_correct")
+_SCORED = ("score", "rating", "reward", "preference", "feedback", "thumbs_up")
+RATABLE = ("messages", "sharegpt", "alpaca", "prompt-completion", "question-answer")
+"""Formats of conversations that a column may rate good or bad."""
+_RATED_BY_NUMBERS = ("messages", "sharegpt", "prompt-completion")
+"""Those in which 1 and 0 beside an answer are a rating: in the others a number is rather a class."""
+_GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "chosen")
+_BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "bad", "undesirable", "rejected")
+
+TITLES = (PAIRS_TITLE, RATED_TITLE) = ("Preference data", "Rated answers")
+"""Of the refusals that ``data.preferences = "chosen"`` answers."""
+
+
+def preference_columns(values: Sequence[Mapping[str, Any]], mapping: Mapping[str, str]) -> dict[str, str]:
+    """Column by part of rows with a chosen and a rejected side; empty where no row has a rejected one.
+
+    ``chosen`` is missing where there is a rejected side and nothing that it was compared to.
+    """
+    spelled = {column.lower(): column for value in values for column in value}
+
+    def first(names: Iterable[str], taken: Iterable[str] = ()) -> str:
+        columns = (spelled[name] for name in names if name in spelled)
+        return next(
+            (c for c in columns if c not in taken and any(_is_answer(v.get(c)) for v in values)),
+            "",
+        )
+
+    columns: dict[str, str] = {}
+    for part in ("rejected", "chosen"):
+        column = mapping.get(part) or first(PARTS[part], columns.values())
+        if column:
+            columns[part] = column
+        elif part == "rejected":
+            return {}
+    for part, names in OPTIONAL.items():
+        column = mapping.get(part) or first(names, columns.values())
+        if column:
+            columns[part] = column
+    return columns
+
+
+def rejected_column(fields: Mapping[str, Any], known: Iterable[str] = ()) -> str:
+    """The column in which one row holds a rejected answer, or rates its own as bad; empty if none does.
+
+    Rows of a file whose first rows have no such column are held to this; ``known`` columns do not count.
+    """
+    for column, value in fields.items():
+        name = column.lower()
+        rejected = (name in REJECTED and _is_answer(value)) or (name in _RATED and value is False)
+        if rejected and column not in known:
+            return column
+    return ""
+
+
+def _rating_column(
+    values: Sequence[Mapping[str, Any]], taken: Iterable[str], *, numbers: bool = True
+) -> tuple[str, int, int]:
+    """The column that rates the answers of most rows, with the count of good and of bad rows among them.
+
+    Ratings are true and false; with ``numbers`` also 1 and 0, or 1 and -1. Empty where nothing rates them:
+    a grade from 1 to 5 or a class is no rating.
+    """
+    spelled = {column.lower(): column for value in values for column in value}
+    for name in (*_RATED, *_SCORED):
+        column = spelled.get(name, "")
+        if not column or column in taken:
+            continue
+        said = [value[column] for value in values if value.get(column) is not None]
+        flags = [isinstance(one, bool) or str(one).strip().lower() in ("true", "false") for one in said]
+        if not said or not (all(flags) or numbers) or 2 * len(said) < len(values):
+            continue
+        ratings = [is_good(one) for one in said]
+        if None not in ratings:
+            return column, ratings.count(True), ratings.count(False)
+    return "", 0, 0
+
+
+def is_good(rating: Any) -> bool | None:
+    """Whether a rating is a good one; None where it is no rating."""
+    word = str(rating).strip().lower()
+    return True if word in _GOOD else False if word in _BAD else None
+
+
+def preference_problem(name: str, columns: Mapping[str, str], values: Sequence[Mapping[str, Any]]) -> Problem:
+    """Why rows with a chosen and a rejected side are not trained on unasked, or cannot be."""
+    rejected = columns["rejected"]
+    having = sum(_is_answer(value.get(rejected)) for value in values)
+    if "chosen" not in columns:
+        return Problem(
+            PAIRS_TITLE + " without a chosen side",
+            what=f"{name} holds rejected answers in {rejected!r}, and no column with chosen ones.",
+            why="Nothing is trained on a rejected answer.",
+            fix='Say which column is the better one: columns = { chosen = "…", '
+            f'rejected = "{rejected}" }}, or choose another file.',
+        )
+    return Problem(
+        PAIRS_TITLE,
+        what=f"{name} compares answers: {columns['chosen']!r} is preferred to {rejected!r} in {having} of "
+        f"the first {len(values)} rows.",
+        why="There is no preference training (DPO, ORPO), and nothing is trained on a rejected answer.",
+        fix=_choice("chosen"),
+    )
+
+
+def rated_problem(name: str, column: str, good: int, bad: int) -> Problem:
+    """Why rows with rated answers are not trained on unasked."""
+    return Problem(
+        RATED_TITLE,
+        what=f"{name} rates its answers: of the first {good + bad} rows, {column!r} calls {good} good and "
+        f"{bad} bad.",
+        why="There is no training on rated answers (KTO), and nothing is trained on a bad answer.",
+        fix=f"{_choice('good')} If {column!r} means something else, rename or remove that column.",
+    )
+
+
+def _choice(which: str) -> str:
+    return (
+        f'To train on the {which} answers only, set data.preferences = "chosen" '
+        "(on the command line: --set data.preferences=chosen)."
+    )
+
+
+def without_prompt(values: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> bool:
+    """Whether both sides are bare answers in most rows, and nothing says what was asked.
+
+    Texts that begin alike, as TRL's implicit prompt has them, say it themselves.
+    """
+    if any(part in columns for part in ("prompt", "messages", "history")):
+        return False
+    bare = 0
+    for value in values:
+        chosen, rejected = (value.get(columns[part]) for part in ("chosen", "rejected"))
+        if not isinstance(chosen, str) or not isinstance(rejected, str):
+            bare += is_turn(chosen)
+            continue
+        if dialogue(chosen) is None and not turn_keys(chosen):
+            bare += chosen.split()[:1] != rejected.split()[:1]
+    return 2 * bare > len(values)
+
+
+def compared_columns(
+    mapping: Mapping[str, str], values: list[dict[str, Any]], name: str, wanted: str
+) -> dict[str, str]:
+    """Column by part of rows with a chosen and a rejected side; empty where they have none, or where the
+    user's own mapping already names the chosen side as what to learn."""
+    own = {part: column for part, column in mapping.items() if part in (*PARTS, *OPTIONAL)}
+    sides = own.keys() & PARTS.keys()
+    compared = preference_columns(values, own if sides else {})
+    for part, column in mapping.items():
+        if part != "rejected" and column.lower() in REJECTED:
+            raise Problem(
+                "A rejected answer to learn",
+                what=f"columns.{part} for {name} names {column!r}, the rejected side of a comparison.",
+                why="Nothing is trained on a rejected answer.",
+                fix="Name the chosen side, or leave columns out.",
+            )
+    by_hand = any(column.lower() in CHOSEN for column in mapping.values())
+    if not compared or (by_hand and not sides and wanted != "preference"):
+        return {}
+    if mapping and not sides and not mapping.keys() <= own.keys():
+        raise Problem(
+            PAIRS_TITLE,
+            what=f"{name} compares answers, but columns names parts of another format: {', '.join(mapping)}.",
+            why=f"{compared['rejected']!r} holds rejected answers.",
+            fix='Name the sides, as in columns = { chosen = "…", rejected = "…" }, or leave columns out.',
+        )
+    return compared | own
+
+
+def rating_of(
+    format_: str, values: list[dict[str, Any]], found: Mapping[str, str], by_hand: str
+) -> tuple[str, int, int] | None:
+    """The column that rates the answers, with the counts of good and bad ones in the first rows."""
+    if format_ not in RATABLE:
+        return None
+    if by_hand:
+        ratings = [is_good(value.get(by_hand)) for value in values]
+        return by_hand, ratings.count(True), ratings.count(False)
+    column, good, bad = _rating_column(values, found.values(), numbers=format_ in _RATED_BY_NUMBERS)
+    if not column or ("messages" in found and not _are_answered(values, found["messages"])):
+        return None
+    return column, good, bad
+
+
+def _are_answered(values: list[dict[str, Any]], column: str) -> bool:
+    """Whether most lists of turns hold an answer: a label beside a question alone is its class."""
+    answered = 0
+    for value in values:
+        with suppress(RowRefused):
+            answered += any(m.role == "assistant" for m in messages_of(value.get(column)))
+    return 2 * answered >= max(1, len(values))
+
+
+def no_prompt_problem(
+    name: str, values: Sequence[Mapping[str, Any]], compared: Mapping[str, str], columns: Sequence[str]
+) -> Problem:
+    others = [
+        c for c in columns if c not in compared.values() and any(isinstance(v.get(c), str) for v in values)
+    ]
+    example = others[0] if others else "…"
+    return Problem(
+        f"{PAIRS_TITLE} without a prompt",
+        what=f"{name} has answers in {compared['chosen']!r} and {compared['rejected']!r}, and no column with "
+        "what was asked.",
+        why=f"Its columns are {', '.join(columns)}.",
+        fix=f'Say which one does: columns = {{ prompt = "{example}", chosen = "{compared["chosen"]}", '
+        f'rejected = "{compared["rejected"]}" }}.',
+    )
+
+
+def _is_answer(value: Any) -> bool:
+    """Whether a cell can be an answer or a conversation, rather than a flag or a number."""
+    return bool(value) and isinstance(value, str | list | dict)

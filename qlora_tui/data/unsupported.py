@@ -1,0 +1,124 @@
+"""Public formats that are recognized and cannot be trained on, with what they are. Used by ``formats``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_tui.data.chat_formats import decoded, turn_keys
+from qlora_tui.errors import Problem
+
+_NUMBERED = re.compile(
+    r"(conversation|response|answer|completion|output|human_ref|model_response|chat)s?_?([ab]|[0-3])"
+)
+"""``response_0`` and ``response_1``, ``conversation_a`` and ``conversation_b``: answers beside each other."""
+_VERDICTS = (
+    *("better_response_id", "safer_response_id", "overall_preference", "preference", "preferred", "winner"),
+    *("winner_model_a", "winner_model_b", "winner_tie", "labels", "label", "choice", "chosen", "better"),
+)
+_RANKS = ("rank", "pm_score", "selected", "is_selected")
+_Values = Sequence[Mapping[str, Any]]
+
+
+def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> Problem | None:
+    """Why answers that are compared or graded among each other cannot be trained on; None for other rows.
+
+    Answers side by side are refused even where ``mapping`` names one: it is the worse one in some rows.
+    """
+    columns = list(dict.fromkeys(column for value in values for column in value))
+    what = _side_by_side(columns) or _ranked(columns, values, mapping) or _steps(values)
+    if not what:
+        return None
+    return Problem(
+        "Compared answers",
+        what=f"{name} {what}",
+        why="Nothing is trained on an answer that may be the worse one.",
+        fix="Convert it: keep the better answer of each row, as columns prompt and completion.",
+    )
+
+
+def without_text(name: str, values: _Values) -> Problem | None:
+    """What rows are that hold nothing to learn from by any format; None where they are not known."""
+    columns = {column for value in values for column in value}
+    if _mostly(values, lambda v: _is_numbers(v.get("input_ids"))):
+        return Problem(
+            "Tokens instead of text",
+            what=f"{name} holds the token ids of some tokenizer in 'input_ids'.",
+            why="They fit that tokenizer only, and the template and length were decided when they were made.",
+            fix="Take the text that they were made from.",
+        )
+    if _mostly(values, lambda v: _is_segments(v.get("segments"))):
+        return Problem(
+            "Text in segments",
+            what=f"{name} holds axolotl's template-free format: texts in 'segments', each trained on or not.",
+            why="Here a chat template decides what is trained on.",
+            fix="Convert it to messages, or join the segments into one text to learn all of it.",
+        )
+    if columns & {"prompt", "question", "instruction"} and not _mostly(
+        values, lambda v: len([c for c in v.values() if isinstance(c, str | list)]) > 1
+    ):
+        names = ", ".join(sorted(columns))
+        return Problem(
+            "Prompts without answers",
+            what=f"{name} holds prompts and no answers, in the columns {names}.",
+            why="Prompts alone are for reinforcement learning (PPO, GRPO), which there is not.",
+            fix='Choose a file with answers, or name the column with them: columns = { completion = "…" }.',
+        )
+    return None
+
+
+def _side_by_side(columns: Sequence[str]) -> str:
+    """Two numbered answers and a column that says which is better."""
+    verdict = next((c for c in columns if c.lower() in _VERDICTS), "")
+    stems: dict[str, list[str]] = {}
+    for column in columns:
+        if match := _NUMBERED.fullmatch(column.lower()):
+            stems.setdefault(match[1], []).append(column)
+    answers = next((same for same in stems.values() if len(same) > 1), [])
+    if not answers or not verdict:
+        return ""
+    both = " and ".join(map(repr, answers[:2]))
+    return f"holds several answers a row, in {both}; {verdict!r} says which is better."
+
+
+def _ranked(columns: Sequence[str], values: _Values, mapping: Mapping[str, str]) -> str:
+    for column in columns:
+        for value in values:
+            items = decoded(value.get(column))
+            if not isinstance(items, list) or len(items) < 2 or not isinstance(items[0], dict):
+                continue
+            rank = next((key for key in _RANKS if key in items[0]), "")
+            if rank and not turn_keys(items) and column not in mapping.values():
+                return f"holds several answers a row in {column!r}; {rank!r} says how good each of them is."
+    return ""
+
+
+def _steps(values: _Values) -> str:
+    stepwise = _mostly(
+        values,
+        lambda v: (
+            isinstance(v.get("completions"), list)
+            and isinstance(v.get("labels"), list)
+            and bool(v["labels"])
+            and all(isinstance(one, bool) for one in v["labels"])
+        ),
+    )
+    return "rates an answer step by step: 'labels' says which of 'completions' are right." if stepwise else ""
+
+
+def _mostly(values: _Values, fits: Any) -> bool:
+    return bool(values) and 2 * sum(map(bool, map(fits, values))) > len(values)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int)
+
+
+def _is_segments(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and {"label", "text"} <= value[0].keys()
+    )

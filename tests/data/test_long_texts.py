@@ -1,0 +1,71 @@
+"""Plain text longer than a row: what is lost is said, with the rows that splitting makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui.data.dataset import prepare
+from qlora_tui.data.inspect import inspect
+from qlora_tui.recipe.schema import Data, Recipe, Source
+from tests.data.families import family
+
+
+def texts(path: Path, *lengths: int) -> Source:
+    path.write_text("\n\n".join(" ".join(f"w{n % 7}" for n in range(length)) for length in lengths) + "\n")
+    return Source(path=str(path))
+
+
+@pytest.mark.parametrize("too_long", ["cut-right", "cut-left", "drop"])
+def test_a_long_text_names_the_rows_that_splitting_makes(
+    private_home: Path, tmp_path: Path, too_long: Any
+) -> None:
+    source = texts(tmp_path / "book.txt", 500, 20, 300)
+    tokenizer = family("chatml")
+    report = inspect(source, tokenizer, Data(max_length=64, too_long=too_long))
+    (problem,) = (p for p in report.problems if p.kind == "long-text")
+    assert (problem.count, problem.rows, problem.severity) == (2, (1, 5), "warning")
+    assert f'data.too_long = "{too_long}"' in problem.example
+    assert "data.too_long=split" in problem.fix
+    assert not {"too-long", "nothing-left"} & {p.kind for p in report.problems}
+    short = 1
+    split = Data(sources=(source,), max_length=64, too_long="split", validation_fraction=0)
+    assert problem.split_rows + short == len(prepare(Recipe(data=split), tokenizer).train)
+
+
+def test_what_stays_of_a_text_is_counted_in_tokens(tmp_path: Path) -> None:
+    source = texts(tmp_path / "book.txt", 500)
+    tokenizer = family("chatml")
+    whole = len(tokenizer.encode(Path(source.path).read_text().strip())) + 1
+    problem = next(
+        p for p in inspect(source, tokenizer, Data(max_length=64)).problems if p.kind == "long-text"
+    )
+    assert problem.example == (
+        f'data.too_long = "cut-right" keeps the first 64 of {whole:,} tokens; splitting makes '
+        f"{-(-whole // 64)} rows of them."
+    )
+
+
+def test_split_texts_and_texts_that_fit_are_no_problem(tmp_path: Path) -> None:
+    source = texts(tmp_path / "book.txt", 500)
+    for data in (Data(max_length=64, too_long="split"), Data(max_length=4096)):
+        assert "long-text" not in {p.kind for p in inspect(source, family("chatml"), data).problems}
+
+
+def test_without_a_tokenizer_a_text_that_cannot_fit_is_named(tmp_path: Path) -> None:
+    source = texts(tmp_path / "book.txt", 500)
+    characters = len(Path(source.path).read_text().strip())
+    problem = next(p for p in inspect(source, None, Data(max_length=64)).problems if p.kind == "long-text")
+    assert f"One text holds {characters:,} characters" in problem.example
+    assert problem.split_rows == 0
+    assert "long-text" not in {p.kind for p in inspect(source, None, Data(max_length=1024)).problems}
+
+
+def test_a_long_conversation_is_no_long_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion\nq," + "word " * 200 + "\n")
+    kinds = {p.kind for p in inspect(Source(path=str(path)), family("chatml"), Data(max_length=64)).problems}
+    assert "too-long" in kinds
+    assert "long-text" not in kinds
