@@ -13,7 +13,7 @@ from qlora_tui.cli.arguments import whole
 from qlora_tui.cli.follow import follow
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from
 from qlora_tui.data.known_errors import refuse_known_errors, tokens_of
-from qlora_tui.data.look_over import look_over
+from qlora_tui.data.look_over import look_over, warning_of
 from qlora_tui.data.sources import every_source, open_source
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained import token_ids
@@ -50,7 +50,10 @@ def run(args: argparse.Namespace) -> Outcome | int:
     found = [(source, file) for i, source in enumerate(sources) for file in open_source(source, choice, i)[0]]
     tokens = tokens_of(files.folder, recipe.model.chat_template, recipe.data.train_on)
     refuse_known_errors([(source, file.path) for source, file in found], tokens)
-    if not look_over(file for _, file in found):
+    looked = look_over((file for _, file in found), recipe.data)
+    for warning in looked.warnings:
+        print(f"warning: {warning_of(warning)}", file=sys.stderr)
+    if not looked.complete:
         print("note: many rows; those not read yet are checked when the run starts.", file=sys.stderr)
     if too_long := beyond_context(recipe.data.max_length, architecture):
         print(f"warning: {too_long}", file=sys.stderr)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from qlora_tui.data.conversation import Conversation
 from qlora_tui.data.problems import CHECKS, KEPT_ROWS, DataProblem
 from qlora_tui.recipe.schema import Data
 
 _LOSES = {"cut-left": "keeps the last", "cut-right": "keeps the first", "drop": "keeps"}
+
+
+_MOST_CHARACTERS_A_TOKEN = 10
+"""Prose has about four; a text with more than this many is surely over the limit."""
+
+
+def surely_long(conversation: Conversation, data: Data) -> bool:
+    """Whether a plain text is over the length limit with any tokenizer, and not split."""
+    most = data.max_length * _MOST_CHARACTERS_A_TOKEN
+    return len(conversation.text) > most and data.too_long != "split"
 
 
 class LongTexts:
@@ -17,6 +28,9 @@ class LongTexts:
         self._rows: list[int] = []
         self._count = 0
         self._length = self._kept = self._split_rows = 0
+
+    def __len__(self) -> int:
+        return self._count
 
     def add(self, row: int, long_text: tuple[int, int, int]) -> None:
         """One more; see ``Outcome.long_text``."""
@@ -41,7 +55,7 @@ class LongTexts:
             hold = "holds" if self._count == 1 else "hold"
             example = (
                 f"{texts} {hold} {self._length:,} characters, more than {data.max_length:,} tokens can hold. "
-                "Choose a model to see how many rows splitting makes."
+                "With a model, `data inspect` and the Data screen say how many rows splitting makes."
             )
         check = CHECKS["long-text"]
         return DataProblem(

@@ -9,29 +9,56 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from msgspec import Struct
+
 from qlora_tui.data.conversation import RowRefused
-from qlora_tui.data.problems import Tally, refuse
+from qlora_tui.data.long_texts import LongTexts, surely_long
+from qlora_tui.data.problems import DataProblem, Tally, refuse
 from qlora_tui.data.sources import SourceFile, conversations
+from qlora_tui.recipe.schema import Data
 
 PATIENCE_S = 2.0
+_WORTH_A_WORD = ("rated-bad", "same-answers", "long-text")
+"""Warnings of rows that a setting leaves out or cuts: the user is told before the run, too."""
 
 
-def look_over(files: Iterable[SourceFile], patience_s: float = PATIENCE_S) -> bool:
-    """Whether every row could be read within ``patience_s`` seconds.
+class LookedOver(Struct, frozen=True):
+    """What a look at the rows shows, where nothing in them blocks a run."""
+
+    complete: bool
+    """Whether there was time for every row."""
+    warnings: tuple[DataProblem, ...]
+    """What ``data.preferences`` leaves out and what ``data.too_long`` cuts, among the rows looked at."""
+
+
+def look_over(files: Iterable[SourceFile], data: Data, patience_s: float = PATIENCE_S) -> LookedOver:
+    """Read every row that can be read within ``patience_s`` seconds.
 
     Raises ``Problem`` for the first file with rows that block a run.
     """
     until = time.monotonic() + patience_s
+    warnings: list[DataProblem] = []
     for file in files:
-        tally = Tally(file.source, str(file.path))
+        tally, long_texts = Tally(file.source, str(file.path)), LongTexts(file.source, str(file.path))
         in_time = True
         for row, one in conversations(file):
             if isinstance(one, RowRefused):
                 tally.add(one.kind, row.number, one.reason)
+            elif surely_long(one, data):
+                long_texts.add(row.number, (len(one.text), 0, 0))
             if time.monotonic() >= until:
                 in_time = False
                 break
-        refuse(tally.problems())
+        problems = tally.problems()
+        refuse(problems)
+        warnings += [problem for problem in problems if problem.kind in _WORTH_A_WORD]
+        warnings += [long_texts.problem(data)] if len(long_texts) else []
         if not in_time:
-            return False
-    return True
+            return LookedOver(False, tuple(warnings))
+    return LookedOver(True, tuple(warnings))
+
+
+def warning_of(problem: DataProblem) -> str:
+    """A warning in one line, with the file, the count of rows and what to do."""
+    rows = "1 row" if problem.count == 1 else f"{problem.count:,} rows"
+    return f"{problem.title}: {problem.path}, {rows}: {problem.example} {problem.fix}"

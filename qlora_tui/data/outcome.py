@@ -15,6 +15,7 @@ from msgspec import Struct
 from qlora_tui.data.checks import Finding, conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.lengths import fit
+from qlora_tui.data.long_texts import surely_long
 from qlora_tui.data.near_duplicates import sketch
 from qlora_tui.data.read import row_of
 from qlora_tui.data.render import Choices, Rendered, render_many
@@ -25,8 +26,6 @@ from qlora_tui.data.store import Sample
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data
 
-_MOST_CHARACTERS_A_TOKEN = 10
-"""Prose has about four; a text with more than this many is surely over the limit."""
 _FIRST_BATCH_ROWS = 32
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 20
@@ -132,7 +131,7 @@ class Outcomes:
                 key=key,
                 said=said,
                 lengths=(_characters(one),),
-                long_text=self._long_characters(one),
+                long_text=(len(one.text), 0, 0) if surely_long(one, self._data) else None,
                 sketch=own,
             )
         found = list(sample_findings(self._tokenizer, one, rendered, self._data.train_on))
@@ -144,7 +143,7 @@ class Outcomes:
             samples += fitted
             if one.text:
                 long_text = self._long_text(sample, fitted)
-        if long_text is not None:
+        if one.text and (long_text is not None or self._data.too_long == "split"):
             found = [finding for finding in found if finding[0] not in ("too-long", "nothing-left")]
         counts = (
             len(samples),
@@ -174,12 +173,6 @@ class Outcomes:
         kept = sum(len(part.token_ids) for part in fitted)
         split = fit(sample, self._data.max_length, "split", self._tokenizer.bos_id)
         return length, kept, len(split)
-
-    def _long_characters(self, one: Conversation) -> tuple[int, int, int] | None:
-        """The characters of a plain text that no tokenizer fits into the length limit."""
-        most = self._data.max_length * _MOST_CHARACTERS_A_TOKEN
-        too_long = len(one.text) > most and self._data.too_long != "split"
-        return (len(one.text), 0, 0) if too_long else None
 
     def _fitted(self, row: int, sample: Rendered, found: list[Finding], fates: list[int]) -> list[Rendered]:
         """What the length limit leaves; what it did is added to ``found`` and ``fates``."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
+from qlora_tui.data.look_over import LookedOver
 from qlora_tui.runs.directory import all_runs
 from tests.cli.conftest import Call
 from tests.tui.reading import readable_model
@@ -179,7 +180,7 @@ def test_a_row_that_blocks_a_run_is_refused_before_anything_is_queued(
 def test_what_an_inspection_has_met_is_refused_however_far_down_it_is(
     call: Call, readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_tui.cli.train.look_over", lambda files: not list(files))
+    monkeypatch.setattr("qlora_tui.cli.train.look_over", lambda files, data: LookedOver(False, ()))
     data = tmp_path / "owls.jsonl"
     good = '{"prompt": "a", "completion": "b"}\n'
     data.write_text(good * 300 + "{bad\n")
@@ -249,6 +250,21 @@ def test_rows_rated_bad_are_counted_by_an_inspection(call: Call, tmp_path: Path)
     said = call("data", "inspect", str(data), "--set", "data.preferences=chosen")
     assert said.code == 0 and "9 rows, 6 conversations" in said.out
     assert "warning: Left out: not rated good: 3 (rows 1, 2, 3)" in said.out
+
+
+def test_a_run_is_told_of_rows_that_a_setting_leaves_out_or_cuts(
+    call: Call, readable: Path, tmp_path: Path
+) -> None:
+    rated, book = tmp_path / "rated.jsonl", tmp_path / "book.txt"
+    row = '{"prompt": "a", "completion": "b", "label": %s}\n'
+    rated.write_text(row % "true" + row % "false")
+    book.write_text("fox " * 30_000)
+    data = ("--data", str(rated), "--data", str(book), "--set", "data.preferences=chosen")
+    said = call("train", "--model", str(readable), *data, "--print-command")
+    assert said.code == 0
+    assert f"warning: Left out: not rated good: {rated}, 1 row: 'label' is False" in said.err
+    assert f"warning: Long text: {book}, 1 row: One text holds" in said.err
+    assert "--set data.too_long=split" in said.err
 
 
 def test_a_setting_of_an_inspection_is_checked(call: Call, tmp_path: Path) -> None:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.data.look_over import look_over
+from qlora_tui.data.look_over import LookedOver, look_over, warning_of
 from qlora_tui.data.sources import open_source
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.schema import Source
+from qlora_tui.recipe.schema import Data, Source
 
 _GOOD = '{"prompt": "a", "completion": "b"}\n'
 
 
-def _look(path: Path, patience_s: float = 60.0) -> bool:
-    return look_over(open_source(Source(path=str(path)), "refuse")[0], patience_s)
+def _look(path: Path, patience_s: float = 60.0, data: Data | None = None) -> LookedOver:
+    data = data or Data()
+    return look_over(open_source(Source(path=str(path)), data.preferences)[0], data, patience_s)
 
 
 @pytest.mark.parametrize(
@@ -40,10 +41,25 @@ def test_an_error_behind_the_first_rows_blocks_with_file_and_line(
 def test_warnings_do_not_block(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(_GOOD * 3 + '{"prompt": "a", "completion": ""}\n{"prompt": "", "completion": ""}\n')
-    assert _look(path)
+    assert _look(path) == LookedOver(True, ())
 
 
 def test_what_there_is_no_time_for_is_said_and_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(_GOOD * 300 + "{bad\n")
-    assert not _look(path, patience_s=0.0)
+    assert not _look(path, patience_s=0.0).complete
+
+
+def test_what_settings_leave_out_and_cut_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rated.jsonl"
+    rated = '{"prompt": "a", "completion": "b", "label": %s}\n'
+    path.write_text(rated % "true" * 3 + rated % "false" * 2)
+    (left_out,) = _look(path, data=Data(preferences="chosen")).warnings
+    assert (left_out.kind, left_out.count, left_out.rows) == ("rated-bad", 2, (4, 5))
+    assert "rated.jsonl, 2 rows: 'label' is False" in warning_of(left_out)
+    book = tmp_path / "book.txt"
+    book.write_text("fox " * 300 + "\n\nshort\n")
+    (cut,) = _look(book, data=Data(max_length=64)).warnings
+    assert (cut.kind, cut.rows) == ("long-text", (1,))
+    assert "--set data.too_long=split" in warning_of(cut)
+    assert not _look(book, data=Data(max_length=64, too_long="split")).warnings

@@ -223,6 +223,18 @@ def test_only_answers_rated_good_are_trained_on(tmp_path: Path, column: str, goo
 
 
 @pytest.mark.parametrize(
+    ("rating", "reason"),
+    [(False, "the answer is rated bad"), (None, "is not rated good"), (3, "is not rated good")],
+)
+def test_a_row_left_out_says_its_rating(rating: Any, reason: str) -> None:
+    columns = {"prompt": "prompt", "completion": "completion", "rating": "label"}
+    row = {"prompt": "Which?", "completion": BAD, "label": rating}
+    with pytest.raises(RowRefused, match=reason) as refused:
+        parse(Row(1, row), Layout("prompt-completion", columns))
+    assert f"'label' is {rating!r}" in refused.value.reason
+
+
+@pytest.mark.parametrize(
     "row",
     [
         {"messages": [USER, GOOD], "score": 4},

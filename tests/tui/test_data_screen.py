@@ -411,6 +411,14 @@ def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
     assert words.rstrip().endswith(end) and len(words) <= width
 
 
+@pytest.mark.parametrize(("too_long", "learnt"), [("cut-right", "256 of 256"), ("split", "1,000 of 1,000")])
+def test_a_split_row_is_learnt_out_of_all_its_tokens(too_long: Any, learnt: str) -> None:
+    trained = (256, 256, 256, 232) if too_long == "split" else (256,)
+    shown = Shown(1, tuple((Piece("x", True, False),) for _ in trained), (1000,), trained)
+    words = row_line(("", 1), None, shown, Data(max_length=256, too_long=too_long), 80).plain
+    assert f"{learnt} tokens learnt" in words
+
+
 async def test_the_keys_of_the_file_dialog_are_above_where_notes_lie(model: str, here: Path) -> None:
     app = opened(model)
     async with app.run_test(size=(80, 24)) as pilot:

@@ -9,6 +9,7 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.data.inspect import inspect
+from qlora_tui.data.look_over import LookedOver
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.status import read_status
@@ -69,7 +70,8 @@ def test_a_mended_file_is_looked_at_again_and_a_validation_file_too(tmp_path: Pa
 def test_what_an_inspection_has_met_is_found_however_far_down_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_tui.tui.screens.train_checks.look_over", lambda files: not list(files))
+    unseen = LookedOver(False, ())
+    monkeypatch.setattr("qlora_tui.tui.screens.train_checks.look_over", lambda files, data: unseen)
     rows = tmp_path / "tickets.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2 + "{bad\n")
     recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))
@@ -77,6 +79,27 @@ def test_what_an_inspection_has_met_is_found_however_far_down_it_is(
     inspect(recipe.data.sources[0])
     found = _data_check(recipe)
     assert found.outcome == "error" and "row 3" in found.text
+
+
+def test_what_settings_leave_out_or_cut_is_a_warning(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("fox " * 300 + "\n\nshort\n")
+    recipe = Recipe(data=Data(sources=(Source(path=str(book)),), max_length=64))
+    found = _data_check(recipe)
+    assert found.outcome == "warning" and found.text.startswith("Long text (1 row): One text holds")
+    assert 'data.too_long = "split"' in found.fix
+    split = Recipe(data=Data(sources=(Source(path=str(book)),), max_length=64, too_long="split"))
+    assert _data_check(split).outcome == "ok"
+
+
+def test_preferences_are_an_error_until_the_chosen_answers_are_asked_for(tmp_path: Path) -> None:
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    found = _data_check(Recipe(data=Data(sources=(Source(path=str(rows)),))))
+    assert found.outcome == "error" and "compares answers" in found.text
+    assert 'data.preferences = "chosen"' in found.fix
+    chosen = Recipe(data=Data(sources=(Source(path=str(rows)),), preferences="chosen"))
+    assert _data_check(chosen).outcome == "ok"
 
 
 def _data_check(recipe: Recipe) -> Check:

@@ -158,7 +158,8 @@ def row_line(place: Place, report: Report | None, shown: Shown | None, data: Dat
         of = f" of {max(row, report.counts.rows):,} or more"
     parts = [f"{name}row {row:,}{of}"]
     if shown and shown.samples and shown.token_counts:
-        kept = sum(min(count, data.max_length) for count in shown.token_counts)
+        most = max(shown.token_counts) if data.too_long == "split" else data.max_length
+        kept = sum(min(count, most) for count in shown.token_counts)
         parts.append(f"{sum(shown.trained_counts):,} of {kept:,} tokens learnt")
     if shown:
         parts += shown.notes

@@ -20,11 +20,11 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.catalog.local import resolve
 from qlora_tui.data.hub import files_here
 from qlora_tui.data.known_errors import Tokens, refuse_known_errors, stamp_of, tokens_of
-from qlora_tui.data.look_over import look_over
+from qlora_tui.data.look_over import LookedOver, look_over
 from qlora_tui.data.read import files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, is_of_the_hub, sniff
 from qlora_tui.errors import Problem
-from qlora_tui.format import count, gib, short_path, size
+from qlora_tui.format import count, counted, gib, short_path, size
 from qlora_tui.gpu.no_gpu import NoGpu
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.reading import GpuProcess
@@ -86,14 +86,19 @@ def _data(recipe: Recipe) -> Check:
     try:
         found = [_source(source, recipe.data.preferences) for source in recipe.data.sources]
         refuse_known_errors(_all_files(recipe.data), _tokens(recipe))
-        rows = _rows(_stamped(recipe.data), recipe.data.preferences)
+        rows = _rows(_stamped(recipe.data), _reading(recipe.data))
     except Problem as problem:
         return Check("data", "error", problem.what, problem.fix)
     except OSError as error:
         return Check("data", "error", f"{error.filename}: {error.strerror}.", "Check the file's permissions.")
     if isinstance(rows, Problem):
         return Check("data", "error", rows.what, rows.fix)
-    all_read = rows and all(_files(source) is not None for source in every_source(recipe.data))
+    if rows.warnings:
+        first = rows.warnings[0]
+        return Check(
+            "data", "warning", f"{first.title} ({counted(first.count, 'row')}): {first.example}", first.fix
+        )
+    all_read = rows.complete and all(_files(source) is not None for source in every_source(recipe.data))
     more = "" if all_read else " Not all rows were read yet: the run checks them when it starts."
     return Check("data", "ok", f"{'; '.join(found)}.{more}")
 
@@ -122,16 +127,25 @@ def _stamped(data: Data) -> tuple[_Stamped, ...]:
     return tuple((path, msgspec.json.encode(source), *stamp_of(path)) for source, path in _all_files(data))
 
 
+def _reading(data: Data) -> bytes:
+    """The settings that decide what is read of a row, as JSON."""
+    return msgspec.json.encode(
+        {"preferences": data.preferences, "max_length": data.max_length, "too_long": data.too_long}
+    )
+
+
 @lru_cache(maxsize=4)
-def _rows(stamped: tuple[_Stamped, ...], preferences: str) -> bool | Problem:
-    """Whether every row was read, or what blocks a run; kept, since the checks are made again and again."""
+def _rows(stamped: tuple[_Stamped, ...], reading: bytes) -> LookedOver | Problem:
+    """What a look at the rows shows, or what blocks a run; kept, since the checks are made again."""
+    data = msgspec.json.decode(reading, type=Data)
     light = [(path, source) for path, source, *_ in stamped if kind_of(path) not in _TOO_HEAVY]
     files = (
-        SourceFile(path, 0, sniff(path, msgspec.json.decode(source, type=Source), preferences))
+        SourceFile(path, 0, sniff(path, msgspec.json.decode(source, type=Source), data.preferences))
         for path, source in light
     )
     try:
-        return look_over(files) and len(light) == len(stamped)
+        looked = look_over(files, data)
+        return LookedOver(looked.complete and len(light) == len(stamped), looked.warnings)
     except Problem as problem:
         return problem
 
