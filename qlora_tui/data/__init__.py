@@ -11,7 +11,7 @@ From the outside in:
 * ``tokenizer`` (with ``word_memo``), ``template``, ``traits``, ``stock_templates``: a model's tokenizer and
   chat template, without transformers. ``thinking``: how a template is told to think,
   and the reasoning of a row.
-* ``spans``, ``render``: token ids of a conversation, and the mask of what is trained.
+* ``spans`` (with ``thought_text``), ``render``: token ids of a conversation, and the mask of what is trained.
 * ``outcome`` (with ``checks``, ``lengths``, ``near_duplicates``, ``problems``): a row by itself, rendered,
   fitted and checked; ``workers`` (with ``worker``, ``frames``) has that done on all cores. ``examine`` (with
   ``key_table``, ``long_texts``): the rows in order, counted and set beside each other. ``untrained``: tokens

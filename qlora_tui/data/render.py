@@ -200,7 +200,7 @@ def _prepared(conversation: Conversation, traits: Traits, thinking: Thinking) ->
     """The conversation with reasoning where the template looks for it, or with none where thinking is off."""
     if thinking == "off":
         return replace(conversation, messages=without_reasoning(conversation.messages))
-    if traits.switch is not None and traits.reasoning:
+    if traits.switch is not None and (traits.reasoning or traits.own_tags):
         return replace(conversation, messages=reasoning_apart(conversation.messages))
     return conversation
 

@@ -25,6 +25,7 @@ from msgspec import Struct
 from qlora_tui.data.conversation import RowRefused
 from qlora_tui.data.template import ChatTemplate, Span, Tools, Turns
 from qlora_tui.data.thinking import OPENED
+from qlora_tui.data.thought_text import TAGS, after_thought, answered, tags_of
 
 _OPEN, _CLOSE = "\U000f0002", "\U000f0003"
 _PROBES = ("\U000f0004", "\U000f0005")
@@ -109,7 +110,7 @@ class _Finder:
             place = layout.text.find(reasoning, at) if reasoning else -1
             if place >= 0:
                 spans.append((at, place))
-                at = _after_thought(layout.text, place + len(reasoning))
+                at = after_thought(layout.text, place + len(reasoning))
         return Layout(layout.text, (*spans, (at, len(layout.text))))
 
     def _thought_closed(self, whole: str) -> str:
@@ -119,7 +120,7 @@ class _Finder:
         if _reasoning(self._turns[last]) or not OPENED.search(asked) or whole.startswith(asked):
             return whole
         start = self._start(last, whole)
-        return whole if start is None else _answered(asked, "", whole[start:])
+        return whole if start is None else answered(asked, "", whole[start:])
 
     def _alone(self, text: str, start: int, reasoning: str) -> Layout:
         """A sample of its own for the turn that begins at ``start`` and ends ``text``."""
@@ -129,7 +130,7 @@ class _Finder:
         """What of ``span`` is in the loss: all of it, or what comes after the reasoning."""
         start, end = span
         place = text.find(reasoning, start, end) if reasoning and not self._reasoning_in_loss else -1
-        return span if place < 0 else (min(_after_thought(text, place + len(reasoning)), end), end)
+        return span if place < 0 else (min(after_thought(text, place + len(reasoning)), end), end)
 
     def _start(self, i: int, ended: str) -> int | None:
         """Where the answer of turn ``i`` begins in the text that ends with it.
@@ -146,7 +147,7 @@ class _Finder:
             return None
         probes = [self._probe(i, character) for character in _PROBES]
         start = len(_shared_start([ended, *probes, *([asked] if asked else [])]))
-        tokens = (*self._special.finditer(ended), *_TAGS.finditer(ended))
+        tokens = (*self._special.finditer(ended), *TAGS.finditer(ended))
         inside = next((m for m in tokens if m.start() < start < m.end()), None)
         return inside.start() if inside else start
 
@@ -203,7 +204,7 @@ class _Finder:
         before, after = ended[start : there[0]], ended[there[1] :]
         begin = self._begin(whole, core_start, before, self._header(i))
         if begin is None:
-            if _TAGS.sub("", before).strip():
+            if TAGS.sub("", before).strip():
                 return None
             begin = core_start
         return begin, core_end + self._closing(after, whole[core_end:])
@@ -265,7 +266,9 @@ class _Finder:
         DeepSeek-R1's does: its prompt opens ``<think>`` and the model goes on from there.
         """
         asked = self._asked(i) or ended[:start]
-        return self._alone(_answered(asked, reasoning, ended[start:]), len(asked), reasoning)
+        return self._alone(
+            answered(asked, reasoning, ended[start:], tags_of(self._template.literals)), len(asked), reasoning
+        )
 
     def _with_stop(self, whole: str, span: Span) -> Span:
         """With the token after it, where nothing else closes the turn: GLM's models stop at ``<|user|>``."""
@@ -378,29 +381,3 @@ def _with_marks(turn: Any) -> dict[str, Any]:
     if isinstance(turn["content"], list):
         return {**turn, "content": [{"type": "text", "text": marked}]}
     return {**turn, "content": marked}
-
-
-_TAGS = re.compile("</?think>")
-_THOUGHT_ENDS = re.compile(r"\s*(?:</think>|<channel\|>|<\|end\|>|\[/THINK\])\s*")
-"""What stands between reasoning and answer: of Qwen, GLM and DeepSeek; of Gemma 4; of gpt-oss; of Mistral."""
-
-
-def _after_thought(text: str, end: int) -> int:
-    """Where the answer begins after reasoning that ends at ``end``."""
-    match = _THOUGHT_ENDS.match(text, end)
-    return match.end() if match else end
-
-
-def _answered(asked: str, reasoning: str, rest: str) -> str:
-    """A prompt, the reasoning that follows it, and ``rest``, which is the answer and its end.
-
-    The tags stand on lines of their own, but where the prompt has opened the thought without a line end, as
-    DeepSeek-V3.1's does.
-    """
-    opened = OPENED.search(asked)
-    # White space after reasoning is the file's; before an answer without any it is the answer's own.
-    answer = re.sub(r"\A\s*</think>\s*", "", rest.lstrip() if reasoning else rest)
-    if opened and not opened[1]:
-        return f"{asked}{reasoning}</think>{answer}"
-    opening = "" if opened else "<think>\n"
-    return f"{asked}{opening}{reasoning}\n</think>\n\n{answer}"

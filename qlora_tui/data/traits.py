@@ -16,6 +16,7 @@ from msgspec import Struct
 from qlora_tui.data.conversation import Conversation, Message, RowRefused, ToolCall
 from qlora_tui.data.template import ChatTemplate
 from qlora_tui.data.thinking import OPENED, Switch, switch_of, variables
+from qlora_tui.data.thought_text import THINK, tags_of
 
 _ASKED, _ANSWERED, _SYSTEM, _NAME, _VALUE, _FOUND = (
     "qvzask",
@@ -43,6 +44,9 @@ class Traits(Struct, frozen=True):
     """A turn with calls must have no content key at all where it says nothing."""
     reasoning: bool
     """It writes ``reasoning_content``; else reasoning goes into the content, between ``<think>`` tags."""
+    own_tags: bool
+    """Its model writes other tags than ``<think>``: ``spans`` puts reasoning that it does not write after the
+    prompt."""
     tool_turns: bool
     """It writes tool turns; else their text is given as a user turn."""
     switch: Switch | None
@@ -81,7 +85,8 @@ def traits_of(template: ChatTemplate) -> Traits:
     call_turn = _call_turn(style, bare, wrap) if style != "text" else answered
     thought = {**answered, "reasoning_content": _FOUND, "thinking": _FOUND}
     reasoning = _shows(template, [asked, thought])(_FOUND)
-    if not reasoning:
+    own_tags = tags_of(template.literals) != THINK
+    if not reasoning and not own_tags:
         thought = wrap({"role": "assistant", "content": f"<think>\n{_FOUND}\n</think>\n\n{_ANSWERED}"})
     thinking = template.with_variables(variables(switch, "on"))
     return Traits(
@@ -93,6 +98,7 @@ def traits_of(template: ChatTemplate) -> Traits:
         calls=style,
         calls_without_content=bare,
         reasoning=reasoning,
+        own_tags=own_tags,
         tool_turns=_shows(template, [asked, call_turn, wrap(_tool_turn(_FOUND)), answered])(
             _FOUND, _ANSWERED
         ),
@@ -189,7 +195,7 @@ def adapted(
 
 def _turn(message: Message, traits: Traits) -> tuple[dict[str, Any], str]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning and not traits.reasoning:
+    if message.reasoning and not traits.reasoning and not traits.own_tags:
         turn["content"] = f"<think>\n{message.reasoning.strip()}\n</think>\n\n{message.content}"
     elif message.reasoning:
         turn["reasoning_content"] = turn["thinking"] = message.reasoning

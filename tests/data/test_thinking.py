@@ -150,7 +150,7 @@ def test_reasoning_out_of_the_loss_is_read_before_the_answer(name: str, row: Con
     assert all(answer in answers for answer in said)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "glm4moe", "gptoss", "nemotron_3_nano"])
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe", "gptoss", "nemotron_3_nano", "gemma4", "gemma4_v5"])
 def test_reasoning_in_an_answer_goes_where_the_template_has_it(name: str) -> None:
     if name not in PUBLISHED:
         pytest.skip("trl is not installed")
@@ -231,6 +231,14 @@ def test_dropped_reasoning_is_written_as_the_prompt_begins_it() -> None:
     assert learned(tokenizer, sample) == f"{WHY}</think>51</s>"
     (closed,) = render(PLAIN, tokenizer, Choices(thinking="on"))
     assert learned(tokenizer, closed) == "</think>51</s>"
+
+
+def test_reasoning_that_gemma_4_does_not_write_is_in_its_own_tags() -> None:
+    if "gemma4" not in PUBLISHED:
+        pytest.skip("trl is not installed")
+    (older,), (newer,) = render(REASONED, thinker("gemma4")), render(REASONED, thinker("gemma4_v5"))
+    assert learned(thinker("gemma4"), older) == f"<|channel>thought\n{WHY}\n<channel|>51<turn|>\n"
+    assert learned(thinker("gemma4_v5"), newer) == learned(thinker("gemma4"), older)
 
 
 def test_history_is_sent_back_as_the_template_has_it() -> None:

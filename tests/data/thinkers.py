@@ -68,6 +68,7 @@ PUBLISHED = tuple(
         "deepseekv3",
         "gptoss",
         "glm4moe",
+        "gemma4",
         "gemma4_v5",
         "nemotron_3_nano",
     )
