@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.real_models import Agreement, agreement, agreements
+from bench.real_models import Agreement, Pair, agreements
 from bench.ways import plain
 from bench.ways.batches import write_batches
 from bench.ways.measured import Measured
@@ -71,12 +71,14 @@ def references() -> dict[str, Measured]:
 
 
 def differences(work: Work, trainers: Trainers, references: dict[str, Measured]) -> list[Agreement]:
-    """Of losses and gradient norms; what noise there is in fp32 is not measured."""
+    """Of losses and gradient norms, in fp32."""
     if work.model not in references:
         write_batches(work)
         references[work.model] = plainly(work)
     reference = references[work.model]
-    return agreements(by_us(work, trainers), reference, reference)
+    exact = Pair(reference, reference)
+    both = agreements({"float32": Pair(by_us(work, trainers), reference), "bfloat16": exact})
+    return [each for each in both if each.quantity.endswith("float32")]
 
 
 @pytest.mark.slow
@@ -136,13 +138,32 @@ def test_a_wrong_step_differs_by_more_than_rounding(
     assert max(each.difference for each in found) > 10 * ROUNDING, [str(each) for each in found]
 
 
+def in_two_dtypes(losses: list[float], *, noise: float, dtype: str = "bfloat16") -> list[Agreement]:
+    """Ours with these losses in one dtype, beside a plain script whose losses are 3 and 2 in fp32."""
+    plain, noisy = (Measured(losses=[3.0, 2.0 + more], grad_norms=[1.0, 1.0]) for more in (0.0, noise))
+    pairs = {"bfloat16": Pair(noisy, noisy), "float32": Pair(plain, plain)}
+    pairs[dtype] = replace(pairs[dtype], ours=Measured(losses=losses, grad_norms=[1.0, 1.1]))
+    return agreements(pairs)
+
+
 def test_the_largest_difference_is_named_with_its_step() -> None:
-    found = agreement("loss", [3.0, 2.5, 2.0], [3.0, 2.0, 1.9], [3.0, 2.0, 2.2])
-    assert (found.step, found.difference) == (2, 0.5)
-    assert found.noise == pytest.approx(0.3)
-    assert not found.within_noise
-    assert "step 2" in str(found)
+    loss, norm, *in_float32 = in_two_dtypes([3.125, 2.75], noise=0.25)
+    assert (loss.step, loss.difference, loss.limit) == (2, 0.5, 0.25)
+    assert "step 2" in str(loss)
+    assert norm.difference == pytest.approx(0.1)
+    assert [each.difference for each in in_float32] == [0.0, 0.0]
 
 
-def test_a_loss_that_is_not_a_number_is_outside_the_noise() -> None:
-    assert not agreement("loss", [float("nan"), 2.0], [3.0, 2.0], [3.5, 2.0]).within_noise
+def test_more_than_the_noise_is_a_failure() -> None:
+    assert in_two_dtypes([3.0, 2.5], noise=0.25)[0].within_limit
+    assert not in_two_dtypes([3.0, 2.51], noise=0.25)[0].within_limit
+
+
+def test_float32_may_differ_by_a_256th_of_the_noise() -> None:
+    within, outside = (in_two_dtypes([3.0, 2.0 + x], noise=0.25, dtype="float32")[2] for x in (0.0009, 0.001))
+    assert within.within_limit
+    assert not outside.within_limit
+
+
+def test_a_loss_that_is_not_a_number_is_a_failure() -> None:
+    assert not in_two_dtypes([float("nan"), 2.25], noise=0.25)[0].within_limit
