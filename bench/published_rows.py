@@ -139,7 +139,7 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
         norms_float32=cast == "norms",
         adapter_bytes=adapter,
         autocast=trainer and width == 2 and (method != "none" or mixed),
-        loss=read_loss(extra, fused=fused),
+        loss=read_loss(extra, trl, fused=fused),
         transformers=version,
         logits_held=not trainer or "bigcode" in row["model_id"].lower(),
         checkpointing=read_yes(row, "grad_ckpt"),

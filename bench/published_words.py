@@ -25,6 +25,10 @@ _NO_FLASH = ("T4", "V100", "P100", "RTX 20", "GTX", "TITAN")
 """Cards before Ampere, where SDPA has no flash kernel."""
 
 _TRL_NON_REENTRANT: Version = (0, 27)
+_TRL_CHUNKED: Version = (1, 7)
+"""``loss_type="chunked_nll"`` is the default from here on (``sft_config.py``)."""
+_TRL_TILED: Version = (1, 15)
+"""``add_fused_lm_head`` from here on (``trl/trainer/utils.py``)."""
 
 
 def fuses_lora(targets: str) -> bool:
@@ -110,14 +114,17 @@ def read_accumulation(extra: str) -> int:
     return int(found[1]) if found else 1
 
 
-def read_loss(extra: str, *, fused: bool) -> Loss:
+def read_loss(extra: str, trl: Version | None, *, fused: bool) -> Loss:
+    """TRL's own, where a row names a version that has one, unless it says that the stock loss was taken."""
     if "liger" in extra:
         return "liger"
     if fused:
         return "fused"
     if re.search(r"chunked (loss|ce|cross)", extra):
         return "chunked"
-    return "stock"
+    if trl is None or trl < _TRL_CHUNKED or "default loss" in extra:
+        return "stock"
+    return "trl_tiled" if trl >= _TRL_TILED else "trl_chunked"
 
 
 def read_method(text: str) -> Literal["nf4", "fp4", "int8", "none"]:

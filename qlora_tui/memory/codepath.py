@@ -18,10 +18,11 @@ from qlora_tui.recipe.schema import Recipe
 if TYPE_CHECKING:
     from qlora_tui.catalog.facts import Architecture
 
-Loss = Literal["stock", "chunked", "liger", "fused"]
+Loss = Literal["stock", "chunked", "liger", "fused", "trl_chunked", "trl_tiled"]
 """stock: the model's own or transformers' ``ForCausalLMLoss`` (``versions.loss_code`` says which).
 chunked: ours, a few rows of logits at a time. liger: fused linear cross-entropy. fused: like stock, but one
-kernel in place of log-softmax and its gradient, which writes the gradient over the logits."""
+kernel in place of log-softmax and its gradient, which writes the gradient over the logits. trl_chunked,
+trl_tiled: TRL's own since 1.7 and 1.15 (``trl_loss.py``)."""
 
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 

@@ -158,6 +158,8 @@ def _logits_sentence(path: CodePath, layout: Layout) -> str:
         )
     if path.loss == "liger":
         return f"Liger takes some rows at a time, {vocabulary} logits a row."
+    if path.loss in ("trl_chunked", "trl_tiled"):
+        return f"TRL takes some positions at a time, {vocabulary} logits each."
     return (
         f"All logits at once, in 32 bits, with log-softmax and gradients: "
         f"{layout.tokens:,} × {vocabulary} × 12 to 16 bytes."

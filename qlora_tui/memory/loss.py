@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlora_tui.memory import trl_loss
 from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, CodePath, liger_rows
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT, Ops
@@ -16,6 +17,10 @@ def head_and_loss(
         return _chunked(ops, layout, path, hidden, width), []
     if path.loss == "liger":
         return _liger(ops, layout, path, hidden, width), []
+    if path.loss == "trl_chunked":
+        return trl_loss.chunked(ops, layout, hidden), []
+    if path.loss == "trl_tiled":
+        return trl_loss.tiled(ops, layout, hidden), []
     logits = _head(ops, layout, hidden, layout.tokens, width)
     with ops.meter.booking("logits"):
         wide = logits if layout.loss_code == "narrow" else ops.cast(logits, FLOAT)

@@ -96,3 +96,28 @@ def test_sdpa_copies_queries_keys_and_values_until_4_56() -> None:
 def test_experts_are_modules_of_their_own_before_version_5() -> None:
     assert replace(STOCK, transformers=(4, 57)).separate_experts
     assert not replace(STOCK, transformers=(5, 0)).separate_experts
+
+
+def _head(**changes: object) -> dict[str, int]:
+    """What TRL's head and loss hold at most, forward and backward, by item."""
+    path = replace(STOCK, **changes)  # type: ignore[arg-type]  # fields of a CodePath
+    layout = lay_out(RECIPE, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
+    made = walk(layout, path, 0.0).head
+    return {"forward": made.forward.get("logits", 0), "backward": made.backward.get("logits", 0)}
+
+
+def test_trl_1_7_makes_the_head_in_32_bits_and_a_chunk_of_logits() -> None:
+    head, chunk = 32000 * 4096, 256 * 32000
+    # weight, logits, log-softmax, and two for the entropy; later two gradients instead of one of these
+    assert _head(loss="trl_chunked")["forward"] == pytest.approx(4 * head + 16 * chunk, abs=4096)
+    assert _head(loss="trl_chunked")["backward"] == pytest.approx(4 * head + 20 * chunk, abs=4096)
+    assert _head(loss="trl_chunked", autocast=True)["forward"] == pytest.approx(6 * head, rel=0.01)
+
+
+def test_trl_1_15_makes_a_tile_of_logits_and_sums_gradients_in_32_bits() -> None:
+    assert _head(loss="trl_tiled")["forward"] == 2048 * 32000 * 2
+    path = replace(STOCK, loss="trl_tiled")
+    layout = lay_out(RECIPE, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
+    made = walk(layout, path, 0.0).head.backward
+    states = (2048 - 2) * 4096
+    assert made["activations"] >= states * (2 + 4)  # as they came, and their gradient

@@ -1,0 +1,95 @@
+"""How TRL's SFTTrainer computes its loss without making all logits (``trl/trainer/sft_trainer.py``)."""
+
+from __future__ import annotations
+
+from qlora_tui.memory.layout import Layout
+from qlora_tui.memory.ops import FLOAT, Ops
+from qlora_tui.memory.tape import BackwardFn, Grads, Tensor
+
+CHUNK_ROWS = 256
+"""``_CHUNKED_LM_HEAD_CHUNK_SIZE``: positions whose logits are there at a time, in float32."""
+TILE_ROWS, TILE_COLUMNS = 4096, 32768
+"""``TOKEN_CHUNK_SIZE`` and ``_CHUNKED_LOGPROB_CHUNK_SIZE``: the part of the logits that is there at once."""
+
+
+def chunked(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
+    """TRL 1.7 to 1.14 (``_chunked_cross_entropy_loss``): each chunk is checkpointed, makes the whole head in
+    float32 (which autocast then casts back), and its entropy beside its loss."""
+    states = _shifted(ops, layout, hidden)
+    numel, width = states.numel, states.width
+    head, rows = layout.vocabulary * layout.hidden, min(CHUNK_ROWS, layout.tokens)
+    chunk = rows * layout.vocabulary
+
+    def project() -> tuple[Tensor, Tensor, Tensor]:
+        """The weight that the product saves, the logits, and their log-softmax."""
+        weight = ops.new(head, FLOAT)
+        if ops.autocast:
+            weight = ops.new(head, ops.compute)
+        logits = ops.new(chunk, ops.compute if ops.autocast else FLOAT)
+        for _ in range(layout.logit_scale + layout.softcap):
+            logits = ops.new(chunk, logits.width)
+        widened = ops.new(chunk, FLOAT) if logits.width != FLOAT else None
+        log_probabilities = ops.new(chunk, FLOAT)
+        del widened
+        return weight, logits, log_probabilities
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        toward = ops.new(numel, width)  # the gradients of the chunks' slices, each as large as the whole
+        with ops.meter.booking("logits"):
+            made = project()
+            entropy = [ops.new(chunk, FLOAT) for _ in range(2)]
+            entropy.pop()
+            slopes = ops.new(chunk, FLOAT)
+            through_softmax = ops.new(chunk, FLOAT)
+            del made, entropy, slopes, through_softmax
+        another = ops.new(numel, width)
+        del another
+        return (toward,)
+
+    with ops.meter.booking("logits"):
+        made = project()
+        entropy = [ops.new(chunk, FLOAT) for _ in range(2)]
+        del made, entropy
+    return _scalar(ops, states, fn, ())
+
+
+def tiled(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
+    """TRL from 1.15 on (``ChunkedLogProbFunction``): a tile of logits at a time, made again in the backward,
+    where the states' gradient is summed in float32."""
+    states = _shifted(ops, layout, hidden)
+    numel, width = states.numel, states.width
+    rows, columns = min(TILE_ROWS, layout.tokens), min(TILE_COLUMNS, layout.vocabulary)
+
+    def tile() -> None:
+        with ops.meter.booking("logits"):
+            logits = ops.new(rows * columns, ops.compute)
+            del logits
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        toward = ops.new(numel, FLOAT)
+        tile()
+        return (ops.new(numel, width) if width != toward.width else toward,)
+
+    tile()
+    return _scalar(ops, states, fn, (states,))
+
+
+def _shifted(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
+    """``hidden[:, :-1][mask]``, every label valid: a copy, whose gradient is put into zeros of the whole."""
+    whole, width = hidden.numel, hidden.width
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        return (ops.new(whole, width),)
+
+    cut = hidden.view(ops.tape.node((hidden,), fn))
+    part = whole - layout.rows * layout.hidden
+    node = ops.tape.node((cut,), fn, (None,))
+    states = ops.new(part, width)
+    states.node = node
+    return states
+
+
+def _scalar(ops: Ops, states: Tensor, fn: BackwardFn, saved: tuple[Tensor, ...]) -> Tensor:
+    loss = ops.new(1, FLOAT)
+    loss.node = ops.tape.node((states,), fn, saved)
+    return loss
