@@ -12,9 +12,9 @@ from bench.published_words import (
     Row,
     Unplaced,
     fuses_lora,
-    has_no_flash,
     read_accumulation,
     read_attention,
+    read_capability,
     read_cast,
     read_compute_dtype,
     read_loss,
@@ -148,6 +148,7 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
         sdpa="sdpa" in row["attention"].lower(),
         optimizer=read_optimizer(row["optimizer"]),
         accumulates=read_accumulation(extra) > 1,
+        capability=read_capability(row),
         fused_kernels=fused or liger,
         fused_lora=fused and method in ("nf4", "fp4") and fuses_lora(row["targets"]),
         fused_mlp=liger,
@@ -158,7 +159,7 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
 
 
 def _our_path(row: Row, recipe: Recipe) -> CodePath:
-    device = Device(capability=(7, 5) if has_no_flash(row) else (8, 6))
+    device = Device(capability=read_capability(row))
     return replace(
         our_path(recipe, device),
         checkpointing=read_yes(row, "grad_ckpt"),

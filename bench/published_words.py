@@ -156,6 +156,15 @@ def read_attention(row: Row, width: int) -> Literal["flash", "efficient", "math"
     return "efficient" if "flash" not in word and (has_no_flash(row) or width == 4) else "flash"
 
 
+def read_capability(row: Row) -> tuple[int, int]:
+    """Compute capability, as far as it matters here: before Ampere, an A100, Hopper, or any other."""
+    if has_no_flash(row):
+        return 7, 5
+    if "A100" in row["gpu"]:
+        return 8, 0
+    return (9, 0) if re.search(r"H[12]00|GH200", row["gpu"]) else (8, 6)
+
+
 def has_no_flash(row: Row) -> bool:
     """Whether the row's card is older than Ampere."""
     return any(name in row["gpu"] for name in _NO_FLASH)

@@ -89,6 +89,8 @@ class CodePath:
     segments: bool = False
     """The micro-batch is one long row whose samples are attended one by one."""
     device: Literal["cuda", "cpu"] = "cuda"
+    capability: tuple[int, int] = (8, 6)
+    """Of a card: CUDA compute capability."""
     cuda_libraries: bool = False
     """On a CPU: with a build of torch for CUDA."""
     fused_kernels: bool = False
@@ -133,6 +135,7 @@ def our_path(recipe: Recipe, device: Device, architecture: Architecture | None =
         packing=recipe.data.packing,
         segments=recipe.model.attention != "eager",
         device=device.kind,
+        capability=device.capability,
         cuda_libraries=device.cuda_libraries,
     )
 

@@ -19,7 +19,7 @@ from qlora_tui.memory.learning import FEWEST, Correction
 from qlora_tui.memory.replay import replay
 from qlora_tui.memory.residents import FROZEN, resident_items
 from qlora_tui.memory.step import Peak, peaks, walk
-from qlora_tui.memory.tiers import CONTEXT_BYTES, Band, Tiers, corrected, tiers
+from qlora_tui.memory.tiers import Band, Tiers, context_bytes, corrected, tiers
 from qlora_tui.memory.traced import Traced
 from qlora_tui.memory.weights import gradient_bytes, optimizer_step_bytes
 from qlora_tui.recipe.schema import Recipe
@@ -118,7 +118,7 @@ def estimate(
             resident["gradients"] = gradient_bytes(layout, path)
     pool = None
     if path.device == "cuda":
-        room = None if capacity_bytes is None else capacity_bytes - CONTEXT_BYTES
+        room = None if capacity_bytes is None else capacity_bytes - context_bytes(path)
         pool = replay(recipe, architecture, layout, path, walked, room)
     if not path.accumulates:
         moments.append(_optimizer_moment(layout, path))

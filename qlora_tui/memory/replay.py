@@ -18,7 +18,7 @@ from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.loading import load
 from qlora_tui.memory.ops import FLOAT
 from qlora_tui.memory.recording import Blocks, Recording
-from qlora_tui.memory.residents import CUBLAS_WORKSPACE_BYTES, input_bytes, mask_bytes
+from qlora_tui.memory.residents import input_bytes, mask_bytes, workspace_bytes
 from qlora_tui.memory.step import Profile, Walk, embedding_bytes
 from qlora_tui.memory.weights import state_sizes
 from qlora_tui.recipe.schema import Recipe
@@ -96,7 +96,7 @@ class _Run:
         if self._keeps_embedding and not self._layout.embedding_apart:
             alive.append(x)
         if first:
-            allocator.take(CUBLAS_WORKSPACE_BYTES)  # this thread's, with its first product
+            allocator.take(workspace_bytes(self._path))  # this thread's, with its first product
         owned = not self._keeps_embedding or self._layout.embedding_apart
         parts: list[Blocks] = []
         for recording, whole in self._layers:
@@ -104,7 +104,7 @@ class _Run:
             owned = not recording.owns_output
         self._forward(self._head, x, parts, owned=owned, whole=True)
         if first:
-            allocator.take(CUBLAS_WORKSPACE_BYTES)  # that of autograd's thread
+            allocator.take(workspace_bytes(self._path))  # that of autograd's thread
         gradient = allocator.take(FLOAT)  # of the loss: 1
         for recording, whole in [*self._layers, (self._head, True)][::-1]:
             blocks = parts.pop()

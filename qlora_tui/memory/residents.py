@@ -12,8 +12,10 @@ from qlora_tui.recipe.schema import Recipe
 FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")
 """Items that are the base model."""
 CUBLAS_WORKSPACE_BYTES = 8_519_680
-"""torch's default ``CUBLAS_WORKSPACE_CONFIG`` before Hopper, ``:4096:2:16:8``: 2 × 4,096 KiB + 8 × 16 KiB
+"""torch's default ``CUBLAS_WORKSPACE_CONFIG``, ``:4096:2:16:8``: 2 × 4,096 KiB + 8 × 16 KiB
 (``parseChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp), taken from the allocator."""
+HOPPER_WORKSPACE_BYTES = 32 * 2**20
+"""That of compute capability 9.0 and 10.0, ``:4096:8``."""
 CUBLAS_HANDLES = 2
 """A workspace belongs to a handle, and each thread has its own: the caller's and autograd's."""
 
@@ -37,10 +39,15 @@ def resident_items(
         "mask": mask_bytes(layout, path),
     }
     if path.device == "cuda":
-        items["workspace"] = CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES
+        items["workspace"] = CUBLAS_HANDLES * workspace_bytes(path)
     if not (path.optimizer.startswith("paged") and path.device == "cuda"):
         items["optimizer"] = optimizer_bytes(layout, path)
     return {key: size for key, size in items.items() if size}
+
+
+def workspace_bytes(path: CodePath) -> int:
+    """Of one cuBLAS handle on the path's card."""
+    return HOPPER_WORKSPACE_BYTES if path.capability in ((9, 0), (10, 0)) else CUBLAS_WORKSPACE_BYTES
 
 
 def input_bytes(architecture: Architecture, layout: Layout, path: CodePath) -> int:

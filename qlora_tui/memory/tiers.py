@@ -15,6 +15,9 @@ from qlora_tui.memory.weights import optimizer_bytes
 MIB = 1024 * 1024
 CONTEXT_BYTES = 141 * MIB
 """CUDA context with cuBLAS's and bitsandbytes' kernels loaded. Measured 133 to 147 MiB on a T4."""
+A100_CONTEXT_BYTES = 522 * MIB
+"""That of an A100: what ten runs of a 16-bit base held beside what the allocator reserved (fms-acceleration's
+``a100_80gb_liger.csv`` and ``a100_80gb_granite.csv``; torch 2.4.1 with flash-attn and Triton)."""
 CONTEXT_DOUBT_BYTES = 400 * MIB
 """Newer cards and drivers take up to this much more."""
 
@@ -80,13 +83,14 @@ def tiers(
     slack = pool.reserved_bytes - pool.allocated_bytes
     reserved = allocated + slack
     paged = optimizer_bytes(layout, path) if path.optimizer.startswith("paged") else 0
-    process = reserved + CONTEXT_BYTES + paged
+    context = context_bytes(path)
+    process = reserved + context + paged
     doubt = _doubt_bytes(allocated, layout)
     tensors = (
         "2 % of the tensors" if layout.exact else f"{architecture.model_type} layers estimated as Llama's"
     )
     reason = f"{tensors}, half of the allocator's slack, and a CUDA context of 133 to 540 MiB"
-    added = {"unsplit": unsplit, "fragmentation": slack, "context": CONTEXT_BYTES}
+    added = {"unsplit": unsplit, "fragmentation": slack, "context": context}
     if paged:
         added["optimizer"] = paged
     return Tiers(
@@ -100,6 +104,11 @@ def tiers(
             reason,
         ),
     )
+
+
+def context_bytes(path: CodePath) -> int:
+    """Of the CUDA context on the path's card. Cards that were not measured are taken for a T4."""
+    return A100_CONTEXT_BYTES if path.capability == (8, 0) else CONTEXT_BYTES
 
 
 def _on_cpu(allocated: int, moving_bytes: int, layout: Layout, path: CodePath) -> Tiers:

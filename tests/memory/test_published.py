@@ -71,6 +71,12 @@ def test_a_full_card_decides_what_ran_and_what_did_not(more: dict[str, Any]) -> 
     assert more["ran_but_said_not_to_fit"] == []
 
 
+def test_a_16_bit_base_held_on_a_card_what_the_replay_comes_to(more: dict[str, Any]) -> None:
+    # Those whose allocator's gaps the replay finds: Liger's loss, and a Granite's.
+    rows = {row["id"]: row["tier_error_pct"].get("process (nvidia-smi)", 99) for row in more["rows"]}
+    assert [abs(rows[id_]) < 0.1 for id_ in ("m109", "m137", "m139")] == [True] * 3, rows
+
+
 def test_rows_without_a_length_have_a_reason_and_no_figure(more: dict[str, Any]) -> None:
     assert {row["id"]: row["why"] for row in more["unplaced"]} == dict.fromkeys(
         ("m147", "m149"), "seq_len is 'dataset': the longest batch decides, and the row does not give it"
@@ -125,6 +131,9 @@ def _row(**changes: str) -> dict[str, str]:
         ("extra", "torch2.10+cu128/transformers5.0/peft0.19", "transformers", (5, 0)),
         ("attention", "sdpa", "sdpa", True),
         ("attention", "flash_attention_2", "sdpa", False),
+        ("gpu", "A100 80GB", "capability", (8, 0)),
+        ("gpu", "H100 80GB", "capability", (9, 0)),
+        ("gpu", "RTX 3090 24GB", "capability", (8, 6)),
         ("extra", "reentrant ckpt", "reentrant", True),
         ("extra", "non-reentrant ckpt", "reentrant", False),
         ("extra", "bf16 compute; chunked loss", "loss", "chunked"),

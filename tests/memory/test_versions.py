@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.memory import estimate
 from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.layout import lay_out
 from qlora_tui.memory.step import walk
@@ -121,3 +122,15 @@ def test_trl_1_15_makes_a_tile_of_logits_and_sums_gradients_in_32_bits() -> None
     made = walk(layout, path, 0.0).head.backward
     states = (2048 - 2) * 4096
     assert made["activations"] >= states * (2 + 4)  # as they came, and their gradient
+
+
+def test_hopper_has_larger_workspaces_and_an_a100_a_larger_context() -> None:
+    made = {
+        capability: estimate(RECIPE, read_architecture(config("Qwen/Qwen2.5-0.5B")), path=path)
+        for capability in ((8, 0), (8, 6), (9, 0))
+        for path in (replace(STOCK, capability=capability),)
+    }
+    assert made[9, 0].bytes_of("workspace") == 2 * 32 * 2**20
+    assert made[8, 6].bytes_of("workspace") == 2 * 8_519_680
+    assert made[8, 0].bytes_of("context") == 522 * 2**20 and made[8, 6].bytes_of("context") == 141 * 2**20
+    assert made[8, 0].process_bytes - made[8, 0].reserved_bytes == 522 * 2**20
