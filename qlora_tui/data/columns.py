@@ -18,15 +18,19 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "sharegpt": {
         "messages": (
             *("conversations", "conversation", "messages", "items", "dialog", "dialogue", "dialogs", "turns"),
+            "data",
         )
     },
-    "alpaca": {"instruction": ("instruction",), "output": ("output", "response", "answer", "completion")},
+    "alpaca": {
+        "instruction": ("instruction", "definition"),
+        "output": ("output", "response", "answer", "completion", "targets"),
+    },
     "prompt-completion": {
         "prompt": ("prompt", "input"),
         "completion": ("completion", "response", "output", "answer", "target", "generation"),
     },
     "question-answer": {
-        "question": ("question", "query", "problem", "q"),
+        "question": ("question", "query", "problem", "q", "question_stem"),
         "answer": (
             *("answer", "answers", "response", "solution", "a", "output", "completion", "answerkey"),
             "correct_answer",
@@ -55,7 +59,11 @@ OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "preference": preferences.OPTIONAL,
     "messages": {"system": ("system", "system_prompt"), "tools": ("tools", "functions")},
     "sharegpt": {"system": ("system", "system_prompt"), "tools": ("tools", "functions")},
-    "alpaca": {"input": ("input", "context"), "system": ("system", "system_prompt"), "history": ("history",)},
+    "alpaca": {
+        "input": ("input", "context", "inputs"),
+        "system": ("system", "system_prompt"),
+        "history": ("history",),
+    },
     "prompt-completion": {
         "system": ("system", "system_prompt"),
         "tools": ("tools",),
@@ -75,13 +83,13 @@ _PAIRS = (
     *(("article", "highlights"), ("article", "summary"), ("dialogue", "summary"), ("document", "summary")),
     *(("text", "summary"), ("text", "code"), ("src", "tgt"), ("prompt", "canonical_solution")),
     *(("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("human", "bot"), ("user", "bot")),
-    ("message_1", "message_2"),
+    *(("message_1", "message_2"), ("inputs", "targets")),
     ("source", "target"),
 )
 """Columns that are prompt and completion where they stand together, though one of them alone says little."""
 _NAMES_NO_SOURCE = ("prompt", "question", "text")
 """Beside one of these a ``source`` is where the row was taken from."""
-_SAID_IN_TURN = ("conversations", "conversation", "messages", "dialogs", "dialog", "dialogue")
+_SAID_IN_TURN = ("conversations", "conversation", "messages", "dialogs", "dialog", "dialogue", "data")
 """Columns whose plain texts are said by user and assistant in turn."""
 _HALVES = ("prompt", "completion", *preferences.CHOSEN, *preferences.REJECTED)
 """Columns that may hold turns, but only half of a conversation, or one side of a comparison."""

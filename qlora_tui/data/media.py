@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from qlora_tui.data.conversation import Message
@@ -46,8 +47,8 @@ def media_column(fields: Mapping[str, Any]) -> str:
             return f"The column {column!r} holds an image, a video or audio as bytes."
         if isinstance(value, str) and column.lower() in _FILE_COLUMNS and value.lower().endswith(_ENDINGS):
             return f"The column {column!r} names an image, a video or audio: {value}."
-        if value and (match := _COLUMN.fullmatch(str(column).lower())) and not _is_switch(value):
-            return f"The column {column!r} holds {_MEDIA[match[1]]}."
+        if value and (medium := _medium_of_column(column)) and not _is_switch(value):
+            return f"The column {column!r} holds {medium}."
     return ""
 
 
@@ -60,6 +61,12 @@ def placeholder(messages: Iterable[Message]) -> str:
         if _PLACEHOLDER.search(text) and (tag := re.search(_TAG, text)) and f"</{tag[0][1:]}" not in text:
             return f"Turn {number} has the placeholder {tag[0]}."
     return ""
+
+
+@lru_cache(maxsize=1024)
+def _medium_of_column(column: str) -> str:
+    match = _COLUMN.fullmatch(str(column).lower())
+    return _MEDIA[match[1]] if match else ""
 
 
 def _is_struct(value: Any) -> bool:

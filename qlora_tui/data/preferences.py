@@ -29,7 +29,7 @@ _ANSWERS = ("response", "completion", "output", "answer", *_CONVERSATIONS)
 """What is preferred to the rejected side where no column is named as chosen (ms-swift)."""
 PARTS: dict[str, tuple[str, ...]] = {"chosen": (*CHOSEN, *_ANSWERS), "rejected": REJECTED}
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "instruction", "question", "query", "problem", "context", "input"),
+    "prompt": ("prompt", "instruction", "question", "query", "problem", "trajectory", "context", "input"),
     "input": ("input",),
     "messages": _CONVERSATIONS,
     "system": ("system", "system_prompt"),

@@ -13,10 +13,10 @@ _NUMBERED = re.compile(
     r"(conversation|response|answer|completion|output|human_ref|model_response|chat)s?_?([ab]|[0-3])"
 )
 """``response_0`` and ``response_1``, ``conversation_a`` and ``conversation_b``: answers beside each other."""
-_VERDICTS = (
-    *("better_response_id", "safer_response_id", "overall_preference", "preference", "preferred", "winner"),
-    *("winner_model_a", "winner_model_b", "winner_tie", "labels", "label", "choice", "chosen", "better"),
+_VERDICT = re.compile(
+    r"(?:overall_)?(?:prefer|better|best|safer|winner|labels?|choice|chosen|score)(?:_?\w*)"
 )
+"""``better_response_id``, ``overall_preference``, ``winner_model_a``, ``score_0``."""
 _RANKS = ("rank", "pm_score", "selected", "is_selected")
 _Values = Sequence[Mapping[str, Any]]
 
@@ -70,7 +70,7 @@ def without_text(name: str, values: _Values) -> Problem | None:
 
 def _side_by_side(columns: Sequence[str]) -> str:
     """Two numbered answers and a column that says which is better."""
-    verdict = next((c for c in columns if c.lower() in _VERDICTS), "")
+    verdict = next((c for c in columns if _VERDICT.fullmatch(c.lower())), "")
     stems: dict[str, list[str]] = {}
     for column in columns:
         if match := _NUMBERED.fullmatch(column.lower()):
