@@ -131,7 +131,7 @@ def preference_problem(name: str, columns: Mapping[str, str], values: Sequence[M
             PAIRS_TITLE + " without a chosen side",
             what=f"{name} holds rejected answers in {rejected!r}, and no column with chosen ones.",
             why="Nothing is trained on a rejected answer.",
-            fix='Say which column is the better one: columns = { chosen = "…", '
+            fix='Say which column is better: columns = { chosen = "…", '
             f'rejected = "{rejected}" }}, or choose another file.',
         )
     return Problem(
@@ -244,7 +244,7 @@ def no_prompt_problem(
         what=f"{name} has answers in {compared['chosen']!r} and {compared['rejected']!r}, and no column with "
         "what was asked.",
         why=f"Its columns are {', '.join(columns)}.",
-        fix=f'Say which one does: columns = {{ prompt = "{example}", chosen = "{compared["chosen"]}", '
+        fix=f'Say which column holds it: columns = {{ prompt = "{example}", chosen = "{compared["chosen"]}", '
         f'rejected = "{compared["rejected"]}" }}.',
     )
 

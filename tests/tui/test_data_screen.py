@@ -173,6 +173,21 @@ async def test_the_fix_key_trains_on_the_chosen_answers_of_preferences(model: st
         await shows(pilot, "✗ Preference data")
 
 
+async def test_answers_without_a_known_prompt_are_mapped_by_their_own_parts(model: str, here: Path) -> None:
+    rows = [{"frage": f"Which {n}?", "chosen": f"This {n}.", "rejected": "That."} for n in range(1, 6)]
+    write_rows(here / "pairs.jsonl", rows)
+    app = opened(model, "pairs.jsonl", preferences="chosen")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "✗ Preference data without a prompt", "Press c to map the columns.")
+        await pilot.press("c")
+        await shows(pilot, "Columns of preference", "rejected")
+        fields = {field.name: field for field in pilot.app.screen.query(Input)}
+        fields["prompt"].value = "frage"
+        fields["prompt"].focus()
+        await pilot.press("enter")
+        await shows(pilot, "row 1 of 5", "Which 1?", "This 1.")
+
+
 async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
     (here / "book.txt").write_text("the fox ran " * 300 + "\n\nShort.\n\nShort too.\n")
     app = opened(model, "book.txt", max_length=64)

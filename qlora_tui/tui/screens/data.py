@@ -13,7 +13,7 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
-from qlora_tui.data.preferences import TITLES
+from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
 from qlora_tui.data.problems import DataProblem
 from qlora_tui.data.report import Report, Shown
 from qlora_tui.errors import Problem
@@ -274,6 +274,8 @@ class DataScreen(DataEdits):
             else:
                 self.shown, self.unread = None, wanted.source
                 self.offers_chosen = found.title in TITLES
+                compares = found.title.startswith(PAIRS_TITLE)
+                self.unread_format = "preference" if compares else "prompt-completion"
                 self.fields = await self._previews.fields(wanted.source)
                 self.query_one("#sample", Static).update(words.unreadable(found, self.fields))
             return

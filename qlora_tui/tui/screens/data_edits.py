@@ -45,6 +45,8 @@ class DataEdits(WorkScreen):
     """Columns of a file in no known format, for the mapping by hand."""
     offers_chosen = False
     """Whether the source is refused for its preferences, and the recipe can take the chosen answers."""
+    unread_format = "prompt-completion"
+    """The format whose parts are asked for where ``unread`` leaves it open."""
     unread: Source | None = None
     """The source that was looked at last, where nothing of it could be read."""
 
@@ -73,7 +75,7 @@ class DataEdits(WorkScreen):
             file = self.report.files[0]
             screen = ColumnsScreen(file.format, file.all_columns, {**file.columns, **source.columns})
         elif self.fields:
-            format_ = "prompt-completion" if source.format == "auto" else source.format
+            format_ = self.unread_format if source.format == "auto" else source.format
             screen = ColumnsScreen(format_, tuple(self.fields), source.columns)
         else:
             self.notify("The columns are known once the file can be read.")
