@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from qlora_tui.catalog.local import ModelFiles, resolve
 from qlora_tui.data.dataset import Prepared, prepare
-from qlora_tui.data.thinking_facts import for_prompts
+from qlora_tui.data.thinking_facts import facts, for_prompts
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained import token_ids
 from qlora_tui.recipe.schema import Recipe
@@ -225,6 +225,8 @@ class Attempt:
             tokenizer,
             lambda progress: reporter.progress("tokenizing", round(progress.share * 100), 100),
         )
+        for sentence in facts(data.notes, data.counts.conversations, tokenizer.traits, self._recipe.data):
+            reporter.log(sentence)
         if self._checkpoint is not None:
             check_same(self._checkpoint.state, self._recipe, data.data_hash)
         return data

@@ -1,0 +1,39 @@
+"""A run on a model that can think: what its data decided goes to its log, its record and the chat."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.chat.sources import of_run
+from qlora_tui.runs.directory import create
+from qlora_tui.runs.events import DataReady, Sampled
+from tests.data.thinkers import SMOLLM3
+from tests.training.conftest import MakeRecipe, Trainers
+from tests.training.told import told
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+
+def test_data_without_reasoning_is_trained_sampled_and_chatted_with_thinking_off(
+    recipe: MakeRecipe, trainers: Trainers, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "thinker")
+    (model / "chat_template.jinja").write_text(SMOLLM3)
+    settings = {"model.id": str(model), "training.epochs": 1.0, "training.sample_prompts": ("what is 3",)}
+    run = create(recipe(settings))
+    assert trainers.run(run) == 0
+    assert told(run, DataReady)[0].thinking == "off"
+    assert (
+        "Thinking: off for every row (enable_thinking), for none has reasoning." in run.log_path.read_text()
+    )
+    assert of_run(run).thinking == "off"
+    thinking = create(recipe({**settings, "data.thinking": "on"}))
+    assert trainers.run(thinking) == 0
+    assert of_run(thinking).thinking == told(thinking, DataReady)[0].thinking == "on"
+    assert told(run, DataReady)[0].data_hash != told(thinking, DataReady)[0].data_hash
+    # Another prompt gives the random model another answer.
+    asked_off, asked_on = (told(one, Sampled)[0].answer for one in (run, thinking))
+    assert asked_off != asked_on
