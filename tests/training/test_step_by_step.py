@@ -93,6 +93,8 @@ def test_a_run_is_the_plain_script(
         assert each.difference <= ROUNDING, str(each)
 
 
+UNVERIFIED = "from qlora_tui.training import run\nrun.verify_first_step = lambda model, base, *more: base\n"
+"""Without the check before the first step, which would replace a wrong part."""
 MUTANTS = {
     "a norm without its offset": (
         "from qlora_tui.training.lean import norm\n"
@@ -133,7 +135,7 @@ def test_a_wrong_step_differs_by_more_than_rounding(
     references: dict[str, Measured],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("BEFORE_TRAINER", MUTANTS[mutant])
+    monkeypatch.setenv("BEFORE_TRAINER", UNVERIFIED + MUTANTS[mutant])
     found = differences(replace(work, model=str(tiny_gemma)), trainers, references)
     assert max(each.difference for each in found) > 10 * ROUNDING, [str(each) for each in found]
 
