@@ -156,6 +156,12 @@ def read_attention(row: Row, width: int) -> Literal["flash", "efficient", "math"
     return "efficient" if "flash" not in word and (has_no_flash(row) or width == 4) else "flash"
 
 
+def read_sdpa(row: Row) -> bool:
+    """Whether transformers' SDPA code calls the kernel, as it does where a row names none."""
+    word = row["attention"].lower()
+    return "sdpa" in word or not re.search("flash|eager", word)
+
+
 def read_capability(row: Row) -> tuple[int, int]:
     """Compute capability, as far as it matters here: before Ampere, an A100, Hopper, or any other."""
     if has_no_flash(row):

@@ -56,7 +56,8 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
     if (kernel == "flash" and ops.device == "cuda") or (ops.autocast and kernel != "eager"):
         # Flash kernels know two bytes only; transformers casts for them, autocast for SDPA.
         q, k, v = (ops.cast(tensor, ops.compute) for tensor in (q, k, v))
-    if kernel != "eager" and (shape.softcap or shape.sinks):
+    # FlashAttention caps scores itself, and transformers' SDPA leaves the cap out.
+    if kernel != "eager" and ops.lean and (shape.softcap or shape.sinks):
         return _by_hand(ops, q, k, v, shape)
     bfloat16 = q.width < FLOAT and not ops.float16
     if (

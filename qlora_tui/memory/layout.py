@@ -15,6 +15,7 @@ from qlora_tui.memory.versions import (
     LossCode,
     copies_for_sdpa,
     loss_code,
+    multiplies_embedding,
     repeats_heads_in_layer,
     repeats_heads_in_sdpa,
 )
@@ -170,7 +171,8 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         length=length,
         hidden=architecture.hidden_size,
         vocabulary=architecture.vocab_size,
-        embedding_apart=len(architecture.embeddings) > 1 or architecture.model_type == "granite",
+        embedding_apart=len(architecture.embeddings) > 1
+        or multiplies_embedding(architecture.model_type, path.transformers),
         embedding_dropout=architecture.residual_dropout if architecture.model_type in GPT_2 else 0.0,
         softcap=architecture.final_logit_softcapping is not None,
         logit_scale=architecture.logit_scale is not None,
@@ -190,7 +192,10 @@ def row_tensors(lora: Lora, architecture: Architecture) -> list[int]:
 
 
 def _kernel(architecture: Architecture, path: CodePath) -> Kernel:
-    """Falcon hands SDPA one key head for all query heads, which no fused kernel takes."""
+    """Falcon hands SDPA one key head for all query heads, which no fused kernel takes; gpt-oss has no SDPA in
+    transformers."""
+    if architecture.model_type == "gpt_oss" and path.sdpa:
+        return "eager"
     shared = architecture.model_type == "falcon" and architecture.heads != architecture.kv_heads
     return "math" if shared and path.attention in ("flash", "efficient") else path.attention
 

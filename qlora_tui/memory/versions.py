@@ -37,6 +37,17 @@ _SDPA_SHARES_HEADS: Version = (4, 54)
 _SDPA_WITHOUT_COPIES: Version = (4, 56)
 
 
+_EMBEDDING_SCALES_ITSELF: Version = (5, 4)
+"""Gemma's and Gemma 2's models multiplied what their embedding gave up to 5.2, no longer in 5.4."""
+
+
+def multiplies_embedding(model_type: str, version: Version) -> bool:
+    """Whether the model multiplies its embedding's output, so that both are there in the first layer."""
+    if model_type in ("gemma", "gemma2"):
+        return version < _EMBEDDING_SCALES_ITSELF
+    return model_type == "granite"
+
+
 def loss_code(model_type: str, version: Version) -> LossCode:
     """How a family computed its stock loss in one version."""
     if version >= _LABELS_SHIFTED:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from msgspec import structs
 
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.memory import estimate
@@ -12,7 +14,7 @@ from qlora_tui.memory.codepath import CodePath
 from qlora_tui.memory.layout import lay_out
 from qlora_tui.memory.step import walk
 from qlora_tui.memory.versions import Version, copies_for_sdpa, loss_code, repeats_heads_in_layer
-from qlora_tui.recipe.schema import Data, Lora, Recipe, Training
+from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 
 RECIPE = Recipe(
@@ -134,3 +136,49 @@ def test_hopper_has_larger_workspaces_and_an_a100_a_larger_context() -> None:
     assert made[8, 6].bytes_of("workspace") == 2 * 8_519_680
     assert made[8, 0].bytes_of("context") == 522 * 2**20 and made[8, 6].bytes_of("context") == 141 * 2**20
     assert made[8, 0].process_bytes - made[8, 0].reserved_bytes == 522 * 2**20
+
+
+def test_gemmas_model_scaled_its_embedding_beside_it_until_5_4() -> None:
+    layouts = [
+        lay_out(RECIPE, read_architecture(config("google/gemma-2-2b")), replace(STOCK, transformers=version))
+        for version in ((5, 2), (5, 4))
+    ]
+    assert [layout.embedding_apart for layout in layouts] == [True, False]
+
+
+def test_flash_attention_caps_gemmas_scores_without_making_them() -> None:
+    def scores(path: CodePath) -> int:
+        layout = lay_out(RECIPE, read_architecture(config("google/gemma-2-2b")), path)
+        return walk(layout, path, 0.0).layers[0].backward.get("scores", 0)
+
+    assert scores(STOCK) == 0
+    assert scores(replace(STOCK, lean=True)) > 0  # ours, sample by sample
+    assert scores(replace(STOCK, attention="eager")) > 0
+
+
+def test_a_head_in_float32_is_cast_under_autocast_and_saved() -> None:
+    name, head = "mistralai/Mistral-7B-v0.1", 32000 * 4096
+    made = []
+    for autocast in (False, True):
+        path = replace(STOCK, cast_to_float32=True, autocast=autocast, transformers=(5, 0))
+        layout = lay_out(RECIPE, read_architecture(config(name)), path)
+        made.append(walk(layout, path, 0.0).head)
+    assert [part.forward.get("head", 0) for part in made] == [0, 2 * head]
+    assert made[1].kept["head"] == 2 * head
+    # Logits in 32 bits, the same for the loss, and log-softmax; or first in 16 bits
+    assert made[0].forward["logits"] == pytest.approx(8 * LOGITS, rel=0.001)
+    assert made[1].forward["logits"] == pytest.approx(10 * LOGITS, rel=0.001)
+
+
+def test_ligers_gated_mlp_keeps_both_halves_and_nothing_else() -> None:
+    name, wide = "mistralai/Mistral-7B-v0.1", 2 * 1024 * 14336 * 2
+    assert _kept_bytes(name) - _kept_bytes(name, fused_mlp=True) == wide
+
+
+@pytest.mark.parametrize(("method", "made"), [("none", True), ("nf4", False)])
+def test_peft_casts_an_adapters_input_on_16_bit_weights_under_autocast(method: Any, made: bool) -> None:
+    recipe = structs.replace(RECIPE, quantization=Quantization(method=method), data=Data(max_length=768))
+    path = replace(STOCK, autocast=True, fused_kernels=True)
+    layout = lay_out(recipe, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
+    sizes = [size for _, size in walk(layout, path, 0.0).layers[0].recording.forward.events]
+    assert (4 * 2 * 768 * 4096 in sizes) is made
