@@ -17,8 +17,8 @@ a fused kernel. eager: transformers' own, which keeps the scores."""
 ATTENTION_BLOCK_ROWS = 512
 """Queries whose scores our backward holds at a time on a CPU, twice (heads, rows, tokens): more would compute
 more above the diagonal in vain, fewer make the products small."""
-EXTRA_COLUMNS = 2
-"""Of queries and keys there, for what is taken from each score, as the sum of two numbers of 16 bits."""
+EXTRA_COLUMNS = 3
+"""Of queries and keys there, for what is subtracted from each score, as the sum of numbers of 16 bits."""
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,20 @@ def test_scores_far_above_their_sum_are_masked_and_not_multiplied(monkeypatch: p
         assert torch.isfinite(tensor).all()
 
 
+@pytest.mark.parametrize("size", [1, 100, 1_000, 10_000])
+def test_in_bf16_large_scores_have_gradients_as_near_as_the_stock_kernels(
+    size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained models have scores in the hundreds, where nearly all of the softmax is one token's."""
+    q, k, v = qkv(6, 2, dtype=torch.bfloat16)
+    given = [(q.detach() * size).to(torch.bfloat16), k, v]
+    exact = attended([x.double() for x in given], ours=False, monkeypatch=monkeypatch)
+    ours, stock = (attended(given, ours=ours, monkeypatch=monkeypatch) for ours in (True, False))
+    for name, one, other, expected in zip("oqkv", ours, stock, exact, strict=True):
+        limit = 1.5 * (other - expected).norm() + 3e-3 * expected.norm()
+        assert (one - expected).norm() <= limit, name
+
+
 def test_in_bf16_what_all_keys_share_costs_no_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a bias gives it to them (Qwen2)."""
     q, k, v = qkv(6, 2, dtype=torch.bfloat16)
