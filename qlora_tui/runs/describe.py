@@ -23,6 +23,7 @@ from qlora_tui.runs.events import (
     Sampled,
     Started,
     Step,
+    StepVerified,
     Stopped,
 )
 
@@ -49,6 +50,8 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
         case AdapterReady():
             share = event.trained_parameters / event.total_parameters
             return f"training {count(event.trained_parameters)} parameters ({share:.2%} of the model)"
+        case StepVerified():
+            return _verified_words(event)
         case MemoryMeasured():
             return f"memory: {size(event.measured_bytes)} measured, {size(event.estimated_bytes)} estimated"
         case Step():
@@ -123,6 +126,17 @@ def exact_words(accuracy: float | None, base: float | None) -> str:
     if accuracy is None:
         return ""
     return percent(accuracy) + ("" if base is None else f", base {percent(base)}")
+
+
+def _verified_words(event: StepVerified) -> str:
+    if event.loss is None or event.reference_loss is None or event.gradient_difference is None:
+        return f"the first step was not checked against the library: {event.reason}"
+    words = (
+        f"first step checked on {event.tokens:,} tokens: loss {event.loss:.4f}, with transformers and peft "
+        f"alone {event.reference_loss:.4f}; gradients differ by at most {event.gradient_difference:.2g} of "
+        f"their size, where rounding moves them by {event.gradient_noise or 0:.2g}"
+    )
+    return f"{words}; replaced by the library's: {', '.join(event.replaced)}" if event.replaced else words
 
 
 def _number(value: float | None) -> float:

@@ -97,6 +97,30 @@ class AdapterReady(Event, tag="adapter_ready", frozen=True, kw_only=True):
     total_parameters: int
 
 
+class StepVerified(Event, tag="step_verified", frozen=True, kw_only=True):
+    """The first micro-batch, computed by transformers and peft alone and as this run computes it."""
+
+    tokens: int
+    """Tokens that both ways were computed on; 0 where they could not be compared."""
+    seconds: float
+    loss: float | None = None
+    reference_loss: float | None = None
+    """The library's."""
+    loss_noise: float | None = None
+    """What rounding in this dtype moves the library's loss by."""
+    gradient_difference: float | None = None
+    """Share of its size by which one tensor's gradient differs: the tensor furthest beyond its noise."""
+    gradient_noise: float | None = None
+    """What rounding moves that gradient by, likewise."""
+    tensor: str = ""
+    replaced: tuple[str, ...] = ()
+    """Fast paths that computed something else; this run uses the library's instead."""
+    agrees: bool = True
+    """Whether the step as this run computes it, after any replacement, is the library's."""
+    reason: str = ""
+    """Why the two could not be compared."""
+
+
 class MemoryMeasured(Event, tag="memory", frozen=True, kw_only=True):
     """A peak beside what was predicted. Bytes."""
 
@@ -218,6 +242,7 @@ AnyEvent: TypeAlias = (
     | Environment
     | DataReady
     | AdapterReady
+    | StepVerified
     | MemoryMeasured
     | Step
     | Evaluated

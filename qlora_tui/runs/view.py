@@ -33,6 +33,7 @@ from qlora_tui.runs.events import (
     Sampled,
     Started,
     Step,
+    StepVerified,
     Stopped,
     Terminal,
 )
@@ -120,6 +121,7 @@ class RunView:
         self.data: DataReady | None = None
         self.environment: Environment | None = None
         self.adapter: AdapterReady | None = None
+        self.verified: StepVerified | None = None
         self.memory: MemoryMeasured | None = None
         self.evaluations: list[Evaluated] = []
         self.checkpoints: list[CheckpointSaved] = []
@@ -228,6 +230,8 @@ class RunView:
                 self.data = event
             case AdapterReady():
                 self.adapter = event
+            case StepVerified():
+                self.verified = event
             case MemoryMeasured():
                 self.memory = event
             case Evaluated():

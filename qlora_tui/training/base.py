@@ -28,6 +28,12 @@ class Base:
     """The one counted on, or another and why."""
     kept_apart: bool
     """Whether several samples may share a row."""
+    attends: Attention
+    """The attention path that was tried first."""
+    library_attention: str
+    """The implementation that transformers uses for one sample by itself: ``sdpa`` or ``eager``."""
+    replaced: tuple[str, ...] = ()
+    """Fast paths that computed something else on this model, and are not used."""
 
 
 def prepare_base(
@@ -41,6 +47,7 @@ def prepare_base(
     head = loss.find_head(model)
     if not isinstance(head, str) and not checks.loss_is_exact(model, head, device.torch_device):
         head = "what it does between head and loss is not known"
+    library_attention = _library_attention(model, attends)
     kept_apart = attends == "flash" or (attends == "segments" and load.attend_by_segments(model))
     taken = _use_loss(model, head, device, counted_on, weighted)
     loss.use_segments(model, by_mask=attends == "segments")
@@ -51,7 +58,19 @@ def prepare_base(
         attention=f"{_NAMES[attends]}, {'sample by sample' if kept_apart else 'padded rows'}",
         loss=taken,
         kept_apart=kept_apart,
+        attends=attends,
+        library_attention=library_attention,
     )
+
+
+def _library_attention(model: Any, attends: Attention) -> str:
+    """Flash kernels are no reference for themselves: SDPA is, or what families have that lack it."""
+    loaded: str = model.config._attn_implementation
+    if attends != "flash":
+        return loaded
+    reference = "sdpa" if load.attend_by(model, "sdpa") else "eager"
+    load.attend_by(model, loaded)
+    return reference
 
 
 def _use_loss(model: Any, head: loss.Head | str, device: Device, counted_on: Loss, weighted: bool) -> str:

@@ -118,6 +118,13 @@ def weigh_stock_loss(model: nn.Module) -> None:
     model.forward = MethodType(forward, model)
 
 
+def use_library_loss(model: nn.Module, *, by_mask: bool) -> None:
+    """Undo :func:`use_chunked_loss`: the model's own loss, in packed rows and with weighted tokens too."""
+    vars(model).pop("forward", None)
+    weigh_stock_loss(model)
+    use_segments(model, by_mask=by_mask)
+
+
 def use_segments(model: nn.Module, *, by_mask: bool) -> None:
     """Let ``model(segments=[…])`` keep the samples of a row apart, for either loss.
 

@@ -48,6 +48,10 @@ class MemoryMeter:
         """Of another loss than that the estimate knows nothing, and would learn what is not its own error."""
         self._learns = loss == self.expected_loss
 
+    def learn_nothing(self) -> None:
+        """The run computes by another code path than the estimate counts on: its peak is no error of it."""
+        self._learns = False
+
     def measured(self, when: Literal["probe", "end"]) -> MemoryMeasured:
         """The peak so far beside the estimate."""
         allocated = reserved = 0

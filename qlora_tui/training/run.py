@@ -35,6 +35,7 @@ from qlora_tui.training.probe import longest_micro_batch, probe
 from qlora_tui.training.processes import Processes
 from qlora_tui.training.reporter import Reporter
 from qlora_tui.training.telemetry import Telemetry
+from qlora_tui.training.verify import verify_first_step
 from qlora_tui.training.versions import versions
 
 
@@ -100,9 +101,10 @@ class Attempt:
         self.meter.trains_with(base.loss)
         self._tell_environment(device, base)
         schedule = lay_out(data.train, recipe, kept_apart=base.kept_apart)
+        model = self._adapted(base, files, tokenizer)
+        base, schedule = self._verified(model, base, data, schedule, device, tokenizer)
         self._tell_data(data, schedule)
         self._may_end()
-        model = self._adapted(base, files, tokenizer)
         return self._steps(files, base, model, device, tokenizer, data, schedule)
 
     def _steps(
@@ -156,6 +158,36 @@ class Attempt:
         trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
         seconds = time.perf_counter() - self._began - edge.evaluating_s
         return self._end(files, base, edge, trainer, tokenizer, seconds, trainer.tokens - tokens_before)
+
+    def _verified(
+        self,
+        model: Any,
+        base: Base,
+        data: Prepared,
+        schedule: Schedule,
+        device: Device,
+        tokenizer: ChatTokenizer,
+    ) -> tuple[Base, Schedule]:
+        """Compare the first step with the library's; what the run computes with from here on."""
+        self._may_end()
+        self._reporter.phase("probing", "the first step beside the library's")
+        verified = verify_first_step(
+            model,
+            base,
+            data.train,
+            schedule,
+            self._recipe.training.micro_batch,
+            device,
+            tokenizer.pad_id or 0,
+            self._among,
+            self._reporter,
+        )
+        if not verified.replaced:
+            return base, schedule
+        assert self.meter is not None
+        self.meter.learn_nothing()
+        self._tell_environment(device, verified)
+        return verified, lay_out(data.train, self._recipe, kept_apart=verified.kept_apart)
 
     def _begin(self, edge: Edge, trainer: RunTrainer, schedule: Schedule, data: Prepared, base: Base) -> None:
         self._may_end()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn import functional
 
 from qlora_tui.data.untrained import FAINT
 from qlora_tui.errors import Problem
+from qlora_tui.training.lean.replace import replace_forward
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _replace_forward(wrapper: Any) -> None:
         return with_rows(self.original_module, x, lean_rows())
 
     wrapper.lean_rows = lean_rows
-    wrapper.forward = MethodType(forward, wrapper)
+    replace_forward(wrapper, forward, "token rows")
 
 
 class _Lookup(torch.autograd.Function):

@@ -34,6 +34,7 @@ from qlora_tui.runs.events import (
     Sampled,
     Started,
     Step,
+    StepVerified,
     Stopped,
 )
 from qlora_tui.runs.status import read_status
@@ -62,6 +63,9 @@ def test_a_run_tells_what_it_is_and_does(recipe: MakeRecipe, trainers: Trainers)
     (environment,) = told(run, Environment)
     assert (environment.device_kind, environment.compute_dtype) == ("cpu", "float32")
     assert environment.loss == "chunked" and environment.attention == "SDPA, sample by sample"
+    (verified,) = told(run, StepVerified)
+    assert verified.agrees and verified.replaced == () and verified.tokens > 16
+    assert verified.loss == pytest.approx(verified.reference_loss, rel=1e-5)
     (data,) = told(run, DataReady)
     steps = told(run, Step)
     assert [step.step for step in steps] == list(range(1, data.total_steps + 1))

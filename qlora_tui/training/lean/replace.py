@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-Part: TypeAlias = Literal["lora", "mlp", "norms"]
+Part: TypeAlias = Literal["lora", "mlp", "norms", "token rows"]
 """Kinds of modules that are replaced together."""
-PARTS: tuple[Part, ...] = ("lora", "mlp", "norms")
+PARTS: tuple[Part, ...] = ("norms", "mlp", "lora", "token rows")
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any], part: Part) -> None:
@@ -20,15 +20,32 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], part: Part) 
     vars(module)["forward"] = MethodType(forward, module)
 
 
+class ReplacedForwards:
+    """The modules of a model that one part replaced; their forwards can be switched, both ways."""
+
+    def __init__(self, model: nn.Module, part: Part) -> None:
+        self._part = part
+        replaced = [m for m in model.modules() if getattr(vars(m).get("forward"), "part", None) == part]
+        self._ours = {module: vars(module)["forward"].__func__ for module in replaced}
+
+    def __len__(self) -> int:
+        return len(self._ours)
+
+    def use_library(self) -> None:
+        """Give each module the forward that was replaced."""
+        for module, forward in self._ours.items():
+            vars(module).pop("forward", None)
+            if forward.before is not None:
+                vars(module)["forward"] = forward.before
+
+    def use_ours(self) -> None:
+        """Replace them again."""
+        for module, forward in self._ours.items():
+            vars(module)["forward"] = MethodType(forward, module)
+
+
 def restore_forwards(model: nn.Module, part: Part) -> int:
     """Give every module of ``model`` that ``part`` replaced its former forward; how many they were."""
-    restored = 0
-    for module in model.modules():
-        own = vars(module)
-        if getattr(own.get("forward"), "part", None) != part:
-            continue
-        before = own.pop("forward").before
-        if before is not None:
-            own["forward"] = before
-        restored += 1
-    return restored
+    replaced = ReplacedForwards(model, part)
+    replaced.use_library()
+    return len(replaced)

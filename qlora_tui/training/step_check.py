@@ -1,0 +1,319 @@
+"""One real training step computed twice: by transformers and peft alone, and as this run will compute it.
+
+The checks of single parts (norms, gated MLPs, output head, attention) run each part on inputs prepared for
+it. This check knows nothing about parts: the same tokens, weights and dtype must give the same loss and the
+same gradient of every adapter tensor, whatever the model's class does.
+
+"The same" means: as near as the library's own step stays to itself when the output of each module, and the
+gradient that comes back through it, is moved by the dtype's rounding error. That is measured here, on this
+model and these tokens, for each tensor by itself (stochastic arithmetic, as in Vignes 1993, CESTAC).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tui.training.batches import Row, Samples, collate, on_device, predictions_in
+from qlora_tui.training.device import Device
+from qlora_tui.training.loss import IGNORED
+
+Gradients: TypeAlias = dict[str, Tensor]
+"""Of each trained parameter, by its name in the model."""
+
+FACTOR = 3.0
+"""Times the measured rounding noise by which our step may differ. Right steps stay below 1.7 on SmolLM2-135M
+and Gemma-3-270M in float32 and bfloat16; Gemma with Llama's form of RMSNorm is at 25 and more."""
+_ROUNDING = {torch.float32: 2.0, torch.bfloat16: 0.5, torch.float16: 0.5}
+"""Machine epsilons by which each module's output is moved. In 16 bits results are rounded once; in float32
+the order of a sum over thousands of products shows."""
+_LOSS_ROUNDING = 16 * torch.finfo(torch.float32).eps
+"""Share of a loss by which the order of its sums over vocabulary and tokens may move it, in float32."""
+_ADAPTER_SHARE = 0.05
+"""Size of the adapter's output beside that of its frozen module, about: enough for A's gradient to tell."""
+_FP16_LOSS_SCALE = 1024.0
+"""So that small gradients do not vanish in float16, as the trainer's loss scaling does it."""
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Tokens of some samples of the first micro-batch; a :class:`~qlora_tui.training.batches.Samples`."""
+
+    ids: tuple[tuple[int, ...], ...]
+    labels: tuple[tuple[int, ...], ...]
+    """1 for each token that is trained on, else 0."""
+    loss_weights: tuple[tuple[float, ...] | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def token_ids(self, i: int, /) -> Sequence[int]:
+        """Token ids of one sample."""
+        return self.ids[i]
+
+    def trained(self, i: int, /) -> Sequence[int]:
+        """1 for each token that is trained on, else 0."""
+        return self.labels[i]
+
+    def weights(self, i: int, /) -> Sequence[float] | None:
+        """How much each token counts in the loss; None where each trained token counts 1."""
+        return self.loss_weights[i]
+
+    def length(self, i: int, /) -> int:
+        """Tokens of one sample."""
+        return len(self.ids[i])
+
+    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
+        """The samples in order."""
+        return range(len(self))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(map(len, self.ids))
+
+
+def excerpt_of(rows: Sequence[Row], samples: Samples, *, tokens: int) -> Excerpt:
+    """At most ``tokens`` tokens of the first two samples in ``rows``, each up to its last trained token.
+
+    Two samples, so that a row that packs them tells whether one sees the other.
+    """
+    first = [i for row in rows for i in row][:2]
+    each = max(2, tokens // len(first))
+    ids, labels, weights = [], [], []
+    for i in first:
+        trained = list(samples.trained(i))
+        end = max((at + 1 for at, on in enumerate(trained) if on), default=len(trained))
+        window = slice(max(0, end - each), end)
+        of_sample = samples.weights(i)
+        ids.append(tuple(samples.token_ids(i)[window]))
+        labels.append(tuple(trained[window]))
+        weights.append(None if of_sample is None else tuple(of_sample[window]))
+    return Excerpt(tuple(ids), tuple(labels), tuple(weights))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far our step is from the library's, beside the library's own rounding noise."""
+
+    loss: float
+    reference_loss: float
+    loss_noise: float
+    gradient_difference: float
+    """Share of its size by which one tensor's gradient differs: the tensor furthest beyond its noise."""
+    gradient_noise: float
+    """The noise of that tensor, likewise."""
+    tensor: str
+    """Its name."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether rounding explains every difference. False where a value is not finite."""
+        return (
+            abs(self.loss - self.reference_loss) <= FACTOR * self.loss_noise
+            and self.gradient_difference <= FACTOR * self.gradient_noise
+        )
+
+
+class StepReference:
+    """The library's step on an excerpt, and its noise: what any other way to compute it is compared with."""
+
+    def __init__(self, model: nn.Module, excerpt: Excerpt, device: Device) -> None:
+        """Compute it. ``model`` must compute by transformers and peft alone; its gradients are cleared."""
+        self._model, self._excerpt, self._device = model, excerpt, device
+        self._items = predictions_in([(i,) for i in range(len(excerpt))], excerpt) or 1.0
+        self._losses, self._gradients = self._library_step()
+        norms = torch.stack([gradient.norm() for gradient in self._gradients.values()])
+        least = torch.finfo(device.dtype).eps * float(norms.square().mean().sqrt())
+        self._least = max(least, torch.finfo(torch.float32).tiny)
+        """Below this a gradient is not resolved beside the others."""
+        self._draws = 0
+        self.loss = float(self._losses.sum()) / self._items
+        self.loss_noise = _LOSS_ROUNDING * abs(self.loss)
+        self._noise = dict.fromkeys(self._gradients, 0.0)
+        self.measure_noise()
+
+    def measure_noise(self) -> None:
+        """Move the library's step by rounding errors; the largest move of several draws counts.
+
+        Like the constructor, needs a model that computes by transformers and peft alone.
+        """
+        with rounding_errors(self._model, rounding_error_of(self._device.dtype), seed=self._draws):
+            losses, gradients = self._library_step()
+        self._draws += 1
+        moves = losses - self._losses
+        # A single draw may cancel out in the sum: its spread is the least that is allowed for.
+        noise = float(torch.maximum(moves.sum().abs(), moves.norm())) / self._items
+        self.loss_noise = max(noise, self.loss_noise)
+        for name, gradient in self._gradients.items():
+            self._noise[name] = max(float((gradients[name] - gradient).norm()), self._noise[name])
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it is a number: if not, nothing can be compared with it."""
+        return math.isfinite(self.loss + self.loss_noise + sum(self._noise.values()))
+
+    def compare(self, *, packed: bool, pad_id: int) -> Comparison:
+        """Run one step as the trainer does, on the model as it is now.
+
+        ``packed``: the samples share a row.
+        """
+        rows = [(0, 1)] if packed and len(self._excerpt) == 2 else [(i,) for i in range(len(self._excerpt))]
+        batch = collate(
+            rows, self._excerpt, kept_apart=packed, pad_id=pad_id, multiple=self._device.row_multiple
+        )
+        with _autocast(self._device):
+            sent = on_device(batch, self._device.torch_device)
+            loss = self._model(**sent, num_items_in_batch=1).loss / self._items
+        gradients = self._backward(loss)
+        differences = {
+            name: float((gradients[name] - expected).norm()) for name, expected in self._gradients.items()
+        }
+        # Written so that NaN is the worst.
+        worst = max(differences, key=lambda name: _or_infinite(differences[name] / self._noise_of(name)))
+        size = self._size(worst)
+        return Comparison(
+            loss=float(loss.detach()),
+            reference_loss=self.loss,
+            loss_noise=self.loss_noise,
+            gradient_difference=differences[worst] / size,
+            gradient_noise=self._noise_of(worst) / size,
+            tensor=worst,
+        )
+
+    def _size(self, name: str) -> float:
+        return max(float(self._gradients[name].norm()), self._least)
+
+    def _noise_of(self, name: str) -> float:
+        """At least what is not resolved; a gradient that is noise for the most part says nothing.
+
+        Queries and keys have such where attention looks at one token alone: what rounding leaves of 0.
+        """
+        noise = max(self._noise[name], self._least)
+        return noise if FACTOR * noise < self._size(name) else max(noise, self._size(name))
+
+    def _library_step(self) -> tuple[Tensor, Gradients]:
+        """Weighted loss of each token (tokens,), each sample by itself, and the gradients of the mean."""
+        excerpt, device = self._excerpt, self._device.torch_device
+        losses: list[Tensor] = []
+        self._model.zero_grad()
+        for ids, trained, weights in zip(excerpt.ids, excerpt.labels, excerpt.loss_weights, strict=True):
+            tokens = torch.tensor([ids], device=device)
+            targets = tokens[0].masked_fill(torch.tensor(trained, device=device) == 0, IGNORED)[1:]
+            with _autocast(self._device):
+                logits = self._model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+            each = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+            if weights is not None:
+                each = each * torch.tensor(weights[1:], device=device)
+            losses.append(each.detach().cpu())
+            self._backward_of(each.sum() / self._items)
+        return torch.cat(losses), self._take_gradients()
+
+    def _backward(self, loss: Tensor) -> Gradients:
+        self._model.zero_grad()
+        self._backward_of(loss)
+        return self._take_gradients()
+
+    def _backward_of(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss * _FP16_LOSS_SCALE if self._device.dtype == torch.float16 else loss)
+
+    def _take_gradients(self) -> Gradients:
+        """Copies of the gradients, in fp32 on the CPU; the model's are cleared."""
+        gradients = {
+            name: torch.zeros(p.shape)
+            if p.grad is None
+            else p.grad.detach().to("cpu", torch.float32, copy=True)
+            for name, p in self._model.named_parameters()
+            if p.requires_grad
+        }
+        self._model.zero_grad()
+        return gradients
+
+
+@contextmanager
+def ready_to_compare(model: nn.Module) -> Iterator[None]:
+    """Let the adapter change the model, and nothing be dropped out; all is put back afterwards.
+
+    A new adapter's B is 0, and with it the gradient of A: two wrong gradients would agree.
+    """
+    adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad}
+    before = {name: p.detach().to("cpu", copy=True) for name, p in adapters.items()}
+    generator = torch.Generator().manual_seed(0)
+    with _no_dropout(model), torch.random.fork_rng():
+        try:
+            for name, values in before.items():
+                std = _ADAPTER_SHARE / max(values.shape[-1], 1) ** 0.5
+                adapters[name].data.copy_(torch.randn(values.shape, generator=generator).mul_(std))
+            yield
+        finally:
+            for name, values in before.items():
+                adapters[name].data.copy_(values)
+            model.zero_grad()
+
+
+@contextmanager
+def _no_dropout(model: nn.Module) -> Iterator[None]:
+    """Keep every dropout from dropping, in training mode: checkpointing works in no other."""
+    was_training = model.training
+    changed: list[tuple[Any, str, float]] = []
+    for module in model.modules():
+        for name in ("p", "dropout", "attention_dropout"):
+            value = vars(module).get(name)
+            if isinstance(value, float) and value:
+                changed.append((module, name, value))
+                setattr(module, name, 0.0)
+    model.train()
+    try:
+        yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)
+        model.train(was_training)
+
+
+def rounding_error_of(dtype: torch.dtype) -> float:
+    """Share by which the output of a module that computes in ``dtype`` may be off by rounding."""
+    return _ROUNDING[dtype] * torch.finfo(dtype).eps
+
+
+@contextmanager
+def rounding_errors(model: nn.Module, size: float, *, seed: int) -> Iterator[None]:
+    """Move each element that a module gives, and of the gradient that comes back, up or down by ``size``."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def error(x: Tensor) -> Tensor:
+        generator = generators.setdefault(x.device, torch.Generator(x.device).manual_seed(seed))
+        signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device, dtype=torch.int8)
+        return x.detach() * signs.to(x.dtype).mul_(2 * size).sub_(size)
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not torch.is_tensor(output) or not output.is_floating_point():
+            return None
+        moved = output + error(output)
+        if moved.requires_grad:
+            moved.register_hook(lambda gradient: gradient + error(gradient))  # type: ignore[no-untyped-call]
+        return moved
+
+    leaves = [module for module in model.modules() if next(module.children(), None) is None]
+    handles = [module.register_forward_hook(hook) for module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _or_infinite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _autocast(device: Device) -> AbstractContextManager[Any]:
+    """As the trainer computes: float16 goes with automatic mixed precision, on a GPU."""
+    uses_it = device.kind == "cuda" and device.dtype == torch.float16
+    return torch.autocast("cuda", torch.float16) if uses_it else nullcontext()

@@ -1,0 +1,239 @@
+"""The first step against the library's: right code passes, each wrong path is named and replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_tui.catalog.local import resolve
+from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
+from qlora_tui.training import attention, loss
+from qlora_tui.training.adapter import add_lora
+from qlora_tui.training.base import Base, prepare_base
+from qlora_tui.training.device import Device, find_device
+from qlora_tui.training.lean import gated, linear, norm
+from qlora_tui.training.load import checkpoint_activations
+from qlora_tui.training.processes import Processes
+from qlora_tui.training.step_check import Excerpt, StepReference, excerpt_of, ready_to_compare
+from qlora_tui.training.verify import Verified, verify_step
+from tests.training.families import build
+from tests.training.trained import CLAIMED, build_trained
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
+}
+"""A soft cap that tiny logits reach; the Gemma 4 that the catalog knows."""
+_SATURATED = {"deepseek_v3", "falcon"}
+"""With these weights their attention looks at one token alone: in 16 bits, what reaches the queries is
+rounding, whichever way it is computed."""
+Mutation = Callable[[pytest.MonkeyPatch], None]
+
+
+def excerpt(weights: float | None = None) -> Excerpt:
+    """Two samples of 20 and 13 tokens, the second half of each trained on."""
+    generator = torch.Generator().manual_seed(3)
+    ids = [tuple(torch.randint(3, 300, (n,), generator=generator).tolist()) for n in (20, 13)]
+    labels = [tuple(int(at >= len(of_one) // 2) for at in range(len(of_one))) for of_one in ids]
+    counts = [None if weights is None else tuple(weights * on for on in of_one) for of_one in labels]
+    return Excerpt(tuple(ids), tuple(labels), tuple(counts))
+
+
+def massive_channel(model_type: str, dtype: torch.dtype, **settings: Any) -> Any:
+    """A model whose attention looks at several tokens, as trained models' does, with outliers elsewhere: norm
+    weights of 0.2 to 5, one channel of the residual stream far above all others."""
+    model = build(model_type, **settings)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if "norm" in name and isinstance(weight, torch.nn.Parameter):
+                weight.copy_(torch.randn(weight.shape, generator=generator).mul_(0.5).exp_())
+            if name.endswith("down_proj"):
+                module.weight[7] *= 30
+    return model.to(dtype)
+
+
+def adapted(
+    folder: Path, model_type: str, dtype: str, *, build: Callable[..., Any] = build_trained, **lora: Any
+) -> tuple[Any, Base, Device]:
+    """A model of the family, ready to train as a run would train it."""
+    build(model_type, getattr(torch, dtype), **_SETTINGS.get(model_type, {})).save_pretrained(folder)
+    recipe = Recipe(
+        model=Model(id=str(folder)),
+        quantization=Quantization(method="none", compute_dtype=dtype),  # type: ignore[arg-type]  # of two
+        lora=Lora(rank=4, alpha=8, **lora),
+    )
+    device = find_device(recipe)
+    base = prepare_base(folder, recipe, device, "segments", "chunked", weighted=False)
+    torch.manual_seed(0)
+    return add_lora(base.model, recipe.lora, resolve(str(folder)).architecture), base, device
+
+
+def verify(folder: Path, model_type: str, dtype: str = "float32", **lora: Any) -> Verified:
+    model, base, device = adapted(folder, model_type, dtype, **lora)
+    verified = verify_step(model, base, excerpt(), device, 0, Processes())
+    assert isinstance(verified, Verified), verified
+    return verified
+
+
+@pytest.mark.parametrize("model_type", sorted(CLAIMED))
+def test_every_family_with_heavy_tails_keeps_its_fast_paths(model_type: str, tmp_path: Path) -> None:
+    for dtype in ["float32"] if model_type in _SATURATED else ["float32", "bfloat16"]:
+        verified = verify(tmp_path / dtype, model_type, dtype, dropout=0.1)
+        assert verified.agrees and verified.replaced == (), (dtype, verified.comparison)
+
+
+def no_offset(patch: pytest.MonkeyPatch) -> None:
+    """Gemma's norm multiplies by the weight alone."""
+    patch.setattr(norm, "_factor", lambda weight, form: weight.float())
+
+
+def norm_without_projection(patch: pytest.MonkeyPatch) -> None:
+    """The norm's backward forgets that the root mean square depends on the input."""
+
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        _, spread = ctx.saved_tensors
+        factor = norm._factor(ctx.weight, ctx.form)
+        return (gradient.float() * factor * spread).to(gradient.dtype), None, None, None
+
+    patch.setattr(norm._LeanNorm, "backward", staticmethod(backward))
+
+
+def gate_and_up_swapped(patch: pytest.MonkeyPatch) -> None:
+    class Swapped(gated._LeanGated):
+        @staticmethod
+        def forward(ctx: Any, gate: Tensor, up: Tensor, *rest: Any) -> Tensor:
+            return gated_forward(ctx, up, gate, *rest)
+
+    gated_forward = gated._LeanGated.forward
+    patch.setattr(gated, "_LeanGated", Swapped)
+
+
+def scale_dropped(patch: pytest.MonkeyPatch) -> None:
+    """A's gradient is not multiplied by the adapter's scale."""
+    right = linear.backward
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        toward_x, toward_a, toward_b = right(*args, **kwargs)
+        return toward_x, toward_a / args[6].scale, toward_b
+
+    patch.setattr(linear, "backward", wrong)
+
+
+def samples_not_separated(patch: pytest.MonkeyPatch) -> None:
+    right = attention.segment_mask
+    patch.setattr(loss, "segment_mask", lambda lengths: right([sum(lengths)]))
+
+
+def soft_cap_forgotten(patch: pytest.MonkeyPatch) -> None:
+    right = loss._losses_and_slopes
+
+    def wrong(logits: Tensor, targets: Tensor, head: loss.Head, *, needs_grad: bool) -> Any:
+        plain = loss.Head(head.projection, head.multiplier, None)
+        return right(logits, targets, plain, needs_grad=needs_grad)
+
+    patch.setattr(loss, "_losses_and_slopes", wrong)
+
+
+def multiplier_forgotten_in_backward(patch: pytest.MonkeyPatch) -> None:
+    right = loss._losses_and_slopes
+
+    def wrong(logits: Tensor, targets: Tensor, head: loss.Head, *, needs_grad: bool) -> Any:
+        losses, slopes = right(logits, targets, head, needs_grad=needs_grad)
+        return losses, None if slopes is None else slopes / head.multiplier
+
+    patch.setattr(loss, "_losses_and_slopes", wrong)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mutate", "model_type", "path"),
+    [
+        (no_offset, "gemma3_text", "norms"),
+        (norm_without_projection, "llama", "norms"),
+        (gate_and_up_swapped, "qwen3", "mlp"),
+        (scale_dropped, "mistral", "lora"),
+        (samples_not_separated, "llama", "packed attention"),
+        (soft_cap_forgotten, "gemma2", "loss"),
+        (multiplier_forgotten_in_backward, "granite", "loss"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_wrong_path_is_named_and_replaced(
+    mutate: Mutation, model_type: str, path: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base, device = adapted(tmp_path, model_type, dtype, build=massive_channel)
+    mutate(monkeypatch)
+    verified = verify_step(model, base, excerpt(), device, 0, Processes())
+    assert isinstance(verified, Verified)
+    assert verified.replaced == (path,) and verified.agrees and not verified.comparison.agrees
+
+
+def test_two_wrong_paths_are_both_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, base, device = adapted(tmp_path, "llama", "float32")
+    norm_without_projection(monkeypatch)
+    gate_and_up_swapped(monkeypatch)
+    verified = verify_step(model, base, excerpt(), device, 0, Processes())
+    assert isinstance(verified, Verified) and verified.replaced == ("norms", "mlp")
+    with ready_to_compare(model):
+        as_left = StepReference(model, excerpt(), device).compare(packed=True, pad_id=0)
+    assert as_left.agrees
+
+
+def test_the_check_leaves_model_and_random_numbers_as_they_were(tmp_path: Path) -> None:
+    model, base, device = adapted(tmp_path, "llama", "float32", dropout=0.1)
+    checkpoint_activations(base.model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    numbers = torch.get_rng_state()
+    assert isinstance(verify_step(model, base, excerpt(0.5), device, 0, Processes()), Verified)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert base.model.config._attn_implementation == "qlora_segments"
+    dropouts = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert dropouts and set(dropouts) == {0.1}
+
+
+def test_a_library_step_that_is_not_finite_is_no_verdict(tmp_path: Path) -> None:
+    model, base, device = adapted(tmp_path, "llama", "float32")
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight.fill_(float("nan"))
+    verdict = verify_step(model, base, excerpt(), device, 0, Processes())
+    assert isinstance(verdict, str) and "not a finite number" in verdict
+
+
+class _Samples:
+    """One sample of 30 tokens, trained from 12 to 19, and one of 4."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def token_ids(self, i: int) -> list[int]:
+        return [list(range(30)), list(range(100, 104))][i]
+
+    def trained(self, i: int) -> list[int]:
+        return [[int(12 <= at < 20) for at in range(30)], [0, 0, 1, 1]][i]
+
+    def weights(self, i: int) -> list[float] | None:
+        return None
+
+    def length(self, i: int) -> int:
+        return [30, 4][i]
+
+    def epoch(self, epoch: int, seed: int) -> list[int]:
+        return [0, 1]
+
+
+def test_an_excerpt_ends_with_the_last_trained_token() -> None:
+    part = excerpt_of([(0,), (1,)], _Samples(), tokens=20)
+    assert part.ids == (tuple(range(10, 20)), (100, 101, 102, 103))
+    assert part.labels == ((0, 0, 1, 1, 1, 1, 1, 1, 1, 1), (0, 0, 1, 1))
+    assert part.tokens == 14
