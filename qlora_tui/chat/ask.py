@@ -145,6 +145,8 @@ def _with_notes(reply: Reply) -> Iterator[Said]:
             thought = None
         thought = said if said.thought else thought
         yield said
+    if reply.outcome is not None and reply.outcome.warning:
+        _note(f"\n{reply.outcome.warning}")
     if thought is not None:
         _note(
             f"It was still thinking after {counted(thought.tokens, 'token')} and gave no answer. "

@@ -37,6 +37,8 @@ class Effect(Struct, frozen=True, kw_only=True):
     turns_ended: int
     """How many of them the adapter ends."""
     turns_ended_by_base: int
+    warning: str = ""
+    """Where these figures rest on other scores than those of transformers and peft."""
     token_rows: tuple[str, ...] = ()
     """Tokens for which the adapter has rows of the embedding and the head of its own."""
     layers: tuple[LayerChange, ...]

@@ -62,6 +62,8 @@ def measure_effect(
         trained = held_out.trained(i)[:_MOST_TOKENS]
         before = [t - 1 for t in range(1, len(ids)) if trained[t]]
         if before:
+            session.check(BASE, ids)
+            session.check(voice, ids)
             targets = torch.tensor([ids[t + 1] for t in before], device=session.device)
             sums.add(session.scores(BASE, ids, before), session.scores(voice, ids, before), targets)
     if not sums.tokens:
@@ -83,6 +85,7 @@ def measure_effect(
         turns=sums.turns,
         turns_ended=sums.turns_ended,
         turns_ended_by_base=sums.turns_ended_by_base,
+        warning=session.warning,
         token_rows=_token_rows(session, updates),
         layers=_layer_changes(session, voice, updates),
     )

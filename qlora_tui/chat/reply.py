@@ -26,6 +26,7 @@ class Speaker(Protocol):
     device: torch.device
     context_length: int
     end_ids: frozenset[int]
+    warning: str
 
     def read(self, voice: str, token_ids: list[int], kept: Kept) -> Tensor:
         """Scores (1, vocabulary) of what comes after ``token_ids``."""
@@ -88,6 +89,7 @@ class Reply:
             new_tokens=len(answer),
             first_token_s=first_at - began,
             tokens_per_s=(len(answer) - 1) / (ended - first_at) if len(answer) > 1 else 0.0,
+            warning=self._speaker.warning,
             thought=said.thought.strip(),
             thought_tokens=said.thought_tokens,
             thought_s=said.thought_s,

@@ -24,6 +24,13 @@ from qlora_tui.chat.reply import Reply
 from qlora_tui.chat.terms import BASE, ChatSource, Sampling, ThinkingOf
 from qlora_tui.chat.thoughts import ThoughtSplitter, marks_of
 from qlora_tui.chat.unpack import unpack_on_cpu
+from qlora_tui.chat.verify import (
+    TOKENS,
+    ScoresComparison,
+    compare_scores,
+    library_code,
+    use_library_code,
+)
 from qlora_tui.chat.voices import Voices, uses_dora
 from qlora_tui.data.conversation import Message, RowRefused
 from qlora_tui.data.render import prompt_ids
@@ -63,6 +70,10 @@ class ChatSession:
         self._model = model
         self._voices = Voices(model, source.adapters)
         self._kept: dict[str, Kept] = {}
+        self.checked: dict[str, ScoresComparison] = {}
+        """By voice, its scores beside the library's, once it has answered."""
+        self.warning = ""
+        """What the user should know of how this session answers; empty where all is well."""
         takes = signature(model.forward).parameters
         # Its name changes within transformers 5.
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
@@ -110,6 +121,7 @@ class ChatSession:
         """
         prompt = self.prompt(messages, thinking)
         self.need(voice)
+        self.check(voice, prompt)
         kept = self._kept.setdefault(voice, Kept(self._model.config))
         opened = bool(OPENED.search(self.tokenizer.decode(prompt[-_OPENING_TOKENS:])))
         splitter = ThoughtSplitter(self._marks, in_thought=opened)
@@ -118,6 +130,50 @@ class ChatSession:
     def need(self, voice: str) -> None:
         """Read the adapter of ``voice`` if it has not been read. Raises Problem."""
         self._voices.need(voice)
+
+    def check(self, voice: str, prompt: list[int]) -> None:
+        """Compare the scores of a voice that ``need`` has seen to with the library's, once.
+
+        Where they differ, the session computes by transformers and peft alone from here on, and says so in
+        ``warning``.
+        """
+        ids = prompt[-TOKENS:]
+        if voice in self.checked or len(ids) < 2:
+            return
+
+        def ours() -> Tensor:
+            kept = Kept(self._model.config)
+            return torch.cat([self.read(voice, part, kept) for part in (ids[:-1], ids[-1:])])
+
+        comparison = compare_scores(
+            self._model, self.machine.dtype, ours, lambda: self._library_scores(voice, ids)
+        )
+        self.checked[voice] = comparison
+        if comparison.agrees:
+            return
+        use_library_code(self._model)
+        self._voices.use_peft()
+        self._kept.clear()
+        again = compare_scores(
+            self._model, self.machine.dtype, ours, lambda: self._library_scores(voice, ids)
+        )
+        how = (
+            f"the scores of the next token differed from those of transformers and peft by "
+            f"{comparison.difference:.2g} of their spread, where rounding explains {comparison.noise:.2g}"
+        )
+        self.warning = (
+            f"Answers come slower: {how}. This chat now uses the library's code, and agrees with it."
+            if again.agrees
+            else f"Do not rely on these answers: {how}, and they still differ by {again.difference:.2g} "
+            "with the library's own layers. Please report the model and the version of transformers."
+        )
+
+    @torch.inference_mode()
+    def _library_scores(self, voice: str, token_ids: list[int]) -> Tensor:
+        """Scores (2, vocabulary) after the last two of ``token_ids``, by transformers and peft alone."""
+        with library_code(self._model), self._voices.through_peft(voice):
+            output = self._model(input_ids=torch.tensor([token_ids], device=self.device), use_cache=False)
+        return output.logits[0, -2:]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
     def prompt(self, messages: Sequence[Message], thinking: Thinking = "auto") -> list[int]:
         """The conversation as the model reads it, up to where the answer begins. Raises Problem."""

@@ -92,6 +92,8 @@ class Outcome(Struct, frozen=True, kw_only=True):
     """What it thought before it answered."""
     thought_tokens: int = 0
     thought_s: float = 0.0
+    warning: str = ""
+    """Where the chat computed other scores than transformers and peft: what that means for the answer."""
     thought_ended: bool = True
     """False where it was still thinking when it stopped."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,29 @@ class Voices:
         self._speaking.voice = voice
         if self._lean:
             return
+        self._switch_peft_to(voice)
+
+    @contextmanager
+    def through_peft(self, voice: str) -> Iterator[None]:
+        """Let peft itself answer as ``voice``, where the layers compute by its code; then as before."""
+        if self._with_adapters is None:
+            yield
+            return
+        before = self._speaking.voice
+        self._switch_peft_to(voice)
+        try:
+            yield
+        finally:
+            if not self._lean:
+                self._switch_peft_to(before)
+
+    def use_peft(self) -> None:
+        """Let peft compute every adapter from here on."""
+        self._lean = False
+        if self._with_adapters is not None:
+            self._switch_peft_to(self._speaking.voice)
+
+    def _switch_peft_to(self, voice: str) -> None:
         tuner = self._with_adapters.base_model
         if voice == BASE:
             tuner.disable_adapter_layers()

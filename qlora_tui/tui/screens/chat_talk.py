@@ -38,6 +38,8 @@ from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from qlora_tui.tui.widgets.prompt_box import PromptBox
 from qlora_tui.tui.work import Later
 
+_WARNING_S = 20.0
+
 
 class Talking(WorkScreen):
     """A screen that holds a conversation with one or two voices."""
@@ -61,6 +63,7 @@ class Talking(WorkScreen):
         """As the model is asked; ``auto`` leaves it to the run and the chat template."""
         self.unfolded = False
         """Whether thoughts are shown."""
+        self._warned_of = ""
         self.shares_with: set[str] = set()
         """Runs beside which the user said the model may be held."""
 
@@ -177,12 +180,19 @@ class Talking(WorkScreen):
                     await turn.answers[voice].grow(reply.said)
                 elif isinstance(reply, Done):
                     await turn.answers[voice].end(reply.outcome)
+                    self._warn(reply.outcome.warning)
         except EngineClosed:
             await turn.answers[voice].leave(words.UNLOADED)
         except Problem as problem:
             await turn.answers[voice].fail(problem)
         finally:
             self.answers.remove(asked)
+
+    def _warn(self, warning: str) -> None:
+        """Show what the session says of its answers, once."""
+        if warning and warning != self._warned_of:
+            self._warned_of = warning
+            self.app.notify(warning, severity="warning", timeout=_WARNING_S)
 
     @work(group="answers")
     async def measure(self) -> None:

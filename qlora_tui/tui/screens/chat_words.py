@@ -93,7 +93,8 @@ def effect(measured: Effect, width: int) -> Content:
         room = min(len(measured.layers), max(_FEWEST_COLUMNS, width - len(before + after)))
         columns = thinned([change.relative for change in measured.layers], room)
         figures = before + blocks(columns, 0.0, most.relative, 1)[0] + after
-    return Content.assemble(measured.sentence, (f"\n{figures}", "$text-muted"))
+    warning = f"\n{measured.warning}" if measured.warning else ""
+    return Content.assemble(measured.sentence, (warning, "$text-warning"), (f"\n{figures}", "$text-muted"))
 
 
 def _sampling_words(sampling: Sampling) -> str:

@@ -1,0 +1,100 @@
+"""The first tokens of a conversation, answered as this chat does and by transformers and peft alone.
+
+The chat reads a prompt into its own cache, adds adapters, groups heads and calls 4-bit kernels by shorter
+ways. Here the end of a real prompt goes through all of that and through the library's own code. The scores of
+the next token must agree as nearly as the library agrees with itself when each module's output is moved by
+the rounding error of the dtype (see :mod:`qlora_tui.training.step_check`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tui.chat.attention import NAME
+from qlora_tui.chat.four_bit import OneToken
+from qlora_tui.chat.lean import LeanForward, LeanRows
+from qlora_tui.training.load import attend_by
+from qlora_tui.training.step_check import FACTOR, rounding_error_of, rounding_errors
+
+TOKENS = 16
+"""Of the prompt's end: a forward pass over so few costs little more than one token of the answer."""
+_MOST_DRAWS = 4
+
+
+@dataclass(frozen=True)
+class ScoresComparison:
+    """How far the chat's scores are from the library's."""
+
+    difference: float
+    """Share of the scores' spread by which they differ: root mean square over the vocabulary."""
+    noise: float
+    """What rounding moves the library's by, likewise."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether rounding explains the difference. False where a score is not finite."""
+        return self.difference <= FACTOR * self.noise
+
+
+def compare_scores(
+    model: Any, dtype: torch.dtype, ours: Callable[[], Tensor], library: Callable[[], Tensor]
+) -> ScoresComparison:
+    """Compare two ways to the same scores (rows, vocabulary).
+
+    Args:
+        model: computes ``library`` by transformers and peft alone while that is called.
+        dtype: what the model computes in.
+    """
+    expected = library().float()
+    spread = float((expected - expected.mean(-1, keepdim=True)).norm())
+    difference = float((ours().float() - expected).norm()) / spread
+    noise = 0.0
+    for draw in range(_MOST_DRAWS):
+        with rounding_errors(model, rounding_error_of(dtype), seed=draw):
+            noise = max(noise, float((library().float() - expected).norm()) / spread)
+        comparison = ScoresComparison(difference, noise)
+        if comparison.agrees:
+            break
+    return comparison
+
+
+@contextmanager
+def library_code(model: nn.Module) -> Iterator[None]:
+    """Let the model compute by transformers and peft alone; then as before."""
+    replaced = _replaced(model)
+    for module in replaced:
+        vars(module).pop("forward")
+    config: Any = model.config
+    grouped = config._attn_implementation == NAME
+    if grouped:
+        attend_by(model, "sdpa")
+    try:
+        yield
+    finally:
+        for module, forward in replaced.items():
+            vars(module)["forward"] = forward
+        if grouped:
+            attend_by(model, NAME)
+
+
+def use_library_code(model: nn.Module) -> None:
+    """Let the model compute by transformers and peft alone from here on."""
+    for module in _replaced(model):
+        vars(module).pop("forward")
+    config: Any = model.config
+    if config._attn_implementation == NAME:
+        attend_by(model, "sdpa")
+
+
+def _replaced(model: nn.Module) -> dict[nn.Module, Any]:
+    return {
+        module: forward
+        for module in model.modules()
+        if isinstance(forward := vars(module).get("forward"), LeanForward | LeanRows | OneToken)
+    }

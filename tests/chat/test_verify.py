@@ -1,0 +1,100 @@
+"""A chat's scores beside the library's: right ones pass, wrong ones are replaced or named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+from torch.nn import functional
+
+from qlora_tui.chat import kept, lean
+from qlora_tui.chat.session import ChatSession, load_session
+from qlora_tui.chat.terms import GREEDY, ChatSource
+from qlora_tui.data.conversation import Message
+from qlora_tui.recipe.schema import Quantization
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chat")]
+
+QUESTION = [Message("user", "what does the quick brown fox say to the wise old owl in the oak")]
+
+
+def answered(source: ChatSource, voice: str) -> tuple[ChatSession, str]:
+    session = load_session(source)
+    sampling = replace(GREEDY, max_new_tokens=6)
+    return session, "".join(said.text for said in session.ask(QUESTION, voice=voice, sampling=sampling))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["nf4", "none"])
+def test_each_voice_is_checked_once_and_agrees(tiny_source: ChatSource, dtype: Any, method: Any) -> None:
+    recipe = replace(tiny_source.recipe, quantization=Quantization(method=method, compute_dtype=dtype))
+    session = load_session(replace(tiny_source, recipe=recipe))
+    for voice in ("adapter", "base", "step-2", "adapter"):
+        assert list(session.ask(QUESTION, voice=voice, sampling=replace(GREEDY, max_new_tokens=2)))
+    assert session.checked.keys() == {"adapter", "base", "step-2"} and not session.warning
+    assert all(0 < one.noise < 0.2 and one.agrees for one in session.checked.values())
+
+
+def scale_forgotten(patch: pytest.MonkeyPatch) -> None:
+    right = lean.LeanForward.learn
+
+    def learn(self: lean.LeanForward, voice: str, layer: Any) -> None:
+        right(self, voice, layer)
+        down, up = self._factors[voice]
+        self._factors[voice] = (down, up / layer.scaling[voice])
+
+    patch.setattr(lean.LeanForward, "learn", learn)
+
+
+def heads_swapped(patch: pytest.MonkeyPatch) -> None:
+    right = functional.scaled_dot_product_attention
+
+    def swapped(query: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        one_token = query.shape[-2] == query.shape[1]
+        output: Tensor = right(query.flip(-2) if one_token else query, *rest, **kwargs)
+        return output
+
+    patch.setattr(functional, "scaled_dot_product_attention", swapped)
+
+
+@pytest.mark.parametrize("mutate", [scale_forgotten, heads_swapped], ids=lambda mutate: mutate.__name__)
+def test_wrong_scores_are_replaced_by_the_librarys(
+    mutate: Any, tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected = answered(tiny_source, "adapter")
+    mutate(monkeypatch)
+    session, answer = answered(tiny_source, "adapter")
+    assert not session.checked["adapter"].agrees
+    assert session.warning.startswith("Answers come slower")
+    reply = session.ask(QUESTION, voice="adapter", sampling=replace(GREEDY, max_new_tokens=1))
+    assert list(reply) and reply.outcome is not None and reply.outcome.warning == session.warning
+    assert answer == expected
+
+
+def test_a_wrong_cache_is_named_since_nothing_replaces_it(
+    tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = kept.GrowingLayer.update
+
+    def update(self: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = right(self, keys, values, *args, **kwargs)
+        return keys, values.flip(-2) if keys.shape[-2] % 16 == 0 else values
+
+    monkeypatch.setattr(kept.GrowingLayer, "update", update)
+    session, _ = answered(tiny_source, "adapter")
+    assert session.warning.startswith("Do not rely on these answers")
+
+
+def test_library_scores_leave_no_trace(tiny_source: ChatSource) -> None:
+    session, answer = answered(tiny_source, "adapter")
+    before = {m: vars(m).get("forward") for m in session._model.modules()}
+    session._library_scores("adapter", [5, 6, 7])
+    assert {m: vars(m).get("forward") for m in session._model.modules()} == before
+    reply = session.ask(QUESTION, voice="adapter", sampling=replace(GREEDY, max_new_tokens=6))
+    assert "".join(said.text for said in reply) == answer
+    assert torch.equal(
+        session._library_scores("adapter", [5, 6, 7]), session._library_scores("adapter", [5, 6, 7])
+    )
