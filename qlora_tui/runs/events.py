@@ -13,7 +13,9 @@ from msgspec import Struct
 
 from qlora_tui.errors import Problem
 
-Phase: TypeAlias = Literal["loading", "tokenizing", "probing", "training", "evaluating", "saving"]
+Phase: TypeAlias = Literal[
+    "loading", "converting", "tokenizing", "probing", "training", "evaluating", "saving"
+]
 STEPPING: frozenset[Phase] = frozenset(("training", "evaluating", "saving"))
 """Phases that a run goes to and fro between, from its first step to its last."""
 
@@ -50,7 +52,7 @@ class PhaseChanged(Event, tag="phase", frozen=True, kw_only=True):
 
 
 class Progress(Event, tag="progress", frozen=True, kw_only=True):
-    """How far a phase without steps has come (tokenizing, evaluating)."""
+    """How far a phase without steps has come (converting, tokenizing, evaluating)."""
 
     phase: Phase
     done: int

@@ -8,8 +8,10 @@
 ``run``          the stations of a run, in order: load, prepare, train, save
 ``device``       what there is to compute on, and in which dtype; ``versions``: with which libraries
 ``priority``     giving way to other programs, where the processor trains
-``base``         the base model with its loss and attention; ``load``: quantised and frozen; ``gguf``: one
-                 that comes as GGUF (``llama_gguf``, ``vocabulary``: the short way for a plain Llama)
+``base``         the base model with its loss and attention; ``load``: quantized and frozen
+``conversion``   a GGUF file as a folder of safetensors, made once by the process ``gguf``: ``gguf_weights``
+                 writes the tensors of known families, ``llama_gguf`` (with ``vocabulary``) the rest of a
+                 plain Llama, ``streamed_gguf`` that of the others
 ``adapter``      LoRA on top of it; ``lean``: module and adapter as one function; ``token_rows``: rows of
                  embedding and head for tokens that the base never learned
 ``attention``    several samples in one row, each attending only to itself; ``even``: filled up for a CPU's
@@ -17,7 +19,8 @@
 ``loss``         cross-entropy over the trained tokens only, without the whole logits; ``liger``: its kernel
 ``checks``       proves both on the model at hand, or falls back
 ``batches``      samples to rows to micro-batches, in an order that resume can repeat
-``probe``        one step on the longest batch before the first; ``measure``: the memory a run takes
+``probe``        one step on the longest batch before the first; ``measure``: the memory a run takes;
+                 ``heap``: giving free memory back
 ``loop``         transformers' ``Trainer``, with what happens at the edge of a step
 ``edge``         what that is: told, validated (``evaluation``, ``accuracy``), saved, and what was ``asked``
 ``checkpoints``  written whole or not at all; resumed exactly

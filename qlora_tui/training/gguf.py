@@ -1,65 +1,76 @@
-"""GGUF files as folders of 16-bit safetensors, made once and kept in the cache.
+"""A GGUF file as a folder of 16-bit safetensors: the process that converts it.
 
-transformers reads a GGUF dequantised; quantising to NF4 at the same time is beyond it, so the model goes
-through the disk. ``python -m qlora_tui.training.gguf FILE FOLDER`` converts in a process of its own, so that
-torch leaves with it.
+``python -m qlora_tui.training.gguf FILE FOLDER`` is how :mod:`qlora_tui.training.conversion` starts it: in a
+process of its own, whose memory leaves with it. transformers reads a GGUF dequantized; quantizing to NF4 at
+the same time is beyond it, so the model goes through the disk.
 """
 
 from __future__ import annotations
 
-import hashlib
+import argparse
+import fcntl
+import os
 import shutil
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from qlora_tui.catalog.gguf import read_gguf
-from qlora_tui.catalog.local import converted_dir
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import Problem
 from qlora_tui.files import private_dir
 from qlora_tui.training import llama_gguf
-from qlora_tui.training.failure import is_full_disk
+from qlora_tui.training.failure import is_full_disk, is_out_of_memory
+from qlora_tui.training.gguf_weights import Progress, all_known
+
+SAID_EVERY_S = 0.2
+"""Least time between two lines about progress."""
 
 
-def converted(file: Path) -> Path:
-    """The folder made from a GGUF file, now or earlier. Raises Problem."""
-    folder = _folder(file)
-    if not (folder / "config.json").exists():
-        convert(file, folder)
-    return folder
+def draft_of(folder: Path) -> Path:
+    """Where ``folder`` is written until it is whole."""
+    return folder.with_name(f".{folder.name}")
 
 
-def kept_conversion(file: Path) -> Path | None:
-    """The folder made from a GGUF file earlier; None where it has not been converted. Raises Problem."""
-    folder = _folder(file)
-    return folder if (folder / "config.json").exists() else None
+def convert(file: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
+    """Write ``folder``, all of it or nothing. Raises Problem.
 
-
-def convert(file: Path, folder: Path) -> None:
-    """Make ``folder``, all of it or nothing. Raises Problem."""
+    Nothing is done where another process has written it meanwhile; one that is at it is waited for.
+    """
     from safetensors import SafetensorError  # no OSError, also where the disk is full
 
-    draft = folder.with_name(f".{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        _convert(file, private_dir(draft))
-        draft.rename(folder)
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError, SafetensorError) as error:
-        says = str(error).strip() or type(error).__name__
-        raise Problem(
-            "The GGUF file could not be converted",
-            what=f"{file}: {says.splitlines()[0]}",
-            fix="Free some space."
-            if is_full_disk(error)
-            else "Choose the model's safetensors folder or hub id instead.",
-        ) from error
-    finally:
+    draft = draft_of(folder)
+    with _one_at_a_time(folder):
+        if (folder / "config.json").exists():
+            return
         shutil.rmtree(draft, ignore_errors=True)
+        try:
+            _convert(file, private_dir(draft), progress)
+            draft.rename(folder)
+        except (
+            *(OSError, ValueError, KeyError, ImportError, NotImplementedError),
+            *(MemoryError, RuntimeError, SafetensorError),
+        ) as error:
+            raise _problem(file, error) from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
-def _convert(file: Path, folder: Path) -> None:
-    if llama_gguf.is_known(read_gguf(file)):
-        llama_gguf.write(file, folder)
+def _convert(file: Path, folder: Path, progress: Progress) -> None:
+    header = read_gguf(file)
+    if llama_gguf.is_known(header):
+        llama_gguf.write(file, folder, progress)
+        return
+    if all_known(header):
+        from qlora_tui.training import streamed_gguf
+
+        assert header.architecture is not None
+        streamed_gguf.write(file, folder, header.architecture, progress)
         return
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -75,27 +86,82 @@ def _convert(file: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _folder(file: Path) -> Path:
-    """Named after the file; another file of that name, or a changed one, gets another folder."""
-    try:
-        stat = file.stat()
-    except OSError as error:
-        raise Problem("No such GGUF file", what=f"{file}: {error.strerror}.") from error
-    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    return private_dir(converted_dir()) / f"{file.stem}-{key}"
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Hold the lock file beside ``folder``; the kernel releases it however this process ends."""
+    with folder.with_name(f".{folder.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
+
+
+def _problem(file: Path, error: Exception) -> Problem:
+    says = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if is_full_disk(error):
+        fix = "Free some space, or set XDG_CACHE_HOME to a folder on another disk."
+    elif is_out_of_memory(error):
+        says, fix = "The machine had no more memory to give.", "Close other programs, then try again."
+    else:
+        fix = "Choose the model's safetensors folder or hub id instead."
+    return Problem("The GGUF file could not be converted", what=f"{file}: {says}", fix=fix)
+
+
+class Said(msgspec.Struct, omit_defaults=True):
+    """One line of JSON on stdout: how far it is, or why it failed."""
+
+    done: int = 0
+    total: int = 0
+    """Bytes of the safetensors file."""
+    title: str = ""
+    what: str = ""
+    why: str = ""
+    fix: str = ""
 
 
 def main(arguments: list[str]) -> int:
-    """Convert; a failure is told on stderr. Returns the exit code."""
-    if len(arguments) != 2:
-        print("usage: python -m qlora_tui.training.gguf FILE FOLDER", file=sys.stderr)
-        return WRONG_CALL
+    """Convert; progress is said on stdout, and a failure on stderr too. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m qlora_tui.training.gguf", description=__doc__)
+    parser.add_argument("file", type=Path, help="the GGUF file")
+    parser.add_argument("folder", type=Path, help="the folder to write")
+    parser.add_argument("--ends-with-stdin", action="store_true", help="end when stdin is closed")
+    given = parser.parse_args(arguments)
+    if given.ends_with_stdin:
+        threading.Thread(target=_end_with_stdin, args=(draft_of(given.folder),), daemon=True).start()
     try:
-        convert(Path(arguments[0]), Path(arguments[1]))
+        convert(given.file, given.folder, _now_and_then())
     except Problem as problem:
+        _say(Said(title=problem.title, what=problem.what, why=problem.why, fix=problem.fix))
         print(problem, file=sys.stderr)
         return problem.exit_code
     return 0
+
+
+def _now_and_then() -> Progress:
+    """Says how far it is, at most every ``SAID_EVERY_S`` and at the end."""
+    said_at = -SAID_EVERY_S
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said_at
+        now = time.monotonic()
+        if now - said_at >= SAID_EVERY_S or done == total:
+            said_at = now
+            _say(Said(done=done, total=total))
+
+    return progress
+
+
+def _say(line: Said) -> None:
+    print(msgspec.json.encode(line).decode(), flush=True)
+
+
+def _end_with_stdin(draft: Path) -> None:
+    """End this process when the one that holds the other end of stdin is gone, however it ended."""
+    while os.read(0, 1024):
+        pass
+    shutil.rmtree(draft, ignore_errors=True)
+    os._exit(1)
 
 
 if __name__ == "__main__":

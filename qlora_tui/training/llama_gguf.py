@@ -7,31 +7,13 @@ once, in a quarter of the time, and the tokenizer is as its makers published it.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.gguf import GgufHeader
+from qlora_tui.training.gguf_weights import Progress, all_known, weights_of, write_weights
 from qlora_tui.training.vocabulary import KIND, tokenizer_from
 
-WHOLE_MODEL = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-IN_A_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-"""Names in the GGUF file (llama.cpp's), and as transformers has them."""
-_IN_A_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _NEEDED = (
     "tokenizer.chat_template",
     *(f"tokenizer.ggml.{special}_token_id" for special in ("bos", "eos", "padding", "unknown")),
@@ -46,11 +28,11 @@ def is_known(header: GgufHeader) -> bool:
         and kind == KIND
         and header.values.get("llama.rope.scaling.type", "none") == "none"
         and all(key in header.values for key in _NEEDED)
-        and all(_name(tensor) for tensor in header.tensors)
+        and all_known(header)
     )
 
 
-def write(file: Path, folder: Path) -> None:
+def write(file: Path, folder: Path, progress: Progress) -> None:
     """Write config, tokenizer, chat template and bfloat16 safetensors of a file that is known."""
     from gguf import GGUFReader
 
@@ -58,16 +40,8 @@ def write(file: Path, folder: Path) -> None:
     header = {key: field.contents() for key, field in reader.fields.items()}
     _write_tokenizer(header, folder)
     _write_config(header, reader, folder)
-    _write_weights(header, reader, folder)
-
-
-def _name(tensor: str) -> str | None:
-    """What transformers calls it."""
-    layer = _IN_A_LAYER.fullmatch(tensor)
-    if layer is None:
-        return WHOLE_MODEL.get(tensor)
-    kind = IN_A_LAYER.get(layer[2])
-    return kind and f"model.layers.{layer[1]}.{kind}.weight"
+    heads, kv_heads = header["llama.attention.head_count"], header["llama.attention.head_count_kv"]
+    write_weights(weights_of(reader, "llama", heads, kv_heads), folder / "model.safetensors", progress)
 
 
 def _write_tokenizer(header: dict[str, Any], folder: Path) -> None:
@@ -121,40 +95,6 @@ def _write_config(header: dict[str, Any], reader: Any, folder: Path) -> None:
     }
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", special)
-
-
-def _write_weights(header: dict[str, Any], reader: Any, folder: Path) -> None:
-    import numpy as np
-    import torch
-    from gguf import dequantize
-    from safetensors.torch import save_file
-
-    heads = {
-        "attn_q": header["llama.attention.head_count"],
-        "attn_k": header["llama.attention.head_count_kv"],
-    }
-    weights = {}
-    for tensor in reader.tensors:
-        # What is stored in 32 bits comes as a view of the file, which torch may not write to: copied.
-        values = np.require(dequantize(tensor.data, tensor.tensor_type), requirements="W")
-        weight = torch.from_numpy(values)
-        layer = _IN_A_LAYER.fullmatch(tensor.name)
-        if layer is not None and layer[2] in heads:
-            weight = _halves_apart(weight, heads[layer[2]])
-        name = _name(tensor.name)
-        assert name is not None
-        weights[name] = weight.to(torch.bfloat16).contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _halves_apart(weight: Any, heads: int) -> Any:
-    """Undo llama.cpp's order of the rows of q and k.
-
-    Its rotary embedding turns neighbouring rows of a head together, (0, 1), (2, 3), …; that of transformers
-    a row and the one half a head further, (0, d/2), (1, d/2 + 1), …
-    """
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -18,16 +18,18 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, Finished, Paused, Stopped, Terminal
-from qlora_tui.training import gguf, load
+from qlora_tui.training import load
 from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.asked import EndedEarly, Requests
 from qlora_tui.training.base import Base, prepare_base
 from qlora_tui.training.batches import Schedule, computed_tokens, lay_out
 from qlora_tui.training.checkpoints import Checkpoint, check_same
+from qlora_tui.training.conversion import ConversionStopped, converted, kept_conversion
 from qlora_tui.training.device import Device, choose_attention, find_device
 from qlora_tui.training.edge import Edge, Setting
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.finish import take_best, write_adapter
+from qlora_tui.training.heap import release_free_memory
 from qlora_tui.training.loop import RunTrainer, Steps, arguments
 from qlora_tui.training.measure import MemoryMeter
 from qlora_tui.training.priority import give_way
@@ -94,6 +96,7 @@ class Attempt:
         tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
         data = self._prepare(tokenizer)
         self._may_end()
+        release_free_memory()
         reporter.phase("loading", f"{recipe.model.id} on {device.name}")
         base = prepare_base(
             folder, recipe, device, attends, self.meter.expected_loss, weighted=data.train.weighted
@@ -105,6 +108,7 @@ class Attempt:
         base, schedule = self._verified(model, base, data, schedule, device, tokenizer)
         self._tell_data(data, schedule)
         self._may_end()
+        release_free_memory()
         return self._steps(files, base, model, device, tokenizer, data, schedule)
 
     def _steps(
@@ -318,10 +322,33 @@ class Attempt:
         """What is loaded: a GGUF file is converted first, by one process for all."""
         if files.gguf_file is None:
             return files.folder
-        if self._among.is_first:
-            gguf.converted(files.folder / files.gguf_file)
+        file = files.folder / files.gguf_file
+        if self._among.is_first and kept_conversion(file) is None:
+            self._convert(file)
         self._among.wait()
-        return gguf.converted(files.folder / files.gguf_file)
+        return converted(file)
+
+    def _convert(self, file: Path) -> None:
+        """Convert a GGUF file; a request to stop or pause ends the conversion."""
+        reporter, requests = self._reporter, self._requests
+        reporter.phase("converting", f"{file.name} to 16-bit safetensors")
+
+        def should_stop() -> bool:
+            # The processes of a run look for requests together, and the others wait for this one.
+            if self._among.count == 1:
+                requests.look()
+            return requests.ending() is not None
+
+        try:
+            converted(
+                file,
+                lambda done, total: reporter.progress("converting", done * 100 // total, 100),
+                should_stop,
+            )
+        except ConversionStopped:
+            self._may_end()
+            raise
+        reporter.phase("loading", self._recipe.model.id)
 
     def _may_end(self) -> None:
         """At the edge of a phase: leave where that was asked."""

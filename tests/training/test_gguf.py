@@ -143,5 +143,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(file: Path, tmp_pat
 
 
 def test_the_wrong_number_of_arguments_is_a_wrong_call(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
+    with pytest.raises(SystemExit) as raised:
+        main([])
+    assert raised.value.code == 2
     assert "usage" in capsys.readouterr().err

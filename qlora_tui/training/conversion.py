@@ -1,0 +1,150 @@
+"""Where a GGUF file is converted: once, in a child process, with progress, and so that it can be stopped.
+
+The trainer, the chat and the demo call this; none of them holds what the conversion needs. torch is not
+imported here. The child is :mod:`qlora_tui.training.gguf`. It ends when this process does, however that
+ends: it holds the read end of a pipe, of which this process has the only write end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import selectors
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from qlora_tui import children
+from qlora_tui.catalog.local import converted_dir
+from qlora_tui.errors import Problem
+from qlora_tui.files import private_dir
+from qlora_tui.training.gguf import Said, draft_of
+from qlora_tui.training.gguf_weights import Progress
+
+LOOK_EVERY_S = 0.2
+"""How often ``should_stop`` is asked while the child says nothing."""
+
+
+class ConversionStopped(Exception):
+    """``should_stop`` said so. Nothing is left of the conversion."""
+
+
+def converted(
+    file: Path,
+    progress: Progress = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """The folder of 16-bit safetensors made from a GGUF file, now or earlier.
+
+    Raises Problem where it cannot be made, and ConversionStopped.
+    """
+    folder = folder_of(file)
+    if not (folder / "config.json").exists():
+        convert_in_child(file, folder, progress, should_stop)
+    return folder
+
+
+def kept_conversion(file: Path) -> Path | None:
+    """The folder made from a GGUF file earlier; None where it has not been converted. Raises Problem."""
+    folder = folder_of(file)
+    return folder if (folder / "config.json").exists() else None
+
+
+def convert_in_child(
+    file: Path,
+    folder: Path,
+    progress: Progress = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write ``folder`` from ``file`` in a process of its own. Raises Problem and ConversionStopped."""
+    command = children.command("qlora_tui.training.gguf", "--ends-with-stdin", str(file), str(folder))
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            command,
+            env=children.environment() | {"HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            # Ctrl-C in a terminal is for this process, which then ends the child.
+            start_new_session=True,
+        )
+        assert child.stdout is not None
+        failure: Said | None = None
+        try:
+            for line in _lines(child.stdout, should_stop):
+                said = _decoded(line)
+                if said is not None and said.title:
+                    failure = said
+                elif said is not None:
+                    progress(said.done, said.total)
+            code = child.wait()
+        finally:
+            # Whatever ends the loop (a stop, Ctrl-C), the child must not outlive it.
+            child.kill()
+            child.communicate()
+            shutil.rmtree(draft_of(folder), ignore_errors=True)
+        if failure is not None:
+            raise Problem(failure.title, what=failure.what, why=failure.why, fix=failure.fix)
+        if code:
+            raise _died(file, code, errors)
+
+
+def _lines(output: IO[bytes], should_stop: Callable[[], bool]) -> Iterator[bytes]:
+    """Whole lines until the output ends. Raises ConversionStopped."""
+    pending = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while True:
+            if should_stop():
+                raise ConversionStopped
+            if not selector.select(LOOK_EVERY_S):
+                continue
+            piece = output.read1(65_536)  # type: ignore[attr-defined]  # a pipe is a BufferedReader
+            if not piece:
+                return
+            *lines, pending = (pending + piece).split(b"\n")
+            yield from lines
+
+
+def _decoded(line: bytes) -> Said | None:
+    """None for a line that a library printed."""
+    try:
+        return msgspec.json.decode(line, type=Said)
+    except msgspec.MsgspecError:
+        return None
+
+
+def _died(file: Path, code: int, errors: IO[bytes]) -> Problem:
+    """What ended a child that did not say so itself."""
+    title = "The GGUF file could not be converted"
+    if code == -signal.SIGKILL:
+        return Problem(
+            title,
+            what=f"The process that converted {file} was killed.",
+            why="Most likely the machine's memory ran out.",
+            fix="Close other programs, then try again: it starts over.",
+        )
+    errors.seek(0)
+    lines = errors.read().decode(errors="replace").strip().splitlines()
+    ending = f"exit code {code}" if code > 0 else f"signal {-code}"
+    return Problem(
+        title,
+        what=f"The process that converted {file} ended with {ending}.",
+        why=lines[-1] if lines else "",
+        fix="`qlora-tui doctor` tests what is installed.",
+    )
+
+
+def folder_of(file: Path) -> Path:
+    """Named after the file; another file of that name, or a changed one, gets another folder."""
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise Problem("No such GGUF file", what=f"{file}: {error.strerror}.") from error
+    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    return private_dir(converted_dir()) / f"{file.stem}-{key}"

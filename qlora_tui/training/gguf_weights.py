@@ -1,0 +1,182 @@
+"""The weights of a GGUF file as one bfloat16 safetensors file, written a block of rows at a time.
+
+What is in memory is one block in float32, never the model: a block is at most ``BLOCK_BYTES``. Which of
+llama.cpp's tensors is which of transformers' is written out here for the families below; what llama.cpp's
+converter (``convert_hf_to_gguf.py``) changes in the values is undone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.catalog.gguf import GgufHeader
+
+BLOCK_BYTES = 16 * 2**20
+"""Of float32: largest block of rows that is dequantized at once."""
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is to do, in bytes of the safetensors file."""
+Shape = tuple[int, ...]
+
+_WHOLE_MODEL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LINEAR = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TWO_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_FOUR_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_IN_A_LAYER = {
+    "llama": _LINEAR | _TWO_NORMS,
+    "qwen2": _LINEAR | _TWO_NORMS,
+    "qwen3": _LINEAR | _TWO_NORMS | _HEAD_NORMS,
+    "gemma2": _LINEAR | _FOUR_NORMS,
+    "gemma3": _LINEAR | _FOUR_NORMS | _HEAD_NORMS,
+}
+"""By ``general.architecture``: llama.cpp's name of a part of a layer, and transformers'."""
+_NORMS_PLUS_ONE = ("gemma2", "gemma3")
+"""transformers multiplies by 1 + w, llama.cpp by w: its converter adds the one."""
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the safetensors file."""
+
+    name: str
+    shape: Shape
+    tensor: Any
+    """``gguf.ReaderTensor``: a view of the mapped GGUF file."""
+    change: Callable[[Any], Any] | None = None
+    """On the whole tensor in float32; one with a change is not cut into blocks."""
+
+    @property
+    def size(self) -> int:
+        """In bfloat16, bytes."""
+        count = 2
+        for length in self.shape:
+            count *= length
+        return count
+
+
+def name_of(tensor: str, architecture: str | None) -> str | None:
+    """What transformers calls a tensor of a GGUF file; None where that is not known here."""
+    parts = _IN_A_LAYER.get(architecture or "")
+    if parts is None:
+        return None
+    layer = _LAYER.fullmatch(tensor)
+    if layer is None:
+        return _WHOLE_MODEL.get(tensor)
+    part = parts.get(layer[2])
+    return part and f"model.layers.{layer[1]}.{part}.{layer[3]}"
+
+
+def all_known(header: GgufHeader) -> bool:
+    """Whether every tensor of the file has a name here."""
+    return all(name_of(tensor, header.architecture) for tensor in header.tensors)
+
+
+def weights_of(reader: Any, architecture: str, heads: int, kv_heads: int) -> list[Weight]:
+    """Every tensor of a ``gguf.GGUFReader``, in the file's order. ValueError for one without a name here."""
+    weights = []
+    for tensor in reader.tensors:
+        name = name_of(tensor.name, architecture)
+        if name is None:
+            raise ValueError(f"its tensor {tensor.name} is not known")
+        # ggml counts dimensions from the one that moves fastest.
+        shape = tuple(int(length) for length in reversed(tensor.shape))
+        weights.append(Weight(name, shape, tensor, _change(name, architecture, heads, kv_heads)))
+    return weights
+
+
+def _change(name: str, architecture: str, heads: int, kv_heads: int) -> Callable[[Any], Any] | None:
+    if architecture in _NORMS_PLUS_ONE and name.endswith("norm.weight"):
+        return lambda values: values - 1
+    if architecture == "llama" and ".q_proj." in name:
+        return lambda values: _halves_apart(values, heads)
+    if architecture == "llama" and ".k_proj." in name:
+        return lambda values: _halves_apart(values, kv_heads)
+    return None
+
+
+def _halves_apart(values: Any, heads: int) -> Any:
+    """Undo llama.cpp's order of the rows of q and k, (rows, columns).
+
+    Its rotary embedding turns neighboring rows of a head together, (0, 1), (2, 3), …; that of transformers
+    a row and the one half a head further, (0, d/2), (1, d/2 + 1), …
+    """
+    rows = values.shape[0]
+    pairs = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def write_weights(weights: list[Weight], path: Path, progress: Progress) -> None:
+    """Write ``weights`` to ``path`` in the safetensors format. Raises OSError.
+
+    Format: an unsigned 64-bit length, a JSON header of that length, the tensors one after another
+    (github.com/huggingface/safetensors, README, "Format").
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    total = 0
+    for weight in weights:
+        header[weight.name] = {
+            "dtype": "BF16",
+            "shape": list(weight.shape),
+            "data_offsets": [total, total + weight.size],
+        }
+        total += weight.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    done = 0
+    progress(done, total)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for weight in weights:
+            for block in _blocks(weight):
+                done += out.write(_bfloat16(block))
+                progress(done, total)
+
+
+def _blocks(weight: Weight) -> Iterator[Any]:
+    """The tensor in float32, some rows at a time."""
+    from gguf import dequantize
+
+    tensor = weight.tensor
+    if weight.change is not None or len(weight.shape) < 2:
+        values = dequantize(tensor.data, tensor.tensor_type)
+        yield weight.change(values) if weight.change else values
+        return
+    rows = max(1, BLOCK_BYTES // (4 * weight.shape[-1]))
+    for start in range(0, weight.shape[0], rows):
+        yield dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+
+
+def _bfloat16(values: Any) -> Any:
+    """float32 rounded to the nearest bfloat16, ties to even, as its bits in uint16. NaN stays NaN."""
+    import numpy as np
+
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + (odd + np.uint32(0x7FFF))) >> np.uint32(16)
+    halves = rounded.astype(np.uint16)
+    halves[np.isnan(values)] = 0x7FC0
+    return halves

@@ -1,0 +1,56 @@
+"""GGUF files of families whose tensors are known, with any vocabulary: the weights are streamed.
+
+Configuration and tokenizer are what transformers reads from the file's metadata. With the weights too it
+would hold all of them at once, in float32: 3.2 GB in place of 1.0 for Gemma 3 270M.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.training.gguf_weights import Progress, Weight, weights_of, write_weights
+
+
+def write(file: Path, folder: Path, architecture: str, progress: Progress) -> None:
+    """Write the folder of a file for which ``gguf_weights.all_known`` holds.
+
+    Raises ValueError where the model that transformers builds from the configuration has other tensors.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoTokenizer
+
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+        "local_files_only": True,
+    }
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    config: Any = AutoConfig.from_pretrained(**place)
+    weights = weights_of(
+        GGUFReader(file), architecture, config.num_attention_heads, config.num_key_value_heads
+    )
+    _write_config(config, folder, weights)
+    write_weights(weights, folder / "model.safetensors", progress)
+
+
+def _write_config(config: Any, folder: Path, weights: list[Weight]) -> None:
+    """What ``save_pretrained`` writes beside the weights, from a model without any."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers'
+            config, dtype=torch.bfloat16
+        )
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    written = {weight.name: weight.shape for weight in weights}
+    different = sorted(name for name in {*expected, *written} if expected.get(name) != written.get(name))
+    if different:
+        raise ValueError(f"its tensors are not those of {type(model).__name__}: {', '.join(different[:3])}")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)

@@ -1,0 +1,139 @@
+"""A GGUF file is converted in a child process: with progress, once, stopped on request, leaving nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qlora_tui import children
+from qlora_tui.errors import Problem
+from qlora_tui.training.conversion import (
+    ConversionStopped,
+    convert_in_child,
+    converted,
+    kept_conversion,
+)
+from tests.demo.tiny_gguf import write_tiny_gguf
+from tests.waiting import wait_for
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_tiny_gguf(tmp_path / "tiny.gguf")
+
+
+@contextmanager
+def another_process_converts(folder: Path) -> Iterator[None]:
+    """Hold the lock that a conversion to ``folder`` waits for."""
+    lock = folder.with_name(f".{folder.name}.lock")
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    lock.unlink(missing_ok=True)
+
+
+def converters(folder: Path) -> list[psutil.Process]:
+    """Processes that convert to ``folder`` at this moment."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(folder) in (process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def test_progress_reaches_the_size_of_the_weights(file: Path, tmp_path: Path) -> None:
+    said: list[tuple[int, int]] = []
+    convert_in_child(file, tmp_path / "folder", lambda done, total: said.append((done, total)))
+    done, total = said[-1]
+    assert done == total
+    # The header of a safetensors file comes before the weights.
+    assert 0 < (tmp_path / "folder" / "model.safetensors").stat().st_size - total < 10_000
+
+
+def test_a_file_is_converted_once(file: Path) -> None:
+    assert kept_conversion(file) is None
+    folder = converted(file)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert kept_conversion(file) == converted(file) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_what_another_process_wrote_meanwhile_is_left_alone(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    convert_in_child(file, folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+def test_a_stop_ends_the_child_and_leaves_nothing(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with another_process_converts(folder):
+        with pytest.raises(ConversionStopped):
+            convert_in_child(file, folder, should_stop=lambda: bool(converters(folder)))
+        assert not converters(folder)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_child_of_a_killed_process_ends(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from qlora_tui.training.conversion import convert_in_child\n"
+        "convert_in_child(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    with another_process_converts(folder):
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code, str(file), f"{folder}"], env=children.environment()
+        )
+        wait_for(lambda: psutil.Process(parent.pid).children())
+        (child,) = psutil.Process(parent.pid).children()
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    assert not folder.exists()
+
+
+def test_a_killed_child_is_a_lack_of_memory(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+
+    def kill_it() -> bool:
+        for process in converters(folder):
+            process.kill()
+        return False
+
+    with another_process_converts(folder), pytest.raises(Problem, match="could not be converted") as raised:
+        convert_in_child(file, folder, should_stop=kill_it)
+    assert "was killed" in raised.value.what
+    assert "memory ran out" in raised.value.why
+
+
+def test_a_failure_in_the_child_is_told_in_its_own_words(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF but no more")
+    with pytest.raises(Problem, match="The GGUF file cannot be used") as raised:
+        convert_in_child(broken, tmp_path / "folder")
+    assert "not a whole GGUF file" in raised.value.what
+    assert "Download the file again" in raised.value.fix
+
+
+def test_a_child_that_cannot_start_is_told_with_its_last_words(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gguf.py").write_text("raise ImportError('this numpy is for another Python')")
+    monkeypatch.setattr(
+        children, "command", lambda module, *arguments: [sys.executable, str(tmp_path / "gguf.py")]
+    )
+    with pytest.raises(Problem, match="could not be converted") as raised:
+        convert_in_child(file, tmp_path / "folder")
+    assert "exit code 1" in raised.value.what
+    assert raised.value.why == "ImportError: this numpy is for another Python"
