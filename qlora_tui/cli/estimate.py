@@ -14,6 +14,7 @@ from qlora_tui.data.sources import is_of_the_hub, open_source
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import GIB, gib, size
 from qlora_tui.memory import PRECISIONS, as_json, compare, judge
+from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.layout import STYLES
 from qlora_tui.memory.room import Room, room_here
 from qlora_tui.memory.traced import Traced
@@ -57,6 +58,12 @@ def run(args: argparse.Namespace) -> Outcome:
     lines.append(table([[i.label, size(i.bytes), i.explanation] for i in largest], ["nf4", "", ""]))
     if data["trace"]:
         lines += ["", _trace_table(data["trace"])]
+    # Only a GGUF file has something to convert, and finding out loads tokenizers.
+    conversion = _conversion(recipe.model.id)
+    if conversion is not None:
+        on_cpu = room.device.kind == "cpu"
+        lines += ["", conversion.words(made.process_bytes if on_cpu else None)]
+    data["conversion"] = conversion and {"file": conversion.file, "peak_bytes": conversion.peak_bytes}
     lines += ["", *_what_fits(data["what_fits"])]
     for change in data["cheapest_changes"]:
         lines.append(
@@ -70,6 +77,14 @@ def run(args: argparse.Namespace) -> Outcome:
     lines += [f"note: {note}" for note in made.notes]
     lines += [f"warning: {warning}" for warning in data["warnings"]]
     return Outcome(data={"model": recipe.model.id, "against": room.name} | data, text="\n".join(lines))
+
+
+def _conversion(model_id: str) -> Conversion | None:
+    if not model_id.endswith(".gguf"):
+        return None
+    from qlora_tui.training.conversion import pending
+
+    return pending(model_id)
 
 
 def _what_fits(fitting: dict[str, Any]) -> list[str]:

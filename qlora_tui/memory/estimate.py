@@ -126,10 +126,11 @@ def estimate(
     items = _together(resident, fullest)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
     loading = _together(frozen, Peak("loading", {"loading": loading_bytes(recipe, architecture, path)}))
-    moving = fullest.total_bytes
-    if sum(loading.values()) > sum(items.values()):
-        fullest, items, moving = Peak("loading", loading), loading, 0
-    levels = tiers(items, moving, pool, architecture, layout, path)
+    levels = tiers(items, fullest.total_bytes, pool, architecture, layout, path)
+    # By the process: a step on a CPU also leaves holes and kernels, which loading does not.
+    levels_at_loading = tiers(loading, 0, pool, architecture, layout, path)
+    if levels_at_loading.process_bytes > levels.process_bytes:
+        fullest, items, levels = Peak("loading", loading), loading, levels_at_loading
     before, correction = levels.process_bytes, device.correction
     if correction is not None and correction.applies:
         levels = corrected(levels, layout, correction)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, CodePath
 from qlora_tui.memory.layout import Layout
+from qlora_tui.memory.tiers import TOKENIZER_BYTES_A_TOKEN
 from qlora_tui.recipe.difference import human
 from qlora_tui.recipe.schema import Recipe
 
@@ -40,6 +41,7 @@ LABELS: dict[str, str] = {
     "kernels": "oneDNN kernels",
     "fragmentation": "Allocator slack",
     "context": "CUDA context",
+    "tokenizer": "Tokenizer",
     "runtime": "Python and libraries",
 }
 """In the order a stacked bar shows them."""
@@ -167,6 +169,7 @@ def _logits_sentence(path: CodePath, layout: Layout) -> str:
 
 
 def _process_sentences(facts: Facts) -> dict[str, str]:
+    tokens = facts.architecture.vocab_size
     return {
         "inputs": "Token ids, labels, positions and rotary tables.",
         "loading": "Weights in 16 bits as they come from the file, before they are quantized.",
@@ -178,6 +181,9 @@ def _process_sentences(facts: Facts) -> dict[str, str]:
             "as loading and two steps leave them."
         ),
         "context": "The CUDA context and loaded kernels, outside torch's allocator.",
+        "tokenizer": (
+            f"{tokens:,} tokens × {TOKENIZER_BYTES_A_TOKEN} bytes: the words twice, merges, and the file."
+        ),
         "runtime": "The process before the model: Python, torch, transformers, peft, bitsandbytes.",
     }
 

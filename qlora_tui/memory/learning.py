@@ -46,6 +46,9 @@ class Peaks(Struct, frozen=True, kw_only=True, omit_defaults=True):
     model_type: str = ""
     ran_out: bool = False
     """It ended for want of memory: the measured bytes are what it had by then."""
+    own_process: bool = False
+    """Its process did the run's work only. Before this was recorded, the trainer of a GGUF file's first run
+    also converted the file, and the peak of that is in ``measured_process_bytes``."""
     managed_bytes: int = 0
     """Predicted states of a paged optimizer. They lie outside torch's pool, on the card or not."""
     predicted_allocated_bytes: int
@@ -140,6 +143,9 @@ def correction_for(machine: str) -> Correction | None:
 
 
 def _tells(run: Peaks) -> bool:
+    # On a card a conversion leaves no trace; on a CPU it cannot be told from the run.
+    if not (run.own_process or run.measured_reserved_bytes):
+        return False
     return run.measured_process_bytes > 0 and 0 < run.predicted_reserved_bytes <= run.predicted_process_bytes
 
 

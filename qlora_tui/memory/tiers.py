@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, CodePath
 from qlora_tui.memory.kernels import kernel_bytes
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.learning import Correction
+from qlora_tui.memory.ops import FLOAT
 from qlora_tui.memory.replay import Pool
 from qlora_tui.memory.weights import optimizer_bytes
 
@@ -47,11 +48,14 @@ class Tiers:
     band: Band
 
 
-RUNTIME_BYTES = 560 * MIB
-"""What a trainer on the CPU holds beside its tensors. Measured, with torch's build for the CPU: 480 MiB once
-torch, transformers (which brings pandas and pyarrow), peft and bitsandbytes are imported, of which 130 are
-read-in library files and 190 Python's objects; 60 for tokenizer, data and the model's modules; 20 of torch's
-library that are read in as its kernels are first called."""
+RUNTIME_BYTES = 535 * MIB
+"""What a trainer on the CPU holds beside its tensors and its tokenizer. Measured, with torch's build for the
+CPU: 482 MiB once torch, transformers (which brings pandas and pyarrow), peft and bitsandbytes are imported,
+of which 126 are read-in library files; 29 of library files that are read in later, as weights are loaded
+and kernels first called; the rest Python's objects for data, modules and optimizer."""
+TOKENIZER_BYTES_A_TOKEN = 500
+"""Of the vocabulary. Measured with tokenizers 0.23, once what reading it left free is returned: 472 bytes for
+49,152 tokens (SmolLM2), 511 for 262,144 (Gemma 3): the words twice, the merges, and the JSON text itself."""
 CUDA_LIBRARIES_BYTES = 640 * MIB
 """More than that with a build of torch for CUDA, card or not: its libraries are read in, and their kernels
 registered. Measured with torch 2.15 for CUDA 13.2: 725 MiB in place of 221 once torch is imported, 1,117 in
@@ -60,8 +64,10 @@ RUNTIME_DOUBT_BYTES = RUNTIME_BYTES // 10
 """Libraries of other versions and builds."""
 HEAP_HOLES = 6
 """One part in so many of what comes and goes with a step stays in gaps of the heap: rows and samples of other
-lengths leave holes too small for the next. glibc returns only what lies at the heap's top, and what is larger
-than 32 MiB (``DEFAULT_MMAP_THRESHOLD_MAX``). Measured over the demo, in float32 and in bfloat16."""
+lengths leave holes too small for the next. glibc returns only what lies at the heap's top. Measured over the
+demo, in float32 and in bfloat16."""
+MAPPED_BYTES = 32 * MIB
+"""From this size on glibc maps a block by itself and returns all of it (``DEFAULT_MMAP_THRESHOLD_MAX``)."""
 
 
 def tiers(
@@ -76,7 +82,7 @@ def tiers(
     what the allocator of a card came to."""
     allocated = sum(items.values())
     if pool is None:
-        return _on_cpu(allocated, moving_bytes, layout, path)
+        return _on_cpu(allocated, moving_bytes, architecture, layout, path)
     # Blocks that were not cut count as allocated; with segments that grow all are.
     unsplit = 0 if path.expandable_segments else max(0, pool.allocated_bytes - allocated)
     allocated += unsplit
@@ -111,10 +117,13 @@ def context_bytes(path: CodePath) -> int:
     return A100_CONTEXT_BYTES if path.capability == (8, 0) else CONTEXT_BYTES
 
 
-def _on_cpu(allocated: int, moving_bytes: int, layout: Layout, path: CodePath) -> Tiers:
+def _on_cpu(
+    allocated: int, moving_bytes: int, architecture: Architecture, layout: Layout, path: CodePath
+) -> Tiers:
     kernels = kernel_bytes(layout, path) if moving_bytes else 0
-    slack = moving_bytes // HEAP_HOLES
-    reserved = allocated + slack + kernels
+    slack = max(0, moving_bytes - _mapped_bytes(layout, path)) // HEAP_HOLES
+    tokenizer = architecture.vocab_size * TOKENIZER_BYTES_A_TOKEN
+    reserved = allocated + slack + kernels + tokenizer
     runtime = RUNTIME_BYTES + (CUDA_LIBRARIES_BYTES if path.cuda_libraries else 0)
     process = reserved + runtime
     doubt = _doubt_bytes(allocated, layout) + slack + kernels // 2 + RUNTIME_DOUBT_BYTES
@@ -122,17 +131,33 @@ def _on_cpu(allocated: int, moving_bytes: int, layout: Layout, path: CodePath) -
         allocated,
         reserved,
         process,
-        {"runtime": runtime, "kernels": kernels, "fragmentation": slack},
+        {"runtime": runtime, "tokenizer": tokenizer, "kernels": kernels, "fragmentation": slack},
         Band(process - doubt, process + doubt, "other libraries, and an allocator that returns memory late"),
     )
+
+
+def _mapped_bytes(layout: Layout, path: CodePath) -> int:
+    """Of the chunked loss, the tensors that are blocks of their own and leave no holes."""
+    if path.loss != "chunked":
+        return 0
+    rows = min(LOSS_CHUNK_ROWS, layout.tokens)
+    chunk = rows * layout.vocabulary * path.compute_bytes
+    block = min(LOSS_BLOCK_ROWS["cpu"], rows) * layout.vocabulary * FLOAT
+    copies = 1 + (path.compute_bytes != FLOAT)
+    return (chunk if chunk >= MAPPED_BYTES else 0) + (copies * block if block >= MAPPED_BYTES else 0)
 
 
 def corrected(levels: Tiers, layout: Layout, correction: Correction) -> Tiers:
     """As past runs on the machine say they should have been. Allocated stays: it is counted, not guessed."""
     allocated = levels.allocated_bytes
     reserved = max(allocated, int(levels.reserved_bytes * correction.factor))
-    kernels = min(levels.added.get("kernels", 0), reserved - allocated)
-    added = {**levels.added, "kernels": kernels, "fragmentation": reserved - allocated - kernels}
+    added = dict(levels.added)
+    rest = reserved - allocated
+    for key in ("tokenizer", "kernels"):
+        if key in added:
+            added[key] = min(added[key], rest)
+            rest -= added[key]
+    added["fragmentation"] = rest
     if correction.outside_bytes is not None:
         added["runtime" if "runtime" in added else "context"] = correction.outside_bytes
     process = allocated + sum(added.values())

@@ -14,17 +14,21 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
 import msgspec
 
 from qlora_tui import children
-from qlora_tui.catalog.local import converted_dir
+from qlora_tui.catalog.gguf import read_gguf
+from qlora_tui.catalog.local import converted_dir, resolve
 from qlora_tui.errors import Problem
 from qlora_tui.files import private_dir
+from qlora_tui.memory.conversion import Conversion, Way, peak_bytes
+from qlora_tui.training import llama_gguf
 from qlora_tui.training.gguf import Said, draft_of
-from qlora_tui.training.gguf_weights import Progress
+from qlora_tui.training.gguf_weights import Progress, all_known
 
 LOOK_EVERY_S = 0.2
 """How often ``should_stop`` is asked while the child says nothing."""
@@ -53,6 +57,29 @@ def kept_conversion(file: Path) -> Path | None:
     """The folder made from a GGUF file earlier; None where it has not been converted. Raises Problem."""
     folder = folder_of(file)
     return folder if (folder / "config.json").exists() else None
+
+
+def pending(model_id: str) -> Conversion | None:
+    """The conversion that a recipe's model needs before its first run; None where it needs none, or where the
+    model is not on this machine."""
+    try:
+        files = resolve(model_id)
+        if files.gguf_file is None:
+            return None
+        file = files.folder / files.gguf_file
+        if kept_conversion(file) is not None:
+            return None
+        return Conversion(file.name, _peak_bytes(file, file.stat().st_size, files.architecture.total_params))
+    except (Problem, OSError):
+        return None
+
+
+@lru_cache(maxsize=4)
+def _peak_bytes(file: Path, file_bytes: int, weights: int) -> int:
+    """The screens ask at every key, and a header has hundreds of thousands of words."""
+    header = read_gguf(file)
+    way: Way = "plain" if llama_gguf.is_known(header) else "streamed" if all_known(header) else "whole"
+    return peak_bytes(way, file_bytes=file_bytes, vocabulary=header.vocab_size or 0, weights=weights)
 
 
 def convert_in_child(

@@ -102,6 +102,7 @@ class MemoryMeter:
                     versions=versions(),
                     model_type=self._architecture.model_type,
                     ran_out=ran_out,
+                    own_process=True,
                     managed_bytes=made.process_bytes - made.reserved_bytes - outside,
                     predicted_allocated_bytes=made.allocated_bytes,
                     predicted_reserved_bytes=made.reserved_bytes,

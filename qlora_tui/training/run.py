@@ -96,6 +96,7 @@ class Attempt:
         tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
         data = self._prepare(tokenizer)
         self._may_end()
+        tokenizer.release_caches()
         release_free_memory()
         reporter.phase("loading", f"{recipe.model.id} on {device.name}")
         base = prepare_base(

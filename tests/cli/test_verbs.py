@@ -16,7 +16,9 @@ from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, Step
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import Status, write_status
+from qlora_tui.training.conversion import folder_of
 from tests.cli.conftest import CONFIGS, Call
+from tests.demo.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture
@@ -124,6 +126,20 @@ def test_an_estimate_that_nothing_makes_fit_says_so_and_what_it_takes(call: Call
 def test_an_estimate_warns_of_samples_beyond_the_models_context(call: Call, qwen: Path) -> None:
     said = call("estimate", "--model", str(qwen), "--set", "data.max_length=262144")
     assert "warning: Samples may be 262,144 tokens long, and the model's context is 131,072." in said.out
+
+
+def test_an_estimate_of_a_gguf_file_has_its_conversion_until_it_is_converted(
+    call: Call, tmp_path: Path
+) -> None:
+    file = write_tiny_gguf(tmp_path / "tiny.gguf")
+    said = call("estimate", "--model", str(file))
+    assert "Before the first run tiny.gguf is converted, in a process of its own: " in said.out
+    peak = json.loads(call("estimate", "--model", str(file), "--json").out)["conversion"]
+    assert peak["file"] == "tiny.gguf" and peak["peak_bytes"] > 50 * 2**20
+    folder_of(file).mkdir()
+    (folder_of(file) / "config.json").write_text("{}")
+    assert "converted" not in call("estimate", "--model", str(file)).out
+    assert json.loads(call("estimate", "--model", str(file), "--json").out)["conversion"] is None
 
 
 def test_runs_are_listed_with_state_and_queue(call: Call, finished_run: RunDir) -> None:

@@ -190,3 +190,16 @@ def test_content_in_parts_reaches_a_template_that_wants_it() -> None:
     assert family("parts").decode(sample.token_ids) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
     )
+
+
+def test_released_caches_change_no_ids() -> None:
+    tokenizer = family("chatml")
+    texts = ["the owl sees the fox", "a <|im_end|> in the text"]
+    before = [tokenizer.encode(text) for text in texts]
+    inside = tokenizer.encode_inside(texts[1], literal=True)
+    marked = tokenizer.encode_marked(texts, [[], []])
+    tokenizer.release_caches()
+    assert "_without_added" not in vars(tokenizer) and "_words" not in vars(tokenizer)
+    assert [tokenizer.encode(text) for text in texts] == before
+    assert tokenizer.encode_inside(texts[1], literal=True) == inside
+    assert tokenizer.encode_marked(texts, [[], []]) == marked

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import msgspec
+from msgspec import structs
+
 from qlora_tui.memory import Device, Estimate, Peaks, correction_for, estimate, remember
 from qlora_tui.memory.learning import record_file
 from qlora_tui.memory.tiers import RUNTIME_BYTES
@@ -31,6 +34,7 @@ def _cpu_run(process: int) -> Peaks:
     return Peaks(
         at=0.0,
         machine="a CPU",
+        own_process=True,
         predicted_allocated_bytes=100 * MIB,
         predicted_reserved_bytes=120 * MIB,
         predicted_process_bytes=600 * MIB,
@@ -88,6 +92,47 @@ def test_a_cpu_run_corrects_by_bytes_so_that_a_tiny_one_does_not_bend_a_large_on
         )
         assert made.bytes_of("runtime") == 580 * MIB
         assert made.process_bytes - raw.process_bytes == 580 * MIB - RUNTIME_BYTES
+
+
+def test_a_cpu_run_whose_process_may_have_converted_a_file_is_not_learned_from() -> None:
+    for _ in range(3):
+        remember(structs.replace(_cpu_run(1600 * MIB), own_process=False))
+    assert correction_for("a CPU") is None
+    remember(_cpu_run(700 * MIB))
+    remember(_cpu_run(700 * MIB))
+    found = correction_for("a CPU")
+    assert found is not None and (found.runs, found.outside_bytes) == (2, 580 * MIB)
+
+
+def test_a_run_on_a_card_is_learned_from_whoever_converted_its_file() -> None:
+    assert not _run(1.0).own_process
+    remember(_run(1.0))
+    remember(_run(1.0))
+    found = correction_for(CARD)
+    assert found is not None and found.runs == 2
+
+
+def test_a_line_of_an_earlier_version_is_read_as_not_its_own_process() -> None:
+    line = msgspec.json.encode(structs.replace(_cpu_run(700 * MIB), own_process=False))
+    assert b"own_process" not in line
+    assert not msgspec.json.decode(line, type=Peaks).own_process
+
+
+def test_what_a_large_vocabulary_takes_is_not_learned_for_a_small_one() -> None:
+    cpu = Device(kind="cpu")
+    large, small = (estimate(Recipe(), model, device=cpu) for model in (qwen_7b(), tinyllama()))
+    for _ in range(2):
+        remember(
+            structs.replace(
+                _cpu_run(large.process_bytes + 10 * MIB),
+                predicted_allocated_bytes=large.allocated_bytes,
+                predicted_reserved_bytes=large.reserved_bytes,
+                predicted_process_bytes=large.process_bytes,
+            )
+        )
+    corrected = estimate(Recipe(), tinyllama(), device=Device(kind="cpu", correction=correction_for("a CPU")))
+    assert corrected.process_bytes == small.process_bytes + 10 * MIB
+    assert corrected.bytes_of("tokenizer") == small.bytes_of("tokenizer") > 0
 
 
 def test_a_paged_optimizers_states_are_not_taken_for_the_context() -> None:

@@ -14,6 +14,7 @@ from qlora_tui.tui.screens import memory
 from qlora_tui.tui.screens.memory import MemoryScreen
 from qlora_tui.tui.widgets.stacked_bar import parts_of, stacked_bar
 from qlora_tui.tui.widgets.vi_list import ViList
+from tests.demo.tiny_gguf import write_tiny_gguf
 from tests.gpu.stub import play_in_this_process
 from tests.tui.seeing import shows, text_of, until
 from tests.tui.workstation import config_folder, open_on, open_with_card, settle
@@ -231,6 +232,12 @@ async def test_a_family_without_a_formula_is_traced(private_home: Path) -> None:
         # A key ends the trace, and there is no formula for the changed recipe either.
         await pilot.press("c")
         await shows(pilot, "tracing a step…")
+
+
+async def test_a_gguf_file_that_is_not_converted_yet_has_a_line_for_it(private_home: Path) -> None:
+    file = write_tiny_gguf(private_home / "tiny.gguf")
+    async with open_on("memory", model=str(file)).run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "Before the first run tiny.gguf is converted")
 
 
 def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:

@@ -18,6 +18,7 @@ from qlora_tui.engine.tracing import trace_step
 from qlora_tui.errors import Problem
 from qlora_tui.format import gib
 from qlora_tui.memory import Change, Estimate, WhatFits, cheapest_changes, judge, least_bytes, what_fits
+from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
 from qlora_tui.memory.room import Room
 from qlora_tui.recipe.fields import fields, value_of
@@ -310,10 +311,21 @@ class MemoryScreen(WorkScreen):
             # What it is about stands among the levers.
             parts.append(Content.styled(f"{warning.why} {warning.fix}", "$warning"))
         parts += [Content(note) for note in made.notes]
+        if conversion := self._conversion(recipe.model.id):
+            on_cpu = self.workstation.room.device.kind == "cpu"
+            parts.append(Content(conversion.words(made.process_bytes if on_cpu else None)))
         if self.size.width >= 100:
             verdict = judge(made, self.workstation.room.bytes)
             parts.append(verdict_text(verdict, PRECISION_NAMES[self.precision]))
         put(beside, Content("\n\n").join(parts))
+
+    def _conversion(self, model_id: str) -> Conversion | None:
+        """What a GGUF file needs before its first run."""
+        if not model_id.endswith(".gguf"):
+            return None
+        from qlora_tui.training.conversion import pending  # loads tokenizers
+
+        return pending(model_id)
 
     def _fits_as_it_is(self) -> bool:
         made = self._compared[precision_of(self.workstation.workbench.recipe)]
