@@ -39,3 +39,18 @@ def rounds_alike(actual: Tensor, expected: Tensor) -> bool:
     is_near = (wide - wanted).abs() <= tolerance
     share = float(differs.double().mean())
     return bool((is_near | ~differs).all()) and share <= _DIFFERING[actual.dtype]
+
+
+def is_near(actual: Tensor, expected: Tensor, scale: Tensor, roundings: float) -> bool:
+    """Whether no element differs by more than so many roundings of a value of its ``scale``.
+
+    ``scale`` has one value an element: the size of what was rounded on the way to it, which is more than the
+    element itself where terms cancel. A rounding is ``eps`` of the dtype of ``actual``. False at a NaN.
+    """
+    if actual.shape != expected.shape:
+        return False
+    limits = torch.finfo(actual.dtype)
+    tolerance = roundings * limits.eps * scale.double().abs() + limits.smallest_normal
+    differs = actual != expected
+    is_near = (actual.double() - expected.double()).abs() <= tolerance
+    return bool((is_near | ~differs).all())

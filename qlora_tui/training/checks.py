@@ -1,21 +1,28 @@
 """Proving on the model at hand what must hold before training may rely on it.
 
-Two short forward passes each. Families differ in ways no list keeps up with: a convolution that looks across
-samples, a factor between head and loss. What does not hold is not used, and the run's record says so.
+A short forward pass or two each. Families differ in ways no list keeps up with: a convolution that looks
+across samples, a factor between head and loss. What does not hold is not used, and the run's record says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.loss import Head
+from qlora_tui.training.agreement import is_near, is_same
+from qlora_tui.training.lean.replace import stand_ins
+from qlora_tui.training.loss import IGNORED, Head, losses_and_slopes
 
 _FIRST, _SECOND = 9, 7
 """Lengths of the two samples."""
+_UNTRAINED = 3
+"""A token of the first sample that the loss passes over."""
+_ROUNDINGS = 16.0
+"""Of fp32, by which the loss and the gradient of a token's logits may differ."""
 _LEAK = 1e-3
 """Share of the outputs' spread by which the second sample may move when the first changes. It is 0 for
 every path that keeps them apart but 8-bit ones, where outliers of one row are scaled with another's."""
@@ -41,18 +48,79 @@ def samples_are_kept_apart(model: nn.Module, device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def loss_is_exact(model: nn.Module, head: Head, device: torch.device) -> bool:
-    """Whether the head as read from the configuration gives the model's own logits."""
-    first, _, _ = _tokens(model, device)
-    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]  # a PreTrainedModel's method
-    with _evaluating(model):
-        own = model(input_ids=first, use_cache=False).logits[0]
-        hidden = decoder(input_ids=first, use_cache=False)[0]
-        try:
-            ours = head.logits(hidden[0])
-        except RuntimeError:
-            return False
-    return ours.shape == own.shape and _differ(ours, own) <= _TOLERANCES[model_dtype(model)]
+def loss_is_exact(model: Any, head: Head, device: torch.device) -> bool:
+    """Whether the model's own loss, and its gradient at the logits, are what the head as read makes of them.
+
+    The decoder gives hidden states of our choice, and the output projection fp32 logits of our choice, from 0
+    to far beyond any soft cap: what the model does before, between and after the two then shows to the
+    precision of fp32, whatever the model computes in. The projection itself is torch's own ``nn.Linear``.
+    """
+    tokens, _, _ = _tokens(model, device)
+    labels = tokens.clone()
+    labels[:, _UNTRAINED] = IGNORED
+    decoder: nn.Module = model.get_decoder()
+    given: list[Tensor] = []
+    received: list[Tensor] = []
+    raw = _example_logits(head).to(device).requires_grad_()
+
+    def project(states: Tensor) -> Tensor:
+        received.append(states)
+        return raw[None] * 1.0  # a family may scale it in place
+
+    def give_chosen(module: Any, args: Any, output: Any) -> Any:
+        given.append(_example_states(output[0]))
+        if isinstance(output, tuple):
+            return (given[-1], *output[1:])
+        output[next(iter(output))] = given[-1]
+        return output
+
+    hook = decoder.register_forward_hook(give_chosen)
+    try:
+        with _evaluating(model), stand_ins({head.projection: project}), torch.enable_grad():
+            own = model(input_ids=tokens, labels=labels, use_cache=False)
+            (gradient,) = torch.autograd.grad(own.loss, raw)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
+        return False
+    finally:
+        hook.remove()
+    weight = head.projection.weight
+    if len(given) != 1 or len(received) != 1 or not is_same(received[0], given[0].to(weight.dtype)):
+        return False
+    return _is_cross_entropy(own.loss, gradient, raw.detach(), labels[0], head)
+
+
+def _example_states(states: Tensor) -> Tensor:
+    """Hidden states in the shape and dtype of ``states``, with a few massive channels."""
+    chosen = torch.randn(states.shape, generator=torch.Generator().manual_seed(3))
+    chosen[..., :: max(states.shape[-1] // 3, 1)] *= 300
+    return chosen.to(states.device, states.dtype)
+
+
+def _example_logits(head: Head) -> Tensor:
+    """What a projection may give, (tokens, vocabulary), fp32: each token's larger than the one's before."""
+    logits = torch.randn(_FIRST, head.projection.out_features, generator=torch.Generator().manual_seed(4))
+    largest = 2 * (head.softcap or 10.0) / abs(head.multiplier)
+    return logits * torch.logspace(-2, 0, _FIRST)[:, None] * largest
+
+
+def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tensor, head: Head) -> bool:
+    """Whether a loss and its gradient at the raw logits (tokens, vocabulary) are the mean cross-entropy."""
+    trained = torch.nonzero(labels[1:] != IGNORED)[:, 0]
+    targets = labels[1:][trained, None]
+    losses, slopes = losses_and_slopes(raw[trained], targets, head, needs_grad=True)
+    assert slopes is not None
+    expected, scale = torch.zeros_like(raw), torch.zeros_like(raw)
+    expected[trained] = slopes / len(trained)
+    logits = raw[trained] * head.multiplier
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    # The rounding of a logit moves its probability by as much as the logit is large.
+    largest = 1 + logits.abs().amax(-1, keepdim=True)
+    likely = logits.softmax(-1).scatter(1, targets, 1.0)
+    scale[trained] = likely * largest * abs(head.multiplier) / len(trained)
+    return is_near(gradient.float(), expected, scale, _ROUNDINGS) and is_near(
+        loss.float(), losses.mean(), largest.mean(), _ROUNDINGS
+    )
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -39,11 +39,6 @@ class Head:
     softcap: float | None
     """Gemma's ``final_logit_softcapping``: logits become softcap · tanh(logits / softcap)."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(tokens, vocabulary) from (tokens, hidden), without gradients."""
-        logits = self.projection(hidden) * self.multiplier
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
 
 def find_head(model: nn.Module) -> Head | str:
     """The head of a causal language model, or why it cannot be taken in chunks.
@@ -223,7 +218,7 @@ class _ChunkedLoss(torch.autograd.Function):
             own = None if toward_rows is None or ids is None else toward_rows.new_empty(len(chunk), len(ids))
             for at in range(0, len(chunk), block):
                 some = slice(at, at + block)
-                losses, slopes = _losses_and_slopes(
+                losses, slopes = losses_and_slopes(
                     logits[some], target[some], head, needs_grad=grad is not None
                 )
                 if counts is not None:
@@ -265,7 +260,7 @@ def block_rows(device: torch.device) -> int:
     return LOSS_BLOCK_ROWS["cuda" if device.type == "cuda" else "cpu"]
 
 
-def _losses_and_slopes(
+def losses_and_slopes(
     logits: Tensor, targets: Tensor, head: Head, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of some rows (rows, vocabulary) of the head's own logits, against (rows, 1), and the

@@ -134,23 +134,23 @@ def samples_not_separated(patch: pytest.MonkeyPatch) -> None:
 
 
 def soft_cap_forgotten(patch: pytest.MonkeyPatch) -> None:
-    right = loss._losses_and_slopes
+    right = loss.losses_and_slopes
 
     def wrong(logits: Tensor, targets: Tensor, head: loss.Head, *, needs_grad: bool) -> Any:
         plain = loss.Head(head.projection, head.multiplier, None)
         return right(logits, targets, plain, needs_grad=needs_grad)
 
-    patch.setattr(loss, "_losses_and_slopes", wrong)
+    patch.setattr(loss, "losses_and_slopes", wrong)
 
 
 def multiplier_forgotten_in_backward(patch: pytest.MonkeyPatch) -> None:
-    right = loss._losses_and_slopes
+    right = loss.losses_and_slopes
 
     def wrong(logits: Tensor, targets: Tensor, head: loss.Head, *, needs_grad: bool) -> Any:
         losses, slopes = right(logits, targets, head, needs_grad=needs_grad)
         return losses, None if slopes is None else slopes / head.multiplier
 
-    patch.setattr(loss, "_losses_and_slopes", wrong)
+    patch.setattr(loss, "losses_and_slopes", wrong)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

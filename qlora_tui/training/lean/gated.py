@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qlora_tui.training.agreement import is_same
 from qlora_tui.training.lean.linear import Adapter, Weight, active_adapter, backward, forward, plain_weight
-from qlora_tui.training.lean.replace import replace_forward
+from qlora_tui.training.lean.replace import replace_forward, stand_ins
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -76,24 +76,17 @@ def is_gated(mlp: Any) -> bool:
 
         return forward
 
-    modules = {name: getattr(mlp, name) for name in received}
-    former = {name: vars(module).get("forward") for name, module in modules.items()}
     training = mlp.training
     mlp.eval()
     # Families drop some of what comes out (Seed-OSS), in training only.
     mlp.training = True
     try:
-        for name, module in modules.items():
-            vars(module)["forward"] = stand_in(name)
-        result = mlp(x)
+        with stand_ins({getattr(mlp, name): stand_in(name) for name in received}):
+            result = mlp(x)
         product = mlp.act_fn(gate) * up
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
     finally:
-        for name, module in modules.items():
-            del vars(module)["forward"]
-            if former[name] is not None:
-                vars(module)["forward"] = former[name]
         mlp.train(training)
     expected = {"gate_proj": x, "up_proj": x, "down_proj": product}
     return is_same(result, out) and all(
