@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_tui.training import attention
 from qlora_tui.training.agreement import is_near, is_same
+from qlora_tui.training.attention_check import library_logits, short_windows
 from qlora_tui.training.lean.replace import stand_ins
 from qlora_tui.training.loss import IGNORED, Head, losses_and_slopes
 
@@ -23,28 +25,62 @@ _UNTRAINED = 3
 """A token of the first sample that the loss passes over."""
 _ROUNDINGS = 16.0
 """Of fp32, by which the loss and the gradient of a token's logits may differ."""
-_LEAK = 1e-3
-"""Share of the outputs' spread by which the second sample may move when the first changes. It is 0 for
-every path that keeps them apart but 8-bit ones, where outliers of one row are scaled with another's."""
-_TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Share of the outputs' spread by which two ways to the same result may differ, by dtype."""
+_LEAST_NOISE = {torch.float32: 16 * 1.2e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+"""Share of a token's logits that noise is taken to be at least: chance may hide it in so short a sample."""
+_NOISE = 4.0
+"""How many times the noise a token's logits in a row may differ from those alone."""
+_MOST_NOISE = 0.25
+"""Share of a token's logits that noise may be: above it they show nothing."""
+_INT8_LEAK = 1e-3
+"""Share of a token's logits by which an 8-bit model's move when another sample changes: outliers of one row
+are scaled with another's. Every other path keeps samples apart exactly, but for the grouping of experts."""
 
 
 @torch.no_grad()
-def samples_are_kept_apart(model: nn.Module, device: torch.device) -> bool:
-    """Whether a sample's outputs in a packed row are its own: as alone, whatever lies before it."""
+def samples_are_kept_apart(model: Any, device: torch.device) -> bool:
+    """Whether a sample's outputs in a packed row are its own: as alone, whatever lies before it.
+
+    By the library's attention, which is compared with ours layer by layer, the sample is run once more, with
+    tokens behind it that it does not see: as many rows in every product as when packed. By how much that
+    moves its logits is the noise of the model and the dtype.
+    """
     first, other, second = _tokens(model, device)
-    with _evaluating(model):
+    with _evaluating(model), short_windows(model):
         try:
             packed = _second_in_row(model, first, second)
             packed_after_other = _second_in_row(model, other, second)
             alone = model(input_ids=second, position_ids=_positions(second), segments=[_SECOND]).logits[0]
-        except (RuntimeError, TypeError, ValueError, IndexError):
+            longer = torch.cat([second, first], dim=1)
+            if model.config._attn_implementation == attention.NAME:
+                by_library = library_logits(model, longer, _positions(longer))
+            else:  # the library's own flash kernel
+                by_library = model(input_ids=longer, position_ids=_positions(longer), use_cache=False).logits[
+                    0
+                ]
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return False
-    return (
-        _differ(packed, packed_after_other) <= _LEAK
-        and _differ(packed, alone) <= _TOLERANCES[model_dtype(model)]
+    size = _rms(alone)
+    share = (_rms(alone - by_library[:_SECOND]) / size).max().clamp(min=_LEAST_NOISE[alone.dtype])
+    leak, difference = _rms(packed - packed_after_other), _rms(packed - alone)
+    # Written so that NaN is no agreement.
+    if not share <= _MOST_NOISE:
+        return False
+    return bool(
+        (leak <= _allowed_leak(model, share) * size).all() and (difference <= _NOISE * share * size).all()
     )
+
+
+def _allowed_leak(model: nn.Module, noise: Tensor) -> Tensor:
+    """Share of each token's logits that may move when another sample changes."""
+    if any(parameter.dtype == torch.int8 for parameter in model.parameters()):
+        return noise.clamp(min=_INT8_LEAK)
+    has_experts = any(parameter.dim() == 3 for parameter in model.parameters())
+    return _NOISE * noise if has_experts else torch.zeros_like(noise)
+
+
+def _rms(logits: Tensor) -> Tensor:
+    """Of each token: (tokens, vocabulary) to (tokens,), fp32."""
+    return logits.float().square().mean(-1).sqrt()
 
 
 @torch.no_grad()
@@ -123,12 +159,6 @@ def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tenso
     )
 
 
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """Of the output head: the dtype the model computes in."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]  # a PreTrainedModel's method
-    return weight.dtype
-
-
 def _tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Two first samples that differ everywhere, and a second one."""
     generator = torch.Generator().manual_seed(0)
@@ -148,14 +178,6 @@ def _second_in_row(model: nn.Module, first: Tensor, second: Tensor) -> Tensor:
 
 def _positions(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device)[None]
-
-
-def _differ(one: Tensor, other: Tensor) -> float:
-    """Largest difference, as a share of the spread of ``other``; infinite where either is not finite."""
-    one, other = one.float(), other.float()
-    if not bool(torch.isfinite(one).all() and torch.isfinite(other).all()):
-        return float("inf")
-    return float((one - other).abs().max() / other.std().clamp(min=1e-6))
 
 
 @contextmanager

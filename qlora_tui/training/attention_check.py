@@ -1,0 +1,132 @@
+"""Whether attention sample by sample is what each layer of the model at hand asks for.
+
+The model is run once on a short sample, with sliding windows shorter than it is. Each layer's queries, keys
+and values go through the library's attention for that layer, with the mask that the library makes for it, and
+through :mod:`qlora_tui.training.attention`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tui.training import attention
+from qlora_tui.training.agreement import is_near
+from qlora_tui.training.load import attend_by
+
+_NAME = "qlora_check"
+"""The attention implementation that compares, as transformers knows it."""
+_WINDOW = 3
+"""Tokens that a sliding window, or a chunk, of the model is cut down to."""
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+_SCORES = 3.0
+"""Standard deviation of each head's scores: its weights are uneven, and no key takes all of them."""
+_ROUNDINGS = 64.0
+"""Of fp32, in which the library takes its softmax, by which an output may differ."""
+_NOISE = {torch.float32: 32.0, torch.bfloat16: 6.0, torch.float16: 6.0}
+"""How many times the error of the library's eager attention in the run's dtype, at each head's worst token,
+an output may be wrong by; where that is nothing, as many thirds of a unit in the last place."""
+
+
+class Differs(RuntimeError):
+    """A layer's attention is not the library's."""
+
+
+def library_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Logits (tokens, vocabulary) of one sample, each layer attending as the library does.
+
+    Raises Differs where our attention gives a layer anything else.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(_NAME, _compare)
+    AttentionMaskInterface.register(_NAME, eager_mask)
+    if not attend_by(model, _NAME):
+        raise Differs
+    try:
+        logits: Tensor = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0]
+    finally:
+        attend_by(model, attention.NAME)
+    return logits
+
+
+@contextmanager
+def short_windows(model: nn.Module) -> Iterator[None]:
+    """Cut every sliding window of the model down to a few tokens, so that short samples reach past it."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    former = []
+    for holder in [*configs.values(), *model.modules()]:
+        for name in _WINDOWS:
+            window = vars(holder).get(name)
+            if isinstance(window, int) and window > _WINDOW:
+                former.append((holder, name, window))
+                setattr(holder, name, _WINDOW)
+    try:
+        yield
+    finally:
+        for holder, name, window in former:
+            setattr(holder, name, window)
+
+
+def _compare(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The library's output, in float64; raises Differs where ours is another.
+
+    Compared are queries whose scores are of a usual size: large ones would leave every weight to one key, and
+    small ones would hide a soft cap. In float64 this shows the function; in the run's dtype, the kernel.
+    """
+    k, v = key.double(), value.double()
+    mask = None if attention_mask is None else attention_mask.double()
+    own = _library(module, query.double(), k, v, mask, **kwargs)
+    usual = (query * _factors(query, key, kwargs.get("scaling"))).to(query.dtype)
+    q = usual.double()
+    expected = _library(module, q, k, v, mask, **kwargs)
+    scale = _library(module, q, k, v.abs(), mask, **kwargs)
+    ours = _ours(module, q, k, v, **kwargs)
+    if not is_near(ours.float(), expected.float(), scale, _ROUNDINGS):
+        raise Differs(type(module).__name__)
+    narrow_mask = None if attention_mask is None else attention_mask.to(query.dtype)
+    theirs = _library(module, usual, key, value, narrow_mask, **kwargs)
+    noise = (theirs.double() - expected).square().mean(-1, keepdim=True).sqrt().amax(1, keepdim=True)
+    error = (_ours(module, usual, key, value, **kwargs).double() - expected).abs()
+    floor = torch.finfo(query.dtype).eps / 3 * scale
+    if not bool((error <= _NOISE[query.dtype] * torch.maximum(noise, floor)).all()):
+        raise Differs(type(module).__name__)
+    return own.to(query.dtype), None
+
+
+def _library(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """The family's own eager attention, (batch, tokens, heads, width)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
+    if kwargs.get("scaling") is None:
+        kwargs = {**kwargs, "scaling": query.shape[-1] ** -0.5}
+    output: Tensor = eager(module, query, key, value, mask, **kwargs)[0]
+    return output
+
+
+def _ours(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    mask = attention.segment_mask([query.shape[2]])
+    return attention.segment_attention(module, query, key, value, mask, **kwargs)[0]
+
+
+def _factors(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
+    """By which the queries of each head are multiplied for scores of a usual size, (1, heads, 1, 1)."""
+    keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query.double() @ keys.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    return _SCORES / scores.std((-1, -2), keepdim=True).clamp(min=1e-9)
