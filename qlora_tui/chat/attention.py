@@ -6,6 +6,7 @@ them. As rows of their key head, several answer four to thirteen times as fast, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,10 +15,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qlora_tui.training.attention_check import attends_alike
 from qlora_tui.training.load import attend_by
 
 NAME = "qlora_chat"
 """The attention implementation as transformers knows it."""
+_proven: dict[tuple[object, ...], bool] = {}
+"""Whether heads in groups attend as head by head, by shapes, dtype and settings; tried at the first call."""
 
 
 def group_heads(model: Any) -> None:
@@ -39,13 +43,26 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
-    batch, heads, tokens, width = query.shape
+    settings = {name: value for name, value in kwargs.items() if value is not None}
+
+    def by_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output: Tensor = sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling, **kwargs)[0]
+        return output
+
+    _, heads, tokens, width = query.shape
     shared = key.shape[1]
-    if tokens > 1 or heads == shared or attention_mask is not None or kwargs.get("position_bias") is not None:
-        given: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-        return given
-    rows = query.reshape(batch, shared, heads // shared, width)
-    made = functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
-    return made.reshape(batch, 1, heads, value.shape[-1]), None
+    if tokens > 1 or heads == shared or attention_mask is not None or "position_bias" in settings:
+        return by_library(query, key, value), None
+    case = (type(module), heads, key.shape[1::2], value.shape[-1], width, query.dtype, scaling, *settings)
+    if case not in _proven and key.shape[2] > 1:  # a single key takes all, however heads are grouped
+        _proven[case] = attends_alike(partial(_in_groups, scaling), by_library, query, key, value, scaling)
+    in_groups = _proven.get(case, False)
+    return (_in_groups(scaling, query, key, value) if in_groups else by_library(query, key, value)), None
+
+
+def _in_groups(scaling: float | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The query heads that share a key head as rows, (batch, 1, heads, width)."""
+    batch, heads, _, width = query.shape
+    rows = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    output = functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
+    return output.reshape(batch, 1, heads, value.shape[-1])

@@ -7,6 +7,7 @@ kernel; everything else, and the change of layout, stays bitsandbytes' own.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
@@ -15,8 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_tui.training.agreement import is_near, is_same
+
 _KNOWN = re.compile(r"0\.(49|50)\.")
 """Versions of bitsandbytes whose kernel takes what is handed over here; others are called as they ask for."""
+_CHUNK_ROWS = 1024
+"""Of a weight that are in fp32 at a time."""
+_ROUNDINGS = 4.0
+"""By which a product may differ from the exact one, of the size that its rounding has."""
 _ROWS = 32
 """Outputs that the layout takes together."""
 
@@ -33,12 +40,19 @@ def answer_from_cpu_layout(model: nn.Module) -> None:
     if not has_avx512bf16():
         return
     known = _KNOWN.match(bitsandbytes.__version__)
+    proven: dict[tuple[object, ...], bool] = {}
     for layer in filter(_has_the_shape, layers):
+        state = layer.weight.quant_state
+        case = (*state.shape, state.blocksize, state.quant_type, state.nested, layer.bias is None)
+        if case not in proven:
+            proven[case] = layout_agrees(layer)
+        if not proven[case]:
+            continue
         layer.support_avx512bf16_for_cpu = True
         # The layout changes with the first product: now, so that the first question need not wait for it.
         layer(torch.zeros(1, layer.in_features, dtype=layer.compute_dtype))
         layer._save_to_state_dict = _nothing
-        if known and (product := _straight(layer)):
+        if known and (product := _straight(layer)) and _gives_the_same(product, layer):
             layer.forward = OneToken(layer.forward, product)
 
 
@@ -46,6 +60,47 @@ def _has_the_shape(layer: Any) -> bool:
     """Whether the layout has room for it; bitsandbytes only finds out as it makes it."""
     outputs, inputs, blocksize = layer.out_features, layer.in_features, layer.weight.quant_state.blocksize
     return not (outputs % _ROWS or inputs % blocksize)
+
+
+@torch.no_grad()
+def layout_agrees(layer: Any) -> bool:
+    """Whether the layout gives the products of the weights as they are stored, seen on a copy of the layer.
+
+    A product's rounding has the size of the root of its terms' squares, and of its blocks' sums, whose scales
+    are rounded too: each output is held to that, so neither a wrong row nor a wrong block passes.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = layer.weight.quant_state
+    weights = dequantize_4bit(layer.weight.data.reshape(-1, 1), state).view(state.shape)
+    copied = copy.deepcopy(layer).eval()
+    copied.support_avx512bf16_for_cpu = True
+    x = _example_tokens(layer)
+    bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.float()
+    expected, scale = [], []
+    for weight in weights.split(_CHUNK_ROWS):
+        terms = (y.float().view(len(y), -1, state.blocksize) for y in (x, weight))
+        blocks = torch.einsum("tbi,obi->tob", *terms)
+        expected.append(blocks.sum(-1))
+        scale.append(x.float().square() @ weight.float().square().t() + blocks.square().sum(-1))
+    exact = torch.cat(expected, dim=1) + bias
+    size = (torch.cat(scale, dim=1) + bias.square()).sqrt()
+    # One token and several take different kernels.
+    return all(is_near(copied(x[:count]), exact[:count], size[:count], _ROUNDINGS) for count in (1, len(x)))
+
+
+@torch.no_grad()
+def _gives_the_same(product: Callable[[Tensor], Tensor], layer: Any) -> bool:
+    """Whether the kernel, called without bitsandbytes, gives each bit of what the layer gives."""
+    x = _example_tokens(layer)[:1]
+    return is_same(product(x), layer(x))
+
+
+def _example_tokens(layer: Any) -> Tensor:
+    """Inputs (3, inputs) of the layer, with a few massive channels."""
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    x[:, :: max(layer.in_features // 3, 1)] *= 100
+    return x.to(layer.compute_dtype)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

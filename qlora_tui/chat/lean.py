@@ -18,9 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.memory.processor import this_processor
+from qlora_tui.training.agreement import is_near
+from qlora_tui.training.lean.replace import stand_ins
 from qlora_tui.training.token_rows import TokenRows, row_wrappers, rows_of, with_rows
 
 _MANY_TOKENS = 64
+_FP32 = 64 * torch.finfo(torch.float32).eps
+"""Share of an update by which fp32 products may be wrong."""
+_ROUNDINGS = 1.0
+"""By which a layer's output may differ from peft's in float64."""
 
 
 class Speaking:
@@ -41,14 +47,18 @@ class LeanForward:
     def learn(self, voice: str, layer: Any) -> None:
         """Take the factors of an adapter over from peft."""
         down, up = layer.lora_A[voice].weight.detach(), layer.lora_B[voice].weight.detach()
-        down, up = down.T, up.T * layer.scaling[voice]
         if down.device.type == "cpu":
-            down, up = down.float().contiguous(), up.float().contiguous()
+            down, up = down.float(), up.float()
+        down, up = down.T.contiguous(), up.T.contiguous() * layer.scaling[voice]
         self._factors[voice] = (down, up)
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.speak(self._speaking.voice, x)
+
+    def speak(self, voice: str, x: Tensor) -> Tensor:
+        """The layer's output with the adapter ``voice``, or the base's where it has none."""
         output: Tensor = self._base(x)
-        factors = self._factors.get(self._speaking.voice)
+        factors = self._factors.get(voice)
         if factors is not None:
             down, up = factors
             rows, inputs = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -101,9 +111,55 @@ def lean(model: nn.Module, voice: str, speaking: Speaking) -> bool:
     for layer in layers:
         forward = vars(layer).get("forward")
         if forward is None:
-            forward = layer.forward = LeanForward(layer.get_base_layer(), speaking)
+            forward = LeanForward(layer.get_base_layer(), speaking)
         forward.learn(voice, layer)
+        if not adds_as_peft(layer, voice, forward):
+            return False
+        layer.forward = forward
     return True
+
+
+@torch.inference_mode()
+def adds_as_peft(layer: Any, voice: str, forward: LeanForward) -> bool:
+    """Whether ``forward`` adds to the base's output what peft's own forward adds, element by element.
+
+    The base stands aside and gives values of our choice. peft computes in float64, so that what is left is
+    the rounding of ``forward``: of its result and, where its factors have 16 bits, of the update's terms.
+    """
+    down, up = layer.lora_A[voice].weight, layer.lora_B[voice].weight
+    x, output = _example_tokens(down, up)
+    factors = down.data, up.data
+    active, own = layer.active_adapters, vars(layer).pop("forward", None)
+    try:
+        layer.set_adapter(voice, inference_mode=True)
+        down.data, up.data = down.data.double(), up.data.double()
+        with stand_ins({layer.get_base_layer(): lambda given: output[: len(given)].double()}):
+            expected = layer(x.double())
+    finally:
+        down.data, up.data = factors
+        layer.set_adapter(active, inference_mode=True)
+        if own is not None:
+            layer.forward = own
+    inner = x.double().square() @ down.double().square().t()
+    update = (inner @ up.double().square().t()).sqrt() * abs(layer.scaling[voice])
+    with stand_ins({layer.get_base_layer(): lambda given: output[: len(given)].clone()}):
+        results = [forward.speak(voice, x[:count]) for count in (1, len(x))]
+    for result in results:
+        wanted = expected[: len(result)]
+        is_wide = x.dtype == torch.float32 or (x.device.type == "cpu" and len(result) == 1)
+        share = _FP32 / torch.finfo(result.dtype).eps if is_wide else 2.0
+        if not is_near(result, wanted, wanted.abs() + share * update[: len(result)], _ROUNDINGS):
+            return False
+    return True
+
+
+def _example_tokens(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs (64, inputs) with massive channels, and a base's outputs (64, outputs), half of them 0."""
+    generator = torch.Generator().manual_seed(0)
+    x, output = (torch.randn(_MANY_TOKENS, n, generator=generator) for n in (down.shape[1], up.shape[0]))
+    x[:, :: max(x.shape[1] // 3, 1)] *= 100
+    output[:, ::2] = 0
+    return x.to(down.device, down.dtype), output.to(up.device, up.dtype)
 
 
 def as_peft_does(model: nn.Module) -> None:

@@ -8,9 +8,9 @@ through :mod:`qlora_tui.training.attention`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ _ROUNDINGS = 64.0
 _NOISE = {torch.float32: 32.0, torch.bfloat16: 6.0, torch.float16: 6.0}
 """How many times the error of the library's eager attention in the run's dtype, at each head's worst token,
 an output may be wrong by; where that is nothing, as many thirds of a unit in the last place."""
+
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of a layer, from queries, keys and values."""
 
 
 class Differs(RuntimeError):
@@ -82,29 +86,43 @@ def _compare(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The library's output, in float64; raises Differs where ours is another.
+    """The library's output; raises Differs where ours is another."""
+    dtype = query.dtype
+    # The masks of the library hide by adding the largest negative number of the dtype.
+    masks = {
+        kind: None if attention_mask is None else attention_mask.to(kind) for kind in (torch.float64, dtype)
+    }
 
-    Compared are queries whose scores are of a usual size: large ones would leave every weight to one key, and
+    def library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _library(module, q, k, v, masks[q.dtype], **kwargs)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = attention.segment_mask([q.shape[2]])
+        return attention.segment_attention(module, q, k, v, mask, **kwargs)[0]
+
+    if not attends_alike(ours, library, query, key, value, kwargs.get("scaling")):
+        raise Differs(type(module).__name__)
+    return library(query.double(), key.double(), value.double()).to(dtype), None
+
+
+def attends_alike(
+    ours: Attend, library: Attend, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> bool:
+    """Whether two ways to attend give (batch, tokens, heads, width) alike, for a layer's own tensors.
+
+    The queries are scaled for scores of a usual size: large ones would leave every weight to one key, and
     small ones would hide a soft cap. In float64 this shows the function; in the run's dtype, the kernel.
     """
-    k, v = key.double(), value.double()
-    mask = None if attention_mask is None else attention_mask.double()
-    own = _library(module, query.double(), k, v, mask, **kwargs)
-    usual = (query * _factors(query, key, kwargs.get("scaling"))).to(query.dtype)
-    q = usual.double()
-    expected = _library(module, q, k, v, mask, **kwargs)
-    scale = _library(module, q, k, v.abs(), mask, **kwargs)
-    ours = _ours(module, q, k, v, **kwargs)
-    if not is_near(ours.float(), expected.float(), scale, _ROUNDINGS):
-        raise Differs(type(module).__name__)
-    narrow_mask = None if attention_mask is None else attention_mask.to(query.dtype)
-    theirs = _library(module, usual, key, value, narrow_mask, **kwargs)
-    noise = (theirs.double() - expected).square().mean(-1, keepdim=True).sqrt().amax(1, keepdim=True)
-    error = (_ours(module, usual, key, value, **kwargs).double() - expected).abs()
+    usual = (query * _factors(query, key, scaling)).to(query.dtype)
+    q, k, v = usual.double(), key.double(), value.double()
+    expected, scale = library(q, k, v), library(q, k, v.abs())
+    if not is_near(ours(q, k, v).float(), expected.float(), scale, _ROUNDINGS):
+        return False
+    rounded = library(usual, key, value).double() - expected
+    noise = rounded.square().mean(-1, keepdim=True).sqrt().amax(1, keepdim=True)
+    error = (ours(usual, key, value).double() - expected).abs()
     floor = torch.finfo(query.dtype).eps / 3 * scale
-    if not bool((error <= _NOISE[query.dtype] * torch.maximum(noise, floor)).all()):
-        raise Differs(type(module).__name__)
-    return own.to(query.dtype), None
+    return bool((error <= _NOISE[query.dtype] * torch.maximum(noise, floor)).all())
 
 
 def _library(
@@ -118,11 +136,6 @@ def _library(
         kwargs = {**kwargs, "scaling": query.shape[-1] ** -0.5}
     output: Tensor = eager(module, query, key, value, mask, **kwargs)[0]
     return output
-
-
-def _ours(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-    mask = attention.segment_mask([query.shape[2]])
-    return attention.segment_attention(module, query, key, value, mask, **kwargs)[0]
 
 
 def _factors(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
