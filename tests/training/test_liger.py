@@ -114,6 +114,35 @@ class Onehot(PlayedLiger):
         return loss + own - own.detach()
 
 
+class OneChannel(PlayedLiger):
+    """One whose gradient lacks a channel."""
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        given = torch.cat([_input[:, :5], _input[:, 5:6].detach(), _input[:, 6:]], dim=1)
+        return super().forward(lin_weight, given, target, bias)
+
+
+class OneToken(PlayedLiger):
+    """One that takes the last token's gradient for 9 tenths of it."""
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        last = 0.9 * _input[-1:] + 0.1 * _input[-1:].detach()
+        return super().forward(lin_weight, torch.cat([_input[:-1], last]), target, bias)
+
+
+class Unbiased(PlayedLiger):
+    """One that leaves the head's bias out."""
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        return super().forward(lin_weight, _input, target, None)
+
+
 class WithoutCompiler(PlayedLiger):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
@@ -188,13 +217,30 @@ def test_one_that_is_wrong_or_does_not_run_is_left_with_the_reason(
 
 
 @pytest.mark.parametrize(
-    ("kind", "proven"), [(PlayedLiger, True), (Onehot, False), (Unscaled, False), (FirstChunk, False)]
+    ("kind", "proven"),
+    [
+        (PlayedLiger, True),
+        (Onehot, False),
+        (Unscaled, False),
+        (FirstChunk, False),
+        (OneChannel, False),
+        (OneToken, False),
+        (Unbiased, False),
+    ],
 )
-def test_in_16_bits_it_is_proved_as_sharply(kind: type[PlayedLiger], proven: bool, install: Any) -> None:
+@pytest.mark.parametrize("tails", [1.0, 50.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_element_of_a_gradient_is_held_to_the_dtypes_noise(
+    kind: type[PlayedLiger], proven: bool, tails: float, dtype: torch.dtype, install: Any
+) -> None:
     """With the faint head of a trained model, whose softmax of random states would rest on every word."""
     install(kind)
-    projection = nn.Linear(256, 4_000, bias=False, dtype=torch.bfloat16)
+    projection = nn.Linear(256, 4_000, dtype=dtype)
     nn.init.normal_(projection.weight, std=0.02, generator=torch.Generator().manual_seed(1))
+    nn.init.normal_(projection.bias, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        projection.weight[:, 7] *= tails
+        projection.weight[::500] *= tails**0.5
     said = proven_liger(loss.Head(projection.requires_grad_(False), 1.0, None), CPU)
     assert isinstance(said, str) != proven
 
