@@ -103,7 +103,8 @@ class Watch:
             with suppress(OSError, KeyError, ValueError):
                 fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
                 resident, anonymous = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
-                phase = read_status(self._run).phase or "starting"
+                at = read_status(self._run)
+                phase = at.phase or at.state
                 self.phases[phase] = max(self.phases.get(phase, (0, 0)), (resident, anonymous))
 
 
