@@ -3,7 +3,7 @@
 Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`judge` it against the memory
 there is, ask :func:`what_fits` or :func:`cheapest_changes`; :func:`as_json` is what ``--json`` prints.
 
-``codepath`` says which trainer's code is meant; ``step`` walks one step of it over the ``tape``, with
+``codepath`` says which trainer's code is meant, ``versions`` and ``trl_loss`` what its libraries did; ``step`` walks one step of it over the ``tape``, with
 ``layout``, ``blocks``, ``ops``, ``attention``, ``linear`` and ``loss`` for what most families share, and
 ``moe``, ``latent``, ``cohere`` and ``fused`` for what some have, ``lean`` for what our trainer keeps less of;
 ``weights`` and ``residents`` count what stays; ``replay`` puts ``loading`` and the ``recording`` of each part
