@@ -6,7 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.errors import Problem
 from qlora_tui.format import size
 from qlora_tui.runs.directory import find
 
@@ -20,10 +23,27 @@ def run(args: argparse.Namespace) -> Outcome:
     voice = chosen_voice(source, checkpoint=args.checkpoint)
     settle_before_torch()
     from qlora_tui.export.merge import merge
+    from qlora_tui.export.verify import verify_merge
 
-    merged = merge(source, voice, args.out, lambda words: print(words, file=sys.stderr, flush=True))
-    said = f"{merged.folder}: {size(merged.bytes)}, {merged.changed_weights} weights changed by the {voice}."
-    return Outcome(merged, said)
+    def tell(words: str) -> None:
+        print(words, file=sys.stderr, flush=True)
+
+    merged = merge(source, voice, args.out, tell)
+    check = verify_merge(source, voice, Path(merged.folder), tell)
+    if isinstance(check, str):
+        merged = replace(merged, unchecked_because=check)
+    elif check.agrees:
+        merged = replace(merged, check=check)
+    else:
+        raise Problem(
+            "The merged model does not answer as the adapter does",
+            what=f"{merged.folder} is written, and {check.sentence}.",
+            why="The base stores its weights in a way that merging does not know, or its files are damaged.",
+            fix="Use the adapter instead, and report the model.",
+        )
+    words = f"{merged.folder}: {size(merged.bytes)}, {merged.changed_weights} weights changed by the {voice}."
+    checked = f"Not checked: {check}." if isinstance(check, str) else f"Checked: {check.sentence}."
+    return Outcome(merged, f"{words}\n{checked}")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from qlora_tui.chat.terms import ChatSource
 from qlora_tui.chat.updates import read_updates
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.export.card import model_card
+from qlora_tui.export.verify import MergeCheck
 from qlora_tui.export.weight_files import change_tensors
 from qlora_tui.files import private_dir
 
@@ -36,6 +37,10 @@ class Merged(Struct, frozen=True, kw_only=True):
     bytes: int
     changed_weights: int
     """Weight matrices that the adapter changed."""
+    check: MergeCheck | None = None
+    """Its scores beside those of base and adapter; None where they were not compared."""
+    unchecked_because: str = ""
+    """Why they were not."""
 
 
 def merge(

@@ -3,9 +3,10 @@
 Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`judge` it against the memory
 there is, ask :func:`what_fits` or :func:`cheapest_changes`; :func:`as_json` is what ``--json`` prints.
 
-``codepath`` says which trainer's code is meant, ``versions`` and ``trl_loss`` what its libraries did; ``step`` walks one step of it over the ``tape``, with
-``layout``, ``blocks``, ``ops``, ``attention``, ``linear`` and ``loss`` for what most families share, and
-``moe``, ``latent``, ``cohere`` and ``fused`` for what some have, ``lean`` for what our trainer keeps less of;
+``codepath`` says which trainer's code is meant, ``versions`` and ``trl_loss`` what its libraries did;
+``step`` walks one step of it over the ``tape``, with ``layout``, ``blocks``, ``ops``, ``attention``,
+``linear`` and ``loss`` for what most families share, and ``moe``, ``latent``, ``cohere`` and ``fused`` for
+what some have, ``lean`` for what our trainer keeps less of;
 ``weights`` and ``residents`` count what stays; ``replay`` puts ``loading`` and the ``recording`` of each part
 on a model of CUDA's ``allocator``; ``tiers`` (on a CPU with ``kernels``) goes from tensors to what the card
 sees; ``traced`` takes a counted step in place of the walked one; ``learning`` corrects by what past runs

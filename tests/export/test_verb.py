@@ -22,13 +22,31 @@ def test_a_run_is_merged_and_a_second_time_is_a_wrong_call(
     out = tmp_path / "merged"
     assert main(["export", "merge", run.id, str(out), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
+    check = said.pop("check")
+    assert check["agrees"] and check["same_choices"] == check["tokens"] > 8
     assert said == {
         "folder": str(out),
         "bytes": sum(f.stat().st_size for f in out.iterdir()),
         "changed_weights": 14,
+        "unchecked_because": "",
     }
     assert main(["export", "merge", run.id, str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_merge_that_answers_otherwise_is_an_error(
+    tiny_source: ChatSource,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qlora_tui.chat.updates import Update
+
+    run = create(tiny_source.recipe)
+    shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+    monkeypatch.setattr(Update, "change", lambda self: -(self.up.float() @ self.down.float()))
+    assert main(["export", "merge", run.id, str(tmp_path / "merged")]) == 1
+    assert "The merged model does not answer as the adapter does" in capsys.readouterr().err
 
 
 def test_a_run_without_an_adapter_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

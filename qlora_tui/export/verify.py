@@ -1,0 +1,128 @@
+"""A merged model against its 16-bit base with the adapter on it, as peft computes that.
+
+Both read the same prompt, one after the other, so that one model is in memory at a time. Merging rounds each
+changed weight once more; the scores of the next token may differ by what rounding does to peft's own.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from msgspec import Struct, structs
+from torch import Tensor
+
+from qlora_tui.catalog.model_folder import weight_files
+from qlora_tui.chat.session import model_folder
+from qlora_tui.chat.terms import ChatSource
+from qlora_tui.data.conversation import Message
+from qlora_tui.data.render import prompt_ids
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.format import size
+from qlora_tui.training.adapter import names_as_they_are
+from qlora_tui.training.device import Device
+from qlora_tui.training.load import load_base
+from qlora_tui.training.step_check import FACTOR, rounding_error_of, rounding_errors
+
+_PROMPT = "Name three colors of autumn leaves, and explain in one sentence why they change."
+_DRAWS = 3
+_SPARE_BYTES = 1 << 30
+
+
+class MergeCheck(Struct, frozen=True, kw_only=True):
+    """The merged model's scores of the next token beside those of base and adapter."""
+
+    tokens: int
+    """Positions compared."""
+    difference: float
+    """Share of the scores' spread by which they differ: root mean square over positions and vocabulary."""
+    noise: float
+    """What rounding in the stored dtype moves the scores of base and adapter by, likewise."""
+    same_choices: int
+    """Positions at which both find the same token the likeliest."""
+    agrees: bool
+    """Whether rounding explains the difference."""
+
+    @property
+    def sentence(self) -> str:
+        """What was seen, for a user."""
+        return (
+            f"its scores differ from those of base and adapter by {self.difference:.2g} of their spread, "
+            f"where rounding explains {self.noise:.2g}; the likeliest token is the same at "
+            f"{self.same_choices} of {self.tokens} positions"
+        )
+
+
+def verify_merge(
+    source: ChatSource, voice: str, merged: Path, tell: Callable[[str], None] = lambda words: None
+) -> MergeCheck | str:
+    """Compare a merged model with its base and the adapter of ``voice``, on the CPU.
+
+    Args:
+        merged: the folder that :func:`qlora_tui.export.merge.merge` wrote.
+
+    Returns:
+        What was seen, or why nothing was compared.
+    """
+    base = model_folder(source.recipe)
+    needed = sum((base / name).stat().st_size for name in weight_files(base)) + _SPARE_BYTES
+    free = psutil.virtual_memory().available
+    if needed > free:
+        return f"it needs {size(needed)} of memory, and {size(free)} are free"
+    tokenizer = ChatTokenizer.from_folder(merged)
+    prompt = source.recipe.training.sample_prompts[:1] or (_PROMPT,)
+    ids = torch.tensor([prompt_ids([Message("user", prompt[0])], tokenizer)])
+    tell("Comparing the merged model with base and adapter")
+    adapted = _with_adapter(_loaded(source, base), Path(source.adapters[voice]))
+    expected = _scores(adapted, ids)
+    spread = float((expected - expected.mean(-1, keepdim=True)).norm())
+    noise = 0.0
+    dtype = next(adapted.parameters()).dtype
+    for draw in range(_DRAWS):
+        with rounding_errors(adapted, rounding_error_of(dtype), seed=draw):
+            noise = max(noise, float((_scores(adapted, ids) - expected).norm()) / spread)
+    del adapted
+    gc.collect()
+    scores = _scores(_loaded(source, merged), ids)
+    difference = float((scores - expected).norm()) / spread
+    return MergeCheck(
+        tokens=len(scores),
+        difference=difference,
+        noise=noise,
+        same_choices=int((scores.argmax(-1) == expected.argmax(-1)).sum()),
+        agrees=difference <= FACTOR * noise,
+    )
+
+
+def _loaded(source: ChatSource, folder: Path) -> Any:
+    """The model of a folder, in the dtype it is stored in."""
+    quantization = structs.replace(source.recipe.quantization, method="none")
+    recipe = structs.replace(source.recipe, quantization=quantization)
+    device = Device(torch.device("cpu"), "CPU", 0, _stored_dtype(folder))
+    return load_base(folder, recipe, device, "segments").eval()
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    from safetensors import safe_open
+
+    with safe_open(folder / weight_files(folder)[0], framework="pt") as weights:
+        dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
+    return dtype
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    with names_as_they_are(model, PeftConfig.from_pretrained(str(folder)).target_modules or ""):
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+@torch.inference_mode()
+def _scores(model: Any, ids: Tensor) -> Tensor:
+    """(tokens, vocabulary), fp32."""
+    scores: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
+    return scores

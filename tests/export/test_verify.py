@@ -1,0 +1,79 @@
+"""A merged model's scores beside those of base and adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from qlora_tui.chat.terms import ChatSource
+from tests.chat.adapters import make_adapter
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [{"use_rslora": True}, {"use_dora": True}])
+def test_a_right_merge_answers_as_the_adapter(
+    dtype: str, config: dict[str, Any], tiny_source: ChatSource, tmp_path: Path
+) -> None:
+    from qlora_tui.export.merge import merge
+    from qlora_tui.export.verify import MergeCheck, verify_merge
+
+    source = with_adapter(tiny_source, tmp_path, dtype, **config)
+    merged = merge(source, "adapter", tmp_path / "out")
+    check = verify_merge(source, "adapter", Path(merged.folder))
+    assert isinstance(check, MergeCheck) and check.agrees, check
+    assert check.same_choices >= check.tokens - 1 and check.noise < 0.1
+
+
+def test_a_merge_with_a_scale_of_one_is_found(
+    tiny_source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_tui.chat.updates import Update
+    from qlora_tui.export.merge import merge
+    from qlora_tui.export.verify import MergeCheck, verify_merge
+
+    source = with_adapter(tiny_source, tmp_path, "bfloat16")
+    monkeypatch.setattr(Update, "change", lambda self: self.up.float() @ self.down.float())
+    merged = merge(source, "adapter", tmp_path / "out")
+    check = verify_merge(source, "adapter", Path(merged.folder))
+    assert isinstance(check, MergeCheck) and not check.agrees
+
+
+def test_too_little_memory_leaves_the_merge_unchecked(
+    tiny_source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    from qlora_tui.export.verify import verify_merge
+
+    class Full:
+        available = 1 << 20
+
+    monkeypatch.setattr(psutil, "virtual_memory", Full)
+    assert "1 MiB are free" in str(verify_merge(tiny_source, "adapter", Path(tiny_source.recipe.model.id)))
+
+
+def with_adapter(source: ChatSource, folder: Path, dtype: str, **config: Any) -> ChatSource:
+    """The tiny model stored in ``dtype``, with an adapter that changes it."""
+    import torch
+
+    from tests.training.tiny import make_tiny_model
+
+    model = make_tiny_model(folder / "model")
+    if dtype != "float32":
+        store_as(model, getattr(torch, dtype))
+    adapter = str(make_adapter(model, folder / "adapter", **config))
+    recipe = replace(source.recipe, model=replace(source.recipe.model, id=str(model)))
+    return replace(source, recipe=recipe, adapters={"adapter": adapter})
+
+
+def store_as(folder: Path, dtype: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    weights = {name: weight.to(dtype) for name, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
