@@ -153,6 +153,8 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
 
 def text_of(content: Any, where: str) -> str:
     """The text of a content: a string, nothing, or a list of typed parts that must all be text."""
+    if isinstance(content, str):
+        return content
     text, reasoning, calls = _content_of(content, where)
     if reasoning or calls:
         kind = "reasoning" if reasoning else "tool_call"

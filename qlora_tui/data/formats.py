@@ -123,9 +123,9 @@ def parse(row: Row, layout: Layout, source: int = 0) -> Conversation:
     if media := media_column(fields):
         raise RowRefused("media", media)
     cells = {part: fields.get(column) for part, column in layout.columns.items()}
-    missing = [p for p in PARTS[layout.format] if layout.columns.get(p) not in fields]
-    if missing:
-        raise RowRefused("wrong-format", f"The row has no {layout.columns.get(missing[0], missing[0])!r}.")
+    for part in PARTS[layout.format]:
+        if layout.columns.get(part) not in fields:
+            raise RowRefused("wrong-format", f"The row has no {layout.columns.get(part, part)!r}.")
     _refuse_rejected(fields, cells, layout)
     conversation = _conversation(cells, layout, source, row.number)
     if tag := placeholder(conversation.messages):
@@ -162,10 +162,10 @@ def _conversation(cells: Mapping[str, Any], layout: Layout, source: int, row: in
             raise RowRefused("empty-row", "The text is empty.")
         return Conversation((), text=text, source=source, row=row)
     messages = _READERS[layout.format](cells, layout)
-    if not any(_says_something(m) for m in messages):
+    if not any(map(_says_something, messages)):
         raise RowRefused("empty-row", "The conversation is empty.")
     answers = [m for m in messages if m.role == "assistant"]
-    if answers and not any(_says_something(m) for m in answers):
+    if answers and not any(map(_says_something, answers)):
         raise RowRefused("empty-row", "The answer is empty.")
     return Conversation(messages, tools_of(cells.get("tools")), source=source, row=row)
 

@@ -42,13 +42,19 @@ def medium_of(part_type: Any) -> str | None:
 
 def media_column(fields: Mapping[str, Any]) -> str:
     """A sentence that names the first column of a row with an image, a video or audio; empty if none has."""
+    suspects = _suspect_columns(tuple(fields))
     for column, value in fields.items():
-        if _is_struct(value):
+        if isinstance(value, str):
+            if column not in suspects:
+                continue
+        elif _is_struct(value):
             return f"The column {column!r} holds an image, a video or audio as bytes."
-        if isinstance(value, str) and column.lower() in _FILE_COLUMNS and value.lower().endswith(_ENDINGS):
-            return f"The column {column!r} names an image, a video or audio: {value}."
-        if value and (medium := _medium_of_column(column)) and not _is_switch(value):
+        if not value or column not in suspects or _is_switch(value):
+            continue
+        if medium := suspects[column]:
             return f"The column {column!r} holds {medium}."
+        if isinstance(value, str) and value.lower().endswith(_ENDINGS):
+            return f"The column {column!r} names an image, a video or audio: {value}."
     return ""
 
 
@@ -64,9 +70,19 @@ def placeholder(messages: Iterable[Message]) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _medium_of_column(column: str) -> str:
-    match = _COLUMN.fullmatch(str(column).lower())
-    return _MEDIA[match[1]] if match else ""
+def _suspect_columns(columns: tuple[str, ...]) -> dict[str, str]:
+    """Columns whose names say that they hold a medium, with the medium; empty for one that names a file.
+
+    Cached, for it is asked of every row and most rows have the same columns.
+    """
+    suspects = {}
+    for column in columns:
+        name = str(column).lower()
+        if match := _COLUMN.fullmatch(name):
+            suspects[column] = _MEDIA[match[1]]
+        elif name in _FILE_COLUMNS:
+            suspects[column] = ""
+    return suspects
 
 
 def _is_struct(value: Any) -> bool:

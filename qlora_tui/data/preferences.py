@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 from qlora_tui.data.chat_formats import messages_of, turn_keys
@@ -85,12 +86,21 @@ def rejected_column(fields: Mapping[str, Any], known: Iterable[str] = ()) -> str
 
     Rows of a file whose first rows have no such column are held to this; ``known`` columns do not count.
     """
-    for column, value in fields.items():
-        name = column.lower()
-        rejected = (name in REJECTED and _is_answer(value)) or (name in _RATED and value is False)
-        if rejected and column not in known:
+    for column, is_side in _suspect_columns(tuple(fields)):
+        value = fields[column]
+        if (_is_answer(value) if is_side else value is False) and column not in known:
             return column
     return ""
+
+
+@lru_cache(maxsize=1024)
+def _suspect_columns(columns: tuple[str, ...]) -> tuple[tuple[str, bool], ...]:
+    """Columns that by their names may hold a rejected side (True) or a rating (False).
+
+    Cached, for it is asked of every row and most rows have the same columns.
+    """
+    names = [(column, str(column).lower()) for column in columns]
+    return tuple((column, name in REJECTED) for column, name in names if name in (*REJECTED, *_RATED))
 
 
 def _rating_column(
