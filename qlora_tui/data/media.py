@@ -30,6 +30,8 @@ _PLACEHOLDER = re.compile(
     re.MULTILINE,
 )
 """Only where placeholders stand: a question about HTML may name ``<video>`` in the middle of a sentence."""
+_CODE_BLOCK = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
+"""Fenced, as Markdown has it."""
 _STRUCTS = ({"bytes", "path"}, {"array", "sampling_rate"}, {"array", "path", "sampling_rate"})
 """Keys of an image or a sound as the ``datasets`` library keeps it in Parquet."""
 
@@ -59,12 +61,21 @@ def media_column(fields: Mapping[str, Any]) -> str:
 
 
 def placeholder(messages: Iterable[Message]) -> str:
-    """A sentence that names the first turn with a placeholder for a medium; empty if none has."""
+    """A sentence that names the first turn with a placeholder for a medium; empty if none has.
+
+    Code blocks are skipped. In an answer ``<video>`` and ``<audio>`` are elements of HTML; ``<image>`` is not
+    one.
+    """
     for number, message in enumerate(messages, 1):
         text = message.content
-        if ">" not in text or message.role not in ("user", "assistant"):
+        if ">" not in text or message.role not in ("user", "assistant") or not _PLACEHOLDER.search(text):
             continue
-        if _PLACEHOLDER.search(text) and (tag := re.search(_TAG, text)) and f"</{tag[0][1:]}" not in text:
+        prose = _CODE_BLOCK.sub("\ncode\n", text)
+        match = _PLACEHOLDER.search(prose)
+        tag = re.search(_TAG, match[0]) if match else None
+        if tag is None or f"</{tag[0][1:]}" in text:
+            continue
+        if message.role == "user" or tag[0] == "<image>":
             return f"Turn {number} has the placeholder {tag[0]}."
     return ""
 

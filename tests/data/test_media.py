@@ -73,6 +73,30 @@ def test_a_question_about_markup_has_no_placeholder(text: str) -> None:
     assert placeholder((Message("user", text), Message("assistant", text))) == ""
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use the tag:\n\n```html\n<image>\n```\n\nSVG has <image> elements.",
+        "~~~\n<video>\n~~~",
+        "1. Like this:\n   ```\n   <audio>\n   ```",
+        "An answer that was cut off:\n```html\n<image>\n",
+    ],
+)
+def test_a_code_block_has_no_placeholder(text: str) -> None:
+    assert placeholder((Message("user", text), Message("assistant", text))) == ""
+
+
+def test_an_answer_may_be_an_element_of_html() -> None:
+    asked = Message("user", "Which element plays a film?")
+    assert placeholder((asked, Message("assistant", "<video>"))) == ""
+    assert placeholder((asked, Message("assistant", "<image>"))) == "Turn 2 has the placeholder <image>."
+
+
+def test_a_placeholder_beside_a_code_block_is_named() -> None:
+    text = "<image>\n```python\nprint(1)\n```\nDoes this draw it?"
+    assert placeholder((Message("user", text),)) == "Turn 1 has the placeholder <image>."
+
+
 def test_types_of_parts_are_told_apart() -> None:
     assert medium_of("image_url") == "an image"
     assert medium_of("input_audio") == "audio"
