@@ -40,14 +40,17 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 
 RATING = "rating"
 """A part of any format: the column that says whether the answer is good."""
-_RATED = ("kto_tag", "kto_label", "label", "desirable", "is_desirable", "is_chosen", "is_good", "is_correct")
+_ALWAYS_RATINGS = ("kto_tag", "kto_label", "desirable", "is_desirable")
+"""Names that are a rating whatever the values are."""
+_RATED = (*_ALWAYS_RATINGS, "label", "is_chosen", "is_good", "is_correct")
 _SCORED = ("score", "rating", "reward", "preference", "feedback", "thumbs_up")
 RATABLE = ("messages", "sharegpt", "alpaca", "prompt-completion", "question-answer")
 """Formats of conversations that a column may rate good or bad."""
 _RATED_BY_NUMBERS = ("messages", "sharegpt", "prompt-completion")
-"""Those in which 1 and 0 beside an answer are a rating: in the others a number is rather a class."""
-_GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "chosen")
-_BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "bad", "undesirable", "rejected")
+"""Those in which 1 and 0 beside an answer are a rating: in the others a number is rather a class, unless the
+column is one of ``_ALWAYS_RATINGS``."""
+_GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "chosen", "accepted", "thumbs_up")
+_BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "bad", "undesirable", "rejected", "thumbs_down")
 
 TITLES = (PAIRS_TITLE, RATED_TITLE) = ("Preference data", "Rated answers")
 """Of the refusals that ``data.preferences = "chosen"`` answers."""
@@ -86,21 +89,25 @@ def rejected_column(fields: Mapping[str, Any], known: Iterable[str] = ()) -> str
 
     Rows of a file whose first rows have no such column are held to this; ``known`` columns do not count.
     """
-    for column, is_side in _suspect_columns(tuple(fields)):
+    for column, name in _suspect_columns(tuple(fields)):
         value = fields[column]
-        if (_is_answer(value) if is_side else value is False) and column not in known:
+        if name in REJECTED:
+            is_bad = _is_answer(value)
+        else:
+            is_bad = is_good(value) is False if name in _ALWAYS_RATINGS else value is False
+        if is_bad and column not in known:
             return column
     return ""
 
 
 @lru_cache(maxsize=1024)
-def _suspect_columns(columns: tuple[str, ...]) -> tuple[tuple[str, bool], ...]:
-    """Columns that by their names may hold a rejected side (True) or a rating (False).
+def _suspect_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Columns that by their names may hold a rejected side or a rating, each with its name in lower case.
 
     Cached, for it is asked of every row and most rows have the same columns.
     """
     names = [(column, str(column).lower()) for column in columns]
-    return tuple((column, name in REJECTED) for column, name in names if name in (*REJECTED, *_RATED))
+    return tuple((column, name) for column, name in names if name in (*REJECTED, *_RATED))
 
 
 def _rating_column(
@@ -109,7 +116,7 @@ def _rating_column(
     """The column that rates the answers of most rows, with the count of good and of bad rows among them.
 
     Ratings are true and false; with ``numbers`` also 1 and 0, or 1 and -1. Empty where nothing rates them:
-    a grade from 1 to 5 or a class is no rating.
+    a grade from 1 to 5 or a class is no rating, unless the column is named as one (``kto_tag``).
     """
     spelled = {column.lower(): column for value in values for column in value}
     for name in (*_RATED, *_SCORED):
@@ -117,10 +124,12 @@ def _rating_column(
         if not column or column in taken:
             continue
         said = [value[column] for value in values if value.get(column) is not None]
+        ratings = [is_good(one) for one in said]
+        if said and name in _ALWAYS_RATINGS:
+            return column, ratings.count(True), ratings.count(False)
         flags = [isinstance(one, bool) or str(one).strip().lower() in ("true", "false") for one in said]
         if not said or not (all(flags) or numbers) or 2 * len(said) < len(values):
             continue
-        ratings = [is_good(one) for one in said]
         if None not in ratings:
             return column, ratings.count(True), ratings.count(False)
     return "", 0, 0

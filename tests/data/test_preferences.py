@@ -182,6 +182,8 @@ def test_a_flag_called_rejected_is_no_preference(flag: Any) -> None:
         {"prompt": "Which?", "completion": BAD, "label": False},
         {"prompt": "Which?", "completion": "x", "rejected": BAD},
         {"prompt": "Which?", "completion": BAD, "kto_tag": False},
+        {"prompt": "Which?", "completion": BAD, "kto_tag": 0},
+        {"prompt": "Which?", "completion": BAD, "Desirable": "no"},
     ],
 )
 def test_a_rejected_answer_behind_the_first_rows_blocks(tmp_path: Path, late: dict[str, Any]) -> None:
@@ -201,6 +203,8 @@ RATINGS = [
     ("score", 1.0, -1.0),
     ("score", True, False),
     ("is_correct", True, False),
+    ("label", "thumbs_up", "thumbs_down"),
+    ("feedback", "accepted", "rejected"),
 ]
 
 
@@ -220,6 +224,20 @@ def test_only_answers_rated_good_are_trained_on(tmp_path: Path, column: str, goo
     assert (report.counts.rows, report.counts.samples, report.counts.left_out) == (4, 2, 2)
     (left_out,) = (problem for problem in report.problems if problem.kind == "rated-bad")
     assert (left_out.count, left_out.rows, left_out.severity) == (2, (2, 3), "warning")
+
+
+@pytest.mark.parametrize("column", ["kto_tag", "KTO_label", "desirable"])
+@pytest.mark.parametrize("ratings", [(1, 0), ("true", "meh"), (1, -1)])
+def test_a_column_named_as_a_rating_is_one_in_any_format(
+    tmp_path: Path, column: str, ratings: tuple[Any, Any]
+) -> None:
+    answers = zip(("This.", BAD), ratings, strict=True)
+    rows = [{"instruction": "Which?", "output": answer, column: rating} for answer, rating in answers]
+    source = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(Problem, match="Rated answers"):
+        inspect(source)
+    report = inspect(source, None, CHOSEN)
+    assert [(p.kind, p.rows) for p in report.problems if p.kind == "rated-bad"] == [("rated-bad", (2,))]
 
 
 @pytest.mark.parametrize(
