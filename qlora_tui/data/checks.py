@@ -69,7 +69,7 @@ def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
         ):
             yield "empty-answer", f"Turn {number} says nothing."
             break
-    if conversation.answers and conversation.messages[-1].role == "user":
+    if conversation.messages and conversation.messages[-1].role == "user":
         yield "ends-with-user", f"Turn {len(conversation.messages)}, the last, is the user's."
     text = conversation.text or "\n".join(m.content for m in conversation.messages)
     damage = (_CONTROL if text.isascii() else _DAMAGE).search(text)

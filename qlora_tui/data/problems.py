@@ -84,7 +84,7 @@ CHECKS: dict[str, Check] = {
     "ends-with-user": Check(
         "warning",
         "The last turn is the user's",
-        "Nothing is learned from a turn without an answer. Add the answer, or remove the turn.",
+        "The turn has no answer to learn. Add the answer, or remove the turn.",
     ),
     "long-text": Check(
         "warning",

@@ -85,7 +85,7 @@ BAD: dict[str, list[Any]] = {
         {**pair("a", "b"), "images": ["fox.jpg"]},
         pair("<image>What is this?", "A fox."),
     ],
-    "ends-with-user": [turns("user", "assistant", "user")],
+    "ends-with-user": [turns("user", "assistant", "user"), turns("user"), turns("system", "user")],
     "wrong-format": [{"message": "x"}],
     "bad-row": [[1, 2]],
     "empty-row": [{"messages": []}, pair("a", " ")],
