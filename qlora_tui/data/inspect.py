@@ -20,6 +20,7 @@ from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.examine import Examiner
 from qlora_tui.data.known_errors import note_errors, stamp_of, tokens_of
 from qlora_tui.data.lengths import fit
+from qlora_tui.data.long_texts import most_characters
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.outcome import Outcome, Outcomes
 from qlora_tui.data.problems import DataProblem, problem_of
@@ -160,11 +161,18 @@ class _Inspection:
             longest = self._lengths.summary().longest_row
             example = f"More than {most:,} tokens, which is the model's context."
             yield problem_of("beyond-context", over, longest, path, example)
-        if complete and examiner.counts.rows == 1:
+        if complete and examiner.counts.rows == 1 and not self._is_one_long_text(examiner):
             row = max(self._last_rows.values())
             yield problem_of(
                 "one-row", 1, row, path, "There is nothing beside it to learn or to validate on."
             )
+
+    def _is_one_long_text(self, examiner: Examiner) -> bool:
+        """Whether the only row is a text that is split, or should be."""
+        if any(problem.kind == "long-text" for problem in examiner.problems()) or examiner.counts.split:
+            return True
+        is_text = self._files[0].detection.layout.format == "text"
+        return is_text and self._tokenizer is None and self._lengths.above(most_characters(self._data)) > 0
 
     def _report(self, examiner: Examiner, complete: bool, share: float) -> Report:
         counts = examiner.counts

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from qlora_tui.data.conversation import RowRefused
-from qlora_tui.data.long_texts import LongTexts, surely_long
+from qlora_tui.data.long_texts import LongTexts, estimated_long_text
 from qlora_tui.data.problems import DataProblem, Tally, refuse
 from qlora_tui.data.sources import SourceFile, conversations
 from qlora_tui.recipe.schema import Data
@@ -44,8 +44,8 @@ def look_over(files: Iterable[SourceFile], data: Data, patience_s: float = PATIE
         for row, one in conversations(file):
             if isinstance(one, RowRefused):
                 tally.add(one.kind, row.number, one.reason)
-            elif surely_long(one, data):
-                long_texts.add(row.number, (len(one.text), 0, 0))
+            elif long_text := estimated_long_text(one, data):
+                long_texts.add(row.number, long_text)
             if time.monotonic() >= until:
                 in_time = False
                 break

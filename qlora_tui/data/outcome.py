@@ -15,7 +15,7 @@ from msgspec import Struct
 from qlora_tui.data.checks import Finding, conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.lengths import fit
-from qlora_tui.data.long_texts import surely_long
+from qlora_tui.data.long_texts import LongText, estimated_long_text
 from qlora_tui.data.near_duplicates import sketch
 from qlora_tui.data.read import row_of
 from qlora_tui.data.render import Choices, Rendered, render_many
@@ -82,9 +82,8 @@ class Outcome(Struct, frozen=True, array_like=True):
     """As they will be trained; empty if the length limit leaves nothing, or they are not wanted."""
     counts: tuple[int, ...] = ()
     """Samples, tokens, trained tokens, dropped, cut, split."""
-    long_text: tuple[int, int, int] | None = None
-    """For plain text over the length limit that is not split: its tokens, how many of them stay, and how many
-    rows splitting it would make. Without a tokenizer its characters, 0 and 0."""
+    long_text: LongText | None = None
+    """For plain text over the length limit that is not split."""
     sketch: bytes = b""
 
 
@@ -131,7 +130,7 @@ class Outcomes:
                 key=key,
                 said=said,
                 lengths=(_characters(one),),
-                long_text=(len(one.text), 0, 0) if surely_long(one, self._data) else None,
+                long_text=estimated_long_text(one, self._data),
                 sketch=own,
             )
         found = list(sample_findings(self._tokenizer, one, rendered, self._data.train_on))
@@ -164,15 +163,14 @@ class Outcomes:
             sketch=own,
         )
 
-    def _long_text(self, sample: Rendered, fitted: list[Rendered]) -> tuple[int, int, int] | None:
-        """Tokens of a plain text that is cut or dropped, those that stay, and the rows of a split."""
+    def _long_text(self, sample: Rendered, fitted: list[Rendered]) -> LongText | None:
+        """What becomes of a plain text that is cut or dropped; None for any other."""
         assert self._tokenizer is not None
         length = len(sample.token_ids)
         if length <= self._data.max_length or self._data.too_long == "split":
             return None
-        kept = sum(len(part.token_ids) for part in fitted)
         split = fit(sample, self._data.max_length, "split", self._tokenizer.bos_id)
-        return length, kept, len(split)
+        return LongText(length, len(split), sum(len(part.token_ids) for part in fitted))
 
     def _fitted(self, row: int, sample: Rendered, found: list[Finding], fates: list[int]) -> list[Rendered]:
         """What the length limit leaves; what it did is added to ``found`` and ``fates``."""

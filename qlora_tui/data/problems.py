@@ -200,7 +200,9 @@ class DataProblem(Struct, frozen=True):
     tokens: tuple[str, ...] = ()
     """For ``lora.token_rows``, where that mends it."""
     split_rows: int = 0
-    """Rows that ``data.too_long = "split"`` makes of these, where that mends it."""
+    """Rows that ``data.too_long = "split"`` makes of these, where that fixes it."""
+    is_estimate: bool = False
+    """Whether ``split_rows`` is estimated, for there is no tokenizer to count with."""
 
 
 class Tally:

@@ -55,13 +55,25 @@ def test_split_texts_and_texts_that_fit_are_no_problem(tmp_path: Path) -> None:
         assert not kinds & {"long-text", "too-long", "nothing-left"}
 
 
-def test_without_a_tokenizer_a_text_that_cannot_fit_is_named(tmp_path: Path) -> None:
+def test_without_a_tokenizer_the_rows_of_a_split_are_estimated(tmp_path: Path) -> None:
     source = texts(tmp_path / "book.txt", 500)
     characters = len(Path(source.path).read_text().strip())
+    rows = -(-characters // (4 * 64))
     problem = next(p for p in inspect(source, None, Data(max_length=64)).problems if p.kind == "long-text")
     assert f"One text holds {characters:,} characters" in problem.example
-    assert problem.split_rows == 0
+    assert f"about {rows} rows of them (an estimate" in problem.example
+    assert (problem.split_rows, problem.is_estimate) == (rows, True)
     assert "long-text" not in {p.kind for p in inspect(source, None, Data(max_length=1024)).problems}
+
+
+@pytest.mark.parametrize("too_long", ["cut-right", "split"])
+@pytest.mark.parametrize("model", ["", "chatml"])
+def test_one_long_text_is_not_reported_as_only_one_row(tmp_path: Path, too_long: Any, model: str) -> None:
+    tokenizer = family(model) if model else None
+    for words, expected in ((500, False), (3, True)):
+        source = texts(tmp_path / "book.txt", words)
+        report = inspect(source, tokenizer, Data(max_length=64, too_long=too_long))
+        assert ("one-row" in {p.kind for p in report.problems}) is expected
 
 
 def test_a_long_conversation_is_no_long_text(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from qlora_tui.data.sources import is_of_the_hub
-from qlora_tui.format import counted
 from qlora_tui.recipe.fields import fields, source_fields, value_of
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.screens.ask import AskScreen
@@ -168,9 +167,9 @@ class DataEdits(WorkScreen):
         if self.offers_chosen:
             self.workstation.edit("data.preferences", "chosen")
             self.notify("Trains on the chosen and good answers only. u takes it back.")
-        elif split_rows := self.split_rows():
+        elif self.split_rows():
             self.workstation.edit("data.too_long", "split")
-            self.notify(f"Long texts are split into {counted(split_rows, 'row')}. u takes it back.")
+            self.notify("Long texts are split into rows. Press u to undo.")
         elif tokens := self.untrained():
             now = self.workstation.workbench.recipe.lora.token_rows
             self.workstation.edit("lora.token_rows", tuple(dict.fromkeys((*now, *tokens))))

@@ -269,7 +269,7 @@ def problem_line(found: DataProblem, *, brief: bool = False, several: bool = Fal
 def _remedy(found: DataProblem) -> str:
     """What the key m does about it; empty where it does nothing."""
     if found.split_rows:
-        return f"split into {counted(found.split_rows, 'row')}"
+        return f"split into {'about ' if found.is_estimate else ''}{counted(found.split_rows, 'row')}"
     return f"have {', '.join(found.tokens)} trained" if found.tokens else ""
 
 
