@@ -37,7 +37,7 @@ from qlora_tui.recipe.schema import Recipe
 
 _KEPT_UNUSED_S = 60 * 24 * 3600
 _KEPT_UNFINISHED_S = 3 * 24 * 3600
-_RENDERING = 6
+_RENDERING = 7
 """Raised when the same data and settings come to give other tokens, or other sides."""
 
 

@@ -173,9 +173,13 @@ class ChatTokenizer:
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
-        """Matches what must not come from a user's text: special tokens, and tokens the template writes."""
+        """Matches what must not come from a user's text: special tokens, and words the template writes.
+
+        White space is no control token, though Gemma's line ends are added tokens that its template writes.
+        """
         literals = self.template.literals + self.tool_template.literals
-        return _any_of([t.content for t in self._added.values() if t.special or t.content in literals])
+        written = (t.content for t in self._added.values() if t.special or t.content in literals)
+        return _any_of([content for content in written if not content.isspace()])
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, in which added tokens are control tokens; nothing is put before or after."""

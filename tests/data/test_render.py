@@ -331,6 +331,21 @@ def test_text_and_tokens_equal_those_of_transformers(tmp_path: Path) -> None:
     assert not any(theirs_mask["assistant_masks"][kept:])
 
 
+@pytest.mark.parametrize("text", ["one\n\ntwo\n\n\nthree\n", "a\n\n<|im_end|>\n\nb"])
+def test_white_space_is_no_control_token(text: str) -> None:
+    """Gemma's tokenizer has runs of line ends as added tokens, and its template writes a line end."""
+    plain = ("\n", "\n\n", "\n\n\n")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|endoftext|>"}
+    gemma = ChatTokenizer(tokenizer_json(SPECIAL, plain), names, FAMILIES["chatml"], "auto")
+    for one in (Conversation((user(text), assistant("Yes."))), Conversation((), text=text)):
+        (sample,) = render(one, gemma)
+        blank_line, line_end = (gemma.added_tokens[token] for token in ("\n\n", "\n"))
+        runs = text.count("\n\n") - text.count("\n\n\n")
+        assert sample.token_ids.count(blank_line) == runs
+        assert (line_end, line_end) not in list(zip(sample.token_ids, sample.token_ids[1:], strict=False))
+        assert sample.notes == (("control-tokens",) if "<|" in text else ())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("control", ["", "<|im_end|>"])
 def test_an_answer_counts_as_its_weight_says(name: str, control: str) -> None:
