@@ -187,9 +187,12 @@ class _Inspection:
             problems=tuple(sorted(problems, key=lambda p: p.severity != "error")),
             notes=dict(examiner.notes),
             template=self._tokenizer.template_name if self._tokenizer else "",
-            thinking=facts(examiner.notes, counts.conversations, self._tokenizer.traits, self._data)
-            if self._tokenizer
-            else (),
+            thinking=facts(
+                examiner.notes,
+                counts.conversations,
+                self._tokenizer.traits if self._tokenizer else None,
+                self._data,
+            ),
         )
 
 

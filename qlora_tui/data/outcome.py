@@ -23,6 +23,7 @@ from qlora_tui.data.row import Line, Row
 from qlora_tui.data.sources import SourceFile, conversation_of
 from qlora_tui.data.split import group_key
 from qlora_tui.data.store import Sample
+from qlora_tui.data.thinking import has_reasoning
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data
 
@@ -129,6 +130,7 @@ class Outcomes:
                 one.row,
                 key=key,
                 said=said,
+                notes=("reasoning-present",) if has_reasoning(one.messages) else (),
                 lengths=(_characters(one),),
                 long_text=estimated_long_text(one, self._data),
                 sketch=own,

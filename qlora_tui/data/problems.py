@@ -166,6 +166,7 @@ NOTES: dict[str, str] = {
     "control-tokens": "Control tokens inside a text are learned as ordinary text.",
     "answer-changed": "The template changes what the answer says.",
     "weights": "Answers count in the loss as the weights in the file say.",
+    "reasoning-present": "The row has reasoning.",
     "reasoning-learned": "Reasoning is in the loss.",
     "reasoning-read": "Reasoning is read but not in the loss.",
     "reasoning-left-out": "Reasoning is left out: data.thinking is off.",

@@ -13,11 +13,16 @@ from qlora_tui.format import counted
 from qlora_tui.recipe.schema import Data, Thinking
 
 
-def facts(notes: Mapping[str, int], conversations: int, traits: Traits, data: Data) -> tuple[str, ...]:
+def facts(notes: Mapping[str, int], conversations: int, traits: Traits | None, data: Data) -> tuple[str, ...]:
     """One sentence on the reasoning and one on the switch of the template, where there is something to say.
 
-    ``notes`` counts conversations by kind of note, ``conversations`` is how many there are in all.
+    ``notes`` counts conversations by kind of note, ``conversations`` is how many there are in all. Without a
+    model (``traits`` is None) rows with reasoning are counted.
     """
+    if traits is None:
+        present = notes.get("reasoning-present", 0)
+        where = f"{present:,} of {counted(conversations, 'row')}"
+        return (f"Reasoning: {where}; choose a model to see how it is rendered.",) if present else ()
     left_out = notes.get("reasoning-left-out", 0)
     kept = notes.get("reasoning-learned", 0) + notes.get("reasoning-read", 0)
     sentences = []

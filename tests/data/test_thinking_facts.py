@@ -52,6 +52,12 @@ def test_rows_with_reasoning_are_counted_and_what_was_decided_is_said(tmp_path: 
     assert "drops it from earlier turns: 1 row" in said(source, thinker("deepseek-v3.1"))
 
 
+def test_reasoning_is_counted_without_a_model(tmp_path: Path) -> None:
+    report = inspect(rows(tmp_path, PLAIN, THOUGHT, (*THOUGHT, "Sure?", "Yes.")))
+    assert report.thinking == ("Reasoning: 2 of 3 rows; choose a model to see how it is rendered.",)
+    assert inspect(rows(tmp_path, PLAIN)).thinking == ()
+
+
 def test_rows_without_reasoning_turn_thinking_off_and_say_so(tmp_path: Path) -> None:
     text = said(rows(tmp_path, PLAIN), thinker("smollm3"))
     assert (

@@ -202,7 +202,7 @@ def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = Fals
                 f"{counted(counts.rows, 'row')}, {counted(counts.conversations, 'conversation')}{reading}"
             )
         )
-        return Content("\n").join(parts)
+        return Content("\n").join([*parts, *map(Content, report.thinking)])
     parts.append(
         Content.assemble(
             f"{counted(counts.rows, 'row')} → {counted(counts.samples, 'sample')}", (reading, "bold")
