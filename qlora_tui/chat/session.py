@@ -72,6 +72,8 @@ class ChatSession:
         self._kept: dict[str, Kept] = {}
         self.checked: dict[str, ScoresComparison] = {}
         """By voice, its scores beside the library's, once it has answered."""
+        self._not_checkable: set[str] = set()
+        """Voices whose scores could not be compared."""
         self.warning = ""
         """What the user should know of how this session answers; empty where all is well."""
         takes = signature(model.forward).parameters
@@ -135,37 +137,47 @@ class ChatSession:
         """Compare the scores of a voice that ``need`` has seen to with the library's, once.
 
         Where they differ, the session computes by transformers and peft alone from here on, and says so in
-        ``warning``.
+        ``warning``. Where they cannot be compared, ``warning`` says why, and nothing else changes.
         """
         ids = prompt[-TOKENS:]
-        if voice in self.checked or len(ids) < 2:
+        if voice in self.checked or voice in self._not_checkable or len(ids) < 2:
             return
 
         def ours() -> Tensor:
             kept = Kept(self._model.config)
             return torch.cat([self.read(voice, part, kept) for part in (ids[:-1], ids[-1:])])
 
-        comparison = compare_scores(
-            self._model, self.machine.dtype, ours, lambda: self._library_scores(voice, ids)
-        )
-        self.checked[voice] = comparison
-        if comparison.agrees:
+        def compare() -> ScoresComparison:
+            return compare_scores(
+                self._model, self.machine.dtype, ours, lambda: self._library_scores(voice, ids)
+            )
+
+        try:
+            comparison = self.checked[voice] = compare()
+            if comparison.agrees:
+                return
+            use_library_code(self._model)
+            self._voices.use_peft()
+            self._kept.clear()
+            again = compare()
+        except Exception as error:
+            # An answer that cannot be checked is better than none.
+            self._not_checkable.add(voice)
+            lines = str(error).strip().splitlines() or [""]
+            self.warning = (
+                "These answers could not be checked against transformers and peft: "
+                f"{type(error).__name__}: {lines[0]}."
+            )
             return
-        use_library_code(self._model)
-        self._voices.use_peft()
-        self._kept.clear()
-        again = compare_scores(
-            self._model, self.machine.dtype, ours, lambda: self._library_scores(voice, ids)
-        )
         how = (
             f"the scores of the next token differed from those of transformers and peft by "
             f"{comparison.difference:.2g} of their spread, where rounding explains {comparison.noise:.2g}"
         )
         self.warning = (
-            f"Answers come slower: {how}. This chat now uses the library's code, and agrees with it."
+            f"Answers come slower: {how}. This chat now uses their code, and agrees with it."
             if again.agrees
             else f"Do not rely on these answers: {how}, and they still differ by {again.difference:.2g} "
-            "with the library's own layers. Please report the model and the version of transformers."
+            "with their own layers. Please report the model and the version of transformers."
         )
 
     @torch.inference_mode()

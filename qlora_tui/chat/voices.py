@@ -67,8 +67,8 @@ class Voices:
             yield
             return
         before = self._speaking.voice
-        self._switch_peft_to(voice)
         try:
+            self._switch_peft_to(voice)
             yield
         finally:
             if not self._lean:

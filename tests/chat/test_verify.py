@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.chat import kept, lean
+from qlora_tui.chat import kept, lean, verify
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.chat.terms import GREEDY, ChatSource
 from qlora_tui.data.conversation import Message
@@ -88,6 +88,35 @@ def test_a_wrong_cache_is_named_since_nothing_replaces_it(
     monkeypatch.setattr(kept.GrowingLayer, "update", update)
     session, _ = answered(tiny_source, "adapter")
     assert session.warning.startswith("Do not rely on these answers")
+
+
+def test_a_check_that_fails_costs_no_answer(tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected_session, expected = answered(tiny_source, "adapter")
+    kinds = [type(vars(m).get("forward")) for m in expected_session._model.modules()]
+    calls = []
+
+    def fails(model: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(model)
+        raise RuntimeError("a shape that nobody expected\nat line 3")
+
+    monkeypatch.setattr(verify, "rounding_errors", fails)
+    session, answer = answered(tiny_source, "adapter")
+    assert answer == expected
+    assert session.warning.endswith("peft: RuntimeError: a shape that nobody expected.")
+    assert [type(vars(m).get("forward")) for m in session._model.modules()] == kinds
+    assert list(session.ask(QUESTION, voice="adapter", sampling=replace(GREEDY, max_new_tokens=1)))
+    assert len(calls) == 1
+
+
+def test_library_code_gives_the_model_back_after_an_error(tiny_source: ChatSource) -> None:
+    session, _ = answered(tiny_source, "adapter")
+    before = {m: vars(m).get("forward") for m in session._model.modules()}
+    attention = session._model.config._attn_implementation
+    with pytest.raises(RuntimeError), verify.library_code(session._model):
+        assert not verify._replaced(session._model)
+        raise RuntimeError
+    assert {m: vars(m).get("forward") for m in session._model.modules()} == before
+    assert session._model.config._attn_implementation == attention
 
 
 def test_library_scores_leave_no_trace(tiny_source: ChatSource) -> None:
