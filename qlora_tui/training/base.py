@@ -51,7 +51,11 @@ def prepare_base(
     kept_apart = attends == "flash" or (attends == "segments" and load.attend_by_segments(model))
     taken = _use_loss(model, head, device, counted_on, weighted)
     loss.use_segments(model, by_mask=attends == "segments")
-    kept_apart = kept_apart and checks.samples_are_kept_apart(model, device.torch_device)
+    if kept_apart and not checks.samples_are_kept_apart(model, device.torch_device):
+        kept_apart = False
+        if attends == "segments":
+            # Padded rows do not need our attention, and the check of the first step needs the library's.
+            load.attend_by(model, library_attention)
     return Base(
         model=model,
         folder=folder,

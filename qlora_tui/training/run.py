@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ class Attempt:
     ) -> tuple[Base, Schedule]:
         """Compare the first step with the library's; what the run computes with from here on."""
         self._may_end()
-        self._reporter.phase("probing", "the first step beside the library's")
+        self._reporter.phase("probing", "comparing the first step with transformers and peft")
         verified = verify_first_step(
             model,
             base,
@@ -187,12 +188,30 @@ class Attempt:
             self._among,
             self._reporter,
         )
-        if not verified.replaced:
-            return base, schedule
-        assert self.meter is not None
-        self.meter.learn_nothing()
-        self._tell_environment(device, verified)
+        verified = self._laid_out_as_before(verified)
+        if verified.replaced:
+            assert self.meter is not None
+            self.meter.learn_nothing()
+        if verified is not base:
+            self._tell_environment(device, verified)
+        if verified.kept_apart == base.kept_apart:
+            return verified, schedule
         return verified, lay_out(data.train, self._recipe, kept_apart=verified.kept_apart)
+
+    def _laid_out_as_before(self, base: Base) -> Base:
+        """A resumed run keeps padded rows: packed ones would be others than those of its first steps."""
+        if self._checkpoint is None or self._checkpoint.state.kept_apart == base.kept_apart:
+            return base
+        if base.kept_apart:
+            attention = f"{base.library_attention}, padded rows: as before the resume"
+            return replace(base, kept_apart=False, attention=attention)
+        self._reporter.health(
+            "rows_differ",
+            "Before the resume, samples were packed into rows. Now packed attention does not pass its check, "
+            "and rows are padded.",
+            "Some samples of this epoch may come twice and others not at all. Start a new run to avoid it.",
+        )
+        return base
 
     def _begin(self, edge: Edge, trainer: RunTrainer, schedule: Schedule, data: Prepared, base: Base) -> None:
         self._may_end()

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from qlora_tui.training import attention, checks, loss
+from qlora_tui.training.lean import norm
 from qlora_tui.training.loop import RunTrainer
+from qlora_tui.training.step_check import StepReference
 
 _CLONE_NEWNS = 0x00020000
 _MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
@@ -39,6 +42,47 @@ def small_disk(folder: str, bytes_: int) -> None:
     ):
         if failed:
             raise OSError(ctypes.get_errno(), "no disk of its own")
+
+
+def norm_without_offset() -> None:
+    """Gemma's fused RMSNorm multiplies by w where it should by 1 + w."""
+    stock = norm._normed
+
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, form: Any) -> torch.Tensor:
+        out, spread = stock(x, weight - 1, eps, form)
+        ctx.save_for_backward(x, spread)
+        ctx.weight, ctx.form = weight, form
+        return out
+
+    norm._LeanNorm.forward = staticmethod(forward)  # type: ignore[method-assign]
+
+
+def samples_see_each_other() -> None:
+    """Packed attention takes a row for one sample, and no check of parts sees it."""
+    whole = attention.segment_mask
+    checks.samples_are_kept_apart = lambda *args: True
+    vars(loss)["segment_mask"] = lambda lengths: whole([sum(lengths)])
+
+
+def no_reference_step() -> None:
+    """The model's own step fails on the tokens of the first step's check, for a reason nobody foresaw."""
+
+    def fails(self: StepReference) -> Any:
+        raise KeyError("rope_type")
+
+    StepReference._library_step = fails  # type: ignore[method-assign]
+
+
+def no_memory_for_the_reference_step(tokens: int) -> None:
+    """The model's own step takes more memory than there is where it has more than so many tokens."""
+    stock = StepReference._library_step
+
+    def step(self: StepReference) -> Any:
+        if self._excerpt.tokens > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return stock(self)
+
+    StepReference._library_step = step  # type: ignore[method-assign]
 
 
 def little_memory(more_bytes: int) -> None:

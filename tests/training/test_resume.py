@@ -11,7 +11,7 @@ import pytest
 
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir, create
-from qlora_tui.runs.events import DataReady, Failed, Health, Started
+from qlora_tui.runs.events import DataReady, Environment, Failed, Health, Started, StepVerified
 from qlora_tui.runs.retry import Plan
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.told import events, losses, told
@@ -49,6 +49,23 @@ def test_resuming_repeats_the_same_losses(recipe: MakeRecipe, trainers: Trainers
         repeated = losses(again)
         assert list(repeated) == list(expected) == list(range(1, total + 1))
         assert all(abs(repeated[n] - expected[n]) < EXACT for n in expected)
+
+
+def test_a_resumed_run_keeps_its_padded_rows(
+    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as wrong:
+        wrong.setenv("BEFORE_TRAINER", "from tests.training.mishaps import *; samples_see_each_other()")
+        whole = create(recipe(EVERY_STEP))
+        assert trainers.run(whole) == 0
+    assert told(whole, StepVerified)[0].replaced == ("attention over packed samples",)
+    expected = losses(whole)
+    again = interrupted_at(whole, len(expected) // 2 - 1)
+    # Without the fault: packed attention passes, and would make other rows.
+    assert trainers.run(again) == 0
+    assert told(again, StepVerified)[-1].replaced == ()
+    assert told(again, Environment)[-1].attention == "sdpa, padded rows: as before the resume"
+    assert losses(again) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_smaller_micro_batch_learns_the_same(recipe: MakeRecipe, trainers: Trainers) -> None:
