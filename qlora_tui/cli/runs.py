@@ -144,6 +144,7 @@ def _summary(view: RunView) -> dict[str, Any]:
         "best_step": None if best is None else best.step,
         "accuracy": view.accuracy,
         "base_accuracy": view.base_accuracy,
+        "replaced": [] if view.verified is None else list(view.verified.replaced),
         "detail": status.detail,
         "seconds_since_heartbeat": round(max(0.0, time.time() - status.at), 1) if status.at else None,
     }

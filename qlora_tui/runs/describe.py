@@ -129,14 +129,15 @@ def exact_words(accuracy: float | None, base: float | None) -> str:
 
 
 def _verified_words(event: StepVerified) -> str:
-    if event.loss is None or event.reference_loss is None or event.gradient_difference is None:
-        return f"the first step was not checked against the library: {event.reason}"
+    if event.reason:
+        return f"the first step could not be checked against transformers and peft: {event.reason}"
     words = (
-        f"first step checked on {event.tokens:,} tokens: loss {event.loss:.4f}, with transformers and peft "
-        f"alone {event.reference_loss:.4f}; gradients differ by at most {event.gradient_difference:.2g} of "
-        f"their size, where rounding moves them by {event.gradient_noise or 0:.2g}"
+        f"first step checked on {event.tokens:,} tokens: loss {figure(_number(event.loss))}, with "
+        f"transformers and peft alone {figure(_number(event.reference_loss))}; gradients differ by at most "
+        f"{_number(event.gradient_difference):.2g} of their size, where rounding moves them by "
+        f"{_number(event.gradient_noise):.2g}"
     )
-    return f"{words}; replaced by the library's: {', '.join(event.replaced)}" if event.replaced else words
+    return f"{words}; now by transformers and peft: {', '.join(event.replaced)}" if event.replaced else words
 
 
 def _number(value: float | None) -> float:

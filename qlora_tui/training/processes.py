@@ -51,15 +51,19 @@ class Processes(Struct, frozen=True):
         distributed.broadcast_object_list(held, src=0)
         return held[0]
 
-    def summed(self, values: tuple[float, ...]) -> tuple[float, ...]:
-        """The sums of each value over all processes."""
+    def gathered(self, value: T) -> list[T]:
+        """The value of every process, by rank."""
         if self.count == 1:
-            return values
+            return [value]
         from torch import distributed
 
-        held: list[tuple[float, ...]] = [()] * self.count
-        distributed.all_gather_object(held, values)
-        return tuple(map(sum, zip(*held, strict=True)))
+        values = [value] * self.count
+        distributed.all_gather_object(values, value)
+        return values
+
+    def summed(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        """The sums of each value over all processes."""
+        return tuple(map(sum, zip(*self.gathered(values), strict=True)))
 
 
 def processes() -> Processes:

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from qlora_tui.training.batches import Row, Samples, collate, on_device, predictions_in
 from qlora_tui.training.device import Device
@@ -111,6 +112,8 @@ class Comparison:
     """The noise of that tensor, likewise."""
     tensor: str
     """Its name."""
+    failure: str = ""
+    """Why our step could not be computed; its loss and gradients are NaN then."""
 
     @property
     def agrees(self) -> bool:
@@ -187,6 +190,10 @@ class StepReference:
             tensor=worst,
         )
 
+    def failure(self, reason: str) -> Comparison:
+        """The comparison with a step that could not be computed."""
+        return Comparison(math.nan, self.loss, self.loss_noise, math.nan, math.nan, "", reason)
+
     def _size(self, name: str) -> float:
         return max(float(self._gradients[name].norm()), self._least)
 
@@ -207,8 +214,12 @@ class StepReference:
             tokens = torch.tensor([ids], device=device)
             targets = tokens[0].masked_fill(torch.tensor(trained, device=device) == 0, IGNORED)[1:]
             with _autocast(self._device):
-                logits = self._model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
-            each = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+                output = self._model(input_ids=tokens, use_cache=False)
+            each = nn.functional.cross_entropy(
+                output.logits[0, :-1].float(), targets, ignore_index=IGNORED, reduction="none"
+            )
+            # The backward does not need the logits: only their log-softmax.
+            del output
             if weights is not None:
                 each = each * torch.tensor(weights[1:], device=device)
             losses.append(each.detach().cpu())
@@ -224,11 +235,9 @@ class StepReference:
         torch.autograd.backward(loss * _FP16_LOSS_SCALE if self._device.dtype == torch.float16 else loss)
 
     def _take_gradients(self) -> Gradients:
-        """Copies of the gradients, in fp32 on the CPU; the model's are cleared."""
+        """The gradients, in fp32 on the CPU; the model has none afterwards."""
         gradients = {
-            name: torch.zeros(p.shape)
-            if p.grad is None
-            else p.grad.detach().to("cpu", torch.float32, copy=True)
+            name: torch.zeros(p.shape) if p.grad is None else p.grad.detach().to("cpu", torch.float32)
             for name, p in self._model.named_parameters()
             if p.requires_grad
         }
@@ -237,7 +246,7 @@ class StepReference:
 
 
 @contextmanager
-def ready_to_compare(model: nn.Module) -> Iterator[None]:
+def ready_to_compare(model: nn.Module, device: Device) -> Iterator[None]:
     """Let the adapter change the model, and nothing be dropped out; all is put back afterwards.
 
     A new adapter's B is 0, and with it the gradient of A: two wrong gradients would agree.
@@ -245,7 +254,9 @@ def ready_to_compare(model: nn.Module) -> Iterator[None]:
     adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad}
     before = {name: p.detach().to("cpu", copy=True) for name, p in adapters.items()}
     generator = torch.Generator().manual_seed(0)
-    with _no_dropout(model), torch.random.fork_rng():
+    # Only this process's own card: on the others it would create a context.
+    cards = [device.torch_device] if device.kind == "cuda" else []
+    with _no_dropout(model), torch.random.fork_rng(devices=cards):
         try:
             for name, values in before.items():
                 std = _ADAPTER_SHARE / max(values.shape[-1], 1) ** 0.5
@@ -259,22 +270,30 @@ def ready_to_compare(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _no_dropout(model: nn.Module) -> Iterator[None]:
-    """Keep every dropout from dropping, in training mode: checkpointing works in no other."""
-    was_training = model.training
-    changed: list[tuple[Any, str, float]] = []
-    for module in model.modules():
-        for name in ("p", "dropout", "attention_dropout"):
-            value = vars(module).get(name)
-            if isinstance(value, float) and value:
-                changed.append((module, name, value))
-                setattr(module, name, 0.0)
-    model.train()
+    """Keep every dropout from dropping, in training mode: checkpointing works in no other.
+
+    Dropouts are modules, probabilities that a module passes to a function (``attention_dropout``), and, in
+    Falcon, ones that it reads from its config at each call.
+    """
+    modes = {module: module.training for module in model.modules()}
+    configs = {id(config): config for m in modes if (config := getattr(m, "config", None)) is not None}
+    probabilities = [
+        (owner, name, value)
+        for owner in (*modes, *configs.values())
+        for name, value in vars(owner).items()
+        if isinstance(value, float) and value
+        if "drop" in name or (name == "p" and isinstance(owner, _DropoutNd))
+    ]
     try:
+        for owner, name, _ in probabilities:
+            setattr(owner, name, 0.0)
+        model.train()
         yield
     finally:
-        for module, name, value in changed:
-            setattr(module, name, value)
-        model.train(was_training)
+        for owner, name, value in probabilities:
+            setattr(owner, name, value)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def rounding_error_of(dtype: torch.dtype) -> float:

@@ -7,14 +7,16 @@ the run, which then trains as transformers and peft would; an event and a warnin
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
 from qlora_tui.runs.events import StepVerified
 from qlora_tui.training.base import Base
-from qlora_tui.training.batches import Row, Samples, Schedule, tokens_in
+from qlora_tui.training.batches import Row, Samples, Schedule, micro_batches, tokens_in
 from qlora_tui.training.device import Device
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.fast_paths import DESCRIPTIONS, FastPaths, Path
@@ -30,6 +32,17 @@ _MORE_DRAWS = 3
 _LIBRARY_LOGITS_BYTES = 14
 """A token and entry of the vocabulary, at the peak of the library's loss: logits in 16 bits, their fp32 copy,
 its log-softmax and their gradient (torch's cross entropy)."""
+
+
+T = TypeVar("T")
+
+
+class NotComputed(Exception):
+    """A step could not be computed in one process of the run. Raised in all of them, so that none waits."""
+
+    def __init__(self, reason: str, *, out_of_memory: bool) -> None:
+        super().__init__(reason)
+        self.out_of_memory = out_of_memory
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ def verify_first_step(
         which the run must be laid out again.
     """
     started = time.perf_counter()
-    rows = schedule.steps[0].rows[:micro_batch]
+    rows = _first_rows(schedule, samples, micro_batch)
     longest = longest_micro_batch(schedule, samples, micro_batch, kept_apart=base.kept_apart)
     tokens = _affordable_tokens(longest, samples, device)
     verified: Verified | str = "there was not enough memory"
@@ -75,9 +88,11 @@ def verify_first_step(
         try:
             verified = verify_step(model, base, excerpt, device, pad_id, processes)
             break
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        except NotComputed as error:
+            if not error.out_of_memory:
+                reporter.log("".join(traceback.format_exception(error)))
+                verified = str(error)
+                break
             tokens //= 2
     seconds = time.perf_counter() - started
     if isinstance(verified, str):
@@ -96,41 +111,84 @@ def verify_step(
 
     Returns:
         What the comparison showed, or why nothing could be compared.
+
+    Raises:
+        NotComputed: the library's step failed, or memory ran out. Every path is ours then, as before.
     """
-    paths = FastPaths(model, base)
+    paths = _in_every_process(processes, lambda: FastPaths(model, base))
 
-    def agrees(comparison: Comparison) -> bool:
-        return processes.summed((0.0 if comparison.agrees else 1.0,))[0] == 0
-
-    def compare(names: Collection[Path]) -> Comparison:
+    def compare(names: Collection[Path]) -> tuple[Comparison, bool]:
+        """The comparison in this process, and whether the step agrees in all."""
         paths.use(names)
-        return reference.compare(packed="packed attention" in names, pad_id=pad_id)
+        comparison = _in_every_process(
+            processes, lambda: _compare_or_blame(reference, packed="packed attention" in names, pad_id=pad_id)
+        )
+        return comparison, all(processes.gathered(comparison.agrees))
 
     used: Collection[Path] = paths.names
     try:
-        with ready_to_compare(model):
-            paths.use(())
-            reference = StepReference(model, excerpt, device)
-            if processes.summed((float(reference.is_finite),))[0] < processes.count:
+        with ExitStack() as stack:
+
+            def library_step() -> StepReference:
+                stack.enter_context(ready_to_compare(model, device))
+                paths.use(())
+                return StepReference(model, excerpt, device)
+
+            reference = _in_every_process(processes, library_step)
+            if not all(processes.gathered(reference.is_finite)):
                 return "the library's own loss or gradient is not a finite number"
-            first = compare(paths.names)
-            right = agrees(first)
+            first, right = compare(paths.names)
             if not right:
                 # One draw of the noise may have been small by chance: before a path is blamed, more.
                 paths.use(())
                 for _ in range(_MORE_DRAWS):
-                    reference.measure_noise()
-                first = compare(paths.names)
-                right = agrees(first)
+                    _in_every_process(processes, reference.measure_noise)
+                first, right = compare(paths.names)
             if not right:
-                used = ()
-                right = agrees(compare(used))
+                right_paths: tuple[Path, ...] = ()
+                right = compare(())[1]
                 for name in paths.names if right else ():
-                    if agrees(compare((*used, name))):
-                        used = (*used, name)
+                    if compare((*right_paths, name))[1]:
+                        right_paths = (*right_paths, name)
+                # Only now: after an exception every path must be as it was, for the caller and a next try.
+                used = right_paths
     finally:
         paths.use(used)
     return Verified(first, tuple(name for name in paths.names if name not in used), right)
+
+
+def _compare_or_blame(reference: StepReference, *, packed: bool, pad_id: int) -> Comparison:
+    """A step of ours that fails where the library's does not is a wrong one."""
+    try:
+        return reference.compare(packed=packed, pad_id=pad_id)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return reference.failure(_named(error))
+
+
+def _in_every_process(processes: Processes, compute: Callable[[], T]) -> T:
+    """Compute in each process of the run. Raises NotComputed in all of them where one fails."""
+    try:
+        value, failure, cause = compute(), None, None
+    except Exception as error:
+        value, failure, cause = None, (_named(error), is_out_of_memory(error)), error
+    failures = [each for each in processes.gathered(failure) if each is not None]
+    if failures:
+        reason, out_of_memory = min(failures, key=lambda each: each[1])
+        raise NotComputed(reason, out_of_memory=out_of_memory) from cause
+    return value  # type: ignore[return-value]  # None only where that is what it computes
+
+
+def _named(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _first_rows(schedule: Schedule, samples: Samples, micro_batch: int) -> Sequence[Row]:
+    """The first micro-batch with two samples, which shows whether one sees the other; else the first."""
+    every = (rows for step in schedule.steps for rows in micro_batches(step.rows, micro_batch))
+    return next((rows for rows in every if sum(map(len, rows)) > 1), schedule.steps[0].rows[:micro_batch])
 
 
 def _affordable_tokens(longest: list[Row], samples: Samples, device: Device) -> int:
@@ -167,22 +225,27 @@ def _report(verified: Verified, tokens: int, seconds: float, reporter: Reporter)
     )
     if comparison.agrees:
         return
-    evidence = (
-        f"On the first micro-batch the loss of our code is {comparison.loss:.4f} and the library's "
-        f"{comparison.reference_loss:.4f} (rounding explains {comparison.loss_noise:.2g}). A gradient "
-        f"differs by {comparison.gradient_difference:.2g} of its size (rounding explains "
-        f"{comparison.gradient_noise:.2g})."
-    )
+    listed = " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+    because = f", because of {listed}" if verified.agrees and names else ""
+    if comparison.failure:
+        difference = f"ours could not be computed ({comparison.failure})."
+    else:
+        difference = (
+            f"loss {comparison.loss:.4f}, theirs {comparison.reference_loss:.4f} (rounding explains "
+            f"{comparison.loss_noise:.2g}); a gradient differs by {comparison.gradient_difference:.2g} times "
+            f"its size (rounding explains {comparison.gradient_noise:.2g})."
+        )
+    evidence = f"The first step is not that of transformers and peft{because}: {difference}"
+    report = "Please report the model and the versions of transformers and peft."
     if not verified.agrees:
         remedy = (
-            "No fast path explains it, so this run computes by transformers and peft alone, which is slower. "
-            "Please report the model and the versions of transformers and peft."
+            "This run uses their code throughout, but even so the check fails: its results may be wrong. "
+            f"{report}"
         )
+    elif names:
+        remedy = f"This run uses their code instead: correct, but slower and with more memory. {report}"
     else:
-        remedy = (
-            f"This run uses the library's code in place of {' and '.join(names)}: right, but slower and "
-            "with more memory. Please report the model and the versions of transformers and peft."
-        )
+        remedy = f"Each part by itself matches, so this run keeps them all. {report}"
     reporter.health("step_differs", evidence, remedy)
 
 
@@ -192,8 +255,8 @@ def _base_without(base: Base, replaced: Collection[Path]) -> Base:
         return base
     base = replace(base, replaced=tuple(replaced))
     if "packed attention" in replaced:
-        attention = f"{base.library_attention}, padded rows: {DESCRIPTIONS['packed attention']} differs"
+        attention = f"{base.library_attention}, padded rows: packed ones failed the first step's check"
         base = replace(base, kept_apart=False, attention=attention)
     if "loss" in replaced:
-        base = replace(base, loss=f"stock: {DESCRIPTIONS['loss']} differs")
+        base = replace(base, loss="stock: the chunked one failed the first step's check")
     return base

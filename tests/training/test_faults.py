@@ -21,6 +21,7 @@ from qlora_tui.runs.events import (
     PhaseChanged,
     Started,
     Step,
+    StepVerified,
     Stopped,
 )
 from qlora_tui.runs.status import read_status
@@ -166,3 +167,32 @@ def _one_long_sample(run: RunDir) -> None:
         + f'{{"role": "assistant", "content": "{answer}"}}]}}\n'
     )
     run.recipe_path.write_text(run.recipe_path.read_text().replace(str(source), str(long)))
+
+
+@pytest.mark.parametrize(
+    ("mishap", "reason"),
+    [
+        ("no_reference_step()", "KeyError: 'rope_type'"),
+        ("no_memory_for_the_reference_step(0)", "there was not enough memory"),
+    ],
+)
+def test_a_check_that_cannot_be_made_does_not_end_the_run(
+    mishap: str, reason: str, recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run = create(recipe({"training.max_steps": 3})), create(recipe({"training.max_steps": 3}))
+    assert trainers.run(whole) == 0
+    befalls(monkeypatch, mishap)
+    assert trainers.run(run) == 0
+    (event,) = told(run, StepVerified)
+    assert event.reason == reason and not event.agrees and not event.replaced
+    assert losses(run) == losses(whole)
+
+
+def test_a_check_short_of_memory_takes_fewer_tokens(
+    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create(recipe({"training.max_steps": 1}))
+    befalls(monkeypatch, "no_memory_for_the_reference_step(30)")
+    assert trainers.run(run) == 0
+    (event,) = told(run, StepVerified)
+    assert 0 < event.tokens <= 30 and event.agrees and not event.replaced

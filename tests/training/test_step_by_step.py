@@ -13,11 +13,11 @@ from bench.ways.batches import write_batches
 from bench.ways.measured import Measured
 from bench.ways.ours import recipe as recipe_of
 from bench.ways.work import Work, steps_of
-from qlora_tui.runs.directory import create
-from qlora_tui.runs.events import Step
+from qlora_tui.runs.directory import all_runs, create
+from qlora_tui.runs.events import Finished, Health, Step, StepVerified
 from tests.training.conftest import Trainers
 from tests.training.tiny import make_tiny_gemma
-from tests.training.told import told
+from tests.training.told import events, told
 
 STEPS = 4
 ROUNDING = 2e-3
@@ -138,6 +138,31 @@ def test_a_wrong_step_differs_by_more_than_rounding(
     monkeypatch.setenv("BEFORE_TRAINER", UNVERIFIED + MUTANTS[mutant])
     found = differences(replace(work, model=str(tiny_gemma)), trainers, references)
     assert max(each.difference for each in found) > 10 * ROUNDING, [str(each) for each in found]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("training")
+def test_a_run_with_a_wrong_norm_warns_and_is_the_plain_script(
+    work: Work,
+    tiny_gemma: Path,
+    trainers: Trainers,
+    references: dict[str, Measured],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work = replace(work, model=str(tiny_gemma))
+    monkeypatch.setenv(
+        "BEFORE_TRAINER", "from tests.training.mishaps import norm_without_offset as befall\nbefall()"
+    )
+    assert max(each.difference for each in differences(work, trainers, references)) <= ROUNDING
+    (run,) = all_runs()
+    (verified,) = told(run, StepVerified)
+    assert verified.replaced == ("the fused RMSNorm",) and verified.agrees
+    (warning,) = [health for health in told(run, Health) if health.kind == "step_differs"]
+    assert warning.severity == "warning" and warning.evidence.startswith(
+        "The first step is not that of transformers and peft, because of the fused RMSNorm: loss "
+    )
+    assert warning.remedy.startswith("This run uses their code instead")
+    assert len(told(run, Step)) == STEPS and isinstance(events(run)[-1], Finished)
 
 
 def in_two_dtypes(losses: list[float], *, noise: float, dtype: str = "bfloat16") -> list[Agreement]:

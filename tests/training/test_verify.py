@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training import attention, loss
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.base import Base, prepare_base
+from qlora_tui.training.batches import Schedule, Step
 from qlora_tui.training.device import Device, find_device
+from qlora_tui.training.fast_paths import FastPaths
 from qlora_tui.training.lean import gated, linear, norm
 from qlora_tui.training.load import checkpoint_activations
 from qlora_tui.training.processes import Processes
 from qlora_tui.training.step_check import Excerpt, StepReference, excerpt_of, ready_to_compare
-from qlora_tui.training.verify import Verified, verify_step
+from qlora_tui.training.verify import NotComputed, Verified, _first_rows, verify_step
 from tests.training.families import build
 from tests.training.trained import CLAIMED, build_trained
 
@@ -183,7 +187,7 @@ def test_two_wrong_paths_are_both_replaced(tmp_path: Path, monkeypatch: pytest.M
     gate_and_up_swapped(monkeypatch)
     verified = verify_step(model, base, excerpt(), device, 0, Processes())
     assert isinstance(verified, Verified) and verified.replaced == ("norms", "mlp")
-    with ready_to_compare(model):
+    with ready_to_compare(model, device):
         as_left = StepReference(model, excerpt(), device).compare(packed=True, pad_id=0)
     assert as_left.agrees
 
@@ -208,6 +212,124 @@ def test_a_library_step_that_is_not_finite_is_no_verdict(tmp_path: Path) -> None
         base.model.get_input_embeddings().weight.fill_(float("nan"))
     verdict = verify_step(model, base, excerpt(), device, 0, Processes())
     assert isinstance(verdict, str) and "not a finite number" in verdict
+
+
+def failing(calls: int, error: Exception) -> Callable[..., Any]:
+    """``StepReference.compare`` that raises ``error`` at call number ``calls``."""
+    stock, count = StepReference.compare, 0
+
+    def compare(self: StepReference, **settings: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise error
+        return stock(self, **settings)
+
+    return compare
+
+
+def test_a_check_that_runs_out_of_memory_half_way_leaves_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base, device = adapted(tmp_path, "llama", "float32", dropout=0.1)
+    names = FastPaths(model, base).names
+    norm_without_projection(monkeypatch)
+    # All paths, again with more noise, none, and then the first one by itself.
+    monkeypatch.setattr(StepReference, "compare", failing(4, MemoryError("no more")))
+    with pytest.raises(NotComputed, match="no more") as raised:
+        verify_step(model, base, excerpt(), device, 0, Processes())
+    assert raised.value.out_of_memory
+    assert FastPaths(model, base).names == names
+    assert base.model.config._attn_implementation == "qlora_segments"
+    assert all(parameter.grad is None for parameter in model.parameters())
+    b = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    assert b and not any(p.any() for p in b.values())
+    verdict = verify_step(model, base, excerpt(), device, 0, Processes())
+    assert isinstance(verdict, Verified) and verdict.replaced == ("norms",)
+
+
+def test_a_path_that_raises_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError("an argument that transformers added")
+
+    model, base, device = adapted(tmp_path, "llama", "float32")
+    monkeypatch.setattr(loss, "losses_and_slopes", broken)
+    verdict = verify_step(model, base, excerpt(), device, 0, Processes())
+    assert isinstance(verdict, Verified) and verdict.agrees and verdict.replaced == ("loss",)
+    assert verdict.comparison.failure == "TypeError: an argument that transformers added"
+
+
+class _Rank(Processes, frozen=True, kw_only=True):
+    """One of two processes, played by threads: they wait for each other where processes would."""
+
+    barrier: Any
+    values: list[Any]
+
+    def gathered(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.barrier.wait(timeout=60)
+        gathered = list(self.values)
+        self.barrier.wait(timeout=60)
+        return gathered
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(MemoryError("no more"), None), (KeyError("rope_type"), "KeyError: 'rope_type'")],
+    ids=["out of memory", "another error"],
+)
+def test_a_failure_in_one_process_is_one_of_all(
+    error: Exception, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = [adapted(tmp_path / str(rank), "llama", "float32") for rank in (0, 1)]
+    barrier, values = threading.Barrier(2), [None, None]
+    stock, tries = StepReference.measure_noise, []
+
+    def measure_noise(self: StepReference) -> None:
+        if self._model is ready[1][0]:
+            tries.append(self._excerpt.tokens)
+            if len(tries) == 1:
+                raise error
+        stock(self)
+
+    monkeypatch.setattr(StepReference, "measure_noise", measure_noise)
+
+    def verify_in(rank: int) -> Verified | str:
+        model, base, device = ready[rank]
+        processes = _Rank(rank=rank, count=2, barrier=barrier, values=values)
+        try:
+            return verify_step(model, base, excerpt(), device, 0, processes)
+        except NotComputed as failure:
+            if not failure.out_of_memory:
+                return str(failure)
+            return verify_step(model, base, excerpt(), device, 0, processes)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(verify_in, (0, 1))
+    if reason is not None:
+        assert first == second == reason
+    else:
+        assert isinstance(first, Verified) and first == second and first.agrees and not first.replaced
+
+
+def test_nothing_is_dropped_out_during_the_check(tmp_path: Path) -> None:
+    model = build_trained("falcon", torch.float32, hidden_dropout=0.3, attention_dropout=0.3)
+    modes = {module: module.training for module in model.modules()}
+    tokens = torch.tensor([excerpt().ids[0]])
+    recipe = Recipe(model=Model(id="falcon"), quantization=Quantization(compute_dtype="float32"))
+    with ready_to_compare(model, find_device(recipe)), torch.no_grad():
+        assert model.training and torch.equal(model(tokens).logits, model(tokens).logits)
+    assert model.config.hidden_dropout == model.config.attention_dropout == 0.3
+    assert {module: module.training for module in model.modules()} == modes
+    model.train()
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+def test_the_excerpt_has_two_samples_where_any_micro_batch_has() -> None:
+    rows = [(0,), (1, 0)]
+    steps = tuple(Step(rows=(row,), epoch=1.0, ends_epoch=False) for row in rows)
+    assert _first_rows(Schedule(steps, 2, 2), _Samples(), 1) == ((1, 0),)
+    assert _first_rows(Schedule(steps[:1], 1, 1), _Samples(), 1) == ((0,),)
 
 
 class _Samples:
