@@ -133,9 +133,9 @@ def _verified_words(event: StepVerified) -> str:
         return f"the first step could not be checked against transformers and peft: {event.reason}"
     words = (
         f"first step checked on {event.tokens:,} tokens: loss {figure(_number(event.loss))}, with "
-        f"transformers and peft alone {figure(_number(event.reference_loss))}; gradients differ by at most "
-        f"{_number(event.gradient_difference):.2g} of their size, where rounding moves them by "
-        f"{_number(event.gradient_noise):.2g}"
+        f"transformers and peft alone {figure(_number(event.reference_loss))}; a gradient differs by "
+        f"{_number(event.gradient_difference):.2g} times its size (rounding explains "
+        f"{_number(event.gradient_noise):.2g})"
     )
     return f"{words}; now by transformers and peft: {', '.join(event.replaced)}" if event.replaced else words
 

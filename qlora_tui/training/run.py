@@ -192,7 +192,7 @@ class Attempt:
         if verified.replaced:
             assert self.meter is not None
             self.meter.learn_nothing()
-        if verified is not base:
+        if (verified.attention, verified.loss) != (base.attention, base.loss):
             self._tell_environment(device, verified)
         if verified.kept_apart == base.kept_apart:
             return verified, schedule

@@ -13,7 +13,7 @@ from qlora_tui.cli.main import VERBS
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir, create
-from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, Step
+from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, Step, StepVerified
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.conversion import folder_of
@@ -164,6 +164,35 @@ def test_a_run_is_listed_with_its_best_validation_and_its_exact_answers(
     (told,) = call("runs", "--json").json["runs"]
     assert (told["best_validation_loss"], told["best_step"]) == (1.2901, 2)
     assert (told["accuracy"], told["base_accuracy"]) == (0.97, 0.12)
+
+
+def test_a_run_names_the_parts_replaced_in_it(call: Call, finished_run: RunDir) -> None:
+    assert call("runs", "--json").json["runs"][0]["replaced"] == []
+    with EventWriter(finished_run.events_path) as log:
+        log.append(
+            StepVerified(
+                at=5.0,
+                tokens=64,
+                seconds=1.0,
+                loss=2.5,
+                reference_loss=2.25,
+                gradient_difference=20.0,
+                gradient_noise=1e-3,
+                replaced=("the fused RMSNorm",),
+            )
+        )
+    assert call("runs", "--json").json["runs"][0]["replaced"] == ["the fused RMSNorm"]
+    expected = "loss 2.5, with transformers and peft alone 2.25; a gradient differs by 20 times its size"
+    assert expected in call("attach", "last").out
+
+
+def test_a_run_says_why_its_first_step_was_not_checked(call: Call, finished_run: RunDir) -> None:
+    with EventWriter(finished_run.events_path) as log:
+        log.append(StepVerified(at=5.0, tokens=0, seconds=1.0, agrees=False, reason="KeyError: 'rope_type'"))
+    assert (
+        "could not be checked against transformers and peft: KeyError: 'rope_type'"
+        in call("attach", "last").out
+    )
 
 
 def test_a_run_is_renamed_and_found_under_its_new_name(call: Call, finished_run: RunDir) -> None:
