@@ -65,11 +65,15 @@ class Previews:
     def _tokenizer(self, model: str, template: str) -> ChatTokenizer:
         key = (model, template)
         if self._held is None or self._held[0] != key:
-            self._held = (key, ChatTokenizer.from_folder(_tokenizer_folder(model), template))
+            self._held = (key, ChatTokenizer.from_folder(tokenizer_folder(model), template))
         return self._held[1]
 
 
-def _tokenizer_folder(model: str) -> Path:
+def tokenizer_folder(model: str) -> Path:
+    """The folder with a model's tokenizer; that of a GGUF file is made when the file is converted.
+
+    Raises ``Problem`` where the model is not on this machine or has not been converted.
+    """
     files = resolve(model)
     if files.gguf_file is None:
         return files.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from qlora_tui import paths
 from qlora_tui.data.look_over import LookedOver
 from qlora_tui.runs.directory import all_runs
+from qlora_tui.training.conversion import folder_of
 from tests.cli.conftest import Call
+from tests.demo.tiny_gguf import write_tiny_gguf
 from tests.tui.reading import readable_model
 
 
@@ -283,3 +286,16 @@ def test_what_data_is_asked_is_checked_like_a_recipe(call: Call, readable: Path,
     assert call("data", "inspect", str(data), "--max-length", "-5").code == 2
     cut = call("data", "show", str(data), "--model", str(readable), "--max-length", "4")
     assert cut.code == 0 and "Nothing is left to learn within 4 tokens" in cut.out
+
+
+def test_tokens_of_a_gguf_file_are_counted_once_it_is_converted(
+    readable: Path, tmp_path: Path, call: Call
+) -> None:
+    file = write_tiny_gguf(tmp_path / "tiny.gguf")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("prompt,completion\nHi,Hello there\nYou?,Fine\n")
+    said = call("data", "inspect", str(rows), "--model", str(file))
+    assert said.code == 1
+    assert "tiny.gguf has not been converted" in said.err
+    shutil.copytree(readable, folder_of(file))
+    assert "length in tokens" in call("data", "inspect", str(rows), "--model", str(file)).out
