@@ -27,7 +27,7 @@ _TOKENIZER_FILES = (
     "*/tool_use.jinja",
 )
 _KEPT_S = 60 * 24 * 3600
-_READING = 2
+_READING = 3
 """Raised when rows that were an error come to be read."""
 
 Tokens = tuple[object, ...]
