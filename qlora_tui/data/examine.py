@@ -72,13 +72,11 @@ class Examiner:
         if one.long_text is not None:
             place = file.source, str(file.path)
             self._long_texts.setdefault(place, LongTexts(*place)).add(row, one.long_text)
-        for note in one.notes:
-            self.notes[note] = self.notes.get(note, 0) + 1
-        if not one.counts:
+        samples, tokens, trained, dropped, cut, split = one.counts or (0,) * 6
+        if samples or not one.counts:
             counts.conversations += 1
-            return
-        samples, tokens, trained, dropped, cut, split = one.counts
-        counts.conversations += bool(samples)
+            for note in one.notes:
+                self.notes[note] = self.notes.get(note, 0) + 1
         counts.samples += samples
         counts.tokens += tokens
         counts.trained_tokens += trained
