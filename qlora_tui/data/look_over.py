@@ -18,8 +18,8 @@ from qlora_tui.data.sources import SourceFile, conversations
 from qlora_tui.recipe.schema import Data
 
 PATIENCE_S = 2.0
-_WORTH_A_WORD = ("rated-bad", "same-answers", "long-text")
-"""Warnings of rows that a setting leaves out or cuts: the user is told before the run, too."""
+_WORTH_A_WORD = ("rated-bad", "same-answers", "long-text", "ends-with-user")
+"""Warnings of rows that are left out or cut: shown before the run, too."""
 
 
 class LookedOver(Struct, frozen=True):
@@ -28,7 +28,7 @@ class LookedOver(Struct, frozen=True):
     complete: bool
     """Whether there was time for every row."""
     warnings: tuple[DataProblem, ...]
-    """What ``data.preferences`` leaves out and what ``data.too_long`` cuts, among the rows looked at."""
+    """Kinds in ``_WORTH_A_WORD``, of the rows looked at."""
 
 
 def look_over(files: Iterable[SourceFile], data: Data, patience_s: float = PATIENCE_S) -> LookedOver:
@@ -46,6 +46,8 @@ def look_over(files: Iterable[SourceFile], data: Data, patience_s: float = PATIE
                 tally.add(one.kind, row.number, one.reason)
             elif long_text := estimated_long_text(one, data):
                 long_texts.add(row.number, long_text)
+            elif one.messages and one.messages[-1].role == "user":
+                tally.add("ends-with-user", row.number, "The last turn has no answer.")
             if time.monotonic() >= until:
                 in_time = False
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def test_warnings_do_not_block(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(_GOOD * 3 + '{"prompt": "a", "completion": ""}\n{"prompt": "", "completion": ""}\n')
     assert _look(path) == LookedOver(True, ())
+
+
+def test_turns_without_an_answer_are_counted_before_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    conversations = (["user"], ["user", "assistant"], ["user", "assistant", "user"])
+    rows = [{"messages": [{"role": role, "content": "Hi"} for role in roles]} for roles in conversations]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (warning,) = _look(path).warnings
+    assert (warning.kind, warning.rows) == ("ends-with-user", (1, 3))
 
 
 def test_what_there_is_no_time_for_is_said_and_does_not_block(tmp_path: Path) -> None:
