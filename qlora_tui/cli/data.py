@@ -119,19 +119,19 @@ def _told(report: Report) -> str:
         lines.append(f"{report.too_long:,} longer than the sequence length")
     lines += report.thinking
     lines += [
-        f"note: {NOTES.get(note, note)} ({rows:,} rows)"
+        f"note: {NOTES.get(note, note)} ({counted(rows, 'row')})"
         for note, rows in report.notes.items()
         if note not in ON_THINKING
     ]
     for problem in report.problems:
         rows = ", ".join(f"{row:,}" for row in islice(problem.rows, _ROWS_NAMED))
         more = "…" if problem.count > _ROWS_NAMED else ""
-        where = f" (rows {rows}{more})" if rows else ""
+        where = f" ({'row' if len(problem.rows) == 1 else 'rows'} {rows}{more})" if rows else ""
         lines.append(f"{problem.severity}: {problem.title}: {problem.count:,}{where}")
         if problem.example:
             lines.append(f"  for example: {problem.example}")
         if problem.fix:
-            lines.append(f"  to mend it: {problem.fix}")
+            lines.append(f"  fix: {problem.fix}")
     if not report.problems:
         lines.append("No problems found.")
     return "\n".join(lines)

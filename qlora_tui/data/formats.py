@@ -286,8 +286,8 @@ def _refuse_media(rows: Sequence[Row], values: Sequence[Mapping[str, Any]], name
         return
     numbers = ", ".join(str(number) for number, _ in with_media[:5])
     more = f" and {len(with_media) - 5} more" if len(with_media) > 5 else ""
-    check = CHECKS["media"]
-    raise Problem(check.title, what=f"{name}, row {numbers}{more}: {with_media[0][1]}", fix=check.fix)
+    check, word = CHECKS["media"], "rows" if len(with_media) > 1 else "row"
+    raise Problem(check.title, what=f"{name}, {word} {numbers}{more}: {with_media[0][1]}", fix=check.fix)
 
 
 def _nothing_fits(name: str, wanted: str, columns: tuple[str, ...], values: list[dict[str, Any]]) -> Problem:
@@ -295,7 +295,7 @@ def _nothing_fits(name: str, wanted: str, columns: tuple[str, ...], values: list
         return Problem(
             "No rows",
             what=f"{name} has no row that can be read.",
-            fix="Choose another file, or mend this one.",
+            fix="Choose another file, or correct this one.",
         )
     more = f" and {len(columns) - _COLUMNS_NAMED} more" if len(columns) > _COLUMNS_NAMED else ""
     named = ", ".join(columns[:_COLUMNS_NAMED]) + more

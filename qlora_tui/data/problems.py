@@ -29,14 +29,18 @@ class Check(Struct, frozen=True):
 
 CHECKS: dict[str, Check] = {
     "bad-json": Check(
-        "error", "Not valid JSON", "Mend or remove the line; a download that was cut off is the usual cause."
+        "error",
+        "Not valid JSON",
+        "Correct or remove the line; a download that was cut off is the usual cause.",
     ),
     "bad-encoding": Check("error", "Not UTF-8", "Convert the file: iconv -f LATIN1 -t UTF-8 OLD > NEW."),
     "bad-row": Check(
         "error", "Not a row", "A row is an object with named fields, with a value for every name."
     ),
     "wrong-format": Check(
-        "error", "Not in the format of the rest", "Set the format by hand, or mend the row."
+        "error",
+        "Not in the format of the rest",
+        "A file is read in one format. Correct these rows, or move them to a file of their own.",
     ),
     "unsupported-part": Check(
         "error", "A part that is not text", "Remove the part from the row: only text can be trained on."
@@ -254,10 +258,11 @@ def refuse(problems: Sequence[DataProblem]) -> None:
     for problem in problems:
         if problem.severity == "error":
             rows = ", ".join(map(str, problem.rows[:5])) + (" and others" if problem.count > 5 else "")
+            word = "rows" if len(problem.rows) > 1 else "row"
             raise Problem(
                 problem.title,
-                what=f"{problem.path}, row {rows}: {problem.example}",
-                why=f"{problem.count} rows of it have this problem." if problem.count > 1 else "",
+                what=f"{problem.path}, {word} {rows}: {problem.example}",
+                why=f"{problem.count:,} rows of the file have this problem." if problem.count > 1 else "",
                 fix=problem.fix,
             )
 

@@ -173,7 +173,7 @@ def test_a_row_that_blocks_a_run_is_refused_before_anything_is_queued(
     words = ("train", "--model", str(readable), "--data", str(data), "--print-command")
     said = call(*words)
     assert said.code == 1
-    assert "owls.jsonl, row 301" in said.err and "Mend or remove the line" in said.err
+    assert "owls.jsonl, row 301" in said.err and "Correct or remove the line" in said.err
     assert all_runs() == []
     data.write_text(good * 300)
     said = call(*words)
@@ -243,7 +243,7 @@ def test_rows_with_images_are_refused_before_anything_is_queued(
     assert "looks.jsonl, row 2: The column 'images' holds an image." in said.err
     assert "Only text can be trained on" in said.err
     said = call("data", "inspect", str(data))
-    assert said.code == 1 and "error: Images, video or audio: 1 (rows 2)" in said.out
+    assert said.code == 1 and "error: Images, video or audio: 1 (row 2)" in said.out
 
 
 def test_rows_rated_bad_are_counted_by_an_inspection(call: Call, tmp_path: Path) -> None:

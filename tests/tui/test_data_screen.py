@@ -268,7 +268,7 @@ async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here
         await shows(pilot, "20 rows → 19 samples", "✗ Not valid JSON 1")
         await pilot.press("n")
         await shows(
-            pilot, "This row gives no sample.", "Line 7 is not valid JSON", "▸ Mend or remove the line"
+            pilot, "This row gives no sample.", "Line 7 is not valid JSON", "▸ Correct or remove the line"
         )
 
 

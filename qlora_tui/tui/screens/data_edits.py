@@ -163,17 +163,17 @@ class DataEdits(WorkScreen):
             self.notify(f"{Path(gone.path).name} is out of the recipe. u brings it back.")
 
     def action_fix(self) -> None:
-        """Change the setting that answers the first problem which has such a remedy; u takes it back."""
+        """Change the setting that answers the first problem which has such a remedy."""
         if self.offers_chosen:
             self.workstation.edit("data.preferences", "chosen")
-            self.notify("Trains on the chosen and good answers only. u takes it back.")
+            self.notify("Trains on the chosen and good answers only. Press u to undo.")
         elif self.split_rows():
             self.workstation.edit("data.too_long", "split")
             self.notify("Long texts are split into rows. Press u to undo.")
         elif tokens := self.untrained():
             now = self.workstation.workbench.recipe.lora.token_rows
             self.workstation.edit("lora.token_rows", tuple(dict.fromkeys((*now, *tokens))))
-            self.notify(f"Embedding and head will be trained for {', '.join(tokens)}. u takes it back.")
+            self.notify(f"Embedding and head will be trained for {', '.join(tokens)}. Press u to undo.")
 
     @property
     def can_fix(self) -> bool:
@@ -186,7 +186,7 @@ class DataEdits(WorkScreen):
 
     @property
     def problems(self) -> tuple[DataProblem, ...]:
-        """What the report found, but for what the recipe mends."""
+        """What the report found, except what the recipe already fixes."""
         found = self.report.problems if self.report else ()
         trained = set(self.workstation.workbench.recipe.lora.token_rows)
         return tuple(p for p in found if not p.tokens or not trained.issuperset(p.tokens))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from textual.content import Content
 
-from qlora_tui.data.preferences import TITLES
+from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
 from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.data.report import Piece, Report, Shown
 from qlora_tui.data.sources import is_of_the_hub
@@ -115,10 +115,13 @@ def unreadable(found: Problem, fields: dict[str, str]) -> Content:
     if fields and found.fix.startswith(("Say which column", "Map the columns")):
         # The fix is for the recipe as a file; here there is a key for it.
         found = Problem(found.title, what=found.what, why=found.why, fix="Press c to map the columns.")
-    parts: list[Content | tuple[str, str]] = [problem(found)]
     if found.title in TITLES:
-        keys = [("m", "trains on the chosen answers only"), *keys]
-    elif fields:
+        side = "chosen" if found.title == PAIRS_TITLE else "good"
+        fix = f"Press m to train on the {side} answers only."
+        found = Problem(found.title, what=found.what, why=found.why, fix=fix)
+        keys = [("m", f"trains on the {side} answers only"), *keys]
+    parts: list[Content | tuple[str, str]] = [problem(found)]
+    if fields and found.title not in TITLES:
         parts.append(("\n\nIts rows hold:", ""))
         parts += [
             part for name, held in fields.items() for part in ((f"\n  {name}  ", "bold"), (held, "dim"))
@@ -282,6 +285,8 @@ def no_problem_line(report: Report) -> Content:
 
 def steps_line(report: Report, recipe: Recipe) -> str:
     """How many optimizer steps the data makes, roughly: packing is only known once it is done."""
+    if not report.counts.samples:
+        return "nothing to train on"
     held = 0.0 if recipe.data.validation_path else recipe.data.validation_fraction
     kept = report.counts.samples * (1 - held)
     rows = kept
