@@ -107,6 +107,7 @@ class Attempt:
         self._tell_environment(device, base)
         schedule = lay_out(data.train, recipe, kept_apart=base.kept_apart)
         model = self._adapted(base, files, tokenizer)
+        release_free_memory()
         base, schedule = self._verified(model, base, data, schedule, device, tokenizer)
         self._tell_data(data, schedule)
         self._may_end()

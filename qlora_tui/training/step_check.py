@@ -213,15 +213,14 @@ class StepReference:
         for ids, trained, weights in zip(excerpt.ids, excerpt.labels, excerpt.loss_weights, strict=True):
             tokens = torch.tensor([ids], device=device)
             targets = tokens[0].masked_fill(torch.tensor(trained, device=device) == 0, IGNORED)[1:]
+            trained_at = (targets != IGNORED).nonzero()[:, 0]
             with _autocast(self._device):
-                output = self._model(input_ids=tokens, use_cache=False)
-            each = nn.functional.cross_entropy(
-                output.logits[0, :-1].float(), targets, ignore_index=IGNORED, reduction="none"
-            )
-            # The backward does not need the logits: only their log-softmax.
-            del output
+                logits = self._model(input_ids=tokens, use_cache=False).logits[0, trained_at]
+            each = nn.functional.cross_entropy(logits.float(), targets[trained_at], reduction="none")
+            # Each is as large as the run's own logits in a large vocabulary.
+            del logits
             if weights is not None:
-                each = each * torch.tensor(weights[1:], device=device)
+                each = each * torch.tensor(weights[1:], device=device)[trained_at]
             losses.append(each.detach().cpu())
             self._backward_of(each.sum() / self._items)
         return torch.cat(losses), self._take_gradients()
