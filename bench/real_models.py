@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import sys
 import tempfile
@@ -115,12 +116,18 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=1, help="of each way, for speed and memory: medians")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if not Path(args.data).is_file():
+        parser.error(f"There is no file {args.data}.")
+    if args.steps < 2:
+        parser.error("--steps must be 2 or more: speed is measured from the end of the first.")
     reports = {}
     try:
         for key in args.models:
             model = ensure_model(say, MODELS[key])
-            with tempfile.TemporaryDirectory() as scratch:
-                reports[MODELS[key].name] = compare(model, args, Path(scratch))
+            # Left where a way fails: its log is in there.
+            scratch = Path(tempfile.mkdtemp(prefix="real-models-"))
+            reports[MODELS[key].name] = compare(model, args, scratch)
+            shutil.rmtree(scratch)
             if not args.json:
                 print(table(MODELS[key].name, reports[MODELS[key].name]), flush=True)
     except Problem as problem:
