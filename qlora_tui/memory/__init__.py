@@ -8,9 +8,10 @@ there is, ask :func:`what_fits` or :func:`cheapest_changes`; :func:`as_json` is 
 ``linear`` and ``loss`` for what most families share, and ``moe``, ``latent``, ``cohere`` and ``fused`` for
 what some have, ``lean`` for what our trainer keeps less of;
 ``weights`` and ``residents`` count what stays; ``replay`` puts ``loading`` and the ``recording`` of each part
-on a model of CUDA's ``allocator``; ``tiers`` (on a CPU with ``kernels``) goes from tensors to what the card
-sees; ``traced`` takes a counted step in place of the walked one; ``learning`` corrects by what past runs
-measured; ``explain`` has the sentence of each item, ``report`` all of them for programs.
+on a model of CUDA's ``allocator``; ``conversion`` is the peak of converting a GGUF file; ``tiers`` (on a CPU
+with ``kernels``) goes from tensors to what the card sees; ``traced`` takes a counted step in place of the
+walked one; ``learning`` corrects by what past runs measured; ``explain`` has the sentence of each item,
+``report`` all of them for programs.
 
 ``room`` is what there is to compute on (``processor``: where that is the CPU); ``verdict`` holds the estimate
 against it, ``solver`` finds what would fit, ``classes`` how large a model.

@@ -17,7 +17,8 @@
 ``attention``    several samples in one row, each attending only to itself; ``even``: filled up for a CPU's
                  kernels
 ``loss``         cross-entropy over the trained tokens only, without the whole logits; ``liger``: its kernel
-``checks``       proves both on the model at hand, or falls back; ``agreement``: when two results are the same
+``checks``       proves both on the model at hand, or falls back (``attention_check``: layer by layer);
+                 ``agreement``: when two results are the same
 ``verify``       the first step against transformers and peft alone (``step_check``); what differs
                  (``fast_paths``) is replaced for the run
 ``batches``      samples to rows to micro-batches, in an order that resume can repeat

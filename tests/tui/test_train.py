@@ -413,7 +413,7 @@ async def test_a_row_that_blocks_a_run_is_found_before_the_launch(make_app: Make
         await shows(pilot, "Not ready: data")
         # The path before it decides where its lines break.
         await until(pilot, lambda: "Line 3 is not valid JSON" in " ".join(text_of(app).split()))
-        await until(pilot, lambda: "Mend or remove the line" in " ".join(text_of(app).split()))
+        await until(pilot, lambda: "Correct or remove the line" in " ".join(text_of(app).split()))
         await pilot.press("t")
         await shows(pilot, "Not ready: data")
         await pilot.pause()
