@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.training.lean import norm
+from qlora_tui.training.lean.replace import ReplacedForwards
 from tests.training.trained import CLAIMED, build_trained, trained_norm_weight
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -101,8 +102,10 @@ def test_a_norm_is_restored_to_the_librarys_forward() -> None:
     model = nn.Sequential(FormulaRMSNorm(gemma, torch.float32), nn.Linear(WIDTH, 4))
     norm.use_lean_norms(model)
     assert "forward" in vars(model[0])
-    assert norm.restore_norms(model) == 1
-    assert "forward" not in vars(model[0]) and norm.restore_norms(model) == 0
+    replaced = ReplacedForwards(model, "norms")
+    assert len(replaced) == 1
+    replaced.use_library()
+    assert "forward" not in vars(model[0]) and len(ReplacedForwards(model, "norms")) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,7 +2,7 @@
 
 Each gives what the part it stands for gives. :mod:`.linear`: a frozen module and its adapter; :mod:`.gated`:
 the end of a gated MLP; :mod:`.norm`: RMSNorm; :mod:`.attention`: on a CPU, the attention of a row's samples.
-:func:`.replace.restore_forwards` gives the library's own back.
+:class:`.replace.ReplacedForwards` gives the library's own back.
 """
 
 from __future__ import annotations

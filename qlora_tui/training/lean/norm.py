@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qlora_tui.training.agreement import rounds_alike
-from qlora_tui.training.lean.replace import replace_forward, restore_forwards
+from qlora_tui.training.lean.replace import replace_forward
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,6 @@ def use_lean_norms(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and (form := _form_of(module)):
             _replace_forward(module, form)
-
-
-def restore_norms(model: nn.Module) -> int:
-    """Undo :func:`use_lean_norms`; the number of norms that compute as the library writes them again."""
-    return restore_forwards(model, "norms")
 
 
 def _replace_forward(norm: Any, form: Form) -> None:

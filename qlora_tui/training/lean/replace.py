@@ -15,7 +15,7 @@ PARTS: tuple[Part, ...] = ("norms", "mlp", "lora", "token rows")
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any], part: Part) -> None:
-    """Let ``module`` compute by ``forward(module, …)`` until :func:`restore_forwards`."""
+    """Let ``module`` compute by ``forward(module, …)``; :class:`ReplacedForwards` switches it back."""
     forward.part = part  # type: ignore[attr-defined]
     forward.before = vars(module).get("forward")  # type: ignore[attr-defined]
     vars(module)["forward"] = MethodType(forward, module)
@@ -43,13 +43,6 @@ class ReplacedForwards:
         """Replace them again."""
         for module, forward in self._ours.items():
             vars(module)["forward"] = MethodType(forward, module)
-
-
-def restore_forwards(model: nn.Module, part: Part) -> int:
-    """Give every module of ``model`` that ``part`` replaced its former forward; how many they were."""
-    replaced = ReplacedForwards(model, part)
-    replaced.use_library()
-    return len(replaced)
 
 
 @contextmanager
