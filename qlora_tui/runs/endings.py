@@ -1,4 +1,8 @@
-"""How an attempt ended: read from its last event and the exit code, written where it is missing."""
+"""How an attempt ended: read from its own events and the exit code, and recorded where that is missing.
+
+An attempt's events are those after its ``Started``. The file's last event need not be one of them: a run that
+is resumed while its trainer still exits has ``Queued`` there.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ import time
 from qlora_tui.errors import Problem
 from qlora_tui.format import size
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import Failed, Finished, Paused, Stopped, Terminal
-from qlora_tui.runs.log import EventWriter, last_event
+from qlora_tui.runs.events import Failed, Finished, Paused, Queued, Started, Stopped, Terminal
+from qlora_tui.runs.log import EventWriter, events_backwards
 from qlora_tui.runs.retry import last_plan
 from qlora_tui.runs.shortage import what_would_fit
 from qlora_tui.runs.status import State, Status, read_status, write_status
@@ -18,19 +22,25 @@ from qlora_tui.runs.view import RunView
 
 _STEPS = 64
 """Read of a long run, the last one among them."""
+_SETTLED: frozenset[State] = frozenset(("finished", "failed", "stopped", "paused"))
 LOG_LINES = 3
 """How much of the trainer's log is quoted when it died without a word."""
 
 
-def how_it_ended(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool = False) -> Terminal:
-    """The trainer's own last word, or what can be told without one.
+def how_it_ended(
+    run: RunDir, exit_code: int | None, *, events_from: int | None = None, host_out_of_memory: bool = False
+) -> Terminal:
+    """The ending that the trainer recorded, or what can be said without one.
 
-    ``exit_code`` is as ``subprocess`` gives it (negative: a signal); None when the trainer was not our child.
-    ``host_out_of_memory``: the kernel's out-of-memory killer struck while it ran.
+    Args:
+        run: The run, whose trainer has exited.
+        exit_code: As ``subprocess`` gives it (negative: a signal); None when the trainer was not our child.
+        events_from: Size of the event file when the trainer was started; None where it is not known.
+        host_out_of_memory: Whether the kernel's out-of-memory killer acted while the trainer ran.
     """
-    last = _last_word(run)
-    if last is not None:
-        return last
+    recorded = _recorded_ending(run, events_from)
+    if recorded is not None:
+        return recorded
     now = time.time()
     resume = f"`qlora-tui resume {run.id}` goes on from the last checkpoint."
     status = read_status(run)
@@ -43,8 +53,8 @@ def how_it_ended(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool
             kind="lost",
         )
     if exit_code is None or exit_code < 0:
-        name = "" if exit_code is None else f" by {signal.Signals(-exit_code).name}"
-        what = f"The trainer process was ended{name} before it could save."
+        by = "" if exit_code is None else f" by {_signal_name(-exit_code)}"
+        what = f"The trainer process was ended{by} before it could save."
         if exit_code == -signal.SIGKILL and host_out_of_memory:
             return _out_of_host_memory(run, what, exit_code, now)
         return Failed(
@@ -54,6 +64,16 @@ def how_it_ended(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool
             fix=resume,
             kind="killed",
             exit_code=exit_code,
+        )
+    if exit_code == 0:
+        return Failed(
+            at=now,
+            title="The end of the run was not recorded",
+            what="The trainer exited without an error, but how the run ended is not in its events.",
+            why="The disk may have been full.",
+            fix=resume,
+            kind="lost",
+            exit_code=0,
         )
     return Failed(
         at=now,
@@ -65,11 +85,19 @@ def how_it_ended(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool
     )
 
 
-def settle(run: RunDir, ending: Terminal) -> None:
-    """Make events and status say how it ended, where the trainer could not."""
-    if _last_word(run) is None:
+def settle(run: RunDir, ending: Terminal, *, events_from: int | None = None) -> None:
+    """Make events and status say how an attempt ended, where they do not yet.
+
+    A run that was queued again meanwhile is left alone: whoever did that saw its attempt end.
+    """
+    now = read_status(run).state
+    if now == "queued":
+        return
+    if _recorded_ending(run, events_from) is None:
         with EventWriter(run.events_path) as log:
             log.append(ending)
+    elif now in _SETTLED:
+        return
     state: State
     if isinstance(ending, Finished):
         state, detail = "finished", ending.reason
@@ -114,10 +142,27 @@ def _out_of_host_memory(run: RunDir, what: str, exit_code: int, now: float) -> F
     )
 
 
-def _last_word(run: RunDir) -> Terminal | None:
-    """The event that ended the last attempt, if the trainer wrote one: then it is the last of all."""
-    last = last_event(run.events_path)
-    return last if isinstance(last, Finished | Failed | Stopped | Paused) else None
+def _recorded_ending(run: RunDir, events_from: int | None = None) -> Terminal | None:
+    """The first terminal event after the last ``Started``.
+
+    Without ``events_from`` only the time since the run was last queued counts: a trainer that died before its
+    ``Started`` did not end as the attempt before it.
+    """
+    ending: Terminal | None = None
+    for event in events_backwards(run.events_path, events_from or 0):
+        if isinstance(event, Started) or (events_from is None and isinstance(event, Queued)):
+            break
+        if isinstance(event, Finished | Failed | Stopped | Paused):
+            ending = event
+    return ending
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # Real-time signals have no name of their own in Python.
+        return f"signal {number}"
 
 
 def _log_end(run: RunDir) -> str:

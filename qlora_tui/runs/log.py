@@ -88,23 +88,34 @@ class EventTail:
 
 def last_event(path: Path) -> AnyEvent | None:
     """The last whole event of the file, read from its end; None where there is none."""
+    return next(events_backwards(path), None)
+
+
+def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
+    """Whole events, the last one first, back to byte ``start``, where a line begins."""
     try:
-        size = path.stat().st_size
+        end = path.stat().st_size
     except FileNotFoundError:
-        return None
+        return
+    torn = True
     most = 1 << 16
-    while True:
-        start = max(0, size - most)
-        chunk = read_from(path, start, size - start)
-        lines = chunk[: chunk.rfind(b"\n") + 1].splitlines()
-        # The first line of a part may lack its beginning.
-        for line in reversed(lines if start == 0 else lines[1:]):
+    while end > start:
+        begin = max(start, end - most)
+        chunk = read_from(path, begin, end - begin)
+        if torn:
+            # Nothing after the last newline is a whole line.
+            chunk = chunk[: chunk.rfind(b"\n") + 1]
+        # The first line of a part may lack its beginning: it is read with the part before it.
+        first = 0 if begin == start else chunk.find(b"\n") + 1
+        if begin > start and first in (0, len(chunk)):
+            most *= 8
+            continue
+        torn = False
+        for line in reversed(chunk[first:].splitlines()):
             event = decode(line)
             if event is not None:
-                return event
-        if start == 0:
-            return None
-        most *= 8
+                yield event
+        end = begin + first
 
 
 def read_from(path: Path, offset: int, most_bytes: int) -> bytes:

@@ -58,23 +58,29 @@ def _take_over(run: RunDir) -> None:
     while (state := read_status(run).state) in ACTIVE:
         time.sleep(POLL_S)
     if state == "lost" or (state not in ("queued", "unreadable") and run.untold_path.exists()):
-        _go_on(run, exit_code=None)
+        plan = _conclude(run, exit_code=None)
+        if plan is not None:
+            _run(run, plan)
 
 
-def _go_on(run: RunDir, exit_code: int | None, *, host_out_of_memory: bool = False) -> None:
-    """Write down how an attempt ended, and try again with less memory where that can help."""
-    ending = how_it_ended(run, exit_code, host_out_of_memory=host_out_of_memory)
+def _conclude(
+    run: RunDir, exit_code: int | None, events_from: int | None = None, *, host_out_of_memory: bool = False
+) -> Plan | None:
+    """Record how an attempt ended; the next attempt's plan, where one with less memory can help."""
+    ending = how_it_ended(run, exit_code, events_from=events_from, host_out_of_memory=host_out_of_memory)
     try:
-        settle(run, ending)
+        settle(run, ending, events_from=events_from)
+        if read_status(run).state == "queued":
+            # Resumed while its trainer was still exiting: its turn comes with the queue.
+            return None
         plan = plan_retry(run, ending)
     except OSError as error:
-        # A full disk must not end the queue; the run is found lost, and settled, by the next runner.
+        # A full disk must not end the queue; the run then reads as lost, and the next runner records its end.
         print(f"{run.id}: its end could not be written: {error}", file=sys.stderr)
-        return
-    if plan is not None:
-        _run(run, plan)
-    else:
+        return None
+    if plan is None:
         _notify(run)
+    return plan
 
 
 def _notify(run: RunDir) -> None:
@@ -86,10 +92,13 @@ def _notify(run: RunDir) -> None:
         print(f"{run.id}: nobody could be told: {error}", file=sys.stderr)
 
 
-def _run(run: RunDir, plan: Plan) -> None:
-    kills_before = host_oom_kills()
-    exit_code = _train(run, plan)
-    _go_on(run, exit_code, host_out_of_memory=host_oom_kills() > kills_before)
+def _run(run: RunDir, plan: Plan | None) -> None:
+    """Train a run to its end, with less memory again where it ran out."""
+    while plan is not None:
+        kills_before = host_oom_kills()
+        events_from = run.events_path.stat().st_size
+        exit_code = _train(run, plan)
+        plan = _conclude(run, exit_code, events_from, host_out_of_memory=host_oom_kills() > kills_before)
 
 
 def _train(run: RunDir, plan: Plan) -> int:

@@ -15,7 +15,7 @@ import os, signal, sys, time
 from pathlib import Path
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.endings import settle
-from qlora_tui.runs.events import Failed, Finished, Started
+from qlora_tui.runs.events import Failed, Finished, Paused, Started
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.process import mark
 from qlora_tui.runs.status import Status, write_status
@@ -31,6 +31,16 @@ part = run.recipe().name
 if part == "waits":
     os.mkfifo(run.path / "go")
 write_status(run, Status(state="running", at=time.time(), process=mark()))
+if part == "pauses" and not (run.path / "go").exists():
+    os.mkfifo(run.path / "go")
+    ending = Paused(at=time.time(), step=2)
+    log.append(ending)
+    settle(run, ending)
+    # Still exiting, as torch does for a second or two.
+    (run.path / "go").read_text()
+    sys.exit(0)
+if part == "says nothing":
+    sys.exit(0)
 if part == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 if part == "crashes":
@@ -73,11 +83,17 @@ def played_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "import sys\n"
         "sys.orig_argv\n"
         "if 'qlora_tui.training' in sys.orig_argv:\n"
-        "    import runpy\n"
+        "    import os, runpy\n"
         "    sys.argv = ['trainer', *sys.orig_argv[sys.orig_argv.index('qlora_tui.training') + 1:]]\n"
         "    import qlora_tui\n"
-        "    runpy.run_path(__file__.replace('sitecustomize', 'played_trainer'), run_name='__main__')\n"
-        "    raise SystemExit(0)\n"
+        "    try:\n"
+        "        runpy.run_path(__file__.replace('sitecustomize', 'played_trainer'), run_name='__main__')\n"
+        "    except SystemExit as end:\n"
+        "        # Python reports any exit from this file as 1.\n"
+        "        if isinstance(end.code, str):\n"
+        "            print(end.code, file=sys.stderr, flush=True)\n"
+        "        os._exit(end.code if isinstance(end.code, int) else 1)\n"
+        "    os._exit(0)\n"
     )
     here = str(Path(__file__).parents[2])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), here]))

@@ -3,8 +3,8 @@ from __future__ import annotations
 import tracemalloc
 from pathlib import Path
 
-from qlora_tui.runs.events import CheckpointSaved, Finished, Step, encode
-from qlora_tui.runs.log import EventTail, EventWriter, last_event
+from qlora_tui.runs.events import CheckpointSaved, Finished, Sampled, Step, encode
+from qlora_tui.runs.log import EventTail, EventWriter, events_backwards, last_event
 
 
 def a_step(number: int) -> Step:
@@ -102,3 +102,21 @@ def test_the_last_event_is_found_behind_a_line_longer_than_one_look(tmp_path: Pa
     path = tmp_path / "events.jsonl"
     path.write_bytes(encode(a_step(1)) + b"y" * 200_000 + b"\n")
     assert last_event(path) == a_step(1)
+
+
+def test_events_are_read_backwards_across_reads_and_long_lines(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventWriter(path) as log:
+        for step in range(1, 3000):
+            log.append(a_step(step))
+        log.append(Sampled(at=1.0, step=3000, prompt="p", answer="x" * 300_000))
+        log.append(a_step(3001))
+        begin = path.stat().st_size
+        for step in range(3002, 3010):
+            log.append(a_step(step))
+    with path.open("ab") as file:
+        file.write(b'{"event": "torn')
+    forwards = list(EventTail(path).drain())
+    assert len(forwards) == 3009
+    assert list(events_backwards(path)) == forwards[::-1]
+    assert list(events_backwards(path, begin)) == forwards[:-9:-1]

@@ -16,7 +16,7 @@ from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir, create
-from qlora_tui.runs.events import Failed, Finished, Started
+from qlora_tui.runs.events import Failed, Finished, Paused, Started
 from qlora_tui.runs.log import EventTail, last_event
 from qlora_tui.runs.process import mark
 from qlora_tui.runs.status import Status, read_status, write_status
@@ -62,6 +62,25 @@ def test_a_trainer_that_ends_without_a_word_is_quoted_from_its_log(recipe: Recip
     assert isinstance(ending, Failed)
     assert ending.kind == "bug"
     assert "something unforeseen" in ending.what
+
+
+def test_a_run_resumed_while_its_trainer_exits_has_not_failed(recipe: Recipe) -> None:
+    run = actions.submit(named(recipe, "pauses"))
+    wait_for(lambda: is_(run, "paused"))
+    actions.resume(run)
+    let_go(run)
+    wait_for(lambda: is_(run, "finished"))
+    endings = [e for e in EventTail(run.events_path).drain() if isinstance(e, Failed | Paused | Finished)]
+    assert [type(ending) for ending in endings] == [Paused, Finished]
+
+
+def test_an_exit_without_error_is_not_called_a_bug(recipe: Recipe) -> None:
+    run = actions.submit(named(recipe, "says nothing"))
+    wait_for(lambda: is_(run, "failed"))
+    ending = last_event(run.events_path)
+    assert isinstance(ending, Failed)
+    assert ending.kind == "lost"
+    assert f"resume {run.id}" in ending.fix
 
 
 def test_a_run_out_of_memory_is_tried_again_with_half_the_micro_batch(recipe: Recipe) -> None:
