@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora_tui.checksums import mismatch
 from qlora_tui.errors import Problem
 
 WEIGHTS = "adapter_model.safetensors"
@@ -96,8 +97,21 @@ Updates = dict[str, Update | RowUpdate]
 """By module name."""
 
 
+def check_unchanged(folder: Path) -> None:
+    """Raise Problem where an adapter's files are not what was written, by their checksums."""
+    damage = mismatch(folder, only=(WEIGHTS, CONFIG))
+    if damage is not None:
+        raise Problem(
+            "The adapter is damaged",
+            what=f"{folder}: {damage}.",
+            why="It has changed since the trainer wrote it; a disk or a copy may be at fault.",
+            fix="Choose another checkpoint of the run.",
+        )
+
+
 def read_updates(folder: Path) -> Updates:
     """Every update of an adapter. Raises Problem where one is neither LoRA of a linear module nor rows."""
+    check_unchanged(folder)
     try:
         config = json.loads((folder / CONFIG).read_bytes())
         tensors = load_file(folder / WEIGHTS)

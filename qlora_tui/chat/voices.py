@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_tui.chat.lean import Speaking, as_peft_does, lean, lean_rows
 from qlora_tui.chat.terms import BASE
-from qlora_tui.chat.updates import CONFIG, ROWS, WEIGHTS
+from qlora_tui.chat.updates import CONFIG, ROWS, WEIGHTS, check_unchanged
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.training.adapter import names_as_they_are
 
@@ -92,6 +92,7 @@ class Voices:
         from peft import PeftModel
 
         _check(folder)
+        check_unchanged(folder)
         _check_fits(folder, self._model)
         # At the precision the model computes in: the conversions would cost time at every token.
         kept = {"adapter_name": voice, "is_trainable": False, "autocast_adapter_dtype": False}

@@ -92,18 +92,23 @@ class RunDir:
     def adapter_dir(self) -> Path:
         return self.path / "adapter"
 
+    @property
+    def adapter_draft(self) -> Path:
+        """Where the trainer writes the adapter before it is whole."""
+        return self.path / ".adapter"
+
     def recipe(self) -> Recipe:
         """The recipe as it was when the run was queued."""
         return to_recipe(load(self.recipe_path), origin=str(self.recipe_path))
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every complete checkpoint, oldest first."""
-        found = []
+        complete = []
         for folder in self.checkpoints_dir.glob("step-*"):
             step = folder.name.removeprefix("step-")
-            if step.isdigit() and (folder / "complete").exists():
-                found.append((int(step), folder))
-        return sorted(found)
+            if step.isdecimal() and (folder / "complete").exists():
+                complete.append((int(step), folder))
+        return sorted(complete)
 
 
 LAST = "last"

@@ -4,6 +4,7 @@ checkpoints/step-N/
   adapter_model.safetensors, adapter_config.json   loads with plain peft
   optimizer.pt, scheduler.pt, rng_state.pth, …     transformers' own, read back without running pickled code
   state.json                                       :class:`State`
+  SHA256SUMS                                       a checksum of each of these files
   complete                                         every file and its size; written last
 
 A folder is written under a hidden name, reaches the disk, and is then renamed. Importing this loads no torch.
@@ -11,7 +12,6 @@ A folder is written under a hidden name, reaches the disk, and is then renamed. 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +19,16 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.checksums import write_checksums
 from qlora_tui.errors import Problem
-from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.files import atomic_write, private_dir, publish
 from qlora_tui.recipe.difference import difference
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, to_recipe
+from qlora_tui.runs.damage import MARKER, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training.processes import Processes
 
-_MARKER = "complete"
 _STATE = "state.json"
 _DRAFT = ".writing-"
 _FREE = frozenset(
@@ -76,7 +77,8 @@ class Checkpoint(Struct, frozen=True):
 def write(run: RunDir, state: State, save_parts: Callable[[Path], None], among: Processes) -> Path:
     """Write a checkpoint; ``save_parts`` puts the files of each process into the folder it is given.
 
-    Raises OSError when it cannot be written; what was there before is untouched then.
+    It is on the disk on return. Raises OSError when it cannot be written; what was there before is untouched
+    then.
     """
     final = run.checkpoints_dir / f"step-{state.step}"
     draft = private_dir(run.checkpoints_dir) / f"{_DRAFT}{final.name}"
@@ -92,31 +94,32 @@ def write(run: RunDir, state: State, save_parts: Callable[[Path], None], among: 
         save_parts(draft)
         among.wait()
         atomic_write(draft / _STATE, msgspec.json.encode(state))
+        write_checksums(draft)
         sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
-        for name in sizes:
-            _sync(draft / name)
-        atomic_write(draft / _MARKER, msgspec.json.encode(sizes), durable=True)
-        if final.exists():
-            # The same step again: the older one was from an attempt that this one repeated.
-            shutil.rmtree(final)
-        draft.rename(final)
-        _sync(run.checkpoints_dir)
+        atomic_write(draft / MARKER, msgspec.json.encode(sizes))
+        # The same step may be there already, from an attempt that this one repeats.
+        publish(draft, final)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return final
 
 
-def latest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and in words what was wrong with newer ones."""
+def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and in words what was wrong with newer ones.
+
+    ``before``: only checkpoints of earlier steps than this are considered.
+    """
     damage: list[str] = []
     for step, folder in reversed(run.checkpoints()):
-        problem = _damage(folder)
+        if before is not None and step >= before:
+            continue
+        problem = checkpoint_damage(folder)
         if problem is None:
             try:
                 state = msgspec.json.decode((folder / _STATE).read_bytes(), type=State)
                 return Checkpoint(step, folder, state), damage
-            except (OSError, msgspec.MsgspecError) as error:
+            except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
                 problem = f"{_STATE} cannot be read ({error})"
         damage.append(f"{folder.name}: {problem}")
     return None, damage
@@ -125,7 +128,7 @@ def latest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
 def whole_at(run: RunDir, step: int) -> Path | None:
     """The folder of the checkpoint at ``step``; None where it is not there or not whole."""
     folder = run.checkpoints_dir / f"step-{step}"
-    return folder if _damage(folder) is None else None
+    return folder if checkpoint_damage(folder) is None else None
 
 
 def prune(run: RunDir, keep: int, best_step: int | None) -> None:
@@ -133,7 +136,7 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
     for step, folder in run.checkpoints()[:-keep]:
         if step != best_step:
             # Without its marker it is no checkpoint any more, whatever stops the rest of the deletion.
-            (folder / _MARKER).unlink(missing_ok=True)
+            (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
     for folder in run.checkpoints_dir.glob(f"{_DRAFT}*"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -165,26 +168,3 @@ def check_same(state: State, recipe: Recipe, data_hash: str) -> None:
 def recipe_text(recipe: Recipe) -> str:
     """As :class:`State` keeps it."""
     return dump(recipe)
-
-
-def _damage(folder: Path) -> str | None:
-    try:
-        sizes = msgspec.json.decode((folder / _MARKER).read_bytes(), type=dict[str, int])
-    except (OSError, msgspec.MsgspecError):
-        return "its list of files cannot be read"
-    for name, size in sizes.items():
-        try:
-            found = (folder / name).stat().st_size
-        except OSError:
-            return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} of {size} bytes"
-    return None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.model_folder import TOKENIZER_FILES
+from qlora_tui.checksums import checked_folder
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training import checkpoints
@@ -36,14 +36,12 @@ def take_best(run: RunDir, model: Any, step: int) -> str:
 def write_adapter(
     run: RunDir, model: Any, recipe: Recipe, model_folder: Path, tokenizer: ChatTokenizer, *, from_hub: bool
 ) -> None:
-    """Write adapter, tokenizer, chat template and recipe; what lay there before is replaced at the end.
+    """Write adapter, tokenizer, chat template and recipe, on the disk on return, with their checksums.
 
+    An earlier adapter is deleted once the new one is in its place. Raises OSError when it cannot be written.
     ``from_hub``: the base is named by its hub id, so that the adapter finds it on other machines.
     """
-    draft = run.path / ".adapter"
-    shutil.rmtree(draft, ignore_errors=True)
-    private_dir(draft)
-    try:
+    with checked_folder(run.adapter_dir, run.adapter_draft) as draft:
         config = model.peft_config["default"]
         config.base_model_name_or_path = recipe.model.id if from_hub else str(model_folder)
         config.revision = recipe.model.revision if from_hub else None
@@ -57,8 +55,3 @@ def write_adapter(
         else:
             (draft / _TEMPLATE).write_text(tokenizer.template.text)
         shutil.copyfile(run.recipe_path, draft / "recipe.toml")
-        shutil.rmtree(run.adapter_dir, ignore_errors=True)
-        draft.rename(run.adapter_dir)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qlora_tui.checksums import write_checksums
 from qlora_tui.errors import Problem
 
 pytestmark = pytest.mark.slow
@@ -28,3 +29,15 @@ def test_rows_of_tokens_that_the_configuration_does_not_name_are_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, **config}))
     with pytest.raises(Problem, match=r"model\.embed_tokens"):
         read_updates(tmp_path)
+
+
+def test_an_adapter_that_changed_since_it_was_written_is_refused(tmp_path: Path) -> None:
+    from qlora_tui.chat.updates import read_updates
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(100))
+    write_checksums(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(99) + b"\1")
+    with pytest.raises(Problem, match="damaged") as caught:
+        read_updates(tmp_path)
+    assert "adapter_model.safetensors is not what was written" in caught.value.what

@@ -20,6 +20,7 @@ from qlora_tui.memory.learning import recall
 from qlora_tui.memory.processor import this_processor
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs import actions, control
+from qlora_tui.runs.damage import checkpoint_damage
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import (
     AdapterReady,
@@ -107,6 +108,9 @@ def test_the_adapter_loads_with_plain_peft(recipe: MakeRecipe, trainers: Trainer
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout == "<|im_start|>user\nhi<|im_end|>\n\n"
     assert (run.adapter_dir / "recipe.toml").read_text() == run.recipe_path.read_text()
+    sums = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=run.adapter_dir, check=False)
+    assert sums.returncode == 0
+    assert all(checkpoint_damage(folder) is None for _, folder in run.checkpoints())
 
 
 @pytest.mark.parametrize(("micro_batch", "packing"), [(1, True), (3, False)])

@@ -1,0 +1,93 @@
+"""Whether a checkpoint or an adapter is what was written: by its sizes and checksums. Loads no torch.
+
+Folders from before there were checksums are checked by what their formats allow: sizes, the headers of
+safetensors files, and the CRCs of zip archives, which is what torch saves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import msgspec
+
+from qlora_tui import checksums
+
+MARKER = "complete"
+"""In a checkpoint: every file and its size, written last."""
+WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
+"""What peft reads of an adapter, or of a checkpoint."""
+
+
+def checkpoint_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in a clause; None where nothing is. Reads every file in it."""
+    try:
+        sizes = msgspec.json.decode((folder / MARKER).read_bytes(), type=dict[str, int])
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
+        return "its list of files cannot be read"
+    for name, size in sizes.items():
+        try:
+            actual = (folder / name).stat().st_size
+        except (OSError, ValueError):
+            return f"{name} is missing"
+        if actual != size:
+            return f"{name} has {actual} of {size} bytes"
+    if (folder / checksums.NAME).exists():
+        return checksums.mismatch(folder)
+    return next((wrong for name in sizes if (wrong := _format_damage(folder / name))), None)
+
+
+def adapter_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
+    """What is wrong with an adapter's folder, in a clause; None where nothing is.
+
+    ``only``: names of the files to read, where not all of them matter.
+    """
+    for name in ADAPTER_FILES:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    if (folder / checksums.NAME).exists():
+        return checksums.mismatch(folder, only)
+    return next((wrong for name in ADAPTER_FILES if (wrong := _format_damage(folder / name))), None)
+
+
+def _format_damage(file: Path) -> str | None:
+    try:
+        if file.suffix == ".safetensors" and not _is_whole_safetensors(file):
+            return f"{file.name} is cut short, or its header is damaged"
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+        if file.suffix in (".pt", ".pth"):
+            return _zip_damage(file)
+    except OSError as error:
+        return f"{file.name} cannot be read ({error.strerror or error})"
+    except (ValueError, RecursionError):
+        return f"{file.name} is not JSON"
+    return None
+
+
+def _is_whole_safetensors(file: Path) -> bool:
+    """Whether the header can be read and the tensors it lists end where the file does."""
+    size = file.stat().st_size
+    with file.open("rb") as weights:
+        length = int.from_bytes(weights.read(8), "little")
+        if not 0 < length <= size - 8:
+            return False
+        try:
+            header = json.loads(weights.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            return 8 + length + max(ends, default=0) == size
+        except (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError):
+            return False
+
+
+def _zip_damage(file: Path) -> str | None:
+    import zipfile  # 10 ms, needed for old checkpoints alone
+
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        return f"{file.name} is damaged ({error})"
+    return f"{file.name} is damaged at {damaged}" if damaged else None

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.checksums import NAME, write_checksums
+from qlora_tui.runs.damage import MARKER, adapter_damage, checkpoint_damage
+
+
+def put_adapter(folder: Path) -> Path:
+    """A small adapter in the formats that peft writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"a": {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}}).encode()
+    weights = len(header).to_bytes(8, "little") + header + bytes(range(64))
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return folder
+
+
+def put_checkpoint(folder: Path, *, with_checksums: bool = True) -> Path:
+    """A checkpoint; without checksums it is as older versions wrote it."""
+    put_adapter(folder)
+    with zipfile.ZipFile(folder / "optimizer.pt", "w") as archive:
+        archive.writestr("optimizer/data/0", bytes(4096))
+    if with_checksums:
+        write_checksums(folder)
+    (folder / MARKER).write_text(json.dumps({f.name: f.stat().st_size for f in folder.iterdir()}))
+    return folder
+
+
+def flip(file: Path, place: int) -> None:
+    """Change one byte, as a bad disk or cable does."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 0xFF
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "adapter_config.json", NAME])
+def test_a_flipped_byte_in_a_checkpoint_is_damage(tmp_path: Path, name: str) -> None:
+    folder = put_checkpoint(tmp_path / "step-1")
+    assert checkpoint_damage(folder) is None
+    flip(folder / name, -9)
+    damage = checkpoint_damage(folder)
+    assert damage is not None and name in damage
+
+
+def test_an_old_checkpoint_is_checked_by_its_archives(tmp_path: Path) -> None:
+    folder = put_checkpoint(tmp_path / "step-1", with_checksums=False)
+    assert checkpoint_damage(folder) is None
+    flip(folder / "optimizer.pt", 1000)
+    assert "optimizer.pt" in (checkpoint_damage(folder) or "")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 200, b"\xff" * 200])
+def test_an_old_adapter_emptied_by_a_power_cut_is_damage(tmp_path: Path, content: bytes) -> None:
+    folder = put_adapter(tmp_path / "adapter")
+    assert adapter_damage(folder) is None
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    assert adapter_damage(folder) is not None
+
+
+def test_only_the_named_files_of_an_adapter_are_read(tmp_path: Path) -> None:
+    folder = put_checkpoint(tmp_path / "step-1")
+    flip(folder / "optimizer.pt", 1000)
+    assert adapter_damage(folder) is not None
+    assert adapter_damage(folder, only=["adapter_model.safetensors", "adapter_config.json"]) is None
+
+
+@pytest.mark.parametrize(
+    "line", ["", "short  x\n", f"{'0' * 64}  ../recipe.toml\n", f"{'0' * 64}  /etc/passwd\n"]
+)
+def test_a_damaged_list_of_checksums_reads_nothing_outside(tmp_path: Path, line: str) -> None:
+    folder = put_adapter(tmp_path / "adapter")
+    (folder / NAME).write_text(line)
+    assert NAME in (adapter_damage(folder) or "")
