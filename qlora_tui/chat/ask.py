@@ -21,6 +21,7 @@ from qlora_tui.format import counted
 from qlora_tui.gpu.before_torch import settle_before_torch
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.visible import visible
 
 if TYPE_CHECKING:
     from qlora_tui.chat.reply import Reply
@@ -92,7 +93,8 @@ def converse(
     messages: list[Message] = []
     while True:
         try:
-            line = ask_user(f"{voice}> ").strip()
+            # The library of line editing writes the prompt past sys.stdout.
+            line = ask_user(f"{visible(voice)}> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import msgspec
 
 from qlora_tui.cli.arguments import whole
+from qlora_tui.cli.terminal import control
 from qlora_tui.cli.verb import Outcome, Verb, json_argument
 from qlora_tui.data.inspect import Report, inspect, show
 from qlora_tui.data.problems import NOTES, ON_THINKING
@@ -24,7 +26,7 @@ from qlora_tui.recipe.toml import to_recipe
 _ROWS_NAMED = 8
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Outcome | int:
     """Inspect or show. With ``--json`` a refusal is an object on stdout too: title, what, why and fix."""
     try:
         if args.action == "show":
@@ -51,7 +53,7 @@ def _inspect(args: argparse.Namespace) -> Outcome:
     return Outcome(data=msgspec.to_builtins(report), text=_told(report), exit_code=FAILED if wrong else 0)
 
 
-def _show(args: argparse.Namespace) -> Outcome:
+def _show(args: argparse.Namespace) -> Outcome | int:
     tokenizer = _tokenizer(args)
     if tokenizer is None:
         raise Problem(
@@ -61,18 +63,32 @@ def _show(args: argparse.Namespace) -> Outcome:
             exit_code=WRONG_CALL,
         )
     shown = show(_source(args), args.row, tokenizer, _data(args))
-    bold, end = ("\x1b[1;4m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    lines = [shown.path] if Path(args.file).is_dir() else []
+    if args.json:
+        return Outcome(data=msgspec.to_builtins(shown), text="")
+    if Path(args.file).is_dir():
+        print(shown.path)
     tokens = sum(shown.token_counts)
     for pieces, trained in zip(shown.samples, shown.trained_counts, strict=True):
-        lines.append("".join(f"{bold}{p.text}{end}" if p.trained else p.text for p in pieces))
-        lines.append(
-            f"\n{trained:,} of {tokens:,} tokens are trained: what stands between {bold}these marks{end}."
-        )
+        _print_marked([(piece.text, piece.trained) for piece in pieces])
+        count = f"\n{trained:,} of {tokens:,} tokens are trained: what stands between "
+        _print_marked([(count, False), ("these marks", True), (".", False)])
     if shown.refused:
-        lines.append(shown.refused)
-    lines += [f"note: {NOTES.get(note, note)}" for note in shown.notes]
-    return Outcome(data=msgspec.to_builtins(shown), text="\n".join(lines))
+        print(shown.refused)
+    for note in shown.notes:
+        print(f"note: {NOTES.get(note, note)}")
+    return 0
+
+
+def _print_marked(pieces: Iterable[tuple[str, bool]]) -> None:
+    """Print a line, what is trained bold and underlined; in brackets where stdout is no terminal."""
+    bold, plain = ("\x1b[1;4m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    for text, is_trained in pieces:
+        if is_trained:
+            control(sys.stdout, bold)
+        print(text, end="")
+        if is_trained:
+            control(sys.stdout, plain)
+    print()
 
 
 def _source(args: argparse.Namespace) -> Source:

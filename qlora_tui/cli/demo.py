@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 
+from qlora_tui.cli.terminal import control
 from qlora_tui.cli.verb import Outcome, Verb
 from qlora_tui.demo.loop import DemoResult, run_demo
 from qlora_tui.format import duration, figure, size
@@ -28,7 +29,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        print(f"{self._clear()}{text}", file=sys.stderr, flush=True)
+        self._clear()
+        print(text, file=sys.stderr, flush=True)
 
     def tell(self, event: AnyEvent, view: RunView) -> None:
         """An event of the run."""
@@ -39,13 +41,15 @@ class Progress:
         text = f"  {describe(event, view.total_steps)}  {duration(view.seconds_left)} left"
         if self._moves:
             width = shutil.get_terminal_size().columns
-            print(f"{self._clear()}{text[: width - 1]}", end="", file=sys.stderr, flush=True)
+            self._clear()
+            print(text[: width - 1], end="", file=sys.stderr, flush=True)
         elif time.monotonic() - self._said_at > _EVERY_S:
             self._said_at = time.monotonic()
             self.say(text)
 
-    def _clear(self) -> str:
-        return "\r\x1b[2K" if self._moves else ""
+    def _clear(self) -> None:
+        if self._moves:
+            control(sys.stderr, "\r\x1b[2K")
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -7,6 +7,7 @@ import sys
 import time
 
 from qlora_tui.catalog.download import download
+from qlora_tui.cli.terminal import control
 from qlora_tui.cli.verb import Outcome, Verb
 from qlora_tui.format import size
 
@@ -62,7 +63,12 @@ class _Progress:
         words = f"{size(done_bytes)} of {size(total_bytes)}  {file}".rstrip()
         self._open = self._seen
         # Clear to the end of the line: file names differ in length.
-        print(f"\r{words}\x1b[K" if self._seen else words, end="" if self._seen else "\n", file=sys.stderr)
+        if self._seen:
+            control(sys.stderr, "\r")
+            print(words, end="", file=sys.stderr)
+            control(sys.stderr, "\x1b[K")
+        else:
+            print(words, file=sys.stderr)
         sys.stderr.flush()
 
     def end(self) -> None:

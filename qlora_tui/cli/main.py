@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qlora_tui import __version__, paths
 from qlora_tui.cli.arguments import positive
+from qlora_tui.cli.terminal import visible_output
 from qlora_tui.errors import FAILED, Problem
 from qlora_tui.settings import load_settings
 
@@ -47,7 +48,11 @@ _INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. 0 done, 1 failed, 2 the call was wrong."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    with visible_output():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(words: list[str]) -> int:
     try:
         if not words:
             return _open_app()

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> Outcome:
     data: dict[str, Any] = {"local": [_local_entry(model) for model in local]}
     if args.query:
         found = search(args.query)
-        data["hub"] = [msgspec.to_builtins(model) for model in found]
+        data["hub"] = [_hub_entry(model) for model in found]
         text += "\n\n" + (_hub_table(found) if found else "Nothing on the hub matches.")
     return Outcome(data=data, text=text)
 
@@ -52,6 +52,11 @@ def _local_entry(model: LocalModel) -> dict[str, Any]:
         "parameters": model.architecture.total_params if model.architecture else None,
         "refusal": str(model.refusal) if model.refusal else None,
     }
+
+
+def _hub_entry(model: HubModel) -> dict[str, Any]:
+    refusal = str(model.refusal) if model.refusal else None
+    return {**msgspec.structs.asdict(model), "refusal": refusal}
 
 
 def _hub_table(models: list[HubModel]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import msgspec
 
 from qlora_tui.recipe.overlay import build
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.visible import visible_in_json
 
 JSON_HELP = "JSON on stdout, an object a line; messages on stderr"
 
@@ -47,8 +49,13 @@ def show(outcome: Outcome, *, as_json: bool) -> int:
 
 
 def print_json(data: Any) -> None:
-    """One object on one line."""
-    sys.stdout.write(msgspec.json.encode(data).decode() + "\n")
+    """Print one object on one line; what a terminal would obey is escaped in it."""
+    try:
+        encoded = msgspec.json.encode(data).decode()
+    except UnicodeEncodeError:
+        # A file name that is not UTF-8: its bytes become lone surrogates, which only an escape can hold.
+        encoded = json.dumps(msgspec.to_builtins(data))
+    sys.stdout.write(visible_in_json(encoded) + "\n")
     sys.stdout.flush()
 
 

@@ -32,6 +32,7 @@ from qlora_tui.tui.screens.by_mode import SCREENS, make_screen
 from qlora_tui.tui.screens.small import SmallScreen, is_too_small
 from qlora_tui.tui.stylesheet import ReadOnce
 from qlora_tui.tui.uncoloured import TWO_COLOURS, InkOnly
+from qlora_tui.tui.visible_lines import VisibleText
 from qlora_tui.tui.work import Later
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 # where they are first used.
 
 LOOK_EVERY_S = 1.0
-_WITHOUT_COLOURS = (InkOnly(),)
+_VISIBLE_TEXT = VisibleText()
+_WITHOUT_COLOURS = (_VISIBLE_TEXT, InkOnly())
 _RESIZES_AT_START = 2
 """Told by the app itself and by its driver, before anything can have happened to the terminal."""
 
@@ -139,7 +141,7 @@ class QloraApp(App[None]):
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """What each line goes through before it is painted."""
-        return _WITHOUT_COLOURS if self.no_color else super().get_line_filters()
+        return _WITHOUT_COLOURS if self.no_color else (_VISIBLE_TEXT, *super().get_line_filters())
 
     def edit(self, path: str, value: Any) -> bool:
         """Change a setting of the recipe; a value that is not allowed is explained. True when it changed."""

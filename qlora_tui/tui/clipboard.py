@@ -47,7 +47,7 @@ def copy_locally(text: str) -> str:
             # Some stay in the background to serve the text: they must not keep our output open.
             done = subprocess.run(
                 command,
-                input=text.encode(),
+                input=text.encode(errors="replace"),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 timeout=_PATIENCE_S,

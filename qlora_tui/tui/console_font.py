@@ -42,6 +42,8 @@ _INSTEAD = {
     "> ": "🔎",
     '"': "“”",
 }
+_CONTROL_PICTURES = range(0x2400, 0x2422)
+"""What control characters are shown as."""
 _UPPER = 0x01 | 0x02 | 0x08 | 0x10
 """The dots of a braille cell's upper two rows."""
 
@@ -50,9 +52,11 @@ def stand_ins(terminal: str) -> Mapping[int, str]:
     """For ``str.translate``: what to send instead; empty where ``TERM`` names a terminal that needs none."""
     if terminal != "linux":
         return {}
-    return {ord(one): instead for instead, those in _INSTEAD.items() for one in those} | {
-        0x2800 + dots: _half_blocks(dots) for dots in range(256)
-    }
+    return (
+        {ord(one): instead for instead, those in _INSTEAD.items() for one in those}
+        | {0x2800 + dots: _half_blocks(dots) for dots in range(256)}
+        | dict.fromkeys(_CONTROL_PICTURES, "?")
+    )
 
 
 def _half_blocks(dots: int) -> str:

@@ -16,7 +16,7 @@ POP_TITLE = "\x1b[23;0t"
 
 def set_clipboard(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """OSC 52; inside tmux a second time, wrapped, since either may be what is allowed there."""
-    osc = f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\a"
+    osc = f"\x1b]52;c;{base64.b64encode(text.encode(errors='replace')).decode()}\a"
     return osc + _for_tmux(osc) if environment.get("TMUX") else osc
 
 

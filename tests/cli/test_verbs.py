@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
+from qlora_tui.catalog import hub
 from qlora_tui.cli import doctor
 from qlora_tui.cli.main import VERBS
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
@@ -311,3 +312,12 @@ def test_a_family_without_a_formula_is_traced(call: Call) -> None:
 def test_a_trace_that_cannot_be_had_is_a_problem(call: Call, qwen: Path) -> None:
     said = call("estimate", "--model", str(qwen), "--trace", "--set", "quantization.method=int8")
     assert said.code == 1 and "An int8 step cannot be traced" in said.err
+
+
+def test_a_model_of_the_hub_that_cannot_be_trained_is_listed_as_json(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"id": "acme/bert", "tags": [], "config": {"model_type": "bert"}}
+    monkeypatch.setattr(hub, "get_json", lambda path, query: [entry])
+    (model,) = call("models", "bert", "--json").json["hub"]
+    assert "bert" in model["refusal"]

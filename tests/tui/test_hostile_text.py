@@ -1,0 +1,104 @@
+"""In the app too the terminal obeys only this program, whatever rows, models, runs and answers hold."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.segment import Segment
+from rich.style import Style
+from textual.color import Color
+
+from bench.terminal import Terminal
+from qlora_tui.chat.terms import BASE, Said
+from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.schema import Source
+from qlora_tui.runs.status import State
+from qlora_tui.tui.visible_lines import VisibleText
+from qlora_tui.tui.widgets.chat_turn import ChatTurn
+from qlora_tui.tui.workbench import Workbench, save_draft
+from tests.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
+from tests.tui.glass import see
+from tests.tui.played import Play, play
+from tests.tui.reading import readable_model, ticket, write_rows
+from tests.tui.seeing import shows, text_of
+from tests.tui.workstation import open_on
+
+
+def _shown(*texts: str) -> str:
+    """A line of these segments after the text layer."""
+    line = [Segment(text) for text in texts]
+    return "|".join(segment.text for segment in VisibleText().apply(line, Color(0, 0, 0)))
+
+
+def test_a_line_keeps_its_width_and_what_stands_behind_blanks_its_place() -> None:
+    assert _shown("a\x1b[2Jb      ", "│") == "a␛[2Jb     |│"
+    assert _shown("\x1b\x1b\x1b", "a  ", "   ") == "␛␛␛|a | "
+    assert _shown("full\x1b") == "full"
+    assert _shown("tab\there    ") == "tab here   "
+
+
+def test_a_line_with_nothing_to_show_is_passed_on_as_it_is() -> None:
+    line = [Segment("ok ▁▂ é", Style(bold=True))]
+    assert VisibleText().apply(line, Color(0, 0, 0)) is line
+
+
+def test_a_link_of_others_is_not_sent() -> None:
+    (segment,) = VisibleText().apply([Segment("x", Style(link="http://e\x1b\\"))], Color(0, 0, 0))
+    assert "\x1b" not in (segment.style.link or "" if segment.style else "")
+
+
+async def test_an_answer_in_the_chat_is_painted_with_symbols() -> None:
+    app = open_on("chat")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "Nobody")
+        turn = ChatTurn("Hi" + POISON, (BASE,))
+        await app.screen.query_one("#talk").mount(turn)
+        turn.answers[BASE].display = True
+        await turn.answers[BASE].grow(Said(f"{POISON}\n\n`code{POISON}`\n\n[link{POISON}](http://x{POISON})"))
+        await shows(pilot, "␛]52;c;", "code␛]52")
+        assert not raw(text_of(app))
+
+
+def test_nothing_foreign_leaves_the_app_raw_on_any_screen(private_home: Path) -> None:
+    model = Path(readable_model(private_home))
+    hostile_model = model.rename(model.parent / f"model{FOR_FILE_NAMES}")
+    hub = private_home / "huggingface" / "hub" / f"models--org--tiny{FOR_FILE_NAMES}" / "snapshots" / "0"
+    hub.mkdir(parents=True)
+    chats = [ticket(number)["messages"] for number in (1, 2, 3)]
+    rows = write_rows(
+        private_home / f"rows{FOR_FILE_NAMES}.jsonl",
+        [{"messages": [{**turn, "content": poisoned(turn["content"])} for turn in chat]} for chat in chats]
+        + [poisoned(ticket(4))],
+    )
+    bench = Workbench()
+    bench.replace(with_value(bench.recipe, "model.id", str(hostile_model)))
+    bench.replace(with_value(bench.recipe, "data.sources", (Source(path=str(rows)),)))
+    save_draft(bench)
+    states: tuple[State, ...] = ("finished", "failed", "running")
+    for state in states:
+        poison_run(play(Play(name=f"run-{state}", state=state, steps=40, total=40, nan={3}, health=True)))
+    size = (160, 50)
+    with Terminal([sys.executable, "-m", "qlora_tui"], columns=size[0], rows=size[1]) as terminal:
+        see(terminal, "Next", "␛]52;c;", size=size)
+        for key, text in [
+            ("2", "␛]52;c;"),
+            ("1", "On this machine"),
+            ("3", "Peak of a training step"),
+            ("4", "targets"),
+            ("6", "␛]52;c;"),
+            ("\r", "␛"),
+            ("7", "to talk to"),
+            ("?", "closes"),
+            ("q", "to talk to"),
+            ("0", "Recipe"),
+        ]:
+            before = len(terminal.painted)
+            terminal.press(key)
+            see(terminal, text, size=size)
+            terminal.watch(0.3)
+            assert not raw(bytes(terminal.painted[before:])), key
+        terminal.press("q")
+        while terminal.program.poll() is None or terminal.read(0):
+            terminal.read(0.1)
+        assert not raw(bytes(terminal.painted).replace(b"\r\n", b"\n"))
