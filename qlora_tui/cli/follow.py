@@ -106,7 +106,7 @@ def _to_its_end(view: RunView, tell: Callable[[AnyEvent], None]) -> int:
         print(f"{run.id} is {view.status.state}: {view.status.detail}", file=sys.stderr)
         if view.status.state in RESUMABLE:
             print(f"`qlora-tui resume {run.id}` goes on from its last checkpoint.", file=sys.stderr)
-        return FAILED
+        return 0 if view.status.state in ("finished", "stopped", "paused") else FAILED
     return FAILED if isinstance(view.ending, Failed) else 0
 
 

@@ -30,6 +30,7 @@ from qlora_tui.data.split import Split
 from qlora_tui.data.store import Samples, Store, Writer
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.workers import Work, working
+from qlora_tui.decoding import decode_json
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.paths import cache_dir
@@ -72,6 +73,9 @@ class _Meta(Struct, frozen=True):
     counts: Counts
     problems: tuple[DataProblem, ...]
     notes: dict[str, int]
+
+
+_META = msgspec.json.Decoder(_Meta)
 
 
 def prepare(
@@ -195,7 +199,7 @@ def _key(recipe: Recipe, files: Sequence[SourceFile], tokenizer: ChatTokenizer) 
 
 def _load(folder: Path, weights: Sequence[float], cached: bool) -> Prepared | None:
     try:
-        meta = msgspec.json.decode((folder / "meta.json").read_bytes(), type=_Meta)
+        meta = decode_json((folder / "meta.json").read_bytes(), _META)
         store = Store(folder)
         train, validation = store.side("train", weights), store.side("validation", weights)
     except (FileNotFoundError, msgspec.MsgspecError, ValueError):

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import children
+from qlora_tui.decoding import decode_json
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.paths import cache_dir
@@ -34,6 +35,10 @@ class HubFailure(Struct, frozen=True):
 
     reason: str
     fix: str
+
+
+_FILES = msgspec.json.Decoder(HubFiles)
+_FAILURE = msgspec.json.Decoder(HubFailure)
 
 
 def is_hub_id(name: str) -> bool:
@@ -65,7 +70,7 @@ def _note(name: str) -> Path:
 
 def _noted(name: str) -> HubFiles | None:
     try:
-        found = msgspec.json.decode(_note(name).read_bytes(), type=HubFiles)
+        found = decode_json(_note(name).read_bytes(), _FILES)
     except (OSError, msgspec.MsgspecError):
         return None
     return found if found.files and all(Path(file).is_file() for file in found.files) else None
@@ -82,8 +87,8 @@ def _fetched(name: str) -> HubFiles:
     last = done.stdout.splitlines()[-1] if done.stdout else b""
     try:
         if done.returncode == 0:
-            return msgspec.json.decode(last, type=HubFiles)
-        failure = msgspec.json.decode(last, type=HubFailure)
+            return decode_json(last, _FILES)
+        failure = decode_json(last, _FAILURE)
     except msgspec.MsgspecError:
         failure = HubFailure(
             (done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1], ""

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui.data.problems import DataProblem, refuse
+from qlora_tui.decoding import decode_json
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Source
@@ -29,6 +30,8 @@ _TOKENIZER_FILES = (
 _KEPT_S = 60 * 24 * 3600
 _READING = 3
 """Raised when rows that were an error come to be read."""
+
+_DECODER = msgspec.json.Decoder(DataProblem)
 
 Tokens = tuple[object, ...]
 """What errors in tokens depend on: see ``tokens_of``."""
@@ -81,7 +84,7 @@ def refuse_known_errors(files: Sequence[tuple[Source, Path]], tokens: Tokens | N
         for one in dict.fromkeys((None, tokens)):
             try:
                 note = _note(source, path, stamp_of(path), one)
-                refuse([msgspec.json.decode(note.read_bytes(), type=DataProblem)])
+                refuse([decode_json(note.read_bytes(), _DECODER)])
             except (OSError, msgspec.MsgspecError):
                 continue
 

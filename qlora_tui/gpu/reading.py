@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from qlora_tui.decoding import Count, UnixTime
+
 
 class Card(msgspec.Struct, frozen=True):
     """What does not change while the machine runs."""
@@ -49,22 +51,22 @@ class GpuProcess(msgspec.Struct, frozen=True):
 class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one card said at one moment."""
 
-    at: float
+    at: UnixTime
     """Unix time, in seconds."""
-    index: int
+    index: Count
     """``Card.index``."""
-    utilization_percent: int | None = None
+    utilization_percent: Count | None = None
     """Share of the last moment in which anything at all ran, 0 to 100. It is not the share of the card."""
-    memory_used_bytes: int | None = None
+    memory_used_bytes: Count | None = None
     """By all processes, as ``nvidia-smi`` counts: without ``Card.reserved_bytes`` where that is told."""
-    memory_total_bytes: int | None = None
+    memory_total_bytes: Count | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
     """The limit in force, which may be below the card's own."""
     temperature_c: int | None = None
-    sm_clock_mhz: int | None = None
-    memory_clock_mhz: int | None = None
-    fan_percent: int | None = None
+    sm_clock_mhz: Count | None = None
+    memory_clock_mhz: Count | None = None
+    fan_percent: Count | None = None
     throttle: tuple[str, ...] | None = None
     """Why the clocks are lower than they could be, in plain words; empty when nothing holds them back."""
     processes: tuple[GpuProcess, ...] | None = None

@@ -22,6 +22,7 @@ from statistics import median
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.decoding import Count, UnixTime, decode_json
 from qlora_tui.paths import state_dir
 
 FEWEST = 2
@@ -36,7 +37,7 @@ class Peaks(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Predicted and measured peaks of one run, in bytes. Predicted is without any correction, for the longest
     batch that the run had."""
 
-    at: float
+    at: UnixTime
     """Seconds since the epoch."""
     machine: str
     """Name of the card, or of the CPU."""
@@ -49,21 +50,24 @@ class Peaks(Struct, frozen=True, kw_only=True, omit_defaults=True):
     own_process: bool = False
     """Its process did the run's work only. Before this was recorded, the trainer of a GGUF file's first run
     also converted the file, and the peak of that is in ``measured_process_bytes``."""
-    managed_bytes: int = 0
+    managed_bytes: Count = 0
     """Predicted states of a paged optimizer. They lie outside torch's pool, on the card or not."""
-    predicted_allocated_bytes: int
-    predicted_reserved_bytes: int
-    predicted_process_bytes: int
-    measured_allocated_bytes: int = 0
+    predicted_allocated_bytes: Count
+    predicted_reserved_bytes: Count
+    predicted_process_bytes: Count
+    measured_allocated_bytes: Count = 0
     """0 on a CPU, as the next."""
-    measured_reserved_bytes: int = 0
-    measured_process_bytes: int
+    measured_reserved_bytes: Count = 0
+    measured_process_bytes: Count
 
     @property
     def outside_bytes(self) -> int:
         """What the process held beside torch's pool; on a CPU, beside what the tensors should have taken."""
         pool = self.measured_reserved_bytes or self.predicted_reserved_bytes
         return max(0, self.measured_process_bytes - pool)
+
+
+_DECODER = msgspec.json.Decoder(Peaks)
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _read(file: Path, modified_ns: int, size: int) -> tuple[Peaks, ...]:
         return ()
     for line in lines:
         try:
-            found.append(msgspec.json.decode(line, type=Peaks))
+            found.append(decode_json(line, _DECODER))
         except msgspec.MsgspecError:
             continue
     return tuple(found)

@@ -6,13 +6,16 @@ A request appears by rename, whole; the trainer removes it as it takes it.
 from __future__ import annotations
 
 import os
+import stat
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.decoding import decode_json
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.runs.directory import RunDir
@@ -29,6 +32,10 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: Kind
     value: float | None = None
     """The new learning rate, for ``set_learning_rate``."""
+
+
+_DECODER = msgspec.json.Decoder(Request)
+_LARGEST_BYTES = 4096
 
 
 def ask(run: RunDir, kind: Kind, value: float | None = None) -> None:
@@ -53,10 +60,33 @@ def ask(run: RunDir, kind: Kind, value: float | None = None) -> None:
 
 
 def take(run: RunDir) -> list[Request]:
-    """Every waiting request, oldest first, removed as it is read. What is not a request is removed too."""
+    """Return every waiting request, oldest first, and remove it.
+
+    Whatever else is in the folder neither fails nor blocks: it is removed where that is possible. A request
+    that cannot be removed is not taken, since it would be taken again at every step.
+    """
+    try:
+        paths = sorted(path for path in run.control_dir.iterdir() if path.suffix == ".json")
+    except OSError:
+        return []
     requests = []
-    for path in sorted(run.control_dir.glob("*.json")):
+    for path in paths:
         with suppress(OSError, msgspec.MsgspecError):
-            requests.append(msgspec.json.decode(path.read_bytes(), type=Request))
-        path.unlink(missing_ok=True)
+            request = _read(path)
+            path.unlink()
+            requests.append(request)
+            continue
+        with suppress(OSError):
+            path.unlink()
     return requests
+
+
+def _read(path: Path) -> Request:
+    """Read one request; raises OSError or msgspec.DecodeError for what is none."""
+    # A pipe would block the reader, and a link may lead to one.
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        content = os.read(file, _LARGEST_BYTES) if stat.S_ISREG(os.fstat(file).st_mode) else b""
+    finally:
+        os.close(file)
+    return decode_json(content, _DECODER)

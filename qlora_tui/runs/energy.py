@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.decoding import UnixTime, decode_json
 from qlora_tui.runs.log import read_from
 
 JOULES_A_KWH = 3.6e6
@@ -23,7 +24,7 @@ class _Power(Struct):
 class _Sample(Struct):
     """Only what is needed of a telemetry line, so that hours of it are read in a moment."""
 
-    at: float
+    at: UnixTime
     gpu: _Power | None = None
 
 
@@ -58,7 +59,7 @@ class EnergyMeter:
             self._offset += end
             for line in chunk[:end].splitlines():
                 try:
-                    self._add(_decoder.decode(line))
+                    self._add(decode_json(line, _decoder))
                 except msgspec.MsgspecError:
                     continue
 

@@ -6,11 +6,12 @@ never renamed or given another meaning, so that old runs stay readable.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
+from qlora_tui.decoding import Count, UnixTime, decode_json
 from qlora_tui.errors import Problem
 
 Phase: TypeAlias = Literal[
@@ -23,7 +24,7 @@ STEPPING: frozenset[Phase] = frozenset(("training", "evaluating", "saving"))
 class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
     """Common to all."""
 
-    at: float
+    at: UnixTime
     """Unix time, seconds."""
 
 
@@ -34,13 +35,13 @@ class Queued(Event, tag="queued", frozen=True, kw_only=True):
 class Started(Event, tag="started", frozen=True, kw_only=True):
     """A trainer took the run."""
 
-    attempt: int
+    attempt: Count
     """1 for the first; one more for each resume or retry."""
-    pid: int
-    resumed_from_step: int = 0
-    micro_batch: int = 0
+    pid: Count
+    resumed_from_step: Count = 0
+    micro_batch: Count = 0
     """As used in this attempt: a retry after running out of memory halves it."""
-    gradient_accumulation: int = 0
+    gradient_accumulation: Count = 0
     gradient_checkpointing: bool = False
 
 
@@ -55,8 +56,8 @@ class Progress(Event, tag="progress", frozen=True, kw_only=True):
     """How far a phase without steps has come (converting, tokenizing, evaluating)."""
 
     phase: Phase
-    done: int
-    total: int
+    done: Count
+    total: Count
 
 
 class Environment(Event, tag="environment", frozen=True, kw_only=True):
@@ -65,7 +66,7 @@ class Environment(Event, tag="environment", frozen=True, kw_only=True):
     device: str
     """``NVIDIA GeForce RTX 4090`` or the CPU's name."""
     device_kind: Literal["cuda", "cpu"]
-    device_total_bytes: int
+    device_total_bytes: Count
     compute_dtype: str
     attention: str
     optimizer: str
@@ -77,17 +78,17 @@ class Environment(Event, tag="environment", frozen=True, kw_only=True):
 class DataReady(Event, tag="data_ready", frozen=True, kw_only=True):
     """The data as it will be trained on."""
 
-    samples: int
-    validation_samples: int
-    tokens: int
-    trained_tokens: int
-    rows: int
+    samples: Count
+    validation_samples: Count
+    tokens: Count
+    trained_tokens: Count
+    rows: Count
     """Rows an epoch, after packing."""
-    steps_per_epoch: int
-    total_steps: int
+    steps_per_epoch: Count
+    total_steps: Count
     data_hash: str
-    dropped: int = 0
-    cut: int = 0
+    dropped: Count = 0
+    cut: Count = 0
     thinking: Literal["auto", "on", "off"] = "auto"
     """How the model is to be asked, as it was trained; ``auto``: as its chat template does by itself."""
 
@@ -95,14 +96,14 @@ class DataReady(Event, tag="data_ready", frozen=True, kw_only=True):
 class AdapterReady(Event, tag="adapter_ready", frozen=True, kw_only=True):
     """What is trained."""
 
-    trained_parameters: int
-    total_parameters: int
+    trained_parameters: Count
+    total_parameters: Annotated[int, Meta(ge=1, le=2**62)]
 
 
 class StepVerified(Event, tag="step_verified", frozen=True, kw_only=True):
     """The first micro-batch, computed by transformers and peft alone and as this run computes it."""
 
-    tokens: int
+    tokens: Count
     """Tokens that both ways were computed on; 0 where they could not be compared."""
     seconds: float
     loss: float | None = None
@@ -127,24 +128,24 @@ class MemoryMeasured(Event, tag="memory", frozen=True, kw_only=True):
     """A peak beside what was predicted. Bytes."""
 
     when: Literal["probe", "end"]
-    estimated_bytes: int
+    estimated_bytes: Count
     """Of the tier that ``measured_bytes`` is of."""
-    measured_bytes: int
+    measured_bytes: Count
     """The process's peak: on CUDA the reserved pool and the context, on a CPU the resident set."""
-    allocated_bytes: int = 0
-    reserved_bytes: int = 0
+    allocated_bytes: Count = 0
+    reserved_bytes: Count = 0
 
 
 class Step(Event, tag="step", frozen=True, kw_only=True):
     """One optimizer step. ``loss`` and ``grad_norm`` may be NaN or infinite: they are told as they were."""
 
-    step: int
+    step: Count
     epoch: float
     loss: float | None
     """None stands for NaN or infinity, which JSON cannot hold."""
     learning_rate: float
     grad_norm: float | None
-    tokens: int
+    tokens: Count
     """Real tokens learnt from so far, padding not counted."""
     tokens_per_s: float
     """Real tokens a second over this step."""
@@ -153,7 +154,7 @@ class Step(Event, tag="step", frozen=True, kw_only=True):
 class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     """Validation loss at a step; step 0 is before training."""
 
-    step: int
+    step: Count
     loss: float | None
     best: bool = False
     accuracy: float | None = None
@@ -163,7 +164,7 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
 class CheckpointSaved(Event, tag="checkpoint_saved", frozen=True, kw_only=True):
     """Training can be resumed from here."""
 
-    step: int
+    step: Count
     folder: str
     """Relative to the run's directory."""
 
@@ -171,7 +172,7 @@ class CheckpointSaved(Event, tag="checkpoint_saved", frozen=True, kw_only=True):
 class Sampled(Event, tag="sampled", frozen=True, kw_only=True):
     """What the model in training answers to a fixed prompt."""
 
-    step: int
+    step: Count
     prompt: str
     answer: str
 
@@ -184,7 +185,7 @@ class Health(Event, tag="health", frozen=True, kw_only=True):
     severity: Literal["warning", "error"]
     evidence: str
     remedy: str
-    step: int = 0
+    step: Count = 0
 
 
 class Asked(Event, tag="asked", frozen=True, kw_only=True):
@@ -197,7 +198,7 @@ class Asked(Event, tag="asked", frozen=True, kw_only=True):
 class Finished(Event, tag="finished", frozen=True, kw_only=True):
     """Done; the adapter is complete."""
 
-    step: int
+    step: Count
     seconds: float
     """Of training in this attempt, without loading."""
     tokens_per_s: float
@@ -226,13 +227,13 @@ class Failed(Event, tag="failed", frozen=True, kw_only=True):
 class Stopped(Event, tag="stopped", frozen=True, kw_only=True):
     """Ended on request, with a checkpoint (and the adapter as it was) saved."""
 
-    step: int
+    step: Count
 
 
 class Paused(Event, tag="paused", frozen=True, kw_only=True):
     """The GPU was left on request; resume goes on from the checkpoint."""
 
-    step: int
+    step: Count
 
 
 Terminal: TypeAlias = Finished | Failed | Stopped | Paused
@@ -270,6 +271,6 @@ def encode(event: AnyEvent) -> bytes:
 def decode(line: bytes) -> AnyEvent | None:
     """The event of a whole line; None for one this version does not understand."""
     try:
-        return _decoder.decode(line)
+        return decode_json(line, _decoder)
     except msgspec.MsgspecError:
         return None

@@ -13,15 +13,18 @@ POLL_S = 0.25
 
 
 def followed(view: RunView) -> Iterator[AnyEvent]:
-    """Every event the view has not told yet, until the run is over.
+    """Yield every event that the view has not read yet, until the run is over.
 
-    ``view.ending`` then says how it ended; None, with ``view.status``, that it is lost or cannot be read.
+    ``view.ending`` is then how it ended, or None, where only ``view.status`` says so: a run that is lost or
+    unreadable, or whose last event was never written or is damaged.
     """
+    settled_before = False
     while True:
         yield from view.fresh()
         state = view.status.state
-        if view.ending is not None and state != "queued" and state not in ACTIVE:
+        settled = state != "queued" and state not in ACTIVE
+        # Resuming appends Queued a moment before it changes the status, so an ending may be missing once.
+        if state in ("lost", "unreadable", "gone") or (settled and (view.ending or settled_before)):
             return
-        if state in ("lost", "unreadable", "gone"):
-            return
+        settled_before = settled
         time.sleep(POLL_S)

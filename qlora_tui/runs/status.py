@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import msgspec
 from msgspec import Struct, structs
 
+from qlora_tui.decoding import Count, UnixTime, decode_json
 from qlora_tui.files import atomic_write
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Phase
@@ -29,12 +30,12 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The content of ``status.json``."""
 
     state: State
-    at: float
+    at: UnixTime
     """Unix time of this writing: the heartbeat."""
     process: ProcessMark | None = None
     phase: Phase | None = None
-    step: int = 0
-    total_steps: int = 0
+    step: Count = 0
+    total_steps: Count = 0
     loss: float | None = None
     detail: str = ""
     """One sentence: how it ended, or what it waits for."""
@@ -42,6 +43,9 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def then(self, state: State, *, process: ProcessMark | None = None, detail: str = "") -> Status:
         """The next state, from now on; how far the run has come stays."""
         return structs.replace(self, state=state, at=time.time(), process=process, phase=None, detail=detail)
+
+
+_DECODER = msgspec.json.Decoder(Status)
 
 
 def write_status(run: RunDir, status: Status, *, durable: bool = False) -> None:
@@ -52,7 +56,7 @@ def write_status(run: RunDir, status: Status, *, durable: bool = False) -> None:
 def read_status(run: RunDir) -> Status:
     """The status as it is true now: an active run whose process is gone is ``lost``."""
     try:
-        status = msgspec.json.decode(run.status_path.read_bytes(), type=Status)
+        status = decode_json(run.status_path.read_bytes(), _DECODER)
     except FileNotFoundError:
         if not run.path.exists():
             return Status(state="gone", at=0.0, detail="The run was deleted: its folder is gone.")

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.decoding import Count, UnixTime, decode_json
 from qlora_tui.gpu.reading import Reading
 from qlora_tui.runs.log import read_from
 
@@ -14,9 +15,9 @@ from qlora_tui.runs.log import read_from
 class Sample(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One look at card and process."""
 
-    at: float
+    at: UnixTime
     """Unix time, seconds."""
-    rss_bytes: int
+    rss_bytes: Count
     """Resident memory of the trainer process."""
     cpu_percent: float
     """Of one core, so 200 is two cores at work."""
@@ -51,7 +52,7 @@ class TelemetryTail:
         samples = []
         for line in chunk[:end].splitlines():
             try:
-                samples.append(_decoder.decode(line))
+                samples.append(decode_json(line, _decoder))
             except msgspec.MsgspecError:
                 continue
         return samples

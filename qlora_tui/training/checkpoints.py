@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.checksums import write_checksums
+from qlora_tui.decoding import decode_json
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write, private_dir, publish
 from qlora_tui.recipe.difference import difference
@@ -64,6 +65,9 @@ class State(Struct, frozen=True, kw_only=True):
     best_loss: float | None = None
     last_losses: tuple[float, ...] = ()
     """Validation losses since the best, for early stopping."""
+
+
+_STATE_DECODER = msgspec.json.Decoder(State)
 
 
 class Checkpoint(Struct, frozen=True):
@@ -117,9 +121,9 @@ def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, l
         problem = checkpoint_damage(folder)
         if problem is None:
             try:
-                state = msgspec.json.decode((folder / _STATE).read_bytes(), type=State)
+                state = decode_json((folder / _STATE).read_bytes(), _STATE_DECODER)
                 return Checkpoint(step, folder, state), damage
-            except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+            except (OSError, msgspec.MsgspecError) as error:
                 problem = f"{_STATE} cannot be read ({error})"
         damage.append(f"{folder.name}: {problem}")
     return None, damage

@@ -23,12 +23,15 @@ import msgspec
 from qlora_tui import children
 from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.catalog.local import converted_dir, resolve
+from qlora_tui.decoding import decode_json
 from qlora_tui.errors import Problem
 from qlora_tui.files import private_dir
 from qlora_tui.memory.conversion import Conversion, Way, peak_bytes
 from qlora_tui.training import llama_gguf
 from qlora_tui.training.gguf import Said, draft_of
 from qlora_tui.training.gguf_weights import Progress, all_known
+
+_SAID = msgspec.json.Decoder(Said)
 
 LOOK_EVERY_S = 0.2
 """How often ``should_stop`` is asked while the child says nothing."""
@@ -141,7 +144,7 @@ def _lines(output: IO[bytes], should_stop: Callable[[], bool]) -> Iterator[bytes
 def _decoded(line: bytes) -> Said | None:
     """None for a line that a library printed."""
     try:
-        return msgspec.json.decode(line, type=Said)
+        return decode_json(line, _SAID)
     except msgspec.MsgspecError:
         return None
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import os
 import time
+from pathlib import Path
 
 import pytest
 from msgspec import structs
@@ -36,6 +39,44 @@ def test_what_is_not_a_request_is_removed_and_harmless(running: RunDir) -> None:
     (running.control_dir / "1.json").write_text('{"kind": "self_destruct"}')
     assert control.take(running) == []
     assert list(running.control_dir.iterdir()) == []
+
+
+def test_poisoned_control_files_neither_fail_nor_block(running: RunDir, tmp_path: Path) -> None:
+    folder = running.control_dir
+    (folder / "0.json").write_bytes(b'{"kind": "st\xffop"}')
+    (folder / "1.json").write_bytes(b'{"kind": ' + b"[" * 100_000)
+    (folder / "2.json").mkdir()
+    (folder / "2.json" / "inside").touch()
+    os.mkfifo(folder / "3.json")
+    os.mkfifo(tmp_path / "pipe")
+    (folder / "4.json").symlink_to(tmp_path / "pipe")
+    (folder / "5.json").symlink_to("/dev/zero")
+    (folder / "6.json").symlink_to("nowhere")
+    (folder / "7.json").write_bytes(b"")
+    (folder / "8.json").write_bytes(b'{"kind": "pause", "x": "' + b"y" * 10_000_000 + b'"}')
+    control.ask(running, "stop")
+    assert control.take(running) == [control.Request(kind="stop")]
+    assert control.take(running) == []
+    assert [path.name for path in folder.iterdir()] == ["2.json"]
+
+
+def test_a_request_that_cannot_be_removed_is_not_taken(
+    running: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control.ask(running, "checkpoint")
+
+    def read_only(path: Path, **how: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    assert control.take(running) == []
+
+
+def test_no_control_folder_means_no_requests(running: RunDir) -> None:
+    running.control_dir.rmdir()
+    assert control.take(running) == []
+    running.control_dir.touch()
+    assert control.take(running) == []
 
 
 def test_asking_a_run_nobody_trains_is_refused(run: RunDir) -> None:

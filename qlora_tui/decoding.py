@@ -1,0 +1,29 @@
+"""Decoding JSON that may have been damaged, cut short or written by somebody else."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+T = TypeVar("T")
+
+UnixTime: TypeAlias = Annotated[float, Meta(ge=-62_135_596_800, le=253_402_300_799)]
+"""Seconds since 1970, of the years 1 to 9999: calendar functions fail beyond these."""
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
+"""A number of things, or of bytes, that fits a 64-bit integer and converts to a float."""
+
+
+def decode_json(content: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """The decoded value; raises msgspec.DecodeError for whatever cannot be decoded.
+
+    msgspec itself raises UnicodeDecodeError for bytes that are not UTF-8 and RecursionError for deep nesting,
+    neither of which is one of its own errors.
+    """
+    try:
+        return decoder.decode(content)
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(f"byte {error.start} of a text is not UTF-8") from None
+    except RecursionError:
+        raise msgspec.DecodeError("it is nested too deeply") from None

@@ -1,0 +1,31 @@
+"""The app lists and opens runs whose files are damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qlora_tui.tui.app import QloraApp
+from tests.runs.damage import FILES, damaged
+from tests.tui.played import TICKETS
+from tests.tui.seeing import shows
+from tests.tui.workstation import settle
+
+MakeApp = Callable[[], QloraApp]
+
+
+async def test_one_bad_byte_in_any_file_leaves_the_app_open(make_app: MakeApp) -> None:
+    for file in FILES:
+        damaged(TICKETS, "running", file, "bad UTF-8")
+        damaged(TICKETS, "finished", file, "deep nesting")
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await app.switch_mode("runs")
+        await shows(pilot, "? lost", "✓ finished", "? unreadable")
+        for _ in range(2 * len(FILES)):
+            await pilot.press("down")
+            await pilot.pause()
+        await app.switch_mode("train")
+        await settle(pilot)
+        await app.switch_mode("home")
+        await settle(pilot)
+    assert app.return_code in (0, None)
