@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test check run screenshots real-models bench-deps clean
+.PHONY: help demo test test-fast check run screenshots real-models bench-deps clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
 	@echo "make run          open the app"
 	@echo "make test         run every test"
+	@echo "make test-fast    the tests that take milliseconds: under a minute on 2 cores"
 	@echo "make check        lint, formatting, types, architecture"
 	@echo "make screenshots  draw the pictures of the README again, from recorded runs"
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
@@ -29,6 +30,9 @@ run: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadgroup
+
+test-fast: $(INSTALLED)
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -30,7 +30,10 @@ _FOUND = importlib.util.find_spec("trl")
 FOLDER = Path(_FOUND.origin).parent / "chat_templates" if _FOUND and _FOUND.origin else Path("no-trl")
 PAIRS = sorted(p.stem.removesuffix("_training") for p in FOLDER.glob("*_training.jinja"))
 
-pytestmark = pytest.mark.skipif(not PAIRS, reason="trl is not installed: pip install --no-deps trl")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PAIRS, reason="trl is not installed: pip install --no-deps trl"),
+]
 
 _TOKENS = re.compile(
     r"<\|[^|<>\s'\"]{2,40}\|>|<｜[^｜<>]{2,40}｜>|<\|?[a-z_]{4,20}\|>|<\|[a-z_]{4,20}>|<[a-z_]+_of_[a-z]+>|</s>"

@@ -25,6 +25,8 @@ from qlora_tui.recipe.schema import Data, Recipe, Source
 from tests.data.families import family
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.slow
+
 ROWS = 1200
 
 

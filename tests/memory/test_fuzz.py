@@ -20,6 +20,8 @@ from tests.catalog.configs import config as config_of
 from tests.memory.models import tinyllama
 from tests.recipe.strategies import recipes
 
+pytestmark = pytest.mark.slow
+
 KEYS = (
     "hidden_size",
     "intermediate_size",

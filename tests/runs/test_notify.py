@@ -29,6 +29,8 @@ from qlora_tui.settings import config_path
 from tests.runs.conftest import let_go
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Listener:

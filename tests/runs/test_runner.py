@@ -23,7 +23,7 @@ from qlora_tui.runs.status import Status, read_status, write_status
 from tests.runs.conftest import let_go
 from tests.waiting import wait_for
 
-pytestmark = pytest.mark.usefixtures("played_trainer")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("played_trainer")]
 
 
 def named(recipe: Recipe, name: str) -> Recipe:

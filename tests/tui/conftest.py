@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from inspect import iscoroutinefunction as is_async
 from pathlib import Path
 
 import psutil
@@ -15,8 +16,18 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import train
 from tests.tui.played import BEGAN, GIB
 
+FOLDER = Path(__file__).parent
 NOW = BEGAN + 3600.0
 """What the clock shows unless a test sets it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test that draws a screen as slow: it takes a second or so, of which the suite has 600."""
+    for item in items:
+        if FOLDER not in item.path.parents or not isinstance(item, pytest.Function):
+            continue
+        if is_async(item.obj) or "snap_compare" in item.fixturenames:
+            item.add_marker("slow")
 
 
 @pytest.fixture

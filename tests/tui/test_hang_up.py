@@ -14,6 +14,8 @@ from qlora_tui.tui.native_output import screen_on
 from qlora_tui.tui.workbench import load_draft
 from tests.tui.glass import DEADLINE_S, see
 
+pytestmark = pytest.mark.slow
+
 APP = [sys.executable, "-m", "qlora_tui"]
 LEFT = b"\x1b[?1049l"
 """The terminal's own screen is back."""

@@ -18,6 +18,8 @@ from tests.tui.glass import DEADLINE_S, Glass, see
 from tests.tui.played import Play, play
 from tests.tui.seeing import shows
 
+pytestmark = pytest.mark.slow
+
 APP = [sys.executable, "-m", "qlora_tui"]
 CODE_PAGE_437 = set(bytes(range(256)).decode("cp437")) | set("♦•○►◄▲▼↑↓→←§\x1b")
 VISITED = [

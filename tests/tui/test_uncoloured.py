@@ -13,6 +13,8 @@ from tests.tui.glass import Glass, see
 from tests.tui.played import BEGAN, Play, play
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.slow
+
 APP = [sys.executable, "-m", "qlora_tui"]
 BOLD, DIM, UNDERLINE, REVERSE = "1", "2", "4", "7"
 ATTRIBUTES = {"0", BOLD, DIM, "3", UNDERLINE, REVERSE, "9"}
