@@ -17,6 +17,7 @@ from qlora_tui.catalog.architecture import (
     read_architecture,
     unknown_family,
 )
+from qlora_tui.catalog.code_keys import named_kernels
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 
@@ -77,6 +78,13 @@ def judge_kind(config: Mapping[str, Any], name: str) -> Problem | None:
                 "Choose a model of a family that transformers has itself.",
             )
         return _named(unknown_family("config.json", str(model_type)), name) if model_type else None
+    if kernels := named_kernels(config):
+        return refused(
+            "This model chooses its own kernels",
+            f"{name}: its config.json sets {kernels}.",
+            "That would run compiled code of that repository on this machine; qlora-tui chooses the kernels.",
+            "Remove the key from config.json, or choose another copy of the model.",
+        )
     classes = config.get("architectures")
     if isinstance(classes, list) and classes and not str(classes[0]).endswith(CAUSAL):
         return refused(

@@ -14,6 +14,7 @@ from qlora_tui.chat.terms import BASE
 from qlora_tui.chat.updates import CONFIG, ROWS, WEIGHTS, check_unchanged
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.training.adapter import names_as_they_are
+from qlora_tui.training.clean_files import adapter_view
 
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
@@ -97,13 +98,11 @@ class Voices:
         # At the precision the model computes in: the conversions would cost time at every token.
         kept = {"adapter_name": voice, "is_trainable": False, "autocast_adapter_dtype": False}
         try:
-            with names_as_they_are(self._model, _targets(folder)):
+            with adapter_view(folder) as view, names_as_they_are(self._model, _targets(folder)):
                 if self._with_adapters is None:
-                    self._with_adapters = PeftModel.from_pretrained(self._model, str(folder), **kept)
+                    self._with_adapters = PeftModel.from_pretrained(self._model, str(view), **kept)
                 else:
-                    self._with_adapters.load_adapter(
-                        str(folder), torch_device=str(self._model.device), **kept
-                    )
+                    self._with_adapters.load_adapter(str(view), torch_device=str(self._model.device), **kept)
                     self._with_adapters.base_model.enable_adapter_layers()
                     self._with_adapters.base_model.set_adapter(voice, inference_mode=True)
         except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qlora_tui.catalog.code_keys import without_code
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.engine.tracing import Request
 from qlora_tui.recipe.schema import Recipe
@@ -21,9 +22,8 @@ def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> t
     from qlora_tui.training.loss import Head, find_head, use_chunked_loss, use_segments
 
     recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
-    values = {
-        k: v for k, v in request.config.items() if k not in ("quantization_config", "torch_dtype", "dtype")
-    }
+    clean, _ = without_code(request.config)
+    values = {k: v for k, v in clean.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
     config = AutoConfig.for_model(**values)
     attention = "eager" if recipe.model.attention == "eager" else "sdpa"
     with torch.device("meta"):

@@ -24,6 +24,7 @@ from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.format import size
 from qlora_tui.training.adapter import names_as_they_are
+from qlora_tui.training.clean_files import adapter_view
 from qlora_tui.training.device import Device
 from qlora_tui.training.load import load_base
 from qlora_tui.training.step_check import FACTOR, rounding_error_of, rounding_errors
@@ -117,8 +118,10 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 def _with_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftConfig, PeftModel
 
-    with names_as_they_are(model, PeftConfig.from_pretrained(str(folder)).target_modules or ""):
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+    with adapter_view(folder) as view:
+        targets = PeftConfig.from_pretrained(str(view)).target_modules or ""
+        with names_as_they_are(model, targets):
+            return PeftModel.from_pretrained(model, str(view)).eval()
 
 
 @torch.inference_mode()

@@ -17,14 +17,31 @@ _QUIET_CORES = 0.5
 KERNELS_KEPT = 128
 """Shapes for which oneDNN, which multiplies bfloat16 on a CPU, keeps what it made: else 1,024, 0.3 MB each. A
 step has some 70."""
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
+"""What loads a model asks nothing of the network: model and data are on this machine by then."""
+set_offline: set[str] = set()
+"""Those of them that this process set and the user had not."""
 _CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def settle_before_torch(more: Mapping[str, str] = {}) -> None:
-    """Set what torch and its libraries read from the environment; what the user has set stays."""
+    """Set what torch and its libraries read from the environment; what the user has set stays.
+
+    Libraries of Hugging Face are offline from here on.
+    """
     kernels = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KERNELS_KEPT)}
     for name, value in {**waiting(os.environ), **STABLE_ORDER, **kernels, **more}.items():
         os.environ.setdefault(name, value)
+    for name, value in OFFLINE.items():
+        if name not in os.environ:
+            os.environ[name] = value
+            set_offline.add(name)
     # What libraries plan to rename is of no use to those who train or chat.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -9,6 +9,8 @@
 ``device``       what there is to compute on, and in which dtype; ``versions``: with which libraries
 ``priority``     giving way to other programs, where the processor trains
 ``base``         the base model with its loss and attention; ``load``: quantized and frozen
+``clean_files``  what libraries are shown of a folder: weights, and configs that choose no code;
+                 ``kernel_publishers``: whose kernels may be loaded
 ``conversion``   a GGUF file as a folder of safetensors, made once by the process ``gguf``: ``gguf_weights``
                  writes the tensors of known families, ``llama_gguf`` (with ``vocabulary``) the rest of a
                  plain Llama, ``streamed_gguf`` that of the others

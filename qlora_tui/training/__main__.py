@@ -15,9 +15,8 @@ from qlora_tui.training.frame import run_trainer
 _ENVIRONMENT = {
     # Segments that grow cut the fragmentation that sample lengths of all kinds cause.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    # A trainer asks nothing of the network: the model is on this machine.
+    # Also what it starts, as for a dataset of the hub, asks nothing of the network.
     "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
 

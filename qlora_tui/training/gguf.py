@@ -25,8 +25,10 @@ from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.errors import Problem
 from qlora_tui.files import private_dir
 from qlora_tui.training import llama_gguf
+from qlora_tui.training.clean_files import single_file_view
 from qlora_tui.training.failure import is_full_disk, is_out_of_memory
 from qlora_tui.training.gguf_weights import Progress, all_known
+from qlora_tui.training.kernel_publishers import pin_publisher
 
 SAID_EVERY_S = 0.2
 """Least time between two lines about progress."""
@@ -75,15 +77,21 @@ def _convert(file: Path, folder: Path, progress: Progress) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **place,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
-        local_files_only=True,
-    )
-    AutoTokenizer.from_pretrained(**place, local_files_only=True).save_pretrained(folder)
-    model.save_pretrained(folder)
+    pin_publisher()
+    with single_file_view(file) as view:
+        place: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(view),
+            "gguf_file": file.name,
+            "local_files_only": True,
+            "trust_remote_code": False,
+        }
+        model = AutoModelForCausalLM.from_pretrained(
+            **place,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+        )
+        AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+        model.save_pretrained(folder)
 
 
 @contextmanager

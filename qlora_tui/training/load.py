@@ -6,27 +6,31 @@ and head to fp32 and with them every hidden state.
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from qlora_tui.catalog.architecture import load_config
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training import attention
+from qlora_tui.training.clean_files import model_view
 from qlora_tui.training.device import Attention, Device
+from qlora_tui.training.kernel_publishers import PUBLISHER, pin_publisher
 
-_FLASH = "kernels-community/flash-attn2"
+_FLASH = f"{PUBLISHER}/flash-attn2"
 _ATTENTION: dict[Attention, str | None] = {"segments": None, "flash": _FLASH, "eager": "eager"}
-"""As transformers is told. None leaves it to take SDPA, which a few families lack (Gemma 2, gpt-oss)."""
+"""As transformers is told. None leaves it to take SDPA, which a few families lack (Gemma 2, gpt-oss); what a
+config says of attention is left out before."""
 
 
 def load_base(folder: Path, recipe: Recipe, device: Device, attends: Attention) -> Any:
     """The causal language model in ``folder``, on the device, every weight frozen.
 
-    The folder is one that ``catalog.resolve`` gave. Raises Problem where it cannot be loaded all the same.
+    The folder is one that ``catalog.resolve`` gave. Its configs choose no code: see
+    :mod:`qlora_tui.catalog.code_keys`. Raises Problem where it cannot be loaded all the same.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -36,22 +40,26 @@ def load_base(folder: Path, recipe: Recipe, device: Device, attends: Attention) 
     quantization = _quantization(recipe.quantization, device)
     if quantization is not None and not _is_stored_quantized(folder):
         settings["quantization_config"] = quantization
+    pin_publisher()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=device.dtype,
-            device_map={"": device.torch_device},
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            **settings,
-        )
+        with model_view(folder) as view:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(view),
+                dtype=device.dtype,
+                device_map={"": device.torch_device},
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **settings,
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise Problem(
             "The model could not be loaded",
             what=f"{folder}: {_first_line(error)}",
             fix="`qlora-tui doctor` tests what is installed; another copy of the model may be whole.",
         ) from error
+    # What peft writes into an adapter as its base.
+    model.config._name_or_path = model.name_or_path = str(folder)
     if device.kind == "cpu" and quantization is not None:
         _let_go_of_file(model)
     return freeze(model)
@@ -123,7 +131,7 @@ def _quantization(settings: Quantization, device: Device) -> Any:
 
 def _is_stored_quantized(folder: Path) -> bool:
     """Stored by bitsandbytes; the catalog refuses every other way."""
-    return bool(json.loads((folder / "config.json").read_bytes()).get("quantization_config"))
+    return bool(load_config(folder / "config.json").get("quantization_config"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.training.clean_files import single_file_view
 from qlora_tui.training.gguf_weights import Progress, Weight, weights_of, write_weights
 
 
@@ -20,13 +21,15 @@ def write(file: Path, folder: Path, architecture: str, progress: Progress) -> No
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoTokenizer
 
-    place: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(file.parent),
-        "gguf_file": file.name,
-        "local_files_only": True,
-    }
-    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
-    config: Any = AutoConfig.from_pretrained(**place)
+    with single_file_view(file) as view:
+        place: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(view),
+            "gguf_file": file.name,
+            "local_files_only": True,
+            "trust_remote_code": False,
+        }
+        AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(**place)
     weights = weights_of(
         GGUFReader(file), architecture, config.num_attention_heads, config.num_key_value_heads
     )

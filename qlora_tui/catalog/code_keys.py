@@ -1,0 +1,123 @@
+"""Keys of configs that would choose which code runs: refused, or left out before a library reads them.
+
+``trust_remote_code=False`` does not cover all of them. Transformers loads a kernel from the hub when
+``attn_implementation`` names a repository (CVE-2026-4372 in versions before 5.3), peft imports the module
+that ``megatron_core`` names, and both read further files that a config names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_tui.errors import Problem
+
+IMPLEMENTATIONS = frozenset(
+    f"{prefix}{part}_implementation{suffix}"
+    for prefix in ("", "_")
+    for part in ("attn", "experts")
+    for suffix in ("", "_internal", "_autoset")
+)
+"""Which attention and which expert layers compute: this program chooses."""
+_MODEL_KEYS = IMPLEMENTATIONS | {
+    # Python files of a repository.
+    "auto_map", "custom_generate", "custom_pipelines", "trust_remote_code", "code_revision",
+    # Kernels of the hub.
+    "kernel_config", "use_kernels", "use_hub_kernels", "allow_all_kernels",
+    # Other files and repositories.
+    "configuration_files", "transformers_weights", "adapter_kwargs", "peft_config", "base_model_name_or_path",
+    "_name_or_path", "name_or_path", "_adapter_model_path", "_commit_hash", "use_pretrained_backbone",
+    # What torch is told to compile.
+    "compile_config",
+}  # fmt: skip
+_QUANTIZATION_KEYS = frozenset(
+    (
+        "quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit",
+        "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_storage",
+        "llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_has_fp16_weight",
+        "llm_int8_enable_fp32_cpu_offload",
+    )
+)  # fmt: skip
+"""All that says how bitsandbytes stored weights; other ways of storing are refused by the catalog."""
+_ADAPTER_KEYS = frozenset(
+    (
+        "peft_type", "task_type", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias", "lora_bias",
+        "target_modules", "exclude_modules", "target_parameters", "modules_to_save", "rank_pattern",
+        "alpha_pattern", "fan_in_fan_out", "use_rslora", "use_dora", "init_lora_weights", "layers_pattern",
+        "layers_to_transform", "layer_replication", "trainable_token_indices", "ensure_weight_tying",
+        "use_qalora", "qalora_group_size", "alora_invocation_tokens", "use_bdlora", "peft_version",
+    )
+)  # fmt: skip
+"""What decides the values an adapter computes. Left out: modules to import (``megatron_core``,
+``auto_mapping``), repositories and revisions, files of statistics (``corda_config``, ``lora_ga_config``)."""
+_ORIGIN = ("base_model_name_or_path", "revision", "auto_mapping")
+"""Where it was made, which every adapter says and nothing here reads."""
+_USUAL = {"megatron_core": "megatron.core"}
+"""Written by peft into every adapter."""
+_FROM_FILES = ("corda", "lora_ga")
+"""Ways to begin an adapter that change the base by statistics from another file."""
+_FROM_BASE = ("eva", "loftq")
+"""Ways to begin an adapter whose values its own weights replace."""
+
+
+def without_code(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A model's or its generation's config without the keys that choose code; which keys those were.
+
+    Nested configs are read too. Keys are named as ``text_config.auto_map``.
+    """
+    return _cleaned(config, "")
+
+
+def _cleaned(config: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list[str]]:
+    clean: dict[str, Any] = {}
+    dropped: list[str] = []
+    for key, value in config.items():
+        if key in _MODEL_KEYS or (key == "quantization_config" and (place or not isinstance(value, dict))):
+            if value is not None:
+                dropped.append(f"{place}{key}")
+        elif key == "quantization_config":
+            clean[key] = {name: part for name, part in value.items() if name in _QUANTIZATION_KEYS}
+            dropped += [f"{key}.{name}" for name in value if name not in _QUANTIZATION_KEYS]
+        elif isinstance(value, dict):
+            clean[key], inner = _cleaned(value, f"{place}{key}.")
+            dropped += inner
+        else:
+            clean[key] = value
+    return clean, dropped
+
+
+def named_kernels(config: Mapping[str, Any]) -> str | None:
+    """``key = 'owner/name'`` of the first key, at any depth, that names a kernel repository, or None."""
+    for key, value in config.items():
+        if key in IMPLEMENTATIONS:
+            for name in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(name, str) and "/" in name:
+                    return f"{key} = {name!r}"
+        elif isinstance(value, dict) and (named := named_kernels(value)):
+            return named
+    return None
+
+
+def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    """A LoRA adapter's config with the keys that decide its values alone; which others it had.
+
+    Raises Problem where its values depend on a file that ``where``, the adapter's folder, does not hold.
+    """
+    begun = config.get("init_lora_weights")
+    if begun in _FROM_FILES:
+        raise Problem(
+            "The adapter cannot be read",
+            what=f"{where}: init_lora_weights is {begun!r}.",
+            why="Such an adapter changes the base by statistics from another file, which could be anyone's.",
+            fix="Convert it to a plain LoRA adapter with peft, or choose another.",
+        )
+    clean = {key: value for key, value in config.items() if key in _ADAPTER_KEYS}
+    if isinstance(begun, str) and begun.startswith(_FROM_BASE):
+        clean["init_lora_weights"] = True
+    dropped = [
+        key
+        for key, value in config.items()
+        if key not in _ADAPTER_KEYS and value not in (None, {}, False, _USUAL.get(key))
+    ]
+    return clean, [key for key in dropped if key not in _ORIGIN]

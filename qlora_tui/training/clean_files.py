@@ -1,0 +1,81 @@
+"""What transformers and peft are shown of a model or an adapter: its weights, and configs that name no code.
+
+They read more of a folder than they are asked to: an ``adapter_config.json`` that names another base, Python
+files, templates. So they get a temporary folder of links in which there is nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.catalog.architecture import load_config
+from qlora_tui.catalog.code_keys import adapter_without_code, without_code
+from qlora_tui.catalog.model_folder import INDEX, weight_files
+from qlora_tui.errors import Problem
+
+_CONFIGS = ("config.json", "generation_config.json")
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@contextmanager
+def model_view(folder: Path) -> Iterator[Path]:
+    """A folder with the weights in ``folder`` and its configs without what chooses code. Raises Problem."""
+    with _temporary() as view:
+        for name in _CONFIGS:
+            if (folder / name).is_file():
+                clean, dropped = without_code(load_config(folder / name))
+                _write(view / name, clean)
+                _say_dropped(folder / name, dropped)
+        for name in (*weight_files(folder), INDEX):
+            if (folder / name).exists():
+                (view / name).symlink_to((folder / name).absolute())
+        yield view
+
+
+@contextmanager
+def adapter_view(folder: Path) -> Iterator[Path]:
+    """A folder with an adapter's weights and its config without what chooses code. Raises Problem."""
+    with _temporary() as view:
+        clean, dropped = adapter_without_code(load_config(folder / _ADAPTER_CONFIG), str(folder))
+        _write(view / _ADAPTER_CONFIG, clean)
+        _say_dropped(folder / _ADAPTER_CONFIG, dropped)
+        (view / _ADAPTER_WEIGHTS).symlink_to((folder / _ADAPTER_WEIGHTS).absolute())
+        yield view
+
+
+@contextmanager
+def single_file_view(file: Path) -> Iterator[Path]:
+    """A folder that holds nothing but ``file``."""
+    with _temporary() as view:
+        (view / file.name).symlink_to(file.absolute())
+        yield view
+
+
+def _write(file: Path, config: dict[str, Any]) -> None:
+    file.write_text(json.dumps(config))
+
+
+def _say_dropped(file: Path, keys: list[str]) -> None:
+    if keys:
+        print(f"{file}: left out, since it would choose code: {', '.join(keys)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    try:
+        view = tempfile.TemporaryDirectory(prefix="qlora-tui-")
+    except OSError as error:
+        raise Problem(
+            "No temporary folder",
+            what=f"A folder for links could not be made: {error.strerror or error}.",
+            fix="Free some space, or set TMPDIR to a folder that can be written to.",
+        ) from error
+    with view as path:
+        yield Path(path)

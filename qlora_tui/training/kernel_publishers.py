@@ -1,0 +1,33 @@
+"""Which publishers' compiled kernels may be loaded from the hub: one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from importlib.util import find_spec
+from typing import Any
+
+PUBLISHER = "kernels-community"
+"""Hugging Face's own, of whom flash attention comes."""
+
+
+def pin_publisher() -> None:
+    """Let transformers load kernels of :data:`PUBLISHER` alone. Some of its families vouch for others."""
+    if find_spec("kernels") is None:
+        return
+    from transformers.integrations import hub_kernels
+
+    load = getattr(hub_kernels, "get_kernel_hub", None)
+    if load is not None and not hasattr(load, "pinned"):
+        setattr(hub_kernels, "get_kernel_hub", _of_publisher(load))  # noqa: B010  # not in its stubs everywhere
+
+
+def _of_publisher(load: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(load)
+    def checked(repo_id: str, *args: Any, **settings: Any) -> Any:
+        if repo_id.partition("/")[0] != PUBLISHER:
+            raise ImportError(f"{repo_id} is not of {PUBLISHER}: kernels of other publishers are not loaded")
+        return load(repo_id, *args, **settings)
+
+    setattr(checked, "pinned", True)  # noqa: B010  # a mark on a function
+    return checked
