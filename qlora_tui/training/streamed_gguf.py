@@ -6,6 +6,9 @@ would hold all of them at once, in float32: 3.2 GB in place of 1.0 for Gemma 3 2
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,10 @@ def write(file: Path, folder: Path, architecture: str, progress: Progress) -> No
 
     Raises ValueError where the model that transformers builds from the configuration has other tensors.
     """
-    from gguf import GGUFReader
+    import gguf
     from transformers import AutoConfig, AutoTokenizer
 
-    with single_file_view(file) as view:
+    with single_file_view(file) as view, one_reader_per_file():
         place: dict[str, Any] = {
             "pretrained_model_name_or_path": str(view),
             "gguf_file": file.name,
@@ -30,11 +33,27 @@ def write(file: Path, folder: Path, architecture: str, progress: Progress) -> No
         }
         AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
         config: Any = AutoConfig.from_pretrained(**place)
-    weights = weights_of(
-        GGUFReader(file), architecture, config.num_attention_heads, config.num_key_value_heads
-    )
+        reader = gguf.GGUFReader(str(view / file.name))
+    weights = weights_of(reader, architecture, config.num_attention_heads, config.num_key_value_heads)
     _write_config(config, folder, weights)
     write_weights(weights, folder / "model.safetensors", progress)
+
+
+@contextmanager
+def one_reader_per_file() -> Iterator[None]:
+    """Let whoever opens ``gguf.GGUFReader`` share one reader for each file.
+
+    transformers opens one for the tokenizer and one for the configuration, and each reads the vocabulary
+    entry by entry: 15 s for the 262,144 of Gemma 3.
+    """
+    import gguf
+
+    original = gguf.GGUFReader
+    gguf.GGUFReader = lru_cache(original)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
 
 
 def _write_config(config: Any, folder: Path, weights: list[Weight]) -> None:

@@ -147,3 +147,25 @@ def test_the_wrong_number_of_arguments_is_a_wrong_call(capsys: pytest.CaptureFix
         main([])
     assert raised.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_a_header_is_read_once_for_tokenizer_config_and_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf
+
+    from qlora_tui.training import streamed_gguf
+
+    opened: list[str] = []
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
+        def __init__(self, path: str) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    file = write_tiny_gguf(tmp_path / "other.gguf", pre="qwen2")
+    (tmp_path / "converted").mkdir()
+    streamed_gguf.write(file, tmp_path / "converted", "llama", lambda done, total: None)
+    assert len(opened) == 1
+    assert gguf.GGUFReader is Counted
