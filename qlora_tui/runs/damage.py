@@ -13,10 +13,12 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui import checksums
+from qlora_tui.decoding import decode_json
 
 MARKER = "complete"
 """In a checkpoint: every file and its size, written last."""
 WEIGHTS = "adapter_model.safetensors"
+_SIZES = msgspec.json.Decoder(dict[str, int])
 ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
 """What peft reads of an adapter, or of a checkpoint."""
 
@@ -24,8 +26,8 @@ ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
 def checkpoint_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a clause; None where nothing is. Reads every file in it."""
     try:
-        sizes = msgspec.json.decode((folder / MARKER).read_bytes(), type=dict[str, int])
-    except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
+        sizes = decode_json((folder / MARKER).read_bytes(), _SIZES)
+    except (OSError, msgspec.MsgspecError):
         return "its list of files cannot be read"
     for name, size in sizes.items():
         try:

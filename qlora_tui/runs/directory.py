@@ -5,6 +5,7 @@ runs/<id>/
   events.jsonl     what happened (:mod:`qlora_tui.runs.events`)
   telemetry.jsonl  the card, once a second
   status.json      where it stands now (:mod:`qlora_tui.runs.status`)
+  heartbeat.json   how far its trainer has come, once a second
   name             what the user calls it now, where they renamed it
   trainer.log      the trainer's output
   untold           there until the runner has dealt with how the run ended
@@ -15,6 +16,8 @@ runs/<id>/
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 import time
@@ -23,12 +26,14 @@ from pathlib import Path
 
 from qlora_tui import paths
 from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.files import atomic_write, private_dir, sync, sync_tree
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, load, to_recipe
 from qlora_tui.runs.events import Queued
 from qlora_tui.runs.log import EventWriter
 
+DRAFT = ".new-"
+"""How the folder of a run is called before it is whole; the number of its process follows."""
 TRASH = ".deleted"
 """Folder among the runs of those that can be brought back: see :mod:`qlora_tui.runs.trash`."""
 
@@ -71,6 +76,10 @@ class RunDir:
     @property
     def status_path(self) -> Path:
         return self.path / "status.json"
+
+    @property
+    def heartbeat_path(self) -> Path:
+        return self.path / "heartbeat.json"
 
     @property
     def log_path(self) -> Path:
@@ -118,28 +127,45 @@ LAST = "last"
 def create(recipe: Recipe) -> RunDir:
     """Make the directory of a run that is to be queued.
 
-    It appears under its name only when it is whole. Raises Problem when the disk is full or the directory
-    cannot be written.
+    It appears under its name when it is whole and on the disk. Raises Problem when the disk is full or the
+    directory cannot be written.
     """
+    import tempfile  # 15 ms, which a start that creates nothing need not spend
+
     parent = paths.runs_dir()
-    name = _free_name(parent, recipe)
-    draft = private_dir(parent / f".{name}")
+    draft: Path | None = None
     try:
+        # Under a name of its own: another run may be created at the same moment.
+        draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=parent))
         for folder in ("control", "checkpoints"):
             private_dir(draft / folder)
-        atomic_write(draft / "recipe.toml", dump(recipe), durable=True)
+        atomic_write(draft / "recipe.toml", dump(recipe))
         with EventWriter(draft / "events.jsonl") as log:
             log.append(Queued(at=time.time()))
-        final = parent / name
-        draft.rename(final)
+        return RunDir(_publish(draft, parent, recipe))
     except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
         raise Problem(
             "The run could not be created",
-            what=f"{parent / name}: {error.strerror}.",
+            what=f"{error.filename or parent}: {error.strerror}.",
             fix="Free some space, or point XDG_STATE_HOME at another disk.",
         ) from error
-    return RunDir(final)
+
+
+def _publish(draft: Path, parent: Path, recipe: Recipe) -> Path:
+    """Give a whole draft the first name that is free; a name is taken once a rename onto it fails."""
+    sync_tree(draft)
+    while True:
+        final = parent / _free_name(parent, recipe)
+        try:
+            draft.rename(final)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                continue
+            raise
+        sync(parent)
+        return final
 
 
 def all_runs() -> list[RunDir]:
@@ -205,7 +231,7 @@ def _free_name(parent: Path, recipe: Recipe) -> str:
     base = f"{slug}-{time.strftime('%Y%m%d-%H%M')}"
     name, number = base, 1
     # One that was deleted may come back under its name.
-    taken = {path.name.removeprefix(".") for path in (*parent.iterdir(), *parent.glob(f"{TRASH}/*/*"))}
+    taken = {path.name for path in (*parent.iterdir(), *parent.glob(f"{TRASH}/*/*"))}
     while name in taken:
         number += 1
         name = f"{base}-{number}"

@@ -119,7 +119,6 @@ def settle(run: RunDir, ending: Terminal, *, events_from: int | None = None) -> 
             loss=view.loss,
             detail=detail,
         ),
-        durable=True,
     )
 
 

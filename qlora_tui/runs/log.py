@@ -13,26 +13,34 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qlora_tui.runs.events import AnyEvent, Failed, Finished, Paused, Stopped, decode, encode
+from qlora_tui.files import write_all
+from qlora_tui.runs.events import AnyEvent, CheckpointSaved, Failed, Finished, Paused, Stopped, decode, encode
 
 _READ_BYTES = 1 << 20
 
 
 class EventWriter:
-    """Appends events; what ends a run reaches the disk before ``append`` returns."""
+    """Appends events; the ends of a run and its checkpoints are on the disk before ``append`` returns."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         _cut_torn_end(self._file)
 
     def append(self, event: AnyEvent) -> None:
-        """Write one event in one system call, so that no reader sees half of it for long."""
+        """Write one event in one system call, so that no reader sees half of it for long.
+
+        Raises OSError; the file is as it was then, so that the event can be written again.
+        """
         line = encode(event)
-        written = os.write(self._file, line)
-        if written != len(line):
-            os.write(self._file, line[written:])
-        if isinstance(event, Finished | Failed | Stopped | Paused):
-            os.fsync(self._file)
+        end = os.fstat(self._file).st_size
+        try:
+            write_all(self._file, line)
+            if isinstance(event, Finished | Failed | Stopped | Paused | CheckpointSaved):
+                os.fsync(self._file)
+        except OSError:
+            if os.fstat(self._file).st_size <= end + len(line):
+                os.ftruncate(self._file, end)
+            raise
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

@@ -1,64 +1,83 @@
-"""The queue: one empty file a waiting run, whose name gives the order.
+"""The queue: which run is next, and a run's way in and out of it.
 
-``queue/<order>.<run id>``: moving is a rename, taking is an unlink, and a listing is the queue.
+A run waits while its entry is there (:mod:`qlora_tui.runs.entries`): moving is a rename, taking is an unlink.
+The entry is written before the status says "queued" and removed after it says "starting", each synced: a run
+that a crash caught in between waits.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from pathlib import Path
 
 from qlora_tui import paths
-from qlora_tui.files import private_dir
+from qlora_tui.files import sync
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.entries import Entry, entries, entries_of, queue_dir, queue_lock
 from qlora_tui.runs.events import Queued, Stopped
 from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.status import read_status, write_status
+from qlora_tui.runs.process import ProcessMark
+from qlora_tui.runs.status import ACTIVE, read_status, write_status
 
 _APART = 1_000_000_000
 """Between the orders of two runs: a second, in nanoseconds."""
 
 
 def enqueue(run: RunDir) -> None:
-    """Put a run at the end of the queue (once; a second call changes nothing)."""
-    if run.id in waiting():
-        return
-    write_status(run, read_status(run).then("queued"), durable=True)
-    last = max((_order(entry) for entry in _folder().iterdir()), default=0)
-    # Behind the others also where the clock was set back.
-    order = max(time.time_ns(), last + _APART)
-    (_folder() / f"{order:020d}.{run.id}").touch(mode=0o600)
+    """Put a run at the end of the queue (once; a second call changes nothing). Raises OSError."""
+    _enter(run, again=False)
 
 
 def enqueue_again(run: RunDir) -> None:
-    """Queue a run that had ended, to go on from its last checkpoint."""
-    with EventWriter(run.events_path) as log:
-        log.append(Queued(at=time.time()))
+    """Queue a run that had ended, to go on from its last checkpoint. Raises OSError; it stays ended then."""
+    _enter(run, again=True)
     # Who queues it again knows how it ended.
     run.untold_path.unlink(missing_ok=True)
-    enqueue(run)
+
+
+def _enter(run: RunDir, *, again: bool) -> None:
+    with queue_lock():
+        line = entries()
+        # Behind the others also where the clock was set back.
+        order = max(time.time_ns(), max((entry.order for entry in line), default=0) + _APART)
+        # A crash may have come between an entry and its status.
+        entry = next((entry for entry in line if entry.run_id == run.id), Entry(order, run.id))
+        status = read_status(run)
+        if entry in line and status.state in ("queued", *ACTIVE):
+            return
+        try:
+            if entry not in line:
+                _create(entry)
+            write_status(run, status.then("queued"))
+            if again:
+                with EventWriter(run.events_path) as log:
+                    log.append(Queued(at=time.time()))
+        except OSError:
+            _unlink([entry])
+            raise
+
+
+def take(run: RunDir, process: ProcessMark) -> None:
+    """Make a run the runner's: it is starting, and waits no longer."""
+    with queue_lock():
+        write_status(run, read_status(run).then("starting", process=process))
+        _unlink(entries_of(run.id))
 
 
 def waiting() -> list[str]:
     """Ids of the waiting runs, the next one first."""
-    return [entry.name.partition(".")[2] for entry in sorted(_folder().iterdir())]
+    return list(dict.fromkeys(entry.run_id for entry in entries()))
 
 
 def next_waiting() -> RunDir | None:
     """The run whose turn it is, left in the queue."""
-    for name in waiting():
-        return RunDir(paths.runs_dir() / name)
-    return None
+    return next((RunDir(paths.runs_dir() / name) for name in waiting()), None)
 
 
 def remove(run: RunDir) -> bool:
     """Take a run out of the queue; False when it was not (or no longer) in it."""
-    removed = False
-    for entry in _folder().glob(f"*.{run.id}"):
-        if entry.name.partition(".")[2] == run.id:
-            entry.unlink(missing_ok=True)
-            removed = True
-    return removed
+    with queue_lock():
+        return _unlink(entries_of(run.id))
 
 
 def withdraw(run: RunDir) -> bool:
@@ -74,36 +93,53 @@ def set_aside(run: RunDir, why: str) -> None:
     status = read_status(run).then("stopped", detail=why)
     with EventWriter(run.events_path) as log:
         log.append(Stopped(at=status.at, step=status.step))
-    write_status(run, status, durable=True)
+    write_status(run, status)
 
 
 def move(run: RunDir, places: int) -> None:
     """Move a waiting run by so many places: negative is sooner."""
-    entries = sorted(_folder().iterdir())
-    names = [entry.name.partition(".")[2] for entry in entries]
-    if run.id not in names:
-        return
-    here = names.index(run.id)
-    there = min(max(here + places, 0), len(names) - 1)
-    if there == here:
-        return
-    orders = [_order(entry) for entry in entries]
-    order = (
-        _between(orders[there - 1] if there else 0, orders[there])
-        if there < here
-        else _between(orders[there], orders[there + 1] if there + 1 < len(orders) else orders[there] + _APART)
-    )
-    entries[here].rename(_folder() / f"{order:020d}.{run.id}")
+    with queue_lock():
+        line = entries()
+        here = next((place for place, entry in enumerate(line) if entry.run_id == run.id), None)
+        if here is None:
+            return
+        there = min(max(here + places, 0), len(line) - 1)
+        if there == here:
+            return
+        others = line[:here] + line[here + 1 :]
+        order = _order_at(others, there)
+        if order is None:
+            others = _spread_out(others)
+            order = _order_at(others, there)
+        assert order is not None
+        line[here].path.rename(Entry(order, run.id).path)
+        sync(queue_dir())
 
 
-def _order(entry: Path) -> int:
-    return int(entry.name.partition(".")[0])
+def _order_at(line: list[Entry], place: int) -> int | None:
+    """An order between the entries before and after ``place``; None where there is no room for one."""
+    low = line[place - 1].order if place else 0
+    high = line[place].order if place < len(line) else low + 2 * _APART
+    return (low + high) // 2 if high - low > 1 else None
 
 
-def _between(low: int, high: int) -> int:
-    # Orders are nanoseconds of queueing, so between two there is always room for another.
-    return (low + high) // 2
+def _spread_out(line: list[Entry]) -> list[Entry]:
+    """Give the entries orders a second apart, the last one first, so that none passes another meanwhile."""
+    last = line[-1].order
+    spread = [Entry(last + place * _APART, entry.run_id) for place, entry in enumerate(line, 1)]
+    for entry, moved in reversed(list(zip(line, spread, strict=True))):
+        entry.path.rename(moved.path)
+    return spread
 
 
-def _folder() -> Path:
-    return private_dir(paths.state_dir() / "queue")
+def _create(entry: Entry) -> None:
+    os.close(os.open(entry.path, os.O_WRONLY | os.O_CREAT, 0o600))
+    sync(queue_dir())
+
+
+def _unlink(removed: list[Entry]) -> bool:
+    for entry in removed:
+        entry.path.unlink(missing_ok=True)
+    if removed:
+        sync(queue_dir())
+    return bool(removed)

@@ -20,10 +20,11 @@ from qlora_tui.runs import queue
 from qlora_tui.runs.detached import start
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.endings import how_it_ended, settle
+from qlora_tui.runs.leftovers import sweep
 from qlora_tui.runs.process import mark
 from qlora_tui.runs.retry import Plan, plan_resume, plan_retry
 from qlora_tui.runs.shortage import host_oom_kills
-from qlora_tui.runs.status import ACTIVE, read_status, write_status
+from qlora_tui.runs.status import ACTIVE, read_status
 
 POLL_S = 0.5
 """How often a trainer that is not our child is looked at."""
@@ -44,6 +45,7 @@ def main() -> int:
 
 
 def _work() -> None:
+    sweep()
     for run in all_runs():
         _take_over(run)
     while (run_ := queue.next_waiting()) is not None:
@@ -103,8 +105,7 @@ def _run(run: RunDir, plan: Plan | None) -> None:
 
 def _train(run: RunDir, plan: Plan) -> int:
     run.untold_path.touch(mode=0o600)
-    write_status(run, read_status(run).then("starting", process=mark()), durable=True)
-    queue.remove(run)
+    queue.take(run, mark())
     with run.log_path.open("ab") as log:
         trainer = start("qlora_tui.training", str(run.path), *plan.arguments(), output=log)
     return trainer.wait()

@@ -1,4 +1,8 @@
-"""Where a run stands: ``status.json``, replaced whole, and what it means once its process is gone.
+"""Where a run stands: ``status.json``, and what it means once its process is gone.
+
+``status.json`` is written at each change of state and is on the disk before anything relies on it. The
+heartbeat has a file of its own, replaced once a second and never synced: a power cut may empty it, and costs
+no more than the last second. Where ``status.json`` cannot be read, the run's events say how it stands.
 
 Written by whoever has the run: the one who queues it, the runner, the trainer; never by two at once.
 """
@@ -6,6 +10,7 @@ Written by whoever has the run: the one who queues it, the runner, the trainer; 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -14,7 +19,9 @@ from msgspec import Struct, structs
 from qlora_tui.decoding import Count, UnixTime, decode_json
 from qlora_tui.files import atomic_write
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import Phase
+from qlora_tui.runs.entries import entries_of
+from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Paused, Phase, Queued, Step, Stopped
+from qlora_tui.runs.log import last_event
 from qlora_tui.runs.process import ProcessMark
 
 State: TypeAlias = Literal[
@@ -48,22 +55,32 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
 _DECODER = msgspec.json.Decoder(Status)
 
 
-def write_status(run: RunDir, status: Status, *, durable: bool = False) -> None:
-    """Replace ``status.json``; with ``durable`` it survives a power cut."""
-    atomic_write(run.status_path, msgspec.json.encode(status), durable=durable)
+def write_status(run: RunDir, status: Status) -> None:
+    """Replace ``status.json``; it survives a power cut. Raises OSError."""
+    atomic_write(run.status_path, msgspec.json.encode(status), durable=True)
+
+
+def write_heartbeat(run: RunDir, status: Status) -> None:
+    """Say that the process in ``status.json`` lives and how far it has come. Raises OSError."""
+    atomic_write(run.heartbeat_path, msgspec.json.encode(status))
 
 
 def read_status(run: RunDir) -> Status:
     """The status as it is true now: an active run whose process is gone is ``lost``."""
     try:
-        status = decode_json(run.status_path.read_bytes(), _DECODER)
-    except FileNotFoundError:
+        status = _decoded(run.status_path)
+    except (OSError, msgspec.MsgspecError) as error:
         if not run.path.exists():
             return Status(state="gone", at=0.0, detail="The run was deleted: its folder is gone.")
-        return Status(state="unreadable", at=0.0, detail="status.json is missing from the run's directory.")
-    except (OSError, msgspec.MsgspecError) as error:
-        return Status(state="unreadable", at=0.0, detail=f"status.json cannot be read: {error}.")
-    if status.state not in ACTIVE or (status.process and status.process.is_alive()):
+        status = _without_status(run, error)
+    if status.state == "queued" and not entries_of(run.id):
+        return structs.replace(status, state="stopped", detail="It was queued and is not in the queue.")
+    if status.state not in ACTIVE:
+        return status
+    beat = _heartbeat(run)
+    if beat is not None and beat.process == status.process:
+        status = beat
+    if status.process and status.process.is_alive():
         return status
     restarted = status.process is not None and not status.process.is_from_this_boot()
     why = (
@@ -72,3 +89,61 @@ def read_status(run: RunDir) -> Status:
         else "Its process is gone and left no word; it was probably killed."
     )
     return structs.replace(status, state="lost", detail=why)
+
+
+def status_problem(run: RunDir) -> str | None:
+    """Why ``status.json`` cannot be read, in a clause; None where it can."""
+    try:
+        _decoded(run.status_path)
+    except (OSError, msgspec.MsgspecError) as error:
+        return _reason(error)
+    return None
+
+
+def _decoded(path: Path) -> Status:
+    return decode_json(path.read_bytes(), _DECODER)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "status.json is missing"
+    return f"status.json cannot be read ({error})"
+
+
+def _heartbeat(run: RunDir) -> Status | None:
+    try:
+        return _decoded(run.heartbeat_path)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _without_status(run: RunDir, error: Exception) -> Status:
+    """What heartbeat and events tell of a run whose ``status.json`` does not."""
+    if not run.recipe_path.is_file():
+        return Status(state="unreadable", at=0.0, detail=f"{_reason(error)}; there is no recipe either.")
+    beat = _heartbeat(run)
+    if beat is not None and beat.process and beat.process.is_alive():
+        return beat
+    try:
+        event = last_event(run.events_path)
+    except OSError:
+        event = None
+    match event:
+        case None | Queued():
+            return Status(state="queued", at=event.at if event else 0.0)
+        case Finished():
+            return Status(state="finished", at=event.at, step=event.step, detail=event.reason)
+        case Failed():
+            return Status(state="failed", at=event.at, detail=f"{event.title}: {event.what}")
+        case Stopped():
+            return Status(
+                state="stopped", at=event.at, step=event.step, detail=f"Stopped at step {event.step}."
+            )
+        case Paused():
+            return Status(
+                state="paused", at=event.at, step=event.step, detail=f"Paused at step {event.step}."
+            )
+        case Step() | CheckpointSaved():
+            return Status(state="running", at=event.at, step=event.step)
+        case _:
+            return Status(state="running", at=event.at)

@@ -28,10 +28,10 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, to_recipe
 from qlora_tui.runs.damage import MARKER, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.leftovers import CHECKPOINT_DRAFT
 from qlora_tui.training.processes import Processes
 
 _STATE = "state.json"
-_DRAFT = ".writing-"
 _FREE = frozenset(
     {
         "name",
@@ -85,7 +85,7 @@ def write(run: RunDir, state: State, save_parts: Callable[[Path], None], among: 
     then.
     """
     final = run.checkpoints_dir / f"step-{state.step}"
-    draft = private_dir(run.checkpoints_dir) / f"{_DRAFT}{final.name}"
+    draft = private_dir(run.checkpoints_dir) / f"{CHECKPOINT_DRAFT}{final.name}"
     if not among.is_first:
         among.wait()
         save_parts(draft)
@@ -142,7 +142,7 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
             # Without its marker it is no checkpoint any more, whatever stops the rest of the deletion.
             (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
-    for folder in run.checkpoints_dir.glob(f"{_DRAFT}*"):
+    for folder in run.checkpoints_dir.glob(f"{CHECKPOINT_DRAFT}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -16,6 +16,7 @@ from qlora_tui.errors import FAILED, WRONG_CALL, Problem
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.conflicts import ready_to_run
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import leftovers
 from qlora_tui.runs.detached import ensure_runner
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.endings import settle
@@ -75,6 +76,9 @@ def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests, am
     try:
         try:
             recipe = plan.applied(run.recipe())
+            if among.is_first:
+                leftovers.restore(run)
+                leftovers.sweep_own(run)
             checkpoint, damage = checkpoints.latest(run)
         except Problem:
             reporter.tell(Started(at=time.time(), attempt=number, pid=os.getpid()))

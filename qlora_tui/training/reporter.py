@@ -1,4 +1,4 @@
-"""What the trainer says to the world: events, ``status.json`` and plain lines in its log.
+"""What the trainer says to the world: events, status, heartbeat and plain lines in its log.
 
 A full disk must not end a run that has hours behind it: what cannot be written waits and is tried again with
 the next event. One process of a run speaks; under several the others are mute.
@@ -17,7 +17,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Health, Phase, PhaseChanged, Progress
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.process import mark
-from qlora_tui.runs.status import read_status, write_status
+from qlora_tui.runs.status import read_status, write_heartbeat, write_status
 
 HEARTBEAT_S = 1.0
 _PROGRESS_S = 0.5
@@ -34,13 +34,15 @@ class Reporter:
         self._writer: EventWriter | None = None
         self._unwritten: list[AnyEvent] = []
         self._status = read_status(run).then("running", process=mark())
+        self._is_in_status = False
+        """Whether ``status.json`` names this process."""
         self._progress_at = 0.0
         self._stopping = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heart = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Take the run's status over, and keep it fresh from here on."""
-        self._write_status()
+        """Write the run's status, and a heartbeat from here on."""
+        self.beat()
         if not self._mute:
             self._heart.start()
 
@@ -96,7 +98,7 @@ class Reporter:
             # Of an earlier step the loss is in the events.
             loss = status.loss if step == status.step else None
             self._status = msgspec.structs.replace(status, step=step, loss=loss)
-        self._write_status()
+        self.beat()
 
     def update(
         self,
@@ -134,14 +136,21 @@ class Reporter:
                 return
             self._unwritten.pop(0)
 
-    def _beat(self) -> None:
-        while not self._stopping.wait(HEARTBEAT_S):
-            self._write_status()
+    def beat(self) -> None:
+        """Write how far the run has come, and first of all that this process has it.
 
-    def _write_status(self) -> None:
+        What a full disk does not take is written with the next beat.
+        """
         if self._mute:
             return
         with self._lock:
             status = msgspec.structs.replace(self._status, at=time.time())
         with suppress(OSError):
-            write_status(self._run, status)
+            if not self._is_in_status:
+                write_status(self._run, status)
+                self._is_in_status = True
+            write_heartbeat(self._run, status)
+
+    def _keep_beating(self) -> None:
+        while not self._stopping.wait(HEARTBEAT_S):
+            self.beat()

@@ -48,8 +48,9 @@ class Watch:
     def look(self) -> Pulse:
         """How things stand now. Never raises for a missing card or a strange run."""
         card, reading, no_card = self._card()
-        statuses = [(run, self._status(run)) for run in self._all_runs()]
         waiting = tuple(queue.waiting())
+        queued = frozenset(waiting)
+        statuses = [(run, self._status(run, is_queued=run.id in queued)) for run in self._all_runs()]
         active = next(((r, s) for r, s in statuses if s.state in ACTIVE), (None, None))
         # Not the newest: a queue may be turned around, and an older run resumed.
         over = [(r, s) for r, s in statuses if s.state != "queued"]
@@ -117,14 +118,15 @@ class Watch:
             self._runs, self._runs_seen_at = all_runs(), seen_at
         return self._runs
 
-    def _status(self, run: RunDir) -> Status:
+    def _status(self, run: RunDir, *, is_queued: bool) -> Status:
         try:
             written_at = run.status_path.stat().st_mtime_ns
         except OSError:
             written_at = -1
         known = self._statuses.get(run.id)
-        # An active run can be lost without a word in its file, so it is always asked.
-        if known is None or known[0] != written_at or known[1].state in ACTIVE:
+        # An active run can be lost, and one can leave the queue, while the file stays as it is.
+        stale = known is None or known[0] != written_at or (known[1].state == "queued") != is_queued
+        if known is None or stale or known[1].state in ACTIVE:
             known = (written_at, read_status(run))
             self._statuses[run.id] = known
         return known[1]

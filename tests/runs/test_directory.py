@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from qlora_tui import paths
 from qlora_tui.errors import Problem
@@ -71,3 +73,11 @@ def test_a_directory_that_cannot_be_written_is_explained(
         create(recipe)
     assert "No space left" in caught.value.what
     assert list(paths.runs_dir().iterdir()) == []
+
+
+def test_runs_created_at_one_instant_have_their_own_recipes(recipe: Recipe) -> None:
+    recipes = [replace(recipe, note=f"number {number}") for number in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        runs = list(threads.map(create, recipes))
+    assert [run.recipe() for run in runs] == recipes
+    assert len({run.id for run in runs}) == 40 == len(list(paths.runs_dir().iterdir()))

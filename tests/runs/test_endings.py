@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.endings import how_it_ended, settle
 from qlora_tui.runs.events import AnyEvent, Failed, Paused, Queued, Started, Stopped
@@ -47,7 +48,7 @@ def test_the_attempt_before_does_not_end_one_that_never_started(run: RunDir, is_
 
 def test_a_run_queued_again_is_not_settled(run: RunDir) -> None:
     append(run, started(1), PAUSED, Queued(at=3.0))
-    write_status(run, Status(state="queued", at=3.0))
+    queue.enqueue(run)
     before = run.events_path.read_bytes()
     settle(run, PAUSED)
     assert read_status(run).state == "queued"

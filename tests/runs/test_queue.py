@@ -6,8 +6,10 @@ from qlora_tui import paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import create
+from qlora_tui.runs.entries import queue_dir, stray_names
 from qlora_tui.runs.events import Stopped
 from qlora_tui.runs.log import last_event
+from qlora_tui.runs.process import mark
 from qlora_tui.runs.status import Status, read_status, write_status
 
 
@@ -85,3 +87,61 @@ def test_a_run_that_is_queued_again_keeps_how_far_it_had_come(recipe: Recipe) ->
     assert (status.state, status.step, status.total_steps, status.loss) == ("stopped", 7, 20, 1.5)
     ending = last_event(run.events_path)
     assert isinstance(ending, Stopped) and ending.step == 7
+
+
+def test_two_runs_can_be_moved_past_each_other_without_end(recipe: Recipe) -> None:
+    runs = [create(recipe) for _ in range(4)]
+    for run in runs:
+        queue.enqueue(run)
+    a, b, c, d = (run.id for run in runs)
+    for _ in range(50):
+        queue.move(runs[2], -1)
+        assert queue.waiting() == [a, c, b, d]
+        queue.move(runs[1], -1)
+        assert queue.waiting() == [a, b, c, d]
+
+
+STRAY = (
+    "stray",
+    "12.",
+    "12.run",
+    ".lock",
+    "x.run",
+    "-1.run",
+    "1..",
+    "1...",
+    "9" * 30 + ".run",
+    "7\u0663.run",
+)
+
+
+def test_names_that_are_no_entries_are_ignored(recipe: Recipe) -> None:
+    for name in STRAY:
+        (queue_dir() / name).touch()
+    (queue_dir() / "00000000000000000005.folder").mkdir()
+    (queue_dir() / "00000000000000000006.link").symlink_to("stray")
+    assert queue.next_waiting() is None
+    run, other = create(recipe), create(recipe)
+    queue.enqueue(run)
+    queue.enqueue(other)
+    queue.move(other, -1)
+    assert queue.waiting() == [other.id, run.id]
+    assert queue.withdraw(run) and queue.remove(other)
+    assert queue.waiting() == []
+    assert len(stray_names()) == len(STRAY) + 2
+
+
+def test_an_entry_whose_status_was_not_written_is_queued_again(recipe: Recipe) -> None:
+    run = create(recipe)
+    queue.enqueue(run)
+    write_status(run, Status(state="paused", at=1.0, step=7))
+    queue.enqueue_again(run)
+    assert queue.waiting() == [run.id]
+    assert (read_status(run).state, read_status(run).step) == ("queued", 7)
+
+
+def test_a_taken_run_is_starting_and_waits_no_longer(recipe: Recipe) -> None:
+    run = create(recipe)
+    queue.enqueue(run)
+    queue.take(run, mark())
+    assert queue.waiting() == [] and read_status(run).state == "starting"

@@ -6,11 +6,17 @@ import sys
 import time
 
 import pytest
+from msgspec.structs import replace
 
+from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import AnyEvent, CheckpointSaved, Failed, Finished, Paused, Started
+from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.process import mark
-from qlora_tui.runs.status import Status, read_status, write_status
+from qlora_tui.runs.status import Status, read_status, write_heartbeat, write_status
 from tests.waiting import wait_for
+
+STARTED = Started(at=1.0, attempt=1, pid=1)
 
 
 def running(process_id: int | None = None) -> Status:
@@ -51,9 +57,65 @@ def test_a_restarted_machine_is_told_apart(run: RunDir, monkeypatch: pytest.Monk
     assert "restarted" in status.detail
 
 
-def test_a_missing_or_damaged_status_is_unreadable_not_a_crash(run: RunDir) -> None:
-    assert read_status(run).state == "unreadable"
-    run.status_path.write_bytes(b'{"state": "run')
+@pytest.mark.parametrize("content", [None, b"", b'{"state": "run', b"\xff", b"[" * 10_000])
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ((), "stopped"),
+        ((STARTED,), "lost"),
+        ((STARTED, CheckpointSaved(at=2.0, step=5, folder="checkpoints/step-5")), "lost"),
+        ((STARTED, Paused(at=3.0, step=5)), "paused"),
+        ((STARTED, Failed(at=3.0, title="Out of memory", what="No more.")), "failed"),
+        ((STARTED, Finished(at=3.0, step=9, seconds=1.0, tokens_per_s=1.0)), "finished"),
+    ],
+)
+def test_without_a_readable_status_the_events_say_how_a_run_stands(
+    run: RunDir, content: bytes | None, events: tuple[AnyEvent, ...], state: str
+) -> None:
+    if content is not None:
+        run.status_path.write_bytes(content)
+    with EventWriter(run.events_path) as log:
+        for event in events:
+            log.append(event)
+    assert read_status(run).state == state
+
+
+def test_without_recipe_and_status_a_run_is_unreadable(run: RunDir) -> None:
+    run.recipe_path.unlink()
     status = read_status(run)
-    assert status.state == "unreadable"
-    assert "status.json" in status.detail
+    assert status.state == "unreadable" and "status.json is missing" in status.detail
+
+
+@pytest.mark.parametrize("content", [b"", b"{", None])
+def test_a_lost_heartbeat_costs_only_the_last_steps(run: RunDir, content: bytes | None) -> None:
+    write_status(run, running())
+    write_heartbeat(run, replace(running(), step=9))
+    assert read_status(run).step == 9
+    run.heartbeat_path.unlink()
+    if content is not None:
+        run.heartbeat_path.write_bytes(content)
+    status = read_status(run)
+    assert (status.state, status.step) == ("running", 7)
+
+
+def test_a_heartbeat_of_an_earlier_trainer_says_nothing(run: RunDir) -> None:
+    write_heartbeat(run, replace(running(), step=9, process=replace(mark(), pid=1)))
+    write_status(run, running())
+    assert read_status(run).step == 7
+
+
+def test_a_status_that_is_gone_while_a_trainer_beats_is_the_heartbeat(run: RunDir) -> None:
+    write_heartbeat(run, running())
+    assert read_status(run).state == "running"
+
+
+def test_a_queued_run_without_an_entry_is_stopped_and_can_be_resumed(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    write_status(run, Status(state="queued", at=1.0, step=7))
+    status = read_status(run)
+    assert (status.state, status.step) == ("stopped", 7)
+    assert "not in the queue" in status.detail
+    actions.resume(run)
+    assert read_status(run).state == "queued" and queue.waiting() == [run.id]

@@ -15,6 +15,7 @@ from qlora_tui.files import private_dir
 from qlora_tui.gpu.reading import Reading
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.recipe.toml import dump
+from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import (
     AdapterReady,
@@ -86,6 +87,8 @@ def play(what: Play) -> RunDir:
     if what.steps:
         run.telemetry_path.write_bytes(b"".join(encode(sample) for sample in _telemetry(what)))
         run.log_path.write_text("\n".join(_output(what)) + "\n")
+    if what.state == "queued":
+        queue.enqueue(run)
     write_status(run, _status(what))
     return run
 

@@ -346,7 +346,7 @@ async def test_a_run_whose_files_are_damaged_is_still_named(make_app: MakeApp) -
     run.status_path.write_text("{")
 
     async def check(pilot: Pilot[None]) -> None:
-        await shows(pilot, run.id, "unreadable")
+        await shows(pilot, run.id, "failed")
 
     async with make_app().run_test(size=(80, 24)) as pilot:
         await check(pilot)

@@ -1,0 +1,116 @@
+"""What a killed process left in the runs folder: drafts to delete, and earlier folders to put back.
+
+Only what nobody can be writing is touched. The trainer holds its run, so what an earlier one left can go when
+the next one starts. Anything else must be an hour old, of a run not in training, and its process gone.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_tui import paths
+from qlora_tui.files import restore_earlier
+from qlora_tui.runs.directory import DRAFT, TRASH, RunDir
+from qlora_tui.runs.status import ACTIVE, read_status
+
+OLD_S = 3600.0
+"""No write takes so long."""
+_EARLIER = re.compile(r"\.(.+)\.earlier")
+_TEMPORARY = re.compile(r"\.(status\.json|heartbeat\.json|recipe\.toml|name)\.\w+")
+CHECKPOINT_DRAFT = ".writing-"
+"""How a checkpoint's folder is called before it is whole; its own name follows."""
+
+
+def restore(run: RunDir) -> list[Path]:
+    """Put back an adapter and checkpoints that were moved aside for a new one which never came.
+
+    For the trainer that holds the run, or while none does. Raises OSError.
+    """
+    return [final for final in moved_aside(run) if restore_earlier(final)]
+
+
+def moved_aside(run: RunDir) -> list[Path]:
+    """Places of an adapter or a checkpoint that are empty, and whose earlier folder is still there."""
+    places = (
+        parent / match[1]
+        for parent in (run.path, run.checkpoints_dir)
+        for path in _listed(parent)
+        if (match := _EARLIER.fullmatch(path.name))
+    )
+    return [final for final in places if not final.exists()]
+
+
+def sweep_own(run: RunDir) -> None:
+    """Delete what an earlier trainer of this run left half written. For the trainer that holds the run."""
+    for path in _trainers_drafts(run):
+        _delete(path)
+
+
+def sweep() -> list[Path]:
+    """Delete everything left behind that is old enough and nobody's; what was deleted."""
+    swept = list(leftovers())
+    for path in swept:
+        _delete(path)
+    return swept
+
+
+def leftovers() -> Iterator[Path]:
+    """Everything left behind in the runs folder that :func:`sweep` would delete."""
+    for path in _listed(paths.runs_dir()):
+        if path.name.startswith("."):
+            if path.name != TRASH and path.is_dir() and _is_old(path) and not _lives(path.name):
+                yield path
+        elif path.is_dir():
+            yield from leftovers_of(RunDir(path))
+
+
+def leftovers_of(run: RunDir) -> list[Path]:
+    """Everything left behind in one run's folder that :func:`sweep` would delete."""
+    left = [path for path in _listed(run.path) if _TEMPORARY.fullmatch(path.name)] + _trainers_drafts(run)
+    left = [path for path in left if _is_old(path)]
+    return left if left and read_status(run).state not in ACTIVE else []
+
+
+def _trainers_drafts(run: RunDir) -> list[Path]:
+    drafts = [run.adapter_draft] if run.adapter_draft.exists() else []
+    for path in (*_listed(run.path), *_listed(run.checkpoints_dir)):
+        match = _EARLIER.fullmatch(path.name)
+        if path.name.startswith(CHECKPOINT_DRAFT) or (match and path.with_name(match[1]).exists()):
+            drafts.append(path)
+    # Without its marker it is none: its deletion was cut short.
+    return drafts + [
+        path
+        for path in _listed(run.checkpoints_dir)
+        if re.fullmatch(r"step-\d+", path.name) and not (path / "complete").exists()
+    ]
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.lstat().st_mtime > OLD_S
+    except OSError:
+        return False
+
+
+def _lives(name: str) -> bool:
+    """Whether the process lives whose number the name of a run's draft has."""
+    match = re.match(rf"{re.escape(DRAFT)}(\d+)-", name)
+    return match is not None and Path(f"/proc/{match[1]}").exists()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""A run without a trainer: the writes of create, queue, runner, trainer and its end, in order."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from qlora_tui.checksums import checked_folder
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import queue
+from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.endings import settle
+from qlora_tui.runs.events import CheckpointSaved, Finished, Paused, Started, Step
+from qlora_tui.runs.process import mark
+from qlora_tui.training import checkpoints
+from qlora_tui.training.processes import Processes
+from qlora_tui.training.reporter import Reporter
+from tests.runs.test_damage import put_adapter
+
+
+def submitted(recipe: Recipe) -> RunDir:
+    """A run that waits."""
+    run = create(recipe)
+    queue.enqueue(run)
+    return run
+
+
+def begin(run: RunDir) -> Reporter:
+    """The runner takes it and a trainer starts."""
+    queue.take(run, mark())
+    reporter = Reporter(run)
+    reporter.start()
+    reporter.tell(Started(at=time.time(), attempt=1, pid=1))
+    return reporter
+
+
+def train(run: RunDir, reporter: Reporter, *steps: int) -> None:
+    """Take steps, with a heartbeat and a checkpoint at each; two checkpoints stay."""
+    for step in steps:
+        reporter.update(step=step, loss=1.0)
+        reporter.tell(told_step(step))
+        reporter.beat()
+        checkpoints.write(run, state(step), lambda folder: _put_parts(folder), Processes())
+        reporter.tell(CheckpointSaved(at=time.time(), step=step, folder=f"checkpoints/step-{step}"))
+        checkpoints.prune(run, 2, None)
+
+
+def finish(run: RunDir, reporter: Reporter, step: int) -> None:
+    """Write the adapter and say so."""
+    with checked_folder(run.adapter_dir, run.adapter_draft) as draft:
+        put_adapter(draft)
+    _end(run, reporter, Finished(at=time.time(), step=step, seconds=1.0, tokens_per_s=1.0))
+
+
+def pause(run: RunDir, reporter: Reporter, step: int) -> None:
+    """Leave the card."""
+    _end(run, reporter, Paused(at=time.time(), step=step))
+
+
+def state(step: int) -> checkpoints.State:
+    """What a checkpoint says of its run."""
+    return checkpoints.State(step=step, tokens=step, data_hash="0", kept_apart=True, recipe="")
+
+
+def _put_parts(folder: Path) -> None:
+    put_adapter(folder)
+    (folder / "optimizer.pt").write_bytes(b"moments" * 50)
+
+
+def told_step(step: int) -> Step:
+    return Step(
+        at=time.time(),
+        step=step,
+        epoch=0.1,
+        loss=1.0,
+        learning_rate=1e-4,
+        grad_norm=1.0,
+        tokens=1,
+        tokens_per_s=1.0,
+    )
+
+
+def _end(run: RunDir, reporter: Reporter, ending: Finished | Paused) -> None:
+    reporter.tell(ending)
+    reporter.stop()
+    settle(run, ending)

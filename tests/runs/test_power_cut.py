@@ -1,0 +1,135 @@
+"""The power fails at any moment of a run's life; see :mod:`tests.power`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions, leftovers, queue
+from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.events import CheckpointSaved, Started
+from qlora_tui.runs.log import EventTail
+from qlora_tui.runs.status import RESUMABLE, read_status
+from tests.power import Disk
+from tests.runs import story
+
+Work = Callable[[], object]
+
+
+@pytest.fixture(autouse=True)
+def no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that are queued again only wait."""
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    monkeypatch.setattr("qlora_tui.training.reporter.HEARTBEAT_S", 1e6)
+
+
+@pytest.fixture
+def cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], Iterator[str]]:
+    """Do some work, then stand before the state folder as after each cut of it; says which cut it was."""
+
+    def cuts(work: Work) -> Iterator[str]:
+        state = paths.state_dir()
+        paths.runs_dir()
+        disk = Disk(state)
+        with monkeypatch.context() as watched:
+            disk.watch(watched)
+            work()
+        after = tmp_path / "after"
+        monkeypatch.setenv("XDG_STATE_HOME", str(after))
+        monkeypatch.setenv("QLORA_TUI_BOOT_ID", "after the cut")
+        after.mkdir()
+        for call, mode in disk.cuts(after / state.name):
+            yield f"{mode}, after {call}"
+        disk.close()
+
+    return cuts
+
+
+def assert_nothing_is_lost(cut: str) -> None:
+    """Every run is finished and whole, waits, or can be resumed from the last checkpoint it announced."""
+    for run in all_runs():
+        leftovers.restore(run)
+        run.recipe()
+        status = read_status(run)
+        if status.state == "finished":
+            assert adapter_damage(run.adapter_dir) is None, cut
+        if run.adapter_dir.exists():
+            assert adapter_damage(run.adapter_dir) is None, cut
+        announced = [e.step for e in EventTail(run.events_path).drain() if isinstance(e, CheckpointSaved)]
+        if announced:
+            assert checkpoint_damage(run.checkpoints_dir / f"step-{announced[-1]}") is None, cut
+        assert all(checkpoint_damage(folder) is None for _, folder in run.checkpoints()), cut
+        if status.state in RESUMABLE:
+            actions.resume(run)
+            status = read_status(run)
+        assert status.state in ("queued", "finished"), (cut, status)
+        assert (run.id in queue.waiting()) == (status.state == "queued"), cut
+    known = {run.id for run in all_runs()}
+    assert all(waiting in known for waiting in queue.waiting()), cut
+
+
+def test_a_submitted_run_waits_after_any_cut(recipe: Recipe, cuts: Callable[[Work], Iterator[str]]) -> None:
+    seen = {}
+    for cut in cuts(lambda: story.submitted(recipe)):
+        assert_nothing_is_lost(cut)
+        seen[cut.partition(",")[0]] = queue.waiting()
+    assert all(seen.values()), "once it is submitted it waits, whatever happens"
+
+
+def test_a_run_is_never_lost_between_queue_and_end(
+    recipe: Recipe, cuts: Callable[[Work], Iterator[str]]
+) -> None:
+    run = story.submitted(recipe)
+
+    def work() -> None:
+        reporter = story.begin(run)
+        story.train(run, reporter, 1, 2, 3)
+        story.finish(run, reporter, 3)
+
+    last = {}
+    for cut in cuts(work):
+        here = RunDir(paths.runs_dir() / run.id)
+        last[cut.partition(",")[0]] = read_status(here).state
+        assert_nothing_is_lost(cut)
+    assert set(last.values()) == {"finished"}
+
+
+def test_a_paused_run_that_is_resumed_and_trained_again_is_never_lost(
+    recipe: Recipe, cuts: Callable[[Work], Iterator[str]]
+) -> None:
+    run = story.submitted(recipe)
+    reporter = story.begin(run)
+    story.train(run, reporter, 1, 2)
+    story.finish(run, reporter, 2)
+    story.pause(run, story.begin(run), 2)
+
+    def work() -> None:
+        actions.resume(run)
+        again = story.begin(run)
+        # The same step again, as after an attempt that was cut off.
+        story.train(run, again, 2, 3)
+        story.finish(run, again, 3)
+
+    for cut in cuts(work):
+        here = RunDir(paths.runs_dir() / run.id)
+        assert here.path.exists() and len(here.checkpoints()) >= 1, cut
+        leftovers.restore(here)
+        assert here.adapter_dir.exists(), (cut, "the earlier adapter, or the new one")
+        assert any(isinstance(event, Started) for event in EventTail(here.events_path).drain())
+        assert_nothing_is_lost(cut)
+
+
+def test_a_withdrawn_run_stays_withdrawn_or_waits(
+    recipe: Recipe, cuts: Callable[[Work], Iterator[str]]
+) -> None:
+    run = story.submitted(recipe)
+    states = set()
+    for cut in cuts(lambda: queue.withdraw(run)):
+        states.add(read_status(RunDir(paths.runs_dir() / run.id)).state)
+        assert_nothing_is_lost(cut)
+    assert states == {"queued", "stopped"}
