@@ -5,7 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-fast check run screenshots real-models bench-deps clean
+LOCK := requirements-dev.lock
+# Not in the lock: torch, whose build is the machine's choice, and what it brings along.
+NOT_LOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cccl \
+	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 \
+	nvjitlink nvshmem-cu13 nvtx)
+
+.PHONY: help demo test test-fast check run screenshots real-models bench-deps lock clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
@@ -15,10 +21,12 @@ help:
 	@echo "make check        lint, formatting, types, architecture"
 	@echo "make screenshots  draw the pictures of the README again, from recorded runs"
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
+	@echo "make lock         resolve the dependencies anew, with the hash of each file"
 	@echo "make bench-deps   what only the benchmarks need, in an environment of its own"
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $(INSTALLED)
 
@@ -52,5 +60,12 @@ bench-deps:
 	$(PYTHON) -m venv .bench-venv
 	.bench-venv/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 
+lock:
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.lock-venv/bin/uv pip compile pyproject.toml --extra dev --universal --generate-hashes --upgrade --quiet \
+		--no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+		$(addprefix --no-emit-package ,$(NOT_LOCKED)) --output-file $(LOCK)
+
 clean:
-	rm -rf $(VENV) .bench-venv .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf $(VENV) .bench-venv .lock-venv .mypy_cache .ruff_cache .pytest_cache build dist
