@@ -105,7 +105,7 @@ def check_unchanged(folder: Path) -> None:
             "The adapter is damaged",
             what=f"{folder}: {damage}.",
             why="It has changed since the trainer wrote it; a disk or a copy may be at fault.",
-            fix="Choose another checkpoint of the run.",
+            fix="Choose another checkpoint of the run; `qlora-tui runs check` says which are whole.",
         )
 
 

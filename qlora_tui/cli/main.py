@@ -28,7 +28,7 @@ VERBS = {
     "data": ("data", "Look a data file over, or show one row as the model will see it."),
     "presets": ("presets", "List presets, show one, or print every setting."),
     "train": ("train", "Queue a training run and follow it."),
-    "runs": ("runs", "List every run and the queue; rename or delete one."),
+    "runs": ("runs", "List every run and the queue; rename, delete or check them."),
     "attach": ("runs", "Show a run from its first event and follow it."),
     "stop": ("runs", "End a run, with a checkpoint and its adapter saved."),
     "pause": ("runs", "Save a checkpoint and leave the GPU."),

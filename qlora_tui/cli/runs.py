@@ -6,6 +6,7 @@ import argparse
 import time
 from typing import Any
 
+from qlora_tui.cli.check import check
 from qlora_tui.cli.follow import SAID_EVERY_S, follow, follow_plain
 from qlora_tui.cli.verb import Outcome, Verb, json_argument, table
 from qlora_tui.errors import WRONG_CALL, Problem
@@ -22,11 +23,13 @@ _FEW_STEPS = 16
 
 
 def runs(args: argparse.Namespace) -> Outcome:
-    """Every run, or a change to one."""
+    """Every run, a change to one, or a check of all."""
     if args.action == "rename":
         run = find(args.run_id)
         actions.rename(run, args.name)
         return Outcome(data={"run": run.id, "name": run.name}, text=f"{run.id} is called {run.name} now.")
+    if args.action == "check":
+        return check(find(args.run_id) if args.run_id else None, repair=args.repair)
     if args.action == "delete":
         return _delete(find(args.run_id), sure=args.yes)
     return _list()
@@ -162,14 +165,19 @@ def _one_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
-    changes = parser.add_subparsers(dest="action", metavar="rename|delete")
+    changes = parser.add_subparsers(dest="action", metavar="rename|delete|check")
     rename = changes.add_parser("rename", help="call a run otherwise; its id stays")
     _one_run(rename)
     rename.add_argument("name", metavar="NAME")
     delete = changes.add_parser("delete", help="delete an ended run for good")
     _one_run(delete)
     delete.add_argument("--yes", action="store_true", help="yes, delete it")
-    for change in (rename, delete):
+    verify = changes.add_parser("check", help="verify every run, adapters and checkpoints by checksum")
+    verify.add_argument("run_id", metavar="RUN", nargs="?", help="check this run only")
+    verify.add_argument(
+        "--repair", action="store_true", help="repair what can be repaired, and say what was done"
+    )
+    for change in (rename, delete, verify):
         json_argument(change)
 
 

@@ -8,7 +8,8 @@ view         a run as its events tell it: the one reader behind every screen and
 telemetry    what the machine did meanwhile (energy sums its power up)
 describe     events in words (standing: a run's state in a sentence for a voice)
 actions      what can be done with runs, once for keys and verbs (control asks a running trainer; trash keeps
-             what was deleted; leftovers deletes what killed processes left)
+             what was deleted; leftovers deletes what killed processes left;
+             check verifies and repairs)
 queue        the runs that wait (entries: the folder that says which)
 runner       takes them one at a time; detached starts it, and the trainers
 endings      how an attempt ended (shortage: of what it ran out; retry: what to change and try again)

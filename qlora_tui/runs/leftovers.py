@@ -47,14 +47,14 @@ def moved_aside(run: RunDir) -> list[Path]:
 def sweep_own(run: RunDir) -> None:
     """Delete what an earlier trainer of this run left half written. For the trainer that holds the run."""
     for path in _trainers_drafts(run):
-        _delete(path)
+        delete(path)
 
 
 def sweep() -> list[Path]:
     """Delete everything left behind that is old enough and nobody's; what was deleted."""
     swept = list(leftovers())
     for path in swept:
-        _delete(path)
+        delete(path)
     return swept
 
 
@@ -109,7 +109,8 @@ def _lives(name: str) -> bool:
     return match is not None and Path(f"/proc/{match[1]}").exists()
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Delete a file, or a folder and all in it, as far as that can be done."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

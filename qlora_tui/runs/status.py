@@ -58,6 +58,8 @@ _DECODER = msgspec.json.Decoder(Status)
 def write_status(run: RunDir, status: Status) -> None:
     """Replace ``status.json``; it survives a power cut. Raises OSError."""
     atomic_write(run.status_path, msgspec.json.encode(status), durable=True)
+    if status.state not in ACTIVE:
+        run.heartbeat_path.unlink(missing_ok=True)
 
 
 def write_heartbeat(run: RunDir, status: Status) -> None:
@@ -67,12 +69,7 @@ def write_heartbeat(run: RunDir, status: Status) -> None:
 
 def read_status(run: RunDir) -> Status:
     """The status as it is true now: an active run whose process is gone is ``lost``."""
-    try:
-        status = _decoded(run.status_path)
-    except (OSError, msgspec.MsgspecError) as error:
-        if not run.path.exists():
-            return Status(state="gone", at=0.0, detail="The run was deleted: its folder is gone.")
-        status = _without_status(run, error)
+    status = _recorded(run)
     if status.state == "queued" and not entries_of(run.id):
         return structs.replace(status, state="stopped", detail="It was queued and is not in the queue.")
     if status.state not in ACTIVE:
@@ -91,6 +88,11 @@ def read_status(run: RunDir) -> Status:
     return structs.replace(status, state="lost", detail=why)
 
 
+def is_stranded(run: RunDir) -> bool:
+    """Whether the run was queued last, as far as is recorded, and is not in the queue."""
+    return _recorded(run).state == "queued" and not entries_of(run.id)
+
+
 def status_problem(run: RunDir) -> str | None:
     """Why ``status.json`` cannot be read, in a clause; None where it can."""
     try:
@@ -98,6 +100,15 @@ def status_problem(run: RunDir) -> str | None:
     except (OSError, msgspec.MsgspecError) as error:
         return _reason(error)
     return None
+
+
+def _recorded(run: RunDir) -> Status:
+    try:
+        return _decoded(run.status_path)
+    except (OSError, msgspec.MsgspecError) as error:
+        if not run.path.exists():
+            return Status(state="gone", at=0.0, detail="The run was deleted: its folder is gone.")
+        return _without_status(run, error)
 
 
 def _decoded(path: Path) -> Status:

@@ -40,7 +40,7 @@ def train(run: RunDir, reporter: Reporter, *steps: int) -> None:
         reporter.update(step=step, loss=1.0)
         reporter.tell(told_step(step))
         reporter.beat()
-        checkpoints.write(run, state(step), lambda folder: _put_parts(folder), Processes())
+        checkpoints.write(run, state(run, step), lambda folder: _put_parts(folder), Processes())
         reporter.tell(CheckpointSaved(at=time.time(), step=step, folder=f"checkpoints/step-{step}"))
         checkpoints.prune(run, 2, None)
 
@@ -57,9 +57,10 @@ def pause(run: RunDir, reporter: Reporter, step: int) -> None:
     _end(run, reporter, Paused(at=time.time(), step=step))
 
 
-def state(step: int) -> checkpoints.State:
+def state(run: RunDir, step: int) -> checkpoints.State:
     """What a checkpoint says of its run."""
-    return checkpoints.State(step=step, tokens=step, data_hash="0", kept_apart=True, recipe="")
+    recipe = run.recipe_path.read_text()
+    return checkpoints.State(step=step, tokens=step, data_hash="0", kept_apart=True, recipe=recipe)
 
 
 def _put_parts(folder: Path) -> None:

@@ -1,0 +1,60 @@
+"""``runs check``: whether every run is whole, a line each, and what was repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from qlora_tui.cli.verb import Outcome, table
+from qlora_tui.errors import FAILED
+from qlora_tui.runs.check import Checked, check_leftovers, check_queue, check_run, repaired
+from qlora_tui.runs.directory import RunDir, all_runs
+
+
+def check(run: RunDir | None, *, repair: bool) -> Outcome:
+    """Check one run, or all runs, the queue and what was left behind; repair what can be if asked to."""
+    looks: list[Callable[[], Checked]] = [partial(check_run, each) for each in ([run] if run else all_runs())]
+    if run is None:
+        looks += [check_queue, check_leftovers]
+    lines, results, problems, repairable = [], [], 0, 0
+    for look in looks:
+        result, done = look(), list[str]()
+        if repair:
+            result, done = repaired(result, look)
+        problems += len(result.defects)
+        repairable += sum(defect.repair is not None for defect in result.defects)
+        results.append(_as_data(result, done))
+        if result.state is not None or result.defects or done:
+            lines.append([result.name, result.state or "", _in_words(result, done)])
+    text = table(lines, ["run", "state", "check"]) if lines else "No runs yet."
+    if problems:
+        count = f"{problems} {'problem' if problems == 1 else 'problems'}"
+        hint = (
+            ""
+            if repair or not repairable
+            else " `qlora-tui runs check --repair` repairs what can be repaired."
+        )
+        text += f"\n{count}.{hint}"
+    data = {"runs": [r for r in results if r["state"]], "problems": problems}
+    data |= {str(r["run"]): r for r in results if not r["state"]}
+    return Outcome(data=data, text=text, exit_code=FAILED if problems else 0)
+
+
+def _in_words(result: Checked, done: list[str]) -> str:
+    if result.in_training:
+        return "in training: not checked"
+    parts = [f"{defect.what} ({defect.remedy})" for defect in result.defects]
+    if done:
+        parts.append(f"repaired: {', '.join(done)}")
+    return "; ".join(parts) or "whole"
+
+
+def _as_data(result: Checked, done: list[str]) -> dict[str, Any]:
+    return {
+        "run": result.name,
+        "state": result.state,
+        "checked": not result.in_training,
+        "problems": [{"what": defect.what, "remedy": defect.remedy} for defect in result.defects],
+        "repaired": done,
+    }

@@ -1,0 +1,176 @@
+"""Each way in which a run can be damaged: it is named with its remedy, and repaired."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions, leftovers, queue
+from qlora_tui.runs.check import check_leftovers, check_queue, check_run, repaired
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.entries import queue_dir
+from qlora_tui.runs.process import mark
+from qlora_tui.runs.status import Status, read_status, write_status
+from tests.runs import story
+from tests.runs.test_damage import flip
+
+
+@pytest.fixture(autouse=True)
+def no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    monkeypatch.setattr("qlora_tui.training.reporter.HEARTBEAT_S", 1e6)
+
+
+@pytest.fixture
+def finished(recipe: Recipe) -> RunDir:
+    """A run that is whole, with an adapter and two checkpoints that hold its recipe."""
+    run = story.submitted(recipe)
+    reporter = story.begin(run)
+    story.train(run, reporter, 1, 2)
+    story.finish(run, reporter, 2)
+    return run
+
+
+def damaged_weights(run: RunDir) -> None:
+    flip(run.adapter_dir / "adapter_model.safetensors", -1)
+
+
+def no_adapter(run: RunDir) -> None:
+    shutil.rmtree(run.adapter_dir)
+
+
+def adapter_moved_aside(run: RunDir) -> None:
+    run.adapter_dir.rename(run.path / ".adapter.earlier")
+
+
+def checkpoint_moved_aside(run: RunDir) -> None:
+    (run.checkpoints_dir / "step-2").rename(run.checkpoints_dir / ".step-2.earlier")
+
+
+def damaged_checkpoint(run: RunDir) -> None:
+    flip(run.checkpoints_dir / "step-2/optimizer.pt", 9)
+
+
+def no_status(run: RunDir) -> None:
+    run.status_path.unlink()
+
+
+def empty_status(run: RunDir) -> None:
+    run.status_path.write_bytes(b"")
+
+
+def stranded(run: RunDir) -> None:
+    write_status(run, Status(state="queued", at=1.0, step=2))
+
+
+def zeros_in_events(run: RunDir) -> None:
+    lines = run.events_path.read_bytes().splitlines(keepends=True)
+    lines[2] = bytes(50) + lines[2]
+    lines.insert(3, b"\xff{\n")
+    run.events_path.write_bytes(b"".join(lines))
+
+
+def no_recipe(run: RunDir) -> None:
+    run.recipe_path.unlink()
+
+
+DAMAGES: list[tuple[Callable[[RunDir], None], str, str]] = [
+    (damaged_weights, "adapter: adapter_model.safetensors is not what was written", "failed"),
+    (no_adapter, "adapter: there is none", "failed"),
+    (adapter_moved_aside, "adapter was moved to .adapter.earlier", "finished"),
+    (checkpoint_moved_aside, "step-2 was moved to .step-2.earlier", "finished"),
+    (damaged_checkpoint, "checkpoint of step 2: optimizer.pt is not what was written", "finished"),
+    (no_status, "status.json is missing", "finished"),
+    (empty_status, "status.json cannot be read", "finished"),
+    (stranded, "it says queued and is not in the queue", "stopped"),
+    (zeros_in_events, "events.jsonl has 2 damaged lines", "finished"),
+    (no_recipe, "recipe.toml", "finished"),
+]
+
+
+@pytest.mark.parametrize(("damage", "what", "state"), DAMAGES, ids=[d[0].__name__ for d in DAMAGES])
+def test_damage_is_named_and_repaired(
+    finished: RunDir, recipe: Recipe, damage: Callable[[RunDir], None], what: str, state: str
+) -> None:
+    assert check_run(finished).defects == ()
+    damage(finished)
+    checked = check_run(finished)
+    (defect,) = checked.defects
+    assert defect.what.startswith(what) and defect.remedy
+    again, done = repaired(checked, partial(check_run, finished))
+    assert again.defects == () and len(done) == 1, done
+    assert read_status(finished).state == state
+    assert finished.recipe() == recipe
+    if state != "finished":
+        actions.resume(finished)
+        assert queue.waiting() == [finished.id]
+
+
+def test_a_repair_keeps_what_it_replaces(finished: RunDir) -> None:
+    for damage in (damaged_weights, damaged_checkpoint, zeros_in_events):
+        damage(finished)
+    finished.recipe_path.write_text("lora = 3\n")
+    repaired(check_run(finished), partial(check_run, finished))
+    kept = {path.name for path in (*finished.path.iterdir(), *finished.checkpoints_dir.iterdir())}
+    assert {"damaged-adapter", "damaged-step-2", "damaged-events.jsonl", "damaged-recipe.toml"} <= kept
+
+
+def test_a_recipe_is_restored_from_a_checkpoint_without_an_adapter(run: RunDir, recipe: Recipe) -> None:
+    reporter = story.begin(run)
+    story.train(run, reporter, 1)
+    story.pause(run, reporter, 1)
+    run.recipe_path.write_bytes(b"")
+    repaired(check_run(run), partial(check_run, run))
+    assert run.recipe() == recipe
+
+
+def test_a_lost_run_without_a_status_is_recorded_as_failed(run: RunDir) -> None:
+    story.begin(run).stop()
+    run.status_path.unlink()
+    run.heartbeat_path.unlink()
+    again, _ = repaired(check_run(run), partial(check_run, run))
+    assert again.defects == () and read_status(run).state == "failed"
+
+
+def test_a_run_in_training_is_left_alone(finished: RunDir) -> None:
+    write_status(finished, Status(state="running", at=1.0, process=mark()))
+    no_adapter(finished)
+    checked = check_run(finished)
+    assert checked.in_training and not checked.defects
+
+
+def test_a_repair_that_fails_says_why(finished: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged_checkpoint(finished)
+    checked = check_run(finished)
+
+    def fails(self: Path, target: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", fails)
+    again, done = repaired(checked, partial(check_run, finished))
+    assert again.defects == checked.defects and "Read-only file system" in done[0]
+
+
+def test_entries_of_runs_that_are_gone_are_taken_out(finished: RunDir) -> None:
+    (queue_dir() / f"{5:020d}.gone-20260101").touch()
+    (queue_dir() / "stray").touch()
+    again, done = repaired(check_queue(), check_queue)
+    assert done == ["taken out"] and queue.waiting() == []
+    (stray,) = again.defects
+    assert "stray" in stray.what and stray.repair is None
+
+
+def test_leftovers_are_deleted(finished: RunDir) -> None:
+    draft = paths.runs_dir() / ".new-4194304-x"
+    draft.mkdir()
+    os.utime(draft, (1, 1))
+    assert [str(draft) in defect.what for defect in check_leftovers().defects] == [True]
+    again, _ = repaired(check_leftovers(), check_leftovers)
+    assert again.defects == () and not draft.exists() and leftovers.sweep() == []
