@@ -3,7 +3,7 @@
 directory    a run's folder, its name, and how to find it again
 events       what a run says of itself, one line each (log appends and follows; sketch reads a long one fast)
 damage       whether a checkpoint or an adapter is what was written
-status       where it stands now, and what that means once its process is gone (process)
+status       where it stands now (liveness: whether its process still works; process identifies it; locks)
 view         a run as its events tell it: the one reader behind every screen and verb (following waits on it)
 telemetry    what the machine did meanwhile (energy sums its power up)
 describe     events in words (standing: a run's state in a sentence for a voice)

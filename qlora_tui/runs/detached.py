@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 from typing import IO
 
 from qlora_tui import children, paths
 from qlora_tui.gpu.visible import STABLE_ORDER
+
+
+def runner_lock_path() -> Path:
+    """The file that the one runner holds a lock on."""
+    return paths.state_dir() / "runner.lock"
 
 
 def ensure_runner() -> None:

@@ -8,6 +8,7 @@ runs/<id>/
   heartbeat.json   how far its trainer has come, once a second
   name             what the user calls it now, where they renamed it
   trainer.log      the trainer's output
+  trainer.lock     locked by the trainer as long as it lives
   untold           there until the runner has dealt with how the run ended
   control/         requests to the trainer (:mod:`qlora_tui.runs.control`)
   checkpoints/     step-N/, to resume from
@@ -88,6 +89,10 @@ class RunDir:
     @property
     def untold_path(self) -> Path:
         return self.path / "untold"
+
+    @property
+    def trainer_lock_path(self) -> Path:
+        return self.path / "trainer.lock"
 
     @property
     def control_dir(self) -> Path:

@@ -44,7 +44,7 @@ def how_it_ended(
     now = time.time()
     resume = f"`qlora-tui resume {run.id}` goes on from the last checkpoint."
     status = read_status(run)
-    if exit_code is None and status.process is not None and not status.process.is_from_this_boot():
+    if exit_code is None and status.process is not None and not status.process.is_from_this_boot:
         return Failed(
             at=now,
             title="The machine was restarted",

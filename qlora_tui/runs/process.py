@@ -1,56 +1,177 @@
-"""Telling a process from another that got its number later."""
+"""Identifying a process beyond doubt: its number alone is used again, and the clock can be set.
+
+A process is identified by its number, the clock tick since boot in which it began, and the boot. Where
+several machines or containers share a folder, machine and PID namespace say where that number counts.
+"""
 
 from __future__ import annotations
 
 import os
+import select
+import time
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec import Struct
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MACHINE_ID = Path("/etc/machine-id")
+_SAME_START_S = 2.0
+"""Two readings of one process's start time differ by less, as long as the clock is not set."""
 
 
-class ProcessMark(Struct, frozen=True, kw_only=True):
-    """A process for good: its number alone comes round again."""
+class ProcessMark(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Identifies one process for good."""
 
     pid: int
     started: float
-    """Unix time at which the process began, as the kernel tells it."""
+    """Unix time of its start, by the clock of the moment; older versions compare it."""
     boot_id: str
     """Changes at every boot of the machine."""
+    start_ticks: int = 0
+    """Clock ticks from boot to its start; 0 in files of older versions and where there is no ``/proc``."""
+    machine: str = ""
+    """Identifies machine or container; empty in files of older versions."""
+    host: str = ""
+    """Host name, for people."""
+    pid_namespace: str = ""
+    """Where ``pid`` counts; empty in files of older versions."""
+
+    @property
+    def is_from_this_boot(self) -> bool:
+        """Whether it belongs to this kernel, since it started."""
+        return self.boot_id == boot_id()
+
+    @property
+    def is_of_this_machine(self) -> bool:
+        """Whether it ran on this machine, before a restart or since; True where that is not known."""
+        return self.is_from_this_boot or self.machine in ("", machine())
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether it can be looked up by its number here."""
+        return self.is_from_this_boot and self.pid_namespace in ("", _pid_namespace())
 
     def is_alive(self) -> bool:
-        """Whether this very process still runs (a zombie does not)."""
-        if self.boot_id != boot_id():
-            return False
-        import psutil  # a start that finds no active run need not load it
+        """Whether this very process is visible and runs; a zombie does not."""
+        return self.state not in ("", "Z", "X")
 
+    @property
+    def state(self) -> str:
+        """The kernel's letter (``R``, ``S``, ``D``, ``T``, ``Z``…); empty where it cannot be seen."""
+        seen = _look_up(self.pid) if self.is_visible else None
+        if seen is None:
+            return ""
+        if self.start_ticks and seen.start_ticks:
+            return seen.state if seen.start_ticks == self.start_ticks else ""
+        return seen.state if abs(seen.started - self.started) < _SAME_START_S else ""
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when the process has ended, or after ``timeout_s``."""
         try:
-            process = psutil.Process(self.pid)
-            # The kernel's start time is in ticks since boot; the clock may have been set since.
-            return abs(process.create_time() - self.started) < 2 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+            handle = os.pidfd_open(self.pid)
+        except (OSError, OverflowError, AttributeError):
+            time.sleep(timeout_s)
+            return
+        try:
+            # The handle stays with the process that had the number when it was opened, so look only then.
+            if self.is_alive():
+                ended = select.poll()
+                ended.register(handle, select.POLLIN)
+                ended.poll(timeout_s * 1000)
+            else:
+                time.sleep(timeout_s)
+        finally:
+            os.close(handle)
 
-    def is_from_this_boot(self) -> bool:
-        """False after the machine was restarted."""
-        return self.boot_id == boot_id()
+
+class _Seen(NamedTuple):
+    state: str
+    start_ticks: int
+    started: float
+
+
+def mark(pid: int | None = None) -> ProcessMark:
+    """Identify a running process, this one by default; raises ProcessLookupError where there is none."""
+    pid = os.getpid() if pid is None else pid
+    seen = _look_up(pid)
+    if seen is None:
+        raise ProcessLookupError(f"no process {pid}")
+    return ProcessMark(
+        pid=pid,
+        started=seen.started,
+        boot_id=boot_id(),
+        start_ticks=seen.start_ticks,
+        machine=machine(),
+        host=os.uname().nodename,
+        pid_namespace=_pid_namespace(),
+    )
 
 
 def boot_id() -> str:
-    """The kernel's name for this boot; empty where it has none."""
-    # A test plays a restarted machine with this variable; nothing else sets it.
-    if played := os.environ.get("QLORA_TUI_BOOT_ID"):
-        return played
+    """The kernel's identifier of this boot; empty where it has none."""
+    # Tests simulate a restarted machine with this variable; nothing else sets it.
+    if simulated := os.environ.get("QLORA_TUI_BOOT_ID"):
+        return simulated
+    return _real_boot_id()
+
+
+@cache
+def _real_boot_id() -> str:
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
         return ""
 
 
-def mark(pid: int | None = None) -> ProcessMark:
-    """The mark of a running process, this one unless told; raises psutil.NoSuchProcess."""
+@cache
+def machine() -> str:
+    """Identify this machine or container, by machine id and host name: images share a machine id."""
+    import hashlib
+
+    try:
+        machine_id = _MACHINE_ID.read_bytes().strip()
+    except OSError:
+        machine_id = b""
+    # systemd asks not to publish the machine id itself.
+    return hashlib.sha256(machine_id + b"/" + os.uname().nodename.encode()).hexdigest()[:16]
+
+
+@cache
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _look_up(pid: int) -> _Seen | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        # The second field is the command in parentheses, which may hold anything.
+        fields = stat[stat.rindex(b")") + 2 :].split()
+        state, start_ticks = fields[0].decode(), int(fields[19])
+        return _Seen(state, start_ticks, _boot_time() + start_ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return None if Path("/proc/self/stat").exists() else _look_up_elsewhere(pid)
+
+
+def _boot_time() -> float:
+    """Unix time of the boot by today's clock: it moves when the clock is set."""
+    for line in Path("/proc/stat").read_bytes().splitlines():
+        if line.startswith(b"btime "):
+            return float(line.split()[1])
+    return 0.0
+
+
+def _look_up_elsewhere(pid: int) -> _Seen | None:
+    """Where there is no ``/proc``: without ticks."""
     import psutil
 
-    process = psutil.Process(pid)
-    return ProcessMark(pid=process.pid, started=process.create_time(), boot_id=boot_id())
+    try:
+        process = psutil.Process(pid)
+        state = "Z" if process.status() == psutil.STATUS_ZOMBIE else "S"
+        return _Seen(state, 0, process.create_time())
+    except (psutil.Error, ValueError, OverflowError):
+        return None

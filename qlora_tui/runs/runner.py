@@ -7,62 +7,108 @@ at any moment, the trainer goes on, and the next runner takes over from where th
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable
 
 from qlora_tui import paths
+from qlora_tui.errors import FAILED, Problem
 from qlora_tui.runs import queue
-from qlora_tui.runs.detached import start
+from qlora_tui.runs.detached import runner_lock_path, start
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.endings import how_it_ended, settle
 from qlora_tui.runs.leftovers import sweep
+from qlora_tui.runs.locks import PATIENCE_S, is_locked, locked
 from qlora_tui.runs.process import mark
 from qlora_tui.runs.retry import Plan, plan_resume, plan_retry
 from qlora_tui.runs.shortage import host_oom_kills
 from qlora_tui.runs.status import ACTIVE, read_status
 
 POLL_S = 0.5
-"""How often a trainer that is not our child is looked at."""
+"""How often a run that another process has is looked at."""
+EXITING_S = 60.0
+"""How long a trainer that has settled its run may take to exit."""
 
 
 def main() -> int:
     """Work until the queue is empty; 0 also when another runner is at work."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # Whoever queues a run does so before starting a runner, so a runner that finds the queue empty with
-    # the lock released can go: a later entry comes with a runner of its own.
-    while True:
-        with _lock() as held:
-            if not held:
+    passed_over: set[str] = set()
+    try:
+        # Whoever queues a run does so before starting a runner, so a runner that finds the queue empty with
+        # the lock released can go: a later entry comes with a runner of its own.
+        while True:
+            with locked(runner_lock_path(), patience_s=PATIENCE_S) as lock:
+                if lock is None:
+                    return 0
+                lock.truncate(0)
+                lock.write(f"{os.getpid()}\n")
+                lock.flush()
+                _work(passed_over)
+            if _next(passed_over) is None:
                 return 0
-            _work()
-        if queue.next_waiting() is None:
-            return 0
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        return problem.exit_code
 
 
-def _work() -> None:
+def _work(passed_over: set[str]) -> None:
     sweep()
     for run in all_runs():
-        _take_over(run)
-    while (run_ := queue.next_waiting()) is not None:
+        _guarded(run, _take_over)
+    while (run_ := _next(passed_over)) is not None:
         if not run_.recipe_path.exists():
             queue.remove(run_)
-            continue
-        _run(run_, plan_resume(run_))
+        elif not _guarded(run_, _begin):
+            # It stays in the queue: the next runner tries again.
+            passed_over.add(run_.id)
+
+
+def _next(passed_over: set[str]) -> RunDir | None:
+    name = next((name for name in queue.waiting() if name not in passed_over), None)
+    return None if name is None else RunDir(paths.runs_dir() / name)
+
+
+def _guarded(run: RunDir, work: Callable[[RunDir], None]) -> bool:
+    """Work on one run; False, with a line in the log, where that fails: the other runs go on."""
+    try:
+        work(run)
+    except (OSError, Problem) as error:
+        print(f"{run.id}: {error}", file=sys.stderr)
+        return False
+    except Exception:
+        print(f"{run.id}:", file=sys.stderr)
+        traceback.print_exc()
+        return False
+    return True
 
 
 def _take_over(run: RunDir) -> None:
-    """Do as a runner would have that was killed: wait for its trainer, and tell of a run that has ended."""
-    while (state := read_status(run).state) in ACTIVE:
+    """Wait for the trainer of a runner that was killed, and record how the run ended."""
+    while (status := read_status(run)).state in ACTIVE:
+        if status.process is None or not status.process.is_of_this_machine:
+            return
+        status.process.wait(POLL_S)
+    if status.state == "lost" and status.process is not None and not status.process.is_of_this_machine:
+        # Its machine may be back, or only out of reach: nobody here can know that it has ended.
+        return
+    if status.state == "lost" or (
+        status.state not in ("queued", "unreadable", "gone") and run.untold_path.exists()
+    ):
+        _run(run, _conclude(run, exit_code=None))
+
+
+def _begin(run: RunDir) -> None:
+    deadline = time.monotonic() + EXITING_S
+    # Its last trainer may still be exiting, and may be nobody's child any more.
+    while is_locked(run.trainer_lock_path):
+        if time.monotonic() > deadline:
+            raise Problem("The run is in training", what=f"Another trainer holds {run.trainer_lock_path}.")
         time.sleep(POLL_S)
-    if state == "lost" or (state not in ("queued", "unreadable") and run.untold_path.exists()):
-        plan = _conclude(run, exit_code=None)
-        if plan is not None:
-            _run(run, plan)
+    _run(run, plan_resume(run))
 
 
 def _conclude(
@@ -104,26 +150,16 @@ def _run(run: RunDir, plan: Plan | None) -> None:
 
 
 def _train(run: RunDir, plan: Plan) -> int:
-    run.untold_path.touch(mode=0o600)
-    queue.take(run, mark())
+    """Run one trainer to its end; its exit code. Raises OSError, with the run as it was, where it cannot."""
     with run.log_path.open("ab") as log:
-        trainer = start("qlora_tui.training", str(run.path), *plan.arguments(), output=log)
-    return trainer.wait()
-
-
-@contextmanager
-def _lock() -> Iterator[bool]:
-    path = paths.state_dir() / "runner.lock"
-    with path.open("a+") as file:
+        run.untold_path.touch(mode=0o600)
+        queue.take(run, mark())
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield True
+            trainer = start("qlora_tui.training", str(run.path), *plan.arguments(), output=log)
+        except OSError as error:
+            log.write(f"The trainer could not be started: {error}\n".encode())
+            return FAILED
+    return trainer.wait()
 
 
 if __name__ == "__main__":

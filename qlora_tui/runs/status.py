@@ -21,6 +21,7 @@ from qlora_tui.files import atomic_write
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.entries import entries_of
 from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Paused, Phase, Queued, Step, Stopped
+from qlora_tui.runs.liveness import look_for
 from qlora_tui.runs.log import last_event
 from qlora_tui.runs.process import ProcessMark
 
@@ -77,15 +78,10 @@ def read_status(run: RunDir) -> Status:
     beat = _heartbeat(run)
     if beat is not None and beat.process == status.process:
         status = beat
-    if status.process and status.process.is_alive():
-        return status
-    restarted = status.process is not None and not status.process.is_from_this_boot()
-    why = (
-        "The machine was restarted while it ran."
-        if restarted
-        else "Its process is gone and left no word; it was probably killed."
+    seen = look_for(status.process, run, status.at, beats=status.state == "running")
+    return structs.replace(
+        status, state=status.state if seen.alive else "lost", detail=seen.detail or status.detail
     )
-    return structs.replace(status, state="lost", detail=why)
 
 
 def is_stranded(run: RunDir) -> bool:
@@ -133,7 +129,7 @@ def _without_status(run: RunDir, error: Exception) -> Status:
     if not run.recipe_path.is_file():
         return Status(state="unreadable", at=0.0, detail=f"{_reason(error)}; there is no recipe either.")
     beat = _heartbeat(run)
-    if beat is not None and beat.process and beat.process.is_alive():
+    if beat is not None and look_for(beat.process, run, beat.at, beats=True).alive:
         return beat
     try:
         event = last_event(run.events_path)

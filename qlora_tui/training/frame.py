@@ -5,7 +5,6 @@ torch is imported within, so that a run shows as started, and can be stopped, wh
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 import traceback
@@ -21,6 +20,7 @@ from qlora_tui.runs.detached import ensure_runner
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.endings import settle
 from qlora_tui.runs.events import Failed, Started, Terminal
+from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.runs.log import EventTail
 from qlora_tui.runs.retry import Plan
 from qlora_tui.training import checkpoints
@@ -124,10 +124,5 @@ def _tell_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | N
 @contextmanager
 def _only_trainer(run: RunDir) -> Iterator[bool]:
     """Hold the run for this process; the kernel lets go of it however the process ends."""
-    with (run.path / "trainer.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
+    with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as lock:
+        yield lock is not None

@@ -8,11 +8,11 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import telemetry
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import Finished, Started, Step, encode
-from qlora_tui.runs.process import ProcessMark
+from qlora_tui.runs.process import ProcessMark, machine
 from qlora_tui.runs.status import State, Status, write_status
 from qlora_tui.runs.telemetry import Sample
 
-GONE = ProcessMark(pid=1, started=1.0, boot_id="another boot")
+GONE = ProcessMark(pid=1, started=1.0, boot_id="another boot", machine=machine())
 DEEP = b"[" * 100_000
 FILES = (
     "status.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,14 +10,17 @@ import sys
 import time
 
 import pytest
+from msgspec import structs
 
 from qlora_tui import paths
 from qlora_tui.cli import main
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, queue
+from qlora_tui.runs import actions, queue, runner
+from qlora_tui.runs.detached import runner_lock_path
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
+from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.log import EventTail, last_event
 from qlora_tui.runs.process import mark
 from qlora_tui.runs.status import Status, read_status, write_status
@@ -103,8 +107,8 @@ def test_a_second_runner_leaves_at_once(recipe: Recipe) -> None:
 def test_the_trainer_outlives_a_killed_runner_and_the_next_runner_takes_over(recipe: Recipe) -> None:
     run = actions.submit(named(recipe, "waits"))
     wait_for(lambda: is_(run, "running"))
-    runner = int((paths.state_dir() / "runner.lock").read_text())
-    os.kill(runner, signal.SIGKILL)
+    runner_pid = int((paths.state_dir() / "runner.lock").read_text())
+    os.kill(runner_pid, signal.SIGKILL)
     waiting = actions.submit(named(recipe, "plain"))
     assert read_status(run).state == "running"
     let_go(run)
@@ -115,13 +119,12 @@ def test_the_trainer_outlives_a_killed_runner_and_the_next_runner_takes_over(rec
 
 def test_a_run_cut_off_by_a_restart_is_told_so(recipe: Recipe) -> None:
     run = create(named(recipe, "plain"))
-    before = mark()
     write_status(
         run,
         Status(
             state="running",
             at=time.time(),
-            process=type(before)(pid=before.pid, started=before.started, boot_id="the boot before"),
+            process=structs.replace(mark(), boot_id="the boot before"),
         ),
     )
     assert "restarted" in read_status(run).detail
@@ -150,6 +153,28 @@ def test_attaching_to_a_run_that_waits_without_a_runner_starts_one(recipe: Recip
     queue.enqueue(run)
     assert main(["attach", run.id]) == 0
     assert is_(run, "finished")
+
+
+def test_one_unwritable_run_does_not_hold_up_the_queue(recipe: Recipe) -> None:
+    bad = create(named(recipe, "plain"))
+    bad.log_path.mkdir()
+    queue.enqueue(bad)
+    good = actions.submit(named(recipe, "plain"))
+    wait_for(lambda: is_(good, "finished"))
+    wait_for(lambda: not is_locked(runner_lock_path()))
+    assert queue.waiting() == [bad.id], "the next runner tries it again"
+    assert f"{bad.id}: [Errno" in (paths.state_dir() / "runner.log").read_text()
+
+
+def test_a_file_system_without_locks_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert runner.main() == 1
+    assert "The file system has no locks" in capsys.readouterr().err
 
 
 def test_the_runner_does_not_import_torch() -> None:

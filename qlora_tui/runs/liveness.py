@@ -1,0 +1,102 @@
+"""Whether an active run's process still works on it, and what to say of it.
+
+A process of this machine is looked up. One of another container on the same kernel is judged by the lock that
+a trainer holds and by its heartbeat, one of another machine by its heartbeat alone.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from qlora_tui.format import duration
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.locks import is_locked
+from qlora_tui.runs.process import ProcessMark, machine
+
+BEAT_S = 60.0
+"""Age at which the heartbeat of a process that cannot be looked up counts as its last."""
+SILENT_S = 30.0
+"""Age of a live trainer's heartbeat at which it is said not to respond."""
+
+
+class Sighting(NamedTuple):
+    """What can be said of a process."""
+
+    alive: bool
+    detail: str = ""
+    """A sentence; empty where there is nothing to say of it."""
+
+
+_beats: dict[Path, tuple[float, float]] = {}
+"""Of each run: its last heartbeat, and when this process saw it change, by its own monotonic clock. One that
+moves is of a live process, however far apart the clocks of two machines are."""
+
+
+def look_for(mark: ProcessMark | None, run: RunDir, beat_at: float, *, beats: bool) -> Sighting:
+    """Look for the process of an active run.
+
+    Args:
+        mark: The process that the status names.
+        run: The run.
+        beat_at: Unix time of the last heartbeat, by the clock of its writer.
+        beats: Whether the process is one with a heartbeat: a trainer, and not the runner that starts it.
+    """
+    if mark is None:
+        return Sighting(False, "Its status names no process.")
+    moved = _has_moved(run, beat_at)
+    if mark.is_visible:
+        return _here(mark, run, beat_at, beats=beats and not moved)
+    named = f" ({mark.host})" if mark.host else ""
+    if mark.is_from_this_boot:
+        held = is_locked(run.trainer_lock_path)
+        # A runner holds no lock on the run, and some file systems have none.
+        alive = held if held is not None and beats else moved or _is_recent(run, beat_at)
+        where = f"in another container{named}"
+        return Sighting(bool(alive), f"Running {where}." if alive else f"Its process {where} is gone.")
+    if mark.machine == machine():
+        return Sighting(False, "The machine was restarted while it ran.")
+    if moved or _is_recent(run, beat_at):
+        return Sighting(True, f"Running on another machine{named}.")
+    if mark.is_of_this_machine:
+        return Sighting(False, "The machine was restarted while it ran.")
+    return Sighting(False, f"It ran on another machine{named}: no heartbeat for {_age(beat_at)}.")
+
+
+def _here(mark: ProcessMark, run: RunDir, beat_at: float, *, beats: bool) -> Sighting:
+    state = mark.state
+    if not mark.start_ticks and state in ("", "Z", "X") and is_locked(run.trainer_lock_path):
+        # An older version noted only a time, and the clock was set since.
+        state = "S"
+    if state in ("", "Z", "X"):
+        return Sighting(False, "Its process is gone and left no word; it was probably killed.")
+    if state in ("T", "t"):
+        return Sighting(True, f"Suspended: `kill -CONT {mark.pid}` continues its process.")
+    if beats and time.time() - beat_at > SILENT_S:
+        waits = " It waits for a disk or a device." if state == "D" else ""
+        return Sighting(True, f"Not responding: no heartbeat for {_age(beat_at)}.{waits}")
+    return Sighting(True)
+
+
+def _has_moved(run: RunDir, beat_at: float) -> bool:
+    """Whether this process has seen the heartbeat change lately."""
+    now = time.monotonic()
+    last, moved_at = _beats.get(run.path, (beat_at, -BEAT_S))
+    if last != beat_at:
+        moved_at = now
+    _beats[run.path] = (beat_at, moved_at)
+    return now - moved_at < SILENT_S
+
+
+def _is_recent(run: RunDir, beat_at: float) -> bool:
+    """By the writer's clock, or by that of the file system."""
+    try:
+        changed_at = run.heartbeat_path.stat().st_mtime
+    except OSError:
+        changed_at = beat_at
+    return any(abs(time.time() - at) < BEAT_S for at in (beat_at, changed_at))
+
+
+def _age(beat_at: float) -> str:
+    return duration(max(0.0, time.time() - beat_at))

@@ -1,0 +1,69 @@
+"""Locks that the kernel releases however their holder ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from qlora_tui.errors import Problem
+
+PATIENCE_S = 0.5
+"""How long to try again where :func:`is_locked` of another process may hold the lock for a moment."""
+_RETRY_S = 0.05
+
+
+@contextmanager
+def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[IO[str] | None]:
+    """Hold an exclusive lock on a file, created if need be; None where another process holds it.
+
+    ``patience_s``: how long to try again before that.
+    Raises Problem where the file system has no locks, OSError where the file cannot be opened.
+    """
+    deadline = time.monotonic() + patience_s
+    with path.open("a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    yield None
+                    return
+                time.sleep(_RETRY_S)
+            except OSError as error:
+                raise no_locks(path, error) from error
+        yield file
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock, on any machine that shares it; None where that cannot be said."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+    return False
+
+
+def no_locks(path: Path, error: OSError) -> Problem:
+    """What to say where the file system refuses locks."""
+    return Problem(
+        "The file system has no locks",
+        what=f"{path} could not be locked: {error.strerror or error}.",
+        why="Without locks two trainers could write into one run.",
+        fix="Point XDG_STATE_HOME at a local disk; a network folder needs its lock service.",
+    )
