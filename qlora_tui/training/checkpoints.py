@@ -70,6 +70,18 @@ class State(Struct, frozen=True, kw_only=True):
 _STATE_DECODER = msgspec.json.Decoder(State)
 
 
+class UnloadableCheckpoint(Problem):
+    """A checkpoint whose files are as they were written, and which torch or peft does not load."""
+
+    def __init__(self, folder: Path, error: Exception) -> None:
+        reason = str(error).strip().partition("\n")[0]
+        super().__init__(
+            "The checkpoint does not load",
+            what=f"{folder.name} does not load: {type(error).__name__}: {reason}.",
+            fix=f"Move {folder} away; `qlora-tui resume` then goes on from the one before.",
+        )
+
+
 class Checkpoint(Struct, frozen=True):
     """One that is whole."""
 

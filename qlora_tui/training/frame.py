@@ -5,6 +5,7 @@ torch is imported within, so that a run shows as started, and can be stopped, wh
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import traceback
@@ -25,7 +26,7 @@ from qlora_tui.runs.log import EventTail
 from qlora_tui.runs.retry import Plan
 from qlora_tui.training import checkpoints
 from qlora_tui.training.asked import Requests
-from qlora_tui.training.checkpoints import Checkpoint
+from qlora_tui.training.checkpoints import Checkpoint, UnloadableCheckpoint
 from qlora_tui.training.failure import failed
 from qlora_tui.training.processes import Processes, processes
 from qlora_tui.training.reporter import Reporter
@@ -84,25 +85,38 @@ def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests, am
             reporter.tell(Started(at=time.time(), attempt=number, pid=os.getpid()))
             raise
         _tell_started(reporter, recipe, checkpoint, number)
-        for what in damage:
-            reporter.health(
-                "checkpoint_damaged",
-                f"{what}.",
-                "An earlier one is used. Check the disk if it happens again.",
-            )
+        _tell_damage(reporter, damage)
         ready_to_run(recipe)
         reporter.phase("loading", "libraries")
         from qlora_tui.training.run import Attempt
 
-        attempt = Attempt(run, recipe, checkpoint, reporter, requests, among)
-        try:
-            return attempt.train()
-        finally:
-            estimate = attempt.meter.estimate if attempt.meter else None
+        while True:
+            attempt = Attempt(run, recipe, checkpoint, reporter, requests, among)
+            try:
+                return attempt.train()
+            except UnloadableCheckpoint as error:
+                # Under several processes the others may have loaded theirs, and wait.
+                if checkpoint is None or among.count > 1:
+                    raise
+                damage = [error.what.rstrip(".")]
+            finally:
+                estimate = attempt.meter.estimate if attempt.meter else None
+            del attempt
+            gc.collect()
+            checkpoint, more_damage = checkpoints.latest(run, before=checkpoint.step)
+            number += 1
+            _tell_started(reporter, recipe, checkpoint, number)
+            _tell_damage(reporter, damage + more_damage)
     except (Exception, KeyboardInterrupt) as error:
         if not isinstance(error, Problem):
             reporter.log(traceback.format_exc())
         return failed(error, run, recipe, estimate)
+
+
+def _tell_damage(reporter: Reporter, damage: list[str]) -> None:
+    for what in damage:
+        remedy = "An earlier one is used. Check the disk if it happens again."
+        reporter.health("checkpoint_damaged", f"{what}.", remedy)
 
 
 def _tell_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | None, number: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -37,7 +37,9 @@ from qlora_tui.training.batches import (
     predictions_in,
     tokens_in,
 )
+from qlora_tui.training.checkpoints import UnloadableCheckpoint
 from qlora_tui.training.device import Device
+from qlora_tui.training.failure import is_out_of_memory
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -202,7 +204,31 @@ class RunTrainer(Trainer):
         self._save_rng_state(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter(self.model, Path(resume_from_checkpoint))
+        with _loading(resume_from_checkpoint):
+            load_adapter(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextlib.contextmanager
+def _loading(checkpoint: str | None) -> Iterator[None]:
+    """Raise UnloadableCheckpoint for whatever but a lack of memory stops a checkpoint from loading."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or is_out_of_memory(error):
+            raise
+        raise UnloadableCheckpoint(Path(checkpoint), error) from error
 
 
 def _warmed_up(share_at: Callable[[int], float], warmup: int, step: int) -> float:

@@ -1,7 +1,7 @@
 """The same on real file systems: the image of a mounted disk is copied in mid-work, and the copy mounted.
 
-The copy is what the disk held at that moment, as after a power cut; mounting it replays its journal. Needs root,
-loop devices and the file system's tools; what is missing is skipped.
+The copy is what the disk held at that moment, as after a power cut; mounting it replays its journal. Needs
+root, loop devices and the file system's tools; what is missing is skipped.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def test_no_run_is_lost_on_a_real_file_system(
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     monkeypatch.setattr("qlora_tui.training.reporter.HEARTBEAT_S", 1e6)
-    disk, copies = tmp_path / "state", []
+    disk = tmp_path / "state"
+    copies: list[Path] = []
 
     def cut() -> None:
         copy = tmp_path / f"cut-{len(copies)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from qlora_tui.checksums import write_checksums
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import DataReady, Environment, Failed, Health, Started, StepVerified
 from qlora_tui.runs.retry import Plan
+from tests.runs.test_damage import flip
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.told import events, losses, told
 
@@ -108,16 +111,24 @@ def test_changed_data_is_refused(recipe: MakeRecipe, trainers: Trainers, tiny_da
     assert isinstance(ending, Failed) and ending.title == "The data has changed"
 
 
-def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
+def test_a_checkpoint_that_is_damaged_or_does_not_load_gives_way_to_the_one_before(
     recipe: MakeRecipe, trainers: Trainers
 ) -> None:
     run = create(recipe(EVERY_STEP))
     assert trainers.run(run) == 0
-    again = interrupted_at(run, 3)
-    broken = again.checkpoints_dir / "step-3" / "optimizer.pt"
-    broken.write_bytes(broken.read_bytes()[:100])
+    again = interrupted_at(run, 4)
+    truncated = again.checkpoints_dir / "step-4" / "optimizer.pt"
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    flip(again.checkpoints_dir / "step-3" / "adapter_model.safetensors", -1)
+    unloadable = again.checkpoints_dir / "step-2"
+    (unloadable / "optimizer.pt").write_bytes(bytes(100))
+    (unloadable / "complete").unlink()
+    write_checksums(unloadable)
+    sizes = {file.name: file.stat().st_size for file in unloadable.iterdir()}
+    (unloadable / "complete").write_text(json.dumps(sizes))
     assert trainers.run(again) == 0
-    assert told(again, Started)[-1].resumed_from_step == 2
-    (health,) = told(again, Health)
-    assert health.kind == "checkpoint_damaged" and "optimizer.pt" in health.evidence
+    assert [event.resumed_from_step for event in told(again, Started)] == [0, 2, 1]
+    evidence = [health.evidence for health in told(again, Health) if health.kind == "checkpoint_damaged"]
+    assert [words[:6] for words in evidence] == ["step-4", "step-3", "step-2"]
+    assert "does not load" in evidence[-1]
     assert losses(again) == pytest.approx(losses(run), abs=EXACT)
