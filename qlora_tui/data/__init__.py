@@ -3,7 +3,8 @@
 From the outside in:
 
 * ``open_file``, ``json_rows``, ``read``, ``row``, ``row_at``: rows out of JSON, JSONL, CSV, TSV, Parquet,
-  Arrow and text files, plain or compressed. ``hub`` and ``hub_fetch``: datasets of the hub.
+  Arrow (``arrow_rows``) and text files, plain or compressed, within ``bounds`` and under a ``memory_bound``.
+  ``hub`` and ``hub_fetch``: datasets of the hub.
 * ``formats`` (with ``columns``, ``chat_formats``, ``pair_formats``, ``hints``): which format rows are in, and
   conversations from them. ``preferences`` and ``chosen_side``: rows that compare or rate answers.
   ``unsupported`` and ``media``: what is recognized only to be refused. ``conversation``: what a conversation

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from qlora_tui.data.bounds import DEEPEST, MOST_VALUES, is_too_deep
 from qlora_tui.data.open_file import NotUtf8, Stream
 from qlora_tui.data.row import Row
 
@@ -141,7 +142,10 @@ class _Values:
                 continue
             if end == len(self._text) and not isinstance(value, dict | list) and self._more():
                 continue
+            opened = self._text.count("[", self._at, end) + self._text.count("{", self._at, end)
             self._at = end
+            if opened > DEEPEST and is_too_deep(value):
+                raise _Broken(self._line_at(self._at), "nested too deeply")
             return value
 
     def _need_more(self, reason: str, position: int) -> None:
@@ -150,6 +154,8 @@ class _Values:
         cut_off = position >= len(self._text) - 16 or reason.startswith("Unterminated string")
         if held > _LARGEST_ROW_CHARACTERS or not cut_off or not self._more(held):
             raise _Broken(self._line_at(self._at + min(inside, held)), reason)
+        if sum(map(self._text.count, ",[{")) > MOST_VALUES:
+            raise _Broken(self._line_at(self._at), f"a value holds more than {MOST_VALUES:,} others")
 
     def _next_character(self) -> str:
         while True:

@@ -12,6 +12,7 @@ from typing import BinaryIO, cast
 
 import zstandard
 
+from qlora_tui.data.bounds import LARGEST_ROW_BYTES, check_expansion, row_too_large
 from qlora_tui.errors import Problem
 
 CHUNK_BYTES = 1 << 20
@@ -48,19 +49,26 @@ class Stream:
         return self._start
 
     def chunks(self) -> Iterator[bytes]:
-        """All of it, a megabyte at a time."""
-        chunk = self._start
+        """All of it, a megabyte at a time. Raises ``TooLarge``, as do the others."""
+        chunk, read_bytes = self._start, 0
         while chunk:
+            disk_bytes = self._file.tell()
             if self._position is not None:
-                self._position.bytes = self._file.tell()
+                self._position.bytes = disk_bytes
+            read_bytes += len(chunk)
+            check_expansion(disk_bytes, read_bytes)
             yield chunk
             chunk = self._raw.read(CHUNK_BYTES)
 
     def lines(self) -> Iterator[bytes]:
         """All of it, line by line, the line ends kept."""
         rest: list[bytes] = []
+        number, size = 1, 0
         for chunk in self.chunks():
             lines = chunk.split(b"\n")
+            size += len(lines[0])
+            if size > LARGEST_ROW_BYTES:
+                raise row_too_large(f"line {number:,}")
             if len(lines) == 1:
                 rest.append(chunk)
                 continue
@@ -69,6 +77,7 @@ class Stream:
             for line in lines[1:-1]:
                 yield line + b"\n"
             rest = [lines[-1]]
+            number, size = number + len(lines) - 1, len(lines[-1])
         last = b"".join(rest)
         if last:
             yield last

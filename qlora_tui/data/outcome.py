@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 from msgspec import Struct
 
+from qlora_tui.data.bounds import rough_bytes
 from qlora_tui.data.checks import Finding, conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.lengths import fit
@@ -47,21 +47,12 @@ def batches(file: SourceFile, rows: Iterable[Row | Line], sketched: Callable[[],
     most, held, size = _FIRST_BATCH_ROWS, list[Row | Line](), 0
     for row in rows:
         held.append(row)
-        size += len(row.text) if isinstance(row, Line) else _text_in(row.value)
+        size += len(row.text) if isinstance(row, Line) else rough_bytes(row.value)
         if len(held) >= most or size >= _BATCH_BYTES:
             yield Batch(file, held, sketched())
             most, held, size = min(2 * most, _BATCH_ROWS), [], 0
     if held:
         yield Batch(file, held, sketched())
-
-
-def _text_in(value: Any) -> int:
-    """Characters in all strings of a value."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_text_in, value.values()))
-    return sum(map(_text_in, value)) if isinstance(value, list) else 0
 
 
 class Outcome(Struct, frozen=True, array_like=True):

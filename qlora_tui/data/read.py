@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import csv
 import os
-import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from qlora_tui.data.arrow_rows import arrow_rows
+from qlora_tui.data.bounds import (
+    DEEPEST,
+    LARGEST_ROW_BYTES,
+    TooLarge,
+    is_too_deep,
+    line_over_bound,
+    rough_bytes,
+    row_too_large,
+    too_large,
+)
 from qlora_tui.data.json_rows import json_rows
 from qlora_tui.data.open_file import NotUtf8, Position, Stream, bad_utf8, opened
 from qlora_tui.data.row import Line, Row
@@ -46,9 +56,9 @@ _IGNORED = (
     "state",
     "sources",
 )
+_MOST_CELLS = 1_000_000
+_FIRST_BYTES = 8 << 20
 _decode = msgspec.json.Decoder().decode
-_ARROW_ROWS = 512
-_CELL_CHARACTERS = 100_000_000
 
 
 def kind_of(path: Path) -> str:
@@ -109,6 +119,18 @@ def rows(path: Path, position: Position | None = None) -> Iterator[Row]:
     return filter(None, map(row_of, raw_rows(path, position)))
 
 
+def first_rows(path: Path, most: int) -> list[Row]:
+    """The first ``most`` rows of a file, or fewer where they are large. Raises ``Problem``."""
+    first: list[Row] = []
+    size = 0
+    for row in islice(rows(path), most):
+        first.append(row)
+        size += rough_bytes(row.value)
+        if size > _FIRST_BYTES:
+            break
+    return first
+
+
 def row_of(raw: Row | Line) -> Row | None:
     """The row; None for a blank line."""
     return jsonl_row(raw.number, raw.text) if isinstance(raw, Line) else raw
@@ -119,7 +141,7 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
     kind = kind_of(path)
     try:
         if kind in ("parquet", "arrow"):
-            yield from _arrow_rows(path, kind, position)
+            yield from arrow_rows(path, kind, position)
             return
         with opened(path, position) as stream:
             if not stream.peek():
@@ -131,6 +153,8 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
             yield from _READERS[kind or _guess(stream)](stream)
     except NotUtf8 as error:
         yield Row(number=error.line, kind="bad-encoding", error=str(error))
+    except TooLarge as error:
+        raise too_large(path, error) from error
     except OSError as error:
         raise Problem(
             "Cannot read the data",
@@ -156,8 +180,13 @@ def jsonl_row(number: int, line: bytes) -> Row | None:
         return None
     if reason := bad_utf8(line):
         return Row(number=number, kind="bad-encoding", error=f"Line {number}: {reason}.")
+    if over := line_over_bound(line):
+        return Row(number=number, kind="bad-json", error=f"Line {number} cannot be read: {over}.")
     try:
-        return Row(number=number, value=_decode(line))
+        value = _decode(line)
+        if line.count(b"[") + line.count(b"{") > DEEPEST and is_too_deep(value):
+            raise RecursionError("nested too deeply")
+        return Row(number=number, value=value)
     except (msgspec.DecodeError, RecursionError) as error:
         return Row(number=number, kind="bad-json", error=f"Line {number} is not valid JSON: {error}.")
 
@@ -165,12 +194,15 @@ def jsonl_row(number: int, line: bytes) -> Row | None:
 def _text_rows(stream: Stream) -> Iterator[Row]:
     """Paragraphs: blank lines separate one text from the next."""
     held: list[str] = []
-    start = 1
+    start, size = 1, 0
     for number, line in enumerate(stream.text_lines(), 1):
         if line.strip():
             if not held:
-                start = number
+                start, size = number, 0
             held.append(line.rstrip("\r\n"))
+            size += len(line)
+            if size > LARGEST_ROW_BYTES:
+                raise row_too_large(f"the paragraph that begins on line {start:,}")
         elif held:
             yield Row(number=start, value={"text": "\n".join(held)})
             held = []
@@ -187,14 +219,16 @@ def _tsv_rows(stream: Stream) -> Iterator[Row]:
 
 
 def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
-    csv.field_size_limit(min(_CELL_CHARACTERS, sys.maxsize))
+    csv.field_size_limit(LARGEST_ROW_BYTES)
     lines = stream.text_lines()
     header_line = next(lines, "")
     delimiter = delimiter or _delimiter(header_line)
-    reader = csv.reader(_chain(header_line, lines), delimiter=delimiter)
+    fed = _FedLines(_chain(header_line, lines), delimiter)
+    reader = csv.reader(fed, delimiter=delimiter)
     header: list[str] = []
     number = 0
     while True:
+        fed.begin_row(number + 1)
         try:
             cells = next(reader)
         except StopIteration:
@@ -221,6 +255,32 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
         yield Row(number=number, value=dict(zip(header, cells, strict=True)))
 
 
+class _FedLines:
+    """Lines for a reader of CSV, which joins as many to a row as its quotes say. Raises ``TooLarge``."""
+
+    def __init__(self, lines: Iterator[str], delimiter: str) -> None:
+        self._lines = lines
+        self._delimiter = delimiter
+        self.begin_row(1)
+
+    def begin_row(self, number: int) -> None:
+        self._row, self._size, self._cells = number, 0, 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._size += len(line)
+        if self._size > LARGEST_ROW_BYTES:
+            raise row_too_large(f"row {self._row:,}")
+        if len(line) > _MOST_CELLS:
+            self._cells += line.count(self._delimiter)
+            if self._cells > _MOST_CELLS:
+                raise TooLarge(f"row {self._row:,} has more than {_MOST_CELLS:,} cells")
+        return line
+
+
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield first
     yield from rest
@@ -228,80 +288,6 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 def _delimiter(header: str) -> str:
     return max(",;\t|", key=header.count) if any(d in header for d in ",;\t|") else ","
-
-
-def _arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row]:
-    """Rows of a Parquet file, or of an Arrow stream as the ``datasets`` library keeps it."""
-    import pyarrow
-
-    if path.stat().st_size == 0:
-        raise Problem(
-            "Empty file", what=f"{path} is empty.", fix="Choose another file, or download this one again."
-        )
-    number = 0
-    try:
-        batches, names = (
-            _parquet_batches(path, position) if kind == "parquet" else _stream_batches(path, position)
-        )
-        for batch in batches:
-            for value in batch.to_pylist():
-                number += 1
-                for column, labels in names.items():
-                    if isinstance(value.get(column), int) and 0 <= value[column] < len(labels):
-                        value[column] = labels[value[column]]
-                yield Row(number=number, value=value)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise Problem(
-            "Cannot read the Parquet file" if kind == "parquet" else "Cannot read the Arrow file",
-            what=f"{path}: {' '.join(str(error).split())}",
-            fix="Download it again, or convert it to JSONL.",
-        ) from error
-
-
-def _parquet_batches(path: Path, position: Position | None) -> tuple[Iterator[Any], dict[str, list[str]]]:
-    import pyarrow.parquet
-
-    file = pyarrow.parquet.ParquetFile(path)
-    size, total = path.stat().st_size, max(1, file.metadata.num_rows)
-
-    def batches() -> Iterator[Any]:
-        done = 0
-        for batch in file.iter_batches(batch_size=_ARROW_ROWS):
-            yield batch
-            done += batch.num_rows
-            if position is not None:
-                position.bytes = size * done // total
-
-    return batches(), label_names(file.schema_arrow.metadata or {})
-
-
-def _stream_batches(path: Path, position: Position | None) -> tuple[Iterator[Any], dict[str, list[str]]]:
-    import pyarrow
-
-    source = pyarrow.memory_map(str(path))
-    reader = pyarrow.ipc.open_stream(source)
-
-    def batches() -> Iterator[Any]:
-        for batch in reader:
-            for start in range(0, batch.num_rows, _ARROW_ROWS):
-                yield batch.slice(start, _ARROW_ROWS)
-            if position is not None:
-                position.bytes = source.tell()
-
-    return batches(), label_names(reader.schema.metadata or {})
-
-
-def label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Names of integer labels by column, as the ``datasets`` library keeps them in a Parquet schema."""
-    try:
-        features = msgspec.json.decode(metadata[b"huggingface"])["info"]["features"]
-        return {
-            column: [str(name) for name in feature["names"]]
-            for column, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
-        }
-    except (KeyError, TypeError, AttributeError, msgspec.DecodeError):
-        return {}
 
 
 _READERS: dict[str, Callable[[Stream], Iterator[Row | Line]]] = {

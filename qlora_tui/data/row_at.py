@@ -11,6 +11,7 @@ from bisect import bisect_left
 from functools import lru_cache
 from pathlib import Path
 
+from qlora_tui.data.bounds import LARGEST_ROW_BYTES
 from qlora_tui.data.open_file import CHUNK_BYTES
 from qlora_tui.data.read import jsonl_row, rows
 from qlora_tui.data.row import Row
@@ -58,7 +59,9 @@ def _line_row(path: Path, number: int, index: _LineIndex) -> Row | None:
     chunk, before = index.chunk_of(number)
     with path.open("rb") as file:
         file.seek(chunk * CHUNK_BYTES)
-        for line_number, line in enumerate(file, before + 1):
+        # A line longer than any that is read comes in parts: the first says that it is too long.
+        lines = iter(lambda: file.readline(LARGEST_ROW_BYTES + 1), b"")
+        for line_number, line in enumerate(lines, before + 1):
             if line_number >= number:
                 row = jsonl_row(line_number, line.removeprefix(b"\xef\xbb\xbf") if line_number == 1 else line)
                 if row is not None:

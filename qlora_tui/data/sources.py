@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from msgspec import Struct
@@ -16,7 +15,7 @@ from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.formats import SNIFFED_ROWS, Detection, detect, parse
 from qlora_tui.data.hub import hub_files, is_hub_id
 from qlora_tui.data.open_file import Position
-from qlora_tui.data.read import files_of, kind_of, rows
+from qlora_tui.data.read import files_of, first_rows, kind_of, rows
 from qlora_tui.data.row import Row
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
@@ -67,7 +66,7 @@ def is_of_the_hub(name: str) -> bool:
 
 def sniff(path: Path, source: Source, preferences: str) -> Detection:
     """The layout of one file, from its first rows, under ``data.preferences``. Raises ``Problem``."""
-    first = list(islice(rows(path), SNIFFED_ROWS))
+    first = first_rows(path, SNIFFED_ROWS)
     readable = [row for row in first if not row.error]
     if not readable and first:
         raise unreadable(path, first[0])

@@ -1,0 +1,83 @@
+"""How much of a file this program takes into memory: bounds that no honest data set comes near.
+
+A few kilobytes can describe terabytes: one long line under compression, one value of a Parquet dictionary
+repeated in every row, a list of a billion nulls. What is over a bound is refused, naming file, place and
+bound.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.errors import Problem
+
+MIB = 1 << 20
+LARGEST_ROW_BYTES = 16 * MIB
+"""Of a line, a JSON value, a CSV row, a paragraph or a record: some four million tokens."""
+MOST_VALUES = 3_000_000
+"""In one JSON value, which may be a whole file; each takes up to 80 bytes as a Python object."""
+MOST_VALUES_IN_LINE = 250_000
+DEEPEST = 100
+"""Lists and objects inside each other."""
+_PART_BYTES = 64
+UNQUESTIONED_BYTES = 64 * MIB
+MOST_EXPANSION = 1000
+"""Bytes read for each byte on disk, once more than ``UNQUESTIONED_BYTES`` have been. Real text compresses to
+between a third and a fiftieth."""
+
+
+class TooLarge(Exception):
+    """Something in a file is over a bound; the message names the place in the file and the bound."""
+
+
+def too_large(path: Path, error: TooLarge) -> Problem:
+    """What the user is told."""
+    return Problem(
+        "Too large to read",
+        what=f"{path}: {error}.",
+        why="Data like this is damaged, or made to fill the memory of whoever opens it.",
+        fix="Split the row or file into smaller ones, or choose another.",
+    )
+
+
+def row_too_large(place: str) -> TooLarge:
+    """``place`` names the line or row."""
+    return TooLarge(f"{place} is larger than {LARGEST_ROW_BYTES // MIB} MiB")
+
+
+def check_expansion(disk_bytes: int, read_bytes: int) -> None:
+    """Raise ``TooLarge`` where this much was read from that much of a file."""
+    if read_bytes > UNQUESTIONED_BYTES and read_bytes > MOST_EXPANSION * max(1, disk_bytes):
+        raise TooLarge(
+            f"{disk_bytes:,} bytes of it became {read_bytes // MIB:,} MiB, more than {MOST_EXPANSION:,} to 1"
+        )
+
+
+def line_over_bound(line: bytes) -> str:
+    """Why a line of JSON is over a bound, before it is decoded; empty where it is not."""
+    if len(line) > LARGEST_ROW_BYTES:
+        return f"it is larger than {LARGEST_ROW_BYTES // MIB} MiB"
+    if len(line) > MOST_VALUES_IN_LINE and sum(map(line.count, (b",", b"[", b"{"))) > MOST_VALUES_IN_LINE:
+        return f"it holds more than {MOST_VALUES_IN_LINE:,} values"
+    return ""
+
+
+def rough_bytes(value: Any) -> int:
+    """About what a decoded value takes: characters of strings, and some for each part."""
+    if isinstance(value, str):
+        return _PART_BYTES + len(value)
+    if isinstance(value, dict):
+        return _PART_BYTES + sum(map(rough_bytes, value.values()))
+    return _PART_BYTES + (sum(map(rough_bytes, value)) if isinstance(value, list) else 0)
+
+
+def is_too_deep(value: Any, left: int = DEEPEST) -> bool:
+    """Whether lists and objects are nested deeper than ``DEEPEST``."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return False
+    if not left:
+        return True
+    return any(is_too_deep(part, left - 1) for part in value if isinstance(part, dict | list))
