@@ -5,6 +5,12 @@ The same object becomes a modal in the app, lines on stderr, and a ``run_failed`
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 FAILED = 1
 """Exit code: the call was right and it failed."""
 WRONG_CALL = 2
@@ -37,3 +43,57 @@ class Problem(Exception):
 
 def _rebuild(title: str, what: str, why: str, fix: str, exit_code: int) -> Problem:
     return Problem(title, what=what, why=why, fix=fix, exit_code=exit_code)
+
+
+_SPACE = "Free some space"
+_ELSEWHERE = "point XDG_STATE_HOME, XDG_CACHE_HOME and XDG_CONFIG_HOME at another disk"
+_DISK: dict[int, tuple[str, str]] = {
+    errno.ENOSPC: ("No space left on the disk", f"{_SPACE}, or {_ELSEWHERE}."),
+    errno.EDQUOT: (
+        "The disk quota is used up",
+        f"Delete files of yours, ask for a larger quota, or {_ELSEWHERE}.",
+    ),
+    errno.EROFS: ("The file system is read-only", f"Mount it writable, or {_ELSEWHERE}."),
+    errno.EIO: ("The disk reported an error", f"Look into `dmesg` for what it reported, or {_ELSEWHERE}."),
+    errno.EACCES: ("No permission for a file", f"Give yourself the right to it, or {_ELSEWHERE}."),
+    errno.EPERM: ("No permission for a file", f"Give yourself the right to it, or {_ELSEWHERE}."),
+    errno.EMFILE: ("Too many open files", "Raise the limit: `ulimit -n 4096`."),
+    errno.ENFILE: ("Too many open files", "Close other programs."),
+    errno.ESTALE: ("A network folder has gone", "Mount it again."),
+}
+
+
+def disk_problem(error: OSError, path: Path | None = None) -> Problem | None:
+    """Describe what the disk would not do; None for an error that is not the disk's.
+
+    ``path``: the file to name where the error does not.
+    """
+    if error.errno not in _DISK:
+        return None
+    title, fix = _DISK[error.errno]
+    where = str(error.filename or path or "A file")
+    why = ""
+    if error.errno == errno.ENOSPC and _lacks_inodes(Path(where)):
+        why, fix = "The disk has space, but no inodes left: it holds too many files.", "Delete some files."
+    return Problem(title, what=f"{where}: {error.strerror or os.strerror(error.errno)}.", why=why, fix=fix)
+
+
+@contextmanager
+def disk_problems() -> Iterator[None]:
+    """Raise Problem for what the disk would not do."""
+    try:
+        yield
+    except OSError as error:
+        problem = disk_problem(error)
+        if problem is None:
+            raise
+        raise problem from error
+
+
+def _lacks_inodes(path: Path) -> bool:
+    folder = next((parent for parent in (path, *path.parents) if parent.is_dir()), Path("/"))
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return False
+    return bool(disk.f_files) and not disk.f_favail and bool(disk.f_bavail)

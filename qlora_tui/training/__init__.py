@@ -27,7 +27,8 @@
 ``probe``        one step on the longest batch before the first; ``measure``: the memory a run takes;
                  ``heap``: giving free memory back
 ``loop``         transformers' ``Trainer``, with what happens at the edge of a step
-``edge``         what that is: told, validated (``evaluation``, ``accuracy``), saved, and what was ``asked``
+``edge``         what that is: told, validated (``evaluation``, ``accuracy``), saved (``disk_errors``: what a
+             failed write stands for), and what was ``asked``
 ``checkpoints``  written whole or not at all; resumed exactly
 ``health``       what is watched for, in steps and on the card
 ``processes``    one run over several cards

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import Problem
+from qlora_tui.errors import Problem, disk_problem
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir
@@ -166,7 +167,7 @@ class Edge:
     def save(self, step: int, *, must: bool = False) -> None:
         """Write a checkpoint, once a step.
 
-        A full disk costs the checkpoint, not the run, unless it ``must`` be written.
+        A disk that is full or fails costs the checkpoint, not the run, unless it ``must`` be written.
         """
         if self.progress.checkpoint_step == step:
             return
@@ -185,23 +186,32 @@ class Edge:
         )
         try:
             folder = checkpoints.write(setting.run, state, self._trainer.save_parts, setting.among)
-        except Exception as error:
-            if must or not is_full_disk(error):
+        except OSError as error:
+            if must:
                 raise
-            self._reporter.health(
-                "disk_full",
-                f"The checkpoint at step {step} could not be written: no space left on the disk.",
-                "Training goes on, and earlier checkpoints are kept. Free some space.",
-                step=step,
-            )
+            self._report_unwritten(step, error)
             return
         progress.checkpoint_step = step
         self._reporter.tell(
             CheckpointSaved(at=time.time(), step=step, folder=str(folder.relative_to(setting.run.path)))
         )
         if setting.among.is_first:
-            checkpoints.prune(setting.run, setting.recipe.training.keep_checkpoints, progress.best_step)
+            # What cannot be deleted now is deleted after the next checkpoint.
+            with suppress(OSError):
+                checkpoints.prune(setting.run, setting.recipe.training.keep_checkpoints, progress.best_step)
         self.evaluating_s += time.perf_counter() - started
+
+    def _report_unwritten(self, step: int, error: OSError) -> None:
+        problem = disk_problem(error, self._setting.run.checkpoints_dir)
+        reason = f"{problem.title[0].lower()}{problem.title[1:]}" if problem else str(error)
+        self._reporter.log(f"checkpoint at step {step}: {error}")
+        self._reporter.health(
+            "disk_full" if is_full_disk(error) else "checkpoint_unwritten",
+            f"The checkpoint at step {step} could not be written: {reason}.",
+            "Training continues, and earlier checkpoints are kept. "
+            + (f"{problem.why} {problem.fix}".strip() if problem else "The log has the details."),
+            step=step,
+        )
 
     def _tell(
         self, step: int, epoch: float, loss: float, learning_rate: float, grad_norm: float, *, must: bool

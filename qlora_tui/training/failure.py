@@ -6,13 +6,14 @@ import errno
 import re
 import time
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import Problem, disk_problem
 from qlora_tui.format import size
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.shortage import what_would_fit
+from qlora_tui.training.disk_errors import disk_error
 
 _MEMORY_WORDS = (
     "out of memory",
@@ -24,7 +25,6 @@ _MEMORY_WORDS = (
 _ONEDNN_MESSAGES = ("could not create a primitive", "could not create a memory object")
 """All that oneDNN says of it, word for word: what it cannot do it says at greater length."""
 _CPU_ASKED = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
-_FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 
 def failed(error: BaseException, run: RunDir, recipe: Recipe | None, estimate: Estimate | None) -> Failed:
@@ -41,12 +41,15 @@ def failed(error: BaseException, run: RunDir, recipe: Recipe | None, estimate: E
             fix=error.fix,
             exit_code=error.exit_code,
         )
-    if is_full_disk(error):
+    on_disk = disk_error(error)
+    problem = on_disk and disk_problem(on_disk, run.path)
+    if problem:
         return Failed(
             at=now,
-            title="No space left on the disk",
-            what=f"{getattr(error, 'filename', None) or run.path} could not be written.",
-            fix=f"Free some space; `qlora-tui resume {run.id}` then goes on from the last checkpoint.",
+            title=problem.title,
+            what=problem.what,
+            why=problem.why,
+            fix=f"{problem.fix} `qlora-tui resume {run.id}` then continues from the last checkpoint.",
             exit_code=1,
         )
     return Failed(
@@ -69,10 +72,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of space. Only their text tells with safetensors and torch."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(word in str(error) for word in _FULL_DISK_WORDS)
+    """Whether a write failed for lack of space or quota."""
+    on_disk = disk_error(error)
+    return on_disk is not None and on_disk.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _out_of_memory(

@@ -39,6 +39,7 @@ from qlora_tui.training.batches import (
 )
 from qlora_tui.training.checkpoints import UnloadableCheckpoint
 from qlora_tui.training.device import Device
+from qlora_tui.training.disk_errors import true_disk_errors
 from qlora_tui.training.failure import is_out_of_memory
 
 _OPTIMIZERS = {
@@ -195,13 +196,14 @@ class RunTrainer(Trainer):
             self.on_step(logs["loss"], logs["learning_rate"], float(logs.get("grad_norm", 0.0)))
 
     def save_parts(self, folder: Path) -> None:
-        """What must be kept to go on from here: adapter, optimizer, schedule, random numbers, counters."""
-        if self.args.should_save:
-            save_adapter(self.model, folder)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
+        """Write adapter, optimizer, schedule, random numbers and counters. Raises OSError."""
+        with true_disk_errors():
+            if self.args.should_save:
+                save_adapter(self.model, folder)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _loading(resume_from_checkpoint):

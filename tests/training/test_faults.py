@@ -37,11 +37,12 @@ WIDE = {"training.micro_batch": 4, "training.gradient_accumulation": 1, "trainin
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")
+@pytest.mark.parametrize("room", [65_536, 131_072], ids=["safetensors fails", "torch.save fails"])
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
-    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     run = create(recipe({"training.checkpoint_every": 2}))
-    befalls(monkeypatch, f"small_disk({str(run.checkpoints_dir)!r}, 65536)")
+    befalls(monkeypatch, f"small_disk({str(run.checkpoints_dir)!r}, {room})")
     assert trainers.run(run) == 0
     assert isinstance(events(run)[-1], Finished)
     full = [health for health in told(run, Health) if health.kind == "disk_full"]
