@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import paths
 from qlora_tui.data.look_over import LookedOver
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.training.conversion import folder_of
 from tests.cli.conftest import Call
-from tests.demo.tiny_gguf import write_tiny_gguf
 from tests.tui.reading import readable_model
 
 

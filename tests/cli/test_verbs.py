@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import paths
 from qlora_tui.catalog import hub
 from qlora_tui.cli import doctor
@@ -19,7 +20,6 @@ from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.conversion import folder_of
 from tests.cli.conftest import CONFIGS, Call
-from tests.demo.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture

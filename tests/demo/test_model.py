@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui.demo.download import Packed
 from qlora_tui.demo.model import ensure_model, is_ready, model_folder
 from qlora_tui.errors import Problem
 from qlora_tui.paths import cache_dir
 from tests.demo.package_index import PackageIndex, pack
-from tests.demo.tiny_gguf import write_tiny_gguf
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow

@@ -122,7 +122,7 @@ async def test_no_machine_learning_library_is_loaded(
 
 
 async def test_a_gguf_file_that_was_never_converted_says_so(engine: EngineClient, tmp_path: Path) -> None:
-    from tests.demo.tiny_gguf import write_tiny_gguf
+    from bench.tiny_gguf import write_tiny_gguf
 
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     path = tickets(tmp_path / "t.jsonl")

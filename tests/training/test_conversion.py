@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import children
 from qlora_tui.errors import Problem
 from qlora_tui.training.conversion import (
@@ -22,7 +23,6 @@ from qlora_tui.training.conversion import (
     converted,
     kept_conversion,
 )
-from tests.demo.tiny_gguf import write_tiny_gguf
 from tests.waiting import wait_for
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import Failed, Finished, Paused, PhaseChanged, Progress, Stopped
 from qlora_tui.runs.status import read_status
 from qlora_tui.training.conversion import folder_of, kept_conversion
-from tests.demo.tiny_gguf import write_tiny_gguf
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.told import events
 from tests.waiting import wait_for

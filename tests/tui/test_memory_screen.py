@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui.memory import Peaks, estimate, remember
 from qlora_tui.memory.traced import Traced
 from qlora_tui.recipe.fields import value_of
@@ -14,7 +15,6 @@ from qlora_tui.tui.screens import memory
 from qlora_tui.tui.screens.memory import MemoryScreen
 from qlora_tui.tui.widgets.stacked_bar import parts_of, stacked_bar
 from qlora_tui.tui.widgets.vi_list import ViList
-from tests.demo.tiny_gguf import write_tiny_gguf
 from tests.gpu.stub import play_in_this_process
 from tests.tui.seeing import shows, text_of, until
 from tests.tui.workstation import config_folder, open_on, open_with_card, settle
