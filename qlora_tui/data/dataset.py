@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.checksums import mismatch, write_checksums
 from qlora_tui.data.examine import Examiner
 from qlora_tui.data.open_file import Position
 from qlora_tui.data.outcome import Outcomes
@@ -32,7 +33,7 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.workers import Work, working
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import Problem
-from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.files import atomic_write, private_dir, sync_tree
 from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Recipe
 
@@ -106,6 +107,8 @@ def prepare(
     made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
         _make(made, recipe, files, tokenizer, validation_source, progress)
+        write_checksums(made)
+        sync_tree(made)
         made.rename(folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -200,6 +203,8 @@ def _key(recipe: Recipe, files: Sequence[SourceFile], tokenizer: ChatTokenizer) 
 def _load(folder: Path, weights: Sequence[float], cached: bool) -> Prepared | None:
     try:
         meta = decode_json((folder / "meta.json").read_bytes(), _META)
+        if damage := mismatch(folder):
+            raise ValueError(damage)
         store = Store(folder)
         train, validation = store.side("train", weights), store.side("validation", weights)
     except (FileNotFoundError, msgspec.MsgspecError, ValueError):

@@ -24,7 +24,7 @@ from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.export.card import model_card
 from qlora_tui.export.verify import MergeCheck
 from qlora_tui.export.weight_files import change_tensors
-from qlora_tui.files import private_dir
+from qlora_tui.files import private_dir, publish
 
 _SPARE_BYTES = 64 << 20
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
@@ -71,7 +71,7 @@ def merge(
             for name in filter(partial(_is_in, folder), names):
                 shutil.copyfile(folder / name, draft / name)
         (draft / "README.md").write_text(model_card(source.recipe, from_hub=_from_hub(source)))
-        draft.rename(out)
+        publish(draft, out)
     except OSError as error:
         raise Problem(
             "The merged model could not be written",

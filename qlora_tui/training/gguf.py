@@ -23,7 +23,7 @@ import msgspec
 
 from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.errors import Problem
-from qlora_tui.files import private_dir
+from qlora_tui.files import private_dir, publish
 from qlora_tui.training import llama_gguf
 from qlora_tui.training.clean_files import single_file_view
 from qlora_tui.training.failure import is_full_disk, is_out_of_memory
@@ -53,7 +53,7 @@ def convert(file: Path, folder: Path, progress: Progress = lambda done, total: N
         shutil.rmtree(draft, ignore_errors=True)
         try:
             _convert(file, private_dir(draft), progress)
-            draft.rename(folder)
+            publish(draft, folder)
         except (
             *(OSError, ValueError, KeyError, ImportError, NotImplementedError),
             *(MemoryError, RuntimeError, SafetensorError),

@@ -20,6 +20,7 @@ from qlora_tui.data.store import Store
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Recipe, Source, Training
 from tests.data.families import family
+from tests.runs.test_damage import flip
 
 
 def write(path: Path, rows: list[Any]) -> Source:
@@ -100,6 +101,13 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     assert again.data_hash == first.data_hash
     (first.folder / "tokens.u32").unlink()
     assert not prepare(made, family("chatml")).cached
+
+
+def test_a_flipped_byte_in_the_cache_is_made_again(tmp_path: Path) -> None:
+    settings = recipe(write(tmp_path / "a.jsonl", pairs(20)))
+    flip(prepare(settings, family("chatml")).folder / "tokens.u32", 5)
+    assert not prepare(settings, family("chatml")).cached
+    assert prepare(settings, family("chatml")).cached
 
 
 def test_a_truncated_token_file_is_made_again(tmp_path: Path) -> None:
@@ -254,8 +262,8 @@ def test_left_over_work_of_a_killed_process_does_not_disturb(tmp_path: Path) -> 
     (folder.parent / ".making-dead").mkdir()
     assert prepare(made, family("chatml")).cached
     assert sorted(p.name for p in folder.iterdir()) == sorted(
-        ["meta.json", "offsets.u64", "rows.u32", "sources.u16", "tokens.u32", "train.u32", "trained.u8",
-         "trained_counts.u32", "validation.u32"]
+        ["SHA256SUMS", "meta.json", "offsets.u64", "rows.u32", "sources.u16", "tokens.u32", "train.u32",
+         "trained.u8", "trained_counts.u32", "validation.u32"]
     )  # fmt: skip
     assert Store(folder).tokens.readonly
 
