@@ -9,9 +9,9 @@ From the outside in:
   conversations from them. ``preferences`` and ``chosen_side``: rows that compare or rate answers.
   ``unsupported`` and ``media``: what is recognized only to be refused. ``conversation``: what a conversation
   is. ``sources``: the recipe's sources as such files.
-* ``tokenizer`` (with ``word_memo``), ``template``, ``traits``, ``stock_templates``: a model's tokenizer and
-  chat template, without transformers. ``thinking``: how a template is told to think,
-  and the reasoning of a row.
+* ``tokenizer`` (with ``word_memo``), ``template`` (with ``template_guard``), ``traits``,
+  ``stock_templates``: a model's tokenizer and chat template, without transformers. ``thinking``: how a
+  template is told to think, and the reasoning of a row.
 * ``spans`` (with ``thought_text``), ``render``: token ids of a conversation, and the mask of what is trained.
 * ``outcome`` (with ``checks``, ``lengths``, ``near_duplicates``, ``problems``): a row by itself, rendered,
   fitted and checked; ``workers`` (with ``worker``, ``frames``) has that done on all cores. ``examine`` (with

@@ -30,14 +30,15 @@ def memory_bound(more_bytes: int) -> Iterator[None]:
     Other threads are bound by it too, so it should be wide. Blocks may overlap: the first one's bound holds.
     Does nothing where the kernel has no such limit, or one that is lower.
     """
-    _enter(more_bytes)
+    enter(more_bytes)
     try:
         yield
     finally:
-        _leave()
+        leave()
 
 
-def _enter(more_bytes: int) -> None:
+def enter(more_bytes: int) -> None:
+    """Begin what ``memory_bound`` does; for code that runs thousands of times a second."""
     global _open_blocks, _before
     with _lock:
         _open_blocks += 1
@@ -49,7 +50,8 @@ def _enter(more_bytes: int) -> None:
                 resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
 
 
-def _leave() -> None:
+def leave() -> None:
+    """End a block that ``enter`` began."""
     global _open_blocks
     with _lock:
         _open_blocks -= 1

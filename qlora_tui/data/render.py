@@ -16,9 +16,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qlora_tui.data.conversation import Conversation, Message, RowRefused
+from qlora_tui.data.memory_bound import memory_bound
 from qlora_tui.data.report import Piece
 from qlora_tui.data.spans import PRIVATE, Layout, lay_out
 from qlora_tui.data.template import ChatTemplate
+from qlora_tui.data.template_guard import MORE_MEMORY_BYTES
 from qlora_tui.data.thinking import (
     decided,
     reasoning_apart,
@@ -95,7 +97,9 @@ def render_many(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, choices: Choices = DEFAULT
 ) -> Iterator[list[Rendered] | RowRefused]:
     """The samples of each conversation, in order, or why it gives none."""
-    laid = [_laid_or_refused(conversation, tokenizer, choices) for conversation in conversations]
+    with memory_bound(MORE_MEMORY_BYTES):
+        # Once for all of them, since to set it for each rendering would take longer than that.
+        laid = [_laid_or_refused(conversation, tokenizer, choices) for conversation in conversations]
     layouts = [layout for one in laid if isinstance(one, Laid) for layout in one.layouts]
     marked = iter(tokenizer.encode_marked([layout.text for layout in layouts], list(map(_places, layouts))))
     for one in laid:

@@ -91,10 +91,16 @@ class _Finder:
                 stopped = self._with_stop(whole, found)
                 spans.append(self._learned(whole, stopped, reasoning))
                 counts.append(weight)
-        if not spans:
+        filled = [(span, count) for span, count in zip(spans, counts, strict=True) if span[0] < span[1]]
+        if not filled:
+            if not own:
+                raise RowRefused("template-refuses", "The template leaves out what the assistant says.")
             return own
+        spans = [span for span, _ in filled]
         marked = self._by_marks(whole, spans) if template.has_generation_marks else spans
-        counts = [next(c for s, c in zip(spans, counts, strict=True) if _meet(s, span)) for span in marked]
+        counts = [
+            next((count for own_span, count in filled if _meet(own_span, span)), 1.0) for span in marked
+        ]
         return [*own, _weighed(self._closed(whole, marked), *counts)]
 
     def everything(self) -> Layout:

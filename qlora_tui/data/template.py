@@ -2,7 +2,8 @@
 
 The environment (sandbox, block trimming, ``tojson``, ``raise_exception``, ``strftime_now``, the
 ``generation`` tag) follows ``transformers/utils/chat_template_utils.py``; a test holds the two equal.
-One thing differs: the date is pinned, so that the same row gives the same tokens every day.
+Two things differ: the date is pinned, so that the same row gives the same tokens every day, and time and
+memory are bounded (:mod:`qlora_tui.data.template_guard`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qlora_tui.data.conversation import RowRefused
+from qlora_tui.data.template_guard import (
+    MORE_MEMORY_BYTES,
+    MOST_CPU_S,
+    Bounded,
+    TemplateStopped,
+    check_number,
+    multiplied,
+    raised,
+)
 
 PINNED_DATE = datetime(2024, 7, 26)
 """Today, for templates that print it: the date Llama 3's template falls back to."""
@@ -30,6 +40,9 @@ Turns = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 """Characters from, to."""
+
+
+_TOO_SLOW = f"The template takes more than {MOST_CPU_S:.0f} seconds for one conversation."
 
 
 class TemplateBroken(Exception):
@@ -43,18 +56,23 @@ class ChatTemplate:
         self.text = text
         self._variables = dict(variables)
         self._marks = _Marks()
+        self._stopped: list[str] = []
+        """Why it is not rendered any more: one rendering took too long."""
         environment = _environment(self._marks)
         try:
-            tree = environment.parse(text)
+            with Bounded():
+                # Jinja computes constant expressions here.
+                tree = environment.parse(text)
+                code = environment.compile(tree)
             self.literals = "\0".join(_literals(tree))
             """Every piece of text the template itself writes."""
             self.names = frozenset(name.name for name in tree.find_all(jinja2.nodes.Name))
             """Every variable the template reads or sets."""
-            self._template = jinja2.Template.from_code(
-                environment, environment.compile(tree), environment.globals
-            )
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise TemplateBroken(str(error)) from error
+            self._template = jinja2.Template.from_code(environment, code, environment.globals)
+        except TemplateStopped:
+            raise TemplateBroken(_TOO_SLOW) from None
+        except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError) as error:
+            raise TemplateBroken(str(error) or type(error).__name__) from error
         self.has_generation_marks = self._marks.in_template
 
     def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
@@ -70,31 +88,54 @@ class ChatTemplate:
 
         Raises ``RowRefused`` with the template's own words where it refuses.
         """
+        self._refuse_if_stopped()
         try:
-            return self._template.render(
-                messages=turns, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
-            )
+            with Bounded():
+                return self._template.render(
+                    messages=turns,
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=prompt,
+                    **self._variables,
+                )
+        except TemplateStopped:
+            raise self._stop() from None
         except Exception as error:  # a template is somebody's program, and may fail in any way
             raise RowRefused("template-refuses", _in_words(error)) from error
 
     def render_marked(self, turns: Turns, tools: Tools | None = None) -> tuple[str, list[Span]]:
         """The same, and the spans the template's own generation marks enclose."""
+        self._refuse_if_stopped()
         with self._marks.collected() as (written, spans):
             try:
-                for piece in self._template.generate(
-                    messages=turns,
-                    tools=tools,
-                    documents=None,
-                    add_generation_prompt=False,
-                    **self._variables,
-                ):
-                    written.append(piece)
+                with Bounded():
+                    for piece in self._template.generate(
+                        messages=turns,
+                        tools=tools,
+                        documents=None,
+                        add_generation_prompt=False,
+                        **self._variables,
+                    ):
+                        written.append(piece)
+            except TemplateStopped:
+                raise self._stop() from None
             except Exception as error:
                 raise RowRefused("template-refuses", _in_words(error)) from error
             return "".join(written), list(spans)
 
+    def _refuse_if_stopped(self) -> None:
+        # Else each row of a large file would take that long.
+        if self._stopped:
+            raise RowRefused("template-refuses", self._stopped[0])
+
+    def _stop(self) -> RowRefused:
+        self._stopped.append(_TOO_SLOW)
+        return RowRefused("template-refuses", _TOO_SLOW)
+
 
 def _in_words(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return f"The template takes more than {MORE_MEMORY_BYTES >> 20} MiB for one conversation."
     if isinstance(error, jinja2.TemplateError) and error.message:
         return f"The template says: {error.message}"
     return f"The template fails: {type(error).__name__}: {error}"
@@ -143,6 +184,15 @@ class _GenerationTag(jinja2.ext.Extension):
 
 class _Environment(ImmutableSandboxedEnvironment):
     marks: _Marks
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """A product or a power, of numbers within the bound."""
+        return raised(left, right) if operator == "**" else multiplied(left, right)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """As the sandbox has it; a method may not give a number over the bound."""
+        return check_number(super().call(*args, **kwargs))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """As the sandbox has it, which for ``message.role`` fails at an attribute first, for each turn."""
@@ -157,6 +207,8 @@ def _environment(marks: _Marks) -> _Environment:
     )
     environment.marks = marks
     environment.filters["tojson"] = _tojson
+    as_number = environment.filters["int"]
+    environment.filters["int"] = lambda *args, **kwargs: check_number(as_number(*args, **kwargs))
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = PINNED_DATE.strftime
     return environment

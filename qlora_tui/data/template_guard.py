@@ -1,0 +1,116 @@
+"""Bounds on what a chat template may take: it is a program that somebody else wrote.
+
+Time is that of the processor, so a busy machine or one that slept changes nothing. A thread watches; past the
+bound it has ``TemplateStopped`` raised in the thread that renders, wherever that is. Memory is bounded by the
+kernel. Arithmetic on numbers of millions of digits, which neither can end, is refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from qlora_tui.data import memory_bound
+
+MOST_CPU_S = 5.0
+"""For one rendering. A long conversation takes some milliseconds."""
+MORE_MEMORY_BYTES = 256 << 20
+MOST_BITS = 4096
+"""Of a whole number."""
+_LOOK_S = 0.1
+_IDLE_LOOKS = 50
+_raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+
+class TemplateStopped(BaseException):
+    """The bound of time was reached. No ``Exception``, so that nothing between takes it for its own."""
+
+
+def check_number(value: Any) -> Any:
+    """``value``, unless it is a number that is too large. Raises ``OverflowError``."""
+    if type(value) is int and value.bit_length() > MOST_BITS:
+        raise OverflowError(f"a number has more than {MOST_BITS:,} bits")
+    return value
+
+
+def multiplied(left: Any, right: Any) -> Any:
+    """``left * right`` of numbers, or a text repeated."""
+    return check_number(left * right)
+
+
+def raised(base: Any, exponent: Any) -> Any:
+    """``base ** exponent``. Raises ``OverflowError`` before it takes long."""
+    if type(base) is int and type(exponent) is int and base.bit_length() * abs(exponent) > MOST_BITS:
+        raise OverflowError(f"a number has more than {MOST_BITS:,} bits")
+    return base**exponent
+
+
+class Bounded:
+    """``with Bounded():`` around one rendering. Raises ``TemplateStopped`` and ``MemoryError``."""
+
+    __slots__ = ("clock", "ends_at", "thread")
+
+    def __enter__(self) -> None:
+        self.thread = threading.get_ident()
+        self.clock = _clock_of(self.thread)
+        self.ends_at = time.clock_gettime(self.clock) + MOST_CPU_S
+        memory_bound.enter(MORE_MEMORY_BYTES)
+        _watch.begin(self)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            _watch.end(self)
+        finally:
+            memory_bound.leave()
+
+
+def _clock_of(thread: int) -> int:
+    # macOS has none of a thread; there a busy machine counts.
+    of_thread = getattr(time, "pthread_getcpuclockid", None)
+    return of_thread(thread) if of_thread else time.CLOCK_MONOTONIC
+
+
+class _Watch:
+    """The thread that watches. It ends when nothing was rendered for a while."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way: set[Bounded] = set()
+        self._is_running = False
+
+    def begin(self, block: Bounded) -> None:
+        with self._lock:
+            self._under_way.add(block)
+            if not self._is_running:
+                self._is_running = True
+                threading.Thread(target=self._run, name="template-watch", daemon=True).start()
+
+    def end(self, block: Bounded) -> None:
+        with self._lock:
+            self._under_way.discard(block)
+            # One that was asked for and has not come yet: what is rendered is there, or failed otherwise.
+            if block.ends_at == _STOPPED:
+                _raise_in(ctypes.c_ulong(block.thread), None)
+
+    def _run(self) -> None:
+        idle = 0
+        while True:
+            time.sleep(_LOOK_S)
+            with self._lock:
+                idle = 0 if self._under_way else idle + 1
+                if idle > _IDLE_LOOKS:
+                    self._is_running = False
+                    return
+                for block in self._under_way:
+                    if block.ends_at != _STOPPED and time.clock_gettime(block.clock) > block.ends_at:
+                        block.ends_at = _STOPPED
+                        _raise_in(ctypes.c_ulong(block.thread), ctypes.py_object(TemplateStopped))
+
+
+_STOPPED = float("-inf")
+_watch = _Watch()

@@ -1,0 +1,126 @@
+"""A chat template is somebody's program: it ends in time and memory, and what it refuses is said in words."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+
+from qlora_tui.data import template, template_guard
+from qlora_tui.data.conversation import Conversation, Message, RowRefused
+from qlora_tui.data.render import prompt_ids, render
+from qlora_tui.data.template import ChatTemplate, TemplateBroken
+from tests.data.families import CHATML, tokenizer_for
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+GROWING = (
+    "{{% set ns = namespace(x={start}) %}}{{% for i in range(60) %}}{{% set ns.x = {step} %}}{{% endfor %}}"
+    "{show}"
+)
+SLOW = {
+    "loops": ENDLESS,
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "filters": "{{ ([range(99999)] * 99999) | map('sum') | sum }}",
+    "lipsum": "{{ lipsum(n=99999999) }}",
+}
+LARGE = {
+    "width of %": "{{ '%0999999999d' % 1 }}",
+    "width of a filter": "{{ '%0999999999d' | format(1) }}",
+    "width of format": "{{ '{:0999999999d}'.format(1) }}",
+    "sum of texts": GROWING.format(start="'ab'", step="ns.x + ns.x", show="{{ ns.x }}"),
+    "joined texts": GROWING.format(start="'ab'", step="ns.x ~ ns.x", show="{{ ns.x }}"),
+    "repeated text": "{{ 'a' * 9999999999 }}",
+    "repeated list": "{{ [1] * 9999999999 }}",
+    "lists in lists": GROWING.format(start="[1]", step="[ns.x, ns.x]", show="{{ ns.x }}"),
+    "json of lists": GROWING.format(start="[1]", step="[ns.x, ns.x]", show="{{ ns.x | tojson }}"),
+    "output": "{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+    "center": "{{ 'a' | center(9999999999) }}",
+    "ljust": "{{ 'a'.ljust(9999999999) }}",
+    "zfill": "{{ 'a'.zfill(9999999999) }}",
+    "tabs": "{{ '\t'.expandtabs(9999999999) }}",
+    "indent": "{{ 'a\nb' | indent(9999999999) }}",
+    "indent of json": "{{ messages | tojson(indent=999999999) }}",
+    "replace": "{% set x = 'a' * 99999 %}{{ x.replace('a', x) }}",
+    "join": "{{ ('a' * 99999) | join('b' * 99999) }}",
+    "batch": "{{ [1] | batch(9999999999, 1) | list | length }}",
+}
+NUMBERS = {
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "squares": GROWING.format(start="9", step="ns.x * ns.x", show="{{ ns.x > 1 }}"),
+    "parsed": "{{ ('f' * 9999) | int(base=16) // 3 }}",
+    "from bytes": "{{ (1).from_bytes(('a' * 9999).encode(), 'little') // 3 }}",
+}
+FAILING = {
+    "of a variable": "{{ nothing.at.all }}",
+    "of an index": "{{ messages[9].content }}",
+    "of a call": "{{ messages() }}",
+    "of recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "of its own": "{{ raise_exception('no') }}",
+}
+
+
+def refusal(text: str) -> str:
+    """Why the template gives nothing, compiled or rendered."""
+    try:
+        with pytest.raises(RowRefused) as refused:
+            ChatTemplate(text, {}).render(TURNS)
+        return refused.value.reason
+    except TemplateBroken as broken:
+        return str(broken)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_template_without_end_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
+    assert "takes more than" in refusal(SLOW[name])
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_template_that_takes_all_memory_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_guard, "MOST_CPU_S", 1.0)
+    monkeypatch.setattr(template_guard, "MORE_MEMORY_BYTES", 32 << 20)
+    assert re.search("takes more than|Error", refusal(LARGE[name]))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_arithmetic_that_nothing_can_end_is_refused(name: str) -> None:
+    assert "more than 4,096 bits" in refusal(NUMBERS[name])
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_template_that_fails_is_told_in_words(name: str) -> None:
+    assert refusal(FAILING[name]).startswith("The template ")
+
+
+def test_a_template_that_was_stopped_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
+    endless = ChatTemplate(ENDLESS, {})
+    for tried in (endless, endless, endless.with_variables({"enable_thinking": False})):
+        with pytest.raises(RowRefused):
+            tried.render(TURNS)
+        monkeypatch.setattr(template_guard, "MOST_CPU_S", 1e9)
+
+
+def test_a_template_is_stopped_in_any_thread_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
+    reasons: list[str] = []
+    thread = threading.Thread(target=lambda: reasons.append(refusal(ENDLESS)))
+    thread.start()
+    while thread.is_alive():
+        assert ChatTemplate(CHATML, {}).render(TURNS)
+    assert "takes more than" in reasons[0]
+
+
+@pytest.mark.parametrize("text", ["hello", "{{ bos_token }}", "{% for m in messages %}{% endfor %}"])
+def test_a_template_that_ignores_its_messages_is_refused_in_words(text: str) -> None:
+    tokenizer = tokenizer_for(text)
+    conversation = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
+    with pytest.raises(RowRefused, match="leaves out what the assistant says"):
+        render(conversation, tokenizer)
+    prompt_ids([Message("user", "Hi")], tokenizer)
+
+
+def test_the_reason_of_the_time_bound_names_it() -> None:
+    assert "5 seconds" in template._TOO_SLOW
