@@ -61,7 +61,7 @@ def rename(run: RunDir, name: str) -> None:
     wrong = wrong_name(name) or _taken(run, name.strip())
     if wrong:
         raise Problem("Not a name for a run", what=wrong, fix="Give a short line.", exit_code=WRONG_CALL)
-    atomic_write(run.name_path, f"{name.strip()}\n")
+    atomic_write(run.name_path, f"{name.strip()}\n", durable=True)
 
 
 def wrong_name(name: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import time
 
-from qlora_tui import paths
 from qlora_tui.files import sync
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.entries import Entry, entries, entries_of, queue_dir, queue_lock
@@ -67,11 +66,6 @@ def take(run: RunDir, process: ProcessMark) -> None:
 def waiting() -> list[str]:
     """Ids of the waiting runs, the next one first."""
     return list(dict.fromkeys(entry.run_id for entry in entries()))
-
-
-def next_waiting() -> RunDir | None:
-    """The run whose turn it is, left in the queue."""
-    return next((RunDir(paths.runs_dir() / name) for name in waiting()), None)
 
 
 def remove(run: RunDir) -> bool:
