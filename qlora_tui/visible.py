@@ -7,11 +7,10 @@ the screen, or make text read in another order than it is stored. Such character
 from __future__ import annotations
 
 import re
+from functools import cache
 
 _JOINERS = "\u180e\u200b-\u200d\u2060-\u2064\ufeff"
 """Zero-width characters that scripts and emoji need, and that hide in ASCII."""
-_SELECTORS = "\ufe00-\ufe0f\U000e0100-\U000e01ef"
-"""Choose the look of the character before them: one each."""
 _FLAG = "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{1,6}\U000e007f"
 """A black flag and the tag characters that name a region, as in the flag of Scotland."""
 _OBEYED = (
@@ -22,30 +21,31 @@ _OBEYED = (
     # Tag characters, and what else of their plane selects nothing.
     "\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"
 )
-_UNSAFE = re.compile(
-    f"(?P<flag>{_FLAG})"
-    f"|[{_OBEYED}]"
-    f"|(?<![^\x00-\x7f{_JOINERS}{_OBEYED}])[{_JOINERS}]"
-    # Digits, # and * take a selector too: they become keycaps.
-    f"|(?<![^\x00-\\x22\\x24-\\x29\\x2b-\\x2f\\x3a-\x7f{_SELECTORS}{_OBEYED}])[{_SELECTORS}]"
-)
 _HIGHEST_BMP = 0xFFFF
+
+
+@cache
+def _unsafe() -> re.Pattern[str]:
+    # Compiling takes some milliseconds, and most text never needs it.
+    return re.compile(f"(?P<flag>{_FLAG})|[{_OBEYED}]|(?<![^\x00-\x7f{_JOINERS}{_OBEYED}])[{_JOINERS}]")
 
 
 def visible(text: str) -> str:
     """``text`` with a symbol for each character that a terminal would obey or hide.
 
-    ESC becomes ``␛``, U+202E ``⟨U+202E⟩``. Line ends and tabs stay, as do joiners and selectors after a
-    character that is not ASCII: emoji, Persian and Thai text need them.
+    ESC becomes ``␛``, U+202E ``⟨U+202E⟩``. Line ends and tabs stay, as do joiners after a character
+    that is not ASCII: emoji, Persian and Thai text need them.
     """
-    if text.isprintable() and text.isascii():
-        return text
-    return _UNSAFE.sub(_symbol, text)
+    return text if _is_plain(text) else _unsafe().sub(_symbol, text)
 
 
 def visible_in_json(encoded: str) -> str:
     r"""JSON with ``\uXXXX`` in place of the same characters; it decodes to what it did."""
-    return _UNSAFE.sub(_escape, encoded)
+    return encoded if _is_plain(encoded) else _unsafe().sub(_escape, encoded)
+
+
+def _is_plain(text: str) -> bool:
+    return text.replace("\n", "").replace("\t", "").isprintable()
 
 
 def _symbol(match: re.Match[str]) -> str:

@@ -14,13 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 from typing import TypeAlias
 
 import msgspec
 
-from qlora_tui import children
+from qlora_tui import children, paths
 from qlora_tui.data.frames import read_frame, write_frame
 from qlora_tui.data.outcome import Batch, Outcome, Outcomes
 
@@ -137,14 +138,20 @@ class Workers:
 
 
 def _started() -> subprocess.Popen[bytes]:
-    """Out of reach of Ctrl-C: that is for this process, which then ends its children."""
-    return subprocess.Popen(
-        children.command(MODULE),
-        env={**children.environment(), "TOKENIZERS_PARALLELISM": "false"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
+    """Out of reach of Ctrl-C: that is for this process, which then ends its children.
+
+    What a child says goes to the log: a library's last words may hold what a row holds.
+    """
+    log = paths.log_path()
+    with (log if os.access(log.parent, os.W_OK) else Path(os.devnull)).open("ab") as errors:
+        return subprocess.Popen(
+            children.command(MODULE),
+            env={**children.environment(), "TOKENIZERS_PARALLELISM": "false"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
 
 
 def _ask(child: subprocess.Popen[bytes], what: bytes) -> bytes:
