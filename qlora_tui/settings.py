@@ -55,7 +55,7 @@ def load_settings() -> Settings:
         return msgspec.convert(tomllib.loads(path.read_text("utf-8")), Settings)
     except FileNotFoundError:
         return Settings()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+    except (OSError, ValueError, RecursionError, msgspec.ValidationError) as error:
         known = ", ".join(field.name for field in msgspec.structs.fields(Settings))
         raise Problem(
             "config.toml cannot be used",

@@ -264,8 +264,8 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
         raise Problem(
             "Broken tokenizer",
             what=f"{path} is not valid JSON: {error}.",
@@ -296,17 +296,34 @@ def _own_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     if isinstance(held, str):
         named["default"] = held
     elif isinstance(held, list):
-        named.update({t["name"]: t["template"] for t in held if isinstance(t, dict) and "template" in t})
+        named.update(
+            (part["name"], part["template"])
+            for part in held
+            if isinstance(part, dict)
+            and isinstance(part.get("name"), str)
+            and isinstance(part.get("template"), str)
+        )
     if not named:
         processor = _json_object(folder / "chat_template.json").get("chat_template")
         if isinstance(processor, str):
             named["default"] = processor
     if path.is_file():
-        named["default"] = path.read_text()
+        named["default"] = _template_text(path)
     tool_path = folder / "additional_chat_templates" / "tool_use.jinja"
     if tool_path.is_file():
-        named["tool_use"] = tool_path.read_text()
+        named["tool_use"] = _template_text(tool_path)
     return named.get("default", ""), named.get("tool_use", "") if named.get("default") else ""
+
+
+def _template_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(
+            "Broken chat template",
+            what=f"{path} cannot be read: {error}.",
+            fix="Download the model's tokenizer files again.",
+        ) from error
 
 
 def _with_missing_tokens(tokenizer_json: str, config: Mapping[str, Any]) -> str:

@@ -104,7 +104,7 @@ def _read(path: Path) -> Theme:
         file = msgspec.convert(tomllib.loads(path.read_text("utf-8")), ThemeFile)
         _check_colours(file)
         return file.theme()
-    except (OSError, ValueError, ColorParseError, msgspec.ValidationError) as error:
+    except (OSError, ValueError, RecursionError, ColorParseError, msgspec.ValidationError) as error:
         wrong = _NO_COLOUR.sub(r"\1 is no colour", str(error))
         raise Problem(
             "A theme was left out",
