@@ -57,6 +57,8 @@ _DISK: dict[int, tuple[str, str]] = {
     errno.EIO: ("The disk reported an error", f"Look into `dmesg` for what it reported, or {_ELSEWHERE}."),
     errno.EACCES: ("No permission for a file", f"Give yourself the right to it, or {_ELSEWHERE}."),
     errno.EPERM: ("No permission for a file", f"Give yourself the right to it, or {_ELSEWHERE}."),
+    errno.ENOTDIR: ("A file is where a folder should be", f"Move it away, or {_ELSEWHERE}."),
+    errno.EEXIST: ("A file is where a folder should be", f"Move it away, or {_ELSEWHERE}."),
     errno.EMFILE: ("Too many open files", "Raise the limit: `ulimit -n 4096`."),
     errno.ENFILE: ("Too many open files", "Close other programs."),
     errno.ESTALE: ("A network folder has gone", "Mount it again."),
@@ -71,7 +73,7 @@ def disk_problem(error: OSError, path: Path | None = None) -> Problem | None:
     if error.errno not in _DISK:
         return None
     title, fix = _DISK[error.errno]
-    where = str(error.filename or path or "A file")
+    where = str(error.filename or path or "Writing a file failed")
     why = ""
     if error.errno == errno.ENOSPC and _lacks_inodes(Path(where)):
         why, fix = "The disk has space, but no inodes left: it holds too many files.", "Delete some files."

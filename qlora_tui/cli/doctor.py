@@ -14,10 +14,11 @@ from typing import Literal
 from qlora_tui import children, paths
 from qlora_tui.catalog.local import hub_cache_dir
 from qlora_tui.cli.verb import Outcome, Verb
-from qlora_tui.errors import FAILED
+from qlora_tui.errors import FAILED, Problem, disk_problem
 from qlora_tui.format import size
 from qlora_tui.gpu.no_gpu import NoGpu
 from qlora_tui.gpu.visible import torch_card
+from qlora_tui.runs.locks import locked
 
 _DISK_BYTES = 5 * 2**30
 """Below this a model's download or a few checkpoints fill the disk."""
@@ -35,7 +36,7 @@ class Check:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Every check, in the order a run would meet them."""
-    checks = [_python(), *_disks(), _card(), *_libraries()]
+    checks = [_python(), *_disks(), _locks(), _card(), *_libraries()]
     failed = any(check.state == "fails" for check in checks)
     lines = []
     for check in checks:
@@ -69,6 +70,19 @@ def _disk(name: str, folder: Path, variable: str) -> Check:
     enough = free >= _DISK_BYTES
     fix = "" if enough else f"Free some space, or point {variable} at another disk."
     return Check(name, "ok" if enough else "fails", f"{size(free)} free in {folder}", fix)
+
+
+def _locks() -> Check:
+    """Lock and release a file where runs are: without locks no runner works."""
+    try:
+        path = paths.state_dir() / "lock-test"
+        with locked(path):
+            path.unlink()
+    except (Problem, OSError) as error:
+        problem = error if isinstance(error, Problem) else disk_problem(error)
+        fix = problem.fix if problem else "Point XDG_STATE_HOME at another disk."
+        return Check("file locks", "fails", problem.what if problem else str(error), fix)
+    return Check("file locks", "ok", f"work in {paths.state_dir()}")
 
 
 def _card() -> Check:

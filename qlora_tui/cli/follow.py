@@ -95,7 +95,7 @@ class _LastSample:
 def _to_its_end(view: RunView, tell: Callable[[AnyEvent], None]) -> int:
     run = view.run
     try:
-        for event in followed(view):
+        for event in followed(view, lambda detail: print(f"{run.id}: {detail}", file=sys.stderr)):
             tell(event)
     except KeyboardInterrupt:
         print(f"\nDetached: {run.id} goes on. `qlora-tui attach {run.id}` comes back.", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from qlora_tui import __version__, paths
 from qlora_tui.cli.arguments import positive
 from qlora_tui.cli.terminal import visible_output
-from qlora_tui.errors import FAILED, Problem
+from qlora_tui.errors import FAILED, Problem, disk_problem
 from qlora_tui.settings import load_settings
 
 if TYPE_CHECKING:
@@ -72,7 +72,11 @@ def _run(words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        return _report_bug(error)
+        unwritable = disk_problem(error) if isinstance(error, OSError) else None
+        if unwritable is None:
+            return _report_bug(error)
+        print(f"qlora-tui: {unwritable}", file=sys.stderr)
+        return unwritable.exit_code
 
 
 def _parser(called: str | None) -> argparse.ArgumentParser:
@@ -121,6 +125,8 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
         app = QloraApp(settings)
         app.no_color = app.no_color or lacks_colours()
         app.run(mouse=settings.mouse and mouse)
+    if app.disk_faults.ended_by is not None:
+        raise app.disk_faults.ended_by
     if app.return_code == FAILED:
         print(
             f"qlora-tui: The app ended by a mistake of ours.\n  What is known is in {log}.", file=sys.stderr
@@ -135,12 +141,15 @@ def _show(outcome: Outcome, *, as_json: bool) -> int:
 
 
 def _report_bug(error: Exception) -> int:
-    log = paths.log_path()
-    with log.open("a") as file:
-        file.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))
-        traceback.print_exception(error, file=file)
-    print(
-        f"qlora-tui: A mistake of ours: {type(error).__name__}: {error}\n  The traceback is in {log}.",
-        file=sys.stderr,
-    )
+    print(f"qlora-tui: A mistake of ours: {type(error).__name__}: {error}", file=sys.stderr)
+    try:
+        log = paths.log_path()
+        with log.open("a") as file:
+            file.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))
+            traceback.print_exception(error, file=file)
+    except OSError as unwritable:
+        print(f"  The log could not be written ({unwritable}), so here is the traceback:", file=sys.stderr)
+        traceback.print_exception(error)
+        return FAILED
+    print(f"  The traceback is in {log}.", file=sys.stderr)
     return FAILED

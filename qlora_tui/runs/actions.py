@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import WRONG_CALL, Problem, disk_problems
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe.locations import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
@@ -16,6 +16,7 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE, read_status
 LONGEST_NAME = 60
 
 
+@disk_problems()
 def submit(recipe: Recipe) -> RunDir:
     """Queue a new run and see that a runner is at work. The recipe should be ready to run."""
     run = create(with_absolute_paths(recipe))
@@ -24,6 +25,7 @@ def submit(recipe: Recipe) -> RunDir:
     return run
 
 
+@disk_problems()
 def prepare(recipe: Recipe) -> RunDir:
     """Make a new run without queueing it, for trainers that the user starts."""
     run = create(with_absolute_paths(recipe))
@@ -31,6 +33,7 @@ def prepare(recipe: Recipe) -> RunDir:
     return run
 
 
+@disk_problems()
 def resume(run: RunDir) -> None:
     """Queue an ended run again: it goes on from its last checkpoint, or from the start without one."""
     status = read_status(run)
@@ -45,17 +48,20 @@ def resume(run: RunDir) -> None:
     ensure_runner()
 
 
+@disk_problems()
 def stop(run: RunDir) -> None:
     """End a run: take it out of the queue, or have its trainer save a checkpoint and the adapter and go."""
     if not queue.withdraw(run):
         control.ask(run, "stop")
 
 
+@disk_problems()
 def pause(run: RunDir) -> None:
     """Have the trainer save a checkpoint and leave the GPU; ``resume`` goes on."""
     control.ask(run, "pause")
 
 
+@disk_problems()
 def rename(run: RunDir, name: str) -> None:
     """Call a run otherwise; its id stays. Raises Problem for what is no name, or is another run's."""
     wrong = wrong_name(name) or _taken(run, name.strip())
@@ -90,6 +96,7 @@ def check_deletable(run: RunDir) -> None:
         )
 
 
+@disk_problems()
 def delete(run: RunDir) -> None:
     """Delete a run and all it made, for good; raises Problem while it is not over."""
     check_deletable(run)

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.decoding import decode_json
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import WRONG_CALL, Problem, disk_problems
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
@@ -38,6 +38,7 @@ _DECODER = msgspec.json.Decoder(Request)
 _LARGEST_BYTES = 4096
 
 
+@disk_problems()
 def ask(run: RunDir, kind: Kind, value: float | None = None) -> None:
     """Leave a request for the trainer of ``run``; raises Problem when no trainer has it, or nothing to do."""
     status = read_status(run)

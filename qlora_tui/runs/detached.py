@@ -15,9 +15,14 @@ def runner_lock_path() -> Path:
     return paths.state_dir() / "runner.lock"
 
 
+def runner_log_path() -> Path:
+    """What runners wrote on stdout and stderr."""
+    return paths.state_dir() / "runner.log"
+
+
 def ensure_runner() -> None:
     """Start a runner that outlives this process and its terminal; harmless where one is at work."""
-    with (paths.state_dir() / "runner.log").open("ab") as log:
+    with runner_log_path().open("ab") as log:
         start("qlora_tui.runs.runner", output=log)
 
 

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from qlora_tui.errors import Problem
+from qlora_tui.runs.detached import ensure_runner, runner_lock_path, runner_log_path
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent
+from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView
 
 POLL_S = 0.25
+GRACE_S = 10.0
+"""How long a runner may take to start, and to make way for the next."""
 
 
-def followed(view: RunView) -> Iterator[AnyEvent]:
+def followed(view: RunView, say: Callable[[str], None] = lambda detail: None) -> Iterator[AnyEvent]:
     """Yield every event that the view has not read yet, until the run is over.
 
     ``view.ending`` is then how it ended, or None, where only ``view.status`` says so: a run that is lost or
-    unreadable, or whose last event was never written or is damaged.
+    unreadable, or whose last event was never written or is damaged. Raises Problem for a run that waits and
+    that no runner takes.
+
+    ``say`` is called with a sentence on a trainer that may send no events for long: it is suspended, does not
+    respond, or works on another machine.
     """
     settled_before = False
+    runner = _RunnerWatch(view.run)
+    said = ""
     while True:
         yield from view.fresh()
         state = view.status.state
@@ -27,4 +40,48 @@ def followed(view: RunView) -> Iterator[AnyEvent]:
         if state in ("lost", "unreadable", "gone") or (settled and (view.ending or settled_before)):
             return
         settled_before = settled
+        # What comes before a colon stays the same, and what follows it may be an age.
+        detail = view.status.detail if state in ACTIVE else ""
+        if detail.partition(":")[0] != said:
+            said = detail.partition(":")[0]
+            say(detail or "The trainer responds again.")
+        if state == "queued":
+            runner.check()
         time.sleep(POLL_S)
+
+
+class _RunnerWatch:
+    """Makes sure that a queued run has a runner: it may have been killed, or be unable to work."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._missing_since: float | None = None
+        self._tried = False
+
+    def check(self) -> None:
+        """Start a runner where none has worked for a while; raise Problem where that did not help."""
+        now = time.monotonic()
+        if is_locked(runner_lock_path()):
+            self._missing_since = None
+            return
+        if self._missing_since is None:
+            self._missing_since = now
+        if now - self._missing_since < GRACE_S:
+            return
+        if self._tried:
+            raise Problem(
+                "No runner takes the run",
+                what=f"{self._run.id} is queued, and the runner ended before it began.",
+                why=_last_line(runner_log_path()),
+                fix=f"{runner_log_path()} has the details; `qlora-tui attach {self._run.id}` tries again.",
+            )
+        ensure_runner()
+        self._tried, self._missing_since = True, None
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((f"Its log ends: {line.strip()}" for line in reversed(lines) if line.strip()), "")

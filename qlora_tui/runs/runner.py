@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 
 from qlora_tui import paths
-from qlora_tui.errors import FAILED, Problem
+from qlora_tui.errors import FAILED, Problem, disk_problem
 from qlora_tui.runs import queue
 from qlora_tui.runs.detached import runner_lock_path, start
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -53,6 +53,9 @@ def main() -> int:
     except Problem as problem:
         print(problem, file=sys.stderr)
         return problem.exit_code
+    except OSError as error:
+        print(disk_problem(error) or error, file=sys.stderr)
+        return FAILED
 
 
 def _work(passed_over: set[str]) -> None:

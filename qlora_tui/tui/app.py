@@ -23,6 +23,7 @@ from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, garbage, themes
 from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION
 from qlora_tui.tui.console_font import stand_ins
+from qlora_tui.tui.disk_faults import DiskFaults
 from qlora_tui.tui.hang_up import end_in_order
 from qlora_tui.tui.painted import Difference, Painted, forget_what_is_gone
 from qlora_tui.tui.palette import CommandProvider
@@ -75,6 +76,7 @@ class QloraApp(App[None]):
         self.shown = asyncio.Event()
         """Set once the first frame is on its way: what it need not wait for begins then."""
         self._watch: Watch | None = None
+        self.disk_faults = DiskFaults()
         self._looking = False
         self._is_small = False
         self._resizes = 0
@@ -220,6 +222,10 @@ class QloraApp(App[None]):
             # What did not have to come before the first frame comes now.
             self.shown.set()
             garbage.begin()
+
+    def _handle_exception(self, error: Exception) -> None:
+        if not self.disk_faults.handle(self, error):
+            super()._handle_exception(error)
 
     def pop_screen(self) -> AwaitComplete:
         gone = super().pop_screen()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -24,9 +25,10 @@ def recent(kind: str) -> list[Path]:
 
 
 def remember(kind: str, path: Path) -> None:
-    """Put one in front."""
+    """Put one in front, where the disk allows it: nothing depends on it."""
     others = [known for known in recent(kind) if known != path]
-    atomic_write(_file(kind), msgspec.json.encode([str(p) for p in [path, *others][:_KEPT]]))
+    with suppress(OSError):
+        atomic_write(_file(kind), msgspec.json.encode([str(p) for p in [path, *others][:_KEPT]]))
 
 
 def _exists(path: Path) -> bool:

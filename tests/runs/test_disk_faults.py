@@ -95,7 +95,7 @@ def test_a_paused_run_that_cannot_be_resumed_now_can_be_later(
     for at in count(1):
         run = story.submitted(recipe)
         story.pause(run, story.begin(run), 3)
-        with fault(monkeypatch, at, code, lasting=lasting) as disk, suppress(OSError):
+        with fault(monkeypatch, at, code, lasting=lasting) as disk, suppress(Problem):
             actions.resume(run)
         assert read_status(run).step == 3
         assert_waits_after_resume(run)

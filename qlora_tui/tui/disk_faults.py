@@ -1,0 +1,40 @@
+"""Errors of the disk while the app is open: what is wrong and what to do, and no traceback."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from textual.app import App
+from textual.worker import WorkerFailed
+
+from qlora_tui.errors import Problem, disk_problem
+
+AGAIN_S = 30.0
+"""How long the same problem is not said again: what is done every second fails every second."""
+
+
+class DiskFaults:
+    """Tells the disk's errors from those of the program."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, float] = {}
+        self.ended_by: Problem | None = None
+        """Why the app had to end: Textual ends the part of it in which a message fails."""
+
+    def handle(self, app: App[Any], error: Exception) -> bool:
+        """Say what the disk would not do; False for any other error.
+
+        What fails in a worker is a notification. What fails in a message of the app ends it.
+        """
+        cause = error.error if isinstance(error, WorkerFailed) else error
+        problem = disk_problem(cause) if isinstance(cause, OSError) else None
+        if problem is None:
+            return False
+        if not isinstance(error, WorkerFailed):
+            self.ended_by = problem
+            app.exit(return_code=problem.exit_code)
+        elif time.monotonic() - self._said.get(problem.title, -AGAIN_S) >= AGAIN_S:
+            self._said[problem.title] = time.monotonic()
+            app.notify(str(problem), severity="error", timeout=10)
+        return True

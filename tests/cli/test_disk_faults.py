@@ -1,0 +1,130 @@
+"""A disk that cannot be written: each verb says what, why and what to do, and shows no traceback."""
+
+from __future__ import annotations
+
+import errno
+import time
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.cli import doctor, main
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.runs import following, queue
+from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.events import AnyEvent
+from qlora_tui.runs.process import mark
+from qlora_tui.runs.status import State, Status, write_status
+from qlora_tui.runs.view import RunView
+from tests.cli.conftest import Call
+from tests.power import FaultyDisk
+
+
+@pytest.fixture
+def run() -> RunDir:
+    run = create(Recipe(name="tickets", model=Model(id="acme/tiny")))
+    write_status(run, Status(state="running", at=time.time(), process=mark()))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("code", "title"),
+    [
+        (errno.ENOSPC, "No space left on the disk"),
+        (errno.EROFS, "The file system is read-only"),
+        (errno.EACCES, "No permission for a file"),
+    ],
+)
+@pytest.mark.parametrize(
+    "words", [("stop",), ("pause",), ("ask", "{}", "checkpoint"), ("runs", "rename", "{}", "other")]
+)
+def test_what_cannot_be_written_is_said_with_what_to_do(
+    call: Call, run: RunDir, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, title: str
+) -> None:
+    FaultyDisk(monkeypatch, 1, code, lasting=True)
+    filled = [word.format(run.id) for word in words]
+    said = call(*filled, *([run.id] if len(words) == 1 else []))
+    assert said.code == 1
+    assert said.err.startswith(f"qlora-tui: {title}: ")
+    assert "XDG_STATE_HOME" in said.err
+    assert "Traceback" not in said.err and "mistake" not in said.err
+
+
+def test_a_state_folder_that_is_a_file_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_the_way = paths.state_dir() / "file"
+    in_the_way.touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(in_the_way))
+    said = call("runs")
+    assert said.code == 1
+    assert "A file is where a folder should be" in said.err
+
+
+def test_a_bug_is_shown_once_where_its_log_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(run: object) -> None:
+        raise ZeroDivisionError("by us")
+
+    monkeypatch.setattr("qlora_tui.cli.runs.find", broken)
+    paths.log_path().mkdir()
+    assert main(["pause", "x"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("qlora-tui: A mistake of ours: ZeroDivisionError: by us\n")
+    assert said.count("Traceback") == 1
+
+
+@pytest.fixture
+def no_runner(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runners that end at once; how many were started."""
+    started: list[str] = []
+
+    def start() -> None:
+        started.append("runner")
+        (paths.state_dir() / "runner.log").write_text("starting\nThe file system has no locks.\n")
+
+    monkeypatch.setattr(following, "ensure_runner", start)
+    monkeypatch.setattr(following, "GRACE_S", 0.0)
+    monkeypatch.setattr(following, "POLL_S", 0.0)
+    return started
+
+
+def test_a_run_that_no_runner_takes_is_not_waited_for(run: RunDir, no_runner: list[str]) -> None:
+    write_status(run, Status(state="stopped", at=time.time()))
+    queue.enqueue(run)
+    with pytest.raises(Problem, match="No runner takes the run") as caught:
+        list(following.followed(RunView(run)))
+    assert no_runner == ["runner"], "one more was tried"
+    assert caught.value.why == "Its log ends: The file system has no locks."
+
+
+def test_attach_says_that_a_trainer_does_not_respond(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    details = iter(["", "Not responding: for 31 s.", "Not responding: for 32 s.", "", ""])
+
+    class Played(RunView):
+        def refresh(self) -> list[AnyEvent]:
+            detail = next(details, None)
+            state: State = "finished" if detail is None else "running"
+            self.status = Status(state=state, at=1.0, detail=detail or "")
+            return []
+
+        def fresh(self):  # type: ignore[no-untyped-def]
+            yield from self.refresh()
+
+    monkeypatch.setattr(following, "POLL_S", 0.0)
+    list(following.followed(Played(run), said.append))
+    assert said == ["Not responding: for 31 s.", "The trainer responds again."]
+
+
+def test_doctor_tries_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._locks().state == "ok"
+    assert not (paths.state_dir() / "lock-test").exists()
+
+    def no_locks(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    check = doctor._locks()
+    assert check.state == "fails"
+    assert "No locks available" in check.found and "XDG_STATE_HOME" in check.fix
