@@ -18,6 +18,8 @@ LARGEST_ROW_BYTES = 16 * MIB
 MOST_VALUES = 3_000_000
 """In one JSON value, which may be a whole file; each takes up to 80 bytes as a Python object."""
 MOST_VALUES_IN_LINE = 250_000
+MOST_CHARACTERS = 2_000_000
+"""Of one conversation as the model reads it: a tokenizer takes some 350 bytes for each."""
 DEEPEST = 100
 """Lists and objects inside each other."""
 _PART_BYTES = 64

@@ -72,6 +72,11 @@ CHECKS: dict[str, Check] = {
         "The chat template refuses the row",
         "The row is left out. Reorder or merge its turns as the message asks.",
     ),
+    "too-large": Check(
+        "warning",
+        "Too long to be made into tokens",
+        "The row is left out. Split it into shorter ones.",
+    ),
     "empty-row": Check(
         "warning", "Empty row", "Nothing to learn: the row is left out. Remove it from the file."
     ),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
+from qlora_tui.data.bounds import MOST_CHARACTERS
 from qlora_tui.data.conversation import Conversation, Message, RowRefused
 from qlora_tui.data.memory_bound import memory_bound
 from qlora_tui.data.report import Piece
@@ -113,9 +114,13 @@ def _laid_or_refused(
     conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices
 ) -> Laid | RowRefused:
     try:
-        return lay(conversation, tokenizer, choices)
+        laid = lay(conversation, tokenizer, choices)
     except RowRefused as refused:
         return refused
+    characters = sum(len(layout.text) for layout in laid.layouts)
+    if characters > MOST_CHARACTERS:
+        return RowRefused("too-large", f"{characters:,} characters, of {MOST_CHARACTERS:,} at most.")
+    return laid
 
 
 def prompt_ids(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,13 +14,20 @@ import pytest
 import zstandard
 
 from qlora_tui.data import bounds
-from qlora_tui.data.bounds import DEEPEST, LARGEST_ROW_BYTES, MOST_VALUES, MOST_VALUES_IN_LINE
+from qlora_tui.data.bounds import (
+    DEEPEST,
+    LARGEST_ROW_BYTES,
+    MOST_CHARACTERS,
+    MOST_VALUES,
+    MOST_VALUES_IN_LINE,
+)
 from qlora_tui.data.inspect import inspect
 from qlora_tui.data.memory_bound import memory_bound
 from qlora_tui.data.read import rows
 from qlora_tui.data.row_at import row_at
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Source
+from tests.data.families import family
 
 MIB = 1 << 20
 OVER = LARGEST_ROW_BYTES // MIB + 1
@@ -116,6 +124,17 @@ def test_rows_at_the_bounds_are_read(tmp_path: Path) -> None:
     deep = b'{"a":' * depth + b"[" + b"1," * many + b"1]" + b"}" * depth
     path.write_bytes(deep + b'\n{"text":"' + b"a" * (LARGEST_ROW_BYTES - 100) + b'"}\n')
     assert [row.error for row in rows(path)] == ["", ""]
+
+
+def test_a_row_too_long_for_a_tokenizer_is_left_out_and_the_next_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    long = {"instruction": "a", "output": "b " * (MOST_CHARACTERS // 2)}
+    path.write_text(json.dumps(long) + '\n{"instruction": "a", "output": "b"}\n')
+    report = inspect(Source(path=str(path)), family("chatml"))
+    (problem,) = (problem for problem in report.problems if problem.kind == "too-large")
+    assert problem.rows == (1,)
+    assert "2,000,000 at most" in problem.example
+    assert report.counts.samples == 1
 
 
 def test_one_row_of_a_long_line_is_not_read_whole(tmp_path: Path) -> None:
