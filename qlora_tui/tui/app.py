@@ -39,6 +39,7 @@ from qlora_tui.tui.work import Later
 if TYPE_CHECKING:
     from qlora_tui.memory.room import Room
     from qlora_tui.recipe.schema import Recipe
+    from qlora_tui.tui.draft import Draft
     from qlora_tui.tui.watch import Watch
     from qlora_tui.tui.workbench import Workbench
 
@@ -86,12 +87,17 @@ class QloraApp(App[None]):
     @cached_property
     def workbench(self) -> Workbench:
         """The recipe being edited, as it was left."""
-        from qlora_tui.tui.workbench import load_draft
+        bench = self.draft.load()
+        if bench.lost_preset is not None:
+            self.call_later(partial(self.notify, str(bench.lost_preset), severity="warning", timeout=10))
+        return bench
 
-        made = load_draft()
-        if made.lost_preset is not None:
-            self.call_later(partial(self.notify, str(made.lost_preset), severity="warning", timeout=10))
-        return made
+    @cached_property
+    def draft(self) -> Draft:
+        """The file that the workbench is kept in."""
+        from qlora_tui.tui.draft import Draft
+
+        return Draft()
 
     @property
     def room(self) -> Room:
@@ -158,9 +164,14 @@ class QloraApp(App[None]):
 
     def recipe_edited(self) -> None:
         """Keep and show the workbench's recipe after it changed."""
-        from qlora_tui.tui.workbench import save_draft
+        from qlora_tui.tui.screens.draft_changed import save_or_ask
 
-        save_draft(self.workbench)
+        try:
+            save_or_ask(self)
+        except OSError as error:
+            # The edit itself stands: it is kept as soon as the disk takes it.
+            if not self.disk_faults.notify(self, error):
+                raise
         self.recipe_changed.publish(self.workbench.recipe)
 
     def write_escape(self, sequence: str) -> None:

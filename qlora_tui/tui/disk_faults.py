@@ -27,14 +27,20 @@ class DiskFaults:
 
         What fails in a worker is a notification. What fails in a message of the app ends it.
         """
-        cause = error.error if isinstance(error, WorkerFailed) else error
-        problem = disk_problem(cause) if isinstance(cause, OSError) else None
-        if problem is None:
-            return False
-        if not isinstance(error, WorkerFailed):
+        if isinstance(error, WorkerFailed):
+            return self.notify(app, error.error)
+        problem = disk_problem(error) if isinstance(error, OSError) else None
+        if problem is not None:
             self.ended_by = problem
             app.exit(return_code=problem.exit_code)
-        elif time.monotonic() - self._said.get(problem.title, -AGAIN_S) >= AGAIN_S:
+        return problem is not None
+
+    def notify(self, app: App[Any], error: BaseException) -> bool:
+        """Notify the user of an error of the disk, not too often; False for any other error."""
+        problem = disk_problem(error) if isinstance(error, OSError) else None
+        if problem is None:
+            return False
+        if time.monotonic() - self._said.get(problem.title, -AGAIN_S) >= AGAIN_S:
             self._said[problem.title] = time.monotonic()
             app.notify(str(problem), severity="error", timeout=10)
         return True

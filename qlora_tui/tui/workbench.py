@@ -1,22 +1,18 @@
 """The recipe being edited, and what follows from it.
 
-Holds no widget. It is kept in a file as it changes, so that a closed terminal loses no edit.
+Holds no widget. :mod:`qlora_tui.tui.draft` keeps it in a file as it changes.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_tui import paths
 from qlora_tui.errors import Problem
-from qlora_tui.files import atomic_write
 from qlora_tui.recipe.fields import value_of, with_value
 from qlora_tui.recipe.overlay import build
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.toml import dump, load, to_layer, to_recipe
+from qlora_tui.recipe.toml import to_layer, to_recipe
 
 if TYPE_CHECKING:
     from qlora_tui.catalog.facts import Architecture
@@ -28,9 +24,7 @@ if TYPE_CHECKING:
 # imported where they are first asked for.
 
 _UNDO_STEPS = 200
-_FIRST_PRESET = "balanced"
-_BEGAN_AS = "# began as "
-"""First line of the draft, before the preset's name."""
+FIRST_PRESET = "balanced"
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class _Snapshot:
 class Workbench:
     """One recipe in the making."""
 
-    def __init__(self, recipe: Recipe | None = None, preset: str = _FIRST_PRESET) -> None:
+    def __init__(self, recipe: Recipe | None = None, preset: str = FIRST_PRESET) -> None:
         """Raises Problem where there is no such preset, or it is damaged."""
         base = build(preset=preset) if preset else Recipe()
         self._now = _Snapshot(recipe or base, preset, base)
@@ -87,6 +81,10 @@ class Workbench:
             return False
         self._remember(_Snapshot(recipe, self._now.preset, self._now.base))
         return True
+
+    def adopt(self, other: Workbench) -> None:
+        """Take the recipe and preset of another workbench, undoably."""
+        self._remember(other._now)
 
     def open_preset(self, name: str) -> None:
         """Take a preset's settings, keeping model and data. Raises Problem."""
@@ -167,47 +165,6 @@ class Workbench:
         self._undo = [*self._undo[-_UNDO_STEPS:], self._now]
         self._redo.clear()
         self._now = snapshot
-
-
-def load_draft() -> Workbench:
-    """The workbench as it was left; a fresh one where there is no draft or it cannot be read.
-
-    A preset that was deleted or damaged since takes nothing of the recipe with it.
-    """
-    recipe, preset = None, _FIRST_PRESET
-    with suppress(Problem, OSError):
-        recipe = to_recipe(load(_draft_path()), origin=str(_draft_path()))
-        first_line = _draft_path().read_text("utf-8").partition("\n")[0]
-        preset = first_line.removeprefix(_BEGAN_AS).strip()
-    lost = None
-    for name in (preset or _FIRST_PRESET, _FIRST_PRESET):
-        # The user may have a preset of either name, and have broken it.
-        try:
-            made = Workbench(recipe, name)
-            break
-        except Problem as problem:
-            lost = lost or problem
-    else:
-        made = Workbench(recipe, preset="")
-    made.lost_preset = lost
-    return made
-
-
-def save_draft(workbench: Workbench) -> None:
-    """Keep the workbench for the next start."""
-    atomic_write(_draft_path(), f"{_BEGAN_AS}{workbench.preset}\n{dump(workbench.recipe)}")
-
-
-def draft_written_at() -> float:
-    """Unix time of the last change of the recipe; 0 where there was none."""
-    try:
-        return _draft_path().stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _draft_path() -> Path:
-    return paths.state_dir() / "draft.toml"
 
 
 def _read(model: str) -> Architecture | Problem:

@@ -20,7 +20,8 @@ from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
-from qlora_tui.tui.workbench import Workbench, save_draft
+from qlora_tui.tui.draft import Draft
+from qlora_tui.tui.workbench import Workbench
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,7 @@ def only_run() -> RunDir | None:
 @pytest.mark.slow
 def test_a_run_goes_on_without_its_terminal_and_every_step_is_told(tiny_recipe: Recipe) -> None:
     recipe = with_value(with_value(tiny_recipe, "training.max_steps", STEPS), "training.epochs", 1000.0)
-    save_draft(Workbench(recipe, preset="cpu-demo"))
+    Draft().save(Workbench(recipe, preset="cpu-demo"), replace=True)
     terminal = Terminal([sys.executable, "-m", "qlora_tui"])
     wait_for(lambda: terminal.shows("Train"), seconds=60, saying="the first frame")
     terminal.press("5")

@@ -10,8 +10,8 @@ import pytest
 
 from bench.terminal import Terminal
 from qlora_tui import paths
+from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.native_output import screen_on
-from qlora_tui.tui.workbench import load_draft
 from tests.tui.glass import DEADLINE_S, see
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def test_it_ends_when_the_terminal_goes_away_without_a_signal() -> None:
         edit_the_recipe(terminal)
         terminal.hang_up()
         assert terminal.program.wait(DEADLINE_S) == 128 + signal.SIGHUP
-    assert load_draft().recipe.lora.rank == 32
+    assert Draft().load().recipe.lora.rank == 32
     assert not log()
 
 
@@ -59,7 +59,7 @@ def test_it_ends_in_order_when_told_to_by_a_signal(number: signal.Signals) -> No
             pass
         assert LEFT in terminal.painted
         assert b"mistake" not in terminal.painted
-    assert load_draft().recipe.lora.rank == 32
+    assert Draft().load().recipe.lora.rank == 32
     assert not log()
 
 

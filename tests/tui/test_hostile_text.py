@@ -14,9 +14,10 @@ from qlora_tui.chat.terms import BASE, Said
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.status import State
+from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.visible_lines import VisibleText
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
-from qlora_tui.tui.workbench import Workbench, save_draft
+from qlora_tui.tui.workbench import Workbench
 from tests.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
 from tests.tui.glass import see
 from tests.tui.played import Play, play
@@ -74,7 +75,7 @@ def test_nothing_foreign_leaves_the_app_raw_on_any_screen(private_home: Path) ->
     bench = Workbench()
     bench.replace(with_value(bench.recipe, "model.id", str(hostile_model)))
     bench.replace(with_value(bench.recipe, "data.sources", (Source(path=str(rows)),)))
-    save_draft(bench)
+    Draft().save(bench, replace=True)
     states: tuple[State, ...] = ("finished", "failed", "running")
     for state in states:
         poison_run(play(Play(name=f"run-{state}", state=state, steps=40, total=40, nan={3}, health=True)))

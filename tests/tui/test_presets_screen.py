@@ -14,9 +14,9 @@ from qlora_tui import paths
 from qlora_tui.recipe.presets import find, save
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.screens.presets import PresetsScreen
 from qlora_tui.tui.widgets.vi_list import ViList
-from qlora_tui.tui.workbench import load_draft
 from tests.tui.seeing import shows
 from tests.tui.workstation import config_folder, open_on, settle
 
@@ -98,7 +98,7 @@ async def test_the_recipe_is_saved_under_a_name_and_the_save_is_taken_back() -> 
         await shows(pilot, "balanced")
         assert not mine("mine").exists()
         # It began as the one before, and has left it.
-        again = load_draft()
+        again = Draft().load()
         assert again.preset == app.workbench.preset == "balanced" and again.modified
 
 

@@ -5,15 +5,16 @@ import pytest
 from qlora_tui import paths
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe, Source
-from qlora_tui.tui.workbench import Workbench, load_draft, save_draft
+from qlora_tui.tui.draft import Draft
+from qlora_tui.tui.workbench import Workbench
 
 
 def test_a_draft_comes_back_as_it_was_left() -> None:
     bench = Workbench(preset="paper")
     bench.set("lora.rank", 8)
     bench.set("data.sources", (Source(path="rows.jsonl"),))
-    save_draft(bench)
-    again = load_draft()
+    Draft().save(bench, replace=True)
+    again = Draft().load()
     assert again.recipe == bench.recipe
     assert again.preset == "paper"
     assert again.modified
@@ -21,17 +22,17 @@ def test_a_draft_comes_back_as_it_was_left() -> None:
 
 def test_a_damaged_draft_is_a_fresh_start() -> None:
     (paths.state_dir() / "draft.toml").write_text("# began as paper\nlora = 3\n")
-    assert load_draft().preset == "balanced"
+    assert Draft().load().preset == "balanced"
 
 
 def test_a_draft_outlives_the_preset_it_began_as() -> None:
     bench = Workbench()
     bench.set("model.id", "some/model")
     bench.set("lora.rank", 8)
-    save_draft(bench)
+    Draft().save(bench, replace=True)
     path = paths.state_dir() / "draft.toml"
     path.write_text(path.read_text().replace("began as balanced", "began as gone"))
-    again = load_draft()
+    again = Draft().load()
     assert again.recipe == bench.recipe
     assert again.preset == "balanced"
     assert again.modified
@@ -42,16 +43,16 @@ def test_a_broken_preset_of_the_users_named_as_the_first_one_keeps_nobody_out(dr
     bench = Workbench()
     bench.set("lora.rank", 8)
     if drafted:
-        save_draft(bench)
+        Draft().save(bench, replace=True)
     (paths.user_presets_dir() / "balanced.toml").write_text("nonsense = [\n")
-    again = load_draft()
+    again = Draft().load()
     assert again.recipe == (bench.recipe if drafted else Recipe())
     assert again.preset == "" and again.lost_preset is not None
     assert "balanced.toml" in str(again.lost_preset)
-    save_draft(again)
-    assert load_draft().recipe == again.recipe
+    Draft().save(again, replace=True)
+    assert Draft().load().recipe == again.recipe
     (paths.user_presets_dir() / "balanced.toml").unlink()
-    assert load_draft().preset == "balanced"
+    assert Draft().load().preset == "balanced"
 
 
 def test_undo_and_redo_walk_the_changes() -> None:

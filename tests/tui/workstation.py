@@ -15,7 +15,8 @@ from qlora_tui.recipe.fields import with_value
 from qlora_tui.settings import Settings
 from qlora_tui.tui import app as app_module
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.workbench import Workbench, save_draft
+from qlora_tui.tui.draft import Draft
+from qlora_tui.tui.workbench import Workbench
 from tests.tui.seeing import shows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -40,7 +41,7 @@ def open_on(mode: str, *, model: str = "", card_gib: float = 24.0, **settings: A
     bench = Workbench()
     if model:
         bench.replace(with_value(bench.recipe, "model.id", model))
-    save_draft(bench)
+    Draft().save(bench, replace=True)
     return _first_shown(mode)(Settings(card_gib=card_gib, **settings))
 
 

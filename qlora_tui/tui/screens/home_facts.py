@@ -17,6 +17,7 @@ from qlora_tui.memory import Estimate, judge
 from qlora_tui.memory.room import Room
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
+from qlora_tui.tui.draft import draft_written_at
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.run_words import SIGNS, ago
 from qlora_tui.tui.screens.home_next import NextStep, Standing, next_step, other_steps
@@ -25,7 +26,7 @@ from qlora_tui.tui.widgets.axis import rounded
 from qlora_tui.tui.widgets.memory_bar import bar
 from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE, recipe_line
 from qlora_tui.tui.widgets.strip_chart import blocks
-from qlora_tui.tui.workbench import Workbench, draft_written_at
+from qlora_tui.tui.workbench import Workbench
 
 _CURVE, _SHORT_CURVE = 24, 12
 _MOST_RECENT = 20

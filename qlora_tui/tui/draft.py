@@ -1,0 +1,100 @@
+"""The draft: the recipe being edited, in a file, so that a closed terminal or a power cut loses no edit.
+
+One file serves all apps of an account. Each remembers what it last read or wrote there, and sees so whether
+another has changed it since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from qlora_tui import paths
+from qlora_tui.errors import Problem
+from qlora_tui.files import atomic_write
+from qlora_tui.recipe.toml import dump, parse, read_text, to_recipe, validate
+from qlora_tui.runs.locks import locked
+from qlora_tui.tui.workbench import FIRST_PRESET, Workbench
+
+_BEGAN_AS = "# began as "
+"""First line of the draft, before the preset's name."""
+_LOCK_S = 0.5
+"""How long another app may take to write its draft."""
+
+
+class Draft:
+    """The draft file as one app knows it."""
+
+    def __init__(self) -> None:
+        self._known: str | None = None
+        """What this app last read or wrote."""
+
+    def load(self) -> Workbench:
+        """The workbench as it was left; a fresh one where there is no draft or it cannot be read.
+
+        A preset that was deleted or damaged since takes nothing of the recipe with it.
+        """
+        self._known = _content()
+        recipe, preset = None, FIRST_PRESET
+        with suppress(Problem):
+            text, origin = read_text(draft_path()), str(draft_path())
+            layer = parse(text, origin)
+            validate(layer, origin, text)
+            recipe = to_recipe(layer, origin=origin)
+            preset = text.partition("\n")[0].removeprefix(_BEGAN_AS).strip()
+        lost = None
+        for name in (preset or FIRST_PRESET, FIRST_PRESET):
+            # The user may have a preset of either name, and have broken it.
+            try:
+                bench = Workbench(recipe, name)
+                break
+            except Problem as problem:
+                lost = lost or problem
+        else:
+            bench = Workbench(recipe, preset="")
+        bench.lost_preset = lost
+        return bench
+
+    def save(self, workbench: Workbench, *, replace: bool = False) -> bool:
+        """Write the workbench to the disk; False, with nothing written, where another app changed the draft.
+
+        With ``replace`` the other's change is overwritten. Raises OSError.
+        """
+        text = f"{_BEGAN_AS}{workbench.preset}\n{dump(workbench.recipe)}"
+        with _alone():
+            there = _content()
+            if there is not None and there not in (self._known, text) and not replace:
+                return False
+            if there != text:
+                atomic_write(draft_path(), text, durable=True)
+            self._known = text
+        return True
+
+
+def draft_written_at() -> float:
+    """Unix time of the last change of the recipe; 0 where there was none."""
+    try:
+        return draft_path().stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def draft_path() -> Path:
+    return paths.state_dir() / "draft.toml"
+
+
+def _content() -> str | None:
+    try:
+        return draft_path().read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other apps from writing meanwhile, where the file system has locks."""
+    with ExitStack() as stack:
+        with suppress(Problem):
+            stack.enter_context(locked(paths.state_dir() / "draft.lock", patience_s=_LOCK_S))
+        yield

@@ -1,0 +1,71 @@
+"""What is done when another app has changed the draft: the user chooses whose recipe stays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from qlora_tui.recipe.difference import difference
+from qlora_tui.tui.draft import Draft
+from qlora_tui.tui.workbench import Workbench
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
+
+_MOST_LINES = 8
+Choice = Literal["mine", "theirs"]
+
+
+class DraftChangedScreen(ModalScreen[Choice | None]):
+    """Gives the choice; None when it was put off, so that the next edit asks again."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("m", "dismiss('mine')", "Keep mine"),
+        Binding("t", "dismiss('theirs')", "Take theirs"),
+        Binding("escape", "dismiss(None)", "Decide later"),
+    ]
+
+    def __init__(self, changes: list[str]) -> None:
+        super().__init__()
+        self._changes = changes
+
+    def compose(self) -> ComposeResult:
+        shown = self._changes[:_MOST_LINES]
+        if len(self._changes) > _MOST_LINES:
+            shown.append(f"and {len(self._changes) - _MOST_LINES} more")
+        with Vertical(classes="card") as card:
+            card.border_title = "Another app changed the recipe"
+            yield Static("Your last edit is not saved yet. Mine → theirs:", markup=False)
+            yield Static("\n".join(shown) or "Only the preset it began as differs.", markup=False)
+            keys = "m  Keep mine      t  Take theirs      esc  Decide later"
+            yield Static(keys, markup=False, classes="fix")
+
+
+def save_or_ask(app: QloraApp) -> None:
+    """Save the workbench as the draft; where another app changed that, ask whose stays."""
+    if app.draft.save(app.workbench) or isinstance(app.screen, DraftChangedScreen):
+        return
+    theirs = Draft()
+    other = theirs.load()
+
+    def chosen(choice: Choice | None) -> None:
+        if choice == "mine":
+            app.draft.save(app.workbench, replace=True)
+        elif choice == "theirs":
+            _adopt(app, theirs, other)
+
+    changes = [str(change) for change in difference(app.workbench.recipe, other.recipe)]
+    app.push_screen(DraftChangedScreen(changes), chosen)
+
+
+def _adopt(app: QloraApp, theirs: Draft, other: Workbench) -> None:
+    app.draft = theirs
+    app.workbench.adopt(other)
+    app.recipe_edited()
+    app.notify("Took the other app's recipe. Undo brings yours back.")
