@@ -35,7 +35,7 @@ from bench.published_words import Row, Unplaced
 from qlora_tui.catalog.architecture import load_config, read_architecture
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
-from qlora_tui.memory import Estimate, estimate, judge
+from qlora_tui.memory import Estimate, check_fit, estimate
 
 UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 TESTS = Path(__file__).parents[1] / "tests"
@@ -126,7 +126,7 @@ def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Scor
         process_bytes=made.process_bytes,
         phase=made.peak_phase,
         capacity_bytes=capacity,
-        verdict=None if capacity is None else judge(made, capacity).word,
+        verdict=None if capacity is None else check_fit(made, capacity).word,
         tier_errors={tier: _percent(_tier(made, tier), bytes_) for tier, bytes_ in tiers.items()},
         fitcheck_process_error=theirs,
     )

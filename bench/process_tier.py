@@ -31,8 +31,8 @@ import msgspec
 from qlora_tui import children
 from qlora_tui.catalog.local import resolve
 from qlora_tui.memory import estimate
-from qlora_tui.memory.learning import recall
-from qlora_tui.memory.room import room_for
+from qlora_tui.memory.budget import budget_for
+from qlora_tui.memory.calibration import load_runs
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.presets import find
 from qlora_tui.recipe.schema import Model, Quantization, Recipe, Source
@@ -175,7 +175,7 @@ def train(recipe: Recipe, scratch: Path, settings: str, number: int) -> Cell:
         raise SystemExit(f"{recipe.model.id}, {settings}: {failed or run.log_path.read_text()[-2000:]}")
     architecture = resolve(recipe.model.id).architecture
     # Without a correction: these directories have at most one run yet.
-    predicted = estimate(recipe, architecture, device=replace(room_for(None).device, correction=None))
+    predicted = estimate(recipe, architecture, device=replace(budget_for(None).device, correction=None))
     phase, (_, anonymous) = max(watch.phases.items(), key=lambda item: item[1])
     return Cell(
         model=Path(recipe.model.id).name,
@@ -184,7 +184,7 @@ def train(recipe: Recipe, scratch: Path, settings: str, number: int) -> Cell:
         run=number,
         measured_bytes=ends[-1].measured_bytes,
         recipe_bytes=predicted.process_bytes,
-        run_bytes=recall()[-1].predicted_process_bytes,
+        run_bytes=load_runs()[-1].predicted_process_bytes,
         anonymous_bytes=anonymous,
         peak_phase=phase,
         phases=watch.phases,

@@ -28,7 +28,7 @@ from bench.published_words import (
     read_version,
     read_yes,
 )
-from qlora_tui.memory import CodePath, Device, our_path
+from qlora_tui.memory import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.versions import CURRENT, Version
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 
@@ -79,7 +79,7 @@ GROUPS = {
 }
 
 
-def group_of(row: Row, path: CodePath) -> str:
+def group_of(row: Row, path: ExecutionConfig) -> str:
     """Which of ``GROUPS`` a row belongs to."""
     words = f"{row['extra']} {row.get('source_url', '')}".lower()
     if path.fused_kernels or path.loss in ("fused", "liger"):
@@ -89,7 +89,7 @@ def group_of(row: Row, path: CodePath) -> str:
     return "trl" if "trl" in words or "fms-acceleration" in words else "stock"
 
 
-def read_path(row: Row) -> tuple[Recipe, CodePath]:
+def read_path(row: Row) -> tuple[Recipe, ExecutionConfig]:
     """The recipe and code path of a row, from its columns and the words in ``extra``.
 
     * ``prepare_model_for_kbit_training`` or ``fp32 upcast``: norms, embedding and head in float32
@@ -133,7 +133,7 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
         cast, adapter = _trl_preparation(trl, version, cast, float16=float16)
     mixed = read_mixed_precision(extra) or (source is not None and source.mixed_precision)
     mixed = mixed or (source is None and trl is not None and trl >= _TRL_MIXED_PRECISION)
-    path = CodePath(
+    path = ExecutionConfig(
         compute_bytes=width,
         float16=float16,
         cast_to_float32=cast == "all",
@@ -142,7 +142,7 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
         autocast=trainer and width == 2 and (method != "none" or mixed),
         loss=read_loss(extra, trl, fused=fused),
         transformers=version,
-        logits_held=not trainer or "bigcode" in row["model_id"].lower(),
+        logits_alive_in_backward=not trainer or "bigcode" in row["model_id"].lower(),
         checkpointing=read_yes(row, "grad_ckpt"),
         reentrant=read_reentrant(extra, version, trl),
         attention=read_attention(row, width),
@@ -159,10 +159,10 @@ def read_path(row: Row) -> tuple[Recipe, CodePath]:
     return recipe, path
 
 
-def _our_path(row: Row, recipe: Recipe) -> CodePath:
+def _our_path(row: Row, recipe: Recipe) -> ExecutionConfig:
     device = Device(capability=read_capability(row))
     return replace(
-        our_path(recipe, device),
+        trainer_execution(recipe, device),
         checkpointing=read_yes(row, "grad_ckpt"),
         optimizer=read_optimizer(row["optimizer"]),
         name=row["extra"].split(";")[0],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from qlora_tui.memory.codepath import Loss, Optimizer
+from qlora_tui.memory.execution import Loss, Optimizer
 from qlora_tui.memory.versions import Version
 from qlora_tui.recipe.schema import ALL_LINEAR
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.memory.processor import this_processor
+from qlora_tui.memory.cpu import this_processor
 from qlora_tui.training.agreement import is_near
 from qlora_tui.training.lean.replace import stand_ins
 from qlora_tui.training.token_rows import TokenRows, row_wrappers, rows_of, with_rows

@@ -13,11 +13,11 @@ from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from, tab
 from qlora_tui.data.sources import is_of_the_hub, open_source
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import GIB, gib, size
-from qlora_tui.memory import PRECISIONS, as_json, compare, judge
+from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
+from qlora_tui.memory.budget import MemoryBudget, local_budget
 from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.layout import STYLES
-from qlora_tui.memory.room import Room, room_here
-from qlora_tui.memory.traced import Traced
+from qlora_tui.memory.step_trace import StepTrace
 from qlora_tui.recipe.schema import Recipe
 
 _LARGEST_ITEMS = 12
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> Outcome:
         if not is_of_the_hub(source.path):
             open_source(source, recipe.data.preferences)
     architecture = architecture_of(recipe.model.id)
-    room = room_here(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
+    room = local_budget(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
     traced = _traced(recipe, architecture, room, asked=args.trace)
     data = as_json(recipe, architecture, room.bytes, device=room.device, traced=traced)
     compared = compare(recipe, architecture, device=room.device, traced=traced)
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> Outcome:
     rows = []
     for precision in PRECISIONS:
         made = compared[precision]
-        verdict = judge(made, room.bytes)
+        verdict = check_fit(made, room.bytes)
         band = f"{gib(verdict.low_bytes)} to {gib(verdict.high_bytes)}"
         rows.append([precision, f"{gib(made.total_bytes)} GiB", band, verdict.word])
     lines += [table(rows, ["precision", "peak", "between", "verdict"]), ""]
@@ -102,7 +102,9 @@ TRACED_LABELS = {
 }
 
 
-def _traced(recipe: Recipe, architecture: Architecture, room: Room, *, asked: bool) -> Traced | None:
+def _traced(
+    recipe: Recipe, architecture: Architecture, room: MemoryBudget, *, asked: bool
+) -> StepTrace | None:
     """The trace that was asked for, or that stands in for a formula the family has not.
 
     Raises Problem where one was asked for and cannot be had.

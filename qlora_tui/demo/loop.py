@@ -15,7 +15,7 @@ from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT_PROMPTS
 from qlora_tui.demo.model import ensure_model
 from qlora_tui.errors import Problem
 from qlora_tui.memory import estimate
-from qlora_tui.memory.room import room_here
+from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.overlay import build
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
@@ -53,7 +53,7 @@ def demo_recipe(model: Path) -> Recipe:
 
 def estimated_peak_bytes(recipe: Recipe) -> int:
     """Predicted for the process, on the card or the CPU of this machine."""
-    room = room_here()
+    room = local_budget()
     return estimate(recipe, architecture_of(recipe.model.id), device=room.device).process_bytes
 
 

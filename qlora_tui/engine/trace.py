@@ -8,7 +8,7 @@ way and a weak reference tells when its storage goes, so the peak follows from l
 choices in their place (fused attention, fused dropout, one-pass softmax).
 
 Run as a child: ``python -m qlora_tui.engine.trace`` reads a :class:`Request` as JSON from stdin and writes
-:class:`Traced`, or a :class:`Failure`. :mod:`qlora_tui.engine.tracing` starts it.
+:class:`StepTrace`, or a :class:`Failure`. :mod:`qlora_tui.engine.tracing` starts it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from qlora_tui.engine.meta_model import build, inputs
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.tracing import Request
 from qlora_tui.errors import Problem
-from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS
-from qlora_tui.memory.traced import Traced
+from qlora_tui.memory.execution import LOSS_BLOCK_ROWS
+from qlora_tui.memory.step_trace import StepTrace
 
 
-def trace(request: Request) -> Traced:
+def trace(request: Request) -> StepTrace:
     """Build the model on ``meta``, run one forward and backward, and count."""
     architecture = read_architecture(request.config)
     dtype = getattr(torch, request.dtype)
@@ -58,7 +58,7 @@ def trace(request: Request) -> Traced:
         loss.backward()
         backward = storages.peak_bytes
     gradients = sum(_size(p.grad.untyped_storage()) for p in model.parameters() if p.grad is not None)
-    return Traced(
+    return StepTrace(
         parameter_bytes=frozen,
         adapter_bytes=adapter,
         forward_bytes=forward,
@@ -225,7 +225,7 @@ def _quiet() -> Iterator[None]:
 def main() -> None:
     """One request from stdin, one answer to stdout."""
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
-    answer: Traced | Failure
+    answer: StepTrace | Failure
     with _quiet():
         try:
             answer = trace(request)

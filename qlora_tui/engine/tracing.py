@@ -14,8 +14,8 @@ from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.engine.place import roomy_log
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.errors import Problem
-from qlora_tui.memory.codepath import Device, our_path
-from qlora_tui.memory.traced import Traced, check_traceable
+from qlora_tui.memory.execution import Device, trainer_execution
+from qlora_tui.memory.step_trace import StepTrace, check_traceable
 from qlora_tui.recipe.schema import Recipe
 
 
@@ -32,14 +32,14 @@ class Request(Struct, kw_only=True):
     dtype: str = "bfloat16"
 
 
-async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> Traced:
+async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> StepTrace:
     """One step of ``recipe`` as this project's trainer runs it on ``device``, counted.
 
     Takes seconds; the child ends when the task does.
 
     Raises Problem: for what a trace does not know, and where the libraries cannot build the model.
     """
-    path = our_path(recipe, device)
+    path = trainer_execution(recipe, device)
     check_traceable(recipe, path)
     read_architecture(config)
     request = Request(
@@ -49,7 +49,7 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
         dtype="bfloat16" if path.compute_bytes == 2 else "float32",
     )
     try:
-        answer = msgspec.json.decode(await _answer(msgspec.json.encode(request)), type=Traced | Failure)
+        answer = msgspec.json.decode(await _answer(msgspec.json.encode(request)), type=StepTrace | Failure)
     except (OSError, msgspec.MsgspecError) as error:
         raise Problem(
             "The step could not be traced",

@@ -1,53 +1,53 @@
 """The memory estimate: what a recipe will need, item by item, and what would fit instead.
 
-Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`judge` it against the memory
-there is, ask :func:`what_fits` or :func:`cheapest_changes`; :func:`as_json` is what ``--json`` prints.
+Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`check_fit` it against the memory
+there is, ask :func:`largest_settings` or :func:`cheapest_changes`; :func:`as_json` is what ``--json`` prints.
 
-``codepath`` says which trainer's code is meant, ``versions`` and ``trl_loss`` what its libraries did;
-``step`` walks one step of it over the ``tape``, with ``layout``, ``blocks``, ``ops``, ``attention``,
-``linear`` and ``loss`` for what most families share, and ``moe``, ``latent``, ``cohere`` and ``fused`` for
-what some have, ``lean`` for what our trainer keeps less of;
-``weights`` and ``residents`` count what stays; ``replay`` puts ``loading`` and the ``recording`` of each part
-on a model of CUDA's ``allocator``; ``conversion`` is the peak of converting a GGUF file; ``tiers`` (on a CPU
-with ``kernels``) goes from tensors to what the card sees; ``traced`` takes a counted step in place of the
-walked one; ``learning`` corrects by what past runs measured; ``explain`` has the sentence of each item,
-``report`` all of them for programs.
+``execution`` says which trainer's code is meant, ``versions`` and ``trl_loss`` what its libraries did;
+``step`` walks one step of it over the ``autograd``, with ``layout``, ``decoder_layer``, ``ops``,
+``attention``, ``linear`` and ``loss`` for what most families share, and ``moe``, ``mla``, ``cohere`` and
+``unsloth_kernels`` for what some have, ``fused_lora`` for what our trainer keeps less of; ``weights`` and
+``static_memory`` count what stays; ``replay`` puts ``loading`` and the ``allocation_trace`` of each part on
+a model of CUDA's ``allocator``; ``conversion`` is the peak of converting a GGUF file; ``levels`` (on a CPU
+with ``onednn_cache``) goes from tensors to what the card sees; ``step_trace`` takes a counted step in place
+of the walked one; ``calibration`` corrects by what past runs measured; ``explain`` has the sentence of each
+item, ``report`` all of them for programs.
 
-``room`` is what there is to compute on (``processor``: where that is the CPU); ``verdict`` holds the estimate
-against it, ``solver`` finds what would fit, ``classes`` how large a model.
+``budget`` is what there is to compute on (``cpu``: where that is the CPU); ``verdict`` holds the estimate
+against it, ``solver`` finds what would fit, ``model_sizes`` how large a model.
 """
 
-from qlora_tui.memory.classes import ModelClass, largest_model
-from qlora_tui.memory.codepath import CodePath, Device, our_path
+from qlora_tui.memory.calibration import Correction, MeasuredRun, correction_for, record_run
 from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, compare, estimate
-from qlora_tui.memory.learning import Correction, Peaks, correction_for, remember
+from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
+from qlora_tui.memory.levels import UncertaintyBand
+from qlora_tui.memory.model_sizes import ModelClass, largest_model_size
 from qlora_tui.memory.report import as_json
-from qlora_tui.memory.solver import Change, WhatFits, cheapest_changes, least_bytes, what_fits
-from qlora_tui.memory.tiers import Band
-from qlora_tui.memory.verdict import Verdict, judge
+from qlora_tui.memory.solver import MemorySaving, WhatFits, cheapest_changes, largest_settings, minimum_bytes
+from qlora_tui.memory.verdict import Verdict, check_fit
 
 __all__ = [
     "PRECISIONS",
-    "Band",
-    "Change",
-    "CodePath",
     "Correction",
     "Device",
     "Estimate",
+    "ExecutionConfig",
     "Item",
+    "MeasuredRun",
+    "MemorySaving",
     "ModelClass",
-    "Peaks",
+    "UncertaintyBand",
     "Verdict",
     "WhatFits",
     "as_json",
     "cheapest_changes",
+    "check_fit",
     "compare",
     "correction_for",
     "estimate",
-    "judge",
-    "largest_model",
-    "least_bytes",
-    "our_path",
-    "remember",
-    "what_fits",
+    "largest_model_size",
+    "largest_settings",
+    "minimum_bytes",
+    "record_run",
+    "trainer_execution",
 ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
-from qlora_tui.memory.tape import ALLOCATION_BYTES
+from qlora_tui.memory.autograd import ALLOCATION_BYTES
 
 MIB = 1024 * 1024
 SMALL = MIB
@@ -106,10 +106,10 @@ class CachingAllocator:
             if size <= SMALL:
                 small += -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
             else:
-                self.take(size)
+                self.malloc(size)
         self.count(small, small)
 
-    def take(self, size: int) -> MemoryBlock:
+    def malloc(self, size: int) -> MemoryBlock:
         """Make a tensor."""
         size = -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
         if size <= SMALL:
@@ -118,13 +118,13 @@ class CachingAllocator:
         block = self._find(size) or self._new(size)
         left = block.size - size
         if left and (self._expandable or left > SMALL):
-            self._cut(block, size)
+            self._split(block, size)
         block.free = False
         self._large_bytes += block.size
         self._note()
         return block
 
-    def give(self, block: MemoryBlock) -> None:
+    def free(self, block: MemoryBlock) -> None:
         """Let a tensor go: its block joins free ones beside it."""
         if block.size <= SMALL:
             self.small_bytes -= block.size
@@ -133,15 +133,15 @@ class CachingAllocator:
         if block.before is not None and block.before.free:
             earlier = block.before
             self._withdraw(earlier)
-            self._join(earlier, block)
+            self._merge(earlier, block)
             block = earlier
         if block.after is not None and block.after.free:
             self._withdraw(block.after)
-            self._join(block, block.after)
+            self._merge(block, block.after)
         block.free = True
         insort(self._free, (block.size, block))
 
-    def empty(self) -> None:
+    def empty_cache(self) -> None:
         """``torch.cuda.empty_cache``: give back the segments that are wholly free.
 
         Of one that grows, whole steps that are free would go too; nothing that lets it grow calls this.
@@ -168,7 +168,7 @@ class CachingAllocator:
             whole = LARGE_SEGMENT if size < OWN_SEGMENT else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
             if self._capacity_bytes is not None and self.reserved_bytes + whole > self._capacity_bytes:
                 self._before_emptied_bytes = max(self._before_emptied_bytes, self.reserved_bytes)
-                self.empty()  # release_cached_blocks, before cudaMalloc is tried again
+                self.empty_cache()  # release_cached_blocks, before cudaMalloc is tried again
             self._taken_bytes += whole
             self._address -= whole
             return MemoryBlock(self._address, whole)
@@ -187,7 +187,7 @@ class CachingAllocator:
         self._taken_bytes += more
         return last
 
-    def _cut(self, block: MemoryBlock, size: int) -> None:
+    def _split(self, block: MemoryBlock, size: int) -> None:
         rest = MemoryBlock(block.address + size, block.size - size)
         rest.free, rest.before, rest.after = True, block, block.after
         if block.after is not None:
@@ -197,7 +197,7 @@ class CachingAllocator:
             self._last = rest
         insort(self._free, (rest.size, rest))
 
-    def _join(self, block: MemoryBlock, later: MemoryBlock) -> None:
+    def _merge(self, block: MemoryBlock, later: MemoryBlock) -> None:
         block.size += later.size
         block.after = later.after
         if later.after is not None:

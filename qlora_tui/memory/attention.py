@@ -6,8 +6,8 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from qlora_tui.memory.autograd import AllocationMeter, Grads, Storage, Tape, Tensor
 from qlora_tui.memory.ops import FLOAT, Ops
-from qlora_tui.memory.tape import Grads, Meter, Storage, Tape, Tensor
 
 Kernel = Literal["flash", "efficient", "math", "eager"]
 """flash: FlashAttention (its own or SDPA's). efficient: SDPA's memory-efficient kernel. math: SDPA without
@@ -182,12 +182,12 @@ def _one_backward(ops: Ops, numel: int, shared: int, width: int, shape: Heads) -
         block, seen = (end - start) * heads, shared // tokens * end
         # One block is all of them, and no copy.
         copies = [ops.new(block * (shape.head_dim + EXTRA_COLUMNS), width) for _ in range(2)] if sums else []
-        with ops.meter.booking("scores"):
+        with ops.meter.attribute_to("scores"):
             weights = ops.new(block * end, width)
             triangle = ops.new(block * (end - start), width) if start else None
             del triangle
         toward_v = ops.new(seen, width)
-        with ops.meter.booking("scores"):
+        with ops.meter.attribute_to("scores"):
             scores = ops.new(block * end, width)
         toward_q, toward_k = ops.new(block * shape.head_dim, width), ops.new(seen, width)
         del toward_v, toward_q, toward_k, weights, scores, copies
@@ -210,7 +210,7 @@ def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, mat
             q = ops.copy(q)
             if shape.heads == shape.kv_heads:
                 k, v = ops.copy(k), ops.copy(v)
-    with ops.meter.booking("scores"):
+    with ops.meter.attribute_to("scores"):
         weights = _product(ops, q, _broadcast(ops, k, shape) if math else k, scores)
         if not math:
             weights = ops.times_number(weights)
@@ -220,7 +220,7 @@ def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, mat
         weights = ops.cast(_softmax(ops, weights, FLOAT), q.width)
     out = ops.cast(_product(ops, weights, _broadcast(ops, v, shape) if math else v, numel), width)
     if not math:
-        ops.lingering = weights
+        ops.returned_extra = weights
     # (rows, heads, length, dim) becomes (rows, length, heads × dim): a copy.
     return ops.copy(out)
 
@@ -271,12 +271,12 @@ def _others_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v:
 def _kept_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     """What the graph keeps of one sample of so many, beyond its queries, keys and values, by item."""
     apart = copy(ops)
-    apart.meter = Meter()
+    apart.meter = AllocationMeter()
     apart.tape = Tape(apart.meter)
     leaf, nothing = apart.tape.leaf(), Storage(apart.meter, 0)
     given = [Tensor(nothing, x.numel // samples, x.width, leaf) for x in (q, k, v)]
     out = _one_by_hand(apart, one, *given)
-    out.storage.rebook("output")
+    out.storage.reattribute("output")
     return {item: size for item, size in apart.meter.live_items.items() if size and item != "output"}
 
 
@@ -284,7 +284,7 @@ def _one_by_hand(ops: Ops, shape: Heads, q: Tensor, k: Tensor, v: Tensor) -> Ten
     """One sample alone."""
     width, scores = q.width, shape.scores
     k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
-    with ops.meter.booking("scores"):
+    with ops.meter.attribute_to("scores"):
         allowed = ops.new(shape.length * shape.length, 1)
         weights = ops.times_number(_product(ops, q, k, scores))
         if shape.softcap:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qlora_tui.memory.autograd import Grads, Tensor
 from qlora_tui.memory.ops import FLOAT, Ops
-from qlora_tui.memory.tape import Grads, Tensor
 
 
 def layer_norm(ops: Ops, x: Tensor) -> Tensor:

@@ -12,15 +12,15 @@ from typing import Literal
 from msgspec import structs
 
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory.codepath import CodePath, Device, our_path
-from qlora_tui.memory.explain import LABELS, Facts, explanations
-from qlora_tui.memory.layout import STYLES, Layout, lay_out
-from qlora_tui.memory.learning import FEWEST, Correction
+from qlora_tui.memory.calibration import FEWEST, Correction
+from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
+from qlora_tui.memory.explain import LABELS, ExplainContext, explanations
+from qlora_tui.memory.layout import STYLES, Layout, build_layout
+from qlora_tui.memory.levels import MemoryLevels, UncertaintyBand, context_bytes, corrected, tiers
 from qlora_tui.memory.replay import replay
-from qlora_tui.memory.residents import FROZEN, resident_items
-from qlora_tui.memory.step import Peak, peaks, walk
-from qlora_tui.memory.tiers import Band, Tiers, context_bytes, corrected, tiers
-from qlora_tui.memory.traced import Traced
+from qlora_tui.memory.static_memory import FROZEN, static_items
+from qlora_tui.memory.step import Peak, peak_candidates, profile_step
+from qlora_tui.memory.step_trace import StepTrace
 from qlora_tui.memory.weights import gradient_bytes, optimizer_step_bytes
 from qlora_tui.recipe.schema import Recipe
 
@@ -54,11 +54,11 @@ class Estimate:
     """Held by torch's allocator: ``torch.cuda.max_memory_reserved``."""
     process_bytes: int
     """What the card (or, on a CPU, the system) sees of the process. This is what must fit."""
-    band: Band
+    band: UncertaintyBand
     """Where the process tier may really lie, and why."""
     peak_phase: str
     """When the peak comes: ``loss``, ``backward of layer 21``, ``optimizer step``."""
-    path: CodePath
+    path: ExecutionConfig
     exact: bool
     """The family's layer is written out; otherwise it is walked as Llama's."""
     notes: tuple[str, ...] = ()
@@ -92,9 +92,9 @@ def estimate(
     recipe: Recipe,
     architecture: Architecture,
     *,
-    path: CodePath | None = None,
+    path: ExecutionConfig | None = None,
     device: Device | None = None,
-    traced: Traced | None = None,
+    traced: StepTrace | None = None,
     capacity_bytes: int | None = None,
 ) -> Estimate:
     """Predict the memory of ``recipe`` on the model described by ``architecture``.
@@ -105,15 +105,15 @@ def estimate(
     it takes more than that. Raises Problem for target modules the model does not have.
     """
     device = device or Device()
-    path = path or our_path(recipe, device, architecture)
-    layout = lay_out(recipe, architecture, path)
-    resident = resident_items(recipe, architecture, layout, path)
-    walked = walk(layout, path, recipe.lora.dropout)
+    path = path or trainer_execution(recipe, device, architecture)
+    layout = build_layout(recipe, architecture, path)
+    resident = static_items(recipe, architecture, layout, path)
+    walked = profile_step(layout, path, recipe.lora.dropout)
     if traced is not None:
         layout = replace(layout, exact=True)
         moments = [_traced_moment(traced)]
     else:
-        moments = peaks(walked, layout, path)
+        moments = peak_candidates(walked, layout, path)
         if path.accumulates:
             resident["gradients"] = gradient_bytes(layout, path)
     pool = None
@@ -147,7 +147,7 @@ def _together(resident: dict[str, int], moment: Peak) -> dict[str, int]:
     return items
 
 
-def _traced_moment(traced: Traced) -> Peak:
+def _traced_moment(traced: StepTrace) -> Peak:
     gradients = min(traced.gradient_bytes, traced.step_bytes)
     return Peak("traced step", {"gradients": gradients, "activations": traced.step_bytes - gradients})
 
@@ -156,7 +156,7 @@ LOADERS = 4
 """Threads with which transformers reads weights (``core_model_loading.GLOBAL_WORKERS``)."""
 
 
-def loading_bytes(recipe: Recipe, architecture: Architecture, path: CodePath) -> int:
+def loading_bytes(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> int:
     """What is there while weights are read: a card holds some tensors in 16 bits before each is quantized; a
     CPU has the whole file mapped. Weights that stay as they are stored are what is read."""
     if recipe.quantization.method == "none" and path.compute_bytes == 2:
@@ -167,7 +167,7 @@ def loading_bytes(recipe: Recipe, architecture: Architecture, path: CodePath) ->
     return sum(sizes[:LOADERS])
 
 
-def _optimizer_moment(layout: Layout, path: CodePath) -> Peak:
+def _optimizer_moment(layout: Layout, path: ExecutionConfig) -> Peak:
     return Peak(
         "optimizer step",
         {"gradients": gradient_bytes(layout, path), "optimizer_step": optimizer_step_bytes(layout, path)},
@@ -178,12 +178,12 @@ def _assemble(
     recipe: Recipe,
     architecture: Architecture,
     layout: Layout,
-    path: CodePath,
+    path: ExecutionConfig,
     items: dict[str, int],
-    levels: Tiers,
+    levels: MemoryLevels,
     fullest: Peak,
 ) -> Estimate:
-    sentences = explanations(Facts(recipe, architecture, path, layout))
+    sentences = explanations(ExplainContext(recipe, architecture, path, layout))
     everything = {**items, **levels.added}
     return Estimate(
         method=recipe.quantization.method,
@@ -232,8 +232,8 @@ def compare(
     architecture: Architecture,
     *,
     device: Device | None = None,
-    path: CodePath | None = None,
-    traced: Traced | None = None,
+    path: ExecutionConfig | None = None,
+    traced: StepTrace | None = None,
 ) -> dict[Precision, Estimate]:
     """The recipe in NF4, int8 and 16 bits, side by side. ``traced`` is of the recipe as it is."""
     return {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, CodePath
+from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layout import Layout
-from qlora_tui.memory.tiers import TOKENIZER_BYTES_A_TOKEN
+from qlora_tui.memory.levels import TOKENIZER_BYTES_A_TOKEN
 from qlora_tui.recipe.difference import human
 from qlora_tui.recipe.schema import Recipe
 
@@ -48,16 +48,16 @@ LABELS: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class ExplainContext:
     """What the sentences need."""
 
     recipe: Recipe
     architecture: Architecture
-    path: CodePath
+    path: ExecutionConfig
     layout: Layout
 
 
-def explanations(facts: Facts) -> dict[str, str]:
+def explanations(facts: ExplainContext) -> dict[str, str]:
     """One sentence an item, with the formula in this recipe's numbers."""
     return {
         **_weight_sentences(facts),
@@ -67,7 +67,7 @@ def explanations(facts: Facts) -> dict[str, str]:
     }
 
 
-def _weight_sentences(facts: Facts) -> dict[str, str]:
+def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
     recipe, architecture, path = facts.recipe, facts.architecture, facts.path
     kept = 4 if path.cast_to_float32 else path.compute_bytes
     int8 = recipe.quantization.method == "int8"
@@ -96,7 +96,7 @@ def _scales_sentence(recipe: Recipe) -> str:
     return "One 4-byte scale for 64 weights, and a code table a module; double quantization quarters it."
 
 
-def _training_sentences(facts: Facts) -> dict[str, str]:
+def _training_sentences(facts: ExplainContext) -> dict[str, str]:
     path, trained = facts.path, _n(facts.layout.adapter_parameters)
     moments = (
         f"Two 8-bit moments and their scales: {trained} × about 2 bytes"
@@ -115,7 +115,7 @@ def _training_sentences(facts: Facts) -> dict[str, str]:
     }
 
 
-def _activation_sentences(facts: Facts) -> dict[str, str]:
+def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
     path, layout, layers = facts.path, facts.layout, facts.architecture.layers
     tokens, hidden = f"{layout.tokens:,} tokens", f"{layout.hidden:,}"
     stream = 4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes
@@ -150,7 +150,7 @@ def _activation_sentences(facts: Facts) -> dict[str, str]:
     }
 
 
-def _logits_sentence(path: CodePath, layout: Layout) -> str:
+def _logits_sentence(path: ExecutionConfig, layout: Layout) -> str:
     vocabulary = f"{layout.vocabulary:,}"
     if path.loss == "chunked":
         rows = min(LOSS_CHUNK_ROWS, layout.tokens)
@@ -168,7 +168,7 @@ def _logits_sentence(path: CodePath, layout: Layout) -> str:
     )
 
 
-def _process_sentences(facts: Facts) -> dict[str, str]:
+def _process_sentences(facts: ExplainContext) -> dict[str, str]:
     tokens = facts.architecture.vocab_size
     return {
         "inputs": "Token ids, labels, positions and rotary tables.",

@@ -7,8 +7,8 @@ from typing import Literal
 
 from qlora_tui.catalog.facts import Architecture, LinearModule
 from qlora_tui.memory.attention import Heads, Kernel
-from qlora_tui.memory.blocks import Block
-from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.decoder_layer import DecoderLayer
+from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.moe import Mixture
 from qlora_tui.memory.ops import Linear
 from qlora_tui.memory.versions import (
@@ -24,7 +24,7 @@ from qlora_tui.recipe.targets import rank_of, targets_of
 
 
 @dataclass(frozen=True)
-class Style:
+class LayerStyle:
     """How a family puts its layer together; sizes come from the architecture."""
 
     norm: Literal["rms", "float", "layer", "cohere"] = "rms"
@@ -35,45 +35,45 @@ class Style:
     attended_held: bool = False
 
 
-STYLES: dict[str, Style] = {
-    "llama": Style(),
-    "mistral": Style(),
-    "qwen2": Style(),
-    "smollm3": Style(),
-    "qwen3": Style(head_norms="head"),
-    "ernie4_5": Style(),
-    "phi3": Style(),
-    "gemma": Style(norm="float"),
-    "gemma2": Style(norm="float", order="sandwich"),
-    "gemma3": Style(norm="float", order="sandwich", head_norms="head"),
-    "gemma3_text": Style(norm="float", order="sandwich", head_norms="head"),
-    "mixtral": Style(),
-    "qwen2_moe": Style(),
-    "qwen3_moe": Style(head_norms="head"),
-    "gpt_oss": Style(),
-    "deepseek_v2": Style(),
-    "granite": Style(residual_scale=True),
-    "olmo2": Style(norm="float", order="post", head_norms="full"),
-    "stablelm": Style(norm="layer", attended_held=True),
-    "opt": Style(norm="layer", rotary=False),
-    "gpt2": Style(norm="layer", rotary=False),
-    "gpt_bigcode": Style(norm="layer", rotary=False),
-    "starcoder2": Style(norm="layer"),
-    "arcee": Style(),
-    "ministral3": Style(),
-    "helium": Style(),
-    "glm": Style(),
-    "glm4": Style(order="sandwich"),
-    "nemotron": Style(norm="layer"),
-    "hunyuan_v1_dense": Style(head_norms="head"),
-    "olmo3": Style(norm="float", order="post", head_norms="full"),
-    "exaone4": Style(order="post", head_norms="head"),
-    "cohere2": Style(norm="cohere", order="parallel"),
-    "olmoe": Style(head_norms="full"),
-    "phi": Style(norm="layer", order="parallel"),
-    "gpt_neox": Style(norm="layer", order="parallel"),
-    "falcon": Style(norm="layer", order="parallel"),
-    "cohere": Style(norm="cohere", order="parallel"),
+STYLES: dict[str, LayerStyle] = {
+    "llama": LayerStyle(),
+    "mistral": LayerStyle(),
+    "qwen2": LayerStyle(),
+    "smollm3": LayerStyle(),
+    "qwen3": LayerStyle(head_norms="head"),
+    "ernie4_5": LayerStyle(),
+    "phi3": LayerStyle(),
+    "gemma": LayerStyle(norm="float"),
+    "gemma2": LayerStyle(norm="float", order="sandwich"),
+    "gemma3": LayerStyle(norm="float", order="sandwich", head_norms="head"),
+    "gemma3_text": LayerStyle(norm="float", order="sandwich", head_norms="head"),
+    "mixtral": LayerStyle(),
+    "qwen2_moe": LayerStyle(),
+    "qwen3_moe": LayerStyle(head_norms="head"),
+    "gpt_oss": LayerStyle(),
+    "deepseek_v2": LayerStyle(),
+    "granite": LayerStyle(residual_scale=True),
+    "olmo2": LayerStyle(norm="float", order="post", head_norms="full"),
+    "stablelm": LayerStyle(norm="layer", attended_held=True),
+    "opt": LayerStyle(norm="layer", rotary=False),
+    "gpt2": LayerStyle(norm="layer", rotary=False),
+    "gpt_bigcode": LayerStyle(norm="layer", rotary=False),
+    "starcoder2": LayerStyle(norm="layer"),
+    "arcee": LayerStyle(),
+    "ministral3": LayerStyle(),
+    "helium": LayerStyle(),
+    "glm": LayerStyle(),
+    "glm4": LayerStyle(order="sandwich"),
+    "nemotron": LayerStyle(norm="layer"),
+    "hunyuan_v1_dense": LayerStyle(head_norms="head"),
+    "olmo3": LayerStyle(norm="float", order="post", head_norms="full"),
+    "exaone4": LayerStyle(order="post", head_norms="head"),
+    "cohere2": LayerStyle(norm="cohere", order="parallel"),
+    "olmoe": LayerStyle(head_norms="full"),
+    "phi": LayerStyle(norm="layer", order="parallel"),
+    "gpt_neox": LayerStyle(norm="layer", order="parallel"),
+    "falcon": LayerStyle(norm="layer", order="parallel"),
+    "cohere": LayerStyle(norm="cohere", order="parallel"),
 }
 """Families whose layer is written out here; any other is walked as Llama's, and said to be approximate."""
 GPT_2 = ("gpt2", "gpt_bigcode")
@@ -84,7 +84,7 @@ GPT_2 = ("gpt2", "gpt_bigcode")
 class Layout:
     """One run's model: what is resident, and its layers in order."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[DecoderLayer, ...]
     """One a layer; equal ones are the same object."""
     tokens: int
     rows: int
@@ -109,10 +109,10 @@ class Layout:
     """How the family's stock loss is written in the path's version of transformers."""
 
 
-def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layout:
+def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> Layout:
     """Every layer with its modules as this recipe and path hold them."""
     ranks = {m.name: rank_of(recipe.lora, m) for m in targets_of(recipe.lora, architecture.modules)}
-    style = STYLES.get(architecture.model_type, Style())
+    style = STYLES.get(architecture.model_type, LayerStyle())
     rows, length = recipe.training.micro_batch, recipe.data.max_length
     by_layer: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]
     for module in architecture.modules:
@@ -131,7 +131,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
         repeated_by=_repeated_by(architecture, path),
         copied=path.sdpa and copies_for_sdpa(path.transformers),
     )
-    known: dict[tuple[Linear, ...], Block] = {}
+    known: dict[tuple[Linear, ...], DecoderLayer] = {}
     made: dict[tuple[object, ...], Linear] = {}
     routed = _mixture(recipe, architecture, path)
     blocks = []
@@ -143,7 +143,7 @@ def lay_out(recipe: Recipe, architecture: Architecture, path: CodePath) -> Layou
                 tensors += [linear.rank * linear.inputs, linear.rank * linear.outputs]
                 tensors += [linear.outputs] if linear.dora else []
         if linears not in known:
-            known[linears] = Block(
+            known[linears] = DecoderLayer(
                 linears=linears,
                 heads=heads,
                 norm=style.norm,
@@ -191,7 +191,7 @@ def row_tensors(lora: Lora, architecture: Architecture) -> list[int]:
     return [rows] * (1 if architecture.head.tied else 2) if rows else []
 
 
-def _kernel(architecture: Architecture, path: CodePath) -> Kernel:
+def _kernel(architecture: Architecture, path: ExecutionConfig) -> Kernel:
     """Falcon hands SDPA one key head for all query heads, which no fused kernel takes; gpt-oss has no SDPA in
     transformers."""
     if architecture.model_type == "gpt_oss" and path.sdpa:
@@ -200,7 +200,7 @@ def _kernel(architecture: Architecture, path: CodePath) -> Kernel:
     return "math" if shared and path.attention in ("flash", "efficient") else path.attention
 
 
-def _repeated_by(architecture: Architecture, path: CodePath) -> Literal["layer", "kernel", ""]:
+def _repeated_by(architecture: Architecture, path: ExecutionConfig) -> Literal["layer", "kernel", ""]:
     """Who copies key and value heads for the query heads that share them."""
     if path.attention in ("flash", "efficient") and repeats_heads_in_layer(
         architecture.model_type, path.transformers, sdpa=path.sdpa
@@ -218,7 +218,7 @@ def _layer_norms(architecture: Architecture) -> int:
     return sum(p.name.endswith(".weight") for p in norms)
 
 
-def _mixture(recipe: Recipe, architecture: Architecture, path: CodePath) -> Mixture | None:
+def _mixture(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> Mixture | None:
     experts = architecture.experts
     if experts is None:
         return None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qlora_tui.memory import fused, lean
+from qlora_tui.memory import fused_lora, unsloth_kernels
+from qlora_tui.memory.autograd import Grads, Tensor
 from qlora_tui.memory.ops import FLOAT, Linear, Ops
-from qlora_tui.memory.tape import Grads, Tensor
 
 
 def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
@@ -12,9 +12,9 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     if not module.rank:
         return base(ops, x, module)
     if ops.fused_lora and module.method in ("nf4", "fp4"):
-        return fused.lora(ops, x, module)
+        return unsloth_kernels.lora(ops, x, module)
     if lean_target(ops, module):
-        return lean.linear(ops, x, module)
+        return fused_lora.linear(ops, x, module)
     result = base(ops, x, module)
     if module.method in ("nf4", "fp4"):
         result = ops.copy(result)  # peft/tuners/lora/bnb.py clones the 4-bit result
@@ -118,7 +118,7 @@ def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         del product, narrow, rows
     out.node = node
     if node is not None:
-        x.storage.rebook("int8_inputs")
+        x.storage.reattribute("int8_inputs")
         node.pinned = (x.view(None),)
     return out
 
@@ -128,13 +128,13 @@ def _entered(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     others it casts in any case (``layer.py``)."""
     if ops.autocast and module.method != "none":
         return x
-    with ops.meter.booking("adapter_inputs"):
+    with ops.meter.attribute_to("adapter_inputs"):
         return ops.cast(x, ops.adapter)
 
 
 def _adapter(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     """``lora_B(lora_A(dropout(x))) * scaling``."""
-    with ops.meter.booking("adapter_inputs"):
+    with ops.meter.attribute_to("adapter_inputs"):
         x = _dropout(ops, x)
         if ops.autocast:
             x = ops.cast(x, ops.compute)
@@ -152,7 +152,7 @@ def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, width: i
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         toward_input = ops.new(numel, width) if needs else None
-        with ops.meter.booking("gradients"):
+        with ops.meter.attribute_to("gradients"):
             made = ops.new(weights, width)
             # Under autocast the weight was cast, and its gradient is cast back.
             toward_weight = made if width == adapter else ops.new(weights, adapter)
@@ -161,7 +161,7 @@ def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, width: i
     weight = Tensor(x.storage, 0, adapter, ops.tape.leaf())
     cast = None
     if width != adapter:  # autocast's copy is what the product saves
-        with ops.meter.booking("adapter"):
+        with ops.meter.attribute_to("adapter"):
             cast = ops.new(weights, width)
     node = ops.tape.node((x, weight), fn, (x, cast))
     out = ops.new(rows * outputs, width)
@@ -178,10 +178,10 @@ def _dropout(ops: Ops, x: Tensor) -> Tensor:
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         return (ops.new(numel, width),)
 
-    with ops.meter.booking("dropout"):
+    with ops.meter.attribute_to("dropout"):
         mask = ops.new(numel, 1 if ops.device == "cuda" else width)
     node = ops.tape.node((x,), fn, (mask,))
-    with ops.meter.booking("dropout"):
+    with ops.meter.attribute_to("dropout"):
         out = ops.new(numel, width)
     out.node = node
     return out
@@ -189,13 +189,13 @@ def _dropout(ops: Ops, x: Tensor) -> Tensor:
 
 def _dora(ops: Ops, x: Tensor, result: Tensor, module: Linear) -> Tensor:
     """DoRA rebuilds the weight to take its norms, then scales the result (peft/tuners/lora/dora.py)."""
-    with ops.meter.booking("dequantized"):
+    with ops.meter.attribute_to("dequantized"):
         weight = ops.new(module.weights, ops.compute)
         update = ops.new(module.weights, FLOAT)
         total = ops.new(module.weights, FLOAT)
         del weight, update, total
     lora = _adapter(ops, _entered(ops, x, module), module)
-    with ops.meter.booking("adapter_inputs"):
+    with ops.meter.attribute_to("adapter_inputs"):
         scaled = _times_magnitude(ops, result, module)
         return ops.add(scaled, _times_magnitude(ops, lora, module))
 

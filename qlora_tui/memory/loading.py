@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.allocator import CachingAllocator, MemoryBlock
-from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT
 from qlora_tui.memory.weights import four_bit_scale_sizes
@@ -33,7 +33,11 @@ class _Weight:
 
 
 def load(
-    allocator: CachingAllocator, recipe: Recipe, architecture: Architecture, layout: Layout, path: CodePath
+    allocator: CachingAllocator,
+    recipe: Recipe,
+    architecture: Architecture,
+    layout: Layout,
+    path: ExecutionConfig,
 ) -> None:
     """Weights, casts of those that are not quantized, adapter."""
     weights = _weights(architecture, path.separate_experts)
@@ -44,25 +48,25 @@ def load(
         if path.cast_to_float32 or path.compute_bytes != READ_BYTES:
             for weight in weights:  # one after another, in the model's order
                 if not weight.rows:
-                    allocator.take(weight.count * FLOAT)
-                    allocator.give(kept[weight.name])
+                    allocator.malloc(weight.count * FLOAT)
+                    allocator.free(kept[weight.name])
         if path.cast_to_float32:
-            allocator.empty()  # peft/utils/other.py, after its casts
+            allocator.empty_cache()  # peft/utils/other.py, after its casts
     allocator.keep(count * path.adapter_bytes for count in layout.adapter_tensors)
 
 
 def _quantize(
-    allocator: CachingAllocator, recipe: Recipe, architecture: Architecture, path: CodePath
+    allocator: CachingAllocator, recipe: Recipe, architecture: Architecture, path: ExecutionConfig
 ) -> dict[str, MemoryBlock]:
     """Returns what is left as it was read."""
     method, nested = recipe.quantization.method, recipe.quantization.double_quantization
     weights = _in_natural_order(architecture, path.separate_experts)
     a_weight = 1.0 if method == "int8" else 0.5
     whole = sum(weight.count * (a_weight if weight.rows else READ_BYTES) for weight in weights)
-    allocator.give(allocator.take(int(whole)))
+    allocator.free(allocator.malloc(int(whole)))
     kept: dict[str, MemoryBlock] = {}
     for weight in weights:
-        read = allocator.take(weight.count * READ_BYTES)
+        read = allocator.malloc(weight.count * READ_BYTES)
         if not weight.rows:
             kept[weight.name] = read
             continue
@@ -71,7 +75,7 @@ def _quantize(
         else:
             scales = four_bit_scale_sizes(weight.count, nested)
         allocator.keep((*scales, -(-weight.count // 2) if method != "int8" else weight.count))
-        allocator.give(read)
+        allocator.free(read)
     return kept
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from qlora_tui.memory import trl_loss
-from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, CodePath, liger_rows
+from qlora_tui.memory.autograd import Grads, Tensor
+from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig, liger_rows
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT, Ops
-from qlora_tui.memory.tape import Grads, Tensor
 
 
 def head_and_loss(
-    ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: int
+    ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, width: int
 ) -> tuple[Tensor, list[Tensor]]:
     """The scalar loss, and what the caller goes on holding (the output object's logits)."""
     if path.loss == "chunked":
@@ -22,7 +22,7 @@ def head_and_loss(
     if path.loss == "trl_tiled":
         return trl_loss.tiled(ops, layout, hidden), []
     logits = _head(ops, layout, hidden, layout.tokens, width)
-    with ops.meter.booking("logits"):
+    with ops.meter.attribute_to("logits"):
         wide = logits if layout.loss_code == "narrow" else ops.cast(logits, FLOAT)
         if layout.loss_code == "rebound":
             logits = wide
@@ -31,7 +31,7 @@ def head_and_loss(
         else:  # logits[..., :-1, :].contiguous(), which FOAK's loss has kept to
             source = ops.copy(ops.slice(wide, wide.numel - layout.rows * layout.vocabulary))
         loss = (_in_place if path.loss == "fused" else _cross_entropy)(ops, source)
-        return loss, [logits] if path.logits_held else []
+        return loss, [logits] if path.logits_alive_in_backward else []
 
 
 def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Tensor:
@@ -46,7 +46,7 @@ def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Te
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         return (ops.new(numel, width),)
 
-    with ops.meter.booking("logits"):
+    with ops.meter.attribute_to("logits"):
         node = ops.tape.node((hidden,), fn, (weight,))
         logits = ops.new(rows * layout.vocabulary, width)
         logits.node = node
@@ -77,7 +77,7 @@ def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
     return loss
 
 
-def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: int) -> Tensor:
+def _chunked(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, width: int) -> Tensor:
     """Our loss (``training/loss.py``), with every token learnt from: the fullest case.
 
     The positions learnt from are copied out; their gradient is made a chunk of logits at a time, in place.
@@ -90,11 +90,11 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
         made = ops.new(numel, kept)
         return (made if kept == width else ops.new(numel, width),)
 
-    with ops.meter.booking(item):
+    with ops.meter.attribute_to(item):
         states = _learnt_from(ops, hidden, width)
         toward = ops.new(numel, kept)
         toward_rows = ops.new(layout.token_rows * layout.hidden, FLOAT)
-    with ops.meter.booking("logits"):
+    with ops.meter.attribute_to("logits"):
         values = ops.new(layout.token_rows * layout.hidden, width) if width != FLOAT else None
         logits = ops.new(chunk, width)
         own = ops.new(rows * layout.token_rows, FLOAT)
@@ -102,7 +102,7 @@ def _chunked(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: in
         del block
         product = ops.new(rows * layout.hidden, width)
         del product, own, logits, values
-    with ops.meter.booking(item):
+    with ops.meter.attribute_to(item):
         node = ops.tape.node((states,), scaled, (toward, toward_rows))
     loss = ops.new(1, FLOAT)
     loss.node = node
@@ -137,19 +137,19 @@ def _slopes(ops: Ops, layout: Layout, numel: int, width: int) -> Tensor:
     return likely
 
 
-def _liger(ops: Ops, layout: Layout, path: CodePath, hidden: Tensor, width: int) -> Tensor:
+def _liger(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, width: int) -> Tensor:
     """Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows.
 
     Our trainer gives it the positions learnt from: every one, in the fullest case.
     """
     rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
     numel = hidden.numel
-    with ops.meter.booking("hidden_gradient"):
+    with ops.meter.attribute_to("hidden_gradient"):
         states = _learnt_from(ops, hidden, width) if path.lean else hidden
         if path.lean and layout.logit_scale:
             states = ops.times_number(states)
         toward = ops.new(numel, width)
-    with ops.meter.booking("logits"):
+    with ops.meter.attribute_to("logits"):
         logits = ops.new(rows * layout.vocabulary, width)
         del logits
     # Multiplied by the gradient of the loss in place (element_mul_kernel).

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qlora_tui.memory.autograd import Grads, Tensor
 from qlora_tui.memory.linear import linear
 from qlora_tui.memory.ops import FLOAT, Linear, Ops
-from qlora_tui.memory.tape import Grads, Tensor
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qlora_tui.memory.tape import Grads, Meter, Storage, Tape, Tensor
+from qlora_tui.memory.autograd import AllocationMeter, Grads, Storage, Tape, Tensor
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -48,7 +48,7 @@ class Ops:
 
     def __init__(
         self,
-        meter: Meter,
+        meter: AllocationMeter,
         *,
         compute: int,
         weight: int,
@@ -79,7 +79,7 @@ class Ops:
         self.fused_mlp = fused_mlp
         self.lean = lean
         self.float16 = float16
-        self.lingering: Tensor | None = None
+        self.returned_extra: Tensor | None = None
         """What a layer's forward returns beside its output, and so holds to its end."""
 
     def new(self, numel: int, width: int, item: str | None = None) -> Tensor:
@@ -88,7 +88,7 @@ class Ops:
 
     def dequantized(self, module: Linear, width: int) -> Tensor:
         """A packed weight, rebuilt for a product."""
-        with self.meter.booking("dequantized"):
+        with self.meter.attribute_to("dequantized"):
             return self.new(module.weights, width)
 
     def adapter_leaves(self, x: Tensor) -> tuple[Tensor, Tensor]:

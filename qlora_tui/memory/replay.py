@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture
+from qlora_tui.memory.allocation_trace import Blocks, Recording
 from qlora_tui.memory.allocator import CachingAllocator, MemoryBlock
-from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.loading import load
 from qlora_tui.memory.ops import FLOAT
-from qlora_tui.memory.recording import Blocks, Recording
-from qlora_tui.memory.residents import input_bytes, mask_bytes, workspace_bytes
-from qlora_tui.memory.step import Profile, Walk, embedding_bytes
+from qlora_tui.memory.static_memory import input_bytes, mask_bytes, workspace_bytes
+from qlora_tui.memory.step import PartProfile, StepProfile, embedding_bytes
 from qlora_tui.memory.weights import state_sizes
 from qlora_tui.recipe.schema import Recipe
 
@@ -47,8 +47,8 @@ def replay(
     recipe: Recipe,
     architecture: Architecture,
     layout: Layout,
-    path: CodePath,
-    walked: Walk,
+    path: ExecutionConfig,
+    walked: StepProfile,
     capacity_bytes: int | None = None,
 ) -> Pool:
     """Load and train. An allocator that reaches ``capacity_bytes`` gives back what is free before it takes
@@ -69,8 +69,8 @@ class _Run:
         allocator: CachingAllocator,
         architecture: Architecture,
         layout: Layout,
-        path: CodePath,
-        walked: Walk,
+        path: ExecutionConfig,
+        walked: StepProfile,
     ) -> None:
         self._allocator = allocator
         self._layout = layout
@@ -91,12 +91,12 @@ class _Run:
         small = allocator.small_bytes
         alive = take_all(allocator, self._inputs)
         if self._layout.embedding_apart:
-            alive.append(allocator.take(self._embedded_bytes))
-        x = allocator.take(self._embedded_bytes)
+            alive.append(allocator.malloc(self._embedded_bytes))
+        x = allocator.malloc(self._embedded_bytes)
         if self._keeps_embedding and not self._layout.embedding_apart:
             alive.append(x)
         if first:
-            allocator.take(workspace_bytes(self._path))  # this thread's, with its first product
+            allocator.malloc(workspace_bytes(self._path))  # this thread's, with its first product
         owned = not self._keeps_embedding or self._layout.embedding_apart
         parts: list[Blocks] = []
         for recording, whole in self._layers:
@@ -104,8 +104,8 @@ class _Run:
             owned = not recording.owns_output
         self._forward(self._head, x, parts, owned=owned, whole=True)
         if first:
-            allocator.take(workspace_bytes(self._path))  # that of autograd's thread
-        gradient = allocator.take(FLOAT)  # of the loss: 1
+            allocator.malloc(workspace_bytes(self._path))  # that of autograd's thread
+        gradient = allocator.malloc(FLOAT)  # of the loss: 1
         for recording, whole in [*self._layers, (self._head, True)][::-1]:
             blocks = parts.pop()
             blocks[recording.seed] = gradient
@@ -115,7 +115,7 @@ class _Run:
         alive.append(gradient)
         kept = self._optimize(first=first) + self._accumulate(first=first)
         for block in alive:
-            allocator.give(block)
+            allocator.free(block)
         # Small ones were counted by the parts, not given back one by one.
         allocator.small_bytes = small + kept
 
@@ -149,16 +149,16 @@ class _Run:
         kept = allocator.small_bytes - before
         if path.optimizer == "adamw":
             for block in take_all(allocator, (count * path.adapter_bytes for count in sizes)):
-                allocator.give(block)
+                allocator.free(block)
         return kept
 
 
 def take_all(allocator: CachingAllocator, sizes: Iterable[int]) -> list[MemoryBlock]:
     """Make tensors one after another."""
-    return [allocator.take(size) for size in sizes if size]
+    return [allocator.malloc(size) for size in sizes if size]
 
 
-def _between_equals(layers: tuple[Profile, ...], ends: int) -> Iterator[tuple[Profile, bool]]:
+def _between_equals(layers: tuple[PartProfile, ...], ends: int) -> Iterator[tuple[PartProfile, bool]]:
     """Each layer, and whether so many on either side of it are equal to it."""
     for place, layer in enumerate(layers):
         near = layers[max(0, place - ends) : place] + layers[place + 1 : place + 1 + ends]

@@ -6,13 +6,13 @@ from typing import Any
 
 from qlora_tui.catalog.context import beyond_context
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory.classes import largest_model
-from qlora_tui.memory.codepath import Device, our_path
 from qlora_tui.memory.estimate import Estimate, compare, precision_of
+from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.layout import STYLES
-from qlora_tui.memory.solver import cheapest_changes, least_bytes, what_fits
-from qlora_tui.memory.traced import Traced, closed_form
-from qlora_tui.memory.verdict import judge
+from qlora_tui.memory.model_sizes import largest_model_size
+from qlora_tui.memory.solver import cheapest_changes, largest_settings, minimum_bytes
+from qlora_tui.memory.step_trace import StepTrace, closed_form
+from qlora_tui.memory.verdict import check_fit
 from qlora_tui.recipe.schema import Recipe
 
 
@@ -22,20 +22,20 @@ def as_json(
     available_bytes: int | None,
     *,
     device: Device | None = None,
-    traced: Traced | None = None,
+    traced: StepTrace | None = None,
 ) -> dict[str, Any]:
     """``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
 
-    Without ``available_bytes`` there is nothing to fit into: verdicts and ``what_fits`` are null.
-    ``least_bytes`` is what every change together comes to, where even that does not fit.
+    Without ``available_bytes`` there is nothing to fit into: verdicts and ``largest_settings`` are null.
+    ``minimum_bytes`` is what every change together comes to, where even that does not fit.
     """
     compared = compare(recipe, architecture, device=device, traced=traced)
     fitting: dict[str, Any] | None = None
     changes: list[dict[str, Any]] = []
     least: int | None = None
     if available_bytes is not None:
-        largest = what_fits(recipe, architecture, available_bytes, device=device)
-        model = largest_model(recipe, available_bytes, device=device)
+        largest = largest_settings(recipe, architecture, available_bytes, device=device)
+        model = largest_model_size(recipe, available_bytes, device=device)
         fitting = {
             "sequence_length": largest.sequence_length,
             "micro_batch": largest.micro_batch,
@@ -52,8 +52,8 @@ def as_json(
             }
             for change in cheapest_changes(recipe, architecture, available_bytes, device=device)
         ]
-        if not changes and not judge(compared[precision_of(recipe)], available_bytes).fits:
-            least = least_bytes(recipe, architecture, device=device)
+        if not changes and not check_fit(compared[precision_of(recipe)], available_bytes).fits:
+            least = minimum_bytes(recipe, architecture, device=device)
     too_long = beyond_context(recipe.data.max_length, architecture)
     return {
         "available_bytes": available_bytes,
@@ -67,11 +67,11 @@ def as_json(
 
 
 def trace_as_json(
-    traced: Traced, recipe: Recipe, architecture: Architecture, device: Device
+    traced: StepTrace, recipe: Recipe, architecture: Architecture, device: Device
 ) -> dict[str, Any]:
     """Bytes by item as they were traced and by the closed form, whose ``exact`` says whether it is the
     family's own."""
-    closed = closed_form(recipe, architecture, our_path(recipe, device))
+    closed = closed_form(recipe, architecture, trainer_execution(recipe, device))
     return {
         "precision": precision_of(recipe),
         "exact": architecture.model_type in STYLES,
@@ -93,7 +93,7 @@ def one_as_json(made: Estimate, available_bytes: int | None) -> dict[str, Any]:
             "process": made.process_bytes,
         },
         "band": {"low": made.band.low_bytes, "high": made.band.high_bytes, "reason": made.band.reason},
-        "verdict": None if available_bytes is None else judge(made, available_bytes).word,
+        "verdict": None if available_bytes is None else check_fit(made, available_bytes).word,
         "peak_phase": made.peak_phase,
         "correction": made.correction
         and {

@@ -10,9 +10,9 @@ from msgspec import structs
 
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
-from qlora_tui.memory.codepath import Device
 from qlora_tui.memory.estimate import Estimate, estimate
-from qlora_tui.memory.verdict import Verdict, judge
+from qlora_tui.memory.execution import Device
+from qlora_tui.memory.verdict import Verdict, check_fit
 from qlora_tui.recipe.schema import Recipe
 
 LENGTH_STEP = 128
@@ -30,7 +30,7 @@ class WhatFits:
 
 
 @dataclass(frozen=True)
-class Change:
+class MemorySaving:
     """One change to a recipe, and what it comes to."""
 
     label: str
@@ -48,14 +48,14 @@ class Change:
         return self.verdict.fits
 
 
-def what_fits(
+def largest_settings(
     recipe: Recipe, architecture: Architecture, available_bytes: int, *, device: Device | None = None
 ) -> WhatFits:
     """The largest sequence length, micro-batch and rank that fit in ``available_bytes``."""
 
     def fits(settings: dict[str, Any]) -> bool:
         changed = set_values(recipe, settings)
-        return judge(estimate(changed, architecture, device=device), available_bytes).fits
+        return check_fit(estimate(changed, architecture, device=device), available_bytes).fits
 
     longest = (architecture.max_positions or 131_072) // LENGTH_STEP
     return WhatFits(
@@ -84,14 +84,14 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
 
 def cheapest_changes(
     recipe: Recipe, architecture: Architecture, available_bytes: int, *, device: Device | None = None
-) -> tuple[Change, ...]:
+) -> tuple[MemorySaving, ...]:
     """Single changes that make the recipe fit, the one that gives up least first.
 
     Where no single change is enough, changes are taken together, cheapest first, until they are: the result
-    is then one :class:`Change`. Empty where the recipe fits already, or nothing helps.
+    is then one :class:`MemorySaving`. Empty where the recipe fits already, or nothing helps.
     """
     whole = estimate(recipe, architecture, device=device)
-    if judge(whole, available_bytes).fits:
+    if check_fit(whole, available_bytes).fits:
         return ()
     offers = list(_offers(recipe, architecture))
     changes = [_gentlest(recipe, architecture, available_bytes, device, offer) for offer in offers]
@@ -99,7 +99,7 @@ def cheapest_changes(
     return tuple(change for change in changes if change.fits) or tuple(c for c in together if c.fits)
 
 
-def least_bytes(recipe: Recipe, architecture: Architecture, *, device: Device | None = None) -> int:
+def minimum_bytes(recipe: Recipe, architecture: Architecture, *, device: Device | None = None) -> int:
     """The least memory in which this model can be trained at all: with every change made that saves some."""
     made = estimate(recipe, architecture, device=device)
     for change in _together(recipe, architecture, 0, device):
@@ -109,9 +109,9 @@ def least_bytes(recipe: Recipe, architecture: Architecture, *, device: Device | 
 
 def _together(
     recipe: Recipe, architecture: Architecture, available_bytes: int, device: Device | None
-) -> Iterator[Change]:
+) -> Iterator[MemorySaving]:
     """Setting after setting changed as far as it goes, until the recipe fits: each time all so far as one."""
-    taken: list[Change] = []
+    taken: list[MemorySaving] = []
     now, size = recipe, estimate(recipe, architecture, device=device).process_bytes
     for offer in _offers(recipe, architecture):
         change = _gentlest(now, architecture, available_bytes, device, offer)
@@ -122,13 +122,13 @@ def _together(
         label = "; ".join(part.label for part in taken)
         cost = "; ".join(part.cost for part in taken if part.cost)
         settings = {key: value for part in taken for key, value in part.settings.items()}
-        yield Change(label, cost, settings, now, change.estimate, change.verdict)
+        yield MemorySaving(label, cost, settings, now, change.estimate, change.verdict)
         if change.fits:
             return
 
 
 @dataclass(frozen=True)
-class Offer:
+class SavingOption:
     """One setting that could be changed, with its values from the gentlest to the strongest."""
 
     cost: str
@@ -136,19 +136,23 @@ class Offer:
 
 
 def _gentlest(
-    recipe: Recipe, architecture: Architecture, available_bytes: int, device: Device | None, offer: Offer
-) -> Change:
+    recipe: Recipe,
+    architecture: Architecture,
+    available_bytes: int,
+    device: Device | None,
+    offer: SavingOption,
+) -> MemorySaving:
     """The first step of the offer that fits, or its last."""
     for label, settings in offer.steps:
         changed = set_values(recipe, settings)
         made = estimate(changed, architecture, device=device)
-        change = Change(label, offer.cost, settings, changed, made, judge(made, available_bytes))
+        change = MemorySaving(label, offer.cost, settings, changed, made, check_fit(made, available_bytes))
         if change.fits:
             break
     return change
 
 
-def _offers(recipe: Recipe, architecture: Architecture) -> Iterator[Offer]:
+def _offers(recipe: Recipe, architecture: Architecture) -> Iterator[SavingOption]:
     """Changes that save memory, the one that gives up least first."""
     training, quantization, lora = recipe.training, recipe.quantization, recipe.lora
     if recipe.model.attention == "eager":
@@ -159,7 +163,7 @@ def _offers(recipe: Recipe, architecture: Architecture) -> Iterator[Offer]:
         label = f"Optimizer {training.optimizer} → paged_adamw_8bit"
         yield _single("", label, "training.optimizer", "paged_adamw_8bit")
     if training.micro_batch > 1:
-        yield Offer("same effective batch, a little slower", tuple(_smaller_batches(recipe)))
+        yield SavingOption("same effective batch, a little slower", tuple(_smaller_batches(recipe)))
     if not training.gradient_checkpointing:
         yield _single("a third slower", "Checkpoint activations", "training.gradient_checkpointing", True)
     if quantization.method in ("none", "int8"):
@@ -170,18 +174,18 @@ def _offers(recipe: Recipe, architecture: Architecture) -> Iterator[Offer]:
     if lora.dropout:
         yield _single("less regularisation", f"Dropout {lora.dropout:g} → 0", "lora.dropout", 0.0)
     if recipe.data.max_length >= 2 * LENGTH_STEP:
-        yield Offer("longer samples are cut or dropped", tuple(_shorter_rows(recipe)))
+        yield SavingOption("longer samples are cut or dropped", tuple(_shorter_rows(recipe)))
     if lora.rank > RANKS[0]:
         smaller = [rank for rank in reversed(RANKS) if rank < lora.rank]
         steps = tuple((f"Rank {lora.rank} → {rank}", {"lora.rank": rank}) for rank in smaller)
-        yield Offer("a smaller adapter", steps)
+        yield SavingOption("a smaller adapter", steps)
     narrow = ("q_proj", "v_proj")
     if set(narrow) <= set(architecture.kinds()) and set(lora.target_modules) != set(narrow):
         yield _single("a weaker adapter", "Targets → q_proj, v_proj", "lora.target_modules", narrow)
 
 
-def _single(cost: str, label: str, key: str, value: object) -> Offer:
-    return Offer(cost, ((label, {key: value}),))
+def _single(cost: str, label: str, key: str, value: object) -> SavingOption:
+    return SavingOption(cost, ((label, {key: value}),))
 
 
 def _smaller_batches(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:

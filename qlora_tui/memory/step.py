@@ -12,19 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from qlora_tui.memory.blocks import Block, norm, run_block
-from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.allocation_trace import Recording, build_phase, without_input_gradient
+from qlora_tui.memory.autograd import AllocationMeter, Checkpoint, Node, Storage, Tensor, backward
+from qlora_tui.memory.decoder_layer import DecoderLayer, norm, run_block
+from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.loss import head_and_loss
 from qlora_tui.memory.ops import Ops
-from qlora_tui.memory.recording import Recording, last_gone, stage
-from qlora_tui.memory.tape import Checkpoint, Meter, Node, Storage, Tensor, backward
 
 Items = dict[str, int]
 
 
 @dataclass
-class Profile:
+class PartProfile:
     """What one part of the step costs by itself."""
 
     kept: Items = field(default_factory=dict)
@@ -43,12 +43,12 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Walk:
+class StepProfile:
     """The parts of a step, each walked once."""
 
-    layers: tuple[Profile, ...]
+    layers: tuple[PartProfile, ...]
     """In order; equal layers are the same object."""
-    head: Profile
+    head: PartProfile
     """Final norm, output head and loss."""
 
 
@@ -65,7 +65,7 @@ class Peak:
         return sum(self.items.values())
 
 
-def make_ops(meter: Meter, layout: Layout, path: CodePath, dropout: float) -> Ops:
+def make_ops(meter: AllocationMeter, layout: Layout, path: ExecutionConfig, dropout: float) -> Ops:
     """Operations of this path."""
     return Ops(
         meter,
@@ -84,19 +84,19 @@ def make_ops(meter: Meter, layout: Layout, path: CodePath, dropout: float) -> Op
     )
 
 
-def stream_bytes(path: CodePath) -> int:
+def residual_dtype_bytes(path: ExecutionConfig) -> int:
     """Width of the residual stream: float32 once embeddings or norms were cast."""
     return 4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes
 
 
-def embedding_bytes(path: CodePath) -> int:
+def embedding_bytes(path: ExecutionConfig) -> int:
     """Width of the embedding's output, the first layer's input."""
     return 4 if path.cast_to_float32 else path.compute_bytes
 
 
-def walk(layout: Layout, path: CodePath, dropout: float) -> Walk:
+def profile_step(layout: Layout, path: ExecutionConfig, dropout: float) -> StepProfile:
     """Each kind of layer once, and the head."""
-    profiles: dict[tuple[int, int], Profile] = {}
+    profiles: dict[tuple[int, int], PartProfile] = {}
     layers = []
     width = embedding_bytes(path)
     for block in layout.blocks:
@@ -105,12 +105,12 @@ def walk(layout: Layout, path: CodePath, dropout: float) -> Walk:
             run = partial(_layer, block=block)
             profiles[key] = _profile(layout, path, dropout, run, width, checkpointed=path.checkpointing)
         layers.append(profiles[key])
-        width = stream_bytes(path)
+        width = residual_dtype_bytes(path)
     tail = partial(_tail, layout=layout, path=path)
-    return Walk(tuple(layers), _profile(layout, path, dropout, tail, width, checkpointed=False))
+    return StepProfile(tuple(layers), _profile(layout, path, dropout, tail, width, checkpointed=False))
 
 
-def peaks(walked: Walk, layout: Layout, path: CodePath) -> list[Peak]:
+def peak_candidates(walked: StepProfile, layout: Layout, path: ExecutionConfig) -> list[Peak]:
     """Every candidate for the step's peak, in order of time."""
     embedded = _embedded(layout, path, embedding_bytes(path))
     rows = Counter(activations=layout.tokens * layout.token_rows)  # which token is which of the trained rows
@@ -119,22 +119,24 @@ def peaks(walked: Walk, layout: Layout, path: CodePath) -> list[Peak]:
     return list(_candidates(walked, _cast_once(layout, path), embedded, rows, always=layout.embedding_apart))
 
 
-def _embedded(layout: Layout, path: CodePath, width: int) -> Items:
+def _embedded(layout: Layout, path: ExecutionConfig, width: int) -> Items:
     """The embedding's output, and the mask of GPT-2's dropout on it."""
     numel = layout.tokens * layout.hidden
     mask = numel * (1 if path.device == "cuda" else width) if layout.embedding_dropout else 0
     return {"activations": numel * width + mask}
 
 
-Run = Callable[[Ops, list[Tensor]], tuple[Tensor, list[Tensor]]]
+ForwardFn = Callable[[Ops, list[Tensor]], tuple[Tensor, list[Tensor]]]
 """A part's forward. Its input comes in a list, so that it can be dropped by the part itself."""
 
 
-def _layer(ops: Ops, given: list[Tensor], *, block: Block) -> tuple[Tensor, list[Tensor]]:
+def _layer(ops: Ops, given: list[Tensor], *, block: DecoderLayer) -> tuple[Tensor, list[Tensor]]:
     return run_block(ops, block, given[0]), []
 
 
-def _tail(ops: Ops, given: list[Tensor], *, layout: Layout, path: CodePath) -> tuple[Tensor, list[Tensor]]:
+def _tail(
+    ops: Ops, given: list[Tensor], *, layout: Layout, path: ExecutionConfig
+) -> tuple[Tensor, list[Tensor]]:
     """Final norm, head, loss. The model lets go of the last layer's output once it is normed."""
     normed = norm(ops, layout.blocks[-1], given[0])
     given.clear()
@@ -143,12 +145,12 @@ def _tail(ops: Ops, given: list[Tensor], *, layout: Layout, path: CodePath) -> t
 
 
 def _profile(
-    layout: Layout, path: CodePath, dropout: float, run: Run, width: int, *, checkpointed: bool
-) -> Profile:
+    layout: Layout, path: ExecutionConfig, dropout: float, run: ForwardFn, width: int, *, checkpointed: bool
+) -> PartProfile:
     """Walk one part; ``width`` is that of its input."""
-    meter = Meter()
+    meter = AllocationMeter()
     ops = make_ops(meter, layout, path, dropout)
-    made = Profile()
+    made = PartProfile()
     upstream = Node(0, "upstream", (), _nothing)
     x = ops.new(layout.tokens * layout.hidden, width, "checkpoints" if checkpointed else None)
     x.node = upstream
@@ -171,11 +173,11 @@ def _profile(
     del result
     if checkpointed and path.reentrant:
         del node
-        recording.forward = stage(meter.events[begins:], recording.leaves)
-        _reenter(ops, run, given, made, numel, width, path)
+        recording.forward = build_phase(meter.events[begins:], recording.leaves)
+        _reentrant_backward(ops, run, given, made, numel, width, path)
         return made
     given.clear()
-    recording.forward = stage(meter.events[begins:], recording.leaves)
+    recording.forward = build_phase(meter.events[begins:], recording.leaves)
     made.kept = {item: size for item, size in meter.live_items.items() if size}
     made.keeps_input = there() is not None
     meter.restart()
@@ -183,8 +185,8 @@ def _profile(
     recording.seed, begins = seed[0].storage.number, len(meter.events)
     kept: list[Storage] = []
     backward(ops.tape, node, seed.pop(), None if path.accumulates else kept)
-    recording.gradient = last_gone(meter.events)
-    recording.backward = stage(meter.events[begins:], recording.gradient)
+    recording.gradient = without_input_gradient(meter.events)
+    recording.backward = build_phase(meter.events[begins:], recording.gradient)
     made.backward = dict(meter.peak_items)
     made.gradient_bytes = sum(storage.size for storage in kept)
     kept.clear()
@@ -193,8 +195,14 @@ def _profile(
     return made
 
 
-def _reenter(
-    ops: Ops, run: Run, given: list[Tensor], made: Profile, numel: int, width: int, path: CodePath
+def _reentrant_backward(
+    ops: Ops,
+    run: ForwardFn,
+    given: list[Tensor],
+    made: PartProfile,
+    numel: int,
+    width: int,
+    path: ExecutionConfig,
 ) -> None:
     """``CheckpointFunction.backward``: the whole layer again with its graph, then its own backward.
 
@@ -211,14 +219,14 @@ def _reenter(
     backward(ops.tape, result.node, gradient, None if path.accumulates else kept)
     made.backward = dict(ops.meter.peak_items)
     made.gradient_bytes = sum(storage.size for storage in kept)
-    goes_on = last_gone(ops.meter.events)
+    goes_on = without_input_gradient(ops.meter.events)
     del held, result, gradient, x
     given.clear()
     made.recording.gradient = goes_on
-    made.recording.backward = stage(ops.meter.events[begins:], goes_on)
+    made.recording.backward = build_phase(ops.meter.events[begins:], goes_on)
 
 
-def _again(run: Run, ops: Ops, x: Tensor) -> Tensor:
+def _again(run: ForwardFn, ops: Ops, x: Tensor) -> Tensor:
     return run(ops, [x])[0]
 
 
@@ -226,7 +234,7 @@ def _nothing(grad: Tensor, saved: list[Tensor | None]) -> tuple[Tensor | None, .
     return ()
 
 
-def _cast_once(layout: Layout, path: CodePath) -> Items:
+def _cast_once(layout: Layout, path: ExecutionConfig) -> Items:
     """Autocast keeps its cast of each trained float32 weight until the forward, loss included, is over.
 
     A LoRA projection fused into one function casts for itself and keeps nothing.
@@ -238,7 +246,7 @@ def _cast_once(layout: Layout, path: CodePath) -> Items:
 
 
 def _candidates(
-    walked: Walk, forward_only: Items, embedded: Items, rows: Items, *, always: bool
+    walked: StepProfile, forward_only: Items, embedded: Items, rows: Items, *, always: bool
 ) -> list[Peak]:
     """Every moment that could be the fullest.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from qlora_tui.memory.autograd import BackwardFn, Grads, Tensor
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT, Ops
-from qlora_tui.memory.tape import BackwardFn, Grads, Tensor
 
 CHUNK_ROWS = 256
 """``_CHUNKED_LM_HEAD_CHUNK_SIZE``: positions whose logits are there at a time, in float32."""
@@ -35,7 +35,7 @@ def chunked(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         toward = ops.new(numel, width)  # the gradients of the chunks' slices, each as large as the whole
-        with ops.meter.booking("logits"):
+        with ops.meter.attribute_to("logits"):
             made = project()
             entropy = [ops.new(chunk, FLOAT) for _ in range(2)]
             entropy.pop()
@@ -46,7 +46,7 @@ def chunked(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
         del another
         return (toward,)
 
-    with ops.meter.booking("logits"):
+    with ops.meter.attribute_to("logits"):
         made = project()
         entropy = [ops.new(chunk, FLOAT) for _ in range(2)]
         del made, entropy
@@ -61,7 +61,7 @@ def tiled(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
     rows, columns = min(TILE_ROWS, layout.tokens), min(TILE_COLUMNS, layout.vocabulary)
 
     def tile() -> None:
-        with ops.meter.booking("logits"):
+        with ops.meter.attribute_to("logits"):
             logits = ops.new(rows * columns, ops.compute)
             del logits
 

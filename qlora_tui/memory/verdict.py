@@ -34,7 +34,7 @@ class Verdict:
         return self.word in ("fits", "tight")
 
 
-def judge(made: Estimate, available_bytes: int) -> Verdict:
+def check_fit(made: Estimate, available_bytes: int) -> Verdict:
     """``fits`` only when even the upper end of the band does."""
     band = made.band
     word: Literal["fits", "tight", "does not fit", "uncertain"]

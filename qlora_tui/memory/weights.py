@@ -11,9 +11,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.autograd import ALLOCATION_BYTES
+from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
-from qlora_tui.memory.tape import ALLOCATION_BYTES
 from qlora_tui.recipe.schema import Recipe
 
 BLOCK = 64
@@ -28,7 +28,7 @@ SMALL_TENSOR = 4096
 STATE_BLOCK = 256
 
 
-def rounded(size: int) -> int:
+def round_to_block(size: int) -> int:
     """As the allocator rounds it."""
     return -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
 
@@ -50,39 +50,39 @@ class FrozenWeights:
     vision_bytes: int
 
 
-def frozen_weights(recipe: Recipe, architecture: Architecture, path: CodePath) -> FrozenWeights:
+def frozen_weights(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> FrozenWeights:
     """Every parameter of the base model, in the dtype this path keeps it in."""
     method = recipe.quantization.method
     packed = scales = dense = vision = 0
     kept = 4 if path.cast_to_float32 else path.compute_bytes
     for module in architecture.modules:
         if module.quantizable and method in ("nf4", "fp4"):
-            packed += rounded(-(-module.weight_params // 2))
+            packed += round_to_block(-(-module.weight_params // 2))
             scales += four_bit_scale_bytes(module.weight_params, recipe.quantization.double_quantization)
         elif module.quantizable and method == "int8":
-            packed += rounded(module.weight_params)
-            scales += rounded(module.out_features * 4)
+            packed += round_to_block(module.weight_params)
+            scales += round_to_block(module.out_features * 4)
         elif module.part == "vision":
-            vision += rounded(module.weight_params * kept)
+            vision += round_to_block(module.weight_params * kept)
         else:
-            dense += rounded(module.weight_params * kept)
-        dense += rounded(module.bias_params * kept)
+            dense += round_to_block(module.weight_params * kept)
+        dense += round_to_block(module.bias_params * kept)
     roles = {"expert": 0, "vision": 0, "other": 0}
     norms = 4 if path.norms_float32 else kept
     for parameter in architecture.parameters:
         if parameter.role == "expert" and path.separate_experts and method in ("nf4", "fp4"):
-            packed += rounded(-(-parameter.params // 2))
+            packed += round_to_block(-(-parameter.params // 2))
             scales += four_bit_scale_bytes(parameter.params, recipe.quantization.double_quantization)
             continue
         role = parameter.role if parameter.role in roles else "other"
         width = norms if parameter.role == "norm" else kept
-        roles[role] += rounded(parameter.params * width)
+        roles[role] += round_to_block(parameter.params * width)
     return FrozenWeights(
         packed_bytes=packed,
         scale_bytes=scales,
         dense_bytes=dense,
-        embedding_bytes=sum(rounded(table.params * kept) for table in architecture.embeddings),
-        head_bytes=rounded(architecture.head.own_params * kept),
+        embedding_bytes=sum(round_to_block(table.params * kept) for table in architecture.embeddings),
+        head_bytes=round_to_block(architecture.head.own_params * kept),
         norm_bytes=roles["other"],
         expert_bytes=roles["expert"],
         vision_bytes=vision + roles["vision"],
@@ -91,7 +91,7 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, path: CodePath) -
 
 def four_bit_scale_bytes(weights: int, nested: bool) -> int:
     """Scales and code tables of one 4-bit module."""
-    return sum(rounded(size) for size in four_bit_scale_sizes(weights, nested))
+    return sum(round_to_block(size) for size in four_bit_scale_sizes(weights, nested))
 
 
 def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
@@ -102,27 +102,27 @@ def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
     return (blocks, -(-blocks // NESTED_BLOCK) * 4, CODE_BYTES, NESTED_CODE_BYTES, 4)
 
 
-def adapter_bytes(layout: Layout, path: CodePath) -> int:
+def adapter_bytes(layout: Layout, path: ExecutionConfig) -> int:
     """The trained matrices."""
     sizes = Counter(layout.adapter_tensors).items()
-    return sum(times * rounded(count * path.adapter_bytes) for count, times in sizes)
+    return sum(times * round_to_block(count * path.adapter_bytes) for count, times in sizes)
 
 
-def gradient_bytes(layout: Layout, path: CodePath) -> int:
+def gradient_bytes(layout: Layout, path: ExecutionConfig) -> int:
     """Gradients have their parameters' dtype."""
     return adapter_bytes(layout, path)
 
 
-def optimizer_bytes(layout: Layout, path: CodePath) -> int:
+def optimizer_bytes(layout: Layout, path: ExecutionConfig) -> int:
     """Both moments. Paged states are the same bytes in managed memory."""
     return sum(times * _state_bytes(count, path) for count, times in Counter(layout.adapter_tensors).items())
 
 
-def _state_bytes(count: int, path: CodePath) -> int:
-    return sum(rounded(size) for size in state_sizes(count, path))
+def _state_bytes(count: int, path: ExecutionConfig) -> int:
+    return sum(round_to_block(size) for size in state_sizes(count, path))
 
 
-def state_sizes(count: int, path: CodePath) -> tuple[int, ...]:
+def state_sizes(count: int, path: ExecutionConfig) -> tuple[int, ...]:
     """Both moments of one trained tensor, and their scales."""
     if "8bit" in path.optimizer and count >= SMALL_TENSOR:
         return (count, count, *[-(-count // STATE_BLOCK) * 4] * 2)
@@ -130,10 +130,10 @@ def state_sizes(count: int, path: CodePath) -> tuple[int, ...]:
     return (count * width, count * width)
 
 
-def optimizer_step_bytes(layout: Layout, path: CodePath) -> int:
+def optimizer_step_bytes(layout: Layout, path: ExecutionConfig) -> int:
     """What one optimizer step makes and drops: torch's multi-tensor AdamW takes a square root of every
     second moment at once (``_foreach_sqrt``); fused and bitsandbytes kernels need nothing."""
     if path.optimizer == "adamw" and path.device == "cuda":
         return adapter_bytes(layout, path)
     largest = max(layout.adapter_tensors, default=0)
-    return rounded(largest * 4) if path.optimizer == "adamw" else 0
+    return round_to_block(largest * 4) if path.optimizer == "adamw" else 0

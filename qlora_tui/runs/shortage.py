@@ -9,7 +9,7 @@ from qlora_tui.catalog.local import resolve
 from qlora_tui.errors import Problem
 from qlora_tui.format import size
 from qlora_tui.memory import cheapest_changes, estimate
-from qlora_tui.memory.room import room_here
+from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import Recipe
 
@@ -26,7 +26,7 @@ def what_would_fit(recipe: Recipe) -> str:
     Takes the word of the failure, not of the estimate: the recipe as it stands does not fit.
     """
     try:
-        architecture, room = resolve(recipe.model.id).architecture, room_here()
+        architecture, room = resolve(recipe.model.id).architecture, local_budget()
         whole = estimate(recipe, architecture, device=room.device).process_bytes
         available = min(room.bytes, round(whole * (1 - _LEAST_SAVING)))
         changes = cheapest_changes(recipe, architecture, available, device=room.device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.memory.codepath import Loss
+from qlora_tui.memory.execution import Loss
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training import checks, load, loss
 from qlora_tui.training.device import Attention, Device

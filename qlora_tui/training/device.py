@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from qlora_tui.errors import Problem
-from qlora_tui.memory.processor import this_processor
+from qlora_tui.memory.cpu import this_processor
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.even import even_multiple
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.memory.kernels import EVEN_TOKENS
+from qlora_tui.memory.onednn_cache import TOKEN_MULTIPLE
 
 
 def even_multiple(device: torch.device, dtype: torch.dtype) -> int:
     """Tokens of which rows and samples should be a multiple: bfloat16 on a CPU is multiplied by oneDNN."""
-    return EVEN_TOKENS if device.type == "cpu" and dtype == torch.bfloat16 else 1
+    return TOKEN_MULTIPLE if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
 def filled_up(x: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from qlora_tui.gpu.no_gpu import NoGpu
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.visible import torch_card
 from qlora_tui.memory import Device as EstimatedDevice
-from qlora_tui.memory import Estimate, Peaks, correction_for, estimate, our_path, remember
-from qlora_tui.memory.codepath import Loss
-from qlora_tui.memory.processor import liger_is_installed, torch_is_for_cuda
+from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
+from qlora_tui.memory.cpu import liger_is_installed, torch_is_for_cuda
+from qlora_tui.memory.execution import Loss
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
 from qlora_tui.training.device import Device
@@ -42,7 +42,7 @@ class MemoryMeter:
     @property
     def expected_loss(self) -> Loss:
         """The one that the estimate counts on."""
-        return our_path(self._recipe, _as_estimated(self._device), self._architecture).loss
+        return trainer_execution(self._recipe, _as_estimated(self._device), self._architecture).loss
 
     def trains_with(self, loss: str) -> None:
         """Of another loss than that the estimate knows nothing, and would learn what is not its own error."""
@@ -94,8 +94,8 @@ class MemoryMeter:
             return
         outside = made.bytes_of("context") + made.bytes_of("runtime")
         with suppress(OSError):  # A full disk costs the record and not the run.
-            remember(
-                Peaks(
+            record_run(
+                MeasuredRun(
                     at=peak.at,
                     machine=self._device.name,
                     driver=_driver(),

@@ -37,7 +37,7 @@ from qlora_tui.tui.visible_lines import VisibleText
 from qlora_tui.tui.work import Later
 
 if TYPE_CHECKING:
-    from qlora_tui.memory.room import Room
+    from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.tui.draft import Draft
     from qlora_tui.tui.watch import Watch
@@ -100,12 +100,12 @@ class QloraApp(App[None]):
         return Draft()
 
     @property
-    def room(self) -> Room:
+    def room(self) -> MemoryBudget:
         """Where a run would be computed, and how much memory it could have."""
-        from qlora_tui.memory.room import room_for
+        from qlora_tui.memory.budget import budget_for
 
         given = self.settings.card_gib
-        return room_for(self.pulse.card, None if given is None else round(given * GIB))
+        return budget_for(self.pulse.card, None if given is None else round(given * GIB))
 
     def on_load(self) -> None:
         # Before there is a screen: with its widgets every style sheet would be read once more, and its keys

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qlora_tui.catalog.facts import Architecture
     from qlora_tui.memory import Device, Estimate
     from qlora_tui.memory.estimate import Precision
-    from qlora_tui.memory.traced import Traced
+    from qlora_tui.memory.step_trace import StepTrace
 
 # The first frame shows neither architecture nor estimate, so it does not wait for their rooms: they are
 # imported where they are first asked for.
@@ -47,7 +47,7 @@ class Workbench:
         self._redo: list[_Snapshot] = []
         self._architecture: tuple[str, Architecture | Problem] | None = None
         self._compared: tuple[Recipe, Device, dict[Precision, Estimate] | Problem] | None = None
-        self._traced: tuple[Recipe, Device, Traced] | None = None
+        self._traced: tuple[Recipe, Device, StepTrace] | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -140,7 +140,7 @@ class Workbench:
             self._compared = (self.recipe, device, self._compare(device))
         return self._compared[2]
 
-    def use_trace(self, recipe: Recipe, device: Device, traced: Traced) -> None:
+    def use_trace(self, recipe: Recipe, device: Device, traced: StepTrace) -> None:
         """Let a traced step stand in for the formula, for as long as the recipe is this one."""
         self._traced = (recipe, device, traced)
         self._compared = None
@@ -156,7 +156,7 @@ class Workbench:
         except Problem as problem:
             return problem
 
-    def _trace_on(self, device: Device) -> Traced | None:
+    def _trace_on(self, device: Device) -> StepTrace | None:
         if self._traced is None or self._traced[:2] != (self.recipe, device):
             return None
         return self._traced[2]

@@ -14,13 +14,13 @@ from qlora_tui.memory import (
     Device,
     as_json,
     cheapest_changes,
+    check_fit,
     compare,
     estimate,
-    judge,
-    largest_model,
-    what_fits,
+    largest_model_size,
+    largest_settings,
 )
-from qlora_tui.memory.tiers import CUDA_LIBRARIES_BYTES
+from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 from tests.memory.models import qwen_7b, tinyllama
@@ -82,30 +82,30 @@ def test_targets_in_a_range_of_layers_train_only_those() -> None:
 
 def test_it_fits_only_when_the_whole_band_does() -> None:
     made = estimate(Recipe(), qwen_7b())
-    assert judge(made, 2 * made.process_bytes).word == "fits"
-    assert judge(made, made.band.high_bytes).word == "tight"
-    assert judge(made, made.process_bytes).word == "uncertain"
-    assert judge(made, made.band.low_bytes - 1).word == "does not fit"
+    assert check_fit(made, 2 * made.process_bytes).word == "fits"
+    assert check_fit(made, made.band.high_bytes).word == "tight"
+    assert check_fit(made, made.process_bytes).word == "uncertain"
+    assert check_fit(made, made.band.low_bytes - 1).word == "does not fit"
 
 
 def test_what_fits_fits_and_the_next_size_does_not() -> None:
     recipe, model, card = Recipe(), qwen_7b(), 12 * GIB
-    largest = what_fits(recipe, model, card)
+    largest = largest_settings(recipe, model, card)
     at = Recipe(data=Data(max_length=largest.sequence_length))
     beyond = Recipe(data=Data(max_length=largest.sequence_length + 128))
-    assert judge(estimate(at, model), card).fits
-    assert not judge(estimate(beyond, model), card).fits
-    assert judge(estimate(Recipe(training=Training(micro_batch=largest.micro_batch)), model), card).fits
+    assert check_fit(estimate(at, model), card).fits
+    assert not check_fit(estimate(beyond, model), card).fits
+    assert check_fit(estimate(Recipe(training=Training(micro_batch=largest.micro_batch)), model), card).fits
 
 
 def test_a_larger_card_fits_a_larger_class_of_model() -> None:
-    labels = [largest_model(Recipe(), size * GIB) for size in (1, 8, 24, 48)]
+    labels = [largest_model_size(Recipe(), size * GIB) for size in (1, 8, 24, 48)]
     assert labels[0] is None
     assert [found.label for found in labels if found] == ["7B", "32B", "72B"]
 
 
 def test_nothing_fits_on_a_card_smaller_than_the_weights() -> None:
-    largest = what_fits(Recipe(), qwen_7b(), 3 * GIB)
+    largest = largest_settings(Recipe(), qwen_7b(), 3 * GIB)
     assert (largest.sequence_length, largest.micro_batch, largest.rank) == (0, 0, 0)
     assert cheapest_changes(Recipe(), qwen_7b(), 3 * GIB) == ()
     told = as_json(Recipe(), qwen_7b(), 3 * GIB)

@@ -13,7 +13,7 @@ from qlora_tui.catalog.architecture import known_model_types, read_architecture
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory import Correction, Device, as_json, estimate
-from qlora_tui.memory.learning import LEAST, MOST
+from qlora_tui.memory.calibration import LEAST, MOST
 from qlora_tui.recipe.fields import fields, value_of, with_value
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config as config_of

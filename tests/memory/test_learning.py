@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 from msgspec import structs
 
-from qlora_tui.memory import Device, Estimate, Peaks, correction_for, estimate, remember
-from qlora_tui.memory.learning import record_file
-from qlora_tui.memory.tiers import RUNTIME_BYTES
+from qlora_tui.memory import Device, Estimate, MeasuredRun, correction_for, estimate, record_run
+from qlora_tui.memory.calibration import record_file
+from qlora_tui.memory.levels import RUNTIME_BYTES
 from qlora_tui.recipe.schema import Recipe
 from tests.memory.models import qwen_7b, tinyllama
 
@@ -16,9 +16,9 @@ GIB = 2**30
 CARD = "NVIDIA GeForce RTX 4090"
 
 
-def _run(factor: float, outside: int = 300 * MIB, machine: str = CARD, managed: int = 0) -> Peaks:
+def _run(factor: float, outside: int = 300 * MIB, machine: str = CARD, managed: int = 0) -> MeasuredRun:
     """A run on a card whose allocator took ``factor`` of what was predicted."""
-    return Peaks(
+    return MeasuredRun(
         at=0.0,
         machine=machine,
         managed_bytes=managed,
@@ -30,8 +30,8 @@ def _run(factor: float, outside: int = 300 * MIB, machine: str = CARD, managed: 
     )
 
 
-def _cpu_run(process: int) -> Peaks:
-    return Peaks(
+def _cpu_run(process: int) -> MeasuredRun:
+    return MeasuredRun(
         at=0.0,
         machine="a CPU",
         own_process=True,
@@ -47,7 +47,7 @@ def _made(machine: str = CARD) -> Estimate:
 
 
 def test_one_run_corrects_nothing_and_is_counted() -> None:
-    remember(_run(1.2))
+    record_run(_run(1.2))
     made = _made()
     assert made.process_bytes == estimate(Recipe(), qwen_7b()).process_bytes == made.uncorrected_bytes
     assert made.correction_words == "1 run measured, 2 are needed to correct"
@@ -55,8 +55,8 @@ def test_one_run_corrects_nothing_and_is_counted() -> None:
 
 def test_tensors_are_scaled_and_the_context_is_taken_as_it_was_measured() -> None:
     for factor, outside in ((1.02, 290), (1.1, 300), (1.04, 500)):
-        remember(_run(factor, outside * MIB))
-    remember(_run(1.4, machine="another card"))
+        record_run(_run(factor, outside * MIB))
+    record_run(_run(1.4, machine="another card"))
     found = correction_for(CARD)
     assert found is not None and found.runs == 3
     assert (round(found.factor, 3), found.outside_bytes) == (1.04, 300 * MIB)
@@ -70,8 +70,8 @@ def test_tensors_are_scaled_and_the_context_is_taken_as_it_was_measured() -> Non
 def test_a_corrected_estimate_says_so_and_still_adds_up() -> None:
     for factor in (1.05, 0.98, 0.5):
         record_file().unlink(missing_ok=True)
-        remember(_run(factor))
-        remember(_run(factor))
+        record_run(_run(factor))
+        record_run(_run(factor))
         made = _made()
         assert sum(item.bytes for item in made.items) == made.process_bytes
         assert all(item.bytes > 0 for item in made.items)
@@ -82,8 +82,8 @@ def test_a_corrected_estimate_says_so_and_still_adds_up() -> None:
 
 
 def test_a_cpu_run_corrects_by_bytes_so_that_a_tiny_one_does_not_bend_a_large_one() -> None:
-    remember(_cpu_run(700 * MIB))
-    remember(_cpu_run(700 * MIB))
+    record_run(_cpu_run(700 * MIB))
+    record_run(_cpu_run(700 * MIB))
     device = Device(kind="cpu", correction=correction_for("a CPU"))
     for model in (tinyllama(), qwen_7b()):
         raw, made = (
@@ -96,18 +96,18 @@ def test_a_cpu_run_corrects_by_bytes_so_that_a_tiny_one_does_not_bend_a_large_on
 
 def test_a_cpu_run_whose_process_may_have_converted_a_file_is_not_learned_from() -> None:
     for _ in range(3):
-        remember(structs.replace(_cpu_run(1600 * MIB), own_process=False))
+        record_run(structs.replace(_cpu_run(1600 * MIB), own_process=False))
     assert correction_for("a CPU") is None
-    remember(_cpu_run(700 * MIB))
-    remember(_cpu_run(700 * MIB))
+    record_run(_cpu_run(700 * MIB))
+    record_run(_cpu_run(700 * MIB))
     found = correction_for("a CPU")
     assert found is not None and (found.runs, found.outside_bytes) == (2, 580 * MIB)
 
 
 def test_a_run_on_a_card_is_learned_from_whoever_converted_its_file() -> None:
     assert not _run(1.0).own_process
-    remember(_run(1.0))
-    remember(_run(1.0))
+    record_run(_run(1.0))
+    record_run(_run(1.0))
     found = correction_for(CARD)
     assert found is not None and found.runs == 2
 
@@ -115,14 +115,14 @@ def test_a_run_on_a_card_is_learned_from_whoever_converted_its_file() -> None:
 def test_a_line_of_an_earlier_version_is_read_as_not_its_own_process() -> None:
     line = msgspec.json.encode(structs.replace(_cpu_run(700 * MIB), own_process=False))
     assert b"own_process" not in line
-    assert not msgspec.json.decode(line, type=Peaks).own_process
+    assert not msgspec.json.decode(line, type=MeasuredRun).own_process
 
 
 def test_what_a_large_vocabulary_takes_is_not_learned_for_a_small_one() -> None:
     cpu = Device(kind="cpu")
     large, small = (estimate(Recipe(), model, device=cpu) for model in (qwen_7b(), tinyllama()))
     for _ in range(2):
-        remember(
+        record_run(
             structs.replace(
                 _cpu_run(large.process_bytes + 10 * MIB),
                 predicted_allocated_bytes=large.allocated_bytes,
@@ -136,17 +136,17 @@ def test_what_a_large_vocabulary_takes_is_not_learned_for_a_small_one() -> None:
 
 
 def test_a_paged_optimizers_states_are_not_taken_for_the_context() -> None:
-    remember(_run(1.0, 200 * MIB))
-    remember(_run(1.0, 5 * GIB, managed=GIB))
-    remember(_run(1.0, 5 * GIB, managed=GIB))
+    record_run(_run(1.0, 200 * MIB))
+    record_run(_run(1.0, 5 * GIB, managed=GIB))
+    record_run(_run(1.0, 5 * GIB, managed=GIB))
     found = correction_for(CARD)
     assert found is not None and found.outside_bytes == 200 * MIB
 
 
 def test_a_torn_line_is_passed_over() -> None:
-    remember(_run(1.0))
+    record_run(_run(1.0))
     with record_file().open("ab") as file:
         file.write(b'{"at": 1.0, "mach')
-    remember(_run(1.0))
+    record_run(_run(1.0))
     found = correction_for(CARD)
     assert found is not None and found.runs == 2

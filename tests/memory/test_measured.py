@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.memory import Device, our_path
-from qlora_tui.memory.layout import lay_out
-from qlora_tui.memory.step import peaks, walk
+from qlora_tui.memory import Device, trainer_execution
+from qlora_tui.memory.layout import build_layout
+from qlora_tui.memory.step import peak_candidates, profile_step
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 
@@ -51,9 +51,11 @@ def test_a_real_step_holds_what_was_predicted(
             micro_batch=2, gradient_checkpointing=checkpointing, gradient_accumulation=1, optimizer="adamw"
         ),
     )
-    path = our_path(recipe, Device(kind="cpu"))
-    layout = lay_out(recipe, read_architecture(TINY), path)
-    predicted = max(peak.total_bytes for peak in peaks(walk(layout, path, dropout), layout, path))
+    path = trainer_execution(recipe, Device(kind="cpu"))
+    layout = build_layout(recipe, read_architecture(TINY), path)
+    predicted = max(
+        peak.total_bytes for peak in peak_candidates(profile_step(layout, path, dropout), layout, path)
+    )
     assert predicted == pytest.approx(_measured(TINY, recipe, dropout), rel=0.02)
 
 
@@ -65,9 +67,11 @@ def test_a_real_step_of_a_model_of_135_million_holds_what_was_predicted() -> Non
         training=Training(micro_batch=1, gradient_checkpointing=False, gradient_accumulation=1),
     )
     model = config("HuggingFaceTB/SmolLM2-135M")
-    path = our_path(recipe, Device(kind="cpu"))
-    layout = lay_out(recipe, read_architecture(model), path)
-    predicted = max(peak.total_bytes for peak in peaks(walk(layout, path, 0.0), layout, path))
+    path = trainer_execution(recipe, Device(kind="cpu"))
+    layout = build_layout(recipe, read_architecture(model), path)
+    predicted = max(
+        peak.total_bytes for peak in peak_candidates(profile_step(layout, path, 0.0), layout, path)
+    )
     assert predicted == pytest.approx(_measured(model, recipe, 0.0), rel=0.02)
 
 
@@ -86,7 +90,7 @@ def test_ranks_and_alphas_by_pattern_are_those_that_peft_makes() -> None:
     recipe, architecture = Recipe(lora=lora), read_architecture(TINY)
     factory: Any = AutoModelForCausalLM
     model = add_lora(factory.from_config(AutoConfig.for_model(**TINY)), lora, architecture)
-    layout = lay_out(recipe, architecture, our_path(recipe, Device(kind="cpu")))
+    layout = build_layout(recipe, architecture, trainer_execution(recipe, Device(kind="cpu")))
     assert trained_parameters(model) == layout.adapter_parameters
     made = {name: part for name, part in model.named_modules() if hasattr(part, "scaling")}
     for name, rank, alpha in (

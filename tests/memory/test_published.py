@@ -211,7 +211,7 @@ def test_trl_prepares_a_quantized_model_as_its_version_does(
     _, path = read_path(_row(extra=words))
     assert (path.norms_float32, path.cast_to_float32) == (norms_float32, cast_to_float32)
     assert (path.adapter_bytes, path.reentrant) == (adapter_bytes, reentrant)
-    assert path.autocast and not path.logits_held
+    assert path.autocast and not path.logits_alive_in_backward
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_16_bit_weights_run_under_autocast_only_where_a_trainer_was_told_to(
     words: str, autocast: bool, held: bool
 ) -> None:
     _, path = read_path(_row(extra=words, quant="none(bf16)", double_quant="", source_url=""))
-    assert (path.autocast, path.logits_held) == (autocast, held)
+    assert (path.autocast, path.logits_alive_in_backward) == (autocast, held)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 
 from bench.published_rows import find_config, read_path
 from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.memory import Device, estimate, our_path, replay
-from qlora_tui.memory.layout import lay_out
+from qlora_tui.memory import Device, estimate, replay, trainer_execution
+from qlora_tui.memory.layout import build_layout
 from qlora_tui.memory.replay import Pool
-from qlora_tui.memory.step import walk
+from qlora_tui.memory.step import profile_step
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import CONFIGS, config
 
@@ -27,9 +27,9 @@ def _rows() -> list[dict[str, str]]:
 
 
 def _replayed(recipe: Recipe, name: str) -> Pool:
-    architecture, path = read_architecture(config(name)), our_path(recipe, Device())
-    layout = lay_out(recipe, architecture, path)
-    return replay.replay(recipe, architecture, layout, path, walk(layout, path, recipe.lora.dropout))
+    architecture, path = read_architecture(config(name)), trainer_execution(recipe, Device())
+    layout = build_layout(recipe, architecture, path)
+    return replay.replay(recipe, architecture, layout, path, profile_step(layout, path, recipe.lora.dropout))
 
 
 def test_what_was_reserved_on_a_card_is_met_as_what_was_allocated_is() -> None:

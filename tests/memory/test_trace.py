@@ -19,8 +19,8 @@ from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.tracing import Request, trace_step
 from qlora_tui.errors import Problem
-from qlora_tui.memory import Device, our_path
-from qlora_tui.memory.traced import Traced, closed_form
+from qlora_tui.memory import Device, trainer_execution
+from qlora_tui.memory.step_trace import StepTrace, closed_form
 from qlora_tui.recipe.fields import with_value
 
 WORST_SHOWN = 5
@@ -67,7 +67,7 @@ def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) 
     for rows in (0, 200):
         recipe = recipe_of(Case(family, length=512, token_rows=rows))
         traced.append(trace(Request(config=config, recipe=recipe)).figures())
-        closed.append(closed_form(recipe, architecture, our_path(recipe, Device())))
+        closed.append(closed_form(recipe, architecture, trainer_execution(recipe, Device())))
         assert closed[-1] == pytest.approx(traced[-1], rel=0.01)
     added = closed[1]["step"] - closed[0]["step"]
     assert added == pytest.approx(traced[1]["step"] - traced[0]["step"], rel=0.1)
@@ -84,7 +84,7 @@ def test_gradients_of_an_earlier_micro_step_are_there_in_the_forward() -> None:
     after = trace(Request(config=cut_config("GPT-2"), recipe=accumulating))
     assert after.forward_bytes == alone.forward_bytes + alone.gradient_bytes
     closed = closed_form(
-        accumulating, read_architecture(cut_config("GPT-2")), our_path(accumulating, Device())
+        accumulating, read_architecture(cut_config("GPT-2")), trainer_execution(accumulating, Device())
     )
     for key, size in after.figures().items():
         assert closed[key] == pytest.approx(size, rel=0.03), key
@@ -99,7 +99,7 @@ def test_a_model_that_cannot_be_built_is_a_failure_in_words(monkeypatch: pytest.
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(msgspec.json.encode(request))))
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=out))
     trace.main()
-    answer = msgspec.json.decode(out.getvalue(), type=Traced | Failure)
+    answer = msgspec.json.decode(out.getvalue(), type=StepTrace | Failure)
     assert isinstance(answer, Failure) and answer.what and answer.fix
 
 

@@ -10,9 +10,9 @@ from msgspec import structs
 
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.memory import estimate
-from qlora_tui.memory.codepath import CodePath
-from qlora_tui.memory.layout import lay_out
-from qlora_tui.memory.step import walk
+from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.memory.layout import build_layout
+from qlora_tui.memory.step import profile_step
 from qlora_tui.memory.versions import Version, copies_for_sdpa, loss_code, repeats_heads_in_layer
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
@@ -23,7 +23,7 @@ RECIPE = Recipe(
     training=Training(micro_batch=2),
 )
 LOGITS = 2 * 1024 * 32000
-STOCK = CodePath(loss="stock", reentrant=True, expandable_segments=False)
+STOCK = ExecutionConfig(loss="stock", reentrant=True, expandable_segments=False)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_a_familys_loss_is_that_of_its_version(family: str, version: Version, co
 def _loss_bytes(name: str, version: Version) -> int:
     """Of the logits and all that comes of them, at the fullest moment of the loss's forward."""
     path = replace(STOCK, transformers=version)
-    layout = lay_out(RECIPE, read_architecture(config(name)), path)
-    return walk(layout, path, 0.0).head.forward["logits"]
+    layout = build_layout(RECIPE, read_architecture(config(name)), path)
+    return profile_step(layout, path, 0.0).head.forward["logits"]
 
 
 def test_each_loss_holds_the_copies_its_code_makes() -> None:
@@ -76,8 +76,8 @@ def test_mistral_repeated_its_heads_for_flash_until_4_48() -> None:
 def _kept_bytes(name: str, **changes: object) -> int:
     """Of activations that one layer keeps without checkpointing."""
     path = replace(STOCK, checkpointing=False, **changes)  # type: ignore[arg-type]  # fields of a CodePath
-    layout = lay_out(RECIPE, read_architecture(config(name)), path)
-    return walk(layout, path, 0.0).layers[0].kept["activations"]
+    layout = build_layout(RECIPE, read_architecture(config(name)), path)
+    return profile_step(layout, path, 0.0).layers[0].kept["activations"]
 
 
 def test_repeated_heads_are_kept_for_the_backward() -> None:
@@ -104,8 +104,8 @@ def test_experts_are_modules_of_their_own_before_version_5() -> None:
 def _head(**changes: object) -> dict[str, int]:
     """What TRL's head and loss hold at most, forward and backward, by item."""
     path = replace(STOCK, **changes)  # type: ignore[arg-type]  # fields of a CodePath
-    layout = lay_out(RECIPE, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
-    made = walk(layout, path, 0.0).head
+    layout = build_layout(RECIPE, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
+    made = profile_step(layout, path, 0.0).head
     return {"forward": made.forward.get("logits", 0), "backward": made.backward.get("logits", 0)}
 
 
@@ -120,8 +120,8 @@ def test_trl_1_7_makes_the_head_in_32_bits_and_a_chunk_of_logits() -> None:
 def test_trl_1_15_makes_a_tile_of_logits_and_sums_gradients_in_32_bits() -> None:
     assert _head(loss="trl_tiled")["forward"] == 2048 * 32000 * 2
     path = replace(STOCK, loss="trl_tiled")
-    layout = lay_out(RECIPE, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
-    sizes = [size for _, size in walk(layout, path, 0.0).head.recording.backward.events]
+    layout = build_layout(RECIPE, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
+    sizes = [size for _, size in profile_step(layout, path, 0.0).head.recording.backward.events]
     states = (2048 - 2) * 4096
     # The gradient's sum, a tile, the gradient in the states' dtype, and put into zeros of all positions
     assert sizes.index(4 * states) < sizes.index(2048 * 32000 * 2) < sizes.index(2 * states)
@@ -142,16 +142,18 @@ def test_hopper_has_larger_workspaces_and_an_a100_a_larger_context() -> None:
 
 def test_gemmas_model_scaled_its_embedding_beside_it_until_5_4() -> None:
     layouts = [
-        lay_out(RECIPE, read_architecture(config("google/gemma-2-2b")), replace(STOCK, transformers=version))
+        build_layout(
+            RECIPE, read_architecture(config("google/gemma-2-2b")), replace(STOCK, transformers=version)
+        )
         for version in ((5, 2), (5, 4))
     ]
     assert [layout.embedding_apart for layout in layouts] == [True, False]
 
 
 def test_flash_attention_caps_gemmas_scores_without_making_them() -> None:
-    def scores(path: CodePath) -> int:
-        layout = lay_out(RECIPE, read_architecture(config("google/gemma-2-2b")), path)
-        return walk(layout, path, 0.0).layers[0].backward.get("scores", 0)
+    def scores(path: ExecutionConfig) -> int:
+        layout = build_layout(RECIPE, read_architecture(config("google/gemma-2-2b")), path)
+        return profile_step(layout, path, 0.0).layers[0].backward.get("scores", 0)
 
     assert scores(STOCK) == 0
     assert scores(replace(STOCK, lean=True)) > 0  # ours, sample by sample
@@ -163,8 +165,8 @@ def test_a_head_in_float32_is_cast_under_autocast_and_saved() -> None:
     made = []
     for autocast in (False, True):
         path = replace(STOCK, cast_to_float32=True, autocast=autocast, transformers=(5, 0))
-        layout = lay_out(RECIPE, read_architecture(config(name)), path)
-        made.append(walk(layout, path, 0.0).head)
+        layout = build_layout(RECIPE, read_architecture(config(name)), path)
+        made.append(profile_step(layout, path, 0.0).head)
     assert [part.forward.get("head", 0) for part in made] == [0, 2 * head]
     assert made[1].kept["head"] == 2 * head
     # Logits in 32 bits, the same for the loss, and log-softmax; or first in 16 bits
@@ -181,6 +183,6 @@ def test_ligers_gated_mlp_keeps_both_halves_and_nothing_else() -> None:
 def test_peft_casts_an_adapters_input_on_16_bit_weights_under_autocast(method: Any, made: bool) -> None:
     recipe = structs.replace(RECIPE, quantization=Quantization(method=method), data=Data(max_length=768))
     path = replace(STOCK, autocast=True, fused_kernels=True)
-    layout = lay_out(recipe, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
-    sizes = [size for _, size in walk(layout, path, 0.0).layers[0].recording.forward.events]
+    layout = build_layout(recipe, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
+    sizes = [size for _, size in profile_step(layout, path, 0.0).layers[0].recording.forward.events]
     assert (4 * 2 * 768 * 4096 in sizes) is made

@@ -9,9 +9,9 @@ import pytest
 
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.chat.voices import Voices
-from qlora_tui.memory import our_path
-from qlora_tui.memory.codepath import Device
-from qlora_tui.memory.layout import lay_out
+from qlora_tui.memory import trainer_execution
+from qlora_tui.memory.execution import Device
+from qlora_tui.memory.layout import build_layout
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import select
 from tests.catalog.configs import config as config_of
@@ -66,7 +66,7 @@ def test_shared_experts_are_adapted_and_routed_ones_are_not(targets: tuple[str, 
         if parameter.requires_grad
     }
     assert touched == {module.name for module in select(targets, architecture.modules)}
-    layout = lay_out(Recipe(lora=lora), architecture, our_path(Recipe(), Device()))
+    layout = build_layout(Recipe(lora=lora), architecture, trainer_execution(Recipe(), Device()))
     assert trained_parameters(model) == layout.adapter_parameters
 
     for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory import Device, our_path
+from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
 from qlora_tui.training import loss
 from qlora_tui.training.base import prepare_base
@@ -288,15 +288,15 @@ def test_the_record_names_the_loss_that_is_used(
 def test_it_is_counted_on_where_it_is_installed_can_do_all_that_is_asked_and_pays() -> None:
     card, few, many = Device(liger=True), of_7b(vocabulary=32_000), of_7b(vocabulary=152_000)
     long = Recipe(data=Data(max_length=2048))
-    assert our_path(long, card, few).loss == "liger"
-    assert our_path(long, Device(), few).loss == "chunked"
+    assert trainer_execution(long, card, few).loss == "liger"
+    assert trainer_execution(long, Device(), few).loss == "chunked"
     # It would read a head of a gigabyte twice for each 64 rows.
-    assert our_path(long, card, many).loss == "chunked"
-    assert our_path(Recipe(), card, few).loss == "chunked"
+    assert trainer_execution(long, card, many).loss == "chunked"
+    assert trainer_execution(Recipe(), card, few).loss == "chunked"
     half = replace(long, quantization=Quantization(compute_dtype="float16"))
-    assert our_path(half, card, few).loss == "chunked"
-    assert our_path(long, Device(liger=True, capability=(7, 5)), few).loss == "chunked"
-    assert our_path(replace(long, lora=Lora(token_rows=("<x>",))), card, few).loss == "chunked"
+    assert trainer_execution(half, card, few).loss == "chunked"
+    assert trainer_execution(long, Device(liger=True, capability=(7, 5)), few).loss == "chunked"
+    assert trainer_execution(replace(long, lora=Lora(token_rows=("<x>",))), card, few).loss == "chunked"
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is None or find_spec("triton") is None, reason="no Liger here")

@@ -16,8 +16,8 @@ import pytest
 from qlora_tui import cli
 from qlora_tui.catalog.lookup import architecture_of
 from qlora_tui.memory import Device, estimate
-from qlora_tui.memory.learning import recall
-from qlora_tui.memory.processor import this_processor
+from qlora_tui.memory.calibration import load_runs
+from qlora_tui.memory.cpu import this_processor
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.damage import checkpoint_damage
@@ -342,7 +342,7 @@ def test_the_next_estimate_on_this_machine_counts_what_runs_measured(
         assert found["correction"]["runs"] == count
     assert found["correction"]["applied"]
     assert found["total_bytes"] != found["correction"]["uncorrected_bytes"]
-    record = recall()[-1]
+    record = load_runs()[-1]
     assert record.machine == this_processor().name and record.versions["torch"]
     # Held to the rows that the data has, not to those the recipe allows.
     allowed = estimate(made, architecture_of(made.model.id), device=Device(kind="cpu"))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench.tiny_gguf import write_tiny_gguf
-from qlora_tui.memory import Peaks, estimate, remember
-from qlora_tui.memory.traced import Traced
+from qlora_tui.memory import MeasuredRun, estimate, record_run
+from qlora_tui.memory.step_trace import StepTrace
 from qlora_tui.recipe.fields import value_of
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import memory
@@ -209,8 +209,8 @@ async def test_the_correction_by_past_runs_is_named_with_their_count(
 ) -> None:
     play_in_this_process(monkeypatch, "card")
     for _ in range(3):
-        remember(
-            Peaks(
+        record_run(
+            MeasuredRun(
                 at=0.0,
                 machine="NVIDIA GeForce RTX 4090",
                 predicted_allocated_bytes=9 << 30,
@@ -243,7 +243,7 @@ async def test_a_gguf_file_that_is_not_converted_yet_has_a_line_for_it(private_h
 def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
     bench, device = app.workbench, app.room.device
-    traced = Traced(
+    traced = StepTrace(
         parameter_bytes=1,
         adapter_bytes=1,
         forward_bytes=2 << 30,

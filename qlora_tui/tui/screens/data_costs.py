@@ -12,7 +12,7 @@ from qlora_tui.data.report import Report
 from qlora_tui.data.statistics import Lengths
 from qlora_tui.errors import Problem
 from qlora_tui.format import duration, percent, size
-from qlora_tui.memory import Verdict, estimate, judge
+from qlora_tui.memory import Verdict, check_fit, estimate
 from qlora_tui.recipe.fields import fields, with_value
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import all_runs
@@ -21,7 +21,7 @@ from qlora_tui.runs.log import last_event
 from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE
 
 if TYPE_CHECKING:
-    from qlora_tui.memory.room import Room
+    from qlora_tui.memory.budget import MemoryBudget
 
 _SIGNS = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
 """For the word, where there is no room for it."""
@@ -48,7 +48,7 @@ def reckon(
     report: Report,
     recipe: Recipe,
     architecture: Architecture | Problem,
-    room: Room,
+    room: MemoryBudget,
     tokens_per_s: float | None,
 ) -> list[Cost]:
     """The recipe's own length, and the data's percentiles. Takes some milliseconds a length."""
@@ -64,7 +64,7 @@ def reckon(
         verdict = None
         if isinstance(architecture, Architecture):
             try:
-                verdict = judge(estimate(changed, architecture, device=room.device), room.bytes)
+                verdict = check_fit(estimate(changed, architecture, device=room.device), room.bytes)
             except Problem:
                 verdict = None
         seconds = _tokens(found, changed) / tokens_per_s if tokens_per_s else None

@@ -13,8 +13,8 @@ from qlora_tui import paths
 from qlora_tui.catalog.local import list_local
 from qlora_tui.errors import Problem
 from qlora_tui.format import duration, figure, gib, shortened
-from qlora_tui.memory import Estimate, judge
-from qlora_tui.memory.room import Room
+from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
@@ -64,7 +64,7 @@ class HomeReader:
         self._local_models = None
 
     def read(
-        self, bench: Workbench, room: Room, pulse: Pulse, now: float, *, across: int, down: int
+        self, bench: Workbench, room: MemoryBudget, pulse: Pulse, now: float, *, across: int, down: int
     ) -> Facts:
         """How things stand, on ``down`` lines of ``across`` cells beside the titles."""
         across = max(_LEAST_ACROSS, across)
@@ -107,15 +107,15 @@ class HomeReader:
         before = [run for run in all_runs() if run not in shown][: max(0, down)]
         return recent_lines([self._summaries.of(run) for run in before], now, across)
 
-    def _judged(self, bench: Workbench, room: Room) -> str:
+    def _judged(self, bench: Workbench, room: MemoryBudget) -> str:
         asked = (bench.recipe, room)
         if self._verdict[0] != asked:
             made = estimate_of(bench, room)
-            self._verdict = (asked, "" if made is None else judge(made, room.bytes).word)
+            self._verdict = (asked, "" if made is None else check_fit(made, room.bytes).word)
         return self._verdict[1]
 
 
-def estimate_of(bench: Workbench, room: Room) -> Estimate | None:
+def estimate_of(bench: Workbench, room: MemoryBudget) -> Estimate | None:
     """Of the recipe in its own precision; None without a model."""
     compared = bench.comparison(room.device)
     if isinstance(compared, Problem):
@@ -124,7 +124,7 @@ def estimate_of(bench: Workbench, room: Room) -> Estimate | None:
     return compared["int8" if method == "int8" else "fp16" if method == "none" else "nf4"]
 
 
-def card_lines(pulse: Pulse, room: Room) -> list[Content]:
+def card_lines(pulse: Pulse, room: MemoryBudget) -> list[Content]:
     """The card and how busy it is, or what there is instead."""
     if pulse.card is None:
         memory = f"{gib(room.bytes)} GiB"
@@ -266,7 +266,7 @@ def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
     return shown
 
 
-def recipe_lines(workbench: Workbench, room: Room) -> list[Content]:
+def recipe_lines(workbench: Workbench, room: MemoryBudget) -> list[Content]:
     """What is being prepared, and whether it fits."""
     first = Content(recipe_line(workbench))
     made = estimate_of(workbench, room)
@@ -275,7 +275,7 @@ def recipe_lines(workbench: Workbench, room: Room) -> list[Content]:
         if isinstance(compared, Problem) and workbench.recipe.model.id:
             return [first, Content.styled(f"{compared.what} {compared.fix}", "dim")]
         return [first]
-    verdict = judge(made, room.bytes)
+    verdict = check_fit(made, room.bytes)
     share = made.total_bytes / room.bytes
     figures = f"{bar(share, _CURVE)} {gib(made.total_bytes)} of {gib(room.bytes)} GiB  "
     return [first, Content.assemble(figures, (verdict.word, VERDICT_STYLE[verdict.word]))]

@@ -16,8 +16,8 @@ from textual.widgets import Input, Static
 
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of
-from qlora_tui.memory.room import Room
 from qlora_tui.recipe.difference import human
 from qlora_tui.recipe.fields import fields, value_of
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
@@ -67,7 +67,7 @@ class LoraScreen(WorkScreen):
         self._table: ModuleTable | None = None
         self._table_of: object = None
         self._prices: tuple[Recipe, Prices | None] | None = None
-        self._priced_for: tuple[Recipe, Room] | None = None
+        self._priced_for: tuple[Recipe, MemoryBudget] | None = None
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="targets-line"):
@@ -213,7 +213,7 @@ class LoraScreen(WorkScreen):
         if self.query_one("#targets-input").display:
             self._leave_patterns()
 
-    async def _price(self, recipe: Recipe, room: Room, architecture: Architecture) -> None:
+    async def _price(self, recipe: Recipe, room: MemoryBudget, architecture: Architecture) -> None:
         await asyncio.sleep(SETTLED_S)
         base = self.workstation.workbench.base
         known = await asyncio.to_thread(prices, recipe, base, architecture, room.device)

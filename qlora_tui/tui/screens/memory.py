@@ -17,10 +17,18 @@ from qlora_tui.catalog.lookup import config_of
 from qlora_tui.engine.tracing import trace_step
 from qlora_tui.errors import Problem
 from qlora_tui.format import gib
-from qlora_tui.memory import Change, Estimate, WhatFits, cheapest_changes, judge, least_bytes, what_fits
+from qlora_tui.memory import (
+    Estimate,
+    MemorySaving,
+    WhatFits,
+    cheapest_changes,
+    check_fit,
+    largest_settings,
+    minimum_bytes,
+)
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
-from qlora_tui.memory.room import Room
 from qlora_tui.recipe.fields import fields, value_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
@@ -75,7 +83,7 @@ class MemoryScreen(WorkScreen):
         """The slower questions are answered."""
 
         def __init__(
-            self, recipe: Recipe, fitting: WhatFits, changes: tuple[Change, ...], least_bytes: int
+            self, recipe: Recipe, fitting: WhatFits, changes: tuple[MemorySaving, ...], least_bytes: int
         ) -> None:
             super().__init__()
             self.recipe = recipe
@@ -88,10 +96,10 @@ class MemoryScreen(WorkScreen):
         super().__init__()
         self._precision: Precision | None = None
         self._compared: dict[Precision, Estimate] = {}
-        self._changes: tuple[Change, ...] = ()
+        self._changes: tuple[MemorySaving, ...] = ()
         self._fitting: WhatFits | None = None
         self._least_bytes = 0
-        self._shown_for: tuple[Recipe, Room] | None = None
+        self._shown_for: tuple[Recipe, MemoryBudget] | None = None
         self._heading = ""
         self._offered: object = None
         self._tracing = ""
@@ -211,7 +219,7 @@ class MemoryScreen(WorkScreen):
         self._offer()
         self._show_beside()
 
-    async def _solve(self, recipe: Recipe, room: Room) -> None:
+    async def _solve(self, recipe: Recipe, room: MemoryBudget) -> None:
         architecture = self.workstation.workbench.architecture()
         if isinstance(architecture, Problem):
             return
@@ -219,16 +227,16 @@ class MemoryScreen(WorkScreen):
         fits = self._fits_as_it_is()
 
         def answer() -> MemoryScreen.Solved:
-            fitting = what_fits(recipe, architecture, room.bytes, device=room.device)
+            fitting = largest_settings(recipe, architecture, room.bytes, device=room.device)
             changes = cheapest_changes(recipe, architecture, room.bytes, device=room.device)
             hopeless = not fits and not changes
-            least = least_bytes(recipe, architecture, device=room.device) if hopeless else 0
+            least = minimum_bytes(recipe, architecture, device=room.device) if hopeless else 0
             return self.Solved(recipe, fitting, changes, least)
 
         await asyncio.sleep(SETTLED_S)
         self.post_message(await asyncio.to_thread(answer))
 
-    async def _trace(self, recipe: Recipe, room: Room) -> None:
+    async def _trace(self, recipe: Recipe, room: MemoryBudget) -> None:
         """Count a step of the real model, where its layers have no formula of their own."""
         await asyncio.sleep(SETTLED_S)
         try:
@@ -270,7 +278,7 @@ class MemoryScreen(WorkScreen):
         lines = [Content.styled(self._heading, "$text-muted")]
         for precision in PRECISIONS:
             made = self._compared[precision]
-            word = judge(made, room.bytes).word
+            word = check_fit(made, room.bytes).word
             mark = "▸" if precision == self.precision else " "
             lines.append(
                 Content.assemble(
@@ -315,7 +323,7 @@ class MemoryScreen(WorkScreen):
             on_cpu = self.workstation.room.device.kind == "cpu"
             parts.append(Content(conversion.words(made.process_bytes if on_cpu else None)))
         if self.size.width >= 100:
-            verdict = judge(made, self.workstation.room.bytes)
+            verdict = check_fit(made, self.workstation.room.bytes)
             parts.append(verdict_text(verdict, PRECISION_NAMES[self.precision]))
         put(beside, Content("\n\n").join(parts))
 
@@ -329,7 +337,7 @@ class MemoryScreen(WorkScreen):
 
     def _fits_as_it_is(self) -> bool:
         made = self._compared[precision_of(self.workstation.workbench.recipe)]
-        return judge(made, self.workstation.room.bytes).fits
+        return check_fit(made, self.workstation.room.bytes).fits
 
     def _show_explanation(self) -> None:
         made = self._compared.get(self.precision)

@@ -28,8 +28,8 @@ from qlora_tui.format import count, counted, gib, short_path, size
 from qlora_tui.gpu.no_gpu import NoGpu
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.reading import GpuProcess
-from qlora_tui.memory import Estimate, estimate, judge
-from qlora_tui.memory.room import Room
+from qlora_tui.memory import Estimate, check_fit, estimate
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.conflicts import conflicts
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.tui.pulse import Pulse
@@ -52,7 +52,7 @@ class Check:
     fix: str = ""
 
 
-def check_all(recipe: Recipe, room: Room, pulse: Pulse) -> tuple[Check, ...]:
+def check_all(recipe: Recipe, room: MemoryBudget, pulse: Pulse) -> tuple[Check, ...]:
     """Every check, in the order of what to mend first."""
     model, architecture = _model(recipe)
     made = _estimate(recipe, architecture, room)
@@ -180,7 +180,9 @@ def _length(recipe: Recipe, architecture: Architecture | None) -> list[Check]:
     return [Check("length", "warning", f"{warning.what} {warning.why}", warning.fix)] if warning else []
 
 
-def _estimate(recipe: Recipe, architecture: Architecture | None, room: Room) -> Estimate | Check | None:
+def _estimate(
+    recipe: Recipe, architecture: Architecture | None, room: MemoryBudget
+) -> Estimate | Check | None:
     if architecture is None:
         return None
     try:
@@ -189,8 +191,8 @@ def _estimate(recipe: Recipe, architecture: Architecture | None, room: Room) -> 
         return Check("memory", "error", problem.what, problem.fix)
 
 
-def _memory(made: Estimate, room: Room) -> Check:
-    verdict = judge(made, room.bytes)
+def _memory(made: Estimate, room: MemoryBudget) -> Check:
+    verdict = check_fit(made, room.bytes)
     text = f"{verdict.word}: {gib(verdict.needed_bytes)} of {gib(room.bytes)} GiB of {room.name}."
     match verdict.word:
         case "fits":

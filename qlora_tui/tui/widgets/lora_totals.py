@@ -12,7 +12,7 @@ from qlora_tui.catalog.facts import Architecture, LinearModule
 from qlora_tui.errors import Problem
 from qlora_tui.format import count, size
 from qlora_tui.memory import Device, Estimate, estimate
-from qlora_tui.memory.layout import lay_out, row_tensors
+from qlora_tui.memory.layout import build_layout, row_tensors
 from qlora_tui.memory.weights import adapter_bytes, gradient_bytes, optimizer_bytes
 from qlora_tui.recipe.difference import difference, human
 from qlora_tui.recipe.fields import with_value
@@ -63,7 +63,7 @@ def totals_text(recipe: Recipe, architecture: Architecture, made: Estimate) -> C
     """
     chosen = select(recipe.lora.target_modules, architecture.modules)
     trained = adapter_parameters(chosen, recipe.lora) + sum(row_tensors(recipe.lora, architecture))
-    layout, path = lay_out(recipe, architecture, made.path), made.path
+    layout, path = build_layout(recipe, architecture, made.path), made.path
     memory = adapter_bytes(layout, path) + gradient_bytes(layout, path) + optimizer_bytes(layout, path)
     share = trained / architecture.total_params
     return Content.assemble(

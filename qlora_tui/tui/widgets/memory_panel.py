@@ -7,7 +7,7 @@ from textwrap import wrap
 from textual.content import Content
 
 from qlora_tui.format import GIB, gib, percent, size
-from qlora_tui.memory import Change, Estimate, Item, Verdict, WhatFits
+from qlora_tui.memory import Estimate, Item, MemorySaving, Verdict, WhatFits
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.widgets.memory_bar import bar
 from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE
@@ -63,7 +63,7 @@ def _lever(keys: str, name: str, text: str) -> Content:
     return Content.assemble((f"{keys:<5}", "$accent bold"), f" {name:<13} {text}")
 
 
-def changes_text(changes: tuple[Change, ...], width: int) -> Content:
+def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
     """Each change that makes it fit, the cheapest first, with its price."""
     lines = [Content.assemble(("To make it fit, press ", "bold"), ("a", "$accent bold"), (":", "bold"))]
     for number, change in enumerate(changes[:CHANGES_SHOWN]):

@@ -13,9 +13,9 @@ from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local import LocalModel
 from qlora_tui.errors import Problem
 from qlora_tui.format import count, duration, gib, size
-from qlora_tui.memory import compare, judge
+from qlora_tui.memory import check_fit, compare
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision
-from qlora_tui.memory.room import Room
 from qlora_tui.recipe.fields import with_value
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE
@@ -42,7 +42,7 @@ class HubFacts:
     problem: Problem | None = None
 
 
-def local_facts(model: LocalModel, recipe: Recipe, room: Room) -> Content:
+def local_facts(model: LocalModel, recipe: Recipe, room: MemoryBudget) -> Content:
     """Of a model on this machine."""
     lines = [Content.styled(model.name, "bold")]
     if model.refusal:
@@ -59,7 +59,7 @@ def local_facts(model: LocalModel, recipe: Recipe, room: Room) -> Content:
 
 
 def hub_facts(
-    model: HubModel, known: HubFacts | None, recipe: Recipe, room: Room, speed: float | None
+    model: HubModel, known: HubFacts | None, recipe: Recipe, room: MemoryBudget, speed: float | None
 ) -> Content:
     """Of a model on the hub; ``known`` is what enter asked for."""
     lines = [Content.styled(model.id, "bold")]
@@ -109,7 +109,7 @@ def _built(model: Architecture) -> list[Content]:
     return [Content(line) for line in lines]
 
 
-def _costs(model: Architecture, recipe: Recipe, room: Room) -> list[Content]:
+def _costs(model: Architecture, recipe: Recipe, room: MemoryBudget) -> list[Content]:
     note = ""
     try:
         compared = compare(recipe, model, device=room.device)
@@ -122,7 +122,7 @@ def _costs(model: Architecture, recipe: Recipe, room: Room) -> list[Content]:
     lines = [Content.styled(f"With this recipe, of {gib(room.bytes)} GiB", "bold")]
     for precision in SHOWN:
         made = compared[precision]
-        word = judge(made, room.bytes).word
+        word = check_fit(made, room.bytes).word
         figures = f"{PRECISION_NAMES[precision]:<5}{gib(made.total_bytes):>6} GiB  "
         lines.append(Content.assemble(figures, (word, VERDICT_STYLE[word])))
     return [*lines, Content.styled(note, "$text-muted")] if note else lines

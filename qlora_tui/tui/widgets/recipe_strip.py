@@ -10,9 +10,9 @@ from textual.widget import Widget
 
 from qlora_tui.errors import Problem
 from qlora_tui.format import gib
-from qlora_tui.memory import Estimate, judge
+from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
-from qlora_tui.memory.room import Room
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.tui.widgets.memory_bar import bar
 from qlora_tui.tui.workbench import Workbench
@@ -51,9 +51,9 @@ class RecipeStrip(Widget):
         self._recipe_line = ""
         self._shown: tuple[Precision, Precision] = ("nf4", "fp16")
         self._comparison: dict[Precision, Estimate] | Problem | None = None
-        self._room: Room | None = None
+        self._room: MemoryBudget | None = None
 
-    def show_recipe(self, workbench: Workbench, room: Room) -> None:
+    def show_recipe(self, workbench: Workbench, room: MemoryBudget) -> None:
         """Repaint with the recipe as it is now, against the memory there is."""
         shown = (recipe_line(workbench), workbench.comparison(room.device), room)
         if shown != (self._recipe_line, self._comparison, self._room):
@@ -81,8 +81,8 @@ class RecipeStrip(Widget):
         return Content("  ").join(costs)
 
 
-def _cost(name: str, made: Estimate, room: Room, width: int) -> Content:
-    verdict = judge(made, room.bytes)
+def _cost(name: str, made: Estimate, room: MemoryBudget, width: int) -> Content:
+    verdict = check_fit(made, room.bytes)
     figures = f"{gib(made.total_bytes)} of {gib(room.bytes)} GiB"
     free = width - len(name) - len(figures) - len(verdict.word) - 3
     drawn = f"{bar(made.total_bytes / room.bytes, free)} " if free >= 4 else ""

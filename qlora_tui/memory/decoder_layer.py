@@ -1,6 +1,6 @@
 """One decoder layer of each family, written as its ``forward`` is in transformers.
 
-A :class:`Block` says how a family's layer is put together; :func:`run_block` walks it over a tape. The
+A :class:`DecoderLayer` says how a family's layer is put together; :func:`run_block` walks it over a tape. The
 names and lifetimes of the variables follow the library's, because they decide when a tensor dies.
 """
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from qlora_tui.memory import cohere, fused, lean
+from qlora_tui.memory import cohere, fused_lora, unsloth_kernels
 from qlora_tui.memory.attention import Heads, Kernel, attend, repeated
-from qlora_tui.memory.latent import latent_attention
+from qlora_tui.memory.autograd import Tensor
 from qlora_tui.memory.linear import lean_target, linear
+from qlora_tui.memory.mla import latent_attention
 from qlora_tui.memory.moe import Mixture, mixture, weighted
 from qlora_tui.memory.ops import Linear, Ops
-from qlora_tui.memory.tape import Tensor
 
 
 @dataclass(frozen=True)
-class Block:
+class DecoderLayer:
     """How one layer is put together."""
 
     linears: tuple[Linear, ...]
@@ -61,15 +61,15 @@ class Block:
         return None
 
 
-def run_block(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
+def run_block(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
     """The layer's forward; returns its output."""
     try:
         return _run(ops, block, hidden_states)
     finally:
-        ops.lingering = None
+        ops.returned_extra = None
 
 
-def _run(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
+def _run(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
     if block.order == "parallel":
         return _parallel(ops, block, hidden_states)
     residual = hidden_states
@@ -93,7 +93,7 @@ def _run(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     return made
 
 
-def _parallel(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
+def _parallel(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
     residual = hidden_states
     hidden_states = norm(ops, block, residual)
     attended = ops.dropout_residual(_attention(ops, block, hidden_states), block.dropout)
@@ -103,24 +103,24 @@ def _parallel(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     return ops.add(ops.add(attended, fed_forward), residual)
 
 
-def _add(ops: Ops, block: Block, residual: Tensor, hidden_states: Tensor) -> Tensor:
+def _add(ops: Ops, block: DecoderLayer, residual: Tensor, hidden_states: Tensor) -> Tensor:
     if block.residual_scale:
         hidden_states = ops.times_number(hidden_states)
     return ops.add(residual, hidden_states)
 
 
-def norm(ops: Ops, block: Block, x: Tensor) -> Tensor:
+def norm(ops: Ops, block: DecoderLayer, x: Tensor) -> Tensor:
     """The family's normalisation."""
     if block.norm == "cohere":
         return cohere.layer_norm(ops, x)
     if block.norm == "layer":
         return ops.layer_norm(x, weight=block.norm_width)
     if ops.fused:
-        return fused.rms_norm(ops, x)
+        return unsloth_kernels.rms_norm(ops, x)
     return ops.rms_norm(x, weight=block.norm_width, scale_in_float=block.norm == "float")
 
 
-def _attention(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
+def _attention(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
     if block.find("attention", "kv_b_proj"):
         linears = {module.name: module for module in block.linears if module.part == "attention"}
         attended = latent_attention(ops, linears, block.heads, block.kernel, hidden_states, block.norm_width)
@@ -129,7 +129,7 @@ def _attention(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     if block.norm == "cohere":
         query, key = cohere.rotate(ops, query, key)
     elif block.rotary:
-        rotate = partial(fused.rotate, ops) if ops.fused else ops.rotate
+        rotate = partial(unsloth_kernels.rotate, ops) if ops.fused else ops.rotate
         query, key = rotate(query), rotate(key)
     key, value, heads = repeated(ops, key, value, block.heads)
     attended = attend(ops, query, key, value, heads, block.kernel)
@@ -137,7 +137,7 @@ def _attention(ops: Ops, block: Block, hidden_states: Tensor) -> Tensor:
     return linear(ops, attended, output) if output else attended
 
 
-def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _project(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     whole = block.find("attention", "qkv_proj", "query_key_value", "c_attn")
     shape = block.heads
     if whole:
@@ -163,7 +163,7 @@ def _project(ops: Ops, block: Block, hidden_states: Tensor) -> tuple[Tensor, Ten
     return made[0], made[1], made.pop()
 
 
-def _feed_forward(ops: Ops, block: Block, x: Tensor) -> Tensor:
+def _feed_forward(ops: Ops, block: DecoderLayer, x: Tensor) -> Tensor:
     """The MLP, or the experts and the one that every token passes."""
     if block.mixture is None:
         return _mlp(ops, block, x, "mlp")
@@ -178,7 +178,7 @@ def _feed_forward(ops: Ops, block: Block, x: Tensor) -> Tensor:
     return routed
 
 
-def _mlp(ops: Ops, block: Block, x: Tensor, part: str) -> Tensor:
+def _mlp(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
     down = block.find(part, "down_proj", "fc2", "dense_4h_to_h", "c_proj")
     if block.gated:
         whole = block.find(part, "gate_up_proj")
@@ -187,14 +187,14 @@ def _mlp(ops: Ops, block: Block, x: Tensor, part: str) -> Tensor:
             gate, up = ops.split(both, both.numel // 2, both.numel // 2)
             del both
             if ops.fused_mlp:
-                product = fused.gated(ops, gate, up)
+                product = unsloth_kernels.gated(ops, gate, up)
             else:
                 product = ops.multiply(up, ops.activation(gate, block.activation))
             del gate, up
         elif down and lean_target(ops, down):
             opening, passed = block.find(part, "gate_proj"), block.find(part, "up_proj")
             gate = linear(ops, x, opening) if opening else x
-            return lean.gated(ops, gate, linear(ops, x, passed) if passed else x, down)
+            return fused_lora.gated(ops, gate, linear(ops, x, passed) if passed else x, down)
         else:
             product = _gated(ops, block, x, part)
     else:
@@ -203,11 +203,11 @@ def _mlp(ops: Ops, block: Block, x: Tensor, part: str) -> Tensor:
     return linear(ops, product, down) if down else product
 
 
-def _gated(ops: Ops, block: Block, x: Tensor, part: str) -> Tensor:
+def _gated(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
     """``act_fn(gate_proj(x)) * up_proj(x)``: the activation's input dies only if nothing saved it."""
     gate, up = block.find(part, "gate_proj"), block.find(part, "up_proj")
     if ops.fused_mlp:
         opening = linear(ops, x, gate) if gate else x
-        return fused.gated(ops, opening, linear(ops, x, up) if up else x)
+        return unsloth_kernels.gated(ops, opening, linear(ops, x, up) if up else x)
     opened = ops.activation(linear(ops, x, gate) if gate else x, block.activation)
     return ops.multiply(opened, linear(ops, x, up) if up else x)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory.codepath import CodePath
+from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
-from qlora_tui.memory.step import stream_bytes
-from qlora_tui.memory.weights import adapter_bytes, frozen_weights, optimizer_bytes, rounded
+from qlora_tui.memory.step import residual_dtype_bytes
+from qlora_tui.memory.weights import adapter_bytes, frozen_weights, optimizer_bytes, round_to_block
 from qlora_tui.recipe.schema import Recipe
 
 FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")
@@ -20,8 +20,8 @@ CUBLAS_HANDLES = 2
 """A workspace belongs to a handle, and each thread has its own: the caller's and autograd's."""
 
 
-def resident_items(
-    recipe: Recipe, architecture: Architecture, layout: Layout, path: CodePath
+def static_items(
+    recipe: Recipe, architecture: Architecture, layout: Layout, path: ExecutionConfig
 ) -> dict[str, int]:
     """Bytes by item."""
     frozen = frozen_weights(recipe, architecture, path)
@@ -45,19 +45,19 @@ def resident_items(
     return {key: size for key, size in items.items() if size}
 
 
-def workspace_bytes(path: CodePath) -> int:
+def workspace_bytes(path: ExecutionConfig) -> int:
     """Of one cuBLAS handle on the path's card."""
     return HOPPER_WORKSPACE_BYTES if path.capability in ((9, 0), (10, 0)) else CUBLAS_WORKSPACE_BYTES
 
 
-def input_bytes(architecture: Architecture, layout: Layout, path: CodePath) -> int:
+def input_bytes(architecture: Architecture, layout: Layout, path: ExecutionConfig) -> int:
     """Ids, labels (and their shifted copy) and positions, 8 bytes each; the rotary tables."""
-    tables = 2 * layout.length * architecture.head_dim * stream_bytes(path)
-    return 4 * rounded(layout.tokens * 8) + rounded(tables)
+    tables = 2 * layout.length * architecture.head_dim * residual_dtype_bytes(path)
+    return 4 * round_to_block(layout.tokens * 8) + round_to_block(tables)
 
 
-def mask_bytes(layout: Layout, path: CodePath) -> int:
+def mask_bytes(layout: Layout, path: ExecutionConfig) -> int:
     """Eager attention adds a mask of the hidden states' dtype."""
     if path.attention == "eager":
-        return rounded(layout.length * layout.length * stream_bytes(path))
+        return round_to_block(layout.length * layout.length * residual_dtype_bytes(path))
     return 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qlora_tui.memory.attention import Heads, Kernel, attend
+from qlora_tui.memory.autograd import Tensor
 from qlora_tui.memory.linear import linear
 from qlora_tui.memory.ops import FLOAT, Linear, Ops
-from qlora_tui.memory.tape import Tensor
 
 
 def latent_attention(

@@ -7,8 +7,8 @@ mask; the product of a gated MLP (Liger's) keeps both halves and writes their gr
 
 from __future__ import annotations
 
+from qlora_tui.memory.autograd import Grads, Tensor
 from qlora_tui.memory.ops import Linear, Ops
-from qlora_tui.memory.tape import Grads, Tensor
 
 
 def rms_norm(ops: Ops, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def lora(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     rows, numel, width = x.numel // module.inputs, x.numel, x.width
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        with ops.meter.booking("gradients"):
+        with ops.meter.attribute_to("gradients"):
             thin = ops.new(module.rank * module.inputs, ops.adapter)
             wide = ops.new(module.rank * module.outputs, ops.adapter)
         weight = ops.dequantized(module, width)
@@ -52,7 +52,7 @@ def lora(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
     dropped = x
     if ops.dropout:
-        with ops.meter.booking("dropout"):
+        with ops.meter.attribute_to("dropout"):
             dropped = ops.new(numel, width)
             mask = ops.new(numel, 1)
             del mask

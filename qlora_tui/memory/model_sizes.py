@@ -9,9 +9,9 @@ from msgspec import structs
 
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory.codepath import Device
 from qlora_tui.memory.estimate import Estimate, estimate
-from qlora_tui.memory.verdict import judge
+from qlora_tui.memory.execution import Device
+from qlora_tui.memory.verdict import check_fit
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 
 _SHAPES = (
@@ -34,7 +34,9 @@ class ModelClass:
     estimate: Estimate
 
 
-def largest_model(recipe: Recipe, available_bytes: int, *, device: Device | None = None) -> ModelClass | None:
+def largest_model_size(
+    recipe: Recipe, available_bytes: int, *, device: Device | None = None
+) -> ModelClass | None:
     """The largest class that fits; None when not even the smallest does.
 
     Targets are taken as ``all-linear``: another model has other modules.
@@ -43,7 +45,7 @@ def largest_model(recipe: Recipe, available_bytes: int, *, device: Device | None
     found = None
     for label, *_ in _SHAPES:
         made = estimate(anywhere, _architecture(label), device=device)
-        if not judge(made, available_bytes).fits:
+        if not check_fit(made, available_bytes).fits:
             break
         found = ModelClass(label, made)
     return found

@@ -2,10 +2,10 @@
 
 A training step's peak depends on *when* each tensor dies, not only on how large it is. So the estimate
 walks one layer of each kind the way the library's own ``forward`` does. A :class:`Tensor` holds a
-:class:`Storage`; a storage adds its bytes to the :class:`Meter` when it is made and takes them off when
-CPython drops the last reference to it, which is when torch's would go too. Operations that need gradients
-leave a :class:`Node`, and :func:`backward` runs the nodes in autograd's order (highest sequence number
-first) and frees what they saved as it goes.
+:class:`Storage`; a storage adds its bytes to the :class:`AllocationMeter` when it is made and takes them
+off when CPython drops the last reference to it, which is when torch's would go too. Operations that need
+gradients leave a :class:`Node`, and :func:`backward` runs the nodes in autograd's order (highest sequence
+number first) and frees what they saved as it goes.
 
 ``ops.py`` has the operations, ``blocks.py`` the layers, ``step.py`` puts the step together.
 """
@@ -21,7 +21,7 @@ ALLOCATION_BYTES = 512
 """The CUDA caching allocator rounds each block up to this (``kMinBlockSize`` in CUDACachingAllocator)."""
 
 
-class Meter:
+class AllocationMeter:
     """Bytes alive now and at the peak, by item, and every storage that was made or went."""
 
     __slots__ = ("events", "item", "live_bytes", "live_items", "made", "peak_bytes", "peak_items", "rounding")
@@ -38,7 +38,7 @@ class Meter:
         """Number of a storage and its bytes, negative where it goes."""
 
     @contextmanager
-    def booking(self, item: str) -> Iterator[None]:
+    def attribute_to(self, item: str) -> Iterator[None]:
         """Count what is made inside under ``item``."""
         before, self.item = self.item, item
         try:
@@ -71,7 +71,7 @@ class Storage:
 
     __slots__ = ("__weakref__", "item", "meter", "number", "size")
 
-    def __init__(self, meter: Meter, size: int, item: str | None = None) -> None:
+    def __init__(self, meter: AllocationMeter, size: int, item: str | None = None) -> None:
         self.meter = meter
         self.size = -(-size // meter.rounding) * meter.rounding
         self.item = item or meter.item
@@ -81,7 +81,7 @@ class Storage:
     def __del__(self) -> None:
         self.meter.add(self.number, -self.size, self.item)
 
-    def rebook(self, item: str) -> None:
+    def reattribute(self, item: str) -> None:
         """Move the bytes to another item without making them anew."""
         self.meter.live_items[self.item] -= self.size
         self.meter.live_items[item] = self.meter.live_items.get(item, 0) + self.size
@@ -173,7 +173,7 @@ class Tape:
 
     __slots__ = ("meter", "mode", "sequence", "stop_after")
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: AllocationMeter) -> None:
         self.meter = meter
         self.sequence = 0
         self.stop_after = 0
@@ -229,7 +229,7 @@ def _counts(tensor: Tensor) -> tuple[int, int]:
 
 def _counts_when_alone() -> tuple[int, int]:
     """What :func:`_counts` says when a buffer and one name are all that hold the tensor."""
-    buffers = {0: Tensor(Storage(Meter(), 1), 1, 1)}
+    buffers = {0: Tensor(Storage(AllocationMeter(), 1), 1, 1)}
     there = buffers.get(0)
     assert there is not None
     return _counts(there)
@@ -258,7 +258,7 @@ def backward(tape: Tape, root: Node, seed: Tensor, kept: list[Storage] | None) -
         grad = buffers.pop(node.sequence)
         if not node.inputs:
             if kept is not None and node.item == "gradients":
-                grad.storage.rebook("gradients")
+                grad.storage.reattribute("gradients")
                 kept.append(grad.storage)
             del grad
             continue

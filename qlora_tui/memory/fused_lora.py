@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qlora_tui.memory.autograd import Grads, Tensor
 from qlora_tui.memory.ops import Linear, Ops
-from qlora_tui.memory.tape import Grads, Tensor
 
 
 def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
@@ -52,11 +52,11 @@ def _linear_forward(ops: Ops, x: Tensor, module: Linear, width: int) -> tuple[Te
     del workspace
     narrow = _narrowed(ops, numel, x.width, width)
     kept = None
-    with ops.meter.booking("dropout"):
+    with ops.meter.attribute_to("dropout"):
         if ops.dropout:
             kept = ops.new(numel, 1)
         dropped = ops.new(numel, width) if ops.dropout else None
-    with ops.meter.booking("adapter_inputs"):
+    with ops.meter.attribute_to("adapter_inputs"):
         thin = ops.new(rows * module.rank, width)
     del dropped, narrow
     return out, kept, thin
@@ -67,7 +67,7 @@ def _linear_backward(ops: Ops, module: Linear, numel: int, entered: int, width: 
     narrow = _narrowed(ops, numel, entered, width)
     wide = ops.new(numel // module.inputs * module.rank, width)
     toward_b = _gradient(ops, module.rank * module.outputs, width)
-    with ops.meter.booking("dropout"):
+    with ops.meter.attribute_to("dropout"):
         dropped = ops.new(numel, width) if ops.dropout else None
     toward_a = _gradient(ops, module.rank * module.inputs, width)
     del dropped
@@ -77,7 +77,7 @@ def _linear_backward(ops: Ops, module: Linear, numel: int, entered: int, width: 
     toward_x = ops.new(numel, width)
     del weight
     if ops.dropout:
-        with ops.meter.booking("dropout"):
+        with ops.meter.attribute_to("dropout"):
             through = ops.new(numel, width)
             masked = ops.new(numel, width)
         del through, masked
@@ -94,7 +94,7 @@ def _narrowed(ops: Ops, numel: int, entered: int, width: int) -> Tensor | None:
 
 def _gradient(ops: Ops, weights: int, width: int) -> Tensor:
     """Of an adapter's weight: made in the compute dtype, cast to the adapter's."""
-    with ops.meter.booking("gradients"):
+    with ops.meter.attribute_to("gradients"):
         made = ops.new(weights, width)
         return made if width == ops.adapter else ops.new(weights, ops.adapter)
 

@@ -9,13 +9,13 @@ import psutil
 from qlora_tui.gpu.no_gpu import NoGpu
 from qlora_tui.gpu.reading import Card
 from qlora_tui.gpu.visible import torch_card
-from qlora_tui.memory.codepath import Device
-from qlora_tui.memory.learning import correction_for
-from qlora_tui.memory.processor import liger_is_installed, this_processor, torch_is_for_cuda
+from qlora_tui.memory.calibration import correction_for
+from qlora_tui.memory.cpu import liger_is_installed, this_processor, torch_is_for_cuda
+from qlora_tui.memory.execution import Device
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """What an estimate is held against."""
 
     device: Device
@@ -25,20 +25,20 @@ class Room:
     """``RTX 4090``, ``a card of 24.0 GiB``, ``this machine's memory``."""
 
 
-def room_for(card: Card | None, assumed_bytes: int | None = None) -> Room:
+def budget_for(card: Card | None, assumed_bytes: int | None = None) -> MemoryBudget:
     """The card found; a card of the size given, where one is; the machine's own memory without either."""
     if assumed_bytes is not None:
         # Not this machine's card: what was learnt here does not count.
         liger = liger_is_installed()
         device = Device(liger=liger) if card is None else Device(capability=_capability(card), liger=liger)
-        return Room(device, assumed_bytes, f"a card of {assumed_bytes / 2**30:.1f} GiB")
+        return MemoryBudget(device, assumed_bytes, f"a card of {assumed_bytes / 2**30:.1f} GiB")
     if card is not None and card.usable_bytes is not None:
         device = Device(
             capability=_capability(card), liger=liger_is_installed(), correction=correction_for(card.name)
         )
-        return Room(device, card.usable_bytes, card.short_name)
+        return MemoryBudget(device, card.usable_bytes, card.short_name)
     cpu = this_processor()
-    return Room(
+    return MemoryBudget(
         Device(
             kind="cpu",
             native_bfloat16=cpu.native_bfloat16,
@@ -50,13 +50,13 @@ def room_for(card: Card | None, assumed_bytes: int | None = None) -> Room:
     )
 
 
-def room_here(assumed_bytes: int | None = None) -> Room:
+def local_budget(assumed_bytes: int | None = None) -> MemoryBudget:
     """The same for this machine, asking its driver."""
     try:
         card = torch_card()
     except NoGpu:
         card = None
-    return room_for(card, assumed_bytes)
+    return budget_for(card, assumed_bytes)
 
 
 def _capability(card: Card) -> tuple[int, int]:

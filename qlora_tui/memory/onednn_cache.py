@@ -8,12 +8,12 @@ rest, a code buffer of 256 KiB a kernel, stays (cpu/x64/brgemm/brgemm_containers
 from __future__ import annotations
 
 from qlora_tui.gpu.before_torch import KERNELS_KEPT
-from qlora_tui.memory.codepath import LOSS_CHUNK_ROWS, CodePath
+from qlora_tui.memory.execution import LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layout import Layout
 
 KEPT_BYTES = 300 * 1024
 KERNEL_BYTES = 268 * 1024
-EVEN_TOKENS = 32
+TOKEN_MULTIPLE = 32
 """Rows, samples and chunks of the loss are filled up to a multiple of so many tokens (training/even.py): a
 kernel takes milliseconds to make, and there would be some 10 for each new length of a sample, some 25 for
 each of a row."""
@@ -24,13 +24,13 @@ FULL_ROWS = 4
 """Lengths that packed rows have: all are nearly full."""
 
 
-def kernel_bytes(layout: Layout, path: CodePath) -> int:
+def kernel_bytes(layout: Layout, path: ExecutionConfig) -> int:
     """In the heap at the end of a run with samples of every length; nothing but for bfloat16 on a CPU."""
     if path.device != "cpu" or path.compute_bytes != 2 or path.float16:
         return 0
-    lengths = -(-layout.length // EVEN_TOKENS)
+    lengths = -(-layout.length // TOKEN_MULTIPLE)
     rows = min(FULL_ROWS, lengths) if path.packing else lengths
-    chunks = min(lengths, LOSS_CHUNK_ROWS // EVEN_TOKENS)
+    chunks = min(lengths, LOSS_CHUNK_ROWS // TOKEN_MULTIPLE)
     shapes = _products(layout) * rows + ATTENTION_PRODUCTS * lengths + 2 * chunks
     return KERNELS_KEPT * KEPT_BYTES + shapes * KERNEL_BYTES
 

@@ -15,7 +15,7 @@ Blocks = dict[int, MemoryBlock]
 
 
 @dataclass(frozen=True)
-class Stage:
+class AllocationPhase:
     """The forward or the backward of a part."""
 
     events: tuple[Event, ...] = ()
@@ -47,17 +47,17 @@ class Stage:
         allocator.count(*self._small)
         for number, size in self._large if whole else self._lasting:
             if size > 0:
-                blocks[number] = allocator.take(size)
+                blocks[number] = allocator.malloc(size)
             elif number in blocks:
-                allocator.give(blocks.pop(number))
+                allocator.free(blocks.pop(number))
 
 
 @dataclass
 class Recording:
     """One part: a layer, or the head with the loss. Numbers are those of storages."""
 
-    forward: Stage = field(default_factory=Stage)
-    backward: Stage = field(default_factory=Stage)
+    forward: AllocationPhase = field(default_factory=AllocationPhase)
+    backward: AllocationPhase = field(default_factory=AllocationPhase)
     enters: int = 0
     """The input."""
     leaves: int = 0
@@ -73,7 +73,7 @@ class Recording:
         return any(number == self.leaves and size < 0 for number, size in self.backward.events)
 
 
-def stage(events: Iterable[Event], *without: int) -> Stage:
+def build_phase(events: Iterable[Event], *without: int) -> AllocationPhase:
     """Of these events, but for the last farewell of some storages."""
     kept = list(events)
     for number in without:
@@ -81,9 +81,9 @@ def stage(events: Iterable[Event], *without: int) -> Stage:
             if kept[place][0] == number and kept[place][1] < 0:
                 del kept[place]
                 break
-    return Stage(tuple(kept))
+    return AllocationPhase(tuple(kept))
 
 
-def last_gone(events: list[Event]) -> int:
+def without_input_gradient(events: list[Event]) -> int:
     """After a backward that is the gradient of the part's input, which here nobody takes."""
     return next((number for number, size in reversed(events) if size < 0), 0)

@@ -1,6 +1,6 @@
 """What past runs measured beside what was predicted, and the correction that follows for this machine.
 
-One line of JSON a run in ``memory.jsonl`` in the state directory. The trainer calls :func:`remember` when a
+One line of JSON a run in ``memory.jsonl`` in the state directory. The trainer calls :func:`record_run` when a
 run ends; :func:`correction_for` is what every estimate for this machine is corrected by, and says from how
 many runs.
 
@@ -33,7 +33,7 @@ LEAST, MOST = 0.8, 1.5
 """A factor beyond these says that something else is wrong."""
 
 
-class Peaks(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class MeasuredRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Predicted and measured peaks of one run, in bytes. Predicted is without any correction, for the longest
     batch that the run had."""
 
@@ -67,7 +67,7 @@ class Peaks(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return max(0, self.measured_process_bytes - pool)
 
 
-_DECODER = msgspec.json.Decoder(Peaks)
+_DECODER = msgspec.json.Decoder(MeasuredRun)
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ def record_file() -> Path:
     return state_dir() / "memory.jsonl"
 
 
-def remember(peaks: Peaks) -> None:
+def record_run(peaks: MeasuredRun) -> None:
     """Add one run. Raises OSError."""
     with record_file().open("ab") as out:
         # One that was torn by a full disk must not take this one with it.
         out.write(b"\n" + msgspec.json.encode(peaks) + b"\n")
 
 
-def recall() -> tuple[Peaks, ...]:
+def load_runs() -> tuple[MeasuredRun, ...]:
     """Every run kept, oldest first; a line that cannot be read is passed over."""
     file = record_file()
     try:
@@ -112,7 +112,7 @@ def recall() -> tuple[Peaks, ...]:
 
 
 @lru_cache(maxsize=1)
-def _read(file: Path, modified_ns: int, size: int) -> tuple[Peaks, ...]:
+def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
     """The screens ask at every key: the file is read again when it has changed."""
     found = []
     try:
@@ -129,7 +129,7 @@ def _read(file: Path, modified_ns: int, size: int) -> tuple[Peaks, ...]:
 
 def correction_for(machine: str) -> Correction | None:
     """From the latest runs on ``machine``; None where there are none."""
-    runs = [run for run in recall() if run.machine == machine and _tells(run)][-MOST_RUNS:]
+    runs = [run for run in load_runs() if run.machine == machine and _tells(run)][-MOST_RUNS:]
     if not runs:
         return None
     if len(runs) < FEWEST:
@@ -146,14 +146,14 @@ def correction_for(machine: str) -> Correction | None:
     return Correction(len(runs), factor, outside, min(spread), max(spread))
 
 
-def _tells(run: Peaks) -> bool:
+def _tells(run: MeasuredRun) -> bool:
     # On a card a conversion leaves no trace; on a CPU it cannot be told from the run.
     if not (run.own_process or run.measured_reserved_bytes):
         return False
     return run.measured_process_bytes > 0 and 0 < run.predicted_reserved_bytes <= run.predicted_process_bytes
 
 
-def _corrected_bytes(run: Peaks, factor: float, outside: int | None) -> float:
+def _corrected_bytes(run: MeasuredRun, factor: float, outside: int | None) -> float:
     if outside is None:
         outside = run.predicted_process_bytes - run.predicted_reserved_bytes - run.managed_bytes
     return run.predicted_reserved_bytes * factor + outside + run.managed_bytes

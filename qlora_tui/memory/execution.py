@@ -1,9 +1,9 @@
 """Which code a run goes through, as far as memory can tell.
 
 The same recipe costs different amounts under different trainers: whether the frozen weights were cast to
-float32, what the loss keeps of the logits, which attention kernel runs. :func:`our_path` derives the path
-of this project's trainer from a recipe and a :class:`Device`; ``bench/estimator.py`` describes others'.
-"""
+float32, what the loss keeps of the logits, which attention kernel runs. :func:`trainer_execution` derives
+the path of this project's trainer from a recipe and a :class:`Device`; ``bench/estimator.py`` describes
+others'."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qlora_tui.memory.attention import Kernel
-from qlora_tui.memory.learning import Correction
+from qlora_tui.memory.calibration import Correction
 from qlora_tui.memory.versions import CURRENT, FUSED_EXPERTS, Version
 from qlora_tui.recipe.schema import Recipe
 
@@ -56,7 +56,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class CodePath:
+class ExecutionConfig:
     """Everything about the code that moves the peak."""
 
     compute_bytes: int = 2
@@ -74,7 +74,7 @@ class CodePath:
     loss: Loss = "chunked"
     transformers: Version = CURRENT
     """Version of transformers whose modeling code ran."""
-    logits_held: bool = False
+    logits_alive_in_backward: bool = False
     """The model's output, and with it the logits, is still referred to during the backward."""
     checkpointing: bool = True
     reentrant: bool = False
@@ -112,14 +112,16 @@ class CodePath:
         return self.transformers < FUSED_EXPERTS
 
 
-def our_path(recipe: Recipe, device: Device, architecture: Architecture | None = None) -> CodePath:
+def trainer_execution(
+    recipe: Recipe, device: Device, architecture: Architecture | None = None
+) -> ExecutionConfig:
     """The path this project's trainer takes: no float32 cast, no full logits, non-reentrant checkpointing.
 
     Without an architecture Liger is not counted on, which pays for some only.
     """
     compute = _compute_bytes(recipe, device)
     float16 = compute == 2 and _is_float16(recipe, device)
-    return CodePath(
+    return ExecutionConfig(
         compute_bytes=compute,
         float16=float16,
         # Trainer's fp16 mode: autocast, with scaled gradients.

@@ -6,15 +6,15 @@ from msgspec import Struct
 
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
-from qlora_tui.memory.codepath import CodePath
-from qlora_tui.memory.layout import lay_out
-from qlora_tui.memory.residents import FROZEN, resident_items
-from qlora_tui.memory.step import peaks, walk
+from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.memory.layout import build_layout
+from qlora_tui.memory.static_memory import FROZEN, static_items
+from qlora_tui.memory.step import peak_candidates, profile_step
 from qlora_tui.memory.weights import gradient_bytes
 from qlora_tui.recipe.schema import Recipe
 
 
-class Traced(Struct, frozen=True, kw_only=True, tag_field="reply", tag="traced"):
+class StepTrace(Struct, frozen=True, kw_only=True, tag_field="reply", tag="traced"):
     """What a step held at most, in bytes of storages."""
 
     parameter_bytes: int
@@ -43,13 +43,16 @@ class Traced(Struct, frozen=True, kw_only=True, tag_field="reply", tag="traced")
         }
 
 
-def closed_form(recipe: Recipe, architecture: Architecture, path: CodePath) -> dict[str, int]:
+def closed_form(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> dict[str, int]:
     """The estimate's own figures for what a trace counts: frozen weights, adapter, gradients, and the step's
     peak beyond weights and adapter."""
-    layout = lay_out(recipe, architecture, path)
-    resident = resident_items(recipe, architecture, layout, path)
+    layout = build_layout(recipe, architecture, path)
+    resident = static_items(recipe, architecture, layout, path)
     gradients = gradient_bytes(layout, path)
-    step = max(peak.total_bytes for peak in peaks(walk(layout, path, recipe.lora.dropout), layout, path))
+    step = max(
+        peak.total_bytes
+        for peak in peak_candidates(profile_step(layout, path, recipe.lora.dropout), layout, path)
+    )
     return {
         "frozen": sum(resident.get(key, 0) for key in FROZEN),
         "adapter": resident["adapter"],
@@ -58,7 +61,7 @@ def closed_form(recipe: Recipe, architecture: Architecture, path: CodePath) -> d
     }
 
 
-def check_traceable(recipe: Recipe, path: CodePath) -> None:
+def check_traceable(recipe: Recipe, path: ExecutionConfig) -> None:
     """Raises Problem for what the meta device cannot play."""
     if recipe.quantization.method == "int8":
         raise Problem(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_tui.catalog.facts import Architecture
-from qlora_tui.memory.codepath import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, CodePath
-from qlora_tui.memory.kernels import kernel_bytes
+from qlora_tui.memory.calibration import Correction
+from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layout import Layout
-from qlora_tui.memory.learning import Correction
+from qlora_tui.memory.onednn_cache import kernel_bytes
 from qlora_tui.memory.ops import FLOAT
 from qlora_tui.memory.replay import Pool
 from qlora_tui.memory.weights import optimizer_bytes
@@ -19,17 +19,17 @@ CONTEXT_BYTES = 141 * MIB
 A100_CONTEXT_BYTES = 522 * MIB
 """That of an A100: what ten runs of a 16-bit base held beside what the allocator reserved (fms-acceleration's
 ``a100_80gb_liger.csv`` and ``a100_80gb_granite.csv``; torch 2.4.1 with flash-attn and Triton)."""
-CONTEXT_DOUBT_BYTES = 400 * MIB
+CONTEXT_UNCERTAINTY_BYTES = 400 * MIB
 """Newer cards and drivers take up to this much more."""
 
-SLACK_DOUBT = 0.5
+SLACK_UNCERTAINTY = 0.5
 """How weights are read and which addresses segments get differ from run to run, and with them which free
 block a tensor takes: of the 27 runs on a T4 with a quantized base, 24 had at most so much more slack than
 replayed, and three 54 to 302 MiB more. Without a quantization 19 runs were within 23 MiB."""
 
 
 @dataclass(frozen=True)
-class Band:
+class UncertaintyBand:
     """Where the truth may lie."""
 
     low_bytes: int
@@ -38,14 +38,14 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Tiers:
+class MemoryLevels:
     """Three figures that must not be mixed, and the items that lead from one to the next."""
 
     allocated_bytes: int
     reserved_bytes: int
     process_bytes: int
     added: dict[str, int]
-    band: Band
+    band: UncertaintyBand
 
 
 RUNTIME_BYTES = 535 * MIB
@@ -60,7 +60,7 @@ CUDA_LIBRARIES_BYTES = 640 * MIB
 """More than that with a build of torch for CUDA, card or not: its libraries are read in, and their kernels
 registered. Measured with torch 2.15 for CUDA 13.2: 725 MiB in place of 221 once torch is imported, 1,117 in
 place of 475 with the rest (and Triton)."""
-RUNTIME_DOUBT_BYTES = RUNTIME_BYTES // 10
+RUNTIME_UNCERTAINTY_BYTES = RUNTIME_BYTES // 10
 """Libraries of other versions and builds."""
 HEAP_HOLES = 6
 """One part in so many of what comes and goes with a step stays in gaps of the heap: rows and samples of other
@@ -76,8 +76,8 @@ def tiers(
     pool: Pool | None,
     architecture: Architecture,
     layout: Layout,
-    path: CodePath,
-) -> Tiers:
+    path: ExecutionConfig,
+) -> MemoryLevels:
     """All three, from the items at the peak; ``moving_bytes`` of them come and go with each step. ``pool`` is
     what the allocator of a card came to."""
     allocated = sum(items.values())
@@ -91,7 +91,7 @@ def tiers(
     paged = optimizer_bytes(layout, path) if path.optimizer.startswith("paged") else 0
     context = context_bytes(path)
     process = reserved + context + paged
-    doubt = _doubt_bytes(allocated, layout)
+    doubt = _uncertainty_bytes(allocated, layout)
     tensors = (
         "2 % of the tensors" if layout.exact else f"{architecture.model_type} layers estimated as Llama's"
     )
@@ -99,44 +99,46 @@ def tiers(
     added = {"unsplit": unsplit, "fragmentation": slack, "context": context}
     if paged:
         added["optimizer"] = paged
-    return Tiers(
+    return MemoryLevels(
         allocated,
         reserved,
         process,
         added,
-        Band(
+        UncertaintyBand(
             process - doubt - slack,
-            process + doubt + int(slack * SLACK_DOUBT) + CONTEXT_DOUBT_BYTES,
+            process + doubt + int(slack * SLACK_UNCERTAINTY) + CONTEXT_UNCERTAINTY_BYTES,
             reason,
         ),
     )
 
 
-def context_bytes(path: CodePath) -> int:
+def context_bytes(path: ExecutionConfig) -> int:
     """Of the CUDA context on the path's card. Cards that were not measured are taken for a T4."""
     return A100_CONTEXT_BYTES if path.capability == (8, 0) else CONTEXT_BYTES
 
 
 def _on_cpu(
-    allocated: int, moving_bytes: int, architecture: Architecture, layout: Layout, path: CodePath
-) -> Tiers:
+    allocated: int, moving_bytes: int, architecture: Architecture, layout: Layout, path: ExecutionConfig
+) -> MemoryLevels:
     kernels = kernel_bytes(layout, path) if moving_bytes else 0
     slack = max(0, moving_bytes - _mapped_bytes(layout, path)) // HEAP_HOLES
     tokenizer = architecture.vocab_size * TOKENIZER_BYTES_A_TOKEN
     reserved = allocated + slack + kernels + tokenizer
     runtime = RUNTIME_BYTES + (CUDA_LIBRARIES_BYTES if path.cuda_libraries else 0)
     process = reserved + runtime
-    doubt = _doubt_bytes(allocated, layout) + slack + kernels // 2 + RUNTIME_DOUBT_BYTES
-    return Tiers(
+    doubt = _uncertainty_bytes(allocated, layout) + slack + kernels // 2 + RUNTIME_UNCERTAINTY_BYTES
+    return MemoryLevels(
         allocated,
         reserved,
         process,
         {"runtime": runtime, "tokenizer": tokenizer, "kernels": kernels, "fragmentation": slack},
-        Band(process - doubt, process + doubt, "other libraries, and an allocator that returns memory late"),
+        UncertaintyBand(
+            process - doubt, process + doubt, "other libraries, and an allocator that returns memory late"
+        ),
     )
 
 
-def _mapped_bytes(layout: Layout, path: CodePath) -> int:
+def _mapped_bytes(layout: Layout, path: ExecutionConfig) -> int:
     """Of the chunked loss, the tensors that are blocks of their own and leave no holes."""
     if path.loss != "chunked":
         return 0
@@ -147,7 +149,7 @@ def _mapped_bytes(layout: Layout, path: CodePath) -> int:
     return (chunk if chunk >= MAPPED_BYTES else 0) + (copies * block if block >= MAPPED_BYTES else 0)
 
 
-def corrected(levels: Tiers, layout: Layout, correction: Correction) -> Tiers:
+def corrected(levels: MemoryLevels, layout: Layout, correction: Correction) -> MemoryLevels:
     """As past runs on the machine say they should have been. Allocated stays: it is counted, not guessed."""
     allocated = levels.allocated_bytes
     reserved = max(allocated, int(levels.reserved_bytes * correction.factor))
@@ -161,13 +163,13 @@ def corrected(levels: Tiers, layout: Layout, correction: Correction) -> Tiers:
     if correction.outside_bytes is not None:
         added["runtime" if "runtime" in added else "context"] = correction.outside_bytes
     process = allocated + sum(added.values())
-    doubt = _doubt_bytes(allocated, layout)
-    return Tiers(
+    doubt = _uncertainty_bytes(allocated, layout)
+    return MemoryLevels(
         allocated,
         reserved,
         process,
         added,
-        Band(
+        UncertaintyBand(
             max(0, int(process * min(correction.low, 1)) - doubt),
             int(process * max(correction.high, 1)) + doubt,
             f"the spread of {correction.runs} runs on this machine, and {'2 %' if layout.exact else '14 %'}",
@@ -175,7 +177,7 @@ def corrected(levels: Tiers, layout: Layout, correction: Correction) -> Tiers:
     )
 
 
-def _doubt_bytes(allocated: int, layout: Layout) -> int:
+def _uncertainty_bytes(allocated: int, layout: Layout) -> int:
     """2 % of the tensors: most rows of other people's runs and all of the trace's are nearer than that.
 
     A seventh where the layers are not the family's own: walked as Llama's, each known family is within 12 %.
