@@ -45,6 +45,7 @@ def _rebuild(title: str, what: str, why: str, fix: str, exit_code: int) -> Probl
     return Problem(title, what=what, why=why, fix=fix, exit_code=exit_code)
 
 
+_LONGEST_SHOWN = 300
 _SPACE = "Free some space"
 _ELSEWHERE = "point XDG_STATE_HOME, XDG_CACHE_HOME and XDG_CONFIG_HOME at another disk"
 _DISK: dict[int, tuple[str, str]] = {
@@ -59,6 +60,11 @@ _DISK: dict[int, tuple[str, str]] = {
     errno.EPERM: ("No permission for a file", f"Give yourself the right to it, or {_ELSEWHERE}."),
     errno.ENOTDIR: ("A file is where a folder should be", f"Move it away, or {_ELSEWHERE}."),
     errno.EEXIST: ("A file is where a folder should be", f"Move it away, or {_ELSEWHERE}."),
+    errno.ENAMETOOLONG: (
+        "A file name is too long",
+        "Give a shorter one: 255 bytes a name, 4,095 in all.",
+    ),
+    errno.ELOOP: ("A link leads to itself", "Name the file itself."),
     errno.EMFILE: ("Too many open files", "Raise the limit: `ulimit -n 4096`."),
     errno.ENFILE: ("Too many open files", "Close other programs."),
     errno.ESTALE: ("A network folder has gone", "Mount it again."),
@@ -74,6 +80,7 @@ def disk_problem(error: OSError, path: Path | None = None) -> Problem | None:
         return None
     title, fix = _DISK[error.errno]
     where = str(error.filename or path or "Writing a file failed")
+    where = where if len(where) <= _LONGEST_SHOWN else f"{where[:_LONGEST_SHOWN]}…"
     why = ""
     if error.errno == errno.ENOSPC and _lacks_inodes(Path(where)):
         why, fix = "The disk has space, but no inodes left: it holds too many files.", "Delete some files."

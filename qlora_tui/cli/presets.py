@@ -11,7 +11,7 @@ from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.presets import find
 from qlora_tui.recipe.presets import presets as all_presets
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.toml import dump
+from qlora_tui.recipe.toml import dump, read_text
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> Outcome:
         preset = find(args.name)
         return Outcome(
             data={"name": preset.name, "path": str(preset.path), "recipe": msgspec.to_builtins(preset.layer)},
-            text=preset.path.read_text("utf-8").rstrip(),
+            text=read_text(preset.path).rstrip(),
         )
     found = all_presets()
     rows = [

@@ -13,6 +13,9 @@ from qlora_tui.recipe.mistakes import InvalidRecipe, Mistake
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.validation import mistakes_in
 
+_LONGEST_SHOWN = 200
+"""Characters of an argument that a message repeats."""
+
 
 def build(
     *,
@@ -111,7 +114,8 @@ def _undecodable(origin: str, path: str, text: str) -> list[Mistake]:
 def _set(argument: str) -> tuple[dict[str, Any], list[Mistake]]:
     path, equals, raw = argument.partition("=")
     path = path.strip()
-    origin = f"--set {_printable(argument)}"
+    given = _printable(argument[: _LONGEST_SHOWN + 1])
+    origin = f"--set {given if len(argument) <= _LONGEST_SHOWN else given[:-1] + '…'}"
     wrong = _undecodable(origin, path, argument)
     if wrong:
         return {}, wrong
@@ -124,7 +128,8 @@ def _set(argument: str) -> tuple[dict[str, Any], list[Mistake]]:
         return {}, [Mistake(origin=origin, path=path, says=says, hint=hint)]
     field = fields().get(path)
     if field is None:
-        return {}, [_unknown(origin, path)]
+        shown = path if len(path) <= _LONGEST_SHOWN else f"{path[:_LONGEST_SHOWN]}…"
+        return {}, [_unknown(origin, shown)]
     value = _value(field, raw.strip())
     layer = {field.section: {field.key: value}} if field.section else {field.key: value}
     wrong = mistakes_in(layer, origin)

@@ -15,6 +15,11 @@ from qlora_tui.recipe.lines import Key, line_of
 from qlora_tui.recipe.mistakes import Mistake
 
 _LONGEST_SHOWN = 40
+_PATHS = frozenset(("id", "path", "validation_path"))
+"""Last parts of the settings that may name a file."""
+_LONGEST_PATH_BYTES = 4000
+_LONGEST_NAME_BYTES = 255
+"""No Linux file system takes more; looking for such a file is an error of its own."""
 
 
 def mistakes_in(
@@ -65,11 +70,18 @@ def _in_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_Findin
     except msgspec.ValidationError:
         yield key, path, f"{path} must be {field.expected}, not {shown(value)}", _hint_for_value(field, value)
         return
+    if path.rpartition(".")[2] in _PATHS and _is_too_long(value):
+        yield key, path, f"{path} is too long for a path: {shown(value)}", ""
     if path in targets.SETTINGS:
         for pattern in value:
             trouble = targets.syntax_error(pattern)
             if trouble:
                 yield key, path, f"{path}: {trouble[0]}", trouble[1]
+
+
+def _is_too_long(path: str) -> bool:
+    content = path.encode(errors="surrogateescape")
+    return len(content) > _LONGEST_PATH_BYTES or max(map(len, content.split(b"/"))) > _LONGEST_NAME_BYTES
 
 
 def _in_sources(key: Key, path: str, tables: list[Any] | tuple[Any, ...]) -> Iterator[_Finding]:

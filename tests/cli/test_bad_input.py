@@ -299,3 +299,35 @@ def test_tokens_of_a_gguf_file_are_counted_once_it_is_converted(
     assert "tiny.gguf has not been converted" in said.err
     shutil.copytree(readable, folder_of(file))
     assert "length in tokens" in call("data", "inspect", str(rows), "--model", str(file)).out
+
+
+LONG = "a" * 90_000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["estimate", "--set", f"model.id={LONG}"],
+        ["estimate", "--model", LONG],
+        ["estimate", "--model", "{qwen}", "--set", f"data.sources={LONG}"],
+        ["estimate", "--model", "{qwen}", "--data", "b" * 256],
+        ["estimate", "--model", "{qwen}", "--set", f"name={LONG}"],
+        ["estimate", "--set", f"{LONG}=1"],
+        ["estimate", "--set", f"lora.rank={'9' * 10_000}"],
+        ["data", "inspect", LONG],
+    ],
+)
+def test_an_overlong_argument_is_refused_in_a_few_lines(call: Call, qwen: Path, words: list[str]) -> None:
+    said = call(*(word.format(qwen=qwen) for word in words))
+    assert said.code in (1, 2)
+    assert "mistake" not in said.err
+    assert len(said.err) < 1000
+
+
+def test_a_preset_that_is_not_text_is_refused_with_its_line(call: Call) -> None:
+    (paths.user_presets_dir() / "bad.toml").write_bytes(b'name = "bad"\nnote = "\xff"\n')
+    for words in (["presets", "show", "bad"], ["estimate", "--preset", "bad"]):
+        said = call(*words)
+        assert said.code == 2
+        assert "bad.toml: line 2 is not UTF-8 text" in said.err
+    assert "line 2 is not UTF-8 text" in call("presets").out
