@@ -52,11 +52,14 @@ def mismatch(folder: Path, only: Collection[str] = ()) -> str | None:
         return f"{NAME} cannot be read ({error})"
     for line in lines:
         expected, separator, name = line.partition("  ")
-        if not separator or len(expected) != 64 or Path(name).is_absolute() or ".." in Path(name).parts:
+        is_name = "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not separator or len(expected) != 64 or not is_name:
             return f"{NAME} is damaged"
         if only and name not in only:
             continue
         try:
+            if (folder / name).exists() and not (folder / name).is_file():
+                return f"{name} is not a file"
             if _sha256(folder / name) != expected:
                 return f"{name} is not what was written: its checksum differs"
         except FileNotFoundError:

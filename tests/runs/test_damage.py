@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -70,9 +71,19 @@ def test_only_the_named_files_of_an_adapter_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["", "short  x\n", f"{'0' * 64}  ../recipe.toml\n", f"{'0' * 64}  /etc/passwd\n"]
+    "line",
+    ["", "short  x\n", *(f"{'0' * 64}  {name}\n" for name in ("../recipe.toml", "/etc/passwd", "a\0b"))],
 )
 def test_a_damaged_list_of_checksums_reads_nothing_outside(tmp_path: Path, line: str) -> None:
     folder = put_adapter(tmp_path / "adapter")
     (folder / NAME).write_text(line)
     assert NAME in (adapter_damage(folder) or "")
+
+
+def test_a_pipe_in_place_of_a_file_is_damage(tmp_path: Path) -> None:
+    folder = put_adapter(tmp_path / "adapter")
+    (folder / "tokenizer.json").write_text("{}")
+    write_checksums(folder)
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+    assert "tokenizer.json" in (adapter_damage(folder) or "")
