@@ -1,14 +1,25 @@
-"""The fault drill tells what is wrong, whatever it is that must not happen."""
+"""The fault drill reports what must not happen, and a short one with a fixed seed finds nothing."""
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from bench.drill.damage import damaged
 from bench.drill.program import MEMORY_BYTES, Ended, Failure
 from bench.drill.samples import DATA
+
+ROOT = Path(__file__).parents[2]
+QUICK_ROWS = [
+    *("damaged data", "damaged preset", "damaged settings", "damaged model", "damaged GGUF", "damaged run"),
+    *("command line", "terminal", "template", "code", "names"),
+]
+ATTEMPTS = 40
 
 
 def ended(
@@ -48,3 +59,12 @@ def test_damage_depends_on_the_seed_alone() -> None:
         results = [damaged(content, random.Random(seed)) for seed in range(20)]
         assert results == [damaged(content, random.Random(seed)) for seed in range(20)], name
         assert sum(result != content for result in results) > 15, name
+
+
+@pytest.mark.slow
+def test_a_short_drill_with_a_fixed_seed_finds_nothing() -> None:
+    command = [sys.executable, "-m", "bench.drill", "--json", "--attempts", f"{ATTEMPTS}", "--seed", "14"]
+    done = subprocess.run([*command, "--only", *QUICK_ROWS], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    table = json.loads(done.stdout)
+    assert sum(row["tried"] for row in table.values()) == ATTEMPTS
