@@ -17,4 +17,4 @@ tui       the terminal app (textual lives here, only here)
 cli       the same verbs without the app
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
