@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.acceptance_model import make_rows
 from qlora_tui.memory import Device
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
@@ -80,7 +80,7 @@ def recipe_for(box: Box, **settings: Any) -> Recipe:
         training=Training(micro_batch=1, gradient_accumulation=2, max_steps=6, optimizer="adamw"),
     )
     for key, value in settings.items():
-        made = with_value(made, key.replace("__", "."), value)
+        made = replace_setting(made, key.replace("__", "."), value)
     return made
 
 
@@ -224,14 +224,14 @@ def memory(box: Box) -> Outcome:
     )
     architecture, micro_batch = resolve(str(box.model)).architecture, 1
     while True:
-        recipe = with_value(recipe, "training.micro_batch", micro_batch)
+        recipe = replace_setting(recipe, "training.micro_batch", micro_batch)
         if estimate(recipe, architecture, device=where(box)).allocated_bytes > 1.3 * total:
             break
         micro_batch *= 2
         if micro_batch > 4096:
             raise Skip("no micro-batch is too large for this card")
     more = make_rows(box.scratch / "many.json", 2 * micro_batch, long_words=2048)
-    recipe = with_value(recipe, "data.sources", (Source(path=str(more)),))
+    recipe = replace_setting(recipe, "data.sources", (Source(path=str(more)),))
     story = trained(recipe).require_finished()
     started = story.of(Started)
     batches = {event.micro_batch * event.gradient_accumulation for event in started}

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from qlora_tui.demo.conversations import CONVERSATIONS
-from qlora_tui.recipe.overlay import build
+from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.status import ACTIVE, read_status
 
@@ -25,7 +25,7 @@ _PATIENCE_S = 300.0
 @contextlib.contextmanager
 def training(model: Path) -> Iterator[None]:
     """The demo's model in training, from the first step on; ended on leaving."""
-    run = actions.submit(build(preset="balanced", model=str(model), data=[str(CONVERSATIONS)]))
+    run = actions.submit(build_recipe(preset="balanced", model=str(model), data=[str(CONVERSATIONS)]))
     try:
         deadline = time.monotonic() + _PATIENCE_S
         while (status := read_status(run)).phase != "training":

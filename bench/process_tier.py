@@ -33,8 +33,8 @@ from qlora_tui.catalog.local import resolve
 from qlora_tui.memory import estimate
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.memory.calibration import load_runs
-from qlora_tui.recipe.fields import with_value
-from qlora_tui.recipe.presets import find
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.presets import find_preset
 from qlora_tui.recipe.schema import Model, Quantization, Recipe, Source
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
@@ -141,14 +141,14 @@ def main() -> int:
 def recipe_for(model: str, data: str, method: Any, settings: dict[str, Any], steps: int) -> Recipe:
     """The preset ``cpu-demo`` with these settings on it."""
     recipe = msgspec.structs.replace(
-        find("cpu-demo").recipe(),
+        find_preset("cpu-demo").recipe(),
         model=Model(id=model),
         quantization=Quantization(method=method),
     )
     source = (Source(path=str(Path(data).resolve())),)
     recipe = msgspec.structs.replace(recipe, data=msgspec.structs.replace(recipe.data, sources=source))
     for key, value in {**settings, "training.max_steps": steps}.items():
-        recipe = with_value(recipe, key, value)
+        recipe = replace_setting(recipe, key, value)
     return recipe
 
 

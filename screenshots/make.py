@@ -97,13 +97,13 @@ def shift_clock(path: Path, by: float) -> None:
 async def draw(picture: Picture, *, model: Path, estimated: Path) -> None:
     """Take one picture."""
     from qlora_tui.demo.conversations import CONVERSATIONS
-    from qlora_tui.recipe.overlay import build
+    from qlora_tui.recipe.layering import build_recipe
     from qlora_tui.settings import Settings
     from qlora_tui.tui.app import QloraApp
 
     app = QloraApp(Settings(model_folders=(str(model.parent),), card_gib=24.0))
     chosen = model if picture.mode == "data" else estimated
-    app.workbench.replace(build(preset="balanced", model=str(chosen), data=[str(CONVERSATIONS)]))
+    app.workbench.replace(build_recipe(preset="balanced", model=str(chosen), data=[str(CONVERSATIONS)]))
     async with app.run_test(size=picture.size) as pilot:
         if picture.mode != "home":
             await app.switch_mode(picture.mode)

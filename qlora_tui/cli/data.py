@@ -19,7 +19,7 @@ from qlora_tui.data.problems import NOTES, ON_THINKING
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import FAILED, WRONG_CALL, Problem
 from qlora_tui.format import counted
-from qlora_tui.recipe.overlay import build
+from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.recipe.toml import to_recipe
 
@@ -106,7 +106,7 @@ def _data(args: argparse.Namespace) -> Data:
         given["thinking"] = args.thinking
     if args.reasoning_not_in_loss:
         given["reasoning_in_loss"] = False
-    return msgspec.structs.replace(build(sets=args.sets).data, **given)
+    return msgspec.structs.replace(build_recipe(sets=args.sets).data, **given)
 
 
 def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:

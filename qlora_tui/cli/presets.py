@@ -8,8 +8,8 @@ import msgspec
 
 from qlora_tui.cli.verb import Outcome, Verb, json_argument, table
 from qlora_tui.recipe.fields import fields
-from qlora_tui.recipe.presets import find
-from qlora_tui.recipe.presets import presets as all_presets
+from qlora_tui.recipe.presets import find_preset
+from qlora_tui.recipe.presets import list_presets as all_presets
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, read_text
 
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> Outcome:
         settings = {path: msgspec.to_builtins(field.default) for path, field in fields().items()}
         return Outcome(data={"settings": settings}, text=dump(Recipe(), comments=True).rstrip())
     if args.action == "show":
-        preset = find(args.name)
+        preset = find_preset(args.name)
         return Outcome(
             data={"name": preset.name, "path": str(preset.path), "recipe": msgspec.to_builtins(preset.layer)},
             text=read_text(preset.path).rstrip(),

@@ -21,9 +21,9 @@ from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.gpu.no_gpu import NoGpu
 from qlora_tui.gpu.nvml import cards
 from qlora_tui.gpu.visible import torch_cards
-from qlora_tui.recipe.conflicts import ready_to_run
+from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.targets import targets_of
+from qlora_tui.recipe.targets import resolve_targets
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 
@@ -38,11 +38,11 @@ def run(args: argparse.Namespace) -> Outcome | int:
             exit_code=WRONG_CALL,
         )
     recipe = recipe_from(args)
-    ready_to_run(recipe)
+    require_runnable(recipe)
     # What the trainer would refuse in ten seconds is refused now.
     files = resolve(recipe.model.id)
     architecture = files.architecture
-    targets_of(recipe.lora, architecture.modules)
+    resolve_targets(recipe.lora, architecture.modules)
     if recipe.lora.token_rows and files.gguf_file is None:
         token_ids(recipe.lora.token_rows, ChatTokenizer.from_folder(files.folder))
     sources = every_source(recipe.data)

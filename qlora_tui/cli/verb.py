@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.recipe.overlay import build
+from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.visible import visible_in_json
 
@@ -82,7 +82,7 @@ def recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def recipe_from(args: argparse.Namespace) -> Recipe:
     """The recipe the options describe: defaults < preset < file < options. Raises Problem."""
     file = getattr(args, "recipe", None)
-    return build(
+    return build_recipe(
         preset=args.preset,
         file=Path(file) if file else None,
         sets=args.sets,

@@ -16,7 +16,7 @@ from qlora_tui.demo.model import ensure_model
 from qlora_tui.errors import Problem
 from qlora_tui.memory import estimate
 from qlora_tui.memory.budget import local_budget
-from qlora_tui.recipe.overlay import build
+from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
@@ -48,7 +48,7 @@ class DemoResult(Struct, frozen=True, kw_only=True):
 
 def demo_recipe(model: Path) -> Recipe:
     """The preset on the bundled conversations."""
-    return build(preset=PRESET, sets=["name=demo"], model=str(model), data=[str(CONVERSATIONS)])
+    return build_recipe(preset=PRESET, sets=["name=demo"], model=str(model), data=[str(CONVERSATIONS)])
 
 
 def estimated_peak_bytes(recipe: Recipe) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import PurePath
 
-from qlora_tui.recipe.difference import human
+from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.schema import Recipe
 
 
@@ -28,7 +28,7 @@ def model_card(recipe: Recipe, *, from_hub: bool) -> str:
         ("Base model", base),
         ("Method", f"{kind} on {held}, merged into the 16-bit base"),
         ("Rank, alpha, dropout", f"{lora.rank}, {lora.alpha:g}, {lora.dropout:g}"),
-        *((label, human(table)) for label, table in own if table),
+        *((label, format_value(table)) for label, table in own if table),
         ("Target modules", ", ".join(lora.target_modules)),
         *([("Token rows", _code(lora.token_rows))] if lora.token_rows else []),
         ("Data", sources),

@@ -8,7 +8,7 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.levels import TOKENIZER_BYTES_A_TOKEN
-from qlora_tui.recipe.difference import human
+from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.schema import Recipe
 
 LABELS: dict[str, str] = {
@@ -189,7 +189,7 @@ def _process_sentences(facts: ExplainContext) -> dict[str, str]:
 
 
 def _ranks(recipe: Recipe) -> str:
-    own = human(recipe.lora.rank_pattern)
+    own = format_value(recipe.lora.rank_pattern)
     return f"{recipe.lora.rank} ({own})" if recipe.lora.rank_pattern else f"{recipe.lora.rank}"
 
 

@@ -20,7 +20,7 @@ from qlora_tui.memory.versions import (
     repeats_heads_in_sdpa,
 )
 from qlora_tui.recipe.schema import Lora, Recipe
-from qlora_tui.recipe.targets import rank_of, targets_of
+from qlora_tui.recipe.targets import rank_of, resolve_targets
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Layout:
 
 def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> Layout:
     """Every layer with its modules as this recipe and path hold them."""
-    ranks = {m.name: rank_of(recipe.lora, m) for m in targets_of(recipe.lora, architecture.modules)}
+    ranks = {m.name: rank_of(recipe.lora, m) for m in resolve_targets(recipe.lora, architecture.modules)}
     style = STYLES.get(architecture.model_type, LayerStyle())
     rows, length = recipe.training.micro_batch, recipe.data.max_length
     by_layer: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]

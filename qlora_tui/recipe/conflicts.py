@@ -17,12 +17,12 @@ class Conflict(Struct, frozen=True):
     fix: str
 
 
-def conflicts(recipe: Recipe) -> list[Conflict]:
+def find_conflicts(recipe: Recipe) -> list[Conflict]:
     """All conflicts in a recipe; a valid one has none."""
-    found = []
+    conflicting = []
     validates = bool(recipe.data.validation_fraction or recipe.data.validation_path)
     if recipe.training.early_stopping and not validates:
-        found.append(
+        conflicting.append(
             Conflict(
                 ("training.early_stopping", "data.validation_fraction"),
                 "training.early_stopping watches the validation loss, and no data is held back for it",
@@ -31,30 +31,30 @@ def conflicts(recipe: Recipe) -> list[Conflict]:
             )
         )
     if recipe.model.attention == "flash" and recipe.quantization.compute_dtype == "float32":
-        found.append(
+        conflicting.append(
             Conflict(
                 ("model.attention", "quantization.compute_dtype"),
                 'model.attention = "flash" needs 16 bits, and quantization.compute_dtype is "float32"',
                 'set model.attention = "sdpa" or quantization.compute_dtype = "auto"',
             )
         )
-    return found
+    return conflicting
 
 
-def check(recipe: Recipe) -> None:
+def check_conflicts(recipe: Recipe) -> None:
     """Raise Problem, exit code 2, with every conflict in the recipe."""
-    found = conflicts(recipe)
-    if not found:
+    conflicting = find_conflicts(recipe)
+    if not conflicting:
         return
     raise Problem(
         "Settings that conflict",
-        what="; ".join(conflict.what for conflict in found) + ".",
-        fix="\n  ".join(f"{c.fix[:1].upper()}{c.fix[1:]}." for c in found),
+        what="; ".join(conflict.what for conflict in conflicting) + ".",
+        fix="\n  ".join(f"{c.fix[:1].upper()}{c.fix[1:]}." for c in conflicting),
         exit_code=WRONG_CALL,
     )
 
 
-def ready_to_run(recipe: Recipe) -> None:
+def require_runnable(recipe: Recipe) -> None:
     """Raise Problem, exit code 2, where a run could not start for want of a model or data; also ``check``."""
     missing = []
     if not recipe.model.id:
@@ -70,4 +70,4 @@ def ready_to_run(recipe: Recipe) -> None:
             fix="\n  ".join(fixes),
             exit_code=WRONG_CALL,
         )
-    check(recipe)
+    check_conflicts(recipe)

@@ -80,12 +80,14 @@ class Field(Struct, frozen=True, kw_only=True):
         if self.kind == "int" and high is not None and below:
             high, below = high - 1, False
         if low is None:
-            return "" if high is None else f"{'below' if below else 'of at most'} {number(high)}"
+            return "" if high is None else f"{'below' if below else 'of at most'} {format_exact(high)}"
         if high is None:
-            return f"above {number(low)}" if self.exclusive_minimum else f"of at least {number(low)}"
+            return (
+                f"above {format_exact(low)}" if self.exclusive_minimum else f"of at least {format_exact(low)}"
+            )
         if self.exclusive_minimum:
-            return f"above {number(low)} and {'below' if below else 'at most'} {number(high)}"
-        return f"from {number(low)} to {'below ' if below else ''}{number(high)}"
+            return f"above {format_exact(low)} and {'below' if below else 'at most'} {format_exact(high)}"
+        return f"from {format_exact(low)} to {'below ' if below else ''}{format_exact(high)}"
 
     @property
     def _filled(self) -> str:
@@ -103,14 +105,16 @@ class Field(Struct, frozen=True, kw_only=True):
 @cache
 def fields() -> dict[str, Field]:
     """Every setting by its path, in the order of declaration."""
-    found: dict[str, Field] = {}
-    own = {field.path: field for field in _of(Recipe, "")}
+    ordered: dict[str, Field] = {}
+    by_path = {field.path: field for field in _declared_fields(Recipe, "")}
     for member in msgspec.structs.fields(Recipe):
         if isinstance(member.default, Struct):
-            found.update({field.path: field for field in _of(type(member.default), f"{member.name}.")})
+            ordered.update(
+                {field.path: field for field in _declared_fields(type(member.default), f"{member.name}.")}
+            )
         else:
-            found[member.name] = own[member.name]
-    return found
+            ordered[member.name] = by_path[member.name]
+    return ordered
 
 
 @cache
@@ -122,18 +126,18 @@ def sections() -> tuple[str, ...]:
 @cache
 def source_fields() -> dict[str, Field]:
     """What one table of ``data.sources`` holds, by key."""
-    return {field.path: field for field in _of(Source, "")}
+    return {field.path: field for field in _declared_fields(Source, "")}
 
 
-def value_of(recipe: Recipe, path: str) -> Any:
+def get_setting(recipe: Recipe, path: str) -> Any:
     """The value of ``lora.rank`` in a recipe."""
-    here: Any = recipe
+    value: Any = recipe
     for part in path.split("."):
-        here = getattr(here, part)
-    return here
+        value = getattr(value, part)
+    return value
 
 
-def with_value(recipe: Recipe, path: str, value: Any) -> Recipe:
+def replace_setting(recipe: Recipe, path: str, value: Any) -> Recipe:
     """A copy of the recipe with one setting changed. The value is taken as it is: see ``validate``."""
     section, _, key = path.rpartition(".")
     if not section:
@@ -142,7 +146,7 @@ def with_value(recipe: Recipe, path: str, value: Any) -> Recipe:
     return msgspec.structs.replace(recipe, **{section: inner})
 
 
-def number(value: float) -> str:
+def format_exact(value: float) -> str:
     """A number as a person reads it: ``1,048,576``, ``0.0002``, ``2e-5``; exact."""
     if float(value).is_integer() and abs(value) < 1e16:
         return f"{int(value):,}"
@@ -154,7 +158,7 @@ def _count(count: int, unit: str) -> str:
     return f"{count} {unit}" + ("" if count == 1 else "s")
 
 
-def _of(struct: type[Struct], prefix: str) -> list[Field]:
+def _declared_fields(struct: type[Struct], prefix: str) -> list[Field]:
     hints = get_type_hints(struct, include_extras=True)
     declared = msgspec.structs.fields(struct)
     return [_field(prefix + f.name, hints[f.name], f) for f in declared if _is_setting(hints[f.name])]

@@ -19,11 +19,11 @@ from qlora_tui import paths
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe import toml
-from qlora_tui.recipe.near import did_you_mean
 from qlora_tui.recipe.schema import Data, Model, Recipe
+from qlora_tui.recipe.suggestions import did_you_mean
 
 _HEADER = re.compile(rb"# Written by qlora-tui, which asks before it replaces an edit: ([0-9a-f]{64})\n")
-_LONGEST_NAME = 60
+_MAX_NAME_BYTES = 60
 
 
 class Preset(Struct, frozen=True, kw_only=True):
@@ -66,7 +66,7 @@ class Preset(Struct, frozen=True, kw_only=True):
         )
 
 
-class WouldOverwrite(Problem):
+class OverwriteError(Problem):
     """A file that the app did not write, or that was edited since, would be lost. To be asked about."""
 
 
@@ -78,26 +78,26 @@ class Snapshot(Struct, frozen=True):
     """None: there was no file."""
 
 
-def presets() -> list[Preset]:
+def list_presets() -> list[Preset]:
     """All presets by name. Never raises: what cannot be read has a ``problem``."""
-    found: dict[str, Preset] = {}
+    by_name: dict[str, Preset] = {}
     for folder, shipped in ((paths.shipped_dir("presets"), True), (_user_dir(), False)):
         for path in sorted(folder.glob("[!.]*.toml")) if folder else ():
-            preset = _read(path, shipped)
-            found[preset.name] = preset
-    return [found[name] for name in sorted(found)]
+            preset = _read_preset(path, shipped)
+            by_name[preset.name] = preset
+    return [by_name[name] for name in sorted(by_name)]
 
 
-def find(name: str) -> Preset:
+def find_preset(name: str) -> Preset:
     """The preset of that name, which may have a problem. Raises Problem with the near match."""
-    known = {preset.name: preset for preset in presets()}
-    if name in known:
-        return known[name]
-    hint = did_you_mean(name.removesuffix(".toml"), known)
+    by_name = {preset.name: preset for preset in list_presets()}
+    if name in by_name:
+        return by_name[name]
+    hint = did_you_mean(name.removesuffix(".toml"), by_name)
     raise Problem(
         "Unknown preset",
         what=f'There is no preset "{name}".',
-        why=f"The presets are {', '.join(known) or 'none'}.",
+        why=f"The presets are {', '.join(by_name) or 'none'}.",
         fix=hint[:1].upper() + hint[1:],
         exit_code=WRONG_CALL,
     )
@@ -107,15 +107,15 @@ def save(name: str, recipe: Recipe, *, note: str = "", overwrite: bool = False) 
     """Write what ``recipe`` changes from the defaults as the user's preset ``name``; return its path.
 
     Model id, revision and data files are left out: a preset is for any of them. The file is replaced in one
-    step. Raises WouldOverwrite, unless told to ``overwrite``, where the file there is not as the app wrote
+    step. Raises OverwriteError, unless told to ``overwrite``, where the file there is not as the app wrote
     it; Problem where the name is not a file name, the recipe is not valid, or the disk says no.
     """
     path = _user_path(name)
-    body = toml.dump_difference(_for_any_model(recipe, note), Recipe())
+    body = toml.dump_overrides(_for_any_model(recipe, note), Recipe())
     toml.validate(toml.parse(body, name), name)
     if not overwrite:
-        _ask_before_losing(path)
-    _write(path, _signed(body.encode()))
+        _check_overwrite(path)
+    _write(path, _with_hash_line(body.encode()))
     return path
 
 
@@ -123,7 +123,7 @@ def delete(name: str) -> Snapshot:
     """Remove the user's preset ``name``; a shipped one of that name appears again. Undo with ``restore``."""
     snapshot = take_snapshot(name)
     if snapshot.content is None:
-        shipped = any(preset.name == name for preset in presets())
+        shipped = any(preset.name == name for preset in list_presets())
         raise Problem(
             "Preset not deleted",
             what=f'"{name}" is shipped with the program.' if shipped else f'You have no preset "{name}".',
@@ -133,7 +133,7 @@ def delete(name: str) -> Snapshot:
     try:
         _user_path(name).unlink(missing_ok=True)
     except OSError as error:
-        raise _disk("Preset not deleted", _user_path(name), error) from error
+        raise _disk_error("Preset not deleted", _user_path(name), error) from error
     return snapshot
 
 
@@ -145,31 +145,31 @@ def take_snapshot(name: str) -> Snapshot:
     except FileNotFoundError:
         return Snapshot(name, None)
     except OSError as error:
-        raise _disk("Cannot read preset", path, error) from error
+        raise _disk_error("Cannot read preset", path, error) from error
 
 
 def restore(snapshot: Snapshot, *, overwrite: bool = False) -> None:
     """Bring a user's preset back to a snapshot, byte by byte. Raises as ``save`` does."""
     path = _user_path(snapshot.name)
     if not overwrite:
-        _ask_before_losing(path)
+        _check_overwrite(path)
     if snapshot.content is not None:
         _write(path, snapshot.content)
         return
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise _disk("Preset not restored", path, error) from error
+        raise _disk_error("Preset not restored", path, error) from error
 
 
-def _read(path: Path, shipped: bool) -> Preset:
+def _read_preset(path: Path, shipped: bool) -> Preset:
     name = path.stem.encode("utf-8", "replace").decode()
     layer: dict[str, Any] = {}
     problem = None
     try:
         layer = toml.load(path)
-    except Problem as found:
-        problem = found
+    except Problem as error:
+        problem = error
     return Preset(
         name=name, note=layer.get("note", ""), path=path, shipped=shipped, layer=layer, problem=problem
     )
@@ -196,25 +196,25 @@ def _user_dir() -> Path | None:
 
 
 def _user_path(name: str) -> Path:
-    trouble = _name_trouble(name)
-    if trouble:
+    reason = _name_error(name)
+    if reason:
         raise Problem(
             "Not a preset name",
-            what=f"{name!r} {trouble}.",
+            what=f"{name!r} {reason}.",
             fix="Use letters, digits, dashes and dots: my-preset.",
             exit_code=WRONG_CALL,
         )
     try:
         return paths.user_presets_dir() / f"{name}.toml"
     except OSError as error:
-        raise _disk("No folder for presets", Path(error.filename or "."), error) from error
+        raise _disk_error("No folder for presets", Path(error.filename or "."), error) from error
 
 
-def _name_trouble(name: str) -> str:
+def _name_error(name: str) -> str:
     if not name.strip():
         return "is empty"
-    if len(name.encode("utf-8", "replace")) > _LONGEST_NAME:
-        return f"is longer than {_LONGEST_NAME} bytes"
+    if len(name.encode("utf-8", "replace")) > _MAX_NAME_BYTES:
+        return f"is longer than {_MAX_NAME_BYTES} bytes"
     if "/" in name or "\\" in name:
         return "has a slash in it"
     if name[0] in ".-":
@@ -224,30 +224,30 @@ def _name_trouble(name: str) -> str:
     return "ends in .toml, which is added" if name.endswith(".toml") else ""
 
 
-def _ask_before_losing(path: Path) -> None:
+def _check_overwrite(path: Path) -> None:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return
     except OSError as error:
-        raise _disk("Cannot read preset", path, error) from error
-    if _is_ours(content):
+        raise _disk_error("Cannot read preset", path, error) from error
+    if _is_unedited(content):
         return
-    raise WouldOverwrite(
+    raise OverwriteError(
         "Preset exists",
         what=f"{path} was written or edited by hand, and would be replaced.",
         fix="Save under another name, or confirm that it may go.",
     )
 
 
-def _signed(body: bytes) -> bytes:
+def _with_hash_line(body: bytes) -> bytes:
     digest = hashlib.sha256(body).hexdigest()
     return f"# Written by qlora-tui, which asks before it replaces an edit: {digest}\n".encode() + body
 
 
-def _is_ours(content: bytes) -> bool:
+def _is_unedited(content: bytes) -> bool:
     header = _HEADER.match(content)
-    return header is not None and _signed(content[header.end() :]) == content
+    return header is not None and _with_hash_line(content[header.end() :]) == content
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -255,9 +255,9 @@ def _write(path: Path, content: bytes) -> None:
     try:
         atomic_write(path.resolve() if path.exists() else path, content, durable=True)
     except OSError as error:
-        raise _disk("Preset not saved", path, error) from error
+        raise _disk_error("Preset not saved", path, error) from error
 
 
-def _disk(title: str, path: Path, error: OSError) -> Problem:
+def _disk_error(title: str, path: Path, error: OSError) -> Problem:
     what = f"{path}: {error.strerror or error}."
     return Problem(title, what=what, fix="Check that the disk has room and that you may write there.")

@@ -10,8 +10,8 @@ A pattern is one of
 Modules of a vision tower are matched by their full name only: fine-tuning on text gives them no
 gradient, and their layers are counted apart.
 
-The LoRA screen turns check boxes into patterns (:func:`compress`) and back (:func:`select`); memory
-and training use :func:`select`.
+The LoRA screen turns check boxes into patterns (:func:`to_patterns`) and back (:func:`match_modules`); memory
+and training use :func:`match_modules`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Protocol, TypeVar
 from msgspec import Struct
 
 from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.recipe.near import did_you_mean
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora
+from qlora_tui.recipe.suggestions import did_you_mean
 
 SETTINGS = ("lora.target_modules", "lora.rank_pattern", "lora.alpha_pattern")
 """Those that hold patterns."""
@@ -59,8 +59,8 @@ class Module(Protocol):
         """``vision`` for a module of a vision tower; anything else is the language model."""
 
 
-AnyModule = TypeVar("AnyModule", bound=Module)
-AnyNumber = TypeVar("AnyNumber", int, float)
+ModuleT = TypeVar("ModuleT", bound=Module)
+NumberT = TypeVar("NumberT", int, float)
 
 
 class _Pattern(Struct, frozen=True):
@@ -81,10 +81,10 @@ class _Pattern(Struct, frozen=True):
         return layer is not None and any(first <= layer <= last for first, last in self.layers)
 
 
-class _Unparsable(Exception):
-    def __init__(self, says: str, hint: str):
-        super().__init__(says)
-        self.says = says
+class _PatternError(Exception):
+    def __init__(self, message: str, hint: str):
+        super().__init__(message)
+        self.message = message
         self.hint = hint
 
 
@@ -92,8 +92,8 @@ def syntax_error(pattern: str) -> tuple[str, str] | None:
     """What is wrong with a pattern, whatever the model, and what to write; None where it parses."""
     try:
         _parse(pattern)
-    except _Unparsable as error:
-        return error.says, error.hint
+    except _PatternError as error:
+        return error.message, error.hint
     return None
 
 
@@ -102,65 +102,65 @@ def matches(patterns: Iterable[str], module: Module) -> bool:
     return any(_parse(pattern).matches(module) for pattern in patterns)
 
 
-def select(patterns: Iterable[str], modules: Sequence[AnyModule]) -> list[AnyModule]:
+def match_modules(patterns: Iterable[str], modules: Sequence[ModuleT]) -> list[ModuleT]:
     """The modules that the patterns touch, in the model's order.
 
     Raises Problem where a pattern touches nothing: an unknown kind, layers the model has not.
     """
-    parsed = [_touching(pattern, modules, SETTINGS[0]) for pattern in patterns]
+    parsed = [_parse_matching(pattern, modules, SETTINGS[0]) for pattern in patterns]
     return [module for module in modules if any(pattern.matches(module) for pattern in parsed)]
 
 
-def targets_of(lora: Lora, modules: Sequence[AnyModule]) -> list[AnyModule]:
+def resolve_targets(lora: Lora, modules: Sequence[ModuleT]) -> list[ModuleT]:
     """The modules that get an adapter. Raises Problem where a pattern touches nothing."""
     for setting, patterns in zip(SETTINGS[1:], ([*lora.rank_pattern], [*lora.alpha_pattern]), strict=True):
         for pattern in patterns:
-            _touching(pattern, modules, setting)
-    return select(lora.target_modules, modules)
+            _parse_matching(pattern, modules, setting)
+    return match_modules(lora.target_modules, modules)
 
 
 def rank_of(lora: Lora, module: Module) -> int:
     """The rank of a module's adapter, should it get one."""
-    return _number_of(lora.rank_pattern, lora.rank, module)
+    return _pattern_value(lora.rank_pattern, lora.rank, module)
 
 
 def alpha_of(lora: Lora, module: Module) -> float:
     """The alpha of a module's adapter, should it get one."""
-    return _number_of(lora.alpha_pattern, lora.alpha, module)
+    return _pattern_value(lora.alpha_pattern, lora.alpha, module)
 
 
-def _number_of(table: dict[str, AnyNumber], usual: AnyNumber, module: Module) -> AnyNumber:
-    return next((table[pattern] for pattern in reversed(table) if _parse(pattern).matches(module)), usual)
+def _pattern_value(table: dict[str, NumberT], default: NumberT, module: Module) -> NumberT:
+    return next((table[pattern] for pattern in reversed(table) if _parse(pattern).matches(module)), default)
 
 
-def assigned(
-    table: dict[str, AnyNumber],
-    usual: AnyNumber,
+def assign_pattern_values(
+    table: dict[str, NumberT],
+    default: NumberT,
     names: Collection[str],
-    number: AnyNumber,
+    number: NumberT,
     modules: Sequence[Module],
-) -> dict[str, AnyNumber]:
+) -> dict[str, NumberT]:
     """Short patterns by which the named modules have ``number`` and all others what ``table`` gave them.
 
     ``usual`` is what a module has without a pattern.
     """
-    numbers = {m.name: number if m.name in names else _number_of(table, usual, m) for m in modules}
+    numbers = {m.name: number if m.name in names else _pattern_value(table, default, m) for m in modules}
     return {
         pattern: other
         for other in dict.fromkeys(numbers.values())
-        if other != usual
-        for pattern in compress([name for name, has in numbers.items() if has == other], modules)
+        if other != default
+        for pattern in to_patterns([name for name, has in numbers.items() if has == other], modules)
     }
 
 
-def _touching(text: str, modules: Sequence[Module], setting: str) -> _Pattern:
+def _parse_matching(text: str, modules: Sequence[Module], setting: str) -> _Pattern:
     pattern = _parse(text)
     if not any(pattern.matches(module) for module in modules):
-        raise _touches_nothing(text, pattern, modules, setting)
+        raise _no_match_error(text, pattern, modules, setting)
     return pattern
 
 
-def compress(selected_names: Iterable[str], modules: Sequence[Module]) -> tuple[str, ...]:
+def to_patterns(selected_names: Iterable[str], modules: Sequence[Module]) -> tuple[str, ...]:
     """Short patterns that select exactly the named modules; empty where none is named.
 
     Whole kinds and runs of layers become one pattern each; only modules that share kind and layer with
@@ -173,19 +173,19 @@ def compress(selected_names: Iterable[str], modules: Sequence[Module]) -> tuple[
     if language and all(module.name in chosen for module in language):
         return (ALL_LINEAR, *vision)
     grid = _Grid(language, chosen)
-    ways = [grid.patterns(frozenset()), grid.patterns(grid.whole_layers)]
-    return min(ways, key=lambda way: (len(way), sum(map(len, way)))) + vision
+    candidates = [grid.patterns(frozenset()), grid.patterns(grid.whole_layers)]
+    return min(candidates, key=lambda patterns: (len(patterns), sum(map(len, patterns)))) + vision
 
 
-def split(text: str) -> list[str]:
+def split_patterns(text: str) -> list[str]:
     """Patterns from a comma list: ``0-3,7.q_proj,k_proj`` is two, for layers alone are no pattern."""
-    found: list[str] = []
+    patterns: list[str] = []
     for piece in text.split(","):
-        if found and _ONLY_LAYERS.fullmatch(found[-1].rpartition(",")[2]):
-            found[-1] += "," + piece.strip()
+        if patterns and _ONLY_LAYERS.fullmatch(patterns[-1].rpartition(",")[2]):
+            patterns[-1] += "," + piece.strip()
         else:
-            found.append(piece.strip())
-    return found
+            patterns.append(piece.strip())
+    return patterns
 
 
 class _Grid:
@@ -206,63 +206,66 @@ class _Grid:
 
     def patterns(self, covered: frozenset[int]) -> tuple[str, ...]:
         """Patterns for the choice; layers in ``covered`` are said by one ``all-linear``."""
-        found = [f"{_runs(covered, self._layers)}.{ALL_LINEAR}"] if covered else []
+        patterns = [f"{_format_ranges(covered, self._layers)}.{ALL_LINEAR}"] if covered else []
         for kind, row in self._cells.items():
             full = self._full[kind]
-            left = full - covered
-            if left and len(full) == len(row):
-                found.append(kind)
-            elif left:
-                found += self._in_layers(kind, full, left)
+            uncovered = full - covered
+            if uncovered and len(full) == len(row):
+                patterns.append(kind)
+            elif uncovered:
+                patterns += self._layer_patterns(kind, full, uncovered)
             for layer, cell in row.items():
                 if layer not in full:
-                    found += [module.name for module in cell if module.name in self._chosen]
-        return tuple(found)
+                    patterns += [module.name for module in cell if module.name in self._chosen]
+        return tuple(patterns)
 
-    def _in_layers(self, kind: str, full: set[int | None], left: set[int | None]) -> list[str]:
+    def _layer_patterns(self, kind: str, full: set[int | None], uncovered: set[int | None]) -> list[str]:
         """At least the layers ``left``, at most the layers ``full``, whichever is shorter to write."""
         places = sorted(layer for layer in self._cells[kind] if layer is not None)
-        found = [module.name for module in self._cells[kind][None]] if None in left else []
-        ways = [_runs({layer for layer in some if layer is not None}, places) for some in (left, full)]
-        shortest = min(ways, key=len)
-        return [f"{shortest}.{kind}", *found] if shortest and left != {None} else found
+        patterns = [module.name for module in self._cells[kind][None]] if None in uncovered else []
+        candidates = [
+            _format_ranges({layer for layer in some if layer is not None}, places)
+            for some in (uncovered, full)
+        ]
+        shortest = min(candidates, key=len)
+        return [f"{shortest}.{kind}", *patterns] if shortest and uncovered != {None} else patterns
 
 
-def _runs(layers: Iterable[int], places: Sequence[int]) -> str:
+def _format_ranges(layers: Iterable[int], places: Sequence[int]) -> str:
     """``0-3,7``. ``places`` are the layers there are: a run may pass over what does not exist."""
-    wanted = set(layers)
-    runs: list[list[int]] = []
+    included = set(layers)
+    ranges: list[list[int]] = []
     joined = False
     for place in places:
-        if place in wanted and joined:
-            runs[-1][1] = place
-        elif place in wanted:
-            runs.append([place, place])
-        joined = place in wanted
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+        if place in included and joined:
+            ranges[-1][1] = place
+        elif place in included:
+            ranges.append([place, place])
+        joined = place in included
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 @lru_cache(maxsize=4096)
 def _parse(pattern: str) -> _Pattern:
     match = _PATTERN.fullmatch(pattern)
     if not match:
-        raise _Unparsable(f'"{pattern}" is not a target pattern', _SYNTAX)
+        raise _PatternError(f'"{pattern}" is not a target pattern', _SYNTAX)
     if match["name"]:
         return _Pattern(name=match["name"])
     if match["kind"]:
         return _Pattern(kind=match["kind"])
-    return _Pattern(kind=match["in_layers"], layers=tuple(map(_run, match["layers"].split(","))))
+    return _Pattern(kind=match["in_layers"], layers=tuple(map(_parse_range, match["layers"].split(","))))
 
 
-def _run(text: str) -> tuple[int, int]:
+def _parse_range(text: str) -> tuple[int, int]:
     first, _, last = text.partition("-")
     run = (int(first), int(last or first))
     if run[0] > run[1]:
-        raise _Unparsable(f'layers "{text}" run backwards', f"write {last}-{first}")
+        raise _PatternError(f'layers "{text}" run backwards', f"write {last}-{first}")
     return run
 
 
-def _touches_nothing(text: str, pattern: _Pattern, modules: Sequence[Module], setting: str) -> Problem:
+def _no_match_error(text: str, pattern: _Pattern, modules: Sequence[Module], setting: str) -> Problem:
     title = "Unknown target module"
     if pattern.name:
         names = [module.name for module in modules]
@@ -278,7 +281,7 @@ def _touches_nothing(text: str, pattern: _Pattern, modules: Sequence[Module], se
     layers = sorted(
         {m.layer for m in language if m.layer is not None and pattern.kind in (ALL_LINEAR, m.kind)}
     )
-    has = f"{pattern.kind} is in layers {_runs(layers, layers)}."
+    has = f"{pattern.kind} is in layers {_format_ranges(layers, layers)}."
     what = f'{setting} has "{text}", and the model has no such layers.'
     return _problem(title, what, _SYNTAX, why=has)
 

@@ -1,7 +1,7 @@
 """Recipes as TOML: a file or text to a layer, a layer to a recipe, a recipe to text.
 
 A layer is a partial recipe as nested dicts, the way ``tomllib`` gives it. ``load`` checks what it reads;
-layers are laid over each other in :mod:`.overlay`.
+layers are laid over each other in :mod:`.layering`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import msgspec
 import tomli_w
 
 from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.recipe.fields import Field, fields, value_of
-from qlora_tui.recipe.lines import key_lines
-from qlora_tui.recipe.mistakes import InvalidRecipe
-from qlora_tui.recipe.near import closest
+from qlora_tui.recipe.errors import InvalidRecipeError
+from qlora_tui.recipe.fields import Field, fields, get_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.validation import mistakes_in
+from qlora_tui.recipe.suggestions import closest
+from qlora_tui.recipe.toml_lines import key_lines
+from qlora_tui.recipe.validation import find_issues
 
-_LARGEST_BYTES = 1_000_000
+_MAX_BYTES = 1_000_000
 """A recipe is a few kilobytes; more is a model or a data file given by mistake."""
 
 _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
@@ -32,8 +32,8 @@ _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 def load(path: Path) -> dict[str, Any]:
     """The layer in a file, checked.
 
-    Raises Problem, exit code 2, where the file cannot be read or is not TOML, and InvalidRecipe with every
-    mistake and its line.
+    Raises Problem, exit code 2, where the file cannot be read or is not TOML, and InvalidRecipeError with
+    every mistake and its line.
     """
     text = read_text(path)
     layer = parse(text, str(path))
@@ -45,21 +45,21 @@ def read_text(path: Path) -> str:
     """A small UTF-8 file. Raises Problem, exit code 2: missing, a directory, too large, not UTF-8."""
     try:
         with path.open("rb") as file:
-            content = file.read(_LARGEST_BYTES + 1)
+            content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
-        raise _unreadable(path, "there is no such file", _neighbour(path)) from None
+        raise _read_error(path, "there is no such file", _suggest_path(path)) from None
     except IsADirectoryError:
-        raise _unreadable(path, "it is a directory", "Name the TOML file in it.") from None
+        raise _read_error(path, "it is a directory", "Name the TOML file in it.") from None
     except (OSError, ValueError) as error:
-        raise _unreadable(path, getattr(error, "strerror", None) or str(error), "") from None
-    if len(content) > _LARGEST_BYTES:
-        raise _unreadable(path, "it is over 1 MB, and a recipe is a small text", "Name a recipe.")
+        raise _read_error(path, getattr(error, "strerror", None) or str(error), "") from None
+    if len(content) > _MAX_BYTES:
+        raise _read_error(path, "it is over 1 MB, and a recipe is a small text", "Name a recipe.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         fix = "Save it as UTF-8 in your editor."
-        raise _unreadable(path, f"line {line} is not UTF-8 text", fix) from None
+        raise _read_error(path, f"line {line} is not UTF-8 text", fix) from None
 
 
 def parse(text: str, origin: str) -> dict[str, Any]:
@@ -67,33 +67,33 @@ def parse(text: str, origin: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except RecursionError:
-        says, line = "it is nested too deeply", 0
+        message, line = "it is nested too deeply", 0
     except ValueError as error:
-        says = str(error)
-        place = _PLACE.search(says)
+        message = str(error)
+        place = _PLACE.search(message)
         line = int(place[1] or text.rstrip().count("\n") + 1) if place else 0
-        says = _PLACE.sub("", says)
-    found = f" It reads: {_line(text, line)}" if line and _line(text, line) else ""
+        message = _PLACE.sub("", message)
+    excerpt = f" It reads: {_line(text, line)}" if line and _line(text, line) else ""
     raise Problem(
         "Not TOML",
-        what=f"{origin}{f', line {line}' if line else ''}: {says}.{found}",
+        what=f"{origin}{f', line {line}' if line else ''}: {message}.{excerpt}",
         fix="Write key = value under a [section]; texts in quotes, true and false in small letters.",
         exit_code=WRONG_CALL,
     )
 
 
 def validate(layer: Mapping[str, Any], origin: str, text: str | None = None) -> None:
-    """Raise InvalidRecipe with every mistake in the layer.
+    """Raise InvalidRecipeError with every mistake in the layer.
 
     ``origin`` is the file or argument to name; with the ``text`` that was parsed, lines are named too.
     """
-    mistakes = mistakes_in(layer, origin)
-    if mistakes:
-        raise InvalidRecipe(mistakes_in(layer, origin, key_lines(text)) if text is not None else mistakes)
+    issues = find_issues(layer, origin)
+    if issues:
+        raise InvalidRecipeError(find_issues(layer, origin, key_lines(text)) if text is not None else issues)
 
 
 def to_recipe(layer: Mapping[str, Any], origin: str = "recipe") -> Recipe:
-    """The recipe a layer makes over the defaults. Raises InvalidRecipe."""
+    """The recipe a layer makes over the defaults. Raises InvalidRecipeError."""
     validate(layer, origin)
     return msgspec.convert(layer, Recipe, strict=True)
 
@@ -110,12 +110,12 @@ def dump(recipe: Recipe, comments: bool = False) -> str:
     return _commented(text) if comments else text
 
 
-def difference_layer(recipe: Recipe, base: Recipe) -> dict[str, Any]:
+def override_layer(recipe: Recipe, base: Recipe) -> dict[str, Any]:
     """The settings in which ``recipe`` is not ``base``, as a layer."""
     full = to_layer(recipe)
     layer: dict[str, Any] = {}
     for field in fields().values():
-        if value_of(recipe, field.path) == value_of(base, field.path):
+        if get_setting(recipe, field.path) == get_setting(base, field.path):
             continue
         if field.section:
             layer.setdefault(field.section, {})[field.key] = full[field.section][field.key]
@@ -124,9 +124,9 @@ def difference_layer(recipe: Recipe, base: Recipe) -> dict[str, Any]:
     return layer
 
 
-def dump_difference(recipe: Recipe, base: Recipe) -> str:
+def dump_overrides(recipe: Recipe, base: Recipe) -> str:
     """Only the settings in which ``recipe`` is not ``base``, as TOML. Empty where they are equal."""
-    return tomli_w.dumps(difference_layer(recipe, base))
+    return tomli_w.dumps(override_layer(recipe, base))
 
 
 def _commented(text: str) -> str:
@@ -158,11 +158,11 @@ def _line(text: str, number: int) -> str:
     return line if len(line) <= 60 else line[:59] + "…"
 
 
-def _unreadable(path: Path, why: str, fix: str) -> Problem:
+def _read_error(path: Path, why: str, fix: str) -> Problem:
     return Problem("Cannot read recipe", what=f"{path}: {why}.", fix=fix, exit_code=WRONG_CALL)
 
 
-def _neighbour(path: Path) -> str:
+def _suggest_path(path: Path) -> str:
     try:
         match = closest(path.name, sorted(p.name for p in path.parent.glob("*.toml")))
     except OSError:

@@ -9,115 +9,127 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.recipe import near, targets
-from qlora_tui.recipe.fields import Field, fields, number, sections, source_fields
-from qlora_tui.recipe.lines import Key, line_of
-from qlora_tui.recipe.mistakes import Mistake
+from qlora_tui.recipe import suggestions, targets
+from qlora_tui.recipe.errors import RecipeIssue
+from qlora_tui.recipe.fields import Field, fields, format_exact, sections, source_fields
+from qlora_tui.recipe.toml_lines import Key, line_of
 
-_LONGEST_SHOWN = 40
+_MAX_SHOWN_CHARS = 40
 _PATHS = frozenset(("id", "path", "validation_path"))
 """Last parts of the settings that may name a file."""
-_LONGEST_PATH_BYTES = 4000
-_LONGEST_NAME_BYTES = 255
+_MAX_PATH_BYTES = 4000
+_MAX_NAME_BYTES = 255
 """No Linux file system takes more; looking for such a file is an error of its own."""
 
 
-def mistakes_in(
+def find_issues(
     layer: Mapping[str, Any], origin: str, lines: Mapping[Key, int] | None = None
-) -> list[Mistake]:
+) -> list[RecipeIssue]:
     """All of them, in the order of the file; with ``lines`` of ``key_lines``, each with its line."""
-    found = []
-    for key, path, says, hint in _in_layer(layer):
-        found.append(Mistake(origin=origin, path=path, says=says, hint=hint, line=line_of(lines or {}, key)))
-    return sorted(found, key=lambda mistake: mistake.line or 0)
+    issues = []
+    for key, path, message, hint in _check_layer(layer):
+        issues.append(
+            RecipeIssue(origin=origin, path=path, message=message, hint=hint, line=line_of(lines or {}, key))
+        )
+    return sorted(issues, key=lambda mistake: mistake.line or 0)
 
 
-_Finding = tuple[Key, str, str, str]
+_RawIssue = tuple[Key, str, str, str]
 """Where in the layer, the setting's path, what is wrong, what to do."""
 
 
-def _in_layer(layer: Mapping[str, Any]) -> Iterator[_Finding]:
+def _check_layer(layer: Mapping[str, Any]) -> Iterator[_RawIssue]:
     for name, value in layer.items():
         if name in sections():
             if isinstance(value, Mapping):
-                yield from _in_section(name, value)
+                yield from _check_section(name, value)
             else:
-                yield (name,), name, f"{name} must be a section, not {shown(value)}", f"write [{name}]"
+                yield (
+                    (name,),
+                    name,
+                    f"{name} must be a section, not {describe_value(value)}",
+                    f"write [{name}]",
+                )
         elif name in fields():
-            yield from _in_value((name,), name, fields()[name], value)
+            yield from _check_value((name,), name, fields()[name], value)
         elif isinstance(value, Mapping):
-            hint = near.did_you_mean(name, sections(), "[{}]") or near.hint_for_key("", name)
+            hint = suggestions.did_you_mean(name, sections(), "[{}]") or suggestions.hint_for_key("", name)
             yield (name,), name, f"[{name}] is not a section", hint
         else:
-            yield (name,), name, f"{name} is not a setting", near.hint_for_key("", name)
+            yield (name,), name, f"{name} is not a setting", suggestions.hint_for_key("", name)
 
 
-def _in_section(section: str, table: Mapping[str, Any]) -> Iterator[_Finding]:
+def _check_section(section: str, table: Mapping[str, Any]) -> Iterator[_RawIssue]:
     for key, value in table.items():
         path = f"{section}.{key}"
         if path in fields():
-            yield from _in_value((section, key), path, fields()[path], value)
+            yield from _check_value((section, key), path, fields()[path], value)
         else:
-            yield (section, key), path, f"{path} is not a setting", near.hint_for_key(section, key)
+            yield (section, key), path, f"{path} is not a setting", suggestions.hint_for_key(section, key)
 
 
-def _in_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_Finding]:
+def _check_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_RawIssue]:
     if field.kind == "tables" and isinstance(value, list | tuple):
-        yield from _in_sources(key, path, value)
+        yield from _check_sources(key, path, value)
         return
     try:
         msgspec.convert(value, field.type, strict=True)
     except msgspec.ValidationError:
-        yield key, path, f"{path} must be {field.expected}, not {shown(value)}", _hint_for_value(field, value)
+        yield (
+            key,
+            path,
+            f"{path} must be {field.expected}, not {describe_value(value)}",
+            _hint_for_value(field, value),
+        )
         return
     if path.rpartition(".")[2] in _PATHS and _is_too_long(value):
-        yield key, path, f"{path} is too long for a path: {shown(value)}", ""
+        yield key, path, f"{path} is too long for a path: {describe_value(value)}", ""
     if path in targets.SETTINGS:
         for pattern in value:
-            trouble = targets.syntax_error(pattern)
-            if trouble:
-                yield key, path, f"{path}: {trouble[0]}", trouble[1]
+            error_and_hint = targets.syntax_error(pattern)
+            if error_and_hint:
+                yield key, path, f"{path}: {error_and_hint[0]}", error_and_hint[1]
 
 
 def _is_too_long(path: str) -> bool:
     content = path.encode(errors="surrogateescape")
-    return len(content) > _LONGEST_PATH_BYTES or max(map(len, content.split(b"/"))) > _LONGEST_NAME_BYTES
+    return len(content) > _MAX_PATH_BYTES or max(map(len, content.split(b"/"))) > _MAX_NAME_BYTES
 
 
-def _in_sources(key: Key, path: str, tables: list[Any] | tuple[Any, ...]) -> Iterator[_Finding]:
-    known = source_fields()
+def _check_sources(key: Key, path: str, tables: list[Any] | tuple[Any, ...]) -> Iterator[_RawIssue]:
+    allowed = source_fields()
     for index, table in enumerate(tables):
-        here, name = (*key, index), f"{path}[{index + 1}]"
+        table_key, name = (*key, index), f"{path}[{index + 1}]"
         if not isinstance(table, Mapping):
-            hint = f"write {{ path = {shown(table)} }}" if isinstance(table, str) else ""
-            yield here, name, f"{name} must be a table, not {shown(table)}", hint
+            hint = f"write {{ path = {describe_value(table)} }}" if isinstance(table, str) else ""
+            yield table_key, name, f"{name} must be a table, not {describe_value(table)}", hint
             continue
         for inner, value in table.items():
-            if inner in known:
-                yield from _in_value((*here, inner), f"{name}.{inner}", known[inner], value)
+            if inner in allowed:
+                yield from _check_value((*table_key, inner), f"{name}.{inner}", allowed[inner], value)
             else:
-                hint = near.did_you_mean(inner, known) or "a source takes " + ", ".join(known)
-                yield (*here, inner), f"{name}.{inner}", f"{name}.{inner} is not a setting", hint
-        for inner, field in known.items():
+                hint = suggestions.did_you_mean(inner, allowed) or "a source takes " + ", ".join(allowed)
+                yield (*table_key, inner), f"{name}.{inner}", f"{name}.{inner} is not a setting", hint
+        for inner, field in allowed.items():
             if field.required and inner not in table:
-                yield here, name, f"{name} has no {inner}", f"add {inner} = …, {field.expected}"
+                yield table_key, name, f"{name} has no {inner}", f"add {inner} = …, {field.expected}"
 
 
 def _hint_for_value(field: Field, value: Any) -> str:
     if field.kind == "choice" and isinstance(value, str):
-        return near.did_you_mean(value, field.choices, '"{}"')
+        return suggestions.did_you_mean(value, field.choices, '"{}"')
     if field.kind == "texts" and isinstance(value, str):
-        return f"write [{shown(value)}]"
+        return f"write [{describe_value(value)}]"
     if field.kind == "tables" and isinstance(value, str):
-        return f"write [{{ path = {shown(value)} }}]"
+        return f"write [{{ path = {describe_value(value)} }}]"
     if field.kind == "int" and isinstance(value, float) and value.is_integer() and _fits(field, int(value)):
         return f"write {int(value)}"
-    if field.kind in ("int", "float", "bool") and isinstance(value, str) and _fits(field, _bare(value)):
+    if field.kind in ("int", "float", "bool") and isinstance(value, str) and _fits(field, _unquoted(value)):
         return f"write {value.lower()}" + ("" if field.kind == "bool" else ", without quotes")
     return ""
 
 
-def _bare(text: str) -> Any:
+def _unquoted(text: str) -> Any:
     """What ``text`` would be without its quotes; None where it would be nothing."""
     try:
         table = tomllib.loads(f"value = {text.lower()}")
@@ -134,7 +146,7 @@ def _fits(field: Field, value: Any) -> bool:
     return True
 
 
-def shown(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """What was found, as the file has it, and short."""
     match value:
         case bool():
@@ -142,9 +154,9 @@ def shown(value: Any) -> str:
         case int():
             return f"{value:,}" if abs(value) < 10**18 else "a number beyond all bounds"
         case float():
-            return number(value) if value == value else "nan"
+            return format_exact(value) if value == value else "nan"
         case str():
-            text = value if len(value) <= _LONGEST_SHOWN else value[: _LONGEST_SHOWN - 1] + "…"
+            text = value if len(value) <= _MAX_SHOWN_CHARS else value[: _MAX_SHOWN_CHARS - 1] + "…"
             return msgspec.json.encode(text.encode("utf-8", "replace").decode()).decode()
         case []:
             return "an empty list"

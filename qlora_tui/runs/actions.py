@@ -6,7 +6,7 @@ import shutil
 
 from qlora_tui.errors import WRONG_CALL, Problem, disk_problems
 from qlora_tui.files import atomic_write
-from qlora_tui.recipe.locations import with_absolute_paths
+from qlora_tui.recipe.absolute_paths import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control, queue
 from qlora_tui.runs.detached import ensure_runner

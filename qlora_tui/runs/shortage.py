@@ -10,7 +10,7 @@ from qlora_tui.errors import Problem
 from qlora_tui.format import size
 from qlora_tui.memory import cheapest_changes, estimate
 from qlora_tui.memory.budget import local_budget
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 
 _CGROUPS = Path("/proc/self/cgroup")
@@ -31,7 +31,7 @@ def what_would_fit(recipe: Recipe) -> str:
         available = min(room.bytes, round(whole * (1 - _LEAST_SAVING)))
         changes = cheapest_changes(recipe, architecture, available, device=room.device)
         if not changes:
-            lean = with_value(recipe, "training.gradient_checkpointing", True)
+            lean = replace_setting(recipe, "training.gradient_checkpointing", True)
             return _at_most(whole - estimate(lean, architecture, device=room.device).process_bytes)
     except Problem:
         return ""

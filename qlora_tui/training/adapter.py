@@ -12,7 +12,7 @@ from torch import nn
 from qlora_tui.catalog.facts import Architecture, LinearModule
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Lora
-from qlora_tui.recipe.targets import alpha_of, rank_of, targets_of
+from qlora_tui.recipe.targets import alpha_of, rank_of, resolve_targets
 from qlora_tui.training.lean import use_lean
 from qlora_tui.training.token_rows import begin_rows, token_indices, use_lean_rows
 
@@ -81,7 +81,7 @@ def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture
     there = dict(model.named_modules())
     by_tail = {_tail(name): name for name in there}
     found = {}
-    for module in targets_of(settings, architecture.modules):
+    for module in resolve_targets(settings, architecture.modules):
         # A text model taken out of a multimodal one lacks the outer part of the name.
         name = module.name if module.name in there else by_tail.get(_tail(module.name))
         if name is None:

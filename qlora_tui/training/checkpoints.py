@@ -23,7 +23,7 @@ from qlora_tui.checksums import write_checksums
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write, private_dir, publish
-from qlora_tui.recipe.difference import difference
+from qlora_tui.recipe.diff import diff_recipes
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, to_recipe
 from qlora_tui.runs.damage import MARKER, checkpoint_damage
@@ -161,7 +161,7 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
 def check_same(state: State, recipe: Recipe, data_hash: str) -> None:
     """Raise Problem, with the difference, where going on would not be the run that was begun."""
     before = to_recipe(parse(state.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
-    changes = [c for c in difference(before, recipe) if c.path not in _FREE]
+    changes = [c for c in diff_recipes(before, recipe) if c.path not in _FREE]
     if before.effective_batch == recipe.effective_batch:
         changes = [c for c in changes if c.path not in _SPLIT]
     if changes:

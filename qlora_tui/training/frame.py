@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 from qlora_tui.errors import FAILED, WRONG_CALL, Problem
 from qlora_tui.memory import Estimate
-from qlora_tui.recipe.conflicts import ready_to_run
+from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import leftovers
 from qlora_tui.runs.detached import ensure_runner
@@ -86,7 +86,7 @@ def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests, am
             raise
         _tell_started(reporter, recipe, checkpoint, number)
         _tell_damage(reporter, damage)
-        ready_to_run(recipe)
+        require_runnable(recipe)
         reporter.phase("loading", "libraries")
         from qlora_tui.training.run import Attempt
 

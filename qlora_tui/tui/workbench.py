@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.fields import value_of, with_value
-from qlora_tui.recipe.overlay import build
+from qlora_tui.recipe.fields import get_setting, replace_setting
+from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import to_layer, to_recipe
 
@@ -39,7 +39,7 @@ class Workbench:
 
     def __init__(self, recipe: Recipe | None = None, preset: str = FIRST_PRESET) -> None:
         """Raises Problem where there is no such preset, or it is damaged."""
-        base = build(preset=preset) if preset else Recipe()
+        base = build_recipe(preset=preset) if preset else Recipe()
         self._now = _Snapshot(recipe or base, preset, base)
         self.lost_preset: Problem | None = None
         """Why it could not go on as the preset it began as."""
@@ -71,7 +71,7 @@ class Workbench:
 
     def set(self, path: str, value: Any) -> bool:
         """Change one setting, checked; False when it had that value already. Raises Problem."""
-        changed = with_value(self.recipe, path, value)
+        changed = replace_setting(self.recipe, path, value)
         to_recipe(to_layer(changed), origin="this recipe")
         return self.replace(changed)
 
@@ -88,7 +88,7 @@ class Workbench:
 
     def open_preset(self, name: str) -> None:
         """Take a preset's settings, keeping model and data. Raises Problem."""
-        base = build(preset=name)
+        base = build_recipe(preset=name)
         self._remember(_Snapshot(_with_model_and_data(base, self.recipe), name, base))
 
     def saved_as(self, name: str) -> tuple[str, Recipe]:
@@ -182,5 +182,5 @@ def _read(model: str) -> Architecture | Problem:
 
 def _with_model_and_data(recipe: Recipe, source: Recipe) -> Recipe:
     for path in ("model.id", "model.revision", "data.sources", "data.validation_path"):
-        recipe = with_value(recipe, path, value_of(source, path))
+        recipe = replace_setting(recipe, path, get_setting(source, path))
     return recipe

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from qlora_tui import paths
 from qlora_tui.cli import main
-from qlora_tui.recipe.fields import fields, value_of
+from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import load, to_recipe
 from qlora_tui.runs.directory import RunDir
@@ -81,7 +81,7 @@ def test_a_preset_keeps_every_setting() -> None:
         today = getattr(recipe, section)
         assert settings == today or _sorted(settings.values()) == _values(today)
     default = Recipe()
-    same = [path for path in fields() if value_of(recipe, path) == value_of(default, path)]
+    same = [path for path in fields() if get_setting(recipe, path) == get_setting(default, path)]
     assert same == []
 
 

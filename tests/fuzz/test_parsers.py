@@ -22,7 +22,7 @@ from qlora_tui.data.template import ChatTemplate, TemplateBroken
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
 from qlora_tui.recipe import presets, toml
-from qlora_tui.recipe.overlay import parse_set
+from qlora_tui.recipe.layering import parse_override
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs import control, events
 from qlora_tui.runs.directory import RunDir
@@ -59,7 +59,7 @@ def _preset(path: Path) -> object:
     folder = paths.user_presets_dir()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mine.toml").write_bytes(path.read_bytes())
-    return [preset.problem for preset in presets.presets()]
+    return [preset.problem for preset in presets.list_presets()]
 
 
 def _settings(path: Path) -> object:
@@ -76,7 +76,7 @@ def _theme(path: Path) -> object:
 
 
 def _set(path: Path) -> object:
-    return parse_set(path.read_bytes().decode("utf-8", "surrogateescape"))
+    return parse_override(path.read_bytes().decode("utf-8", "surrogateescape"))
 
 
 def _config(path: Path) -> object:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.recipe.overlay import build
+from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from tests.training.tiny import make_tiny_model
 
@@ -36,7 +36,7 @@ def conversations(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny_recipe(tiny_model: Path, conversations: Path) -> Recipe:
     """Trains in milliseconds a step."""
-    return build(
+    return build_recipe(
         preset="cpu-demo",
         model=str(tiny_model),
         data=[str(conversations)],

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
@@ -71,7 +71,9 @@ def only_run() -> RunDir | None:
 
 @pytest.mark.slow
 def test_a_run_goes_on_without_its_terminal_and_every_step_is_told(tiny_recipe: Recipe) -> None:
-    recipe = with_value(with_value(tiny_recipe, "training.max_steps", STEPS), "training.epochs", 1000.0)
+    recipe = replace_setting(
+        replace_setting(tiny_recipe, "training.max_steps", STEPS), "training.epochs", 1000.0
+    )
     Draft().save(Workbench(recipe, preset="cpu-demo"), replace=True)
     terminal = Terminal([sys.executable, "-m", "qlora_tui"])
     wait_for(lambda: terminal.shows("Train"), seconds=60, saying="the first frame")

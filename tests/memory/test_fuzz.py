@@ -14,7 +14,7 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory import Correction, Device, as_json, estimate
 from qlora_tui.memory.calibration import LEAST, MOST
-from qlora_tui.recipe.fields import fields, value_of, with_value
+from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config as config_of
 from tests.memory.models import tinyllama
@@ -96,10 +96,10 @@ def test_any_config_gives_an_estimate_or_a_problem(
 def test_any_recipe_on_a_real_model_adds_up(
     name: str, recipe: Recipe, targets: tuple[str, ...], device: Device
 ) -> None:
-    recipe = with_value(recipe, "lora.target_modules", targets)
+    recipe = replace_setting(recipe, "lora.target_modules", targets)
     for key in ("rank_pattern", "alpha_pattern"):  # drawn for modules that this model need not have
-        pattern = value_of(recipe, f"lora.{key}")
-        recipe = with_value(
+        pattern = get_setting(recipe, f"lora.{key}")
+        recipe = replace_setting(
             recipe, f"lora.{key}", {targets[0]: next(iter(pattern.values()))} if pattern else {}
         )
     _adds_up(recipe, name, device)
@@ -113,7 +113,7 @@ def test_every_setting_at_its_bounds_adds_up(name: str, kind: Literal["cuda", "c
             if value is None or (isinstance(value, str) and field.kind != "choice"):
                 continue
             bound = int(value) if field.kind == "int" else value
-            _adds_up(with_value(Recipe(), path, bound), name, Device(kind=kind))
+            _adds_up(replace_setting(Recipe(), path, bound), name, Device(kind=kind))
 
 
 def test_the_largest_recipe_there_is_does_not_fit_and_no_change_is_negative() -> None:
@@ -132,7 +132,7 @@ def test_the_largest_recipe_there_is_does_not_fit_and_no_change_is_negative() ->
 
 def _adds_up(recipe: Recipe, name: str, device: Device) -> None:
     for method in ("nf4", "int8", "none"):
-        made = estimate(with_value(recipe, "quantization.method", method), _real(name), device=device)
+        made = estimate(replace_setting(recipe, "quantization.method", method), _real(name), device=device)
         assert sum(item.bytes for item in made.items) == made.process_bytes
         assert all(item.bytes > 0 for item in made.items)
         assert 0 < made.allocated_bytes <= made.reserved_bytes <= made.process_bytes

@@ -21,7 +21,7 @@ from qlora_tui.engine.tracing import Request, trace_step
 from qlora_tui.errors import Problem
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.step_trace import StepTrace, closed_form
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 
 WORST_SHOWN = 5
 
@@ -105,6 +105,6 @@ def test_a_model_that_cannot_be_built_is_a_failure_in_words(monkeypatch: pytest.
 
 @pytest.mark.parametrize("key, value", [("method", "int8"), ("compute_dtype", "float16")])
 async def test_what_cannot_be_traced_is_refused(key: str, value: str) -> None:
-    recipe = with_value(recipe_of(Case("GPT-2")), f"quantization.{key}", value)
+    recipe = replace_setting(recipe_of(Case("GPT-2")), f"quantization.{key}", value)
     with pytest.raises(Problem, match="cannot be traced"):
         await trace_step(cut_config("GPT-2"), recipe, Device())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.recipe.conflicts import check, conflicts, ready_to_run
+from qlora_tui.recipe.conflicts import check_conflicts, find_conflicts, require_runnable
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source, Training
 
@@ -13,7 +13,7 @@ READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="a"),)))
 
 
 def test_the_defaults_do_not_conflict() -> None:
-    assert conflicts(Recipe()) == []
+    assert find_conflicts(Recipe()) == []
 
 
 @pytest.mark.parametrize(
@@ -24,27 +24,27 @@ def test_the_defaults_do_not_conflict() -> None:
     ],
 )
 def test_a_conflict_names_its_settings(recipe: Recipe) -> None:
-    [conflict] = conflicts(recipe)
+    [conflict] = find_conflicts(recipe)
     assert set(conflict.paths) <= set(fields())
     with pytest.raises(Problem) as caught:
-        check(recipe)
+        check_conflicts(recipe)
     assert all(path in str(caught.value) for path in conflict.paths)
     assert caught.value.exit_code == WRONG_CALL
 
 
 def test_a_validation_file_is_enough_to_stop_early() -> None:
     data = Data(validation_fraction=0.0, validation_path="v.jsonl")
-    check(Recipe(training=Training(early_stopping=1), data=data))
+    check_conflicts(Recipe(training=Training(early_stopping=1), data=data))
 
 
 def test_a_run_needs_a_model_and_data() -> None:
-    ready_to_run(READY)
+    require_runnable(READY)
     with pytest.raises(Problem) as caught:
-        ready_to_run(Recipe())
+        require_runnable(Recipe())
     assert str(caught.value) == (
         "Not ready to run: The recipe has no model and no data: model.id and data.sources are empty.\n"
         "  Name a model: --model, or id under [model].\n"
         "  Name a data file: --data, or sources under [data]."
     )
     with pytest.raises(Problem, match=r"has no data: data\.sources is empty"):
-        ready_to_run(Recipe(model=Model(id="m")))
+        require_runnable(Recipe(model=Model(id="m")))

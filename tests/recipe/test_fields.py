@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.recipe.fields import fields, number, sections, source_fields, value_of, with_value
+from qlora_tui.recipe.fields import (
+    fields,
+    format_exact,
+    get_setting,
+    replace_setting,
+    sections,
+    source_fields,
+)
 from qlora_tui.recipe.schema import Recipe
 from tests.recipe.strategies import values
 
@@ -24,7 +31,7 @@ def test_settings_come_section_by_section() -> None:
 
 
 def test_defaults_are_those_of_the_recipe() -> None:
-    assert all(value_of(Recipe(), path) == field.default for path, field in fields().items())
+    assert all(get_setting(Recipe(), path) == field.default for path, field in fields().items())
     assert [key for key, field in source_fields().items() if field.required] == ["path"]
 
 
@@ -59,11 +66,11 @@ def test_what_is_expected_in_words(path: str, words: str) -> None:
 def test_a_setting_is_changed_and_read_back(data: st.DataObject) -> None:
     field = data.draw(st.sampled_from(list(fields().values())))
     value = data.draw(values(field))
-    changed = with_value(Recipe(), field.path, value)
-    assert value_of(changed, field.path) == value
+    changed = replace_setting(Recipe(), field.path, value)
+    assert get_setting(changed, field.path) == value
     assert msgspec.convert(msgspec.to_builtins(changed), Recipe) == changed
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_number_in_words_is_exact(value: float) -> None:
-    assert float(number(value).replace(",", "")) == value
+    assert float(format_exact(value).replace(",", "")) == value

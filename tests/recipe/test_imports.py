@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("overlay", ["platformdirs", "difflib", "tempfile", "hashlib", "torch", "textual"]),
+        ("layering", ["platformdirs", "difflib", "tempfile", "hashlib", "torch", "textual"]),
         ("presets", ["difflib", "torch", "textual", "psutil"]),
     ],
 )

@@ -22,30 +22,30 @@ def mine(name: str = "mine") -> Path:
 
 
 def test_the_shipped_presets_are_all_valid_and_say_what_they_are_for() -> None:
-    found = presets.presets()
+    found = presets.list_presets()
     assert [preset.name for preset in found] == SHIPPED
     assert all(preset.shipped and preset.note and not preset.problem for preset in found)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_preset_survives_the_round_trip(name: str) -> None:
-    recipe = presets.find(name).recipe()
+    recipe = presets.find_preset(name).recipe()
     assert toml.to_recipe(toml.parse(toml.dump(recipe), name)) == recipe
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_preset_explains_every_line(name: str) -> None:
-    lines = presets.find(name).path.read_text().splitlines()
+    lines = presets.find_preset(name).path.read_text().splitlines()
     settings = [line for line in lines if " = " in line and not line.startswith(("#", "note"))]
     assert settings and all(" # " in line for line in settings)
 
 
 def test_balanced_states_the_defaults() -> None:
-    assert presets.find("balanced").recipe() == Recipe()
+    assert presets.find_preset("balanced").recipe() == Recipe()
 
 
 def test_paper_is_the_papers() -> None:
-    recipe = presets.find("paper").recipe()
+    recipe = presets.find_preset("paper").recipe()
     assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (64, 16.0, 0.1)
     assert (recipe.training.schedule, recipe.training.max_grad_norm) == ("constant", 0.3)
     assert (recipe.training.optimizer, recipe.effective_batch) == ("paged_adamw_32bit", 16)
@@ -53,16 +53,16 @@ def test_paper_is_the_papers() -> None:
 
 def test_a_users_preset_hides_the_shipped_one() -> None:
     mine("paper").write_text("[lora]\nrank = 3\n")
-    paper = presets.find("paper")
+    paper = presets.find_preset("paper")
     assert not paper.shipped and paper.recipe().lora.rank == 3
-    assert [preset.name for preset in presets.presets()] == SHIPPED
+    assert [preset.name for preset in presets.list_presets()] == SHIPPED
 
 
 def test_a_broken_preset_is_listed_with_its_problem() -> None:
     mine("typo").write_text("[lora]\nrnak = 3\n")
     mine("latin").write_bytes(b"note = '\xe9'\n")
     mine("folder").mkdir()
-    broken = {preset.name: preset for preset in presets.presets() if preset.problem}
+    broken = {preset.name: preset for preset in presets.list_presets() if preset.problem}
     assert sorted(broken) == ["folder", "latin", "typo"]
     with pytest.raises(Problem, match=r"typo\.toml, line 2: lora\.rnak"):
         broken["typo"].recipe()
@@ -71,24 +71,24 @@ def test_a_broken_preset_is_listed_with_its_problem() -> None:
 def test_hidden_and_other_files_are_no_presets() -> None:
     (paths.user_presets_dir() / ".half.toml").touch()
     (paths.user_presets_dir() / "notes.txt").touch()
-    assert [preset.name for preset in presets.presets()] == SHIPPED
+    assert [preset.name for preset in presets.list_presets()] == SHIPPED
 
 
 def test_a_file_name_that_is_no_text_does_not_break_the_list() -> None:
     Path(os.fsdecode(bytes(paths.user_presets_dir()) + b"/\xff.toml")).touch()
-    assert [preset.name for preset in presets.presets() if not preset.shipped] == ["?"]
+    assert [preset.name for preset in presets.list_presets() if not preset.shipped] == ["?"]
 
 
 def test_without_a_home_the_shipped_presets_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", "/proc/none")
-    assert [preset.name for preset in presets.presets()] == SHIPPED
+    assert [preset.name for preset in presets.list_presets()] == SHIPPED
     with pytest.raises(Problem, match="No folder for presets"):
         presets.save("mine", Recipe())
 
 
 def test_an_unknown_preset_names_the_near_one() -> None:
     with pytest.raises(Problem) as caught:
-        presets.find("smal_card.toml")
+        presets.find_preset("smal_card.toml")
     assert str(caught.value) == (
         'Unknown preset: There is no preset "smal_card.toml".\n'
         "  The presets are balanced, cpu-demo, paper, quality, small-card, style.\n"
@@ -103,7 +103,7 @@ def test_opening_a_preset_keeps_model_and_data() -> None:
         data=Data(sources=(Source(path="a"),), validation_path="v", max_length=64),
         lora=Lora(rank=99),
     )
-    opened = presets.find("paper").recipe(current)
+    opened = presets.find_preset("paper").recipe(current)
     assert (opened.name, opened.model.id, opened.model.revision) == ("n", "m", "r")
     assert (opened.data.sources, opened.data.validation_path) == (current.data.sources, "v")
     assert (opened.model.attention, opened.data.max_length, opened.lora.rank) == ("auto", 512, 64)
@@ -123,26 +123,26 @@ def test_saving_keeps_the_settings_and_leaves_out_model_and_data() -> None:
     assert body == (
         'note = "why"\n\n[model]\nattention = "sdpa"\n\n[lora]\nrank = 3\n\n[data]\nmax_length = 64\n'
     )
-    assert presets.find("mine").note == "why"
+    assert presets.find_preset("mine").note == "why"
 
 
 @given(recipes())
 def test_a_saved_preset_opens_as_what_was_saved(recipe: Recipe) -> None:
     presets.save("mine", recipe)
-    assert presets.find("mine").recipe(recipe) == recipe
+    assert presets.find_preset("mine").recipe(recipe) == recipe
 
 
 def test_a_preset_may_leave_to_the_recipe_what_it_needs() -> None:
     """Early stopping without validation data conflicts in a recipe; in a preset the data is yet to come."""
     path = mine("early")
     path.write_text("[training]\nearly_stopping = 2\n[data]\nvalidation_fraction = 0\n")
-    assert presets.find("early").problem is None
+    assert presets.find_preset("early").problem is None
 
 
 def test_the_app_replaces_what_it_wrote() -> None:
     presets.save("mine", Recipe(lora=Lora(rank=3)))
     presets.save("mine", Recipe(lora=Lora(rank=4)))
-    assert presets.find("mine").recipe().lora.rank == 4
+    assert presets.find_preset("mine").recipe().lora.rank == 4
 
 
 def test_a_preset_that_is_a_link_is_written_where_it_leads(tmp_path: Path) -> None:
@@ -165,11 +165,11 @@ def test_what_a_person_wrote_or_edited_is_not_replaced_unasked(edit: str) -> Non
         "not text": b"\xff\xfe",
     }[edit]
     path.write_bytes(content)
-    with pytest.raises(presets.WouldOverwrite, match="edited by hand"):
+    with pytest.raises(presets.OverwriteError, match="edited by hand"):
         presets.save("mine", Recipe())
     assert path.read_bytes() == content
     presets.save("mine", Recipe(lora=Lora(rank=9)), overwrite=True)
-    assert presets.find("mine").recipe().lora.rank == 9
+    assert presets.find_preset("mine").recipe().lora.rank == 9
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_an_undo_does_not_lose_an_edit_made_since() -> None:
     presets.save("mine", Recipe())
     snapshot = presets.delete("mine")
     mine().write_text("[lora]\nrank = 5\n")
-    with pytest.raises(presets.WouldOverwrite):
+    with pytest.raises(presets.OverwriteError):
         presets.restore(snapshot)
     presets.restore(snapshot, overwrite=True)
     assert mine().read_bytes() == snapshot.content
@@ -233,7 +233,7 @@ def test_an_undo_does_not_lose_an_edit_made_since() -> None:
 def test_deleting_what_hides_a_shipped_preset_brings_it_back() -> None:
     presets.save("paper", Recipe(lora=Lora(rank=3)))
     presets.delete("paper")
-    assert presets.find("paper").shipped
+    assert presets.find_preset("paper").shipped
 
 
 def test_a_shipped_preset_cannot_be_deleted() -> None:

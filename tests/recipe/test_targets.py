@@ -13,7 +13,7 @@ from tests.recipe.strategies import SomeModule, llama, models, patterns
 
 
 def names(patterns: list[str], modules: list[SomeModule]) -> list[str]:
-    return [module.name for module in targets.select(patterns, modules)]
+    return [module.name for module in targets.match_modules(patterns, modules)]
 
 
 def chosen(*layers_and_kinds: tuple[int, str]) -> set[str]:
@@ -21,7 +21,7 @@ def chosen(*layers_and_kinds: tuple[int, str]) -> set[str]:
 
 
 def test_all_linear_touches_every_module() -> None:
-    assert targets.select(["all-linear"], llama(3)) == llama(3)
+    assert targets.match_modules(["all-linear"], llama(3)) == llama(3)
 
 
 def test_a_kind_is_touched_in_every_layer() -> None:
@@ -32,12 +32,14 @@ def test_a_kind_is_touched_in_every_layer() -> None:
 
 
 def test_layers_are_counted_from_zero_and_both_ends_count() -> None:
-    touched = targets.select(["1-2,4.q_proj"], llama(6))
+    touched = targets.match_modules(["1-2,4.q_proj"], llama(6))
     assert [module.layer for module in touched] == [1, 2, 4]
 
 
 def test_all_linear_in_some_layers() -> None:
-    assert targets.select(["1.all-linear"], llama(3)) == [module for module in llama(3) if module.layer == 1]
+    assert targets.match_modules(["1.all-linear"], llama(3)) == [
+        module for module in llama(3) if module.layer == 1
+    ]
 
 
 def test_a_full_name_touches_one_module() -> None:
@@ -45,32 +47,32 @@ def test_a_full_name_touches_one_module() -> None:
 
 
 def test_overlapping_patterns_touch_a_module_once() -> None:
-    assert targets.select(["q_proj", "0-1.q_proj", "q_proj"], llama(2)) == targets.select(
+    assert targets.match_modules(["q_proj", "0-1.q_proj", "q_proj"], llama(2)) == targets.match_modules(
         ["q_proj"], llama(2)
     )
 
 
 def test_layers_past_the_last_are_ignored_when_some_exist() -> None:
-    assert [module.layer for module in targets.select(["2-99.q_proj"], llama(4))] == [2, 3]
+    assert [module.layer for module in targets.match_modules(["2-99.q_proj"], llama(4))] == [2, 3]
 
 
 def test_a_vision_tower_is_touched_by_full_name_only() -> None:
     eye = SomeModule("vision.layers.0.q_proj", "q_proj", 0, "vision")
     model = [*llama(1), eye]
-    assert eye not in targets.select(["all-linear", "q_proj", "0.q_proj"], model)
-    assert targets.select([eye.name], model) == [eye]
+    assert eye not in targets.match_modules(["all-linear", "q_proj", "0.q_proj"], model)
+    assert targets.match_modules([eye.name], model) == [eye]
 
 
 def test_matches_agrees_with_select() -> None:
     model = llama(3)
-    assert [m for m in model if targets.matches(["1-2.q_proj", "k_proj"], m)] == targets.select(
+    assert [m for m in model if targets.matches(["1-2.q_proj", "k_proj"], m)] == targets.match_modules(
         ["1-2.q_proj", "k_proj"], model
     )
 
 
 def test_an_unknown_kind_names_the_kinds_there_are_and_the_near_one() -> None:
     with pytest.raises(Problem) as caught:
-        targets.select(["3-5.q_porj"], llama(8))
+        targets.match_modules(["3-5.q_porj"], llama(8))
     assert str(caught.value) == (
         'Unknown target module: lora.target_modules has "3-5.q_porj", and the model has no q_porj.\n'
         "  Its kinds are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.\n"
@@ -81,17 +83,17 @@ def test_an_unknown_kind_names_the_kinds_there_are_and_the_near_one() -> None:
 
 def test_all_linear_misspelt_is_recognised() -> None:
     with pytest.raises(Problem, match="Did you mean all-linear"):
-        targets.select(["all_linear"], llama(1))
+        targets.match_modules(["all_linear"], llama(1))
 
 
 def test_layers_the_model_has_not_are_an_error() -> None:
     with pytest.raises(Problem, match=r"no such layers.*\n  q_proj is in layers 0-7"):
-        targets.select(["30-31.q_proj"], llama(8))
+        targets.match_modules(["30-31.q_proj"], llama(8))
 
 
 def test_an_unknown_full_name_names_the_near_one() -> None:
     with pytest.raises(Problem, match=r"Did you mean model\.layers\.1\.mlp\.up_proj\?"):
-        targets.select(["model.layers.1.mlp.upproj"], llama(2))
+        targets.match_modules(["model.layers.1.mlp.upproj"], llama(2))
 
 
 @pytest.mark.parametrize(
@@ -113,16 +115,16 @@ def test_every_pattern_of_the_grammar_parses(pattern: str) -> None:
 
 @given(st.lists(patterns, min_size=1, max_size=5))
 def test_a_comma_list_splits_into_its_patterns(some: list[str]) -> None:
-    assert targets.split(", ".join(some)) == some
+    assert targets.split_patterns(", ".join(some)) == some
 
 
 @given(st.data())
 def test_compress_and_select_round_trip(data: st.DataObject) -> None:
     model = data.draw(models())
     selection = set(data.draw(st.lists(st.sampled_from(model), unique=True))) if model else set()
-    written = targets.compress([module.name for module in selection], model)
+    written = targets.to_patterns([module.name for module in selection], model)
     assert not any(targets.syntax_error(pattern) for pattern in written)
-    assert set(targets.select(written, model)) == selection
+    assert set(targets.match_modules(written, model)) == selection
 
 
 @given(st.data())
@@ -131,8 +133,8 @@ def test_whole_kinds_and_layers_round_trip(data: st.DataObject) -> None:
     layers = data.draw(st.sets(st.integers(0, 7)))
     kinds = data.draw(st.sets(st.sampled_from(["q_proj", "k_proj", "up_proj"])))
     selection = {m for m in model if m.part != "vision" and (m.layer in layers or m.kind in kinds)}
-    written = targets.compress([module.name for module in selection], model)
-    assert set(targets.select(written, model)) == selection
+    written = targets.to_patterns([module.name for module in selection], model)
+    assert set(targets.match_modules(written, model)) == selection
     assert len(written) <= len(selection)
 
 
@@ -153,21 +155,21 @@ def test_whole_kinds_and_layers_round_trip(data: st.DataObject) -> None:
 )
 def test_compress_writes_what_a_person_would(pattern: list[str], expected: tuple[str, ...]) -> None:
     model = llama(24)
-    assert targets.compress(names(pattern, model), model) == expected
+    assert targets.to_patterns(names(pattern, model), model) == expected
 
 
 def test_nothing_selected_is_no_pattern() -> None:
-    assert targets.compress([], llama(2)) == ()
+    assert targets.to_patterns([], llama(2)) == ()
 
 
 def test_a_run_passes_over_layers_that_lack_the_kind() -> None:
     hybrid = [SomeModule(f"model.layers.{layer}.mix.in_proj", "in_proj", layer) for layer in (0, 2, 4, 6)]
-    assert targets.compress([module.name for module in hybrid[:3]], hybrid) == ("0-4.in_proj",)
+    assert targets.to_patterns([module.name for module in hybrid[:3]], hybrid) == ("0-4.in_proj",)
 
 
 def test_one_of_two_that_share_kind_and_layer_is_named_in_full() -> None:
     gpt2 = [SomeModule(f"h.{n}.{block}.c_proj", "c_proj", n) for n in range(2) for block in ("attn", "mlp")]
-    assert targets.compress([module.name for module in gpt2[:3]], gpt2) == ("0.c_proj", "h.1.attn.c_proj")
+    assert targets.to_patterns([module.name for module in gpt2[:3]], gpt2) == ("0.c_proj", "h.1.attn.c_proj")
 
 
 @given(st.data())
@@ -176,7 +178,7 @@ def test_assigning_gives_the_named_modules_their_number_and_no_other(data: st.Da
     own = st.sampled_from(sorted(module.name for module in model))
     lora = Lora(rank_pattern=data.draw(st.dictionaries(own, st.sampled_from([4, 8, 16]), max_size=6)))
     marked = data.draw(st.sets(own))
-    table = targets.assigned(lora.rank_pattern, lora.rank, marked, 8, model)
+    table = targets.assign_pattern_values(lora.rank_pattern, lora.rank, marked, 8, model)
     for module in model:
         expected = 8 if module.name in marked else targets.rank_of(lora, module)
         assert targets.rank_of(Lora(rank_pattern=table), module) == expected
@@ -184,12 +186,12 @@ def test_assigning_gives_the_named_modules_their_number_and_no_other(data: st.Da
 
 def test_of_two_patterns_that_fit_the_later_holds() -> None:
     lora = Lora(rank_pattern={"q_proj": 8, "1.all-linear": 4})
-    first, second = targets.select(["q_proj"], llama(2))
+    first, second = targets.match_modules(["q_proj"], llama(2))
     assert (targets.rank_of(lora, first), targets.rank_of(lora, second)) == (8, 4)
 
 
 def test_a_rank_for_what_the_model_has_not_is_named_with_its_setting() -> None:
     with pytest.raises(Problem) as caught:
-        targets.targets_of(Lora(rank_pattern={"q_porj": 8}), llama(2))
+        targets.resolve_targets(Lora(rank_pattern={"q_porj": 8}), llama(2))
     assert 'lora.rank_pattern has "q_porj"' in caught.value.what
     assert "q_proj" in caught.value.fix

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.recipe import overlay, toml
+from qlora_tui.recipe import layering, toml
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Data, Lora, Recipe, Source
 from tests.recipe.strategies import recipes
@@ -36,16 +36,16 @@ def test_a_dumped_recipe_reads_back_equal(recipe: Recipe) -> None:
 
 @given(recipes(), recipes())
 def test_a_difference_over_its_base_is_the_recipe(recipe: Recipe, base: Recipe) -> None:
-    layer = toml.parse(toml.dump_difference(recipe, base), "it")
-    assert toml.to_recipe(overlay.merged(toml.to_layer(base), layer)) == recipe
+    layer = toml.parse(toml.dump_overrides(recipe, base), "it")
+    assert toml.to_recipe(layering.merge_layers(toml.to_layer(base), layer)) == recipe
 
 
 def test_equal_recipes_have_an_empty_difference() -> None:
-    assert toml.dump_difference(Recipe(), Recipe()) == ""
+    assert toml.dump_overrides(Recipe(), Recipe()) == ""
 
 
 def test_a_difference_holds_nothing_but_what_differs() -> None:
-    assert toml.dump_difference(Recipe(lora=Lora(rank=8)), Recipe()) == "[lora]\nrank = 8\n"
+    assert toml.dump_overrides(Recipe(lora=Lora(rank=8)), Recipe()) == "[lora]\nrank = 8\n"
 
 
 def test_comments_explain_every_setting() -> None:

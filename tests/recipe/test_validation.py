@@ -9,11 +9,11 @@ import pytest
 
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.recipe import toml
-from qlora_tui.recipe.mistakes import InvalidRecipe
+from qlora_tui.recipe.errors import InvalidRecipeError
 
 
-def refused(text: str) -> InvalidRecipe:
-    with pytest.raises(InvalidRecipe) as caught:
+def refused(text: str) -> InvalidRecipeError:
+    with pytest.raises(InvalidRecipeError) as caught:
         toml.validate(toml.parse(text, "r.toml"), "r.toml", text)
     assert caught.value.exit_code == WRONG_CALL
     return caught.value
@@ -161,8 +161,8 @@ def test_a_mistake_says_where_what_and_what_was_meant(text: str, message: str) -
 
 def test_all_mistakes_of_a_file_come_at_once_in_its_order() -> None:
     text = "zzz = 1\n[training]\nlr = 3\n[lora]\nrnak = 16\nrank = 'a'\n"
-    assert [mistake.line for mistake in refused(text).mistakes] == [1, 3, 5, 6]
-    assert [mistake.path for mistake in refused(text).mistakes] == [
+    assert [mistake.line for mistake in refused(text).issues] == [1, 3, 5, 6]
+    assert [mistake.path for mistake in refused(text).issues] == [
         "zzz",
         "training.lr",
         "lora.rnak",
@@ -172,24 +172,24 @@ def test_all_mistakes_of_a_file_come_at_once_in_its_order() -> None:
 
 def test_a_file_full_of_mistakes_is_not_printed_whole() -> None:
     problem = refused("\n".join(f"zzz{n} = 1" for n in range(500)))
-    assert len(problem.mistakes) == 500
+    assert len(problem.issues) == 500
     assert str(problem).endswith("\n  and 480 more")
 
 
 def test_without_a_text_no_line_is_named() -> None:
-    with pytest.raises(InvalidRecipe, match=r"^Invalid recipe: here: lora\.rank must"):
+    with pytest.raises(InvalidRecipeError, match=r"^Invalid recipe: here: lora\.rank must"):
         toml.validate({"lora": {"rank": 0}}, "here")
 
 
 def test_a_layer_that_was_not_validated_is_refused_too() -> None:
-    with pytest.raises(InvalidRecipe, match=r"recipe: lora\.rank must be"):
+    with pytest.raises(InvalidRecipeError, match=r"recipe: lora\.rank must be"):
         toml.to_recipe({"lora": {"rank": "x"}})
 
 
 def test_loading_a_file_names_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("[lora]\nrank = 0\n")
-    with pytest.raises(InvalidRecipe, match=r"mine\.toml, line 2: "):
+    with pytest.raises(InvalidRecipeError, match=r"mine\.toml, line 2: "):
         toml.load(path)
 
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, notify
 from qlora_tui.runs.directory import RunDir
@@ -87,7 +87,7 @@ def runners_log() -> str:
 def test_a_webhook_and_a_command_hear_of_a_finished_run(recipe: Recipe, tmp_path: Path) -> None:
     with listening() as hook:
         wish(f"webhook = '{hook.address}'\ncommand = '''echo \"$QLORA_TUI_TEXT\" > {tmp_path}/told'''")
-        run = actions.submit(with_value(recipe, "name", "plain"))
+        run = actions.submit(replace_setting(recipe, "name", "plain"))
         wait_for(lambda: hook.heard)
         body = hook.heard[0]
     assert (tmp_path / "told").read_text() == f"{run.id} is finished.\n"
@@ -103,7 +103,7 @@ def test_a_webhook_that_fails_is_named_in_the_log_without_its_secret_and_the_que
 ) -> None:
     with listening(answer=500) as hook:
         wish(f"webhook = '{hook.address}'\ncommand = 'exit 3'")
-        crashed = actions.submit(with_value(recipe, "name", "crashes"))
+        crashed = actions.submit(replace_setting(recipe, "name", "crashes"))
         wait_for(lambda: "answered 500" in runners_log())
     assert "notify.command exited with code 3" in runners_log()
     assert "secret-part" not in runners_log()
@@ -116,7 +116,7 @@ def test_a_webhook_that_fails_is_named_in_the_log_without_its_secret_and_the_que
 def test_a_webhook_that_never_answers_holds_up_no_run(recipe: Recipe) -> None:
     with listening(silent=True) as hook:
         wish(f"webhook = '{hook.address}'")
-        first, second = (actions.submit(with_value(recipe, "name", "plain")) for _ in range(2))
+        first, second = (actions.submit(replace_setting(recipe, "name", "plain")) for _ in range(2))
         wait_for(lambda: len(hook.heard) == 2)
         assert read_status(first).state == read_status(second).state == "finished"
 
@@ -125,7 +125,7 @@ def test_a_webhook_that_never_answers_holds_up_no_run(recipe: Recipe) -> None:
 def test_a_webhook_that_is_not_there_is_named_in_the_log(recipe: Recipe) -> None:
     with listening() as hook:
         wish(f"webhook = '{hook.address}'")
-    actions.submit(with_value(recipe, "name", "plain"))
+    actions.submit(replace_setting(recipe, "name", "plain"))
     wait_for(lambda: "the webhook at 127.0.0.1 could not be reached" in runners_log())
 
 
@@ -133,7 +133,7 @@ def test_a_webhook_that_is_not_there_is_named_in_the_log(recipe: Recipe) -> None
 def test_a_webhook_that_has_moved_is_named_and_not_followed_without_its_news(recipe: Recipe) -> None:
     with listening(answer=301) as hook:
         wish(f"webhook = '{hook.address}'")
-        actions.submit(with_value(recipe, "name", "plain"))
+        actions.submit(replace_setting(recipe, "name", "plain"))
         wait_for(lambda: "answered 301" in runners_log())
     assert len(hook.heard) == 1
 
@@ -160,13 +160,13 @@ def test_a_command_that_hangs_ends_with_all_it_started(
 def test_a_run_that_ended_while_no_runner_lived_is_told_once_by_the_next(recipe: Recipe) -> None:
     with listening() as hook:
         wish(f"webhook = '{hook.address}'")
-        run = actions.submit(with_value(recipe, "name", "waits"))
+        run = actions.submit(replace_setting(recipe, "name", "waits"))
         wait_for(lambda: read_status(run).state == "running")
         os.kill(int((paths.state_dir() / "runner.lock").read_text()), signal.SIGKILL)
         let_go(run)
         wait_for(lambda: read_status(run).state == "finished")
         assert hook.heard == []
-        later = actions.submit(with_value(recipe, "name", "plain"))
+        later = actions.submit(replace_setting(recipe, "name", "plain"))
         wait_for(lambda: len(hook.heard) >= 2)
     assert sorted(body["run"] for body in hook.heard) == sorted((run.id, later.id))
     assert not run.untold_path.exists() and not later.untold_path.exists()
@@ -176,8 +176,8 @@ def test_a_run_that_ended_while_no_runner_lived_is_told_once_by_the_next(recipe:
 def test_a_retry_is_no_news(recipe: Recipe) -> None:
     with listening() as hook:
         wish(f"webhook = '{hook.address}'")
-        wanting = with_value(recipe, "name", "needs memory")
-        actions.submit(with_value(wanting, "training.micro_batch", 2))
+        wanting = replace_setting(recipe, "name", "needs memory")
+        actions.submit(replace_setting(wanting, "training.micro_batch", 2))
         wait_for(lambda: hook.heard)
     assert [body["event"] for body in hook.heard] == ["finished"]
 

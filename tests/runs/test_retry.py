@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed, Finished, Health, Started
@@ -11,7 +11,7 @@ OUT_OF_MEMORY = Failed(at=1.0, title="Out of GPU memory", what="It asked for 2 G
 
 
 def test_the_micro_batch_is_halved_and_the_effective_batch_stays(recipe: Recipe) -> None:
-    recipe = with_value(recipe, "training.micro_batch", 6)
+    recipe = replace_setting(recipe, "training.micro_batch", 6)
     plan: Plan | None = Plan()
     products = []
     while plan is not None:
@@ -23,7 +23,7 @@ def test_the_micro_batch_is_halved_and_the_effective_batch_stays(recipe: Recipe)
 
 
 def test_checkpointing_comes_last_and_then_there_is_nothing(recipe: Recipe) -> None:
-    recipe = with_value(recipe, "training.gradient_checkpointing", False)
+    recipe = replace_setting(recipe, "training.gradient_checkpointing", False)
     plan = smaller(recipe, Plan())
     assert plan == Plan(micro_batch=1, gradient_accumulation=8, gradient_checkpointing=True)
     assert smaller(recipe, plan) is None

@@ -14,7 +14,7 @@ from msgspec import structs
 
 from qlora_tui import paths
 from qlora_tui.cli import main
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, queue, runner
 from qlora_tui.runs.detached import runner_lock_path
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("played_trainer")]
 
 
 def named(recipe: Recipe, name: str) -> Recipe:
-    return with_value(recipe, "name", name)
+    return replace_setting(recipe, "name", name)
 
 
 def is_(run: RunDir, state: str) -> bool:
@@ -88,7 +88,7 @@ def test_an_exit_without_error_is_not_called_a_bug(recipe: Recipe) -> None:
 
 
 def test_a_run_out_of_memory_is_tried_again_with_half_the_micro_batch(recipe: Recipe) -> None:
-    run = actions.submit(with_value(named(recipe, "needs memory"), "training.micro_batch", 4))
+    run = actions.submit(replace_setting(named(recipe, "needs memory"), "training.micro_batch", 4))
     wait_for(lambda: is_(run, "finished"))
     used = [e.micro_batch for e in EventTail(run.events_path).drain() if isinstance(e, Started)]
     assert used == [4, 2, 1]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs import shortage
 from qlora_tui.runs.directory import RunDir
@@ -96,7 +96,7 @@ def test_before_nothing_is_said_to_help_checkpointing_is_named(monkeypatch: pyte
     monkeypatch.setattr(shortage, "resolve", lambda id_: files)
     monkeypatch.setattr(shortage, "cheapest_changes", lambda *args, **kwargs: [])
     recipe = Recipe(model=Model(id="smollm2"))
-    held = with_value(recipe, "training.gradient_checkpointing", False)
+    held = replace_setting(recipe, "training.gradient_checkpointing", False)
     assert shortage.what_would_fit(held).startswith("Checkpointing activations saves ")
-    lean = with_value(recipe, "training.gradient_checkpointing", True)
+    lean = replace_setting(recipe, "training.gradient_checkpointing", True)
     assert shortage.what_would_fit(lean).startswith("No change of settings is known to be enough")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import Plan
@@ -135,7 +135,7 @@ def recipe(tiny_model: Path, tiny_data: Path) -> MakeRecipe:
             ),
         )
         for path, value in (settings or {}).items():
-            made = with_value(made, path, value)
+            made = replace_setting(made, path, value)
         return made
 
     return make

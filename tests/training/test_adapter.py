@@ -13,7 +13,7 @@ from qlora_tui.memory import trainer_execution
 from qlora_tui.memory.execution import Device
 from qlora_tui.memory.layout import build_layout
 from qlora_tui.recipe.schema import Lora, Recipe
-from qlora_tui.recipe.targets import select
+from qlora_tui.recipe.targets import match_modules
 from tests.catalog.configs import config as config_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -65,7 +65,7 @@ def test_shared_experts_are_adapted_and_routed_ones_are_not(targets: tuple[str, 
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    assert touched == {module.name for module in select(targets, architecture.modules)}
+    assert touched == {module.name for module in match_modules(targets, architecture.modules)}
     layout = build_layout(Recipe(lora=lora), architecture, trainer_execution(Recipe(), Device()))
     assert trained_parameters(model) == layout.adapter_parameters
 

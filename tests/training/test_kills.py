@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.endings import how_it_ended, settle
@@ -44,8 +44,8 @@ def test_twenty_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(
         assert trainer.wait() == -signal.SIGKILL
         _is_told_and_readable(run, round_)
     # How often it saves may be changed; the rest of the way is of no interest.
-    seldom = with_value(
-        with_value(run.recipe(), "training.checkpoint_every", 99), "training.evaluate_every", 99
+    seldom = replace_setting(
+        replace_setting(run.recipe(), "training.checkpoint_every", 99), "training.evaluate_every", 99
     )
     run.recipe_path.write_text(dump(seldom))
     assert trainers.run(run) == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from textual.pilot import Pilot
 
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Step
@@ -46,7 +46,7 @@ STATES: dict[str, tuple[Play, str]] = {
 
 
 def three_runs() -> None:
-    wide = with_value(with_value(TICKETS, "lora.rank", 64), "training.learning_rate", 1e-4)
+    wide = replace_setting(replace_setting(TICKETS, "lora.rank", 64), "training.learning_rate", 1e-4)
     play(Play(name="tickets-a", state="finished", steps=300, total=300, began=BEGAN - 1000))
     play(Play(name="tickets-b", state="failed", steps=120, total=300, began=BEGAN - 2000, recipe=wide))
     play(Play(name="poems-c", state="lost", steps=160, total=300, nan=range(90, 99), began=BEGAN - 90_000))

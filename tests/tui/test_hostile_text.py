@@ -11,7 +11,7 @@ from textual.color import Color
 
 from bench.terminal import Terminal
 from qlora_tui.chat.terms import BASE, Said
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.status import State
 from qlora_tui.tui.draft import Draft
@@ -73,8 +73,8 @@ def test_nothing_foreign_leaves_the_app_raw_on_any_screen(private_home: Path) ->
         + [poisoned(ticket(4))],
     )
     bench = Workbench()
-    bench.replace(with_value(bench.recipe, "model.id", str(hostile_model)))
-    bench.replace(with_value(bench.recipe, "data.sources", (Source(path=str(rows)),)))
+    bench.replace(replace_setting(bench.recipe, "model.id", str(hostile_model)))
+    bench.replace(replace_setting(bench.recipe, "data.sources", (Source(path=str(rows)),)))
     Draft().save(bench, replace=True)
     states: tuple[State, ...] = ("finished", "failed", "running")
     for state in states:

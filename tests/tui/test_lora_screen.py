@@ -11,9 +11,9 @@ from textual.widgets import Input
 from qlora_tui.catalog.architecture import read_architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory import Device, estimate
-from qlora_tui.recipe.fields import value_of
+from qlora_tui.recipe.fields import get_setting
 from qlora_tui.recipe.schema import Lora
-from qlora_tui.recipe.targets import select
+from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.widgets.lora_advice import KNOBS, advice, stepped
 from qlora_tui.tui.widgets.lora_totals import Prices, difference_text, totals_text
@@ -94,7 +94,7 @@ async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:
         assert targets(app) == ("all-linear",)
         await pilot.press("x", "h", "h", "x")
         table = ModuleTable(read_architecture(config_of(SMALL)))
-        left = {m.name for m in table.modules} - {m.name for m in select(targets(app), table.modules)}
+        left = {m.name for m in table.modules} - {m.name for m in match_modules(targets(app), table.modules)}
         assert left == {f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1, 2)}
 
 
@@ -295,7 +295,7 @@ def test_steps_stay_within_the_bounds() -> None:
 def value_of_default(path: str) -> float:
     from qlora_tui.recipe.schema import Recipe
 
-    value: float = value_of(Recipe(), path)
+    value: float = get_setting(Recipe(), path)
     return value
 
 

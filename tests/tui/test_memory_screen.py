@@ -9,7 +9,7 @@ import pytest
 from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui.memory import MeasuredRun, estimate, record_run
 from qlora_tui.memory.step_trace import StepTrace
-from qlora_tui.recipe.fields import value_of
+from qlora_tui.recipe.fields import get_setting
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import memory
 from qlora_tui.tui.screens.memory import MemoryScreen
@@ -83,7 +83,7 @@ async def test_a_key_changes_a_setting_and_the_bars(
         start = app.workbench.recipe
         for keys, path, value in KEYS:
             await pilot.press(*keys.split())
-            assert value_of(app.workbench.recipe, path) == value, keys
+            assert get_setting(app.workbench.recipe, path) == value, keys
             made = app.workbench.comparison(app.room.device)
             assert isinstance(made, dict)
             await shows(pilot, f"{made['nf4'].total_bytes / 2**30:.1f} GiB")

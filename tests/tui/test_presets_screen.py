@@ -11,7 +11,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui import paths
-from qlora_tui.recipe.presets import find, save
+from qlora_tui.recipe.presets import find_preset, save
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft
@@ -91,8 +91,8 @@ async def test_the_recipe_is_saved_under_a_name_and_the_save_is_taken_back() -> 
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("r", "p", "s", *"mine: for tests", "enter")
         await shows(pilot, "● mine  yours", "for tests", "The recipe is as this preset gives it.")
-        assert find("mine").note == "for tests"
-        assert find("mine").recipe().lora.rank == 32
+        assert find_preset("mine").note == "for tests"
+        assert find_preset("mine").recipe().lora.rank == 32
         assert not app.workbench.modified
         await pilot.press("u")
         await shows(pilot, "balanced")
@@ -188,7 +188,7 @@ async def test_presets_are_imported_with_their_comments_and_exported(tmp_path: P
         app.screen.query_one(Input).value = str(tmp_path)
         await pilot.press("enter")
         await pilot.pause()
-        assert (tmp_path / "paper.toml").read_bytes() == find("paper").path.read_bytes()
+        assert (tmp_path / "paper.toml").read_bytes() == find_preset("paper").path.read_bytes()
         await pilot.press("x")
         app.screen.query_one(Input).value = str(tmp_path)
         await pilot.press("enter")

@@ -12,8 +12,8 @@ from msgspec import structs
 from qlora_tui import paths
 from qlora_tui.cli import main
 from qlora_tui.format import figure
-from qlora_tui.recipe.fields import with_value
-from qlora_tui.recipe.presets import find
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.presets import find_preset
 from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.directory import find as find_run
@@ -34,7 +34,7 @@ MakeApp = Callable[[], QloraApp]
 
 @pytest.fixture
 def three_runs() -> list[RunDir]:
-    wide = with_value(with_value(TICKETS, "lora.rank", 64), "training.learning_rate", 1e-4)
+    wide = replace_setting(replace_setting(TICKETS, "lora.rank", 64), "training.learning_rate", 1e-4)
     return [
         play(Play(name="tickets-a", state="finished", steps=300, total=300, began=BEGAN - 1000)),
         play(Play(name="tickets-b", state="failed", steps=120, total=300, began=BEGAN - 2000, recipe=wide)),
@@ -354,12 +354,12 @@ async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_ru
         await shows(pilot, "tickets-a")
         await pilot.press("j", "S", *"wide", "enter")
         await pilot.pause()
-        assert find("wide").settings()["lora"]["rank"] == 64
+        assert find_preset("wide").settings()["lora"]["rank"] == 64
         assert (paths.user_presets_dir() / "wide.toml").exists()
         await pilot.press("j", "S", *"wide", "enter")
         await shows(pilot, "You have a preset wide already")
         await pilot.press("n")
-        assert find("wide").settings()["lora"]["rank"] == 64
+        assert find_preset("wide").settings()["lora"]["rank"] == 64
 
 
 async def test_a_damaged_run_is_listed_and_named_when_it_is_used(make_app: MakeApp) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from textual.pilot import Pilot
 from textual.worker import WorkerCancelled
 
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.settings import Settings
 from qlora_tui.tui import app as app_module
 from qlora_tui.tui.app import QloraApp
@@ -40,7 +40,7 @@ def open_on(mode: str, *, model: str = "", card_gib: float = 24.0, **settings: A
     """An app that shows ``mode`` first, its draft on this model."""
     bench = Workbench()
     if model:
-        bench.replace(with_value(bench.recipe, "model.id", model))
+        bench.replace(replace_setting(bench.recipe, "model.id", model))
     Draft().save(bench, replace=True)
     return _first_shown(mode)(Settings(card_gib=card_gib, **settings))
 

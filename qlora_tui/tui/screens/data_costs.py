@@ -13,7 +13,7 @@ from qlora_tui.data.statistics import Lengths
 from qlora_tui.errors import Problem
 from qlora_tui.format import duration, percent, size
 from qlora_tui.memory import Verdict, check_fit, estimate
-from qlora_tui.recipe.fields import fields, with_value
+from qlora_tui.recipe.fields import fields, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.runs.events import Finished
@@ -60,7 +60,7 @@ def reckon(
     lengths["now"] = recipe.data.max_length
     costs = []
     for name, length in sorted(lengths.items(), key=lambda item: (item[1], item[0] != "now")):
-        changed = with_value(recipe, "data.max_length", length)
+        changed = replace_setting(recipe, "data.max_length", length)
         verdict = None
         if isinstance(architecture, Architecture):
             try:

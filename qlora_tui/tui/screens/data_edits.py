@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from qlora_tui.data.sources import is_of_the_hub
-from qlora_tui.recipe.fields import fields, source_fields, value_of
+from qlora_tui.recipe.fields import fields, get_setting, source_fields
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
@@ -142,7 +142,7 @@ class DataEdits(WorkScreen):
     def action_next_choice(self, path: str) -> None:
         """The next of a setting's choices."""
         choices = fields()[path].choices
-        now = value_of(self.workstation.workbench.recipe, path)
+        now = get_setting(self.workstation.workbench.recipe, path)
         self.workstation.edit(path, choices[(choices.index(now) + 1) % len(choices)])
 
     def action_reasoning_in_loss(self) -> None:

@@ -10,7 +10,7 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from qlora_tui.recipe.difference import difference
+from qlora_tui.recipe.diff import diff_recipes
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.workbench import Workbench
 
@@ -60,7 +60,7 @@ def save_or_ask(app: QloraApp) -> None:
         elif choice == "theirs":
             _adopt(app, theirs, other)
 
-    changes = [str(change) for change in difference(app.workbench.recipe, other.recipe)]
+    changes = [str(change) for change in diff_recipes(app.workbench.recipe, other.recipe)]
     app.push_screen(DraftChangedScreen(changes), chosen)
 
 

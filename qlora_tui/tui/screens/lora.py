@@ -18,10 +18,10 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of
-from qlora_tui.recipe.difference import human
-from qlora_tui.recipe.fields import fields, value_of
+from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
-from qlora_tui.recipe.targets import assigned, compress, select, targets_of
+from qlora_tui.recipe.targets import assign_pattern_values, match_modules, resolve_targets, to_patterns
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
@@ -111,7 +111,7 @@ class LoraScreen(WorkScreen):
     def action_step(self, index: int, up: bool) -> None:
         """One step of a setting."""
         knob = KNOBS[index]
-        value = value_of(self.workstation.workbench.recipe, knob.path)
+        value = get_setting(self.workstation.workbench.recipe, knob.path)
         self.workstation.edit(knob.path, stepped(knob, value, up))
 
     def action_toggle_modules(self) -> None:
@@ -135,19 +135,21 @@ class LoraScreen(WorkScreen):
         if isinstance(architecture, Problem) or not modules:
             return
         names = {module.name for module in modules}
-        setting, usual = f"lora.{key}_pattern", value_of(recipe, f"lora.{key}")
+        setting, usual = f"lora.{key}_pattern", get_setting(recipe, f"lora.{key}")
 
         def take(text: str | None) -> None:
             if text is not None:
                 number = msgspec.convert(text.strip() or usual, fields()[f"lora.{key}"].type, strict=False)
-                own = value_of(recipe, setting)
-                self.workstation.edit(setting, assigned(own, usual, names, number, architecture.modules))
+                own = get_setting(recipe, setting)
+                self.workstation.edit(
+                    setting, assign_pattern_values(own, usual, names, number, architecture.modules)
+                )
                 self.query_one(ModuleGrid).action_forget_block()
 
         self.app.push_screen(
             AskScreen(
-                f"{key.title()} of {', '.join(compress(names, architecture.modules))}",
-                f"{len(names)} modules. Nothing: {human(usual)}, as all others.",
+                f"{key.title()} of {', '.join(to_patterns(names, architecture.modules))}",
+                f"{len(names)} modules. Nothing: {format_value(usual)}, as all others.",
                 "",
                 lambda text: wrong_number(f"lora.{key}", text),
             ),
@@ -172,7 +174,7 @@ class LoraScreen(WorkScreen):
         """Write the choice into the recipe, as short patterns."""
         if self._table is None:
             return
-        patterns = compress(message.names, self._table.modules)
+        patterns = to_patterns(message.names, self._table.modules)
         if not patterns:
             self.notify("LoRA needs at least one module.", severity="warning")
         else:
@@ -192,7 +194,7 @@ class LoraScreen(WorkScreen):
             self._say(problem)
             return
         self._show_chosen(patterns, self.workstation.workbench.recipe)
-        modules = select(patterns, self._table.modules)
+        modules = match_modules(patterns, self._table.modules)
         self.query_one("#under-cursor", Static).update(
             f"{len(modules)} modules: enter takes them, esc leaves."
         )
@@ -251,7 +253,7 @@ class LoraScreen(WorkScreen):
         if self._table is None:
             return
         try:
-            names = frozenset(module.name for module in select(patterns, self._table.modules))
+            names = frozenset(module.name for module in match_modules(patterns, self._table.modules))
         except Problem:
             names = frozenset()
         self.query_one(ModuleGrid).show(self._table, names, recipe.lora)
@@ -261,7 +263,7 @@ class LoraScreen(WorkScreen):
         if self._table is None:
             return
         try:
-            targets_of(recipe.lora, self._table.modules)
+            resolve_targets(recipe.lora, self._table.modules)
         except Problem as problem:
             self._say(problem)
             return

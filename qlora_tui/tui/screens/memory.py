@@ -29,7 +29,7 @@ from qlora_tui.memory import (
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
-from qlora_tui.recipe.fields import fields, value_of
+from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.pulse import Pulse
@@ -168,7 +168,7 @@ class MemoryScreen(WorkScreen):
     def action_scale(self, path: str, factor: float) -> None:
         """Multiply a whole-number setting, within its bounds."""
         field = fields()[path]
-        value = round(value_of(self.workstation.workbench.recipe, path) * factor)
+        value = round(get_setting(self.workstation.workbench.recipe, path) * factor)
         low, high = int(field.minimum or 1), int(field.maximum or value)
         self.workstation.edit(path, min(max(value, low), high))
 

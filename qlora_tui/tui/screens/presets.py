@@ -15,11 +15,11 @@ from textual.widgets import Input, Static
 
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.presets import (
+    OverwriteError,
     Preset,
     Snapshot,
-    WouldOverwrite,
     delete,
-    presets,
+    list_presets,
     restore,
     take_snapshot,
 )
@@ -174,7 +174,7 @@ class PresetsScreen(ModalScreen[None]):
         before = change.before
         try:
             restore(before, overwrite=overwrite)
-        except WouldOverwrite as problem:
+        except OverwriteError as problem:
             self._question(problem, lambda: self._restore(change, overwrite=True))
         except Problem as problem:
             self.app.push_screen(ProblemScreen(problem))
@@ -219,7 +219,7 @@ class PresetsScreen(ModalScreen[None]):
     def _bring_in(self, path: Path, *, overwrite: bool) -> None:
         try:
             self._remember(bring_in(path, overwrite=overwrite))
-        except WouldOverwrite as problem:
+        except OverwriteError as problem:
             self._question(problem, lambda: self._bring_in(path, overwrite=True))
         except Problem as problem:
             self.app.push_screen(ProblemScreen(problem))
@@ -243,7 +243,7 @@ class PresetsScreen(ModalScreen[None]):
         bench = self.workstation.workbench
         try:
             before = save_as(name, bench.recipe, note=note, own=bench.preset, overwrite=overwrite)
-        except WouldOverwrite as problem:
+        except OverwriteError as problem:
             self._question(problem, lambda: self._save(name, note, overwrite=True))
             return
         except Problem as problem:
@@ -280,7 +280,7 @@ class PresetsScreen(ModalScreen[None]):
         return True
 
     def _list_again(self, select: str | None = None) -> None:
-        self._presets = presets()
+        self._presets = list_presets()
         current = self.workstation.workbench.preset
         self.query_one(ViList).show([(p.name, preset_line(p, current)) for p in self._presets], select)
         self._show_preview()

@@ -11,7 +11,7 @@ from pathlib import Path
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe import toml
-from qlora_tui.recipe.presets import Preset, Snapshot, WouldOverwrite, restore, save, take_snapshot
+from qlora_tui.recipe.presets import OverwriteError, Preset, Snapshot, restore, save, take_snapshot
 from qlora_tui.recipe.schema import Recipe
 
 EDITORS = ("sensible-editor", "nano", "vim", "vi")
@@ -21,11 +21,11 @@ EDITORS = ("sensible-editor", "nano", "vim", "vi")
 def save_as(name: str, recipe: Recipe, *, note: str = "", own: str = "", overwrite: bool = False) -> Snapshot:
     """Save as the user's preset ``name``; gives what was there before, for an undo.
 
-    Raises WouldOverwrite where the user has one of that name that is not their ``own``, or was edited.
+    Raises OverwriteError where the user has one of that name that is not their ``own``, or was edited.
     """
     before = take_snapshot(name)
     if not overwrite and name != own and before.content is not None:
-        raise WouldOverwrite("Preset exists", what=f"You have a preset {name} already; it would be replaced.")
+        raise OverwriteError("Preset exists", what=f"You have a preset {name} already; it would be replaced.")
     save(name, recipe, note=note, overwrite=overwrite)
     return before
 
@@ -33,7 +33,7 @@ def save_as(name: str, recipe: Recipe, *, note: str = "", own: str = "", overwri
 def bring_in(path: Path, *, overwrite: bool = False) -> Snapshot:
     """Copy a preset file, comments and all, among the user's; gives what was there before, for an undo.
 
-    Raises Problem where it is no preset, and WouldOverwrite where an edited one of its name is there.
+    Raises Problem where it is no preset, and OverwriteError where an edited one of its name is there.
     """
     toml.load(path)
     before = take_snapshot(path.stem)

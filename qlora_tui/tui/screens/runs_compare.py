@@ -16,8 +16,8 @@ from textual.widgets import Static
 
 from qlora_tui.errors import Problem
 from qlora_tui.format import duration, figure, shortened
-from qlora_tui.recipe.difference import human
-from qlora_tui.recipe.fields import fields, value_of
+from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import exact_words
 from qlora_tui.runs.directory import RunDir
@@ -102,7 +102,7 @@ def differing(compared: Sequence[Compared]) -> list[tuple[str, tuple[str, ...]]]
     for path, field in fields().items():
         if path in _NAMES_OF_RUNS:
             continue
-        values = tuple("unreadable" if r is None else human(value_of(r, path)) for r in recipes)
+        values = tuple("unreadable" if r is None else format_value(get_setting(r, path)) for r in recipes)
         if len(set(values)) > 1:
             rows.append((field.label, values))
     return rows

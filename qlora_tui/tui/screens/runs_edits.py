@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.presets import WouldOverwrite
+from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
@@ -112,7 +112,7 @@ class RunEdits(WorkScreen):
     def _save_preset(self, name: str, recipe: Recipe, *, overwrite: bool = False) -> None:
         try:
             save_as(name, recipe, overwrite=overwrite)
-        except WouldOverwrite as problem:
+        except OverwriteError as problem:
 
             def take(yes: bool | None) -> None:
                 if yes:

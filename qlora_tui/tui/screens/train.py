@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from textual.widget import Widget
 
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
@@ -187,7 +187,7 @@ class TrainScreen(WorkScreen):
                 return
             recipe = run.recipe()
             for path, value in found.changes.items():
-                recipe = with_value(recipe, path, value)
+                recipe = replace_setting(recipe, path, value)
             if self.workstation.workbench.replace(recipe):
                 self.workstation.recipe_edited()
             self.action_prepare()

@@ -30,7 +30,7 @@ from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.reading import GpuProcess
 from qlora_tui.memory import Estimate, check_fit, estimate
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.recipe.conflicts import conflicts
+from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.tui.pulse import Pulse
 
@@ -171,7 +171,7 @@ def _source(source: Source, preferences: str) -> str:
 def _settings(recipe: Recipe) -> list[Check]:
     return [
         Check("settings", "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")
-        for c in conflicts(recipe)
+        for c in find_conflicts(recipe)
     ]
 
 

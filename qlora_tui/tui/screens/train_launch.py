@@ -10,7 +10,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.errors import Problem
-from qlora_tui.recipe.conflicts import ready_to_run
+from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
@@ -107,7 +107,7 @@ async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:
     Raises Problem where it could not run at all.
     """
     recipe = app.workbench.recipe
-    ready_to_run(recipe)
+    require_runnable(recipe)
     for check in errors(checks):
         if check.name in ("model", "data"):
             raise Problem(f"Not ready: {check.name}", what=check.text, fix=check.fix)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_tui.recipe.difference import human
-from qlora_tui.recipe.fields import fields, value_of
+from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import Failed, Health, Terminal
 from qlora_tui.runs.status import ACTIVE, State
@@ -72,8 +72,9 @@ def _smaller(recipe: Recipe) -> dict[str, Any]:
 
 def _next_run(recipe: Recipe, changes: dict[str, Any]) -> Remedy | None:
     told = [
-        f"{fields()[path].label.lower()} {human(value)} instead of {human(value_of(recipe, path))}"
+        f"{fields()[path].label.lower()} {format_value(value)}"
+        f" instead of {format_value(get_setting(recipe, path))}"
         for path, value in changes.items()
-        if value != value_of(recipe, path)
+        if value != get_setting(recipe, path)
     ]
     return Remedy(f"prepare a run with {' and '.join(told)}", changes=changes) if told else None

@@ -11,8 +11,8 @@ from math import sqrt
 
 from textual.content import Content
 
-from qlora_tui.recipe.difference import human
-from qlora_tui.recipe.fields import fields, value_of
+from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 
 
@@ -56,10 +56,10 @@ def stepped(knob: Knob, value: float, up: bool) -> float | bool:
 def knob_head(knob: Knob, recipe: Recipe, base: Recipe) -> Content:
     """``r R rank        16*``: keys, name, value, and a star where it is not the preset's."""
     name = _NAMES.get(knob.path, fields()[knob.path].key)
-    value = value_of(recipe, knob.path)
-    star = "*" if value != value_of(base, knob.path) else " "
+    value = get_setting(recipe, knob.path)
+    star = "*" if value != get_setting(base, knob.path) else " "
     return Content.assemble(
-        (f"{knob.keys:<4}", "$accent bold"), f"{name:<8}", (f"{human(value):>6}{star}", "bold")
+        (f"{knob.keys:<4}", "$accent bold"), f"{name:<8}", (f"{format_value(value):>6}{star}", "bold")
     )
 
 

@@ -14,10 +14,10 @@ from qlora_tui.format import count, size
 from qlora_tui.memory import Device, Estimate, estimate
 from qlora_tui.memory.layout import build_layout, row_tensors
 from qlora_tui.memory.weights import adapter_bytes, gradient_bytes, optimizer_bytes
-from qlora_tui.recipe.difference import difference, human
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.diff import diff_recipes, format_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe
-from qlora_tui.recipe.targets import alpha_of, rank_of, select
+from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.widgets.module_table import adapter_parameters
 from qlora_tui.tui.workbench import Workbench
 
@@ -44,7 +44,7 @@ def prices(recipe: Recipe, base: Recipe, architecture: Architecture, device: Dev
         return estimate(of, architecture, device=device).total_bytes
 
     try:
-        plain, dora = (total(with_value(recipe, "lora.use_dora", on)) for on in (False, True))
+        plain, dora = (total(replace_setting(recipe, "lora.use_dora", on)) for on in (False, True))
         as_preset = total(structs.replace(recipe, lora=base.lora))
         return Prices(dora - plain, (dora if recipe.lora.use_dora else plain) - as_preset)
     except Problem:
@@ -61,7 +61,7 @@ def totals_text(recipe: Recipe, architecture: Architecture, made: Estimate) -> C
 
     In memory are the adapter, its gradients and the optimizer's states, wherever the estimate's peak is.
     """
-    chosen = select(recipe.lora.target_modules, architecture.modules)
+    chosen = match_modules(recipe.lora.target_modules, architecture.modules)
     trained = adapter_parameters(chosen, recipe.lora) + sum(row_tensors(recipe.lora, architecture))
     layout, path = build_layout(recipe, architecture, made.path), made.path
     memory = adapter_bytes(layout, path) + gradient_bytes(layout, path) + optimizer_bytes(layout, path)
@@ -78,7 +78,7 @@ def totals_text(recipe: Recipe, architecture: Architecture, made: Estimate) -> C
 
 def difference_text(workbench: Workbench, known: Prices | None, width: int) -> Content:
     """The LoRA settings that differ from the preset, what they take more, and how many find no room."""
-    changes = [c for c in difference(workbench.base, workbench.recipe) if c.path.startswith("lora.")]
+    changes = [c for c in diff_recipes(workbench.base, workbench.recipe) if c.path.startswith("lora.")]
     if not changes:
         return Content.styled(f"As {workbench.preset} has it", "$text-muted")
     words = [
@@ -118,7 +118,9 @@ def _own(modules: Sequence[LinearModule], lora: Lora) -> str:
     ):
         numbers = sorted({number_of(lora, module) for module in modules})
         if own and numbers:
-            words += f", {name} {' to '.join(human(n) for n in dict.fromkeys((numbers[0], numbers[-1])))}"
+            words += (
+                f", {name} {' to '.join(format_value(n) for n in dict.fromkeys((numbers[0], numbers[-1])))}"
+            )
     return words
 
 

@@ -16,7 +16,7 @@ from qlora_tui.format import count, duration, gib, size
 from qlora_tui.memory import check_fit, compare
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision
-from qlora_tui.recipe.fields import with_value
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE
 
@@ -116,7 +116,7 @@ def _costs(model: Architecture, recipe: Recipe, room: MemoryBudget) -> list[Cont
     except Problem:
         # The recipe's targets are another model's.
         compared = compare(
-            with_value(recipe, "lora.target_modules", (ALL_LINEAR,)), model, device=room.device
+            replace_setting(recipe, "lora.target_modules", (ALL_LINEAR,)), model, device=room.device
         )
         note = "with all-linear: the recipe's targets are not in it"
     lines = [Content.styled(f"With this recipe, of {gib(room.bytes)} GiB", "bold")]

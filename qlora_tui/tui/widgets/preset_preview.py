@@ -8,7 +8,7 @@ from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.format import gib
 from qlora_tui.memory import Device, estimate
-from qlora_tui.recipe.difference import difference
+from qlora_tui.recipe.diff import diff_recipes
 from qlora_tui.recipe.presets import Preset
 from qlora_tui.recipe.schema import Recipe
 
@@ -29,7 +29,7 @@ def preview(preset: Preset, recipe: Recipe, architecture: Architecture | Problem
     if preset.problem:
         return _refused(preset.problem)
     opened = preset.recipe(recipe)
-    changes = [change for change in difference(recipe, opened) if change.path not in ALWAYS_ANOTHER]
+    changes = [change for change in diff_recipes(recipe, opened) if change.path not in ALWAYS_ANOTHER]
     lines = [Content.styled(preset.note or "No note.", "bold"), Content("")]
     if not changes:
         return Content("\n").join([*lines, Content("The recipe is as this preset gives it.")])

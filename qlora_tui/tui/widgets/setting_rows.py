@@ -13,8 +13,8 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from qlora_tui.recipe.difference import human
-from qlora_tui.recipe.fields import Field, value_of
+from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.fields import Field, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.widgets.strips import line_strip
 
@@ -138,7 +138,7 @@ class SettingRows(ScrollView, can_focus=True):
 
     def action_reset(self) -> None:
         """Back to the preset's value."""
-        self.post_message(self.Reset(value_of(self._base, self._fields[self.cursor].path)))
+        self.post_message(self.Reset(get_setting(self._base, self._fields[self.cursor].path)))
 
     def on_click(self, event: Click) -> None:
         line = event.y + round(self.scroll_y)
@@ -168,7 +168,7 @@ class SettingRows(ScrollView, can_focus=True):
 
     def _row(self, number: int) -> Content:
         field = self._fields[number]
-        value, usual = value_of(self._recipe, field.path), value_of(self._base, field.path)
+        value, usual = get_setting(self._recipe, field.path), get_setting(self._base, field.path)
         changed = value != usual
         here = number == self.cursor
         letter = next((letter for letter, at in self._letters.items() if at == number), "")
@@ -176,8 +176,8 @@ class SettingRows(ScrollView, can_focus=True):
         row = Content.assemble(
             (letter, "bold reverse $accent") if letter else "▸" if here else " ",
             (label, "bold" if here else ""),
-            (human(value), "bold $accent" if changed else ""),
-            (f"  * preset: {human(usual)}" if changed else "", "dim"),
+            (format_value(value), "bold $accent" if changed else ""),
+            (f"  * preset: {format_value(usual)}" if changed else "", "dim"),
         )
         if here and self.has_focus:
             room = self.scrollable_content_region.width - row.cell_length

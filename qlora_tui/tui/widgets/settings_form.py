@@ -15,11 +15,11 @@ from textual.containers import Vertical
 from textual.message import Message
 from textual.widgets import Input, Static
 
-from qlora_tui.recipe.conflicts import conflicts
-from qlora_tui.recipe.difference import human
-from qlora_tui.recipe.fields import Field, fields, value_of
-from qlora_tui.recipe.mistakes import InvalidRecipe
-from qlora_tui.recipe.overlay import parse_set
+from qlora_tui.recipe.conflicts import find_conflicts
+from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.errors import InvalidRecipeError
+from qlora_tui.recipe.fields import Field, fields, get_setting
+from qlora_tui.recipe.layering import parse_override
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.widgets.entry import Entry
 from qlora_tui.tui.widgets.setting_rows import SettingRows
@@ -94,14 +94,14 @@ class SettingsForm(Vertical):
         if self.field.kind not in ("bool", "choice", "int", "float"):
             self._edit()
             return
-        value = value_of(self._recipe, self.field.path)
+        value = get_setting(self._recipe, self.field.path)
         after = stepped(self.field, value, event.direction)
         if after != value:
             self.post_message(self.Edited(self.field.path, after))
 
     def on_setting_rows_chosen(self) -> None:
         if self.field.kind in ("bool", "choice"):
-            value = value_of(self._recipe, self.field.path)
+            value = get_setting(self._recipe, self.field.path)
             self.post_message(self.Edited(self.field.path, stepped(self.field, value, 1)))
         else:
             self._edit()
@@ -113,8 +113,8 @@ class SettingsForm(Vertical):
         event.stop()
         try:
             value = self._parsed(event.value)
-        except InvalidRecipe as problem:
-            says = "; ".join(str(mistake.says) for mistake in problem.mistakes)
+        except InvalidRecipeError as problem:
+            says = "; ".join(str(mistake.message) for mistake in problem.issues)
             self.query_one("#setting-help", Static).update(f"✗ {says}.")
             return
         self._leave()
@@ -140,12 +140,12 @@ class SettingsForm(Vertical):
         self.focus()
 
     def _as_text(self, field: Field) -> str:
-        value = value_of(self._recipe, field.path)
+        value = get_setting(self._recipe, field.path)
         if field.kind == "texts":
             return (", " if field.path == "lora.target_modules" else _BETWEEN_TEXTS).join(value)
         if field.kind == "numbers":
             return ", ".join(f"{pattern}={number:g}" for pattern, number in value.items())
-        return str(value) if field.kind == "text" else human(value).replace(",", "")
+        return str(value) if field.kind == "text" else format_value(value).replace(",", "")
 
     def _parsed(self, typed: str) -> Any:
         field = self.field
@@ -153,7 +153,7 @@ class SettingsForm(Vertical):
             return tuple(part.strip() for part in typed.split(_BETWEEN_TEXTS.strip()) if part.strip())
         if field.kind == "text":
             return typed.strip()
-        layer = parse_set(f"{field.path}={typed.strip()}")
+        layer = parse_override(f"{field.path}={typed.strip()}")
         value = layer[field.section][field.key] if field.section else layer[field.key]
         return msgspec.convert(value, field.type)
 
@@ -162,7 +162,7 @@ class SettingsForm(Vertical):
         lines = [field.help + (f" Memory: {field.memory}" if field.memory else "")]
         if self.has_class("-editing"):
             lines = [f"{field.label}: {field.expected}. Enter takes it, esc leaves it."]
-        for conflict in conflicts(self._recipe):
+        for conflict in find_conflicts(self._recipe):
             if field.path in conflict.paths:
                 lines.append(f"✗ {conflict.what}: {conflict.fix}.")
         text = "\n".join(lines)

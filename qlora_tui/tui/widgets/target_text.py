@@ -10,12 +10,12 @@ from qlora_tui.catalog.facts import LinearModule
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import ALL_LINEAR
-from qlora_tui.recipe.targets import select, split, syntax_error
+from qlora_tui.recipe.targets import match_modules, split_patterns, syntax_error
 
 
 def typed(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]:
     """The patterns meant, each kind written out. Raises Problem for one that is wrong or touches nothing."""
-    patterns = tuple(_written_out(pattern, modules) for pattern in split(text) if pattern)
+    patterns = tuple(_written_out(pattern, modules) for pattern in split_patterns(text) if pattern)
     if not patterns:
         raise Problem(
             "No target modules", what="LoRA needs at least one module.", fix="Write all-linear, or q,v."
@@ -23,7 +23,7 @@ def typed(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]:
     for pattern in patterns:
         if error := syntax_error(pattern):
             raise Problem("Not a target pattern", what=error[0], fix=error[1])
-    select(patterns, modules)
+    match_modules(patterns, modules)
     return patterns
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.recipe.locations import with_absolute_paths
+from qlora_tui.recipe.absolute_paths import with_absolute_paths
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from msgspec import Struct
 
-from qlora_tui.recipe.fields import fields, number, value_of
+from qlora_tui.recipe.fields import fields, format_exact, get_setting
 from qlora_tui.recipe.schema import Recipe, Source
 
 
-class Change(Struct, frozen=True):
+class SettingChange(Struct, frozen=True):
     """One setting, before and after."""
 
     path: str
@@ -21,35 +21,39 @@ class Change(Struct, frozen=True):
         return f"{self.path}: {self.before} → {self.after}"
 
 
-def difference(a: Recipe, b: Recipe) -> list[Change]:
+def diff_recipes(a: Recipe, b: Recipe) -> list[SettingChange]:
     """What changes from ``a`` to ``b``, in the order of declaration."""
-    pairs = [(path, value_of(a, path), value_of(b, path)) for path in fields()]
-    return [Change(path, human(before), human(after)) for path, before, after in pairs if before != after]
+    pairs = [(path, get_setting(a, path), get_setting(b, path)) for path in fields()]
+    return [
+        SettingChange(path, format_value(before), format_value(after))
+        for path, before, after in pairs
+        if before != after
+    ]
 
 
-def human(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A setting's value as a person writes it: ``on``, ``1,024``, ``q_proj, k_proj``, ``none``."""
     match value:
         case bool():
             return "on" if value else "off"
         case int() | float():
-            return number(value)
+            return format_exact(value)
         case Source():
-            return _source(value)
+            return _format_source(value)
         case tuple():
-            return ", ".join(map(human, value)) or "none"
+            return ", ".join(map(format_value, value)) or "none"
         case dict():
-            return ", ".join(f"{key} = {human(part)}" for key, part in value.items()) or "none"
+            return ", ".join(f"{key} = {format_value(part)}" for key, part in value.items()) or "none"
         case _:
             return str(value) or "none"
 
 
-def _source(source: Source) -> str:
+def _format_source(source: Source) -> str:
     notes: list[str] = []
     if source.format != "auto":
         notes.append(source.format)
     if source.columns:
-        notes.append(human(source.columns))
+        notes.append(format_value(source.columns))
     if source.weight != 1:
-        notes.append(f"weight {number(source.weight)}")
+        notes.append(f"weight {format_exact(source.weight)}")
     return f"{source.path} ({', '.join(notes)})" if notes else source.path

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 
 from qlora_tui.recipe import toml
-from qlora_tui.recipe.lines import key_lines, line_of
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.toml_lines import key_lines, line_of
 from tests.recipe.strategies import recipes
 
 TEXT = '''\

@@ -8,18 +8,18 @@ from msgspec import Struct
 
 from qlora_tui.errors import WRONG_CALL, Problem
 
-_SHOWN = 20
+_MAX_SHOWN = 20
 """More than these in one file, and it is not a recipe."""
 
 
-class Mistake(Struct, frozen=True):
+class RecipeIssue(Struct, frozen=True):
     """One thing that is wrong, where, and what was probably meant."""
 
     origin: str
     """The file, or the argument: ``--set lora.rank=x``."""
     path: str
     """``lora.rank``; empty where the mistake is not in one setting."""
-    says: str
+    message: str
     """``lora.rank must be a whole number from 1 to 1,024, not "x"``."""
     hint: str = ""
     """What to do: ``did you mean lora.rank?``"""
@@ -31,28 +31,28 @@ class Mistake(Struct, frozen=True):
         return self.origin if self.line is None else f"{self.origin}, line {self.line}"
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.says}" + (f"; {self.hint}" if self.hint else "")
+        return f"{self.where}: {self.message}" + (f"; {self.hint}" if self.hint else "")
 
 
-class InvalidRecipe(Problem):
+class InvalidRecipeError(Problem):
     """A recipe, a preset or a ``--set`` that cannot be used."""
 
-    def __init__(self, mistakes: Sequence[Mistake]):
-        self.mistakes = tuple(mistakes)
-        if len(mistakes) == 1:
-            [only] = mistakes
+    def __init__(self, issues: Sequence[RecipeIssue]):
+        self.issues = tuple(issues)
+        if len(issues) == 1:
+            [only] = issues
             super().__init__(
                 "Invalid recipe",
-                what=f"{only.where}: {only.says}",
+                what=f"{only.where}: {only.message}",
                 fix=only.hint[:1].upper() + only.hint[1:],
                 exit_code=WRONG_CALL,
             )
             return
-        lines = [str(mistake) for mistake in mistakes[:_SHOWN]]
-        if len(mistakes) > _SHOWN:
-            lines.append(f"and {len(mistakes) - _SHOWN} more")
+        lines = [str(mistake) for mistake in issues[:_MAX_SHOWN]]
+        if len(issues) > _MAX_SHOWN:
+            lines.append(f"and {len(issues) - _MAX_SHOWN} more")
         super().__init__(
             "Invalid recipe",
-            what="\n  ".join([f"{len(mistakes)} mistakes", *lines]),
+            what="\n  ".join([f"{len(issues)} mistakes", *lines]),
             exit_code=WRONG_CALL,
         )

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from qlora_tui import paths
 from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.recipe import overlay
+from qlora_tui.recipe import layering
+from qlora_tui.recipe.errors import InvalidRecipeError
 from qlora_tui.recipe.fields import Field, fields
-from qlora_tui.recipe.mistakes import InvalidRecipe
 from qlora_tui.recipe.schema import Recipe, Source
 from tests.recipe.strategies import patterns, values
 
@@ -25,40 +25,40 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_nothing_given_is_the_defaults() -> None:
-    assert overlay.build() == Recipe()
+    assert layering.build_recipe() == Recipe()
 
 
 def test_the_later_layer_wins_key_by_key(tmp_path: Path) -> None:
     write(paths.user_presets_dir() / "mine.toml", "[lora]\nrank = 2\nalpha = 3\ndropout = 0.5\n")
     file = write(tmp_path / "r.toml", "[lora]\nalpha = 4\ndropout = 0.25\n")
-    lora = overlay.build(preset="mine", file=file, sets=["lora.dropout=0.125"]).lora
+    lora = layering.build_recipe(preset="mine", file=file, sets=["lora.dropout=0.125"]).lora
     assert (lora.rank, lora.alpha, lora.dropout) == (2, 4.0, 0.125)
 
 
 def test_lists_are_replaced_whole(tmp_path: Path) -> None:
     file = write(tmp_path / "r.toml", "[lora]\ntarget_modules = ['q_proj', 'k_proj']\n")
-    recipe = overlay.build(file=file, sets=["lora.target_modules=v_proj"])
+    recipe = layering.build_recipe(file=file, sets=["lora.target_modules=v_proj"])
     assert recipe.lora.target_modules == ("v_proj",)
 
 
 def test_a_presets_own_name_and_note_stay_with_it() -> None:
     write(paths.user_presets_dir() / "mine.toml", "name = 'n'\nnote = 'about the preset'\n[lora]\nrank = 2\n")
-    recipe = overlay.build(preset="mine")
+    recipe = layering.build_recipe(preset="mine")
     assert (recipe.name, recipe.note, recipe.lora.rank) == ("", "", 2)
 
 
 def test_model_and_data_arguments_win_over_the_file(tmp_path: Path) -> None:
     file = write(tmp_path / "r.toml", "[model]\nid = 'a'\n[[data.sources]]\npath = 'a.jsonl'\nweight = 2\n")
-    recipe = overlay.build(file=file, model="b", data=["c.jsonl", "d.jsonl"])
+    recipe = layering.build_recipe(file=file, model="b", data=["c.jsonl", "d.jsonl"])
     assert recipe.model.id == "b"
     assert recipe.data.sources == (Source(path="c.jsonl"), Source(path="d.jsonl"))
 
 
 def test_another_model_does_not_take_over_the_files_revision(tmp_path: Path) -> None:
     file = write(tmp_path / "r.toml", "[model]\nid = 'a'\nrevision = 'abc'\n")
-    assert overlay.build(file=file, model="b").model.revision == "main"
-    assert overlay.build(file=file, model="a").model.revision == "abc"
-    assert overlay.build(file=file, model="b", sets=["model.revision=v2"]).model.revision == "v2"
+    assert layering.build_recipe(file=file, model="b").model.revision == "main"
+    assert layering.build_recipe(file=file, model="a").model.revision == "abc"
+    assert layering.build_recipe(file=file, model="b", sets=["model.revision=v2"]).model.revision == "v2"
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_another_model_does_not_take_over_the_files_revision(tmp_path: Path) -> 
 )
 def test_a_set_value_needs_no_quotes(argument: str, value: Any) -> None:
     path = argument.partition("=")[0].strip()
-    here: Any = overlay.build(sets=[argument])
+    here: Any = layering.build_recipe(sets=[argument])
     for part in path.split("."):
         here = getattr(here, part)
     assert here == value
 
 
 def test_the_last_set_of_a_setting_wins() -> None:
-    assert overlay.build(sets=["lora.rank=1", "lora.rank=2", "lora.alpha=3"]).lora.rank == 2
+    assert layering.build_recipe(sets=["lora.rank=1", "lora.rank=2", "lora.alpha=3"]).lora.rank == 2
 
 
 @pytest.mark.parametrize(
@@ -132,46 +132,46 @@ def test_the_last_set_of_a_setting_wins() -> None:
     ],
 )
 def test_a_wrong_set_names_itself(argument: str, message: str) -> None:
-    with pytest.raises(InvalidRecipe) as caught:
-        overlay.parse_set(argument)
+    with pytest.raises(InvalidRecipeError) as caught:
+        layering.parse_override(argument)
     assert str(caught.value) == f"Invalid recipe: --set {argument}: {message}"
     assert caught.value.exit_code == WRONG_CALL
 
 
 def test_a_set_cannot_smuggle_in_a_second_setting() -> None:
-    with pytest.raises(InvalidRecipe, match=r"--set lora\.rank=8\?x=3: "):
-        overlay.parse_set("lora.rank=8\nx=3")
+    with pytest.raises(InvalidRecipeError, match=r"--set lora\.rank=8\?x=3: "):
+        layering.parse_override("lora.rank=8\nx=3")
 
 
 def test_bytes_that_are_no_text_are_refused() -> None:
     for call in ({"sets": ["name=\udcff"]}, {"model": "m\udcff"}, {"data": ["d\udcff"]}):
-        with pytest.raises(InvalidRecipe, match="is not UTF-8"):
-            overlay.build(**call)
+        with pytest.raises(InvalidRecipeError, match="is not UTF-8"):
+            layering.build_recipe(**call)
 
 
 def test_an_empty_model_or_data_argument_is_refused() -> None:
-    with pytest.raises(InvalidRecipe, match="2 mistakes\n  --model: it is empty\n  --data: it is empty"):
-        overlay.build(model="", data=[" "])
+    with pytest.raises(InvalidRecipeError, match="2 mistakes\n  --model: it is empty\n  --data: it is empty"):
+        layering.build_recipe(model="", data=[" "])
 
 
 def test_all_wrong_sets_come_at_once() -> None:
-    with pytest.raises(InvalidRecipe) as caught:
-        overlay.build(sets=["lora.rank=0", "lora.alpha=1", "zzz=1"])
-    assert [mistake.origin for mistake in caught.value.mistakes] == ["--set lora.rank=0", "--set zzz=1"]
+    with pytest.raises(InvalidRecipeError) as caught:
+        layering.build_recipe(sets=["lora.rank=0", "lora.alpha=1", "zzz=1"])
+    assert [mistake.origin for mistake in caught.value.issues] == ["--set lora.rank=0", "--set zzz=1"]
 
 
 def test_each_layer_is_blamed_for_its_own_mistakes(tmp_path: Path) -> None:
     preset = write(paths.user_presets_dir() / "mine.toml", "[lora]\nrank = 0\n")
-    with pytest.raises(InvalidRecipe, match=f"{preset}, line 2: lora.rank"):
-        overlay.build(preset="mine", sets=["lora.rank=8"])
+    with pytest.raises(InvalidRecipeError, match=f"{preset}, line 2: lora.rank"):
+        layering.build_recipe(preset="mine", sets=["lora.rank=8"])
     file = write(tmp_path / "r.toml", "\n[lora]\nrank = 0\n")
-    with pytest.raises(InvalidRecipe, match=r"r\.toml, line 3: lora\.rank"):
-        overlay.build(file=file, sets=["lora.rank=8"])
+    with pytest.raises(InvalidRecipeError, match=r"r\.toml, line 3: lora\.rank"):
+        layering.build_recipe(file=file, sets=["lora.rank=8"])
 
 
 def test_settings_of_different_layers_that_conflict_are_refused() -> None:
     with pytest.raises(Problem, match=r"no data is held back") as caught:
-        overlay.build(preset="style", sets=["data.validation_fraction=0"])
+        layering.build_recipe(preset="style", sets=["data.validation_fraction=0"])
     assert caught.value.exit_code == WRONG_CALL
 
 
@@ -182,35 +182,35 @@ def test_any_value_can_be_set(data: st.DataObject) -> None:
     literal = tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
     if field.kind == "numbers":
         literal = "{" + ", ".join(f'"{pattern}" = {number!r}' for pattern, number in value.items()) + "}"
-    layer = overlay.parse_set(f"{field.path}={literal}")
+    layer = layering.parse_override(f"{field.path}={literal}")
     found = layer[field.section][field.key] if field.section else layer[field.key]
     assert (tuple(found) if isinstance(found, list) else found) == value
 
 
 @given(st.lists(patterns, min_size=1, max_size=4))
 def test_any_targets_can_be_set_as_a_comma_list(some: list[str]) -> None:
-    assert overlay.parse_set(f"lora.target_modules={','.join(some)}")["lora"]["target_modules"] == some
+    assert layering.parse_override(f"lora.target_modules={','.join(some)}")["lora"]["target_modules"] == some
 
 
 @given(st.text() | st.tuples(st.sampled_from(sorted(fields())), st.text()).map("=".join))
 def test_whatever_is_set_the_answer_is_a_layer_or_a_problem(argument: str) -> None:
     try:
-        overlay.build(sets=[argument])
+        layering.build_recipe(sets=[argument])
     except Problem as problem:
         assert problem.exit_code == WRONG_CALL
 
 
 def test_ranks_by_pattern_are_written_without_brackets() -> None:
-    lora = overlay.build(
+    lora = layering.build_recipe(
         sets=["lora.rank_pattern=0-3,7.q_proj=32, down_proj=8", "lora.alpha_pattern=q_proj=64"]
     ).lora
     assert lora.rank_pattern == {"0-3,7.q_proj": 32, "down_proj": 8}
     assert lora.alpha_pattern == {"q_proj": 64.0}
-    assert overlay.build(sets=["lora.rank_pattern="]).lora.rank_pattern == {}
-    assert overlay.build(sets=["lora.rank_pattern={q_proj = 4}"]).lora.rank_pattern == {"q_proj": 4}
+    assert layering.build_recipe(sets=["lora.rank_pattern="]).lora.rank_pattern == {}
+    assert layering.build_recipe(sets=["lora.rank_pattern={q_proj = 4}"]).lora.rank_pattern == {"q_proj": 4}
 
 
 @pytest.mark.parametrize("wrong", ["q_proj", "q_proj=0", "q proj=4", "q_proj=many"])
 def test_a_wrong_rank_by_pattern_is_named(wrong: str) -> None:
-    with pytest.raises(InvalidRecipe, match="rank_pattern"):
-        overlay.build(sets=[f"lora.rank_pattern={wrong}"])
+    with pytest.raises(InvalidRecipeError, match="rank_pattern"):
+        layering.build_recipe(sets=[f"lora.rank_pattern={wrong}"])

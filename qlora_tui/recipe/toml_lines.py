@@ -25,7 +25,7 @@ _ASSIGNMENT = re.compile(rf"\s*({_NAME})\s*=")
 
 def key_lines(text: str) -> dict[Key, int]:
     """The line of each key and table, counted from 1. Keys of inline tables are not among them."""
-    found: dict[Key, int] = {}
+    line_numbers: dict[Key, int] = {}
     arrays: dict[Key, int] = {}
     table: Key = ()
     depth = 0
@@ -34,18 +34,18 @@ def key_lines(text: str) -> dict[Key, int]:
         if header:
             table = _inside_arrays(_parts(header[2]), arrays)
             if header[1] == "[[":
-                found.setdefault(table, number)
+                line_numbers.setdefault(table, number)
                 arrays[table] = arrays.get(table, -1) + 1
                 table = (*table, arrays[table])
-            found[table] = number
+            line_numbers[table] = number
             continue
         assignment = _ASSIGNMENT.match(line) if depth == 0 else None
         if assignment:
             parts = _parts(assignment[1])
             for end in range(1, len(parts) + 1):
-                found.setdefault(table + parts[:end], number)
+                line_numbers.setdefault(table + parts[:end], number)
         depth += sum(line.count(mark) for mark in "[{") - sum(line.count(mark) for mark in "]}")
-    return found
+    return line_numbers
 
 
 def line_of(lines: Mapping[Key, int], key: Key) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from qlora_tui.recipe.fields import fields, sections
 
-_ELSEWHERE = {
+ALIASES = {
     "attn_implementation": "model.attention",
     "base_model": "model.id",
     "batch_size": "training.micro_batch",
@@ -53,8 +53,8 @@ def closest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate most like ``word``, whatever its case and dashes; None where none is near."""
     from difflib import get_close_matches  # only an error needs it, and it costs a tenth of the import
 
-    by_plain = {plain(candidate): candidate for candidate in candidates}
-    matches = get_close_matches(plain(word), by_plain, n=1)
+    by_plain = {normalize_key(candidate): candidate for candidate in candidates}
+    matches = get_close_matches(normalize_key(word), by_plain, n=1)
     return by_plain[matches[0]] if matches else None
 
 
@@ -66,15 +66,15 @@ def did_you_mean(word: str, candidates: Iterable[str], shape: str = "{}") -> str
 
 def hint_for_key(section: str, key: str) -> str:
     """What to do about ``section.key``, which is no setting. ``section`` is empty at the top of a file."""
-    simple = plain(key)
-    own = [field.key for field in fields().values() if field.section == section]
-    homes = [field for field in fields().values() if field.key == simple]
-    if simple not in own and homes:
+    normalized = normalize_key(key)
+    section_keys = [field.key for field in fields().values() if field.section == section]
+    homes = [field for field in fields().values() if field.key == normalized]
+    if normalized not in section_keys and homes:
         home = homes[0].section
-        return f"put {simple} in [{home}]" if home else f"put {simple} at the top, above the sections"
-    if simple in _ELSEWHERE:
-        return f"did you mean {_ELSEWHERE[simple]}?"
-    match = closest(key, own)
+        return f"put {normalized} in [{home}]" if home else f"put {normalized} at the top, above the sections"
+    if normalized in ALIASES:
+        return f"did you mean {ALIASES[normalized]}?"
+    match = closest(key, section_keys)
     if match:
         return f"did you mean {f'{section}.{match}' if section else match}?"
     path = closest(key, [field.path for field in fields().values()]) or _closest_key(key)
@@ -82,7 +82,7 @@ def hint_for_key(section: str, key: str) -> str:
         return f"did you mean {path}?"
     if not section:
         return "the sections are " + ", ".join(f"[{name}]" for name in sections())
-    return f"[{section}] takes " + ", ".join(own)
+    return f"[{section}] takes " + ", ".join(section_keys)
 
 
 def _closest_key(key: str) -> str | None:
@@ -91,6 +91,6 @@ def _closest_key(key: str) -> str | None:
     return by_key[match] if match else None
 
 
-def plain(word: str) -> str:
+def normalize_key(word: str) -> str:
     """A key without what people vary in it: case and dashes."""
     return word.lower().replace("-", "_")

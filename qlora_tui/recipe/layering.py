@@ -1,0 +1,182 @@
+"""One recipe from its layers: defaults < preset < the user's file < ``--set``."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.recipe import conflicts, suggestions, targets, toml
+from qlora_tui.recipe.errors import InvalidRecipeError, RecipeIssue
+from qlora_tui.recipe.fields import Field, fields, sections
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.validation import find_issues
+
+_MAX_SHOWN_CHARS = 200
+"""Characters of an argument that a message repeats."""
+
+
+def build_recipe(
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    sets: Sequence[str] = (),
+    model: str | None = None,
+    data: Sequence[str] = (),
+) -> Recipe:
+    """The recipe of a command line, checked, conflicts included.
+
+    ``sets`` are ``section.key=value``; ``model`` and ``data`` stand for ``model.id`` and ``data.sources`` and
+    yield to a ``--set`` of these. Each layer is checked against its own origin, so that an error names the
+    file or the argument. Raises Problem, exit code 2. See also ``conflicts.require_runnable``.
+    """
+    recipe: dict[str, Any] = {}
+    if preset is not None:
+        from qlora_tui.recipe.presets import find_preset  # with platformdirs it costs as much as all the rest
+
+        recipe = merge_layers(recipe, find_preset(preset).settings())
+    if file is not None:
+        recipe = merge_layers(recipe, toml.load(file))
+    recipe = merge_layers(recipe, _argument_layer(recipe, sets, model, data))
+    built = toml.to_recipe(recipe)
+    conflicts.check_conflicts(built)
+    return built
+
+
+def merge_layers(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer over another: sections key by key, lists and all else as a whole."""
+    result = dict(below)
+    for key, value in above.items():
+        under = result.get(key)
+        both_tables = isinstance(value, Mapping) and isinstance(under, Mapping)
+        result[key] = {**under, **value} if both_tables else value  # type: ignore[dict-item]  # both are mappings
+    return result
+
+
+def parse_override(argument: str) -> dict[str, Any]:
+    """The layer of one ``section.key=value``, checked.
+
+    The value is TOML, but needs no quotes: ``training.schedule=linear``. A list of target modules may be a
+    comma list, and so may ranks by pattern: ``q_proj=32,8-23.v_proj=8``. Any other list needs brackets, or is
+    taken as its one item. Raises InvalidRecipeError.
+    """
+    layer, issues = _parse_set(argument)
+    if issues:
+        raise InvalidRecipeError(issues)
+    return layer
+
+
+def _argument_layer(
+    below: Mapping[str, Any], sets: Sequence[str], model: str | None, data: Sequence[str]
+) -> dict[str, Any]:
+    layer: dict[str, Any] = {}
+    issues: list[RecipeIssue] = []
+    if model is not None:
+        layer = {"model": _model_layer(below, model)}
+        issues += _check_text("--model", "model.id", model)
+    if data:
+        sources = {"data": {"sources": [{"path": path} for path in data]}}
+        layer = merge_layers(layer, sources)
+        for path in data:
+            issues += _check_text("--data", "data.sources", path)
+    for argument in sets:
+        override, override_issues = _parse_set(argument)
+        layer = merge_layers(layer, override)
+        issues += override_issues
+    if issues:
+        raise InvalidRecipeError(issues)
+    return layer
+
+
+def _model_layer(below: Mapping[str, Any], id_: str) -> dict[str, Any]:
+    """A revision of the file's model is none of another model's."""
+    same = below.get("model", {}).get("id") == id_
+    return {"id": id_} if same else {"id": id_, "revision": "main"}
+
+
+def _check_text(origin: str, path: str, text: str) -> list[RecipeIssue]:
+    if not text.strip():
+        return [RecipeIssue(origin=origin, path=path, message="it is empty")]
+    return _check_utf8(origin, path, text)
+
+
+def _check_utf8(origin: str, path: str, text: str) -> list[RecipeIssue]:
+    """What the shell passed may be no text at all; a recipe could not hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        message, hint = f'"{_printable(text)}" is not UTF-8', "give the file a name that is"
+        return [RecipeIssue(origin=origin, path=path, message=message, hint=hint)]
+    return []
+
+
+def _parse_set(argument: str) -> tuple[dict[str, Any], list[RecipeIssue]]:
+    path, equals, raw = argument.partition("=")
+    path = path.strip()
+    excerpt = _printable(argument[: _MAX_SHOWN_CHARS + 1])
+    origin = f"--set {excerpt if len(argument) <= _MAX_SHOWN_CHARS else excerpt[:-1] + '…'}"
+    issues = _check_utf8(origin, path, argument)
+    if issues:
+        return {}, issues
+    if not equals:
+        message, hint = "it has no value", f"write --set {path or 'section.key'}=value"
+        return {}, [RecipeIssue(origin=origin, path=path, message=message, hint=hint)]
+    if path in sections():
+        keys = ", ".join(field.path for field in fields().values() if field.section == path)
+        message, hint = f"{path} is a section, not a setting", f"name one of {keys}"
+        return {}, [RecipeIssue(origin=origin, path=path, message=message, hint=hint)]
+    field = fields().get(path)
+    if field is None:
+        short_path = path if len(path) <= _MAX_SHOWN_CHARS else f"{path[:_MAX_SHOWN_CHARS]}…"
+        return {}, [_unknown_setting(origin, short_path)]
+    value = _parse_value(field, raw.strip())
+    layer = {field.section: {field.key: value}} if field.section else {field.key: value}
+    issues = find_issues(layer, origin)
+    return ({}, issues) if issues else (layer, [])
+
+
+def _unknown_setting(origin: str, path: str) -> RecipeIssue:
+    section, _, key = path.rpartition(".")
+    if section and section not in sections():
+        hint = suggestions.did_you_mean(path, fields()) or suggestions.hint_for_key("", key)
+    else:
+        homes = [field.path for field in fields().values() if field.key == suggestions.normalize_key(key)]
+        hint = f"did you mean {homes[0]}?" if homes else suggestions.hint_for_key(section, key)
+    message = f"{_printable(path)} is not a setting" if path else "it names no setting"
+    return RecipeIssue(origin=origin, path=path, message=message, hint=hint)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text.encode("utf-8", "replace").decode())
+
+
+def _parse_value(field: Field, raw: str) -> Any:
+    """``raw`` as TOML where it is that, or as the bare text it is."""
+    match field.kind:
+        case "text" | "choice":
+            return _parse_toml_value(raw) if raw[:1] in ("'", '"') else raw
+        case "texts" if not raw.startswith("["):
+            return (
+                targets.split_patterns(raw) if field.path == "lora.target_modules" else [_unquoted_text(raw)]
+            )
+        case "numbers" if not raw.startswith("{"):
+            pairs = [part.partition("=") for part in targets.split_patterns(raw) if part]
+            return {pattern.strip(): _parse_toml_value(value.strip()) for pattern, _, value in pairs}
+        case "tables" if not raw.startswith("["):
+            return [{"path": _unquoted_text(raw)}]
+        case _:
+            return _parse_toml_value(raw)
+
+
+def _unquoted_text(raw: str) -> Any:
+    return _parse_toml_value(raw) if raw[:1] in ("'", '"') else raw
+
+
+def _parse_toml_value(raw: str) -> Any:
+    """One TOML value; the text itself where it is none."""
+    try:
+        table = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
+        return raw
+    return table["value"] if len(table) == 1 else raw
