@@ -11,7 +11,7 @@ NOT_LOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit
 	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 \
 	nvjitlink nvshmem-cu13 nvtx)
 
-.PHONY: help demo test test-fast check drill run screenshots real-models bench-deps lock clean
+.PHONY: help demo test test-fast check drill run docs screenshots real-models bench-deps lock clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
@@ -20,7 +20,8 @@ help:
 	@echo "make test-fast    the tests that take milliseconds: under a minute on 2 cores"
 	@echo "make check        lint, formatting, types, architecture"
 	@echo "make drill        ten minutes of kills, damaged files, full disks and hostile input"
-	@echo "make screenshots  draw the pictures of the README again, from recorded runs"
+	@echo "make docs         write the generated pages of docs/: settings, commands, keys, manual page"
+	@echo "make screenshots  draw the pictures of README and docs, from recorded runs"
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
 	@echo "make lock         resolve the dependencies anew, with the hash of each file"
 	@echo "make bench-deps   what only the benchmarks need, in an environment of its own"
@@ -51,6 +52,9 @@ check: $(INSTALLED)
 
 drill: $(INSTALLED)
 	$(BIN)/python -m bench.drill
+
+docs: $(INSTALLED)
+	$(BIN)/python -m docs.generate
 
 screenshots: $(INSTALLED)
 	$(BIN)/python -m screenshots.make

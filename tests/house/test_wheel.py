@@ -98,10 +98,17 @@ def test_the_wheel_says_that_it_is_typed_and_holds_no_tests(published: Published
     with zipfile.ZipFile(published.wheel) as archive:
         names = archive.namelist()
     assert "qlora_tui/py.typed" in names
+    version = f"qlora_tui-{qlora_tui.__version__}"
     assert {name.partition("/")[0] for name in names} == {
         "qlora_tui",
-        f"qlora_tui-{qlora_tui.__version__}.dist-info",
+        f"{version}.data",
+        f"{version}.dist-info",
     }
+
+
+def test_the_wheel_installs_the_manual_page(clean_python: Path) -> None:
+    manual = clean_python.parents[1] / "share" / "man" / "man1" / "qlora-tui.1"
+    assert manual.read_text() == (ROOT / "docs" / "qlora-tui.1").read_text()
 
 
 def test_the_sdist_holds_every_tracked_file(published: Published) -> None:

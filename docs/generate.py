@@ -1,0 +1,299 @@
+"""Writes the pages that follow from declarations: ``make docs``.
+
+``docs/reference/`` holds settings and presets (from the schema and ``presets/``), the command line (from its
+parsers) and the keys of each screen (from their commands); ``docs/qlora-tui.1`` is the manual page. A test
+fails where one of them is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qlora_tui import __version__
+from qlora_tui.cli.main import VERBS, _parser
+from qlora_tui.recipe.fields import Field, fields, source_fields
+
+HERE = Path(__file__).parent
+_NOTICE = "<!-- Written by `make docs`. Do not edit. -->\n"
+_TOPICS = {
+    "model": "Which model is trained, and how its conversations are written.",
+    "quantization": "How the frozen weights are stored.",
+    "lora": "Which modules get an adapter, and of what size.",
+    "data": "What is read, and what the model learns from it.",
+    "training": "Batches, learning rate, optimizer, evaluation and checkpoints.",
+}
+"""A sentence for each section of a recipe."""
+_RECIPE_INTRODUCTION = """\
+A recipe is every decision of a run, as TOML. Each setting has a default, so a recipe names only what differs.
+Settings are taken from, in this order: defaults, preset, recipe file, `--set section.key=value`. Unknown keys
+and values out of bounds are errors that name file, line, key and the nearest match.
+`qlora-tui presets reference` prints this page as a TOML file to start from."""
+_PRESETS_INTRODUCTION = """\
+A preset is part of a recipe. Use one with `--preset NAME` or with `p` in the app. Your own are TOML files in
+the `presets` folder that `qlora-tui locate` prints; a file there hides the shipped preset of its name."""
+_CLI_INTRODUCTION = """\
+`qlora-tui` without a command opens the app. Every command takes `--json`, which prints an object a line on
+stdout and messages on stderr. Exit codes: 0 done, 1 failed, 2 wrong call, 130 interrupted."""
+_KEYS_INTRODUCTION = """\
+F1 shows this list in the app. A `[keymap]` in `config.toml` gives a command another key, by its name:
+`"train.stop" = "x"`. Keys are written `ctrl+x`, `escape`, `enter`, `slash`, `f2`; several as `"x,f2"`."""
+
+
+def main() -> int:
+    """Write every page that changed."""
+    for name, text in pages().items():
+        path = HERE / name
+        if not path.exists() or path.read_text() != text:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            print(f"docs/{name}")
+    return 0
+
+
+def pages() -> dict[str, str]:
+    """Every generated page by its path in ``docs/``."""
+    return {
+        "reference/recipe.md": recipe_page(),
+        "reference/presets.md": presets_page(),
+        "reference/cli.md": cli_page(),
+        "reference/keys.md": keys_page(),
+        "qlora-tui.1": manual_page(),
+    }
+
+
+# Recipes and presets
+
+
+def recipe_page() -> str:
+    """Every setting of a recipe: type and bounds, default, what it does, and what it costs in memory."""
+    lines = [
+        _NOTICE,
+        "# Recipe reference",
+        "",
+        _RECIPE_INTRODUCTION,
+    ]
+    section = None
+    for field in fields().values():
+        if field.section != section:
+            section = field.section
+            lines += ["", f"## `[{section}]`" if section else "## Top level"]
+            lines += ["", _TOPICS[section]] if section in _TOPICS else []
+        lines += _setting(field, f"`{field.key}`")
+    lines += ["", "## `[[data.sources]]`", "", "One table for each data file, folder or Hub dataset."]
+    for field in source_fields().values():
+        lines += _setting(field, f"`{field.key}`")
+    return "\n".join(lines) + "\n"
+
+
+def _setting(field: Field, heading: str) -> Iterator[str]:
+    yield from ("", f"### {heading}", "")
+    if field.help:
+        yield from (field.help, "")
+    yield f"* Value: {field.expected}"
+    yield f"* Default: {'none, it must be given' if field.required else f'`{_toml(field.default)}`'}"
+    if field.memory:
+        yield f"* Memory: {field.memory}"
+
+
+def _toml(value: Any) -> str:
+    """A default as a recipe would have it."""
+    return msgspec.json.encode(value).decode().replace(",", ", ")
+
+
+def presets_page() -> str:
+    """Every shipped preset, as its file has it."""
+    lines = [
+        _NOTICE,
+        "# Presets",
+        "",
+        _PRESETS_INTRODUCTION,
+    ]
+    for path in sorted((HERE.parent / "presets").glob("*.toml")):
+        lines += ["", f"## `{path.stem}`", "", "```toml", path.read_text().strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+# The command line
+
+
+def parser_of(verb: str | None) -> argparse.ArgumentParser:
+    """The parser of one command with all its arguments, or of ``qlora-tui`` itself."""
+    top = _parser(verb)
+    return top if verb is None else subparsers(top)[verb]
+
+
+def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands below a parser, by name."""
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found[0].choices) if found else {}
+
+
+def help_of(parser: argparse.ArgumentParser, name: str) -> str:
+    """The line of a command in its parent's help."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return next((str(one.help) for one in action._choices_actions if one.dest == name), "")
+    return ""
+
+
+def arguments_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """What a command takes, without ``--help`` and its own commands."""
+    left_out = (argparse._HelpAction, argparse._SubParsersAction)
+    return [action for action in parser._actions if not isinstance(action, left_out)]
+
+
+def metavar_of(action: argparse.Action) -> str:
+    """What stands for the value of an argument: ``RUN``, ``stop|pause``, or nothing for a flag."""
+    if action.nargs == 0:
+        return ""
+    if action.metavar:
+        return str(action.metavar)
+    if action.choices is not None:
+        return "|".join(map(str, action.choices))
+    return action.dest.upper()
+
+
+def spelled(action: argparse.Action) -> str:
+    """How an argument is written: ``--set KEY=VALUE``, ``RUN``."""
+    if action.option_strings:
+        return " ".join(filter(None, [", ".join(action.option_strings), metavar_of(action)]))
+    name = metavar_of(action)
+    return f"{name}…" if action.nargs in ("*", "+") else name
+
+
+def usage_of(parser: argparse.ArgumentParser, words: str) -> str:
+    """One line; the same in every version of Python, as argparse's own is not."""
+    parts = [words]
+    arguments = arguments_of(parser)
+    if any(action.option_strings for action in arguments):
+        parts.append("[options]")
+    for action in arguments:
+        if not action.option_strings:
+            parts.append(f"[{spelled(action)}]" if action.nargs in ("?", "*") else spelled(action))
+    if commands := subparsers(parser):
+        parts.append(f"[{'|'.join(commands)}]")
+    return " ".join(parts)
+
+
+def command_tree() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
+    """Every command with its description, each followed by the commands below it."""
+    for verb in VERBS:
+        parser = parser_of(verb)
+        yield verb, VERBS[verb][1], parser
+        for name, below in subparsers(parser).items():
+            yield f"{verb} {name}", _sentence(help_of(parser, name)), below
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".") if text else ""
+
+
+def cli_page() -> str:
+    """Every command, with its arguments."""
+    top = parser_of(None)
+    lines = [
+        _NOTICE,
+        "# Command line reference",
+        "",
+        _CLI_INTRODUCTION,
+        "",
+        *_arguments(top),
+    ]
+    for words, description, parser in command_tree():
+        level = "##" if " " not in words else "###"
+        lines += ["", f"{level} {words}", "", description, ""]
+        lines += ["```", usage_of(parser, f"qlora-tui {words}"), "```"]
+        if arguments := list(_arguments(parser)):
+            lines += ["", *arguments]
+    return "\n".join(lines) + "\n"
+
+
+def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
+    if arguments := arguments_of(parser):
+        yield from ("| argument | meaning |", "| --- | --- |")
+    for action in arguments:
+        yield f"| `{_cell(spelled(action))}` | {_cell(_explained(action))} |"
+
+
+def _explained(action: argparse.Action) -> str:
+    return "" if action.help is None else action.help % {"default": action.default, "prog": "qlora-tui"}
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+# The keys
+
+
+def keys_page() -> str:
+    """Every command of every screen, with its key and the name a keymap calls it by."""
+    from qlora_tui.tui.keymap import every_command
+
+    lines = [
+        _NOTICE,
+        "# Keys",
+        "",
+        _KEYS_INTRODUCTION,
+    ]
+    for heading, commands in every_command():
+        if not commands:
+            continue
+        lines += ["", f"## {heading}", "", "| key | command | what it does |", "| --- | --- | --- |"]
+        for command in commands:
+            keys = " ".join(f"`{key}`" for key in command.key.split(","))
+            lines.append(f"| {keys} | `{command.id}` | {_cell(command.help)} |")
+    return "\n".join(lines) + "\n"
+
+
+# The manual page
+
+
+def manual_page() -> str:
+    """``qlora-tui.1`` in the macros of man(7)."""
+    lines = [
+        f'.TH QLORA\\-TUI 1 "" "qlora\\-tui {__version__}" "User Commands"',
+        ".SH NAME",
+        "qlora\\-tui \\- fine\\-tune language models with QLoRA on one GPU",
+        ".SH SYNOPSIS",
+        ".B qlora\\-tui",
+        "[options] [command]",
+        ".SH DESCRIPTION",
+        "Without a command it opens the app. A run is a background process and a folder of files: it does",
+        "not end with the terminal that started it.",
+        ".SH OPTIONS",
+        *_roff_arguments(parser_of(None)),
+        ".SH COMMANDS",
+    ]
+    for words, description, parser in command_tree():
+        lines += [f".SS {_roff(usage_of(parser, words))}", _roff(description), *_roff_arguments(parser)]
+    lines += [
+        ".SH EXIT STATUS",
+        "0 done, 1 failed, 2 wrong call, 130 interrupted.",
+        ".SH FILES",
+        ".B qlora\\-tui locate",
+        "prints where presets, themes, runs and caches are. XDG_CONFIG_HOME, XDG_STATE_HOME and",
+        "XDG_CACHE_HOME move them.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _roff_arguments(parser: argparse.ArgumentParser) -> Iterable[str]:
+    for action in arguments_of(parser):
+        yield from (".TP", f".B {_roff(spelled(action))}", _roff(_explained(action)))
+
+
+def _roff(text: str) -> str:
+    escaped = text.replace("\\", "\\e").replace("-", "\\-").replace("`", "").replace("…", "...")
+    # A line that starts with one of these would be a macro.
+    return f"\\&{escaped}" if escaped.startswith((".", "'")) else escaped
+
+
+if __name__ == "__main__":
+    sys.exit(main())
