@@ -29,7 +29,7 @@ from msgspec.structs import replace
 
 from qlora_tui.chat.terms import ADAPTER, GREEDY, ChatSource
 from qlora_tui.data.conversation import Message
-from qlora_tui.gpu.before_torch import settle_before_torch
+from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.recipe.schema import Model, Recipe
 
 QUESTION = "Tell me about Paris and its history."
@@ -67,7 +67,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.way:
         # Both: threads that spin on a busy machine would make plain ``generate`` many times slower.
-        settle_before_torch()
+        configure_torch_env()
         recipe = Recipe(model=Model(id=args.model))
         serve(by_generate(recipe, args.adapter) if args.way == "plain" else by_chat(recipe, args.adapter))
         return 0

@@ -26,7 +26,7 @@ from typing import Any
 
 from bench.acceptance_checks import CHECKS, GRID, Box, Outcome, Skip
 from bench.acceptance_model import SIZES, make_model, make_rows
-from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.nvml import Nvml
 
 
@@ -93,8 +93,8 @@ def described(box: Box) -> dict[str, Any]:
     if box.has_card:
         card = torch.cuda.get_device_properties(0)
         found |= {"card": card.name, "card_bytes": card.total_memory, "cuda": torch.version.cuda}
-        with suppress(NoGpu), Nvml() as driver:
-            found["driver"] = driver.cards()[0].driver
+        with suppress(GpuUnavailableError), Nvml() as driver:
+            found["driver"] = driver.list_gpus()[0].driver
     return found
 
 

@@ -7,7 +7,7 @@ import random
 import threading
 import time
 
-from qlora_tui.gpu.reading import Reading
+from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import create
 from qlora_tui.runs.events import CheckpointSaved, DataReady, Evaluated, PhaseChanged, Sampled, Started, Step
@@ -94,7 +94,7 @@ class PlayedTrainer:
                 tokens_per_s=luck.gauss(2300, 40),
             )
         )
-        reading = Reading(
+        reading = GpuMetrics(
             at=self._at,
             index=0,
             utilization_percent=min(100, round(luck.gauss(96, 3))),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.stub import play_in_this_process
+from tests.gpu.nvml_stub import install_nvml_stub
 
 # Tests run side by side: threads that spin while they wait would take each other's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,5 +34,5 @@ def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     for variable in ("HF_TOKEN", "HF_ENDPOINT", "NO_COLOR", "COLORTERM"):
         monkeypatch.delenv(variable, raising=False)
-    play_in_this_process(monkeypatch, "no_driver")
+    install_nvml_stub(monkeypatch, "no_driver")
     return home

@@ -18,7 +18,7 @@ from qlora_tui.chat.terms import BASE, GREEDY, ChatSource, Compared, Said, Sampl
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import Problem
 from qlora_tui.format import counted
-from qlora_tui.gpu.before_torch import settle_before_torch
+from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.visible import visible
@@ -123,7 +123,7 @@ def converse(
 
 
 def _loaded(source: ChatSource, tell: Callable[[str], None]) -> ChatSession:
-    settle_before_torch()
+    configure_torch_env()
     from qlora_tui.chat.session import load_session
 
     return load_session(source, tell)

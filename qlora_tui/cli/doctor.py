@@ -16,8 +16,8 @@ from qlora_tui.catalog.local import hub_cache_dir
 from qlora_tui.cli.verb import Outcome, Verb
 from qlora_tui.errors import FAILED, Problem, disk_problem
 from qlora_tui.format import size
-from qlora_tui.gpu.no_gpu import NoGpu
-from qlora_tui.gpu.visible import torch_card
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.runs.locks import locked
 
 _DISK_BYTES = 5 * 2**30
@@ -87,8 +87,8 @@ def _locks() -> Check:
 
 def _card() -> Check:
     try:
-        card = torch_card()
-    except NoGpu as problem:
+        card = default_cuda_device()
+    except GpuUnavailableError as problem:
         return Check("card", "note", f"{problem.what} Runs go to the CPU.", problem.fix)
     return Check("card", "ok", f"{card.name}, {size(card.total_bytes)}, driver {card.driver or 'NA'}")
 

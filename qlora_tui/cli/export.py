@@ -17,11 +17,11 @@ from qlora_tui.runs.directory import find
 def run(args: argparse.Namespace) -> Outcome:
     """Merge the adapter into the 16-bit base and write the model to a folder."""
     from qlora_tui.chat.sources import chosen_voice, of_run
-    from qlora_tui.gpu.before_torch import settle_before_torch
+    from qlora_tui.gpu.torch_env import configure_torch_env
 
     source = of_run(find(args.run_id))
     voice = chosen_voice(source, checkpoint=args.checkpoint)
-    settle_before_torch()
+    configure_torch_env()
     from qlora_tui.export.merge import merge
     from qlora_tui.export.verify import verify_merge
 

@@ -18,9 +18,9 @@ from qlora_tui.data.sources import every_source, open_source
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained import token_ids
 from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.gpu.no_gpu import NoGpu
-from qlora_tui.gpu.nvml import cards
-from qlora_tui.gpu.visible import torch_cards
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.nvml import list_gpus
+from qlora_tui.gpu.visible_devices import cuda_device_order
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import resolve_targets
@@ -104,8 +104,8 @@ def _launch(run: RunDir, gpus: int) -> list[str]:
 def _gpus() -> int:
     """How many torch will see."""
     try:
-        return len(torch_cards(cards()))
-    except NoGpu:
+        return len(cuda_device_order(list_gpus()))
+    except GpuUnavailableError:
         return 0
 
 

@@ -18,7 +18,7 @@ from qlora_tui import children
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write, private_dir
-from qlora_tui.gpu.before_torch import set_offline
+from qlora_tui.gpu.torch_env import offline_variables_set
 from qlora_tui.paths import cache_dir
 
 _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
@@ -79,7 +79,9 @@ def _noted(name: str) -> HubFiles | None:
 
 def _fetched(name: str) -> HubFiles:
     # This child is there to ask the hub, also where this process holds a model and is offline.
-    environment = {key: value for key, value in children.environment().items() if key not in set_offline}
+    environment = {
+        key: value for key, value in children.environment().items() if key not in offline_variables_set
+    }
     done = subprocess.run(
         children.command("qlora_tui.data.hub_fetch", name),
         env=environment,

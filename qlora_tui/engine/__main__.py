@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from qlora_tui.gpu.before_torch import settle_before_torch
+from qlora_tui.gpu.torch_env import configure_torch_env
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     os.dup2(null, 0)
     os.close(null)
 
-    settle_before_torch()
+    configure_torch_env()
     from qlora_tui.engine.server import Server
 
     Server(questions, replies).run()

@@ -1,11 +1,11 @@
 """The card: what it is, what it does this second, and why there is none.
 
-``reading``  facts as msgspec structs: ``Card``, ``Reading``, ``GpuProcess``
-``no_gpu``   ``NoGpu``, the one outcome when the card cannot be asked, with its ``Reason``
-``nvml``     ``cards()`` and ``Nvml``: the driver asked through NVML
-``visible``  which of the cards torch will use: CUDA_VISIBLE_DEVICES
-``sampler``  ``Sampler``: a thread that takes a reading each second
-``before_torch``  what must be settled in a process before it loads torch
+``metrics``          facts as msgspec structs: ``GpuDevice``, ``GpuMetrics``, ``GpuProcess``
+``errors``           ``GpuUnavailableError``, raised when no GPU can be read, with its reason
+``nvml``             ``list_gpus()`` and ``Nvml``: the driver, queried through NVML
+``visible_devices``  which of the GPUs torch will use: CUDA_VISIBLE_DEVICES
+``metrics_sampler``  ``MetricsSampler``: a thread that reads a GPU every second
+``torch_env``        environment variables and warning filters to set before torch is imported
 
 Importing any of these loads no driver and no ``pynvml`` (45 ms); that happens on first use.
 """

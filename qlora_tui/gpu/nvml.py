@@ -1,7 +1,7 @@
 """The driver, asked through NVML (package ``nvidia-ml-py``, module ``pynvml``).
 
-``cards()`` for whoever wants to know once; ``Nvml`` for the sampler, which asks again and again.
-A question the card does not answer gives ``None``; a card that cannot be asked at all gives ``NoGpu``.
+``cards()`` for whoever wants to know once; ``Nvml`` for the sampler, which asks again and again. A question
+the card does not answer gives ``None``; a card that cannot be asked at all gives ``GpuUnavailableError``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from qlora_tui.gpu.no_gpu import NoGpu, Reason, no_gpu_from_nvml
-from qlora_tui.gpu.reading import Card, GpuProcess, Reading
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason, from_nvml_error
+from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics, GpuProcess
 
 _FATAL = frozenset({1, 9, 15, 16, 18, 28})
 """Errors after which no other question makes sense: not initialised, driver not loaded, GPU lost, reset
@@ -31,18 +31,18 @@ _THROTTLE_WORDS = {
     0x400: "reliability limit",
 }
 """``nvmlClocksEventReasons`` in ``nvml.h``. Left out: 0x1, the card is idle; 0x2 and 0x100, clocks somebody
-set, which on data-centre cards is always so. 0x8 is told apart in ``throttle_words``."""
+set, which on data-centre cards is always so. 0x8 is told apart in ``describe_throttle``."""
 _HARDWARE_SLOWDOWN = 0x8
 
 
-def cards() -> list[Card]:
-    """Every card of the machine, at least one. Raises ``NoGpu``."""
+def list_gpus() -> list[GpuDevice]:
+    """Every card of the machine, at least one. Raises ``GpuUnavailableError``."""
     with Nvml() as nvml:
-        return nvml.cards()
+        return nvml.list_gpus()
 
 
 class Nvml:
-    """The driver, open for questions. Raises ``NoGpu`` when it cannot be opened.
+    """The driver, open for questions. Raises ``GpuUnavailableError`` when it cannot be opened.
 
     May be used by several threads, and opened several times: NVML counts.
     """
@@ -57,7 +57,7 @@ class Nvml:
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
-            raise no_gpu_from_nvml(error.value, str(error)) from error
+            raise from_nvml_error(error.value, str(error)) from error
         self._open = True
 
     def __enter__(self) -> Self:
@@ -77,65 +77,66 @@ class Nvml:
         with contextlib.suppress(self._lib.NVMLError):
             self._lib.nvmlShutdown()
 
-    def cards(self) -> list[Card]:
-        """Every card that answers, at least one. Raises ``NoGpu``, with the first card's reason."""
+    def list_gpus(self) -> list[GpuDevice]:
+        """Every card that answers, at least one. Raises ``GpuUnavailableError``, with the first card's
+        reason."""
         try:
             count: int = self._lib.nvmlDeviceGetCount()
         except self._lib.NVMLError as error:
-            raise no_gpu_from_nvml(error.value, str(error)) from error
-        found: list[Card] = []
-        failures: list[NoGpu] = []
+            raise from_nvml_error(error.value, str(error)) from error
+        devices: list[GpuDevice] = []
+        failures: list[GpuUnavailableError] = []
         for index in range(count):
             try:
-                found.append(self._card(index))
-            except NoGpu as no_gpu:
-                failures.append(no_gpu)
-        if not found:
-            raise failures[0] if failures else NoGpu(Reason.NO_DEVICE)
-        return found
+                devices.append(self._read_device(index))
+            except GpuUnavailableError as unavailable:
+                failures.append(unavailable)
+        if not devices:
+            raise failures[0] if failures else GpuUnavailableError(GpuUnavailableReason.NO_DEVICE)
+        return devices
 
-    def read(self, index: int, *, processes: bool = False) -> Reading:
-        """What card ``index`` says now. Raises ``NoGpu``.
+    def read(self, index: int, *, processes: bool = False) -> GpuMetrics:
+        """What card ``index`` says now. Raises ``GpuUnavailableError``.
 
         With ``processes`` also who holds its memory, which costs milliseconds and a lock in the driver.
         """
         lib = self._lib
         handle = self._handle(index)
-        utilization = self._ask("nvmlDeviceGetUtilizationRates", handle)
+        utilization = self._query("nvmlDeviceGetUtilizationRates", handle)
         memory = self._memory(handle)
-        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons", handle)
+        reasons = self._query("nvmlDeviceGetCurrentClocksEventReasons", handle)
         if reasons is None:  # Its name before driver 535.
-            reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
-        temperature = self._ask("nvmlDeviceGetTemperature", handle, lib.NVML_TEMPERATURE_GPU)
+            reasons = self._query("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+        temperature = self._query("nvmlDeviceGetTemperature", handle, lib.NVML_TEMPERATURE_GPU)
         if temperature is None:  # The call above is announced to go with CUDA 14.
-            temperature = self._ask("nvmlDeviceGetTemperatureV", handle, lib.NVML_TEMPERATURE_GPU)
-        return Reading(
+            temperature = self._query("nvmlDeviceGetTemperatureV", handle, lib.NVML_TEMPERATURE_GPU)
+        return GpuMetrics(
             at=time.time(),
             index=index,
             utilization_percent=getattr(utilization, "gpu", None),
             memory_used_bytes=getattr(memory, "used", None),
             memory_total_bytes=getattr(memory, "total", None),
-            power_w=_watts(self._ask("nvmlDeviceGetPowerUsage", handle)),
-            power_limit_w=_watts(self._ask("nvmlDeviceGetEnforcedPowerLimit", handle)),
+            power_w=_watts(self._query("nvmlDeviceGetPowerUsage", handle)),
+            power_limit_w=_watts(self._query("nvmlDeviceGetEnforcedPowerLimit", handle)),
             temperature_c=temperature,
-            sm_clock_mhz=self._ask("nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_SM),
-            memory_clock_mhz=self._ask("nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_MEM),
-            fan_percent=self._ask("nvmlDeviceGetFanSpeed", handle),
-            throttle=None if reasons is None else throttle_words(reasons),
+            sm_clock_mhz=self._query("nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_SM),
+            memory_clock_mhz=self._query("nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_MEM),
+            fan_percent=self._query("nvmlDeviceGetFanSpeed", handle),
+            throttle=None if reasons is None else describe_throttle(reasons),
             processes=self._processes(handle) if processes else None,
         )
 
-    def _card(self, index: int) -> Card:
+    def _read_device(self, index: int) -> GpuDevice:
         handle = self._handle(index)
         memory = self._memory(handle)
-        capability = self._ask("nvmlDeviceGetCudaComputeCapability", handle)
-        return Card(
+        capability = self._query("nvmlDeviceGetCudaComputeCapability", handle)
+        return GpuDevice(
             index=index,
-            name=self._ask("nvmlDeviceGetName", handle) or f"GPU {index}",
-            uuid=self._ask("nvmlDeviceGetUUID", handle),
+            name=self._query("nvmlDeviceGetName", handle) or f"GPU {index}",
+            uuid=self._query("nvmlDeviceGetUUID", handle),
             total_bytes=getattr(memory, "total", None),
             compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
-            driver=self._ask("nvmlSystemGetDriverVersion"),
+            driver=self._query("nvmlSystemGetDriverVersion"),
             # Only the second version of the struct has it.
             reserved_bytes=getattr(memory, "reserved", None),
         )
@@ -146,11 +147,13 @@ class Nvml:
                 self._handles[index] = self._lib.nvmlDeviceGetHandleByIndex(index)
             except self._lib.NVMLError as error:
                 if error.value == _INVALID_ARGUMENT:
-                    raise NoGpu(Reason.NO_DEVICE, f"It has none with index {index}.") from error
-                raise no_gpu_from_nvml(error.value, str(error)) from error
+                    raise GpuUnavailableError(
+                        GpuUnavailableReason.NO_DEVICE, f"It has none with index {index}."
+                    ) from error
+                raise from_nvml_error(error.value, str(error)) from error
         return self._handles[index]
 
-    def _ask(self, function: str, *arguments: Any, **options: Any) -> Any:
+    def _query(self, function: str, *arguments: Any, **options: Any) -> Any:
         """The answer of one NVML function, or ``None`` where card, driver or binding has none."""
         question = getattr(self._lib, function, None)
         if question is None:
@@ -159,36 +162,36 @@ class Nvml:
             return question(*arguments, **options)
         except self._lib.NVMLError as error:
             if error.value in _FATAL:
-                raise no_gpu_from_nvml(error.value, str(error)) from error
+                raise from_nvml_error(error.value, str(error)) from error
             return None
 
     def _memory(self, handle: Any) -> Any:
         """Total and used bytes. The first version counts what the driver reserves as used."""
-        memory = self._ask("nvmlDeviceGetMemoryInfo", handle, version=self._lib.nvmlMemory_v2)
-        return self._ask("nvmlDeviceGetMemoryInfo", handle) if memory is None else memory
+        memory = self._query("nvmlDeviceGetMemoryInfo", handle, version=self._lib.nvmlMemory_v2)
+        return self._query("nvmlDeviceGetMemoryInfo", handle) if memory is None else memory
 
     def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
         """Who computes and who draws: a desktop or a browser takes memory from a run too."""
         # The name without _v3 raises something that is not an NVMLError when the driver is old.
-        computing = self._ask("nvmlDeviceGetComputeRunningProcesses_v3", handle)
-        drawing = self._ask("nvmlDeviceGetGraphicsRunningProcesses_v3", handle)
+        computing = self._query("nvmlDeviceGetComputeRunningProcesses_v3", handle)
+        drawing = self._query("nvmlDeviceGetGraphicsRunningProcesses_v3", handle)
         if computing is None and drawing is None:
             return None
-        held: dict[int, int | None] = {}
+        memory_by_pid: dict[int, int | None] = {}
         for process in [*(computing or ()), *(drawing or ())]:
             # One that does both stands in both lists with the same sum.
-            held[process.pid] = held.get(process.pid) or process.usedGpuMemory
-        largest_first = sorted(held.items(), key=lambda item: -(item[1] or 0))
+            memory_by_pid[process.pid] = memory_by_pid.get(process.pid) or process.usedGpuMemory
+        largest_first = sorted(memory_by_pid.items(), key=lambda item: -(item[1] or 0))
         return tuple(GpuProcess(pid, memory_bytes) for pid, memory_bytes in largest_first)
 
 
-def throttle_words(reasons: int) -> tuple[str, ...]:
+def describe_throttle(reasons: int) -> tuple[str, ...]:
     """Plain words, each once, for NVML's bit mask of what holds the clocks back."""
-    words = dict.fromkeys(word for bit, word in _THROTTLE_WORDS.items() if reasons & bit)
+    descriptions = dict.fromkeys(word for bit, word in _THROTTLE_WORDS.items() if reasons & bit)
     # This bit alone says only that the hardware halved the clocks; with it usually comes one that says why.
-    if reasons & _HARDWARE_SLOWDOWN and not words.keys() & {_THERMAL, _POWER_BRAKE}:
-        words["hardware slowdown"] = None
-    return tuple(words)
+    if reasons & _HARDWARE_SLOWDOWN and not descriptions.keys() & {_THERMAL, _POWER_BRAKE}:
+        descriptions["hardware slowdown"] = None
+    return tuple(descriptions)
 
 
 def _watts(milliwatts: int | None) -> float | None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import psutil
 
-from qlora_tui.gpu.no_gpu import NoGpu
-from qlora_tui.gpu.reading import Card
-from qlora_tui.gpu.visible import torch_card
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory.calibration import correction_for
 from qlora_tui.memory.cpu import liger_is_installed, this_processor, torch_is_for_cuda
 from qlora_tui.memory.execution import Device
@@ -25,7 +25,7 @@ class MemoryBudget:
     """``RTX 4090``, ``a card of 24.0 GiB``, ``this machine's memory``."""
 
 
-def budget_for(card: Card | None, assumed_bytes: int | None = None) -> MemoryBudget:
+def budget_for(card: GpuDevice | None, assumed_bytes: int | None = None) -> MemoryBudget:
     """The card found; a card of the size given, where one is; the machine's own memory without either."""
     if assumed_bytes is not None:
         # Not this machine's card: what was learnt here does not count.
@@ -53,13 +53,13 @@ def budget_for(card: Card | None, assumed_bytes: int | None = None) -> MemoryBud
 def local_budget(assumed_bytes: int | None = None) -> MemoryBudget:
     """The same for this machine, asking its driver."""
     try:
-        card = torch_card()
-    except NoGpu:
+        card = default_cuda_device()
+    except GpuUnavailableError:
         card = None
     return budget_for(card, assumed_bytes)
 
 
-def _capability(card: Card) -> tuple[int, int]:
+def _capability(card: GpuDevice) -> tuple[int, int]:
     if card.compute_capability is None:
         return Device().capability
     major, _, minor = card.compute_capability.partition(".")

@@ -7,7 +7,7 @@ rest, a code buffer of 256 KiB a kernel, stays (cpu/x64/brgemm/brgemm_containers
 
 from __future__ import annotations
 
-from qlora_tui.gpu.before_torch import KERNELS_KEPT
+from qlora_tui.gpu.torch_env import ONEDNN_CACHE_CAPACITY
 from qlora_tui.memory.execution import LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layout import Layout
 
@@ -32,7 +32,7 @@ def kernel_bytes(layout: Layout, path: ExecutionConfig) -> int:
     rows = min(FULL_ROWS, lengths) if path.packing else lengths
     chunks = min(lengths, LOSS_CHUNK_ROWS // TOKEN_MULTIPLE)
     shapes = _products(layout) * rows + ATTENTION_PRODUCTS * lengths + 2 * chunks
-    return KERNELS_KEPT * KEPT_BYTES + shapes * KERNEL_BYTES
+    return ONEDNN_CACHE_CAPACITY * KEPT_BYTES + shapes * KERNEL_BYTES
 
 
 def _products(layout: Layout) -> int:

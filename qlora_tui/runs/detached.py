@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from qlora_tui import children, paths
-from qlora_tui.gpu.visible import STABLE_ORDER
+from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV
 
 
 def runner_lock_path() -> Path:
@@ -38,5 +38,5 @@ def start(module: str, *arguments: str, output: IO[bytes] | None) -> subprocess.
         stderr=None if output is None else subprocess.STDOUT,
         start_new_session=True,
         cwd="/",
-        env=children.environment() | STABLE_ORDER,
+        env=children.environment() | PCI_BUS_ORDER_ENV,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_tui.format import duration, figure, gib, percent
-from qlora_tui.gpu.reading import Reading
+from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Sample
 from qlora_tui.runs.view import RunView
 
@@ -40,7 +40,7 @@ def _machine(sample: Sample) -> str:
     return f"GPU {', '.join(_card(sample.gpu)) or 'tells nothing'}."
 
 
-def _card(card: Reading) -> list[str]:
+def _card(card: GpuMetrics) -> list[str]:
     """What it tells; the rest is left out."""
     parts = []
     if card.utilization_percent is not None:

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.decoding import Count, UnixTime, decode_json
-from qlora_tui.gpu.reading import Reading
+from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.log import read_from
 
 
@@ -21,7 +21,7 @@ class Sample(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Resident memory of the trainer process."""
     cpu_percent: float
     """Of one core, so 200 is two cores at work."""
-    gpu: Reading | None = None
+    gpu: GpuMetrics | None = None
     """None on a machine without a card."""
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.gpu.before_torch import settle_before_torch
+from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import Plan
 from qlora_tui.training.frame import run_trainer
@@ -37,7 +37,7 @@ def main() -> int:
     try:
         if not run.path.is_dir():
             raise Problem("No such run", what=f"{run.path} is not a run's directory.", exit_code=WRONG_CALL)
-        settle_before_torch(_ENVIRONMENT)
+        configure_torch_env(_ENVIRONMENT)
         return run_trainer(run, plan)
     except Problem as problem:
         print(problem, file=sys.stderr)

@@ -26,7 +26,7 @@ from qlora_tui.catalog.local import converted_dir, resolve
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import Problem
 from qlora_tui.files import private_dir
-from qlora_tui.gpu.before_torch import OFFLINE
+from qlora_tui.gpu.torch_env import OFFLINE
 from qlora_tui.memory.conversion import Conversion, Way, peak_bytes
 from qlora_tui.training import llama_gguf
 from qlora_tui.training.gguf import Said, draft_of

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from qlora_tui.gpu.reading import Reading
+from qlora_tui.gpu.metrics import GpuMetrics
 
 _HISTORY = 20
 """Steps that the gradient norm is compared with."""
@@ -60,14 +60,14 @@ class CardWatch:
         self._hot_since: float | None = None
         self._told: set[str] = set()
 
-    def reading(self, reading: Reading, now: float) -> list[Finding]:
+    def reading(self, reading: GpuMetrics, now: float) -> list[Finding]:
         """What it shows; each kind is told once until it has passed.
 
         ``now``: seconds of a clock that nobody sets, for how long something lasts.
         """
         return [*self._idle(reading, now), *self._throttled(reading, now)]
 
-    def _idle(self, reading: Reading, now: float) -> list[Finding]:
+    def _idle(self, reading: GpuMetrics, now: float) -> list[Finding]:
         busy, held = reading.utilization_percent, reading.memory_used_bytes or 0
         if busy is None or busy > _IDLE_PERCENT or held < _HELD_BYTES:
             self._idle_since = None
@@ -83,7 +83,7 @@ class CardWatch:
             ),
         )
 
-    def _throttled(self, reading: Reading, now: float) -> list[Finding]:
+    def _throttled(self, reading: GpuMetrics, now: float) -> list[Finding]:
         reasons = _HOT.intersection(reading.throttle or ())
         if not reasons:
             self._hot_since = None

@@ -14,9 +14,9 @@ from msgspec import structs
 
 from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
-from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.nvml import Nvml
-from qlora_tui.gpu.visible import torch_card
+from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
 from qlora_tui.memory.cpu import liger_is_installed, torch_is_for_cuda
@@ -156,8 +156,8 @@ def peak_resident_bytes() -> int:
 def _held_on_card() -> int | None:
     try:
         with Nvml() as nvml:
-            processes = nvml.read(torch_card().index, processes=True).processes or ()
-    except NoGpu:
+            processes = nvml.read(default_cuda_device().index, processes=True).processes or ()
+    except GpuUnavailableError:
         return None
     return next((p.memory_bytes for p in processes if p.pid == os.getpid()), None)
 
@@ -165,6 +165,6 @@ def _held_on_card() -> int | None:
 def _driver() -> str:
     """Its version; empty where there is none to ask."""
     try:
-        return torch_card().driver or ""
-    except NoGpu:
+        return default_cuda_device().driver or ""
+    except GpuUnavailableError:
         return ""

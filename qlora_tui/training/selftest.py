@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from qlora_tui.gpu.before_torch import settle_before_torch
+from qlora_tui.gpu.torch_env import configure_torch_env
 
 _PIP = f"{sys.executable} -m pip install --upgrade"
 
@@ -25,7 +25,7 @@ def main() -> int:
     # Libraries greet on stdout; the findings must be alone there.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    settle_before_torch()
+    configure_torch_env()
     checks = [_library(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets")]
     if all(check["state"] == "ok" for check in checks):
         checks += [_try("torch on the card", _card), _try("NF4 forward and backward", _nf4)]
@@ -73,12 +73,12 @@ def _card() -> dict[str, str]:
 
 
 def _driver_answers() -> bool:
-    from qlora_tui.gpu.no_gpu import NoGpu
-    from qlora_tui.gpu.visible import torch_card
+    from qlora_tui.gpu.errors import GpuUnavailableError
+    from qlora_tui.gpu.visible_devices import default_cuda_device
 
     try:
-        torch_card()
-    except NoGpu:
+        default_cuda_device()
+    except GpuUnavailableError:
         return False
     return True
 

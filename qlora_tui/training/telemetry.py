@@ -9,10 +9,10 @@ from typing import Any
 
 import psutil
 
-from qlora_tui.gpu.no_gpu import NoGpu
-from qlora_tui.gpu.reading import Reading
-from qlora_tui.gpu.sampler import Sampler
-from qlora_tui.gpu.visible import torch_card
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.gpu.metrics_sampler import MetricsSampler
+from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.telemetry import Sample, encode
 from qlora_tui.training.health import CardWatch
@@ -30,15 +30,15 @@ class Telemetry:
         self._path = run.telemetry_path
         self._process = psutil.Process()
         self._stopping = threading.Event()
-        self._gpu: Sampler | None = None
+        self._gpu: MetricsSampler | None = None
         self._thread = threading.Thread(target=self._sample_host, name="telemetry", daemon=True)
 
     def start(self, *, on_card: bool) -> None:
         """``on_card``: the run computes on a card, which is then read too."""
         self._process.cpu_percent()
         if on_card:
-            with suppress(NoGpu):
-                self._gpu = Sampler(torch_card().index, self._take, period_s=PERIOD_S)
+            with suppress(GpuUnavailableError):
+                self._gpu = MetricsSampler(default_cuda_device().index, self._take, period_s=PERIOD_S)
                 self._gpu.start()
                 return
         self._thread.start()
@@ -56,15 +56,15 @@ class Telemetry:
         while not self._stopping.wait(PERIOD_S):
             self._write(None)
 
-    def _take(self, reading: Reading | NoGpu) -> None:
-        if isinstance(reading, NoGpu):
+    def _take(self, reading: GpuMetrics | GpuUnavailableError) -> None:
+        if isinstance(reading, GpuUnavailableError):
             self._write(None)
             return
         for finding in self._watch.reading(reading, time.monotonic()):
             self._reporter.health(finding.kind, finding.evidence, finding.remedy)
         self._write(reading)
 
-    def _write(self, reading: Reading | None) -> None:
+    def _write(self, reading: GpuMetrics | None) -> None:
         extra: dict[str, Any] = {"gpu": reading} if reading is not None else {}
         sample = Sample(
             at=time.time(),

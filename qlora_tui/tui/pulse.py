@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qlora_tui.gpu.reading import Card, Reading
+    from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
     from qlora_tui.runs.directory import RunDir
     from qlora_tui.runs.news import News
     from qlora_tui.runs.status import Status
@@ -18,8 +18,8 @@ class Pulse:
 
     looked: bool = False
     """False before the first look: then nothing of the rest is known."""
-    card: Card | None = None
-    reading: Reading | None = None
+    card: GpuDevice | None = None
+    reading: GpuMetrics | None = None
     no_card: str = ""
     """Why there is no card, in a sentence."""
     active: RunDir | None = None

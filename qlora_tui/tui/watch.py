@@ -10,10 +10,10 @@ import time
 from contextlib import suppress
 
 from qlora_tui import paths
-from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
 from qlora_tui.gpu.nvml import Nvml
-from qlora_tui.gpu.reading import Card, Reading
-from qlora_tui.gpu.visible import torch_card
+from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.runs import queue
 from qlora_tui.runs.detached import ensure_runner
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -39,7 +39,7 @@ class Watch:
         self._at_work: set[str] = set()
         """Ids of runs seen in training, whose end will be news."""
         self._nvml: Nvml | None = None
-        self._known_card: Card | None = None
+        self._known_card: GpuDevice | None = None
         self._no_card = ""
         self._ask_again_at = 0.0
         self._stands_since: float | None = None
@@ -95,17 +95,17 @@ class Watch:
             self._nvml.close()
             self._nvml = None
 
-    def _card(self) -> tuple[Card | None, Reading | None, str]:
+    def _card(self) -> tuple[GpuDevice | None, GpuMetrics | None, str]:
         if self._no_card and time.monotonic() < self._ask_again_at:
             return self._known_card, None, self._no_card
         try:
             if self._nvml is None:
                 self._nvml = Nvml()
             if self._known_card is None:
-                self._known_card = torch_card()
+                self._known_card = default_cuda_device()
             reading = self._nvml.read(self._known_card.index)
             self._no_card = ""
-        except NoGpu as problem:
+        except GpuUnavailableError as problem:
             self.close()
             self._no_card = problem.what
             self._ask_again_at = time.monotonic() + _ASK_AGAIN_S

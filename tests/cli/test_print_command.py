@@ -11,7 +11,7 @@ from qlora_tui.runs import queue
 from qlora_tui.runs.directory import all_runs, find
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.cli.conftest import Call
-from tests.gpu.stub import play_in_this_process
+from tests.gpu.nvml_stub import install_nvml_stub
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_every_card_is_used_unless_told_and_no_more(
     call: Call, train: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call(*train, "--print-command", "--json").json["gpus"] == 1
-    play_in_this_process(monkeypatch, "two_cards")
+    install_nvml_stub(monkeypatch, "two_cards")
     assert call(*train, "--print-command", "--json").json["gpus"] == 2
     runs = len(all_runs())
     refused = call(*train, "--print-command", "--gpus", "3")

@@ -13,10 +13,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from qlora_tui.gpu.no_gpu import NoGpu, Reason
-from qlora_tui.gpu.nvml import Nvml, cards
-from qlora_tui.gpu.reading import Card, GpuProcess, Reading
-from tests.gpu.stub import play_in_this_process, stub_env
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
+from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics, GpuProcess
+from qlora_tui.gpu.nvml import Nvml, list_gpus
+from tests.gpu.nvml_stub import install_nvml_stub, stub_env
 
 REPOSITORY = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -24,16 +24,16 @@ GIB = 1 << 30
 
 READ = """
 import msgspec
-from qlora_tui.gpu.no_gpu import NoGpu
-from qlora_tui.gpu.nvml import Nvml, cards
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.nvml import Nvml, list_gpus
 out = {"cards": [], "readings": [], "no_gpu": None}
 try:
-    out["cards"] = cards()
+    out["cards"] = list_gpus()
     with Nvml() as nvml:
         for _ in range(3):
             for card in out["cards"]:
                 out["readings"].append(nvml.read(card.index, processes=True))
-except NoGpu as no_gpu:
+except GpuUnavailableError as no_gpu:
     out["no_gpu"] = [no_gpu.reason, no_gpu.what, no_gpu.why, no_gpu.fix]
 print(msgspec.json.encode(out).decode())
 """
@@ -42,9 +42,9 @@ print(msgspec.json.encode(out).decode())
 class Seen(msgspec.Struct):
     """What a child process saw of the machine."""
 
-    cards: list[Card]
-    readings: list[Reading]
-    no_gpu: tuple[Reason, str, str, str] | None
+    cards: list[GpuDevice]
+    readings: list[GpuMetrics]
+    no_gpu: tuple[GpuUnavailableReason, str, str, str] | None
 
 
 def run_child(code: str, env: dict[str, str]) -> Any:
@@ -69,7 +69,7 @@ def test_a_card_tells_everything() -> None:
     seen = look("card")
     assert seen.no_gpu is None
     assert seen.cards == [
-        Card(
+        GpuDevice(
             index=0,
             name="NVIDIA GeForce RTX 4090",
             uuid="GPU-40900001-1111-2222-3333-444455556666",
@@ -80,7 +80,7 @@ def test_a_card_tells_everything() -> None:
         )
     ]
     first = msgspec.structs.replace(seen.readings[0], at=0.0)
-    assert first == Reading(
+    assert first == GpuMetrics(
         at=0.0,
         index=0,
         utilization_percent=91,
@@ -119,8 +119,8 @@ def test_two_cards_are_told_apart_and_one_may_say_less() -> None:
 def test_not_supported_everywhere_is_a_card_that_says_nothing() -> None:
     seen = look("unsupported")
     assert seen.no_gpu is None
-    assert seen.cards == [Card(0, "GPU 0", None, None, None, None)]
-    assert all(reading == Reading(at=reading.at, index=0) for reading in seen.readings)
+    assert seen.cards == [GpuDevice(0, "GPU 0", None, None, None, None)]
+    assert all(reading == GpuMetrics(at=reading.at, index=0) for reading in seen.readings)
 
 
 def test_an_idle_card_reads_zero_and_is_not_throttled() -> None:
@@ -145,42 +145,42 @@ def test_an_old_driver_is_asked_in_the_old_way() -> None:
 @pytest.mark.parametrize(
     ("scenario", "reason"),
     [
-        ("no_driver", Reason.NO_DRIVER),
-        ("not_loaded", Reason.NOT_LOADED),
-        ("mismatch", Reason.MISMATCH),
-        ("no_permission", Reason.NO_PERMISSION),
-        ("no_device", Reason.NO_DEVICE),
-        ("lost", Reason.LOST),
-        ("broken", Reason.OTHER),
+        ("no_driver", GpuUnavailableReason.NO_DRIVER),
+        ("not_loaded", GpuUnavailableReason.NOT_LOADED),
+        ("mismatch", GpuUnavailableReason.MISMATCH),
+        ("no_permission", GpuUnavailableReason.NO_PERMISSION),
+        ("no_device", GpuUnavailableReason.NO_DEVICE),
+        ("lost", GpuUnavailableReason.LOST),
+        ("broken", GpuUnavailableReason.OTHER),
     ],
 )
-def test_each_way_to_have_no_card_has_its_own_sentences(scenario: str, reason: Reason) -> None:
+def test_each_way_to_have_no_card_has_its_own_sentences(scenario: str, reason: GpuUnavailableReason) -> None:
     seen = look(scenario)
     assert (seen.cards, seen.readings) == ([], [])
     assert seen.no_gpu is not None
-    found, what, why, fix = seen.no_gpu
-    assert found == reason
+    reason_value, what, why, fix = seen.no_gpu
+    assert reason_value == reason
     assert what and why and fix
-    if reason is Reason.OTHER:
+    if reason is GpuUnavailableReason.OTHER:
         assert why == "NVML says: Unknown Error."
 
 
 def test_a_card_lost_between_two_readings_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "lost_later", lost_after=14)
+    install_nvml_stub(monkeypatch, "lost_later", lost_after=14)
     with Nvml() as nvml:
         assert nvml.read(0).utilization_percent == 91
-        assert _reason(lambda: nvml.read(0)) is Reason.LOST
-    assert _reason(cards) is Reason.LOST
+        assert _reason(lambda: nvml.read(0)) is GpuUnavailableReason.LOST
+    assert _reason(list_gpus) is GpuUnavailableReason.LOST
 
 
 def test_an_index_the_driver_does_not_know_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     with Nvml() as nvml:
-        assert _reason(lambda: nvml.read(3)) is Reason.NO_DEVICE
+        assert _reason(lambda: nvml.read(3)) is GpuUnavailableReason.NO_DEVICE
 
 
 def test_closing_twice_and_opening_twice_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     with Nvml() as outer:
         with Nvml() as inner:
             inner.read(0)
@@ -189,7 +189,7 @@ def test_closing_twice_and_opening_twice_is_allowed(monkeypatch: pytest.MonkeyPa
 
 
 def test_processes_are_asked_for_only_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     with Nvml() as nvml:
         assert nvml.read(0).processes is None
         assert nvml.read(0, processes=True).processes is not None
@@ -198,13 +198,13 @@ def test_processes_are_asked_for_only_on_demand(monkeypatch: pytest.MonkeyPatch)
 def test_importing_the_room_loads_neither_driver_binding_nor_numpy() -> None:
     code = """
 import json, sys
-import qlora_tui.gpu.sampler, qlora_tui.gpu.visible
+import qlora_tui.gpu.metrics_sampler, qlora_tui.gpu.visible_devices
 print(json.dumps(sorted({"pynvml", "ctypes", "numpy", "torch"} & set(sys.modules))))
 """
     assert run_child(code, {}) == []
 
 
-def _reason(ask: Callable[[], object]) -> Reason:
-    with pytest.raises(NoGpu) as caught:
+def _reason(ask: Callable[[], object]) -> GpuUnavailableReason:
+    with pytest.raises(GpuUnavailableError) as caught:
         ask()
     return caught.value.reason

@@ -8,23 +8,23 @@ import time
 import msgspec
 import pytest
 
-from qlora_tui.gpu.reading import Reading
-from qlora_tui.gpu.sampler import Sampler
+from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.gpu.metrics_sampler import MetricsSampler
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter
 from qlora_tui.runs.events import Finished
 from qlora_tui.runs.telemetry import Sample, encode
-from tests.gpu.stub import play_in_this_process
+from tests.gpu.nvml_stub import install_nvml_stub
 
 
-def a_reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
+def a_reading(monkeypatch: pytest.MonkeyPatch) -> GpuMetrics:
     """What the played card tells, its power among it."""
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     found: queue.SimpleQueue[object] = queue.SimpleQueue()
-    with Sampler(0, found.put, period_s=0.01):
+    with MetricsSampler(0, found.put, period_s=0.01):
         reading = found.get(timeout=30)
-    assert isinstance(reading, Reading) and reading.power_w is not None
+    assert isinstance(reading, GpuMetrics) and reading.power_w is not None
     return reading
 
 

@@ -34,8 +34,8 @@ import sys
 from pathlib import Path
 import torch
 from qlora_tui.errors import Problem
-from qlora_tui.gpu.before_torch import settle_before_torch
-settle_before_torch()
+from qlora_tui.gpu.torch_env import configure_torch_env
+configure_torch_env()
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training.device import Device
 from qlora_tui.training.load import load_base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tui.gpu.reading import Reading
+from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.training.health import CardWatch, StepWatch, too_few_steps
 
 
@@ -54,8 +54,8 @@ def test_a_clock_that_is_set_makes_no_card_idle() -> None:
     assert told == [[], [], [], []]
 
 
-def busy(percent: int, at: float = 0.0) -> Reading:
-    return Reading(at=at, index=0, utilization_percent=percent, memory_used_bytes=4 << 30)
+def busy(percent: int, at: float = 0.0) -> GpuMetrics:
+    return GpuMetrics(at=at, index=0, utilization_percent=percent, memory_used_bytes=4 << 30)
 
 
 def test_heat_is_told_and_a_power_cap_is_not() -> None:
@@ -64,7 +64,7 @@ def test_heat_is_told_and_a_power_cap_is_not() -> None:
         return [
             finding.kind
             for at in range(1, 100)
-            for finding in watch.reading(Reading(at=at, index=0, throttle=(reason,), temperature_c=91), at)
+            for finding in watch.reading(GpuMetrics(at=at, index=0, throttle=(reason,), temperature_c=91), at)
         ]
 
     assert told("thermal") == ["throttled"]
@@ -73,4 +73,4 @@ def test_heat_is_told_and_a_power_cap_is_not() -> None:
 
 def test_a_card_that_says_nothing_shows_nothing() -> None:
     watch = CardWatch()
-    assert [f for at in range(200) for f in watch.reading(Reading(at=at, index=0), at)] == []
+    assert [f for at in range(200) for f in watch.reading(GpuMetrics(at=at, index=0), at)] == []

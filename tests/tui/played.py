@@ -12,7 +12,7 @@ import msgspec
 
 from qlora_tui import paths
 from qlora_tui.files import private_dir
-from qlora_tui.gpu.reading import Reading
+from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import queue
@@ -262,7 +262,7 @@ def _telemetry(what: Play) -> list[Sample]:
 
 
 def _sample(what: Play, at: float, luck: random.Random) -> Sample:
-    card = Reading(
+    card = GpuMetrics(
         at=at,
         index=0,
         utilization_percent=min(100, round(96 + luck.gauss(0, 2))),

@@ -15,7 +15,7 @@ from qlora_tui.tui.screens import memory
 from qlora_tui.tui.screens.memory import MemoryScreen
 from qlora_tui.tui.widgets.stacked_bar import parts_of, stacked_bar
 from qlora_tui.tui.widgets.vi_list import ViList
-from tests.gpu.stub import play_in_this_process
+from tests.gpu.nvml_stub import install_nvml_stub
 from tests.tui.seeing import shows, text_of, until
 from tests.tui.workstation import config_folder, open_on, open_with_card, settle
 
@@ -173,7 +173,7 @@ async def test_what_fits_at_most_is_shown_for_each_setting(seven_billion: str) -
 async def test_the_card_and_what_is_free_of_it_are_named(
     seven_billion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     async with open_with_card("memory", model=seven_billion).run_test(size=(120, 40)) as pilot:
         await shows(pilot, "Peak of a training step against", "GiB: RTX 4090", "free now")
 
@@ -207,7 +207,7 @@ def test_the_parts_of_a_bar_add_up_and_its_end_is_marked(seven_billion: str) -> 
 async def test_the_correction_by_past_runs_is_named_with_their_count(
     seven_billion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     for _ in range(3):
         record_run(
             MeasuredRun(

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 from textual.app import App, ComposeResult
 
-from qlora_tui.gpu.reading import Card
+from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.runs.status import Status
 from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.widgets.top_bar import TopBar
-from tests.gpu.stub import play_in_this_process
+from tests.gpu.nvml_stub import install_nvml_stub
 from tests.tui.played import Play, play
 from tests.tui.seeing import shows, text_of
 from tests.tui.workstation import open_on, open_with_card
@@ -26,7 +26,7 @@ async def test_the_line_never_wraps_and_the_map_is_whole(width: int) -> None:
 
 
 async def test_the_run_and_the_card_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     play(Play(steps=1240))
     async with open_with_card("memory", model="").run_test(size=(160, 40)) as pilot:
         first = (await shows(pilot, "● 1,240/3,000 loss", "RTX 4090")).splitlines()[0]
@@ -34,7 +34,7 @@ async def test_the_run_and_the_card_are_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_in_a_narrow_window_the_least_important_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     play(Play(steps=1240))
     async with open_with_card("memory", model="").run_test(size=(80, 24)) as pilot:
         first = (await shows(pilot, "● 1,240/3,000")).splitlines()[0]
@@ -61,7 +61,7 @@ async def test_nothing_is_repainted_while_nothing_changes() -> None:
 
 
 def test_a_card_that_says_nothing_is_na_and_never_zero() -> None:
-    card = Card(0, "NVIDIA GeForce RTX 4090", None, None, None, None)
+    card = GpuDevice(0, "NVIDIA GeForce RTX 4090", None, None, None, None)
     assert "NA" in TopBar.pulse_text(Pulse(card=card))[0]
 
 

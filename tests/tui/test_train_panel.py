@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qlora_tui.gpu.reading import Reading
+from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.recipe.fields import fields
 from qlora_tui.runs import energy
 from qlora_tui.runs.energy import EnergyMeter
@@ -14,7 +14,7 @@ from qlora_tui.tui.widgets.gpu_panel import GpuPanel, Machine
 from qlora_tui.tui.widgets.setting_steps import stepped
 from tests.tui.played import GIB, Play, play
 
-CARD = Reading(
+CARD = GpuMetrics(
     at=100.0,
     index=0,
     utilization_percent=50,
@@ -41,7 +41,7 @@ def drawn(machine: Machine, width: int = 30, height: int = 24) -> list[str]:
 
 
 def test_what_a_card_does_not_tell_is_na_and_never_zero() -> None:
-    nothing = Sample(at=1.0, rss_bytes=GIB, cpu_percent=1.0, gpu=Reading(at=1.0, index=0))
+    nothing = Sample(at=1.0, rss_bytes=GIB, cpu_percent=1.0, gpu=GpuMetrics(at=1.0, index=0))
     for height in (24, 2):
         text = "\n".join(drawn(Machine("RTX 4090", (nothing,)), 80, height))
         assert text.count("NA") >= 5

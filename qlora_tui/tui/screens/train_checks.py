@@ -25,9 +25,9 @@ from qlora_tui.data.read import files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, is_of_the_hub, sniff
 from qlora_tui.errors import Problem
 from qlora_tui.format import count, counted, gib, short_path, size
-from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.metrics import GpuProcess
 from qlora_tui.gpu.nvml import Nvml
-from qlora_tui.gpu.reading import GpuProcess
 from qlora_tui.memory import Estimate, check_fit, estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.conflicts import find_conflicts
@@ -227,7 +227,7 @@ def _holders(pulse: Pulse) -> str:
     try:
         with Nvml() as nvml:
             processes = nvml.read(pulse.card.index, processes=True).processes
-    except NoGpu:
+    except GpuUnavailableError:
         processes = None
     return ", ".join(_process(p) for p in (processes or ())[:3]) or "other programs"
 

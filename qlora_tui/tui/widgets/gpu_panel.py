@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from textual.content import Content
 
 from qlora_tui.format import gib, size
-from qlora_tui.gpu.reading import Reading
+from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Sample
 from qlora_tui.tui.widgets.lines import Lines
 from qlora_tui.tui.widgets.memory_bar import bar
@@ -74,7 +74,7 @@ class GpuPanel(Lines):
         return lines
 
 
-def _card(machine: Machine, sample: Sample, card: Reading, width: int, height: int) -> list[Content]:
+def _card(machine: Machine, sample: Sample, card: GpuMetrics, width: int, height: int) -> list[Content]:
     chart_rows = 2 if height >= 16 else 1
     total, used = card.memory_total_bytes, card.memory_used_bytes
     lines = [
@@ -99,7 +99,7 @@ def _card(machine: Machine, sample: Sample, card: Reading, width: int, height: i
     return lines
 
 
-def _card_short(machine: Machine, sample: Sample, card: Reading, width: int) -> list[Content]:
+def _card_short(machine: Machine, sample: Sample, card: GpuMetrics, width: int) -> list[Content]:
     used, total = card.memory_used_bytes, card.memory_total_bytes
     chart = max(0, min(24, width - 66))
     drawn = _chart([_utilization(s) for s in machine.samples], machine.samples, chart, 1, 100.0)[0]
@@ -213,20 +213,20 @@ def _percent(value: int | None) -> str:
     return "NA" if value is None else f"{value}%"
 
 
-def _power(card: Reading) -> str:
+def _power(card: GpuMetrics) -> str:
     used = "NA" if card.power_w is None else f"{card.power_w:.0f}"
     limit = "NA" if card.power_limit_w is None else f"{card.power_limit_w:.0f}"
     return f"{used} of {limit} W"
 
 
-def _temperature(card: Reading) -> Content:
+def _temperature(card: GpuMetrics) -> Content:
     if card.temperature_c is None:
         return Content("NA")
     hot = card.temperature_c >= _HOT_C
     return Content.styled(f"{card.temperature_c} °C{' hot' if hot else ''}", "$warning" if hot else "")
 
 
-def _throttle(card: Reading) -> Content:
+def _throttle(card: GpuMetrics) -> Content:
     if card.throttle is None:
         return Content("NA")
     if not card.throttle:

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.gpu import before_torch
-from qlora_tui.gpu.before_torch import waiting
+from qlora_tui.gpu import torch_env
+from qlora_tui.gpu.torch_env import openmp_wait_policy
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_threads_spin_on_a_quiet_machine_and_sleep_on_a_busy_one(
 ) -> None:
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: busy_percent)
     monkeypatch.setattr(psutil, "cpu_count", lambda: cores)
-    assert waiting({}) == chosen
+    assert openmp_wait_policy({}) == chosen
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_threads_spin_on_a_quiet_machine_and_sleep_on_a_busy_one(
 def test_the_users_own_choice_stands_and_costs_no_look(
     monkeypatch: pytest.MonkeyPatch, own: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(before_torch, "psutil", None)
-    assert waiting(own) == {}
+    monkeypatch.setattr(torch_env, "psutil", None)
+    assert openmp_wait_policy(own) == {}
 
 
 def test_what_bitsandbytes_says_on_import_goes_to_the_log_and_not_to_the_terminal() -> None:
@@ -49,24 +49,24 @@ def test_what_bitsandbytes_says_on_import_goes_to_the_log_and_not_to_the_termina
     source = Path(str(module)).read_text()
     assert "getLogger(__name__)" in source and "kernels-community" in source
     code = (
-        "import logging; from qlora_tui.gpu.before_torch import settle_before_torch; settle_before_torch();"
+        "import logging; from qlora_tui.gpu.torch_env import configure_torch_env; configure_torch_env();"
         "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('no kernel')"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stderr == told.stdout == ""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stderr == output.stdout == ""
     assert "no kernel" in paths.log_path().read_text()
 
 
 def test_it_is_settled_in_the_environment_before_anything_heavy_is_loaded() -> None:
     code = (
-        "import os, sys; from qlora_tui.gpu.before_torch import settle_before_torch;"
-        "settle_before_torch({'HF_HUB_OFFLINE': '1'});"
+        "import os, sys; from qlora_tui.gpu.torch_env import configure_torch_env;"
+        "configure_torch_env({'HF_HUB_OFFLINE': '1'});"
         "assert 'torch' not in sys.modules;"
         "chosen = [n for n in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT') if n in os.environ];"
         "print(len(chosen), os.environ['HF_HUB_OFFLINE'])"
     )
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"HF_HUB_OFFLINE": "0"}
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
-    assert told.stdout.split() == ["1", "0"]
+    assert output.stdout.split() == ["1", "0"]

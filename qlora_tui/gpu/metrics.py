@@ -11,11 +11,11 @@ import msgspec
 from qlora_tui.decoding import Count, UnixTime
 
 
-class Card(msgspec.Struct, frozen=True):
+class GpuDevice(msgspec.Struct, frozen=True):
     """What does not change while the machine runs."""
 
     index: int
-    """NVML's number, the one ``nvidia-smi`` shows. Torch's number may differ: see ``visible``."""
+    """NVML's number, the one ``nvidia-smi`` shows. Torch's number may differ: see ``visible_devices``."""
     name: str
     """As the driver says it: ``NVIDIA GeForce RTX 4090``."""
     uuid: str | None
@@ -36,7 +36,7 @@ class Card(msgspec.Struct, frozen=True):
 
     @property
     def usable_bytes(self) -> int | None:
-        """What programs can have of it in all; less ``Reading.memory_used_bytes`` it is what is free."""
+        """What programs can have of it in all; less ``GpuMetrics.memory_used_bytes`` it is what is free."""
         return None if self.total_bytes is None else self.total_bytes - (self.reserved_bytes or 0)
 
 
@@ -48,17 +48,17 @@ class GpuProcess(msgspec.Struct, frozen=True):
     memory_bytes: int | None = None
 
 
-class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one card said at one moment."""
 
     at: UnixTime
     """Unix time, in seconds."""
     index: Count
-    """``Card.index``."""
+    """``GpuDevice.index``."""
     utilization_percent: Count | None = None
     """Share of the last moment in which anything at all ran, 0 to 100. It is not the share of the card."""
     memory_used_bytes: Count | None = None
-    """By all processes, as ``nvidia-smi`` counts: without ``Card.reserved_bytes`` where that is told."""
+    """By all processes, as ``nvidia-smi`` counts: without ``GpuDevice.reserved_bytes`` where that is told."""
     memory_total_bytes: Count | None = None
     power_w: float | None = None
     power_limit_w: float | None = None

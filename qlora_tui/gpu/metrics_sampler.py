@@ -1,4 +1,4 @@
-"""``Sampler``: a thread that reads one card each second and hands every reading on.
+"""``MetricsSampler``: a thread that reads one card each second and hands every reading on.
 
 The trainer writes them to ``telemetry.jsonl``; the app shows them when no run does.
 """
@@ -14,9 +14,9 @@ from typing import Self
 
 import msgspec
 
-from qlora_tui.gpu.no_gpu import NoGpu
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.metrics import GpuMetrics, GpuProcess
 from qlora_tui.gpu.nvml import Nvml
-from qlora_tui.gpu.reading import GpuProcess, Reading
 
 PROCESSES_EVERY_S = 5.0
 """Process lists cost 4.5 ms and a lock in the driver, everything else together well under one."""
@@ -24,23 +24,23 @@ PROCESSES_EVERY_S = 5.0
 log = logging.getLogger(__name__)
 
 
-class Sampler:
+class MetricsSampler:
     """Reads card ``index`` until stopped.
 
-    ``on_sample`` is called in the sampler's thread, with every reading, and with a ``NoGpu`` once whenever
-    there begins to be none or its reason changes. After that the driver is opened afresh every ``retry_s``
-    until the card answers again. An exception of ``on_sample`` is logged and ends nothing.
+    ``on_sample`` is called in the sampler's thread, with every reading, and with a ``GpuUnavailableError``
+    once whenever there begins to be none or its reason changes. After that the driver is opened afresh every
+    ``retry_s`` until the card answers again. An exception of ``on_sample`` is logged and ends nothing.
     """
 
     def __init__(
         self,
         index: int,
-        on_sample: Callable[[Reading | NoGpu], None],
+        on_sample: Callable[[GpuMetrics | GpuUnavailableError], None],
         *,
         period_s: float = 1.0,
         retry_s: float = 10.0,
     ):
-        self.latest: Reading | NoGpu | None = None
+        self.latest: GpuMetrics | GpuUnavailableError | None = None
         """The last sample; ``None`` before the first."""
         self._index = index
         self._on_sample = on_sample
@@ -77,14 +77,16 @@ class Sampler:
         while not self._stopping.is_set():
             try:
                 with Nvml() as nvml:
-                    self._read_on(nvml)
-            except NoGpu as no_gpu:
-                if not (isinstance(self.latest, NoGpu) and self.latest.reason is no_gpu.reason):
-                    self._hand_on(no_gpu)
+                    self._read_until_stopped(nvml)
+            except GpuUnavailableError as unavailable:
+                if not (
+                    isinstance(self.latest, GpuUnavailableError) and self.latest.reason is unavailable.reason
+                ):
+                    self._deliver(unavailable)
                 self._stopping.wait(self._retry_s)
 
-    def _read_on(self, nvml: Nvml) -> None:
-        """Read until stopped, or until ``NoGpu`` is raised."""
+    def _read_until_stopped(self, nvml: Nvml) -> None:
+        """Read until stopped, or until ``GpuUnavailableError`` is raised."""
         due_s = processes_due_s = time.monotonic()
         processes: tuple[GpuProcess, ...] | None = None
         while not self._stopping.is_set():
@@ -94,14 +96,14 @@ class Sampler:
                 processes = reading.processes
             else:
                 reading = msgspec.structs.replace(nvml.read(self._index), processes=processes)
-            self._hand_on(reading)
+            self._deliver(reading)
             now_s = time.monotonic()
             due_s += self._period_s
             if due_s < now_s:  # Late by a period or more: what was missed is missed.
                 due_s = now_s + self._period_s
             self._stopping.wait(due_s - now_s)
 
-    def _hand_on(self, sample: Reading | NoGpu) -> None:
+    def _deliver(self, sample: GpuMetrics | GpuUnavailableError) -> None:
         self.latest = sample
         try:
             self._on_sample(sample)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tui.gpu.no_gpu import NoGpu, Reason
-from qlora_tui.gpu.reading import Card
-from qlora_tui.gpu.visible import torch_card, torch_cards
-from tests.gpu.stub import play_in_this_process
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
+from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.gpu.visible_devices import cuda_device_order, default_cuda_device
+from tests.gpu.nvml_stub import install_nvml_stub
 
 CARDS = [
-    Card(0, "A", "GPU-aaaa1111-0000", None, None, None),
-    Card(1, "B", "GPU-aaaa2222-0000", None, None, None),
-    Card(2, "C", "GPU-cccc3333-0000", None, None, None),
+    GpuDevice(0, "A", "GPU-aaaa1111-0000", None, None, None),
+    GpuDevice(1, "B", "GPU-aaaa2222-0000", None, None, None),
+    GpuDevice(2, "C", "GPU-cccc3333-0000", None, None, None),
 ]
 
 
@@ -38,26 +38,26 @@ CARDS = [
 )
 def test_cuda_visible_devices(value: str | None, names: str) -> None:
     environ = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
-    assert "".join(card.name for card in torch_cards(CARDS, environ)) == names
+    assert "".join(card.name for card in cuda_device_order(CARDS, environ)) == names
 
 
 def test_the_first_visible_card_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "two_cards")
-    assert torch_card().short_name == "RTX 4090"
+    install_nvml_stub(monkeypatch, "two_cards")
+    assert default_cuda_device().short_name == "RTX 4090"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-3060")
-    assert torch_card().short_name == "RTX 3060"
+    assert default_cuda_device().short_name == "RTX 3060"
 
 
 def test_hiding_every_card_is_said_with_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "card")
-    with pytest.raises(NoGpu) as caught:
-        torch_card({"CUDA_VISIBLE_DEVICES": ""})
-    assert caught.value.reason is Reason.HIDDEN
+    install_nvml_stub(monkeypatch, "card")
+    with pytest.raises(GpuUnavailableError) as caught:
+        default_cuda_device({"CUDA_VISIBLE_DEVICES": ""})
+    assert caught.value.reason is GpuUnavailableReason.HIDDEN
     assert caught.value.why == 'It is set to "".'
 
 
 def test_a_machine_without_a_driver_says_so_whatever_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "no_driver")
-    with pytest.raises(NoGpu) as caught:
-        torch_card({"CUDA_VISIBLE_DEVICES": ""})
-    assert caught.value.reason is Reason.NO_DRIVER
+    install_nvml_stub(monkeypatch, "no_driver")
+    with pytest.raises(GpuUnavailableError) as caught:
+        default_cuda_device({"CUDA_VISIBLE_DEVICES": ""})
+    assert caught.value.reason is GpuUnavailableReason.NO_DRIVER

@@ -2,8 +2,8 @@
 
 For tests of every folder:
 
-``stub_env(scenario)``                   what to add to the environment of a child process
-``play_in_this_process(patch, scenario)``  the same for this process and its children, while a test lasts
+``stub_env(scenario)``                what to add to the environment of a child process
+``install_nvml_stub(patch, scenario)``  the same for this process and its children, while a test lasts
 
 The scenarios are listed, with what they play, in ``nvml_stub.c``. Without a C compiler each of them skips the
 test but ``no_driver``, which needs none.
@@ -51,7 +51,7 @@ def stub_env(scenario: str, *, lost_after: int = 100) -> dict[str, str]:
     }
 
 
-def play_in_this_process(patch: pytest.MonkeyPatch, scenario: str, *, lost_after: int = 100) -> None:
+def install_nvml_stub(patch: pytest.MonkeyPatch, scenario: str, *, lost_after: int = 100) -> None:
     """Let ``pynvml`` in this process, and in children it starts, see the card of ``scenario``.
 
     The environment is too late for a process that runs, as the loader read it at the start. So ``pynvml`` is

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 import psutil
 
 from qlora_tui import paths
-from qlora_tui.gpu.visible import STABLE_ORDER
+from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV
 
-_LOOK_S = 0.3
-_QUIET_CORES = 0.5
+_CPU_SAMPLE_S = 0.3
+_IDLE_MAX_CORES = 0.5
 """Up to so much of one core at work in all, the machine counts as quiet."""
-KERNELS_KEPT = 128
+ONEDNN_CACHE_CAPACITY = 128
 """Shapes for which oneDNN, which multiplies bfloat16 on a CPU, keeps what it made: else 1,024, 0.3 MB each. A
 step has some 70."""
 OFFLINE = {
@@ -25,30 +25,30 @@ OFFLINE = {
     "DO_NOT_TRACK": "1",
 }
 """What loads a model asks nothing of the network: model and data are on this machine by then."""
-set_offline: set[str] = set()
+offline_variables_set: set[str] = set()
 """Those of them that this process set and the user had not."""
-_CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_USER_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
-def settle_before_torch(more: Mapping[str, str] = {}) -> None:
+def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
     """Set what torch and its libraries read from the environment; what the user has set stays.
 
     Libraries of Hugging Face are offline from here on.
     """
-    kernels = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KERNELS_KEPT)}
-    for name, value in {**waiting(os.environ), **STABLE_ORDER, **kernels, **more}.items():
+    kernels = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(ONEDNN_CACHE_CAPACITY)}
+    for name, value in {**openmp_wait_policy(os.environ), **PCI_BUS_ORDER_ENV, **kernels, **extra}.items():
         os.environ.setdefault(name, value)
     for name, value in OFFLINE.items():
         if name not in os.environ:
             os.environ[name] = value
-            set_offline.add(name)
+            offline_variables_set.add(name)
     # What libraries plan to rename is of no use to those who train or chat.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    _keep_bitsandbytes_quiet()
+    _log_bitsandbytes_warnings()
 
 
-def _keep_bitsandbytes_quiet() -> None:
+def _log_bitsandbytes_warnings() -> None:
     """On import it warns that a kernel of the hub is missing, which it does without: that goes to the log.
 
     Doctor says so in a sentence.
@@ -56,15 +56,15 @@ def _keep_bitsandbytes_quiet() -> None:
     # Here, since light verbs import this module for what it knows of kernels.
     import logging
 
-    wary = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    wary.propagate = False
-    if not wary.handlers:
-        log = logging.FileHandler(paths.log_path(), delay=True)
-        log.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-        wary.addHandler(log)
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.propagate = False
+    if not logger.handlers:
+        handler = logging.FileHandler(paths.log_path(), delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
 
 
-def waiting(environ: Mapping[str, str]) -> dict[str, str]:
+def openmp_wait_policy(environ: Mapping[str, str]) -> dict[str, str]:
     """How OpenMP's threads wait for each other, by a look of 0.3 s at how busy the machine is.
 
     They sleep on a busy one: spinning would make a step many times slower as soon as something else wants a
@@ -72,7 +72,7 @@ def waiting(environ: Mapping[str, str]) -> dict[str, str]:
     to 175 tokens/s in place of 94 to 110, and at 30 in place of 88 once the machine is busy after all.
     Nothing where the user has chosen, or lets one thread work alone.
     """
-    if environ.get("OMP_NUM_THREADS") == "1" or any(name in environ for name in _CHOSEN):
+    if environ.get("OMP_NUM_THREADS") == "1" or any(name in environ for name in _USER_WAIT_VARIABLES):
         return {}
-    busy_cores = psutil.cpu_percent(_LOOK_S) / 100 * (psutil.cpu_count() or 1)
-    return {"GOMP_SPINCOUNT": "20000"} if busy_cores <= _QUIET_CORES else {"OMP_WAIT_POLICY": "PASSIVE"}
+    busy_cores = psutil.cpu_percent(_CPU_SAMPLE_S) / 100 * (psutil.cpu_count() or 1)
+    return {"GOMP_SPINCOUNT": "20000"} if busy_cores <= _IDLE_MAX_CORES else {"OMP_WAIT_POLICY": "PASSIVE"}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from qlora_tui.gpu.nvml import throttle_words
-from qlora_tui.gpu.reading import Card, GpuProcess, Reading
+from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics, GpuProcess
+from qlora_tui.gpu.nvml import describe_throttle
 
 
 def test_a_reading_survives_json() -> None:
-    reading = Reading(
+    reading = GpuMetrics(
         at=1764000000.25,
         index=1,
         utilization_percent=0,
@@ -18,18 +18,18 @@ def test_a_reading_survives_json() -> None:
         throttle=("power cap", "thermal"),
         processes=(GpuProcess(4242, 7 << 30), GpuProcess(5151)),
     )
-    assert msgspec.json.decode(msgspec.json.encode(reading), type=Reading) == reading
+    assert msgspec.json.decode(msgspec.json.encode(reading), type=GpuMetrics) == reading
 
 
 def test_what_a_card_does_not_say_takes_no_room_and_comes_back_as_none() -> None:
-    line = msgspec.json.encode(Reading(at=1.0, index=0))
+    line = msgspec.json.encode(GpuMetrics(at=1.0, index=0))
     assert line == b'{"at":1.0,"index":0}'
-    assert msgspec.json.decode(line, type=Reading).memory_used_bytes is None
+    assert msgspec.json.decode(line, type=GpuMetrics).memory_used_bytes is None
 
 
 def test_not_throttled_and_not_said_are_told_apart_in_json() -> None:
-    line = msgspec.json.encode(Reading(at=1.0, index=0, throttle=()))
-    assert msgspec.json.decode(line, type=Reading).throttle == ()
+    line = msgspec.json.encode(GpuMetrics(at=1.0, index=0, throttle=()))
+    assert msgspec.json.decode(line, type=GpuMetrics).throttle == ()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_not_throttled_and_not_said_are_told_apart_in_json() -> None:
     ],
 )
 def test_the_short_name_leaves_the_maker_out(name: str, short: str) -> None:
-    assert Card(0, name, None, None, None, None).short_name == short
+    assert GpuDevice(0, name, None, None, None, None).short_name == short
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_the_short_name_leaves_the_maker_out(name: str, short: str) -> None:
 def test_programs_cannot_have_what_the_driver_reserves(
     total: int | None, reserved: int | None, usable: int | None
 ) -> None:
-    assert Card(0, "T4", None, total, None, None, reserved).usable_bytes == usable
+    assert GpuDevice(0, "T4", None, total, None, None, reserved).usable_bytes == usable
 
 
 @pytest.mark.parametrize(
@@ -68,4 +68,4 @@ def test_programs_cannot_have_what_the_driver_reserves(
     ],
 )
 def test_throttle_reasons_in_words(bits: int, words: tuple[str, ...]) -> None:
-    assert throttle_words(bits) == words
+    assert describe_throttle(bits) == words

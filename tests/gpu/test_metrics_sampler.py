@@ -12,35 +12,35 @@ import time
 
 import pytest
 
-from qlora_tui.gpu.no_gpu import NoGpu, Reason
-from qlora_tui.gpu.reading import GpuProcess, Reading
-from qlora_tui.gpu.sampler import Sampler
-from tests.gpu.stub import play_in_this_process, stub_env
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
+from qlora_tui.gpu.metrics import GpuMetrics, GpuProcess
+from qlora_tui.gpu.metrics_sampler import MetricsSampler
+from tests.gpu.nvml_stub import install_nvml_stub, stub_env
 from tests.gpu.test_nvml import REPOSITORY
 
-Samples = queue.SimpleQueue[Reading | NoGpu]
+Samples = queue.SimpleQueue[GpuMetrics | GpuUnavailableError]
 SOON_S = 20.0
 """Longer than any of this takes on a busy machine."""
 
 
-def take_reading(samples: Samples) -> Reading:
+def take_reading(samples: Samples) -> GpuMetrics:
     sample = samples.get(timeout=SOON_S)
-    assert isinstance(sample, Reading)
+    assert isinstance(sample, GpuMetrics)
     return sample
 
 
-def take_reason(samples: Samples) -> Reason:
+def take_reason(samples: Samples) -> GpuUnavailableReason:
     sample = samples.get(timeout=SOON_S)
-    assert isinstance(sample, NoGpu)
+    assert isinstance(sample, GpuUnavailableError)
     return sample.reason
 
 
 def test_readings_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     samples: Samples = queue.SimpleQueue()
-    with Sampler(0, samples.put, period_s=0.01) as sampler:
+    with MetricsSampler(0, samples.put, period_s=0.01) as sampler:
         readings = [take_reading(samples) for _ in range(5)]
-        assert isinstance(sampler.latest, Reading)
+        assert isinstance(sampler.latest, GpuMetrics)
     assert [reading.utilization_percent for reading in readings] == [91, 92, 93, 94, 95]
     times = [reading.at for reading in readings]
     assert times == sorted(times)
@@ -48,66 +48,66 @@ def test_readings_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_processes_are_asked_for_seldom_and_carried_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "card")
-    monkeypatch.setattr("qlora_tui.gpu.sampler.PROCESSES_EVERY_S", 3600.0)
+    install_nvml_stub(monkeypatch, "card")
+    monkeypatch.setattr("qlora_tui.gpu.metrics_sampler.PROCESSES_EVERY_S", 3600.0)
     samples: Samples = queue.SimpleQueue()
-    with Sampler(0, samples.put, period_s=0.01):
+    with MetricsSampler(0, samples.put, period_s=0.01):
         readings = [take_reading(samples) for _ in range(5)]
     first_answer = GpuProcess(4242, (7 << 30) + (1 << 20))
     assert [reading.processes and reading.processes[0] for reading in readings] == [first_answer] * 5
 
 
 def test_processes_are_asked_for_again_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "card")
-    monkeypatch.setattr("qlora_tui.gpu.sampler.PROCESSES_EVERY_S", 0.0)
+    install_nvml_stub(monkeypatch, "card")
+    monkeypatch.setattr("qlora_tui.gpu.metrics_sampler.PROCESSES_EVERY_S", 0.0)
     samples: Samples = queue.SimpleQueue()
-    with Sampler(0, samples.put, period_s=0.01):
+    with MetricsSampler(0, samples.put, period_s=0.01):
         readings = [take_reading(samples) for _ in range(2)]
     assert readings[0].processes != readings[1].processes
 
 
 def test_a_card_lost_for_good_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "lost_later", lost_after=30)
+    install_nvml_stub(monkeypatch, "lost_later", lost_after=30)
     opened = threading.Semaphore(0)
     samples: Samples = queue.SimpleQueue()
-    with Sampler(0, samples.put, period_s=0.01, retry_s=0.01) as sampler:
+    with MetricsSampler(0, samples.put, period_s=0.01, retry_s=0.01) as sampler:
         _count_openings(monkeypatch, opened)
         take_reading(samples)
-        while isinstance(sample := samples.get(timeout=SOON_S), Reading):
+        while isinstance(sample := samples.get(timeout=SOON_S), GpuMetrics):
             pass
-        assert sample.reason is Reason.LOST
+        assert sample.reason is GpuUnavailableReason.LOST
         for _ in range(3):
             assert opened.acquire(timeout=SOON_S), "it does not try again"
-        assert isinstance(sampler.latest, NoGpu)
+        assert isinstance(sampler.latest, GpuUnavailableError)
     assert samples.empty()
 
 
 def test_a_card_that_comes_back_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "recovers", lost_after=30)
+    install_nvml_stub(monkeypatch, "recovers", lost_after=30)
     samples: Samples = queue.SimpleQueue()
-    with Sampler(0, samples.put, period_s=0.01, retry_s=0.01):
+    with MetricsSampler(0, samples.put, period_s=0.01, retry_s=0.01):
         take_reading(samples)
-        while isinstance(sample := samples.get(timeout=SOON_S), Reading):
+        while isinstance(sample := samples.get(timeout=SOON_S), GpuMetrics):
             pass
-        assert sample.reason is Reason.LOST
+        assert sample.reason is GpuUnavailableReason.LOST
         assert take_reading(samples).memory_total_bytes == 24564 << 20
 
 
 def test_a_machine_without_a_card_is_told_once_and_a_driver_that_comes_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    play_in_this_process(monkeypatch, "not_loaded")
+    install_nvml_stub(monkeypatch, "not_loaded")
     samples: Samples = queue.SimpleQueue()
-    with Sampler(0, samples.put, period_s=0.01, retry_s=0.01):
-        assert take_reason(samples) is Reason.NOT_LOADED
+    with MetricsSampler(0, samples.put, period_s=0.01, retry_s=0.01):
+        assert take_reason(samples) is GpuUnavailableReason.NOT_LOADED
         monkeypatch.setenv("NVML_STUB_SCENARIO", "card")
         assert take_reading(samples).utilization_percent == 91
 
 
 def test_stopping_is_prompt_even_between_slow_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     samples: Samples = queue.SimpleQueue()
-    sampler = Sampler(0, samples.put, period_s=3600)
+    sampler = MetricsSampler(0, samples.put, period_s=3600)
     sampler.start()
     take_reading(samples)
     began_s = time.monotonic()
@@ -118,14 +118,14 @@ def test_stopping_is_prompt_even_between_slow_samples(monkeypatch: pytest.Monkey
 
 
 def test_the_one_who_gets_the_samples_may_stop_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     samples: Samples = queue.SimpleQueue()
 
-    def take_one(sample: Reading | NoGpu) -> None:
+    def take_one(sample: GpuMetrics | GpuUnavailableError) -> None:
         sampler.stop()
         samples.put(sample)
 
-    sampler = Sampler(0, take_one, period_s=0.01)
+    sampler = MetricsSampler(0, take_one, period_s=0.01)
     sampler.start()
     take_reading(samples)
     sampler.stop()
@@ -135,18 +135,18 @@ def test_the_one_who_gets_the_samples_may_stop_them(monkeypatch: pytest.MonkeyPa
 def test_a_failing_receiver_is_logged_once_and_ends_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    play_in_this_process(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "card")
     enough = threading.Event()
     calls = 0
 
-    def fail(_sample: Reading | NoGpu) -> None:
+    def fail(_sample: GpuMetrics | GpuUnavailableError) -> None:
         nonlocal calls
         calls += 1
         if calls == 5:
             enough.set()
         raise OSError("no space left on device")
 
-    with caplog.at_level(logging.ERROR), Sampler(0, fail, period_s=0.01):
+    with caplog.at_level(logging.ERROR), MetricsSampler(0, fail, period_s=0.01):
         assert enough.wait(SOON_S)
     assert len(caplog.records) == 1
 
@@ -154,9 +154,9 @@ def test_a_failing_receiver_is_logged_once_and_ends_nothing(
 def test_a_process_ends_without_stopping_its_sampler() -> None:
     code = """
 import threading
-from qlora_tui.gpu.sampler import Sampler
+from qlora_tui.gpu.metrics_sampler import MetricsSampler
 got = threading.Event()
-Sampler(0, lambda sample: got.set()).start()
+MetricsSampler(0, lambda sample: got.set()).start()
 assert got.wait(20)
 """
     env = {**os.environ, **stub_env("card")}

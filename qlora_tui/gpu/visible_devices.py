@@ -1,0 +1,58 @@
+"""Which card torch will use, worked out without torch.
+
+The trainer and every other process that loads torch must run with ``PCI_BUS_ORDER_ENV`` in its environment:
+by default CUDA numbers the fastest card first, and then its 0 need not be the 0 of NVML.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
+from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.gpu.nvml import list_gpus
+
+PCI_BUS_ORDER_ENV = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""Environment that makes CUDA number the cards as NVML and ``nvidia-smi`` do."""
+
+_VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+
+def default_cuda_device(environ: Mapping[str, str] = os.environ) -> GpuDevice:
+    """The card that is ``cuda:0`` to torch. Raises ``GpuUnavailableError``."""
+    visible = cuda_device_order(list_gpus(), environ)
+    if not visible:
+        raise GpuUnavailableError(GpuUnavailableReason.HIDDEN, f'It is set to "{environ[_VARIABLE]}".')
+    return visible[0]
+
+
+def cuda_device_order(
+    devices: Sequence[GpuDevice], environ: Mapping[str, str] = os.environ
+) -> list[GpuDevice]:
+    """``found`` as torch numbers them: the first is ``cuda:0``. Empty when all are hidden.
+
+    CUDA's rules (CUDA Programming Guide, "CUDA Environment Variables"): indices or UUIDs, which may be cut
+    short while they stay unique; the first entry that names no card ends the list. As in
+    ``torch/cuda/__init__.py`` a card named twice hides them all.
+    """
+    value = environ.get(_VARIABLE)
+    if value is None:
+        return list(devices)
+    visible: list[GpuDevice] = []
+    for entry in value.split(","):
+        device = _match_entry(entry.strip(), devices)
+        if device is None:
+            break
+        if device in visible:
+            return []
+        visible.append(device)
+    return visible
+
+
+def _match_entry(entry: str, devices: Sequence[GpuDevice]) -> GpuDevice | None:
+    if entry.startswith("GPU-"):
+        matches = [card for card in devices if card.uuid is not None and card.uuid.startswith(entry)]
+    else:
+        matches = [card for card in devices if entry == str(card.index)]
+    return matches[0] if len(matches) == 1 else None
