@@ -161,10 +161,10 @@ GRID = list(product((1, 4), (512, 2048), (True, False)))
 
 def grid(box: Box) -> Outcome:
     """The estimate against torch's own count (on a CPU against the resident set)."""
-    from qlora_tui.catalog.local import resolve
+    from qlora_tui.catalog.local_models import resolve_model
     from qlora_tui.memory import estimate
 
-    rows, architecture = [], resolve(str(box.model)).architecture
+    rows, architecture = [], resolve_model(str(box.model)).architecture
     for micro_batch, length, checkpointing in GRID:
         recipe = recipe_for(
             box,
@@ -204,7 +204,7 @@ def grid(box: Box) -> Outcome:
 
 def memory(box: Box) -> Outcome:
     """A micro-batch that cannot fit: the run halves it, goes on, and learns from as many rows a step."""
-    from qlora_tui.catalog.local import resolve
+    from qlora_tui.catalog.local_models import resolve_model
     from qlora_tui.memory import estimate
 
     if not box.has_card:
@@ -222,7 +222,7 @@ def memory(box: Box) -> Outcome:
         training__gradient_accumulation=1,
         training__max_steps=2,
     )
-    architecture, micro_batch = resolve(str(box.model)).architecture, 1
+    architecture, micro_batch = resolve_model(str(box.model)).architecture, 1
     while True:
         recipe = replace_setting(recipe, "training.micro_batch", micro_batch)
         if estimate(recipe, architecture, device=where(box)).allocated_bytes > 1.3 * total:

@@ -32,8 +32,8 @@ from typing import Any
 from bench.fitcheck import Answer, ask, question
 from bench.published_rows import GROUPS, find_config, group_of, read_path
 from bench.published_words import Row, Unplaced
-from qlora_tui.catalog.architecture import load_config, read_architecture
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory import Estimate, check_fit, estimate
 
@@ -154,7 +154,7 @@ def run(tables: Path | Sequence[Path], configs: Path, fitcheck: Path) -> dict[st
         try:
             read_path(row)
             config = find_config(row["model_id"], configs)
-            placed.append((row, config, read_architecture(load_config(config))))
+            placed.append((row, config, parse_architecture(load_config(config))))
         except (Unplaced, Problem, KeyError, ValueError) as reason:
             unplaced.append({"id": row.get("id", "?"), "model": row.get("model_id", "?"), "why": str(reason)})
     answers = ask([question(row, config) for row, config, _ in placed], fitcheck)

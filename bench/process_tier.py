@@ -29,7 +29,7 @@ from typing import Any
 import msgspec
 
 from qlora_tui import children
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.memory import estimate
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.memory.calibration import load_runs
@@ -173,7 +173,7 @@ def train(recipe: Recipe, scratch: Path, settings: str, number: int) -> Cell:
     if not ends:
         failed = [event.what for event in events if isinstance(event, Failed)]
         raise SystemExit(f"{recipe.model.id}, {settings}: {failed or run.log_path.read_text()[-2000:]}")
-    architecture = resolve(recipe.model.id).architecture
+    architecture = resolve_model(recipe.model.id).architecture
     # Without a correction: these directories have at most one run yet.
     predicted = estimate(recipe, architecture, device=replace(budget_for(None).device, correction=None))
     phase, (_, anonymous) = max(watch.phases.items(), key=lambda item: item[1])

@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.step_trace import closed_form
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Training
@@ -172,7 +172,7 @@ def compare(case: Case) -> Compared:
     config, recipe = cut_config(case.family), recipe_of(case)
     traced = trace(Request(config=config, recipe=recipe, loss=case.loss))
     path = replace(trainer_execution(recipe, Device()), loss="stock" if case.loss == "stock" else "chunked")
-    return Compared(case, traced.step_bytes, closed_form(recipe, read_architecture(config), path)["step"])
+    return Compared(case, traced.step_bytes, closed_form(recipe, parse_architecture(config), path)["step"])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.ways.ours import recipe, use_private_home
 from bench.ways.work import Work, given, tell
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.dataset import prepare
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.training.batches import Samples, Step, lay_out
@@ -31,7 +31,7 @@ def main() -> None:
 def write_batches(work: Work) -> str:
     """Render and lay out the rows, and write ``work.batches``; returns the digest."""
     wanted = recipe(work)
-    tokenizer = ChatTokenizer.from_folder(resolve(work.model).folder, wanted.model.chat_template)
+    tokenizer = ChatTokenizer.from_folder(resolve_model(work.model).folder, wanted.model.chat_template)
     data = prepare(wanted, tokenizer)
     schedule = lay_out(data.train, wanted, kept_apart=True)
     write_steps(schedule.steps, data.train, Path(work.batches))

@@ -12,7 +12,7 @@ import time
 import torch
 
 from bench.ways.work import given, tell
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.local_models import resolve_model
 
 _REPEATS = 3
 
@@ -23,7 +23,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, work.dtype)
     shapes: dict[tuple[int, int, int], int] = {}
-    architecture = resolve(work.model).architecture
+    architecture = resolve_model(work.model).architecture
     for module in architecture.modules:
         key = (work.row_tokens, module.in_features, module.out_features)
         shapes[key] = shapes.get(key, 0) + 1

@@ -1,14 +1,16 @@
 """Which models there are, and what each is made of.
 
-* ``facts``: the records: an ``Architecture`` and its linear modules, embeddings, head, other parameters.
-* ``architecture``: ``read_architecture``: from a ``config.json`` to those records. Pure Python, no weights.
-* ``families/``: what each model family is built of, as tables; ``template`` and ``config_fields`` read them.
-* ``local``, ``model_folder``, ``gguf``: the models on this machine; why one is refused; finding one by name.
-* ``code_keys``: keys of configs that would choose which code runs, refused or left out.
-* ``lookup``: an architecture by the model's name, weights or not.
-* ``context``: samples longer than the model has seen any.
-* ``hub``, ``hub_files``, ``download``, ``hub_errors``: search the hub, plan a download, fetch it; what goes
-  wrong.
+* ``architecture_types``: ``Architecture`` and its linear modules, embeddings, head and other parameters.
+* ``config_parser``: ``parse_architecture``, from a ``config.json`` to those types. Pure Python, no weights.
+* ``families/``: what each model family is built of, as tables; ``family_spec`` and ``config_fields`` read
+  them.
+* ``local_models``, ``model_validation``, ``gguf_header``: the models on this machine, whether each can be
+  trained, and finding one by name.
+* ``code_keys``: keys of configs that would choose which code runs, rejected or removed.
+* ``lookup``: an architecture by the model's name, with or without its weights.
+* ``context_length``: the warning for samples longer than the model's context.
+* ``hub``, ``hub_files``, ``download``, ``hub_errors``: search the Hub, plan a download, run it, and translate
+  its errors.
 
 Read by the memory estimate, the LoRA and Model screens, and the trainer.
 """

@@ -53,7 +53,7 @@ _ADAPTER_KEYS = frozenset(
 ``auto_mapping``), repositories and revisions, files of statistics (``corda_config``, ``lora_ga_config``)."""
 _ORIGIN = ("base_model_name_or_path", "revision", "auto_mapping")
 """Where it was made, which every adapter says and nothing here reads."""
-_USUAL = {"megatron_core": "megatron.core"}
+_PEFT_DEFAULTS = {"megatron_core": "megatron.core"}
 """Written by peft into every adapter."""
 _FROM_FILES = ("corda", "lora_ga")
 """Ways to begin an adapter that change the base by statistics from another file."""
@@ -66,10 +66,10 @@ def without_code(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     Nested configs are read too. Keys are named as ``text_config.auto_map``.
     """
-    return _cleaned(config, "")
+    return _without_code_keys(config, "")
 
 
-def _cleaned(config: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list[str]]:
+def _without_code_keys(config: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list[str]]:
     clean: dict[str, Any] = {}
     dropped: list[str] = []
     for key, value in config.items():
@@ -80,7 +80,7 @@ def _cleaned(config: Mapping[str, Any], place: str) -> tuple[dict[str, Any], lis
             clean[key] = {name: part for name, part in value.items() if name in _QUANTIZATION_KEYS}
             dropped += [f"{key}.{name}" for name in value if name not in _QUANTIZATION_KEYS]
         elif isinstance(value, dict):
-            clean[key], inner = _cleaned(value, f"{place}{key}.")
+            clean[key], inner = _without_code_keys(value, f"{place}{key}.")
             dropped += inner
         else:
             clean[key] = value
@@ -104,20 +104,20 @@ def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[st
 
     Raises Problem where its values depend on a file that ``where``, the adapter's folder, does not hold.
     """
-    begun = config.get("init_lora_weights")
-    if begun in _FROM_FILES:
+    init_method = config.get("init_lora_weights")
+    if init_method in _FROM_FILES:
         raise Problem(
             "The adapter cannot be read",
-            what=f"{where}: init_lora_weights is {begun!r}.",
+            what=f"{where}: init_lora_weights is {init_method!r}.",
             why="Such an adapter changes the base by statistics from another file, which could be anyone's.",
             fix="Convert it to a plain LoRA adapter with peft, or choose another.",
         )
     clean = {key: value for key, value in config.items() if key in _ADAPTER_KEYS}
-    if isinstance(begun, str) and begun.startswith(_FROM_BASE):
+    if isinstance(init_method, str) and init_method.startswith(_FROM_BASE):
         clean["init_lora_weights"] = True
     dropped = [
         key
         for key, value in config.items()
-        if key not in _ADAPTER_KEYS and value not in (None, {}, False, _USUAL.get(key))
+        if key not in _ADAPTER_KEYS and value not in (None, {}, False, _PEFT_DEFAULTS.get(key))
     ]
     return clean, [key for key in dropped if key not in _ORIGIN]

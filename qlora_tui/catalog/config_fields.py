@@ -7,13 +7,13 @@ from typing import Any
 
 from qlora_tui.errors import Problem
 
-LARGEST = 1 << 31
+MAX_SIZE = 1 << 31
 """No size in a real config comes near this."""
-LARGEST_OF = {"layer": 1000, "head": 100_000}
+MAX_SIZE_BY_KEY = {"layer": 1000, "head": 100_000}
 """Tighter bounds where a size is also a count of things to list, by what the key contains."""
 
 
-def bad_config(where: str, what: str) -> Problem:
+def config_problem(where: str, what: str) -> Problem:
     """The refusal of a config, in one voice."""
     return Problem(
         "The model's config cannot be used",
@@ -38,24 +38,24 @@ class ConfigFields:
                 return key, self.values[key]
         return None
 
-    def bad(self, key: str, expected: str) -> Problem:
-        shown = repr(self.values.get(key))
-        if len(shown) > 40:
-            shown = shown[:39] + "…"
-        return bad_config(self.where, f"{key} is {shown}, expected {expected}")
+    def invalid(self, key: str, expected: str) -> Problem:
+        value_text = repr(self.values.get(key))
+        if len(value_text) > 40:
+            value_text = value_text[:39] + "…"
+        return config_problem(self.where, f"{key} is {value_text}, expected {expected}")
 
     def missing(self, key: str) -> Problem:
-        return bad_config(self.where, f"{key} is missing")
+        return config_problem(self.where, f"{key} is missing")
 
-    def size(self, keys: tuple[str, ...], *, least: int = 1) -> int | None:
+    def size(self, keys: tuple[str, ...], *, minimum: int = 1) -> int | None:
         """A whole number from ``least`` up; None when absent or null. Raises Problem otherwise."""
-        found = self.first(keys)
-        if found is None or found[1] is None:
+        entry = self.first(keys)
+        if entry is None or entry[1] is None:
             return None
-        key, value = found
-        most = next((bound for part, bound in LARGEST_OF.items() if part in key), LARGEST)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self.bad(key, f"a whole number from {least} to {most}")
+        key, value = entry
+        maximum = next((bound for part, bound in MAX_SIZE_BY_KEY.items() if part in key), MAX_SIZE)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self.invalid(key, f"a whole number from {minimum} to {maximum}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -63,16 +63,16 @@ class ConfigFields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.bad(key, "true or false")
+            raise self.invalid(key, "true or false")
         return value
 
     def text(self, keys: tuple[str, ...]) -> str | None:
-        found = self.first(keys)
-        if found is None or found[1] is None:
+        entry = self.first(keys)
+        if entry is None or entry[1] is None:
             return None
-        if not isinstance(found[1], str):
-            raise self.bad(found[0], "a string")
-        return found[1]
+        if not isinstance(entry[1], str):
+            raise self.invalid(entry[0], "a string")
+        return entry[1]
 
     def number(self, key: str) -> float | None:
         """A number above 0 and up to 1e6; None when absent or null."""
@@ -80,7 +80,7 @@ class ConfigFields:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e6:
-            raise self.bad(key, "a number above 0 and up to 1000000")
+            raise self.invalid(key, "a number above 0 and up to 1000000")
         return float(value)
 
     def indices(self, key: str) -> frozenset[int]:
@@ -89,7 +89,7 @@ class ConfigFields:
         if value is None:
             return frozenset()
         if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise self.bad(key, "a list of layer numbers")
+            raise self.invalid(key, "a list of layer numbers")
         return frozenset(value)
 
     def names(self, key: str, length: int) -> tuple[str, ...] | None:
@@ -98,9 +98,9 @@ class ConfigFields:
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.bad(key, "a list of names")
+            raise self.invalid(key, "a list of names")
         if len(value) < length:
-            raise bad_config(self.where, f"{key} has {len(value)} entries for {length} layers")
+            raise config_problem(self.where, f"{key} has {len(value)} entries for {length} layers")
         return tuple(value[:length])
 
     def child(self, key: str) -> ConfigFields:
@@ -109,5 +109,5 @@ class ConfigFields:
             raise self.missing(key)
         value = self.values[key]
         if not isinstance(value, dict):
-            raise self.bad(key, "an object")
+            raise self.invalid(key, "an object")
         return ConfigFields(value, f"{self.where}, {key}")

@@ -24,17 +24,17 @@ import msgspec
 
 from qlora_tui import children
 from qlora_tui.catalog.hub import TIMEOUT_S, endpoint, request_headers
-from qlora_tui.catalog.hub_errors import is_final, network_error, told
-from qlora_tui.catalog.hub_files import HubFile, Plan, plan_download
+from qlora_tui.catalog.hub_errors import is_permanent, network_error, translate_hub_errors
+from qlora_tui.catalog.hub_files import DownloadPlan, HubFile, plan_download
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.files import atomic_write
 
 OnProgress = Callable[[int, int, str], None]
 """Called with bytes here, bytes in all, and the name of the file in hand."""
 CHUNK_BYTES = 1 << 20
-SPARE_BYTES = 256 << 20
+RESERVED_BYTES = 256 << 20
 """Left free on the disk."""
-PATIENCE_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Waits between attempts when the connection drops and nothing more arrives."""
 PROGRESS_EVERY_S = 0.25
 
@@ -42,7 +42,7 @@ PROGRESS_EVERY_S = 0.25
 def download(
     model_id: str,
     on_progress: OnProgress | None = None,
-    patience_s: tuple[float, ...] = PATIENCE_S,
+    retry_delays_s: tuple[float, ...] = RETRY_DELAYS_S,
     revision: str = "main",
 ) -> Path:
     """Fetch a revision of ``model_id`` into the Hugging Face cache; return the folder to load.
@@ -52,13 +52,13 @@ def download(
     plan = plan_download(model_id, revision)
     check_space(plan)
     report = on_progress or (lambda done, total, file: None)
-    with told(model_id):
+    with translate_hub_errors(model_id):
         plan.snapshot.mkdir(parents=True, exist_ok=True)
         (plan.folder / "blobs").mkdir(exist_ok=True)
         report(plan.done_bytes, plan.total_bytes, "")
         for file in plan.files:
             if not (plan.blob(file).exists() or (plan.snapshot / file.name).is_file()):
-                _fetch(plan, file, report, patience_s)
+                _fetch(plan, file, report, retry_delays_s)
             _link(plan, file)
         if revision != plan.commit:
             ref = plan.folder / "refs" / revision
@@ -67,20 +67,23 @@ def download(
     return plan.snapshot
 
 
-def check_space(plan: Plan) -> None:
+def check_space(plan: DownloadPlan) -> None:
     """Raise Problem when what is missing does not fit on the disk."""
-    there = next(folder for folder in plan.folder.parents if folder.exists())
-    free = shutil.disk_usage(there).free
+    existing_parent = next(folder for folder in plan.folder.parents if folder.exists())
+    free = shutil.disk_usage(existing_parent).free
     missing = plan.total_bytes - plan.done_bytes
-    if missing and missing + SPARE_BYTES > free:
+    if missing and missing + RESERVED_BYTES > free:
         raise Problem(
             "There is not enough room on the disk",
-            what=f"{plan.id} needs {missing / 1e9:.1f} GB more, and {there} has {free / 1e9:.1f} GB free.",
+            what=(
+                f"{plan.id} needs {missing / 1e9:.1f} GB more, "
+                f"and {existing_parent} has {free / 1e9:.1f} GB free."
+            ),
             fix="Free some space, or set HF_HOME to a folder on a larger disk.",
         )
 
 
-def _link(plan: Plan, file: HubFile) -> None:
+def _link(plan: DownloadPlan, file: HubFile) -> None:
     """Put ``file`` in the snapshot: a link to its blob, or the blob itself where links cannot be made."""
     pointer = plan.snapshot / file.name
     if pointer.is_file():
@@ -93,7 +96,7 @@ def _link(plan: Plan, file: HubFile) -> None:
 
 
 @contextmanager
-def _growing(plan: Plan, file: HubFile) -> Iterator[IO[bytes]]:
+def _open_partial(plan: DownloadPlan, file: HubFile) -> Iterator[IO[bytes]]:
     """The half-fetched file, open at its end and held by this process alone."""
     with plan.partial(file).open("ab") as partial:
         try:
@@ -107,23 +110,23 @@ def _growing(plan: Plan, file: HubFile) -> Iterator[IO[bytes]]:
         yield partial
 
 
-def _fetch(plan: Plan, file: HubFile, report: OnProgress, patience_s: tuple[float, ...]) -> None:
+def _fetch(plan: DownloadPlan, file: HubFile, report: OnProgress, retry_delays_s: tuple[float, ...]) -> None:
     """Fetch ``file`` whole, however often the connection drops, as long as something arrives each time."""
     before = plan.done_bytes - min(file.size_bytes, _size(plan.partial(file)))
 
-    def arrived(size: int) -> None:
+    def on_bytes(size: int) -> None:
         report(before + size, plan.total_bytes, file.name)
 
-    with _growing(plan, file) as partial:
-        waits = iter(patience_s)
+    with _open_partial(plan, file) as partial:
+        waits = iter(retry_delays_s)
         while (start := partial.seek(0, os.SEEK_END)) < file.size_bytes:
             try:
-                _append(plan, file, partial, arrived)
+                _append(plan, file, partial, on_bytes)
             except (network_error(), ConnectionError) as error:
-                if is_final(error):
+                if is_permanent(error):
                     raise
                 if partial.tell() > start:
-                    waits = iter(patience_s)
+                    waits = iter(retry_delays_s)
                 if (wait := next(waits, None)) is None:
                     raise
                 time.sleep(wait)
@@ -139,7 +142,7 @@ def _fetch(plan: Plan, file: HubFile, report: OnProgress, patience_s: tuple[floa
         plan.partial(file).replace(plan.blob(file))
 
 
-def _append(plan: Plan, file: HubFile, partial: IO[bytes], arrived: Callable[[int], None]) -> None:
+def _append(plan: DownloadPlan, file: HubFile, partial: IO[bytes], on_bytes: Callable[[int], None]) -> None:
     """One request for what is missing of ``file``."""
     from huggingface_hub import get_session, hf_raise_for_status
 
@@ -157,7 +160,7 @@ def _append(plan: Plan, file: HubFile, partial: IO[bytes], arrived: Callable[[in
         for chunk in response.iter_bytes(CHUNK_BYTES):
             partial.write(chunk)
             size += len(chunk)
-            arrived(size)
+            on_bytes(size)
     if size > file.size_bytes:
         partial.truncate(0)
         raise ConnectionError("more bytes than the file has")
@@ -194,21 +197,21 @@ def spawn(model_id: str) -> subprocess.Popen[bytes]:
     )
 
 
-class _Lines:
+class _JsonLinesWriter:
     """JSON lines on stdout, for as long as somebody reads them."""
 
     def __init__(self) -> None:
-        self.read = True
+        self.has_reader = True
         self.last_s = 0.0
 
     def write(self, event: str, **values: Any) -> None:
-        if not self.read:
+        if not self.has_reader:
             return
         try:
             sys.stdout.buffer.write(msgspec.json.encode({"event": event, **values}) + b"\n")
             sys.stdout.buffer.flush()
         except BrokenPipeError:
-            self.read = False
+            self.has_reader = False
             # What is still buffered would raise again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -223,7 +226,7 @@ class _Lines:
 
 def main(arguments: list[str]) -> int:
     """The command line: one model id. Returns the exit code."""
-    lines = _Lines()
+    writer = _JsonLinesWriter()
     try:
         if len(arguments) != 1:
             raise Problem(
@@ -232,14 +235,14 @@ def main(arguments: list[str]) -> int:
                 fix="python -m qlora_tui.catalog.download publisher/model",
                 exit_code=WRONG_CALL,
             )
-        path = download(arguments[0], lines.progress)
+        path = download(arguments[0], writer.progress)
     except Problem as problem:
         texts = {"title": problem.title, "what": problem.what, "why": problem.why, "fix": problem.fix}
-        lines.write("problem", **texts)
+        writer.write("problem", **texts)
         return problem.exit_code
     except KeyboardInterrupt:
         return 130
-    lines.write("done", path=str(path))
+    writer.write("done", path=str(path))
     return 0
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from msgspec import Struct
 
-from qlora_tui.catalog.hub_errors import told
-from qlora_tui.catalog.model_folder import CONFIG, judge_kind
+from qlora_tui.catalog.hub_errors import translate_hub_errors
+from qlora_tui.catalog.model_validation import CONFIG, check_model_type
 from qlora_tui.errors import Problem
 
 TIMEOUT_S = 15
 """For connecting, and for each wait for data."""
-SHOWN = ("downloads", "gated", "safetensors", "tags", "config", "lastModified")
+EXPANDED_FIELDS = ("downloads", "gated", "safetensors", "tags", "config", "lastModified")
 
 
 class HubModel(Struct, frozen=True):
@@ -32,7 +32,7 @@ class HubModel(Struct, frozen=True):
     """In the last month."""
     gated: bool
     """Its licence has to be accepted on the hub first, and a token is needed."""
-    licence: str | None
+    license: str | None
     model_type: str | None
     modified: str
     """ISO date, or empty."""
@@ -40,36 +40,36 @@ class HubModel(Struct, frozen=True):
     """Why it cannot be trained here, as far as the hub says."""
 
 
-def search(query: str, limit: int = 30) -> list[HubModel]:
+def search_models(query: str, limit: int = 30) -> list[HubModel]:
     """Models whose name has ``query`` in it and whose weights are safetensors, most downloaded first.
 
     Raises Problem when the hub does not answer.
     """
-    wanted = {
+    params = {
         "search": query,
         "filter": ["transformers", "safetensors"],
         "sort": "downloads",
         "limit": limit,
-        "expand": list(SHOWN),
+        "expand": list(EXPANDED_FIELDS),
     }
-    answer = get_json("api/models", wanted)
+    answer = get_json("api/models", params)
     if not isinstance(answer, list):
-        raise not_a_hub()
-    return [_hub_model(entry) for entry in answer if isinstance(entry, dict) and "id" in entry]
+        raise not_a_hub_problem()
+    return [_parse_model(entry) for entry in answer if isinstance(entry, dict) and "id" in entry]
 
 
-def _hub_model(entry: Mapping[str, Any]) -> HubModel:
+def _parse_model(entry: Mapping[str, Any]) -> HubModel:
     config = entry.get("config") or {}
-    licences = [tag[8:] for tag in entry.get("tags") or () if str(tag).startswith("license:")]
+    licenses = [tag[8:] for tag in entry.get("tags") or () if str(tag).startswith("license:")]
     return HubModel(
         id=str(entry["id"]),
         parameters=(entry.get("safetensors") or {}).get("total"),
         downloads=int(entry.get("downloads") or 0),
         gated=bool(entry.get("gated")),
-        licence=licences[0] if licences else None,
+        license=licenses[0] if licenses else None,
         model_type=config.get("model_type"),
         modified=str(entry.get("lastModified") or "")[:10],
-        refusal=judge_kind(config, str(entry["id"])),
+        refusal=check_model_type(config, str(entry["id"])),
     )
 
 
@@ -78,9 +78,9 @@ def fetch_config(model_id: str, revision: str = "main") -> dict[str, Any]:
 
     Raises Problem when it does not exist, is gated, or the hub does not answer.
     """
-    config = get_json(f"{checked_id(model_id)}/resolve/{revision}/{CONFIG}", model_id=model_id)
+    config = get_json(f"{validate_model_id(model_id)}/resolve/{revision}/{CONFIG}", model_id=model_id)
     if not isinstance(config, dict):
-        raise not_a_hub()
+        raise not_a_hub_problem()
     return config
 
 
@@ -88,7 +88,7 @@ def get_json(path: str, params: Mapping[str, Any] | None = None, model_id: str =
     """The JSON that the hub has at ``path``. Raises Problem otherwise."""
     from huggingface_hub import get_session, hf_raise_for_status
 
-    with told(model_id):
+    with translate_hub_errors(model_id):
         response = get_session().get(
             f"{endpoint()}/{path}",
             params=dict(params or {}),
@@ -99,7 +99,7 @@ def get_json(path: str, params: Mapping[str, Any] | None = None, model_id: str =
         try:
             return response.json()
         except ValueError:
-            raise not_a_hub() from None
+            raise not_a_hub_problem() from None
 
 
 def request_headers() -> dict[str, str]:
@@ -124,7 +124,7 @@ def endpoint() -> str:
     return address
 
 
-def checked_id(model_id: str) -> str:
+def validate_model_id(model_id: str) -> str:
     """``model_id`` if it can be one on the hub. Raises Problem otherwise."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
@@ -141,7 +141,7 @@ def checked_id(model_id: str) -> str:
     return model_id
 
 
-def not_a_hub() -> Problem:
+def not_a_hub_problem() -> Problem:
     """The endpoint answered, but with something that no hub says."""
     return Problem(
         "The answer is not from a model hub",

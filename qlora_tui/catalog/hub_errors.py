@@ -15,7 +15,7 @@ from qlora_tui.errors import Problem
 
 
 @contextmanager
-def told(model_id: str = "") -> Iterator[None]:
+def translate_hub_errors(model_id: str = "") -> Iterator[None]:
     """Turn what the client raises inside into a Problem."""
     import huggingface_hub.errors as hub_errors
 
@@ -24,7 +24,7 @@ def told(model_id: str = "") -> Iterator[None]:
     except Problem:
         raise
     except hub_errors.HfHubHTTPError as error:
-        raise _refused_by_hub(error, model_id) from None
+        raise _http_problem(error, model_id) from None
     except hub_errors.OfflineModeIsEnabled:
         raise Problem(
             "The hub is switched off",
@@ -34,7 +34,7 @@ def told(model_id: str = "") -> Iterator[None]:
     except (network_error(), ConnectionError) as error:
         raise unreachable(type(error).__name__) from None
     except OSError as error:
-        raise _disk(error) from None
+        raise _disk_problem(error) from None
 
 
 def network_error() -> type[Exception]:
@@ -46,7 +46,7 @@ def network_error() -> type[Exception]:
     return base
 
 
-def is_final(error: Exception) -> bool:
+def is_permanent(error: Exception) -> bool:
     """Whether asking again is of no use: the hub answered, and it is neither busy nor in trouble."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -67,7 +67,7 @@ def unreachable(reason: str) -> Problem:
     )
 
 
-def _refused_by_hub(error: Any, model_id: str) -> Problem:
+def _http_problem(error: Any, model_id: str) -> Problem:
     """``error``: an HfHubHTTPError. Its response has the status and, from the hub, a code."""
     import huggingface_hub.errors as hub_errors
 
@@ -107,7 +107,7 @@ def _refused_by_hub(error: Any, model_id: str) -> Problem:
             fix=f"Give the token read access on {_endpoint()}/settings/tokens, or log in with: hf auth login",
         )
     if status == 429:
-        return _too_many(error.response)
+        return _rate_limited(error.response)
     return Problem(
         "The hub is in trouble",
         what=f"{_endpoint()} answered with status {status}.",
@@ -132,7 +132,7 @@ def _gated(status: int, model_id: str) -> Problem:
     )
 
 
-def _too_many(response: Any) -> Problem:
+def _rate_limited(response: Any) -> Problem:
     seconds = response.headers.get("Retry-After", "")
     wait = f"Wait {seconds} seconds" if seconds.isdigit() else "Wait a few minutes"
     return Problem(
@@ -142,7 +142,7 @@ def _too_many(response: Any) -> Problem:
     )
 
 
-def _disk(error: OSError) -> Problem:
+def _disk_problem(error: OSError) -> Problem:
     if error.errno == errno.ENOSPC:
         return Problem(
             "The disk is full",

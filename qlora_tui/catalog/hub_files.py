@@ -15,15 +15,15 @@ from urllib.parse import quote
 
 from msgspec import Struct
 
-from qlora_tui.catalog.hub import checked_id, fetch_config, get_json, not_a_hub
-from qlora_tui.catalog.local import hub_cache_dir
-from qlora_tui.catalog.model_folder import (
+from qlora_tui.catalog.hub import fetch_config, get_json, not_a_hub_problem, validate_model_id
+from qlora_tui.catalog.local_models import hub_cache_dir
+from qlora_tui.catalog.model_validation import (
     CONFIG,
     INDEX,
     SINGLE,
     TOKENIZER_FILES,
+    check_config,
     indexed_files,
-    judge_config,
     no_weights_problem,
 )
 from qlora_tui.errors import WRONG_CALL, Problem
@@ -43,7 +43,7 @@ class HubFile(Struct, frozen=True):
     """Its hash, and its name in the cache: SHA-256 for a large file, git's for a small one."""
 
 
-class Plan(Struct, frozen=True):
+class DownloadPlan(Struct, frozen=True):
     """What fetching one model takes."""
 
     id: str
@@ -59,9 +59,9 @@ class Plan(Struct, frozen=True):
     @property
     def done_bytes(self) -> int:
         """What is here already, of whole and of half-fetched files."""
-        return sum(min(file.size_bytes, self._have(file)) for file in self.files)
+        return sum(min(file.size_bytes, self._downloaded_bytes(file)) for file in self.files)
 
-    def _have(self, file: HubFile) -> int:
+    def _downloaded_bytes(self, file: HubFile) -> int:
         for path in (self.blob(file), self.partial(file)):
             try:
                 return path.stat().st_size
@@ -82,25 +82,25 @@ class Plan(Struct, frozen=True):
         return self.folder / "blobs" / f"{file.etag}.incomplete"
 
 
-def plan_download(model_id: str, revision: str = "main") -> Plan:
+def plan_download(model_id: str, revision: str = "main") -> DownloadPlan:
     """What fetching ``model_id`` takes. Nothing is written yet.
 
     Raises Problem when the hub does not answer, the model is gated, or it cannot be trained here (the reason
     is known from its config and file list, before gigabytes are fetched).
     """
-    page = f"api/models/{checked_id(model_id)}/revision/{quote(checked_revision(revision), safe='')}"
+    page = f"api/models/{validate_model_id(model_id)}/revision/{quote(validate_revision(revision), safe='')}"
     info = get_json(page, {"blobs": "true"}, model_id)
-    commit, listed = _listing(info)
+    commit, listed = _parse_listing(info)
     config = fetch_config(model_id, commit) if CONFIG in listed else None
-    if config is not None and (refusal := judge_config(config, model_id)[1]) is not None:
+    if config is not None and (refusal := check_config(config, model_id)[1]) is not None:
         raise refusal
-    weights = _weights(listed, model_id, commit)
-    small = [name for name in listed if name in SMALL_FILES]
+    weights = _weight_names(listed, model_id, commit)
+    small_files = [name for name in listed if name in SMALL_FILES]
     folder = hub_cache_dir() / f"models--{model_id.replace('/', '--')}"
-    return Plan(model_id, commit, tuple(listed[name] for name in (*small, *weights)), folder)
+    return DownloadPlan(model_id, commit, tuple(listed[name] for name in (*small_files, *weights)), folder)
 
 
-def checked_revision(revision: str) -> str:
+def validate_revision(revision: str) -> str:
     """A name that may become part of an address and of a path; raises Problem for any other."""
     if not REVISION.fullmatch(revision):
         raise Problem(
@@ -112,32 +112,32 @@ def checked_revision(revision: str) -> str:
     return revision
 
 
-def _listing(info: Any) -> tuple[str, dict[str, HubFile]]:
+def _parse_listing(info: Any) -> tuple[str, dict[str, HubFile]]:
     """The commit and the files of the model's page, those in subfolders left out."""
     try:
         commit = info["sha"]
-        files = [_file(sibling) for sibling in info["siblings"] if "/" not in sibling["rfilename"]]
+        files = [_parse_file(sibling) for sibling in info["siblings"] if "/" not in sibling["rfilename"]]
     except (KeyError, TypeError, AttributeError):
-        raise not_a_hub() from None
+        raise not_a_hub_problem() from None
     if not all(HASH.fullmatch(etag) for etag in (commit, *(file.etag for file in files))):
-        raise not_a_hub()
+        raise not_a_hub_problem()
     return commit, {file.name: file for file in files}
 
 
-def _file(sibling: Any) -> HubFile:
+def _parse_file(sibling: Any) -> HubFile:
     large = sibling.get("lfs")
     etag = large["sha256"] if large else sibling["blobId"]
     return HubFile(str(sibling["rfilename"]), int(large["size"] if large else sibling["size"]), str(etag))
 
 
-def _weights(listed: dict[str, HubFile], model_id: str, commit: str) -> Iterable[str]:
+def _weight_names(listed: dict[str, HubFile], model_id: str, commit: str) -> Iterable[str]:
     if SINGLE in listed:
         return [SINGLE]
     if INDEX not in listed:
         raise no_weights_problem(listed, model_id)
     index = get_json(f"{model_id}/resolve/{commit}/{INDEX}", model_id=model_id)
     if not isinstance(index, dict):
-        raise not_a_hub()
+        raise not_a_hub_problem()
     shards = indexed_files(index, f"{model_id}, {INDEX}")
     if missing := [shard for shard in shards if shard not in listed]:
         raise no_weights_problem(listed, f"{model_id} (without {missing[0]})")

@@ -7,24 +7,24 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.catalog.facts import Architecture
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.errors import Problem
 
 
-def architecture_of(model_id: str) -> Architecture:
+def load_architecture(model_id: str) -> Architecture:
     """Of a model on this machine, of a folder that holds only a ``config.json``, or of such a file itself.
 
     Raises Problem where there is none to be had.
     """
-    config = _config_alone(model_id)
-    return resolve(model_id).architecture if config is None else read_architecture(config)
+    config = _config_file(model_id)
+    return resolve_model(model_id).architecture if config is None else parse_architecture(config)
 
 
-def config_of(model_id: str) -> dict[str, Any]:
-    """The ``config.json`` itself, of what :func:`architecture_of` takes. Raises Problem."""
-    file = _config_alone(model_id) or resolve(model_id).folder / "config.json"
+def load_model_config(model_id: str) -> dict[str, Any]:
+    """The ``config.json`` itself, of what :func:`load_architecture` takes. Raises Problem."""
+    file = _config_file(model_id) or resolve_model(model_id).folder / "config.json"
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError) as error:
@@ -36,7 +36,7 @@ def config_of(model_id: str) -> dict[str, Any]:
         ) from error
 
 
-def _config_alone(model_id: str) -> Path | None:
+def _config_file(model_id: str) -> Path | None:
     path = Path(model_id).expanduser()
     for config in (path / "config.json", path):
         if config.suffix == ".json" and config.is_file():

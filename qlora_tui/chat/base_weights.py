@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.facts import Head
+from qlora_tui.catalog.architecture_types import OutputHead
 from qlora_tui.chat.updates import RowUpdate, Updates
 from qlora_tui.errors import Problem
 
@@ -40,7 +40,7 @@ def place(updates: Updates, files: list[Path], adapter: Path) -> dict[Path, Upda
     return placed
 
 
-def with_tied_head(updates: Updates, files: list[Path], head: Head) -> Updates:
+def with_tied_head(updates: Updates, files: list[Path], head: OutputHead) -> Updates:
     """The updates, the embedding's rows also as those of a tied head that the files hold beside it.
 
     transformers ties the two of a file only while they are equal.

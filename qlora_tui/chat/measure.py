@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.catalog.model_folder import weight_files
+from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.base_weights import place
 from qlora_tui.chat.effect import Effect, LayerChange
 from qlora_tui.chat.session import ChatSession, model_folder

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.attention import group_heads
 from qlora_tui.chat.four_bit import answer_from_cpu_layout
 from qlora_tui.chat.kept import Kept
@@ -272,7 +272,7 @@ def load_session(source: ChatSource, tell: Tell = lambda words: None) -> ChatSes
 
 def model_folder(recipe: Recipe, tell: Tell = lambda words: None) -> Path:
     """The folder that holds the recipe's model, a GGUF file converted first. Raises Problem."""
-    files = resolve(recipe.model.id)
+    files = resolve_model(recipe.model.id)
     if files.gguf_file is None:
         return files.folder
     words = f"Converting {files.gguf_file}"

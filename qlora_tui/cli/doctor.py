@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_tui import children, paths
-from qlora_tui.catalog.local import hub_cache_dir
+from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.cli.verb import Outcome, Verb
 from qlora_tui.errors import FAILED, Problem, disk_problem
 from qlora_tui.format import size

@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from qlora_tui.catalog.facts import Architecture
-from qlora_tui.catalog.lookup import architecture_of, config_of
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.lookup import load_architecture, load_model_config
 from qlora_tui.cli.arguments import positive
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from, table
 from qlora_tui.data.sources import is_of_the_hub, open_source
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> Outcome:
     for source in recipe.data.sources:
         if not is_of_the_hub(source.path):
             open_source(source, recipe.data.preferences)
-    architecture = architecture_of(recipe.model.id)
+    architecture = load_architecture(recipe.model.id)
     room = local_budget(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
     traced = _traced(recipe, architecture, room, asked=args.trace)
     data = as_json(recipe, architecture, room.bytes, device=room.device, traced=traced)
@@ -120,7 +120,7 @@ def _traced(
     from qlora_tui.engine.tracing import trace_step
 
     try:
-        return asyncio.run(trace_step(config_of(recipe.model.id), recipe, room.device))
+        return asyncio.run(trace_step(load_model_config(recipe.model.id), recipe, room.device))
     except Problem as problem:
         if asked:
             raise

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.catalog.hub import HubModel, search
-from qlora_tui.catalog.local import LocalModel, list_local
+from qlora_tui.catalog.hub import HubModel, search_models
+from qlora_tui.catalog.local_models import LocalModel, list_local_models
 from qlora_tui.cli.verb import Outcome, Verb, table
 from qlora_tui.format import count, size
 from qlora_tui.settings import load_settings
@@ -19,11 +19,11 @@ def run(args: argparse.Namespace) -> Outcome:
     """Local models, then the hub's where a query is given."""
     folders = [Path(folder).expanduser() for folder in load_settings().model_folders]
     words = (args.query or "").lower()
-    local = [model for model in list_local(folders) if words in model.name.lower()]
+    local = [model for model in list_local_models(folders) if words in model.name.lower()]
     text = _local_table(local) if local else "No models on this machine" + (" match." if words else " yet.")
     data: dict[str, Any] = {"local": [_local_entry(model) for model in local]}
     if args.query:
-        found = search(args.query)
+        found = search_models(args.query)
         data["hub"] = [_hub_entry(model) for model in found]
         text += "\n\n" + (_hub_table(found) if found else "Nothing on the hub matches.")
     return Outcome(data=data, text=text)

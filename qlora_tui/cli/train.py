@@ -7,8 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from qlora_tui.catalog.context import beyond_context
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.context_length import context_length_warning
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.cli.arguments import whole
 from qlora_tui.cli.follow import follow
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> Outcome | int:
     recipe = recipe_from(args)
     require_runnable(recipe)
     # What the trainer would refuse in ten seconds is refused now.
-    files = resolve(recipe.model.id)
+    files = resolve_model(recipe.model.id)
     architecture = files.architecture
     resolve_targets(recipe.lora, architecture.modules)
     if recipe.lora.token_rows and files.gguf_file is None:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> Outcome | int:
         print(f"warning: {warning_of(warning)}", file=sys.stderr)
     if not looked.complete:
         print("note: many rows; those not read yet are checked when the run starts.", file=sys.stderr)
-    if too_long := beyond_context(recipe.data.max_length, architecture):
+    if too_long := context_length_warning(recipe.data.max_length, architecture):
         print(f"warning: {too_long}", file=sys.stderr)
     if args.print_command:
         return _print_command(recipe, args.gpus)

@@ -75,7 +75,7 @@ def rough_bytes(value: Any) -> int:
 
 
 def is_too_deep(value: Any, left: int = DEEPEST) -> bool:
-    """Whether lists and objects are nested deeper than ``DEEPEST``."""
+    """Whether lists and objects are nested deeper than ``MAX_DEPTH``."""
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list):

@@ -53,7 +53,7 @@ class Detection(Struct, frozen=True):
 
 
 def parts_of(format_: str) -> tuple[str, ...]:
-    """The parts a format has, those it needs first: what ``Source.columns`` may map."""
+    """The parts a format has, those it needs first: what ``ModelSource.columns`` may map."""
     parts = (*PARTS[format_], *OPTIONAL[format_])
     if format_ in preferences.RATABLE:
         return (*parts, RATING)

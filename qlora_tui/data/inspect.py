@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.data.checks import conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.examine import Examiner
@@ -201,7 +201,7 @@ def _context_of(tokenizer: ChatTokenizer | None) -> int | None:
     if tokenizer is None or tokenizer.folder is None:
         return None
     try:
-        return read_architecture(tokenizer.folder / "config.json").max_positions
+        return parse_architecture(tokenizer.folder / "config.json").max_positions
     except (Problem, OSError):
         return None
 

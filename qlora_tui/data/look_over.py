@@ -32,7 +32,7 @@ class LookedOver(Struct, frozen=True):
 
 
 def look_over(files: Iterable[SourceFile], data: Data, patience_s: float = PATIENCE_S) -> LookedOver:
-    """Read every row that can be read within ``patience_s`` seconds.
+    """Read every row that can be read within ``retry_delays_s`` seconds.
 
     Raises ``Problem`` for the first file with rows that block a run.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from qlora_tui.catalog.lookup import architecture_of
+from qlora_tui.catalog.lookup import load_architecture
 from qlora_tui.chat.sources import of_run
 from qlora_tui.chat.terms import Compared
 from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT_PROMPTS
@@ -54,7 +54,7 @@ def demo_recipe(model: Path) -> Recipe:
 def estimated_peak_bytes(recipe: Recipe) -> int:
     """Predicted for the process, on the card or the CPU of this machine."""
     room = local_budget()
-    return estimate(recipe, architecture_of(recipe.model.id), device=room.device).process_bytes
+    return estimate(recipe, load_architecture(recipe.model.id), device=room.device).process_bytes
 
 
 def run_demo(say: Callable[[str], None], tell: Callable[[AnyEvent, RunView], None]) -> DemoResult:

@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.code_keys import without_code
-from qlora_tui.catalog.facts import Architecture
 from qlora_tui.engine.tracing import Request
 from qlora_tui.recipe.schema import Recipe
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.conversation import Conversation, RowRefused
 from qlora_tui.data.formats import SNIFFED_ROWS
 from qlora_tui.data.inspect import inspecting, row_of, show
@@ -74,7 +74,7 @@ def tokenizer_folder(model: str) -> Path:
 
     Raises ``Problem`` where the model is not on this machine or has not been converted.
     """
-    files = resolve(model)
+    files = resolve_model(model)
     if files.gguf_file is None:
         return files.folder
     folder = kept_conversion(files.folder / files.gguf_file)

@@ -7,8 +7,8 @@ way and a weak reference tells when its storage goes, so the peak follows from l
 ``meta`` would take slower paths than a card where torch chooses by device; :class:`_AsOnCard` puts the card's
 choices in their place (fused attention, fused dropout, one-pass softmax).
 
-Run as a child: ``python -m qlora_tui.engine.trace`` reads a :class:`Request` as JSON from stdin and writes
-:class:`StepTrace`, or a :class:`Failure`. :mod:`qlora_tui.engine.tracing` starts it.
+Run as a child: ``python -m qlora_tui.engine.trace`` reads a :class:`RecordedRequest` as JSON from stdin and
+writes :class:`StepTrace`, or a :class:`Failure`. :mod:`qlora_tui.engine.tracing` starts it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.meta_model import build, inputs
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.tracing import Request
@@ -40,7 +40,7 @@ from qlora_tui.memory.step_trace import StepTrace
 
 def trace(request: Request) -> StepTrace:
     """Build the model on ``meta``, run one forward and backward, and count."""
-    architecture = read_architecture(request.config)
+    architecture = parse_architecture(request.config)
     dtype = getattr(torch, request.dtype)
     model, kept_apart = build(request, architecture, dtype)
     frozen = sum(_size(p.untyped_storage()) for p in model.parameters() if not p.requires_grad)

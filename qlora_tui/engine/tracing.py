@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import children
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.place import roomy_log
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.errors import Problem
@@ -41,7 +41,7 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
     """
     path = trainer_execution(recipe, device)
     check_traceable(recipe, path)
-    read_architecture(config)
+    parse_architecture(config)
     request = Request(
         config=config,
         recipe=recipe,

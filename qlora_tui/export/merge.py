@@ -14,8 +14,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from qlora_tui.catalog.local import resolve
-from qlora_tui.catalog.model_folder import TOKENIZER_FILES, weight_files
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.model_validation import TOKENIZER_FILES, weight_files
 from qlora_tui.chat.base_weights import place, with_tied_head
 from qlora_tui.chat.session import model_folder
 from qlora_tui.chat.terms import ChatSource
@@ -56,7 +56,7 @@ def merge(
     adapter = Path(source.adapters[voice])
     files = [base / name for name in weight_files(base)]
     _check_room(out, files)
-    head = resolve(source.recipe.model.id).architecture.head
+    head = resolve_model(source.recipe.model.id).architecture.head
     placed = place(with_tied_head(read_updates(adapter), files, head), files, adapter)
     draft = private_dir(out.parent) / f".{out.name}.part"
     shutil.rmtree(draft, ignore_errors=True)
@@ -92,7 +92,7 @@ def _is_in(folder: Path, name: str) -> bool:
 
 
 def _from_hub(source: ChatSource) -> bool:
-    return resolve(source.recipe.model.id).source == "hub cache"
+    return resolve_model(source.recipe.model.id).source == "hub cache"
 
 
 def _check_room(out: Path, files: list[Path]) -> None:

@@ -16,7 +16,7 @@ import torch
 from msgspec import Struct, structs
 from torch import Tensor
 
-from qlora_tui.catalog.model_folder import weight_files
+from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.session import model_folder
 from qlora_tui.chat.terms import ChatSource
 from qlora_tui.data.conversation import Message

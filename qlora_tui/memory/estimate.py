@@ -11,7 +11,7 @@ from typing import Literal
 
 from msgspec import structs
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.calibration import FEWEST, Correction
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.explain import LABELS, ExplainContext, explanations

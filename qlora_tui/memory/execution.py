@@ -16,7 +16,7 @@ from qlora_tui.memory.versions import CURRENT, FUSED_EXPERTS, Version
 from qlora_tui.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from qlora_tui.catalog.facts import Architecture
+    from qlora_tui.catalog.architecture_types import Architecture
 
 Loss = Literal["stock", "chunked", "liger", "fused", "trl_chunked", "trl_tiled"]
 """stock: the model's own or transformers' ``ForCausalLMLoss`` (``versions.loss_code`` says which).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qlora_tui.catalog.facts import Architecture, LinearModule
+from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.memory.attention import Heads, Kernel
 from qlora_tui.memory.decoder_layer import DecoderLayer
 from qlora_tui.memory.execution import ExecutionConfig

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.allocator import CachingAllocator, MemoryBlock
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 from msgspec import structs
 
-from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory.estimate import Estimate, estimate
 from qlora_tui.memory.execution import Device
 from qlora_tui.memory.verdict import check_fit
@@ -55,7 +55,7 @@ def largest_model_size(
 def _architecture(label: str) -> Architecture:
     shape = next(shape for shape in _SHAPES if shape[0] == label)
     _, hidden, inner, layers, heads, kv_heads, vocabulary, tied = shape
-    return read_architecture(
+    return parse_architecture(
         {
             "model_type": "qwen2",
             "hidden_size": hidden,

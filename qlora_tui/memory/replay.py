@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.allocation_trace import Blocks, Recording
 from qlora_tui.memory.allocator import CachingAllocator, MemoryBlock
 from qlora_tui.memory.execution import ExecutionConfig

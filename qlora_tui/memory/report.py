@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_tui.catalog.context import beyond_context
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.memory.estimate import Estimate, compare, precision_of
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.layout import STYLES
@@ -54,7 +54,7 @@ def as_json(
         ]
         if not changes and not check_fit(compared[precision_of(recipe)], available_bytes).fits:
             least = minimum_bytes(recipe, architecture, device=device)
-    too_long = beyond_context(recipe.data.max_length, architecture)
+    too_long = context_length_warning(recipe.data.max_length, architecture)
     return {
         "available_bytes": available_bytes,
         "precisions": {name: one_as_json(made, available_bytes) for name, made in compared.items()},

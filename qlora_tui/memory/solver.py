@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import structs
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory.estimate import Estimate, estimate
 from qlora_tui.memory.execution import Device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.step import residual_dtype_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import build_layout

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.autograd import ALLOCATION_BYTES
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout

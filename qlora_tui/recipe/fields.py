@@ -12,7 +12,8 @@ from msgspec import Meta, Struct
 from qlora_tui.recipe.schema import Recipe, Source
 
 Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "names", "numbers"]
-"""``tables`` is a list of :class:`Source`; ``names`` maps texts to texts, ``numbers`` patterns to numbers."""
+"""``tables`` is a list of :class:`ModelSource`; ``names`` maps texts to texts, ``numbers`` patterns to
+numbers."""
 
 
 class Field(Struct, frozen=True, kw_only=True):

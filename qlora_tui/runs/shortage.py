@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.errors import Problem
 from qlora_tui.format import size
 from qlora_tui.memory import cheapest_changes, estimate
@@ -26,7 +26,7 @@ def what_would_fit(recipe: Recipe) -> str:
     Takes the word of the failure, not of the estimate: the recipe as it stands does not fit.
     """
     try:
-        architecture, room = resolve(recipe.model.id).architecture, local_budget()
+        architecture, room = resolve_model(recipe.model.id).architecture, local_budget()
         whole = estimate(recipe, architecture, device=room.device).process_bytes
         available = min(room.bytes, round(whole * (1 - _LEAST_SAVING)))
         changes = cheapest_changes(recipe, architecture, available, device=room.device)

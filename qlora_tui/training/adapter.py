@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from qlora_tui.catalog.facts import Architecture, LinearModule
+from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, rank_of, resolve_targets

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.architecture import load_config
 from qlora_tui.catalog.code_keys import adapter_without_code, without_code
-from qlora_tui.catalog.model_folder import INDEX, weight_files
+from qlora_tui.catalog.config_parser import load_config
+from qlora_tui.catalog.model_validation import INDEX, weight_files
 from qlora_tui.errors import Problem
 
 _CONFIGS = ("config.json", "generation_config.json")

@@ -21,8 +21,8 @@ from typing import IO
 import msgspec
 
 from qlora_tui import children
-from qlora_tui.catalog.gguf import read_gguf
-from qlora_tui.catalog.local import converted_dir, resolve
+from qlora_tui.catalog.gguf_header import read_gguf
+from qlora_tui.catalog.local_models import converted_dir, resolve_model
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import Problem
 from qlora_tui.files import private_dir
@@ -67,7 +67,7 @@ def pending(model_id: str) -> Conversion | None:
     """The conversion that a recipe's model needs before its first run; None where it needs none, or where the
     model is not on this machine."""
     try:
-        files = resolve(model_id)
+        files = resolve_model(model_id)
         if files.gguf_file is None:
             return None
         file = files.folder / files.gguf_file

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.model_folder import TOKENIZER_FILES
+from qlora_tui.catalog.model_validation import TOKENIZER_FILES
 from qlora_tui.checksums import checked_folder
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Recipe

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.catalog.gguf import read_gguf
+from qlora_tui.catalog.gguf_header import read_gguf
 from qlora_tui.errors import Problem
 from qlora_tui.files import private_dir, publish
 from qlora_tui.training import llama_gguf

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.gguf import GgufHeader
+from qlora_tui.catalog.gguf_header import GgufHeader
 
 BLOCK_BYTES = 16 * 2**20
 """Of float32: largest block of rows that is dequantized at once."""

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.gguf import GgufHeader
+from qlora_tui.catalog.gguf_header import GgufHeader
 from qlora_tui.training.gguf_weights import Progress, all_known, weights_of, write_weights
 from qlora_tui.training.vocabulary import KIND, tokenizer_from
 

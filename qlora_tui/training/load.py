@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from qlora_tui.catalog.architecture import load_config
+from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training import attention

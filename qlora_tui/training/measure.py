@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from msgspec import structs
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.nvml import Nvml

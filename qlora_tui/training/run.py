@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from qlora_tui.catalog.local import ModelFiles, resolve
+from qlora_tui.catalog.local_models import ModelFiles, resolve_model
 from qlora_tui.data.dataset import Prepared, prepare
 from qlora_tui.data.thinking_facts import facts, for_prompts
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -88,7 +88,7 @@ class Attempt:
         self._among.meet(on_cpu=device.kind == "cpu")
         self._may_end()
         reporter.phase("loading", recipe.model.id)
-        files = resolve(recipe.model.id)
+        files = resolve_model(recipe.model.id)
         attends = choose_attention(recipe, device)
         self.meter = MemoryMeter(recipe, files.architecture, device)
         if self._among.is_first:

@@ -15,7 +15,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import to_layer, to_recipe
 
 if TYPE_CHECKING:
-    from qlora_tui.catalog.facts import Architecture
+    from qlora_tui.catalog.architecture_types import Architecture
     from qlora_tui.memory import Device, Estimate
     from qlora_tui.memory.estimate import Precision
     from qlora_tui.memory.step_trace import StepTrace
@@ -172,10 +172,10 @@ def _read(model: str) -> Architecture | Problem:
         return Problem(
             "No model yet", what="The recipe names no model.", fix="Choose one on the Model screen (1)."
         )
-    from qlora_tui.catalog.lookup import architecture_of
+    from qlora_tui.catalog.lookup import load_architecture
 
     try:
-        return architecture_of(model)
+        return load_architecture(model)
     except Problem as problem:
         return problem
 

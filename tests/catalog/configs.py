@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

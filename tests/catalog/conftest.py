@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.catalog.hub_server import Hub, Repo, serving
+from tests.catalog.fake_hub import FakeHub, FakeRepo, serve
 from tests.catalog.models import TINY, safetensors_bytes
 
 PRELUDE = """
@@ -30,7 +30,7 @@ print(json.dumps(trial(lambda: (%s)), default=str))
 Ask = Callable[..., Any]
 
 
-def tiny_repo(weights: int = 5000, **settings: Any) -> Repo:
+def tiny_repo(weights: int = 5000, **settings: Any) -> FakeRepo:
     """A small Llama with everything a repository has, some of it never to be fetched."""
     files = {
         "config.json": json.dumps(TINY).encode(),
@@ -45,23 +45,23 @@ def tiny_repo(weights: int = 5000, **settings: Any) -> Repo:
         "onnx/model.onnx": b"graph",
         "README.md": b"# Tiny",
     }
-    return Repo(files, **settings)
+    return FakeRepo(files, **settings)
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serving(Hub({"org/tiny": tiny_repo(downloads=10)})) as served:
+def hub() -> Iterator[FakeHub]:
+    with serve(FakeHub({"org/tiny": tiny_repo(downloads=10)})) as served:
         yield served
 
 
-def child_environ(hub: Hub, **changes: str) -> dict[str, str]:
+def child_environ(hub: FakeHub, **changes: str) -> dict[str, str]:
     """The environment of a process that uses ``hub``."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("HF_HUB_OFFLINE")}
     return {**environ, "HF_ENDPOINT": hub.url, **changes}
 
 
 @pytest.fixture
-def ask(hub: Hub) -> Ask:
+def ask(hub: FakeHub) -> Ask:
     """``ask(expression)``: evaluate it in a fresh process; its value, or the Problem as a dict.
 
     Within it ``trial(function, *arguments)`` does the same for one call.
@@ -77,9 +77,9 @@ def ask(hub: Hub) -> Ask:
             timeout=60,
         )
         assert done.returncode == 0, done.stderr
-        said = done.stdout + done.stderr
-        assert hub.token not in said
-        assert "signature=secret" not in said
+        output = done.stdout + done.stderr
+        assert hub.token not in output
+        assert "signature=secret" not in output
         return json.loads(done.stdout)
 
     return run

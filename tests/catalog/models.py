@@ -46,14 +46,14 @@ def make_cached(cache: Path, model_id: str, config: dict[str, Any] | None = None
     """The same in the layout of the Hugging Face cache; returns the snapshot."""
     root = cache / ("models--" + model_id.replace("/", "--"))
     snapshot = root / "snapshots" / COMMIT
-    made = make_model(root / "made", config, shards=shards)
+    model_folder = make_model(root / "made", config, shards=shards)
     blobs = root / "blobs"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
-    for number, file in enumerate(sorted(made.iterdir())):
+    for number, file in enumerate(sorted(model_folder.iterdir())):
         blob = file.rename(blobs / f"{number:064}")
         (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
-    made.rmdir()
+    model_folder.rmdir()
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(COMMIT)
     return snapshot

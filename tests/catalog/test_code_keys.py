@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.catalog.code_keys import adapter_without_code, named_kernels, without_code
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.errors import Problem
 from tests.catalog.models import TINY, make_model
 
@@ -67,7 +67,7 @@ def test_a_model_that_names_kernels_is_refused_with_the_key(tmp_path: Path, conf
     folder = make_model(tmp_path / "model", {**TINY, **config})
     assert named_kernels(config)
     with pytest.raises(Problem, match="evil-org/kernel") as refused:
-        resolve(str(folder))
+        resolve_model(str(folder))
     assert "config.json" in refused.value.what
     assert refused.value.fix
 

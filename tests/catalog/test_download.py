@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from qlora_tui.catalog.download import spawn
-from qlora_tui.catalog.local import hub_cache_dir, list_local, resolve
+from qlora_tui.catalog.local_models import hub_cache_dir, list_local_models, resolve_model
 from qlora_tui.errors import Problem
 from tests.catalog.configs import config
 from tests.catalog.conftest import Ask, child_environ, tiny_repo
-from tests.catalog.hub_server import Hub, Repo, git_hash, sha256
+from tests.catalog.fake_hub import FakeHub, FakeRepo, git_hash, sha256
 from tests.catalog.models import TINY, safetensors_bytes
 from tests.waiting import wait_for
 
-DOWNLOAD = 'download.download("org/tiny", patience_s=(0.01, 0.01))'
+DOWNLOAD = 'download.download("org/tiny", retry_delays_s=(0.01, 0.01))'
 FETCHED = {
     "config.json",
     "generation_config.json",
@@ -34,7 +34,7 @@ MIB = 1 << 20
 ROOT = Path(__file__).parents[2]
 
 
-def _command(hub: Hub, *arguments: str, **changes: str) -> subprocess.Popen[str]:
+def _command(hub: FakeHub, *arguments: str, **changes: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "qlora_tui.catalog.download", *arguments],
         env=child_environ(hub, **changes),
@@ -45,7 +45,7 @@ def _command(hub: Hub, *arguments: str, **changes: str) -> subprocess.Popen[str]
     )
 
 
-def _events(hub: Hub, *arguments: str, **changes: str) -> tuple[int, list[dict[str, Any]]]:
+def _events(hub: FakeHub, *arguments: str, **changes: str) -> tuple[int, list[dict[str, Any]]]:
     child = _command(hub, *arguments, **changes)
     out, err = child.communicate(timeout=60)
     assert "Traceback" not in err
@@ -60,16 +60,16 @@ def _wait_for_half(weights: bytes) -> int:
     return whole_chunks
 
 
-def test_weights_config_and_tokenizer_are_fetched_and_nothing_that_runs(hub: Hub, ask: Ask) -> None:
+def test_weights_config_and_tokenizer_are_fetched_and_nothing_that_runs(hub: FakeHub, ask: Ask) -> None:
     path = Path(ask(DOWNLOAD))
     assert {file.name for file in path.iterdir()} == FETCHED
     assert (path / "model.safetensors").read_bytes() == hub.repos["org/tiny"].files["model.safetensors"]
-    assert resolve("org/tiny").folder == path
-    asked = [request.path for request in hub.requests]
-    assert not any(part in path for path in asked for part in (".bin", ".py", ".pth", "onnx"))
+    assert resolve_model("org/tiny").folder == path
+    requested = [request.path for request in hub.requests]
+    assert not any(part in path for path in requested for part in (".bin", ".py", ".pth", "onnx"))
 
 
-def test_shards_are_those_the_index_names(hub: Hub, ask: Ask) -> None:
+def test_shards_are_those_the_index_names(hub: FakeHub, ask: Ask) -> None:
     files = hub.repos["org/tiny"].files
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     files |= {name: safetensors_bytes(100 + i) for i, name in enumerate(names)}
@@ -79,10 +79,10 @@ def test_shards_are_those_the_index_names(hub: Hub, ask: Ask) -> None:
     ).encode()
     path = Path(ask(DOWNLOAD))
     assert {file.name for file in path.glob("*.safetensors")} == set(names)
-    assert resolve("org/tiny").folder == path
+    assert resolve_model("org/tiny").folder == path
 
 
-def test_the_cache_is_as_the_library_itself_would_leave_it(hub: Hub, ask: Ask, tmp_path: Path) -> None:
+def test_the_cache_is_as_the_library_itself_would_leave_it(hub: FakeHub, ask: Ask, tmp_path: Path) -> None:
     ask(DOWNLOAD)
     script = (
         "from huggingface_hub import snapshot_download, scan_cache_dir;"
@@ -95,18 +95,18 @@ def test_the_cache_is_as_the_library_itself_would_leave_it(hub: Hub, ask: Ask, t
         done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[1] == "0 ['org/tiny']"
-    ours, made = hub_cache_dir() / "models--org--tiny", theirs / "hub" / "models--org--tiny"
+    ours, downloaded = hub_cache_dir() / "models--org--tiny", theirs / "hub" / "models--org--tiny"
     for part in ("blobs", "refs", "snapshots/" + hub.repos["org/tiny"].commit):
         assert {file.name for file in (ours / part).iterdir()} == {
-            file.name for file in (made / part).iterdir()
+            file.name for file in (downloaded / part).iterdir()
         }
-    assert (ours / "refs" / "main").read_text() == (made / "refs" / "main").read_text()
+    assert (ours / "refs" / "main").read_text() == (downloaded / "refs" / "main").read_text()
     for link in (ours / "snapshots").glob("*/*"):
         assert link.is_symlink()
-        assert link.readlink() == (made / link.relative_to(ours)).readlink()
+        assert link.readlink() == (downloaded / link.relative_to(ours)).readlink()
 
 
-def test_a_second_download_fetches_no_weights(hub: Hub, ask: Ask) -> None:
+def test_a_second_download_fetches_no_weights(hub: FakeHub, ask: Ask) -> None:
     first = ask(DOWNLOAD)
     hub.requests.clear()
     assert ask(DOWNLOAD) == first
@@ -114,15 +114,15 @@ def test_a_second_download_fetches_no_weights(hub: Hub, ask: Ask) -> None:
     assert not any(hub.store_url in request.path for request in hub.requests)
 
 
-def test_a_changed_model_becomes_a_second_snapshot(hub: Hub, ask: Ask) -> None:
+def test_a_changed_model_becomes_a_second_snapshot(hub: FakeHub, ask: Ask) -> None:
     first = ask(DOWNLOAD)
     hub.repos["org/tiny"].files["config.json"] = json.dumps({**TINY, "vocab_size": 65}).encode()
     second = ask(DOWNLOAD)
     assert first != second
-    assert resolve("org/tiny").architecture.vocab_size == 65
+    assert resolve_model("org/tiny").architecture.vocab_size == 65
 
 
-def test_a_connection_that_drops_is_taken_up_where_it_broke(hub: Hub, ask: Ask) -> None:
+def test_a_connection_that_drops_is_taken_up_where_it_broke(hub: FakeHub, ask: Ask) -> None:
     hub.repos["org/tiny"] = tiny_repo(5 * MIB)
     hub.drops = [3 * MIB, MIB]
     path = Path(ask(DOWNLOAD))
@@ -131,26 +131,26 @@ def test_a_connection_that_drops_is_taken_up_where_it_broke(hub: Hub, ask: Ask) 
     assert hub.ranges(sha256(weights)) == ["bytes=0-", f"bytes={3 * MIB}-", f"bytes={4 * MIB}-"]
 
 
-def test_a_download_that_was_given_up_goes_on_the_next_time(hub: Hub, ask: Ask) -> None:
+def test_a_download_that_was_given_up_goes_on_the_next_time(hub: FakeHub, ask: Ask) -> None:
     hub.repos["org/tiny"] = tiny_repo(5 * MIB)
     hub.drops = [2 * MIB, 0, 0, 0, 0]
     problem = ask(DOWNLOAD)
     assert problem["title"] == "The hub cannot be reached"
-    (model,) = list_local()
+    (model,) = list_local_models()
     assert model.refusal is not None
     assert "not complete" in model.refusal.title
     with pytest.raises(Problem, match="only in part"):
-        resolve("org/tiny")
+        resolve_model("org/tiny")
     hub.drops = []
     hub.requests.clear()
     path = Path(ask(DOWNLOAD))
     weights = hub.repos["org/tiny"].files["model.safetensors"]
     assert (path / "model.safetensors").read_bytes() == weights
     assert hub.ranges(sha256(weights)) == [f"bytes={2 * MIB}-"]
-    assert resolve("org/tiny").folder == path
+    assert resolve_model("org/tiny").folder == path
 
 
-def test_a_killed_download_goes_on_the_next_time(hub: Hub) -> None:
+def test_a_killed_download_goes_on_the_next_time(hub: FakeHub) -> None:
     hub.repos["org/tiny"] = tiny_repo(6 * MIB)
     weights = hub.repos["org/tiny"].files["model.safetensors"]
     hub.stalls = threading.Event()
@@ -166,14 +166,14 @@ def test_a_killed_download_goes_on_the_next_time(hub: Hub) -> None:
     assert Path(events[-1]["path"], "model.safetensors").read_bytes() == weights
 
 
-def test_a_store_without_ranges_starts_over_and_gets_it_right(hub: Hub, ask: Ask) -> None:
+def test_a_store_without_ranges_starts_over_and_gets_it_right(hub: FakeHub, ask: Ask) -> None:
     hub.repos["org/tiny"] = tiny_repo(3 * MIB)
     hub.drops, hub.ignores_ranges = [2 * MIB], True
     path = Path(ask(DOWNLOAD))
     assert (path / "model.safetensors").read_bytes() == hub.repos["org/tiny"].files["model.safetensors"]
 
 
-def test_damaged_weights_are_not_kept(hub: Hub, ask: Ask) -> None:
+def test_damaged_weights_are_not_kept(hub: FakeHub, ask: Ask) -> None:
     hub.damaged = True
     assert ask(DOWNLOAD)["title"] == "The download is damaged"
     hub.damaged = False
@@ -181,7 +181,7 @@ def test_damaged_weights_are_not_kept(hub: Hub, ask: Ask) -> None:
     assert (path / "model.safetensors").read_bytes() == hub.repos["org/tiny"].files["model.safetensors"]
 
 
-def test_the_token_goes_to_the_hub_and_not_to_the_store(hub: Hub, ask: Ask) -> None:
+def test_the_token_goes_to_the_hub_and_not_to_the_store(hub: FakeHub, ask: Ask) -> None:
     hub.repos["org/tiny"].gated = True
     hub.granted.add("org/tiny")
     ask(DOWNLOAD, HF_TOKEN=hub.token)
@@ -190,7 +190,7 @@ def test_the_token_goes_to_the_hub_and_not_to_the_store(hub: Hub, ask: Ask) -> N
     assert all(request.token == hub.token for request in hub.requests if request not in store)
 
 
-def test_progress_is_told_in_lines_of_json(hub: Hub) -> None:
+def test_progress_is_told_in_lines_of_json(hub: FakeHub) -> None:
     hub.repos["org/tiny"] = tiny_repo(4 * MIB)
     code, events = _events(hub, "org/tiny")
     assert code == 0
@@ -204,7 +204,7 @@ def test_progress_is_told_in_lines_of_json(hub: Hub) -> None:
 
 
 def test_a_spawned_download_goes_on_when_nobody_reads_its_output(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -217,10 +217,10 @@ def test_a_spawned_download_goes_on_when_nobody_reads_its_output(
     child.stdout.close()
     hub.stalls.set()
     assert child.wait(60) == 0
-    assert resolve("org/tiny")
+    assert resolve_model("org/tiny")
 
 
-def test_two_downloads_of_one_model_do_not_mix(hub: Hub) -> None:
+def test_two_downloads_of_one_model_do_not_mix(hub: FakeHub) -> None:
     hub.repos["org/tiny"] = tiny_repo(4 * MIB)
     hub.stalls = threading.Event()
     first = _command(hub, "org/tiny")
@@ -231,10 +231,10 @@ def test_two_downloads_of_one_model_do_not_mix(hub: Hub) -> None:
     hub.stalls.set()
     first.communicate(timeout=60)
     assert first.returncode == 0
-    assert resolve("org/tiny")
+    assert resolve_model("org/tiny")
 
 
-def _refused(hub: Hub, repo: Repo) -> dict[str, Any]:
+def _refused(hub: FakeHub, repo: FakeRepo) -> dict[str, Any]:
     hub.repos["org/tiny"] = repo
     code, events = _events(hub, "org/tiny")
     assert code == 1
@@ -243,25 +243,25 @@ def _refused(hub: Hub, repo: Repo) -> dict[str, Any]:
     return events[0]
 
 
-def test_a_model_of_pickles_is_refused_before_anything_is_fetched(hub: Hub) -> None:
+def test_a_model_of_pickles_is_refused_before_anything_is_fetched(hub: FakeHub) -> None:
     repo = tiny_repo()
     del repo.files["model.safetensors"]
     assert _refused(hub, repo)["title"] == "This model has pickled weights only"
 
 
-def test_a_model_that_needs_its_own_code_is_refused_before_anything_is_fetched(hub: Hub) -> None:
+def test_a_model_that_needs_its_own_code_is_refused_before_anything_is_fetched(hub: FakeHub) -> None:
     repo = tiny_repo()
     repo.files["config.json"] = json.dumps(config("internlm/internlm2_5-7b")).encode()
     assert _refused(hub, repo)["title"] == "This model needs its own code"
 
 
-def test_a_gated_model_is_refused_with_guidance(hub: Hub) -> None:
+def test_a_gated_model_is_refused_with_guidance(hub: FakeHub) -> None:
     refused = _refused(hub, tiny_repo(gated=True))
     assert refused["title"] == "The model is gated"
     assert f"{hub.url}/org/tiny" in refused["fix"]
 
 
-def test_a_full_disk_is_told_before_anything_is_fetched(hub: Hub, ask: Ask) -> None:
+def test_a_full_disk_is_told_before_anything_is_fetched(hub: FakeHub, ask: Ask) -> None:
     hub_cache_dir().mkdir(parents=True)
     problem = ask(
         "(setattr(download.shutil, 'disk_usage', lambda path: download.shutil._ntuple_diskusage(1, 1, 1000)),"
@@ -273,7 +273,7 @@ def test_a_full_disk_is_told_before_anything_is_fetched(hub: Hub, ask: Ask) -> N
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_fills_up_is_told_and_nothing_is_lost(hub: Hub, ask: Ask) -> None:
+def test_a_disk_that_fills_up_is_told_and_nothing_is_lost(hub: FakeHub, ask: Ask) -> None:
     weights = hub.repos["org/tiny"].files["model.safetensors"]
     blobs = hub_cache_dir() / "models--org--tiny" / "blobs"
     blobs.mkdir(parents=True)
@@ -283,7 +283,7 @@ def test_a_disk_that_fills_up_is_told_and_nothing_is_lost(hub: Hub, ask: Ask) ->
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_cache_that_cannot_be_written_is_told(hub: Hub, ask: Ask) -> None:
+def test_a_cache_that_cannot_be_written_is_told(hub: FakeHub, ask: Ask) -> None:
     hub_cache_dir().mkdir(parents=True)
     hub_cache_dir().chmod(0o500)
     assert ask(DOWNLOAD)["title"] == "The model cannot be written"
@@ -294,15 +294,15 @@ def test_a_cache_that_is_a_file_is_told(ask: Ask, tmp_path: Path) -> None:
     assert ask(DOWNLOAD, HF_HUB_CACHE=str(tmp_path / "file"))["title"] == "The model cannot be written"
 
 
-def test_a_page_that_names_odd_hashes_is_not_taken_for_the_hub(hub: Hub, ask: Ask) -> None:
+def test_a_page_that_names_odd_hashes_is_not_taken_for_the_hub(hub: FakeHub, ask: Ask) -> None:
     problem = ask(
-        "hub_files._listing({'sha': 'a' * 40, 'siblings':"
+        "hub_files._parse_listing({'sha': 'a' * 40, 'siblings':"
         " [{'rfilename': 'config.json', 'size': 1, 'blobId': '../../x'}]})"
     )
     assert problem["title"] == "The answer is not from a model hub"
 
 
 @pytest.mark.parametrize("arguments", [(), ("a/b", "c/d")])
-def test_a_wrong_call_is_told(hub: Hub, arguments: tuple[str, ...]) -> None:
+def test_a_wrong_call_is_told(hub: FakeHub, arguments: tuple[str, ...]) -> None:
     code, events = _events(hub, *arguments)
     assert (code, events[0]["title"]) == (2, "The call is wrong")

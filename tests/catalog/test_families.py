@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.families import FAMILY
 from tests.catalog.configs import config, named_shapes
 
@@ -133,7 +133,7 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 def test_a_family_is_built_of_what_its_table_says(model_type: str) -> None:
     for variant in _variants(model_type):
         values = {"model_type": model_type, **_small(model_type), **variant}
-        assert named_shapes(read_architecture(values)) == _shapes(_on_meta(values)), variant
+        assert named_shapes(parse_architecture(values)) == _shapes(_on_meta(values)), variant
 
 
 PUBLISHED = [
@@ -170,12 +170,14 @@ def test_a_published_model_is_named_and_quantised_as_it_is_loaded(model: str) ->
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-    architecture = read_architecture(config(model))
+    architecture = parse_architecture(config(model))
     built = _on_meta(config(model))
     assert named_shapes(architecture) == _shapes(built)
 
     settings: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig
-    kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(built, None, list(built._keep_in_fp32_modules or ()))
-    quantised = replace_with_bnb_linear(built, kept, settings(load_in_4bit=True))
+    not_converted = Bnb4BitHfQuantizer.get_modules_to_not_convert(
+        built, None, list(built._keep_in_fp32_modules or ())
+    )
+    quantised = replace_with_bnb_linear(built, not_converted, settings(load_in_4bit=True))
     replaced = {name for name, module in quantised.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     assert {module.name for module in architecture.modules if module.quantizable} == replaced

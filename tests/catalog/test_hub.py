@@ -8,13 +8,13 @@ import pytest
 
 from tests.catalog.configs import config
 from tests.catalog.conftest import Ask, tiny_repo
-from tests.catalog.hub_server import Hub
+from tests.catalog.fake_hub import FakeHub
 from tests.catalog.models import TINY
 
-SEARCH = '[(m.id, m.downloads, m.gated, m.licence, m.model_type) for m in hub.search("tiny")]'
+SEARCH = '[(m.id, m.downloads, m.gated, m.license, m.model_type) for m in hub.search_models("tiny")]'
 
 
-def test_a_search_finds_the_most_downloaded_first(hub: Hub, ask: Ask) -> None:
+def test_a_search_finds_the_most_downloaded_first(hub: FakeHub, ask: Ask) -> None:
     hub.repos["other/TINY-gated"] = tiny_repo(downloads=99, gated=True, tags=("transformers", "safetensors"))
     hub.repos["other/large"] = tiny_repo()
     hub.repos["other/tiny-gguf"] = tiny_repo(tags=("gguf",))
@@ -25,10 +25,10 @@ def test_a_search_finds_the_most_downloaded_first(hub: Hub, ask: Ask) -> None:
 
 
 def test_a_search_may_find_nothing(ask: Ask) -> None:
-    assert ask('hub.search("no such thing")') == []
+    assert ask('hub.search_models("no such thing")') == []
 
 
-def test_a_search_says_what_cannot_be_trained(hub: Hub, ask: Ask) -> None:
+def test_a_search_says_what_cannot_be_trained(hub: FakeHub, ask: Ask) -> None:
     for name, changes in {
         "code": config("internlm/internlm2_5-7b"),
         "awq": {**TINY, "quantization_config": {"quant_method": "awq"}},
@@ -37,8 +37,8 @@ def test_a_search_says_what_cannot_be_trained(hub: Hub, ask: Ask) -> None:
     }.items():
         hub.repos[f"refused/{name}"] = tiny_repo()
         hub.repos[f"refused/{name}"].files["config.json"] = json.dumps(changes).encode()
-    found = ask('{m.id: m.refusal and m.refusal.title for m in hub.search("refused")}')
-    assert found == {
+    results = ask('{m.id: m.refusal and m.refusal.title for m in hub.search_models("refused")}')
+    assert results == {
         "refused/code": "This model needs its own code",
         "refused/awq": "This model is quantised already",
         "refused/bert": "This model family is not known",
@@ -49,7 +49,7 @@ def test_a_search_says_what_cannot_be_trained(hub: Hub, ask: Ask) -> None:
 def test_a_config_is_read_without_touching_the_cache(ask: Ask) -> None:
     expression = (
         'hub.fetch_config("org/tiny")["model_type"], '
-        '__import__("qlora_tui.catalog.local", fromlist=["x"]).hub_cache_dir().exists()'
+        '__import__("qlora_tui.catalog.local_models", fromlist=["x"]).hub_cache_dir().exists()'
     )
     assert ask(expression) == ["llama", False]
 
@@ -67,26 +67,28 @@ CANNOT_BE_HAD = [
 
 
 @pytest.mark.parametrize("token", [None, "right", "hf_expired"])
-def test_a_model_that_cannot_be_had_is_told_with_what_to_do(hub: Hub, ask: Ask, token: str | None) -> None:
+def test_a_model_that_cannot_be_had_is_told_with_what_to_do(
+    hub: FakeHub, ask: Ask, token: str | None
+) -> None:
     hub.repos |= {"org/gated": tiny_repo(gated=True), "org/private": tiny_repo(private=True)}
     hub.repos["org/bare"] = tiny_repo()
     del hub.repos["org/bare"].files["config.json"]
     cases = [case for case in CANNOT_BE_HAD if case[1] == token]
     tokens = {} if token is None else {"HF_TOKEN": hub.token if token == "right" else token}
     problems = ask(f"[trial(hub.fetch_config, model) for model in {[case[0] for case in cases]!r}]", **tokens)
-    for (model, _, title, told), problem in zip(cases, problems, strict=True):
+    for (model, _, title, expected), problem in zip(cases, problems, strict=True):
         assert problem["title"] == title, model
-        assert told in problem["fix"]
+        assert expected in problem["fix"]
         assert "hf_expired" not in str(problem)
 
 
-def test_a_granted_token_opens_a_gated_model(hub: Hub, ask: Ask) -> None:
+def test_a_granted_token_opens_a_gated_model(hub: FakeHub, ask: Ask) -> None:
     hub.repos["org/gated"] = tiny_repo(gated=True)
     hub.granted.add("org/gated")
     assert ask('hub.fetch_config("org/gated")["model_type"]', HF_TOKEN=hub.token) == "llama"
 
 
-def test_a_hub_on_a_bad_day_is_told_at_once(hub: Hub, ask: Ask) -> None:
+def test_a_hub_on_a_bad_day_is_told_at_once(hub: FakeHub, ask: Ask) -> None:
     cases = {
         429: ("The hub asks for a pause", "Wait 7 seconds"),
         403: ("The hub forbids it", "read access"),
@@ -94,19 +96,19 @@ def test_a_hub_on_a_bad_day_is_told_at_once(hub: Hub, ask: Ask) -> None:
         503: ("The hub is in trouble", "Try again"),
     }
     hub.statuses = {f"status{status}": status for status in cases}
-    problems = ask(f"[trial(hub.search, f'status{{status}}') for status in {list(cases)!r}]")
-    for (title, told), problem in zip(cases.values(), problems, strict=True):
+    problems = ask(f"[trial(hub.search_models, f'status{{status}}') for status in {list(cases)!r}]")
+    for (title, expected), problem in zip(cases.values(), problems, strict=True):
         assert problem["title"] == title
-        assert told in problem["fix"]
+        assert expected in problem["fix"]
     assert len(hub.requests) == len(cases)
 
 
-def test_a_login_page_is_not_taken_for_the_hub(hub: Hub, ask: Ask) -> None:
+def test_a_login_page_is_not_taken_for_the_hub(hub: FakeHub, ask: Ask) -> None:
     hub.html = True
-    assert ask('hub.search("tiny")')["title"] == "The answer is not from a model hub"
+    assert ask('hub.search_models("tiny")')["title"] == "The answer is not from a model hub"
 
 
-def test_json_of_another_shape_is_not_taken_for_the_hub(hub: Hub, ask: Ask) -> None:
+def test_json_of_another_shape_is_not_taken_for_the_hub(hub: FakeHub, ask: Ask) -> None:
     hub.repos["org/tiny"].files["config.json"] = b"[1]"
     assert ask('hub.fetch_config("org/tiny")')["title"] == "The answer is not from a model hub"
 
@@ -122,13 +124,16 @@ def test_json_of_another_shape_is_not_taken_for_the_hub(hub: Hub, ask: Ask) -> N
     ],
 )
 def test_no_network_is_told_at_once(ask: Ask, changes: dict[str, str], title: str) -> None:
-    problem = ask('hub.search("tiny")', **changes)
+    problem = ask('hub.search_models("tiny")', **changes)
     assert problem["title"] == title
     assert problem["fix"]
 
 
 def test_asking_the_hub_loads_no_ml_library(ask: Ask) -> None:
     assert (
-        ask('(hub.search("tiny"), [m for m in ("torch", "transformers", "numpy") if m in sys.modules])[1]')
+        ask(
+            '(hub.search_models("tiny"),'
+            ' [m for m in ("torch", "transformers", "numpy") if m in sys.modules])[1]'
+        )
         == []
     )

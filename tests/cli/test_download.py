@@ -9,9 +9,9 @@ import sys
 import threading
 from pathlib import Path
 
-from qlora_tui.catalog.local import hub_cache_dir, resolve
+from qlora_tui.catalog.local_models import hub_cache_dir, resolve_model
 from tests.catalog.conftest import child_environ, hub, tiny_repo
-from tests.catalog.hub_server import Hub, sha256
+from tests.catalog.fake_hub import FakeHub, sha256
 from tests.waiting import wait_for
 
 __all__ = ["hub"]
@@ -20,7 +20,7 @@ MIB = 1 << 20
 ROOT = Path(__file__).parents[2]
 
 
-def _start(hub: Hub, *words: str) -> subprocess.Popen[str]:
+def _start(hub: FakeHub, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "qlora_tui", "download", *words],
         env=child_environ(hub),
@@ -31,24 +31,24 @@ def _start(hub: Hub, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def _call(hub: Hub, *words: str) -> tuple[int, str, str]:
+def _call(hub: FakeHub, *words: str) -> tuple[int, str, str]:
     child = _start(hub, *words)
     out, err = child.communicate(timeout=120)
     assert "Traceback" not in err
     return child.returncode, out, err
 
 
-def test_a_model_is_fetched_with_progress_on_stderr(hub: Hub) -> None:
+def test_a_model_is_fetched_with_progress_on_stderr(hub: FakeHub) -> None:
     code, out, err = _call(hub, "org/tiny", "--json")
     found = json.loads(out)
     assert code == 0
-    assert resolve("org/tiny").folder == Path(found["path"])
+    assert resolve_model("org/tiny").folder == Path(found["path"])
     assert found["commit"] == hub.repos["org/tiny"].commit
     assert found["total_bytes"] > 5000
     assert "KiB of" in err and "model.safetensors" in err
 
 
-def test_ctrl_c_says_how_to_go_on_and_the_next_call_does(hub: Hub) -> None:
+def test_ctrl_c_says_how_to_go_on_and_the_next_call_does(hub: FakeHub) -> None:
     hub.repos["org/tiny"] = tiny_repo(6 * MIB)
     weights = hub.repos["org/tiny"].files["model.safetensors"]
     partial = hub_cache_dir() / "models--org--tiny" / "blobs" / f"{sha256(weights)}.incomplete"
@@ -69,14 +69,14 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_call_does(hub: Hub) -> None:
     assert hub.ranges(sha256(weights)) == [f"bytes={fetched}-"]
 
 
-def test_a_gated_model_is_refused_with_guidance(hub: Hub) -> None:
+def test_a_gated_model_is_refused_with_guidance(hub: FakeHub) -> None:
     hub.repos["org/tiny"] = tiny_repo(gated=True)
     code, out, err = _call(hub, "org/tiny")
     assert (code, out) == (1, "")
     assert "gated" in err and f"Accept the licence at {hub.url}/org/tiny" in err
 
 
-def test_a_revision_is_kept_under_its_name(hub: Hub) -> None:
+def test_a_revision_is_kept_under_its_name(hub: FakeHub) -> None:
     hub.repos["org/tiny"].branches = ("refs/pr/1",)
     code, out, _ = _call(hub, "org/tiny", "--revision", "refs/pr/1")
     commit = hub.repos["org/tiny"].commit
@@ -86,7 +86,7 @@ def test_a_revision_is_kept_under_its_name(hub: Hub) -> None:
     assert f"estimate --model {hub_cache_dir()}" in out
 
 
-def test_a_revision_that_is_none_is_told(hub: Hub) -> None:
+def test_a_revision_that_is_none_is_told(hub: FakeHub) -> None:
     code, _, err = _call(hub, "org/tiny", "--revision", "v9")
     assert code == 1 and "no branch, tag or commit of this name" in err
     code, _, err = _call(hub, "org/tiny", "--revision", "../../x")

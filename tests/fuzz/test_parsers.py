@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_tui import paths
-from qlora_tui.catalog import model_folder
-from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.catalog.gguf import as_config, read_gguf
+from qlora_tui.catalog import model_validation
+from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
 from qlora_tui.data.conversation import Conversation, Message, RowRefused
 from qlora_tui.data.inspect import inspect
 from qlora_tui.data.render import render
@@ -82,17 +82,17 @@ def _set(path: Path) -> object:
 def _config(path: Path) -> object:
     (path.parent / "config.json").write_bytes(path.read_bytes())
     (path.parent / "model.safetensors").write_bytes(safetensors_bytes())
-    _, refusal = model_folder.inspect(path.parent, "it")
-    return refusal or read_architecture(path.parent)
+    _, refusal = model_validation.check_folder(path.parent, "it")
+    return refusal or parse_architecture(path.parent)
 
 
 def _gguf(path: Path) -> object:
-    return read_architecture(as_config(read_gguf(path), path))
+    return parse_architecture(to_hf_config(read_gguf(path), path))
 
 
 def _index(path: Path) -> object:
-    (path.parent / model_folder.INDEX).write_bytes(path.read_bytes())
-    return model_folder.weight_files(path.parent)
+    (path.parent / model_validation.INDEX).write_bytes(path.read_bytes())
+    return model_validation.weight_files(path.parent)
 
 
 def _tokenizer(name: str) -> Parse:
@@ -154,7 +154,7 @@ PARSERS: dict[str, tuple[list[bytes], Parse]] = {
     ),
     "config.json": ([json.dumps(TINY).encode()], _config),
     "gguf": ([gguf_bytes(TINY_GGUF_VALUES, TINY_GGUF_TENSORS)], _gguf),
-    "safetensors": ([safetensors_bytes()], model_folder.truncated),
+    "safetensors": ([safetensors_bytes()], model_validation.is_truncated),
     "index": ([b'{"metadata": {}, "weight_map": {"w": "model-00001-of-00001.safetensors"}}'], _index),
     "tokenizer.json": ([tokenizer_json().encode()], _tokenizer("tokenizer.json")),
     "tokenizer_config.json": (

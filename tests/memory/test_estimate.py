@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory import (
     Device,
@@ -141,7 +141,7 @@ def test_a_recipe_that_fits_needs_no_change() -> None:
     ],
 )
 def test_samples_beyond_the_models_context_are_warned_of(name: str, most: int, why: str) -> None:
-    model = read_architecture(config(name))
+    model = parse_architecture(config(name))
     assert as_json(Recipe(data=Data(max_length=most)), model, None)["warnings"] == []
     (said,) = as_json(Recipe(data=Data(max_length=most + 1)), model, None)["warnings"]
     assert why in said and f"Set data.max_length to {most:,} or less" in said
@@ -203,7 +203,7 @@ def test_one_estimate_takes_less_than_twenty_milliseconds() -> None:
 
 @pytest.mark.parametrize("name", ["google/gemma-2-2b", "openai/gpt-oss-20b"])
 def test_samples_that_are_attended_one_by_one_take_no_longer_for_being_many(name: str) -> None:
-    model = read_architecture(config(name))
+    model = parse_architecture(config(name))
     recipe = Recipe(training=Training(micro_batch=4096, gradient_checkpointing=False))
     started = time.process_time()
     estimate(recipe, model)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.catalog.architecture import known_model_types, read_architecture
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.config_parser import known_model_types, parse_architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory import Correction, Device, as_json, estimate
 from qlora_tui.memory.calibration import LEAST, MOST
@@ -82,7 +82,7 @@ def test_any_config_gives_an_estimate_or_a_problem(
     config: dict[str, Any], recipe: Recipe, device: Device
 ) -> None:
     try:
-        architecture = read_architecture(config)
+        architecture = parse_architecture(config)
         made = estimate(recipe, architecture, device=device)
     except Problem as problem:
         assert problem.what
@@ -141,4 +141,4 @@ def _adds_up(recipe: Recipe, name: str, device: Device) -> None:
 
 @cache
 def _real(name: str) -> Architecture:
-    return read_architecture(config_of(name))
+    return parse_architecture(config_of(name))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.layout import build_layout
 from qlora_tui.memory.step import peak_candidates, profile_step
@@ -52,7 +52,7 @@ def test_a_real_step_holds_what_was_predicted(
         ),
     )
     path = trainer_execution(recipe, Device(kind="cpu"))
-    layout = build_layout(recipe, read_architecture(TINY), path)
+    layout = build_layout(recipe, parse_architecture(TINY), path)
     predicted = max(
         peak.total_bytes for peak in peak_candidates(profile_step(layout, path, dropout), layout, path)
     )
@@ -68,7 +68,7 @@ def test_a_real_step_of_a_model_of_135_million_holds_what_was_predicted() -> Non
     )
     model = config("HuggingFaceTB/SmolLM2-135M")
     path = trainer_execution(recipe, Device(kind="cpu"))
-    layout = build_layout(recipe, read_architecture(model), path)
+    layout = build_layout(recipe, parse_architecture(model), path)
     predicted = max(
         peak.total_bytes for peak in peak_candidates(profile_step(layout, path, 0.0), layout, path)
     )
@@ -87,7 +87,7 @@ def test_ranks_and_alphas_by_pattern_are_those_that_peft_makes() -> None:
         rank_pattern={"all-linear": 8, "1-2.q_proj": 32, "model.layers.2.mlp.down_proj": 2},
         alpha_pattern={"q_proj": 64.0},
     )
-    recipe, architecture = Recipe(lora=lora), read_architecture(TINY)
+    recipe, architecture = Recipe(lora=lora), parse_architecture(TINY)
     factory: Any = AutoModelForCausalLM
     model = add_lora(factory.from_config(AutoConfig.for_model(**TINY)), lora, architecture)
     layout = build_layout(recipe, architecture, trainer_execution(recipe, Device(kind="cpu")))
@@ -116,7 +116,7 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float) -> int:
     factory: Any = AutoModelForCausalLM
     dtype = getattr(torch, recipe.quantization.compute_dtype)
     model = factory.from_config(AutoConfig.for_model(**values), attn_implementation="sdpa", dtype=dtype)
-    architecture = read_architecture(values)
+    architecture = parse_architecture(values)
     if recipe.quantization.method != "none":
         _quantize(model, recipe.quantization.method)
     load.freeze(model)

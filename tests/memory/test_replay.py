@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.published_rows import find_config, read_path
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, estimate, replay, trainer_execution
 from qlora_tui.memory.layout import build_layout
 from qlora_tui.memory.replay import Pool
@@ -27,7 +27,7 @@ def _rows() -> list[dict[str, str]]:
 
 
 def _replayed(recipe: Recipe, name: str) -> Pool:
-    architecture, path = read_architecture(config(name)), trainer_execution(recipe, Device())
+    architecture, path = parse_architecture(config(name)), trainer_execution(recipe, Device())
     layout = build_layout(recipe, architecture, path)
     return replay.replay(recipe, architecture, layout, path, profile_step(layout, path, recipe.lora.dropout))
 
@@ -36,7 +36,7 @@ def test_what_was_reserved_on_a_card_is_met_as_what_was_allocated_is() -> None:
     errors = {}
     for row in _rows():
         recipe, path = read_path(row)
-        made = estimate(recipe, read_architecture(find_config(row["model_id"], CONFIGS)), path=path)
+        made = estimate(recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), path=path)
         found = re.search(r"peak_reserved_MiB=(\d+)", row["extra"])
         assert found
         errors[row["id"]] = made.reserved_bytes / 2**20 / int(found[1]) - 1
@@ -52,7 +52,7 @@ def test_an_unquantized_model_comes_to_the_reserved_bytes_that_were_measured() -
     assert len(rows) >= 5
     for row in rows:
         recipe, path = read_path(row)
-        made = estimate(recipe, read_architecture(find_config(row["model_id"], CONFIGS)), path=path)
+        made = estimate(recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), path=path)
         measured = re.search(r"peak_reserved_MiB=(\d+)", row["extra"])
         assert measured and made.reserved_bytes / 2**20 == pytest.approx(int(measured[1]), rel=0.005)
 
@@ -75,7 +75,7 @@ def test_the_replay_holds_as_much_at_its_peak_as_the_walk(
         data=Data(max_length=1024),
         training=training,
     )
-    made = estimate(recipe, read_architecture(config(name)))
+    made = estimate(recipe, parse_architecture(config(name)))
     assert _replayed(recipe, name).allocated_bytes == pytest.approx(made.allocated_bytes, rel=0.01)
 
 

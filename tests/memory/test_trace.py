@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from bench.trace import FAMILIES, OTHERS, Case, compare, cut_config, grid, quick_collections, recipe_of
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.tracing import Request, trace_step
 from qlora_tui.errors import Problem
@@ -61,7 +61,7 @@ def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) 
     from qlora_tui.engine.trace import trace
 
     config = cut_config(family)
-    architecture = read_architecture(config)
+    architecture = parse_architecture(config)
     assert architecture.head.tied == tied
     traced, closed = [], []
     for rows in (0, 200):
@@ -84,7 +84,7 @@ def test_gradients_of_an_earlier_micro_step_are_there_in_the_forward() -> None:
     after = trace(Request(config=cut_config("GPT-2"), recipe=accumulating))
     assert after.forward_bytes == alone.forward_bytes + alone.gradient_bytes
     closed = closed_form(
-        accumulating, read_architecture(cut_config("GPT-2")), trainer_execution(accumulating, Device())
+        accumulating, parse_architecture(cut_config("GPT-2")), trainer_execution(accumulating, Device())
     )
     for key, size in after.figures().items():
         assert closed[key] == pytest.approx(size, rel=0.03), key

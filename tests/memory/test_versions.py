@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import estimate
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import build_layout
@@ -47,7 +47,7 @@ def test_a_familys_loss_is_that_of_its_version(family: str, version: Version, co
 def _loss_bytes(name: str, version: Version) -> int:
     """Of the logits and all that comes of them, at the fullest moment of the loss's forward."""
     path = replace(STOCK, transformers=version)
-    layout = build_layout(RECIPE, read_architecture(config(name)), path)
+    layout = build_layout(RECIPE, parse_architecture(config(name)), path)
     return profile_step(layout, path, 0.0).head.forward["logits"]
 
 
@@ -76,7 +76,7 @@ def test_mistral_repeated_its_heads_for_flash_until_4_48() -> None:
 def _kept_bytes(name: str, **changes: object) -> int:
     """Of activations that one layer keeps without checkpointing."""
     path = replace(STOCK, checkpointing=False, **changes)  # type: ignore[arg-type]  # fields of a CodePath
-    layout = build_layout(RECIPE, read_architecture(config(name)), path)
+    layout = build_layout(RECIPE, parse_architecture(config(name)), path)
     return profile_step(layout, path, 0.0).layers[0].kept["activations"]
 
 
@@ -104,7 +104,7 @@ def test_experts_are_modules_of_their_own_before_version_5() -> None:
 def _head(**changes: object) -> dict[str, int]:
     """What TRL's head and loss hold at most, forward and backward, by item."""
     path = replace(STOCK, **changes)  # type: ignore[arg-type]  # fields of a CodePath
-    layout = build_layout(RECIPE, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
+    layout = build_layout(RECIPE, parse_architecture(config("mistralai/Mistral-7B-v0.1")), path)
     made = profile_step(layout, path, 0.0).head
     return {"forward": made.forward.get("logits", 0), "backward": made.backward.get("logits", 0)}
 
@@ -120,7 +120,7 @@ def test_trl_1_7_makes_the_head_in_32_bits_and_a_chunk_of_logits() -> None:
 def test_trl_1_15_makes_a_tile_of_logits_and_sums_gradients_in_32_bits() -> None:
     assert _head(loss="trl_tiled")["forward"] == 2048 * 32000 * 2
     path = replace(STOCK, loss="trl_tiled")
-    layout = build_layout(RECIPE, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
+    layout = build_layout(RECIPE, parse_architecture(config("mistralai/Mistral-7B-v0.1")), path)
     sizes = [size for _, size in profile_step(layout, path, 0.0).head.recording.backward.events]
     states = (2048 - 2) * 4096
     # The gradient's sum, a tile, the gradient in the states' dtype, and put into zeros of all positions
@@ -130,7 +130,7 @@ def test_trl_1_15_makes_a_tile_of_logits_and_sums_gradients_in_32_bits() -> None
 
 def test_hopper_has_larger_workspaces_and_an_a100_a_larger_context() -> None:
     made = {
-        capability: estimate(RECIPE, read_architecture(config("Qwen/Qwen2.5-0.5B")), path=path)
+        capability: estimate(RECIPE, parse_architecture(config("Qwen/Qwen2.5-0.5B")), path=path)
         for capability in ((8, 0), (8, 6), (9, 0))
         for path in (replace(STOCK, capability=capability),)
     }
@@ -143,7 +143,7 @@ def test_hopper_has_larger_workspaces_and_an_a100_a_larger_context() -> None:
 def test_gemmas_model_scaled_its_embedding_beside_it_until_5_4() -> None:
     layouts = [
         build_layout(
-            RECIPE, read_architecture(config("google/gemma-2-2b")), replace(STOCK, transformers=version)
+            RECIPE, parse_architecture(config("google/gemma-2-2b")), replace(STOCK, transformers=version)
         )
         for version in ((5, 2), (5, 4))
     ]
@@ -152,7 +152,7 @@ def test_gemmas_model_scaled_its_embedding_beside_it_until_5_4() -> None:
 
 def test_flash_attention_caps_gemmas_scores_without_making_them() -> None:
     def scores(path: ExecutionConfig) -> int:
-        layout = build_layout(RECIPE, read_architecture(config("google/gemma-2-2b")), path)
+        layout = build_layout(RECIPE, parse_architecture(config("google/gemma-2-2b")), path)
         return profile_step(layout, path, 0.0).layers[0].backward.get("scores", 0)
 
     assert scores(STOCK) == 0
@@ -165,7 +165,7 @@ def test_a_head_in_float32_is_cast_under_autocast_and_saved() -> None:
     made = []
     for autocast in (False, True):
         path = replace(STOCK, cast_to_float32=True, autocast=autocast, transformers=(5, 0))
-        layout = build_layout(RECIPE, read_architecture(config(name)), path)
+        layout = build_layout(RECIPE, parse_architecture(config(name)), path)
         made.append(profile_step(layout, path, 0.0).head)
     assert [part.forward.get("head", 0) for part in made] == [0, 2 * head]
     assert made[1].kept["head"] == 2 * head
@@ -183,6 +183,6 @@ def test_ligers_gated_mlp_keeps_both_halves_and_nothing_else() -> None:
 def test_peft_casts_an_adapters_input_on_16_bit_weights_under_autocast(method: Any, made: bool) -> None:
     recipe = structs.replace(RECIPE, quantization=Quantization(method=method), data=Data(max_length=768))
     path = replace(STOCK, autocast=True, fused_kernels=True)
-    layout = build_layout(recipe, read_architecture(config("mistralai/Mistral-7B-v0.1")), path)
+    layout = build_layout(recipe, parse_architecture(config("mistralai/Mistral-7B-v0.1")), path)
     sizes = [size for _, size in profile_step(layout, path, 0.0).layers[0].recording.forward.events]
     assert (4 * 2 * 768 * 4096 in sizes) is made

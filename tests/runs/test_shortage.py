@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs import shortage
@@ -92,7 +92,7 @@ def test_who_was_killed_for_memory_is_told_with_what_it_held(run: RunDir) -> Non
 
 
 def test_before_nothing_is_said_to_help_checkpointing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = SimpleNamespace(architecture=read_architecture(config_of("HuggingFaceTB__SmolLM2-135M")))
+    files = SimpleNamespace(architecture=parse_architecture(config_of("HuggingFaceTB__SmolLM2-135M")))
     monkeypatch.setattr(shortage, "resolve", lambda id_: files)
     monkeypatch.setattr(shortage, "cheapest_changes", lambda *args, **kwargs: [])
     recipe = Recipe(model=Model(id="smollm2"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.chat.voices import Voices
 from qlora_tui.memory import trainer_execution
 from qlora_tui.memory.execution import Device
@@ -58,7 +58,7 @@ def test_shared_experts_are_adapted_and_routed_ones_are_not(targets: tuple[str, 
     from qlora_tui.training.loop import load_adapter, save_adapter
 
     config = config_of("deepseek-ai/DeepSeek-V2-Lite") | TINY
-    architecture, lora = read_architecture(config), Lora(rank=4, target_modules=targets)
+    architecture, lora = parse_architecture(config), Lora(rank=4, target_modules=targets)
     model = add_lora(_deepseek(config), lora, architecture)
     touched = {
         name.removeprefix("base_model.model.").partition(".lora_")[0]

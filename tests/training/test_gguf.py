@@ -11,7 +11,7 @@ import pytest
 
 from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import children
-from qlora_tui.catalog.gguf import read_gguf
+from qlora_tui.catalog.gguf_header import read_gguf
 from qlora_tui.errors import Problem
 from qlora_tui.training.gguf import convert, main
 from qlora_tui.training.llama_gguf import is_known

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.gguf import read_gguf
+from qlora_tui.catalog.gguf_header import read_gguf
 from qlora_tui.training import gguf_weights
 from qlora_tui.training.gguf_weights import all_known, weights_of, write_weights
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training import adapter
 from qlora_tui.training.device import find_device
@@ -36,7 +36,7 @@ def adapted(folder: Path, *, dtype: Any = "float32", method: Any = "nf4", **lora
     )
     torch.manual_seed(0)
     base = load_base(folder, recipe, find_device(recipe), "segments")
-    model = adapter.add_lora(base, recipe.lora, resolve(str(folder)).architecture)
+    model = adapter.add_lora(base, recipe.lora, resolve_model(str(folder)).architecture)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)

@@ -14,8 +14,8 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
 from qlora_tui.training import loss
@@ -177,7 +177,7 @@ def of_7b(vocabulary: int) -> Architecture:
         "num_hidden_layers": 2,
         "vocab_size": vocabulary,
     }
-    return read_architecture(
+    return parse_architecture(
         {"model_type": "llama", "num_attention_heads": 32, "vocab_size": vocabulary, **sizes}
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.chat.sources import of_run
 from qlora_tui.chat.terms import GREEDY
 from qlora_tui.data.conversation import Message
@@ -181,7 +181,7 @@ def test_a_model_that_peft_cannot_keep_rows_of_is_refused(model_type: str, why: 
     """A head with a bias, which peft would drop, and a token without a row."""
     model = build(model_type, tie_word_embeddings=False)
     with pytest.raises(Problem, match=why):
-        add_lora(model, Lora(rank=4), read_architecture(model.config.to_dict()), [300])
+        add_lora(model, Lora(rank=4), parse_architecture(model.config.to_dict()), [300])
 
 
 @pytest.fixture(scope="module")

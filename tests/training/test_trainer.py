@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from qlora_tui import cli
-from qlora_tui.catalog.lookup import architecture_of
+from qlora_tui.catalog.lookup import load_architecture
 from qlora_tui.memory import Device, estimate
 from qlora_tui.memory.calibration import load_runs
 from qlora_tui.memory.cpu import this_processor
@@ -345,6 +345,6 @@ def test_the_next_estimate_on_this_machine_counts_what_runs_measured(
     record = load_runs()[-1]
     assert record.machine == this_processor().name and record.versions["torch"]
     # Held to the rows that the data has, not to those the recipe allows.
-    allowed = estimate(made, architecture_of(made.model.id), device=Device(kind="cpu"))
+    allowed = estimate(made, load_architecture(made.model.id), device=Device(kind="cpu"))
     assert record.predicted_allocated_bytes < allowed.allocated_bytes
     assert record.measured_process_bytes > 10**8 and record.measured_reserved_bytes == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training import attention, loss
 from qlora_tui.training.adapter import add_lora
@@ -78,7 +78,7 @@ def adapted(
     device = find_device(recipe)
     base = prepare_base(folder, recipe, device, "segments", "chunked", weighted=False)
     torch.manual_seed(0)
-    return add_lora(base.model, recipe.lora, resolve(str(folder)).architecture), base, device
+    return add_lora(base.model, recipe.lora, resolve_model(str(folder)).architecture), base, device
 
 
 def verify(folder: Path, model_type: str, dtype: str = "float32", **lora: Any) -> Verified:

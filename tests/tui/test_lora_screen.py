@@ -8,7 +8,7 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory import Device, estimate
 from qlora_tui.recipe.fields import get_setting
@@ -35,7 +35,7 @@ def small(private_home: Path) -> str:
 
 @pytest.fixture
 def table() -> ModuleTable:
-    return ModuleTable(read_architecture(config_of(SMALL)))
+    return ModuleTable(parse_architecture(config_of(SMALL)))
 
 
 def targets(app: QloraApp) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:
         await pilot.press("escape")
         assert targets(app) == ("all-linear",)
         await pilot.press("x", "h", "h", "x")
-        table = ModuleTable(read_architecture(config_of(SMALL)))
+        table = ModuleTable(parse_architecture(config_of(SMALL)))
         left = {m.name for m in table.modules} - {m.name for m in match_modules(targets(app), table.modules)}
         assert left == {f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1, 2)}
 
@@ -233,14 +233,14 @@ async def test_a_click_toggles_what_is_under_it(small: str) -> None:
 
 
 def test_modules_of_a_vision_tower_are_left_out() -> None:
-    table = ModuleTable(read_architecture(config_of("google__gemma-3-4b-it")))
+    table = ModuleTable(parse_architecture(config_of("google__gemma-3-4b-it")))
     assert table.modules
     assert all(module.part != "vision" for module in table.modules)
 
 
 def test_every_kind_of_model_makes_a_table() -> None:
     for name in ("openai-community__gpt2", "mistralai__Mixtral-8x7B-v0.1", "LiquidAI__LFM2-1.2B"):
-        table = ModuleTable(read_architecture(config_of(name)))
+        table = ModuleTable(parse_architecture(config_of(name)))
         assert {m.name for row in table.rows[1:] for m in row.modules} == {m.name for m in table.modules}
 
 

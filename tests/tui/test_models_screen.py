@@ -14,13 +14,13 @@ from huggingface_hub import constants
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from qlora_tui.catalog.local import converted_dir, hub_cache_dir
+from qlora_tui.catalog.local_models import converted_dir, hub_cache_dir
 from qlora_tui.tui import downloads
 from qlora_tui.tui.screens.models import ModelsScreen
 from qlora_tui.tui.widgets.model_facts import licence_of
 from qlora_tui.tui.widgets.vi_list import ViList
 from tests.catalog.conftest import tiny_repo
-from tests.catalog.hub_server import Hub, serving
+from tests.catalog.fake_hub import FakeHub, serve
 from tests.catalog.models import make_cached, make_model
 from tests.tui.seeing import shows, text_of
 from tests.tui.workstation import config_of, go_to, open_on, settle
@@ -37,13 +37,13 @@ def short_home(private_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub on this machine, for the app in this process and for the children it starts."""
     repos = {
         TINY: tiny_repo(6 << 20, downloads=1_200_000),
         "org/tiny-gated": tiny_repo(gated=True, downloads=5),
     }
-    with serving(Hub(repos)) as served:
+    with serve(FakeHub(repos)) as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_ENDPOINT", served.url)
@@ -115,7 +115,7 @@ async def test_a_refused_model_says_why_and_is_taken_only_to_plan_with() -> None
         assert isinstance(app.screen, ModelsScreen)
 
 
-async def test_the_list_is_filtered_as_one_types_and_the_hub_is_not_asked(hub: Hub) -> None:
+async def test_the_list_is_filtered_as_one_types_and_the_hub_is_not_asked(hub: FakeHub) -> None:
     make_three()
     app = open_on("models")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -127,7 +127,7 @@ async def test_the_list_is_filtered_as_one_types_and_the_hub_is_not_asked(hub: H
     assert hub.requests == []
 
 
-async def test_the_hub_is_searched_on_enter_and_asked_about_one_on_enter(hub: Hub) -> None:
+async def test_the_hub_is_searched_on_enter_and_asked_about_one_on_enter(hub: FakeHub) -> None:
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "No models on this machine yet.", "press d for the 135M demo model", "SmolLM2")
@@ -141,7 +141,7 @@ async def test_the_hub_is_searched_on_enter_and_asked_about_one_on_enter(hub: Hu
         await shows(pilot, "The model is gated", "hf auth login")
 
 
-async def test_a_hub_that_cannot_be_reached_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hub_that_cannot_be_reached_is_said(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     app = open_on("models")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -158,7 +158,7 @@ async def search_tiny(pilot: Pilot[Any]) -> None:
     await shows(pilot, "(2)")
 
 
-async def test_a_download_shows_its_progress_and_ends_in_the_list(hub: Hub) -> None:
+async def test_a_download_shows_its_progress_and_ends_in_the_list(hub: FakeHub) -> None:
     app = open_on("models")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await search_tiny(pilot)
@@ -174,7 +174,7 @@ def half_is_there() -> bool:
     return any(file.stat().st_size >= 1 << 20 for file in hub_cache_dir().rglob("*.incomplete"))
 
 
-async def test_a_download_is_stopped_kept_and_continued(hub: Hub) -> None:
+async def test_a_download_is_stopped_kept_and_continued(hub: FakeHub) -> None:
     hub.stalls = threading.Event()
     app = open_on("models")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -193,7 +193,7 @@ async def test_a_download_is_stopped_kept_and_continued(hub: Hub) -> None:
     assert any(asked and asked != "bytes=0-" for asked in hub.ranges(""))
 
 
-async def test_a_download_goes_on_when_the_app_is_closed(hub: Hub) -> None:
+async def test_a_download_goes_on_when_the_app_is_closed(hub: FakeHub) -> None:
     hub.stalls = threading.Event()
     app = open_on("models")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -256,7 +256,7 @@ def test_the_speed_of_a_download_is_remembered() -> None:
     assert downloads.last_speed() == 12.5e6
 
 
-def test_a_child_that_is_killed_is_a_problem_with_a_fix(hub: Hub) -> None:
+def test_a_child_that_is_killed_is_a_problem_with_a_fix(hub: FakeHub) -> None:
     hub.stalls = threading.Event()
 
     async def follow() -> downloads.Download:

@@ -6,15 +6,15 @@ resembles most; the slow test compares every table with what transformers builds
 
 from __future__ import annotations
 
-from qlora_tui.catalog.families import experts, hybrid, llama_like, older
+from qlora_tui.catalog.families import gpt_like, hybrid, llama_like, moe_families
 from qlora_tui.catalog.families.vision import COMPOSITES, Composite
-from qlora_tui.catalog.template import Family
+from qlora_tui.catalog.family_spec import Family
 
 __all__ = ["COMPOSITE", "FAMILY", "Composite"]
 
 FAMILY: dict[str, Family] = {
     model_type: family
-    for module in (llama_like, experts, older, hybrid)
+    for module in (llama_like, moe_families, gpt_like, hybrid)
     for family in module.FAMILIES
     for model_type in family.model_types
 }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qlora_tui.catalog.config_fields import ConfigFields, bad_config
-from qlora_tui.catalog.families.experts import QWEN_SHARED_EXPERT, expert_sizes, routed, sparse_every
+from qlora_tui.catalog.config_fields import ConfigFields, config_problem
 from qlora_tui.catalog.families.llama_like import (
     FOUR_NORMS,
     HEAD_NORMS,
@@ -14,7 +13,16 @@ from qlora_tui.catalog.families.llama_like import (
     head_dim,
     kv_heads,
 )
-from qlora_tui.catalog.template import Entry, Family, Linear, Norm, Size, Sizes, Tensor
+from qlora_tui.catalog.families.moe_families import QWEN_SHARED_EXPERT, expert_sizes, routed, sparse_every
+from qlora_tui.catalog.family_spec import (
+    Family,
+    LayerEntry,
+    LinearSpec,
+    NormSpec,
+    ParameterSpec,
+    SizeField,
+    Sizes,
+)
 
 
 def _lfm2_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
@@ -38,29 +46,29 @@ def _lfm2_layers(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
 LFM2 = Family(
     model_types=("lfm2",),
     layer=(
-        Tensor("conv.conv.weight", ("hidden", "1", "kernel"), "conv", "conv"),
-        Tensor("conv.conv.bias", ("hidden",), "conv", "biased_conv"),
-        Linear("conv.in_proj", "hidden", "3*hidden", "mixer", "conv_bias", "conv"),
-        Linear("conv.out_proj", "hidden", "hidden", "mixer", "conv_bias", "conv"),
-        Linear("self_attn.q_proj", "hidden", "q", "attention", only="full"),
-        Linear("self_attn.k_proj", "hidden", "kv", "attention", only="full"),
-        Linear("self_attn.v_proj", "hidden", "kv", "attention", only="full"),
-        Linear("self_attn.out_proj", "q", "hidden", "attention", only="full"),
-        Norm("self_attn.q_layernorm", "head_dim", only="full"),
-        Norm("self_attn.k_layernorm", "head_dim", only="full"),
-        Linear("feed_forward.w1", "hidden", "inner", "mlp"),
-        Linear("feed_forward.w3", "hidden", "inner", "mlp"),
-        Linear("feed_forward.w2", "inner", "hidden", "mlp"),
-        Norm("operator_norm"),
-        Norm("ffn_norm"),
+        ParameterSpec("conv.conv.weight", ("hidden", "1", "kernel"), "conv", "conv"),
+        ParameterSpec("conv.conv.bias", ("hidden",), "conv", "biased_conv"),
+        LinearSpec("conv.in_proj", "hidden", "3*hidden", "mixer", "conv_bias", "conv"),
+        LinearSpec("conv.out_proj", "hidden", "hidden", "mixer", "conv_bias", "conv"),
+        LinearSpec("self_attn.q_proj", "hidden", "q", "attention", condition="full"),
+        LinearSpec("self_attn.k_proj", "hidden", "kv", "attention", condition="full"),
+        LinearSpec("self_attn.v_proj", "hidden", "kv", "attention", condition="full"),
+        LinearSpec("self_attn.out_proj", "q", "hidden", "attention", condition="full"),
+        NormSpec("self_attn.q_layernorm", "head_dim", condition="full"),
+        NormSpec("self_attn.k_layernorm", "head_dim", condition="full"),
+        LinearSpec("feed_forward.w1", "hidden", "inner", "mlp"),
+        LinearSpec("feed_forward.w3", "hidden", "inner", "mlp"),
+        LinearSpec("feed_forward.w2", "inner", "hidden", "mlp"),
+        NormSpec("operator_norm"),
+        NormSpec("ffn_norm"),
     ),
-    outside=(Norm("embedding_norm"),),
+    top_level=(NormSpec("embedding_norm"),),
     flags={"block_auto_adjust_ff_dim": True, "conv_bias": False},
     sizes={
         **kv_heads(8),
-        "inner": Size(("block_ff_dim", "intermediate_size")),
-        "kernel": Size(("conv_L_cache",), absent=3),
-        "multiple": Size(("block_multiple_of",), absent=256),
+        "inner": SizeField(("block_ff_dim", "intermediate_size")),
+        "kernel": SizeField(("conv_L_cache",), default=3),
+        "multiple": SizeField(("block_multiple_of",), default=256),
     },
     adjust=_lfm2_sizes,
     per_layer=lambda fields, sizes: [
@@ -87,38 +95,38 @@ def _linear_attention_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None
     sizes["values"] = sizes["linear_value_dim"] * sizes["linear_value_heads"]
 
 
-GATED_ATTENTION: tuple[Entry, ...] = (
-    Linear("self_attn.q_proj", "hidden", "2*q", "attention", "attention_bias", "full"),
-    Linear("self_attn.k_proj", "hidden", "kv", "attention", "attention_bias", "full"),
-    Linear("self_attn.v_proj", "hidden", "kv", "attention", "attention_bias", "full"),
-    Linear("self_attn.o_proj", "q", "hidden", "attention", "attention_bias", "full"),
-    Norm("self_attn.q_norm", "head_dim", only="full"),
-    Norm("self_attn.k_norm", "head_dim", only="full"),
+GATED_ATTENTION: tuple[LayerEntry, ...] = (
+    LinearSpec("self_attn.q_proj", "hidden", "2*q", "attention", "attention_bias", "full"),
+    LinearSpec("self_attn.k_proj", "hidden", "kv", "attention", "attention_bias", "full"),
+    LinearSpec("self_attn.v_proj", "hidden", "kv", "attention", "attention_bias", "full"),
+    LinearSpec("self_attn.o_proj", "q", "hidden", "attention", "attention_bias", "full"),
+    NormSpec("self_attn.q_norm", "head_dim", condition="full"),
+    NormSpec("self_attn.k_norm", "head_dim", condition="full"),
 )
 """Queries come with a gate of their own width."""
-DELTA_NET: tuple[Entry, ...] = (
-    Tensor("linear_attn.dt_bias", ("linear_value_heads",), "other", "linear"),
-    Tensor("linear_attn.A_log", ("linear_value_heads",), "other", "linear"),
-    Tensor("linear_attn.conv1d.weight", ("2*keys+values", "1", "kernel"), "conv", "linear"),
-    Norm("linear_attn.norm", "linear_value_dim", only="linear"),
-    Linear("linear_attn.out_proj", "values", "hidden", "mixer", only="linear"),
+DELTA_NET: tuple[LayerEntry, ...] = (
+    ParameterSpec("linear_attn.dt_bias", ("linear_value_heads",), "other", "linear"),
+    ParameterSpec("linear_attn.A_log", ("linear_value_heads",), "other", "linear"),
+    ParameterSpec("linear_attn.conv1d.weight", ("2*keys+values", "1", "kernel"), "conv", "linear"),
+    NormSpec("linear_attn.norm", "linear_value_dim", condition="linear"),
+    LinearSpec("linear_attn.out_proj", "values", "hidden", "mixer", condition="linear"),
 )
 DELTA_NET_SIZES = {
-    "linear_key_dim": Size(("linear_key_head_dim",), absent=128),
-    "linear_value_dim": Size(("linear_value_head_dim",), absent=128),
-    "linear_key_heads": Size(("linear_num_key_heads",), absent=16),
-    "linear_value_heads": Size(("linear_num_value_heads",), absent=32),
-    "kernel": Size(("linear_conv_kernel_dim",), absent=4),
+    "linear_key_dim": SizeField(("linear_key_head_dim",), default=128),
+    "linear_value_dim": SizeField(("linear_value_head_dim",), default=128),
+    "linear_key_heads": SizeField(("linear_num_key_heads",), default=16),
+    "linear_value_heads": SizeField(("linear_num_value_heads",), default=32),
+    "kernel": SizeField(("linear_conv_kernel_dim",), default=4),
 }
-SPLIT_INPUT: tuple[Entry, ...] = (
-    Linear("linear_attn.in_proj_qkv", "hidden", "2*keys+values", "mixer", only="linear"),
-    Linear("linear_attn.in_proj_z", "hidden", "values", "mixer", only="linear"),
-    Linear("linear_attn.in_proj_b", "hidden", "linear_value_heads", "mixer", only="linear"),
-    Linear("linear_attn.in_proj_a", "hidden", "linear_value_heads", "mixer", only="linear"),
+SPLIT_INPUT: tuple[LayerEntry, ...] = (
+    LinearSpec("linear_attn.in_proj_qkv", "hidden", "2*keys+values", "mixer", condition="linear"),
+    LinearSpec("linear_attn.in_proj_z", "hidden", "values", "mixer", condition="linear"),
+    LinearSpec("linear_attn.in_proj_b", "hidden", "linear_value_heads", "mixer", condition="linear"),
+    LinearSpec("linear_attn.in_proj_a", "hidden", "linear_value_heads", "mixer", condition="linear"),
 )
-FUSED_INPUT: tuple[Entry, ...] = (
-    Linear("linear_attn.in_proj_qkvz", "hidden", "2*keys+2*values", "mixer", only="linear"),
-    Linear("linear_attn.in_proj_ba", "hidden", "2*linear_value_heads", "mixer", only="linear"),
+FUSED_INPUT: tuple[LayerEntry, ...] = (
+    LinearSpec("linear_attn.in_proj_qkvz", "hidden", "2*keys+2*values", "mixer", condition="linear"),
+    LinearSpec("linear_attn.in_proj_ba", "hidden", "2*linear_value_heads", "mixer", condition="linear"),
 )
 
 QWEN3_5 = Family(
@@ -136,7 +144,7 @@ QWEN3_5_MOE = replace(
         *DELTA_NET,
         *SPLIT_INPUT,
         *GATED_ATTENTION,
-        *routed(only="sparse"),
+        *routed(condition="sparse"),
         *QWEN_SHARED_EXPERT,
         *TWO_NORMS,
     ),
@@ -145,7 +153,7 @@ QWEN3_5_MOE = replace(
         **head_dim(256),
         **DELTA_NET_SIZES,
         **expert_sizes(),
-        "shared_inner": Size(("shared_expert_intermediate_size",)),
+        "shared_inner": SizeField(("shared_expert_intermediate_size",)),
     },
     per_layer=lambda fields, sizes: [
         {**layer, "sparse": 1} for layer in _linear_attention_layers(fields, sizes)
@@ -158,9 +166,9 @@ QWEN3_NEXT = replace(
         *DELTA_NET,
         *FUSED_INPUT,
         *GATED_ATTENTION,
-        *routed(only="sparse"),
+        *routed(condition="sparse"),
         *QWEN_SHARED_EXPERT,
-        *gated_mlp(only="dense"),
+        *gated_mlp(condition="dense"),
         *TWO_NORMS,
     ),
     per_layer=lambda fields, sizes: [
@@ -174,12 +182,12 @@ QWEN3_NEXT = replace(
 
 def _gemma4_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
     """What the tables do not know is refused, not miscounted."""
-    known = {"hidden_size_per_layer_input": 256, "num_kv_shared_layers": 0}
-    for key, absent in known.items():
+    defaults = {"hidden_size_per_layer_input": 256, "num_kv_shared_layers": 0}
+    for key, absent in defaults.items():
         if fields.values.get(key, absent):
-            raise bad_config(fields.where, f"{key} is not 0: the small Gemma 4 models are not known here")
+            raise config_problem(fields.where, f"{key} is not 0: the small Gemma 4 models are not known here")
     if fields.flag("use_double_wide_mlp", False):
-        raise bad_config(fields.where, "use_double_wide_mlp is true, which is not known here")
+        raise config_problem(fields.where, "use_double_wide_mlp is true, which is not known here")
 
 
 def _gemma4_layers(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
@@ -202,31 +210,35 @@ def _gemma4_layers(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
 GEMMA4 = Family(
     model_types=("gemma4_text",),
     layer=(
-        Linear("self_attn.q_proj", "hidden", "q", "attention", "attention_bias"),
-        Linear("self_attn.k_proj", "hidden", "kv", "attention", "attention_bias"),
-        Linear("self_attn.v_proj", "hidden", "kv", "attention", "attention_bias", "values"),
-        Linear("self_attn.o_proj", "q", "hidden", "attention", "attention_bias"),
+        LinearSpec("self_attn.q_proj", "hidden", "q", "attention", "attention_bias"),
+        LinearSpec("self_attn.k_proj", "hidden", "kv", "attention", "attention_bias"),
+        LinearSpec("self_attn.v_proj", "hidden", "kv", "attention", "attention_bias", "values"),
+        LinearSpec("self_attn.o_proj", "q", "hidden", "attention", "attention_bias"),
         *HEAD_NORMS,
         *gated_mlp(),
         *FOUR_NORMS,
-        Tensor("router.scale", ("hidden",), "router", "enable_moe_block"),
-        Tensor("router.per_expert_scale", ("experts",), "router", "enable_moe_block"),
-        Linear("router.proj", "hidden", "experts", "router", only="enable_moe_block"),
-        Tensor("experts.gate_up_proj", ("experts", "2*expert_inner", "hidden"), "expert", "enable_moe_block"),
-        Tensor("experts.down_proj", ("experts", "hidden", "expert_inner"), "expert", "enable_moe_block"),
-        Norm("post_feedforward_layernorm_1", only="enable_moe_block"),
-        Norm("post_feedforward_layernorm_2", only="enable_moe_block"),
-        Norm("pre_feedforward_layernorm_2", only="enable_moe_block"),
+        ParameterSpec("router.scale", ("hidden",), "router", "enable_moe_block"),
+        ParameterSpec("router.per_expert_scale", ("experts",), "router", "enable_moe_block"),
+        LinearSpec("router.proj", "hidden", "experts", "router", condition="enable_moe_block"),
+        ParameterSpec(
+            "experts.gate_up_proj", ("experts", "2*expert_inner", "hidden"), "expert", "enable_moe_block"
+        ),
+        ParameterSpec(
+            "experts.down_proj", ("experts", "hidden", "expert_inner"), "expert", "enable_moe_block"
+        ),
+        NormSpec("post_feedforward_layernorm_1", condition="enable_moe_block"),
+        NormSpec("post_feedforward_layernorm_2", condition="enable_moe_block"),
+        NormSpec("pre_feedforward_layernorm_2", condition="enable_moe_block"),
     ),
     flags={"attention_bias": False, "enable_moe_block": False, "attention_k_eq_v": False},
     sizes={
         **kv_heads(4),
         **head_dim(256),
-        "global_head_dim": Size(("global_head_dim",), absent=512),
-        "global_kv_heads": Size(("num_global_key_value_heads",), absent="kv_heads"),
-        "experts": Size(("num_experts",), absent=0),
-        "per_token": Size(("top_k_experts",), absent=0),
-        "expert_inner": Size(("moe_intermediate_size",), absent=0),
+        "global_head_dim": SizeField(("global_head_dim",), default=512),
+        "global_kv_heads": SizeField(("num_global_key_value_heads",), default="kv_heads"),
+        "experts": SizeField(("num_experts",), default=0),
+        "per_token": SizeField(("top_k_experts",), default=0),
+        "expert_inner": SizeField(("moe_intermediate_size",), default=0),
     },
     adjust=_gemma4_sizes,
     per_layer=_gemma4_layers,

@@ -4,47 +4,49 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qlora_tui.catalog.template import Entry, Family, Linear, Norm, Size, Tensor
+from qlora_tui.catalog.family_spec import Family, LayerEntry, LinearSpec, NormSpec, ParameterSpec, SizeField
 
 
-def attention(bias: bool | str = "attention_bias", out_bias: bool | str | None = None) -> tuple[Entry, ...]:
+def attention(
+    bias: bool | str = "attention_bias", out_bias: bool | str | None = None
+) -> tuple[LayerEntry, ...]:
     """The four projections; ``out_bias`` where the output's differs from the others'."""
     return (
-        Linear("self_attn.q_proj", "hidden", "q", "attention", bias),
-        Linear("self_attn.k_proj", "hidden", "kv", "attention", bias),
-        Linear("self_attn.v_proj", "hidden", "kv", "attention", bias),
-        Linear("self_attn.o_proj", "q", "hidden", "attention", bias if out_bias is None else out_bias),
+        LinearSpec("self_attn.q_proj", "hidden", "q", "attention", bias),
+        LinearSpec("self_attn.k_proj", "hidden", "kv", "attention", bias),
+        LinearSpec("self_attn.v_proj", "hidden", "kv", "attention", bias),
+        LinearSpec("self_attn.o_proj", "q", "hidden", "attention", bias if out_bias is None else out_bias),
     )
 
 
-def gated_mlp(bias: bool | str = False, only: str = "") -> tuple[Entry, ...]:
+def gated_mlp(bias: bool | str = False, condition: str = "") -> tuple[LayerEntry, ...]:
     return (
-        Linear("mlp.gate_proj", "hidden", "inner", "mlp", bias, only),
-        Linear("mlp.up_proj", "hidden", "inner", "mlp", bias, only),
-        Linear("mlp.down_proj", "inner", "hidden", "mlp", bias, only),
+        LinearSpec("mlp.gate_proj", "hidden", "inner", "mlp", bias, condition),
+        LinearSpec("mlp.up_proj", "hidden", "inner", "mlp", bias, condition),
+        LinearSpec("mlp.down_proj", "inner", "hidden", "mlp", bias, condition),
     )
 
 
 FUSED_GATED_MLP = (
-    Linear("mlp.gate_up_proj", "hidden", "2*inner", "mlp"),
-    Linear("mlp.down_proj", "inner", "hidden", "mlp"),
+    LinearSpec("mlp.gate_up_proj", "hidden", "2*inner", "mlp"),
+    LinearSpec("mlp.down_proj", "inner", "hidden", "mlp"),
 )
-TWO_NORMS = (Norm("input_layernorm"), Norm("post_attention_layernorm"))
-POST_NORMS = (Norm("post_attention_layernorm"), Norm("post_feedforward_layernorm"))
-FOUR_NORMS = (*TWO_NORMS, Norm("pre_feedforward_layernorm"), Norm("post_feedforward_layernorm"))
-HEAD_NORMS = (Norm("self_attn.q_norm", "head_dim"), Norm("self_attn.k_norm", "head_dim"))
-WIDE_NORMS = (Norm("self_attn.q_norm", "q"), Norm("self_attn.k_norm", "kv"))
-BIASED_TWO_NORMS = (Norm("input_layernorm", bias=True), Norm("post_attention_layernorm", bias=True))
+TWO_NORMS = (NormSpec("input_layernorm"), NormSpec("post_attention_layernorm"))
+POST_NORMS = (NormSpec("post_attention_layernorm"), NormSpec("post_feedforward_layernorm"))
+FOUR_NORMS = (*TWO_NORMS, NormSpec("pre_feedforward_layernorm"), NormSpec("post_feedforward_layernorm"))
+HEAD_NORMS = (NormSpec("self_attn.q_norm", "head_dim"), NormSpec("self_attn.k_norm", "head_dim"))
+WIDE_NORMS = (NormSpec("self_attn.q_norm", "q"), NormSpec("self_attn.k_norm", "kv"))
+BIASED_TWO_NORMS = (NormSpec("input_layernorm", bias=True), NormSpec("post_attention_layernorm", bias=True))
 
 
-def kv_heads(absent: int) -> dict[str, Size]:
+def kv_heads(default: int) -> dict[str, SizeField]:
     """``num_key_value_heads`` with a class default; null means one for each head."""
-    return {"kv_heads": Size(("num_key_value_heads",), absent=absent, null="heads")}
+    return {"kv_heads": SizeField(("num_key_value_heads",), default=default, null_value="heads")}
 
 
-def head_dim(absent: int) -> dict[str, Size]:
+def head_dim(default: int) -> dict[str, SizeField]:
     """``head_dim`` with a class default; null means hidden size over heads."""
-    return {"head_dim": Size(("head_dim",), absent=absent, null="hidden_per_head")}
+    return {"head_dim": SizeField(("head_dim",), default=default, null_value="hidden_per_head")}
 
 
 ATTENTION_BIAS = {"attention_bias": False}
@@ -62,7 +64,7 @@ HELIUM = replace(
     model_types=("helium",),
     layer=(
         *attention()[:3],
-        Linear("self_attn.o_proj", "hidden", "hidden", "attention"),
+        LinearSpec("self_attn.o_proj", "hidden", "hidden", "attention"),
         *gated_mlp("mlp_bias"),
         *TWO_NORMS,
     ),
@@ -80,8 +82,8 @@ ARCEE = replace(
     model_types=("arcee",),
     layer=(
         *attention(),
-        Linear("mlp.up_proj", "hidden", "inner", "mlp", "mlp_bias"),
-        Linear("mlp.down_proj", "inner", "hidden", "mlp", "mlp_bias"),
+        LinearSpec("mlp.up_proj", "hidden", "inner", "mlp", "mlp_bias"),
+        LinearSpec("mlp.down_proj", "inner", "hidden", "mlp", "mlp_bias"),
         *TWO_NORMS,
     ),
     activation="relu2",
@@ -91,15 +93,15 @@ NEMOTRON = replace(
     ARCEE,
     model_types=("nemotron",),
     layer=(*ARCEE.layer[:-2], *BIASED_TWO_NORMS),
-    outside=(Norm("norm", bias=True),),
+    top_level=(NormSpec("norm", bias=True),),
 )
 HUNYUAN = replace(
     LLAMA,
     model_types=("hunyuan_v1_dense",),
     layer=(
         *attention(),
-        Norm("self_attn.query_layernorm", "head_dim"),
-        Norm("self_attn.key_layernorm", "head_dim"),
+        NormSpec("self_attn.query_layernorm", "head_dim"),
+        NormSpec("self_attn.key_layernorm", "head_dim"),
         *gated_mlp(),
         *TWO_NORMS,
     ),
@@ -154,12 +156,12 @@ GEMMA3 = replace(
     layer=(*attention(), *HEAD_NORMS, *gated_mlp(), *FOUR_NORMS),
     # The published multimodal configs leave these to the class.
     sizes={
-        "heads": Size(("num_attention_heads",), absent=8),
+        "heads": SizeField(("num_attention_heads",), default=8),
         **kv_heads(4),
         **head_dim(256),
-        "vocab": Size(("vocab_size",), absent=262_208),
-        "inner": Size(("intermediate_size",), absent=9216),
-        "positions": Size(("max_position_embeddings",), absent=131_072),
+        "vocab": SizeField(("vocab_size",), default=262_208),
+        "inner": SizeField(("intermediate_size",), default=9216),
+        "positions": SizeField(("max_position_embeddings",), default=131_072),
     },
 )
 
@@ -167,14 +169,14 @@ OLMO = replace(
     LLAMA,
     model_types=("olmo",),
     layer=(*attention(), *gated_mlp()),
-    outside=(),
+    top_level=(),
     flags=ATTENTION_BIAS,
 )
 OLMO2 = replace(
     OLMO,
     model_types=("olmo2", "olmo3"),
     layer=(*attention(), *WIDE_NORMS, *gated_mlp(), *POST_NORMS),
-    outside=(Norm("norm"),),
+    top_level=(NormSpec("norm"),),
 )
 EXAONE4 = replace(
     OLMO2,
@@ -188,10 +190,10 @@ COHERE = Family(
     model_types=("cohere",),
     layer=(
         *attention(),
-        Tensor("self_attn.q_norm.weight", ("heads", "head_dim"), "norm", "use_qk_norm"),
-        Tensor("self_attn.k_norm.weight", ("kv_heads", "head_dim"), "norm", "use_qk_norm"),
+        ParameterSpec("self_attn.q_norm.weight", ("heads", "head_dim"), "norm", "use_qk_norm"),
+        ParameterSpec("self_attn.k_norm.weight", ("kv_heads", "head_dim"), "norm", "use_qk_norm"),
         *gated_mlp(),
-        Norm("input_layernorm"),
+        NormSpec("input_layernorm"),
     ),
     flags={"attention_bias": False, "use_qk_norm": False},
     tied=True,
@@ -199,7 +201,7 @@ COHERE = Family(
 COHERE2 = replace(
     COHERE,
     model_types=("cohere2",),
-    layer=(*attention(), *gated_mlp(), Norm("input_layernorm")),
+    layer=(*attention(), *gated_mlp(), NormSpec("input_layernorm")),
     flags=ATTENTION_BIAS,
 )
 
@@ -212,14 +214,14 @@ GLM = Family(
 GLM4 = replace(
     GLM,
     model_types=("glm4",),
-    layer=(*GLM.layer, Norm("post_self_attn_layernorm"), Norm("post_mlp_layernorm")),
+    layer=(*GLM.layer, NormSpec("post_self_attn_layernorm"), NormSpec("post_mlp_layernorm")),
 )
 
 PHI3 = Family(
     model_types=("phi3",),
     layer=(
-        Linear("self_attn.o_proj", "q", "hidden", "attention"),
-        Linear("self_attn.qkv_proj", "hidden", "q+2*kv", "attention"),
+        LinearSpec("self_attn.o_proj", "q", "hidden", "attention"),
+        LinearSpec("self_attn.qkv_proj", "hidden", "q+2*kv", "attention"),
         *FUSED_GATED_MLP,
         *TWO_NORMS,
     ),
@@ -229,13 +231,13 @@ STABLELM = Family(
     model_types=("stablelm",),
     layer=(
         *attention("use_qkv_bias", out_bias=False),
-        Norm("self_attn.q_layernorm.norms", "head_dim", only="qk_layernorm", repeat="heads"),
-        Norm("self_attn.k_layernorm.norms", "head_dim", only="qk_layernorm", repeat="kv_heads"),
+        NormSpec("self_attn.q_layernorm.norms", "head_dim", condition="qk_layernorm", repeat="heads"),
+        NormSpec("self_attn.k_layernorm.norms", "head_dim", condition="qk_layernorm", repeat="kv_heads"),
         *gated_mlp(),
-        Norm("input_layernorm", bias=True),
-        Norm("post_attention_layernorm", bias=True, only="sequential"),
+        NormSpec("input_layernorm", bias=True),
+        NormSpec("post_attention_layernorm", bias=True, condition="sequential"),
     ),
-    outside=(Norm("norm", bias=True),),
+    top_level=(NormSpec("norm", bias=True),),
     flags={"use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False},
     sizes=kv_heads(32),
     adjust=lambda _fields, sizes: sizes.update(sequential=1 - sizes["use_parallel_residual"]),
@@ -245,11 +247,11 @@ STARCODER2 = Family(
     model_types=("starcoder2",),
     layer=(
         *attention("use_bias"),
-        Linear("mlp.c_fc", "hidden", "inner", "mlp", "use_bias"),
-        Linear("mlp.c_proj", "inner", "hidden", "mlp", "use_bias"),
+        LinearSpec("mlp.c_fc", "hidden", "inner", "mlp", "use_bias"),
+        LinearSpec("mlp.c_proj", "inner", "hidden", "mlp", "use_bias"),
         *BIASED_TWO_NORMS,
     ),
-    outside=(Norm("norm", bias=True),),
+    top_level=(NormSpec("norm", bias=True),),
     flags={"use_bias": True},
     sizes=kv_heads(2),
     tied=True,
@@ -260,18 +262,18 @@ STARCODER2 = Family(
 PHI = Family(
     model_types=("phi",),
     layer=(
-        Linear("self_attn.q_proj", "hidden", "q", "attention", bias=True),
-        Linear("self_attn.k_proj", "hidden", "kv", "attention", bias=True),
-        Linear("self_attn.v_proj", "hidden", "kv", "attention", bias=True),
-        Linear("self_attn.dense", "q", "hidden", "attention", bias=True),
-        Norm("self_attn.q_layernorm", "hidden_per_head", bias=True, only="qk_layernorm"),
-        Norm("self_attn.k_layernorm", "hidden_per_head", bias=True, only="qk_layernorm"),
-        Linear("mlp.fc1", "hidden", "inner", "mlp", bias=True),
-        Linear("mlp.fc2", "inner", "hidden", "mlp", bias=True),
-        Norm("input_layernorm", bias=True),
+        LinearSpec("self_attn.q_proj", "hidden", "q", "attention", bias=True),
+        LinearSpec("self_attn.k_proj", "hidden", "kv", "attention", bias=True),
+        LinearSpec("self_attn.v_proj", "hidden", "kv", "attention", bias=True),
+        LinearSpec("self_attn.dense", "q", "hidden", "attention", bias=True),
+        NormSpec("self_attn.q_layernorm", "hidden_per_head", bias=True, condition="qk_layernorm"),
+        NormSpec("self_attn.k_layernorm", "hidden_per_head", bias=True, condition="qk_layernorm"),
+        LinearSpec("mlp.fc1", "hidden", "inner", "mlp", bias=True),
+        LinearSpec("mlp.fc2", "inner", "hidden", "mlp", bias=True),
+        NormSpec("input_layernorm", bias=True),
     ),
-    outside=(Norm("final_layernorm", bias=True),),
-    head=Linear("lm_head", "hidden", "vocab", bias=True),
+    top_level=(NormSpec("final_layernorm", bias=True),),
+    head=LinearSpec("lm_head", "hidden", "vocab", bias=True),
     flags={"qk_layernorm": False},
     activation="gelu_new",
     gated=False,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_tui.catalog.config_fields import ConfigFields, bad_config
-from qlora_tui.catalog.template import Entry, Family, Linear, Norm, Size, Tensor
+from qlora_tui.catalog.config_fields import ConfigFields, config_problem
+from qlora_tui.catalog.family_spec import Family, LayerEntry, LinearSpec, NormSpec, ParameterSpec, SizeField
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Composite:
 
 def _siglip_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
     if fields.flag("vision_use_head", True):
-        raise bad_config(fields.where, "vision_use_head is not false: such a tower is not known here")
+        raise config_problem(fields.where, "vision_use_head is not false: such a tower is not known here")
     sizes["patches"] = (sizes["image"] // sizes["patch"]) ** 2
 
 
@@ -34,45 +34,47 @@ SIGLIP = Family(
     base="model",
     blocks="vision_tower.encoder.layers",
     layer=(
-        Norm("layer_norm1", bias=True),
-        Linear("self_attn.k_proj", "hidden", "hidden", bias=True),
-        Linear("self_attn.v_proj", "hidden", "hidden", bias=True),
-        Linear("self_attn.q_proj", "hidden", "hidden", bias=True),
-        Linear("self_attn.out_proj", "hidden", "hidden", bias=True),
-        Norm("layer_norm2", bias=True),
-        Linear("mlp.fc1", "hidden", "inner", bias=True),
-        Linear("mlp.fc2", "inner", "hidden", bias=True),
+        NormSpec("layer_norm1", bias=True),
+        LinearSpec("self_attn.k_proj", "hidden", "hidden", bias=True),
+        LinearSpec("self_attn.v_proj", "hidden", "hidden", bias=True),
+        LinearSpec("self_attn.q_proj", "hidden", "hidden", bias=True),
+        LinearSpec("self_attn.out_proj", "hidden", "hidden", bias=True),
+        NormSpec("layer_norm2", bias=True),
+        LinearSpec("mlp.fc1", "hidden", "inner", bias=True),
+        LinearSpec("mlp.fc2", "inner", "hidden", bias=True),
     ),
-    tables=(),
-    outside=(
-        Tensor(
+    embedding_tables=(),
+    top_level=(
+        ParameterSpec(
             "vision_tower.embeddings.patch_embedding.weight",
             ("hidden", "channels", "patch", "patch"),
             "vision",
         ),
-        Tensor("vision_tower.embeddings.patch_embedding.bias", ("hidden",), "vision"),
-        Tensor("vision_tower.embeddings.position_embedding.weight", ("patches", "hidden"), "vision"),
-        Norm("vision_tower.post_layernorm", bias=True),
-        Tensor("multi_modal_projector.mm_input_projection_weight", ("hidden", "text_hidden"), "vision"),
-        Norm("multi_modal_projector.mm_soft_emb_norm"),
+        ParameterSpec("vision_tower.embeddings.patch_embedding.bias", ("hidden",), "vision"),
+        ParameterSpec("vision_tower.embeddings.position_embedding.weight", ("patches", "hidden"), "vision"),
+        NormSpec("vision_tower.post_layernorm", bias=True),
+        ParameterSpec(
+            "multi_modal_projector.mm_input_projection_weight", ("hidden", "text_hidden"), "vision"
+        ),
+        NormSpec("multi_modal_projector.mm_soft_emb_norm"),
     ),
     sizes={
-        "vocab": Size((), absent=0),
-        "image": Size(("image_size",), absent=224),
-        "patch": Size(("patch_size",), absent=16),
-        "channels": Size(("num_channels",), absent=3),
+        "vocab": SizeField((), default=0),
+        "image": SizeField(("image_size",), default=224),
+        "patch": SizeField(("patch_size",), default=16),
+        "channels": SizeField(("num_channels",), default=3),
     },
     adjust=_siglip_sizes,
 )
 
 
-def _clippable(name: str, fan_in: str, fan_out: str) -> Entry:
-    return Linear(f"{name}.linear", fan_in, fan_out)
+def _clippable(name: str, fan_in: str, fan_out: str) -> LayerEntry:
+    return LinearSpec(f"{name}.linear", fan_in, fan_out)
 
 
 def _gemma4_vision(fields: ConfigFields, sizes: dict[str, int]) -> None:
     if fields.flag("use_clipped_linears", False):
-        raise bad_config(fields.where, "use_clipped_linears is true, which is not known here")
+        raise config_problem(fields.where, "use_clipped_linears is true, which is not known here")
 
 
 GEMMA4_VISION = Family(
@@ -84,30 +86,30 @@ GEMMA4_VISION = Family(
         _clippable("self_attn.k_proj", "hidden", "kv"),
         _clippable("self_attn.v_proj", "hidden", "kv"),
         _clippable("self_attn.o_proj", "q", "hidden"),
-        Norm("self_attn.q_norm", "head_dim"),
-        Norm("self_attn.k_norm", "head_dim"),
+        NormSpec("self_attn.q_norm", "head_dim"),
+        NormSpec("self_attn.k_norm", "head_dim"),
         _clippable("mlp.gate_proj", "hidden", "inner"),
         _clippable("mlp.up_proj", "hidden", "inner"),
         _clippable("mlp.down_proj", "inner", "hidden"),
-        Norm("input_layernorm"),
-        Norm("post_attention_layernorm"),
-        Norm("pre_feedforward_layernorm"),
-        Norm("post_feedforward_layernorm"),
+        NormSpec("input_layernorm"),
+        NormSpec("post_attention_layernorm"),
+        NormSpec("pre_feedforward_layernorm"),
+        NormSpec("post_feedforward_layernorm"),
     ),
-    tables=(),
-    outside=(
-        Tensor(
+    embedding_tables=(),
+    top_level=(
+        ParameterSpec(
             "vision_tower.patch_embedder.position_embedding_table", ("2", "positions", "hidden"), "vision"
         ),
-        Linear("vision_tower.patch_embedder.input_proj", "3*patch*patch", "hidden"),
+        LinearSpec("vision_tower.patch_embedder.input_proj", "3*patch*patch", "hidden"),
         # The last parameter of the model, which transformers leaves alone when it quantises.
-        Linear("embed_vision.embedding_projection", "hidden", "text_hidden", quantizable=False),
+        LinearSpec("embed_vision.embedding_projection", "hidden", "text_hidden", quantizable=False),
     ),
     sizes={
-        "vocab": Size((), absent=0),
-        "head_dim": Size(("head_dim",), absent=64),
-        "patch": Size(("patch_size",), absent=16),
-        "positions": Size(("position_embedding_size",), absent=10_240),
+        "vocab": SizeField((), default=0),
+        "head_dim": SizeField(("head_dim",), default=64),
+        "patch": SizeField(("patch_size",), default=16),
+        "positions": SizeField(("position_embedding_size",), default=10_240),
     },
     adjust=_gemma4_vision,
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from textual.content import Content
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.data.report import Report
 from qlora_tui.data.statistics import Lengths
 from qlora_tui.errors import Problem

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from textual.content import Content
 
 from qlora_tui import paths
-from qlora_tui.catalog.local import list_local
+from qlora_tui.catalog.local_models import list_local_models
 from qlora_tui.errors import Problem
 from qlora_tui.format import duration, figure, gib, shortened
 from qlora_tui.memory import Estimate, check_fit
@@ -69,7 +69,7 @@ class HomeReader:
         """How things stand, on ``down`` lines of ``across`` cells beside the titles."""
         across = max(_LEAST_ACROSS, across)
         if self._local_models is None:
-            self._local_models = sum(model.refusal is None for model in list_local())
+            self._local_models = sum(model.refusal is None for model in list_local_models())
         status = pulse.last_status
         news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
         away = news and status is not None and status.at < self._started_at

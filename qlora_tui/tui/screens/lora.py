@@ -14,7 +14,7 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of

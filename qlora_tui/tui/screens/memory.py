@@ -12,8 +12,8 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
 
-from qlora_tui.catalog.context import beyond_context
-from qlora_tui.catalog.lookup import config_of
+from qlora_tui.catalog.context_length import context_length_warning
+from qlora_tui.catalog.lookup import load_model_config
 from qlora_tui.engine.tracing import trace_step
 from qlora_tui.errors import Problem
 from qlora_tui.format import gib
@@ -240,7 +240,7 @@ class MemoryScreen(WorkScreen):
         """Count a step of the real model, where its layers have no formula of their own."""
         await asyncio.sleep(SETTLED_S)
         try:
-            traced = await trace_step(config_of(recipe.model.id), recipe, room.device)
+            traced = await trace_step(load_model_config(recipe.model.id), recipe, room.device)
         except Problem as problem:
             self._tracing = f"not traced: {problem.what}"
         else:
@@ -315,7 +315,7 @@ class MemoryScreen(WorkScreen):
         parts = [changes_text(self._changes, beside.content_size.width)] if self._changes else []
         if self._least_bytes:
             parts.append(nothing_helps(self._least_bytes))
-        if known and (warning := beyond_context(recipe.data.max_length, known)):
+        if known and (warning := context_length_warning(recipe.data.max_length, known)):
             # What it is about stands among the levers.
             parts.append(Content.styled(f"{warning.why} {warning.fix}", "$warning"))
         parts += [Content(note) for note in made.notes]

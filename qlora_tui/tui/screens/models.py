@@ -12,8 +12,8 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
 
-from qlora_tui.catalog.hub import HubModel, search
-from qlora_tui.catalog.local import LocalModel, list_local
+from qlora_tui.catalog.hub import HubModel, search_models
+from qlora_tui.catalog.local_models import LocalModel, list_local_models
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui import downloads
@@ -206,7 +206,7 @@ class ModelsScreen(WorkScreen):
         current = self.workstation.workbench.recipe.model.id
         if current.startswith(("/", "~", ".")):
             folders.append(Path(current))
-        self._local = await asyncio.to_thread(list_local, [*folders, *self._opened])
+        self._local = await asyncio.to_thread(list_local_models, [*folders, *self._opened])
         within = [m for m in self._local if choose is not None and m.path.is_relative_to(choose)]
         self._show_list(LOCAL + str(within[0].path if within else select))
         if choose is not None and not within:
@@ -218,7 +218,7 @@ class ModelsScreen(WorkScreen):
     async def _search(self, query: str) -> None:
         self.notify(f"Asking the hub for {query!r}…", timeout=2)
         try:
-            self._hub = await asyncio.to_thread(search, query)
+            self._hub = await asyncio.to_thread(search_models, query)
         except Problem as problem:
             self.workstation.explain(problem)
             return

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from textual.content import Content
 
-from qlora_tui.catalog.architecture import read_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.hub import fetch_config
 from qlora_tui.catalog.hub_files import plan_download
 from qlora_tui.demo.download import SMOLLM2
@@ -19,7 +19,7 @@ def ask_hub(model_id: str) -> HubFacts:
     """Its shape and its files; what the hub refuses is in ``problem``. Takes a few requests."""
     try:
         plan = plan_download(model_id)
-        architecture = read_architecture(fetch_config(model_id, plan.commit))
+        architecture = parse_architecture(fetch_config(model_id, plan.commit))
     except Problem as problem:
         return HubFacts(None, 0, 0, problem)
     return HubFacts(architecture, plan.total_bytes, plan.done_bytes)

@@ -15,9 +15,9 @@ import msgspec
 import psutil
 
 from qlora_tui import paths
-from qlora_tui.catalog.context import beyond_context
-from qlora_tui.catalog.facts import Architecture
-from qlora_tui.catalog.local import resolve
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.context_length import context_length_warning
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.hub import files_here
 from qlora_tui.data.known_errors import Tokens, refuse_known_errors, stamp_of, tokens_of
 from qlora_tui.data.look_over import LookedOver, look_over
@@ -72,7 +72,7 @@ def _model(recipe: Recipe) -> tuple[Check, Architecture | None]:
     if not recipe.model.id:
         return Check("model", "error", "None is chosen.", "Press 1 and choose one."), None
     try:
-        files = resolve(recipe.model.id)
+        files = resolve_model(recipe.model.id)
     except Problem as problem:
         return Check("model", "error", problem.what, problem.fix), None
     weights = "a GGUF file, converted on first use" if files.gguf_file else f"in {short_path(files.folder)}"
@@ -115,7 +115,7 @@ def _all_files(data: Data) -> list[tuple[Source, Path]]:
 def _tokens(recipe: Recipe) -> Tokens | None:
     """What errors in tokens depend on; None without a model, or where its tokenizer is inside a GGUF file."""
     try:
-        files = resolve(recipe.model.id)
+        files = resolve_model(recipe.model.id)
     except Problem:
         return None
     if files.gguf_file is not None:
@@ -176,7 +176,7 @@ def _settings(recipe: Recipe) -> list[Check]:
 
 
 def _length(recipe: Recipe, architecture: Architecture | None) -> list[Check]:
-    warning = architecture and beyond_context(recipe.data.max_length, architecture)
+    warning = architecture and context_length_warning(recipe.data.max_length, architecture)
     return [Check("length", "warning", f"{warning.what} {warning.why}", warning.fix)] if warning else []
 
 

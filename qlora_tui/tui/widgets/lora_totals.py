@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec import structs
 from textual.content import Content
 
-from qlora_tui.catalog.facts import Architecture, LinearModule
+from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import Problem
 from qlora_tui.format import count, size
 from qlora_tui.memory import Device, Estimate, estimate

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from textual.content import Content
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.hub import HubModel
-from qlora_tui.catalog.local import LocalModel
+from qlora_tui.catalog.local_models import LocalModel
 from qlora_tui.errors import Problem
 from qlora_tui.format import count, duration, gib, size
 from qlora_tui.memory import check_fit, compare
@@ -75,7 +75,7 @@ def hub_facts(
     else:
         lines.append(Content(f"{model.model_type or 'family NA'} · {count(model.parameters)} parameters"))
     access = "gated: accept its licence, and log in" if model.gated else "no token needed"
-    lines.append(Content(f"licence {model.licence or 'NA'} · {access}"))
+    lines.append(Content(f"licence {model.license or 'NA'} · {access}"))
     lines.append(Content(f"{model.downloads:,} downloads last month · changed {model.modified or 'NA'}"))
     return Content("\n").join(lines)
 

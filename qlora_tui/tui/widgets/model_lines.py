@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from textual.content import Content
 
 from qlora_tui.catalog.hub import HubModel
-from qlora_tui.catalog.local import LocalModel
+from qlora_tui.catalog.local_models import LocalModel
 from qlora_tui.format import count, size
 from qlora_tui.tui.widgets.vi_list import HEADING
 

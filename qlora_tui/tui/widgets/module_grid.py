@@ -15,7 +15,7 @@ from textual.events import Click
 from textual.message import Message
 from textual.widget import Widget
 
-from qlora_tui.catalog.facts import LinearModule
+from qlora_tui.catalog.architecture_types import LinearModule
 from qlora_tui.format import count
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.tui.widgets.module_table import (

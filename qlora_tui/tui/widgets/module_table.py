@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qlora_tui.catalog.facts import Architecture, LinearModule
+from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, rank_of
 

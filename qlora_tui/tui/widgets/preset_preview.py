@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textual.content import Content
 
-from qlora_tui.catalog.facts import Architecture
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import Problem
 from qlora_tui.format import gib
 from qlora_tui.memory import Device, estimate

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from qlora_tui.catalog.facts import LinearModule
+from qlora_tui.catalog.architecture_types import LinearModule
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import ALL_LINEAR

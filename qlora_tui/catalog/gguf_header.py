@@ -30,7 +30,7 @@ SCALARS = {
     12: "<d",
 }
 STRING, ARRAY = 8, 9
-MOST_DIMENSIONS = 8
+MAX_DIMENSIONS = 8
 
 FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
@@ -90,7 +90,7 @@ class GgufHeader:
         return table[1] if len(table) == 2 else self.lengths.get("tokenizer.ggml.tokens")
 
 
-class _Damaged(Exception):
+class _CorruptFileError(Exception):
     """The bytes are not what the format says."""
 
 
@@ -99,14 +99,14 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap):
         self.data = data
-        self.at = 0
+        self.offset = 0
 
     def skip(self, count: int) -> int:
         """Move on by ``count`` bytes; return where they began."""
-        start = self.at
+        start = self.offset
         if count < 0 or start + count > len(self.data):
-            raise _Damaged
-        self.at = start + count
+            raise _CorruptFileError
+        self.offset = start + count
         return start
 
     def number(self, layout: str) -> Any:
@@ -116,9 +116,9 @@ class _Cursor:
         length = self.number("<Q")
         start = self.skip(length)
         try:
-            return self.data[start : self.at].decode()
+            return self.data[start : self.offset].decode()
         except UnicodeDecodeError:
-            raise _Damaged from None
+            raise _CorruptFileError from None
 
     def skip_array(self) -> int:
         """Skip an array of scalars or strings; return its length."""
@@ -128,19 +128,19 @@ class _Cursor:
         elif kind == STRING:
             self._skip_strings(length)
         else:
-            raise _Damaged
+            raise _CorruptFileError
         return int(length)
 
     def _skip_strings(self, count: int) -> None:
-        data, at, end = self.data, self.at, len(self.data)
+        data, at, end = self.data, self.offset, len(self.data)
         unpack = struct.Struct("<Q").unpack_from
         for _ in range(count):
             if at + 8 > end:
-                raise _Damaged
+                raise _CorruptFileError
             at += 8 + unpack(data, at)[0]
         if at > end:
-            raise _Damaged
-        self.at = at
+            raise _CorruptFileError
+        self.offset = at
 
 
 def read_gguf(path: Path) -> GgufHeader:
@@ -149,14 +149,14 @@ def read_gguf(path: Path) -> GgufHeader:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read(_Cursor(data))
     except OSError as error:
-        raise _problem(path, f"it cannot be read ({error.strerror})") from None
+        raise _gguf_problem(path, f"it cannot be read ({error.strerror})") from None
     except ValueError:
-        raise _problem(path, "it is empty") from None
-    except _Damaged:
-        raise _problem(path, "it is not a whole GGUF file of version 2 or 3") from None
+        raise _gguf_problem(path, "it is empty") from None
+    except _CorruptFileError:
+        raise _gguf_problem(path, "it is not a whole GGUF file of version 2 or 3") from None
 
 
-def _problem(path: Path, why: str) -> Problem:
+def _gguf_problem(path: Path, why: str) -> Problem:
     return Problem(
         "The GGUF file cannot be used",
         what=f"{path}: {why}.",
@@ -166,8 +166,8 @@ def _problem(path: Path, why: str) -> Problem:
 
 def _read(cursor: _Cursor) -> GgufHeader:
     start = cursor.skip(4)
-    if cursor.data[start : cursor.at] != MAGIC or cursor.number("<I") not in VERSIONS:
-        raise _Damaged
+    if cursor.data[start : cursor.offset] != MAGIC or cursor.number("<I") not in VERSIONS:
+        raise _CorruptFileError
     tensor_count, value_count = cursor.number("<Q"), cursor.number("<Q")
     values: dict[str, Any] = {}
     lengths: dict[str, int] = {}
@@ -180,33 +180,35 @@ def _read(cursor: _Cursor) -> GgufHeader:
         elif kind in SCALARS:
             values[key] = cursor.number(SCALARS[kind])
         else:
-            raise _Damaged
+            raise _CorruptFileError
     tensors = dict(_tensor(cursor) for _ in range(tensor_count))
     return GgufHeader(values, lengths, tensors)
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...]]:
     name, dimensions = cursor.text(), cursor.number("<I")
-    if dimensions > MOST_DIMENSIONS:
-        raise _Damaged
+    if dimensions > MAX_DIMENSIONS:
+        raise _CorruptFileError
     shape = tuple(cursor.number("<Q") for _ in range(dimensions))
     cursor.skip(4 + 8)  # type and offset
     return name, shape
 
 
-def as_config(header: GgufHeader, path: Path) -> dict[str, Any]:
-    """The header as ``config.json`` would say it, for ``read_architecture``.
+def to_hf_config(header: GgufHeader, path: Path) -> dict[str, Any]:
+    """The header as ``config.json`` would say it, for ``parse_architecture``.
 
     Raises Problem for an architecture that cannot be turned back into a dense model.
     """
     architecture = header.architecture
     if architecture not in MODEL_TYPES or header.values.get(f"{architecture}.expert_count"):
         mixture = " (a mixture of experts)" if architecture in MODEL_TYPES else ""
-        raise _problem(path, f"its architecture {architecture!r}{mixture} cannot be trained from GGUF")
+        raise _gguf_problem(path, f"its architecture {architecture!r}{mixture} cannot be trained from GGUF")
     config: dict[str, Any] = {"model_type": MODEL_TYPES[architecture]}
     for key, name in CONFIG_KEYS.items():
         if f"{architecture}.{key}" in header.lengths:
-            raise _problem(path, f"{architecture}.{key} differs from layer to layer, which is not known here")
+            raise _gguf_problem(
+                path, f"{architecture}.{key} differs from layer to layer, which is not known here"
+            )
         if (value := header.values.get(f"{architecture}.{key}")) is not None:
             config[name] = value
     if architecture == "llama" and "head_dim" not in config:

@@ -1,4 +1,4 @@
-"""What ``config.json`` says of a model, as records. Built by ``architecture.read_architecture``."""
+"""What ``config.json`` says of a model, as records. Built by ``architecture.parse_architecture``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Embedding(Struct, frozen=True):
         return self.rows * self.width
 
 
-class Head(Struct, frozen=True):
+class OutputHead(Struct, frozen=True):
     """The output projection over the vocabulary. Never quantised."""
 
     name: str
@@ -133,7 +133,7 @@ class Architecture(Struct, frozen=True):
     modules: tuple[LinearModule, ...]
     """Every linear module but the head, in the model's order."""
     embeddings: tuple[Embedding, ...]
-    head: Head
+    head: OutputHead
     parameters: tuple[Parameter, ...]
     """Everything else."""
 

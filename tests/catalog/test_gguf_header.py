@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.catalog.gguf import as_config, read_gguf
+from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
 from qlora_tui.errors import Problem
 from tests.catalog.models import TINY_PARAMS, gguf_bytes, make_gguf
 
@@ -20,7 +20,7 @@ def test_a_header_gives_the_architecture(tmp_path: Path) -> None:
     assert header.architecture == "llama"
     assert header.quantization == "Q4_1"
     assert header.lengths["tokenizer.ggml.tokens"] == 64
-    architecture = read_architecture(as_config(header, file))
+    architecture = parse_architecture(to_hf_config(header, file))
     assert architecture.total_params == TINY_PARAMS
     assert architecture.head_dim == 8
     assert architecture.dtype == "Q4_1"
@@ -31,7 +31,7 @@ def test_a_head_that_is_not_stored_is_tied(tmp_path: Path) -> None:
     make_gguf(file)
     untied = read_gguf(file)
     del untied.tensors["output.weight"]
-    assert as_config(untied, file)["tie_word_embeddings"] is True
+    assert to_hf_config(untied, file)["tie_word_embeddings"] is True
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_cannot_be_trained_from_gguf_is_refused(
 ) -> None:
     file = make_gguf(tmp_path / "other.gguf", **changes)
     with pytest.raises(Problem) as caught:
-        as_config(read_gguf(file), file)
+        to_hf_config(read_gguf(file), file)
     assert named in caught.value.what
     assert str(file) in caught.value.what
 
@@ -57,7 +57,7 @@ def test_what_cannot_be_trained_from_gguf_is_refused(
 def test_a_missing_size_is_named(tmp_path: Path) -> None:
     file = make_gguf(tmp_path / "half.gguf", llama__block_count=None)
     with pytest.raises(Problem, match="num_hidden_layers is missing"):
-        read_architecture(as_config(read_gguf(file), file))
+        parse_architecture(to_hf_config(read_gguf(file), file))
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04" + bytes(60), b"GGUF\x01\0\0\0" + bytes(60)])

@@ -15,28 +15,28 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.catalog.config_fields import ConfigFields, bad_config
-from qlora_tui.catalog.facts import Architecture, Experts, Head
+from qlora_tui.catalog.architecture_types import Architecture, Experts, OutputHead
+from qlora_tui.catalog.config_fields import ConfigFields, config_problem
 from qlora_tui.catalog.families import COMPOSITE, FAMILY
-from qlora_tui.catalog.template import Family, Size, Sizes, embeddings, evaluate, expand
+from qlora_tui.catalog.family_spec import Family, SizeField, Sizes, embeddings, evaluate, expand
 from qlora_tui.errors import Problem
 
-COMMON_SIZES: dict[str, Size] = {
-    "layers": Size(("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
-    "hidden": Size(("hidden_size", "n_embd", "n_embed")),
-    "heads": Size(("num_attention_heads", "n_head", "num_heads")),
-    "kv_heads": Size(("num_key_value_heads",), absent="heads"),
-    "head_dim": Size(("head_dim",), absent="hidden_per_head"),
-    "vocab": Size(("vocab_size",)),
-    "positions": Size(("max_position_embeddings", "n_positions", "seq_length"), absent=0),
+COMMON_SIZES: dict[str, SizeField] = {
+    "layers": SizeField(("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
+    "hidden": SizeField(("hidden_size", "n_embd", "n_embed")),
+    "heads": SizeField(("num_attention_heads", "n_head", "num_heads")),
+    "kv_heads": SizeField(("num_key_value_heads",), default="heads"),
+    "head_dim": SizeField(("head_dim",), default="hidden_per_head"),
+    "vocab": SizeField(("vocab_size",)),
+    "positions": SizeField(("max_position_embeddings", "n_positions", "seq_length"), default=0),
 }
 """Every family's. ``positions`` 0 means that the file does not say, and no parameter depends on it."""
 
-DENSE_WIDTH = Size(("intermediate_size", "n_inner", "ffn_dim"))
+DENSE_WIDTH = SizeField(("intermediate_size", "n_inner", "ffn_dim"))
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
 
-def read_architecture(config: Mapping[str, Any] | Path) -> Architecture:
+def parse_architecture(config: Mapping[str, Any] | Path) -> Architecture:
     """The architecture a config describes.
 
     ``config`` is the parsed ``config.json``, the file, or the folder that holds it. Raises Problem, naming
@@ -44,8 +44,8 @@ def read_architecture(config: Mapping[str, Any] | Path) -> Architecture:
     """
     if isinstance(config, Path):
         file = config / "config.json" if config.is_dir() else config
-        return _read(ConfigFields(load_config(file), str(file)))
-    return _read(ConfigFields(config, "config.json"))
+        return _parse(ConfigFields(load_config(file), str(file)))
+    return _parse(ConfigFields(config, "config.json"))
 
 
 def load_config(file: Path) -> dict[str, Any]:
@@ -53,27 +53,27 @@ def load_config(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise bad_config(str(file), "there is no such file") from None
+        raise config_problem(str(file), "there is no such file") from None
     except OSError as error:
-        raise bad_config(str(file), f"it cannot be read ({error.strerror})") from None
+        raise config_problem(str(file), f"it cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
-        raise bad_config(str(file), "it is not JSON") from None
+        raise config_problem(str(file), "it is not JSON") from None
     if not isinstance(values, dict):
-        raise bad_config(str(file), "it is not a JSON object")
+        raise config_problem(str(file), "it is not a JSON object")
     return values
 
 
 def known_model_types() -> frozenset[str]:
-    """Every ``model_type`` that ``read_architecture`` takes."""
+    """Every ``model_type`` that ``parse_architecture`` takes."""
     return frozenset(FAMILY) | frozenset(COMPOSITE)
 
 
-def _read(fields: ConfigFields) -> Architecture:
+def _parse(fields: ConfigFields) -> Architecture:
     model_type = fields.text(("model_type",))
     if model_type is None:
         raise fields.missing("model_type")
     if model_type in COMPOSITE:
-        return _read_composite(fields, model_type)
+        return _parse_composite(fields, model_type)
     if model_type not in FAMILY:
         raise unknown_family(fields.where, model_type)
     family = FAMILY[model_type]
@@ -82,16 +82,17 @@ def _read(fields: ConfigFields) -> Architecture:
 
 
 def unknown_family(where: str, model_type: str) -> Problem:
-    near = difflib.get_close_matches(model_type, sorted(known_model_types()), n=1, cutoff=0.75)
+    close_matches = difflib.get_close_matches(model_type, sorted(known_model_types()), n=1, cutoff=0.75)
     return Problem(
         "This model family is not known",
         what=f"{where}: model_type is {model_type!r}.",
         why="The estimate and the LoRA screen need to know what such a model is built of.",
-        fix=(f"The nearest known is {near[0]!r}. " if near else "") + "Choose a model of a known family.",
+        fix=(f"The nearest known is {close_matches[0]!r}. " if close_matches else "")
+        + "Choose a model of a known family.",
     )
 
 
-def _read_composite(fields: ConfigFields, model_type: str) -> Architecture:
+def _parse_composite(fields: ConfigFields, model_type: str) -> Architecture:
     composite = COMPOSITE[model_type]
     family = FAMILY[composite.text]
     text = fields.child("text_config")
@@ -100,26 +101,26 @@ def _read_composite(fields: ConfigFields, model_type: str) -> Architecture:
         family = dataclasses.replace(family, tied=fields.flag("tie_word_embeddings", composite.tied))
         text = ConfigFields({k: v for k, v in text.values.items() if k != "tie_word_embeddings"}, text.where)
     if fields.values.get("audio_config") is not None:
-        raise bad_config(fields.where, "audio_config is set: models with ears are not known here")
+        raise config_problem(fields.where, "audio_config is set: models with ears are not known here")
     architecture = _assemble(fields, model_type, family, composite.base, sizes, text)
     if composite.tower is None or fields.values.get("vision_config") is None:
         return architecture
     tower = composite.tower
     vision = fields.child("vision_config")
     vision_sizes = {**read_sizes(tower, vision), "text_hidden": sizes["hidden"]}
-    built = expand(tower, tower.base, vision_sizes, _layers(tower, vision, vision_sizes), vision=True)
+    expanded = expand(tower, tower.base, vision_sizes, _layers(tower, vision, vision_sizes), vision=True)
     return msgspec.structs.replace(
         architecture,
-        modules=(*architecture.modules, *built.modules),
-        parameters=(*architecture.parameters, *built.parameters),
+        modules=(*architecture.modules, *expanded.modules),
+        parameters=(*architecture.parameters, *expanded.parameters),
     )
 
 
 def read_sizes(family: Family, fields: ConfigFields) -> dict[str, int]:
     """Every size and flag the tables of ``family`` name. Raises Problem naming the field at fault."""
-    wanted = {**COMMON_SIZES, **_dense_width(family), **family.sizes}
+    size_fields = {**COMMON_SIZES, **_dense_width(family), **family.sizes}
     sizes: dict[str, int] = {}
-    for name, size in wanted.items():
+    for name, size in size_fields.items():
         sizes[name] = _read_size(fields, size, sizes)
     for flag, default in family.flags.items():
         sizes[flag] = int(fields.flag(flag, default))
@@ -130,7 +131,7 @@ def read_sizes(family: Family, fields: ConfigFields) -> dict[str, int]:
     return sizes
 
 
-def _dense_width(family: Family) -> dict[str, Size]:
+def _dense_width(family: Family) -> dict[str, SizeField]:
     used = any("inner" in _width_names(entry) for entry in family.layer)
     return {"inner": DENSE_WIDTH} if used else {}
 
@@ -140,19 +141,19 @@ def _width_names(entry: object) -> set[str]:
     return set(text.replace("*", "+").split("+"))
 
 
-def _read_size(fields: ConfigFields, size: Size, sizes: dict[str, int]) -> int:
-    value = fields.size(size.keys, least=size.least) if size.keys else None
+def _read_size(fields: ConfigFields, size: SizeField, sizes: dict[str, int]) -> int:
+    value = fields.size(size.keys, minimum=size.minimum) if size.keys else None
     if value is not None:
         return value
-    default = size.absent
-    if size.null is not None and fields.first(size.keys) is not None:
-        default = size.null
+    default = size.default
+    if size.null_value is not None and fields.first(size.keys) is not None:
+        default = size.null_value
     if default is None:
         raise fields.missing(size.keys[0])
     if isinstance(default, int):
         return default
     if default == "hidden_per_head" and sizes["hidden"] % sizes["heads"]:
-        raise bad_config(
+        raise config_problem(
             fields.where,
             f"hidden_size {sizes['hidden']} is not a multiple of num_attention_heads {sizes['heads']}"
             " and there is no head_dim",
@@ -175,9 +176,9 @@ def _assemble(
     """``outer`` is the whole file; ``text`` the language model's part of it, where that is nested."""
     fields = text or outer
     sizes["hidden_per_head"] = sizes["hidden"] // sizes["heads"]
-    built = expand(family, base, sizes, _layers(family, fields, sizes))
+    expanded = expand(family, base, sizes, _layers(family, fields, sizes))
     tied = fields.flag("tie_word_embeddings", family.tied)
-    dense = any(module.part == "mlp" for module in built.modules)
+    dense = any(module.part == "mlp" for module in expanded.modules)
     return Architecture(
         model_type=model_type,
         layers=sizes["layers"],
@@ -197,16 +198,16 @@ def _assemble(
         dtype=_dtype(fields) or _dtype(outer),
         quantized_as=_quantized_as(outer),
         experts=_experts(sizes, family),
-        modules=tuple(built.modules),
+        modules=tuple(expanded.modules),
         embeddings=embeddings(family, base, sizes),
-        head=Head(
+        head=OutputHead(
             family.head.name,
             evaluate(family.head.fan_in, sizes),
             sizes["vocab"],
             bool(family.head.bias),
             tied,
         ),
-        parameters=tuple(built.parameters),
+        parameters=tuple(expanded.parameters),
     )
 
 
@@ -218,7 +219,7 @@ _DROPOUT_KEYS = {
     "seed_oss": "residual_dropout",
     "starcoder2": "residual_dropout",
 }
-_DROP_A_TENTH = ("gpt2", "gpt_bigcode", "opt", "seed_oss")
+_DEFAULT_DROPOUT_0_1 = ("gpt2", "gpt_bigcode", "opt", "seed_oss")
 
 
 def _residual_dropout(fields: ConfigFields, family: Family) -> float:
@@ -226,9 +227,9 @@ def _residual_dropout(fields: ConfigFields, family: Family) -> float:
     key = _DROPOUT_KEYS.get(family.model_types[0], "hidden_dropout")
     value = fields.values.get(key)
     if value is None:
-        return 0.1 if family.model_types[0] in _DROP_A_TENTH else 0.0
+        return 0.1 if family.model_types[0] in _DEFAULT_DROPOUT_0_1 else 0.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise fields.bad(key, "a number from 0 up to 1")
+        raise fields.invalid(key, "a number from 0 up to 1")
     return float(value)
 
 

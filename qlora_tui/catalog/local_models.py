@@ -17,14 +17,14 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import paths
-from qlora_tui.catalog.architecture import read_architecture
-from qlora_tui.catalog.facts import Architecture
-from qlora_tui.catalog.gguf import as_config, read_gguf
-from qlora_tui.catalog.model_folder import CONFIG, inspect, refused, truncated, weight_files
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
+from qlora_tui.catalog.model_validation import CONFIG, check_folder, is_truncated, model_problem, weight_files
 from qlora_tui.errors import WRONG_CALL, Problem
 
-Source = Literal["hub cache", "folder", "gguf", "converted"]
-DEEPEST = 3
+ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
+MAX_DEPTH = 3
 """How far below a named folder models are looked for: publisher, model, file."""
 
 
@@ -37,7 +37,7 @@ class LocalModel(Struct, frozen=True):
     """How a list shows it."""
     path: Path
     """The folder to load, or the GGUF file."""
-    source: Source
+    source: ModelSource
     size_bytes: int
     architecture: Architecture | None
     refusal: Problem | None
@@ -52,7 +52,7 @@ class ModelFiles(Struct, frozen=True):
     folder: Path
     gguf_file: str | None
     """Name of the file in ``folder``, where the model is a GGUF that has to be converted first."""
-    source: Source
+    source: ModelSource
     architecture: Architecture
 
 
@@ -72,33 +72,33 @@ def converted_dir() -> Path:
     return paths.cache_dir() / "models"
 
 
-def list_local(folders: Iterable[Path] = ()) -> list[LocalModel]:
+def list_local_models(folders: Iterable[Path] = ()) -> list[LocalModel]:
     """Every model on this machine, trainable ones first, then by name.
 
     ``folders``: what the user named; missing ones are passed over. Takes about two milliseconds a model.
     """
-    found: dict[Path, LocalModel] = {}
+    by_path: dict[Path, LocalModel] = {}
     for model in (*_hub_models(), *_converted_models(), *_folder_models(folders)):
-        found.setdefault(model.path, model)
-    return sorted(found.values(), key=lambda model: (model.refusal is not None, model.name.lower()))
+        by_path.setdefault(model.path, model)
+    return sorted(by_path.values(), key=lambda model: (model.refusal is not None, model.name.lower()))
 
 
-def resolve(model_id: str) -> ModelFiles:
+def resolve_model(model_id: str) -> ModelFiles:
     """The files of the model a recipe names: a hub id in the cache, a converted model, a folder, a GGUF file.
 
     Raises Problem when it is not on this machine (with near matches), is refused, or is cut short.
     """
-    model = _find(model_id)
+    model = _find_model(model_id)
     if model is None:
-        raise not_here(model_id)
+        raise model_not_found(model_id)
     if model.refusal is not None:
         raise model.refusal
     assert model.architecture is not None  # a model without one is refused
     if model.source == "gguf":
         return ModelFiles(model.id, model.path.parent, model.path.name, "gguf", model.architecture)
     for file in weight_files(model.path):
-        if truncated(model.path / file):
-            raise refused(
+        if is_truncated(model.path / file):
+            raise model_problem(
                 "The weights are not whole",
                 f"{model.path / file} is not as long as its header says.",
                 "The copy or download was cut short.",
@@ -107,18 +107,18 @@ def resolve(model_id: str) -> ModelFiles:
     return ModelFiles(model.id, model.path, None, model.source, model.architecture)
 
 
-def not_here(model_id: str) -> Problem:
+def model_not_found(model_id: str) -> Problem:
     """The answer to a name that no model on this machine has."""
-    names = {model.id.lower(): model.id for model in list_local()}
+    names = {model.id.lower(): model.id for model in list_local_models()}
     short = {name.rpartition("/")[2]: model for name, model in names.items()}
-    wanted = model_id.lower()
-    near = [names[key] for key in difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)]
-    near += [
-        short[key] for key in difflib.get_close_matches(wanted.rpartition("/")[2], short, n=3, cutoff=0.6)
+    lowered = model_id.lower()
+    close_matches = [names[key] for key in difflib.get_close_matches(lowered, names, n=3, cutoff=0.6)]
+    close_matches += [
+        short[key] for key in difflib.get_close_matches(lowered.rpartition("/")[2], short, n=3, cutoff=0.6)
     ]
-    hint = f"Did you mean {' or '.join(dict.fromkeys(near[:3]))}? " if near else ""
+    hint = f"Did you mean {' or '.join(dict.fromkeys(close_matches[:3]))}? " if close_matches else ""
     looks_like_path = _is_path(model_id) or model_id.count("/") > 1
-    get = (
+    advice = (
         "Check the path."
         if looks_like_path
         else f"Download it on the Model screen, or with: qlora-tui download {model_id}"
@@ -127,7 +127,7 @@ def not_here(model_id: str) -> Problem:
         "The model is not on this machine",
         what=f"There is no model {model_id!r} here.",
         why=f"Looked in {hub_cache_dir()} and {converted_dir()}.",
-        fix=hint + get,
+        fix=hint + advice,
         exit_code=WRONG_CALL,
     )
 
@@ -136,21 +136,21 @@ def _is_path(model_id: str) -> bool:
     return model_id.startswith(("/", "./", "../", "~")) or model_id.endswith(".gguf")
 
 
-def _find(model_id: str) -> LocalModel | None:
+def _find_model(model_id: str) -> LocalModel | None:
     if not model_id:
         return None
     try:
         path = Path(model_id).expanduser().absolute()
         if path.suffix == ".gguf" and path.is_file():
-            return _gguf_model(path)
+            return _read_gguf_model(path)
         if path.is_dir() and (_is_path(model_id) or (path / CONFIG).is_file()):
-            return _model(path, "folder", path.name, str(path))
+            return _read_folder(path, "folder", path.name, str(path))
         if _is_path(model_id) or ".." in path.parts:
             return None
         if (cached := hub_cache_dir() / _cached_name(model_id)).is_dir():
-            return _hub_model(cached)
+            return _read_cached_model(cached)
         if path.name == model_id and (converted := converted_dir() / model_id).is_dir():
-            return _model(converted, "converted", model_id, model_id)
+            return _read_folder(converted, "converted", model_id, model_id)
     except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, an unknown user's home
         pass
     return None
@@ -165,21 +165,23 @@ def _hub_models() -> Iterator[LocalModel]:
         if folder.name.startswith("models--"):
             snapshot = _snapshot(folder)
             ggufs = [file for file in _files(snapshot) if file.suffix == ".gguf"] if snapshot else []
-            yield from map(_gguf_model, ggufs)
+            yield from map(_read_gguf_model, ggufs)
             if not ggufs:
-                yield _hub_model(folder)
+                yield _read_cached_model(folder)
 
 
-def _hub_model(folder: Path) -> LocalModel:
+def _read_cached_model(folder: Path) -> LocalModel:
     """The model of one ``models--org--name`` folder: the snapshot its ``main`` points to, else the newest."""
     name = folder.name.removeprefix("models--").replace("--", "/")
     snapshot = _snapshot(folder)
     if snapshot is None or not (snapshot / CONFIG).is_file():
         blobs = sum(file.stat().st_size for file in _files(folder / "blobs"))
-        return LocalModel(name, name, snapshot or folder, "hub cache", blobs, None, _unfinished(name))
-    model = _model(snapshot, "hub cache", name, name)
+        return LocalModel(
+            name, name, snapshot or folder, "hub cache", blobs, None, _incomplete_download(name)
+        )
+    model = _read_folder(snapshot, "hub cache", name, name)
     if model.refusal is not None and any((folder / "blobs").glob("*.incomplete")):
-        return msgspec.structs.replace(model, refusal=_unfinished(name))
+        return msgspec.structs.replace(model, refusal=_incomplete_download(name))
     return model
 
 
@@ -194,8 +196,8 @@ def _snapshot(folder: Path) -> Path | None:
     return max(snapshots, key=lambda snapshot: snapshot.stat().st_mtime, default=None)
 
 
-def _unfinished(name: str) -> Problem:
-    return refused(
+def _incomplete_download(name: str) -> Problem:
+    return model_problem(
         "The download is not complete",
         f"{name} is in the cache only in part.",
         "A download began and did not end, or fetched single files only.",
@@ -206,38 +208,38 @@ def _unfinished(name: str) -> Problem:
 def _converted_models() -> Iterator[LocalModel]:
     for folder in _subfolders(converted_dir()):
         if not folder.name.startswith("."):
-            yield _model(folder, "converted", folder.name, folder.name)
+            yield _read_folder(folder, "converted", folder.name, folder.name)
 
 
 def _folder_models(folders: Iterable[Path]) -> Iterator[LocalModel]:
     for folder in folders:
         top = folder.expanduser().absolute()
         if top.suffix == ".gguf" and top.is_file():
-            yield _gguf_model(top)
+            yield _read_gguf_model(top)
         else:
-            yield from _walk(top, DEEPEST)
+            yield from _walk(top, MAX_DEPTH)
 
 
 def _walk(folder: Path, depth: int) -> Iterator[LocalModel]:
     """Models in and below ``folder``. A folder that is a model is not searched further."""
     files = list(_files(folder))
     if any(file.name in (CONFIG, "pytorch_model.bin") or file.suffix == ".safetensors" for file in files):
-        yield _model(folder, "folder", folder.name, str(folder))
+        yield _read_folder(folder, "folder", folder.name, str(folder))
         return
-    yield from (_gguf_model(file) for file in files if file.suffix == ".gguf")
+    yield from (_read_gguf_model(file) for file in files if file.suffix == ".gguf")
     if depth:
         for child in _subfolders(folder):
             if not child.name.startswith("."):
                 yield from _walk(child, depth - 1)
 
 
-def _model(folder: Path, source: Source, name: str, model_id: str) -> LocalModel:
+def _read_folder(folder: Path, source: ModelSource, name: str, model_id: str) -> LocalModel:
     try:
-        architecture, refusal = inspect(folder, name)
+        architecture, refusal = check_folder(folder, name)
         size_bytes = sum(file.stat().st_size for file in _files(folder))
     except OSError as error:
         architecture, size_bytes = None, 0
-        refusal = refused(
+        refusal = model_problem(
             "The model folder cannot be read",
             f"{folder}: {error.strerror}.",
             "",
@@ -246,10 +248,10 @@ def _model(folder: Path, source: Source, name: str, model_id: str) -> LocalModel
     return LocalModel(model_id, name, folder, source, size_bytes, architecture, refusal)
 
 
-def _gguf_model(file: Path) -> LocalModel:
+def _read_gguf_model(file: Path) -> LocalModel:
     architecture, refusal = None, None
     try:
-        architecture = read_architecture(as_config(read_gguf(file), file))
+        architecture = parse_architecture(to_hf_config(read_gguf(file), file))
     except Problem as problem:
         refusal = problem
     return LocalModel(str(file), file.stem, file, "gguf", file.stat().st_size, architecture, refusal)

@@ -11,14 +11,20 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.local import LocalModel, converted_dir, hub_cache_dir, list_local, resolve
+from qlora_tui.catalog.local_models import (
+    LocalModel,
+    converted_dir,
+    hub_cache_dir,
+    list_local_models,
+    resolve_model,
+)
 from qlora_tui.errors import Problem
 from tests.catalog.configs import config
 from tests.catalog.models import TINY, TINY_PARAMS, make_cached, make_gguf, make_model, safetensors_bytes
 
 
 def _only(folder: Path) -> LocalModel:
-    (model,) = list_local([folder])
+    (model,) = list_local_models([folder])
     return model
 
 
@@ -30,7 +36,7 @@ def _refusal(folder: Path) -> Problem:
 
 
 def test_nothing_is_no_error(tmp_path: Path) -> None:
-    assert list_local([tmp_path, tmp_path / "missing"]) == []
+    assert list_local_models([tmp_path, tmp_path / "missing"]) == []
 
 
 def test_the_cache_is_where_the_library_says(tmp_path: Path) -> None:
@@ -45,19 +51,19 @@ def test_the_cache_is_where_the_library_says(tmp_path: Path) -> None:
         variables = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
         environ = {key: value for key, value in os.environ.items() if key not in variables}
         environ |= {"HERE": str(tmp_path), "HOME": str(tmp_path), **settings}
-        asked = subprocess.run(
+        output = subprocess.run(
             [
                 sys.executable,
                 "-c",
                 "from huggingface_hub import constants; print(constants.HF_HUB_CACHE);"
-                "from qlora_tui.catalog.local import hub_cache_dir; print(hub_cache_dir())",
+                "from qlora_tui.catalog.local_models import hub_cache_dir; print(hub_cache_dir())",
             ],
             env=environ,
             capture_output=True,
             text=True,
             check=True,
         )
-        theirs, ours = asked.stdout.split()
+        theirs, ours = output.stdout.split()
         assert ours == theirs
 
 
@@ -66,7 +72,7 @@ def test_every_source_is_listed_with_its_facts(tmp_path: Path) -> None:
     make_model(converted_dir() / "converted")
     make_model(tmp_path / "models" / "mine")
     make_gguf(tmp_path / "models" / "publisher" / "packed.gguf")
-    models = {model.name: model for model in list_local([tmp_path / "models"])}
+    models = {model.name: model for model in list_local_models([tmp_path / "models"])}
     assert {name: model.source for name, model in models.items()} == {
         "org/cached": "hub cache",
         "converted": "converted",
@@ -78,7 +84,7 @@ def test_every_source_is_listed_with_its_facts(tmp_path: Path) -> None:
         assert model.architecture is not None
         assert model.architecture.total_params == TINY_PARAMS
         assert model.size_bytes > 200
-        assert resolve(model.id).architecture == model.architecture
+        assert resolve_model(model.id).architecture == model.architecture
 
 
 def test_a_folder_that_is_a_model_is_listed_itself(tmp_path: Path) -> None:
@@ -90,7 +96,7 @@ def test_a_folder_that_is_a_model_is_listed_itself(tmp_path: Path) -> None:
 def test_refused_models_come_last(tmp_path: Path) -> None:
     make_model(tmp_path / "b")
     make_model(tmp_path / "a", {**TINY, "model_type": "bert"})
-    assert [model.name for model in list_local([tmp_path])] == ["b", "a"]
+    assert [model.name for model in list_local_models([tmp_path])] == ["b", "a"]
 
 
 def test_weights_without_a_config_are_refused(tmp_path: Path) -> None:
@@ -187,7 +193,7 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, index: str) -> None:
 def test_a_cached_model_whose_blob_is_gone_is_incomplete() -> None:
     snapshot = make_cached(hub_cache_dir(), "org/half", shards=2)
     (snapshot / "model-00001-of-00002.safetensors").resolve().unlink()
-    (model,) = list_local()
+    (model,) = list_local_models()
     assert model.refusal is not None
     assert "not complete" in model.refusal.title
 
@@ -195,7 +201,7 @@ def test_a_cached_model_whose_blob_is_gone_is_incomplete() -> None:
 def test_a_cached_single_file_is_an_incomplete_download() -> None:
     snapshot = make_cached(hub_cache_dir(), "org/bare")
     (snapshot / "config.json").unlink()
-    (model,) = list_local()
+    (model,) = list_local_models()
     assert model.refusal is not None
     assert "not complete" in model.refusal.title
     assert model.size_bytes > 0
@@ -204,12 +210,12 @@ def test_a_cached_single_file_is_an_incomplete_download() -> None:
 def test_a_cache_without_its_main_uses_the_snapshot_there_is() -> None:
     snapshot = make_cached(hub_cache_dir(), "org/pinned")
     (snapshot.parent.parent / "refs" / "main").unlink()
-    assert resolve("org/pinned").folder == snapshot
+    assert resolve_model("org/pinned").folder == snapshot
 
 
 def test_datasets_in_the_cache_are_passed_over() -> None:
     (hub_cache_dir() / "datasets--org--rows" / "snapshots").mkdir(parents=True)
-    assert list_local() == []
+    assert list_local_models() == []
 
 
 def test_a_cached_gguf_is_listed_as_one(tmp_path: Path) -> None:
@@ -217,9 +223,9 @@ def test_a_cached_gguf_is_listed_as_one(tmp_path: Path) -> None:
     for file in list(snapshot.iterdir()):
         file.unlink()
     make_gguf(snapshot / "packed.Q4_1.gguf")
-    (model,) = list_local()
+    (model,) = list_local_models()
     assert (model.source, model.refusal) == ("gguf", None)
-    files = resolve(model.id)
+    files = resolve_model(model.id)
     assert (files.folder, files.gguf_file) == (snapshot, "packed.Q4_1.gguf")
 
 
@@ -227,7 +233,7 @@ def test_an_unreadable_gguf_is_listed_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"nothing")
     assert "bad.gguf" in _refusal(tmp_path).what
     with pytest.raises(Problem):
-        resolve(str(tmp_path / "bad.gguf"))
+        resolve_model(str(tmp_path / "bad.gguf"))
 
 
 def test_resolve_takes_an_id_a_name_a_folder_and_a_file(tmp_path: Path) -> None:
@@ -235,10 +241,13 @@ def test_resolve_takes_an_id_a_name_a_folder_and_a_file(tmp_path: Path) -> None:
     make_model(converted_dir() / "converted")
     folder = make_model(tmp_path / "mine")
     packed = make_gguf(tmp_path / "packed.gguf")
-    assert resolve("org/cached").folder == snapshot
-    assert resolve("converted").folder == converted_dir() / "converted"
-    assert resolve(str(folder)).folder == folder
-    assert (resolve(str(packed)).folder, resolve(str(packed)).gguf_file) == (tmp_path, "packed.gguf")
+    assert resolve_model("org/cached").folder == snapshot
+    assert resolve_model("converted").folder == converted_dir() / "converted"
+    assert resolve_model(str(folder)).folder == folder
+    assert (resolve_model(str(packed)).folder, resolve_model(str(packed)).gguf_file) == (
+        tmp_path,
+        "packed.gguf",
+    )
 
 
 def test_a_relative_path_resolves_to_one_that_is_good_everywhere(
@@ -247,32 +256,32 @@ def test_a_relative_path_resolves_to_one_that_is_good_everywhere(
     folder = make_model(tmp_path / "mine")
     packed = make_gguf(tmp_path / "packed.gguf")
     monkeypatch.chdir(tmp_path)
-    assert resolve("./mine").id == resolve("mine").id == str(folder)
-    assert resolve("packed.gguf").id == str(packed)
+    assert resolve_model("./mine").id == resolve_model("mine").id == str(folder)
+    assert resolve_model("packed.gguf").id == str(packed)
 
 
 @pytest.mark.parametrize(
-    "asked", ["SmolLM2-135", "HuggingFaceTB/SmolLM2-135M-Instrct", "smollm2-135m-instruct"]
+    "name", ["SmolLM2-135", "HuggingFaceTB/SmolLM2-135M-Instrct", "smollm2-135m-instruct"]
 )
-def test_a_name_nearly_right_gets_the_right_one(asked: str) -> None:
+def test_a_name_nearly_right_gets_the_right_one(name: str) -> None:
     make_cached(hub_cache_dir(), "HuggingFaceTB/SmolLM2-135M-Instruct")
     with pytest.raises(Problem) as caught:
-        resolve(asked)
+        resolve_model(name)
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in caught.value.fix
 
 
 @pytest.mark.parametrize(
-    "asked", ["", ".", "..", "../..", "/no/such", "~/no/such", "a" * 5000, "nul\0", "a/b/c", "~nobody-here/x"]
+    "name", ["", ".", "..", "../..", "/no/such", "~/no/such", "a" * 5000, "nul\0", "a/b/c", "~nobody-here/x"]
 )
-def test_nonsense_is_simply_not_here(asked: str) -> None:
+def test_nonsense_is_simply_not_here(name: str) -> None:
     with pytest.raises(Problem, match=r"not on this machine|no config"):
-        resolve(asked)
+        resolve_model(name)
 
 
 def test_a_refused_model_does_not_resolve(tmp_path: Path) -> None:
     make_model(tmp_path / "m", {**TINY, "model_type": "bert"})
     with pytest.raises(Problem, match="bert"):
-        resolve(str(tmp_path / "m"))
+        resolve_model(str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +299,7 @@ def test_weights_cut_short_do_not_resolve(tmp_path: Path, content: bytes) -> Non
     folder = make_model(tmp_path / "m")
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(Problem, match="not as long as its header says"):
-        resolve(str(folder))
+        resolve_model(str(folder))
 
 
 def test_a_real_safetensors_file_is_whole(tmp_path: Path) -> None:
@@ -299,12 +308,12 @@ def test_a_real_safetensors_file_is_whole(tmp_path: Path) -> None:
 
     folder = make_model(tmp_path / "m")
     save_file({"a": np.ones(3), "b": np.ones((2, 2))}, folder / "model.safetensors", {"format": "pt"})
-    assert resolve(str(folder)).folder == folder
+    assert resolve_model(str(folder)).folder == folder
 
 
 def test_listing_loads_no_library() -> None:
     script = (
-        "import sys; from qlora_tui.catalog.local import list_local, resolve; list_local();"
+        "import sys; from qlora_tui.catalog.local_models import list_local_models; list_local_models();"
         "heavy = ('torch', 'transformers', 'numpy', 'huggingface_hub', 'gguf', 'safetensors');"
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.catalog.architecture import known_model_types, read_architecture
+from qlora_tui.catalog.config_parser import known_model_types, parse_architecture
 from qlora_tui.errors import Problem
 from tests.catalog.configs import CONFIGS, config, counted
 
@@ -19,7 +19,7 @@ COUNTED = counted()
 
 @pytest.mark.parametrize("model", COUNTED)
 def test_parameters_equal_those_transformers_counts(model: str) -> None:
-    architecture = read_architecture(config(model))
+    architecture = parse_architecture(config(model))
     row = {key: int(value) for key, value in COUNTED[model].items() if value.isdigit()}
     assert architecture.total_params == row["total_params"]
     conv1d = sum(module.weight_params for module in architecture.modules if module.conv1d)
@@ -37,7 +37,7 @@ def test_parameters_equal_those_transformers_counts(model: str) -> None:
 
 
 def test_modules_carry_the_models_own_names_and_kinds() -> None:
-    architecture = read_architecture(config("HuggingFaceTB/SmolLM2-135M"))
+    architecture = parse_architecture(config("HuggingFaceTB/SmolLM2-135M"))
     first = architecture.modules[0]
     assert first.name == "model.layers.0.self_attn.q_proj"
     assert (first.kind, first.part, first.layer) == ("q_proj", "attention", 0)
@@ -52,7 +52,7 @@ def test_modules_carry_the_models_own_names_and_kinds() -> None:
 
 
 def test_fused_experts_stay_out_of_the_linear_modules() -> None:
-    architecture = read_architecture(config("mistralai/Mixtral-8x7B-v0.1"))
+    architecture = parse_architecture(config("mistralai/Mixtral-8x7B-v0.1"))
     assert architecture.expert_params / architecture.total_params > 0.96
     assert architecture.kinds() == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert architecture.intermediate_size is None
@@ -62,7 +62,7 @@ def test_fused_experts_stay_out_of_the_linear_modules() -> None:
 
 
 def test_a_first_dense_layer_is_not_a_mixture() -> None:
-    architecture = read_architecture(config("deepseek-ai/DeepSeek-V2-Lite"))
+    architecture = parse_architecture(config("deepseek-ai/DeepSeek-V2-Lite"))
     dense = [module.layer for module in architecture.modules if module.part == "mlp"]
     assert dense == [0, 0, 0]
     shared = {module.layer for module in architecture.modules if module.part == "shared_expert"}
@@ -70,12 +70,12 @@ def test_a_first_dense_layer_is_not_a_mixture() -> None:
 
 
 def test_only_falcons_own_linear_class_stays_in_16_bits() -> None:
-    assert not any(module.quantizable for module in read_architecture(config("tiiuae/falcon-7b")).modules)
-    assert all(module.quantizable for module in read_architecture(config("openai-community/gpt2")).modules)
+    assert not any(module.quantizable for module in parse_architecture(config("tiiuae/falcon-7b")).modules)
+    assert all(module.quantizable for module in parse_architecture(config("openai-community/gpt2")).modules)
 
 
 def test_a_vision_tower_is_told_from_the_language_model() -> None:
-    architecture = read_architecture(config("google/gemma-3-4b-it"))
+    architecture = parse_architecture(config("google/gemma-3-4b-it"))
     assert architecture.modules[0].name == "model.language_model.layers.0.self_attn.q_proj"
     vision = next(module for module in architecture.modules if module.part == "vision")
     assert vision.name == "model.vision_tower.encoder.layers.0.self_attn.k_proj"
@@ -83,15 +83,15 @@ def test_a_vision_tower_is_told_from_the_language_model() -> None:
 
 
 def test_what_happens_to_logits_after_the_head() -> None:
-    assert read_architecture(config("google/gemma-2-9b")).final_logit_softcapping == 30.0
-    assert read_architecture(config("google/gemma-3-1b-it")).final_logit_softcapping is None
-    assert read_architecture(config("CohereLabs/c4ai-command-r-v01")).logit_scale == 0.0625
-    assert read_architecture(config("ibm-research/PowerLM-3b")).logit_scale == pytest.approx(1 / 9)
-    assert read_architecture(config("Qwen/Qwen3-8B")).logit_scale is None
+    assert parse_architecture(config("google/gemma-2-9b")).final_logit_softcapping == 30.0
+    assert parse_architecture(config("google/gemma-3-1b-it")).final_logit_softcapping is None
+    assert parse_architecture(config("CohereLabs/c4ai-command-r-v01")).logit_scale == 0.0625
+    assert parse_architecture(config("ibm-research/PowerLM-3b")).logit_scale == pytest.approx(1 / 9)
+    assert parse_architecture(config("Qwen/Qwen3-8B")).logit_scale is None
 
 
 def test_a_checkpoint_stored_quantised_says_so() -> None:
-    assert read_architecture(config("openai/gpt-oss-20b")).quantized_as == "mxfp4"
+    assert parse_architecture(config("openai/gpt-oss-20b")).quantized_as == "mxfp4"
 
 
 def test_a_multimodal_config_may_leave_sizes_to_its_class() -> None:
@@ -99,14 +99,16 @@ def test_a_multimodal_config_may_leave_sizes_to_its_class() -> None:
     shorter = json.loads(json.dumps(spelled_out))
     for key in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         del shorter["text_config"][key]
-    assert read_architecture(shorter).total_params == read_architecture(spelled_out).total_params
+    assert parse_architecture(shorter).total_params == parse_architecture(spelled_out).total_params
 
 
 def test_a_folder_or_a_file_will_do(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes((CONFIGS / "Qwen__Qwen3-0.6B.json").read_bytes())
     assert (
-        read_architecture(tmp_path) == read_architecture(file) == read_architecture(config("Qwen/Qwen3-0.6B"))
+        parse_architecture(tmp_path)
+        == parse_architecture(file)
+        == parse_architecture(config("Qwen/Qwen3-0.6B"))
     )
 
 
@@ -143,28 +145,28 @@ def _llama(**changes: Any) -> dict[str, Any]:
 )
 def test_a_wrong_config_is_refused_by_the_name_of_its_field(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(Problem) as caught:
-        read_architecture(_llama(**changes))
+        parse_architecture(_llama(**changes))
     assert named in caught.value.what
     assert caught.value.fix
 
 
 def test_an_unknown_family_gets_the_nearest_known_name() -> None:
     with pytest.raises(Problem) as caught:
-        read_architecture(_llama(model_type="lama"))
+        parse_architecture(_llama(model_type="lama"))
     assert "'llama'" in caught.value.fix
     assert {"llama", "gemma3", "qwen3_moe"} <= known_model_types()
 
 
 def test_a_nested_config_without_its_text_part_is_refused() -> None:
     with pytest.raises(Problem, match="text_config is missing"):
-        read_architecture({"model_type": "gemma3"})
+        parse_architecture({"model_type": "gemma3"})
 
 
 def test_too_short_a_list_of_layer_kinds_is_refused() -> None:
     values = config("Qwen/Qwen3.5-27B")
     values["text_config"]["layer_types"] = ["full_attention"]
     with pytest.raises(Problem, match="layer_types has 1 entries for 64 layers"):
-        read_architecture(values)
+        parse_architecture(values)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
@@ -172,13 +174,13 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes
     file = tmp_path / "config.json"
     file.write_bytes(content)
     with pytest.raises(Problem) as caught:
-        read_architecture(file)
+        parse_architecture(file)
     assert str(file) in caught.value.what
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Problem, match="no such file"):
-        read_architecture(tmp_path)
+        parse_architecture(tmp_path)
 
 
 JUNK = st.one_of(
@@ -198,6 +200,6 @@ def test_junk_in_any_field_is_refused_or_harmless(data: st.DataObject) -> None:
     part = data.draw(st.sampled_from(nested))
     part[data.draw(st.sampled_from(sorted(part)))] = data.draw(JUNK)
     try:
-        assert read_architecture(values).total_params > 0
+        assert parse_architecture(values).total_params > 0
     except Problem as problem:
         assert problem.what

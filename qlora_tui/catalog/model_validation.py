@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.architecture import (
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.code_keys import named_kernels
+from qlora_tui.catalog.config_parser import (
     known_model_types,
     load_config,
-    read_architecture,
+    parse_architecture,
     unknown_family,
 )
-from qlora_tui.catalog.code_keys import named_kernels
-from qlora_tui.catalog.facts import Architecture
 from qlora_tui.errors import Problem
 
 CONFIG = "config.json"
@@ -30,18 +30,18 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Whichever of them a model has: what turns text into its tokens, and turns into its text."""
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the classes end that write text."""
 TRAINABLE_AS_STORED = ("bitsandbytes",)
 
 
-def refused(title: str, what: str, why: str, fix: str) -> Problem:
+def model_problem(title: str, what: str, why: str, fix: str) -> Problem:
     """A model that cannot be used, in one voice."""
     return Problem(title, what=what, why=why, fix=fix)
 
 
-def inspect(folder: Path, name: str) -> tuple[Architecture | None, Problem | None]:
+def check_folder(folder: Path, name: str) -> tuple[Architecture | None, Problem | None]:
     """The architecture of the model in ``folder`` and what speaks against training it.
 
     ``name`` is how messages call it. Either may be None: a refused model may still have an architecture.
@@ -53,41 +53,41 @@ def inspect(folder: Path, name: str) -> tuple[Architecture | None, Problem | Non
         config = load_config(folder / CONFIG)
     except Problem as unreadable:
         return None, unreadable
-    architecture, refusal = judge_config(config, name)
+    architecture, refusal = check_config(config, name)
     return architecture, refusal or weights_problem(folder, name)
 
 
-def judge_config(config: Mapping[str, Any], name: str) -> tuple[Architecture | None, Problem | None]:
+def check_config(config: Mapping[str, Any], name: str) -> tuple[Architecture | None, Problem | None]:
     """What the config alone says: the architecture, and why such a model cannot be trained here."""
-    refusal = judge_kind(config, name)
+    refusal = check_model_type(config, name)
     try:
-        return read_architecture(config), refusal
+        return parse_architecture(config), refusal
     except Problem as problem:
-        return None, refusal or _named(problem, name)
+        return None, refusal or _with_model_name(problem, name)
 
 
-def judge_kind(config: Mapping[str, Any], name: str) -> Problem | None:
+def check_model_type(config: Mapping[str, Any], name: str) -> Problem | None:
     """Why a model of this kind cannot be trained here, whatever its size."""
     model_type = config.get("model_type")
     if model_type not in known_model_types():
         if config.get("auto_map"):
-            return refused(
+            return model_problem(
                 "This model needs its own code",
                 f"{name} (model_type {model_type!r}) loads only with trust_remote_code.",
                 "That would run the author's Python on this machine, which qlora-tui never does.",
                 "Choose a model of a family that transformers has itself.",
             )
-        return _named(unknown_family("config.json", str(model_type)), name) if model_type else None
+        return _with_model_name(unknown_family("config.json", str(model_type)), name) if model_type else None
     if kernels := named_kernels(config):
-        return refused(
+        return model_problem(
             "This model chooses its own kernels",
             f"{name}: its config.json sets {kernels}.",
             "That would run compiled code of that repository on this machine; qlora-tui chooses the kernels.",
             "Remove the key from config.json, or choose another copy of the model.",
         )
     classes = config.get("architectures")
-    if isinstance(classes, list) and classes and not str(classes[0]).endswith(CAUSAL):
-        return refused(
+    if isinstance(classes, list) and classes and not str(classes[0]).endswith(CAUSAL_LM_SUFFIXES):
+        return model_problem(
             "This model does not write text",
             f"{name} is a {classes[0]}.",
             "Fine-tuning here needs a causal language model, with its output head.",
@@ -96,7 +96,7 @@ def judge_kind(config: Mapping[str, Any], name: str) -> Problem | None:
     stored = config.get("quantization_config")
     method = stored.get("quant_method") if isinstance(stored, dict) else None
     if method is not None and method not in TRAINABLE_AS_STORED:
-        return refused(
+        return model_problem(
             "This model is quantised already",
             f"{name} is stored as {method}.",
             "Weights that are quantised one way cannot be loaded as NF4.",
@@ -105,19 +105,19 @@ def judge_kind(config: Mapping[str, Any], name: str) -> Problem | None:
     return None
 
 
-def _named(problem: Problem, name: str) -> Problem:
+def _with_model_name(problem: Problem, name: str) -> Problem:
     return Problem(problem.title, what=f"{name}: {problem.what}", why=problem.why, fix=problem.fix)
 
 
 def _no_config(files: set[str], name: str) -> Problem:
     if "adapter_config.json" in files:
-        return refused(
+        return model_problem(
             "This is an adapter, not a model",
             f"{name} holds a LoRA adapter.",
             "An adapter is trained on top of a model and cannot be trained on itself.",
             "Choose the model it belongs to: adapter_config.json names it.",
         )
-    return refused(
+    return model_problem(
         "This model has no config.json",
         f"{name} has no config.json.",
         "Without it nothing says what the weights are.",
@@ -128,14 +128,14 @@ def _no_config(files: set[str], name: str) -> Problem:
 def weights_problem(folder: Path, name: str) -> Problem | None:
     """What is wrong with the weights in ``folder``: pickled, missing, or not all there."""
     try:
-        wanted = weight_files(folder)
+        weight_names = weight_files(folder)
     except Problem as problem:
         return problem
-    if wanted:
-        missing = [file for file in wanted if not (folder / file).is_file()]
+    if weight_names:
+        missing = [file for file in weight_names if not (folder / file).is_file()]
         if not missing:
             return None
-        return refused(
+        return model_problem(
             "The download is not complete",
             f"{name} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") + ".",
             "Its index names weights that are not there.",
@@ -146,14 +146,14 @@ def weights_problem(folder: Path, name: str) -> Problem | None:
 
 def no_weights_problem(files: Iterable[str], name: str) -> Problem:
     """Why ``files`` hold no weights that can be loaded."""
-    if pickled := sorted(file for file in files if file.endswith(PICKLED)):
-        return refused(
+    if pickled := sorted(file for file in files if file.endswith(PICKLE_SUFFIXES)):
+        return model_problem(
             "This model has pickled weights only",
             f"{name} has {pickled[0]} and no safetensors.",
             "Opening a pickle can run any code; qlora-tui reads safetensors only.",
             "Choose a copy of the model that is saved as safetensors.",
         )
-    return refused(
+    return model_problem(
         "This model has no weights",
         f"{name} has neither {SINGLE} nor {INDEX}.",
         "There is nothing to train.",
@@ -178,15 +178,15 @@ def indexed_files(index: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The files an index names. Raises Problem when it is no index, or names something outside the folder."""
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise _bad_index(where, "it has no weight_map")
+        raise _index_problem(where, "it has no weight_map")
     files = tuple(sorted(set(names.values())))
     if stray := [file for file in files if "/" in file or "\\" in file or not file.endswith(".safetensors")]:
-        raise _bad_index(where, f"it names {stray[0]!r}, which is no safetensors file beside it")
+        raise _index_problem(where, f"it names {stray[0]!r}, which is no safetensors file beside it")
     return files
 
 
-def _bad_index(where: str, what: str) -> Problem:
-    return refused(
+def _index_problem(where: str, what: str) -> Problem:
+    return model_problem(
         "The index of the weights cannot be used",
         f"{where}: {what}.",
         "It says which file holds which weight.",
@@ -194,7 +194,7 @@ def _bad_index(where: str, what: str) -> Problem:
     )
 
 
-def truncated(file: Path) -> bool:
+def is_truncated(file: Path) -> bool:
     """Whether a safetensors file is shorter or longer than its own header says, or has no header."""
     size = file.stat().st_size
     with file.open("rb") as content:

@@ -11,28 +11,28 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from qlora_tui.catalog.architecture_types import Embedding, LinearModule, Parameter, Part, Role
 from qlora_tui.catalog.config_fields import ConfigFields
-from qlora_tui.catalog.facts import Embedding, LinearModule, Parameter, Part, Role
 
 Sizes = Mapping[str, int]
 """Named sizes and flags (0 or 1) of one model, or of one of its layers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class SizeField:
     """A whole number of ``config.json``."""
 
     keys: tuple[str, ...]
     """What the file may call it, the usual name first."""
-    absent: int | str | None = None
+    default: int | str | None = None
     """The config class's default, a number or an expression; None: the file must have it."""
-    null: int | str | None = None
+    null_value: int | str | None = None
     """What an explicit null means, where that differs from ``absent``."""
-    least: int = 1
+    minimum: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class LinearSpec:
     """An ``nn.Linear`` (or GPT-2's ``Conv1D``)."""
 
     name: str
@@ -40,35 +40,35 @@ class Linear:
     fan_out: str
     part: Part = "other"
     bias: bool | str = False
-    only: str = ""
+    condition: str = ""
     conv1d: bool = False
     quantizable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Norm:
+class NormSpec:
     """A normalisation: one weight, and a bias where it has one."""
 
     name: str
     width: str = "hidden"
     bias: bool = False
-    only: str = ""
+    condition: str = ""
     repeat: str = ""
     """As many of them as this size says, numbered: ``q_layernorm.norms.0`` and on."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class ParameterSpec:
     """Any other parameter, by its own name."""
 
     name: str
     shape: tuple[str, ...]
     role: Role
-    only: str = ""
+    condition: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class EmbeddingSpec:
     """An ``nn.Embedding``."""
 
     name: str
@@ -76,7 +76,7 @@ class Table:
     width: str
 
 
-Entry = Linear | Norm | Tensor
+LayerEntry = LinearSpec | NormSpec | ParameterSpec
 Adjust = Callable[[ConfigFields, dict[str, int]], None]
 PerLayer = Callable[[ConfigFields, Sizes], list[Sizes]]
 
@@ -86,21 +86,21 @@ class Family:
     """How transformers builds the models of some ``model_type`` values."""
 
     model_types: tuple[str, ...]
-    layer: tuple[Entry, ...]
+    layer: tuple[LayerEntry, ...]
     """What each layer holds; names are relative to the layer."""
     base: str = "model"
     blocks: str = "layers"
     """Where the layers stand: ``{base}.{blocks}.0``."""
-    tables: tuple[Table, ...] = (Table("embed_tokens", "vocab", "hidden"),)
-    outside: tuple[Entry, ...] = (Norm("norm"),)
+    embedding_tables: tuple[EmbeddingSpec, ...] = (EmbeddingSpec("embed_tokens", "vocab", "hidden"),)
+    top_level: tuple[LayerEntry, ...] = (NormSpec("norm"),)
     """What stands beside the layers; names are relative to ``base``."""
-    head: Linear = Linear("lm_head", "hidden", "vocab")
+    head: LinearSpec = LinearSpec("lm_head", "hidden", "vocab")
     tied: bool = False
     """The class default of ``tie_word_embeddings``."""
     activation: str = "silu"
     """The class default."""
     gated: bool = True
-    sizes: Mapping[str, Size] = field(default_factory=dict)
+    sizes: Mapping[str, SizeField] = field(default_factory=dict)
     """Beyond, or instead of, ``COMMON_SIZES``."""
     flags: Mapping[str, bool] = field(default_factory=dict)
     """Booleans of the file, with the class default."""
@@ -126,33 +126,35 @@ def evaluate(expression: str, sizes: Sizes) -> int:
     return total
 
 
-def _holds(condition: bool | str, sizes: Sizes) -> bool:
+def _is_true(condition: bool | str, sizes: Sizes) -> bool:
     return condition if isinstance(condition, bool) else bool(sizes[condition])
 
 
 @dataclass
-class Built:
+class ExpandedModel:
     """What expanding tables collects."""
 
     modules: list[LinearModule] = field(default_factory=list)
     parameters: list[Parameter] = field(default_factory=list)
 
     def add(
-        self, entries: tuple[Entry, ...], prefix: str, layer: int | None, sizes: Sizes, vision: bool
+        self, entries: tuple[LayerEntry, ...], prefix: str, layer: int | None, sizes: Sizes, vision: bool
     ) -> None:
         """Expand ``entries`` under ``prefix``. With ``vision`` everything is booked as the vision tower's."""
         for entry in entries:
-            if entry.only and not sizes[entry.only]:
+            if entry.condition and not sizes[entry.condition]:
                 continue
-            if isinstance(entry, Linear):
+            if isinstance(entry, LinearSpec):
                 self.modules.append(_linear(entry, prefix, layer, sizes, vision))
             else:
-                role: Role = "vision" if vision else entry.role if isinstance(entry, Tensor) else "norm"
-                for name, shape in _tensors(entry, sizes):
+                role: Role = (
+                    "vision" if vision else entry.role if isinstance(entry, ParameterSpec) else "norm"
+                )
+                for name, shape in _parameter_shapes(entry, sizes):
                     self.parameters.append(Parameter(f"{prefix}.{name}", role, layer, shape))
 
 
-def _linear(entry: Linear, prefix: str, layer: int | None, sizes: Sizes, vision: bool) -> LinearModule:
+def _linear(entry: LinearSpec, prefix: str, layer: int | None, sizes: Sizes, vision: bool) -> LinearModule:
     return LinearModule(
         name=f"{prefix}.{entry.name}",
         kind=entry.name.rpartition(".")[2],
@@ -160,14 +162,14 @@ def _linear(entry: Linear, prefix: str, layer: int | None, sizes: Sizes, vision:
         layer=layer,
         in_features=evaluate(entry.fan_in, sizes),
         out_features=evaluate(entry.fan_out, sizes),
-        bias=_holds(entry.bias, sizes),
+        bias=_is_true(entry.bias, sizes),
         quantizable=entry.quantizable,
         conv1d=entry.conv1d,
     )
 
 
-def _tensors(entry: Norm | Tensor, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if isinstance(entry, Tensor):
+def _parameter_shapes(entry: NormSpec | ParameterSpec, sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if isinstance(entry, ParameterSpec):
         yield entry.name, tuple(evaluate(size, sizes) for size in entry.shape)
         return
     shape = (evaluate(entry.width, sizes),)
@@ -178,18 +180,20 @@ def _tensors(entry: Norm | Tensor, sizes: Sizes) -> Iterator[tuple[str, tuple[in
             yield f"{name}.bias", shape
 
 
-def expand(family: Family, base: str, sizes: Sizes, layers: list[Sizes], *, vision: bool = False) -> Built:
+def expand(
+    family: Family, base: str, sizes: Sizes, layers: list[Sizes], *, vision: bool = False
+) -> ExpandedModel:
     """All linear modules and parameters of ``family`` under ``base``. ``layers``: overrides by layer."""
-    built = Built()
+    expanded = ExpandedModel()
     for index, overrides in enumerate(layers):
         merged = {**sizes, **overrides} if overrides else sizes
-        built.add(family.layer, f"{base}.{family.blocks}.{index}", index, merged, vision)
-    built.add(family.outside, base, None, sizes, vision)
-    return built
+        expanded.add(family.layer, f"{base}.{family.blocks}.{index}", index, merged, vision)
+    expanded.add(family.top_level, base, None, sizes, vision)
+    return expanded
 
 
 def embeddings(family: Family, base: str, sizes: Sizes) -> tuple[Embedding, ...]:
     return tuple(
         Embedding(f"{base}.{table.name}", evaluate(table.rows, sizes), evaluate(table.width, sizes))
-        for table in family.tables
+        for table in family.embedding_tables
     )

@@ -20,7 +20,7 @@ LARGE = ".safetensors"
 
 
 @dataclass
-class Repo:
+class FakeRepo:
     """One model on the hub."""
 
     files: dict[str, bytes]
@@ -49,7 +49,7 @@ def git_hash(content: bytes) -> str:
 
 
 @dataclass
-class Request:
+class RecordedRequest:
     """What was asked, for tests to look at."""
 
     method: str
@@ -59,10 +59,10 @@ class Request:
 
 
 @dataclass
-class Hub:
+class FakeHub:
     """What the hub has, how it behaves, and what it was asked."""
 
-    repos: dict[str, Repo] = field(default_factory=dict)
+    repos: dict[str, FakeRepo] = field(default_factory=dict)
     token: str = "hf_the_right_token"
     """The one token that is valid; it opens what is in ``granted``."""
     granted: set[str] = field(default_factory=set)
@@ -77,7 +77,7 @@ class Hub:
     """The store's bytes are not those of the file."""
     stalls: threading.Event | None = None
     """The store waits for this in the middle of a file."""
-    requests: list[Request] = field(default_factory=list)
+    requests: list[RecordedRequest] = field(default_factory=list)
     url: str = ""
     store_url: str = ""
 
@@ -94,7 +94,7 @@ class Hub:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
+    hub: FakeHub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        self.hub.requests.append(Request(self.command, self.path, self.headers.get("Range"), token))
+        self.hub.requests.append(RecordedRequest(self.command, self.path, self.headers.get("Range"), token))
         status = next((status for part, status in self.hub.statuses.items() if part in self.path), None)
         if status is not None:
             self.answer(status, headers={"Retry-After": "7"})
@@ -148,13 +148,13 @@ class _HubHandler(_Handler):
 
     def search(self, query: dict[str, list[str]]) -> None:
         wanted, tags = query.get("search", [""])[0].lower(), set(query.get("filter", []))
-        found = [
+        results = [
             _summary(name, repo)
             for name, repo in self.hub.repos.items()
             if wanted in name.lower() and tags <= set(repo.tags) and not repo.private
         ]
-        found.sort(key=lambda entry: -entry["downloads"])
-        self.json(found[: int(query.get("limit", ["1000"])[0])])
+        results.sort(key=lambda entry: -entry["downloads"])
+        self.json(results[: int(query.get("limit", ["1000"])[0])])
 
     def page(self, parts: list[str], token: str | None) -> None:
         name = "/".join(parts[:2])
@@ -211,11 +211,11 @@ class _StoreHandler(_Handler):
             return
         if self.hub.damaged:
             content = bytes(byte ^ 1 for byte in content)
-        asked = self.headers.get("Range")
+        range_header = self.headers.get("Range")
         start = 0
-        if asked and not self.hub.ignores_ranges:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-        self.send_response(206 if start or (asked and not self.hub.ignores_ranges) else 200)
+        if range_header and not self.hub.ignores_ranges:
+            start = int(range_header.removeprefix("bytes=").removesuffix("-"))
+        self.send_response(206 if start or (range_header and not self.hub.ignores_ranges) else 200)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         if self.command == "HEAD":
@@ -236,7 +236,7 @@ class _StoreHandler(_Handler):
             self.wfile.write(body)
 
 
-def _summary(name: str, repo: Repo) -> dict[str, Any]:
+def _summary(name: str, repo: FakeRepo) -> dict[str, Any]:
     config = json.loads(repo.files.get("config.json", b"{}"))
     return {
         "id": name,
@@ -265,7 +265,7 @@ def _tree_entry(name: str, content: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(hub: Hub) -> Iterator[Hub]:
+def serve(hub: FakeHub) -> Iterator[FakeHub]:
     """Serve ``hub`` on two free ports of this machine for as long as the block lasts."""
     servers = []
     for base in (_HubHandler, _StoreHandler):
