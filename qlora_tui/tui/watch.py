@@ -35,7 +35,7 @@ class Watch:
         self._runs: list[RunDir] = []
         self._runs_seen_at = -1
         self._statuses: dict[str, tuple[int, Status]] = {}
-        """Last modification of ``status.json`` in ns, and what it said."""
+        """When a file in the run's folder was last replaced, in ns, and its status then."""
         self._at_work: set[str] = set()
         """Ids of runs seen in training, whose end will be news."""
         self._nvml: Nvml | None = None
@@ -120,7 +120,8 @@ class Watch:
 
     def _status(self, run: RunDir, *, is_queued: bool) -> Status:
         try:
-            written_at = run.status_path.stat().st_mtime_ns
+            # The folder changes with each file that is replaced in it, and its path is there already.
+            written_at = run.path.stat().st_mtime_ns
         except OSError:
             written_at = -1
         known = self._statuses.get(run.id)

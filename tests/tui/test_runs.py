@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec import structs
@@ -25,6 +27,7 @@ from qlora_tui.tui.screens.runs import RunsScreen
 from qlora_tui.tui.screens.runs_compare import differing, plot, read, table
 from qlora_tui.tui.screens.runs_summary import Summaries, summarise, thinned
 from qlora_tui.tui.screens.train import TrainScreen
+from qlora_tui.tui.watch import Watch
 from qlora_tui.tui.widgets.graph import plot as draw
 from tests.tui.played import BEGAN, TICKETS, Play, play
 from tests.tui.seeing import shows, style_of, text_of, until
@@ -371,3 +374,34 @@ async def test_a_damaged_run_is_listed_and_named_when_it_is_used(make_app: MakeA
         await shows(pilot, "damaged", "recipe unreadable")
         await pilot.press("R")
         await shows(pilot, "lora must be a section", "esc closes")
+
+
+def test_a_second_look_at_many_runs_asks_the_disk_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(40):
+        play(Play(name=f"run-{number:02}", state="finished", steps=5, total=5, began=BEGAN + number))
+    summaries, watch = Summaries(), Watch()
+    while not summaries.look(5.0).complete:
+        pass
+    watch.look()
+    stat, asked = os.stat, []
+
+    def counted(path: Any, **how: Any) -> os.stat_result:
+        asked.extend([path] if "/runs/run-" in str(path) else [])
+        return stat(path, **how)
+
+    monkeypatch.setattr(os, "stat", counted)
+    for look in (lambda: summaries.look(5.0), watch.look):
+        asked.clear()
+        look()
+        assert len(asked) == 40
+
+
+def test_a_run_renamed_or_queued_elsewhere_is_seen_at_the_next_look(three_runs: list[RunDir]) -> None:
+    summaries = Summaries()
+    assert "again" not in [summary.name for summary in summaries.look(5.0).summaries]
+    actions.rename(three_runs[0], "again")
+    assert "again" in [summary.name for summary in summaries.look(5.0).summaries]
+    queue.enqueue_again(three_runs[1])
+    listing = summaries.look(5.0)
+    assert listing.waiting == (three_runs[1].id,)
+    assert listing.summaries[0].status.state == "queued"

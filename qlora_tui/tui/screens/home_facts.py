@@ -6,6 +6,7 @@ Used in a thread, and imported there: with the estimate and the catalogue it wou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 from textual.content import Content
 
@@ -15,7 +16,7 @@ from qlora_tui.errors import Problem
 from qlora_tui.format import duration, figure, gib, shortened
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
 from qlora_tui.tui.pulse import Pulse
@@ -103,9 +104,9 @@ class HomeReader:
 
     def _recent(self, pulse: Pulse, now: float, across: int, down: int) -> list[Content]:
         """The runs before the last."""
-        shown = (pulse.last, *map(RunDir, (paths.runs_dir() / name for name in pulse.waiting)))
-        before = [run for run in all_runs() if run not in shown][: max(0, down)]
-        return recent_lines([self._summaries.of(run) for run in before], now, across)
+        shown = {*pulse.waiting, pulse.last.id if pulse.last else ""}
+        others = (run for name, run in self._summaries.all_runs().items() if name not in shown)
+        return recent_lines([self._summaries.of(run) for run in islice(others, max(0, down))], now, across)
 
     def _judged(self, bench: Workbench, room: MemoryBudget) -> str:
         asked = (bench.recipe, room)

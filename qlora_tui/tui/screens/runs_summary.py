@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
+from qlora_tui import paths
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import queue
 from qlora_tui.runs.describe import energy_words
-from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.directory import all_runs as list_runs
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.runs.view import RunView
@@ -81,12 +82,14 @@ class Summaries:
     """Summaries by run, read again only where a file changed."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[object, RunSummary]] = {}
+        self._known: dict[str, tuple[int, RunSummary]] = {}
         self._read_at: dict[str, float] = {}
+        self._runs: dict[str, RunDir] = {}
+        self._listed_at = -1
 
     def of(self, run: RunDir) -> RunSummary:
         """The summary of one run. Never raises for a strange run."""
-        key = tuple(map(_changed_at, (run.status_path, run.events_path, run.name_path)))
+        key = _changed_at(run)
         now = time.monotonic()
         known = self._known.get(run.id)
         if known is not None:
@@ -104,19 +107,25 @@ class Summaries:
     def look(self, most_s: float) -> Listing:
         """Every run, in about so many seconds: what was not come to in time has only its status yet."""
         until = time.monotonic() + most_s
-        runs = {run.id: run for run in all_runs()}
-        self._known = {name: known for name, known in self._known.items() if name in runs}
+        runs = self.all_runs()
         waiting = tuple(name for name in queue.waiting() if name in runs)
-        ordered = [runs[name] for name in waiting] + [
-            run for name, run in runs.items() if name not in waiting
-        ]
+        places = {name: place for place, name in enumerate(waiting)}
+        ordered = [runs[name] for name in waiting] + [run for name, run in runs.items() if name not in places]
         summaries, complete = [], True
         for run in ordered:
             in_time = time.monotonic() < until
             complete = complete and (in_time or run.id in self._known)
             summaries.append(self.of(run) if in_time or run.id in self._known else outline(run))
-        summaries.sort(key=lambda summary: _rank(summary, waiting))
+        summaries.sort(key=lambda summary: _rank(summary, places))
         return Listing(tuple(summaries), waiting, complete)
+
+    def all_runs(self) -> dict[str, RunDir]:
+        """Every run by its id, the newest first; listed again where one came or went."""
+        changed_at = paths.runs_dir().stat().st_mtime_ns
+        if changed_at != self._listed_at:
+            self._runs, self._listed_at = {run.id: run for run in list_runs()}, changed_at
+            self._known = {name: known for name, known in self._known.items() if name in self._runs}
+        return self._runs
 
 
 def summarise(run: RunDir) -> RunSummary:
@@ -188,10 +197,9 @@ def thinned(losses: Sequence[float], columns: int) -> list[float | None]:
     return means + [None] * (columns - count)
 
 
-def _rank(summary: RunSummary, waiting: tuple[str, ...]) -> int:
-    if summary.id in waiting:
-        return waiting.index(summary.id)
-    return len(waiting) + (summary.status.state not in ACTIVE)
+def _rank(summary: RunSummary, places: Mapping[str, int]) -> int:
+    place = places.get(summary.id)
+    return len(places) + (summary.status.state not in ACTIVE) if place is None else place
 
 
 def _recipe_words(run: RunDir) -> tuple[str, str]:
@@ -214,8 +222,12 @@ def short_settings(recipe: Recipe) -> str:
     return f"{recipe.quantization.method} {rank_words(recipe.lora)} {batch}"
 
 
-def _changed_at(path: Path) -> int:
+def _changed_at(run: RunDir) -> int:
+    """When a file of a run was last replaced or made, by its folder's time: one look at the disk, not three.
+
+    Events are appended without that, but never without the status or the heartbeat being replaced after them.
+    """
     try:
-        return path.stat().st_mtime_ns
+        return run.path.stat().st_mtime_ns
     except OSError:
-        return -1
+        return 0
