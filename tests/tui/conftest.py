@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from qlora_tui.runs import liveness
 from qlora_tui.tui import app, clock, watch
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import train
@@ -51,6 +53,12 @@ def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test need not wait a second for the next look."""
     monkeypatch.setattr(app, "LOOK_EVERY_S", 0.1)
     monkeypatch.setattr(train, "LOOK_EVERY_S", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def old_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of these tests are months old: none is said not to respond, unless a test is about that."""
+    monkeypatch.setattr(liveness, "SILENT_S", math.inf)
 
 
 @pytest.fixture(autouse=True)

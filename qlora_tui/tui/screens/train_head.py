@@ -9,6 +9,7 @@ from textual.content import Content
 from qlora_tui.format import duration, figure, short_path
 from qlora_tui.runs.describe import energy_words
 from qlora_tui.runs.events import Failed, Finished
+from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.run_words import SIGNS, ago
 from qlora_tui.tui.screens.train_follow import Picture
 from qlora_tui.tui.widgets.lines import Lines
@@ -60,7 +61,10 @@ def title(picture: Picture) -> Content:
     parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (view.run.name, "bold"), "  ", (word, style)]
     if view.attempt > 1:
         parts.append((f"  attempt {view.attempt}", "dim"))
-    if status.state == "running" and view.phase_detail:
+    if status.state in ACTIVE and status.detail:
+        # Suspended, not responding, on another machine: it comes before what else there is to say.
+        parts.append((f"  {status.detail}", "$warning"))
+    elif status.state == "running" and view.phase_detail:
         parts.append((f"  {view.phase_detail}", "dim"))
     return Content.assemble(*parts)
 
