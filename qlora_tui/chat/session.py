@@ -32,7 +32,7 @@ from qlora_tui.chat.verify import (
     use_library_code,
 )
 from qlora_tui.chat.voices import Voices, uses_dora
-from qlora_tui.data.conversation import Message, RowRefused
+from qlora_tui.data.conversation import Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.thinking import OPENED
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -192,7 +192,7 @@ class ChatSession:
         wanted = self.source.thinking if thinking == "auto" else thinking
         try:
             prompt = prompt_ids(messages, self.tokenizer, thinking=wanted)
-        except RowRefused as refused:
+        except RowRejectedError as refused:
             raise Problem(
                 "The chat template refuses this conversation",
                 what=refused.reason,

@@ -14,7 +14,7 @@ import msgspec
 from qlora_tui.cli.arguments import whole
 from qlora_tui.cli.terminal import control
 from qlora_tui.cli.verb import Outcome, Verb, json_argument
-from qlora_tui.data.inspect import Report, inspect, show
+from qlora_tui.data.inspection import Report, inspect, show
 from qlora_tui.data.problems import NOTES, ON_THINKING
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import FAILED, WRONG_CALL, Problem

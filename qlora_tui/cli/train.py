@@ -12,11 +12,11 @@ from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.cli.arguments import whole
 from qlora_tui.cli.follow import follow
 from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from
-from qlora_tui.data.known_errors import refuse_known_errors, tokens_of
-from qlora_tui.data.look_over import look_over, warning_of
+from qlora_tui.data.error_cache import raise_cached_error, tokenizer_fingerprint
+from qlora_tui.data.quick_check import quick_check, warning_of
 from qlora_tui.data.sources import every_source, open_source
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.untrained import token_ids
+from qlora_tui.data.untrained_tokens import token_ids
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.nvml import list_gpus
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> Outcome | int:
     sources = every_source(recipe.data)
     choice = recipe.data.preferences
     found = [(source, file) for i, source in enumerate(sources) for file in open_source(source, choice, i)[0]]
-    tokens = tokens_of(files.folder, recipe.model.chat_template, recipe.data.train_on)
-    refuse_known_errors([(source, file.path) for source, file in found], tokens)
-    looked = look_over((file for _, file in found), recipe.data)
+    tokens = tokenizer_fingerprint(files.folder, recipe.model.chat_template, recipe.data.train_on)
+    raise_cached_error([(source, file.path) for source, file in found], tokens)
+    looked = quick_check((file for _, file in found), recipe.data)
     for warning in looked.warnings:
         print(f"warning: {warning_of(warning)}", file=sys.stderr)
     if not looked.complete:

@@ -21,8 +21,8 @@ from qlora_tui.data.bounds import (
     check_expansion,
 )
 from qlora_tui.data.memory_bound import memory_bound
-from qlora_tui.data.open_file import Position
 from qlora_tui.data.row import Row
+from qlora_tui.data.text_reader import Position
 from qlora_tui.errors import Problem
 
 _ROWS = 256

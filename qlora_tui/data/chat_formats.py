@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.data.conversation import Message, Role, RowRefused, ToolCall
+from qlora_tui.data.conversation import Message, Role, RowRejectedError, ToolCall
 from qlora_tui.data.media import medium_of
 
 ROLE_KEYS = ("role", "from", "speaker")
@@ -86,14 +86,14 @@ def are_alternate(value: Any) -> bool:
 
 
 def messages_of(value: Any) -> tuple[Message, ...]:
-    """The turns of a list. Raises ``RowRefused``."""
+    """The turns of a list. Raises ``RowRejectedError``."""
     turns = decoded(value)
     if not isinstance(turns, list):
-        raise RowRefused("wrong-format", f"Expected a list of turns, found {type(turns).__name__}.")
+        raise RowRejectedError("wrong-format", f"Expected a list of turns, found {type(turns).__name__}.")
     messages: list[Message] = []
     for number, turn in enumerate(_unfolded(turns), 1):
         if not isinstance(turn, Mapping):
-            raise RowRefused("wrong-format", f"Turn {number} is not an object with role and content.")
+            raise RowRejectedError("wrong-format", f"Turn {number} is not an object with role and content.")
         message = _message(turn, number)
         if messages and _continues(messages[-1], message, turn):
             message = _joined(messages.pop(), message)
@@ -135,18 +135,18 @@ def calls_of(value: Any) -> tuple[ToolCall, ...]:
 
 
 def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
-    """Functions offered to the assistant, in OpenAI's wrapping. Raises ``RowRefused``."""
+    """Functions offered to the assistant, in OpenAI's wrapping. Raises ``RowRejectedError``."""
     tools = decoded(value)
     if tools in (None, "", [], {}):
         return ()
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list):
-        raise RowRefused("wrong-format", "The tools are not a list of JSON schemas.")
+        raise RowRejectedError("wrong-format", "The tools are not a list of JSON schemas.")
     wrapped = []
     for tool in (decoded(t) for t in tools):
         if not isinstance(tool, dict):
-            raise RowRefused("wrong-format", "A tool is not a JSON schema.")
+            raise RowRejectedError("wrong-format", "A tool is not a JSON schema.")
         wrapped.append(tool if "function" in tool else {"type": "function", "function": tool})
     return tuple(wrapped)
 
@@ -158,12 +158,13 @@ def text_of(content: Any, where: str) -> str:
     text, reasoning, calls = _content_of(content, where)
     if reasoning or calls:
         kind = "reasoning" if reasoning else "tool_call"
-        raise RowRefused("unsupported-part", f"{_capitalized(where)} has a part of type {kind!r}.")
+        raise RowRejectedError("unsupported-part", f"{_capitalized(where)} has a part of type {kind!r}.")
     return text
 
 
 def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...]]:
-    """Text, reasoning and tool calls of a content, each joined over its parts. Raises ``RowRefused``."""
+    """Text, reasoning and tool calls of a content, each joined over its parts. Raises
+    ``RowRejectedError``."""
     if content is None:
         return "", "", ()
     if isinstance(content, str):
@@ -171,7 +172,7 @@ def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...
     if isinstance(content, bool | int | float | dict):
         return json.dumps(content, ensure_ascii=False), "", ()
     if not isinstance(content, list):
-        raise RowRefused("wrong-format", f"The content of {where} is not text.")
+        raise RowRejectedError("wrong-format", f"The content of {where} is not text.")
     texts: list[str] = []
     reasoning: list[str] = []
     calls: list[ToolCall] = []
@@ -180,7 +181,7 @@ def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...
             texts.append(part)
             continue
         if not isinstance(part, Mapping):
-            raise RowRefused("wrong-format", f"A part of {where} is not text.")
+            raise RowRejectedError("wrong-format", f"A part of {where} is not text.")
         kind = part.get("type", "text")
         part_calls = calls_of(_part_value(part)) if kind in _CALL_PARTS else ()
         text = _part_text(part)
@@ -191,9 +192,11 @@ def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...
         elif text is not None and kind in _REASONING_PARTS:
             reasoning.append(text)
         elif (medium := medium_of(kind)) is not None:
-            raise RowRefused("media", f"{_capitalized(where)} holds {medium} (a part of type {kind!r}).")
+            raise RowRejectedError(
+                "media", f"{_capitalized(where)} holds {medium} (a part of type {kind!r})."
+            )
         else:
-            raise RowRefused("unsupported-part", f"{_capitalized(where)} has a part of type {kind!r}.")
+            raise RowRejectedError("unsupported-part", f"{_capitalized(where)} has a part of type {kind!r}.")
     return "".join(texts), "\n\n".join(reasoning), tuple(calls)
 
 
@@ -218,10 +221,10 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     name = next((turn[k] for k in ROLE_KEYS if k in turn), None)
     role = _ROLES.get(str(name).strip().lower())
     if role is None:
-        raise RowRefused("unknown-role", f"Turn {number} has the role {name!r}.")
+        raise RowRejectedError("unknown-role", f"Turn {number} has the role {name!r}.")
     weight = _weight(turn)
     if not 0 <= weight <= _LARGEST_WEIGHT:
-        raise RowRefused(
+        raise RowRejectedError(
             "wrong-format",
             f"Turn {number} has the weight {weight:g}, not from 0 to {_LARGEST_WEIGHT:,}.",
         )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from qlora_tui.data.conversation import Conversation, Message
-from qlora_tui.data.render import Rendered
+from qlora_tui.data.render import TokenizedSample
 from qlora_tui.data.tokenizer import ChatTokenizer
 
 Finding = tuple[str, str]
@@ -82,7 +82,7 @@ def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
 
 
 def sample_findings(
-    tokenizer: ChatTokenizer, conversation: Conversation, rendered: Sequence[Rendered], train_on: str
+    tokenizer: ChatTokenizer, conversation: Conversation, rendered: Sequence[TokenizedSample], train_on: str
 ) -> Iterator[Finding]:
     """What the samples of a conversation show, before any cut."""
     notes = rendered[0].notes
@@ -96,9 +96,9 @@ def sample_findings(
             yield "double-bos", tokenizer.decode(ids[:8])
         if train_on != "assistant" or not conversation.messages:
             continue
-        if 0 not in sample.trained:
+        if 0 not in sample.loss_mask:
             yield "everything-trained", tokenizer.decode(ids[:60])
-        if 1 in sample.trained and not _ends_in_the_loss(tokenizer, sample):
+        if 1 in sample.loss_mask and not _ends_in_the_loss(tokenizer, sample):
             end = tokenizer.turn_end_ids[-1] if tokenizer.turn_end_ids else None
             kind = "pad-hides-end" if end is not None and end == tokenizer.pad_id else "turn-end-untrained"
             yield kind, tokenizer.decode(ids[-20:])
@@ -122,10 +122,10 @@ def _calls(message: Message) -> bool:
     )
 
 
-def _ends_in_the_loss(tokenizer: ChatTokenizer, sample: Rendered) -> bool:
+def _ends_in_the_loss(tokenizer: ChatTokenizer, sample: TokenizedSample) -> bool:
     """Whether the last stretch that trains ends with a special token, white space aside."""
-    last = sample.trained.rindex(1)
-    first = sample.trained.rfind(b"\x00", 0, last) + 1
+    last = sample.loss_mask.rindex(1)
+    first = sample.loss_mask.rfind(b"\x00", 0, last) + 1
     for token in reversed(sample.token_ids[first : last + 1]):
         if token in tokenizer.special_ids:
             return True
@@ -136,7 +136,7 @@ def _ends_in_the_loss(tokenizer: ChatTokenizer, sample: Rendered) -> bool:
 
 def _control_token(tokenizer: ChatTokenizer, conversation: Conversation) -> str:
     for text in (conversation.text, *(m.content for m in conversation.messages)):
-        found = tokenizer.control_pattern.search(text)
-        if found:
-            return text[max(0, found.start() - 40) : found.end() + 40]
+        match = tokenizer.control_pattern.search(text)
+        if match:
+            return text[max(0, match.start() - 40) : match.end() + 40]
     return "In the tools, a tool call or the thoughts."

@@ -9,28 +9,28 @@ from typing import Any
 import msgspec
 
 from qlora_tui.data.chat_formats import CONTENT_KEYS, decoded, messages_of, text_of, tools_of, turn_keys
-from qlora_tui.data.conversation import Conversation, Message, RowRefused
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")
 
 
 def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
-    """The conversation that ends with the chosen answer. Raises ``RowRefused``.
+    """The conversation that ends with the chosen answer. Raises ``RowRejectedError``.
 
     Turns that both sides share are the prompt and do not train. Both sides may be whole conversations, turns,
     texts, or the dialogues of Anthropic's sets as one text.
     """
-    asked, tools = _asked(cells)
-    chosen = _side(cells.get("chosen"), asked, "chosen")
+    prompt, tools = _asked(cells)
+    chosen = _side(cells.get("chosen"), prompt, "chosen")
     if not any(m.content.strip() or m.tool_calls for m in chosen if m.role == "assistant"):
-        raise RowRefused("empty-row", "The chosen answer is empty.")
-    turns = _before_answer(chosen) if chosen[0].role != "assistant" else asked
+        raise RowRejectedError("empty-row", "The chosen answer is empty.")
+    turns = _before_answer(chosen) if chosen[0].role != "assistant" else prompt
     rejected = [_side(one, turns, "rejected") for one in _alternatives(cells.get("rejected"))]
     if any(_same(chosen, one) for one in rejected):
-        raise RowRefused("same-answers", "The chosen and the rejected answer are the same.")
+        raise RowRejectedError("same-answers", "The chosen and the rejected answer are the same.")
     if not any(m.role == "user" for m in chosen):
         if len(chosen) > 1 or cells.keys() & {"prompt", "messages", "history"}:
-            raise RowRefused("empty-row", "The prompt is empty.")
+            raise RowRejectedError("empty-row", "The prompt is empty.")
         return Conversation((), text=chosen[0].content, source=source, row=row)
     shared = min((_shared(chosen, one) for one in rejected), default=len(_before_answer(chosen)))
     messages = tuple(
@@ -79,7 +79,7 @@ def _alternatives(value: Any) -> list[Any]:
     return [value] if value else []
 
 
-def _side(value: Any, asked: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+def _side(value: Any, prompt: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     """The whole conversation of one side."""
     value = decoded(value)
     if is_turn(value):
@@ -89,11 +89,11 @@ def _side(value: Any, asked: tuple[Message, ...], name: str) -> tuple[Message, .
     if turn_keys(value):
         messages = messages_of(value)
         if messages and messages[0].role not in ("assistant", "tool"):
-            system = asked[:1] if asked and asked[0].role == "system" else ()
+            system = prompt[:1] if prompt and prompt[0].role == "system" else ()
             return (*system, *messages) if messages[0].role != "system" else messages
-        return (*asked, *messages)
+        return (*prompt, *messages)
     text = text_of(value, f"the {name} answer")
-    return dialogue(text) or (*asked, Message("assistant", text))
+    return dialogue(text) or (*prompt, Message("assistant", text))
 
 
 def dialogue(text: str) -> tuple[Message, ...] | None:
@@ -102,8 +102,8 @@ def dialogue(text: str) -> tuple[Message, ...] | None:
     if len(pieces) < 3 or pieces[0].strip() or pieces[1] != "Human":
         return None
     turns = [
-        Message("user" if name == "Human" else "assistant", said.strip())
-        for name, said in zip(pieces[1::2], pieces[2::2], strict=True)
+        Message("user" if name == "Human" else "assistant", content.strip())
+        for name, content in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
     if turns[-1].role == "assistant" and not turns[-1].content:
         turns.pop()

@@ -55,7 +55,7 @@ class Conversation(Struct, frozen=True):
         return [m for m in self.messages if m.role == "assistant" and m.train]
 
 
-class RowRefused(Exception):
+class RowRejectedError(Exception):
     """A row that cannot become a conversation, or that a template cannot render.
 
     ``kind`` names the check (see ``problems.CHECKS``); the message is the reason.
@@ -66,5 +66,5 @@ class RowRefused(Exception):
         self.kind = kind
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type[RowRefused], tuple[str, str]]:
-        return (RowRefused, (self.kind, self.reason))
+    def __reduce__(self) -> tuple[type[RowRejectedError], tuple[str, str]]:
+        return (RowRejectedError, (self.kind, self.reason))

@@ -20,17 +20,17 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.checksums import mismatch, write_checksums
-from qlora_tui.data.examine import Examiner
-from qlora_tui.data.open_file import Position
-from qlora_tui.data.outcome import Outcomes
-from qlora_tui.data.problems import DataProblem, refuse
+from qlora_tui.data.dataset_report import Counts
+from qlora_tui.data.dataset_scan import DatasetScanner
+from qlora_tui.data.problems import DataProblem, raise_first_error
 from qlora_tui.data.render import Choices
-from qlora_tui.data.report import Counts
+from qlora_tui.data.row_result import RowProcessor
 from qlora_tui.data.sources import SourceFile, content_hash, every_source, open_source
 from qlora_tui.data.split import Split
 from qlora_tui.data.store import Samples, Store, Writer
+from qlora_tui.data.text_reader import Position
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.workers import Work, working
+from qlora_tui.data.worker_pool import Work, open_worker_pool
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import Problem
 from qlora_tui.files import atomic_write, private_dir, sync_tree
@@ -43,7 +43,7 @@ _RENDERING = 7
 """Raised when the same data and settings come to give other tokens, or other sides."""
 
 
-class Progress(Struct, frozen=True):
+class PrepareProgress(Struct, frozen=True):
     """How far preparation is."""
 
     share: float
@@ -80,7 +80,7 @@ _META = msgspec.json.Decoder(_Meta)
 
 
 def prepare(
-    recipe: Recipe, tokenizer: ChatTokenizer, progress: Callable[[Progress], None] | None = None
+    recipe: Recipe, tokenizer: ChatTokenizer, progress: Callable[[PrepareProgress], None] | None = None
 ) -> Prepared:
     """The tokenized set of ``recipe.data``.
 
@@ -99,24 +99,24 @@ def prepare(
     files = [file for i, source in enumerate(sources) for file in open_source(source, choice, i)[0]]
     folder = private_dir(cache_dir() / "tokenized") / _key(recipe, files, tokenizer)[:32]
     weights = [source.weight for source in sources]
-    found = _load(folder, weights, cached=True)
-    if found is not None:
+    cached = _load(folder, weights, cached=True)
+    if cached is not None:
         (folder / "meta.json").touch()
-        return found
+        return cached
     _forget_old_sets(folder.parent)
-    made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
-        _make(made, recipe, files, tokenizer, validation_source, progress)
-        write_checksums(made)
-        sync_tree(made)
-        made.rename(folder)
+        _make(temporary, recipe, files, tokenizer, validation_source, progress)
+        write_checksums(temporary)
+        sync_tree(temporary)
+        temporary.rename(folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise _no_space(folder, error) from error
         if not (folder / "meta.json").exists():  # else another process has made the same meanwhile
             raise
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     prepared = _load(folder, weights, cached=False)
     assert prepared is not None
     return prepared
@@ -140,13 +140,13 @@ def _make(
     files: Sequence[SourceFile],
     tokenizer: ChatTokenizer,
     validation_source: int | None,
-    progress: Callable[[Progress], None] | None,
+    progress: Callable[[PrepareProgress], None] | None,
 ) -> None:
     # A validation file takes the place of the fraction.
     fraction = 0.0 if validation_source is not None else recipe.data.validation_fraction
     total = sum(file.path.stat().st_size for file in files)
-    outcomes = Outcomes(recipe.data, tokenizer, recipe.training.seed)
-    with working(outcomes, total) as work, Writer(folder) as writer:
+    outcomes = RowProcessor(recipe.data, tokenizer, recipe.training.seed)
+    with open_worker_pool(outcomes, total) as work, Writer(folder) as writer:
         maker = _Maker(writer, Split(folder, fraction), recipe, work)
         done = 0
         for file in files:
@@ -155,10 +155,10 @@ def _make(
                 if progress is not None:
                     so_far = maker.examiner.counts
                     share = min(1.0, (done + position.bytes) / (total or 1))
-                    progress(Progress(share, so_far.rows, so_far.tokens))
+                    progress(PrepareProgress(share, so_far.rows, so_far.tokens))
             done += file.path.stat().st_size
         problems = maker.examiner.problems()
-        refuse(problems)
+        raise_first_error(problems)
         counts = maker.examiner.counts
         if not counts.samples:
             raise _nothing_left(counts, recipe)
@@ -172,12 +172,12 @@ class _Maker:
 
     def __init__(self, writer: Writer, split: Split, recipe: Recipe, work: Work):
         self.split = split
-        self.examiner = Examiner(recipe.data, work, sketched=split.wanted)
+        self.examiner = DatasetScanner(recipe.data, work, sketched=split.wanted)
         self._writer = writer
 
     def write(self, file: SourceFile, position: Position) -> Iterator[None]:
         """Write what becomes of a file, a batch at a step."""
-        for outcomes in self.examiner.examined(file, position):
+        for outcomes in self.examiner.scan(file, position):
             for one in outcomes:
                 if one.samples and one.key is not None:
                     self.split.add(file.source, one.key, array("I", one.sketch))

@@ -16,9 +16,9 @@ from msgspec import Struct
 from qlora_tui.data import pair_formats, preferences
 from qlora_tui.data.chat_formats import messages_of, text_of, tools_of, turn_keys
 from qlora_tui.data.chosen_side import preferred
-from qlora_tui.data.columns import OPTIONAL, PARTS, columns_of
-from qlora_tui.data.conversation import Conversation, Message, RowRefused
-from qlora_tui.data.hints import mapping_hint, single_turns, written_out
+from qlora_tui.data.column_detection import OPTIONAL, PARTS, detect_columns
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
+from qlora_tui.data.format_hints import mapping_hint, single_turns, written_out
 from qlora_tui.data.media import media_column, placeholder
 from qlora_tui.data.preferences import RATING
 from qlora_tui.data.problems import CHECKS
@@ -33,7 +33,7 @@ LABEL_NAMES = "label_names"
 """A part that is no column: the names of integer labels in order, with commas between."""
 
 
-class Layout(Struct, frozen=True):
+class RowFormat(Struct, frozen=True):
     """How to read the rows of one source."""
 
     format: str
@@ -45,7 +45,7 @@ class Layout(Struct, frozen=True):
 class Detection(Struct, frozen=True):
     """A layout, and what speaks for it."""
 
-    layout: Layout
+    layout: RowFormat
     evidence: tuple[str, ...]
     """Sentences for the Data screen."""
     columns: tuple[str, ...]
@@ -86,87 +86,92 @@ def detect(
         raise problem
     if compared:
         if "chosen" not in compared or preference_choice == "refuse":
-            _refuse_media(seen_rows, values, name)
+            _check_no_media(seen_rows, values, name)
             raise preferences.preference_problem(name, compared, values)
         if preferences.without_prompt(values, compared):
             raise preferences.no_prompt_problem(name, values, compared, columns)
-        layout = Layout("preference", compared)
+        layout = RowFormat("preference", compared)
         return Detection(layout, tuple(_evidence(layout, values, wanted)), columns)
     for format_ in [wanted] if wanted != "auto" else PARTS:
         if wanted == "auto" and not mapping.keys() <= {*PARTS[format_], *OPTIONAL[format_]}:
             continue
-        found = columns_of(format_, values, mapping, by_hand=wanted != "auto")
-        if found is None or (wanted == "auto" and mapping and not mapping.keys() & PARTS[format_].keys()):
+        columns_by_part = detect_columns(format_, values, mapping, by_hand=wanted != "auto")
+        if columns_by_part is None or (
+            wanted == "auto" and mapping and not mapping.keys() & PARTS[format_].keys()
+        ):
             continue
         if format_ in ("label", "text") and wanted == "auto" and (why := single_turns(values, columns)):
             raise _turn_a_row(name, why)
-        if rated := preferences.rating_of(format_, values, found, rating):
+        if rated := preferences.rating_of(format_, values, columns_by_part, rating):
             column, good, bad = rated
             if preference_choice == "refuse":
-                _refuse_media(seen_rows, values, name)
+                _check_no_media(seen_rows, values, name)
                 raise preferences.rated_problem(name, column, good, bad)
-            found[RATING] = column
-        layout = Layout(format_, found, names)
+            columns_by_part[RATING] = column
+        layout = RowFormat(format_, columns_by_part, names)
         return Detection(layout, tuple(_evidence(layout, values, wanted)), columns)
-    _refuse_media(seen_rows, values, name)
+    _check_no_media(seen_rows, values, name)
     raise without_text(name, values) or _nothing_fits(name, wanted, columns, values)
 
 
-def parse(row: Row, layout: Layout, source: int = 0) -> Conversation:
-    """The conversation of one row. Raises ``RowRefused`` with kind and reason."""
+def parse(row: Row, layout: RowFormat, source: int = 0) -> Conversation:
+    """The conversation of one row. Raises ``RowRejectedError`` with kind and reason."""
     if row.error:
-        raise RowRefused(row.kind, row.error)
+        raise RowRejectedError(row.kind, row.error)
     fields = _as_fields(row.value)
     if not fields:
         what = "is empty" if row.value in ({}, [], "", None) else f"is a {type(row.value).__name__}"
-        raise RowRefused("bad-row", f"Row {row.number} {what}.")
+        raise RowRejectedError("bad-row", f"Row {row.number} {what}.")
     if media := media_column(fields):
-        raise RowRefused("media", media)
+        raise RowRejectedError("media", media)
     cells = {part: fields.get(column) for part, column in layout.columns.items()}
     for part in PARTS[layout.format]:
         if layout.columns.get(part) not in fields:
-            raise RowRefused("wrong-format", f"The row has no {layout.columns.get(part, part)!r}.")
-    _refuse_rejected(fields, cells, layout)
+            raise RowRejectedError("wrong-format", f"The row has no {layout.columns.get(part, part)!r}.")
+    _check_not_rejected(fields, cells, layout)
     conversation = _conversation(cells, layout, source, row.number)
     if tag := placeholder(conversation.messages):
-        raise RowRefused("media", tag)
+        raise RowRejectedError("media", tag)
     return conversation
 
 
-def _refuse_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], layout: Layout) -> None:
-    """Raise ``RowRefused`` for a row whose answer was rated bad, or that holds a rejected one unannounced."""
+def _check_not_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], layout: RowFormat) -> None:
+    """Raise ``RowRejectedError`` for a row whose answer was rated bad, or that holds a rejected one
+    unannounced."""
     if RATING in layout.columns:
         column, good = layout.columns[RATING], preferences.is_good(cells[RATING])
         if good is None:
-            raise RowRefused("rated-bad", f"{column!r} is {cells[RATING]!r}: the answer is not rated good.")
+            raise RowRejectedError(
+                "rated-bad", f"{column!r} is {cells[RATING]!r}: the answer is not rated good."
+            )
         if not good:
-            raise RowRefused("rated-bad", f"{column!r} is {cells[RATING]!r}: the answer is rated bad.")
+            raise RowRejectedError("rated-bad", f"{column!r} is {cells[RATING]!r}: the answer is rated bad.")
     elif layout.format != "preference" and (
         column := preferences.rejected_column(fields, layout.columns.values())
     ):
         if any(c.lower() in preferences.CHOSEN for c in layout.columns.values()):
             return  # chosen by the user's own mapping
         if layout.format in preferences.RATABLE or column.lower() in preferences.REJECTED:
-            raise RowRefused(
+            raise RowRejectedError(
                 "wrong-format",
                 f"{column!r} marks a rejected answer, as no row at the start of the file does.",
             )
 
 
-def _conversation(cells: Mapping[str, Any], layout: Layout, source: int, row: int) -> Conversation:
+def _conversation(cells: Mapping[str, Any], layout: RowFormat, source: int, row: int) -> Conversation:
     if layout.format == "preference":
         return preferred(cells, source, row)
     if layout.format == "text":
         text = text_of(cells["text"], "the text")
         if not text.strip():
-            raise RowRefused("empty-row", "The text is empty.")
+            raise RowRejectedError("empty-row", "The text is empty.")
         return Conversation((), text=text, source=source, row=row)
     messages = _READERS[layout.format](cells, layout)
     if not any(map(_says_something, messages)):
-        raise RowRefused("empty-row", "The conversation is empty.")
+        raise RowRejectedError("empty-row", "The conversation is empty.")
     answers = [m for m in messages if m.role == "assistant"]
     if answers and not any(map(_says_something, answers)):
-        raise RowRefused("empty-row", "The answer is empty.")
+        raise RowRejectedError("empty-row", "The answer is empty.")
     return Conversation(messages, tools_of(cells.get("tools")), source=source, row=row)
 
 
@@ -174,7 +179,7 @@ def _says_something(message: Message) -> bool:
     return bool(message.content.strip() or message.tool_calls or message.reasoning.strip())
 
 
-def _chat(cells: Mapping[str, Any], layout: Layout) -> tuple[Message, ...]:
+def _chat(cells: Mapping[str, Any], layout: RowFormat) -> tuple[Message, ...]:
     messages = messages_of(cells["messages"])
     system = text_of(cells.get("system"), "the system prompt")
     if system.strip() and not (messages and messages[0].role == "system"):
@@ -182,7 +187,7 @@ def _chat(cells: Mapping[str, Any], layout: Layout) -> tuple[Message, ...]:
     return messages
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any], Layout], tuple[Message, ...]]] = {
+_READERS: dict[str, Callable[[Mapping[str, Any], RowFormat], tuple[Message, ...]]] = {
     "messages": _chat,
     "sharegpt": _chat,
     "alpaca": lambda cells, layout: pair_formats.alpaca(cells),
@@ -203,7 +208,7 @@ def _as_fields(value: Any) -> dict[str, Any]:
     return {}
 
 
-def _evidence(layout: Layout, values: list[dict[str, Any]], wanted: str) -> Iterable[str]:
+def _evidence(layout: RowFormat, values: list[dict[str, Any]], wanted: str) -> Iterable[str]:
     if wanted != "auto":
         yield "format set by hand"
     for part in PARTS[layout.format]:
@@ -277,10 +282,10 @@ def _turn_a_row(name: str, why: str) -> Problem:
     )
 
 
-def _refuse_media(rows: Sequence[Row], values: Sequence[Mapping[str, Any]], name: str) -> None:
+def _check_no_media(rows: Sequence[Row], values: Sequence[Mapping[str, Any]], name: str) -> None:
     """Raise ``Problem`` where the first rows hold images, video or audio: no other remedy would do."""
     with_media = [
-        (row.number, found) for row, v in zip(rows, values, strict=True) if (found := media_column(v))
+        (row.number, media) for row, v in zip(rows, values, strict=True) if (media := media_column(v))
     ]
     if not with_media:
         return

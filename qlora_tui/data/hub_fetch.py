@@ -10,7 +10,7 @@ import sys
 
 import msgspec
 
-from qlora_tui.data.hub import HubFailure, HubFiles
+from qlora_tui.data.hub_dataset import HubFailure, HubFiles
 
 _TRAINING = ("train", "training", "train_sft", "sft")
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from qlora_tui.data.bounds import DEEPEST, MOST_VALUES, is_too_deep
-from qlora_tui.data.open_file import NotUtf8, Stream
 from qlora_tui.data.row import Row
+from qlora_tui.data.text_reader import NotUtf8, Stream
 
 _LARGEST_ROW_CHARACTERS = 64 << 20
 """A value that has not ended by then is broken, not long."""
@@ -32,28 +32,28 @@ def json_rows(stream: Stream) -> Iterator[Row]:
                     return
             number += 1
             yield _row(number, value)
-    except _Broken as error:
+    except _InvalidJsonError as error:
         yield Row(
             number=number + 1, kind="bad-json", error=f"Line {error.line} is not valid JSON: {error.reason}."
         )
 
 
 def _row(number: int, value: Any) -> Row:
-    if has_half_character(value):
+    if has_lone_surrogate(value):
         return Row(
             number=number, kind="bad-encoding", error=f"Row {number}: an escape names half a character."
         )
     return Row(number=number, value=value)
 
 
-def has_half_character(value: Any) -> bool:
+def has_lone_surrogate(value: Any) -> bool:
     """Whether a decoded value holds half of a surrogate pair, which JSON can name but no text can hold."""
     if isinstance(value, str):
         return not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value)
     if isinstance(value, list):
-        return any(map(has_half_character, value))
+        return any(map(has_lone_surrogate, value))
     if isinstance(value, dict):
-        return any(has_half_character(k) or has_half_character(v) for k, v in value.items())
+        return any(has_lone_surrogate(k) or has_lone_surrogate(v) for k, v in value.items())
     return False
 
 
@@ -78,7 +78,7 @@ def _is_chat(values: list[Any]) -> bool:
     return any("role" in v or "from" in v for v in values[:10])
 
 
-class _Broken(Exception):
+class _InvalidJsonError(Exception):
     def __init__(self, line: int, reason: str):
         super().__init__(reason)
         self.line = line
@@ -123,19 +123,19 @@ class _Values:
             self._at += 1
             if mark == ",":
                 if self._next_character() == "]":
-                    raise _Broken(self._line_at(self._at), "a comma before the closing bracket")
+                    raise _InvalidJsonError(self._line_at(self._at), "a comma before the closing bracket")
                 continue
             if mark == "]":
                 return
             what = f"expected a comma or ], found {mark!r}" if mark else "the file ends inside the array"
-            raise _Broken(self._line_at(self._at - 1), what)
+            raise _InvalidJsonError(self._line_at(self._at - 1), what)
 
     def _value(self) -> Any:
         while True:
             try:
                 value, end = self._decode(self._text, self._at)
             except RecursionError:
-                raise _Broken(self._line_at(self._at), "nested too deeply") from None
+                raise _InvalidJsonError(self._line_at(self._at), "nested too deeply") from None
             except ValueError as error:
                 reason, position = _reason(error, self._at)
                 self._need_more(reason, position)
@@ -145,7 +145,7 @@ class _Values:
             opened = self._text.count("[", self._at, end) + self._text.count("{", self._at, end)
             self._at = end
             if opened > DEEPEST and is_too_deep(value):
-                raise _Broken(self._line_at(self._at), "nested too deeply")
+                raise _InvalidJsonError(self._line_at(self._at), "nested too deeply")
             return value
 
     def _need_more(self, reason: str, position: int) -> None:
@@ -153,9 +153,11 @@ class _Values:
         held, inside = len(self._text) - self._at, position - self._at
         cut_off = position >= len(self._text) - 16 or reason.startswith("Unterminated string")
         if held > _LARGEST_ROW_CHARACTERS or not cut_off or not self._more(held):
-            raise _Broken(self._line_at(self._at + min(inside, held)), reason)
+            raise _InvalidJsonError(self._line_at(self._at + min(inside, held)), reason)
         if sum(map(self._text.count, ",[{")) > MOST_VALUES:
-            raise _Broken(self._line_at(self._at), f"a value holds more than {MOST_VALUES:,} others")
+            raise _InvalidJsonError(
+                self._line_at(self._at), f"a value holds more than {MOST_VALUES:,} others"
+            )
 
     def _next_character(self) -> str:
         while True:

@@ -7,7 +7,7 @@ import math
 from msgspec import Struct
 
 from qlora_tui.data.conversation import Conversation
-from qlora_tui.data.problems import CHECKS, KEPT_ROWS, DataProblem
+from qlora_tui.data.problems import CHECKS, MAX_LISTED_ROWS, DataProblem
 from qlora_tui.format import counted
 from qlora_tui.recipe.schema import Data
 
@@ -27,7 +27,7 @@ class LongText(Struct, frozen=True, array_like=True):
     """Tokens; characters where there is no tokenizer."""
     split_rows: int
     """Rows that splitting makes of it; an estimate where there is no tokenizer."""
-    kept: int | None = None
+    remaining: int | None = None
     """Tokens that stay of it; None where there is no tokenizer."""
 
 
@@ -61,13 +61,13 @@ class LongTexts:
 
     def add(self, row: int, long_text: LongText) -> None:
         """Count one more."""
-        if len(self._rows) < KEPT_ROWS:
+        if len(self._rows) < MAX_LISTED_ROWS:
             self._rows.append(row)
         self._count += 1
         self._length += long_text.length
         self._split_rows += long_text.split_rows
-        self._kept += long_text.kept or 0
-        self._estimated |= long_text.kept is None
+        self._kept += long_text.remaining or 0
+        self._estimated |= long_text.remaining is None
 
     def problem(self, data: Data) -> DataProblem:
         """What ``data.too_long`` does to them, and the number of rows that splitting makes of them."""

@@ -3,7 +3,7 @@
 Two rows are near duplicates if they share at least ``ALIKE`` of their word triples, as estimated
 from their sketches (Broder, "On the resemblance and containment of documents", 1997).
 ``NearDuplicates`` looks back from a row while rows stream by, for ``inspect``: only the first
-``MOST_ROWS`` are looked at, so that time and memory stay bounded. ``groups`` takes all rows at once.
+``MAX_ROWS`` are looked at, so that time and memory stay bounded. ``groups`` takes all rows at once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from zlib import crc32
 
 from qlora_tui.data.conversation import Conversation
 
-MOST_ROWS = 100_000
-ALIKE = 0.8
+MAX_ROWS = 100_000
+SIMILARITY_THRESHOLD = 0.8
 SKETCH = 32
 """Hashes in a sketch, at most."""
 _PROBES = 4
@@ -38,26 +38,26 @@ class NearDuplicates:
     @property
     def full(self) -> bool:
         """Whether no more rows are looked at."""
-        return len(self._rows) >= MOST_ROWS
+        return len(self._rows) >= MAX_ROWS
 
-    def earlier(self, own: array[int], row: int) -> int | None:
+    def find_earlier(self, own: array[int], row: int) -> int | None:
         """An earlier row that is nearly the same as one with this sketch; ``row`` is remembered."""
         if self.full or not own:
             return None
-        found = None
+        earlier_row = None
         for value in own[:_PROBES]:
             other = self._by_hash.get(value)
-            if other is not None and _alike(own, self._sketches[other]) >= ALIKE:
-                found = self._rows[other]
+            if other is not None and _similarity(own, self._sketches[other]) >= SIMILARITY_THRESHOLD:
+                earlier_row = self._rows[other]
                 break
         for value in own[:_PROBES]:
             self._by_hash.setdefault(value, len(self._rows))
         self._rows.append(row)
         self._sketches.append(own)
-        return found
+        return earlier_row
 
 
-def sketch(conversation: Conversation) -> array[int]:
+def minhash_sketch(conversation: Conversation) -> array[int]:
     """The smallest hashes of 32 bits, ascending, at most ``SKETCH``; none where there are few words."""
     text = conversation.text or " ".join(m.content for m in conversation.messages if m.role != "system")
     words = list(map(_words.__getitem__, text.lower().translate(_PUNCTUATION).split()))
@@ -83,7 +83,7 @@ class _Words(dict[str, int]):
 _words = _Words()
 
 
-def _alike(one: array[int], other: array[int]) -> float:
+def _similarity(one: array[int], other: array[int]) -> float:
     """The share of triples two rows have in common: of the smallest of both, those that are in each."""
     smallest = sorted({*one, *other})[: max(len(one), len(other))]
     both = set(one) & set(other)

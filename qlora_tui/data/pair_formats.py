@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from qlora_tui.data.chat_formats import CONTENT_KEYS, calls_of, decoded, messages_of, text_of, turn_keys
-from qlora_tui.data.conversation import Message, RowRefused
+from qlora_tui.data.conversation import Message, RowRejectedError
 
 Cells = Mapping[str, Any]
 """The value of each part the row has."""
@@ -17,9 +17,9 @@ Cells = Mapping[str, Any]
 
 def alpaca(cells: Cells) -> tuple[Message, ...]:
     """Instruction, perhaps an input under it, output; perhaps earlier turns in ``history``."""
-    asked = _text(cells, "instruction")
+    instruction = _text(cells, "instruction")
     given = _text(cells, "input")
-    prompt = f"{asked}\n\n{given}" if asked.strip() and given.strip() else asked or given
+    prompt = f"{instruction}\n\n{given}" if instruction.strip() and given.strip() else instruction or given
     return (
         *_system(cells),
         *_history(cells),
@@ -44,8 +44,8 @@ def prompt_completion(cells: Cells) -> tuple[Message, ...]:
     )
     if after[: len(before)] == before:
         after = after[len(before) :]
-    told = tuple(msgspec.structs.replace(m, train=False) for m in before)
-    return (*_system(cells), *told, *after)
+    prompt_messages = tuple(msgspec.structs.replace(m, train=False) for m in before)
+    return (*_system(cells), *prompt_messages, *after)
 
 
 def question_answer(cells: Cells) -> tuple[Message, ...]:
@@ -87,17 +87,17 @@ def _choices(value: Any) -> list[tuple[str, str]]:
 
 def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
     """The letter and text that an answer names by letter or text, or by its number from 0."""
-    said = str(answer).strip()
+    choice = str(answer).strip()
     for letter, text in choices:
-        if said in (letter, text, text.strip()):
+        if choice in (letter, text, text.strip()):
             return f"{letter}. {text}"
-    if isinstance(answer, bool) or not said.lstrip("-").isdigit():
+    if isinstance(answer, bool) or not choice.lstrip("-").isdigit():
         return answer
-    if not 0 <= int(said) < len(choices):
-        raise RowRefused(
-            "wrong-format", f"The answer {said} names none of the {len(choices)} choices, from 0."
+    if not 0 <= int(choice) < len(choices):
+        raise RowRejectedError(
+            "wrong-format", f"The answer {choice} names none of the {len(choices)} choices, from 0."
         )
-    letter, text = choices[int(said)]
+    letter, text = choices[int(choice)]
     return f"{letter}. {text}"
 
 
@@ -117,7 +117,7 @@ def _label(value: Any, names: tuple[str, ...]) -> str:
         number, value = (int(value), str(value).lower())
     if names and number is not None:
         if number >= len(names):
-            raise RowRefused(
+            raise RowRejectedError(
                 "wrong-format", f"The label {number} has no name: there are {len(names)} names, from 0."
             )
         value = names[number]
@@ -126,9 +126,9 @@ def _label(value: Any, names: tuple[str, ...]) -> str:
 
 def _pair(prompt: str, answer: str, prompt_name: str, answer_name: str) -> tuple[Message, Message]:
     if not prompt.strip():
-        raise RowRefused("empty-row", f"The {prompt_name} is empty.")
+        raise RowRejectedError("empty-row", f"The {prompt_name} is empty.")
     if not answer.strip():
-        raise RowRefused("empty-row", f"The {answer_name} is empty.")
+        raise RowRejectedError("empty-row", f"The {answer_name} is empty.")
     return Message("user", prompt), Message("assistant", answer)
 
 
@@ -140,11 +140,11 @@ def _system(cells: Cells) -> tuple[Message, ...]:
 def _history(cells: Cells) -> list[Message]:
     pairs = decoded(cells.get("history")) or []
     if not isinstance(pairs, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-        raise RowRefused("wrong-format", "The history is not a list of [question, answer] pairs.")
+        raise RowRejectedError("wrong-format", "The history is not a list of [question, answer] pairs.")
     turns: list[Message] = []
-    for asked, answered in pairs:
+    for question, answered in pairs:
         turns += [
-            Message("user", text_of(asked, "history")),
+            Message("user", text_of(question, "history")),
             Message("assistant", text_of(answered, "history")),
         ]
     return turns

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_tui.data.chat_formats import messages_of, turn_keys
 from qlora_tui.data.chosen_side import dialogue, is_turn
-from qlora_tui.data.conversation import RowRefused
+from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.errors import Problem
 
 CHOSEN = (
@@ -123,12 +123,14 @@ def _rating_column(
         column = spelled.get(name, "")
         if not column or column in taken:
             continue
-        said = [value[column] for value in values if value.get(column) is not None]
-        ratings = [is_good(one) for one in said]
-        if said and name in _ALWAYS_RATINGS:
+        given_ratings = [value[column] for value in values if value.get(column) is not None]
+        ratings = [is_good(one) for one in given_ratings]
+        if given_ratings and name in _ALWAYS_RATINGS:
             return column, ratings.count(True), ratings.count(False)
-        flags = [isinstance(one, bool) or str(one).strip().lower() in ("true", "false") for one in said]
-        if not said or not (all(flags) or numbers) or 2 * len(said) < len(values):
+        flags = [
+            isinstance(one, bool) or str(one).strip().lower() in ("true", "false") for one in given_ratings
+        ]
+        if not given_ratings or not (all(flags) or numbers) or 2 * len(given_ratings) < len(values):
             continue
         if None not in ratings:
             return column, ratings.count(True), ratings.count(False)
@@ -228,7 +230,7 @@ def compared_columns(
 
 
 def rating_of(
-    format_: str, values: list[dict[str, Any]], found: Mapping[str, str], by_hand: str
+    format_: str, values: list[dict[str, Any]], columns: Mapping[str, str], by_hand: str
 ) -> tuple[str, int, int] | None:
     """The column that rates the answers, with the counts of good and bad ones in the first rows."""
     if format_ not in RATABLE:
@@ -236,8 +238,8 @@ def rating_of(
     if by_hand:
         ratings = [is_good(value.get(by_hand)) for value in values]
         return by_hand, ratings.count(True), ratings.count(False)
-    column, good, bad = _rating_column(values, found.values(), numbers=format_ in _RATED_BY_NUMBERS)
-    if not column or ("messages" in found and not _are_answered(values, found["messages"])):
+    column, good, bad = _rating_column(values, columns.values(), numbers=format_ in _RATED_BY_NUMBERS)
+    if not column or ("messages" in columns and not _are_answered(values, columns["messages"])):
         return None
     return column, good, bad
 
@@ -246,7 +248,7 @@ def _are_answered(values: list[dict[str, Any]], column: str) -> bool:
     """Whether most lists of turns hold an answer: a label beside a question alone is its class."""
     answered = 0
     for value in values:
-        with suppress(RowRefused):
+        with suppress(RowRejectedError):
             answered += any(m.role == "assistant" for m in messages_of(value.get(column)))
     return 2 * answered >= max(1, len(values))
 

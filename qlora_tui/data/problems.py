@@ -13,12 +13,12 @@ from msgspec import Struct
 
 from qlora_tui.errors import Problem
 
-KEPT_ROWS = 1000
+MAX_LISTED_ROWS = 1000
 """Row numbers kept of each kind; the count goes on."""
 EXAMPLE_CHARACTERS = 200
 
 
-class Check(Struct, frozen=True):
+class CheckSpec(Struct, frozen=True):
     """One thing that can be wrong."""
 
     severity: Literal["error", "warning"]
@@ -27,140 +27,142 @@ class Check(Struct, frozen=True):
     fix: str
 
 
-CHECKS: dict[str, Check] = {
-    "bad-json": Check(
+CHECKS: dict[str, CheckSpec] = {
+    "bad-json": CheckSpec(
         "error",
         "Not valid JSON",
         "Correct or remove the line; a download that was cut off is the usual cause.",
     ),
-    "bad-encoding": Check("error", "Not UTF-8", "Convert the file: iconv -f LATIN1 -t UTF-8 OLD > NEW."),
-    "bad-row": Check(
+    "bad-encoding": CheckSpec("error", "Not UTF-8", "Convert the file: iconv -f LATIN1 -t UTF-8 OLD > NEW."),
+    "bad-row": CheckSpec(
         "error", "Not a row", "A row is an object with named fields, with a value for every name."
     ),
-    "wrong-format": Check(
+    "wrong-format": CheckSpec(
         "error",
         "Not in the format of the rest",
         "A file is read in one format. Correct these rows, or move them to a file of their own.",
     ),
-    "unsupported-part": Check(
+    "unsupported-part": CheckSpec(
         "error", "A part that is not text", "Remove the part from the row: only text can be trained on."
     ),
-    "media": Check(
+    "media": CheckSpec(
         "error",
         "Images, video or audio",
         "Only text can be trained on. Leave these rows out, or put what they show into words and remove the "
         "column or placeholder.",
     ),
-    "unknown-role": Check("error", "Unknown role", "Roles are system, user, assistant and tool."),
-    "turn-end-untrained": Check(
+    "unknown-role": CheckSpec("error", "Unknown role", "Roles are system, user, assistant and tool."),
+    "turn-end-untrained": CheckSpec(
         "error",
         "The end of the answer is not learned",
         'The model would never stop. Choose another template: model.chat_template = "chatml".',
     ),
-    "pad-hides-end": Check(
+    "pad-hides-end": CheckSpec(
         "error",
         "The end token is also the pad token, and is not learned",
         'The model would never stop. Choose another template: model.chat_template = "chatml".',
     ),
-    "untrained-tokens": Check(
+    "untrained-tokens": CheckSpec(
         "warning",
         "The base model has never learned these tokens",
         'Or take a template without them: model.chat_template = "alpaca" or "plain".',
     ),
-    "template-refuses": Check(
+    "template-refuses": CheckSpec(
         "warning",
         "The chat template refuses the row",
         "The row is left out. Reorder or merge its turns as the message asks.",
     ),
-    "too-large": Check(
+    "too-large": CheckSpec(
         "warning",
         "Too long to be made into tokens",
         "The row is left out. Split it into shorter ones.",
     ),
-    "empty-row": Check(
+    "empty-row": CheckSpec(
         "warning", "Empty row", "Nothing to learn: the row is left out. Remove it from the file."
     ),
-    "rated-bad": Check(
+    "rated-bad": CheckSpec(
         "warning",
         "Left out: not rated good",
         'data.preferences = "chosen" trains on answers that are rated good only.',
     ),
-    "same-answers": Check(
+    "same-answers": CheckSpec(
         "warning",
         "Left out: the chosen answer is also the rejected one",
         "The row prefers neither. Remove it from the file.",
     ),
-    "ends-with-user": Check(
+    "ends-with-user": CheckSpec(
         "warning",
         "The last turn is the user's",
         "The turn has no answer to learn. Add the answer, or remove the turn.",
     ),
-    "long-text": Check(
+    "long-text": CheckSpec(
         "warning",
         "Long text",
         'To train on all of it, set data.too_long = "split" (on the command line: '
         "--set data.too_long=split).",
     ),
-    "no-answer": Check(
+    "no-answer": CheckSpec(
         "warning", "No answer to learn", "The row has no assistant turn that trains and is left out."
     ),
-    "role-order": Check(
+    "role-order": CheckSpec(
         "warning", "Roles out of order", "Turns should alternate, user first. The row is used as it is."
     ),
-    "empty-answer": Check("warning", "An empty answer", "The model learns to say nothing. Remove the turn."),
-    "everything-trained": Check(
+    "empty-answer": CheckSpec(
+        "warning", "An empty answer", "The model learns to say nothing. Remove the turn."
+    ),
+    "everything-trained": CheckSpec(
         "warning", "Everything in the row is learned", "There is no prompt before the answer; add one."
     ),
-    "nothing-left": Check(
+    "nothing-left": CheckSpec(
         "warning",
         "Nothing to learn within the length limit",
         "The answer lies behind the cut: the row is left out. Raise data.max_length.",
     ),
-    "too-long": Check(
+    "too-long": CheckSpec(
         "warning",
         "Longer than the length limit",
         "Dropped, cut or split, as data.too_long says. Raise data.max_length to keep the row whole.",
     ),
-    "beyond-context": Check(
+    "beyond-context": CheckSpec(
         "warning",
         "Longer than the model's context",
         "Set data.max_length to the model's context or less, or choose a model with a longer one.",
     ),
-    "one-row": Check(
+    "one-row": CheckSpec(
         "warning",
         "Only one row",
         "If the file holds more, they lie inside one object or line: give each a line of its own, as JSONL.",
     ),
-    "double-bos": Check(
+    "double-bos": CheckSpec(
         "warning",
         "Begins with two begin tokens",
         "The chat template writes one too many; choose another with model.chat_template.",
     ),
-    "control-tokens": Check(
+    "control-tokens": CheckSpec(
         "warning",
         "Control tokens inside a text",
         "They are learned as ordinary text, so nothing breaks. Remove them if they got there by mistake.",
     ),
-    "answer-changed": Check(
+    "answer-changed": CheckSpec(
         "warning",
         "The template changes the answer",
         "What is learned differs from the file: look at the row. Another template may keep it whole.",
     ),
-    "duplicate": Check(
+    "duplicate": CheckSpec(
         "warning", "Duplicate row", "It counts twice. Remove it, or say so with the source's weight."
     ),
-    "near-duplicate": Check(
+    "near-duplicate": CheckSpec(
         "warning", "Nearly the same as an earlier row", "Rows that differ in a word teach little. Remove it."
     ),
-    "overlap": Check(
+    "overlap": CheckSpec(
         "warning",
         "In the validation file too",
         "The validation loss will look too good. Remove the row from one of the two.",
     ),
-    "encoding-damage": Check(
+    "encoding-damage": CheckSpec(
         "warning", "Damaged characters", "The file was once decoded wrongly; find an undamaged copy."
     ),
-    "secret": Check(
+    "secret": CheckSpec(
         "warning", "Looks like a secret key", "The model may learn to repeat it. Remove and revoke it."
     ),
 }
@@ -199,7 +201,7 @@ class DataProblem(Struct, frozen=True):
     title: str
     count: int
     rows: tuple[int, ...]
-    """The first row numbers, at most ``KEPT_ROWS``."""
+    """The first row numbers, at most ``MAX_LISTED_ROWS``."""
     example: str
     """What it looks like in the first of them."""
     fix: str
@@ -215,7 +217,7 @@ class DataProblem(Struct, frozen=True):
     """Whether ``split_rows`` is estimated, for there is no tokenizer to count with."""
 
 
-class Tally:
+class ProblemCounter:
     """Problems of one file, counted as they come."""
 
     def __init__(self, source: int = 0, path: str = "") -> None:
@@ -228,14 +230,14 @@ class Tally:
     def add(self, kind: str, row: int, example: str = "") -> None:
         """One more row with this problem."""
         rows = self._rows.setdefault(kind, [])
-        if len(rows) < KEPT_ROWS and (not rows or rows[-1] != row):
+        if len(rows) < MAX_LISTED_ROWS and (not rows or rows[-1] != row):
             rows.append(row)
         self._counts[kind] = self._counts.get(kind, 0) + 1
         self._examples.setdefault(kind, shorten(example))
 
     def problems(self) -> list[DataProblem]:
         """All kinds met, errors first, the most frequent first."""
-        found = [
+        problems = [
             DataProblem(
                 kind=kind,
                 severity=CHECKS[kind].severity,
@@ -249,7 +251,7 @@ class Tally:
             )
             for kind, count in self._counts.items()
         ]
-        return sorted(found, key=lambda p: (p.severity != "error", -p.count))
+        return sorted(problems, key=lambda p: (p.severity != "error", -p.count))
 
 
 def problem_of(kind: str, count: int, row: int, path: str, example: str) -> DataProblem:
@@ -258,7 +260,7 @@ def problem_of(kind: str, count: int, row: int, path: str, example: str) -> Data
     return DataProblem(kind, check.severity, check.title, count, (row,), example, check.fix, path=path)
 
 
-def refuse(problems: Sequence[DataProblem]) -> None:
+def raise_first_error(problems: Sequence[DataProblem]) -> None:
     """Raise ``Problem`` for the first that blocks a run."""
     for problem in problems:
         if problem.severity == "error":

@@ -27,8 +27,8 @@ from qlora_tui.data.bounds import (
     too_large,
 )
 from qlora_tui.data.json_rows import json_rows
-from qlora_tui.data.open_file import NotUtf8, Position, Stream, bad_utf8, opened
 from qlora_tui.data.row import Line, Row
+from qlora_tui.data.text_reader import NotUtf8, Position, Stream, bad_utf8, opened
 from qlora_tui.errors import Problem
 
 SUFFIXES = {
@@ -85,17 +85,17 @@ def files_of(path: Path) -> tuple[list[Path], str]:
         return [path], ""
     # Unlike rglob, walk passes over a folder that goes while it looks.
     inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    found = sorted(p for p in inside if p.is_file() and kind_of(p) and _is_data(p.relative_to(path)))
-    if not found:
+    files = sorted(p for p in inside if p.is_file() and kind_of(p) and _is_data(p.relative_to(path)))
+    if not files:
         raise Problem(
             "No data in the folder",
             what=f"{path} holds no file that ends in {', '.join(SUFFIXES)}, with or without .gz or .zst.",
             fix="Name a folder with data files, or a file.",
         )
-    training = [p for p in found if not _held_out(p)]
-    if not training or len(training) == len(found):
-        return found, ""
-    left = ", ".join(p.name for p in found if _held_out(p))
+    training = [p for p in files if not _held_out(p)]
+    if not training or len(training) == len(files):
+        return files, ""
+    left = ", ".join(p.name for p in files if _held_out(p))
     return training, f"left out, as validation or test by name: {left}"
 
 

@@ -15,12 +15,13 @@ from typing import Any, Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
+from qlora_tui.data.assistant_spans import PRIVATE, RenderedText, find_assistant_spans
 from qlora_tui.data.bounds import MOST_CHARACTERS
-from qlora_tui.data.conversation import Conversation, Message, RowRefused
+from qlora_tui.data.chat_template import ChatTemplate
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
+from qlora_tui.data.dataset_report import Piece
 from qlora_tui.data.memory_bound import memory_bound
-from qlora_tui.data.report import Piece
-from qlora_tui.data.spans import PRIVATE, Layout, lay_out
-from qlora_tui.data.template import ChatTemplate
+from qlora_tui.data.template_capabilities import TemplateCapabilities, adapt_conversation
 from qlora_tui.data.template_guard import MORE_MEMORY_BYTES
 from qlora_tui.data.thinking import (
     decided,
@@ -30,8 +31,7 @@ from qlora_tui.data.thinking import (
     without_reasoning,
 )
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.traits import Traits, adapted
-from qlora_tui.data.word_memo import Marked
+from qlora_tui.data.word_cache import Marked
 from qlora_tui.recipe.schema import Data, Thinking
 
 TrainOn = Literal["assistant", "everything"]
@@ -39,11 +39,11 @@ _LITERAL, _END_LITERAL = "\U000f0000", "\U000f0001"
 _LITERALS = re.compile(f"{_LITERAL}(.*?){_END_LITERAL}|[{_LITERAL}{_END_LITERAL}]", re.DOTALL)
 
 
-class Rendered(Struct, frozen=True):
+class TokenizedSample(Struct, frozen=True):
     """One training sample."""
 
     token_ids: list[int]
-    trained: bytes
+    loss_mask: bytes
     """One byte a token: 1 where the model learns to say it."""
     notes: tuple[str, ...] = ()
     """What had to be changed for the template: ``system-in-user``, ``tools-as-text``, ``calls-as-text``,
@@ -55,13 +55,13 @@ class Rendered(Struct, frozen=True):
     @property
     def trained_count(self) -> int:
         """Tokens that train."""
-        return self.trained.count(1)
+        return self.loss_mask.count(1)
 
 
-class Laid(Struct, frozen=True):
+class RenderedConversation(Struct, frozen=True):
     """A conversation as text, not yet tokens."""
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[RenderedText, ...]
     notes: tuple[str, ...]
 
 
@@ -83,28 +83,28 @@ DEFAULT = Choices()
 
 def render(
     conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices = DEFAULT
-) -> list[Rendered]:
+) -> list[TokenizedSample]:
     """The samples of one conversation: one, or more where the template rewrites what came before.
 
-    Raises ``RowRefused``.
+    Raises ``RowRejectedError``.
     """
     result = next(render_many([conversation], tokenizer, choices))
-    if isinstance(result, RowRefused):
+    if isinstance(result, RowRejectedError):
         raise result
     return result
 
 
 def render_many(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, choices: Choices = DEFAULT
-) -> Iterator[list[Rendered] | RowRefused]:
+) -> Iterator[list[TokenizedSample] | RowRejectedError]:
     """The samples of each conversation, in order, or why it gives none."""
     with memory_bound(MORE_MEMORY_BYTES):
         # Once for all of them, since to set it for each rendering would take longer than that.
         laid = [_laid_or_refused(conversation, tokenizer, choices) for conversation in conversations]
-    layouts = [layout for one in laid if isinstance(one, Laid) for layout in one.layouts]
+    layouts = [layout for one in laid if isinstance(one, RenderedConversation) for layout in one.layouts]
     marked = iter(tokenizer.encode_marked([layout.text for layout in layouts], list(map(_places, layouts))))
     for one in laid:
-        if isinstance(one, RowRefused):
+        if isinstance(one, RowRejectedError):
             yield one
         else:
             yield [_sample(layout, next(marked), tokenizer, one.notes) for layout in one.layouts]
@@ -112,14 +112,14 @@ def render_many(
 
 def _laid_or_refused(
     conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices
-) -> Laid | RowRefused:
+) -> RenderedConversation | RowRejectedError:
     try:
-        laid = lay(conversation, tokenizer, choices)
-    except RowRefused as refused:
+        laid = render_text(conversation, tokenizer, choices)
+    except RowRejectedError as refused:
         return refused
     characters = sum(len(layout.text) for layout in laid.layouts)
     if characters > MOST_CHARACTERS:
-        return RowRefused("too-large", f"{characters:,} characters, of {MOST_CHARACTERS:,} at most.")
+        return RowRejectedError("too-large", f"{characters:,} characters, of {MOST_CHARACTERS:,} at most.")
     return laid
 
 
@@ -129,17 +129,17 @@ def prompt_ids(
     tools: Sequence[dict[str, Any]] = (),
     thinking: Thinking = "auto",
 ) -> list[int]:
-    """What the model is given when it is to answer ``messages``: the same tokens as in training, up to
-    where the answer begins. ``auto`` leaves thinking to the template's default. Raises ``RowRefused``."""
+    """What the model is given when it is to answer ``messages``: the same tokens as in training, up to where
+    the answer begins. ``auto`` leaves thinking to the template's default. Raises ``RowRejectedError``."""
     template, traits = _template_of(tokenizer, bool(tools))
     template = template.with_variables(variables(traits.switch, thinking))
     conversation = _prepared(Conversation(tuple(messages), tuple(tools)), traits, thinking)
-    turns, _, kept_tools, _ = adapted(conversation, traits)
+    turns, _, kept_tools, _ = adapt_conversation(conversation, traits)
     turns, _ = _neutral_turns(turns, tokenizer)
     if kept_tools:
         kept_tools, _ = _neutral_value(kept_tools, tokenizer.control_pattern)
     text = template.render(turns, kept_tools, prompt=True)
-    return _by_pieces(Layout(text, ()), tokenizer, ()).token_ids
+    return _by_pieces(RenderedText(text, ()), tokenizer, ()).token_ids
 
 
 def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], trained: bytes) -> list[Piece]:
@@ -170,19 +170,22 @@ def _text_at(tokenizer: ChatTokenizer, ids: Sequence[int], start: int, end: int)
     return both[len(context) :] if both.startswith(context) else tokenizer.decode(ids[start:end])
 
 
-def lay(conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices = DEFAULT) -> Laid:
-    """The texts of one conversation and the spans that train. Raises ``RowRefused``."""
+def render_text(
+    conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices = DEFAULT
+) -> RenderedConversation:
+    """The texts of one conversation and the spans that train. Raises ``RowRejectedError``."""
     eos = tokenizer.special_tokens.get("eos_token", "")
     if not conversation.messages:
         bos = tokenizer.special_tokens.get("bos_token", "") if tokenizer.begins_with_bos else ""
         text, marked = _neutral(conversation.text, tokenizer.control_pattern)
-        return Laid(
-            (Layout(bos + text + eos, ((0, len(bos + text + eos)),)),), ("control-tokens",) if marked else ()
+        return RenderedConversation(
+            (RenderedText(bos + text + eos, ((0, len(bos + text + eos)),)),),
+            ("control-tokens",) if marked else (),
         )
     template, traits = _template_of(tokenizer, bool(conversation.tools))
     thinking = decided(choices.thinking, traits.switch, conversation)
     template = template.with_variables(variables(traits.switch, thinking))
-    turns, weights, tools, notes = adapted(_prepared(conversation, traits, thinking), traits)
+    turns, weights, tools, notes = adapt_conversation(_prepared(conversation, traits, thinking), traits)
     notes += _notes_on_thinking(conversation, traits, thinking, choices)
     turns, marked = _neutral_turns(turns, tokenizer)
     if tools:
@@ -191,21 +194,25 @@ def lay(conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices =
     if marked:
         notes.append("control-tokens")
     special, everything = tokenizer.special_pattern, choices.train_on == "everything"
-    layouts = lay_out(template, turns, weights, tools, special, eos, everything, choices.reasoning_in_loss)
-    if not all(_kept(turn, layouts) for turn, wanted in zip(turns, weights, strict=True) if wanted):
+    layouts = find_assistant_spans(
+        template, turns, weights, tools, special, eos, everything, choices.reasoning_in_loss
+    )
+    if not all(
+        _without_reasoning(turn, layouts) for turn, wanted in zip(turns, weights, strict=True) if wanted
+    ):
         notes.append("answer-changed")
     if any(layout.weights for layout in layouts):
         notes.append("weights")
-    return Laid(tuple(layouts), tuple(notes))
+    return RenderedConversation(tuple(layouts), tuple(notes))
 
 
-def _template_of(tokenizer: ChatTokenizer, with_tools: bool) -> tuple[ChatTemplate, Traits]:
+def _template_of(tokenizer: ChatTokenizer, with_tools: bool) -> tuple[ChatTemplate, TemplateCapabilities]:
     if with_tools:
         return tokenizer.tool_template, tokenizer.tool_traits
     return tokenizer.template, tokenizer.traits
 
 
-def _prepared(conversation: Conversation, traits: Traits, thinking: Thinking) -> Conversation:
+def _prepared(conversation: Conversation, traits: TemplateCapabilities, thinking: Thinking) -> Conversation:
     """The conversation with reasoning where the template looks for it, or with none where thinking is off."""
     if thinking == "off":
         return replace(conversation, messages=without_reasoning(conversation.messages))
@@ -215,7 +222,7 @@ def _prepared(conversation: Conversation, traits: Traits, thinking: Thinking) ->
 
 
 def _notes_on_thinking(
-    conversation: Conversation, traits: Traits, thinking: Thinking, choices: Choices
+    conversation: Conversation, traits: TemplateCapabilities, thinking: Thinking, choices: Choices
 ) -> list[str]:
     """What became of a conversation's reasoning, and whether it was rendered with thinking on or off.
 
@@ -240,13 +247,13 @@ def _notes_on_thinking(
     return notes
 
 
-def _kept(turn: Mapping[str, Any], layouts: Sequence[Layout]) -> bool:
+def _without_reasoning(turn: Mapping[str, Any], layouts: Sequence[RenderedText]) -> bool:
     """Whether the answer of a turn, less its thoughts, is somewhere in what is shown."""
     content = turn.get("content") or ""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
-    said = content.rpartition("</think>")[2].strip()
-    return any(said in layout.text for layout in layouts)
+    answer = content.rpartition("</think>")[2].strip()
+    return any(answer in layout.text for layout in layouts)
 
 
 def _neutral_turns(
@@ -260,9 +267,9 @@ def _neutral_turns(
     result, any_marked = [], False
     for turn in turns:
         pattern = tokenizer.said_pattern if turn["role"] == "assistant" else tokenizer.control_pattern
-        kept = {"role": turn["role"]}
+        neutral = {"role": turn["role"]}
         rest, marked = _neutral_value({k: v for k, v in turn.items() if k != "role"}, pattern)
-        result.append({**kept, **rest})
+        result.append({**neutral, **rest})
         any_marked = any_marked or marked
     return result, any_marked
 
@@ -287,12 +294,14 @@ def _neutral(text: str, pattern: re.Pattern[str]) -> tuple[str, bool]:
     return marked, count > 0
 
 
-def _places(layout: Layout) -> list[int]:
+def _places(layout: RenderedText) -> list[int]:
     """Where spans begin and end, but for both ends of the text."""
     return sorted({place for span in layout.spans for place in span if 0 < place < len(layout.text)})
 
 
-def _sample(layout: Layout, marked: Marked, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> Rendered:
+def _sample(
+    layout: RenderedText, marked: Marked, tokenizer: ChatTokenizer, notes: tuple[str, ...]
+) -> TokenizedSample:
     if _LITERAL in layout.text or _END_LITERAL in layout.text:
         return _by_pieces(layout, tokenizer, notes)
     ids = marked.ids
@@ -308,10 +317,10 @@ def _sample(layout: Layout, marked: Marked, tokenizer: ChatTokenizer, notes: tup
         trained[first:last] = b"\x01" * (last - first)
         if weights is not None:
             weights[first:last] = array("f", [layout.weights[number]]) * (last - first)
-    return Rendered(ids, bytes(trained), notes, weights)
+    return TokenizedSample(ids, bytes(trained), notes, weights)
 
 
-def _by_pieces(layout: Layout, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> Rendered:
+def _by_pieces(layout: RenderedText, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> TokenizedSample:
     """Encoded stretch by stretch: what trains apart from what does not, marked tokens as plain text.
 
     So is a sample whose answer begins in the middle of a token of the whole: the model will be given
@@ -331,7 +340,7 @@ def _by_pieces(layout: Layout, tokenizer: ChatTokenizer, notes: tuple[str, ...])
                 trained += bytes([flag]) * len(new)
                 weights.extend([flag * weight] * len(new))
         at = end
-    return Rendered(ids, bytes(trained), notes, weights if layout.weights else None)
+    return TokenizedSample(ids, bytes(trained), notes, weights if layout.weights else None)
 
 
 def _stretches(text: str) -> list[tuple[str, bool]]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from qlora_tui.data.conversation import Conversation, RowRefused
+from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.formats import SNIFFED_ROWS, Detection, detect, parse
-from qlora_tui.data.hub import hub_files, is_hub_id
-from qlora_tui.data.open_file import Position
+from qlora_tui.data.hub_dataset import hub_files, is_hub_id
 from qlora_tui.data.read import files_of, first_rows, kind_of, rows
 from qlora_tui.data.row import Row
+from qlora_tui.data.text_reader import Position
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
 
@@ -75,17 +75,17 @@ def sniff(path: Path, source: Source, preferences: str) -> Detection:
 
 def conversations(
     file: SourceFile, position: Position | None = None
-) -> Iterator[tuple[Row, Conversation | RowRefused]]:
+) -> Iterator[tuple[Row, Conversation | RowRejectedError]]:
     """Every row of a file with its conversation, or why it has none."""
     for row in rows(file.path, position):
         yield row, conversation_of(row, file)
 
 
-def conversation_of(row: Row, file: SourceFile) -> Conversation | RowRefused:
+def conversation_of(row: Row, file: SourceFile) -> Conversation | RowRejectedError:
     """The conversation of one row of a file, or why it has none."""
     try:
         return parse(row, file.detection.layout, file.source)
-    except RowRefused as refused:
+    except RowRejectedError as refused:
         return refused
 
 

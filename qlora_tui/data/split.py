@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui.data.conversation import Conversation
-from qlora_tui.data.groups import group_keys, padded
+from qlora_tui.data.near_duplicate_groups import group_keys, padded
 
 _encode = msgspec.json.Encoder().encode
 
@@ -66,11 +66,11 @@ class Split:
             groups = group_keys(self._keys, self._path)
         finally:
             self._path.unlink()
-        chosen = held_back(groups, self._sources, self._fraction)
+        chosen = validation_rows(groups, self._sources, self._fraction)
         return frozenset(key for key, group in zip(self._keys, groups, strict=True) if group in chosen)
 
 
-def held_back(groups: array[int], sources: Iterable[int], fraction: float) -> frozenset[int]:
+def validation_rows(groups: array[int], sources: Iterable[int], fraction: float) -> frozenset[int]:
     """The groups to validate on: about ``fraction`` of the rows of each source, and no more.
 
     ``groups`` and ``sources`` have one entry a row; the numbers of the groups are their random order. A

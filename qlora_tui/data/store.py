@@ -42,7 +42,7 @@ _FILES = {
 _WEIGHTS = "weights.f32"
 
 
-class Sample(Struct, frozen=True, array_like=True):
+class StoredSample(Struct, frozen=True, array_like=True):
     """One training sample, as it lies on disk."""
 
     tokens: bytes
@@ -76,7 +76,7 @@ class Writer:
     ) -> None:
         self._stack.close()
 
-    def add(self, sample: Sample, source: int, row: int, key: int) -> None:
+    def add(self, sample: StoredSample, source: int, row: int, key: int) -> None:
         """One sample."""
         count = len(sample.trained)
         self._add_weights(sample.trained, sample.weights)

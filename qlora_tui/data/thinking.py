@@ -15,8 +15,8 @@ from typing import Any, Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qlora_tui.data.conversation import Conversation, Message, RowRefused
-from qlora_tui.data.template import ChatTemplate, Turns
+from qlora_tui.data.chat_template import ChatTemplate, Turns
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.recipe.schema import Thinking
 
 OnOff = Literal["on", "off"]
@@ -45,13 +45,13 @@ class Switch(Struct, frozen=True):
     """False for an effort whose least is ``low``: the model thinks less, but thinks."""
 
 
-def switch_of(template: ChatTemplate, asked: Turns) -> Switch | None:
+def switch_of(template: ChatTemplate, turns: Turns) -> Switch | None:
     """The switch of ``template``, tried on the conversation ``asked``; None where it has none."""
 
     def prompt(variables: Mapping[str, Any]) -> str | None:
         try:
-            return template.with_variables(variables).render(asked, prompt=True)
-        except RowRefused:
+            return template.with_variables(variables).render(turns, prompt=True)
+        except RowRejectedError:
             return None
 
     default = prompt({})

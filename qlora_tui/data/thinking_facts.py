@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qlora_tui.data.template_capabilities import TemplateCapabilities
 from qlora_tui.data.thinking import Switch
-from qlora_tui.data.traits import Traits
 from qlora_tui.format import counted
 from qlora_tui.recipe.schema import Data, Thinking
 
 
-def facts(notes: Mapping[str, int], conversations: int, traits: Traits | None, data: Data) -> tuple[str, ...]:
+def facts(
+    notes: Mapping[str, int], conversations: int, traits: TemplateCapabilities | None, data: Data
+) -> tuple[str, ...]:
     """One sentence on the reasoning and one on the switch of the template, where there is something to say.
 
     ``notes`` counts conversations by kind of note, ``conversations`` is how many there are in all. Without a
@@ -24,13 +26,15 @@ def facts(notes: Mapping[str, int], conversations: int, traits: Traits | None, d
         where = f"{present:,} of {counted(conversations, 'row')}"
         return (f"Reasoning: {where}; choose a model to see how it is rendered.",) if present else ()
     left_out = notes.get("reasoning-left-out", 0)
-    kept = notes.get("reasoning-learned", 0) + notes.get("reasoning-read", 0)
+    with_reasoning = notes.get("reasoning-learned", 0) + notes.get("reasoning-read", 0)
     sentences = []
-    if kept or left_out:
-        sentences.append(_on_reasoning(kept or left_out, conversations, bool(left_out), notes, data))
+    if with_reasoning or left_out:
+        sentences.append(
+            _on_reasoning(with_reasoning or left_out, conversations, bool(left_out), notes, data)
+        )
     elif traits.thinks and conversations:
         sentences.append(f"Reasoning: in none of {counted(conversations, 'row')}.")
-    on_switch = _on_switch(notes, kept, conversations, traits, data)
+    on_switch = _on_switch(notes, with_reasoning, conversations, traits, data)
     return (*sentences, on_switch) if on_switch else tuple(sentences)
 
 
@@ -43,7 +47,13 @@ def _on_reasoning(rows: int, conversations: int, left_out: bool, notes: Mapping[
     return f"{text}."
 
 
-def _on_switch(notes: Mapping[str, int], kept: int, conversations: int, traits: Traits, data: Data) -> str:
+def _on_switch(
+    notes: Mapping[str, int],
+    with_reasoning: int,
+    conversations: int,
+    traits: TemplateCapabilities,
+    data: Data,
+) -> str:
     switch = traits.switch
     if switch is None and traits.opens_thought:
         closed = notes.get("thought-closed", 0)
@@ -60,7 +70,7 @@ def _on_switch(notes: Mapping[str, int], kept: int, conversations: int, traits: 
         return _on_effort(switch, data)
     on, off = notes.get("thinking-on", 0), notes.get("thinking-off", 0)
     if data.thinking == "on":
-        empty = conversations - kept
+        empty = conversations - with_reasoning
         but = f"; an empty thought is learned from {counted(empty, 'row')} without reasoning" if empty else ""
         return f"Thinking: on for every row ({switch.variable}){but}."
     if data.thinking == "off" or (off and not on):

@@ -25,16 +25,16 @@ def tags_of(literals: str) -> tuple[str, str]:
     return _GEMMA if "<channel|>" in literals else THINK
 
 
-def answered(asked: str, reasoning: str, rest: str, tags: tuple[str, str] = THINK) -> str:
+def answered(prompt: str, reasoning: str, rest: str, tags: tuple[str, str] = THINK) -> str:
     """A prompt, the reasoning that follows it, and ``rest``, which is the answer and its end.
 
     The tags stand on lines of their own, but where the prompt has opened the thought without a line end, as
     DeepSeek-V3.1's does.
     """
-    opened = OPENED.search(asked)
+    opened = OPENED.search(prompt)
     # White space after reasoning is the file's; before an answer without any it is the answer's own.
     answer = re.sub(r"\A\s*</think>\s*", "", rest.lstrip() if reasoning else rest)
     if opened and not opened[1]:
-        return f"{asked}{reasoning}</think>{answer}"
+        return f"{prompt}{reasoning}</think>{answer}"
     opening, closing = tags
-    return f"{asked}{'' if opened else opening}{reasoning}{closing}{answer}"
+    return f"{prompt}{'' if opened else opening}{reasoning}{closing}{answer}"

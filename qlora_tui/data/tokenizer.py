@@ -17,12 +17,18 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from qlora_tui.data.conversation import RowRefused
+from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError
+from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.stock_templates import stock_template
-from qlora_tui.data.template import ChatTemplate, TemplateBroken
+from qlora_tui.data.template_capabilities import TemplateCapabilities, probe_template
 from qlora_tui.data.thinking import THOUGHT_TAGS
-from qlora_tui.data.traits import Traits, traits_of
-from qlora_tui.data.word_memo import Marked, WordMemo, cuts_at_spaces, stand_apart, token_at
+from qlora_tui.data.word_cache import (
+    Marked,
+    WordTokenCache,
+    isolated_added_tokens,
+    splits_on_spaces,
+    token_at,
+)
 from qlora_tui.errors import Problem
 
 OWN = "tokenizer"
@@ -113,14 +119,14 @@ class ChatTokenizer:
         return self.template_name == OWN
 
     @cached_property
-    def traits(self) -> Traits:
+    def traits(self) -> TemplateCapabilities:
         """What the template can say."""
-        return traits_of(self.template)
+        return probe_template(self.template)
 
     @cached_property
-    def tool_traits(self) -> Traits:
+    def tool_traits(self) -> TemplateCapabilities:
         """The same for the template that conversations with tools use."""
-        return self.traits if self.tool_template is self.template else traits_of(self.tool_template)
+        return self.traits if self.tool_template is self.template else probe_template(self.tool_template)
 
     @cached_property
     def added_tokens(self) -> dict[str, int]:
@@ -152,11 +158,11 @@ class ChatTokenizer:
         for tried in (turns, [*turns, turns[0]]):
             try:
                 closing = self.template.render(tried).rpartition("qvz")[2]
-            except RowRefused:
+            except RowRejectedError:
                 continue
             if match := self.special_pattern.search(closing):
-                found = self.added_tokens[match[0]]
-                return tuple(ends) if found in ends else (*ends, found)
+                token_id = self.added_tokens[match[0]]
+                return tuple(ends) if token_id in ends else (*ends, token_id)
         return tuple(ends)
 
     @cached_property
@@ -186,7 +192,7 @@ class ChatTokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_marked(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[Marked]:
-        """The ids of each text, and where its ``places`` are in them (see ``WordMemo.encode``)."""
+        """The ids of each text, and where its ``places`` are in them (see ``WordTokenCache.encode``)."""
         if self._words is not None:
             return self._words.encode(texts, places)
         return [
@@ -229,9 +235,13 @@ class ChatTokenizer:
         return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
     @cached_property
-    def _words(self) -> WordMemo | None:
+    def _words(self) -> WordTokenCache | None:
         held = json.loads(self._json)
-        return WordMemo(self._encode_batch, stand_apart(held)) if cuts_at_spaces(held) else None
+        return (
+            WordTokenCache(self._encode_batch, isolated_added_tokens(held))
+            if splits_on_spaces(held)
+            else None
+        )
 
     @cached_property
     def _without_added(self) -> Tokenizer:
@@ -247,7 +257,7 @@ class ChatTokenizer:
     def _compiled(self, text: str) -> ChatTemplate:
         try:
             return ChatTemplate(text, self.special_tokens)
-        except TemplateBroken as error:
+        except TemplateCompileError as error:
             raise Problem(
                 "Broken chat template",
                 what=f"The model's chat template cannot be compiled: {error}.",

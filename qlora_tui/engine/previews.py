@@ -8,12 +8,12 @@ from itertools import islice
 from pathlib import Path
 
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.data.conversation import Conversation, RowRefused
+from qlora_tui.data.conversation import Conversation, RowRejectedError
+from qlora_tui.data.dataset_report import Piece, Report, Shown
 from qlora_tui.data.formats import SNIFFED_ROWS
-from qlora_tui.data.inspect import inspecting, row_of, show
+from qlora_tui.data.inspection import inspecting, row_of, show
 from qlora_tui.data.problems import shorten
 from qlora_tui.data.read import rows
-from qlora_tui.data.report import Piece, Report, Shown
 from qlora_tui.data.sources import conversation_of, paths_of
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.engine.protocol import (
@@ -92,7 +92,7 @@ def _as_read(request: ShowRow) -> Shown:
     """A row without a tokenizer: its turns, and the answers marked as what would be learnt."""
     file, found = row_of(request.source, request.row, request.data, request.path)
     one = conversation_of(found, file)
-    if isinstance(one, RowRefused):
+    if isinstance(one, RowRejectedError):
         return Shown(found.number, (), (), (), refused=one.reason, path=str(file.path))
     return Shown(found.number, (tuple(_turns(one)),), (), (), path=str(file.path))
 

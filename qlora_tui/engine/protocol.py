@@ -15,7 +15,7 @@ from msgspec import Struct
 from qlora_tui.chat.effect import Effect
 from qlora_tui.chat.terms import ChatSource, Outcome, Said, Sampling, ThinkingOf
 from qlora_tui.data.conversation import Message
-from qlora_tui.data.report import Report, Shown
+from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source, Thinking
 

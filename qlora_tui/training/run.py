@@ -14,7 +14,7 @@ from qlora_tui.catalog.local_models import ModelFiles, resolve_model
 from qlora_tui.data.dataset import Prepared, prepare
 from qlora_tui.data.thinking_facts import facts, for_prompts
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.untrained import token_ids
+from qlora_tui.data.untrained_tokens import token_ids
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter

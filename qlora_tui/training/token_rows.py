@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_tui.data.untrained import FAINT
+from qlora_tui.data.untrained_tokens import UNTRAINED_NORM_RATIO
 from qlora_tui.errors import Problem
 from qlora_tui.training.lean.replace import replace_forward
 
@@ -56,7 +56,7 @@ def begin_rows(model: Any) -> None:
     for wrapper in row_wrappers(model):
         weight, rows = wrapper.original_module.weight, rows_of(wrapper, "default")
         sizes = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-        faint = sizes[rows.ids] < FAINT * sizes.median()
+        faint = sizes[rows.ids] < UNTRAINED_NORM_RATIO * sizes.median()
         mean = weight.mean(dim=0, dtype=torch.float32)
         with torch.no_grad():
             rows.values.copy_(torch.where(faint[:, None], mean, rows.values))

@@ -99,7 +99,7 @@ def test_chat_asks_with_the_tokens_of_training(sessions: Any, name: str, thinkin
     sample = render(row, session.tokenizer, Choices(thinking=thinking))[-1]
     asked = session.prompt(HISTORY, thinking)
     assert sample.token_ids[: len(asked)] == asked
-    assert sample.trained[len(asked) - 1 : len(asked) + 1] == b"\x00\x01"
+    assert sample.loss_mask[len(asked) - 1 : len(asked) + 1] == b"\x00\x01"
 
 
 @pytest.mark.slow

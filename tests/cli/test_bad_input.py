@@ -9,7 +9,7 @@ import pytest
 
 from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import paths
-from qlora_tui.data.look_over import LookedOver
+from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.training.conversion import folder_of
 from tests.cli.conftest import Call
@@ -183,7 +183,7 @@ def test_a_row_that_blocks_a_run_is_refused_before_anything_is_queued(
 def test_what_an_inspection_has_met_is_refused_however_far_down_it_is(
     call: Call, readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_tui.cli.train.look_over", lambda files, data: LookedOver(False, ()))
+    monkeypatch.setattr("qlora_tui.cli.train.quick_check", lambda files, data: QuickCheckResult(False, ()))
     data = tmp_path / "owls.jsonl"
     good = '{"prompt": "a", "completion": "b"}\n'
     data.write_text(good * 300 + "{bad\n")

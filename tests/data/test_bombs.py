@@ -21,10 +21,10 @@ from qlora_tui.data.bounds import (
     MOST_VALUES,
     MOST_VALUES_IN_LINE,
 )
-from qlora_tui.data.inspect import inspect
+from qlora_tui.data.inspection import inspect
 from qlora_tui.data.memory_bound import memory_bound
 from qlora_tui.data.read import rows
-from qlora_tui.data.row_at import row_at
+from qlora_tui.data.row_index import row_at
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Source
 from tests.data.families import family

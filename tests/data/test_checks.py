@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.data.inspect import inspect, show
-from qlora_tui.data.problems import CHECKS, KEPT_ROWS, NOTES, Tally
+from qlora_tui.data.inspection import inspect, show
+from qlora_tui.data.problems import CHECKS, MAX_LISTED_ROWS, NOTES, ProblemCounter
 from qlora_tui.data.render import render
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data, Source
+from tests.data.conversation_shapes import conversation
 from tests.data.families import CHATML, MARKED, STRIPS, family, tokenizer_for, tokenizer_json
-from tests.data.shapes import conversation
 
 WITHOUT_END = MARKED.replace(
     "{{- m.content + '<|im_end|>' -}}{%- endgeneration -%}",
@@ -223,10 +223,14 @@ def test_every_note_has_words() -> None:
 
 
 def test_a_tally_keeps_the_first_rows_and_counts_the_rest() -> None:
-    tally = Tally()
-    for row in range(1, KEPT_ROWS + 51):
+    tally = ProblemCounter()
+    for row in range(1, MAX_LISTED_ROWS + 51):
         tally.add("duplicate", row, f"row\n{row}")
     tally.add("bad-json", 3)
     first, second = tally.problems()
     assert first.kind == "bad-json"
-    assert (second.count, len(second.rows), second.example) == (KEPT_ROWS + 50, KEPT_ROWS, "row 1")
+    assert (second.count, len(second.rows), second.example) == (
+        MAX_LISTED_ROWS + 50,
+        MAX_LISTED_ROWS,
+        "row 1",
+    )

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.data.dataset import Prepared, Progress, prepare
+from qlora_tui.data.dataset import Prepared, PrepareProgress, prepare
 from qlora_tui.data.key_table import KeyTable
-from qlora_tui.data.lengths import fit
-from qlora_tui.data.render import Rendered
+from qlora_tui.data.render import TokenizedSample
 from qlora_tui.data.store import Store
+from qlora_tui.data.truncation import truncate
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Recipe, Source, Training
 from tests.data.families import family
@@ -200,7 +200,7 @@ def test_weights_of_answers_are_kept_beside_the_tokens(tmp_path: Path) -> None:
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
-    told: list[Progress] = []
+    told: list[PrepareProgress] = []
     prepare(recipe(write(tmp_path / "a.jsonl", pairs(600))), family("chatml"), told.append)
     assert told[-1].share == 1.0
     assert told[-1].rows == 600
@@ -287,7 +287,7 @@ def test_a_set_that_is_asked_for_is_kept(tmp_path: Path) -> None:
     assert folder.exists()
 
 
-SAMPLE = Rendered(list(range(10)), b"\x00\x00\x00\x01\x01\x00\x00\x00\x01\x01")
+SAMPLE = TokenizedSample(list(range(10)), b"\x00\x00\x00\x01\x01\x00\x00\x00\x01\x01")
 
 
 @pytest.mark.parametrize(
@@ -300,9 +300,9 @@ SAMPLE = Rendered(list(range(10)), b"\x00\x00\x00\x01\x01\x00\x00\x00\x01\x01")
     ],
 )
 def test_long_samples_are_fitted_as_the_recipe_says(too_long: Any, kept: list[list[int]]) -> None:
-    fitted = fit(SAMPLE, 4, too_long)
+    fitted = truncate(SAMPLE, 4, too_long)
     assert [s.token_ids for s in fitted] == kept
-    assert all(len(s.trained) == len(s.token_ids) for s in fitted)
+    assert all(len(s.loss_mask) == len(s.token_ids) for s in fitted)
 
 
 @given(
@@ -318,10 +318,10 @@ def test_a_piece_of_a_split_begins_in_a_turn_only_if_that_does_not_fit(
     length_of_turn = [asked + said for asked, said in turns for _ in range(asked + said)]
     begins = set(accumulate((asked + said for asked, said in turns), initial=0))
     end = 0
-    for piece in fit(Rendered(ids, trained), limit, "split"):
+    for piece in truncate(TokenizedSample(ids, trained), limit, "split"):
         first, last = piece.token_ids[0], piece.token_ids[-1]
-        assert end <= first and len(piece.token_ids) <= limit and 1 in piece.trained[1:]
-        assert piece.token_ids == ids[first : last + 1] and piece.trained == trained[first : last + 1]
+        assert end <= first and len(piece.token_ids) <= limit and 1 in piece.loss_mask[1:]
+        assert piece.token_ids == ids[first : last + 1] and piece.loss_mask == trained[first : last + 1]
         assert first in begins or length_of_turn[first] > limit
         end = last + 1
 
@@ -329,29 +329,29 @@ def test_a_piece_of_a_split_begins_in_a_turn_only_if_that_does_not_fit(
 def test_a_conversation_is_split_after_answers() -> None:
     turns = [(6, 4), (5, 5), (3, 3)]
     trained = b"".join(bytes(asked) + b"\x01" * said for asked, said in turns)
-    pieces = fit(Rendered(list(range(26)), trained), 18, "split")
+    pieces = truncate(TokenizedSample(list(range(26)), trained), 18, "split")
     assert [(p.token_ids[0], p.token_ids[-1]) for p in pieces] == [(0, 9), (10, 25)]
 
 
 def test_of_a_question_beyond_the_limit_the_end_stays_with_its_answer() -> None:
     trained = bytes(50) + b"\x01" * 6 + bytes(4)
-    (piece,) = fit(Rendered(list(range(60)), trained), 20, "split")
+    (piece,) = truncate(TokenizedSample(list(range(60)), trained), 20, "split")
     assert (piece.token_ids[0], piece.token_ids[-1]) == (36, 55)
     trained = bytes(50) + b"\x01" * 40
-    pieces = fit(Rendered(list(range(90)), trained), 20, "split")
+    pieces = truncate(TokenizedSample(list(range(90)), trained), 20, "split")
     assert [p.token_ids[0] for p in pieces] == [40, 60, 80]
 
 
 def test_cutting_at_the_left_keeps_the_begin_token() -> None:
-    fitted = fit(SAMPLE, 4, "cut-left", bos_id=0)[0]
+    fitted = truncate(SAMPLE, 4, "cut-left", bos_id=0)[0]
     assert fitted.token_ids == [0, 7, 8, 9]
-    assert fitted.trained == b"\x00\x00\x01\x01"
+    assert fitted.loss_mask == b"\x00\x00\x01\x01"
 
 
 def test_a_sample_that_fits_is_left_alone_and_one_without_an_answer_goes() -> None:
-    assert fit(SAMPLE, 10, "drop") == [SAMPLE]
-    assert fit(SAMPLE, 3, "cut-right") == []
-    assert fit(Rendered([1, 2], b"\x00\x00"), 10, "drop") == []
+    assert truncate(SAMPLE, 10, "drop") == [SAMPLE]
+    assert truncate(SAMPLE, 3, "cut-right") == []
+    assert truncate(TokenizedSample([1, 2], b"\x00\x00"), 10, "drop") == []
 
 
 @given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 50), max_size=3000))

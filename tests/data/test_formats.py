@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.data.conversation import Conversation, Message, RowRefused, ToolCall
-from qlora_tui.data.formats import Layout, detect, parse, parts_of
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
+from qlora_tui.data.formats import RowFormat, detect, parse, parts_of
 from qlora_tui.data.row import Row
 from qlora_tui.errors import Problem
 
@@ -234,8 +234,8 @@ def test_flags_say_which_turns_train(flag: dict[str, Any], trains: bool) -> None
 @pytest.mark.parametrize("weight", [-1, 2000, float("nan"), float("inf")])
 def test_a_weight_that_can_be_no_weight_is_refused(weight: float) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": weight}]
-    with pytest.raises(RowRefused, match="Turn 2 has the weight"):
-        parse(Row(1, {"messages": turns}), Layout("messages", {"messages": "messages"}))
+    with pytest.raises(RowRejectedError, match="Turn 2 has the weight"):
+        parse(Row(1, {"messages": turns}), RowFormat("messages", {"messages": "messages"}))
 
 
 def test_only_the_completion_of_a_chat_prompt_trains() -> None:
@@ -256,7 +256,7 @@ def test_integer_labels_take_their_names_from_the_mapping() -> None:
     columns = {"text": "s", "label": "y", "label_names": "bad, good"}
     assert read({"s": "Fine!", "y": 1}, columns=columns)[1].messages[1].content == "good"
     assert read({"s": "Fine!", "y": "0"}, columns=columns)[1].messages[1].content == "bad"
-    with pytest.raises(RowRefused, match="has no name"):
+    with pytest.raises(RowRejectedError, match="has no name"):
         read({"s": "Fine!", "y": 2}, columns=columns)
 
 
@@ -288,7 +288,7 @@ def test_labels_without_names_are_pointed_out() -> None:
     ],
 )
 def test_rows_that_cannot_be_learned_from_are_refused_by_kind(value: Any, kind: str) -> None:
-    with pytest.raises(RowRefused) as caught:
+    with pytest.raises(RowRejectedError) as caught:
         read(value)
     assert caught.value.kind == kind
     assert caught.value.reason.endswith(".")
@@ -296,21 +296,22 @@ def test_rows_that_cannot_be_learned_from_are_refused_by_kind(value: Any, kind: 
 
 def test_a_part_that_is_not_text_is_named_by_its_type_and_turn() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "file"}]}]
-    with pytest.raises(RowRefused, match=r"^Turn 2 has a part of type 'file'\.$"):
+    with pytest.raises(RowRejectedError, match=r"^Turn 2 has a part of type 'file'\.$"):
         read({"messages": turns})
 
 
 @pytest.mark.parametrize("value", [{}, [], 3, None, [1, 2]])
 def test_a_row_that_is_no_object_is_refused(value: Any) -> None:
-    with pytest.raises(RowRefused) as caught:
-        parse(Row(4, value), Layout("alpaca", {"instruction": "instruction", "output": "output"}))
+    with pytest.raises(RowRejectedError) as caught:
+        parse(Row(4, value), RowFormat("alpaca", {"instruction": "instruction", "output": "output"}))
     assert caught.value.kind == "bad-row"
 
 
 def test_a_row_that_lacks_the_column_is_refused() -> None:
-    with pytest.raises(RowRefused, match="no 'output'"):
+    with pytest.raises(RowRejectedError, match="no 'output'"):
         parse(
-            Row(4, {"instruction": "x"}), Layout("alpaca", {"instruction": "instruction", "output": "output"})
+            Row(4, {"instruction": "x"}),
+            RowFormat("alpaca", {"instruction": "instruction", "output": "output"}),
         )
 
 

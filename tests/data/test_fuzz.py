@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from qlora_tui.data.inspect import inspect
+from qlora_tui.data.inspection import inspect
 from qlora_tui.data.problems import CHECKS
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Source

@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-from qlora_tui.data import template, template_guard
-from qlora_tui.data.conversation import Conversation, Message, RowRefused
+from qlora_tui.data import chat_template, template_guard
+from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids, render
-from qlora_tui.data.template import ChatTemplate, TemplateBroken
 from tests.data.families import CHATML, tokenizer_for
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -64,10 +64,10 @@ FAILING = {
 def refusal(text: str) -> str:
     """Why the template gives nothing, compiled or rendered."""
     try:
-        with pytest.raises(RowRefused) as refused:
+        with pytest.raises(RowRejectedError) as refused:
             ChatTemplate(text, {}).render(TURNS)
         return refused.value.reason
-    except TemplateBroken as broken:
+    except TemplateCompileError as broken:
         return str(broken)
 
 
@@ -98,7 +98,7 @@ def test_a_template_that_was_stopped_is_not_tried_again(monkeypatch: pytest.Monk
     monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
     endless = ChatTemplate(ENDLESS, {})
     for tried in (endless, endless, endless.with_variables({"enable_thinking": False})):
-        with pytest.raises(RowRefused):
+        with pytest.raises(RowRejectedError):
             tried.render(TURNS)
         monkeypatch.setattr(template_guard, "MOST_CPU_S", 1e9)
 
@@ -117,10 +117,10 @@ def test_a_template_is_stopped_in_any_thread_and_others_go_on(monkeypatch: pytes
 def test_a_template_that_ignores_its_messages_is_refused_in_words(text: str) -> None:
     tokenizer = tokenizer_for(text)
     conversation = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
-    with pytest.raises(RowRefused, match="leaves out what the assistant says"):
+    with pytest.raises(RowRejectedError, match="leaves out what the assistant says"):
         render(conversation, tokenizer)
     prompt_ids([Message("user", "Hi")], tokenizer)
 
 
 def test_the_reason_of_the_time_bound_names_it() -> None:
-    assert "5 seconds" in template._TOO_SLOW
+    assert "5 seconds" in chat_template._TOO_SLOW

@@ -5,13 +5,13 @@ import json
 import msgspec
 import pytest
 
-from qlora_tui.data.hub import HubFiles, hub_files, is_hub_id
-from qlora_tui.data.inspect import inspect
+from qlora_tui.data.hub_dataset import HubFiles, hub_files, is_hub_id
+from qlora_tui.data.inspection import inspect
 from qlora_tui.data.read import rows
 from qlora_tui.errors import Problem
 from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Source
-from tests.data.dataset_hub import dataset_hub
+from tests.data.fake_dataset_hub import dataset_hub
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,6 @@ def test_a_note_whose_files_are_gone_is_not_believed(monkeypatch: pytest.MonkeyP
         asked.append(name)
         return HubFiles((str(note),), "train")
 
-    monkeypatch.setattr("qlora_tui.data.hub._fetched", fetched)
+    monkeypatch.setattr("qlora_tui.data.hub_dataset._fetch", fetched)
     assert hub_files("owner/set")[0] == [note]
     assert asked == ["owner/set"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.data.dataset import prepare
-from qlora_tui.data.inspect import inspect
+from qlora_tui.data.inspection import inspect
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from tests.data.families import family
 

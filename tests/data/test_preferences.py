@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.data.conversation import Conversation, RowRefused
-from qlora_tui.data.formats import Layout, detect, parse
-from qlora_tui.data.inspect import inspect, show
+from qlora_tui.data.conversation import Conversation, RowRejectedError
+from qlora_tui.data.formats import RowFormat, detect, parse
+from qlora_tui.data.inspection import inspect, show
 from qlora_tui.data.row import Row
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
@@ -96,10 +96,10 @@ def test_no_token_of_a_rejected_answer_is_trained(tmp_path: Path) -> None:
 
 
 def test_a_row_without_its_prompt_is_no_plain_text() -> None:
-    layout = Layout("preference", {"chosen": "chosen", "rejected": "rejected", "prompt": "prompt"})
+    layout = RowFormat("preference", {"chosen": "chosen", "rejected": "rejected", "prompt": "prompt"})
     missing: list[Any] = [None, " ", []]
     for prompt in missing:
-        with pytest.raises(RowRefused, match="The prompt is empty"):
+        with pytest.raises(RowRejectedError, match="The prompt is empty"):
             parse(Row(1, {"prompt": prompt, "chosen": "This.", "rejected": BAD}), layout)
 
 
@@ -110,18 +110,18 @@ def test_turns_that_both_sides_share_do_not_train() -> None:
 
 
 def test_a_row_that_prefers_neither_side_is_left_out() -> None:
-    with pytest.raises(RowRefused, match="are the same") as refused:
+    with pytest.raises(RowRejectedError, match="are the same") as refused:
         read({"prompt": "Which?", "chosen": "This.", "rejected": " This.\n"})
     assert refused.value.kind == "same-answers"
-    with pytest.raises(RowRefused, match="are the same"):
+    with pytest.raises(RowRejectedError, match="are the same"):
         read({"prompt": "Which?", "chosen": "This.", "rejected": [BAD, "This."]})
 
 
 def test_a_row_without_a_rejected_side_still_has_a_chosen_one() -> None:
-    layout = Layout("preference", {"chosen": "chosen", "rejected": "rejected", "prompt": "prompt"})
+    layout = RowFormat("preference", {"chosen": "chosen", "rejected": "rejected", "prompt": "prompt"})
     row = {"prompt": "Which?", "chosen": "This.", "rejected": None}
     assert [m.train for m in parse(Row(1, row), layout).messages] == [False, True]
-    with pytest.raises(RowRefused, match="The chosen answer is empty"):
+    with pytest.raises(RowRejectedError, match="The chosen answer is empty"):
         parse(Row(1, {**row, "chosen": " "}), layout)
 
 
@@ -247,8 +247,8 @@ def test_a_column_named_as_a_rating_is_one_in_any_format(
 def test_a_row_left_out_says_its_rating(rating: Any, reason: str) -> None:
     columns = {"prompt": "prompt", "completion": "completion", "rating": "label"}
     row = {"prompt": "Which?", "completion": BAD, "label": rating}
-    with pytest.raises(RowRefused, match=reason) as refused:
-        parse(Row(1, row), Layout("prompt-completion", columns))
+    with pytest.raises(RowRejectedError, match=reason) as refused:
+        parse(Row(1, row), RowFormat("prompt-completion", columns))
     assert f"'label' is {rating!r}" in refused.value.reason
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from qlora_tui.data.conversation import Conversation, Message, RowRefused, ToolCall
-from qlora_tui.data.inspect import inspect
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
+from qlora_tui.data.inspection import inspect
 from qlora_tui.data.preferences import TITLES
 from qlora_tui.data.sources import conversations, open_source
 from qlora_tui.errors import Problem
@@ -58,13 +58,13 @@ def message(expected: Any) -> Message:
     return Message(role.removesuffix(" (not trained)"), content, train=not role.endswith("(not trained)"))
 
 
-def check_row(found: Conversation | RowRefused, expected: Any) -> None:
+def check_row(found: Conversation | RowRejectedError, expected: Any) -> None:
     if isinstance(expected, dict) and "refused" in expected:
-        assert isinstance(found, RowRefused), found
+        assert isinstance(found, RowRejectedError), found
         assert found.kind == expected["refused"]
         assert found.reason == expected.get("says", found.reason)
         return
-    if isinstance(found, RowRefused):
+    if isinstance(found, RowRejectedError):
         raise AssertionError(f"{found.kind}: {found.reason}")
     if isinstance(expected, list):
         expected = {"messages": expected}

@@ -136,7 +136,7 @@ def test_json_is_read_alike_wherever_the_chunks_end(
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder) / "rows.json"
         path.write_bytes(text.encode())
-        patch.setattr("qlora_tui.data.open_file.CHUNK_BYTES", chunk_bytes)
+        patch.setattr("qlora_tui.data.text_reader.CHUNK_BYTES", chunk_bytes)
         found = list(rows(path))
     if style == "lines" and len(values) == 1:
         return  # one object may hold the rows of the whole file

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.data.conversation import Conversation, Message, RowRefused, ToolCall
-from qlora_tui.data.render import Choices, Rendered, lay, pieces, prompt_ids, render
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
+from qlora_tui.data.render import Choices, TokenizedSample, pieces, prompt_ids, render, render_text
 from qlora_tui.data.tokenizer import ChatTokenizer
+from tests.data.conversation_shapes import TOOL, assistant, conversation, system, tool, user
 from tests.data.families import FAMILIES, SPECIAL, TRIMS, family, tokenizer_for, tokenizer_json
-from tests.data.shapes import TOOL, assistant, conversation, system, tool, user
 
 
-def trained_text(tokenizer: ChatTokenizer, sample: Rendered) -> list[str]:
+def trained_text(tokenizer: ChatTokenizer, sample: TokenizedSample) -> list[str]:
     """The text of each stretch of tokens that trains."""
     stretches: list[list[int]] = []
     before = 0
-    for token, flag in zip(sample.token_ids, sample.trained, strict=True):
+    for token, flag in zip(sample.token_ids, sample.loss_mask, strict=True):
         if flag and not before:
             stretches.append([])
         if flag:
@@ -92,7 +92,7 @@ def test_the_trained_tokens_are_the_answers_and_their_ends_and_nothing_else(
     samples = render(Conversation(tuple(messages)), tokenizer)
     assert len(samples) == 1
     assert "".join(trained_text(tokenizer, samples[0])) == expected(name, [answered for _, answered in turns])
-    laid = lay(Conversation(tuple(messages)), tokenizer).layouts[0].text
+    laid = render_text(Conversation(tuple(messages)), tokenizer).layouts[0].text
     plain = laid.replace("\U000f0000", "").replace("\U000f0001", "")
     assert tokenizer.decode(samples[0].token_ids) == plain
 
@@ -109,7 +109,7 @@ def test_the_model_is_asked_with_the_very_tokens_it_was_trained_after(
     asked = prompt_ids(messages[:-1], tokenizer)
     if name == "moves-system" or name == "drops-thinking" or len(turns) == 1:
         assert sample.token_ids[: len(asked)] == asked
-    first = sample.trained.rindex(b"\x00\x01") + 1 if b"\x00\x01" in sample.trained else 0
+    first = sample.loss_mask.rindex(b"\x00\x01") + 1 if b"\x00\x01" in sample.loss_mask else 0
     if name != "no-turn-end":
         assert sample.token_ids[:first] == asked
 
@@ -148,13 +148,13 @@ def test_turns_after_the_last_answer_are_left_out() -> None:
 
 
 def test_a_conversation_without_an_answer_is_refused() -> None:
-    with pytest.raises(RowRefused) as caught:
+    with pytest.raises(RowRejectedError) as caught:
         render(Conversation((user("a"),)), family("chatml"))
     assert caught.value.kind == "no-answer"
 
 
 def test_a_template_that_refuses_says_so_in_its_words() -> None:
-    with pytest.raises(RowRefused, match="The template says: Roles must alternate"):
+    with pytest.raises(RowRejectedError, match="The template says: Roles must alternate"):
         render(Conversation((user("a"), user("b"), assistant("c"))), family("no-system"))
 
 
@@ -224,7 +224,7 @@ def test_tool_calls_a_template_would_lose_become_text() -> None:
 def test_everything_trains_when_asked() -> None:
     tokenizer = family("no-turn-end")
     sample = render(conversation("two-turns"), tokenizer, Choices("everything"))[0]
-    assert set(sample.trained) == {1}
+    assert set(sample.loss_mask) == {1}
     assert sample.token_ids[-1] == tokenizer.eos_id
 
 
@@ -233,7 +233,7 @@ def test_plain_text_trains_whole_and_ends() -> None:
     sample = render(Conversation((), text="Once upon </s> a time"), tokenizer)[0]
     assert tokenizer.decode(sample.token_ids) == "Once upon </s> a time</s>"
     assert sample.token_ids.count(tokenizer.added_tokens["</s>"]) == 1
-    assert set(sample.trained) == {1}
+    assert set(sample.loss_mask) == {1}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_base_model_without_turn_tokens_ends_turns_with_end_of_text() -> None:
 def test_the_pieces_put_together_are_the_whole_text() -> None:
     tokenizer = family("strips")
     sample = render(conversation("unicode"), tokenizer)[0]
-    shown = pieces(tokenizer, sample.token_ids, sample.trained)
+    shown = pieces(tokenizer, sample.token_ids, sample.loss_mask)
     assert "".join(piece.text for piece in shown) == tokenizer.decode(sample.token_ids)
     assert [p.text for p in shown if p.special and p.trained] == ["<|eot_id|>", "<|eot_id|>"]
     assert "👍" in [p.text for p in shown if p.trained]
@@ -326,8 +326,8 @@ def test_text_and_tokens_equal_those_of_transformers(tmp_path: Path) -> None:
     turns = as_dicts("two-turns")
     theirs_mask: Any = marked.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
     ours_mask = render(conversation("two-turns"), family("marked"))[0]
-    kept = len(ours_mask.trained)
-    assert theirs_mask["assistant_masks"][:kept] == list(ours_mask.trained)
+    kept = len(ours_mask.loss_mask)
+    assert theirs_mask["assistant_masks"][:kept] == list(ours_mask.loss_mask)
     assert not any(theirs_mask["assistant_masks"][kept:])
 
 
@@ -361,7 +361,7 @@ def test_an_answer_counts_as_its_weight_says(name: str, control: str) -> None:
     weighed: dict[float, str] = {}
     for sample in render(Conversation(turns), tokenizer):
         assert sample.weights is not None and len(sample.weights) == len(sample.token_ids)
-        assert [weight > 0 for weight in sample.weights] == [flag == 1 for flag in sample.trained]
+        assert [weight > 0 for weight in sample.weights] == [flag == 1 for flag in sample.loss_mask]
         for weight in {0.25, 1.0} & set(sample.weights):
             ids = [t for t, w in zip(sample.token_ids, sample.weights, strict=True) if w == weight]
             weighed[weight] = tokenizer.decode(ids)

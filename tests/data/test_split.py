@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_tui.data.conversation import Conversation, Message
-from qlora_tui.data.near_duplicates import sketch
-from qlora_tui.data.split import Split, group_key, held_back
+from qlora_tui.data.near_duplicates import minhash_sketch
+from qlora_tui.data.split import Split, group_key, validation_rows
 
 WORDS = [f"{start}{end}" for start in "bdfgklmnprstvz" for end in ("a", "el", "ir", "on", "um", "ys")]
 
@@ -25,7 +25,7 @@ def split_of(rows: list[Conversation], folder: Path, fraction: float, seed: int 
     split = Split(folder, fraction)
     keys = [group_key(row, seed) for row in rows]
     for row, key in zip(rows, keys, strict=True):
-        split.add(row.source, key, sketch(row))
+        split.add(row.source, key, minhash_sketch(row))
     held = split.held_back()
     return {row for row, key in zip(rows, keys, strict=True) if key in held}
 
@@ -86,7 +86,7 @@ def test_no_sketch_is_left_behind(tmp_path: Path) -> None:
 )
 def test_a_split_is_grouped_and_never_takes_everything(rows: list[tuple[int, int]], fraction: float) -> None:
     groups = array("Q", (group for group, _ in rows))
-    held = held_back(groups, [source for _, source in rows], fraction)
+    held = validation_rows(groups, [source for _, source in rows], fraction)
     assert held <= set(groups)
     assert held != set(groups)
     assert bool(held) == (fraction > 0 and len(set(groups)) > 1)
@@ -102,5 +102,5 @@ def test_a_split_is_grouped_and_never_takes_everything(rows: list[tuple[int, int
 )
 def test_a_large_group_does_not_make_the_side_large(sizes: list[int], fraction: float, expected: int) -> None:
     groups = array("Q", (group for group, size in enumerate(sizes) for _ in range(size)))
-    held = held_back(groups, [0] * len(groups), fraction)
+    held = validation_rows(groups, [0] * len(groups), fraction)
     assert sum(Counter(groups)[group] for group in held) == expected

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from qlora_tui.data.conversation import Conversation, Message
-from qlora_tui.data.render import Choices, Rendered, prompt_ids, render
+from qlora_tui.data.render import Choices, TokenizedSample, prompt_ids, render
 from qlora_tui.data.thinking import reasoning_of, without_reasoning
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Thinking
+from tests.data.conversation_shapes import assistant, system, user
 from tests.data.families import FAMILIES, family
-from tests.data.shapes import assistant, system, user
 from tests.data.thinkers import PUBLISHED, THINKERS, template_text, thinker
 
 WHY = "Let me count: 17*3 is 51."
@@ -27,14 +27,14 @@ ROWS = (PLAIN, REASONED, INLINE, TURNS, REASONED_TURNS)
 SETTINGS: tuple[Thinking, ...] = ("auto", "on", "off")
 
 
-def learned(tokenizer: ChatTokenizer, sample: Rendered) -> str:
+def learned(tokenizer: ChatTokenizer, sample: TokenizedSample) -> str:
     """The text of the tokens that train."""
-    return tokenizer.decode([t for t, flag in zip(sample.token_ids, sample.trained, strict=True) if flag])
+    return tokenizer.decode([t for t, flag in zip(sample.token_ids, sample.loss_mask, strict=True) if flag])
 
 
-def asked_in_training(sample: Rendered) -> list[int]:
+def asked_in_training(sample: TokenizedSample) -> list[int]:
     """The tokens before the last stretch that trains."""
-    return sample.token_ids[: sample.trained.rindex(b"\x00\x01") + 1]
+    return sample.token_ids[: sample.loss_mask.rindex(b"\x00\x01") + 1]
 
 
 def as_decided(setting: Thinking, row: Conversation, tokenizer: ChatTokenizer) -> Thinking:
@@ -155,7 +155,7 @@ def test_reasoning_in_an_answer_goes_where_the_template_has_it(name: str) -> Non
     if name not in PUBLISHED:
         pytest.skip("trl is not installed")
     (apart,), (inline,) = render(REASONED, thinker(name)), render(INLINE, thinker(name))
-    assert (inline.token_ids, inline.trained) == (apart.token_ids, apart.trained)
+    assert (inline.token_ids, inline.loss_mask) == (apart.token_ids, apart.loss_mask)
 
 
 @pytest.mark.parametrize("name", THINKERS)
@@ -164,7 +164,7 @@ def test_off_takes_reasoning_out_of_the_row(name: str) -> None:
     for row in (REASONED, INLINE):
         (sample,) = render(row, tokenizer, Choices(thinking="off"))
         (plain,) = render(PLAIN, tokenizer, Choices(thinking="off"))
-        assert (sample.token_ids, sample.trained) == (plain.token_ids, plain.trained)
+        assert (sample.token_ids, sample.loss_mask) == (plain.token_ids, plain.loss_mask)
         assert "reasoning-left-out" in sample.notes
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.data.dataset import prepare
-from qlora_tui.data.inspect import inspect
+from qlora_tui.data.inspection import inspect
 from qlora_tui.data.thinking_facts import for_prompts
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data, Recipe, Source, Thinking

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.data.conversation import Conversation, RowRefused
+from qlora_tui.data.chat_template import ChatTemplate
+from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.render import render
-from qlora_tui.data.template import ChatTemplate
 from qlora_tui.data.tokenizer import OWN, ChatTokenizer
 from qlora_tui.errors import Problem
+from tests.data.conversation_shapes import TOOL, assistant, user
 from tests.data.families import CHATML, PARTS, STRIPS, TOOLS, family, tokenizer_json
-from tests.data.shapes import TOOL, assistant, user
 
 
 def folder(tmp_path: Path, config: dict[str, Any] | None = None, **files: str) -> Path:
@@ -173,14 +173,14 @@ def test_what_a_template_can_say_is_found_by_trying() -> None:
     ],
 )
 def test_a_template_is_kept_in_its_sandbox(text: str) -> None:
-    with pytest.raises(RowRefused):
+    with pytest.raises(RowRejectedError):
         ChatTemplate(text, {}).render([{"role": "user", "content": "a"}])
 
 
 def test_a_template_that_fails_says_how() -> None:
-    with pytest.raises(RowRefused, match="TypeError"):
+    with pytest.raises(RowRejectedError, match="TypeError"):
         ChatTemplate("{{ messages[0].content + 1 }}", {}).render([{"role": "user", "content": "a"}])
-    with pytest.raises(RowRefused, match="The template says: No\\."):
+    with pytest.raises(RowRejectedError, match="The template says: No\\."):
         ChatTemplate("{{ raise_exception('No.') }}", {}).render([])
 
 

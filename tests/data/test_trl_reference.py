@@ -17,14 +17,14 @@ from typing import NamedTuple
 import pytest
 from msgspec.structs import replace
 
-from qlora_tui.data.conversation import RowRefused
-from qlora_tui.data.render import lay
-from qlora_tui.data.template import ChatTemplate
+from qlora_tui.data.chat_template import ChatTemplate
+from qlora_tui.data.conversation import RowRejectedError
+from qlora_tui.data.render import render_text
+from qlora_tui.data.template_capabilities import adapt_conversation, probe_template
 from qlora_tui.data.thinking import decided, reasoning_apart, variables
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.traits import adapted, traits_of
+from tests.data.conversation_shapes import SHAPES, conversation
 from tests.data.families import tokenizer_json
-from tests.data.shapes import SHAPES, conversation
 
 _FOUND = importlib.util.find_spec("trl")
 FOLDER = Path(_FOUND.origin).parent / "chat_templates" if _FOUND and _FOUND.origin else Path("no-trl")
@@ -142,13 +142,13 @@ def _marked_template(name: str) -> ChatTemplate:
 
 
 def _ours(name: str, shape: str) -> list[str]:
-    laid = lay(conversation(shape), _tokenizer(name))
+    laid = render_text(conversation(shape), _tokenizer(name))
     return [layout.text[a:b] for layout in laid.layouts for a, b in layout.spans]
 
 
 def _theirs(name: str, shape: str) -> list[str]:
     template = _marked_template(name)
-    traits = traits_of(template)
+    traits = probe_template(template)
     # Told to think, or not to, as ours is.
     template = template.with_variables(
         variables(traits.switch, decided("auto", traits.switch, conversation(shape)))
@@ -157,7 +157,7 @@ def _theirs(name: str, shape: str) -> list[str]:
     if traits.switch is not None and traits.reasoning:
         # Reasoning written into an answer goes where the template looks for it, as ours does.
         one = replace(one, messages=reasoning_apart(one.messages))
-    turns, trains, tools, _ = adapted(one, traits)
+    turns, trains, tools, _ = adapt_conversation(one, traits)
     last = max(i for i, wanted in enumerate(trains) if wanted)
     text, marks = template.render_marked(turns[: last + 1], tools)
     marks = [mark for mark in marks if mark[0] < mark[1]]
@@ -193,7 +193,7 @@ def test_our_masks_equal_the_marks_of_the_reference(name: str) -> None:
     for shape in SHAPES:
         try:
             ours, theirs = _compared(name, shape)
-        except RowRefused as refused:
+        except RowRejectedError as refused:
             different[shape] = refused.reason
             continue
         if ours != theirs:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from qlora_tui.data.report import Report, Shown
+from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.engine.client import EngineClient
 from qlora_tui.engine.protocol import (
     DataInspected,

@@ -15,10 +15,10 @@ from qlora_tui import paths
 from qlora_tui.catalog import model_validation
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
-from qlora_tui.data.conversation import Conversation, Message, RowRefused
-from qlora_tui.data.inspect import inspect
+from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
+from qlora_tui.data.inspection import inspect
 from qlora_tui.data.render import render
-from qlora_tui.data.template import ChatTemplate, TemplateBroken
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
 from qlora_tui.recipe import presets, toml
@@ -102,7 +102,7 @@ def _tokenizer(name: str) -> Parse:
         (path.parent / name).write_bytes(path.read_bytes())
         try:
             return render(CONVERSATION, ChatTokenizer.from_folder(path.parent))
-        except RowRefused as refused:
+        except RowRejectedError as refused:
             return refused.reason
 
     return parse
@@ -112,7 +112,7 @@ def _template(path: Path) -> object:
     try:
         text = path.read_bytes().decode("utf-8", "replace")
         return ChatTemplate(text, {}).render([{"role": "user", "content": "Hi"}], prompt=True)
-    except (TemplateBroken, RowRefused) as refused:
+    except (TemplateCompileError, RowRejectedError) as refused:
         return str(refused)
 
 

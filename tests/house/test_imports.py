@@ -18,7 +18,7 @@ LIGHT_MODULES = (
     "qlora_tui.catalog.local_models",
     "qlora_tui.gpu.metrics_sampler",
     "qlora_tui.memory",
-    "qlora_tui.data.inspect",
+    "qlora_tui.data.inspection",
     "qlora_tui.runs.actions",
     "qlora_tui.runs.runner",
     "qlora_tui.engine.client",

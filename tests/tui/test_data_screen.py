@@ -11,7 +11,7 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from qlora_tui.data.report import Piece, Shown
+from qlora_tui.data.dataset_report import Piece, Shown
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs.events import Finished
 from qlora_tui.runs.log import EventWriter
@@ -19,9 +19,9 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.data import DataScreen
 from qlora_tui.tui.screens.data_words import row_line
 from qlora_tui.tui.screens.open_path import OpenPathScreen
-from tests.data.dataset_hub import dataset_hub
-from tests.data.test_untrained import WIDTH
-from tests.data.test_untrained import model as faint_model
+from tests.data.fake_dataset_hub import dataset_hub
+from tests.data.test_untrained_tokens import WIDTH
+from tests.data.test_untrained_tokens import model as faint_model
 from tests.tui.played import Play, play
 from tests.tui.reading import readable_model, ticket, tickets, write_rows
 from tests.tui.seeing import shows, text_of, until

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.data.inspect import inspect
-from qlora_tui.data.look_over import LookedOver
+from qlora_tui.data.inspection import inspect
+from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.status import read_status
@@ -70,8 +70,8 @@ def test_a_mended_file_is_looked_at_again_and_a_validation_file_too(tmp_path: Pa
 def test_what_an_inspection_has_met_is_found_however_far_down_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unseen = LookedOver(False, ())
-    monkeypatch.setattr("qlora_tui.tui.screens.train_checks.look_over", lambda files, data: unseen)
+    unseen = QuickCheckResult(False, ())
+    monkeypatch.setattr("qlora_tui.tui.screens.train_checks.quick_check", lambda files, data: unseen)
     rows = tmp_path / "tickets.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2 + "{bad\n")
     recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))

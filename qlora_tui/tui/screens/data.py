@@ -13,9 +13,9 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
+from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
 from qlora_tui.data.problems import DataProblem
-from qlora_tui.data.report import Report, Shown
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command

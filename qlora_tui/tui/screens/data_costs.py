@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from textual.content import Content
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.data.report import Report
-from qlora_tui.data.statistics import Lengths
+from qlora_tui.data.dataset_report import Report
+from qlora_tui.data.length_stats import Lengths
 from qlora_tui.errors import Problem
 from qlora_tui.format import duration, percent, size
 from qlora_tui.memory import Verdict, check_fit, estimate

@@ -16,8 +16,8 @@ from qlora_tui.tui.screens.columns import ColumnsScreen
 from qlora_tui.tui.screens.open_path import OpenPathScreen
 
 if TYPE_CHECKING:
+    from qlora_tui.data.dataset_report import Report
     from qlora_tui.data.problems import DataProblem
-    from qlora_tui.data.report import Report
 
 DATA_ENDINGS = (
     ".json",

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from qlora_tui.data.report import Report, Shown
+from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.engine.client import EngineClient
 from qlora_tui.engine.protocol import (
     DataInspected,

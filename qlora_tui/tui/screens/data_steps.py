@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from qlora_tui.data.dataset_report import FileReport
 from qlora_tui.data.problems import DataProblem
-from qlora_tui.data.report import FileReport
 
 Place: TypeAlias = tuple[str, int]
 """A file, and a row of it; an empty path is the first file."""

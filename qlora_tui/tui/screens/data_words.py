@@ -8,9 +8,9 @@ from pathlib import Path
 
 from textual.content import Content
 
+from qlora_tui.data.dataset_report import Piece, Report, Shown
 from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
 from qlora_tui.data.problems import CHECKS, DataProblem
-from qlora_tui.data.report import Piece, Report, Shown
 from qlora_tui.data.sources import is_of_the_hub
 from qlora_tui.errors import Problem
 from qlora_tui.format import counted, percent, size

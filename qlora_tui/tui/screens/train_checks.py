@@ -18,9 +18,9 @@ from qlora_tui import paths
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.data.hub import files_here
-from qlora_tui.data.known_errors import Tokens, refuse_known_errors, stamp_of, tokens_of
-from qlora_tui.data.look_over import LookedOver, look_over
+from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
+from qlora_tui.data.hub_dataset import local_files
+from qlora_tui.data.quick_check import QuickCheckResult, quick_check
 from qlora_tui.data.read import files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, is_of_the_hub, sniff
 from qlora_tui.errors import Problem
@@ -85,7 +85,7 @@ def _data(recipe: Recipe) -> Check:
         return Check("data", "error", "None is chosen.", "Press 2 and choose a file.")
     try:
         found = [_source(source, recipe.data.preferences) for source in recipe.data.sources]
-        refuse_known_errors(_all_files(recipe.data), _tokens(recipe))
+        raise_cached_error(_all_files(recipe.data), _tokens(recipe))
         rows = _rows(_stamped(recipe.data), _reading(recipe.data))
     except Problem as problem:
         return Check("data", "error", problem.what, problem.fix)
@@ -120,11 +120,13 @@ def _tokens(recipe: Recipe) -> Tokens | None:
         return None
     if files.gguf_file is not None:
         return None
-    return tokens_of(files.folder, recipe.model.chat_template, recipe.data.train_on)
+    return tokenizer_fingerprint(files.folder, recipe.model.chat_template, recipe.data.train_on)
 
 
 def _stamped(data: Data) -> tuple[_Stamped, ...]:
-    return tuple((path, msgspec.json.encode(source), *stamp_of(path)) for source, path in _all_files(data))
+    return tuple(
+        (path, msgspec.json.encode(source), *file_fingerprint(path)) for source, path in _all_files(data)
+    )
 
 
 def _reading(data: Data) -> bytes:
@@ -135,7 +137,7 @@ def _reading(data: Data) -> bytes:
 
 
 @lru_cache(maxsize=4)
-def _rows(stamped: tuple[_Stamped, ...], reading: bytes) -> LookedOver | Problem:
+def _rows(stamped: tuple[_Stamped, ...], reading: bytes) -> QuickCheckResult | Problem:
     """What a look at the rows shows, or what blocks a run; kept, since the checks are made again."""
     data = msgspec.json.decode(reading, type=Data)
     light = [(path, source) for path, source, *_ in stamped if kind_of(path) not in _TOO_HEAVY]
@@ -144,8 +146,8 @@ def _rows(stamped: tuple[_Stamped, ...], reading: bytes) -> LookedOver | Problem
         for path, source in light
     )
     try:
-        looked = look_over(files, data)
-        return LookedOver(looked.complete and len(light) == len(stamped), looked.warnings)
+        looked = quick_check(files, data)
+        return QuickCheckResult(looked.complete and len(light) == len(stamped), looked.warnings)
     except Problem as problem:
         return problem
 
@@ -153,7 +155,7 @@ def _rows(stamped: tuple[_Stamped, ...], reading: bytes) -> LookedOver | Problem
 def _files(source: Source) -> list[Path] | None:
     """None for a dataset of the hub that has yet to be fetched: a look does not wait for that."""
     if is_of_the_hub(source.path):
-        return files_here(source.path)
+        return local_files(source.path)
     return files_of(Path(source.path).expanduser())[0]
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from textual.content import Content
 
-from qlora_tui.data.statistics import Bin, Lengths
+from qlora_tui.data.length_stats import Bin, Lengths
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _WIDEST = 72

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from qlora_tui.data import word_memo
-from qlora_tui.data.word_memo import WordMemo, cuts_at_spaces, stand_apart, token_at
+from qlora_tui.data import word_cache
+from qlora_tui.data.word_cache import WordTokenCache, isolated_added_tokens, splits_on_spaces, token_at
 from tests.data.families import tokenizer_json
 
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -69,9 +69,9 @@ def whole(tokenizer: Tokenizer, text: str, places: list[int]) -> tuple[list[int]
 
 def by_words(tokenizer: Tokenizer, text: str, places: list[int]) -> tuple[list[int], list[tuple[int, bool]]]:
     """What the memo says, the words known or not."""
-    memo = WordMemo(
+    memo = WordTokenCache(
         lambda texts: tokenizer.encode_batch(texts, add_special_tokens=False),
-        stand_apart(json.loads(tokenizer.to_str())),
+        isolated_added_tokens(json.loads(tokenizer.to_str())),
     )
     (first,), (again,) = memo.encode([text], [places]), memo.encode([text], [places])
     assert (first.ids, first.cuts) == (again.ids, again.cuts)
@@ -80,7 +80,7 @@ def by_words(tokenizer: Tokenizer, text: str, places: list[int]) -> tuple[list[i
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm", *PATTERNS])
 def test_these_tokenizers_cut_at_spaces(name: str) -> None:
-    assert cuts_at_spaces(json.loads(made(name).to_str()))
+    assert splits_on_spaces(json.loads(made(name).to_str()))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm", *PATTERNS])
@@ -100,7 +100,7 @@ def test_word_by_word_gives_what_the_whole_text_gives(name: str, data: st.DataOb
 @example(text="  a!\n ")
 def test_no_word_of_the_tokenizer_reaches_across_a_cut(name: str, text: str) -> None:
     """Whatever tokens it has learnt: a wrong cut shows even where no token would span it."""
-    words, _ = WordMemo(lambda _: [])._cut(text, [])
+    words, _ = WordTokenCache(lambda _: [])._cut(text, [])
     assert "".join(words) == text
     assert _pieces(name, text) == [piece for word in words for piece in _pieces(name, word)]
 
@@ -114,9 +114,9 @@ def _pieces(name: str, text: str) -> list[str]:
 
 def test_a_token_that_takes_white_space_beside_it_does_not_stand_apart() -> None:
     plain = {"content": "<a>", "normalized": False}
-    assert stand_apart({"added_tokens": [plain, {"content": "<b>", "normalized": True}]}) == ["<a>"]
+    assert isolated_added_tokens({"added_tokens": [plain, {"content": "<b>", "normalized": True}]}) == ["<a>"]
     for flag in ("lstrip", "rstrip", "single_word"):
-        assert stand_apart({"added_tokens": [plain, {**plain, flag: True}]}) == []
+        assert isolated_added_tokens({"added_tokens": [plain, {**plain, flag: True}]}) == []
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
@@ -128,14 +128,14 @@ def test_every_kind_of_white_space_beside_a_space_is_heeded(name: str) -> None:
 
 
 def test_a_full_memo_begins_anew_and_long_words_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_memo, "_KEPT_WORDS", 3)
+    monkeypatch.setattr(word_cache, "_MAX_CACHED_WORDS", 3)
     asked: list[str] = []
 
     def encode(texts: list[str]) -> Any:
         asked.append("".join(texts))
         return made("gpt2").encode_batch(texts, add_special_tokens=False)
 
-    memo = WordMemo(encode)
+    memo = WordTokenCache(encode)
     memo.encode(["a 1 é B 1"], [[]])
     memo.encode(["a 1", "x" * 100], [[], []])
     memo.encode(["a 1", "x" * 100], [[], []])
@@ -158,7 +158,7 @@ def test_a_full_memo_begins_anew_and_long_words_are_not_kept(monkeypatch: pytest
     ],
 )
 def test_others_are_encoded_whole(change: dict[str, Any]) -> None:
-    assert not cuts_at_spaces({**json.loads(tokenizer_json()), **change})
+    assert not splits_on_spaces({**json.loads(tokenizer_json()), **change})
 
 
 @pytest.mark.parametrize(
@@ -167,4 +167,4 @@ def test_others_are_encoded_whole(change: dict[str, Any]) -> None:
 )
 def test_a_pattern_that_may_reach_across_a_space_is_not_trusted(pattern: str) -> None:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    assert not cuts_at_spaces({**json.loads(tokenizer_json()), "pre_tokenizer": split})
+    assert not splits_on_spaces({**json.loads(tokenizer_json()), "pre_tokenizer": split})

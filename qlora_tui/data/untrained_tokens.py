@@ -16,7 +16,7 @@ from math import sqrt
 from pathlib import Path
 from statistics import median
 
-from qlora_tui.data.conversation import RowRefused
+from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import WRONG_CALL, Problem
@@ -27,7 +27,7 @@ _EMBEDDINGS = (
 )
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _ORDINARY_ROWS = 64
-FAINT = 0.1
+UNTRAINED_NORM_RATIO = 0.1
 """A row whose size is less than this share of an ordinary row's has not been trained."""
 _SPARE_ROWS = 64
 _ALIKE = 2
@@ -54,7 +54,9 @@ def untrained_tokens(folder: Path, tokenizer: ChatTokenizer) -> list[str]:
     except (OSError, ValueError, KeyError, IndexError, struct.error):
         return []
     return [
-        token for token, row in rows.items() if _size(row) < FAINT * ordinary or spare.count(row) > _ALIKE
+        token
+        for token, row in rows.items()
+        if _size(row) < UNTRAINED_NORM_RATIO * ordinary or spare.count(row) > _ALIKE
     ]
 
 
@@ -81,15 +83,15 @@ def token_ids(tokens: Iterable[str], tokenizer: ChatTokenizer) -> list[int]:
     """Ids of ``lora.token_rows``, each once. Raises Problem for a text that is no token."""
     ids = []
     for token in dict.fromkeys(tokens):
-        found = tokenizer.backend.token_to_id(token)
-        if found is None:
+        token_id = tokenizer.backend.token_to_id(token)
+        if token_id is None:
             raise Problem(
                 "No such token",
                 what=f"lora.token_rows names {token!r}, which is no token of this model's.",
                 fix="`qlora-tui data inspect FILE --model MODEL` names the tokens that it has never learned.",
                 exit_code=WRONG_CALL,
             )
-        ids.append(found)
+        ids.append(token_id)
     return ids
 
 
@@ -100,7 +102,7 @@ def _template_tokens(tokenizer: ChatTokenizer) -> list[str]:
         turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
     try:
         text = tokenizer.template.render(turns)
-    except RowRefused:
+    except RowRejectedError:
         return []
     ends = {tokenizer.special_tokens.get("bos_token"), tokenizer.special_tokens.get("eos_token")}
     return sorted({token for token in tokenizer.special_pattern.findall(text) if token not in ends})

@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from qlora_tui.data import workers
+from qlora_tui.data import worker_pool
 from qlora_tui.data.dataset import prepare
-from qlora_tui.data.inspect import inspect
-from qlora_tui.data.outcome import Batch, Outcomes, batches
+from qlora_tui.data.inspection import inspect
 from qlora_tui.data.read import raw_rows
+from qlora_tui.data.row_result import Batch, RowProcessor, batches
 from qlora_tui.data.sources import open_source
-from qlora_tui.data.workers import Workers, working
+from qlora_tui.data.worker_pool import WorkerPool, open_worker_pool
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from tests.data.families import family
 from tests.waiting import wait_for
@@ -53,15 +53,15 @@ def written(tmp_path: Path) -> Path:
 @pytest.fixture
 def by_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even the smallest file is worked on by two children, from its first row on."""
-    monkeypatch.setattr(workers, "WORTH_BYTES", 0)
-    monkeypatch.setattr(workers, "cores", lambda: 2)
-    introduced = Workers.work
+    monkeypatch.setattr(worker_pool, "MIN_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(worker_pool, "cores", lambda: 2)
+    introduced = WorkerPool.work
 
-    def work(self: Workers, given: Any) -> Any:
+    def work(self: WorkerPool, given: Any) -> Any:
         wait_for(lambda: self.ready)
         return introduced(self, given)
 
-    monkeypatch.setattr(Workers, "work", work)
+    monkeypatch.setattr(WorkerPool, "work", work)
 
 
 def recipe(path: Path) -> Recipe:
@@ -103,9 +103,9 @@ def test_a_report_is_the_same_with_and_without_a_model(
 @pytest.mark.usefixtures("by_two")
 def test_what_a_dead_child_had_is_done_here(tmp_path: Path) -> None:
     path = written(tmp_path)
-    outcomes = Outcomes(Data(), family("chatml"))
-    expected = [outcomes.of(batch) for batch in in_batches(path)]
-    made = Workers(outcomes, 2)
+    outcomes = RowProcessor(Data(), family("chatml"))
+    expected = [outcomes.process(batch) for batch in in_batches(path)]
+    made = WorkerPool(outcomes, 2)
     try:
         found = []
         for number, one in enumerate(made.work(in_batches(path))):
@@ -123,16 +123,16 @@ def test_what_a_dead_child_had_is_done_here(tmp_path: Path) -> None:
 def test_a_dead_child_is_given_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path)
     asked = []
-    ask = workers._ask
+    ask = worker_pool._request
 
     def noted(child: Any, what: bytes) -> bytes:
         asked.append(child)
         return ask(child, what)
 
-    made = Workers(Outcomes(Data(), family("chatml")), 2)
+    made = WorkerPool(RowProcessor(Data(), family("chatml")), 2)
     try:
         wait_for(lambda: made._alive == 2)
-        monkeypatch.setattr(workers, "_ask", noted)
+        monkeypatch.setattr(worker_pool, "_ask", noted)
         made.children[0].kill()
         list(made.work(in_batches(path)))
     finally:
@@ -150,20 +150,20 @@ def test_long_rows_are_few_in_a_batch_whatever_the_file(tmp_path: Path) -> None:
 def test_children_that_never_start_are_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "WORTH_BYTES", 0)
-    monkeypatch.setattr(workers, "cores", lambda: 2)
-    monkeypatch.setattr(workers, "MODULE", "qlora_tui.no_such_module")
-    outcomes = Outcomes(Data(), family("chatml"))
+    monkeypatch.setattr(worker_pool, "MIN_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(worker_pool, "cores", lambda: 2)
+    monkeypatch.setattr(worker_pool, "MODULE", "qlora_tui.no_such_module")
+    outcomes = RowProcessor(Data(), family("chatml"))
     path = written(tmp_path)
-    with working(outcomes, 1) as work:
-        assert list(work(in_batches(path))) == [outcomes.of(batch) for batch in in_batches(path)]
+    with open_worker_pool(outcomes, 1) as work:
+        assert list(work(in_batches(path))) == [outcomes.process(batch) for batch in in_batches(path)]
 
 
 @pytest.mark.usefixtures("by_two")
 def test_no_child_is_left_when_the_reading_ends_early(tmp_path: Path) -> None:
     path = written(tmp_path)
     before = set(psutil.Process().children(recursive=True))
-    with working(Outcomes(Data(), family("chatml")), 1) as work:
+    with open_worker_pool(RowProcessor(Data(), family("chatml")), 1) as work:
         next(work(in_batches(path)))
         assert len(set(psutil.Process().children(recursive=True)) - before) == 2
     assert set(psutil.Process().children(recursive=True)) <= before
@@ -171,8 +171,8 @@ def test_no_child_is_left_when_the_reading_ends_early(tmp_path: Path) -> None:
 
 def test_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = (
-        "from qlora_tui.data.outcome import Outcomes\n"
-        "from qlora_tui.data.workers import Workers\n"
+        "from qlora_tui.data.row_result import Outcomes\n"
+        "from qlora_tui.data.worker_pool import Workers\n"
         "from qlora_tui.recipe.schema import Data\n"
         "made = Workers(Outcomes(Data(), None), 2)\n"
         "print(*(child.pid for child in made.children), flush=True)\n"
@@ -191,7 +191,7 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 def test_a_child_loads_nothing_heavy() -> None:
     script = (
-        "import sys, qlora_tui.data.worker, qlora_tui.data.outcome\n"
+        "import sys, qlora_tui.data.worker, qlora_tui.data.row_result\n"
         "print(*({'torch', 'transformers', 'numpy', 'textual', 'pyarrow'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -199,5 +199,5 @@ def test_a_child_loads_nothing_heavy() -> None:
 
 
 def test_small_data_starts_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "Workers", None)
+    monkeypatch.setattr(worker_pool, "Workers", None)
     prepare(recipe(written(tmp_path)), family("chatml"))

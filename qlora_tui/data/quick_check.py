@@ -11,53 +11,58 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from qlora_tui.data.conversation import RowRefused
+from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.long_texts import LongTexts, estimated_long_text
-from qlora_tui.data.problems import DataProblem, Tally, refuse
+from qlora_tui.data.problems import DataProblem, ProblemCounter, raise_first_error
 from qlora_tui.data.sources import SourceFile, conversations
 from qlora_tui.recipe.schema import Data
 
-PATIENCE_S = 2.0
-_WORTH_A_WORD = ("rated-bad", "same-answers", "long-text", "ends-with-user")
+TIME_LIMIT_S = 2.0
+_SHOWN_BEFORE_RUN = ("rated-bad", "same-answers", "long-text", "ends-with-user")
 """Warnings of rows that are left out or cut: shown before the run, too."""
 
 
-class LookedOver(Struct, frozen=True):
+class QuickCheckResult(Struct, frozen=True):
     """What a look at the rows shows, where nothing in them blocks a run."""
 
     complete: bool
     """Whether there was time for every row."""
     warnings: tuple[DataProblem, ...]
-    """Kinds in ``_WORTH_A_WORD``, of the rows looked at."""
+    """Kinds in ``_SHOWN_BEFORE_RUN``, of the rows looked at."""
 
 
-def look_over(files: Iterable[SourceFile], data: Data, patience_s: float = PATIENCE_S) -> LookedOver:
+def quick_check(
+    files: Iterable[SourceFile], data: Data, time_limit_s: float = TIME_LIMIT_S
+) -> QuickCheckResult:
     """Read every row that can be read within ``retry_delays_s`` seconds.
 
     Raises ``Problem`` for the first file with rows that block a run.
     """
-    until = time.monotonic() + patience_s
+    deadline = time.monotonic() + time_limit_s
     warnings: list[DataProblem] = []
     for file in files:
-        tally, long_texts = Tally(file.source, str(file.path)), LongTexts(file.source, str(file.path))
+        tally, long_texts = (
+            ProblemCounter(file.source, str(file.path)),
+            LongTexts(file.source, str(file.path)),
+        )
         in_time = True
         for row, one in conversations(file):
-            if isinstance(one, RowRefused):
+            if isinstance(one, RowRejectedError):
                 tally.add(one.kind, row.number, one.reason)
             elif long_text := estimated_long_text(one, data):
                 long_texts.add(row.number, long_text)
             elif one.messages and one.messages[-1].role == "user":
                 tally.add("ends-with-user", row.number, "The last turn has no answer.")
-            if time.monotonic() >= until:
+            if time.monotonic() >= deadline:
                 in_time = False
                 break
         problems = tally.problems()
-        refuse(problems)
-        warnings += [problem for problem in problems if problem.kind in _WORTH_A_WORD]
+        raise_first_error(problems)
+        warnings += [problem for problem in problems if problem.kind in _SHOWN_BEFORE_RUN]
         warnings += [long_texts.problem(data)] if len(long_texts) else []
         if not in_time:
-            return LookedOver(False, tuple(warnings))
-    return LookedOver(True, tuple(warnings))
+            return QuickCheckResult(False, tuple(warnings))
+    return QuickCheckResult(True, tuple(warnings))
 
 
 def warning_of(problem: DataProblem) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from qlora_tui.data.inspect import inspect, inspecting, show
+from qlora_tui.data.dataset_report import Report
+from qlora_tui.data.inspection import inspect, inspecting, show
+from qlora_tui.data.length_stats import LengthCounter
 from qlora_tui.data.read import rows
-from qlora_tui.data.report import Report
-from qlora_tui.data.row_at import row_at
-from qlora_tui.data.statistics import LengthCounter
+from qlora_tui.data.row_index import row_at
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
@@ -192,7 +192,8 @@ def test_lengths_are_ranked_exactly() -> None:
 
 def test_the_data_screen_needs_no_tokenizer_library() -> None:
     code = (
-        "import sys, qlora_tui.data.report as r; print({'tokenizers', 'jinja2', 'numpy'} & set(sys.modules))"
+        "import sys, qlora_tui.data.dataset_report as r;"
+        "print({'tokenizers', 'jinja2', 'numpy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

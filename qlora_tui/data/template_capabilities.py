@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from qlora_tui.data.conversation import Conversation, Message, RowRefused, ToolCall
-from qlora_tui.data.template import ChatTemplate
+from qlora_tui.data.chat_template import ChatTemplate
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
 from qlora_tui.data.thinking import OPENED, Switch, switch_of, variables
 from qlora_tui.data.thought_text import THINK, tags_of
 
@@ -29,7 +29,7 @@ _ASKED, _ANSWERED, _SYSTEM, _NAME, _VALUE, _FOUND = (
 """Words no template writes by itself."""
 
 
-class Traits(Struct, frozen=True):
+class TemplateCapabilities(Struct, frozen=True):
     """How a template wants its messages."""
 
     system: bool
@@ -62,15 +62,15 @@ class Traits(Struct, frozen=True):
         return self.switch is not None or self.opens_thought
 
 
-def traits_of(template: ChatTemplate) -> Traits:
+def probe_template(template: ChatTemplate) -> TemplateCapabilities:
     """Try the template on a few tiny conversations."""
-    asked, answered = {"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}
-    shown = _shows(template, [asked, answered])
-    parts = not shown(_ASKED, _ANSWERED) and _shows(template, [_as_parts(asked), _as_parts(answered)])(
+    question, answer = {"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}
+    shown = _shows(template, [question, answer])
+    parts = not shown(_ASKED, _ANSWERED) and _shows(template, [_as_parts(question), _as_parts(answer)])(
         _ASKED, _ANSWERED
     )
     wrap: Callable[[dict[str, Any]], dict[str, Any]] = _as_parts if parts else dict
-    asked, answered = wrap(asked), wrap(answered)
+    question, answer = wrap(question), wrap(answer)
     tool = {
         "type": "function",
         "function": {
@@ -79,39 +79,39 @@ def traits_of(template: ChatTemplate) -> Traits:
             "parameters": {"type": "object", "properties": {}},
         },
     }
-    switch = switch_of(template, [asked])
+    switch = switch_of(template, [question])
     quiet = template.with_variables(variables(switch, "off"))
-    style, bare = _call_style(template, asked, answered, wrap)
-    call_turn = _call_turn(style, bare, wrap) if style != "text" else answered
-    thought = {**answered, "reasoning_content": _FOUND, "thinking": _FOUND}
-    reasoning = _shows(template, [asked, thought])(_FOUND)
+    style, bare = _call_style(template, question, answer, wrap)
+    call_turn = _call_turn(style, bare, wrap) if style != "text" else answer
+    thought = {**answer, "reasoning_content": _FOUND, "thinking": _FOUND}
+    reasoning = _shows(template, [question, thought])(_FOUND)
     own_tags = tags_of(template.literals) != THINK
     if not reasoning and not own_tags:
         thought = wrap({"role": "assistant", "content": f"<think>\n{_FOUND}\n</think>\n\n{_ANSWERED}"})
     thinking = template.with_variables(variables(switch, "on"))
-    return Traits(
-        system=_shows(template, [wrap({"role": "system", "content": _SYSTEM}), asked, answered])(
+    return TemplateCapabilities(
+        system=_shows(template, [wrap({"role": "system", "content": _SYSTEM}), question, answer])(
             _SYSTEM, _ASKED
         ),
         parts=parts,
-        tools=_shows(template, [asked, answered], [tool])(_NAME, _VALUE),
+        tools=_shows(template, [question, answer], [tool])(_NAME, _VALUE),
         calls=style,
         calls_without_content=bare,
         reasoning=reasoning,
         own_tags=own_tags,
-        tool_turns=_shows(template, [asked, call_turn, wrap(_tool_turn(_FOUND)), answered])(
+        tool_turns=_shows(template, [question, call_turn, wrap(_tool_turn(_FOUND)), answer])(
             _FOUND, _ANSWERED
         ),
         switch=switch,
-        opens_thought=bool(OPENED.search(_prompt(quiet, [asked]))),
-        forgets_reasoning=not _shows(thinking, [asked, thought, asked, answered])(_FOUND),
+        opens_thought=bool(OPENED.search(_prompt(quiet, [question]))),
+        forgets_reasoning=not _shows(thinking, [question, thought, question, answer])(_FOUND),
     )
 
 
 def _prompt(template: ChatTemplate, turns: Sequence[Mapping[str, Any]]) -> str:
     try:
         return template.render(turns, prompt=True)
-    except RowRefused:
+    except RowRejectedError:
         return ""
 
 
@@ -122,21 +122,21 @@ def _shows(
 ) -> Callable[..., bool]:
     try:
         text = template.render(turns, tools)
-    except RowRefused:
+    except RowRejectedError:
         text = ""
     return lambda *words: all(word in text for word in words)
 
 
 def _call_style(
     template: ChatTemplate,
-    asked: dict[str, Any],
-    answered: dict[str, Any],
+    question: dict[str, Any],
+    answer: dict[str, Any],
     wrap: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> tuple[Literal["object", "string", "text"], bool]:
     styles: tuple[Literal["object", "string"], ...] = ("object", "string")
     for bare in (False, True):
         for style in styles:
-            turns = [asked, _call_turn(style, bare, wrap), wrap(_tool_turn(_FOUND)), answered]
+            turns = [question, _call_turn(style, bare, wrap), wrap(_tool_turn(_FOUND)), answer]
             for tried in (turns, turns[:2]):
                 if _shows(template, tried)(_NAME, _VALUE):
                     return style, bare
@@ -167,8 +167,8 @@ def _as_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
     return {**turn, "content": [{"type": "text", "text": turn.get("content") or ""}]}
 
 
-def adapted(
-    conversation: Conversation, traits: Traits
+def adapt_conversation(
+    conversation: Conversation, traits: TemplateCapabilities
 ) -> tuple[list[dict[str, Any]], list[float], list[dict[str, Any]] | None, list[str]]:
     """Turns as the template reads them, how much each counts in the loss (0 for those that do not train), the
     tools, and notes on what was changed."""
@@ -193,7 +193,7 @@ def adapted(
     return turns, weights, tools, list(dict.fromkeys(notes))
 
 
-def _turn(message: Message, traits: Traits) -> tuple[dict[str, Any], str]:
+def _turn(message: Message, traits: TemplateCapabilities) -> tuple[dict[str, Any], str]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning and not traits.reasoning and not traits.own_tags:
         turn["content"] = f"<think>\n{message.reasoning.strip()}\n</think>\n\n{message.content}"
@@ -210,8 +210,8 @@ def _turn(message: Message, traits: Traits) -> tuple[dict[str, Any], str]:
             turn["name"] = message.name
     if message.tool_calls:
         if traits.calls == "text":
-            said = "\n".join(filter(str.strip, [message.content, *map(_call_as_text, message.tool_calls)]))
-            turn["content"] = turn["content"].removesuffix(message.content) + said
+            content = "\n".join(filter(str.strip, [message.content, *map(_call_as_text, message.tool_calls)]))
+            turn["content"] = turn["content"].removesuffix(message.content) + content
             return turn, "calls-as-text"
         turn["tool_calls"] = [_call_field(call, traits.calls) for call in message.tool_calls]
         if traits.calls_without_content and not turn["content"]:

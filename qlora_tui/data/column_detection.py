@@ -95,7 +95,7 @@ _HALVES = ("prompt", "completion", *preferences.CHOSEN, *preferences.REJECTED)
 """Columns that may hold turns, but only half of a conversation, or one side of a comparison."""
 
 
-def columns_of(
+def detect_columns(
     format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], by_hand: bool
 ) -> dict[str, str] | None:
     """Column by part where most rows have all a format needs, else None.
@@ -105,14 +105,14 @@ def columns_of(
     if format_ == "preference":
         columns = preferences.preference_columns(values, mapping)
         return columns if "chosen" in columns else None
-    found = _named(format_, values, mapping, by_hand)
-    if mapping or (by_hand and found is not None):
-        return found
-    if format_ == "sharegpt" and found is not None and _texts_in_turn(values, found["messages"]):
+    detected = _named(format_, values, mapping, by_hand)
+    if mapping or (by_hand and detected is not None):
+        return detected
+    if format_ == "sharegpt" and detected is not None and _texts_in_turn(values, detected["messages"]):
         others = ("alpaca", "prompt-completion", "question-answer")
-        return None if any(_named(other, values, {}, False) for other in others) else found
-    if format_ != "prompt-completion" or found is not None:
-        return found
+        return None if any(_named(other, values, {}, False) for other in others) else detected
+    if format_ != "prompt-completion" or detected is not None:
+        return detected
     pair = _pair_of(values)
     if pair is None or not (by_hand or _named("question-answer", values, {}, False) is None):
         return None
@@ -123,25 +123,25 @@ def _named(
     format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], by_hand: bool
 ) -> dict[str, str] | None:
     """The same without columns that say something only together."""
-    found: dict[str, str] = {}
+    columns: dict[str, str] = {}
     for part, names in PARTS[format_].items():
-        column = mapping.get(part) or _pick(format_, part, names, values, found.values(), by_hand)
+        column = mapping.get(part) or _pick(format_, part, names, values, columns.values(), by_hand)
         if not column:
             return None
-        found[part] = column
-    return found | _optional(format_, values, mapping, found.values())
+        columns[part] = column
+    return columns | _optional(format_, values, mapping, columns.values())
 
 
 def _optional(
     format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], taken: Iterable[str]
 ) -> dict[str, str]:
-    found: dict[str, str] = {}
+    columns: dict[str, str] = {}
     spelled = {c.lower(): c for v in values for c in v}
     for part, names in OPTIONAL[format_].items():
         column = mapping.get(part) or next((spelled[n] for n in names if n in spelled), "")
-        if column and column not in (*taken, *found.values()):
-            found[part] = column
-    return found
+        if column and column not in (*taken, *columns.values()):
+            columns[part] = column
+    return columns
 
 
 def _pair_of(values: list[dict[str, Any]]) -> tuple[str, str] | None:

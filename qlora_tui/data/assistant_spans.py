@@ -22,8 +22,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from qlora_tui.data.conversation import RowRefused
-from qlora_tui.data.template import ChatTemplate, Span, Tools, Turns
+from qlora_tui.data.chat_template import ChatTemplate, Span, Tools, Turns
+from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.thinking import OPENED
 from qlora_tui.data.thought_text import TAGS, after_thought, answered, tags_of
 
@@ -33,7 +33,7 @@ PRIVATE = re.compile("[\U000f0000-\U000f0005]")
 """Characters this program uses as marks; taken out of every text before it is rendered."""
 
 
-class Layout(Struct, frozen=True):
+class RenderedText(Struct, frozen=True):
     """A text the model sees, and the spans of it that train, in characters."""
 
     text: str
@@ -62,7 +62,7 @@ class _Finder:
         self._eos = eos
         self._prompts: dict[int, str] = {}
 
-    def layouts(self, weights: Mapping[int, float]) -> list[Layout]:
+    def layouts(self, weights: Mapping[int, float]) -> list[RenderedText]:
         """The whole conversation with the spans of the turns that train, and samples of their own.
 
         ``weights`` has how much each of these turns counts.
@@ -71,7 +71,7 @@ class _Finder:
         whole = self._thought_closed(template.render(turns, self._tools))
         spans: list[Span] = []
         counts: list[float] = []
-        own: list[Layout] = []
+        own: list[RenderedText] = []
         for i, weight in weights.items():
             is_last = i == len(turns) - 1
             ended = whole if is_last else template.render(turns[: i + 1], self._tools)
@@ -80,21 +80,21 @@ class _Finder:
             if start is None:
                 own.append(_weighed(self._after_prompt(i, ended, reasoning), weight))
                 continue
-            found: Span | None = (start, len(ended))
+            answer_span: Span | None = (start, len(ended))
             if not is_last and not (whole.startswith(ended) and start < len(ended)):
-                found = self._in_rewritten(i, whole, ended, start)
+                answer_span = self._in_rewritten(i, whole, ended, start)
             if reasoning and reasoning not in ended[start:]:
                 own.append(_weighed(self._with_reasoning(i, ended, start, reasoning), weight))
-            elif found is None or (reasoning and reasoning not in whole[slice(*found)]):
+            elif answer_span is None or (reasoning and reasoning not in whole[slice(*answer_span)]):
                 own.append(_weighed(self._alone(ended, start, reasoning), weight))
             else:
-                stopped = self._with_stop(whole, found)
+                stopped = self._with_stop(whole, answer_span)
                 spans.append(self._learned(whole, stopped, reasoning))
                 counts.append(weight)
         filled = [(span, count) for span, count in zip(spans, counts, strict=True) if span[0] < span[1]]
         if not filled:
             if not own:
-                raise RowRefused("template-refuses", "The template leaves out what the assistant says.")
+                raise RowRejectedError("template-refuses", "The template leaves out what the assistant says.")
             return own
         spans = [span for span, _ in filled]
         marked = self._by_marks(whole, spans) if template.has_generation_marks else spans
@@ -103,11 +103,11 @@ class _Finder:
         ]
         return [*own, _weighed(self._closed(whole, marked), *counts)]
 
-    def everything(self) -> Layout:
+    def everything(self) -> RenderedText:
         """The whole conversation, all of which trains."""
         whole = self._template.render(self._turns, self._tools)
         layout = self._closed(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
-        layout = layout or Layout(whole, ((0, len(whole)),))
+        layout = layout or RenderedText(whole, ((0, len(whole)),))
         if self._reasoning_in_loss:
             return layout
         spans, at = [], 0
@@ -117,18 +117,18 @@ class _Finder:
             if place >= 0:
                 spans.append((at, place))
                 at = after_thought(layout.text, place + len(reasoning))
-        return Layout(layout.text, (*spans, (at, len(layout.text))))
+        return RenderedText(layout.text, (*spans, (at, len(layout.text))))
 
     def _thought_closed(self, whole: str) -> str:
         """``whole`` with an empty thought before its last answer, where the prompt opens one it lacks."""
         last = len(self._turns) - 1
-        asked = self._asked(last)
-        if _reasoning(self._turns[last]) or not OPENED.search(asked) or whole.startswith(asked):
+        prompt = self._prompt_for(last)
+        if _reasoning(self._turns[last]) or not OPENED.search(prompt) or whole.startswith(prompt):
             return whole
         start = self._start(last, whole)
-        return whole if start is None else answered(asked, "", whole[start:])
+        return whole if start is None else answered(prompt, "", whole[start:])
 
-    def _alone(self, text: str, start: int, reasoning: str) -> Layout:
+    def _alone(self, text: str, start: int, reasoning: str) -> RenderedText:
         """A sample of its own for the turn that begins at ``start`` and ends ``text``."""
         return self._closed(text, [self._learned(text, (start, len(text)), reasoning)])
 
@@ -145,14 +145,14 @@ class _Finder:
         answer begins where they part, but never inside a token. None where the answer rewrites what
         came before it.
         """
-        asked = self._asked(i)
-        if asked and ended.startswith(asked):
-            return len(asked)
-        before = self._before(i) if asked else ""
+        prompt = self._prompt_for(i)
+        if prompt and ended.startswith(prompt):
+            return len(prompt)
+        before = self._before(i) if prompt else ""
         if self._header(i) and not ended.startswith(before):
             return None
         probes = [self._probe(i, character) for character in _PROBES]
-        start = len(_shared_start([ended, *probes, *([asked] if asked else [])]))
+        start = len(_shared_start([ended, *probes, *([prompt] if prompt else [])]))
         tokens = (*self._special.finditer(ended), *TAGS.finditer(ended))
         inside = next((m for m in tokens if m.start() < start < m.end()), None)
         return inside.start() if inside else start
@@ -162,10 +162,10 @@ class _Finder:
 
     def _header(self, i: int) -> str:
         """What the prompt adds to the conversation before turn ``i``; empty where it is not just added."""
-        asked, before = self._asked(i), self._before(i) if i else ""
-        return asked[len(before) :] if asked.startswith(before) else ""
+        prompt, before = self._prompt_for(i), self._before(i) if i else ""
+        return prompt[len(before) :] if prompt.startswith(before) else ""
 
-    def _after_prompt(self, i: int, ended: str, reasoning: str) -> Layout:
+    def _after_prompt(self, i: int, ended: str, reasoning: str) -> RenderedText:
         """A sample of its own for an answer before which the template, once it is given, drops something.
 
         gpt-oss drops what was said beside a tool call. The model was asked with it: so it is trained.
@@ -174,18 +174,18 @@ class _Finder:
         core = self._core_in(self._turns[: i + 1], i, ended)
         begin = ended.rfind(header, 0, core[0]) if core else -1
         if begin < 0:
-            raise RowRefused(
+            raise RowRejectedError(
                 "template-refuses", f"Turn {i + 1} cannot be told apart in what the template makes of it."
             )
-        asked = self._asked(i)
-        return self._alone(asked + ended[begin + len(header) :], len(asked), reasoning)
+        prompt = self._prompt_for(i)
+        return self._alone(prompt + ended[begin + len(header) :], len(prompt), reasoning)
 
-    def _asked(self, i: int) -> str:
+    def _prompt_for(self, i: int) -> str:
         """What the model is given to answer turn ``i``; empty where the template cannot ask for it."""
         if i not in self._prompts:
             try:
                 text = self._template.render(self._turns[:i], self._tools, prompt=True) if i else ""
-            except RowRefused:
+            except RowRejectedError:
                 text = ""
             self._prompts[i] = text
         return self._prompts[i]
@@ -259,21 +259,23 @@ class _Finder:
             return None
         try:
             marked = self._template.render([*turns[:i], _with_marks(turns[i]), *turns[i + 1 :]], self._tools)
-        except RowRefused:
+        except RowRejectedError:
             return None
         begin, end = marked.find(_OPEN), marked.find(_CLOSE)
         if begin < 0 or end < begin or marked.replace(_OPEN, "").replace(_CLOSE, "") != text:
             return None
         return begin, end - 1
 
-    def _with_reasoning(self, i: int, ended: str, start: int, reasoning: str) -> Layout:
+    def _with_reasoning(self, i: int, ended: str, start: int, reasoning: str) -> RenderedText:
         """A sample of its own for a turn whose reasoning the template drops even from the last answer.
 
         DeepSeek-R1's does: its prompt opens ``<think>`` and the model goes on from there.
         """
-        asked = self._asked(i) or ended[:start]
+        prompt = self._prompt_for(i) or ended[:start]
         return self._alone(
-            answered(asked, reasoning, ended[start:], tags_of(self._template.literals)), len(asked), reasoning
+            answered(prompt, reasoning, ended[start:], tags_of(self._template.literals)),
+            len(prompt),
+            reasoning,
         )
 
     def _with_stop(self, whole: str, span: Span) -> Span:
@@ -298,7 +300,7 @@ class _Finder:
             result += inside or [span]
         return sorted(set(result))
 
-    def _closed(self, text: str, spans: list[Span]) -> Layout:
+    def _closed(self, text: str, spans: list[Span]) -> RenderedText:
         """Up to the last answer, with an end-of-text token where the template leaves that open."""
         start, end = spans[-1]
         if end < len(text):  # a last turn that is learned elsewhere
@@ -306,10 +308,10 @@ class _Finder:
         elif self._eos and not self._is_closed(text[start:]):
             text += self._eos
             spans = [*spans[:-1], (start, len(text))]
-        return Layout(text, tuple(spans))
+        return RenderedText(text, tuple(spans))
 
 
-def lay_out(
+def find_assistant_spans(
     template: ChatTemplate,
     turns: Turns,
     weights: Sequence[float],
@@ -318,26 +320,26 @@ def lay_out(
     eos: str,
     everything: bool = False,
     reasoning_in_loss: bool = True,
-) -> list[Layout]:
+) -> list[RenderedText]:
     """The texts of one conversation and what trains in each.
 
     ``weights`` says for each turn how much it counts; turns after the last that counts are left out, for
     nothing is learned from them. With ``everything`` all of all turns trains alike. Without
     ``reasoning_in_loss`` what an answer is reasoned from is read and not learned, its tags included.
-    ``special`` matches any special token, ``eos`` is the end-of-text token. Raises ``RowRefused`` where
+    ``special`` matches any special token, ``eos`` is the end-of-text token. Raises ``RowRejectedError`` where
     the template does.
     """
     if everything:
         return [_Finder(template, turns, tools, special, eos, reasoning_in_loss).everything()]
     training = {i: weight for i, weight in enumerate(weights) if weight}
     if not training:
-        raise RowRefused("no-answer", "No assistant turn trains.")
+        raise RowRejectedError("no-answer", "No assistant turn trains.")
     turns = turns[: max(training) + 1]
     return _Finder(template, turns, tools, special, eos, reasoning_in_loss).layouts(training)
 
 
-def _weighed(layout: Layout, *weights: float) -> Layout:
-    return layout if set(weights) == {1.0} else Layout(layout.text, layout.spans, weights)
+def _weighed(layout: RenderedText, *weights: float) -> RenderedText:
+    return layout if set(weights) == {1.0} else RenderedText(layout.text, layout.spans, weights)
 
 
 def _meet(one: Span, other: Span) -> bool:

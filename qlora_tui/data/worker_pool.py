@@ -22,29 +22,29 @@ from typing import TypeAlias
 import msgspec
 
 from qlora_tui import children, paths
-from qlora_tui.data.frames import read_frame, write_frame
-from qlora_tui.data.outcome import Batch, Outcome, Outcomes
+from qlora_tui.data.length_prefixed import read_frame, write_frame
+from qlora_tui.data.row_result import Batch, RowProcessor, RowResult
 
-Work: TypeAlias = Callable[[Iterable[Batch]], Iterator[list[Outcome]]]
+Work: TypeAlias = Callable[[Iterable[Batch]], Iterator[list[RowResult]]]
 
-WORTH_BYTES = 16 << 20
+MIN_PARALLEL_BYTES = 16 << 20
 """Of data from which on it is worth it: a child takes a third of a second of a core to start,
 and gets through some five megabytes a second."""
 MODULE = "qlora_tui.data.worker"
-MOST = 4
+MAX_WORKERS = 4
 """Children. A set is to be made within a gigabyte: each holds a tokenizer, 82 MiB at its start with a
 vocabulary of 49,000 and 141 with one of 139,000, and the words it has met, some 25."""
-_decode = msgspec.msgpack.Decoder(list[Outcome]).decode
+_decode = msgspec.msgpack.Decoder(list[RowResult]).decode
 
 
 @contextmanager
-def working(outcomes: Outcomes, data_bytes: int) -> Iterator[Work]:
+def open_worker_pool(outcomes: RowProcessor, data_bytes: int) -> Iterator[Work]:
     """How batches of so many bytes in all are to be worked on."""
-    count = min(cores(), MOST) if data_bytes >= WORTH_BYTES else 1
+    count = min(cores(), MAX_WORKERS) if data_bytes >= MIN_PARALLEL_BYTES else 1
     if count < 2:
-        yield lambda batches: map(outcomes.of, batches)
+        yield lambda batches: map(outcomes.process, batches)
         return
-    workers = Workers(outcomes, count)
+    workers = WorkerPool(outcomes, count)
     try:
         yield workers.work
     finally:
@@ -59,10 +59,10 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
-class Workers:
+class WorkerPool:
     """Child processes, and a thread for each that waits for it."""
 
-    def __init__(self, outcomes: Outcomes, count: int):
+    def __init__(self, outcomes: RowProcessor, count: int):
         self._outcomes = outcomes
         self._count = count
         self._waiting: SimpleQueue[subprocess.Popen[bytes] | None] = SimpleQueue()
@@ -72,24 +72,24 @@ class Workers:
         self._counting = Lock()
         self.ready = False
         """Whether a child has answered."""
-        self.children = [_started() for _ in range(count)]
+        self.children = [_start_child() for _ in range(count)]
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="data-worker")
         what = pickle.dumps(outcomes)
         for child in self.children:
-            self._threads.submit(self._introduce, child, what)
+            self._threads.submit(self._initialize_child, child, what)
 
-    def work(self, batches: Iterable[Batch]) -> Iterator[list[Outcome]]:
+    def work(self, batches: Iterable[Batch]) -> Iterator[list[RowResult]]:
         """The outcomes of each batch, in order; a few batches are in work at a time."""
-        given: deque[tuple[Batch, Future[list[Outcome]]]] = deque()
+        pending: deque[tuple[Batch, Future[list[RowResult]]]] = deque()
         for batch in batches:
             if not self.ready:
-                yield self._outcomes.of(batch)
+                yield self._outcomes.process(batch)
                 continue
-            given.append((batch, self._threads.submit(self._done_by_a_child, batch)))
-            if len(given) > 2 * self._count:
-                yield self._result(*given.popleft())
-        while given:
-            yield self._result(*given.popleft())
+            pending.append((batch, self._threads.submit(self._run_in_child, batch)))
+            if len(pending) > 2 * self._count:
+                yield self._result(*pending.popleft())
+        while pending:
+            yield self._result(*pending.popleft())
 
     def close(self) -> None:
         """End the children."""
@@ -103,41 +103,41 @@ class Workers:
                     with suppress(OSError):
                         pipe.close()
 
-    def _introduce(self, child: subprocess.Popen[bytes], what: bytes) -> None:
-        _ask(child, what)
+    def _initialize_child(self, child: subprocess.Popen[bytes], what: bytes) -> None:
+        _request(child, what)
         with self._counting:
             self._alive += 1
         self._waiting.put(child)
         self.ready = True
 
-    def _done_by_a_child(self, batch: Batch) -> list[Outcome]:
+    def _run_in_child(self, batch: Batch) -> list[RowResult]:
         child = self._waiting.get()
         if child is None:
             self._waiting.put(None)  # for whoever asks next
             raise EOFError
         try:
-            answer = _ask(child, pickle.dumps(batch))
+            answer = _request(child, pickle.dumps(batch))
         except (OSError, EOFError):
-            self._lose()
+            self._on_child_death()
             raise
         self._waiting.put(child)
         return _decode(answer)
 
-    def _lose(self) -> None:
+    def _on_child_death(self) -> None:
         """A child has died: it is given nothing more, or it would take every batch that waits."""
         with self._counting:
             self._alive -= 1
             if not self._alive:
                 self._waiting.put(None)
 
-    def _result(self, batch: Batch, future: Future[list[Outcome]]) -> list[Outcome]:
+    def _result(self, batch: Batch, future: Future[list[RowResult]]) -> list[RowResult]:
         try:
             return future.result()
         except (OSError, EOFError):  # the child has died: of this batch, or killed for its memory
-            return self._outcomes.of(batch)
+            return self._outcomes.process(batch)
 
 
-def _started() -> subprocess.Popen[bytes]:
+def _start_child() -> subprocess.Popen[bytes]:
     """Out of reach of Ctrl-C: that is for this process, which then ends its children.
 
     What a child says goes to the log: a library's last words may hold what a row holds.
@@ -154,7 +154,7 @@ def _started() -> subprocess.Popen[bytes]:
         )
 
 
-def _ask(child: subprocess.Popen[bytes], what: bytes) -> bytes:
+def _request(child: subprocess.Popen[bytes], what: bytes) -> bytes:
     """The child's answer. Raises ``OSError`` or ``EOFError`` where it has died."""
     assert child.stdin is not None
     assert child.stdout is not None

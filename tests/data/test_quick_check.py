@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.data.look_over import LookedOver, look_over, warning_of
+from qlora_tui.data.quick_check import QuickCheckResult, quick_check, warning_of
 from qlora_tui.data.sources import open_source
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
@@ -15,9 +15,9 @@ from qlora_tui.recipe.schema import Data, Source
 _GOOD = '{"prompt": "a", "completion": "b"}\n'
 
 
-def _look(path: Path, patience_s: float = 60.0, data: Data | None = None) -> LookedOver:
+def _look(path: Path, patience_s: float = 60.0, data: Data | None = None) -> QuickCheckResult:
     data = data or Data()
-    return look_over(open_source(Source(path=str(path)), data.preferences)[0], data, patience_s)
+    return quick_check(open_source(Source(path=str(path)), data.preferences)[0], data, patience_s)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_an_error_behind_the_first_rows_blocks_with_file_and_line(
 def test_warnings_do_not_block(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(_GOOD * 3 + '{"prompt": "a", "completion": ""}\n{"prompt": "", "completion": ""}\n')
-    assert _look(path) == LookedOver(True, ())
+    assert _look(path) == QuickCheckResult(True, ())
 
 
 def test_turns_without_an_answer_are_counted_before_a_run(tmp_path: Path) -> None:

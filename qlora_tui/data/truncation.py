@@ -6,12 +6,14 @@ from array import array
 from collections.abc import Iterator
 from typing import Literal
 
-from qlora_tui.data.render import Rendered
+from qlora_tui.data.render import TokenizedSample
 
 TooLong = Literal["drop", "cut-left", "cut-right", "split"]
 
 
-def fit(sample: Rendered, max_length: int, too_long: TooLong, bos_id: int | None = None) -> list[Rendered]:
+def truncate(
+    sample: TokenizedSample, max_length: int, too_long: TooLong, bos_id: int | None = None
+) -> list[TokenizedSample]:
     """``sample`` as rows of at most ``max_length`` tokens; those in which nothing trains are left out.
 
     The first token of a row is predicted from nothing, so it does not count. Cutting at the left keeps a
@@ -23,14 +25,14 @@ def fit(sample: Rendered, max_length: int, too_long: TooLong, bos_id: int | None
     elif too_long == "drop":
         return []
     elif too_long == "split":
-        parts = [_part(sample, start, end) for start, end in _pieces(sample.trained, max_length)]
+        parts = [_part(sample, start, end) for start, end in _pieces(sample.loss_mask, max_length)]
     elif too_long == "cut-right":
         parts = [_part(sample, 0, max_length)]
     elif bos_id is not None and sample.token_ids[0] == bos_id:
         parts = [_after_bos(_part(sample, length + 1 - max_length, length), bos_id)]
     else:
         parts = [_part(sample, length - max_length, length)]
-    return [part for part in parts if 1 in part.trained[1:]]
+    return [part for part in parts if 1 in part.loss_mask[1:]]
 
 
 def _pieces(trained: bytes, max_length: int) -> Iterator[tuple[int, int]]:
@@ -57,11 +59,11 @@ def _pieces(trained: bytes, max_length: int) -> Iterator[tuple[int, int]]:
     yield start, len(trained)
 
 
-def _part(sample: Rendered, start: int, end: int) -> Rendered:
+def _part(sample: TokenizedSample, start: int, end: int) -> TokenizedSample:
     weights = None if sample.weights is None else sample.weights[start:end]
-    return Rendered(sample.token_ids[start:end], sample.trained[start:end], sample.notes, weights)
+    return TokenizedSample(sample.token_ids[start:end], sample.loss_mask[start:end], sample.notes, weights)
 
 
-def _after_bos(part: Rendered, bos_id: int) -> Rendered:
+def _after_bos(part: TokenizedSample, bos_id: int) -> TokenizedSample:
     weights = None if part.weights is None else array("f", [0.0]) + part.weights
-    return Rendered([bos_id, *part.token_ids], b"\x00" + part.trained, part.notes, weights)
+    return TokenizedSample([bos_id, *part.token_ids], b"\x00" + part.loss_mask, part.notes, weights)

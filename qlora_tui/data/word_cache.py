@@ -2,7 +2,7 @@
 
 Most tokenizers of today cut a text into words before they look for tokens, and no word reaches across a
 single space that stands between two characters that are no white space. Where that can be proved of a
-tokenizer (``cuts_at_spaces``) a text may be encoded word by word, and a word gives the same tokens wherever
+tokenizer (``splits_on_spaces``) a text may be encoded word by word, and a word gives the same tokens wherever
 it stands: a look into a table instead of a search. Used by ``tokenizer``.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from msgspec import Struct
 from tokenizers import Encoding
 
-_KEPT_WORDS = 100_000
+_MAX_CACHED_WORDS = 100_000
 """All are forgotten when there are more: with their tokens, some 25 MB."""
 _LONGEST_WORD = 48
 """Characters. What is longer is seldom met again: addresses, code, writing without spaces."""
@@ -48,11 +48,12 @@ def token_at(encoding: Encoding, character: int) -> tuple[int, bool]:
     return token, False
 
 
-class WordMemo:
+class WordTokenCache:
     """Words and their tokens."""
 
     def __init__(self, encode_batch: Callable[[list[str]], list[Encoding]], apart: Iterable[str] = ()):
-        """``apart``: tokens at which a text is cut before anything else is done (see ``stand_apart``)."""
+        """``apart``: tokens at which a text is cut before anything else is done (see
+        ``isolated_added_tokens``)."""
         self._encode_batch = encode_batch
         self._words: dict[str, tuple[int, ...]] = {}
         self._inside: dict[tuple[str, int], tuple[int, bool]] = {}
@@ -63,33 +64,33 @@ class WordMemo:
     def encode(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[Marked]:
         """The tokens of each text, and which of them begin at its ``places``: characters, ascending, none of
         them at either end."""
-        if len(self._words) + len(self._inside) > _KEPT_WORDS:
+        if len(self._words) + len(self._inside) > _MAX_CACHED_WORDS:
             self._words.clear()
             self._inside.clear()
         cut = [self._cut(text, at) for text, at in zip(texts, places, strict=True)]
         new = list(set().union(*(words for words, _ in cut)).difference(self._words))
         self._learn(new)
-        found = [self._marked(words, marks) for words, marks in cut]
+        encoded = [self._marked(words, marks) for words, marks in cut]
         for word in new:
             if len(word) > _LONGEST_WORD:
                 del self._words[word]
-        return found
+        return encoded
 
     def _cut(self, text: str, places: Sequence[int]) -> _Cut:
         words: list[str] = []
         marks: list[tuple[int, int]] = []
-        wanted = deque(places)
+        pending = deque(places)
         start = 0
         for number, piece in enumerate(self._apart.split(text) if self._apart else (text,)):
-            found = [piece] if number % 2 else _WORDS.findall(piece)
+            parts = [piece] if number % 2 else _WORDS.findall(piece)
             end = start + len(piece)
-            while wanted and wanted[0] < end:
-                at, character = 0, wanted.popleft() - start
-                while character >= len(found[at]):
-                    character -= len(found[at])
+            while pending and pending[0] < end:
+                at, character = 0, pending.popleft() - start
+                while character >= len(parts[at]):
+                    character -= len(parts[at])
                     at += 1
                 marks.append((len(words) + at, character))
-            words += found
+            words += parts
             start = end
         return words, marks
 
@@ -120,12 +121,12 @@ class WordMemo:
             first = last
 
     def _token_in(self, word: str, character: int) -> tuple[int, bool]:
-        known = self._inside.get((word, character))
-        if known is None:
-            known = token_at(self._encode_batch([word])[0], character)
+        position = self._inside.get((word, character))
+        if position is None:
+            position = token_at(self._encode_batch([word])[0], character)
             if len(word) <= _LONGEST_WORD:
-                self._inside[word, character] = known
-        return known
+                self._inside[word, character] = position
+        return position
 
 
 _Cut: TypeAlias = tuple[list[str], list[tuple[int, int]]]
@@ -141,7 +142,7 @@ _PATTERN = re.compile(rf"(?:{_WORD}\|)+\\s\+")
 space for the beginning of a word: those of Llama 3, Qwen, gpt-oss, Mistral's Tekken and their kin."""
 
 
-def cuts_at_spaces(tokenizer: Mapping[str, Any]) -> bool:
+def splits_on_spaces(tokenizer: Mapping[str, Any]) -> bool:
     """Whether the words of a tokenizer (its ``tokenizer.json``) can be encoded one by one.
 
     For that its pattern must end a word at every single space between two characters that are no white
@@ -159,7 +160,7 @@ def cuts_at_spaces(tokenizer: Mapping[str, Any]) -> bool:
     )
 
 
-def stand_apart(tokenizer: Mapping[str, Any]) -> list[str]:
+def isolated_added_tokens(tokenizer: Mapping[str, Any]) -> list[str]:
     """The added tokens that are cut out of a text before anything else looks at it, and that do not look at
     what is beside them; none where one of the same kind does."""
     first = [token for token in tokenizer.get("added_tokens") or () if not token.get("normalized")]

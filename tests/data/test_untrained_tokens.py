@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.data.inspect import inspect
+from qlora_tui.data.inspection import inspect
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.untrained import token_ids, untrained_tokens
+from qlora_tui.data.untrained_tokens import token_ids, untrained_tokens
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Source
 from tests.data.families import CHATML, STRIPS, tokenizer_json

@@ -12,9 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from qlora_tui.data.bounds import LARGEST_ROW_BYTES
-from qlora_tui.data.open_file import CHUNK_BYTES
 from qlora_tui.data.read import jsonl_row, rows
 from qlora_tui.data.row import Row
+from qlora_tui.data.text_reader import CHUNK_BYTES
 
 _INDEXED_BYTES = 4 << 20
 """Smaller files are read from their start."""

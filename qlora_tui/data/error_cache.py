@@ -1,7 +1,7 @@
 """Errors that an inspection has found, kept so that a launch is refused at once, however large the file.
 
-``inspect`` writes what it meets, ``look_over`` and the Train screen read it. A note holds for one file as it
-was when it was read (its time and size) and one way of reading it; an error that shows only in tokens
+``inspect`` writes what it meets, ``quick_check`` and the Train screen read it. A note holds for one file as
+it was when it was read (its time and size) and one way of reading it; an error that shows only in tokens
 holds for one tokenizer and template as well.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from qlora_tui.data.problems import DataProblem, refuse
+from qlora_tui.data.problems import DataProblem, raise_first_error
 from qlora_tui.decoding import decode_json
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.paths import cache_dir
@@ -34,10 +34,10 @@ _READING = 3
 _DECODER = msgspec.json.Decoder(DataProblem)
 
 Tokens = tuple[object, ...]
-"""What errors in tokens depend on: see ``tokens_of``."""
+"""What errors in tokens depend on: see ``tokenizer_fingerprint``."""
 
 
-def tokens_of(folder: Path, template: str, train_on: str) -> Tokens:
+def tokenizer_fingerprint(folder: Path, template: str, train_on: str) -> Tokens:
     """A tokenizer as its files are now, the recipe's ``model.chat_template`` and ``data.train_on``."""
     files = sorted(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
     stamps = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
@@ -48,13 +48,13 @@ Stamp = tuple[int, int]
 """The time and the size of a file."""
 
 
-def stamp_of(path: Path) -> Stamp:
+def file_fingerprint(path: Path) -> Stamp:
     """What a file is now: to be taken before its first row is read, as it may be mended meanwhile."""
     stat = path.stat()
     return stat.st_mtime_ns, stat.st_size
 
 
-def note_errors(
+def cache_errors(
     source: Source,
     path: Path,
     stamp: Stamp,
@@ -69,22 +69,22 @@ def note_errors(
     for of_tokens in (False, True):
         if of_tokens and tokens is None:
             continue
-        found = next((e for e in errors if (e.kind in _OF_TOKENS) == of_tokens), None)
+        first_error = next((e for e in errors if (e.kind in _OF_TOKENS) == of_tokens), None)
         note = _note(source, path, stamp, tokens if of_tokens else None)
-        if found is not None:
+        if first_error is not None:
             _forget_old(private_dir(note.parent))
-            atomic_write(note, msgspec.json.encode(found))
+            atomic_write(note, msgspec.json.encode(first_error))
         elif read:
             note.unlink(missing_ok=True)
 
 
-def refuse_known_errors(files: Sequence[tuple[Source, Path]], tokens: Tokens | None = None) -> None:
+def raise_cached_error(files: Sequence[tuple[Source, Path]], tokens: Tokens | None = None) -> None:
     """Raise ``Problem`` for the first of the files of which an error is known."""
     for source, path in files:
         for one in dict.fromkeys((None, tokens)):
             try:
-                note = _note(source, path, stamp_of(path), one)
-                refuse([decode_json(note.read_bytes(), _DECODER)])
+                note = _note(source, path, file_fingerprint(path), one)
+                raise_first_error([decode_json(note.read_bytes(), _DECODER)])
             except (OSError, msgspec.MsgspecError):
                 continue
 

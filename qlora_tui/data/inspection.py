@@ -16,24 +16,24 @@ import msgspec
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.data.checks import conversation_findings, sample_findings
-from qlora_tui.data.conversation import Conversation, RowRefused
-from qlora_tui.data.examine import Examiner
-from qlora_tui.data.known_errors import note_errors, stamp_of, tokens_of
-from qlora_tui.data.lengths import fit
+from qlora_tui.data.conversation import Conversation, RowRejectedError
+from qlora_tui.data.dataset_report import Counts, FileReport, Report, Shown
+from qlora_tui.data.dataset_scan import DatasetScanner
+from qlora_tui.data.error_cache import cache_errors, file_fingerprint, tokenizer_fingerprint
+from qlora_tui.data.length_stats import LengthCounter
 from qlora_tui.data.long_texts import most_characters
-from qlora_tui.data.open_file import Position
-from qlora_tui.data.outcome import Outcome, Outcomes
 from qlora_tui.data.problems import DataProblem, problem_of
 from qlora_tui.data.render import Choices, pieces, render
-from qlora_tui.data.report import Counts, FileReport, Report, Shown
 from qlora_tui.data.row import Row
-from qlora_tui.data.row_at import row_at
+from qlora_tui.data.row_index import row_at
+from qlora_tui.data.row_result import RowProcessor, RowResult
 from qlora_tui.data.sources import SourceFile, conversation_of, open_file_of, open_source
-from qlora_tui.data.statistics import LengthCounter
+from qlora_tui.data.text_reader import Position
 from qlora_tui.data.thinking_facts import facts
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.untrained import untrained_problem
-from qlora_tui.data.workers import working
+from qlora_tui.data.truncation import truncate
+from qlora_tui.data.untrained_tokens import untrained_problem
+from qlora_tui.data.worker_pool import open_worker_pool
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
 
@@ -62,20 +62,20 @@ def show(
 ) -> Shown:
     """Row number ``row`` of the source's file ``path``, or of its first. Raises ``Problem``."""
     data = data or Data()
-    file, found = row_of(source, row, data, path)
-    shown = _shown(found.number, conversation_of(found, file), tokenizer, data)
+    file, found_row = row_of(source, row, data, path)
+    shown = _shown(found_row.number, conversation_of(found_row, file), tokenizer, data)
     return msgspec.structs.replace(shown, path=str(file.path))
 
 
 def row_of(source: Source, row: int, data: Data, path: str = "") -> tuple[SourceFile, Row]:
     """Row number ``row`` of a source's file as it is there, or the next there is. Raises ``Problem``."""
     file = open_file_of(source, data.preferences, path)
-    found = row_at(file.path, row)
-    if found is None:
+    found_row = row_at(file.path, row)
+    if found_row is None:
         raise Problem(
             "No such row", what=f"{file.path} ends before row {row}.", fix="Choose a smaller number."
         )
-    return file, found
+    return file, found_row
 
 
 class _Inspection:
@@ -99,19 +99,21 @@ class _Inspection:
         unknown = untrained_problem(tokenizer.folder, tokenizer) if tokenizer and tokenizer.folder else None
         self._of_the_model = [unknown] if unknown else []
         self._context = _context_of(tokenizer)
-        self._stamps = {file.path: stamp_of(file.path) for file in files}
+        self._stamps = {file.path: file_fingerprint(file.path) for file in files}
         self._bytes = sum(file.path.stat().st_size for file in files)
 
     def reports(self) -> Iterator[Report]:
         """One at once, then one every second, and the complete one."""
-        with working(Outcomes(self._data, self._tokenizer, keep_samples=False), self._bytes) as work:
-            examiner = Examiner(self._data, work, near_duplicates=True)
+        with open_worker_pool(
+            RowProcessor(self._data, self._tokenizer, keep_samples=False), self._bytes
+        ) as work:
+            examiner = DatasetScanner(self._data, work, near_duplicates=True)
             due = time.monotonic()
             done = 0
             for file in self._files:
                 position = Position()
                 last_row = 0
-                for outcomes in examiner.examined(file, position):
+                for outcomes in examiner.scan(file, position):
                     last_row = self._measure(outcomes) or last_row
                     if time.monotonic() >= due:
                         due = time.monotonic() + _NEXT_REPORT_S
@@ -122,39 +124,39 @@ class _Inspection:
                 self._note_errors(file, examiner, read=True)
             yield self._report(examiner, True, 1.0)
 
-    def _note_errors(self, file: SourceFile, examiner: Examiner, *, read: bool) -> None:
+    def _note_errors(self, file: SourceFile, examiner: DatasetScanner, *, read: bool) -> None:
         """For a launch to know; that there is none, once all of the file was ``read``."""
         problems = examiner.problems()
         if not read and not any(problem.severity == "error" for problem in problems):
             return
         one = self._tokenizer
         tokens = (
-            tokens_of(one.folder, one.asked_template, self._data.train_on)
+            tokenizer_fingerprint(one.folder, one.asked_template, self._data.train_on)
             if one is not None and one.folder is not None
             else None
         )
         with suppress(OSError):  # a full disk is no reason to show nothing
-            note_errors(self._source, file.path, self._stamps[file.path], problems, tokens, read=read)
+            cache_errors(self._source, file.path, self._stamps[file.path], problems, tokens, read=read)
 
-    def _measure(self, outcomes: list[Outcome]) -> int:
+    def _measure(self, outcomes: list[RowResult]) -> int:
         """Add the lengths; the number of the last row."""
         for one in outcomes:
             self._lengths.add(one.lengths, one.row)
         return outcomes[-1].row if outcomes else 0
 
     def _file_report(self, file: SourceFile) -> FileReport:
-        found = file.detection
+        detection = file.detection
         return FileReport(
             path=str(file.path),
             bytes=file.path.stat().st_size,
-            format=found.layout.format,
-            columns=found.layout.columns,
-            all_columns=found.columns,
-            evidence=(*found.evidence, self._note) if self._note else found.evidence,
+            format=detection.layout.format,
+            columns=detection.layout.columns,
+            all_columns=detection.columns,
+            evidence=(*detection.evidence, self._note) if self._note else detection.evidence,
             last_row=self._last_rows.get(file.path, 0),
         )
 
-    def _of_the_whole(self, examiner: Examiner, complete: bool) -> Iterator[DataProblem]:
+    def _dataset_problems(self, examiner: DatasetScanner, complete: bool) -> Iterator[DataProblem]:
         """What no row shows by itself."""
         most, path = self._context, str(self._files[0].path)
         if most is not None and self._data.max_length > most and (over := self._lengths.above(most)):
@@ -167,16 +169,16 @@ class _Inspection:
                 "one-row", 1, row, path, "There is nothing beside it to learn or to validate on."
             )
 
-    def _is_one_long_text(self, examiner: Examiner) -> bool:
+    def _is_one_long_text(self, examiner: DatasetScanner) -> bool:
         """Whether the only row is a text that is split, or should be."""
         if any(problem.kind == "long-text" for problem in examiner.problems()) or examiner.counts.split:
             return True
         is_text = self._files[0].detection.layout.format == "text"
         return is_text and self._tokenizer is None and self._lengths.above(most_characters(self._data)) > 0
 
-    def _report(self, examiner: Examiner, complete: bool, share: float) -> Report:
+    def _report(self, examiner: DatasetScanner, complete: bool, share: float) -> Report:
         counts = examiner.counts
-        problems = [*self._of_the_model, *examiner.problems(), *self._of_the_whole(examiner, complete)]
+        problems = [*self._of_the_model, *examiner.problems(), *self._dataset_problems(examiner, complete)]
         return Report(
             files=tuple(self._file_report(file) for file in self._files),
             complete=complete,
@@ -206,19 +208,19 @@ def _context_of(tokenizer: ChatTokenizer | None) -> int | None:
         return None
 
 
-def _shown(row: int, one: Conversation | RowRefused, tokenizer: ChatTokenizer, data: Data) -> Shown:
+def _shown(row: int, one: Conversation | RowRejectedError, tokenizer: ChatTokenizer, data: Data) -> Shown:
     try:
-        if isinstance(one, RowRefused):
+        if isinstance(one, RowRejectedError):
             raise one
         whole = render(one, tokenizer, Choices.of(data))
-    except RowRefused as refused:
+    except RowRejectedError as refused:
         return Shown(row, (), (), (), refused=refused.reason)
     samples = [
-        s for rendered in whole for s in fit(rendered, data.max_length, data.too_long, tokenizer.bos_id)
+        s for rendered in whole for s in truncate(rendered, data.max_length, data.too_long, tokenizer.bos_id)
     ]
     return Shown(
         row=row,
-        samples=tuple(tuple(pieces(tokenizer, s.token_ids, s.trained)) for s in samples),
+        samples=tuple(tuple(pieces(tokenizer, s.token_ids, s.loss_mask)) for s in samples),
         token_counts=tuple(len(r.token_ids) for r in whole),
         trained_counts=tuple(s.trained_count for s in samples),
         refused="" if samples else f"Nothing is left to learn within {data.max_length} tokens.",

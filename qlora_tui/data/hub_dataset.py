@@ -52,32 +52,32 @@ def hub_files(name: str) -> tuple[list[Path], str]:
 
     Raises ``Problem`` where there is no such dataset, or no way to it.
     """
-    found = _noted(name)
-    if found is None:
-        found = _fetched(name)
-        atomic_write(_note(name), msgspec.json.encode(found))
-    return [Path(file) for file in found.files], f"hub dataset {name}, split {found.split}"
+    cached = _read_cached(name)
+    if cached is None:
+        cached = _fetch(name)
+        atomic_write(_cache_path(name), msgspec.json.encode(cached))
+    return [Path(file) for file in cached.files], f"hub dataset {name}, split {cached.split}"
 
 
-def files_here(name: str) -> list[Path] | None:
+def local_files(name: str) -> list[Path] | None:
     """The same files where they were downloaded before; None where they were not. Asks nothing of the hub."""
-    found = _noted(name)
-    return None if found is None else [Path(file) for file in found.files]
+    cached = _read_cached(name)
+    return None if cached is None else [Path(file) for file in cached.files]
 
 
-def _note(name: str) -> Path:
+def _cache_path(name: str) -> Path:
     return private_dir(cache_dir() / "datasets") / f"{name.replace('/', '--').replace(':', '@')}.json"
 
 
-def _noted(name: str) -> HubFiles | None:
+def _read_cached(name: str) -> HubFiles | None:
     try:
-        found = decode_json(_note(name).read_bytes(), _FILES)
+        files = decode_json(_cache_path(name).read_bytes(), _FILES)
     except (OSError, msgspec.MsgspecError):
         return None
-    return found if found.files and all(Path(file).is_file() for file in found.files) else None
+    return files if files.files and all(Path(file).is_file() for file in files.files) else None
 
 
-def _fetched(name: str) -> HubFiles:
+def _fetch(name: str) -> HubFiles:
     # This child is there to ask the hub, also where this process holds a model and is offline.
     environment = {
         key: value for key, value in children.environment().items() if key not in offline_variables_set

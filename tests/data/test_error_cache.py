@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.data import known_errors
-from qlora_tui.data.inspect import inspect, inspecting
-from qlora_tui.data.known_errors import note_errors, refuse_known_errors, stamp_of, tokens_of
-from qlora_tui.data.problems import Tally
+from qlora_tui.data import error_cache
+from qlora_tui.data.error_cache import (
+    cache_errors,
+    file_fingerprint,
+    raise_cached_error,
+    tokenizer_fingerprint,
+)
+from qlora_tui.data.inspection import inspect, inspecting
+from qlora_tui.data.problems import ProblemCounter
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Source
@@ -30,10 +35,10 @@ def path(tmp_path: Path) -> Path:
 
 def test_what_was_found_is_refused_with_its_row(path: Path) -> None:
     source = Source(path=str(path))
-    refuse_known_errors([(source, path)])
+    raise_cached_error([(source, path)])
     inspect(source)
     with pytest.raises(Problem) as raised:
-        refuse_known_errors([(source, path)])
+        raise_cached_error([(source, path)])
     assert "row 401" in raised.value.what and raised.value.fix
 
 
@@ -41,7 +46,7 @@ def test_a_mended_file_is_not_refused(path: Path) -> None:
     source = Source(path=str(path))
     inspect(source)
     path.write_text(GOOD * 402)
-    refuse_known_errors([(source, path)])
+    raise_cached_error([(source, path)])
 
 
 def test_a_file_that_is_mended_while_it_is_read_is_not_refused(path: Path) -> None:
@@ -52,39 +57,39 @@ def test_a_file_that_is_mended_while_it_is_read_is_not_refused(path: Path) -> No
     mended.write_text(GOOD * 402)
     mended.replace(path)
     list(reports)
-    refuse_known_errors([(source, path)])
+    raise_cached_error([(source, path)])
 
 
 def test_what_another_reader_has_found_is_not_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(path=str(path))
     inspect(source)
-    monkeypatch.setattr(known_errors, "_READING", known_errors._READING + 1)
-    refuse_known_errors([(source, path)])
+    monkeypatch.setattr(error_cache, "_READING", error_cache._READING + 1)
+    raise_cached_error([(source, path)])
 
 
 def test_another_way_of_reading_the_file_is_not_refused(path: Path) -> None:
     inspect(Source(path=str(path)))
     mapped = Source(path=str(path), format="prompt-completion")
-    refuse_known_errors([(mapped, path)])
+    raise_cached_error([(mapped, path)])
 
 
 def test_what_is_no_longer_found_is_forgotten(path: Path) -> None:
     source = Source(path=str(path))
-    tally = Tally(0, str(path))
+    tally = ProblemCounter(0, str(path))
     tally.add("bad-row", 3, "of an older reader")
-    note_errors(source, path, stamp_of(path), tally.problems(), None, read=True)
-    note_errors(source, path, stamp_of(path), [], None, read=False)
+    cache_errors(source, path, file_fingerprint(path), tally.problems(), None, read=True)
+    cache_errors(source, path, file_fingerprint(path), [], None, read=False)
     with pytest.raises(Problem):
-        refuse_known_errors([(source, path)])
-    note_errors(source, path, stamp_of(path), [], None, read=True)
-    refuse_known_errors([(source, path)])
+        raise_cached_error([(source, path)])
+    cache_errors(source, path, file_fingerprint(path), [], None, read=True)
+    raise_cached_error([(source, path)])
 
 
 def test_warnings_are_no_errors(tmp_path: Path) -> None:
     made = tmp_path / "rows.jsonl"
     made.write_text(GOOD * 3 + '{"prompt": "a", "completion": ""}\n')
     assert inspect(Source(path=str(made))).problems
-    refuse_known_errors([(Source(path=str(made)), made)])
+    raise_cached_error([(Source(path=str(made)), made)])
 
 
 def test_an_error_in_tokens_holds_for_its_tokenizer_and_template_only(tmp_path: Path) -> None:
@@ -99,9 +104,9 @@ def test_an_error_in_tokens_holds_for_its_tokenizer_and_template_only(tmp_path: 
         "turn-end-untrained"
     ]
     with pytest.raises(Problem):
-        refuse_known_errors(files, tokens_of(model, "auto", "assistant"))
-    refuse_known_errors(files)
-    refuse_known_errors(files, tokens_of(model, "chatml", "assistant"))
-    refuse_known_errors(files, tokens_of(model, "auto", "everything"))
+        raise_cached_error(files, tokenizer_fingerprint(model, "auto", "assistant"))
+    raise_cached_error(files)
+    raise_cached_error(files, tokenizer_fingerprint(model, "chatml", "assistant"))
+    raise_cached_error(files, tokenizer_fingerprint(model, "auto", "everything"))
     os.utime(model / "tokenizer_config.json", (1, 1))
-    refuse_known_errors(files, tokens_of(model, "auto", "assistant"))
+    raise_cached_error(files, tokenizer_fingerprint(model, "auto", "assistant"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from qlora_tui.data.length_stats import Lengths
 from qlora_tui.data.problems import DataProblem
-from qlora_tui.data.statistics import Lengths
 
 
 class Counts(Struct):

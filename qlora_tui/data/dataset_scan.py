@@ -9,20 +9,20 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
+from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.key_table import KeyTable
 from qlora_tui.data.long_texts import LongTexts
 from qlora_tui.data.near_duplicates import NearDuplicates
-from qlora_tui.data.open_file import Position
-from qlora_tui.data.outcome import Outcome, batches
-from qlora_tui.data.problems import DataProblem, Tally
+from qlora_tui.data.problems import DataProblem, ProblemCounter
 from qlora_tui.data.read import raw_rows
-from qlora_tui.data.report import Counts
+from qlora_tui.data.row_result import RowResult, batches
 from qlora_tui.data.sources import SourceFile
-from qlora_tui.data.workers import Work
+from qlora_tui.data.text_reader import Position
+from qlora_tui.data.worker_pool import Work
 from qlora_tui.recipe.schema import Data
 
 
-class Examiner:
+class DatasetScanner:
     """Counts and problems of all rows that were put through ``examined``."""
 
     def __init__(self, data: Data, work: Work, *, sketched: bool = False, near_duplicates: bool = False):
@@ -33,41 +33,43 @@ class Examiner:
         self._data = data
         self._work = work
         self._sketched = sketched
-        self._tallies: dict[tuple[int, str], Tally] = {}
+        self._counters: dict[tuple[int, str], ProblemCounter] = {}
         self._long_texts: dict[tuple[int, str], LongTexts] = {}
         self._seen, self._seen_in_validation = KeyTable(), KeyTable()
         self._near = NearDuplicates() if near_duplicates else None
 
-    def examined(self, file: SourceFile, position: Position) -> Iterator[list[Outcome]]:
+    def scan(self, file: SourceFile, position: Position) -> Iterator[list[RowResult]]:
         """What became of the rows of a file, a batch at a time; ``position`` tells how far it was read."""
-        tally = self._tallies.setdefault((file.source, str(file.path)), Tally(file.source, str(file.path)))
+        tally = self._counters.setdefault(
+            (file.source, str(file.path)), ProblemCounter(file.source, str(file.path))
+        )
         rows = raw_rows(file.path, position)
         for outcomes in self._work(batches(file, rows, self._wants_sketches)):
             for one in outcomes:
-                self._take(tally, file, one)
+                self._count(tally, file, one)
             yield outcomes
 
     def problems(self) -> list[DataProblem]:
         """Everything found, errors first."""
-        found = [problem for tally in self._tallies.values() for problem in tally.problems()]
-        found += [long.problem(self._data) for long in self._long_texts.values()]
-        return sorted(found, key=lambda p: p.severity != "error")
+        problems = [problem for tally in self._counters.values() for problem in tally.problems()]
+        problems += [long.problem(self._data) for long in self._long_texts.values()]
+        return sorted(problems, key=lambda p: p.severity != "error")
 
     def _wants_sketches(self) -> bool:
         return self._sketched or (self._near is not None and not self._near.full)
 
-    def _take(self, tally: Tally, file: SourceFile, one: Outcome) -> None:
+    def _count(self, tally: ProblemCounter, file: SourceFile, one: RowResult) -> None:
         counts, row = self.counts, one.row
         counts.rows += 1
-        for kind, example in one.said:
+        for kind, example in one.messages:
             tally.add(kind, row, example)
         if one.key is not None:
-            self._set_beside_others(tally, file, one, one.key)
-        if one.refused is not None:
+            self._check_duplicates(tally, file, one, one.key)
+        if one.rejected is not None:
             counts.left_out += 1
-            tally.add(one.refused[0], row, one.refused[1])
+            tally.add(one.rejected[0], row, one.rejected[1])
             return
-        for kind, example in one.found:
+        for kind, example in one.sample_findings:
             tally.add(kind, row, example)
         if one.long_text is not None:
             place = file.source, str(file.path)
@@ -84,7 +86,7 @@ class Examiner:
         counts.cut += cut
         counts.split += split
 
-    def _set_beside_others(self, tally: Tally, file: SourceFile, one: Outcome, key: int) -> None:
+    def _check_duplicates(self, tally: ProblemCounter, file: SourceFile, one: RowResult, key: int) -> None:
         row, seen = one.row, self._seen
         if self._is_validation(file.source):
             seen = self._seen_in_validation
@@ -93,7 +95,10 @@ class Examiner:
         earlier = seen.first(key, row)
         if earlier is not None:
             tally.add("duplicate", row, f"Row {row} says the same as row {earlier}.")
-        elif self._near is not None and (near := self._near.earlier(array("I", one.sketch), row)) is not None:
+        elif (
+            self._near is not None
+            and (near := self._near.find_earlier(array("I", one.sketch), row)) is not None
+        ):
             tally.add("near-duplicate", row, f"Row {row} is nearly the same as row {near}.")
 
     def _is_validation(self, source: int) -> bool:

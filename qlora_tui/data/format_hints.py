@@ -24,9 +24,9 @@ def single_turns(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
 
 def written_out(texts: Sequence[Any]) -> str:
     """The mark by which most texts are whole conversations; empty if they are not."""
-    said = [text for text in texts if isinstance(text, str)]
-    found = Counter(mark for text in said for mark in _MARKS if mark in text).most_common(1)
-    return found[0][0].strip() if found and 2 * found[0][1] >= len(said) else ""
+    strings = [text for text in texts if isinstance(text, str)]
+    common_mark = Counter(mark for text in strings for mark in _MARKS if mark in text).most_common(1)
+    return common_mark[0][0].strip() if common_mark and 2 * common_mark[0][1] >= len(strings) else ""
 
 
 def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -43,5 +43,5 @@ def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
 
 def _is_text(values: Sequence[Mapping[str, Any]], column: str) -> bool:
     """Whether most rows have words there: no number, no id."""
-    said = sum(isinstance(v.get(column), str) and not v[column].isdigit() for v in values)
-    return 2 * said >= max(1, len(values)) and not column.lower().endswith("id")
+    string_count = sum(isinstance(v.get(column), str) and not v[column].isdigit() for v in values)
+    return 2 * string_count >= max(1, len(values)) and not column.lower().endswith("id")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-KEPT_TOGETHER = 0.6
+SAME_SIDE_THRESHOLD = 0.6
 """Share of word triples in common from which on two rows belong together. Less than makes a near
 duplicate: to keep two more rows on one side costs nothing."""
 _EMPTY = 0xFFFFFFFF
@@ -60,7 +60,7 @@ def group_keys(keys: array[int], sketches: Path) -> array[int]:
                 other = order[start + apart :][: len(one)]
                 near = (bucket[one] == bucket[other]) & (label[one] != label[other])
                 one, other = one[near], other[near]
-                alike = _alike(rows[first[one]], rows[first[other]]) >= KEPT_TOGETHER
+                alike = _similarity(rows[first[one]], rows[first[other]]) >= SAME_SIDE_THRESHOLD
                 label = _joined(label, one[alike], other[alike])
     group = distinct[label][which]
     common = np.bincount(label[which])
@@ -73,16 +73,16 @@ def _buckets(rows: Array, numbers: Array, mix: int) -> Array:
     """The first two hashes of each row in the order that ``mix`` makes, as one number."""
     import numpy as np
 
-    found = np.empty(len(numbers), dtype=np.uint64)
+    buckets = np.empty(len(numbers), dtype=np.uint64)
     for start in range(0, len(numbers), _SLICE):
         part = rows[numbers[start : start + _SLICE]]
         mixed = np.where(part == _EMPTY, np.uint32(_EMPTY), part * np.uint32(mix))
         two = np.partition(mixed, 1, axis=1)[:, :2].astype(np.uint64)
-        found[start : start + _SLICE] = two[:, 0] << np.uint64(32) | two[:, 1]
-    return found
+        buckets[start : start + _SLICE] = two[:, 0] << np.uint64(32) | two[:, 1]
+    return buckets
 
 
-def _alike(one: Array, other: Array) -> Array:
+def _similarity(one: Array, other: Array) -> Array:
     """What ``near_duplicates`` estimates of two sketches, for each pair of rows."""
     import numpy as np
 

@@ -21,7 +21,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qlora_tui.data.conversation import RowRefused
+from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.template_guard import (
     MORE_MEMORY_BYTES,
     MOST_CPU_S,
@@ -45,7 +45,7 @@ Span = tuple[int, int]
 _TOO_SLOW = f"The template takes more than {MOST_CPU_S:.0f} seconds for one conversation."
 
 
-class TemplateBroken(Exception):
+class TemplateCompileError(Exception):
     """The template itself cannot be compiled."""
 
 
@@ -55,7 +55,7 @@ class ChatTemplate:
     def __init__(self, text: str, variables: Mapping[str, Any]):
         self.text = text
         self._variables = dict(variables)
-        self._marks = _Marks()
+        self._marks = _GenerationSpans()
         self._stopped: list[str] = []
         """Why it is not rendered any more: one rendering took too long."""
         environment = _environment(self._marks)
@@ -70,9 +70,9 @@ class ChatTemplate:
             """Every variable the template reads or sets."""
             self._template = jinja2.Template.from_code(environment, code, environment.globals)
         except TemplateStopped:
-            raise TemplateBroken(_TOO_SLOW) from None
+            raise TemplateCompileError(_TOO_SLOW) from None
         except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError) as error:
-            raise TemplateBroken(str(error) or type(error).__name__) from error
+            raise TemplateCompileError(str(error) or type(error).__name__) from error
         self.has_generation_marks = self._marks.in_template
 
     def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
@@ -86,7 +86,7 @@ class ChatTemplate:
     def render(self, turns: Turns, tools: Tools | None = None, prompt: bool = False) -> str:
         """The conversation as text; with ``prompt``, up to where the assistant would begin.
 
-        Raises ``RowRefused`` with the template's own words where it refuses.
+        Raises ``RowRejectedError`` with the template's own words where it refuses.
         """
         self._refuse_if_stopped()
         try:
@@ -101,7 +101,7 @@ class ChatTemplate:
         except TemplateStopped:
             raise self._stop() from None
         except Exception as error:  # a template is somebody's program, and may fail in any way
-            raise RowRefused("template-refuses", _in_words(error)) from error
+            raise RowRejectedError("template-refuses", _in_words(error)) from error
 
     def render_marked(self, turns: Turns, tools: Tools | None = None) -> tuple[str, list[Span]]:
         """The same, and the spans the template's own generation marks enclose."""
@@ -120,17 +120,17 @@ class ChatTemplate:
             except TemplateStopped:
                 raise self._stop() from None
             except Exception as error:
-                raise RowRefused("template-refuses", _in_words(error)) from error
+                raise RowRejectedError("template-refuses", _in_words(error)) from error
             return "".join(written), list(spans)
 
     def _refuse_if_stopped(self) -> None:
         # Else each row of a large file would take that long.
         if self._stopped:
-            raise RowRefused("template-refuses", self._stopped[0])
+            raise RowRejectedError("template-refuses", self._stopped[0])
 
-    def _stop(self) -> RowRefused:
+    def _stop(self) -> RowRejectedError:
         self._stopped.append(_TOO_SLOW)
-        return RowRefused("template-refuses", _TOO_SLOW)
+        return RowRejectedError("template-refuses", _TOO_SLOW)
 
 
 def _in_words(error: BaseException) -> str:
@@ -141,7 +141,7 @@ def _in_words(error: BaseException) -> str:
     return f"The template fails: {type(error).__name__}: {error}"
 
 
-class _Marks:
+class _GenerationSpans:
     """Where generation blocks begin and end while a template is rendered."""
 
     def __init__(self) -> None:
@@ -183,7 +183,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    marks: _Marks
+    marks: _GenerationSpans
     intercepted_binops = frozenset(("*", "**"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -201,7 +201,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
 
-def _environment(marks: _Marks) -> _Environment:
+def _environment(marks: _GenerationSpans) -> _Environment:
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
