@@ -114,16 +114,16 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
     import msgspec
 
     from qlora_tui.tui.app import QloraApp
-    from qlora_tui.tui.native_output import native_errors_in
-    from qlora_tui.tui.uncoloured import lacks_colours
+    from qlora_tui.tui.monochrome import has_no_colors
+    from qlora_tui.tui.stderr_capture import capture_stderr
 
     settings = load_settings()
     if gpu_gib:
         settings = msgspec.structs.replace(settings, card_gib=gpu_gib)
     log = paths.log_path()
-    with native_errors_in(log):
+    with capture_stderr(log):
         app = QloraApp(settings)
-        app.no_color = app.no_color or lacks_colours()
+        app.no_color = app.no_color or has_no_colors()
         app.run(mouse=settings.mouse and mouse)
     if app.disk_faults.ended_by is not None:
         raise app.disk_faults.ended_by

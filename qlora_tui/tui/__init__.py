@@ -2,7 +2,7 @@
 
 app.py        the frame: screens, themes, keys, what every screen shares
 workbench.py  the recipe being edited, and what follows from it (architecture, estimate)
-watch.py      a look at the card and the runs, once a second
+system_monitor.py  polls the GPU and the runs, once a second
 draft.py      the file it is kept in, which several apps may share
 disk_faults.py  what is said of a disk that cannot be written
 visible_lines.py  the text layer: no line reaches the terminal with a control character

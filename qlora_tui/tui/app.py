@@ -20,35 +20,35 @@ from textual.signal import Signal
 from qlora_tui.errors import Problem
 from qlora_tui.format import GIB
 from qlora_tui.settings import Settings
-from qlora_tui.tui import escapes, garbage, themes
+from qlora_tui.tui import escapes, gc_tuning, themes
+from qlora_tui.tui.cached_stylesheet import CachedStylesheet
 from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION
-from qlora_tui.tui.console_font import stand_ins
+from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.disk_faults import DiskFaults
-from qlora_tui.tui.hang_up import end_in_order
-from qlora_tui.tui.painted import Difference, Painted, forget_what_is_gone
+from qlora_tui.tui.glyph_fallback import fallback_glyphs
+from qlora_tui.tui.monochrome import TWO_COLORS, MonochromeFilter
 from qlora_tui.tui.palette import CommandProvider
-from qlora_tui.tui.pulse import Pulse
+from qlora_tui.tui.screen_diff import ScreenDiff, TerminalContents, clear_style_caches
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.by_mode import SCREENS, make_screen
-from qlora_tui.tui.screens.small import SmallScreen, is_too_small
-from qlora_tui.tui.stylesheet import ReadOnce
-from qlora_tui.tui.uncoloured import TWO_COLOURS, InkOnly
-from qlora_tui.tui.visible_lines import VisibleText
-from qlora_tui.tui.work import Later
+from qlora_tui.tui.screens.registry import SCREENS, make_screen
+from qlora_tui.tui.screens.too_small import TooSmallScreen, is_too_small
+from qlora_tui.tui.shutdown import install_shutdown_handlers
+from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.visible_lines import VisibleTextFilter
 
 if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.tui.draft import Draft
-    from qlora_tui.tui.watch import Watch
+    from qlora_tui.tui.system_monitor import SystemMonitor
     from qlora_tui.tui.workbench import Workbench
 
 # The first frame shows nothing of a recipe and no modal, so it does not wait for these: they are imported
 # where they are first used.
 
-LOOK_EVERY_S = 1.0
-_VISIBLE_TEXT = VisibleText()
-_WITHOUT_COLOURS = (_VISIBLE_TEXT, InkOnly())
+POLL_INTERVAL_S = 1.0
+_VISIBLE_TEXT = VisibleTextFilter()
+_WITHOUT_COLOURS = (_VISIBLE_TEXT, MonochromeFilter())
 _RESIZES_AT_START = 2
 """Told by the app itself and by its driver, before anything can have happened to the terminal."""
 
@@ -68,21 +68,21 @@ class QloraApp(App[None]):
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
         self.settings = settings or Settings()
-        self.stylesheet = ReadOnce(variables=self.get_css_variables())
+        self.stylesheet = CachedStylesheet(variables=self.get_css_variables())
         # Over a slow link an animation is only a delay.
         self.animation_level = "none"
-        self.pulse = Pulse()
+        self.system_status = SystemStatus()
         self.recipe_changed: Signal[Recipe] = Signal(self, "recipe changed")
-        self.pulse_changed: Signal[Pulse] = Signal(self, "pulse changed")
+        self.system_status_changed: Signal[SystemStatus] = Signal(self, "pulse changed")
         self.shown = asyncio.Event()
         """Set once the first frame is on its way: what it need not wait for begins then."""
-        self._watch: Watch | None = None
+        self._monitor: SystemMonitor | None = None
         self.disk_faults = DiskFaults()
-        self._looking = False
+        self._polling = False
         self._is_small = False
         self._resizes = 0
         self._themes_written: tuple[tuple[str, int], ...] = ()
-        self._painted = Painted(stand_ins(os.environ.get("TERM", "")))
+        self._terminal_contents = TerminalContents(fallback_glyphs(os.environ.get("TERM", "")))
 
     @cached_property
     def workbench(self) -> Workbench:
@@ -100,31 +100,31 @@ class QloraApp(App[None]):
         return Draft()
 
     @property
-    def room(self) -> MemoryBudget:
+    def memory_budget(self) -> MemoryBudget:
         """Where a run would be computed, and how much memory it could have."""
         from qlora_tui.memory.budget import budget_for
 
         given = self.settings.card_gib
-        return budget_for(self.pulse.card, None if given is None else round(given * GIB))
+        return budget_for(self.system_status.gpu, None if given is None else round(given * GIB))
 
     def on_load(self) -> None:
         # Before there is a screen: with its widgets every style sheet would be read once more, and its keys
         # would have been painted.
-        self._take_themes()
+        self._reload_themes()
         self.set_keymap(self.settings.keymap)
 
     def on_mount(self) -> None:
         if self.settings.theme not in self.available_themes:
             self.notify(f"There is no theme {self.settings.theme!r}.", severity="warning")
         if self.settings.keymap:
-            from qlora_tui.tui.keymap import tell_faults
+            from qlora_tui.tui.keymap import report_keymap_errors
 
-            self.run_worker(Later(tell_faults, self))
+            self.run_worker(DeferredWork(report_keymap_errors, self))
         self.write_escape(escapes.PUSH_TITLE)
         if not self.is_headless:
-            end_in_order(self._leave)
-        self.set_interval(LOOK_EVERY_S, self._start_looking)
-        self.call_after_refresh(self._start_looking)
+            install_shutdown_handlers(self._leave)
+        self.set_interval(POLL_INTERVAL_S, self._start_polling)
+        self.call_after_refresh(self._start_polling)
 
     def on_unmount(self) -> None:
         self.write_escape(escapes.POP_TITLE)
@@ -132,14 +132,14 @@ class QloraApp(App[None]):
     def _leave(self, exit_code: int) -> None:
         self.exit(return_code=exit_code)
 
-    def _take_themes(self) -> None:
+    def _reload_themes(self) -> None:
         """Know all themes as they now stand in their files; what is wrong is said and left out."""
-        self._themes_written = themes.user_themes_written()
+        self._themes_written = themes.user_theme_mtimes()
         known = set(self.available_themes)
-        found, problems = themes.load_themes()
-        for theme in (*found, TWO_COLOURS):
+        loaded, problems = themes.load_themes()
+        for theme in (*loaded, TWO_COLORS):
             self.register_theme(theme)
-        wanted = TWO_COLOURS.name if self.no_color else self.settings.theme
+        wanted = TWO_COLORS.name if self.no_color else self.settings.theme
         if wanted in set(self.available_themes) - known:
             self.theme = wanted
         else:
@@ -156,7 +156,7 @@ class QloraApp(App[None]):
         try:
             changed = self.workbench.set(path, value)
         except Problem as problem:
-            self.explain(problem)
+            self.show_error(problem)
             return False
         if changed:
             self.recipe_edited()
@@ -184,7 +184,7 @@ class QloraApp(App[None]):
         from qlora_tui.tui import clipboard
 
         self._clipboard = text
-        self.run_worker(Later(clipboard.copy, self, text), group="copy")
+        self.run_worker(DeferredWork(clipboard.copy, self, text), group="copy")
 
     def notify(self, message: str, *, markup: bool = False, **how: Any) -> None:
         """Say something for a while, as it stands: names of runs and files may hold brackets.
@@ -199,11 +199,11 @@ class QloraApp(App[None]):
         """Take away what is said in the corner."""
         self.clear_notifications()
 
-    def explain(self, problem: Problem) -> None:
+    def show_error(self, problem: Problem) -> None:
         """Show a problem in a modal."""
-        from qlora_tui.tui.screens.problem import ProblemScreen
+        from qlora_tui.tui.screens.error import ErrorScreen
 
-        self.push_screen(ProblemScreen(problem))
+        self.push_screen(ErrorScreen(problem))
 
     def on_resize(self, event: Resize) -> None:
         """Also sent when the app comes back from ctrl+z: the terminal may show anything."""
@@ -212,27 +212,27 @@ class QloraApp(App[None]):
             self.action_repaint()
         small, self._is_small = self._is_small, is_too_small(event.size)
         if self._is_small and not small:
-            self.call_after_refresh(self.push_screen, SmallScreen())
-        elif not self._is_small and isinstance(self.screen, SmallScreen):
+            self.call_after_refresh(self.push_screen, TooSmallScreen())
+        elif not self._is_small and isinstance(self.screen, TooSmallScreen):
             self.pop_screen()
 
     def action_repaint(self) -> None:
         """Send the whole screen, whatever the terminal showed."""
-        self._painted.forget()
+        self._terminal_contents.invalidate()
         self.refresh()
 
     def _display(self, screen: Screen[Any], renderable: Any) -> None:
         held_back = bool(self._batch_count)
         if isinstance(renderable, CompositorUpdate) and not held_back:
-            if isinstance(renderable, ChopsUpdate) and self._painted.is_unknown:
+            if isinstance(renderable, ChopsUpdate) and self._terminal_contents.is_unknown:
                 # Textual laid the whole out while it held frames back, and goes on with what changed since.
                 renderable = screen._compositor.render_full_update()
-            renderable = Difference(renderable, self._painted)
+            renderable = ScreenDiff(renderable, self._terminal_contents)
         super()._display(screen, renderable)
         if renderable is not None and not held_back and not self.shown.is_set():
             # What did not have to come before the first frame comes now.
             self.shown.set()
-            garbage.begin()
+            gc_tuning.enable_gc()
 
     def _handle_exception(self, error: Exception) -> None:
         if not self.disk_faults.handle(self, error):
@@ -240,7 +240,7 @@ class QloraApp(App[None]):
 
     def pop_screen(self) -> AwaitComplete:
         gone = super().pop_screen()
-        forget_what_is_gone()
+        clear_style_caches()
         return gone
 
     async def action_go(self, mode: str) -> None:
@@ -260,9 +260,9 @@ class QloraApp(App[None]):
 
     async def action_keys(self) -> None:
         """Show every key of every screen."""
-        from qlora_tui.tui.screens.help import all_keys
+        from qlora_tui.tui.screens.help import all_keys_screen
 
-        self.push_screen(await all_keys())
+        self.push_screen(await all_keys_screen())
 
     def action_help_quit(self) -> None:
         """Say what ends the app, where ctrl+c was pressed as in any program."""
@@ -286,37 +286,37 @@ class QloraApp(App[None]):
         if self.workbench.redo():
             self.recipe_edited()
 
-    def _start_looking(self) -> None:
+    def _start_polling(self) -> None:
         # Beside the app's own messages: a driver that is slow to answer must not hold up a key.
-        if not self._looking:
-            self._looking = True
-            self.run_worker(Later(self._look), group="look")
+        if not self._polling:
+            self._polling = True
+            self.run_worker(DeferredWork(self._poll), group="look")
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         try:
             await self.shown.wait()
-            pulse = await asyncio.to_thread(self._look_in_thread)
+            system_status = await asyncio.to_thread(self._poll_in_thread)
         finally:
-            self._looking = False
-        for news in pulse.news:
-            from qlora_tui.tui.announce import announce
+            self._polling = False
+        for news in system_status.ended_runs:
+            from qlora_tui.tui.run_notifications import notify_run_ended
 
-            announce(self, news)
-        if themes.user_themes_written() != self._themes_written:
-            self._take_themes()
-        card_changed = pulse.card != self.pulse.card
-        self.pulse = pulse
-        self.pulse_changed.publish(pulse)
+            notify_run_ended(self, news)
+        if themes.user_theme_mtimes() != self._themes_written:
+            self._reload_themes()
+        card_changed = system_status.gpu != self.system_status.gpu
+        self.system_status = system_status
+        self.system_status_changed.publish(system_status)
         if card_changed:
             self.recipe_changed.publish(self.workbench.recipe)
 
-    def _look_in_thread(self) -> Pulse:
+    def _poll_in_thread(self) -> SystemStatus:
         # The first look comes after the first frame, which need not wait for what looking takes.
-        from qlora_tui.tui.watch import Watch
+        from qlora_tui.tui.system_monitor import SystemMonitor
 
-        if self._watch is None:
+        if self._monitor is None:
             from qlora_tui.runs.trash import empty_left_behind
 
             empty_left_behind()
-            self._watch = Watch()
-        return self._watch.look()
+            self._monitor = SystemMonitor()
+        return self._monitor.poll()

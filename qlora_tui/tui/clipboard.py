@@ -26,7 +26,7 @@ _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", ("pbcopy",)),
 )
 """The variable without which a tool has nowhere to copy to, and its command; the text goes to its stdin."""
-_PATIENCE_S = 2.0
+_TIMEOUT_S = 2.0
 _SHOWN = 160
 """Characters of what was copied that are said again."""
 
@@ -35,7 +35,7 @@ async def copy(app: QloraApp, text: str) -> None:
     """Copy by every way there is, and say which worked."""
     app.write_escape(escapes.set_clipboard(text))
     tool = await asyncio.to_thread(copy_locally, text)
-    app.notify(text if len(text) <= _SHOWN else text[:_SHOWN] + "…", title=said(tool))
+    app.notify(text if len(text) <= _SHOWN else text[:_SHOWN] + "…", title=result_text(tool))
 
 
 def copy_locally(text: str) -> str:
@@ -50,7 +50,7 @@ def copy_locally(text: str) -> str:
                 input=text.encode(errors="replace"),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                timeout=_PATIENCE_S,
+                timeout=_TIMEOUT_S,
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired):
@@ -60,7 +60,7 @@ def copy_locally(text: str) -> str:
     return ""
 
 
-def said(tool: str, environment: Mapping[str, str] = os.environ) -> str:
+def result_text(tool: str, environment: Mapping[str, str] = os.environ) -> str:
     """What was done, in words: with the tool that took it, or only by asking the terminal."""
     if tool:
         return f"Copied with {tool}, and sent to the terminal (OSC 52)"

@@ -1,7 +1,7 @@
 """One declaration a command: its key, its line in the footer, the palette and the help screen.
 
-A screen lists its commands in ``ACTIONS``; :class:`~qlora_tui.tui.screens.base.WorkScreen` turns them into
-bindings. A user's keymap names them by ``id``.
+A screen lists its commands in ``ACTION_NAMES``; :class:`~qlora_tui.tui.screens.base.WorkScreen` turns them
+into bindings. A user's keymap names them by ``id``.
 """
 
 from __future__ import annotations

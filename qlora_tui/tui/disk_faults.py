@@ -10,7 +10,7 @@ from textual.worker import WorkerFailed
 
 from qlora_tui.errors import Problem, disk_problem
 
-AGAIN_S = 30.0
+REPEAT_S = 30.0
 """How long the same problem is not said again: what is done every second fails every second."""
 
 
@@ -40,7 +40,7 @@ class DiskFaults:
         problem = disk_problem(error) if isinstance(error, OSError) else None
         if problem is None:
             return False
-        if time.monotonic() - self._said.get(problem.title, -AGAIN_S) >= AGAIN_S:
+        if time.monotonic() - self._said.get(problem.title, -REPEAT_S) >= REPEAT_S:
             self._said[problem.title] = time.monotonic()
             app.notify(str(problem), severity="error", timeout=10)
         return True

@@ -36,7 +36,7 @@ class Download:
         self.name = name
         self.done_bytes = 0
         self.total_bytes = 0
-        self.saying = "asking what there is to fetch"
+        self.status_text = "asking what there is to fetch"
         """What it does, where that is not fetching bytes."""
         self.path: Path | None = None
         """Where the model is, once it is."""
@@ -78,7 +78,7 @@ class Download:
         )
         try:
             while line := await reader.readline():
-                self._hear(msgspec.json.decode(line))
+                self._on_message(msgspec.json.decode(line))
                 yield
             code = await asyncio.to_thread(self._process.wait)
             if self.path is None and self.problem is None and not self.cancelled:
@@ -90,23 +90,25 @@ class Download:
         finally:
             pipe.close()
         if self.path is not None and self.bytes_per_s is not None:
-            remember_speed(self.bytes_per_s)
+            save_speed(self.bytes_per_s)
 
-    def _hear(self, said: dict[str, Any]) -> None:
-        match said["event"]:
+    def _on_message(self, message: dict[str, Any]) -> None:
+        match message["event"]:
             case "start" | "progress":
-                self.done_bytes, self.total_bytes = said["done_bytes"], said["total_bytes"]
-                self.saying = ""
+                self.done_bytes, self.total_bytes = message["done_bytes"], message["total_bytes"]
+                self.status_text = ""
                 now_s = time.monotonic()
                 self._seen.append((now_s, self.done_bytes))
                 while now_s - self._seen[0][0] > _SPEED_OVER_S:
                     self._seen.popleft()
             case "saying":
-                self.saying = said["text"]
+                self.status_text = message["text"]
             case "done":
-                self.path = Path(said["path"])
+                self.path = Path(message["path"])
             case "problem":
-                self.problem = Problem(said["title"], what=said["what"], why=said["why"], fix=said["fix"])
+                self.problem = Problem(
+                    message["title"], what=message["what"], why=message["why"], fix=message["fix"]
+                )
 
 
 def start(model_id: str) -> Download:
@@ -127,7 +129,7 @@ def start_demo(name: str) -> Download:
     return Download(DEMO, name, process)
 
 
-def remember_speed(bytes_per_s: float) -> None:
+def save_speed(bytes_per_s: float) -> None:
     """For the next guess at how long a download will take."""
     atomic_write(_speed_path(), f"{bytes_per_s:.0f}\n")
 

@@ -17,7 +17,7 @@ from qlora_tui.recipe.toml import dump, parse, read_text, to_recipe, validate
 from qlora_tui.runs.locks import locked
 from qlora_tui.tui.workbench import FIRST_PRESET, Workbench
 
-_BEGAN_AS = "# began as "
+_PRESET_COMMENT = "# began as "
 """First line of the draft, before the preset's name."""
 _LOCK_S = 0.5
 """How long another app may take to write its draft."""
@@ -42,7 +42,7 @@ class Draft:
             layer = parse(text, origin)
             validate(layer, origin, text)
             recipe = to_recipe(layer, origin=origin)
-            preset = text.partition("\n")[0].removeprefix(_BEGAN_AS).strip()
+            preset = text.partition("\n")[0].removeprefix(_PRESET_COMMENT).strip()
         lost = None
         for name in (preset or FIRST_PRESET, FIRST_PRESET):
             # The user may have a preset of either name, and have broken it.
@@ -61,12 +61,12 @@ class Draft:
 
         With ``replace`` the other's change is overwritten. Raises OSError.
         """
-        text = f"{_BEGAN_AS}{workbench.preset}\n{dump(workbench.recipe)}"
-        with _alone():
-            there = _content()
-            if there is not None and there not in (self._known, text) and not replace:
+        text = f"{_PRESET_COMMENT}{workbench.preset}\n{dump(workbench.recipe)}"
+        with _draft_lock():
+            on_disk = _content()
+            if on_disk is not None and on_disk not in (self._known, text) and not replace:
                 return False
-            if there != text:
+            if on_disk != text:
                 atomic_write(draft_path(), text, durable=True)
             self._known = text
         return True
@@ -92,7 +92,7 @@ def _content() -> str | None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _draft_lock() -> Iterator[None]:
     """Keep other apps from writing meanwhile, where the file system has locks."""
     with ExitStack() as stack:
         with suppress(Problem):

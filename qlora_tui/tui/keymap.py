@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION, Command
-from qlora_tui.tui.screens.by_mode import screen_class
+from qlora_tui.tui.screens.registry import screen_class
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -17,7 +17,7 @@ Table = tuple[str, tuple[Command, ...]]
 """A heading, and the commands under it."""
 
 
-def every_command() -> list[Table]:
+def all_commands() -> list[Table]:
     """The app's own, then each screen's. Imports the screens that have yet to be: for a thread."""
     from qlora_tui.tui.screens.presets import COMMANDS
 
@@ -25,21 +25,23 @@ def every_command() -> list[Table]:
     return [("Everywhere", EVERYWHERE), *screens, ("Presets", COMMANDS)]
 
 
-async def tell_faults(app: QloraApp) -> None:
+async def report_keymap_errors(app: QloraApp) -> None:
     """Say what in the user's keymap does nothing or takes a key from another, once the app is shown."""
     await app.shown.wait()
-    for told in await asyncio.to_thread(faults, app.settings.keymap):
-        app.notify(told, severity="warning", timeout=10)
+    for problem in await asyncio.to_thread(validate_keymap, app.settings.keymap):
+        app.notify(problem, severity="warning", timeout=10)
 
 
-def faults(keymap: Mapping[str, str]) -> list[str]:
+def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
     """A sentence for each name that no command has, each key that none sends, and each that two have."""
-    tables = every_command()
+    tables = all_commands()
     known = [command.id for _, commands in tables for command in commands]
-    told = [_stranger(name, known) for name in keymap if name not in known]
+    problems = [_unknown_command(name, known) for name in keymap if name not in known]
     for name, keys in keymap.items():
-        told += [_unwritten(name, key) for key in keys.split(",") if key != key.strip() or "^" in key[:-1]]
-    return told + [_shared(key, *pair) for key, pair in _clashes(tables, keymap)]
+        problems += [
+            _invalid_key(name, key) for key in keys.split(",") if key != key.strip() or "^" in key[:-1]
+        ]
+    return problems + [_key_conflict(key, *pair) for key, pair in _clashes(tables, keymap)]
 
 
 def _clashes(tables: list[Table], keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -55,16 +57,16 @@ def _clashes(tables: list[Table], keymap: Mapping[str, str]) -> Iterator[tuple[s
                         yield key, (mine.id, other.id)
 
 
-def _stranger(name: str, known: list[str]) -> str:
+def _unknown_command(name: str, known: list[str]) -> str:
     near = get_close_matches(name, known, 1)
     meant = f" Did you mean {near[0]}?" if near else ""
     return f"The keymap of config.toml gives a key to {name}, which is no command.{meant} F1 lists them all."
 
 
-def _unwritten(name: str, key: str) -> str:
+def _invalid_key(name: str, key: str) -> str:
     written = key.strip().replace("^", "ctrl+")
     return f'The keymap of config.toml gives {name} the key "{key}", which none sends: write "{written}".'
 
 
-def _shared(key: str, mine: str, other: str) -> str:
+def _key_conflict(key: str, mine: str, other: str) -> str:
     return f"The keymap of config.toml gives {mine} the key {key}, which {other} has: give that one another."

@@ -14,7 +14,7 @@ from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION, Command
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.by_mode import screen_class
+from qlora_tui.tui.screens.registry import screen_class
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

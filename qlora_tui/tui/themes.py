@@ -24,7 +24,7 @@ MUTED_SHARE = 0.7
 """How far muted text is from the background, towards the foreground."""
 SELECTION_SHARE = 0.35
 """How far the ground of a field's selection is from the background, towards the primary colour."""
-Colour = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
+ThemeColor = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
 _NO_COLOUR = re.compile(r"Expected `str` matching regex '\^\(#.*' - at `\$\.(\w+)`")
 """What msgspec says of one."""
 
@@ -34,16 +34,16 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9-]+$")]
     dark: bool
-    primary: Colour
-    secondary: Colour
-    warning: Colour
-    error: Colour
-    success: Colour
-    accent: Colour
-    foreground: Colour
-    background: Colour
-    surface: Colour
-    panel: Colour
+    primary: ThemeColor
+    secondary: ThemeColor
+    warning: ThemeColor
+    error: ThemeColor
+    success: ThemeColor
+    accent: ThemeColor
+    foreground: ThemeColor
+    background: ThemeColor
+    surface: ThemeColor
+    panel: ThemeColor
     ansi: bool = False
     variables: dict[str, str] = {}
 
@@ -90,19 +90,19 @@ def load_themes() -> tuple[list[Theme], list[Problem]]:
     return list(themes.values()), problems
 
 
-def user_themes_written() -> tuple[tuple[str, int], ...]:
+def user_theme_mtimes() -> tuple[tuple[str, int], ...]:
     """Names and times of the user's theme files: differs when one has come, gone or changed."""
-    found = []
+    mtimes = []
     for path in sorted(paths.user_themes_dir().glob("*.toml")):
         with suppress(OSError):
-            found.append((path.name, path.stat().st_mtime_ns))
-    return tuple(found)
+            mtimes.append((path.name, path.stat().st_mtime_ns))
+    return tuple(mtimes)
 
 
 def _read(path: Path) -> Theme:
     try:
         file = msgspec.convert(tomllib.loads(path.read_text("utf-8")), ThemeFile)
-        _check_colours(file)
+        _check_colors(file)
         return file.theme()
     except (OSError, ValueError, RecursionError, ColorParseError, msgspec.ValidationError) as error:
         wrong = _NO_COLOUR.sub(r"\1 is no colour", str(error))
@@ -113,7 +113,7 @@ def _read(path: Path) -> Theme:
         ) from error
 
 
-def _check_colours(file: ThemeFile) -> None:
+def _check_colors(file: ThemeFile) -> None:
     """Raise ColorParseError for a colour that only looks like one: Textual would stop the app over it."""
     for name in ("primary", "secondary", "warning", "error", "success", "accent"):
         Color.parse(getattr(file, name))

@@ -21,7 +21,7 @@ def transcript_path(run: RunDir | None) -> Path:
     return folder / time.strftime("%Y%m%d.md", time.localtime(clock.now()))
 
 
-def typed(value: float) -> str:
+def format_setting(value: float) -> str:
     """A setting as one would type it again: a seed is of use with all its digits only."""
     return str(value) if isinstance(value, int) else f"{value:g}"
 
@@ -41,7 +41,7 @@ def append_exchange(
     path = transcript_path(run)
     private_dir(path.parent)
     settings = ", ".join(
-        f"{name} {typed(getattr(sampling, name))}"
+        f"{name} {format_setting(getattr(sampling, name))}"
         for name in sampling.__struct_fields__
         if getattr(sampling, name) is not None
     )

@@ -14,7 +14,7 @@ from qlora_tui.visible import visible
 _BLANKS = re.compile(" {2,}$")
 
 
-class VisibleText(LineFilter):
+class VisibleTextFilter(LineFilter):
     """Shows characters that a terminal would obey as symbols.
 
     Textual laid the line out as if these characters had no width. It keeps its width: what a symbol adds is

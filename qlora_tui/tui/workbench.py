@@ -93,12 +93,12 @@ class Workbench:
 
     def saved_as(self, name: str) -> tuple[str, Recipe]:
         """The recipe is now what preset ``name`` gives; not a change, so not undone. What it began as until
-        now is given, for :meth:`saved_no_more`."""
+        now is given, for :meth:`undo_saved_as`."""
         began = self._now.preset, self._now.base
         self._now = _Snapshot(self.recipe, name, self.recipe)
         return began
 
-    def saved_no_more(self, name: str, began: tuple[str, Recipe]) -> None:
+    def undo_saved_as(self, name: str, began: tuple[str, Recipe]) -> None:
         """Preset ``name`` is again what it was before the recipe was saved as it."""
         if self.preset == name:
             self._now = _Snapshot(self.recipe, *began)

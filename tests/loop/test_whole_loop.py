@@ -21,7 +21,7 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.settings import Settings
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.chat import ChatScreen
-from qlora_tui.tui.widgets.chat_turn import VoiceAnswer
+from qlora_tui.tui.widgets.chat_turn import AdapterAnswer
 from qlora_tui.tui.widgets.prompt_box import PromptBox
 
 
@@ -117,7 +117,7 @@ async def test_a_hobbyist_goes_from_a_model_to_a_chat_with_the_adapter(
         field.focus()
         field.text = "what is the colour of fox 3?"
         await pilot.press("enter")
-        answers = app.screen.query(VoiceAnswer)
+        answers = app.screen.query(AdapterAnswer)
         await until(
             pilot,
             lambda: len(answers) == 2 and all(" tok" in text_of_voice(one) for one in answers),
@@ -125,7 +125,7 @@ async def test_a_hobbyist_goes_from_a_model_to_a_chat_with_the_adapter(
         )
 
 
-def text_of_voice(answer: VoiceAnswer) -> str:
+def text_of_voice(answer: AdapterAnswer) -> str:
     found = answer.query(".voice")
     shown = found.first(Static).visual if found else ""
     return shown.plain if isinstance(shown, Content) else str(shown)

@@ -90,11 +90,11 @@ def test_what_is_damaged_is_shown_as_what_it_is(recipe: Recipe) -> None:
 
 
 def test_damaged_notes_of_the_app_are_forgotten(tmp_path: Path) -> None:
-    from qlora_tui.tui import recent
+    from qlora_tui.tui import recent_paths
 
-    recent.remember("data", tmp_path)
+    recent_paths.add_recent("data", tmp_path)
     for content in (b'["\xff"]', DEEP, b'["\\u0000", "' + b"x" * 5000 + b'"]'):
-        recent._file("data").write_bytes(content)
-        assert recent.recent("data") == []
-    recent.remember("data", tmp_path)
-    assert recent.recent("data") == [tmp_path]
+        recent_paths._file("data").write_bytes(content)
+        assert recent_paths.load_recent("data") == []
+    recent_paths.add_recent("data", tmp_path)
+    assert recent_paths.load_recent("data") == [tmp_path]

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from qlora_tui.runs import liveness
-from qlora_tui.tui import app, clock, watch
+from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import train
 from tests.tui.played import BEGAN, GIB
@@ -51,8 +51,8 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test need not wait a second for the next look."""
-    monkeypatch.setattr(app, "LOOK_EVERY_S", 0.1)
-    monkeypatch.setattr(train, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(app, "POLL_INTERVAL_S", 0.1)
+    monkeypatch.setattr(train, "POLL_INTERVAL_S", 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def old_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     """An app that finds a queue standing still starts nothing, unless a test is about that."""
-    monkeypatch.setattr(watch, "ensure_runner", lambda: None)
+    monkeypatch.setattr(system_monitor, "ensure_runner", lambda: None)
 
 
 @pytest.fixture

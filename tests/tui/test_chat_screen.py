@@ -20,9 +20,9 @@ from qlora_tui.chat.terms import ADAPTER, BASE, Outcome, Said, Sampling
 from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.tui.screens import chat_words as words
+from qlora_tui.tui.screens import chat_text as words
+from qlora_tui.tui.screens.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat import ChatScreen, show_chat
-from qlora_tui.tui.screens.chat_pair import Pair
 from qlora_tui.tui.transcript import append_exchange, transcript_path
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from qlora_tui.tui.widgets.prompt_box import PromptBox
@@ -68,24 +68,26 @@ def chat_of(app: Any) -> ChatScreen:
 
 
 def asked(screen: ChatScreen) -> list[str]:
-    return list(screen.pair.asked)
+    return list(screen.pair.active)
 
 
 def test_voices_pair_off_split_switch_and_change() -> None:
-    pair = Pair.of((BASE, ADAPTER, "step-20", "step-10"))
-    assert pair.asked == (BASE, ADAPTER)
-    assert pair.split().asked == (ADAPTER,)
-    assert pair.switched().asked == (ADAPTER,)
-    assert pair.switched().switched().asked == (BASE,)
-    assert pair.switched().split().asked == (BASE, ADAPTER)
-    assert pair.next("right").asked == (BASE, "step-20")
-    assert pair.next("left").asked == ("step-20", ADAPTER)
-    assert pair.next("left").next("right").asked == ("step-20", "step-10")
+    pair = AdapterPair.of((BASE, ADAPTER, "step-20", "step-10"))
+    assert pair.active == (BASE, ADAPTER)
+    assert pair.split().active == (ADAPTER,)
+    assert pair.switched().active == (ADAPTER,)
+    assert pair.switched().switched().active == (BASE,)
+    assert pair.switched().split().active == (BASE, ADAPTER)
+    assert pair.next("right").active == (BASE, "step-20")
+    assert pair.next("left").active == ("step-20", ADAPTER)
+    assert pair.next("left").next("right").active == ("step-20", "step-10")
 
 
 def test_a_base_alone_has_nobody_to_switch_to() -> None:
-    pair = Pair.of((BASE,))
-    assert pair.asked == pair.split().asked == pair.switched().asked == pair.next("right").asked == (BASE,)
+    pair = AdapterPair.of((BASE,))
+    assert (
+        pair.active == pair.split().active == pair.switched().active == pair.next("right").active == (BASE,)
+    )
 
 
 def test_what_was_said_is_kept_with_how_it_was_asked(set_clock: Callable[[float], None]) -> None:
@@ -103,13 +105,13 @@ def test_what_was_said_is_kept_with_how_it_was_asked(set_clock: Callable[[float]
 def test_the_verdict_has_its_figures_under_it() -> None:
     layers = tuple(LayerChange(layer=n, relative=(n + 1) / 3000) for n in range(30))
     measured = msgspec.structs.replace(EFFECT, layers=layers)
-    sentence, figures = str(words.effect(measured, 78)).splitlines()
+    sentence, figures = str(words.effect_text(measured, 78)).splitlines()
     assert sentence == measured.sentence
     assert figures == "KL 0.41 nats · layers moved: 0 ▁▁▁▁▁▂▂▂▂▃▃▃▃▄▄▅▅▅▅▆▆▆▆▇▇▇▇██ 29, most 1% in 29"
     assert len(figures) <= 78
-    assert len(str(words.effect(measured, 200)).splitlines()[1]) == len(figures) + 1
+    assert len(str(words.effect_text(measured, 200)).splitlines()[1]) == len(figures) + 1
     alone = msgspec.structs.replace(measured, layers=())
-    assert str(words.effect(alone, 78)).splitlines()[1] == "KL 0.41 nats"
+    assert str(words.effect_text(alone, 78)).splitlines()[1] == "KL 0.41 nats"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -129,9 +131,9 @@ def test_looks_of_an_exchange(
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
         screen.turns.append(turn)
         await screen.query_one("#talk").mount(turn)
-        await turn.answers[ADAPTER].grow(Said(OUTCOME.text))
+        await turn.answers[ADAPTER].append_text(Said(OUTCOME.text))
         await turn.answers[ADAPTER].end(OUTCOME)
-        await turn.answers[BASE].grow(Said("I cannot know that."))
+        await turn.answers[BASE].append_text(Said("I cannot know that."))
         cut = msgspec.structs.replace(OUTCOME, text="I cannot know that.", ending="most tokens")
         await turn.answers[BASE].end(cut)
         screen.set_focus(None)
@@ -209,7 +211,7 @@ async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
         await shows(pilot, "older-run", "stopped at step 9", "1 checkpoint", "some-model", "untrained")
         await pilot.press("G", "enter")
         await shows(pilot, "some-model")
-        assert chat_of(app).pair.asked == (BASE,)
+        assert chat_of(app).pair.active == (BASE,)
 
 
 async def test_a_run_that_was_deleted_is_left_for_the_next_one_or_for_nobody() -> None:
@@ -265,7 +267,7 @@ async def test_a_run_at_work_is_not_disturbed_without_a_word() -> None:
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "not loaded yet")
-        while app.pulse.active is None:
+        while app.system_status.active is None:
             await pilot.pause(0.05)
         await pilot.press(*"Hello", "enter")
         await shows(pilot, "A run is in training", "busy-run is at work on this machine.", "Wait")

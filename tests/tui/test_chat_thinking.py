@@ -70,7 +70,7 @@ async def exchange(screen: ChatScreen, *pieces: Said, outcome: Outcome | None = 
     screen.turns.append(turn)
     await screen.query_one("#talk").mount(turn)
     for piece in pieces:
-        await turn.answers[ADAPTER].grow(piece)
+        await turn.answers[ADAPTER].append_text(piece)
     if outcome is not None:
         await turn.answers[ADAPTER].end(outcome)
     return turn
@@ -91,10 +91,10 @@ def test_looks_of_a_thought(
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
         screen.turns.append(turn)
         await screen.query_one("#talk").mount(turn)
-        await turn.answers[BASE].grow(Said("Okay, the", True, 512))
+        await turn.answers[BASE].append_text(Said("Okay, the", True, 512))
         await turn.answers[BASE].end(CUT)
-        await turn.answers[ADAPTER].grow(Said(WHY, True, 340))
-        await turn.answers[ADAPTER].grow(Said(OUTCOME.text))
+        await turn.answers[ADAPTER].append_text(Said(WHY, True, 340))
+        await turn.answers[ADAPTER].append_text(Said(OUTCOME.text))
         await turn.answers[ADAPTER].end(THOUGHT)
         if unfolded:
             await screen.action_unfold()
@@ -121,8 +121,8 @@ async def test_an_unfolded_thought_grows_and_so_does_the_next() -> None:
         await pilot.press("ctrl+o")
         turn = await exchange(screen, Said("I look ", True, 2))
         await shows(pilot, "▾ Thinking for", "2 tokens", "I look")
-        await turn.answers[ADAPTER].grow(Said("at it.", True, 4))
-        await turn.answers[ADAPTER].grow(Said("Here."))
+        await turn.answers[ADAPTER].append_text(Said("at it.", True, 4))
+        await turn.answers[ADAPTER].append_text(Said("Here."))
         await shows(pilot, "▾ Thought for", "4 tokens", "I look at it.", "Here.")
         assert (turn.answers[ADAPTER].thought, turn.answers[ADAPTER].text) == ("I look at it.", "Here.")
 
@@ -131,7 +131,7 @@ async def test_a_folded_thought_is_whole_when_unfolded_in_the_middle() -> None:
     async with chatting(SWITCH) as (pilot, screen):
         turn = await exchange(screen, Said("I look ", True, 2), Said("at ", True, 3))
         await pilot.press("ctrl+o")
-        await turn.answers[ADAPTER].grow(Said("it.", True, 4))
+        await turn.answers[ADAPTER].append_text(Said("it.", True, 4))
         await pilot.press("ctrl+o", "ctrl+o")
         await shows(pilot, "I look at it.")
         assert text_of(pilot.app).count("I look") == 1

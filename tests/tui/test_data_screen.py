@@ -17,8 +17,8 @@ from qlora_tui.runs.events import Finished
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.data import DataScreen
-from qlora_tui.tui.screens.data_words import row_line
-from qlora_tui.tui.screens.open_path import OpenPathScreen
+from qlora_tui.tui.screens.data_text import row_line
+from qlora_tui.tui.screens.file_picker import FilePickerScreen
 from tests.data.fake_dataset_hub import dataset_hub
 from tests.data.test_untrained_tokens import WIDTH
 from tests.data.test_untrained_tokens import model as faint_model
@@ -403,7 +403,7 @@ async def test_a_file_is_found_by_a_part_of_its_name_and_remembered(model: str, 
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("o")
         await shows(pilot, "other.jsonl", "tickets.jsonl", "../")
-        assert isinstance(app.screen, OpenPathScreen)
+        assert isinstance(app.screen, FilePickerScreen)
         assert "picture.png" not in text_of(app)
         await pilot.press(*"kets")
         await pilot.press("enter")

@@ -6,8 +6,8 @@ from textual import events
 from textual.app import App, ComposeResult
 from textual.pilot import Pilot
 
-from qlora_tui.tui.widgets.entry import Entry
 from qlora_tui.tui.widgets.prompt_box import PromptBox
+from qlora_tui.tui.widgets.text_field import TextField
 from tests.tui.seeing import until
 
 
@@ -15,10 +15,10 @@ class Entries(App[None]):
     sent: str | None = None
 
     def compose(self) -> ComposeResult:
-        yield Entry(id="line")
+        yield TextField(id="line")
         yield PromptBox("ask", id="prompt")
 
-    def on_input_submitted(self, event: Entry.Submitted) -> None:
+    def on_input_submitted(self, event: TextField.Submitted) -> None:
         self.sent = event.value
 
     def on_prompt_box_sent(self, event: PromptBox.Sent) -> None:
@@ -33,7 +33,7 @@ def arrive(pilot: Pilot[None], *keys: str) -> None:
 async def test_no_cursor_blinks() -> None:
     app = Entries()
     async with app.run_test():
-        assert not app.query_one(Entry).cursor_blink
+        assert not app.query_one(TextField).cursor_blink
         assert not app.query_one(PromptBox).cursor_blink
 
 

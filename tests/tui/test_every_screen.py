@@ -12,7 +12,7 @@ from qlora_tui.runs.events import Health
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import State
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.keymap import faults
+from qlora_tui.tui.keymap import validate_keymap
 from qlora_tui.tui.screens.train import show_run
 from tests.tui.played import BEGAN, Play, play
 from tests.tui.reading import readable_model, tickets
@@ -134,15 +134,15 @@ async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) 
 
 
 def test_a_keymap_is_told_what_in_it_cannot_work() -> None:
-    assert faults({"train.stop": "f9", "train.pause": "ctrl+x,f3"}) == []
-    (unwritten,) = faults({"train.stop": "^x"})
+    assert validate_keymap({"train.stop": "f9", "train.pause": "ctrl+x,f3"}) == []
+    (unwritten,) = validate_keymap({"train.stop": "^x"})
     assert 'train.stop the key "^x", which none sends: write "ctrl+x"' in unwritten
-    (spaced,) = faults({"train.stop": "f9, f3"})
+    (spaced,) = validate_keymap({"train.stop": "f9, f3"})
     assert 'write "f3"' in spaced
-    (shared,) = faults({"train.stop": "z"})
+    (shared,) = validate_keymap({"train.stop": "z"})
     assert "gives train.stop the key z, which train.pause has" in shared
-    assert faults({"train.stop": "z", "train.pause": "s"}) == []
-    (everywhere,) = faults({"train.stop": "q"})
+    assert validate_keymap({"train.stop": "z", "train.pause": "s"}) == []
+    (everywhere,) = validate_keymap({"train.stop": "q"})
     assert "which app.quit has" in everywhere
 
 

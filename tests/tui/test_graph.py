@@ -12,21 +12,21 @@ from rich.segment import Segment
 from textual.strip import Strip
 
 from qlora_tui.tui.widgets.axis import Axis, label, rounded, so_far, ticks
+from qlora_tui.tui.widgets.diff_widget import changed_cells
 from qlora_tui.tui.widgets.graph import NOT_A_NUMBER, Curve, Mark, Plot, plot
-from qlora_tui.tui.widgets.lines import changed_cells
-from qlora_tui.tui.widgets.strip_chart import blocks, over_axis
-from qlora_tui.tui.widgets.trace import MOST_POINTS, History, Smoother, Trace
+from qlora_tui.tui.widgets.series import MOST_POINTS, BiasCorrectedEma, DecimatedSeries, Envelope
+from qlora_tui.tui.widgets.sparklines import blocks, over_axis
 
 ANY_FLOATS = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=600)
 
 
-def trace_of(values: list[float], most: int = MOST_POINTS) -> Trace:
-    history = History(most=most)
+def trace_of(values: list[float], most: int = MOST_POINTS) -> Envelope:
+    history = DecimatedSeries(most=most)
     history.extend(range(len(values)), values)
-    return history.traces()[0]
+    return history.envelopes()[0]
 
 
-def drawn(trace: Trace, x: Axis, y: Axis, width: int = 40, height: int = 8) -> list[str]:
+def drawn(trace: Envelope, x: Axis, y: Axis, width: int = 40, height: int = 8) -> list[str]:
     return [line.plain for line in plot(Plot(x, y, (Curve(trace, "loss", ""),)), width, height)]
 
 
@@ -34,9 +34,9 @@ def drawn(trace: Trace, x: Axis, y: Axis, width: int = 40, height: int = 8) -> l
 def test_a_thinned_curve_tells_the_extremes_of_every_stretch(
     values: list[float], most: int, low: int
 ) -> None:
-    history = History(most=most)
+    history = DecimatedSeries(most=most)
     history.extend(range(len(values)), values)
-    trace = history.traces(low)[0]
+    trace = history.envelopes(low)[0]
     ends = [round(x) for x in trace.xs]
     length, whole = 1, list(range(len(values)))
     while len([end for end in whole if end >= low]) > most:
@@ -90,13 +90,13 @@ def test_what_is_no_number_is_marked_at_the_foot_and_has_no_line() -> None:
 
 
 def test_where_nothing_was_measured_there_is_no_line() -> None:
-    trace = Trace((0.0, 1.0, 2.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (False, False, False))
+    trace = Envelope((0.0, 1.0, 2.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (False, False, False))
     lines = drawn(trace, Axis(0, 40, "step"), Axis(0, 2, "loss"))
     assert all(set(line[10:]) <= set(" ") for line in lines[1:-1])
 
 
 def test_a_curve_without_any_number_is_marked_and_one_without_values_has_no_scale() -> None:
-    nothing = Plot(Axis(0, 9, "step"), Axis(0, 1, "loss"), (Curve(Trace(), "", ""),), empty="No step yet.")
+    nothing = Plot(Axis(0, 9, "step"), Axis(0, 1, "loss"), (Curve(Envelope(), "", ""),), empty="No step yet.")
     lines = [line.plain for line in plot(nothing, 40, 8)]
     assert "".join(lines).split() == ["No", "step", "yet."]
     broken = Plot(nothing.x, nothing.y, (Curve(trace_of([math.nan] * 9), "", ""),), empty="No step yet.")
@@ -132,12 +132,12 @@ def test_a_tick_is_short_and_exact(value: float, step: float, text: str) -> None
 
 def test_a_million_steps_are_drawn_in_milliseconds_once_they_are_known() -> None:
     luck = random.Random(1)
-    history = History()
+    history = DecimatedSeries()
     history.extend(range(1_000_000), array("d", (luck.random() for _ in range(1_000_000))))
     times = []
     for _ in range(5):
         began = time.process_time()
-        drawn(history.traces()[0], so_far(1e6, 1e6), Axis(0, 1), 160, 40)
+        drawn(history.envelopes()[0], so_far(1e6, 1e6), Axis(0, 1), 160, 40)
         times.append(time.process_time() - began)
     assert min(times) < 0.2, times
 
@@ -145,16 +145,16 @@ def test_a_million_steps_are_drawn_in_milliseconds_once_they_are_known() -> None
 def test_a_graph_zoomed_past_a_spike_is_rid_of_it() -> None:
     values = array("d", [2.0]) * 100_000
     values[50_001] = 90.0
-    history = History()
+    history = DecimatedSeries()
     history.extend(range(100_000), values)
-    assert history.traces(50_001)[0].high == history.traces(50_010)[0].high == 2.0
-    assert history.traces(49_000)[0].high == history.traces()[0].high == 90.0
+    assert history.envelopes(50_001)[0].high == history.envelopes(50_010)[0].high == 2.0
+    assert history.envelopes(49_000)[0].high == history.envelopes()[0].high == 90.0
 
 
 def test_each_column_is_drawn_as_it_was_given() -> None:
-    history = History(columns=2)
+    history = DecimatedSeries(columns=2)
     history.extend([1.0, 2.0], [3.0, math.nan], [5.0, 6.0])
-    one, other = history.traces()
+    one, other = history.envelopes()
     assert (one.lows, one.broken) == ((3.0, math.inf), (False, True))
     assert (other.highs, other.broken) == ((5.0, 6.0), (False, False))
     with pytest.raises(ValueError, match="as long"):
@@ -163,7 +163,7 @@ def test_each_column_is_drawn_as_it_was_given() -> None:
 
 def test_what_is_kept_of_a_curve_grows_with_the_logarithm_of_its_length() -> None:
     def kept(steps: int) -> int:
-        history = History(columns=5, most=64)
+        history = DecimatedSeries(columns=5, most=64)
         for start in range(0, steps, 1000):
             history.extend(range(start, start + 1000), *[array("d", [1.0]) * 1000] * 5)
         return sum(len(level.xs) for level in history._levels)
@@ -176,19 +176,19 @@ def test_what_is_kept_of_a_curve_grows_with_the_logarithm_of_its_length() -> Non
 def test_a_curve_that_grows_is_drawn_as_one_that_was_there_at_once(
     pieces: list[list[float]], most: int
 ) -> None:
-    history, values = History(most=most), list[float]()
+    history, values = DecimatedSeries(most=most), list[float]()
     for piece in pieces:
         history.extend(range(len(values), len(values) + len(piece)), piece)
         values += piece
         assert len(history) == len(values)
         for low in (0, len(values) // 2, len(values) - most // 2):
-            at_once = History(most=most)
+            at_once = DecimatedSeries(most=most)
             at_once.extend(range(len(values)), values)
-            assert history.traces(low) == at_once.traces(low)
+            assert history.envelopes(low) == at_once.envelopes(low)
 
 
 def test_a_running_mean_begins_at_the_first_value_and_passes_over_what_is_no_number() -> None:
-    smoother = Smoother()
+    smoother = BiasCorrectedEma()
     assert list(smoother.smooth([4.0, math.nan, 4.0])) == [4.0, 4.0, 4.0]
     (mean,) = smoother.smooth([2.0])
     assert 2.0 < mean < 4.0
@@ -201,7 +201,7 @@ def test_a_strip_is_scaled_from_its_fixed_zero_and_not_from_its_values() -> None
 
 
 def test_a_strip_holds_a_value_to_the_next_and_nothing_after_the_last() -> None:
-    trace = Trace((0.0, 10.0), (1.0, 2.0), (1.0, 2.0), (False, False))
+    trace = Envelope((0.0, 10.0), (1.0, 2.0), (1.0, 2.0), (False, False))
     assert over_axis(trace, Axis(0, 20), 5) == [1.0, 1.0, 2.0, None, None]
 
 

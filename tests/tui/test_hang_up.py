@@ -11,7 +11,7 @@ import pytest
 from bench.terminal import Terminal
 from qlora_tui import paths
 from qlora_tui.tui.draft import Draft
-from qlora_tui.tui.native_output import screen_on
+from qlora_tui.tui.stderr_capture import screen_on
 from tests.tui.glass import DEADLINE_S, see
 
 pytestmark = pytest.mark.slow

@@ -20,12 +20,12 @@ from qlora_tui.runs import actions, queue
 from qlora_tui.runs.detached import ensure_runner
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.status import State
-from qlora_tui.tui import escapes, watch
+from qlora_tui.tui import escapes, system_monitor
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.pulse import Pulse
 from qlora_tui.tui.screens.home import HomeScreen
-from qlora_tui.tui.screens.home_next import DEMO, Standing, next_step, other_steps
+from qlora_tui.tui.screens.home_next import DEMO, HomeState, next_step, other_steps
 from qlora_tui.tui.screens.train import TrainScreen, show_run
+from qlora_tui.tui.system_status import SystemStatus
 from tests.tui.played import BEGAN, Play, play
 from tests.tui.seeing import shows, until
 
@@ -33,19 +33,19 @@ MakeApp = Callable[[], QloraApp]
 READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="d.jsonl"),)))
 
 
-def after(state: State, **how: Any) -> Standing:
+def after(state: State, **how: Any) -> HomeState:
     """A run of that state was the last; the recipe is complete and fits."""
-    return Standing(READY, 1, verdict="fits", last_run="a", last_state=state, **how)
+    return HomeState(READY, 1, verdict="fits", last_run="a", last_state=state, **how)
 
 
 @pytest.mark.parametrize(
     ("now", "action", "instead"),
     [
-        (Standing(Recipe(), 0), "demo", "app.go('models')"),
-        (Standing(Recipe(), 3), "app.go('models')", ""),
-        (Standing(Recipe(model=Model(id="m")), 1), "app.go('data')", ""),
-        (Standing(READY, 1, verdict="does not fit"), "app.go('memory')", ""),
-        (Standing(READY, 1, verdict="fits"), "prepare", ""),
+        (HomeState(Recipe(), 0), "demo", "app.go('models')"),
+        (HomeState(Recipe(), 3), "app.go('models')", ""),
+        (HomeState(Recipe(model=Model(id="m")), 1), "app.go('data')", ""),
+        (HomeState(READY, 1, verdict="does not fit"), "app.go('memory')", ""),
+        (HomeState(READY, 1, verdict="fits"), "prepare", ""),
         (after("running"), "watch", ""),
         (after("finished", last_is_news=True), "chat", ""),
         (after("finished"), "prepare", ""),
@@ -62,10 +62,10 @@ def after(state: State, **how: Any) -> Standing:
         (after("failed", last_checkpoint=60), "watch", "resume prepare"),
         (after("failed"), "watch", "prepare"),
         (after("failed", last_is_news=True, edited_since=True), "prepare", ""),
-        (Standing(Recipe(), 1, last_run="a", last_state="failed", edited_since=True), "watch", ""),
+        (HomeState(Recipe(), 1, last_run="a", last_state="failed", edited_since=True), "watch", ""),
     ],
 )
-def test_the_next_step_is_the_sensible_one(now: Standing, action: str, instead: str) -> None:
+def test_the_next_step_is_the_sensible_one(now: HomeState, action: str, instead: str) -> None:
     step = next_step(now)
     assert step.action == action
     assert [other.action for other in other_steps(now, step)] == instead.split()
@@ -222,7 +222,7 @@ async def test_a_long_reason_leaves_room_for_fewer_runs_and_nothing_moves(
         home, recent = (pilot.app.screen.query_one(f"#{name}") for name in ("home", "recent"))
         seen = set()
         for _ in range(3):
-            before = app.pulse
+            before = app.system_status
             await until(pilot, partial(_is_not, app, before))
             await pilot.pause()
             seen.add((home.scrollable_content_region.width, recent.size.height, home.max_scroll_y))
@@ -231,8 +231,8 @@ async def test_a_long_reason_leaves_room_for_fewer_runs_and_nothing_moves(
         assert home.scroll_offset.y == home.max_scroll_y
 
 
-def _is_not(app: QloraApp, before: Pulse) -> bool:
-    return app.pulse is not before
+def _is_not(app: QloraApp, before: SystemStatus) -> bool:
+    return app.system_status is not before
 
 
 async def test_nothing_is_said_of_runs_and_no_step_offered_before_the_first_look(
@@ -240,8 +240,8 @@ async def test_nothing_is_said_of_runs_and_no_step_offered_before_the_first_look
 ) -> None:
     play(Play(name="owls", state="finished"))
     looking = threading.Event()
-    look = watch.Watch.look
-    monkeypatch.setattr(watch.Watch, "look", lambda self: looking.wait(30) and look(self))
+    look = system_monitor.SystemMonitor.poll
+    monkeypatch.setattr(system_monitor.SystemMonitor, "look", lambda self: looking.wait(30) and look(self))
     async with make_app().run_test() as pilot:
         said = await shows(pilot, "looking…")
         await pilot.press("enter")
@@ -253,8 +253,8 @@ async def test_nothing_is_said_of_runs_and_no_step_offered_before_the_first_look
 async def test_a_queue_that_stands_still_is_started_whatever_screen_is_in_front(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "STANDS_S", 0.0)
-    monkeypatch.setattr(watch, "ensure_runner", ensure_runner)
+    monkeypatch.setattr(system_monitor, "STALLED_S", 0.0)
+    monkeypatch.setattr(system_monitor, "ensure_runner", ensure_runner)
     run = play(Play(name="owls", state="queued", steps=0))
     queue.enqueue(run)
     # A runner passes over what it cannot train, which takes no torch.
@@ -266,14 +266,14 @@ async def test_a_queue_that_stands_still_is_started_whatever_screen_is_in_front(
 
 
 def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "STANDS_S", 0.0)
-    monkeypatch.setattr(watch, "ensure_runner", ensure_runner)
+    monkeypatch.setattr(system_monitor, "STALLED_S", 0.0)
+    monkeypatch.setattr(system_monitor, "ensure_runner", ensure_runner)
     run = play(Play(name="owls", state="queued", steps=0))
     queue.enqueue(run)
     (paths.state_dir() / "runner.log").mkdir()
-    look = watch.Watch()
-    look.look()
-    assert look.look().waiting == (run.id,)
+    look = system_monitor.SystemMonitor()
+    look.poll()
+    assert look.poll().waiting == (run.id,)
     look.close()
 
 
@@ -281,10 +281,10 @@ def test_an_older_run_that_is_resumed_or_ends_later_is_the_one_told_of() -> None
     older = Play(name="owls", steps=200, total=300)
     play(Play(name="crows", state="finished", steps=300, total=300, began=BEGAN + 100))
     run = play(older)
-    look = watch.Watch()
-    assert look.look().last == run
+    look = system_monitor.SystemMonitor()
+    assert look.poll().latest == run
     play(replace(older, state="finished", steps=300, seconds_a_step=5.0))
-    assert look.look().last == run
+    assert look.poll().latest == run
     look.close()
 
 

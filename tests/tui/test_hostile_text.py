@@ -15,7 +15,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.status import State
 from qlora_tui.tui.draft import Draft
-from qlora_tui.tui.visible_lines import VisibleText
+from qlora_tui.tui.visible_lines import VisibleTextFilter
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from qlora_tui.tui.workbench import Workbench
 from tests.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
@@ -29,7 +29,7 @@ from tests.tui.workstation import open_on
 def _shown(*texts: str) -> str:
     """A line of these segments after the text layer."""
     line = [Segment(text) for text in texts]
-    return "|".join(segment.text for segment in VisibleText().apply(line, Color(0, 0, 0)))
+    return "|".join(segment.text for segment in VisibleTextFilter().apply(line, Color(0, 0, 0)))
 
 
 def test_a_line_keeps_its_width_and_what_stands_behind_blanks_its_place() -> None:
@@ -41,11 +41,11 @@ def test_a_line_keeps_its_width_and_what_stands_behind_blanks_its_place() -> Non
 
 def test_a_line_with_nothing_to_show_is_passed_on_as_it_is() -> None:
     line = [Segment("ok ▁▂ é", Style(bold=True))]
-    assert VisibleText().apply(line, Color(0, 0, 0)) is line
+    assert VisibleTextFilter().apply(line, Color(0, 0, 0)) is line
 
 
 def test_a_link_of_others_is_not_sent() -> None:
-    (segment,) = VisibleText().apply([Segment("x", Style(link="http://e\x1b\\"))], Color(0, 0, 0))
+    (segment,) = VisibleTextFilter().apply([Segment("x", Style(link="http://e\x1b\\"))], Color(0, 0, 0))
     assert "\x1b" not in (segment.style.link or "" if segment.style else "")
 
 
@@ -56,7 +56,9 @@ async def test_an_answer_in_the_chat_is_painted_with_symbols() -> None:
         turn = ChatTurn("Hi" + POISON, (BASE,))
         await app.screen.query_one("#talk").mount(turn)
         turn.answers[BASE].display = True
-        await turn.answers[BASE].grow(Said(f"{POISON}\n\n`code{POISON}`\n\n[link{POISON}](http://x{POISON})"))
+        await turn.answers[BASE].append_text(
+            Said(f"{POISON}\n\n`code{POISON}`\n\n[link{POISON}](http://x{POISON})")
+        )
         await shows(pilot, "␛]52;c;", "code␛]52")
         assert not raw(text_of(app))
 

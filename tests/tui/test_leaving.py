@@ -11,8 +11,8 @@ from pathlib import Path
 from textual.widget import Widget
 
 import qlora_tui.tui
+from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.work import Later
 from tests.tui.workstation import open_on
 
 
@@ -62,7 +62,7 @@ async def test_work_that_a_later_one_takes_the_place_of_at_once_leaves_no_corout
         async with open_on("data").run_test() as pilot:
             await pilot.pause()
             for number in range(3):
-                pilot.app.screen.run_worker(Later(work, number), exclusive=True, group="numbers")
+                pilot.app.screen.run_worker(DeferredWork(work, number), exclusive=True, group="numbers")
             await pilot.pause()
             gc.collect()
     assert done == [2]

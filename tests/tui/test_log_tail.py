@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from textual.app import App, ComposeResult
 
-from qlora_tui.tui.widgets.log_tail import Entry, LogTail
+from qlora_tui.tui.widgets.log_tail import LogEntry, LogTail
 from tests.tui.seeing import shows, text_of, until
 
 
@@ -16,11 +16,11 @@ class Bare(App[None]):
 async def test_no_word_is_under_the_scrollbar_of_a_log_that_has_grown_too_long() -> None:
     app = Bare()
     async with app.run_test(size=(30, 5)) as pilot:
-        entries = [Entry(None, "info", "short")]
+        entries = [LogEntry(None, "info", "short")]
         log = app.query_one(LogTail)
         log.show(entries)
         await shows(pilot, "short")
-        entries += [Entry(None, "info", f"line {n} fills all of its place") for n in range(10, 20)]
+        entries += [LogEntry(None, "info", f"line {n} fills all of its place") for n in range(10, 20)]
         log.show(entries)
         # The whole of the last line, which has gone on to a second.
         await until(pilot, lambda: text_of(app).rstrip().endswith("place"))

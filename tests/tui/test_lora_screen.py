@@ -15,10 +15,10 @@ from qlora_tui.recipe.fields import get_setting
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.widgets.lora_advice import KNOBS, advice, stepped
-from qlora_tui.tui.widgets.lora_totals import Prices, difference_text, totals_text
+from qlora_tui.tui.widgets.lora_controls import LORA_CONTROLS, advice, next_value
+from qlora_tui.tui.widgets.lora_totals import MemoryDeltas, difference_text, totals_text
 from qlora_tui.tui.widgets.module_table import ModuleTable, adapter_parameters, state, toggled
-from qlora_tui.tui.widgets.target_text import typed
+from qlora_tui.tui.widgets.target_input import parse_targets
 from qlora_tui.tui.workbench import Workbench
 from tests.tui.seeing import shows
 from tests.tui.workstation import config_folder, config_of, go_to, open_on, settle
@@ -217,7 +217,7 @@ def test_differences_that_find_no_room_are_counted() -> None:
         ("lora.use_dora", True),
     ):
         bench.set(path, value)
-    text = difference_text(bench, Prices(0, -5 << 20), 78)
+    text = difference_text(bench, MemoryDeltas(0, -5 << 20), 78)
     assert str(text).startswith("Against balanced: -5 MiB · rank: 16 → 8 · targets: all-linear → q_proj, ")
     assert str(text).endswith(" · 2 more")
     assert len(text.wrap(78)) == 2
@@ -274,22 +274,22 @@ def test_trained_parameters_are_two_thin_matrices_a_module_and_doras_magnitudes(
     ],
 )
 def test_short_names_are_written_out(table: ModuleTable, text: str, patterns: tuple[str, ...]) -> None:
-    assert typed(text, table.modules) == patterns
+    assert parse_targets(text, table.modules) == patterns
 
 
 @pytest.mark.parametrize("text", ["", " , ", "z", "99.q", "8-.q", "9-2.q", "q proj", "?"])
 def test_patterns_that_mean_nothing_are_refused(table: ModuleTable, text: str) -> None:
     with pytest.raises(Problem):
-        typed(text, table.modules)
+        parse_targets(text, table.modules)
 
 
 def test_steps_stay_within_the_bounds() -> None:
-    for knob in KNOBS[:3]:
+    for knob in LORA_CONTROLS[:3]:
         for up in (True, False):
             value: float = value_of_default(knob.path)
             for _ in range(40):
-                value = stepped(knob, value, up)
-            assert stepped(knob, value, up) == value
+                value = next_value(knob, value, up)
+            assert next_value(knob, value, up) == value
 
 
 def value_of_default(path: str) -> float:
@@ -301,5 +301,5 @@ def value_of_default(path: str) -> float:
 
 def test_every_setting_has_a_line_of_advice_short_enough_for_80_columns() -> None:
     for lora in (Lora(), Lora(rank=1024, use_rslora=True), Lora(rank=1024, target_modules=("q_proj",))):
-        for knob in KNOBS:
+        for knob in LORA_CONTROLS:
             assert 20 < len(advice(knob.path, lora)) <= 59, advice(knob.path, lora)

@@ -84,7 +84,7 @@ async def test_a_key_changes_a_setting_and_the_bars(
         for keys, path, value in KEYS:
             await pilot.press(*keys.split())
             assert get_setting(app.workbench.recipe, path) == value, keys
-            made = app.workbench.comparison(app.room.device)
+            made = app.workbench.comparison(app.memory_budget.device)
             assert isinstance(made, dict)
             await shows(pilot, f"{made['nf4'].total_bytes / 2**30:.1f} GiB")
             app.workbench.replace(start)
@@ -135,8 +135,8 @@ async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str)
         await shows(pilot, "Micro-batch 4 → 1")
         architecture = app.workbench.architecture()
         assert not isinstance(architecture, Exception)
-        made = estimate(app.workbench.recipe, architecture, device=app.room.device)
-        assert made.band.high_bytes <= app.room.bytes
+        made = estimate(app.workbench.recipe, architecture, device=app.memory_budget.device)
+        assert made.band.high_bytes <= app.memory_budget.bytes
         await pilot.press("u")
         assert app.workbench.recipe == before
         await pilot.press("a")
@@ -195,7 +195,7 @@ async def test_a_key_costs_little(seven_billion: str, monkeypatch: pytest.Monkey
 
 def test_the_parts_of_a_bar_add_up_and_its_end_is_marked(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion)
-    compared = app.workbench.comparison(app.room.device)
+    compared = app.workbench.comparison(app.memory_budget.device)
     assert isinstance(compared, dict)
     for made in compared.values():
         assert sum(bytes_ for _, bytes_ in parts_of(made)) == made.total_bytes
@@ -242,7 +242,7 @@ async def test_a_gguf_file_that_is_not_converted_yet_has_a_line_for_it(private_h
 
 def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
-    bench, device = app.workbench, app.room.device
+    bench, device = app.workbench, app.memory_budget.device
     traced = StepTrace(
         parameter_bytes=1,
         adapter_bytes=1,

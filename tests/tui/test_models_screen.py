@@ -17,7 +17,7 @@ from textual.widgets import Input
 from qlora_tui.catalog.local_models import converted_dir, hub_cache_dir
 from qlora_tui.tui import downloads
 from qlora_tui.tui.screens.models import ModelsScreen
-from qlora_tui.tui.widgets.model_facts import licence_of
+from qlora_tui.tui.widgets.model_facts import read_license
 from qlora_tui.tui.widgets.vi_list import ViList
 from tests.catalog.conftest import tiny_repo
 from tests.catalog.fake_hub import FakeHub, serve
@@ -245,14 +245,14 @@ async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> Non
 
 
 def test_a_licence_is_read_from_the_front_of_the_readme(tmp_path: Path) -> None:
-    assert licence_of(tmp_path) == ""
+    assert read_license(tmp_path) == ""
     (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: llama3.1\n---\n")
-    assert licence_of(tmp_path) == "llama3.1"
+    assert read_license(tmp_path) == "llama3.1"
 
 
 def test_the_speed_of_a_download_is_remembered() -> None:
     assert downloads.last_speed() is None
-    downloads.remember_speed(12.5e6)
+    downloads.save_speed(12.5e6)
     assert downloads.last_speed() == 12.5e6
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from msgspec import structs
+from qlora_tui.tui.watch import Watch
 
 from qlora_tui import paths
 from qlora_tui.cli import main
@@ -24,10 +25,9 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.tui import escapes
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.runs import RunsScreen
-from qlora_tui.tui.screens.runs_compare import differing, plot, read, table
-from qlora_tui.tui.screens.runs_summary import Summaries, summarise, thinned
+from qlora_tui.tui.screens.runs_compare import comparison_table, differing, plot, read
+from qlora_tui.tui.screens.runs_summary import SummaryCache, downsample, summarize
 from qlora_tui.tui.screens.train import TrainScreen
-from qlora_tui.tui.watch import Watch
 from qlora_tui.tui.widgets.graph import plot as draw
 from tests.tui.played import BEGAN, TICKETS, Play, play
 from tests.tui.seeing import shows, style_of, text_of, until
@@ -52,7 +52,7 @@ async def opened(app: QloraApp) -> RunsScreen:
 
 
 def test_a_summary_says_what_a_line_needs(three_runs: list[RunDir]) -> None:
-    summary = summarise(three_runs[1])
+    summary = summarize(three_runs[1])
     assert summary.model == "Qwen2.5-7B-Instruct"
     assert summary.settings == "nf4 r64 2,048×2×8"
     assert summary.best is not None and summary.best[1] == 120
@@ -61,11 +61,11 @@ def test_a_summary_says_what_a_line_needs(three_runs: list[RunDir]) -> None:
 
 
 def test_a_summary_is_read_again_only_when_a_file_changed(three_runs: list[RunDir]) -> None:
-    summaries = Summaries()
-    first = summaries.of(three_runs[0])
-    assert summaries.of(three_runs[0]) is first
+    summaries = SummaryCache()
+    first = summaries.get(three_runs[0])
+    assert summaries.get(three_runs[0]) is first
     play(Play(name="tickets-a", state="stopped", steps=10, total=300))
-    assert summaries.of(three_runs[0]).status.state == "stopped"
+    assert summaries.get(three_runs[0]).status.state == "stopped"
 
 
 async def test_a_name_that_was_made_up_loses_its_time_before_its_words(make_app: MakeApp) -> None:
@@ -82,19 +82,19 @@ async def test_a_name_that_was_made_up_loses_its_time_before_its_words(make_app:
 def test_hundreds_of_runs_are_listed_at_once_and_read_in_pieces() -> None:
     for number in range(300):
         play(Play(name=f"run-{number:03}", state="finished", steps=5, total=5, began=BEGAN + number))
-    summaries = Summaries()
+    summaries = SummaryCache()
     began = time.monotonic()
-    listing = summaries.look(0.0)
+    listing = summaries.read_all(0.0)
     assert len(listing.summaries) == 300
     in_pieces = not listing.complete
     assert in_pieces
     assert listing.summaries[0].id == "run-299"
     assert time.monotonic() - began < 5
     while not listing.complete:
-        listing = summaries.look(0.2)
+        listing = summaries.read_all(0.2)
     assert all(summary.losses for summary in listing.summaries)
     began = time.process_time()
-    summaries.look(10.0)
+    summaries.read_all(10.0)
     assert time.process_time() - began < 1
 
 
@@ -144,8 +144,8 @@ async def test_exact_answers_have_a_column_where_a_run_has_some(
 
 
 def test_a_thinned_curve_marks_what_is_no_number_and_leaves_the_rest_empty() -> None:
-    assert thinned([4.0, 2.0], 4) == [4.0, 2.0, None, None]
-    means = thinned([1.0, 3.0, float("nan"), 1.0], 2)
+    assert downsample([4.0, 2.0], 4) == [4.0, 2.0, None, None]
+    means = downsample([1.0, 3.0, float("nan"), 1.0], 2)
     assert means[0] == 2.0
     assert means[1] is not None and math.isnan(means[1])
 
@@ -233,8 +233,8 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(
 
 def test_runs_on_short_answers_are_compared_by_those_that_are_exact(three_runs: list[RunDir]) -> None:
     labels = play(Play(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97)))
-    assert "exact answers" not in table([read(run) for run in three_runs], 100).plain
-    shown = table([read(labels), read(three_runs[0])], 100).plain
+    assert "exact answers" not in comparison_table([read(run) for run in three_runs], 100).plain
+    shown = comparison_table([read(labels), read(three_runs[0])], 100).plain
     assert "exact answers" in shown and "97%, base 12%" in shown
 
 

@@ -5,7 +5,7 @@ from textual.app import App, ComposeResult
 
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.runs.status import Status
-from qlora_tui.tui.pulse import Pulse
+from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.top_bar import TopBar
 from tests.gpu.nvml_stub import install_nvml_stub
 from tests.tui.played import Play, play
@@ -52,9 +52,9 @@ async def test_nothing_is_repainted_while_nothing_changes() -> None:
         asked: list[None] = []
         refresh = bar.refresh
         bar.refresh = lambda *a, **k: asked.append(None) or refresh(*a, **k)  # type: ignore[method-assign,func-returns-value]
-        bar.show_pulse(Pulse())
+        bar.show_status(SystemStatus())
         assert not asked
-        bar.show_pulse(Pulse(waiting=("a", "b")))
+        bar.show_status(SystemStatus(waiting=("a", "b")))
         assert asked
         await pilot.pause()
         assert "2 waiting" in text_of(app)
@@ -62,7 +62,7 @@ async def test_nothing_is_repainted_while_nothing_changes() -> None:
 
 def test_a_card_that_says_nothing_is_na_and_never_zero() -> None:
     card = GpuDevice(0, "NVIDIA GeForce RTX 4090", None, None, None, None)
-    assert "NA" in TopBar.pulse_text(Pulse(card=card))[0]
+    assert "NA" in TopBar.status_options(SystemStatus(gpu=card))[0]
 
 
 @pytest.mark.parametrize(
@@ -75,4 +75,4 @@ def test_a_card_that_says_nothing_is_na_and_never_zero() -> None:
     ],
 )
 def test_a_run_that_only_begins_again_says_what_it_does(status: Status, says: str) -> None:
-    assert TopBar.pulse_text(Pulse(active_status=status))[2].strip() == says
+    assert TopBar.status_options(SystemStatus(active_status=status))[2].strip() == says

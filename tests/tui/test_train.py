@@ -18,12 +18,12 @@ from qlora_tui.runs.status import State
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import train as train_module
 from qlora_tui.tui.screens import train_follow
+from qlora_tui.tui.screens.run_header import facts
 from qlora_tui.tui.screens.train import TrainScreen, show_run
-from qlora_tui.tui.screens.train_checks import Check
-from qlora_tui.tui.screens.train_follow import Follower
-from qlora_tui.tui.screens.train_head import facts
-from qlora_tui.tui.screens.train_output import as_seen
-from qlora_tui.tui.screens.train_remedy import remedy
+from qlora_tui.tui.screens.train_checks import LaunchCheck
+from qlora_tui.tui.screens.train_fix import suggest_fix
+from qlora_tui.tui.screens.train_follow import RunFollower
+from qlora_tui.tui.screens.train_output import strip_escapes
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 from tests.tui.played import BEGAN, TICKETS, Play, play
 from tests.tui.reading import readable_model
@@ -68,13 +68,13 @@ async def test_exact_answers_have_room_beside_best_and_last_loss(make_app: MakeA
 
 async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> None:
     run = play(Play(steps=100, state="lost"))
-    follower = Follower(run)
-    assert follower.look().step == 100
+    follower = RunFollower(run)
+    assert follower.poll().step == 100
     with EventWriter(run.events_path) as log:
         log.append(_health("plateau", "seen before"))
         log.append(Started(at=BEGAN + 500, attempt=2, pid=1, resumed_from_step=50))
         log.append(_step(51, loss=9.0))
-    picture = follower.look()
+    picture = follower.poll()
     assert picture.step == 51
     assert picture.curves.loss.high == 9.0
     assert len(picture.curves.loss.xs) == 51
@@ -82,37 +82,37 @@ async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> N
     texts = [entry.text for entry in picture.entries]
     assert len(texts) == len(set(texts))
     assert texts[-1] == "attempt 2, going on from step 50" and "seen before" in texts[-2]
-    assert len(follower.look().entries) == len(texts)
+    assert len(follower.poll().entries) == len(texts)
 
 
 def test_a_run_that_goes_on_where_it_was_paused_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     run = play(Play(steps=100, state="paused"))
-    follower = Follower(run)
-    follower.look()
-    monkeypatch.setattr(Follower, "_open", lambda self: pytest.fail("it was read again"))
+    follower = RunFollower(run)
+    follower.poll()
+    monkeypatch.setattr(RunFollower, "_open", lambda self: pytest.fail("it was read again"))
     with EventWriter(run.events_path) as log:
         log.append(Started(at=BEGAN + 500, attempt=2, pid=1, resumed_from_step=100))
         log.append(_step(101))
-    assert len(follower.look().curves.loss.xs) == 101
+    assert len(follower.poll().curves.loss.xs) == 101
 
 
 def test_a_long_run_that_is_followed_on_is_drawn_as_evenly_as_when_it_was_opened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(train_follow, "LONG_BYTES", 1 << 20)
-    monkeypatch.setattr(train_follow, "_SKETCH_STEPS", 100)
+    monkeypatch.setattr(train_follow, "_SAMPLE_STEPS", 100)
     run = play(Play(steps=10, total=200_000))
-    follower = Follower(run)
+    follower = RunFollower(run)
     with EventWriter(run.events_path) as log:
         for step in range(11, 20_001):
             log.append(_step(step))
-        assert follower.look().one_in > 50
+        assert follower.poll().one_in > 50
         for step in range(20_001, 24_001):
             log.append(_step(step))
             if step % 100 == 0:
                 if step == 22_000:
                     log.append(_health("plateau", "seen on the way"))
-                picture = follower.look()
+                picture = follower.poll()
                 xs = picture.curves.loss.xs
                 assert picture.step == step
                 assert 0 <= step - xs[-1] < picture.one_in
@@ -370,7 +370,7 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
-    fine = (Check("model", "ok", "there"), Check("data", "ok", "there"))
+    fine = (LaunchCheck("model", "ok", "there"), LaunchCheck("data", "ok", "there"))
     monkeypatch.setattr(train_module, "check_all", lambda *_: fine)
     app = make_app()
     app.workbench.replace(
@@ -388,7 +388,7 @@ async def test_a_doubt_is_said_before_the_launch(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
-    doubt = (Check("memory", "error", "does not fit: 30.0 of 24.0 GiB."),)
+    doubt = (LaunchCheck("memory", "error", "does not fit: 30.0 of 24.0 GiB."),)
     monkeypatch.setattr(train_module, "check_all", lambda *_: doubt)
     app = make_app()
     app.workbench.replace(
@@ -421,8 +421,8 @@ async def test_a_row_that_blocks_a_run_is_found_before_the_launch(make_app: Make
 
 
 def test_a_progress_bar_in_the_output_is_shown_in_its_last_state() -> None:
-    assert as_seen("Map: 1%\rMap: 100%\r") == "Map: 100%"
-    assert as_seen("\x1b[31mred\x1b[0m \x1b]0;title\x07text\x00") == "red text"
+    assert strip_escapes("Map: 1%\rMap: 100%\r") == "Map: 100%"
+    assert strip_escapes("\x1b[31mred\x1b[0m \x1b]0;title\x07text\x00") == "red text"
 
 
 async def test_the_log_is_at_its_end_for_who_comes_back_to_it(make_app: MakeApp) -> None:
@@ -445,25 +445,25 @@ def test_a_run_of_hundreds_of_thousands_of_steps_is_held_as_a_sample() -> None:
         for step in range(11, 60_001):
             log.append(_step(step, loss=None if step == 30_000 else 2.0))
         log.append(Health(at=BEGAN, kind="nan_loss", severity="error", evidence="NaN.", remedy="Stop."))
-    follower = Follower(run)
-    picture = follower.look()
+    follower = RunFollower(run)
+    picture = follower.poll()
     assert picture.step == 60_000
     assert picture.one_in > 1
     assert any(picture.curves.loss.broken)
     assert len(picture.health) == 1
     with EventWriter(run.events_path) as log:
         log.append(_step(60_001))
-    assert follower.look().step == 60_001
+    assert follower.poll().step == 60_001
 
 
 def test_a_run_that_is_watched_for_weeks_is_drawn_whole_and_held_in_little() -> None:
     run = play(Play(steps=10, total=200_000))
-    follower = Follower(run)
+    follower = RunFollower(run)
     with EventWriter(run.events_path) as log:
         for step in range(11, 12_001):
             log.append(_step(step, loss=None if step == 20 else 90.0 if step == 700 else 2.0))
             if step % 500 == 0:
-                picture = follower.look()
+                picture = follower.poll()
                 assert picture.step == step
                 assert len(picture.view.series) <= 100
     loss = picture.curves.loss
@@ -473,7 +473,7 @@ def test_a_run_that_is_watched_for_weeks_is_drawn_whole_and_held_in_little() -> 
     assert any(loss.broken)
     assert loss.xs[-1] == 12_000
     follower.from_step = 11_900.0
-    assert follower.look().curves.loss.xs == tuple(range(11_900, 12_001))
+    assert follower.poll().curves.loss.xs == tuple(range(11_900, 12_001))
 
 
 async def test_m_asks_the_trainer_for_half_the_rate_where_the_gradient_explodes(make_app: MakeApp) -> None:
@@ -520,8 +520,8 @@ async def test_m_prepares_a_smaller_run_after_one_that_had_no_room(make_app: Mak
     ],
 )
 def test_a_remedy_fits_what_was_told_and_how_the_run_stands(kind: str, state: State, says: str) -> None:
-    found = remedy(state, [_health(kind, "")], None, TICKETS)
-    assert (says in found.says) if found else not says
+    found = suggest_fix(state, [_health(kind, "")], None, TICKETS)
+    assert (says in found.label) if found else not says
 
 
 def _health(kind: str, remedy: str) -> Health:
@@ -552,7 +552,7 @@ def _step(number: int, loss: float | None = 1.5) -> Step:
 
 
 def test_every_step_of_a_recorded_real_run_is_there_once() -> None:
-    picture = Follower(recorded_run()).look()
+    picture = RunFollower(recorded_run()).poll()
     assert picture.status.state == "finished"
     assert list(picture.curves.loss.xs) == list(range(1, 82))
     assert picture.best is not None and picture.best.step in {e.step for e in picture.evaluations}
@@ -564,7 +564,7 @@ def test_every_step_of_a_recorded_real_run_is_there_once() -> None:
     [(57, 0.0, "epoch 0/0.057"), (57, 0.01234, "epoch 0.012/0.057"), (2000, 1.3333, "epoch 1.33/2")],
 )
 def test_epochs_are_told_in_two_or_three_digits(total: int, now: float, says: str) -> None:
-    picture = Follower(play(Play(steps=2))).look()
+    picture = RunFollower(play(Play(steps=2))).poll()
     assert picture.view.data is not None
     picture.view.data = structs.replace(picture.view.data, steps_per_epoch=1000, total_steps=total)
     assert says in facts(replace(picture, epoch=now), BEGAN + 60)

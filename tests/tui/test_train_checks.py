@@ -14,8 +14,8 @@ from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.pulse import Pulse
-from qlora_tui.tui.screens.train_checks import Check, check_all
+from qlora_tui.tui.screens.train_checks import LaunchCheck, check_all
+from qlora_tui.tui.system_status import SystemStatus
 from tests.tui.played import Play, play
 from tests.tui.reading import readable_model
 
@@ -25,7 +25,10 @@ def test_the_checks_name_what_is_missing_and_how_to_get_it(tmp_path: Path) -> No
     recipe = Recipe(
         model=Model(id="acme/nothing"), data=Data(sources=(Source(path=str(tmp_path / "none.jsonl")),))
     )
-    found = {check.name: check for check in check_all(recipe, app.room, Pulse(no_card="No driver."))}
+    found = {
+        check.name: check
+        for check in check_all(recipe, app.memory_budget, SystemStatus(no_gpu_reason="No driver."))
+    }
     assert found["model"].outcome == "error" and "Download it" in found["model"].fix
     assert found["data"].outcome == "error" and "does not exist" in found["data"].text
     assert found["card"].outcome == "warning" and "No driver." in found["card"].text
@@ -35,7 +38,7 @@ def test_the_checks_name_what_is_missing_and_how_to_get_it(tmp_path: Path) -> No
 
 def test_the_checks_warn_of_samples_beyond_the_models_context(tmp_path: Path) -> None:
     recipe = Recipe(model=Model(id=readable_model(tmp_path)), data=Data(max_length=8193))
-    found = {check.name: check for check in check_all(recipe, QloraApp().room, Pulse())}
+    found = {check.name: check for check in check_all(recipe, QloraApp().memory_budget, SystemStatus())}
     assert found["length"].outcome == "warning"
     assert "the model's context is 8,192" in found["length"].text
     assert found["length"].fix == "Set data.max_length to 8,192 or less."
@@ -45,10 +48,12 @@ def test_the_checks_read_the_data_and_say_who_is_before_in_the_queue(tmp_path: P
     rows = tmp_path / "tickets.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     run = play(Play(steps=5))
-    pulse = Pulse(active=run, active_status=read_status(run), waiting=("other",))
+    pulse = SystemStatus(active=run, active_status=read_status(run), waiting=("other",))
     recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))
-    found = {check.name: check for check in check_all(recipe, QloraApp().room, pulse)}
-    assert found["data"] == Check("data", "ok", f"tickets.jsonl, {rows.stat().st_size} B, prompt-completion.")
+    found = {check.name: check for check in check_all(recipe, QloraApp().memory_budget, pulse)}
+    assert found["data"] == LaunchCheck(
+        "data", "ok", f"tickets.jsonl, {rows.stat().st_size} B, prompt-completion."
+    )
     assert found["turn"].outcome == "warning"
     assert f"{run.id} and 1 more" in found["turn"].text
 
@@ -102,15 +107,19 @@ def test_preferences_are_an_error_until_the_chosen_answers_are_asked_for(tmp_pat
     assert _data_check(chosen).outcome == "ok"
 
 
-def _data_check(recipe: Recipe) -> Check:
-    return next(check for check in check_all(recipe, QloraApp().room, Pulse()) if check.name == "data")
+def _data_check(recipe: Recipe) -> LaunchCheck:
+    return next(
+        check for check in check_all(recipe, QloraApp().memory_budget, SystemStatus()) if check.name == "data"
+    )
 
 
 def test_a_dataset_of_the_hub_is_no_missing_file(tmp_path: Path) -> None:
     recipe = Recipe(data=Data(sources=(Source(path="owner/set"),)))
 
-    def data_check() -> Check:
-        return {check.name: check for check in check_all(recipe, QloraApp().room, Pulse())}["data"]
+    def data_check() -> LaunchCheck:
+        return {check.name: check for check in check_all(recipe, QloraApp().memory_budget, SystemStatus())}[
+            "data"
+        ]
 
     check = data_check()
     assert (check.outcome, "fetches from the hub" in check.text) == ("ok", True)

@@ -10,8 +10,8 @@ from qlora_tui.recipe.fields import fields
 from qlora_tui.runs import energy
 from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.telemetry import Sample, encode
-from qlora_tui.tui.widgets.gpu_panel import GpuPanel, Machine
-from qlora_tui.tui.widgets.setting_steps import stepped
+from qlora_tui.tui.widgets.gpu_panel import GpuPanel, MachineState
+from qlora_tui.tui.widgets.setting_stepper import step_value
 from tests.tui.played import GIB, Play, play
 
 CARD = GpuMetrics(
@@ -34,7 +34,7 @@ def sample(at: float, **changes: Any) -> Sample:
     return Sample(at=at, rss_bytes=3 * GIB, cpu_percent=104.0, gpu=card)
 
 
-def drawn(machine: Machine, width: int = 30, height: int = 24) -> list[str]:
+def drawn(machine: MachineState, width: int = 30, height: int = 24) -> list[str]:
     panel = GpuPanel()
     panel.show(machine)
     return [line.plain for line in panel.draw(width, height)]
@@ -43,35 +43,35 @@ def drawn(machine: Machine, width: int = 30, height: int = 24) -> list[str]:
 def test_what_a_card_does_not_tell_is_na_and_never_zero() -> None:
     nothing = Sample(at=1.0, rss_bytes=GIB, cpu_percent=1.0, gpu=GpuMetrics(at=1.0, index=0))
     for height in (24, 2):
-        text = "\n".join(drawn(Machine("RTX 4090", (nothing,)), 80, height))
+        text = "\n".join(drawn(MachineState("RTX 4090", (nothing,)), 80, height))
         assert text.count("NA") >= 5
         assert " 0" not in text.replace(" 0%", "")
 
 
 def test_utilisation_is_drawn_from_nought_to_a_hundred_with_gaps_where_nothing_was_told() -> None:
     samples = tuple(sample(float(second)) for second in (*range(10), *range(15, 20)))
-    chart = drawn(Machine("RTX 4090", samples), width=20, height=10)[2]
+    chart = drawn(MachineState("RTX 4090", samples), width=20, height=10)[2]
     assert chart == "▄" * 10 + " " * 5 + "▄" * 5
 
 
 def test_the_estimate_is_a_tick_under_the_memory() -> None:
-    lines = drawn(Machine("RTX 4090", (sample(1.0),), estimate_bytes=12 * GIB), width=40)
+    lines = drawn(MachineState("RTX 4090", (sample(1.0),), estimate_bytes=12 * GIB), width=40)
     tick = next(line for line in lines if "estimate" in line)
     assert tick.index("▲") == 19
-    full = drawn(Machine("RTX 4090", (sample(1.0),), estimate_bytes=30 * GIB), width=40)
+    full = drawn(MachineState("RTX 4090", (sample(1.0),), estimate_bytes=30 * GIB), width=40)
     assert next(line for line in full if "estimate" in line).endswith("estimate 30.0 ▲")
 
 
 def test_a_throttled_and_hot_card_says_so_in_words() -> None:
     hot = sample(1.0, temperature_c=90, throttle=("power cap", "thermal"))
-    text = "\n".join(drawn(Machine("RTX 4090", (hot,)), width=44))
+    text = "\n".join(drawn(MachineState("RTX 4090", (hot,)), width=44))
     assert "90 °C hot" in text
     assert "slowed  by power cap, thermal" in text
 
 
 def test_without_a_card_the_trainer_and_its_share_of_the_machine_are_shown() -> None:
     here = Sample(at=1.0, rss_bytes=2 * GIB, cpu_percent=150.0)
-    text = "\n".join(drawn(Machine("AMD EPYC", (here,), None, 16 * GIB, 2)))
+    text = "\n".join(drawn(MachineState("AMD EPYC", (here,), None, 16 * GIB, 2)))
     assert "150% of 2 cores" in text
     assert "2.0 of 16.0 GiB" in text
     assert "No GPU in this run." in text
@@ -143,4 +143,4 @@ def test_no_power_told_is_no_energy_told() -> None:
     ],
 )
 def test_a_step_is_a_sensible_one(path: str, value: object, direction: int, after: object) -> None:
-    assert stepped(fields()[path], value, direction) == after
+    assert step_value(fields()[path], value, direction) == after

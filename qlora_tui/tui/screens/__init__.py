@@ -1,2 +1,2 @@
-"""One module a screen; ``base`` is what they share. Modals: problem, question, presets, help,
+"""One module a screen; ``base`` is what they share. Modals: error, confirm, presets, help,
 draft_changed (another app edited the recipe)."""

@@ -10,21 +10,21 @@ from textual.messages import Prune
 from textual.screen import Screen
 from textual.widget import Widget
 
-from qlora_tui.tui import garbage
+from qlora_tui.tui import gc_tuning
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.pulse import Pulse
-from qlora_tui.tui.widgets.key_line import KeyLine
+from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.command_footer import CommandFooter
 from qlora_tui.tui.widgets.top_bar import TopBar
 
 if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.tui.app import QloraApp
 
-_SETTLED_S = 4.0
+_FREEZE_AFTER_S = 4.0
 """After a screen is first shown: by then it has all it keeps."""
 
 
-class EndsItsWorkers(Widget):
+class CancelsWorkersFirst(Widget):
     """A screen whose workers end before its widgets do.
 
     Textual cancels them when the widgets have gone already, so that a report arriving as the user quits
@@ -35,8 +35,8 @@ class EndsItsWorkers(Widget):
         self.workers.cancel_node(self)
 
 
-class WorkScreen(EndsItsWorkers, Screen[None]):
-    """A numbered screen. Subclasses give ``MODE``, ``ACTIONS`` and ``compose_body``.
+class WorkScreen(CancelsWorkersFirst, Screen[None]):
+    """A numbered screen. Subclasses give ``MODE``, ``ACTION_NAMES`` and ``compose_body``.
 
     Textual calls the ``on_mount`` and ``on_screen_resume`` of every class of a screen, this one's last: a
     subclass that called ``super()`` would run them twice and hear of every change twice.
@@ -59,7 +59,7 @@ class WorkScreen(EndsItsWorkers, Screen[None]):
         super().__init_subclass__(**options)
 
     @property
-    def workstation(self) -> QloraApp:
+    def qlora_app(self) -> QloraApp:
         """The app, by its own type."""
         return cast("QloraApp", self.app)
 
@@ -71,29 +71,29 @@ class WorkScreen(EndsItsWorkers, Screen[None]):
 
             yield RecipeStrip()
         yield from self.compose_body()
-        yield KeyLine()
+        yield CommandFooter()
 
     def compose_body(self) -> Iterable[Widget]:
         """The screen's own widgets."""
         return ()
 
     def on_mount(self) -> None:
-        self.workstation.recipe_changed.subscribe(self, self._recipe_changed, immediate=True)
-        self.workstation.pulse_changed.subscribe(self, self._pulse_changed, immediate=True)
-        self.set_timer(_SETTLED_S, garbage.settle)
+        self.qlora_app.recipe_changed.subscribe(self, self._recipe_changed, immediate=True)
+        self.qlora_app.system_status_changed.subscribe(self, self._system_status_changed, immediate=True)
+        self.set_timer(_FREEZE_AFTER_S, gc_tuning.freeze_objects)
 
     def on_screen_resume(self) -> None:
-        self.catch_up()
+        self.refresh_now()
 
-    def catch_up(self) -> None:
+    def refresh_now(self) -> None:
         """Show what changed while another screen was in front."""
-        self._recipe_changed(self.workstation.workbench.recipe)
-        self._pulse_changed(self.workstation.pulse)
+        self._recipe_changed(self.qlora_app.workbench.recipe)
+        self._system_status_changed(self.qlora_app.system_status)
 
     def show_recipe(self, recipe: Recipe) -> None:
         """The recipe has changed (or this screen came to the front)."""
 
-    def show_pulse(self, pulse: Pulse) -> None:
+    def show_system_status(self, pulse: SystemStatus) -> None:
         """Another look at card and runs, about once a second while this screen is in front."""
 
     def _recipe_changed(self, recipe: Recipe) -> None:
@@ -102,14 +102,14 @@ class WorkScreen(EndsItsWorkers, Screen[None]):
         self._show_cost()
         self.show_recipe(recipe)
 
-    def _pulse_changed(self, pulse: Pulse) -> None:
+    def _system_status_changed(self, pulse: SystemStatus) -> None:
         if not self.is_current:
             return
-        self.query_one(TopBar).show_pulse(pulse)
-        self.show_pulse(pulse)
+        self.query_one(TopBar).show_status(pulse)
+        self.show_system_status(pulse)
 
     def _show_cost(self) -> None:
         if self.EDITS_RECIPE:
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
-            self.query_one(RecipeStrip).show_recipe(self.workstation.workbench, self.workstation.room)
+            self.query_one(RecipeStrip).show_recipe(self.qlora_app.workbench, self.qlora_app.memory_budget)

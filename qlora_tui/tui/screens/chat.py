@@ -17,19 +17,19 @@ from qlora_tui.errors import Problem
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import transcript
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.screens import chat_words as words
-from qlora_tui.tui.screens.chat_pair import Pair
+from qlora_tui.tui.screens import chat_text as words
+from qlora_tui.tui.screens.adapter_pair import AdapterPair
+from qlora_tui.tui.screens.chat_controller import ChatController
 from qlora_tui.tui.screens.chat_settings import ChatSettingsScreen
-from qlora_tui.tui.screens.chat_source import ChatSourceScreen, runs_to_talk_to
-from qlora_tui.tui.screens.chat_talk import Talking
+from qlora_tui.tui.screens.chat_source import ChatSourceScreen, chat_runs
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from qlora_tui.tui.widgets.prompt_box import PromptBox
-from qlora_tui.tui.widgets.steady import put
+from qlora_tui.tui.widgets.static_update import update_if_changed
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-_WHILE_TYPING = ("stop", "leave_field", "switch", "scroll_talk", "thinking", "unfold")
+_TYPING_ACTIONS = ("stop", "leave_field", "switch", "scroll_talk", "thinking", "unfold")
 """Actions whose keys are no text: the footer shows no others while a prompt is written."""
 
 
@@ -39,7 +39,7 @@ def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_foot
     )
 
 
-class ChatScreen(Talking):
+class ChatScreen(ChatController):
     """One prompt, one or two voices."""
 
     MODE = "chat"
@@ -112,7 +112,7 @@ class ChatScreen(Talking):
 
     def __init__(self) -> None:
         super().__init__()
-        self._called = ""
+        self._source_name = ""
         self._effect: str | Effect = ""
 
     def compose_body(self) -> Iterable[Widget]:
@@ -121,19 +121,19 @@ class ChatScreen(Talking):
             yield Static(id="how")
             yield Static(id="effect", markup=False)
         with VerticalScroll(id="talk", can_focus=False):
-            yield Static(words.NOBODY, id="nobody")
+            yield Static(words.NOTHING_TO_CHAT_WITH, id="nobody")
         yield PromptBox(words.HINT, id="prompt")
 
     def on_screen_resume(self) -> None:
         """Talk to the newest run, until another is chosen; and once that one is deleted."""
         deleted = self.run_dir is not None and not self.run_dir.path.exists() and not self.busy
         if deleted:
-            self.notify(f"{self._called} was deleted.")
-        runs = runs_to_talk_to() if deleted or self.source is None else []
+            self.notify(f"{self._source_name} was deleted.")
+        runs = chat_runs() if deleted or self.source is None else []
         if runs:
             self.call_later(self.talk_to, runs[0])
         elif deleted:
-            self.call_later(self._turn_to, None, None, "")
+            self.call_later(self._set_source, None, None, "")
         self.show_head()
 
     def on_resize(self) -> None:
@@ -147,7 +147,7 @@ class ChatScreen(Talking):
             return self.busy
         if action == "leave_field":
             return typing and not self.busy
-        if typing and action not in _WHILE_TYPING:
+        if typing and action not in _TYPING_ACTIONS:
             return not any(action == command.action.partition("(")[0] for command in self.ACTIONS)
         return super().check_action(action, parameters)
 
@@ -156,20 +156,20 @@ class ChatScreen(Talking):
         try:
             source = of_run(run)
         except Problem as problem:
-            self.workstation.explain(problem)
+            self.qlora_app.show_error(problem)
             return
         if run == self.run_dir and source == self.source:
             self.query_one(PromptBox).focus()
             return
-        await self._turn_to(source, run, run.name)
+        await self._set_source(source, run, run.name)
 
-    async def _turn_to(self, source: ChatSource | None, run: RunDir | None, name: str) -> None:
+    async def _set_source(self, source: ChatSource | None, run: RunDir | None, name: str) -> None:
         await self.action_clear()
         before = self.source
         same_base = before is not None and source is not None and before.recipe.model == source.recipe.model
-        self.source, self.run_dir, self._called = source, run, name
+        self.source, self.run_dir, self._source_name = source, run, name
         self.thinking = "auto" if source is None else source.thinking
-        self.pair = Pair.of((BASE,) if source is None else source.voices)
+        self.pair = AdapterPair.of((BASE,) if source is None else source.voices)
         self.ready = None
         if not same_base and self.engine.pid is not None:
             # The one held before is of no more use.
@@ -244,12 +244,12 @@ class ChatScreen(Talking):
     async def action_retry(self) -> None:
         """Ask the last prompt again, of the voices chosen now."""
         if self.turns and not self.busy:
-            await self.send((await self._take_back()).prompt)
+            await self.send((await self._remove_last_turn()).prompt)
 
     async def action_edit_last(self) -> None:
         """Put the last prompt back into the field, and forget its answers."""
         if self.turns and not self.busy:
-            self.query_one(PromptBox).put((await self._take_back()).prompt)
+            self.query_one(PromptBox).put((await self._remove_last_turn()).prompt)
 
     def action_settings(self) -> None:
         """Sampling and system prompt."""
@@ -263,7 +263,7 @@ class ChatScreen(Talking):
 
     def action_choose(self) -> None:
         """Another run."""
-        recipe = self.workstation.workbench.recipe
+        recipe = self.qlora_app.workbench.recipe
 
         async def answered(chosen: RunDir | str | None) -> None:
             if isinstance(chosen, RunDir):
@@ -271,9 +271,9 @@ class ChatScreen(Talking):
             elif chosen is not None:
                 name = recipe.model.id.rstrip("/").rpartition("/")[2]
                 source = ChatSource(recipe=recipe, thinking=recipe.data.thinking)
-                await self._turn_to(source, None, name)
+                await self._set_source(source, None, name)
 
-        runs = runs_to_talk_to()
+        runs = chat_runs()
         if runs or recipe.model.id:
             self.app.push_screen(ChatSourceScreen(runs, recipe.model.id), answered)
         else:
@@ -301,24 +301,24 @@ class ChatScreen(Talking):
         if self.pair.single:
             self.notify("There is no adapter to measure.")
         elif not self.busy:
-            self.guarded(self.measure)
+            self.confirm_shared_memory(self.measure)
 
-    def _choose(self, pair: Pair) -> None:
+    def _choose(self, pair: AdapterPair) -> None:
         if pair == self.pair and self.source is not None:
             self.notify("There is nobody else in this run.")
         self.pair = pair
         self.show_head()
 
-    async def _take_back(self) -> ChatTurn:
+    async def _remove_last_turn(self) -> ChatTurn:
         turn = self.turns.pop()
         await turn.remove()
         return turn
 
     def show_effect(self, said: str | Effect) -> None:
         self._effect = said
-        shown = Content(said) if isinstance(said, str) else words.effect(said, self.size.width - 2)
+        shown = Content(said) if isinstance(said, str) else words.effect_text(said, self.size.width - 2)
         self.query_one("#effect").display = bool(said)
-        put(self.query_one("#effect", Static), shown)
+        update_if_changed(self.query_one("#effect", Static), shown)
 
     def show_head(self, doing: str = "") -> None:
         somebody = self.source is not None
@@ -327,13 +327,15 @@ class ChatScreen(Talking):
         self.query_one(PromptBox).display = somebody
         if not somebody:
             return
-        state = doing or (words.held(self.ready) if self.ready else "not loaded yet")
-        self.query_one("#who", Static).update(words.who(self._called, self.pair, state))
+        state = doing or (words.loaded_text(self.ready) if self.ready else "not loaded yet")
+        self.query_one("#who", Static).update(words.session_line(self._source_name, self.pair, state))
         path = transcript.transcript_path(self.run_dir)
         # Not the line's own width, which is known only once it has been shown.
         width = self.size.width - 2
-        thinking = words.thinking(self.thinking, self.ready)
-        line = words.how(self.sampling, self.system_prompt, path if path.exists() else None, width, thinking)
+        thinking = words.thinking_text(self.thinking, self.ready)
+        line = words.sampling_line(
+            self.sampling, self.system_prompt, path if path.exists() else None, width, thinking
+        )
         self.query_one("#how", Static).update(line)
 
 

@@ -12,8 +12,8 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
 from qlora_tui.chat.terms import Sampling
-from qlora_tui.tui.transcript import typed
-from qlora_tui.tui.widgets.entry import Entry
+from qlora_tui.tui.transcript import format_setting
+from qlora_tui.tui.widgets.text_field import TextField
 
 _HELP = {
     "temperature": "0 always takes the likeliest token",
@@ -51,7 +51,7 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
             for name, value in msgspec.structs.asdict(self._sampling).items():
                 with Horizontal(classes="field"):
                     yield Label(_LABELS.get(name, name.replace("_", " ")))
-                    yield Entry("" if value is None else typed(value), name=name, compact=True)
+                    yield TextField("" if value is None else format_setting(value), name=name, compact=True)
                     yield Static(_HELP[name], classes="quiet help", markup=False)
             yield Static("", id="wrong", markup=False)
 

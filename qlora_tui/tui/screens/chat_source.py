@@ -18,7 +18,7 @@ from qlora_tui.tui.widgets.vi_list import ViList
 BASE_ALONE = "base"
 
 
-def runs_to_talk_to() -> list[RunDir]:
+def chat_runs() -> list[RunDir]:
     """Every run that has an adapter or a checkpoint, newest first."""
     return [
         run for run in all_runs() if (run.adapter_dir / "adapter_config.json").exists() or run.checkpoints()

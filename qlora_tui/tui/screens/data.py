@@ -20,11 +20,11 @@ from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens import data_costs as costs
-from qlora_tui.tui.screens import data_steps as steps
-from qlora_tui.tui.screens import data_words as words
-from qlora_tui.tui.screens.ask import AskScreen
-from qlora_tui.tui.screens.data_edits import DataEdits
-from qlora_tui.tui.screens.data_previews import DataPreviews, Wanted
+from qlora_tui.tui.screens import data_text as words
+from qlora_tui.tui.screens import row_navigation as steps
+from qlora_tui.tui.screens.data_actions import DataActions
+from qlora_tui.tui.screens.data_previews import DataPreviews, PreviewRequest
+from qlora_tui.tui.screens.text_prompt import TextPromptScreen
 from qlora_tui.tui.widgets.histogram import histogram
 from qlora_tui.tui.widgets.vi_list import ViList
 
@@ -41,7 +41,7 @@ def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_foot
     )
 
 
-class DataScreen(DataEdits):
+class DataScreen(DataActions):
     """Sources, one sample at a time, lengths and problems."""
 
     MODE = "data"
@@ -123,7 +123,7 @@ class DataScreen(DataEdits):
     def __init__(self) -> None:
         super().__init__()
         self._previews = DataPreviews()
-        self._wanted: Wanted | None = None
+        self._request: PreviewRequest | None = None
         self.report: Report | None = None
         self.shown: Shown | None = None
         self.row = 1
@@ -131,9 +131,9 @@ class DataScreen(DataEdits):
         """The file of the source that the row is from; empty is its first."""
         self._no_tokens: Problem | None = None
         """Why the row is shown as the file has it, where a model is named."""
-        self._costs: list[costs.Cost] = []
-        self._reckoned_for: object = None
-        self._pace: tuple[str, float | None] | None = None
+        self._costs: list[costs.LengthCost] = []
+        self._costs_key: object = None
+        self._throughput: tuple[str, float | None] | None = None
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="data-body"):
@@ -165,13 +165,13 @@ class DataScreen(DataEdits):
         lines = [(str(n), words.source_line(s, len(sources) == 1)) for n, s in enumerate(sources)]
         self.query_one("#sources", ViList).show(lines, select=str(self.source_number))
         if not sources:
-            self._say_empty()
+            self._show_empty()
             return
-        wanted = Wanted.of(recipe, self.source_number)
-        if wanted != self._wanted:
-            self._want(wanted)
+        wanted = PreviewRequest.of(recipe, self.source_number)
+        if wanted != self._request:
+            self._set_request(wanted)
         self._show_report()
-        self._reckon()
+        self._update_costs()
 
     def on_resize(self) -> None:
         self._show_report()
@@ -181,7 +181,7 @@ class DataScreen(DataEdits):
         """Look at another source."""
         if event.option_list.id == "sources" and event.option_index != self.source_number:
             self.source_number = event.option_index
-            self.show_recipe(self.workstation.workbench.recipe)
+            self.show_recipe(self.qlora_app.workbench.recipe)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Go to the next row with the problem chosen."""
@@ -193,7 +193,7 @@ class DataScreen(DataEdits):
 
     def action_row(self, by: int) -> None:
         """Show a neighbouring row."""
-        place = steps.beside((self.path, self.row), by, self.report.files if self.report else ())
+        place = steps.neighbor((self.path, self.row), by, self.report.files if self.report else ())
         if self.shown is None or place != (self.path, self.row):
             self._show_another(*place)
 
@@ -203,16 +203,16 @@ class DataScreen(DataEdits):
         files = self.report.files if self.report else ()
 
         def answered(text: str | None) -> None:
-            if text is not None and (place := steps.place_of(text, self.path, files)) is not None:
+            if text is not None and (place := steps.parse_place(text, self.path, files)) is not None:
                 self._show_another(*place)
 
         def wrong(text: str) -> str:
-            return "" if steps.place_of(text, self.path, files) else "Not a row."
+            return "" if steps.parse_place(text, self.path, files) else "Not a row."
 
         help_ = "Its number, from 1."
         if len(files) > 1:
             help_ += " Before it, if you like, a part of another file's name."
-        self.app.push_screen(AskScreen("Go to a row", help_, "", wrong), answered)
+        self.app.push_screen(TextPromptScreen("Go to a row", help_, "", wrong), answered)
 
     def action_problem(self, by: int) -> None:
         """Show the next row with a problem, from the first again after the last."""
@@ -232,13 +232,13 @@ class DataScreen(DataEdits):
 
     def _go_to_next(self, problems: Sequence[DataProblem], by: int) -> None:
         files = self.report.files if self.report else ()
-        place = steps.next_of(problems, (self.path, self.row), by, files)
+        place = steps.next_problem(problems, (self.path, self.row), by, files)
         if place is not None:
             self._show_another(*place)
 
-    def _want(self, wanted: Wanted) -> None:
+    def _set_request(self, wanted: PreviewRequest) -> None:
         """Look at another source, or with other settings."""
-        before, self._wanted = self._wanted, wanted
+        before, self._request = self._request, wanted
         if before is None or before.source != wanted.source:
             if before is None or before.source.path != wanted.source.path:
                 self.path, self.row = "", 1
@@ -251,10 +251,10 @@ class DataScreen(DataEdits):
         self._inspect(wanted)
 
     def _show_another(self, path: str, row: int) -> None:
-        if self._wanted is not None:
+        if self._request is not None:
             self.path, self.row = path, row
             self._show_row_line()
-            self._fetch_row(self._wanted, path, row)
+            self._fetch_row(self._request, path, row)
 
     @work
     async def _start(self) -> None:
@@ -263,21 +263,21 @@ class DataScreen(DataEdits):
             await self._previews.start()
 
     @work(exclusive=True, group="row")
-    async def _fetch_row(self, wanted: Wanted, path: str, row: int) -> None:
+    async def _fetch_row(self, wanted: PreviewRequest, path: str, row: int) -> None:
         try:
             shown, problem = await self._previews.row(wanted, row, path)
-        except Problem as found:
-            if found.title == "No such row" and self.shown is not None:
+        except Problem as error:
+            if error.title == "No such row" and self.shown is not None:
                 self.path, self.row = self.shown.path, self.shown.row
-                self.notify(found.what)
+                self.notify(error.what)
                 self._show_row_line()
             else:
                 self.shown, self.unread = None, wanted.source
-                self.offers_chosen = found.title in TITLES
-                compares = found.title.startswith(PAIRS_TITLE)
+                self.offers_chosen = error.title in TITLES
+                compares = error.title.startswith(PAIRS_TITLE)
                 self.unread_format = "preference" if compares else "prompt-completion"
                 self.fields = await self._previews.fields(wanted.source)
-                self.query_one("#sample", Static).update(words.unreadable(found, self.fields))
+                self.query_one("#sample", Static).update(words.unreadable_text(error, self.fields))
             return
         self.offers_chosen = False
         self.shown, self.path, self.row, self._no_tokens = shown, shown.path, shown.row, problem
@@ -286,7 +286,7 @@ class DataScreen(DataEdits):
         self.query_one("#sample-scroll").scroll_home(animate=False)
 
     @work(exclusive=True, group="inspect")
-    async def _inspect(self, wanted: Wanted) -> None:
+    async def _inspect(self, wanted: PreviewRequest) -> None:
         await asyncio.sleep(_SETTLE_S)
         try:
             async for report in self._previews.reports(wanted):
@@ -295,54 +295,62 @@ class DataScreen(DataEdits):
                 self._show_report()
                 if news:
                     self._show_row()
-        except Problem as found:
+        except Problem as error:
             self.report = None
             self._clear_figures()
             # Where not even a row can be read, the same stands in the sample's place.
             if self.shown is not None:
-                self.query_one("#totals", Static).update(words.problem(found))
+                self.query_one("#totals", Static).update(words.error_text(error))
             return
-        self._reckon()
+        self._update_costs()
 
-    def _reckon(self) -> None:
+    def _update_costs(self) -> None:
         """Work out what other lengths would cost, once there is a whole report."""
-        recipe, room = self.workstation.workbench.recipe, self.workstation.room
+        recipe, room = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
         key = (self.report, recipe, room)
-        if self.report is None or not self.report.complete or key == self._reckoned_for:
+        if self.report is None or not self.report.complete or key == self._costs_key:
             return
-        self._reckoned_for = key
+        self._costs_key = key
         self._costs_of(self.report, recipe)
 
     @work(exclusive=True, group="costs")
     async def _costs_of(self, report: Report, recipe: Recipe) -> None:
-        architecture = self.workstation.workbench.architecture()
-        if self._pace is None or self._pace[0] != recipe.model.id:
-            self._pace = (recipe.model.id, await asyncio.to_thread(costs.last_pace, recipe.model.id))
+        architecture = self.qlora_app.workbench.architecture()
+        if self._throughput is None or self._throughput[0] != recipe.model.id:
+            self._throughput = (
+                recipe.model.id,
+                await asyncio.to_thread(costs.last_throughput, recipe.model.id),
+            )
         self._costs = await asyncio.to_thread(
-            costs.reckon, report, recipe, architecture, self.workstation.room, self._pace[1]
+            costs.length_costs,
+            report,
+            recipe,
+            architecture,
+            self.qlora_app.memory_budget,
+            self._throughput[1],
         )
         self._show_report()
 
     def _show_row(self) -> None:
         self._show_row_line()
-        if self.shown is None or self._wanted is None:
+        if self.shown is None or self._request is None:
             return
-        text = words.sample(self.shown, self.problems, self._wanted.data)
+        text = words.sample(self.shown, self.problems, self._request.data)
         if self._no_tokens is not None:
-            text = Content.assemble(words.problem(self._no_tokens), "\n\n", text)
-        elif not self._wanted.model:
+            text = Content.assemble(words.error_text(self._no_tokens), "\n\n", text)
+        elif not self._request.model:
             text = Content.assemble(words.NO_MODEL, text)
         self.query_one("#sample", Static).update(text)
 
     def _show_row_line(self) -> None:
-        if self._wanted is not None:
+        if self._request is not None:
             width = self.query_one("#row-line").content_size.width
             place = self.path, self.row
-            line = words.row_line(place, self.report, self.shown, self._wanted.data, width)
+            line = words.row_line(place, self.report, self.shown, self._request.data, width)
             self.query_one("#row-line", Static).update(line)
 
     def _show_report(self) -> None:
-        report, recipe = self.report, self.workstation.workbench.recipe
+        report, recipe = self.report, self.qlora_app.workbench.recipe
         if report is None:
             return
         self.query_one("#data-body").remove_class("-unread")
@@ -370,13 +378,13 @@ class DataScreen(DataEdits):
         self._show_row_line()
 
     def _clear_figures(self) -> None:
-        self._costs, self._reckoned_for = [], None
+        self._costs, self._costs_key = [], None
         self.query_one("#data-body").add_class("-unread")
         for name in ("#lengths-line", "#histogram", "#totals", "#costs", "#row-line"):
             self.query_one(name, Static).update("")
         self.query_one("#problems", ViList).show([])
 
-    def _say_empty(self) -> None:
-        self._wanted = self.report = self.shown = None
+    def _show_empty(self) -> None:
+        self._request = self.report = self.shown = None
         self._clear_figures()
         self.query_one("#sample", Static).update(words.EMPTY)

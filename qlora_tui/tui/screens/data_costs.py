@@ -30,7 +30,7 @@ _TIMED_WIDTH = 44
 
 
 @dataclass(frozen=True)
-class Cost:
+class LengthCost:
     """One sequence length."""
 
     name: str
@@ -44,19 +44,19 @@ class Cost:
     """Of training on it all; None where no run with this model has finished yet."""
 
 
-def reckon(
+def length_costs(
     report: Report,
     recipe: Recipe,
     architecture: Architecture | Problem,
     room: MemoryBudget,
     tokens_per_s: float | None,
-) -> list[Cost]:
+) -> list[LengthCost]:
     """The recipe's own length, and the data's percentiles. Takes some milliseconds a length."""
-    found = report.lengths
-    if not found.count or not report.template:
+    stats = report.lengths
+    if not stats.count or not report.template:
         return []
-    wanted = {"p50": found.p50, "p90": found.p90, "p99": found.p99, "most": found.longest}
-    lengths = {name: _allowed(length) for name, length in wanted.items()}
+    percentiles = {"p50": stats.p50, "p90": stats.p90, "p99": stats.p99, "most": stats.longest}
+    lengths = {name: _allowed(length) for name, length in percentiles.items()}
     lengths["now"] = recipe.data.max_length
     costs = []
     for name, length in sorted(lengths.items(), key=lambda item: (item[1], item[0] != "now")):
@@ -67,12 +67,12 @@ def reckon(
                 verdict = check_fit(estimate(changed, architecture, device=room.device), room.bytes)
             except Problem:
                 verdict = None
-        seconds = _tokens(found, changed) / tokens_per_s if tokens_per_s else None
-        costs.append(Cost(name, length, whole(found, length), verdict, seconds))
+        seconds = _tokens(stats, changed) / tokens_per_s if tokens_per_s else None
+        costs.append(LengthCost(name, length, share_within(stats, length), verdict, seconds))
     return costs
 
 
-def whole(lengths: Lengths, limit: int) -> float:
+def share_within(lengths: Lengths, limit: int) -> float:
     """Share of the samples that are no longer than ``limit``, by the histogram: even within a bin."""
     if not lengths.count or limit >= lengths.longest:
         return 1.0
@@ -81,11 +81,11 @@ def whole(lengths: Lengths, limit: int) -> float:
 
 def _parts(lengths: Lengths, limit: int) -> list[tuple[int, float]]:
     """Of each bin, its count and how much of it lies below ``limit``; above 1 where all of it does."""
-    found, low = [], 0
+    parts, low = [], 0
     for bin_ in lengths.histogram:
-        found.append((bin_.count, max(0.0, (limit - low) / (bin_.up_to - low))))
+        parts.append((bin_.count, max(0.0, (limit - low) / (bin_.up_to - low))))
         low = bin_.up_to
-    return found
+    return parts
 
 
 def _tokens(lengths: Lengths, recipe: Recipe) -> float:
@@ -95,10 +95,10 @@ def _tokens(lengths: Lengths, recipe: Recipe) -> float:
     for bin_ in lengths.histogram:
         middle = (low + bin_.up_to) / 2
         low = bin_.up_to
-        kept = 0.0 if middle > limit and recipe.data.too_long == "drop" else min(middle, limit)
-        total += bin_.count * (middle if recipe.data.too_long == "split" else kept)
-    held = 0.0 if recipe.data.validation_path else recipe.data.validation_fraction
-    return min(total, everything) * recipe.training.epochs * (1 - held)
+        truncated = 0.0 if middle > limit and recipe.data.too_long == "drop" else min(middle, limit)
+        total += bin_.count * (middle if recipe.data.too_long == "split" else truncated)
+    validation_share = 0.0 if recipe.data.validation_path else recipe.data.validation_fraction
+    return min(total, everything) * recipe.training.epochs * (1 - validation_share)
 
 
 def _allowed(length: int) -> int:
@@ -106,7 +106,7 @@ def _allowed(length: int) -> int:
     return min(max(length, int(field.minimum or 1)), int(field.maximum or length))
 
 
-def last_pace(model: str) -> float | None:
+def last_throughput(model: str) -> float | None:
     """Tokens a second of the last run with this model that finished; None where there is none."""
     for run in all_runs():
         ending = last_event(run.events_path)
@@ -120,7 +120,7 @@ def last_pace(model: str) -> float | None:
     return None
 
 
-def table(costs: list[Cost], width: int) -> Content:
+def table(costs: list[LengthCost], width: int) -> Content:
     """One line a length; the recipe's own is marked."""
     if not costs:
         return Content("")
@@ -141,7 +141,7 @@ def table(costs: list[Cost], width: int) -> Content:
     return Content("\n").join(lines)
 
 
-def total_time(costs: list[Cost]) -> str:
+def total_time(costs: list[LengthCost]) -> str:
     """``, about 41 min`` at the recipe's own length; nothing where it is not known."""
     own = next((cost for cost in costs if cost.name == "now" and cost.seconds is not None), None)
     return f", about {duration(own.seconds)}" if own else ""

@@ -22,7 +22,7 @@ from qlora_tui.recipe.schema import Data, Recipe, Source
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PreviewRequest:
     """One source, and the settings that decide what the model sees of it."""
 
     source: Source
@@ -31,7 +31,7 @@ class Wanted:
     template: str
 
     @classmethod
-    def of(cls, recipe: Recipe, number: int) -> Wanted:
+    def of(cls, recipe: Recipe, number: int) -> PreviewRequest:
         """Source ``number`` of the recipe. Settings that change nothing of it are left out."""
         data = Data(
             max_length=recipe.data.max_length,
@@ -50,15 +50,15 @@ class DataPreviews:
     def __init__(self) -> None:
         self._rows = EngineClient()
         self._reports = EngineClient()
-        self._row_came = asyncio.Event()
+        self._first_row_shown = asyncio.Event()
 
     async def start(self) -> None:
         """Start the one for rows ahead of need. Raises Problem."""
         await self._rows.start()
 
-    async def row(self, wanted: Wanted, number: int, path: str = "") -> tuple[Shown, Problem | None]:
+    async def row(self, wanted: PreviewRequest, number: int, path: str = "") -> tuple[Shown, Problem | None]:
         """The row as the model sees it; as the file has it where there is no tokenizer, and why."""
-        ask = ShowRow(
+        request = ShowRow(
             source=wanted.source,
             row=number,
             path=path,
@@ -67,32 +67,32 @@ class DataPreviews:
             template=wanted.template,
         )
         try:
-            return await self._shown(ask), None
+            return await self._show_row(request), None
         except Problem as problem:
             if not wanted.model:
                 raise
             plain = ShowRow(source=wanted.source, row=number, path=path, data=wanted.data)
             # If the file itself is at fault, this raises the same.
-            return await self._shown(plain), problem
+            return await self._show_row(plain), problem
         finally:
-            self._row_came.set()
+            self._first_row_shown.set()
 
-    async def reports(self, wanted: Wanted) -> AsyncIterator[Report]:
+    async def reports(self, wanted: PreviewRequest) -> AsyncIterator[Report]:
         """Reports on the whole source, each better than the last; in characters without a tokenizer.
 
         The first waits for the first row that is asked for.
         """
-        await self._row_came.wait()
-        ask = InspectData(
+        await self._first_row_shown.wait()
+        request = InspectData(
             source=wanted.source, data=wanted.data, model=wanted.model, template=wanted.template
         )
         try:
-            async for report in self._reported(ask):
+            async for report in self._inspect(request):
                 yield report
         except Problem:
             if not wanted.model:
                 raise
-            async for report in self._reported(InspectData(source=wanted.source, data=wanted.data)):
+            async for report in self._inspect(InspectData(source=wanted.source, data=wanted.data)):
                 yield report
 
     async def fields(self, source: Source) -> dict[str, str]:
@@ -111,13 +111,13 @@ class DataPreviews:
         await self._rows.close()
         await self._reports.close()
 
-    async def _shown(self, ask: ShowRow) -> Shown:
-        async for reply in self._rows.ask(ask):
+    async def _show_row(self, request: ShowRow) -> Shown:
+        async for reply in self._rows.ask(request):
             if isinstance(reply, RowShown):
                 return reply.shown
         raise AssertionError("the engine ends a row with RowShown or a Problem")
 
-    async def _reported(self, ask: InspectData) -> AsyncIterator[Report]:
-        async for reply in self._reports.ask(ask):
+    async def _inspect(self, request: InspectData) -> AsyncIterator[Report]:
+        async for reply in self._reports.ask(request):
             if isinstance(reply, DataReport | DataInspected) and reply.report is not None:
                 yield reply.report

@@ -13,8 +13,8 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.keymap import Table, every_command
-from qlora_tui.tui.widgets.steady import put
+from qlora_tui.tui.keymap import Table, all_commands
+from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class HelpScreen(ModalScreen[None]):
         self._text = text
         self._tables = [table for table in tables if table[1]]
         self._names = names
-        self._broken_for = 0
+        self._wrapped_for = 0
         """The window's width when the lines were broken."""
 
     def compose(self) -> ComposeResult:
@@ -52,7 +52,7 @@ class HelpScreen(ModalScreen[None]):
             card.border_title = f"Help: {self._title}"
             card.border_subtitle = "esc closes"
             yield Static(self._text, markup=False)
-            self._broken_for = self.app.size.width
+            self._wrapped_for = self.app.size.width
             for heading, commands in self._tables:
                 yield Static(self._table(heading, commands), classes="commands")
 
@@ -62,11 +62,11 @@ class HelpScreen(ModalScreen[None]):
     def on_resize(self) -> None:
         """A window of another width breaks the lines elsewhere."""
         # Also told of the width it opened in.
-        if self.app.size.width == self._broken_for:
+        if self.app.size.width == self._wrapped_for:
             return
-        self._broken_for = self.app.size.width
+        self._wrapped_for = self.app.size.width
         for shown, table in zip(self.query(".commands").results(Static), self._tables, strict=True):
-            put(shown, self._table(*table))
+            update_if_changed(shown, self._table(*table))
 
     def _table(self, heading: str, commands: tuple[Command, ...]) -> Content:
         """By hand: a table of Rich's takes longer to draw than all the rest of the page to open."""
@@ -92,7 +92,7 @@ class HelpScreen(ModalScreen[None]):
         return self.app.get_key_display(Binding(key, ""))
 
 
-async def all_keys() -> HelpScreen:
+async def all_keys_screen() -> HelpScreen:
     """Every key of every screen, with the names of the commands."""
-    tables = await asyncio.to_thread(every_command)
+    tables = await asyncio.to_thread(all_commands)
     return HelpScreen("all keys", _KEYMAP_TEXT, *tables, names=True)

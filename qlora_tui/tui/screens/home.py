@@ -16,19 +16,19 @@ from qlora_tui import paths
 from qlora_tui.errors import Problem
 from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.pulse import Pulse
+from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.widgets.steady import put
+from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
-from qlora_tui.tui.work import Later
 
 if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
-    from qlora_tui.tui.screens.home_facts import Facts, HomeReader
+    from qlora_tui.tui.screens.home_facts import HomeFacts, HomeReader
     from qlora_tui.tui.screens.home_next import NextStep
     from qlora_tui.tui.workbench import Workbench
 
-_SEEN_EVERY_S = 30.0
+_LAST_SEEN_INTERVAL_S = 30.0
 _PARTS = ("card", "run", "queue", "recipe", "next", "recent")
 _TITLE = 8
 """Cells of a part's title, and of the margin under it."""
@@ -99,7 +99,7 @@ class HomeScreen(WorkScreen):
         super().__init__()
         self._reader: HomeReader | None = None
         self._started_at = clock.now()
-        self._seen_at = _last_seen() or self._started_at
+        self._seen_at = _load_last_seen() or self._started_at
         self._step: NextStep | None = None
         self._reading = False
         self._busy = False
@@ -111,21 +111,21 @@ class HomeScreen(WorkScreen):
                 yield Static(id=part, classes="part")
 
     def on_mount(self) -> None:
-        _see()
-        self.set_interval(_SEEN_EVERY_S, _see)
+        _save_last_seen()
+        self.set_interval(_LAST_SEEN_INTERVAL_S, _save_last_seen)
 
     def on_screen_resume(self) -> None:
         if self._reader is not None:
-            self._reader.look_for_models_again()
+            self._reader.invalidate_models()
 
-    def catch_up(self) -> None:
+    def refresh_now(self) -> None:
         # The recipe is read with the rest: the first frame does not wait for it.
-        self._pulse_changed(self.workstation.pulse)
+        self._system_status_changed(self.qlora_app.system_status)
 
     def show_recipe(self, recipe: Recipe) -> None:
         self._start_reading()
 
-    def show_pulse(self, pulse: Pulse) -> None:
+    def show_system_status(self, pulse: SystemStatus) -> None:
         self._start_reading()
 
     async def action_next(self) -> None:
@@ -137,20 +137,20 @@ class HomeScreen(WorkScreen):
         """Watch the run at work, or look at the last one."""
         from qlora_tui.tui.screens.train import show_run
 
-        if self.workstation.pulse.last is not None:
-            await show_run(self.workstation, self.workstation.pulse.last)
+        if self.qlora_app.system_status.latest is not None:
+            await show_run(self.qlora_app, self.qlora_app.system_status.latest)
 
     async def action_resume(self) -> None:
         """Queue the last run again, and watch it."""
         from qlora_tui.runs import actions
 
-        last = self.workstation.pulse.last
+        last = self.qlora_app.system_status.latest
         if last is None:
             return
         try:
             actions.resume(last)
         except Problem as problem:
-            self.workstation.explain(problem)
+            self.qlora_app.show_error(problem)
             return
         await self.action_watch()
 
@@ -158,24 +158,24 @@ class HomeScreen(WorkScreen):
         """Check the recipe, and launch it."""
         from qlora_tui.tui.screens.train import prepare_run
 
-        await prepare_run(self.workstation)
+        await prepare_run(self.qlora_app)
 
     async def action_chat(self) -> None:
         """Talk to the last run's adapter."""
         from qlora_tui.tui.screens.chat import show_chat
 
-        if self.workstation.pulse.last is not None:
-            await show_chat(self.workstation, self.workstation.pulse.last)
+        if self.qlora_app.system_status.latest is not None:
+            await show_chat(self.qlora_app, self.qlora_app.system_status.latest)
 
     def action_demo(self) -> None:
         """Fetch the demo's model, if it is not there, and prepare a run of it."""
         from qlora_tui.demo.model import is_ready
-        from qlora_tui.tui.screens.question import QuestionScreen
+        from qlora_tui.tui.screens.confirm import ConfirmScreen
 
         def take(yes: bool | None) -> None:
             if yes:
                 self._busy = True
-                self.run_worker(Later(self._prepare_demo), group="demo")
+                self.run_worker(DeferredWork(self._prepare_demo), group="demo")
 
         if self._busy:
             return
@@ -187,7 +187,7 @@ class HomeScreen(WorkScreen):
             "converted. The recipe is then set to it and to the 120 conversations that ship with the app; "
             "u takes that back. Nothing is trained before you say so."
         )
-        question = QuestionScreen("Fetch the demo's model?", text, "Fetch it", harmless=True)
+        question = ConfirmScreen("Fetch the demo's model?", text, "Fetch it", harmless=True)
         self.app.push_screen(question, take)
 
     async def _prepare_demo(self) -> None:
@@ -200,15 +200,15 @@ class HomeScreen(WorkScreen):
         try:
             folder = await asyncio.to_thread(ensure_model, tell)
         except Problem as problem:
-            self.workstation.explain(problem)
+            self.qlora_app.show_error(problem)
             return
         finally:
             self._busy = False
             self._start_reading()
-        bench = self.workstation.workbench
+        bench = self.qlora_app.workbench
         if bench.replace(demo_recipe(folder)):
             bench.forget_architecture()
-            self.workstation.recipe_edited()
+            self.qlora_app.recipe_edited()
         if self.is_current:
             await self.action_prepare()
         else:
@@ -217,31 +217,31 @@ class HomeScreen(WorkScreen):
     def _start_reading(self) -> None:
         if not self._reading:
             self._reading = True
-            self.run_worker(Later(self._read), group="read")
+            self.run_worker(DeferredWork(self._read), group="read")
 
     async def _read(self) -> None:
-        app = self.workstation
+        app = self.qlora_app
         try:
             await app.shown.wait()
-            if not app.pulse.looked:
+            if not app.system_status.is_known:
                 # What is shown of a machine that nobody has looked at would be wrong, and Enter would do it.
                 self._put("card", (Content.styled("looking…", "dim"),))
                 return
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home_facts")
             size = self.query_one("#home").scrollable_content_region.size
-            facts = await asyncio.to_thread(self._facts, app.workbench, app.pulse, size)
+            facts = await asyncio.to_thread(self._facts, app.workbench, app.system_status, size)
         finally:
             self._reading = False
         self._step = facts.step
         for part, lines in facts.parts.items():
             self._put(part, lines)
 
-    def _facts(self, bench: Workbench, pulse: Pulse, size: Size) -> Facts:
+    def _facts(self, bench: Workbench, pulse: SystemStatus, size: Size) -> HomeFacts:
         from qlora_tui.tui.screens.home_facts import HomeReader
 
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
-        room, now = self.workstation.room, clock.now()
+        room, now = self.qlora_app.memory_budget, clock.now()
         return self._reader.read(bench, room, pulse, now, across=size.width - _TITLE, down=size.height)
 
     def _put(self, part: str, lines: tuple[Content, ...]) -> None:
@@ -254,15 +254,15 @@ class HomeScreen(WorkScreen):
         text = Content("\n").join(head + line for head, line in zip(heads, lines, strict=True))
         if self._busy and part == "next":
             return
-        put(self.query_one(f"#{part}", Static), text)
+        update_if_changed(self.query_one(f"#{part}", Static), text)
 
 
-def _see() -> None:
+def _save_last_seen() -> None:
     """Remember that the app was looked at: what ends later is news at the next start."""
     (paths.state_dir() / "seen").touch(mode=0o600)
 
 
-def _last_seen() -> float:
+def _load_last_seen() -> float:
     """Unix time of the last look before this start; 0 at the first."""
     path = paths.state_dir() / "seen"
     return path.stat().st_mtime if path.exists() else 0.0

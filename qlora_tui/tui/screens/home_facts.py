@@ -19,14 +19,14 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
-from qlora_tui.tui.pulse import Pulse
-from qlora_tui.tui.run_words import SIGNS, ago
-from qlora_tui.tui.screens.home_next import NextStep, Standing, next_step, other_steps
-from qlora_tui.tui.screens.runs_summary import RunSummary, Summaries, thinned
+from qlora_tui.tui.run_labels import SIGNS, format_ago
+from qlora_tui.tui.screens.home_next import HomeState, NextStep, next_step, other_steps
+from qlora_tui.tui.screens.runs_summary import RunSummary, SummaryCache, downsample
+from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.axis import rounded
 from qlora_tui.tui.widgets.memory_bar import bar
 from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE, recipe_line
-from qlora_tui.tui.widgets.strip_chart import blocks
+from qlora_tui.tui.widgets.sparklines import blocks
 from qlora_tui.tui.workbench import Workbench
 
 _CURVE, _SHORT_CURVE = 24, 12
@@ -41,7 +41,7 @@ _CURVES_FROM, _MODELS_FROM = 90, 140
 
 
 @dataclass(frozen=True)
-class Facts:
+class HomeFacts:
     """All of Home."""
 
     parts: dict[str, tuple[Content, ...]]
@@ -56,30 +56,32 @@ class HomeReader:
         self._seen_at = seen_at
         """Unix time at which the app was last looked at before this start, or of the first start."""
         self._started_at = started_at
-        self._summaries = Summaries()
+        self._summaries = SummaryCache()
         self._local_models: int | None = None
         self._verdict: tuple[object, str] = (None, "")
 
-    def look_for_models_again(self) -> None:
+    def invalidate_models(self) -> None:
         """One may have been downloaded since."""
         self._local_models = None
 
     def read(
-        self, bench: Workbench, room: MemoryBudget, pulse: Pulse, now: float, *, across: int, down: int
-    ) -> Facts:
+        self, bench: Workbench, room: MemoryBudget, pulse: SystemStatus, now: float, *, across: int, down: int
+    ) -> HomeFacts:
         """How things stand, on ``down`` lines of ``across`` cells beside the titles."""
         across = max(_LEAST_ACROSS, across)
         if self._local_models is None:
             self._local_models = sum(model.refusal is None for model in list_local_models())
-        status = pulse.last_status
+        status = pulse.latest_status
         news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
         away = news and status is not None and status.at < self._started_at
-        summary = self._summaries.of(pulse.last) if pulse.last is not None else None
-        checkpoints = pulse.last.checkpoints() if pulse.last and status and status.state in RESUMABLE else []
-        standing = Standing(
+        summary = self._summaries.get(pulse.latest) if pulse.latest is not None else None
+        checkpoints = (
+            pulse.latest.checkpoints() if pulse.latest and status and status.state in RESUMABLE else []
+        )
+        standing = HomeState(
             recipe=bench.recipe,
             local_models=self._local_models,
-            verdict=self._judged(bench, room),
+            verdict=self._verdict_word(bench, room),
             last_run=summary.name if summary else "",
             last_state=status.state if status else None,
             last_is_news=news,
@@ -90,7 +92,7 @@ class HomeReader:
         )
         step = next_step(standing)
         parts = {
-            "card": card_lines(pulse, room),
+            "card": gpu_lines(pulse, room),
             "run": run_lines(summary, away, now, across),
             "queue": queue_lines(pulse.waiting),
             "recipe": recipe_lines(bench, room),
@@ -100,19 +102,19 @@ class HomeReader:
         # A line under each part.
         left = down - 1 - sum(len(lines) + 1 for lines in wrapped.values())
         wrapped["recent"] = _wrapped(self._recent(pulse, now, across, min(left, _MOST_RECENT)), across)
-        return Facts(wrapped, step)
+        return HomeFacts(wrapped, step)
 
-    def _recent(self, pulse: Pulse, now: float, across: int, down: int) -> list[Content]:
+    def _recent(self, pulse: SystemStatus, now: float, across: int, down: int) -> list[Content]:
         """The runs before the last."""
-        shown = {*pulse.waiting, pulse.last.id if pulse.last else ""}
+        shown = {*pulse.waiting, pulse.latest.id if pulse.latest else ""}
         others = (run for name, run in self._summaries.all_runs().items() if name not in shown)
-        return recent_lines([self._summaries.of(run) for run in islice(others, max(0, down))], now, across)
+        return recent_lines([self._summaries.get(run) for run in islice(others, max(0, down))], now, across)
 
-    def _judged(self, bench: Workbench, room: MemoryBudget) -> str:
-        asked = (bench.recipe, room)
-        if self._verdict[0] != asked:
-            made = estimate_of(bench, room)
-            self._verdict = (asked, "" if made is None else check_fit(made, room.bytes).word)
+    def _verdict_word(self, bench: Workbench, room: MemoryBudget) -> str:
+        key = (bench.recipe, room)
+        if self._verdict[0] != key:
+            estimate = estimate_of(bench, room)
+            self._verdict = (key, "" if estimate is None else check_fit(estimate, room.bytes).word)
         return self._verdict[1]
 
 
@@ -125,20 +127,20 @@ def estimate_of(bench: Workbench, room: MemoryBudget) -> Estimate | None:
     return compared["int8" if method == "int8" else "fp16" if method == "none" else "nf4"]
 
 
-def card_lines(pulse: Pulse, room: MemoryBudget) -> list[Content]:
+def gpu_lines(pulse: SystemStatus, room: MemoryBudget) -> list[Content]:
     """The card and how busy it is, or what there is instead."""
-    if pulse.card is None:
+    if pulse.gpu is None:
         memory = f"{gib(room.bytes)} GiB"
         where = (
             "runs train on the CPU, slowly" if room.device.kind == "cpu" else f"estimates are for {room.name}"
         )
         first = Content.assemble(("No GPU", "bold"), f"   {where}   {memory} of memory")
-        return [first, *([Content.styled(pulse.no_card, "dim")] if pulse.no_card else [])]
-    card, reading = pulse.card, pulse.reading
+        return [first, *([Content.styled(pulse.no_gpu_reason, "dim")] if pulse.no_gpu_reason else [])]
+    card, reading = pulse.gpu, pulse.gpu_metrics
     if reading is None:
         return [
             Content.assemble((card.short_name, "bold"), "   does not answer"),
-            Content.styled(pulse.no_card, "dim"),
+            Content.styled(pulse.no_gpu_reason, "dim"),
         ]
     use = "NA" if reading.utilization_percent is None else f"{reading.utilization_percent}%"
     heat = "NA" if reading.temperature_c is None else f"{reading.temperature_c} °C"
@@ -182,7 +184,7 @@ def _ended(at: float, now: float, *, away: bool) -> list[Content]:
     """``at 03:12, 4 h ago  while you were away``, as a line if it is known."""
     if not at:
         return []
-    return [Content.assemble(ago(at, now), ("  while you were away" if away else "", "$accent"))]
+    return [Content.assemble(format_ago(at, now), ("  while you were away" if away else "", "$accent"))]
 
 
 def _outcome(summary: RunSummary) -> str:
@@ -200,7 +202,7 @@ def _outcome(summary: RunSummary) -> str:
 
 def curve(losses: tuple[float, ...], width: int) -> str:
     """A run's losses in one line, from its own lowest to its own highest."""
-    means = thinned(losses, width)
+    means = downsample(losses, width)
     finite = [mean for mean in means if mean is not None and mean == mean]
     if not finite:
         return blocks(means, 0.0, 1.0, 1)[0]
@@ -232,7 +234,7 @@ def recent_lines(summaries: list[RunSummary], now: float, across: int) -> list[C
 def _when(at: float, now: float, across: int) -> str:
     if not at:
         return ""
-    return ago(at, now) if across >= _CURVES_FROM else f"{duration(max(0.0, now - at))} ago"
+    return format_ago(at, now) if across >= _CURVES_FROM else f"{duration(max(0.0, now - at))} ago"
 
 
 def _column(texts: list[str], widest: int = _WIDEST) -> list[Content]:
@@ -270,15 +272,15 @@ def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
 def recipe_lines(workbench: Workbench, room: MemoryBudget) -> list[Content]:
     """What is being prepared, and whether it fits."""
     first = Content(recipe_line(workbench))
-    made = estimate_of(workbench, room)
-    if made is None:
+    estimate = estimate_of(workbench, room)
+    if estimate is None:
         compared = workbench.comparison(room.device)
         if isinstance(compared, Problem) and workbench.recipe.model.id:
             return [first, Content.styled(f"{compared.what} {compared.fix}", "dim")]
         return [first]
-    verdict = check_fit(made, room.bytes)
-    share = made.total_bytes / room.bytes
-    figures = f"{bar(share, _CURVE)} {gib(made.total_bytes)} of {gib(room.bytes)} GiB  "
+    verdict = check_fit(estimate, room.bytes)
+    share = estimate.total_bytes / room.bytes
+    figures = f"{bar(share, _CURVE)} {gib(estimate.total_bytes)} of {gib(room.bytes)} GiB  "
     return [first, Content.assemble(figures, (verdict.word, VERDICT_STYLE[verdict.word]))]
 
 

@@ -9,7 +9,7 @@ from qlora_tui.runs.status import ACTIVE, State
 
 
 @dataclass(frozen=True)
-class Standing:
+class HomeState:
     """What the advice rests on."""
 
     recipe: Recipe
@@ -52,49 +52,49 @@ DEMO = NextStep(
 SEARCH = NextStep("1", "app.go('models')", "Search the hub for a model", "there is none on this machine yet")
 
 
-def next_step(now: Standing) -> NextStep:
+def next_step(now: HomeState) -> NextStep:
     """The most useful thing to do now."""
     state = now.last_state
     if state in ACTIVE:
         return NextStep("", "watch", "Watch the run", f"{now.last_run} is at work")
     if now.last_is_news and state == "finished":
         return NextStep("", "chat", "Talk to the adapter", f"{now.last_run} is finished")
-    if state == "paused" or (_can_go_on(now) and not now.edited_since):
-        return _go_on(now)
+    if state == "paused" or (_can_resume(now) and not now.edited_since):
+        return _resume(now)
     if state in ("failed", "lost") and not (now.edited_since and _is_complete(now)):
         return NextStep("", "watch", "See what went wrong", now.last_fix or f"{now.last_run} {_ended(state)}")
     return _prepare(now)
 
 
-def other_steps(now: Standing, chosen: NextStep) -> tuple[NextStep, ...]:
+def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
     """What could be done instead: by a newcomer, or with a run that can go on."""
     if chosen.action in ("resume", "watch") and now.last_state not in ACTIVE:
-        mended = (_go_on(now),) if now.last_state == "failed" and now.last_checkpoint else ()
-        return (*mended, *((_prepare(now),) if _is_complete(now) else ()))
-    if chosen.action == "prepare" and _can_go_on(now):
-        return (_go_on(now),)
+        resume = (_resume(now),) if now.last_state == "failed" and now.last_checkpoint else ()
+        return (*resume, *((_prepare(now),) if _is_complete(now) else ()))
+    if chosen.action == "prepare" and _can_resume(now):
+        return (_resume(now),)
     if now.recipe.model.id or now.last_state is not None or chosen not in (DEMO, SEARCH):
         return ()
     return (SEARCH,) if chosen is DEMO else (DEMO,)
 
 
-def _can_go_on(now: Standing) -> bool:
+def _can_resume(now: HomeState) -> bool:
     """A run that was broken off, by the user or by whatever killed it, and not by what it met in itself."""
     return now.last_state in ("stopped", "lost") and now.last_checkpoint > 0
 
 
-def _go_on(now: Standing) -> NextStep:
+def _resume(now: HomeState) -> NextStep:
     total = f" of {now.last_total_steps:,}" if now.last_total_steps else ""
     where = f"its checkpoint at step {now.last_checkpoint:,}{total}" if now.last_checkpoint else "its start"
     why = f"{now.last_run} {_ended(now.last_state)}; it goes on from {where}"
     return NextStep("r", "resume", "Go on with the run", why)
 
 
-def _is_complete(now: Standing) -> bool:
+def _is_complete(now: HomeState) -> bool:
     return bool(now.recipe.model.id and now.recipe.data.sources)
 
 
-def _prepare(now: Standing) -> NextStep:
+def _prepare(now: HomeState) -> NextStep:
     if not now.recipe.model.id:
         if not now.local_models:
             return DEMO

@@ -23,17 +23,30 @@ from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.recipe.targets import assign_pattern_values, match_modules, resolve_targets, to_patterns
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.screens.ask import AskScreen
+from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora_commands import COMMANDS
-from qlora_tui.tui.widgets.entry import Entry
-from qlora_tui.tui.widgets.lora_advice import KNOBS, advice, knob_head, stepped, targets_advice
-from qlora_tui.tui.widgets.lora_totals import Prices, cursor_text, difference_text, more, prices, totals_text
+from qlora_tui.tui.screens.text_prompt import TextPromptScreen
+from qlora_tui.tui.widgets.lora_controls import (
+    LORA_CONTROLS,
+    advice,
+    control_line,
+    next_value,
+    targets_advice,
+)
+from qlora_tui.tui.widgets.lora_totals import (
+    MemoryDeltas,
+    cursor_text,
+    difference_text,
+    format_delta,
+    memory_deltas,
+    totals_text,
+)
 from qlora_tui.tui.widgets.module_grid import ModuleGrid
 from qlora_tui.tui.widgets.module_table import ModuleTable
-from qlora_tui.tui.widgets.steady import put
-from qlora_tui.tui.widgets.target_text import typed, wrong_number
-from qlora_tui.tui.work import Later
+from qlora_tui.tui.widgets.static_update import update_if_changed
+from qlora_tui.tui.widgets.target_input import parse_targets, validate_number
+from qlora_tui.tui.widgets.text_field import TextField
 
 SETTLED_S = 0.1
 """Prices wait until no key has come for so long."""
@@ -54,10 +67,10 @@ class LoraScreen(WorkScreen):
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
-    class Priced(Message):
+    class DeltasReady(Message):
         """The estimates that a key press does not wait for."""
 
-        def __init__(self, recipe: Recipe, prices: Prices | None) -> None:
+        def __init__(self, recipe: Recipe, prices: MemoryDeltas | None) -> None:
             super().__init__()
             self.recipe = recipe
             self.prices = prices
@@ -66,14 +79,14 @@ class LoraScreen(WorkScreen):
         super().__init__()
         self._table: ModuleTable | None = None
         self._table_of: object = None
-        self._prices: tuple[Recipe, Prices | None] | None = None
-        self._priced_for: tuple[Recipe, MemoryBudget] | None = None
+        self._deltas: tuple[Recipe, MemoryDeltas | None] | None = None
+        self._deltas_key: tuple[Recipe, MemoryBudget] | None = None
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="targets-line"):
             yield Static("targets ", id="targets-label")
             yield Static(id="targets-text", markup=False)
-            yield Entry(compact=True, id="targets-input")
+            yield TextField(compact=True, id="targets-input")
         with Horizontal(id="lora-parts"):
             with Vertical(id="grid-side"):
                 yield ModuleGrid(id="modules")
@@ -87,10 +100,10 @@ class LoraScreen(WorkScreen):
         self.query_one("#modules").focus()
 
     def on_resize(self) -> None:
-        self.call_after_refresh(lambda: self.show_recipe(self.workstation.workbench.recipe))
+        self.call_after_refresh(lambda: self.show_recipe(self.qlora_app.workbench.recipe))
 
     def show_recipe(self, recipe: Recipe) -> None:
-        architecture = self.workstation.workbench.architecture()
+        architecture = self.qlora_app.workbench.architecture()
         missing = architecture if isinstance(architecture, Problem) else None
         if self._table_of is not architecture:
             self._table_of = architecture
@@ -102,17 +115,19 @@ class LoraScreen(WorkScreen):
         if missing is not None:
             empty.update("\n".join(filter(None, (missing.what, missing.why, f"▸ {missing.fix}"))))
         self._show_targets(recipe)
-        self._show_price_and_totals(recipe)
-        asked = (recipe, self.workstation.room)
-        if asked != self._priced_for and not isinstance(architecture, Problem):
-            self._priced_for = asked
-            self.run_worker(Later(self._price, *asked, architecture), exclusive=True, group="price")
+        self._show_controls_and_totals(recipe)
+        key = (recipe, self.qlora_app.memory_budget)
+        if key != self._deltas_key and not isinstance(architecture, Problem):
+            self._deltas_key = key
+            self.run_worker(
+                DeferredWork(self._compute_deltas, *key, architecture), exclusive=True, group="price"
+            )
 
     def action_step(self, index: int, up: bool) -> None:
         """One step of a setting."""
-        knob = KNOBS[index]
-        value = get_setting(self.workstation.workbench.recipe, knob.path)
-        self.workstation.edit(knob.path, stepped(knob, value, up))
+        knob = LORA_CONTROLS[index]
+        value = get_setting(self.qlora_app.workbench.recipe, knob.path)
+        self.qlora_app.edit(knob.path, next_value(knob, value, up))
 
     def action_toggle_modules(self) -> None:
         """Take or drop what is under the cursor."""
@@ -122,16 +137,16 @@ class LoraScreen(WorkScreen):
     def action_block(self) -> None:
         """Begin a block, or toggle the one begun."""
         if self._table is not None:
-            self.query_one(ModuleGrid).block()
+            self.query_one(ModuleGrid).toggle_block_selection()
 
     def action_all_linear(self) -> None:
         """Every linear module."""
-        self.workstation.edit("lora.target_modules", (ALL_LINEAR,))
+        self.qlora_app.edit("lora.target_modules", (ALL_LINEAR,))
 
     def action_here(self, key: str) -> None:
         """Ask for a rank or an alpha for what is under the cursor alone."""
-        recipe, modules = self.workstation.workbench.recipe, self.query_one(ModuleGrid).under_cursor
-        architecture = self.workstation.workbench.architecture()
+        recipe, modules = self.qlora_app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
+        architecture = self.qlora_app.workbench.architecture()
         if isinstance(architecture, Problem) or not modules:
             return
         names = {module.name for module in modules}
@@ -141,17 +156,17 @@ class LoraScreen(WorkScreen):
             if text is not None:
                 number = msgspec.convert(text.strip() or usual, fields()[f"lora.{key}"].type, strict=False)
                 own = get_setting(recipe, setting)
-                self.workstation.edit(
+                self.qlora_app.edit(
                     setting, assign_pattern_values(own, usual, names, number, architecture.modules)
                 )
-                self.query_one(ModuleGrid).action_forget_block()
+                self.query_one(ModuleGrid).action_clear_block()
 
         self.app.push_screen(
-            AskScreen(
+            TextPromptScreen(
                 f"{key.title()} of {', '.join(to_patterns(names, architecture.modules))}",
                 f"{len(names)} modules. Nothing: {format_value(usual)}, as all others.",
                 "",
-                lambda text: wrong_number(f"lora.{key}", text),
+                lambda text: validate_number(f"lora.{key}", text),
             ),
             take,
         )
@@ -159,16 +174,16 @@ class LoraScreen(WorkScreen):
     def action_patterns(self) -> None:
         """Type patterns; the modules follow while they are typed."""
         field = self.query_one("#targets-input", Input)
-        field.value = ", ".join(self.workstation.workbench.recipe.lora.target_modules)
+        field.value = ", ".join(self.qlora_app.workbench.recipe.lora.target_modules)
         field.display = True
         self.query_one("#targets-text").display = False
         field.focus()
 
-    def on_lora_screen_priced(self, message: Priced) -> None:
+    def on_lora_screen_deltas_ready(self, message: DeltasReady) -> None:
         """Show what the estimates say, if the recipe is still the same."""
-        if message.recipe == self.workstation.workbench.recipe:
-            self._prices = (message.recipe, message.prices)
-            self._show_price_and_totals(message.recipe)
+        if message.recipe == self.qlora_app.workbench.recipe:
+            self._deltas = (message.recipe, message.prices)
+            self._show_controls_and_totals(message.recipe)
 
     def on_module_grid_chosen(self, message: ModuleGrid.Chosen) -> None:
         """Write the choice into the recipe, as short patterns."""
@@ -178,7 +193,7 @@ class LoraScreen(WorkScreen):
         if not patterns:
             self.notify("LoRA needs at least one module.", severity="warning")
         else:
-            self.workstation.edit("lora.target_modules", patterns)
+            self.qlora_app.edit("lora.target_modules", patterns)
 
     def on_module_grid_moved(self) -> None:
         """Say what is under the cursor."""
@@ -189,11 +204,11 @@ class LoraScreen(WorkScreen):
         if not event.input.has_focus or self._table is None:
             return
         try:
-            patterns = typed(event.value, self._table.modules)
+            patterns = parse_targets(event.value, self._table.modules)
         except Problem as problem:
-            self._say(problem)
+            self._show_error(problem)
             return
-        self._show_chosen(patterns, self.workstation.workbench.recipe)
+        self._show_chosen(patterns, self.qlora_app.workbench.recipe)
         modules = match_modules(patterns, self._table.modules)
         self.query_one("#under-cursor", Static).update(
             f"{len(modules)} modules: enter takes them, esc leaves."
@@ -203,46 +218,46 @@ class LoraScreen(WorkScreen):
         """Take the patterns."""
         modules = self._table.modules if self._table is not None else ()
         try:
-            patterns = typed(event.value, modules) if self._table is not None else (event.value,)
+            patterns = parse_targets(event.value, modules) if self._table is not None else (event.value,)
         except Problem as problem:
-            self._say(problem)
+            self._show_error(problem)
             return
         self._leave_patterns()
-        self.workstation.edit("lora.target_modules", patterns)
+        self.qlora_app.edit("lora.target_modules", patterns)
 
     def key_escape(self) -> None:
         """Leave the patterns as they were."""
         if self.query_one("#targets-input").display:
             self._leave_patterns()
 
-    async def _price(self, recipe: Recipe, room: MemoryBudget, architecture: Architecture) -> None:
+    async def _compute_deltas(self, recipe: Recipe, room: MemoryBudget, architecture: Architecture) -> None:
         await asyncio.sleep(SETTLED_S)
-        base = self.workstation.workbench.base
-        known = await asyncio.to_thread(prices, recipe, base, architecture, room.device)
-        self.post_message(self.Priced(recipe, known))
+        base = self.qlora_app.workbench.base
+        known = await asyncio.to_thread(memory_deltas, recipe, base, architecture, room.device)
+        self.post_message(self.DeltasReady(recipe, known))
 
-    def _known_prices(self, recipe: Recipe) -> Prices | None:
-        return self._prices[1] if self._prices is not None and self._prices[0] == recipe else None
+    def _deltas_for(self, recipe: Recipe) -> MemoryDeltas | None:
+        return self._deltas[1] if self._deltas is not None and self._deltas[0] == recipe else None
 
-    def _show_price_and_totals(self, recipe: Recipe) -> None:
-        self._show_knobs(recipe)
-        put(self.query_one("#totals", Static), self._totals(recipe))
+    def _show_controls_and_totals(self, recipe: Recipe) -> None:
+        self._show_controls(recipe)
+        update_if_changed(self.query_one("#totals", Static), self._totals(recipe))
 
     def _leave_patterns(self) -> None:
         self.query_one("#targets-input").display = False
         self.query_one("#targets-text").display = True
         self.query_one("#modules").focus()
-        self.show_recipe(self.workstation.workbench.recipe)
+        self.show_recipe(self.qlora_app.workbench.recipe)
 
-    def _say(self, problem: Problem) -> None:
+    def _show_error(self, problem: Problem) -> None:
         text = f"✗ {problem.what} ▸ {problem.fix}" if problem.fix else f"✗ {problem.what}"
-        put(self.query_one("#under-cursor", Static), Content.styled(text, "$error"))
+        update_if_changed(self.query_one("#under-cursor", Static), Content.styled(text, "$error"))
 
     def _show_targets(self, recipe: Recipe) -> None:
         text = ", ".join(recipe.lora.target_modules)
         note = targets_advice(recipe.lora)
         room = self.size.width - len("targets ") - len(text) - 4
-        put(
+        update_if_changed(
             self.query_one("#targets-text", Static),
             Content.assemble((text, "bold"), (f"  {note}" if room >= len(note) else "", "$text-muted")),
         )
@@ -259,31 +274,31 @@ class LoraScreen(WorkScreen):
         self.query_one(ModuleGrid).show(self._table, names, recipe.lora)
 
     def _show_cursor(self) -> None:
-        recipe = self.workstation.workbench.recipe
+        recipe = self.qlora_app.workbench.recipe
         if self._table is None:
             return
         try:
             resolve_targets(recipe.lora, self._table.modules)
         except Problem as problem:
-            self._say(problem)
+            self._show_error(problem)
             return
         grid = self.query_one(ModuleGrid)
-        put(
+        update_if_changed(
             self.query_one("#under-cursor", Static),
             cursor_text(grid.under_cursor, recipe.lora, in_block=grid.has_block),
         )
 
-    def _show_knobs(self, recipe: Recipe) -> None:
+    def _show_controls(self, recipe: Recipe) -> None:
         panel = self.query_one("#knobs", Static)
         width = max(20, panel.content_size.width)
-        base = self.workstation.workbench.base
-        known = self._known_prices(recipe)
+        base = self.qlora_app.workbench.base
+        known = self._deltas_for(recipe)
         lines = []
-        for knob in KNOBS:
-            head = knob_head(knob, recipe, base)
+        for knob in LORA_CONTROLS:
+            head = control_line(knob, recipe, base)
             words = advice(knob.path, recipe.lora)
             if knob.path == "lora.use_dora" and known:
-                words = f"{more(known.dora_bytes)}. {words}"
+                words = f"{format_delta(known.dora_bytes)}. {words}"
             if self.size.width >= 100:
                 parts = [Content.styled(f"    {part}", "$text-muted") for part in wrap(words, width - 4)]
                 lines += [head, *parts, Content("")]
@@ -291,12 +306,12 @@ class LoraScreen(WorkScreen):
                 lines.append(
                     Content.assemble(head, (f" {words}", "$text-muted")).truncate(width, ellipsis=True)
                 )
-        put(panel, Content("\n").join(lines))
+        update_if_changed(panel, Content("\n").join(lines))
 
     def _totals(self, recipe: Recipe) -> Content:
-        bench = self.workstation.workbench
-        differs = difference_text(bench, self._known_prices(recipe), max(20, self.size.width - 2))
-        compared = bench.comparison(self.workstation.room.device)
+        bench = self.qlora_app.workbench
+        differs = difference_text(bench, self._deltas_for(recipe), max(20, self.size.width - 2))
+        compared = bench.comparison(self.qlora_app.memory_budget.device)
         architecture = bench.architecture()
         if isinstance(compared, Problem) or isinstance(architecture, Problem):
             return differs

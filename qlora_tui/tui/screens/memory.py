@@ -32,22 +32,22 @@ from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.pulse import Pulse
+from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory_commands import COMMANDS
+from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.memory_panel import (
     changes_text,
     item_line,
     levels_line,
-    levers,
     nothing_helps,
+    setting_controls,
     verdict_text,
 )
 from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE
 from qlora_tui.tui.widgets.stacked_bar import legend, stacked_bar
-from qlora_tui.tui.widgets.steady import put
+from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_list import ViList
-from qlora_tui.tui.work import Later
 
 METHODS = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
 """What ``quantization.method`` says for each precision."""
@@ -107,7 +107,7 @@ class MemoryScreen(WorkScreen):
     @property
     def precision(self) -> Precision:
         """The one that is taken apart: the recipe's own until another is asked for."""
-        return self._precision or precision_of(self.workstation.workbench.recipe)
+        return self._precision or precision_of(self.qlora_app.workbench.recipe)
 
     def compose_body(self) -> Iterable[Widget]:
         yield Static(id="memory-empty", markup=False)
@@ -124,11 +124,11 @@ class MemoryScreen(WorkScreen):
         self.query_one("#items").focus()
 
     def show_recipe(self, recipe: Recipe) -> None:
-        room = self.workstation.room
+        room = self.qlora_app.memory_budget
         if self._shown_for == (recipe, room):
             return
         self._shown_for = (recipe, room)
-        compared = self.workstation.workbench.comparison(room.device)
+        compared = self.qlora_app.workbench.comparison(room.device)
         problem = compared if isinstance(compared, Problem) else None
         self.query_one("#memory-body").display = problem is None
         empty = self.query_one("#memory-empty", Static)
@@ -143,22 +143,22 @@ class MemoryScreen(WorkScreen):
         self._tracing = ""
         if not self._compared[precision_of(recipe)].exact:
             self._tracing = "tracing a step…"
-            self.run_worker(Later(self._trace, recipe, room), exclusive=True, group="trace")
+            self.run_worker(DeferredWork(self._trace, recipe, room), exclusive=True, group="trace")
         else:
             self.workers.cancel_group(self, "trace")
         self._show_all()
-        self.run_worker(Later(self._solve, recipe, room), exclusive=True, group="solve")
+        self.run_worker(DeferredWork(self._solve, recipe, room), exclusive=True, group="solve")
 
-    def show_pulse(self, pulse: Pulse) -> None:
+    def show_system_status(self, pulse: SystemStatus) -> None:
         if self._compared and self._heading_text() != self._heading:
             self._show_bars()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that would change nothing are not offered."""
         if action == "use":
-            return self.precision != precision_of(self.workstation.workbench.recipe)
+            return self.precision != precision_of(self.qlora_app.workbench.recipe)
         if action == "apply":
-            return bool(self._compared) and not self._fits_as_it_is() and not self._least_bytes
+            return bool(self._compared) and not self._recipe_fits() and not self._least_bytes
         return super().check_action(action, parameters)
 
     def on_resize(self) -> None:
@@ -168,23 +168,23 @@ class MemoryScreen(WorkScreen):
     def action_scale(self, path: str, factor: float) -> None:
         """Multiply a whole-number setting, within its bounds."""
         field = fields()[path]
-        value = round(get_setting(self.workstation.workbench.recipe, path) * factor)
+        value = round(get_setting(self.qlora_app.workbench.recipe, path) * factor)
         low, high = int(field.minimum or 1), int(field.maximum or value)
-        self.workstation.edit(path, min(max(value, low), high))
+        self.qlora_app.edit(path, min(max(value, low), high))
 
     def action_targets(self) -> None:
         """The next choice that this model has; all-linear after one of the user's own."""
-        architecture = self.workstation.workbench.architecture()
+        architecture = self.qlora_app.workbench.architecture()
         kinds = () if isinstance(architecture, Problem) else architecture.kinds()
         choices = [choice for choice in TARGETS if choice == TARGETS[0] or set(choice) <= set(kinds)]
-        now = self.workstation.workbench.recipe.lora.target_modules
+        now = self.qlora_app.workbench.recipe.lora.target_modules
         index = choices.index(now) + 1 if now in choices else 0
-        self.workstation.edit("lora.target_modules", choices[index % len(choices)])
+        self.qlora_app.edit("lora.target_modules", choices[index % len(choices)])
 
     def action_checkpointing(self) -> None:
         """Checkpoint activations, or not."""
-        now = self.workstation.workbench.recipe.training.gradient_checkpointing
-        self.workstation.edit("training.gradient_checkpointing", not now)
+        now = self.qlora_app.workbench.recipe.training.gradient_checkpointing
+        self.qlora_app.edit("training.gradient_checkpointing", not now)
 
     def action_next_bar(self, step: int) -> None:
         """Take another bar apart."""
@@ -193,7 +193,7 @@ class MemoryScreen(WorkScreen):
 
     def action_use(self) -> None:
         """Train in the precision that is taken apart."""
-        self.workstation.edit("quantization.method", METHODS[self.precision])
+        self.qlora_app.edit("quantization.method", METHODS[self.precision])
 
     def action_apply(self) -> None:
         """Make the cheapest change that fits."""
@@ -201,9 +201,9 @@ class MemoryScreen(WorkScreen):
             self.notify("Still looking for a change that is enough.")
             return
         change = self._changes[0]
-        if self.workstation.workbench.replace(change.recipe):
+        if self.qlora_app.workbench.replace(change.recipe):
             self._precision = None
-            self.workstation.recipe_edited()
+            self.qlora_app.recipe_edited()
             self.notify(f"{change.label}. u takes it back.")
 
     def on_option_list_option_highlighted(self) -> None:
@@ -216,15 +216,15 @@ class MemoryScreen(WorkScreen):
             return
         self._fitting, self._changes = message.fitting, message.changes
         self._least_bytes = message.least_bytes
-        self._offer()
-        self._show_beside()
+        self._refresh_offered_keys()
+        self._show_side_panel()
 
     async def _solve(self, recipe: Recipe, room: MemoryBudget) -> None:
-        architecture = self.workstation.workbench.architecture()
+        architecture = self.qlora_app.workbench.architecture()
         if isinstance(architecture, Problem):
             return
 
-        fits = self._fits_as_it_is()
+        fits = self._recipe_fits()
 
         def answer() -> MemoryScreen.Solved:
             fitting = largest_settings(recipe, architecture, room.bytes, device=room.device)
@@ -245,8 +245,8 @@ class MemoryScreen(WorkScreen):
             self._tracing = f"not traced: {problem.what}"
         else:
             self._tracing = ""  # the estimate's own note says so
-            self.workstation.workbench.use_trace(recipe, room.device, traced)
-            compared = self.workstation.workbench.comparison(room.device)
+            self.qlora_app.workbench.use_trace(recipe, room.device, traced)
+            compared = self.qlora_app.workbench.comparison(room.device)
             self._compared = self._compared if isinstance(compared, Problem) else compared
         self._show_all()
 
@@ -254,15 +254,15 @@ class MemoryScreen(WorkScreen):
         if self._compared:
             self._show_bars()
             self._show_items()
-            self._show_beside()
+            self._show_side_panel()
             self._show_explanation()
 
     def _heading_text(self) -> str:
-        room, pulse = self.workstation.room, self.workstation.pulse
+        room, pulse = self.qlora_app.memory_budget, self.qlora_app.system_status
         more = [words for words in (self._compared[self.precision].correction_words, self._tracing) if words]
         peak = "Peak" if more and self.size.width < 100 else "Peak of a training step"
         what = f"{peak} against {gib(room.bytes)} GiB"
-        if pulse.card is not None and room.name == pulse.card.short_name:
+        if pulse.gpu is not None and room.name == pulse.gpu.short_name:
             free = "" if pulse.free_bytes is None else f", {gib(pulse.free_bytes)} free now"
             what = f"{what}: {room.name}{free}"
         elif not room.name.startswith("a card"):
@@ -270,47 +270,47 @@ class MemoryScreen(WorkScreen):
         return "; ".join([what, *more])
 
     def _show_bars(self) -> None:
-        self._offer()
-        room = self.workstation.room
-        own = precision_of(self.workstation.workbench.recipe)
+        self._refresh_offered_keys()
+        room = self.qlora_app.memory_budget
+        own = precision_of(self.qlora_app.workbench.recipe)
         width = max(10, self.size.width - 43)
         self._heading = self._heading_text()
         lines = [Content.styled(self._heading, "$text-muted")]
         for precision in PRECISIONS:
-            made = self._compared[precision]
-            word = check_fit(made, room.bytes).word
+            estimate = self._compared[precision]
+            word = check_fit(estimate, room.bytes).word
             mark = "▸" if precision == self.precision else " "
             lines.append(
                 Content.assemble(
                     (f"{mark} {PRECISION_NAMES[precision]:<5}", "bold" if mark == "▸" else ""),
-                    stacked_bar(made, room.bytes, width),
-                    f" {gib(made.total_bytes):>6} GiB ",
+                    stacked_bar(estimate, room.bytes, width),
+                    f" {gib(estimate.total_bytes):>6} GiB ",
                     (f"{word:<12}", VERDICT_STYLE[word]),
                     (" ◂ recipe" if precision == own else "", "$accent"),
                 )
             )
         lines.append(legend())
-        put(self.query_one("#bars", Static), Content("\n").join(lines))
+        update_if_changed(self.query_one("#bars", Static), Content("\n").join(lines))
 
-    def _offer(self) -> None:
+    def _refresh_offered_keys(self) -> None:
         offered = [self.check_action(action, ()) for action in ("use", "apply")]
         if offered != self._offered:
             self._offered = offered
             self.refresh_bindings()
 
     def _show_items(self) -> None:
-        made = self._compared[self.precision]
-        items = sorted(made.items, key=lambda item: -item.bytes)
+        estimate = self._compared[self.precision]
+        items = sorted(estimate.items, key=lambda item: -item.bytes)
         list_ = self.query_one("#items", ViList)
         width = list_.scrollable_content_region.width
-        list_.show([(item.key, item_line(item, made, items[0].bytes, width)) for item in items])
+        list_.show([(item.key, item_line(item, estimate, items[0].bytes, width)) for item in items])
 
-    def _show_beside(self) -> None:
-        recipe, made = self.workstation.workbench.recipe, self._compared[self.precision]
-        architecture = self.workstation.workbench.architecture()
+    def _show_side_panel(self) -> None:
+        recipe, estimate = self.qlora_app.workbench.recipe, self._compared[self.precision]
+        architecture = self.qlora_app.workbench.architecture()
         known = None if isinstance(architecture, Problem) else architecture
         context = known.max_positions if known else None
-        put(self.query_one("#levers", Static), levers(recipe, self._fitting, context))
+        update_if_changed(self.query_one("#levers", Static), setting_controls(recipe, self._fitting, context))
         beside = self.query_one("#changes", Static)
         parts = [changes_text(self._changes, beside.content_size.width)] if self._changes else []
         if self._least_bytes:
@@ -318,14 +318,14 @@ class MemoryScreen(WorkScreen):
         if known and (warning := context_length_warning(recipe.data.max_length, known)):
             # What it is about stands among the levers.
             parts.append(Content.styled(f"{warning.why} {warning.fix}", "$warning"))
-        parts += [Content(note) for note in made.notes]
+        parts += [Content(note) for note in estimate.notes]
         if conversion := self._conversion(recipe.model.id):
-            on_cpu = self.workstation.room.device.kind == "cpu"
-            parts.append(Content(conversion.words(made.process_bytes if on_cpu else None)))
+            on_cpu = self.qlora_app.memory_budget.device.kind == "cpu"
+            parts.append(Content(conversion.words(estimate.process_bytes if on_cpu else None)))
         if self.size.width >= 100:
-            verdict = check_fit(made, self.workstation.room.bytes)
+            verdict = check_fit(estimate, self.qlora_app.memory_budget.bytes)
             parts.append(verdict_text(verdict, PRECISION_NAMES[self.precision]))
-        put(beside, Content("\n\n").join(parts))
+        update_if_changed(beside, Content("\n\n").join(parts))
 
     def _conversion(self, model_id: str) -> Conversion | None:
         """What a GGUF file needs before its first run."""
@@ -335,16 +335,16 @@ class MemoryScreen(WorkScreen):
 
         return pending(model_id)
 
-    def _fits_as_it_is(self) -> bool:
-        made = self._compared[precision_of(self.workstation.workbench.recipe)]
-        return check_fit(made, self.workstation.room.bytes).fits
+    def _recipe_fits(self) -> bool:
+        estimate = self._compared[precision_of(self.qlora_app.workbench.recipe)]
+        return check_fit(estimate, self.qlora_app.memory_budget.bytes).fits
 
     def _show_explanation(self) -> None:
-        made = self._compared.get(self.precision)
+        estimate = self._compared.get(self.precision)
         key = self.query_one("#items", ViList).current
-        item = next((item for item in made.items if item.key == key), None) if made else None
-        if made is None or item is None:
+        item = next((item for item in estimate.items if item.key == key), None) if estimate else None
+        if estimate is None or item is None:
             return
         explained = Content.assemble((f"{item.label}: ", "bold"), item.explanation)
-        levels = Content.styled(levels_line(made), "$text-muted")
-        put(self.query_one("#explanation", Static), Content("\n").join([explained, levels]))
+        levels = Content.styled(levels_line(estimate), "$text-muted")
+        update_if_changed(self.query_one("#explanation", Static), Content("\n").join([explained, levels]))

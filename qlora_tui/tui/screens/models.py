@@ -18,17 +18,17 @@ from qlora_tui.errors import Problem
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui import downloads
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.downloads import DEMO, Download
-from qlora_tui.tui.screens.ask import AskScreen
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.models_ask import ask_hub, demo_model, demo_name, wrong_path
+from qlora_tui.tui.screens.hub_queries import demo_model, demo_name, fetch_hub_facts, validate_model_path
+from qlora_tui.tui.screens.text_prompt import TextPromptScreen
 from qlora_tui.tui.widgets.download_line import download_lines
-from qlora_tui.tui.widgets.entry import Entry
 from qlora_tui.tui.widgets.model_facts import HubFacts, hub_facts, local_facts
 from qlora_tui.tui.widgets.model_lines import HUB, LOCAL, hub_lines, local_lines
-from qlora_tui.tui.widgets.steady import put
+from qlora_tui.tui.widgets.static_update import update_if_changed
+from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
-from qlora_tui.tui.work import Later
 
 EMPTY = (
     "No models on this machine yet. Type / and a name to search the hub, or press d for the 135M demo model."
@@ -64,14 +64,16 @@ class ModelsScreen(WorkScreen):
         self._local: list[LocalModel] | None = None
         self._hub: list[HubModel] | None = None
         self._query = ""
-        self._asked: dict[str, HubFacts] = {}
+        self._hub_facts: dict[str, HubFacts] = {}
         self._opened: list[Path] = []
         self._downloads: dict[str, Download] = {}
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="models-filter-line"):
             yield Static("search ", id="models-filter-label")
-            yield Entry(placeholder="/ and a name; enter asks the hub too", compact=True, id="models-filter")
+            yield TextField(
+                placeholder="/ and a name; enter asks the hub too", compact=True, id="models-filter"
+            )
         with Horizontal(id="models-parts"):
             with Vertical(id="models-side"):
                 yield Static(EMPTY, id="models-empty")
@@ -95,7 +97,7 @@ class ModelsScreen(WorkScreen):
 
     def action_rescan(self) -> None:
         """Look for models again."""
-        self.run_worker(Later(self._scan), exclusive=True, group="scan")
+        self.run_worker(DeferredWork(self._scan), exclusive=True, group="scan")
 
     def action_filter(self) -> None:
         """Type a name."""
@@ -105,9 +107,9 @@ class ModelsScreen(WorkScreen):
         """Fetch the model under the cursor, or the demo's where there is none."""
         current = self.query_one(ViList).current or ""
         if current.startswith(HUB):
-            self._begin(downloads.start, current.removeprefix(HUB))
+            self._start_download(downloads.start, current.removeprefix(HUB))
         elif not self._local:
-            self._begin(lambda _: downloads.start_demo(demo_name()), DEMO)
+            self._start_download(lambda _: downloads.start_demo(demo_name()), DEMO)
         else:
             self.notify("It is on this machine already. Models to fetch are under 'On the hub'.")
 
@@ -126,10 +128,12 @@ class ModelsScreen(WorkScreen):
         def answered(text: str | None) -> None:
             if text:
                 self._opened.append(Path(text.strip()).expanduser().absolute())
-                self.run_worker(Later(self._scan, choose=self._opened[-1]), exclusive=True, group="scan")
+                self.run_worker(
+                    DeferredWork(self._scan, choose=self._opened[-1]), exclusive=True, group="scan"
+                )
 
         words = "A folder with config.json and safetensors, a folder of such folders, or a .gguf file:"
-        self.app.push_screen(AskScreen("Open a path", words, wrong=wrong_path), answered)
+        self.app.push_screen(TextPromptScreen("Open a path", words, validate=validate_model_path), answered)
 
     def on_input_changed(self) -> None:
         """Filter as one types."""
@@ -140,7 +144,7 @@ class ModelsScreen(WorkScreen):
         """Ask the hub for the name."""
         self.query_one(ViList).focus()
         if event.value.strip():
-            self.run_worker(Later(self._search, event.value.strip()), exclusive=True, group="search")
+            self.run_worker(DeferredWork(self._search, event.value.strip()), exclusive=True, group="search")
 
     def on_option_list_option_highlighted(self) -> None:
         """Show the facts of the model under the cursor."""
@@ -157,9 +161,9 @@ class ModelsScreen(WorkScreen):
             if here is not None:
                 self._choose(here)
             elif hub.refusal is not None:
-                self.workstation.explain(hub.refusal)
+                self.qlora_app.show_error(hub.refusal)
             else:
-                self.run_worker(Later(self._ask, hub.id), exclusive=True, group="ask")
+                self.run_worker(DeferredWork(self._fetch_hub_facts, hub.id), exclusive=True, group="ask")
 
     def on_key(self, event: object) -> None:
         """Down and escape leave the search field for the list."""
@@ -168,17 +172,17 @@ class ModelsScreen(WorkScreen):
 
     def _choose(self, model: LocalModel) -> None:
         if model.refusal is not None and model.architecture is None:
-            self.workstation.explain(model.refusal)
+            self.qlora_app.show_error(model.refusal)
             return
-        self.workstation.edit("model.id", model.id)
-        self.workstation.edit("model.revision", "main")
+        self.qlora_app.edit("model.id", model.id)
+        self.qlora_app.edit("model.revision", "main")
         if model.refusal is not None:
             # A config alone is enough to plan with.
-            self.workstation.explain(model.refusal)
+            self.qlora_app.show_error(model.refusal)
         else:
             self.notify(f"{model.name} it is. 2 for its data, 3 for its memory.")
 
-    def _begin(self, start: object, id_: str) -> None:
+    def _start_download(self, start: object, id_: str) -> None:
         if id_ in self._downloads:
             self.notify("It is being downloaded.")
             return
@@ -186,24 +190,24 @@ class ModelsScreen(WorkScreen):
         download: Download = start(id_)
         self._downloads[id_] = download
         self._show_downloads()
-        self.run_worker(Later(self._follow, download), group=f"download {id_}")
+        self.run_worker(DeferredWork(self._follow_download, download), group=f"download {id_}")
 
-    async def _follow(self, download: Download) -> None:
+    async def _follow_download(self, download: Download) -> None:
         async for _ in download.follow():
             self._show_downloads()
         del self._downloads[download.id]
         self._show_downloads()
         if download.problem is not None:
-            self._asked.pop(download.id, None)
-            self.workstation.explain(download.problem)
+            self._hub_facts.pop(download.id, None)
+            self.qlora_app.show_error(download.problem)
         elif download.path is not None:
             self.notify(f"{download.name} is on this machine. enter chooses it.")
-            self.workstation.workbench.forget_architecture()
+            self.qlora_app.workbench.forget_architecture()
             await self._scan(select=download.path)
 
     async def _scan(self, select: Path | None = None, choose: Path | None = None) -> None:
-        folders = [Path(folder) for folder in self.workstation.settings.model_folders]
-        current = self.workstation.workbench.recipe.model.id
+        folders = [Path(folder) for folder in self.qlora_app.settings.model_folders]
+        current = self.qlora_app.workbench.recipe.model.id
         if current.startswith(("/", "~", ".")):
             folders.append(Path(current))
         self._local = await asyncio.to_thread(list_local_models, [*folders, *self._opened])
@@ -220,13 +224,13 @@ class ModelsScreen(WorkScreen):
         try:
             self._hub = await asyncio.to_thread(search_models, query)
         except Problem as problem:
-            self.workstation.explain(problem)
+            self.qlora_app.show_error(problem)
             return
         self._query = query
         self._show_list(HUB + self._hub[0].id if self._hub else None)
 
-    async def _ask(self, model_id: str) -> None:
-        self._asked[model_id] = await asyncio.to_thread(ask_hub, model_id)
+    async def _fetch_hub_facts(self, model_id: str) -> None:
+        self._hub_facts[model_id] = await asyncio.to_thread(fetch_hub_facts, model_id)
         self._show_facts()
 
     def _local_model(self, id_: str | None) -> LocalModel | None:
@@ -243,26 +247,28 @@ class ModelsScreen(WorkScreen):
         list_ = self.query_one(ViList)
         width = list_.scrollable_content_region.width
         self.query_one("#models-empty").display = not self._local and not self._hub
-        chosen = self.workstation.workbench.recipe.model.id
+        chosen = self.qlora_app.workbench.recipe.model.id
         lines = local_lines(local, chosen, width) if self._local else []
         here = frozenset(model.id for model in self._local if model.refusal is None)
         # Results stay whatever is typed after: they were searched for by another word.
         list_.show([*lines, *hub_lines(self._hub, self._query, width, here)], select)
 
     def _show_facts(self) -> None:
-        recipe, room = self.workstation.workbench.recipe, self.workstation.room
+        recipe, room = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
         current = self.query_one(ViList).current
         local, hub = self._local_model(current), self._hub_model(current)
         facts = self.query_one("#model-facts", Static)
         if local is not None:
-            put(facts, local_facts(local, recipe, room))
+            update_if_changed(facts, local_facts(local, recipe, room))
         elif hub is not None:
-            put(facts, hub_facts(hub, self._asked.get(hub.id), recipe, room, downloads.last_speed()))
+            update_if_changed(
+                facts, hub_facts(hub, self._hub_facts.get(hub.id), recipe, room, downloads.last_speed())
+            )
         else:
-            put(facts, Content("") if self._local is None or self._local else demo_model())
+            update_if_changed(facts, Content("") if self._local is None or self._local else demo_model())
 
     def _show_downloads(self) -> None:
         panel = self.query_one("#downloads", Static)
         panel.display = bool(self._downloads)
         if self._downloads:
-            put(panel, download_lines(list(self._downloads.values()), self.size.width - 2))
+            update_if_changed(panel, download_lines(list(self._downloads.values()), self.size.width - 2))

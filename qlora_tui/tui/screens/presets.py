@@ -25,13 +25,13 @@ from qlora_tui.recipe.presets import (
 )
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.screens.ask import AskScreen
+from qlora_tui.tui.screens.confirm import ConfirmScreen
+from qlora_tui.tui.screens.error import ErrorScreen
 from qlora_tui.tui.screens.help import HelpScreen
-from qlora_tui.tui.screens.presets_files import bring_in, edit, save_as, send_out
-from qlora_tui.tui.screens.problem import ProblemScreen
-from qlora_tui.tui.screens.question import QuestionScreen
-from qlora_tui.tui.widgets.entry import Entry
+from qlora_tui.tui.screens.presets_files import edit, export_preset, import_preset, save_as
+from qlora_tui.tui.screens.text_prompt import TextPromptScreen
 from qlora_tui.tui.widgets.preset_preview import preset_line, preview
+from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
 
 if TYPE_CHECKING:
@@ -46,24 +46,26 @@ HELP_TEXT = (
 )
 
 
-def _do(id_: str, key: str, action: str, label: str, help_: str) -> Command:
+def _command(id_: str, key: str, action: str, label: str, help_: str) -> Command:
     return Command(id=f"presets.{id_}", key=key, action=action, label=label, help=help_)
 
 
 COMMANDS: tuple[Command, ...] = (
-    _do("save", "s", "save_as", "Save as", "Save the recipe under a name, with a note of what it is for."),
-    _do("edit", "e", "edit", "Edit", "Open your file in $EDITOR; it is checked when you come back."),
-    _do("import", "i", "bring_in", "Import", "Copy a preset file among yours."),
-    _do("export", "x", "send_out", "Export", "Copy the preset to a file or a folder."),
-    _do("delete", "D", "delete", "Delete", "Delete one of yours; u brings it back while this is open."),
-    _do("undo", "u", "undo", "Undo", "Take back the last deletion, save or import made here."),
-    _do("preview_down", "J", "scroll_preview(1)", "Down", "Scroll what it would change."),
-    _do("preview_up", "K", "scroll_preview(-1)", "Up", "Scroll it back."),
+    _command(
+        "save", "s", "save_as", "Save as", "Save the recipe under a name, with a note of what it is for."
+    ),
+    _command("edit", "e", "edit", "Edit", "Open your file in $EDITOR; it is checked when you come back."),
+    _command("import", "i", "import_preset", "Import", "Copy a preset file among yours."),
+    _command("export", "x", "export_preset", "Export", "Copy the preset to a file or a folder."),
+    _command("delete", "D", "delete", "Delete", "Delete one of yours; u brings it back while this is open."),
+    _command("undo", "u", "undo", "Undo", "Take back the last deletion, save or import made here."),
+    _command("preview_down", "J", "scroll_preview(1)", "Down", "Scroll what it would change."),
+    _command("preview_up", "K", "scroll_preview(-1)", "Up", "Scroll it back."),
 )
 
 
 @dataclass(frozen=True)
-class _Change:
+class _PresetChange:
     """Of a user's file."""
 
     before: Snapshot
@@ -85,11 +87,11 @@ class PresetsScreen(ModalScreen[None]):
     def __init__(self) -> None:
         super().__init__()
         self._presets: list[Preset] = []
-        self._undo: list[_Change] = []
+        self._undo: list[_PresetChange] = []
         """Made here, the last one last."""
 
     @property
-    def workstation(self) -> QloraApp:
+    def qlora_app(self) -> QloraApp:
         """The app, by its own type."""
         return cast("QloraApp", self.app)
 
@@ -108,11 +110,11 @@ class PresetsScreen(ModalScreen[None]):
                     yield Static(id="preview")
             with Horizontal(id="save-line"):
                 yield Static("save as ", id="save-label")
-                yield Entry(placeholder="name, or name: what it is for", compact=True, id="save-name")
+                yield TextField(placeholder="name, or name: what it is for", compact=True, id="save-name")
 
     def on_mount(self) -> None:
         self.query_one("#save-line").display = False
-        self._list_again(self.workstation.workbench.preset)
+        self._refresh_list(self.qlora_app.workbench.preset)
         self.query_one(ViList).focus()
 
     def on_option_list_option_highlighted(self) -> None:
@@ -122,8 +124,8 @@ class PresetsScreen(ModalScreen[None]):
     def on_option_list_option_selected(self) -> None:
         """Open it; model and data stay."""
         preset = self._current
-        if preset is not None and self._tried(lambda: self.workstation.workbench.open_preset(preset.name)):
-            self.workstation.recipe_edited()
+        if preset is not None and self._try(lambda: self.qlora_app.workbench.open_preset(preset.name)):
+            self.qlora_app.recipe_edited()
             self.dismiss()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
@@ -157,9 +159,9 @@ class PresetsScreen(ModalScreen[None]):
     def action_delete(self) -> None:
         """Delete one of the user's own."""
         preset = self._current
-        if preset is not None and self._tried(lambda: self._remember(delete(preset.name))):
+        if preset is not None and self._try(lambda: self._remember(delete(preset.name))):
             self.notify(f"{preset.name} is deleted. u here brings it back.")
-            self._list_again()
+            self._refresh_list()
 
     def action_undo(self) -> None:
         """Take back the last deletion, save or import made here."""
@@ -170,23 +172,23 @@ class PresetsScreen(ModalScreen[None]):
         # What was edited since is somebody's work: then restore asks.
         self._restore(last, overwrite=take_snapshot(last.before.name) == last.after)
 
-    def _restore(self, change: _Change, *, overwrite: bool) -> None:
+    def _restore(self, change: _PresetChange, *, overwrite: bool) -> None:
         before = change.before
         try:
             restore(before, overwrite=overwrite)
         except OverwriteError as problem:
-            self._question(problem, lambda: self._restore(change, overwrite=True))
+            self._confirm_overwrite(problem, lambda: self._restore(change, overwrite=True))
         except Problem as problem:
-            self.app.push_screen(ProblemScreen(problem))
+            self.app.push_screen(ErrorScreen(problem))
         else:
             self._undo.pop()
             if change.began is not None:
-                self.workstation.workbench.saved_no_more(before.name, change.began)
-                self.workstation.recipe_edited()
-            self._list_again(before.name)
+                self.qlora_app.workbench.undo_saved_as(before.name, change.began)
+                self.qlora_app.recipe_edited()
+            self._refresh_list(before.name)
 
     def _remember(self, before: Snapshot, began: tuple[str, Recipe] | None = None) -> None:
-        self._undo.append(_Change(before, take_snapshot(before.name), began))
+        self._undo.append(_PresetChange(before, take_snapshot(before.name), began))
 
     def action_edit(self) -> None:
         """Open the user's file in the editor, and check it on return."""
@@ -195,98 +197,100 @@ class PresetsScreen(ModalScreen[None]):
             return
         try:
             with self.app.suspend():
-                tried = self._tried(lambda: edit(preset))
+                tried = self._try(lambda: edit(preset))
         except SuspendNotSupported:
             self.notify(f"This terminal cannot make way for an editor: {preset.path}", severity="warning")
             return
-        self._list_again(preset.name)
+        self._refresh_list(preset.name)
         after = self._current
         if tried and after is not None and after.problem is not None:
-            self.app.push_screen(ProblemScreen(after.problem))
+            self.app.push_screen(ErrorScreen(after.problem))
 
-    def action_bring_in(self) -> None:
+    def action_import_preset(self) -> None:
         """Ask for a file and copy it among the user's presets."""
-        self._ask("Import a preset", "A TOML file:", lambda path: self._bring_in(path, overwrite=False))
+        self._ask("Import a preset", "A TOML file:", lambda path: self._import_preset(path, overwrite=False))
 
-    def action_send_out(self) -> None:
+    def action_export_preset(self) -> None:
         """Ask for a place and copy the preset there."""
         preset = self._current
         if preset is not None:
             self._ask(
-                f"Export {preset.name}", "A file, or a folder:", lambda path: self._send_out(preset, path)
+                f"Export {preset.name}",
+                "A file, or a folder:",
+                lambda path: self._export_preset(preset, path),
             )
 
-    def _bring_in(self, path: Path, *, overwrite: bool) -> None:
+    def _import_preset(self, path: Path, *, overwrite: bool) -> None:
         try:
-            self._remember(bring_in(path, overwrite=overwrite))
+            self._remember(import_preset(path, overwrite=overwrite))
         except OverwriteError as problem:
-            self._question(problem, lambda: self._bring_in(path, overwrite=True))
+            self._confirm_overwrite(problem, lambda: self._import_preset(path, overwrite=True))
         except Problem as problem:
-            self.app.push_screen(ProblemScreen(problem))
+            self.app.push_screen(ErrorScreen(problem))
         else:
-            self._list_again(path.stem)
+            self._refresh_list(path.stem)
             self.notify(f"{path.stem} is among yours. u here takes it back.")
 
-    def _send_out(self, preset: Preset, target: Path) -> None:
+    def _export_preset(self, preset: Preset, target: Path) -> None:
         file = target / preset.path.name if target.is_dir() else target
 
         def write() -> None:
-            if self._tried(lambda: send_out(preset, target)):
+            if self._try(lambda: export_preset(preset, target)):
                 self.notify(f"Exported to {file}")
 
         if file.exists():
-            self._question(Problem("File exists", what=f"{file} would be replaced."), write)
+            self._confirm_overwrite(Problem("File exists", what=f"{file} would be replaced."), write)
         else:
             write()
 
     def _save(self, name: str, note: str, *, overwrite: bool) -> None:
-        bench = self.workstation.workbench
+        bench = self.qlora_app.workbench
         try:
             before = save_as(name, bench.recipe, note=note, own=bench.preset, overwrite=overwrite)
         except OverwriteError as problem:
-            self._question(problem, lambda: self._save(name, note, overwrite=True))
+            self._confirm_overwrite(problem, lambda: self._save(name, note, overwrite=True))
             return
         except Problem as problem:
-            self.app.push_screen(ProblemScreen(problem))
+            self.app.push_screen(ErrorScreen(problem))
             return
         self._remember(before, bench.saved_as(name))
-        self.workstation.recipe_edited()
+        self.qlora_app.recipe_edited()
         self.notify(f"Saved as {name}. u here takes it back.")
         self.action_leave()
-        self._list_again(name)
+        self._refresh_list(name)
 
     def _ask(self, title: str, words: str, then: Callable[[Path], None]) -> None:
         def answered(text: str | None) -> None:
             if text and text.strip():
                 then(Path(text.strip()).expanduser())
 
-        self.app.push_screen(AskScreen(title, words), answered)
+        self.app.push_screen(TextPromptScreen(title, words), answered)
 
-    def _question(self, problem: Problem, yes: Callable[[], None]) -> None:
+    def _confirm_overwrite(self, problem: Problem, yes: Callable[[], None]) -> None:
         def answered(agreed: bool | None) -> None:
             if agreed:
                 yes()
 
         text = f"{problem.what} {problem.why}".strip()
-        self.app.push_screen(QuestionScreen(problem.title, text, yes="Replace it", no="Keep it"), answered)
+        self.app.push_screen(ConfirmScreen(problem.title, text, yes="Replace it", no="Keep it"), answered)
 
-    def _tried(self, what: Callable[[], object]) -> bool:
+    def _try(self, what: Callable[[], object]) -> bool:
         """Do it; a problem is shown, and False given."""
         try:
             what()
         except Problem as problem:
-            self.app.push_screen(ProblemScreen(problem))
+            self.app.push_screen(ErrorScreen(problem))
             return False
         return True
 
-    def _list_again(self, select: str | None = None) -> None:
+    def _refresh_list(self, select: str | None = None) -> None:
         self._presets = list_presets()
-        current = self.workstation.workbench.preset
+        current = self.qlora_app.workbench.preset
         self.query_one(ViList).show([(p.name, preset_line(p, current)) for p in self._presets], select)
         self._show_preview()
 
     def _show_preview(self) -> None:
-        preset, bench = self._current, self.workstation.workbench
+        preset, bench = self._current, self.qlora_app.workbench
         if preset is not None:
-            shown = preview(preset, bench.recipe, bench.architecture(), self.workstation.room.device)
+            shown = preview(preset, bench.recipe, bench.architecture(), self.qlora_app.memory_budget.device)
             self.query_one("#preview", Static).update(shown)

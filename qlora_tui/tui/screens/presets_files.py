@@ -30,7 +30,7 @@ def save_as(name: str, recipe: Recipe, *, note: str = "", own: str = "", overwri
     return before
 
 
-def bring_in(path: Path, *, overwrite: bool = False) -> Snapshot:
+def import_preset(path: Path, *, overwrite: bool = False) -> Snapshot:
     """Copy a preset file, comments and all, among the user's; gives what was there before, for an undo.
 
     Raises Problem where it is no preset, and OverwriteError where an edited one of its name is there.
@@ -41,7 +41,7 @@ def bring_in(path: Path, *, overwrite: bool = False) -> Snapshot:
     return before
 
 
-def send_out(preset: Preset, target: Path) -> Path:
+def export_preset(preset: Preset, target: Path) -> Path:
     """Copy a preset's file to ``target``, a file or a folder. Raises Problem."""
     target = target / preset.path.name if target.is_dir() else target
     try:
@@ -55,27 +55,27 @@ def send_out(preset: Preset, target: Path) -> Path:
 
 def editor() -> list[str]:
     """The user's editor as a command. Raises Problem where there is none."""
-    variable, wanted = _wanted()
+    variable, wanted = _editor_setting()
     if wanted:
         try:
             return shlex.split(wanted)
         except ValueError as error:
             what = f"{variable} is {wanted}: {error}."
-            raise Problem("The editor cannot be called", what=what, fix=_set_editor()) from error
-    found = next(filter(None, map(shutil.which, EDITORS)), None)
-    if found is None:
-        raise Problem("No editor", what="Neither VISUAL nor EDITOR is set.", fix=_set_editor())
-    return [found]
+            raise Problem("The editor cannot be called", what=what, fix=_set_editor_hint()) from error
+    default_editor = next(filter(None, map(shutil.which, EDITORS)), None)
+    if default_editor is None:
+        raise Problem("No editor", what="Neither VISUAL nor EDITOR is set.", fix=_set_editor_hint())
+    return [default_editor]
 
 
-def _wanted() -> tuple[str, str]:
+def _editor_setting() -> tuple[str, str]:
     """The variable that names the editor, and what it says; EDITOR and nothing where none does."""
     visual = os.environ.get("VISUAL", "").strip()
     return ("VISUAL", visual) if visual else ("EDITOR", os.environ.get("EDITOR", "").strip())
 
 
-def _set_editor() -> str:
-    return f"Leave the app, set one as in `export {_wanted()[0]}=nano`, and come back."
+def _set_editor_hint() -> str:
+    return f"Leave the app, set one as in `export {_editor_setting()[0]}=nano`, and come back."
 
 
 def edit(preset: Preset) -> None:
@@ -92,12 +92,12 @@ def edit(preset: Preset) -> None:
         run = subprocess.run([*command, str(preset.path)], stderr=subprocess.STDOUT, check=False)
     except OSError as error:
         raise Problem(
-            "The editor did not start", what=f"{command[0]}: {error.strerror}.", fix=_set_editor()
+            "The editor did not start", what=f"{command[0]}: {error.strerror}.", fix=_set_editor_hint()
         ) from error
     if ended := run.returncode:
         how = f"exit status {ended}" if ended > 0 else f"signal {-ended}"
         raise Problem(
             "The editor gave up",
             what=f"{shlex.join(command)} ended with {how}. The preset is as that left it.",
-            fix=_set_editor(),
+            fix=_set_editor_hint(),
         )

@@ -12,22 +12,22 @@ from textual.widgets import Input, Static
 
 from qlora_tui.runs import actions, queue
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.pulse import Pulse
+from qlora_tui.tui.deferred import DeferredWork
+from qlora_tui.tui.screens.runs_actions import RunActions
 from qlora_tui.tui.screens.runs_commands import COMMANDS
-from qlora_tui.tui.screens.runs_compare import MOST, CompareScreen
-from qlora_tui.tui.screens.runs_edits import RunEdits
-from qlora_tui.tui.screens.runs_summary import Listing, RunSummary, Summaries
+from qlora_tui.tui.screens.runs_compare import MAX_COMPARED, CompareScreen
+from qlora_tui.tui.screens.runs_summary import Listing, RunSummary, SummaryCache
 from qlora_tui.tui.screens.runs_table import RunTable
 from qlora_tui.tui.screens.train import show_run
-from qlora_tui.tui.widgets.entry import Entry
-from qlora_tui.tui.widgets.steady import put
-from qlora_tui.tui.work import Later
+from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.static_update import update_if_changed
+from qlora_tui.tui.widgets.text_field import TextField
 
-_LOOK_S = 0.3
+_READ_BUDGET_S = 0.3
 """A look takes about so long at most; hundreds of runs are read in several."""
 
 
-class RunsScreen(RunEdits):
+class RunsScreen(RunActions):
     """A list with the queue on top."""
 
     MODE = "runs"
@@ -42,15 +42,15 @@ class RunsScreen(RunEdits):
 
     def __init__(self) -> None:
         super().__init__()
-        self._summaries = Summaries()
+        self._summaries = SummaryCache()
         self._listing: Listing | None = None
         self._marked: tuple[str, ...] = ()
         self._filter = ""
-        self._looking = False
-        self._bound_for: object = None
+        self._reading = False
+        self._footer_key: object = None
 
     def compose_body(self) -> Iterable[Widget]:
-        yield Entry(
+        yield TextField(
             placeholder="part of a name, a model, a setting or a state", id="runs-filter", compact=True
         )
         yield RunTable()
@@ -65,15 +65,15 @@ class RunsScreen(RunEdits):
         """The run under the cursor."""
         return self.query_one(RunTable).current
 
-    def show_pulse(self, pulse: Pulse) -> None:
-        self.look_again()
+    def show_system_status(self, pulse: SystemStatus) -> None:
+        self.refresh_runs()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action in ("withdraw", "move"):
             return self.current is not None and self._is_waiting(self.current)
         if action == "compare":
             return True if len(self._marked) > 1 else None
-        if action == "bring_back":
+        if action == "restore":
             # Where nothing was deleted, u takes back a change of the recipe as everywhere.
             return bool(self.trash)
         return super().check_action(action, parameters)
@@ -81,7 +81,7 @@ class RunsScreen(RunEdits):
     async def action_open(self) -> None:
         """Watch the run under the cursor."""
         if self.current is not None:
-            await show_run(self.workstation, self.current.run)
+            await show_run(self.qlora_app, self.current.run)
 
     def action_mark(self) -> None:
         """Choose the run for a comparison, or no longer."""
@@ -90,8 +90,10 @@ class RunsScreen(RunEdits):
         name = self.current.id
         if name in self._marked:
             self._marked = tuple(marked for marked in self._marked if marked != name)
-        elif len(self._marked) == MOST:
-            self.notify(f"{MOST} runs are marked; that is what one graph can show.", severity="warning")
+        elif len(self._marked) == MAX_COMPARED:
+            self.notify(
+                f"{MAX_COMPARED} runs are marked; that is what one graph can show.", severity="warning"
+            )
         else:
             self._marked = (*self._marked, name)
         self._show()
@@ -128,13 +130,13 @@ class RunsScreen(RunEdits):
         from qlora_tui.tui.screens.chat import show_chat
 
         if self.current is not None:
-            await show_chat(self.workstation, self.current.run)
+            await show_chat(self.qlora_app, self.current.run)
 
     def action_move(self, places: int) -> None:
         """Move the run in the queue."""
         if self.current is not None:
             queue.move(self.current.run, places)
-            self.look_again()
+            self.refresh_runs()
 
     def action_withdraw(self) -> None:
         """Take the run out of the queue."""
@@ -144,35 +146,35 @@ class RunsScreen(RunEdits):
     def on_run_table_moved(self) -> None:
         """Say more of the run under the cursor."""
         self._show_detail()
-        self._rebind()
+        self._refresh_footer()
 
     async def on_run_table_opened(self) -> None:
         """As with the key."""
         await self.action_open()
 
-    def look_again(self) -> None:
+    def refresh_runs(self) -> None:
         """Read the runs again, unless that is being done."""
-        if not self._looking and self.is_current:
-            self._looking = True
-            self.run_worker(Later(self._look), group="look")
+        if not self._reading and self.is_current:
+            self._reading = True
+            self.run_worker(DeferredWork(self._read_runs), group="look")
 
-    async def _look(self) -> None:
+    async def _read_runs(self) -> None:
         try:
-            listing = await asyncio.to_thread(self._summaries.look, _LOOK_S)
+            listing = await asyncio.to_thread(self._summaries.read_all, _READ_BUDGET_S)
         finally:
-            self._looking = False
+            self._reading = False
         before, self._listing = self._listing, listing
         names = {summary.id for summary in listing.summaries}
         self._marked = tuple(name for name in self._marked if name in names)
         if listing != before:
             self._show()
         if not listing.complete:
-            self.look_again()
+            self.refresh_runs()
 
     def _show(self) -> None:
         if self._listing is None:
             return
-        rows = [row for row in self._listing.summaries if self._filter in _searched(row)]
+        rows = [row for row in self._listing.summaries if self._filter in _search_text(row)]
         self.set_class(not rows, "-empty")
         if not rows:
             none = "No runs yet. Press 5 to launch one."
@@ -180,15 +182,15 @@ class RunsScreen(RunEdits):
             self.query_one("#runs-empty", Static).update(text)
         self.query_one(RunTable).show(rows, self._listing.waiting, self._marked)
         self._show_detail()
-        self._rebind()
+        self._refresh_footer()
 
-    def _rebind(self) -> None:
+    def _refresh_footer(self) -> None:
         """Change the footer where other keys mean something than before."""
         current = self.current
         waits = current is not None and self._is_waiting(current)
         bound_for = (waits, len(self._marked) > 1)
-        if bound_for != self._bound_for:
-            self._bound_for = bound_for
+        if bound_for != self._footer_key:
+            self._footer_key = bound_for
             self.refresh_bindings()
 
     def _show_detail(self) -> None:
@@ -201,12 +203,12 @@ class RunsScreen(RunEdits):
             name = summary.name if summary.name == summary.id else f"{summary.name}  ({summary.id})"
             lines[0] = Content.assemble((name, "bold"), f"  {' · '.join(facts)}")
             lines[1] = Content.styled(summary.status.detail.replace("\n", " "), "dim")
-        put(self.query_one("#run-detail", Static), Content("\n").join(lines))
+        update_if_changed(self.query_one("#run-detail", Static), Content("\n").join(lines))
 
     def _is_waiting(self, summary: RunSummary) -> bool:
         return self._listing is not None and summary.id in self._listing.waiting
 
 
-def _searched(summary: RunSummary) -> str:
+def _search_text(summary: RunSummary) -> str:
     words = (summary.name, summary.id, summary.model, summary.settings, summary.status.state)
     return " ".join(words).casefold()

@@ -22,27 +22,27 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import exact_words
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.screens.base import EndsItsWorkers
+from qlora_tui.tui.deferred import DeferredWork
+from qlora_tui.tui.screens.base import CancelsWorkersFirst
 from qlora_tui.tui.screens.runs_table import MARKS
 from qlora_tui.tui.screens.train_follow import smoothing_window
 from qlora_tui.tui.widgets.axis import Axis, rounded, so_far
 from qlora_tui.tui.widgets.graph import Curve, Graph, Plot, overall
-from qlora_tui.tui.widgets.trace import History, Smoother, Trace
-from qlora_tui.tui.work import Later
+from qlora_tui.tui.widgets.series import BiasCorrectedEma, DecimatedSeries, Envelope
 
-MOST = len(MARKS)
+MAX_COMPARED = len(MARKS)
 _STEPS = 800
 _STYLES = ("$primary", "$accent", "$success", "$error")
 _NAMES_OF_RUNS = frozenset(("name", "note"))
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedRun:
     """One run of the comparison."""
 
     name: str
     recipe: Recipe | None
-    trace: Trace
+    trace: Envelope
     """Running mean of the training loss over tokens."""
     outcome: tuple[str, ...]
     """Texts for :data:`OUTCOMES`; what none of the runs has is left out."""
@@ -51,22 +51,22 @@ class Compared:
 OUTCOMES = ("state", "best validation loss", "exact answers", "steps", "tokens/s", "time")
 
 
-def read(run: RunDir) -> Compared:
+def read(run: RunDir) -> ComparedRun:
     """A run as it is compared. Used in a thread."""
     view, _ = RunView.sketched(run, _STEPS)
     series = view.series
-    history = History()
-    history.extend(series.tokens, Smoother(smoothing_window(len(series))).smooth(series.loss))
+    history = DecimatedSeries()
+    history.extend(series.tokens, BiasCorrectedEma(smoothing_window(len(series))).smooth(series.loss))
     try:
         recipe = run.recipe()
     except Problem:
         recipe = None
     speed = sorted(series.tokens_per_s)[len(series) // 2] if len(series) else None
     best = view.best
-    return Compared(
+    return ComparedRun(
         run.name,
         recipe,
-        history.traces()[0],
+        history.envelopes()[0],
         (
             view.status.state,
             "NA" if best is None else f"{figure(best.loss)} at {best.step:,}",
@@ -78,7 +78,7 @@ def read(run: RunDir) -> Compared:
     )
 
 
-def plot(compared: Sequence[Compared]) -> Plot:
+def plot(compared: Sequence[ComparedRun]) -> Plot:
     """Every curve with a symbol of its own, over the tokens learnt from."""
     traces = [one.trace for one in compared]
     reach = overall(traces)
@@ -95,7 +95,7 @@ def plot(compared: Sequence[Compared]) -> Plot:
     )
 
 
-def differing(compared: Sequence[Compared]) -> list[tuple[str, tuple[str, ...]]]:
+def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...]]]:
     """(label, value by run) of every setting that is not the same in all."""
     recipes = [one.recipe for one in compared]
     rows = []
@@ -108,7 +108,7 @@ def differing(compared: Sequence[Compared]) -> list[tuple[str, tuple[str, ...]]]
     return rows
 
 
-def table(compared: Sequence[Compared], width: int) -> Content:
+def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
     """Names, outcomes, and the settings that differ, a column a run."""
     outcomes = [(name, tuple(one.outcome[i] for one in compared)) for i, name in enumerate(OUTCOMES)]
     settings = differing(compared)
@@ -128,7 +128,7 @@ def table(compared: Sequence[Compared], width: int) -> Content:
     return Content("\n").join(lines)
 
 
-class CompareScreen(EndsItsWorkers, ModalScreen[None]):
+class CompareScreen(CancelsWorkersFirst, ModalScreen[None]):
     """Over the whole window; Escape closes it."""
 
     DEFAULT_CSS = """
@@ -158,7 +158,7 @@ class CompareScreen(EndsItsWorkers, ModalScreen[None]):
     def __init__(self, runs: Sequence[RunDir]) -> None:
         super().__init__()
         self._runs = runs
-        self._compared: list[Compared] = []
+        self._compared: list[ComparedRun] = []
 
     def compose(self) -> ComposeResult:
         with Vertical(id="compare") as card:
@@ -169,7 +169,7 @@ class CompareScreen(EndsItsWorkers, ModalScreen[None]):
                 yield Static(id="compare-table")
 
     def on_mount(self) -> None:
-        self.run_worker(Later(self._read), exclusive=True)
+        self.run_worker(DeferredWork(self._read), exclusive=True)
 
     def on_resize(self) -> None:
         self._show_table()
@@ -186,4 +186,4 @@ class CompareScreen(EndsItsWorkers, ModalScreen[None]):
     def _show_table(self) -> None:
         if self._compared:
             width = max(40, self.size.width - 6)
-            self.query_one("#compare-table", Static).update(table(self._compared, width))
+            self.query_one("#compare-table", Static).update(comparison_table(self._compared, width))

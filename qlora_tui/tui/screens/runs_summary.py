@@ -21,9 +21,9 @@ from qlora_tui.runs.directory import all_runs as list_runs
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.widgets.recipe_strip import rank_words
+from qlora_tui.tui.widgets.recipe_strip import format_rank
 
-_AT_WORK_S = 5.0
+_ACTIVE_INTERVAL_S = 5.0
 """Between two readings of a run at work; its status is read every time."""
 _STEPS = 64
 """Of a long run; the curve of a list is a few cells wide."""
@@ -78,7 +78,7 @@ class Listing:
     """False while some have only their status."""
 
 
-class Summaries:
+class SummaryCache:
     """Summaries by run, read again only where a file changed."""
 
     def __init__(self) -> None:
@@ -87,24 +87,24 @@ class Summaries:
         self._runs: dict[str, RunDir] = {}
         self._listed_at = -1
 
-    def of(self, run: RunDir) -> RunSummary:
+    def get(self, run: RunDir) -> RunSummary:
         """The summary of one run. Never raises for a strange run."""
         key = _changed_at(run)
         now = time.monotonic()
         known = self._known.get(run.id)
         if known is not None:
-            at_work = known[1].status.state in ACTIVE
-            if known[0] == key and not at_work:
+            is_active = known[1].status.state in ACTIVE
+            if known[0] == key and not is_active:
                 return known[1]
-            if at_work and now - self._read_at[run.id] < _AT_WORK_S:
+            if is_active and now - self._read_at[run.id] < _ACTIVE_INTERVAL_S:
                 status = read_status(run)
                 if status.state in ACTIVE:
                     return _with_heartbeat(known[1], status)
-        summary = summarise(run)
+        summary = summarize(run)
         self._known[run.id], self._read_at[run.id] = (key, summary), now
         return summary
 
-    def look(self, most_s: float) -> Listing:
+    def read_all(self, most_s: float) -> Listing:
         """Every run, in about so many seconds: what was not come to in time has only its status yet."""
         until = time.monotonic() + most_s
         runs = self.all_runs()
@@ -115,7 +115,7 @@ class Summaries:
         for run in ordered:
             in_time = time.monotonic() < until
             complete = complete and (in_time or run.id in self._known)
-            summaries.append(self.of(run) if in_time or run.id in self._known else outline(run))
+            summaries.append(self.get(run) if in_time or run.id in self._known else outline(run))
         summaries.sort(key=lambda summary: _rank(summary, places))
         return Listing(tuple(summaries), waiting, complete)
 
@@ -128,7 +128,7 @@ class Summaries:
         return self._runs
 
 
-def summarise(run: RunDir) -> RunSummary:
+def summarize(run: RunDir) -> RunSummary:
     """Read what a line says of a run."""
     view, _ = RunView.sketched(run, _STEPS)
     series = view.series
@@ -184,7 +184,7 @@ def outline(run: RunDir) -> RunSummary:
     )
 
 
-def thinned(losses: Sequence[float], columns: int) -> list[float | None]:
+def downsample(losses: Sequence[float], columns: int) -> list[float | None]:
     """One mean a column, from first to last; NaN where any was not a number, None where there are fewer."""
     if not losses:
         return [None] * columns
@@ -219,7 +219,7 @@ def short_settings(recipe: Recipe) -> str:
     """``nf4 r16 2,048×2×8``."""
     training = recipe.training
     batch = f"{recipe.data.max_length:,}×{training.micro_batch}×{training.gradient_accumulation}"
-    return f"{recipe.quantization.method} {rank_words(recipe.lora)} {batch}"
+    return f"{recipe.quantization.method} {format_rank(recipe.lora)} {batch}"
 
 
 def _changed_at(run: RunDir) -> int:

@@ -18,10 +18,10 @@ from textual.strip import Strip
 
 from qlora_tui.format import duration, figure, percent, shortened
 from qlora_tui.tui import clock
-from qlora_tui.tui.run_words import SIGNS
+from qlora_tui.tui.run_labels import SIGNS
 from qlora_tui.tui.screens.home_facts import curve
 from qlora_tui.tui.screens.runs_summary import RunSummary
-from qlora_tui.tui.widgets.strips import line_strip
+from qlora_tui.tui.widgets.strip_rendering import render_line
 
 MARKS = "●▲■◆"
 """Of the runs chosen to compare: the same symbols as on their curves."""
@@ -157,7 +157,7 @@ class RunTable(ScrollView, can_focus=True):
             self._drawn_at, self._drawn = width, self._draw()
         line = 0 if y == 0 else y + round(self.scroll_y)
         content = self._drawn[line] if line < len(self._drawn) else Content("")
-        return line_strip(self, content, width)
+        return render_line(self, content, width)
 
     def _go_to(self, row: int) -> None:
         row = min(max(row, 0), max(0, len(self._rows) - 1))

@@ -16,26 +16,32 @@ from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, State, read_status
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.pulse import Pulse
-from qlora_tui.tui.screens.ask import AskScreen
+from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.question import QuestionScreen
-from qlora_tui.tui.screens.train_checks import Check, check_all
-from qlora_tui.tui.screens.train_choose import ChooseRunScreen
-from qlora_tui.tui.screens.train_commands import ACTIONS, ASKED, COMMANDS, possible, wrong_rate
-from qlora_tui.tui.screens.train_follow import Follower, Picture
+from qlora_tui.tui.screens.confirm import ConfirmScreen
+from qlora_tui.tui.screens.run_picker import RunPickerScreen
+from qlora_tui.tui.screens.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.train_checks import LaunchCheck, check_all
+from qlora_tui.tui.screens.train_commands import (
+    ACTION_NAMES,
+    COMMANDS,
+    REQUEST_NOTICES,
+    is_available,
+    validate_rate,
+)
+from qlora_tui.tui.screens.train_fix import SuggestedFix
+from qlora_tui.tui.screens.train_follow import RunFollower, RunSnapshot
 from qlora_tui.tui.screens.train_launch import LaunchPane, launch
 from qlora_tui.tui.screens.train_live import LivePane
-from qlora_tui.tui.screens.train_plot import zoomed_from
-from qlora_tui.tui.screens.train_remedy import Remedy
+from qlora_tui.tui.screens.train_plot import zoom_start
+from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.settings_form import SettingsForm
-from qlora_tui.tui.work import Later
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-LOOK_EVERY_S = 1.0
-_MOST_ZOOM = 6
+POLL_INTERVAL_S = 1.0
+_MAX_ZOOM = 6
 
 
 class TrainScreen(WorkScreen):
@@ -55,28 +61,28 @@ class TrainScreen(WorkScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self._follower: Follower | None = None
-        self._picture: Picture | None = None
-        self._looking = False
+        self._follower: RunFollower | None = None
+        self._snapshot: RunSnapshot | None = None
+        self._polling = False
         self._zoom = 0
         self._chosen = False
         """Whether the user said what to show; until then it is the run at work."""
-        self._checks: tuple[Check, ...] = ()
-        self._checked_for: object = None
+        self._checks: tuple[LaunchCheck, ...] = ()
+        self._checks_key: object = None
 
     def compose_body(self) -> Iterable[Widget]:
         yield LaunchPane()
         yield LivePane()
 
     def on_mount(self) -> None:
-        self.set_interval(LOOK_EVERY_S, self._start_look)
+        self.set_interval(POLL_INTERVAL_S, self._start_poll)
         self._show_half()
 
     def on_screen_resume(self) -> None:
         if self.run is not None and not self.run.path.exists():
             self.notify(f"{self.run.id} was deleted.")
-            self._let_go()
-        self._start_look()
+            self._stop_watching()
+        self._start_poll()
 
     @property
     def run(self) -> RunDir | None:
@@ -86,36 +92,36 @@ class TrainScreen(WorkScreen):
     @property
     def state(self) -> State | None:
         """Of the run being watched."""
-        return self._picture.status.state if self._picture else None
+        return self._snapshot.status.state if self._snapshot else None
 
     def attach(self, run: RunDir) -> None:
         """Watch a run."""
         self._chosen = True
         if self.run == run:
             return
-        self._follower, self._picture, self._zoom = Follower(run), None, 0
+        self._follower, self._snapshot, self._zoom = RunFollower(run), None, 0
         self._show_half()
-        self._start_look()
+        self._start_poll()
 
     def show_recipe(self, recipe: Recipe) -> None:
-        self.query_one(LaunchPane).show_recipe(recipe, self.workstation.workbench.base)
+        self.query_one(LaunchPane).show_recipe(recipe, self.qlora_app.workbench.base)
         self._check()
 
-    def show_pulse(self, pulse: Pulse) -> None:
+    def show_system_status(self, pulse: SystemStatus) -> None:
         if not self._chosen and self.run is None and pulse.active is not None:
             self.attach(pulse.active)
         self._check()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action == "remedy":
-            return self._picture is not None and self._picture.remedy is not None
-        if action in ACTIONS:
-            return possible(action, self.run is not None, self.state)
+        if action == "fix":
+            return self._snapshot is not None and self._snapshot.fix is not None
+        if action in ACTION_NAMES:
+            return is_available(action, self.run is not None, self.state)
         return super().check_action(action, parameters)
 
     def action_launch(self) -> None:
         """Launch the recipe, or queue it; what speaks against it is said first."""
-        self.run_worker(Later(self._launch), exclusive=True, group="launch")
+        self.run_worker(DeferredWork(self._launch), exclusive=True, group="launch")
 
     async def action_stop(self) -> None:
         """Ask, then stop the run."""
@@ -123,11 +129,9 @@ class TrainScreen(WorkScreen):
         if run is None:
             return
         if self.state == "queued":
-            self._ask_first(
-                "Take it out of the queue?", f"{run.id} has not begun.", lambda: actions.stop(run)
-            )
+            self._confirm("Take it out of the queue?", f"{run.id} has not begun.", lambda: actions.stop(run))
         else:
-            self._ask_first(
+            self._confirm(
                 "Stop the run?",
                 f"{run.id} saves a checkpoint and its adapter, and ends. It can be resumed.",
                 lambda: actions.stop(run),
@@ -144,14 +148,14 @@ class TrainScreen(WorkScreen):
 
     def action_ask(self, kind: control.Kind) -> None:
         """Leave a request for the trainer."""
-        self._try(lambda run: control.ask(run, kind), ASKED[kind])
+        self._try(lambda run: control.ask(run, kind), REQUEST_NOTICES[kind])
 
     def action_learning_rate(self) -> None:
         """Ask for a learning rate, and set it."""
-        now = self._picture.last[0] if self._picture else None
-        self._ask_for_rate("" if now is None else f"{now:.3g}")
+        now = self._snapshot.last[0] if self._snapshot else None
+        self._prompt_for_rate("" if now is None else f"{now:.3g}")
 
-    def _ask_for_rate(self, proposed: str) -> None:
+    def _prompt_for_rate(self, proposed: str) -> None:
         def take(text: str | None) -> None:
             if text:
                 self._try(
@@ -160,47 +164,47 @@ class TrainScreen(WorkScreen):
                 )
 
         self.app.push_screen(
-            AskScreen(
+            TextPromptScreen(
                 "Learning rate",
                 "The peak from here on; the schedule goes on from it.",
                 proposed,
-                wrong_rate,
+                validate_rate,
             ),
             take,
         )
 
-    async def action_remedy(self) -> None:
+    async def action_fix(self) -> None:
         """Do what helps against what is wrong with the run, after asking."""
-        found = self._picture.remedy if self._picture else None
-        if found is None or self.run is None:
+        fix = self._snapshot.fix if self._snapshot else None
+        if fix is None or self.run is None:
             return
-        if found.rate is not None:
-            self._ask_for_rate(f"{found.rate:g}")
-        elif found.stop:
+        if fix.rate is not None:
+            self._prompt_for_rate(f"{fix.rate:g}")
+        elif fix.stop:
             await self.action_stop()
         else:
-            self._offer_next_run(self.run, found)
+            self._offer_next_run(self.run, fix)
 
-    def _offer_next_run(self, run: RunDir, found: Remedy) -> None:
+    def _offer_next_run(self, run: RunDir, fix: SuggestedFix) -> None:
         def take(yes: bool | None) -> None:
             if not yes:
                 return
             recipe = run.recipe()
-            for path, value in found.changes.items():
+            for path, value in fix.changes.items():
                 recipe = replace_setting(recipe, path, value)
-            if self.workstation.workbench.replace(recipe):
-                self.workstation.recipe_edited()
+            if self.qlora_app.workbench.replace(recipe):
+                self.qlora_app.recipe_edited()
             self.action_prepare()
 
         text = "It takes this run's recipe in place of the one in hand; u brings that back."
-        self.app.push_screen(QuestionScreen(f"{found.says[:1].upper()}{found.says[1:]}?", text), take)
+        self.app.push_screen(ConfirmScreen(f"{fix.label[:1].upper()}{fix.label[1:]}?", text), take)
 
     async def action_chat(self) -> None:
         """Talk to the adapter."""
         from qlora_tui.tui.screens.chat import show_chat
 
         if self.run is not None:
-            await show_chat(self.workstation, self.run)
+            await show_chat(self.qlora_app, self.run)
 
     def action_another(self) -> None:
         """Choose a run to watch."""
@@ -209,13 +213,13 @@ class TrainScreen(WorkScreen):
             if run is not None:
                 self.attach(run)
 
-        self.app.push_screen(ChooseRunScreen(self.run), take)
+        self.app.push_screen(RunPickerScreen(self.run), take)
 
     def action_prepare(self) -> None:
         """Back to the recipe and its checks."""
-        self._let_go()
+        self._stop_watching()
         self._chosen = True
-        self.show_recipe(self.workstation.workbench.recipe)
+        self.show_recipe(self.qlora_app.workbench.recipe)
 
     def action_detach(self) -> None:
         """Leave the app."""
@@ -231,7 +235,7 @@ class TrainScreen(WorkScreen):
             if yes:
                 self.app.exit(message=text)
 
-        self.app.push_screen(QuestionScreen("Leave the app?", text, "Leave", harmless=True), take)
+        self.app.push_screen(ConfirmScreen("Leave the app?", text, "Leave", harmless=True), take)
 
     def action_next_tab(self, places: int) -> None:
         """The next of the texts under the graph."""
@@ -243,8 +247,8 @@ class TrainScreen(WorkScreen):
 
     def action_zoom(self, direction: int) -> None:
         """Show the last half of the steps shown, or twice as many."""
-        self._zoom = min(max(self._zoom + direction, 0), _MOST_ZOOM)
-        self._start_look()
+        self._zoom = min(max(self._zoom + direction, 0), _MAX_ZOOM)
+        self._start_poll()
 
     def action_level(self) -> None:
         """The next choice of levels."""
@@ -254,8 +258,8 @@ class TrainScreen(WorkScreen):
         """Ask for a text to search."""
         pane = self.query_one(LivePane)
         self.app.push_screen(
-            AskScreen("Search", "Only lines with this text; nothing shows all.", pane.search),
-            lambda text: None if text is None else pane.look_for(text),
+            TextPromptScreen("Search", "Only lines with this text; nothing shows all.", pane.search),
+            lambda text: None if text is None else pane.search_for(text),
         )
 
     def action_copy_command(self) -> None:
@@ -266,11 +270,11 @@ class TrainScreen(WorkScreen):
 
     def on_settings_form_edited(self, event: SettingsForm.Edited) -> None:
         """Change the recipe."""
-        self.workstation.edit(event.path, event.value)
+        self.qlora_app.edit(event.path, event.value)
 
-    def _let_go(self) -> None:
+    def _stop_watching(self) -> None:
         """Watch no run, until one is at work."""
-        self._follower = self._picture = None
+        self._follower = self._snapshot = None
         self._chosen = False
         self._show_half()
 
@@ -282,65 +286,65 @@ class TrainScreen(WorkScreen):
             self.query_one(LivePane).begin()
         self.refresh_bindings()
 
-    def _start_look(self) -> None:
-        if self._follower is not None and not self._looking and self.is_current:
-            self._looking = True
-            self.run_worker(Later(self._look, self._follower), group="look")
+    def _start_poll(self) -> None:
+        if self._follower is not None and not self._polling and self.is_current:
+            self._polling = True
+            self.run_worker(DeferredWork(self._poll, self._follower), group="look")
 
-    async def _look(self, follower: Follower) -> None:
-        step = self._picture.step if self._picture else 0
-        follower.from_step = zoomed_from(step, self._zoom)
+    async def _poll(self, follower: RunFollower) -> None:
+        step = self._snapshot.step if self._snapshot else 0
+        follower.from_step = zoom_start(step, self._zoom)
         try:
-            picture = await asyncio.to_thread(follower.look)
+            snapshot = await asyncio.to_thread(follower.poll)
         finally:
-            self._looking = False
+            self._polling = False
         if follower is not self._follower:
-            self._start_look()
+            self._start_poll()
             return
-        before = (self.state, self._picture.remedy if self._picture else None)
-        self._picture = picture
-        self.query_one(LivePane).show(picture, follower.from_step)
-        if (picture.status.state, picture.remedy) != before:
+        before = (self.state, self._snapshot.fix if self._snapshot else None)
+        self._snapshot = snapshot
+        self.query_one(LivePane).show(snapshot, follower.from_step)
+        if (snapshot.status.state, snapshot.fix) != before:
             self.refresh_bindings()
 
     def _check(self) -> None:
         """Look again at what a run needs, if that may have changed."""
         if self.run is not None:
             return
-        pulse, recipe = self.workstation.pulse, self.workstation.workbench.recipe
+        pulse, recipe = self.qlora_app.system_status, self.qlora_app.workbench.recipe
         free = pulse.free_bytes
-        asked = (
+        key = (
             recipe,
-            self.workstation.room,
+            self.qlora_app.memory_budget,
             pulse.active,
             pulse.waiting,
-            pulse.no_card,
+            pulse.no_gpu_reason,
             None if free is None else free >> 28,
         )
-        if asked != self._checked_for:
-            self._checked_for = asked
-            self.run_worker(Later(self._look_at_needs, recipe, pulse), exclusive=True, group="checks")
+        if key != self._checks_key:
+            self._checks_key = key
+            self.run_worker(DeferredWork(self._run_checks, recipe, pulse), exclusive=True, group="checks")
 
-    async def _look_at_needs(self, recipe: Recipe, pulse: Pulse) -> None:
-        self._checks = await asyncio.to_thread(check_all, recipe, self.workstation.room, pulse)
+    async def _run_checks(self, recipe: Recipe, pulse: SystemStatus) -> None:
+        self._checks = await asyncio.to_thread(check_all, recipe, self.qlora_app.memory_budget, pulse)
         self.query_one(LaunchPane).show_checks(self._checks)
 
     async def _launch(self) -> None:
-        await self._look_at_needs(self.workstation.workbench.recipe, self.workstation.pulse)
+        await self._run_checks(self.qlora_app.workbench.recipe, self.qlora_app.system_status)
         try:
-            run = await launch(self.workstation, self._checks)
+            run = await launch(self.qlora_app, self._checks)
         except Problem as problem:
-            self.workstation.explain(problem)
+            self.qlora_app.show_error(problem)
             return
         if run is not None:
             self.attach(run)
 
-    def _ask_first(self, title: str, text: str, act: Callable[[], None], done: str = "") -> None:
+    def _confirm(self, title: str, text: str, act: Callable[[], None], done: str = "") -> None:
         def take(yes: bool | None) -> None:
             if yes:
                 self._try(lambda run: act(), done)
 
-        self.app.push_screen(QuestionScreen(title, text), take)
+        self.app.push_screen(ConfirmScreen(title, text), take)
 
     def _try(self, act: Callable[[RunDir], None], done: str) -> None:
         if self.run is None:
@@ -348,11 +352,11 @@ class TrainScreen(WorkScreen):
         try:
             act(self.run)
         except Problem as problem:
-            self.workstation.explain(problem)
+            self.qlora_app.show_error(problem)
             return
         if done:
             self.notify(done)
-        self._start_look()
+        self._start_poll()
 
 
 async def show_run(app: QloraApp, run: RunDir) -> None:

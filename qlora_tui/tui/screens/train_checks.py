@@ -32,9 +32,9 @@ from qlora_tui.memory import Estimate, check_fit, estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from qlora_tui.tui.pulse import Pulse
+from qlora_tui.tui.system_status import SystemStatus
 
-Outcome = Literal["ok", "warning", "error"]
+CheckOutcome = Literal["ok", "warning", "error"]
 _TOO_HEAVY = ("parquet", "arrow")
 """Kinds of file whose reader this process does not load; the Data screen's engine looks into them."""
 _ROOM_TO_SPARE = 1 << 30
@@ -43,64 +43,70 @@ _NOTABLE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class Check:
+class LaunchCheck:
     """One thing that was looked at."""
 
     name: str
-    outcome: Outcome
+    outcome: CheckOutcome
     text: str
     fix: str = ""
 
 
-def check_all(recipe: Recipe, room: MemoryBudget, pulse: Pulse) -> tuple[Check, ...]:
+def check_all(recipe: Recipe, room: MemoryBudget, pulse: SystemStatus) -> tuple[LaunchCheck, ...]:
     """Every check, in the order of what to mend first."""
     model, architecture = _model(recipe)
-    made = _estimate(recipe, architecture, room)
+    estimate_or_error = _estimate(recipe, architecture, room)
     checks = [model, _data(recipe), *_settings(recipe), *_length(recipe, architecture)]
-    if made is not None:
-        checks.append(made if isinstance(made, Check) else _memory(made, room))
-    needed = made.total_bytes if isinstance(made, Estimate) else 0
+    if estimate_or_error is not None:
+        checks.append(
+            estimate_or_error
+            if isinstance(estimate_or_error, LaunchCheck)
+            else _memory(estimate_or_error, room)
+        )
+    needed = estimate_or_error.total_bytes if isinstance(estimate_or_error, Estimate) else 0
     checks += [
-        _card(pulse, needed),
-        _disk(recipe, made if isinstance(made, Estimate) else None),
-        _turn(pulse),
+        _gpu(pulse, needed),
+        _disk(recipe, estimate_or_error if isinstance(estimate_or_error, Estimate) else None),
+        _queue(pulse),
     ]
     return tuple(checks)
 
 
-def _model(recipe: Recipe) -> tuple[Check, Architecture | None]:
+def _model(recipe: Recipe) -> tuple[LaunchCheck, Architecture | None]:
     if not recipe.model.id:
-        return Check("model", "error", "None is chosen.", "Press 1 and choose one."), None
+        return LaunchCheck("model", "error", "None is chosen.", "Press 1 and choose one."), None
     try:
         files = resolve_model(recipe.model.id)
     except Problem as problem:
-        return Check("model", "error", problem.what, problem.fix), None
+        return LaunchCheck("model", "error", problem.what, problem.fix), None
     weights = "a GGUF file, converted on first use" if files.gguf_file else f"in {short_path(files.folder)}"
     text = f"{count(files.architecture.total_params)} parameters, {weights}."
-    return Check("model", "ok", text), files.architecture
+    return LaunchCheck("model", "ok", text), files.architecture
 
 
-def _data(recipe: Recipe) -> Check:
+def _data(recipe: Recipe) -> LaunchCheck:
     if not recipe.data.sources:
-        return Check("data", "error", "None is chosen.", "Press 2 and choose a file.")
+        return LaunchCheck("data", "error", "None is chosen.", "Press 2 and choose a file.")
     try:
-        found = [_source(source, recipe.data.preferences) for source in recipe.data.sources]
+        descriptions = [_source(source, recipe.data.preferences) for source in recipe.data.sources]
         raise_cached_error(_all_files(recipe.data), _tokens(recipe))
         rows = _rows(_stamped(recipe.data), _reading(recipe.data))
     except Problem as problem:
-        return Check("data", "error", problem.what, problem.fix)
+        return LaunchCheck("data", "error", problem.what, problem.fix)
     except OSError as error:
-        return Check("data", "error", f"{error.filename}: {error.strerror}.", "Check the file's permissions.")
+        return LaunchCheck(
+            "data", "error", f"{error.filename}: {error.strerror}.", "Check the file's permissions."
+        )
     if isinstance(rows, Problem):
-        return Check("data", "error", rows.what, rows.fix)
+        return LaunchCheck("data", "error", rows.what, rows.fix)
     if rows.warnings:
         first = rows.warnings[0]
-        return Check(
+        return LaunchCheck(
             "data", "warning", f"{first.title} ({counted(first.count, 'row')}): {first.example}", first.fix
         )
     all_read = rows.complete and all(_files(source) is not None for source in every_source(recipe.data))
     more = "" if all_read else " Not all rows were read yet: the run checks them when it starts."
-    return Check("data", "ok", f"{'; '.join(found)}.{more}")
+    return LaunchCheck("data", "ok", f"{'; '.join(descriptions)}.{more}")
 
 
 _Stamped = tuple[Path, bytes, int, int]
@@ -170,65 +176,67 @@ def _source(source: Source, preferences: str) -> str:
     return f"{name}{more}, {size(sum(f.stat().st_size for f in files))}, {layout}"
 
 
-def _settings(recipe: Recipe) -> list[Check]:
+def _settings(recipe: Recipe) -> list[LaunchCheck]:
     return [
-        Check("settings", "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")
+        LaunchCheck("settings", "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")
         for c in find_conflicts(recipe)
     ]
 
 
-def _length(recipe: Recipe, architecture: Architecture | None) -> list[Check]:
+def _length(recipe: Recipe, architecture: Architecture | None) -> list[LaunchCheck]:
     warning = architecture and context_length_warning(recipe.data.max_length, architecture)
-    return [Check("length", "warning", f"{warning.what} {warning.why}", warning.fix)] if warning else []
+    return [LaunchCheck("length", "warning", f"{warning.what} {warning.why}", warning.fix)] if warning else []
 
 
 def _estimate(
     recipe: Recipe, architecture: Architecture | None, room: MemoryBudget
-) -> Estimate | Check | None:
+) -> Estimate | LaunchCheck | None:
     if architecture is None:
         return None
     try:
         return estimate(recipe, architecture, device=room.device)
     except Problem as problem:
-        return Check("memory", "error", problem.what, problem.fix)
+        return LaunchCheck("memory", "error", problem.what, problem.fix)
 
 
-def _memory(made: Estimate, room: MemoryBudget) -> Check:
-    verdict = check_fit(made, room.bytes)
+def _memory(estimate: Estimate, room: MemoryBudget) -> LaunchCheck:
+    verdict = check_fit(estimate, room.bytes)
     text = f"{verdict.word}: {gib(verdict.needed_bytes)} of {gib(room.bytes)} GiB of {room.name}."
     match verdict.word:
         case "fits":
-            return Check("memory", "ok", text)
+            return LaunchCheck("memory", "ok", text)
         case "does not fit":
-            return Check("memory", "error", text, "Press 3 and a: the cheapest change that fits.")
+            return LaunchCheck("memory", "error", text, "Press 3 and a: the cheapest change that fits.")
         case _:
             band = f"It may take {gib(verdict.low_bytes)} to {gib(verdict.high_bytes)} GiB. Press 3 to look."
-            return Check("memory", "warning", text, band)
+            return LaunchCheck("memory", "warning", text, band)
 
 
-def _card(pulse: Pulse, needed_bytes: int) -> Check:
-    if pulse.card is None:
-        why = f" {pulse.no_card}" if pulse.no_card else ""
-        return Check("card", "warning", f"None: it trains on the CPU, slowly.{why}")
-    name, free = pulse.card.short_name, pulse.free_bytes
-    if pulse.reading is None:
-        return Check(
-            "card", "warning", f"{name} does not answer: {pulse.no_card}", "`qlora-tui doctor` looks."
+def _gpu(pulse: SystemStatus, needed_bytes: int) -> LaunchCheck:
+    if pulse.gpu is None:
+        why = f" {pulse.no_gpu_reason}" if pulse.no_gpu_reason else ""
+        return LaunchCheck("card", "warning", f"None: it trains on the CPU, slowly.{why}")
+    name, free = pulse.gpu.short_name, pulse.free_bytes
+    if pulse.gpu_metrics is None:
+        return LaunchCheck(
+            "card", "warning", f"{name} does not answer: {pulse.no_gpu_reason}", "`qlora-tui doctor` looks."
         )
-    used = pulse.reading.memory_used_bytes
+    used = pulse.gpu_metrics.memory_used_bytes
     if pulse.active is not None or used is None or used < _NOTABLE_BYTES:
-        return Check("card", "ok", f"{name}, {gib(free)} GiB free.")
-    text = f"{name}: {gib(used)} GiB are held by {_holders(pulse)}."
+        return LaunchCheck("card", "ok", f"{name}, {gib(free)} GiB free.")
+    text = f"{name}: {gib(used)} GiB are held by {_gpu_processes(pulse)}."
     if free is not None and free < needed_bytes:
-        return Check("card", "error", text, f"Close what holds it: the run needs {gib(needed_bytes)} GiB.")
-    return Check("card", "warning", text, "What it takes later is missing here.")
+        return LaunchCheck(
+            "card", "error", text, f"Close what holds it: the run needs {gib(needed_bytes)} GiB."
+        )
+    return LaunchCheck("card", "warning", text, "What it takes later is missing here.")
 
 
-def _holders(pulse: Pulse) -> str:
-    assert pulse.card is not None
+def _gpu_processes(pulse: SystemStatus) -> str:
+    assert pulse.gpu is not None
     try:
         with Nvml() as nvml:
-            processes = nvml.read(pulse.card.index, processes=True).processes
+            processes = nvml.read(pulse.gpu.index, processes=True).processes
     except GpuUnavailableError:
         processes = None
     return ", ".join(_process(p) for p in (processes or ())[:3]) or "other programs"
@@ -242,27 +250,27 @@ def _process(process: GpuProcess) -> str:
     return f"{name} ({process.pid})"
 
 
-def _disk(recipe: Recipe, made: Estimate | None) -> Check:
+def _disk(recipe: Recipe, estimate: Estimate | None) -> LaunchCheck:
     folder = paths.runs_dir()
     free = shutil.disk_usage(folder).free
     # A checkpoint holds the adapter and its optimizer states; beside those kept are the best and the result.
-    one = made.bytes_of("adapter") + made.bytes_of("optimizer") if made else 0
+    one = estimate.bytes_of("adapter") + estimate.bytes_of("optimizer") if estimate else 0
     needed = one * (recipe.training.keep_checkpoints + 2) + _ROOM_TO_SPARE
     text = f"{size(free)} free for checkpoints in {short_path(folder)}."
     if free < needed:
-        return Check("disk", "error", text, f"Free some: the run may take {size(needed)}.")
-    return Check("disk", "ok", text)
+        return LaunchCheck("disk", "error", text, f"Free some: the run may take {size(needed)}.")
+    return LaunchCheck("disk", "ok", text)
 
 
-def _turn(pulse: Pulse) -> Check:
+def _queue(pulse: SystemStatus) -> LaunchCheck:
     ahead = len(pulse.waiting) + (pulse.active is not None)
     if not ahead:
-        return Check("turn", "ok", "Nothing else is running: it starts at once.")
+        return LaunchCheck("turn", "ok", "Nothing else is running: it starts at once.")
     who = pulse.active.id if pulse.active is not None else pulse.waiting[0]
     more = f" and {ahead - 1} more" if ahead > 1 else ""
-    return Check("turn", "warning", f"It waits behind {who}{more}.", "Press 6 to change the order.")
+    return LaunchCheck("turn", "warning", f"It waits behind {who}{more}.", "Press 6 to change the order.")
 
 
-def errors(checks: tuple[Check, ...]) -> tuple[Check, ...]:
+def errors(checks: tuple[LaunchCheck, ...]) -> tuple[LaunchCheck, ...]:
     """Those that a run would fail of."""
     return tuple(check for check in checks if check.outcome == "error")

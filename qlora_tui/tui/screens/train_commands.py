@@ -7,7 +7,7 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
 from qlora_tui.tui.commands import Command
 
 
-def _do(
+def _command(
     id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True, verb: str = ""
 ) -> Command:
     return Command(
@@ -16,11 +16,11 @@ def _do(
 
 
 COMMANDS: tuple[Command, ...] = (
-    _do("launch", "t", "launch", "Launch", "Launch a run of this recipe, or queue it.", verb="train"),
-    _do("stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, and end the run.", verb="stop"),
-    _do("pause", "z", "pause", "Pause", "Save a checkpoint and leave the GPU.", verb="pause"),
-    _do("resume", "r", "resume", "Resume", "Go on from the last checkpoint.", verb="resume"),
-    _do(
+    _command("launch", "t", "launch", "Launch", "Launch a run of this recipe, or queue it.", verb="train"),
+    _command("stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, and end the run.", verb="stop"),
+    _command("pause", "z", "pause", "Pause", "Save a checkpoint and leave the GPU.", verb="pause"),
+    _command("resume", "r", "resume", "Resume", "Go on from the last checkpoint.", verb="resume"),
+    _command(
         "checkpoint",
         "k",
         "ask('checkpoint')",
@@ -29,7 +29,7 @@ COMMANDS: tuple[Command, ...] = (
         in_footer=False,
         verb="ask",
     ),
-    _do(
+    _command(
         "evaluate",
         "e",
         "ask('evaluate')",
@@ -38,7 +38,7 @@ COMMANDS: tuple[Command, ...] = (
         in_footer=False,
         verb="ask",
     ),
-    _do(
+    _command(
         "sample",
         "g",
         "ask('sample')",
@@ -47,7 +47,7 @@ COMMANDS: tuple[Command, ...] = (
         in_footer=False,
         verb="ask",
     ),
-    _do(
+    _command(
         "finish_epoch",
         "f",
         "ask('finish_epoch')",
@@ -56,7 +56,7 @@ COMMANDS: tuple[Command, ...] = (
         in_footer=False,
         verb="ask",
     ),
-    _do(
+    _command(
         "rate",
         "L",
         "learning_rate",
@@ -65,18 +65,18 @@ COMMANDS: tuple[Command, ...] = (
         in_footer=False,
         verb="ask",
     ),
-    _do("remedy", "m", "remedy", "Mend", "Do what helps against what the health tab tells, after asking."),
-    _do("chat", "c", "chat", "Chat", "Talk to this run's adapter.", verb="chat"),
-    _do("another", "x", "another", "Another run", "Watch another run, or the queue.", verb="attach"),
-    _do("prepare", "n", "prepare", "New run", "Prepare a run: the recipe in full, and its checks."),
-    _do("detach", "d", "detach", "Detach", "Leave the app; the run goes on."),
-    _do("tab", "tab", "next_tab(1)", "Next text", "Log, samples, health, output.", in_footer=False),
-    _do("tab_back", "shift+tab", "next_tab(-1)", "Text before", "The text before.", in_footer=False),
-    _do("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Only the last half.", in_footer=False),
-    _do("zoom_out", "minus", "zoom(-1)", "Zoom out", "Twice as many steps.", in_footer=False),
-    _do("level", "v", "level", "Level", "All lines, warnings only, errors only.", in_footer=False),
-    _do("search", "slash", "search", "Search", "Only lines with a text in them.", in_footer=False),
-    _do(
+    _command("remedy", "m", "fix", "Mend", "Do what helps against what the health tab tells, after asking."),
+    _command("chat", "c", "chat", "Chat", "Talk to this run's adapter.", verb="chat"),
+    _command("another", "x", "another", "Another run", "Watch another run, or the queue.", verb="attach"),
+    _command("prepare", "n", "prepare", "New run", "Prepare a run: the recipe in full, and its checks."),
+    _command("detach", "d", "detach", "Detach", "Leave the app; the run goes on."),
+    _command("tab", "tab", "next_tab(1)", "Next text", "Log, samples, health, output.", in_footer=False),
+    _command("tab_back", "shift+tab", "next_tab(-1)", "Text before", "The text before.", in_footer=False),
+    _command("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Only the last half.", in_footer=False),
+    _command("zoom_out", "minus", "zoom(-1)", "Zoom out", "Twice as many steps.", in_footer=False),
+    _command("level", "v", "level", "Level", "All lines, warnings only, errors only.", in_footer=False),
+    _command("search", "slash", "search", "Search", "Only lines with a text in them.", in_footer=False),
+    _command(
         "copy",
         "y",
         "copy_command",
@@ -87,7 +87,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
 )
 
-ASKED: dict[Kind, str] = {
+REQUEST_NOTICES: dict[Kind, str] = {
     "checkpoint": "It saves a checkpoint after this step.",
     "evaluate": "It measures the validation loss after this step.",
     "sample": "It answers the sample prompts after this step.",
@@ -98,12 +98,12 @@ _WHEN_RUNNING = frozenset(("pause", "ask", "learning_rate"))
 _WHEN_LIVE = frozenset(
     ("another", "prepare", "detach", "next_tab", "zoom", "level", "search", "copy_command")
 )
-ACTIONS = frozenset(command.action.partition("(")[0] for command in COMMANDS)
+ACTION_NAMES = frozenset(command.action.partition("(")[0] for command in COMMANDS)
 """The names of all of them."""
 
 
-def possible(action: str, watching: bool, state: State | None) -> bool:
-    """Whether one of :data:`ACTIONS` means something now; ``state`` is that of the run being watched."""
+def is_available(action: str, watching: bool, state: State | None) -> bool:
+    """Whether one of :data:`ACTION_NAMES` means something now; ``state`` is that of the run being watched."""
     if not watching:
         return action in ("launch", "another")
     return (
@@ -115,7 +115,7 @@ def possible(action: str, watching: bool, state: State | None) -> bool:
     )
 
 
-def wrong_rate(text: str) -> str:
+def validate_rate(text: str) -> str:
     """What is wrong with a learning rate as it was typed; empty where it is right."""
     try:
         rate = float(text)

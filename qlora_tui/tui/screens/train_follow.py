@@ -1,7 +1,7 @@
-"""Following one run for the screen: files in, one :class:`Picture` a second out.
+"""Following one run for the screen: files in, one :class:`RunSnapshot` a second out.
 
-:class:`Follower` is used in a thread, one call at a time. Everything of a size that grows with the run stays
-in it; a picture holds what is shown and no more.
+:class:`RunFollower` is used in a thread, one call at a time. Everything of a size that grows with the run
+stays in it; a picture holds what is shown and no more.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from qlora_tui.runs.events import AnyEvent, Evaluated, Failed, Health, Progress,
 from qlora_tui.runs.status import Status
 from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
+from qlora_tui.tui.screens.train_fix import SuggestedFix, suggest_fix
 from qlora_tui.tui.screens.train_output import OutputTail
-from qlora_tui.tui.screens.train_remedy import Remedy, remedy
-from qlora_tui.tui.widgets.log_tail import Entry, Level
-from qlora_tui.tui.widgets.trace import History, Smoother, Trace
+from qlora_tui.tui.widgets.log_tail import Level, LogEntry
+from qlora_tui.tui.widgets.series import BiasCorrectedEma, DecimatedSeries, Envelope
 
 LONG_BYTES = 8 << 20
 """Of events: some 40,000 steps. Of a longer run only a sample of the steps is read."""
-_SKETCH_STEPS = 10_000
-_KEPT_STEPS = 100
+_SAMPLE_STEPS = 10_000
+_RECENT_STEPS = 100
 """Of the view: more than its pace is reckoned from. What is drawn of the others is kept thinned."""
 _LEAST_WINDOW, _MOST_WINDOW = 4, 100
 _HISTORY = 240
@@ -42,15 +42,15 @@ _MOST_SAMPLES = 60
 class Curves:
     """What the graphs draw: over steps, thinned."""
 
-    loss: Trace
-    smooth: Trace
-    learning_rate: Trace
-    grad_norm: Trace
-    tokens_per_s: Trace
+    loss: Envelope
+    smooth: Envelope
+    learning_rate: Envelope
+    grad_norm: Envelope
+    tokens_per_s: Envelope
 
 
 @dataclass(frozen=True)
-class Picture:
+class RunSnapshot:
     """A run at one moment, as the live screen shows it."""
 
     view: RunView
@@ -67,27 +67,27 @@ class Picture:
     best: Evaluated | None
     samples: tuple[Sampled, ...]
     health: tuple[Health, ...]
-    entries: Sequence[Entry]
+    entries: Sequence[LogEntry]
     """The story so far; only ever appended to."""
-    output: Sequence[Entry]
+    output: Sequence[LogEntry]
     """The end of the trainer's own output."""
     telemetry: tuple[Sample, ...]
     """The newest last."""
     energy_kwh: float | None
     seconds_left: float | None
-    remedy: Remedy | None
+    fix: SuggestedFix | None
     """What one key can do about what is wrong."""
     one_in: int
     """Of so many steps one is drawn: more than 1 in a very long run."""
 
 
-class _Thinned:
+class _DownsampledRun:
     """What a view has told, thinned: of its steps those that a graph can show."""
 
     def __init__(self, view: RunView) -> None:
         self.view = view
-        self.history = History(columns=5)
-        self.smoother = Smoother()
+        self.history = DecimatedSeries(columns=5)
+        self.smoother = BiasCorrectedEma()
         self.last_step = 0
         """Of those looked at."""
         self.one_in = 1
@@ -97,24 +97,24 @@ class _Thinned:
 
     def read(self) -> list[AnyEvent]:
         """Take in what is new; the events but steps, which are too many to hold."""
-        told = _without_steps(self.view.fresh())
-        self.take()
-        return told
+        events = _without_steps(self.view.fresh())
+        self.add_steps()
+        return events
 
-    def take(self) -> None:
+    def add_steps(self) -> None:
         """Take in the steps that the view has beyond those taken before, and leave it the last of them."""
         view, series = self.view, self.view.series
-        new = self._taken_in(bisect_right(series.step, self.last_step))
+        new = self._select(bisect_right(series.step, self.last_step))
         self.smoother.window = smoothing_window(view.total_steps)
         columns = (series.step, series.loss, series.learning_rate, series.grad_norm, series.tokens_per_s)
         steps, loss, *others = ([column[at] for at in new] for column in columns)
         self.history.extend(steps, loss, self.smoother.smooth(loss), *others)
         if len(series):
             self.last_step = series.step[-1]
-        series.keep_last(_KEPT_STEPS)
+        series.keep_last(_RECENT_STEPS)
         del view.samples[:-_MOST_SAMPLES]
 
-    def _taken_in(self, first: int) -> list[int]:
+    def _select(self, first: int) -> list[int]:
         """Which of the view's steps, of those from index ``first`` on."""
         series = self.view.series
         taken = []
@@ -128,7 +128,7 @@ class _Thinned:
         """As they were, where nothing has changed."""
         drawn_for = (len(self.history), from_step)
         if self._drawn is None or self._drawn[0] != drawn_for:
-            self._drawn = (drawn_for, Curves(*self.history.traces(from_step)))
+            self._drawn = (drawn_for, Curves(*self.history.envelopes(from_step)))
         return self._drawn[1]
 
 
@@ -137,18 +137,18 @@ def smoothing_window(total_steps: int) -> float:
     return float(min(max(total_steps / 30, _LEAST_WINDOW), _MOST_WINDOW))
 
 
-class Follower:
+class RunFollower:
     """Reads a run's files on from where it stopped."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
         self.from_step = 0.0
         """Where the graphs begin: more than 0 when zoomed to the end of the run."""
-        self._thinned: _Thinned | None = None
-        self._entries: list[Entry] = []
-        self._told = 0
+        self._downsampled: _DownsampledRun | None = None
+        self._entries: list[LogEntry] = []
+        self._event_count = 0
         """Events but steps that were read so far."""
-        self._unknown_told = 0
+        self._unknown_count = 0
         self._phases = PhasesTold()
         self._recipe = _recipe(run)
         self._telemetry = TelemetryTail(run.telemetry_path)
@@ -156,53 +156,53 @@ class Follower:
         self._energy = EnergyMeter(run.telemetry_path)
         self._output = OutputTail(run.log_path, _MOST_ENTRIES)
 
-    def look(self) -> Picture:
+    def poll(self) -> RunSnapshot:
         """The run as it is now."""
         self._recent.extend(self._telemetry.poll())
         self._energy.read()
         self._output.read()
         thinned, events = self._read()
-        self._thinned = thinned
-        self._told += len(events)
+        self._downsampled = thinned
+        self._event_count += len(events)
         fresh = (event for event in events if self._phases.is_new(event))
         self._entries += _entries(fresh, thinned.view.total_steps)
-        self._tell_unknown(thinned.view)
+        self._report_unknown(thinned.view)
         # A new list, so that whoever shows the old one sees that it was replaced.
         if len(self._entries) > 2 * _MOST_ENTRIES:
             self._entries = self._entries[-_MOST_ENTRIES:]
-        return self._picture(thinned)
+        return self._snapshot(thinned)
 
-    def _read(self) -> tuple[_Thinned, list[AnyEvent]]:
+    def _read(self) -> tuple[_DownsampledRun, list[AnyEvent]]:
         """The run as far as it is written, and the events but steps that no look has told yet."""
-        if self._thinned is None:
+        if self._downsampled is None:
             return self._open()
-        before = self._thinned.last_step
-        events = self._thinned.read()
+        before = self._downsampled.last_step
+        events = self._downsampled.read()
         if any(isinstance(event, Started) and event.resumed_from_step < before for event in events):
             # This attempt does steps again that are thinned already.
             thinned, all_events = self._open()
-            return thinned, all_events[self._told :]
-        return self._thinned, events
+            return thinned, all_events[self._event_count :]
+        return self._downsampled, events
 
-    def _tell_unknown(self, view: RunView) -> None:
-        if view.unknown_events > self._unknown_told:
-            self._unknown_told = view.unknown_events
-            self._entries.append(Entry(view.status.at, "warning", unknown_lines(view.unknown_events)))
+    def _report_unknown(self, view: RunView) -> None:
+        if view.unknown_events > self._unknown_count:
+            self._unknown_count = view.unknown_events
+            self._entries.append(LogEntry(view.status.at, "warning", unknown_lines(view.unknown_events)))
 
-    def _open(self) -> tuple[_Thinned, list[AnyEvent]]:
+    def _open(self) -> tuple[_DownsampledRun, list[AnyEvent]]:
         """The run from its beginning, and its events but steps."""
         path = self.run.events_path
         if not path.exists() or path.stat().st_size <= LONG_BYTES:
-            thinned = _Thinned(RunView(self.run))
+            thinned = _DownsampledRun(RunView(self.run))
             return thinned, thinned.read()
-        view, events = RunView.sketched(self.run, _SKETCH_STEPS)
-        thinned = _Thinned(view)
-        thinned.take()
+        view, events = RunView.sketched(self.run, _SAMPLE_STEPS)
+        thinned = _DownsampledRun(view)
+        thinned.add_steps()
         # So that the steps to come are drawn as densely as those of the sample.
         thinned.one_in = max(1, round(thinned.last_step / max(1, len(thinned.history))))
         return thinned, _without_steps(events)
 
-    def _picture(self, thinned: _Thinned) -> Picture:
+    def _snapshot(self, thinned: _DownsampledRun) -> RunSnapshot:
         view = thinned.view
         series = view.series
         last = (
@@ -210,7 +210,7 @@ class Follower:
             if len(series)
             else (None, None, None)
         )
-        return Picture(
+        return RunSnapshot(
             view=view,
             status=view.status,
             curves=thinned.curves(self.from_step),
@@ -227,7 +227,7 @@ class Follower:
             telemetry=tuple(self._recent),
             energy_kwh=self._energy.kwh,
             seconds_left=view.seconds_left,
-            remedy=remedy(view.status.state, view.health, view.ending, self._recipe),
+            fix=suggest_fix(view.status.state, view.health, view.ending, self._recipe),
             one_in=thinned.one_in,
         )
 
@@ -243,10 +243,10 @@ def _without_steps(events: Iterable[AnyEvent]) -> list[AnyEvent]:
     return [event for event in events if not isinstance(event, Step)]
 
 
-def _entries(events: Iterable[AnyEvent], total_steps: int) -> list[Entry]:
+def _entries(events: Iterable[AnyEvent], total_steps: int) -> list[LogEntry]:
     """Lines of the log; samples and progress are shown elsewhere."""
     return [
-        Entry(event.at, _level(event), " ".join(describe(event, total_steps).split()))
+        LogEntry(event.at, _level(event), " ".join(describe(event, total_steps).split()))
         for event in events
         if not isinstance(event, Sampled | Progress)
     ]

@@ -15,10 +15,10 @@ from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.tui.screens.question import QuestionScreen
-from qlora_tui.tui.screens.train_checks import Check, Outcome, errors
+from qlora_tui.tui.screens.confirm import ConfirmScreen
+from qlora_tui.tui.screens.train_checks import CheckOutcome, LaunchCheck, errors
 from qlora_tui.tui.widgets.settings_form import SettingsForm
-from qlora_tui.tui.widgets.steady import put
+from qlora_tui.tui.widgets.static_update import update_if_changed
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -27,7 +27,7 @@ _ELSEWHERE = frozenset(("data.sources", "name", "note"))
 """Sources are chosen on the Data screen, which shows what is in them."""
 _HEAD = 19
 """Cells of a check's sign, word and name."""
-SIGNS: dict[Outcome, tuple[str, str]] = {
+SIGNS: dict[CheckOutcome, tuple[str, str]] = {
     "ok": ("✓ ok", "$success"),
     "warning": ("! warning", "$warning"),
     "error": ("✗ error", "$error"),
@@ -57,7 +57,7 @@ class LaunchPane(Container):
         """The recipe as it is now, beside its preset."""
         self.query_one(SettingsForm).show(recipe, base)
 
-    def show_checks(self, checks: tuple[Check, ...]) -> None:
+    def show_checks(self, checks: tuple[LaunchCheck, ...]) -> None:
         """What was found, and whether the run can start."""
         self.query_one(CheckList).show(checks)
 
@@ -67,13 +67,13 @@ class CheckList(Static):
 
     def __init__(self) -> None:
         super().__init__("Looking at what the run needs…", id="checks")
-        self._checks: tuple[Check, ...] = ()
+        self._checks: tuple[LaunchCheck, ...] = ()
 
-    def show(self, checks: tuple[Check, ...]) -> None:
+    def show(self, checks: tuple[LaunchCheck, ...]) -> None:
         """Show these, wrapped beside their names."""
         self._checks = checks
         if self.size.width:
-            put(self, Content("\n").join([_conclusion(checks), *self._lines(self.size.width)]))
+            update_if_changed(self, Content("\n").join([_conclusion(checks), *self._lines(self.size.width)]))
 
     def on_resize(self) -> None:
         """Wrap them anew."""
@@ -87,12 +87,12 @@ class CheckList(Static):
             sign, style = SIGNS[check.outcome]
             head = Content.assemble((f"{sign:<10}", style), (f"{check.name:<9}", "bold"))
             fix = f" ▸ {check.fix}" if check.fix else ""
-            told = Content.assemble(check.text, (fix, "$accent")).wrap(room)
-            lines += [head + told[0], *(Content(" " * _HEAD) + piece for piece in told[1:])]
+            wrapped = Content.assemble(check.text, (fix, "$accent")).wrap(room)
+            lines += [head + wrapped[0], *(Content(" " * _HEAD) + piece for piece in wrapped[1:])]
         return lines
 
 
-def _conclusion(checks: tuple[Check, ...]) -> Content:
+def _conclusion(checks: tuple[LaunchCheck, ...]) -> Content:
     wrong = errors(checks)
     if wrong:
         names = ", ".join(dict.fromkeys(check.name for check in wrong))
@@ -101,7 +101,7 @@ def _conclusion(checks: tuple[Check, ...]) -> Content:
     return Content.styled(f"Ready. t {'queues' if waits else 'launches'} it.", "bold $success")
 
 
-async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:
+async def launch(app: QloraApp, checks: tuple[LaunchCheck, ...]) -> RunDir | None:
     """Queue the workbench's recipe; what speaks against it is asked first, and None is a no.
 
     Raises Problem where it could not run at all.
@@ -112,6 +112,6 @@ async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:
         if check.name in ("model", "data"):
             raise Problem(f"Not ready: {check.name}", what=check.text, fix=check.fix)
     doubts = "\n".join(f"{check.name}: {check.text}" for check in errors(checks))
-    if doubts and not await app.push_screen_wait(QuestionScreen("Launch it all the same?", doubts, "Launch")):
+    if doubts and not await app.push_screen_wait(ConfirmScreen("Launch it all the same?", doubts, "Launch")):
         return None
     return actions.submit(recipe)

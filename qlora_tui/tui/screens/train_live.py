@@ -12,14 +12,14 @@ from textual.containers import Horizontal, Vertical
 from textual.widgets import Static
 
 from qlora_tui.tui import clock
-from qlora_tui.tui.screens.train_follow import Picture
-from qlora_tui.tui.screens.train_head import RunHead, ending
-from qlora_tui.tui.screens.train_plot import loss_plot, steps_axis, strips
-from qlora_tui.tui.widgets.gpu_panel import GpuPanel, Machine
+from qlora_tui.tui.screens.run_header import RunHeader, outcome_text
+from qlora_tui.tui.screens.train_follow import RunSnapshot
+from qlora_tui.tui.screens.train_plot import loss_plot, sparklines, steps_axis
+from qlora_tui.tui.widgets.gpu_panel import GpuPanel, MachineState
 from qlora_tui.tui.widgets.graph import Graph
-from qlora_tui.tui.widgets.log_tail import SIGNS, Entry, Level, LogTail
-from qlora_tui.tui.widgets.strip_chart import StripCharts
-from qlora_tui.tui.widgets.tab_line import TabLine
+from qlora_tui.tui.widgets.log_tail import SIGNS, Level, LogEntry, LogTail
+from qlora_tui.tui.widgets.sparklines import Sparklines
+from qlora_tui.tui.widgets.tab_bar import TabBar
 
 _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("", frozenset(SIGNS)),
@@ -35,46 +35,46 @@ class LivePane(Vertical):
 
     def __init__(self) -> None:
         super().__init__(id="live")
-        self._picture: Picture | None = None
+        self._snapshot: RunSnapshot | None = None
         self._search = ""
         self._level = 0
         self._host_bytes = psutil.virtual_memory().total
         self._cores = os.cpu_count() or 1
 
     def compose(self) -> ComposeResult:
-        yield RunHead()
+        yield RunHeader()
         yield Static(id="ending", markup=False)
         with Horizontal(id="live-top"):
             with Vertical(id="live-curves"):
                 yield Graph(empty="Reading the run…")
-                yield StripCharts()
+                yield Sparklines()
             yield GpuPanel()
-        yield TabLine(TABS)
+        yield TabBar(TABS)
         yield LogTail("Nothing has happened yet.")
 
-    def show(self, picture: Picture, from_step: float = 0.0) -> None:
+    def show(self, picture: RunSnapshot, from_step: float = 0.0) -> None:
         """Show this run as it is now; what is the same is not painted again."""
-        self._picture = picture
-        self.query_one(RunHead).show(picture, clock.now())
-        self._show_ending(picture)
+        self._snapshot = picture
+        self.query_one(RunHeader).show(picture, clock.now())
+        self._show_outcome(picture)
         self.query_one(Graph).show(loss_plot(picture, from_step))
         x = steps_axis(picture.step, picture.view.total_steps, from_step)
-        self.query_one(StripCharts).show(strips(picture.curves, picture.last), x)
+        self.query_one(Sparklines).show(sparklines(picture.curves, picture.last), x)
         self.query_one(GpuPanel).show(self._machine(picture))
-        self.show_tab(self.query_one(TabLine).front)
+        self.show_tab(self.query_one(TabBar).front)
 
     def show_tab(self, name: str) -> None:
         """Put one of the texts in front."""
-        picture = self._picture
+        picture = self._snapshot
         if picture is None:
             return
         notes = {"samples": str(len(picture.samples) or ""), "health": _health_note(picture)}
-        self.query_one(TabLine).show(name, notes, _KEYS, self._left_out())
+        self.query_one(TabBar).show(name, notes, _KEYS, self._left_out())
         self.query_one(LogTail).show(_entries(picture, name))
 
     def next_tab(self, places: int) -> None:
         """Go along the tabs."""
-        front = TABS.index(self.query_one(TabLine).front)
+        front = TABS.index(self.query_one(TabBar).front)
         self.show_tab(TABS[(front + places) % len(TABS)])
 
     @property
@@ -82,17 +82,17 @@ class LivePane(Vertical):
         """The text that lines are searched for."""
         return self._search
 
-    def look_for(self, text: str) -> None:
+    def search_for(self, text: str) -> None:
         """Show only lines with this text."""
         self._search = text
         self.query_one(LogTail).filter(search=text)
-        self.show_tab(self.query_one(TabLine).front)
+        self.show_tab(self.query_one(TabBar).front)
 
     def next_level(self) -> None:
         """All lines, then warnings and errors, then errors."""
         self._level = (self._level + 1) % len(_LEVELS)
         self.query_one(LogTail).filter(only=_LEVELS[self._level][1])
-        self.show_tab(self.query_one(TabLine).front)
+        self.show_tab(self.query_one(TabBar).front)
 
     def begin(self) -> None:
         """Another run comes: all of its log is shown, from the end."""
@@ -102,24 +102,24 @@ class LivePane(Vertical):
         log.anchor()
         log.focus()
 
-    def _show_ending(self, picture: Picture) -> None:
-        told = ending(picture)
+    def _show_outcome(self, picture: RunSnapshot) -> None:
+        outcome = outcome_text(picture)
         box = self.query_one("#ending", Static)
-        text = "" if told is None else f"{told.text}\n{told.next_step}"
+        text = "" if outcome is None else f"{outcome.text}\n{outcome.next_step}"
         if str(box.content) != text:
             box.update(text)
-        box.display = told is not None
-        box.set_class(told is not None and told.is_error, "-error")
+        box.display = outcome is not None
+        box.set_class(outcome is not None and outcome.is_error, "-error")
 
     def _left_out(self) -> str:
         """Why not all lines are there."""
         search = f"/{self._search}" if self._search else ""
         return " ".join(filter(None, (search, _LEVELS[self._level][0])))
 
-    def _machine(self, picture: Picture) -> Machine:
+    def _machine(self, picture: RunSnapshot) -> MachineState:
         view = picture.view
         over = picture.status.state not in ("starting", "running")
-        return Machine(
+        return MachineState(
             device=view.environment.device.removeprefix("NVIDIA GeForce ") if view.environment else "",
             samples=picture.telemetry,
             estimate_bytes=view.memory.estimated_bytes if view.memory else None,
@@ -129,7 +129,7 @@ class LivePane(Vertical):
         )
 
 
-def _entries(picture: Picture, tab: str) -> Sequence[Entry]:
+def _entries(picture: RunSnapshot, tab: str) -> Sequence[LogEntry]:
     match tab:
         case "log":
             return picture.entries
@@ -141,33 +141,33 @@ def _entries(picture: Picture, tab: str) -> Sequence[Entry]:
             return _health_entries(picture)
 
 
-def _sample_entries(picture: Picture) -> tuple[Entry, ...]:
-    entries: list[Entry] = []
+def _sample_entries(picture: RunSnapshot) -> tuple[LogEntry, ...]:
+    entries: list[LogEntry] = []
     step = -1
     for sample in picture.samples:
         if sample.step != step:
             step = sample.step
-            entries.append(Entry(None, "info", f"── step {step:,} ──"))
-        entries.append(Entry(None, "info", f"▸ {sample.prompt}"))
-        entries += [Entry(None, "info", f"  {line}") for line in sample.answer.splitlines() or [""]]
+            entries.append(LogEntry(None, "info", f"── step {step:,} ──"))
+        entries.append(LogEntry(None, "info", f"▸ {sample.prompt}"))
+        entries += [LogEntry(None, "info", f"  {line}") for line in sample.answer.splitlines() or [""]]
     return tuple(entries)
 
 
-def _health_entries(picture: Picture) -> tuple[Entry, ...]:
+def _health_entries(picture: RunSnapshot) -> tuple[LogEntry, ...]:
     """One entry for what was said several times running."""
     entries = []
     for _, group in groupby(picture.health, key=lambda told: (told.kind, told.severity, told.remedy)):
-        told = list(group)
-        first, last = told[0], told[-1]
-        steps = f"step {first.step:,}" if len(told) == 1 else f"steps {first.step:,} to {last.step:,}"
-        times = "" if len(told) == 1 else f" ({len(told)} times)"
-        entries.append(Entry(last.at, last.severity, f"{steps}: {last.evidence}{times} ▸ {last.remedy}"))
-    if picture.remedy is not None:
-        entries.append(Entry(None, "info", f"▸ m: {picture.remedy.says}"))
+        warnings = list(group)
+        first, last = warnings[0], warnings[-1]
+        steps = f"step {first.step:,}" if len(warnings) == 1 else f"steps {first.step:,} to {last.step:,}"
+        times = "" if len(warnings) == 1 else f" ({len(warnings)} times)"
+        entries.append(LogEntry(last.at, last.severity, f"{steps}: {last.evidence}{times} ▸ {last.remedy}"))
+    if picture.fix is not None:
+        entries.append(LogEntry(None, "info", f"▸ m: {picture.fix.label}"))
     return tuple(entries)
 
 
-def _health_note(picture: Picture) -> str:
+def _health_note(picture: RunSnapshot) -> str:
     errors = sum(h.severity == "error" for h in picture.health)
     if errors:
         return f"✗{errors}"

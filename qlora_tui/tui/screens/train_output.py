@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from qlora_tui.runs.log import read_from
-from qlora_tui.tui.widgets.log_tail import Entry
+from qlora_tui.tui.widgets.log_tail import LogEntry
 
 _MOST_BYTES = 128 << 10
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -17,7 +17,7 @@ class OutputTail:
     """Reads a growing text file on from where it stopped; the first look takes only its end."""
 
     def __init__(self, path: Path, most_lines: int) -> None:
-        self.entries: list[Entry] = []
+        self.entries: list[LogEntry] = []
         """Appended to; replaced by a shorter list when it has become too long."""
         self._path = path
         self._most = most_lines
@@ -32,12 +32,12 @@ class OutputTail:
         end = chunk.rfind(b"\n") + 1
         self._offset += end
         lines = chunk[:end].decode("utf-8", "replace").split("\n")[:-1]
-        self.entries += [Entry(None, "info", as_seen(line)) for line in lines]
+        self.entries += [LogEntry(None, "info", strip_escapes(line)) for line in lines]
         if len(self.entries) > 2 * self._most:
             self.entries = self.entries[-self._most :]
 
 
-def as_seen(line: str) -> str:
+def strip_escapes(line: str) -> str:
     """A line without colours and moves; of a progress bar, its last state."""
     shown = _ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2]
     return _CONTROLS.sub("", shown.expandtabs(4))

@@ -7,22 +7,22 @@ import math
 from qlora_tui.format import figure
 from qlora_tui.runs.describe import exact_words
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.screens.train_follow import Curves, Picture
+from qlora_tui.tui.screens.train_follow import Curves, RunSnapshot
 from qlora_tui.tui.widgets.axis import Axis, label, rounded, so_far, tick_step
 from qlora_tui.tui.widgets.graph import NOT_A_NUMBER, Curve, Mark, Plot, overall
-from qlora_tui.tui.widgets.strip_chart import StripChart
-from qlora_tui.tui.widgets.trace import Trace
+from qlora_tui.tui.widgets.series import Envelope
+from qlora_tui.tui.widgets.sparklines import SparklineData
 
 VALIDATION, BEST = "◆", "★"
 
 
-def loss_plot(picture: Picture, from_step: float) -> Plot:
+def loss_plot(picture: RunSnapshot, from_step: float) -> Plot:
     """Loss over steps: raw, its running mean, validations, and the best of them."""
     x = steps_axis(picture.step, picture.view.total_steps, from_step)
     curves = picture.curves
     shown = [e for e in picture.evaluations if e.loss is not None and e.step >= x.low]
     losses = [e.loss for e in shown if e.loss is not None and math.isfinite(e.loss)]
-    points = Trace((0.0,) * len(losses), tuple(losses), tuple(losses), (False,) * len(losses))
+    points = Envelope((0.0,) * len(losses), tuple(losses), tuple(losses), (False,) * len(losses))
     reach = overall([curves.loss, curves.smooth, points])
     y = rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss")
     marks = [
@@ -54,7 +54,7 @@ def steps_axis(step: int, total: int, from_step: float = 0.0) -> Axis:
     return Axis(from_step, max(math.ceil(step / grain) * grain, from_step + 1), "step")
 
 
-def zoomed_from(step: int, zoom: int) -> float:
+def zoom_start(step: int, zoom: int) -> float:
     """Where a graph zoomed to the last half, quarter, eighth… of the steps begins: a round number."""
     if zoom <= 0 or step < 4:
         return 0.0
@@ -63,24 +63,26 @@ def zoomed_from(step: int, zoom: int) -> float:
     return max(0.0, math.floor((step - part) / grain) * grain)
 
 
-def strips(curves: Curves, last: tuple[float | None, float | None, float | None]) -> tuple[StripChart, ...]:
+def sparklines(
+    curves: Curves, last: tuple[float | None, float | None, float | None]
+) -> tuple[SparklineData, ...]:
     """Learning rate, gradient norm and tokens a second, each from zero to a round top."""
     rate, norm, speed = last
     return (
-        _strip("lr", _rate(rate), curves.learning_rate),
-        _strip("grad", figure(norm, 3), curves.grad_norm),
-        _strip("tok/s", "NA" if speed is None else f"{speed:,.0f}", curves.tokens_per_s),
+        _sparkline("lr", _rate(rate), curves.learning_rate),
+        _sparkline("grad", figure(norm, 3), curves.grad_norm),
+        _sparkline("tok/s", "NA" if speed is None else f"{speed:,.0f}", curves.tokens_per_s),
     )
 
 
-def _strip(name: str, value: str, trace: Trace) -> StripChart:
+def _sparkline(name: str, value: str, trace: Envelope) -> SparklineData:
     high = trace.high
     top = rounded(0.0, high).high if high else 1.0
     scale = f"0…{label(top, top)}" if high else ""
-    return StripChart(name, value, scale, trace, top, "$secondary")
+    return SparklineData(name, value, scale, trace, top, "$secondary")
 
 
-def _legend(picture: Picture) -> tuple[tuple[str, str], ...]:
+def _legend(picture: RunSnapshot) -> tuple[tuple[str, str], ...]:
     loss, mean = picture.losses
     if loss is None:
         return ()
@@ -112,7 +114,7 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _nothing_yet(picture: Picture) -> str:
+def _nothing_yet(picture: RunSnapshot) -> str:
     view: RunView = picture.view
     if view.phase in (None, "training"):
         return "No step yet."

@@ -10,7 +10,7 @@ from textual.widgets import Static
 from qlora_tui.chat.terms import Outcome, Said
 from qlora_tui.errors import Problem
 from qlora_tui.format import duration, figure
-from qlora_tui.tui.widgets.answer_text import AnswerText
+from qlora_tui.tui.widgets.streaming_markdown import StreamingMarkdown
 from qlora_tui.tui.widgets.thought_view import ThoughtView
 
 _ENDINGS = {
@@ -27,22 +27,22 @@ _STILL_THINKING = {
 """What stands there if it had not begun to answer."""
 
 
-class VoiceAnswer(Vertical):
+class AdapterAnswer(Vertical):
     """One voice's answer, growing."""
 
     DEFAULT_CSS = """
-    VoiceAnswer {
+    AdapterAnswer {
         width: 1fr;
         height: auto;
         padding: 0 1;
     }
-    VoiceAnswer.-beside {
+    AdapterAnswer.-beside {
         border-left: solid $panel;
     }
-    VoiceAnswer Static {
+    AdapterAnswer Static {
         height: auto;
     }
-    VoiceAnswer .voice {
+    AdapterAnswer .voice {
         text-wrap: nowrap;
         text-overflow: ellipsis;
     }
@@ -58,7 +58,7 @@ class VoiceAnswer(Vertical):
     def compose(self) -> ComposeResult:
         yield Static(voice_line(self.voice, "…"), classes="voice")
         yield self._thought
-        yield AnswerText(id="answer")
+        yield StreamingMarkdown(id="answer")
         yield Static("", classes="trouble")
 
     @property
@@ -66,23 +66,23 @@ class VoiceAnswer(Vertical):
         """What was thought before the answer."""
         return self._thought.text.strip()
 
-    async def grow(self, said: Said) -> None:
+    async def append_text(self, said: Said) -> None:
         """Add a piece, of the thought or of the answer."""
         if said.thought:
-            await self._thought.grow(said)
+            await self._thought.append_text(said)
             return
         if not self.text:
             await self._thought.end()
         self.text += said.text
-        await self._answer.grow(said.text)
+        await self._answer.append_text(said.text)
 
     async def unfold(self, unfolded: bool) -> None:
         """Show the thought, or fold it into its line."""
         await self._thought.unfold(unfolded)
 
     @property
-    def _answer(self) -> AnswerText:
-        return self.query_one("#answer", AnswerText)
+    def _answer(self) -> StreamingMarkdown:
+        return self.query_one("#answer", StreamingMarkdown)
 
     async def end(self, outcome: Outcome) -> None:
         """Say how it ended and how fast it was."""
@@ -94,14 +94,14 @@ class VoiceAnswer(Vertical):
         if not outcome.thought_ended:
             under = _STILL_THINKING.get(outcome.ending, "ended its turn without an answer")
         if under:
-            self._say_under(under)
+            self._show_note(under)
 
-    async def leave(self, words: str) -> None:
+    async def stop(self, words: str) -> None:
         """Say that nothing more comes, and what to press; what was said so far stays."""
         await self._answer.finish()
         await self._thought.end()
         self.query_one(".voice", Static).update(voice_line(self.voice, "stopped"))
-        self._say_under(words)
+        self._show_note(words)
 
     async def fail(self, problem: Problem) -> None:
         """Say why there is no answer, or no more of it."""
@@ -116,7 +116,7 @@ class VoiceAnswer(Vertical):
             )
         )
 
-    def _say_under(self, words: str) -> None:
+    def _show_note(self, words: str) -> None:
         self.query_one(".trouble", Static).update(Content.styled(f"■ {words}", "dim"))
 
 
@@ -157,7 +157,7 @@ class ChatTurn(Vertical):
         super().__init__()
         self.prompt = prompt
         self.answers = {
-            voice: VoiceAnswer(voice, beside=number > 0, unfolded=unfolded)
+            voice: AdapterAnswer(voice, beside=number > 0, unfolded=unfolded)
             for number, voice in enumerate(dict.fromkeys(voices))
         }
 

@@ -20,10 +20,10 @@ def download_lines(downloads: Sequence[Download], width: int) -> Content:
 
 def _line(download: Download, width: int) -> Content:
     head = f"↓ {download.name} "
-    if download.saying:
-        return Content.assemble((head, "bold"), f"{download.saying}…", ("  c stops", "$text-muted")).truncate(
-            width, ellipsis=True
-        )
+    if download.status_text:
+        return Content.assemble(
+            (head, "bold"), f"{download.status_text}…", ("  c stops", "$text-muted")
+        ).truncate(width, ellipsis=True)
     speed, left = download.bytes_per_s, download.seconds_left
     figures = f" {size(download.done_bytes)} of {size(download.total_bytes)}"
     if speed is not None and left is not None:

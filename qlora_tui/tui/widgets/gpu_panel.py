@@ -15,15 +15,15 @@ from textual.content import Content
 from qlora_tui.format import gib, size
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Sample
-from qlora_tui.tui.widgets.lines import Lines
+from qlora_tui.tui.widgets.diff_widget import DiffWidget
 from qlora_tui.tui.widgets.memory_bar import bar
-from qlora_tui.tui.widgets.strip_chart import blocks
+from qlora_tui.tui.widgets.sparklines import blocks
 
 _HOT_C = 83
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineState:
     """What the panel shows."""
 
     device: str = ""
@@ -38,7 +38,7 @@ class Machine:
     """Why there is nothing to see, or that it is the past."""
 
 
-class GpuPanel(Lines):
+class GpuPanel(DiffWidget):
     """A box at the side of the graph, or two lines under it."""
 
     DEFAULT_CSS = """
@@ -49,9 +49,9 @@ class GpuPanel(Lines):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self._machine = Machine()
+        self._machine = MachineState()
 
-    def show(self, machine: Machine) -> None:
+    def show(self, machine: MachineState) -> None:
         """Draw this; repaints nothing where it looks the same."""
         if machine != self._machine:
             self._machine = machine
@@ -64,42 +64,46 @@ class GpuPanel(Lines):
         sample = machine.samples[-1]
         if height <= 3:
             return (
-                _card_short(machine, sample, sample.gpu, width) if sample.gpu else _cpu_short(machine, width)
+                _gpu_short(machine, sample, sample.gpu, width) if sample.gpu else _cpu_short(machine, width)
             )
         lines = (
-            _card(machine, sample, sample.gpu, width, height) if sample.gpu else _cpu(machine, width, height)
+            _gpu_lines(machine, sample, sample.gpu, width, height)
+            if sample.gpu
+            else _cpu(machine, width, height)
         )
         if machine.note:
             lines.append(Content.styled(machine.note, "dim"))
         return lines
 
 
-def _card(machine: Machine, sample: Sample, card: GpuMetrics, width: int, height: int) -> list[Content]:
+def _gpu_lines(
+    machine: MachineState, sample: Sample, gpu: GpuMetrics, width: int, height: int
+) -> list[Content]:
     chart_rows = 2 if height >= 16 else 1
-    total, used = card.memory_total_bytes, card.memory_used_bytes
+    total, used = gpu.memory_total_bytes, gpu.memory_used_bytes
     lines = [
         Content.styled(machine.device, "bold"),
-        _row("util", _percent(card.utilization_percent)),
+        _row("util", _percent(gpu.utilization_percent)),
         *_chart([_utilization(s) for s in machine.samples], machine.samples, width, chart_rows, 100.0),
         _row("memory", f"{gib(used)} of {gib(total)} GiB"),
     ]
     if used is not None and total:
         lines += _memory_bar(used, total, machine.estimate_bytes, width)
-    lines.append(_row("power", _power(card)))
-    if card.power_w is not None and card.power_limit_w:
-        lines.append(Content.styled(bar(card.power_w / card.power_limit_w, width), "$secondary"))
+    lines.append(_row("power", _power(gpu)))
+    if gpu.power_w is not None and gpu.power_limit_w:
+        lines.append(Content.styled(bar(gpu.power_w / gpu.power_limit_w, width), "$secondary"))
     lines += [
-        _row("temp", _temperature(card)),
-        _row("clock", "NA" if card.sm_clock_mhz is None else f"{card.sm_clock_mhz:,} MHz"),
-        _row("fan", _percent(card.fan_percent)),
-        _row("slowed", _throttle(card)),
+        _row("temp", _temperature(gpu)),
+        _row("clock", "NA" if gpu.sm_clock_mhz is None else f"{gpu.sm_clock_mhz:,} MHz"),
+        _row("fan", _percent(gpu.fan_percent)),
+        _row("slowed", _throttle(gpu)),
     ]
     if height >= len(lines) + 2:
         lines.append(_row("trainer", f"{size(sample.rss_bytes)}, CPU {sample.cpu_percent:.0f}%"))
     return lines
 
 
-def _card_short(machine: Machine, sample: Sample, card: GpuMetrics, width: int) -> list[Content]:
+def _gpu_short(machine: MachineState, sample: Sample, card: GpuMetrics, width: int) -> list[Content]:
     used, total = card.memory_used_bytes, card.memory_total_bytes
     chart = max(0, min(24, width - 66))
     drawn = _chart([_utilization(s) for s in machine.samples], machine.samples, chart, 1, 100.0)[0]
@@ -124,7 +128,7 @@ def _card_short(machine: Machine, sample: Sample, card: GpuMetrics, width: int) 
     return [first, second]
 
 
-def _cpu(machine: Machine, width: int, height: int) -> list[Content]:
+def _cpu(machine: MachineState, width: int, height: int) -> list[Content]:
     sample = machine.samples[-1]
     top = 100.0 * machine.cores
     lines = [
@@ -141,7 +145,7 @@ def _cpu(machine: Machine, width: int, height: int) -> list[Content]:
     return lines
 
 
-def _cpu_short(machine: Machine, width: int) -> list[Content]:
+def _cpu_short(machine: MachineState, width: int) -> list[Content]:
     sample = machine.samples[-1]
     chart = max(0, min(24, width - 66))
     top = 100.0 * machine.cores
@@ -160,7 +164,7 @@ def _cpu_short(machine: Machine, width: int) -> list[Content]:
     ]
 
 
-def _host_memory(machine: Machine, sample: Sample) -> str:
+def _host_memory(machine: MachineState, sample: Sample) -> str:
     total = "" if machine.host_bytes is None else f" of {gib(machine.host_bytes)}"
     return f"{gib(sample.rss_bytes)}{total} GiB"
 
@@ -194,11 +198,11 @@ def _chart(
             slot = width - 1 - math.floor(end - sample.at + 0.5)
             if 0 <= slot < width:
                 slots[slot] = value
-        _hold(slots)
+        _fill_gaps(slots)
     return [Content.styled(row, "$primary") for row in blocks(slots, 0.0, top, rows)]
 
 
-def _hold(slots: list[float | None]) -> None:
+def _fill_gaps(slots: list[float | None]) -> None:
     """Fill single seconds that fell between two samples."""
     for place in range(1, len(slots) - 1):
         if slots[place] is None and slots[place + 1] is not None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from textual.content import Content
 
 from qlora_tui.tui.widgets.axis import Axis, ticks
-from qlora_tui.tui.widgets.lines import Lines
-from qlora_tui.tui.widgets.trace import Trace
+from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.series import Envelope
 
 NOT_A_NUMBER = "×"
 """Stands at the foot of the graph where a value was NaN or infinite."""
@@ -28,7 +28,7 @@ _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 class Curve:
     """A trace, how it looks, and what it is called in the legend."""
 
-    trace: Trace
+    trace: Envelope
     name: str
     style: str
     glyph: str = ""
@@ -113,12 +113,12 @@ def _nothing(what: Plot, width: int, height: int) -> list[Content]:
 
 def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:
     """About a label every third row, and two at least: one alone says nothing of the range."""
-    found: list[tuple[float, str]] = []
+    labels: list[tuple[float, str]] = []
     for most in range(max(1, (rows + 1) // 3), rows + 1):
-        found = ticks(y, most)
-        if len(found) > 1:
+        labels = ticks(y, most)
+        if len(labels) > 1:
             break
-    return found
+    return labels
 
 
 def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
@@ -227,7 +227,7 @@ def _foot(x: Axis, gutter: int, columns: int) -> Content:
     return Content.styled("".join(text), "dim")
 
 
-class Graph(Lines):
+class Graph(DiffWidget):
     """Shows a :class:`Plot`."""
 
     DEFAULT_CSS = """
@@ -251,7 +251,7 @@ class Graph(Lines):
         return plot(self._plot, width, height)
 
 
-def overall(traces: Sequence[Trace]) -> tuple[float, float] | None:
+def overall(traces: Sequence[Envelope]) -> tuple[float, float] | None:
     """Lowest and highest finite value of several traces; None where there is none."""
     lows = [low for trace in traces if (low := trace.low) is not None]
     highs = [high for trace in traces if (high := trace.high) is not None]

@@ -51,14 +51,14 @@ def _top(bins: tuple[Bin, ...], number: int, height: int) -> int:
 
 def _line(tops: list[int], row: int, cut: int) -> Content:
     """One line of the bars, ``row`` lines above the axis."""
-    kept, beyond = "", ""
+    within, beyond = "", ""
     for column, top in enumerate(tops):
         eighths = min(8, max(0, top - row * 8))
         if column < cut:
-            kept += _EIGHTHS[eighths]
+            within += _EIGHTHS[eighths]
         else:
             beyond += "▒" if eighths >= 4 else _EIGHTHS[eighths]
-    return Content.assemble((kept, "$primary"), (beyond, "$warning"))
+    return Content.assemble((within, "$primary"), (beyond, "$warning"))
 
 
 def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content:

@@ -13,7 +13,7 @@ from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from qlora_tui.tui.widgets.strips import line_strip
+from qlora_tui.tui.widgets.strip_rendering import render_line
 
 Level: TypeAlias = Literal["info", "warning", "error"]
 
@@ -26,7 +26,7 @@ SIGNS: dict[Level, tuple[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class LogEntry:
     """One line."""
 
     at: float | None
@@ -55,8 +55,8 @@ class LogTail(ScrollView, can_focus=True):
     def __init__(self, empty: str, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._empty = empty
-        self._entries: Sequence[Entry] = ()
-        self._taken = 0
+        self._entries: Sequence[LogEntry] = ()
+        self._shown_count = 0
         """Entries that are in ``_lines`` already."""
         self._lines: list[Content] = []
         self._wrapped_at = 0
@@ -68,15 +68,15 @@ class LogTail(ScrollView, can_focus=True):
         """The levels shown."""
         return self._only
 
-    def show(self, entries: Sequence[Entry]) -> None:
+    def show(self, entries: Sequence[LogEntry]) -> None:
         """Show these; a sequence that grew at its end costs only what is new."""
         if isinstance(entries, tuple) and entries == self._entries:
             return
-        if entries is not self._entries or len(entries) < self._taken:
+        if entries is not self._entries or len(entries) < self._shown_count:
             self._entries = entries
             self._rebuild()
-        elif len(entries) > self._taken:
-            self._take_new()
+        elif len(entries) > self._shown_count:
+            self._append_new()
 
     def filter(self, search: str | None = None, only: frozenset[Level] | None = None) -> None:
         """Show only lines with this text in them, or of these levels."""
@@ -93,25 +93,25 @@ class LogTail(ScrollView, can_focus=True):
         self._check_anchor()
 
     def on_resize(self) -> None:
-        self._wrap_anew()
+        self._rewrap()
 
-    def _wrap_anew(self) -> None:
+    def _rewrap(self) -> None:
         if self._wrapped_at != self.scrollable_content_region.width:
             self._rebuild()
 
     def watch_show_vertical_scrollbar(self) -> None:
         # What has become too long for its place has a column less, and is told no new size.
-        self._wrap_anew()
+        self._rewrap()
 
     def render_line(self, y: int) -> Strip:
         width = self.scrollable_content_region.width
         line = y + round(self.scroll_y)
         if not self._lines and y == 0:
             nothing = "No line matches." if self._entries else self._empty
-            return line_strip(self, Content.styled(nothing, "dim"), width)
+            return render_line(self, Content.styled(nothing, "dim"), width)
         if line >= len(self._lines):
             return Strip.blank(width, self.rich_style)
-        return line_strip(self, self._lines[line], width)
+        return render_line(self, self._lines[line], width)
 
     def notify_style_update(self) -> None:
         self.refresh()
@@ -119,14 +119,14 @@ class LogTail(ScrollView, can_focus=True):
 
     def _rebuild(self) -> None:
         self._lines = []
-        self._taken = 0
+        self._shown_count = 0
         self._wrapped_at = self.scrollable_content_region.width
-        self._take_new()
+        self._append_new()
         self.refresh()
 
-    def _take_new(self) -> None:
-        fresh = self._entries[self._taken :]
-        self._taken += len(fresh)
+    def _append_new(self) -> None:
+        fresh = self._entries[self._shown_count :]
+        self._shown_count += len(fresh)
         for entry in fresh:
             if entry.level in self._only and self._search in entry.text.casefold():
                 self._lines += self._wrapped(entry)
@@ -134,7 +134,7 @@ class LogTail(ScrollView, can_focus=True):
         self.virtual_size = Size(max(1, self._wrapped_at), len(self._lines))
         self.refresh()
 
-    def _wrapped(self, entry: Entry) -> list[Content]:
+    def _wrapped(self, entry: LogEntry) -> list[Content]:
         sign, style = SIGNS[entry.level]
         clock = "" if entry.at is None else time.strftime("%H:%M:%S ", time.localtime(entry.at))
         indent = len(clock) + (2 if clock else 0)

@@ -28,7 +28,7 @@ _MOST_LINES = 2
 
 
 @dataclass(frozen=True)
-class Prices:
+class MemoryDeltas:
     """What takes an estimate of its own to know, in bytes more (or fewer) than this recipe."""
 
     dora_bytes: int
@@ -37,7 +37,9 @@ class Prices:
     """Of its LoRA settings against the preset's, all else being as it is."""
 
 
-def prices(recipe: Recipe, base: Recipe, architecture: Architecture, device: Device) -> Prices | None:
+def memory_deltas(
+    recipe: Recipe, base: Recipe, architecture: Architecture, device: Device
+) -> MemoryDeltas | None:
     """Three estimates: some 20 ms. None where a recipe has targets that this model has not."""
 
     def total(of: Recipe) -> int:
@@ -46,24 +48,24 @@ def prices(recipe: Recipe, base: Recipe, architecture: Architecture, device: Dev
     try:
         plain, dora = (total(replace_setting(recipe, "lora.use_dora", on)) for on in (False, True))
         as_preset = total(structs.replace(recipe, lora=base.lora))
-        return Prices(dora - plain, (dora if recipe.lora.use_dora else plain) - as_preset)
+        return MemoryDeltas(dora - plain, (dora if recipe.lora.use_dora else plain) - as_preset)
     except Problem:
         return None
 
 
-def more(bytes_: int) -> str:
+def format_delta(bytes_: int) -> str:
     """``+1.2 GiB``."""
     return f"{'-' if bytes_ < 0 else '+'}{size(abs(bytes_))}"
 
 
-def totals_text(recipe: Recipe, architecture: Architecture, made: Estimate) -> Content:
+def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) -> Content:
     """``40M of 7.62B parameters (0.53 %) · 154 MiB on disk · 386 MiB in memory``.
 
     In memory are the adapter, its gradients and the optimizer's states, wherever the estimate's peak is.
     """
     chosen = match_modules(recipe.lora.target_modules, architecture.modules)
     trained = adapter_parameters(chosen, recipe.lora) + sum(row_tensors(recipe.lora, architecture))
-    layout, path = build_layout(recipe, architecture, made.path), made.path
+    layout, path = build_layout(recipe, architecture, estimate.path), estimate.path
     memory = adapter_bytes(layout, path) + gradient_bytes(layout, path) + optimizer_bytes(layout, path)
     share = trained / architecture.total_params
     return Content.assemble(
@@ -76,7 +78,7 @@ def totals_text(recipe: Recipe, architecture: Architecture, made: Estimate) -> C
     )
 
 
-def difference_text(workbench: Workbench, known: Prices | None, width: int) -> Content:
+def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int) -> Content:
     """The LoRA settings that differ from the preset, what they take more, and how many find no room."""
     changes = [c for c in diff_recipes(workbench.base, workbench.recipe) if c.path.startswith("lora.")]
     if not changes:
@@ -84,7 +86,7 @@ def difference_text(workbench: Workbench, known: Prices | None, width: int) -> C
     words = [
         str(change).removeprefix("lora.").removeprefix("use_").replace("_modules", "s") for change in changes
     ]
-    price = f"{more(known.preset_bytes)} · " if known and known.preset_bytes else ""
+    price = f"{format_delta(known.preset_bytes)} · " if known and known.preset_bytes else ""
     for shown in range(len(words), -1, -1):
         rest = [f"{len(words) - shown} more"] if shown < len(words) else []
         named = " · ".join([*words[:shown], *rest])

@@ -17,13 +17,13 @@ CHANGES_SHOWN = 4
 BAR_WIDTH = 24
 
 
-def item_line(item: Item, made: Estimate, largest_bytes: int, width: int) -> Content:
+def item_line(item: Item, estimate: Estimate, largest_bytes: int, width: int) -> Content:
     """``█ Quantized weights   3.0 GiB  47%  ▇▇▇▇``; the bar is against the largest item.
 
     Where there is room, the explanation stands beside it.
     """
     part = part_of(item.key)
-    share = percent(item.bytes / made.total_bytes)
+    share = percent(item.bytes / estimate.total_bytes)
     text = f" {item.label:<20.20} {size(item.bytes):>9} {share:>4} "
     room = width - 1 - len(text)
     drawn = bar(item.bytes / largest_bytes, min(room, BAR_WIDTH)).replace("░", " ") if room >= 4 else ""
@@ -31,15 +31,19 @@ def item_line(item: Item, made: Estimate, largest_bytes: int, width: int) -> Con
     return Content.assemble((part.glyph, part.style), text, (drawn + beside, "$text-muted"))
 
 
-def levels_line(made: Estimate) -> str:
+def levels_line(estimate: Estimate) -> str:
     """The process with its doubt, the moment it is fullest, and how much of it torch and its tensors take."""
-    doubt = f"({gib(made.band.low_bytes)} to {gib(made.band.high_bytes)})"
-    torch = f"torch {gib(made.reserved_bytes)}, " if made.reserved_bytes != made.allocated_bytes else ""
-    parts = f"{torch}tensors {gib(made.allocated_bytes)}"
-    return f"{gib(made.process_bytes)} GiB {doubt}, {parts}, in the {made.peak_phase}"
+    doubt = f"({gib(estimate.band.low_bytes)} to {gib(estimate.band.high_bytes)})"
+    torch = (
+        f"torch {gib(estimate.reserved_bytes)}, "
+        if estimate.reserved_bytes != estimate.allocated_bytes
+        else ""
+    )
+    parts = f"{torch}tensors {gib(estimate.allocated_bytes)}"
+    return f"{gib(estimate.process_bytes)} GiB {doubt}, {parts}, in the {estimate.peak_phase}"
 
 
-def levers(recipe: Recipe, fitting: WhatFits | None, context_tokens: int | None) -> Content:
+def setting_controls(recipe: Recipe, fitting: WhatFits | None, context_tokens: int | None) -> Content:
     """The settings that keys change here, and how far each could go with the others as they are."""
     training = recipe.training
     targets = ",".join(recipe.lora.target_modules)
@@ -51,15 +55,15 @@ def levers(recipe: Recipe, fitting: WhatFits | None, context_tokens: int | None)
     lines = [Content.styled(f"×2 ÷2 {'setting':<13} {'now':>7} fits up to", "dim")]
     for keys, name, now, most in counted:
         fits = "…" if most is None else f"{most:,}" if most else "none"
-        lines.append(_lever(keys, name, f"{now:>7,} {fits:>10}"))
+        lines.append(_setting_control(keys, name, f"{now:>7,} {fits:>10}"))
         if name == "length" and context_tokens is not None and now > context_tokens:
             lines.append(Content.styled(f"      ! the model's context is {context_tokens:,}", "$warning"))
-    lines.append(_lever("t", "targets", targets if len(targets) < 18 else targets[:16] + "…"))
-    lines.append(_lever("c", "checkpointing", "on" if training.gradient_checkpointing else "off"))
+    lines.append(_setting_control("t", "targets", targets if len(targets) < 18 else targets[:16] + "…"))
+    lines.append(_setting_control("c", "checkpointing", "on" if training.gradient_checkpointing else "off"))
     return Content("\n").join(lines)
 
 
-def _lever(keys: str, name: str, text: str) -> Content:
+def _setting_control(keys: str, name: str, text: str) -> Content:
     return Content.assemble((f"{keys:<5}", "$accent bold"), f" {name:<13} {text}")
 
 
@@ -73,12 +77,12 @@ def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
         for index, part in enumerate(wrap(change.label, width - 2)):
             mark = "  " if index else "▸ " if number == 0 else "· "
             lines.append(Content.assemble((mark, "$accent bold"), part))
-        told = Content.assemble(
+        details = Content.assemble(
             f"{gib(change.estimate.total_bytes)} GiB ",
             (word, VERDICT_STYLE[word]),
             (f"; {change.cost}" if change.cost else "", "dim"),
         )
-        lines += [Content("  ") + part for part in told.wrap(width - 2)]
+        lines += [Content("  ") + part for part in details.wrap(width - 2)]
     return Content("\n").join(lines)
 
 

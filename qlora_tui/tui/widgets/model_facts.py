@@ -20,7 +20,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE
 
-_LICENCE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
+_LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 _PLACES = {
     "hub cache": "Hugging Face cache",
     "folder": "folder",
@@ -50,10 +50,14 @@ def local_facts(model: LocalModel, recipe: Recipe, room: MemoryBudget) -> Conten
     else:
         lines.append(Content.assemble(("enter", "$accent bold"), " trains this one"))
     if model.architecture:
-        lines += [*_costs(model.architecture, recipe, room), Content(""), *_built(model.architecture)]
-    licence = licence_of(model.path)
-    kept = f"{size(model.size_bytes)} in the {_PLACES[model.source]}"
-    lines.append(Content(f"licence {licence} · {kept}" if licence else kept))
+        lines += [
+            *_costs(model.architecture, recipe, room),
+            Content(""),
+            *_architecture_lines(model.architecture),
+        ]
+    license_id = read_license(model.path)
+    location = f"{size(model.size_bytes)} in the {_PLACES[model.source]}"
+    lines.append(Content(f"licence {license_id} · {location}" if license_id else location))
     lines.append(Content.styled(_short(model.path), "$text-muted"))
     return Content("\n").join(lines)
 
@@ -71,7 +75,11 @@ def hub_facts(
     else:
         lines.append(_to_fetch(known, speed))
     if known and known.architecture:
-        lines += [*_costs(known.architecture, recipe, room), Content(""), *_built(known.architecture)]
+        lines += [
+            *_costs(known.architecture, recipe, room),
+            Content(""),
+            *_architecture_lines(known.architecture),
+        ]
     else:
         lines.append(Content(f"{model.model_type or 'family NA'} · {count(model.parameters)} parameters"))
     access = "gated: accept its licence, and log in" if model.gated else "no token needed"
@@ -80,15 +88,15 @@ def hub_facts(
     return Content("\n").join(lines)
 
 
-def licence_of(path: Path) -> str:
+def read_license(path: Path) -> str:
     """As the model's own README says in its first lines; empty where it does not."""
     folder = path if path.is_dir() else path.parent
     try:
         with (folder / "README.md").open(encoding="utf-8", errors="replace") as readme:
-            found = _LICENCE.search(readme.read(_README_BYTES))
+            match = _LICENSE.search(readme.read(_README_BYTES))
     except OSError:
         return ""
-    return found[1] if found else ""
+    return match[1] if match else ""
 
 
 def _short(path: Path) -> str:
@@ -96,7 +104,7 @@ def _short(path: Path) -> str:
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
-def _built(model: Architecture) -> list[Content]:
+def _architecture_lines(model: Architecture) -> list[Content]:
     tied = "tied" if model.tied_head else "own"
     context = "NA" if model.max_positions is None else f"{model.max_positions:,}"
     lines = [
@@ -121,9 +129,9 @@ def _costs(model: Architecture, recipe: Recipe, room: MemoryBudget) -> list[Cont
         note = "with all-linear: the recipe's targets are not in it"
     lines = [Content.styled(f"With this recipe, of {gib(room.bytes)} GiB", "bold")]
     for precision in SHOWN:
-        made = compared[precision]
-        word = check_fit(made, room.bytes).word
-        figures = f"{PRECISION_NAMES[precision]:<5}{gib(made.total_bytes):>6} GiB  "
+        estimate = compared[precision]
+        word = check_fit(estimate, room.bytes).word
+        figures = f"{PRECISION_NAMES[precision]:<5}{gib(estimate.total_bytes):>6} GiB  "
         lines.append(Content.assemble(figures, (word, VERDICT_STYLE[word])))
     return [*lines, Content.styled(note, "$text-muted")] if note else lines
 

@@ -25,14 +25,14 @@ from qlora_tui.tui.widgets.module_table import (
     ModuleTable,
     Row,
     adapter_parameters,
-    has_its_own,
+    has_custom_rank,
     state,
     toggled,
 )
 
 BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
 CELLS = {ALL: "■", SOME: "▒", NONE: "·"}
-OWN = "◆"
+CUSTOM = "◆"
 """Chosen, with a rank or an alpha of its own."""
 HEAD = -1
 """The cursor's column when it stands on the kind itself, and so on every layer of it."""
@@ -57,7 +57,7 @@ class ModuleGrid(Widget, can_focus=True):
         Binding("G", "move(999, 0)", show=False),
         Binding("home,circumflex_accent", "move(0, -9999)", show=False),
         Binding("end,dollar_sign", "move(0, 9999)", show=False),
-        Binding("escape", "forget_block", show=False),
+        Binding("escape", "clear_block", show=False),
     ]
 
     class Chosen(Message):
@@ -112,7 +112,7 @@ class ModuleGrid(Widget, can_focus=True):
         self.post_message(self.Chosen(toggled(self.under_cursor, self._chosen)))
         self._block_from = None
 
-    def block(self) -> None:
+    def toggle_block_selection(self) -> None:
         """Begin a block at the cursor; the second time, toggle it."""
         if self._block_from is not None:
             self.toggle()
@@ -127,7 +127,7 @@ class ModuleGrid(Widget, can_focus=True):
         """Whether a block is being marked."""
         return self._block_from is not None
 
-    def action_forget_block(self) -> None:
+    def action_clear_block(self) -> None:
         """Leave the block as it was."""
         self._block_from = None
         self.refresh()
@@ -219,8 +219,8 @@ class ModuleGrid(Widget, can_focus=True):
             glyph, style = " ", ""
         else:
             mark = state(cell, self._chosen)
-            if mark == ALL and has_its_own(cell, self._lora):
-                return OWN, self._cursor_style(row, column) or "$accent"
+            if mark == ALL and has_custom_rank(cell, self._lora):
+                return CUSTOM, self._cursor_style(row, column) or "$accent"
             glyph, style = CELLS[mark], "$text-muted" if mark == NONE else "$primary"
         return glyph, self._cursor_style(row, column) or style
 

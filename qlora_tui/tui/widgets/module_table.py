@@ -24,7 +24,7 @@ def adapter_parameters(modules: Iterable[LinearModule], lora: Lora) -> int:
     )
 
 
-def has_its_own(modules: Iterable[LinearModule], lora: Lora) -> bool:
+def has_custom_rank(modules: Iterable[LinearModule], lora: Lora) -> bool:
     """Whether a pattern gives any of them a rank or an alpha that is not the general one."""
     if not (lora.rank_pattern or lora.alpha_pattern):
         return False

@@ -9,7 +9,7 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import TextArea
 
-from qlora_tui.tui.widgets.entry import OwnKeysFirst
+from qlora_tui.tui.widgets.text_field import OwnKeysFirst
 
 
 class PromptBox(OwnKeysFirst, TextArea):

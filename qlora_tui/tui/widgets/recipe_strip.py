@@ -81,11 +81,11 @@ class RecipeStrip(Widget):
         return Content("  ").join(costs)
 
 
-def _cost(name: str, made: Estimate, room: MemoryBudget, width: int) -> Content:
-    verdict = check_fit(made, room.bytes)
-    figures = f"{gib(made.total_bytes)} of {gib(room.bytes)} GiB"
+def _cost(name: str, estimate: Estimate, room: MemoryBudget, width: int) -> Content:
+    verdict = check_fit(estimate, room.bytes)
+    figures = f"{gib(estimate.total_bytes)} of {gib(room.bytes)} GiB"
     free = width - len(name) - len(figures) - len(verdict.word) - 3
-    drawn = f"{bar(made.total_bytes / room.bytes, free)} " if free >= 4 else ""
+    drawn = f"{bar(estimate.total_bytes / room.bytes, free)} " if free >= 4 else ""
     text = Content.assemble(f"{name} {drawn}{figures} ", (verdict.word, VERDICT_STYLE[verdict.word]))
     return text.pad_right(max(0, width - text.cell_length))
 
@@ -104,7 +104,7 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
         f"{workbench.preset or 'defaults'}{star}",
         recipe.model.id.rstrip("/").rpartition("/")[2] or "no model",
         _data_words(recipe),
-        f"{rank_words(recipe.lora)} {targets if len(targets) <= 16 else f'{len(patterns)} targets'}",
+        f"{format_rank(recipe.lora)} {targets if len(targets) <= 16 else f'{len(patterns)} targets'}",
         f"{recipe.data.max_length:,} tok × {training.micro_batch} × {training.gradient_accumulation}",
     ]
     for place in (2, 1, 0):
@@ -115,7 +115,7 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
     return _BETWEEN.join(parts)[:width]
 
 
-def rank_words(lora: Lora) -> str:
+def format_rank(lora: Lora) -> str:
     """``r16``; where patterns have ranks of their own, ``r8-32``."""
     ranks = {lora.rank, *lora.rank_pattern.values()}
     return f"r{lora.rank}" if len(ranks) == 1 else f"r{min(ranks)}-{max(ranks)}"

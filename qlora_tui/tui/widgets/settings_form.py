@@ -21,9 +21,9 @@ from qlora_tui.recipe.errors import InvalidRecipeError
 from qlora_tui.recipe.fields import Field, fields, get_setting
 from qlora_tui.recipe.layering import parse_override
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.widgets.entry import Entry
-from qlora_tui.tui.widgets.setting_rows import SettingRows
-from qlora_tui.tui.widgets.setting_steps import stepped
+from qlora_tui.tui.widgets.setting_list import SettingList
+from qlora_tui.tui.widgets.setting_stepper import step_value
+from qlora_tui.tui.widgets.text_field import TextField
 
 _BETWEEN_TEXTS = " | "
 """Between the items of a list of texts while it is edited."""
@@ -64,49 +64,49 @@ class SettingsForm(Vertical):
         self._recipe = Recipe()
 
     def compose(self) -> ComposeResult:
-        yield SettingRows(self._fields)
+        yield SettingList(self._fields)
         yield Static(id="setting-help", markup=False)
-        yield Entry(compact=True)
+        yield TextField(compact=True)
 
     def focus(self, scroll_visible: bool = True) -> SettingsForm:
-        self.query_one(SettingRows).focus(scroll_visible)
+        self.query_one(SettingList).focus(scroll_visible)
         return self
 
     def show(self, recipe: Recipe, base: Recipe) -> None:
         """Show these values; those that differ from ``base`` are marked."""
         self._recipe = recipe
-        self.query_one(SettingRows).show(recipe, base)
+        self.query_one(SettingList).show(recipe, base)
         self._show_help()
 
     def choose(self, path: str) -> None:
         """Put the cursor on a setting."""
-        self.query_one(SettingRows).go_to([field.path for field in self._fields].index(path))
+        self.query_one(SettingList).go_to([field.path for field in self._fields].index(path))
 
     @property
     def field(self) -> Field:
         """The setting under the cursor."""
-        return self._fields[self.query_one(SettingRows).cursor]
+        return self._fields[self.query_one(SettingList).cursor]
 
-    def on_setting_rows_moved(self) -> None:
+    def on_setting_list_moved(self) -> None:
         self._show_help()
 
-    def on_setting_rows_stepped(self, event: SettingRows.Stepped) -> None:
+    def on_setting_list_stepped(self, event: SettingList.Stepped) -> None:
         if self.field.kind not in ("bool", "choice", "int", "float"):
             self._edit()
             return
         value = get_setting(self._recipe, self.field.path)
-        after = stepped(self.field, value, event.direction)
+        after = step_value(self.field, value, event.direction)
         if after != value:
             self.post_message(self.Edited(self.field.path, after))
 
-    def on_setting_rows_chosen(self) -> None:
+    def on_setting_list_chosen(self) -> None:
         if self.field.kind in ("bool", "choice"):
             value = get_setting(self._recipe, self.field.path)
-            self.post_message(self.Edited(self.field.path, stepped(self.field, value, 1)))
+            self.post_message(self.Edited(self.field.path, step_value(self.field, value, 1)))
         else:
             self._edit()
 
-    def on_setting_rows_reset(self, event: SettingRows.Reset) -> None:
+    def on_setting_list_reset(self, event: SettingList.Reset) -> None:
         self.post_message(self.Edited(self.field.path, event.value))
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
@@ -125,7 +125,7 @@ class SettingsForm(Vertical):
             self._leave()
 
     def _edit(self) -> None:
-        field = self._fields[self.query_one(SettingRows).cursor]
+        field = self._fields[self.query_one(SettingList).cursor]
         box = self.query_one(Input)
         box.value = self._as_text(field)
         box.border_title = field.label

@@ -10,7 +10,7 @@ from qlora_tui.memory import Estimate
 
 
 @dataclass(frozen=True)
-class Part:
+class BarPart:
     """Items that belong together, drawn alike."""
 
     name: str
@@ -33,35 +33,35 @@ _ACTIVATIONS = (
     "inputs",
 )
 
-PARTS: tuple[Part, ...] = (
-    Part("base weights", "█", "$primary", frozenset(_BASE)),
-    Part("adapter", "▚", "$accent", frozenset(_ADAPTER)),
-    Part("activations", "▓", "$success", frozenset(_ACTIVATIONS)),
-    Part("loss", "▒", "$warning", frozenset(("logits",))),
-    Part("overhead", "░", "$secondary", frozenset()),
+PARTS: tuple[BarPart, ...] = (
+    BarPart("base weights", "█", "$primary", frozenset(_BASE)),
+    BarPart("adapter", "▚", "$accent", frozenset(_ADAPTER)),
+    BarPart("activations", "▓", "$success", frozenset(_ACTIVATIONS)),
+    BarPart("loss", "▒", "$warning", frozenset(("logits",))),
+    BarPart("overhead", "░", "$secondary", frozenset()),
 )
 """In the order they are drawn; the last takes every item that no other names."""
 
 
-def part_of(key: str) -> Part:
+def part_of(key: str) -> BarPart:
     """The part that an item is drawn as."""
     return next((part for part in PARTS if key in part.keys), PARTS[-1])
 
 
-def parts_of(made: Estimate) -> list[tuple[Part, int]]:
+def parts_of(estimate: Estimate) -> list[tuple[BarPart, int]]:
     """Bytes of each part, in the order they are drawn."""
     sums = dict.fromkeys(PARTS, 0)
-    for item in made.items:
+    for item in estimate.items:
         sums[part_of(item.key)] += item.bytes
     return list(sums.items())
 
 
-def stacked_bar(made: Estimate, full_bytes: int, width: int) -> Content:
+def stacked_bar(estimate: Estimate, full_bytes: int, width: int) -> Content:
     """``width`` cells that stand for ``full_bytes``; what is beyond the end is cut and marked with ▶."""
     pieces: list[tuple[str, str]] = []
     drawn = 0
     filled_bytes = 0
-    for part, bytes_ in parts_of(made):
+    for part, bytes_ in parts_of(estimate):
         filled_bytes += bytes_
         end = min(width, round(filled_bytes / full_bytes * width))
         pieces.append((part.glyph * (end - drawn), part.style))

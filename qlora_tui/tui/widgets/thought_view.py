@@ -12,7 +12,7 @@ from textual.widgets import Static
 
 from qlora_tui.chat.terms import Outcome, Said
 from qlora_tui.format import counted, duration
-from qlora_tui.tui.widgets.answer_text import AnswerText
+from qlora_tui.tui.widgets.streaming_markdown import StreamingMarkdown
 
 _PAINT_EVERY_S = 0.5
 
@@ -44,14 +44,14 @@ class ThoughtView(Vertical):
         text-wrap: nowrap;
         text-overflow: ellipsis;
     }
-    ThoughtView AnswerText {
+    ThoughtView StreamingMarkdown {
         border-left: outer $panel;
         padding-left: 1;
         margin-bottom: 1;
         color: $text-muted;
         display: none;
     }
-    ThoughtView.-unfolded AnswerText {
+    ThoughtView.-unfolded StreamingMarkdown {
         display: block;
     }
     """
@@ -59,7 +59,7 @@ class ThoughtView(Vertical):
     def __init__(self, *, unfolded: bool = False) -> None:
         super().__init__(classes="-unfolded" if unfolded else "")
         self.text = ""
-        self._laid_out = 0
+        self._appended = 0
         """Characters of the text that are in the widget which shows it."""
         self._tokens = 0
         self._began_at = 0.0
@@ -70,13 +70,13 @@ class ThoughtView(Vertical):
 
     def compose(self) -> ComposeResult:
         yield ThoughtLine("")
-        yield AnswerText()
+        yield StreamingMarkdown()
 
     @property
     def unfolded(self) -> bool:
         return self.has_class("-unfolded")
 
-    async def grow(self, said: Said) -> None:
+    async def append_text(self, said: Said) -> None:
         """Add a piece of the thought."""
         now = time.monotonic()
         if not self.text:
@@ -85,7 +85,7 @@ class ThoughtView(Vertical):
         self.text += said.text
         self._tokens = said.tokens
         if self.unfolded:
-            await self._lay_out()
+            await self._append_pending()
         if now - self._painted_at >= _PAINT_EVERY_S:
             self._painted_at = now
             self._show_line()
@@ -101,21 +101,21 @@ class ThoughtView(Vertical):
             self._ending = (outcome.thought_s, outcome.thought_ended)
         self._is_over = True
         if self.unfolded:
-            await self._lay_out()
-            await self.query_one(AnswerText).finish()
+            await self._append_pending()
+            await self.query_one(StreamingMarkdown).finish()
         self._show_line()
 
     async def unfold(self, unfolded: bool) -> None:
         """Show the text, or fold it into the line."""
         self.set_class(unfolded, "-unfolded")
         if unfolded:
-            await self._lay_out()
-            await self.query_one(AnswerText).finish()
+            await self._append_pending()
+            await self.query_one(StreamingMarkdown).finish()
         self._show_line()
 
-    async def _lay_out(self) -> None:
-        text, self._laid_out = self.text[self._laid_out :], len(self.text)
-        await self.query_one(AnswerText).grow(text)
+    async def _append_pending(self) -> None:
+        text, self._appended = self.text[self._appended :], len(self.text)
+        await self.query_one(StreamingMarkdown).append_text(text)
 
     def _show_line(self) -> None:
         if not self.text:

@@ -8,7 +8,7 @@ from textual.widget import Widget
 
 from qlora_tui.format import figure, gib
 from qlora_tui.tui.commands import NAVIGATION
-from qlora_tui.tui.pulse import Pulse
+from qlora_tui.tui.system_status import SystemStatus
 
 
 class TopBar(Widget):
@@ -27,19 +27,19 @@ class TopBar(Widget):
     def __init__(self, mode: str) -> None:
         super().__init__()
         self._mode = mode
-        self._pulse = Pulse()
+        self._status = SystemStatus()
 
-    def show_pulse(self, pulse: Pulse) -> None:
+    def show_status(self, pulse: SystemStatus) -> None:
         """Repaint if what is shown has changed."""
-        before = self.pulse_text(self._pulse)
-        self._pulse = pulse
-        if self.pulse_text(pulse) != before:
+        before = self.status_options(self._status)
+        self._status = pulse
+        if self.status_options(pulse) != before:
             self.refresh()
 
     def render(self) -> RenderResult:
         map_ = self._map()
         room = self.size.width - map_.cell_length - 1
-        pulse = next((p for p in self.pulse_text(self._pulse) if len(p) <= room), "")
+        pulse = next((p for p in self.status_options(self._status) if len(p) <= room), "")
         gap = " " * max(1, self.size.width - map_.cell_length - len(pulse))
         return Content.assemble(map_, gap, pulse)
 
@@ -55,7 +55,7 @@ class TopBar(Widget):
         return Content.assemble(*parts)
 
     @staticmethod
-    def pulse_text(pulse: Pulse) -> list[str]:
+    def status_options(pulse: SystemStatus) -> list[str]:
         """What could be said, the longest first."""
         run = _run_text(pulse)
         card = _card_text(pulse)
@@ -64,7 +64,7 @@ class TopBar(Widget):
         return [option.strip() + " " for option in options]
 
 
-def _run_text(pulse: Pulse) -> str:
+def _run_text(pulse: SystemStatus) -> str:
     status = pulse.active_status
     if status is None:
         return f"{len(pulse.waiting)} waiting" if pulse.waiting else ""
@@ -77,13 +77,13 @@ def _run_text(pulse: Pulse) -> str:
     return f"● {status.step:,}/{status.total_steps:,}{loss}"
 
 
-def _card_text(pulse: Pulse) -> str:
-    if pulse.card is None:
+def _card_text(pulse: SystemStatus) -> str:
+    if pulse.gpu is None:
         return "no GPU"
-    reading = pulse.reading
+    reading = pulse.gpu_metrics
     if reading is None:
-        return f"{pulse.card.short_name} NA"
+        return f"{pulse.gpu.short_name} NA"
     use = "NA" if reading.utilization_percent is None else f"{reading.utilization_percent}%"
     heat = "" if reading.temperature_c is None else f" {reading.temperature_c}°"
     memory = f"{gib(reading.memory_used_bytes)}/{gib(reading.memory_total_bytes)}G"
-    return f"{pulse.card.short_name} {use} {memory}{heat}"
+    return f"{pulse.gpu.short_name} {use} {memory}{heat}"

@@ -1,0 +1,23 @@
+"""Saying that a run is over to someone who looks at another window."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_tui.tui import escapes
+
+if TYPE_CHECKING:
+    from qlora_tui.runs.news import News
+    from qlora_tui.tui.app import QloraApp
+
+
+def notify_run_ended(app: QloraApp, notification: News) -> None:
+    """By a line in the app, and by bell, title and desktop notification as the settings want them."""
+    wanted = app.settings.notify
+    app.notify(notification.text, severity="information" if notification.event == "finished" else "error")
+    if wanted.title:
+        app.write_escape(escapes.set_title(notification.text))
+    if wanted.desktop:
+        app.write_escape(escapes.notification(notification.text))
+    if wanted.bell:
+        app.bell()

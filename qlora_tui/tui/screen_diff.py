@@ -1,0 +1,100 @@
+"""What stands on the terminal, so that only what differs is sent.
+
+Textual sends the whole screen whenever a screen comes, goes or is laid out anew: a page of help over a
+terminal of 160×50 is 100 kB, two seconds of a slow link, most of it the same as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.control import Control
+from textual._compositor import ChopsUpdate, CompositorUpdate, LayoutUpdate
+from textual._styles_cache import StylesCache
+from textual.strip import Strip
+
+from qlora_tui.tui.widgets.diff_widget import changed_cells
+
+
+def clear_style_caches() -> None:
+    """Drop what Textual keeps of widgets that are gone: as keys of a cache of colours, all they had painted.
+
+    A page of help is 160 kB there, and the cache holds a thousand widgets.
+    """
+    clear = getattr(getattr(StylesCache, "get_inner_outer", None), "cache_clear", None)
+    if clear is not None:
+        clear()
+
+
+class TerminalContents:
+    """The lines on the terminal, as they were sent."""
+
+    def __init__(self, stand_ins: Mapping[int, str]) -> None:
+        self._lines: list[Strip] = []
+        self._fallback_glyphs = stand_ins
+        """Of characters that the terminal's font lacks, as ``str.translate`` takes them."""
+
+    def invalidate(self) -> None:
+        """The terminal may show anything: the next update is sent whole."""
+        self._lines = []
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the terminal may show anything."""
+        return not self._lines
+
+    def diff(self, update: CompositorUpdate, console: Console) -> str:
+        """What turns the terminal into what ``update`` makes of it; it is then taken as sent."""
+        text = self._diff(update, console)
+        return text.translate(self._fallback_glyphs) if self._fallback_glyphs else text
+
+    def _diff(self, update: CompositorUpdate, console: Console) -> str:
+        if isinstance(update, LayoutUpdate):
+            lines = [_plain(strips) for strips in update.strips]
+            if len(lines) != len(self._lines):
+                self._lines = lines
+                return update.render_segments(console)
+            return self._send(dict(enumerate(lines)), console)
+        if isinstance(update, ChopsUpdate) and self._lines:
+            return self._send(self._laid_over(update), console)
+        self.invalidate()
+        return update.render_segments(console)
+
+    def _laid_over(self, update: ChopsUpdate) -> dict[int, Strip]:
+        """Each line that an update of parts touches, whole."""
+        lines: dict[int, Strip] = {}
+        for y, x1, x2 in update.spans:
+            line = lines.get(y, self._lines[y])
+            for end, (x, strip) in zip(update.chop_ends[y], update.chops[y].items(), strict=False):
+                if strip is None or x > x2 or end <= x1:
+                    continue
+                end = end if x2 > x >= x1 and end <= x2 else min(end, x2)
+                line = Strip.join([line.crop(0, x), strip.crop(0, end - x), line.crop(end)])
+            lines[y] = line
+        return {y: _plain([line]) for y, line in lines.items()}
+
+    def _send(self, lines: dict[int, Strip], console: Console) -> str:
+        sent = []
+        for y, line in lines.items():
+            start, end = changed_cells(self._lines[y], line)
+            if end > start:
+                sent.append(Control.move_to(start, y).segment.text + line.crop(start, end).render(console))
+            self._lines[y] = line
+        return "".join(sent)
+
+
+class ScreenDiff(CompositorUpdate):
+    """An update that sends only what it changes, as it is written and not before: some never are."""
+
+    def __init__(self, update: CompositorUpdate, painted: TerminalContents) -> None:
+        self._update = update
+        self._painted = painted
+
+    def render_segments(self, console: Console) -> str:
+        return self._painted.diff(self._update, console)
+
+
+def _plain(strips: Iterable[Strip]) -> Strip:
+    """A line as it looks: what a click on it does is no part of that."""
+    return Strip.join(strips).discard_meta().simplify()

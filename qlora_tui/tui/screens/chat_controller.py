@@ -1,0 +1,257 @@
+"""The talking itself: whom the engine holds, what is asked of it, and where the answers go."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import msgspec
+from textual import work
+from textual.containers import VerticalScroll
+
+from qlora_tui.chat.effect import Effect
+from qlora_tui.chat.terms import BASE, ChatSource, Sampling
+from qlora_tui.data.conversation import Message
+from qlora_tui.engine.client import Answer, EngineClient, EngineClosed
+from qlora_tui.engine.protocol import (
+    ChatReady,
+    Done,
+    EffectMeasured,
+    Generate,
+    LoadChat,
+    MeasureEffect,
+    Stage,
+    Text,
+)
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.schema import Thinking
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.status import ACTIVE, read_status
+from qlora_tui.tui import transcript
+from qlora_tui.tui.deferred import DeferredWork
+from qlora_tui.tui.screens import chat_text as words
+from qlora_tui.tui.screens.adapter_pair import AdapterPair
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.confirm import ConfirmScreen
+from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.chat_turn import ChatTurn
+from qlora_tui.tui.widgets.prompt_box import PromptBox
+
+_WARNING_S = 20.0
+
+
+class ChatController(WorkScreen):
+    """A screen that holds a conversation with one or two voices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = EngineClient()
+        self.source: ChatSource | None = None
+        self.run_dir: RunDir | None = None
+        """None where the source is a model without a run."""
+        self.pair = AdapterPair.of((BASE,))
+        self.ready: ChatReady | None = None
+        """What the engine holds; None while it holds nothing of use."""
+        self.turns: list[ChatTurn] = []
+        self.answers: list[Answer] = []
+        """Those under way."""
+        self.busy = False
+        self.sampling = Sampling()
+        self.system_prompt = ""
+        self.thinking: Thinking = "auto"
+        """As the model is asked; ``auto`` leaves it to the run and the chat template."""
+        self.unfolded = False
+        """Whether thoughts are shown."""
+        self._last_warning = ""
+        self.shares_with: set[str] = set()
+        """Runs beside which the user said the model may be held."""
+
+    def on_mount(self) -> None:
+        self.qlora_app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
+
+    async def on_unmount(self) -> None:
+        """The model's memory goes with the screen."""
+        # Those who wait for answers have no screen any more to say anything on.
+        self.workers.cancel_node(self)
+        await self.engine.close()
+
+    def show_head(self, doing: str = "") -> None:
+        """Say whom it is that is talked to, and what is being done."""
+
+    def show_effect(self, said: str | Effect) -> None:
+        """Say what the adapter changes, or how far that has come."""
+
+    async def send(self, prompt: str) -> None:
+        if self.source is not None:
+            self.confirm_shared_memory(
+                lambda: self._answer(prompt), lambda: self.query_one(PromptBox).put(prompt)
+            )
+
+    def confirm_shared_memory(
+        self, proceed: Callable[[], object], cancel: Callable[[], object] = lambda: None
+    ) -> None:
+        """Load only with the user's word while a run has the memory: ``go`` or ``else_`` is called."""
+        active = self.qlora_app.system_status.active
+        if (
+            self.ready is not None
+            or active is None
+            or active.id in self.shares_with
+            # What the app last saw may be a second old.
+            or read_status(active).state not in ACTIVE
+        ):
+            proceed()
+            return
+
+        def answered(yes: bool | None) -> None:
+            if yes:
+                self.shares_with.add(active.id)
+                proceed()
+            else:
+                cancel()
+
+        text = (
+            f"{active.id} is at work on this machine. With a model beside it, either may run out of memory, "
+            "and both are slower."
+        )
+        self.app.push_screen(
+            ConfirmScreen("A run is in training", text, yes="Load it all the same", no="Wait"), answered
+        )
+
+    def _yield_memory_to_run(self, pulse: SystemStatus) -> None:
+        """A run that begins gets the memory that the chat holds."""
+        active = pulse.active
+        if self.ready is not None and active is not None and active.id not in self.shares_with:
+            self.ready = None
+            self.run_worker(DeferredWork(self._unload_for, active.id))
+
+    async def _unload_for(self, run_id: str) -> None:
+        await self.engine.close()
+        self.show_head()
+        self.notify(f"The chat gave its memory to {run_id}. The next prompt loads the model again.")
+
+    @work(group="answers")
+    async def _answer(self, prompt: str) -> None:
+        turn = ChatTurn(prompt, self.pair.active, unfolded=self.unfolded)
+        self.turns.append(turn)
+        talk = self.query_one("#talk", VerticalScroll)
+        await talk.mount(turn)
+        talk.anchor()
+        self._set_busy()
+        sampling = self.sampling
+        if sampling.seed is None:
+            # One for both: what differs between two answers is then the voice, not the dice.
+            sampling = msgspec.structs.replace(sampling, seed=random.randrange(1 << 32))
+        try:
+            await self._load()
+            await asyncio.gather(*(self._generate(turn, voice, sampling) for voice in turn.answers))
+        except EngineClosed:
+            for answer in turn.answers.values():
+                await answer.stop(words.STOPPED_LOADING)
+        except Problem as problem:
+            for answer in turn.answers.values():
+                await answer.fail(problem)
+        self._save_transcript(turn, sampling)
+        self._set_idle()
+
+    async def _load(self) -> None:
+        if self.ready is not None or self.source is None:
+            return
+        self.show_head("Starting the engine")
+        async for reply in self.engine.ask(LoadChat(source=self.source)):
+            if isinstance(reply, Stage):
+                self.show_head(reply.words)
+            elif isinstance(reply, ChatReady):
+                self.ready = reply
+                if effect := reply.thinking.effect_of(self.thinking):
+                    self.notify(effect)
+        self.show_head()
+
+    async def _generate(self, turn: ChatTurn, voice: str, sampling: Sampling) -> None:
+        """One voice's answer; what goes wrong with it is said in its place."""
+        request = self.engine.ask(
+            Generate(
+                messages=self._conversation(turn, voice),
+                voice=voice,
+                sampling=sampling,
+                thinking=self.thinking,
+            )
+        )
+        self.answers.append(request)
+        try:
+            async for reply in request:
+                if isinstance(reply, Text):
+                    await turn.answers[voice].append_text(reply.said)
+                elif isinstance(reply, Done):
+                    await turn.answers[voice].end(reply.outcome)
+                    self._warn(reply.outcome.warning)
+        except EngineClosed:
+            await turn.answers[voice].stop(words.UNLOADED)
+        except Problem as problem:
+            await turn.answers[voice].fail(problem)
+        finally:
+            self.answers.remove(request)
+
+    def _warn(self, warning: str) -> None:
+        """Show what the session says of its answers, once."""
+        if warning and warning != self._last_warning:
+            self._last_warning = warning
+            self.app.notify(warning, severity="warning", timeout=_WARNING_S)
+
+    @work(group="answers")
+    async def measure(self) -> None:
+        self._set_busy()
+        try:
+            await self._load()
+            request = self.engine.ask(MeasureEffect(voice=self.pair.right))
+            self.answers.append(request)
+            try:
+                async for reply in request:
+                    if isinstance(reply, Stage):
+                        self.show_effect(f"{reply.words}…")
+                    elif isinstance(reply, EffectMeasured):
+                        self.show_effect(reply.effect)
+            finally:
+                self.answers.remove(request)
+        except EngineClosed:
+            self.show_effect(words.NOT_MEASURED)
+        except Problem as problem:
+            self.show_effect("")
+            self.qlora_app.show_error(problem)
+        self._set_idle()
+
+    def _set_busy(self) -> None:
+        self.busy = True
+        self.refresh_bindings()
+
+    def _set_idle(self) -> None:
+        """Nothing is under way any more."""
+        self.busy = False
+        if self.engine.pid is None:
+            self.ready = None
+        self.show_head()
+        self.refresh_bindings()
+
+    def _save_transcript(self, turn: ChatTurn, sampling: Sampling) -> None:
+        spoken = {v: answer for v, answer in turn.answers.items() if answer.text or answer.thought}
+        said = {voice: answer.text for voice, answer in spoken.items()}
+        thoughts = {voice: answer.thought for voice, answer in spoken.items()}
+        if not said or turn not in self.turns:
+            return
+        try:
+            transcript.append_exchange(
+                self.run_dir, turn.prompt, said, sampling, self.system_prompt, thoughts
+            )
+        except OSError as error:
+            self.notify(f"The transcript could not be written: {error.strerror}.", severity="warning")
+
+    def _conversation(self, turn: ChatTurn, voice: str) -> tuple[Message, ...]:
+        """What this voice has heard and said so far; where it was silent, nothing."""
+        messages = [Message("system", self.system_prompt)] if self.system_prompt else []
+        earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
+        for before in earlier:
+            said = before.answers.get(voice)
+            if said is not None and said.text:
+                answer = Message("assistant", said.text, reasoning=said.thought)
+                messages += [Message("user", before.prompt), answer]
+        return (*messages, Message("user", turn.prompt))

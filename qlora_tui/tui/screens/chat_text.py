@@ -1,0 +1,110 @@
+"""What the Chat screen says, as text with styles. No widget here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from textual.content import Content
+
+from qlora_tui.chat.effect import Effect
+from qlora_tui.chat.terms import Sampling
+from qlora_tui.engine.protocol import ChatReady
+from qlora_tui.format import figure, short_path, size
+from qlora_tui.recipe.schema import Thinking
+from qlora_tui.tui.screens.adapter_pair import AdapterPair
+from qlora_tui.tui.screens.runs_summary import downsample
+from qlora_tui.tui.widgets.sparklines import blocks
+
+NOTHING_TO_CHAT_WITH = Content.from_markup(
+    "[b]Nobody to talk to yet.[/b]\n\nA run has somebody once it has saved a checkpoint. "
+    "Press [b]5[/b] to launch one.\n\nOr press [b]m[/b] to talk to the model of the recipe as it is, "
+    "before any training."
+)
+HINT = "say something: enter sends, ^j new line, esc leaves the field: then 0-7 work"
+STOPPED_LOADING = "stopped loading the model: r asks again (esc first, to leave the field)"
+UNLOADED = "stopped, since the model was unloaded: r asks again (esc first, to leave the field)"
+_FEWEST_COLUMNS = 8
+"""In which the layers are drawn, however narrow the window."""
+NOT_MEASURED = "Not measured: the model was unloaded. Press f to load it and measure."
+
+
+def session_line(name: str, pair: AdapterPair, state: str) -> Content:
+    """Whom it is that is talked to, and how things stand."""
+    parts: list[Content | str | tuple[str, str]] = [(name, "bold"), "  "]
+    for number, voice in enumerate(dict.fromkeys((pair.left, pair.right))):
+        if number:
+            parts.append(" ")
+        on = voice in pair.active
+        parts.append((f" {voice} ", "reverse" if on else "dim"))
+    return Content.assemble(*parts, (f"  {state}", "dim"))
+
+
+def loaded_text(ready: ChatReady) -> str:
+    """``RTX 4090 bfloat16, 5.2 GiB, 32,768 tokens``."""
+    return f"{ready.device} {ready.dtype}, {size(ready.held_bytes)}, {ready.context_tokens:,} tokens"
+
+
+def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
+    """``thinking on``; empty where it is not known, or the model cannot think."""
+    if ready is None:
+        return "" if setting == "auto" else f"thinking {setting}"
+    known = ready.thinking
+    match known.kind:
+        case "none":
+            return ""
+        case "always":
+            return "always thinks"
+        case "effort":
+            return f"{known.variable} {known.off}" if setting == "off" else "thinks"
+        case "switch":
+            return f"thinking {known.default if setting == 'auto' else setting}"
+
+
+def sampling_line(
+    sampling: Sampling, system_prompt: str, transcript: Path | None, width: int, thinking: str = ""
+) -> Content:
+    """How answers are chosen, whether the model is to think, and where what was said is kept."""
+    parts = [thinking] if thinking else []
+    parts.append("always the likeliest token" if not sampling.temperature else _sampling_words(sampling))
+    parts.append(f"≤ {sampling.max_new_tokens} tokens")
+    if sampling.seed is not None:
+        parts.append(f"seed {sampling.seed}")
+    if system_prompt:
+        parts.append("system: " + " ".join(system_prompt.split()))
+    line = " · ".join(parts)
+    if transcript is None:
+        return Content.styled(line[:width], "dim")
+    place = f"kept in {short_path(transcript)}"
+    space_left = width - len(line)
+    if len(place) + 2 > space_left:
+        place = f"kept in …/{transcript.parent.name}/{transcript.name}"
+    if len(place) + 2 > space_left:
+        line = line[: max(0, width - len(place) - 3)] + "…"
+        space_left = width - len(line)
+    return Content.styled(line + " " * (space_left - len(place)) + place, "dim")
+
+
+def effect_text(measured: Effect, width: int) -> Content:
+    """The verdict, and under it the figures: mean KL, and how far each layer moved, from none to the most."""
+    figures = f"KL {figure(measured.mean_kl, 3)} nats"
+    if measured.layers:
+        first, last = measured.layers[0].layer, measured.layers[-1].layer
+        most = max(measured.layers, key=lambda change: change.relative)
+        before = f"{figures} · layers moved: {first} "
+        after = f" {last}, most {figure(most.relative * 100, 2)}% in {most.layer}"
+        room = min(len(measured.layers), max(_FEWEST_COLUMNS, width - len(before + after)))
+        columns = downsample([change.relative for change in measured.layers], room)
+        figures = before + blocks(columns, 0.0, most.relative, 1)[0] + after
+    warning = f"\n{measured.warning}" if measured.warning else ""
+    return Content.assemble(measured.sentence, (warning, "$text-warning"), (f"\n{figures}", "$text-muted"))
+
+
+def _sampling_words(sampling: Sampling) -> str:
+    words = [f"temp {figure(sampling.temperature, 3)}"]
+    if sampling.top_p < 1:
+        words.append(f"top-p {figure(sampling.top_p, 3)}")
+    if sampling.top_k:
+        words.append(f"top-k {sampling.top_k}")
+    if sampling.repetition_penalty != 1:
+        words.append(f"penalty {figure(sampling.repetition_penalty, 3)}")
+    return " · ".join(words)

@@ -1,0 +1,44 @@
+"""A question before something is done: answered with y or n."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+
+class ConfirmScreen(ModalScreen[bool]):
+    """Gives True for yes. Escape is no; enter is yes where nothing is lost by it."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "dismiss(True)", "Yes"),
+        Binding("enter", "agree", "Yes"),
+        Binding("n,escape", "dismiss(False)", "No"),
+    ]
+
+    def __init__(
+        self, title: str, text: str, yes: str = "Yes", no: str = "No", *, harmless: bool = False
+    ) -> None:
+        super().__init__()
+        self._title = title
+        self._text = text
+        self._yes = yes
+        self._no = no
+        self._harmless = harmless
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="card") as card:
+            card.border_title = self._title
+            yield Static(self._text, markup=False)
+            yes = f"{'⏎ or ' if self._harmless else ''}y  {self._yes}"
+            yield Static(f"{yes}      n  {self._no}", markup=False, classes="fix")
+
+    def action_agree(self) -> None:
+        """Yes, by the key that is pressed without a thought."""
+        if self._harmless:
+            self.dismiss(True)

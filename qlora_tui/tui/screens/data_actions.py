@@ -1,0 +1,231 @@
+"""What the Data screen's keys change in the recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from qlora_tui.data.sources import is_of_the_hub
+from qlora_tui.recipe.fields import fields, get_setting, source_fields
+from qlora_tui.recipe.schema import Source
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.column_mapping import ColumnMappingScreen
+from qlora_tui.tui.screens.file_picker import FilePickerScreen
+from qlora_tui.tui.screens.text_prompt import TextPromptScreen
+
+if TYPE_CHECKING:
+    from qlora_tui.data.dataset_report import Report
+    from qlora_tui.data.problems import DataProblem
+
+DATA_ENDINGS = (
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".txt",
+    ".text",
+    ".md",
+    ".gz",
+    ".zst",
+    ".zstd",
+)
+
+
+class DataActions(WorkScreen):
+    """A screen with a source under the cursor and a report on it."""
+
+    report: Report | None
+    source_number = 0
+    fields: dict[str, str] = {}  # noqa: RUF012
+    """Columns of a file in no known format, for the mapping by hand."""
+    offers_chosen = False
+    """Whether the source is refused for its preferences, and the recipe can take the chosen answers."""
+    unread_format = "prompt-completion"
+    """The format whose parts are asked for where ``unread`` leaves it open."""
+    unread: Source | None = None
+    """The source that was looked at last, where nothing of it could be read."""
+
+    def action_open(self) -> None:
+        """Add a file, a folder or a dataset of the hub to the sources."""
+        sources = self.qlora_app.workbench.recipe.data.sources
+        start = Path(sources[-1].path).expanduser().parent if sources else None
+        known = start if start is not None and start.is_dir() else None
+        screen = FilePickerScreen("Open data", "data", DATA_ENDINGS, known, is_of_the_hub)
+        self.app.push_screen(screen, self.opened)
+
+    def action_format(self) -> None:
+        """Read the rows in the next format."""
+        choices = source_fields()["format"].choices
+        source = self.source()
+        if source is not None:
+            following = choices[(choices.index(source.format) + 1) % len(choices)]
+            self._change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": following}, Source))
+
+    def action_columns(self) -> None:
+        """Say which column plays which part."""
+        source = self.source()
+        if source is None:
+            return
+        if self.report is not None and self.report.files:
+            file = self.report.files[0]
+            screen = ColumnMappingScreen(file.format, file.all_columns, {**file.columns, **source.columns})
+        elif self.fields:
+            format_ = self.unread_format if source.format == "auto" else source.format
+            screen = ColumnMappingScreen(format_, tuple(self.fields), source.columns)
+        else:
+            self.notify("The columns are known once the file can be read.")
+            return
+
+        def answered(columns: dict[str, str] | None) -> None:
+            if columns is not None:
+                self._change_source(msgspec.structs.replace(source, columns=columns))
+
+        self.app.push_screen(screen, answered)
+
+    def action_weight(self) -> None:
+        """Ask how often the rows of the source are seen."""
+        source = self.source()
+        if source is None:
+            return
+
+        def wrong(text: str) -> str:
+            field = source_fields()["weight"]
+            try:
+                msgspec.convert(float(text), field.type)
+            except (ValueError, msgspec.ValidationError):
+                return f"{field.expected}."
+            return ""
+
+        def answered(text: str | None) -> None:
+            if text is not None:
+                self._change_source(msgspec.structs.replace(source, weight=float(text)))
+
+        title = f"Weight of {Path(source.path).name}"
+        help_ = source_fields()["weight"].help
+        self.app.push_screen(TextPromptScreen(title, help_, f"{source.weight:g}", wrong), answered)
+
+    def action_validation(self) -> None:
+        """Ask for a share of the rows, or a file, to validate on."""
+        data = self.qlora_app.workbench.recipe.data
+
+        def wrong(text: str) -> str:
+            if _share(text) is not None or Path(text).expanduser().exists():
+                return ""
+            return "Neither a share below 1 nor a file that is there."
+
+        def answered(text: str | None) -> None:
+            if text is None:
+                return
+            share = _share(text)
+            if share is None:
+                self.qlora_app.edit("data.validation_path", str(Path(text).expanduser().resolve()))
+            else:
+                self.qlora_app.edit("data.validation_path", "")
+                self.qlora_app.edit("data.validation_fraction", share)
+
+        text = "A share of the rows, as 0.05; 0 for none. Or the path of a file with rows of its own."
+        now = data.validation_path or f"{data.validation_fraction:g}"
+        self.app.push_screen(TextPromptScreen("Validate on", text, now, wrong), answered)
+
+    def action_length(self, factor: float) -> None:
+        """Change the sequence length."""
+        length = round(self.qlora_app.workbench.recipe.data.max_length * factor)
+        field = fields()["data.max_length"]
+        self.qlora_app.edit(
+            "data.max_length", min(max(length, int(field.minimum or 1)), int(field.maximum or length))
+        )
+
+    def action_next_choice(self, path: str) -> None:
+        """The next of a setting's choices."""
+        choices = fields()[path].choices
+        now = get_setting(self.qlora_app.workbench.recipe, path)
+        self.qlora_app.edit(path, choices[(choices.index(now) + 1) % len(choices)])
+
+    def action_reasoning_in_loss(self) -> None:
+        """Learn the reasoning too, or only read it."""
+        now = self.qlora_app.workbench.recipe.data.reasoning_in_loss
+        self.qlora_app.edit("data.reasoning_in_loss", not now)
+
+    def action_packing(self) -> None:
+        """Pack, or not."""
+        self.qlora_app.edit("data.packing", not self.qlora_app.workbench.recipe.data.packing)
+
+    def action_remove(self) -> None:
+        """Take the source under the cursor out of the recipe; u brings it back."""
+        sources = list(self.qlora_app.workbench.recipe.data.sources)
+        if sources:
+            gone = sources.pop(self.source_number)
+            self.qlora_app.edit("data.sources", tuple(sources))
+            self.notify(f"{Path(gone.path).name} is out of the recipe. u brings it back.")
+
+    def action_fix(self) -> None:
+        """Change the setting that answers the first problem which has such a remedy."""
+        if self.offers_chosen:
+            self.qlora_app.edit("data.preferences", "chosen")
+            self.notify("Trains on the chosen and good answers only. Press u to undo.")
+        elif self.split_rows():
+            self.qlora_app.edit("data.too_long", "split")
+            self.notify("Long texts are split into rows. Press u to undo.")
+        elif tokens := self.untrained():
+            now = self.qlora_app.workbench.recipe.lora.token_rows
+            self.qlora_app.edit("lora.token_rows", tuple(dict.fromkeys((*now, *tokens))))
+            self.notify(f"Embedding and head will be trained for {', '.join(tokens)}. Press u to undo.")
+
+    @property
+    def can_fix(self) -> bool:
+        """Whether a problem has a remedy that one setting applies."""
+        return self.offers_chosen or bool(self.split_rows() or self.untrained())
+
+    def split_rows(self) -> int:
+        """Rows that splitting would make of plain texts that are cut or dropped."""
+        return sum(problem.split_rows for problem in self.problems)
+
+    @property
+    def problems(self) -> tuple[DataProblem, ...]:
+        """What the report found, except what the recipe already fixes."""
+        problems = self.report.problems if self.report else ()
+        trained = set(self.qlora_app.workbench.recipe.lora.token_rows)
+        return tuple(p for p in problems if not p.tokens or not trained.issuperset(p.tokens))
+
+    def untrained(self) -> tuple[str, ...]:
+        """Tokens that the model never learned and the recipe does not train."""
+        return tuple(token for problem in self.problems for token in problem.tokens)
+
+    def source(self) -> Source | None:
+        """The one under the cursor."""
+        sources = self.qlora_app.workbench.recipe.data.sources
+        return sources[self.source_number] if sources else None
+
+    def opened(self, path: Path | None) -> None:
+        """Add what the file picker gave to the sources, and look at it.
+
+        It takes the place of one that cannot be read: beside it no run could begin either.
+        """
+        if path is None:
+            return
+        gone = self.source()
+        if gone is not None and gone == self.unread:
+            self._change_source(Source(path=str(path)))
+            if gone.path != str(path):
+                self.notify(f"{Path(gone.path).name} made way for it. u brings it back.")
+            return
+        sources = self.qlora_app.workbench.recipe.data.sources
+        self.source_number = len(sources)
+        self.qlora_app.edit("data.sources", (*sources, Source(path=str(path))))
+
+    def _change_source(self, source: Source) -> None:
+        sources = list(self.qlora_app.workbench.recipe.data.sources)
+        sources[self.source_number] = source
+        self.qlora_app.edit("data.sources", tuple(sources))
+
+
+def _share(text: str) -> float | None:
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 <= share < 1 else None

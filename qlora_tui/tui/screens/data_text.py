@@ -1,0 +1,299 @@
+"""What the Data screen says, as text with styles. No widget here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from textual.content import Content
+
+from qlora_tui.data.dataset_report import Piece, Report, Shown
+from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
+from qlora_tui.data.problems import CHECKS, DataProblem
+from qlora_tui.data.sources import is_of_the_hub
+from qlora_tui.errors import Problem
+from qlora_tui.format import counted, percent, size
+from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.tui.screens.row_navigation import Place
+
+EMPTY = Content.from_markup(
+    "[b]No data yet.[/b]\n\nPress [b]o[/b] to open a file: JSON, JSONL, CSV, TSV, Parquet or text, "
+    "packed with gzip or zstd if you like, a folder of such files, or the id of a dataset of the hub.\n\n"
+    "Conversations (messages, ShareGPT), instructions (Alpaca), prompt and completion, question and answer, "
+    "text and label, and plain text are told apart by looking.\n\n"
+    "Every row is then shown here exactly as the model will see it.\n\n"
+    "To try it without a file of your own: [b]d[/b] on Home ([b]0[/b]) takes the demo's conversations."
+)
+PLAIN = Content.styled("The row as the file has it:\n\n", "dim")
+NO_MODEL = Content.styled(
+    "Choose a model (1) to see tokens, the chat template and what is learnt.\n\n", "dim"
+)
+TOO_LONG = {
+    "drop": "left out",
+    "cut-left": "cut left",
+    "cut-right": "cut right",
+    "split": "split",
+}
+_ROWS_NAMED = 3
+
+
+def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content:
+    """The row as the model will see it, under what is wrong with it."""
+    parts: list[Content | str | tuple[str, str]] = []
+    for kind, example in _row_problems(shown, problems):
+        check = CHECKS.get(kind)
+        parts.append((f"⚠ {check.title if check else kind}", "$warning bold"))
+        parts.append((f"  {example}" if example else "", "dim"))
+        parts.append((f"\n  ▸ {check.fix}\n" if check and check.fix else "\n", "$accent"))
+    if parts:
+        parts.append("\n")
+    if shown.refused:
+        return Content.assemble(*parts, ("This row gives no sample.\n\n", "bold"), shown.refused)
+    if not shown.token_counts:
+        parts.insert(0, PLAIN)
+    cut = any(count > data.max_length for count in shown.token_counts)
+    if cut and data.too_long == "cut-left":
+        parts.append(_cut_mark(shown, data))
+    for number, pieces in enumerate(shown.samples):
+        if number:
+            parts.append(("\n──── the next sample of this row ────\n", "dim"))
+        parts += [_styled(piece) for piece in pieces]
+    if cut and data.too_long == "cut-right":
+        parts.append(_cut_mark(shown, data))
+    return Content.assemble(*parts)
+
+
+def _row_problems(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[str, str]]:
+    """What is wrong with this row: (kind, example)."""
+    seen = {kind for kind, _ in shown.findings}
+    here = (p for p in problems if p.path in ("", shown.path))
+    others = [(p.kind, "") for p in here if shown.row in p.rows and p.kind not in seen]
+    return [*shown.findings, *others]
+
+
+def _styled(piece: Piece) -> tuple[str, str]:
+    text = piece.text
+    if piece.special:
+        return text, "reverse bold underline" if piece.trained else "reverse"
+    if not piece.trained:
+        return text, "dim"
+    # A line end that is learnt would not be seen: only its edges are marked, to keep the text readable.
+    inner = text.strip("\n")
+    if not inner:
+        return "↵\n" * len(text), "bold underline"
+    before = len(text) - len(text.lstrip("\n"))
+    after = len(text) - len(text.rstrip("\n"))
+    return "↵\n" * before + inner + "↵\n" * after, "bold underline"
+
+
+def _cut_mark(shown: Shown, data: Data) -> tuple[str, str]:
+    lost = sum(max(0, count - data.max_length) for count in shown.token_counts)
+    mark = f"✂ {lost:,} more tokens do not fit into {data.max_length:,}"
+    return (f"{mark}\n" if data.too_long == "cut-left" else f"\n{mark}"), "$warning"
+
+
+def reading(source: Source) -> Content:
+    """What stands there until the first row comes."""
+    doing = "fetching it from the hub…" if is_of_the_hub(source.path) else "reading…"
+    return Content.styled(doing, "dim")
+
+
+def error_text(error: Problem) -> Content:
+    """What stands where the sample would be, when there is none."""
+    parts: list[tuple[str, str]] = [(f"✗ {error.title}\n\n", "$error bold"), (error.what, "")]
+    if error.why:
+        parts.append((f"\n{error.why}", "dim"))
+    if error.fix:
+        parts.append((f"\n\n▸ {error.fix}", "$accent"))
+    return Content.assemble(*parts)
+
+
+def unreadable_text(error: Problem, fields: dict[str, str]) -> Content:
+    """The same for a file: with what is in it, and the keys that may help."""
+    keys = [("o", "opens another file"), ("x", "takes this one out")]
+    if fields and error.fix.startswith(("Say which column", "Map the columns")):
+        # The fix is for the recipe as a file; here there is a key for it.
+        error = Problem(error.title, what=error.what, why=error.why, fix="Press c to map the columns.")
+    if error.title in TITLES:
+        side = "chosen" if error.title == PAIRS_TITLE else "good"
+        fix = f"Press m to train on the {side} answers only."
+        error = Problem(error.title, what=error.what, why=error.why, fix=fix)
+        keys = [("m", f"trains on the {side} answers only"), *keys]
+    parts: list[Content | tuple[str, str]] = [error_text(error)]
+    if fields and error.title not in TITLES:
+        parts.append(("\n\nIts rows hold:", ""))
+        parts += [
+            part for name, held in fields.items() for part in ((f"\n  {name}  ", "bold"), (held, "dim"))
+        ]
+        keys = [("c", "says which column plays which part"), ("f", "reads it in another format"), *keys]
+    parts.append(("\n\n", ""))
+    parts += [part for key, does in keys for part in ((key, "bold"), (f" {does}   ", "dim"))]
+    return Content.assemble(*parts)
+
+
+def source_line(source: Source, alone: bool) -> Content:
+    """A source in the list; its weight where there are others."""
+    path = Path(source.path)
+    weight = "" if alone and source.weight == 1 else f" ×{source.weight:g}"
+    if is_of_the_hub(source.path):
+        return Content.assemble(source.path, ("  hub", "dim"), (weight, "bold"))
+    try:
+        bytes_ = "folder" if path.is_dir() else size(path.stat().st_size)
+    except OSError:
+        bytes_ = "not there"
+    return Content.assemble(path.name, (f"  {bytes_}", "dim"), (weight, "bold"))
+
+
+def row_line(place: Place, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
+    """Which row it is, how much of it is learnt, and how to read the styles, as far as there is room."""
+    path, row = place
+    of = name = ""
+    if report and len(report.files) > 1:
+        file = next((file for file in report.files if file.path == path), report.files[0])
+        name = f"{Path(file.path).name} "
+        of = f" of {file.last_row:,}" if file.last_row else ""
+    elif report and report.complete:
+        # In a file with blank lines rows are called by their lines, of which there are more.
+        of = f" of {max(report.counts.rows, report.files[0].last_row):,}"
+    elif report:
+        # A jump may go beyond what has been read so far.
+        of = f" of {max(row, report.counts.rows):,} or more"
+    parts = [f"{name}row {row:,}{of}"]
+    if shown and shown.samples and shown.token_counts:
+        most = max(shown.token_counts) if data.too_long == "split" else data.max_length
+        rendered_tokens = sum(min(count, most) for count in shown.token_counts)
+        parts.append(f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens learnt")
+    if shown:
+        parts += shown.notes
+    words = _join_to_width(parts, width)
+    legend = Content.assemble(
+        ("learnt", "bold underline"),
+        " ",
+        ("read", "dim"),
+        " ",
+        (" control ", "reverse"),
+        ("  ‹ › rows", "dim"),
+    )
+    room = width - len(words) - legend.cell_length
+    if room < 2:
+        return Content(words)
+    return Content.assemble(words, " " * room, legend)
+
+
+def _join_to_width(parts: Sequence[str], width: int) -> str:
+    """The first of these that stand on one line together; a mark where there are more."""
+    for count in range(len(parts), 1, -1):
+        words = " · ".join(parts[:count]) + (" …" if count < len(parts) else "")
+        if len(words) <= width:
+            return words
+    return parts[0]
+
+
+def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = False) -> Content:
+    """How the file is read, and what comes of it; the evidence only where there is room."""
+    counts, data = report.counts, recipe.data
+    parts: list[Content] = []
+    for file in report.files[:1]:
+        more = f", {len(report.files)} files" if len(report.files) > 1 else ""
+        evidence = ", ".join(file.columns.values()) if brief else "; ".join(file.evidence)
+        parts.append(Content.assemble((file.format, "bold"), (f": {evidence}{more}", "dim")))
+    reading = "" if report.complete else f"  ({percent(report.share)} read)"
+    if not report.template:
+        parts.append(
+            Content(
+                f"{counted(counts.rows, 'row')}, {counted(counts.conversations, 'conversation')}{reading}"
+            )
+        )
+        return Content("\n").join([*parts, *map(Content, report.thinking)])
+    parts.append(
+        Content.assemble(
+            f"{counted(counts.rows, 'row')} → {counted(counts.samples, 'sample')}", (reading, "bold")
+        )
+    )
+    learnt = percent(counts.trained_tokens / counts.tokens) if counts.tokens else "none"
+    parts.append(Content(f"{counts.tokens:,} tokens, {counts.trained_tokens:,} learnt ({learnt})"))
+    if report.complete:
+        parts.append(Content(steps_line(report, recipe) + time))
+    parts += map(Content, report.thinking[:1] if brief else report.thinking)
+    parts.append(Content.styled(_rules(data), "dim"))
+    return Content("\n").join(parts)
+
+
+def _rules(data: Data) -> str:
+    packing = "packed" if data.packing else "not packed"
+    learns = "answers only" if data.train_on == "assistant" else "everything is learnt"
+    if data.validation_path:
+        held = f"validates on {Path(data.validation_path).name}"
+    elif data.validation_fraction:
+        held = f"{percent(data.validation_fraction)} validates"
+    else:
+        held = "no validation"
+    return f"{learns} · {packing} · {held}"
+
+
+def lengths_line(report: Report, data: Data, width: int) -> Content:
+    """Over the histogram: percentiles, and what is too long."""
+    lengths = report.lengths
+    points = f"p50 {lengths.p50:,}  p90 {lengths.p90:,}  p99 {lengths.p99:,}"
+    most = f"  most {lengths.longest:,}"
+    unit = "tokens" if lengths.unit == "tokens" else "chars"
+    # The longest stands at the end of the axis too.
+    line = next(
+        (words for words in (f"{unit}: {points}{most}", f"{unit} {points}") if len(words) <= width), points
+    )
+    if not report.too_long:
+        return Content(line)
+    share = percent(report.too_long / lengths.count) if lengths.count else ""
+    over = f"✂ {report.too_long:,} ({share}) over {data.max_length:,}: {TOO_LONG[data.too_long]}"
+    return Content.assemble(line, "\n", (over, "$warning"))
+
+
+def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = False) -> Content:
+    """One kind of problem in the list, with its remedy where there is room.
+
+    ``several``: the source has more files than one, and the problem's is named.
+    """
+    sign, style = ("✗", "$error") if problem.severity == "error" else ("⚠", "$warning")
+    rows = ", ".join(f"{row:,}" for row in problem.rows[:_ROWS_NAMED])
+    more = "…" if problem.count > _ROWS_NAMED else ""
+    where = f"  row {rows}{more}" if rows and not brief else ""
+    if several and problem.path:
+        where = f"  {Path(problem.path).name}{where}"
+    return Content.assemble(
+        (f"{sign} {problem.title} ", style),
+        (f"{problem.count:,}", "bold"),
+        (where, "dim"),
+        (f"\n  ▸ m: {remedy}" if (remedy := _fix_label(problem)) else "", "$accent"),
+        ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
+    )
+
+
+def _fix_label(problem: DataProblem) -> str:
+    """What the key m does about it; empty where it does nothing."""
+    if problem.split_rows:
+        return f"split into {'about ' if problem.is_estimate else ''}{counted(problem.split_rows, 'row')}"
+    return f"have {', '.join(problem.tokens)} trained" if problem.tokens else ""
+
+
+def no_problem_line(report: Report) -> Content:
+    """In place of the list."""
+    if report.complete:
+        return Content.styled("✓ no problems found", "$success")
+    return Content.styled("no problems so far", "dim")
+
+
+def steps_line(report: Report, recipe: Recipe) -> str:
+    """How many optimizer steps the data makes, roughly: packing is only known once it is done."""
+    if not report.counts.samples:
+        return "nothing to train on"
+    held = 0.0 if recipe.data.validation_path else recipe.data.validation_fraction
+    samples = report.counts.samples * (1 - held)
+    rows = samples
+    if recipe.data.packing and report.counts.samples:
+        rows = math.ceil(samples * report.counts.tokens / report.counts.samples / recipe.data.max_length)
+    a_pass = max(1, math.ceil(rows / recipe.effective_batch))
+    steps = math.ceil(a_pass * recipe.training.epochs)
+    if recipe.training.max_steps:
+        steps = min(steps, recipe.training.max_steps)
+    return f"about {counted(a_pass, 'step')} an epoch, {steps:,} in all"

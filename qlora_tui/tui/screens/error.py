@@ -1,0 +1,34 @@
+"""A problem as a modal: what happened, why, and what to do."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from qlora_tui.errors import Problem
+from qlora_tui.tui.widgets.vi_scroll import ViScroll
+
+
+class ErrorScreen(ModalScreen[None]):
+    """Closed by any of Escape, Enter and q."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "dismiss", "Close")]
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self._problem = problem
+
+    def compose(self) -> ComposeResult:
+        with ViScroll(classes="card") as card:
+            card.border_title = self._problem.title
+            card.border_subtitle = "esc closes"
+            yield Static(self._problem.what, markup=False)
+            if self._problem.why:
+                yield Static(self._problem.why, markup=False, classes="quiet")
+            if self._problem.fix:
+                yield Static(f"▸ {self._problem.fix}", markup=False, classes="fix")

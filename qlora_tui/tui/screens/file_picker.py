@@ -1,0 +1,182 @@
+"""Choosing a file or folder: type a path or a part of a name, or walk there; recent ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Input, OptionList, Static
+
+from qlora_tui.format import short_path, size
+from qlora_tui.tui.recent_paths import add_recent, load_recent
+from qlora_tui.tui.widgets.text_field import TextField
+from qlora_tui.tui.widgets.vi_list import ViList
+
+_SHOWN = 500
+"""Entries of one folder; type to find the others."""
+_RECENT = 6
+_KEYS = "↑↓ choose · enter opens · tab completes · ^o the folder · esc"
+
+
+class FilePickerScreen(ModalScreen[Path]):
+    """Gives the path chosen; None when closed with Escape."""
+
+    CSS_PATH = "file_picker.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss(None)", "Close"),
+        Binding("ctrl+o", "choose_folder", "Choose this folder"),
+        Binding("down", "move(1)", show=False, priority=True),
+        Binding("up", "move(-1)", show=False, priority=True),
+        Binding("tab", "complete", show=False, priority=True),
+    ]
+
+    def __init__(
+        self,
+        title: str,
+        kind: str,
+        endings: tuple[str, ...],
+        start: Path | None = None,
+        is_id: Callable[[str], bool] = lambda text: False,
+    ) -> None:
+        """``is_id`` tells the id of something on the hub, which may be chosen too, from a path."""
+        super().__init__()
+        self._is_id = is_id
+        self._title = title
+        self._kind = kind
+        self._endings = endings
+        self._folder = (start or Path.cwd()).resolve()
+        self._listed: list[Path] = []
+
+    def compose(self) -> ComposeResult:
+        with Vertical(id="open-card") as card:
+            card.border_title = self._title
+            yield TextField(placeholder="a path, or a part of a name", id="typed", compact=True)
+            # Over the list, since at the foot of the screen a note may lie on them.
+            yield Static(_KEYS, id="keys", markup=False)
+            yield Static(id="where", markup=False)
+            yield ViList(id="entries")
+
+    def on_mount(self) -> None:
+        self._list("")
+        self.query_one(Input).focus()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Walk along with what is typed."""
+        text = event.value
+        if self._is_id(text) and not Path(text).expanduser().parent.is_dir():
+            self._offer_hub_id(text)
+            return
+        if "/" in text or text.startswith("~"):
+            typed = Path(text).expanduser()
+            parent = typed if text.endswith("/") or text == "~" else typed.parent
+            if parent.is_dir():
+                self._folder = parent.resolve()
+            text = "" if parent == typed else typed.name
+        self._list(text)
+
+    def _offer_hub_id(self, id_: str) -> None:
+        """In place of paths: what could only be on the hub."""
+        self._show_location("not a path here: enter fetches it from the hub")
+        self._listed = [Path(id_)]
+        entries = self.query_one(ViList)
+        entries.show([("id", Content.assemble(("hub  ", "dim"), id_))])
+        entries.highlighted = 0
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Take the path typed, or what the cursor is on."""
+        typed = Path(event.value).expanduser()
+        if "/" in event.value and typed.is_file():
+            self._open(typed.resolve())
+        elif (cursor := self.query_one(ViList).highlighted) is not None:
+            self._open(self._listed[cursor])
+        else:
+            self._show_location(f"✗ no name here has {Path(event.value).name!r} in it")
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Open what was clicked on."""
+        self._open(self._listed[event.option_index])
+
+    def action_move(self, by: int) -> None:
+        """Move the cursor of the list while typing goes on in the field."""
+        entries = self.query_one(ViList)
+        entries.action_cursor_down() if by > 0 else entries.action_cursor_up()
+
+    def action_complete(self) -> None:
+        """Put the path under the cursor into the field."""
+        cursor = self.query_one(ViList).highlighted
+        if cursor is not None:
+            path = self._listed[cursor]
+            field = self.query_one(Input)
+            field.value = f"{short_path(path)}/" if path.is_dir() else short_path(path)
+            field.cursor_position = len(field.value)
+
+    def action_choose_folder(self) -> None:
+        """Take the folder shown, all its files together."""
+        self._choose(self._folder)
+
+    def _open(self, path: Path) -> None:
+        if not path.is_dir():
+            self._choose(path)
+            return
+        self._folder = path
+        field = self.query_one(Input)
+        if field.value:
+            with field.prevent(Input.Changed):
+                field.value = ""
+        self._list("")
+
+    def _choose(self, path: Path) -> None:
+        if path.exists():
+            add_recent(self._kind, path)
+        self.dismiss(path)
+
+    def _list(self, part: str) -> None:
+        self._show_location(short_path(self._folder))
+        wanted = part.lower()
+        recent_matches = [p for p in load_recent(self._kind) if wanted in str(p).lower()][:_RECENT]
+        here = [p for p in self._entries() if wanted in p.name.lower()]
+        # A name that begins so is likelier meant than one that holds it somewhere.
+        here.sort(key=lambda p: not p.name.lower().startswith(wanted))
+        up = [] if part or self._folder.parent == self._folder else [self._folder.parent]
+        self._listed = [*recent_matches, *here, *up][:_SHOWN]
+        entries = self.query_one(ViList)
+        entries.clear_options()
+        entries.show([(str(n), line) for n, line in enumerate(self._lines(len(recent_matches)))])
+        entries.highlighted = 0 if self._listed else None
+
+    def _lines(self, lately: int) -> Iterable[Content]:
+        for n, path in enumerate(self._listed):
+            if n < lately:
+                yield Content.assemble(("recent  ", "dim"), short_path(path))
+            elif path == self._folder.parent:
+                yield Content.styled("../", "dim")
+            elif path.is_dir():
+                yield Content.styled(f"{path.name}/", "bold")
+            else:
+                yield Content.assemble(path.name, (f"  {_size(path)}", "dim"))
+
+    def _show_location(self, words: str) -> None:
+        self.query_one("#where", Static).update(words)
+
+    def _entries(self) -> list[Path]:
+        """What there is to choose in the folder: files that look right first, then folders."""
+        try:
+            entries = sorted(p for p in self._folder.iterdir() if not p.name.startswith("."))
+        except OSError as error:
+            self._show_location(f"✗ {short_path(self._folder)}: {error.strerror}")
+            return []
+        files = [p for p in entries if p.name.lower().endswith(self._endings) and p.is_file()]
+        return files + [p for p in entries if p.is_dir()]
+
+
+def _size(path: Path) -> str:
+    try:
+        return size(path.stat().st_size)
+    except OSError:
+        return ""

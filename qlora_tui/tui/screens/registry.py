@@ -1,0 +1,30 @@
+"""The screens by the name of their mode; each is imported when it is first asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from qlora_tui.tui.screens.base import WorkScreen
+
+SCREENS = {
+    "home": "HomeScreen",
+    "models": "ModelsScreen",
+    "data": "DataScreen",
+    "memory": "MemoryScreen",
+    "lora": "LoraScreen",
+    "train": "TrainScreen",
+    "runs": "RunsScreen",
+    "chat": "ChatScreen",
+}
+"""Class of each mode, in the module ``qlora_tui.tui.screens.<mode>``."""
+
+
+def screen_class(mode: str) -> type[WorkScreen]:
+    """The class alone: what it can do is known without making one."""
+    cls: type[WorkScreen] = getattr(import_module(f"qlora_tui.tui.screens.{mode}"), SCREENS[mode])
+    return cls
+
+
+def make_screen(mode: str) -> WorkScreen:
+    """A new one."""
+    return screen_class(mode)()

@@ -1,0 +1,181 @@
+"""What a run is and how it stands, in words: the head of the live screen, and how a run ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from textual.content import Content
+
+from qlora_tui.format import duration, figure, short_path
+from qlora_tui.runs.describe import energy_words
+from qlora_tui.runs.events import Failed, Finished
+from qlora_tui.runs.status import ACTIVE
+from qlora_tui.tui.run_labels import SIGNS, format_ago
+from qlora_tui.tui.screens.train_follow import RunSnapshot
+from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.memory_bar import bar
+
+
+class RunHeader(DiffWidget):
+    """Two lines: which run and its state; how far it is, or how it ended."""
+
+    DEFAULT_CSS = """
+    RunHeader {
+        height: 2;
+        padding: 0 1;
+    }
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: tuple[Content, list[str]] = (Content(""), [])
+        self._share: float | None = None
+
+    def show(self, picture: RunSnapshot, now: float) -> None:
+        """Repaint what changed."""
+        shown = (title(picture), facts(picture, now))
+        share = progress_share(picture)
+        if (shown, share) != (self._lines, self._share):
+            self._lines, self._share = shown, share
+            self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        first, facts_ = self._lines
+        drawn = Content("")
+        if self._share is not None:
+            drawn = Content.styled(bar(self._share, max(8, min(24, width // 6))), "$primary") + " "
+        line = drawn
+        for number, fact in enumerate(facts_):
+            piece = ("  " if number else "") + fact
+            if line.cell_length + len(piece) > width:
+                break
+            line += piece
+        return [first.truncate(width, ellipsis=True), line]
+
+
+def title(picture: RunSnapshot) -> Content:
+    """``● qwen-tickets-20261124-0212  training  attempt 2``."""
+    status, view = picture.status, picture.view
+    sign, style = SIGNS[status.state]
+    word = (view.phase or status.state) if status.state == "running" else status.state
+    parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (view.run.name, "bold"), "  ", (word, style)]
+    if view.attempt > 1:
+        parts.append((f"  attempt {view.attempt}", "dim"))
+    if status.state in ACTIVE and status.detail:
+        # Suspended, not responding, on another machine: it comes before what else there is to say.
+        parts.append((f"  {status.detail}", "$warning"))
+    elif status.state == "running" and view.phase_detail:
+        parts.append((f"  {view.phase_detail}", "dim"))
+    return Content.assemble(*parts)
+
+
+def progress_share(picture: RunSnapshot) -> float | None:
+    """How far the run, or a phase without steps that goes on, has come; None where that is not known."""
+    if picture.status.state in ("finished", "queued"):
+        return None
+    progress, view = picture.view.progress, picture.view
+    over = picture.status.state not in ("starting", "running")
+    if progress is not None and progress.total and not picture.step and not over:
+        return progress.done / progress.total
+    return picture.step / view.total_steps if view.total_steps else None
+
+
+def facts(picture: RunSnapshot, now: float) -> list[str]:
+    """The most telling first: what does not fit is left out."""
+    state = picture.status.state
+    if state == "queued":
+        return ["waits for its turn"]
+    if state in ("starting", "running"):
+        return _active_facts(picture, now)
+    return _ended_facts(picture, now)
+
+
+def _active_facts(picture: RunSnapshot, now: float) -> list[str]:
+    view = picture.view
+    facts = []
+    if view.progress is not None and view.phase != "training":
+        facts.append(f"{view.phase} {view.progress.done:,}/{view.progress.total:,}")
+    if view.total_steps:
+        facts.append(f"step {picture.step:,}/{view.total_steps:,}")
+    if picture.seconds_left is not None:
+        facts.append(f"ETA {duration(picture.seconds_left)}")
+    if picture.last[2] is not None:
+        facts.append(f"{picture.last[2]:,.0f} tok/s")
+    if view.data is not None and view.data.steps_per_epoch:
+        all_epochs = view.total_steps / view.data.steps_per_epoch
+        facts.append(f"epoch {_epochs(picture.epoch)}/{_epochs(all_epochs)}")
+    if picture.energy_kwh is not None:
+        facts.append(f"{picture.energy_kwh:.2f} kWh")
+    if view.started_at is not None:
+        facts.append(f"for {duration(max(0.0, now - view.started_at))}")
+    return facts or ["starting"]
+
+
+def _epochs(count: float) -> str:
+    return figure(count, 3 if count >= 1 else 2)
+
+
+def _ended_facts(picture: RunSnapshot, now: float) -> list[str]:
+    view, status = picture.view, picture.status
+    facts = [f"{format_ago(status.at, now)}"] if status.at else []
+    if view.total_steps:
+        facts.append(f"step {picture.step:,}/{view.total_steps:,}")
+    if picture.best is not None:
+        facts.append(f"best loss {figure(picture.best.loss, 3)} at {picture.best.step:,}")
+    elif picture.losses[0] is not None:
+        facts.append(f"loss {figure(picture.losses[0], 3)}")
+    if isinstance(view.ending, Finished):
+        facts.append(f"trained {duration(view.ending.seconds)}")
+        if energy := energy_words(view.ending):
+            facts.append(energy)
+    return facts
+
+
+@dataclass(frozen=True)
+class RunOutcomeText:
+    """What stands under the head of a run that is over."""
+
+    text: str
+    next_step: str
+    is_error: bool = False
+
+
+def outcome_text(picture: RunSnapshot) -> RunOutcomeText | None:
+    """What happened, why, what to do; None while the run goes on."""
+    state, view = picture.status.state, picture.view
+    resume_hint = (
+        "▸ r goes on from its last checkpoint"
+        if view.checkpoints
+        else "▸ r starts it again"
+        if view.attempt
+        else "▸ r queues it"
+    )
+    match state:
+        case "finished":
+            reason = view.ending.reason if isinstance(view.ending, Finished) else picture.status.detail
+            reason_text = "" if reason in ("", "all steps done") else f"{reason[:1].upper()}{reason[1:]}. "
+            return RunOutcomeText(
+                f"{reason_text}Adapter: {short_path(view.run.adapter_dir)}",
+                "▸ c talks to it   n prepares another run",
+            )
+        case "failed":
+            if isinstance(view.ending, Failed):
+                failed = view.ending
+                text = "\n".join(
+                    part for part in (f"{failed.title}: {failed.what}", failed.why, failed.fix) if part
+                )
+            else:
+                text = picture.status.detail
+            return RunOutcomeText(text, f"{resume_hint}   n prepares another run", is_error=True)
+        case "lost":
+            return RunOutcomeText(
+                picture.status.detail, f"{resume_hint}   n prepares another run", is_error=True
+            )
+        case "stopped" | "paused":
+            talk = "   c talks to its adapter" if view.checkpoints else ""
+            return RunOutcomeText(picture.status.detail, f"{resume_hint}{talk}   n prepares another run")
+        case "unreadable" | "gone":
+            offer = "▸ x shows the other runs   n prepares another run"
+            return RunOutcomeText(picture.status.detail, offer, is_error=True)
+        case _:
+            return None

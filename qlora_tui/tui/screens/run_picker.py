@@ -1,0 +1,56 @@
+"""Choose a run to watch: the one at work, those that wait, and the last ones that ended."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import OptionList, Static
+
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.status import read_status
+from qlora_tui.tui.run_labels import SIGNS
+from qlora_tui.tui.widgets.vi_list import ViList
+
+_MOST = 30
+"""The Runs screen has them all."""
+
+
+class RunPickerScreen(ModalScreen[RunDir | None]):
+    """Gives the run; None when left."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q", "dismiss(None)", "Close"),
+    ]
+
+    def __init__(self, now: RunDir | None) -> None:
+        super().__init__()
+        self._runs = [run for run in all_runs() if run != now][:_MOST]
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="card") as card:
+            card.border_title = "Watch another run"
+            card.border_subtitle = "enter watches it · 6 has them all · esc closes"
+            if self._runs:
+                yield ViList()
+            else:
+                yield Static("There is no other run.")
+
+    def on_mount(self) -> None:
+        for runs in self.query(ViList):
+            runs.show([(run.id, _line(run)) for run in self._runs])
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        self.dismiss(self._runs[event.option_index])
+
+
+def _line(run: RunDir) -> Content:
+    status = read_status(run)
+    sign, style = SIGNS[status.state]
+    steps = f"  {status.step:,}/{status.total_steps:,}" if status.total_steps else ""
+    return Content.assemble((f"{sign} {status.state:<10} ", style), run.name, (steps, "dim"))

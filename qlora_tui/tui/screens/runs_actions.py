@@ -1,0 +1,138 @@
+"""What the Runs screen's keys do to a run, or with its recipe."""
+
+from __future__ import annotations
+
+import shlex
+from abc import abstractmethod
+from collections.abc import Callable
+
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.presets import OverwriteError
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.trash import Trash
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.confirm import ConfirmScreen
+from qlora_tui.tui.screens.presets_files import save_as
+from qlora_tui.tui.screens.runs_summary import RunSummary
+from qlora_tui.tui.screens.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.train import prepare_run
+
+
+class RunActions(WorkScreen):
+    """A screen with a run under the cursor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trash = Trash()
+
+    def on_unmount(self) -> None:
+        self.trash.empty()
+
+    @property
+    @abstractmethod
+    def current(self) -> RunSummary | None:
+        """The run under the cursor."""
+
+    @abstractmethod
+    def refresh_runs(self) -> None:
+        """Something about the runs has changed."""
+
+    async def action_rerun(self) -> None:
+        """Take the run's recipe to the workbench."""
+        recipe = self._recipe()
+        if recipe is None:
+            return
+        bench = self.qlora_app.workbench
+        if bench.replace(recipe):
+            bench.forget_architecture()
+            self.qlora_app.recipe_edited()
+            self.notify("The recipe is the run's now; u takes that back.")
+        await prepare_run(self.qlora_app)
+
+    def action_save_preset(self) -> None:
+        """Ask for a name, and keep the settings under it."""
+        recipe = self._recipe()
+        if recipe is None:
+            return
+
+        def take(name: str | None) -> None:
+            if name:
+                self._save_preset(name, recipe)
+
+        self.app.push_screen(
+            TextPromptScreen("Save as a preset", "Its settings, without model and data.", ""), take
+        )
+
+    def action_rename(self) -> None:
+        """Ask for another name."""
+        summary = self.current
+        if summary is None:
+            return
+
+        def take(name: str | None) -> None:
+            if name is not None:
+                self.try_to(lambda run: actions.rename(run, name), summary.run)
+
+        text = "What lists call it; its folder keeps its name."
+        self.app.push_screen(TextPromptScreen("Rename the run", text, summary.name, actions.wrong_name), take)
+
+    def action_delete(self) -> None:
+        """Take the run away; it can be brought back until the app ends, so nothing is asked."""
+        summary = self.current
+        if summary is not None and self.try_to(self.trash.put, summary.run):
+            self.notify(f"{summary.name} is deleted when you quit. u brings it back.")
+
+    def action_restore(self) -> None:
+        """Undo the last deletion."""
+        try:
+            run = self.trash.bring_back()
+        except Problem as problem:
+            self.qlora_app.show_error(problem)
+            return
+        if run is not None:
+            self.notify(f"{run.name} is back.")
+        self.refresh_runs()
+
+    def action_copy(self, verb: str) -> None:
+        """Copy the command that shows the run in a terminal, or that trains it again."""
+        if self.current is not None:
+            run = self.current.run
+            words = run.id if verb == "attach" else str(run.recipe_path)
+            self.app.copy_to_clipboard(f"qlora-tui {verb} {shlex.quote(words)}")
+
+    def _recipe(self) -> Recipe | None:
+        if self.current is None:
+            return None
+        try:
+            return self.current.run.recipe()
+        except Problem as problem:
+            self.qlora_app.show_error(problem)
+            return None
+
+    def _save_preset(self, name: str, recipe: Recipe, *, overwrite: bool = False) -> None:
+        try:
+            save_as(name, recipe, overwrite=overwrite)
+        except OverwriteError as problem:
+
+            def take(yes: bool | None) -> None:
+                if yes:
+                    self._save_preset(name, recipe, overwrite=True)
+
+            self.app.push_screen(ConfirmScreen("Overwrite the preset?", problem.what, "Overwrite"), take)
+        except Problem as problem:
+            self.qlora_app.show_error(problem)
+        else:
+            self.notify(f"Saved as {name}. p shows it.")
+
+    def try_to(self, act: Callable[[RunDir], None], run: RunDir) -> bool:
+        """Do it; a problem is shown, and False given."""
+        try:
+            act(run)
+        except Problem as problem:
+            self.qlora_app.show_error(problem)
+            return False
+        finally:
+            self.refresh_runs()
+        return True

@@ -1,0 +1,46 @@
+"""One line of text asked for: a learning rate, a name. Enter gives it, Escape gives nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.markup import escape
+from textual.screen import ModalScreen
+from textual.widgets import Input, Static
+
+from qlora_tui.tui.widgets.text_field import TextField
+
+
+class TextPromptScreen(ModalScreen[str | None]):
+    """Gives the text, checked by ``wrong`` (what is wrong with it, or nothing); None when left."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
+
+    def __init__(
+        self, title: str, text: str, value: str = "", validate: Callable[[str], str] = lambda _: ""
+    ) -> None:
+        super().__init__()
+        self._title = title
+        self._text = text
+        self._value = value
+        self._validate = validate
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="card") as card:
+            card.border_title = escape(self._title)
+            card.border_subtitle = "enter takes it · esc cancels"
+            yield Static(self._text, markup=False)
+            yield TextField(self._value, compact=True)
+            yield Static("", id="ask-wrong", markup=False)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        wrong = self._validate(event.value)
+        if wrong:
+            self.query_one("#ask-wrong", Static).update(f"✗ {wrong}")
+        else:
+            self.dismiss(event.value)

@@ -1,0 +1,41 @@
+"""A window that is too small: said, and left when it has grown."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.events import Resize
+from textual.geometry import Size
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+MIN_SIZE = Size(80, 24)
+
+
+def is_too_small(size: Size) -> bool:
+    """Whether parts of the screens would be cut off."""
+    return size.width < MIN_SIZE.width or size.height < MIN_SIZE.height
+
+
+class TooSmallScreen(ModalScreen[None]):
+    """Over whatever is there; the app takes it away when there is room."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter,escape", "dismiss", "Show it")]
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="card") as card:
+            card.border_title = "This window is too small"
+            yield Static(markup=False)
+            yield Static("enter  show it cut off", classes="fix")
+
+    def on_resize(self, event: Resize) -> None:
+        """Say the size."""
+        size = event.size
+        self.query(Static).first().update(
+            f"It is {size.width}×{size.height}, and the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "
+            "Make it larger, or its letters smaller. Runs go on either way."
+        )

@@ -1,0 +1,84 @@
+"""What one key can do about what is wrong: ask something of the trainer, or change the next recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.fields import fields, get_setting
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.events import Failed, Health, Terminal
+from qlora_tui.runs.status import ACTIVE, State
+
+_LEAST_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class SuggestedFix:
+    """One of the three."""
+
+    label: str
+    """``halve the learning rate, to 1e-4``."""
+    rate: float | None = None
+    """To ask the trainer for."""
+    stop: bool = False
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """By path: of the recipe of a next run."""
+
+
+def suggest_fix(
+    state: State, health: Sequence[Health], ending: Terminal | None, recipe: Recipe | None
+) -> SuggestedFix | None:
+    """Against the last thing that was told and can be helped; None where there is nothing for a key to do."""
+    if recipe is None:
+        return None
+    if isinstance(ending, Failed) and ending.kind == "out_of_memory":
+        return _next_run(recipe, _reduced_memory(recipe))
+    for warning in reversed(health):
+        fix = _fix_for(warning.kind, state, recipe)
+        if fix is not None:
+            return fix
+    return None
+
+
+def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
+    training = recipe.training
+    half = {"training.learning_rate": float(f"{training.learning_rate / 2:.3g}")}
+    match kind:
+        case "exploding_gradient" if state in ACTIVE:
+            rate = half["training.learning_rate"]
+            return SuggestedFix(f"halve the learning rate of this run, to {rate:g}", rate=rate)
+        case "plateau" if state in ACTIVE:
+            return SuggestedFix("stop this run, its adapter saved", stop=True)
+        case "nan_loss" | "exploding_gradient" if state not in ACTIVE:
+            return _next_run(recipe, half)
+        case "few_steps" if training.gradient_accumulation > 1:
+            return _next_run(recipe, {"training.gradient_accumulation": training.gradient_accumulation // 2})
+        case _:
+            return None
+
+
+def _reduced_memory(recipe: Recipe) -> dict[str, Any]:
+    training = recipe.training
+    if training.micro_batch > 1:
+        return {
+            "training.micro_batch": training.micro_batch // 2,
+            "training.gradient_accumulation": training.gradient_accumulation * 2,
+        }
+    return {"data.max_length": max(_LEAST_LENGTH, recipe.data.max_length // 2)}
+
+
+def _next_run(recipe: Recipe, changes: dict[str, Any]) -> SuggestedFix | None:
+    differences = [
+        f"{fields()[path].label.lower()} {format_value(value)}"
+        f" instead of {format_value(get_setting(recipe, path))}"
+        for path, value in changes.items()
+        if value != get_setting(recipe, path)
+    ]
+    return (
+        SuggestedFix(f"prepare a run with {' and '.join(differences)}", changes=changes)
+        if differences
+        else None
+    )

@@ -1,0 +1,135 @@
+"""A look at the card and the runs, once a second, away from the screen's own loop.
+
+``Watch.look`` runs in a thread; what it returns is published to whoever shows it. It also sees that no queue
+stands still while an app is open.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+from qlora_tui import paths
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
+from qlora_tui.gpu.nvml import Nvml
+from qlora_tui.gpu.visible_devices import default_cuda_device
+from qlora_tui.runs import queue
+from qlora_tui.runs.detached import ensure_runner
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.news import News, news_of
+from qlora_tui.runs.status import ACTIVE, State, Status, read_status
+from qlora_tui.tui.system_status import SystemStatus
+
+_RETRY_S = 10.0
+"""Between two tries to reach a card that could not be asked: opening the driver is not cheap."""
+STALLED_S = 5.0
+"""The queue stands still for so long before another runner is started: one that begins needs a moment."""
+_OVER: frozenset[State] = frozenset(("finished", "failed"))
+
+
+class SystemMonitor:
+    """Looks at the machine; cheap enough for once a second."""
+
+    def __init__(self) -> None:
+        self._runs: list[RunDir] = []
+        self._runs_seen_at = -1
+        self._statuses: dict[str, tuple[int, Status]] = {}
+        """When a file in the run's folder was last replaced, in ns, and its status then."""
+        self._training: set[str] = set()
+        """Ids of runs seen in training, whose end will be news."""
+        self._nvml: Nvml | None = None
+        self._gpu: GpuDevice | None = None
+        self._no_gpu_reason = ""
+        self._retry_at = 0.0
+        self._stalled_since: float | None = None
+        """Monotonic seconds since when runs wait while none is at work."""
+
+    def poll(self) -> SystemStatus:
+        """How things stand now. Never raises for a missing card or a strange run."""
+        card, reading, no_card = self._read_gpu()
+        waiting = tuple(queue.waiting())
+        queued = frozenset(waiting)
+        statuses = [(run, self._status(run, is_queued=run.id in queued)) for run in self._all_runs()]
+        active = next(((r, s) for r, s in statuses if s.state in ACTIVE), (None, None))
+        # Not the newest: a queue may be turned around, and an older run resumed.
+        over = [(r, s) for r, s in statuses if s.state != "queued"]
+        last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
+        self._restart_stalled_runner(is_stalled=bool(waiting) and active[0] is None)
+        return SystemStatus(
+            is_known=True,
+            gpu=card,
+            gpu_metrics=reading,
+            no_gpu_reason=no_card,
+            active=active[0],
+            active_status=active[1],
+            latest=last[0],
+            latest_status=last[1],
+            waiting=waiting,
+            ended_runs=self._ended_runs(statuses),
+        )
+
+    def _restart_stalled_runner(self, *, is_stalled: bool) -> None:
+        """A runner that was killed, or went down with the machine, leaves those that wait without one."""
+        now = time.monotonic()
+        if not is_stalled:
+            self._stalled_since = None
+        elif self._stalled_since is None:
+            self._stalled_since = now
+        elif now - self._stalled_since >= STALLED_S:
+            self._stalled_since = now
+            # No memory for a process, or no place for its log: tried again when the queue has stood as long.
+            with suppress(OSError):
+                ensure_runner()
+
+    def _ended_runs(self, statuses: list[tuple[RunDir, Status]]) -> tuple[News, ...]:
+        ended = [run for run, status in statuses if run.id in self._training and status.state in _OVER]
+        # A lost run is looked at again: its runner, if it lives, is just writing down how it ended.
+        active_or_lost = {
+            run.id for run, status in statuses if status.state in ACTIVE or status.state == "lost"
+        }
+        self._training = active_or_lost & (self._training | {r.id for r, s in statuses if s.state in ACTIVE})
+        return tuple(news for news in map(news_of, ended) if news is not None)
+
+    def close(self) -> None:
+        """Let go of the driver."""
+        if self._nvml is not None:
+            self._nvml.close()
+            self._nvml = None
+
+    def _read_gpu(self) -> tuple[GpuDevice | None, GpuMetrics | None, str]:
+        if self._no_gpu_reason and time.monotonic() < self._retry_at:
+            return self._gpu, None, self._no_gpu_reason
+        try:
+            if self._nvml is None:
+                self._nvml = Nvml()
+            if self._gpu is None:
+                self._gpu = default_cuda_device()
+            reading = self._nvml.read(self._gpu.index)
+            self._no_gpu_reason = ""
+        except GpuUnavailableError as problem:
+            self.close()
+            self._no_gpu_reason = problem.what
+            self._retry_at = time.monotonic() + _RETRY_S
+            return self._gpu, None, self._no_gpu_reason
+        return self._gpu, reading, ""
+
+    def _all_runs(self) -> list[RunDir]:
+        seen_at = paths.runs_dir().stat().st_mtime_ns
+        if seen_at != self._runs_seen_at:
+            self._runs, self._runs_seen_at = all_runs(), seen_at
+        return self._runs
+
+    def _status(self, run: RunDir, *, is_queued: bool) -> Status:
+        try:
+            # The folder changes with each file that is replaced in it, and its path is there already.
+            written_at = run.path.stat().st_mtime_ns
+        except OSError:
+            written_at = -1
+        known = self._statuses.get(run.id)
+        # An active run can be lost, and one can leave the queue, while the file stays as it is.
+        stale = known is None or known[0] != written_at or (known[1].state == "queued") != is_queued
+        if known is None or stale or known[1].state in ACTIVE:
+            known = (written_at, read_status(run))
+            self._statuses[run.id] = known
+        return known[1]

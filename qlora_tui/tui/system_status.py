@@ -1,0 +1,45 @@
+"""How things stand: what one look at the machine found, for whoever shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
+    from qlora_tui.runs.directory import RunDir
+    from qlora_tui.runs.news import News
+    from qlora_tui.runs.status import Status
+
+
+@dataclass(frozen=True)
+class SystemStatus:
+    """How things stand."""
+
+    is_known: bool = False
+    """False before the first look: then nothing of the rest is known."""
+    gpu: GpuDevice | None = None
+    gpu_metrics: GpuMetrics | None = None
+    no_gpu_reason: str = ""
+    """Why there is no card, in a sentence."""
+    active: RunDir | None = None
+    """The run in training."""
+    active_status: Status | None = None
+    latest: RunDir | None = None
+    """The run at work, else the one that ended last."""
+    latest_status: Status | None = None
+    waiting: tuple[str, ...] = ()
+    """Ids in the queue, the next one first."""
+    ended_runs: tuple[News, ...] = ()
+    """Of runs that have ended since the last look."""
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Memory of the card that nobody holds now; None without a card."""
+        used = self.gpu_metrics.memory_used_bytes if self.gpu_metrics else None
+        return self.usable_bytes - used if self.usable_bytes is not None and used is not None else None
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """What programs can have of the card; None without a card, or where it does not say."""
+        return self.gpu.usable_bytes if self.gpu else None

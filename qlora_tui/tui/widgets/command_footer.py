@@ -1,0 +1,73 @@
+"""The last line of a screen: its keys, and at its end always those of palette and help.
+
+Textual's own makes a widget of every key, again at every change of the focus, and forgets none of them.
+"""
+
+from __future__ import annotations
+
+from textual.app import App
+from textual.binding import ActiveBinding
+from textual.content import Content
+from textual.events import Click
+from textual.screen import Screen
+
+from qlora_tui.tui.widgets.diff_widget import DiffWidget
+
+
+class CommandFooter(DiffWidget):
+    """``s Stop z Pause ^p Palette ? Help``; what finds no room is left to the help. A click presses a key."""
+
+    DEFAULT_CSS = """
+    CommandFooter {
+        dock: bottom;
+        height: 1;
+        background: $panel;
+    }
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own: list[ActiveBinding] = []
+        self._apps: list[ActiveBinding] = []
+
+    def on_mount(self) -> None:
+        self.screen.bindings_updated_signal.subscribe(self, self._bindings_changed, immediate=True)
+
+    def on_unmount(self) -> None:
+        self.screen.bindings_updated_signal.unsubscribe(self)
+
+    def _bindings_changed(self, screen: Screen[object]) -> None:
+        shown: dict[str, ActiveBinding] = {}
+        for active in screen.active_bindings.values():
+            if active.binding.show:
+                shown.setdefault(active.binding.action, active)
+        self._own = [active for active in shown.values() if not isinstance(active.node, App)]
+        self._apps = [active for active in shown.values() if isinstance(active.node, App)]
+        self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        return [Content(" ").join(item for item, _ in self._shown(width))]
+
+    def on_click(self, event: Click) -> None:
+        x = event.x
+        for item, active in self._shown(self.size.width):
+            if 0 <= x < item.cell_length:
+                self.app.simulate_key(active.binding.key)
+                return
+            x -= item.cell_length + 1
+
+    def _shown(self, width: int) -> list[tuple[Content, ActiveBinding]]:
+        """What finds room, in its order."""
+        items = [(self._item(active), active) for active in (*self._own, *self._apps)]
+        own = len(self._own)
+        while own and sum(item.cell_length + 1 for item, _ in items) > width + 1:
+            own -= 1
+            del items[own]
+        return items
+
+    def _item(self, active: ActiveBinding) -> Content:
+        dim = "" if active.enabled else " dim"
+        return Content.assemble(
+            (self.app.get_key_display(active.binding), f"$footer-key-foreground bold{dim}"),
+            (f" {active.binding.description}", f"$footer-description-foreground{dim}"),
+        )

@@ -1,0 +1,215 @@
+"""Columns of numbers made small enough to draw: the lowest and highest of each stretch, and where it broke.
+
+A graph is a few hundred dots wide, and a run may be weeks long. A :class:`DecimatedSeries` takes values as
+they come and keeps what a graph can show: the last few hundred one by one, what lies before them in
+stretches of two, of four, and so on. What is drawn is a :class:`Envelope`, which holds no more points than a
+wide screen has dots.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import or_
+
+MOST_POINTS = 640
+"""Of a trace: about as many as a wide terminal has dots across."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A curve ready to be drawn. Each point stands for one value, or for a stretch of them."""
+
+    xs: tuple[float, ...] = ()
+    """Where each stretch ends."""
+    lows: tuple[float, ...] = ()
+    """Lowest finite value of the stretch; ``inf`` where it has none."""
+    highs: tuple[float, ...] = ()
+    """Highest finite value of the stretch; ``-inf`` where it has none."""
+    broken: tuple[bool, ...] = ()
+    """Whether a value of the stretch was NaN or infinite."""
+
+    @property
+    def low(self) -> float | None:
+        """Of all finite values."""
+        return min((low for low in self.lows if low < math.inf), default=None)
+
+    @property
+    def high(self) -> float | None:
+        return max((high for high in self.highs if high > -math.inf), default=None)
+
+
+class DecimatedSeries:
+    """Columns over one x that grow at their end. What is kept grows with the logarithm of their length."""
+
+    def __init__(self, columns: int = 1, most: int = MOST_POINTS) -> None:
+        self._most = most
+        self._first = math.inf
+        """The x of the first value."""
+        self._levels = [_Level(columns)]
+        """Stretches of 1, 2, 4, 8… values; each level has the last of its kind."""
+
+    def __len__(self) -> int:
+        return self._levels[0].count
+
+    def extend(self, xs: Sequence[float], *columns: Sequence[float]) -> None:
+        """Take in the next values. ``xs`` ascend and go on from the last; each column is as long."""
+        if len(xs) and not len(self):
+            self._first = xs[0]
+        self._levels[0].extend(xs, [_Extremes.of(values) for values in columns])
+        for number, level in enumerate(self._levels, 1):
+            if level.count <= self._most:
+                break
+            if number == len(self._levels):
+                self._levels.append(_Level(len(columns)))
+            level.pair_into(self._levels[number])
+            level.shorten(self._most)
+
+    def envelopes(self, low: float = -math.inf) -> list[Envelope]:
+        """Each column from ``low`` on, in the shortest stretches of which there is room for all.
+
+        A stretch that may hold values before ``low`` is left out: less than a dot or two.
+        """
+        number, start = self._resolution(low)
+        level = self._levels[number]
+        # What is in no stretch yet: at most one of each shorter kind, the last of an odd number.
+        rest = [shorter for shorter in self._levels[:number] if shorter.count % 2]
+        xs = tuple(level.xs[start:])
+        if rest:
+            xs += (self._levels[0].xs[-1],)
+        envelopes = []
+        for place, column in enumerate(level.columns):
+            shown = column.part(start)
+            if rest:
+                shown.extend(_Extremes.over([shorter.columns[place].part(-1) for shorter in rest]))
+            envelopes.append(
+                Envelope(xs, tuple(shown.lows), tuple(shown.highs), tuple(map(bool, shown.broken)))
+            )
+        return envelopes
+
+    def _resolution(self, low: float) -> tuple[int, int]:
+        """The level to draw from, and its first stretch to draw."""
+        for number, level in enumerate(self._levels):
+            start = bisect_left(level.xs, low)
+            # A level that has dropped some has more than enough: it begins before the first one shown.
+            if len(level.xs) - start <= self._most:
+                return number, start + (number > 0 and low > self._first)
+        raise AssertionError("the last level has all there is")
+
+
+@dataclass
+class _Extremes:
+    """A column's stretches of one length."""
+
+    lows: array[float] = field(default_factory=lambda: array("d"))
+    highs: array[float] = field(default_factory=lambda: array("d"))
+    broken: bytearray = field(default_factory=bytearray)
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> _Extremes:
+        """Each value a stretch of its own."""
+        # A sum is finite only where every value is: one pass in C instead of a loop here.
+        if math.isfinite(sum(values)):
+            return cls(array("d", values), array("d", values), bytearray(len(values)))
+        finite = [math.isfinite(value) for value in values]
+        return cls(
+            array("d", (v if good else math.inf for v, good in zip(values, finite, strict=True))),
+            array("d", (v if good else -math.inf for v, good in zip(values, finite, strict=True))),
+            bytearray(not good for good in finite),
+        )
+
+    @classmethod
+    def over(cls, parts: Sequence[_Extremes]) -> _Extremes:
+        """All as one stretch."""
+        return cls(
+            array("d", [min(low for part in parts for low in part.lows)]),
+            array("d", [max(high for part in parts for high in part.highs)]),
+            bytearray([any(any(part.broken) for part in parts)]),
+        )
+
+    def extend(self, more: _Extremes) -> None:
+        self.lows.extend(more.lows)
+        self.highs.extend(more.highs)
+        self.broken.extend(more.broken)
+
+    def part(self, start: int) -> _Extremes:
+        return _Extremes(self.lows[start:], self.highs[start:], self.broken[start:])
+
+    def pairs(self, start: int, end: int) -> _Extremes:
+        """Of each two the extremes of both."""
+        one, other = slice(start, end, 2), slice(start + 1, end, 2)
+        return _Extremes(
+            array("d", map(min, self.lows[one], self.lows[other])),
+            array("d", map(max, self.highs[one], self.highs[other])),
+            bytearray(map(or_, self.broken[one], self.broken[other])),
+        )
+
+    def drop(self, count: int) -> None:
+        del self.lows[:count], self.highs[:count], self.broken[:count]
+
+
+class _Level:
+    """The last stretches of one length, of every column."""
+
+    def __init__(self, columns: int) -> None:
+        self.xs = array("d")
+        self.columns = [_Extremes() for _ in range(columns)]
+        self.dropped = 0
+
+    @property
+    def count(self) -> int:
+        """Of all that ever were."""
+        return self.dropped + len(self.xs)
+
+    def extend(self, xs: Sequence[float], columns: Sequence[_Extremes]) -> None:
+        if any(len(more.lows) != len(xs) for more in columns):
+            raise ValueError("a column is not as long as xs")
+        self.xs.extend(array("d", xs))
+        for column, more in zip(self.columns, columns, strict=True):
+            column.extend(more)
+
+    def pair_into(self, longer: _Level) -> None:
+        """Give each two that are not there yet to the level of stretches twice as long."""
+        start = 2 * longer.count - self.dropped
+        end = start + (len(self.xs) - start) // 2 * 2
+        longer.extend(self.xs[start + 1 : end : 2], [column.pairs(start, end) for column in self.columns])
+
+    def shorten(self, most: int) -> None:
+        """Forget the oldest, rarely: only where there are twice as many as are wanted."""
+        if len(self.xs) <= 2 * most:
+            return
+        over = len(self.xs) - (most + 1)
+        del self.xs[:over]
+        for column in self.columns:
+            column.drop(over)
+        self.dropped += over
+
+
+class BiasCorrectedEma:
+    """A running mean of values that come one after the other.
+
+    Exponential, without the pull of a made-up start: ``m += (x - m) · (1 - β) / (1 - βⁿ)``, the bias
+    correction of Adam (Kingma and Ba 2015, section 3). What is not finite is passed over.
+    """
+
+    def __init__(self, window: float = 20.0) -> None:
+        self.window = window
+        """In values: β = 1 - 1 / window."""
+        self.mean = math.nan
+        """NaN before the first finite value."""
+        self._decay = 1.0
+
+    def smooth(self, values: Sequence[float]) -> array[float]:
+        """The mean after each of the next values."""
+        mean, decay, beta = self.mean, self._decay, 1 - 1 / self.window
+        smoothed = array("d")
+        for value in values:
+            if math.isfinite(value):
+                decay *= beta
+                mean = value if mean != mean else mean + (value - mean) * (1 - beta) / (1 - decay)
+            smoothed.append(mean)
+        self.mean, self._decay = mean, decay
+        return smoothed

@@ -1,0 +1,185 @@
+"""Settings as a list with a cursor: the upper part of a settings form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.events import Click, Key
+from textual.geometry import Region, Size
+from textual.message import Message
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.fields import Field, get_setting
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.widgets.strip_rendering import render_line
+
+_LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
+"""Near the fingers first."""
+
+
+class SettingList(ScrollView, can_focus=True):
+    """The list of settings with its cursor."""
+
+    DEFAULT_CSS = """
+    SettingList {
+        height: 1fr;
+        overflow-x: hidden;
+        scrollbar-size-vertical: 1;
+        text-wrap: nowrap;
+        text-overflow: ellipsis;
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "move(-1)", show=False),
+        Binding("down,j", "move(1)", show=False),
+        Binding("pageup", "move(-8)", show=False),
+        Binding("pagedown", "move(8)", show=False),
+        Binding("home,g", "move(-1000)", show=False),
+        Binding("end,G", "move(1000)", show=False),
+        Binding("left,h", "step(-1)", show=False),
+        Binding("right,l", "step(1)", show=False),
+        Binding("enter,space", "choose", show=False),
+        Binding("backspace", "reset", show=False),
+        Binding("apostrophe", "jump", show=False),
+    ]
+
+    class Moved(Message):
+        """The cursor is on another setting."""
+
+    class Chosen(Message):
+        """The setting under the cursor is to be edited or toggled."""
+
+    class Stepped(Message):
+        """It is to have its next value."""
+
+        def __init__(self, direction: int) -> None:
+            super().__init__()
+            self.direction = direction
+
+    class Reset(Message):
+        """It is to be as the preset has it."""
+
+        def __init__(self, value: Any) -> None:
+            super().__init__()
+            self.value = value
+
+    def __init__(self, fields_: Sequence[Field]) -> None:
+        super().__init__()
+        self.cursor = 0
+        self._fields = fields_
+        self._letters: dict[str, int] = {}
+        """While a jump is asked for: which setting each letter goes to."""
+        self._recipe = self._base = Recipe()
+        self._label_cells = max(len(field.label) for field in fields_)
+        self._lines: list[int | str] = []
+        """What stands on each line: a field's number, or a section's name."""
+        for number, field in enumerate(fields_):
+            if field.section != (fields_[number - 1].section if number else ""):
+                self._lines.append(field.section)
+            self._lines.append(number)
+        if len({field.section for field in fields_}) == 1:
+            self._lines = list(range(len(fields_)))
+
+    def on_mount(self) -> None:
+        self.virtual_size = Size(1, len(self._lines))
+
+    def show(self, recipe: Recipe, base: Recipe) -> None:
+        if (recipe, base) != (self._recipe, self._base):
+            self._recipe, self._base = recipe, base
+            self.refresh()
+
+    def go_to(self, number: int) -> None:
+        before, self.cursor = self.cursor, min(max(number, 0), len(self._fields) - 1)
+        if self.cursor == before:
+            return
+        line = self._lines.index(self.cursor)
+        # The first setting brings its section's name into view.
+        top = 0 if self.cursor == 0 else line
+        self.scroll_to_region(Region(0, top, 1, line - top + 1), animate=False, force=True)
+        for moved in (before, self.cursor):
+            self.refresh_line(self._lines.index(moved))
+        self.post_message(self.Moved())
+
+    def action_move(self, places: int) -> None:
+        """Move the cursor; the ends stop it."""
+        self.go_to(self.cursor + places)
+
+    def action_jump(self) -> None:
+        """Label each setting in view with a letter; the next key goes there, any other leaves it."""
+        top = round(self.scroll_y)
+        shown = self._lines[top : top + self.scrollable_content_region.height]
+        numbers = [at for at in shown if isinstance(at, int)]
+        self._letters = dict(zip(_LETTERS, numbers, strict=False))
+        self.refresh()
+
+    def on_key(self, event: Key) -> None:
+        """While letters are shown every key is for them."""
+        if not self._letters:
+            return
+        event.stop()
+        event.prevent_default()
+        number = self._letters.get(event.character or "", self.cursor)
+        self._letters = {}
+        self.refresh()
+        self.go_to(number)
+
+    def action_step(self, direction: int) -> None:
+        """To the setting's next value."""
+        self.post_message(self.Stepped(direction))
+
+    def action_choose(self) -> None:
+        """Edit or toggle the setting."""
+        self.post_message(self.Chosen())
+
+    def action_reset(self) -> None:
+        """Back to the preset's value."""
+        self.post_message(self.Reset(get_setting(self._base, self._fields[self.cursor].path)))
+
+    def on_click(self, event: Click) -> None:
+        line = event.y + round(self.scroll_y)
+        if 0 <= line < len(self._lines):
+            at = self._lines[line]
+            if isinstance(at, int):
+                chosen = at == self.cursor
+                self.go_to(at)
+                if chosen:
+                    self.action_choose()
+
+    def on_focus(self) -> None:
+        self.refresh_line(self._lines.index(self.cursor))
+
+    def on_blur(self) -> None:
+        self._letters = {}
+        self.refresh()
+
+    def render_line(self, y: int) -> Strip:
+        width = self.scrollable_content_region.width
+        line = y + round(self.scroll_y)
+        if line >= len(self._lines):
+            return Strip.blank(width, self.rich_style)
+        at = self._lines[line]
+        content = Content.styled(at, "bold $primary") if isinstance(at, str) else self._row(at)
+        return render_line(self, content, width)
+
+    def _row(self, number: int) -> Content:
+        field = self._fields[number]
+        value, usual = get_setting(self._recipe, field.path), get_setting(self._base, field.path)
+        changed = value != usual
+        here = number == self.cursor
+        letter = next((letter for letter, at in self._letters.items() if at == number), "")
+        label = f" {field.label:<{self._label_cells}}  "
+        row = Content.assemble(
+            (letter, "bold reverse $accent") if letter else "▸" if here else " ",
+            (label, "bold" if here else ""),
+            (format_value(value), "bold $accent" if changed else ""),
+            (f"  * preset: {format_value(usual)}" if changed else "", "dim"),
+        )
+        if here and self.has_focus:
+            room = self.scrollable_content_region.width - row.cell_length
+            return row.pad_right(max(0, room)).stylize("reverse")
+        return row

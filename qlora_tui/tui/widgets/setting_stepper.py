@@ -1,0 +1,86 @@
+"""The next sensible value of a setting: what one press of a key should do to a rank or a learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qlora_tui.recipe.fields import Field
+
+_POWERS_OF_TWO = frozenset(
+    ("lora.rank", "lora.alpha", "data.max_length", "training.micro_batch", "training.gradient_accumulation")
+)
+"""Sizes: everyone counts them in doublings."""
+_BY_ONE = frozenset(("training.keep_checkpoints", "training.early_stopping", "training.seed"))
+_HALVES = frozenset(("training.epochs",))
+_SHARES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)
+_ROUND = (1, 2, 3, 5)
+"""Numbers without a habit of their own go 1, 2, 3, 5, 10, 20…"""
+
+
+def step_value(field: Field, value: Any, direction: int) -> Any:
+    """The next value up (1) or down (-1), within the bounds; the same where there is none or it is a text."""
+    match field.kind:
+        case "bool":
+            return not value
+        case "choice":
+            return field.choices[(field.choices.index(value) + direction) % len(field.choices)]
+        case "int":
+            return int(_bounded(field, _number(field, float(value), direction), float(value)))
+        case "float":
+            return _bounded(field, _number(field, value, direction), value)
+        case _:
+            return value
+
+
+def _number(field: Field, value: float, direction: int) -> float:
+    if field.path in _POWERS_OF_TWO:
+        return _power(value, direction)
+    if field.path in _BY_ONE:
+        return value + direction
+    if field.path in _HALVES:
+        grain = 0.5 if value < 3 or (value == 3 and direction < 0) else 1.0
+        return _on_grid(value, grain, direction)
+    if field.kind == "float" and field.minimum == 0 and field.maximum == 1 and field.exclusive_maximum:
+        return _neighbour(_SHARES, value, direction)
+    return _round(value, direction, whole=field.kind == "int")
+
+
+def _power(value: float, direction: int) -> float:
+    exponent = math.log2(value) if value > 0 else -1.0
+    near = round(exponent)
+    if math.isclose(exponent, near, abs_tol=1e-9):
+        return float(2 ** (near + direction))
+    return float(2 ** (math.ceil(exponent) if direction > 0 else math.floor(exponent)))
+
+
+def _on_grid(value: float, grain: float, direction: int) -> float:
+    place = value / grain
+    return grain * (math.floor(place + 1e-9) + 1 if direction > 0 else math.ceil(place - 1e-9) - 1)
+
+
+def _neighbour(ladder: tuple[float, ...], value: float, direction: int) -> float:
+    if direction > 0:
+        return next((rung for rung in ladder if rung > value * (1 + 1e-9)), value)
+    return next((rung for rung in reversed(ladder) if rung < value * (1 - 1e-9)), value)
+
+
+def _round(value: float, direction: int, *, whole: bool) -> float:
+    if value <= 0:
+        return (1.0 if whole else 0.1) if direction > 0 else value
+    power = 10.0 ** math.floor(math.log10(value) + 1e-9)
+    rungs = [power * r / 10 for r in _ROUND] + [power * r for r in (*_ROUND, 10)]
+    reached = _neighbour(tuple(float(f"{rung:.6g}") for rung in rungs), value, direction)
+    if direction < 0 and (reached < 1 if whole else reached < 1e-7):
+        return 0.0
+    return reached
+
+
+def _bounded(field: Field, wanted: float, value: float) -> float:
+    """The wanted value, the bound in its way where that may be reached, or the old one."""
+    low, high = field.minimum, field.maximum
+    if low is not None and (wanted <= low if field.exclusive_minimum else wanted < low):
+        return value if field.exclusive_minimum else low
+    if high is not None and (wanted >= high if field.exclusive_maximum else wanted > high):
+        return value if field.exclusive_maximum else high
+    return wanted

@@ -1,0 +1,136 @@
+"""Small charts of blocks, one value a column, from a fixed zero to a fixed top.
+
+Textual's own sparkline rescales itself, so that a constant 98 % looks like 0 %, and fails on NaN. Here the
+scale is given and said, a column without a sample is empty, and one that is no number is marked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from textual.content import Content
+
+from qlora_tui.tui.widgets.axis import Axis
+from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.graph import NOT_A_NUMBER
+from qlora_tui.tui.widgets.series import Envelope
+
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class SparklineData:
+    """One quantity over the axis that all strips share."""
+
+    name: str
+    value: str
+    """The last one, as text."""
+    scale: str
+    """What the top of the strip stands for: ``0…2e-4``."""
+    trace: Envelope
+    top: float
+    style: str = "$primary"
+
+
+class Sparklines(DiffWidget):
+    """Side by side in one line, or one under the other where there is room."""
+
+    DEFAULT_CSS = """
+    Sparklines {
+        height: 3;
+    }
+    """
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._strips_shown: tuple[SparklineData, ...] = ()
+        self._x = Axis(0, 1)
+
+    def show(self, strips: tuple[SparklineData, ...], x: Axis) -> None:
+        """Draw these; repaints nothing where it looks the same."""
+        if (strips, x) != (self._strips_shown, self._x):
+            self._strips_shown, self._x = strips, x
+            self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        strips = self._strips_shown
+        if not strips:
+            return []
+        if height < len(strips):
+            return [self._in_one_line(strips, width)]
+        names = max(len(s.name) for s in strips)
+        values = max(len(s.value) for s in strips)
+        scales = max(len(s.scale) for s in strips)
+        lines: list[Content] = []
+        for strip in strips:
+            head = Content.assemble(
+                (f"{strip.name:<{names}} ", "dim"),
+                f"{strip.value:>{values}} ",
+                (f"{strip.scale:>{scales}} ", "dim"),
+            )
+            rows = self._rows(strip, width - head.cell_length, height // len(strips))
+            lines += [head + rows[0], *(Content(" " * head.cell_length) + row for row in rows[1:])]
+        return lines
+
+    def _in_one_line(self, strips: tuple[SparklineData, ...], width: int) -> Content:
+        room = (width - 2 * (len(strips) - 1)) // len(strips)
+        parts = []
+        for strip in strips:
+            head = Content.assemble((f"{strip.name} ", "dim"), f"{strip.value} ")
+            parts.append(head + self._rows(strip, max(0, room - head.cell_length), 1)[0])
+        return Content("  ").join(parts)
+
+    def _rows(self, strip: SparklineData, width: int, height: int) -> list[Content]:
+        values = over_axis(strip.trace, self._x, width)
+        return [Content.styled(row, strip.style) for row in blocks(values, 0.0, strip.top, height)]
+
+
+def over_axis(trace: Envelope, x: Axis, columns: int) -> list[float | None]:
+    """The highest value of each column; one between two samples holds the earlier, NaN where one broke."""
+    values: list[float | None] = [None] * columns
+    if not columns:
+        return values
+    before: int | None = None
+    for place, high, broken in zip(trace.xs, trace.highs, trace.broken, strict=True):
+        if not x.low <= place <= x.high:
+            continue
+        column = x.place(place, columns)
+        if before is not None:
+            values[before + 1 : column] = [values[before]] * (column - before - 1)
+        known = values[column] if column == before else None
+        if broken or (known is not None and math.isnan(known)):
+            values[column] = math.nan
+        else:
+            values[column] = high if known is None else max(known, high)
+        before = column
+    return values
+
+
+def blocks(values: Sequence[float | None], low: float, high: float, height: int) -> list[str]:
+    """Rows of block characters from the top; None is an empty column, the lowest value still a line."""
+    levels = height * 8
+    rows = []
+    filled = [_level(value, low, high, levels) for value in values]
+    for row in range(height - 1, -1, -1):
+        line = ""
+        for level in filled:
+            if level == _BROKEN:
+                line += NOT_A_NUMBER if row == 0 else " "
+            else:
+                line += _EIGHTHS[min(max(level - row * 8, 0), 8)]
+        rows.append(line)
+    return rows
+
+
+_BROKEN = -1
+
+
+def _level(value: float | None, low: float, high: float, levels: int) -> int:
+    if value is None:
+        return 0
+    if not math.isfinite(value):
+        return _BROKEN
+    share = (value - low) / (high - low) if high > low else 0.0
+    return max(1, round(min(max(share, 0.0), 1.0) * levels))

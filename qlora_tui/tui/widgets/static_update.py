@@ -1,0 +1,22 @@
+"""Text that is put anew at every key and mostly stays: repainted when it differs, laid out when it grows."""
+
+from __future__ import annotations
+
+from textual.content import Content
+from textual.widgets import Static
+
+
+def update_if_changed(static: Static, content: Content) -> None:
+    """Show ``content`` in ``place`` at the least cost."""
+    before = static.content
+    # Equal text can differ in its colours.
+    if isinstance(before, Content) and before.plain == content.plain and before.spans == content.spans:
+        return
+    width = static.content_size.width
+    same_height = isinstance(before, Content) and _lines(before, width) == _lines(content, width)
+    static.update(content, layout=not same_height)
+
+
+def _lines(content: Content, width: int) -> list[bool]:
+    """A shape: how many lines, and which of them wrap."""
+    return [line.cell_length > width for line in content.split("\n")] if width else []

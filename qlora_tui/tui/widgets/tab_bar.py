@@ -1,0 +1,51 @@
+"""One line of names, one of them in front: chosen with the mouse or by the screen's keys."""
+
+from __future__ import annotations
+
+from textual.content import Content
+
+from qlora_tui.format import shortened
+from qlora_tui.tui.widgets.diff_widget import DiffWidget
+
+
+class TabBar(DiffWidget):
+    """``log │ samples 12 │ health !2``. A click runs ``screen.show_tab('<name>')``."""
+
+    DEFAULT_CSS = """
+    TabBar {
+        height: 1;
+        link-style: none;
+        link-color: $foreground;
+    }
+    """
+
+    def __init__(self, names: tuple[str, ...], *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.names = names
+        self.front = names[0]
+        self._notes: dict[str, str] = {}
+        self._hint = ""
+        self._state = ""
+
+    def show(self, front: str, notes: dict[str, str], hint: str = "", state: str = "") -> None:
+        """Put one in front; ``notes`` stand behind names, ``state`` and ``hint`` at the right end.
+
+        Where both find no room the hint gives way: what is left out of the text is said in any case.
+        """
+        if (front, notes, hint, state) != (self.front, self._notes, self._hint, self._state):
+            self.front, self._notes, self._hint, self._state = front, dict(notes), hint, state
+            self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        parts = []
+        for name in self.names:
+            note = self._notes.get(name, "")
+            text = f" {name}{' ' + note if note else ''} "
+            style = "reverse bold" if name == self.front else "dim"
+            parts.append(Content.styled(text, style).stylize(f"@click=screen.show_tab('{name}')"))
+        line = Content.styled("│", "dim").join(parts)
+        room = width - line.cell_length - 2
+        state = Content.styled(shortened(self._state, room), "bold")
+        hint = Content.styled(f"  {self._hint}" if self._hint else "", "dim")
+        end = state + hint if state.cell_length + hint.cell_length <= room else state
+        return [line + Content(" " * max(0, room - end.cell_length + 1)) + end]

@@ -1,0 +1,50 @@
+"""Target patterns as a person types them: ``q,k,v,o`` for ``q_proj, k_proj, v_proj, o_proj``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from qlora_tui.catalog.architecture_types import LinearModule
+from qlora_tui.errors import Problem
+from qlora_tui.recipe.fields import fields
+from qlora_tui.recipe.schema import ALL_LINEAR
+from qlora_tui.recipe.targets import match_modules, split_patterns, syntax_error
+
+
+def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]:
+    """The patterns meant, each kind written out. Raises Problem for one that is wrong or touches nothing."""
+    patterns = tuple(_written_out(pattern, modules) for pattern in split_patterns(text) if pattern)
+    if not patterns:
+        raise Problem(
+            "No target modules", what="LoRA needs at least one module.", fix="Write all-linear, or q,v."
+        )
+    for pattern in patterns:
+        if error := syntax_error(pattern):
+            raise Problem("Not a target pattern", what=error[0], fix=error[1])
+    match_modules(patterns, modules)
+    return patterns
+
+
+def validate_number(setting: str, text: str) -> str:
+    """What is wrong with a number for a setting, in a sentence; nothing is the general one."""
+    field = fields()[setting]
+    try:
+        if text.strip():
+            msgspec.convert(text.strip(), field.type, strict=False)
+    except msgspec.ValidationError:
+        return f"It must be {field.expected}."
+    return ""
+
+
+def _written_out(pattern: str, modules: Sequence[LinearModule]) -> str:
+    """``8-23.q`` as ``8-23.q_proj``, where one kind begins so and no kind is called so."""
+    layers, dot, kind = pattern.rpartition(".")
+    kinds = dict.fromkeys(module.kind for module in modules)
+    if kind in kinds or kind == ALL_LINEAR:
+        return pattern
+    if kind == "all":
+        return f"{layers}{dot}{ALL_LINEAR}"
+    meant = [name for name in kinds if name.startswith(f"{kind}_")]
+    return f"{layers}{dot}{meant[0]}" if len(meant) == 1 else pattern
