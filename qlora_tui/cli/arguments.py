@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 
 
-def whole(text: str) -> int:
+def positive_int(text: str) -> int:
     """A number of things, one at least."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("it must be a whole number above 0")
     return int(text)
 
 
-def positive(text: str) -> float:
+def positive_float(text: str) -> float:
     """A size above nothing, in GiB."""
     try:
         value = float(text)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.runs.directory import find
 
 
-def run(args: argparse.Namespace) -> Outcome | int:
+def run(args: argparse.Namespace) -> CommandResult | int:
     """One answer with ``--prompt``; a conversation on stdin and stdout without."""
     chosen = find(args.run_id)
     if args.prompt is not None and not args.prompt.strip():
@@ -27,14 +27,14 @@ def run(args: argparse.Namespace) -> Outcome | int:
         return 0
     pieces = answer(chosen, args.prompt, base=args.base, checkpoint=args.checkpoint, thinking=args.thinking)
     if args.json:
-        heard = {False: "", True: ""}
-        for said in pieces:
-            heard[said.thought] += said.text
-        data = {"run": chosen.id, "prompt": args.prompt, "answer": heard[False]}
-        return Outcome({**data, "thought": heard[True].strip()} if heard[True] else data, text="")
-    for said in pieces:
-        if not said.thought:
-            print(said.text, end="", flush=True)
+        texts = {False: "", True: ""}
+        for piece in pieces:
+            texts[piece.thought] += piece.text
+        data = {"run": chosen.id, "prompt": args.prompt, "answer": texts[False]}
+        return CommandResult({**data, "thought": texts[True].strip()} if texts[True] else data, text="")
+    for piece in pieces:
+        if not piece.thought:
+            print(piece.text, end="", flush=True)
     sys.stdout.write("\n")
     return 0
 
@@ -52,4 +52,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-VERBS = {"chat": Verb(run, _arguments)}
+SUBCOMMANDS = {"chat": Subcommand(run, _arguments)}

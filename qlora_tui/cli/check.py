@@ -6,28 +6,30 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from qlora_tui.cli.verb import Outcome, table
+from qlora_tui.cli.subcommand import CommandResult, format_table
 from qlora_tui.errors import FAILED
 from qlora_tui.runs.check import Checked, check_leftovers, check_queue, check_run, repaired
 from qlora_tui.runs.directory import RunDir, all_runs
 
 
-def check(run: RunDir | None, *, repair: bool) -> Outcome:
+def check(run: RunDir | None, *, repair: bool) -> CommandResult:
     """Check one run, or all runs, the queue and what was left behind; repair what can be if asked to."""
-    looks: list[Callable[[], Checked]] = [partial(check_run, each) for each in ([run] if run else all_runs())]
+    checks: list[Callable[[], Checked]] = [
+        partial(check_run, each) for each in ([run] if run else all_runs())
+    ]
     if run is None:
-        looks += [check_queue, check_leftovers]
+        checks += [check_queue, check_leftovers]
     lines, results, problems, repairable = [], [], 0, 0
-    for look in looks:
-        result, done = look(), list[str]()
+    for run_check in checks:
+        result, repairs = run_check(), list[str]()
         if repair:
-            result, done = repaired(result, look)
+            result, repairs = repaired(result, run_check)
         problems += len(result.defects)
         repairable += sum(defect.repair is not None for defect in result.defects)
-        results.append(_as_data(result, done))
-        if result.state is not None or result.defects or done:
-            lines.append([result.name, result.state or "", _in_words(result, done)])
-    text = table(lines, ["run", "state", "check"]) if lines else "No runs yet."
+        results.append(_as_data(result, repairs))
+        if result.state is not None or result.defects or repairs:
+            lines.append([result.name, result.state or "", _format_result(result, repairs)])
+    text = format_table(lines, ["run", "state", "check"]) if lines else "No runs yet."
     if problems:
         count = f"{problems} {'problem' if problems == 1 else 'problems'}"
         hint = (
@@ -38,10 +40,10 @@ def check(run: RunDir | None, *, repair: bool) -> Outcome:
         text += f"\n{count}.{hint}"
     data = {"runs": [r for r in results if r["state"]], "problems": problems}
     data |= {str(r["run"]): r for r in results if not r["state"]}
-    return Outcome(data=data, text=text, exit_code=FAILED if problems else 0)
+    return CommandResult(data=data, text=text, exit_code=FAILED if problems else 0)
 
 
-def _in_words(result: Checked, done: list[str]) -> str:
+def _format_result(result: Checked, done: list[str]) -> str:
     if result.in_training:
         return "in training: not checked"
     parts = [f"{defect.what} ({defect.remedy})" for defect in result.defects]

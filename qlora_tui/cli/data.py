@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.cli.arguments import whole
-from qlora_tui.cli.terminal import control
-from qlora_tui.cli.verb import Outcome, Verb, json_argument
+from qlora_tui.cli.arguments import positive_int
+from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument
+from qlora_tui.cli.terminal import write_control
 from qlora_tui.data.inspection import Report, inspect, show
 from qlora_tui.data.problems import NOTES, ON_THINKING
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -26,7 +26,7 @@ from qlora_tui.recipe.toml import to_recipe
 _ROWS_NAMED = 8
 
 
-def run(args: argparse.Namespace) -> Outcome | int:
+def run(args: argparse.Namespace) -> CommandResult | int:
     """Inspect or show. With ``--json`` a refusal is an object on stdout too: title, what, why and fix."""
     try:
         if args.action == "show":
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> Outcome | int:
             raise
         print(f"qlora-tui: {problem}", file=sys.stderr)
         error = {name: getattr(problem, name) for name in ("title", "what", "why", "fix")}
-        return Outcome(data={"error": error}, text="", exit_code=problem.exit_code)
+        return CommandResult(data={"error": error}, text="", exit_code=problem.exit_code)
     raise Problem(
         "Which of them?",
         what="`data` needs a word more: inspect or show.",
@@ -47,13 +47,15 @@ def run(args: argparse.Namespace) -> Outcome | int:
     )
 
 
-def _inspect(args: argparse.Namespace) -> Outcome:
+def _inspect(args: argparse.Namespace) -> CommandResult:
     report = inspect(_source(args), _tokenizer(args), _data(args))
     wrong = any(problem.severity == "error" for problem in report.problems)
-    return Outcome(data=msgspec.to_builtins(report), text=_told(report), exit_code=FAILED if wrong else 0)
+    return CommandResult(
+        data=msgspec.to_builtins(report), text=_format_report(report), exit_code=FAILED if wrong else 0
+    )
 
 
-def _show(args: argparse.Namespace) -> Outcome | int:
+def _show(args: argparse.Namespace) -> CommandResult | int:
     tokenizer = _tokenizer(args)
     if tokenizer is None:
         raise Problem(
@@ -64,7 +66,7 @@ def _show(args: argparse.Namespace) -> Outcome | int:
         )
     shown = show(_source(args), args.row, tokenizer, _data(args))
     if args.json:
-        return Outcome(data=msgspec.to_builtins(shown), text="")
+        return CommandResult(data=msgspec.to_builtins(shown), text="")
     if Path(args.file).is_dir():
         print(shown.path)
     tokens = sum(shown.token_counts)
@@ -84,10 +86,10 @@ def _print_marked(pieces: Iterable[tuple[str, bool]]) -> None:
     bold, plain = ("\x1b[1;4m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     for text, is_trained in pieces:
         if is_trained:
-            control(sys.stdout, bold)
+            write_control(sys.stdout, bold)
         print(text, end="")
         if is_trained:
-            control(sys.stdout, plain)
+            write_control(sys.stdout, plain)
     print()
 
 
@@ -118,13 +120,13 @@ def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
     return ChatTokenizer.from_folder(tokenizer_folder(args.model), chosen.model.chat_template)
 
 
-def _told(report: Report) -> str:
+def _format_report(report: Report) -> str:
     lines = [f"{file.path}: {file.format}, because {'; '.join(file.evidence)}" for file in report.files]
     counts = report.counts
     # Blank lines are no rows, so that the last of 38 may stand on line 51.
     by_line = sum(file.last_row for file in report.files) > counts.rows
-    called = "; a row is called by the line it begins on" if by_line else ""
-    lines.append(f"{counted(counts.rows, 'row')}, {counted(counts.conversations, 'conversation')}{called}")
+    numbering = "; a row is called by the line it begins on" if by_line else ""
+    lines.append(f"{counted(counts.rows, 'row')}, {counted(counts.conversations, 'conversation')}{numbering}")
     if report.lengths and report.lengths.count:
         length = report.lengths
         lines.append(
@@ -155,10 +157,10 @@ def _told(report: Report) -> str:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="inspect|show")
-    look = actions.add_parser("inspect", help="format, counts, lengths and problems of a file")
-    one = actions.add_parser("show", help="one row as the model will see it, trained tokens marked")
-    one.add_argument("--row", type=whole, default=1, help="which row, counted from 1")
-    for action in (look, one):
+    inspect_parser = actions.add_parser("inspect", help="format, counts, lengths and problems of a file")
+    show_parser = actions.add_parser("show", help="one row as the model will see it, trained tokens marked")
+    show_parser.add_argument("--row", type=positive_int, default=1, help="which row, counted from 1")
+    for action in (inspect_parser, show_parser):
         action.add_argument("file", metavar="FILE", help="a data file, a folder of them, or a hub dataset")
         action.add_argument("--model", help="count in this model's tokens, through its chat template")
         action.add_argument("--format", default="auto", help="how the rows are read, where guessing is wrong")
@@ -171,7 +173,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--reasoning-not-in-loss", action="store_true", help="reasoning is read, and not trained"
         )
-        action.add_argument("--max-length", type=whole, help="sequence length, in tokens (1,024 unless set)")
+        action.add_argument(
+            "--max-length", type=positive_int, help="sequence length, in tokens (1,024 unless set)"
+        )
         action.add_argument(
             "--set",
             action="append",
@@ -180,7 +184,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
             metavar="KEY=VALUE",
             help="change a setting that decides what is read, as in data.preferences=chosen; repeatable",
         )
-        json_argument(action)
+        add_json_argument(action)
 
 
-VERBS = {"data": Verb(run, _arguments)}
+SUBCOMMANDS = {"data": Subcommand(run, _arguments)}

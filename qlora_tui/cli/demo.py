@@ -8,58 +8,58 @@ import sys
 import textwrap
 import time
 
-from qlora_tui.cli.terminal import control
-from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.cli.subcommand import CommandResult, Subcommand
+from qlora_tui.cli.terminal import write_control
 from qlora_tui.demo.loop import DemoResult, run_demo
 from qlora_tui.format import duration, figure, size
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.events import AnyEvent, Step
 from qlora_tui.runs.view import RunView
 
-_EVERY_S = 10.0
+_INTERVAL_S = 10.0
 """Between two lines of progress where there is no terminal to rewrite one."""
 
 
-class Progress:
+class DemoProgress:
     """The run on stderr: one line that moves on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
-        self._moves = sys.stderr.isatty()
-        self._said_at = 0.0
+        self._is_terminal = sys.stderr.isatty()
+        self._printed_at = 0.0
 
-    def say(self, text: str) -> None:
+    def show_status(self, text: str) -> None:
         """A line of its own."""
         self._clear()
         print(text, file=sys.stderr, flush=True)
 
-    def tell(self, event: AnyEvent, view: RunView) -> None:
+    def on_event(self, event: AnyEvent, view: RunView) -> None:
         """An event of the run."""
         if not isinstance(event, Step):
             if line := describe(event, view.total_steps):
-                self.say(f"  {line}")
+                self.show_status(f"  {line}")
             return
         text = f"  {describe(event, view.total_steps)}  {duration(view.seconds_left)} left"
-        if self._moves:
+        if self._is_terminal:
             width = shutil.get_terminal_size().columns
             self._clear()
             print(text[: width - 1], end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - self._said_at > _EVERY_S:
-            self._said_at = time.monotonic()
-            self.say(text)
+        elif time.monotonic() - self._printed_at > _INTERVAL_S:
+            self._printed_at = time.monotonic()
+            self.show_status(text)
 
     def _clear(self) -> None:
-        if self._moves:
-            control(sys.stderr, "\r\x1b[2K")
+        if self._is_terminal:
+            write_control(sys.stderr, "\r\x1b[2K")
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> CommandResult:
     """Run it, showing progress on stderr."""
-    progress = Progress()
-    result = run_demo(progress.say, progress.tell)
-    return Outcome(data=result, text=_told(result))
+    progress = DemoProgress()
+    result = run_demo(progress.show_status, progress.on_event)
+    return CommandResult(data=result, text=_format_result(result))
 
 
-def _told(result: DemoResult) -> str:
+def _format_result(result: DemoResult) -> str:
     width = min(shutil.get_terminal_size().columns, 100)
     column = (width - 3) // 2
     lines = [""]
@@ -86,4 +86,4 @@ def _told(result: DemoResult) -> str:
     return "\n".join(lines)
 
 
-VERBS = {"demo": Verb(run)}
+SUBCOMMANDS = {"demo": Subcommand(run)}

@@ -13,7 +13,7 @@ from typing import Literal
 
 from qlora_tui import children, paths
 from qlora_tui.catalog.local_models import hub_cache_dir
-from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.errors import FAILED, Problem, disk_problem
 from qlora_tui.format import size
 from qlora_tui.gpu.errors import GpuUnavailableError
@@ -25,7 +25,7 @@ _DISK_BYTES = 5 * 2**30
 
 
 @dataclass(frozen=True)
-class Check:
+class DoctorCheck:
     """One thing a run needs."""
 
     name: str
@@ -34,9 +34,9 @@ class Check:
     fix: str = ""
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> CommandResult:
     """Every check, in the order a run would meet them."""
-    checks = [_python(), *_disks(), _locks(), _card(), *_libraries()]
+    checks = [_python(), *_disks(), _locks(), _gpu(), *_libraries()]
     failed = any(check.state == "fails" for check in checks)
     lines = []
     for check in checks:
@@ -44,19 +44,19 @@ def run(args: argparse.Namespace) -> Outcome:
         if check.fix:
             lines.append(f"       ▸ {check.fix}")
     lines.append("Something a run needs is missing." if failed else "A run can start here.")
-    return Outcome(
+    return CommandResult(
         data={"ok": not failed, "checks": [asdict(check) for check in checks]},
         text="\n".join(lines),
         exit_code=FAILED if failed else 0,
     )
 
 
-def _python() -> Check:
+def _python() -> DoctorCheck:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Check("Python", "ok", f"{version}, {sys.executable}")
+    return DoctorCheck("Python", "ok", f"{version}, {sys.executable}")
 
 
-def _disks() -> list[Check]:
+def _disks() -> list[DoctorCheck]:
     return [
         _disk("disk for runs", paths.state_dir(), "XDG_STATE_HOME"),
         _disk("disk for downloaded models", hub_cache_dir(), "HF_HOME"),
@@ -64,15 +64,15 @@ def _disks() -> list[Check]:
     ]
 
 
-def _disk(name: str, folder: Path, variable: str) -> Check:
+def _disk(name: str, folder: Path, variable: str) -> DoctorCheck:
     """What is free for a folder that may not be there yet."""
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     enough = free >= _DISK_BYTES
     fix = "" if enough else f"Free some space, or point {variable} at another disk."
-    return Check(name, "ok" if enough else "fails", f"{size(free)} free in {folder}", fix)
+    return DoctorCheck(name, "ok" if enough else "fails", f"{size(free)} free in {folder}", fix)
 
 
-def _locks() -> Check:
+def _locks() -> DoctorCheck:
     """Lock and release a file where runs are: without locks no runner works."""
     try:
         path = paths.state_dir() / "lock-test"
@@ -81,19 +81,19 @@ def _locks() -> Check:
     except (Problem, OSError) as error:
         problem = error if isinstance(error, Problem) else disk_problem(error)
         fix = problem.fix if problem else "Point XDG_STATE_HOME at another disk."
-        return Check("file locks", "fails", problem.what if problem else str(error), fix)
-    return Check("file locks", "ok", f"work in {paths.state_dir()}")
+        return DoctorCheck("file locks", "fails", problem.what if problem else str(error), fix)
+    return DoctorCheck("file locks", "ok", f"work in {paths.state_dir()}")
 
 
-def _card() -> Check:
+def _gpu() -> DoctorCheck:
     try:
-        card = default_cuda_device()
+        gpu = default_cuda_device()
     except GpuUnavailableError as problem:
-        return Check("card", "note", f"{problem.what} Runs go to the CPU.", problem.fix)
-    return Check("card", "ok", f"{card.name}, {size(card.total_bytes)}, driver {card.driver or 'NA'}")
+        return DoctorCheck("card", "note", f"{problem.what} Runs go to the CPU.", problem.fix)
+    return DoctorCheck("card", "ok", f"{gpu.name}, {size(gpu.total_bytes)}, driver {gpu.driver or 'NA'}")
 
 
-def _libraries() -> list[Check]:
+def _libraries() -> list[DoctorCheck]:
     """Import, quantize, train and save a few weights, in a process of their own."""
     done = subprocess.run(
         children.command("qlora_tui.training.selftest"),
@@ -103,11 +103,11 @@ def _libraries() -> list[Check]:
         check=False,
     )
     try:
-        return [Check(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+        return [DoctorCheck(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
     except (IndexError, ValueError, TypeError):
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         return [
-            Check(
+            DoctorCheck(
                 "libraries",
                 "fails",
                 f"The self-test ended with code {done.returncode}: {last}",
@@ -116,4 +116,4 @@ def _libraries() -> list[Check]:
         ]
 
 
-VERBS = {"doctor": Verb(run)}
+SUBCOMMANDS = {"doctor": Subcommand(run)}

@@ -8,8 +8,14 @@ from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.lookup import load_architecture, load_model_config
-from qlora_tui.cli.arguments import positive
-from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from, table
+from qlora_tui.cli.arguments import positive_float
+from qlora_tui.cli.subcommand import (
+    CommandResult,
+    Subcommand,
+    add_recipe_arguments,
+    format_table,
+    recipe_from_args,
+)
 from qlora_tui.data.sources import is_of_the_hub, open_source
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import GIB, gib, size
@@ -23,9 +29,9 @@ from qlora_tui.recipe.schema import Recipe
 _LARGEST_ITEMS = 12
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> CommandResult:
     """The estimate for the recipe the options describe. Exit code 0 also where it does not fit."""
-    recipe = recipe_from(args)
+    recipe = recipe_from_args(args)
     if not recipe.model.id:
         raise Problem(
             "A model is missing",
@@ -37,32 +43,32 @@ def run(args: argparse.Namespace) -> Outcome:
         if not is_of_the_hub(source.path):
             open_source(source, recipe.data.preferences)
     architecture = load_architecture(recipe.model.id)
-    room = local_budget(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
-    traced = _traced(recipe, architecture, room, asked=args.trace)
-    data = as_json(recipe, architecture, room.bytes, device=room.device, traced=traced)
-    compared = compare(recipe, architecture, device=room.device, traced=traced)
+    budget = local_budget(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
+    trace = _optional_trace(recipe, architecture, budget, requested=args.trace)
+    data = as_json(recipe, architecture, budget.bytes, device=budget.device, traced=trace)
+    compared = compare(recipe, architecture, device=budget.device, traced=trace)
     # The name of a card that was only said is its size.
-    held_to = room.name if args.gpu_gib else f"{room.name} ({gib(room.bytes)} GiB)"
-    lines = [f"{recipe.model.id} against {held_to}", ""]
+    compared_with = budget.name if args.gpu_gib else f"{budget.name} ({gib(budget.bytes)} GiB)"
+    lines = [f"{recipe.model.id} against {compared_with}", ""]
     rows = []
     for precision in PRECISIONS:
-        made = compared[precision]
-        verdict = check_fit(made, room.bytes)
+        estimate = compared[precision]
+        verdict = check_fit(estimate, budget.bytes)
         band = f"{gib(verdict.low_bytes)} to {gib(verdict.high_bytes)}"
-        rows.append([precision, f"{gib(made.total_bytes)} GiB", band, verdict.word])
-    lines += [table(rows, ["precision", "peak", "between", "verdict"]), ""]
-    made = compared["nf4"]
-    if made.correction_words:
-        lines += [f"nf4 on this machine: {made.correction_words}", ""]
-    largest = sorted(made.items, key=lambda item: -item.bytes)[:_LARGEST_ITEMS]
-    lines.append(table([[i.label, size(i.bytes), i.explanation] for i in largest], ["nf4", "", ""]))
+        rows.append([precision, f"{gib(estimate.total_bytes)} GiB", band, verdict.word])
+    lines += [format_table(rows, ["precision", "peak", "between", "verdict"]), ""]
+    estimate = compared["nf4"]
+    if estimate.correction_words:
+        lines += [f"nf4 on this machine: {estimate.correction_words}", ""]
+    largest = sorted(estimate.items, key=lambda item: -item.bytes)[:_LARGEST_ITEMS]
+    lines.append(format_table([[i.label, size(i.bytes), i.explanation] for i in largest], ["nf4", "", ""]))
     if data["trace"]:
         lines += ["", _trace_table(data["trace"])]
     # Only a GGUF file has something to convert, and finding out loads tokenizers.
     conversion = _conversion(recipe.model.id)
     if conversion is not None:
-        on_cpu = room.device.kind == "cpu"
-        lines += ["", conversion.words(made.process_bytes if on_cpu else None)]
+        on_cpu = budget.device.kind == "cpu"
+        lines += ["", conversion.words(estimate.process_bytes if on_cpu else None)]
     data["conversion"] = conversion and {"file": conversion.file, "peak_bytes": conversion.peak_bytes}
     lines += ["", *_what_fits(data["what_fits"])]
     for change in data["cheapest_changes"]:
@@ -74,9 +80,11 @@ def run(args: argparse.Namespace) -> Outcome:
             f"nothing fits: with every change that saves memory it still takes {gib(data['least_bytes'])} "
             "GiB. Choose a smaller model, or a larger card."
         )
-    lines += [f"note: {note}" for note in made.notes]
+    lines += [f"note: {note}" for note in estimate.notes]
     lines += [f"warning: {warning}" for warning in data["warnings"]]
-    return Outcome(data={"model": recipe.model.id, "against": room.name} | data, text="\n".join(lines))
+    return CommandResult(
+        data={"model": recipe.model.id, "against": budget.name} | data, text="\n".join(lines)
+    )
 
 
 def _conversion(model_id: str) -> Conversion | None:
@@ -87,14 +95,14 @@ def _conversion(model_id: str) -> Conversion | None:
     return pending(model_id)
 
 
-def _what_fits(fitting: dict[str, Any]) -> list[str]:
+def _what_fits(largest: dict[str, Any]) -> list[str]:
     """A line, unless nothing can be said."""
     names = {"sequence_length": "sequence length", "micro_batch": "micro-batch", "rank": "rank"}
-    most = ", ".join(f"{name} {fitting[key]:,}" for key, name in names.items() if fitting[key])
-    return [f"the most that fits, one at a time: {most}"] if most else []
+    limits = ", ".join(f"{name} {largest[key]:,}" for key, name in names.items() if largest[key])
+    return [f"the most that fits, one at a time: {limits}"] if limits else []
 
 
-TRACED_LABELS = {
+TRACE_LABELS = {
     "frozen": "Frozen weights",
     "adapter": "LoRA weights",
     "gradients": "Gradients",
@@ -102,15 +110,15 @@ TRACED_LABELS = {
 }
 
 
-def _traced(
-    recipe: Recipe, architecture: Architecture, room: MemoryBudget, *, asked: bool
+def _optional_trace(
+    recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, requested: bool
 ) -> StepTrace | None:
     """The trace that was asked for, or that stands in for a formula the family has not.
 
     Raises Problem where one was asked for and cannot be had.
     """
     without_formula = architecture.model_type not in STYLES
-    if not asked and not without_formula:
+    if not requested and not without_formula:
         return None
     why = f": {architecture.model_type} layers have no formula of their own" if without_formula else ""
     print(f"tracing a step{why}", file=sys.stderr)
@@ -120,9 +128,9 @@ def _traced(
     from qlora_tui.engine.tracing import trace_step
 
     try:
-        return asyncio.run(trace_step(load_model_config(recipe.model.id), recipe, room.device))
+        return asyncio.run(trace_step(load_model_config(recipe.model.id), recipe, budget.device))
     except Problem as problem:
-        if asked:
+        if requested:
             raise
         print(f"not traced: {problem.what}", file=sys.stderr)
         return None
@@ -130,18 +138,18 @@ def _traced(
 
 def _trace_table(trace: dict[str, Any]) -> str:
     rows = [
-        [TRACED_LABELS[key], size(both["traced"]), size(both["closed_form"])]
+        [TRACE_LABELS[key], size(both["traced"]), size(both["closed_form"])]
         for key, both in trace["items"].items()
     ]
     formula = "formula" if trace["exact"] else "as Llama's"
-    return table(rows, [f"{trace['precision']}, one step", "traced", formula])
+    return format_table(rows, [f"{trace['precision']}, one step", "traced", formula])
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    recipe_arguments(parser)
+    add_recipe_arguments(parser)
     parser.add_argument(
         "--gpu-gib",
-        type=positive,
+        type=positive_float,
         # The same option before the verb: what was said there stays.
         default=argparse.SUPPRESS,
         help="estimate against a card of this size",
@@ -153,4 +161,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-VERBS = {"estimate": Verb(run, _arguments)}
+SUBCOMMANDS = {"estimate": Subcommand(run, _arguments)}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.errors import Problem
 from qlora_tui.format import size
 from qlora_tui.runs.directory import find
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> CommandResult:
     """Merge the adapter into the 16-bit base and write the model to a folder."""
     from qlora_tui.chat.sources import chosen_voice, of_run
     from qlora_tui.gpu.torch_env import configure_torch_env
@@ -25,11 +25,11 @@ def run(args: argparse.Namespace) -> Outcome:
     from qlora_tui.export.merge import merge
     from qlora_tui.export.verify import verify_merge
 
-    def tell(words: str) -> None:
+    def on_status(words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
-    merged = merge(source, voice, args.out, tell)
-    check = verify_merge(source, voice, Path(merged.folder), tell)
+    merged = merge(source, voice, args.out, on_status)
+    check = verify_merge(source, voice, Path(merged.folder), on_status)
     if isinstance(check, str):
         merged = replace(merged, unchecked_because=check)
     elif check.agrees:
@@ -41,9 +41,11 @@ def run(args: argparse.Namespace) -> Outcome:
             why="The base stores its weights in a way that merging does not know, or its files are damaged.",
             fix="Use the adapter instead, and report the model.",
         )
-    words = f"{merged.folder}: {size(merged.bytes)}, {merged.changed_weights} weights changed by the {voice}."
-    checked = f"Not checked: {check}." if isinstance(check, str) else f"Checked: {check.sentence}."
-    return Outcome(merged, f"{words}\n{checked}")
+    summary = (
+        f"{merged.folder}: {size(merged.bytes)}, {merged.changed_weights} weights changed by the {voice}."
+    )
+    check_line = f"Not checked: {check}." if isinstance(check, str) else f"Checked: {check.sentence}."
+    return CommandResult(merged, f"{summary}\n{check_line}")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,4 +55,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="a checkpoint, not the final adapter")
 
 
-VERBS = {"export": Verb(run, _arguments)}
+SUBCOMMANDS = {"export": Subcommand(run, _arguments)}

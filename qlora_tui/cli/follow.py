@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from qlora_tui.cli.verb import print_json
+from qlora_tui.cli.subcommand import print_json
 from qlora_tui.errors import FAILED
 from qlora_tui.runs.describe import PhasesTold, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
@@ -17,9 +17,9 @@ from qlora_tui.runs.status import RESUMABLE
 from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
 
-SAID_EVERY_S = 10.0
+PLAIN_INTERVAL_S = 10.0
 """Least time between two lines on how far a run or a phase is: what a voice can read out."""
-_MOST_STEPS = 2000
+_MAX_PAST_STEPS = 2000
 """Lines of steps that lie behind: of a longer run so many are told, evenly."""
 
 
@@ -28,57 +28,57 @@ def follow(run: RunDir, *, as_json: bool) -> int:
 
     Of a run of many thousand steps only some of those behind are told, but with ``as_json`` all.
     """
-    view, told = (RunView(run), []) if as_json else RunView.sketched(run, _MOST_STEPS)
+    view, past_events = (RunView(run), []) if as_json else RunView.sketched(run, _MAX_PAST_STEPS)
     phases = PhasesTold()
-    for event in told:
+    for event in past_events:
         if phases.is_new(event) and not isinstance(event, Progress):
-            _say(event.at, describe(event, view.total_steps))
-    if told and view.step > len(view.series) * run.recipe().training.log_every:
+            _print_line(event.at, describe(event, view.total_steps))
+    if past_events and view.step > len(view.series) * run.recipe().training.log_every:
         print(f"Of {view.step:,} steps {len(view.series):,} are told; --json has all.", file=sys.stderr)
 
-    said_at = time.monotonic()
+    printed_at = time.monotonic()
 
-    def tell(event: AnyEvent) -> None:
-        nonlocal said_at
+    def on_event(event: AnyEvent) -> None:
+        nonlocal printed_at
         if as_json:
             print_json(event)
         elif phases.is_new(event) and (
-            not isinstance(event, Progress) or time.monotonic() - said_at >= SAID_EVERY_S
+            not isinstance(event, Progress) or time.monotonic() - printed_at >= PLAIN_INTERVAL_S
         ):
-            said_at = time.monotonic()
-            _say(event.at, describe(event, view.total_steps))
+            printed_at = time.monotonic()
+            _print_line(event.at, describe(event, view.total_steps))
 
-    return _to_its_end(view, tell)
+    return _follow_to_end(view, on_event)
 
 
 def follow_plain(run: RunDir) -> int:
     """What the live screen says, in sentences: how the run stands now, what happens, how it stands since.
 
-    For screen readers and logs: only whole lines, and of the steps one in :data:`SAID_EVERY_S`.
+    For screen readers and logs: only whole lines, and of the steps one in :data:`PLAIN_INTERVAL_S`.
     """
-    view, behind = RunView.sketched(run, _MOST_STEPS)
+    view, past_events = RunView.sketched(run, _MAX_PAST_STEPS)
     phases = PhasesTold()
-    for event in behind:
+    for event in past_events:
         phases.is_new(event)
     machine = _LastSample(run)
-    print(f"{run.id}: {standing(view, machine.look())}", flush=True)
-    for health in {told.kind: told for told in view.health}.values():
-        _say(health.at, describe(health))
+    print(f"{run.id}: {standing(view, machine.poll())}", flush=True)
+    for health in {warning.kind: warning for warning in view.health}.values():
+        _print_line(health.at, describe(health))
     if view.ending is not None:
-        _say(view.ending.at, describe(view.ending))
-    said_at = time.monotonic()
+        _print_line(view.ending.at, describe(view.ending))
+    printed_at = time.monotonic()
 
-    def tell(event: AnyEvent) -> None:
-        nonlocal said_at
+    def on_event(event: AnyEvent) -> None:
+        nonlocal printed_at
         if not phases.is_new(event):
             return
         if not isinstance(event, Step | Progress):
-            _say(event.at, describe(event, view.total_steps))
-        elif time.monotonic() - said_at >= SAID_EVERY_S:
-            said_at = time.monotonic()
-            _say(event.at, standing(view, machine.look()))
+            _print_line(event.at, describe(event, view.total_steps))
+        elif time.monotonic() - printed_at >= PLAIN_INTERVAL_S:
+            printed_at = time.monotonic()
+            _print_line(event.at, standing(view, machine.poll()))
 
-    return _to_its_end(view, tell)
+    return _follow_to_end(view, on_event)
 
 
 class _LastSample:
@@ -86,17 +86,17 @@ class _LastSample:
         self._tail = TelemetryTail(run.telemetry_path)
         self._sample: Sample | None = None
 
-    def look(self) -> Sample | None:
+    def poll(self) -> Sample | None:
         """The newest there is."""
         self._sample = next(reversed(self._tail.poll()), self._sample)
         return self._sample
 
 
-def _to_its_end(view: RunView, tell: Callable[[AnyEvent], None]) -> int:
+def _follow_to_end(view: RunView, on_event: Callable[[AnyEvent], None]) -> int:
     run = view.run
     try:
         for event in followed(view, lambda detail: print(f"{run.id}: {detail}", file=sys.stderr)):
-            tell(event)
+            on_event(event)
     except KeyboardInterrupt:
         print(f"\nDetached: {run.id} goes on. `qlora-tui attach {run.id}` comes back.", file=sys.stderr)
         return 0
@@ -110,6 +110,6 @@ def _to_its_end(view: RunView, tell: Callable[[AnyEvent], None]) -> int:
     return FAILED if isinstance(view.ending, Failed) else 0
 
 
-def _say(at: float, line: str) -> None:
+def _print_line(at: float, line: str) -> None:
     if line:
         print(f"{time.strftime('%H:%M:%S', time.localtime(at))}  {line}", flush=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from qlora_tui import paths
-from qlora_tui.cli.verb import Outcome, Verb
+from qlora_tui.cli.subcommand import CommandResult, Subcommand
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> CommandResult:
     """Every directory the program uses."""
     places = {
         "config": paths.config_dir(),
@@ -21,10 +21,10 @@ def run(args: argparse.Namespace) -> Outcome:
         "cache": paths.cache_dir(),
     }
     width = max(map(len, places))
-    return Outcome(
+    return CommandResult(
         data={name: str(path) for name, path in places.items()},
         text="\n".join(f"{name.replace('_', ' '):<{width}}  {path}" for name, path in places.items()),
     )
 
 
-VERBS = {"locate": Verb(run)}
+SUBCOMMANDS = {"locate": Subcommand(run)}

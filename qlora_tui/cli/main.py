@@ -13,15 +13,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from qlora_tui import __version__, paths
-from qlora_tui.cli.arguments import positive
+from qlora_tui.cli.arguments import positive_float
 from qlora_tui.cli.terminal import visible_output
 from qlora_tui.errors import FAILED, Problem, disk_problem
 from qlora_tui.settings import load_settings
 
 if TYPE_CHECKING:
-    from qlora_tui.cli.verb import Outcome, Verb
+    from qlora_tui.cli.subcommand import CommandResult, Subcommand
 
-VERBS = {
+SUBCOMMANDS = {
     "models": ("models", "List models on this machine; with a query, on the hub too."),
     "download": ("download", "Fetch a model from the hub, or go on where that was cut short."),
     "estimate": ("estimate", "Predict a recipe's memory, item by item."),
@@ -52,16 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(list(sys.argv[1:] if argv is None else argv))
 
 
-def _run(words: list[str]) -> int:
+def _run(argv: list[str]) -> int:
     try:
-        if not words:
+        if not argv:
             return _open_app()
-        verb = next((word for word in words if word in VERBS), None)
-        args = _parser(verb).parse_args(words)
+        verb = next((word for word in argv if word in SUBCOMMANDS), None)
+        args = _parser(verb).parse_args(argv)
         if args.verb is None:
             return _open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse)
-        outcome = args.run(args)
-        return outcome if isinstance(outcome, int) else _show(outcome, as_json=args.json)
+        result = args.run(args)
+        return result if isinstance(result, int) else _print_result(result, as_json=args.json)
     except Problem as problem:
         print(f"qlora-tui: {problem}", file=sys.stderr)
         return problem.exit_code
@@ -79,23 +79,23 @@ def _run(words: list[str]) -> int:
         return unwritable.exit_code
 
 
-def _parser(called: str | None) -> argparse.ArgumentParser:
+def _parser(name_called: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-tui",
         description="Fine-tune language models with QLoRA on one GPU. Without a verb it opens the app.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-tui {__version__}")
-    parser.add_argument("--gpu-gib", type=positive, help="estimate against a card of this size")
+    parser.add_argument("--gpu-gib", type=positive_float, help="estimate against a card of this size")
     parser.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
     parser.set_defaults(verb=None)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    for name, (module, help_) in VERBS.items():
+    for name, (module, help_) in SUBCOMMANDS.items():
         sub = verbs.add_parser(name, help=help_, description=help_)
-        if name == called:
-            from qlora_tui.cli.verb import JSON_HELP
+        if name == name_called:
+            from qlora_tui.cli.subcommand import JSON_HELP
 
             sub.add_argument("--json", action="store_true", help=JSON_HELP)
-            verb: Verb = import_module(f"qlora_tui.cli.{module}").VERBS[name]
+            verb: Subcommand = import_module(f"qlora_tui.cli.{module}").SUBCOMMANDS[name]
             verb.arguments(sub)
             sub.set_defaults(run=verb.run)
     return parser
@@ -134,10 +134,10 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
     return app.return_code or 0
 
 
-def _show(outcome: Outcome, *, as_json: bool) -> int:
-    from qlora_tui.cli.verb import show
+def _print_result(result: CommandResult, *, as_json: bool) -> int:
+    from qlora_tui.cli.subcommand import print_result
 
-    return show(outcome, as_json=as_json)
+    return print_result(result, as_json=as_json)
 
 
 def _report_bug(error: Exception) -> int:

@@ -10,23 +10,23 @@ import msgspec
 
 from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, list_local_models
-from qlora_tui.cli.verb import Outcome, Verb, table
+from qlora_tui.cli.subcommand import CommandResult, Subcommand, format_table
 from qlora_tui.format import count, size
 from qlora_tui.settings import load_settings
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> CommandResult:
     """Local models, then the hub's where a query is given."""
     folders = [Path(folder).expanduser() for folder in load_settings().model_folders]
-    words = (args.query or "").lower()
-    local = [model for model in list_local_models(folders) if words in model.name.lower()]
-    text = _local_table(local) if local else "No models on this machine" + (" match." if words else " yet.")
+    query = (args.query or "").lower()
+    local = [model for model in list_local_models(folders) if query in model.name.lower()]
+    text = _local_table(local) if local else "No models on this machine" + (" match." if query else " yet.")
     data: dict[str, Any] = {"local": [_local_entry(model) for model in local]}
     if args.query:
-        found = search_models(args.query)
-        data["hub"] = [_hub_entry(model) for model in found]
-        text += "\n\n" + (_hub_table(found) if found else "Nothing on the hub matches.")
-    return Outcome(data=data, text=text)
+        hub_models = search_models(args.query)
+        data["hub"] = [_hub_entry(model) for model in hub_models]
+        text += "\n\n" + (_hub_table(hub_models) if hub_models else "Nothing on the hub matches.")
+    return CommandResult(data=data, text=text)
 
 
 def _local_table(models: list[LocalModel]) -> str:
@@ -40,7 +40,7 @@ def _local_table(models: list[LocalModel]) -> str:
         ]
         for model in models
     ]
-    return table(rows, ["model", "parameters", "size", "from", ""])
+    return format_table(rows, ["model", "parameters", "size", "from", ""])
 
 
 def _local_entry(model: LocalModel) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _hub_table(models: list[HubModel]) -> str:
         [model.id, count(model.parameters), f"{model.downloads:,}" if model.downloads else "", _access(model)]
         for model in models
     ]
-    return table(rows, ["on the hub", "parameters", "downloads", ""])
+    return format_table(rows, ["on the hub", "parameters", "downloads", ""])
 
 
 def _access(model: HubModel) -> str:
@@ -75,4 +75,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("query", nargs="?", help="words to look for, here and on the hub")
 
 
-VERBS = {"models": Verb(run, _arguments)}
+SUBCOMMANDS = {"models": Subcommand(run, _arguments)}

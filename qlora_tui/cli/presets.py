@@ -6,7 +6,7 @@ import argparse
 
 import msgspec
 
-from qlora_tui.cli.verb import Outcome, Verb, json_argument, table
+from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.presets import find_preset
 from qlora_tui.recipe.presets import list_presets as all_presets
@@ -14,23 +14,23 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, read_text
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> CommandResult:
     """List presets, show one as its file has it, or every setting there is."""
     if args.action == "reference":
         settings = {path: msgspec.to_builtins(field.default) for path, field in fields().items()}
-        return Outcome(data={"settings": settings}, text=dump(Recipe(), comments=True).rstrip())
+        return CommandResult(data={"settings": settings}, text=dump(Recipe(), comments=True).rstrip())
     if args.action == "show":
         preset = find_preset(args.name)
-        return Outcome(
+        return CommandResult(
             data={"name": preset.name, "path": str(preset.path), "recipe": msgspec.to_builtins(preset.layer)},
             text=read_text(preset.path).rstrip(),
         )
-    found = all_presets()
+    presets = all_presets()
     rows = [
         [p.name, "shipped" if p.shipped else "yours", str(p.problem.what if p.problem else p.note)]
-        for p in found
+        for p in presets
     ]
-    return Outcome(
+    return CommandResult(
         data={
             "presets": [
                 {
@@ -40,20 +40,22 @@ def run(args: argparse.Namespace) -> Outcome:
                     "shipped": p.shipped,
                     "problem": str(p.problem) if p.problem else None,
                 }
-                for p in found
+                for p in presets
             ]
         },
-        text=table(rows, ["preset", "from", "what for"]),
+        text=format_table(rows, ["preset", "from", "what for"]),
     )
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="show|reference")
-    one = actions.add_parser("show", help="print one preset")
-    one.add_argument("name", metavar="NAME")
-    every = actions.add_parser("reference", help="print every setting: default, bounds, and what it does")
-    for action in (one, every):
-        json_argument(action)
+    show_parser = actions.add_parser("show", help="print one preset")
+    show_parser.add_argument("name", metavar="NAME")
+    reference_parser = actions.add_parser(
+        "reference", help="print every setting: default, bounds, and what it does"
+    )
+    for action in (show_parser, reference_parser):
+        add_json_argument(action)
 
 
-VERBS = {"presets": Verb(run, _arguments)}
+SUBCOMMANDS = {"presets": Subcommand(run, _arguments)}

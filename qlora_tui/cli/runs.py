@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from qlora_tui.cli.check import check
-from qlora_tui.cli.follow import SAID_EVERY_S, follow, follow_plain
-from qlora_tui.cli.verb import Outcome, Verb, json_argument, table
+from qlora_tui.cli.follow import PLAIN_INTERVAL_S, follow, follow_plain
+from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
 from qlora_tui.errors import WRONG_CALL, Problem
 from qlora_tui.format import figure
 from qlora_tui.runs import actions, control, queue
@@ -22,22 +22,24 @@ _FEW_STEPS = 16
 """Of a long run: a list shows no curve."""
 
 
-def runs(args: argparse.Namespace) -> Outcome:
+def runs(args: argparse.Namespace) -> CommandResult:
     """Every run, a change to one, or a check of all."""
     if args.action == "rename":
         run = find(args.run_id)
         actions.rename(run, args.name)
-        return Outcome(data={"run": run.id, "name": run.name}, text=f"{run.id} is called {run.name} now.")
+        return CommandResult(
+            data={"run": run.id, "name": run.name}, text=f"{run.id} is called {run.name} now."
+        )
     if args.action == "check":
         return check(find(args.run_id) if args.run_id else None, repair=args.repair)
     if args.action == "delete":
-        return _delete(find(args.run_id), sure=args.yes)
+        return _delete(find(args.run_id), confirmed=args.yes)
     return _list()
 
 
-def _delete(run: RunDir, *, sure: bool) -> Outcome:
+def _delete(run: RunDir, *, confirmed: bool) -> CommandResult:
     actions.check_deletable(run)
-    if not sure:
+    if not confirmed:
         raise Problem(
             "Not deleted",
             what=f"{run.name} would be gone for good, with its checkpoints and its adapter.",
@@ -45,30 +47,30 @@ def _delete(run: RunDir, *, sure: bool) -> Outcome:
             exit_code=WRONG_CALL,
         )
     actions.delete(run)
-    return Outcome(data={"run": run.id, "deleted": True}, text=f"{run.id} is deleted.")
+    return CommandResult(data={"run": run.id, "deleted": True}, text=f"{run.id} is deleted.")
 
 
-def _list() -> Outcome:
+def _list() -> CommandResult:
     """Every run, newest first, and the queue's order."""
     waiting = queue.waiting()
-    known = [RunView.sketched(run, _FEW_STEPS)[0] for run in all_runs()]
+    views = [RunView.sketched(run, _FEW_STEPS)[0] for run in all_runs()]
     rows = [
         [
             v.run.name,
             v.status.state,
             f"{v.step:,}/{v.total_steps:,}" if v.total_steps else "-",
             figure(v.loss, 3),
-            _validated(v),
+            _format_validation(v),
             v.status.detail,
         ]
-        for v in known
+        for v in views
     ]
     text = (
-        table(rows, ["run", "state", "step", "loss", "validation", ""])
+        format_table(rows, ["run", "state", "step", "loss", "validation", ""])
         if rows
         else "No runs yet. `qlora-tui train` starts one."
     )
-    return Outcome(data={"runs": [_summary(view) for view in known], "queue": waiting}, text=text)
+    return CommandResult(data={"runs": [_summary(view) for view in views], "queue": waiting}, text=text)
 
 
 def attach(args: argparse.Namespace) -> int:
@@ -80,31 +82,31 @@ def attach(args: argparse.Namespace) -> int:
     return follow_plain(run) if args.plain and not args.json else follow(run, as_json=args.json)
 
 
-def resume(args: argparse.Namespace) -> Outcome | int:
+def resume(args: argparse.Namespace) -> CommandResult | int:
     """Go on from the last checkpoint."""
     run = find(args.run_id)
     actions.resume(run)
     if args.follow:
         return follow(run, as_json=args.json)
     where = "goes on from its last checkpoint" if run.checkpoints() else "begins again: it has no checkpoint"
-    return _done(run, f"{run.id} is queued and {where}.")
+    return _state_result(run, f"{run.id} is queued and {where}.")
 
 
-def stop(args: argparse.Namespace) -> Outcome:
+def stop(args: argparse.Namespace) -> CommandResult:
     """Save a checkpoint and the adapter, and end; a waiting run leaves the queue."""
     run = find(args.run_id)
     actions.stop(run)
-    return _done(run, f"{run.id} was asked to stop. `qlora-tui attach {run.id}` shows when it has.")
+    return _state_result(run, f"{run.id} was asked to stop. `qlora-tui attach {run.id}` shows when it has.")
 
 
-def pause(args: argparse.Namespace) -> Outcome:
+def pause(args: argparse.Namespace) -> CommandResult:
     """Save a checkpoint and leave the GPU."""
     run = find(args.run_id)
     actions.pause(run)
-    return _done(run, f"{run.id} was asked to pause. `qlora-tui resume {run.id}` goes on.")
+    return _state_result(run, f"{run.id} was asked to pause. `qlora-tui resume {run.id}` goes on.")
 
 
-_ASKABLE: dict[str, control.Kind] = {
+_REQUESTS: dict[str, control.Kind] = {
     "checkpoint": "checkpoint",
     "evaluate": "evaluate",
     "sample": "sample",
@@ -113,10 +115,10 @@ _ASKABLE: dict[str, control.Kind] = {
 }
 
 
-def ask(args: argparse.Namespace) -> Outcome:
+def send_request(args: argparse.Namespace) -> CommandResult:
     """Leave a request for the trainer; it is taken at the next step."""
     run = find(args.run_id)
-    kind = _ASKABLE[args.request]
+    kind = _REQUESTS[args.request]
     if (kind == "set_learning_rate") != (args.value is not None):
         raise Problem(
             "A learning rate is missing" if args.value is None else "One word too many",
@@ -125,11 +127,11 @@ def ask(args: argparse.Namespace) -> Outcome:
             exit_code=WRONG_CALL,
         )
     control.ask(run, kind, args.value)
-    return _done(run, f"{run.id} was asked: {args.request}.")
+    return _state_result(run, f"{run.id} was asked: {args.request}.")
 
 
-def _done(run: RunDir, text: str) -> Outcome:
-    return Outcome(data={"run": run.id, "state": read_status(run).state}, text=text)
+def _state_result(run: RunDir, text: str) -> CommandResult:
+    return CommandResult(data={"run": run.id, "state": read_status(run).state}, text=text)
 
 
 def _summary(view: RunView) -> dict[str, Any]:
@@ -153,24 +155,24 @@ def _summary(view: RunView) -> dict[str, Any]:
     }
 
 
-def _validated(view: RunView) -> str:
+def _format_validation(view: RunView) -> str:
     """``1.29, exact 97%, base 12%``: the lowest loss, and the last share of exact short answers."""
     best = figure(None if view.best is None else view.best.loss, 3)
     exact = exact_words(view.accuracy, view.base_accuracy)
     return f"{best}, exact {exact}" if exact else best
 
 
-def _one_run(parser: argparse.ArgumentParser) -> None:
+def _add_run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
 
 
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     changes = parser.add_subparsers(dest="action", metavar="rename|delete|check")
     rename = changes.add_parser("rename", help="call a run otherwise; its id stays")
-    _one_run(rename)
+    _add_run_argument(rename)
     rename.add_argument("name", metavar="NAME")
     delete = changes.add_parser("delete", help="delete an ended run for good")
-    _one_run(delete)
+    _add_run_argument(delete)
     delete.add_argument("--yes", action="store_true", help="yes, delete it")
     verify = changes.add_parser("check", help="verify every run, adapters and checkpoints by checksum")
     verify.add_argument("run_id", metavar="RUN", nargs="?", help="check this run only")
@@ -178,35 +180,35 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
         "--repair", action="store_true", help="repair what can be repaired, and say what was done"
     )
     for change in (rename, delete, verify):
-        json_argument(change)
+        add_json_argument(change)
 
 
 def _attach_arguments(parser: argparse.ArgumentParser) -> None:
-    _one_run(parser)
+    _add_run_argument(parser)
     parser.add_argument(
         "--plain",
         action="store_true",
         help="sentences for a screen reader: how it and its card stand now, what happens, and how it stands "
-        f"every {SAID_EVERY_S:.0f} s",
+        f"every {PLAIN_INTERVAL_S:.0f} s",
     )
 
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
-    _one_run(parser)
+    _add_run_argument(parser)
     parser.add_argument("--follow", action="store_true", help="follow it to its end")
 
 
-def _ask_arguments(parser: argparse.ArgumentParser) -> None:
-    _one_run(parser)
-    parser.add_argument("request", choices=list(_ASKABLE), help="what the trainer shall do at its next step")
+def _request_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_run_argument(parser)
+    parser.add_argument("request", choices=list(_REQUESTS), help="what the trainer shall do at its next step")
     parser.add_argument("value", nargs="?", type=float, help="the new rate, for learning-rate alone")
 
 
-VERBS = {
-    "runs": Verb(runs, _runs_arguments),
-    "attach": Verb(attach, _attach_arguments),
-    "stop": Verb(stop, _one_run),
-    "pause": Verb(pause, _one_run),
-    "resume": Verb(resume, _resume_arguments),
-    "ask": Verb(ask, _ask_arguments),
+SUBCOMMANDS = {
+    "runs": Subcommand(runs, _runs_arguments),
+    "attach": Subcommand(attach, _attach_arguments),
+    "stop": Subcommand(stop, _add_run_argument),
+    "pause": Subcommand(pause, _add_run_argument),
+    "resume": Subcommand(resume, _resume_arguments),
+    "ask": Subcommand(send_request, _request_arguments),
 }

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from qlora_tui.visible import visible
 
 
-class VisibleText:
+class VisibleStream:
     """A text stream that shows unsafe characters as symbols; everything else is the stream's it writes to."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -31,7 +31,7 @@ class VisibleText:
         for line in lines:
             self.write(line)
 
-    def control(self, sequence: str) -> None:
+    def write_control(self, sequence: str) -> None:
         """Write a control sequence of this program's own."""
         self._stream.write(sequence)
 
@@ -43,16 +43,16 @@ class VisibleText:
 def visible_output() -> Iterator[None]:
     """Show unsafe characters as symbols on stdout and stderr as long as the block lasts."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = VisibleText(sys.stdout), VisibleText(sys.stderr)
+    sys.stdout, sys.stderr = VisibleStream(sys.stdout), VisibleStream(sys.stderr)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
 
 
-def control(stream: TextIO, sequence: str) -> None:
+def write_control(stream: TextIO, sequence: str) -> None:
     """Write a control sequence of this program's own to stdout or stderr."""
-    (stream.control if isinstance(stream, VisibleText) else stream.write)(sequence)
+    (stream.write_control if isinstance(stream, VisibleStream) else stream.write)(sequence)
 
 
 def _encodable(text: str, stream: TextIO) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.cli.arguments import whole
+from qlora_tui.cli.arguments import positive_int
 from qlora_tui.cli.follow import follow
-from qlora_tui.cli.verb import Outcome, Verb, recipe_arguments, recipe_from
+from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_recipe_arguments, recipe_from_args
 from qlora_tui.data.error_cache import raise_cached_error, tokenizer_fingerprint
 from qlora_tui.data.quick_check import quick_check, warning_of
 from qlora_tui.data.sources import every_source, open_source
@@ -28,7 +28,7 @@ from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 
 
-def run(args: argparse.Namespace) -> Outcome | int:
+def run(args: argparse.Namespace) -> CommandResult | int:
     """Queue the run and see that a runner is at work."""
     if args.gpus is not None and not args.print_command:
         raise Problem(
@@ -37,23 +37,25 @@ def run(args: argparse.Namespace) -> Outcome | int:
             fix="With --print-command it says how to train on several.",
             exit_code=WRONG_CALL,
         )
-    recipe = recipe_from(args)
+    recipe = recipe_from_args(args)
     require_runnable(recipe)
     # What the trainer would refuse in ten seconds is refused now.
-    files = resolve_model(recipe.model.id)
-    architecture = files.architecture
+    model_files = resolve_model(recipe.model.id)
+    architecture = model_files.architecture
     resolve_targets(recipe.lora, architecture.modules)
-    if recipe.lora.token_rows and files.gguf_file is None:
-        token_ids(recipe.lora.token_rows, ChatTokenizer.from_folder(files.folder))
+    if recipe.lora.token_rows and model_files.gguf_file is None:
+        token_ids(recipe.lora.token_rows, ChatTokenizer.from_folder(model_files.folder))
     sources = every_source(recipe.data)
     choice = recipe.data.preferences
-    found = [(source, file) for i, source in enumerate(sources) for file in open_source(source, choice, i)[0]]
-    tokens = tokenizer_fingerprint(files.folder, recipe.model.chat_template, recipe.data.train_on)
-    raise_cached_error([(source, file.path) for source, file in found], tokens)
-    looked = quick_check((file for _, file in found), recipe.data)
-    for warning in looked.warnings:
+    data_files = [
+        (source, file) for i, source in enumerate(sources) for file in open_source(source, choice, i)[0]
+    ]
+    tokens = tokenizer_fingerprint(model_files.folder, recipe.model.chat_template, recipe.data.train_on)
+    raise_cached_error([(source, file.path) for source, file in data_files], tokens)
+    quick_check = quick_check((file for _, file in data_files), recipe.data)
+    for warning in quick_check.warnings:
         print(f"warning: {warning_of(warning)}", file=sys.stderr)
-    if not looked.complete:
+    if not quick_check.complete:
         print("note: many rows; those not read yet are checked when the run starts.", file=sys.stderr)
     if too_long := context_length_warning(recipe.data.max_length, architecture):
         print(f"warning: {too_long}", file=sys.stderr)
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> Outcome | int:
         return _print_command(recipe, args.gpus)
     new = actions.submit(recipe)
     if args.detach:
-        return Outcome(
+        return CommandResult(
             data={"run": new.id, "path": str(new.path)},
             text=f"{new.id} is queued. `qlora-tui attach {new.id}` follows it.",
         )
@@ -69,14 +71,14 @@ def run(args: argparse.Namespace) -> Outcome | int:
     return follow(new, as_json=args.json)
 
 
-def _print_command(recipe: Recipe, wanted: int | None) -> Outcome:
+def _print_command(recipe: Recipe, requested: int | None) -> CommandResult:
     """Make the run, and give the command that trains it, a process a GPU, sharing out each step's rows."""
-    here = _gpus()
-    gpus = wanted or here or 1
-    if here and gpus > here:
+    available = _visible_gpu_count()
+    gpus = requested or available or 1
+    if available and gpus > available:
         raise Problem(
             "Not so many GPUs",
-            what=f"--gpus {gpus} was asked for, and torch will see {here} here.",
+            what=f"--gpus {gpus} was asked for, and torch will see {available} here.",
             fix="Without --gpus it is for all of them.",
             exit_code=WRONG_CALL,
         )
@@ -89,7 +91,7 @@ def _print_command(recipe: Recipe, wanted: int | None) -> Outcome:
             f"training.gradient_accumulation a multiple of {gpus}.)",
             file=sys.stderr,
         )
-    return Outcome(
+    return CommandResult(
         data={"run": run.id, "path": str(run.path), "gpus": gpus, "command": command}, text=command
     )
 
@@ -101,7 +103,7 @@ def _launch(run: RunDir, gpus: int) -> list[str]:
     return [*launcher, *processes, "-m", "qlora_tui.training", str(run.path)]
 
 
-def _gpus() -> int:
+def _visible_gpu_count() -> int:
     """How many torch will see."""
     try:
         return len(cuda_device_order(list_gpus()))
@@ -111,7 +113,7 @@ def _gpus() -> int:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="a recipe file")
-    recipe_arguments(parser)
+    add_recipe_arguments(parser)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--detach", action="store_true", help="return at once; the run goes on by itself")
     instead.add_argument(
@@ -120,8 +122,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="make the run without queueing it, and print the torchrun command that trains it",
     )
     parser.add_argument(
-        "--gpus", type=whole, metavar="N", help="with --print-command: on so many; all, unless told"
+        "--gpus", type=positive_int, metavar="N", help="with --print-command: on so many; all, unless told"
     )
 
 
-VERBS = {"train": Verb(run, _arguments)}
+SUBCOMMANDS = {"train": Subcommand(run, _arguments)}

@@ -147,7 +147,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _now_and_then() -> Progress:
-    """Says how far it is, at most every ``SAID_EVERY_S`` and at the end."""
+    """Says how far it is, at most every ``PLAIN_INTERVAL_S`` and at the end."""
     said_at = -SAID_EVERY_S
 
     def progress(done: int, total: int) -> None:

@@ -28,7 +28,7 @@ def test_of_a_long_run_an_even_sample_is_told_and_all_of_it_as_json(call: Call) 
 def test_plain_says_in_sentences_what_the_live_screen_shows(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "SAID_EVERY_S", 0.0)
+    monkeypatch.setattr(follow, "PLAIN_INTERVAL_S", 0.0)
     run = play(Play(steps=640, nan=range(30, 33), health=True))
 
     def go_on() -> None:

@@ -133,7 +133,7 @@ def test_an_answer_in_the_chat_is_shown_with_symbols(
 
 def test_own_sequences_pass_and_foreign_ones_do_not(capsys: pytest.CaptureFixture[str]) -> None:
     with terminal.visible_output():
-        terminal.control(sys.stdout, "\x1b[1m")
+        terminal.write_control(sys.stdout, "\x1b[1m")
         print("a\x1b[2Jb")
     assert capsys.readouterr().out == "\x1b[1ma␛[2Jb\n"
 

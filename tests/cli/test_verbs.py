@@ -11,7 +11,7 @@ from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import paths
 from qlora_tui.catalog import hub
 from qlora_tui.cli import doctor
-from qlora_tui.cli.main import VERBS
+from qlora_tui.cli.main import SUBCOMMANDS
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, queue
 from qlora_tui.runs.directory import RunDir, create
@@ -46,7 +46,7 @@ def finished_run() -> RunDir:
     return run
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", SUBCOMMANDS)
 def test_every_verb_explains_itself(verb: str, call: Call) -> None:
     said = call(verb, "--help")
     assert said.code == 0
@@ -63,7 +63,7 @@ def test_an_action_explains_its_json(words: tuple[str, str], call: Call) -> None
 def test_the_help_names_every_verb(call: Call) -> None:
     said = call("--help")
     assert said.code == 0
-    assert all(f"    {verb}" in said.out for verb in VERBS)
+    assert all(f"    {verb}" in said.out for verb in SUBCOMMANDS)
 
 
 def test_an_unknown_verb_is_a_wrong_call(call: Call) -> None:

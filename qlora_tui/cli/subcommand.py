@@ -20,7 +20,7 @@ JSON_HELP = "JSON on stdout, an object a line; messages on stderr"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CommandResult:
     """What a verb found: the same for people and for programs."""
 
     data: Any
@@ -31,21 +31,21 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Verb:
+class Subcommand:
     """What a word of the command line does; :mod:`qlora_tui.cli.main` has the words."""
 
-    run: Callable[[argparse.Namespace], Outcome | int]
+    run: Callable[[argparse.Namespace], CommandResult | int]
     """Gives an outcome to print, or the exit code when it has printed as it went."""
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
 
-def show(outcome: Outcome, *, as_json: bool) -> int:
+def print_result(result: CommandResult, *, as_json: bool) -> int:
     """Print an outcome on stdout; its exit code."""
     if as_json:
-        print_json(outcome.data)
-    elif outcome.text:
-        print(outcome.text)
-    return outcome.exit_code
+        print_json(result.data)
+    elif result.text:
+        print(result.text)
+    return result.exit_code
 
 
 def print_json(data: Any) -> None:
@@ -59,12 +59,12 @@ def print_json(data: Any) -> None:
     sys.stdout.flush()
 
 
-def json_argument(parser: argparse.ArgumentParser) -> None:
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
     """``--json`` of a verb's action: unlike the verb's own it has no default, which would undo that one."""
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=JSON_HELP)
 
 
-def recipe_arguments(parser: argparse.ArgumentParser) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The options from which a recipe is laid together."""
     parser.add_argument("--preset", help="the preset to lay over the defaults (see `qlora-tui presets`)")
     parser.add_argument("--model", help="a hub id, a folder, or a GGUF file")
@@ -79,7 +79,7 @@ def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def recipe_from(args: argparse.Namespace) -> Recipe:
+def recipe_from_args(args: argparse.Namespace) -> Recipe:
     """The recipe the options describe: defaults < preset < file < options. Raises Problem."""
     file = getattr(args, "recipe", None)
     return build_recipe(
@@ -91,7 +91,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     )
 
 
-def table(rows: list[list[str]], header: list[str]) -> str:
+def format_table(rows: list[list[str]], header: list[str]) -> str:
     """Columns as wide as they need; numbers are told by the caller's own alignment."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
