@@ -34,7 +34,7 @@ from bench.published_rows import GROUPS, find_config, group_of, read_path
 from bench.published_words import Row, Unplaced
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory import Estimate, check_fit, estimate
 
 UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
@@ -103,7 +103,7 @@ def measured_tiers(row: Row) -> dict[str, float]:
 
 
 def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Score:
-    """Estimate one row. Raises Unplaced or Problem."""
+    """Estimate one row. Raises Unplaced or UserError."""
     recipe, path = read_path(row)
     capacity, tiers = _capacity(row["gpu"]), measured_tiers(row)
     made = estimate(recipe, architecture, path=path, capacity_bytes=capacity)
@@ -155,14 +155,14 @@ def run(tables: Path | Sequence[Path], configs: Path, fitcheck: Path) -> dict[st
             read_path(row)
             config = find_config(row["model_id"], configs)
             placed.append((row, config, parse_architecture(load_config(config))))
-        except (Unplaced, Problem, KeyError, ValueError) as reason:
+        except (Unplaced, UserError, KeyError, ValueError) as reason:
             unplaced.append({"id": row.get("id", "?"), "model": row.get("model_id", "?"), "why": str(reason)})
     answers = ask([question(row, config) for row, config, _ in placed], fitcheck)
     scores: list[Score] = []
     for (row, _, architecture), answer in zip(placed, answers, strict=True):
         try:
             scores.append(score(row, architecture, answer))
-        except (Unplaced, Problem, KeyError, ValueError) as reason:
+        except (Unplaced, UserError, KeyError, ValueError) as reason:
             unplaced.append({"id": row["id"], "model": row["model_id"], "why": str(reason)})
     return {
         "rows": [_row(made) for made in scores],

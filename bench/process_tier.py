@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui import children
+from qlora_tui import subprocesses
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.memory import estimate
 from qlora_tui.memory.budget import budget_for
@@ -159,8 +159,8 @@ def train(recipe: Recipe, scratch: Path, settings: str, number: int) -> Cell:
     run = actions.prepare(recipe)
     with run.log_path.open("wb") as log:
         trainer = subprocess.Popen(
-            children.command("qlora_tui.training", str(run.path)),
-            env=children.environment(),
+            subprocesses.module_argv("qlora_tui.training", str(run.path)),
+            env=subprocesses.subprocess_env(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -35,7 +35,7 @@ from bench.ways.work import Work
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.demo.download import SMOLLM2, Packed, Wheel
 from qlora_tui.demo.model import ensure_model
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 GEMMA3 = Packed(
     name="Gemma-3-270M",
@@ -130,7 +130,7 @@ def main() -> int:
             shutil.rmtree(scratch)
             if not args.json:
                 print(table(MODELS[key].name, reports[MODELS[key].name]), flush=True)
-    except Problem as problem:
+    except UserError as problem:
         print(problem, file=sys.stderr)
         return problem.exit_code
     if args.json:

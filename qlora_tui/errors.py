@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FAILED = 1
+EXIT_FAILURE = 1
 """Exit code: the call was right and it failed."""
-WRONG_CALL = 2
+EXIT_USAGE = 2
 """Exit code: the call itself was wrong (a bad argument, an invalid recipe)."""
 
 
-class Problem(Exception):
+class UserError(Exception):
     """Something the user can act on."""
 
-    def __init__(self, title: str, *, what: str, why: str = "", fix: str = "", exit_code: int = FAILED):
+    def __init__(self, title: str, *, what: str, why: str = "", fix: str = "", exit_code: int = EXIT_FAILURE):
         super().__init__(title)
         self.title = title
         """A few words: ``Out of GPU memory``."""
@@ -41,8 +41,8 @@ class Problem(Exception):
         return (_rebuild, (self.title, self.what, self.why, self.fix, self.exit_code))
 
 
-def _rebuild(title: str, what: str, why: str, fix: str, exit_code: int) -> Problem:
-    return Problem(title, what=what, why=why, fix=fix, exit_code=exit_code)
+def _rebuild(title: str, what: str, why: str, fix: str, exit_code: int) -> UserError:
+    return UserError(title, what=what, why=why, fix=fix, exit_code=exit_code)
 
 
 _LONGEST_SHOWN = 300
@@ -71,7 +71,7 @@ _DISK: dict[int, tuple[str, str]] = {
 }
 
 
-def disk_problem(error: OSError, path: Path | None = None) -> Problem | None:
+def disk_problem(error: OSError, path: Path | None = None) -> UserError | None:
     """Describe what the disk would not do; None for an error that is not the disk's.
 
     ``path``: the file to name where the error does not.
@@ -84,12 +84,12 @@ def disk_problem(error: OSError, path: Path | None = None) -> Problem | None:
     why = ""
     if error.errno == errno.ENOSPC and _lacks_inodes(Path(where)):
         why, fix = "The disk has space, but no inodes left: it holds too many files.", "Delete some files."
-    return Problem(title, what=f"{where}: {error.strerror or os.strerror(error.errno)}.", why=why, fix=fix)
+    return UserError(title, what=f"{where}: {error.strerror or os.strerror(error.errno)}.", why=why, fix=fix)
 
 
 @contextmanager
 def disk_problems() -> Iterator[None]:
-    """Raise Problem for what the disk would not do."""
+    """Raise UserError for what the disk would not do."""
     try:
         yield
     except OSError as error:

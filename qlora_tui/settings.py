@@ -10,10 +10,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from qlora_tui import paths
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 
 
-class Notify(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class NotificationSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What happens when a run finishes or fails."""
 
     bell: bool = True
@@ -38,8 +38,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     keymap: dict[str, str] = {}
     """Keys by command, as in ``"train.stop" = "x"``; F1 in the app names every command."""
     mouse: bool = True
-    notify: Notify = Notify()
-    card_gib: Annotated[float, Meta(gt=0)] | None = None
+    notify: NotificationSettings = NotificationSettings()
+    gpu_memory_gib: Annotated[float, Meta(gt=0)] | None = msgspec.field(default=None, name="card_gib")
     """Memory to estimate against, where it is not the card of this machine."""
 
 
@@ -49,17 +49,17 @@ def config_path() -> Path:
 
 
 def load_settings() -> Settings:
-    """The settings, or the defaults where there is no file. Raises Problem for one that is wrong."""
+    """The settings, or the defaults where there is no file. Raises UserError for one that is wrong."""
     path = config_path()
     try:
         return msgspec.convert(tomllib.loads(path.read_text("utf-8")), Settings)
     except FileNotFoundError:
         return Settings()
     except (OSError, ValueError, RecursionError, msgspec.ValidationError) as error:
-        known = ", ".join(field.name for field in msgspec.structs.fields(Settings))
-        raise Problem(
+        known = ", ".join(field.encode_name for field in msgspec.structs.fields(Settings))
+        raise UserError(
             "config.toml cannot be used",
             what=f"{path}: {error}.",
             fix=f"Its keys are {known}.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         ) from error

@@ -101,7 +101,7 @@ async def draw(picture: Picture, *, model: Path, estimated: Path) -> None:
     from qlora_tui.settings import Settings
     from qlora_tui.tui.app import QloraApp
 
-    app = QloraApp(Settings(model_folders=(str(model.parent),), card_gib=24.0))
+    app = QloraApp(Settings(model_folders=(str(model.parent),), gpu_memory_gib=24.0))
     chosen = model if picture.mode == "data" else estimated
     app.workbench.replace(build_recipe(preset="balanced", model=str(chosen), data=[str(CONVERSATIONS)]))
     async with app.run_test(size=picture.size) as pilot:

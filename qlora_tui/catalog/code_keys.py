@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 IMPLEMENTATIONS = frozenset(
     f"{prefix}{part}_implementation{suffix}"
@@ -102,11 +102,11 @@ def named_kernels(config: Mapping[str, Any]) -> str | None:
 def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
     """A LoRA adapter's config with the keys that decide its values alone; which others it had.
 
-    Raises Problem where its values depend on a file that ``where``, the adapter's folder, does not hold.
+    Raises UserError where its values depend on a file that ``where``, the adapter's folder, does not hold.
     """
     init_method = config.get("init_lora_weights")
     if init_method in _FROM_FILES:
-        raise Problem(
+        raise UserError(
             "The adapter cannot be read",
             what=f"{where}: init_lora_weights is {init_method!r}.",
             why="Such an adapter changes the base by statistics from another file, which could be anyone's.",

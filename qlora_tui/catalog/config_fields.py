@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 MAX_SIZE = 1 << 31
 """No size in a real config comes near this."""
@@ -13,9 +13,9 @@ MAX_SIZE_BY_KEY = {"layer": 1000, "head": 100_000}
 """Tighter bounds where a size is also a count of things to list, by what the key contains."""
 
 
-def config_problem(where: str, what: str) -> Problem:
+def config_problem(where: str, what: str) -> UserError:
     """The refusal of a config, in one voice."""
-    return Problem(
+    return UserError(
         "The model's config cannot be used",
         what=f"{where}: {what}.",
         why="The model's shape is read from its config.json.",
@@ -38,17 +38,17 @@ class ConfigFields:
                 return key, self.values[key]
         return None
 
-    def invalid(self, key: str, expected: str) -> Problem:
+    def invalid(self, key: str, expected: str) -> UserError:
         value_text = repr(self.values.get(key))
         if len(value_text) > 40:
             value_text = value_text[:39] + "…"
         return config_problem(self.where, f"{key} is {value_text}, expected {expected}")
 
-    def missing(self, key: str) -> Problem:
+    def missing(self, key: str) -> UserError:
         return config_problem(self.where, f"{key} is missing")
 
     def size(self, keys: tuple[str, ...], *, minimum: int = 1) -> int | None:
-        """A whole number from ``least`` up; None when absent or null. Raises Problem otherwise."""
+        """A whole number from ``least`` up; None when absent or null. Raises UserError otherwise."""
         entry = self.first(keys)
         if entry is None or entry[1] is None:
             return None
@@ -104,7 +104,7 @@ class ConfigFields:
         return tuple(value[:length])
 
     def child(self, key: str) -> ConfigFields:
-        """A nested object. Raises Problem when absent or not an object."""
+        """A nested object. Raises UserError when absent or not an object."""
         if self.values.get(key) is None:
             raise self.missing(key)
         value = self.values[key]

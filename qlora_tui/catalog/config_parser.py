@@ -19,7 +19,7 @@ from qlora_tui.catalog.architecture_types import Architecture, Experts, OutputHe
 from qlora_tui.catalog.config_fields import ConfigFields, config_problem
 from qlora_tui.catalog.families import COMPOSITE, FAMILY
 from qlora_tui.catalog.family_spec import Family, SizeField, Sizes, embeddings, evaluate, expand
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 COMMON_SIZES: dict[str, SizeField] = {
     "layers": SizeField(("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
@@ -39,7 +39,7 @@ ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activa
 def parse_architecture(config: Mapping[str, Any] | Path) -> Architecture:
     """The architecture a config describes.
 
-    ``config`` is the parsed ``config.json``, the file, or the folder that holds it. Raises Problem, naming
+    ``config`` is the parsed ``config.json``, the file, or the folder that holds it. Raises UserError, naming
     the field, for an unknown family, a missing field, or a value that cannot be.
     """
     if isinstance(config, Path):
@@ -49,7 +49,7 @@ def parse_architecture(config: Mapping[str, Any] | Path) -> Architecture:
 
 
 def load_config(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``. Raises Problem when it cannot be read or is none."""
+    """The JSON object in ``file``. Raises UserError when it cannot be read or is none."""
     try:
         values = json.loads(file.read_bytes())
     except FileNotFoundError:
@@ -81,9 +81,9 @@ def _parse(fields: ConfigFields) -> Architecture:
     return _assemble(fields, model_type, family, family.base, sizes)
 
 
-def unknown_family(where: str, model_type: str) -> Problem:
+def unknown_family(where: str, model_type: str) -> UserError:
     close_matches = difflib.get_close_matches(model_type, sorted(known_model_types()), n=1, cutoff=0.75)
-    return Problem(
+    return UserError(
         "This model family is not known",
         what=f"{where}: model_type is {model_type!r}.",
         why="The estimate and the LoRA screen need to know what such a model is built of.",
@@ -117,7 +117,7 @@ def _parse_composite(fields: ConfigFields, model_type: str) -> Architecture:
 
 
 def read_sizes(family: Family, fields: ConfigFields) -> dict[str, int]:
-    """Every size and flag the tables of ``family`` name. Raises Problem naming the field at fault."""
+    """Every size and flag the tables of ``family`` name. Raises UserError naming the field at fault."""
     size_fields = {**COMMON_SIZES, **_dense_width(family), **family.sizes}
     sizes: dict[str, int] = {}
     for name, size in size_fields.items():

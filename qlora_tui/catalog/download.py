@@ -22,11 +22,11 @@ from typing import IO, Any
 
 import msgspec
 
-from qlora_tui import children
+from qlora_tui import subprocesses
 from qlora_tui.catalog.hub import TIMEOUT_S, endpoint, request_headers
 from qlora_tui.catalog.hub_errors import is_permanent, network_error, translate_hub_errors
 from qlora_tui.catalog.hub_files import DownloadPlan, HubFile, plan_download
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write
 
 OnProgress = Callable[[int, int, str], None]
@@ -47,7 +47,7 @@ def download(
 ) -> Path:
     """Fetch a revision of ``model_id`` into the Hugging Face cache; return the folder to load.
 
-    Continues what an earlier attempt left. Raises Problem when it cannot; what was fetched is kept.
+    Continues what an earlier attempt left. Raises UserError when it cannot; what was fetched is kept.
     """
     plan = plan_download(model_id, revision)
     check_space(plan)
@@ -68,12 +68,12 @@ def download(
 
 
 def check_space(plan: DownloadPlan) -> None:
-    """Raise Problem when what is missing does not fit on the disk."""
+    """Raise UserError when what is missing does not fit on the disk."""
     existing_parent = next(folder for folder in plan.folder.parents if folder.exists())
     free = shutil.disk_usage(existing_parent).free
     missing = plan.total_bytes - plan.done_bytes
     if missing and missing + RESERVED_BYTES > free:
-        raise Problem(
+        raise UserError(
             "There is not enough room on the disk",
             what=(
                 f"{plan.id} needs {missing / 1e9:.1f} GB more, "
@@ -102,7 +102,7 @@ def _open_partial(plan: DownloadPlan, file: HubFile) -> Iterator[IO[bytes]]:
         try:
             fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Problem(
+            raise UserError(
                 "The model is being downloaded already",
                 what=f"Another process is fetching {file.name} of {plan.id}.",
                 fix="Wait for it to end.",
@@ -133,7 +133,7 @@ def _fetch(plan: DownloadPlan, file: HubFile, report: OnProgress, retry_delays_s
         partial.flush()
         if _hash(plan.partial(file), file) != file.etag:
             partial.truncate(0)
-            raise Problem(
+            raise UserError(
                 "The download is damaged",
                 what=f"{file.name} of {plan.id} is not what the hub says it should be.",
                 why="It was changed on its way, or by a disk error.",
@@ -188,8 +188,8 @@ def _size(path: Path) -> int:
 def spawn(model_id: str) -> subprocess.Popen[bytes]:
     """Start a download that outlives this process and its terminal. Its JSON lines come on ``stdout``."""
     return subprocess.Popen(
-        children.command("qlora_tui.catalog.download", model_id),
-        env=children.environment(),
+        subprocesses.module_argv("qlora_tui.catalog.download", model_id),
+        env=subprocesses.subprocess_env(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -229,14 +229,14 @@ def main(arguments: list[str]) -> int:
     writer = _JsonLinesWriter()
     try:
         if len(arguments) != 1:
-            raise Problem(
+            raise UserError(
                 "The call is wrong",
                 what=f"One model id is expected, {len(arguments)} were given.",
                 fix="python -m qlora_tui.catalog.download publisher/model",
-                exit_code=WRONG_CALL,
+                exit_code=EXIT_USAGE,
             )
         path = download(arguments[0], writer.progress)
-    except Problem as problem:
+    except UserError as problem:
         texts = {"title": problem.title, "what": problem.what, "why": problem.why, "fix": problem.fix}
         writer.write("problem", **texts)
         return problem.exit_code

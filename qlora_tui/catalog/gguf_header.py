@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -144,7 +144,7 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufHeader:
-    """The header of ``path``. Raises Problem when it cannot be read or is not GGUF."""
+    """The header of ``path``. Raises UserError when it cannot be read or is not GGUF."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read(_Cursor(data))
@@ -156,8 +156,8 @@ def read_gguf(path: Path) -> GgufHeader:
         raise _gguf_problem(path, "it is not a whole GGUF file of version 2 or 3") from None
 
 
-def _gguf_problem(path: Path, why: str) -> Problem:
-    return Problem(
+def _gguf_problem(path: Path, why: str) -> UserError:
+    return UserError(
         "The GGUF file cannot be used",
         what=f"{path}: {why}.",
         fix="Download the file again, or choose the model in the Hugging Face format.",
@@ -197,7 +197,7 @@ def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...]]:
 def to_hf_config(header: GgufHeader, path: Path) -> dict[str, Any]:
     """The header as ``config.json`` would say it, for ``parse_architecture``.
 
-    Raises Problem for an architecture that cannot be turned back into a dense model.
+    Raises UserError for an architecture that cannot be turned back into a dense model.
     """
     architecture = header.architecture
     if architecture not in MODEL_TYPES or header.values.get(f"{architecture}.expert_count"):

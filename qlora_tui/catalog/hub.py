@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from qlora_tui.catalog.hub_errors import translate_hub_errors
 from qlora_tui.catalog.model_validation import CONFIG, check_model_type
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 TIMEOUT_S = 15
 """For connecting, and for each wait for data."""
@@ -36,14 +36,14 @@ class HubModel(Struct, frozen=True):
     model_type: str | None
     modified: str
     """ISO date, or empty."""
-    refusal: Problem | None
+    refusal: UserError | None
     """Why it cannot be trained here, as far as the hub says."""
 
 
 def search_models(query: str, limit: int = 30) -> list[HubModel]:
     """Models whose name has ``query`` in it and whose weights are safetensors, most downloaded first.
 
-    Raises Problem when the hub does not answer.
+    Raises UserError when the hub does not answer.
     """
     params = {
         "search": query,
@@ -76,7 +76,7 @@ def _parse_model(entry: Mapping[str, Any]) -> HubModel:
 def fetch_config(model_id: str, revision: str = "main") -> dict[str, Any]:
     """The model's ``config.json``, read without writing anything to the cache.
 
-    Raises Problem when it does not exist, is gated, or the hub does not answer.
+    Raises UserError when it does not exist, is gated, or the hub does not answer.
     """
     config = get_json(f"{validate_model_id(model_id)}/resolve/{revision}/{CONFIG}", model_id=model_id)
     if not isinstance(config, dict):
@@ -85,7 +85,7 @@ def fetch_config(model_id: str, revision: str = "main") -> dict[str, Any]:
 
 
 def get_json(path: str, params: Mapping[str, Any] | None = None, model_id: str = "") -> Any:
-    """The JSON that the hub has at ``path``. Raises Problem otherwise."""
+    """The JSON that the hub has at ``path``. Raises UserError otherwise."""
     from huggingface_hub import get_session, hf_raise_for_status
 
     with translate_hub_errors(model_id):
@@ -111,12 +111,12 @@ def request_headers() -> dict[str, str]:
 
 
 def endpoint() -> str:
-    """Where the hub is. Raises Problem when ``HF_ENDPOINT`` is no web address."""
+    """Where the hub is. Raises UserError when ``HF_ENDPOINT`` is no web address."""
     from huggingface_hub import constants
 
     address: str = constants.ENDPOINT
     if not address.startswith(("http://", "https://")):
-        raise Problem(
+        raise UserError(
             "HF_ENDPOINT is not a web address",
             what=f"HF_ENDPOINT is {address!r}.",
             fix="Set it to an address that begins with https://, or unset it for huggingface.co.",
@@ -125,14 +125,14 @@ def endpoint() -> str:
 
 
 def validate_model_id(model_id: str) -> str:
-    """``model_id`` if it can be one on the hub. Raises Problem otherwise."""
+    """``model_id`` if it can be one on the hub. Raises UserError otherwise."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
     try:
         validate_repo_id(model_id)
     except HFValidationError:
-        raise Problem(
+        raise UserError(
             "This is not the name of a model on the hub",
             what=f"{model_id[:80]!r} is not of the form publisher/model.",
             fix="Search for the model on the Model screen, or copy its name from its page on the hub.",
@@ -141,9 +141,9 @@ def validate_model_id(model_id: str) -> str:
     return model_id
 
 
-def not_a_hub_problem() -> Problem:
+def not_a_hub_problem() -> UserError:
     """The endpoint answered, but with something that no hub says."""
-    return Problem(
+    return UserError(
         "The answer is not from a model hub",
         what=f"{endpoint()} did not answer as a hub does.",
         why="A login page of the network, or a proxy, may have answered in its place.",

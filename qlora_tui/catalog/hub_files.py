@@ -26,7 +26,7 @@ from qlora_tui.catalog.model_validation import (
     indexed_files,
     no_weights_problem,
 )
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 
 SMALL_FILES = frozenset((CONFIG, "generation_config.json", *TOKENIZER_FILES))
 HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -85,8 +85,8 @@ class DownloadPlan(Struct, frozen=True):
 def plan_download(model_id: str, revision: str = "main") -> DownloadPlan:
     """What fetching ``model_id`` takes. Nothing is written yet.
 
-    Raises Problem when the hub does not answer, the model is gated, or it cannot be trained here (the reason
-    is known from its config and file list, before gigabytes are fetched).
+    Raises UserError when the hub does not answer, the model is gated, or it cannot be trained here (the
+    reason is known from its config and file list, before gigabytes are fetched).
     """
     page = f"api/models/{validate_model_id(model_id)}/revision/{quote(validate_revision(revision), safe='')}"
     info = get_json(page, {"blobs": "true"}, model_id)
@@ -101,13 +101,13 @@ def plan_download(model_id: str, revision: str = "main") -> DownloadPlan:
 
 
 def validate_revision(revision: str) -> str:
-    """A name that may become part of an address and of a path; raises Problem for any other."""
+    """A name that may become part of an address and of a path; raises UserError for any other."""
     if not REVISION.fullmatch(revision):
-        raise Problem(
+        raise UserError(
             "That is no revision",
             what=f"{revision!r} is not the name of a branch, a tag or a commit.",
             fix="The hub lists them under Files and versions.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     return revision
 

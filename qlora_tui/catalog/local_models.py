@@ -21,7 +21,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
 from qlora_tui.catalog.model_validation import CONFIG, check_folder, is_truncated, model_problem, weight_files
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
 MAX_DEPTH = 3
@@ -40,7 +40,7 @@ class LocalModel(Struct, frozen=True):
     source: ModelSource
     size_bytes: int
     architecture: Architecture | None
-    refusal: Problem | None
+    refusal: UserError | None
     """Why it cannot be trained."""
 
 
@@ -86,7 +86,7 @@ def list_local_models(folders: Iterable[Path] = ()) -> list[LocalModel]:
 def resolve_model(model_id: str) -> ModelFiles:
     """The files of the model a recipe names: a hub id in the cache, a converted model, a folder, a GGUF file.
 
-    Raises Problem when it is not on this machine (with near matches), is refused, or is cut short.
+    Raises UserError when it is not on this machine (with near matches), is refused, or is cut short.
     """
     model = _find_model(model_id)
     if model is None:
@@ -107,7 +107,7 @@ def resolve_model(model_id: str) -> ModelFiles:
     return ModelFiles(model.id, model.path, None, model.source, model.architecture)
 
 
-def model_not_found(model_id: str) -> Problem:
+def model_not_found(model_id: str) -> UserError:
     """The answer to a name that no model on this machine has."""
     names = {model.id.lower(): model.id for model in list_local_models()}
     short = {name.rpartition("/")[2]: model for name, model in names.items()}
@@ -123,12 +123,12 @@ def model_not_found(model_id: str) -> Problem:
         if looks_like_path
         else f"Download it on the Model screen, or with: qlora-tui download {model_id}"
     )
-    return Problem(
+    return UserError(
         "The model is not on this machine",
         what=f"There is no model {model_id!r} here.",
         why=f"Looked in {hub_cache_dir()} and {converted_dir()}.",
         fix=hint + advice,
-        exit_code=WRONG_CALL,
+        exit_code=EXIT_USAGE,
     )
 
 
@@ -196,7 +196,7 @@ def _snapshot(folder: Path) -> Path | None:
     return max(snapshots, key=lambda snapshot: snapshot.stat().st_mtime, default=None)
 
 
-def _incomplete_download(name: str) -> Problem:
+def _incomplete_download(name: str) -> UserError:
     return model_problem(
         "The download is not complete",
         f"{name} is in the cache only in part.",
@@ -252,7 +252,7 @@ def _read_gguf_model(file: Path) -> LocalModel:
     architecture, refusal = None, None
     try:
         architecture = parse_architecture(to_hf_config(read_gguf(file), file))
-    except Problem as problem:
+    except UserError as problem:
         refusal = problem
     return LocalModel(str(file), file.stem, file, "gguf", file.stat().st_size, architecture, refusal)
 

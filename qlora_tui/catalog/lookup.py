@@ -10,25 +10,25 @@ import msgspec
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 
 def load_architecture(model_id: str) -> Architecture:
     """Of a model on this machine, of a folder that holds only a ``config.json``, or of such a file itself.
 
-    Raises Problem where there is none to be had.
+    Raises UserError where there is none to be had.
     """
     config = _config_file(model_id)
     return resolve_model(model_id).architecture if config is None else parse_architecture(config)
 
 
 def load_model_config(model_id: str) -> dict[str, Any]:
-    """The ``config.json`` itself, of what :func:`load_architecture` takes. Raises Problem."""
+    """The ``config.json`` itself, of what :func:`load_architecture` takes. Raises UserError."""
     file = _config_file(model_id) or resolve_model(model_id).folder / "config.json"
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError) as error:
-        raise Problem(
+        raise UserError(
             "There is no config.json to trace",
             what=f"{file} could not be read.",
             why="A GGUF file keeps its settings elsewhere.",

@@ -19,7 +19,7 @@ from qlora_tui.catalog.config_parser import (
     parse_architecture,
     unknown_family,
 )
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -36,12 +36,12 @@ CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 TRAINABLE_AS_STORED = ("bitsandbytes",)
 
 
-def model_problem(title: str, what: str, why: str, fix: str) -> Problem:
+def model_problem(title: str, what: str, why: str, fix: str) -> UserError:
     """A model that cannot be used, in one voice."""
-    return Problem(title, what=what, why=why, fix=fix)
+    return UserError(title, what=what, why=why, fix=fix)
 
 
-def check_folder(folder: Path, name: str) -> tuple[Architecture | None, Problem | None]:
+def check_folder(folder: Path, name: str) -> tuple[Architecture | None, UserError | None]:
     """The architecture of the model in ``folder`` and what speaks against training it.
 
     ``name`` is how messages call it. Either may be None: a refused model may still have an architecture.
@@ -51,22 +51,22 @@ def check_folder(folder: Path, name: str) -> tuple[Architecture | None, Problem 
         return None, _no_config(files, name)
     try:
         config = load_config(folder / CONFIG)
-    except Problem as unreadable:
+    except UserError as unreadable:
         return None, unreadable
     architecture, refusal = check_config(config, name)
     return architecture, refusal or weights_problem(folder, name)
 
 
-def check_config(config: Mapping[str, Any], name: str) -> tuple[Architecture | None, Problem | None]:
+def check_config(config: Mapping[str, Any], name: str) -> tuple[Architecture | None, UserError | None]:
     """What the config alone says: the architecture, and why such a model cannot be trained here."""
     refusal = check_model_type(config, name)
     try:
         return parse_architecture(config), refusal
-    except Problem as problem:
+    except UserError as problem:
         return None, refusal or _with_model_name(problem, name)
 
 
-def check_model_type(config: Mapping[str, Any], name: str) -> Problem | None:
+def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
     """Why a model of this kind cannot be trained here, whatever its size."""
     model_type = config.get("model_type")
     if model_type not in known_model_types():
@@ -105,11 +105,11 @@ def check_model_type(config: Mapping[str, Any], name: str) -> Problem | None:
     return None
 
 
-def _with_model_name(problem: Problem, name: str) -> Problem:
-    return Problem(problem.title, what=f"{name}: {problem.what}", why=problem.why, fix=problem.fix)
+def _with_model_name(problem: UserError, name: str) -> UserError:
+    return UserError(problem.title, what=f"{name}: {problem.what}", why=problem.why, fix=problem.fix)
 
 
-def _no_config(files: set[str], name: str) -> Problem:
+def _no_config(files: set[str], name: str) -> UserError:
     if "adapter_config.json" in files:
         return model_problem(
             "This is an adapter, not a model",
@@ -125,11 +125,11 @@ def _no_config(files: set[str], name: str) -> Problem:
     )
 
 
-def weights_problem(folder: Path, name: str) -> Problem | None:
+def weights_problem(folder: Path, name: str) -> UserError | None:
     """What is wrong with the weights in ``folder``: pickled, missing, or not all there."""
     try:
         weight_names = weight_files(folder)
-    except Problem as problem:
+    except UserError as problem:
         return problem
     if weight_names:
         missing = [file for file in weight_names if not (folder / file).is_file()]
@@ -144,7 +144,7 @@ def weights_problem(folder: Path, name: str) -> Problem | None:
     return no_weights_problem((entry.name for entry in folder.iterdir()), name)
 
 
-def no_weights_problem(files: Iterable[str], name: str) -> Problem:
+def no_weights_problem(files: Iterable[str], name: str) -> UserError:
     """Why ``files`` hold no weights that can be loaded."""
     if pickled := sorted(file for file in files if file.endswith(PICKLE_SUFFIXES)):
         return model_problem(
@@ -164,7 +164,7 @@ def no_weights_problem(files: Iterable[str], name: str) -> Problem:
 def weight_files(folder: Path) -> tuple[str, ...]:
     """The safetensors files that make up the model, whether they are there or not; none named: empty.
 
-    Raises Problem when the index cannot be read.
+    Raises UserError when the index cannot be read.
     """
     # A link into the cache whose blob is gone is a file that is missing, not a model without weights.
     if (folder / SINGLE).is_file() or (folder / SINGLE).is_symlink():
@@ -175,7 +175,10 @@ def weight_files(folder: Path) -> tuple[str, ...]:
 
 
 def indexed_files(index: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The files an index names. Raises Problem when it is no index, or names something outside the folder."""
+    """The files an index names.
+
+    Raises UserError when it is no index, or names something outside the folder.
+    """
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise _index_problem(where, "it has no weight_map")
@@ -185,7 +188,7 @@ def indexed_files(index: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return files
 
 
-def _index_problem(where: str, what: str) -> Problem:
+def _index_problem(where: str, what: str) -> UserError:
     return model_problem(
         "The index of the weights cannot be used",
         f"{where}: {what}.",

@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from qlora_tui.chat.sources import chosen_voice, of_run
 from qlora_tui.chat.terms import BASE, GREEDY, ChatSource, Compared, Said, Sampling
 from qlora_tui.data.conversation import Message
-from qlora_tui.errors import Problem
-from qlora_tui.format import counted
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import pluralize
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
@@ -42,7 +42,7 @@ def answer(
     sampling: Sampling | None = None,
     thinking: Thinking = "auto",
 ) -> Iterator[Said]:
-    """One answer, in pieces as they come, its thoughts among them; notes go to stderr. Raises Problem.
+    """One answer, in pieces as they come, its thoughts among them; notes go to stderr. Raises UserError.
 
     ``thinking`` is on, off, or ``auto``: as the run was trained.
     """
@@ -59,7 +59,7 @@ def compare(
 ) -> list[Compared]:
     """What the base and an adapter (the final one unless told) answer to each prompt, greedily.
 
-    One copy of the base serves both. Raises Problem.
+    One copy of the base serves both. Raises UserError.
     """
     voice = voice or chosen_voice(source)
     session = _loaded(source, lambda words: None)
@@ -81,7 +81,7 @@ def converse(
     thinking: Thinking = "auto",
     ask_user: Callable[[str], str] = input,
 ) -> None:
-    """Talk on stdin and stdout until end of file; notes go to stderr. Raises Problem."""
+    """Talk on stdin and stdout until end of file; notes go to stderr. Raises UserError."""
     source = of_run(run)
     voice = chosen_voice(source, base=base, checkpoint=checkpoint)
     # Line editing for input(), where Python has it.
@@ -143,7 +143,7 @@ def _with_notes(reply: Reply) -> Iterator[Said]:
             began = time.monotonic()
             _note("Thinking…")
         elif not said.thought and thought is not None:
-            _note(f"Thought for {time.monotonic() - began:.1f} s, {counted(thought.tokens, 'token')}.")
+            _note(f"Thought for {time.monotonic() - began:.1f} s, {pluralize(thought.tokens, 'token')}.")
             thought = None
         thought = said if said.thought else thought
         yield said
@@ -151,7 +151,7 @@ def _with_notes(reply: Reply) -> Iterator[Said]:
         _note(f"\n{reply.outcome.warning}")
     if thought is not None:
         _note(
-            f"It was still thinking after {counted(thought.tokens, 'token')} and gave no answer. "
+            f"It was still thinking after {pluralize(thought.tokens, 'token')} and gave no answer. "
             "--thinking off asks it to answer at once."
         )
 
@@ -167,7 +167,7 @@ def _turn(
     answer = thought = ""
     try:
         reply = session.ask(messages, voice=voice, sampling=sampling, thinking=thinking)
-    except Problem as problem:
+    except UserError as problem:
         # Too long, or refused by the template: what was said before stands.
         _note(str(problem))
         return messages[:-1]

@@ -8,11 +8,11 @@ from typing import Any
 
 from qlora_tui.catalog.architecture_types import OutputHead
 from qlora_tui.chat.updates import RowUpdate, Updates
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 
 def place(updates: Updates, files: list[Path], adapter: Path) -> dict[Path, Updates]:
-    """File to tensor to update, for updates by module name. Raises Problem where one finds no tensor.
+    """File to tensor to update, for updates by module name. Raises UserError where one finds no tensor.
 
     ``adapter`` is the folder the updates are of, for the message.
     """
@@ -30,7 +30,7 @@ def place(updates: Updates, files: list[Path], adapter: Path) -> dict[Path, Upda
         file, shape = shapes.get(name, (Path(), ()))
         if not update.fits(shape):
             there = f"{shape} in the base and {update.shape} here" if shape else "the base has no such weight"
-            raise Problem(
+            raise UserError(
                 "The adapter does not fit",
                 what=f"{adapter} changes {module}: {there}.",
                 why="It was trained on another model, or the base keeps this weight in another form.",

@@ -22,7 +22,7 @@ from qlora_tui.chat.updates import RowUpdate, Updates, read_updates
 from qlora_tui.data.dataset import prepare
 from qlora_tui.data.store import Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 
 _MOST_SAMPLES = 24
 _MOST_TOKENS = 1024
@@ -41,14 +41,15 @@ def measure_effect(
 ) -> Effect:
     """Compare ``voice`` with the base on the validation side of the run's data.
 
-    ``stop`` ends it with the conversations compared so far. Raises Problem where there is nothing to compare.
+    ``stop`` ends it with the conversations compared so far. Raises UserError where there is nothing to
+    compare.
     """
     if voice == BASE:
-        raise Problem(
+        raise UserError(
             "Nothing to compare",
             what="The base has no effect on itself.",
             fix="Choose an adapter.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     session.need(voice)
     held_out = _held_out(session)
@@ -67,7 +68,7 @@ def measure_effect(
             targets = torch.tensor([ids[t + 1] for t in before], device=session.device)
             sums.add(session.scores(BASE, ids, before), session.scores(voice, ids, before), targets)
     if not sums.tokens:
-        raise Problem(
+        raise UserError(
             "Nothing was compared",
             what="No held-out conversation was read to its answer.",
             fix="Try again, and let it finish.",
@@ -135,7 +136,7 @@ def _held_out(session: ChatSession) -> Samples:
     tokenizer = ChatTokenizer.from_folder(model_folder(recipe), recipe.model.chat_template)
     samples = prepare(recipe, tokenizer).validation
     if not len(samples):
-        raise Problem(
+        raise UserError(
             "No held-out conversations",
             what="This run held none of its data back for validation.",
             why="On what it was trained on, an adapter always looks good.",

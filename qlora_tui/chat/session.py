@@ -36,7 +36,7 @@ from qlora_tui.data.conversation import Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.thinking import OPENED
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.training.conversion import converted
 from qlora_tui.training.device import Attention, Device, find_device
@@ -118,8 +118,8 @@ class ChatSession:
         ``thinking`` is on, off, or ``auto``: as the source says. Earlier answers are sent back with their
         reasoning, of which the chat template keeps what it does in training.
 
-        Raises Problem where the voice cannot be loaded, the chat template refuses the conversation, or it is
-        longer than the model's context. Only the last answer of each voice may be under way.
+        Raises UserError where the voice cannot be loaded, the chat template refuses the conversation, or it
+        is longer than the model's context. Only the last answer of each voice may be under way.
         """
         prompt = self.prompt(messages, thinking)
         self.need(voice)
@@ -130,7 +130,7 @@ class ChatSession:
         return Reply(self, voice, prompt, kept, sampling or Sampling(), stop or Event(), splitter)
 
     def need(self, voice: str) -> None:
-        """Read the adapter of ``voice`` if it has not been read. Raises Problem."""
+        """Read the adapter of ``voice`` if it has not been read. Raises UserError."""
         self._voices.need(voice)
 
     def check(self, voice: str, prompt: list[int]) -> None:
@@ -188,23 +188,23 @@ class ChatSession:
         return output.logits[0, -2:]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
     def prompt(self, messages: Sequence[Message], thinking: Thinking = "auto") -> list[int]:
-        """The conversation as the model reads it, up to where the answer begins. Raises Problem."""
+        """The conversation as the model reads it, up to where the answer begins. Raises UserError."""
         wanted = self.source.thinking if thinking == "auto" else thinking
         try:
             prompt = prompt_ids(messages, self.tokenizer, thinking=wanted)
         except RowRejectedError as refused:
-            raise Problem(
+            raise UserError(
                 "The chat template refuses this conversation",
                 what=refused.reason,
                 fix="Leave out the system prompt, or begin again with a question.",
-                exit_code=WRONG_CALL,
+                exit_code=EXIT_USAGE,
             ) from refused
         if len(prompt) >= self.context_length:
-            raise Problem(
+            raise UserError(
                 "The conversation is too long",
                 what=f"It is {len(prompt):,} tokens; this model reads {self.context_length:,} at most.",
                 fix="Begin a new conversation, or shorten the question.",
-                exit_code=WRONG_CALL,
+                exit_code=EXIT_USAGE,
             )
         return prompt
 
@@ -251,7 +251,10 @@ class ChatSession:
 
 
 def load_session(source: ChatSource, tell: Tell = lambda words: None) -> ChatSession:
-    """Load the base model of ``source`` once; its adapters follow when they are asked for. Raises Problem."""
+    """Load the base model of ``source`` once; its adapters follow when they are asked for.
+
+    Raises UserError.
+    """
     recipe = source.recipe
     folder = model_folder(recipe, tell)
     tell(f"Loading {recipe.model.id}")
@@ -271,7 +274,7 @@ def load_session(source: ChatSource, tell: Tell = lambda words: None) -> ChatSes
 
 
 def model_folder(recipe: Recipe, tell: Tell = lambda words: None) -> Path:
-    """The folder that holds the recipe's model, a GGUF file converted first. Raises Problem."""
+    """The folder that holds the recipe's model, a GGUF file converted first. Raises UserError."""
     files = resolve_model(recipe.model.id)
     if files.gguf_file is None:
         return files.folder
@@ -282,9 +285,9 @@ def model_folder(recipe: Recipe, tell: Tell = lambda words: None) -> Path:
     )
 
 
-def out_of_memory(device: Device) -> Problem:
+def out_of_memory(device: Device) -> UserError:
     """What to say when the card is full."""
-    return Problem(
+    return UserError(
         "Out of GPU memory",
         what=f"{device.name} has no room for this model and conversation.",
         why="Another program, perhaps a run in training, holds its memory.",

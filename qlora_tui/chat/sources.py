@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qlora_tui.chat.terms import ADAPTER, BASE, ChatSource
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.recipe.toml import load, to_recipe
 from qlora_tui.runs.directory import RunDir
@@ -28,13 +28,16 @@ def of_run(run: RunDir) -> ChatSource:
 
 
 def of_adapter(folder: Path, model: str | None = None) -> ChatSource:
-    """An adapter's folder: with the recipe it holds, or on ``model`` where it holds none. Raises Problem."""
+    """An adapter's folder: with the recipe it holds, or on ``model`` where it holds none.
+
+    Raises UserError.
+    """
     if not (folder / _CONFIG).is_file():
-        raise Problem(
+        raise UserError(
             "No adapter there",
             what=f"{folder} has no {_CONFIG}.",
             fix="Give the adapter folder of a run: runs/<id>/adapter.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     kept = folder / "recipe.toml"
     if kept.is_file():
@@ -42,11 +45,11 @@ def of_adapter(folder: Path, model: str | None = None) -> ChatSource:
     elif model is not None:
         recipe = Recipe()
     else:
-        raise Problem(
+        raise UserError(
             "Which base model?",
             what=f"{folder} has no recipe.toml that names the model it was trained on.",
             fix="Name the model beside it.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     if model is not None:
         from msgspec.structs import replace
@@ -73,7 +76,7 @@ def checkpoint_voice(step: int) -> str:
 
 
 def chosen_voice(source: ChatSource, *, base: bool = False, checkpoint: int | None = None) -> str:
-    """The voice that is asked for: the final adapter, else the newest checkpoint. Raises Problem."""
+    """The voice that is asked for: the final adapter, else the newest checkpoint. Raises UserError."""
     if base:
         return BASE
     if checkpoint is not None:
@@ -81,15 +84,15 @@ def chosen_voice(source: ChatSource, *, base: bool = False, checkpoint: int | No
         if voice in source.adapters:
             return voice
         steps = [v.removeprefix("step-") for v in source.adapters if v != ADAPTER]
-        raise Problem(
+        raise UserError(
             "No such checkpoint",
             what=f"There is no checkpoint of step {checkpoint}.",
             fix=f"There are: {', '.join(steps)}." if steps else "This run has none.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     for voice in source.adapters:
         return voice
-    raise Problem(
+    raise UserError(
         "No adapter yet",
         what="The run has neither an adapter nor a checkpoint.",
         why="Its first checkpoint is still to come, or it ended before it.",

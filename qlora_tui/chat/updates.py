@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_tui.checksums import mismatch
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -98,10 +98,10 @@ Updates = dict[str, Update | RowUpdate]
 
 
 def check_unchanged(folder: Path) -> None:
-    """Raise Problem where an adapter's files are not what was written, by their checksums."""
+    """Raise UserError where an adapter's files are not what was written, by their checksums."""
     damage = mismatch(folder, only=(WEIGHTS, CONFIG))
     if damage is not None:
-        raise Problem(
+        raise UserError(
             "The adapter is damaged",
             what=f"{folder}: {damage}.",
             why="It has changed since the trainer wrote it; a disk or a copy may be at fault.",
@@ -110,13 +110,13 @@ def check_unchanged(folder: Path) -> None:
 
 
 def read_updates(folder: Path) -> Updates:
-    """Every update of an adapter. Raises Problem where one is neither LoRA of a linear module nor rows."""
+    """Every update of an adapter. Raises UserError where one is neither LoRA of a linear module nor rows."""
     check_unchanged(folder)
     try:
         config = json.loads((folder / CONFIG).read_bytes())
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise Problem(
+        raise UserError(
             "The adapter cannot be read",
             what=f"{folder}: {error}",
             fix="Give the adapter folder of a run, or another checkpoint.",
@@ -127,7 +127,7 @@ def read_updates(folder: Path) -> Updates:
         if match := ROWS.fullmatch(key):
             ids = _ids_of(match[1], config)
             if len(ids) != len(tensor):
-                raise Problem(
+                raise UserError(
                     "The adapter cannot be read",
                     what=f"{folder}: {len(tensor)} rows of {match[1]}, and {len(ids)} named in {CONFIG}.",
                     fix="Give the adapter folder of a run, or another checkpoint.",
@@ -136,7 +136,7 @@ def read_updates(folder: Path) -> Updates:
             continue
         match = _PART.fullmatch(key)
         if match is None:
-            raise Problem(
+            raise UserError(
                 "This adapter cannot be merged",
                 what=f"It holds {key}, which is no LoRA of a linear module and no token's row.",
                 fix="Load it with peft and use merge_and_unload instead.",

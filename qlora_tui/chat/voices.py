@@ -12,7 +12,7 @@ from typing import Any
 from qlora_tui.chat.lean import Speaking, as_peft_does, lean, lean_rows
 from qlora_tui.chat.terms import BASE
 from qlora_tui.chat.updates import CONFIG, ROWS, WEIGHTS, check_unchanged
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.training.adapter import names_as_they_are
 from qlora_tui.training.clean_files import adapter_view
 
@@ -32,16 +32,16 @@ class Voices:
         """Whether every adapter read so far is plain LoRA, and none needs peft's own forward."""
 
     def need(self, voice: str) -> None:
-        """See that ``voice`` can speak, reading its adapter if it has not been read. Raises Problem."""
+        """See that ``voice`` can speak, reading its adapter if it has not been read. Raises UserError."""
         if voice == BASE or voice in self._loaded:
             return
         folder = self._folders.get(voice)
         if folder is None:
-            raise Problem(
+            raise UserError(
                 "No such voice",
                 what=f"There is no {voice!r} here, but {', '.join((BASE, *self._folders))}.",
                 fix="Name one of these.",
-                exit_code=WRONG_CALL,
+                exit_code=EXIT_USAGE,
             )
         self._load(voice, Path(folder))
         self._loaded.add(voice)
@@ -131,19 +131,19 @@ def _check(folder: Path) -> None:
     try:
         kind = json.loads((folder / CONFIG).read_bytes()).get("peft_type")
     except (OSError, ValueError) as error:
-        raise Problem(
+        raise UserError(
             "The adapter cannot be read",
             what=f"{folder / CONFIG}: {error}",
             fix="Choose another checkpoint of the run.",
         ) from error
     if kind != "LORA":
-        raise Problem(
+        raise UserError(
             "Not a LoRA adapter",
             what=f"{folder} holds a {kind} adapter.",
             fix="This program speaks with LoRA adapters only.",
         )
     if not (folder / WEIGHTS).is_file():
-        raise Problem(
+        raise UserError(
             "No safetensors weights",
             what=f"{folder} has no {WEIGHTS}.",
             why="Pickled weights are never loaded: a pickle can run any code.",
@@ -181,8 +181,8 @@ def _check_fits(folder: Path, model: Any) -> None:
             raise _unfit(folder, f"{name} is {width} wide in the model and {held} in the adapter.")
 
 
-def _unfit(folder: Path, what: str) -> Problem:
-    return Problem(
+def _unfit(folder: Path, what: str) -> UserError:
+    return UserError(
         "The adapter does not fit",
         what=f"{folder}: {what}",
         why="It was trained on another model, or its files are damaged.",

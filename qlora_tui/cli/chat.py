@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.runs.directory import find
 
 
@@ -14,11 +14,11 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     """One answer with ``--prompt``; a conversation on stdin and stdout without."""
     chosen = find(args.run_id)
     if args.prompt is not None and not args.prompt.strip():
-        raise Problem(
+        raise UserError(
             "Nothing was asked",
             what="The prompt is empty.",
             fix="Say something after --prompt, or leave it out for a conversation.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     from qlora_tui.chat.ask import answer, converse
 

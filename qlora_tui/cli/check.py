@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from qlora_tui.cli.subcommand import CommandResult, format_table
-from qlora_tui.errors import FAILED
+from qlora_tui.errors import EXIT_FAILURE
 from qlora_tui.runs.check import Checked, check_leftovers, check_queue, check_run, repaired
 from qlora_tui.runs.directory import RunDir, all_runs
 
@@ -40,7 +40,7 @@ def check(run: RunDir | None, *, repair: bool) -> CommandResult:
         text += f"\n{count}.{hint}"
     data = {"runs": [r for r in results if r["state"]], "problems": problems}
     data |= {str(r["run"]): r for r in results if not r["state"]}
-    return CommandResult(data=data, text=text, exit_code=FAILED if problems else 0)
+    return CommandResult(data=data, text=text, exit_code=EXIT_FAILURE if problems else 0)
 
 
 def _format_result(result: Checked, done: list[str]) -> str:

@@ -17,8 +17,8 @@ from qlora_tui.cli.terminal import write_control
 from qlora_tui.data.inspection import Report, inspect, show
 from qlora_tui.data.problems import NOTES, ON_THINKING
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import FAILED, WRONG_CALL, Problem
-from qlora_tui.format import counted
+from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.recipe.toml import to_recipe
@@ -33,17 +33,17 @@ def run(args: argparse.Namespace) -> CommandResult | int:
             return _show(args)
         if args.action == "inspect":
             return _inspect(args)
-    except Problem as problem:
+    except UserError as problem:
         if not args.json:
             raise
         print(f"qlora-tui: {problem}", file=sys.stderr)
         error = {name: getattr(problem, name) for name in ("title", "what", "why", "fix")}
         return CommandResult(data={"error": error}, text="", exit_code=problem.exit_code)
-    raise Problem(
+    raise UserError(
         "Which of them?",
         what="`data` needs a word more: inspect or show.",
         fix="`qlora-tui data inspect FILE` looks a file over.",
-        exit_code=WRONG_CALL,
+        exit_code=EXIT_USAGE,
     )
 
 
@@ -51,18 +51,18 @@ def _inspect(args: argparse.Namespace) -> CommandResult:
     report = inspect(_source(args), _tokenizer(args), _data(args))
     wrong = any(problem.severity == "error" for problem in report.problems)
     return CommandResult(
-        data=msgspec.to_builtins(report), text=_format_report(report), exit_code=FAILED if wrong else 0
+        data=msgspec.to_builtins(report), text=_format_report(report), exit_code=EXIT_FAILURE if wrong else 0
     )
 
 
 def _show(args: argparse.Namespace) -> CommandResult | int:
     tokenizer = _tokenizer(args)
     if tokenizer is None:
-        raise Problem(
+        raise UserError(
             "A model is missing",
             what="What a model sees of a row depends on its tokenizer and template.",
             fix="Add --model with a model of this machine.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     shown = show(_source(args), args.row, tokenizer, _data(args))
     if args.json:
@@ -100,7 +100,7 @@ def _source(args: argparse.Namespace) -> Source:
 
 
 def _data(args: argparse.Namespace) -> Data:
-    """The data settings of ``--set``, and of the options beside it. Raises Problem."""
+    """The data settings of ``--set``, and of the options beside it. Raises UserError."""
     given: dict[str, Any] = {}
     if args.max_length is not None:
         given["max_length"] = args.max_length
@@ -126,7 +126,9 @@ def _format_report(report: Report) -> str:
     # Blank lines are no rows, so that the last of 38 may stand on line 51.
     by_line = sum(file.last_row for file in report.files) > counts.rows
     numbering = "; a row is called by the line it begins on" if by_line else ""
-    lines.append(f"{counted(counts.rows, 'row')}, {counted(counts.conversations, 'conversation')}{numbering}")
+    lines.append(
+        f"{pluralize(counts.rows, 'row')}, {pluralize(counts.conversations, 'conversation')}{numbering}"
+    )
     if report.lengths and report.lengths.count:
         length = report.lengths
         lines.append(
@@ -137,7 +139,7 @@ def _format_report(report: Report) -> str:
         lines.append(f"{report.too_long:,} longer than the sequence length")
     lines += report.thinking
     lines += [
-        f"note: {NOTES.get(note, note)} ({counted(rows, 'row')})"
+        f"note: {NOTES.get(note, note)} ({pluralize(rows, 'row')})"
         for note, rows in report.notes.items()
         if note not in ON_THINKING
     ]

@@ -11,7 +11,7 @@ import time
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.cli.terminal import write_control
 from qlora_tui.demo.loop import DemoResult, run_demo
-from qlora_tui.format import duration, figure, size
+from qlora_tui.formatting import format_bytes, format_duration, format_float
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.events import AnyEvent, Step
 from qlora_tui.runs.view import RunView
@@ -38,7 +38,7 @@ class DemoProgress:
             if line := describe(event, view.total_steps):
                 self.show_status(f"  {line}")
             return
-        text = f"  {describe(event, view.total_steps)}  {duration(view.seconds_left)} left"
+        text = f"  {describe(event, view.total_steps)}  {format_duration(view.seconds_left)} left"
         if self._is_terminal:
             width = shutil.get_terminal_size().columns
             self._clear()
@@ -74,11 +74,13 @@ def _format_result(result: DemoResult) -> str:
             lines.append(f"{a:<{column}} │ {b}".rstrip())
         lines.append("")
     lines += [
-        f"loss             {figure(result.loss_first)} → {figure(result.loss_last)} in {result.steps} steps",
-        f"validation loss  {figure(result.validation_loss_before)} → {figure(result.validation_loss_after)}",
-        f"peak memory      {size(result.measured_peak_bytes)} measured, "
-        f"{size(result.estimated_peak_bytes)} estimated",
-        f"speed            {result.tokens_per_s:,.0f} tokens/s; {duration(result.seconds)} in all",
+        f"loss             {format_float(result.loss_first)} → {format_float(result.loss_last)} in "
+        f"{result.steps} steps",
+        f"validation loss  {format_float(result.validation_loss_before)} → "
+        f"{format_float(result.validation_loss_after)}",
+        f"peak memory      {format_bytes(result.measured_peak_bytes)} measured, "
+        f"{format_bytes(result.estimated_peak_bytes)} estimated",
+        f"speed            {result.tokens_per_s:,.0f} tokens/s; {format_duration(result.seconds)} in all",
         f"adapter          {result.adapter_dir}",
         "",
         f"Talk to it: qlora-tui chat {result.run}        Open the app: qlora-tui",

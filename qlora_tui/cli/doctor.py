@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from qlora_tui import children, paths
+from qlora_tui import paths, subprocesses
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
-from qlora_tui.errors import FAILED, Problem, disk_problem
-from qlora_tui.format import size
+from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
+from qlora_tui.formatting import format_bytes
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.runs.locks import locked
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     return CommandResult(
         data={"ok": not failed, "checks": [asdict(check) for check in checks]},
         text="\n".join(lines),
-        exit_code=FAILED if failed else 0,
+        exit_code=EXIT_FAILURE if failed else 0,
     )
 
 
@@ -69,7 +69,7 @@ def _disk(name: str, folder: Path, variable: str) -> DoctorCheck:
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     enough = free >= _DISK_BYTES
     fix = "" if enough else f"Free some space, or point {variable} at another disk."
-    return DoctorCheck(name, "ok" if enough else "fails", f"{size(free)} free in {folder}", fix)
+    return DoctorCheck(name, "ok" if enough else "fails", f"{format_bytes(free)} free in {folder}", fix)
 
 
 def _locks() -> DoctorCheck:
@@ -78,8 +78,8 @@ def _locks() -> DoctorCheck:
         path = paths.state_dir() / "lock-test"
         with locked(path):
             path.unlink()
-    except (Problem, OSError) as error:
-        problem = error if isinstance(error, Problem) else disk_problem(error)
+    except (UserError, OSError) as error:
+        problem = error if isinstance(error, UserError) else disk_problem(error)
         fix = problem.fix if problem else "Point XDG_STATE_HOME at another disk."
         return DoctorCheck("file locks", "fails", problem.what if problem else str(error), fix)
     return DoctorCheck("file locks", "ok", f"work in {paths.state_dir()}")
@@ -90,14 +90,16 @@ def _gpu() -> DoctorCheck:
         gpu = default_cuda_device()
     except GpuUnavailableError as problem:
         return DoctorCheck("card", "note", f"{problem.what} Runs go to the CPU.", problem.fix)
-    return DoctorCheck("card", "ok", f"{gpu.name}, {size(gpu.total_bytes)}, driver {gpu.driver or 'NA'}")
+    return DoctorCheck(
+        "card", "ok", f"{gpu.name}, {format_bytes(gpu.total_bytes)}, driver {gpu.driver or 'NA'}"
+    )
 
 
 def _libraries() -> list[DoctorCheck]:
     """Import, quantize, train and save a few weights, in a process of their own."""
     done = subprocess.run(
-        children.command("qlora_tui.training.selftest"),
-        env=children.environment(),
+        subprocesses.module_argv("qlora_tui.training.selftest"),
+        env=subprocesses.subprocess_env(),
         capture_output=True,
         text=True,
         check=False,

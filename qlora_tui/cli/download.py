@@ -9,7 +9,7 @@ import time
 from qlora_tui.catalog.download import download
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.cli.terminal import write_control
-from qlora_tui.format import size
+from qlora_tui.formatting import format_bytes
 
 _TERMINAL_INTERVAL_S = 0.5
 _LOG_INTERVAL_S = 10.0
@@ -17,7 +17,7 @@ _LOG_INTERVAL_S = 10.0
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Fetch what is missing of the model. Raises Problem; what was fetched is kept in any case."""
+    """Fetch what is missing of the model. Raises UserError; what was fetched is kept in any case."""
     progress = _DownloadProgress()
     resume_command = f"qlora-tui download {args.model}"
     if args.revision != "main":
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> CommandResult:
             "path": str(path),
             "total_bytes": progress.total_bytes,
         },
-        text=f"{args.model} is in {path} ({size(progress.total_bytes)})\n"
+        text=f"{args.model} is in {path} ({format_bytes(progress.total_bytes)})\n"
         f"`qlora-tui estimate --model {name}` says whether it fits.",
     )
 
@@ -62,7 +62,7 @@ class _DownloadProgress:
         ):
             return
         self._printed_s = now_s
-        line = f"{size(done_bytes)} of {size(total_bytes)}  {file}".rstrip()
+        line = f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}  {file}".rstrip()
         self._open = self._is_terminal
         # Clear to the end of the line: file names differ in length.
         if self._is_terminal:

@@ -17,8 +17,8 @@ from qlora_tui.cli.subcommand import (
     recipe_from_args,
 )
 from qlora_tui.data.sources import is_of_the_hub, open_source
-from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.format import GIB, gib, size
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import GIB, format_bytes, format_gib
 from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
 from qlora_tui.memory.budget import MemoryBudget, local_budget
 from qlora_tui.memory.conversion import Conversion
@@ -33,11 +33,11 @@ def run(args: argparse.Namespace) -> CommandResult:
     """The estimate for the recipe the options describe. Exit code 0 also where it does not fit."""
     recipe = recipe_from_args(args)
     if not recipe.model.id:
-        raise Problem(
+        raise UserError(
             "A model is missing",
             what="There is nothing to estimate without a model.",
             fix="Add --model with a hub id, a folder (its config.json is enough) or a GGUF file.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     for source in recipe.data.sources:
         if not is_of_the_hub(source.path):
@@ -48,20 +48,22 @@ def run(args: argparse.Namespace) -> CommandResult:
     data = as_json(recipe, architecture, budget.bytes, device=budget.device, traced=trace)
     compared = compare(recipe, architecture, device=budget.device, traced=trace)
     # The name of a card that was only said is its size.
-    compared_with = budget.name if args.gpu_gib else f"{budget.name} ({gib(budget.bytes)} GiB)"
+    compared_with = budget.name if args.gpu_gib else f"{budget.name} ({format_gib(budget.bytes)} GiB)"
     lines = [f"{recipe.model.id} against {compared_with}", ""]
     rows = []
     for precision in PRECISIONS:
         estimate = compared[precision]
         verdict = check_fit(estimate, budget.bytes)
-        band = f"{gib(verdict.low_bytes)} to {gib(verdict.high_bytes)}"
-        rows.append([precision, f"{gib(estimate.total_bytes)} GiB", band, verdict.word])
+        band = f"{format_gib(verdict.low_bytes)} to {format_gib(verdict.high_bytes)}"
+        rows.append([precision, f"{format_gib(estimate.total_bytes)} GiB", band, verdict.word])
     lines += [format_table(rows, ["precision", "peak", "between", "verdict"]), ""]
     estimate = compared["nf4"]
     if estimate.correction_words:
         lines += [f"nf4 on this machine: {estimate.correction_words}", ""]
     largest = sorted(estimate.items, key=lambda item: -item.bytes)[:_LARGEST_ITEMS]
-    lines.append(format_table([[i.label, size(i.bytes), i.explanation] for i in largest], ["nf4", "", ""]))
+    lines.append(
+        format_table([[i.label, format_bytes(i.bytes), i.explanation] for i in largest], ["nf4", "", ""])
+    )
     if data["trace"]:
         lines += ["", _trace_table(data["trace"])]
     # Only a GGUF file has something to convert, and finding out loads tokenizers.
@@ -73,11 +75,13 @@ def run(args: argparse.Namespace) -> CommandResult:
     lines += ["", *_what_fits(data["what_fits"])]
     for change in data["cheapest_changes"]:
         lines.append(
-            f"to make it fit: {change['label']} → {gib(change['total_bytes'])} GiB, {change['verdict']}"
+            f"to make it fit: {change['label']} → {format_gib(change['total_bytes'])} GiB, "
+            f"{change['verdict']}"
         )
     if data["least_bytes"]:
         lines.append(
-            f"nothing fits: with every change that saves memory it still takes {gib(data['least_bytes'])} "
+            "nothing fits: with every change that saves memory it still takes "
+            f"{format_gib(data['least_bytes'])} "
             "GiB. Choose a smaller model, or a larger card."
         )
     lines += [f"note: {note}" for note in estimate.notes]
@@ -115,7 +119,7 @@ def _optional_trace(
 ) -> StepTrace | None:
     """The trace that was asked for, or that stands in for a formula the family has not.
 
-    Raises Problem where one was asked for and cannot be had.
+    Raises UserError where one was asked for and cannot be had.
     """
     without_formula = architecture.model_type not in STYLES
     if not requested and not without_formula:
@@ -129,7 +133,7 @@ def _optional_trace(
 
     try:
         return asyncio.run(trace_step(load_model_config(recipe.model.id), recipe, budget.device))
-    except Problem as problem:
+    except UserError as problem:
         if requested:
             raise
         print(f"not traced: {problem.what}", file=sys.stderr)
@@ -138,7 +142,7 @@ def _optional_trace(
 
 def _trace_table(trace: dict[str, Any]) -> str:
     rows = [
-        [TRACE_LABELS[key], size(both["traced"]), size(both["closed_form"])]
+        [TRACE_LABELS[key], format_bytes(both["traced"]), format_bytes(both["closed_form"])]
         for key, both in trace["items"].items()
     ]
     formula = "formula" if trace["exact"] else "as Llama's"

@@ -9,8 +9,8 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
-from qlora_tui.errors import Problem
-from qlora_tui.format import size
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.directory import find
 
 
@@ -35,14 +35,15 @@ def run(args: argparse.Namespace) -> CommandResult:
     elif check.agrees:
         merged = replace(merged, check=check)
     else:
-        raise Problem(
+        raise UserError(
             "The merged model does not answer as the adapter does",
             what=f"{merged.folder} is written, and {check.sentence}.",
             why="The base stores its weights in a way that merging does not know, or its files are damaged.",
             fix="Use the adapter instead, and report the model.",
         )
     summary = (
-        f"{merged.folder}: {size(merged.bytes)}, {merged.changed_weights} weights changed by the {voice}."
+        f"{merged.folder}: {format_bytes(merged.bytes)}, {merged.changed_weights} weights changed "
+        f"by the {voice}."
     )
     check_line = f"Not checked: {check}." if isinstance(check, str) else f"Checked: {check.sentence}."
     return CommandResult(merged, f"{summary}\n{check_line}")

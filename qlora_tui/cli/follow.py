@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from qlora_tui.cli.subcommand import print_json
-from qlora_tui.errors import FAILED
+from qlora_tui.errors import EXIT_FAILURE
 from qlora_tui.runs.describe import PhasesTold, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Failed, Progress, Step
@@ -106,8 +106,8 @@ def _follow_to_end(view: RunView, on_event: Callable[[AnyEvent], None]) -> int:
         print(f"{run.id} is {view.status.state}: {view.status.detail}", file=sys.stderr)
         if view.status.state in RESUMABLE:
             print(f"`qlora-tui resume {run.id}` goes on from its last checkpoint.", file=sys.stderr)
-        return 0 if view.status.state in ("finished", "stopped", "paused") else FAILED
-    return FAILED if isinstance(view.ending, Failed) else 0
+        return 0 if view.status.state in ("finished", "stopped", "paused") else EXIT_FAILURE
+    return EXIT_FAILURE if isinstance(view.ending, Failed) else 0
 
 
 def _print_line(at: float, line: str) -> None:

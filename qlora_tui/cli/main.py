@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from qlora_tui import __version__, paths
 from qlora_tui.cli.arguments import positive_float
 from qlora_tui.cli.terminal import visible_output
-from qlora_tui.errors import FAILED, Problem, disk_problem
+from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.settings import load_settings
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _run(argv: list[str]) -> int:
             return _open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse)
         result = args.run(args)
         return result if isinstance(result, int) else _print_result(result, as_json=args.json)
-    except Problem as problem:
+    except UserError as problem:
         print(f"qlora-tui: {problem}", file=sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:
@@ -70,7 +70,7 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:
         # Whoever read us (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        return EXIT_FAILURE
     except Exception as error:
         unwritable = disk_problem(error) if isinstance(error, OSError) else None
         if unwritable is None:
@@ -105,7 +105,7 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
     # The app turns it on again with its first frame: until then there is no garbage worth looking for.
     gc.disable()
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise Problem(
+        raise UserError(
             "No terminal",
             what="The app needs a terminal, and there is none here.",
             fix="Use a verb: `qlora-tui --help` lists them.",
@@ -127,7 +127,7 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
         app.run(mouse=settings.mouse and mouse)
     if app.disk_faults.ended_by is not None:
         raise app.disk_faults.ended_by
-    if app.return_code == FAILED:
+    if app.return_code == EXIT_FAILURE:
         print(
             f"qlora-tui: The app ended by a mistake of ours.\n  What is known is in {log}.", file=sys.stderr
         )
@@ -150,6 +150,6 @@ def _report_bug(error: Exception) -> int:
     except OSError as unwritable:
         print(f"  The log could not be written ({unwritable}), so here is the traceback:", file=sys.stderr)
         traceback.print_exception(error)
-        return FAILED
+        return EXIT_FAILURE
     print(f"  The traceback is in {log}.", file=sys.stderr)
-    return FAILED
+    return EXIT_FAILURE

@@ -11,7 +11,7 @@ import msgspec
 from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, list_local_models
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, format_table
-from qlora_tui.format import count, size
+from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.settings import load_settings
 
 
@@ -33,8 +33,8 @@ def _local_table(models: list[LocalModel]) -> str:
     rows = [
         [
             model.name,
-            count(model.architecture.total_params) if model.architecture else "NA",
-            size(model.size_bytes),
+            format_count(model.architecture.total_params) if model.architecture else "NA",
+            format_bytes(model.size_bytes),
             model.source,
             model.refusal.what if model.refusal else "",
         ]
@@ -61,7 +61,12 @@ def _hub_entry(model: HubModel) -> dict[str, Any]:
 
 def _hub_table(models: list[HubModel]) -> str:
     rows = [
-        [model.id, count(model.parameters), f"{model.downloads:,}" if model.downloads else "", _access(model)]
+        [
+            model.id,
+            format_count(model.parameters),
+            f"{model.downloads:,}" if model.downloads else "",
+            _access(model),
+        ]
         for model in models
     ]
     return format_table(rows, ["on the hub", "parameters", "downloads", ""])

@@ -9,8 +9,8 @@ from typing import Any
 from qlora_tui.cli.check import check
 from qlora_tui.cli.follow import PLAIN_INTERVAL_S, follow, follow_plain
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
-from qlora_tui.errors import WRONG_CALL, Problem
-from qlora_tui.format import figure
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import format_float
 from qlora_tui.runs import actions, control, queue
 from qlora_tui.runs.describe import exact_words
 from qlora_tui.runs.detached import ensure_runner
@@ -40,11 +40,11 @@ def runs(args: argparse.Namespace) -> CommandResult:
 def _delete(run: RunDir, *, confirmed: bool) -> CommandResult:
     actions.check_deletable(run)
     if not confirmed:
-        raise Problem(
+        raise UserError(
             "Not deleted",
             what=f"{run.name} would be gone for good, with its checkpoints and its adapter.",
             fix=f"`qlora-tui runs delete {run.id} --yes` does it.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     actions.delete(run)
     return CommandResult(data={"run": run.id, "deleted": True}, text=f"{run.id} is deleted.")
@@ -59,7 +59,7 @@ def _list() -> CommandResult:
             v.run.name,
             v.status.state,
             f"{v.step:,}/{v.total_steps:,}" if v.total_steps else "-",
-            figure(v.loss, 3),
+            format_float(v.loss, 3),
             _format_validation(v),
             v.status.detail,
         ]
@@ -120,11 +120,11 @@ def send_request(args: argparse.Namespace) -> CommandResult:
     run = find(args.run_id)
     kind = _REQUESTS[args.request]
     if (kind == "set_learning_rate") != (args.value is not None):
-        raise Problem(
+        raise UserError(
             "A learning rate is missing" if args.value is None else "One word too many",
             what=f"`ask RUN {args.request}` takes {'a value' if args.value is None else 'no value'}.",
             fix=f"For example `qlora-tui ask {run.id} learning-rate 1e-4`.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     control.ask(run, kind, args.value)
     return _state_result(run, f"{run.id} was asked: {args.request}.")
@@ -157,7 +157,7 @@ def _summary(view: RunView) -> dict[str, Any]:
 
 def _format_validation(view: RunView) -> str:
     """``1.29, exact 97%, base 12%``: the lowest loss, and the last share of exact short answers."""
-    best = figure(None if view.best is None else view.best.loss, 3)
+    best = format_float(None if view.best is None else view.best.loss, 3)
     exact = exact_words(view.accuracy, view.base_accuracy)
     return f"{best}, exact {exact}" if exact else best
 

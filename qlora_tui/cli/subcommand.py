@@ -80,7 +80,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from_args(args: argparse.Namespace) -> Recipe:
-    """The recipe the options describe: defaults < preset < file < options. Raises Problem."""
+    """The recipe the options describe: defaults < preset < file < options. Raises UserError."""
     file = getattr(args, "recipe", None)
     return build_recipe(
         preset=args.preset,

@@ -17,7 +17,7 @@ from qlora_tui.data.quick_check import quick_check, warning_of
 from qlora_tui.data.sources import every_source, open_source
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained_tokens import token_ids
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.nvml import list_gpus
 from qlora_tui.gpu.visible_devices import cuda_device_order
@@ -31,11 +31,11 @@ from qlora_tui.runs.directory import RunDir
 def run(args: argparse.Namespace) -> CommandResult | int:
     """Queue the run and see that a runner is at work."""
     if args.gpus is not None and not args.print_command:
-        raise Problem(
+        raise UserError(
             "One GPU at a time",
             what="A run that is queued trains on one GPU.",
             fix="With --print-command it says how to train on several.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     recipe = recipe_from_args(args)
     require_runnable(recipe)
@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     ]
     tokens = tokenizer_fingerprint(model_files.folder, recipe.model.chat_template, recipe.data.train_on)
     raise_cached_error([(source, file.path) for source, file in data_files], tokens)
-    quick_check = quick_check((file for _, file in data_files), recipe.data)
-    for warning in quick_check.warnings:
+    first_rows = quick_check((file for _, file in data_files), recipe.data)
+    for warning in first_rows.warnings:
         print(f"warning: {warning_of(warning)}", file=sys.stderr)
-    if not quick_check.complete:
+    if not first_rows.complete:
         print("note: many rows; those not read yet are checked when the run starts.", file=sys.stderr)
     if too_long := context_length_warning(recipe.data.max_length, architecture):
         print(f"warning: {too_long}", file=sys.stderr)
@@ -76,11 +76,11 @@ def _print_command(recipe: Recipe, requested: int | None) -> CommandResult:
     available = _visible_gpu_count()
     gpus = requested or available or 1
     if available and gpus > available:
-        raise Problem(
+        raise UserError(
             "Not so many GPUs",
             what=f"--gpus {gpus} was asked for, and torch will see {available} here.",
             fix="Without --gpus it is for all of them.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     run = actions.prepare(recipe)
     command = shlex.join(_launch(run, gpus))

@@ -23,7 +23,7 @@ from qlora_tui.data.bounds import (
 from qlora_tui.data.memory_bound import memory_bound
 from qlora_tui.data.row import Row
 from qlora_tui.data.text_reader import Position
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 _ROWS = 256
 _PIECE_BYTES = 16 * MIB
@@ -38,14 +38,14 @@ _BATCH_BYTES = 448 * MIB
 def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row]:
     """Rows of a Parquet file (``kind`` is ``parquet``) or an Arrow stream as ``datasets`` keeps it.
 
-    Raises ``Problem`` where the file is empty, damaged, or not what its name says, and ``TooLarge``.
+    Raises ``UserError`` where the file is empty, damaged, or not what its name says, and ``TooLarge``.
     """
     # The usual one reserves a gigabyte, which would count as held and be filled past the bound.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     import pyarrow
 
     if path.stat().st_size == 0:
-        raise Problem(
+        raise UserError(
             "Empty file", what=f"{path} is empty.", fix="Choose another file, or download this one again."
         )
     number = 0
@@ -63,7 +63,7 @@ def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row
         says = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, MemoryError):
             says = f"a batch of its rows takes more than {_BATCH_BYTES // MIB} MiB"
-        raise Problem(
+        raise UserError(
             "Cannot read the Parquet file" if kind == "parquet" else "Cannot read the Arrow file",
             what=f"{path}, after row {number:,}: {says}",
             fix="Download it again, or convert it to JSONL.",

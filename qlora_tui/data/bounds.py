@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 MIB = 1 << 20
 LARGEST_ROW_BYTES = 16 * MIB
@@ -33,9 +33,9 @@ class TooLarge(Exception):
     """Something in a file is over a bound; the message names the place in the file and the bound."""
 
 
-def too_large(path: Path, error: TooLarge) -> Problem:
+def too_large(path: Path, error: TooLarge) -> UserError:
     """What the user is told."""
-    return Problem(
+    return UserError(
         "Too large to read",
         what=f"{path}: {error}.",
         why="Data like this is damaged, or made to fill the memory of whoever opens it.",

@@ -32,7 +32,7 @@ from qlora_tui.data.text_reader import Position
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.worker_pool import Work, open_worker_pool
 from qlora_tui.decoding import decode_json
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir, sync_tree
 from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Recipe
@@ -84,11 +84,11 @@ def prepare(
 ) -> Prepared:
     """The tokenized set of ``recipe.data``.
 
-    Raises ``Problem`` where a file cannot be used, a row has an error that blocks, or nothing is left
+    Raises ``UserError`` where a file cannot be used, a row has an error that blocks, or nothing is left
     to train on.
     """
     if not recipe.data.sources:
-        raise Problem(
+        raise UserError(
             "No data",
             what="The recipe has no data source.",
             fix="Add a file, folder or dataset under data.sources.",
@@ -222,14 +222,14 @@ def _load(folder: Path, weights: Sequence[float], cached: bool) -> Prepared | No
     )
 
 
-def _nothing_left(counts: Counts, recipe: Recipe) -> Problem:
+def _nothing_left(counts: Counts, recipe: Recipe) -> UserError:
     if counts.dropped and recipe.data.too_long == "drop":
         fix = 'Raise data.max_length, or cut long samples instead: data.too_long = "cut-right".'
     elif counts.dropped:
         fix = "Raise data.max_length: the answers lie behind the cut."
     else:
         fix = "Look at the file with: qlora-tui data inspect FILE"
-    return Problem(
+    return UserError(
         "Nothing to train on",
         what=f"None of the {counts.rows} rows gives a sample: {counts.left_out} were left out, "
         f"{counts.dropped} had nothing to learn within {recipe.data.max_length} tokens.",
@@ -237,8 +237,8 @@ def _nothing_left(counts: Counts, recipe: Recipe) -> Problem:
     )
 
 
-def _no_space(folder: Path, error: OSError) -> Problem:
-    return Problem(
+def _no_space(folder: Path, error: OSError) -> UserError:
+    return UserError(
         "No disk space",
         what=f"The tokenized data does not fit on the disk that holds {folder.parent}: {error.strerror}.",
         fix="Free some space, or set XDG_CACHE_HOME to a larger disk.",

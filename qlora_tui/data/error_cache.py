@@ -79,7 +79,7 @@ def cache_errors(
 
 
 def raise_cached_error(files: Sequence[tuple[Source, Path]], tokens: Tokens | None = None) -> None:
-    """Raise ``Problem`` for the first of the files of which an error is known."""
+    """Raise ``UserError`` for the first of the files of which an error is known."""
     for source, path in files:
         for one in dict.fromkeys((None, tokens)):
             try:

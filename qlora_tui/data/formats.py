@@ -24,7 +24,7 @@ from qlora_tui.data.preferences import RATING
 from qlora_tui.data.problems import CHECKS
 from qlora_tui.data.row import Row
 from qlora_tui.data.unsupported import compared_answers, without_text
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 SNIFFED_ROWS = 200
 _COLUMNS_NAMED = 12
@@ -70,7 +70,7 @@ def detect(
     """The layout of the first rows of ``name``.
 
     ``wanted``, ``mapping`` and ``preference_choice`` are the recipe's format, columns and
-    ``data.preferences``. Raises ``Problem`` if nothing fits, naming what is there, and for preferences that
+    ``data.preferences``. Raises ``UserError`` if nothing fits, naming what is there, and for preferences that
     were not opted into.
     """
     seen_rows = [row for row in rows if not row.error]
@@ -252,14 +252,14 @@ def _check_mapping(mapping: Mapping[str, str], wanted: str, columns: tuple[str, 
     known = list(dict.fromkeys(part for f in formats for part in parts_of(f)))
     for part, column in mapping.items():
         if part not in known:
-            raise Problem(
+            raise UserError(
                 "Unknown part",
                 what=f"columns.{part} for {name} is no part of the format {wanted}.",
                 why=f"Parts are {', '.join(known)}.",
                 fix=_near(part, known),
             )
         if part != LABEL_NAMES and columns and column not in columns:
-            raise Problem(
+            raise UserError(
                 "No such column",
                 what=f"{name} has no column {column!r}, which columns.{part} names.",
                 why=f"Its columns are {', '.join(columns)}.",
@@ -272,8 +272,8 @@ def _near(word: str, known: Iterable[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else "Choose one of these."
 
 
-def _turn_a_row(name: str, why: str) -> Problem:
-    return Problem(
+def _turn_a_row(name: str, why: str) -> UserError:
+    return UserError(
         "Conversations in pieces",
         what=f"{name}: {why}",
         why="What belongs together cannot be told from one row.",
@@ -283,7 +283,7 @@ def _turn_a_row(name: str, why: str) -> Problem:
 
 
 def _check_no_media(rows: Sequence[Row], values: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Raise ``Problem`` where the first rows hold images, video or audio: no other remedy would do."""
+    """Raise ``UserError`` where the first rows hold images, video or audio: no other remedy would do."""
     with_media = [
         (row.number, media) for row, v in zip(rows, values, strict=True) if (media := media_column(v))
     ]
@@ -292,12 +292,14 @@ def _check_no_media(rows: Sequence[Row], values: Sequence[Mapping[str, Any]], na
     numbers = ", ".join(str(number) for number, _ in with_media[:5])
     more = f" and {len(with_media) - 5} more" if len(with_media) > 5 else ""
     check, word = CHECKS["media"], "rows" if len(with_media) > 1 else "row"
-    raise Problem(check.title, what=f"{name}, {word} {numbers}{more}: {with_media[0][1]}", fix=check.fix)
+    raise UserError(check.title, what=f"{name}, {word} {numbers}{more}: {with_media[0][1]}", fix=check.fix)
 
 
-def _nothing_fits(name: str, wanted: str, columns: tuple[str, ...], values: list[dict[str, Any]]) -> Problem:
+def _nothing_fits(
+    name: str, wanted: str, columns: tuple[str, ...], values: list[dict[str, Any]]
+) -> UserError:
     if not values:
-        return Problem(
+        return UserError(
             "No rows",
             what=f"{name} has no row that can be read.",
             fix="Choose another file, or correct this one.",
@@ -307,13 +309,13 @@ def _nothing_fits(name: str, wanted: str, columns: tuple[str, ...], values: list
     what = f"in the columns {named}" if columns else "in its rows, which are not objects"
     if wanted != "auto":
         needs = ", ".join(PARTS[wanted])
-        return Problem(
+        return UserError(
             "Not in that format",
             what=f"{name} is not in the format {wanted}: it lacks one of {needs}.",
             why=f"This was looked for {what}.",
             fix='Map the columns by hand, or let format = "auto" choose.',
         )
-    return Problem(
+    return UserError(
         "No usable field",
         what=f"No known format fits {name}: nothing to learn from was found {what}.",
         why=f"Known are {', '.join(PARTS)}.",

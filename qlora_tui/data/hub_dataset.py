@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from qlora_tui import children
+from qlora_tui import subprocesses
 from qlora_tui.decoding import decode_json
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.gpu.torch_env import offline_variables_set
 from qlora_tui.paths import cache_dir
@@ -50,7 +50,7 @@ def is_hub_id(name: str) -> bool:
 def hub_files(name: str) -> tuple[list[Path], str]:
     """The files of a dataset's training split, downloaded if need be, and a word on them.
 
-    Raises ``Problem`` where there is no such dataset, or no way to it.
+    Raises ``UserError`` where there is no such dataset, or no way to it.
     """
     cached = _read_cached(name)
     if cached is None:
@@ -80,10 +80,10 @@ def _read_cached(name: str) -> HubFiles | None:
 def _fetch(name: str) -> HubFiles:
     # This child is there to ask the hub, also where this process holds a model and is offline.
     environment = {
-        key: value for key, value in children.environment().items() if key not in offline_variables_set
+        key: value for key, value in subprocesses.subprocess_env().items() if key not in offline_variables_set
     }
     done = subprocess.run(
-        children.command("qlora_tui.data.hub_fetch", name),
+        subprocesses.module_argv("qlora_tui.data.hub_fetch", name),
         env=environment,
         capture_output=True,
         stdin=subprocess.DEVNULL,
@@ -98,7 +98,7 @@ def _fetch(name: str) -> HubFiles:
         failure = HubFailure(
             (done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1], ""
         )
-    raise Problem(
+    raise UserError(
         "No such data",
         what=f"{name} is neither a file here nor a dataset that could be had from the hub: {failure.reason}",
         fix=failure.fix or "Check the name and the connection.",

@@ -34,7 +34,7 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.truncation import truncate
 from qlora_tui.data.untrained_tokens import untrained_problem
 from qlora_tui.data.worker_pool import open_worker_pool
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 
 __all__ = ["Report", "Shown", "inspect", "inspecting", "show"]
@@ -43,7 +43,7 @@ _NEXT_REPORT_S = 1.0
 
 
 def inspect(source: Source, tokenizer: ChatTokenizer | None = None, data: Data | None = None) -> Report:
-    """The whole report on one source under the settings of ``data``. Raises ``Problem``."""
+    """The whole report on one source under the settings of ``data``. Raises ``UserError``."""
     *_, last = inspecting(source, tokenizer, data)
     return last
 
@@ -51,7 +51,7 @@ def inspect(source: Source, tokenizer: ChatTokenizer | None = None, data: Data |
 def inspecting(
     source: Source, tokenizer: ChatTokenizer | None = None, data: Data | None = None
 ) -> Iterator[Report]:
-    """Reports that get better; the last one is complete. Raises ``Problem`` before the first."""
+    """Reports that get better; the last one is complete. Raises ``UserError`` before the first."""
     data = data or Data()
     files, note = open_source(source, data.preferences)
     yield from _Inspection(source, files, note, tokenizer, data).reports()
@@ -60,7 +60,7 @@ def inspecting(
 def show(
     source: Source, row: int, tokenizer: ChatTokenizer, data: Data | None = None, path: str = ""
 ) -> Shown:
-    """Row number ``row`` of the source's file ``path``, or of its first. Raises ``Problem``."""
+    """Row number ``row`` of the source's file ``path``, or of its first. Raises ``UserError``."""
     data = data or Data()
     file, found_row = row_of(source, row, data, path)
     shown = _shown(found_row.number, conversation_of(found_row, file), tokenizer, data)
@@ -68,11 +68,11 @@ def show(
 
 
 def row_of(source: Source, row: int, data: Data, path: str = "") -> tuple[SourceFile, Row]:
-    """Row number ``row`` of a source's file as it is there, or the next there is. Raises ``Problem``."""
+    """Row number ``row`` of a source's file as it is there, or the next there is. Raises ``UserError``."""
     file = open_file_of(source, data.preferences, path)
     found_row = row_at(file.path, row)
     if found_row is None:
-        raise Problem(
+        raise UserError(
             "No such row", what=f"{file.path} ends before row {row}.", fix="Choose a smaller number."
         )
     return file, found_row
@@ -204,7 +204,7 @@ def _context_of(tokenizer: ChatTokenizer | None) -> int | None:
         return None
     try:
         return parse_architecture(tokenizer.folder / "config.json").max_positions
-    except (Problem, OSError):
+    except (UserError, OSError):
         return None
 
 

@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from qlora_tui.data.conversation import Conversation
 from qlora_tui.data.problems import CHECKS, MAX_LISTED_ROWS, DataProblem
-from qlora_tui.format import counted
+from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Data
 
 _LOSES = {"cut-left": "keeps the last", "cut-right": "keeps the first", "drop": "keeps"}
@@ -71,7 +71,7 @@ class LongTexts:
 
     def problem(self, data: Data) -> DataProblem:
         """What ``data.too_long`` does to them, and the number of rows that splitting makes of them."""
-        rows = counted(self._split_rows, "row")
+        rows = pluralize(self._split_rows, "row")
         if self._estimated:
             texts = "One text holds" if self._count == 1 else f"{self._count:,} texts hold"
             example = (

@@ -14,7 +14,7 @@ from typing import Any
 from qlora_tui.data.chat_formats import messages_of, turn_keys
 from qlora_tui.data.chosen_side import dialogue, is_turn
 from qlora_tui.data.conversation import RowRejectedError
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 CHOSEN = (
     *("chosen", "chosen_messages", "chosen_response", "chosen_conversations"),
@@ -143,19 +143,21 @@ def is_good(rating: Any) -> bool | None:
     return True if word in _GOOD else False if word in _BAD else None
 
 
-def preference_problem(name: str, columns: Mapping[str, str], values: Sequence[Mapping[str, Any]]) -> Problem:
+def preference_problem(
+    name: str, columns: Mapping[str, str], values: Sequence[Mapping[str, Any]]
+) -> UserError:
     """Why rows with a chosen and a rejected side are not trained on unasked, or cannot be."""
     rejected = columns["rejected"]
     having = sum(_is_answer(value.get(rejected)) for value in values)
     if "chosen" not in columns:
-        return Problem(
+        return UserError(
             PAIRS_TITLE + " without a chosen side",
             what=f"{name} holds rejected answers in {rejected!r}, and no column with chosen ones.",
             why="Nothing is trained on a rejected answer.",
             fix='Say which column is better: columns = { chosen = "…", '
             f'rejected = "{rejected}" }}, or choose another file.',
         )
-    return Problem(
+    return UserError(
         PAIRS_TITLE,
         what=f"{name} compares answers: {columns['chosen']!r} is preferred to {rejected!r} in {having} of "
         f"the first {len(values)} rows.",
@@ -164,9 +166,9 @@ def preference_problem(name: str, columns: Mapping[str, str], values: Sequence[M
     )
 
 
-def rated_problem(name: str, column: str, good: int, bad: int) -> Problem:
+def rated_problem(name: str, column: str, good: int, bad: int) -> UserError:
     """Why rows with rated answers are not trained on unasked."""
-    return Problem(
+    return UserError(
         RATED_TITLE,
         what=f"{name} rates its answers: of the first {good + bad} rows, {column!r} calls {good} good and "
         f"{bad} bad.",
@@ -210,7 +212,7 @@ def compared_columns(
     compared = preference_columns(values, own if sides else {})
     for part, column in mapping.items():
         if part != "rejected" and column.lower() in REJECTED:
-            raise Problem(
+            raise UserError(
                 "A rejected answer to learn",
                 what=f"columns.{part} for {name} names {column!r}, the rejected side of a comparison.",
                 why="Nothing is trained on a rejected answer.",
@@ -220,7 +222,7 @@ def compared_columns(
     if not compared or (by_hand and not sides and wanted != "preference"):
         return {}
     if mapping and not sides and not mapping.keys() <= own.keys():
-        raise Problem(
+        raise UserError(
             PAIRS_TITLE,
             what=f"{name} compares answers, but columns names parts of another format: {', '.join(mapping)}.",
             why=f"{compared['rejected']!r} holds rejected answers.",
@@ -255,12 +257,12 @@ def _are_answered(values: list[dict[str, Any]], column: str) -> bool:
 
 def no_prompt_problem(
     name: str, values: Sequence[Mapping[str, Any]], compared: Mapping[str, str], columns: Sequence[str]
-) -> Problem:
+) -> UserError:
     others = [
         c for c in columns if c not in compared.values() and any(isinstance(v.get(c), str) for v in values)
     ]
     example = others[0] if others else "…"
-    return Problem(
+    return UserError(
         f"{PAIRS_TITLE} without a prompt",
         what=f"{name} has answers in {compared['chosen']!r} and {compared['rejected']!r}, and no column with "
         "what was asked.",

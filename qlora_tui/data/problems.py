@@ -11,7 +11,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 MAX_LISTED_ROWS = 1000
 """Row numbers kept of each kind; the count goes on."""
@@ -261,12 +261,12 @@ def problem_of(kind: str, count: int, row: int, path: str, example: str) -> Data
 
 
 def raise_first_error(problems: Sequence[DataProblem]) -> None:
-    """Raise ``Problem`` for the first that blocks a run."""
+    """Raise ``UserError`` for the first that blocks a run."""
     for problem in problems:
         if problem.severity == "error":
             rows = ", ".join(map(str, problem.rows[:5])) + (" and others" if problem.count > 5 else "")
             word = "rows" if len(problem.rows) > 1 else "row"
-            raise Problem(
+            raise UserError(
                 problem.title,
                 what=f"{problem.path}, {word} {rows}: {problem.example}",
                 why=f"{problem.count:,} rows of the file have this problem." if problem.count > 1 else "",

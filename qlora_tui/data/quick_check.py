@@ -36,7 +36,7 @@ def quick_check(
 ) -> QuickCheckResult:
     """Read every row that can be read within ``retry_delays_s`` seconds.
 
-    Raises ``Problem`` for the first file with rows that block a run.
+    Raises ``UserError`` for the first file with rows that block a run.
     """
     deadline = time.monotonic() + time_limit_s
     warnings: list[DataProblem] = []

@@ -2,7 +2,7 @@
 
 Used by ``formats`` (to look at the first rows) and by ``dataset`` and ``inspect`` (to stream all of
 them). Only a chunk of the file is in memory at a time. A row that cannot be read is a ``Row`` with
-``error`` set; a file that cannot be read at all raises ``Problem``.
+``error`` set; a file that cannot be read at all raises ``UserError``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qlora_tui.data.bounds import (
 from qlora_tui.data.json_rows import json_rows
 from qlora_tui.data.row import Line, Row
 from qlora_tui.data.text_reader import NotUtf8, Position, Stream, bad_utf8, opened
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 SUFFIXES = {
     ".json": "json",
@@ -76,7 +76,7 @@ def files_of(path: Path) -> tuple[list[Path], str]:
     that they are for training, files whose names say validation or test are left out.
     """
     if not path.exists():
-        raise Problem(
+        raise UserError(
             "No such data",
             what=f"{path} does not exist.",
             fix="Check the path; relative paths start at the folder you are in.",
@@ -87,7 +87,7 @@ def files_of(path: Path) -> tuple[list[Path], str]:
     inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
     files = sorted(p for p in inside if p.is_file() and kind_of(p) and _is_data(p.relative_to(path)))
     if not files:
-        raise Problem(
+        raise UserError(
             "No data in the folder",
             what=f"{path} holds no file that ends in {', '.join(SUFFIXES)}, with or without .gz or .zst.",
             fix="Name a folder with data files, or a file.",
@@ -114,13 +114,13 @@ def _held_out(path: Path) -> bool:
 def rows(path: Path, position: Position | None = None) -> Iterator[Row]:
     """Every row of one file, in order; ``position`` is kept up to date.
 
-    Raises ``Problem`` if the file is empty, unreadable, damaged or of no known kind.
+    Raises ``UserError`` if the file is empty, unreadable, damaged or of no known kind.
     """
     return filter(None, map(row_of, raw_rows(path, position)))
 
 
 def first_rows(path: Path, most: int) -> list[Row]:
-    """The first ``most`` rows of a file, or fewer where they are large. Raises ``Problem``."""
+    """The first ``most`` rows of a file, or fewer where they are large. Raises ``UserError``."""
     first: list[Row] = []
     size = 0
     for row in islice(rows(path), most):
@@ -145,7 +145,7 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
             return
         with opened(path, position) as stream:
             if not stream.peek():
-                raise Problem(
+                raise UserError(
                     "Empty file",
                     what=f"{path} is empty.",
                     fix="Choose another file, or download this one again.",
@@ -156,7 +156,7 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
     except TooLarge as error:
         raise too_large(path, error) from error
     except OSError as error:
-        raise Problem(
+        raise UserError(
             "Cannot read the data",
             what=f"{path}: {error.strerror or error}.",
             fix="Check the file and its permissions.",

@@ -21,7 +21,7 @@ _INDEXED_BYTES = 4 << 20
 
 
 def row_at(path: Path, number: int) -> Row | None:
-    """The row with this number, or the next there is; None if the file ends before. Raises ``Problem``."""
+    """The row with this number, or the next there is; None if the file ends before. Raises ``UserError``."""
     stat = path.stat()
     if path.name.lower().endswith((".jsonl", ".ndjson")) and stat.st_size >= _INDEXED_BYTES:
         return _line_row(path, number, _index(path, stat.st_size, stat.st_mtime_ns))

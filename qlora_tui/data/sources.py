@@ -17,7 +17,7 @@ from qlora_tui.data.hub_dataset import hub_files, is_hub_id
 from qlora_tui.data.read import files_of, first_rows, kind_of, rows
 from qlora_tui.data.row import Row
 from qlora_tui.data.text_reader import Position
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 
 
@@ -39,7 +39,7 @@ def every_source(data: Data) -> list[Source]:
 def open_source(source: Source, preferences: str, index: int = 0) -> tuple[list[SourceFile], str]:
     """The files of a source, each with its layout, and a word on files that were left out.
 
-    ``preferences`` is the recipe's ``data.preferences``. Raises ``Problem`` for what does not exist, is
+    ``preferences`` is the recipe's ``data.preferences``. Raises ``UserError`` for what does not exist, is
     empty, has no usable field, or holds preferences that the recipe refuses.
     """
     paths, note = paths_of(source)
@@ -47,14 +47,14 @@ def open_source(source: Source, preferences: str, index: int = 0) -> tuple[list[
 
 
 def open_file_of(source: Source, preferences: str, path: str = "") -> SourceFile:
-    """The file ``path`` of a source, or its first. Raises ``Problem``."""
+    """The file ``path`` of a source, or its first. Raises ``UserError``."""
     paths, _ = paths_of(source)
     chosen = next((one for one in paths if str(one) == path), paths[0])
     return SourceFile(chosen, 0, sniff(chosen, source, preferences))
 
 
 def paths_of(source: Source) -> tuple[list[Path], str]:
-    """The files a source stands for, and a word on them; a hub dataset is fetched. Raises ``Problem``."""
+    """The files a source stands for, and a word on them; a hub dataset is fetched. Raises ``UserError``."""
     return hub_files(source.path) if is_of_the_hub(source.path) else files_of(Path(source.path).expanduser())
 
 
@@ -65,7 +65,7 @@ def is_of_the_hub(name: str) -> bool:
 
 
 def sniff(path: Path, source: Source, preferences: str) -> Detection:
-    """The layout of one file, from its first rows, under ``data.preferences``. Raises ``Problem``."""
+    """The layout of one file, from its first rows, under ``data.preferences``. Raises ``UserError``."""
     first = first_rows(path, SNIFFED_ROWS)
     readable = [row for row in first if not row.error]
     if not readable and first:
@@ -89,7 +89,7 @@ def conversation_of(row: Row, file: SourceFile) -> Conversation | RowRejectedErr
         return refused
 
 
-def unreadable(path: Path, row: Row) -> Problem:
+def unreadable(path: Path, row: Row) -> UserError:
     """A file none of whose first rows can be read."""
     titles = {"bad-json": "Not valid JSON", "bad-encoding": "Not UTF-8", "bad-row": "Not a table"}
     # Every other byte of a Western text in UTF-16 is NUL.
@@ -99,7 +99,7 @@ def unreadable(path: Path, row: Row) -> Problem:
         "bad-encoding": f"Convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}",
         "bad-row": "Check the separator and the quotes of the file.",
     }
-    return Problem(
+    return UserError(
         titles.get(row.kind, "Cannot read"), what=f"{path}: {row.error}", fix=fixes.get(row.kind, "")
     )
 

@@ -13,7 +13,7 @@ from typing import BinaryIO, cast
 import zstandard
 
 from qlora_tui.data.bounds import LARGEST_ROW_BYTES, check_expansion, row_too_large
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 
@@ -109,7 +109,7 @@ def describe(error: UnicodeDecodeError) -> str:
 
 @contextmanager
 def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
-    """The decompressed bytes of ``path``. Raises ``Problem`` where the compression is damaged."""
+    """The decompressed bytes of ``path``. Raises ``UserError`` where the compression is damaged."""
     with path.open("rb") as file:
         start = file.peek(4)[:4]
         _refuse_utf16(path, start)
@@ -124,7 +124,7 @@ def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
                 raw = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw)))
             yield Stream(raw, file, position)
         except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-            raise Problem(
+            raise UserError(
                 "Damaged compressed file",
                 what=f"{path} cannot be decompressed to its end: {error}.",
                 why="A download that was cut off is the usual cause.",
@@ -134,7 +134,7 @@ def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
 
 def _refuse_utf16(path: Path, start: bytes) -> None:
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise Problem(
+        raise UserError(
             "Not UTF-8",
             what=f"{path} is UTF-16, from its first line on.",
             why="Data files must be UTF-8.",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from qlora_tui.data.template_capabilities import TemplateCapabilities
 from qlora_tui.data.thinking import Switch
-from qlora_tui.format import counted
+from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Data, Thinking
 
 
@@ -23,7 +23,7 @@ def facts(
     """
     if traits is None:
         present = notes.get("reasoning-present", 0)
-        where = f"{present:,} of {counted(conversations, 'row')}"
+        where = f"{present:,} of {pluralize(conversations, 'row')}"
         return (f"Reasoning: {where}; choose a model to see how it is rendered.",) if present else ()
     left_out = notes.get("reasoning-left-out", 0)
     with_reasoning = notes.get("reasoning-learned", 0) + notes.get("reasoning-read", 0)
@@ -33,17 +33,17 @@ def facts(
             _on_reasoning(with_reasoning or left_out, conversations, bool(left_out), notes, data)
         )
     elif traits.thinks and conversations:
-        sentences.append(f"Reasoning: in none of {counted(conversations, 'row')}.")
+        sentences.append(f"Reasoning: in none of {pluralize(conversations, 'row')}.")
     on_switch = _on_switch(notes, with_reasoning, conversations, traits, data)
     return (*sentences, on_switch) if on_switch else tuple(sentences)
 
 
 def _on_reasoning(rows: int, conversations: int, left_out: bool, notes: Mapping[str, int], data: Data) -> str:
     where = "in the loss" if data.reasoning_in_loss else "not in the loss"
-    text = f"Reasoning: {rows:,} of {counted(conversations, 'row')}, {'left out' if left_out else where}"
+    text = f"Reasoning: {rows:,} of {pluralize(conversations, 'row')}, {'left out' if left_out else where}"
     split = notes.get("reasoning-split", 0)
     if split:
-        text += f"; the template drops it from earlier turns: {counted(split, 'row')} split into samples"
+        text += f"; the template drops it from earlier turns: {pluralize(split, 'row')} split into samples"
     return f"{text}."
 
 
@@ -57,7 +57,7 @@ def _on_switch(
     switch = traits.switch
     if switch is None and traits.opens_thought:
         closed = notes.get("thought-closed", 0)
-        closing = f"; it is closed at once in {counted(closed, 'row')} without reasoning" if closed else ""
+        closing = f"; it is closed at once in {pluralize(closed, 'row')} without reasoning" if closed else ""
         return f"Thinking: the template always opens a thought and has no switch{closing}."
     if switch is None:
         no_effect = data.thinking == "on" or (data.thinking == "off" and not notes.get("reasoning-left-out"))
@@ -71,7 +71,9 @@ def _on_switch(
     on, off = notes.get("thinking-on", 0), notes.get("thinking-off", 0)
     if data.thinking == "on":
         empty = conversations - with_reasoning
-        but = f"; an empty thought is learned from {counted(empty, 'row')} without reasoning" if empty else ""
+        but = (
+            f"; an empty thought is learned from {pluralize(empty, 'row')} without reasoning" if empty else ""
+        )
         return f"Thinking: on for every row ({switch.variable}){but}."
     if data.thinking == "off" or (off and not on):
         why = "" if data.thinking == "off" else ", for none has reasoning"

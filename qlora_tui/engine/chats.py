@@ -20,7 +20,7 @@ from qlora_tui.engine.protocol import (
     MeasureEffect,
     Text,
 )
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 
 
 class Chats:
@@ -30,7 +30,7 @@ class Chats:
         self._session: ChatSession | None = None
 
     def load(self, request: LoadChat, tell: Callable[[str], None]) -> ChatReady:
-        """Load a model in place of the one held. Raises Problem."""
+        """Load a model in place of the one held. Raises UserError."""
         self.unload()
         began = time.perf_counter()
         session = load_session(request.source, tell)
@@ -46,7 +46,7 @@ class Chats:
         )
 
     def generate(self, request: Generate, stop: Event) -> Iterator[AnyReply]:
-        """An answer, piece by piece. Raises Problem."""
+        """An answer, piece by piece. Raises UserError."""
         session = self._loaded()
         reply = session.ask(
             request.messages,
@@ -64,7 +64,7 @@ class Chats:
         yield Done(outcome=reply.outcome)
 
     def measure(self, request: MeasureEffect, tell: Callable[[str], None], stop: Event) -> EffectMeasured:
-        """Compare an adapter with the base. Raises Problem."""
+        """Compare an adapter with the base. Raises UserError."""
         # peft comes with it, which takes seconds to load.
         from qlora_tui.chat.measure import measure_effect
 
@@ -83,10 +83,10 @@ class Chats:
 
     def _loaded(self) -> ChatSession:
         if self._session is None:
-            raise Problem(
+            raise UserError(
                 "No model is loaded",
                 what="The engine holds no model to answer with.",
                 fix="Load the chat again.",
-                exit_code=WRONG_CALL,
+                exit_code=EXIT_USAGE,
             )
         return self._session

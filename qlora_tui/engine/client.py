@@ -20,17 +20,17 @@ from typing import Self
 
 import msgspec
 
-from qlora_tui import children
+from qlora_tui import subprocesses
 from qlora_tui.engine.place import roomy_log
 from qlora_tui.engine.protocol import AnyReply, AnyRequest, Asked, Failure, Stop, decode_answered, encode
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 _LONGEST_LINE_BYTES = 1 << 26
 _PATIENCE_S = 3.0
 """How long a child may take to end by itself."""
 
 
-class EngineClosed(Problem):
+class EngineClosed(UserError):
     """Whoever asked closed the engine before it had answered: no failure, and nobody need be told."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._listener: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
-        self._waiting: dict[int, asyncio.Queue[AnyReply | Problem]] = {}
+        self._waiting: dict[int, asyncio.Queue[AnyReply | UserError]] = {}
         self._number = 0
 
     async def __aenter__(self) -> Self:
@@ -65,7 +65,7 @@ class EngineClient:
         return Answer(self, request)
 
     async def start(self) -> None:
-        """Start the child ahead of need. Raises Problem."""
+        """Start the child ahead of need. Raises UserError."""
         async with self._starting:
             if self.pid is None:
                 await self._start()
@@ -92,17 +92,17 @@ class EngineClient:
         try:
             with roomy_log().open("ab") as log:
                 self._process = await asyncio.create_subprocess_exec(
-                    *children.command("qlora_tui.engine"),
+                    *subprocesses.module_argv("qlora_tui.engine"),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=log,
                     # Ctrl-C in the terminal is for the app, not for the engine.
                     start_new_session=True,
                     limit=_LONGEST_LINE_BYTES,
-                    env=children.environment(),
+                    env=subprocesses.subprocess_env(),
                 )
         except OSError as error:
-            raise Problem(
+            raise UserError(
                 "The engine could not be started",
                 what=f"{sys.executable}: {error.strerror}.",
                 fix="`qlora-tui doctor` tests what a run needs.",
@@ -141,7 +141,7 @@ class EngineClient:
 
 
 class Answer(AsyncIterator["AnyReply"]):
-    """Replies as they come. A Failure is raised as the Problem it tells of; so is a lost engine.
+    """Replies as they come. A Failure is raised as the UserError it tells of; so is a lost engine.
 
     When the task that waits is cancelled, the engine stops too.
     """
@@ -166,7 +166,7 @@ class Answer(AsyncIterator["AnyReply"]):
             self.stop()
             self._end()
             raise
-        if isinstance(reply, Problem):
+        if isinstance(reply, UserError):
             self._end()
             raise reply
         if reply.final:
@@ -188,10 +188,10 @@ class Answer(AsyncIterator["AnyReply"]):
             self._client._waiting.pop(self._number, None)
 
 
-def _lost(exit_code: int) -> Problem:
+def _lost(exit_code: int) -> UserError:
     log = roomy_log()
     killed = exit_code < 0
-    return Problem(
+    return UserError(
         "The engine is gone",
         what=f"The process that holds the model was ended by {signal.Signals(-exit_code).name}."
         if killed

@@ -25,7 +25,7 @@ from qlora_tui.engine.protocol import (
     ShowFields,
     ShowRow,
 )
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.training.conversion import kept_conversion
 
 
@@ -36,7 +36,7 @@ class Previews:
         self._held: tuple[tuple[str, str], ChatTokenizer] | None = None
 
     def inspect(self, request: InspectData, stop: threading.Event) -> Iterator[DataReport | DataInspected]:
-        """Reports that get better, until the last or until nobody wants it any more. Raises Problem."""
+        """Reports that get better, until the last or until nobody wants it any more. Raises UserError."""
         tokenizer = self._tokenizer(request.model, request.template) if request.model else None
         last: Report | None = None
         for last in inspecting(request.source, tokenizer, request.data):
@@ -46,14 +46,14 @@ class Previews:
         yield DataInspected(report=last)
 
     def show(self, request: ShowRow) -> RowShown:
-        """One row. Raises Problem."""
+        """One row. Raises UserError."""
         if not request.model:
             return RowShown(shown=_as_read(request))
         tokenizer = self._tokenizer(request.model, request.template)
         return RowShown(shown=show(request.source, request.row, tokenizer, request.data, request.path))
 
     def fields(self, request: ShowFields) -> FieldsShown:
-        """What the first rows hold, whatever their format. Raises Problem."""
+        """What the first rows hold, whatever their format. Raises UserError."""
         path = paths_of(request.source)[0][0]
         found: dict[str, str] = {}
         for row in islice(rows(path), SNIFFED_ROWS):
@@ -72,14 +72,14 @@ class Previews:
 def tokenizer_folder(model: str) -> Path:
     """The folder with a model's tokenizer; that of a GGUF file is made when the file is converted.
 
-    Raises ``Problem`` where the model is not on this machine or has not been converted.
+    Raises ``UserError`` where the model is not on this machine or has not been converted.
     """
     files = resolve_model(model)
     if files.gguf_file is None:
         return files.folder
     folder = kept_conversion(files.folder / files.gguf_file)
     if folder is None:
-        raise Problem(
+        raise UserError(
             "No tokenizer yet",
             what=f"{files.gguf_file} has not been converted: tokens cannot be counted.",
             why="A GGUF file is converted when the first run or chat with it begins.",

@@ -16,7 +16,7 @@ from qlora_tui.chat.effect import Effect
 from qlora_tui.chat.terms import ChatSource, Outcome, Said, Sampling, ThinkingOf
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.dataset_report import Report, Shown
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source, Thinking
 
 
@@ -168,7 +168,7 @@ class FieldsShown(Reply, frozen=True, kw_only=True, tag="fields_shown"):
 
 
 class Failure(Reply, frozen=True, kw_only=True, tag="failure"):
-    """It cannot be done. :class:`EngineClient` raises it as the Problem it is."""
+    """It cannot be done. :class:`EngineClient` raises it as the UserError it is."""
 
     title: str
     what: str
@@ -177,8 +177,8 @@ class Failure(Reply, frozen=True, kw_only=True, tag="failure"):
     exit_code: int = 1
 
     @classmethod
-    def of(cls, problem: Problem) -> Failure:
-        """To send a Problem."""
+    def of(cls, problem: UserError) -> Failure:
+        """To send a UserError."""
         return cls(
             title=problem.title,
             what=problem.what,
@@ -187,9 +187,9 @@ class Failure(Reply, frozen=True, kw_only=True, tag="failure"):
             exit_code=problem.exit_code,
         )
 
-    def problem(self) -> Problem:
+    def problem(self) -> UserError:
         """To raise it again at the other end."""
-        return Problem(self.title, what=self.what, why=self.why, fix=self.fix, exit_code=self.exit_code)
+        return UserError(self.title, what=self.what, why=self.why, fix=self.fix, exit_code=self.exit_code)
 
 
 AnyRequest: TypeAlias = (

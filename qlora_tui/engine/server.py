@@ -36,7 +36,7 @@ from qlora_tui.engine.protocol import (
     decode_asked,
     encode,
 )
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 if TYPE_CHECKING:
     from qlora_tui.engine.chats import Chats
@@ -103,7 +103,7 @@ class Server:
     def _grow(self, number: int) -> None:
         try:
             reply = next(self._growing[number])
-        except Problem as problem:
+        except UserError as problem:
             reply = Failure.of(problem)
         except Exception as error:
             reply = _mistake(error)

@@ -33,7 +33,7 @@ from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.meta_model import build, inputs
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.tracing import Request
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS
 from qlora_tui.memory.step_trace import StepTrace
 
@@ -229,7 +229,7 @@ def main() -> None:
     with _quiet():
         try:
             answer = trace(request)
-        except Problem as problem:
+        except UserError as problem:
             answer = Failure.of(problem)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
             traceback.print_exc()

@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from qlora_tui import children
+from qlora_tui import subprocesses
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.place import roomy_log
 from qlora_tui.engine.protocol import Failure
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.step_trace import StepTrace, check_traceable
 from qlora_tui.recipe.schema import Recipe
@@ -37,7 +37,7 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
 
     Takes seconds; the child ends when the task does.
 
-    Raises Problem: for what a trace does not know, and where the libraries cannot build the model.
+    Raises UserError: for what a trace does not know, and where the libraries cannot build the model.
     """
     path = trainer_execution(recipe, device)
     check_traceable(recipe, path)
@@ -51,7 +51,7 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
     try:
         answer = msgspec.json.decode(await _answer(msgspec.json.encode(request)), type=StepTrace | Failure)
     except (OSError, msgspec.MsgspecError) as error:
-        raise Problem(
+        raise UserError(
             "The step could not be traced",
             what="The process that traces it gave no answer.",
             fix=f"What it said last is in {roomy_log()}; `qlora-tui doctor` tests what is installed.",
@@ -64,11 +64,11 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
 async def _answer(request: bytes) -> bytes:
     with roomy_log().open("ab") as log:
         child = await asyncio.create_subprocess_exec(
-            *children.command("qlora_tui.engine.trace"),
+            *subprocesses.module_argv("qlora_tui.engine.trace"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
-            env=children.environment(),
+            env=subprocesses.subprocess_env(),
         )
     try:
         said, _ = await child.communicate(request)

@@ -20,7 +20,7 @@ from qlora_tui.chat.base_weights import place, with_tied_head
 from qlora_tui.chat.session import model_folder
 from qlora_tui.chat.terms import ChatSource
 from qlora_tui.chat.updates import read_updates
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.card import model_card
 from qlora_tui.export.verify import MergeCheck
 from qlora_tui.export.weight_files import change_tensors
@@ -48,7 +48,7 @@ def merge(
 ) -> Merged:
     """Write the base with the adapter of ``voice`` merged into it; ``out`` must not exist yet.
 
-    ``source`` is of :mod:`qlora_tui.chat.sources`. ``tell`` hears what is being done. Raises Problem; then
+    ``source`` is of :mod:`qlora_tui.chat.sources`. ``tell`` hears what is being done. Raises UserError; then
     nothing is left behind.
     """
     out = out.expanduser().absolute()
@@ -73,7 +73,7 @@ def merge(
         (draft / "README.md").write_text(model_card(source.recipe, from_hub=_from_hub(source)))
         publish(draft, out)
     except OSError as error:
-        raise Problem(
+        raise UserError(
             "The merged model could not be written",
             what=f"{out}: {error.strerror or error}.",
             fix="Free some space, or write to another disk.",
@@ -97,18 +97,18 @@ def _from_hub(source: ChatSource) -> bool:
 
 def _check_room(out: Path, files: list[Path]) -> None:
     if out.exists() or out.is_symlink():
-        raise Problem(
+        raise UserError(
             "There is something there",
             what=f"{out} exists already.",
             why="Nothing is overwritten.",
             fix="Name another folder, or remove that one.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES
     place = next(p for p in out.parents if p.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise Problem(
+        raise UserError(
             "Not enough disk space",
             what=f"The merged model takes {needed / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB left.",
             fix="Free some space, or write to another disk.",

@@ -22,7 +22,7 @@ from qlora_tui.chat.terms import ChatSource
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.format import size
+from qlora_tui.formatting import format_bytes
 from qlora_tui.training.adapter import names_as_they_are
 from qlora_tui.training.clean_files import adapter_view
 from qlora_tui.training.device import Device
@@ -73,7 +73,7 @@ def verify_merge(
     needed = sum((base / name).stat().st_size for name in weight_files(base)) + _SPARE_BYTES
     free = psutil.virtual_memory().available
     if needed > free:
-        return f"it needs {size(needed)} of memory, and {size(free)} are free"
+        return f"it needs {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
     tokenizer = ChatTokenizer.from_folder(merged)
     prompt = source.recipe.training.sample_prompts[:1] or (_PROMPT,)
     ids = torch.tensor([prompt_ids([Message("user", prompt[0])], tokenizer)])

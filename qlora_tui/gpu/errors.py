@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NamedTuple
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 
 class GpuUnavailableReason(StrEnum):
@@ -104,7 +104,7 @@ _REASON_BY_NVML_CODE = {
 library and module, 28 GPU not found."""
 
 
-class GpuUnavailableError(Problem):
+class GpuUnavailableError(UserError):
     """The card cannot be asked; ``what``, ``why`` and ``fix`` are ready to be shown."""
 
     def __init__(self, reason: GpuUnavailableReason, why: str = ""):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qlora_tui.format import MIB, size
+from qlora_tui.formatting import MIB, format_bytes
 
 Way = Literal["plain", "streamed", "whole"]
 """How the file is converted: all of it by this program; tokenizer and configuration by transformers; or all
@@ -43,7 +43,7 @@ class Conversion:
             beside = "more than the run" if self.peak_bytes > run_bytes else "less than the run"
         return (
             f"Before the first run {self.file} is converted, in a process of its own: "
-            f"{size(self.peak_bytes)}, {beside}."
+            f"{format_bytes(self.peak_bytes)}, {beside}."
         )
 
 

@@ -102,7 +102,7 @@ def estimate(
     Without ``path`` it is the one this project's trainer takes on ``device`` (a CUDA card of Ampere's
     generation where none is given). With ``traced``, a trace of this very recipe, the step is not walked but
     taken from there. With ``capacity_bytes``, the card's memory, the allocator gives back what is free before
-    it takes more than that. Raises Problem for target modules the model does not have.
+    it takes more than that. Raises UserError for target modules the model does not have.
     """
     device = device or Device()
     path = path or trainer_execution(recipe, device, architecture)

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import structs
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory.estimate import Estimate, estimate
 from qlora_tui.memory.execution import Device
 from qlora_tui.memory.verdict import Verdict, check_fit
@@ -211,7 +211,7 @@ def set_values(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     for key, value in settings.items():
         section, _, name = key.partition(".")
         if not name or not hasattr(recipe, section):
-            raise Problem("Unknown setting", what=f"There is no setting {key}.")
+            raise UserError("Unknown setting", what=f"There is no setting {key}.")
         part = structs.replace(getattr(recipe, section), **{name: value})
         recipe = structs.replace(recipe, **{section: part})
     return recipe

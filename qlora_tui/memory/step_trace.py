@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import build_layout
 from qlora_tui.memory.static_memory import FROZEN, static_items
@@ -62,15 +62,15 @@ def closed_form(recipe: Recipe, architecture: Architecture, path: ExecutionConfi
 
 
 def check_traceable(recipe: Recipe, path: ExecutionConfig) -> None:
-    """Raises Problem for what the meta device cannot play."""
+    """Raises UserError for what the meta device cannot play."""
     if recipe.quantization.method == "int8":
-        raise Problem(
+        raise UserError(
             "An int8 step cannot be traced",
             what="bitsandbytes has no 8-bit product for tensors without values.",
             fix="Trace it with quantization.method = nf4 or none; the estimate itself covers int8.",
         )
     if path.float16:
-        raise Problem(
+        raise UserError(
             "A float16 step cannot be traced",
             what="What a float16 step does more, autocast and all, tensors without values do not know.",
             fix="Trace it with quantization.compute_dtype = bfloat16; the estimate itself covers float16.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.schema import Recipe
 
 
@@ -42,20 +42,22 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
 
 
 def check_conflicts(recipe: Recipe) -> None:
-    """Raise Problem, exit code 2, with every conflict in the recipe."""
+    """Raise UserError, exit code 2, with every conflict in the recipe."""
     conflicting = find_conflicts(recipe)
     if not conflicting:
         return
-    raise Problem(
+    raise UserError(
         "Settings that conflict",
         what="; ".join(conflict.what for conflict in conflicting) + ".",
         fix="\n  ".join(f"{c.fix[:1].upper()}{c.fix[1:]}." for c in conflicting),
-        exit_code=WRONG_CALL,
+        exit_code=EXIT_USAGE,
     )
 
 
 def require_runnable(recipe: Recipe) -> None:
-    """Raise Problem, exit code 2, where a run could not start for want of a model or data; also ``check``."""
+    """Raise UserError, exit code 2, where a run could not start for want of a model or data; also
+    ``check``.
+    """
     missing = []
     if not recipe.model.id:
         missing.append(("no model", "model.id", "Name a model: --model, or id under [model]."))
@@ -64,10 +66,10 @@ def require_runnable(recipe: Recipe) -> None:
     if missing:
         things, keys, fixes = zip(*missing, strict=True)
         are = "is" if len(missing) == 1 else "are"
-        raise Problem(
+        raise UserError(
             "Not ready to run",
             what=f"The recipe has {' and '.join(things)}: {' and '.join(keys)} {are} empty.",
             fix="\n  ".join(fixes),
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     check_conflicts(recipe)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 
 _MAX_SHOWN = 20
 """More than these in one file, and it is not a recipe."""
@@ -34,7 +34,7 @@ class RecipeIssue(Struct, frozen=True):
         return f"{self.where}: {self.message}" + (f"; {self.hint}" if self.hint else "")
 
 
-class InvalidRecipeError(Problem):
+class InvalidRecipeError(UserError):
     """A recipe, a preset or a ``--set`` that cannot be used."""
 
     def __init__(self, issues: Sequence[RecipeIssue]):
@@ -45,7 +45,7 @@ class InvalidRecipeError(Problem):
                 "Invalid recipe",
                 what=f"{only.where}: {only.message}",
                 fix=only.hint[:1].upper() + only.hint[1:],
-                exit_code=WRONG_CALL,
+                exit_code=EXIT_USAGE,
             )
             return
         lines = [str(mistake) for mistake in issues[:_MAX_SHOWN]]
@@ -54,5 +54,5 @@ class InvalidRecipeError(Problem):
         super().__init__(
             "Invalid recipe",
             what="\n  ".join([f"{len(issues)} mistakes", *lines]),
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )

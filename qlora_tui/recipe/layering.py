@@ -29,7 +29,7 @@ def build_recipe(
 
     ``sets`` are ``section.key=value``; ``model`` and ``data`` stand for ``model.id`` and ``data.sources`` and
     yield to a ``--set`` of these. Each layer is checked against its own origin, so that an error names the
-    file or the argument. Raises Problem, exit code 2. See also ``conflicts.require_runnable``.
+    file or the argument. Raises UserError, exit code 2. See also ``conflicts.require_runnable``.
     """
     recipe: dict[str, Any] = {}
     if preset is not None:

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import paths
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe import toml
 from qlora_tui.recipe.schema import Data, Model, Recipe
@@ -38,7 +38,7 @@ class Preset(Struct, frozen=True, kw_only=True):
     """Came with the program; False for one of the user's."""
     layer: dict[str, Any]
     """As the file has it; empty where there is a problem."""
-    problem: Problem | None = None
+    problem: UserError | None = None
     """Why it cannot be used."""
 
     def settings(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Preset(Struct, frozen=True, kw_only=True):
         )
 
 
-class OverwriteError(Problem):
+class OverwriteError(UserError):
     """A file that the app did not write, or that was edited since, would be lost. To be asked about."""
 
 
@@ -89,17 +89,17 @@ def list_presets() -> list[Preset]:
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name, which may have a problem. Raises Problem with the near match."""
+    """The preset of that name, which may have a problem. Raises UserError with the near match."""
     by_name = {preset.name: preset for preset in list_presets()}
     if name in by_name:
         return by_name[name]
     hint = did_you_mean(name.removesuffix(".toml"), by_name)
-    raise Problem(
+    raise UserError(
         "Unknown preset",
         what=f'There is no preset "{name}".',
         why=f"The presets are {', '.join(by_name) or 'none'}.",
         fix=hint[:1].upper() + hint[1:],
-        exit_code=WRONG_CALL,
+        exit_code=EXIT_USAGE,
     )
 
 
@@ -108,7 +108,7 @@ def save(name: str, recipe: Recipe, *, note: str = "", overwrite: bool = False) 
 
     Model id, revision and data files are left out: a preset is for any of them. The file is replaced in one
     step. Raises OverwriteError, unless told to ``overwrite``, where the file there is not as the app wrote
-    it; Problem where the name is not a file name, the recipe is not valid, or the disk says no.
+    it; UserError where the name is not a file name, the recipe is not valid, or the disk says no.
     """
     path = _user_path(name)
     body = toml.dump_overrides(_for_any_model(recipe, note), Recipe())
@@ -124,11 +124,11 @@ def delete(name: str) -> Snapshot:
     snapshot = take_snapshot(name)
     if snapshot.content is None:
         shipped = any(preset.name == name for preset in list_presets())
-        raise Problem(
+        raise UserError(
             "Preset not deleted",
             what=f'"{name}" is shipped with the program.' if shipped else f'You have no preset "{name}".',
             fix="Save one of your own under that name to hide it." if shipped else "",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     try:
         _user_path(name).unlink(missing_ok=True)
@@ -168,7 +168,7 @@ def _read_preset(path: Path, shipped: bool) -> Preset:
     problem = None
     try:
         layer = toml.load(path)
-    except Problem as error:
+    except UserError as error:
         problem = error
     return Preset(
         name=name, note=layer.get("note", ""), path=path, shipped=shipped, layer=layer, problem=problem
@@ -198,11 +198,11 @@ def _user_dir() -> Path | None:
 def _user_path(name: str) -> Path:
     reason = _name_error(name)
     if reason:
-        raise Problem(
+        raise UserError(
             "Not a preset name",
             what=f"{name!r} {reason}.",
             fix="Use letters, digits, dashes and dots: my-preset.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     try:
         return paths.user_presets_dir() / f"{name}.toml"
@@ -258,6 +258,6 @@ def _write(path: Path, content: bytes) -> None:
         raise _disk_error("Preset not saved", path, error) from error
 
 
-def _disk_error(title: str, path: Path, error: OSError) -> Problem:
+def _disk_error(title: str, path: Path, error: OSError) -> UserError:
     what = f"{path}: {error.strerror or error}."
-    return Problem(title, what=what, fix="Check that the disk has room and that you may write there.")
+    return UserError(title, what=what, fix="Check that the disk has room and that you may write there.")

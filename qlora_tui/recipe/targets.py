@@ -23,7 +23,7 @@ from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora
 from qlora_tui.recipe.suggestions import did_you_mean
 
@@ -105,14 +105,14 @@ def matches(patterns: Iterable[str], module: Module) -> bool:
 def match_modules(patterns: Iterable[str], modules: Sequence[ModuleT]) -> list[ModuleT]:
     """The modules that the patterns touch, in the model's order.
 
-    Raises Problem where a pattern touches nothing: an unknown kind, layers the model has not.
+    Raises UserError where a pattern touches nothing: an unknown kind, layers the model has not.
     """
     parsed = [_parse_matching(pattern, modules, SETTINGS[0]) for pattern in patterns]
     return [module for module in modules if any(pattern.matches(module) for pattern in parsed)]
 
 
 def resolve_targets(lora: Lora, modules: Sequence[ModuleT]) -> list[ModuleT]:
-    """The modules that get an adapter. Raises Problem where a pattern touches nothing."""
+    """The modules that get an adapter. Raises UserError where a pattern touches nothing."""
     for setting, patterns in zip(SETTINGS[1:], ([*lora.rank_pattern], [*lora.alpha_pattern]), strict=True):
         for pattern in patterns:
             _parse_matching(pattern, modules, setting)
@@ -265,7 +265,7 @@ def _parse_range(text: str) -> tuple[int, int]:
     return run
 
 
-def _no_match_error(text: str, pattern: _Pattern, modules: Sequence[Module], setting: str) -> Problem:
+def _no_match_error(text: str, pattern: _Pattern, modules: Sequence[Module], setting: str) -> UserError:
     title = "Unknown target module"
     if pattern.name:
         names = [module.name for module in modules]
@@ -286,6 +286,6 @@ def _no_match_error(text: str, pattern: _Pattern, modules: Sequence[Module], set
     return _problem(title, what, _SYNTAX, why=has)
 
 
-def _problem(title: str, what: str, hint: str, why: str = "") -> Problem:
+def _problem(title: str, what: str, hint: str, why: str = "") -> UserError:
     fix = hint[:1].upper() + hint[1:]
-    return Problem(title, what=what, why=why, fix=fix, exit_code=WRONG_CALL)
+    return UserError(title, what=what, why=why, fix=fix, exit_code=EXIT_USAGE)

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.errors import InvalidRecipeError
 from qlora_tui.recipe.fields import Field, fields, get_setting
 from qlora_tui.recipe.schema import Recipe
@@ -32,7 +32,7 @@ _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 def load(path: Path) -> dict[str, Any]:
     """The layer in a file, checked.
 
-    Raises Problem, exit code 2, where the file cannot be read or is not TOML, and InvalidRecipeError with
+    Raises UserError, exit code 2, where the file cannot be read or is not TOML, and InvalidRecipeError with
     every mistake and its line.
     """
     text = read_text(path)
@@ -42,7 +42,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A small UTF-8 file. Raises Problem, exit code 2: missing, a directory, too large, not UTF-8."""
+    """A small UTF-8 file. Raises UserError, exit code 2: missing, a directory, too large, not UTF-8."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -63,7 +63,7 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, origin: str) -> dict[str, Any]:
-    """The layer in a text, unchecked. Raises Problem, exit code 2, with the line where it is not TOML."""
+    """The layer in a text, unchecked. Raises UserError, exit code 2, with the line where it is not TOML."""
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -74,11 +74,11 @@ def parse(text: str, origin: str) -> dict[str, Any]:
         line = int(place[1] or text.rstrip().count("\n") + 1) if place else 0
         message = _PLACE.sub("", message)
     excerpt = f" It reads: {_line(text, line)}" if line and _line(text, line) else ""
-    raise Problem(
+    raise UserError(
         "Not TOML",
         what=f"{origin}{f', line {line}' if line else ''}: {message}.{excerpt}",
         fix="Write key = value under a [section]; texts in quotes, true and false in small letters.",
-        exit_code=WRONG_CALL,
+        exit_code=EXIT_USAGE,
     )
 
 
@@ -158,8 +158,8 @@ def _line(text: str, number: int) -> str:
     return line if len(line) <= 60 else line[:59] + "…"
 
 
-def _read_error(path: Path, why: str, fix: str) -> Problem:
-    return Problem("Cannot read recipe", what=f"{path}: {why}.", fix=fix, exit_code=WRONG_CALL)
+def _read_error(path: Path, why: str, fix: str) -> UserError:
+    return UserError("Cannot read recipe", what=f"{path}: {why}.", fix=fix, exit_code=EXIT_USAGE)
 
 
 def _suggest_path(path: Path) -> str:

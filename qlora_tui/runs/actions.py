@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from qlora_tui.errors import WRONG_CALL, Problem, disk_problems
+from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe.absolute_paths import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
@@ -38,11 +38,11 @@ def resume(run: RunDir) -> None:
     """Queue an ended run again: it goes on from its last checkpoint, or from the start without one."""
     status = read_status(run)
     if status.state not in RESUMABLE:
-        raise Problem(
+        raise UserError(
             "Nothing to resume",
             what=f"{run.id} is {status.state}.",
             fix="Only a run that failed, was stopped, paused or lost can be resumed.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     queue.enqueue_again(run)
     ensure_runner()
@@ -63,10 +63,10 @@ def pause(run: RunDir) -> None:
 
 @disk_problems()
 def rename(run: RunDir, name: str) -> None:
-    """Call a run otherwise; its id stays. Raises Problem for what is no name, or is another run's."""
+    """Call a run otherwise; its id stays. Raises UserError for what is no name, or is another run's."""
     wrong = wrong_name(name) or _taken(run, name.strip())
     if wrong:
-        raise Problem("Not a name for a run", what=wrong, fix="Give a short line.", exit_code=WRONG_CALL)
+        raise UserError("Not a name for a run", what=wrong, fix="Give a short line.", exit_code=EXIT_USAGE)
     atomic_write(run.name_path, f"{name.strip()}\n", durable=True)
 
 
@@ -85,19 +85,19 @@ def _taken(run: RunDir, name: str) -> str:
 
 
 def check_deletable(run: RunDir) -> None:
-    """Raise Problem for a run that waits or is in training."""
+    """Raise UserError for a run that waits or is in training."""
     status = read_status(run)
     if status.state in ACTIVE or run.id in queue.waiting():
-        raise Problem(
+        raise UserError(
             "The run is not over",
             what=f"{run.name} is {status.state}.",
             fix=f"Stop it first: s on Train, or `qlora-tui stop {run.id}`.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
 
 
 @disk_problems()
 def delete(run: RunDir) -> None:
-    """Delete a run and all it made, for good; raises Problem while it is not over."""
+    """Delete a run and all it made, for good; raises UserError while it is not over."""
     check_deletable(run)
     shutil.rmtree(run.path)

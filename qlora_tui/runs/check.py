@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from qlora_tui import paths
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, earlier_folder, sync
 from qlora_tui.recipe.toml import parse, to_recipe
 from qlora_tui.runs import leftovers, queue
@@ -39,7 +39,7 @@ class Defect:
     remedy: str
     """A clause: what the user can do, or what a repair does."""
     repair: Callable[[], str] | None = field(default=None, compare=False)
-    """Does what can be done, and says what that was, in a clause. Raises OSError or Problem."""
+    """Does what can be done, and says what that was, in a clause. Raises OSError or UserError."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def repaired(checked: Checked, check_again: Callable[[], Checked]) -> tuple[Chec
         if defect.repair is not None:
             try:
                 done.append(defect.repair())
-            except (OSError, Problem) as error:
-                reason = error.title if isinstance(error, Problem) else error.strerror or str(error)
+            except (OSError, UserError) as error:
+                reason = error.title if isinstance(error, UserError) else error.strerror or str(error)
                 done.append(f"could not repair {defect.what}: {reason}")
     return (check_again() if done else checked), done
 
@@ -129,7 +129,7 @@ def _recipe(run: RunDir) -> Iterator[Defect]:
         if run.recipe().model.id:
             return
         what = "recipe.toml names no model: a power cut may have emptied it"
-    except Problem as problem:
+    except UserError as problem:
         what = f"recipe.toml: {problem.what.rstrip('.')}"
     copy = next(_copies_of_recipe(run), None)
     if copy is None:
@@ -148,7 +148,7 @@ def _copies_of_recipe(run: RunDir) -> Iterator[tuple[str, Path]]:
             if file.suffix == ".json":
                 text = str(json.loads(text)["recipe"])
             to_recipe(parse(text, str(file)), origin=str(file))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, Problem):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
             continue
         yield text, file
 

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.decoding import decode_json
-from qlora_tui.errors import WRONG_CALL, Problem, disk_problems
+from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
@@ -40,21 +40,23 @@ _LARGEST_BYTES = 4096
 
 @disk_problems()
 def ask(run: RunDir, kind: Kind, value: float | None = None) -> None:
-    """Leave a request for the trainer of ``run``; raises Problem when no trainer has it, or nothing to do."""
+    """Leave a request for the trainer of ``run``; raises UserError when no trainer has it, or nothing to
+    do.
+    """
     status = read_status(run)
     if status.state not in ACTIVE:
-        raise Problem(
+        raise UserError(
             "The run is not running",
             what=f"{run.id} is {status.state}, so there is no trainer to {kind.replace('_', ' ')}.",
             fix="`qlora-tui runs` shows what is running.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     if kind == "sample" and not run.recipe().training.sample_prompts:
-        raise Problem(
+        raise UserError(
             "Nothing to sample",
             what=f"The recipe of {run.id} has no sample prompts.",
             fix="Give the next run some (training.sample_prompts); the chat answers any, from a checkpoint.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     name = f"{time.time_ns():020d}-{os.getpid()}-{kind}.json"
     atomic_write(private_dir(run.control_dir) / name, msgspec.json.encode(Request(kind=kind, value=value)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.format import count, duration, figure, percent, size
+from qlora_tui.formatting import format_bytes, format_count, format_duration, format_float, format_percent
 from qlora_tui.runs.events import (
     STEPPING,
     AdapterReady,
@@ -49,22 +49,27 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             )
         case AdapterReady():
             share = event.trained_parameters / event.total_parameters
-            return f"training {count(event.trained_parameters)} parameters ({share:.2%} of the model)"
+            return f"training {format_count(event.trained_parameters)} parameters ({share:.2%} of the model)"
         case StepVerified():
             return _verified_words(event)
         case MemoryMeasured():
-            return f"memory: {size(event.measured_bytes)} measured, {size(event.estimated_bytes)} estimated"
+            return (
+                f"memory: {format_bytes(event.measured_bytes)} measured, "
+                f"{format_bytes(event.estimated_bytes)} estimated"
+            )
         case Step():
             return (
-                f"step {event.step:,}/{total_steps:,}  loss {figure(_number(event.loss))}  "
-                f"lr {event.learning_rate:.2e}  grad {figure(_number(event.grad_norm), 3)}  "
+                f"step {event.step:,}/{total_steps:,}  loss {format_float(_number(event.loss))}  "
+                f"lr {event.learning_rate:.2e}  grad {format_float(_number(event.grad_norm), 3)}  "
                 f"{event.tokens_per_s:,.0f} tok/s"
             )
         case Evaluated():
             best = "  best so far" if event.best and event.step else ""
-            exact = "" if event.accuracy is None else f", {percent(event.accuracy)} of answers exact"
+            exact = "" if event.accuracy is None else f", {format_percent(event.accuracy)} of answers exact"
             base = " (the base model)" if exact and not event.step else ""
-            return f"step {event.step:,}: validation loss {figure(_number(event.loss))}{exact}{base}{best}"
+            return (
+                f"step {event.step:,}: validation loss {format_float(_number(event.loss))}{exact}{base}{best}"
+            )
         case CheckpointSaved():
             return f"checkpoint at step {event.step:,}"
         case Sampled():
@@ -75,7 +80,7 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             value = "" if event.value is None else f" {event.value:g}"
             return f"asked: {event.request.replace('_', ' ')}{value}"
         case Finished():
-            told = f"finished at step {event.step:,} after {duration(event.seconds)}: {event.reason}"
+            told = f"finished at step {event.step:,} after {format_duration(event.seconds)}: {event.reason}"
             energy = energy_words(event)
             return f"{told}; {energy}" if energy else told
         case Stopped():
@@ -125,15 +130,15 @@ def exact_words(accuracy: float | None, base: float | None) -> str:
     """``97%, base 12%`` of short answers are exact; empty for data without such."""
     if accuracy is None:
         return ""
-    return percent(accuracy) + ("" if base is None else f", base {percent(base)}")
+    return format_percent(accuracy) + ("" if base is None else f", base {format_percent(base)}")
 
 
 def _verified_words(event: StepVerified) -> str:
     if event.reason:
         return f"the first step could not be checked against transformers and peft: {event.reason}"
     words = (
-        f"first step checked on {event.tokens:,} tokens: loss {figure(_number(event.loss))}, with "
-        f"transformers and peft alone {figure(_number(event.reference_loss))}; a gradient differs by "
+        f"first step checked on {event.tokens:,} tokens: loss {format_float(_number(event.loss))}, with "
+        f"transformers and peft alone {format_float(_number(event.reference_loss))}; a gradient differs by "
         f"{_number(event.gradient_difference):.2g} times its size (rounding explains "
         f"{_number(event.gradient_noise):.2g})"
     )

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import IO
 
-from qlora_tui import children, paths
+from qlora_tui import paths, subprocesses
 from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV
 
 
@@ -32,11 +32,11 @@ def start(module: str, *arguments: str, output: IO[bytes] | None) -> subprocess.
     Without ``output`` it writes where this process does.
     """
     return subprocess.Popen(
-        children.command(module, *arguments),
+        subprocesses.module_argv(module, *arguments),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
         start_new_session=True,
         cwd="/",
-        env=children.environment() | PCI_BUS_ORDER_ENV,
+        env=subprocesses.subprocess_env() | PCI_BUS_ORDER_ENV,
     )

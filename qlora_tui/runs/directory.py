@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tui import paths
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, private_dir, sync, sync_tree
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, load, to_recipe
@@ -132,7 +132,7 @@ LAST = "last"
 def create(recipe: Recipe) -> RunDir:
     """Make the directory of a run that is to be queued.
 
-    It appears under its name when it is whole and on the disk. Raises Problem when the disk is full or the
+    It appears under its name when it is whole and on the disk. Raises UserError when the disk is full or the
     directory cannot be written.
     """
     import tempfile  # 15 ms, which a start that creates nothing need not spend
@@ -151,7 +151,7 @@ def create(recipe: Recipe) -> RunDir:
     except OSError as error:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
-        raise Problem(
+        raise UserError(
             "The run could not be created",
             what=f"{error.filename or parent}: {error.strerror}.",
             fix="Free some space, or point XDG_STATE_HOME at another disk.",
@@ -185,11 +185,11 @@ def find(name: str) -> RunDir:
     if name == LAST and runs:
         return runs[0]
     if not name.strip():
-        raise Problem(
+        raise UserError(
             "Which run?",
             what="No run was named: the name is empty.",
             fix=f"`qlora-tui runs` lists them; `{LAST}` is the newest.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     matches = (
         [run for run in runs if run.id == name]
@@ -199,25 +199,25 @@ def find(name: str) -> RunDir:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise Problem(
+        raise UserError(
             "Which run?",
             what=f"{len(matches)} runs begin with {name!r}: {', '.join(r.id for r in matches[:5])}.",
             fix="Give more of the name.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     if name == LAST:
-        raise Problem(
+        raise UserError(
             "No run yet",
             what=f"{paths.runs_dir()} holds no run.",
             fix="`qlora-tui train` starts one.",
-            exit_code=WRONG_CALL,
+            exit_code=EXIT_USAGE,
         )
     newest = f" The newest is {runs[0].id}." if runs else ""
-    raise Problem(
+    raise UserError(
         "No such run",
         what=f"There is no run named {name!r} in {paths.runs_dir()}.{newest}",
         fix="`qlora-tui runs` lists them.",
-        exit_code=WRONG_CALL,
+        exit_code=EXIT_USAGE,
     )
 
 

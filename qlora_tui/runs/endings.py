@@ -9,8 +9,8 @@ from __future__ import annotations
 import signal
 import time
 
-from qlora_tui.errors import Problem
-from qlora_tui.format import size
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed, Finished, Paused, Queued, Started, Stopped, Terminal
 from qlora_tui.runs.log import EventWriter, events_backwards
@@ -125,10 +125,10 @@ def settle(run: RunDir, ending: Terminal, *, events_from: int | None = None) -> 
 def _out_of_host_memory(run: RunDir, what: str, exit_code: int, now: float) -> Failed:
     """The kernel's out-of-memory killer struck while the trainer ran, and the trainer is gone."""
     samples = TelemetryTail(run.telemetry_path).poll()
-    held = f" It last held {size(samples[-1].rss_bytes)}." if samples else ""
+    held = f" It last held {format_bytes(samples[-1].rss_bytes)}." if samples else ""
     try:
         fix = what_would_fit(last_plan(run).applied(run.recipe()))
-    except Problem:
+    except UserError:
         fix = ""
     return Failed(
         at=now,

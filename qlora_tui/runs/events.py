@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from qlora_tui.decoding import Count, UnixTime, decode_json
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 Phase: TypeAlias = Literal[
     "loading", "converting", "tokenizing", "probing", "training", "evaluating", "saving"
@@ -219,9 +219,9 @@ class Failed(Event, tag="failed", frozen=True, kw_only=True):
     kind: Literal["problem", "out_of_memory", "killed", "lost", "bug"] = "problem"
     exit_code: int | None = None
 
-    def problem(self) -> Problem:
+    def problem(self) -> UserError:
         """As an exception, to show like any other."""
-        return Problem(self.title, what=self.what, why=self.why, fix=self.fix)
+        return UserError(self.title, what=self.what, why=self.why, fix=self.fix)
 
 
 class Stopped(Event, tag="stopped", frozen=True, kw_only=True):

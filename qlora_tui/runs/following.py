@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.runs.detached import ensure_runner, runner_lock_path, runner_log_path
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent
@@ -23,7 +23,7 @@ def followed(view: RunView, say: Callable[[str], None] = lambda detail: None) ->
     """Yield every event that the view has not read yet, until the run is over.
 
     ``view.ending`` is then how it ended, or None, where only ``view.status`` says so: a run that is lost or
-    unreadable, or whose last event was never written or is damaged. Raises Problem for a run that waits and
+    unreadable, or whose last event was never written or is damaged. Raises UserError for a run that waits and
     that no runner takes.
 
     ``say`` is called with a sentence on a trainer that may send no events for long: it is suspended, does not
@@ -59,7 +59,7 @@ class _RunnerWatch:
         self._tried = False
 
     def check(self) -> None:
-        """Start a runner where none has worked for a while; raise Problem where that did not help."""
+        """Start a runner where none has worked for a while; raise UserError where that did not help."""
         now = time.monotonic()
         if is_locked(runner_lock_path()):
             self._missing_since = None
@@ -69,7 +69,7 @@ class _RunnerWatch:
         if now - self._missing_since < GRACE_S:
             return
         if self._tried:
-            raise Problem(
+            raise UserError(
                 "No runner takes the run",
                 what=f"{self._run.id} is queued, and the runner ended before it began.",
                 why=_last_line(runner_log_path()),

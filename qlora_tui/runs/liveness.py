@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_tui.format import duration
+from qlora_tui.formatting import format_duration
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.process import ProcessMark, machine
@@ -99,4 +99,4 @@ def _is_recent(run: RunDir, beat_at: float) -> bool:
 
 
 def _age(beat_at: float) -> str:
-    return duration(max(0.0, time.time() - beat_at))
+    return format_duration(max(0.0, time.time() - beat_at))

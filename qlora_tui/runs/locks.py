@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 PATIENCE_S = 0.5
 """How long to try again where :func:`is_locked` of another process may hold the lock for a moment."""
@@ -22,7 +22,7 @@ def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[IO[str] | None]:
     """Hold an exclusive lock on a file, created if need be; None where another process holds it.
 
     ``retry_delays_s``: how long to try again before that.
-    Raises Problem where the file system has no locks, OSError where the file cannot be opened.
+    Raises UserError where the file system has no locks, OSError where the file cannot be opened.
     """
     deadline = time.monotonic() + patience_s
     with path.open("a+") as file:
@@ -59,9 +59,9 @@ def is_locked(path: Path) -> bool | None:
     return False
 
 
-def no_locks(path: Path, error: OSError) -> Problem:
+def no_locks(path: Path, error: OSError) -> UserError:
     """What to say where the file system refuses locks."""
-    return Problem(
+    return UserError(
         "The file system has no locks",
         what=f"{path} could not be locked: {error.strerror or error}.",
         why="Without locks two trainers could write into one run.",

@@ -9,7 +9,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from qlora_tui.format import figure
+from qlora_tui.formatting import format_float
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.log import last_event
@@ -44,7 +44,7 @@ def news_of(run: RunDir) -> News | None:
     if isinstance(ending, Failed):
         text = f"{run.name} failed: {ending.title}."
     else:
-        reached = "" if best is None else f": best loss {figure(best.loss, 3)} at step {best.step:,}"
+        reached = "" if best is None else f": best loss {format_float(best.loss, 3)} at step {best.step:,}"
         text = f"{run.name} is finished{reached}."
     return News(
         event="finished" if isinstance(ending, Finished) else "failed",

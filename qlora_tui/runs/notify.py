@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from qlora_tui import children
-from qlora_tui.errors import Problem
+from qlora_tui import subprocesses
+from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.news import News, news_of
 from qlora_tui.settings import load_settings
@@ -36,7 +36,7 @@ def main(folder: str) -> int:
     """Tell of one run what there is to tell."""
     try:
         wanted = load_settings().notify
-    except Problem as problem:
+    except UserError as problem:
         print(problem, file=sys.stderr)
         return 1
     if not (wanted.webhook or wanted.command):
@@ -99,7 +99,7 @@ def _command(command: str, news: News) -> str:
         started = subprocess.Popen(
             command,
             shell=True,
-            env=children.without_ours() | told,
+            env=subprocesses.user_env() | told,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )

@@ -10,7 +10,7 @@ import time
 
 from msgspec import Struct, structs
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed, Health, Started, Terminal
@@ -67,7 +67,7 @@ def next_plan(run: RunDir, ending: Terminal) -> Plan | None:
         return None
     try:
         return smaller(run.recipe(), last_plan(run))
-    except Problem:
+    except UserError:
         return None
 
 

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 
 from qlora_tui import paths
-from qlora_tui.errors import FAILED, Problem, disk_problem
+from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.runs import queue
 from qlora_tui.runs.detached import runner_lock_path, start
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -50,12 +50,12 @@ def main() -> int:
                 _work(passed_over)
             if _next(passed_over) is None:
                 return 0
-    except Problem as problem:
+    except UserError as problem:
         print(problem, file=sys.stderr)
         return problem.exit_code
     except OSError as error:
         print(disk_problem(error) or error, file=sys.stderr)
-        return FAILED
+        return EXIT_FAILURE
 
 
 def _work(passed_over: set[str]) -> None:
@@ -79,7 +79,7 @@ def _guarded(run: RunDir, work: Callable[[RunDir], None]) -> bool:
     """Work on one run; False, with a line in the log, where that fails: the other runs go on."""
     try:
         work(run)
-    except (OSError, Problem) as error:
+    except (OSError, UserError) as error:
         print(f"{run.id}: {error}", file=sys.stderr)
         return False
     except Exception:
@@ -109,7 +109,7 @@ def _begin(run: RunDir) -> None:
     # Its last trainer may still be exiting, and may be nobody's child any more.
     while is_locked(run.trainer_lock_path):
         if time.monotonic() > deadline:
-            raise Problem("The run is in training", what=f"Another trainer holds {run.trainer_lock_path}.")
+            raise UserError("The run is in training", what=f"Another trainer holds {run.trainer_lock_path}.")
         time.sleep(POLL_S)
     _run(run, plan_resume(run))
 
@@ -161,7 +161,7 @@ def _train(run: RunDir, plan: Plan) -> int:
             trainer = start("qlora_tui.training", str(run.path), *plan.arguments(), output=log)
         except OSError as error:
             log.write(f"The trainer could not be started: {error}\n".encode())
-            return FAILED
+            return EXIT_FAILURE
     return trainer.wait()
 
 

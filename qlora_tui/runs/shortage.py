@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.errors import Problem
-from qlora_tui.format import size
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes
 from qlora_tui.memory import cheapest_changes, estimate
 from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.fields import replace_setting
@@ -33,18 +33,18 @@ def what_would_fit(recipe: Recipe) -> str:
         if not changes:
             lean = replace_setting(recipe, "training.gradient_checkpointing", True)
             return _at_most(whole - estimate(lean, architecture, device=room.device).process_bytes)
-    except Problem:
+    except UserError:
         return ""
     change = changes[0]
     cost = f" ({change.cost})" if change.cost else ""
-    saved = size(whole - change.estimate.process_bytes)
+    saved = format_bytes(whole - change.estimate.process_bytes)
     return f"The cheapest change that should fit: {change.label}{cost} saves {saved}."
 
 
 def _at_most(saved_bytes: int) -> str:
     """Where nothing is known to be enough: what checkpointing would save, which is tried in any case."""
     if saved_bytes > 0:
-        return f"Checkpointing activations saves {size(saved_bytes)}, which may not be enough."
+        return f"Checkpointing activations saves {format_bytes(saved_bytes)}, which may not be enough."
     return "No change of settings is known to be enough: it takes a smaller model or more memory."
 
 

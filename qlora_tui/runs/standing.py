@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.format import duration, figure, gib, percent
+from qlora_tui.formatting import format_duration, format_float, format_gib, format_percent
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Sample
 from qlora_tui.runs.view import RunView
@@ -18,25 +18,25 @@ def standing(view: RunView, sample: Sample | None) -> str:
     if view.total_steps:
         parts.append(f"step {view.step:,} of {view.total_steps:,}")
     if view.loss is not None:
-        parts.append(f"loss {figure(view.loss, 3)}")
+        parts.append(f"loss {format_float(view.loss, 3)}")
     if view.evaluations:
         last = view.evaluations[-1]
         loss = float("nan") if last.loss is None else last.loss
-        parts.append(f"validation loss {figure(loss, 3)} at step {last.step:,}")
+        parts.append(f"validation loss {format_float(loss, 3)} at step {last.step:,}")
         if last.accuracy is not None:
-            base = "" if view.base_accuracy is None else f" (base {percent(view.base_accuracy)})"
-            parts.append(f"{percent(last.accuracy)} of answers exact{base}")
+            base = "" if view.base_accuracy is None else f" (base {format_percent(view.base_accuracy)})"
+            parts.append(f"{format_percent(last.accuracy)} of answers exact{base}")
     if view.best is not None and view.best is not view.evaluations[-1]:
-        parts.append(f"best {figure(view.best.loss, 3)} at step {view.best.step:,}")
+        parts.append(f"best {format_float(view.best.loss, 3)} at step {view.best.step:,}")
     if state == "running" and view.seconds_left is not None:
-        parts.append(f"{duration(view.seconds_left)} left")
+        parts.append(f"{format_duration(view.seconds_left)} left")
     told = f"{', '.join(parts)}."
     return told if sample is None or state not in ("starting", "running") else f"{told} {_machine(sample)}"
 
 
 def _machine(sample: Sample) -> str:
     if sample.gpu is None:
-        return f"No GPU; CPU {sample.cpu_percent:.0f}% of one core, {gib(sample.rss_bytes)} GiB."
+        return f"No GPU; CPU {sample.cpu_percent:.0f}% of one core, {format_gib(sample.rss_bytes)} GiB."
     return f"GPU {', '.join(_card(sample.gpu)) or 'tells nothing'}."
 
 
@@ -46,7 +46,7 @@ def _card(card: GpuMetrics) -> list[str]:
     if card.utilization_percent is not None:
         parts.append(f"{card.utilization_percent}% busy")
     if card.memory_used_bytes is not None:
-        parts.append(f"{gib(card.memory_used_bytes)} of {gib(card.memory_total_bytes)} GiB")
+        parts.append(f"{format_gib(card.memory_used_bytes)} of {format_gib(card.memory_total_bytes)} GiB")
     if card.power_w is not None:
         limit = "" if card.power_limit_w is None else f" of {card.power_limit_w:.0f}"
         parts.append(f"{card.power_w:.0f}{limit} W")

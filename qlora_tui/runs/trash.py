@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from qlora_tui import paths
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.runs.actions import check_deletable
 from qlora_tui.runs.directory import TRASH, RunDir
@@ -33,7 +33,7 @@ class Trash:
         return len(self._deleted)
 
     def put(self, run: RunDir) -> None:
-        """Take a run away; raises Problem while it is not over, or where the disk says no."""
+        """Take a run away; raises UserError while it is not over, or where the disk says no."""
         check_deletable(run)
         try:
             run.path.rename(self._own_folder() / run.id)
@@ -42,7 +42,7 @@ class Trash:
         self._deleted.append(run.id)
 
     def bring_back(self) -> RunDir | None:
-        """The run that was deleted last, at its place again; None where there is none. Raises Problem."""
+        """The run that was deleted last, at its place again; None where there is none. Raises UserError."""
         if not self._deleted:
             return None
         run = RunDir(paths.runs_dir() / self._deleted[-1])
@@ -93,5 +93,5 @@ def _home() -> Path:
     return paths.runs_dir() / TRASH
 
 
-def _disk(title: str, path: Path, error: OSError) -> Problem:
-    return Problem(title, what=f"{path}: {error.strerror or error}.", fix="See that you may write there.")
+def _disk(title: str, path: Path, error: OSError) -> UserError:
+    return UserError(title, what=f"{path}: {error.strerror or error}.", fix="See that you may write there.")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import Plan
@@ -36,10 +36,10 @@ def main() -> int:
     run = RunDir(given.run.absolute())
     try:
         if not run.path.is_dir():
-            raise Problem("No such run", what=f"{run.path} is not a run's directory.", exit_code=WRONG_CALL)
+            raise UserError("No such run", what=f"{run.path} is not a run's directory.", exit_code=EXIT_USAGE)
         configure_torch_env(_ENVIRONMENT)
         return run_trainer(run, plan)
-    except Problem as problem:
+    except UserError as problem:
         print(problem, file=sys.stderr)
         return problem.exit_code
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, rank_of, resolve_targets
 from qlora_tui.training.lean import use_lean
@@ -77,7 +77,7 @@ def names_as_they_are(model: nn.Module, names: Iterable[str] | str) -> Iterator[
 
 
 def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture) -> dict[str, LinearModule]:
-    """The modules the recipe targets by their full name as this model has it. Raises Problem."""
+    """The modules the recipe targets by their full name as this model has it. Raises UserError."""
     there = dict(model.named_modules())
     by_tail = {_tail(name): name for name in there}
     found = {}
@@ -85,7 +85,7 @@ def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture
         # A text model taken out of a multimodal one lacks the outer part of the name.
         name = module.name if module.name in there else by_tail.get(_tail(module.name))
         if name is None:
-            raise Problem(
+            raise UserError(
                 "A target is not in the model",
                 what=f"lora.target_modules leads to {module.name}, which the loaded model does not have.",
                 why="The model as loaded differs from what its config.json says.",

@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from qlora_tui.checksums import write_checksums
 from qlora_tui.decoding import decode_json
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir, publish
 from qlora_tui.recipe.diff import diff_recipes
 from qlora_tui.recipe.schema import Recipe
@@ -70,7 +70,7 @@ class State(Struct, frozen=True, kw_only=True):
 _STATE_DECODER = msgspec.json.Decoder(State)
 
 
-class UnloadableCheckpoint(Problem):
+class UnloadableCheckpoint(UserError):
     """A checkpoint whose files are as they were written, and which torch or peft does not load."""
 
     def __init__(self, folder: Path, error: Exception) -> None:
@@ -159,20 +159,20 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
 
 
 def check_same(state: State, recipe: Recipe, data_hash: str) -> None:
-    """Raise Problem, with the difference, where going on would not be the run that was begun."""
+    """Raise UserError, with the difference, where going on would not be the run that was begun."""
     before = to_recipe(parse(state.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
     changes = [c for c in diff_recipes(before, recipe) if c.path not in _FREE]
     if before.effective_batch == recipe.effective_batch:
         changes = [c for c in changes if c.path not in _SPLIT]
     if changes:
-        raise Problem(
+        raise UserError(
             "The recipe has changed",
             what=f"Since the checkpoint at step {state.step}: {'; '.join(map(str, changes))}.",
             why="Going on would be neither the old run nor the new one.",
             fix="Undo the change in recipe.toml, or start a new run with it.",
         )
     if data_hash != state.data_hash:
-        raise Problem(
+        raise UserError(
             "The data has changed",
             what=f"The tokenized data is not what it was at step {state.step}: "
             f"{data_hash[:12]} now, {state.data_hash[:12]} then.",

@@ -17,7 +17,7 @@ from typing import Any
 from qlora_tui.catalog.code_keys import adapter_without_code, without_code
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import INDEX, weight_files
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 _CONFIGS = ("config.json", "generation_config.json")
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -26,7 +26,7 @@ _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 @contextmanager
 def model_view(folder: Path) -> Iterator[Path]:
-    """A folder with the weights in ``folder`` and its configs without what chooses code. Raises Problem."""
+    """A folder with the weights in ``folder`` and its configs without what chooses code. Raises UserError."""
     with _temporary() as view:
         for name in _CONFIGS:
             if (folder / name).is_file():
@@ -41,7 +41,7 @@ def model_view(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def adapter_view(folder: Path) -> Iterator[Path]:
-    """A folder with an adapter's weights and its config without what chooses code. Raises Problem."""
+    """A folder with an adapter's weights and its config without what chooses code. Raises UserError."""
     with _temporary() as view:
         clean, dropped = adapter_without_code(load_config(folder / _ADAPTER_CONFIG), str(folder))
         _write(view / _ADAPTER_CONFIG, clean)
@@ -72,7 +72,7 @@ def _temporary() -> Iterator[Path]:
     try:
         view = tempfile.TemporaryDirectory(prefix="qlora-tui-")
     except OSError as error:
-        raise Problem(
+        raise UserError(
             "No temporary folder",
             what=f"A folder for links could not be made: {error.strerror or error}.",
             fix="Free some space, or set TMPDIR to a folder that can be written to.",

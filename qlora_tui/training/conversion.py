@@ -20,11 +20,11 @@ from typing import IO
 
 import msgspec
 
-from qlora_tui import children
+from qlora_tui import subprocesses
 from qlora_tui.catalog.gguf_header import read_gguf
 from qlora_tui.catalog.local_models import converted_dir, resolve_model
 from qlora_tui.decoding import decode_json
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.torch_env import OFFLINE
 from qlora_tui.memory.conversion import Conversion, Way, peak_bytes
@@ -49,7 +49,7 @@ def converted(
 ) -> Path:
     """The folder of 16-bit safetensors made from a GGUF file, now or earlier.
 
-    Raises Problem where it cannot be made, and ConversionStopped.
+    Raises UserError where it cannot be made, and ConversionStopped.
     """
     folder = folder_of(file)
     if not (folder / "config.json").exists():
@@ -58,7 +58,7 @@ def converted(
 
 
 def kept_conversion(file: Path) -> Path | None:
-    """The folder made from a GGUF file earlier; None where it has not been converted. Raises Problem."""
+    """The folder made from a GGUF file earlier; None where it has not been converted. Raises UserError."""
     folder = folder_of(file)
     return folder if (folder / "config.json").exists() else None
 
@@ -74,7 +74,7 @@ def pending(model_id: str) -> Conversion | None:
         if kept_conversion(file) is not None:
             return None
         return Conversion(file.name, _peak_bytes(file, file.stat().st_size, files.architecture.total_params))
-    except (Problem, OSError):
+    except (UserError, OSError):
         return None
 
 
@@ -92,12 +92,12 @@ def convert_in_child(
     progress: Progress = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Write ``folder`` from ``file`` in a process of its own. Raises Problem and ConversionStopped."""
-    command = children.command("qlora_tui.training.gguf", "--ends-with-stdin", str(file), str(folder))
+    """Write ``folder`` from ``file`` in a process of its own. Raises UserError and ConversionStopped."""
+    command = subprocesses.module_argv("qlora_tui.training.gguf", "--ends-with-stdin", str(file), str(folder))
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             command,
-            env=children.environment() | OFFLINE,
+            env=subprocesses.subprocess_env() | OFFLINE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -120,7 +120,7 @@ def convert_in_child(
             child.communicate()
             shutil.rmtree(draft_of(folder), ignore_errors=True)
         if failure is not None:
-            raise Problem(failure.title, what=failure.what, why=failure.why, fix=failure.fix)
+            raise UserError(failure.title, what=failure.what, why=failure.why, fix=failure.fix)
         if code:
             raise _died(file, code, errors)
 
@@ -150,11 +150,11 @@ def _decoded(line: bytes) -> Said | None:
         return None
 
 
-def _died(file: Path, code: int, errors: IO[bytes]) -> Problem:
+def _died(file: Path, code: int, errors: IO[bytes]) -> UserError:
     """What ended a child that did not say so itself."""
     title = "The GGUF file could not be converted"
     if code == -signal.SIGKILL:
-        return Problem(
+        return UserError(
             title,
             what=f"The process that converted {file} was killed.",
             why="Most likely the machine's memory ran out.",
@@ -163,7 +163,7 @@ def _died(file: Path, code: int, errors: IO[bytes]) -> Problem:
     errors.seek(0)
     lines = errors.read().decode(errors="replace").strip().splitlines()
     ending = f"exit code {code}" if code > 0 else f"signal {-code}"
-    return Problem(
+    return UserError(
         title,
         what=f"The process that converted {file} ended with {ending}.",
         why=lines[-1] if lines else "",
@@ -176,6 +176,6 @@ def folder_of(file: Path) -> Path:
     try:
         stat = file.stat()
     except OSError as error:
-        raise Problem("No such GGUF file", what=f"{file}: {error.strerror}.") from error
+        raise UserError("No such GGUF file", what=f"{file}: {error.strerror}.") from error
     key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     return private_dir(converted_dir()) / f"{file.stem}-{key}"

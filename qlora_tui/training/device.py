@@ -10,7 +10,7 @@ from typing import Literal
 import psutil
 import torch
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory.cpu import this_processor
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.even import even_multiple
@@ -74,7 +74,7 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> Device:
 
 
 def choose_attention(recipe: Recipe, device: Device) -> Attention:
-    """The attention path to try first. Raises Problem where flash is asked for and cannot be had."""
+    """The attention path to try first. Raises UserError where flash is asked for and cannot be had."""
     wanted = recipe.model.attention
     if wanted == "eager":
         return "eager"
@@ -89,7 +89,7 @@ def choose_attention(recipe: Recipe, device: Device) -> Attention:
             if device.dtype == torch.float32
             else "The kernels package, which brings it, is not installed."
         )
-        raise Problem(
+        raise UserError(
             "No flash attention here",
             what="model.attention asks for flash, which this machine cannot run.",
             why=why,

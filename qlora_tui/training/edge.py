@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import Problem, disk_problem
+from qlora_tui.errors import UserError, disk_problem
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir
@@ -254,7 +254,7 @@ class Edge:
             )
             kept = self.progress.checkpoint_step
             good = f"the checkpoint of step {kept} is good" if kept >= 0 else "there is no checkpoint yet"
-            raise Problem(
+            raise UserError(
                 "The loss is not a number",
                 what=f"At step {step} the {what} was {value}.",
                 why=f"Nothing learnt after that would be of use; {good}.",

@@ -6,8 +6,8 @@ import errno
 import re
 import time
 
-from qlora_tui.errors import Problem, disk_problem
-from qlora_tui.format import size
+from qlora_tui.errors import UserError, disk_problem
+from qlora_tui.formatting import format_bytes
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
@@ -32,7 +32,7 @@ def failed(error: BaseException, run: RunDir, recipe: Recipe | None, estimate: E
     now = time.time()
     if is_out_of_memory(error):
         return _out_of_memory(error, recipe, estimate, now)
-    if isinstance(error, Problem):
+    if isinstance(error, UserError):
         return Failed(
             at=now,
             title=error.title,
@@ -105,5 +105,5 @@ def _asked_for(said: str) -> str:
     """What torch said, where a person can read it: on a card. On a CPU, how much it asked for."""
     asked = _CPU_ASKED.search(said)
     if asked:
-        return f"It asked for {size(int(asked[1]))} more, and the machine had no more memory to give."
+        return f"It asked for {format_bytes(int(asked[1]))} more, and the machine had no more memory to give."
     return "The machine had no more memory to give." if said in ("", *_ONEDNN_MESSAGES) else said

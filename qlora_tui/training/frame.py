@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from qlora_tui.errors import FAILED, WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.schema import Recipe
@@ -40,11 +40,11 @@ def run_trainer(run: RunDir, plan: Plan) -> int:
         return _run(run, plan, among)
     with _only_trainer(run) as alone:
         if not alone:
-            raise Problem(
+            raise UserError(
                 "The run is in training",
                 what=f"Another trainer has {run.path}.",
                 fix="Wait for it, or stop it first.",
-                exit_code=WRONG_CALL,
+                exit_code=EXIT_USAGE,
             )
         return _run(run, plan, among)
 
@@ -66,7 +66,7 @@ def _run(run: RunDir, plan: Plan, among: Processes) -> int:
                 # Where the runner was killed meanwhile, another tells of the end and takes up the queue.
                 ensure_runner()
     if isinstance(ending, Failed):
-        return ending.exit_code or FAILED
+        return ending.exit_code or EXIT_FAILURE
     return 0
 
 
@@ -81,7 +81,7 @@ def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests, am
                 leftovers.restore(run)
                 leftovers.sweep_own(run)
             checkpoint, damage = checkpoints.latest(run)
-        except Problem:
+        except UserError:
             reporter.tell(Started(at=time.time(), attempt=number, pid=os.getpid()))
             raise
         _tell_started(reporter, recipe, checkpoint, number)
@@ -108,7 +108,7 @@ def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests, am
             _tell_started(reporter, recipe, checkpoint, number)
             _tell_damage(reporter, damage + more_damage)
     except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, Problem):
+        if not isinstance(error, UserError):
             reporter.log(traceback.format_exc())
         return failed(error, run, recipe, estimate)
 

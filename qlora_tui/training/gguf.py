@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from qlora_tui.catalog.gguf_header import read_gguf
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir, publish
 from qlora_tui.training import llama_gguf
 from qlora_tui.training.clean_files import single_file_view
@@ -40,7 +40,7 @@ def draft_of(folder: Path) -> Path:
 
 
 def convert(file: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
-    """Write ``folder``, all of it or nothing. Raises Problem.
+    """Write ``folder``, all of it or nothing. Raises UserError.
 
     Nothing is done where another process has written it meanwhile; one that is at it is waited for.
     """
@@ -105,7 +105,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
             Path(lock.name).unlink(missing_ok=True)
 
 
-def _problem(file: Path, error: Exception) -> Problem:
+def _problem(file: Path, error: Exception) -> UserError:
     says = (str(error).strip() or type(error).__name__).splitlines()[0]
     if is_full_disk(error):
         fix = "Free some space, or set XDG_CACHE_HOME to a folder on another disk."
@@ -113,7 +113,7 @@ def _problem(file: Path, error: Exception) -> Problem:
         says, fix = "The machine had no more memory to give.", "Close other programs, then try again."
     else:
         fix = "Choose the model's safetensors folder or hub id instead."
-    return Problem("The GGUF file could not be converted", what=f"{file}: {says}", fix=fix)
+    return UserError("The GGUF file could not be converted", what=f"{file}: {says}", fix=fix)
 
 
 class Said(msgspec.Struct, omit_defaults=True):
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> int:
         threading.Thread(target=_end_with_stdin, args=(draft_of(given.folder),), daemon=True).start()
     try:
         convert(given.file, given.folder, _now_and_then())
-    except Problem as problem:
+    except UserError as problem:
         _say(Said(title=problem.title, what=problem.what, why=problem.why, fix=problem.fix))
         print(problem, file=sys.stderr)
         return problem.exit_code

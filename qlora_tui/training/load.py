@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from qlora_tui.catalog.config_parser import load_config
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training import attention
 from qlora_tui.training.clean_files import model_view
@@ -30,7 +30,7 @@ def load_base(folder: Path, recipe: Recipe, device: Device, attends: Attention) 
     """The causal language model in ``folder``, on the device, every weight frozen.
 
     The folder is one that ``catalog.resolve`` gave. Its configs choose no code: see
-    :mod:`qlora_tui.catalog.code_keys`. Raises Problem where it cannot be loaded all the same.
+    :mod:`qlora_tui.catalog.code_keys`. Raises UserError where it cannot be loaded all the same.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -53,7 +53,7 @@ def load_base(folder: Path, recipe: Recipe, device: Device, attends: Attention) 
                 **settings,
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise Problem(
+        raise UserError(
             "The model could not be loaded",
             what=f"{folder}: {_first_line(error)}",
             fix="`qlora-tui doctor` tests what is installed; another copy of the model may be whole.",

@@ -13,7 +13,7 @@ import torch
 from msgspec import structs
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.visible_devices import default_cuda_device
@@ -119,7 +119,7 @@ class MemoryMeter:
             where = replace(where, correction=correction_for(self._device.name))
         try:
             return estimate(recipe, self._architecture, device=where)
-        except Problem:
+        except UserError:
             return None
 
     def _context_bytes(self) -> int:

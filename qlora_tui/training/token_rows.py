@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_tui.data.untrained_tokens import UNTRAINED_NORM_RATIO
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.training.lean.replace import replace_forward
 
 
@@ -32,7 +32,7 @@ class TokenRows:
 
 
 def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[int]]:
-    """peft's ``trainable_token_indices`` for rows ``ids`` of embedding and head. Raises Problem."""
+    """peft's ``trainable_token_indices`` for rows ``ids`` of embedding and head. Raises UserError."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     # peft would leave the bias of a head out.
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or _has_bias(head):
@@ -49,7 +49,7 @@ def begin_rows(model: Any) -> None:
     """Let rows too faint to learn from begin as the mean of all rows, as tokens new to a model do.
 
     A norm of a row near zero has a slope in the hundreds: its gradient would drown all others, and Adam would
-    remember it for a thousand steps. Raises Problem where peft left the head without them.
+    remember it for a thousand steps. Raises UserError where peft left the head without them.
     """
     if not isinstance(model.get_output_embeddings(), _wrapper_type()):
         raise _not_this_model("peft does not see that its head is tied to its embedding")
@@ -153,8 +153,8 @@ def _wrapper_type() -> Any:
     return TrainableTokensWrapper
 
 
-def _not_this_model(why: str) -> Problem:
-    return Problem(
+def _not_this_model(why: str) -> UserError:
+    return UserError(
         "Rows of this model cannot be trained",
         what=f"lora.token_rows names tokens, and {why}.",
         fix="Leave lora.token_rows empty, and take a template without such tokens: "

@@ -17,8 +17,8 @@ from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.signal import Signal
 
-from qlora_tui.errors import Problem
-from qlora_tui.format import GIB
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, gc_tuning, themes
 from qlora_tui.tui.cached_stylesheet import CachedStylesheet
@@ -104,7 +104,7 @@ class QloraApp(App[None]):
         """Where a run would be computed, and how much memory it could have."""
         from qlora_tui.memory.budget import budget_for
 
-        given = self.settings.card_gib
+        given = self.settings.gpu_memory_gib
         return budget_for(self.system_status.gpu, None if given is None else round(given * GIB))
 
     def on_load(self) -> None:
@@ -155,7 +155,7 @@ class QloraApp(App[None]):
         """Change a setting of the recipe; a value that is not allowed is explained. True when it changed."""
         try:
             changed = self.workbench.set(path, value)
-        except Problem as problem:
+        except UserError as problem:
             self.show_error(problem)
             return False
         if changed:
@@ -199,7 +199,7 @@ class QloraApp(App[None]):
         """Take away what is said in the corner."""
         self.clear_notifications()
 
-    def show_error(self, problem: Problem) -> None:
+    def show_error(self, problem: UserError) -> None:
         """Show a problem in a modal."""
         from qlora_tui.tui.screens.error import ErrorScreen
 

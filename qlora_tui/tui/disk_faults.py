@@ -8,7 +8,7 @@ from typing import Any
 from textual.app import App
 from textual.worker import WorkerFailed
 
-from qlora_tui.errors import Problem, disk_problem
+from qlora_tui.errors import UserError, disk_problem
 
 REPEAT_S = 30.0
 """How long the same problem is not said again: what is done every second fails every second."""
@@ -19,7 +19,7 @@ class DiskFaults:
 
     def __init__(self) -> None:
         self._said: dict[str, float] = {}
-        self.ended_by: Problem | None = None
+        self.ended_by: UserError | None = None
         """Why the app had to end: Textual ends the part of it in which a message fails."""
 
     def handle(self, app: App[Any], error: Exception) -> bool:

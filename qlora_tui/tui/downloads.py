@@ -17,9 +17,9 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui import children, paths
+from qlora_tui import paths, subprocesses
 from qlora_tui.catalog.download import spawn
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write
 
 DEMO = "demo"
@@ -40,7 +40,7 @@ class Download:
         """What it does, where that is not fetching bytes."""
         self.path: Path | None = None
         """Where the model is, once it is."""
-        self.problem: Problem | None = None
+        self.problem: UserError | None = None
         self.cancelled = False
         self._process = process
         self._seen: deque[tuple[float, int]] = deque(maxlen=64)
@@ -82,7 +82,7 @@ class Download:
                 yield
             code = await asyncio.to_thread(self._process.wait)
             if self.path is None and self.problem is None and not self.cancelled:
-                self.problem = Problem(
+                self.problem = UserError(
                     "The download ended",
                     what=f"{self.name}: the process ended with {code}.",
                     fix="Try again.",
@@ -106,7 +106,7 @@ class Download:
             case "done":
                 self.path = Path(message["path"])
             case "problem":
-                self.problem = Problem(
+                self.problem = UserError(
                     message["title"], what=message["what"], why=message["why"], fix=message["fix"]
                 )
 
@@ -119,8 +119,8 @@ def start(model_id: str) -> Download:
 def start_demo(name: str) -> Download:
     """Begin to fetch and convert the demo's model."""
     process = subprocess.Popen(
-        children.command("qlora_tui.demo.fetch"),
-        env=children.environment(),
+        subprocesses.module_argv("qlora_tui.demo.fetch"),
+        env=subprocesses.subprocess_env(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

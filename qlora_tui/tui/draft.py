@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qlora_tui import paths
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe.toml import dump, parse, read_text, to_recipe, validate
 from qlora_tui.runs.locks import locked
@@ -37,7 +37,7 @@ class Draft:
         """
         self._known = _content()
         recipe, preset = None, FIRST_PRESET
-        with suppress(Problem):
+        with suppress(UserError):
             text, origin = read_text(draft_path()), str(draft_path())
             layer = parse(text, origin)
             validate(layer, origin, text)
@@ -49,7 +49,7 @@ class Draft:
             try:
                 bench = Workbench(recipe, name)
                 break
-            except Problem as problem:
+            except UserError as problem:
                 lost = lost or problem
         else:
             bench = Workbench(recipe, preset="")
@@ -95,6 +95,6 @@ def _content() -> str | None:
 def _draft_lock() -> Iterator[None]:
     """Keep other apps from writing meanwhile, where the file system has locks."""
     with ExitStack() as stack:
-        with suppress(Problem):
+        with suppress(UserError):
             stack.enter_context(locked(paths.state_dir() / "draft.lock", patience_s=_LOCK_S))
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from qlora_tui.format import duration
+from qlora_tui.formatting import format_duration
 from qlora_tui.runs.status import State
 
 SIGNS: dict[State, tuple[str, str]] = {
@@ -26,4 +26,4 @@ def format_ago(at: float, now: float) -> str:
     """``at 03:12, 4 h ago``; the day beside it when it was another."""
     moment, today = time.localtime(at), time.localtime(now)
     day = "" if moment[:3] == today[:3] else time.strftime("%d %b ", moment)
-    return f"at {day}{time.strftime('%H:%M', moment)}, {duration(max(0.0, now - at))} ago"
+    return f"at {day}{time.strftime('%H:%M', moment)}, {format_duration(max(0.0, now - at))} ago"

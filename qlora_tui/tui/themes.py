@@ -18,7 +18,7 @@ from textual.color import Color, ColorParseError
 from textual.theme import Theme
 
 from qlora_tui import paths
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 MUTED_SHARE = 0.7
 """How far muted text is from the background, towards the foreground."""
@@ -76,7 +76,7 @@ def _sixteen_colours(dark: bool) -> dict[str, str]:
     }
 
 
-def load_themes() -> tuple[list[Theme], list[Problem]]:
+def load_themes() -> tuple[list[Theme], list[UserError]]:
     """Every theme that can be read (the user's replace shipped ones of the same name), and what was wrong."""
     themes: dict[str, Theme] = {}
     problems = []
@@ -85,7 +85,7 @@ def load_themes() -> tuple[list[Theme], list[Problem]]:
             try:
                 theme = _read(path)
                 themes[theme.name] = theme
-            except Problem as problem:
+            except UserError as problem:
                 problems.append(problem)
     return list(themes.values()), problems
 
@@ -106,7 +106,7 @@ def _read(path: Path) -> Theme:
         return file.theme()
     except (OSError, ValueError, RecursionError, ColorParseError, msgspec.ValidationError) as error:
         wrong = _NO_COLOUR.sub(r"\1 is no colour", str(error))
-        raise Problem(
+        raise UserError(
             "A theme was left out",
             what=f"{path}: {wrong}.",
             fix="Compare it with the shipped themes; colours are #rrggbb or ansi_blue.",

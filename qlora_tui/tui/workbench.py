@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
@@ -38,15 +38,15 @@ class Workbench:
     """One recipe in the making."""
 
     def __init__(self, recipe: Recipe | None = None, preset: str = FIRST_PRESET) -> None:
-        """Raises Problem where there is no such preset, or it is damaged."""
+        """Raises UserError where there is no such preset, or it is damaged."""
         base = build_recipe(preset=preset) if preset else Recipe()
         self._now = _Snapshot(recipe or base, preset, base)
-        self.lost_preset: Problem | None = None
+        self.lost_preset: UserError | None = None
         """Why it could not go on as the preset it began as."""
         self._undo: list[_Snapshot] = []
         self._redo: list[_Snapshot] = []
-        self._architecture: tuple[str, Architecture | Problem] | None = None
-        self._compared: tuple[Recipe, Device, dict[Precision, Estimate] | Problem] | None = None
+        self._architecture: tuple[str, Architecture | UserError] | None = None
+        self._compared: tuple[Recipe, Device, dict[Precision, Estimate] | UserError] | None = None
         self._traced: tuple[Recipe, Device, StepTrace] | None = None
 
     @property
@@ -70,7 +70,7 @@ class Workbench:
         return self.recipe != self.base
 
     def set(self, path: str, value: Any) -> bool:
-        """Change one setting, checked; False when it had that value already. Raises Problem."""
+        """Change one setting, checked; False when it had that value already. Raises UserError."""
         changed = replace_setting(self.recipe, path, value)
         to_recipe(to_layer(changed), origin="this recipe")
         return self.replace(changed)
@@ -87,7 +87,7 @@ class Workbench:
         self._remember(other._now)
 
     def open_preset(self, name: str) -> None:
-        """Take a preset's settings, keeping model and data. Raises Problem."""
+        """Take a preset's settings, keeping model and data. Raises UserError."""
         base = build_recipe(preset=name)
         self._remember(_Snapshot(_with_model_and_data(base, self.recipe), name, base))
 
@@ -119,8 +119,8 @@ class Workbench:
         self._now = self._redo.pop()
         return True
 
-    def architecture(self) -> Architecture | Problem:
-        """Of the recipe's model, from its ``config.json``; a Problem where there is none to be had."""
+    def architecture(self) -> Architecture | UserError:
+        """Of the recipe's model, from its ``config.json``; a UserError where there is none to be had."""
         model = self.recipe.model.id
         if self._architecture is None or self._architecture[0] != model:
             self._architecture = (model, _read(model))
@@ -131,8 +131,8 @@ class Workbench:
         self._architecture = None
         self._compared = None
 
-    def comparison(self, device: Device) -> dict[Precision, Estimate] | Problem:
-        """The estimate in every precision; a Problem where there is nothing to estimate.
+    def comparison(self, device: Device) -> dict[Precision, Estimate] | UserError:
+        """The estimate in every precision; a UserError where there is nothing to estimate.
 
         Kept for as long as the recipe is the same: strip and screen ask one after the other.
         """
@@ -145,15 +145,15 @@ class Workbench:
         self._traced = (recipe, device, traced)
         self._compared = None
 
-    def _compare(self, device: Device) -> dict[Precision, Estimate] | Problem:
+    def _compare(self, device: Device) -> dict[Precision, Estimate] | UserError:
         from qlora_tui.memory import compare
 
         architecture = self.architecture()
-        if isinstance(architecture, Problem):
+        if isinstance(architecture, UserError):
             return architecture
         try:
             return compare(self.recipe, architecture, device=device, traced=self._trace_on(device))
-        except Problem as problem:
+        except UserError as problem:
             return problem
 
     def _trace_on(self, device: Device) -> StepTrace | None:
@@ -167,16 +167,16 @@ class Workbench:
         self._now = snapshot
 
 
-def _read(model: str) -> Architecture | Problem:
+def _read(model: str) -> Architecture | UserError:
     if not model:
-        return Problem(
+        return UserError(
             "No model yet", what="The recipe names no model.", fix="Choose one on the Model screen (1)."
         )
     from qlora_tui.catalog.lookup import load_architecture
 
     try:
         return load_architecture(model)
-    except Problem as problem:
+    except UserError as problem:
         return problem
 
 

@@ -18,11 +18,11 @@ from tests.catalog.models import TINY, safetensors_bytes
 PRELUDE = """
 import json, sys
 from qlora_tui.catalog import download, hub, hub_files
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 def trial(function, *arguments):
     try:
         return function(*arguments)
-    except Problem as problem:
+    except UserError as problem:
         return {"title": problem.title, "what": problem.what, "why": problem.why, "fix": problem.fix}
 print(json.dumps(trial(lambda: (%s)), default=str))
 """
@@ -62,7 +62,7 @@ def child_environ(hub: FakeHub, **changes: str) -> dict[str, str]:
 
 @pytest.fixture
 def ask(hub: FakeHub) -> Ask:
-    """``ask(expression)``: evaluate it in a fresh process; its value, or the Problem as a dict.
+    """``ask(expression)``: evaluate it in a fresh process; its value, or the UserError as a dict.
 
     Within it ``trial(function, *arguments)`` does the same for one call.
     """

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_tui.catalog.code_keys import adapter_without_code, named_kernels, without_code
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from tests.catalog.models import TINY, make_model
 
 CODE: dict[str, Any] = {
@@ -66,7 +66,7 @@ def test_of_quantization_only_bitsandbytes_settings_remain() -> None:
 def test_a_model_that_names_kernels_is_refused_with_the_key(tmp_path: Path, config: dict[str, Any]) -> None:
     folder = make_model(tmp_path / "model", {**TINY, **config})
     assert named_kernels(config)
-    with pytest.raises(Problem, match="evil-org/kernel") as refused:
+    with pytest.raises(UserError, match="evil-org/kernel") as refused:
         resolve_model(str(folder))
     assert "config.json" in refused.value.what
     assert refused.value.fix
@@ -104,5 +104,5 @@ def test_of_an_adapter_only_what_decides_its_values_remains() -> None:
 
 
 def test_an_adapter_begun_from_a_file_of_statistics_is_refused() -> None:
-    with pytest.raises(Problem, match="lora_ga"):
+    with pytest.raises(UserError, match="lora_ga"):
         adapter_without_code({"init_lora_weights": "lora_ga"}, "here")

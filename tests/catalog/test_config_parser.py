@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_tui.catalog.config_parser import known_model_types, parse_architecture
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from tests.catalog.configs import CONFIGS, config, counted
 
 COUNTED = counted()
@@ -144,28 +144,28 @@ def _llama(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_wrong_config_is_refused_by_the_name_of_its_field(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         parse_architecture(_llama(**changes))
     assert named in caught.value.what
     assert caught.value.fix
 
 
 def test_an_unknown_family_gets_the_nearest_known_name() -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         parse_architecture(_llama(model_type="lama"))
     assert "'llama'" in caught.value.fix
     assert {"llama", "gemma3", "qwen3_moe"} <= known_model_types()
 
 
 def test_a_nested_config_without_its_text_part_is_refused() -> None:
-    with pytest.raises(Problem, match="text_config is missing"):
+    with pytest.raises(UserError, match="text_config is missing"):
         parse_architecture({"model_type": "gemma3"})
 
 
 def test_too_short_a_list_of_layer_kinds_is_refused() -> None:
     values = config("Qwen/Qwen3.5-27B")
     values["text_config"]["layer_types"] = ["full_attention"]
-    with pytest.raises(Problem, match="layer_types has 1 entries for 64 layers"):
+    with pytest.raises(UserError, match="layer_types has 1 entries for 64 layers"):
         parse_architecture(values)
 
 
@@ -173,13 +173,13 @@ def test_too_short_a_list_of_layer_kinds_is_refused() -> None:
 def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content)
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         parse_architecture(file)
     assert str(file) in caught.value.what
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         parse_architecture(tmp_path)
 
 
@@ -201,5 +201,5 @@ def test_junk_in_any_field_is_refused_or_harmless(data: st.DataObject) -> None:
     part[data.draw(st.sampled_from(sorted(part)))] = data.draw(JUNK)
     try:
         assert parse_architecture(values).total_params > 0
-    except Problem as problem:
+    except UserError as problem:
         assert problem.what

@@ -14,7 +14,7 @@ import pytest
 
 from qlora_tui.catalog.download import spawn
 from qlora_tui.catalog.local_models import hub_cache_dir, list_local_models, resolve_model
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from tests.catalog.configs import config
 from tests.catalog.conftest import Ask, child_environ, tiny_repo
 from tests.catalog.fake_hub import FakeHub, FakeRepo, git_hash, sha256
@@ -139,7 +139,7 @@ def test_a_download_that_was_given_up_goes_on_the_next_time(hub: FakeHub, ask: A
     (model,) = list_local_models()
     assert model.refusal is not None
     assert "not complete" in model.refusal.title
-    with pytest.raises(Problem, match="only in part"):
+    with pytest.raises(UserError, match="only in part"):
         resolve_model("org/tiny")
     hub.drops = []
     hub.requests.clear()

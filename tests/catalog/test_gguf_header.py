@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from tests.catalog.models import TINY_PARAMS, gguf_bytes, make_gguf
 
 
@@ -48,7 +48,7 @@ def test_what_cannot_be_trained_from_gguf_is_refused(
     tmp_path: Path, changes: dict[str, object], named: str
 ) -> None:
     file = make_gguf(tmp_path / "other.gguf", **changes)
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         to_hf_config(read_gguf(file), file)
     assert named in caught.value.what
     assert str(file) in caught.value.what
@@ -56,7 +56,7 @@ def test_what_cannot_be_trained_from_gguf_is_refused(
 
 def test_a_missing_size_is_named(tmp_path: Path) -> None:
     file = make_gguf(tmp_path / "half.gguf", llama__block_count=None)
-    with pytest.raises(Problem, match="num_hidden_layers is missing"):
+    with pytest.raises(UserError, match="num_hidden_layers is missing"):
         parse_architecture(to_hf_config(read_gguf(file), file))
 
 
@@ -64,13 +64,13 @@ def test_a_missing_size_is_named(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "no.gguf"
     file.write_bytes(content)
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         read_gguf(file)
     assert str(file) in caught.value.what
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         read_gguf(tmp_path / "none.gguf")
 
 
@@ -86,10 +86,10 @@ def test_damage_is_a_problem_or_harmless(
 ) -> None:
     file = tmp_path_factory.mktemp("damaged") / "x.gguf"
     file.write_bytes(WHOLE[:cut])
-    with pytest.raises(Problem):
+    with pytest.raises(UserError):
         read_gguf(file)
     file.write_bytes(WHOLE[:at] + bytes([byte]) + WHOLE[at + 1 :])
     try:
         read_gguf(file)
-    except Problem as problem:
+    except UserError as problem:
         assert problem.fix

@@ -18,7 +18,7 @@ from qlora_tui.catalog.local_models import (
     list_local_models,
     resolve_model,
 )
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from tests.catalog.configs import config
 from tests.catalog.models import TINY, TINY_PARAMS, make_cached, make_gguf, make_model, safetensors_bytes
 
@@ -28,7 +28,7 @@ def _only(folder: Path) -> LocalModel:
     return model
 
 
-def _refusal(folder: Path) -> Problem:
+def _refusal(folder: Path) -> UserError:
     refusal = _only(folder).refusal
     assert refusal is not None
     assert refusal.fix
@@ -232,7 +232,7 @@ def test_a_cached_gguf_is_listed_as_one(tmp_path: Path) -> None:
 def test_an_unreadable_gguf_is_listed_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"nothing")
     assert "bad.gguf" in _refusal(tmp_path).what
-    with pytest.raises(Problem):
+    with pytest.raises(UserError):
         resolve_model(str(tmp_path / "bad.gguf"))
 
 
@@ -265,7 +265,7 @@ def test_a_relative_path_resolves_to_one_that_is_good_everywhere(
 )
 def test_a_name_nearly_right_gets_the_right_one(name: str) -> None:
     make_cached(hub_cache_dir(), "HuggingFaceTB/SmolLM2-135M-Instruct")
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         resolve_model(name)
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in caught.value.fix
 
@@ -274,13 +274,13 @@ def test_a_name_nearly_right_gets_the_right_one(name: str) -> None:
     "name", ["", ".", "..", "../..", "/no/such", "~/no/such", "a" * 5000, "nul\0", "a/b/c", "~nobody-here/x"]
 )
 def test_nonsense_is_simply_not_here(name: str) -> None:
-    with pytest.raises(Problem, match=r"not on this machine|no config"):
+    with pytest.raises(UserError, match=r"not on this machine|no config"):
         resolve_model(name)
 
 
 def test_a_refused_model_does_not_resolve(tmp_path: Path) -> None:
     make_model(tmp_path / "m", {**TINY, "model_type": "bert"})
-    with pytest.raises(Problem, match="bert"):
+    with pytest.raises(UserError, match="bert"):
         resolve_model(str(tmp_path / "m"))
 
 
@@ -298,7 +298,7 @@ def test_a_refused_model_does_not_resolve(tmp_path: Path) -> None:
 def test_weights_cut_short_do_not_resolve(tmp_path: Path, content: bytes) -> None:
     folder = make_model(tmp_path / "m")
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(Problem, match="not as long as its header says"):
+    with pytest.raises(UserError, match="not as long as its header says"):
         resolve_model(str(folder))
 
 

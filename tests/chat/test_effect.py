@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from qlora_tui.chat.terms import ChatSource
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from tests.chat.measured import EFFECT
 
@@ -107,11 +107,11 @@ def test_it_can_be_ended_early_and_needs_held_out_data(source: ChatSource) -> No
 
     assert measure_effect(session, "adapter", tell=tell, stop=stop).samples == 1
     assert told == ["Comparing on conversation 1 of 3", "Comparing the weights"]
-    with pytest.raises(Problem, match="no effect on itself"):
+    with pytest.raises(UserError, match="no effect on itself"):
         measure_effect(session, "base")
     data = msgspec.structs.replace(source.recipe.data, validation_path="", validation_fraction=0.0)
     session.source = msgspec.structs.replace(source, recipe=msgspec.structs.replace(source.recipe, data=data))
-    with pytest.raises(Problem, match="No held-out"):
+    with pytest.raises(UserError, match="No held-out"):
         measure_effect(session, "adapter")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from qlora_tui.chat.terms import GREEDY, ChatSource, Outcome, Sampling
 from qlora_tui.data.conversation import Message
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -164,12 +164,12 @@ def test_an_answer_ends_where_the_context_is_full(session: Any, monkeypatch: pyt
 
 
 def test_a_conversation_longer_than_the_context_is_refused(session: Any) -> None:
-    with pytest.raises(Problem, match="too long"):
+    with pytest.raises(UserError, match="too long"):
         session.ask((Message("user", "fox " * 4000),))
 
 
 def test_a_voice_that_is_not_there_is_refused_with_those_that_are(session: Any) -> None:
-    with pytest.raises(Problem, match="base, adapter, step-2"):
+    with pytest.raises(UserError, match="base, adapter, step-2"):
         session.ask(QUESTION, voice="step-9")
 
 
@@ -184,7 +184,7 @@ def test_an_adapter_of_another_model_is_refused(
     adapter = make_adapter(other, tmp_path / "adapter")
     source = msgspec.structs.replace(tiny_source, adapters={"adapter": str(adapter)})
     fresh = load_session(source)
-    with pytest.raises(Problem, match="does not fit"):
+    with pytest.raises(UserError, match="does not fit"):
         fresh.ask(QUESTION, voice="adapter")
     assert said(fresh).text == said(session).text
 
@@ -251,7 +251,7 @@ def test_pickled_adapter_weights_are_never_loaded(tiny_source: ChatSource, tmp_p
         name = "adapter_model.bin" if file.suffix == ".safetensors" else file.name
         (tmp_path / name).write_bytes(file.read_bytes())
     session = load_session(msgspec.structs.replace(tiny_source, adapters={"adapter": str(tmp_path)}))
-    with pytest.raises(Problem, match="safetensors"):
+    with pytest.raises(UserError, match="safetensors"):
         session.ask(QUESTION, voice="adapter")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.chat.sources import chosen_voice, of_adapter, of_run
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir, create
@@ -52,13 +52,13 @@ def test_a_run_without_an_adapter_yet_speaks_with_its_newest_checkpoint(run: Run
 
 
 def test_a_run_without_any_says_so(run: RunDir) -> None:
-    with pytest.raises(Problem, match="No adapter yet"):
+    with pytest.raises(UserError, match="No adapter yet"):
         chosen_voice(of_run(run))
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(run: RunDir) -> None:
     put_checkpoint(run, 10)
-    with pytest.raises(Problem, match="There are: 10"):
+    with pytest.raises(UserError, match="There are: 10"):
         chosen_voice(of_run(run), checkpoint=11)
 
 
@@ -71,13 +71,13 @@ def test_an_adapter_folder_brings_the_recipe_it_was_trained_with(tmp_path: Path)
 
 def test_an_adapter_folder_without_a_recipe_needs_the_model_named(tmp_path: Path) -> None:
     put_adapter(tmp_path)
-    with pytest.raises(Problem, match="Which base model"):
+    with pytest.raises(UserError, match="Which base model"):
         of_adapter(tmp_path)
     assert of_adapter(tmp_path, model="org/model").recipe.model.id == "org/model"
 
 
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="No adapter there"):
+    with pytest.raises(UserError, match="No adapter there"):
         of_adapter(tmp_path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.checksums import write_checksums
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def test_rows_of_tokens_that_the_configuration_does_not_name_are_refused(
     save_file(rows, tmp_path / "adapter_model.safetensors")
     config = indices if isinstance(indices, dict) else {"trainable_token_indices": indices}
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, **config}))
-    with pytest.raises(Problem, match=r"model\.embed_tokens"):
+    with pytest.raises(UserError, match=r"model\.embed_tokens"):
         read_updates(tmp_path)
 
 
@@ -38,6 +38,6 @@ def test_an_adapter_that_changed_since_it_was_written_is_refused(tmp_path: Path)
     (tmp_path / "adapter_model.safetensors").write_bytes(bytes(100))
     write_checksums(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(bytes(99) + b"\1")
-    with pytest.raises(Problem, match="damaged") as caught:
+    with pytest.raises(UserError, match="damaged") as caught:
         read_updates(tmp_path)
     assert "adapter_model.safetensors is not what was written" in caught.value.what

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.cli import doctor, main
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs import following, queue
 from qlora_tui.runs.directory import RunDir, create
@@ -92,7 +92,7 @@ def no_runner(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_run_that_no_runner_takes_is_not_waited_for(run: RunDir, no_runner: list[str]) -> None:
     write_status(run, Status(state="stopped", at=time.time()))
     queue.enqueue(run)
-    with pytest.raises(Problem, match="No runner takes the run") as caught:
+    with pytest.raises(UserError, match="No runner takes the run") as caught:
         list(following.followed(RunView(run)))
     assert no_runner == ["runner"], "one more was tried"
     assert caught.value.why == "Its log ends: The file system has no locks."

@@ -25,7 +25,7 @@ from qlora_tui.data.inspection import inspect
 from qlora_tui.data.memory_bound import memory_bound
 from qlora_tui.data.read import rows
 from qlora_tui.data.row_index import row_at
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Source
 from tests.data.families import family
 
@@ -56,7 +56,7 @@ def mebibytes(piece: bytes, start: bytes = b"", count: int = OVER) -> Iterator[b
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(UserError) as refused:
         inspect(Source(path=str(path)), None)
     assert str(path) in refused.value.what
     assert refused.value.fix

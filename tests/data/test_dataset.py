@@ -17,7 +17,7 @@ from qlora_tui.data.key_table import KeyTable
 from qlora_tui.data.render import TokenizedSample
 from qlora_tui.data.store import Store
 from qlora_tui.data.truncation import truncate
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Recipe, Source, Training
 from tests.data.families import family
 from tests.runs.test_damage import flip
@@ -210,7 +210,7 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
 def test_an_error_in_a_row_blocks_and_names_file_row_and_fix(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' * 6 + "oops\n")
-    with pytest.raises(Problem, match="Not valid JSON") as caught:
+    with pytest.raises(UserError, match="Not valid JSON") as caught:
         prepare(recipe(Source(path=str(path))), family("chatml"))
     assert str(path) in caught.value.what
     assert "Line 7" in caught.value.what
@@ -220,7 +220,7 @@ def test_an_error_in_a_row_blocks_and_names_file_row_and_fix(tmp_path: Path) -> 
 def test_the_file_of_a_folder_that_has_the_bad_row_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", pairs(3))
     write(tmp_path / "b.jsonl", [pairs(1)[0], {"prompt": [{"type": "image"}], "completion": "x"}])
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         prepare(recipe(Source(path=str(tmp_path))), family("chatml"))
     assert str(tmp_path / "b.jsonl") in caught.value.what
     assert "row 2" in caught.value.what
@@ -237,13 +237,13 @@ def test_the_file_of_a_folder_that_has_the_bad_row_is_named(tmp_path: Path) -> N
 def test_nothing_to_train_on_says_why(
     tmp_path: Path, rows: list[Any], data: dict[str, Any], fix: str
 ) -> None:
-    with pytest.raises(Problem, match="Nothing to train on") as caught:
+    with pytest.raises(UserError, match="Nothing to train on") as caught:
         prepare(recipe(write(tmp_path / "a.jsonl", rows), **data), family("chatml"))
     assert fix in caught.value.fix
 
 
 def test_no_source_says_so() -> None:
-    with pytest.raises(Problem, match="No data"):
+    with pytest.raises(UserError, match="No data"):
         prepare(Recipe(), family("chatml"))
 
 
@@ -252,7 +252,7 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("qlora_tui.data.dataset._make", full)
-    with pytest.raises(Problem, match="No disk space"):
+    with pytest.raises(UserError, match="No disk space"):
         prepare(recipe(write(tmp_path / "a.jsonl", pairs(3))), family("chatml"))
 
 

@@ -18,7 +18,7 @@ from qlora_tui.data.error_cache import (
 from qlora_tui.data.inspection import inspect, inspecting
 from qlora_tui.data.problems import ProblemCounter
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from tests.data.families import NO_TURN_END, tokenizer_json
 
@@ -37,7 +37,7 @@ def test_what_was_found_is_refused_with_its_row(path: Path) -> None:
     source = Source(path=str(path))
     raise_cached_error([(source, path)])
     inspect(source)
-    with pytest.raises(Problem) as raised:
+    with pytest.raises(UserError) as raised:
         raise_cached_error([(source, path)])
     assert "row 401" in raised.value.what and raised.value.fix
 
@@ -79,7 +79,7 @@ def test_what_is_no_longer_found_is_forgotten(path: Path) -> None:
     tally.add("bad-row", 3, "of an older reader")
     cache_errors(source, path, file_fingerprint(path), tally.problems(), None, read=True)
     cache_errors(source, path, file_fingerprint(path), [], None, read=False)
-    with pytest.raises(Problem):
+    with pytest.raises(UserError):
         raise_cached_error([(source, path)])
     cache_errors(source, path, file_fingerprint(path), [], None, read=True)
     raise_cached_error([(source, path)])
@@ -103,7 +103,7 @@ def test_an_error_in_tokens_holds_for_its_tokenizer_and_template_only(tmp_path: 
     assert [problem.kind for problem in report.problems if problem.severity == "error"] == [
         "turn-end-untrained"
     ]
-    with pytest.raises(Problem):
+    with pytest.raises(UserError):
         raise_cached_error(files, tokenizer_fingerprint(model, "auto", "assistant"))
     raise_cached_error(files)
     raise_cached_error(files, tokenizer_fingerprint(model, "chatml", "assistant"))

@@ -8,7 +8,7 @@ import pytest
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
 from qlora_tui.data.formats import RowFormat, detect, parse, parts_of
 from qlora_tui.data.row import Row
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 U, A, S = "user", "assistant", "system"
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -87,7 +87,7 @@ def test_columns_are_taken_for_what_they_are_beside_the_others(
 
 
 def test_questions_without_answers_are_no_conversation() -> None:
-    with pytest.raises(Problem, match="No usable field"):
+    with pytest.raises(UserError, match="No usable field"):
         read({"turns": ["Who?", "And why?"], "category": "x"})
 
 
@@ -119,11 +119,11 @@ def test_texts_in_turn_alternate_to_the_last() -> None:
 
 def test_rows_that_are_single_turns_are_refused_and_other_rows_with_roles_are_not() -> None:
     turn = {"message_id": "x", "parent_id": None, "role": "prompter", "text": "Hi"}
-    with pytest.raises(Problem) as raised:
+    with pytest.raises(UserError) as raised:
         read(turn)
     assert raised.value.title == "Conversations in pieces" and "'role'" in raised.value.what
     for labels in ({"name": ["spam"], "value": [0.0]}, "good"):
-        with pytest.raises(Problem, match="Conversations in pieces"):
+        with pytest.raises(UserError, match="Conversations in pieces"):
             read({**turn, "labels": labels})
     assert read({"text": "Hi", "labels": {"name": ["spam"]}})[0] == "text"
     assert read(turn, "text")[0] == "text"
@@ -140,7 +140,7 @@ def test_rows_that_are_single_turns_are_refused_and_other_rows_with_roles_are_no
     ],
 )
 def test_a_refusal_says_how_these_columns_are_mapped(value: Any, words: str) -> None:
-    with pytest.raises(Problem) as raised:
+    with pytest.raises(UserError) as raised:
         read(value)
     assert words in raised.value.fix
 
@@ -316,7 +316,7 @@ def test_a_row_that_lacks_the_column_is_refused() -> None:
 
 
 def test_nothing_usable_names_what_was_found() -> None:
-    with pytest.raises(Problem, match="No usable field") as caught:
+    with pytest.raises(UserError, match="No usable field") as caught:
         detect([Row(1, {"id": 3, "url": "x"})], "things.jsonl")
     assert "things.jsonl" in caught.value.what
     assert "id, url" in caught.value.what
@@ -324,12 +324,12 @@ def test_nothing_usable_names_what_was_found() -> None:
 
 
 def test_a_format_set_by_hand_that_does_not_fit_says_so() -> None:
-    with pytest.raises(Problem, match="Not in that format"):
+    with pytest.raises(UserError, match="Not in that format"):
         detect([Row(1, {"text": "x"})], "file", "alpaca")
 
 
 def test_mapping_errors_offer_the_near_match() -> None:
-    with pytest.raises(Problem, match="No such column") as column:
+    with pytest.raises(UserError, match="No such column") as column:
         detect(
             [Row(1, {"antwort": "x", "frage": "y"})],
             "file",
@@ -337,7 +337,7 @@ def test_mapping_errors_offer_the_near_match() -> None:
             {"prompt": "fragen", "completion": "antwort"},
         )
     assert "'frage'" in column.value.fix
-    with pytest.raises(Problem, match="Unknown part") as part:
+    with pytest.raises(UserError, match="Unknown part") as part:
         detect([Row(1, {"a": "x"})], "file", "auto", {"promt": "a"})
     assert "'prompt'" in part.value.fix
 

@@ -15,7 +15,7 @@ import zstandard
 
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.problems import CHECKS
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Source
 from tests.data.families import family
 
@@ -103,7 +103,7 @@ def check(path: Path, tokenizer: Any) -> str:
     """Look ``path`` over; return what came of it."""
     try:
         report = inspect(Source(path=str(path)), tokenizer)
-    except Problem as problem:
+    except UserError as problem:
         assert str(path) in problem.what, problem
         assert problem.title
         assert problem.fix

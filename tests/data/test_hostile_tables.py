@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.data.read import rows
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 
 CASES = int(os.environ.get("FUZZ_CASES", "300"))
 """For each kind of file."""
@@ -91,7 +91,7 @@ def read_damaged(kind: str, folder: Path) -> dict[str, int]:
             for _ in rows(path):
                 pass
             outcomes["read"] += 1
-        except Problem as problem:
+        except UserError as problem:
             assert str(path) in problem.what
             assert problem.fix
             outcomes["refused"] += 1

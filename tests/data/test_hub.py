@@ -8,7 +8,7 @@ import pytest
 from qlora_tui.data.hub_dataset import HubFiles, hub_files, is_hub_id
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.read import rows
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Source
 from tests.data.fake_dataset_hub import dataset_hub
@@ -32,14 +32,14 @@ def test_ids_are_told_from_paths(name: str, could_be: bool) -> None:
 
 
 def test_a_missing_data_file_is_not_looked_for_on_the_hub() -> None:
-    with pytest.raises(Problem, match="No such data") as caught:
+    with pytest.raises(UserError, match="No such data") as caught:
         inspect(Source(path="data/rows.jsonl"))
     assert "hub" not in caught.value.what
 
 
 @pytest.mark.slow
 def test_without_a_way_to_the_hub_both_readings_of_the_name_are_named() -> None:
-    with pytest.raises(Problem, match="No such data") as caught:
+    with pytest.raises(UserError, match="No such data") as caught:
         inspect(Source(path="nobody/nothing"))
     assert "nobody/nothing is neither a file here nor a dataset" in caught.value.what
     assert caught.value.fix
@@ -71,7 +71,7 @@ def test_a_gated_dataset_says_how_to_get_in(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with dataset_hub(FILES, gated=True) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             hub_files("owner/gated")
     assert "Accept its terms" in caught.value.fix, caught.value
 

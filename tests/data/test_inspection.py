@@ -16,7 +16,7 @@ from qlora_tui.data.length_stats import LengthCounter
 from qlora_tui.data.read import rows
 from qlora_tui.data.row_index import row_at
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from tests.data.families import family, tokenizer_json
 
@@ -93,7 +93,7 @@ def test_problems_and_rows_of_a_folder_belong_to_their_file(tmp_path: Path) -> N
 def test_an_unusable_file_raises_before_the_first_report(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text("never\n" * 300)
-    with pytest.raises(Problem, match="Not valid JSON") as caught:
+    with pytest.raises(UserError, match="Not valid JSON") as caught:
         next(inspecting(Source(path=str(path))))
     assert "Line 1" in caught.value.what
 
@@ -129,7 +129,7 @@ def test_a_cut_row_is_shown_cut_and_a_refused_one_with_the_reason(tmp_path: Path
 
 
 def test_a_row_beyond_the_end_says_so(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="No such row"):
+    with pytest.raises(UserError, match="No such row"):
         show(write(tmp_path / "a.jsonl", pairs(3)), 4, family("chatml"))
 
 

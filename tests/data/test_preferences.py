@@ -13,7 +13,7 @@ from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.formats import RowFormat, detect, parse
 from qlora_tui.data.inspection import inspect, show
 from qlora_tui.data.row import Row
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from tests.data.families import family
 
@@ -32,8 +32,8 @@ def read(value: Any, columns: dict[str, str] | None = None, wanted: str = "auto"
     return parse(row, detect([row], "file", wanted, columns, "chosen").layout)
 
 
-def refusal(value: Any, columns: dict[str, str] | None = None, choice: str = "refuse") -> Problem:
-    with pytest.raises(Problem) as raised:
+def refusal(value: Any, columns: dict[str, str] | None = None, choice: str = "refuse") -> UserError:
+    with pytest.raises(UserError) as raised:
         detect([Row(1, value)], "file", "auto", columns, choice)
     return raised.value
 
@@ -217,7 +217,7 @@ def test_only_answers_rated_good_are_trained_on(tmp_path: Path, column: str, goo
         {"messages": [{**USER, "content": "And?"}, GOOD], column: good},
     ]
     source = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(Problem, match="Rated answers") as raised:
+    with pytest.raises(UserError, match="Rated answers") as raised:
         inspect(source)
     assert f"{column!r} calls 2 good and 1 bad" in raised.value.what
     report = inspect(source, family("chatml"), CHOSEN)
@@ -234,7 +234,7 @@ def test_a_column_named_as_a_rating_is_one_in_any_format(
     answers = zip(("This.", BAD), ratings, strict=True)
     rows = [{"instruction": "Which?", "output": answer, column: rating} for answer, rating in answers]
     source = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(Problem, match="Rated answers"):
+    with pytest.raises(UserError, match="Rated answers"):
         inspect(source)
     report = inspect(source, None, CHOSEN)
     assert [(p.kind, p.rows) for p in report.problems if p.kind == "rated-bad"] == [("rated-bad", (2,))]
@@ -272,7 +272,7 @@ def test_a_column_of_the_users_own_name_can_rate(tmp_path: Path) -> None:
     rows = [{"prompt": "Which?", "completion": "This.", "gut": "ja"}]
     rows += [{"prompt": "Which?", "completion": BAD, "gut": "no"}]
     source = Source(path=write(tmp_path / "rows.jsonl", rows).path, columns={"rating": "gut"})
-    with pytest.raises(Problem, match="Rated answers"):
+    with pytest.raises(UserError, match="Rated answers"):
         inspect(source)
     report = inspect(source, None, CHOSEN)
     assert [(p.kind, p.rows) for p in report.problems if p.kind == "rated-bad"] == [("rated-bad", (1, 2))]
@@ -282,5 +282,5 @@ def test_the_format_can_be_set_by_hand() -> None:
     row = {"prompt": "Which?", "chosen": "This.", "rejected": BAD}
     assert read(row, wanted="preference").messages == read(row).messages
     assert read(row, wanted="prompt-completion").messages == read(row).messages
-    with pytest.raises(Problem, match="Not in that format"):
+    with pytest.raises(UserError, match="Not in that format"):
         read({"prompt": "Which?", "completion": "This."}, wanted="preference")

@@ -22,7 +22,7 @@ from qlora_tui.data.conversation import Conversation, Message, RowRejectedError,
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.preferences import TITLES
 from qlora_tui.data.sources import conversations, open_source
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 
 FOLDER = Path(__file__).parent / "public_shapes"
@@ -99,7 +99,7 @@ def test_a_public_shape_is_read_right_or_refused(tmp_path: Path, name: str) -> N
         for preferences in ("refuse", "chosen"):
             check_read(source, msgspec.convert({"preferences": preferences}, Data), shape)
         return
-    with pytest.raises(Problem) as stopped:
+    with pytest.raises(UserError) as stopped:
         inspect(source)
     problem = stopped.value
     assert problem.title == shape["stop"]
@@ -110,7 +110,7 @@ def test_a_public_shape_is_read_right_or_refused(tmp_path: Path, name: str) -> N
         assert ("--set data.preferences=chosen" in problem.fix) == (problem.title in TITLES)
         check_read(source, Data(preferences="chosen"), shape["chosen"])
     else:
-        with pytest.raises(Problem, match=shape["stop"]):
+        with pytest.raises(UserError, match=shape["stop"]):
             inspect(source, None, Data(preferences="chosen"))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_tui.data.quick_check import QuickCheckResult, quick_check, warning_of
 from qlora_tui.data.sources import open_source
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 
 _GOOD = '{"prompt": "a", "completion": "b"}\n'
@@ -33,7 +33,7 @@ def test_an_error_behind_the_first_rows_blocks_with_file_and_line(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(_GOOD * 300 + row + "\n" + _GOOD)
-    with pytest.raises(Problem) as raised:
+    with pytest.raises(UserError) as raised:
         _look(path)
     assert "rows.jsonl" in raised.value.what and words in raised.value.what
     assert raised.value.fix

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qlora_tui.data.read import files_of, kind_of, rows
 from qlora_tui.data.sources import open_source
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Source
 
 ROWS = [{"prompt": f"Frage {n} — 你好", "completion": "a\nb"} for n in range(3)]
@@ -211,7 +211,7 @@ def test_a_csv_row_with_too_many_values_is_named(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, name: str, content: bytes, title: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         list(rows(path))
     assert caught.value.title == title
     assert str(path) in caught.value.what
@@ -219,7 +219,7 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, name: str, content:
 
 
 def test_a_missing_file_says_so(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="No such data"):
+    with pytest.raises(UserError, match="No such data"):
         files_of(tmp_path / "nowhere.jsonl")
 
 
@@ -241,7 +241,7 @@ def test_a_folder_gives_its_data_files_but_not_those_held_out(tmp_path: Path) ->
 
 
 def test_a_folder_without_data_says_so(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="No data in the folder"):
+    with pytest.raises(UserError, match="No data in the folder"):
         files_of(tmp_path)
 
 
@@ -260,6 +260,6 @@ def test_kinds_go_by_the_end_of_the_name() -> None:
 def test_the_remedy_names_the_encoding_it_is_likely_in(tmp_path: Path, encoding: str, named: str) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes("question,answer\nété,oui\n".encode(encoding))
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         open_source(Source(path=str(path)), "refuse")
     assert f"iconv -f {named} -t UTF-8" in caught.value.fix

@@ -10,7 +10,7 @@ from qlora_tui.data.chat_template import ChatTemplate
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.render import render
 from qlora_tui.data.tokenizer import OWN, ChatTokenizer
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from tests.data.conversation_shapes import TOOL, assistant, user
 from tests.data.families import CHATML, PARTS, STRIPS, TOOLS, family, tokenizer_json
 
@@ -123,14 +123,14 @@ def test_a_broken_model_folder_says_what_is_broken(
         (made / file).unlink()
     else:
         (made / file).write_text(content)
-    with pytest.raises(Problem, match=title) as caught:
+    with pytest.raises(UserError, match=title) as caught:
         ChatTokenizer.from_folder(made)
     assert caught.value.fix
 
 
 def test_an_older_tokenizer_says_how_to_convert_it(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")
-    with pytest.raises(Problem, match="No tokenizer") as caught:
+    with pytest.raises(UserError, match="No tokenizer") as caught:
         ChatTokenizer.from_folder(tmp_path)
     assert "AutoTokenizer" in caught.value.fix
 

@@ -10,7 +10,7 @@ import pytest
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained_tokens import token_ids, untrained_tokens
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Source
 from tests.data.families import CHATML, STRIPS, tokenizer_json
 
@@ -76,7 +76,7 @@ def test_tokens_are_found_by_name_and_what_is_none_is_refused(tmp_path: Path) ->
     tokenizer = model(tmp_path, {})
     end = tokenizer.added_tokens["<|im_end|>"]
     assert token_ids(("<|im_end|>", "<|im_end|>"), tokenizer) == [end]
-    with pytest.raises(Problem, match="'<end>', which is no token"):
+    with pytest.raises(UserError, match="'<end>', which is no token"):
         token_ids(("<|im_end|>", "<end>"), tokenizer)
 
 

@@ -11,7 +11,7 @@ import pytest
 from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui.demo.download import Packed
 from qlora_tui.demo.model import ensure_model, is_ready, model_folder
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.paths import cache_dir
 from tests.demo.package_index import PackageIndex, pack
 from tests.waiting import wait_for
@@ -63,7 +63,7 @@ def test_a_second_process_waits_for_the_first(packed: Packed) -> None:
 
 def test_a_failed_conversion_says_what_is_wrong_with_the_file(index: PackageIndex) -> None:
     packed = pack(b"no model at all", index.folder)
-    with pytest.raises(Problem, match="The GGUF file cannot be used") as raised:
+    with pytest.raises(UserError, match="The GGUF file cannot be used") as raised:
         ensure_model(lambda _: None, packed)
     assert "not a whole GGUF file" in raised.value.what
     assert not is_ready()

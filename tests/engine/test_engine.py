@@ -31,7 +31,7 @@ from qlora_tui.engine.protocol import (
     Unload,
     Unloaded,
 )
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Recipe
 
 pytestmark = [
@@ -121,24 +121,24 @@ async def test_cancelling_the_one_who_waits_stops_the_engine_too(engine: EngineC
 
 
 async def test_a_problem_in_the_engine_is_raised_here_as_it_is(engine: EngineClient) -> None:
-    with pytest.raises(Problem, match="No such voice") as raised:
+    with pytest.raises(UserError, match="No such voice") as raised:
         await answer(engine, msgspec.structs.replace(SHORT, voice="step-9"))
     assert raised.value.exit_code == 2
     assert raised.value.fix
 
 
 async def test_an_effect_needs_held_out_data(engine: EngineClient) -> None:
-    with pytest.raises(Problem, match="No data"):
+    with pytest.raises(UserError, match="No data"):
         async for _ in engine.ask(MeasureEffect(voice="adapter")):
             pass
 
 
 async def test_a_model_that_is_not_there_is_a_problem_and_the_engine_goes_on(engine: EngineClient) -> None:
     pid = engine.pid
-    with pytest.raises(Problem, match="not on this machine"):
+    with pytest.raises(UserError, match="not on this machine"):
         async for _ in engine.ask(LoadChat(source=ChatSource(recipe=Recipe(model=Model(id="no/such"))))):
             pass
-    with pytest.raises(Problem, match="No model is loaded"):
+    with pytest.raises(UserError, match="No model is loaded"):
         await answer(engine, SHORT)
     assert engine.pid == pid
 
@@ -150,7 +150,7 @@ async def test_a_killed_engine_is_a_problem_that_names_the_log_and_the_next_ques
         pass
     before = engine.pid
     assert before is not None
-    with pytest.raises(Problem) as raised:
+    with pytest.raises(UserError) as raised:
         async for _ in engine.ask(ENDLESS):
             os.kill(before, signal.SIGKILL)
     assert "SIGKILL" in raised.value.what

@@ -21,7 +21,7 @@ from qlora_tui.engine.protocol import (
     ShowFields,
     ShowRow,
 )
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from tests.tui.reading import readable_model, ticket, tickets, write_rows
 
@@ -72,7 +72,7 @@ async def test_a_broken_row_is_refused_with_its_reason(engine: EngineClient, tmp
 
 async def test_what_columns_hold_is_told_where_no_format_fits(engine: EngineClient, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "t.jsonl", [{"frage": "Wo?", "n": 1}, {"antwort": "x" * 500}])
-    with pytest.raises(Problem, match="No known format fits"):
+    with pytest.raises(UserError, match="No known format fits"):
         await row(engine, path, 1)
     (reply,) = [reply async for reply in engine.ask(ShowFields(source=Source(path=str(path))))]
     assert isinstance(reply, FieldsShown)
@@ -126,5 +126,5 @@ async def test_a_gguf_file_that_was_never_converted_says_so(engine: EngineClient
 
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     path = tickets(tmp_path / "t.jsonl")
-    with pytest.raises(Problem, match="has not been converted"):
+    with pytest.raises(UserError, match="has not been converted"):
         await row(engine, path, 1, str(file))

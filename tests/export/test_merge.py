@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from qlora_tui.chat.terms import ChatSource
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from tests.chat.adapters import make_adapter
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def test_a_folder_that_exists_is_not_overwritten(tiny_source: ChatSource, tmp_pa
     from qlora_tui.export.merge import merge
 
     (tmp_path / "out").mkdir()
-    with pytest.raises(Problem, match="exists already"):
+    with pytest.raises(UserError, match="exists already"):
         merge(tiny_source, "adapter", tmp_path / "out")
 
 
@@ -146,7 +146,7 @@ def test_an_adapter_of_another_model_leaves_nothing_behind(
     model = make_tiny_model(tmp_path / "other", **other)
     adapter = str(make_adapter(model, tmp_path / "adapter"))
     source = msgspec.structs.replace(tiny_source, adapters={"adapter": adapter})
-    with pytest.raises(Problem, match=named):
+    with pytest.raises(UserError, match=named):
         merge(source, "adapter", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 
@@ -158,6 +158,6 @@ def test_no_space_is_noticed_before_anything_is_written(
 
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    with pytest.raises(Problem, match="disk space"):
+    with pytest.raises(UserError, match="disk space"):
         merge(tiny_source, "adapter", tmp_path / "out")
     assert not list(tmp_path.iterdir())

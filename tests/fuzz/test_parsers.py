@@ -1,4 +1,4 @@
-"""No damage to a file of any kind is a traceback: it is read, or refused with a Problem."""
+"""No damage to a file of any kind is a traceback: it is read, or refused with a UserError."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.render import render
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe import presets, toml
 from qlora_tui.recipe.layering import parse_override
 from qlora_tui.recipe.schema import Source
@@ -223,7 +223,7 @@ def test_what_once_failed_is_read_or_refused(name: str, tmp_path: Path) -> None:
 def _read_or_refused(parse: Parse, path: Path) -> None:
     try:
         parse(path)
-    except Problem as problem:
+    except UserError as problem:
         assert problem.title
         assert problem.what
 

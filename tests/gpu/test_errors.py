@@ -6,14 +6,14 @@ import pickle
 
 import pytest
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason, from_nvml_error
 
 
 @pytest.mark.parametrize("reason", GpuUnavailableReason)
 def test_every_reason_says_what_and_what_to_do(reason: GpuUnavailableReason) -> None:
     no_gpu = GpuUnavailableError(reason)
-    assert isinstance(no_gpu, Problem)
+    assert isinstance(no_gpu, UserError)
     assert no_gpu.title
     assert no_gpu.what.endswith(".")
     assert no_gpu.fix.endswith(".")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.settings import Settings, config_path, load_settings
 
 
@@ -23,7 +23,7 @@ def test_what_the_user_wrote_is_read() -> None:
 )
 def test_a_wrong_file_is_explained(text: str) -> None:
     config_path().write_text(text)
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         load_settings()
     assert str(config_path()) in str(caught.value)
     assert "theme" in caught.value.fix

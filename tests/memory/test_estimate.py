@@ -9,7 +9,7 @@ import time
 import pytest
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory import (
     Device,
     as_json,
@@ -70,7 +70,7 @@ def test_more_costs_more(key: str, small: object, large: object) -> None:
 
 
 def test_an_unknown_target_is_named() -> None:
-    with pytest.raises(Problem, match="no_such_proj"):
+    with pytest.raises(UserError, match="no_such_proj"):
         estimate(Recipe(lora=Lora(target_modules=("no_such_proj",))), tinyllama())
 
 

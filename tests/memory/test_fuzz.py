@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import known_model_types, parse_architecture
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory import Correction, Device, as_json, estimate
 from qlora_tui.memory.calibration import LEAST, MOST
 from qlora_tui.recipe.fields import fields, get_setting, replace_setting
@@ -84,7 +84,7 @@ def test_any_config_gives_an_estimate_or_a_problem(
     try:
         architecture = parse_architecture(config)
         made = estimate(recipe, architecture, device=device)
-    except Problem as problem:
+    except UserError as problem:
         assert problem.what
         return
     assert all(item.bytes > 0 for item in made.items)

@@ -18,7 +18,7 @@ from bench.trace import FAMILIES, OTHERS, Case, compare, cut_config, grid, quick
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.tracing import Request, trace_step
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.step_trace import StepTrace, closed_form
 from qlora_tui.recipe.fields import replace_setting
@@ -106,5 +106,5 @@ def test_a_model_that_cannot_be_built_is_a_failure_in_words(monkeypatch: pytest.
 @pytest.mark.parametrize("key, value", [("method", "int8"), ("compute_dtype", "float16")])
 async def test_what_cannot_be_traced_is_refused(key: str, value: str) -> None:
     recipe = replace_setting(recipe_of(Case("GPT-2")), f"quantization.{key}", value)
-    with pytest.raises(Problem, match="cannot be traced"):
+    with pytest.raises(UserError, match="cannot be traced"):
         await trace_step(cut_config("GPT-2"), recipe, Device())

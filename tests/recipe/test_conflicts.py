@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.conflicts import check_conflicts, find_conflicts, require_runnable
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source, Training
@@ -26,10 +26,10 @@ def test_the_defaults_do_not_conflict() -> None:
 def test_a_conflict_names_its_settings(recipe: Recipe) -> None:
     [conflict] = find_conflicts(recipe)
     assert set(conflict.paths) <= set(fields())
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         check_conflicts(recipe)
     assert all(path in str(caught.value) for path in conflict.paths)
-    assert caught.value.exit_code == WRONG_CALL
+    assert caught.value.exit_code == EXIT_USAGE
 
 
 def test_a_validation_file_is_enough_to_stop_early() -> None:
@@ -39,12 +39,12 @@ def test_a_validation_file_is_enough_to_stop_early() -> None:
 
 def test_a_run_needs_a_model_and_data() -> None:
     require_runnable(READY)
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         require_runnable(Recipe())
     assert str(caught.value) == (
         "Not ready to run: The recipe has no model and no data: model.id and data.sources are empty.\n"
         "  Name a model: --model, or id under [model].\n"
         "  Name a data file: --data, or sources under [data]."
     )
-    with pytest.raises(Problem, match=r"has no data: data\.sources is empty"):
+    with pytest.raises(UserError, match=r"has no data: data\.sources is empty"):
         require_runnable(Recipe(model=Model(id="m")))

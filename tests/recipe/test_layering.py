@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_tui import paths
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe import layering
 from qlora_tui.recipe.errors import InvalidRecipeError
 from qlora_tui.recipe.fields import Field, fields
@@ -135,7 +135,7 @@ def test_a_wrong_set_names_itself(argument: str, message: str) -> None:
     with pytest.raises(InvalidRecipeError) as caught:
         layering.parse_override(argument)
     assert str(caught.value) == f"Invalid recipe: --set {argument}: {message}"
-    assert caught.value.exit_code == WRONG_CALL
+    assert caught.value.exit_code == EXIT_USAGE
 
 
 def test_a_set_cannot_smuggle_in_a_second_setting() -> None:
@@ -170,9 +170,9 @@ def test_each_layer_is_blamed_for_its_own_mistakes(tmp_path: Path) -> None:
 
 
 def test_settings_of_different_layers_that_conflict_are_refused() -> None:
-    with pytest.raises(Problem, match=r"no data is held back") as caught:
+    with pytest.raises(UserError, match=r"no data is held back") as caught:
         layering.build_recipe(preset="style", sets=["data.validation_fraction=0"])
-    assert caught.value.exit_code == WRONG_CALL
+    assert caught.value.exit_code == EXIT_USAGE
 
 
 @given(st.data())
@@ -196,8 +196,8 @@ def test_any_targets_can_be_set_as_a_comma_list(some: list[str]) -> None:
 def test_whatever_is_set_the_answer_is_a_layer_or_a_problem(argument: str) -> None:
     try:
         layering.build_recipe(sets=[argument])
-    except Problem as problem:
-        assert problem.exit_code == WRONG_CALL
+    except UserError as problem:
+        assert problem.exit_code == EXIT_USAGE
 
 
 def test_ranks_by_pattern_are_written_without_brackets() -> None:

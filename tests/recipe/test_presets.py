@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from qlora_tui import paths
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe import presets, toml
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source
 from tests.recipe.strategies import recipes
@@ -64,7 +64,7 @@ def test_a_broken_preset_is_listed_with_its_problem() -> None:
     mine("folder").mkdir()
     broken = {preset.name: preset for preset in presets.list_presets() if preset.problem}
     assert sorted(broken) == ["folder", "latin", "typo"]
-    with pytest.raises(Problem, match=r"typo\.toml, line 2: lora\.rnak"):
+    with pytest.raises(UserError, match=r"typo\.toml, line 2: lora\.rnak"):
         broken["typo"].recipe()
 
 
@@ -82,12 +82,12 @@ def test_a_file_name_that_is_no_text_does_not_break_the_list() -> None:
 def test_without_a_home_the_shipped_presets_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", "/proc/none")
     assert [preset.name for preset in presets.list_presets()] == SHIPPED
-    with pytest.raises(Problem, match="No folder for presets"):
+    with pytest.raises(UserError, match="No folder for presets"):
         presets.save("mine", Recipe())
 
 
 def test_an_unknown_preset_names_the_near_one() -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         presets.find_preset("smal_card.toml")
     assert str(caught.value) == (
         'Unknown preset: There is no preset "smal_card.toml".\n'
@@ -176,13 +176,13 @@ def test_what_a_person_wrote_or_edited_is_not_replaced_unasked(edit: str) -> Non
     "name", ["", " ", "a/b", "../a", "a\\b", ".hidden", "-option", " a", "a\n", "a\0", "x" * 61, "mine.toml"]
 )
 def test_a_name_that_is_no_file_name_is_refused(name: str) -> None:
-    with pytest.raises(Problem, match="Not a preset name"):
+    with pytest.raises(UserError, match="Not a preset name"):
         presets.save(name, Recipe())
     assert list(paths.user_presets_dir().iterdir()) == []
 
 
 def test_an_invalid_recipe_is_not_saved() -> None:
-    with pytest.raises(Problem, match=r"lora\.rank must be"):
+    with pytest.raises(UserError, match=r"lora\.rank must be"):
         presets.save("mine", Recipe(lora=Lora(rank=0)))
     assert not mine().exists()
 
@@ -191,7 +191,7 @@ def test_a_full_disk_is_a_problem_and_loses_nothing(monkeypatch: pytest.MonkeyPa
     path = presets.save("mine", Recipe(lora=Lora(rank=3)))
     before = path.read_bytes()
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(Problem, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         presets.save("mine", Recipe(lora=Lora(rank=4)))
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
@@ -237,7 +237,7 @@ def test_deleting_what_hides_a_shipped_preset_brings_it_back() -> None:
 
 
 def test_a_shipped_preset_cannot_be_deleted() -> None:
-    with pytest.raises(Problem, match="is shipped with the program"):
+    with pytest.raises(UserError, match="is shipped with the program"):
         presets.delete("paper")
-    with pytest.raises(Problem, match='You have no preset "none"'):
+    with pytest.raises(UserError, match='You have no preset "none"'):
         presets.delete("none")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe import targets
 from qlora_tui.recipe.schema import Lora
 from tests.recipe.strategies import SomeModule, llama, models, patterns
@@ -71,7 +71,7 @@ def test_matches_agrees_with_select() -> None:
 
 
 def test_an_unknown_kind_names_the_kinds_there_are_and_the_near_one() -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         targets.match_modules(["3-5.q_porj"], llama(8))
     assert str(caught.value) == (
         'Unknown target module: lora.target_modules has "3-5.q_porj", and the model has no q_porj.\n'
@@ -82,17 +82,17 @@ def test_an_unknown_kind_names_the_kinds_there_are_and_the_near_one() -> None:
 
 
 def test_all_linear_misspelt_is_recognised() -> None:
-    with pytest.raises(Problem, match="Did you mean all-linear"):
+    with pytest.raises(UserError, match="Did you mean all-linear"):
         targets.match_modules(["all_linear"], llama(1))
 
 
 def test_layers_the_model_has_not_are_an_error() -> None:
-    with pytest.raises(Problem, match=r"no such layers.*\n  q_proj is in layers 0-7"):
+    with pytest.raises(UserError, match=r"no such layers.*\n  q_proj is in layers 0-7"):
         targets.match_modules(["30-31.q_proj"], llama(8))
 
 
 def test_an_unknown_full_name_names_the_near_one() -> None:
-    with pytest.raises(Problem, match=r"Did you mean model\.layers\.1\.mlp\.up_proj\?"):
+    with pytest.raises(UserError, match=r"Did you mean model\.layers\.1\.mlp\.up_proj\?"):
         targets.match_modules(["model.layers.1.mlp.upproj"], llama(2))
 
 
@@ -191,7 +191,7 @@ def test_of_two_patterns_that_fit_the_later_holds() -> None:
 
 
 def test_a_rank_for_what_the_model_has_not_is_named_with_its_setting() -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         targets.resolve_targets(Lora(rank_pattern={"q_porj": 8}), llama(2))
     assert 'lora.rank_pattern has "q_porj"' in caught.value.what
     assert "q_proj" in caught.value.fix

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe import layering, toml
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Data, Lora, Recipe, Source
@@ -20,9 +20,9 @@ def refusal(text: str, tmp_path: Path, name: str = "mine.toml") -> str:
 
 
 def refusal_of(path: Path) -> str:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         toml.load(path)
-    assert caught.value.exit_code == WRONG_CALL
+    assert caught.value.exit_code == EXIT_USAGE
     return str(caught.value).replace(f"{path.parent}/", "")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.errors import WRONG_CALL, Problem
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe import toml
 from qlora_tui.recipe.errors import InvalidRecipeError
 
@@ -15,7 +15,7 @@ from qlora_tui.recipe.errors import InvalidRecipeError
 def refused(text: str) -> InvalidRecipeError:
     with pytest.raises(InvalidRecipeError) as caught:
         toml.validate(toml.parse(text, "r.toml"), "r.toml", text)
-    assert caught.value.exit_code == WRONG_CALL
+    assert caught.value.exit_code == EXIT_USAGE
     return caught.value
 
 
@@ -196,4 +196,4 @@ def test_loading_a_file_names_it(tmp_path: Path) -> None:
 def test_an_invalid_recipe_crosses_a_process_border() -> None:
     problem = refused("[lora]\nrank = 0")
     copy = pickle.loads(pickle.dumps(problem))
-    assert isinstance(copy, Problem) and str(copy) == str(problem)
+    assert isinstance(copy, UserError) and str(copy) == str(problem)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir
@@ -81,13 +81,13 @@ def test_no_control_folder_means_no_requests(running: RunDir) -> None:
 
 def test_asking_a_run_nobody_trains_is_refused(run: RunDir) -> None:
     write_status(run, Status(state="finished", at=time.time()))
-    with pytest.raises(Problem, match="not running") as caught:
+    with pytest.raises(UserError, match="not running") as caught:
         control.ask(run, "pause")
     assert "finished" in caught.value.what
 
 
 def test_a_sample_of_no_prompts_is_refused(running: RunDir) -> None:
-    with pytest.raises(Problem, match="has no sample prompts"):
+    with pytest.raises(UserError, match="has no sample prompts"):
         control.ask(running, "sample")
     recipe = running.recipe()
     training = structs.replace(recipe.training, sample_prompts=("Where?",))

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from qlora_tui import paths
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import all_runs, create, find
 
@@ -39,14 +39,14 @@ def test_a_run_is_found_by_its_beginning_and_by_last(recipe: Recipe) -> None:
 def test_an_exact_name_wins_over_longer_ones(recipe: Recipe) -> None:
     first, second = create(recipe), create(recipe)
     assert find(first.id) == first
-    with pytest.raises(Problem, match="Which run"):
+    with pytest.raises(UserError, match="Which run"):
         find("tickets")
     assert find(second.id) == second
 
 
 def test_an_unknown_run_is_answered_with_what_there_is(recipe: Recipe) -> None:
     run = create(recipe)
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         find("nothing")
     assert run.id in str(caught.value)
     assert caught.value.exit_code == 2
@@ -69,7 +69,7 @@ def test_a_directory_that_cannot_be_written_is_explained(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("qlora_tui.runs.directory.atomic_write", full)
-    with pytest.raises(Problem, match="could not be created") as caught:
+    with pytest.raises(UserError, match="could not be created") as caught:
         create(recipe)
     assert "No space left" in caught.value.what
     assert list(paths.runs_dir().iterdir()) == []

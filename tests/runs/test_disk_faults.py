@@ -10,7 +10,7 @@ from itertools import count
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, leftovers, queue
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
@@ -49,7 +49,7 @@ def test_a_run_is_created_whole_or_not_at_all(
 ) -> None:
     for at in count(1):
         before = len(all_runs())
-        with fault(monkeypatch, at, code, lasting=lasting) as disk, suppress(Problem):
+        with fault(monkeypatch, at, code, lasting=lasting) as disk, suppress(UserError):
             create(recipe)
         for run in all_runs():
             assert run.recipe() == recipe
@@ -95,7 +95,7 @@ def test_a_paused_run_that_cannot_be_resumed_now_can_be_later(
     for at in count(1):
         run = story.submitted(recipe)
         story.pause(run, story.begin(run), 3)
-        with fault(monkeypatch, at, code, lasting=lasting) as disk, suppress(Problem):
+        with fault(monkeypatch, at, code, lasting=lasting) as disk, suppress(UserError):
             actions.resume(run)
         assert read_status(run).step == 3
         assert_waits_after_resume(run)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import queue
 from qlora_tui.runs.directory import RunDir, all_runs, create
@@ -57,7 +57,7 @@ def test_the_id_of_a_deleted_run_is_not_given_to_another(recipe: Recipe) -> None
 def test_a_waiting_run_is_not_deleted(recipe: Recipe) -> None:
     run = create(recipe)
     queue.enqueue(run)
-    with pytest.raises(Problem, match="not over"):
+    with pytest.raises(UserError, match="not over"):
         Trash().put(run)
     assert run.path.exists()
 

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from bench.tiny_gguf import write_tiny_gguf
-from qlora_tui import children
-from qlora_tui.errors import Problem
+from qlora_tui import subprocesses
+from qlora_tui.errors import UserError
 from qlora_tui.training.conversion import (
     ConversionStopped,
     convert_in_child,
@@ -93,7 +93,7 @@ def test_the_child_of_a_killed_process_ends(file: Path, tmp_path: Path) -> None:
     )
     with another_process_converts(folder):
         parent = subprocess.Popen(
-            [sys.executable, "-c", code, str(file), f"{folder}"], env=children.environment()
+            [sys.executable, "-c", code, str(file), f"{folder}"], env=subprocesses.subprocess_env()
         )
         wait_for(lambda: psutil.Process(parent.pid).children())
         (child,) = psutil.Process(parent.pid).children()
@@ -111,7 +111,7 @@ def test_a_killed_child_is_a_lack_of_memory(file: Path, tmp_path: Path) -> None:
             process.kill()
         return False
 
-    with another_process_converts(folder), pytest.raises(Problem, match="could not be converted") as raised:
+    with another_process_converts(folder), pytest.raises(UserError, match="could not be converted") as raised:
         convert_in_child(file, folder, should_stop=kill_it)
     assert "was killed" in raised.value.what
     assert "memory ran out" in raised.value.why
@@ -120,7 +120,7 @@ def test_a_killed_child_is_a_lack_of_memory(file: Path, tmp_path: Path) -> None:
 def test_a_failure_in_the_child_is_told_in_its_own_words(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF but no more")
-    with pytest.raises(Problem, match="The GGUF file cannot be used") as raised:
+    with pytest.raises(UserError, match="The GGUF file cannot be used") as raised:
         convert_in_child(broken, tmp_path / "folder")
     assert "not a whole GGUF file" in raised.value.what
     assert "Download the file again" in raised.value.fix
@@ -131,9 +131,9 @@ def test_a_child_that_cannot_start_is_told_with_its_last_words(
 ) -> None:
     (tmp_path / "gguf.py").write_text("raise ImportError('this numpy is for another Python')")
     monkeypatch.setattr(
-        children, "command", lambda module, *arguments: [sys.executable, str(tmp_path / "gguf.py")]
+        subprocesses, "module_argv", lambda module, *arguments: [sys.executable, str(tmp_path / "gguf.py")]
     )
-    with pytest.raises(Problem, match="could not be converted") as raised:
+    with pytest.raises(UserError, match="could not be converted") as raised:
         convert_in_child(file, tmp_path / "folder")
     assert "exit code 1" in raised.value.what
     assert raised.value.why == "ImportError: this numpy is for another Python"

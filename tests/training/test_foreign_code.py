@@ -33,7 +33,7 @@ _LOAD = """
 import sys
 from pathlib import Path
 import torch
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.gpu.torch_env import configure_torch_env
 configure_torch_env()
 from qlora_tui.recipe.schema import Quantization, Recipe

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from bench.tiny_gguf import write_tiny_gguf
-from qlora_tui import children
+from qlora_tui import subprocesses
 from qlora_tui.catalog.gguf_header import read_gguf
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.training.gguf import convert, main
 from qlora_tui.training.llama_gguf import is_known
 
@@ -110,7 +110,7 @@ def test_another_vocabulary_goes_the_general_way(tmp_path: Path) -> None:
 
 def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     file = write_tiny_gguf(tmp_path / "other.gguf", architecture="unheard-of")
-    with pytest.raises(Problem, match="could not be converted") as raised:
+    with pytest.raises(UserError, match="could not be converted") as raised:
         convert(file, tmp_path / "converted")
     assert "unheard-of" in raised.value.what
     assert list(tmp_path.iterdir()) == [file]
@@ -130,9 +130,9 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(file: Path, tmp_pat
     done = subprocess.run(
         [
             *("bash", "-c", 'ulimit -f 64 && exec "$@"', "-"),
-            *children.command("qlora_tui.training.gguf", str(file), str(tmp_path / "folder")),
+            *subprocesses.module_argv("qlora_tui.training.gguf", str(file), str(tmp_path / "folder")),
         ],
-        env=children.environment(),
+        env=subprocesses.subprocess_env(),
         capture_output=True,
         text=True,
         check=False,

@@ -17,7 +17,7 @@ from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.chat.sources import of_run
 from qlora_tui.chat.terms import GREEDY
 from qlora_tui.data.conversation import Message
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora, Source
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.training import loss
@@ -180,7 +180,7 @@ def test_short_answers_are_looked_for_without_a_copy_of_the_whole_head() -> None
 def test_a_model_that_peft_cannot_keep_rows_of_is_refused(model_type: str, why: str) -> None:
     """A head with a bias, which peft would drop, and a token without a row."""
     model = build(model_type, tie_word_embeddings=False)
-    with pytest.raises(Problem, match=why):
+    with pytest.raises(UserError, match=why):
         add_lora(model, Lora(rank=4), parse_architecture(model.config.to_dict()), [300])
 
 

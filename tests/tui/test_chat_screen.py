@@ -17,7 +17,7 @@ from textual.widgets import Input
 
 from qlora_tui.chat.effect import LayerChange
 from qlora_tui.chat.terms import ADAPTER, BASE, Outcome, Said, Sampling
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.screens import chat_text as words
@@ -151,7 +151,7 @@ def test_looks_of_an_answer_that_failed(snap_compare: Snapshot, size: tuple[int,
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
         await pilot.app.screen.query_one("#talk").mount(turn)
         for answer in turn.answers.values():
-            await answer.fail(Problem("Out of GPU memory", what="No room.", why="A run.", fix="Pause it."))
+            await answer.fail(UserError("Out of GPU memory", what="No room.", why="A run.", fix="Pause it."))
         pilot.app.screen.set_focus(None)
         await settle(pilot)
 

@@ -241,7 +241,7 @@ async def test_nothing_is_said_of_runs_and_no_step_offered_before_the_first_look
     play(Play(name="owls", state="finished"))
     looking = threading.Event()
     look = system_monitor.SystemMonitor.poll
-    monkeypatch.setattr(system_monitor.SystemMonitor, "look", lambda self: looking.wait(30) and look(self))
+    monkeypatch.setattr(system_monitor.SystemMonitor, "poll", lambda self: looking.wait(30) and look(self))
     async with make_app().run_test() as pilot:
         said = await shows(pilot, "looking…")
         await pilot.press("enter")

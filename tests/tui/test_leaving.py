@@ -76,4 +76,4 @@ def test_every_worker_is_given_its_work_that_way() -> None:
         for call in re.findall(r"run_worker\((\w+)", path.read_text())
     ]
     assert len(given) > 10
-    assert set(given) == {"Later"}
+    assert set(given) == {"DeferredWork"}

@@ -9,7 +9,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory import Device, estimate
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.recipe.schema import Lora
@@ -200,7 +200,7 @@ async def test_what_little_is_trained_has_its_memory_though_the_peak_is_at_loadi
     app.workbench.set("training.optimizer", "adamw")
     app.workbench.set("data.max_length", 16)
     architecture = app.workbench.architecture()
-    assert not isinstance(architecture, Problem)
+    assert not isinstance(architecture, UserError)
     made = estimate(app.workbench.recipe, architecture, device=Device(kind="cpu"))
     assert made.peak_phase == "loading"
     assert "576 KiB in memory" in str(totals_text(app.workbench.recipe, architecture, made))
@@ -279,7 +279,7 @@ def test_short_names_are_written_out(table: ModuleTable, text: str, patterns: tu
 
 @pytest.mark.parametrize("text", ["", " , ", "z", "99.q", "8-.q", "9-2.q", "q proj", "?"])
 def test_patterns_that_mean_nothing_are_refused(table: ModuleTable, text: str) -> None:
-    with pytest.raises(Problem):
+    with pytest.raises(UserError):
         parse_targets(text, table.modules)
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from msgspec import structs
-from qlora_tui.tui.watch import Watch
 
 from qlora_tui import paths
 from qlora_tui.cli import main
-from qlora_tui.format import figure
+from qlora_tui.formatting import format_float
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import find_preset
 from qlora_tui.runs import actions, queue
@@ -28,6 +27,7 @@ from qlora_tui.tui.screens.runs import RunsScreen
 from qlora_tui.tui.screens.runs_compare import comparison_table, differing, plot, read
 from qlora_tui.tui.screens.runs_summary import SummaryCache, downsample, summarize
 from qlora_tui.tui.screens.train import TrainScreen
+from qlora_tui.tui.system_monitor import SystemMonitor
 from qlora_tui.tui.widgets.graph import plot as draw
 from tests.tui.played import BEGAN, TICKETS, Play, play
 from tests.tui.seeing import shows, style_of, text_of, until
@@ -107,7 +107,7 @@ async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
     write_status(run, structs.replace(read_status(run), step=59, loss=9.9))
     view = RunView(run)
     view.refresh()
-    loss = figure(view.series.loss[-1], 3)
+    loss = format_float(view.series.loss[-1], 3)
     app = make_app()
     async with app.run_test(size=(150, 40)) as pilot:
         await shows(pilot, f"loss {loss}", "step 60 of 3,000")
@@ -379,10 +379,10 @@ async def test_a_damaged_run_is_listed_and_named_when_it_is_used(make_app: MakeA
 def test_a_second_look_at_many_runs_asks_the_disk_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(40):
         play(Play(name=f"run-{number:02}", state="finished", steps=5, total=5, began=BEGAN + number))
-    summaries, watch = Summaries(), Watch()
-    while not summaries.look(5.0).complete:
+    summaries, monitor = SummaryCache(), SystemMonitor()
+    while not summaries.read_all(5.0).complete:
         pass
-    watch.look()
+    monitor.poll()
     stat, asked = os.stat, []
 
     def counted(path: Any, **how: Any) -> os.stat_result:
@@ -390,18 +390,18 @@ def test_a_second_look_at_many_runs_asks_the_disk_once_a_run(monkeypatch: pytest
         return stat(path, **how)
 
     monkeypatch.setattr(os, "stat", counted)
-    for look in (lambda: summaries.look(5.0), watch.look):
+    for look in (lambda: summaries.read_all(5.0), monitor.poll):
         asked.clear()
         look()
         assert len(asked) == 40
 
 
 def test_a_run_renamed_or_queued_elsewhere_is_seen_at_the_next_look(three_runs: list[RunDir]) -> None:
-    summaries = Summaries()
-    assert "again" not in [summary.name for summary in summaries.look(5.0).summaries]
+    summaries = SummaryCache()
+    assert "again" not in [summary.name for summary in summaries.read_all(5.0).summaries]
     actions.rename(three_runs[0], "again")
-    assert "again" in [summary.name for summary in summaries.look(5.0).summaries]
+    assert "again" in [summary.name for summary in summaries.read_all(5.0).summaries]
     queue.enqueue_again(three_runs[1])
-    listing = summaries.look(5.0)
+    listing = summaries.read_all(5.0)
     assert listing.waiting == (three_runs[1].id,)
     assert listing.summaries[0].status.state == "queued"

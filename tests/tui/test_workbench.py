@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.workbench import Workbench
@@ -70,7 +70,7 @@ def test_undo_and_redo_walk_the_changes() -> None:
 
 def test_a_value_out_of_bounds_changes_nothing() -> None:
     bench = Workbench()
-    with pytest.raises(Problem, match=r"lora\.rank"):
+    with pytest.raises(UserError, match=r"lora\.rank"):
         bench.set("lora.rank", 0)
     assert not bench.modified
 

@@ -42,7 +42,7 @@ def open_on(mode: str, *, model: str = "", card_gib: float = 24.0, **settings: A
     if model:
         bench.replace(replace_setting(bench.recipe, "model.id", model))
     Draft().save(bench, replace=True)
-    return _first_shown(mode)(Settings(card_gib=card_gib, **settings))
+    return _first_shown(mode)(Settings(gpu_memory_gib=card_gib, **settings))
 
 
 def open_with_card(mode: str, *, model: str) -> QloraApp:

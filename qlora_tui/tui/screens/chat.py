@@ -13,7 +13,7 @@ from textual.widgets import Static
 from qlora_tui.chat.effect import Effect
 from qlora_tui.chat.sources import of_run
 from qlora_tui.chat.terms import BASE, ChatSource, Sampling
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import transcript
 from qlora_tui.tui.commands import Command
@@ -155,7 +155,7 @@ class ChatScreen(ChatController):
         """Turn to another run; its model is loaded with the first prompt."""
         try:
             source = of_run(run)
-        except Problem as problem:
+        except UserError as problem:
             self.qlora_app.show_error(problem)
             return
         if run == self.run_dir and source == self.source:

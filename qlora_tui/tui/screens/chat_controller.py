@@ -24,7 +24,7 @@ from qlora_tui.engine.protocol import (
     Stage,
     Text,
 )
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
@@ -148,7 +148,7 @@ class ChatController(WorkScreen):
         except EngineClosed:
             for answer in turn.answers.values():
                 await answer.stop(words.STOPPED_LOADING)
-        except Problem as problem:
+        except UserError as problem:
             for answer in turn.answers.values():
                 await answer.fail(problem)
         self._save_transcript(turn, sampling)
@@ -187,7 +187,7 @@ class ChatController(WorkScreen):
                     self._warn(reply.outcome.warning)
         except EngineClosed:
             await turn.answers[voice].stop(words.UNLOADED)
-        except Problem as problem:
+        except UserError as problem:
             await turn.answers[voice].fail(problem)
         finally:
             self.answers.remove(request)
@@ -215,7 +215,7 @@ class ChatController(WorkScreen):
                 self.answers.remove(request)
         except EngineClosed:
             self.show_effect(words.NOT_MEASURED)
-        except Problem as problem:
+        except UserError as problem:
             self.show_effect("")
             self.qlora_app.show_error(problem)
         self._set_idle()

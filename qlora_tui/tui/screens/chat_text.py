@@ -9,7 +9,7 @@ from textual.content import Content
 from qlora_tui.chat.effect import Effect
 from qlora_tui.chat.terms import Sampling
 from qlora_tui.engine.protocol import ChatReady
-from qlora_tui.format import figure, short_path, size
+from qlora_tui.formatting import format_bytes, format_float, format_path
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.tui.screens.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.runs_summary import downsample
@@ -41,7 +41,7 @@ def session_line(name: str, pair: AdapterPair, state: str) -> Content:
 
 def loaded_text(ready: ChatReady) -> str:
     """``RTX 4090 bfloat16, 5.2 GiB, 32,768 tokens``."""
-    return f"{ready.device} {ready.dtype}, {size(ready.held_bytes)}, {ready.context_tokens:,} tokens"
+    return f"{ready.device} {ready.dtype}, {format_bytes(ready.held_bytes)}, {ready.context_tokens:,} tokens"
 
 
 def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
@@ -74,7 +74,7 @@ def sampling_line(
     line = " · ".join(parts)
     if transcript is None:
         return Content.styled(line[:width], "dim")
-    place = f"kept in {short_path(transcript)}"
+    place = f"kept in {format_path(transcript)}"
     space_left = width - len(line)
     if len(place) + 2 > space_left:
         place = f"kept in …/{transcript.parent.name}/{transcript.name}"
@@ -86,12 +86,12 @@ def sampling_line(
 
 def effect_text(measured: Effect, width: int) -> Content:
     """The verdict, and under it the figures: mean KL, and how far each layer moved, from none to the most."""
-    figures = f"KL {figure(measured.mean_kl, 3)} nats"
+    figures = f"KL {format_float(measured.mean_kl, 3)} nats"
     if measured.layers:
         first, last = measured.layers[0].layer, measured.layers[-1].layer
         most = max(measured.layers, key=lambda change: change.relative)
         before = f"{figures} · layers moved: {first} "
-        after = f" {last}, most {figure(most.relative * 100, 2)}% in {most.layer}"
+        after = f" {last}, most {format_float(most.relative * 100, 2)}% in {most.layer}"
         room = min(len(measured.layers), max(_FEWEST_COLUMNS, width - len(before + after)))
         columns = downsample([change.relative for change in measured.layers], room)
         figures = before + blocks(columns, 0.0, most.relative, 1)[0] + after
@@ -100,11 +100,11 @@ def effect_text(measured: Effect, width: int) -> Content:
 
 
 def _sampling_words(sampling: Sampling) -> str:
-    words = [f"temp {figure(sampling.temperature, 3)}"]
+    words = [f"temp {format_float(sampling.temperature, 3)}"]
     if sampling.top_p < 1:
-        words.append(f"top-p {figure(sampling.top_p, 3)}")
+        words.append(f"top-p {format_float(sampling.top_p, 3)}")
     if sampling.top_k:
         words.append(f"top-k {sampling.top_k}")
     if sampling.repetition_penalty != 1:
-        words.append(f"penalty {figure(sampling.repetition_penalty, 3)}")
+        words.append(f"penalty {format_float(sampling.repetition_penalty, 3)}")
     return " · ".join(words)

@@ -16,7 +16,7 @@ from textual.widgets import OptionList, Static
 from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
 from qlora_tui.data.problems import DataProblem
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens import data_costs as costs
@@ -129,7 +129,7 @@ class DataScreen(DataActions):
         self.row = 1
         self.path = ""
         """The file of the source that the row is from; empty is its first."""
-        self._no_tokens: Problem | None = None
+        self._no_tokens: UserError | None = None
         """Why the row is shown as the file has it, where a model is named."""
         self._costs: list[costs.LengthCost] = []
         self._costs_key: object = None
@@ -259,14 +259,14 @@ class DataScreen(DataActions):
     @work
     async def _start(self) -> None:
         # Before a file is chosen; why it cannot be is said when one is.
-        with suppress(Problem):
+        with suppress(UserError):
             await self._previews.start()
 
     @work(exclusive=True, group="row")
     async def _fetch_row(self, wanted: PreviewRequest, path: str, row: int) -> None:
         try:
             shown, problem = await self._previews.row(wanted, row, path)
-        except Problem as error:
+        except UserError as error:
             if error.title == "No such row" and self.shown is not None:
                 self.path, self.row = self.shown.path, self.shown.row
                 self.notify(error.what)
@@ -295,7 +295,7 @@ class DataScreen(DataActions):
                 self._show_report()
                 if news:
                     self._show_row()
-        except Problem as error:
+        except UserError as error:
             self.report = None
             self._clear_figures()
             # Where not even a row can be read, the same stands in the sample's place.

@@ -10,8 +10,8 @@ from textual.content import Content
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.data.dataset_report import Report
 from qlora_tui.data.length_stats import Lengths
-from qlora_tui.errors import Problem
-from qlora_tui.format import duration, percent, size
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes, format_duration, format_percent
 from qlora_tui.memory import Verdict, check_fit, estimate
 from qlora_tui.recipe.fields import fields, replace_setting
 from qlora_tui.recipe.schema import Recipe
@@ -47,7 +47,7 @@ class LengthCost:
 def length_costs(
     report: Report,
     recipe: Recipe,
-    architecture: Architecture | Problem,
+    architecture: Architecture | UserError,
     room: MemoryBudget,
     tokens_per_s: float | None,
 ) -> list[LengthCost]:
@@ -65,7 +65,7 @@ def length_costs(
         if isinstance(architecture, Architecture):
             try:
                 verdict = check_fit(estimate(changed, architecture, device=room.device), room.bytes)
-            except Problem:
+            except UserError:
                 verdict = None
         seconds = _tokens(stats, changed) / tokens_per_s if tokens_per_s else None
         costs.append(LengthCost(name, length, share_within(stats, length), verdict, seconds))
@@ -115,7 +115,7 @@ def last_throughput(model: str) -> float | None:
         try:
             if run.recipe().model.id == model:
                 return ending.tokens_per_s
-        except Problem:
+        except UserError:
             continue
     return None
 
@@ -129,10 +129,10 @@ def table(costs: list[LengthCost], width: int) -> Content:
     lines = [Content.styled(head[:width], "dim")]
     for cost in costs:
         own = cost.name == "now"
-        memory = size(cost.verdict.needed_bytes) if cost.verdict else "NA"
-        time = f"{duration(cost.seconds):>10}" if timed else ""
+        memory = format_bytes(cost.verdict.needed_bytes) if cost.verdict else "NA"
+        time = f"{format_duration(cost.seconds):>10}" if timed else ""
         mark = "▸" if own else " "
-        text = f"{mark} {cost.name:<5}{cost.length:>8,}{percent(cost.whole):>6}  {memory:>8}{time}"
+        text = f"{mark} {cost.name:<5}{cost.length:>8,}{format_percent(cost.whole):>6}  {memory:>8}{time}"
         verdict = cost.verdict.word if cost.verdict else ""
         word = verdict if len(text) + len(verdict) + 2 <= width else _SIGNS.get(verdict, "")
         lines.append(
@@ -144,4 +144,4 @@ def table(costs: list[LengthCost], width: int) -> Content:
 def total_time(costs: list[LengthCost]) -> str:
     """``, about 41 min`` at the recipe's own length; nothing where it is not known."""
     own = next((cost for cost in costs if cost.name == "now" and cost.seconds is not None), None)
-    return f", about {duration(own.seconds)}" if own else ""
+    return f", about {format_duration(own.seconds)}" if own else ""

@@ -17,7 +17,7 @@ from qlora_tui.engine.protocol import (
     ShowFields,
     ShowRow,
 )
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Recipe, Source
 
 
@@ -53,10 +53,12 @@ class DataPreviews:
         self._first_row_shown = asyncio.Event()
 
     async def start(self) -> None:
-        """Start the one for rows ahead of need. Raises Problem."""
+        """Start the one for rows ahead of need. Raises UserError."""
         await self._rows.start()
 
-    async def row(self, wanted: PreviewRequest, number: int, path: str = "") -> tuple[Shown, Problem | None]:
+    async def row(
+        self, wanted: PreviewRequest, number: int, path: str = ""
+    ) -> tuple[Shown, UserError | None]:
         """The row as the model sees it; as the file has it where there is no tokenizer, and why."""
         request = ShowRow(
             source=wanted.source,
@@ -68,7 +70,7 @@ class DataPreviews:
         )
         try:
             return await self._show_row(request), None
-        except Problem as problem:
+        except UserError as problem:
             if not wanted.model:
                 raise
             plain = ShowRow(source=wanted.source, row=number, path=path, data=wanted.data)
@@ -89,7 +91,7 @@ class DataPreviews:
         try:
             async for report in self._inspect(request):
                 yield report
-        except Problem:
+        except UserError:
             if not wanted.model:
                 raise
             async for report in self._inspect(InspectData(source=wanted.source, data=wanted.data)):
@@ -101,7 +103,7 @@ class DataPreviews:
             async for reply in self._rows.ask(ShowFields(source=source)):
                 if isinstance(reply, FieldsShown):
                     return reply.fields
-        except Problem:
+        except UserError:
             # The file has been complained of already.
             return {}
         return {}

@@ -12,8 +12,8 @@ from qlora_tui.data.dataset_report import Piece, Report, Shown
 from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
 from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.data.sources import is_of_the_hub
-from qlora_tui.errors import Problem
-from qlora_tui.format import counted, percent, size
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.tui.screens.row_navigation import Place
 
@@ -99,7 +99,7 @@ def reading(source: Source) -> Content:
     return Content.styled(doing, "dim")
 
 
-def error_text(error: Problem) -> Content:
+def error_text(error: UserError) -> Content:
     """What stands where the sample would be, when there is none."""
     parts: list[tuple[str, str]] = [(f"✗ {error.title}\n\n", "$error bold"), (error.what, "")]
     if error.why:
@@ -109,16 +109,16 @@ def error_text(error: Problem) -> Content:
     return Content.assemble(*parts)
 
 
-def unreadable_text(error: Problem, fields: dict[str, str]) -> Content:
+def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
     """The same for a file: with what is in it, and the keys that may help."""
     keys = [("o", "opens another file"), ("x", "takes this one out")]
     if fields and error.fix.startswith(("Say which column", "Map the columns")):
         # The fix is for the recipe as a file; here there is a key for it.
-        error = Problem(error.title, what=error.what, why=error.why, fix="Press c to map the columns.")
+        error = UserError(error.title, what=error.what, why=error.why, fix="Press c to map the columns.")
     if error.title in TITLES:
         side = "chosen" if error.title == PAIRS_TITLE else "good"
         fix = f"Press m to train on the {side} answers only."
-        error = Problem(error.title, what=error.what, why=error.why, fix=fix)
+        error = UserError(error.title, what=error.what, why=error.why, fix=fix)
         keys = [("m", f"trains on the {side} answers only"), *keys]
     parts: list[Content | tuple[str, str]] = [error_text(error)]
     if fields and error.title not in TITLES:
@@ -139,7 +139,7 @@ def source_line(source: Source, alone: bool) -> Content:
     if is_of_the_hub(source.path):
         return Content.assemble(source.path, ("  hub", "dim"), (weight, "bold"))
     try:
-        bytes_ = "folder" if path.is_dir() else size(path.stat().st_size)
+        bytes_ = "folder" if path.is_dir() else format_bytes(path.stat().st_size)
     except OSError:
         bytes_ = "not there"
     return Content.assemble(path.name, (f"  {bytes_}", "dim"), (weight, "bold"))
@@ -198,20 +198,20 @@ def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = Fals
         more = f", {len(report.files)} files" if len(report.files) > 1 else ""
         evidence = ", ".join(file.columns.values()) if brief else "; ".join(file.evidence)
         parts.append(Content.assemble((file.format, "bold"), (f": {evidence}{more}", "dim")))
-    reading = "" if report.complete else f"  ({percent(report.share)} read)"
+    reading = "" if report.complete else f"  ({format_percent(report.share)} read)"
     if not report.template:
         parts.append(
             Content(
-                f"{counted(counts.rows, 'row')}, {counted(counts.conversations, 'conversation')}{reading}"
+                f"{pluralize(counts.rows, 'row')}, {pluralize(counts.conversations, 'conversation')}{reading}"
             )
         )
         return Content("\n").join([*parts, *map(Content, report.thinking)])
     parts.append(
         Content.assemble(
-            f"{counted(counts.rows, 'row')} → {counted(counts.samples, 'sample')}", (reading, "bold")
+            f"{pluralize(counts.rows, 'row')} → {pluralize(counts.samples, 'sample')}", (reading, "bold")
         )
     )
-    learnt = percent(counts.trained_tokens / counts.tokens) if counts.tokens else "none"
+    learnt = format_percent(counts.trained_tokens / counts.tokens) if counts.tokens else "none"
     parts.append(Content(f"{counts.tokens:,} tokens, {counts.trained_tokens:,} learnt ({learnt})"))
     if report.complete:
         parts.append(Content(steps_line(report, recipe) + time))
@@ -226,7 +226,7 @@ def _rules(data: Data) -> str:
     if data.validation_path:
         held = f"validates on {Path(data.validation_path).name}"
     elif data.validation_fraction:
-        held = f"{percent(data.validation_fraction)} validates"
+        held = f"{format_percent(data.validation_fraction)} validates"
     else:
         held = "no validation"
     return f"{learns} · {packing} · {held}"
@@ -244,7 +244,7 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
     )
     if not report.too_long:
         return Content(line)
-    share = percent(report.too_long / lengths.count) if lengths.count else ""
+    share = format_percent(report.too_long / lengths.count) if lengths.count else ""
     over = f"✂ {report.too_long:,} ({share}) over {data.max_length:,}: {TOO_LONG[data.too_long]}"
     return Content.assemble(line, "\n", (over, "$warning"))
 
@@ -272,7 +272,7 @@ def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = F
 def _fix_label(problem: DataProblem) -> str:
     """What the key m does about it; empty where it does nothing."""
     if problem.split_rows:
-        return f"split into {'about ' if problem.is_estimate else ''}{counted(problem.split_rows, 'row')}"
+        return f"split into {'about ' if problem.is_estimate else ''}{pluralize(problem.split_rows, 'row')}"
     return f"have {', '.join(problem.tokens)} trained" if problem.tokens else ""
 
 
@@ -296,4 +296,4 @@ def steps_line(report: Report, recipe: Recipe) -> str:
     steps = math.ceil(a_pass * recipe.training.epochs)
     if recipe.training.max_steps:
         steps = min(steps, recipe.training.max_steps)
-    return f"about {counted(a_pass, 'step')} an epoch, {steps:,} in all"
+    return f"about {pluralize(a_pass, 'step')} an epoch, {steps:,} in all"

@@ -9,7 +9,7 @@ from textual.binding import Binding, BindingType
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 
@@ -19,7 +19,7 @@ class ErrorScreen(ModalScreen[None]):
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "dismiss", "Close")]
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: UserError) -> None:
         super().__init__()
         self._problem = problem
 

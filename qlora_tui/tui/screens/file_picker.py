@@ -13,7 +13,7 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 
-from qlora_tui.format import short_path, size
+from qlora_tui.formatting import format_bytes, format_path
 from qlora_tui.tui.recent_paths import add_recent, load_recent
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
@@ -113,7 +113,7 @@ class FilePickerScreen(ModalScreen[Path]):
         if cursor is not None:
             path = self._listed[cursor]
             field = self.query_one(Input)
-            field.value = f"{short_path(path)}/" if path.is_dir() else short_path(path)
+            field.value = f"{format_path(path)}/" if path.is_dir() else format_path(path)
             field.cursor_position = len(field.value)
 
     def action_choose_folder(self) -> None:
@@ -137,7 +137,7 @@ class FilePickerScreen(ModalScreen[Path]):
         self.dismiss(path)
 
     def _list(self, part: str) -> None:
-        self._show_location(short_path(self._folder))
+        self._show_location(format_path(self._folder))
         wanted = part.lower()
         recent_matches = [p for p in load_recent(self._kind) if wanted in str(p).lower()][:_RECENT]
         here = [p for p in self._entries() if wanted in p.name.lower()]
@@ -153,7 +153,7 @@ class FilePickerScreen(ModalScreen[Path]):
     def _lines(self, lately: int) -> Iterable[Content]:
         for n, path in enumerate(self._listed):
             if n < lately:
-                yield Content.assemble(("recent  ", "dim"), short_path(path))
+                yield Content.assemble(("recent  ", "dim"), format_path(path))
             elif path == self._folder.parent:
                 yield Content.styled("../", "dim")
             elif path.is_dir():
@@ -169,7 +169,7 @@ class FilePickerScreen(ModalScreen[Path]):
         try:
             entries = sorted(p for p in self._folder.iterdir() if not p.name.startswith("."))
         except OSError as error:
-            self._show_location(f"✗ {short_path(self._folder)}: {error.strerror}")
+            self._show_location(f"✗ {format_path(self._folder)}: {error.strerror}")
             return []
         files = [p for p in entries if p.name.lower().endswith(self._endings) and p.is_file()]
         return files + [p for p in entries if p.is_dir()]
@@ -177,6 +177,6 @@ class FilePickerScreen(ModalScreen[Path]):
 
 def _size(path: Path) -> str:
     try:
-        return size(path.stat().st_size)
+        return format_bytes(path.stat().st_size)
     except OSError:
         return ""

@@ -13,7 +13,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from qlora_tui import paths
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
@@ -149,7 +149,7 @@ class HomeScreen(WorkScreen):
             return
         try:
             actions.resume(last)
-        except Problem as problem:
+        except UserError as problem:
             self.qlora_app.show_error(problem)
             return
         await self.action_watch()
@@ -199,7 +199,7 @@ class HomeScreen(WorkScreen):
 
         try:
             folder = await asyncio.to_thread(ensure_model, tell)
-        except Problem as problem:
+        except UserError as problem:
             self.qlora_app.show_error(problem)
             return
         finally:

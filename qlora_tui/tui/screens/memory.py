@@ -15,8 +15,8 @@ from textual.widgets import Static
 from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.lookup import load_model_config
 from qlora_tui.engine.tracing import trace_step
-from qlora_tui.errors import Problem
-from qlora_tui.format import gib
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_gib
 from qlora_tui.memory import (
     Estimate,
     MemorySaving,
@@ -129,11 +129,11 @@ class MemoryScreen(WorkScreen):
             return
         self._shown_for = (recipe, room)
         compared = self.qlora_app.workbench.comparison(room.device)
-        problem = compared if isinstance(compared, Problem) else None
+        problem = compared if isinstance(compared, UserError) else None
         self.query_one("#memory-body").display = problem is None
         empty = self.query_one("#memory-empty", Static)
         empty.display = problem is not None
-        self._compared = {} if isinstance(compared, Problem) else compared
+        self._compared = {} if isinstance(compared, UserError) else compared
         if problem is not None:
             empty.update("\n".join(filter(None, (problem.what, problem.why, f"▸ {problem.fix}"))))
             return
@@ -175,7 +175,7 @@ class MemoryScreen(WorkScreen):
     def action_targets(self) -> None:
         """The next choice that this model has; all-linear after one of the user's own."""
         architecture = self.qlora_app.workbench.architecture()
-        kinds = () if isinstance(architecture, Problem) else architecture.kinds()
+        kinds = () if isinstance(architecture, UserError) else architecture.kinds()
         choices = [choice for choice in TARGETS if choice == TARGETS[0] or set(choice) <= set(kinds)]
         now = self.qlora_app.workbench.recipe.lora.target_modules
         index = choices.index(now) + 1 if now in choices else 0
@@ -221,7 +221,7 @@ class MemoryScreen(WorkScreen):
 
     async def _solve(self, recipe: Recipe, room: MemoryBudget) -> None:
         architecture = self.qlora_app.workbench.architecture()
-        if isinstance(architecture, Problem):
+        if isinstance(architecture, UserError):
             return
 
         fits = self._recipe_fits()
@@ -241,13 +241,13 @@ class MemoryScreen(WorkScreen):
         await asyncio.sleep(SETTLED_S)
         try:
             traced = await trace_step(load_model_config(recipe.model.id), recipe, room.device)
-        except Problem as problem:
+        except UserError as problem:
             self._tracing = f"not traced: {problem.what}"
         else:
             self._tracing = ""  # the estimate's own note says so
             self.qlora_app.workbench.use_trace(recipe, room.device, traced)
             compared = self.qlora_app.workbench.comparison(room.device)
-            self._compared = self._compared if isinstance(compared, Problem) else compared
+            self._compared = self._compared if isinstance(compared, UserError) else compared
         self._show_all()
 
     def _show_all(self) -> None:
@@ -261,9 +261,9 @@ class MemoryScreen(WorkScreen):
         room, pulse = self.qlora_app.memory_budget, self.qlora_app.system_status
         more = [words for words in (self._compared[self.precision].correction_words, self._tracing) if words]
         peak = "Peak" if more and self.size.width < 100 else "Peak of a training step"
-        what = f"{peak} against {gib(room.bytes)} GiB"
+        what = f"{peak} against {format_gib(room.bytes)} GiB"
         if pulse.gpu is not None and room.name == pulse.gpu.short_name:
-            free = "" if pulse.free_bytes is None else f", {gib(pulse.free_bytes)} free now"
+            free = "" if pulse.free_bytes is None else f", {format_gib(pulse.free_bytes)} free now"
             what = f"{what}: {room.name}{free}"
         elif not room.name.startswith("a card"):
             what = f"{what}, {room.name}"
@@ -284,7 +284,7 @@ class MemoryScreen(WorkScreen):
                 Content.assemble(
                     (f"{mark} {PRECISION_NAMES[precision]:<5}", "bold" if mark == "▸" else ""),
                     stacked_bar(estimate, room.bytes, width),
-                    f" {gib(estimate.total_bytes):>6} GiB ",
+                    f" {format_gib(estimate.total_bytes):>6} GiB ",
                     (f"{word:<12}", VERDICT_STYLE[word]),
                     (" ◂ recipe" if precision == own else "", "$accent"),
                 )
@@ -308,7 +308,7 @@ class MemoryScreen(WorkScreen):
     def _show_side_panel(self) -> None:
         recipe, estimate = self.qlora_app.workbench.recipe, self._compared[self.precision]
         architecture = self.qlora_app.workbench.architecture()
-        known = None if isinstance(architecture, Problem) else architecture
+        known = None if isinstance(architecture, UserError) else architecture
         context = known.max_positions if known else None
         update_if_changed(self.query_one("#levers", Static), setting_controls(recipe, self._fitting, context))
         beside = self.query_one("#changes", Static)

@@ -14,7 +14,7 @@ from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, list_local_models
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui import downloads
 from qlora_tui.tui.commands import Command
@@ -223,7 +223,7 @@ class ModelsScreen(WorkScreen):
         self.notify(f"Asking the hub for {query!r}…", timeout=2)
         try:
             self._hub = await asyncio.to_thread(search_models, query)
-        except Problem as problem:
+        except UserError as problem:
             self.qlora_app.show_error(problem)
             return
         self._query = query

@@ -13,7 +13,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.presets import (
     OverwriteError,
     Preset,
@@ -178,7 +178,7 @@ class PresetsScreen(ModalScreen[None]):
             restore(before, overwrite=overwrite)
         except OverwriteError as problem:
             self._confirm_overwrite(problem, lambda: self._restore(change, overwrite=True))
-        except Problem as problem:
+        except UserError as problem:
             self.app.push_screen(ErrorScreen(problem))
         else:
             self._undo.pop()
@@ -225,7 +225,7 @@ class PresetsScreen(ModalScreen[None]):
             self._remember(import_preset(path, overwrite=overwrite))
         except OverwriteError as problem:
             self._confirm_overwrite(problem, lambda: self._import_preset(path, overwrite=True))
-        except Problem as problem:
+        except UserError as problem:
             self.app.push_screen(ErrorScreen(problem))
         else:
             self._refresh_list(path.stem)
@@ -239,7 +239,7 @@ class PresetsScreen(ModalScreen[None]):
                 self.notify(f"Exported to {file}")
 
         if file.exists():
-            self._confirm_overwrite(Problem("File exists", what=f"{file} would be replaced."), write)
+            self._confirm_overwrite(UserError("File exists", what=f"{file} would be replaced."), write)
         else:
             write()
 
@@ -250,7 +250,7 @@ class PresetsScreen(ModalScreen[None]):
         except OverwriteError as problem:
             self._confirm_overwrite(problem, lambda: self._save(name, note, overwrite=True))
             return
-        except Problem as problem:
+        except UserError as problem:
             self.app.push_screen(ErrorScreen(problem))
             return
         self._remember(before, bench.saved_as(name))
@@ -266,7 +266,7 @@ class PresetsScreen(ModalScreen[None]):
 
         self.app.push_screen(TextPromptScreen(title, words), answered)
 
-    def _confirm_overwrite(self, problem: Problem, yes: Callable[[], None]) -> None:
+    def _confirm_overwrite(self, problem: UserError, yes: Callable[[], None]) -> None:
         def answered(agreed: bool | None) -> None:
             if agreed:
                 yes()
@@ -278,7 +278,7 @@ class PresetsScreen(ModalScreen[None]):
         """Do it; a problem is shown, and False given."""
         try:
             what()
-        except Problem as problem:
+        except UserError as problem:
             self.app.push_screen(ErrorScreen(problem))
             return False
         return True

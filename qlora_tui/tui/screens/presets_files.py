@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe import toml
 from qlora_tui.recipe.presets import OverwriteError, Preset, Snapshot, restore, save, take_snapshot
@@ -33,7 +33,7 @@ def save_as(name: str, recipe: Recipe, *, note: str = "", own: str = "", overwri
 def import_preset(path: Path, *, overwrite: bool = False) -> Snapshot:
     """Copy a preset file, comments and all, among the user's; gives what was there before, for an undo.
 
-    Raises Problem where it is no preset, and OverwriteError where an edited one of its name is there.
+    Raises UserError where it is no preset, and OverwriteError where an edited one of its name is there.
     """
     toml.load(path)
     before = take_snapshot(path.stem)
@@ -42,29 +42,29 @@ def import_preset(path: Path, *, overwrite: bool = False) -> Snapshot:
 
 
 def export_preset(preset: Preset, target: Path) -> Path:
-    """Copy a preset's file to ``target``, a file or a folder. Raises Problem."""
+    """Copy a preset's file to ``target``, a file or a folder. Raises UserError."""
     target = target / preset.path.name if target.is_dir() else target
     try:
         atomic_write(target, preset.path.read_bytes())
     except OSError as error:
-        raise Problem(
+        raise UserError(
             "Preset not exported", what=f"{target}: {error.strerror or error}.", fix="Give another path."
         ) from error
     return target
 
 
 def editor() -> list[str]:
-    """The user's editor as a command. Raises Problem where there is none."""
+    """The user's editor as a command. Raises UserError where there is none."""
     variable, wanted = _editor_setting()
     if wanted:
         try:
             return shlex.split(wanted)
         except ValueError as error:
             what = f"{variable} is {wanted}: {error}."
-            raise Problem("The editor cannot be called", what=what, fix=_set_editor_hint()) from error
+            raise UserError("The editor cannot be called", what=what, fix=_set_editor_hint()) from error
     default_editor = next(filter(None, map(shutil.which, EDITORS)), None)
     if default_editor is None:
-        raise Problem("No editor", what="Neither VISUAL nor EDITOR is set.", fix=_set_editor_hint())
+        raise UserError("No editor", what="Neither VISUAL nor EDITOR is set.", fix=_set_editor_hint())
     return [default_editor]
 
 
@@ -79,9 +79,9 @@ def _set_editor_hint() -> str:
 
 
 def edit(preset: Preset) -> None:
-    """Open the file in the user's editor and wait. Raises Problem; what was written is kept in any case."""
+    """Open the file in the user's editor and wait. Raises UserError; what was written is kept in any case."""
     if preset.shipped:
-        raise Problem(
+        raise UserError(
             "A shipped preset stays as it is",
             what=f"{preset.name} came with the program.",
             fix="Open it, save it under a name of your own (s), and edit that.",
@@ -91,12 +91,12 @@ def edit(preset: Preset) -> None:
         # Our own standard error is a file while the app runs; the editor's is for the person before it.
         run = subprocess.run([*command, str(preset.path)], stderr=subprocess.STDOUT, check=False)
     except OSError as error:
-        raise Problem(
+        raise UserError(
             "The editor did not start", what=f"{command[0]}: {error.strerror}.", fix=_set_editor_hint()
         ) from error
     if ended := run.returncode:
         how = f"exit status {ended}" if ended > 0 else f"signal {-ended}"
-        raise Problem(
+        raise UserError(
             "The editor gave up",
             what=f"{shlex.join(command)} ended with {how}. The preset is as that left it.",
             fix=_set_editor_hint(),

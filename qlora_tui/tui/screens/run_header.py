@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from textual.content import Content
 
-from qlora_tui.format import duration, figure, short_path
+from qlora_tui.formatting import format_duration, format_float, format_path
 from qlora_tui.runs.describe import energy_words
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.status import ACTIVE
@@ -98,7 +98,7 @@ def _active_facts(picture: RunSnapshot, now: float) -> list[str]:
     if view.total_steps:
         facts.append(f"step {picture.step:,}/{view.total_steps:,}")
     if picture.seconds_left is not None:
-        facts.append(f"ETA {duration(picture.seconds_left)}")
+        facts.append(f"ETA {format_duration(picture.seconds_left)}")
     if picture.last[2] is not None:
         facts.append(f"{picture.last[2]:,.0f} tok/s")
     if view.data is not None and view.data.steps_per_epoch:
@@ -107,12 +107,12 @@ def _active_facts(picture: RunSnapshot, now: float) -> list[str]:
     if picture.energy_kwh is not None:
         facts.append(f"{picture.energy_kwh:.2f} kWh")
     if view.started_at is not None:
-        facts.append(f"for {duration(max(0.0, now - view.started_at))}")
+        facts.append(f"for {format_duration(max(0.0, now - view.started_at))}")
     return facts or ["starting"]
 
 
 def _epochs(count: float) -> str:
-    return figure(count, 3 if count >= 1 else 2)
+    return format_float(count, 3 if count >= 1 else 2)
 
 
 def _ended_facts(picture: RunSnapshot, now: float) -> list[str]:
@@ -121,11 +121,11 @@ def _ended_facts(picture: RunSnapshot, now: float) -> list[str]:
     if view.total_steps:
         facts.append(f"step {picture.step:,}/{view.total_steps:,}")
     if picture.best is not None:
-        facts.append(f"best loss {figure(picture.best.loss, 3)} at {picture.best.step:,}")
+        facts.append(f"best loss {format_float(picture.best.loss, 3)} at {picture.best.step:,}")
     elif picture.losses[0] is not None:
-        facts.append(f"loss {figure(picture.losses[0], 3)}")
+        facts.append(f"loss {format_float(picture.losses[0], 3)}")
     if isinstance(view.ending, Finished):
-        facts.append(f"trained {duration(view.ending.seconds)}")
+        facts.append(f"trained {format_duration(view.ending.seconds)}")
         if energy := energy_words(view.ending):
             facts.append(energy)
     return facts
@@ -155,7 +155,7 @@ def outcome_text(picture: RunSnapshot) -> RunOutcomeText | None:
             reason = view.ending.reason if isinstance(view.ending, Finished) else picture.status.detail
             reason_text = "" if reason in ("", "all steps done") else f"{reason[:1].upper()}{reason[1:]}. "
             return RunOutcomeText(
-                f"{reason_text}Adapter: {short_path(view.run.adapter_dir)}",
+                f"{reason_text}Adapter: {format_path(view.run.adapter_dir)}",
                 "▸ c talks to it   n prepares another run",
             )
         case "failed":

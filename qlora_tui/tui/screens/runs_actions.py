@@ -6,7 +6,7 @@ import shlex
 from abc import abstractmethod
 from collections.abc import Callable
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
@@ -88,7 +88,7 @@ class RunActions(WorkScreen):
         """Undo the last deletion."""
         try:
             run = self.trash.bring_back()
-        except Problem as problem:
+        except UserError as problem:
             self.qlora_app.show_error(problem)
             return
         if run is not None:
@@ -107,7 +107,7 @@ class RunActions(WorkScreen):
             return None
         try:
             return self.current.run.recipe()
-        except Problem as problem:
+        except UserError as problem:
             self.qlora_app.show_error(problem)
             return None
 
@@ -121,7 +121,7 @@ class RunActions(WorkScreen):
                     self._save_preset(name, recipe, overwrite=True)
 
             self.app.push_screen(ConfirmScreen("Overwrite the preset?", problem.what, "Overwrite"), take)
-        except Problem as problem:
+        except UserError as problem:
             self.qlora_app.show_error(problem)
         else:
             self.notify(f"Saved as {name}. p shows it.")
@@ -130,7 +130,7 @@ class RunActions(WorkScreen):
         """Do it; a problem is shown, and False given."""
         try:
             act(run)
-        except Problem as problem:
+        except UserError as problem:
             self.qlora_app.show_error(problem)
             return False
         finally:

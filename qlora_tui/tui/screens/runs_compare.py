@@ -14,8 +14,8 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from qlora_tui.errors import Problem
-from qlora_tui.format import duration, figure, shortened
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_duration, format_float, truncate_middle
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
@@ -59,7 +59,7 @@ def read(run: RunDir) -> ComparedRun:
     history.extend(series.tokens, BiasCorrectedEma(smoothing_window(len(series))).smooth(series.loss))
     try:
         recipe = run.recipe()
-    except Problem:
+    except UserError:
         recipe = None
     speed = sorted(series.tokens_per_s)[len(series) // 2] if len(series) else None
     best = view.best
@@ -69,11 +69,11 @@ def read(run: RunDir) -> ComparedRun:
         history.envelopes()[0],
         (
             view.status.state,
-            "NA" if best is None else f"{figure(best.loss)} at {best.step:,}",
+            "NA" if best is None else f"{format_float(best.loss)} at {best.step:,}",
             exact_words(view.accuracy, view.base_accuracy),
             f"{view.step:,}/{view.total_steps:,}",
             "NA" if speed is None else f"{speed:,.0f}",
-            duration(series.seconds()) if len(series) else "NA",
+            format_duration(series.seconds()) if len(series) else "NA",
         ),
     )
 
@@ -116,12 +116,12 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
     label = max(len(name) for name, _ in rows) + 2
     each = max(12, (width - label) // len(compared))
     names = [
-        Content.styled(f"{mark} {shortened(one.name, each - 3):<{each - 2}}", f"bold {style}")
+        Content.styled(f"{mark} {truncate_middle(one.name, each - 3):<{each - 2}}", f"bold {style}")
         for one, mark, style in zip(compared, MARKS, _STYLES, strict=False)
     ]
     lines = [Content(" " * label) + Content("").join(names)]
     for name, values in rows:
-        cells = "".join(f"{shortened(value, each - 1):<{each}}" for value in values)
+        cells = "".join(f"{truncate_middle(value, each - 1):<{each}}" for value in values)
         lines.append(Content.assemble((f"{name:<{label}}", "dim"), cells))
     if not settings:
         lines.append(Content.styled("Their settings are the same.", "dim"))

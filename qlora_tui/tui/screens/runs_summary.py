@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from qlora_tui import paths
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import queue
 from qlora_tui.runs.describe import energy_words
@@ -205,7 +205,7 @@ def _rank(summary: RunSummary, places: Mapping[str, int]) -> int:
 def _recipe_words(run: RunDir) -> tuple[str, str]:
     try:
         recipe = run.recipe()
-    except Problem:
+    except UserError:
         return "unknown", "recipe unreadable"
     return short_model(recipe), short_settings(recipe)
 

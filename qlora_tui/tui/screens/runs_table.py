@@ -16,7 +16,7 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from qlora_tui.format import duration, figure, percent, shortened
+from qlora_tui.formatting import format_duration, format_float, format_percent, truncate_middle
 from qlora_tui.tui import clock
 from qlora_tui.tui.run_labels import SIGNS
 from qlora_tui.tui.screens.home_facts import curve
@@ -52,12 +52,12 @@ def when(summary: RunSummary, now: float) -> str:
 
 def _loss(summary: RunSummary) -> str:
     if summary.best is not None:
-        return figure(summary.best[0], 3)
-    return "" if summary.loss is None else f"{figure(summary.loss, 3)}*"
+        return format_float(summary.best[0], 3)
+    return "" if summary.loss is None else f"{format_float(summary.loss, 3)}*"
 
 
 def _exact(summary: RunSummary) -> str:
-    return "" if summary.accuracy is None else percent(summary.accuracy)
+    return "" if summary.accuracy is None else format_percent(summary.accuracy)
 
 
 def _steps(summary: RunSummary) -> str:
@@ -74,7 +74,11 @@ _COLUMNS = (
     _Column("exact", 5, _exact, right=True, everywhere=False),
     _Column("loss", _CURVE, lambda s: curve(s.losses, _CURVE) if s.losses else ""),
     _Column(
-        "time", 11, lambda s: "" if s.seconds is None else duration(s.seconds), least_width=100, right=True
+        "time",
+        11,
+        lambda s: "" if s.seconds is None else format_duration(s.seconds),
+        least_width=100,
+        right=True,
     ),
 )
 _WIDEST_NAME = 44
@@ -216,5 +220,5 @@ class RunTable(ScrollView, can_focus=True):
 def _cut(text: str, width: int, *, right: bool) -> str:
     text = text.replace("\n", " ")
     if len(text) > width:
-        text = shortened(_TIME_OF_NAME.sub("", text), width)
+        text = truncate_middle(_TIME_OF_NAME.sub("", text), width)
     return f"{text:>{width}}" if right else f"{text:<{width}}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual.widget import Widget
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, control
@@ -333,7 +333,7 @@ class TrainScreen(WorkScreen):
         await self._run_checks(self.qlora_app.workbench.recipe, self.qlora_app.system_status)
         try:
             run = await launch(self.qlora_app, self._checks)
-        except Problem as problem:
+        except UserError as problem:
             self.qlora_app.show_error(problem)
             return
         if run is not None:
@@ -351,7 +351,7 @@ class TrainScreen(WorkScreen):
             return
         try:
             act(self.run)
-        except Problem as problem:
+        except UserError as problem:
             self.qlora_app.show_error(problem)
             return
         if done:

@@ -23,8 +23,8 @@ from qlora_tui.data.hub_dataset import local_files
 from qlora_tui.data.quick_check import QuickCheckResult, quick_check
 from qlora_tui.data.read import files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, is_of_the_hub, sniff
-from qlora_tui.errors import Problem
-from qlora_tui.format import count, counted, gib, short_path, size
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes, format_count, format_gib, format_path, pluralize
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuProcess
 from qlora_tui.gpu.nvml import Nvml
@@ -77,10 +77,10 @@ def _model(recipe: Recipe) -> tuple[LaunchCheck, Architecture | None]:
         return LaunchCheck("model", "error", "None is chosen.", "Press 1 and choose one."), None
     try:
         files = resolve_model(recipe.model.id)
-    except Problem as problem:
+    except UserError as problem:
         return LaunchCheck("model", "error", problem.what, problem.fix), None
-    weights = "a GGUF file, converted on first use" if files.gguf_file else f"in {short_path(files.folder)}"
-    text = f"{count(files.architecture.total_params)} parameters, {weights}."
+    weights = "a GGUF file, converted on first use" if files.gguf_file else f"in {format_path(files.folder)}"
+    text = f"{format_count(files.architecture.total_params)} parameters, {weights}."
     return LaunchCheck("model", "ok", text), files.architecture
 
 
@@ -91,18 +91,18 @@ def _data(recipe: Recipe) -> LaunchCheck:
         descriptions = [_source(source, recipe.data.preferences) for source in recipe.data.sources]
         raise_cached_error(_all_files(recipe.data), _tokens(recipe))
         rows = _rows(_stamped(recipe.data), _reading(recipe.data))
-    except Problem as problem:
+    except UserError as problem:
         return LaunchCheck("data", "error", problem.what, problem.fix)
     except OSError as error:
         return LaunchCheck(
             "data", "error", f"{error.filename}: {error.strerror}.", "Check the file's permissions."
         )
-    if isinstance(rows, Problem):
+    if isinstance(rows, UserError):
         return LaunchCheck("data", "error", rows.what, rows.fix)
     if rows.warnings:
         first = rows.warnings[0]
         return LaunchCheck(
-            "data", "warning", f"{first.title} ({counted(first.count, 'row')}): {first.example}", first.fix
+            "data", "warning", f"{first.title} ({pluralize(first.count, 'row')}): {first.example}", first.fix
         )
     all_read = rows.complete and all(_files(source) is not None for source in every_source(recipe.data))
     more = "" if all_read else " Not all rows were read yet: the run checks them when it starts."
@@ -122,7 +122,7 @@ def _tokens(recipe: Recipe) -> Tokens | None:
     """What errors in tokens depend on; None without a model, or where its tokenizer is inside a GGUF file."""
     try:
         files = resolve_model(recipe.model.id)
-    except Problem:
+    except UserError:
         return None
     if files.gguf_file is not None:
         return None
@@ -143,7 +143,7 @@ def _reading(data: Data) -> bytes:
 
 
 @lru_cache(maxsize=4)
-def _rows(stamped: tuple[_Stamped, ...], reading: bytes) -> QuickCheckResult | Problem:
+def _rows(stamped: tuple[_Stamped, ...], reading: bytes) -> QuickCheckResult | UserError:
     """What a look at the rows shows, or what blocks a run; kept, since the checks are made again."""
     data = msgspec.json.decode(reading, type=Data)
     light = [(path, source) for path, source, *_ in stamped if kind_of(path) not in _TOO_HEAVY]
@@ -154,7 +154,7 @@ def _rows(stamped: tuple[_Stamped, ...], reading: bytes) -> QuickCheckResult | P
     try:
         looked = quick_check(files, data)
         return QuickCheckResult(looked.complete and len(light) == len(stamped), looked.warnings)
-    except Problem as problem:
+    except UserError as problem:
         return problem
 
 
@@ -173,7 +173,7 @@ def _source(source: Source, preferences: str) -> str:
     layout = kind if kind in _TOO_HEAVY else sniff(files[0], source, preferences).layout.format
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     name = source.path if is_of_the_hub(source.path) else files[0].name
-    return f"{name}{more}, {size(sum(f.stat().st_size for f in files))}, {layout}"
+    return f"{name}{more}, {format_bytes(sum(f.stat().st_size for f in files))}, {layout}"
 
 
 def _settings(recipe: Recipe) -> list[LaunchCheck]:
@@ -195,20 +195,25 @@ def _estimate(
         return None
     try:
         return estimate(recipe, architecture, device=room.device)
-    except Problem as problem:
+    except UserError as problem:
         return LaunchCheck("memory", "error", problem.what, problem.fix)
 
 
 def _memory(estimate: Estimate, room: MemoryBudget) -> LaunchCheck:
     verdict = check_fit(estimate, room.bytes)
-    text = f"{verdict.word}: {gib(verdict.needed_bytes)} of {gib(room.bytes)} GiB of {room.name}."
+    text = (
+        f"{verdict.word}: {format_gib(verdict.needed_bytes)} of {format_gib(room.bytes)} GiB of {room.name}."
+    )
     match verdict.word:
         case "fits":
             return LaunchCheck("memory", "ok", text)
         case "does not fit":
             return LaunchCheck("memory", "error", text, "Press 3 and a: the cheapest change that fits.")
         case _:
-            band = f"It may take {gib(verdict.low_bytes)} to {gib(verdict.high_bytes)} GiB. Press 3 to look."
+            band = (
+                f"It may take {format_gib(verdict.low_bytes)} to {format_gib(verdict.high_bytes)} "
+                "GiB. Press 3 to look."
+            )
             return LaunchCheck("memory", "warning", text, band)
 
 
@@ -223,11 +228,11 @@ def _gpu(pulse: SystemStatus, needed_bytes: int) -> LaunchCheck:
         )
     used = pulse.gpu_metrics.memory_used_bytes
     if pulse.active is not None or used is None or used < _NOTABLE_BYTES:
-        return LaunchCheck("card", "ok", f"{name}, {gib(free)} GiB free.")
-    text = f"{name}: {gib(used)} GiB are held by {_gpu_processes(pulse)}."
+        return LaunchCheck("card", "ok", f"{name}, {format_gib(free)} GiB free.")
+    text = f"{name}: {format_gib(used)} GiB are held by {_gpu_processes(pulse)}."
     if free is not None and free < needed_bytes:
         return LaunchCheck(
-            "card", "error", text, f"Close what holds it: the run needs {gib(needed_bytes)} GiB."
+            "card", "error", text, f"Close what holds it: the run needs {format_gib(needed_bytes)} GiB."
         )
     return LaunchCheck("card", "warning", text, "What it takes later is missing here.")
 
@@ -256,9 +261,9 @@ def _disk(recipe: Recipe, estimate: Estimate | None) -> LaunchCheck:
     # A checkpoint holds the adapter and its optimizer states; beside those kept are the best and the result.
     one = estimate.bytes_of("adapter") + estimate.bytes_of("optimizer") if estimate else 0
     needed = one * (recipe.training.keep_checkpoints + 2) + _ROOM_TO_SPARE
-    text = f"{size(free)} free for checkpoints in {short_path(folder)}."
+    text = f"{format_bytes(free)} free for checkpoints in {format_path(folder)}."
     if free < needed:
-        return LaunchCheck("disk", "error", text, f"Free some: the run may take {size(needed)}.")
+        return LaunchCheck("disk", "error", text, f"Free some: the run may take {format_bytes(needed)}.")
     return LaunchCheck("disk", "ok", text)
 
 

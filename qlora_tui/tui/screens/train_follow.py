@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import PhasesTold, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
@@ -235,7 +235,7 @@ class RunFollower:
 def _recipe(run: RunDir) -> Recipe | None:
     try:
         return run.recipe()
-    except Problem:
+    except UserError:
         return None
 
 

@@ -9,7 +9,7 @@ from textual.containers import Container, VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Recipe
@@ -104,13 +104,13 @@ def _conclusion(checks: tuple[LaunchCheck, ...]) -> Content:
 async def launch(app: QloraApp, checks: tuple[LaunchCheck, ...]) -> RunDir | None:
     """Queue the workbench's recipe; what speaks against it is asked first, and None is a no.
 
-    Raises Problem where it could not run at all.
+    Raises UserError where it could not run at all.
     """
     recipe = app.workbench.recipe
     require_runnable(recipe)
     for check in errors(checks):
         if check.name in ("model", "data"):
-            raise Problem(f"Not ready: {check.name}", what=check.text, fix=check.fix)
+            raise UserError(f"Not ready: {check.name}", what=check.text, fix=check.fix)
     doubts = "\n".join(f"{check.name}: {check.text}" for check in errors(checks))
     if doubts and not await app.push_screen_wait(ConfirmScreen("Launch it all the same?", doubts, "Launch")):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from qlora_tui.format import figure
+from qlora_tui.formatting import format_float
 from qlora_tui.runs.describe import exact_words
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.screens.train_follow import Curves, RunSnapshot
@@ -70,7 +70,7 @@ def sparklines(
     rate, norm, speed = last
     return (
         _sparkline("lr", _rate(rate), curves.learning_rate),
-        _sparkline("grad", figure(norm, 3), curves.grad_norm),
+        _sparkline("grad", format_float(norm, 3), curves.grad_norm),
         _sparkline("tok/s", "NA" if speed is None else f"{speed:,.0f}", curves.tokens_per_s),
     )
 
@@ -86,15 +86,15 @@ def _legend(picture: RunSnapshot) -> tuple[tuple[str, str], ...]:
     loss, mean = picture.losses
     if loss is None:
         return ()
-    items = [(f"{figure(loss, 3)}", "dim"), (f"━ mean {figure(mean, 3)}", "$primary bold")]
+    items = [(f"{format_float(loss, 3)}", "dim"), (f"━ mean {format_float(mean, 3)}", "$primary bold")]
     best, last = picture.best, picture.evaluations[-1] if picture.evaluations else None
     if best is not None:
-        items.append((f"{BEST} best {figure(best.loss, 3)} at {best.step:,}", "$success bold"))
+        items.append((f"{BEST} best {format_float(best.loss, 3)} at {best.step:,}", "$success bold"))
     exact = exact_words(None if last is None else last.accuracy, picture.view.base_accuracy)
     if last is not None and last is not best:
         # Both have room in a narrow window only without the word.
         word = "" if exact else "validation "
-        items.append((f"{VALIDATION} {word}{figure(_number(last.loss), 3)}", "$accent"))
+        items.append((f"{VALIDATION} {word}{format_float(_number(last.loss), 3)}", "$accent"))
     if exact:
         items.append((f"exact {exact}", "$accent"))
     if any(picture.curves.loss.broken):

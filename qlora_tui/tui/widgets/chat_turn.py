@@ -8,8 +8,8 @@ from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.chat.terms import Outcome, Said
-from qlora_tui.errors import Problem
-from qlora_tui.format import duration, figure
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_duration, format_float
 from qlora_tui.tui.widgets.streaming_markdown import StreamingMarkdown
 from qlora_tui.tui.widgets.thought_view import ThoughtView
 
@@ -103,7 +103,7 @@ class AdapterAnswer(Vertical):
         self.query_one(".voice", Static).update(voice_line(self.voice, "stopped"))
         self._show_note(words)
 
-    async def fail(self, problem: Problem) -> None:
+    async def fail(self, problem: UserError) -> None:
         """Say why there is no answer, or no more of it."""
         await self._answer.finish()
         await self._thought.end()
@@ -127,9 +127,11 @@ def voice_line(voice: str, words: str) -> Content:
 
 def outcome_words(outcome: Outcome) -> str:
     """``34 tok 12.1/s first 0.4 s``."""
-    speed = f" {figure(outcome.tokens_per_s, 3)}/s" if outcome.tokens_per_s else ""
+    speed = f" {format_float(outcome.tokens_per_s, 3)}/s" if outcome.tokens_per_s else ""
     first = (
-        f"{outcome.first_token_s:.1f} s" if outcome.first_token_s < 10 else duration(outcome.first_token_s)
+        f"{outcome.first_token_s:.1f} s"
+        if outcome.first_token_s < 10
+        else format_duration(outcome.first_token_s)
     )
     return f"{outcome.new_tokens} tok{speed} first {first}" if outcome.new_tokens else "nothing"
 

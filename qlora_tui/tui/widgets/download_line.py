@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from textual.content import Content
 
-from qlora_tui.format import duration, size
+from qlora_tui.formatting import format_bytes, format_duration
 from qlora_tui.tui.downloads import Download
 from qlora_tui.tui.widgets.memory_bar import bar
 
@@ -25,9 +25,9 @@ def _line(download: Download, width: int) -> Content:
             (head, "bold"), f"{download.status_text}…", ("  c stops", "$text-muted")
         ).truncate(width, ellipsis=True)
     speed, left = download.bytes_per_s, download.seconds_left
-    figures = f" {size(download.done_bytes)} of {size(download.total_bytes)}"
+    figures = f" {format_bytes(download.done_bytes)} of {format_bytes(download.total_bytes)}"
     if speed is not None and left is not None:
-        figures += f", {size(round(speed))}/s, {duration(left)} left"
+        figures += f", {format_bytes(round(speed))}/s, {format_duration(left)} left"
     room = min(30, width - len(head) - len(figures) - 9)
     share = download.done_bytes / download.total_bytes if download.total_bytes else 0.0
     drawn = bar(share, room) if room >= 6 else ""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from textual.content import Content
 
-from qlora_tui.format import gib, size
+from qlora_tui.formatting import format_bytes, format_gib
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Sample
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
@@ -85,7 +85,7 @@ def _gpu_lines(
         Content.styled(machine.device, "bold"),
         _row("util", _percent(gpu.utilization_percent)),
         *_chart([_utilization(s) for s in machine.samples], machine.samples, width, chart_rows, 100.0),
-        _row("memory", f"{gib(used)} of {gib(total)} GiB"),
+        _row("memory", f"{format_gib(used)} of {format_gib(total)} GiB"),
     ]
     if used is not None and total:
         lines += _memory_bar(used, total, machine.estimate_bytes, width)
@@ -99,7 +99,7 @@ def _gpu_lines(
         _row("slowed", _throttle(gpu)),
     ]
     if height >= len(lines) + 2:
-        lines.append(_row("trainer", f"{size(sample.rss_bytes)}, CPU {sample.cpu_percent:.0f}%"))
+        lines.append(_row("trainer", f"{format_bytes(sample.rss_bytes)}, CPU {sample.cpu_percent:.0f}%"))
     return lines
 
 
@@ -107,14 +107,14 @@ def _gpu_short(machine: MachineState, sample: Sample, card: GpuMetrics, width: i
     used, total = card.memory_used_bytes, card.memory_total_bytes
     chart = max(0, min(24, width - 66))
     drawn = _chart([_utilization(s) for s in machine.samples], machine.samples, chart, 1, 100.0)[0]
-    tick = "" if machine.estimate_bytes is None else f"  estimate {gib(machine.estimate_bytes)}"
+    tick = "" if machine.estimate_bytes is None else f"  estimate {format_gib(machine.estimate_bytes)}"
     first = Content.assemble(
         (f"{machine.device}  ", "bold"),
         ("util ", "dim"),
         f"{_percent(card.utilization_percent)} ",
         drawn,
         ("  mem ", "dim"),
-        f"{gib(used)}/{gib(total)} GiB",
+        f"{format_gib(used)}/{format_gib(total)} GiB",
         (tick, "dim"),
     )
     second = Content.assemble(
@@ -150,7 +150,7 @@ def _cpu_short(machine: MachineState, width: int) -> list[Content]:
     chart = max(0, min(24, width - 66))
     top = 100.0 * machine.cores
     drawn = _chart([s.cpu_percent for s in machine.samples], machine.samples, chart, 1, top)[0]
-    tick = "" if machine.estimate_bytes is None else f"  estimate {gib(machine.estimate_bytes)}"
+    tick = "" if machine.estimate_bytes is None else f"  estimate {format_gib(machine.estimate_bytes)}"
     return [
         Content.assemble(
             ("no GPU  ", "bold"),
@@ -165,8 +165,8 @@ def _cpu_short(machine: MachineState, width: int) -> list[Content]:
 
 
 def _host_memory(machine: MachineState, sample: Sample) -> str:
-    total = "" if machine.host_bytes is None else f" of {gib(machine.host_bytes)}"
-    return f"{gib(sample.rss_bytes)}{total} GiB"
+    total = "" if machine.host_bytes is None else f" of {format_gib(machine.host_bytes)}"
+    return f"{format_gib(sample.rss_bytes)}{total} GiB"
 
 
 def _row(name: str, value: str | Content) -> Content:
@@ -176,7 +176,7 @@ def _row(name: str, value: str | Content) -> Content:
 def _memory_bar(used: int, total: int, estimate: int | None, width: int) -> list[Content]:
     lines = [Content.styled(bar(used / total, width), "$primary")]
     if estimate is not None:
-        text = f"estimate {gib(estimate)}"
+        text = f"estimate {format_gib(estimate)}"
         place = min(max(round(estimate / total * width) - 1, 0), width - 1)
         # The words stand on the side of the tick that has room for them.
         if place + len(text) + 2 <= width:

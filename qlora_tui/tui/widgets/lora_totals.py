@@ -9,8 +9,8 @@ from msgspec import structs
 from textual.content import Content
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
-from qlora_tui.errors import Problem
-from qlora_tui.format import count, size
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.memory import Device, Estimate, estimate
 from qlora_tui.memory.layout import build_layout, row_tensors
 from qlora_tui.memory.weights import adapter_bytes, gradient_bytes, optimizer_bytes
@@ -49,13 +49,13 @@ def memory_deltas(
         plain, dora = (total(replace_setting(recipe, "lora.use_dora", on)) for on in (False, True))
         as_preset = total(structs.replace(recipe, lora=base.lora))
         return MemoryDeltas(dora - plain, (dora if recipe.lora.use_dora else plain) - as_preset)
-    except Problem:
+    except UserError:
         return None
 
 
 def format_delta(bytes_: int) -> str:
     """``+1.2 GiB``."""
-    return f"{'-' if bytes_ < 0 else '+'}{size(abs(bytes_))}"
+    return f"{'-' if bytes_ < 0 else '+'}{format_bytes(abs(bytes_))}"
 
 
 def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) -> Content:
@@ -69,11 +69,11 @@ def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) 
     memory = adapter_bytes(layout, path) + gradient_bytes(layout, path) + optimizer_bytes(layout, path)
     share = trained / architecture.total_params
     return Content.assemble(
-        (f"{count(trained)}", "bold"),
-        f" of {count(architecture.total_params)} parameters ({_percent(share)}) · ",
-        (size(trained * SAVED_BYTES), "bold"),
+        (f"{format_count(trained)}", "bold"),
+        f" of {format_count(architecture.total_params)} parameters ({_percent(share)}) · ",
+        (format_bytes(trained * SAVED_BYTES), "bold"),
         " on disk · ",
-        (size(memory), "bold"),
+        (format_bytes(memory), "bold"),
         " in memory",
     )
 
@@ -100,14 +100,14 @@ def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) 
     """What space would toggle, in words."""
     if not modules:
         return Content.styled("Nothing here.", "$text-muted")
-    trained = f"{count(adapter_parameters(modules, lora))} trained if chosen{_own(modules, lora)}"
+    trained = f"{format_count(adapter_parameters(modules, lora))} trained if chosen{_own(modules, lora)}"
     if len(modules) == 1:
         only = modules[0]
         shape = f"{only.in_features:,} → {only.out_features:,}"
         return Content.styled(f"{only.name}  {shape}  {trained}", "$text-muted")
     block = "Block: " if in_block else ""
     end = "; x toggles, esc leaves" if in_block else ""
-    weights = count(sum(module.weight_params for module in modules))
+    weights = format_count(sum(module.weight_params for module in modules))
     return Content.styled(f"{block}{len(modules)} modules, {weights} weights, {trained}{end}", "$text-muted")
 
 

@@ -6,7 +6,7 @@ from textwrap import wrap
 
 from textual.content import Content
 
-from qlora_tui.format import GIB, gib, percent, size
+from qlora_tui.formatting import GIB, format_bytes, format_gib, format_percent
 from qlora_tui.memory import Estimate, Item, MemorySaving, Verdict, WhatFits
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.widgets.memory_bar import bar
@@ -23,8 +23,8 @@ def item_line(item: Item, estimate: Estimate, largest_bytes: int, width: int) ->
     Where there is room, the explanation stands beside it.
     """
     part = part_of(item.key)
-    share = percent(item.bytes / estimate.total_bytes)
-    text = f" {item.label:<20.20} {size(item.bytes):>9} {share:>4} "
+    share = format_percent(item.bytes / estimate.total_bytes)
+    text = f" {item.label:<20.20} {format_bytes(item.bytes):>9} {share:>4} "
     room = width - 1 - len(text)
     drawn = bar(item.bytes / largest_bytes, min(room, BAR_WIDTH)).replace("░", " ") if room >= 4 else ""
     beside = f"  {item.explanation}"[: max(0, room - BAR_WIDTH)] if room >= BAR_WIDTH + 60 else ""
@@ -33,14 +33,14 @@ def item_line(item: Item, estimate: Estimate, largest_bytes: int, width: int) ->
 
 def levels_line(estimate: Estimate) -> str:
     """The process with its doubt, the moment it is fullest, and how much of it torch and its tensors take."""
-    doubt = f"({gib(estimate.band.low_bytes)} to {gib(estimate.band.high_bytes)})"
+    doubt = f"({format_gib(estimate.band.low_bytes)} to {format_gib(estimate.band.high_bytes)})"
     torch = (
-        f"torch {gib(estimate.reserved_bytes)}, "
+        f"torch {format_gib(estimate.reserved_bytes)}, "
         if estimate.reserved_bytes != estimate.allocated_bytes
         else ""
     )
-    parts = f"{torch}tensors {gib(estimate.allocated_bytes)}"
-    return f"{gib(estimate.process_bytes)} GiB {doubt}, {parts}, in the {estimate.peak_phase}"
+    parts = f"{torch}tensors {format_gib(estimate.allocated_bytes)}"
+    return f"{format_gib(estimate.process_bytes)} GiB {doubt}, {parts}, in the {estimate.peak_phase}"
 
 
 def setting_controls(recipe: Recipe, fitting: WhatFits | None, context_tokens: int | None) -> Content:
@@ -78,7 +78,7 @@ def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
             mark = "  " if index else "▸ " if number == 0 else "· "
             lines.append(Content.assemble((mark, "$accent bold"), part))
         details = Content.assemble(
-            f"{gib(change.estimate.total_bytes)} GiB ",
+            f"{format_gib(change.estimate.total_bytes)} GiB ",
             (word, VERDICT_STYLE[word]),
             (f"; {change.cost}" if change.cost else "", "dim"),
         )
@@ -89,7 +89,8 @@ def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
 def nothing_helps(least_bytes: int) -> Content:
     """In place of the changes."""
     return Content(
-        f"Nothing makes it fit: with every change that saves memory it still takes {gib(least_bytes)} GiB. "
+        "Nothing makes it fit: with every change that saves memory it still takes "
+        f"{format_gib(least_bytes)} GiB. "
         "Choose a smaller model (1), or a larger card."
     )
 

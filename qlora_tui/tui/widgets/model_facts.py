@@ -11,8 +11,8 @@ from textual.content import Content
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel
-from qlora_tui.errors import Problem
-from qlora_tui.format import count, duration, gib, size
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes, format_count, format_duration, format_gib
 from qlora_tui.memory import check_fit, compare
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision
@@ -39,7 +39,7 @@ class HubFacts:
     total_bytes: int
     done_bytes: int
     """Fetched already."""
-    problem: Problem | None = None
+    problem: UserError | None = None
 
 
 def local_facts(model: LocalModel, recipe: Recipe, room: MemoryBudget) -> Content:
@@ -56,7 +56,7 @@ def local_facts(model: LocalModel, recipe: Recipe, room: MemoryBudget) -> Conten
             *_architecture_lines(model.architecture),
         ]
     license_id = read_license(model.path)
-    location = f"{size(model.size_bytes)} in the {_PLACES[model.source]}"
+    location = f"{format_bytes(model.size_bytes)} in the {_PLACES[model.source]}"
     lines.append(Content(f"licence {license_id} · {location}" if license_id else location))
     lines.append(Content.styled(_short(model.path), "$text-muted"))
     return Content("\n").join(lines)
@@ -81,7 +81,9 @@ def hub_facts(
             *_architecture_lines(known.architecture),
         ]
     else:
-        lines.append(Content(f"{model.model_type or 'family NA'} · {count(model.parameters)} parameters"))
+        lines.append(
+            Content(f"{model.model_type or 'family NA'} · {format_count(model.parameters)} parameters")
+        )
     access = "gated: accept its licence, and log in" if model.gated else "no token needed"
     lines.append(Content(f"licence {model.license or 'NA'} · {access}"))
     lines.append(Content(f"{model.downloads:,} downloads last month · changed {model.modified or 'NA'}"))
@@ -108,7 +110,7 @@ def _architecture_lines(model: Architecture) -> list[Content]:
     tied = "tied" if model.tied_head else "own"
     context = "NA" if model.max_positions is None else f"{model.max_positions:,}"
     lines = [
-        f"{model.model_type} · {count(model.total_params)} parameters",
+        f"{model.model_type} · {format_count(model.total_params)} parameters",
         f"{model.layers} layers · hidden {model.hidden_size:,} · vocabulary {model.vocab_size:,}",
         f"context {context} · {model.heads} heads ({model.kv_heads} kv) · {tied} head",
     ]
@@ -121,17 +123,17 @@ def _costs(model: Architecture, recipe: Recipe, room: MemoryBudget) -> list[Cont
     note = ""
     try:
         compared = compare(recipe, model, device=room.device)
-    except Problem:
+    except UserError:
         # The recipe's targets are another model's.
         compared = compare(
             replace_setting(recipe, "lora.target_modules", (ALL_LINEAR,)), model, device=room.device
         )
         note = "with all-linear: the recipe's targets are not in it"
-    lines = [Content.styled(f"With this recipe, of {gib(room.bytes)} GiB", "bold")]
+    lines = [Content.styled(f"With this recipe, of {format_gib(room.bytes)} GiB", "bold")]
     for precision in SHOWN:
         estimate = compared[precision]
         word = check_fit(estimate, room.bytes).word
-        figures = f"{PRECISION_NAMES[precision]:<5}{gib(estimate.total_bytes):>6} GiB  "
+        figures = f"{PRECISION_NAMES[precision]:<5}{format_gib(estimate.total_bytes):>6} GiB  "
         lines.append(Content.assemble(figures, (word, VERDICT_STYLE[word])))
     return [*lines, Content.styled(note, "$text-muted")] if note else lines
 
@@ -140,12 +142,12 @@ def _to_fetch(known: HubFacts, speed: float | None) -> Content:
     missing = known.total_bytes - known.done_bytes
     if not missing:
         return Content("All of it is on this machine.")
-    took = f", {duration(missing / speed)} at the last speed" if speed else ""
-    part = f"; {size(known.done_bytes)} is here" if known.done_bytes else ""
-    return Content.assemble(("d", "$accent bold"), f" downloads {size(missing)}{took}{part}")
+    took = f", {format_duration(missing / speed)} at the last speed" if speed else ""
+    part = f"; {format_bytes(known.done_bytes)} is here" if known.done_bytes else ""
+    return Content.assemble(("d", "$accent bold"), f" downloads {format_bytes(missing)}{took}{part}")
 
 
-def _refused(problem: Problem) -> list[Content]:
+def _refused(problem: UserError) -> list[Content]:
     lines = [Content.styled(f"✗ {problem.title}", "$error"), Content(problem.what)]
     if problem.why:
         lines.append(Content.styled(problem.why, "$text-muted"))

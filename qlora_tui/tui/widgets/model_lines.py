@@ -8,7 +8,7 @@ from textual.content import Content
 
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel
-from qlora_tui.format import count, size
+from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.tui.widgets.vi_list import HEADING
 
 LOCAL, HUB = "local:", "hub:"
@@ -25,8 +25,8 @@ def local_lines(models: Sequence[LocalModel], chosen: str, width: int) -> list[t
         mark, style = ("✗", "$text-muted") if model.refusal else (" ", "")
         if model.id == chosen:
             mark = "●"
-        parameters = count(model.architecture.total_params) if model.architecture else "NA"
-        figures = f"{parameters:>7} {size(model.size_bytes):>9} {_SOURCES[model.source]:>9}"
+        parameters = format_count(model.architecture.total_params) if model.architecture else "NA"
+        figures = f"{parameters:>7} {format_bytes(model.size_bytes):>9} {_SOURCES[model.source]:>9}"
         lines.append((LOCAL + str(model.path), _line(mark, model.name, figures, width, style)))
     return lines
 
@@ -42,13 +42,13 @@ def hub_lines(
     for model in models:
         mark, style = ("✗", "$text-muted") if model.refusal else (" ", "")
         note = "here" if model.id in present else "gated" if model.gated else ""
-        figures = f"{count(model.parameters):>7} {_downloads(model.downloads):>9} {note:>9}"
+        figures = f"{format_count(model.parameters):>7} {_downloads(model.downloads):>9} {note:>9}"
         lines.append((HUB + model.id, _line(mark, model.id, figures, width, style)))
     return lines
 
 
 def _downloads(number: int) -> str:
-    return f"↓{count(number)}" if number else ""
+    return f"↓{format_count(number)}" if number else ""
 
 
 def _line(mark: str, name: str, figures: str, width: int, style: str) -> Content:

@@ -16,7 +16,7 @@ from textual.message import Message
 from textual.widget import Widget
 
 from qlora_tui.catalog.architecture_types import LinearModule
-from qlora_tui.format import count
+from qlora_tui.formatting import format_count
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.tui.widgets.module_table import (
     ALL,
@@ -207,7 +207,7 @@ class ModuleGrid(Widget, can_focus=True):
     def _head(self, row: Row) -> str:
         assert self._table is not None
         chosen = [module for module in row.modules if module.name in self._chosen]
-        trained = count(adapter_parameters(chosen, self._lora)) if chosen else "–"
+        trained = format_count(adapter_parameters(chosen, self._lora)) if chosen else "–"
         names = min(max(len(row.name) for row in self._table.rows), LONGEST_KIND)
         name = row.name if len(row.name) <= names else row.name[: names - 1] + "…"
         shapes = max(len(row.shape) for row in self._table.rows)

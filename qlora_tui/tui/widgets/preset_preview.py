@@ -5,8 +5,8 @@ from __future__ import annotations
 from textual.content import Content
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.errors import Problem
-from qlora_tui.format import gib
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_gib
 from qlora_tui.memory import Device, estimate
 from qlora_tui.recipe.diff import diff_recipes
 from qlora_tui.recipe.presets import Preset
@@ -24,7 +24,9 @@ def preset_line(preset: Preset, current: str) -> Content:
     return Content.assemble((mark, style), preset.name, ("" if preset.shipped else "  yours", "$text-muted"))
 
 
-def preview(preset: Preset, recipe: Recipe, architecture: Architecture | Problem, device: Device) -> Content:
+def preview(
+    preset: Preset, recipe: Recipe, architecture: Architecture | UserError, device: Device
+) -> Content:
     """In the order of reading: what it is for, what changes, what that takes."""
     if preset.problem:
         return _refused(preset.problem)
@@ -42,17 +44,19 @@ def preview(preset: Preset, recipe: Recipe, architecture: Architecture | Problem
     return Content("\n").join([*lines, Content(""), _memory(recipe, opened, architecture, device)])
 
 
-def _memory(recipe: Recipe, opened: Recipe, architecture: Architecture | Problem, device: Device) -> Content:
-    if isinstance(architecture, Problem):
+def _memory(
+    recipe: Recipe, opened: Recipe, architecture: Architecture | UserError, device: Device
+) -> Content:
+    if isinstance(architecture, UserError):
         return Content("")
     try:
         before, after = (estimate(each, architecture, device=device).total_bytes for each in (recipe, opened))
-    except Problem as problem:
+    except UserError as problem:
         return Content.styled(problem.what, "$text-muted")
-    return Content.assemble(("memory  ", "$text-muted"), f"{gib(before)} → {gib(after)} GiB")
+    return Content.assemble(("memory  ", "$text-muted"), f"{format_gib(before)} → {format_gib(after)} GiB")
 
 
-def _refused(problem: Problem) -> Content:
+def _refused(problem: UserError) -> Content:
     lines = [Content.styled(f"✗ {problem.title}", "$error"), Content(problem.what)]
     if problem.why:
         lines.append(Content(problem.why))

@@ -8,8 +8,8 @@ from textual.app import RenderResult
 from textual.content import Content
 from textual.widget import Widget
 
-from qlora_tui.errors import Problem
-from qlora_tui.format import gib
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_gib
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
@@ -50,7 +50,7 @@ class RecipeStrip(Widget):
         self._bench: Workbench | None = None
         self._recipe_line = ""
         self._shown: tuple[Precision, Precision] = ("nf4", "fp16")
-        self._comparison: dict[Precision, Estimate] | Problem | None = None
+        self._comparison: dict[Precision, Estimate] | UserError | None = None
         self._room: MemoryBudget | None = None
 
     def show_recipe(self, workbench: Workbench, room: MemoryBudget) -> None:
@@ -73,7 +73,7 @@ class RecipeStrip(Widget):
     def _cost_line(self, width: int) -> Content:
         if self._comparison is None or self._room is None:
             return Content("")
-        if isinstance(self._comparison, Problem):
+        if isinstance(self._comparison, UserError):
             problem = self._comparison
             return Content.styled(f"{problem.what} {problem.fix}".replace("\n", " ")[:width], "dim")
         each = (width - 2) // len(self._shown)
@@ -83,7 +83,7 @@ class RecipeStrip(Widget):
 
 def _cost(name: str, estimate: Estimate, room: MemoryBudget, width: int) -> Content:
     verdict = check_fit(estimate, room.bytes)
-    figures = f"{gib(estimate.total_bytes)} of {gib(room.bytes)} GiB"
+    figures = f"{format_gib(estimate.total_bytes)} of {format_gib(room.bytes)} GiB"
     free = width - len(name) - len(figures) - len(verdict.word) - 3
     drawn = f"{bar(estimate.total_bytes / room.bytes, free)} " if free >= 4 else ""
     text = Content.assemble(f"{name} {drawn}{figures} ", (verdict.word, VERDICT_STYLE[verdict.word]))

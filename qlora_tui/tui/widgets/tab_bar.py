@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textual.content import Content
 
-from qlora_tui.format import shortened
+from qlora_tui.formatting import truncate_middle
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 
@@ -45,7 +45,7 @@ class TabBar(DiffWidget):
             parts.append(Content.styled(text, style).stylize(f"@click=screen.show_tab('{name}')"))
         line = Content.styled("│", "dim").join(parts)
         room = width - line.cell_length - 2
-        state = Content.styled(shortened(self._state, room), "bold")
+        state = Content.styled(truncate_middle(self._state, room), "bold")
         hint = Content.styled(f"  {self._hint}" if self._hint else "", "dim")
         end = state + hint if state.cell_length + hint.cell_length <= room else state
         return [line + Content(" " * max(0, room - end.cell_length + 1)) + end]

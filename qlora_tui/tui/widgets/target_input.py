@@ -7,22 +7,25 @@ from collections.abc import Sequence
 import msgspec
 
 from qlora_tui.catalog.architecture_types import LinearModule
-from qlora_tui.errors import Problem
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import ALL_LINEAR
 from qlora_tui.recipe.targets import match_modules, split_patterns, syntax_error
 
 
 def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]:
-    """The patterns meant, each kind written out. Raises Problem for one that is wrong or touches nothing."""
+    """The patterns meant, each kind written out.
+
+    Raises UserError for one that is wrong or touches nothing.
+    """
     patterns = tuple(_written_out(pattern, modules) for pattern in split_patterns(text) if pattern)
     if not patterns:
-        raise Problem(
+        raise UserError(
             "No target modules", what="LoRA needs at least one module.", fix="Write all-linear, or q,v."
         )
     for pattern in patterns:
         if error := syntax_error(pattern):
-            raise Problem("Not a target pattern", what=error[0], fix=error[1])
+            raise UserError("Not a target pattern", what=error[0], fix=error[1])
     match_modules(patterns, modules)
     return patterns
 

@@ -11,7 +11,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.chat.terms import Outcome, Said
-from qlora_tui.format import counted, duration
+from qlora_tui.formatting import format_duration, pluralize
 from qlora_tui.tui.widgets.streaming_markdown import StreamingMarkdown
 
 _PAINT_EVERY_S = 0.5
@@ -123,7 +123,7 @@ class ThoughtView(Vertical):
         seconds, ended = self._ending
         if not self._is_over:
             seconds = time.monotonic() - self._began_at
-        took = f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+        took = f"{seconds:.1f} s" if seconds < 10 else format_duration(seconds)
         verb = "Thinking for" if not self._is_over else "Thought for" if ended else "Unfinished:"
-        line = f"{'▾' if self.unfolded else '▸'} {verb} {took}, {counted(self._tokens, 'token')}"
+        line = f"{'▾' if self.unfolded else '▸'} {verb} {took}, {pluralize(self._tokens, 'token')}"
         self.query_one(ThoughtLine).update(Content.assemble(line, ("  ^o", "dim")))

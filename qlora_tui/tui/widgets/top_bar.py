@@ -6,7 +6,7 @@ from textual.app import RenderResult
 from textual.content import Content
 from textual.widget import Widget
 
-from qlora_tui.format import figure, gib
+from qlora_tui.formatting import format_float, format_gib
 from qlora_tui.tui.commands import NAVIGATION
 from qlora_tui.tui.system_status import SystemStatus
 
@@ -73,7 +73,7 @@ def _run_text(pulse: SystemStatus) -> str:
     # An attempt that only begins says what it does.
     if not status.step or status.phase not in STEPPING:
         return f"● {status.phase or status.state}"
-    loss = f" loss {figure(status.loss, 3)}" if status.loss is not None else ""
+    loss = f" loss {format_float(status.loss, 3)}" if status.loss is not None else ""
     return f"● {status.step:,}/{status.total_steps:,}{loss}"
 
 
@@ -85,5 +85,5 @@ def _card_text(pulse: SystemStatus) -> str:
         return f"{pulse.gpu.short_name} NA"
     use = "NA" if reading.utilization_percent is None else f"{reading.utilization_percent}%"
     heat = "" if reading.temperature_c is None else f" {reading.temperature_c}°"
-    memory = f"{gib(reading.memory_used_bytes)}/{gib(reading.memory_total_bytes)}G"
+    memory = f"{format_gib(reading.memory_used_bytes)}/{format_gib(reading.memory_total_bytes)}G"
     return f"{pulse.gpu.short_name} {use} {memory}{heat}"

@@ -8,7 +8,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 
 
-def size(bytes_: int | None) -> str:
+def format_bytes(bytes_: int | None) -> str:
     """``9.1 GiB``, ``512 MiB``, ``14 KiB``; NA where it is not known."""
     if bytes_ is None:
         return "NA"
@@ -19,17 +19,17 @@ def size(bytes_: int | None) -> str:
     return f"{bytes_} B"
 
 
-def gib(bytes_: int | None) -> str:
+def format_gib(bytes_: int | None) -> str:
     """``18.2``: GiB without the unit, for where it stands beside another; NA where it is not known."""
     return "NA" if bytes_ is None else f"{bytes_ / GIB:.1f}"
 
 
-def counted(number: int, word: str) -> str:
+def pluralize(number: int, word: str) -> str:
     """``1 row``, ``4,812 rows``."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
-def count(number: int | None) -> str:
+def format_count(number: int | None) -> str:
     """``7.6B``, ``135M``, ``4,812``; NA where it is not known."""
     if number is None:
         return "NA"
@@ -40,7 +40,7 @@ def count(number: int | None) -> str:
     return f"{number:,}"
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """``41 min``, ``3 h 12 min``, ``25 s``; NA where it is not known."""
     if seconds is None:
         return "NA"
@@ -56,25 +56,25 @@ def duration(seconds: float | None) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def figure(value: float | None, digits: int = 4) -> str:
+def format_float(value: float | None, digits: int = 4) -> str:
     """A loss or a gradient norm; ``NaN`` where it was not a number, NA where there is none."""
     if value is None:
         return "NA"
     return "NaN" if value != value else f"{value:.{digits}g}"
 
 
-def percent(part: float | None) -> str:
+def format_percent(part: float | None) -> str:
     """``97%`` of a share between 0 and 1."""
     return "NA" if part is None else f"{part * 100:.0f}%"
 
 
-def short_path(path: Path) -> str:
+def format_path(path: Path) -> str:
     """With ``~`` for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
-def shortened(text: str, width: int) -> str:
+def truncate_middle(text: str, width: int) -> str:
     """Cut in the middle: names that begin alike, as those of runs do, differ at their ends."""
     if len(text) <= width:
         return text
