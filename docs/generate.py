@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from qlora_tui import __version__
-from qlora_tui.cli.main import VERBS, _parser
+from qlora_tui.cli.main import SUBCOMMANDS, _parser
 from qlora_tui.recipe.fields import Field, fields, source_fields
 
 HERE = Path(__file__).parent
@@ -183,9 +183,9 @@ def usage_of(parser: argparse.ArgumentParser, words: str) -> str:
 
 def command_tree() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
     """Every command with its description, each followed by the commands below it."""
-    for verb in VERBS:
+    for verb in SUBCOMMANDS:
         parser = parser_of(verb)
-        yield verb, VERBS[verb][1], parser
+        yield verb, SUBCOMMANDS[verb][1], parser
         for name, below in subparsers(parser).items():
             yield f"{verb} {name}", _sentence(help_of(parser, name)), below
 
@@ -234,7 +234,7 @@ def _cell(text: str) -> str:
 
 def keys_page() -> str:
     """Every command of every screen, with its key and the name a keymap calls it by."""
-    from qlora_tui.tui.keymap import every_command
+    from qlora_tui.tui.keymap import all_commands
 
     lines = [
         _NOTICE,
@@ -242,7 +242,7 @@ def keys_page() -> str:
         "",
         _KEYS_INTRODUCTION,
     ]
-    for heading, commands in every_command():
+    for heading, commands in all_commands():
         if not commands:
             continue
         lines += ["", f"## {heading}", "", "| key | command | what it does |", "| --- | --- | --- |"]
