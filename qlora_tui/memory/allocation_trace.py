@@ -28,8 +28,8 @@ class AllocationPhase:
     def _lasting(self) -> tuple[Event, ...]:
         """Without what is both made and let go of in it: that finds the same places each time."""
         gone = {number for number, size in self._large if size < 0}
-        made = {number for number, size in self._large if size > 0}
-        passing = gone & made
+        large_allocations = {number for number, size in self._large if size > 0}
+        passing = gone & large_allocations
         return tuple(event for event in self._large if event[0] not in passing)
 
     @cached_property
@@ -75,13 +75,13 @@ class Recording:
 
 def build_phase(events: Iterable[Event], *without: int) -> AllocationPhase:
     """Of these events, but for the last farewell of some storages."""
-    kept = list(events)
+    events_left = list(events)
     for number in without:
-        for place in range(len(kept) - 1, -1, -1):
-            if kept[place][0] == number and kept[place][1] < 0:
-                del kept[place]
+        for place in range(len(events_left) - 1, -1, -1):
+            if events_left[place][0] == number and events_left[place][1] < 0:
+                del events_left[place]
                 break
-    return AllocationPhase(tuple(kept))
+    return AllocationPhase(tuple(events_left))
 
 
 def without_input_gradient(events: list[Event]) -> int:

@@ -179,11 +179,11 @@ class CachingAllocator:
             last.size += more
         else:
             more = -(-size // LARGE_SEGMENT) * LARGE_SEGMENT
-            made = MemoryBlock(0 if last is None else last.address + last.size, more)
-            made.before = last
+            block = MemoryBlock(0 if last is None else last.address + last.size, more)
+            block.before = last
             if last is not None:
-                last.after = made
-            last = self._last = made
+                last.after = block
+            last = self._last = block
         self._taken_bytes += more
         return last
 

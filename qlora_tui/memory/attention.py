@@ -131,12 +131,12 @@ def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, grouped: 
         # The gradient of q is summed over key blocks in float32 (dq_accum in flash_api.cpp, workspace_gq
         # in the CUTLASS kernel), unless everything is float32 already.
         sums = ops.new(sizes[0], FLOAT) if half else None
-        made = [ops.new(size, width) for size in sizes]
+        gradients = [ops.new(size, width) for size in sizes]
         if grouped:  # flash computes dk and dv for every query head, then adds the groups up
             spread = [ops.new(sizes[0], width), ops.new(sizes[0] // shape.head_dim * shape.value_dim, width)]
             del spread
         del sums, delta
-        return tuple(made)
+        return tuple(gradients)
 
     out = ops.new(sizes[0] // shape.head_dim * shape.value_dim, width)
     row_sums = ops.new(statistic, FLOAT)
@@ -154,10 +154,10 @@ def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tenso
         less = ops.new(statistic, FLOAT)
         del product
         taken = [ops.new(EXTRA_COLUMNS * statistic, width) for _ in range(2)]
-        made = [ops.new(size, width) for size in (numel, shared, shared)]
+        gradients = [ops.new(size, width) for size in (numel, shared, shared)]
         _one_backward(ops, numel // shape.rows, shared // shape.rows, width, shape)
         del less, taken
-        return tuple(made)
+        return tuple(gradients)
 
     out = ops.new(numel, width)
     log_sums = ops.new(statistic, FLOAT)
@@ -255,10 +255,10 @@ def _others_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v:
     runs, which is the first.
     """
     width, sizes = q.width, (q.numel, k.numel, v.numel)
-    kept = _kept_by_hand(ops, one, samples, q, k, v)
-    held: list[Tensor | None] = [None] * len(kept)
+    saved_tensors = _saved_by_hand(ops, one, samples, q, k, v)
+    held: list[Tensor | None] = [None] * len(saved_tensors)
     if ops.tape.mode[0] != "first":  # a layer that will be recomputed keeps nothing
-        held = [ops.new(size * samples, 1, item) for item, size in kept.items()]
+        held = [ops.new(size * samples, 1, item) for item, size in saved_tensors.items()]
     shared = (q,) if one.heads != one.kv_heads else (q, k, v)  # repeated heads are copies
     node = ops.tape.node(
         (q, k, v), lambda grad, saved: tuple(ops.new(size, width) for size in sizes), (*shared, *held)
@@ -268,7 +268,7 @@ def _others_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v:
     return out
 
 
-def _kept_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+def _saved_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     """What the graph keeps of one sample of so many, beyond its queries, keys and values, by item."""
     apart = copy(ops)
     apart.meter = AllocationMeter()
@@ -334,10 +334,10 @@ def _softmax(ops: Ops, x: Tensor, width: int) -> Tensor:
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         # softmax_backward_cuda_out makes grad * output first (aten/src/ATen/native/cuda/SoftMax.cu).
-        made = ops.new(numel, back)
+        gradient = ops.new(numel, back)
         product = ops.new(numel, width) if ops.device == "cuda" else None
         del product
-        return (made,)
+        return (gradient,)
 
     out = ops.new(numel, width)
     out.node = ops.tape.node((x,), fn, (out,))

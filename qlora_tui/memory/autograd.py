@@ -190,21 +190,21 @@ class Tape:
         if not any(parents):
             return None
         self.sequence += 1
-        made = Node(self.sequence, self.meter.item, parents, fn)
+        node = Node(self.sequence, self.meter.item, parents, fn)
         kind, checkpoint = self.mode
         if checkpoint is None:
-            made.saved = [None if tensor is None else tensor.view(None) for tensor in save]
-            return made
-        made.checkpoint = checkpoint
+            node.saved = [None if tensor is None else tensor.view(None) for tensor in save]
+            return node
+        node.checkpoint = checkpoint
         for tensor in save:
             slot = checkpoint.packed
             checkpoint.packed += 1
-            made.slots.append(slot)
+            node.slots.append(slot)
             if kind == "recompute":
                 checkpoint.recomputed[slot] = None if tensor is None else tensor.view(None)
                 if checkpoint.packed == self.stop_after:
                     raise StopRecomputing
-        return made
+        return node
 
     def leaf(self) -> Node:
         """Where a parameter's gradient ends up; it stays, booked as a gradient."""
@@ -243,7 +243,7 @@ def _shared(counts: tuple[int, int]) -> bool:
     return counts[0] > _ALONE[0] or counts[1] > _ALONE[1]
 
 
-def backward(tape: Tape, root: Node, seed: Tensor, kept: list[Storage] | None) -> None:
+def backward(tape: Tape, root: Node, seed: Tensor, retained: list[Storage] | None) -> None:
     """Run the nodes from ``root`` down, freeing as autograd does.
 
     Gradients that reach a leaf are booked as gradients and put in ``kept``; with ``kept`` None they are
@@ -257,9 +257,9 @@ def backward(tape: Tape, root: Node, seed: Tensor, kept: list[Storage] | None) -
         node = heapq.heappop(heap)
         grad = buffers.pop(node.sequence)
         if not node.inputs:
-            if kept is not None and node.item == "gradients":
+            if retained is not None and node.item == "gradients":
                 grad.storage.reattribute("gradients")
-                kept.append(grad.storage)
+                retained.append(grad.storage)
             del grad
             continue
         before, meter.item = meter.item, node.item
@@ -268,16 +268,16 @@ def backward(tape: Tape, root: Node, seed: Tensor, kept: list[Storage] | None) -
         del grad
         outputs.reverse()
         for parent in node.inputs:
-            made = outputs.pop()
-            if parent is None or made is None:
+            output = outputs.pop()
+            if parent is None or output is None:
                 continue
             there = buffers.get(parent.sequence)
             if there is None:
-                buffers[parent.sequence] = made
+                buffers[parent.sequence] = output
                 heapq.heappush(heap, parent)
             elif _shared(_counts(there)):  # in place only where nothing else holds it (input_buffer.cpp)
                 buffers[parent.sequence] = Tensor(
                     Storage(meter, there.numel * there.width), there.numel, there.width
                 )
-            del made, there
+            del output, there
         meter.item = before

@@ -114,17 +114,17 @@ def load_runs() -> tuple[MeasuredRun, ...]:
 @lru_cache(maxsize=1)
 def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
     """The screens ask at every key: the file is read again when it has changed."""
-    found = []
+    runs = []
     try:
         lines = file.read_bytes().splitlines()
     except OSError:
         return ()
     for line in lines:
         try:
-            found.append(decode_json(line, _DECODER))
+            runs.append(decode_json(line, _DECODER))
         except msgspec.MsgspecError:
             continue
-    return tuple(found)
+    return tuple(runs)
 
 
 def correction_for(machine: str) -> Correction | None:

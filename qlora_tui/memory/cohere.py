@@ -62,9 +62,9 @@ def _square(ops: Ops, x: Tensor) -> Tensor:
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         # grad * (2 * self.pow(1)): a C++ expression's temporaries live to its end.
         power, doubled = ops.new(numel, FLOAT), ops.new(numel, FLOAT)
-        made = ops.new(numel, FLOAT)
+        gradient = ops.new(numel, FLOAT)
         del power, doubled
-        return (made,)
+        return (gradient,)
 
     node = ops.tape.node((x,), fn, (x,))
     out = ops.new(numel, FLOAT)

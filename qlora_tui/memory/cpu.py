@@ -23,10 +23,10 @@ class Processor:
 @cache
 def torch_is_for_cuda() -> bool:
     """Whether the torch installed is a build for CUDA. Does not import it."""
-    found = find_spec("torch")
-    if found is None or found.origin is None:
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
         return False
-    return (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists()
+    return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
 
 
 @cache

@@ -88,9 +88,9 @@ def _run(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
     hidden_states = ops.dropout_residual(hidden_states, block.dropout)
     if block.order in ("post", "sandwich"):
         hidden_states = norm(ops, block, hidden_states)
-    made = _add(ops, block, residual, hidden_states)
+    output = _add(ops, block, residual, hidden_states)
     del held
-    return made
+    return output
 
 
 def _parallel(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
@@ -153,14 +153,14 @@ def _project(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> tuple[Tens
         query = ops.slice(together, together.numel - 2 * kv)
         return query, ops.slice(together, kv), ops.slice(together, kv)
     parts = [block.find("attention", name) for name in ("q_proj", "k_proj", "v_proj")]
-    made: list[Tensor] = []
+    projections: list[Tensor] = []
     for part in parts:
         x = linear(ops, hidden_states, part) if part else hidden_states
-        if block.head_norms != "no" and len(made) < 2:
+        if block.head_norms != "no" and len(projections) < 2:
             x = norm(ops, block, x)
-        made.append(x)
+        projections.append(x)
         del x
-    return made[0], made[1], made.pop()
+    return projections[0], projections[1], projections.pop()
 
 
 def _feed_forward(ops: Ops, block: DecoderLayer, x: Tensor) -> Tensor:

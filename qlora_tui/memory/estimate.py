@@ -134,10 +134,10 @@ def estimate(
     before, correction = levels.process_bytes, device.correction
     if correction is not None and correction.applies:
         levels = corrected(levels, layout, correction)
-    made = _assemble(recipe, architecture, layout, path, items, levels, fullest)
+    result = _assemble(recipe, architecture, layout, path, items, levels, fullest)
     if correction is None:
-        return made
-    return replace(made, correction=correction, uncorrected_bytes=before)
+        return result
+    return replace(result, correction=correction, uncorrected_bytes=before)
 
 
 def _together(resident: dict[str, int], moment: Peak) -> dict[str, int]:

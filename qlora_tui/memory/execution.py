@@ -160,18 +160,18 @@ def _liger_pays(recipe: Recipe, architecture: Architecture | None) -> bool:
 
 
 def _compute_bytes(recipe: Recipe, device: Device) -> int:
-    asked = recipe.quantization.compute_dtype
-    if asked == "float32":
+    compute_dtype = recipe.quantization.compute_dtype
+    if compute_dtype == "float32":
         return 4
-    if asked == "auto" and device.kind == "cpu" and not device.native_bfloat16:
+    if compute_dtype == "auto" and device.kind == "cpu" and not device.native_bfloat16:
         return 4
     return 2
 
 
 def _is_float16(recipe: Recipe, device: Device) -> bool:
-    asked = recipe.quantization.compute_dtype
+    compute_dtype = recipe.quantization.compute_dtype
     old_card = device.kind == "cuda" and device.capability < BFLOAT16_CAPABILITY
-    return asked == "float16" or (asked == "auto" and old_card)
+    return compute_dtype == "float16" or (compute_dtype == "auto" and old_card)
 
 
 def _attention(recipe: Recipe, device: Device, compute: int) -> Kernel:

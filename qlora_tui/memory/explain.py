@@ -69,22 +69,22 @@ def explanations(facts: ExplainContext) -> dict[str, str]:
 
 def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
     recipe, architecture, path = facts.recipe, facts.architecture, facts.path
-    kept = 4 if path.cast_to_float32 else path.compute_bytes
+    itemsize = 4 if path.cast_to_float32 else path.compute_bytes
     int8 = recipe.quantization.method == "int8"
     return {
         "weights": f"{_n(architecture.quantizable_params)} linear weights × {1 if int8 else 0.5} byte.",
         "scales": _scales_sentence(recipe),
-        "linear": f"Linear weights and biases that stay unquantized × {kept} bytes.",
-        "embedding": f"{_n(architecture.embedding_params)} weights × {kept} bytes; never quantized.",
+        "linear": f"Linear weights and biases that stay unquantized × {itemsize} bytes.",
+        "embedding": f"{_n(architecture.embedding_params)} weights × {itemsize} bytes; never quantized.",
         "head": (
-            f"{architecture.vocab_size:,} × {architecture.hidden_size:,} × {kept} bytes; never quantized."
+            f"{architecture.vocab_size:,} × {architecture.hidden_size:,} × {itemsize} bytes; never quantized."
         ),
         "norms": "Norms and routers, in their own dtype.",
         "experts": (
-            f"{_n(architecture.expert_params)} weights × {kept} bytes: fused 3-D parameters, which "
+            f"{_n(architecture.expert_params)} weights × {itemsize} bytes: fused 3-D parameters, which "
             "bitsandbytes leaves in 16 bits."
         ),
-        "vision": f"The vision tower's weights × {kept} bytes; frozen.",
+        "vision": f"The vision tower's weights × {itemsize} bytes; frozen.",
     }
 
 

@@ -14,8 +14,8 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         return _linear_backward(ops, module, numel, entered, width, needs=needs)
 
-    out, kept, thin = _linear_forward(ops, x, module, width)
-    out.node = ops.tape.node((x, *ops.adapter_leaves(x)), fn, (x, kept, thin))
+    out, saved_input, thin = _linear_forward(ops, x, module, width)
+    out.node = ops.tape.node((x, *ops.adapter_leaves(x)), fn, (x, saved_input, thin))
     return out
 
 
@@ -29,18 +29,18 @@ def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear) -> Tensor:
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         opened, inputs = product()
-        made = _linear_backward(ops, module, numel, width, width, needs=True)
+        gradient = _linear_backward(ops, module, numel, width, width, needs=True)
         del inputs
         toward_up = ops.new(numel, width)
         toward_gate = ops.new(numel, width)
         del opened
-        return (toward_gate, toward_up, *made[1:])
+        return (toward_gate, toward_up, *gradient[1:])
 
     opened, inputs = product()
     del opened
-    out, kept, thin = _linear_forward(ops, inputs, module, width)
+    out, saved_input, thin = _linear_forward(ops, inputs, module, width)
     del inputs
-    out.node = ops.tape.node((gate, up, *ops.adapter_leaves(gate)), fn, (gate, up, kept, thin))
+    out.node = ops.tape.node((gate, up, *ops.adapter_leaves(gate)), fn, (gate, up, saved_input, thin))
     return out
 
 
@@ -51,15 +51,15 @@ def _linear_forward(ops: Ops, x: Tensor, module: Linear, width: int) -> tuple[Te
     out = ops.new(rows * module.outputs, x.width)
     del workspace
     narrow = _narrowed(ops, numel, x.width, width)
-    kept = None
+    saved_input = None
     with ops.meter.attribute_to("dropout"):
         if ops.dropout:
-            kept = ops.new(numel, 1)
+            saved_input = ops.new(numel, 1)
         dropped = ops.new(numel, width) if ops.dropout else None
     with ops.meter.attribute_to("adapter_inputs"):
         thin = ops.new(rows * module.rank, width)
     del dropped, narrow
-    return out, kept, thin
+    return out, saved_input, thin
 
 
 def _linear_backward(ops: Ops, module: Linear, numel: int, entered: int, width: int, *, needs: bool) -> Grads:
@@ -95,8 +95,8 @@ def _narrowed(ops: Ops, numel: int, entered: int, width: int) -> Tensor | None:
 def _gradient(ops: Ops, weights: int, width: int) -> Tensor:
     """Of an adapter's weight: made in the compute dtype, cast to the adapter's."""
     with ops.meter.attribute_to("gradients"):
-        made = ops.new(weights, width)
-        return made if width == ops.adapter else ops.new(weights, ops.adapter)
+        gradient = ops.new(weights, width)
+        return gradient if width == ops.adapter else ops.new(weights, ops.adapter)
 
 
 def _weight(ops: Ops, module: Linear, width: int) -> Tensor | None:

@@ -132,12 +132,14 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
         copied=path.sdpa and copies_for_sdpa(path.transformers),
     )
     known: dict[tuple[Linear, ...], DecoderLayer] = {}
-    made: dict[tuple[object, ...], Linear] = {}
+    linear_cache: dict[tuple[object, ...], Linear] = {}
     routed = _mixture(recipe, architecture, path)
     blocks = []
     tensors: list[int] = []
     for modules in by_layer:
-        linears = tuple(_linear(module, recipe, ranks.get(module.name, 0), made) for module in modules)
+        linears = tuple(
+            _linear(module, recipe, ranks.get(module.name, 0), linear_cache) for module in modules
+        )
         for linear in linears:
             if linear.rank:
                 tensors += [linear.rank * linear.inputs, linear.rank * linear.outputs]
@@ -236,7 +238,7 @@ def _mixture(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) 
 
 
 def _linear(
-    module: LinearModule, recipe: Recipe, rank: int, made: dict[tuple[object, ...], Linear]
+    module: LinearModule, recipe: Recipe, rank: int, linear_cache: dict[tuple[object, ...], Linear]
 ) -> Linear:
     """The module as the path holds it, its rank 0 where it is not trained; equal ones are made once."""
     key = (
@@ -248,8 +250,8 @@ def _linear(
         module.quantizable,
         rank,
     )
-    if key not in made:
-        made[key] = Linear(
+    if key not in linear_cache:
+        linear_cache[key] = Linear(
             name=module.kind,
             inputs=module.in_features,
             outputs=module.out_features,
@@ -259,4 +261,4 @@ def _linear(
             rank=rank,
             dora=recipe.lora.use_dora and rank > 0,
         )
-    return made[key]
+    return linear_cache[key]

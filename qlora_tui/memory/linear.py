@@ -75,9 +75,9 @@ def _four_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         # MatMul4Bit.backward: dequantize the whole weight, then grad @ weight.
         weight = ops.dequantized(module, grad.width)
-        made = ops.new(numel, width)
+        gradient = ops.new(numel, width)
         del weight
-        return (made,)
+        return (gradient,)
 
     # The packed weight is kept as a plain attribute: nothing is packed for the checkpoint.
     node = ops.tape.node((x,), fn)
@@ -97,9 +97,9 @@ def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         weight = ops.dequantized(module, width)
-        made = ops.new(numel, width)
+        gradient = ops.new(numel, width)
         del weight
-        return (made,)
+        return (gradient,)
 
     node = ops.tape.node((x,), fn)
     out_numel = _rows(x, module) * module.outputs
@@ -153,9 +153,9 @@ def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, width: i
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         toward_input = ops.new(numel, width) if needs else None
         with ops.meter.attribute_to("gradients"):
-            made = ops.new(weights, width)
+            gradient = ops.new(weights, width)
             # Under autocast the weight was cast, and its gradient is cast back.
-            toward_weight = made if width == adapter else ops.new(weights, adapter)
+            toward_weight = gradient if width == adapter else ops.new(weights, adapter)
         return (toward_input, toward_weight)
 
     weight = Tensor(x.storage, 0, adapter, ops.tape.leaf())

@@ -44,12 +44,12 @@ def load(
     if recipe.quantization.method == "none":
         allocator.keep(weight.count * path.compute_bytes for weight in weights)
     else:
-        kept = _quantize(allocator, recipe, architecture, path)
+        quantized = _quantize(allocator, recipe, architecture, path)
         if path.cast_to_float32 or path.compute_bytes != READ_BYTES:
             for weight in weights:  # one after another, in the model's order
                 if not weight.rows:
                     allocator.malloc(weight.count * FLOAT)
-                    allocator.free(kept[weight.name])
+                    allocator.free(quantized[weight.name])
         if path.cast_to_float32:
             allocator.empty_cache()  # peft/utils/other.py, after its casts
     allocator.keep(count * path.adapter_bytes for count in layout.adapter_tensors)
@@ -64,11 +64,11 @@ def _quantize(
     a_weight = 1.0 if method == "int8" else 0.5
     whole = sum(weight.count * (a_weight if weight.rows else READ_BYTES) for weight in weights)
     allocator.free(allocator.malloc(int(whole)))
-    kept: dict[str, MemoryBlock] = {}
+    quantized: dict[str, MemoryBlock] = {}
     for weight in weights:
         read = allocator.malloc(weight.count * READ_BYTES)
         if not weight.rows:
-            kept[weight.name] = read
+            quantized[weight.name] = read
             continue
         if method == "int8":
             scales: tuple[int, ...] = (weight.rows * FLOAT,)
@@ -76,24 +76,24 @@ def _quantize(
             scales = four_bit_scale_sizes(weight.count, nested)
         allocator.keep((*scales, -(-weight.count // 2) if method != "int8" else weight.count))
         allocator.free(read)
-    return kept
+    return quantized
 
 
 @lru_cache(maxsize=16)
 def _weights(architecture: Architecture, separate_experts: bool) -> tuple[_Weight, ...]:
     """Every parameter, in the model's order as far as it is known: norms come last."""
-    found = [_Weight(table.name, table.params, 0) for table in architecture.embeddings]
+    weights = [_Weight(table.name, table.params, 0) for table in architecture.embeddings]
     for module in architecture.modules:
         rows = module.out_features if module.quantizable else 0
-        found.append(_Weight(f"{module.name}.weight", module.weight_params, rows))
+        weights.append(_Weight(f"{module.name}.weight", module.weight_params, rows))
         if module.bias_params:
-            found.append(_Weight(f"{module.name}.bias", module.bias_params, 0))
+            weights.append(_Weight(f"{module.name}.bias", module.bias_params, 0))
     for parameter in architecture.parameters:
         rows = parameter.shape[0] if parameter.role == "expert" and separate_experts else 0
-        found.append(_Weight(parameter.name, parameter.params, rows))
+        weights.append(_Weight(parameter.name, parameter.params, rows))
     if architecture.head.own_params:
-        found.append(_Weight(architecture.head.name, architecture.head.own_params, 0))
-    return tuple(found)
+        weights.append(_Weight(architecture.head.name, architecture.head.own_params, 0))
+    return tuple(weights)
 
 
 @lru_cache(maxsize=16)

@@ -84,15 +84,15 @@ def _chunked(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, wi
     """
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
     numel, chunk, item = hidden.numel, rows * layout.vocabulary, "hidden_gradient"
-    kept = FLOAT if path.float16 else width
+    itemsize = FLOAT if path.float16 else width
 
     def scaled(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        made = ops.new(numel, kept)
-        return (made if kept == width else ops.new(numel, width),)
+        gradient = ops.new(numel, itemsize)
+        return (gradient if itemsize == width else ops.new(numel, width),)
 
     with ops.meter.attribute_to(item):
         states = _learnt_from(ops, hidden, width)
-        toward = ops.new(numel, kept)
+        toward = ops.new(numel, itemsize)
         toward_rows = ops.new(layout.token_rows * layout.hidden, FLOAT)
     with ops.meter.attribute_to("logits"):
         values = ops.new(layout.token_rows * layout.hidden, width) if width != FLOAT else None

@@ -42,13 +42,13 @@ def largest_model_size(
     Targets are taken as ``all-linear``: another model has other modules.
     """
     anywhere = structs.replace(recipe, lora=structs.replace(recipe.lora, target_modules=(ALL_LINEAR,)))
-    found = None
+    largest = None
     for label, *_ in _SHAPES:
-        made = estimate(anywhere, _architecture(label), device=device)
-        if not check_fit(made, available_bytes).fits:
+        result = estimate(anywhere, _architecture(label), device=device)
+        if not check_fit(result, available_bytes).fits:
             break
-        found = ModelClass(label, made)
-    return found
+        largest = ModelClass(label, result)
+    return largest
 
 
 @lru_cache

@@ -135,9 +135,9 @@ class Ops:
             waiting.append(grad)
             if len(waiting) < len(sizes):
                 return (None,)
-            made = self.new(full, width)
+            gradient = self.new(full, width)
             waiting.clear()
-            return (made,)
+            return (gradient,)
 
         return tuple(Tensor(x.storage, size, width, self.tape.node((x,), fn)) for size in sizes)
 
@@ -165,8 +165,8 @@ class Ops:
         numel, back, wide = x.numel, x.width, width or x.width
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-            made = self.new(numel, wide)
-            return (self._as(made, back),)
+            gradient = self.new(numel, wide)
+            return (self._as(gradient, back),)
 
         node = self.tape.node((x,), fn, (None,))
         out = self.new(numel, wide)
@@ -243,13 +243,13 @@ class Ops:
         start = x.width
         wide = self.cast(x, FLOAT)
         del x
-        normed = self._normalise(wide)
+        normed = self._normalize(wide)
         del wide
         if scale_in_float:
             return self.cast(self.scale(normed), start)
         return self.scale(self.cast(normed, start), max(weight, start))
 
-    def _normalise(self, wide: Tensor) -> Tensor:
+    def _normalize(self, wide: Tensor) -> Tensor:
         """``wide * rsqrt(wide.pow(2).mean(-1) + eps)``."""
         numel, rows = wide.numel, self.tokens
 
@@ -257,9 +257,9 @@ class Ops:
             # grad * (2 * self.pow(1)): a C++ expression's temporaries live to its end.
             power = self.new(numel, FLOAT)
             doubled = self.new(numel, FLOAT)
-            made = self.new(numel, FLOAT)
+            squares = self.new(numel, FLOAT)
             del power, doubled
-            return (made,)
+            return (squares,)
 
         def mean(grad: Tensor, saved: list[Tensor | None]) -> Grads:
             # The expanded gradient, divided by the width.

@@ -113,11 +113,11 @@ class _Run:
             gradient = blocks.pop(recording.gradient, NOTHING)
             alive += blocks.values()
         alive.append(gradient)
-        kept = self._optimize(first=first) + self._accumulate(first=first)
+        allocated_bytes = self._optimize(first=first) + self._accumulate(first=first)
         for block in alive:
             allocator.free(block)
         # Small ones were counted by the parts, not given back one by one.
-        allocator.small_bytes = small + kept
+        allocator.small_bytes = small + allocated_bytes
 
     def _forward(
         self, recording: Recording, x: MemoryBlock, parts: list[Blocks], *, owned: bool, whole: bool
@@ -146,11 +146,11 @@ class _Run:
         before = allocator.small_bytes
         if first and not path.optimizer.startswith("paged"):
             allocator.keep(size for count in sizes for size in state_sizes(count, path))
-        kept = allocator.small_bytes - before
+        allocated_bytes = allocator.small_bytes - before
         if path.optimizer == "adamw":
             for block in take_all(allocator, (count * path.adapter_bytes for count in sizes)):
                 allocator.free(block)
-        return kept
+        return allocated_bytes
 
 
 def take_all(allocator: CachingAllocator, sizes: Iterable[int]) -> list[MemoryBlock]:

@@ -57,7 +57,7 @@ def as_json(
     too_long = context_length_warning(recipe.data.max_length, architecture)
     return {
         "available_bytes": available_bytes,
-        "precisions": {name: one_as_json(made, available_bytes) for name, made in compared.items()},
+        "precisions": {name: one_as_json(result, available_bytes) for name, result in compared.items()},
         "trace": traced and trace_as_json(traced, recipe, architecture, device or Device()),
         "what_fits": fitting,
         "cheapest_changes": changes,
@@ -81,26 +81,26 @@ def trace_as_json(
     }
 
 
-def one_as_json(made: Estimate, available_bytes: int | None) -> dict[str, Any]:
+def one_as_json(result: Estimate, available_bytes: int | None) -> dict[str, Any]:
     """One precision's part."""
     return {
-        "total_bytes": made.total_bytes,
-        "items": {item.key: item.bytes for item in made.items},
-        "explanations": {item.key: item.explanation for item in made.items},
+        "total_bytes": result.total_bytes,
+        "items": {item.key: item.bytes for item in result.items},
+        "explanations": {item.key: item.explanation for item in result.items},
         "tiers": {
-            "allocated": made.allocated_bytes,
-            "reserved": made.reserved_bytes,
-            "process": made.process_bytes,
+            "allocated": result.allocated_bytes,
+            "reserved": result.reserved_bytes,
+            "process": result.process_bytes,
         },
-        "band": {"low": made.band.low_bytes, "high": made.band.high_bytes, "reason": made.band.reason},
-        "verdict": None if available_bytes is None else check_fit(made, available_bytes).word,
-        "peak_phase": made.peak_phase,
-        "correction": made.correction
+        "band": {"low": result.band.low_bytes, "high": result.band.high_bytes, "reason": result.band.reason},
+        "verdict": None if available_bytes is None else check_fit(result, available_bytes).word,
+        "peak_phase": result.peak_phase,
+        "correction": result.correction
         and {
-            "runs": made.correction.runs,
-            "applied": made.correction.applies,
-            "uncorrected_bytes": made.uncorrected_bytes,
+            "runs": result.correction.runs,
+            "applied": result.correction.applies,
+            "uncorrected_bytes": result.uncorrected_bytes,
         },
-        "exact": made.exact,
-        "notes": list(made.notes),
+        "exact": result.exact,
+        "notes": list(result.notes),
     }

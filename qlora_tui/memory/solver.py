@@ -101,10 +101,10 @@ def cheapest_changes(
 
 def minimum_bytes(recipe: Recipe, architecture: Architecture, *, device: Device | None = None) -> int:
     """The least memory in which this model can be trained at all: with every change made that saves some."""
-    made = estimate(recipe, architecture, device=device)
+    result = estimate(recipe, architecture, device=device)
     for change in _together(recipe, architecture, 0, device):
-        made = change.estimate
-    return made.process_bytes
+        result = change.estimate
+    return result.process_bytes
 
 
 def _together(
@@ -145,8 +145,10 @@ def _gentlest(
     """The first step of the offer that fits, or its last."""
     for label, settings in offer.steps:
         changed = set_values(recipe, settings)
-        made = estimate(changed, architecture, device=device)
-        change = MemorySaving(label, offer.cost, settings, changed, made, check_fit(made, available_bytes))
+        result = estimate(changed, architecture, device=device)
+        change = MemorySaving(
+            label, offer.cost, settings, changed, result, check_fit(result, available_bytes)
+        )
         if change.fits:
             break
     return change

@@ -27,7 +27,7 @@ Items = dict[str, int]
 class PartProfile:
     """What one part of the step costs by itself."""
 
-    kept: Items = field(default_factory=dict)
+    retained: Items = field(default_factory=dict)
     """After its forward, until its backward."""
     forward: Items = field(default_factory=dict)
     """At the peak of its forward, its input included."""
@@ -150,12 +150,12 @@ def _profile(
     """Walk one part; ``width`` is that of its input."""
     meter = AllocationMeter()
     ops = make_ops(meter, layout, path, dropout)
-    made = PartProfile()
+    profile = PartProfile()
     upstream = Node(0, "upstream", (), _nothing)
     x = ops.new(layout.tokens * layout.hidden, width, "checkpoints" if checkpointed else None)
     x.node = upstream
     there = weakref.ref(x.storage)
-    recording = made.recording
+    recording = profile.recording
     recording.enters, begins = x.storage.number, len(meter.events)
     meter.restart()
     given = [x]
@@ -166,7 +166,7 @@ def _profile(
     del x
     result, held = run(ops, given)
     ops.tape.mode = ("keep", None)
-    made.forward = dict(meter.peak_items)
+    profile.forward = dict(meter.peak_items)
     node, numel, width = result.node, result.numel, result.width
     assert node is not None
     recording.leaves = result.storage.number
@@ -174,32 +174,32 @@ def _profile(
     if checkpointed and path.reentrant:
         del node
         recording.forward = build_phase(meter.events[begins:], recording.leaves)
-        _reentrant_backward(ops, run, given, made, numel, width, path)
-        return made
+        _reentrant_backward(ops, run, given, profile, numel, width, path)
+        return profile
     given.clear()
     recording.forward = build_phase(meter.events[begins:], recording.leaves)
-    made.kept = {item: size for item, size in meter.live_items.items() if size}
-    made.keeps_input = there() is not None
+    profile.retained = {item: size for item, size in meter.live_items.items() if size}
+    profile.keeps_input = there() is not None
     meter.restart()
     seed = [ops.new(numel, width)]
     recording.seed, begins = seed[0].storage.number, len(meter.events)
-    kept: list[Storage] = []
-    backward(ops.tape, node, seed.pop(), None if path.accumulates else kept)
+    retained: list[Storage] = []
+    backward(ops.tape, node, seed.pop(), None if path.accumulates else retained)
     recording.gradient = without_input_gradient(meter.events)
     recording.backward = build_phase(meter.events[begins:], recording.gradient)
-    made.backward = dict(meter.peak_items)
-    made.gradient_bytes = sum(storage.size for storage in kept)
-    kept.clear()
-    made.held = {item: size for item, size in meter.live_items.items() if size}
+    profile.backward = dict(meter.peak_items)
+    profile.gradient_bytes = sum(storage.size for storage in retained)
+    retained.clear()
+    profile.held = {item: size for item, size in meter.live_items.items() if size}
     del held
-    return made
+    return profile
 
 
 def _reentrant_backward(
     ops: Ops,
     run: ForwardFn,
     given: list[Tensor],
-    made: PartProfile,
+    profile: PartProfile,
     numel: int,
     width: int,
     path: ExecutionConfig,
@@ -209,21 +209,21 @@ def _reentrant_backward(
     Its locals hold the incoming gradient and the layer's output until it returns.
     """
     x = given[0]
-    made.kept = {x.storage.item: x.storage.size}
+    profile.retained = {x.storage.item: x.storage.size}
     ops.meter.restart()
     gradient = ops.new(numel, width)
-    made.recording.seed, begins = gradient.storage.number, len(ops.meter.events)
+    profile.recording.seed, begins = gradient.storage.number, len(ops.meter.events)
     result, held = run(ops, [x])
-    kept: list[Storage] = []
+    retained: list[Storage] = []
     assert result.node is not None
-    backward(ops.tape, result.node, gradient, None if path.accumulates else kept)
-    made.backward = dict(ops.meter.peak_items)
-    made.gradient_bytes = sum(storage.size for storage in kept)
+    backward(ops.tape, result.node, gradient, None if path.accumulates else retained)
+    profile.backward = dict(ops.meter.peak_items)
+    profile.gradient_bytes = sum(storage.size for storage in retained)
     goes_on = without_input_gradient(ops.meter.events)
     del held, result, gradient, x
     given.clear()
-    made.recording.gradient = goes_on
-    made.recording.backward = build_phase(ops.meter.events[begins:], goes_on)
+    profile.recording.gradient = goes_on
+    profile.recording.backward = build_phase(ops.meter.events[begins:], goes_on)
 
 
 def _again(run: ForwardFn, ops: Ops, x: Tensor) -> Tensor:
@@ -257,25 +257,27 @@ def _candidates(
     order, head, last = walked.layers, walked.head, len(walked.layers) - 1
     before: Counter[str] = Counter()
     cast = Counter(forward_only)
-    found: list[Peak] = []
+    candidates: list[Peak] = []
     below: list[Counter[str]] = []
     for index, profile in enumerate(order):
         below.append(Counter(before))
         if index in (0, last):
-            found.append(Peak(f"forward of layer {index}", dict(before + cast + Counter(profile.forward))))
-        before.update(profile.kept)
+            candidates.append(
+                Peak(f"forward of layer {index}", dict(before + cast + Counter(profile.forward)))
+            )
+        before.update(profile.retained)
         if not index and (always or not profile.keeps_input):
             before.update(embedded)
         if not index:
             before["activations"] += rows["activations"]
-    found.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
-    found.append(Peak("loss backward", dict(before + Counter(head.backward))))
+    candidates.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
+    candidates.append(Peak("loss backward", dict(before + Counter(head.backward))))
     held = Counter(head.held)
     gradients = rows["gradients"]
     for index in range(last, -1, -1):
         profile = order[index]
         items = below[index] + held + Counter(profile.backward) + Counter(gradients=gradients)
-        found.append(Peak(f"backward of layer {index}", dict(items)))
+        candidates.append(Peak(f"backward of layer {index}", dict(items)))
         gradients += profile.gradient_bytes
         held.update(profile.held)
-    return found
+    return candidates

@@ -36,20 +36,20 @@ def chunked(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         toward = ops.new(numel, width)  # the gradients of the chunks' slices, each as large as the whole
         with ops.meter.attribute_to("logits"):
-            made = project()
+            projected = project()
             entropy = [ops.new(chunk, FLOAT) for _ in range(2)]
             entropy.pop()
             slopes = ops.new(chunk, FLOAT)
             through_softmax = ops.new(chunk, FLOAT)
-            del made, entropy, slopes, through_softmax
+            del projected, entropy, slopes, through_softmax
         another = ops.new(numel, width)
         del another
         return (toward,)
 
     with ops.meter.attribute_to("logits"):
-        made = project()
+        projected = project()
         entropy = [ops.new(chunk, FLOAT) for _ in range(2)]
-        del made, entropy
+        del projected, entropy
     return _scalar(ops, states, fn, ())
 
 

@@ -34,9 +34,9 @@ class Verdict:
         return self.word in ("fits", "tight")
 
 
-def check_fit(made: Estimate, available_bytes: int) -> Verdict:
+def check_fit(estimated: Estimate, available_bytes: int) -> Verdict:
     """``fits`` only when even the upper end of the band does."""
-    band = made.band
+    band = estimated.band
     word: Literal["fits", "tight", "does not fit", "uncertain"]
     if band.low_bytes > available_bytes:
         word = "does not fit"
@@ -46,4 +46,6 @@ def check_fit(made: Estimate, available_bytes: int) -> Verdict:
         word = "tight"
     else:
         word = "fits"
-    return Verdict(word, made.process_bytes, band.low_bytes, band.high_bytes, available_bytes, band.reason)
+    return Verdict(
+        word, estimated.process_bytes, band.low_bytes, band.high_bytes, available_bytes, band.reason
+    )

@@ -54,7 +54,7 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, path: ExecutionCo
     """Every parameter of the base model, in the dtype this path keeps it in."""
     method = recipe.quantization.method
     packed = scales = dense = vision = 0
-    kept = 4 if path.cast_to_float32 else path.compute_bytes
+    itemsize = 4 if path.cast_to_float32 else path.compute_bytes
     for module in architecture.modules:
         if module.quantizable and method in ("nf4", "fp4"):
             packed += round_to_block(-(-module.weight_params // 2))
@@ -63,26 +63,26 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, path: ExecutionCo
             packed += round_to_block(module.weight_params)
             scales += round_to_block(module.out_features * 4)
         elif module.part == "vision":
-            vision += round_to_block(module.weight_params * kept)
+            vision += round_to_block(module.weight_params * itemsize)
         else:
-            dense += round_to_block(module.weight_params * kept)
-        dense += round_to_block(module.bias_params * kept)
+            dense += round_to_block(module.weight_params * itemsize)
+        dense += round_to_block(module.bias_params * itemsize)
     roles = {"expert": 0, "vision": 0, "other": 0}
-    norms = 4 if path.norms_float32 else kept
+    norms = 4 if path.norms_float32 else itemsize
     for parameter in architecture.parameters:
         if parameter.role == "expert" and path.separate_experts and method in ("nf4", "fp4"):
             packed += round_to_block(-(-parameter.params // 2))
             scales += four_bit_scale_bytes(parameter.params, recipe.quantization.double_quantization)
             continue
         role = parameter.role if parameter.role in roles else "other"
-        width = norms if parameter.role == "norm" else kept
+        width = norms if parameter.role == "norm" else itemsize
         roles[role] += round_to_block(parameter.params * width)
     return FrozenWeights(
         packed_bytes=packed,
         scale_bytes=scales,
         dense_bytes=dense,
-        embedding_bytes=sum(round_to_block(table.params * kept) for table in architecture.embeddings),
-        head_bytes=round_to_block(architecture.head.own_params * kept),
+        embedding_bytes=sum(round_to_block(table.params * itemsize) for table in architecture.embeddings),
+        head_bytes=round_to_block(architecture.head.own_params * itemsize),
         norm_bytes=roles["other"],
         expert_bytes=roles["expert"],
         vision_bytes=vision + roles["vision"],

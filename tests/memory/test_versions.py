@@ -77,7 +77,7 @@ def _kept_bytes(name: str, **changes: object) -> int:
     """Of activations that one layer keeps without checkpointing."""
     path = replace(STOCK, checkpointing=False, **changes)  # type: ignore[arg-type]  # fields of a CodePath
     layout = build_layout(RECIPE, parse_architecture(config(name)), path)
-    return profile_step(layout, path, 0.0).layers[0].kept["activations"]
+    return profile_step(layout, path, 0.0).layers[0].retained["activations"]
 
 
 def test_repeated_heads_are_kept_for_the_backward() -> None:
@@ -168,7 +168,7 @@ def test_a_head_in_float32_is_cast_under_autocast_and_saved() -> None:
         layout = build_layout(RECIPE, parse_architecture(config(name)), path)
         made.append(profile_step(layout, path, 0.0).head)
     assert [part.forward.get("head", 0) for part in made] == [0, 2 * head]
-    assert made[1].kept["head"] == 2 * head
+    assert made[1].retained["head"] == 2 * head
     # Logits in 32 bits, the same for the loss, and log-softmax; or first in 16 bits
     assert made[0].forward["logits"] == pytest.approx(8 * LOGITS, rel=0.001)
     assert made[1].forward["logits"] == pytest.approx(10 * LOGITS, rel=0.001)
