@@ -1,6 +1,6 @@
 """The one exception a user may meet.
 
-The same object becomes a modal in the app, lines on stderr, and a ``run_failed`` event.
+The same object becomes a modal in the app, lines on stderr, and a ``failed`` event.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         error = {name: getattr(problem, name) for name in ("title", "what", "why", "fix")}
         return CommandResult(data={"error": error}, text="", exit_code=problem.exit_code)
     raise UserError(
-        "Which of them?",
-        what="`data` needs a word more: inspect or show.",
-        fix="`qlora-tui data inspect FILE` looks a file over.",
+        "Missing subcommand",
+        what="`data` needs a subcommand: inspect or show.",
+        fix="Use `qlora-tui data inspect FILE` or `qlora-tui data show FILE`.",
         exit_code=EXIT_USAGE,
     )
 
@@ -125,7 +125,7 @@ def _format_report(report: Report) -> str:
     counts = report.counts
     # Blank lines are no rows, so that the last of 38 may stand on line 51.
     by_line = sum(file.last_row for file in report.files) > counts.rows
-    numbering = "; a row is called by the line it begins on" if by_line else ""
+    numbering = "; rows are numbered by their first line" if by_line else ""
     lines.append(
         f"{pluralize(counts.rows, 'row')}, {pluralize(counts.conversations, 'conversation')}{numbering}"
     )

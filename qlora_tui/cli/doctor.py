@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         lines.append(f"{check.state:<5}  {check.name}: {check.found}")
         if check.fix:
             lines.append(f"       ▸ {check.fix}")
-    lines.append("Something a run needs is missing." if failed else "A run can start here.")
+    lines.append("Not ready to train: fix what fails above." if failed else "Ready to train.")
     return CommandResult(
         data={"ok": not failed, "checks": [asdict(check) for check in checks]},
         text="\n".join(lines),

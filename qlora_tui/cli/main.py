@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from qlora_tui.cli.subcommand import CommandResult, Subcommand
 
 SUBCOMMANDS = {
-    "models": ("models", "List models on this machine; with a query, on the hub too."),
-    "download": ("download", "Fetch a model from the hub, or go on where that was cut short."),
+    "models": ("models", "List models on this machine; with a query, also on the Hub."),
+    "download": ("download", "Download a model from the Hub, resuming a partial download."),
     "estimate": ("estimate", "Predict a recipe's memory, item by item."),
-    "data": ("data", "Look a data file over, or show one row as the model will see it."),
+    "data": ("data", "Inspect a data file, or show one row as the model will see it."),
     "presets": ("presets", "List presets, show one, or print every setting."),
     "train": ("train", "Queue a training run and follow it."),
     "runs": ("runs", "List every run and the queue; rename, delete or check them."),
     "attach": ("runs", "Show a run from its first event and follow it."),
-    "stop": ("runs", "End a run, with a checkpoint and its adapter saved."),
+    "stop": ("runs", "Save a checkpoint and the adapter, and end a run."),
     "pause": ("runs", "Save a checkpoint and leave the GPU."),
-    "resume": ("runs", "Go on with an ended run from its last checkpoint."),
-    "ask": ("runs", "Ask something of a running trainer."),
-    "chat": ("chat", "Talk to a run's adapter, or to the base."),
+    "resume": ("runs", "Resume an ended run from its last checkpoint."),
+    "ask": ("runs", "Send a request to a running trainer (checkpoint, evaluate, …)."),
+    "chat": ("chat", "Chat with a run's adapter, or with the base model."),
     "export": ("export", "Write adapter and base as one model that other programs load."),
-    "doctor": ("doctor", "Test what a run needs, and say how to mend what fails."),
+    "doctor": ("doctor", "Check that this machine can train, and suggest fixes."),
     "demo": ("demo", "Fine-tune a small real model and see that it worked."),
-    "locate": ("locate", "Print where presets, runs and caches lie."),
+    "locate": ("locate", "Print where presets, runs and caches are stored."),
 }
 """Module of ``qlora_tui.cli`` and help of each verb. A module is loaded when its verb is called, so that the
 app and the quick verbs wait for no other's imports."""

@@ -28,7 +28,7 @@ def runs(args: argparse.Namespace) -> CommandResult:
         run = find(args.run_id)
         actions.rename(run, args.name)
         return CommandResult(
-            data={"run": run.id, "name": run.name}, text=f"{run.id} is called {run.name} now."
+            data={"run": run.id, "name": run.name}, text=f"{run.id} is now named {run.name}."
         )
     if args.action == "check":
         return check(find(args.run_id) if args.run_id else None, repair=args.repair)
@@ -88,7 +88,7 @@ def resume(args: argparse.Namespace) -> CommandResult | int:
     actions.resume(run)
     if args.follow:
         return follow(run, as_json=args.json)
-    where = "goes on from its last checkpoint" if run.checkpoints() else "begins again: it has no checkpoint"
+    where = "resumes from its last checkpoint" if run.checkpoints() else "restarts: it has no checkpoint"
     return _state_result(run, f"{run.id} is queued and {where}.")
 
 
@@ -121,7 +121,7 @@ def send_request(args: argparse.Namespace) -> CommandResult:
     kind = _REQUESTS[args.request]
     if (kind == "set_learning_rate") != (args.value is not None):
         raise UserError(
-            "A learning rate is missing" if args.value is None else "One word too many",
+            "A learning rate is missing" if args.value is None else "Unexpected argument",
             what=f"`ask RUN {args.request}` takes {'a value' if args.value is None else 'no value'}.",
             fix=f"For example `qlora-tui ask {run.id} learning-rate 1e-4`.",
             exit_code=EXIT_USAGE,
@@ -168,7 +168,7 @@ def _add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     changes = parser.add_subparsers(dest="action", metavar="rename|delete|check")
-    rename = changes.add_parser("rename", help="call a run otherwise; its id stays")
+    rename = changes.add_parser("rename", help="rename a run (its id does not change)")
     _add_run_argument(rename)
     rename.add_argument("name", metavar="NAME")
     delete = changes.add_parser("delete", help="delete an ended run for good")
@@ -200,8 +200,10 @@ def _resume_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _request_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run_argument(parser)
-    parser.add_argument("request", choices=list(_REQUESTS), help="what the trainer shall do at its next step")
-    parser.add_argument("value", nargs="?", type=float, help="the new rate, for learning-rate alone")
+    parser.add_argument(
+        "request", choices=list(_REQUESTS), help="what to request from the trainer after the current step"
+    )
+    parser.add_argument("value", nargs="?", type=float, help="the new learning rate (only for learning-rate)")
 
 
 SUBCOMMANDS = {

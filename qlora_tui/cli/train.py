@@ -77,8 +77,8 @@ def _print_command(recipe: Recipe, requested: int | None) -> CommandResult:
     gpus = requested or available or 1
     if available and gpus > available:
         raise UserError(
-            "Not so many GPUs",
-            what=f"--gpus {gpus} was asked for, and torch will see {available} here.",
+            "Not enough GPUs",
+            what=f"--gpus {gpus} was requested, but torch sees {available}.",
             fix="Without --gpus it is for all of them.",
             exit_code=EXIT_USAGE,
         )
@@ -122,7 +122,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="make the run without queueing it, and print the torchrun command that trains it",
     )
     parser.add_argument(
-        "--gpus", type=positive_int, metavar="N", help="with --print-command: on so many; all, unless told"
+        "--gpus", type=positive_int, metavar="N", help="with --print-command: number of GPUs (default: all)"
     )
 
 

@@ -56,7 +56,7 @@ NAVIGATION: tuple[Command, ...] = (
     _go(2, "data", "Data", "Choose data and see every token as the model will."),
     _go(3, "memory", "Memory", "See whether it fits, item by item."),
     _go(4, "lora", "LoRA", "Choose what is trained."),
-    _go(5, "train", "Train", "Launch a run, or watch the one at work."),
+    _go(5, "train", "Train", "Launch a run, or watch the active one."),
     _go(6, "runs", "Runs", "Every run so far, and the queue."),
     _go(7, "chat", "Chat", "Talk to an adapter, and to the base beside it."),
 )
@@ -100,7 +100,7 @@ EVERYWHERE: tuple[Command, ...] = (
         key="u",
         action="app.undo",
         label="Undo",
-        help="Take back the last change of the recipe.",
+        help="Undo the last change to the recipe.",
         in_footer=False,
     ),
     Command(
@@ -108,7 +108,7 @@ EVERYWHERE: tuple[Command, ...] = (
         key="ctrl+r",
         action="app.redo",
         label="Redo",
-        help="Make the change again that was taken back.",
+        help="Redo the change that was undone.",
         in_footer=False,
     ),
     Command(
@@ -116,7 +116,7 @@ EVERYWHERE: tuple[Command, ...] = (
         key="ctrl+l",
         action="app.repaint",
         label="Repaint",
-        help="Paint the whole screen again, where something else wrote over it.",
+        help="Redraw the screen.",
         in_footer=False,
     ),
     Command(
@@ -124,7 +124,7 @@ EVERYWHERE: tuple[Command, ...] = (
         key="escape",
         action="app.clear_notes",
         label="Clear notes",
-        help="Take away what is said in the lower right corner.",
+        help="Dismiss notifications.",
         in_footer=False,
     ),
     Command(
@@ -140,7 +140,7 @@ EVERYWHERE: tuple[Command, ...] = (
         key="q",
         action="app.quit",
         label="Quit",
-        help="Leave the app. Runs go on without it.",
+        help="Quit the app. Runs continue without it.",
         in_footer=False,
     ),
 )

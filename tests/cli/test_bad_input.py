@@ -116,7 +116,7 @@ def test_rows_called_by_their_lines_are_said_to_be(call: Call, tmp_path: Path) -
     path = tmp_path / "owls.txt"
     path.write_text("An owl.\n\n\n\nAnother, which is much longer.\n")
     said = call("data", "inspect", str(path)).out
-    assert "2 rows, 2 conversations; a row is called by the line it begins on" in said
+    assert "2 rows, 2 conversations; rows are numbered by their first line" in said
     assert "(row 5)" in said
     path.write_text("An owl.\n")
     assert "called by" not in call("data", "inspect", str(path)).out

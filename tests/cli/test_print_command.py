@@ -57,7 +57,7 @@ def test_every_card_is_used_unless_told_and_no_more(
     assert call(*train, "--print-command", "--json").json["gpus"] == 2
     runs = len(all_runs())
     refused = call(*train, "--print-command", "--gpus", "3")
-    assert refused.code == 2 and "Not so many GPUs" in refused.err
+    assert refused.code == 2 and "Not enough GPUs" in refused.err
     assert len(all_runs()) == runs
 
 

@@ -277,7 +277,7 @@ def test_resume_says_where_a_run_without_a_checkpoint_begins(
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     write_status(finished_run, Status(state="failed", at=4.0))
-    assert "begins again: it has no checkpoint" in call("resume", finished_run.id).out
+    assert "restarts: it has no checkpoint" in call("resume", finished_run.id).out
 
 
 def test_an_empty_prompt_is_not_asked(call: Call, finished_run: RunDir) -> None:

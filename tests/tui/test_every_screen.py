@@ -114,7 +114,7 @@ async def test_help_is_scrolled_by_the_keys_of_vi(private_home: Path) -> None:
         await pilot.press("question_mark")
         await shows(pilot, "Help: Runs", "Watch the run")
         await pilot.press("G")
-        await shows(pilot, "Leave the app. Runs go on without it.")
+        await shows(pilot, "Quit the app. Runs continue without it.")
         await pilot.press("g")
         await shows(pilot, "Watch the run")
 

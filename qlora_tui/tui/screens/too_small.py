@@ -37,5 +37,5 @@ class TooSmallScreen(ModalScreen[None]):
         size = event.size
         self.query(Static).first().update(
             f"It is {size.width}×{size.height}, and the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "
-            "Make it larger, or its letters smaller. Runs go on either way."
+            "Enlarge the window or reduce the font size. Runs continue either way."
         )

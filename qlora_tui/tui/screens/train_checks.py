@@ -74,7 +74,7 @@ def check_all(recipe: Recipe, room: MemoryBudget, pulse: SystemStatus) -> tuple[
 
 def _model(recipe: Recipe) -> tuple[LaunchCheck, Architecture | None]:
     if not recipe.model.id:
-        return LaunchCheck("model", "error", "None is chosen.", "Press 1 and choose one."), None
+        return LaunchCheck("model", "error", "No model selected.", "Press 1 to choose one."), None
     try:
         files = resolve_model(recipe.model.id)
     except UserError as problem:
@@ -86,7 +86,7 @@ def _model(recipe: Recipe) -> tuple[LaunchCheck, Architecture | None]:
 
 def _data(recipe: Recipe) -> LaunchCheck:
     if not recipe.data.sources:
-        return LaunchCheck("data", "error", "None is chosen.", "Press 2 and choose a file.")
+        return LaunchCheck("data", "error", "No data selected.", "Press 2 to choose a file.")
     try:
         descriptions = [_source(source, recipe.data.preferences) for source in recipe.data.sources]
         raise_cached_error(_all_files(recipe.data), _tokens(recipe))
@@ -224,7 +224,10 @@ def _gpu(pulse: SystemStatus, needed_bytes: int) -> LaunchCheck:
     name, free = pulse.gpu.short_name, pulse.free_bytes
     if pulse.gpu_metrics is None:
         return LaunchCheck(
-            "card", "warning", f"{name} does not answer: {pulse.no_gpu_reason}", "`qlora-tui doctor` looks."
+            "card",
+            "warning",
+            f"{name} does not answer: {pulse.no_gpu_reason}",
+            "Run `qlora-tui doctor` to diagnose.",
         )
     used = pulse.gpu_metrics.memory_used_bytes
     if pulse.active is not None or used is None or used < _NOTABLE_BYTES:
@@ -234,7 +237,7 @@ def _gpu(pulse: SystemStatus, needed_bytes: int) -> LaunchCheck:
         return LaunchCheck(
             "card", "error", text, f"Close what holds it: the run needs {format_gib(needed_bytes)} GiB."
         )
-    return LaunchCheck("card", "warning", text, "What it takes later is missing here.")
+    return LaunchCheck("card", "warning", text, "Memory they allocate later is not available to this run.")
 
 
 def _gpu_processes(pulse: SystemStatus) -> str:

@@ -19,7 +19,7 @@ COMMANDS: tuple[Command, ...] = (
     _command("launch", "t", "launch", "Launch", "Launch a run of this recipe, or queue it.", verb="train"),
     _command("stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, and end the run.", verb="stop"),
     _command("pause", "z", "pause", "Pause", "Save a checkpoint and leave the GPU.", verb="pause"),
-    _command("resume", "r", "resume", "Resume", "Go on from the last checkpoint.", verb="resume"),
+    _command("resume", "r", "resume", "Resume", "Resume from the last checkpoint.", verb="resume"),
     _command(
         "checkpoint",
         "k",
@@ -65,13 +65,15 @@ COMMANDS: tuple[Command, ...] = (
         in_footer=False,
         verb="ask",
     ),
-    _command("remedy", "m", "fix", "Mend", "Do what helps against what the health tab tells, after asking."),
+    _command("remedy", "m", "fix", "Fix", "Apply the suggested fix for the latest warning (asks first)."),
     _command("chat", "c", "chat", "Chat", "Talk to this run's adapter.", verb="chat"),
     _command("another", "x", "another", "Another run", "Watch another run, or the queue.", verb="attach"),
     _command("prepare", "n", "prepare", "New run", "Prepare a run: the recipe in full, and its checks."),
     _command("detach", "d", "detach", "Detach", "Leave the app; the run goes on."),
-    _command("tab", "tab", "next_tab(1)", "Next text", "Log, samples, health, output.", in_footer=False),
-    _command("tab_back", "shift+tab", "next_tab(-1)", "Text before", "The text before.", in_footer=False),
+    _command("tab", "tab", "next_tab(1)", "Next tab", "Log, samples, health, output.", in_footer=False),
+    _command(
+        "tab_back", "shift+tab", "next_tab(-1)", "Previous tab", "Show the previous tab.", in_footer=False
+    ),
     _command("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Only the last half.", in_footer=False),
     _command("zoom_out", "minus", "zoom(-1)", "Zoom out", "Twice as many steps.", in_footer=False),
     _command("level", "v", "level", "Level", "All lines, warnings only, errors only.", in_footer=False),
