@@ -1,6 +1,6 @@
-"""``GpuUnavailableError``: why the card cannot be asked, in sentences a screen can show as they are.
+"""``GpuUnavailableError``: why no GPU can be read, in sentences ready to be shown.
 
-Every way to lack a card ends here, so that callers handle one exception and need not know NVML.
+Every NVML failure is mapped to this exception, so that callers need not know NVML.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from qlora_tui.errors import UserError
 
 
 class GpuUnavailableReason(StrEnum):
-    """Which of the ways to have no card it is."""
+    """Why no GPU is available."""
 
     NO_DRIVER = "no_driver"
-    """The driver's library is not on the machine."""
+    """The driver's library is not installed."""
     NOT_LOADED = "not_loaded"
-    """The library is there, the kernel module does not run."""
+    """The library is installed, but the kernel module is not loaded."""
     MISMATCH = "mismatch"
-    """Library and kernel module are of different versions."""
+    """Library and kernel module have different versions."""
     NO_PERMISSION = "no_permission"
     NO_DEVICE = "no_device"
-    """The driver runs and finds no card, or not the one asked for."""
+    """The driver runs and finds no GPU, or not the requested one."""
     HIDDEN = "hidden"
-    """CUDA_VISIBLE_DEVICES leaves no card to torch."""
+    """CUDA_VISIBLE_DEVICES hides every GPU from torch."""
     LOST = "lost"
-    """The card was there and no longer answers."""
+    """The GPU was available and no longer responds."""
     OTHER = "other"
 
 
@@ -41,50 +41,50 @@ _TEXTS = {
     GpuUnavailableReason.NO_DRIVER: _Text(
         "No NVIDIA driver",
         "No NVIDIA driver found.",
-        "Its library, libnvidia-ml.so.1, is not on this machine.",
-        "Estimates use a size you give; to train on an NVIDIA card, install its driver.",
+        "Its library, libnvidia-ml.so.1, is not installed.",
+        "To train on an NVIDIA GPU, install its driver. Estimates work without it: enter a memory size.",
     ),
     GpuUnavailableReason.NOT_LOADED: _Text(
         "NVIDIA driver not loaded",
-        "The NVIDIA driver is installed but does not run.",
-        "Its kernel module is not loaded; often it was not built for this kernel.",
+        "The NVIDIA driver is installed but not running.",
+        "Its kernel module is not loaded, often because it was not built for this kernel.",
         "Try `sudo modprobe nvidia`; if that fails, reinstall the driver and reboot.",
     ),
     GpuUnavailableReason.MISMATCH: _Text(
         "NVIDIA driver mismatch",
-        "The NVIDIA driver was updated, and its old version is still running.",
-        "Driver library and kernel module are of different versions.",
+        "The NVIDIA driver was updated, and the old version is still running.",
+        "Driver library and kernel module have different versions.",
         "Reboot.",
     ),
     GpuUnavailableReason.NO_PERMISSION: _Text(
-        "No access to the card",
-        "This user may not talk to the NVIDIA driver.",
-        "The system refused access to /dev/nvidia*.",
-        "Check the rights on these files; a container needs `--gpus all`.",
+        "No access to the GPU",
+        "This user may not access the NVIDIA driver.",
+        "The system denied access to /dev/nvidia*.",
+        "Check the permissions of these files; a container needs `--gpus all`.",
     ),
     GpuUnavailableReason.NO_DEVICE: _Text(
-        "No NVIDIA card",
-        "The NVIDIA driver finds no card.",
-        "There is none in the machine, or a virtual machine or container keeps it away.",
-        "See whether `nvidia-smi -L` lists it; a container needs `--gpus all`.",
+        "No NVIDIA GPU",
+        "The NVIDIA driver finds no GPU.",
+        "The machine has none, or a virtual machine or container hides it.",
+        "Check whether `nvidia-smi -L` lists it; a container needs `--gpus all`.",
     ),
     GpuUnavailableReason.HIDDEN: _Text(
-        "Card hidden",
-        "CUDA_VISIBLE_DEVICES hides every card.",
+        "GPU hidden",
+        "CUDA_VISIBLE_DEVICES hides every GPU.",
         "",
-        "Unset it, or name a whole card by index or UUID; `nvidia-smi -L` lists them.",
+        "Unset it, or set it to the index or UUID of a whole GPU; `nvidia-smi -L` lists them.",
     ),
     GpuUnavailableReason.LOST: _Text(
-        "Card lost",
-        "The card no longer answers.",
+        "GPU lost",
+        "The GPU no longer responds.",
         "It fell off the bus or needs a reset; heat, power supply and riser cables are the usual causes.",
-        "Reboot, then resume the run; `sudo dmesg | grep -i xid` shows what the driver saw.",
+        "Reboot, then resume the run; `sudo dmesg | grep -i xid` shows the driver's messages.",
     ),
     GpuUnavailableReason.OTHER: _Text(
         "NVIDIA driver error",
-        "The NVIDIA driver answered with an error.",
+        "The NVIDIA driver returned an error.",
         "",
-        "See whether `nvidia-smi` shows the same; if so, reboot or reinstall the driver.",
+        "Check whether `nvidia-smi` shows it too; if so, reboot or reinstall the driver.",
     ),
 }
 
@@ -99,13 +99,13 @@ _REASON_BY_NVML_CODE = {
     18: GpuUnavailableReason.MISMATCH,
     28: GpuUnavailableReason.NO_DEVICE,
 }
-"""By NVML's own numbers, ``nvmlReturn_t`` in ``nvml.h``: 4 no permission, 6 not found, 9 driver not loaded,
-12 library not found, 15 GPU is lost, 16 reset required, 17 blocked by the operating system, 18 mismatch of
-library and module, 28 GPU not found."""
+"""Reasons by NVML return code, ``nvmlReturn_t`` in ``nvml.h``: 4 no permission, 6 not found, 9 driver not
+loaded, 12 library not found, 15 GPU is lost, 16 reset required, 17 blocked by the operating system, 18
+mismatch of library and module, 28 GPU not found."""
 
 
 class GpuUnavailableError(UserError):
-    """The card cannot be asked; ``what``, ``why`` and ``fix`` are ready to be shown."""
+    """No GPU can be read; ``what``, ``why`` and ``fix`` are ready to be shown."""
 
     def __init__(self, reason: GpuUnavailableReason, why: str = ""):
         text = _TEXTS[reason]
@@ -117,7 +117,7 @@ class GpuUnavailableError(UserError):
 
 
 def from_nvml_error(code: int, message: str) -> GpuUnavailableError:
-    """The outcome for an error ``code`` of NVML, whose own ``message`` is shown where we have no better."""
+    """The exception for an NVML error ``code``; ``message`` is shown for an unknown code."""
     reason = _REASON_BY_NVML_CODE.get(code, GpuUnavailableReason.OTHER)
     return GpuUnavailableError(
         reason, f"NVML says: {message}." if reason is GpuUnavailableReason.OTHER else ""

@@ -1,7 +1,7 @@
-"""Facts about a card, as they are shown, sent and written to ``telemetry.jsonl``.
+"""Facts and metrics of a GPU, as they are shown, sent and written to ``telemetry.jsonl``.
 
-``None`` always means that the card does not say (WSL2, laptops, containers, old drivers): it is shown
-as NA, never as 0.
+``None`` always means that the GPU does not report the value (WSL2, laptops, containers, old drivers): it is
+shown as NA, never as 0.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from qlora_tui.decoding import Count, UnixTime
 
 
 class GpuDevice(msgspec.Struct, frozen=True):
-    """What does not change while the machine runs."""
+    """Properties of a GPU that do not change while the machine runs."""
 
     index: int
     """NVML's number, the one ``nvidia-smi`` shows. Torch's number may differ: see ``visible_devices``."""
     name: str
-    """As the driver says it: ``NVIDIA GeForce RTX 4090``."""
+    """The name the driver reports: ``NVIDIA GeForce RTX 4090``."""
     uuid: str | None
     """``GPU-`` and 36 characters; CUDA_VISIBLE_DEVICES takes it."""
     total_bytes: int | None
-    """All memory on the card, the driver's share included."""
+    """All memory of the GPU, the driver's share included."""
     compute_capability: str | None
     """``8.9``; bf16 needs 8.0."""
     driver: str | None
     """Version of the driver: ``550.54.14``."""
     reserved_bytes: int | None = None
-    """What driver and firmware keep for themselves: no program can have it."""
+    """Memory reserved by driver and firmware; no program can use it."""
 
     @property
     def short_name(self) -> str:
-        """Without the maker: ``RTX 4090``."""
+        """The name without the vendor: ``RTX 4090``."""
         return self.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
 
     @property
@@ -41,33 +41,33 @@ class GpuDevice(msgspec.Struct, frozen=True):
 
 
 class GpuProcess(msgspec.Struct, frozen=True):
-    """A process that holds memory of the card."""
+    """A process that holds memory of the GPU."""
 
     pid: int
-    """As the machine numbers it; inside a container the number may mean nothing."""
+    """The host's process id; inside a container it may mean nothing."""
     memory_bytes: int | None = None
 
 
 class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one card said at one moment."""
+    """Metrics of one GPU at one moment."""
 
     at: UnixTime
     """Unix time, in seconds."""
     index: Count
     """``GpuDevice.index``."""
     utilization_percent: Count | None = None
-    """Share of the last moment in which anything at all ran, 0 to 100. It is not the share of the card."""
+    """Share of the last sample period in which any kernel ran, 0 to 100; not the share of the GPU in use."""
     memory_used_bytes: Count | None = None
     """By all processes, as ``nvidia-smi`` counts: without ``GpuDevice.reserved_bytes`` where that is told."""
     memory_total_bytes: Count | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
-    """The limit in force, which may be below the card's own."""
+    """The enforced limit, which may be below the GPU's default."""
     temperature_c: int | None = None
     sm_clock_mhz: Count | None = None
     memory_clock_mhz: Count | None = None
     fan_percent: Count | None = None
     throttle: tuple[str, ...] | None = None
-    """Why the clocks are lower than they could be, in plain words; empty when nothing holds them back."""
+    """Why the clocks are reduced, as names; empty when they are not."""
     processes: tuple[GpuProcess, ...] | None = None
-    """Largest first. ``None`` also when they were not asked for."""
+    """Largest first. ``None`` also when they were not requested."""

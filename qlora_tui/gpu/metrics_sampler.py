@@ -1,6 +1,6 @@
-"""``MetricsSampler``: a thread that reads one card each second and hands every reading on.
+"""``MetricsSampler``: a thread that reads one GPU every second and reports the metrics.
 
-The trainer writes them to ``telemetry.jsonl``; the app shows them when no run does.
+The trainer writes them to ``telemetry.jsonl``; the app shows them when no run is training.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from qlora_tui.gpu.metrics import GpuMetrics, GpuProcess
 from qlora_tui.gpu.nvml import Nvml
 
 PROCESSES_EVERY_S = 5.0
-"""Process lists cost 4.5 ms and a lock in the driver, everything else together well under one."""
+"""Process lists cost 4.5 ms and a driver lock, everything else together well under one millisecond."""
 
 log = logging.getLogger(__name__)
 
 
 class MetricsSampler:
-    """Reads card ``index`` until stopped.
+    """Reads GPU ``index`` until stopped.
 
-    ``on_sample`` is called in the sampler's thread, with every reading, and with a ``GpuUnavailableError``
-    once whenever there begins to be none or its reason changes. After that the driver is opened afresh every
-    ``retry_s`` until the card answers again. An exception of ``on_sample`` is logged and ends nothing.
+    ``on_sample`` is called in the sampler's thread: with every reading, and once with a
+    ``GpuUnavailableError`` whenever the GPU becomes unavailable or the reason changes. The driver is then
+    reopened every ``retry_s`` until the GPU responds again. An exception in ``on_sample`` is logged and does
+    not stop the sampler.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class MetricsSampler:
             self._deliver(reading)
             now_s = time.monotonic()
             due_s += self._period_s
-            if due_s < now_s:  # Late by a period or more: what was missed is missed.
+            if due_s < now_s:  # Late by a period or more: skip the missed samples.
                 due_s = now_s + self._period_s
             self._stopping.wait(due_s - now_s)
 
@@ -109,7 +110,7 @@ class MetricsSampler:
             self._on_sample(sample)
         except Exception:
             if not self._callback_fails:  # A full disk would fail each second; once is enough.
-                log.exception("a GPU sample was not taken over")
+                log.exception("the callback failed on a GPU sample")
             self._callback_fails = True
         else:
             self._callback_fails = False

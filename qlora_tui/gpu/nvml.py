@@ -1,7 +1,7 @@
-"""The driver, asked through NVML (package ``nvidia-ml-py``, module ``pynvml``).
+"""The driver, queried through NVML (package ``nvidia-ml-py``, module ``pynvml``).
 
-``cards()`` for whoever wants to know once; ``Nvml`` for the sampler, which asks again and again. A question
-the card does not answer gives ``None``; a card that cannot be asked at all gives ``GpuUnavailableError``.
+``list_gpus()`` opens a session for one query; ``Nvml`` is for the sampler, which queries repeatedly. A value
+that the GPU does not report is ``None``; a GPU that cannot be read raises ``GpuUnavailableError``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics, GpuProcess
 
 _FATAL = frozenset({1, 9, 15, 16, 18, 28})
 """Errors after which no other question makes sense: not initialised, driver not loaded, GPU lost, reset
-required, mismatch, GPU not found. Every other one concerns the one question that was asked."""
+required, mismatch, GPU not found. Every other error concerns only the one query."""
 _INVALID_ARGUMENT = 2
 
 _THERMAL = "thermal"
@@ -30,25 +30,25 @@ _THROTTLE_WORDS = {
     0x200: "board limit",
     0x400: "reliability limit",
 }
-"""``nvmlClocksEventReasons`` in ``nvml.h``. Left out: 0x1, the card is idle; 0x2 and 0x100, clocks somebody
-set, which on data-centre cards is always so. 0x8 is told apart in ``describe_throttle``."""
+"""``nvmlClocksEventReasons`` in ``nvml.h``. Left out: 0x1, the GPU is idle; 0x2 and 0x100,
+application clocks, which data-center GPUs always have. ``describe_throttle`` handles 0x8."""
 _HARDWARE_SLOWDOWN = 0x8
 
 
 def list_gpus() -> list[GpuDevice]:
-    """Every card of the machine, at least one. Raises ``GpuUnavailableError``."""
+    """Every GPU of the machine, at least one. Raises ``GpuUnavailableError``."""
     with Nvml() as nvml:
         return nvml.list_gpus()
 
 
 class Nvml:
-    """The driver, open for questions. Raises ``GpuUnavailableError`` when it cannot be opened.
+    """An open NVML session. Raises ``GpuUnavailableError`` when it cannot be opened.
 
-    May be used by several threads, and opened several times: NVML counts.
+    Safe in several threads, and may be opened several times: NVML counts its initializations.
     """
 
     def __init__(self) -> None:
-        # Here, not above: the import takes longer than everything else the first screen needs of this room.
+        # Imported here: it takes longer than everything else the first screen needs of this package.
         import pynvml
 
         self._lib: Any = pynvml
@@ -69,7 +69,7 @@ class Nvml:
         self.close()
 
     def close(self) -> None:
-        """Let go of the driver; a second call does nothing."""
+        """Close the session; a second call does nothing."""
         if not self._open:
             return
         self._open = False
@@ -78,8 +78,7 @@ class Nvml:
             self._lib.nvmlShutdown()
 
     def list_gpus(self) -> list[GpuDevice]:
-        """Every card that answers, at least one. Raises ``GpuUnavailableError``, with the first card's
-        reason."""
+        """Every GPU that responds, at least one. Raises ``GpuUnavailableError``, with the first reason."""
         try:
             count: int = self._lib.nvmlDeviceGetCount()
         except self._lib.NVMLError as error:
@@ -96,9 +95,9 @@ class Nvml:
         return devices
 
     def read(self, index: int, *, processes: bool = False) -> GpuMetrics:
-        """What card ``index`` says now. Raises ``GpuUnavailableError``.
+        """The current metrics of GPU ``index``. Raises ``GpuUnavailableError``.
 
-        With ``processes`` also who holds its memory, which costs milliseconds and a lock in the driver.
+        ``processes`` adds the processes that hold its memory, which costs milliseconds and a lock.
         """
         lib = self._lib
         handle = self._handle(index)
@@ -154,7 +153,7 @@ class Nvml:
         return self._handles[index]
 
     def _query(self, function: str, *arguments: Any, **options: Any) -> Any:
-        """The answer of one NVML function, or ``None`` where card, driver or binding has none."""
+        """The result of one NVML function, or ``None`` where GPU, driver or binding does not support it."""
         question = getattr(self._lib, function, None)
         if question is None:
             return None
@@ -171,7 +170,7 @@ class Nvml:
         return self._query("nvmlDeviceGetMemoryInfo", handle) if memory is None else memory
 
     def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
-        """Who computes and who draws: a desktop or a browser takes memory from a run too."""
+        """Compute and graphics processes: a desktop or a browser takes memory from a run too."""
         # The name without _v3 raises something that is not an NVMLError when the driver is old.
         computing = self._query("nvmlDeviceGetComputeRunningProcesses_v3", handle)
         drawing = self._query("nvmlDeviceGetGraphicsRunningProcesses_v3", handle)
@@ -179,14 +178,14 @@ class Nvml:
             return None
         memory_by_pid: dict[int, int | None] = {}
         for process in [*(computing or ()), *(drawing or ())]:
-            # One that does both stands in both lists with the same sum.
+            # A process that does both is in both lists with the same total.
             memory_by_pid[process.pid] = memory_by_pid.get(process.pid) or process.usedGpuMemory
         largest_first = sorted(memory_by_pid.items(), key=lambda item: -(item[1] or 0))
         return tuple(GpuProcess(pid, memory_bytes) for pid, memory_bytes in largest_first)
 
 
 def describe_throttle(reasons: int) -> tuple[str, ...]:
-    """Plain words, each once, for NVML's bit mask of what holds the clocks back."""
+    """Names, each once, of the throttle reasons in NVML's bit mask."""
     descriptions = dict.fromkeys(word for bit, word in _THROTTLE_WORDS.items() if reasons & bit)
     # This bit alone says only that the hardware halved the clocks; with it usually comes one that says why.
     if reasons & _HARDWARE_SLOWDOWN and not descriptions.keys() & {_THERMAL, _POWER_BRAKE}:

@@ -1,4 +1,4 @@
-"""What has to be settled before torch is loaded, in whichever process loads it."""
+"""Environment variables and warning filters to set before a process imports torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV
 
 _CPU_SAMPLE_S = 0.3
 _IDLE_MAX_CORES = 0.5
-"""Up to so much of one core at work in all, the machine counts as quiet."""
+"""The machine counts as idle up to this CPU load, in cores."""
 ONEDNN_CACHE_CAPACITY = 128
-"""Shapes for which oneDNN, which multiplies bfloat16 on a CPU, keeps what it made: else 1,024, 0.3 MB each. A
-step has some 70."""
+"""Primitives that oneDNN, which multiplies bfloat16 on a CPU, caches. Its default is 1,024, of 0.3 MB each; a
+step uses about 70."""
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -24,16 +24,16 @@ OFFLINE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
 }
-"""What loads a model asks nothing of the network: model and data are on this machine by then."""
+"""A process that loads a model needs no network: model and data are on this machine by then."""
 offline_variables_set: set[str] = set()
-"""Those of them that this process set and the user had not."""
+"""Variables of ``OFFLINE`` that this process set because the user had not."""
 _USER_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
-    """Set what torch and its libraries read from the environment; what the user has set stays.
+    """Set the environment variables that torch and its libraries read, except those the user has set.
 
-    Libraries of Hugging Face are offline from here on.
+    Hugging Face libraries are offline from here on.
     """
     kernels = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(ONEDNN_CACHE_CAPACITY)}
     for name, value in {**openmp_wait_policy(os.environ), **PCI_BUS_ORDER_ENV, **kernels, **extra}.items():
@@ -42,18 +42,18 @@ def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
         if name not in os.environ:
             os.environ[name] = value
             offline_variables_set.add(name)
-    # What libraries plan to rename is of no use to those who train or chat.
+    # Deprecation warnings concern the libraries' developers, not those who train or chat.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     _log_bitsandbytes_warnings()
 
 
 def _log_bitsandbytes_warnings() -> None:
-    """On import it warns that a kernel of the hub is missing, which it does without: that goes to the log.
+    """Send the warnings of bitsandbytes' CPU backend to the log instead of the terminal.
 
-    Doctor says so in a sentence.
+    On import it warns that an optional kernel from the Hub is missing. ``doctor`` reports that in a sentence.
     """
-    # Here, since light verbs import this module for what it knows of kernels.
+    # Imported here because commands that start without logging import this module.
     import logging
 
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
@@ -65,12 +65,12 @@ def _log_bitsandbytes_warnings() -> None:
 
 
 def openmp_wait_policy(environ: Mapping[str, str]) -> dict[str, str]:
-    """How OpenMP's threads wait for each other, by a look of 0.3 s at how busy the machine is.
+    """Return the environment variables for how OpenMP threads wait, from 0.3 s of measured CPU load.
 
-    They sleep on a busy one: spinning would make a step many times slower as soon as something else wants a
-    core, and takes the core from it. On a quiet one they spin for a moment first: two cores then train at 160
-    to 175 tokens/s in place of 94 to 110, and at 30 in place of 88 once the machine is busy after all.
-    Nothing where the user has chosen, or lets one thread work alone.
+    On a busy machine threads sleep: spinning makes a step many times slower as soon as another process needs
+    a core. On an idle machine they spin briefly first: two cores then train at 160 to 175 tokens/s instead of
+    94 to 110, but at 30 instead of 88 if the machine becomes busy later. Empty where the user has set a wait
+    policy or uses one thread.
     """
     if environ.get("OMP_NUM_THREADS") == "1" or any(name in environ for name in _USER_WAIT_VARIABLES):
         return {}

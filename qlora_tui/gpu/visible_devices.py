@@ -1,7 +1,7 @@
-"""Which card torch will use, worked out without torch.
+"""Which GPU torch will use, determined without torch.
 
 The trainer and every other process that loads torch must run with ``PCI_BUS_ORDER_ENV`` in its environment:
-by default CUDA numbers the fastest card first, and then its 0 need not be the 0 of NVML.
+by default CUDA numbers the fastest GPU first, so its device 0 may differ from NVML's.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.gpu.nvml import list_gpus
 
 PCI_BUS_ORDER_ENV = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-"""Environment that makes CUDA number the cards as NVML and ``nvidia-smi`` do."""
+"""Environment that makes CUDA number GPUs like NVML and ``nvidia-smi``."""
 
 _VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
 def default_cuda_device(environ: Mapping[str, str] = os.environ) -> GpuDevice:
-    """The card that is ``cuda:0`` to torch. Raises ``GpuUnavailableError``."""
+    """The GPU that torch calls ``cuda:0``. Raises ``GpuUnavailableError``."""
     visible = cuda_device_order(list_gpus(), environ)
     if not visible:
         raise GpuUnavailableError(GpuUnavailableReason.HIDDEN, f'It is set to "{environ[_VARIABLE]}".')
@@ -33,8 +33,8 @@ def cuda_device_order(
     """``found`` as torch numbers them: the first is ``cuda:0``. Empty when all are hidden.
 
     CUDA's rules (CUDA Programming Guide, "CUDA Environment Variables"): indices or UUIDs, which may be cut
-    short while they stay unique; the first entry that names no card ends the list. As in
-    ``torch/cuda/__init__.py`` a card named twice hides them all.
+    short while they stay unique; the first entry that matches no GPU ends the list. As in
+    ``torch/cuda/__init__.py``, a GPU named twice hides them all.
     """
     value = environ.get(_VARIABLE)
     if value is None:
@@ -52,7 +52,7 @@ def cuda_device_order(
 
 def _match_entry(entry: str, devices: Sequence[GpuDevice]) -> GpuDevice | None:
     if entry.startswith("GPU-"):
-        matches = [card for card in devices if card.uuid is not None and card.uuid.startswith(entry)]
+        matches = [gpu for gpu in devices if gpu.uuid is not None and gpu.uuid.startswith(entry)]
     else:
-        matches = [card for card in devices if entry == str(card.index)]
+        matches = [gpu for gpu in devices if entry == str(gpu.index)]
     return matches[0] if len(matches) == 1 else None
