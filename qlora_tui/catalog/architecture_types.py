@@ -1,4 +1,4 @@
-"""What ``config.json`` says of a model, as records. Built by ``architecture.parse_architecture``."""
+"""The architecture of a model, read from ``config.json`` by ``config_parser.parse_architecture``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Part = Literal["attention", "mixer", "mlp", "shared_expert", "router", "vision",
 """What a linear module is for. ``mixer``: what stands in for attention in a hybrid's other layers."""
 
 Role = Literal["norm", "router", "expert", "conv", "vision", "other"]
-"""What a parameter outside linear modules and embeddings is for."""
+"""The role of a parameter outside linear modules and embeddings."""
 
 
 class LinearModule(Struct, frozen=True):
@@ -42,7 +42,7 @@ class LinearModule(Struct, frozen=True):
 
 
 class Embedding(Struct, frozen=True):
-    """A table of the language model: tokens, or learned positions. Never quantised."""
+    """A table of the language model: tokens or learned positions. Never quantized."""
 
     name: str
     rows: int
@@ -54,7 +54,7 @@ class Embedding(Struct, frozen=True):
 
 
 class OutputHead(Struct, frozen=True):
-    """The output projection over the vocabulary. Never quantised."""
+    """The output projection over the vocabulary. Never quantized."""
 
     name: str
     in_features: int
@@ -65,7 +65,7 @@ class OutputHead(Struct, frozen=True):
 
     @property
     def weight_params(self) -> int:
-        """Of the weight, tied or not."""
+        """Parameters of the weight, tied or not."""
         return self.in_features * self.out_features
 
     @property
@@ -74,12 +74,12 @@ class OutputHead(Struct, frozen=True):
 
     @property
     def own_params(self) -> int:
-        """What it adds to the model: no weight when tied."""
+        """Parameters it adds to the model: no weight when tied."""
         return (0 if self.tied else self.weight_params) + self.bias_params
 
 
 class Parameter(Struct, frozen=True):
-    """A parameter that is no linear module's and no embedding's: a norm, a router, fused experts."""
+    """A parameter outside linear modules and embeddings: a norm, a router, fused experts."""
 
     name: str
     role: Role

@@ -107,9 +107,9 @@ def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[st
     init_method = config.get("init_lora_weights")
     if init_method in _FROM_FILES:
         raise UserError(
-            "The adapter cannot be read",
+            "Cannot read the adapter",
             what=f"{where}: init_lora_weights is {init_method!r}.",
-            why="Such an adapter changes the base by statistics from another file, which could be anyone's.",
+            why="Such an adapter changes the base with statistics from another file, which is not trusted.",
             fix="Convert it to a plain LoRA adapter with peft, or choose another.",
         )
     clean = {key: value for key, value in config.items() if key in _ADAPTER_KEYS}

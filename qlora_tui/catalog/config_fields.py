@@ -1,4 +1,4 @@
-"""Typed reading of ``config.json``: every refusal names the field, what was found and what was expected."""
+"""Typed reading of ``config.json``: every error names the field, its value and the expected values."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from qlora_tui.errors import UserError
 
 MAX_SIZE = 1 << 31
-"""No size in a real config comes near this."""
+"""Far above any size in a real config."""
 MAX_SIZE_BY_KEY = {"layer": 1000, "head": 100_000}
-"""Tighter bounds where a size is also a count of things to list, by what the key contains."""
+"""Tighter bounds for sizes that count modules, by a part of the key."""
 
 
 def config_problem(where: str, what: str) -> UserError:
-    """The refusal of a config, in one voice."""
+    """The error for a config that cannot be used."""
     return UserError(
         "The model's config cannot be used",
         what=f"{where}: {what}.",
@@ -24,7 +24,7 @@ def config_problem(where: str, what: str) -> UserError:
 
 
 class ConfigFields:
-    """One JSON object of a config, and where it stands."""
+    """One JSON object of a config, and where it is in the file."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self.values = values

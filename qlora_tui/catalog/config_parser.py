@@ -49,11 +49,11 @@ def parse_architecture(config: Mapping[str, Any] | Path) -> Architecture:
 
 
 def load_config(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``. Raises UserError when it cannot be read or is none."""
+    """The JSON object in ``file``. Raises UserError when the file cannot be read or is not one."""
     try:
         values = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise config_problem(str(file), "there is no such file") from None
+        raise config_problem(str(file), "the file does not exist") from None
     except OSError as error:
         raise config_problem(str(file), f"it cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
@@ -64,7 +64,7 @@ def load_config(file: Path) -> dict[str, Any]:
 
 
 def known_model_types() -> frozenset[str]:
-    """Every ``model_type`` that ``parse_architecture`` takes."""
+    """Every ``model_type`` that ``parse_architecture`` accepts."""
     return frozenset(FAMILY) | frozenset(COMPOSITE)
 
 
@@ -84,10 +84,10 @@ def _parse(fields: ConfigFields) -> Architecture:
 def unknown_family(where: str, model_type: str) -> UserError:
     close_matches = difflib.get_close_matches(model_type, sorted(known_model_types()), n=1, cutoff=0.75)
     return UserError(
-        "This model family is not known",
+        "Unknown model family",
         what=f"{where}: model_type is {model_type!r}.",
-        why="The estimate and the LoRA screen need to know what such a model is built of.",
-        fix=(f"The nearest known is {close_matches[0]!r}. " if close_matches else "")
+        why="The estimate and the LoRA screen need to know the layers of the family.",
+        fix=(f"The closest known family is {close_matches[0]!r}. " if close_matches else "")
         + "Choose a model of a known family.",
     )
 
@@ -101,7 +101,7 @@ def _parse_composite(fields: ConfigFields, model_type: str) -> Architecture:
         family = dataclasses.replace(family, tied=fields.flag("tie_word_embeddings", composite.tied))
         text = ConfigFields({k: v for k, v in text.values.items() if k != "tie_word_embeddings"}, text.where)
     if fields.values.get("audio_config") is not None:
-        raise config_problem(fields.where, "audio_config is set: models with ears are not known here")
+        raise config_problem(fields.where, "audio_config is set, and audio models are not supported")
     architecture = _assemble(fields, model_type, family, composite.base, sizes, text)
     if composite.tower is None or fields.values.get("vision_config") is None:
         return architecture
@@ -117,7 +117,7 @@ def _parse_composite(fields: ConfigFields, model_type: str) -> Architecture:
 
 
 def read_sizes(family: Family, fields: ConfigFields) -> dict[str, int]:
-    """Every size and flag the tables of ``family`` name. Raises UserError naming the field at fault."""
+    """Every size and flag that the tables of ``family`` use. Raises UserError naming the invalid field."""
     size_fields = {**COMMON_SIZES, **_dense_width(family), **family.sizes}
     sizes: dict[str, int] = {}
     for name, size in size_fields.items():
@@ -173,7 +173,7 @@ def _assemble(
     sizes: dict[str, int],
     text: ConfigFields | None = None,
 ) -> Architecture:
-    """``outer`` is the whole file; ``text`` the language model's part of it, where that is nested."""
+    """``outer`` is the whole file; ``text`` the nested config of the language model, if there is one."""
     fields = text or outer
     sizes["hidden_per_head"] = sizes["hidden"] // sizes["heads"]
     expanded = expand(family, base, sizes, _layers(family, fields, sizes))

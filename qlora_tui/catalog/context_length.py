@@ -1,4 +1,4 @@
-"""Samples longer than the model's own context: no error, but seldom meant."""
+"""The warning for samples longer than the model's context: allowed, but seldom intended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _LEARNED_POSITION_TABLES = ("wpe", "embed_positions")
 
 
 def context_length_warning(length: int, architecture: Architecture) -> UserError | None:
-    """The warning where samples may be ``length`` tokens long; None where the model's context holds them."""
+    """The warning where samples may be ``length`` tokens long; None where they fit the model's context."""
     limit = architecture.max_positions
     if limit is None or length <= limit:
         return None
@@ -19,8 +19,8 @@ def context_length_warning(length: int, architecture: Architecture) -> UserError
     return UserError(
         "Longer than the model's context",
         what=f"Samples may be {length:,} tokens long, and the model's context is {limit:,}.",
-        why="It has no embedding for a place beyond that: a longer sample ends the run."
+        why="It has no embedding for later positions: a longer sample makes the run fail."
         if learned_positions
-        else "It has never seen a place beyond that, so longer samples are learnt badly.",
+        else "It was not trained on later positions, so longer samples will be learned poorly.",
         fix=f"Set data.max_length to {limit:,} or less.",
     )

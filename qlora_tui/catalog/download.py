@@ -35,7 +35,7 @@ CHUNK_BYTES = 1 << 20
 RESERVED_BYTES = 256 << 20
 """Left free on the disk."""
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
-"""Waits between attempts when the connection drops and nothing more arrives."""
+"""Delays between attempts after a connection error without progress."""
 PROGRESS_EVERY_S = 0.25
 
 
@@ -74,7 +74,7 @@ def check_space(plan: DownloadPlan) -> None:
     missing = plan.total_bytes - plan.done_bytes
     if missing and missing + RESERVED_BYTES > free:
         raise UserError(
-            "There is not enough room on the disk",
+            "Not enough disk space",
             what=(
                 f"{plan.id} needs {missing / 1e9:.1f} GB more, "
                 f"and {existing_parent} has {free / 1e9:.1f} GB free."
@@ -97,15 +97,15 @@ def _link(plan: DownloadPlan, file: HubFile) -> None:
 
 @contextmanager
 def _open_partial(plan: DownloadPlan, file: HubFile) -> Iterator[IO[bytes]]:
-    """The half-fetched file, open at its end and held by this process alone."""
+    """Open the partial file for appending, locked for this process."""
     with plan.partial(file).open("ab") as partial:
         try:
             fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                "The model is being downloaded already",
+                "The model is already being downloaded",
                 what=f"Another process is fetching {file.name} of {plan.id}.",
-                fix="Wait for it to end.",
+                fix="Wait until it finishes.",
             ) from None
         yield partial
 
@@ -135,7 +135,7 @@ def _fetch(plan: DownloadPlan, file: HubFile, report: OnProgress, retry_delays_s
             partial.truncate(0)
             raise UserError(
                 "The download is damaged",
-                what=f"{file.name} of {plan.id} is not what the hub says it should be.",
+                what=f"{file.name} of {plan.id} does not match the hash on the Hub.",
                 why="It was changed on its way, or by a disk error.",
                 fix="Download it again: this file begins anew.",
             )
@@ -198,7 +198,7 @@ def spawn(model_id: str) -> subprocess.Popen[bytes]:
 
 
 class _JsonLinesWriter:
-    """JSON lines on stdout, for as long as somebody reads them."""
+    """Writes JSON lines to stdout until the reader closes the pipe."""
 
     def __init__(self) -> None:
         self.has_reader = True
@@ -230,8 +230,8 @@ def main(arguments: list[str]) -> int:
     try:
         if len(arguments) != 1:
             raise UserError(
-                "The call is wrong",
-                what=f"One model id is expected, {len(arguments)} were given.",
+                "Wrong number of arguments",
+                what=f"Expected one model id, got {len(arguments)}.",
                 fix="python -m qlora_tui.catalog.download publisher/model",
                 exit_code=EXIT_USAGE,
             )

@@ -65,7 +65,7 @@ MODEL_TYPES = {
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself."""
+    """The parsed header of a GGUF file."""
 
     values: dict[str, Any]
     """Metadata by key: numbers, booleans and strings."""
@@ -81,7 +81,7 @@ class GgufHeader:
 
     @property
     def quantization(self) -> str | None:
-        """``Q4_1``, where the file says."""
+        """``Q4_1``; None where the file does not say."""
         return FILE_TYPES.get(self.values.get("general.file_type", -1))
 
     @property
@@ -91,7 +91,7 @@ class GgufHeader:
 
 
 class _CorruptFileError(Exception):
-    """The bytes are not what the format says."""
+    """The bytes do not follow the format."""
 
 
 class _Cursor:
@@ -153,7 +153,7 @@ def read_gguf(path: Path) -> GgufHeader:
     except ValueError:
         raise _gguf_problem(path, "it is empty") from None
     except _CorruptFileError:
-        raise _gguf_problem(path, "it is not a whole GGUF file of version 2 or 3") from None
+        raise _gguf_problem(path, "it is not a complete GGUF file of version 2 or 3") from None
 
 
 def _gguf_problem(path: Path, why: str) -> UserError:
@@ -206,9 +206,7 @@ def to_hf_config(header: GgufHeader, path: Path) -> dict[str, Any]:
     config: dict[str, Any] = {"model_type": MODEL_TYPES[architecture]}
     for key, name in CONFIG_KEYS.items():
         if f"{architecture}.{key}" in header.lengths:
-            raise _gguf_problem(
-                path, f"{architecture}.{key} differs from layer to layer, which is not known here"
-            )
+            raise _gguf_problem(path, f"{architecture}.{key} differs between layers, which is not supported")
         if (value := header.values.get(f"{architecture}.{key}")) is not None:
             config[name] = value
     if architecture == "llama" and "head_dim" not in config:

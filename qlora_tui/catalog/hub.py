@@ -31,7 +31,7 @@ class HubModel(Struct, frozen=True):
     downloads: int
     """In the last month."""
     gated: bool
-    """Its licence has to be accepted on the hub first, and a token is needed."""
+    """Its license must be accepted on the Hub first, and a token is needed."""
     license: str | None
     model_type: str | None
     modified: str
@@ -85,7 +85,7 @@ def fetch_config(model_id: str, revision: str = "main") -> dict[str, Any]:
 
 
 def get_json(path: str, params: Mapping[str, Any] | None = None, model_id: str = "") -> Any:
-    """The JSON that the hub has at ``path``. Raises UserError otherwise."""
+    """The JSON response for ``path``. Raises UserError when the request fails or the response is not JSON."""
     from huggingface_hub import get_session, hf_raise_for_status
 
     with translate_hub_errors(model_id):
@@ -103,7 +103,7 @@ def get_json(path: str, params: Mapping[str, Any] | None = None, model_id: str =
 
 
 def request_headers() -> dict[str, str]:
-    """What goes with every request: who asks, and the token where there is one."""
+    """Headers of every request: the user agent, and the token if there is one."""
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
 
     headers: dict[str, str] = build_hf_headers(library_name="qlora-tui")
@@ -111,7 +111,7 @@ def request_headers() -> dict[str, str]:
 
 
 def endpoint() -> str:
-    """Where the hub is. Raises UserError when ``HF_ENDPOINT`` is no web address."""
+    """The base URL of the Hub. Raises UserError when ``HF_ENDPOINT`` is not a web address."""
     from huggingface_hub import constants
 
     address: str = constants.ENDPOINT
@@ -119,13 +119,13 @@ def endpoint() -> str:
         raise UserError(
             "HF_ENDPOINT is not a web address",
             what=f"HF_ENDPOINT is {address!r}.",
-            fix="Set it to an address that begins with https://, or unset it for huggingface.co.",
+            fix="Set it to an address that starts with https://, or unset it to use huggingface.co.",
         )
     return address
 
 
 def validate_model_id(model_id: str) -> str:
-    """``model_id`` if it can be one on the hub. Raises UserError otherwise."""
+    """Return ``model_id`` if it is a valid Hub id. Raises UserError otherwise."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
@@ -133,7 +133,7 @@ def validate_model_id(model_id: str) -> str:
         validate_repo_id(model_id)
     except HFValidationError:
         raise UserError(
-            "This is not the name of a model on the hub",
+            "Invalid model name",
             what=f"{model_id[:80]!r} is not of the form publisher/model.",
             fix="Search for the model on the Model screen, or copy its name from its page on the hub.",
             exit_code=2,
@@ -142,10 +142,10 @@ def validate_model_id(model_id: str) -> str:
 
 
 def not_a_hub_problem() -> UserError:
-    """The endpoint answered, but with something that no hub says."""
+    """The error for a response that does not come from a model Hub."""
     return UserError(
-        "The answer is not from a model hub",
-        what=f"{endpoint()} did not answer as a hub does.",
-        why="A login page of the network, or a proxy, may have answered in its place.",
+        "The response is not from a model Hub",
+        what=f"{endpoint()} did not respond like a Hub.",
+        why="A login page of the network or a proxy may have responded instead.",
         fix="Open the address in a browser on this machine's network, or check HF_ENDPOINT.",
     )

@@ -1,4 +1,4 @@
-"""What goes wrong with a hub, in words a user can act on.
+"""Hub errors, translated into messages a user can act on.
 
 Only status and model name go into a message: the client's own texts carry request addresses, which may be
 signed, so none of them is repeated. No token can reach a message or a log from here.
@@ -27,8 +27,8 @@ def translate_hub_errors(model_id: str = "") -> Iterator[None]:
         raise _http_problem(error, model_id) from None
     except hub_errors.OfflineModeIsEnabled:
         raise UserError(
-            "The hub is switched off",
-            what="HF_HUB_OFFLINE is set, so nothing is asked of the hub.",
+            "Hub access is turned off",
+            what="HF_HUB_OFFLINE is set, so no request is sent to the Hub.",
             fix="Unset HF_HUB_OFFLINE (and TRANSFORMERS_OFFLINE) and start again.",
         ) from None
     except (network_error(), ConnectionError) as error:
@@ -47,7 +47,7 @@ def network_error() -> type[Exception]:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether asking again is of no use: the hub answered, and it is neither busy nor in trouble."""
+    """Whether retrying is useless: an HTTP error other than 429 or 5xx."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if not isinstance(error, HfHubHTTPError):
@@ -60,7 +60,7 @@ def unreachable(reason: str) -> UserError:
     from huggingface_hub import constants
 
     return UserError(
-        "The hub cannot be reached",
+        "Cannot reach the Hub",
         what=f"There is no connection to {constants.ENDPOINT} ({reason}).",
         why="The network is down, or a firewall or proxy is in the way.",
         fix="Check the network and try again. Models on this machine can be used without it.",
@@ -76,40 +76,40 @@ def _http_problem(error: Any, model_id: str) -> UserError:
         return _gated(status, model_id)
     if status == 401 and not isinstance(error, hub_errors.RepositoryNotFoundError):
         return UserError(
-            "The hub does not accept the token",
+            "Hugging Face token rejected",
             what="The Hugging Face token on this machine is not valid.",
-            why="It has expired or was revoked, or HF_TOKEN is set wrongly.",
+            why="It has expired or was revoked, or HF_TOKEN is wrong.",
             fix="Log in again with: hf auth login",
         )
     if isinstance(error, hub_errors.EntryNotFoundError):
         return UserError(
-            "The model lacks a file",
-            what=f"{model_id} on {_endpoint()} has no such file as its config.json or an index it needs.",
+            "File missing from the model",
+            what=f"{model_id} on {_endpoint()} has no config.json, or lacks an index it needs.",
             fix="Choose another model, or another copy of it.",
         )
     if isinstance(error, hub_errors.RevisionNotFoundError):
         return UserError(
-            "The model has no such revision",
+            "Revision not found",
             what=f"{model_id} on {_endpoint()} has no branch, tag or commit of this name.",
-            fix="The hub lists them under Files and versions; main is what is meant without one.",
+            fix="The Hub lists revisions under Files and versions; the default is main.",
         )
     if isinstance(error, hub_errors.RepositoryNotFoundError) or status == 404:
         return UserError(
-            "The model is not on the hub",
-            what=f"There is no model {model_id!r} on {_endpoint()}, or it is private.",
-            fix="Check its name. For a private model log in first, with: hf auth login",
+            "Model not found on the Hub",
+            what=f"The model {model_id!r} does not exist on {_endpoint()}, or it is private.",
+            fix="Check its name. For a private model, log in first with: hf auth login",
         )
     if status == 403:
         return UserError(
-            "The hub forbids it",
+            "Access denied by the Hub",
             what=f"The token on this machine may not read {model_id or 'this'}.",
-            why="A fine-grained token reads only what it was given.",
+            why="A fine-grained token can read only the repositories it was granted.",
             fix=f"Give the token read access on {_endpoint()}/settings/tokens, or log in with: hf auth login",
         )
     if status == 429:
         return _rate_limited(error.response)
     return UserError(
-        "The hub is in trouble",
+        "Hub server error",
         what=f"{_endpoint()} answered with status {status}.",
         fix="Try again in a few minutes.",
     )
@@ -120,15 +120,15 @@ def _gated(status: int, model_id: str) -> UserError:
     if status == 401:
         return UserError(
             "The model is gated",
-            what=f"{model_id} is given only to those who have accepted its licence.",
+            what=f"{model_id} can be downloaded only after you accept its license.",
             why="There is no Hugging Face token on this machine.",
-            fix=f"Accept the licence at {page}, then log in with: hf auth login",
+            fix=f"Accept the license at {page}, then log in with: hf auth login",
         )
     return UserError(
         "The model is gated",
         what=f"The account of the token on this machine may not download {model_id}.",
-        why="Its licence is not accepted, or its publisher has not granted access yet.",
-        fix=f"Accept the licence at {page} with that account (hf auth whoami names it), then try again.",
+        why="Its license is not accepted, or its publisher has not granted access yet.",
+        fix=f"Accept the license at {page} with that account (hf auth whoami names it), then try again.",
     )
 
 
@@ -136,9 +136,9 @@ def _rate_limited(response: Any) -> UserError:
     seconds = response.headers.get("Retry-After", "")
     wait = f"Wait {seconds} seconds" if seconds.isdigit() else "Wait a few minutes"
     return UserError(
-        "The hub asks for a pause",
+        "Rate limited by the Hub",
         what="Too many requests came from this address or account.",
-        fix=f"{wait} and try again. Logged-in users may ask more often: hf auth login",
+        fix=f"{wait} and try again. Logged-in users have a higher limit: hf auth login",
     )
 
 
@@ -146,11 +146,11 @@ def _disk_problem(error: OSError) -> UserError:
     if error.errno == errno.ENOSPC:
         return UserError(
             "The disk is full",
-            what="There is no space left where models are kept.",
-            fix="Free some space, or set HF_HOME to a larger disk, and start again: what is there is kept.",
+            what="There is no space left on the disk of the model cache.",
+            fix="Free some space, or set HF_HOME to a larger disk, and resume the download.",
         )
     return UserError(
-        "The model cannot be written",
+        "Cannot write the model",
         what=f"{error.filename or 'The cache'}: {error.strerror or type(error).__name__}.",
         fix="Check that the folder can be written to, or set HF_HOME to another.",
     )

@@ -104,9 +104,9 @@ def validate_revision(revision: str) -> str:
     """A name that may become part of an address and of a path; raises UserError for any other."""
     if not REVISION.fullmatch(revision):
         raise UserError(
-            "That is no revision",
+            "Invalid revision",
             what=f"{revision!r} is not the name of a branch, a tag or a commit.",
-            fix="The hub lists them under Files and versions.",
+            fix="The Hub lists revisions under Files and versions.",
             exit_code=EXIT_USAGE,
         )
     return revision

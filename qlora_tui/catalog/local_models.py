@@ -1,6 +1,6 @@
 """The models on this machine, and finding one by name.
 
-Four places are looked at: the Hugging Face cache, the folders the user names, models converted by this
+Four places are searched: the Hugging Face cache, the folders the user names, models converted by this
 program, and GGUF files in those folders. The cache is walked here rather than through ``huggingface_hub``,
 whose import alone takes longer than walking a hundred models.
 """
@@ -25,16 +25,16 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
 MAX_DEPTH = 3
-"""How far below a named folder models are looked for: publisher, model, file."""
+"""Levels searched below a named folder: publisher, model, file."""
 
 
 class LocalModel(Struct, frozen=True):
     """A model on this machine, whether it can be trained or not."""
 
     id: str
-    """What a recipe calls it: ``org/name`` from the hub, a name for a converted one, else its path."""
+    """``model.id`` in a recipe: ``org/name`` from the Hub, the name of a converted model, or a path."""
     name: str
-    """How a list shows it."""
+    """Name shown in lists."""
     path: Path
     """The folder to load, or the GGUF file."""
     source: ModelSource
@@ -45,10 +45,10 @@ class LocalModel(Struct, frozen=True):
 
 
 class ModelFiles(Struct, frozen=True):
-    """A model that is there and can be trained: what the trainer loads."""
+    """The files of a local model that can be trained: what the trainer loads."""
 
     id: str
-    """As in ``LocalModel``: good in every working directory, however the model was asked for."""
+    """``LocalModel.id``, valid in every working directory."""
     folder: Path
     gguf_file: str | None
     """Name of the file in ``folder``, where the model is a GGUF that has to be converted first."""
@@ -68,14 +68,14 @@ def hub_cache_dir() -> Path:
 
 
 def converted_dir() -> Path:
-    """Models this program made from others, one folder each."""
+    """The folder of models converted by this program, one subfolder each."""
     return paths.cache_dir() / "models"
 
 
 def list_local_models(folders: Iterable[Path] = ()) -> list[LocalModel]:
     """Every model on this machine, trainable ones first, then by name.
 
-    ``folders``: what the user named; missing ones are passed over. Takes about two milliseconds a model.
+    ``folders``: the folders the user configured; missing ones are skipped. Takes about 2 ms per model.
     """
     by_path: dict[Path, LocalModel] = {}
     for model in (*_hub_models(), *_converted_models(), *_folder_models(folders)):
@@ -86,7 +86,7 @@ def list_local_models(folders: Iterable[Path] = ()) -> list[LocalModel]:
 def resolve_model(model_id: str) -> ModelFiles:
     """The files of the model a recipe names: a hub id in the cache, a converted model, a folder, a GGUF file.
 
-    Raises UserError when it is not on this machine (with near matches), is refused, or is cut short.
+    Raises UserError when it is not on this machine (with close matches), cannot be trained, or is truncated.
     """
     model = _find_model(model_id)
     if model is None:
@@ -99,16 +99,16 @@ def resolve_model(model_id: str) -> ModelFiles:
     for file in weight_files(model.path):
         if is_truncated(model.path / file):
             raise model_problem(
-                "The weights are not whole",
+                "Truncated weights",
                 f"{model.path / file} is not as long as its header says.",
-                "The copy or download was cut short.",
+                "The copy or download was interrupted.",
                 "Delete the file and download or copy it again.",
             )
     return ModelFiles(model.id, model.path, None, model.source, model.architecture)
 
 
 def model_not_found(model_id: str) -> UserError:
-    """The answer to a name that no model on this machine has."""
+    """The error for a name that no model on this machine has."""
     names = {model.id.lower(): model.id for model in list_local_models()}
     short = {name.rpartition("/")[2]: model for name, model in names.items()}
     lowered = model_id.lower()
@@ -124,8 +124,8 @@ def model_not_found(model_id: str) -> UserError:
         else f"Download it on the Model screen, or with: qlora-tui download {model_id}"
     )
     return UserError(
-        "The model is not on this machine",
-        what=f"There is no model {model_id!r} here.",
+        "Model not found",
+        what=f"The model {model_id!r} is not on this machine.",
         why=f"Looked in {hub_cache_dir()} and {converted_dir()}.",
         fix=hint + advice,
         exit_code=EXIT_USAGE,
@@ -151,7 +151,11 @@ def _find_model(model_id: str) -> LocalModel | None:
             return _read_cached_model(cached)
         if path.name == model_id and (converted := converted_dir() / model_id).is_dir():
             return _read_folder(converted, "converted", model_id, model_id)
-    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, an unknown user's home
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # a name too long, with a NUL, or with the home of an unknown user
         pass
     return None
 
@@ -198,10 +202,10 @@ def _snapshot(folder: Path) -> Path | None:
 
 def _incomplete_download(name: str) -> UserError:
     return model_problem(
-        "The download is not complete",
-        f"{name} is in the cache only in part.",
-        "A download began and did not end, or fetched single files only.",
-        f"Download it again, here or with `qlora-tui download {name}`: what is there is kept.",
+        "Incomplete download",
+        f"{name} is only partly in the cache.",
+        "A download was interrupted, or only single files were downloaded.",
+        f"Resume it here or with `qlora-tui download {name}`; finished files are not downloaded again.",
     )
 
 

@@ -14,24 +14,24 @@ from qlora_tui.errors import UserError
 
 
 def load_architecture(model_id: str) -> Architecture:
-    """Of a model on this machine, of a folder that holds only a ``config.json``, or of such a file itself.
+    """The architecture of a local model, of a folder that holds only a ``config.json``, or of such a file.
 
-    Raises UserError where there is none to be had.
+    Raises UserError where the model is not on this machine or its config cannot be used.
     """
     config = _config_file(model_id)
     return resolve_model(model_id).architecture if config is None else parse_architecture(config)
 
 
 def load_model_config(model_id: str) -> dict[str, Any]:
-    """The ``config.json`` itself, of what :func:`load_architecture` takes. Raises UserError."""
+    """The parsed ``config.json`` of a model, a folder or a file. Raises UserError where it cannot be read."""
     file = _config_file(model_id) or resolve_model(model_id).folder / "config.json"
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError) as error:
         raise UserError(
-            "There is no config.json to trace",
+            "No config.json to trace",
             what=f"{file} could not be read.",
-            why="A GGUF file keeps its settings elsewhere.",
+            why="A GGUF file stores its settings in its own header.",
             fix="Choose the model it was made from; the estimate without a trace needs none.",
         ) from error
 

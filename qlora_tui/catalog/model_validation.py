@@ -1,7 +1,7 @@
-"""One model folder: what it is, and why it cannot be trained, where it cannot.
+"""Whether the model in a folder can be trained, and why not.
 
 A folder is what transformers loads: ``config.json`` and safetensors beside it. Read by ``local`` for the list
-and for ``resolve``, and by ``hub`` for what a model there would turn out to be.
+and for ``resolve``, and by ``hub`` for models not yet downloaded.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ TOKENIZER_FILES = (
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-"""Whichever of them a model has: what turns text into its tokens, and turns into its text."""
+"""Files of a tokenizer and its chat template; a model has some of them."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""How the classes end that write text."""
+"""Suffixes of the classes that generate text."""
 TRAINABLE_AS_STORED = ("bitsandbytes",)
 
 
 def model_problem(title: str, what: str, why: str, fix: str) -> UserError:
-    """A model that cannot be used, in one voice."""
+    """The error for a model that cannot be used."""
     return UserError(title, what=what, why=why, fix=fix)
 
 
 def check_folder(folder: Path, name: str) -> tuple[Architecture | None, UserError | None]:
-    """The architecture of the model in ``folder`` and what speaks against training it.
+    """Return the architecture of the model in ``folder``, and why it cannot be trained.
 
-    ``name`` is how messages call it. Either may be None: a refused model may still have an architecture.
+    Messages call the model ``name``. Either part may be None: a rejected model may have an architecture.
     """
     files = {entry.name for entry in folder.iterdir()}
     if CONFIG not in files:
@@ -58,7 +58,7 @@ def check_folder(folder: Path, name: str) -> tuple[Architecture | None, UserErro
 
 
 def check_config(config: Mapping[str, Any], name: str) -> tuple[Architecture | None, UserError | None]:
-    """What the config alone says: the architecture, and why such a model cannot be trained here."""
+    """Return the architecture a config describes, and why such a model cannot be trained here."""
     refusal = check_model_type(config, name)
     try:
         return parse_architecture(config), refusal
@@ -75,7 +75,7 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
                 "This model needs its own code",
                 f"{name} (model_type {model_type!r}) loads only with trust_remote_code.",
                 "That would run the author's Python on this machine, which qlora-tui never does.",
-                "Choose a model of a family that transformers has itself.",
+                "Choose a model of a family that is part of transformers.",
             )
         return _with_model_name(unknown_family("config.json", str(model_type)), name) if model_type else None
     if kernels := named_kernels(config):
@@ -88,7 +88,7 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
     classes = config.get("architectures")
     if isinstance(classes, list) and classes and not str(classes[0]).endswith(CAUSAL_LM_SUFFIXES):
         return model_problem(
-            "This model does not write text",
+            "This model does not generate text",
             f"{name} is a {classes[0]}.",
             "Fine-tuning here needs a causal language model, with its output head.",
             "Choose the model it was made from.",
@@ -97,10 +97,10 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
     method = stored.get("quant_method") if isinstance(stored, dict) else None
     if method is not None and method not in TRAINABLE_AS_STORED:
         return model_problem(
-            "This model is quantised already",
+            "This model is already quantized",
             f"{name} is stored as {method}.",
-            "Weights that are quantised one way cannot be loaded as NF4.",
-            "Choose the same model in 16 bits.",
+            "Weights that are quantized with another method cannot be loaded as NF4.",
+            "Choose the 16-bit version of the model.",
         )
     return None
 
@@ -114,19 +114,19 @@ def _no_config(files: set[str], name: str) -> UserError:
         return model_problem(
             "This is an adapter, not a model",
             f"{name} holds a LoRA adapter.",
-            "An adapter is trained on top of a model and cannot be trained on itself.",
-            "Choose the model it belongs to: adapter_config.json names it.",
+            "Training needs a base model, not an adapter.",
+            "Choose the base model that adapter_config.json names.",
         )
     return model_problem(
         "This model has no config.json",
         f"{name} has no config.json.",
-        "Without it nothing says what the weights are.",
-        "Copy the model's config.json beside its weights, or download the model again.",
+        "It describes the model's layers and sizes.",
+        "Copy the model's config.json into the folder of its weights, or download the model again.",
     )
 
 
 def weights_problem(folder: Path, name: str) -> UserError | None:
-    """What is wrong with the weights in ``folder``: pickled, missing, or not all there."""
+    """What is wrong with the weights in ``folder``: pickled, missing or incomplete; None if nothing."""
     try:
         weight_names = weight_files(folder)
     except UserError as problem:
@@ -136,10 +136,10 @@ def weights_problem(folder: Path, name: str) -> UserError | None:
         if not missing:
             return None
         return model_problem(
-            "The download is not complete",
+            "Incomplete download",
             f"{name} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") + ".",
-            "Its index names weights that are not there.",
-            "Download the model again: what is there already is kept.",
+            "Its index names weights that are missing.",
+            "Download the model again; finished files are not downloaded again.",
         )
     return no_weights_problem((entry.name for entry in folder.iterdir()), name)
 
@@ -148,7 +148,7 @@ def no_weights_problem(files: Iterable[str], name: str) -> UserError:
     """Why ``files`` hold no weights that can be loaded."""
     if pickled := sorted(file for file in files if file.endswith(PICKLE_SUFFIXES)):
         return model_problem(
-            "This model has pickled weights only",
+            "This model has only pickled weights",
             f"{name} has {pickled[0]} and no safetensors.",
             "Opening a pickle can run any code; qlora-tui reads safetensors only.",
             "Choose a copy of the model that is saved as safetensors.",
@@ -184,15 +184,17 @@ def indexed_files(index: Mapping[str, Any], where: str) -> tuple[str, ...]:
         raise _index_problem(where, "it has no weight_map")
     files = tuple(sorted(set(names.values())))
     if stray := [file for file in files if "/" in file or "\\" in file or not file.endswith(".safetensors")]:
-        raise _index_problem(where, f"it names {stray[0]!r}, which is no safetensors file beside it")
+        raise _index_problem(
+            where, f"it names {stray[0]!r}, which is not a safetensors file in the same folder"
+        )
     return files
 
 
 def _index_problem(where: str, what: str) -> UserError:
     return model_problem(
-        "The index of the weights cannot be used",
+        "Invalid weight index",
         f"{where}: {what}.",
-        "It says which file holds which weight.",
+        "The index maps each weight to its file.",
         "Download the model again.",
     )
 

@@ -179,7 +179,7 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="does not exist"):
         parse_architecture(tmp_path)
 
 

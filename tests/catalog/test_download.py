@@ -135,11 +135,11 @@ def test_a_download_that_was_given_up_goes_on_the_next_time(hub: FakeHub, ask: A
     hub.repos["org/tiny"] = tiny_repo(5 * MIB)
     hub.drops = [2 * MIB, 0, 0, 0, 0]
     problem = ask(DOWNLOAD)
-    assert problem["title"] == "The hub cannot be reached"
+    assert problem["title"] == "Cannot reach the Hub"
     (model,) = list_local_models()
     assert model.refusal is not None
-    assert "not complete" in model.refusal.title
-    with pytest.raises(UserError, match="only in part"):
+    assert "Incomplete download" in model.refusal.title
+    with pytest.raises(UserError, match="only partly in the cache"):
         resolve_model("org/tiny")
     hub.drops = []
     hub.requests.clear()
@@ -227,7 +227,7 @@ def test_two_downloads_of_one_model_do_not_mix(hub: FakeHub) -> None:
     _wait_for_half(hub.repos["org/tiny"].files["model.safetensors"])
     code, events = _events(hub, "org/tiny")
     assert code == 1
-    assert events[-1]["title"] == "The model is being downloaded already"
+    assert events[-1]["title"] == "The model is already being downloaded"
     hub.stalls.set()
     first.communicate(timeout=60)
     assert first.returncode == 0
@@ -246,7 +246,7 @@ def _refused(hub: FakeHub, repo: FakeRepo) -> dict[str, Any]:
 def test_a_model_of_pickles_is_refused_before_anything_is_fetched(hub: FakeHub) -> None:
     repo = tiny_repo()
     del repo.files["model.safetensors"]
-    assert _refused(hub, repo)["title"] == "This model has pickled weights only"
+    assert _refused(hub, repo)["title"] == "This model has only pickled weights"
 
 
 def test_a_model_that_needs_its_own_code_is_refused_before_anything_is_fetched(hub: FakeHub) -> None:
@@ -267,7 +267,7 @@ def test_a_full_disk_is_told_before_anything_is_fetched(hub: FakeHub, ask: Ask) 
         "(setattr(download.shutil, 'disk_usage', lambda path: download.shutil._ntuple_diskusage(1, 1, 1000)),"
         f"{DOWNLOAD})"
     )
-    assert problem["title"] == "There is not enough room on the disk"
+    assert problem["title"] == "Not enough disk space"
     assert str(hub_cache_dir()) in problem["what"]
     assert list(hub_cache_dir().iterdir()) == []
 
@@ -286,12 +286,12 @@ def test_a_disk_that_fills_up_is_told_and_nothing_is_lost(hub: FakeHub, ask: Ask
 def test_a_cache_that_cannot_be_written_is_told(hub: FakeHub, ask: Ask) -> None:
     hub_cache_dir().mkdir(parents=True)
     hub_cache_dir().chmod(0o500)
-    assert ask(DOWNLOAD)["title"] == "The model cannot be written"
+    assert ask(DOWNLOAD)["title"] == "Cannot write the model"
 
 
 def test_a_cache_that_is_a_file_is_told(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert ask(DOWNLOAD, HF_HUB_CACHE=str(tmp_path / "file"))["title"] == "The model cannot be written"
+    assert ask(DOWNLOAD, HF_HUB_CACHE=str(tmp_path / "file"))["title"] == "Cannot write the model"
 
 
 def test_a_page_that_names_odd_hashes_is_not_taken_for_the_hub(hub: FakeHub, ask: Ask) -> None:
@@ -299,10 +299,10 @@ def test_a_page_that_names_odd_hashes_is_not_taken_for_the_hub(hub: FakeHub, ask
         "hub_files._parse_listing({'sha': 'a' * 40, 'siblings':"
         " [{'rfilename': 'config.json', 'size': 1, 'blobId': '../../x'}]})"
     )
-    assert problem["title"] == "The answer is not from a model hub"
+    assert problem["title"] == "The response is not from a model Hub"
 
 
 @pytest.mark.parametrize("arguments", [(), ("a/b", "c/d")])
 def test_a_wrong_call_is_told(hub: FakeHub, arguments: tuple[str, ...]) -> None:
     code, events = _events(hub, *arguments)
-    assert (code, events[0]["title"]) == (2, "The call is wrong")
+    assert (code, events[0]["title"]) == (2, "Wrong number of arguments")

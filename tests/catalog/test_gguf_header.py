@@ -41,7 +41,7 @@ def test_a_head_that_is_not_stored_is_tied(tmp_path: Path) -> None:
         ({"general__architecture": "clip"}, "'clip'"),
         ({"general__architecture": None}, "None"),
         ({"llama__expert_count": 8}, "mixture of experts"),
-        ({"llama__attention__head_count_kv": [1, 2]}, "differs from layer to layer"),
+        ({"llama__attention__head_count_kv": [1, 2]}, "differs between layers"),
     ],
 )
 def test_what_cannot_be_trained_from_gguf_is_refused(

@@ -40,8 +40,8 @@ def test_a_search_says_what_cannot_be_trained(hub: FakeHub, ask: Ask) -> None:
     results = ask('{m.id: m.refusal and m.refusal.title for m in hub.search_models("refused")}')
     assert results == {
         "refused/code": "This model needs its own code",
-        "refused/awq": "This model is quantised already",
-        "refused/bert": "This model family is not known",
+        "refused/awq": "This model is already quantized",
+        "refused/bert": "Unknown model family",
         "refused/empty": None,
     }
 
@@ -55,14 +55,14 @@ def test_a_config_is_read_without_touching_the_cache(ask: Ask) -> None:
 
 
 CANNOT_BE_HAD = [
-    ("org/none", None, "The model is not on the hub", "hf auth login"),
-    ("org/private", None, "The model is not on the hub", "hf auth login"),
+    ("org/none", None, "Model not found on the Hub", "hf auth login"),
+    ("org/private", None, "Model not found on the Hub", "hf auth login"),
     ("org/gated", None, "The model is gated", "/org/gated, then log in with: hf auth login"),
     ("org/gated", "right", "The model is gated", "/org/gated with that account"),
-    ("org/tiny", "hf_expired", "The hub does not accept the token", "hf auth login"),
-    ("org/bare", None, "The model lacks a file", "another"),
-    ("../../etc", None, "This is not the name of a model on the hub", "Search"),
-    ("a" * 200, None, "This is not the name of a model on the hub", "Search"),
+    ("org/tiny", "hf_expired", "Hugging Face token rejected", "hf auth login"),
+    ("org/bare", None, "File missing from the model", "another"),
+    ("../../etc", None, "Invalid model name", "Search"),
+    ("a" * 200, None, "Invalid model name", "Search"),
 ]
 
 
@@ -90,10 +90,10 @@ def test_a_granted_token_opens_a_gated_model(hub: FakeHub, ask: Ask) -> None:
 
 def test_a_hub_on_a_bad_day_is_told_at_once(hub: FakeHub, ask: Ask) -> None:
     cases = {
-        429: ("The hub asks for a pause", "Wait 7 seconds"),
-        403: ("The hub forbids it", "read access"),
-        500: ("The hub is in trouble", "Try again"),
-        503: ("The hub is in trouble", "Try again"),
+        429: ("Rate limited by the Hub", "Wait 7 seconds"),
+        403: ("Access denied by the Hub", "read access"),
+        500: ("Hub server error", "Try again"),
+        503: ("Hub server error", "Try again"),
     }
     hub.statuses = {f"status{status}": status for status in cases}
     problems = ask(f"[trial(hub.search_models, f'status{{status}}') for status in {list(cases)!r}]")
@@ -105,22 +105,22 @@ def test_a_hub_on_a_bad_day_is_told_at_once(hub: FakeHub, ask: Ask) -> None:
 
 def test_a_login_page_is_not_taken_for_the_hub(hub: FakeHub, ask: Ask) -> None:
     hub.html = True
-    assert ask('hub.search_models("tiny")')["title"] == "The answer is not from a model hub"
+    assert ask('hub.search_models("tiny")')["title"] == "The response is not from a model Hub"
 
 
 def test_json_of_another_shape_is_not_taken_for_the_hub(hub: FakeHub, ask: Ask) -> None:
     hub.repos["org/tiny"].files["config.json"] = b"[1]"
-    assert ask('hub.fetch_config("org/tiny")')["title"] == "The answer is not from a model hub"
+    assert ask('hub.fetch_config("org/tiny")')["title"] == "The response is not from a model Hub"
 
 
 @pytest.mark.parametrize(
     ("changes", "title"),
     [
-        ({"HF_ENDPOINT": "http://127.0.0.1:1"}, "The hub cannot be reached"),
-        ({"HF_ENDPOINT": "http://no-such-host.invalid"}, "The hub cannot be reached"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:1"}, "Cannot reach the Hub"),
+        ({"HF_ENDPOINT": "http://no-such-host.invalid"}, "Cannot reach the Hub"),
         ({"HF_ENDPOINT": "ftp://somewhere"}, "HF_ENDPOINT is not a web address"),
-        ({"HF_HUB_OFFLINE": "1"}, "The hub is switched off"),
-        ({"TRANSFORMERS_OFFLINE": "1"}, "The hub is switched off"),
+        ({"HF_HUB_OFFLINE": "1"}, "Hub access is turned off"),
+        ({"TRANSFORMERS_OFFLINE": "1"}, "Hub access is turned off"),
     ],
 )
 def test_no_network_is_told_at_once(ask: Ask, changes: dict[str, str], title: str) -> None:

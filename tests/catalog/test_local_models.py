@@ -170,7 +170,7 @@ def test_a_missing_shard_is_an_incomplete_download(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "m", shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
     refusal = _refusal(tmp_path)
-    assert "not complete" in refusal.title
+    assert "Incomplete download" in refusal.title
     assert "model-00002-of-00003.safetensors" in refusal.what
 
 
@@ -195,7 +195,7 @@ def test_a_cached_model_whose_blob_is_gone_is_incomplete() -> None:
     (snapshot / "model-00001-of-00002.safetensors").resolve().unlink()
     (model,) = list_local_models()
     assert model.refusal is not None
-    assert "not complete" in model.refusal.title
+    assert "Incomplete download" in model.refusal.title
 
 
 def test_a_cached_single_file_is_an_incomplete_download() -> None:
@@ -203,7 +203,7 @@ def test_a_cached_single_file_is_an_incomplete_download() -> None:
     (snapshot / "config.json").unlink()
     (model,) = list_local_models()
     assert model.refusal is not None
-    assert "not complete" in model.refusal.title
+    assert "Incomplete download" in model.refusal.title
     assert model.size_bytes > 0
 
 

@@ -73,7 +73,7 @@ def test_a_gated_model_is_refused_with_guidance(hub: FakeHub) -> None:
     hub.repos["org/tiny"] = tiny_repo(gated=True)
     code, out, err = _call(hub, "org/tiny")
     assert (code, out) == (1, "")
-    assert "gated" in err and f"Accept the licence at {hub.url}/org/tiny" in err
+    assert "gated" in err and f"Accept the license at {hub.url}/org/tiny" in err
 
 
 def test_a_revision_is_kept_under_its_name(hub: FakeHub) -> None:
@@ -90,5 +90,5 @@ def test_a_revision_that_is_none_is_told(hub: FakeHub) -> None:
     code, _, err = _call(hub, "org/tiny", "--revision", "v9")
     assert code == 1 and "no branch, tag or commit of this name" in err
     code, _, err = _call(hub, "org/tiny", "--revision", "../../x")
-    assert code == 2 and "That is no revision" in err
+    assert code == 2 and "Invalid revision" in err
     assert not hub_cache_dir().exists()

@@ -417,6 +417,6 @@ async def test_a_model_that_is_gone_is_explained_where_the_answer_would_be(tiny:
     async with talking((Path("/nowhere/at-all"), tiny[1])) as (pilot, screen):
         await pilot.press(*"hello", "enter")
         await rest(pilot, screen)
-        await shows(pilot, "✗ The model is not on this machine", "▸", "hello")
+        await shows(pilot, "✗ Model not found", "▸", "hello")
         assert "hello" in text_of(pilot.app)
         assert not screen.busy

@@ -219,7 +219,7 @@ async def test_without_a_model_the_rows_are_shown_as_the_file_has_them(here: Pat
 async def test_a_model_that_is_not_here_is_explained_over_the_row(here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened("org/none", "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "✗ The model is not on this machine", "Where is parcel 1?", "40 rows")
+        await shows(pilot, "✗ Model not found", "Where is parcel 1?", "40 rows")
 
 
 @pytest.mark.parametrize(

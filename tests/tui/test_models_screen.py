@@ -81,7 +81,7 @@ async def test_a_model_is_chosen_and_told_apart_from_the_others() -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "On this machine (3)", "135M", "7.62B", "converted", "✗ old/pickled")
         await pilot.press("G")
-        await shows(pilot, "✗ This model has pickled weights only", "gpt2")
+        await shows(pilot, "✗ This model has only pickled weights", "gpt2")
         await pilot.press("g")
         await shows(
             pilot, "licence apache-2.0", "context 131,072", "152,064", "6.3 GiB  fits", "15.2 GiB  fits"
@@ -110,7 +110,7 @@ async def test_a_refused_model_says_why_and_is_taken_only_to_plan_with() -> None
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "On this machine (3)")
         await pilot.press("G", "enter")
-        await shows(pilot, "This model has pickled weights only", "esc closes")
+        await shows(pilot, "This model has only pickled weights", "esc closes")
         await pilot.press("escape")
         assert isinstance(app.screen, ModelsScreen)
 
@@ -147,7 +147,7 @@ async def test_a_hub_that_cannot_be_reached_is_said(hub: FakeHub, monkeypatch: p
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "No models")
         await pilot.press("slash", *"tiny", "enter")
-        await shows(pilot, "The hub cannot be reached")
+        await shows(pilot, "Cannot reach the Hub")
         await pilot.press("escape")
         assert isinstance(app.screen, ModelsScreen)
 
