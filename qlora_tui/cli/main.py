@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from qlora_tui import __version__, paths
 from qlora_tui.cli.arguments import positive_float
@@ -39,6 +39,7 @@ SUBCOMMANDS = {
     "doctor": ("doctor", "Check that this machine can train, and suggest fixes."),
     "demo": ("demo", "Fine-tune a small real model and see that it worked."),
     "locate": ("locate", "Print where presets, runs and caches are stored."),
+    "completion": ("completion", "Print a script that completes commands in bash, zsh or fish."),
 }
 """Module of ``qlora_tui.cli`` and help of each verb. A module is loaded when its verb is called, so that the
 app and the quick verbs wait for no other's imports."""
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     try:
+        if "_ARGCOMPLETE" in os.environ:
+            _complete()
         if not argv:
             return _open_app()
         verb = next((word for word in argv if word in SUBCOMMANDS), None)
@@ -132,6 +135,14 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
             f"qlora-tui: The app ended by a mistake of ours.\n  What is known is in {log}.", file=sys.stderr
         )
     return app.return_code or 0
+
+
+def _complete() -> NoReturn:
+    """Answer a shell that completes a line; see :mod:`qlora_tui.cli.completion`."""
+    from qlora_tui.cli.completion import answer
+
+    words = os.environ.get("COMP_LINE", "").split()
+    answer(_parser(next((word for word in words if word in SUBCOMMANDS), None)))
 
 
 def _print_result(result: CommandResult, *, as_json: bool) -> int:
