@@ -1,8 +1,9 @@
-"""Draws the pictures of the README again: ``make screenshots``.
+"""Draws the pictures of README and docs: ``make screenshots``.
 
-The run is a real one of ``qlora-tui demo`` (``tests/tui/recordings``), as its trainer wrote it. It is laid
+The run is a real one of ``qlora-tui demo`` (``tests/tui/recordings``), as its trainer wrote it. It is copied
 into a home of its own and shown by the app itself; nothing is drawn by hand. The data shown are the demo's,
-through the demo's tokenizer, so the demo's model must have been fetched (``make demo`` does).
+through the demo's tokenizer, so the demo's model must have been fetched. The chat needs a trained adapter:
+that of the newest finished demo on this machine (``make demo`` trains one).
 """
 
 from __future__ import annotations
@@ -16,40 +17,69 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from textual.pilot import Pilot
 
+from screenshots.motion import Frame, animate
+
 HERE = Path(__file__).parent
+HOME = Path(tempfile.gettempdir()) / "qlora-tui-pictures"
+"""Always the same folder, since some screens show where a model is."""
 WATCHED_SHARE = 0.87
 """How much of the recorded run the picture of the live screen shows."""
 QWEN = HERE.parent / "tests" / "configs" / "Qwen__Qwen2.5-7B.json"
 _PATIENCE_S = 30.0
+_ANSWER_PATIENCE_S = 300.0
+"""Loading the model and two answers of a CPU."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One file: a screen, a size, and what is done before it is taken."""
+    """One screenshot: a screen, a size, and what is done before it is taken."""
 
-    name: str
     mode: str
     size: tuple[int, int] = (120, 40)
-    keys: tuple[str, ...] = ()
     shows: str = ""
     """Text to wait for."""
+    model: str = "Qwen2.5-7B"
+    """The recipe's."""
+    prompt: str = ""
+    """Typed into the chat and answered."""
+
+    @property
+    def name(self) -> str:
+        """Its file, without the suffix."""
+        return f"{self.mode}-{self.size[0]}x{self.size[1]}"
 
 
+SMALL = "SmolLM2-135M-Instruct"
+"""The demo's model."""
 PICTURES = (
-    Picture("home-120x40", "home", shows="Next"),
-    Picture("data-120x40", "data", shows="Keeper's log"),
-    Picture("memory-120x40", "memory", shows="fits up to"),
-    Picture("lora-120x40", "lora", shows="q_proj"),
-    Picture("train-120x40", "train", shows="validation"),
-    Picture("train-80x24", "train", size=(80, 24), shows="step"),
-    Picture("runs-120x40", "runs", shows="demo"),
+    Picture("home", shows="Next"),
+    Picture("models", shows="Qwen2.5-7B"),
+    Picture("data", shows="no problems found", model=SMALL),
+    Picture("memory", shows="fits up to"),
+    Picture("lora", shows="q_proj"),
+    Picture("train", shows="validation"),
+    Picture("train", size=(80, 24), shows="step"),
+    Picture("runs", shows="demo"),
 )
+CHAT = Picture("chat", shows="demo", model=SMALL, prompt="How do I make a cup of tea?")
+
+_LOOP_SIZE = (100, 30)
+BEFORE_THE_RUN = (
+    (Picture("models", _LOOP_SIZE, shows=SMALL, model=SMALL), 2.5),
+    (Picture("data", _LOOP_SIZE, shows="p99", model=SMALL), 3.5),
+    (Picture("memory", _LOOP_SIZE, shows="fits up to", model=SMALL), 3.0),
+    (Picture("lora", _LOOP_SIZE, shows="q_proj", model=SMALL), 2.5),
+)
+"""The first frames of the moving picture, and how many seconds each is shown."""
+WATCHED_STEPS = (1, 4, 8, 14, 20, 26, 32, 38, 44, 50, 56, 62, 70)
+WATCHED_S, ENDED_S, CHAT_S = 0.6, 3.0, 6.0
 
 
 def main() -> int:
@@ -57,29 +87,103 @@ def main() -> int:
     from qlora_tui.demo.model import ensure_model
 
     model = ensure_model(lambda words: print(words, file=sys.stderr))
-    with tempfile.TemporaryDirectory() as home:
-        for kind in ("CONFIG", "STATE", "CACHE"):
-            os.environ[f"XDG_{kind}_HOME"] = f"{home}/{kind.lower()}"
-        os.environ["HF_HOME"] = f"{home}/huggingface"
-        qwen = Path(home) / "Qwen2.5-7B"
-        qwen.mkdir()
-        shutil.copy(QWEN, qwen / "config.json")
-        lay_out_run()
+    demo = newest_demo()
+    with private_home(model):
+        lay_out_run(WATCHED_SHARE)
         for picture in PICTURES:
-            asyncio.run(draw(picture, model=model, estimated=qwen))
-            print(picture.name)
+            save(f"{picture.name}.svg", asyncio.run(draw(picture)))
+        frames = moving_frames()
+        if demo is None:
+            print("No picture of the chat: `make demo` trains the adapter that it needs.", file=sys.stderr)
+        else:
+            clear_runs()
+            copy_demo(demo)
+            save(f"{CHAT.name}.svg", asyncio.run(draw(CHAT)))
+            frames.append(Frame(asyncio.run(draw(replace(CHAT, size=_LOOP_SIZE))), CHAT_S))
+        save("loop.svg", animate(frames, still=len(BEFORE_THE_RUN) + len(WATCHED_STEPS) - 1))
     return 0
 
 
-def lay_out_run() -> None:
-    """Put the recorded run in place, cut off while it is still in training."""
+def save(name: str, svg: str) -> None:
+    """Write one file and name it."""
+    (HERE / name).write_text(svg)
+    print(name)
+
+
+def moving_frames() -> list[Frame]:
+    """From the choice of a model to the end of the recorded run."""
+    clear_runs()
+    frames = [Frame(asyncio.run(draw(picture)), seconds) for picture, seconds in BEFORE_THE_RUN]
+    live = Picture("train", _LOOP_SIZE, shows="step", model=SMALL)
+    for step in WATCHED_STEPS:
+        lay_out_run(step)
+        frames.append(Frame(asyncio.run(draw(live)), WATCHED_S))
+    clear_runs()
+    show_ended_run()
+    frames.append(Frame(asyncio.run(draw(replace(live, mode="runs", shows="finished"))), ENDED_S))
+    return frames
+
+
+@contextmanager
+def private_home(model: Path) -> Iterator[None]:
+    """Folders of its own, with the demo's model and the configuration of a larger one."""
+    shutil.rmtree(HOME, ignore_errors=True)
+    try:
+        for kind in ("CONFIG", "STATE", "CACHE"):
+            os.environ[f"XDG_{kind}_HOME"] = str(HOME / kind.lower())
+        os.environ["HF_HOME"] = str(HOME / "huggingface")
+        (HOME / "models" / "Qwen2.5-7B").mkdir(parents=True)
+        shutil.copy(QWEN, HOME / "models" / "Qwen2.5-7B" / "config.json")
+        (HOME / "models" / SMALL).symlink_to(model)
+        yield
+    finally:
+        shutil.rmtree(HOME, ignore_errors=True)
+
+
+def newest_demo() -> Path | None:
+    """The folder of the newest finished demo on this machine."""
+    from qlora_tui.runs.directory import all_runs
+    from qlora_tui.runs.status import read_status
+
+    for run in all_runs():
+        if read_status(run).state == "finished" and run.recipe().name == "demo" and run.adapter_dir.exists():
+            return run.path
+    return None
+
+
+def copy_demo(demo: Path) -> None:
+    """Put the demo's run in place."""
+    from qlora_tui import paths
+
+    shutil.copytree(demo, paths.runs_dir() / demo.name, symlinks=True)
+
+
+def clear_runs() -> None:
+    """Remove every run of the private home."""
+    from qlora_tui import paths
+
+    shutil.rmtree(paths.runs_dir())
+
+
+def lay_out_run(until: float) -> None:
+    """Put the recorded run in place as it was at a step, or at a share of its steps, still in training."""
     from qlora_tui.runs.process import mark
     from tests.tui.recorded import STEPS, recorded_until
 
-    run, at = recorded_until(round(STEPS * WATCHED_SHARE), process=mark())
+    clear_runs()
+    run, at = recorded_until(round(STEPS * until if until < 1 else until), process=mark())
     # The run is shown as if it were now: its clock is moved, nothing else.
     for path in (run.events_path, run.telemetry_path, run.status_path):
         shift_clock(path, time.time() - at)
+
+
+def show_ended_run() -> None:
+    """Put the whole recorded run in place, as if it had just ended."""
+    from tests.tui.recorded import ENDED, recorded_run
+
+    run = recorded_run()
+    for path in (run.events_path, run.telemetry_path, run.status_path):
+        shift_clock(path, time.time() - ENDED)
 
 
 def shift_clock(path: Path, by: float) -> None:
@@ -94,29 +198,36 @@ def shift_clock(path: Path, by: float) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-async def draw(picture: Picture, *, model: Path, estimated: Path) -> None:
-    """Take one picture."""
+async def draw(picture: Picture) -> str:
+    """The SVG of one picture."""
     from qlora_tui.demo.conversations import CONVERSATIONS
     from qlora_tui.recipe.layering import build_recipe
     from qlora_tui.settings import Settings
     from qlora_tui.tui.app import QloraApp
 
-    app = QloraApp(Settings(model_folders=(str(model.parent),), gpu_memory_gib=24.0))
-    chosen = model if picture.mode == "data" else estimated
-    app.workbench.replace(build_recipe(preset="balanced", model=str(chosen), data=[str(CONVERSATIONS)]))
+    app = QloraApp(Settings(model_folders=(str(HOME / "models"),), gpu_memory_gib=24.0))
+    model = HOME / "models" / picture.model
+    app.workbench.replace(build_recipe(preset="balanced", model=str(model), data=[str(CONVERSATIONS)]))
     async with app.run_test(size=picture.size) as pilot:
         if picture.mode != "home":
             await app.switch_mode(picture.mode)
         await until(pilot, lambda: picture.shows in plain(app.export_screenshot()), picture)
-        for key in picture.keys:
-            await pilot.press(key)
+        if picture.prompt:
+            await pilot.press(
+                *("space" if c == " " else "question_mark" if c == "?" else c for c in picture.prompt)
+            )
+            await pilot.press("enter")
+            await pilot.pause(1.5)
+            await until(pilot, lambda: not getattr(app.screen, "busy", False), picture, _ANSWER_PATIENCE_S)
         await pilot.pause(1.5)
-        (HERE / f"{picture.name}.svg").write_text(app.export_screenshot(title="qlora-tui"))
+        return app.export_screenshot(title="qlora-tui")
 
 
-async def until(pilot: Pilot[None], what: Callable[[], bool], picture: Picture) -> None:
-    """Let the app go on until ``what`` is true."""
-    deadline = time.monotonic() + _PATIENCE_S
+async def until(
+    pilot: Pilot[None], what: Callable[[], bool], picture: Picture, patience_s: float = _PATIENCE_S
+) -> None:
+    """Let the app run until ``what`` is true."""
+    deadline = time.monotonic() + patience_s
     while not what():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{picture.name}: {picture.shows!r} did not appear")

@@ -1,0 +1,50 @@
+"""The moving picture of the README: every frame shows what its screenshot shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from screenshots.motion import Frame, animate
+
+PICTURES = Path(__file__).parents[2] / "screenshots"
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def frames() -> list[Frame]:
+    names = ("home-120x40", "train-120x40", "home-120x40")
+    return [Frame((PICTURES / f"{name}.svg").read_text(), 2.0) for name in names]
+
+
+def texts(element: ElementTree.Element) -> list[str]:
+    """The texts of the terminal, from top to bottom and left to right; without the window's title."""
+    shown = [
+        text
+        for text in element.iter(f"{SVG}text")
+        if "textLength" in text.attrib and (text.text or "").strip()
+    ]
+    place = sorted(shown, key=lambda text: (float(text.attrib["y"]), float(text.attrib["x"])))
+    return [text.text or "" for text in place]
+
+
+def test_every_frame_shows_the_texts_of_its_screenshot(frames: list[Frame]) -> None:
+    moving = ElementTree.fromstring(animate(frames, still=1))
+    by_id = {element.attrib["id"]: element for element in moving.iter() if "id" in element.attrib}
+    for number, frame in enumerate(frames):
+        used = by_id[f"frame-{number}"].iter(f"{SVG}use")
+        assembled = ElementTree.Element("frame")
+        assembled.extend(by_id[use.attrib["href"].removeprefix("#")] for use in used)
+        assert texts(assembled) == texts(ElementTree.fromstring(frame.svg))
+
+
+def test_a_frame_that_comes_again_is_stored_once(frames: list[Frame]) -> None:
+    assert len(animate(frames, still=0)) - len(animate(frames[:2], still=0)) < 5000
+
+
+def test_every_frame_is_shown_for_its_time(frames: list[Frame]) -> None:
+    picture = animate(frames, still=0)
+    assert "animation: show-2 6s step-end infinite" in picture
+    assert "@keyframes show-1 { 0% { visibility: hidden } 33.33% { visibility: visible } 66.67%" in picture
