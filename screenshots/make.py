@@ -3,7 +3,7 @@
 The run is a real one of ``qlora-tui demo`` (``tests/tui/recordings``), as its trainer wrote it. It is copied
 into a home of its own and shown by the app itself; nothing is drawn by hand. The data shown are the demo's,
 through the demo's tokenizer, so the demo's model must have been fetched. The chat needs a trained adapter:
-that of the newest finished demo on this machine (``make demo`` trains one).
+that of the newest demo on this machine (``make demo`` trains one).
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ PICTURES = (
     Picture("train", size=(80, 24), shows="step"),
     Picture("runs", shows="demo"),
 )
-CHAT = Picture("chat", shows="demo", model=SMALL, prompt="How do I make a cup of tea?")
-
 _LOOP_SIZE = (100, 30)
+CHAT = Picture("chat", _LOOP_SIZE, shows="demo", model=SMALL, prompt="What is the capital of France?")
 BEFORE_THE_RUN = (
     (Picture("models", _LOOP_SIZE, shows=SMALL, model=SMALL), 2.5),
     (Picture("data", _LOOP_SIZE, shows="p99", model=SMALL), 3.5),
@@ -98,8 +97,8 @@ def main() -> int:
         else:
             clear_runs()
             copy_demo(demo)
-            save(f"{CHAT.name}.svg", asyncio.run(draw(CHAT)))
-            frames.append(Frame(asyncio.run(draw(replace(CHAT, size=_LOOP_SIZE))), CHAT_S))
+            frames.append(Frame(asyncio.run(draw(CHAT)), CHAT_S))
+            save(f"{CHAT.name}.svg", frames[-1].svg)
         save("loop.svg", animate(frames, still=len(BEFORE_THE_RUN) + len(WATCHED_STEPS) - 1))
     return 0
 
@@ -141,12 +140,13 @@ def private_home(model: Path) -> Iterator[None]:
 
 
 def newest_demo() -> Path | None:
-    """The folder of the newest finished demo on this machine."""
+    """The folder of the newest demo on this machine that ended with an adapter."""
     from qlora_tui.runs.directory import all_runs
     from qlora_tui.runs.status import read_status
 
     for run in all_runs():
-        if read_status(run).state == "finished" and run.recipe().name == "demo" and run.adapter_dir.exists():
+        ended = read_status(run).state in ("finished", "stopped")
+        if ended and run.adapter_dir.exists() and run.recipe().name == "demo":
             return run.path
     return None
 
