@@ -166,8 +166,8 @@ def random_adapter(recipe: Recipe, folder: Path) -> str:
     from peft import LoraConfig, get_peft_model
 
     from qlora_tui.chat.session import model_folder
-    from qlora_tui.training.device import find_device
-    from qlora_tui.training.load import load_base
+    from qlora_tui.training.compute_device import find_device
+    from qlora_tui.training.model_loading import load_base
 
     device = find_device(recipe)
     tuned = get_peft_model(
@@ -190,7 +190,7 @@ def by_generate(recipe: Recipe, adapter: str) -> Answer:
     from qlora_tui.chat.session import model_folder
     from qlora_tui.data.render import prompt_ids
     from qlora_tui.data.tokenizer import ChatTokenizer
-    from qlora_tui.training.device import find_device
+    from qlora_tui.training.compute_device import find_device
 
     folder = model_folder(recipe)
     device = find_device(recipe)

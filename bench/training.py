@@ -92,7 +92,7 @@ def write_rows(rows: list[dict[str, str]], path: Path) -> Path:
 def quickest_dtype() -> str:
     """As this program chooses it."""
     from qlora_tui.recipe.schema import Recipe
-    from qlora_tui.training.device import find_device
+    from qlora_tui.training.compute_device import find_device
 
     return find_device(Recipe()).dtype_name
 

@@ -15,7 +15,7 @@ from bench.ways.work import Work, given, tell
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.dataset import prepare
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.training.batches import Samples, Step, lay_out
+from qlora_tui.training.batches import PlannedStep, TokenizedDataset, plan_steps
 
 IGNORED = -100
 """Label of a token that is not learned from."""
@@ -33,12 +33,12 @@ def write_batches(work: Work) -> str:
     wanted = recipe(work)
     tokenizer = ChatTokenizer.from_folder(resolve_model(work.model).folder, wanted.model.chat_template)
     data = prepare(wanted, tokenizer)
-    schedule = lay_out(data.train, wanted, kept_apart=True)
+    schedule = plan_steps(data.train, wanted, packing_isolated=True)
     write_steps(schedule.steps, data.train, Path(work.batches))
     return data.data_hash
 
 
-def write_steps(steps: tuple[Step, ...], samples: Samples, path: Path) -> None:
+def write_steps(steps: tuple[PlannedStep, ...], samples: TokenizedDataset, path: Path) -> None:
     """One line of JSON a step: its samples in order, each with ``input_ids`` and ``labels``."""
     with path.open("w") as lines:
         for step in steps:
@@ -46,7 +46,7 @@ def write_steps(steps: tuple[Step, ...], samples: Samples, path: Path) -> None:
             lines.write(json.dumps(rows) + "\n")
 
 
-def sample(samples: Samples, i: int) -> dict[str, list[int]]:
+def sample(samples: TokenizedDataset, i: int) -> dict[str, list[int]]:
     """Token ids and labels of one sample."""
     ids = list(samples.token_ids(i))
     trained = samples.trained(i)

@@ -15,8 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_tui.training.attention_check import attends_alike
-from qlora_tui.training.load import attend_by
+from qlora_tui.training.attention_check import attention_matches
+from qlora_tui.training.model_loading import set_attention
 
 NAME = "qlora_chat"
 """The attention implementation as transformers knows it."""
@@ -30,7 +30,7 @@ def group_heads(model: Any) -> None:
         return
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    attend_by(model, NAME)
+    set_attention(model, NAME)
 
 
 def attend(
@@ -55,7 +55,9 @@ def attend(
         return by_library(query, key, value), None
     case = (type(module), heads, key.shape[1::2], value.shape[-1], width, query.dtype, scaling, *settings)
     if case not in _proven and key.shape[2] > 1:  # a single key takes all, however heads are grouped
-        _proven[case] = attends_alike(partial(_in_groups, scaling), by_library, query, key, value, scaling)
+        _proven[case] = attention_matches(
+            partial(_in_groups, scaling), by_library, query, key, value, scaling
+        )
     in_groups = _proven.get(case, False)
     return (_in_groups(scaling, query, key, value) if in_groups else by_library(query, key, value)), None
 

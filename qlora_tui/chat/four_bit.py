@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.agreement import is_near, is_same
+from qlora_tui.training.agreement import bitwise_equal, within_rounding
 
 _KNOWN = re.compile(r"0\.(49|50)\.")
 """Versions of bitsandbytes whose kernel takes what is handed over here; others are called as they ask for."""
@@ -86,14 +86,16 @@ def layout_agrees(layer: Any) -> bool:
     exact = torch.cat(expected, dim=1) + bias
     size = (torch.cat(scale, dim=1) + bias.square()).sqrt()
     # One token and several take different kernels.
-    return all(is_near(copied(x[:count]), exact[:count], size[:count], _ROUNDINGS) for count in (1, len(x)))
+    return all(
+        within_rounding(copied(x[:count]), exact[:count], size[:count], _ROUNDINGS) for count in (1, len(x))
+    )
 
 
 @torch.no_grad()
 def _gives_the_same(product: Callable[[Tensor], Tensor], layer: Any) -> bool:
     """Whether the kernel, called without bitsandbytes, gives each bit of what the layer gives."""
     x = _example_tokens(layer)[:1]
-    return is_same(product(x), layer(x))
+    return bitwise_equal(product(x), layer(x))
 
 
 def _example_tokens(layer: Any) -> Tensor:

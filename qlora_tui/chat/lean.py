@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.memory.cpu import this_processor
-from qlora_tui.training.agreement import is_near
-from qlora_tui.training.lean.replace import stand_ins
-from qlora_tui.training.token_rows import TokenRows, row_wrappers, rows_of, with_rows
+from qlora_tui.training.agreement import within_rounding
+from qlora_tui.training.fused.patching import temporary_forwards
+from qlora_tui.training.trainable_tokens import TokenRows, row_wrappers, rows_of, with_rows
 
 _MANY_TOKENS = 64
 _FP32 = 64 * torch.finfo(torch.float32).eps
@@ -93,7 +93,7 @@ class LeanRows:
         return with_rows(self._base, x, self._rows.get(self._speaking.voice))
 
 
-def lean_rows(model: nn.Module, voice: str, speaking: Speaking) -> None:
+def active_token_rows(model: nn.Module, voice: str, speaking: Speaking) -> None:
     """Let embedding and head take the rows that the adapter ``voice`` has of them, if any."""
     for wrapper in row_wrappers(model):
         forward = vars(wrapper).get("forward")
@@ -133,7 +133,7 @@ def adds_as_peft(layer: Any, voice: str, forward: LeanForward) -> bool:
     try:
         layer.set_adapter(voice, inference_mode=True)
         down.data, up.data = down.data.double(), up.data.double()
-        with stand_ins({layer.get_base_layer(): lambda given: output[: len(given)].double()}):
+        with temporary_forwards({layer.get_base_layer(): lambda given: output[: len(given)].double()}):
             expected = layer(x.double())
     finally:
         down.data, up.data = factors
@@ -142,13 +142,13 @@ def adds_as_peft(layer: Any, voice: str, forward: LeanForward) -> bool:
             layer.forward = own
     inner = x.double().square() @ down.double().square().t()
     update = (inner @ up.double().square().t()).sqrt() * abs(layer.scaling[voice])
-    with stand_ins({layer.get_base_layer(): lambda given: output[: len(given)].clone()}):
+    with temporary_forwards({layer.get_base_layer(): lambda given: output[: len(given)].clone()}):
         results = [forward.speak(voice, x[:count]) for count in (1, len(x))]
     for result in results:
         wanted = expected[: len(result)]
         is_wide = x.dtype == torch.float32 or (x.device.type == "cpu" and len(result) == 1)
         share = _FP32 / torch.finfo(result.dtype).eps if is_wide else 2.0
-        if not is_near(result, wanted, wanted.abs() + share * update[: len(result)], _ROUNDINGS):
+        if not within_rounding(result, wanted, wanted.abs() + share * update[: len(result)], _ROUNDINGS):
             return False
     return True
 

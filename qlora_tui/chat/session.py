@@ -38,9 +38,9 @@ from qlora_tui.data.thinking import OPENED
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.schema import Recipe, Thinking
-from qlora_tui.training.conversion import converted
-from qlora_tui.training.device import Attention, Device, find_device
-from qlora_tui.training.load import load_base
+from qlora_tui.training.compute_device import AttentionPath, ComputeDevice, find_device
+from qlora_tui.training.gguf_conversion import convert_cached
+from qlora_tui.training.model_loading import load_base
 
 _OPENING_TOKENS = 8
 """Of a prompt's end, in which a thought that it opens is seen."""
@@ -51,7 +51,9 @@ Tell = Callable[[str], None]
 class ChatSession:
     """What there is to talk to. Not for two threads at once, but for a reply's ``stop``."""
 
-    def __init__(self, source: ChatSource, model: Any, tokenizer: ChatTokenizer, device: Device) -> None:
+    def __init__(
+        self, source: ChatSource, model: Any, tokenizer: ChatTokenizer, device: ComputeDevice
+    ) -> None:
         self.source = source
         self.tokenizer = tokenizer
         self.machine = device
@@ -260,9 +262,9 @@ def load_session(source: ChatSource, tell: Tell = lambda words: None) -> ChatSes
     tell(f"Loading {recipe.model.id}")
     device = find_device(recipe)
     tokenizer = _tokenizer(source, folder)
-    attends: Attention = "eager" if recipe.model.attention == "eager" else "segments"
+    attention_path: AttentionPath = "eager" if recipe.model.attention == "eager" else "segments"
     try:
-        model = load_base(folder, recipe, device, attends)
+        model = load_base(folder, recipe, device, attention_path)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(device) from error
     model.eval()
@@ -280,12 +282,12 @@ def model_folder(recipe: Recipe, tell: Tell = lambda words: None) -> Path:
         return files.folder
     words = f"Converting {files.gguf_file}"
     tell(words)
-    return converted(
+    return convert_cached(
         files.folder / files.gguf_file, lambda done, total: tell(f"{words}: {done * 100 // total} %")
     )
 
 
-def out_of_memory(device: Device) -> UserError:
+def out_of_memory(device: ComputeDevice) -> UserError:
     """What to say when the card is full."""
     return UserError(
         "Out of GPU memory",

@@ -12,12 +12,12 @@ import psutil
 import torch
 from torch import nn
 
-from qlora_tui.training.device import Device, host_memory_bytes
+from qlora_tui.training.compute_device import ComputeDevice, host_memory_bytes
 
 _SHARE_OF_FREE_MEMORY = 0.25
 
 
-def unpack_on_cpu(model: Any, device: Device) -> bool:
+def unpack_on_cpu(model: Any, device: ComputeDevice) -> bool:
     """Write the 4-bit weights out if this CPU is slow without and has room; whether it was done."""
     if not any(hasattr(each, "quant_state") for each in model.modules()):
         return False

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qlora_tui.chat.attention import NAME
 from qlora_tui.chat.four_bit import OneToken
 from qlora_tui.chat.lean import LeanForward, LeanRows
-from qlora_tui.training.load import attend_by
+from qlora_tui.training.model_loading import set_attention
 from qlora_tui.training.step_check import FACTOR, rounding_error_of, rounding_errors
 
 TOKENS = 16
@@ -77,7 +77,7 @@ def library_code(model: nn.Module) -> Iterator[None]:
         for module, forward in replaced.items():
             vars(module)["forward"] = forward
         if grouped:
-            attend_by(model, NAME)
+            set_attention(model, NAME)
 
 
 def use_library_code(model: nn.Module) -> None:
@@ -86,7 +86,7 @@ def use_library_code(model: nn.Module) -> None:
         vars(module).pop("forward")
     config: Any = model.config
     if config._attn_implementation == NAME:
-        attend_by(model, "sdpa")
+        set_attention(model, "sdpa")
 
 
 def _replaced(model: nn.Module) -> dict[nn.Module, Any]:

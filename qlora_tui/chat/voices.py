@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.chat.lean import Speaking, as_peft_does, lean, lean_rows
+from qlora_tui.chat.lean import Speaking, active_token_rows, as_peft_does, lean
 from qlora_tui.chat.terms import BASE
 from qlora_tui.chat.updates import CONFIG, ROWS, WEIGHTS, check_unchanged
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.training.adapter import names_as_they_are
+from qlora_tui.training.adapter import exact_target_names
 from qlora_tui.training.clean_files import adapter_view
 
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -45,7 +45,7 @@ class Voices:
             )
         self._load(voice, Path(folder))
         self._loaded.add(voice)
-        lean_rows(self._model, voice, self._speaking)
+        active_token_rows(self._model, voice, self._speaking)
         self._lean = self._lean and lean(self._model, voice, self._speaking)
         if not self._lean:
             as_peft_does(self._model)
@@ -98,7 +98,7 @@ class Voices:
         # At the precision the model computes in: the conversions would cost time at every token.
         kept = {"adapter_name": voice, "is_trainable": False, "autocast_adapter_dtype": False}
         try:
-            with adapter_view(folder) as view, names_as_they_are(self._model, _targets(folder)):
+            with adapter_view(folder) as view, exact_target_names(self._model, _targets(folder)):
                 if self._with_adapters is None:
                     self._with_adapters = PeftModel.from_pretrained(self._model, str(view), **kept)
                 else:

@@ -94,9 +94,9 @@ def run(args: argparse.Namespace) -> CommandResult:
 def _conversion(model_id: str) -> Conversion | None:
     if not model_id.endswith(".gguf"):
         return None
-    from qlora_tui.training.conversion import pending
+    from qlora_tui.training.gguf_conversion import pending_conversion
 
-    return pending(model_id)
+    return pending_conversion(model_id)
 
 
 def _what_fits(largest: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from qlora_tui.demo.download import SMOLLM2, Packed, check_room, fetch
 from qlora_tui.files import private_dir
 from qlora_tui.paths import cache_dir
-from qlora_tui.training.conversion import convert_in_child
+from qlora_tui.training.gguf_conversion import convert_in_child
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 

@@ -17,9 +17,9 @@ def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> t
     """The model as the trainer prepares it, without weights, and whether samples in a row are kept apart."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_tui.training import load
+    from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.loss import Head, find_head, use_chunked_loss, use_segments
+    from qlora_tui.training.chunked_loss import OutputHead, find_head, use_chunked_loss, use_segments
 
     recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
     clean, _ = without_code(request.config)
@@ -33,30 +33,30 @@ def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> t
             model = factory.from_config(config, dtype=dtype, attn_implementation="eager")
     if recipe.quantization.method in ("nf4", "fp4"):
         _quantize(model, recipe, architecture, dtype)
-    load.freeze(model)
-    segments = attention != "eager" and load.attend_by_segments(model)
+    model_loading.freeze(model)
+    segments = attention != "eager" and model_loading.use_segment_attention(model)
     if recipe.training.gradient_checkpointing:
-        load.checkpoint_activations(model, keep_rng=False)
+        model_loading.checkpoint_activations(model, keep_rng=False)
     model.enable_input_require_grads()
     head = find_head(model)
-    if request.loss == "chunked" and isinstance(head, Head):
+    if request.loss == "chunked" and isinstance(head, OutputHead):
         use_chunked_loss(model, head)
     use_segments(model, by_mask=segments)
     with torch.device("meta"):
         return add_lora(model, recipe.lora, architecture, range(len(set(recipe.lora.token_rows)))), segments
 
 
-def inputs(request: Request, *, kept_apart: bool) -> dict[str, Any]:
+def inputs(request: Request, *, packing_isolated: bool) -> dict[str, Any]:
     """One micro-batch, every token learnt from: end to end in one row where samples are kept apart."""
     recipe = request.recipe
     rows, length = recipe.training.micro_batch, recipe.data.max_length
-    shape = (1, rows * length) if kept_apart else (rows, length)
+    shape = (1, rows * length) if packing_isolated else (rows, length)
     labels = torch.zeros(shape, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
     made: dict[str, Any] = {
         "input_ids": torch.zeros(shape, dtype=torch.long, device="meta"),
         "labels": labels,
     }
-    if kept_apart:
+    if packing_isolated:
         made["position_ids"] = torch.zeros(shape, dtype=torch.long, device="meta")
         made["segments"] = [length] * rows
     else:

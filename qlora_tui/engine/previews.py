@@ -26,7 +26,7 @@ from qlora_tui.engine.protocol import (
     ShowRow,
 )
 from qlora_tui.errors import UserError
-from qlora_tui.training.conversion import kept_conversion
+from qlora_tui.training.gguf_conversion import cached_conversion
 
 
 class Previews:
@@ -77,7 +77,7 @@ def tokenizer_folder(model: str) -> Path:
     files = resolve_model(model)
     if files.gguf_file is None:
         return files.folder
-    folder = kept_conversion(files.folder / files.gguf_file)
+    folder = cached_conversion(files.folder / files.gguf_file)
     if folder is None:
         raise UserError(
             "No tokenizer yet",

@@ -42,20 +42,20 @@ def trace(request: Request) -> StepTrace:
     """Build the model on ``meta``, run one forward and backward, and count."""
     architecture = parse_architecture(request.config)
     dtype = getattr(torch, request.dtype)
-    model, kept_apart = build(request, architecture, dtype)
+    model, packing_isolated = build(request, architecture, dtype)
     frozen = sum(_size(p.untyped_storage()) for p in model.parameters() if not p.requires_grad)
     frozen += _scale_bytes(model)
     adapter = sum(_size(p.untyped_storage()) for p in model.parameters() if p.requires_grad)
-    batch = inputs(request, kept_apart=kept_apart)
+    batch = inputs(request, packing_isolated=packing_isolated)
     model.train()
     with _AsOnCard(request.device), Storages() as storages:
         if request.recipe.training.gradient_accumulation > 1:
             model(**batch).loss.backward()
             storages.restart()
-        loss = model(**batch).loss
+        chunked_loss = model(**batch).loss
         forward, kept = storages.peak_bytes, storages.live_bytes
         storages.restart()
-        loss.backward()
+        chunked_loss.backward()
         backward = storages.peak_bytes
     gradients = sum(_size(p.grad.untyped_storage()) for p in model.parameters() if p.grad is not None)
     return StepTrace(
@@ -171,14 +171,14 @@ class _AsOnCard:
 
     def __enter__(self) -> None:
         self._replace(functional, "scaled_dot_product_attention", _attention)
-        from qlora_tui.training import attention, loss
+        from qlora_tui.training import chunked_loss, packed_attention
 
         self._replace(torch, "autocast", _no_autocast)
-        self._replace(loss, "block_rows", lambda device: LOSS_BLOCK_ROWS[self._device])
+        self._replace(chunked_loss, "block_rows", lambda device: LOSS_BLOCK_ROWS[self._device])
         if self._device == "cuda":
             self._replace(functional, "dropout", _dropout)
         else:
-            self._replace(attention, "by_blocks", lambda query: query.dtype == torch.bfloat16)
+            self._replace(packed_attention, "by_blocks", lambda query: query.dtype == torch.bfloat16)
 
     def __exit__(self, *exc: object) -> None:
         for undo in self._undo:

@@ -23,10 +23,10 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.formatting import format_bytes
-from qlora_tui.training.adapter import names_as_they_are
+from qlora_tui.training.adapter import exact_target_names
 from qlora_tui.training.clean_files import adapter_view
-from qlora_tui.training.device import Device
-from qlora_tui.training.load import load_base
+from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.model_loading import load_base
 from qlora_tui.training.step_check import FACTOR, rounding_error_of, rounding_errors
 
 _PROMPT = "Name three colors of autumn leaves, and explain in one sentence why they change."
@@ -103,7 +103,7 @@ def _loaded(source: ChatSource, folder: Path) -> Any:
     """The model of a folder, in the dtype it is stored in."""
     quantization = structs.replace(source.recipe.quantization, method="none")
     recipe = structs.replace(source.recipe, quantization=quantization)
-    device = Device(torch.device("cpu"), "CPU", 0, _stored_dtype(folder))
+    device = ComputeDevice(torch.device("cpu"), "CPU", 0, _stored_dtype(folder))
     return load_base(folder, recipe, device, "segments").eval()
 
 
@@ -120,7 +120,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
     with adapter_view(folder) as view:
         targets = PeftConfig.from_pretrained(str(view)).target_modules or ""
-        with names_as_they_are(model, targets):
+        with exact_target_names(model, targets):
             return PeftModel.from_pretrained(model, str(view)).eval()
 
 

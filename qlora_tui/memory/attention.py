@@ -34,7 +34,8 @@ class Heads:
     head_dim: int
     value_dim: int
     pieces: int = 1
-    """Samples in one row, each attended by itself (``training/attention.py``); their outputs are joined."""
+    """Samples in one row, each attended by itself (``training/packed_attention.py``); their outputs are
+    joined."""
     softcap: bool = False
     sinks: bool = False
     """A learned logit a head that takes part in the softmax (gpt-oss)."""
@@ -58,7 +59,7 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
         q, k, v = (ops.cast(tensor, ops.compute) for tensor in (q, k, v))
     # FlashAttention caps scores itself, and transformers' SDPA leaves the cap out.
     if kernel != "eager" and ops.lean and (shape.softcap or shape.sinks):
-        return _by_hand(ops, q, k, v, shape)
+        return _eager_attention(ops, q, k, v, shape)
     bfloat16 = q.width < FLOAT and not ops.float16
     if (
         kernel == "flash"
@@ -145,7 +146,7 @@ def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, grouped: 
 
 
 def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:
-    """Our own on a CPU in bfloat16 (``training/lean/attention.py``), a sample and a block at a time."""
+    """Our own on a CPU in bfloat16 (``training/fused/cpu_attention.py``), a sample and a block at a time."""
     numel, shared, width = q.numel, k.numel, q.width
     statistic = shape.rows * shape.heads * shape.length
 
@@ -155,7 +156,7 @@ def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tenso
         del product
         taken = [ops.new(EXTRA_COLUMNS * statistic, width) for _ in range(2)]
         gradients = [ops.new(size, width) for size in (numel, shared, shared)]
-        _one_backward(ops, numel // shape.rows, shared // shape.rows, width, shape)
+        _sample_backward(ops, numel // shape.rows, shared // shape.rows, width, shape)
         del less, taken
         return tuple(gradients)
 
@@ -167,7 +168,7 @@ def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tenso
     return out
 
 
-def _one_backward(ops: Ops, numel: int, shared: int, width: int, shape: Heads) -> None:
+def _sample_backward(ops: Ops, numel: int, shared: int, width: int, shape: Heads) -> None:
     """What the backward of one sample makes for itself."""
     heads, tokens = shape.heads, numel // shape.head_dim // shape.heads
     rows, shared_rows = heads * tokens, shared // shape.head_dim
@@ -230,8 +231,9 @@ def _broadcast(ops: Ops, x: Tensor, shape: Heads) -> Tensor:
     return x if shape.rows == 1 else _repeat(ops, x, shape)
 
 
-def _by_hand(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:
-    """What no fused kernel does, sample by sample: capped scores, sinks (``training/attention.py``)."""
+def _eager_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:
+    """What no fused kernel does, sample by sample: capped scores, sinks
+    (``training/packed_attention.py``)."""
     one, others = replace(shape, rows=1, pieces=1), shape.pieces - 1
     if not others:
         return _one_by_hand(ops, one, q, k, v)

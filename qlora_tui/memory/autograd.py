@@ -117,7 +117,7 @@ class StopRecomputing(Exception):
     """Everything a checkpointed layer saves is there again; the rest of its forward is not needed."""
 
 
-class Checkpoint:
+class ActivationCheckpoint:
     """One layer under ``torch.utils.checkpoint`` (non-reentrant).
 
     The first forward keeps nothing but its input. When the backward asks for the first saved tensor, the
@@ -159,7 +159,7 @@ class Node:
         self.inputs = inputs
         self.fn = fn
         self.saved: list[Tensor | None] = []
-        self.checkpoint: Checkpoint | None = None
+        self.checkpoint: ActivationCheckpoint | None = None
         self.slots: list[int] = []
         self.pinned: tuple[Tensor, ...] = ()
         """What a Python autograd function keeps as a plain attribute, out of the checkpoint's reach."""
@@ -177,7 +177,7 @@ class Tape:
         self.meter = meter
         self.sequence = 0
         self.stop_after = 0
-        self.mode: tuple[str, Checkpoint | None] = ("keep", None)
+        self.mode: tuple[str, ActivationCheckpoint | None] = ("keep", None)
 
     def node(
         self, inputs: tuple[Tensor | None, ...], fn: BackwardFn, save: tuple[Tensor | None, ...] = ()

@@ -101,7 +101,7 @@ class ExecutionConfig:
     """The product of a gated MLP's halves in one function (Liger's)."""
     lean: bool = False
     """Our own functions for adapters on 4- and 16-bit weights, gated MLPs, RMSNorm, and attention on a CPU
-    (``training/lean``), which keep less."""
+    (``training/fused``), which keep less."""
     expandable_segments: bool = True
     """The allocator grows its segments (our trainer asks for it), so blocks are cut to size."""
     name: str = "this trainer"

@@ -1,4 +1,4 @@
-"""This project's own functions, which keep less than the library's (``training/lean``)."""
+"""This project's own functions, which keep less than the library's (``training/fused``)."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
 
 
 def _chunked(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, width: int) -> Tensor:
-    """Our loss (``training/loss.py``), with every token learnt from: the fullest case.
+    """Our loss (``training/chunked_loss.py``), with every token learnt from: the fullest case.
 
     The positions learnt from are copied out; their gradient is made a chunk of logits at a time, in place.
     """

@@ -14,12 +14,12 @@ from qlora_tui.memory.layout import Layout
 KEPT_BYTES = 300 * 1024
 KERNEL_BYTES = 268 * 1024
 TOKEN_MULTIPLE = 32
-"""Rows, samples and chunks of the loss are filled up to a multiple of so many tokens (training/even.py): a
+"""Rows, samples and chunks of the loss are filled up to a multiple of so many tokens (training/padding.py): a
 kernel takes milliseconds to make, and there would be some 10 for each new length of a sample, some 25 for
 each of a row."""
 ATTENTION_PRODUCTS = 5
-"""Of each length of a sample: those of attention's backward (training/lean/attention.py). The forward makes
-no kernel."""
+"""Of each length of a sample: those of attention's backward (training/fused/cpu_attention.py). The forward
+makes no kernel."""
 FULL_ROWS = 4
 """Lengths that packed rows have: all are nearly full."""
 

@@ -287,7 +287,7 @@ class Ops:
         return out
 
     def _lean_rms_norm(self, x: Tensor) -> Tensor:
-        """Keeps the input as it came and one number a row (``training/lean/norm.py``)."""
+        """Keeps the input as it came and one number a row (``training/fused/rms_norm.py``)."""
         numel, width = x.numel, x.width
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:

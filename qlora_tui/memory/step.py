@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from qlora_tui.memory.allocation_trace import Recording, build_phase, without_input_gradient
-from qlora_tui.memory.autograd import AllocationMeter, Checkpoint, Node, Storage, Tensor, backward
+from qlora_tui.memory.autograd import ActivationCheckpoint, AllocationMeter, Node, Storage, Tensor, backward
 from qlora_tui.memory.decoder_layer import DecoderLayer, norm, run_block
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
@@ -160,7 +160,7 @@ def _profile(
     meter.restart()
     given = [x]
     if checkpointed:
-        ops.tape.mode = ("first", Checkpoint(partial(_again, run, ops, x)))
+        ops.tape.mode = ("first", ActivationCheckpoint(partial(_again, run, ops, x)))
         if path.reentrant:
             given = [x.view(upstream)]
     del x

@@ -1,40 +1,39 @@
-"""The trainer: the process that holds torch and the card, for one run.
+"""The trainer: the process that holds torch and the GPU for one run.
 
 ``python -m qlora_tui.training RUN_DIR`` takes a run from its ``recipe.toml`` to its ``adapter/``.
 
-``__main__``     arguments, and the environment that must stand before torch is imported
-``frame``        everything around training: one trainer a run, heartbeat, each error told (``failure``)
-``reporter``     writes events, status and log; ``telemetry``: the machine once a second
-``run``          the stations of a run, in order: load, prepare, train, save
-``device``       what there is to compute on, and in which dtype; ``versions``: with which libraries
-``priority``     giving way to other programs, where the processor trains
-``base``         the base model with its loss and attention; ``load``: quantized and frozen
-``clean_files``  what libraries are shown of a folder: weights, and configs that choose no code;
-                 ``kernel_publishers``: whose kernels may be loaded
-``conversion``   a GGUF file as a folder of safetensors, made once by the process ``gguf``: ``gguf_weights``
-                 writes the tensors of known families, ``llama_gguf`` (with ``vocabulary``) the rest of a
-                 plain Llama, ``streamed_gguf`` that of the others
-``adapter``      LoRA on top of it; ``lean``: module and adapter as one function; ``token_rows``: rows of
-                 embedding and head for tokens that the base never learned
-``attention``    several samples in one row, each attending only to itself; ``even``: filled up for a CPU's
-                 kernels
-``loss``         cross-entropy over the trained tokens only, without the whole logits; ``liger``: its kernel
-``checks``       proves both on the model at hand, or falls back (``attention_check``: layer by layer);
-                 ``agreement``: when two results are the same
-``verify``       the first step against transformers and peft alone (``step_check``); what differs
-                 (``fast_paths``) is replaced for the run
-``batches``      samples to rows to micro-batches, in an order that resume can repeat
-``probe``        one step on the longest batch before the first; ``measure``: the memory a run takes;
-                 ``heap``: giving free memory back
-``loop``         transformers' ``Trainer``, with what happens at the edge of a step
-``edge``         what that is: told, validated (``evaluation``, ``accuracy``), saved (``disk_errors``: what a
-             failed write stands for), and what was ``asked``
-``checkpoints``  written whole or not at all; resumed exactly
-``health``       what is watched for, in steps and on the card
-``processes``    one run over several cards
-``finish``       the adapter folder
-``selftest``     does training work here: for ``qlora-tui doctor``
+``__main__``              arguments, and the environment that must be set before torch is imported
+``supervisor``            one trainer per run, the heartbeat, and one event for every error (``failure``)
+``reporter``              writes events, status and log; ``telemetry_recorder``: the machine once a second
+``attempt``               the stages of a run, in order: load, prepare, train, save
+``compute_device``        the GPU or CPU and the compute dtype; ``library_versions``: the libraries in use
+``priority``              lowers the CPU priority of a trainer on the CPU
+``base_model``            the base model with its loss and attention; ``model_loading``: quantized and frozen
+``clean_files``           the files of a folder that libraries may read: weights, and configs that name no
+                          code; ``kernel_publishers``: whose kernels may be loaded
+``gguf_conversion``       converts a GGUF file to safetensors once, in the process ``gguf_worker``:
+                          ``gguf_weights`` writes the tensors of known families, ``gguf_llama`` (with
+                          ``gguf_tokenizer``) the rest of a plain Llama, ``gguf_streaming`` that of the others
+``adapter``               adds LoRA; ``fused``: module and adapter as one autograd function;
+                          ``trainable_tokens``: trained rows of embedding and head
+``packed_attention``      several samples in one row, each attending only to itself; ``padding``: to the
+                          token multiple of CPU kernels
+``chunked_loss``          cross-entropy without the whole logits; ``liger``: Liger's kernel in its place
+``equivalence_checks``    verifies both on the loaded model (``attention_check``: layer by layer);
+                          ``agreement``: when two tensors count as equal
+``step_verification``     compares the first step with transformers and peft (``step_check``); switches
+                          off a fast path (``fast_paths``) that differs
+``batches``               samples to rows to micro-batches, in an order that resume can repeat
+``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
+                          ``heap``: returns free memory to the system
+``trainer``               transformers' ``Trainer``, one item per optimizer step
+``callbacks``             after each step: report, validate (``evaluation``, ``accuracy``), save
+                          (``disk_errors``: the cause of a failed write), handle ``control_requests``
+``checkpoints``           written completely or not at all; resumed exactly
+``health``                warnings about steps and the GPU
+``distributed``           one run on several GPUs
+``final_adapter``         the adapter folder
+``selftest``              tests for ``qlora-tui doctor`` whether training works here
 
-``__main__``, ``frame`` and what they import load no torch: the run shows as started while that takes its
-seconds.
+``__main__``, ``supervisor`` and what they import load no torch, so the run shows as started at once.
 """

@@ -10,7 +10,7 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import Plan
-from qlora_tui.training.frame import run_trainer
+from qlora_tui.training.supervisor import run_trainer
 
 _ENVIRONMENT = {
     # Segments that grow cut the fragmentation that sample lengths of all kinds cause.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.training.batches import Samples
-from qlora_tui.training.loss import IGNORED
+from qlora_tui.training.batches import TokenizedDataset
+from qlora_tui.training.chunked_loss import IGNORED
 
 SHORT_TOKENS = 16
 """Trained tokens of a sample, the ends of its turns included, up to which its answer counts as short."""
@@ -23,7 +23,7 @@ _CHUNK_ROWS = 256
 """Logits that exist at once."""
 
 
-def has_short_answers(samples: Samples) -> bool:
+def has_short_answers(samples: TokenizedDataset) -> bool:
     """Whether every sample has a short answer, so that exact matches say something."""
     return len(samples) > 0 and all(sum(samples.trained(i)) <= SHORT_TOKENS for i in range(len(samples)))
 
@@ -31,19 +31,19 @@ def has_short_answers(samples: Samples) -> bool:
 @contextmanager
 def last_hidden_states(model: Any) -> Iterator[list[Tensor]]:
     """What the decoder of a peft model gave to the head in the last forward: one tensor."""
-    kept: list[Tensor] = []
+    hidden: list[Tensor] = []
 
-    def keep(module: Any, args: Any, output: Any) -> None:
-        kept[:] = [output[0]]
+    def save(module: Any, args: Any, output: Any) -> None:
+        hidden[:] = [output[0]]
 
-    hook = model.get_base_model().get_decoder().register_forward_hook(keep)
+    hook = model.get_base_model().get_decoder().register_forward_hook(save)
     try:
-        yield kept
+        yield hidden
     finally:
         hook.remove()
 
 
-def likeliest(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Tensor) -> Tensor:
+def argmax_tokens(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Tensor) -> Tensor:
     """The likeliest token in each place of ``wanted``, a mask of (rows, tokens - 1); (places,).
 
     Where the loss was taken in chunks there are no ``logits``. Scaling and capping them changes no maximum.
@@ -77,5 +77,5 @@ def exact_answers(
     else:
         lengths = list(segments)
         parts = list(zip(torch.split(wrong[0], lengths), torch.split(answered[0], lengths), strict=True))
-    asked = [part for part in parts if part[1].any()]
-    return sum(not bool(part[0].any()) for part in asked), len(asked)
+    answers = [part for part in parts if part[1].any()]
+    return sum(not bool(part[0].any()) for part in answers), len(answers)

@@ -13,8 +13,8 @@ from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, rank_of, resolve_targets
-from qlora_tui.training.lean import use_lean
-from qlora_tui.training.token_rows import begin_rows, token_indices, use_lean_rows
+from qlora_tui.training.fused import use_fused
+from qlora_tui.training.trainable_tokens import init_untrained_rows, token_indices, use_trained_rows
 
 
 def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: Sequence[int] = ()) -> Any:
@@ -44,17 +44,17 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: 
         bias="none",
         trainable_token_indices=token_indices(model, token_ids) if token_ids else None,
     )
-    with names_as_they_are(model, config.target_modules):
+    with exact_target_names(model, config.target_modules):
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    use_lean(adapted)
+    use_fused(adapted)
     if token_ids:
-        begin_rows(model)
-        use_lean_rows(model)
+        init_untrained_rows(model)
+        use_trained_rows(model)
     return adapted
 
 
 @contextmanager
-def names_as_they_are(model: nn.Module, names: Iterable[str] | str) -> Iterator[None]:
+def exact_target_names(model: nn.Module, names: Iterable[str] | str) -> Iterator[None]:
     """While peft puts an adapter on, let it touch the modules named and no others.
 
     For adapters made before transformers 5, peft reads ``gate_proj`` and its like as the routed experts in
@@ -66,24 +66,24 @@ def names_as_they_are(model: nn.Module, names: Iterable[str] | str) -> Iterator[
     except ImportError:  # a peft, or with it a transformers, that does not do this
         yield
         return
-    there = {name for name, _ in model.named_modules()}
-    kept = conversion.convert_peft_config_for_transformers
-    if not isinstance(names, str) and there.issuperset(names):
+    module_names = {name for name, _ in model.named_modules()}
+    original = conversion.convert_peft_config_for_transformers
+    if not isinstance(names, str) and module_names.issuperset(names):
         conversion.convert_peft_config_for_transformers = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        conversion.convert_peft_config_for_transformers = kept
+        conversion.convert_peft_config_for_transformers = original
 
 
 def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture) -> dict[str, LinearModule]:
     """The modules the recipe targets by their full name as this model has it. Raises UserError."""
-    there = dict(model.named_modules())
-    by_tail = {_tail(name): name for name in there}
-    found = {}
+    modules = dict(model.named_modules())
+    by_tail = {_tail(name): name for name in modules}
+    targets = {}
     for module in resolve_targets(settings, architecture.modules):
         # A text model taken out of a multimodal one lacks the outer part of the name.
-        name = module.name if module.name in there else by_tail.get(_tail(module.name))
+        name = module.name if module.name in modules else by_tail.get(_tail(module.name))
         if name is None:
             raise UserError(
                 "A target is not in the model",
@@ -91,8 +91,8 @@ def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture
                 why="The model as loaded differs from what its config.json says.",
                 fix="Name kinds of modules that it has, such as q_proj.",
             )
-        found[name] = module
-    return found
+        targets[name] = module
+    return targets
 
 
 def trained_parameters(model: nn.Module) -> int:
@@ -107,5 +107,5 @@ def _short(alpha: float) -> float:
 
 def _tail(name: str) -> str:
     """From ``layers.`` on: ``layers.0.self_attn.q_proj``."""
-    _, found, tail = name.partition("layers.")
-    return found + tail if found else name
+    _, separator, tail = name.partition("layers.")
+    return separator + tail if separator else name

@@ -18,12 +18,12 @@ _DIFFERING = {torch.float32: 1.0, torch.bfloat16: 0.01, torch.float16: 0.02}
 boundary in about 1 of 1,000 elements (bfloat16: 1 of 10,000); one rounding more or less shows in 1 of 5."""
 
 
-def is_same(actual: Tensor, expected: Tensor) -> bool:
+def bitwise_equal(actual: Tensor, expected: Tensor) -> bool:
     """Whether dtype, shape and every bit agree: the same operations on the same values, in the same order."""
     return actual.dtype == expected.dtype and torch.equal(actual, expected)
 
 
-def rounds_alike(actual: Tensor, expected: Tensor) -> bool:
+def equal_up_to_rounding(actual: Tensor, expected: Tensor) -> bool:
     """Whether elementwise operations in the same order, rounded at the same places, gave both tensors.
 
     False where dtype or shape differ, or one of the two has a NaN.
@@ -36,12 +36,12 @@ def rounds_alike(actual: Tensor, expected: Tensor) -> bool:
     limits = torch.finfo(actual.dtype)
     wide, wanted = actual.double(), expected.double()
     tolerance = _UNITS[actual.dtype] * limits.eps * wanted.abs() + limits.smallest_normal * limits.eps
-    is_near = (wide - wanted).abs() <= tolerance
+    within_rounding = (wide - wanted).abs() <= tolerance
     share = float(differs.double().mean())
-    return bool((is_near | ~differs).all()) and share <= _DIFFERING[actual.dtype]
+    return bool((within_rounding | ~differs).all()) and share <= _DIFFERING[actual.dtype]
 
 
-def is_near(actual: Tensor, expected: Tensor, scale: Tensor, roundings: float) -> bool:
+def within_rounding(actual: Tensor, expected: Tensor, scale: Tensor, roundings: float) -> bool:
     """Whether no element differs by more than so many roundings of a value of its ``scale``.
 
     ``scale`` has one value an element: the size of what was rounded on the way to it, which is more than the
@@ -52,5 +52,5 @@ def is_near(actual: Tensor, expected: Tensor, scale: Tensor, roundings: float) -
     limits = torch.finfo(actual.dtype)
     tolerance = roundings * limits.eps * scale.double().abs() + limits.smallest_normal
     differs = actual != expected
-    is_near = (actual.double() - expected.double()).abs() <= tolerance
-    return bool((is_near | ~differs).all())
+    within_rounding = (actual.double() - expected.double()).abs() <= tolerance
+    return bool((within_rounding | ~differs).all())

@@ -2,7 +2,7 @@
 
 The model is run once on a short sample, with sliding windows shorter than it is. Each layer's queries, keys
 and values go through the library's attention for that layer, with the mask that the library makes for it, and
-through :mod:`qlora_tui.training.attention`.
+through :mod:`qlora_tui.training.packed_attention`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training import attention
-from qlora_tui.training.agreement import is_near
-from qlora_tui.training.load import attend_by
+from qlora_tui.training import packed_attention
+from qlora_tui.training.agreement import within_rounding
+from qlora_tui.training.model_loading import set_attention
 
 _NAME = "qlora_check"
 """The attention implementation that compares, as transformers knows it."""
@@ -33,11 +33,11 @@ _NOISE = {torch.float32: 32.0, torch.bfloat16: 6.0, torch.float16: 6.0}
 an output may be wrong by; where that is nothing, as many thirds of a unit in the last place."""
 
 
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of a layer, from queries, keys and values."""
 
 
-class Differs(RuntimeError):
+class AttentionMismatchError(RuntimeError):
     """A layer's attention is not the library's."""
 
 
@@ -51,12 +51,12 @@ def library_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
 
     AttentionInterface.register(_NAME, _compare)
     AttentionMaskInterface.register(_NAME, eager_mask)
-    if not attend_by(model, _NAME):
-        raise Differs
+    if not set_attention(model, _NAME):
+        raise AttentionMismatchError
     try:
         logits: Tensor = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0]
     finally:
-        attend_by(model, attention.NAME)
+        set_attention(model, packed_attention.NAME)
     return logits
 
 
@@ -97,16 +97,16 @@ def _compare(
         return _library(module, q, k, v, masks[q.dtype], **kwargs)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = attention.segment_mask([q.shape[2]])
-        return attention.segment_attention(module, q, k, v, mask, **kwargs)[0]
+        mask = packed_attention.segment_mask([q.shape[2]])
+        return packed_attention.segment_attention(module, q, k, v, mask, **kwargs)[0]
 
-    if not attends_alike(ours, library, query, key, value, kwargs.get("scaling")):
-        raise Differs(type(module).__name__)
+    if not attention_matches(ours, library, query, key, value, kwargs.get("scaling")):
+        raise AttentionMismatchError(type(module).__name__)
     return library(query.double(), key.double(), value.double()).to(dtype), None
 
 
-def attends_alike(
-    ours: Attend, library: Attend, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+def attention_matches(
+    ours: AttentionFn, library: AttentionFn, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> bool:
     """Whether two ways to attend give (batch, tokens, heads, width) alike, for a layer's own tensors.
 
@@ -116,7 +116,7 @@ def attends_alike(
     usual = (query * _factors(query, key, scaling)).to(query.dtype)
     q, k, v = usual.double(), key.double(), value.double()
     expected, scale = library(q, k, v), library(q, k, v.abs())
-    if not is_near(ours(q, k, v).float(), expected.float(), scale, _ROUNDINGS):
+    if not within_rounding(ours(q, k, v).float(), expected.float(), scale, _ROUNDINGS):
         return False
     rounded = library(usual, key, value).double() - expected
     noise = rounded.square().mean(-1, keepdim=True).sqrt().amax(1, keepdim=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.training.loss import IGNORED
+from qlora_tui.training.chunked_loss import IGNORED
 
 Row: TypeAlias = tuple[int, ...]
 """Numbers of the samples in one row."""
@@ -28,7 +28,7 @@ _LENGTH_GROUP = 16
 """Steps among which rows of like length are put together where they must be padded."""
 
 
-class Samples(Protocol):
+class TokenizedDataset(Protocol):
     """What is read of a tokenized set; ``qlora_tui.data.store.Samples`` is one."""
 
     def __len__(self) -> int: ...
@@ -50,7 +50,7 @@ class Samples(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedStep:
     """What one optimizer step learns from."""
 
     rows: tuple[Row, ...]
@@ -60,29 +60,29 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class StepPlan:
     """Every step of a run."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[PlannedStep, ...]
     rows_per_epoch: int
     steps_per_epoch: int
     """Both of the first pass; with fractional weights others can differ by one."""
 
 
-def lay_out(samples: Samples, recipe: Recipe, *, kept_apart: bool) -> Schedule:
-    """Lay a run out. ``kept_apart``: samples in one row do not see each other."""
+def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, packing_isolated: bool) -> StepPlan:
+    """Lay a run out. ``packing_isolated``: samples in one row do not see each other."""
     training, data = recipe.training, recipe.data
-    steps: list[Step] = []
+    steps: list[PlannedStep] = []
     first_rows = first_steps = 0
     for epoch in range(math.ceil(training.epochs)):
         order = samples.epoch(epoch, training.seed)
         shuffle = random.Random(f"{training.seed}/{epoch}/rows")
-        if kept_apart and data.packing:
+        if packing_isolated and data.packing:
             rows = pack(order, [samples.length(i) for i in order], data.max_length)
             shuffle.shuffle(rows)
         else:
             rows = [(i,) for i in order]
-        if not kept_apart:
+        if not packing_isolated:
             rows = _group_by_length(rows, samples, recipe.effective_batch, shuffle)
         if not epoch:
             first_rows = len(rows)
@@ -93,7 +93,7 @@ def lay_out(samples: Samples, recipe: Recipe, *, kept_apart: bool) -> Schedule:
         if training.max_steps and len(steps) >= training.max_steps:
             del steps[training.max_steps :]
             break
-    return Schedule(tuple(steps), first_rows, first_steps)
+    return StepPlan(tuple(steps), first_rows, first_steps)
 
 
 def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Row]:
@@ -123,22 +123,24 @@ def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def validation_batches(samples: Samples, size: int, max_length: int, *, kept_apart: bool) -> list[list[Row]]:
+def validation_batches(
+    samples: TokenizedDataset, size: int, max_length: int, *, packing_isolated: bool
+) -> list[list[Row]]:
     """Every sample once, in micro-batches of ``size`` rows."""
     everything = range(len(samples))
-    if kept_apart:
+    if packing_isolated:
         rows = pack(everything, [samples.length(i) for i in everything], max_length)
     else:
         rows = sorted(((i,) for i in everything), key=lambda row: samples.length(row[0]))
     return [list(batch) for batch in micro_batches(rows, size)]
 
 
-def tokens_in(rows: Sequence[Row], samples: Samples) -> int:
+def count_tokens(rows: Sequence[Row], samples: TokenizedDataset) -> int:
     """Real tokens of some rows."""
     return sum(samples.length(i) for row in rows for i in row)
 
 
-def predictions_in(rows: Sequence[Row], samples: Samples) -> float:
+def sum_loss_weights(rows: Sequence[Row], samples: TokenizedDataset) -> float:
     """Tokens of some rows that are learnt from, each by its weight: what a sum of losses is divided by.
 
     The first of a sample is predicted from nothing.
@@ -147,15 +149,15 @@ def predictions_in(rows: Sequence[Row], samples: Samples) -> float:
     return sum(sum(of_one[1:]) for of_one in weights)
 
 
-def computed_tokens(rows: Sequence[Row], samples: Samples, *, kept_apart: bool) -> int:
+def computed_tokens(rows: Sequence[Row], samples: TokenizedDataset, *, packing_isolated: bool) -> int:
     """Tokens a forward pass over one micro-batch computes, padding included."""
-    if kept_apart:
-        return tokens_in(rows, samples)
+    if packing_isolated:
+        return count_tokens(rows, samples)
     return len(rows) * max(samples.length(row[0]) for row in rows)
 
 
 def collate(
-    rows: Sequence[Row], samples: Samples, *, kept_apart: bool, pad_id: int, multiple: int = 1
+    rows: Sequence[Row], samples: TokenizedDataset, *, packing_isolated: bool, pad_id: int, multiple: int = 1
 ) -> dict[str, Any]:
     """Tensors of one micro-batch, on the CPU: the arguments of the model's forward.
 
@@ -168,12 +170,12 @@ def collate(
     weights = [torch.tensor(list(of_one)) for of_one in weighted if of_one is not None]
     ids = [_tensor(samples.token_ids(i)) for row in rows for i in row]
     labels = [_labels(i, tokens, samples) for i, tokens in zip(_samples_of(rows), ids, strict=True)]
-    if kept_apart:
+    if packing_isolated:
         more = -sum(map(len, ids)) % multiple
         for parts, value in ((ids, pad_id), (labels, IGNORED), *([(weights, 0)] if weights else [])):
             parts[-1] = nn.functional.pad(parts[-1], (0, more), value=value)
     lengths = [len(tokens) for tokens in ids]
-    if kept_apart:
+    if packing_isolated:
         batch = {"loss_weights": torch.cat(weights)[None]} if weights else {}
         return batch | {
             "input_ids": torch.cat(ids)[None],
@@ -194,12 +196,12 @@ def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
     """A micro-batch with its tensors there. The copies go on their own: nobody waits for what a card has yet
     to do before them."""
     return {
-        name: held.to(device, non_blocking=True) if torch.is_tensor(held) else held
-        for name, held in batch.items()
+        name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+        for name, value in batch.items()
     }
 
 
-def nothing_learnt(batch: dict[str, Any]) -> dict[str, Any]:
+def mask_all_labels(batch: dict[str, Any]) -> dict[str, Any]:
     """The same micro-batch without a label: for a process that has none left when the others have one."""
     return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 
@@ -208,7 +210,7 @@ def _samples_of(rows: Sequence[Row]) -> Iterator[int]:
     return (i for row in rows for i in row)
 
 
-def _labels(i: int, tokens: Tensor, samples: Samples) -> Tensor:
+def _labels(i: int, tokens: Tensor, samples: TokenizedDataset) -> Tensor:
     labels = tokens.masked_fill(_tensor(samples.trained(i)) == 0, IGNORED)
     # In a packed row it would be predicted from the last token of the sample before.
     labels[0] = IGNORED
@@ -226,14 +228,14 @@ def _padded(tensors: Sequence[Tensor], length: int, value: int) -> Tensor:
     return padded
 
 
-def _steps_of(rows: Sequence[Row], epoch: int, share: float, effective_batch: int) -> Iterator[Step]:
+def _steps_of(rows: Sequence[Row], epoch: int, share: float, effective_batch: int) -> Iterator[PlannedStep]:
     for start in range(0, len(rows), effective_batch):
         end = min(start + effective_batch, len(rows))
-        yield Step(tuple(rows[start:end]), epoch + share * end / len(rows), end == len(rows))
+        yield PlannedStep(tuple(rows[start:end]), epoch + share * end / len(rows), end == len(rows))
 
 
 def _group_by_length(
-    rows: list[Row], samples: Samples, effective_batch: int, shuffle: random.Random
+    rows: list[Row], samples: TokenizedDataset, effective_batch: int, shuffle: random.Random
 ) -> list[Row]:
     """Rows of like length next to each other, so that little is padded; the steps in random order.
 

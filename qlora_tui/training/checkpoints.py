@@ -3,7 +3,7 @@
 checkpoints/step-N/
   adapter_model.safetensors, adapter_config.json   loads with plain peft
   optimizer.pt, scheduler.pt, rng_state.pth, …     transformers' own, read back without running pickled code
-  state.json                                       :class:`State`
+  state.json                                       :class:`CheckpointState`
   SHA256SUMS                                       a checksum of each of these files
   complete                                         every file and its size; written last
 
@@ -29,7 +29,7 @@ from qlora_tui.recipe.toml import dump, parse, to_recipe
 from qlora_tui.runs.damage import MARKER, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.leftovers import CHECKPOINT_DRAFT
-from qlora_tui.training.processes import Processes
+from qlora_tui.training.distributed import DistributedContext
 
 _STATE = "state.json"
 _FREE = frozenset(
@@ -50,14 +50,14 @@ _SPLIT = frozenset({"training.micro_batch", "training.gradient_accumulation"})
 """May change as long as their product, the effective batch, stays."""
 
 
-class State(Struct, frozen=True, kw_only=True):
+class CheckpointState(Struct, frozen=True, kw_only=True):
     """What a resumed run must know beside what transformers keeps."""
 
     step: int
     tokens: int
     """Real tokens learnt from so far."""
     data_hash: str
-    kept_apart: bool
+    packing_isolated: bool = msgspec.field(name="kept_apart")
     """Whether samples in one row did not see each other: it decides how rows are made."""
     recipe: str
     """As TOML."""
@@ -67,7 +67,7 @@ class State(Struct, frozen=True, kw_only=True):
     """Validation losses since the best, for early stopping."""
 
 
-_STATE_DECODER = msgspec.json.Decoder(State)
+_STATE_DECODER = msgspec.json.Decoder(CheckpointState)
 
 
 class UnloadableCheckpoint(UserError):
@@ -87,28 +87,33 @@ class Checkpoint(Struct, frozen=True):
 
     step: int
     folder: Path
-    state: State
+    state: CheckpointState
 
 
-def write(run: RunDir, state: State, save_parts: Callable[[Path], None], among: Processes) -> Path:
-    """Write a checkpoint; ``save_parts`` puts the files of each process into the folder it is given.
+def write(
+    run: RunDir,
+    state: CheckpointState,
+    save_checkpoint_files: Callable[[Path], None],
+    dist: DistributedContext,
+) -> Path:
+    """Write a checkpoint; ``save_checkpoint_files`` writes the files of each process to a given folder.
 
     It is on the disk on return. Raises OSError when it cannot be written; what was there before is untouched
     then.
     """
     final = run.checkpoints_dir / f"step-{state.step}"
     draft = private_dir(run.checkpoints_dir) / f"{CHECKPOINT_DRAFT}{final.name}"
-    if not among.is_first:
-        among.wait()
-        save_parts(draft)
-        among.wait()
+    if not dist.is_main_process:
+        dist.barrier()
+        save_checkpoint_files(draft)
+        dist.barrier()
         return final
     shutil.rmtree(draft, ignore_errors=True)
     try:
         private_dir(draft)
-        among.wait()
-        save_parts(draft)
-        among.wait()
+        dist.barrier()
+        save_checkpoint_files(draft)
+        dist.barrier()
         atomic_write(draft / _STATE, msgspec.json.encode(state))
         write_checksums(draft)
         sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
@@ -158,7 +163,7 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_same(state: State, recipe: Recipe, data_hash: str) -> None:
+def check_same(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
     """Raise UserError, with the difference, where going on would not be the run that was begun."""
     before = to_recipe(parse(state.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
     changes = [c for c in diff_recipes(before, recipe) if c.path not in _FREE]
@@ -182,5 +187,5 @@ def check_same(state: State, recipe: Recipe, data_hash: str) -> None:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """As :class:`State` keeps it."""
+    """As :class:`CheckpointState` keeps it."""
     return dump(recipe)

@@ -12,15 +12,15 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Thinking
-from qlora_tui.training.accuracy import exact_answers, last_hidden_states, likeliest
-from qlora_tui.training.batches import Row, Samples, collate, on_device, predictions_in
-from qlora_tui.training.loss import IGNORED
+from qlora_tui.training.accuracy import argmax_tokens, exact_answers, last_hidden_states
+from qlora_tui.training.batches import Row, TokenizedDataset, collate, on_device, sum_loss_weights
+from qlora_tui.training.chunked_loss import IGNORED
 
 ANSWER_TOKENS = 96
 """Most tokens of a sampled answer."""
 
 
-class Validated(NamedTuple):
+class ValidationSums(NamedTuple):
     """Sums over batches; those of several processes add up."""
 
     loss: float
@@ -29,31 +29,33 @@ class Validated(NamedTuple):
     """How many they are, each by its weight."""
     exact: int = 0
     """Samples answered exactly by greedy search."""
-    asked: int = 0
+    answered: int = 0
     """Samples with a short answer."""
 
 
 def validate(
     model: Any,
-    samples: Samples,
+    samples: TokenizedDataset,
     batches: Sequence[Sequence[Row]],
     *,
-    kept_apart: bool,
+    packing_isolated: bool,
     pad_id: int,
     multiple: int,
     device: torch.device,
     progress: Callable[[int, int], None],
     short_answers_end: frozenset[int] | None,
-) -> Validated:
+) -> ValidationSums:
     """One pass over ``batches`` without gradients.
 
     ``short_answers_end``: the tokens that end a turn, where exact matches are to be counted.
     """
-    total, trained, exact, asked = 0.0, 0.0, 0, 0
+    total, trained, exact, answered = 0.0, 0.0, 0, 0
     with evaluating(model), last_hidden_states(model) as hidden:
         for done, rows in enumerate(batches, 1):
-            batch = collate(rows, samples, kept_apart=kept_apart, pad_id=pad_id, multiple=multiple)
-            count = predictions_in(rows, samples)
+            batch = collate(
+                rows, samples, packing_isolated=packing_isolated, pad_id=pad_id, multiple=multiple
+            )
+            count = sum_loss_weights(rows, samples)
             if count:
                 tensors = on_device(batch, device)
                 output = model(**tensors, num_items_in_batch=1)
@@ -61,14 +63,16 @@ def validate(
                 trained += count
                 if short_answers_end is not None:
                     labels = tensors["labels"]
-                    found = likeliest(model, output.logits, hidden[0], labels[:, 1:] != IGNORED)
-                    right, of = exact_answers(found, labels, batch.get("segments"), short_answers_end)
-                    exact, asked = exact + right, asked + of
+                    predicted = argmax_tokens(model, output.logits, hidden[0], labels[:, 1:] != IGNORED)
+                    right, total_answers = exact_answers(
+                        predicted, labels, batch.get("segments"), short_answers_end
+                    )
+                    exact, answered = exact + right, answered + total_answers
             progress(done, len(batches))
-    return Validated(total, trained, exact, asked)
+    return ValidationSums(total, trained, exact, answered)
 
 
-def answers(
+def generate_samples(
     model: Any,
     tokenizer: ChatTokenizer,
     prompts: Sequence[str],

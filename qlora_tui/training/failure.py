@@ -24,10 +24,12 @@ _MEMORY_WORDS = (
 )
 _ONEDNN_MESSAGES = ("could not create a primitive", "could not create a memory object")
 """All that oneDNN says of it, word for word: what it cannot do it says at greater length."""
-_CPU_ASKED = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
+_CPU_ALLOCATION = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
 
 
-def failed(error: BaseException, run: RunDir, recipe: Recipe | None, estimate: Estimate | None) -> Failed:
+def failure_event(
+    error: BaseException, run: RunDir, recipe: Recipe | None, estimate: Estimate | None
+) -> Failed:
     """How a run ended, from what was raised. ``estimate`` tells who owns the memory."""
     now = time.time()
     if is_out_of_memory(error):
@@ -66,9 +68,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory, the card's or the machine's, was what lacked."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    said = str(error)
-    told = any(word in said for word in _MEMORY_WORDS) or said.strip() in _ONEDNN_MESSAGES
-    return isinstance(error, RuntimeError) and told
+    message = str(error)
+    is_memory_message = any(word in message for word in _MEMORY_WORDS) or message.strip() in _ONEDNN_MESSAGES
+    return isinstance(error, RuntimeError) and is_memory_message
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -92,7 +94,7 @@ def _out_of_memory(
     return Failed(
         at=now,
         title="Out of memory",
-        what=_asked_for(lines[0] if lines else ""),
+        what=_memory_message(lines[0] if lines else ""),
         why=why,
         fix=(recipe and what_would_fit(recipe))
         or "Lower training.micro_batch or data.max_length, or turn training.gradient_checkpointing on.",
@@ -101,9 +103,10 @@ def _out_of_memory(
     )
 
 
-def _asked_for(said: str) -> str:
+def _memory_message(message: str) -> str:
     """What torch said, where a person can read it: on a card. On a CPU, how much it asked for."""
-    asked = _CPU_ASKED.search(said)
-    if asked:
-        return f"It asked for {format_bytes(int(asked[1]))} more, and the machine had no more memory to give."
-    return "The machine had no more memory to give." if said in ("", *_ONEDNN_MESSAGES) else said
+    allocation = _CPU_ALLOCATION.search(message)
+    if allocation:
+        requested = format_bytes(int(allocation[1]))
+        return f"It asked for {requested} more, and the machine had no more memory to give."
+    return "The machine had no more memory to give." if message in ("", *_ONEDNN_MESSAGES) else message

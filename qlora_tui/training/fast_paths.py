@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from qlora_tui.training import load, loss
-from qlora_tui.training.base import Base
-from qlora_tui.training.lean.replace import PARTS, Part, ReplacedForwards
+from qlora_tui.training import chunked_loss, model_loading
+from qlora_tui.training.base_model import PreparedBase
+from qlora_tui.training.fused.patching import PATCHED_PARTS, PatchedForwards, PatchedPart
 
-Path: TypeAlias = Literal["packed attention", "loss"] | Part
-DESCRIPTIONS: dict[Path, str] = {
+FastPath: TypeAlias = Literal["packed attention", "loss"] | PatchedPart
+DESCRIPTIONS: dict[FastPath, str] = {
     "packed attention": "attention over packed samples",
     "loss": "the chunked loss",
     "norms": "the fused RMSNorm",
@@ -25,32 +25,32 @@ DESCRIPTIONS: dict[Path, str] = {
 class FastPaths:
     """The paths that a model with its adapter uses, each of which can be switched."""
 
-    def __init__(self, model: Any, base: Base) -> None:
+    def __init__(self, model: Any, base: PreparedBase) -> None:
         """``model``: the base's model with its adapter."""
-        self._switches: dict[Path, tuple[Callable[[], object], Callable[[], object]]] = {}
+        self._switches: dict[FastPath, tuple[Callable[[], object], Callable[[], object]]] = {}
         """To ours, and to the library's."""
         bare = base.model
-        if base.kept_apart:
+        if base.packing_isolated:
             self._switches["packed attention"] = (
-                partial(load.attend_by, bare, bare.config._attn_implementation),
-                partial(load.attend_by, bare, base.library_attention),
+                partial(model_loading.set_attention, bare, bare.config._attn_implementation),
+                partial(model_loading.set_attention, bare, base.library_attention),
             )
         if not base.loss.startswith("stock"):
             self._switches["loss"] = (
                 partial(vars(bare).__setitem__, "forward", vars(bare)["forward"]),
-                partial(loss.use_library_loss, bare, by_mask=base.attends == "segments"),
+                partial(chunked_loss.use_library_loss, bare, by_mask=base.attention_path == "segments"),
             )
-        for part in PARTS:
-            replaced = ReplacedForwards(model, part)
+        for part in PATCHED_PARTS:
+            replaced = PatchedForwards(model, part)
             if len(replaced):
                 self._switches[part] = (replaced.use_ours, replaced.use_library)
 
     @property
-    def names(self) -> tuple[Path, ...]:
+    def names(self) -> tuple[FastPath, ...]:
         """All of them, in the order in which they are tried."""
         return tuple(self._switches)
 
-    def use(self, names: Collection[Path]) -> None:
+    def use(self, names: Collection[FastPath]) -> None:
         """Compute by these, and by the library otherwise."""
         for name, (ours, library) in self._switches.items():
             if name in names:

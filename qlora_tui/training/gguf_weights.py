@@ -18,7 +18,7 @@ from qlora_tui.catalog.gguf_header import GgufHeader
 
 BLOCK_BYTES = 16 * 2**20
 """Of float32: largest block of rows that is dequantized at once."""
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with what is done and what there is to do, in bytes of the safetensors file."""
 Shape = tuple[int, ...]
 
@@ -58,7 +58,7 @@ _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
-class Weight:
+class GgufTensor:
     """One tensor of the safetensors file."""
 
     name: str
@@ -94,7 +94,7 @@ def all_known(header: GgufHeader) -> bool:
     return all(name_of(tensor, header.architecture) for tensor in header.tensors)
 
 
-def weights_of(reader: Any, architecture: str, heads: int, kv_heads: int) -> list[Weight]:
+def weights_of(reader: Any, architecture: str, heads: int, kv_heads: int) -> list[GgufTensor]:
     """Every tensor of a ``gguf.GGUFReader``, in the file's order. ValueError for one without a name here."""
     weights = []
     for tensor in reader.tensors:
@@ -103,7 +103,7 @@ def weights_of(reader: Any, architecture: str, heads: int, kv_heads: int) -> lis
             raise ValueError(f"its tensor {tensor.name} is not known")
         # ggml counts dimensions from the one that moves fastest.
         shape = tuple(int(length) for length in reversed(tensor.shape))
-        weights.append(Weight(name, shape, tensor, _change(name, architecture, heads, kv_heads)))
+        weights.append(GgufTensor(name, shape, tensor, _change(name, architecture, heads, kv_heads)))
     return weights
 
 
@@ -111,13 +111,13 @@ def _change(name: str, architecture: str, heads: int, kv_heads: int) -> Callable
     if architecture in _NORMS_PLUS_ONE and name.endswith("norm.weight"):
         return lambda values: values - 1
     if architecture == "llama" and ".q_proj." in name:
-        return lambda values: _halves_apart(values, heads)
+        return lambda values: _unpermute_rope(values, heads)
     if architecture == "llama" and ".k_proj." in name:
-        return lambda values: _halves_apart(values, kv_heads)
+        return lambda values: _unpermute_rope(values, kv_heads)
     return None
 
 
-def _halves_apart(values: Any, heads: int) -> Any:
+def _unpermute_rope(values: Any, heads: int) -> Any:
     """Undo llama.cpp's order of the rows of q and k, (rows, columns).
 
     Its rotary embedding turns neighboring rows of a head together, (0, 1), (2, 3), …; that of transformers
@@ -128,7 +128,7 @@ def _halves_apart(values: Any, heads: int) -> Any:
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-def write_weights(weights: list[Weight], path: Path, progress: Progress) -> None:
+def write_weights(weights: list[GgufTensor], path: Path, progress: ProgressCallback) -> None:
     """Write ``weights`` to ``path`` in the safetensors format. Raises OSError.
 
     Format: an unsigned 64-bit length, a JSON header of that length, the tensors one after another
@@ -155,7 +155,7 @@ def write_weights(weights: list[Weight], path: Path, progress: Progress) -> None
                 progress(done, total)
 
 
-def _blocks(weight: Weight) -> Iterator[Any]:
+def _blocks(weight: GgufTensor) -> Iterator[Any]:
     """The tensor in float32, some rows at a time."""
     from gguf import dequantize
 

@@ -1,7 +1,7 @@
 """Watching a run for what goes wrong in training: each finding with its evidence and what to do.
 
-Pure: numbers in, findings out. :mod:`qlora_tui.training.edge` feeds what steps show,
-:mod:`qlora_tui.training.telemetry` what the card shows.
+Pure: numbers in, findings out. :mod:`qlora_tui.training.callbacks` feeds what steps show,
+:mod:`qlora_tui.training.telemetry_recorder` what the card shows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLATEAU = 0.002
 _FEW_STEPS = 10
 _IDLE_S = 60.0
 _IDLE_PERCENT = 5
-_HELD_BYTES = 1 << 30
+_USED_BYTES = 1 << 30
 _THROTTLED_S = 30.0
 _HOT = frozenset(("thermal", "power brake", "hardware slowdown"))
 """Throttle reasons that something can be done about. A power cap is how a card under load lives."""
@@ -52,15 +52,15 @@ def too_few_steps(total: int) -> Finding | None:
     )
 
 
-class CardWatch:
+class GpuMonitor:
     """Looks at each reading of the card while a run trains."""
 
     def __init__(self) -> None:
         self._idle_since: float | None = None
         self._hot_since: float | None = None
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
-    def reading(self, reading: GpuMetrics, now: float) -> list[Finding]:
+    def check(self, reading: GpuMetrics, now: float) -> list[Finding]:
         """What it shows; each kind is told once until it has passed.
 
         ``now``: seconds of a clock that nobody sets, for how long something lasts.
@@ -68,17 +68,18 @@ class CardWatch:
         return [*self._idle(reading, now), *self._throttled(reading, now)]
 
     def _idle(self, reading: GpuMetrics, now: float) -> list[Finding]:
-        busy, held = reading.utilization_percent, reading.memory_used_bytes or 0
-        if busy is None or busy > _IDLE_PERCENT or held < _HELD_BYTES:
+        busy, used_bytes = reading.utilization_percent, reading.memory_used_bytes or 0
+        if busy is None or busy > _IDLE_PERCENT or used_bytes < _USED_BYTES:
             self._idle_since = None
-            self._told.discard("gpu_idle")
+            self._reported.discard("gpu_idle")
             return []
         self._idle_since = now if self._idle_since is None else self._idle_since
         return self._once(
             now - self._idle_since >= _IDLE_S,
             Finding(
                 "gpu_idle",
-                f"The card has been idle for {_IDLE_S:.0f} s with {held / 2**30:.1f} GiB of its memory held.",
+                f"The card has been idle for {_IDLE_S:.0f} s with "
+                f"{used_bytes / 2**30:.1f} GiB of its memory held.",
                 "See whether the machine swaps, or another process holds the CPU.",
             ),
         )
@@ -87,7 +88,7 @@ class CardWatch:
         reasons = _HOT.intersection(reading.throttle or ())
         if not reasons:
             self._hot_since = None
-            self._told.discard("throttled")
+            self._reported.discard("throttled")
             return []
         self._hot_since = now if self._hot_since is None else self._hot_since
         degrees = "" if reading.temperature_c is None else f" at {reading.temperature_c} °C"
@@ -102,21 +103,21 @@ class CardWatch:
         )
 
     def _once(self, shown: bool, finding: Finding) -> list[Finding]:
-        if not shown or finding.kind in self._told:
+        if not shown or finding.kind in self._reported:
             return []
-        self._told.add(finding.kind)
+        self._reported.add(finding.kind)
         return [finding]
 
 
-class StepWatch:
+class StepMonitor:
     """Looks at each step's loss and gradient norm."""
 
     def __init__(self) -> None:
         self._norms: deque[float] = deque(maxlen=_HISTORY)
         self._losses: deque[float] = deque(maxlen=_PLATEAU_STEPS)
-        self._told: dict[str, int] = {}
+        self._reported: dict[str, int] = {}
 
-    def step(self, step: int, loss: float, grad_norm: float) -> list[Finding]:
+    def check(self, step: int, loss: float, grad_norm: float) -> list[Finding]:
         """What step ``step`` shows."""
         findings = []
         if loss == 0.0:
@@ -160,8 +161,8 @@ class StepWatch:
         ]
 
     def _is_new(self, kind: str, step: int) -> bool:
-        told = self._told.get(kind)
-        if told is not None and step - told < _QUIET_STEPS:
+        reported_step = self._reported.get(kind)
+        if reported_step is not None and step - reported_step < _QUIET_STEPS:
             return False
-        self._told[kind] = step
+        self._reported[kind] = step
         return True

@@ -3,7 +3,7 @@
 Its Triton kernel makes a loss and its gradient in one pass over logits that stay in 16 bits, where ours makes
 several over logits in fp32. It sums the losses of the positions it is given, so prompt tokens are passed over
 here as well. It makes the fewer rows at a time the larger the vocabulary, and reads the whole head twice for
-each: it is taken where they are no fewer than ours (``memory/codepath.py``). Other rows of the head, and
+each: it is taken where they are no fewer than ours (``memory/execution.py``). Other rows of the head, and
 tokens that count for more or less, stay ours; so does float16, whose gradients Liger would keep in 16 bits,
 where they vanish before the loss scale is applied.
 """
@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qlora_tui.training.loss import Head, SummedLoss, chunked_sum, losses_and_slopes
+from qlora_tui.training.chunked_loss import LossSumFn, OutputHead, chunked_sum, losses_and_grads
 
 _TOKENS = 256
 """Enough that Liger cuts them into several chunks, of several rows each in most models."""
@@ -36,7 +36,7 @@ _CHUNK_ROWS = 8192
 """Tokens, and rows of the head, that are in fp32 at a time."""
 
 
-def proven_liger(head: Head, device: torch.device) -> SummedLoss | str:
+def verified_liger_loss(head: OutputHead, device: torch.device) -> LossSumFn | str:
     """Liger's loss for this head; why not, where it does not run here or differs from ours.
 
     Triton compiles it on the spot, with the C compiler it finds, so anything may be raised.
@@ -49,17 +49,19 @@ def proven_liger(head: Head, device: torch.device) -> SummedLoss | str:
         def summed(states: Tensor, targets: Tensor) -> Tensor:
             weight, bias = head.projection.weight, head.projection.bias
             scaled = states if head.multiplier == 1.0 else states * head.multiplier
-            made: Tensor = fused(weight, scaled.to(weight.dtype), targets, bias)
-            return made
+            loss_sum: Tensor = fused(weight, scaled.to(weight.dtype), targets, bias)
+            return loss_sum
 
         differs = _difference(summed, head, device)
     except Exception as error:
-        said = str(error).strip()
-        return f"Liger does not run here ({type(error).__name__}: {said.splitlines()[0] if said else '?'})"
+        message = str(error).strip()
+        return (
+            f"Liger does not run here ({type(error).__name__}: {message.splitlines()[0] if message else '?'})"
+        )
     return summed if differs is None else f"Liger's {differs} is not the model's own"
 
 
-def _difference(summed: SummedLoss, head: Head, device: torch.device) -> str | None:
+def _difference(summed: LossSumFn, head: OutputHead, device: torch.device) -> str | None:
     """What differs from fp32 by more than our loss does, on states whose logits are as far apart as a trained
     model's."""
     weight = head.projection.weight
@@ -70,9 +72,9 @@ def _difference(summed: SummedLoss, head: Head, device: torch.device) -> str | N
     states *= (head.softcap or _SPREAD) / spread.to(states.dtype)
     bits = 8 * weight.element_size()
     totals, gradients = [], []
-    for way in (summed, partial(chunked_sum, head=head)):
+    for loss_fn in (summed, partial(chunked_sum, head=head)):
         given = states.clone().requires_grad_(True)
-        total = way(given, targets)
+        total = loss_fn(given, targets)
         (gradient,) = torch.autograd.grad(total * _COUNTS, given)
         totals.append(total.detach().float())
         gradients.append(gradient.float() / _COUNTS)
@@ -87,7 +89,7 @@ def _difference(summed: SummedLoss, head: Head, device: torch.device) -> str | N
 
 
 @torch.no_grad()
-def _exact(states: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(states: Tensor, targets: Tensor, head: OutputHead) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss in fp32, its gradient at states (tokens, hidden), and the size that rounding has in it.
 
     A gradient is a sum over the vocabulary, and rounding of the size of the root of its terms' squares.
@@ -100,13 +102,13 @@ def _exact(states: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor,
         logits = torch.cat([chunk.float() @ part.float().t() for part in parts], dim=1)
         if head.projection.bias is not None:
             logits += head.projection.bias.float()
-        lost, slopes = losses_and_slopes(logits, target[:, None], head, needs_grad=True)
-        assert slopes is not None
+        chunk_losses, logit_grads = losses_and_grads(logits, target[:, None], head, needs_grad=True)
+        assert logit_grads is not None
         gradient, squares = torch.zeros_like(chunk, dtype=torch.float32), torch.zeros_like(chunk).float()
-        for slope, part in zip(torch.split(slopes, _CHUNK_ROWS, dim=1), parts, strict=True):
-            gradient += slope @ part.float()
-            squares += slope.square() @ part.float().square()
-        losses.append(lost.sum())
+        for logit_grad, part in zip(torch.split(logit_grads, _CHUNK_ROWS, dim=1), parts, strict=True):
+            gradient += logit_grad @ part.float()
+            squares += logit_grad.square() @ part.float().square()
+        losses.append(chunk_losses.sum())
         gradients.append(gradient)
         scales.append(squares.sqrt())
     return torch.stack(losses).sum(), torch.cat(gradients), torch.cat(scales)

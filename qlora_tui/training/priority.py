@@ -10,7 +10,7 @@ _NICENESS = 10
 _SESSION = Path("/proc/self/autogroup")
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Leave a core at once to whoever wants it; alone on the machine, a trainer loses nothing by it.
 
     Linux shares the processor out among sessions before it looks at the niceness within one (sched(7),

@@ -38,25 +38,25 @@ class Reporter:
         """Whether ``status.json`` names this process."""
         self._progress_at = 0.0
         self._stopping = threading.Event()
-        self._heart = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
+        self._heartbeat_thread = threading.Thread(target=self._heartbeat_loop, name="heartbeat", daemon=True)
 
     def start(self) -> None:
         """Write the run's status, and a heartbeat from here on."""
-        self.beat()
+        self.write_heartbeat()
         if not self._mute:
-            self._heart.start()
+            self._heartbeat_thread.start()
 
     def stop(self) -> None:
         """No status is written after this; what events still wait get a last try."""
         self._stopping.set()
-        if self._heart.is_alive():
-            self._heart.join()
+        if self._heartbeat_thread.is_alive():
+            self._heartbeat_thread.join()
         with self._lock:
             self._flush()
             if self._writer is not None:
                 self._writer.close()
 
-    def tell(self, event: AnyEvent) -> None:
+    def emit(self, event: AnyEvent) -> None:
         """Write an event; terminal ones are on the disk when this returns."""
         if self._mute:
             return
@@ -67,7 +67,7 @@ class Reporter:
     def phase(self, phase: Phase, detail: str = "") -> None:
         """Say what is done from here on."""
         self.log(f"{phase}{': ' if detail else ''}{detail}")
-        self.tell(PhaseChanged(at=time.time(), phase=phase, detail=detail))
+        self.emit(PhaseChanged(at=time.time(), phase=phase, detail=detail))
         self.update(phase=phase)
 
     def progress(self, phase: Phase, done: int, total: int) -> None:
@@ -75,12 +75,12 @@ class Reporter:
         now = time.monotonic()
         if now - self._progress_at >= _PROGRESS_S or done == total:
             self._progress_at = now
-            self.tell(Progress(at=time.time(), phase=phase, done=done, total=total))
+            self.emit(Progress(at=time.time(), phase=phase, done=done, total=total))
 
     def health(self, kind: str, evidence: str, remedy: str, *, step: int = 0, error: bool = False) -> None:
         """Say that something is wrong or odd, with what can be done."""
         self.log(f"{kind}: {evidence} {remedy}")
-        self.tell(
+        self.emit(
             Health(
                 at=time.time(),
                 kind=kind,
@@ -91,14 +91,14 @@ class Reporter:
             )
         )
 
-    def goes_on_from(self, step: int) -> None:
+    def resume_from(self, step: int) -> None:
         """This attempt begins where a checkpoint was; 0 for the start."""
         with self._lock:
             status = self._status
             # Of an earlier step the loss is in the events.
             loss = status.loss if step == status.step else None
             self._status = msgspec.structs.replace(status, step=step, loss=loss)
-        self.beat()
+        self.write_heartbeat()
 
     def update(
         self,
@@ -136,7 +136,7 @@ class Reporter:
                 return
             self._unwritten.pop(0)
 
-    def beat(self) -> None:
+    def write_heartbeat(self) -> None:
         """Write how far the run has come, and first of all that this process has it.
 
         What a full disk does not take is written with the next beat.
@@ -151,6 +151,6 @@ class Reporter:
                 self._is_in_status = True
             write_heartbeat(self._run, status)
 
-    def _keep_beating(self) -> None:
+    def _heartbeat_loop(self) -> None:
         while not self._stopping.wait(HEARTBEAT_S):
-            self.beat()
+            self.write_heartbeat()

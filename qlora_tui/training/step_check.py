@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from qlora_tui.training.batches import Row, Samples, collate, on_device, predictions_in
-from qlora_tui.training.device import Device
-from qlora_tui.training.loss import IGNORED
+from qlora_tui.training.batches import Row, TokenizedDataset, collate, on_device, sum_loss_weights
+from qlora_tui.training.chunked_loss import IGNORED
+from qlora_tui.training.compute_device import ComputeDevice
 
 Gradients: TypeAlias = dict[str, Tensor]
 """Of each trained parameter, by its name in the model."""
@@ -44,7 +44,7 @@ _FP16_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Tokens of some samples of the first micro-batch; a :class:`~qlora_tui.training.batches.Samples`."""
+    """Some samples of the first micro-batch: a :class:`~qlora_tui.training.batches.TokenizedDataset`."""
 
     ids: tuple[tuple[int, ...], ...]
     labels: tuple[tuple[int, ...], ...]
@@ -80,7 +80,7 @@ class Excerpt:
         return sum(map(len, self.ids))
 
 
-def excerpt_of(rows: Sequence[Row], samples: Samples, *, tokens: int) -> Excerpt:
+def excerpt_of(rows: Sequence[Row], samples: TokenizedDataset, *, tokens: int) -> Excerpt:
     """At most ``tokens`` tokens of the first two samples in ``rows``, each up to its last trained token.
 
     Two samples, so that a row that packs them tells whether one sees the other.
@@ -100,7 +100,7 @@ def excerpt_of(rows: Sequence[Row], samples: Samples, *, tokens: int) -> Excerpt
 
 
 @dataclass(frozen=True)
-class Comparison:
+class StepComparison:
     """How far our step is from the library's, beside the library's own rounding noise."""
 
     loss: float
@@ -127,10 +127,10 @@ class Comparison:
 class StepReference:
     """The library's step on an excerpt, and its noise: what any other way to compute it is compared with."""
 
-    def __init__(self, model: nn.Module, excerpt: Excerpt, device: Device) -> None:
+    def __init__(self, model: nn.Module, excerpt: Excerpt, device: ComputeDevice) -> None:
         """Compute it. ``model`` must compute by transformers and peft alone; its gradients are cleared."""
         self._model, self._excerpt, self._device = model, excerpt, device
-        self._items = predictions_in([(i,) for i in range(len(excerpt))], excerpt) or 1.0
+        self._items = sum_loss_weights([(i,) for i in range(len(excerpt))], excerpt) or 1.0
         self._losses, self._gradients = self._library_step()
         norms = torch.stack([gradient.norm() for gradient in self._gradients.values()])
         least = torch.finfo(device.dtype).eps * float(norms.square().mean().sqrt())
@@ -162,14 +162,14 @@ class StepReference:
         """Whether it is a number: if not, nothing can be compared with it."""
         return math.isfinite(self.loss + self.loss_noise + sum(self._noise.values()))
 
-    def compare(self, *, packed: bool, pad_id: int) -> Comparison:
+    def compare(self, *, packed: bool, pad_id: int) -> StepComparison:
         """Run one step as the trainer does, on the model as it is now.
 
         ``packed``: the samples share a row.
         """
         rows = [(0, 1)] if packed and len(self._excerpt) == 2 else [(i,) for i in range(len(self._excerpt))]
         batch = collate(
-            rows, self._excerpt, kept_apart=packed, pad_id=pad_id, multiple=self._device.row_multiple
+            rows, self._excerpt, packing_isolated=packed, pad_id=pad_id, multiple=self._device.row_multiple
         )
         with _autocast(self._device):
             sent = on_device(batch, self._device.torch_device)
@@ -181,7 +181,7 @@ class StepReference:
         # Written so that NaN is the worst.
         worst = max(differences, key=lambda name: _or_infinite(differences[name] / self._noise_of(name)))
         size = self._size(worst)
-        return Comparison(
+        return StepComparison(
             loss=float(loss.detach()),
             reference_loss=self.loss,
             loss_noise=self.loss_noise,
@@ -190,9 +190,9 @@ class StepReference:
             tensor=worst,
         )
 
-    def failure(self, reason: str) -> Comparison:
+    def failure(self, reason: str) -> StepComparison:
         """The comparison with a step that could not be computed."""
-        return Comparison(math.nan, self.loss, self.loss_noise, math.nan, math.nan, "", reason)
+        return StepComparison(math.nan, self.loss, self.loss_noise, math.nan, math.nan, "", reason)
 
     def _size(self, name: str) -> float:
         return max(float(self._gradients[name].norm()), self._least)
@@ -245,7 +245,7 @@ class StepReference:
 
 
 @contextmanager
-def ready_to_compare(model: nn.Module, device: Device) -> Iterator[None]:
+def ready_to_compare(model: nn.Module, device: ComputeDevice) -> Iterator[None]:
     """Let the adapter change the model, and nothing be dropped out; all is put back afterwards.
 
     A new adapter's B is 0, and with it the gradient of A: two wrong gradients would agree.
@@ -331,7 +331,7 @@ def _or_infinite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _autocast(device: Device) -> AbstractContextManager[Any]:
+def _autocast(device: ComputeDevice) -> AbstractContextManager[Any]:
     """As the trainer computes: float16 goes with automatic mixed precision, on a GPU."""
     uses_it = device.kind == "cuda" and device.dtype == torch.float16
     return torch.autocast("cuda", torch.float16) if uses_it else nullcontext()

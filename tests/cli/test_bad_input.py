@@ -11,7 +11,7 @@ from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import paths
 from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.runs.directory import all_runs
-from qlora_tui.training.conversion import folder_of
+from qlora_tui.training.gguf_conversion import folder_of
 from tests.cli.conftest import Call
 from tests.tui.reading import readable_model
 

@@ -18,7 +18,7 @@ from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, Step, StepVerified
 from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import Status, write_status
-from qlora_tui.training.conversion import folder_of
+from qlora_tui.training.gguf_conversion import folder_of
 from tests.cli.conftest import CONFIGS, Call
 
 

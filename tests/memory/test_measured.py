@@ -108,9 +108,9 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from qlora_tui.engine.trace import Storages
-    from qlora_tui.training import load
+    from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.loss import Head, find_head, use_chunked_loss, use_segments
+    from qlora_tui.training.chunked_loss import OutputHead, find_head, use_chunked_loss, use_segments
 
     torch.manual_seed(0)
     factory: Any = AutoModelForCausalLM
@@ -119,13 +119,13 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float) -> int:
     architecture = parse_architecture(values)
     if recipe.quantization.method != "none":
         _quantize(model, recipe.quantization.method)
-    load.freeze(model)
-    assert load.attend_by_segments(model)
+    model_loading.freeze(model)
+    assert model_loading.use_segment_attention(model)
     if recipe.training.gradient_checkpointing:
-        load.checkpoint_activations(model, keep_rng=bool(dropout))
+        model_loading.checkpoint_activations(model, keep_rng=bool(dropout))
     model.enable_input_require_grads()
     head = find_head(model)
-    assert isinstance(head, Head)
+    assert isinstance(head, OutputHead)
     use_chunked_loss(model, head)
     use_segments(model, by_mask=True)
     model = add_lora(model, recipe.lora, architecture).train()

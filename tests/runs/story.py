@@ -13,7 +13,7 @@ from qlora_tui.runs.endings import settle
 from qlora_tui.runs.events import CheckpointSaved, Finished, Paused, Started, Step
 from qlora_tui.runs.process import mark
 from qlora_tui.training import checkpoints
-from qlora_tui.training.processes import Processes
+from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.reporter import Reporter
 from tests.runs.test_damage import put_adapter
 
@@ -30,7 +30,7 @@ def begin(run: RunDir) -> Reporter:
     queue.take(run, mark())
     reporter = Reporter(run)
     reporter.start()
-    reporter.tell(Started(at=time.time(), attempt=1, pid=1))
+    reporter.emit(Started(at=time.time(), attempt=1, pid=1))
     return reporter
 
 
@@ -38,10 +38,10 @@ def train(run: RunDir, reporter: Reporter, *steps: int) -> None:
     """Take steps, with a heartbeat and a checkpoint at each; two checkpoints stay."""
     for step in steps:
         reporter.update(step=step, loss=1.0)
-        reporter.tell(told_step(step))
-        reporter.beat()
-        checkpoints.write(run, state(run, step), lambda folder: _put_parts(folder), Processes())
-        reporter.tell(CheckpointSaved(at=time.time(), step=step, folder=f"checkpoints/step-{step}"))
+        reporter.emit(told_step(step))
+        reporter.write_heartbeat()
+        checkpoints.write(run, state(run, step), lambda folder: _put_parts(folder), DistributedContext())
+        reporter.emit(CheckpointSaved(at=time.time(), step=step, folder=f"checkpoints/step-{step}"))
         checkpoints.prune(run, 2, None)
 
 
@@ -57,10 +57,12 @@ def pause(run: RunDir, reporter: Reporter, step: int) -> None:
     _end(run, reporter, Paused(at=time.time(), step=step))
 
 
-def state(run: RunDir, step: int) -> checkpoints.State:
+def state(run: RunDir, step: int) -> checkpoints.CheckpointState:
     """What a checkpoint says of its run."""
     recipe = run.recipe_path.read_text()
-    return checkpoints.State(step=step, tokens=step, data_hash="0", kept_apart=True, recipe=recipe)
+    return checkpoints.CheckpointState(
+        step=step, tokens=step, data_hash="0", packing_isolated=True, recipe=recipe
+    )
 
 
 def _put_parts(folder: Path) -> None:
@@ -82,6 +84,6 @@ def told_step(step: int) -> Step:
 
 
 def _end(run: RunDir, reporter: Reporter, ending: Finished | Paused) -> None:
-    reporter.tell(ending)
+    reporter.emit(ending)
     reporter.stop()
     settle(run, ending)

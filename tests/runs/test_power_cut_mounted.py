@@ -82,7 +82,7 @@ def test_no_run_is_lost_on_a_real_file_system(
         cut()
         for step in (1, 2, 3):
             story.train(run, reporter, step)
-            reporter.beat()
+            reporter.write_heartbeat()
             cut()
         story.finish(run, reporter, 3)
         cut()

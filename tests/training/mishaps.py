@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from qlora_tui.training import attention, checks, loss
-from qlora_tui.training.lean import norm
-from qlora_tui.training.loop import RunTrainer
+from qlora_tui.training import chunked_loss, equivalence_checks, packed_attention
+from qlora_tui.training.fused import rms_norm
 from qlora_tui.training.step_check import StepReference
+from qlora_tui.training.trainer import RunTrainer
 
 _CLONE_NEWNS = 0x00020000
 _MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
@@ -46,22 +46,22 @@ def small_disk(folder: str, bytes_: int) -> None:
 
 def norm_without_offset() -> None:
     """Gemma's fused RMSNorm multiplies by w where it should by 1 + w."""
-    stock = norm._normed
+    stock = rms_norm._rms_norm
 
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, form: Any) -> torch.Tensor:
-        out, spread = stock(x, weight - 1, eps, form)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, variant: Any) -> torch.Tensor:
+        out, spread = stock(x, weight - 1, eps, variant)
         ctx.save_for_backward(x, spread)
-        ctx.weight, ctx.form = weight, form
+        ctx.weight, ctx.variant = weight, variant
         return out
 
-    norm._LeanNorm.forward = staticmethod(forward)  # type: ignore[method-assign]
+    rms_norm._FusedRmsNorm.forward = staticmethod(forward)  # type: ignore[method-assign]
 
 
 def samples_see_each_other() -> None:
     """Packed attention takes a row for one sample, and no check of parts sees it."""
-    whole = attention.segment_mask
-    checks.samples_are_kept_apart = lambda *args: True
-    vars(loss)["segment_mask"] = lambda lengths: whole([sum(lengths)])
+    whole = packed_attention.segment_mask
+    equivalence_checks.packing_is_isolated = lambda *args: True
+    vars(chunked_loss)["segment_mask"] = lambda lengths: whole([sum(lengths)])
 
 
 def no_reference_step() -> None:

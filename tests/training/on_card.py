@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.training import checks, load, loss
+from qlora_tui.training import chunked_loss, equivalence_checks, model_loading
 from qlora_tui.training.batches import on_device
-from qlora_tui.training.lean import linear
+from qlora_tui.training.fused import lora_linear
 from tests.training.families import FAMILIES, build, with_adapter
 from tests.training.played_card import CARD, card, put_on_card, set_up, values
 
@@ -32,11 +32,11 @@ def prepared(model_type: str, *, four_bit: bool = False) -> Any:
 
 def use_fast_paths(model: Any) -> None:
     """Let it attend by segments and take its loss in chunks."""
-    head = loss.find_head(model)
+    head = chunked_loss.find_head(model)
     assert not isinstance(head, str)
-    assert load.attend_by_segments(model)
-    loss.use_chunked_loss(model, head)
-    loss.use_segments(model, by_mask=True)
+    assert model_loading.use_segment_attention(model)
+    chunked_loss.use_chunked_loss(model, head)
+    chunked_loss.use_segments(model, by_mask=True)
 
 
 def quantize(model: Any) -> None:
@@ -57,7 +57,7 @@ def quantize(model: Any) -> None:
                 if module.bias is not None:
                     made.bias = module.bias
                 setattr(parent, name, made)
-    load.freeze(model)
+    model_loading.freeze(model)
 
 
 def packed(weighted: bool = False) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def packed(weighted: bool = False) -> dict[str, Any]:
     ids = torch.randint(3, 300, (1, tokens), generator=torch.Generator().manual_seed(2))
     ids[0, 5], ids[0, 20] = IDS[0], IDS[1]
     labels = ids.clone()
-    labels[0, [*range(4), *range(11, 15), *range(28, 33)]] = loss.IGNORED
+    labels[0, [*range(4), *range(11, 15), *range(28, 33)]] = chunked_loss.IGNORED
     batch = {
         "input_ids": ids,
         "labels": labels,
@@ -83,13 +83,17 @@ def padded() -> dict[str, Any]:
     ids = torch.randint(3, 300, (2, 15), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, loss.IGNORED)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.masked_fill(mask == 0, chunked_loss.IGNORED),
+    }
 
 
 def unlearnt() -> dict[str, Any]:
     """Nothing but prompts."""
     batch = packed()
-    return batch | {"labels": torch.full_like(batch["labels"], loss.IGNORED)}
+    return batch | {"labels": torch.full_like(batch["labels"], chunked_loss.IGNORED)}
 
 
 def step(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
@@ -115,7 +119,7 @@ def beside(
     def ready(model: Any) -> Any:
         model = with_adapter(model, IDS if rows else (), **adapter).train()
         if checkpointing:
-            load.checkpoint_activations(model.get_base_model(), keep_rng=False)
+            model_loading.checkpoint_activations(model.get_base_model(), keep_rng=False)
         return model
 
     model = ready(prepared(family, four_bit=four_bit))
@@ -145,27 +149,27 @@ def beside(
 
 def dropped() -> dict[str, Any]:
     """With dropout as a card draws it, on the CPU too."""
-    kept = linear._kept
-    linear._kept = lambda values, p: torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - p)
+    kept = lora_linear._dropout_mask
+    lora_linear._dropout_mask = lambda values, p: torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - p)
     try:
         return beside("llama", packed(), dropout=0.1)
     finally:
-        linear._kept = kept
+        lora_linear._dropout_mask = kept
 
 
 def checked(family: str) -> dict[str, Any]:
     """What is proved of a model before training: a mix-up there would only cost packing, or the loss."""
     model = build(family)
-    head = loss.find_head(model)
+    head = chunked_loss.find_head(model)
     assert not isinstance(head, str)
     put_on_card(model)
     device = torch.device(CARD)
     with card() as played:
         # Of the model's own loss, before ours is in its place.
-        is_exact = checks.loss_is_exact(model, head, device)
+        is_exact = equivalence_checks.head_matches_model(model, head, device)
         use_fast_paths(model)
-        kept_apart = checks.samples_are_kept_apart(model, device)
-    return {"loss_is_exact": is_exact, "kept_apart": kept_apart, "refused": played.refused}
+        packing_isolated = equivalence_checks.packing_is_isolated(model, device)
+    return {"loss_is_exact": is_exact, "kept_apart": packing_isolated, "refused": played.refused}
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {

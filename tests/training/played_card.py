@@ -150,17 +150,17 @@ def _run(func: Any, args: Any, kwargs: Any, told: Told) -> Any:
     name = func._schema.name
     device = kwargs.get("device")
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    on_card = any(isinstance(tensor, OnCard) for tensor in given)
-    if on_card and _mixes(func, name, args, given, _written(func, args, kwargs)):
+    on_gpu = any(isinstance(tensor, OnCard) for tensor in given)
+    if on_gpu and _mixes(func, name, args, given, _written(func, args, kwargs)):
         told.refused.append(f"{name} {_asked_by()}")
-    if _waits(name, args, kwargs, on_card=on_card):
+    if _waits(name, args, kwargs, on_gpu=on_gpu):
         told.waits.append(f"{name} {_asked_by()}")
     plain = dict(kwargs, device="cpu") if _is_card(device) else kwargs
     made = func(*tree_map(values_of, args), **tree_map(values_of, plain))
     written = _written(func, args, kwargs)
     if written is not None:
         return written if len(func._schema.returns) == 1 else None
-    stays = on_card if device is None else _is_card(device)
+    stays = on_gpu if device is None else _is_card(device)
     return tree_map(lambda x: OnCard(x) if stays and isinstance(x, Tensor) else x, made)
 
 
@@ -186,18 +186,18 @@ def _mixes(func: Any, name: str, args: Any, given: list[Tensor], written: Tensor
     return any(not isinstance(tensor, OnCard) and not (numbers and tensor.dim() == 0) for tensor in given)
 
 
-def _waits(name: str, args: Any, kwargs: Any, *, on_card: bool) -> bool:
+def _waits(name: str, args: Any, kwargs: Any, *, on_gpu: bool) -> bool:
     """Whether the CPU stands still: for a value, or for a copy that was not told to go on its own."""
     if name == "aten::copy_":
         there, here = (isinstance(tensor, OnCard) for tensor in args[:2])
         return there != here and not (there and _on_its_own(args[2:], kwargs))
     if name == "aten::_to_copy" and kwargs.get("device") is not None:
         comes = _is_card(kwargs["device"])
-        return comes != on_card and not (comes and _on_its_own((), kwargs))
+        return comes != on_gpu and not (comes and _on_its_own((), kwargs))
     counts_out = "index" in name and any(
         isinstance(index, Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1:2])
     )
-    return on_card and (name in _WAITS or counts_out)
+    return on_gpu and (name in _WAITS or counts_out)
 
 
 def _on_its_own(args: Any, kwargs: Any) -> bool:

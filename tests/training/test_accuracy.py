@@ -16,7 +16,7 @@ from qlora_tui.runs.directory import create
 from qlora_tui.runs.events import Evaluated, Sampled
 from qlora_tui.runs.view import RunView
 from qlora_tui.training.accuracy import exact_answers
-from qlora_tui.training.loss import IGNORED
+from qlora_tui.training.chunked_loss import IGNORED
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.told import told
 

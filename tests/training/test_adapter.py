@@ -55,7 +55,7 @@ def test_shared_experts_are_adapted_and_routed_ones_are_not(targets: tuple[str, 
     import torch
 
     from qlora_tui.training.adapter import add_lora, trained_parameters
-    from qlora_tui.training.loop import load_adapter, save_adapter
+    from qlora_tui.training.trainer import load_adapter, save_adapter
 
     config = config_of("deepseek-ai/DeepSeek-V2-Lite") | TINY
     architecture, lora = parse_architecture(config), Lora(rank=4, target_modules=targets)

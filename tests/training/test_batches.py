@@ -14,17 +14,17 @@ pytest.importorskip("torch")
 
 from qlora_tui.recipe.schema import Data, Recipe, Training
 from qlora_tui.training.batches import (
-    Schedule,
+    StepPlan,
     collate,
     computed_tokens,
-    lay_out,
+    count_tokens,
     micro_batches,
     pack,
-    predictions_in,
-    tokens_in,
+    plan_steps,
+    sum_loss_weights,
     validation_batches,
 )
-from qlora_tui.training.loop import Steps
+from qlora_tui.training.trainer import StepDataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -72,7 +72,7 @@ def recipe(**training: object) -> Recipe:
     )
 
 
-def samples_of(schedule: Schedule) -> list[int]:
+def samples_of(schedule: StepPlan) -> list[int]:
     return [i for step in schedule.steps for row in step.rows for i in row]
 
 
@@ -90,44 +90,44 @@ def test_packing_wastes_little() -> None:
     assert sum(lengths) / (len(rows) * 1024) > 0.98
 
 
-@pytest.mark.parametrize("kept_apart", [True, False])
-def test_an_epoch_is_every_sample_once(kept_apart: bool) -> None:
-    schedule = lay_out(Fake(LENGTHS), recipe(), kept_apart=kept_apart)
+@pytest.mark.parametrize("packing_isolated", [True, False])
+def test_an_epoch_is_every_sample_once(packing_isolated: bool) -> None:
+    schedule = plan_steps(Fake(LENGTHS), recipe(), packing_isolated=packing_isolated)
     assert Counter(samples_of(schedule)) == Counter(dict.fromkeys(range(50), 2))
     assert schedule.steps[-1].epoch == 2.0
     assert [step.ends_epoch for step in schedule.steps].count(True) == 2
 
 
 def test_a_fraction_of_an_epoch_is_that_fraction_of_its_rows() -> None:
-    whole = lay_out(Fake(LENGTHS), recipe(epochs=1.0), kept_apart=True)
-    half = lay_out(Fake(LENGTHS), recipe(epochs=1.5), kept_apart=True)
+    whole = plan_steps(Fake(LENGTHS), recipe(epochs=1.0), packing_isolated=True)
+    half = plan_steps(Fake(LENGTHS), recipe(epochs=1.5), packing_isolated=True)
     rows = sum(len(step.rows) for step in half.steps)
     assert rows == whole.rows_per_epoch + round(whole.rows_per_epoch / 2)
     assert half.steps[-1].epoch == 1.5
 
 
 def test_most_steps_cut_the_schedule_short() -> None:
-    schedule = lay_out(Fake(LENGTHS), recipe(max_steps=4), kept_apart=True)
+    schedule = plan_steps(Fake(LENGTHS), recipe(max_steps=4), packing_isolated=True)
     assert len(schedule.steps) == 4
 
 
 def test_epochs_come_in_different_orders_and_always_the_same_ones() -> None:
-    once, again = (samples_of(lay_out(Fake(LENGTHS), recipe(), kept_apart=True)) for _ in range(2))
+    once, again = (samples_of(plan_steps(Fake(LENGTHS), recipe(), packing_isolated=True)) for _ in range(2))
     assert once == again
     assert once[:50] != once[50:]
 
 
 def test_rows_that_must_be_padded_lie_beside_their_like() -> None:
     lengths = lengths_of(400, 2, 600)
-    schedule = lay_out(Fake(lengths), recipe(epochs=1.0, micro_batch=4), kept_apart=False)
+    schedule = plan_steps(Fake(lengths), recipe(epochs=1.0, micro_batch=4), packing_isolated=False)
     batches = [b for step in schedule.steps for b in micro_batches(step.rows, 4)]
-    computed = sum(computed_tokens(batch, Fake(lengths), kept_apart=False) for batch in batches)
+    computed = sum(computed_tokens(batch, Fake(lengths), packing_isolated=False) for batch in batches)
     assert sum(lengths) / computed > 0.9
 
 
 def test_a_packed_micro_batch_has_no_padding_and_no_label_across_samples() -> None:
     fake = Fake([4, 6, 3])
-    batch = collate([(0, 2), (1,)], fake, kept_apart=True, pad_id=0)
+    batch = collate([(0, 2), (1,)], fake, packing_isolated=True, pad_id=0)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 2000, 2001, 2002, *range(1000, 1006)]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 5]]
     assert batch["labels"].tolist() == [
@@ -137,7 +137,7 @@ def test_a_packed_micro_batch_has_no_padding_and_no_label_across_samples() -> No
 
 
 def test_a_packed_micro_batch_is_filled_up_behind_its_last_sample() -> None:
-    batch = collate([(0, 2), (1,)], Fake([4, 6, 3]), kept_apart=True, pad_id=9, multiple=8)
+    batch = collate([(0, 2), (1,)], Fake([4, 6, 3]), packing_isolated=True, pad_id=9, multiple=8)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 2000, 2001, 2002, *range(1000, 1006), 9, 9, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, *range(9)]]
     assert batch["labels"].tolist()[0][-4:] == [1005, -100, -100, -100]
@@ -145,14 +145,14 @@ def test_a_packed_micro_batch_is_filled_up_behind_its_last_sample() -> None:
 
 
 def test_a_padded_micro_batch_learns_nothing_from_padding() -> None:
-    batch = collate([(0,), (1,)], Fake([2, 4]), kept_apart=False, pad_id=7)
+    batch = collate([(0,), (1,)], Fake([2, 4]), packing_isolated=False, pad_id=7)
     assert batch["input_ids"].tolist() == [[0, 1, 7, 7], [1000, 1001, 1002, 1003]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 1, -100, -100], [-100, -100, 1002, 1003]]
 
 
 def test_validation_sees_every_sample_once() -> None:
-    batches = validation_batches(Fake(LENGTHS), 2, 64, kept_apart=True)
+    batches = validation_batches(Fake(LENGTHS), 2, 64, packing_isolated=True)
     assert sorted(i for batch in batches for row in batch for i in row) == list(range(50))
 
 
@@ -160,14 +160,14 @@ def test_validation_sees_every_sample_once() -> None:
 @pytest.mark.parametrize("micro_batch", [1, 2, 6])
 def test_a_step_is_the_same_however_it_is_split(processes: int, micro_batch: int) -> None:
     fake = Fake(LENGTHS)
-    schedule = lay_out(fake, recipe(micro_batch=2), kept_apart=True)
+    schedule = plan_steps(fake, recipe(micro_batch=2), packing_isolated=True)
     for n, step in enumerate(schedule.steps):
         shares = [
-            Steps(
+            StepDataset(
                 schedule,
                 fake,
                 micro_batch=micro_batch,
-                kept_apart=True,
+                packing_isolated=True,
                 pad_id=0,
                 rank=rank,
                 processes=processes,
@@ -182,5 +182,5 @@ def test_a_step_is_the_same_however_it_is_split(processes: int, micro_batch: int
             if label != -100
         ]
         assert len({len(share["micro_batches"]) for share in shares}) == 1
-        assert len(learnt) == predictions_in(step.rows, fake) == shares[0]["predictions"]
-        assert shares[0]["tokens"] == tokens_in(step.rows, fake)
+        assert len(learnt) == sum_loss_weights(step.rows, fake) == shares[0]["predictions"]
+        assert shares[0]["tokens"] == count_tokens(step.rows, fake)

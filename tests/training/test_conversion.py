@@ -17,11 +17,11 @@ import pytest
 from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import subprocesses
 from qlora_tui.errors import UserError
-from qlora_tui.training.conversion import (
+from qlora_tui.training.gguf_conversion import (
     ConversionStopped,
+    cached_conversion,
+    convert_cached,
     convert_in_child,
-    converted,
-    kept_conversion,
 )
 from tests.waiting import wait_for
 
@@ -60,10 +60,10 @@ def test_progress_reaches_the_size_of_the_weights(file: Path, tmp_path: Path) ->
 
 
 def test_a_file_is_converted_once(file: Path) -> None:
-    assert kept_conversion(file) is None
-    folder = converted(file)
+    assert cached_conversion(file) is None
+    folder = convert_cached(file)
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert kept_conversion(file) == converted(file) == folder
+    assert cached_conversion(file) == convert_cached(file) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
@@ -88,7 +88,7 @@ def test_the_child_of_a_killed_process_ends(file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     code = (
         "import sys; from pathlib import Path\n"
-        "from qlora_tui.training.conversion import convert_in_child\n"
+        "from qlora_tui.training.gguf_conversion import convert_in_child\n"
         "convert_in_child(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     with another_process_converts(folder):

@@ -13,7 +13,7 @@ from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import Failed, Finished, Paused, PhaseChanged, Progress, Stopped
 from qlora_tui.runs.status import read_status
-from qlora_tui.training.conversion import folder_of, kept_conversion
+from qlora_tui.training.gguf_conversion import cached_conversion, folder_of
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.told import events
 from tests.waiting import wait_for
@@ -58,7 +58,7 @@ def test_a_request_is_honored_while_the_file_is_converted(
         control.ask(run, request_)
         assert trainer.wait() == 0
     assert isinstance(events(run)[-1], ending)
-    assert kept_conversion(file) is None
+    assert cached_conversion(file) is None
 
 
 def test_a_file_that_cannot_be_converted_ends_the_run_with_the_reason(
@@ -72,4 +72,4 @@ def test_a_file_that_cannot_be_converted_ends_the_run_with_the_reason(
     assert isinstance(ending, Failed)
     assert ending.title == "The GGUF file could not be converted"
     assert str(file) in ending.what
-    assert kept_conversion(file) is None
+    assert cached_conversion(file) is None

@@ -17,19 +17,19 @@ from safetensors.torch import save_file
 from qlora_tui.runs.damage import checkpoint_damage
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training import checkpoints, disk_errors
-from qlora_tui.training.checkpoints import State
+from qlora_tui.training.checkpoints import CheckpointState
 from qlora_tui.training.disk_errors import disk_error, true_disk_errors
-from qlora_tui.training.failure import failed
-from qlora_tui.training.processes import Processes
+from qlora_tui.training.distributed import DistributedContext
+from qlora_tui.training.failure import failure_event
 from tests.power import FaultyDisk
 
 ADAPTER = {"lora_A": torch.ones(64, 8)}
 OPTIMIZER = {"state": {n: torch.full((64, 8), float(n)) for n in range(4)}}
-STATE = State(step=1, tokens=1, data_hash="d", kept_apart=True, recipe="")
-ALONE = Processes(rank=0, count=1)
+STATE = CheckpointState(step=1, tokens=1, data_hash="d", packing_isolated=True, recipe="")
+ALONE = DistributedContext(rank=0, world_size=1)
 
 
-def save_parts(folder: Path) -> None:
+def save_checkpoint_files(folder: Path) -> None:
     """What a trainer saves, each with the library that writes it in a run."""
     with true_disk_errors():
         save_file(ADAPTER, folder / "adapter.safetensors")
@@ -48,7 +48,7 @@ def test_a_fault_at_any_write_of_a_checkpoint_keeps_its_number(
         with monkeypatch.context() as faulty:
             disk = FaultyDisk(faulty, at, code)
             try:
-                checkpoints.write(run, STATE, save_parts, ALONE)
+                checkpoints.write(run, STATE, save_checkpoint_files, ALONE)
             except OSError as error:
                 assert error.errno == code, f"write {at}: {error!r}"
                 assert all(checkpoint_damage(folder) is None for folder in run.checkpoints_dir.iterdir())
@@ -74,7 +74,7 @@ def test_a_limit_that_the_kernel_sets_is_named_by_every_library(tmp_path: Path) 
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             with pytest.raises(OSError) as caught:
-                save_parts(tmp_path)
+                save_checkpoint_files(tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert caught.value.errno == errno.EFBIG, limit
@@ -99,6 +99,6 @@ def test_a_run_that_the_disk_ended_says_so(tmp_path: Path, code: int, title: str
     run = RunDir(tmp_path)
     in_rust = RuntimeError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
     for error in (OSError(code, os.strerror(code), "x.pt"), in_rust):
-        ending = failed(error, run, None, None)
+        ending = failure_event(error, run, None, None)
         assert (ending.title, ending.kind) == (title, "problem")
         assert f"resume {run.id}" in ending.fix

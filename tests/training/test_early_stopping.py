@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from qlora_tui.runs.directory import RunDir, create
 from qlora_tui.runs.events import DataReady, Evaluated, Finished
 from qlora_tui.runs.status import read_status
-from qlora_tui.training.finish import take_best
+from qlora_tui.training.final_adapter import load_best_weights
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.told import events, told
 
@@ -64,6 +64,6 @@ def test_without_the_best_checkpoint_the_last_weights_stay(
     run: RunDir = create(recipe())
     what(run.checkpoints_dir / "step-4")
     # There is no model to put weights into: trying would fail.
-    assert "that of the last step, for the checkpoint of step 4, the best, is missing" in take_best(
+    assert "that of the last step, for the checkpoint of step 4, the best, is missing" in load_best_weights(
         run, None, 4
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.training.failure import failed
+from qlora_tui.training.failure import failure_event
 
 CPU = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
@@ -23,10 +23,10 @@ CARD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
     ],
 )
 def test_a_lack_of_memory_is_known_and_said_in_plain_words(tmp_path: Path, said: str, told: str) -> None:
-    ending = failed(RuntimeError(said), RunDir(tmp_path), None, None)
+    ending = failure_event(RuntimeError(said), RunDir(tmp_path), None, None)
     assert (ending.kind, ending.title, ending.what) == ("out_of_memory", "Out of memory", told)
 
 
 def test_what_onednn_cannot_do_is_no_lack_of_memory(tmp_path: Path) -> None:
     said = "could not create a primitive descriptor for the matmul primitive"
-    assert failed(RuntimeError(said), RunDir(tmp_path), None, None).kind == "bug"
+    assert failure_event(RuntimeError(said), RunDir(tmp_path), None, None).kind == "bug"

@@ -37,11 +37,11 @@ from qlora_tui.errors import UserError
 from qlora_tui.gpu.torch_env import configure_torch_env
 configure_torch_env()
 from qlora_tui.recipe.schema import Quantization, Recipe
-from qlora_tui.training.device import Device
-from qlora_tui.training.load import load_base
+from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.model_loading import load_base
 from transformers.integrations import hub_kernels
 assert hub_kernels.is_kernels_available()
-cpu = Device(torch.device("cpu"), "CPU", 0, torch.float32)
+cpu = ComputeDevice(torch.device("cpu"), "CPU", 0, torch.float32)
 model = load_base(Path(sys.argv[1]), Recipe(quantization=Quantization(method="none")), cpu, "segments")
 print(type(model).__name__, model.config._attn_implementation, model.name_or_path)
 try:

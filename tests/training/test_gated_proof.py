@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_tui.training.lean import gated
+from qlora_tui.training.fused import gated_mlp
 from tests.training.trained import CLAIMED, build_trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -84,14 +84,14 @@ MUTANTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_gated_mlp_is_known(name: str, dtype: torch.dtype) -> None:
     mlp = PlainMLP(RIGHT[name], dtype)
-    assert gated.is_gated(mlp)
+    assert gated_mlp.is_gated(mlp)
     assert mlp.training and not any("forward" in vars(module) for module in mlp.modules())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_an_mlp_that_does_anything_else_stays_the_librarys(name: str, dtype: torch.dtype) -> None:
-    assert not gated.is_gated(PlainMLP(MUTANTS[name], dtype))
+    assert not gated_mlp.is_gated(PlainMLP(MUTANTS[name], dtype))
 
 
 @pytest.mark.parametrize("right", ["gelu", "gelu_pytorch_tanh"])
@@ -104,7 +104,7 @@ def test_in_bf16_the_two_gelus_are_told_apart(right: str) -> None:
             functional.gelu(self.gate_proj(x), approximate=named) * self.up_proj(x)
         )
         mlp.act_fn = nn.GELU(approximate=approximate[right])
-        assert gated.is_gated(mlp) == (other == right)
+        assert gated_mlp.is_gated(mlp) == (other == right)
 
 
 def test_each_layer_is_tested_by_itself() -> None:
@@ -122,7 +122,7 @@ def test_each_layer_is_tested_by_itself() -> None:
 
     layers = [SparseMLP(RIGHT["as Llama writes it"], torch.float32) for _ in range(2)]
     layers[1].sparsity = 0.95
-    assert [gated.is_gated(layer) for layer in layers] == [True, False]
+    assert [gated_mlp.is_gated(layer) for layer in layers] == [True, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,4 +134,4 @@ def test_of_the_families_all_gated_mlps_but_dropping_ones_are_known(
     modules = build_trained(model_type, dtype).modules()
     mlps = [module for module in modules if {name for name, _ in module.named_children()} == parts]
     assert bool(mlps) == (model_type not in NOT_GATED.split())
-    assert all(gated.is_gated(mlp) == (model_type != "seed_oss") for mlp in mlps)
+    assert all(gated_mlp.is_gated(mlp) == (model_type != "seed_oss") for mlp in mlps)

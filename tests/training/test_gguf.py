@@ -13,8 +13,8 @@ from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import subprocesses
 from qlora_tui.catalog.gguf_header import read_gguf
 from qlora_tui.errors import UserError
-from qlora_tui.training.gguf import convert, main
-from qlora_tui.training.llama_gguf import is_known
+from qlora_tui.training.gguf_llama import is_known
+from qlora_tui.training.gguf_worker import convert, main
 
 pytestmark = pytest.mark.slow
 
@@ -130,7 +130,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(file: Path, tmp_pat
     done = subprocess.run(
         [
             *("bash", "-c", 'ulimit -f 64 && exec "$@"', "-"),
-            *subprocesses.module_argv("qlora_tui.training.gguf", str(file), str(tmp_path / "folder")),
+            *subprocesses.module_argv("qlora_tui.training.gguf_worker", str(file), str(tmp_path / "folder")),
         ],
         env=subprocesses.subprocess_env(),
         capture_output=True,
@@ -154,7 +154,7 @@ def test_a_header_is_read_once_for_tokenizer_config_and_weights(
 ) -> None:
     import gguf
 
-    from qlora_tui.training import streamed_gguf
+    from qlora_tui.training import gguf_streaming
 
     opened: list[str] = []
 
@@ -166,6 +166,6 @@ def test_a_header_is_read_once_for_tokenizer_config_and_weights(
     monkeypatch.setattr(gguf, "GGUFReader", Counted)
     file = write_tiny_gguf(tmp_path / "other.gguf", pre="qwen2")
     (tmp_path / "converted").mkdir()
-    streamed_gguf.write(file, tmp_path / "converted", "llama", lambda done, total: None)
+    gguf_streaming.write(file, tmp_path / "converted", "llama", lambda done, total: None)
     assert len(opened) == 1
     assert gguf.GGUFReader is Counted

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.training import checks, loss
+from qlora_tui.training import chunked_loss, equivalence_checks
 from tests.training.trained import CLAIMED, build_trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -21,9 +21,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WITH_FACTORS = ["llama", "granite", "cohere", "gemma2"]
 
 
-def head_of(model: Any) -> loss.Head:
-    head = loss.find_head(model)
-    assert isinstance(head, loss.Head)
+def head_of(model: Any) -> chunked_loss.OutputHead:
+    head = chunked_loss.find_head(model)
+    assert isinstance(head, chunked_loss.OutputHead)
     return head
 
 
@@ -31,7 +31,7 @@ def head_of(model: Any) -> loss.Head:
 @pytest.mark.parametrize("model_type", CLAIMED)
 def test_the_head_of_every_family_is_proved(model_type: str, dtype: torch.dtype) -> None:
     model = build_trained(model_type, dtype)
-    assert checks.loss_is_exact(model, head_of(model), CPU)
+    assert equivalence_checks.head_matches_model(model, head_of(model), CPU)
     assert "forward" not in vars(model.get_output_embeddings()) and not model.get_decoder()._forward_hooks
 
 
@@ -43,7 +43,9 @@ def test_a_head_read_with_another_factor_is_rejected(model_type: str, dtype: tor
     caps = [None, 30.3, 31.0] if head.softcap else [30.0, 1000.0]
     wrong: list[dict[str, Any]] = [{"multiplier": head.multiplier * n} for n in (1.01, 0.99, -1.0, 2.0)]
     for change in [*wrong, *({"softcap": cap} for cap in caps)]:
-        assert not checks.loss_is_exact(model, dataclasses.replace(head, **change), CPU), change
+        assert not equivalence_checks.head_matches_model(model, dataclasses.replace(head, **change), CPU), (
+            change
+        )
 
 
 def before(change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
@@ -104,16 +106,16 @@ def test_a_model_that_does_anything_else_keeps_its_own_loss(name: str, model_typ
         model = build_trained(model_type, dtype, tie_word_embeddings=False)
         head = head_of(model)
         MUTANTS[name](model)
-        assert not checks.loss_is_exact(model, head, CPU), dtype
+        assert not equivalence_checks.head_matches_model(model, head, CPU), dtype
 
 
 def test_the_plain_loss_written_out_is_accepted() -> None:
     """What the mutants differ from."""
     model = build_trained("llama")
     by(shifted)(model)
-    assert checks.loss_is_exact(model, head_of(model), CPU)
+    assert equivalence_checks.head_matches_model(model, head_of(model), CPU)
 
 
 def test_a_loss_with_the_routers_part_in_it_stays_the_models_own() -> None:
     model = build_trained("mixtral", output_router_logits=True, router_aux_loss_coef=0.01)
-    assert not checks.loss_is_exact(model, head_of(model), CPU)
+    assert not equivalence_checks.head_matches_model(model, head_of(model), CPU)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from qlora_tui.gpu.metrics import GpuMetrics
-from qlora_tui.training.health import CardWatch, StepWatch, too_few_steps
+from qlora_tui.training.health import GpuMonitor, StepMonitor, too_few_steps
 
 
 def kinds(losses: list[float], norms: list[float]) -> list[tuple[int, str]]:
-    watch = StepWatch()
+    watch = StepMonitor()
     return [
         (step, finding.kind)
         for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1)
-        for finding in watch.step(step, loss, norm)
+        for finding in watch.check(step, loss, norm)
     ]
 
 
@@ -41,16 +41,16 @@ def test_a_run_of_few_steps_is_told(steps: int, odd: bool) -> None:
 
 
 def test_a_card_that_idles_with_memory_held_is_told_once_until_it_works_again() -> None:
-    watch = CardWatch()
-    idle = [finding for at in range(200) for finding in watch.reading(busy(0), at)]
+    watch = GpuMonitor()
+    idle = [finding for at in range(200) for finding in watch.check(busy(0), at)]
     assert [finding.kind for finding in idle] == ["gpu_idle"]
-    assert watch.reading(busy(90), 200) == []
-    assert [f.kind for at in range(201, 300) for f in watch.reading(busy(0), at)] == ["gpu_idle"]
+    assert watch.check(busy(90), 200) == []
+    assert [f.kind for at in range(201, 300) for f in watch.check(busy(0), at)] == ["gpu_idle"]
 
 
 def test_a_clock_that_is_set_makes_no_card_idle() -> None:
-    watch = CardWatch()
-    told = [watch.reading(busy(0, at=at), now) for now, at in enumerate([100.0, 101.0, 7300.0, 50.0])]
+    watch = GpuMonitor()
+    told = [watch.check(busy(0, at=at), now) for now, at in enumerate([100.0, 101.0, 7300.0, 50.0])]
     assert told == [[], [], [], []]
 
 
@@ -60,11 +60,11 @@ def busy(percent: int, at: float = 0.0) -> GpuMetrics:
 
 def test_heat_is_told_and_a_power_cap_is_not() -> None:
     def told(reason: str) -> list[str]:
-        watch = CardWatch()
+        watch = GpuMonitor()
         return [
             finding.kind
             for at in range(1, 100)
-            for finding in watch.reading(GpuMetrics(at=at, index=0, throttle=(reason,), temperature_c=91), at)
+            for finding in watch.check(GpuMetrics(at=at, index=0, throttle=(reason,), temperature_c=91), at)
         ]
 
     assert told("thermal") == ["throttled"]
@@ -72,5 +72,5 @@ def test_heat_is_told_and_a_power_cap_is_not() -> None:
 
 
 def test_a_card_that_says_nothing_shows_nothing() -> None:
-    watch = CardWatch()
-    assert [f for at in range(200) for f in watch.reading(GpuMetrics(at=at, index=0), at)] == []
+    watch = GpuMonitor()
+    assert [f for at in range(200) for f in watch.check(GpuMetrics(at=at, index=0), at)] == []

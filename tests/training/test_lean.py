@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training import adapter
-from qlora_tui.training.device import find_device
-from qlora_tui.training.lean import linear
-from qlora_tui.training.load import checkpoint_activations, load_base
+from qlora_tui.training.compute_device import find_device
+from qlora_tui.training.fused import lora_linear
+from qlora_tui.training.model_loading import checkpoint_activations, load_base
 from tests.training.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -47,7 +47,7 @@ def adapted(folder: Path, *, dtype: Any = "float32", method: Any = "nf4", **lora
 def as_peft_does(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Adapters made here keep peft's forward."""
     with monkeypatch.context() as patch:
-        patch.setattr(adapter, "use_lean", lambda model: None)
+        patch.setattr(adapter, "use_fused", lambda model: None)
         yield
 
 
@@ -109,8 +109,8 @@ def test_bf16_is_as_near_to_fp32_as_autocast_is(folder: Path, monkeypatch: pytes
 def test_dropout_drops_its_share_and_gradients_follow_what_was_kept(dtype: str) -> None:
     values = torch.ones(1001, 999, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
-    kept = linear._kept(values, 0.05)
-    passed = linear._dropped(values, kept)
+    kept = lora_linear._dropout_mask(values, 0.05)
+    passed = lora_linear._apply_dropout(values, kept)
     assert kept.element_size() == 1
     assert set(passed.flatten().tolist()) == {0.0, 1.0}
     assert (passed == 0).float().mean().item() == pytest.approx(0.05, abs=1e-3)

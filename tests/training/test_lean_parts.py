@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_tui.training import attention, even
-from qlora_tui.training.lean import attention as lean_attention
-from qlora_tui.training.lean import norm
+from qlora_tui.training import packed_attention, padding
+from qlora_tui.training.fused import cpu_attention as lean_attention
+from qlora_tui.training.fused import rms_norm
 from tests.training.families import FAMILIES, build
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -32,11 +32,11 @@ def qkv(heads: int, shared: int, *, dtype: torch.dtype = torch.float32) -> list[
 def attended(given: list[Tensor], *, ours: bool, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The output, and the gradients of queries, keys and values."""
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "by_blocks", lambda query: ours)
-        mask = attention.segment_mask(LENGTHS)
+        patch.setattr(packed_attention, "prefers_row_attention", lambda query: ours)
+        mask = packed_attention.segment_mask(LENGTHS)
         q, k, v = (x.detach().requires_grad_() for x in given)
         queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
-        out, _ = attention.segment_attention(nn.Module(), queries, keys, values, mask, scaling=0.3)
+        out, _ = packed_attention.segment_attention(nn.Module(), queries, keys, values, mask, scaling=0.3)
         torch.autograd.backward(out, torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
     return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
 
@@ -47,8 +47,8 @@ def attended(given: list[Tensor], *, ours: bool, monkeypatch: pytest.MonkeyPatch
 def test_a_rows_attention_and_its_gradients_are_those_of_the_stock_kernel(
     heads: int, shared: int, grouped: bool, block: int, multiple: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(even, "even_multiple", lambda device, dtype: multiple)
-    monkeypatch.setattr(lean_attention, "_takes_shared_heads", lambda: grouped)
+    monkeypatch.setattr(padding, "token_multiple", lambda device, dtype: multiple)
+    monkeypatch.setattr(lean_attention, "_kernel_supports_gqa", lambda: grouped)
     monkeypatch.setattr(lean_attention, "ATTENTION_BLOCK_ROWS", block)
     given = qkv(heads, shared)
     expected = attended(given, ours=False, monkeypatch=monkeypatch)
@@ -115,8 +115,8 @@ def test_in_float16_scores_beyond_its_range_have_the_gradients_of_the_stock_kern
     gradients = []
     for dtype in (torch.float16, torch.float32):
         q, k, v = (x.detach().to(dtype, copy=True).requires_grad_() for x in given)
-        mask = attention.segment_mask(LENGTHS)
-        out, _ = attention.segment_attention(nn.Module(), q, k, v, mask, scaling=0.1)
+        mask = packed_attention.segment_mask(LENGTHS)
+        out, _ = packed_attention.segment_attention(nn.Module(), q, k, v, mask, scaling=0.1)
         torch.autograd.backward(out, torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape))
         gradients.append([x.grad.float() for x in (q, k, v) if x.grad is not None])
     assert len(gradients[0]) == 3
@@ -135,7 +135,7 @@ def test_every_rms_norm_of_a_family_is_one_of_ours_and_gives_the_same(model_type
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     given = [3 * torch.randn(2, 7, len(m.weight)) for m in norms]
     expected = [value_and_gradient(m, x) for m, x in zip(norms, given, strict=True)]
-    norm.use_lean_norms(model)
+    rms_norm.fuse_rms_norm(model)
     assert all("forward" in vars(m) for m in norms)
     assert norms or model_type == "cohere"
     for module, x, (value, gradient) in zip(norms, given, expected, strict=True):
@@ -163,5 +163,5 @@ def test_a_norm_that_does_more_stays_as_it_is() -> None:
             return functional.rms_norm(x, (8,), self.weight, self.eps) + 0.5
 
     model = nn.Sequential(ShiftedRMSNorm())
-    norm.use_lean_norms(model)
+    rms_norm.fuse_rms_norm(model)
     assert "forward" not in vars(model[0])

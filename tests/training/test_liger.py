@@ -18,10 +18,10 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
-from qlora_tui.training import loss
-from qlora_tui.training.base import prepare_base
-from qlora_tui.training.device import find_device
-from qlora_tui.training.liger import proven_liger
+from qlora_tui.training import chunked_loss
+from qlora_tui.training.base_model import prepare_base
+from qlora_tui.training.compute_device import find_device
+from qlora_tui.training.liger import verified_liger_loss
 from tests.training.families import build
 from tests.training.test_numerics import close, labelled, loss_and_gradient
 from tests.training.tiny import make_tiny_model
@@ -109,9 +109,9 @@ class Onehot(PlayedLiger):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        loss = super().forward(lin_weight, _input.detach(), target, bias)
+        chunked_loss = super().forward(lin_weight, _input.detach(), target, bias)
         own = -(_input.float() * lin_weight[target].float()).sum()
-        return loss + own - own.detach()
+        return chunked_loss + own - own.detach()
 
 
 class OneChannel(PlayedLiger):
@@ -163,9 +163,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     return installed
 
 
-def head_of(model: Any) -> loss.Head:
-    head = loss.find_head(model)
-    assert isinstance(head, loss.Head)
+def head_of(model: Any) -> chunked_loss.OutputHead:
+    head = chunked_loss.find_head(model)
+    assert isinstance(head, chunked_loss.OutputHead)
     return head
 
 
@@ -187,12 +187,12 @@ def test_with_its_kernel_the_loss_is_the_stock_loss(model_type: str, install: An
     install(PlayedLiger)
     model = build(model_type, tie_word_embeddings=False)
     head = head_of(model)
-    kernel = proven_liger(head, CPU)
+    kernel = verified_liger_loss(head, CPU)
     assert not isinstance(kernel, str)
     ids, labels = labelled(model)
     inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": 37}
     stock, stock_gradient = loss_and_gradient(model, **inputs)
-    loss.use_chunked_loss(model, head, kernel)
+    chunked_loss.use_chunked_loss(model, head, kernel)
     made, gradient = loss_and_gradient(model, **inputs)
     assert made == pytest.approx(stock, rel=2e-5) and close(gradient, stock_gradient)
 
@@ -212,7 +212,7 @@ def test_one_that_is_wrong_or_does_not_run_is_left_with_the_reason(
     kind: type[PlayedLiger], family: str, why: str, install: Any
 ) -> None:
     install(kind)
-    said = proven_liger(head_of(build(family)), CPU)
+    said = verified_liger_loss(head_of(build(family)), CPU)
     assert isinstance(said, str) and said.startswith(why) and "\n" not in said
 
 
@@ -241,7 +241,7 @@ def test_each_element_of_a_gradient_is_held_to_the_dtypes_noise(
     with torch.no_grad():
         projection.weight[:, 7] *= tails
         projection.weight[::500] *= tails**0.5
-    said = proven_liger(loss.Head(projection.requires_grad_(False), 1.0, None), CPU)
+    said = verified_liger_loss(chunked_loss.OutputHead(projection.requires_grad_(False), 1.0, None), CPU)
     assert isinstance(said, str) != proven
 
 
@@ -256,7 +256,7 @@ def test_tokens_that_count_for_more_or_less_stay_with_our_own_loss(install: Any)
     def unwanted(states: Tensor, targets: Tensor) -> Tensor:
         raise AssertionError
 
-    loss.use_chunked_loss(model, head, unwanted)
+    chunked_loss.use_chunked_loss(model, head, unwanted)
     value, _ = loss_and_gradient(model, **inputs)
     assert value > 0
 
@@ -279,7 +279,7 @@ def test_the_record_names_the_loss_that_is_used(
         recipe,
         find_device(recipe),
         "segments",
-        counted_on="liger",
+        expected_loss="liger",
         weighted=weighted,
     )
     assert base.loss.startswith(told)
@@ -305,9 +305,9 @@ def test_the_real_kernel_is_found_equal_under_tritons_interpreter(model_type: st
     code = (
         "import torch\n"
         "from tests.training.families import build\n"
-        "from qlora_tui.training.liger import proven_liger\n"
-        "from qlora_tui.training.loss import find_head\n"
-        f"found = proven_liger(find_head(build({model_type!r})), torch.device('cpu'))\n"
+        "from qlora_tui.training.liger import verified_liger_loss\n"
+        "from qlora_tui.training.chunked_loss import find_head\n"
+        f"found = verified_liger_loss(find_head(build({model_type!r})), torch.device('cpu'))\n"
         "assert callable(found), found\n"
     )
     env = {"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(sys.path)}

@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.lean import norm
-from qlora_tui.training.lean.replace import ReplacedForwards
+from qlora_tui.training.fused import rms_norm
+from qlora_tui.training.fused.patching import PatchedForwards
 from tests.training.trained import CLAIMED, build_trained, trained_norm_weight
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 WIDTH = 640
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMS = [norm.Form(), norm.Form(in_float=True), norm.Form(offset=1.0, in_float=True)]
+FORMS = [
+    rms_norm.RmsNormVariant(),
+    rms_norm.RmsNormVariant(multiply_in_fp32=True),
+    rms_norm.RmsNormVariant(offset=1.0, multiply_in_fp32=True),
+]
 Formula = Callable[[Tensor, Tensor, float], Tensor]
 
 
@@ -38,7 +42,7 @@ def gemma(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (unit(x, eps) * (1.0 + weight.float())).type_as(x)
 
 
-RIGHT: dict[Formula, norm.Form] = dict(zip([llama, olmo2, gemma], FORMS, strict=True))
+RIGHT: dict[Formula, rms_norm.RmsNormVariant] = dict(zip([llama, olmo2, gemma], FORMS, strict=True))
 MUTANTS: dict[str, Formula] = {
     "epsilon ten times as large": lambda x, weight, eps: llama(x, weight, 10 * eps),
     "epsilon twice as large": lambda x, weight, eps: gemma(x, weight, 2 * eps),
@@ -78,7 +82,7 @@ class FormulaRMSNorm(nn.Module):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("formula", RIGHT, ids=lambda formula: formula.__name__)
 def test_the_form_is_known_under_weights_that_hide_it(formula: Formula, dtype: torch.dtype) -> None:
-    found = norm._form_of(FormulaRMSNorm(formula, dtype))
+    found = rms_norm._find_variant(FormulaRMSNorm(formula, dtype))
     expected = RIGHT[formula]
     if dtype == torch.float32:  # where the product is cast makes no difference
         assert found is not None and found.offset == expected.offset
@@ -89,23 +93,25 @@ def test_the_form_is_known_under_weights_that_hide_it(formula: Formula, dtype: t
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_norm_of_another_formula_stays_the_librarys(name: str, dtype: torch.dtype) -> None:
-    assert norm._form_of(FormulaRMSNorm(MUTANTS[name], dtype)) is None
+    assert rms_norm._find_variant(FormulaRMSNorm(MUTANTS[name], dtype)) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_form_is_taken_where_two_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm, "_distinct_forms", lambda dtype: (FORMS[0], norm.Form(offset=1e-30)))
-    assert norm._form_of(FormulaRMSNorm(llama, dtype)) is None
+    monkeypatch.setattr(
+        rms_norm, "_distinct_forms", lambda dtype: (FORMS[0], rms_norm.RmsNormVariant(offset=1e-30))
+    )
+    assert rms_norm._find_variant(FormulaRMSNorm(llama, dtype)) is None
 
 
 def test_a_norm_is_restored_to_the_librarys_forward() -> None:
     model = nn.Sequential(FormulaRMSNorm(gemma, torch.float32), nn.Linear(WIDTH, 4))
-    norm.use_lean_norms(model)
+    rms_norm.fuse_rms_norm(model)
     assert "forward" in vars(model[0])
-    replaced = ReplacedForwards(model, "norms")
+    replaced = PatchedForwards(model, "norms")
     assert len(replaced) == 1
     replaced.use_library()
-    assert "forward" not in vars(model[0]) and len(ReplacedForwards(model, "norms")) == 0
+    assert "forward" not in vars(model[0]) and len(PatchedForwards(model, "norms")) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +121,7 @@ def test_a_familys_trained_norms_give_the_librarys_values(model_type: str, dtype
     norms = [m for m in model.modules() if is_known(m)]
     rows = [heavy_rows(len(m.weight), dtype) for m in norms]
     expected = [value_and_gradient(m, x) for m, x in zip(norms, rows, strict=True)]
-    norm.use_lean_norms(model)
+    rms_norm.fuse_rms_norm(model)
     assert all("forward" in vars(m) for m in norms)
     eps = torch.finfo(dtype).eps
     for module, x, (value, gradient) in zip(norms, rows, expected, strict=True):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qlora_tui.recipe.schema import Lora, Quantization, Recipe
-from qlora_tui.training import attention, checks, load, loss
-from qlora_tui.training.device import find_device
+from qlora_tui.training import chunked_loss, equivalence_checks, model_loading, packed_attention
+from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.evaluation import evaluating
 from tests.training.families import FAMILIES, build
 
@@ -26,7 +26,7 @@ def labelled(model: Any, rows: int = 2, tokens: int = 23) -> tuple[Tensor, Tenso
     """Token ids, and labels of which about half are ignored."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, model.config.vocab_size, (rows, tokens), generator=generator)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.5, loss.IGNORED)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.5, chunked_loss.IGNORED)
     return ids, labels
 
 
@@ -52,15 +52,17 @@ def close(gradient: Tensor, expected: Tensor) -> bool:
 def test_the_chunked_loss_is_the_stock_loss(
     model_type: str, items: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "LOSS_CHUNK_ROWS", 7)
-    monkeypatch.setattr(loss, "block_rows", lambda device: 3)
+    monkeypatch.setattr(chunked_loss, "LOSS_CHUNK_ROWS", 7)
+    monkeypatch.setattr(chunked_loss, "block_rows", lambda device: 3)
     model = build(model_type, tie_word_embeddings=False)
-    head = loss.find_head(model)
-    assert isinstance(head, loss.Head) and checks.loss_is_exact(model, head, CPU)
+    head = chunked_loss.find_head(model)
+    assert isinstance(head, chunked_loss.OutputHead) and equivalence_checks.head_matches_model(
+        model, head, CPU
+    )
     ids, labels = labelled(model)
     inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": items}
     stock, stock_gradient = loss_and_gradient(model, **inputs)
-    loss.use_chunked_loss(model, head)
+    chunked_loss.use_chunked_loss(model, head)
     chunked, gradient = loss_and_gradient(model, **inputs)
     assert chunked == pytest.approx(stock, rel=ROUNDING)
     assert close(gradient, stock_gradient)
@@ -71,22 +73,24 @@ def test_the_chunked_loss_is_the_stock_loss(
 def test_the_weighted_loss_is_what_a_hand_computes(
     model_type: str, chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "LOSS_CHUNK_ROWS", 7)
-    monkeypatch.setattr(loss, "block_rows", lambda device: 3)
+    monkeypatch.setattr(chunked_loss, "LOSS_CHUNK_ROWS", 7)
+    monkeypatch.setattr(chunked_loss, "block_rows", lambda device: 3)
     model = build(model_type, tie_word_embeddings=False)
     ids, labels = labelled(model)
-    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) * (labels != loss.IGNORED)
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) * (
+        labels != chunked_loss.IGNORED
+    )
     embeddings = model.get_input_embeddings().weight.requires_grad_(True)
     odds = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
     own = -odds.gather(2, ids[:, 1:, None])[..., 0]
     by_hand = (own * weights[:, 1:]).sum() / weights[:, 1:].sum()
     (expected,) = torch.autograd.grad(by_hand, embeddings)
-    head = loss.find_head(model)
-    assert isinstance(head, loss.Head)
+    head = chunked_loss.find_head(model)
+    assert isinstance(head, chunked_loss.OutputHead)
     if chunked:
-        loss.use_chunked_loss(model, head)
+        chunked_loss.use_chunked_loss(model, head)
     else:
-        loss.weigh_stock_loss(model)
+        chunked_loss.use_weighted_loss(model)
     value, gradient = loss_and_gradient(
         model,
         input_ids=ids,
@@ -100,33 +104,35 @@ def test_the_weighted_loss_is_what_a_hand_computes(
 
 def test_a_tied_head_is_frozen_and_taken_in_chunks() -> None:
     model = build("llama")
-    head = loss.find_head(model)
-    assert isinstance(head, loss.Head) and checks.loss_is_exact(model, head, CPU)
+    head = chunked_loss.find_head(model)
+    assert isinstance(head, chunked_loss.OutputHead) and equivalence_checks.head_matches_model(
+        model, head, CPU
+    )
 
 
 def test_a_head_with_a_factor_the_config_does_not_name_is_found_out() -> None:
     model = build("granite")
     model.config.logits_scaling = 1.0
-    head = loss.find_head(model)
-    assert isinstance(head, loss.Head)
+    head = chunked_loss.find_head(model)
+    assert isinstance(head, chunked_loss.OutputHead)
     model.config.logits_scaling = 3.0
-    assert not checks.loss_is_exact(model, head, CPU)
+    assert not equivalence_checks.head_matches_model(model, head, CPU)
 
 
 def test_a_trained_head_is_left_to_the_stock_loss() -> None:
     model = build("llama", tie_word_embeddings=False)
     model.lm_head.weight.requires_grad_(True)
-    assert loss.find_head(model) == "its head is trained"
+    assert chunked_loss.find_head(model) == "its head is trained"
 
 
 def test_nothing_to_learn_is_a_loss_of_zero_with_gradients() -> None:
     model = build("llama")
-    head = loss.find_head(model)
-    assert isinstance(head, loss.Head)
-    loss.use_chunked_loss(model, head)
+    head = chunked_loss.find_head(model)
+    assert isinstance(head, chunked_loss.OutputHead)
+    chunked_loss.use_chunked_loss(model, head)
     ids, labels = labelled(model)
     value, gradient = loss_and_gradient(
-        model, input_ids=ids, labels=torch.full_like(labels, loss.IGNORED), num_items_in_batch=1
+        model, input_ids=ids, labels=torch.full_like(labels, chunked_loss.IGNORED), num_items_in_batch=1
     )
     assert value == 0.0 and not gradient.any()
 
@@ -136,17 +142,17 @@ def test_samples_in_one_row_are_what_they_are_alone(model_type: str) -> None:
     """Against transformers' own eager attention, loss and gradient, sample by sample."""
     alone = build(model_type)
     together = copy.deepcopy(alone)
-    assert load.attend_by_segments(together)
-    loss.use_segments(together, by_mask=True)
-    assert checks.samples_are_kept_apart(together, CPU)
+    assert model_loading.use_segment_attention(together)
+    chunked_loss.use_segments(together, by_mask=True)
+    assert equivalence_checks.packing_is_isolated(together, CPU)
     lengths = [5, 17, 1, 12]
     ids, labels = labelled(alone, 1, sum(lengths))
     starts = [sum(lengths[:n]) for n in range(len(lengths))]
-    labels[0, starts] = loss.IGNORED
+    labels[0, starts] = chunked_loss.IGNORED
     expected, expected_gradient = 0.0, torch.zeros(1)
     for start, length in zip(starts, lengths, strict=True):
         part = slice(start, start + length)
-        if bool((labels[:, part] != loss.IGNORED).any()):
+        if bool((labels[:, part] != chunked_loss.IGNORED).any()):
             value, gradient = loss_and_gradient(
                 alone, input_ids=ids[:, part], labels=labels[:, part], num_items_in_batch=1
             )
@@ -168,9 +174,9 @@ def test_samples_in_one_row_are_what_they_are_alone(model_type: str) -> None:
 def test_a_model_that_looks_across_samples_is_found_out(model_type: str) -> None:
     settings = {"n_head": 4, "n_layer": 2} if model_type == "bloom" else {}
     model = build(model_type, **settings)
-    load.attend_by_segments(model)
-    loss.use_segments(model, by_mask=True)
-    assert not checks.samples_are_kept_apart(model, CPU)
+    model_loading.use_segment_attention(model)
+    chunked_loss.use_segments(model, by_mask=True)
+    assert not equivalence_checks.packing_is_isolated(model, CPU)
 
 
 def test_the_check_notices_attention_that_sees_the_sample_before() -> None:
@@ -180,7 +186,7 @@ def test_the_check_notices_attention_that_sees_the_sample_before() -> None:
     model.forward = lambda segments=None, **inputs: inner(
         **inputs, attention_mask=torch.ones_like(inputs["input_ids"])
     )
-    assert not checks.samples_are_kept_apart(model, CPU)
+    assert not equivalence_checks.packing_is_isolated(model, CPU)
 
 
 def test_generation_is_as_with_stock_attention() -> None:
@@ -188,8 +194,8 @@ def test_generation_is_as_with_stock_attention() -> None:
     ids, _ = labelled(model, 1)
     settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "use_cache": True}
     expected = model.generate(ids, **settings)
-    load.attend_by_segments(model)
-    loss.use_segments(model, by_mask=True)
+    model_loading.use_segment_attention(model)
+    chunked_loss.use_segments(model, by_mask=True)
     assert torch.equal(model.generate(ids, **settings), expected)
 
 
@@ -199,8 +205,8 @@ def test_a_family_that_transformers_has_no_sdpa_of_is_loaded_all_the_same(
 ) -> None:
     build(model_type).save_pretrained(tmp_path)
     recipe = Recipe(quantization=Quantization(method="none"))
-    model = load.load_base(tmp_path, recipe, find_device(recipe), "segments")
-    assert load.attend_by_segments(model)
+    model = model_loading.load_base(tmp_path, recipe, find_device(recipe), "segments")
+    assert model_loading.use_segment_attention(model)
 
 
 @pytest.mark.parametrize("method", ["nf4", "fp4"])
@@ -212,7 +218,7 @@ def test_gradients_through_4_bit_weights_are_exact_after_a_sample_was_taken(
         quantization=Quantization(method=method, double_quantization=double, compute_dtype="float32"),
         lora=Lora(rank=8),
     )
-    model = load.load_base(tiny_model, recipe, find_device(recipe), "segments")
+    model = model_loading.load_base(tiny_model, recipe, find_device(recipe), "segments")
     reference = _dequantized(model)
     ids, labels = labelled(model)
     with evaluating(model):
@@ -226,7 +232,7 @@ def test_gradients_through_4_bit_weights_are_exact_after_a_sample_was_taken(
 
 def test_no_4_bit_weight_may_be_repacked(tiny_model: Path) -> None:
     recipe = Recipe()
-    model = load.load_base(tiny_model, recipe, find_device(recipe), "segments")
+    model = model_loading.load_base(tiny_model, recipe, find_device(recipe), "segments")
     guarded = [m.support_avx512bf16_for_cpu for m in model.modules() if hasattr(m, "quant_state")]
     assert guarded == [False] * 14
 
@@ -254,7 +260,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def test_the_segment_mask_says_where_samples_begin() -> None:
-    mask = attention.segment_mask([3, 1, 4])
+    mask = packed_attention.segment_mask([3, 1, 4])
     assert mask.shape == (1, 1, 1, 4) and mask.flatten().tolist() == [0, 3, 4, 8]
 
 
@@ -263,8 +269,8 @@ def test_samples_filled_up_for_a_cpu_attend_as_they_do_alone() -> None:
     lengths: list[int] = [5, 32, 41]
     given = [torch.randn(1, heads, sum(lengths), 16).bfloat16() for heads in (4, 2, 2)]
     filled: Any = [x.clone().requires_grad_() for x in given]
-    mask = attention.segment_mask(lengths)
-    attend_filled: Any = attention.segment_attention
+    mask = packed_attention.segment_mask(lengths)
+    attend_filled: Any = packed_attention.segment_attention
     out, _ = attend_filled(torch.nn.Module(), *filled, mask)
     out.float().square().sum().backward()
     alone: Any = [x.float().requires_grad_() for x in given]
@@ -282,7 +288,7 @@ def test_samples_filled_up_for_a_cpu_attend_as_they_do_alone() -> None:
 
 def test_a_model_lets_go_of_the_file_it_was_quantized_from(tiny_model: Path) -> None:
     recipe = Recipe(quantization=Quantization(compute_dtype="float32"))  # as it is stored
-    model = load.load_base(tiny_model, recipe, find_device(recipe), "segments")
+    model = model_loading.load_base(tiny_model, recipe, find_device(recipe), "segments")
     assert model.get_input_embeddings().weight.dtype == torch.float32
     assert str(tiny_model) not in Path("/proc/self/maps").read_text()
 
@@ -297,6 +303,6 @@ def test_a_layer_computed_again_drops_what_it_dropped_before() -> None:
         return loss_and_gradient(model, input_ids=ids, labels=labels)
 
     value, gradient = learnt()
-    load.checkpoint_activations(model)
+    model_loading.checkpoint_activations(model)
     again, gradient_again = learnt()
     assert again == pytest.approx(value, rel=1e-6) and close(gradient_again, gradient)

@@ -16,7 +16,7 @@ from torch.utils import backend_registration
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
-COUNTED = "aten::nonzero loss.py summed_loss"
+COUNTED = "aten::nonzero chunked_loss.py summed_loss"
 """How many tokens are learnt from has to be known: once a micro-batch."""
 LIBRARYS = "masking_utils.py"
 """transformers asks whether the mask of padded rows masks anything."""

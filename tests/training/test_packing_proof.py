@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training import attention, attention_check, checks, load, loss
-from qlora_tui.training.lean.attention import RowAttention
+from qlora_tui.training import (
+    attention_check,
+    chunked_loss,
+    equivalence_checks,
+    model_loading,
+    packed_attention,
+)
+from qlora_tui.training.fused.cpu_attention import RowAttention
 from tests.training.trained import CLAIMED, build_trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -24,8 +30,8 @@ ACROSS_SAMPLES = ["bloom", "falcon", "gpt_neo", "lfm2", "qwen3_5_moe_text", "qwe
 def packing(model_type: str, dtype: torch.dtype, **settings: Any) -> Any:
     """A model that attends sample by sample, where its family can."""
     model = build_trained(model_type, dtype, **settings)
-    load.attend_by_segments(model)
-    loss.use_segments(model, by_mask=True)
+    model_loading.use_segment_attention(model)
+    chunked_loss.use_segments(model, by_mask=True)
     return model
 
 
@@ -35,13 +41,13 @@ def test_every_family_that_keeps_samples_apart_is_proved(model_type: str, dtype:
     model = packing(model_type, dtype)
     implementation = model.config._attn_implementation
     windows = [getattr(m, "sliding_window", None) for m in (model.config, *model.modules())]
-    assert checks.samples_are_kept_apart(model, CPU) == (model_type not in ACROSS_SAMPLES)
+    assert equivalence_checks.packing_is_isolated(model, CPU) == (model_type not in ACROSS_SAMPLES)
     assert model.config._attn_implementation == implementation
     assert windows == [getattr(m, "sliding_window", None) for m in (model.config, *model.modules())]
 
 
 Attention = Callable[..., tuple[Tensor, None]]
-right: Attention = attention.segment_attention
+right: Attention = packed_attention.segment_attention
 
 
 def with_settings(**changes: Callable[[Any], Any]) -> Attention:
@@ -70,7 +76,7 @@ def one_segment(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **settings: Any
 ) -> tuple[Tensor, None]:
     """All samples of a row as one."""
-    return right(module, query, key, value, attention.segment_mask([query.shape[2]]), **settings)
+    return right(module, query, key, value, packed_attention.segment_mask([query.shape[2]]), **settings)
 
 
 def shifted_segments(
@@ -123,9 +129,9 @@ def test_attention_that_does_anything_else_is_not_packed(
     mutant, families = MUTANTS[name]
     for model_type in families:
         with monkeypatch.context() as patch:
-            patch.setattr(attention, "segment_attention", mutant)
+            patch.setattr(packed_attention, "segment_attention", mutant)
             model = packing(model_type, dtype)
-            assert not checks.samples_are_kept_apart(model, CPU), model_type
+            assert not equivalence_checks.packing_is_isolated(model, CPU), model_type
 
 
 @pytest.mark.parametrize("error", [0.97, 1.03])
@@ -136,9 +142,9 @@ def test_a_kernel_of_bf16_alone_is_held_to_bf16s_noise(error: float, monkeypatch
             out: Tensor = RowAttention.apply(*given)  # type: ignore[no-untyped-call]  # torch's own
             return out * error
 
-    assert checks.samples_are_kept_apart(packing("llama", torch.bfloat16), CPU)
-    monkeypatch.setattr(attention, "RowAttention", Wrong)
-    assert not checks.samples_are_kept_apart(packing("llama", torch.bfloat16), CPU)
+    assert equivalence_checks.packing_is_isolated(packing("llama", torch.bfloat16), CPU)
+    monkeypatch.setattr(packed_attention, "RowAttention", Wrong)
+    assert not equivalence_checks.packing_is_isolated(packing("llama", torch.bfloat16), CPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -153,7 +159,7 @@ def test_positions_that_go_on_across_samples_are_noticed(model_type: str, dtype:
         return inner(position_ids=positions, **inputs)
 
     model.forward = forward
-    assert checks.samples_are_kept_apart(model, CPU) == (model_type == "llama")
+    assert equivalence_checks.packing_is_isolated(model, CPU) == (model_type == "llama")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -163,7 +169,7 @@ def test_a_faint_leak_through_another_layer_is_noticed(dtype: torch.dtype) -> No
     model.get_decoder().layers[0].mlp.register_forward_hook(
         lambda module, given, out: out + 1e-3 * out.roll(1, dims=1)
     )
-    assert not checks.samples_are_kept_apart(model, CPU)
+    assert not equivalence_checks.packing_is_isolated(model, CPU)
 
 
 def test_windows_are_restored_after_an_error() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 SAYS = (
-    "import os; from pathlib import Path; from qlora_tui.training.priority import give_way; give_way(); "
-    "print(os.nice(0), Path('/proc/self/autogroup').read_text().split()[-1])"
+    "import os; from pathlib import Path; from qlora_tui.training.priority import lower_priority; "
+    "lower_priority(); print(os.nice(0), Path('/proc/self/autogroup').read_text().split()[-1])"
 )
 needs_autogroup = pytest.mark.skipif(
     not Path("/proc/self/autogroup").exists(), reason="this kernel weighs no sessions"

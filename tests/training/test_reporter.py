@@ -15,7 +15,7 @@ def test_how_far_a_run_had_come_is_told_before_its_first_new_step() -> None:
     reporter.start()
     status = read_status(run)
     assert (status.state, status.step, status.total_steps, status.loss) == ("running", 7, 20, 1.5)
-    reporter.goes_on_from(5)
+    reporter.resume_from(5)
     status = read_status(run)
     assert (status.step, status.total_steps, status.loss) == (5, 20, None)
     reporter.stop()

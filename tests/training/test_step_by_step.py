@@ -93,34 +93,39 @@ def test_a_run_is_the_plain_script(
         assert each.difference <= ROUNDING, str(each)
 
 
-UNVERIFIED = "from qlora_tui.training import run\nrun.verify_first_step = lambda model, base, *more: base\n"
+UNVERIFIED = (
+    "from qlora_tui.training import attempt\nattempt.verify_first_step = lambda model, base, *more: base\n"
+)
 """Without the check before the first step, which would replace a wrong part."""
 MUTANTS = {
     "a norm without its offset": (
-        "from qlora_tui.training.lean import norm\n"
-        "stock = norm._normed\n"
-        "def forward(ctx, x, weight, eps, form):\n"
-        "    out, spread = stock(x, weight - 1, eps, form)\n"
+        "from qlora_tui.training.fused import rms_norm\n"
+        "stock = rms_norm._rms_norm\n"
+        "def forward(ctx, x, weight, eps, variant):\n"
+        "    out, spread = stock(x, weight - 1, eps, variant)\n"
         "    ctx.save_for_backward(x, spread)\n"
-        "    ctx.weight, ctx.form = weight, form\n"
+        "    ctx.weight, ctx.variant = weight, variant\n"
         "    return out\n"
-        "norm._LeanNorm.forward = staticmethod(forward)"
+        "rms_norm._FusedRmsNorm.forward = staticmethod(forward)"
     ),
     "samples that see each other": (
-        "from qlora_tui.training import attention, checks, loss\n"
-        "checks.samples_are_kept_apart = lambda *args: True\n"
-        "whole = attention.segment_mask\n"
-        "loss.segment_mask = lambda lengths: whole([sum(lengths)])"
+        "from qlora_tui.training import chunked_loss, equivalence_checks, packed_attention\n"
+        "equivalence_checks.packing_is_isolated = lambda *args: True\n"
+        "whole = packed_attention.segment_mask\n"
+        "chunked_loss.segment_mask = lambda lengths: whole([sum(lengths)])"
     ),
     "a first step without a rate": (
-        "from qlora_tui.training import loop\nloop._warmed_up = lambda share_at, warmup, step: share_at(step)"
+        "from qlora_tui.training import trainer\n"
+        "trainer._shifted_warmup = lambda share_at, warmup, step: share_at(step)"
     ),
     "gradients of half the size": (
-        "from qlora_tui.training.loss import _ChunkedLoss\n"
+        "from qlora_tui.training.chunked_loss import _ChunkedLoss\n"
         "stock = _ChunkedLoss.backward\n"
         "_ChunkedLoss.backward = staticmethod(lambda ctx, grad: stock(ctx, grad / 2))"
     ),
-    "another initial adapter": ("from qlora_tui.training import run\nrun.set_seed = lambda seed: None"),
+    "another initial adapter": (
+        "from qlora_tui.training import attempt\nattempt.set_seed = lambda seed: None"
+    ),
 }
 
 

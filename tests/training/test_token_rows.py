@@ -20,11 +20,11 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora, Source
 from qlora_tui.runs.directory import RunDir, create
-from qlora_tui.training import loss
-from qlora_tui.training.accuracy import likeliest
+from qlora_tui.training import chunked_loss
+from qlora_tui.training.accuracy import argmax_tokens
 from qlora_tui.training.adapter import add_lora
-from qlora_tui.training.load import checkpoint_activations
-from qlora_tui.training.loop import load_adapter, save_adapter
+from qlora_tui.training.model_loading import checkpoint_activations
+from qlora_tui.training.trainer import load_adapter, save_adapter
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.families import build, with_adapter
 from tests.training.test_numerics import close, labelled
@@ -83,17 +83,17 @@ def by_hand(model: Any, ids: Tensor, labels: Tensor) -> tuple[float, list[Tensor
 def test_gradients_are_those_of_whole_matrices(
     model_type: str, tied: bool, chunked: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "LOSS_CHUNK_ROWS", 7)
-    monkeypatch.setattr(loss, "block_rows", lambda device: 3)
+    monkeypatch.setattr(chunked_loss, "LOSS_CHUNK_ROWS", 7)
+    monkeypatch.setattr(chunked_loss, "block_rows", lambda device: 3)
     base = faint(model_type, tied=tied)
     ids, labels = labelled(base)
     ids[:, ::3], labels[:, 2::5] = IDS[0], IDS[1]
-    head = loss.find_head(base)
-    assert isinstance(head, loss.Head)
+    head = chunked_loss.find_head(base)
+    assert isinstance(head, chunked_loss.OutputHead)
     model = adapted(base)
     expected, gradients = by_hand(copy.deepcopy(model), ids, labels)
     if chunked:
-        loss.use_chunked_loss(base, head)
+        chunked_loss.use_chunked_loss(base, head)
     if checkpointing:
         checkpoint_activations(base, keep_rng=False)
     value = model.train()(input_ids=ids, labels=labels).loss
@@ -143,12 +143,12 @@ def test_plain_peft_reads_what_is_saved_and_says_the_same(
 def test_nothing_to_learn_leaves_every_row_a_gradient_of_zero() -> None:
     """Processes that train together wait for the gradient of each parameter."""
     base = faint("llama", tied=False)
-    head = loss.find_head(base)
-    assert isinstance(head, loss.Head)
+    head = chunked_loss.find_head(base)
+    assert isinstance(head, chunked_loss.OutputHead)
     model = adapted(base)
-    loss.use_chunked_loss(base, head)
+    chunked_loss.use_chunked_loss(base, head)
     ids, labels = labelled(base)
-    nothing = torch.full_like(labels, loss.IGNORED)
+    nothing = torch.full_like(labels, chunked_loss.IGNORED)
     model.train()(input_ids=ids, labels=nothing, num_items_in_batch=1).loss.backward()
     assert all(rows.grad is not None and not rows.grad.any() for _, rows in row_parameters(model))
 
@@ -171,7 +171,7 @@ def test_short_answers_are_looked_for_without_a_copy_of_the_whole_head() -> None
     weight = head.original_module.weight
     hidden, wanted = torch.randn(1, 6, 64), torch.ones(1, 5, dtype=torch.bool)
     with torch.no_grad(), Sizes() as sizes:  # type: ignore[no-untyped-call]
-        found = likeliest(model, None, hidden, wanted)
+        found = argmax_tokens(model, None, hidden, wanted)
     assert torch.equal(found, head(hidden[0, :-1]).argmax(-1))
     assert sizes.made and weight.shape not in sizes.made
 

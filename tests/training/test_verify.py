@@ -14,17 +14,22 @@ from torch import Tensor
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
-from qlora_tui.training import attention, loss
+from qlora_tui.training import chunked_loss, packed_attention
 from qlora_tui.training.adapter import add_lora
-from qlora_tui.training.base import Base, prepare_base
-from qlora_tui.training.batches import Schedule, Step
-from qlora_tui.training.device import Device, find_device
+from qlora_tui.training.base_model import PreparedBase, prepare_base
+from qlora_tui.training.batches import PlannedStep, StepPlan
+from qlora_tui.training.compute_device import ComputeDevice, find_device
+from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.fast_paths import FastPaths
-from qlora_tui.training.lean import gated, linear, norm
-from qlora_tui.training.load import checkpoint_activations
-from qlora_tui.training.processes import Processes
+from qlora_tui.training.fused import gated_mlp, lora_linear, rms_norm
+from qlora_tui.training.model_loading import checkpoint_activations
 from qlora_tui.training.step_check import Excerpt, StepReference, excerpt_of, ready_to_compare
-from qlora_tui.training.verify import NotComputed, Verified, _first_rows, verify_step
+from qlora_tui.training.step_verification import (
+    StepNotComputedError,
+    VerificationResult,
+    _first_rows,
+    verify_step,
+)
 from tests.training.families import build
 from tests.training.trained import CLAIMED, build_trained
 
@@ -67,7 +72,7 @@ def massive_channel(model_type: str, dtype: torch.dtype, **settings: Any) -> Any
 
 def adapted(
     folder: Path, model_type: str, dtype: str, *, build: Callable[..., Any] = build_trained, **lora: Any
-) -> tuple[Any, Base, Device]:
+) -> tuple[Any, PreparedBase, ComputeDevice]:
     """A model of the family, ready to train as a run would train it."""
     build(model_type, getattr(torch, dtype), **_SETTINGS.get(model_type, {})).save_pretrained(folder)
     recipe = Recipe(
@@ -81,10 +86,10 @@ def adapted(
     return add_lora(base.model, recipe.lora, resolve_model(str(folder)).architecture), base, device
 
 
-def verify(folder: Path, model_type: str, dtype: str = "float32", **lora: Any) -> Verified:
+def verify(folder: Path, model_type: str, dtype: str = "float32", **lora: Any) -> VerificationResult:
     model, base, device = adapted(folder, model_type, dtype, **lora)
-    verified = verify_step(model, base, excerpt(), device, 0, Processes())
-    assert isinstance(verified, Verified), verified
+    verified = verify_step(model, base, excerpt(), device, 0, DistributedContext())
+    assert isinstance(verified, VerificationResult), verified
     return verified
 
 
@@ -97,7 +102,7 @@ def test_every_family_with_heavy_tails_keeps_its_fast_paths(model_type: str, tmp
 
 def no_offset(patch: pytest.MonkeyPatch) -> None:
     """Gemma's norm multiplies by the weight alone."""
-    patch.setattr(norm, "_factor", lambda weight, form: weight.float())
+    patch.setattr(rms_norm, "_factor", lambda weight, form: weight.float())
 
 
 def norm_without_projection(patch: pytest.MonkeyPatch) -> None:
@@ -105,56 +110,56 @@ def norm_without_projection(patch: pytest.MonkeyPatch) -> None:
 
     def backward(ctx: Any, gradient: Tensor) -> Any:
         _, spread = ctx.saved_tensors
-        factor = norm._factor(ctx.weight, ctx.form)
+        factor = rms_norm._factor(ctx.weight, ctx.form)
         return (gradient.float() * factor * spread).to(gradient.dtype), None, None, None
 
-    patch.setattr(norm._LeanNorm, "backward", staticmethod(backward))
+    patch.setattr(rms_norm._FusedRmsNorm, "backward", staticmethod(backward))
 
 
 def gate_and_up_swapped(patch: pytest.MonkeyPatch) -> None:
-    class Swapped(gated._LeanGated):
+    class Swapped(gated_mlp._FusedGatedMlp):
         @staticmethod
         def forward(ctx: Any, gate: Tensor, up: Tensor, *rest: Any) -> Tensor:
             return gated_forward(ctx, up, gate, *rest)
 
-    gated_forward = gated._LeanGated.forward
-    patch.setattr(gated, "_LeanGated", Swapped)
+    gated_forward = gated_mlp._FusedGatedMlp.forward
+    patch.setattr(gated_mlp, "_FusedGatedMlp", Swapped)
 
 
 def scale_dropped(patch: pytest.MonkeyPatch) -> None:
     """A's gradient is not multiplied by the adapter's scale."""
-    right = linear.backward
+    right = lora_linear.lora_backward
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         toward_x, toward_a, toward_b = right(*args, **kwargs)
         return toward_x, toward_a / args[6].scale, toward_b
 
-    patch.setattr(linear, "backward", wrong)
+    patch.setattr(lora_linear, "lora_backward", wrong)
 
 
 def samples_not_separated(patch: pytest.MonkeyPatch) -> None:
-    right = attention.segment_mask
-    patch.setattr(loss, "segment_mask", lambda lengths: right([sum(lengths)]))
+    right = packed_attention.segment_mask
+    patch.setattr(chunked_loss, "segment_mask", lambda lengths: right([sum(lengths)]))
 
 
 def soft_cap_forgotten(patch: pytest.MonkeyPatch) -> None:
-    right = loss.losses_and_slopes
+    right = chunked_loss.losses_and_grads
 
-    def wrong(logits: Tensor, targets: Tensor, head: loss.Head, *, needs_grad: bool) -> Any:
-        plain = loss.Head(head.projection, head.multiplier, None)
+    def wrong(logits: Tensor, targets: Tensor, head: chunked_loss.OutputHead, *, needs_grad: bool) -> Any:
+        plain = chunked_loss.OutputHead(head.projection, head.multiplier, None)
         return right(logits, targets, plain, needs_grad=needs_grad)
 
-    patch.setattr(loss, "losses_and_slopes", wrong)
+    patch.setattr(chunked_loss, "losses_and_grads", wrong)
 
 
 def multiplier_forgotten_in_backward(patch: pytest.MonkeyPatch) -> None:
-    right = loss.losses_and_slopes
+    right = chunked_loss.losses_and_grads
 
-    def wrong(logits: Tensor, targets: Tensor, head: loss.Head, *, needs_grad: bool) -> Any:
-        losses, slopes = right(logits, targets, head, needs_grad=needs_grad)
-        return losses, None if slopes is None else slopes / head.multiplier
+    def wrong(logits: Tensor, targets: Tensor, head: chunked_loss.OutputHead, *, needs_grad: bool) -> Any:
+        losses, logit_grads = right(logits, targets, head, needs_grad=needs_grad)
+        return losses, None if logit_grads is None else logit_grads / head.multiplier
 
-    patch.setattr(loss, "losses_and_slopes", wrong)
+    patch.setattr(chunked_loss, "losses_and_grads", wrong)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -176,8 +181,8 @@ def test_a_wrong_path_is_named_and_replaced(
 ) -> None:
     model, base, device = adapted(tmp_path, model_type, dtype, build=massive_channel)
     mutate(monkeypatch)
-    verified = verify_step(model, base, excerpt(), device, 0, Processes())
-    assert isinstance(verified, Verified)
+    verified = verify_step(model, base, excerpt(), device, 0, DistributedContext())
+    assert isinstance(verified, VerificationResult)
     assert verified.replaced == (path,) and verified.agrees and not verified.comparison.agrees
 
 
@@ -185,8 +190,8 @@ def test_two_wrong_paths_are_both_replaced(tmp_path: Path, monkeypatch: pytest.M
     model, base, device = adapted(tmp_path, "llama", "float32")
     norm_without_projection(monkeypatch)
     gate_and_up_swapped(monkeypatch)
-    verified = verify_step(model, base, excerpt(), device, 0, Processes())
-    assert isinstance(verified, Verified) and verified.replaced == ("norms", "mlp")
+    verified = verify_step(model, base, excerpt(), device, 0, DistributedContext())
+    assert isinstance(verified, VerificationResult) and verified.replaced == ("norms", "mlp")
     with ready_to_compare(model, device):
         as_left = StepReference(model, excerpt(), device).compare(packed=True, pad_id=0)
     assert as_left.agrees
@@ -197,7 +202,9 @@ def test_the_check_leaves_model_and_random_numbers_as_they_were(tmp_path: Path) 
     checkpoint_activations(base.model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     numbers = torch.get_rng_state()
-    assert isinstance(verify_step(model, base, excerpt(0.5), device, 0, Processes()), Verified)
+    assert isinstance(
+        verify_step(model, base, excerpt(0.5), device, 0, DistributedContext()), VerificationResult
+    )
     assert torch.equal(torch.get_rng_state(), numbers)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -210,7 +217,7 @@ def test_a_library_step_that_is_not_finite_is_no_verdict(tmp_path: Path) -> None
     model, base, device = adapted(tmp_path, "llama", "float32")
     with torch.no_grad():
         base.model.get_input_embeddings().weight.fill_(float("nan"))
-    verdict = verify_step(model, base, excerpt(), device, 0, Processes())
+    verdict = verify_step(model, base, excerpt(), device, 0, DistributedContext())
     assert isinstance(verdict, str) and "not a finite number" in verdict
 
 
@@ -236,16 +243,16 @@ def test_a_check_that_runs_out_of_memory_half_way_leaves_every_path(
     norm_without_projection(monkeypatch)
     # All paths, again with more noise, none, and then the first one by itself.
     monkeypatch.setattr(StepReference, "compare", failing(4, MemoryError("no more")))
-    with pytest.raises(NotComputed, match="no more") as raised:
-        verify_step(model, base, excerpt(), device, 0, Processes())
+    with pytest.raises(StepNotComputedError, match="no more") as raised:
+        verify_step(model, base, excerpt(), device, 0, DistributedContext())
     assert raised.value.out_of_memory
     assert FastPaths(model, base).names == names
     assert base.model.config._attn_implementation == "qlora_segments"
     assert all(parameter.grad is None for parameter in model.parameters())
     b = {name: p for name, p in model.named_parameters() if "lora_B" in name}
     assert b and not any(p.any() for p in b.values())
-    verdict = verify_step(model, base, excerpt(), device, 0, Processes())
-    assert isinstance(verdict, Verified) and verdict.replaced == ("norms",)
+    verdict = verify_step(model, base, excerpt(), device, 0, DistributedContext())
+    assert isinstance(verdict, VerificationResult) and verdict.replaced == ("norms",)
 
 
 def test_a_path_that_raises_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,13 +260,13 @@ def test_a_path_that_raises_is_replaced(tmp_path: Path, monkeypatch: pytest.Monk
         raise TypeError("an argument that transformers added")
 
     model, base, device = adapted(tmp_path, "llama", "float32")
-    monkeypatch.setattr(loss, "losses_and_slopes", broken)
-    verdict = verify_step(model, base, excerpt(), device, 0, Processes())
-    assert isinstance(verdict, Verified) and verdict.agrees and verdict.replaced == ("loss",)
+    monkeypatch.setattr(chunked_loss, "losses_and_grads", broken)
+    verdict = verify_step(model, base, excerpt(), device, 0, DistributedContext())
+    assert isinstance(verdict, VerificationResult) and verdict.agrees and verdict.replaced == ("loss",)
     assert verdict.comparison.failure == "TypeError: an argument that transformers added"
 
 
-class _Rank(Processes, frozen=True, kw_only=True):
+class _Rank(DistributedContext, frozen=True, kw_only=True):
     """One of two processes, played by threads: they wait for each other where processes would."""
 
     barrier: Any
@@ -294,12 +301,12 @@ def test_a_failure_in_one_process_is_one_of_all(
 
     monkeypatch.setattr(StepReference, "measure_noise", measure_noise)
 
-    def verify_in(rank: int) -> Verified | str:
+    def verify_in(rank: int) -> VerificationResult | str:
         model, base, device = ready[rank]
-        processes = _Rank(rank=rank, count=2, barrier=barrier, values=values)
+        processes = _Rank(rank=rank, world_size=2, barrier=barrier, values=values)
         try:
             return verify_step(model, base, excerpt(), device, 0, processes)
-        except NotComputed as failure:
+        except StepNotComputedError as failure:
             if not failure.out_of_memory:
                 return str(failure)
             return verify_step(model, base, excerpt(), device, 0, processes)
@@ -309,7 +316,9 @@ def test_a_failure_in_one_process_is_one_of_all(
     if reason is not None:
         assert first == second == reason
     else:
-        assert isinstance(first, Verified) and first == second and first.agrees and not first.replaced
+        assert (
+            isinstance(first, VerificationResult) and first == second and first.agrees and not first.replaced
+        )
 
 
 def test_nothing_is_dropped_out_during_the_check(tmp_path: Path) -> None:
@@ -327,9 +336,9 @@ def test_nothing_is_dropped_out_during_the_check(tmp_path: Path) -> None:
 
 def test_the_excerpt_has_two_samples_where_any_micro_batch_has() -> None:
     rows = [(0,), (1, 0)]
-    steps = tuple(Step(rows=(row,), epoch=1.0, ends_epoch=False) for row in rows)
-    assert _first_rows(Schedule(steps, 2, 2), _Samples(), 1) == ((1, 0),)
-    assert _first_rows(Schedule(steps[:1], 1, 1), _Samples(), 1) == ((0,),)
+    steps = tuple(PlannedStep(rows=(row,), epoch=1.0, ends_epoch=False) for row in rows)
+    assert _first_rows(StepPlan(steps, 2, 2), _Samples(), 1) == ((1, 0),)
+    assert _first_rows(StepPlan(steps[:1], 1, 1), _Samples(), 1) == ((0,),)
 
 
 class _Samples:

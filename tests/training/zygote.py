@@ -25,7 +25,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401
 
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training import __main__ as trainer
-from qlora_tui.training import run as _stations  # noqa: F401
+from qlora_tui.training import attempt as _stations  # noqa: F401
 
 
 def main() -> None:

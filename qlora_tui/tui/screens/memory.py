@@ -331,9 +331,9 @@ class MemoryScreen(WorkScreen):
         """What a GGUF file needs before its first run."""
         if not model_id.endswith(".gguf"):
             return None
-        from qlora_tui.training.conversion import pending  # loads tokenizers
+        from qlora_tui.training.gguf_conversion import pending_conversion  # loads tokenizers
 
-        return pending(model_id)
+        return pending_conversion(model_id)
 
     def _recipe_fits(self) -> bool:
         estimate = self._compared[precision_of(self.qlora_app.workbench.recipe)]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.training.clean_files import single_file_view
-from qlora_tui.training.gguf_weights import Progress, Weight, weights_of, write_weights
+from qlora_tui.training.gguf_weights import GgufTensor, ProgressCallback, weights_of, write_weights
 
 
-def write(file: Path, folder: Path, architecture: str, progress: Progress) -> None:
+def write(file: Path, folder: Path, architecture: str, progress: ProgressCallback) -> None:
     """Write the folder of a file for which ``gguf_weights.all_known`` holds.
 
     Raises ValueError where the model that transformers builds from the configuration has other tensors.
@@ -56,7 +56,7 @@ def one_reader_per_file() -> Iterator[None]:
         gguf.GGUFReader = original
 
 
-def _write_config(config: Any, folder: Path, weights: list[Weight]) -> None:
+def _write_config(config: Any, folder: Path, weights: list[GgufTensor]) -> None:
     """What ``save_pretrained`` writes beside the weights, from a model without any."""
     import torch
     from transformers import AutoModelForCausalLM

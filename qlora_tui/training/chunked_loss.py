@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
-from qlora_tui.training.attention import segment_mask
-from qlora_tui.training.even import filled_up
-from qlora_tui.training.token_rows import TokenRows, active_rows
+from qlora_tui.training.packed_attention import segment_mask
+from qlora_tui.training.padding import pad_tokens
+from qlora_tui.training.trainable_tokens import TokenRows, active_rows
 
 IGNORED = -100
 """Label of a token nothing is learnt from."""
-SummedLoss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+LossSumFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """The sum of the losses of states (tokens, hidden) against targets (tokens), fp32."""
 
 
 @dataclass(frozen=True)
-class Head:
+class OutputHead:
     """From the last hidden state to logits, in the forms that are known."""
 
     projection: nn.Linear
@@ -40,11 +40,11 @@ class Head:
     """Gemma's ``final_logit_softcapping``: logits become softcap · tanh(logits / softcap)."""
 
 
-def find_head(model: nn.Module) -> Head | str:
+def find_head(model: nn.Module) -> OutputHead | str:
     """The head of a causal language model, or why it cannot be taken in chunks.
 
     What a family does between head and loss is read from the names its configuration uses; whether that is
-    all is for :func:`qlora_tui.training.checks.loss_is_exact` to prove.
+    all is for :func:`qlora_tui.training.equivalence_checks.head_matches_model` to prove.
     """
     projection = model.get_output_embeddings()  # type: ignore[operator]  # a PreTrainedModel's method
     if type(projection) is not nn.Linear:
@@ -58,13 +58,13 @@ def find_head(model: nn.Module) -> Head | str:
         multiplier /= float(scaling)
     if scale := getattr(config, "logit_scale", None):
         multiplier *= float(scale)
-    return Head(projection, multiplier, getattr(config, "final_logit_softcapping", None))
+    return OutputHead(projection, multiplier, getattr(config, "final_logit_softcapping", None))
 
 
-def use_chunked_loss(model: nn.Module, head: Head, kernel: SummedLoss | None = None) -> None:
+def use_chunked_loss(model: nn.Module, head: OutputHead, kernel: LossSumFn | None = None) -> None:
     """Let ``model(labels=…)`` compute its loss in chunks. Without labels it does what it always did.
 
-    ``kernel`` (:func:`qlora_tui.training.liger.proven_liger`) takes their place where it can.
+    ``kernel`` (:func:`qlora_tui.training.liger.verified_liger_loss`) takes their place where it can.
     """
     stock = model.forward
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]  # a PreTrainedModel's method
@@ -95,7 +95,7 @@ def use_chunked_loss(model: nn.Module, head: Head, kernel: SummedLoss | None = N
     model.forward = MethodType(forward, model)
 
 
-def weigh_stock_loss(model: nn.Module) -> None:
+def use_weighted_loss(model: nn.Module) -> None:
     """Let ``model(loss_weights=…)`` weigh the loss of each token, where it cannot be taken in chunks."""
     stock = model.forward
 
@@ -116,14 +116,14 @@ def weigh_stock_loss(model: nn.Module) -> None:
 def use_library_loss(model: nn.Module, *, by_mask: bool) -> None:
     """Undo :func:`use_chunked_loss`: the model's own loss, in packed rows and with weighted tokens too."""
     vars(model).pop("forward", None)
-    weigh_stock_loss(model)
+    use_weighted_loss(model)
     use_segments(model, by_mask=by_mask)
 
 
 def use_segments(model: nn.Module, *, by_mask: bool) -> None:
     """Let ``model(segments=[…])`` keep the samples of a row apart, for either loss.
 
-    ``by_mask``: for :mod:`qlora_tui.training.attention`; flash kernels see it in the positions.
+    ``by_mask``: for :mod:`qlora_tui.training.packed_attention`; flash kernels see it in the positions.
     """
     inner = model.forward
 
@@ -137,12 +137,12 @@ def use_segments(model: nn.Module, *, by_mask: bool) -> None:
 
 
 def summed_loss(
-    head: Head,
+    head: OutputHead,
     hidden: Tensor,
     labels: Tensor,
     weights: Tensor | None = None,
     rows: TokenRows | None = None,
-    kernel: SummedLoss | None = None,
+    kernel: LossSumFn | None = None,
 ) -> tuple[Tensor, int]:
     """The sum of the losses of all trained tokens, fp32, each by its weight, and how many they are.
 
@@ -168,7 +168,7 @@ def summed_loss(
 def chunked_sum(
     states: Tensor,
     targets: Tensor,
-    head: Head,
+    head: OutputHead,
     weights: Tensor | None = None,
     ids: Tensor | None = None,
     values: Tensor | None = None,
@@ -191,7 +191,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         states: Tensor,
         targets: Tensor,
-        head: Head,
+        head: OutputHead,
         weights: Tensor | None,
         ids: Tensor | None,
         values: Tensor | None,
@@ -200,9 +200,9 @@ class _ChunkedLoss(torch.autograd.Function):
         rows = None if values is None else values.to(weight.dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[5]
         # Gradients of fp16 states are kept in fp32 until the loss scale has been applied: they would vanish.
-        kept = torch.float32 if states.dtype == torch.float16 else states.dtype
-        grad = torch.empty(states.shape, dtype=kept, device=states.device) if needs_grad else None
-        toward_rows = torch.zeros_like(values) if needs_grad and values is not None else None
+        grad_dtype = torch.float32 if states.dtype == torch.float16 else states.dtype
+        grad = torch.empty(states.shape, dtype=grad_dtype, device=states.device) if needs_grad else None
+        grad_rows = torch.zeros_like(values) if needs_grad and values is not None else None
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         block = block_rows(states.device)
         for start in range(0, len(targets), LOSS_CHUNK_ROWS):
@@ -210,48 +210,50 @@ class _ChunkedLoss(torch.autograd.Function):
             chunk, target = states[start:end].to(weight.dtype), targets[start:end, None]
             counts = None if weights is None else weights[start:end, None]
             with torch.autocast(states.device.type, enabled=False):
-                whole = nn.functional.linear(filled_up(chunk), weight, bias)
+                padded_logits = nn.functional.linear(pad_tokens(chunk), weight, bias)
             # What was filled up goes along unread, and no copy is made without it.
-            logits = whole[: len(chunk)]
+            logits = padded_logits[: len(chunk)]
             if ids is not None and rows is not None:
                 logits.index_copy_(1, ids, chunk @ rows.t())
-            own = None if toward_rows is None or ids is None else toward_rows.new_empty(len(chunk), len(ids))
+            row_logit_grads = (
+                None if grad_rows is None or ids is None else grad_rows.new_empty(len(chunk), len(ids))
+            )
             for at in range(0, len(chunk), block):
-                some = slice(at, at + block)
-                losses, slopes = losses_and_slopes(
-                    logits[some], target[some], head, needs_grad=grad is not None
+                block_slice = slice(at, at + block)
+                losses, logit_grads = losses_and_grads(
+                    logits[block_slice], target[block_slice], head, needs_grad=grad is not None
                 )
                 if counts is not None:
-                    losses *= counts[some]
+                    losses *= counts[block_slice]
                 total += losses.sum()
-                if slopes is None:
+                if logit_grads is None:
                     continue
                 if counts is not None:
-                    slopes *= counts[some]
-                if ids is not None and own is not None:
-                    own[some] = slopes.index_select(1, ids)
-                    slopes.index_fill_(1, ids, 0)
-                logits[some] = slopes
+                    logit_grads *= counts[block_slice]
+                if ids is not None and row_logit_grads is not None:
+                    row_logit_grads[block_slice] = logit_grads.index_select(1, ids)
+                    logit_grads.index_fill_(1, ids, 0)
+                logits[block_slice] = logit_grads
                 # Or it would live on beside the next block's.
-                del slopes
+                del logit_grads
             if grad is not None:
-                toward = (whole @ weight)[: len(chunk)]
-                if own is not None and toward_rows is not None and rows is not None:
-                    toward_rows.addmm_(own.t(), chunk.to(own.dtype))
-                    toward.addmm_(own.to(rows.dtype), rows)
-                grad[start:end] = toward
-                del toward
+                grad_chunk = (padded_logits @ weight)[: len(chunk)]
+                if row_logit_grads is not None and grad_rows is not None and rows is not None:
+                    grad_rows.addmm_(row_logit_grads.t(), chunk.to(row_logit_grads.dtype))
+                    grad_chunk.addmm_(row_logit_grads.to(rows.dtype), rows)
+                grad[start:end] = grad_chunk
+                del grad_chunk
             # Or they would live on beside the next chunk's.
-            del logits, whole, own
+            del logits, padded_logits, row_logit_grads
         if grad is not None:
-            ctx.save_for_backward(grad, toward_rows)
+            ctx.save_for_backward(grad, grad_rows)
         ctx.dtype = states.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad, toward_rows = ctx.saved_tensors
-        rows = None if toward_rows is None else toward_rows * grad_outputs[0]
+        grad, grad_rows = ctx.saved_tensors
+        rows = None if grad_rows is None else grad_rows * grad_outputs[0]
         return (grad * grad_outputs[0]).to(ctx.dtype), None, None, None, None, rows
 
 
@@ -260,25 +262,25 @@ def block_rows(device: torch.device) -> int:
     return LOSS_BLOCK_ROWS["cuda" if device.type == "cuda" else "cpu"]
 
 
-def losses_and_slopes(
-    logits: Tensor, targets: Tensor, head: Head, *, needs_grad: bool
+def losses_and_grads(
+    logits: Tensor, targets: Tensor, head: OutputHead, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of some rows (rows, vocabulary) of the head's own logits, against (rows, 1), and the
     gradient of each towards its logits, in their shape. Both are fp32."""
-    logits, bent = logits.float(), None
+    logits, tanh_logits = logits.float(), None
     if head.multiplier != 1.0:
         logits = logits * head.multiplier
     if head.softcap is not None:
-        bent = (logits / head.softcap).tanh_()
-        logits = bent * head.softcap
-    likely = logits.log_softmax(dim=-1)
-    losses = -likely.gather(1, targets)
+        tanh_logits = (logits / head.softcap).tanh_()
+        logits = tanh_logits * head.softcap
+    log_probs = logits.log_softmax(dim=-1)
+    losses = -log_probs.gather(1, targets)
     if not needs_grad:
         return losses, None
-    slopes = likely.exp_()
-    slopes.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=slopes.dtype))
-    if bent is not None:
-        slopes *= bent.square_().neg_().add_(1)
+    logit_grads = log_probs.exp_()
+    logit_grads.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logit_grads.dtype))
+    if tanh_logits is not None:
+        logit_grads *= tanh_logits.square_().neg_().add_(1)
     if head.multiplier != 1.0:
-        slopes *= head.multiplier
-    return losses, slopes
+        logit_grads *= head.multiplier
+    return losses, logit_grads

@@ -19,40 +19,40 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import CheckpointSaved, Evaluated, Sampled, Step
 from qlora_tui.training import checkpoints
 from qlora_tui.training.accuracy import has_short_answers
-from qlora_tui.training.asked import Requests
-from qlora_tui.training.batches import Samples, validation_batches
-from qlora_tui.training.checkpoints import State
-from qlora_tui.training.device import Device
-from qlora_tui.training.evaluation import answers, validate
+from qlora_tui.training.batches import TokenizedDataset, validation_batches
+from qlora_tui.training.checkpoints import CheckpointState
+from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.control_requests import ControlRequests
+from qlora_tui.training.distributed import DistributedContext
+from qlora_tui.training.evaluation import generate_samples, validate
 from qlora_tui.training.failure import is_full_disk
-from qlora_tui.training.health import StepWatch, too_few_steps
-from qlora_tui.training.loop import RunTrainer
-from qlora_tui.training.processes import Processes
+from qlora_tui.training.health import StepMonitor, too_few_steps
 from qlora_tui.training.reporter import Reporter
+from qlora_tui.training.trainer import RunTrainer
 
 _KINDS: tuple[Kind, ...] = ("evaluate", "sample", "checkpoint")
-Ending = Literal["finished", "stopped", "paused"]
+AttemptOutcome = Literal["finished", "stopped", "paused"]
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """What the edge needs to know of the run."""
 
     run: RunDir
     recipe: Recipe
-    device: Device
+    device: ComputeDevice
     tokenizer: ChatTokenizer
-    validation: Samples
+    validation: TokenizedDataset
     data_hash: str
-    kept_apart: bool
+    packing_isolated: bool
     pad_id: int
     thinking: Thinking
     """How sample prompts are asked."""
-    among: Processes
+    dist: DistributedContext
 
 
 @dataclass
-class Progress:
+class CallbackState:
     """What changes from step to step and is not transformers' to keep."""
 
     best_step: int | None = None
@@ -63,36 +63,38 @@ class Progress:
     ends_with_epoch: bool = False
 
 
-class Edge:
+class RunCallback:
     """Called by the trainer before the first and after each step."""
 
-    def __init__(self, setting: Setting, trainer: RunTrainer, reporter: Reporter, requests: Requests) -> None:
-        self.ending: Ending = "finished"
+    def __init__(
+        self, context: RunContext, trainer: RunTrainer, reporter: Reporter, requests: ControlRequests
+    ) -> None:
+        self.outcome: AttemptOutcome = "finished"
         self.reason = "all steps done"
-        self.progress = Progress()
-        self.evaluating_s = 0.0
+        self.progress = CallbackState()
+        self.overhead_s = 0.0
         """Seconds that went into validating, sampling and saving; no training time."""
-        self._setting = setting
+        self._context = context
         self._trainer = trainer
         self._reporter = reporter
         self._requests = requests
-        self._watch = StepWatch()
-        self._told_at = time.perf_counter()
-        self._told_tokens = 0
+        self._watch = StepMonitor()
+        self._emitted_at = time.perf_counter()
+        self._emitted_tokens = 0
         self._validation = validation_batches(
-            setting.validation,
-            setting.recipe.training.micro_batch,
-            setting.recipe.data.max_length,
-            kept_apart=setting.kept_apart,
+            context.validation,
+            context.recipe.training.micro_batch,
+            context.recipe.data.max_length,
+            packing_isolated=context.packing_isolated,
         )
 
-        short = has_short_answers(setting.validation)
-        self._short_answers_end = frozenset(setting.tokenizer.turn_end_ids) if short else None
+        short = has_short_answers(context.validation)
+        self._short_answers_end = frozenset(context.tokenizer.turn_end_ids) if short else None
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: CheckpointState) -> None:
         """Go on from a checkpoint."""
         self._trainer.tokens = state.tokens
-        self.progress = Progress(
+        self.progress = CallbackState(
             best_step=state.best_step,
             best_loss=state.best_loss,
             last_losses=list(state.last_losses),
@@ -100,7 +102,7 @@ class Edge:
             checkpoint_step=state.step,
         )
 
-    def begin(self) -> None:
+    def on_train_begin(self) -> None:
         """Before the first step of an attempt: validate, unless it goes on from a checkpoint."""
         if self.progress.evaluated_step < 0:
             self.evaluate(0)
@@ -108,101 +110,101 @@ class Edge:
         if few is not None and not self._trainer.state.global_step:
             self._reporter.health(few.kind, few.evidence, few.remedy)
         self._reporter.phase("training")
-        self._told_at, self._told_tokens = time.perf_counter(), self._trainer.tokens
+        self._emitted_at, self._emitted_tokens = time.perf_counter(), self._trainer.tokens
 
-    def step_done(self, loss: float, learning_rate: float, grad_norm: float) -> None:
+    def on_step_end(self, loss: float, learning_rate: float, grad_norm: float) -> None:
         """After an optimizer step."""
-        spent_before_s = self.evaluating_s
+        spent_before_s = self.overhead_s
         step = self._trainer.state.global_step
-        plan = self._trainer.steps.schedule.steps[step - 1]
+        plan = self._trainer.steps.step_plan.steps[step - 1]
         last = step == self._trainer.state.max_steps
-        told = self._tell(step, plan.epoch, loss, learning_rate, grad_norm, must=last)
-        self._look_after(step, loss, grad_norm)
-        self._requests.look()
+        emitted = self._emit_step(step, plan.epoch, loss, learning_rate, grad_norm, force=last)
+        self._check_health(step, loss, grad_norm)
+        self._requests.poll()
         self._change_learning_rate()
-        asked_to_end = self._requests.ending()
+        stop_kind = self._requests.stop_kind()
         if self._requests.take("finish_epoch"):
             self.progress.ends_with_epoch = True
         ends = last or (plan.ends_epoch and self.progress.ends_with_epoch)
-        asked = {kind for kind in _KINDS if self._requests.take(kind)}
-        if self._is_due("evaluate_every", step, plan.ends_epoch or ends) or "evaluate" in asked:
+        requested = {kind for kind in _KINDS if self._requests.take(kind)}
+        if self._is_due("evaluate_every", step, plan.ends_epoch or ends) or "evaluate" in requested:
             improved = self.evaluate(step)
             self._stop_early()
             if improved and not ends:
                 self.save(step)
-        elif "sample" in asked:
+        elif "sample" in requested:
             self._sample(step)
         stops = self._trainer.control.should_training_stop
         if (
             self._is_due("checkpoint_every", step, plan.ends_epoch)
-            or "checkpoint" in asked
+            or "checkpoint" in requested
             or ends
             or stops
-            or asked_to_end
+            or stop_kind
         ):
-            self.save(step, must=bool(asked_to_end))
-        if asked_to_end:
-            self.ending = "paused" if asked_to_end == "pause" else "stopped"
+            self.save(step, force=bool(stop_kind))
+        if stop_kind:
+            self.outcome = "paused" if stop_kind == "pause" else "stopped"
         elif ends and not last:
             self.reason = "finished at the end of the epoch, as asked"
-        if asked_to_end or ends:
+        if stop_kind or ends:
             self._trainer.control.should_training_stop = True
-        self._back_to_training(self.evaluating_s - spent_before_s)
-        if self._trainer.control.should_training_stop and not told:
+        self._exclude_from_timing(self.overhead_s - spent_before_s)
+        if self._trainer.control.should_training_stop and not emitted:
             # The run's last step is known wherever it ends.
-            self._tell(step, plan.epoch, loss, learning_rate, grad_norm, must=True)
+            self._emit_step(step, plan.epoch, loss, learning_rate, grad_norm, force=True)
 
     def evaluate(self, step: int) -> bool:
         """Validate and sample; True where the loss is the best so far."""
-        setting, started = self._setting, time.perf_counter()
+        context, started = self._context, time.perf_counter()
         self.progress.evaluated_step = step
-        if not self._validation and not setting.recipe.training.sample_prompts:
+        if not self._validation and not context.recipe.training.sample_prompts:
             return False
         self._reporter.phase("evaluating")
         improved = bool(self._validation) and self._validate(step)
         self._sample(step)
-        self.evaluating_s += time.perf_counter() - started
+        self.overhead_s += time.perf_counter() - started
         return improved
 
-    def save(self, step: int, *, must: bool = False) -> None:
+    def save(self, step: int, *, force: bool = False) -> None:
         """Write a checkpoint, once a step.
 
-        A disk that is full or fails costs the checkpoint, not the run, unless it ``must`` be written.
+        A disk that is full or fails costs the checkpoint, not the run, unless it ``force`` be written.
         """
         if self.progress.checkpoint_step == step:
             return
         started = time.perf_counter()
         self._reporter.phase("saving", f"checkpoint at step {step}")
-        setting, progress = self._setting, self.progress
-        state = State(
+        context, progress = self._context, self.progress
+        state = CheckpointState(
             step=step,
             tokens=self._trainer.tokens,
-            data_hash=setting.data_hash,
-            kept_apart=setting.kept_apart,
-            recipe=checkpoints.recipe_text(setting.recipe),
+            data_hash=context.data_hash,
+            packing_isolated=context.packing_isolated,
+            recipe=checkpoints.recipe_text(context.recipe),
             best_step=progress.best_step,
             best_loss=progress.best_loss,
             last_losses=tuple(progress.last_losses),
         )
         try:
-            folder = checkpoints.write(setting.run, state, self._trainer.save_parts, setting.among)
+            folder = checkpoints.write(context.run, state, self._trainer.save_checkpoint_files, context.dist)
         except OSError as error:
-            if must:
+            if force:
                 raise
-            self._report_unwritten(step, error)
+            self._report_unsaved_checkpoint(step, error)
             return
         progress.checkpoint_step = step
-        self._reporter.tell(
-            CheckpointSaved(at=time.time(), step=step, folder=str(folder.relative_to(setting.run.path)))
+        self._reporter.emit(
+            CheckpointSaved(at=time.time(), step=step, folder=str(folder.relative_to(context.run.path)))
         )
-        if setting.among.is_first:
+        if context.dist.is_main_process:
             # What cannot be deleted now is deleted after the next checkpoint.
             with suppress(OSError):
-                checkpoints.prune(setting.run, setting.recipe.training.keep_checkpoints, progress.best_step)
-        self.evaluating_s += time.perf_counter() - started
+                checkpoints.prune(context.run, context.recipe.training.keep_checkpoints, progress.best_step)
+        self.overhead_s += time.perf_counter() - started
 
-    def _report_unwritten(self, step: int, error: OSError) -> None:
-        problem = disk_problem(error, self._setting.run.checkpoints_dir)
+    def _report_unsaved_checkpoint(self, step: int, error: OSError) -> None:
+        problem = disk_problem(error, self._context.run.checkpoints_dir)
         reason = f"{problem.title[0].lower()}{problem.title[1:]}" if problem else str(error)
         self._reporter.log(f"checkpoint at step {step}: {error}")
         self._reporter.health(
@@ -213,19 +215,19 @@ class Edge:
             step=step,
         )
 
-    def _tell(
-        self, step: int, epoch: float, loss: float, learning_rate: float, grad_norm: float, *, must: bool
+    def _emit_step(
+        self, step: int, epoch: float, loss: float, learning_rate: float, grad_norm: float, *, force: bool
     ) -> bool:
         """Tell the step where its turn has come, or it must be; True where it was."""
         self._reporter.update(step=step, loss=loss if math.isfinite(loss) else None)
         broken = not (math.isfinite(loss) and math.isfinite(grad_norm))
-        every = self._setting.recipe.training.log_every
-        if step % every and not must and not broken:
+        every = self._context.recipe.training.log_every
+        if step % every and not force and not broken:
             return False
         now, tokens = time.perf_counter(), self._trainer.tokens
-        rate = (tokens - self._told_tokens) / max(now - self._told_at, 1e-9)
-        self._told_at, self._told_tokens = now, tokens
-        self._reporter.tell(
+        rate = (tokens - self._emitted_tokens) / max(now - self._emitted_at, 1e-9)
+        self._emitted_at, self._emitted_tokens = now, tokens
+        self._reporter.emit(
             Step(
                 at=time.time(),
                 step=step,
@@ -244,7 +246,7 @@ class Edge:
         )
         return True
 
-    def _look_after(self, step: int, loss: float, grad_norm: float) -> None:
+    def _check_health(self, step: int, loss: float, grad_norm: float) -> None:
         if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not self._scales_loss):
             what = "loss" if not math.isfinite(loss) else "gradient norm"
             value = loss if what == "loss" else grad_norm
@@ -252,20 +254,24 @@ class Edge:
             self._reporter.health(
                 "nan_loss", f"The {what} is {value} at step {step}.", remedy, step=step, error=True
             )
-            kept = self.progress.checkpoint_step
-            good = f"the checkpoint of step {kept} is good" if kept >= 0 else "there is no checkpoint yet"
+            saved_step = self.progress.checkpoint_step
+            hint = (
+                f"the checkpoint of step {saved_step} is good"
+                if saved_step >= 0
+                else "there is no checkpoint yet"
+            )
             raise UserError(
                 "The loss is not a number",
                 what=f"At step {step} the {what} was {value}.",
-                why=f"Nothing learnt after that would be of use; {good}.",
+                why=f"Nothing learnt after that would be of use; {hint}.",
                 fix="Lower training.learning_rate and start again, or train in another compute dtype.",
             )
-        for finding in self._watch.step(step, loss, grad_norm):
+        for finding in self._watch.check(step, loss, grad_norm):
             self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step)
 
-    def _back_to_training(self, spent_s: float) -> None:
+    def _exclude_from_timing(self, spent_s: float) -> None:
         """What was spent between steps is not counted as training."""
-        self._told_at += spent_s
+        self._emitted_at += spent_s
         if spent_s and not self._trainer.control.should_training_stop:
             self._reporter.phase("training")
 
@@ -274,24 +280,24 @@ class Edge:
         # Under fp16 a step whose scaled gradients overflow is skipped and the scale lowered: that is routine.
         return bool(self._trainer.args.fp16)
 
-    def _is_due(self, setting: str, step: int, epoch_ends: bool) -> bool:
-        every: int = getattr(self._setting.recipe.training, setting)
+    def _is_due(self, interval_name: str, step: int, epoch_ends: bool) -> bool:
+        every: int = getattr(self._context.recipe.training, interval_name)
         return epoch_ends if not every else step % every == 0 or step == self._trainer.state.max_steps
 
     def _validate(self, step: int) -> bool:
-        setting = self._setting
-        mine = validate(
+        context = self._context
+        local_sums = validate(
             self._trainer.model,
-            setting.validation,
-            self._validation[setting.among.rank :: setting.among.count],
-            kept_apart=setting.kept_apart,
-            pad_id=setting.pad_id,
-            multiple=setting.device.row_multiple,
-            device=setting.device.torch_device,
+            context.validation,
+            self._validation[context.dist.rank :: context.dist.world_size],
+            packing_isolated=context.packing_isolated,
+            pad_id=context.pad_id,
+            multiple=context.device.row_multiple,
+            device=context.device.torch_device,
             progress=lambda done, of: self._reporter.progress("evaluating", done, of),
             short_answers_end=self._short_answers_end,
         )
-        total, trained, exact, asked = setting.among.summed(mine)
+        total, trained, exact, answered = context.dist.all_reduce_sum(local_sums)
         loss = total / (trained or 1)
         progress = self.progress
         # The loss before training is no candidate: its adapter has learnt nothing.
@@ -300,29 +306,29 @@ class Edge:
             progress.best_loss, progress.best_step, progress.last_losses = loss, step, []
         elif step > 0:
             progress.last_losses.append(loss)
-        self._reporter.tell(
+        self._reporter.emit(
             Evaluated(
                 at=time.time(),
                 step=step,
                 loss=loss if math.isfinite(loss) else None,
                 best=best,
-                accuracy=exact / asked if asked else None,
+                accuracy=exact / answered if answered else None,
             )
         )
         self._reporter.log(f"validation loss {loss:.4f} at step {step}{' (best)' if best else ''}")
         return best
 
     def _sample(self, step: int) -> None:
-        setting = self._setting
-        prompts = setting.recipe.training.sample_prompts
+        context = self._context
+        prompts = context.recipe.training.sample_prompts
         model: Any = self._trainer.model
-        for prompt, answer in answers(
-            model, setting.tokenizer, prompts, setting.device.torch_device, setting.thinking
+        for prompt, answer in generate_samples(
+            model, context.tokenizer, prompts, context.device.torch_device, context.thinking
         ):
-            self._reporter.tell(Sampled(at=time.time(), step=step, prompt=prompt, answer=answer))
+            self._reporter.emit(Sampled(at=time.time(), step=step, prompt=prompt, answer=answer))
 
     def _stop_early(self) -> None:
-        patience = self._setting.recipe.training.early_stopping
+        patience = self._context.recipe.training.early_stopping
         if patience and len(self.progress.last_losses) >= patience:
             self._trainer.control.should_training_stop = True
             self.reason = f"no better validation loss in {patience} validations"

@@ -28,17 +28,17 @@ from transformers import (
 
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.batches import (
-    Samples,
-    Schedule,
+    StepPlan,
+    TokenizedDataset,
     collate,
+    count_tokens,
+    mask_all_labels,
     micro_batches,
-    nothing_learnt,
     on_device,
-    predictions_in,
-    tokens_in,
+    sum_loss_weights,
 )
 from qlora_tui.training.checkpoints import UnloadableCheckpoint
-from qlora_tui.training.device import Device
+from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.disk_errors import true_disk_errors
 from qlora_tui.training.failure import is_out_of_memory
 
@@ -61,44 +61,44 @@ class StepData(TypedDict):
     """Real tokens of the whole step, over all processes."""
 
 
-class Steps(Dataset[StepData]):
+class StepDataset(Dataset[StepData]):
     """The schedule as a data set: item ``n`` is step ``n + 1``, collated."""
 
     def __init__(
         self,
-        schedule: Schedule,
-        samples: Samples,
+        step_plan: StepPlan,
+        samples: TokenizedDataset,
         *,
         micro_batch: int,
-        kept_apart: bool,
+        packing_isolated: bool,
         pad_id: int,
         multiple: int = 1,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        self.schedule = schedule
+        self.step_plan = step_plan
         self._samples = samples
         self._micro_batch = micro_batch
-        self._kept_apart = kept_apart
+        self._packing_isolated = packing_isolated
         self._pad_id = pad_id
         self._multiple = multiple
         self._rank = rank
         self._processes = processes
 
     def __len__(self) -> int:
-        return len(self.schedule.steps)
+        return len(self.step_plan.steps)
 
     def __getitem__(self, n: int) -> StepData:
-        rows = self.schedule.steps[n].rows
+        rows = self.step_plan.steps[n].rows
         groups = micro_batches(rows, self._micro_batch)
         mine = [self.collate(group) for group in groups[self._rank :: self._processes]]
         # Every process must run as many backward passes: the gradients meet in them.
         for _ in range(len(mine), math.ceil(len(groups) / self._processes)):
-            mine.append(nothing_learnt(self.collate(groups[0])))
+            mine.append(mask_all_labels(self.collate(groups[0])))
         return StepData(
             micro_batches=mine,
-            predictions=predictions_in(rows, self._samples),
-            tokens=tokens_in(rows, self._samples),
+            predictions=sum_loss_weights(rows, self._samples),
+            tokens=count_tokens(rows, self._samples),
         )
 
     def collate(self, rows: Any) -> dict[str, Any]:
@@ -106,13 +106,13 @@ class Steps(Dataset[StepData]):
         return collate(
             rows,
             self._samples,
-            kept_apart=self._kept_apart,
+            packing_isolated=self._packing_isolated,
             pad_id=self._pad_id,
             multiple=self._multiple,
         )
 
 
-def arguments(recipe: Recipe, device: Device, steps: int, folder: Path) -> TrainingArguments:
+def training_arguments(recipe: Recipe, device: ComputeDevice, steps: int, folder: Path) -> TrainingArguments:
     """The recipe in transformers' words. Logging, evaluating and saving are left to us."""
     training = recipe.training
     return TrainingArguments(
@@ -143,7 +143,7 @@ def arguments(recipe: Recipe, device: Device, steps: int, folder: Path) -> Train
 class RunTrainer(Trainer):
     """Trains the steps of a run; calls back when one is done."""
 
-    def __init__(self, model: Any, args: TrainingArguments, steps: Steps) -> None:
+    def __init__(self, model: Any, args: TrainingArguments, steps: StepDataset) -> None:
         super().__init__(model=model, args=args, train_dataset=steps)
         self.remove_callback(PrinterCallback)
         self.steps = steps
@@ -155,7 +155,7 @@ class RunTrainer(Trainer):
         """Called before the first step, when model, optimizer and schedule are ready (and restored)."""
         self.on_step: Callable[[float, float, float], None] = lambda loss, rate, norm: None
         """Called after each optimizer step with loss, learning rate and gradient norm."""
-        self.add_callback(_Beginning(self))
+        self.add_callback(_TrainBeginCallback(self))
 
     def get_train_dataloader(self) -> DataLoader[StepData]:
         """Steps in their order; a generator of its own, so that it draws none of the run's random numbers."""
@@ -167,7 +167,7 @@ class RunTrainer(Trainer):
         """transformers' schedule, but its first step has a rate above zero: by its own it learns nothing."""
         stock: Any = super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
-        self.lr_scheduler = LambdaLR(stock.optimizer, partial(_warmed_up, stock.lr_lambdas[0], warmup))
+        self.lr_scheduler = LambdaLR(stock.optimizer, partial(_shifted_warmup, stock.lr_lambdas[0], warmup))
         return self.lr_scheduler
 
     def training_step(
@@ -195,7 +195,7 @@ class RunTrainer(Trainer):
         if "loss" in logs:
             self.on_step(logs["loss"], logs["learning_rate"], float(logs.get("grad_norm", 0.0)))
 
-    def save_parts(self, folder: Path) -> None:
+    def save_checkpoint_files(self, folder: Path) -> None:
         """Write adapter, optimizer, schedule, random numbers and counters. Raises OSError."""
         with true_disk_errors():
             if self.args.should_save:
@@ -233,7 +233,7 @@ def _loading(checkpoint: str | None) -> Iterator[None]:
         raise UnloadableCheckpoint(Path(checkpoint), error) from error
 
 
-def _warmed_up(share_at: Callable[[int], float], warmup: int, step: int) -> float:
+def _shifted_warmup(share_at: Callable[[int], float], warmup: int, step: int) -> float:
     """Share of the learning rate at ``step``, from 0."""
     return share_at(step + 1 if step < warmup else step)
 
@@ -252,7 +252,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
 
 
-class _Beginning(TrainerCallback):
+class _TrainBeginCallback(TrainerCallback):
     def __init__(self, trainer: RunTrainer) -> None:
         self._trainer = trainer
 

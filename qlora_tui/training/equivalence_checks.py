@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training import attention
-from qlora_tui.training.agreement import is_near, is_same
+from qlora_tui.training import packed_attention
+from qlora_tui.training.agreement import bitwise_equal, within_rounding
 from qlora_tui.training.attention_check import library_logits, short_windows
-from qlora_tui.training.lean.replace import stand_ins
-from qlora_tui.training.loss import IGNORED, Head, losses_and_slopes
+from qlora_tui.training.chunked_loss import IGNORED, OutputHead, losses_and_grads
+from qlora_tui.training.fused.patching import temporary_forwards
 
 _FIRST, _SECOND = 9, 7
 """Lengths of the two samples."""
@@ -37,7 +37,7 @@ are scaled with another's. Every other path keeps samples apart exactly, but for
 
 
 @torch.no_grad()
-def samples_are_kept_apart(model: Any, device: torch.device) -> bool:
+def packing_is_isolated(model: Any, device: torch.device) -> bool:
     """Whether a sample's outputs in a packed row are its own: as alone, whatever lies before it.
 
     By the library's attention, which is compared with ours layer by layer, the sample is run once more, with
@@ -51,7 +51,7 @@ def samples_are_kept_apart(model: Any, device: torch.device) -> bool:
             packed_after_other = _second_in_row(model, other, second)
             alone = model(input_ids=second, position_ids=_positions(second), segments=[_SECOND]).logits[0]
             longer = torch.cat([second, first], dim=1)
-            if model.config._attn_implementation == attention.NAME:
+            if model.config._attn_implementation == packed_attention.NAME:
                 by_library = library_logits(model, longer, _positions(longer))
             else:  # the library's own flash kernel
                 by_library = model(input_ids=longer, position_ids=_positions(longer), use_cache=False).logits[
@@ -84,7 +84,7 @@ def _rms(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def loss_is_exact(model: Any, head: Head, device: torch.device) -> bool:
+def head_matches_model(model: Any, head: OutputHead, device: torch.device) -> bool:
     """Whether the model's own loss, and its gradient at the logits, are what the head as read makes of them.
 
     The decoder gives hidden states of our choice, and the output projection fp32 logits of our choice, from 0
@@ -112,7 +112,7 @@ def loss_is_exact(model: Any, head: Head, device: torch.device) -> bool:
 
     hook = decoder.register_forward_hook(give_chosen)
     try:
-        with _evaluating(model), stand_ins({head.projection: project}), torch.enable_grad():
+        with _evaluating(model), temporary_forwards({head.projection: project}), torch.enable_grad():
             own = model(input_ids=tokens, labels=labels, use_cache=False)
             (gradient,) = torch.autograd.grad(own.loss, raw)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
@@ -120,7 +120,7 @@ def loss_is_exact(model: Any, head: Head, device: torch.device) -> bool:
     finally:
         hook.remove()
     weight = head.projection.weight
-    if len(given) != 1 or len(received) != 1 or not is_same(received[0], given[0].to(weight.dtype)):
+    if len(given) != 1 or len(received) != 1 or not bitwise_equal(received[0], given[0].to(weight.dtype)):
         return False
     return _is_cross_entropy(own.loss, gradient, raw.detach(), labels[0], head)
 
@@ -132,21 +132,21 @@ def _example_states(states: Tensor) -> Tensor:
     return chosen.to(states.device, states.dtype)
 
 
-def _example_logits(head: Head) -> Tensor:
+def _example_logits(head: OutputHead) -> Tensor:
     """What a projection may give, (tokens, vocabulary), fp32: each token's larger than the one's before."""
     logits = torch.randn(_FIRST, head.projection.out_features, generator=torch.Generator().manual_seed(4))
     largest = 2 * (head.softcap or 10.0) / abs(head.multiplier)
     return logits * torch.logspace(-2, 0, _FIRST)[:, None] * largest
 
 
-def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tensor, head: Head) -> bool:
+def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tensor, head: OutputHead) -> bool:
     """Whether a loss and its gradient at the raw logits (tokens, vocabulary) are the mean cross-entropy."""
     trained = torch.nonzero(labels[1:] != IGNORED)[:, 0]
     targets = labels[1:][trained, None]
-    losses, slopes = losses_and_slopes(raw[trained], targets, head, needs_grad=True)
-    assert slopes is not None
+    losses, logit_grads = losses_and_grads(raw[trained], targets, head, needs_grad=True)
+    assert logit_grads is not None
     expected, scale = torch.zeros_like(raw), torch.zeros_like(raw)
-    expected[trained] = slopes / len(trained)
+    expected[trained] = logit_grads / len(trained)
     logits = raw[trained] * head.multiplier
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -154,7 +154,7 @@ def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tenso
     largest = 1 + logits.abs().amax(-1, keepdim=True)
     likely = logits.softmax(-1).scatter(1, targets, 1.0)
     scale[trained] = likely * largest * abs(head.multiplier) / len(trained)
-    return is_near(gradient.float(), expected, scale, _ROUNDINGS) and is_near(
+    return within_rounding(gradient.float(), expected, scale, _ROUNDINGS) and within_rounding(
         loss.float(), losses.mean(), largest.mean(), _ROUNDINGS
     )
 

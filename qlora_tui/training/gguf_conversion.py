@@ -1,8 +1,8 @@
 """Where a GGUF file is converted: once, in a child process, with progress, and so that it can be stopped.
 
 The trainer, the chat and the demo call this; none of them holds what the conversion needs. torch is not
-imported here. The child is :mod:`qlora_tui.training.gguf`. It ends when this process does, however that
-ends: it holds the read end of a pipe, of which this process has the only write end.
+imported here. The child is :mod:`qlora_tui.training.gguf_worker`. It ends when this process does, however
+that ends: it holds the read end of a pipe, of which this process has the only write end.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.torch_env import OFFLINE
 from qlora_tui.memory.conversion import Conversion, Way, peak_bytes
-from qlora_tui.training import llama_gguf
-from qlora_tui.training.gguf import Said, draft_of
-from qlora_tui.training.gguf_weights import Progress, all_known
+from qlora_tui.training import gguf_llama
+from qlora_tui.training.gguf_weights import ProgressCallback, all_known
+from qlora_tui.training.gguf_worker import ConversionMessage, draft_path
 
-_SAID = msgspec.json.Decoder(Said)
+_MESSAGES = msgspec.json.Decoder(ConversionMessage)
 
-LOOK_EVERY_S = 0.2
+POLL_INTERVAL_S = 0.2
 """How often ``should_stop`` is asked while the child says nothing."""
 
 
@@ -42,9 +42,9 @@ class ConversionStopped(Exception):
     """``should_stop`` said so. Nothing is left of the conversion."""
 
 
-def converted(
+def convert_cached(
     file: Path,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
     """The folder of 16-bit safetensors made from a GGUF file, now or earlier.
@@ -57,13 +57,13 @@ def converted(
     return folder
 
 
-def kept_conversion(file: Path) -> Path | None:
+def cached_conversion(file: Path) -> Path | None:
     """The folder made from a GGUF file earlier; None where it has not been converted. Raises UserError."""
     folder = folder_of(file)
     return folder if (folder / "config.json").exists() else None
 
 
-def pending(model_id: str) -> Conversion | None:
+def pending_conversion(model_id: str) -> Conversion | None:
     """The conversion that a recipe's model needs before its first run; None where it needs none, or where the
     model is not on this machine."""
     try:
@@ -71,7 +71,7 @@ def pending(model_id: str) -> Conversion | None:
         if files.gguf_file is None:
             return None
         file = files.folder / files.gguf_file
-        if kept_conversion(file) is not None:
+        if cached_conversion(file) is not None:
             return None
         return Conversion(file.name, _peak_bytes(file, file.stat().st_size, files.architecture.total_params))
     except (UserError, OSError):
@@ -82,18 +82,20 @@ def pending(model_id: str) -> Conversion | None:
 def _peak_bytes(file: Path, file_bytes: int, weights: int) -> int:
     """The screens ask at every key, and a header has hundreds of thousands of words."""
     header = read_gguf(file)
-    way: Way = "plain" if llama_gguf.is_known(header) else "streamed" if all_known(header) else "whole"
-    return peak_bytes(way, file_bytes=file_bytes, vocabulary=header.vocab_size or 0, weights=weights)
+    method: Way = "plain" if gguf_llama.is_known(header) else "streamed" if all_known(header) else "whole"
+    return peak_bytes(method, file_bytes=file_bytes, vocabulary=header.vocab_size or 0, weights=weights)
 
 
 def convert_in_child(
     file: Path,
     folder: Path,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Write ``folder`` from ``file`` in a process of its own. Raises UserError and ConversionStopped."""
-    command = subprocesses.module_argv("qlora_tui.training.gguf", "--ends-with-stdin", str(file), str(folder))
+    command = subprocesses.module_argv(
+        "qlora_tui.training.gguf_worker", "--ends-with-stdin", str(file), str(folder)
+    )
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             command,
@@ -105,52 +107,52 @@ def convert_in_child(
             start_new_session=True,
         )
         assert child.stdout is not None
-        failure: Said | None = None
+        failure: ConversionMessage | None = None
         try:
             for line in _lines(child.stdout, should_stop):
-                said = _decoded(line)
-                if said is not None and said.title:
-                    failure = said
-                elif said is not None:
-                    progress(said.done, said.total)
+                message = _decoded(line)
+                if message is not None and message.title:
+                    failure = message
+                elif message is not None:
+                    progress(message.done, message.total)
             code = child.wait()
         finally:
             # Whatever ends the loop (a stop, Ctrl-C), the child must not outlive it.
             child.kill()
             child.communicate()
-            shutil.rmtree(draft_of(folder), ignore_errors=True)
+            shutil.rmtree(draft_path(folder), ignore_errors=True)
         if failure is not None:
             raise UserError(failure.title, what=failure.what, why=failure.why, fix=failure.fix)
         if code:
-            raise _died(file, code, errors)
+            raise _child_death_error(file, code, errors)
 
 
 def _lines(output: IO[bytes], should_stop: Callable[[], bool]) -> Iterator[bytes]:
     """Whole lines until the output ends. Raises ConversionStopped."""
-    pending = b""
+    partial_line = b""
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
         while True:
             if should_stop():
                 raise ConversionStopped
-            if not selector.select(LOOK_EVERY_S):
+            if not selector.select(POLL_INTERVAL_S):
                 continue
             piece = output.read1(65_536)  # type: ignore[attr-defined]  # a pipe is a BufferedReader
             if not piece:
                 return
-            *lines, pending = (pending + piece).split(b"\n")
+            *lines, partial_line = (partial_line + piece).split(b"\n")
             yield from lines
 
 
-def _decoded(line: bytes) -> Said | None:
+def _decoded(line: bytes) -> ConversionMessage | None:
     """None for a line that a library printed."""
     try:
-        return decode_json(line, _SAID)
+        return decode_json(line, _MESSAGES)
     except msgspec.MsgspecError:
         return None
 
 
-def _died(file: Path, code: int, errors: IO[bytes]) -> UserError:
+def _child_death_error(file: Path, code: int, errors: IO[bytes]) -> UserError:
     """What ended a child that did not say so itself."""
     title = "The GGUF file could not be converted"
     if code == -signal.SIGKILL:

@@ -1,8 +1,8 @@
 """A GGUF file as a folder of 16-bit safetensors: the process that converts it.
 
-``python -m qlora_tui.training.gguf FILE FOLDER`` is how :mod:`qlora_tui.training.conversion` starts it: in a
-process of its own, whose memory leaves with it. transformers reads a GGUF dequantized; quantizing to NF4 at
-the same time is beyond it, so the model goes through the disk.
+``python -m qlora_tui.training.gguf_worker FILE FOLDER`` is how :mod:`qlora_tui.training.gguf_conversion`
+starts it: in a process of its own, whose memory leaves with it. transformers reads a GGUF dequantized;
+quantizing to NF4 at the same time is beyond it, so the model goes through the disk.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ import msgspec
 from qlora_tui.catalog.gguf_header import read_gguf
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir, publish
-from qlora_tui.training import llama_gguf
+from qlora_tui.training import gguf_llama
 from qlora_tui.training.clean_files import single_file_view
 from qlora_tui.training.failure import is_full_disk, is_out_of_memory
-from qlora_tui.training.gguf_weights import Progress, all_known
+from qlora_tui.training.gguf_weights import ProgressCallback, all_known
 from qlora_tui.training.kernel_publishers import pin_publisher
 
-SAID_EVERY_S = 0.2
+PROGRESS_INTERVAL_S = 0.2
 """Least time between two lines about progress."""
 
 
-def draft_of(folder: Path) -> Path:
+def draft_path(folder: Path) -> Path:
     """Where ``folder`` is written until it is whole."""
     return folder.with_name(f".{folder.name}")
 
 
-def convert(file: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
+def convert(file: Path, folder: Path, progress: ProgressCallback = lambda done, total: None) -> None:
     """Write ``folder``, all of it or nothing. Raises UserError.
 
     Nothing is done where another process has written it meanwhile; one that is at it is waited for.
     """
     from safetensors import SafetensorError  # no OSError, also where the disk is full
 
-    draft = draft_of(folder)
-    with _one_at_a_time(folder):
+    draft = draft_path(folder)
+    with _conversion_lock(folder):
         if (folder / "config.json").exists():
             return
         shutil.rmtree(draft, ignore_errors=True)
@@ -63,16 +63,16 @@ def convert(file: Path, folder: Path, progress: Progress = lambda done, total: N
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _convert(file: Path, folder: Path, progress: Progress) -> None:
+def _convert(file: Path, folder: Path, progress: ProgressCallback) -> None:
     header = read_gguf(file)
-    if llama_gguf.is_known(header):
-        llama_gguf.write(file, folder, progress)
+    if gguf_llama.is_known(header):
+        gguf_llama.write(file, folder, progress)
         return
     if all_known(header):
-        from qlora_tui.training import streamed_gguf
+        from qlora_tui.training import gguf_streaming
 
         assert header.architecture is not None
-        streamed_gguf.write(file, folder, header.architecture, progress)
+        gguf_streaming.write(file, folder, header.architecture, progress)
         return
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -95,7 +95,7 @@ def _convert(file: Path, folder: Path, progress: Progress) -> None:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def _conversion_lock(folder: Path) -> Iterator[None]:
     """Hold the lock file beside ``folder``; the kernel releases it however this process ends."""
     with folder.with_name(f".{folder.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -106,17 +106,17 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _problem(file: Path, error: Exception) -> UserError:
-    says = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if is_full_disk(error):
         fix = "Free some space, or set XDG_CACHE_HOME to a folder on another disk."
     elif is_out_of_memory(error):
-        says, fix = "The machine had no more memory to give.", "Close other programs, then try again."
+        reason, fix = "The machine had no more memory to give.", "Close other programs, then try again."
     else:
         fix = "Choose the model's safetensors folder or hub id instead."
-    return UserError("The GGUF file could not be converted", what=f"{file}: {says}", fix=fix)
+    return UserError("The GGUF file could not be converted", what=f"{file}: {reason}", fix=fix)
 
 
-class Said(msgspec.Struct, omit_defaults=True):
+class ConversionMessage(msgspec.Struct, omit_defaults=True):
     """One line of JSON on stdout: how far it is, or why it failed."""
 
     done: int = 0
@@ -130,37 +130,39 @@ class Said(msgspec.Struct, omit_defaults=True):
 
 def main(arguments: list[str]) -> int:
     """Convert; progress is said on stdout, and a failure on stderr too. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qlora_tui.training.gguf", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m qlora_tui.training.gguf_worker", description=__doc__)
     parser.add_argument("file", type=Path, help="the GGUF file")
     parser.add_argument("folder", type=Path, help="the folder to write")
     parser.add_argument("--ends-with-stdin", action="store_true", help="end when stdin is closed")
     given = parser.parse_args(arguments)
     if given.ends_with_stdin:
-        threading.Thread(target=_end_with_stdin, args=(draft_of(given.folder),), daemon=True).start()
+        threading.Thread(target=_end_with_stdin, args=(draft_path(given.folder),), daemon=True).start()
     try:
-        convert(given.file, given.folder, _now_and_then())
+        convert(given.file, given.folder, _throttled_progress())
     except UserError as problem:
-        _say(Said(title=problem.title, what=problem.what, why=problem.why, fix=problem.fix))
+        _print_message(
+            ConversionMessage(title=problem.title, what=problem.what, why=problem.why, fix=problem.fix)
+        )
         print(problem, file=sys.stderr)
         return problem.exit_code
     return 0
 
 
-def _now_and_then() -> Progress:
+def _throttled_progress() -> ProgressCallback:
     """Says how far it is, at most every ``PLAIN_INTERVAL_S`` and at the end."""
-    said_at = -SAID_EVERY_S
+    reported_at = -PROGRESS_INTERVAL_S
 
     def progress(done: int, total: int) -> None:
-        nonlocal said_at
+        nonlocal reported_at
         now = time.monotonic()
-        if now - said_at >= SAID_EVERY_S or done == total:
-            said_at = now
-            _say(Said(done=done, total=total))
+        if now - reported_at >= PROGRESS_INTERVAL_S or done == total:
+            reported_at = now
+            _print_message(ConversionMessage(done=done, total=total))
 
     return progress
 
 
-def _say(line: Said) -> None:
+def _print_message(line: ConversionMessage) -> None:
     print(msgspec.json.encode(line).decode(), flush=True)
 
 

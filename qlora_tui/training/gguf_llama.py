@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.gguf_header import GgufHeader
-from qlora_tui.training.gguf_weights import Progress, all_known, weights_of, write_weights
-from qlora_tui.training.vocabulary import KIND, tokenizer_from
+from qlora_tui.training.gguf_tokenizer import KIND, tokenizer_from
+from qlora_tui.training.gguf_weights import ProgressCallback, all_known, weights_of, write_weights
 
 _NEEDED = (
     "tokenizer.chat_template",
@@ -32,7 +32,7 @@ def is_known(header: GgufHeader) -> bool:
     )
 
 
-def write(file: Path, folder: Path, progress: Progress) -> None:
+def write(file: Path, folder: Path, progress: ProgressCallback) -> None:
     """Write config, tokenizer, chat template and bfloat16 safetensors of a file that is known."""
     from gguf import GGUFReader
 

@@ -9,18 +9,18 @@ from torch.nn import functional
 from qlora_tui.memory.onednn_cache import TOKEN_MULTIPLE
 
 
-def even_multiple(device: torch.device, dtype: torch.dtype) -> int:
+def token_multiple(device: torch.device, dtype: torch.dtype) -> int:
     """Tokens of which rows and samples should be a multiple: bfloat16 on a CPU is multiplied by oneDNN."""
     return TOKEN_MULTIPLE if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
-def filled_up(x: Tensor) -> Tensor:
+def pad_tokens(x: Tensor) -> Tensor:
     """x (…, tokens, width) with zeros behind the last token, up to such a multiple."""
-    more = filled_up_length(x) - x.shape[-2]
+    more = padded_length(x) - x.shape[-2]
     return functional.pad(x, (0, 0, 0, more)) if more else x
 
 
-def filled_up_length(x: Tensor) -> int:
+def padded_length(x: Tensor) -> int:
     """Tokens of x (…, tokens, width) when it is filled up."""
-    multiple = even_multiple(x.device, x.dtype)
+    multiple = token_multiple(x.device, x.dtype)
     return -(-x.shape[-2] // multiple) * multiple

@@ -15,18 +15,18 @@ from torch import nn
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Quantization, Recipe
-from qlora_tui.training import attention
+from qlora_tui.training import packed_attention
 from qlora_tui.training.clean_files import model_view
-from qlora_tui.training.device import Attention, Device
+from qlora_tui.training.compute_device import AttentionPath, ComputeDevice
 from qlora_tui.training.kernel_publishers import PUBLISHER, pin_publisher
 
 _FLASH = f"{PUBLISHER}/flash-attn2"
-_ATTENTION: dict[Attention, str | None] = {"segments": None, "flash": _FLASH, "eager": "eager"}
+_ATTENTION: dict[AttentionPath, str | None] = {"segments": None, "flash": _FLASH, "eager": "eager"}
 """As transformers is told. None leaves it to take SDPA, which a few families lack (Gemma 2, gpt-oss); what a
 config says of attention is left out before."""
 
 
-def load_base(folder: Path, recipe: Recipe, device: Device, attends: Attention) -> Any:
+def load_base(folder: Path, recipe: Recipe, device: ComputeDevice, attention_path: AttentionPath) -> Any:
     """The causal language model in ``folder``, on the device, every weight frozen.
 
     The folder is one that ``catalog.resolve`` gave. Its configs choose no code: see
@@ -36,7 +36,7 @@ def load_base(folder: Path, recipe: Recipe, device: Device, attends: Attention) 
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    settings: dict[str, Any] = {"attn_implementation": _ATTENTION[attends]}
+    settings: dict[str, Any] = {"attn_implementation": _ATTENTION[attention_path]}
     quantization = _quantization(recipe.quantization, device)
     if quantization is not None and not _is_stored_quantized(folder):
         settings["quantization_config"] = quantization
@@ -61,11 +61,11 @@ def load_base(folder: Path, recipe: Recipe, device: Device, attends: Attention) 
     # What peft writes into an adapter as its base.
     model.config._name_or_path = model.name_or_path = str(folder)
     if device.kind == "cpu" and quantization is not None:
-        _let_go_of_file(model)
+        _detach_from_mmap(model)
     return freeze(model)
 
 
-def _let_go_of_file(model: nn.Module) -> None:
+def _detach_from_mmap(model: nn.Module) -> None:
     """Copy what was not quantized: it lies in the mapped file, all of which would stay in memory for it."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -84,13 +84,13 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
-def attend_by_segments(model: Any) -> bool:
+def use_segment_attention(model: Any) -> bool:
     """Switch to attention sample by sample; False where the family builds its attention by itself."""
-    attention.register()
-    return attend_by(model, attention.NAME)
+    packed_attention.register()
+    return set_attention(model, packed_attention.NAME)
 
 
-def attend_by(model: Any, name: str) -> bool:
+def set_attention(model: Any, name: str) -> bool:
     """Switch to an attention implementation that transformers knows; False where the family takes none."""
     before = model.config._attn_implementation
     with suppress(ValueError, AttributeError, NotImplementedError):
@@ -113,7 +113,7 @@ def checkpoint_activations(model: Any, *, keep_rng: bool = True) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def _quantization(settings: Quantization, device: Device) -> Any:
+def _quantization(settings: Quantization, device: ComputeDevice) -> Any:
     """What transformers is told; None loads the weights as they are stored."""
     from transformers import BitsAndBytesConfig
 

@@ -9,22 +9,22 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-Part: TypeAlias = Literal["lora", "mlp", "norms", "token rows"]
+PatchedPart: TypeAlias = Literal["lora", "mlp", "norms", "token rows"]
 """Kinds of modules that are replaced together."""
-PARTS: tuple[Part, ...] = ("norms", "mlp", "lora", "token rows")
+PATCHED_PARTS: tuple[PatchedPart, ...] = ("norms", "mlp", "lora", "token rows")
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any], part: Part) -> None:
-    """Let ``module`` compute by ``forward(module, …)``; :class:`ReplacedForwards` switches it back."""
+def patch_forward(module: nn.Module, forward: Callable[..., Any], part: PatchedPart) -> None:
+    """Let ``module`` compute by ``forward(module, …)``; :class:`PatchedForwards` switches it back."""
     forward.part = part  # type: ignore[attr-defined]
     forward.before = vars(module).get("forward")  # type: ignore[attr-defined]
     vars(module)["forward"] = MethodType(forward, module)
 
 
-class ReplacedForwards:
+class PatchedForwards:
     """The modules of a model that one part replaced; their forwards can be switched, both ways."""
 
-    def __init__(self, model: nn.Module, part: Part) -> None:
+    def __init__(self, model: nn.Module, part: PatchedPart) -> None:
         self._part = part
         replaced = [m for m in model.modules() if getattr(vars(m).get("forward"), "part", None) == part]
         self._ours = {module: vars(module)["forward"].__func__ for module in replaced}
@@ -46,15 +46,15 @@ class ReplacedForwards:
 
 
 @contextmanager
-def stand_ins(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def temporary_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let each module compute by a function, which is not given the module, while the context is open."""
-    former = {module: vars(module).get("forward") for module in forwards}
+    originals = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             vars(module)["forward"] = forward
         yield
     finally:
-        for module, own in former.items():
+        for module, own in originals.items():
             vars(module).pop("forward", None)
             if own is not None:
                 vars(module)["forward"] = own

@@ -15,30 +15,30 @@ from qlora_tui.gpu.metrics_sampler import MetricsSampler
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.telemetry import Sample, encode
-from qlora_tui.training.health import CardWatch
+from qlora_tui.training.health import GpuMonitor
 from qlora_tui.training.reporter import Reporter
 
 PERIOD_S = 1.0
 
 
-class Telemetry:
+class TelemetryRecorder:
     """Samples from ``start`` to ``stop``, in a thread of its own; a full disk loses samples, nothing else."""
 
     def __init__(self, run: RunDir, reporter: Reporter) -> None:
         self._reporter = reporter
-        self._watch = CardWatch()
+        self._watch = GpuMonitor()
         self._path = run.telemetry_path
         self._process = psutil.Process()
         self._stopping = threading.Event()
         self._gpu: MetricsSampler | None = None
         self._thread = threading.Thread(target=self._sample_host, name="telemetry", daemon=True)
 
-    def start(self, *, on_card: bool) -> None:
-        """``on_card``: the run computes on a card, which is then read too."""
+    def start(self, *, on_gpu: bool) -> None:
+        """``on_gpu``: the run computes on a card, which is then read too."""
         self._process.cpu_percent()
-        if on_card:
+        if on_gpu:
             with suppress(GpuUnavailableError):
-                self._gpu = MetricsSampler(default_cuda_device().index, self._take, period_s=PERIOD_S)
+                self._gpu = MetricsSampler(default_cuda_device().index, self._on_reading, period_s=PERIOD_S)
                 self._gpu.start()
                 return
         self._thread.start()
@@ -56,11 +56,11 @@ class Telemetry:
         while not self._stopping.wait(PERIOD_S):
             self._write(None)
 
-    def _take(self, reading: GpuMetrics | GpuUnavailableError) -> None:
+    def _on_reading(self, reading: GpuMetrics | GpuUnavailableError) -> None:
         if isinstance(reading, GpuUnavailableError):
             self._write(None)
             return
-        for finding in self._watch.reading(reading, time.monotonic()):
+        for finding in self._watch.check(reading, time.monotonic()):
             self._reporter.health(finding.kind, finding.evidence, finding.remedy)
         self._write(reading)
 

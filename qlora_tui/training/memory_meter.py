@@ -23,36 +23,36 @@ from qlora_tui.memory.cpu import liger_is_installed, torch_is_for_cuda
 from qlora_tui.memory.execution import Loss
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
-from qlora_tui.training.device import Device
-from qlora_tui.training.versions import versions
+from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.library_versions import versions
 
 
 class MemoryMeter:
     """Peaks of this process, and the estimate of the recipe as it is run."""
 
-    def __init__(self, recipe: Recipe, architecture: Architecture, device: Device) -> None:
+    def __init__(self, recipe: Recipe, architecture: Architecture, device: ComputeDevice) -> None:
         self._recipe = recipe
         self._architecture = architecture
         self._device = device
         self.estimate = self._estimate(recipe, corrected=True)
         """None where the memory room does not know the model."""
-        self._as_run: Estimate | None = None
-        self._learns = False
+        self._longest_batch_estimate: Estimate | None = None
+        self._records = False
 
     @property
     def expected_loss(self) -> Loss:
         """The one that the estimate counts on."""
         return trainer_execution(self._recipe, _as_estimated(self._device), self._architecture).loss
 
-    def trains_with(self, loss: str) -> None:
+    def set_loss(self, loss: str) -> None:
         """Of another loss than that the estimate knows nothing, and would learn what is not its own error."""
-        self._learns = loss == self.expected_loss
+        self._records = loss == self.expected_loss
 
-    def learn_nothing(self) -> None:
+    def stop_recording(self) -> None:
         """The run computes by another code path than the estimate counts on: its peak is no error of it."""
-        self._learns = False
+        self._records = False
 
-    def measured(self, when: Literal["probe", "end"]) -> MemoryMeasured:
+    def measure(self, when: Literal["probe", "end"]) -> MemoryMeasured:
         """The peak so far beside the estimate."""
         allocated = reserved = 0
         if self._device.kind == "cuda":
@@ -70,7 +70,7 @@ class MemoryMeter:
             reserved_bytes=reserved,
         )
 
-    def expect(self, rows: int, tokens: int) -> None:
+    def set_longest_batch(self, rows: int, tokens: int) -> None:
         """What the longest micro-batch of the run is: what is predicted for it is what the peak is held to.
 
         A recipe allows for rows of ``data.max_length``; the data's may all be shorter.
@@ -78,21 +78,21 @@ class MemoryMeter:
         data = structs.replace(self._recipe.data, max_length=max(1, -(-tokens // rows)))
         training = structs.replace(self._recipe.training, micro_batch=rows)
         recipe = structs.replace(self._recipe, data=data, training=training)
-        self._as_run = self._estimate(recipe, corrected=False)
+        self._longest_batch_estimate = self._estimate(recipe, corrected=False)
 
-    def remember(self, *, ran_out: bool = False) -> None:
+    def record(self, *, ran_out: bool = False) -> None:
         """Keep the peak beside what was predicted, for later estimates on this machine.
 
         A run that ran out of memory tells something only where it had more than was predicted: how much it
         would have taken is not known. One that never met its longest batch tells nothing, nor one of a family
         whose layers are guessed.
         """
-        made, peak = self._as_run, self.measured("end")
-        if made is None or not (self._learns and made.exact):
+        predicted, peak = self._longest_batch_estimate, self.measure("end")
+        if predicted is None or not (self._records and predicted.exact):
             return
-        if ran_out and peak.measured_bytes <= made.process_bytes:
+        if ran_out and peak.measured_bytes <= predicted.process_bytes:
             return
-        outside = made.bytes_of("context") + made.bytes_of("runtime")
+        outside = predicted.bytes_of("context") + predicted.bytes_of("runtime")
         with suppress(OSError):  # A full disk costs the record and not the run.
             record_run(
                 MeasuredRun(
@@ -103,10 +103,10 @@ class MemoryMeter:
                     model_type=self._architecture.model_type,
                     ran_out=ran_out,
                     own_process=True,
-                    managed_bytes=made.process_bytes - made.reserved_bytes - outside,
-                    predicted_allocated_bytes=made.allocated_bytes,
-                    predicted_reserved_bytes=made.reserved_bytes,
-                    predicted_process_bytes=made.process_bytes,
+                    managed_bytes=predicted.process_bytes - predicted.reserved_bytes - outside,
+                    predicted_allocated_bytes=predicted.allocated_bytes,
+                    predicted_reserved_bytes=predicted.reserved_bytes,
+                    predicted_process_bytes=predicted.process_bytes,
                     measured_allocated_bytes=peak.allocated_bytes,
                     measured_reserved_bytes=peak.reserved_bytes,
                     measured_process_bytes=peak.measured_bytes,
@@ -124,13 +124,13 @@ class MemoryMeter:
 
     def _context_bytes(self) -> int:
         """What the driver holds for this process beside torch's pool; estimated where it does not say."""
-        held = _held_on_card()
-        if held is None:
+        gpu_bytes = _gpu_memory_used()
+        if gpu_bytes is None:
             return self.estimate.bytes_of("context") if self.estimate else 0
-        return max(0, held - torch.cuda.memory_reserved(self._device.torch_device))
+        return max(0, gpu_bytes - torch.cuda.memory_reserved(self._device.torch_device))
 
 
-def _as_estimated(device: Device) -> EstimatedDevice:
+def _as_estimated(device: ComputeDevice) -> EstimatedDevice:
     cuda = device.kind == "cuda"
     return EstimatedDevice(
         kind=device.kind,
@@ -153,7 +153,7 @@ def peak_resident_bytes() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def _held_on_card() -> int | None:
+def _gpu_memory_used() -> int | None:
     try:
         with Nvml() as nvml:
             processes = nvml.read(default_cuda_device().index, processes=True).processes or ()

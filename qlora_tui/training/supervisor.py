@@ -25,20 +25,20 @@ from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.runs.log import EventTail
 from qlora_tui.runs.retry import Plan
 from qlora_tui.training import checkpoints
-from qlora_tui.training.asked import Requests
 from qlora_tui.training.checkpoints import Checkpoint, UnloadableCheckpoint
-from qlora_tui.training.failure import failed
-from qlora_tui.training.processes import Processes, processes
+from qlora_tui.training.control_requests import ControlRequests
+from qlora_tui.training.distributed import DistributedContext, distributed_context
+from qlora_tui.training.failure import failure_event
 from qlora_tui.training.reporter import Reporter
 
 
 def run_trainer(run: RunDir, plan: Plan) -> int:
     """Take a run to its end. The exit code: 0 finished, stopped or paused; 1 failed; 2 wrongly called."""
-    among = processes()
-    if not among.is_first:
+    dist = distributed_context()
+    if not dist.is_main_process:
         # The first one holds the run for all of them.
-        return _run(run, plan, among)
-    with _only_trainer(run) as alone:
+        return _supervise(run, plan, dist)
+    with _run_lock(run) as alone:
         if not alone:
             raise UserError(
                 "The run is in training",
@@ -46,57 +46,61 @@ def run_trainer(run: RunDir, plan: Plan) -> int:
                 fix="Wait for it, or stop it first.",
                 exit_code=EXIT_USAGE,
             )
-        return _run(run, plan, among)
+        return _supervise(run, plan, dist)
 
 
-def _run(run: RunDir, plan: Plan, among: Processes) -> int:
-    reporter = Reporter(run, mute=not among.is_first)
-    requests = Requests(run, reporter, among)
+def _supervise(run: RunDir, plan: Plan, dist: DistributedContext) -> int:
+    reporter = Reporter(run, mute=not dist.is_main_process)
+    requests = ControlRequests(run, reporter, dist)
     requests.listen_to_signals()
     reporter.start()
-    ending = _attempt(run, plan, reporter, requests, among)
-    reporter.log(f"{type(ending).__name__.lower()}{f': {ending.what}' if isinstance(ending, Failed) else ''}")
-    reporter.tell(ending)
+    end_event = _run_attempts(run, plan, reporter, requests, dist)
+    reporter.log(
+        f"{type(end_event).__name__.lower()}{f': {end_event.what}' if isinstance(end_event, Failed) else ''}"
+    )
+    reporter.emit(end_event)
     reporter.stop()
-    if among.is_first:
+    if dist.is_main_process:
         # On a full disk the status stays as the last heartbeat left it, and reads as lost.
         with suppress(OSError):
-            settle(run, ending)
+            settle(run, end_event)
             if run.untold_path.exists():
                 # Where the runner was killed meanwhile, another tells of the end and takes up the queue.
                 ensure_runner()
-    if isinstance(ending, Failed):
-        return ending.exit_code or EXIT_FAILURE
+    if isinstance(end_event, Failed):
+        return end_event.exit_code or EXIT_FAILURE
     return 0
 
 
-def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests, among: Processes) -> Terminal:
+def _run_attempts(
+    run: RunDir, plan: Plan, reporter: Reporter, requests: ControlRequests, dist: DistributedContext
+) -> Terminal:
     number = 1 + sum(isinstance(event, Started) for event in EventTail(run.events_path).drain())
     estimate: Estimate | None = None
     recipe: Recipe | None = None
     try:
         try:
             recipe = plan.applied(run.recipe())
-            if among.is_first:
+            if dist.is_main_process:
                 leftovers.restore(run)
                 leftovers.sweep_own(run)
             checkpoint, damage = checkpoints.latest(run)
         except UserError:
-            reporter.tell(Started(at=time.time(), attempt=number, pid=os.getpid()))
+            reporter.emit(Started(at=time.time(), attempt=number, pid=os.getpid()))
             raise
-        _tell_started(reporter, recipe, checkpoint, number)
-        _tell_damage(reporter, damage)
+        _emit_started(reporter, recipe, checkpoint, number)
+        _report_damage(reporter, damage)
         require_runnable(recipe)
         reporter.phase("loading", "libraries")
-        from qlora_tui.training.run import Attempt
+        from qlora_tui.training.attempt import TrainingAttempt
 
         while True:
-            attempt = Attempt(run, recipe, checkpoint, reporter, requests, among)
+            attempt = TrainingAttempt(run, recipe, checkpoint, reporter, requests, dist)
             try:
                 return attempt.train()
             except UnloadableCheckpoint as error:
                 # Under several processes the others may have loaded theirs, and wait.
-                if checkpoint is None or among.count > 1:
+                if checkpoint is None or dist.world_size > 1:
                     raise
                 damage = [error.what.rstrip(".")]
             finally:
@@ -105,23 +109,23 @@ def _attempt(run: RunDir, plan: Plan, reporter: Reporter, requests: Requests, am
             gc.collect()
             checkpoint, more_damage = checkpoints.latest(run, before=checkpoint.step)
             number += 1
-            _tell_started(reporter, recipe, checkpoint, number)
-            _tell_damage(reporter, damage + more_damage)
+            _emit_started(reporter, recipe, checkpoint, number)
+            _report_damage(reporter, damage + more_damage)
     except (Exception, KeyboardInterrupt) as error:
         if not isinstance(error, UserError):
             reporter.log(traceback.format_exc())
-        return failed(error, run, recipe, estimate)
+        return failure_event(error, run, recipe, estimate)
 
 
-def _tell_damage(reporter: Reporter, damage: list[str]) -> None:
+def _report_damage(reporter: Reporter, damage: list[str]) -> None:
     for what in damage:
         remedy = "An earlier one is used. Check the disk if it happens again."
         reporter.health("checkpoint_damaged", f"{what}.", remedy)
 
 
-def _tell_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | None, number: int) -> None:
+def _emit_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | None, number: int) -> None:
     step = checkpoint.step if checkpoint else 0
-    reporter.tell(
+    reporter.emit(
         Started(
             at=time.time(),
             attempt=number,
@@ -132,11 +136,11 @@ def _tell_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | N
             gradient_checkpointing=recipe.training.gradient_checkpointing,
         )
     )
-    reporter.goes_on_from(step)
+    reporter.resume_from(step)
 
 
 @contextmanager
-def _only_trainer(run: RunDir) -> Iterator[bool]:
+def _run_lock(run: RunDir) -> Iterator[bool]:
     """Hold the run for this process; the kernel lets go of it however the process ends."""
     with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as lock:
         yield lock is not None

@@ -19,30 +19,30 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, Finished, Paused, Stopped, Terminal
-from qlora_tui.training import load
+from qlora_tui.training import model_loading
 from qlora_tui.training.adapter import add_lora, trained_parameters
-from qlora_tui.training.asked import EndedEarly, Requests
-from qlora_tui.training.base import Base, prepare_base
-from qlora_tui.training.batches import Schedule, computed_tokens, lay_out
+from qlora_tui.training.base_model import PreparedBase, prepare_base
+from qlora_tui.training.batches import StepPlan, computed_tokens, plan_steps
+from qlora_tui.training.callbacks import RunCallback, RunContext
 from qlora_tui.training.checkpoints import Checkpoint, check_same
-from qlora_tui.training.conversion import ConversionStopped, converted, kept_conversion
-from qlora_tui.training.device import Device, choose_attention, find_device
-from qlora_tui.training.edge import Edge, Setting
+from qlora_tui.training.compute_device import ComputeDevice, choose_attention, find_device
+from qlora_tui.training.control_requests import ControlRequests, StopRequested
+from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.failure import is_out_of_memory
-from qlora_tui.training.finish import take_best, write_adapter
+from qlora_tui.training.final_adapter import load_best_weights, write_adapter
+from qlora_tui.training.gguf_conversion import ConversionStopped, cached_conversion, convert_cached
 from qlora_tui.training.heap import release_free_memory
-from qlora_tui.training.loop import RunTrainer, Steps, arguments
-from qlora_tui.training.measure import MemoryMeter
-from qlora_tui.training.priority import give_way
-from qlora_tui.training.probe import longest_micro_batch, probe
-from qlora_tui.training.processes import Processes
+from qlora_tui.training.library_versions import versions
+from qlora_tui.training.memory_meter import MemoryMeter
+from qlora_tui.training.memory_probe import longest_micro_batch, probe_memory
+from qlora_tui.training.priority import lower_priority
 from qlora_tui.training.reporter import Reporter
-from qlora_tui.training.telemetry import Telemetry
-from qlora_tui.training.verify import verify_first_step
-from qlora_tui.training.versions import versions
+from qlora_tui.training.step_verification import verify_first_step
+from qlora_tui.training.telemetry_recorder import TelemetryRecorder
+from qlora_tui.training.trainer import RunTrainer, StepDataset, training_arguments
 
 
-class Attempt:
+class TrainingAttempt:
     """One attempt at a run, from recipe to adapter."""
 
     def __init__(
@@ -51,8 +51,8 @@ class Attempt:
         recipe: Recipe,
         checkpoint: Checkpoint | None,
         reporter: Reporter,
-        requests: Requests,
-        among: Processes,
+        requests: ControlRequests,
+        dist: DistributedContext,
     ) -> None:
         self.meter: MemoryMeter | None = None
         """There once the device is known: for explaining a lack of memory."""
@@ -61,151 +61,153 @@ class Attempt:
         self._checkpoint = checkpoint
         self._reporter = reporter
         self._requests = requests
-        self._among = among
-        self._telemetry = Telemetry(run, reporter)
+        self._dist = dist
+        self._telemetry = TelemetryRecorder(run, reporter)
 
     def train(self) -> Terminal:
         """All of it; the event that ends the attempt. Raises whatever goes wrong."""
         try:
             return self._train()
-        except EndedEarly as ended:
+        except StopRequested as ended:
             step = self._checkpoint.step if self._checkpoint else 0
             if ended.kind == "pause":
                 return Paused(at=time.time(), step=step)
             return Stopped(at=time.time(), step=step)
         except Exception as error:
-            if self.meter is not None and self._among.count == 1 and is_out_of_memory(error):
-                self.meter.remember(ran_out=True)
+            if self.meter is not None and self._dist.world_size == 1 and is_out_of_memory(error):
+                self.meter.record(ran_out=True)
             raise
         finally:
             self._telemetry.stop()
 
     def _train(self) -> Terminal:
         recipe, reporter = self._recipe, self._reporter
-        device = find_device(recipe, self._among.local_rank)
+        device = find_device(recipe, self._dist.local_rank)
         if device.kind == "cpu":
-            give_way()
-        self._among.meet(on_cpu=device.kind == "cpu")
-        self._may_end()
+            lower_priority()
+        self._dist.initialize(on_cpu=device.kind == "cpu")
+        self._raise_if_stop_requested()
         reporter.phase("loading", recipe.model.id)
         files = resolve_model(recipe.model.id)
-        attends = choose_attention(recipe, device)
+        attention_path = choose_attention(recipe, device)
         self.meter = MemoryMeter(recipe, files.architecture, device)
-        if self._among.is_first:
-            self._telemetry.start(on_card=device.kind == "cuda")
-        folder = self._folder(files)
+        if self._dist.is_main_process:
+            self._telemetry.start(on_gpu=device.kind == "cuda")
+        folder = self._model_folder(files)
         tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
         data = self._prepare(tokenizer)
-        self._may_end()
+        self._raise_if_stop_requested()
         tokenizer.release_caches()
         release_free_memory()
         reporter.phase("loading", f"{recipe.model.id} on {device.name}")
         base = prepare_base(
-            folder, recipe, device, attends, self.meter.expected_loss, weighted=data.train.weighted
+            folder, recipe, device, attention_path, self.meter.expected_loss, weighted=data.train.weighted
         )
-        self.meter.trains_with(base.loss)
-        self._tell_environment(device, base)
-        schedule = lay_out(data.train, recipe, kept_apart=base.kept_apart)
-        model = self._adapted(base, files, tokenizer)
+        self.meter.set_loss(base.loss)
+        self._emit_environment(device, base)
+        step_plan = plan_steps(data.train, recipe, packing_isolated=base.packing_isolated)
+        model = self._add_adapter(base, files, tokenizer)
         release_free_memory()
-        base, schedule = self._verified(model, base, data, schedule, device, tokenizer)
-        self._tell_data(data, schedule)
-        self._may_end()
+        base, step_plan = self._verify(model, base, data, step_plan, device, tokenizer)
+        self._emit_data(data, step_plan)
+        self._raise_if_stop_requested()
         release_free_memory()
-        return self._steps(files, base, model, device, tokenizer, data, schedule)
+        return self._train_steps(files, base, model, device, tokenizer, data, step_plan)
 
-    def _steps(
+    def _train_steps(
         self,
         files: ModelFiles,
-        base: Base,
+        base: PreparedBase,
         model: Any,
-        device: Device,
+        device: ComputeDevice,
         tokenizer: ChatTokenizer,
         data: Prepared,
-        schedule: Schedule,
+        step_plan: StepPlan,
     ) -> Terminal:
         run, recipe, reporter, checkpoint = self._run, self._recipe, self._reporter, self._checkpoint
         training = recipe.training
         pad_id = tokenizer.pad_id or 0
-        steps = Steps(
-            schedule,
+        steps = StepDataset(
+            step_plan,
             data.train,
             micro_batch=training.micro_batch,
-            kept_apart=base.kept_apart,
+            packing_isolated=base.packing_isolated,
             pad_id=pad_id,
             multiple=device.row_multiple,
-            rank=self._among.rank,
-            processes=self._among.count,
+            rank=self._dist.rank,
+            processes=self._dist.world_size,
         )
         trainer = RunTrainer(
-            model, arguments(recipe, device, len(schedule.steps), run.checkpoints_dir), steps
+            model, training_arguments(recipe, device, len(step_plan.steps), run.checkpoints_dir), steps
         )
-        edge = Edge(
-            Setting(
+        callback = RunCallback(
+            RunContext(
                 run=run,
                 recipe=recipe,
                 device=device,
                 tokenizer=tokenizer,
                 validation=data.validation,
                 data_hash=data.data_hash,
-                kept_apart=base.kept_apart,
+                packing_isolated=base.packing_isolated,
                 pad_id=pad_id,
                 thinking=for_prompts(recipe.data.thinking, data.notes),
-                among=self._among,
+                dist=self._dist,
             ),
             trainer,
             reporter,
             self._requests,
         )
         if checkpoint is not None:
-            edge.restore(checkpoint.state)
-        trainer.on_step = edge.step_done
-        trainer.on_begin = partial(self._begin, edge, trainer, schedule, data, base)
+            callback.restore(checkpoint.state)
+        trainer.on_step = callback.on_step_end
+        trainer.on_begin = partial(self._on_train_begin, callback, trainer, step_plan, data, base)
         tokens_before = trainer.tokens
         trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
-        seconds = time.perf_counter() - self._began - edge.evaluating_s
-        return self._end(files, base, edge, trainer, tokenizer, seconds, trainer.tokens - tokens_before)
+        seconds = time.perf_counter() - self._train_started_at - callback.overhead_s
+        return self._finish(
+            files, base, callback, trainer, tokenizer, seconds, trainer.tokens - tokens_before
+        )
 
-    def _verified(
+    def _verify(
         self,
         model: Any,
-        base: Base,
+        base: PreparedBase,
         data: Prepared,
-        schedule: Schedule,
-        device: Device,
+        step_plan: StepPlan,
+        device: ComputeDevice,
         tokenizer: ChatTokenizer,
-    ) -> tuple[Base, Schedule]:
+    ) -> tuple[PreparedBase, StepPlan]:
         """Compare the first step with the library's; what the run computes with from here on."""
-        self._may_end()
+        self._raise_if_stop_requested()
         self._reporter.phase("probing", "comparing the first step with transformers and peft")
         verified = verify_first_step(
             model,
             base,
             data.train,
-            schedule,
+            step_plan,
             self._recipe.training.micro_batch,
             device,
             tokenizer.pad_id or 0,
-            self._among,
+            self._dist,
             self._reporter,
         )
-        verified = self._laid_out_as_before(verified)
+        verified = self._keep_row_layout(verified)
         if verified.replaced:
             assert self.meter is not None
-            self.meter.learn_nothing()
+            self.meter.stop_recording()
         if (verified.attention, verified.loss) != (base.attention, base.loss):
-            self._tell_environment(device, verified)
-        if verified.kept_apart == base.kept_apart:
-            return verified, schedule
-        return verified, lay_out(data.train, self._recipe, kept_apart=verified.kept_apart)
+            self._emit_environment(device, verified)
+        if verified.packing_isolated == base.packing_isolated:
+            return verified, step_plan
+        return verified, plan_steps(data.train, self._recipe, packing_isolated=verified.packing_isolated)
 
-    def _laid_out_as_before(self, base: Base) -> Base:
+    def _keep_row_layout(self, base: PreparedBase) -> PreparedBase:
         """A resumed run keeps padded rows: packed ones would be others than those of its first steps."""
-        if self._checkpoint is None or self._checkpoint.state.kept_apart == base.kept_apart:
+        if self._checkpoint is None or self._checkpoint.state.packing_isolated == base.packing_isolated:
             return base
-        if base.kept_apart:
+        if base.packing_isolated:
             attention = f"{base.library_attention}, padded rows: as before the resume"
-            return replace(base, kept_apart=False, attention=attention)
+            return replace(base, packing_isolated=False, attention=attention)
         self._reporter.health(
             "rows_differ",
             "Before the resume, samples were packed into rows. Now packed attention does not pass its check, "
@@ -214,26 +216,35 @@ class Attempt:
         )
         return base
 
-    def _begin(self, edge: Edge, trainer: RunTrainer, schedule: Schedule, data: Prepared, base: Base) -> None:
-        self._may_end()
+    def _on_train_begin(
+        self,
+        callback: RunCallback,
+        trainer: RunTrainer,
+        step_plan: StepPlan,
+        data: Prepared,
+        base: PreparedBase,
+    ) -> None:
+        self._raise_if_stop_requested()
         self._reporter.phase("probing", "one step on the longest batch")
         rows = longest_micro_batch(
-            schedule, data.train, self._recipe.training.micro_batch, kept_apart=base.kept_apart
+            step_plan, data.train, self._recipe.training.micro_batch, packing_isolated=base.packing_isolated
         )
         assert self.meter is not None
-        self.meter.expect(len(rows), computed_tokens(rows, data.train, kept_apart=base.kept_apart))
-        probe(trainer, rows, fresh=self._checkpoint is None)
-        self._reporter.tell(self.meter.measured("probe"))
-        self._may_end()
-        edge.begin()
-        self._began = time.perf_counter()
-        edge.evaluating_s = 0.0
+        self.meter.set_longest_batch(
+            len(rows), computed_tokens(rows, data.train, packing_isolated=base.packing_isolated)
+        )
+        probe_memory(trainer, rows, fresh=self._checkpoint is None)
+        self._reporter.emit(self.meter.measure("probe"))
+        self._raise_if_stop_requested()
+        callback.on_train_begin()
+        self._train_started_at = time.perf_counter()
+        callback.overhead_s = 0.0
 
-    def _end(
+    def _finish(
         self,
         files: ModelFiles,
-        base: Base,
-        edge: Edge,
+        base: PreparedBase,
+        callback: RunCallback,
         trainer: RunTrainer,
         tokenizer: ChatTokenizer,
         seconds: float,
@@ -242,20 +253,25 @@ class Attempt:
         run, recipe, reporter = self._run, self._recipe, self._reporter
         assert self.meter is not None
         step = trainer.state.global_step
-        reporter.tell(self.meter.measured("end"))
-        if self._among.count == 1:
-            self.meter.remember()
-        if edge.ending == "paused":
+        reporter.emit(self.meter.measure("end"))
+        if self._dist.world_size == 1:
+            self.meter.record()
+        if callback.outcome == "paused":
             return Paused(at=time.time(), step=step)
         reporter.phase("saving", "adapter")
-        reason, best = edge.reason, edge.progress.best_step
-        if recipe.training.early_stopping and best is not None and best != step and edge.ending == "finished":
-            reason = f"{reason}; {take_best(run, trainer.model, best)}"
-        if self._among.is_first:
+        reason, best = callback.reason, callback.progress.best_step
+        if (
+            recipe.training.early_stopping
+            and best is not None
+            and best != step
+            and callback.outcome == "finished"
+        ):
+            reason = f"{reason}; {load_best_weights(run, trainer.model, best)}"
+        if self._dist.is_main_process:
             write_adapter(
                 run, trainer.model, recipe, base.folder, tokenizer, from_hub=files.source == "hub cache"
             )
-        if edge.ending == "stopped":
+        if callback.outcome == "stopped":
             return Stopped(at=time.time(), step=step)
         self._telemetry.stop()
         energy = EnergyMeter(run.telemetry_path)
@@ -272,7 +288,7 @@ class Attempt:
 
     def _tokens_per_joule(self, tokens: int, kwh: float | None) -> float | None:
         """Real tokens learnt from; None where the energy is not known, or is one card's of several."""
-        return tokens / (kwh * JOULES_A_KWH) if kwh and self._among.count == 1 else None
+        return tokens / (kwh * JOULES_A_KWH) if kwh and self._dist.world_size == 1 else None
 
     def _prepare(self, tokenizer: ChatTokenizer) -> Prepared:
         reporter = self._reporter
@@ -288,14 +304,14 @@ class Attempt:
             check_same(self._checkpoint.state, self._recipe, data.data_hash)
         return data
 
-    def _adapted(self, base: Base, files: ModelFiles, tokenizer: ChatTokenizer) -> Any:
+    def _add_adapter(self, base: PreparedBase, files: ModelFiles, tokenizer: ChatTokenizer) -> Any:
         training, lora = self._recipe.training, self._recipe.lora
         # Here, so that the initial adapter depends on the seed alone, not on what earlier checks have drawn.
         set_seed(training.seed)
         model = add_lora(base.model, lora, files.architecture, token_ids(lora.token_rows, tokenizer))
         if training.gradient_checkpointing:
-            load.checkpoint_activations(base.model)
-        self._reporter.tell(
+            model_loading.checkpoint_activations(base.model)
+        self._reporter.emit(
             AdapterReady(
                 at=time.time(),
                 trained_parameters=trained_parameters(model),
@@ -304,8 +320,8 @@ class Attempt:
         )
         return model
 
-    def _tell_environment(self, device: Device, base: Base) -> None:
-        self._reporter.tell(
+    def _emit_environment(self, device: ComputeDevice, base: PreparedBase) -> None:
+        self._reporter.emit(
             Environment(
                 at=time.time(),
                 device=device.name,
@@ -319,35 +335,35 @@ class Attempt:
             )
         )
 
-    def _tell_data(self, data: Prepared, schedule: Schedule) -> None:
+    def _emit_data(self, data: Prepared, step_plan: StepPlan) -> None:
         train, counts = data.train, data.counts
-        self._reporter.tell(
+        self._reporter.emit(
             DataReady(
                 at=time.time(),
                 samples=len(train),
                 validation_samples=len(data.validation),
                 tokens=sum(train.lengths()),
                 trained_tokens=sum(train.trained_count(i) for i in range(len(train))),
-                rows=schedule.rows_per_epoch,
-                steps_per_epoch=schedule.steps_per_epoch,
-                total_steps=len(schedule.steps),
+                rows=step_plan.rows_per_epoch,
+                steps_per_epoch=step_plan.steps_per_epoch,
+                total_steps=len(step_plan.steps),
                 data_hash=data.data_hash,
                 dropped=counts.dropped,
                 cut=counts.cut,
                 thinking=for_prompts(self._recipe.data.thinking, data.notes),
             )
         )
-        self._reporter.update(total_steps=len(schedule.steps))
+        self._reporter.update(total_steps=len(step_plan.steps))
 
-    def _folder(self, files: ModelFiles) -> Path:
+    def _model_folder(self, files: ModelFiles) -> Path:
         """What is loaded: a GGUF file is converted first, by one process for all."""
         if files.gguf_file is None:
             return files.folder
         file = files.folder / files.gguf_file
-        if self._among.is_first and kept_conversion(file) is None:
+        if self._dist.is_main_process and cached_conversion(file) is None:
             self._convert(file)
-        self._among.wait()
-        return converted(file)
+        self._dist.barrier()
+        return convert_cached(file)
 
     def _convert(self, file: Path) -> None:
         """Convert a GGUF file; a request to stop or pause ends the conversion."""
@@ -356,24 +372,24 @@ class Attempt:
 
         def should_stop() -> bool:
             # The processes of a run look for requests together, and the others wait for this one.
-            if self._among.count == 1:
-                requests.look()
-            return requests.ending() is not None
+            if self._dist.world_size == 1:
+                requests.poll()
+            return requests.stop_kind() is not None
 
         try:
-            converted(
+            convert_cached(
                 file,
                 lambda done, total: reporter.progress("converting", done * 100 // total, 100),
                 should_stop,
             )
         except ConversionStopped:
-            self._may_end()
+            self._raise_if_stop_requested()
             raise
         reporter.phase("loading", self._recipe.model.id)
 
-    def _may_end(self) -> None:
+    def _raise_if_stop_requested(self) -> None:
         """At the edge of a phase: leave where that was asked."""
-        self._requests.look()
-        kind = self._requests.ending()
+        self._requests.poll()
+        kind = self._requests.stop_kind()
         if kind is not None:
-            raise EndedEarly(kind)
+            raise StopRequested(kind)

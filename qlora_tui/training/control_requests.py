@@ -9,18 +9,18 @@ from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind, Request
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Asked
-from qlora_tui.training.processes import Processes
+from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.reporter import Reporter
 
 
-class Requests:
+class ControlRequests:
     """Requests that wait for the next edge of a step."""
 
-    def __init__(self, run: RunDir, reporter: Reporter, among: Processes) -> None:
+    def __init__(self, run: RunDir, reporter: Reporter, dist: DistributedContext) -> None:
         self._run = run
-        self._among = among
+        self._dist = dist
         self._reporter = reporter
-        self._waiting: list[Request] = []
+        self._pending: list[Request] = []
         self._terminated = False
 
     def listen_to_signals(self) -> None:
@@ -29,28 +29,28 @@ class Requests:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Take what is new, and say so in the events. Every process of a run looks at the same moments."""
-        new = self._among.from_first(self._new() if self._among.is_first else [])
+        new = self._dist.broadcast(self._read_new() if self._dist.is_main_process else [])
         for request in new:
-            self._reporter.tell(Asked(at=time.time(), request=request.kind, value=request.value))
+            self._reporter.emit(Asked(at=time.time(), request=request.kind, value=request.value))
             self._reporter.log(
                 f"asked: {request.kind}{'' if request.value is None else f' {request.value:g}'}"
             )
-        self._waiting += new
+        self._pending += new
 
     def take(self, kind: Kind) -> Request | None:
         """The last waiting request of a kind; earlier ones of the same kind are done with it."""
-        found = [request for request in self._waiting if request.kind == kind]
-        self._waiting = [request for request in self._waiting if request.kind != kind]
-        return found[-1] if found else None
+        matching = [request for request in self._pending if request.kind == kind]
+        self._pending = [request for request in self._pending if request.kind != kind]
+        return matching[-1] if matching else None
 
-    def ending(self) -> Kind | None:
+    def stop_kind(self) -> Kind | None:
         """``stop`` or ``pause`` where one of them waits; it goes on waiting."""
-        kinds = {request.kind for request in self._waiting}
+        kinds = {request.kind for request in self._pending}
         return "stop" if "stop" in kinds else "pause" if "pause" in kinds else None
 
-    def _new(self) -> list[Request]:
+    def _read_new(self) -> list[Request]:
         requests = control.take(self._run)
         if self._terminated:
             self._terminated = False
@@ -62,7 +62,7 @@ class Requests:
         signal.signal(number, signal.SIG_DFL)
 
 
-class EndedEarly(Exception):
+class StopRequested(Exception):
     """A request to stop or pause came before the first step."""
 
     def __init__(self, kind: Kind) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from qlora_tui.data.untrained_tokens import UNTRAINED_NORM_RATIO
 from qlora_tui.errors import UserError
-from qlora_tui.training.lean.replace import replace_forward
+from qlora_tui.training.fused.patching import patch_forward
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     # peft would leave the bias of a head out.
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or _has_bias(head):
-        raise _not_this_model("its embedding or its head is of a kind that peft cannot keep rows of")
-    if max(ids) >= (held := len(embedding.weight)):
-        raise _not_this_model(f"token {max(ids)} is beyond the {held:,} rows of its embedding")
+        raise _unsupported_model("its embedding or its head is of a kind that peft cannot keep rows of")
+    if max(ids) >= (vocabulary_size := len(embedding.weight)):
+        raise _unsupported_model(f"token {max(ids)} is beyond the {vocabulary_size:,} rows of its embedding")
     if head.weight is embedding.weight:
         return list(ids)
     names = {module: name for name, module in model.named_modules()}
     return {names[embedding]: list(ids), names[head]: list(ids)}
 
 
-def begin_rows(model: Any) -> None:
+def init_untrained_rows(model: Any) -> None:
     """Let rows too faint to learn from begin as the mean of all rows, as tokens new to a model do.
 
     A norm of a row near zero has a slope in the hundreds: its gradient would drown all others, and Adam would
     remember it for a thousand steps. Raises UserError where peft left the head without them.
     """
     if not isinstance(model.get_output_embeddings(), _wrapper_type()):
-        raise _not_this_model("peft does not see that its head is tied to its embedding")
+        raise _unsupported_model("peft does not see that its head is tied to its embedding")
     for wrapper in row_wrappers(model):
         weight, rows = wrapper.original_module.weight, rows_of(wrapper, "default")
         sizes = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
@@ -62,10 +62,10 @@ def begin_rows(model: Any) -> None:
             rows.values.copy_(torch.where(faint[:, None], mean, rows.values))
 
 
-def use_lean_rows(model: nn.Module) -> None:
+def use_trained_rows(model: nn.Module) -> None:
     """Let every module that has such rows compute with them alone."""
     for wrapper in row_wrappers(model):
-        _replace_forward(wrapper)
+        _patch_forward(wrapper)
 
 
 def row_wrappers(model: nn.Module) -> Iterator[Any]:
@@ -75,14 +75,14 @@ def row_wrappers(model: nn.Module) -> Iterator[Any]:
 
 def rows_of(wrapper: Any, adapter: str) -> TokenRows:
     """The rows that an adapter has of this module."""
-    held = wrapper.token_adapter
-    values = held.trainable_tokens_delta[adapter]
-    return TokenRows(torch.tensor(held.token_indices[adapter], device=values.device), values)
+    token_adapter = wrapper.token_adapter
+    values = token_adapter.trainable_tokens_delta[adapter]
+    return TokenRows(torch.tensor(token_adapter.token_indices[adapter], device=values.device), values)
 
 
 def active_rows(module: Any) -> TokenRows | None:
-    """Those in use now in a module that ``use_lean_rows`` has seen; None where there are none."""
-    known = getattr(module, "lean_rows", None)
+    """Those in use now in a module that ``use_trained_rows`` has seen; None where there are none."""
+    known = getattr(module, "active_token_rows", None)
     return known() if known else None
 
 
@@ -92,26 +92,26 @@ def with_rows(base: nn.Module, x: Tensor, rows: TokenRows | None) -> Tensor:
         plain: Tensor = base(x)
         return plain
     if isinstance(base, nn.Embedding):
-        found: Tensor = _Lookup.apply(x, rows.values, rows.ids, base)  # type: ignore[no-untyped-call]  # torch's own
-        return found
+        embedded: Tensor = _Lookup.apply(x, rows.values, rows.ids, base)  # type: ignore[no-untyped-call]  # torch's own
+        return embedded
     scores: Tensor = base(x)
     own = functional.linear(x, rows.values.to(x.dtype))
     return scores.index_copy_(-1, rows.ids, own.to(scores.dtype))
 
 
-def _replace_forward(wrapper: Any) -> None:
+def _patch_forward(wrapper: Any) -> None:
     known = {name: rows_of(wrapper, name) for name in wrapper.token_adapter.trainable_tokens_delta}
 
-    def lean_rows() -> TokenRows | None:
+    def active_token_rows() -> TokenRows | None:
         if wrapper.disable_adapters or wrapper.token_adapter.merged:
             return None
         return next((known[name] for name in wrapper.active_adapters if name in known), None)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return with_rows(self.original_module, x, lean_rows())
+        return with_rows(self.original_module, x, active_token_rows())
 
-    wrapper.lean_rows = lean_rows
-    replace_forward(wrapper, forward, "token rows")
+    wrapper.active_token_rows = active_token_rows
+    patch_forward(wrapper, forward, "token rows")
 
 
 class _Lookup(torch.autograd.Function):
@@ -153,7 +153,7 @@ def _wrapper_type() -> Any:
     return TrainableTokensWrapper
 
 
-def _not_this_model(why: str) -> UserError:
+def _unsupported_model(why: str) -> UserError:
     return UserError(
         "Rows of this model cannot be trained",
         what=f"lora.token_rows names tokens, and {why}.",

@@ -12,40 +12,44 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qlora_tui.training.agreement import rounds_alike
-from qlora_tui.training.lean.replace import replace_forward
+from qlora_tui.training.agreement import equal_up_to_rounding
+from qlora_tui.training.fused.patching import patch_forward
 
 
 @dataclass(frozen=True)
-class Form:
+class RmsNormVariant:
     """How a family multiplies by its weight."""
 
     offset: float = 0.0
     """Added to the weight: Gemma's is 1."""
-    in_float: bool = False
+    multiply_in_fp32: bool = False
     """The product is taken in fp32 and cast last (Gemma, OLMo-2), or cast first (Llama)."""
 
 
-_FORMS = (Form(), Form(in_float=True), Form(offset=1.0, in_float=True))
+_VARIANTS = (
+    RmsNormVariant(),
+    RmsNormVariant(multiply_in_fp32=True),
+    RmsNormVariant(offset=1.0, multiply_in_fp32=True),
+)
 
 
-def use_lean_norms(model: nn.Module) -> None:
+def fuse_rms_norm(model: nn.Module) -> None:
     """Let every frozen RMSNorm that is one of the known forms compute so."""
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and (form := _form_of(module)):
-            _replace_forward(module, form)
+        if type(module).__name__.endswith("RMSNorm") and (variant := _find_variant(module)):
+            _patch_forward(module, variant)
 
 
-def _replace_forward(norm: Any, form: Form) -> None:
-    stock, eps = norm.forward, _eps_of(norm)
+def _patch_forward(norm: Any, variant: RmsNormVariant) -> None:
+    original_forward, eps = norm.forward, _eps_of(norm)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return stock(x)  # type: ignore[no-any-return]
-        made: Tensor = _LeanNorm.apply(x, self.weight, eps, form)  # type: ignore[no-untyped-call]
-        return made
+            return original_forward(x)  # type: ignore[no-any-return]
+        output: Tensor = _FusedRmsNorm.apply(x, self.weight, eps, variant)  # type: ignore[no-untyped-call]
+        return output
 
-    replace_forward(norm, forward, "norms")
+    patch_forward(norm, forward, "norms")
 
 
 def _eps_of(norm: Any) -> Any:
@@ -53,7 +57,7 @@ def _eps_of(norm: Any) -> Any:
 
 
 @torch.no_grad()
-def _form_of(norm: Any) -> Form | None:
+def _find_variant(norm: Any) -> RmsNormVariant | None:
     """The one form that computes what the module computes; None where none does, or several do.
 
     Trained weights may hide the form (Gemma's reach 1,656, where 1 more is below bfloat16's resolution), so
@@ -65,18 +69,22 @@ def _form_of(norm: Any) -> Form | None:
     if weight.requires_grad or sum(1 for _ in norm.parameters()) != 1:
         return None
     if weight.is_meta:  # every form keeps the same for the backward
-        return _FORMS[0]
+        return _VARIANTS[0]
     x = _example_rows(len(weight), eps).to(weight.device, weight.dtype)
-    matching = set(_distinct_forms(weight.dtype))
+    matching = set(_distinguishable_variants(weight.dtype))
     for values in (torch.linspace(-3, 3, len(weight)).to(weight), weight):
         expected = functional_call(norm, {"weight": values}, (x,))
-        matching = {form for form in matching if rounds_alike(_normed(x, values, eps, form)[0], expected)}
+        matching = {
+            variant
+            for variant in matching
+            if equal_up_to_rounding(_rms_norm(x, values, eps, variant)[0], expected)
+        }
     return matching.pop() if len(matching) == 1 else None
 
 
-def _distinct_forms(dtype: torch.dtype) -> tuple[Form, ...]:
+def _distinguishable_variants(dtype: torch.dtype) -> tuple[RmsNormVariant, ...]:
     """The forms that differ in ``dtype``: in float32 it is no matter when the product is cast."""
-    return _FORMS[1:] if dtype == torch.float32 else _FORMS
+    return _VARIANTS[1:] if dtype == torch.float32 else _VARIANTS
 
 
 def _example_rows(width: int, eps: float) -> Tensor:
@@ -90,36 +98,36 @@ def _example_rows(width: int, eps: float) -> Tensor:
     return rows
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, variant: RmsNormVariant) -> tuple[Tensor, Tensor]:
     """The output, and 1 / root mean square of each row, fp32."""
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-    spread = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-    wide = x.to(torch.float32, copy=True).mul_(spread)
-    if form.in_float:
-        return wide.mul_(_factor(weight, form)).to(x.dtype), spread
+    inv_rms = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    wide = x.to(torch.float32, copy=True).mul_(inv_rms)
+    if variant.multiply_in_fp32:
+        return wide.mul_(_factor(weight, variant)).to(x.dtype), inv_rms
     narrow = wide.to(x.dtype)
     # A weight of more bits than the input widens the output.
-    return narrow.mul_(weight) if weight.dtype == x.dtype else narrow * weight, spread
+    return narrow.mul_(weight) if weight.dtype == x.dtype else narrow * weight, inv_rms
 
 
-def _factor(weight: Tensor, form: Form) -> Tensor:
-    return weight.float() + form.offset
+def _factor(weight: Tensor, variant: RmsNormVariant) -> Tensor:
+    return weight.float() + variant.offset
 
 
-class _LeanNorm(torch.autograd.Function):
+class _FusedRmsNorm(torch.autograd.Function):
     """weight · x / rms(x) over the last dimension; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor:
-        out, spread = _normed(x, weight, eps, form)
-        ctx.save_for_backward(x, spread)
-        ctx.weight, ctx.form = weight, form
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, variant: RmsNormVariant) -> Tensor:
+        out, inv_rms = _rms_norm(x, weight, eps, variant)
+        ctx.save_for_backward(x, inv_rms)
+        ctx.weight, ctx.variant = weight, variant
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, spread = ctx.saved_tensors
-        toward = grad_outputs[0].to(torch.float32, copy=True).mul_(_factor(ctx.weight, ctx.form))
-        normed = x.to(torch.float32, copy=True).mul_(spread)
-        along = (toward * normed).sum(-1, keepdim=True).div_(-x.shape[-1])
-        return toward.addcmul_(normed, along).mul_(spread).to(x.dtype), None, None, None
+        x, inv_rms = ctx.saved_tensors
+        grad_normed = grad_outputs[0].to(torch.float32, copy=True).mul_(_factor(ctx.weight, ctx.variant))
+        normed = x.to(torch.float32, copy=True).mul_(inv_rms)
+        projection = (grad_normed * normed).sum(-1, keepdim=True).div_(-x.shape[-1])
+        return grad_normed.addcmul_(normed, projection).mul_(inv_rms).to(x.dtype), None, None, None

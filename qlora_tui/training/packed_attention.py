@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.training.even import even_multiple, filled_up
-from qlora_tui.training.lean.attention import RowAttention
+from qlora_tui.training.fused.cpu_attention import RowAttention
+from qlora_tui.training.padding import pad_tokens, token_multiple
 
 NAME = "qlora_segments"
 """The attention implementation as transformers knows it."""
@@ -62,12 +62,17 @@ def segment_attention(
         starts = attention_mask.flatten().tolist()
         lengths = [end - start for start, end in pairwise(starts)]
         windowed = sliding_window is not None and max(lengths) > sliding_window
-        if plain and not (dropout or windowed) and by_blocks(query) and query.shape[-1] == value.shape[-1]:
-            made: Tensor = RowAttention.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
-            return made, None
+        if (
+            plain
+            and not (dropout or windowed)
+            and prefers_row_attention(query)
+            and query.shape[-1] == value.shape[-1]
+        ):
+            attended: Tensor = RowAttention.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
+            return attended, None
         # torch.split, not slices: its backward is one cat, where each slice would fill a row of zeros.
         parts = [
-            _one_sample(q, k, v, dropout, scale, sliding_window, softcap, s_aux).transpose(1, 2)
+            _sample_attention(q, k, v, dropout, scale, sliding_window, softcap, s_aux).transpose(1, 2)
             for q, k, v in zip(
                 *(torch.split(x, lengths, dim=2) for x in (query, key, value)),
                 strict=True,
@@ -83,11 +88,11 @@ def segment_attention(
         return output, None
     if attention_mask is None:
         attention_mask = _causal(query.shape[2], key.shape[2], None, query.device)
-    output = _by_hand(query, key, value, attention_mask, dropout, scale, softcap, s_aux)
+    output = _eager_attention(query, key, value, attention_mask, dropout, scale, softcap, s_aux)
     return output.transpose(1, 2).contiguous(), None
 
 
-def by_blocks(query: Tensor) -> bool:
+def prefers_row_attention(query: Tensor) -> bool:
     """Whether our own backward is the quicker one: on a CPU in bfloat16; in float32 torch's is.
 
     Not in float16: what is taken from each score may be more than its largest number.
@@ -95,7 +100,7 @@ def by_blocks(query: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
-def _one_sample(
+def _sample_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -106,14 +111,16 @@ def _one_sample(
     sinks: Tensor | None,
 ) -> Tensor:
     tokens = query.shape[2]
-    if query.requires_grad and tokens % even_multiple(query.device, query.dtype):
+    if query.requires_grad and tokens % token_multiple(query.device, query.dtype):
         # What is added lies behind every real token, which looks back only.
-        query, key, value = (filled_up(x) for x in (query, key, value))
-        return _one_sample(query, key, value, dropout, scale, sliding_window, softcap, sinks)[:, :, :tokens]
+        query, key, value = (pad_tokens(x) for x in (query, key, value))
+        return _sample_attention(query, key, value, dropout, scale, sliding_window, softcap, sinks)[
+            :, :, :tokens
+        ]
     windowed = sliding_window is not None and tokens > sliding_window
     if softcap is not None or sinks is not None:
         mask = _causal(tokens, tokens, sliding_window if windowed else None, query.device)
-        return _by_hand(query, key, value, mask, dropout, scale, softcap, sinks)
+        return _eager_attention(query, key, value, mask, dropout, scale, softcap, sinks)
     grouped = query.shape[1] != key.shape[1]
     if grouped and value.shape[-1] != query.shape[-1]:
         # The grouped kernels want one width; heads are repeated instead.
@@ -131,7 +138,7 @@ def _one_sample(
     )
 
 
-def _by_hand(
+def _eager_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -13,19 +13,19 @@ import torch
 from qlora_tui.errors import UserError
 from qlora_tui.memory.cpu import this_processor
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.training.even import even_multiple
+from qlora_tui.training.padding import token_multiple
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BF16_CAPABILITY = (8, 0)
 """Ampere. ``torch.cuda.is_bf16_supported`` also says yes to cards that only emulate it."""
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
-Attention = Literal["segments", "flash", "eager"]
-"""``segments`` is SDPA, sample by sample: :mod:`qlora_tui.training.attention`."""
+AttentionPath = Literal["segments", "flash", "eager"]
+"""``segments`` is SDPA, sample by sample: :mod:`qlora_tui.training.packed_attention`."""
 
 
 @dataclass(frozen=True)
-class Device:
+class ComputeDevice:
     """Where a run computes."""
 
     torch_device: torch.device
@@ -43,7 +43,7 @@ class Device:
     @property
     def row_multiple(self) -> int:
         """Tokens of which a row should be a multiple."""
-        return even_multiple(self.torch_device, self.dtype)
+        return token_multiple(self.torch_device, self.dtype)
 
     @property
     def dtype_name(self) -> str:
@@ -51,13 +51,13 @@ class Device:
         return str(self.dtype).removeprefix("torch.")
 
 
-def find_device(recipe: Recipe, local_rank: int = 0) -> Device:
+def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
     """The card of this process, or the CPU where there is none."""
     wanted = _DTYPES.get(recipe.quantization.compute_dtype)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(local_rank)
         best = torch.bfloat16 if (properties.major, properties.minor) >= _BF16_CAPABILITY else torch.float16
-        return Device(
+        return ComputeDevice(
             torch_device=torch.device("cuda", local_rank),
             name=properties.name,
             total_bytes=properties.total_memory,
@@ -65,7 +65,7 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> Device:
         )
     cpu = this_processor()
     best = torch.bfloat16 if cpu.native_bfloat16 else torch.float32
-    return Device(
+    return ComputeDevice(
         torch_device=torch.device("cpu"),
         name=cpu.name,
         total_bytes=host_memory_bytes(),
@@ -73,7 +73,7 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> Device:
     )
 
 
-def choose_attention(recipe: Recipe, device: Device) -> Attention:
+def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
     """The attention path to try first. Raises UserError where flash is asked for and cannot be had."""
     wanted = recipe.model.attention
     if wanted == "eager":

@@ -9,23 +9,32 @@ from typing import Any
 
 import torch
 
-from qlora_tui.training.batches import Row, Samples, Schedule, computed_tokens, micro_batches, on_device
-from qlora_tui.training.loop import RunTrainer
+from qlora_tui.training.batches import (
+    Row,
+    StepPlan,
+    TokenizedDataset,
+    computed_tokens,
+    micro_batches,
+    on_device,
+)
+from qlora_tui.training.trainer import RunTrainer
 
 
-def longest_micro_batch(schedule: Schedule, samples: Samples, size: int, *, kept_apart: bool) -> list[Row]:
+def longest_micro_batch(
+    step_plan: StepPlan, samples: TokenizedDataset, size: int, *, packing_isolated: bool
+) -> list[Row]:
     """The rows of the micro-batch that computes most tokens."""
     longest: list[Row] = []
     most = 0
-    for step in schedule.steps:
+    for step in step_plan.steps:
         for rows in micro_batches(step.rows, size):
-            tokens = computed_tokens(rows, samples, kept_apart=kept_apart)
+            tokens = computed_tokens(rows, samples, packing_isolated=packing_isolated)
             if tokens > most:
                 most, longest = tokens, list(rows)
     return longest
 
 
-def probe(trainer: RunTrainer, rows: list[Row], *, fresh: bool) -> None:
+def probe_memory(trainer: RunTrainer, rows: list[Row], *, fresh: bool) -> None:
     """Forward, backward, and, in a fresh run, the optimizer step; a resumed one has its states in place."""
     model: Any = trainer.model_wrapped
     batch = trainer.steps.collate(rows)

@@ -12,14 +12,14 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training import checkpoints
-from qlora_tui.training.loop import load_adapter, save_adapter
+from qlora_tui.training.trainer import load_adapter, save_adapter
 
 _FILES = (*TOKENIZER_FILES, "generation_config.json")
 _TEMPLATES = "additional_chat_templates"
 _TEMPLATE = "chat_template.jinja"
 
 
-def take_best(run: RunDir, model: Any, step: int) -> str:
+def load_best_weights(run: RunDir, model: Any, step: int) -> str:
     """Put the weights of ``step``, the best, in place of the last one's; says whose the adapter is.
 
     A full disk may have cost its checkpoint; that costs no more than the checkpoint here either.

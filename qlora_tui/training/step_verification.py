@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
 from qlora_tui.runs.events import StepVerified
-from qlora_tui.training.base import Base
-from qlora_tui.training.batches import Row, Samples, Schedule, micro_batches, tokens_in
-from qlora_tui.training.device import Device
+from qlora_tui.training.base_model import PreparedBase
+from qlora_tui.training.batches import Row, StepPlan, TokenizedDataset, count_tokens, micro_batches
+from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.failure import is_out_of_memory
-from qlora_tui.training.fast_paths import DESCRIPTIONS, FastPaths, Path
-from qlora_tui.training.probe import longest_micro_batch
-from qlora_tui.training.processes import Processes
+from qlora_tui.training.fast_paths import DESCRIPTIONS, FastPath, FastPaths
+from qlora_tui.training.memory_probe import longest_micro_batch
 from qlora_tui.training.reporter import Reporter
-from qlora_tui.training.step_check import Comparison, Excerpt, StepReference, excerpt_of, ready_to_compare
+from qlora_tui.training.step_check import Excerpt, StepComparison, StepReference, excerpt_of, ready_to_compare
 
 _MOST_TOKENS = {"cpu": 128, "cuda": 512}
 """Of the excerpt: a second or two of computing on either."""
@@ -38,7 +38,7 @@ on Gemma-3-270M, whose vocabulary is 262,144."""
 T = TypeVar("T")
 
 
-class NotComputed(Exception):
+class StepNotComputedError(Exception):
     """A step could not be computed in one process of the run. Raised in all of them, so that none waits."""
 
     def __init__(self, reason: str, *, out_of_memory: bool) -> None:
@@ -47,12 +47,12 @@ class NotComputed(Exception):
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerificationResult:
     """What the comparison of a whole step showed."""
 
-    comparison: Comparison
+    comparison: StepComparison
     """Of the step with every fast path."""
-    replaced: tuple[Path, ...] = ()
+    replaced: tuple[FastPath, ...] = ()
     """Paths that computed something else; the library's are in their place now."""
     agrees: bool = True
     """Whether the step, as the model computes it now, is the library's."""
@@ -60,36 +60,36 @@ class Verified:
 
 def verify_first_step(
     model: Any,
-    base: Base,
-    samples: Samples,
-    schedule: Schedule,
+    base: PreparedBase,
+    samples: TokenizedDataset,
+    step_plan: StepPlan,
     micro_batch: int,
-    device: Device,
+    device: ComputeDevice,
     pad_id: int,
-    processes: Processes,
+    dist: DistributedContext,
     reporter: Reporter,
-) -> Base:
-    """Verify the first micro-batch of ``schedule`` and report what was seen.
+) -> PreparedBase:
+    """Verify the first micro-batch of ``step_plan`` and report what was seen.
 
     Args:
         model: the base's model with its adapter; left with the fast paths that are right.
         micro_batch: rows of a micro-batch.
 
     Returns:
-        The base as the run may use it: ``kept_apart`` is False where packed attention was replaced, after
-        which the run must be laid out again.
+        The base as the run may use it: ``packing_isolated`` is False where packed attention was replaced;
+        the steps must then be planned again.
     """
     started = time.perf_counter()
-    rows = _first_rows(schedule, samples, micro_batch)
-    longest = longest_micro_batch(schedule, samples, micro_batch, kept_apart=base.kept_apart)
+    rows = _first_rows(step_plan, samples, micro_batch)
+    longest = longest_micro_batch(step_plan, samples, micro_batch, packing_isolated=base.packing_isolated)
     tokens = _affordable_tokens(longest, samples, device)
-    verified: Verified | str = "there was not enough memory"
+    verified: VerificationResult | str = "there was not enough memory"
     while tokens >= _FEWEST_TOKENS:
         excerpt = excerpt_of(rows, samples, tokens=tokens)
         try:
-            verified = verify_step(model, base, excerpt, device, pad_id, processes)
+            verified = verify_step(model, base, excerpt, device, pad_id, dist)
             break
-        except NotComputed as error:
+        except StepNotComputedError as error:
             if not error.out_of_memory:
                 reporter.log("".join(traceback.format_exception(error)))
                 verified = str(error)
@@ -97,15 +97,20 @@ def verify_first_step(
             tokens //= 2
     seconds = time.perf_counter() - started
     if isinstance(verified, str):
-        reporter.tell(StepVerified(at=time.time(), tokens=0, seconds=seconds, agrees=False, reason=verified))
+        reporter.emit(StepVerified(at=time.time(), tokens=0, seconds=seconds, agrees=False, reason=verified))
         return base
     _report(verified, excerpt.tokens, seconds, reporter)
     return _base_without(base, verified.replaced)
 
 
 def verify_step(
-    model: Any, base: Base, excerpt: Excerpt, device: Device, pad_id: int, processes: Processes
-) -> Verified | str:
+    model: Any,
+    base: PreparedBase,
+    excerpt: Excerpt,
+    device: ComputeDevice,
+    pad_id: int,
+    dist: DistributedContext,
+) -> VerificationResult | str:
     """Compare a step with the library's, and leave the model with the paths that computed the same.
 
     Processes of one run decide together: a path that is wrong in one is used in none.
@@ -116,17 +121,17 @@ def verify_step(
     Raises:
         NotComputed: the library's step failed, or memory ran out. Every path is ours then, as before.
     """
-    paths = _in_every_process(processes, lambda: FastPaths(model, base))
+    paths = _in_every_process(dist, lambda: FastPaths(model, base))
 
-    def compare(names: Collection[Path]) -> tuple[Comparison, bool]:
+    def compare(names: Collection[FastPath]) -> tuple[StepComparison, bool]:
         """The comparison in this process, and whether the step agrees in all."""
         paths.use(names)
         comparison = _in_every_process(
-            processes, lambda: _compare_or_blame(reference, packed="packed attention" in names, pad_id=pad_id)
+            dist, lambda: _compare_or_blame(reference, packed="packed attention" in names, pad_id=pad_id)
         )
-        return comparison, all(processes.gathered(comparison.agrees))
+        return comparison, all(dist.all_gather(comparison.agrees))
 
-    used: Collection[Path] = paths.names
+    used: Collection[FastPath] = paths.names
     try:
         with ExitStack() as stack:
 
@@ -135,18 +140,18 @@ def verify_step(
                 paths.use(())
                 return StepReference(model, excerpt, device)
 
-            reference = _in_every_process(processes, library_step)
-            if not all(processes.gathered(reference.is_finite)):
+            reference = _in_every_process(dist, library_step)
+            if not all(dist.all_gather(reference.is_finite)):
                 return "the library's own loss or gradient is not a finite number"
             first, right = compare(paths.names)
             if not right:
                 # One draw of the noise may have been small by chance: before a path is blamed, more.
                 paths.use(())
                 for _ in range(_MORE_DRAWS):
-                    _in_every_process(processes, reference.measure_noise)
+                    _in_every_process(dist, reference.measure_noise)
                 first, right = compare(paths.names)
             if not right:
-                right_paths: tuple[Path, ...] = ()
+                right_paths: tuple[FastPath, ...] = ()
                 right = compare(())[1]
                 for name in paths.names if right else ():
                     if compare((*right_paths, name))[1]:
@@ -155,44 +160,44 @@ def verify_step(
                 used = right_paths
     finally:
         paths.use(used)
-    return Verified(first, tuple(name for name in paths.names if name not in used), right)
+    return VerificationResult(first, tuple(name for name in paths.names if name not in used), right)
 
 
-def _compare_or_blame(reference: StepReference, *, packed: bool, pad_id: int) -> Comparison:
+def _compare_or_blame(reference: StepReference, *, packed: bool, pad_id: int) -> StepComparison:
     """A step of ours that fails where the library's does not is a wrong one."""
     try:
         return reference.compare(packed=packed, pad_id=pad_id)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return reference.failure(_named(error))
+        return reference.failure(_describe_error(error))
 
 
-def _in_every_process(processes: Processes, compute: Callable[[], T]) -> T:
+def _in_every_process(dist: DistributedContext, compute: Callable[[], T]) -> T:
     """Compute in each process of the run. Raises NotComputed in all of them where one fails."""
     try:
         value, failure, cause = compute(), None, None
     except Exception as error:
-        value, failure, cause = None, (_named(error), is_out_of_memory(error)), error
-    failures = [each for each in processes.gathered(failure) if each is not None]
+        value, failure, cause = None, (_describe_error(error), is_out_of_memory(error)), error
+    failures = [each for each in dist.all_gather(failure) if each is not None]
     if failures:
         reason, out_of_memory = min(failures, key=lambda each: each[1])
-        raise NotComputed(reason, out_of_memory=out_of_memory) from cause
+        raise StepNotComputedError(reason, out_of_memory=out_of_memory) from cause
     return value  # type: ignore[return-value]  # None only where that is what it computes
 
 
-def _named(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _first_rows(schedule: Schedule, samples: Samples, micro_batch: int) -> Sequence[Row]:
+def _first_rows(step_plan: StepPlan, samples: TokenizedDataset, micro_batch: int) -> Sequence[Row]:
     """The first micro-batch with two samples, which shows whether one sees the other; else the first."""
-    every = (rows for step in schedule.steps for rows in micro_batches(step.rows, micro_batch))
-    return next((rows for rows in every if sum(map(len, rows)) > 1), schedule.steps[0].rows[:micro_batch])
+    every = (rows for step in step_plan.steps for rows in micro_batches(step.rows, micro_batch))
+    return next((rows for rows in every if sum(map(len, rows)) > 1), step_plan.steps[0].rows[:micro_batch])
 
 
-def _affordable_tokens(longest: list[Row], samples: Samples, device: Device) -> int:
+def _affordable_tokens(longest: list[Row], samples: TokenizedDataset, device: ComputeDevice) -> int:
     """Tokens of the excerpt for which the library's step takes no more memory than the run's longest one.
 
     The library keeps logits of a whole sample where our loss holds a chunk of them, and up to twice the
@@ -202,14 +207,16 @@ def _affordable_tokens(longest: list[Row], samples: Samples, device: Device) -> 
     ours = 2 * min(LOSS_CHUNK_ROWS, trained) + 12 * LOSS_BLOCK_ROWS[device.kind]
     of_a_sample = ours // _LIBRARY_LOGITS_BYTES
     return min(
-        _MOST_TOKENS[device.kind], 2 * of_a_sample, max(tokens_in(longest, samples) // 2, 2 * _FEWEST_TOKENS)
+        _MOST_TOKENS[device.kind],
+        2 * of_a_sample,
+        max(count_tokens(longest, samples) // 2, 2 * _FEWEST_TOKENS),
     )
 
 
-def _report(verified: Verified, tokens: int, seconds: float, reporter: Reporter) -> None:
+def _report(verified: VerificationResult, tokens: int, seconds: float, reporter: Reporter) -> None:
     comparison = verified.comparison
     names = tuple(DESCRIPTIONS[path] for path in verified.replaced)
-    reporter.tell(
+    reporter.emit(
         StepVerified(
             at=time.time(),
             tokens=tokens,
@@ -250,14 +257,14 @@ def _report(verified: Verified, tokens: int, seconds: float, reporter: Reporter)
     reporter.health("step_differs", evidence, remedy)
 
 
-def _base_without(base: Base, replaced: Collection[Path]) -> Base:
+def _base_without(base: PreparedBase, replaced: Collection[FastPath]) -> PreparedBase:
     """The base as the run's record names it, once these paths are the library's."""
     if not replaced:
         return base
     base = replace(base, replaced=tuple(replaced))
     if "packed attention" in replaced:
         attention = f"{base.library_attention}, padded rows: packed ones failed the first step's check"
-        base = replace(base, kept_apart=False, attention=attention)
+        base = replace(base, packing_isolated=False, attention=attention)
     if "loss" in replaced:
         base = replace(base, loss="stock: the chunked one failed the first step's check")
     return base

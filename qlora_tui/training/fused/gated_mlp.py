@@ -12,9 +12,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.agreement import is_same
-from qlora_tui.training.lean.linear import Adapter, Weight, active_adapter, backward, forward, plain_weight
-from qlora_tui.training.lean.replace import replace_forward, stand_ins
+from qlora_tui.training.agreement import bitwise_equal
+from qlora_tui.training.fused.lora_linear import (
+    LoraParameters,
+    WeightLoader,
+    active_adapter,
+    lora_backward,
+    lora_forward,
+    plain_weight,
+)
+from qlora_tui.training.fused.patching import patch_forward, temporary_forwards
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -22,31 +29,31 @@ _TOKENS = 4
 """Rows that a check feeds."""
 
 
-def use_lean_mlp(model: nn.Module) -> None:
+def fuse_gated_mlp(model: nn.Module) -> None:
     """Let every gated MLP whose last module has a plain adapter compute so."""
     for module in model.modules():
         if {name for name, _ in module.named_children()} != _PARTS:
             continue
         weight = plain_weight(module.down_proj)
         if weight is not None and is_gated(module):
-            _replace_forward(module, weight)
+            _patch_forward(module, weight)
 
 
-def _replace_forward(mlp: Any, weight: Weight) -> None:
+def _patch_forward(mlp: Any, weight: WeightLoader) -> None:
     down = mlp.down_proj
     base = down.get_base_layer()
-    stock = mlp.forward
+    original_forward = mlp.forward
 
     def forward(self: Any, x: Tensor) -> Tensor:
         adapter = active_adapter(down, base, weight) if torch.is_grad_enabled() else None
         if adapter is None:
-            return stock(x)  # type: ignore[no-any-return]
-        made: Tensor = _LeanGated.apply(  # type: ignore[no-untyped-call]  # torch's own
+            return original_forward(x)  # type: ignore[no-any-return]
+        output: Tensor = _FusedGatedMlp.apply(  # type: ignore[no-untyped-call]  # torch's own
             self.gate_proj(x), self.up_proj(x), adapter.a, adapter.b, adapter, self.act_fn
         )
-        return made
+        return output
 
-    replace_forward(mlp, forward, "mlp")
+    patch_forward(mlp, forward, "mlp")
 
 
 @torch.no_grad()
@@ -81,7 +88,7 @@ def is_gated(mlp: Any) -> bool:
     # Families drop some of what comes out (Seed-OSS), in training only.
     mlp.training = True
     try:
-        with stand_ins({getattr(mlp, name): stand_in(name) for name in received}):
+        with temporary_forwards({getattr(mlp, name): stand_in(name) for name in received}):
             result = mlp(x)
         product = mlp.act_fn(gate) * up
     except (RuntimeError, TypeError, ValueError, AttributeError):
@@ -89,8 +96,8 @@ def is_gated(mlp: Any) -> bool:
     finally:
         mlp.train(training)
     expected = {"gate_proj": x, "up_proj": x, "down_proj": product}
-    return is_same(result, out) and all(
-        len(received[name]) == 1 and is_same(received[name][0], expected[name]) for name in expected
+    return bitwise_equal(result, out) and all(
+        len(received[name]) == 1 and bitwise_equal(received[name][0], expected[name]) for name in expected
     )
 
 
@@ -109,28 +116,30 @@ def _example_values(inner: int, outputs: int, inputs: int) -> tuple[Tensor, ...]
     return gate, up, out, x
 
 
-class _LeanGated(torch.autograd.Function):
+class _FusedGatedMlp(torch.autograd.Function):
     """down(act(gate) · up) with its adapter, for gate and up (…, inputs of down)."""
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor, a: Tensor, b: Tensor, adapter: Adapter, act: Activation
+        ctx: Any, gate: Tensor, up: Tensor, a: Tensor, b: Tensor, adapter: LoraParameters, act: Activation
     ) -> Tensor:
-        out, kept, thin = forward(act(gate) * up, adapter)
-        ctx.save_for_backward(gate, up, kept, thin, a, b)
+        out, dropout_mask, xa = lora_forward(act(gate) * up, adapter)
+        ctx.save_for_backward(gate, up, dropout_mask, xa, a, b)
         ctx.adapter, ctx.act = adapter, act
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, kept, thin, a, b = ctx.saved_tensors
+        gate, up, dropout_mask, xa, a, b = ctx.saved_tensors
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
-            opened = ctx.act(leaf)
-        product = opened.detach() * up
-        toward, toward_a, toward_b = backward(grad_outputs[0], product, kept, thin, a, b, ctx.adapter)
+            activated = ctx.act(leaf)
+        product = activated.detach() * up
+        grad_product, grad_a, grad_b = lora_backward(
+            grad_outputs[0], product, dropout_mask, xa, a, b, ctx.adapter
+        )
         del product
-        assert toward is not None
-        toward_up = toward * opened.detach()
-        (toward_gate,) = torch.autograd.grad(opened, leaf, toward.mul_(up))
-        return toward_gate, toward_up, toward_a, toward_b, None, None
+        assert grad_product is not None
+        grad_up = grad_product * activated.detach()
+        (grad_gate,) = torch.autograd.grad(activated, leaf, grad_product.mul_(up))
+        return grad_gate, grad_up, grad_a, grad_b, None, None

@@ -12,12 +12,12 @@ _PACKAGES = ("qlora-tui", "torch", "transformers", "peft", "bitsandbytes", "acce
 
 def versions() -> dict[str, str]:
     """Of Python, the libraries that decide what a run computes, and torch's CUDA."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+        installed["cuda"] = torch.version.cuda
+    return installed
