@@ -27,7 +27,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from qlora_tui.chat.terms import ADAPTER, GREEDY, ChatSource
+from qlora_tui.chat.chat_types import ADAPTER, GREEDY, ChatSource
 from qlora_tui.data.conversation import Message
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.recipe.schema import Model, Recipe
@@ -260,10 +260,10 @@ def by_chat(recipe: Recipe, adapter: str) -> Answer:
 
     def answer(question: str, tokens: int) -> Answered:
         # Each question is read anew, though it has been asked before.
-        session._kept.clear()
+        session._caches.clear()
         cpu_began = time.process_time()
         reply = session.ask(
-            [Message("user", question)], voice=ADAPTER, sampling=replace(GREEDY, max_new_tokens=tokens)
+            [Message("user", question)], adapter_name=ADAPTER, sampling=replace(GREEDY, max_new_tokens=tokens)
         )
         for _ in reply:
             pass

@@ -1,10 +1,12 @@
-"""Talking to a model: base against adapter, from one copy of the base.
+"""Chat with a model: base and adapters, from one copy of the base.
 
-terms, sources, effect   what is said about a chat; no torch
-session                  a base in memory and the voices that speak through it (voices, lean)
-                         and what answers faster on a CPU (attention, four_bit, unpack)
-verify                   its first scores against those of transformers and peft alone
-reply                    one answer, token by token (choose, kept, text_stream), its thoughts apart (thoughts)
-measure                  what an adapter does to held-out conversations (updates, base_weights)
-ask                      the command line's chat
+chat_types, chat_sources   sampling settings, results, and the adapters there are; no torch
+effect                     what an adapter changes, in figures and one sentence; no torch
+session                    the base model and its adapters in memory (adapters, adapter_forwards), and
+                           faster decoding on a CPU (decode_attention, cpu_4bit, cpu_dequantize)
+logits_check               compares the first logits with those of transformers and peft alone
+generation                 one answer, token by token (token_sampler, kv_cache, incremental_detokenizer), with
+                           its thoughts separated (thought_splitter)
+effect_measurement         measures an adapter on validation conversations (adapter_deltas, base_weights)
+repl                       the command line's chat
 """

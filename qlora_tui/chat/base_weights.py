@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.architecture_types import OutputHead
-from qlora_tui.chat.updates import RowUpdate, Updates
+from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta
 from qlora_tui.errors import UserError
 
 
-def place(updates: Updates, files: list[Path], adapter: Path) -> dict[Path, Updates]:
+def assign_deltas(deltas: AdapterDeltas, files: list[Path], adapter: Path) -> dict[Path, AdapterDeltas]:
     """File to tensor to update, for updates by module name. Raises UserError where one finds no tensor.
 
     ``adapter`` is the folder the updates are of, for the message.
     """
     shapes = {name: (file, shape) for file in files for name, shape in _shapes(file).items()}
     by_tail = {_tail(name): name for name in shapes}
-    placed: dict[Path, Updates] = {file: {} for file in files}
-    for module, update in updates.items():
+    placed: dict[Path, AdapterDeltas] = {file: {} for file in files}
+    for module, update in deltas.items():
         name = f"{module}.weight"
         if name not in shapes:
             # A text model in a multimodal one is named with or without the outer part.
             name = by_tail.get(_tail(name), name)
-        if name not in shapes and isinstance(update, RowUpdate):
+        if name not in shapes and isinstance(update, EmbeddingRowDelta):
             last = f".{module.rpartition('.')[2]}.weight"
             name = next((known for known in shapes if f".{known}".endswith(last)), name)
         file, shape = shapes.get(name, (Path(), ()))
@@ -40,17 +40,17 @@ def place(updates: Updates, files: list[Path], adapter: Path) -> dict[Path, Upda
     return placed
 
 
-def with_tied_head(updates: Updates, files: list[Path], head: OutputHead) -> Updates:
+def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -> AdapterDeltas:
     """The updates, the embedding's rows also as those of a tied head that the files hold beside it.
 
     transformers ties the two of a file only while they are equal.
     """
-    rows = next((update for update in updates.values() if isinstance(update, RowUpdate)), None)
+    rows = next((update for update in deltas.values() if isinstance(update, EmbeddingRowDelta)), None)
     is_stored = any(f"{head.name}.weight" in _shapes(file) for file in files)
-    return {head.name: rows, **updates} if rows and head.tied and is_stored else updates
+    return {head.name: rows, **deltas} if rows and head.tied and is_stored else deltas
 
 
-def header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     """Where a safetensors file's data begins, and its entries by tensor: shape, ``data_offsets`` from there.
 
     The layout is that of https://github.com/huggingface/safetensors.
@@ -61,9 +61,11 @@ def header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(entry["shape"]) for name, entry in header(file)[1].items() if name != "__metadata__"}
+    return {
+        name: tuple(entry["shape"]) for name, entry in read_header(file)[1].items() if name != "__metadata__"
+    }
 
 
 def _tail(name: str) -> str:
-    _, found, tail = name.partition("layers.")
-    return found + tail if found else name
+    _, separator, tail = name.partition("layers.")
+    return separator + tail if separator else name

@@ -21,7 +21,7 @@ class LayerChange(Struct, frozen=True, kw_only=True):
 class Effect(Struct, frozen=True, kw_only=True):
     """Base and adapter over the same held-out conversations."""
 
-    voice: str
+    adapter_name: str
     samples: int
     tokens: int
     """Next-token choices compared: those the model is trained to make."""
@@ -72,5 +72,7 @@ class Effect(Struct, frozen=True, kw_only=True):
     @property
     def _name(self) -> str:
         return (
-            "adapter" if self.voice == "adapter" else f"checkpoint of step {self.voice.removeprefix('step-')}"
+            "adapter"
+            if self.adapter_name == "adapter"
+            else f"checkpoint of step {self.adapter_name.removeprefix('step-')}"
         )

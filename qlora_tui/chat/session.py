@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.chat.attention import group_heads
-from qlora_tui.chat.four_bit import answer_from_cpu_layout
-from qlora_tui.chat.kept import Kept
-from qlora_tui.chat.reply import Reply
-from qlora_tui.chat.terms import BASE, ChatSource, Sampling, ThinkingOf
-from qlora_tui.chat.thoughts import ThoughtSplitter, marks_of
-from qlora_tui.chat.unpack import unpack_on_cpu
-from qlora_tui.chat.verify import (
+from qlora_tui.chat.adapters import AdapterSet, uses_dora
+from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling, ThinkingSupport
+from qlora_tui.chat.cpu_4bit import use_cpu_layout
+from qlora_tui.chat.cpu_dequantize import dequantize_on_cpu
+from qlora_tui.chat.decode_attention import use_grouped_heads
+from qlora_tui.chat.generation import AnswerStream
+from qlora_tui.chat.kv_cache import PrefixCache
+from qlora_tui.chat.logits_check import (
     TOKENS,
-    ScoresComparison,
-    compare_scores,
+    LogitsComparison,
+    compare_logits,
     library_code,
     use_library_code,
 )
-from qlora_tui.chat.voices import Voices, uses_dora
+from qlora_tui.chat.thought_splitter import ThoughtSplitter, marks_in_template
 from qlora_tui.data.conversation import Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.thinking import OPENED
@@ -44,7 +44,7 @@ from qlora_tui.training.model_loading import load_base
 
 _OPENING_TOKENS = 8
 """Of a prompt's end, in which a thought that it opens is seen."""
-Tell = Callable[[str], None]
+StatusFn = Callable[[str], None]
 """Takes a few words on what is being done: ``Loading the model``."""
 
 
@@ -63,16 +63,16 @@ class ChatSession:
         self._shares_keys = bool(getattr(config, "num_kv_shared_layers", 0))
         """Such a model reads a prompt's last token alone in those layers, if it is asked for as a number."""
         self.end_ids = frozenset(tokenizer.turn_end_ids) | _model_ends(model)
-        self._marks = marks_of(tokenizer.template.literals)
+        self._marks = marks_in_template(tokenizer.template.literals)
         self._mark_ids = frozenset(
             token_id
             for token_id in tokenizer.special_ids
             if any((tokenizer.backend.id_to_token(token_id) or "\0") in mark.text for mark in self._marks)
         )
         self._model = model
-        self._voices = Voices(model, source.adapters)
-        self._kept: dict[str, Kept] = {}
-        self.checked: dict[str, ScoresComparison] = {}
+        self._adapter_names = AdapterSet(model, source.adapters)
+        self._caches: dict[str, PrefixCache] = {}
+        self.checked: dict[str, LogitsComparison] = {}
         """By voice, its scores beside the library's, once it has answered."""
         self._not_checkable: set[str] = set()
         """Voices whose scores could not be compared."""
@@ -83,18 +83,18 @@ class ChatSession:
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
 
     @property
-    def voices(self) -> tuple[str, ...]:
+    def adapter_names(self) -> tuple[str, ...]:
         """Who can answer: ``base``, ``adapter``, ``step-120``."""
-        return self.source.voices
+        return self.source.adapter_names
 
     @property
-    def thinking(self) -> ThinkingOf:
+    def thinking(self) -> ThinkingSupport:
         """What the chat template makes of thinking."""
         traits = self.tokenizer.traits
         if traits.switch is None:
-            return ThinkingOf(kind="always" if traits.opens_thought else "none")
+            return ThinkingSupport(kind="always" if traits.opens_thought else "none")
         switch = traits.switch
-        return ThinkingOf(
+        return ThinkingSupport(
             kind="switch" if switch.can_turn_off else "effort",
             variable=switch.variable,
             off=str(switch.off[switch.variable]),
@@ -102,7 +102,7 @@ class ChatSession:
         )
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Memory of the weights, adapters included."""
         return int(self._model.get_memory_footprint())
 
@@ -110,11 +110,11 @@ class ChatSession:
         self,
         messages: Sequence[Message],
         *,
-        voice: str = BASE,
+        adapter_name: str = BASE,
         sampling: Sampling | None = None,
         stop: Event | None = None,
         thinking: Thinking = "auto",
-    ) -> Reply:
+    ) -> AnswerStream:
         """The answer of one voice to a conversation that ends with the user's turn; ``stop`` ends it.
 
         ``thinking`` is on, off, or ``auto``: as the source says. Earlier answers are sent back with their
@@ -124,47 +124,51 @@ class ChatSession:
         is longer than the model's context. Only the last answer of each voice may be under way.
         """
         prompt = self.prompt(messages, thinking)
-        self.need(voice)
-        self.check(voice, prompt)
-        kept = self._kept.setdefault(voice, Kept(self._model.config))
+        self.ensure_loaded(adapter_name)
+        self.check(adapter_name, prompt)
+        prefix_cache = self._caches.setdefault(adapter_name, PrefixCache(self._model.config))
         opened = bool(OPENED.search(self.tokenizer.decode(prompt[-_OPENING_TOKENS:])))
         splitter = ThoughtSplitter(self._marks, in_thought=opened)
-        return Reply(self, voice, prompt, kept, sampling or Sampling(), stop or Event(), splitter)
+        return AnswerStream(
+            self, adapter_name, prompt, prefix_cache, sampling or Sampling(), stop or Event(), splitter
+        )
 
-    def need(self, voice: str) -> None:
-        """Read the adapter of ``voice`` if it has not been read. Raises UserError."""
-        self._voices.need(voice)
+    def ensure_loaded(self, adapter_name: str) -> None:
+        """Read the adapter of ``adapter_name`` if it has not been read. Raises UserError."""
+        self._adapter_names.ensure_loaded(adapter_name)
 
-    def check(self, voice: str, prompt: list[int]) -> None:
-        """Compare the scores of a voice that ``need`` has seen to with the library's, once.
+    def check(self, adapter_name: str, prompt: list[int]) -> None:
+        """Compare the scores of a voice that ``ensure_loaded`` has loaded with the library's, once.
 
         Where they differ, the session computes by transformers and peft alone from here on, and says so in
         ``warning``. Where they cannot be compared, ``warning`` says why, and nothing else changes.
         """
         ids = prompt[-TOKENS:]
-        if voice in self.checked or voice in self._not_checkable or len(ids) < 2:
+        if adapter_name in self.checked or adapter_name in self._not_checkable or len(ids) < 2:
             return
 
         def ours() -> Tensor:
-            kept = Kept(self._model.config)
-            return torch.cat([self.read(voice, part, kept) for part in (ids[:-1], ids[-1:])])
+            prefix_cache = PrefixCache(self._model.config)
+            return torch.cat(
+                [self.next_logits(adapter_name, part, prefix_cache) for part in (ids[:-1], ids[-1:])]
+            )
 
-        def compare() -> ScoresComparison:
-            return compare_scores(
-                self._model, self.machine.dtype, ours, lambda: self._library_scores(voice, ids)
+        def compare() -> LogitsComparison:
+            return compare_logits(
+                self._model, self.machine.dtype, ours, lambda: self._library_logits(adapter_name, ids)
             )
 
         try:
-            comparison = self.checked[voice] = compare()
+            comparison = self.checked[adapter_name] = compare()
             if comparison.agrees:
                 return
             use_library_code(self._model)
-            self._voices.use_peft()
-            self._kept.clear()
+            self._adapter_names.use_peft()
+            self._caches.clear()
             again = compare()
         except Exception as error:
             # An answer that cannot be checked is better than none.
-            self._not_checkable.add(voice)
+            self._not_checkable.add(adapter_name)
             lines = str(error).strip().splitlines() or [""]
             self.warning = (
                 "These answers could not be checked against transformers and peft: "
@@ -183,9 +187,9 @@ class ChatSession:
         )
 
     @torch.inference_mode()
-    def _library_scores(self, voice: str, token_ids: list[int]) -> Tensor:
+    def _library_logits(self, adapter_name: str, token_ids: list[int]) -> Tensor:
         """Scores (2, vocabulary) after the last two of ``token_ids``, by transformers and peft alone."""
-        with library_code(self._model), self._voices.through_peft(voice):
+        with library_code(self._model), self._adapter_names.through_peft(adapter_name):
             output = self._model(input_ids=torch.tensor([token_ids], device=self.device), use_cache=False)
         return output.logits[0, -2:]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
@@ -211,9 +215,9 @@ class ChatSession:
         return prompt
 
     @torch.inference_mode()
-    def read(self, voice: str, token_ids: list[int], kept: Kept) -> Tensor:
+    def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
         """Scores (1, vocabulary) of what comes after ``token_ids``, which are kept."""
-        self._voices.speak_as(voice)
+        self._adapter_names.activate(adapter_name)
         last: int | Tensor = 1
         if len(token_ids) > 1 and self.device.type == "cpu" and not self._shares_keys:
             # By its number: a slice of several lies in memory in such a way that a CPU copies the whole head.
@@ -223,19 +227,19 @@ class ChatSession:
                 input_ids=torch.tensor([token_ids], device=self.device),
                 use_cache=True,
                 logits_to_keep=last,
-                **{self._cache_argument: kept.cache},
+                **{self._cache_argument: prefix_cache.cache},
             )
         except BaseException:
             # Some layers may have read the tokens and others not.
-            kept.clear()
+            prefix_cache.clear()
             raise
-        kept.token_ids += token_ids
+        prefix_cache.token_ids += token_ids
         return output.logits[:, -1]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
     @torch.inference_mode()
-    def scores(self, voice: str, token_ids: list[int], positions: list[int]) -> Tensor:
+    def logits_at(self, adapter_name: str, token_ids: list[int], positions: list[int]) -> Tensor:
         """Scores (positions, vocabulary) of the token after each of ``positions``, nothing kept."""
-        self._voices.speak_as(voice)
+        self._adapter_names.activate(adapter_name)
         output = self._model(
             input_ids=torch.tensor([token_ids], device=self.device),
             use_cache=False,
@@ -252,14 +256,14 @@ class ChatSession:
         return "".join(backend.decode(list(ids), skip_special_tokens=not marks) for marks, ids in runs)
 
 
-def load_session(source: ChatSource, tell: Tell = lambda words: None) -> ChatSession:
+def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -> ChatSession:
     """Load the base model of ``source`` once; its adapters follow when they are asked for.
 
     Raises UserError.
     """
     recipe = source.recipe
-    folder = model_folder(recipe, tell)
-    tell(f"Loading {recipe.model.id}")
+    folder = model_folder(recipe, on_status)
+    on_status(f"Loading {recipe.model.id}")
     device = find_device(recipe)
     tokenizer = _tokenizer(source, folder)
     attention_path: AttentionPath = "eager" if recipe.model.attention == "eager" else "segments"
@@ -269,21 +273,21 @@ def load_session(source: ChatSource, tell: Tell = lambda words: None) -> ChatSes
         raise out_of_memory(device) from error
     model.eval()
     if device.kind == "cpu":
-        group_heads(model)
-        if not unpack_on_cpu(model, device) and not any(map(uses_dora, source.adapters.values())):
-            answer_from_cpu_layout(model)
+        use_grouped_heads(model)
+        if not dequantize_on_cpu(model, device) and not any(map(uses_dora, source.adapters.values())):
+            use_cpu_layout(model)
     return ChatSession(source, model, tokenizer, device)
 
 
-def model_folder(recipe: Recipe, tell: Tell = lambda words: None) -> Path:
+def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Path:
     """The folder that holds the recipe's model, a GGUF file converted first. Raises UserError."""
     files = resolve_model(recipe.model.id)
     if files.gguf_file is None:
         return files.folder
     words = f"Converting {files.gguf_file}"
-    tell(words)
+    on_status(words)
     return convert_cached(
-        files.folder / files.gguf_file, lambda done, total: tell(f"{words}: {done * 100 // total} %")
+        files.folder / files.gguf_file, lambda done, total: on_status(f"{words}: {done * 100 // total} %")
     )
 
 

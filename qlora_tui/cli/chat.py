@@ -20,12 +20,14 @@ def run(args: argparse.Namespace) -> CommandResult | int:
             fix="Say something after --prompt, or leave it out for a conversation.",
             exit_code=EXIT_USAGE,
         )
-    from qlora_tui.chat.ask import answer, converse
+    from qlora_tui.chat.repl import generate_once, run_repl
 
     if args.prompt is None:
-        converse(chosen, base=args.base, checkpoint=args.checkpoint, thinking=args.thinking)
+        run_repl(chosen, base=args.base, checkpoint=args.checkpoint, thinking=args.thinking)
         return 0
-    pieces = answer(chosen, args.prompt, base=args.base, checkpoint=args.checkpoint, thinking=args.thinking)
+    pieces = generate_once(
+        chosen, args.prompt, base=args.base, checkpoint=args.checkpoint, thinking=args.thinking
+    )
     if args.json:
         texts = {False: "", True: ""}
         for piece in pieces:

@@ -16,11 +16,11 @@ from qlora_tui.runs.directory import find
 
 def run(args: argparse.Namespace) -> CommandResult:
     """Merge the adapter into the 16-bit base and write the model to a folder."""
-    from qlora_tui.chat.sources import chosen_voice, of_run
+    from qlora_tui.chat.chat_sources import choose_adapter, run_source
     from qlora_tui.gpu.torch_env import configure_torch_env
 
-    source = of_run(find(args.run_id))
-    voice = chosen_voice(source, checkpoint=args.checkpoint)
+    source = run_source(find(args.run_id))
+    adapter_name = choose_adapter(source, checkpoint=args.checkpoint)
     configure_torch_env()
     from qlora_tui.export.merge import merge
     from qlora_tui.export.verify import verify_merge
@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> CommandResult:
     def on_status(words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
-    merged = merge(source, voice, args.out, on_status)
-    check = verify_merge(source, voice, Path(merged.folder), on_status)
+    merged = merge(source, adapter_name, args.out, on_status)
+    check = verify_merge(source, adapter_name, Path(merged.folder), on_status)
     if isinstance(check, str):
         merged = replace(merged, unchecked_because=check)
     elif check.agrees:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         )
     summary = (
         f"{merged.folder}: {format_bytes(merged.bytes)}, {merged.changed_weights} weights changed "
-        f"by the {voice}."
+        f"by the {adapter_name}."
     )
     check_line = f"Not checked: {check}." if isinstance(check, str) else f"Checked: {check.sentence}."
     return CommandResult(merged, f"{summary}\n{check_line}")

@@ -9,8 +9,8 @@ from pathlib import Path
 from msgspec import Struct
 
 from qlora_tui.catalog.lookup import load_architecture
-from qlora_tui.chat.sources import of_run
-from qlora_tui.chat.terms import Compared
+from qlora_tui.chat.chat_sources import run_source
+from qlora_tui.chat.chat_types import AnswerComparison
 from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT_PROMPTS
 from qlora_tui.demo.model import ensure_model
 from qlora_tui.errors import UserError
@@ -43,7 +43,7 @@ class DemoResult(Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     seconds: float
     """Of the whole demo: fetching, training and answering."""
-    samples: tuple[Compared, ...]
+    samples: tuple[AnswerComparison, ...]
 
 
 def demo_recipe(model: Path) -> Recipe:
@@ -78,9 +78,9 @@ def run_demo(say: Callable[[str], None], tell: Callable[[AnyEvent, RunView], Non
         )
     say("Asking base and adapter what they were not trained on")
     # Torch is needed from here on only, and the run is over: one model at a time in memory.
-    from qlora_tui.chat.ask import compare
+    from qlora_tui.chat.repl import compare_answers
 
-    samples = compare(of_run(run), HELD_OUT_PROMPTS, max_new_tokens=_LONGEST_ANSWER_TOKENS)
+    samples = compare_answers(run_source(run), HELD_OUT_PROMPTS, max_new_tokens=_LONGEST_ANSWER_TOKENS)
     return result_of(view, predicted, tuple(samples), time.monotonic() - began)
 
 
@@ -98,7 +98,9 @@ def wait_for_end(run: RunDir, tell: Callable[[AnyEvent, RunView], None]) -> RunV
     return view
 
 
-def result_of(view: RunView, predicted: int, samples: tuple[Compared, ...], seconds: float) -> DemoResult:
+def result_of(
+    view: RunView, predicted: int, samples: tuple[AnswerComparison, ...], seconds: float
+) -> DemoResult:
     """The figures, from the run's own events."""
     losses = [e.loss for e in view.evaluations if e.loss is not None]
     assert isinstance(view.ending, Finished)

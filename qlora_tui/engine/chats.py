@@ -29,19 +29,19 @@ class Chats:
     def __init__(self) -> None:
         self._session: ChatSession | None = None
 
-    def load(self, request: LoadChat, tell: Callable[[str], None]) -> ChatReady:
+    def load(self, request: LoadChat, on_status: Callable[[str], None]) -> ChatReady:
         """Load a model in place of the one held. Raises UserError."""
         self.unload()
         began = time.perf_counter()
-        session = load_session(request.source, tell)
+        session = load_session(request.source, on_status)
         self._session = session
         return ChatReady(
-            voices=session.voices,
+            adapter_names=session.adapter_names,
             device=session.machine.name,
             dtype=session.machine.dtype_name,
             context_tokens=session.context_length,
             seconds=time.perf_counter() - began,
-            held_bytes=session.held_bytes,
+            memory_bytes=session.memory_bytes,
             thinking=session.thinking,
         )
 
@@ -50,7 +50,7 @@ class Chats:
         session = self._loaded()
         reply = session.ask(
             request.messages,
-            voice=request.voice,
+            adapter_name=request.adapter_name,
             sampling=request.sampling,
             stop=stop,
             thinking=request.thinking,
@@ -63,14 +63,18 @@ class Chats:
         assert reply.outcome is not None
         yield Done(outcome=reply.outcome)
 
-    def measure(self, request: MeasureEffect, tell: Callable[[str], None], stop: Event) -> EffectMeasured:
+    def measure(
+        self, request: MeasureEffect, on_status: Callable[[str], None], stop: Event
+    ) -> EffectMeasured:
         """Compare an adapter with the base. Raises UserError."""
         # peft comes with it, which takes seconds to load.
-        from qlora_tui.chat.measure import measure_effect
+        from qlora_tui.chat.effect_measurement import measure_effect
 
         session = self._loaded()
         try:
-            return EffectMeasured(effect=measure_effect(session, request.voice, tell=tell, stop=stop))
+            return EffectMeasured(
+                effect=measure_effect(session, request.adapter_name, on_status=on_status, stop=stop)
+            )
         except torch.OutOfMemoryError as error:
             raise out_of_memory(session.machine) from error
 

@@ -12,8 +12,8 @@ from typing import ClassVar, TypeAlias
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.chat.chat_types import ChatSource, GenerationResult, Sampling, TextChunk, ThinkingSupport
 from qlora_tui.chat.effect import Effect
-from qlora_tui.chat.terms import ChatSource, Outcome, Said, Sampling, ThinkingOf
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.errors import UserError
@@ -34,7 +34,7 @@ class Generate(Request, frozen=True, kw_only=True, tag="generate"):
     """Answer a conversation with the model that is loaded. Replies: Text…, then Done."""
 
     messages: tuple[Message, ...]
-    voice: str
+    adapter_name: str
     """One of the source's voices: ``base``, ``adapter``, ``step-120``."""
     sampling: Sampling = Sampling()
     thinking: Thinking = "auto"
@@ -46,7 +46,7 @@ class MeasureEffect(Request, frozen=True, kw_only=True, tag="measure_effect"):
     A Stop ends it early, with what was compared so far.
     """
 
-    voice: str
+    adapter_name: str
 
 
 class Unload(Request, frozen=True, kw_only=True, tag="unload"):
@@ -107,28 +107,28 @@ class Stage(Reply, frozen=True, kw_only=True, tag="stage"):
 class ChatReady(Reply, frozen=True, kw_only=True, tag="chat_ready"):
     """The model is loaded."""
 
-    voices: tuple[str, ...]
+    adapter_names: tuple[str, ...]
     device: str
     """``NVIDIA GeForce RTX 4090``, or the CPU's name."""
     dtype: str
     context_tokens: int
     seconds: float
-    held_bytes: int
+    memory_bytes: int
     """Memory the model takes: of the card, or of the host where there is none."""
-    thinking: ThinkingOf = ThinkingOf()
+    thinking: ThinkingSupport = ThinkingSupport()
 
 
 class Text(Reply, frozen=True, kw_only=True, tag="text"):
     """The next piece of an answer, or of a thought before it."""
 
     final: ClassVar[bool] = False
-    said: Said
+    said: TextChunk
 
 
 class Done(Reply, frozen=True, kw_only=True, tag="done"):
     """An answer is complete, or was stopped."""
 
-    outcome: Outcome
+    outcome: GenerationResult
 
 
 class EffectMeasured(Reply, frozen=True, kw_only=True, tag="effect_measured"):

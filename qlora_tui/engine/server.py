@@ -51,7 +51,7 @@ class Server:
         self._waiting: queue.SimpleQueue[Asked] = queue.SimpleQueue()
         self._stops: dict[int, threading.Event] = {}
         self._growing: dict[int, Iterator[AnyReply]] = {}
-        self._voices: dict[int, str] = {}
+        self._adapter_names: dict[int, str] = {}
         self._chats: Chats | None = None
         self._previews = Previews()
 
@@ -88,10 +88,10 @@ class Server:
         match asked.request:
             case LoadChat() | Unload():
                 self._end_answers(list(self._growing))
-            case Generate(voice=voice):
+            case Generate(adapter_name=adapter_name):
                 # A voice says one thing at a time.
-                self._end_answers([n for n in self._growing if self._voices.get(n) == voice])
-                self._voices[asked.number] = voice
+                self._end_answers([n for n in self._growing if self._adapter_names.get(n) == adapter_name])
+                self._adapter_names[asked.number] = adapter_name
         self._growing[asked.number] = self._work(asked)
 
     def _end_answers(self, numbers: list[int]) -> None:
@@ -111,7 +111,7 @@ class Server:
         if reply.final:
             del self._growing[number]
             del self._stops[number]
-            self._voices.pop(number, None)
+            self._adapter_names.pop(number, None)
 
     def _send(self, number: int, reply: AnyReply) -> None:
         self._replies.write(encode(Answered(number, reply)))
@@ -121,14 +121,14 @@ class Server:
         """The replies to a question; each ``next`` does a little of the work."""
         number, request = asked.number, asked.request
 
-        def tell(words: str) -> None:
+        def on_status(words: str) -> None:
             self._send(number, Stage(words=words))
 
         match request:
             case LoadChat():
-                yield self._with_torch(tell).load(request, tell)
+                yield self._with_torch(on_status).load(request, on_status)
             case Generate():
-                yield from self._with_torch(tell).generate(request, self._stops[number])
+                yield from self._with_torch(on_status).generate(request, self._stops[number])
             case InspectData():
                 yield from self._previews.inspect(request, self._stops[number])
             case ShowRow():
@@ -136,15 +136,15 @@ class Server:
             case ShowFields():
                 yield self._previews.fields(request)
             case MeasureEffect():
-                yield self._with_torch(tell).measure(request, tell, self._stops[number])
+                yield self._with_torch(on_status).measure(request, on_status, self._stops[number])
             case Unload():
                 if self._chats is not None:
                     self._chats.unload()
                 yield Unloaded()
 
-    def _with_torch(self, tell: Callable[[str], None]) -> Chats:
+    def _with_torch(self, on_status: Callable[[str], None]) -> Chats:
         if self._chats is None:
-            tell("Starting the engine")
+            on_status("Starting the engine")
             from qlora_tui.engine.chats import Chats
 
             self._chats = Chats()

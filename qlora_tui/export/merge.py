@@ -16,10 +16,10 @@ from msgspec import Struct
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import TOKENIZER_FILES, weight_files
-from qlora_tui.chat.base_weights import place, with_tied_head
+from qlora_tui.chat.adapter_deltas import read_deltas
+from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
+from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder
-from qlora_tui.chat.terms import ChatSource
-from qlora_tui.chat.updates import read_updates
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.card import model_card
 from qlora_tui.export.verify import MergeCheck
@@ -44,28 +44,28 @@ class Merged(Struct, frozen=True, kw_only=True):
 
 
 def merge(
-    source: ChatSource, voice: str, out: Path, tell: Callable[[str], None] = lambda words: None
+    source: ChatSource, adapter_name: str, out: Path, on_status: Callable[[str], None] = lambda words: None
 ) -> Merged:
-    """Write the base with the adapter of ``voice`` merged into it; ``out`` must not exist yet.
+    """Write the base with the adapter of ``adapter_name`` merged into it; ``out`` must not exist yet.
 
-    ``source`` is of :mod:`qlora_tui.chat.sources`. ``tell`` hears what is being done. Raises UserError; then
-    nothing is left behind.
+    ``source`` is of :mod:`qlora_tui.chat.chat_sources`. ``on_status`` hears what is being done. Raises
+    UserError; then nothing is left behind.
     """
     out = out.expanduser().absolute()
-    base = model_folder(source.recipe, tell)
-    adapter = Path(source.adapters[voice])
+    base = model_folder(source.recipe, on_status)
+    adapter = Path(source.adapters[adapter_name])
     files = [base / name for name in weight_files(base)]
     _check_room(out, files)
     head = resolve_model(source.recipe.model.id).architecture.head
-    placed = place(with_tied_head(read_updates(adapter), files, head), files, adapter)
+    placed = assign_deltas(with_tied_head(read_deltas(adapter), files, head), files, adapter)
     draft = private_dir(out.parent) / f".{out.name}.part"
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(mode=0o755)
         for number, file in enumerate(files, 1):
-            tell(f"Merging {file.name} ({number} of {len(files)})")
+            on_status(f"Merging {file.name} ({number} of {len(files)})")
             shutil.copyfile(file, draft / file.name)
-            changes = {name: update.applied_to for name, update in placed[file].items()}
+            changes = {name: update.apply_to for name, update in placed[file].items()}
             change_tensors(draft / file.name, dict(changes))
         for folder, names in ((base, _MODEL_FILES), (adapter, TOKENIZER_FILES)):
             for name in filter(partial(_is_in, folder), names):

@@ -17,8 +17,8 @@ from msgspec import Struct, structs
 from torch import Tensor
 
 from qlora_tui.catalog.model_validation import weight_files
+from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder
-from qlora_tui.chat.terms import ChatSource
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -59,9 +59,9 @@ class MergeCheck(Struct, frozen=True, kw_only=True):
 
 
 def verify_merge(
-    source: ChatSource, voice: str, merged: Path, tell: Callable[[str], None] = lambda words: None
+    source: ChatSource, adapter_name: str, merged: Path, on_status: Callable[[str], None] = lambda words: None
 ) -> MergeCheck | str:
-    """Compare a merged model with its base and the adapter of ``voice``, on the CPU.
+    """Compare a merged model with its base and the adapter of ``adapter_name``, on the CPU.
 
     Args:
         merged: the folder that :func:`qlora_tui.export.merge.merge` wrote.
@@ -77,8 +77,8 @@ def verify_merge(
     tokenizer = ChatTokenizer.from_folder(merged)
     prompt = source.recipe.training.sample_prompts[:1] or (_PROMPT,)
     ids = torch.tensor([prompt_ids([Message("user", prompt[0])], tokenizer)])
-    tell("Comparing the merged model with base and adapter")
-    adapted = _with_adapter(_loaded(source, base), Path(source.adapters[voice]))
+    on_status("Comparing the merged model with base and adapter")
+    adapted = _with_adapter(_loaded(source, base), Path(source.adapters[adapter_name]))
     expected = _scores(adapted, ids)
     spread = float((expected - expected.mean(-1, keepdim=True)).norm())
     noise = 0.0

@@ -8,12 +8,12 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, uint8
 
-from qlora_tui.chat.base_weights import header
+from qlora_tui.chat.base_weights import read_header
 
 
 def change_tensors(file: Path, changes: dict[str, Callable[[Tensor], Tensor]]) -> None:
     """Put ``changes[name](tensor)``, of the same shape and dtype, in place of each named tensor."""
-    start, entries = header(file)
+    start, entries = read_header(file)
     for name, change in changes.items():
         with safe_open(file, framework="pt") as content:
             # A copy: the original is a view of the file that is about to change.

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from qlora_tui import paths
-from qlora_tui.chat.terms import Sampling
+from qlora_tui.chat.chat_types import Sampling
 from qlora_tui.files import private_dir
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
@@ -49,9 +49,9 @@ def append_exchange(
     if system_prompt:
         lines += ["**system**", "", system_prompt, ""]
     lines += [*(f"> {line}" for line in prompt.splitlines()), ""]
-    for voice, text in answers.items():
-        lines += [f"**{voice}**", ""]
-        if thought := thoughts.get(voice):
+    for adapter_name, text in answers.items():
+        lines += [f"**{adapter_name}**", ""]
+        if thought := thoughts.get(adapter_name):
             lines += ["<details><summary>Thought</summary>", "", thought, "", "</details>", ""]
         lines += [text or "*no answer*", ""]
     with path.open("a", encoding="utf-8") as file:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.chat.terms import ChatSource
+from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from tests.chat.adapters import make_adapter
 from tests.training.tiny import make_tiny_model

@@ -3,7 +3,7 @@
 from qlora_tui.chat.effect import Effect
 
 EFFECT = Effect(
-    voice="adapter",
+    adapter_name="adapter",
     samples=12,
     tokens=900,
     mean_kl=0.41,

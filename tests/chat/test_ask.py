@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qlora_tui.chat.terms import GREEDY, ChatSource, Said
+from qlora_tui.chat.chat_types import GREEDY, ChatSource, TextChunk
 from qlora_tui.runs.directory import RunDir, create
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def run(tiny_source: ChatSource) -> RunDir:
     return run
 
 
-def text(pieces: Iterator[Said]) -> str:
+def text(pieces: Iterator[TextChunk]) -> str:
     """What is answered, without thoughts."""
     return "".join(said.text for said in pieces if not said.thought)
 
@@ -40,21 +40,21 @@ def typed(*lines: str) -> Iterator[str]:
 
 
 def test_base_adapter_and_checkpoint_answer_differently(run: RunDir) -> None:
-    from qlora_tui.chat.ask import answer, compare
-    from qlora_tui.chat.sources import of_run
+    from qlora_tui.chat.chat_sources import run_source
+    from qlora_tui.chat.repl import compare_answers, generate_once
 
-    adapter = text(answer(run, PROMPT, sampling=SHORT))
-    base = text(answer(run, PROMPT, base=True, sampling=SHORT))
-    checkpoint = text(answer(run, PROMPT, checkpoint=2, sampling=SHORT))
+    adapter = text(generate_once(run, PROMPT, sampling=SHORT))
+    base = text(generate_once(run, PROMPT, base=True, sampling=SHORT))
+    checkpoint = text(generate_once(run, PROMPT, checkpoint=2, sampling=SHORT))
     assert len({adapter, base, checkpoint}) == 3
-    (compared,) = compare(of_run(run), [PROMPT], max_new_tokens=8)
+    (compared,) = compare_answers(run_source(run), [PROMPT], max_new_tokens=8)
     assert (compared.base, compared.adapter) == (base.strip(), adapter.strip())
 
 
 def test_a_conversation_switches_voices_and_begins_again(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_tui.chat.ask import answer, converse
+    from qlora_tui.chat.repl import generate_once, run_repl
 
     lines = typed(PROMPT, "/new", "/voice base", PROMPT, "/voice nobody", "/help", "")
     asked: list[str] = []
@@ -63,10 +63,10 @@ def test_a_conversation_switches_voices_and_begins_again(
         asked.append(prompt)
         return next(lines)
 
-    converse(run, sampling=SHORT, ask_user=ask_user)
+    run_repl(run, sampling=SHORT, ask_user=ask_user)
     out, notes = capsys.readouterr()
-    assert text(answer(run, PROMPT, sampling=SHORT)) in out
-    assert text(answer(run, PROMPT, base=True, sampling=SHORT)) in out
+    assert text(generate_once(run, PROMPT, sampling=SHORT)) in out
+    assert text(generate_once(run, PROMPT, base=True, sampling=SHORT)) in out
     assert asked == ["adapter> "] * 3 + ["base> "] * 5
     assert "There are: base, adapter, step-2." in notes
     assert "tokens" in notes
@@ -75,40 +75,40 @@ def test_a_conversation_switches_voices_and_begins_again(
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_tui.chat import ask
-    from qlora_tui.chat.reply import Reply
+    from qlora_tui.chat import repl
+    from qlora_tui.chat.generation import AnswerStream
 
-    pieces = Reply.__iter__
+    pieces = AnswerStream.__iter__
 
-    def interrupted(reply: Reply) -> Iterator[Said]:
+    def interrupted(reply: AnswerStream) -> Iterator[TextChunk]:
         yield next(pieces(reply))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Reply, "__iter__", interrupted)
+    monkeypatch.setattr(AnswerStream, "__iter__", interrupted)
     lines = typed(PROMPT, PROMPT)
-    ask.converse(run, sampling=SHORT, ask_user=lambda prompt: next(lines))
+    repl.run_repl(run, sampling=SHORT, ask_user=lambda prompt: next(lines))
     assert capsys.readouterr().err.count("Stopped.") == 2
 
 
 def test_a_question_that_is_too_long_does_not_end_the_conversation(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_tui.chat.ask import converse
+    from qlora_tui.chat.repl import run_repl
 
     lines = typed("fox " * 4000, PROMPT)
-    converse(run, base=True, sampling=SHORT, ask_user=lambda prompt: next(lines))
+    run_repl(run, base=True, sampling=SHORT, ask_user=lambda prompt: next(lines))
     notes = capsys.readouterr().err
     assert "too long" in notes
     assert "8 tokens" in notes
 
 
 def test_an_adapter_with_its_own_tokenizer_and_template_is_asked_in_it(run: RunDir, tiny_model: Path) -> None:
+    from qlora_tui.chat.chat_sources import run_source
     from qlora_tui.chat.session import load_session
-    from qlora_tui.chat.sources import of_run
     from qlora_tui.data.conversation import Message
 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_model / name, run.adapter_dir)
     (run.adapter_dir / "chat_template.jinja").write_text("ask {{ messages[0]['content'] }} answer")
-    session = load_session(of_run(run))
+    session = load_session(run_source(run))
     assert session.tokenizer.decode(session.prompt([Message("user", "fox")])) == "ask fox answer"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_tui.chat import attention, four_bit, lean
-from qlora_tui.chat.terms import ADAPTER, BASE
+from qlora_tui.chat import adapter_forwards, cpu_4bit, decode_attention
+from qlora_tui.chat.chat_types import ADAPTER, BASE
 
 pytestmark = pytest.mark.slow
 
@@ -37,18 +37,18 @@ def peft_layer(dtype: torch.dtype, **config: Any) -> Any:
     return layer.to(dtype).requires_grad_(False).eval()
 
 
-Speak = Callable[[lean.LeanForward, str, Tensor], Tensor]
-right: Speak = lean.LeanForward.speak
+Speak = Callable[[adapter_forwards.LoraForward, str, Tensor], Tensor]
+right: Speak = adapter_forwards.LoraForward.forward_with
 
 
 def with_factors(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Speak:
-    def speak(forward: lean.LeanForward, voice: str, x: Tensor) -> Tensor:
-        factors = forward._factors[voice]
-        forward._factors[voice] = change(*factors)
+    def speak(forward: adapter_forwards.LoraForward, adapter_name: str, x: Tensor) -> Tensor:
+        factors = forward._factors[adapter_name]
+        forward._factors[adapter_name] = change(*factors)
         try:
-            return right(forward, voice, x)
+            return right(forward, adapter_name, x)
         finally:
-            forward._factors[voice] = factors
+            forward._factors[adapter_name] = factors
 
     return speak
 
@@ -59,23 +59,23 @@ WRONG_ADAPTERS: dict[str, Speak] = {
     "one rank left out": with_factors(lambda down, up: (down, up * (torch.arange(8) != 5)[:, None])),
     "outputs shifted": with_factors(lambda down, up: (down, up.roll(1, dims=1))),
     "inputs shifted": with_factors(lambda down, up: (down.roll(1, dims=0), up)),
-    "base left out": lambda forward, voice, x: right(forward, voice, x) - forward._base(x),
-    "base twice": lambda forward, voice, x: right(forward, voice, x) + forward._base(x),
-    "no adapter": lambda forward, voice, x: right(forward, BASE, x),
+    "base left out": lambda forward, adapter_name, x: right(forward, adapter_name, x) - forward._base(x),
+    "base twice": lambda forward, adapter_name, x: right(forward, adapter_name, x) + forward._base(x),
+    "no adapter": lambda forward, adapter_name, x: right(forward, BASE, x),
 }
 
 
-def adds_as_peft(layer: Any) -> bool:
-    forward = lean.LeanForward(layer.get_base_layer(), lean.Speaking(BASE))
-    forward.learn(ADAPTER, layer)
-    return lean.adds_as_peft(layer, ADAPTER, forward)
+def matches_peft(layer: Any) -> bool:
+    forward = adapter_forwards.LoraForward(layer.get_base_layer(), adapter_forwards.ActiveAdapter(BASE))
+    forward.register(ADAPTER, layer)
+    return adapter_forwards.matches_peft(layer, ADAPTER, forward)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_adapter_that_adds_as_peft_is_accepted(dtype: torch.dtype) -> None:
     layer = peft_layer(dtype)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    assert adds_as_peft(layer)
+    assert matches_peft(layer)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     assert all(value.dtype == dtype for value in layer.state_dict().values())
     assert "forward" not in vars(layer) and "forward" not in vars(layer.get_base_layer())
@@ -86,16 +86,16 @@ def test_an_adapter_that_adds_as_peft_is_accepted(dtype: torch.dtype) -> None:
 def test_an_adapter_that_adds_anything_else_is_left_to_peft(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lean.LeanForward, "speak", WRONG_ADAPTERS[name])
-    assert not adds_as_peft(peft_layer(dtype))
+    monkeypatch.setattr(adapter_forwards.LoraForward, "forward_with", WRONG_ADAPTERS[name])
+    assert not matches_peft(peft_layer(dtype))
 
 
 def test_a_model_whose_adapter_differs_computes_by_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.ModuleList([peft_layer(torch.float32)])
-    assert lean.lean(model, ADAPTER, lean.Speaking(ADAPTER))
-    lean.as_peft_does(model)
-    monkeypatch.setattr(lean.LeanForward, "speak", WRONG_ADAPTERS["scale dropped"])
-    assert not lean.lean(model, ADAPTER, lean.Speaking(ADAPTER))
+    assert adapter_forwards.fuse_adapter(model, ADAPTER, adapter_forwards.ActiveAdapter(ADAPTER))
+    adapter_forwards.restore_peft(model)
+    monkeypatch.setattr(adapter_forwards.LoraForward, "forward_with", WRONG_ADAPTERS["scale dropped"])
+    assert not adapter_forwards.fuse_adapter(model, ADAPTER, adapter_forwards.ActiveAdapter(ADAPTER))
 
 
 # Heads in groups
@@ -114,7 +114,7 @@ def one_token(dtype: torch.dtype) -> tuple[Any, Tensor, Tensor, Tensor]:
 
 
 Grouped = Callable[[float | None, Tensor, Tensor, Tensor], Tensor]
-grouped: Grouped = attention._in_groups
+grouped: Grouped = decode_attention._in_groups
 WRONG_GROUPS: dict[str, Grouped] = {
     "heads transposed": lambda scaling, q, k, v: grouped(scaling, q, k, v)[:, :, [0, 3, 1, 4, 2, 5]],
     "key heads exchanged": lambda scaling, q, k, v: grouped(scaling, q, k.flip(1), v),
@@ -128,14 +128,14 @@ WRONG_GROUPS: dict[str, Grouped] = {
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_proven", {})
+    monkeypatch.setattr(decode_attention, "_verified", {})
 
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_in_groups_are_proved_at_the_first_token(dtype: torch.dtype) -> None:
-    attention.attend(*one_token(dtype), None, scaling=0.3)
-    assert list(attention._proven.values()) == [True]
+    decode_attention.attend(*one_token(dtype), None, scaling=0.3)
+    assert list(decode_attention._verified.values()) == [True]
 
 
 @pytest.mark.usefixtures("fresh")
@@ -144,11 +144,11 @@ def test_heads_in_groups_are_proved_at_the_first_token(dtype: torch.dtype) -> No
 def test_heads_grouped_otherwise_give_way_to_the_library(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_in_groups", WRONG_GROUPS[name])
+    monkeypatch.setattr(decode_attention, "_in_groups", WRONG_GROUPS[name])
     module, query, key, value = one_token(dtype)
-    output, _ = attention.attend(module, query, key, value, None, scaling=0.3)
+    output, _ = decode_attention.attend(module, query, key, value, None, scaling=0.3)
     expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.3)
-    assert list(attention._proven.values()) == [False] and torch.equal(output, expected)
+    assert list(decode_attention._verified.values()) == [False] and torch.equal(output, expected)
 
 
 # The CPU's layout of 4-bit weights
@@ -191,7 +191,7 @@ def test_the_cpus_layout_is_proved_on_a_copy(
     layer = four_bit_layer(kind, bias=bias, nested=nested)
     layer.support_avx512bf16_for_cpu = False
     before = layer.weight.data.clone()
-    assert four_bit.layout_agrees(layer)
+    assert cpu_4bit.layout_agrees(layer)
     assert torch.equal(layer.weight.data, before) and not layer.support_avx512bf16_for_cpu
 
 
@@ -239,7 +239,7 @@ def test_a_wrong_layout_is_not_used(
     expected = layer(x)
     convert = mixed_up(WRONG_LAYOUTS[name])
     monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", convert)
-    four_bit.answer_from_cpu_layout(nn.ModuleList([layer]))
+    cpu_4bit.use_cpu_layout(nn.ModuleList([layer]))
     assert not layer.support_avx512bf16_for_cpu and "forward" not in vars(layer)
     assert torch.equal(layer(x), expected)
 
@@ -247,13 +247,13 @@ def test_a_wrong_layout_is_not_used(
 def test_a_kernel_called_wrongly_is_not_called_directly(
     four_bit_layer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    direct = four_bit._straight
+    direct = cpu_4bit._direct_kernel
 
     def wrong(layer: Any) -> Callable[[Tensor], Tensor] | None:
         product = direct(layer)
         return product and (lambda x: product(x) * 1.01)
 
-    monkeypatch.setattr(four_bit, "_straight", wrong)
+    monkeypatch.setattr(cpu_4bit, "_direct_kernel", wrong)
     layer = four_bit_layer()
-    four_bit.answer_from_cpu_layout(nn.ModuleList([layer]))
+    cpu_4bit.use_cpu_layout(nn.ModuleList([layer]))
     assert layer.support_avx512bf16_for_cpu and "forward" not in vars(layer)

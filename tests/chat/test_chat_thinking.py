@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from qlora_tui.chat.sources import of_adapter, of_run
-from qlora_tui.chat.terms import GREEDY, ChatSource, Outcome, Said
+from qlora_tui.chat.chat_sources import adapter_source, run_source
+from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult, TextChunk
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import Choices, prompt_ids, render
 from qlora_tui.recipe.schema import Data, Recipe, Thinking
@@ -36,10 +36,10 @@ def told(run: RunDir, thinking: Thinking) -> None:
 
 def test_a_run_is_asked_as_its_data_decided_unless_its_recipe_says() -> None:
     run = create(Recipe())
-    assert of_run(run).thinking == "auto"
+    assert run_source(run).thinking == "auto"
     told(run, "off")
-    assert of_run(run).thinking == "off"
-    assert of_run(create(Recipe(data=Data(thinking="on")))).thinking == "on"
+    assert run_source(run).thinking == "off"
+    assert run_source(create(Recipe(data=Data(thinking="on")))).thinking == "on"
 
 
 def test_a_run_of_before_is_asked_as_its_template_does() -> None:
@@ -49,13 +49,13 @@ def test_a_run_of_before_is_asked_as_its_template_does() -> None:
             b'{"event":"data_ready","at":1.0,"samples":1,"validation_samples":0,"tokens":1,"trained_tokens":1,'
             b'"rows":1,"steps_per_epoch":1,"total_steps":1,"data_hash":"x"}\n'
         )
-    assert of_run(run).thinking == "auto"
+    assert run_source(run).thinking == "auto"
 
 
 def test_an_adapters_recipe_says_how_it_is_asked(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "recipe.toml").write_text('[data]\nthinking = "off"\n')
-    assert of_adapter(tmp_path).thinking == "off"
+    assert adapter_source(tmp_path).thinking == "off"
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +74,15 @@ def sessions(tiny_model: Path, tiny_source: ChatSource, tmp_path_factory: pytest
     return loaded
 
 
-def heard(session: Any, answer: str, thinking: Thinking = "on", ends: bool = True) -> Outcome:
+def heard(session: Any, answer: str, thinking: Thinking = "on", ends: bool = True) -> GenerationResult:
     """How the session hears a model that says ``answer``."""
     ids = session.tokenizer.encode(answer)
     last = [next(iter(session.end_ids))] if ends else []
     sampling = msgspec.structs.replace(SHORT, max_new_tokens=len(ids) + len(last))
     reply = session.ask([QUESTION], sampling=sampling, thinking=thinking)
     reply._tokens = lambda reused: iter([*ids, *last])
-    pieces: list[Said] = list(reply)
-    outcome: Outcome = reply.outcome
+    pieces: list[TextChunk] = list(reply)
+    outcome: GenerationResult = reply.outcome
     assert "".join(p.text for p in pieces if p.thought).strip() == outcome.thought
     assert "".join(p.text for p in pieces if not p.thought) == outcome.text
     return outcome
@@ -151,10 +151,10 @@ def test_special_tokens_that_mark_a_thought_are_seen_and_others_are_not(sessions
 def test_the_command_line_says_what_a_setting_does_not_do(
     tiny_source: ChatSource, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_tui.chat.ask import answer
+    from qlora_tui.chat.repl import generate_once
 
     run = create(tiny_source.recipe)
-    list(answer(run, QUESTION.content, base=True, sampling=SHORT, thinking="off"))
+    list(generate_once(run, QUESTION.content, base=True, sampling=SHORT, thinking="off"))
     assert "Thinking off changes nothing" in capsys.readouterr().err
-    list(answer(run, QUESTION.content, base=True, sampling=SHORT))
+    list(generate_once(run, QUESTION.content, base=True, sampling=SHORT))
     assert "Thinking" not in capsys.readouterr().err

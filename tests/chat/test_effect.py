@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qlora_tui.chat.terms import ChatSource
+from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from tests.chat.measured import EFFECT
@@ -57,7 +57,7 @@ def test_the_figures_are_those_of_peft_and_the_definitions(source: ChatSource) -
     import transformers
     from peft import PeftModel
 
-    from qlora_tui.chat.measure import measure_effect
+    from qlora_tui.chat.effect_measurement import measure_effect
     from qlora_tui.chat.session import load_session
     from qlora_tui.data.dataset import prepare
     from qlora_tui.data.tokenizer import ChatTokenizer
@@ -94,18 +94,18 @@ def test_the_figures_are_those_of_peft_and_the_definitions(source: ChatSource) -
 
 @pytest.mark.slow
 def test_it_can_be_ended_early_and_needs_held_out_data(source: ChatSource) -> None:
-    from qlora_tui.chat.measure import measure_effect
+    from qlora_tui.chat.effect_measurement import measure_effect
     from qlora_tui.chat.session import load_session
 
     session = load_session(source)
     stop = Event()
     told: list[str] = []
 
-    def tell(words: str) -> None:
+    def on_status(words: str) -> None:
         told.append(words)
         stop.set()
 
-    assert measure_effect(session, "adapter", tell=tell, stop=stop).samples == 1
+    assert measure_effect(session, "adapter", on_status=on_status, stop=stop).samples == 1
     assert told == ["Comparing on conversation 1 of 3", "Comparing the weights"]
     with pytest.raises(UserError, match="no effect on itself"):
         measure_effect(session, "base")
@@ -135,7 +135,7 @@ def test_it_can_be_ended_early_and_needs_held_out_data(source: ChatSource) -> No
             " it fits them better (loss 2.31 → 1.42) and ends its turns.",
         ),
         (
-            {"voice": "step-40", "turns": 0},
+            {"adapter_name": "step-40", "turns": 0},
             "The checkpoint of step 40 changes 38% of next-token choices on 12 held-out conversations;"
             " it fits them better (loss 2.31 → 1.42).",
         ),

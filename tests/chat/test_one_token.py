@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_tui.chat import attention, four_bit, lean
-from qlora_tui.chat.kept import Kept
+from qlora_tui.chat import adapter_forwards, cpu_4bit, decode_attention
+from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
+from qlora_tui.chat.kv_cache import PrefixCache
 from qlora_tui.chat.session import ChatSession, load_session
-from qlora_tui.chat.terms import ADAPTER, BASE, ChatSource
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from tests.chat.adapters import make_adapter
 from tests.training.families import FAMILIES, build
@@ -39,12 +39,17 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return ChatSource(recipe=recipe, adapters={ADAPTER: str(adapter)})
 
 
-def scores(session: ChatSession, voice: str) -> torch.Tensor:
+def scores(session: ChatSession, adapter_name: str) -> torch.Tensor:
     """(tokens, vocabulary): after a prompt in two parts, and after each of the tokens that follow it."""
-    kept = Kept(session._model.config)
-    session.need(voice)
-    session.read(voice, READ[:5], kept)
-    return torch.cat([session.read(voice, ids, kept) for ids in (READ[5:], *([token] for token in SAID))])
+    prefix_cache = PrefixCache(session._model.config)
+    session.ensure_loaded(adapter_name)
+    session.next_logits(adapter_name, READ[:5], prefix_cache)
+    return torch.cat(
+        [
+            session.next_logits(adapter_name, ids, prefix_cache)
+            for ids in (READ[5:], *([token] for token in SAID))
+        ]
+    )
 
 
 def test_tokens_read_one_by_one_score_as_plain_transformers_and_peft_score_the_whole(
@@ -54,7 +59,7 @@ def test_tokens_read_one_by_one_score_as_plain_transformers_and_peft_score_the_w
     from transformers import AutoModelForCausalLM
 
     session = load_session(source)
-    assert session._model.config._attn_implementation in (attention.NAME, "eager")
+    assert session._model.config._attn_implementation in (decode_attention.NAME, "eager")
     plain: Any = AutoModelForCausalLM.from_pretrained(source.recipe.model.id, attn_implementation="eager")
     tuned: Any = PeftModel.from_pretrained(plain, source.adapters[ADAPTER])
     ids = torch.tensor([READ + SAID])
@@ -63,8 +68,10 @@ def test_tokens_read_one_by_one_score_as_plain_transformers_and_peft_score_the_w
         with tuned.disable_adapter():
             expected[BASE] = tuned(input_ids=ids).logits[0, len(READ) - 1 :]
     assert not torch.allclose(expected[ADAPTER], expected[BASE], atol=0.1)
-    for voice in (ADAPTER, BASE, ADAPTER):
-        torch.testing.assert_close(scores(session, voice), expected[voice], rtol=1e-4, atol=1e-4)
+    for adapter_name in (ADAPTER, BASE, ADAPTER):
+        torch.testing.assert_close(
+            scores(session, adapter_name), expected[adapter_name], rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(6, 2), (4, 4)])
@@ -76,7 +83,7 @@ def test_heads_in_groups_attend_as_head_by_head(heads: int, shared: int, tokens:
     key, value = torch.randn(1, shared, 9, 16), torch.randn(1, shared, 9, 16)
     mask = torch.rand(1, 1, tokens, 9) > 0.3 if masked else None
     expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    found, _ = attention.attend(module, query, key, value, mask, scaling=0.3)
+    found, _ = decode_attention.attend(module, query, key, value, mask, scaling=0.3)
     torch.testing.assert_close(found, expected)
 
 
@@ -104,7 +111,7 @@ def test_a_4_bit_product_straight_from_the_kernel_is_the_layers_own(
 ) -> None:
     layer = packed(kind, bias=bias)
     stock = layer.forward
-    four_bit.answer_from_cpu_layout(nn.ModuleList([layer]))
+    cpu_4bit.use_cpu_layout(nn.ModuleList([layer]))
     assert layer.forward is not stock
     with torch.inference_mode():
         wide = torch.randn(1, 1, 128, dtype=torch.bfloat16)
@@ -119,7 +126,7 @@ def test_a_version_of_bitsandbytes_that_is_not_known_is_asked_as_it_asks_to_be(
 ) -> None:
     layer = packed()
     monkeypatch.setattr("bitsandbytes.__version__", "0.99.1.dev0")
-    four_bit.answer_from_cpu_layout(nn.ModuleList([layer]))
+    cpu_4bit.use_cpu_layout(nn.ModuleList([layer]))
     assert "forward" not in vars(layer)
     assert layer.support_avx512bf16_for_cpu
 
@@ -136,10 +143,12 @@ def test_straight_products_change_nothing_in_what_a_model_says(
     in_bf16: ChatSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = load_session(in_bf16)
-    monkeypatch.setattr(four_bit, "_KNOWN", re.compile("none"))
+    monkeypatch.setattr(cpu_4bit, "_SUPPORTED", re.compile("none"))
     stock = load_session(in_bf16)
-    for voice in (ADAPTER, BASE):
-        torch.testing.assert_close(scores(straight, voice), scores(stock, voice), rtol=0, atol=0)
+    for adapter_name in (ADAPTER, BASE):
+        torch.testing.assert_close(
+            scores(straight, adapter_name), scores(stock, adapter_name), rtol=0, atol=0
+        )
 
 
 def test_reading_an_adapter_leaves_the_weights_beneath_it_as_they_were(in_bf16: ChatSource) -> None:
@@ -147,7 +156,7 @@ def test_reading_an_adapter_leaves_the_weights_beneath_it_as_they_were(in_bf16: 
     before = scores(session, BASE)
     layers = [m for m in session._model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     addresses = [layer.weight.data_ptr() for layer in layers]
-    session.need(ADAPTER)
+    session.ensure_loaded(ADAPTER)
     torch.testing.assert_close(scores(session, BASE), before, rtol=0, atol=0)
     assert [layer.weight.data_ptr() for layer in layers] == addresses
 
@@ -159,8 +168,8 @@ def test_an_adapter_adds_the_same_to_many_tokens_as_to_each() -> None:
     layer.lora_A = nn.ModuleDict({ADAPTER: nn.Linear(64, 4, bias=False)}).requires_grad_(False)
     layer.lora_B = nn.ModuleDict({ADAPTER: nn.Linear(4, 48, bias=False)}).requires_grad_(False)
     layer.scaling = {ADAPTER: 2.0}
-    forward = lean.LeanForward(base, lean.Speaking(ADAPTER))
-    forward.learn(ADAPTER, layer)
+    forward = adapter_forwards.LoraForward(base, adapter_forwards.ActiveAdapter(ADAPTER))
+    forward.register(ADAPTER, layer)
     x = torch.randn(1, 100, 64, dtype=torch.bfloat16)
     each = torch.cat([forward(x[:, i : i + 1]) for i in range(100)], dim=1)
     exact = (
@@ -181,5 +190,5 @@ def test_a_layer_that_the_cpus_layout_has_no_room_for_stays_as_it_is(
     layer = bitsandbytes.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.bfloat16).to("cpu")
     layer.support_avx512bf16_for_cpu = False
     before = layer.weight.data.clone()
-    four_bit.answer_from_cpu_layout(nn.ModuleList([layer]))
+    cpu_4bit.use_cpu_layout(nn.ModuleList([layer]))
     assert not layer.support_avx512bf16_for_cpu and torch.equal(layer.weight.data, before)

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qlora_tui.chat.terms import GREEDY, ChatSource, Outcome, Sampling
+from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult, Sampling
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
 
@@ -28,15 +28,15 @@ def session(tiny_source: ChatSource) -> Any:
 
 def said(
     session: Any,
-    voice: str = "base",
+    adapter_name: str = "base",
     messages: Sequence[Message] = QUESTION,
     sampling: Sampling = SHORT,
-) -> Outcome:
-    reply = session.ask(messages, voice=voice, sampling=sampling)
+) -> GenerationResult:
+    reply = session.ask(messages, adapter_name=adapter_name, sampling=sampling)
     pieces = list(reply)
     assert "".join(piece.text for piece in pieces if not piece.thought) == reply.outcome.text
     outcome = reply.outcome
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, GenerationResult)
     return outcome
 
 
@@ -73,23 +73,26 @@ def reference(session: Any, source: ChatSource, adapter: str | None, tokens: int
     return str(tokenizer.decode(given[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("voice", ["base", "adapter", "step-2"])
+@pytest.mark.parametrize("adapter_name", ["base", "adapter", "step-2"])
 def test_each_voice_says_what_plain_transformers_and_peft_say(
-    session: Any, tiny_source: ChatSource, voice: str
+    session: Any, tiny_source: ChatSource, adapter_name: str
 ) -> None:
-    expected = reference(session, tiny_source, tiny_source.adapters.get(voice), SHORT.max_new_tokens)
-    assert said(session, voice).text == expected
+    expected = reference(session, tiny_source, tiny_source.adapters.get(adapter_name), SHORT.max_new_tokens)
+    assert said(session, adapter_name).text == expected
 
 
 def test_voices_that_answer_side_by_side_do_not_disturb_each_other(session: Any) -> None:
-    alone = {voice: said(session, voice).text for voice in session.voices}
-    replies = {voice: session.ask(QUESTION, voice=voice, sampling=SHORT) for voice in session.voices}
-    growing = {voice: iter(reply) for voice, reply in replies.items()}
+    alone = {adapter_name: said(session, adapter_name).text for adapter_name in session.adapter_names}
+    replies = {
+        adapter_name: session.ask(QUESTION, adapter_name=adapter_name, sampling=SHORT)
+        for adapter_name in session.adapter_names
+    }
+    growing = {adapter_name: iter(reply) for adapter_name, reply in replies.items()}
     while growing:
-        for voice in list(growing):
-            if next(growing[voice], None) is None:
-                del growing[voice]
-    assert {voice: reply.outcome.text for voice, reply in replies.items()} == alone
+        for adapter_name in list(growing):
+            if next(growing[adapter_name], None) is None:
+                del growing[adapter_name]
+    assert {adapter_name: reply.outcome.text for adapter_name, reply in replies.items()} == alone
     assert len(set(alone.values())) == 3
 
 
@@ -128,14 +131,14 @@ def test_an_answer_ends_at_the_turn_end_without_showing_it(session: Any) -> None
     (end_id,) = session.end_ids
     head = session._model.lm_head.weight
     with torch.no_grad():
-        kept = head[end_id].clone()
+        prefix_cache = head[end_id].clone()
         try:
-            scores = session.read("base", session.prompt(QUESTION), _fresh(session))
+            scores = session.next_logits("base", session.prompt(QUESTION), _fresh(session))
             likeliest = head[int(scores.argmax())]
             head[end_id] = likeliest * 2
             outcome = said(session)
         finally:
-            head[end_id] = kept
+            head[end_id] = prefix_cache
     assert (outcome.ending, outcome.text, outcome.new_tokens) == ("turn end", "", 1)
 
 
@@ -170,7 +173,7 @@ def test_a_conversation_longer_than_the_context_is_refused(session: Any) -> None
 
 def test_a_voice_that_is_not_there_is_refused_with_those_that_are(session: Any) -> None:
     with pytest.raises(UserError, match="base, adapter, step-2"):
-        session.ask(QUESTION, voice="step-9")
+        session.ask(QUESTION, adapter_name="step-9")
 
 
 def test_an_adapter_of_another_model_is_refused(
@@ -185,7 +188,7 @@ def test_an_adapter_of_another_model_is_refused(
     source = msgspec.structs.replace(tiny_source, adapters={"adapter": str(adapter)})
     fresh = load_session(source)
     with pytest.raises(UserError, match="does not fit"):
-        fresh.ask(QUESTION, voice="adapter")
+        fresh.ask(QUESTION, adapter_name="adapter")
     assert said(fresh).text == said(session).text
 
 
@@ -199,7 +202,7 @@ def test_dora_speaks_as_peft_has_it_and_plain_voices_beside_it(
     source = msgspec.structs.replace(tiny_source, adapters={**tiny_source.adapters, "step-8": dora})
     session = load_session(source)
     order = ("adapter", "base", "step-8", "adapter", "base", "step-8")
-    texts = [said(session, voice).text for voice in order]
+    texts = [said(session, adapter_name).text for adapter_name in order]
     assert texts[:3] == texts[3:]
     assert texts[2] == reference(session, source, dora, SHORT.max_new_tokens)
     assert texts[0] == reference(session, source, source.adapters["adapter"], SHORT.max_new_tokens)
@@ -213,17 +216,19 @@ def test_rows_of_tokens_speak_as_peft_has_them_and_voices_without_beside_them(
 
     ids = {"model.embed_tokens": [1, 2, 300], "lm_head": [1, 2, 300]}
     rows = {
-        voice: str(make_adapter(tiny_model, tmp_path / voice, trainable_token_indices=ids, use_dora=dora))
-        for voice, dora in (("step-5", False), ("step-6", True))
+        adapter_name: str(
+            make_adapter(tiny_model, tmp_path / adapter_name, trainable_token_indices=ids, use_dora=dora)
+        )
+        for adapter_name, dora in (("step-5", False), ("step-6", True))
     }
     source = msgspec.structs.replace(tiny_source, adapters={**tiny_source.adapters, **rows})
     session = load_session(source)
     # The last is read last, and from then on all are spoken as peft does.
     order = ("adapter", "step-5", "base", "step-6")
-    texts = [said(session, voice).text for voice in (*order, *order)]
+    texts = [said(session, adapter_name).text for adapter_name in (*order, *order)]
     assert texts[:4] == texts[4:] and len(set(texts)) == 4
-    for voice, text in ((voice, texts[order.index(voice)]) for voice in rows):
-        assert text == reference(session, source, rows[voice], SHORT.max_new_tokens)
+    for adapter_name, text in ((adapter_name, texts[order.index(adapter_name)]) for adapter_name in rows):
+        assert text == reference(session, source, rows[adapter_name], SHORT.max_new_tokens)
 
 
 def test_4_bit_weights_give_the_same_scores_packed_and_written_out(
@@ -237,10 +242,10 @@ def test_4_bit_weights_give_the_same_scores_packed_and_written_out(
     for keep_packed in (True, False):
         with monkeypatch.context() as patch:
             if keep_packed:
-                patch.setattr(room, "unpack_on_cpu", lambda model, device: False)
+                patch.setattr(room, "dequantize_on_cpu", lambda model, device: False)
             session = room.load_session(tiny_source)
-        session.ask(QUESTION, voice="adapter")
-        scores.append(session.read("adapter", session.prompt(QUESTION), _fresh(session)))
+        session.ask(QUESTION, adapter_name="adapter")
+        scores.append(session.next_logits("adapter", session.prompt(QUESTION), _fresh(session)))
     torch.testing.assert_close(scores[0], scores[1], rtol=2e-2, atol=2e-2)
 
 
@@ -252,10 +257,10 @@ def test_pickled_adapter_weights_are_never_loaded(tiny_source: ChatSource, tmp_p
         (tmp_path / name).write_bytes(file.read_bytes())
     session = load_session(msgspec.structs.replace(tiny_source, adapters={"adapter": str(tmp_path)}))
     with pytest.raises(UserError, match="safetensors"):
-        session.ask(QUESTION, voice="adapter")
+        session.ask(QUESTION, adapter_name="adapter")
 
 
 def _fresh(session: Any) -> Any:
-    from qlora_tui.chat.kept import Kept
+    from qlora_tui.chat.kv_cache import PrefixCache
 
-    return Kept(session._model.config)
+    return PrefixCache(session._model.config)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.chat.sources import chosen_voice, of_adapter, of_run
+from qlora_tui.chat.chat_sources import adapter_source, choose_adapter, run_source
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.recipe.toml import dump
@@ -36,54 +36,54 @@ def test_a_finished_run_offers_its_adapter_then_its_checkpoints_newest_first(run
     put_adapter(run.adapter_dir)
     for step in (10, 20):
         put_checkpoint(run, step)
-    source = of_run(run)
+    source = run_source(run)
     assert source.recipe.model.id == "org/model"
-    assert source.voices == ("base", "adapter", "step-20", "step-10")
+    assert source.adapter_names == ("base", "adapter", "step-20", "step-10")
     assert source.adapters["step-10"] == str(run.checkpoints_dir / "step-10")
-    assert chosen_voice(source) == "adapter"
-    assert chosen_voice(source, base=True) == "base"
-    assert chosen_voice(source, checkpoint=10) == "step-10"
+    assert choose_adapter(source) == "adapter"
+    assert choose_adapter(source, base=True) == "base"
+    assert choose_adapter(source, checkpoint=10) == "step-10"
 
 
 def test_a_run_without_an_adapter_yet_speaks_with_its_newest_checkpoint(run: RunDir) -> None:
     for step in (10, 20):
         put_checkpoint(run, step)
-    assert chosen_voice(of_run(run)) == "step-20"
+    assert choose_adapter(run_source(run)) == "step-20"
 
 
 def test_a_run_without_any_says_so(run: RunDir) -> None:
     with pytest.raises(UserError, match="No adapter yet"):
-        chosen_voice(of_run(run))
+        choose_adapter(run_source(run))
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(run: RunDir) -> None:
     put_checkpoint(run, 10)
     with pytest.raises(UserError, match="There are: 10"):
-        chosen_voice(of_run(run), checkpoint=11)
+        choose_adapter(run_source(run), checkpoint=11)
 
 
 def test_an_adapter_folder_brings_the_recipe_it_was_trained_with(tmp_path: Path) -> None:
     put_adapter(tmp_path)
     (tmp_path / "recipe.toml").write_text(dump(RECIPE))
-    assert of_adapter(tmp_path).recipe == RECIPE
-    assert of_adapter(tmp_path, model="/elsewhere").recipe.model.id == "/elsewhere"
+    assert adapter_source(tmp_path).recipe == RECIPE
+    assert adapter_source(tmp_path, model="/elsewhere").recipe.model.id == "/elsewhere"
 
 
 def test_an_adapter_folder_without_a_recipe_needs_the_model_named(tmp_path: Path) -> None:
     put_adapter(tmp_path)
     with pytest.raises(UserError, match="Which base model"):
-        of_adapter(tmp_path)
-    assert of_adapter(tmp_path, model="org/model").recipe.model.id == "org/model"
+        adapter_source(tmp_path)
+    assert adapter_source(tmp_path, model="org/model").recipe.model.id == "org/model"
 
 
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No adapter there"):
-        of_adapter(tmp_path)
+        adapter_source(tmp_path)
 
 
 def test_terms_sources_and_protocol_load_no_torch() -> None:
     code = (
-        "import sys, qlora_tui.chat.terms, qlora_tui.chat.sources, qlora_tui.engine.client;"
+        "import sys, qlora_tui.chat.chat_types, qlora_tui.chat.chat_sources, qlora_tui.engine.client;"
         "sys.exit(bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.chat.text_stream import TextStream
+from qlora_tui.chat.incremental_detokenizer import IncrementalDetokenizer
 
 
 def bytes_as_ids(ids: Sequence[int]) -> str:
@@ -16,7 +16,7 @@ def bytes_as_ids(ids: Sequence[int]) -> str:
 
 
 def streamed(ids: Sequence[int]) -> list[str]:
-    stream = TextStream(bytes_as_ids)
+    stream = IncrementalDetokenizer(bytes_as_ids)
     return [*(stream.add(i) for i in ids), stream.rest()]
 
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.chat.terms import ThinkingOf
-from qlora_tui.chat.thoughts import ThoughtSplitter, marks_of
+from qlora_tui.chat.chat_types import ThinkingSupport
+from qlora_tui.chat.thought_splitter import ThoughtSplitter, marks_in_template
 from qlora_tui.recipe.schema import Thinking
 
-THINK, GPT_OSS = marks_of(""), marks_of("<|channel|>analysis<|message|>")
+THINK, GPT_OSS = marks_in_template(""), marks_in_template("<|channel|>analysis<|message|>")
 ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
 CASES: dict[str, tuple[str, str, str]] = {
     "thought": ("<think>\nOne.\n</think>\n\nTwo.", "One.\n", "Two."),
@@ -64,9 +64,9 @@ def test_channels_of_gpt_oss_are_thought_and_answer(cuts: list[int]) -> None:
 
 
 def test_other_families_marks_are_known_by_their_templates() -> None:
-    gemma = marks_of("'<|channel>thought\n'\0<channel|>")
+    gemma = marks_in_template("'<|channel>thought\n'\0<channel|>")
     assert split("<|channel>thought\nOne.<channel|>Two.", [], ThoughtSplitter(gemma)) == ("One.", "Two.")
-    mistral = marks_of("[THINK]\0[/THINK]")
+    mistral = marks_in_template("[THINK]\0[/THINK]")
     assert split("[THINK]One.[/THINK]Two.", [], ThoughtSplitter(mistral)) == ("One.", "Two.")
 
 
@@ -81,16 +81,20 @@ def test_a_thought_is_given_out_while_it_comes() -> None:
 @pytest.mark.parametrize(
     ("known", "setting", "says"),
     [
-        (ThinkingOf(kind="none"), "off", "no switch"),
-        (ThinkingOf(kind="none"), "auto", ""),
-        (ThinkingOf(kind="always"), "off", "always opens a thought"),
-        (ThinkingOf(kind="switch", variable="enable_thinking"), "off", ""),
-        (ThinkingOf(kind="effort", variable="reasoning_effort", off="low"), "off", "reasoning_effort = low"),
-        (ThinkingOf(kind="effort", variable="reasoning_effort", off="low"), "on", ""),
+        (ThinkingSupport(kind="none"), "off", "no switch"),
+        (ThinkingSupport(kind="none"), "auto", ""),
+        (ThinkingSupport(kind="always"), "off", "always opens a thought"),
+        (ThinkingSupport(kind="switch", variable="enable_thinking"), "off", ""),
+        (
+            ThinkingSupport(kind="effort", variable="reasoning_effort", off="low"),
+            "off",
+            "reasoning_effort = low",
+        ),
+        (ThinkingSupport(kind="effort", variable="reasoning_effort", off="low"), "on", ""),
     ],
 )
 def test_a_setting_that_does_something_else_is_explained(
-    known: ThinkingOf, setting: Thinking, says: str
+    known: ThinkingSupport, setting: Thinking, says: str
 ) -> None:
     effect = known.effect_of(setting)
     assert says in effect and bool(effect) == bool(says)

@@ -10,9 +10,9 @@ from msgspec.structs import replace
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.chat import kept, lean, verify
+from qlora_tui.chat import adapter_forwards, kv_cache, logits_check
+from qlora_tui.chat.chat_types import GREEDY, ChatSource
 from qlora_tui.chat.session import ChatSession, load_session
-from qlora_tui.chat.terms import GREEDY, ChatSource
 from qlora_tui.data.conversation import Message
 from qlora_tui.recipe.schema import Quantization
 
@@ -21,10 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chat")]
 QUESTION = [Message("user", "what does the quick brown fox say to the wise old owl in the oak")]
 
 
-def answered(source: ChatSource, voice: str) -> tuple[ChatSession, str]:
+def answered(source: ChatSource, adapter_name: str) -> tuple[ChatSession, str]:
     session = load_session(source)
     sampling = replace(GREEDY, max_new_tokens=6)
-    return session, "".join(said.text for said in session.ask(QUESTION, voice=voice, sampling=sampling))
+    return session, "".join(
+        said.text for said in session.ask(QUESTION, adapter_name=adapter_name, sampling=sampling)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -32,23 +34,25 @@ def answered(source: ChatSource, voice: str) -> tuple[ChatSession, str]:
 def test_each_voice_is_checked_once_and_agrees(tiny_source: ChatSource, dtype: Any, method: Any) -> None:
     recipe = replace(tiny_source.recipe, quantization=Quantization(method=method, compute_dtype=dtype))
     session = load_session(replace(tiny_source, recipe=recipe))
-    for voice in ("adapter", "base", "step-2", "adapter"):
-        assert list(session.ask(QUESTION, voice=voice, sampling=replace(GREEDY, max_new_tokens=2)))
+    for adapter_name in ("adapter", "base", "step-2", "adapter"):
+        assert list(
+            session.ask(QUESTION, adapter_name=adapter_name, sampling=replace(GREEDY, max_new_tokens=2))
+        )
     assert session.checked.keys() == {"adapter", "base", "step-2"} and not session.warning
     assert all(0 < one.noise < 0.2 and one.agrees for one in session.checked.values())
 
 
 def scale_forgotten(patch: pytest.MonkeyPatch) -> None:
-    right = lean.LeanForward.learn
+    right = adapter_forwards.LoraForward.register
 
-    def learn(self: lean.LeanForward, voice: str, layer: Any) -> None:
-        right(self, voice, layer)
-        down, up = self._factors[voice]
-        self._factors[voice] = (down, up / layer.scaling[voice])
+    def learn(self: adapter_forwards.LoraForward, adapter_name: str, layer: Any) -> None:
+        right(self, adapter_name, layer)
+        down, up = self._factors[adapter_name]
+        self._factors[adapter_name] = (down, up / layer.scaling[adapter_name])
 
-    patch.setattr(lean.LeanForward, "learn", learn)
+    patch.setattr(adapter_forwards.LoraForward, "register", learn)
     # Else the check of each layer leaves this adapter to peft.
-    patch.setattr(lean, "adds_as_peft", lambda layer, voice, forward: True)
+    patch.setattr(adapter_forwards, "matches_peft", lambda layer, adapter_name, forward: True)
 
 
 def heads_swapped(patch: pytest.MonkeyPatch) -> None:
@@ -71,7 +75,7 @@ def test_wrong_scores_are_replaced_by_the_librarys(
     session, answer = answered(tiny_source, "adapter")
     assert not session.checked["adapter"].agrees
     assert session.warning.startswith("Answers come slower")
-    reply = session.ask(QUESTION, voice="adapter", sampling=replace(GREEDY, max_new_tokens=1))
+    reply = session.ask(QUESTION, adapter_name="adapter", sampling=replace(GREEDY, max_new_tokens=1))
     assert list(reply) and reply.outcome is not None and reply.outcome.warning == session.warning
     assert answer == expected
 
@@ -79,13 +83,13 @@ def test_wrong_scores_are_replaced_by_the_librarys(
 def test_a_wrong_cache_is_named_since_nothing_replaces_it(
     tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = kept.GrowingLayer.update
+    right = kv_cache.GrowingLayer.update
 
     def update(self: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         keys, values = right(self, keys, values, *args, **kwargs)
         return keys, values.flip(-2) if keys.shape[-2] % 16 == 0 else values
 
-    monkeypatch.setattr(kept.GrowingLayer, "update", update)
+    monkeypatch.setattr(kv_cache.GrowingLayer, "update", update)
     session, _ = answered(tiny_source, "adapter")
     assert session.warning.startswith("Do not rely on these answers")
 
@@ -99,12 +103,12 @@ def test_a_check_that_fails_costs_no_answer(tiny_source: ChatSource, monkeypatch
         calls.append(model)
         raise RuntimeError("a shape that nobody expected\nat line 3")
 
-    monkeypatch.setattr(verify, "rounding_errors", fails)
+    monkeypatch.setattr(logits_check, "rounding_errors", fails)
     session, answer = answered(tiny_source, "adapter")
     assert answer == expected
     assert session.warning.endswith("peft: RuntimeError: a shape that nobody expected.")
     assert [type(vars(m).get("forward")) for m in session._model.modules()] == kinds
-    assert list(session.ask(QUESTION, voice="adapter", sampling=replace(GREEDY, max_new_tokens=1)))
+    assert list(session.ask(QUESTION, adapter_name="adapter", sampling=replace(GREEDY, max_new_tokens=1)))
     assert len(calls) == 1
 
 
@@ -112,8 +116,8 @@ def test_library_code_gives_the_model_back_after_an_error(tiny_source: ChatSourc
     session, _ = answered(tiny_source, "adapter")
     before = {m: vars(m).get("forward") for m in session._model.modules()}
     attention = session._model.config._attn_implementation
-    with pytest.raises(RuntimeError), verify.library_code(session._model):
-        assert not verify._replaced(session._model)
+    with pytest.raises(RuntimeError), logits_check.library_code(session._model):
+        assert not logits_check._replaced(session._model)
         raise RuntimeError
     assert {m: vars(m).get("forward") for m in session._model.modules()} == before
     assert session._model.config._attn_implementation == attention
@@ -122,10 +126,10 @@ def test_library_code_gives_the_model_back_after_an_error(tiny_source: ChatSourc
 def test_library_scores_leave_no_trace(tiny_source: ChatSource) -> None:
     session, answer = answered(tiny_source, "adapter")
     before = {m: vars(m).get("forward") for m in session._model.modules()}
-    session._library_scores("adapter", [5, 6, 7])
+    session._library_logits("adapter", [5, 6, 7])
     assert {m: vars(m).get("forward") for m in session._model.modules()} == before
-    reply = session.ask(QUESTION, voice="adapter", sampling=replace(GREEDY, max_new_tokens=6))
+    reply = session.ask(QUESTION, adapter_name="adapter", sampling=replace(GREEDY, max_new_tokens=6))
     assert "".join(said.text for said in reply) == answer
     assert torch.equal(
-        session._library_scores("adapter", [5, 6, 7]), session._library_scores("adapter", [5, 6, 7])
+        session._library_logits("adapter", [5, 6, 7]), session._library_logits("adapter", [5, 6, 7])
     )

@@ -13,8 +13,8 @@ import pytest
 
 from bench.terminal import Terminal
 from qlora_tui.catalog import hub
-from qlora_tui.chat import ask
-from qlora_tui.chat.terms import Said
+from qlora_tui.chat import repl
+from qlora_tui.chat.chat_types import TextChunk
 from qlora_tui.cli import terminal
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import State
@@ -123,10 +123,10 @@ def test_an_answer_of_the_hub_is_shown_with_symbols(call: Call, monkeypatch: pyt
 def test_an_answer_in_the_chat_is_shown_with_symbols(
     call: Call, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pieces(*args: Any, **settings: Any) -> Iterator[Said]:
-        yield from (Said(piece) for piece in ("\x1b", "]52;c;x\x07", POISON, "👩\u200d", "👩"))
+    def pieces(*args: Any, **settings: Any) -> Iterator[TextChunk]:
+        yield from (TextChunk(piece) for piece in ("\x1b", "]52;c;x\x07", POISON, "👩\u200d", "👩"))
 
-    monkeypatch.setattr(ask, "answer", pieces)
+    monkeypatch.setattr(repl, "answer", pieces)
     said = _is_safe(call, "chat", "run", "--prompt", "Hi")
     assert "␛]52;c;" in said and "👩\u200d👩" in said
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from qlora_tui.chat.terms import GREEDY, ChatSource, Outcome
+from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult
 from qlora_tui.data.conversation import Message
 from qlora_tui.engine.client import EngineClient, EngineClosed
 from qlora_tui.engine.place import log_path
@@ -43,10 +43,10 @@ pytestmark = [
 
 QUESTION = (Message("user", "what is the colour of the fox"),)
 SHORT = Generate(
-    messages=QUESTION, voice="adapter", sampling=msgspec.structs.replace(GREEDY, max_new_tokens=8)
+    messages=QUESTION, adapter_name="adapter", sampling=msgspec.structs.replace(GREEDY, max_new_tokens=8)
 )
 ENDLESS = Generate(
-    messages=QUESTION, voice="adapter", sampling=msgspec.structs.replace(GREEDY, max_new_tokens=2000)
+    messages=QUESTION, adapter_name="adapter", sampling=msgspec.structs.replace(GREEDY, max_new_tokens=2000)
 )
 
 
@@ -59,7 +59,7 @@ async def engine(tiny_source: ChatSource) -> AsyncIterator[EngineClient]:
         yield client
 
 
-async def answer(engine: EngineClient, question: Generate) -> Outcome:
+async def answer(engine: EngineClient, question: Generate) -> GenerationResult:
     replies = [reply async for reply in engine.ask(question)]
     *pieces, done = replies
     assert isinstance(done, Done)
@@ -76,17 +76,17 @@ async def test_an_answer_streams_in_pieces_and_ends_with_its_figures(engine: Eng
 async def test_two_voices_asked_together_grow_side_by_side(engine: EngineClient) -> None:
     order: list[str] = []
 
-    async def listen(voice: str) -> str:
+    async def listen(adapter_name: str) -> str:
         text = ""
-        async for reply in engine.ask(msgspec.structs.replace(SHORT, voice=voice)):
+        async for reply in engine.ask(msgspec.structs.replace(SHORT, adapter_name=adapter_name)):
             if isinstance(reply, Text):
-                order.append(voice)
+                order.append(adapter_name)
                 text += reply.said.text
         return text
 
     adapter, base = await asyncio.gather(listen("adapter"), listen("base"))
     assert adapter == (await answer(engine, SHORT)).text
-    assert base == (await answer(engine, msgspec.structs.replace(SHORT, voice="base"))).text
+    assert base == (await answer(engine, msgspec.structs.replace(SHORT, adapter_name="base"))).text
     assert order != sorted(order)
     assert order != sorted(order, reverse=True)
 
@@ -116,20 +116,20 @@ async def test_cancelling_the_one_who_waits_stops_the_engine_too(engine: EngineC
     with pytest.raises(asyncio.CancelledError):
         await task
     began = time.monotonic()
-    await answer(engine, msgspec.structs.replace(SHORT, voice="base"))
+    await answer(engine, msgspec.structs.replace(SHORT, adapter_name="base"))
     assert time.monotonic() - began < 10
 
 
 async def test_a_problem_in_the_engine_is_raised_here_as_it_is(engine: EngineClient) -> None:
     with pytest.raises(UserError, match="No such voice") as raised:
-        await answer(engine, msgspec.structs.replace(SHORT, voice="step-9"))
+        await answer(engine, msgspec.structs.replace(SHORT, adapter_name="step-9"))
     assert raised.value.exit_code == 2
     assert raised.value.fix
 
 
 async def test_an_effect_needs_held_out_data(engine: EngineClient) -> None:
     with pytest.raises(UserError, match="No data"):
-        async for _ in engine.ask(MeasureEffect(voice="adapter")):
+        async for _ in engine.ask(MeasureEffect(adapter_name="adapter")):
             pass
 
 
@@ -182,14 +182,14 @@ import asyncio, sys, msgspec
 from qlora_tui.engine.client import EngineClient
 from qlora_tui.engine.protocol import LoadChat, Generate
 from tests.engine.test_engine import ENDLESS
-from qlora_tui.chat.terms import ChatSource
+from qlora_tui.chat.chat_types import ChatSource
 
 async def main():
     source = msgspec.json.decode(sys.argv[1], type=ChatSource)
     async with EngineClient() as engine:
         async for _ in engine.ask(LoadChat(source=source)):
             pass
-        async for _ in engine.ask(msgspec.structs.replace(ENDLESS, voice="base")):
+        async for _ in engine.ask(msgspec.structs.replace(ENDLESS, adapter_name="base")):
             print(engine.pid, flush=True)
 
 asyncio.run(main())

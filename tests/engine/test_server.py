@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from qlora_tui.chat.terms import ChatSource
+from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.engine.protocol import (
     Answered,
     Asked,
@@ -29,7 +29,7 @@ LOAD = LoadChat(source=ChatSource(recipe=Recipe()))
 class Broken(Server):
     """A server whose libraries fail in a way nobody foresaw."""
 
-    def _with_torch(self, tell: object) -> object:  # type: ignore[override]  # it never returns
+    def _with_torch(self, on_status: object) -> object:  # type: ignore[override]  # it never returns
         raise RuntimeError("segment 7")
 
 
@@ -74,4 +74,4 @@ def test_nonsense_on_stdin_ends_the_engine(ended: threading.Event) -> None:
 def test_a_message_survives_the_way_there_and_back() -> None:
     answered = Answered(7, Failure(title="t", what="w", why="y", fix="f", exit_code=2))
     assert decode_answered(encode(answered)) == answered
-    assert b"\n" not in encode(Asked(1, Generate(messages=(), voice="a\nb")))[:-1]
+    assert b"\n" not in encode(Asked(1, Generate(messages=(), adapter_name="a\nb")))[:-1]

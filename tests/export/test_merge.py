@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qlora_tui.chat.terms import ChatSource
+from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
 from tests.chat.adapters import make_adapter
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.chat.terms import ChatSource
+from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.cli.main import main
 from qlora_tui.runs.directory import create
 
@@ -40,11 +40,11 @@ def test_a_merge_that_answers_otherwise_is_an_error(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from qlora_tui.chat.updates import Update
+    from qlora_tui.chat.adapter_deltas import LoraDelta
 
     run = create(tiny_source.recipe)
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
-    monkeypatch.setattr(Update, "change", lambda self: -(self.up.float() @ self.down.float()))
+    monkeypatch.setattr(LoraDelta, "change", lambda self: -(self.up.float() @ self.down.float()))
     assert main(["export", "merge", run.id, str(tmp_path / "merged")]) == 1
     assert "The merged model does not answer as the adapter does" in capsys.readouterr().err
 

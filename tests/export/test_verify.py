@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from qlora_tui.chat.terms import ChatSource
+from qlora_tui.chat.chat_types import ChatSource
 from tests.chat.adapters import make_adapter
 
 pytestmark = pytest.mark.slow
@@ -32,12 +32,12 @@ def test_a_right_merge_answers_as_the_adapter(
 def test_a_merge_with_a_scale_of_one_is_found(
     tiny_source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_tui.chat.updates import Update
+    from qlora_tui.chat.adapter_deltas import LoraDelta
     from qlora_tui.export.merge import merge
     from qlora_tui.export.verify import MergeCheck, verify_merge
 
     source = with_adapter(tiny_source, tmp_path, "bfloat16")
-    monkeypatch.setattr(Update, "change", lambda self: self.up.float() @ self.down.float())
+    monkeypatch.setattr(LoraDelta, "change", lambda self: self.up.float() @ self.down.float())
     merged = merge(source, "adapter", tmp_path / "out")
     check = verify_merge(source, "adapter", Path(merged.folder))
     assert isinstance(check, MergeCheck) and not check.agrees

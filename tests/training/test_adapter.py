@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.chat.voices import Voices
+from qlora_tui.chat.adapters import AdapterSet
 from qlora_tui.memory import trainer_execution
 from qlora_tui.memory.execution import Device
 from qlora_tui.memory.layout import build_layout
@@ -76,10 +76,10 @@ def test_shared_experts_are_adapted_and_routed_ones_are_not(targets: tuple[str, 
     load_adapter(model, tmp_path)
     ids = torch.arange(12)[None]
     base = _deepseek(config)
-    voices = Voices(base, {"adapter": str(tmp_path)})
+    adapter_names = AdapterSet(base, {"adapter": str(tmp_path)})
     before = base(ids).logits
-    voices.need("adapter")
-    voices.speak_as("adapter")
+    adapter_names.ensure_loaded("adapter")
+    adapter_names.activate("adapter")
     with torch.no_grad():
         # The chat adds in another order, and with such factors the layers after it make more of that.
         torch.testing.assert_close(base(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-4)

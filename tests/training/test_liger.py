@@ -124,7 +124,7 @@ class OneChannel(PlayedLiger):
         return super().forward(lin_weight, given, target, bias)
 
 
-class OneToken(PlayedLiger):
+class SingleTokenForward(PlayedLiger):
     """One that takes the last token's gradient for 9 tenths of it."""
 
     def forward(
@@ -224,7 +224,7 @@ def test_one_that_is_wrong_or_does_not_run_is_left_with_the_reason(
         (Unscaled, False),
         (FirstChunk, False),
         (OneChannel, False),
-        (OneToken, False),
+        (SingleTokenForward, False),
         (Unbiased, False),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.chat.sources import of_run
+from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.runs.directory import create
 from qlora_tui.runs.events import DataReady, Sampled
 from tests.data.thinkers import SMOLLM3
@@ -29,10 +29,10 @@ def test_data_without_reasoning_is_trained_sampled_and_chatted_with_thinking_off
     assert (
         "Thinking: off for every row (enable_thinking), for none has reasoning." in run.log_path.read_text()
     )
-    assert of_run(run).thinking == "off"
+    assert run_source(run).thinking == "off"
     thinking = create(recipe({**settings, "data.thinking": "on"}))
     assert trainers.run(thinking) == 0
-    assert of_run(thinking).thinking == told(thinking, DataReady)[0].thinking == "on"
+    assert run_source(thinking).thinking == told(thinking, DataReady)[0].thinking == "on"
     assert told(run, DataReady)[0].data_hash != told(thinking, DataReady)[0].data_hash
     # Another prompt gives the random model another answer.
     asked_off, asked_on = (told(one, Sampled)[0].answer for one in (run, thinking))

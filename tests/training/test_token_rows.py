@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.chat.sources import of_run
-from qlora_tui.chat.terms import GREEDY
+from qlora_tui.chat.chat_sources import run_source
+from qlora_tui.chat.chat_types import GREEDY
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora, Source
@@ -226,7 +226,7 @@ def answering(recipe: MakeRecipe, base_model: Path, tmp_path: Path) -> Any:
 def turn_of(session: Any) -> tuple[str, str]:
     """What the adapter answers, and how the answer ends."""
     sampling = msgspec.structs.replace(GREEDY, max_new_tokens=12)
-    reply = session.ask((Message("user", "what is 1"),), voice="adapter", sampling=sampling)
+    reply = session.ask((Message("user", "what is 1"),), adapter_name="adapter", sampling=sampling)
     list(reply)
     return reply.outcome.text, reply.outcome.ending
 
@@ -236,17 +236,17 @@ def test_a_base_model_learns_to_end_its_turn_with_the_rows_and_not_without(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from qlora_tui.chat.measure import measure_effect
+    from qlora_tui.chat.effect_measurement import measure_effect
     from qlora_tui.chat.session import load_session
     from qlora_tui.export.merge import merge
 
     without = answering()
     assert trainers.run(without) == 0
-    assert turn_of(load_session(of_run(without)))[1] == "most tokens"
+    assert turn_of(load_session(run_source(without)))[1] == "most tokens"
 
     run = answering(lora__token_rows=(END,), training__checkpoint_every=10)
     assert trainers.run(run) == 0
-    session = load_session(of_run(run))
+    session = load_session(run_source(run))
     assert turn_of(session) == ("blue", "turn end")
     again = interrupted_at(run, 10)
     assert trainers.run(again) == 0
@@ -254,7 +254,7 @@ def test_a_base_model_learns_to_end_its_turn_with_the_rows_and_not_without(
 
     effect = measure_effect(session, "adapter")
     assert effect.token_rows == (END,) and effect.turns_ended == effect.turns > effect.turns_ended_by_base
-    merged = AutoModelForCausalLM.from_pretrained(merge(of_run(run), "adapter", tmp_path / "out").folder)
+    merged = AutoModelForCausalLM.from_pretrained(merge(run_source(run), "adapter", tmp_path / "out").folder)
     ids = torch.tensor([session.prompt((Message("user", "what is 1"),))])
     said = merged.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert session.tokenizer.decode(said[0, ids.shape[1] :].tolist()) == f"blue{END}"

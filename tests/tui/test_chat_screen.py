@@ -15,8 +15,8 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input
 
+from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling, TextChunk
 from qlora_tui.chat.effect import LayerChange
-from qlora_tui.chat.terms import ADAPTER, BASE, Outcome, Said, Sampling
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir
@@ -34,7 +34,7 @@ from tests.tui.workstation import open_on, settle
 
 Snapshot = Callable[..., bool]
 SIZES = [(80, 24), (120, 40)]
-OUTCOME = Outcome(
+OUTCOME = GenerationResult(
     ending="turn end",
     text="It left **Oslo** on Monday:\n\n1. sorted\n2. on the road\n\nAnything else?",
     prompt_tokens=20,
@@ -45,10 +45,10 @@ OUTCOME = Outcome(
 )
 
 
-def with_adapters(run: RunDir, *voices: str, copy_of: Path | None = None) -> RunDir:
+def with_adapters(run: RunDir, *adapter_names: str, copy_of: Path | None = None) -> RunDir:
     """Give a run its final adapter or checkpoints (``step-40``): hollow ones, or copies of a real one."""
-    for voice in voices:
-        folder = run.adapter_dir if voice == ADAPTER else run.checkpoints_dir / voice
+    for adapter_name in adapter_names:
+        folder = run.adapter_dir if adapter_name == ADAPTER else run.checkpoints_dir / adapter_name
         if copy_of is None:
             folder.mkdir(parents=True)
             (folder / "adapter_config.json").write_text("{}")
@@ -58,8 +58,8 @@ def with_adapters(run: RunDir, *voices: str, copy_of: Path | None = None) -> Run
     return run
 
 
-def finished(*voices: str) -> RunDir:
-    return with_adapters(play(Play(state="finished", steps=1200, total=1200)), *voices)
+def finished(*adapter_names: str) -> RunDir:
+    return with_adapters(play(Play(state="finished", steps=1200, total=1200)), *adapter_names)
 
 
 def chat_of(app: Any) -> ChatScreen:
@@ -131,9 +131,9 @@ def test_looks_of_an_exchange(
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
         screen.turns.append(turn)
         await screen.query_one("#talk").mount(turn)
-        await turn.answers[ADAPTER].append_text(Said(OUTCOME.text))
+        await turn.answers[ADAPTER].append_text(TextChunk(OUTCOME.text))
         await turn.answers[ADAPTER].end(OUTCOME)
-        await turn.answers[BASE].append_text(Said("I cannot know that."))
+        await turn.answers[BASE].append_text(TextChunk("I cannot know that."))
         cut = msgspec.structs.replace(OUTCOME, text="I cannot know that.", ending="most tokens")
         await turn.answers[BASE].end(cut)
         screen.set_focus(None)

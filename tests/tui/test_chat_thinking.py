@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from textual.pilot import Pilot
 
-from qlora_tui.chat.terms import ADAPTER, BASE, Outcome, Said, Sampling, ThinkingOf
+from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling, TextChunk, ThinkingSupport
 from qlora_tui.data.conversation import Message
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.recipe.schema import Data, Recipe
@@ -29,25 +29,25 @@ CUT = msgspec.structs.replace(
     OUTCOME, text="", thought="Okay, the", thought_tokens=512, thought_s=20.1, thought_ended=False,
     ending="most tokens",
 )  # fmt: skip
-SWITCH = ThinkingOf(kind="switch", variable="enable_thinking", default="on")
+SWITCH = ThinkingSupport(kind="switch", variable="enable_thinking", default="on")
 
 
-def ready(thinking: ThinkingOf) -> ChatReady:
+def ready(thinking: ThinkingSupport) -> ChatReady:
     """A model that is loaded."""
     return ChatReady(
-        voices=(BASE, ADAPTER),
+        adapter_names=(BASE, ADAPTER),
         device="NVIDIA GeForce RTX 4090",
         dtype="bfloat16",
         context_tokens=32768,
         seconds=1.0,
-        held_bytes=5 << 30,
+        memory_bytes=5 << 30,
         thinking=thinking,
     )
 
 
 @asynccontextmanager
 async def chatting(
-    thinking: ThinkingOf | None = None, recipe: Recipe | None = None
+    thinking: ThinkingSupport | None = None, recipe: Recipe | None = None
 ) -> AsyncIterator[tuple[Pilot[Any], ChatScreen]]:
     """The chat on a finished run, its model loaded if ``thinking`` says what it makes of that."""
     if recipe is None:
@@ -64,7 +64,9 @@ async def chatting(
         yield pilot, screen
 
 
-async def exchange(screen: ChatScreen, *pieces: Said, outcome: Outcome | None = None) -> ChatTurn:
+async def exchange(
+    screen: ChatScreen, *pieces: TextChunk, outcome: GenerationResult | None = None
+) -> ChatTurn:
     """A prompt, and what the adapter says to it."""
     turn = ChatTurn("Where is my parcel?", (ADAPTER,), unfolded=screen.unfolded)
     screen.turns.append(turn)
@@ -91,10 +93,10 @@ def test_looks_of_a_thought(
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
         screen.turns.append(turn)
         await screen.query_one("#talk").mount(turn)
-        await turn.answers[BASE].append_text(Said("Okay, the", True, 512))
+        await turn.answers[BASE].append_text(TextChunk("Okay, the", True, 512))
         await turn.answers[BASE].end(CUT)
-        await turn.answers[ADAPTER].append_text(Said(WHY, True, 340))
-        await turn.answers[ADAPTER].append_text(Said(OUTCOME.text))
+        await turn.answers[ADAPTER].append_text(TextChunk(WHY, True, 340))
+        await turn.answers[ADAPTER].append_text(TextChunk(OUTCOME.text))
         await turn.answers[ADAPTER].end(THOUGHT)
         if unfolded:
             await screen.action_unfold()
@@ -106,7 +108,7 @@ def test_looks_of_a_thought(
 
 async def test_a_thought_is_one_line_until_it_is_unfolded_even_while_typing() -> None:
     async with chatting(SWITCH) as (pilot, screen):
-        await exchange(screen, Said(WHY, True, 340), Said("On the road."), outcome=THOUGHT)
+        await exchange(screen, TextChunk(WHY, True, 340), TextChunk("On the road."), outcome=THOUGHT)
         text = await shows(pilot, "▸ Thought for 12 s, 340 tokens", "On the road.")
         assert "sorted on Sunday" not in text
         await pilot.press("ctrl+o")
@@ -119,19 +121,19 @@ async def test_a_thought_is_one_line_until_it_is_unfolded_even_while_typing() ->
 async def test_an_unfolded_thought_grows_and_so_does_the_next() -> None:
     async with chatting(SWITCH) as (pilot, screen):
         await pilot.press("ctrl+o")
-        turn = await exchange(screen, Said("I look ", True, 2))
+        turn = await exchange(screen, TextChunk("I look ", True, 2))
         await shows(pilot, "▾ Thinking for", "2 tokens", "I look")
-        await turn.answers[ADAPTER].append_text(Said("at it.", True, 4))
-        await turn.answers[ADAPTER].append_text(Said("Here."))
+        await turn.answers[ADAPTER].append_text(TextChunk("at it.", True, 4))
+        await turn.answers[ADAPTER].append_text(TextChunk("Here."))
         await shows(pilot, "▾ Thought for", "4 tokens", "I look at it.", "Here.")
         assert (turn.answers[ADAPTER].thought, turn.answers[ADAPTER].text) == ("I look at it.", "Here.")
 
 
 async def test_a_folded_thought_is_whole_when_unfolded_in_the_middle() -> None:
     async with chatting(SWITCH) as (pilot, screen):
-        turn = await exchange(screen, Said("I look ", True, 2), Said("at ", True, 3))
+        turn = await exchange(screen, TextChunk("I look ", True, 2), TextChunk("at ", True, 3))
         await pilot.press("ctrl+o")
-        await turn.answers[ADAPTER].append_text(Said("it.", True, 4))
+        await turn.answers[ADAPTER].append_text(TextChunk("it.", True, 4))
         await pilot.press("ctrl+o", "ctrl+o")
         await shows(pilot, "I look at it.")
         assert text_of(pilot.app).count("I look") == 1
@@ -139,7 +141,7 @@ async def test_a_folded_thought_is_whole_when_unfolded_in_the_middle() -> None:
 
 async def test_a_thought_without_an_end_says_what_to_press() -> None:
     async with chatting(SWITCH) as (pilot, screen):
-        await exchange(screen, Said("Okay, the", True, 512), outcome=CUT)
+        await exchange(screen, TextChunk("Okay, the", True, 512), outcome=CUT)
         await shows(pilot, "▸ Unfinished: 20 s, 512 tokens", "o raises it, t turns thinking off")
         # It is not sent back as if it were an answer.
         following = ChatTurn("And now?", (ADAPTER,))
@@ -149,7 +151,7 @@ async def test_a_thought_without_an_end_says_what_to_press() -> None:
 
 async def test_thoughts_are_sent_back_beside_the_answers_they_led_to() -> None:
     async with chatting(SWITCH) as (_, screen):
-        await exchange(screen, Said(WHY, True, 340), Said("On the road."), outcome=THOUGHT)
+        await exchange(screen, TextChunk(WHY, True, 340), TextChunk("On the road."), outcome=THOUGHT)
         following = ChatTurn("And now?", (ADAPTER,))
         screen.turns.append(following)
         asked, answered, _ = screen._conversation(following, ADAPTER)
@@ -181,16 +183,16 @@ async def test_a_run_trained_without_thinking_is_asked_without_it() -> None:
 @pytest.mark.parametrize(
     ("thinking", "says", "then"),
     [
-        (ThinkingOf(kind="none"), "has no switch", "auto"),
-        (ThinkingOf(kind="always"), "always opens a thought", "auto"),
+        (ThinkingSupport(kind="none"), "has no switch", "auto"),
+        (ThinkingSupport(kind="always"), "always opens a thought", "auto"),
         (
-            ThinkingOf(kind="effort", variable="reasoning_effort", off="low", default="on"),
+            ThinkingSupport(kind="effort", variable="reasoning_effort", off="low", default="on"),
             "reasoning_effort = low",
             "off",
         ),
     ],
 )
-async def test_a_model_without_such_a_switch_says_so(thinking: ThinkingOf, says: str, then: str) -> None:
+async def test_a_model_without_such_a_switch_says_so(thinking: ThinkingSupport, says: str, then: str) -> None:
     async with chatting(thinking) as (pilot, screen):
         await pilot.press("ctrl+g")
         await until(pilot, lambda: any(says in note.message for note in pilot.app._notifications))

@@ -10,7 +10,7 @@ from rich.style import Style
 from textual.color import Color
 
 from bench.terminal import Terminal
-from qlora_tui.chat.terms import BASE, Said
+from qlora_tui.chat.chat_types import BASE, TextChunk
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.status import State
@@ -57,7 +57,7 @@ async def test_an_answer_in_the_chat_is_painted_with_symbols() -> None:
         await app.screen.query_one("#talk").mount(turn)
         turn.answers[BASE].display = True
         await turn.answers[BASE].append_text(
-            Said(f"{POISON}\n\n`code{POISON}`\n\n[link{POISON}](http://x{POISON})")
+            TextChunk(f"{POISON}\n\n`code{POISON}`\n\n[link{POISON}](http://x{POISON})")
         )
         await shows(pilot, "␛]52;c;", "code␛]52")
         assert not raw(text_of(app))

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from qlora_tui.chat.terms import BASE
+from qlora_tui.chat.chat_types import BASE
 
 
 @dataclass(frozen=True)
 class AdapterPair:
     """A left voice and a right one, out of those there are."""
 
-    voices: tuple[str, ...]
+    adapter_names: tuple[str, ...]
     left: str
     right: str
     shown: str = "both"
     """``both``, ``left`` or ``right``."""
 
     @classmethod
-    def of(cls, voices: tuple[str, ...]) -> AdapterPair:
+    def of(cls, adapter_names: tuple[str, ...]) -> AdapterPair:
         """The base beside the newest adapter; the base alone where there is no adapter."""
-        adapters = [voice for voice in voices if voice != BASE]
-        return cls(voices, BASE, adapters[0]) if adapters else cls(voices, BASE, BASE, "left")
+        adapters = [adapter_name for adapter_name in adapter_names if adapter_name != BASE]
+        return cls(adapter_names, BASE, adapters[0]) if adapters else cls(adapter_names, BASE, BASE, "left")
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ class AdapterPair:
     def next(self, side: str) -> AdapterPair:
         """Another voice on one side: the next that is not on the other."""
         own, other = (self.left, self.right) if side == "left" else (self.right, self.left)
-        free = [voice for voice in self.voices if voice != other]
+        free = [adapter_name for adapter_name in self.adapter_names if adapter_name != other]
         if len(free) < 2:
             return self
         following = free[(free.index(own) + 1) % len(free)]

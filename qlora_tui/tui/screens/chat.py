@@ -10,9 +10,9 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
+from qlora_tui.chat.chat_sources import run_source
+from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling
 from qlora_tui.chat.effect import Effect
-from qlora_tui.chat.sources import of_run
-from qlora_tui.chat.terms import BASE, ChatSource, Sampling
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import transcript
@@ -154,7 +154,7 @@ class ChatScreen(ChatController):
     async def talk_to(self, run: RunDir) -> None:
         """Turn to another run; its model is loaded with the first prompt."""
         try:
-            source = of_run(run)
+            source = run_source(run)
         except UserError as problem:
             self.qlora_app.show_error(problem)
             return
@@ -169,7 +169,7 @@ class ChatScreen(ChatController):
         same_base = before is not None and source is not None and before.recipe.model == source.recipe.model
         self.source, self.run_dir, self._source_name = source, run, name
         self.thinking = "auto" if source is None else source.thinking
-        self.pair = AdapterPair.of((BASE,) if source is None else source.voices)
+        self.pair = AdapterPair.of((BASE,) if source is None else source.adapter_names)
         self.ready = None
         if not same_base and self.engine.pid is not None:
             # The one held before is of no more use.

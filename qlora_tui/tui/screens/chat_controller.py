@@ -10,8 +10,8 @@ import msgspec
 from textual import work
 from textual.containers import VerticalScroll
 
+from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling
 from qlora_tui.chat.effect import Effect
-from qlora_tui.chat.terms import BASE, ChatSource, Sampling
 from qlora_tui.data.conversation import Message
 from qlora_tui.engine.client import Answer, EngineClient, EngineClosed
 from qlora_tui.engine.protocol import (
@@ -144,7 +144,9 @@ class ChatController(WorkScreen):
             sampling = msgspec.structs.replace(sampling, seed=random.randrange(1 << 32))
         try:
             await self._load()
-            await asyncio.gather(*(self._generate(turn, voice, sampling) for voice in turn.answers))
+            await asyncio.gather(
+                *(self._generate(turn, adapter_name, sampling) for adapter_name in turn.answers)
+            )
         except EngineClosed:
             for answer in turn.answers.values():
                 await answer.stop(words.STOPPED_LOADING)
@@ -167,12 +169,12 @@ class ChatController(WorkScreen):
                     self.notify(effect)
         self.show_head()
 
-    async def _generate(self, turn: ChatTurn, voice: str, sampling: Sampling) -> None:
+    async def _generate(self, turn: ChatTurn, adapter_name: str, sampling: Sampling) -> None:
         """One voice's answer; what goes wrong with it is said in its place."""
         request = self.engine.ask(
             Generate(
-                messages=self._conversation(turn, voice),
-                voice=voice,
+                messages=self._conversation(turn, adapter_name),
+                adapter_name=adapter_name,
                 sampling=sampling,
                 thinking=self.thinking,
             )
@@ -181,14 +183,14 @@ class ChatController(WorkScreen):
         try:
             async for reply in request:
                 if isinstance(reply, Text):
-                    await turn.answers[voice].append_text(reply.said)
+                    await turn.answers[adapter_name].append_text(reply.said)
                 elif isinstance(reply, Done):
-                    await turn.answers[voice].end(reply.outcome)
+                    await turn.answers[adapter_name].end(reply.outcome)
                     self._warn(reply.outcome.warning)
         except EngineClosed:
-            await turn.answers[voice].stop(words.UNLOADED)
+            await turn.answers[adapter_name].stop(words.UNLOADED)
         except UserError as problem:
-            await turn.answers[voice].fail(problem)
+            await turn.answers[adapter_name].fail(problem)
         finally:
             self.answers.remove(request)
 
@@ -203,7 +205,7 @@ class ChatController(WorkScreen):
         self._set_busy()
         try:
             await self._load()
-            request = self.engine.ask(MeasureEffect(voice=self.pair.right))
+            request = self.engine.ask(MeasureEffect(adapter_name=self.pair.right))
             self.answers.append(request)
             try:
                 async for reply in request:
@@ -234,8 +236,8 @@ class ChatController(WorkScreen):
 
     def _save_transcript(self, turn: ChatTurn, sampling: Sampling) -> None:
         spoken = {v: answer for v, answer in turn.answers.items() if answer.text or answer.thought}
-        said = {voice: answer.text for voice, answer in spoken.items()}
-        thoughts = {voice: answer.thought for voice, answer in spoken.items()}
+        said = {adapter_name: answer.text for adapter_name, answer in spoken.items()}
+        thoughts = {adapter_name: answer.thought for adapter_name, answer in spoken.items()}
         if not said or turn not in self.turns:
             return
         try:
@@ -245,12 +247,12 @@ class ChatController(WorkScreen):
         except OSError as error:
             self.notify(f"The transcript could not be written: {error.strerror}.", severity="warning")
 
-    def _conversation(self, turn: ChatTurn, voice: str) -> tuple[Message, ...]:
+    def _conversation(self, turn: ChatTurn, adapter_name: str) -> tuple[Message, ...]:
         """What this voice has heard and said so far; where it was silent, nothing."""
         messages = [Message("system", self.system_prompt)] if self.system_prompt else []
         earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
         for before in earlier:
-            said = before.answers.get(voice)
+            said = before.answers.get(adapter_name)
             if said is not None and said.text:
                 answer = Message("assistant", said.text, reasoning=said.thought)
                 messages += [Message("user", before.prompt), answer]

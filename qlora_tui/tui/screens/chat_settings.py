@@ -11,7 +11,7 @@ from textual.containers import Horizontal, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
-from qlora_tui.chat.terms import Sampling
+from qlora_tui.chat.chat_types import Sampling
 from qlora_tui.tui.transcript import format_setting
 from qlora_tui.tui.widgets.text_field import TextField
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from textual.content import Content
 
+from qlora_tui.chat.chat_types import Sampling
 from qlora_tui.chat.effect import Effect
-from qlora_tui.chat.terms import Sampling
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import format_bytes, format_float, format_path
 from qlora_tui.recipe.schema import Thinking
@@ -31,17 +31,19 @@ NOT_MEASURED = "Not measured: the model was unloaded. Press f to load it and mea
 def session_line(name: str, pair: AdapterPair, state: str) -> Content:
     """Whom it is that is talked to, and how things stand."""
     parts: list[Content | str | tuple[str, str]] = [(name, "bold"), "  "]
-    for number, voice in enumerate(dict.fromkeys((pair.left, pair.right))):
+    for number, adapter_name in enumerate(dict.fromkeys((pair.left, pair.right))):
         if number:
             parts.append(" ")
-        on = voice in pair.active
-        parts.append((f" {voice} ", "reverse" if on else "dim"))
+        on = adapter_name in pair.active
+        parts.append((f" {adapter_name} ", "reverse" if on else "dim"))
     return Content.assemble(*parts, (f"  {state}", "dim"))
 
 
 def loaded_text(ready: ChatReady) -> str:
     """``RTX 4090 bfloat16, 5.2 GiB, 32,768 tokens``."""
-    return f"{ready.device} {ready.dtype}, {format_bytes(ready.held_bytes)}, {ready.context_tokens:,} tokens"
+    return (
+        f"{ready.device} {ready.dtype}, {format_bytes(ready.memory_bytes)}, {ready.context_tokens:,} tokens"
+    )
 
 
 def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:

@@ -7,7 +7,7 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widgets import Static
 
-from qlora_tui.chat.terms import Outcome, Said
+from qlora_tui.chat.chat_types import GenerationResult, TextChunk
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, format_float
 from qlora_tui.tui.widgets.streaming_markdown import StreamingMarkdown
@@ -48,15 +48,15 @@ class AdapterAnswer(Vertical):
     }
     """
 
-    def __init__(self, voice: str, *, beside: bool, unfolded: bool = False) -> None:
+    def __init__(self, adapter_name: str, *, beside: bool, unfolded: bool = False) -> None:
         super().__init__(classes="-beside" if beside else "")
-        self.voice = voice
+        self.adapter_name = adapter_name
         self.text = ""
         self._thought = ThoughtView(unfolded=unfolded)
-        self.outcome: Outcome | None = None
+        self.outcome: GenerationResult | None = None
 
     def compose(self) -> ComposeResult:
-        yield Static(voice_line(self.voice, "…"), classes="voice")
+        yield Static(voice_line(self.adapter_name, "…"), classes="voice")
         yield self._thought
         yield StreamingMarkdown(id="answer")
         yield Static("", classes="trouble")
@@ -66,7 +66,7 @@ class AdapterAnswer(Vertical):
         """What was thought before the answer."""
         return self._thought.text.strip()
 
-    async def append_text(self, said: Said) -> None:
+    async def append_text(self, said: TextChunk) -> None:
         """Add a piece, of the thought or of the answer."""
         if said.thought:
             await self._thought.append_text(said)
@@ -84,12 +84,12 @@ class AdapterAnswer(Vertical):
     def _answer(self) -> StreamingMarkdown:
         return self.query_one("#answer", StreamingMarkdown)
 
-    async def end(self, outcome: Outcome) -> None:
+    async def end(self, outcome: GenerationResult) -> None:
         """Say how it ended and how fast it was."""
         await self._answer.finish()
         await self._thought.end(outcome)
         self.text, self.outcome = outcome.text, outcome
-        self.query_one(".voice", Static).update(voice_line(self.voice, outcome_words(outcome)))
+        self.query_one(".voice", Static).update(voice_line(self.adapter_name, outcome_words(outcome)))
         under = _ENDINGS.get(outcome.ending, "" if outcome.text.strip() else "ended its turn at once")
         if not outcome.thought_ended:
             under = _STILL_THINKING.get(outcome.ending, "ended its turn without an answer")
@@ -100,14 +100,14 @@ class AdapterAnswer(Vertical):
         """Say that nothing more comes, and what to press; what was said so far stays."""
         await self._answer.finish()
         await self._thought.end()
-        self.query_one(".voice", Static).update(voice_line(self.voice, "stopped"))
+        self.query_one(".voice", Static).update(voice_line(self.adapter_name, "stopped"))
         self._show_note(words)
 
     async def fail(self, problem: UserError) -> None:
         """Say why there is no answer, or no more of it."""
         await self._answer.finish()
         await self._thought.end()
-        self.query_one(".voice", Static).update(voice_line(self.voice, "no answer"))
+        self.query_one(".voice", Static).update(voice_line(self.adapter_name, "no answer"))
         why = f"\n{problem.why}" if problem.why else ""
         fix = f"\n▸ {problem.fix}" if problem.fix else ""
         self.query_one(".trouble", Static).update(
@@ -120,12 +120,12 @@ class AdapterAnswer(Vertical):
         self.query_one(".trouble", Static).update(Content.styled(f"■ {words}", "dim"))
 
 
-def voice_line(voice: str, words: str) -> Content:
+def voice_line(adapter_name: str, words: str) -> Content:
     """The line over an answer."""
-    return Content.assemble((f" {voice} ", "reverse"), (f" {words}", "dim"))
+    return Content.assemble((f" {adapter_name} ", "reverse"), (f" {words}", "dim"))
 
 
-def outcome_words(outcome: Outcome) -> str:
+def outcome_words(outcome: GenerationResult) -> str:
     """``34 tok 12.1/s first 0.4 s``."""
     speed = f" {format_float(outcome.tokens_per_s, 3)}/s" if outcome.tokens_per_s else ""
     first = (
@@ -155,12 +155,12 @@ class ChatTurn(Vertical):
     }
     """
 
-    def __init__(self, prompt: str, voices: tuple[str, ...], *, unfolded: bool = False) -> None:
+    def __init__(self, prompt: str, adapter_names: tuple[str, ...], *, unfolded: bool = False) -> None:
         super().__init__()
         self.prompt = prompt
         self.answers = {
-            voice: AdapterAnswer(voice, beside=number > 0, unfolded=unfolded)
-            for number, voice in enumerate(dict.fromkeys(voices))
+            adapter_name: AdapterAnswer(adapter_name, beside=number > 0, unfolded=unfolded)
+            for number, adapter_name in enumerate(dict.fromkeys(adapter_names))
         }
 
     def compose(self) -> ComposeResult:

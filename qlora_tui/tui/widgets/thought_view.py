@@ -10,7 +10,7 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.widgets import Static
 
-from qlora_tui.chat.terms import Outcome, Said
+from qlora_tui.chat.chat_types import GenerationResult, TextChunk
 from qlora_tui.formatting import format_duration, pluralize
 from qlora_tui.tui.widgets.streaming_markdown import StreamingMarkdown
 
@@ -76,7 +76,7 @@ class ThoughtView(Vertical):
     def unfolded(self) -> bool:
         return self.has_class("-unfolded")
 
-    async def append_text(self, said: Said) -> None:
+    async def append_text(self, said: TextChunk) -> None:
         """Add a piece of the thought."""
         now = time.monotonic()
         if not self.text:
@@ -90,7 +90,7 @@ class ThoughtView(Vertical):
             self._painted_at = now
             self._show_line()
 
-    async def end(self, outcome: Outcome | None = None) -> None:
+    async def end(self, outcome: GenerationResult | None = None) -> None:
         """The answer begins, or nothing more comes; ``outcome`` has the exact figures."""
         if not self.text:
             return

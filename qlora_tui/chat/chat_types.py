@@ -16,7 +16,7 @@ BASE = "base"
 ADAPTER = "adapter"
 """The voice of a run's final adapter. A checkpoint's is ``step-120``."""
 
-Ending: TypeAlias = Literal["turn end", "most tokens", "context full", "stopped"]
+FinishReason: TypeAlias = Literal["turn end", "most tokens", "context full", "stopped"]
 """Why an answer ended: by itself, at ``max_new_tokens``, at the model's context length, or on request."""
 
 
@@ -40,7 +40,7 @@ GREEDY = Sampling(temperature=0.0)
 """Always the likeliest token: for comparing."""
 
 
-class Said(Struct, frozen=True):
+class TextChunk(Struct, frozen=True):
     """A piece of what a model says."""
 
     text: str
@@ -50,7 +50,7 @@ class Said(Struct, frozen=True):
     """Of the thought so far."""
 
 
-class ThinkingOf(Struct, frozen=True, kw_only=True):
+class ThinkingSupport(Struct, frozen=True, kw_only=True):
     """What a model's chat template makes of thinking."""
 
     kind: Literal["switch", "effort", "always", "none"] = "none"
@@ -74,10 +74,10 @@ class ThinkingOf(Struct, frozen=True, kw_only=True):
         return ""
 
 
-class Outcome(Struct, frozen=True, kw_only=True):
+class GenerationResult(Struct, frozen=True, kw_only=True):
     """How an answer came about."""
 
-    ending: Ending
+    ending: FinishReason
     text: str
     """The answer, without thoughts."""
     prompt_tokens: int
@@ -98,7 +98,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
     """False where it was still thinking when it stopped."""
 
 
-class Compared(Struct, frozen=True):
+class AnswerComparison(Struct, frozen=True):
     """What base and adapter answer to the same prompt."""
 
     prompt: str
@@ -116,6 +116,6 @@ class ChatSource(Struct, frozen=True, kw_only=True):
     """How it was trained to be asked."""
 
     @property
-    def voices(self) -> tuple[str, ...]:
+    def adapter_names(self) -> tuple[str, ...]:
         """Every voice, the base first."""
         return (BASE, *self.adapters)

@@ -10,7 +10,7 @@ _LONGEST_CHARACTER = 4
 """Bytes in UTF-8, so tokens at most until a character is whole."""
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Feed it ids one by one; what it returns, joined, is the text."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -25,15 +25,15 @@ class TextStream:
     def add(self, token_id: int) -> str:
         """The text that is certain now and was not before; often a word, empty within a character."""
         self._ids.append(token_id)
-        piece = self._waiting()
+        piece = self._pending_text()
         unfinished = piece.endswith(_BROKEN) and len(self._ids) - self._given < _LONGEST_CHARACTER
         return "" if unfinished else self._give(piece)
 
     def rest(self) -> str:
         """What was held back, when no more ids come."""
-        return self._give(self._waiting())
+        return self._give(self._pending_text())
 
-    def _waiting(self) -> str:
+    def _pending_text(self) -> str:
         before = self._decode(self._ids[self._context : self._given])
         return self._decode(self._ids[self._context :])[len(before) :]
 

@@ -15,10 +15,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from qlora_tui.chat.terms import Sampling
+from qlora_tui.chat.chat_types import Sampling
 
 
-def chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor, Tensor], int]:
+def make_sampler(sampling: Sampling, device: torch.device) -> Callable[[Tensor, Tensor], int]:
     """A function from the ids so far (1, tokens) and the scores of the next (1, vocabulary) to its id."""
     warp: Any = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
@@ -30,13 +30,13 @@ def chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor, Tenso
         warp.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warp.append(TopPLogitsWarper(sampling.top_p))
-    dice = torch.Generator(device)
+    generator = torch.Generator(device)
     if sampling.seed is None:
-        dice.seed()
+        generator.seed()
     else:
-        dice.manual_seed(sampling.seed)
+        generator.manual_seed(sampling.seed)
 
     def draw(ids: Tensor, scores: Tensor) -> int:
-        return int(torch.multinomial(warp(ids, scores.float()).softmax(-1), 1, generator=dice))
+        return int(torch.multinomial(warp(ids, scores.float()).softmax(-1), 1, generator=generator))
 
     return draw

@@ -10,17 +10,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_tui.chat.choose import chooser
-from qlora_tui.chat.kept import Kept
-from qlora_tui.chat.terms import Ending, Outcome, Said, Sampling
-from qlora_tui.chat.text_stream import TextStream
-from qlora_tui.chat.thoughts import ThoughtSplitter
+from qlora_tui.chat.chat_types import FinishReason, GenerationResult, Sampling, TextChunk
+from qlora_tui.chat.incremental_detokenizer import IncrementalDetokenizer
+from qlora_tui.chat.kv_cache import PrefixCache
+from qlora_tui.chat.thought_splitter import ThoughtSplitter
+from qlora_tui.chat.token_sampler import make_sampler
 
 _READ_AT_ONCE = 512
 """Tokens of a prompt between two looks at whether to stop."""
 
 
-class Speaker(Protocol):
+class DecoderModel(Protocol):
     """What an answer needs of the session: one voice of its model."""
 
     device: torch.device
@@ -28,87 +28,87 @@ class Speaker(Protocol):
     end_ids: frozenset[int]
     warning: str
 
-    def read(self, voice: str, token_ids: list[int], kept: Kept) -> Tensor:
+    def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
         """Scores (1, vocabulary) of what comes after ``token_ids``."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Their text, special tokens left out."""
 
 
-class Reply:
+class AnswerStream:
     """An answer in the making. Iterate once, for pieces of thought and answer; then ``outcome`` is there."""
 
     def __init__(
         self,
-        speaker: Speaker,
-        voice: str,
+        model: DecoderModel,
+        adapter_name: str,
         prompt: list[int],
-        kept: Kept,
+        prefix_cache: PrefixCache,
         sampling: Sampling,
         stop: Event,
         splitter: ThoughtSplitter,
     ) -> None:
-        self._speaker = speaker
-        self._voice = voice
+        self._model = model
+        self._adapter_name = adapter_name
         self._prompt = prompt
-        self._kept = kept
+        self._prefix_cache = prefix_cache
         self._sampling = sampling
         self._stop = stop
         self._splitter = splitter
-        self.outcome: Outcome | None = None
+        self.outcome: GenerationResult | None = None
 
     def stop(self) -> None:
         """End the answer before its next token. Any thread may call this."""
         self._stop.set()
 
-    def __iter__(self) -> Iterator[Said]:
+    def __iter__(self) -> Iterator[TextChunk]:
         began = time.perf_counter()
         first_at = began
-        stream, said = TextStream(self._speaker.decode), _Heard(self._splitter)
-        reused = self._kept.reuse(self._prompt)
+        stream, parts = IncrementalDetokenizer(self._model.decode), _AnswerParts(self._splitter)
+        reused = self._prefix_cache.reuse(self._prompt)
         answer: list[int] = []
-        ending: Ending = "stopped"
+        ending: FinishReason = "stopped"
         for token_id in self._tokens(reused):
             if not answer:
                 first_at = time.perf_counter()
-                said.began_at = first_at
+                parts.began_at = first_at
             answer.append(token_id)
-            if token_id in self._speaker.end_ids:
+            if token_id in self._model.end_ids:
                 ending = "turn end"
                 break
-            yield from said.hear(stream.add(token_id))
+            yield from parts.add_text(stream.add(token_id))
         else:
             ending = self._why_no_more(len(answer))
-        yield from said.hear(stream.rest(), is_last=True)
+        yield from parts.add_text(stream.rest(), is_last=True)
         ended = time.perf_counter()
-        self.outcome = Outcome(
+        self.outcome = GenerationResult(
             ending=ending,
-            text=said.answer,
+            text=parts.answer,
             prompt_tokens=len(self._prompt),
             reused_tokens=reused,
             new_tokens=len(answer),
             first_token_s=first_at - began,
             tokens_per_s=(len(answer) - 1) / (ended - first_at) if len(answer) > 1 else 0.0,
-            warning=self._speaker.warning,
-            thought=said.thought.strip(),
-            thought_tokens=said.thought_tokens,
-            thought_s=said.thought_s,
-            thought_ended=not said.thought or not self._splitter.in_thought,
+            warning=self._model.warning,
+            thought=parts.thought.strip(),
+            thought_tokens=parts.thought_tokens,
+            thought_s=parts.thought_s,
+            thought_ended=not parts.thought or not self._splitter.in_thought,
         )
 
     @property
     def _most_tokens(self) -> int:
-        return min(self._sampling.max_new_tokens, self._speaker.context_length - len(self._prompt))
+        return min(self._sampling.max_new_tokens, self._model.context_length - len(self._prompt))
 
-    def _why_no_more(self, answered: int) -> Ending:
+    def _why_no_more(self, answered: int) -> FinishReason:
         if answered < self._most_tokens:
             return "stopped"
         return "most tokens" if answered == self._sampling.max_new_tokens else "context full"
 
     def _tokens(self, reused: int) -> Iterator[int]:
         """The answer's ids, up to the most there may be or until stopped."""
-        choose = chooser(self._sampling, self._speaker.device)
-        ids = torch.tensor([self._prompt], device=self._speaker.device)
+        choose = make_sampler(self._sampling, self._model.device)
+        ids = torch.tensor([self._prompt], device=self._model.device)
         unread = self._prompt[reused:]
         for _ in range(self._most_tokens):
             scores = self._read(unread)
@@ -125,11 +125,13 @@ class Reply:
         for start in range(0, len(token_ids), _READ_AT_ONCE):
             if self._stop.is_set():
                 return None
-            scores = self._speaker.read(self._voice, token_ids[start : start + _READ_AT_ONCE], self._kept)
+            scores = self._model.next_logits(
+                self._adapter_name, token_ids[start : start + _READ_AT_ONCE], self._prefix_cache
+            )
         return scores
 
 
-class _Heard:
+class _AnswerParts:
     """What has been said so far, thoughts and answer apart."""
 
     def __init__(self, splitter: ThoughtSplitter) -> None:
@@ -141,7 +143,7 @@ class _Heard:
         self.began_at = 0.0
         """When the first token came."""
 
-    def hear(self, text: str, *, is_last: bool = False) -> Iterator[Said]:
+    def add_text(self, text: str, *, is_last: bool = False) -> Iterator[TextChunk]:
         """The pieces that one more token makes certain; with ``is_last``, all that is left."""
         was_in_thought = self._splitter.in_thought
         pieces = self._splitter.feed(text) + (self._splitter.rest() if is_last else [])
@@ -152,7 +154,7 @@ class _Heard:
         for piece in pieces:
             if piece.thought:
                 self.thought += piece.text
-                yield Said(piece.text, True, self.thought_tokens)
+                yield TextChunk(piece.text, True, self.thought_tokens)
             else:
                 self.answer += piece.text
                 yield piece

@@ -17,7 +17,7 @@ from qlora_tui.training.compute_device import ComputeDevice, host_memory_bytes
 _SHARE_OF_FREE_MEMORY = 0.25
 
 
-def unpack_on_cpu(model: Any, device: ComputeDevice) -> bool:
+def dequantize_on_cpu(model: Any, device: ComputeDevice) -> bool:
     """Write the 4-bit weights out if this CPU is slow without and has room; whether it was done."""
     if not any(hasattr(each, "quant_state") for each in model.modules()):
         return False
@@ -38,11 +38,11 @@ def unpack_on_cpu(model: Any, device: ComputeDevice) -> bool:
     if not packed or has_avx512bf16() or wanted_bytes > free_bytes * _SHARE_OF_FREE_MEMORY:
         return False
     for parent, name, layer in packed:
-        setattr(parent, name, _written_out(layer, device.dtype))
+        setattr(parent, name, _dequantized(layer, device.dtype))
     return True
 
 
-def _written_out(layer: Any, dtype: torch.dtype) -> nn.Linear:
+def _dequantized(layer: Any, dtype: torch.dtype) -> nn.Linear:
     from bitsandbytes.functional import dequantize_4bit
 
     weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)

@@ -20,11 +20,11 @@ from qlora_tui.training.model_loading import set_attention
 
 NAME = "qlora_chat"
 """The attention implementation as transformers knows it."""
-_proven: dict[tuple[object, ...], bool] = {}
+_verified: dict[tuple[object, ...], bool] = {}
 """Whether heads in groups attend as head by head, by shapes, dtype and settings; tried at the first call."""
 
 
-def group_heads(model: Any) -> None:
+def use_grouped_heads(model: Any) -> None:
     """Let ``model``, if it attends by SDPA, do so in this way."""
     if model.config._attn_implementation != "sdpa":
         return
@@ -54,11 +54,11 @@ def attend(
     if tokens > 1 or heads == shared or attention_mask is not None or "position_bias" in settings:
         return by_library(query, key, value), None
     case = (type(module), heads, key.shape[1::2], value.shape[-1], width, query.dtype, scaling, *settings)
-    if case not in _proven and key.shape[2] > 1:  # a single key takes all, however heads are grouped
-        _proven[case] = attention_matches(
+    if case not in _verified and key.shape[2] > 1:  # a single key takes all, however heads are grouped
+        _verified[case] = attention_matches(
             partial(_in_groups, scaling), by_library, query, key, value, scaling
         )
-    in_groups = _proven.get(case, False)
+    in_groups = _verified.get(case, False)
     return (_in_groups(scaling, query, key, value) if in_groups else by_library(query, key, value)), None
 
 

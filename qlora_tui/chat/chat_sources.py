@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qlora_tui.chat.terms import ADAPTER, BASE, ChatSource
+from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.recipe.toml import load, to_recipe
@@ -15,19 +15,19 @@ _CONFIG = "adapter_config.json"
 _DATA_READY = b'"data_ready"'
 
 
-def of_run(run: RunDir) -> ChatSource:
+def run_source(run: RunDir) -> ChatSource:
     """The final adapter of a run, where there is one, and every checkpoint, the newest first."""
     adapters = {}
     if (run.adapter_dir / _CONFIG).is_file():
         adapters[ADAPTER] = str(run.adapter_dir)
     for step, folder in reversed(run.checkpoints()):
-        adapters[checkpoint_voice(step)] = str(folder)
+        adapters[checkpoint_name(step)] = str(folder)
     recipe = run.recipe()
     thinking = recipe.data.thinking if recipe.data.thinking != "auto" else _trained_thinking(run)
     return ChatSource(recipe=recipe, adapters=adapters, thinking=thinking)
 
 
-def of_adapter(folder: Path, model: str | None = None) -> ChatSource:
+def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
     """An adapter's folder: with the recipe it holds, or on ``model`` where it holds none.
 
     Raises UserError.
@@ -39,9 +39,9 @@ def of_adapter(folder: Path, model: str | None = None) -> ChatSource:
             fix="Give the adapter folder of a run: runs/<id>/adapter.",
             exit_code=EXIT_USAGE,
         )
-    kept = folder / "recipe.toml"
-    if kept.is_file():
-        recipe = to_recipe(load(kept), origin=str(kept))
+    recipe_path = folder / "recipe.toml"
+    if recipe_path.is_file():
+        recipe = to_recipe(load(recipe_path), origin=str(recipe_path))
     elif model is not None:
         recipe = Recipe()
     else:
@@ -70,19 +70,19 @@ def _trained_thinking(run: RunDir) -> Thinking:
     return "auto"
 
 
-def checkpoint_voice(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     """``step-120``."""
     return f"step-{step}"
 
 
-def chosen_voice(source: ChatSource, *, base: bool = False, checkpoint: int | None = None) -> str:
+def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | None = None) -> str:
     """The voice that is asked for: the final adapter, else the newest checkpoint. Raises UserError."""
     if base:
         return BASE
     if checkpoint is not None:
-        voice = checkpoint_voice(checkpoint)
-        if voice in source.adapters:
-            return voice
+        adapter_name = checkpoint_name(checkpoint)
+        if adapter_name in source.adapters:
+            return adapter_name
         steps = [v.removeprefix("step-") for v in source.adapters if v != ADAPTER]
         raise UserError(
             "No such checkpoint",
@@ -90,8 +90,8 @@ def chosen_voice(source: ChatSource, *, base: bool = False, checkpoint: int | No
             fix=f"There are: {', '.join(steps)}." if steps else "This run has none.",
             exit_code=EXIT_USAGE,
         )
-    for voice in source.adapters:
-        return voice
+    for adapter_name in source.adapters:
+        return adapter_name
     raise UserError(
         "No adapter yet",
         what="The run has neither an adapter nor a checkpoint.",

@@ -1,7 +1,7 @@
 """Telling a model's thoughts from its answer while the text comes. Loads no torch.
 
 Models write thoughts between marks: ``<think>`` and ``</think>`` (Qwen, GLM, DeepSeek, SmolLM3), ``[THINK]``
-(Mistral), ``<|channel>thought`` (Gemma 4), or channels with a name (gpt-oss). ``marks_of`` knows them by the
+(Mistral), ``<|channel>thought`` (Gemma 4), or named channels (gpt-oss). ``marks_in_template`` finds them in a
 chat template, ``ThoughtSplitter`` cuts a stream of text at them.
 """
 
@@ -11,35 +11,41 @@ from typing import Literal
 
 from msgspec import Struct
 
-from qlora_tui.chat.terms import Said
+from qlora_tui.chat.chat_types import TextChunk
 
-State = Literal["start", "thought", "answer"]
+SplitterState = Literal["start", "thought", "answer"]
 """Nothing said yet; in a thought; in the answer."""
 
 
-class Mark(Struct, frozen=True):
+class ThoughtMark(Struct, frozen=True):
     """A text that is not shown, and after which the text is of another kind."""
 
     text: str
-    seen_in: tuple[State, ...]
+    seen_in: tuple[SplitterState, ...]
     """Elsewhere it is ordinary text: an answer may be about ``<think>``."""
-    to: State
+    to: SplitterState
 
 
-_THINK = (Mark("<think>", ("start",), "thought"), Mark("</think>", ("start", "thought"), "answer"))
-_MISTRAL = (Mark("[THINK]", ("start",), "thought"), Mark("[/THINK]", ("thought",), "answer"))
-_GEMMA = (Mark("<|channel>thought\n", ("start",), "thought"), Mark("<channel|>", ("thought",), "answer"))
-_ANYWHERE: tuple[State, ...] = ("start", "thought", "answer")
+_THINK = (
+    ThoughtMark("<think>", ("start",), "thought"),
+    ThoughtMark("</think>", ("start", "thought"), "answer"),
+)
+_MISTRAL = (ThoughtMark("[THINK]", ("start",), "thought"), ThoughtMark("[/THINK]", ("thought",), "answer"))
+_GEMMA = (
+    ThoughtMark("<|channel>thought\n", ("start",), "thought"),
+    ThoughtMark("<channel|>", ("thought",), "answer"),
+)
+_ANYWHERE: tuple[SplitterState, ...] = ("start", "thought", "answer")
 _GPT_OSS = (
-    Mark("<|channel|>analysis<|message|>", _ANYWHERE, "thought"),
-    Mark("<|channel|>final<|message|>", _ANYWHERE, "answer"),
-    Mark("<|channel|>commentary<|message|>", _ANYWHERE, "answer"),
-    Mark("<|start|>assistant", _ANYWHERE, "answer"),
-    Mark("<|end|>", _ANYWHERE, "answer"),
+    ThoughtMark("<|channel|>analysis<|message|>", _ANYWHERE, "thought"),
+    ThoughtMark("<|channel|>final<|message|>", _ANYWHERE, "answer"),
+    ThoughtMark("<|channel|>commentary<|message|>", _ANYWHERE, "answer"),
+    ThoughtMark("<|start|>assistant", _ANYWHERE, "answer"),
+    ThoughtMark("<|end|>", _ANYWHERE, "answer"),
 )
 
 
-def marks_of(literals: str) -> tuple[Mark, ...]:
+def marks_in_template(literals: str) -> tuple[ThoughtMark, ...]:
     """The marks of a model whose chat template writes ``literals``; ``<think>`` where it names none."""
     for name, marks in (("<|channel|>analysis", _GPT_OSS), ("<channel|>", _GEMMA), ("[THINK]", _MISTRAL)):
         if name in literals:
@@ -50,41 +56,41 @@ def marks_of(literals: str) -> tuple[Mark, ...]:
 class ThoughtSplitter:
     """Feed it text piece by piece; what it returns, joined, is the text without its marks."""
 
-    def __init__(self, marks: tuple[Mark, ...], *, in_thought: bool = False) -> None:
+    def __init__(self, marks: tuple[ThoughtMark, ...], *, in_thought: bool = False) -> None:
         """``in_thought``: the prompt has opened a thought already."""
         self._marks = marks
-        self._waiting = ""
+        self._pending = ""
         self._trimming = in_thought
         """Whether white space is left out: what stands between a mark and a text."""
-        self.state: State = "thought" if in_thought else "start"
+        self.state: SplitterState = "thought" if in_thought else "start"
 
     @property
     def in_thought(self) -> bool:
         return self.state == "thought"
 
-    def feed(self, text: str) -> list[Said]:
+    def feed(self, text: str) -> list[TextChunk]:
         """What is certain now; the beginning of what may become a mark waits."""
-        self._waiting += text
-        said: list[Said] = []
+        self._pending += text
+        chunks: list[TextChunk] = []
         while mark := self._first_mark():
-            before, _, self._waiting = self._waiting.partition(mark.text)
+            before, _, self._pending = self._pending.partition(mark.text)
             if self.state != "start":
-                self._say(said, before)
+                self._append(chunks, before)
             self.state, self._trimming = mark.to, True
-        held = self._held()
-        ready = self._waiting[: len(self._waiting) - held]
-        self._waiting = self._waiting[len(ready) :]
-        self._say(said, ready)
-        return said
+        held_back = self._held_back_length()
+        ready = self._pending[: len(self._pending) - held_back]
+        self._pending = self._pending[len(ready) :]
+        self._append(chunks, ready)
+        return chunks
 
-    def rest(self) -> list[Said]:
+    def rest(self) -> list[TextChunk]:
         """What was held back, when no more comes."""
-        said: list[Said] = []
-        ready, self._waiting = self._waiting, ""
-        self._say(said, ready)
-        return said
+        chunks: list[TextChunk] = []
+        ready, self._pending = self._pending, ""
+        self._append(chunks, ready)
+        return chunks
 
-    def _say(self, said: list[Said], text: str) -> None:
+    def _append(self, chunks: list[TextChunk], text: str) -> None:
         if self._trimming:
             text = text.lstrip()
         if not text:
@@ -92,22 +98,22 @@ class ThoughtSplitter:
         self._trimming = False
         if self.state == "start":
             self.state = "answer"
-        said.append(Said(text, thought=self.in_thought))
+        chunks.append(TextChunk(text, thought=self.in_thought))
 
-    def _first_mark(self) -> Mark | None:
+    def _first_mark(self) -> ThoughtMark | None:
         places = [
             (place, -len(mark.text), mark)
             for mark in self._marks
-            if self.state in mark.seen_in and (place := self._waiting.find(mark.text)) >= 0
+            if self.state in mark.seen_in and (place := self._pending.find(mark.text)) >= 0
         ]
         # Before an answer only white space may stand before a thought.
         if self.state == "start":
-            places = [found for found in places if not self._waiting[: found[0]].strip()]
-        return min(places, key=lambda found: found[:2])[2] if places else None
+            places = [candidate for candidate in places if not self._pending[: candidate[0]].strip()]
+        return min(places, key=lambda candidate: candidate[:2])[2] if places else None
 
-    def _held(self) -> int:
+    def _held_back_length(self) -> int:
         """Characters at the end that may begin a mark; white space that may stand before one."""
-        text, state = self._waiting, self.state
+        text, state = self._pending, self.state
         if state == "start":
             begun = text.lstrip()
             if any(mark.text.startswith(begun) for mark in self._marks if "start" in mark.seen_in):

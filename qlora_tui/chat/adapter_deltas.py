@@ -33,7 +33,7 @@ ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_del
 
 
 @dataclass(frozen=True)
-class Update:
+class LoraDelta:
     """What is learnt for one weight matrix (outputs, inputs)."""
 
     down: Tensor
@@ -60,7 +60,7 @@ class Update:
         """s·B·A, in fp32: (outputs, inputs)."""
         return self.up.float() @ self.down.float() * self.scale
 
-    def applied_to(self, weight: Tensor) -> Tensor:
+    def apply_to(self, weight: Tensor) -> Tensor:
         """The merged weight, in the dtype and layout of ``weight``; computed in fp32."""
         wide = weight.float().T if self.transposed else weight.float()
         merged = wide + self.change()
@@ -70,7 +70,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class RowUpdate:
+class EmbeddingRowDelta:
     """Rows of an embedding or a head that were learnt (``lora.token_rows``)."""
 
     ids: tuple[int, ...]
@@ -86,14 +86,14 @@ class RowUpdate:
         """Whether it is of a matrix of this shape."""
         return len(shape) == 2 and shape[0] >= self.shape[0] and shape[1] == self.shape[1]
 
-    def applied_to(self, weight: Tensor) -> Tensor:
+    def apply_to(self, weight: Tensor) -> Tensor:
         """The matrix with these rows in place of its own, in its dtype."""
         changed = weight.clone()
         changed[list(self.ids)] = self.rows.to(weight.dtype)
         return changed
 
 
-Updates = dict[str, Update | RowUpdate]
+AdapterDeltas = dict[str, LoraDelta | EmbeddingRowDelta]
 """By module name."""
 
 
@@ -109,7 +109,7 @@ def check_unchanged(folder: Path) -> None:
         )
 
 
-def read_updates(folder: Path) -> Updates:
+def read_deltas(folder: Path) -> AdapterDeltas:
     """Every update of an adapter. Raises UserError where one is neither LoRA of a linear module nor rows."""
     check_unchanged(folder)
     try:
@@ -122,7 +122,7 @@ def read_updates(folder: Path) -> Updates:
             fix="Give the adapter folder of a run, or another checkpoint.",
         ) from error
     parts: dict[str, dict[str, Tensor]] = {}
-    rows: dict[str, RowUpdate] = {}
+    rows: dict[str, EmbeddingRowDelta] = {}
     for key, tensor in tensors.items():
         if match := ROWS.fullmatch(key):
             ids = _ids_of(match[1], config)
@@ -132,7 +132,7 @@ def read_updates(folder: Path) -> Updates:
                     what=f"{folder}: {len(tensor)} rows of {match[1]}, and {len(ids)} named in {CONFIG}.",
                     fix="Give the adapter folder of a run, or another checkpoint.",
                 )
-            rows[match[1]] = RowUpdate(ids, tensor)
+            rows[match[1]] = EmbeddingRowDelta(ids, tensor)
             continue
         match = _PART.fullmatch(key)
         if match is None:
@@ -153,12 +153,12 @@ def _ids_of(module: str, config: dict[str, Any]) -> tuple[int, ...]:
     return tuple(indices or ())
 
 
-def _update(name: str, part: dict[str, Tensor], config: dict[str, Any]) -> Update:
+def _update(name: str, part: dict[str, Tensor], config: dict[str, Any]) -> LoraDelta:
     down, up = part["lora_A"], part["lora_B"]
     rank = down.shape[0]
     alphas = config.get("alpha_pattern") or {}
     alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
-    return Update(
+    return LoraDelta(
         down=down,
         up=up,
         scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),

@@ -24,7 +24,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     ``keys`` and ``values``: (1, heads, tokens, width), as :class:`DynamicLayer` has them.
     """
 
-    _rooms: tuple[Tensor, Tensor] | None = None
+    _buffers: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -34,25 +34,25 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if self._rooms is None or end > self._rooms[0].shape[-2]:
+        if self._buffers is None or end > self._buffers[0].shape[-2]:
             tokens = max(end + _STRIDE_TOKENS, start * 3 // 2)
-            self._rooms = (
-                _roomier(self.keys if start else None, key_states, tokens),
-                _roomier(self.values if start else None, value_states, tokens),
+            self._buffers = (
+                _grow(self.keys if start else None, key_states, tokens),
+                _grow(self.values if start else None, value_states, tokens),
             )
-        keys, values = self._rooms
+        keys, values = self._buffers
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
-    def forget_after(self, tokens: int) -> None:
+    def truncate(self, tokens: int) -> None:
         """Keep the first ``tokens`` only."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[:, :, :tokens], self.values[:, :, :tokens]
 
 
-class Kept:
+class PrefixCache:
     """What one voice has read so far, and the cache that goes with it."""
 
     def __init__(self, config: Any) -> None:
@@ -75,7 +75,7 @@ class Kept:
         if known < len(self.token_ids):
             if known and all(isinstance(layer, GrowingLayer) for layer in layers):
                 for layer in layers:
-                    layer.forget_after(known)
+                    layer.truncate(known)
             else:
                 # Sliding windows and recurrent states cannot go back.
                 self.clear()
@@ -91,9 +91,9 @@ def _new_cache(config: Any) -> Any:
     return cache
 
 
-def _roomier(held: Tensor | None, sample: Tensor, tokens: int) -> Tensor:
+def _grow(filled: Tensor | None, sample: Tensor, tokens: int) -> Tensor:
     batch, heads, _, width = sample.shape
-    room = torch.empty((batch, heads, tokens, width), dtype=sample.dtype, device=sample.device)
-    if held is not None:
-        room[:, :, : held.shape[-2]] = held
-    return room
+    buffer = torch.empty((batch, heads, tokens, width), dtype=sample.dtype, device=sample.device)
+    if filled is not None:
+        buffer[:, :, : filled.shape[-2]] = filled
+    return buffer

@@ -29,36 +29,36 @@ _ROUNDINGS = 1.0
 """By which a layer's output may differ from peft's in float64."""
 
 
-class Speaking:
+class ActiveAdapter:
     """Whose adapter the layers add: shared by all, so that a switch costs nothing."""
 
-    def __init__(self, voice: str) -> None:
-        self.voice = voice
+    def __init__(self, adapter_name: str) -> None:
+        self.adapter_name = adapter_name
 
 
-class LeanForward:
+class LoraForward:
     """Stands in for the ``forward`` of one peft layer. Inference only: it adds in place."""
 
-    def __init__(self, base: nn.Module, speaking: Speaking) -> None:
+    def __init__(self, base: nn.Module, active: ActiveAdapter) -> None:
         self._base = base
-        self._speaking = speaking
+        self._active = active
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def learn(self, voice: str, layer: Any) -> None:
+    def register(self, adapter_name: str, layer: Any) -> None:
         """Take the factors of an adapter over from peft."""
-        down, up = layer.lora_A[voice].weight.detach(), layer.lora_B[voice].weight.detach()
+        down, up = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
         if down.device.type == "cpu":
             down, up = down.float(), up.float()
-        down, up = down.T.contiguous(), up.T.contiguous() * layer.scaling[voice]
-        self._factors[voice] = (down, up)
+        down, up = down.T.contiguous(), up.T.contiguous() * layer.scaling[adapter_name]
+        self._factors[adapter_name] = (down, up)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.speak(self._speaking.voice, x)
+        return self.forward_with(self._active.adapter_name, x)
 
-    def speak(self, voice: str, x: Tensor) -> Tensor:
-        """The layer's output with the adapter ``voice``, or the base's where it has none."""
+    def forward_with(self, adapter_name: str, x: Tensor) -> Tensor:
+        """The layer's output with ``adapter_name``, or the base's where it has none."""
         output: Tensor = self._base(x)
-        factors = self._factors.get(voice)
+        factors = self._factors.get(adapter_name)
         if factors is not None:
             down, up = factors
             rows, inputs = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -77,61 +77,61 @@ def _is_quick(x: Tensor) -> bool:
     return x.device.type != "cpu" or (x.dtype == torch.bfloat16 and this_processor().native_bfloat16)
 
 
-class LeanRows:
+class TokenRowsForward:
     """Stands in for the ``forward`` of peft's module around an embedding or a head."""
 
-    def __init__(self, base: nn.Module, speaking: Speaking) -> None:
+    def __init__(self, base: nn.Module, active: ActiveAdapter) -> None:
         self._base = base
-        self._speaking = speaking
+        self._active = active
         self._rows: dict[str, TokenRows] = {}
 
-    def learn(self, voice: str, wrapper: Any) -> None:
+    def register(self, adapter_name: str, wrapper: Any) -> None:
         """Take the rows of an adapter over from peft."""
-        self._rows[voice] = rows_of(wrapper, voice)
+        self._rows[adapter_name] = rows_of(wrapper, adapter_name)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return with_rows(self._base, x, self._rows.get(self._speaking.voice))
+        return with_rows(self._base, x, self._rows.get(self._active.adapter_name))
 
 
-def active_token_rows(model: nn.Module, voice: str, speaking: Speaking) -> None:
-    """Let embedding and head take the rows that the adapter ``voice`` has of them, if any."""
+def fuse_token_rows(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> None:
+    """Let embedding and head take the rows that ``adapter_name`` has of them, if any."""
     for wrapper in row_wrappers(model):
         forward = vars(wrapper).get("forward")
         if forward is None:
-            forward = wrapper.forward = LeanRows(wrapper.original_module, speaking)
-        if voice in wrapper.token_adapter.trainable_tokens_delta:
-            forward.learn(voice, wrapper)
+            forward = wrapper.forward = TokenRowsForward(wrapper.original_module, active)
+        if adapter_name in wrapper.token_adapter.trainable_tokens_delta:
+            forward.register(adapter_name, wrapper)
 
 
-def lean(model: nn.Module, voice: str, speaking: Speaking) -> bool:
-    """Let the layers of ``model`` add the adapter ``voice`` in this way; False where it is no plain LoRA."""
-    layers = [layer for layer in _layers(model) if _has(layer, voice)]
-    if not all(_is_plain(layer, voice) for layer in layers):
+def fuse_adapter(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> bool:
+    """Add ``adapter_name`` to the layers of ``model`` in this way; False where it is not plain LoRA."""
+    layers = [layer for layer in _layers(model) if _has(layer, adapter_name)]
+    if not all(_is_plain(layer, adapter_name) for layer in layers):
         return False
     for layer in layers:
         forward = vars(layer).get("forward")
         if forward is None:
-            forward = LeanForward(layer.get_base_layer(), speaking)
-        forward.learn(voice, layer)
-        if not adds_as_peft(layer, voice, forward):
+            forward = LoraForward(layer.get_base_layer(), active)
+        forward.register(adapter_name, layer)
+        if not matches_peft(layer, adapter_name, forward):
             return False
         layer.forward = forward
     return True
 
 
 @torch.inference_mode()
-def adds_as_peft(layer: Any, voice: str, forward: LeanForward) -> bool:
+def matches_peft(layer: Any, adapter_name: str, forward: LoraForward) -> bool:
     """Whether ``forward`` adds to the base's output what peft's own forward adds, element by element.
 
     The base stands aside and gives values of our choice. peft computes in float64, so that what is left is
     the rounding of ``forward``: of its result and, where its factors have 16 bits, of the update's terms.
     """
-    down, up = layer.lora_A[voice].weight, layer.lora_B[voice].weight
+    down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     x, output = _example_tokens(down, up)
     factors = down.data, up.data
     active, own = layer.active_adapters, vars(layer).pop("forward", None)
     try:
-        layer.set_adapter(voice, inference_mode=True)
+        layer.set_adapter(adapter_name, inference_mode=True)
         down.data, up.data = down.data.double(), up.data.double()
         with temporary_forwards({layer.get_base_layer(): lambda given: output[: len(given)].double()}):
             expected = layer(x.double())
@@ -141,9 +141,9 @@ def adds_as_peft(layer: Any, voice: str, forward: LeanForward) -> bool:
         if own is not None:
             layer.forward = own
     inner = x.double().square() @ down.double().square().t()
-    update = (inner @ up.double().square().t()).sqrt() * abs(layer.scaling[voice])
+    update = (inner @ up.double().square().t()).sqrt() * abs(layer.scaling[adapter_name])
     with temporary_forwards({layer.get_base_layer(): lambda given: output[: len(given)].clone()}):
-        results = [forward.speak(voice, x[:count]) for count in (1, len(x))]
+        results = [forward.forward_with(adapter_name, x[:count]) for count in (1, len(x))]
     for result in results:
         wanted = expected[: len(result)]
         is_wide = x.dtype == torch.float32 or (x.device.type == "cpu" and len(result) == 1)
@@ -162,7 +162,7 @@ def _example_tokens(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(down.device, down.dtype), output.to(up.device, up.dtype)
 
 
-def as_peft_does(model: nn.Module) -> None:
+def restore_peft(model: nn.Module) -> None:
     """Undo ``lean``."""
     for layer in _layers(model):
         vars(layer).pop("forward", None)
@@ -175,16 +175,16 @@ def _layers(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def _has(layer: Any, voice: str) -> bool:
-    return voice in layer.lora_A or voice in layer.lora_embedding_A
+def _has(layer: Any, adapter_name: str) -> bool:
+    return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
 
 
-def _is_plain(layer: Any, voice: str) -> bool:
+def _is_plain(layer: Any, adapter_name: str) -> bool:
     """Whether the update is scale · B·A·x, which DoRA's and an embedding's are not."""
     return (
-        voice in layer.lora_A
-        and type(layer.lora_A[voice]) is nn.Linear
-        and voice not in layer.lora_variant
-        and not layer.lora_bias.get(voice, False)
+        adapter_name in layer.lora_A
+        and type(layer.lora_A[adapter_name]) is nn.Linear
+        and adapter_name not in layer.lora_variant
+        and not layer.lora_bias.get(adapter_name, False)
         and not layer.merged
     )

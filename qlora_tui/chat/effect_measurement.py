@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_tui.catalog.model_validation import weight_files
-from qlora_tui.chat.base_weights import place
+from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, read_deltas
+from qlora_tui.chat.base_weights import assign_deltas
+from qlora_tui.chat.chat_types import BASE
 from qlora_tui.chat.effect import Effect, LayerChange
 from qlora_tui.chat.session import ChatSession, model_folder
-from qlora_tui.chat.terms import BASE
-from qlora_tui.chat.updates import RowUpdate, Updates, read_updates
 from qlora_tui.data.dataset import prepare
 from qlora_tui.data.store import Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -34,49 +34,51 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 def measure_effect(
     session: ChatSession,
-    voice: str,
+    adapter_name: str,
     *,
-    tell: Callable[[str], None] = lambda words: None,
+    on_status: Callable[[str], None] = lambda words: None,
     stop: Event | None = None,
 ) -> Effect:
-    """Compare ``voice`` with the base on the validation side of the run's data.
+    """Compare ``adapter_name`` with the base on the validation side of the run's data.
 
     ``stop`` ends it with the conversations compared so far. Raises UserError where there is nothing to
     compare.
     """
-    if voice == BASE:
+    if adapter_name == BASE:
         raise UserError(
             "Nothing to compare",
             what="The base has no effect on itself.",
             fix="Choose an adapter.",
             exit_code=EXIT_USAGE,
         )
-    session.need(voice)
-    held_out = _held_out(session)
-    chosen = _spread(len(held_out), _MOST_SAMPLES)
-    sums = _Sums(session.end_ids)
+    session.ensure_loaded(adapter_name)
+    validation = _validation_samples(session)
+    chosen = _spread(len(validation), _MOST_SAMPLES)
+    sums = _EffectSums(session.end_ids)
     for number, i in enumerate(chosen, 1):
         if stop is not None and stop.is_set():
             break
-        tell(f"Comparing on conversation {number} of {len(chosen)}")
-        ids = list(held_out.token_ids(i)[:_MOST_TOKENS])
-        trained = held_out.trained(i)[:_MOST_TOKENS]
+        on_status(f"Comparing on conversation {number} of {len(chosen)}")
+        ids = list(validation.token_ids(i)[:_MOST_TOKENS])
+        trained = validation.trained(i)[:_MOST_TOKENS]
         before = [t - 1 for t in range(1, len(ids)) if trained[t]]
         if before:
             session.check(BASE, ids)
-            session.check(voice, ids)
+            session.check(adapter_name, ids)
             targets = torch.tensor([ids[t + 1] for t in before], device=session.device)
-            sums.add(session.scores(BASE, ids, before), session.scores(voice, ids, before), targets)
+            sums.add(
+                session.logits_at(BASE, ids, before), session.logits_at(adapter_name, ids, before), targets
+            )
     if not sums.tokens:
         raise UserError(
             "Nothing was compared",
             what="No held-out conversation was read to its answer.",
             fix="Try again, and let it finish.",
         )
-    tell("Comparing the weights")
-    updates = read_updates(Path(session.source.adapters[voice]))
+    on_status("Comparing the weights")
+    deltas = read_deltas(Path(session.source.adapters[adapter_name]))
     return Effect(
-        voice=voice,
+        adapter_name=adapter_name,
         samples=sums.samples,
         tokens=sums.tokens,
         mean_kl=sums.kl / sums.tokens,
@@ -87,13 +89,13 @@ def measure_effect(
         turns_ended=sums.turns_ended,
         turns_ended_by_base=sums.turns_ended_by_base,
         warning=session.warning,
-        token_rows=_token_rows(session, updates),
-        layers=_layer_changes(session, voice, updates),
+        token_rows=_token_rows(session, deltas),
+        layers=_layer_changes(session, adapter_name, deltas),
     )
 
 
 @dataclass
-class _Sums:
+class _EffectSums:
     """Over all choices so far."""
 
     end_ids: frozenset[int]
@@ -131,7 +133,7 @@ class _Sums:
             self.turns_ended_by_base += int((at_end & torch.isin(base_says, ends)).sum())
 
 
-def _held_out(session: ChatSession) -> Samples:
+def _validation_samples(session: ChatSession) -> Samples:
     recipe = session.source.recipe
     tokenizer = ChatTokenizer.from_folder(model_folder(recipe), recipe.model.chat_template)
     samples = prepare(recipe, tokenizer).validation
@@ -150,31 +152,31 @@ def _spread(count: int, most: int) -> list[int]:
     return [i * count // min(count, most) for i in range(min(count, most))]
 
 
-def _token_rows(session: ChatSession, updates: Updates) -> tuple[str, ...]:
-    rows = (update for update in updates.values() if isinstance(update, RowUpdate))
+def _token_rows(session: ChatSession, deltas: AdapterDeltas) -> tuple[str, ...]:
+    rows = (update for update in deltas.values() if isinstance(update, EmbeddingRowDelta))
     ids = dict.fromkeys(i for update in rows for i in update.ids)
     return tuple(session.tokenizer.backend.id_to_token(i) or str(i) for i in ids)
 
 
-def _layer_changes(session: ChatSession, voice: str, updates: Updates) -> tuple[LayerChange, ...]:
+def _layer_changes(session: ChatSession, adapter_name: str, deltas: AdapterDeltas) -> tuple[LayerChange, ...]:
     """Against the 16-bit base as it is on the disk, one weight in memory at a time."""
     base = model_folder(session.source.recipe)
-    adapter = Path(session.source.adapters[voice])
+    adapter = Path(session.source.adapters[adapter_name])
     files = [base / name for name in weight_files(base)]
     squares: dict[int, tuple[float, float]] = {}
-    for file, placed in place(updates, files, adapter).items():
+    for file, placed in assign_deltas(deltas, files, adapter).items():
         with safe_open(file, framework="pt") as content:
             for name, update in placed.items():
-                if (found := _LAYER.search(name)) is None:
+                if (match := _LAYER.search(name)) is None:
                     continue
-                layer = int(found[1])
+                layer = int(match[1])
                 weight = content.get_tensor(name).float()
-                change = update.applied_to(weight) - weight
-                moved, held = squares.get(layer, (0.0, 0.0))
-                squares[layer] = (moved + _square(change), held + _square(weight))
+                change = update.apply_to(weight) - weight
+                delta_square, base_square = squares.get(layer, (0.0, 0.0))
+                squares[layer] = (delta_square + _square(change), base_square + _square(weight))
     return tuple(
-        LayerChange(layer=layer, relative=(moved / held) ** 0.5 if held else 0.0)
-        for layer, (moved, held) in sorted(squares.items())
+        LayerChange(layer=layer, relative=(delta_square / base_square) ** 0.5 if base_square else 0.0)
+        for layer, (delta_square, base_square) in sorted(squares.items())
     )
 
 

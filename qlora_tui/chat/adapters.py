@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.chat.lean import Speaking, active_token_rows, as_peft_does, lean
-from qlora_tui.chat.terms import BASE
-from qlora_tui.chat.updates import CONFIG, ROWS, WEIGHTS, check_unchanged
+from qlora_tui.chat.adapter_deltas import CONFIG, ROWS, WEIGHTS, check_unchanged
+from qlora_tui.chat.adapter_forwards import ActiveAdapter, fuse_adapter, fuse_token_rows, restore_peft
+from qlora_tui.chat.chat_types import BASE
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.training.adapter import exact_target_names
 from qlora_tui.training.clean_files import adapter_view
@@ -19,92 +19,93 @@ from qlora_tui.training.clean_files import adapter_view
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
-class Voices:
+class AdapterSet:
     """Which adapter the model speaks with."""
 
     def __init__(self, model: Any, folders: Mapping[str, str]) -> None:
         self._model = model
         self._folders = folders
-        self._with_adapters: Any = None
+        self._peft_model: Any = None
         self._loaded: set[str] = set()
-        self._speaking = Speaking(BASE)
-        self._lean = True
+        self._active = ActiveAdapter(BASE)
+        self._fused = True
         """Whether every adapter read so far is plain LoRA, and none needs peft's own forward."""
 
-    def need(self, voice: str) -> None:
-        """See that ``voice`` can speak, reading its adapter if it has not been read. Raises UserError."""
-        if voice == BASE or voice in self._loaded:
+    def ensure_loaded(self, adapter_name: str) -> None:
+        """See that ``adapter_name`` can speak, reading its adapter if it has not been read. Raises
+        UserError."""
+        if adapter_name == BASE or adapter_name in self._loaded:
             return
-        folder = self._folders.get(voice)
+        folder = self._folders.get(adapter_name)
         if folder is None:
             raise UserError(
                 "No such voice",
-                what=f"There is no {voice!r} here, but {', '.join((BASE, *self._folders))}.",
+                what=f"There is no {adapter_name!r} here, but {', '.join((BASE, *self._folders))}.",
                 fix="Name one of these.",
                 exit_code=EXIT_USAGE,
             )
-        self._load(voice, Path(folder))
-        self._loaded.add(voice)
-        active_token_rows(self._model, voice, self._speaking)
-        self._lean = self._lean and lean(self._model, voice, self._speaking)
-        if not self._lean:
-            as_peft_does(self._model)
+        self._load(adapter_name, Path(folder))
+        self._loaded.add(adapter_name)
+        fuse_token_rows(self._model, adapter_name, self._active)
+        self._fused = self._fused and fuse_adapter(self._model, adapter_name, self._active)
+        if not self._fused:
+            restore_peft(self._model)
             # Reading an adapter switches it on.
-            self._speaking.voice = voice
+            self._active.adapter_name = adapter_name
 
-    def speak_as(self, voice: str) -> None:
-        """Switch to a voice that ``need`` has seen to."""
-        if voice == self._speaking.voice:
+    def activate(self, adapter_name: str) -> None:
+        """Switch to an adapter that ``ensure_loaded`` has loaded."""
+        if adapter_name == self._active.adapter_name:
             return
-        self._speaking.voice = voice
-        if self._lean:
+        self._active.adapter_name = adapter_name
+        if self._fused:
             return
-        self._switch_peft_to(voice)
+        self._switch_peft_to(adapter_name)
 
     @contextmanager
-    def through_peft(self, voice: str) -> Iterator[None]:
-        """Let peft itself answer as ``voice``, where the layers compute by its code; then as before."""
-        if self._with_adapters is None:
+    def through_peft(self, adapter_name: str) -> Iterator[None]:
+        """Let peft compute ``adapter_name`` while the layers run its code; restore the state afterwards."""
+        if self._peft_model is None:
             yield
             return
-        before = self._speaking.voice
+        before = self._active.adapter_name
         try:
-            self._switch_peft_to(voice)
+            self._switch_peft_to(adapter_name)
             yield
         finally:
-            if not self._lean:
+            if not self._fused:
                 self._switch_peft_to(before)
 
     def use_peft(self) -> None:
         """Let peft compute every adapter from here on."""
-        self._lean = False
-        if self._with_adapters is not None:
-            self._switch_peft_to(self._speaking.voice)
+        self._fused = False
+        if self._peft_model is not None:
+            self._switch_peft_to(self._active.adapter_name)
 
-    def _switch_peft_to(self, voice: str) -> None:
-        tuner = self._with_adapters.base_model
-        if voice == BASE:
+    def _switch_peft_to(self, adapter_name: str) -> None:
+        tuner = self._peft_model.base_model
+        if adapter_name == BASE:
             tuner.disable_adapter_layers()
         else:
             tuner.enable_adapter_layers()
-            tuner.set_adapter(voice, inference_mode=True)
+            tuner.set_adapter(adapter_name, inference_mode=True)
 
-    def _load(self, voice: str, folder: Path) -> None:
+    def _load(self, adapter_name: str, folder: Path) -> None:
         from peft import PeftModel
 
         _check(folder)
         check_unchanged(folder)
         _check_fits(folder, self._model)
         # At the precision the model computes in: the conversions would cost time at every token.
-        kept = {"adapter_name": voice, "is_trainable": False, "autocast_adapter_dtype": False}
+        options = {"adapter_name": adapter_name, "is_trainable": False, "autocast_adapter_dtype": False}
         try:
             with adapter_view(folder) as view, exact_target_names(self._model, _targets(folder)):
-                if self._with_adapters is None:
-                    self._with_adapters = PeftModel.from_pretrained(self._model, str(view), **kept)
+                if self._peft_model is None:
+                    self._peft_model = PeftModel.from_pretrained(self._model, str(view), **options)
                 else:
-                    self._with_adapters.load_adapter(str(view), torch_device=str(self._model.device), **kept)
-                    self._with_adapters.base_model.enable_adapter_layers()
-                    self._with_adapters.base_model.set_adapter(voice, inference_mode=True)
+                    self._peft_model.load_adapter(str(view), torch_device=str(self._model.device), **options)
+                    self._peft_model.base_model.enable_adapter_layers()
+                    self._peft_model.base_model.set_adapter(adapter_name, inference_mode=True)
         except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
             raise _unfit(folder, _first_line(error)) from error
         self._model.eval()
@@ -123,8 +124,8 @@ def uses_dora(folder: str) -> bool:
 
 def _targets(folder: Path) -> list[str] | str:
     """Names of modules, or a pattern that some other program wrote."""
-    found: list[str] | str = json.loads((folder / CONFIG).read_bytes()).get("target_modules") or ""
-    return found
+    targets: list[str] | str = json.loads((folder / CONFIG).read_bytes()).get("target_modules") or ""
+    return targets
 
 
 def _check(folder: Path) -> None:
@@ -176,9 +177,9 @@ def _check_fits(folder: Path, model: Any) -> None:
             width = module.weight.shape[1]
         else:
             width = getattr(module, "in_features" if side == "A" else "out_features", None)
-        held = shape[0 if side == "B" else 1]
-        if width is not None and width != held:
-            raise _unfit(folder, f"{name} is {width} wide in the model and {held} in the adapter.")
+        adapter_width = shape[0 if side == "B" else 1]
+        if width is not None and width != adapter_width:
+            raise _unfit(folder, f"{name} is {width} wide in the model and {adapter_width} in the adapter.")
 
 
 def _unfit(folder: Path, what: str) -> UserError:

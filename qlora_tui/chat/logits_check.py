@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.chat.attention import NAME
-from qlora_tui.chat.four_bit import OneToken
-from qlora_tui.chat.lean import LeanForward, LeanRows
+from qlora_tui.chat.adapter_forwards import LoraForward, TokenRowsForward
+from qlora_tui.chat.cpu_4bit import SingleTokenForward
+from qlora_tui.chat.decode_attention import NAME
 from qlora_tui.training.model_loading import set_attention
 from qlora_tui.training.step_check import FACTOR, rounding_error_of, rounding_errors
 
@@ -28,7 +28,7 @@ _MOST_DRAWS = 4
 
 
 @dataclass(frozen=True)
-class ScoresComparison:
+class LogitsComparison:
     """How far the chat's scores are from the library's."""
 
     difference: float
@@ -42,9 +42,9 @@ class ScoresComparison:
         return self.difference <= FACTOR * self.noise
 
 
-def compare_scores(
+def compare_logits(
     model: Any, dtype: torch.dtype, ours: Callable[[], Tensor], library: Callable[[], Tensor]
-) -> ScoresComparison:
+) -> LogitsComparison:
     """Compare two ways to the same scores (rows, vocabulary).
 
     Args:
@@ -58,7 +58,7 @@ def compare_scores(
     for draw in range(_MOST_DRAWS):
         with rounding_errors(model, rounding_error_of(dtype), seed=draw):
             noise = max(noise, float((library().float() - expected).norm()) / spread)
-        comparison = ScoresComparison(difference, noise)
+        comparison = LogitsComparison(difference, noise)
         if comparison.agrees:
             break
     return comparison
@@ -93,5 +93,7 @@ def _replaced(model: nn.Module) -> dict[nn.Module, Any]:
     return {
         module: forward
         for module in model.modules()
-        if isinstance(forward := vars(module).get("forward"), LeanForward | LeanRows | OneToken)
+        if isinstance(
+            forward := vars(module).get("forward"), LoraForward | TokenRowsForward | SingleTokenForward
+        )
     }

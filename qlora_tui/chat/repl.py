@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from qlora_tui.chat.sources import chosen_voice, of_run
-from qlora_tui.chat.terms import BASE, GREEDY, ChatSource, Compared, Said, Sampling
+from qlora_tui.chat.chat_sources import choose_adapter, run_source
+from qlora_tui.chat.chat_types import BASE, GREEDY, AnswerComparison, ChatSource, Sampling, TextChunk
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
@@ -24,7 +24,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.visible import visible
 
 if TYPE_CHECKING:
-    from qlora_tui.chat.reply import Reply
+    from qlora_tui.chat.generation import AnswerStream
     from qlora_tui.chat.session import ChatSession
 
 _HELP = (
@@ -33,7 +33,7 @@ _HELP = (
 )
 
 
-def answer(
+def generate_once(
     run: RunDir,
     prompt: str,
     *,
@@ -41,38 +41,43 @@ def answer(
     checkpoint: int | None = None,
     sampling: Sampling | None = None,
     thinking: Thinking = "auto",
-) -> Iterator[Said]:
+) -> Iterator[TextChunk]:
     """One answer, in pieces as they come, its thoughts among them; notes go to stderr. Raises UserError.
 
     ``thinking`` is on, off, or ``auto``: as the run was trained.
     """
-    source = of_run(run)
-    voice = chosen_voice(source, base=base, checkpoint=checkpoint)
-    session = _loaded(source, _note)
+    source = run_source(run)
+    adapter_name = choose_adapter(source, base=base, checkpoint=checkpoint)
+    session = _load(source, _note)
     _note_effect(session, thinking)
-    reply = session.ask([Message("user", prompt)], voice=voice, sampling=sampling, thinking=thinking)
+    reply = session.ask(
+        [Message("user", prompt)], adapter_name=adapter_name, sampling=sampling, thinking=thinking
+    )
     yield from _with_notes(reply)
 
 
-def compare(
-    source: ChatSource, prompts: Sequence[str], *, max_new_tokens: int = 80, voice: str = ""
-) -> list[Compared]:
+def compare_answers(
+    source: ChatSource, prompts: Sequence[str], *, max_new_tokens: int = 80, adapter_name: str = ""
+) -> list[AnswerComparison]:
     """What the base and an adapter (the final one unless told) answer to each prompt, greedily.
 
     One copy of the base serves both. Raises UserError.
     """
-    voice = voice or chosen_voice(source)
-    session = _loaded(source, lambda words: None)
+    adapter_name = adapter_name or choose_adapter(source)
+    session = _load(source, lambda words: None)
     sampling = replace(GREEDY, max_new_tokens=max_new_tokens)
 
-    def say(prompt: str, who: str) -> str:
-        reply = session.ask([Message("user", prompt)], voice=who, sampling=sampling)
-        return "".join(said.text for said in reply if not said.thought).strip()
+    def generate(prompt: str, who: str) -> str:
+        reply = session.ask([Message("user", prompt)], adapter_name=who, sampling=sampling)
+        return "".join(chunk.text for chunk in reply if not chunk.thought).strip()
 
-    return [Compared(prompt, base=say(prompt, BASE), adapter=say(prompt, voice)) for prompt in prompts]
+    return [
+        AnswerComparison(prompt, base=generate(prompt, BASE), adapter=generate(prompt, adapter_name))
+        for prompt in prompts
+    ]
 
 
-def converse(
+def run_repl(
     run: RunDir,
     *,
     base: bool = False,
@@ -82,26 +87,26 @@ def converse(
     ask_user: Callable[[str], str] = input,
 ) -> None:
     """Talk on stdin and stdout until end of file; notes go to stderr. Raises UserError."""
-    source = of_run(run)
-    voice = chosen_voice(source, base=base, checkpoint=checkpoint)
+    source = run_source(run)
+    adapter_name = choose_adapter(source, base=base, checkpoint=checkpoint)
     # Line editing for input(), where Python has it.
     with suppress(ImportError):
         import readline  # noqa: F401
-    session = _loaded(source, _note)
+    session = _load(source, _note)
     _note(_HELP)
     _note_effect(session, thinking)
     messages: list[Message] = []
     while True:
         try:
             # The library of line editing writes the prompt past sys.stdout.
-            line = ask_user(f"{visible(voice)}> ").strip()
+            line = ask_user(f"{visible(adapter_name)}> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
         if not line:
             continue
         if not line.startswith("/"):
-            messages = _turn(session, voice, [*messages, Message("user", line)], sampling, thinking)
+            messages = _turn(session, adapter_name, [*messages, Message("user", line)], sampling, thinking)
             continue
         word, _, rest = line.partition(" ")
         if word == "/quit":
@@ -114,19 +119,19 @@ def converse(
         elif word == "/thought":
             thoughts = [message.reasoning for message in messages if message.reasoning]
             _note(thoughts[-1] if thoughts else "It has not thought yet.")
-        elif word == "/voice" and rest in source.voices:
-            voice = rest
+        elif word == "/voice" and rest in source.adapter_names:
+            adapter_name = rest
         elif word == "/voice":
-            _note(f"There are: {', '.join(source.voices)}.")
+            _note(f"There are: {', '.join(source.adapter_names)}.")
         else:
             _note(_HELP)
 
 
-def _loaded(source: ChatSource, tell: Callable[[str], None]) -> ChatSession:
+def _load(source: ChatSource, on_status: Callable[[str], None]) -> ChatSession:
     configure_torch_env()
     from qlora_tui.chat.session import load_session
 
-    return load_session(source, tell)
+    return load_session(source, on_status)
 
 
 def _note_effect(session: ChatSession, thinking: Thinking) -> None:
@@ -135,18 +140,18 @@ def _note_effect(session: ChatSession, thinking: Thinking) -> None:
         _note(words)
 
 
-def _with_notes(reply: Reply) -> Iterator[Said]:
+def _with_notes(reply: AnswerStream) -> Iterator[TextChunk]:
     """The pieces of a reply; that it thinks, and for how long it did, goes to stderr."""
     began, thought = 0.0, None
-    for said in reply:
-        if said.thought and thought is None:
+    for chunk in reply:
+        if chunk.thought and thought is None:
             began = time.monotonic()
             _note("Thinking…")
-        elif not said.thought and thought is not None:
+        elif not chunk.thought and thought is not None:
             _note(f"Thought for {time.monotonic() - began:.1f} s, {pluralize(thought.tokens, 'token')}.")
             thought = None
-        thought = said if said.thought else thought
-        yield said
+        thought = chunk if chunk.thought else thought
+        yield chunk
     if reply.outcome is not None and reply.outcome.warning:
         _note(f"\n{reply.outcome.warning}")
     if thought is not None:
@@ -158,7 +163,7 @@ def _with_notes(reply: Reply) -> Iterator[Said]:
 
 def _turn(
     session: ChatSession,
-    voice: str,
+    adapter_name: str,
     messages: list[Message],
     sampling: Sampling | None,
     thinking: Thinking,
@@ -166,18 +171,18 @@ def _turn(
     """Print the answer as it comes; the conversation with it."""
     answer = thought = ""
     try:
-        reply = session.ask(messages, voice=voice, sampling=sampling, thinking=thinking)
+        reply = session.ask(messages, adapter_name=adapter_name, sampling=sampling, thinking=thinking)
     except UserError as problem:
         # Too long, or refused by the template: what was said before stands.
         _note(str(problem))
         return messages[:-1]
     try:
-        for said in _with_notes(reply):
-            if said.thought:
-                thought += said.text
+        for chunk in _with_notes(reply):
+            if chunk.thought:
+                thought += chunk.text
                 continue
-            answer += said.text
-            print(said.text, end="", flush=True)
+            answer += chunk.text
+            print(chunk.text, end="", flush=True)
     except KeyboardInterrupt:
         _note("\nStopped.")
     else:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora_tui.training.agreement import bitwise_equal, within_rounding
 
-_KNOWN = re.compile(r"0\.(49|50)\.")
+_SUPPORTED = re.compile(r"0\.(49|50)\.")
 """Versions of bitsandbytes whose kernel takes what is handed over here; others are called as they ask for."""
 _CHUNK_ROWS = 1024
 """Of a weight that are in fp32 at a time."""
@@ -28,7 +28,7 @@ _ROWS = 32
 """Outputs that the layout takes together."""
 
 
-def answer_from_cpu_layout(model: nn.Module) -> None:
+def use_cpu_layout(model: nn.Module) -> None:
     """Let 4-bit layers take the layout that this CPU answers fastest from, if any; nothing trains here."""
     layers: list[Any] = [each for each in model.modules() if hasattr(each, "support_avx512bf16_for_cpu")]
     if not layers:
@@ -39,21 +39,21 @@ def answer_from_cpu_layout(model: nn.Module) -> None:
 
     if not has_avx512bf16():
         return
-    known = _KNOWN.match(bitsandbytes.__version__)
-    proven: dict[tuple[object, ...], bool] = {}
+    is_supported = _SUPPORTED.match(bitsandbytes.__version__)
+    verified: dict[tuple[object, ...], bool] = {}
     for layer in filter(_has_the_shape, layers):
         state = layer.weight.quant_state
         case = (*state.shape, state.blocksize, state.quant_type, state.nested, layer.bias is None)
-        if case not in proven:
-            proven[case] = layout_agrees(layer)
-        if not proven[case]:
+        if case not in verified:
+            verified[case] = layout_agrees(layer)
+        if not verified[case]:
             continue
         layer.support_avx512bf16_for_cpu = True
         # The layout changes with the first product: now, so that the first question need not wait for it.
         layer(torch.zeros(1, layer.in_features, dtype=layer.compute_dtype))
-        layer._save_to_state_dict = _nothing
-        if known and (product := _straight(layer)) and _gives_the_same(product, layer):
-            layer.forward = OneToken(layer.forward, product)
+        layer._save_to_state_dict = _save_nothing
+        if is_supported and (product := _direct_kernel(layer)) and _matches_layer(product, layer):
+            layer.forward = SingleTokenForward(layer.forward, product)
 
 
 def _has_the_shape(layer: Any) -> bool:
@@ -92,7 +92,7 @@ def layout_agrees(layer: Any) -> bool:
 
 
 @torch.no_grad()
-def _gives_the_same(product: Callable[[Tensor], Tensor], layer: Any) -> bool:
+def _matches_layer(product: Callable[[Tensor], Tensor], layer: Any) -> bool:
     """Whether the kernel, called without bitsandbytes, gives each bit of what the layer gives."""
     x = _example_tokens(layer)[:1]
     return bitwise_equal(product(x), layer(x))
@@ -105,25 +105,27 @@ def _example_tokens(layer: Any) -> Tensor:
     return x.to(layer.compute_dtype)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
+def _save_nothing(*args: Any, **kwargs: Any) -> None:
     """What is saved of a layer. bitsandbytes would lay its weights out for saving, for good, and round their
     scales a second time: peft asks for them as it reads an adapter, and does without.
     """
 
 
-class OneToken:
+class SingleTokenForward:
     """Stands in for the ``forward`` of one ``Linear4bit``."""
 
-    def __init__(self, stock: Callable[[Tensor], Tensor], product: Callable[[Tensor], Tensor]) -> None:
-        self._stock = stock
+    def __init__(
+        self, original_forward: Callable[[Tensor], Tensor], product: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._original_forward = original_forward
         self._product = product
 
     def __call__(self, x: Tensor) -> Tensor:
         is_one = x.numel() == x.shape[-1] and x.dtype == torch.bfloat16 and x.is_contiguous()
-        return self._product(x) if is_one else self._stock(x)
+        return self._product(x) if is_one else self._original_forward(x)
 
 
-def _straight(layer: Any) -> Callable[[Tensor], Tensor] | None:
+def _direct_kernel(layer: Any) -> Callable[[Tensor], Tensor] | None:
     """A function from one token's inputs (…, inputs) to its outputs; None where the layout is another."""
     from bitsandbytes.cextension import lib
 
@@ -137,9 +139,9 @@ def _straight(layer: Any) -> Callable[[Tensor], Tensor] | None:
     strides = c_int64(state.blocksize), c_int64(inputs), c_int64(outputs)
     addresses = c_void_p(weight.data_ptr()), c_void_p(absmax.data_ptr())
 
-    def product(x: Tensor, held: object = (weight, absmax)) -> Tensor:
-        made = x.new_empty((*x.shape[:-1], outputs))
-        kernel(*sizes, c_void_p(x.data_ptr()), *addresses, c_void_p(made.data_ptr()), *strides)
-        return made if bias is None else made.add_(bias)
+    def product(x: Tensor, owners: object = (weight, absmax)) -> Tensor:
+        out = x.new_empty((*x.shape[:-1], outputs))
+        kernel(*sizes, c_void_p(x.data_ptr()), *addresses, c_void_p(out.data_ptr()), *strides)
+        return out if bias is None else out.add_(bias)
 
     return product
