@@ -166,11 +166,11 @@ def recipe_of(case: Case) -> Recipe:
 
 def compare(case: Case) -> Compared:
     """Trace and estimate one case."""
-    from qlora_tui.engine.trace import trace
-    from qlora_tui.engine.tracing import Request
+    from qlora_tui.engine.trace_client import TraceRequest
+    from qlora_tui.engine.trace_worker import trace_request
 
     config, recipe = cut_config(case.family), recipe_of(case)
-    traced = trace(Request(config=config, recipe=recipe, loss=case.loss))
+    traced = trace_request(TraceRequest(config=config, recipe=recipe, loss=case.loss))
     path = replace(trainer_execution(recipe, Device()), loss="stock" if case.loss == "stock" else "chunked")
     return Compared(case, traced.step_bytes, closed_form(recipe, parse_architecture(config), path)["step"])
 

@@ -114,7 +114,7 @@ def _data(args: argparse.Namespace) -> Data:
 def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
     if not args.model:
         return None
-    from qlora_tui.engine.previews import tokenizer_folder  # 0.1 s
+    from qlora_tui.engine.data_service import tokenizer_folder  # 0.1 s
 
     chosen = to_recipe({"model": {"chat_template": args.template}}, origin="the command line")
     return ChatTokenizer.from_folder(tokenizer_folder(args.model), chosen.model.chat_template)

@@ -129,7 +129,7 @@ def _optional_trace(
     # With the loop they take half as long to load as the whole estimate takes.
     import asyncio
 
-    from qlora_tui.engine.tracing import trace_step
+    from qlora_tui.engine.trace_client import trace_step
 
     try:
         return asyncio.run(trace_step(load_model_config(recipe.model.id), recipe, budget.device))

@@ -1,8 +1,9 @@
-"""The child process that holds what needs torch or transformers, and how the app asks it.
+"""The child process that holds what needs torch or transformers, and the client the app uses.
 
-client     the app's side, asyncio, no torch
-protocol   what may be asked and answered
-server     the child's side, started by ``python -m qlora_tui.engine`` (chats, previews)
-trace      a training step counted on torch's meta device (meta_model); tracing starts it as a process
-place      where the engine's log is
+client           the app's side, asyncio, no torch
+protocol         requests and replies
+server           the child's side, started by ``python -m qlora_tui.engine`` (chat_service, data_service)
+trace_worker     counts the memory of a training step on torch's meta device (meta_model); trace_client
+                 starts it as a process
+log_file         the engine's log
 """

@@ -21,16 +21,24 @@ from typing import Self
 import msgspec
 
 from qlora_tui import subprocesses
-from qlora_tui.engine.place import roomy_log
-from qlora_tui.engine.protocol import AnyReply, AnyRequest, Asked, Failure, Stop, decode_answered, encode
+from qlora_tui.engine.log_file import truncated_log
+from qlora_tui.engine.protocol import (
+    AnyReply,
+    AnyRequest,
+    Failure,
+    RequestEnvelope,
+    Stop,
+    decode_reply,
+    encode,
+)
 from qlora_tui.errors import UserError
 
 _LONGEST_LINE_BYTES = 1 << 26
-_PATIENCE_S = 3.0
+_SHUTDOWN_TIMEOUT_S = 3.0
 """How long a child may take to end by itself."""
 
 
-class EngineClosed(UserError):
+class EngineClosedError(UserError):
     """Whoever asked closed the engine before it had answered: no failure, and nobody need be told."""
 
     def __init__(self) -> None:
@@ -60,9 +68,9 @@ class EngineClient:
         """Of the child; None while there is none."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
-    def ask(self, request: AnyRequest) -> Answer:
+    def ask(self, request: AnyRequest) -> ReplyStream:
         """The replies to a question; the last is ``final``. It is sent when the first is awaited."""
-        return Answer(self, request)
+        return ReplyStream(self, request)
 
     async def start(self) -> None:
         """Start the child ahead of need. Raises UserError."""
@@ -79,7 +87,7 @@ class EngineClient:
         if process.stdin is not None:
             process.stdin.close()
         try:
-            await asyncio.wait_for(process.wait(), _PATIENCE_S)
+            await asyncio.wait_for(process.wait(), _SHUTDOWN_TIMEOUT_S)
         except TimeoutError:
             with suppress(ProcessLookupError):
                 process.kill()
@@ -90,7 +98,7 @@ class EngineClient:
 
     async def _start(self) -> None:
         try:
-            with roomy_log().open("ab") as log:
+            with truncated_log().open("ab") as log:
                 self._process = await asyncio.create_subprocess_exec(
                     *subprocesses.module_argv("qlora_tui.engine"),
                     stdin=asyncio.subprocess.PIPE,
@@ -113,14 +121,14 @@ class EngineClient:
         assert process.stdout is not None
         async for line in process.stdout:
             try:
-                answered = decode_answered(line)
+                envelope = decode_reply(line)
             except msgspec.MsgspecError:
                 continue
-            if (queue := self._waiting.get(answered.number)) is not None:
-                queue.put_nowait(answered.reply)
+            if (queue := self._waiting.get(envelope.number)) is not None:
+                queue.put_nowait(envelope.reply)
         code = await process.wait()
         # Whoever closes it lets go of it first.
-        lost = _lost(code) if self._process is process else EngineClosed()
+        lost = _lost_error(code) if self._process is process else EngineClosedError()
         for queue in self._waiting.values():
             queue.put_nowait(lost)
         if self._process is process:
@@ -131,16 +139,16 @@ class EngineClient:
         self._number += 1
         number = self._number
         self._waiting[number] = asyncio.Queue()
-        self._write(Asked(number, request))
+        self._write(RequestEnvelope(number, request))
         return number
 
-    def _write(self, asked: Asked) -> None:
+    def _write(self, envelope: RequestEnvelope) -> None:
         # A child that has just died is noticed by _listen, which has more to say about it.
         if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.write(encode(asked))
+            self._process.stdin.write(encode(envelope))
 
 
-class Answer(AsyncIterator["AnyReply"]):
+class ReplyStream(AsyncIterator["AnyReply"]):
     """Replies as they come. A Failure is raised as the UserError it tells of; so is a lost engine.
 
     When the task that waits is cancelled, the engine stops too.
@@ -152,7 +160,7 @@ class Answer(AsyncIterator["AnyReply"]):
         self._number: int | None = None
         self._over = False
 
-    def __aiter__(self) -> Answer:
+    def __aiter__(self) -> ReplyStream:
         return self
 
     async def __anext__(self) -> AnyReply:
@@ -180,7 +188,7 @@ class Answer(AsyncIterator["AnyReply"]):
         if self._number is None:
             self._over = True
         elif not self._over:
-            self._client._write(Asked(0, Stop(asked=self._number)))
+            self._client._write(RequestEnvelope(0, Stop(request_number=self._number)))
 
     def _end(self) -> None:
         self._over = True
@@ -188,8 +196,8 @@ class Answer(AsyncIterator["AnyReply"]):
             self._client._waiting.pop(self._number, None)
 
 
-def _lost(exit_code: int) -> UserError:
-    log = roomy_log()
+def _lost_error(exit_code: int) -> UserError:
+    log = truncated_log()
     killed = exit_code < 0
     return UserError(
         "The engine is gone",

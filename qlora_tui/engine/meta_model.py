@@ -9,11 +9,11 @@ from torch import nn
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.code_keys import without_code
-from qlora_tui.engine.tracing import Request
+from qlora_tui.engine.trace_client import TraceRequest
 from qlora_tui.recipe.schema import Recipe
 
 
-def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> tuple[Any, bool]:
+def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype) -> tuple[Any, bool]:
     """The model as the trainer prepares it, without weights, and whether samples in a row are kept apart."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -46,23 +46,23 @@ def build(request: Request, architecture: Architecture, dtype: torch.dtype) -> t
         return add_lora(model, recipe.lora, architecture, range(len(set(recipe.lora.token_rows)))), segments
 
 
-def inputs(request: Request, *, packing_isolated: bool) -> dict[str, Any]:
+def inputs(request: TraceRequest, *, packing_isolated: bool) -> dict[str, Any]:
     """One micro-batch, every token learnt from: end to end in one row where samples are kept apart."""
     recipe = request.recipe
     rows, length = recipe.training.micro_batch, recipe.data.max_length
     shape = (1, rows * length) if packing_isolated else (rows, length)
     labels = torch.zeros(shape, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
-    made: dict[str, Any] = {
+    batch: dict[str, Any] = {
         "input_ids": torch.zeros(shape, dtype=torch.long, device="meta"),
         "labels": labels,
     }
     if packing_isolated:
-        made["position_ids"] = torch.zeros(shape, dtype=torch.long, device="meta")
-        made["segments"] = [length] * rows
+        batch["position_ids"] = torch.zeros(shape, dtype=torch.long, device="meta")
+        batch["segments"] = [length] * rows
     else:
         # On the CPU, where transformers can look into it and find nothing masked.
-        made["attention_mask"] = torch.ones(shape, dtype=torch.long)
-    return made
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    return batch
 
 
 def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtype: torch.dtype) -> None:
@@ -79,7 +79,7 @@ def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtyp
             holder = model.get_submodule(parent)
         except AttributeError:  # text model taken out of a multimodal one
             continue
-        made = Linear4bit(
+        layer = Linear4bit(
             module.in_features, module.out_features, bias=module.bias, compute_dtype=dtype, device="meta"
         )
         count = module.weight_params
@@ -102,7 +102,7 @@ def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtyp
             offset=torch.empty((), device="meta") if nested else None,
             state2=inner,
         )
-        made.weight = Params4bit(
+        layer.weight = Params4bit(
             torch.empty(-(-count // 2), 1, dtype=torch.uint8, device="meta"),
             requires_grad=False,
             quant_state=state,
@@ -110,8 +110,8 @@ def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtyp
             compress_statistics=nested,
             bnb_quantized=True,
         )
-        made.quant_state = state
-        if made.bias is not None:
-            made.bias = nn.Parameter(made.bias.to(dtype), requires_grad=False)
-        setattr(holder, leaf, made)
+        layer.quant_state = state
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        setattr(holder, leaf, layer)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what peft goes by

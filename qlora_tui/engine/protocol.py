@@ -1,8 +1,8 @@
-"""What goes between the engine and who asks it: JSON lines, one envelope each. Loads no torch.
+"""Messages between the app and the engine: JSON lines, one envelope each. Loads no torch.
 
-A question travels as :class:`Asked` on the engine's stdin; what comes back carries the question's number and
-ends with exactly one reply that is ``final``. The engine works on one question at a time, but for answers of
-the chat, which grow side by side.
+A request travels as :class:`RequestEnvelope` on the engine's stdin. Each reply carries the request's number,
+and exactly one ``final`` reply ends it. The engine handles one request at a time, except for chat answers,
+which are generated side by side.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source, Thinking
 
 
-class Request(Struct, frozen=True, kw_only=True, tag_field="ask", omit_defaults=True):
+class EngineRequest(Struct, frozen=True, kw_only=True, tag_field="ask", omit_defaults=True):
     """A question to the engine."""
 
 
-class LoadChat(Request, frozen=True, kw_only=True, tag="load_chat"):
+class LoadChat(EngineRequest, frozen=True, kw_only=True, tag="load_chat"):
     """Hold this model ready to talk, in place of the one held. Replies: Stage…, then ChatReady."""
 
     source: ChatSource
 
 
-class Generate(Request, frozen=True, kw_only=True, tag="generate"):
+class Generate(EngineRequest, frozen=True, kw_only=True, tag="generate"):
     """Answer a conversation with the model that is loaded. Replies: Text…, then Done."""
 
     messages: tuple[Message, ...]
@@ -40,7 +40,7 @@ class Generate(Request, frozen=True, kw_only=True, tag="generate"):
     thinking: Thinking = "auto"
 
 
-class MeasureEffect(Request, frozen=True, kw_only=True, tag="measure_effect"):
+class MeasureEffect(EngineRequest, frozen=True, kw_only=True, tag="measure_effect"):
     """Compare a voice of the loaded model with its base on held-out data. Replies: Stage…, EffectMeasured.
 
     A Stop ends it early, with what was compared so far.
@@ -49,11 +49,11 @@ class MeasureEffect(Request, frozen=True, kw_only=True, tag="measure_effect"):
     adapter_name: str
 
 
-class Unload(Request, frozen=True, kw_only=True, tag="unload"):
+class Unload(EngineRequest, frozen=True, kw_only=True, tag="unload"):
     """Give back the memory of the model. Reply: Unloaded."""
 
 
-class InspectData(Request, frozen=True, kw_only=True, tag="inspect_data"):
+class InspectData(EngineRequest, frozen=True, kw_only=True, tag="inspect_data"):
     """Look a data file over. Replies: DataReport…, each better than the last, then DataInspected."""
 
     source: Source
@@ -64,7 +64,7 @@ class InspectData(Request, frozen=True, kw_only=True, tag="inspect_data"):
     template: str = "auto"
 
 
-class ShowRow(Request, frozen=True, kw_only=True, tag="show_row"):
+class ShowRow(EngineRequest, frozen=True, kw_only=True, tag="show_row"):
     """One row as the model will see it. Reply: RowShown."""
 
     source: Source
@@ -77,34 +77,34 @@ class ShowRow(Request, frozen=True, kw_only=True, tag="show_row"):
     template: str = "auto"
 
 
-class ShowFields(Request, frozen=True, kw_only=True, tag="show_fields"):
+class ShowFields(EngineRequest, frozen=True, kw_only=True, tag="show_fields"):
     """What the rows of a file hold whose format nobody knows. Reply: FieldsShown."""
 
     source: Source
 
 
-class Stop(Request, frozen=True, kw_only=True, tag="stop"):
+class Stop(EngineRequest, frozen=True, kw_only=True, tag="stop"):
     """End the answer to an earlier question at once; that question's Done is the reply."""
 
-    asked: int
+    request_number: int
     """The number of that question."""
 
 
-class Reply(Struct, frozen=True, kw_only=True, tag_field="reply", omit_defaults=True):
+class EngineReply(Struct, frozen=True, kw_only=True, tag_field="reply", omit_defaults=True):
     """An answer of the engine, or a part of one."""
 
     final: ClassVar[bool] = True
     """Whether nothing more follows."""
 
 
-class Stage(Reply, frozen=True, kw_only=True, tag="stage"):
+class StatusUpdate(EngineReply, frozen=True, kw_only=True, tag="stage"):
     """What is being done, for the one who waits: ``Loading SmolLM2-135M-Instruct``."""
 
     final: ClassVar[bool] = False
     words: str
 
 
-class ChatReady(Reply, frozen=True, kw_only=True, tag="chat_ready"):
+class ChatReady(EngineReply, frozen=True, kw_only=True, tag="chat_ready"):
     """The model is loaded."""
 
     adapter_names: tuple[str, ...]
@@ -118,56 +118,56 @@ class ChatReady(Reply, frozen=True, kw_only=True, tag="chat_ready"):
     thinking: ThinkingSupport = ThinkingSupport()
 
 
-class Text(Reply, frozen=True, kw_only=True, tag="text"):
+class Text(EngineReply, frozen=True, kw_only=True, tag="text"):
     """The next piece of an answer, or of a thought before it."""
 
     final: ClassVar[bool] = False
-    said: TextChunk
+    chunk: TextChunk
 
 
-class Done(Reply, frozen=True, kw_only=True, tag="done"):
+class GenerationDone(EngineReply, frozen=True, kw_only=True, tag="done"):
     """An answer is complete, or was stopped."""
 
     outcome: GenerationResult
 
 
-class EffectMeasured(Reply, frozen=True, kw_only=True, tag="effect_measured"):
+class EffectMeasured(EngineReply, frozen=True, kw_only=True, tag="effect_measured"):
     """What the adapter does; ``effect.sentence`` says it in words."""
 
     effect: Effect
 
 
-class Unloaded(Reply, frozen=True, kw_only=True, tag="unloaded"):
+class Unloaded(EngineReply, frozen=True, kw_only=True, tag="unloaded"):
     """No model is held."""
 
 
-class DataReport(Reply, frozen=True, kw_only=True, tag="data_report"):
+class DataReport(EngineReply, frozen=True, kw_only=True, tag="data_report"):
     """What is known of the data so far."""
 
     final: ClassVar[bool] = False
     report: Report
 
 
-class DataInspected(Reply, frozen=True, kw_only=True, tag="data_inspected"):
+class DataInspected(EngineReply, frozen=True, kw_only=True, tag="data_inspected"):
     """Every row was read, or the question was stopped."""
 
     report: Report | None
 
 
-class RowShown(Reply, frozen=True, kw_only=True, tag="row_shown"):
+class RowShown(EngineReply, frozen=True, kw_only=True, tag="row_shown"):
     """The row."""
 
     shown: Shown
 
 
-class FieldsShown(Reply, frozen=True, kw_only=True, tag="fields_shown"):
+class FieldsShown(EngineReply, frozen=True, kw_only=True, tag="fields_shown"):
     """The columns there are."""
 
     fields: dict[str, str]
     """Column to the beginning of what the first row with it holds."""
 
 
-class Failure(Reply, frozen=True, kw_only=True, tag="failure"):
+class Failure(EngineReply, frozen=True, kw_only=True, tag="failure"):
     """It cannot be done. :class:`EngineClient` raises it as the UserError it is."""
 
     title: str
@@ -196,10 +196,10 @@ AnyRequest: TypeAlias = (
     LoadChat | Generate | MeasureEffect | Unload | InspectData | ShowRow | ShowFields | Stop
 )
 AnyReply: TypeAlias = (
-    Stage
+    StatusUpdate
     | ChatReady
     | Text
-    | Done
+    | GenerationDone
     | EffectMeasured
     | Unloaded
     | DataReport
@@ -210,14 +210,14 @@ AnyReply: TypeAlias = (
 )
 
 
-class Asked(Struct, frozen=True):
+class RequestEnvelope(Struct, frozen=True):
     """A numbered question: one line."""
 
     number: int
     request: AnyRequest
 
 
-class Answered(Struct, frozen=True):
+class ReplyEnvelope(Struct, frozen=True):
     """A reply to the question of that number: one line."""
 
     number: int
@@ -225,20 +225,20 @@ class Answered(Struct, frozen=True):
 
 
 _encoder = msgspec.json.Encoder()
-_asked = msgspec.json.Decoder(Asked)
-_answered = msgspec.json.Decoder(Answered)
+_request_decoder = msgspec.json.Decoder(RequestEnvelope)
+_reply_decoder = msgspec.json.Decoder(ReplyEnvelope)
 
 
-def encode(envelope: Asked | Answered) -> bytes:
+def encode(envelope: RequestEnvelope | ReplyEnvelope) -> bytes:
     """One line, newline included."""
     return _encoder.encode(envelope) + b"\n"
 
 
-def decode_asked(line: bytes) -> Asked:
+def decode_request(line: bytes) -> RequestEnvelope:
     """Raises msgspec.MsgspecError for what is no question."""
-    return _asked.decode(line)
+    return _request_decoder.decode(line)
 
 
-def decode_answered(line: bytes) -> Answered:
+def decode_reply(line: bytes) -> ReplyEnvelope:
     """Raises msgspec.MsgspecError for what is no reply."""
-    return _answered.decode(line)
+    return _reply_decoder.decode(line)

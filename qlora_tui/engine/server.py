@@ -16,30 +16,30 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from qlora_tui.engine.place import log_path
-from qlora_tui.engine.previews import Previews
+from qlora_tui.engine.data_service import DataService
+from qlora_tui.engine.log_file import log_path
 from qlora_tui.engine.protocol import (
-    Answered,
     AnyReply,
-    Asked,
     Failure,
     Generate,
     InspectData,
     LoadChat,
     MeasureEffect,
+    ReplyEnvelope,
+    RequestEnvelope,
     ShowFields,
     ShowRow,
-    Stage,
+    StatusUpdate,
     Stop,
     Unload,
     Unloaded,
-    decode_asked,
+    decode_request,
     encode,
 )
 from qlora_tui.errors import UserError
 
 if TYPE_CHECKING:
-    from qlora_tui.engine.chats import Chats
+    from qlora_tui.engine.chat_service import ChatService
 
 
 class Server:
@@ -48,81 +48,81 @@ class Server:
     def __init__(self, questions: BinaryIO, replies: BinaryIO) -> None:
         self._questions = questions
         self._replies = replies
-        self._waiting: queue.SimpleQueue[Asked] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[RequestEnvelope] = queue.SimpleQueue()
         self._stops: dict[int, threading.Event] = {}
-        self._growing: dict[int, Iterator[AnyReply]] = {}
+        self._active: dict[int, Iterator[AnyReply]] = {}
         self._adapter_names: dict[int, str] = {}
-        self._chats: Chats | None = None
-        self._previews = Previews()
+        self._chat_service: ChatService | None = None
+        self._data_service = DataService()
 
     def run(self) -> None:
         """Work until the client is gone; then the process ends from the reading thread."""
         threading.Thread(target=self._read, daemon=True).start()
         with suppress(BrokenPipeError):
             while True:
-                if not self._growing or not self._waiting.empty():
-                    self._take(self._waiting.get())
+                if not self._active or not self._waiting.empty():
+                    self._start(self._waiting.get())
                 # Answers take turns, a piece each, so that those asked together grow side by side.
-                for number in list(self._growing):
-                    self._grow(number)
+                for number in list(self._active):
+                    self._advance(number)
 
     def _read(self) -> None:
         try:
             for line in self._questions:
-                self._sort(decode_asked(line))
+                self._dispatch(decode_request(line))
         except msgspec.MsgspecError:
             traceback.print_exc()
         # The client is gone, or talks nonsense. Whatever the main thread is in the middle of, nobody waits
         # for it any more.
         os._exit(0)
 
-    def _sort(self, asked: Asked) -> None:
-        if isinstance(asked.request, Stop):
-            if (stop := self._stops.get(asked.request.asked)) is not None:
+    def _dispatch(self, envelope: RequestEnvelope) -> None:
+        if isinstance(envelope.request, Stop):
+            if (stop := self._stops.get(envelope.request.request_number)) is not None:
                 stop.set()
             return
-        self._stops[asked.number] = threading.Event()
-        self._waiting.put(asked)
+        self._stops[envelope.number] = threading.Event()
+        self._waiting.put(envelope)
 
-    def _take(self, asked: Asked) -> None:
-        match asked.request:
+    def _start(self, envelope: RequestEnvelope) -> None:
+        match envelope.request:
             case LoadChat() | Unload():
-                self._end_answers(list(self._growing))
+                self._end_answers(list(self._active))
             case Generate(adapter_name=adapter_name):
                 # A voice says one thing at a time.
-                self._end_answers([n for n in self._growing if self._adapter_names.get(n) == adapter_name])
-                self._adapter_names[asked.number] = adapter_name
-        self._growing[asked.number] = self._work(asked)
+                self._end_answers([n for n in self._active if self._adapter_names.get(n) == adapter_name])
+                self._adapter_names[envelope.number] = adapter_name
+        self._active[envelope.number] = self._work(envelope)
 
     def _end_answers(self, numbers: list[int]) -> None:
         for number in numbers:
             self._stops[number].set()
-            while number in self._growing:
-                self._grow(number)
+            while number in self._active:
+                self._advance(number)
 
-    def _grow(self, number: int) -> None:
+    def _advance(self, number: int) -> None:
         try:
-            reply = next(self._growing[number])
+            reply = next(self._active[number])
         except UserError as problem:
             reply = Failure.of(problem)
         except Exception as error:
-            reply = _mistake(error)
+            reply = _internal_error(error)
         self._send(number, reply)
         if reply.final:
-            del self._growing[number]
+            del self._active[number]
             del self._stops[number]
             self._adapter_names.pop(number, None)
 
     def _send(self, number: int, reply: AnyReply) -> None:
-        self._replies.write(encode(Answered(number, reply)))
+        self._replies.write(encode(ReplyEnvelope(number, reply)))
         self._replies.flush()
 
-    def _work(self, asked: Asked) -> Iterator[AnyReply]:
+    def _work(self, envelope: RequestEnvelope) -> Iterator[AnyReply]:
         """The replies to a question; each ``next`` does a little of the work."""
-        number, request = asked.number, asked.request
+        number, request = envelope.number, envelope.request
 
         def on_status(words: str) -> None:
-            self._send(number, Stage(words=words))
+            self._send(number, StatusUpdate(words=words))
 
         match request:
             case LoadChat():
@@ -130,28 +130,28 @@ class Server:
             case Generate():
                 yield from self._with_torch(on_status).generate(request, self._stops[number])
             case InspectData():
-                yield from self._previews.inspect(request, self._stops[number])
+                yield from self._data_service.inspect(request, self._stops[number])
             case ShowRow():
-                yield self._previews.show(request)
+                yield self._data_service.show(request)
             case ShowFields():
-                yield self._previews.fields(request)
+                yield self._data_service.fields(request)
             case MeasureEffect():
                 yield self._with_torch(on_status).measure(request, on_status, self._stops[number])
             case Unload():
-                if self._chats is not None:
-                    self._chats.unload()
+                if self._chat_service is not None:
+                    self._chat_service.unload()
                 yield Unloaded()
 
-    def _with_torch(self, on_status: Callable[[str], None]) -> Chats:
-        if self._chats is None:
+    def _with_torch(self, on_status: Callable[[str], None]) -> ChatService:
+        if self._chat_service is None:
             on_status("Starting the engine")
-            from qlora_tui.engine.chats import Chats
+            from qlora_tui.engine.chat_service import ChatService
 
-            self._chats = Chats()
-        return self._chats
+            self._chat_service = ChatService()
+        return self._chat_service
 
 
-def _mistake(error: Exception) -> Failure:
+def _internal_error(error: Exception) -> Failure:
     traceback.print_exc()
     return Failure(
         title="A mistake of ours",

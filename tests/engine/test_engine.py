@@ -18,15 +18,15 @@ import pytest_asyncio
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult
 from qlora_tui.data.conversation import Message
-from qlora_tui.engine.client import EngineClient, EngineClosed
-from qlora_tui.engine.place import log_path
+from qlora_tui.engine.client import EngineClient, EngineClosedError
+from qlora_tui.engine.log_file import log_path
 from qlora_tui.engine.protocol import (
     ChatReady,
-    Done,
     Generate,
+    GenerationDone,
     LoadChat,
     MeasureEffect,
-    Stage,
+    StatusUpdate,
     Text,
     Unload,
     Unloaded,
@@ -55,16 +55,16 @@ async def engine(tiny_source: ChatSource) -> AsyncIterator[EngineClient]:
     """An engine that has loaded the tiny model."""
     async with EngineClient() as client:
         replies = [reply async for reply in client.ask(LoadChat(source=tiny_source))]
-        assert [type(r) for r in replies] == [Stage, Stage, ChatReady]
+        assert [type(r) for r in replies] == [StatusUpdate, StatusUpdate, ChatReady]
         yield client
 
 
 async def answer(engine: EngineClient, question: Generate) -> GenerationResult:
     replies = [reply async for reply in engine.ask(question)]
     *pieces, done = replies
-    assert isinstance(done, Done)
+    assert isinstance(done, GenerationDone)
     assert all(isinstance(piece, Text) for piece in pieces)
-    assert "".join(p.said.text for p in pieces if isinstance(p, Text)) == done.outcome.text
+    assert "".join(p.chunk.text for p in pieces if isinstance(p, Text)) == done.outcome.text
     return done.outcome
 
 
@@ -81,7 +81,7 @@ async def test_two_voices_asked_together_grow_side_by_side(engine: EngineClient)
         async for reply in engine.ask(msgspec.structs.replace(SHORT, adapter_name=adapter_name)):
             if isinstance(reply, Text):
                 order.append(adapter_name)
-                text += reply.said.text
+                text += reply.chunk.text
         return text
 
     adapter, base = await asyncio.gather(listen("adapter"), listen("base"))
@@ -98,7 +98,7 @@ async def test_stop_ends_an_answer_in_the_middle(engine: EngineClient) -> None:
         if last is None:
             asked.stop()
         last = reply
-    assert isinstance(last, Done)
+    assert isinstance(last, GenerationDone)
     assert last.outcome.ending == "stopped"
     assert last.outcome.new_tokens < 200
 
@@ -171,7 +171,7 @@ async def test_what_libraries_print_goes_to_the_log_and_the_log_stays_short(engi
 async def test_closing_it_is_no_failure_to_those_who_wait(
     engine: EngineClient, tiny_source: ChatSource
 ) -> None:
-    with pytest.raises(EngineClosed):
+    with pytest.raises(EngineClosedError):
         async for _ in engine.ask(LoadChat(source=tiny_source)):
             await engine.close()
     assert engine.pid is None

@@ -10,14 +10,14 @@ import pytest
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.engine.protocol import (
-    Answered,
-    Asked,
     Failure,
     Generate,
     LoadChat,
+    ReplyEnvelope,
+    RequestEnvelope,
     Unload,
     Unloaded,
-    decode_answered,
+    decode_reply,
     encode,
 )
 from qlora_tui.engine.server import Server
@@ -41,23 +41,23 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
-def served(server: type[Server], *asked: Asked | bytes) -> list[Answered]:
+def served(server: type[Server], *asked: RequestEnvelope | bytes) -> list[ReplyEnvelope]:
     """What a server replies to these lines."""
     lines = b"".join(line if isinstance(line, bytes) else encode(line) for line in asked)
     questions, written = os.pipe()
     replies, to_write = os.pipe()
     os.write(written, lines)
-    wanted = sum(isinstance(line, Asked) for line in asked)
+    wanted = sum(isinstance(line, RequestEnvelope) for line in asked)
     with os.fdopen(questions, "rb") as reading, os.fdopen(to_write, "wb") as writing:
         threading.Thread(target=server(reading, writing).run, daemon=True).start()
         with os.fdopen(replies, "rb") as heard:
-            said = [decode_answered(heard.readline()) for _ in range(wanted)]
+            said = [decode_reply(heard.readline()) for _ in range(wanted)]
         os.close(written)
     return said
 
 
 def test_what_nobody_foresaw_is_told_as_our_mistake_and_the_engine_goes_on(ended: threading.Event) -> None:
-    first, second = served(Broken, Asked(1, LOAD), Asked(2, Unload()))
+    first, second = served(Broken, RequestEnvelope(1, LOAD), RequestEnvelope(2, Unload()))
     assert isinstance(first.reply, Failure)
     problem = first.reply.problem()
     assert (problem.title, problem.what) == ("A mistake of ours", "RuntimeError: segment 7")
@@ -72,6 +72,6 @@ def test_nonsense_on_stdin_ends_the_engine(ended: threading.Event) -> None:
 
 
 def test_a_message_survives_the_way_there_and_back() -> None:
-    answered = Answered(7, Failure(title="t", what="w", why="y", fix="f", exit_code=2))
-    assert decode_answered(encode(answered)) == answered
-    assert b"\n" not in encode(Asked(1, Generate(messages=(), adapter_name="a\nb")))[:-1]
+    answered = ReplyEnvelope(7, Failure(title="t", what="w", why="y", fix="f", exit_code=2))
+    assert decode_reply(encode(answered)) == answered
+    assert b"\n" not in encode(RequestEnvelope(1, Generate(messages=(), adapter_name="a\nb")))[:-1]

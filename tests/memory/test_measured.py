@@ -107,7 +107,7 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_tui.engine.trace import Storages
+    from qlora_tui.engine.trace_worker import StorageCounter
     from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
     from qlora_tui.training.chunked_loss import OutputHead, find_head, use_chunked_loss, use_segments
@@ -132,7 +132,7 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float) -> int:
     rows, length = recipe.training.micro_batch, recipe.data.max_length
     ids = torch.randint(0, 2048, (1, rows * length))
     positions = torch.arange(length).repeat(rows)[None]
-    with Storages() as storages:
+    with StorageCounter() as storages:
         loss = model(input_ids=ids, labels=ids, position_ids=positions, segments=[length] * rows).loss
         loss.backward()
     return int(storages.peak_bytes)

@@ -17,7 +17,7 @@ import pytest
 from bench.trace import FAMILIES, OTHERS, Case, compare, cut_config, grid, quick_collections, recipe_of
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.protocol import Failure
-from qlora_tui.engine.tracing import Request, trace_step
+from qlora_tui.engine.trace_client import TraceRequest, trace_step
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.step_trace import StepTrace, closed_form
@@ -58,7 +58,7 @@ def test_a_further_family_is_within_three_percent(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), [("Llama 3", True), ("Mistral", False)])
 def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) -> None:
-    from qlora_tui.engine.trace import trace
+    from qlora_tui.engine.trace_worker import trace_request
 
     config = cut_config(family)
     architecture = parse_architecture(config)
@@ -66,7 +66,7 @@ def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) 
     traced, closed = [], []
     for rows in (0, 200):
         recipe = recipe_of(Case(family, length=512, token_rows=rows))
-        traced.append(trace(Request(config=config, recipe=recipe)).figures())
+        traced.append(trace_request(TraceRequest(config=config, recipe=recipe)).figures())
         closed.append(closed_form(recipe, architecture, trainer_execution(recipe, Device())))
         assert closed[-1] == pytest.approx(traced[-1], rel=0.01)
     added = closed[1]["step"] - closed[0]["step"]
@@ -75,13 +75,13 @@ def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) 
 
 @pytest.mark.slow
 def test_gradients_of_an_earlier_micro_step_are_there_in_the_forward() -> None:
-    from qlora_tui.engine.trace import trace
+    from qlora_tui.engine.trace_worker import trace_request
 
     recipe = recipe_of(Case("GPT-2", length=128))
-    alone = trace(Request(config=cut_config("GPT-2"), recipe=recipe))
+    alone = trace_request(TraceRequest(config=cut_config("GPT-2"), recipe=recipe))
     training = msgspec.structs.replace(recipe.training, gradient_accumulation=4)
     accumulating = msgspec.structs.replace(recipe, training=training)
-    after = trace(Request(config=cut_config("GPT-2"), recipe=accumulating))
+    after = trace_request(TraceRequest(config=cut_config("GPT-2"), recipe=accumulating))
     assert after.forward_bytes == alone.forward_bytes + alone.gradient_bytes
     closed = closed_form(
         accumulating, parse_architecture(cut_config("GPT-2")), trainer_execution(accumulating, Device())
@@ -92,13 +92,13 @@ def test_gradients_of_an_earlier_micro_step_are_there_in_the_forward() -> None:
 
 @pytest.mark.slow
 def test_a_model_that_cannot_be_built_is_a_failure_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_tui.engine import trace
+    from qlora_tui.engine import trace_worker
 
-    request = Request(config=cut_config("GPT-2") | {"n_head": 7}, recipe=recipe_of(Case("GPT-2")))
+    request = TraceRequest(config=cut_config("GPT-2") | {"n_head": 7}, recipe=recipe_of(Case("GPT-2")))
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(msgspec.json.encode(request))))
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=out))
-    trace.main()
+    trace_worker.main()
     answer = msgspec.json.decode(out.getvalue(), type=StepTrace | Failure)
     assert isinstance(answer, Failure) and answer.what and answer.fix
 

@@ -13,15 +13,15 @@ from textual.containers import VerticalScroll
 from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling
 from qlora_tui.chat.effect import Effect
 from qlora_tui.data.conversation import Message
-from qlora_tui.engine.client import Answer, EngineClient, EngineClosed
+from qlora_tui.engine.client import EngineClient, EngineClosedError, ReplyStream
 from qlora_tui.engine.protocol import (
     ChatReady,
-    Done,
     EffectMeasured,
     Generate,
+    GenerationDone,
     LoadChat,
     MeasureEffect,
-    Stage,
+    StatusUpdate,
     Text,
 )
 from qlora_tui.errors import UserError
@@ -54,7 +54,7 @@ class ChatController(WorkScreen):
         self.ready: ChatReady | None = None
         """What the engine holds; None while it holds nothing of use."""
         self.turns: list[ChatTurn] = []
-        self.answers: list[Answer] = []
+        self.answers: list[ReplyStream] = []
         """Those under way."""
         self.busy = False
         self.sampling = Sampling()
@@ -147,7 +147,7 @@ class ChatController(WorkScreen):
             await asyncio.gather(
                 *(self._generate(turn, adapter_name, sampling) for adapter_name in turn.answers)
             )
-        except EngineClosed:
+        except EngineClosedError:
             for answer in turn.answers.values():
                 await answer.stop(words.STOPPED_LOADING)
         except UserError as problem:
@@ -161,7 +161,7 @@ class ChatController(WorkScreen):
             return
         self.show_head("Starting the engine")
         async for reply in self.engine.ask(LoadChat(source=self.source)):
-            if isinstance(reply, Stage):
+            if isinstance(reply, StatusUpdate):
                 self.show_head(reply.words)
             elif isinstance(reply, ChatReady):
                 self.ready = reply
@@ -183,11 +183,11 @@ class ChatController(WorkScreen):
         try:
             async for reply in request:
                 if isinstance(reply, Text):
-                    await turn.answers[adapter_name].append_text(reply.said)
-                elif isinstance(reply, Done):
+                    await turn.answers[adapter_name].append_text(reply.chunk)
+                elif isinstance(reply, GenerationDone):
                     await turn.answers[adapter_name].end(reply.outcome)
                     self._warn(reply.outcome.warning)
-        except EngineClosed:
+        except EngineClosedError:
             await turn.answers[adapter_name].stop(words.UNLOADED)
         except UserError as problem:
             await turn.answers[adapter_name].fail(problem)
@@ -209,13 +209,13 @@ class ChatController(WorkScreen):
             self.answers.append(request)
             try:
                 async for reply in request:
-                    if isinstance(reply, Stage):
+                    if isinstance(reply, StatusUpdate):
                         self.show_effect(f"{reply.words}…")
                     elif isinstance(reply, EffectMeasured):
                         self.show_effect(reply.effect)
             finally:
                 self.answers.remove(request)
-        except EngineClosed:
+        except EngineClosedError:
             self.show_effect(words.NOT_MEASURED)
         except UserError as problem:
             self.show_effect("")

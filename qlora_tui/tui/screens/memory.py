@@ -14,7 +14,7 @@ from textual.widgets import Static
 
 from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.lookup import load_model_config
-from qlora_tui.engine.tracing import trace_step
+from qlora_tui.engine.trace_client import trace_step
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_gib
 from qlora_tui.memory import (

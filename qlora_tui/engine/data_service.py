@@ -29,11 +29,11 @@ from qlora_tui.errors import UserError
 from qlora_tui.training.gguf_conversion import cached_conversion
 
 
-class Previews:
+class DataService:
     """Keeps the last tokenizer: rows are asked for one after the other."""
 
     def __init__(self) -> None:
-        self._held: tuple[tuple[str, str], ChatTokenizer] | None = None
+        self._cached: tuple[tuple[str, str], ChatTokenizer] | None = None
 
     def inspect(self, request: InspectData, stop: threading.Event) -> Iterator[DataReport | DataInspected]:
         """Reports that get better, until the last or until nobody wants it any more. Raises UserError."""
@@ -55,18 +55,18 @@ class Previews:
     def fields(self, request: ShowFields) -> FieldsShown:
         """What the first rows hold, whatever their format. Raises UserError."""
         path = paths_of(request.source)[0][0]
-        found: dict[str, str] = {}
+        first_values: dict[str, str] = {}
         for row in islice(rows(path), SNIFFED_ROWS):
-            held = row.value if isinstance(row.value, dict) else {}
-            for name, value in held.items():
-                found.setdefault(str(name), shorten(str(value)))
-        return FieldsShown(fields=found)
+            columns = row.value if isinstance(row.value, dict) else {}
+            for name, value in columns.items():
+                first_values.setdefault(str(name), shorten(str(value)))
+        return FieldsShown(fields=first_values)
 
     def _tokenizer(self, model: str, template: str) -> ChatTokenizer:
         key = (model, template)
-        if self._held is None or self._held[0] != key:
-            self._held = (key, ChatTokenizer.from_folder(tokenizer_folder(model), template))
-        return self._held[1]
+        if self._cached is None or self._cached[0] != key:
+            self._cached = (key, ChatTokenizer.from_folder(tokenizer_folder(model), template))
+        return self._cached[1]
 
 
 def tokenizer_folder(model: str) -> Path:
@@ -90,21 +90,21 @@ def tokenizer_folder(model: str) -> Path:
 
 def _as_read(request: ShowRow) -> Shown:
     """A row without a tokenizer: its turns, and the answers marked as what would be learnt."""
-    file, found = row_of(request.source, request.row, request.data, request.path)
-    one = conversation_of(found, file)
+    file, row = row_of(request.source, request.row, request.data, request.path)
+    one = conversation_of(row, file)
     if isinstance(one, RowRejectedError):
-        return Shown(found.number, (), (), (), refused=one.reason, path=str(file.path))
-    return Shown(found.number, (tuple(_turns(one)),), (), (), path=str(file.path))
+        return Shown(row.number, (), (), (), refused=one.reason, path=str(file.path))
+    return Shown(row.number, (tuple(_turns(one)),), (), (), path=str(file.path))
 
 
 def _turns(conversation: Conversation) -> Iterator[Piece]:
     if conversation.text:
         yield Piece(conversation.text, True, False)
     for message in conversation.messages:
-        learnt = message.role == "assistant" and message.train
+        in_loss = message.role == "assistant" and message.train
         yield Piece(f" {message.role} ", False, True)
-        said = "\n".join(filter(None, (message.reasoning, message.content)))
+        text = "\n".join(filter(None, (message.reasoning, message.content)))
         calls = "".join(f"\n{call.name}({call.arguments})" for call in message.tool_calls)
         yield Piece("\n", False, False)
-        yield Piece(f"{said}{calls}".strip("\n") or "(empty)", learnt, False)
+        yield Piece(f"{text}{calls}".strip("\n") or "(empty)", in_loss, False)
         yield Piece("\n\n", False, False)

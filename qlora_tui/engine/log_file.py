@@ -14,7 +14,7 @@ def log_path() -> Path:
     return state_dir() / "engine.log"
 
 
-def roomy_log() -> Path:
+def truncated_log() -> Path:
     """The log, emptied when it has grown long."""
     path = log_path()
     if path.exists() and path.stat().st_size > _ENOUGH_BYTES:

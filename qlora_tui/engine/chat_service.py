@@ -13,9 +13,9 @@ from qlora_tui.chat.session import ChatSession, load_session, out_of_memory
 from qlora_tui.engine.protocol import (
     AnyReply,
     ChatReady,
-    Done,
     EffectMeasured,
     Generate,
+    GenerationDone,
     LoadChat,
     MeasureEffect,
     Text,
@@ -23,7 +23,7 @@ from qlora_tui.engine.protocol import (
 from qlora_tui.errors import EXIT_USAGE, UserError
 
 
-class Chats:
+class ChatService:
     """Holds at most one session."""
 
     def __init__(self) -> None:
@@ -56,12 +56,12 @@ class Chats:
             thinking=request.thinking,
         )
         try:
-            for said in reply:
-                yield Text(said=said)
+            for chunk in reply:
+                yield Text(chunk=chunk)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(session.machine) from error
         assert reply.outcome is not None
-        yield Done(outcome=reply.outcome)
+        yield GenerationDone(outcome=reply.outcome)
 
     def measure(
         self, request: MeasureEffect, on_status: Callable[[str], None], stop: Event

@@ -4,11 +4,11 @@ Nothing is computed and no weight is read, but the code is the real one: transfo
 bitsandbytes' 4-bit product, this project's loss and attention. A dispatch mode sees each tensor made on the
 way and a weak reference tells when its storage goes, so the peak follows from lifetimes nobody wrote down.
 
-``meta`` would take slower paths than a card where torch chooses by device; :class:`_AsOnCard` puts the card's
-choices in their place (fused attention, fused dropout, one-pass softmax).
+Where torch chooses an implementation by device, ``meta`` would take a slower path than a GPU.
+:class:`_DeviceKernels` makes the GPU's choices instead (fused attention, fused dropout, one-pass softmax).
 
-Run as a child: ``python -m qlora_tui.engine.trace`` reads a :class:`RecordedRequest` as JSON from stdin and
-writes :class:`StepTrace`, or a :class:`Failure`. :mod:`qlora_tui.engine.tracing` starts it.
+Run as a child: ``python -m qlora_tui.engine.trace_worker`` reads a :class:`TraceRequest` as JSON from stdin
+and writes a :class:`StepTrace` or a :class:`Failure`. :mod:`qlora_tui.engine.trace_client` starts it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from torch.utils._pytree import tree_iter
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.meta_model import build, inputs
 from qlora_tui.engine.protocol import Failure
-from qlora_tui.engine.tracing import Request
+from qlora_tui.engine.trace_client import TraceRequest
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS
 from qlora_tui.memory.step_trace import StepTrace
 
 
-def trace(request: Request) -> StepTrace:
+def trace_request(request: TraceRequest) -> StepTrace:
     """Build the model on ``meta``, run one forward and backward, and count."""
     architecture = parse_architecture(request.config)
     dtype = getattr(torch, request.dtype)
@@ -48,12 +48,12 @@ def trace(request: Request) -> StepTrace:
     adapter = sum(_size(p.untyped_storage()) for p in model.parameters() if p.requires_grad)
     batch = inputs(request, packing_isolated=packing_isolated)
     model.train()
-    with _AsOnCard(request.device), Storages() as storages:
+    with _DeviceKernels(request.device), StorageCounter() as storages:
         if request.recipe.training.gradient_accumulation > 1:
             model(**batch).loss.backward()
             storages.restart()
         chunked_loss = model(**batch).loss
-        forward, kept = storages.peak_bytes, storages.live_bytes
+        forward, kept_bytes = storages.peak_bytes, storages.live_bytes
         storages.restart()
         chunked_loss.backward()
         backward = storages.peak_bytes
@@ -64,7 +64,7 @@ def trace(request: Request) -> StepTrace:
         forward_bytes=forward,
         backward_bytes=backward,
         gradient_bytes=gradients,
-        kept_bytes=kept,
+        kept_bytes=kept_bytes,
     )
 
 
@@ -83,7 +83,7 @@ def _size(storage: torch.UntypedStorage) -> int:
     return -(-storage.nbytes() // 512) * 512
 
 
-class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Counts the storages made under it, until they go. Those made before do not count."""
 
     def __init__(self) -> None:
@@ -103,9 +103,9 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
                 self._watch(given, 0)
         workspace = self._workspace(func, args)
         result = func(*args, **(kwargs or {}))
-        for made in tree_iter(result):
-            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self._known:
-                self._watch(made, _size(made.untyped_storage()))
+        for output in tree_iter(result):
+            if isinstance(output, Tensor) and output.untyped_storage()._cdata not in self._known:
+                self._watch(output, _size(output.untyped_storage()))
         del workspace
         return result
 
@@ -118,13 +118,13 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
         """
         name = str(func)
         if name.startswith("bitsandbytes.gemm_4bit"):
-            made = torch.empty(args[2], dtype=args[0].dtype, device="meta")
+            workspace = torch.empty(args[2], dtype=args[0].dtype, device="meta")
         elif name.startswith(("aten.logsumexp", "aten._softmax_backward_data")):
-            made = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
+            workspace = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
         else:
             return None
-        self._watch(made, _size(made.untyped_storage()))
-        return made
+        self._watch(workspace, _size(workspace.untyped_storage()))
+        return workspace
 
     def _watch(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
@@ -154,15 +154,15 @@ class _FusedAttention(torch.autograd.Function):
         query, key, value, _, row_sums = ctx.saved_tensors
         delta = torch.empty_like(row_sums)
         sums = query.new_empty(query.shape, dtype=torch.float32) if query.element_size() == 2 else None
-        made = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
         if query.shape[1] != key.shape[1]:
             spread = torch.empty_like(query), query.new_empty((*query.shape[:3], value.shape[-1]))
             del spread
         del delta, sums
-        return made
+        return gradients
 
 
-class _AsOnCard:
+class _DeviceKernels:
     """Makes torch's device-dependent choices those of ``device`` while the trace runs."""
 
     def __init__(self, device: str) -> None:
@@ -190,15 +190,15 @@ class _AsOnCard:
         self._undo.append(lambda: setattr(owner, name, before))
 
 
-_written_out = functional.scaled_dot_product_attention
+_unfused_attention = functional.scaled_dot_product_attention
 """torch's own, which is written out on ``meta`` as in its fallback on a card."""
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if query.shape[1] != key.shape[1] and not kwargs.get("enable_gqa"):
-        return _written_out(query, key, value, *args, **kwargs)  # no fused kernel broadcasts heads
-    made: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch's own
-    return made
+        return _unfused_attention(query, key, value, *args, **kwargs)  # no fused kernel broadcasts heads
+    attended: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch's own
+    return attended
 
 
 def _no_autocast(*args: Any, **kwargs: Any) -> contextlib.nullcontext[None]:
@@ -224,11 +224,11 @@ def _quiet() -> Iterator[None]:
 
 def main() -> None:
     """One request from stdin, one answer to stdout."""
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=TraceRequest)
     answer: StepTrace | Failure
     with _quiet():
         try:
-            answer = trace(request)
+            answer = trace_request(request)
         except UserError as problem:
             answer = Failure.of(problem)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from qlora_tui import subprocesses
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.engine.place import roomy_log
+from qlora_tui.engine.log_file import truncated_log
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import Device, trainer_execution
@@ -19,7 +19,7 @@ from qlora_tui.memory.step_trace import StepTrace, check_traceable
 from qlora_tui.recipe.schema import Recipe
 
 
-class Request(Struct, kw_only=True):
+class TraceRequest(Struct, kw_only=True):
     """What to trace."""
 
     config: dict[str, Any]
@@ -42,7 +42,7 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
     path = trainer_execution(recipe, device)
     check_traceable(recipe, path)
     parse_architecture(config)
-    request = Request(
+    request = TraceRequest(
         config=config,
         recipe=recipe,
         device=device.kind,
@@ -54,7 +54,7 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
         raise UserError(
             "The step could not be traced",
             what="The process that traces it gave no answer.",
-            fix=f"What it said last is in {roomy_log()}; `qlora-tui doctor` tests what is installed.",
+            fix=f"What it said last is in {truncated_log()}; `qlora-tui doctor` tests what is installed.",
         ) from error
     if isinstance(answer, Failure):
         raise answer.problem()
@@ -62,17 +62,17 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
 
 
 async def _answer(request: bytes) -> bytes:
-    with roomy_log().open("ab") as log:
+    with truncated_log().open("ab") as log:
         child = await asyncio.create_subprocess_exec(
-            *subprocesses.module_argv("qlora_tui.engine.trace"),
+            *subprocesses.module_argv("qlora_tui.engine.trace_worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
             env=subprocesses.subprocess_env(),
         )
     try:
-        said, _ = await child.communicate(request)
+        output, _ = await child.communicate(request)
     finally:
         with suppress(ProcessLookupError):
             child.kill()
-    return said
+    return output
