@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     adapter_name = choose_adapter(source, checkpoint=args.checkpoint)
     configure_torch_env()
     from qlora_tui.export.merge import merge
-    from qlora_tui.export.verify import verify_merge
+    from qlora_tui.export.merge_check import verify_merge
 
     def on_status(words: str) -> None:
         print(words, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A run's result as other programs load it: ``merge`` (with ``weight_files``), and its model ``card``.
+"""Export of a run's result: ``merge`` (with ``safetensors_patch``), and its ``model_card``.
 
-``verify`` compares a merged model with its base and adapter.
+``merge_check`` compares a merged model with its base and adapter.
 """

@@ -21,16 +21,16 @@ from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.export.card import model_card
-from qlora_tui.export.verify import MergeCheck
-from qlora_tui.export.weight_files import change_tensors
+from qlora_tui.export.merge_check import MergeCheck
+from qlora_tui.export.model_card import render_model_card
+from qlora_tui.export.safetensors_patch import change_tensors
 from qlora_tui.files import private_dir, publish
 
 _SPARE_BYTES = 64 << 20
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 
-class Merged(Struct, frozen=True, kw_only=True):
+class MergeResult(Struct, frozen=True, kw_only=True):
     """What was written."""
 
     folder: str
@@ -45,7 +45,7 @@ class Merged(Struct, frozen=True, kw_only=True):
 
 def merge(
     source: ChatSource, adapter_name: str, out: Path, on_status: Callable[[str], None] = lambda words: None
-) -> Merged:
+) -> MergeResult:
     """Write the base with the adapter of ``adapter_name`` merged into it; ``out`` must not exist yet.
 
     ``source`` is of :mod:`qlora_tui.chat.chat_sources`. ``on_status`` hears what is being done. Raises
@@ -55,7 +55,7 @@ def merge(
     base = model_folder(source.recipe, on_status)
     adapter = Path(source.adapters[adapter_name])
     files = [base / name for name in weight_files(base)]
-    _check_room(out, files)
+    _check_target(out, files)
     head = resolve_model(source.recipe.model.id).architecture.head
     placed = assign_deltas(with_tied_head(read_deltas(adapter), files, head), files, adapter)
     draft = private_dir(out.parent) / f".{out.name}.part"
@@ -70,7 +70,7 @@ def merge(
         for folder, names in ((base, _MODEL_FILES), (adapter, TOKENIZER_FILES)):
             for name in filter(partial(_is_in, folder), names):
                 shutil.copyfile(folder / name, draft / name)
-        (draft / "README.md").write_text(model_card(source.recipe, from_hub=_from_hub(source)))
+        (draft / "README.md").write_text(render_model_card(source.recipe, from_hub=_from_hub(source)))
         publish(draft, out)
     except OSError as error:
         raise UserError(
@@ -80,7 +80,7 @@ def merge(
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return Merged(
+    return MergeResult(
         folder=str(out),
         bytes=sum(file.stat().st_size for file in out.iterdir()),
         changed_weights=sum(map(len, placed.values())),
@@ -95,7 +95,7 @@ def _from_hub(source: ChatSource) -> bool:
     return resolve_model(source.recipe.model.id).source == "hub cache"
 
 
-def _check_room(out: Path, files: list[Path]) -> None:
+def _check_target(out: Path, files: list[Path]) -> None:
     if out.exists() or out.is_symlink():
         raise UserError(
             "There is something there",
@@ -105,11 +105,11 @@ def _check_room(out: Path, files: list[Path]) -> None:
             exit_code=EXIT_USAGE,
         )
     needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES
-    place = next(p for p in out.parents if p.exists())
-    free = shutil.disk_usage(place).free
+    parent = next(p for p in out.parents if p.exists())
+    free = shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(
             "Not enough disk space",
-            what=f"The merged model takes {needed / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB left.",
+            what=f"The merged model takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB left.",
             fix="Free some space, or write to another disk.",
         )

@@ -20,7 +20,7 @@ def test_a_right_merge_answers_as_the_adapter(
     dtype: str, config: dict[str, Any], tiny_source: ChatSource, tmp_path: Path
 ) -> None:
     from qlora_tui.export.merge import merge
-    from qlora_tui.export.verify import MergeCheck, verify_merge
+    from qlora_tui.export.merge_check import MergeCheck, verify_merge
 
     source = with_adapter(tiny_source, tmp_path, dtype, **config)
     merged = merge(source, "adapter", tmp_path / "out")
@@ -34,7 +34,7 @@ def test_a_merge_with_a_scale_of_one_is_found(
 ) -> None:
     from qlora_tui.chat.adapter_deltas import LoraDelta
     from qlora_tui.export.merge import merge
-    from qlora_tui.export.verify import MergeCheck, verify_merge
+    from qlora_tui.export.merge_check import MergeCheck, verify_merge
 
     source = with_adapter(tiny_source, tmp_path, "bfloat16")
     monkeypatch.setattr(LoraDelta, "change", lambda self: self.up.float() @ self.down.float())
@@ -48,7 +48,7 @@ def test_too_little_memory_leaves_the_merge_unchecked(
 ) -> None:
     import psutil
 
-    from qlora_tui.export.verify import verify_merge
+    from qlora_tui.export.merge_check import verify_merge
 
     class Full:
         available = 1 << 20

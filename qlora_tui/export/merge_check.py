@@ -78,28 +78,28 @@ def verify_merge(
     prompt = source.recipe.training.sample_prompts[:1] or (_PROMPT,)
     ids = torch.tensor([prompt_ids([Message("user", prompt[0])], tokenizer)])
     on_status("Comparing the merged model with base and adapter")
-    adapted = _with_adapter(_loaded(source, base), Path(source.adapters[adapter_name]))
-    expected = _scores(adapted, ids)
+    adapted = _with_adapter(_load(source, base), Path(source.adapters[adapter_name]))
+    expected = _logits(adapted, ids)
     spread = float((expected - expected.mean(-1, keepdim=True)).norm())
     noise = 0.0
     dtype = next(adapted.parameters()).dtype
     for draw in range(_DRAWS):
         with rounding_errors(adapted, rounding_error_of(dtype), seed=draw):
-            noise = max(noise, float((_scores(adapted, ids) - expected).norm()) / spread)
+            noise = max(noise, float((_logits(adapted, ids) - expected).norm()) / spread)
     del adapted
     gc.collect()
-    scores = _scores(_loaded(source, merged), ids)
-    difference = float((scores - expected).norm()) / spread
+    logits = _logits(_load(source, merged), ids)
+    difference = float((logits - expected).norm()) / spread
     return MergeCheck(
-        tokens=len(scores),
+        tokens=len(logits),
         difference=difference,
         noise=noise,
-        same_choices=int((scores.argmax(-1) == expected.argmax(-1)).sum()),
+        same_choices=int((logits.argmax(-1) == expected.argmax(-1)).sum()),
         agrees=difference <= FACTOR * noise,
     )
 
 
-def _loaded(source: ChatSource, folder: Path) -> Any:
+def _load(source: ChatSource, folder: Path) -> Any:
     """The model of a folder, in the dtype it is stored in."""
     quantization = structs.replace(source.recipe.quantization, method="none")
     recipe = structs.replace(source.recipe, quantization=quantization)
@@ -125,7 +125,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
 
 @torch.inference_mode()
-def _scores(model: Any, ids: Tensor) -> Tensor:
+def _logits(model: Any, ids: Tensor) -> Tensor:
     """(tokens, vocabulary), fp32."""
-    scores: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
-    return scores
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
+    return logits

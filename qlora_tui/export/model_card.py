@@ -9,7 +9,7 @@ from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.schema import Recipe
 
 
-def model_card(recipe: Recipe, *, from_hub: bool) -> str:
+def render_model_card(recipe: Recipe, *, from_hub: bool) -> str:
     """README.md for a merged model. ``from_hub``: the base is named so that others find it."""
     base = recipe.model.id if from_hub else PurePath(recipe.model.id).name
     lora, training = recipe.lora, recipe.training
@@ -19,20 +19,20 @@ def model_card(recipe: Recipe, *, from_hub: bool) -> str:
         front += [f"base_model: {base}", "base_model_relation: finetune"]
     front += ["tags:", "- qlora", "- lora", "---"]
     kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
-    held = {"none": "16-bit weights"}.get(
+    base_weights = {"none": "16-bit weights"}.get(
         recipe.quantization.method, f"{recipe.quantization.method.upper()} weights"
     )
     sources = ", ".join(PurePath(source.path).name for source in recipe.data.sources) or "not recorded"
-    own = (("Ranks of their own", lora.rank_pattern), ("Alphas of their own", lora.alpha_pattern))
+    overrides = (("Ranks of their own", lora.rank_pattern), ("Alphas of their own", lora.alpha_pattern))
     rows = [
         ("Base model", base),
-        ("Method", f"{kind} on {held}, merged into the 16-bit base"),
+        ("Method", f"{kind} on {base_weights}, merged into the 16-bit base"),
         ("Rank, alpha, dropout", f"{lora.rank}, {lora.alpha:g}, {lora.dropout:g}"),
-        *((label, format_value(table)) for label, table in own if table),
+        *((label, format_value(table)) for label, table in overrides if table),
         ("Target modules", ", ".join(lora.target_modules)),
         *([("Token rows", _code(lora.token_rows))] if lora.token_rows else []),
         ("Data", sources),
-        ("Trained on", _learnt(recipe)),
+        ("Trained on", _trained_part(recipe)),
         ("Effective batch", f"{recipe.effective_batch} rows of at most {recipe.data.max_length:,} tokens"),
         ("Learning rate", f"{training.learning_rate:g}, {training.schedule}"),
         ("Length", f"{training.max_steps:,} steps" if training.max_steps else f"{training.epochs:g} epochs"),
@@ -47,6 +47,6 @@ def _code(tokens: Iterable[str]) -> str:
     return ", ".join(f"`{token}`" for token in tokens).replace("|", r"\|")
 
 
-def _learnt(recipe: Recipe) -> str:
+def _trained_part(recipe: Recipe) -> str:
     """What of the conversations was learnt."""
     return "the assistant's turns" if recipe.data.train_on == "assistant" else "whole conversations"
