@@ -31,7 +31,7 @@ from bench import busy, neighbours
 from bench.neighbours import Help, Neighbour
 from bench.played import PlayedTrainer
 from bench.terminal import Link, Terminal
-from qlora_tui.demo.model import is_ready, model_folder
+from qlora_tui.demo.demo_model import is_ready, model_folder
 
 SIZES = ((80, 24), (160, 50))
 _APP = [sys.executable, "-m", "qlora_tui"]

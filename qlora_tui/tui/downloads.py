@@ -119,7 +119,7 @@ def start(model_id: str) -> Download:
 def start_demo(name: str) -> Download:
     """Begin to fetch and convert the demo's model."""
     process = subprocess.Popen(
-        subprocesses.module_argv("qlora_tui.demo.fetch"),
+        subprocesses.module_argv("qlora_tui.demo.fetch_worker"),
         env=subprocesses.subprocess_env(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from qlora_tui.demo.download import Packed, Wheel
+from qlora_tui.demo.wheel_download import Wheel, WheelAsset
 
 FILE = "tiny.gguf"
 
 
-def pack(model: bytes, folder: Path, *, parts: int = 1) -> Packed:
+def pack(model: bytes, folder: Path, *, parts: int = 1) -> WheelAsset:
     """``model`` in so many wheels in ``folder``, and what the program expects of them."""
     length = -(-len(model) // parts)
     pieces = [model[start : start + length] for start in range(0, len(model), length)]
-    return Packed(
+    return WheelAsset(
         name="SmolLM2-135M-Instruct",
         file=FILE,
         sha256=hashlib.sha256(model).hexdigest(),

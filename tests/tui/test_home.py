@@ -14,7 +14,7 @@ from textual.drivers.headless_driver import HeadlessDriver
 from textual.pilot import Pilot
 
 from qlora_tui import paths
-from qlora_tui.demo import model as demo_model
+from qlora_tui.demo import demo_model as demo_model
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, queue
 from qlora_tui.runs.detached import ensure_runner

@@ -169,7 +169,7 @@ class HomeScreen(WorkScreen):
 
     def action_demo(self) -> None:
         """Fetch the demo's model, if it is not there, and prepare a run of it."""
-        from qlora_tui.demo.model import is_ready
+        from qlora_tui.demo.demo_model import is_ready
         from qlora_tui.tui.screens.confirm import ConfirmScreen
 
         def take(yes: bool | None) -> None:
@@ -191,8 +191,8 @@ class HomeScreen(WorkScreen):
         self.app.push_screen(question, take)
 
     async def _prepare_demo(self) -> None:
-        from qlora_tui.demo.loop import demo_recipe
-        from qlora_tui.demo.model import ensure_model
+        from qlora_tui.demo.demo_model import ensure_model
+        from qlora_tui.demo.demo_run import demo_recipe
 
         def tell(text: str) -> None:
             self.app.call_from_thread(self.query_one("#next", Static).update, f"Demo    {text}…")

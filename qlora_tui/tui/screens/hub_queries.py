@@ -9,7 +9,7 @@ from textual.content import Content
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.hub import fetch_config
 from qlora_tui.catalog.hub_files import plan_download
-from qlora_tui.demo.download import SMOLLM2
+from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.tui.widgets.model_facts import HubFacts

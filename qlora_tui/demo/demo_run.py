@@ -12,7 +12,7 @@ from qlora_tui.catalog.lookup import load_architecture
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import AnswerComparison
 from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT_PROMPTS
-from qlora_tui.demo.model import ensure_model
+from qlora_tui.demo.demo_model import ensure_model
 from qlora_tui.errors import UserError
 from qlora_tui.memory import estimate
 from qlora_tui.memory.budget import local_budget
@@ -53,21 +53,21 @@ def demo_recipe(model: Path) -> Recipe:
 
 def estimated_peak_bytes(recipe: Recipe) -> int:
     """Predicted for the process, on the card or the CPU of this machine."""
-    room = local_budget()
-    return estimate(recipe, load_architecture(recipe.model.id), device=room.device).process_bytes
+    budget = local_budget()
+    return estimate(recipe, load_architecture(recipe.model.id), device=budget.device).process_bytes
 
 
-def run_demo(say: Callable[[str], None], tell: Callable[[AnyEvent, RunView], None]) -> DemoResult:
-    """Run the demo; ``say`` is told what is being done, ``tell`` each event of the run.
+def run_demo(on_status: Callable[[str], None], on_event: Callable[[AnyEvent, RunView], None]) -> DemoResult:
+    """Run the demo; ``on_status`` is told what is being done, ``on_event`` each event of the run.
 
     Raises UserError for whatever went wrong, and KeyboardInterrupt through: the run then goes on.
     """
     began = time.monotonic()
-    recipe = demo_recipe(ensure_model(say))
+    recipe = demo_recipe(ensure_model(on_status))
     predicted = estimated_peak_bytes(recipe)
     run = actions.submit(recipe)
-    say(f"Training in the background as {run.id}")
-    view = wait_for_end(run, tell)
+    on_status(f"Training in the background as {run.id}")
+    view = wait_for_end(run, on_event)
     if isinstance(view.ending, Failed):
         raise view.ending.problem()
     if not isinstance(view.ending, Finished):
@@ -76,7 +76,7 @@ def run_demo(say: Callable[[str], None], tell: Callable[[AnyEvent, RunView], Non
             what=f"{run.id} is {view.status.state} at step {view.step}.",
             fix=f"`qlora-tui resume {run.id} --follow` goes on with it.",
         )
-    say("Asking base and adapter what they were not trained on")
+    on_status("Asking base and adapter what they were not trained on")
     # Torch is needed from here on only, and the run is over: one model at a time in memory.
     from qlora_tui.chat.repl import compare_answers
 
@@ -84,11 +84,11 @@ def run_demo(say: Callable[[str], None], tell: Callable[[AnyEvent, RunView], Non
     return result_of(view, predicted, tuple(samples), time.monotonic() - began)
 
 
-def wait_for_end(run: RunDir, tell: Callable[[AnyEvent, RunView], None]) -> RunView:
+def wait_for_end(run: RunDir, on_event: Callable[[AnyEvent, RunView], None]) -> RunView:
     """Follow a run until it has ended. Raises UserError when it is lost."""
     view = RunView(run)
     for event in followed(view):
-        tell(event, view)
+        on_event(event, view)
     if view.ending is None:
         raise UserError(
             "The demo's run was lost",

