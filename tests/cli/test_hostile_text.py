@@ -126,7 +126,7 @@ def test_an_answer_in_the_chat_is_shown_with_symbols(
     def pieces(*args: Any, **settings: Any) -> Iterator[TextChunk]:
         yield from (TextChunk(piece) for piece in ("\x1b", "]52;c;x\x07", POISON, "👩\u200d", "👩"))
 
-    monkeypatch.setattr(repl, "answer", pieces)
+    monkeypatch.setattr(repl, "generate_once", pieces)
     said = _is_safe(call, "chat", "run", "--prompt", "Hi")
     assert "␛]52;c;" in said and "👩\u200d👩" in said
 

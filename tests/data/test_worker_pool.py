@@ -132,7 +132,7 @@ def test_a_dead_child_is_given_nothing_more(tmp_path: Path, monkeypatch: pytest.
     made = WorkerPool(RowProcessor(Data(), family("chatml")), 2)
     try:
         wait_for(lambda: made._alive == 2)
-        monkeypatch.setattr(worker_pool, "_ask", noted)
+        monkeypatch.setattr(worker_pool, "_request", noted)
         made.children[0].kill()
         list(made.work(in_batches(path)))
     finally:
@@ -199,5 +199,5 @@ def test_a_child_loads_nothing_heavy() -> None:
 
 
 def test_small_data_starts_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_pool, "Workers", None)
+    monkeypatch.setattr(worker_pool, "WorkerPool", None)
     prepare(recipe(written(tmp_path)), family("chatml"))

@@ -93,7 +93,7 @@ def test_who_was_killed_for_memory_is_told_with_what_it_held(run: RunDir) -> Non
 
 def test_before_nothing_is_said_to_help_checkpointing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     files = SimpleNamespace(architecture=parse_architecture(config_of("HuggingFaceTB__SmolLM2-135M")))
-    monkeypatch.setattr(shortage, "resolve", lambda id_: files)
+    monkeypatch.setattr(shortage, "resolve_model", lambda id_: files)
     monkeypatch.setattr(shortage, "cheapest_changes", lambda *args, **kwargs: [])
     recipe = Recipe(model=Model(id="smollm2"))
     held = replace_setting(recipe, "training.gradient_checkpointing", False)

@@ -99,7 +99,7 @@ def test_a_norm_of_another_formula_stays_the_librarys(name: str, dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_form_is_taken_where_two_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        rms_norm, "_distinct_forms", lambda dtype: (FORMS[0], rms_norm.RmsNormVariant(offset=1e-30))
+        rms_norm, "_distinguishable_variants", lambda dtype: (FORMS[0], rms_norm.RmsNormVariant(offset=1e-30))
     )
     assert rms_norm._find_variant(FormulaRMSNorm(llama, dtype)) is None
 
