@@ -32,6 +32,10 @@ def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    for variable in ("TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        # Set first, so that what the program sets in this process is undone after the test.
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
     for variable in ("HF_TOKEN", "HF_ENDPOINT", "NO_COLOR", "COLORTERM"):
         monkeypatch.delenv(variable, raising=False)
     install_nvml_stub(monkeypatch, "no_driver")

@@ -171,10 +171,10 @@ def test_no_child_is_left_when_the_reading_ends_early(tmp_path: Path) -> None:
 
 def test_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = (
-        "from qlora_tui.data.row_result import Outcomes\n"
-        "from qlora_tui.data.worker_pool import Workers\n"
+        "from qlora_tui.data.row_result import RowProcessor\n"
+        "from qlora_tui.data.worker_pool import WorkerPool\n"
         "from qlora_tui.recipe.schema import Data\n"
-        "made = Workers(Outcomes(Data(), None), 2)\n"
+        "made = WorkerPool(RowProcessor(Data(), None), 2)\n"
         "print(*(child.pid for child in made.children), flush=True)\n"
         "input()\n"
     )

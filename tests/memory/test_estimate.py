@@ -135,9 +135,9 @@ def test_a_recipe_that_fits_needs_no_change() -> None:
 @pytest.mark.parametrize(
     ("name", "most", "why"),
     [
-        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 2048, "learnt badly"),
-        ("openai-community/gpt2", 1024, "ends the run"),
-        ("facebook/opt-1.3b", 2048, "ends the run"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 2048, "learned poorly"),
+        ("openai-community/gpt2", 1024, "makes the run fail"),
+        ("facebook/opt-1.3b", 2048, "makes the run fail"),
     ],
 )
 def test_samples_beyond_the_models_context_are_warned_of(name: str, most: int, why: str) -> None:

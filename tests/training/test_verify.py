@@ -272,7 +272,7 @@ class _Rank(DistributedContext, frozen=True, kw_only=True):
     barrier: Any
     values: list[Any]
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self.values[self.rank] = value
         self.barrier.wait(timeout=60)
         gathered = list(self.values)

@@ -158,7 +158,7 @@ async def test_samples_beyond_the_models_context_are_warned_of_also_where_it_doe
     async with app.run_test(size=(80, 24)) as pilot:
         assert "model's context" not in await shows(pilot, "checkpointing")
         await pilot.press("s", "s")
-        await shows(pilot, "! the model's context is 2,048", "Set data.max_length to", "2,048 or less.")
+        await shows(pilot, "! the model's context is 2,048", "Set data.max_length to", "or less.")
         await pilot.press("s", "s", "b", "b")
         await shows(pilot, "! the model's context is 2,048", "To make it fit, press a:")
 

@@ -105,7 +105,7 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
             ("p", "enter opens"),
             ("q", "names no model"),
             ("\x10", "Search for"),
-            ("redo", "Make the change again"),
+            ("redo", "Redo the change that was undone"),
             ("\r", "names no model"),
             ("3", "names no model"),
             ("5", "Not ready"),

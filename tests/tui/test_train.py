@@ -360,7 +360,7 @@ async def test_without_a_model_nothing_is_launched_and_the_fix_is_named(make_app
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await shows(pilot, "✗ error", "Press 1 and choose one", "Not ready: model, data")
+        await shows(pilot, "✗ error", "Press 1 to choose one", "Not ready: model, data")
         await pilot.press("t")
         await shows(pilot, "Not ready to run")
         assert all_runs() == []
@@ -483,7 +483,7 @@ async def test_m_asks_the_trainer_for_half_the_rate_where_the_gradient_explodes(
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
-        await shows(pilot, "m Mend")
+        await shows(pilot, "m Fix")
         await pilot.press("tab", "tab")
         await shows(pilot, "▸ m: halve the learning rate of this run, to 0.0001")
         await pilot.press("m", "enter")
@@ -497,7 +497,7 @@ async def test_m_prepares_a_smaller_run_after_one_that_had_no_room(make_app: Mak
     async with app.run_test(size=(120, 40)) as pilot:
         before = app.workbench.recipe
         await watching(app, run)
-        await shows(pilot, "m Mend", "Out of GPU memory")
+        await shows(pilot, "m Fix", "Out of GPU memory")
         await pilot.press("m")
         await shows(pilot, "Prepare a run with micro-batch 1 instead of 2")
         await pilot.press("n")
