@@ -15,6 +15,8 @@ EXIT_FAILURE = 1
 """Exit code: the call was right and it failed."""
 EXIT_USAGE = 2
 """Exit code: the call itself was wrong (a bad argument, an invalid recipe)."""
+INTERNAL_ERROR = "A mistake of ours"
+"""Title of an exception that is a defect of this program. The fault drill looks for it."""
 
 
 class UserError(Exception):

@@ -58,8 +58,7 @@ def _materials() -> Iterator[Path]:
     try:
         samples.make_model_files(folder)
         os.chdir(folder)
-        with private_home() as home:
-            run = runs.started(folder, home)
+        with private_home() as home, runs.started(folder, home) as run:
             runs.resume_to_the_end(run, most=0)
             shutil.copytree(run.path, folder / "run")
         yield folder

@@ -24,7 +24,7 @@ _WRITES = 900
 def failing_write(luck: random.Random, materials: Path, home: Path) -> None:
     """The n-th write of a trainer fails, and some or all after it: no run is lost."""
     count = luck.choice((1, 1, 5, 40, FOR_GOOD))
-    run = runs.started(
+    with runs.started(
         materials,
         home,
         {
@@ -35,8 +35,7 @@ def failing_write(luck: random.Random, materials: Path, home: Path) -> None:
             "DRILL_COUNT": str(count),
             "DRILL_ERRNO": str(luck.choice(CODES)),
         },
-    )
-    try:
+    ) as run:
         state = runs.wait_until_over(run)
         for event in EventTail(run.events_path).drain():
             if isinstance(event, Failed) and event.kind == "bug":
@@ -45,8 +44,6 @@ def failing_write(luck: random.Random, materials: Path, home: Path) -> None:
             raise Failure("one failed write ended the run")
         runs.resume_to_the_end(run)
         runs.check_finished(run)
-    finally:
-        runs.kill_everything(run)
 
 
 @lru_cache

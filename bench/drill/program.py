@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_tui.errors import INTERNAL_ERROR
+
 TIME_S = 20.0
 """A verb may take this long on a file of a few kilobytes, on a loaded machine."""
 MEMORY_BYTES = 1 << 30
@@ -44,7 +46,7 @@ class Ended:
             raise Failure(f"{called} was still running after {self.seconds:.0f} s")
         if self.code < 0:
             raise Failure(f"{called} was ended by {signal.Signals(-self.code).name}")
-        for sign in ("Traceback (most recent call last)", "A mistake of ours", "This is a bug"):
+        for sign in ("Traceback (most recent call last)", INTERNAL_ERROR, "This is a bug"):
             if sign in self.output:
                 raise Failure(f"{called}: {self.output[-300:]!r}")
         if self.code not in codes:

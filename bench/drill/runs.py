@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -19,13 +20,15 @@ from bench.drill.samples import jsonl
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Step
 from qlora_tui.runs.log import EventTail
-from qlora_tui.runs.status import State, read_status
+from qlora_tui.runs.status import State, Status, read_status
 
 STEPS = 30
 _SETTINGS = (
     *("training.checkpoint_every=2", "training.evaluate_every=5", f"training.max_steps={STEPS}"),
     *("training.epochs=50", "data.max_length=64", "lora.rank=4", "training.gradient_accumulation=1"),
 )
+MODULES = ("qlora_tui.training", "qlora_tui.runs.runner")
+"""What a trainer and a runner are started as."""
 LONGEST_S = 240.0
 _OVER: frozenset[State] = frozenset(("finished", "failed", "stopped", "paused", "lost", "unreadable", "gone"))
 
@@ -42,8 +45,12 @@ def program(*words: str, environment: dict[str, str] | None = None) -> subproces
     )
 
 
-def started(materials: Path, home: Path, environment: dict[str, str] | None = None) -> RunDir:
-    """A run that a new runner works on. Raises Failure where it could not be queued."""
+@contextmanager
+def started(materials: Path, home: Path, environment: dict[str, str] | None = None) -> Iterator[RunDir]:
+    """A run that a new runner works on; its processes are killed at the end of the block.
+
+    Raises Failure where it could not be queued.
+    """
     rows = write(home / "rows.jsonl", jsonl())
     words = ["train", "--preset", "cpu-demo", "--model", str(materials / "model"), "--data", str(rows)]
     for setting in _SETTINGS:
@@ -52,68 +59,61 @@ def started(materials: Path, home: Path, environment: dict[str, str] | None = No
     if done.returncode:
         raise Failure(f"`train --detach` ended with {done.returncode}: {done.stderr[-300:]}")
     (run,) = all_runs()
-    return run
+    try:
+        yield run
+    finally:
+        send_signal(signal.SIGKILL)
 
 
 def wait_until_over(run: RunDir) -> State:
     """The state of a run that no process works on any more. Raises Failure after :data:`LONGEST_S`."""
-    until = time.monotonic() + LONGEST_S
-    while time.monotonic() < until:
-        state = read_status(run).state
-        if state in _OVER and not processes(run):
-            return state
-        time.sleep(0.2)
-    raise Failure(f"the run was still {read_status(run).state} after {LONGEST_S:.0f} s; {_last(run)}")
+    status = wait_until(run, lambda status: status.state in _OVER and not processes(), "over", every_s=0.2)
+    return status.state
 
 
 def wait_for_step(run: RunDir, step: int) -> None:
     """Return when the run has taken so many steps or is over. Raises Failure after :data:`LONGEST_S`."""
+    wait_until(run, lambda status: status.step >= step or status.state in _OVER, f"at step {step}")
+
+
+def wait_until(
+    run: RunDir, condition: Callable[[Status], bool], what: str, *, every_s: float = 0.02
+) -> Status:
+    """The status for which ``condition`` holds. Raises Failure after :data:`LONGEST_S`.
+
+    ``what`` completes "the run was not …".
+    """
     until = time.monotonic() + LONGEST_S
-    while time.monotonic() < until:
-        status = read_status(run)
-        if status.step >= step or status.state in _OVER:
-            return
-        time.sleep(0.02)
-    raise Failure(f"step {step} did not come within {LONGEST_S:.0f} s; {_last(run)}")
+    while not condition(status := read_status(run)):
+        if time.monotonic() > until:
+            raise Failure(
+                f"the run was not {what} after {LONGEST_S:.0f} s: it is {status.state}; {_last(run)}"
+            )
+        time.sleep(every_s)
+    return status
 
 
-def processes(run: RunDir) -> list[psutil.Process]:
+def processes() -> list[psutil.Process]:
     """Runners and trainers that work in this attempt's state folder."""
     state = os.environ["XDG_STATE_HOME"]
-    found = []
+    ours = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
-        ours = "qlora_tui.runs.runner" in words or "qlora_tui.training" in words
-        try:
-            if ours and process.environ().get("XDG_STATE_HOME") == state:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+        with suppress(psutil.Error):
+            if (
+                any(module in words for module in MODULES)
+                and process.environ().get("XDG_STATE_HOME") == state
+            ):
+                ours.append(process)
+    return ours
 
 
-def kill(run: RunDir, luck: random.Random, number: int = signal.SIGKILL) -> list[str]:
-    """Send a signal to trainers, runners or both; which they were."""
-    module = luck.choice(("qlora_tui.training", "qlora_tui.runs.runner", ""))
-    hit = []
-    for process in processes(run):
-        words = process.info["cmdline"]
-        if not module or module in words:
-            try:
+def send_signal(number: int, modules: Collection[str] = MODULES) -> None:
+    """Send a signal to the trainers and runners of this attempt, or to those of one module."""
+    for process in processes():
+        if any(module in process.info["cmdline"] for module in modules):
+            with suppress(psutil.Error):
                 process.send_signal(number)
-            except psutil.Error:
-                continue
-            hit.append("trainer" if "qlora_tui.training" in words else "runner")
-    return hit
-
-
-def kill_everything(run: RunDir) -> None:
-    """Leave no process behind after an attempt."""
-    for process in processes(run):
-        try:
-            process.kill()
-        except psutil.Error:
-            continue
 
 
 def resume_to_the_end(run: RunDir, *, most: int = 3) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from qlora_tui import __version__, paths
 from qlora_tui.cli.arguments import positive_float
 from qlora_tui.cli.terminal import visible_output
-from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
+from qlora_tui.errors import EXIT_FAILURE, INTERNAL_ERROR, UserError, disk_problem
 from qlora_tui.settings import load_settings
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _print_result(result: CommandResult, *, as_json: bool) -> int:
 
 
 def _report_bug(error: Exception) -> int:
-    print(f"qlora-tui: A mistake of ours: {type(error).__name__}: {error}", file=sys.stderr)
+    print(f"qlora-tui: {INTERNAL_ERROR}: {type(error).__name__}: {error}", file=sys.stderr)
     try:
         log = paths.log_path()
         with log.open("a") as file:

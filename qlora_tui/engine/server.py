@@ -36,7 +36,7 @@ from qlora_tui.engine.protocol import (
     decode_request,
     encode,
 )
-from qlora_tui.errors import UserError
+from qlora_tui.errors import INTERNAL_ERROR, UserError
 
 if TYPE_CHECKING:
     from qlora_tui.engine.chat_service import ChatService
@@ -154,7 +154,7 @@ class Server:
 def _internal_error(error: Exception) -> Failure:
     traceback.print_exc()
     return Failure(
-        title="A mistake of ours",
+        title=INTERNAL_ERROR,
         what=f"{type(error).__name__}: {error}",
         fix=f"The traceback is in {log_path()}.",
     )

@@ -21,7 +21,7 @@ _RETRY_S = 0.05
 def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[IO[str] | None]:
     """Hold an exclusive lock on a file, created if need be; None where another process holds it.
 
-    ``retry_delays_s``: how long to try again before that.
+    ``patience_s``: how long to try again before that.
     Raises UserError where the file system has no locks, OSError where the file cannot be opened.
     """
     deadline = time.monotonic() + patience_s
