@@ -23,7 +23,7 @@ help:
 	@echo "make docs         write the generated pages of docs/: settings, commands, keys, manual page"
 	@echo "make screenshots  draw the pictures of README and docs, from recorded runs"
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
-	@echo "make lock         resolve the dependencies anew, with the hash of each file"
+	@echo "make lock         update the locked dependencies, with the hash of each file"
 	@echo "make bench-deps   what only the benchmarks need, in an environment of its own"
 
 $(INSTALLED): pyproject.toml $(LOCK)
