@@ -17,7 +17,7 @@ from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Environment, Failed, Finished, MemoryMeasured, Started, Step
-from qlora_tui.runs.following import followed
+from qlora_tui.runs.follow import follow_events
 from qlora_tui.runs.telemetry import TelemetryTail
 from qlora_tui.runs.view import RunView
 
@@ -92,7 +92,7 @@ def trained(recipe: Recipe, on_event: Callable[[RunDir, AnyEvent], None] = lambd
 def watched(run: RunDir, on_event: Callable[[RunDir, AnyEvent], None] = lambda run, event: None) -> Story:
     """To its end."""
     story = Story(run, [])
-    for event in followed(RunView(run)):
+    for event in follow_events(RunView(run)):
         story.events.append(event)
         on_event(run, event)
     return story
@@ -129,7 +129,7 @@ def resume(box: Box) -> Outcome:
         if isinstance(event, Step) and event.step == 3:
             # It may be too late: then there was nothing to resume, and the check says so.
             with suppress(Exception):
-                control.ask(run, "pause")
+                control.send_request(run, "pause")
 
     paused = trained(recipe, pause)
     if paused.of(Finished):

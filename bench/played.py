@@ -9,10 +9,18 @@ import time
 
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs.directory import create
-from qlora_tui.runs.events import CheckpointSaved, DataReady, Evaluated, PhaseChanged, Sampled, Started, Step
-from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.process import mark
+from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.events import (
+    CheckpointSaved,
+    DataReady,
+    Evaluated,
+    PhaseChanged,
+    SampleGenerated,
+    Started,
+    Step,
+)
+from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.runs.telemetry import Sample, encode
 
@@ -26,7 +34,7 @@ class PlayedTrainer:
     def __init__(self, done: int, total: int) -> None:
         self.step = 0
         self._total = total
-        self._run = create(
+        self._run = create_run(
             Recipe(model=Model(id="bench/model"), data=Data(sources=(Source(path="rows.jsonl"),)))
         )
         self._log = EventWriter(self._run.events_path)
@@ -66,7 +74,7 @@ class PlayedTrainer:
             Status(
                 state="running",
                 at=time.time(),
-                process=mark(),
+                process=process_identity(),
                 phase="training",
                 step=self.step,
                 total_steps=self._total,
@@ -115,5 +123,7 @@ class PlayedTrainer:
         self._log.append(Evaluated(at=at, step=step, loss=self._loss() + 0.05, best=True))
         self._log.append(CheckpointSaved(at=at, step=step, folder=f"checkpoints/step-{step}"))
         self._log.append(
-            Sampled(at=at, step=step, prompt="My parcel is late.", answer="I am sorry. I will look.\n" * 3)
+            SampleGenerated(
+                at=at, step=step, prompt="My parcel is late.", answer="I am sorry. I will look.\n" * 3
+            )
         )

@@ -38,8 +38,8 @@ from qlora_tui.recipe.presets import find_preset
 from qlora_tui.recipe.schema import Model, Quantization, Recipe, Source
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import Failed, MemoryMeasured
-from qlora_tui.runs.log import EventTail
 from qlora_tui.runs.status import read_status
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -167,11 +167,11 @@ def clear_runs() -> None:
 
 def lay_out_run(until: float) -> None:
     """Put the recorded run in place as it was at a step, or at a share of its steps, still in training."""
-    from qlora_tui.runs.process import mark
+    from qlora_tui.runs.process import process_identity
     from tests.tui.recorded import STEPS, recorded_until
 
     clear_runs()
-    run, at = recorded_until(round(STEPS * until if until < 1 else until), process=mark())
+    run, at = recorded_until(round(STEPS * until if until < 1 else until), process=process_identity())
     # The run is shown as if it were now: its clock is moved, nothing else.
     for path in (run.events_path, run.telemetry_path, run.status_path):
         shift_clock(path, time.time() - at)

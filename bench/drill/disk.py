@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bench.drill import runs
 from bench.drill.program import Failure
+from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import Failed
-from qlora_tui.runs.log import EventTail
 
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 FOR_GOOD = 1_000_000

@@ -18,8 +18,8 @@ import psutil
 from bench.drill.program import Failure, write
 from bench.drill.samples import jsonl
 from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Step
-from qlora_tui.runs.log import EventTail
 from qlora_tui.runs.status import State, Status, read_status
 
 STEPS = 30

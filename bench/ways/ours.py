@@ -21,7 +21,7 @@ from qlora_tui.runs.events import (
     Started,
     Step,
 )
-from qlora_tui.runs.following import followed
+from qlora_tui.runs.follow import follow_events
 from qlora_tui.runs.view import RunView
 
 
@@ -76,7 +76,7 @@ def relay(run: RunDir) -> AnyEvent | None:
     """Tell the run's events in the words of :mod:`.work`; how it ended."""
     pid, share = 0, 0.0
     view = RunView(run)
-    for event in followed(view):
+    for event in follow_events(view):
         match event:
             case Started():
                 pid = event.pid

@@ -7,12 +7,12 @@ import sys
 
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.runs.directory import find
+from qlora_tui.runs.directory import find_run
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
     """One answer with ``--prompt``; a conversation on stdin and stdout without."""
-    chosen = find(args.run_id)
+    chosen = find_run(args.run_id)
     if args.prompt is not None and not args.prompt.strip():
         raise UserError(
             "Nothing was asked",

@@ -8,13 +8,13 @@ from typing import Any
 
 from qlora_tui.cli.subcommand import CommandResult, format_table
 from qlora_tui.errors import EXIT_FAILURE
-from qlora_tui.runs.check import Checked, check_leftovers, check_queue, check_run, repaired
+from qlora_tui.runs.check import CheckResult, apply_repairs, check_leftovers, check_queue, check_run
 from qlora_tui.runs.directory import RunDir, all_runs
 
 
 def check(run: RunDir | None, *, repair: bool) -> CommandResult:
     """Check one run, or all runs, the queue and what was left behind; repair what can be if asked to."""
-    checks: list[Callable[[], Checked]] = [
+    checks: list[Callable[[], CheckResult]] = [
         partial(check_run, each) for each in ([run] if run else all_runs())
     ]
     if run is None:
@@ -23,7 +23,7 @@ def check(run: RunDir | None, *, repair: bool) -> CommandResult:
     for run_check in checks:
         result, repairs = run_check(), list[str]()
         if repair:
-            result, repairs = repaired(result, run_check)
+            result, repairs = apply_repairs(result, run_check)
         problems += len(result.defects)
         repairable += sum(defect.repair is not None for defect in result.defects)
         results.append(_as_data(result, repairs))
@@ -43,7 +43,7 @@ def check(run: RunDir | None, *, repair: bool) -> CommandResult:
     return CommandResult(data=data, text=text, exit_code=EXIT_FAILURE if problems else 0)
 
 
-def _format_result(result: Checked, done: list[str]) -> str:
+def _format_result(result: CheckResult, done: list[str]) -> str:
     if result.in_training:
         return "in training: not checked"
     parts = [f"{defect.what} ({defect.remedy})" for defect in result.defects]
@@ -52,7 +52,7 @@ def _format_result(result: Checked, done: list[str]) -> str:
     return "; ".join(parts) or "whole"
 
 
-def _as_data(result: Checked, done: list[str]) -> dict[str, Any]:
+def _as_data(result: CheckResult, done: list[str]) -> dict[str, Any]:
     return {
         "run": result.name,
         "state": result.state,

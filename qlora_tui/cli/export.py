@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
-from qlora_tui.runs.directory import find
+from qlora_tui.runs.directory import find_run
 
 
 def run(args: argparse.Namespace) -> CommandResult:
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
     from qlora_tui.gpu.torch_env import configure_torch_env
 
-    source = run_source(find(args.run_id))
+    source = run_source(find_run(args.run_id))
     adapter_name = choose_adapter(source, checkpoint=args.checkpoint)
     configure_torch_env()
     from qlora_tui.export.merge import merge

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from qlora_tui.cli.subcommand import print_json
 from qlora_tui.errors import EXIT_FAILURE
-from qlora_tui.runs.describe import PhasesTold, describe, unknown_lines
+from qlora_tui.runs.describe import PhaseFilter, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Failed, Progress, Step
-from qlora_tui.runs.following import followed
-from qlora_tui.runs.standing import standing
+from qlora_tui.runs.follow import follow_events
 from qlora_tui.runs.status import RESUMABLE
+from qlora_tui.runs.status_summary import summarize_status
 from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
 
@@ -28,8 +28,8 @@ def follow(run: RunDir, *, as_json: bool) -> int:
 
     Of a run of many thousand steps only some of those behind are told, but with ``as_json`` all.
     """
-    view, past_events = (RunView(run), []) if as_json else RunView.sketched(run, _MAX_PAST_STEPS)
-    phases = PhasesTold()
+    view, past_events = (RunView(run), []) if as_json else RunView.from_sample(run, _MAX_PAST_STEPS)
+    phases = PhaseFilter()
     for event in past_events:
         if phases.is_new(event) and not isinstance(event, Progress):
             _print_line(event.at, describe(event, view.total_steps))
@@ -56,12 +56,12 @@ def follow_plain(run: RunDir) -> int:
 
     For screen readers and logs: only whole lines, and of the steps one in :data:`PLAIN_INTERVAL_S`.
     """
-    view, past_events = RunView.sketched(run, _MAX_PAST_STEPS)
-    phases = PhasesTold()
+    view, past_events = RunView.from_sample(run, _MAX_PAST_STEPS)
+    phases = PhaseFilter()
     for event in past_events:
         phases.is_new(event)
     machine = _LastSample(run)
-    print(f"{run.id}: {standing(view, machine.poll())}", flush=True)
+    print(f"{run.id}: {summarize_status(view, machine.poll())}", flush=True)
     for health in {warning.kind: warning for warning in view.health}.values():
         _print_line(health.at, describe(health))
     if view.ending is not None:
@@ -76,7 +76,7 @@ def follow_plain(run: RunDir) -> int:
             _print_line(event.at, describe(event, view.total_steps))
         elif time.monotonic() - printed_at >= PLAIN_INTERVAL_S:
             printed_at = time.monotonic()
-            _print_line(event.at, standing(view, machine.poll()))
+            _print_line(event.at, summarize_status(view, machine.poll()))
 
     return _follow_to_end(view, on_event)
 
@@ -95,7 +95,7 @@ class _LastSample:
 def _follow_to_end(view: RunView, on_event: Callable[[AnyEvent], None]) -> int:
     run = view.run
     try:
-        for event in followed(view, lambda detail: print(f"{run.id}: {detail}", file=sys.stderr)):
+        for event in follow_events(view, lambda detail: print(f"{run.id}: {detail}", file=sys.stderr)):
             on_event(event)
     except KeyboardInterrupt:
         print(f"\nDetached: {run.id} goes on. `qlora-tui attach {run.id}` comes back.", file=sys.stderr)

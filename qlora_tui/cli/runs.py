@@ -11,10 +11,10 @@ from qlora_tui.cli.follow import PLAIN_INTERVAL_S, follow, follow_plain
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_float
-from qlora_tui.runs import actions, control, queue
-from qlora_tui.runs.describe import exact_words
-from qlora_tui.runs.detached import ensure_runner
-from qlora_tui.runs.directory import RunDir, all_runs, find
+from qlora_tui.runs import actions, control, run_queue
+from qlora_tui.runs.describe import format_exact
+from qlora_tui.runs.directory import RunDir, all_runs, find_run
+from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import read_status
 from qlora_tui.runs.view import RunView
 
@@ -25,15 +25,15 @@ _FEW_STEPS = 16
 def runs(args: argparse.Namespace) -> CommandResult:
     """Every run, a change to one, or a check of all."""
     if args.action == "rename":
-        run = find(args.run_id)
+        run = find_run(args.run_id)
         actions.rename(run, args.name)
         return CommandResult(
             data={"run": run.id, "name": run.name}, text=f"{run.id} is now named {run.name}."
         )
     if args.action == "check":
-        return check(find(args.run_id) if args.run_id else None, repair=args.repair)
+        return check(find_run(args.run_id) if args.run_id else None, repair=args.repair)
     if args.action == "delete":
-        return _delete(find(args.run_id), confirmed=args.yes)
+        return _delete(find_run(args.run_id), confirmed=args.yes)
     return _list()
 
 
@@ -52,8 +52,8 @@ def _delete(run: RunDir, *, confirmed: bool) -> CommandResult:
 
 def _list() -> CommandResult:
     """Every run, newest first, and the queue's order."""
-    waiting = queue.waiting()
-    views = [RunView.sketched(run, _FEW_STEPS)[0] for run in all_runs()]
+    waiting = run_queue.waiting()
+    views = [RunView.from_sample(run, _FEW_STEPS)[0] for run in all_runs()]
     rows = [
         [
             v.run.name,
@@ -75,8 +75,8 @@ def _list() -> CommandResult:
 
 def attach(args: argparse.Namespace) -> int:
     """Show a run's events from its first, and follow it to its end. Ctrl-C leaves it running."""
-    run = find(args.run_id)
-    if run.id in queue.waiting():
+    run = find_run(args.run_id)
+    if run.id in run_queue.waiting():
         # Its runner may have been killed, or gone down with the machine.
         ensure_runner()
     return follow_plain(run) if args.plain and not args.json else follow(run, as_json=args.json)
@@ -84,7 +84,7 @@ def attach(args: argparse.Namespace) -> int:
 
 def resume(args: argparse.Namespace) -> CommandResult | int:
     """Go on from the last checkpoint."""
-    run = find(args.run_id)
+    run = find_run(args.run_id)
     actions.resume(run)
     if args.follow:
         return follow(run, as_json=args.json)
@@ -94,14 +94,14 @@ def resume(args: argparse.Namespace) -> CommandResult | int:
 
 def stop(args: argparse.Namespace) -> CommandResult:
     """Save a checkpoint and the adapter, and end; a waiting run leaves the queue."""
-    run = find(args.run_id)
+    run = find_run(args.run_id)
     actions.stop(run)
     return _state_result(run, f"{run.id} was asked to stop. `qlora-tui attach {run.id}` shows when it has.")
 
 
 def pause(args: argparse.Namespace) -> CommandResult:
     """Save a checkpoint and leave the GPU."""
-    run = find(args.run_id)
+    run = find_run(args.run_id)
     actions.pause(run)
     return _state_result(run, f"{run.id} was asked to pause. `qlora-tui resume {run.id}` goes on.")
 
@@ -117,7 +117,7 @@ _REQUESTS: dict[str, control.Kind] = {
 
 def send_request(args: argparse.Namespace) -> CommandResult:
     """Leave a request for the trainer; it is taken at the next step."""
-    run = find(args.run_id)
+    run = find_run(args.run_id)
     kind = _REQUESTS[args.request]
     if (kind == "set_learning_rate") != (args.value is not None):
         raise UserError(
@@ -126,7 +126,7 @@ def send_request(args: argparse.Namespace) -> CommandResult:
             fix=f"For example `qlora-tui ask {run.id} learning-rate 1e-4`.",
             exit_code=EXIT_USAGE,
         )
-    control.ask(run, kind, args.value)
+    control.send_request(run, kind, args.value)
     return _state_result(run, f"{run.id} was asked: {args.request}.")
 
 
@@ -158,7 +158,7 @@ def _summary(view: RunView) -> dict[str, Any]:
 def _format_validation(view: RunView) -> str:
     """``1.29, exact 97%, base 12%``: the lowest loss, and the last share of exact short answers."""
     best = format_float(None if view.best is None else view.best.loss, 3)
-    exact = exact_words(view.accuracy, view.base_accuracy)
+    exact = format_exact(view.accuracy, view.base_accuracy)
     return f"{best}, exact {exact}" if exact else best
 
 

@@ -21,7 +21,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Failed, Finished
-from qlora_tui.runs.following import followed
+from qlora_tui.runs.follow import follow_events
 from qlora_tui.runs.view import RunView
 
 PRESET = "cpu-demo"
@@ -87,7 +87,7 @@ def run_demo(on_status: Callable[[str], None], on_event: Callable[[AnyEvent, Run
 def wait_for_end(run: RunDir, on_event: Callable[[AnyEvent, RunView], None]) -> RunView:
     """Follow a run until it has ended. Raises UserError when it is lost."""
     view = RunView(run)
-    for event in followed(view):
+    for event in follow_events(view):
         on_event(event, view)
     if view.ending is None:
         raise UserError(

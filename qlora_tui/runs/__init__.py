@@ -1,17 +1,32 @@
-"""Runs: their directories, what they say of themselves, the queue, and the process that trains them in turn.
+"""Runs: their directories and events, the queue, and the process that trains them one after another.
 
-directory    a run's folder, its name, and how to find it again
-events       what a run says of itself, one line each (log appends and follows; sketch reads a long one fast)
-damage       whether a checkpoint or an adapter is what was written
-status       where it stands now (liveness: whether its process still works; process identifies it; locks)
-view         a run as its events tell it: the one reader behind every screen and verb (following waits on it)
-telemetry    what the machine did meanwhile (energy sums its power up)
-describe     events in words (standing: a run's state in a sentence for a voice)
-actions      what can be done with runs, once for keys and verbs (control asks a running trainer; trash keeps
-             what was deleted; leftovers deletes what killed processes left;
-             check verifies and repairs)
-queue        the runs that wait (entries: the folder that says which)
-runner       takes them one at a time; detached starts it, and the trainers
-endings      how an attempt ended (shortage: of what it ran out; retry: what to change and try again)
-news         what is worth telling of that (notify tells it)
+directory       a run's folder, its name, and how to find it again
+events          what happens in a run, one JSON line each
+event_log       writes and tails these lines
+event_sampling  reads a long log quickly, a part of its lines
+view            a run as its events describe it: the one reader behind every screen and command
+status          a run's state now
+status_summary  the state in a sentence, for a screen reader
+liveness        whether the process behind a run is still working
+process         identifies processes by start tick, boot and machine
+locks           file locks
+follow          waits for a run's next events
+telemetry       GPU and host metrics during a run
+energy          adds up the measured power
+describe        events as sentences
+actions         everything one can do with runs, shared by keys and commands
+control         sends a request to a running trainer
+trash           deleted runs, for an undo
+leftovers       deletes what killed processes left behind
+damage          whether a checkpoint or an adapter is as it was written
+check           verifies and repairs runs
+run_queue       the runs that wait
+queue_entries   the folder that holds their order
+runner          starts the trainers, one at a time
+spawn           starts the runner, detached from the terminal
+outcomes        how an attempt ended
+out_of_memory   what would fit where memory ran out
+retry           settings for the next attempt after that
+notification    what to report about a run's end
+notify          sends it to a command or a webhook
 """

@@ -8,9 +8,9 @@ from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe.absolute_paths import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import control, queue
-from qlora_tui.runs.detached import ensure_runner
-from qlora_tui.runs.directory import LAST, RunDir, all_runs, create
+from qlora_tui.runs import control, run_queue
+from qlora_tui.runs.directory import LAST, RunDir, all_runs, create_run
+from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, read_status
 
 LONGEST_NAME = 60
@@ -19,8 +19,8 @@ LONGEST_NAME = 60
 @disk_problems()
 def submit(recipe: Recipe) -> RunDir:
     """Queue a new run and see that a runner is at work. The recipe should be ready to run."""
-    run = create(with_absolute_paths(recipe))
-    queue.enqueue(run)
+    run = create_run(with_absolute_paths(recipe))
+    run_queue.enqueue(run)
     ensure_runner()
     return run
 
@@ -28,8 +28,8 @@ def submit(recipe: Recipe) -> RunDir:
 @disk_problems()
 def prepare(recipe: Recipe) -> RunDir:
     """Make a new run without queueing it, for trainers that the user starts."""
-    run = create(with_absolute_paths(recipe))
-    queue.set_aside(run, "Not queued: it begins with the command that was printed for it.")
+    run = create_run(with_absolute_paths(recipe))
+    run_queue.mark_not_queued(run, "Not queued: it begins with the command that was printed for it.")
     return run
 
 
@@ -44,33 +44,33 @@ def resume(run: RunDir) -> None:
             fix="Only a run that failed, was stopped, paused or lost can be resumed.",
             exit_code=EXIT_USAGE,
         )
-    queue.enqueue_again(run)
+    run_queue.requeue(run)
     ensure_runner()
 
 
 @disk_problems()
 def stop(run: RunDir) -> None:
     """End a run: take it out of the queue, or have its trainer save a checkpoint and the adapter and go."""
-    if not queue.withdraw(run):
-        control.ask(run, "stop")
+    if not run_queue.cancel(run):
+        control.send_request(run, "stop")
 
 
 @disk_problems()
 def pause(run: RunDir) -> None:
     """Have the trainer save a checkpoint and leave the GPU; ``resume`` goes on."""
-    control.ask(run, "pause")
+    control.send_request(run, "pause")
 
 
 @disk_problems()
 def rename(run: RunDir, name: str) -> None:
     """Call a run otherwise; its id stays. Raises UserError for what is no name, or is another run's."""
-    wrong = wrong_name(name) or _taken(run, name.strip())
+    wrong = validate_name(name) or _taken(run, name.strip())
     if wrong:
         raise UserError("Not a name for a run", what=wrong, fix="Give a short line.", exit_code=EXIT_USAGE)
     atomic_write(run.name_path, f"{name.strip()}\n", durable=True)
 
 
-def wrong_name(name: str) -> str:
+def validate_name(name: str) -> str:
     """What is wrong with a name for a run, in a sentence; empty where nothing is."""
     if not name.strip() or not name.strip().isprintable():
         return "A name is one line with something in it."
@@ -87,7 +87,7 @@ def _taken(run: RunDir, name: str) -> str:
 def check_deletable(run: RunDir) -> None:
     """Raise UserError for a run that waits or is in training."""
     status = read_status(run)
-    if status.state in ACTIVE or run.id in queue.waiting():
+    if status.state in ACTIVE or run.id in run_queue.waiting():
         raise UserError(
             "The run is not over",
             what=f"{run.name} is {status.state}.",

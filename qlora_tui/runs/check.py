@@ -17,13 +17,13 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, earlier_folder, sync
 from qlora_tui.recipe.toml import parse, to_recipe
-from qlora_tui.runs import leftovers, queue
+from qlora_tui.runs import leftovers, run_queue
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.endings import how_it_ended, settle
-from qlora_tui.runs.entries import Entry, entries, queue_dir, stray_names
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Failed, decode
-from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.outcomes import determine_outcome, record_outcome
+from qlora_tui.runs.queue_entries import Entry, entries, queue_dir, stray_names
 from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, status_problem, write_status
 
 _DAMAGED = "damaged-"
@@ -43,7 +43,7 @@ class Defect:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """What a check says of one run, or of what all share."""
 
     name: str
@@ -54,11 +54,11 @@ class Checked:
     """It was left alone."""
 
 
-def check_run(run: RunDir) -> Checked:
+def check_run(run: RunDir) -> CheckResult:
     """Look at everything a run keeps, and read every adapter and checkpoint of it."""
     state = read_status(run).state
     if state in ACTIVE:
-        return Checked(run.id, state, in_training=True)
+        return CheckResult(run.id, state, in_training=True)
     defects = [
         *_moved_aside(run),
         *_recipe(run),
@@ -67,10 +67,10 @@ def check_run(run: RunDir) -> Checked:
         *_adapter(run, state),
         *_status(run),
     ]
-    return Checked(run.id, state, tuple(defects))
+    return CheckResult(run.id, state, tuple(defects))
 
 
-def check_queue() -> Checked:
+def check_queue() -> CheckResult:
     """Look for names in the queue's folder that queue nothing."""
     defects = [
         Defect(
@@ -85,19 +85,21 @@ def check_queue() -> Checked:
         Defect(f"{name} is no place in the queue", f"it is ignored; delete {queue_dir() / name}")
         for name in stray_names()
     ]
-    return Checked("queue", None, tuple(defects))
+    return CheckResult("queue", None, tuple(defects))
 
 
-def check_leftovers() -> Checked:
+def check_leftovers() -> CheckResult:
     """Look for what killed processes left half written, an hour ago or longer."""
     defects = (
         Defect(f"{path} was left by a killed process", "a repair deletes it", partial(_delete, path))
         for path in leftovers.leftovers()
     )
-    return Checked("leftovers", None, tuple(defects))
+    return CheckResult("leftovers", None, tuple(defects))
 
 
-def repaired(checked: Checked, check_again: Callable[[], Checked]) -> tuple[Checked, list[str]]:
+def apply_repairs(
+    checked: CheckResult, check_again: Callable[[], CheckResult]
+) -> tuple[CheckResult, list[str]]:
     """Repair what can be repaired; what a second check says, and what was done, in clauses.
 
     A repair that fails says why, and leaves its defect to the second check.
@@ -249,7 +251,7 @@ def _reopen(run: RunDir, damage: str) -> str:
     )
     with EventWriter(run.events_path) as log:
         log.append(lost)
-    write_status(run, read_status(run).then("failed", detail=f"{lost.title}: {lost.what}"))
+    write_status(run, read_status(run).transition("failed", detail=f"{lost.title}: {lost.what}"))
     return f"{resume} writes it again now"
 
 
@@ -270,16 +272,16 @@ def _status(run: RunDir) -> Iterator[Defect]:
 def _restore_status(run: RunDir) -> str:
     status = read_status(run)
     if status.state == "lost":
-        settle(run, how_it_ended(run, None))
+        record_outcome(run, determine_outcome(run, None))
     elif is_stranded(run):
-        queue.set_aside(run, "It was queued and was not in the queue.")
+        run_queue.mark_not_queued(run, "It was queued and was not in the queue.")
     else:
         write_status(run, status)
     return f"it is {read_status(run).state} now"
 
 
 def _take_out(entry: Entry) -> str:
-    queue.remove(RunDir(paths.runs_dir() / entry.run_id))
+    run_queue.remove(RunDir(paths.runs_dir() / entry.run_id))
     return "taken out"
 
 

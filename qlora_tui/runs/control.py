@@ -26,7 +26,7 @@ Kind: TypeAlias = Literal[
 ]
 
 
-class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ControlRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is asked."""
 
     kind: Kind
@@ -34,12 +34,12 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The new learning rate, for ``set_learning_rate``."""
 
 
-_DECODER = msgspec.json.Decoder(Request)
+_DECODER = msgspec.json.Decoder(ControlRequest)
 _LARGEST_BYTES = 4096
 
 
 @disk_problems()
-def ask(run: RunDir, kind: Kind, value: float | None = None) -> None:
+def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
     """Leave a request for the trainer of ``run``; raises UserError when no trainer has it, or nothing to
     do.
     """
@@ -59,10 +59,12 @@ def ask(run: RunDir, kind: Kind, value: float | None = None) -> None:
             exit_code=EXIT_USAGE,
         )
     name = f"{time.time_ns():020d}-{os.getpid()}-{kind}.json"
-    atomic_write(private_dir(run.control_dir) / name, msgspec.json.encode(Request(kind=kind, value=value)))
+    atomic_write(
+        private_dir(run.control_dir) / name, msgspec.json.encode(ControlRequest(kind=kind, value=value))
+    )
 
 
-def take(run: RunDir) -> list[Request]:
+def take_requests(run: RunDir) -> list[ControlRequest]:
     """Return every waiting request, oldest first, and remove it.
 
     Whatever else is in the folder neither fails nor blocks: it is removed where that is possible. A request
@@ -84,7 +86,7 @@ def take(run: RunDir) -> list[Request]:
     return requests
 
 
-def _read(path: Path) -> Request:
+def _read(path: Path) -> ControlRequest:
     """Read one request; raises OSError or msgspec.DecodeError for what is none."""
     # A pipe would block the reader, and a link may lead to one.
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

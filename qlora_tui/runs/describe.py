@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from qlora_tui.formatting import format_bytes, format_count, format_duration, format_float, format_percent
 from qlora_tui.runs.events import (
-    STEPPING,
+    STEP_PHASES,
     AdapterReady,
     AnyEvent,
-    Asked,
     CheckpointSaved,
     DataReady,
     Environment,
@@ -20,7 +19,8 @@ from qlora_tui.runs.events import (
     PhaseChanged,
     Progress,
     Queued,
-    Sampled,
+    RequestReceived,
+    SampleGenerated,
     Started,
     Step,
     StepVerified,
@@ -51,7 +51,7 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             share = event.trained_parameters / event.total_parameters
             return f"training {format_count(event.trained_parameters)} parameters ({share:.2%} of the model)"
         case StepVerified():
-            return _verified_words(event)
+            return _format_verified(event)
         case MemoryMeasured():
             return (
                 f"memory: {format_bytes(event.measured_bytes)} measured, "
@@ -72,17 +72,19 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             )
         case CheckpointSaved():
             return f"checkpoint at step {event.step:,}"
-        case Sampled():
+        case SampleGenerated():
             return f"step {event.step:,}: {event.prompt!r} → {event.answer!r}"
         case Health():
             return f"{event.severity}: {event.evidence} {event.remedy}"
-        case Asked():
+        case RequestReceived():
             value = "" if event.value is None else f" {event.value:g}"
             return f"asked: {event.request.replace('_', ' ')}{value}"
         case Finished():
-            told = f"finished at step {event.step:,} after {format_duration(event.seconds)}: {event.reason}"
-            energy = energy_words(event)
-            return f"{told}; {energy}" if energy else told
+            sentence = (
+                f"finished at step {event.step:,} after {format_duration(event.seconds)}: {event.reason}"
+            )
+            energy = format_energy(event)
+            return f"{sentence}; {energy}" if energy else sentence
         case Stopped():
             return f"stopped at step {event.step:,}"
         case Paused():
@@ -91,24 +93,24 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return f"failed: {event.problem()}"
 
 
-class PhasesTold:
+class PhaseFilter:
     """Whether an event is worth a line: each phase is, once an attempt.
 
     A run trains on after every validation and checkpoint, and what came of those has a line of its own.
     """
 
     def __init__(self) -> None:
-        self._told: set[tuple[str, str]] = set()
+        self._seen: set[tuple[str, str]] = set()
 
     def is_new(self, event: AnyEvent) -> bool:
         """False for a phase that was told; to be asked of every event, in order."""
         if isinstance(event, Started):
-            self._told.clear()
+            self._seen.clear()
         if not isinstance(event, PhaseChanged):
             return True
-        phase = (event.phase, "" if event.phase in STEPPING else event.detail)
-        new = phase not in self._told
-        self._told.add(phase)
+        phase = (event.phase, "" if event.phase in STEP_PHASES else event.detail)
+        new = phase not in self._seen
+        self._seen.add(phase)
         return new
 
 
@@ -118,7 +120,7 @@ def unknown_lines(number: int) -> str:
     return f"{lines} not shown: another version of qlora-tui wrote them. Update to read all of this run."
 
 
-def energy_words(ending: Finished) -> str:
+def format_energy(ending: Finished) -> str:
     """``0.42 kWh, 3.1 tokens/J``; empty where the card told no power."""
     if ending.energy_kwh is None:
         return ""
@@ -126,14 +128,14 @@ def energy_words(ending: Finished) -> str:
     return f"{ending.energy_kwh:.2f} kWh" + ("" if efficiency is None else f", {efficiency:.3g} tokens/J")
 
 
-def exact_words(accuracy: float | None, base: float | None) -> str:
+def format_exact(accuracy: float | None, base: float | None) -> str:
     """``97%, base 12%`` of short answers are exact; empty for data without such."""
     if accuracy is None:
         return ""
     return format_percent(accuracy) + ("" if base is None else f", base {format_percent(base)}")
 
 
-def _verified_words(event: StepVerified) -> str:
+def _format_verified(event: StepVerified) -> str:
     if event.reason:
         return f"the first step could not be checked against transformers and peft: {event.reason}"
     words = (

@@ -30,8 +30,8 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, private_dir, sync, sync_tree
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, load, to_recipe
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Queued
-from qlora_tui.runs.log import EventWriter
 
 DRAFT = ".new-"
 """How the folder of a run is called before it is whole; the number of its process follows."""
@@ -87,7 +87,7 @@ class RunDir:
         return self.path / "trainer.log"
 
     @property
-    def untold_path(self) -> Path:
+    def unreported_path(self) -> Path:
         return self.path / "untold"
 
     @property
@@ -129,7 +129,7 @@ LAST = "last"
 """What the newest run can be called."""
 
 
-def create(recipe: Recipe) -> RunDir:
+def create_run(recipe: Recipe) -> RunDir:
     """Make the directory of a run that is to be queued.
 
     It appears under its name when it is whole and on the disk. Raises UserError when the disk is full or the
@@ -179,7 +179,7 @@ def all_runs() -> list[RunDir]:
     return [RunDir(p) for p in sorted(folders, key=_created, reverse=True)]
 
 
-def find(name: str) -> RunDir:
+def find_run(name: str) -> RunDir:
     """The run of that id or name, or the only one of which either begins so; ``last`` is the newest."""
     runs = all_runs()
     if name == LAST and runs:

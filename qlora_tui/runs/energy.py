@@ -8,12 +8,12 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.decoding import UnixTime, decode_json
-from qlora_tui.runs.log import read_from
+from qlora_tui.runs.event_log import read_from
 
 JOULES_A_KWH = 3.6e6
 _CHUNK_BYTES = 1 << 20
-_MOST_CHUNKS = 24
-_LONGEST_GAP_S = 10.0
+MAX_CHUNKS = 24
+MAX_SAMPLE_GAP_S = 10.0
 """A longer silence is a pause of the run, over which nothing is counted."""
 
 
@@ -39,18 +39,18 @@ class EnergyMeter:
         self._offset = 0
         self._joules = 0.0
         self._before: tuple[float, float] | None = None
-        self._told = False
+        self._has_power = False
         self._is_behind = True
 
     @property
     def kwh(self) -> float | None:
         """None where the card has not told its power, and until all that was written has been read."""
-        return self._joules / JOULES_A_KWH if self._told and not self._is_behind else None
+        return self._joules / JOULES_A_KWH if self._has_power and not self._is_behind else None
 
     def read(self) -> None:
         """Take in what is new, at most a day of it: who looks every second waits for no week."""
         self._is_behind = True
-        for _ in range(_MOST_CHUNKS):
+        for _ in range(MAX_CHUNKS):
             chunk = read_from(self._path, self._offset, _CHUNK_BYTES)
             end = chunk.rfind(b"\n") + 1
             if not end:
@@ -74,8 +74,8 @@ class EnergyMeter:
         if power is None:
             self._before = None
             return
-        if self._before is not None and 0 < sample.at - self._before[0] <= _LONGEST_GAP_S:
+        if self._before is not None and 0 < sample.at - self._before[0] <= MAX_SAMPLE_GAP_S:
             # The trapezoid between two readings.
             self._joules += (sample.at - self._before[0]) * (power + self._before[1]) / 2
-            self._told = True
+            self._has_power = True
         self._before = (sample.at, power)

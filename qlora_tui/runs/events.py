@@ -17,7 +17,7 @@ from qlora_tui.errors import UserError
 Phase: TypeAlias = Literal[
     "loading", "converting", "tokenizing", "probing", "training", "evaluating", "saving"
 ]
-STEPPING: frozenset[Phase] = frozenset(("training", "evaluating", "saving"))
+STEP_PHASES: frozenset[Phase] = frozenset(("training", "evaluating", "saving"))
 """Phases that a run goes to and fro between, from its first step to its last."""
 
 
@@ -169,7 +169,7 @@ class CheckpointSaved(Event, tag="checkpoint_saved", frozen=True, kw_only=True):
     """Relative to the run's directory."""
 
 
-class Sampled(Event, tag="sampled", frozen=True, kw_only=True):
+class SampleGenerated(Event, tag="sampled", frozen=True, kw_only=True):
     """What the model in training answers to a fixed prompt."""
 
     step: Count
@@ -188,7 +188,7 @@ class Health(Event, tag="health", frozen=True, kw_only=True):
     step: Count = 0
 
 
-class Asked(Event, tag="asked", frozen=True, kw_only=True):
+class RequestReceived(Event, tag="asked", frozen=True, kw_only=True):
     """A request from ``control/`` was taken."""
 
     request: str
@@ -236,7 +236,7 @@ class Paused(Event, tag="paused", frozen=True, kw_only=True):
     step: Count
 
 
-Terminal: TypeAlias = Finished | Failed | Stopped | Paused
+RunEnded: TypeAlias = Finished | Failed | Stopped | Paused
 AnyEvent: TypeAlias = (
     Queued
     | Started
@@ -250,9 +250,9 @@ AnyEvent: TypeAlias = (
     | Step
     | Evaluated
     | CheckpointSaved
-    | Sampled
+    | SampleGenerated
     | Health
-    | Asked
+    | RequestReceived
     | Finished
     | Failed
     | Stopped

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from qlora_tui.formatting import format_duration
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.locks import is_locked
-from qlora_tui.runs.process import ProcessMark, machine
+from qlora_tui.runs.process import ProcessIdentity, machine_id
 
 BEAT_S = 60.0
 """Age at which the heartbeat of a process that cannot be looked up counts as its last."""
@@ -34,7 +34,7 @@ _beats: dict[Path, tuple[float, float]] = {}
 moves is of a live process, however far apart the clocks of two machines are."""
 
 
-def look_for(mark: ProcessMark | None, run: RunDir, beat_at: float, *, beats: bool) -> Sighting:
+def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, beats: bool) -> Sighting:
     """Look for the process of an active run.
 
     Args:
@@ -55,7 +55,7 @@ def look_for(mark: ProcessMark | None, run: RunDir, beat_at: float, *, beats: bo
         alive = held if held is not None and beats else moved or _is_recent(run, beat_at)
         where = f"in another container{named}"
         return Sighting(bool(alive), f"Running {where}." if alive else f"Its process {where} is gone.")
-    if mark.machine == machine():
+    if mark.machine == machine_id():
         return Sighting(False, "The machine was restarted while it ran.")
     if moved or _is_recent(run, beat_at):
         return Sighting(True, f"Running on another machine{named}.")
@@ -64,7 +64,7 @@ def look_for(mark: ProcessMark | None, run: RunDir, beat_at: float, *, beats: bo
     return Sighting(False, f"It ran on another machine{named}: no heartbeat for {_age(beat_at)}.")
 
 
-def _here(mark: ProcessMark, run: RunDir, beat_at: float, *, beats: bool) -> Sighting:
+def _here(mark: ProcessIdentity, run: RunDir, beat_at: float, *, beats: bool) -> Sighting:
     state = mark.state
     if not mark.start_ticks and state in ("", "Z", "X") and is_locked(run.trainer_lock_path):
         # An older version noted only a time, and the clock was set since.

@@ -25,7 +25,7 @@ import msgspec
 from qlora_tui import subprocesses
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.news import News, news_of
+from qlora_tui.runs.notification import RunNotification, notification_for
 from qlora_tui.settings import load_settings
 
 WEBHOOK_S = 5.0
@@ -42,7 +42,7 @@ def main(folder: str) -> int:
     if not (wanted.webhook or wanted.command):
         return 0
     run = RunDir(Path(folder))
-    news = news_of(run)
+    news = notification_for(run)
     if news is None:
         return 0
     # The command first: it does not depend on a network.
@@ -52,25 +52,25 @@ def main(folder: str) -> int:
     return 0
 
 
-def _webhook(url: str, news: News) -> str:
+def _webhook(url: str, notification: RunNotification) -> str:
     """Post the news; what went wrong, or nothing."""
     if not url:
         return ""
     host = urlsplit(url).hostname
     answers: list[str] = []
     # In a thread, since a library's time limit is for each read, and a name may take its time to be found.
-    thread = threading.Thread(target=lambda: answers.append(_post(url, news)), daemon=True)
+    thread = threading.Thread(target=lambda: answers.append(_post(url, notification)), daemon=True)
     thread.start()
     thread.join(WEBHOOK_S)
     trouble = answers[0] if answers else f"did not answer within {WEBHOOK_S:.0f} s"
     return f"the webhook at {host} {trouble}" if trouble else ""
 
 
-def _post(url: str, news: News) -> str:
+def _post(url: str, notification: RunNotification) -> str:
     """What went wrong, or nothing."""
     request = urllib.request.Request(
         url,
-        data=msgspec.json.encode(news),
+        data=msgspec.json.encode(notification),
         headers={"Content-Type": "application/json", "User-Agent": "qlora-tui"},
     )
     try:
@@ -90,16 +90,18 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _command(command: str, news: News) -> str:
+def _command(command: str, notification: RunNotification) -> str:
     """Run the user's command with the news in its environment; what went wrong, or nothing."""
     if not command:
         return ""
-    told = {f"QLORA_TUI_{key.upper()}": getattr(news, key) for key in ("event", "run", "name", "text")}
+    variables = {
+        f"QLORA_TUI_{key.upper()}": getattr(notification, key) for key in ("event", "run", "name", "text")
+    }
     try:
         started = subprocess.Popen(
             command,
             shell=True,
-            env=subprocesses.user_env() | told,
+            env=subprocesses.user_env() | variables,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )

@@ -21,7 +21,7 @@ _SAME_START_S = 2.0
 """Two readings of one process's start time differ by less, as long as the clock is not set."""
 
 
-class ProcessMark(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Identifies one process for good."""
 
     pid: int
@@ -46,7 +46,7 @@ class ProcessMark(Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def is_of_this_machine(self) -> bool:
         """Whether it ran on this machine, before a restart or since; True where that is not known."""
-        return self.is_from_this_boot or self.machine in ("", machine())
+        return self.is_from_this_boot or self.machine in ("", machine_id())
 
     @property
     def is_visible(self) -> bool:
@@ -60,7 +60,7 @@ class ProcessMark(Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def state(self) -> str:
         """The kernel's letter (``R``, ``S``, ``D``, ``T``, ``Z``…); empty where it cannot be seen."""
-        seen = _look_up(self.pid) if self.is_visible else None
+        seen = _read_process(self.pid) if self.is_visible else None
         if seen is None:
             return ""
         if self.start_ticks and seen.start_ticks:
@@ -92,18 +92,18 @@ class _Seen(NamedTuple):
     started: float
 
 
-def mark(pid: int | None = None) -> ProcessMark:
+def process_identity(pid: int | None = None) -> ProcessIdentity:
     """Identify a running process, this one by default; raises ProcessLookupError where there is none."""
     pid = os.getpid() if pid is None else pid
-    seen = _look_up(pid)
+    seen = _read_process(pid)
     if seen is None:
         raise ProcessLookupError(f"no process {pid}")
-    return ProcessMark(
+    return ProcessIdentity(
         pid=pid,
         started=seen.started,
         boot_id=boot_id(),
         start_ticks=seen.start_ticks,
-        machine=machine(),
+        machine=machine_id(),
         host=os.uname().nodename,
         pid_namespace=_pid_namespace(),
     )
@@ -126,7 +126,7 @@ def _real_boot_id() -> str:
 
 
 @cache
-def machine() -> str:
+def machine_id() -> str:
     """Identify this machine or container, by machine id and host name: images share a machine id."""
     import hashlib
 
@@ -146,7 +146,7 @@ def _pid_namespace() -> str:
         return ""
 
 
-def _look_up(pid: int) -> _Seen | None:
+def _read_process(pid: int) -> _Seen | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
         # The second field is the command in parentheses, which may hold anything.
@@ -154,7 +154,7 @@ def _look_up(pid: int) -> _Seen | None:
         state, start_ticks = fields[0].decode(), int(fields[19])
         return _Seen(state, start_ticks, _boot_time() + start_ticks / os.sysconf("SC_CLK_TCK"))
     except (OSError, ValueError, IndexError):
-        return None if Path("/proc/self/stat").exists() else _look_up_elsewhere(pid)
+        return None if Path("/proc/self/stat").exists() else _read_process_elsewhere(pid)
 
 
 def _boot_time() -> float:
@@ -165,7 +165,7 @@ def _boot_time() -> float:
     return 0.0
 
 
-def _look_up_elsewhere(pid: int) -> _Seen | None:
+def _read_process_elsewhere(pid: int) -> _Seen | None:
     """Where there is no ``/proc``: without ticks."""
     import psutil
 

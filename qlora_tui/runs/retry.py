@@ -13,11 +13,11 @@ from msgspec import Struct, structs
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import Failed, Health, Started, Terminal
-from qlora_tui.runs.log import EventTail, EventWriter
+from qlora_tui.runs.event_log import EventTail, EventWriter
+from qlora_tui.runs.events import Failed, Health, RunEnded, Started
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class RetryPlan(Struct, frozen=True, kw_only=True):
     """How an attempt departs from its recipe; None leaves a setting as it is."""
 
     micro_batch: int | None = None
@@ -41,12 +41,12 @@ class Plan(Struct, frozen=True, kw_only=True):
         return arguments
 
 
-def last_plan(run: RunDir) -> Plan:
+def last_plan(run: RunDir) -> RetryPlan:
     """What the last attempt used; empty before the first."""
-    plan = Plan()
+    plan = RetryPlan()
     for event in EventTail(run.events_path).drain():
         if isinstance(event, Started) and event.micro_batch:
-            plan = Plan(
+            plan = RetryPlan(
                 micro_batch=event.micro_batch,
                 gradient_accumulation=event.gradient_accumulation,
                 gradient_checkpointing=event.gradient_checkpointing,
@@ -54,24 +54,24 @@ def last_plan(run: RunDir) -> Plan:
     return plan
 
 
-def plan_resume(run: RunDir) -> Plan:
+def plan_resume(run: RunDir) -> RetryPlan:
     """The recipe's own settings, or those that a retry found: what did not fit once is not tried again."""
     drained = EventTail(run.events_path).drain()
     ran_out = any(isinstance(event, Failed) and event.kind == "out_of_memory" for event in drained)
-    return last_plan(run) if ran_out else Plan()
+    return last_plan(run) if ran_out else RetryPlan()
 
 
-def next_plan(run: RunDir, ending: Terminal) -> Plan | None:
+def next_plan(run: RunDir, ending: RunEnded) -> RetryPlan | None:
     """The next attempt after an ending; None when there should be none."""
     if not isinstance(ending, Failed) or ending.kind != "out_of_memory":
         return None
     try:
-        return smaller(run.recipe(), last_plan(run))
+        return reduce_memory(run.recipe(), last_plan(run))
     except UserError:
         return None
 
 
-def plan_retry(run: RunDir, ending: Terminal) -> Plan | None:
+def plan_retry(run: RunDir, ending: RunEnded) -> RetryPlan | None:
     """The next attempt after an ending, told in the run's events."""
     plan = next_plan(run, ending)
     if plan is not None and isinstance(ending, Failed):
@@ -82,13 +82,13 @@ def plan_retry(run: RunDir, ending: Terminal) -> Plan | None:
                     kind="out_of_memory",
                     severity="warning",
                     evidence=ending.what,
-                    remedy=f"Trying again with {describe(plan)}; the effective batch stays.",
+                    remedy=f"Trying again with {describe_plan(plan)}; the effective batch stays.",
                 )
             )
     return plan
 
 
-def smaller(recipe: Recipe, used: Plan) -> Plan | None:
+def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
     """The next cheaper plan with the same effective batch, or None at the end of the road."""
     training = recipe.training
     micro_batch = used.micro_batch or training.micro_batch
@@ -97,17 +97,17 @@ def smaller(recipe: Recipe, used: Plan) -> Plan | None:
     if micro_batch > 1:
         # An odd micro-batch cannot be halved exactly: one row at a time keeps the product.
         factor = 2 if micro_batch % 2 == 0 else micro_batch
-        return Plan(
+        return RetryPlan(
             micro_batch=micro_batch // factor,
             gradient_accumulation=accumulation * factor,
             gradient_checkpointing=checkpointing,
         )
     if not checkpointing:
-        return Plan(micro_batch=1, gradient_accumulation=accumulation, gradient_checkpointing=True)
+        return RetryPlan(micro_batch=1, gradient_accumulation=accumulation, gradient_checkpointing=True)
     return None
 
 
-def describe(plan: Plan) -> str:
+def describe_plan(plan: RetryPlan) -> str:
     """In words, for events and screens."""
     words = f"micro-batch {plan.micro_batch} × accumulation {plan.gradient_accumulation}"
     return words + (" and activation checkpointing" if plan.gradient_checkpointing else "")

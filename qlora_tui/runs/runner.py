@@ -16,15 +16,15 @@ from collections.abc import Callable
 
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
-from qlora_tui.runs import queue
-from qlora_tui.runs.detached import runner_lock_path, start
+from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.endings import how_it_ended, settle
 from qlora_tui.runs.leftovers import sweep
 from qlora_tui.runs.locks import PATIENCE_S, is_locked, locked
-from qlora_tui.runs.process import mark
-from qlora_tui.runs.retry import Plan, plan_resume, plan_retry
-from qlora_tui.runs.shortage import host_oom_kills
+from qlora_tui.runs.out_of_memory import host_oom_kills
+from qlora_tui.runs.outcomes import determine_outcome, record_outcome
+from qlora_tui.runs.process import process_identity
+from qlora_tui.runs.retry import RetryPlan, plan_resume, plan_retry
+from qlora_tui.runs.spawn import runner_lock_path, spawn_detached
 from qlora_tui.runs.status import ACTIVE, read_status
 
 POLL_S = 0.5
@@ -47,7 +47,7 @@ def main() -> int:
                 lock.truncate(0)
                 lock.write(f"{os.getpid()}\n")
                 lock.flush()
-                _work(passed_over)
+                _run_queue(passed_over)
             if _next(passed_over) is None:
                 return 0
     except UserError as problem:
@@ -58,20 +58,20 @@ def main() -> int:
         return EXIT_FAILURE
 
 
-def _work(passed_over: set[str]) -> None:
+def _run_queue(passed_over: set[str]) -> None:
     sweep()
     for run in all_runs():
         _guarded(run, _take_over)
     while (run_ := _next(passed_over)) is not None:
         if not run_.recipe_path.exists():
-            queue.remove(run_)
+            run_queue.remove(run_)
         elif not _guarded(run_, _begin):
             # It stays in the queue: the next runner tries again.
             passed_over.add(run_.id)
 
 
 def _next(passed_over: set[str]) -> RunDir | None:
-    name = next((name for name in queue.waiting() if name not in passed_over), None)
+    name = next((name for name in run_queue.waiting() if name not in passed_over), None)
     return None if name is None else RunDir(paths.runs_dir() / name)
 
 
@@ -99,9 +99,9 @@ def _take_over(run: RunDir) -> None:
         # Its machine may be back, or only out of reach: nobody here can know that it has ended.
         return
     if status.state == "lost" or (
-        status.state not in ("queued", "unreadable", "gone") and run.untold_path.exists()
+        status.state not in ("queued", "unreadable", "gone") and run.unreported_path.exists()
     ):
-        _run(run, _conclude(run, exit_code=None))
+        _supervise(run, _record_outcome(run, exit_code=None))
 
 
 def _begin(run: RunDir) -> None:
@@ -111,16 +111,16 @@ def _begin(run: RunDir) -> None:
         if time.monotonic() > deadline:
             raise UserError("The run is in training", what=f"Another trainer holds {run.trainer_lock_path}.")
         time.sleep(POLL_S)
-    _run(run, plan_resume(run))
+    _supervise(run, plan_resume(run))
 
 
-def _conclude(
+def _record_outcome(
     run: RunDir, exit_code: int | None, events_from: int | None = None, *, host_out_of_memory: bool = False
-) -> Plan | None:
+) -> RetryPlan | None:
     """Record how an attempt ended; the next attempt's plan, where one with less memory can help."""
-    ending = how_it_ended(run, exit_code, events_from=events_from, host_out_of_memory=host_out_of_memory)
+    ending = determine_outcome(run, exit_code, events_from=events_from, host_out_of_memory=host_out_of_memory)
     try:
-        settle(run, ending, events_from=events_from)
+        record_outcome(run, ending, events_from=events_from)
         if read_status(run).state == "queued":
             # Resumed while its trainer was still exiting: its turn comes with the queue.
             return None
@@ -137,28 +137,30 @@ def _conclude(
 def _notify(run: RunDir) -> None:
     try:
         # First: a runner that is killed here must not have the next one tell it again.
-        run.untold_path.unlink(missing_ok=True)
-        start("qlora_tui.runs.notify", str(run.path), output=None)
+        run.unreported_path.unlink(missing_ok=True)
+        spawn_detached("qlora_tui.runs.notify", str(run.path), output=None)
     except OSError as error:
         print(f"{run.id}: nobody could be told: {error}", file=sys.stderr)
 
 
-def _run(run: RunDir, plan: Plan | None) -> None:
+def _supervise(run: RunDir, plan: RetryPlan | None) -> None:
     """Train a run to its end, with less memory again where it ran out."""
     while plan is not None:
         kills_before = host_oom_kills()
         events_from = run.events_path.stat().st_size
         exit_code = _train(run, plan)
-        plan = _conclude(run, exit_code, events_from, host_out_of_memory=host_oom_kills() > kills_before)
+        plan = _record_outcome(
+            run, exit_code, events_from, host_out_of_memory=host_oom_kills() > kills_before
+        )
 
 
-def _train(run: RunDir, plan: Plan) -> int:
+def _train(run: RunDir, plan: RetryPlan) -> int:
     """Run one trainer to its end; its exit code. Raises OSError, with the run as it was, where it cannot."""
     with run.log_path.open("ab") as log:
-        run.untold_path.touch(mode=0o600)
-        queue.take(run, mark())
+        run.unreported_path.touch(mode=0o600)
+        run_queue.take(run, process_identity())
         try:
-            trainer = start("qlora_tui.training", str(run.path), *plan.arguments(), output=log)
+            trainer = spawn_detached("qlora_tui.training", str(run.path), *plan.arguments(), output=log)
         except OSError as error:
             log.write(f"The trainer could not be started: {error}\n".encode())
             return EXIT_FAILURE

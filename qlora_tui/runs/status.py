@@ -19,11 +19,11 @@ from msgspec import Struct, structs
 from qlora_tui.decoding import Count, UnixTime, decode_json
 from qlora_tui.files import atomic_write
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.entries import entries_of
+from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Paused, Phase, Queued, Step, Stopped
-from qlora_tui.runs.liveness import look_for
-from qlora_tui.runs.log import last_event
-from qlora_tui.runs.process import ProcessMark
+from qlora_tui.runs.liveness import find_trainer
+from qlora_tui.runs.process import ProcessIdentity
+from qlora_tui.runs.queue_entries import entries_of
 
 State: TypeAlias = Literal[
     "queued", "starting", "running", "finished", "failed", "stopped", "paused", "lost", "unreadable", "gone"
@@ -40,7 +40,7 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
     state: State
     at: UnixTime
     """Unix time of this writing: the heartbeat."""
-    process: ProcessMark | None = None
+    process: ProcessIdentity | None = None
     phase: Phase | None = None
     step: Count = 0
     total_steps: Count = 0
@@ -48,7 +48,7 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: str = ""
     """One sentence: how it ended, or what it waits for."""
 
-    def then(self, state: State, *, process: ProcessMark | None = None, detail: str = "") -> Status:
+    def transition(self, state: State, *, process: ProcessIdentity | None = None, detail: str = "") -> Status:
         """The next state, from now on; how far the run has come stays."""
         return structs.replace(self, state=state, at=time.time(), process=process, phase=None, detail=detail)
 
@@ -70,7 +70,7 @@ def write_heartbeat(run: RunDir, status: Status) -> None:
 
 def read_status(run: RunDir) -> Status:
     """The status as it is true now: an active run whose process is gone is ``lost``."""
-    status = _recorded(run)
+    status = _state_from_events(run)
     if status.state == "queued" and not entries_of(run.id):
         return structs.replace(status, state="stopped", detail="It was queued and is not in the queue.")
     if status.state not in ACTIVE:
@@ -78,7 +78,7 @@ def read_status(run: RunDir) -> Status:
     beat = _heartbeat(run)
     if beat is not None and beat.process == status.process:
         status = beat
-    seen = look_for(status.process, run, status.at, beats=status.state == "running")
+    seen = find_trainer(status.process, run, status.at, beats=status.state == "running")
     return structs.replace(
         status, state=status.state if seen.alive else "lost", detail=seen.detail or status.detail
     )
@@ -86,7 +86,7 @@ def read_status(run: RunDir) -> Status:
 
 def is_stranded(run: RunDir) -> bool:
     """Whether the run was queued last, as far as is recorded, and is not in the queue."""
-    return _recorded(run).state == "queued" and not entries_of(run.id)
+    return _state_from_events(run).state == "queued" and not entries_of(run.id)
 
 
 def status_problem(run: RunDir) -> str | None:
@@ -98,7 +98,7 @@ def status_problem(run: RunDir) -> str | None:
     return None
 
 
-def _recorded(run: RunDir) -> Status:
+def _state_from_events(run: RunDir) -> Status:
     try:
         return _decoded(run.status_path)
     except (OSError, msgspec.MsgspecError) as error:
@@ -129,7 +129,7 @@ def _without_status(run: RunDir, error: Exception) -> Status:
     if not run.recipe_path.is_file():
         return Status(state="unreadable", at=0.0, detail=f"{_reason(error)}; there is no recipe either.")
     beat = _heartbeat(run)
-    if beat is not None and look_for(beat.process, run, beat.at, beats=True).alive:
+    if beat is not None and find_trainer(beat.process, run, beat.at, beats=True).alive:
         return beat
     try:
         event = last_event(run.events_path)

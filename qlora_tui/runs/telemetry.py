@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from qlora_tui.decoding import Count, UnixTime, decode_json
 from qlora_tui.gpu.metrics import GpuMetrics
-from qlora_tui.runs.log import read_from
+from qlora_tui.runs.event_log import read_from
 
 
 class Sample(Struct, frozen=True, kw_only=True, omit_defaults=True):

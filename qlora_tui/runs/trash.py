@@ -41,7 +41,7 @@ class Trash:
             raise _disk("The run was not deleted", run.path, error) from error
         self._deleted.append(run.id)
 
-    def bring_back(self) -> RunDir | None:
+    def restore(self) -> RunDir | None:
         """The run that was deleted last, at its place again; None where there is none. Raises UserError."""
         if not self._deleted:
             return None
@@ -71,7 +71,7 @@ class Trash:
         return self._folder
 
 
-def empty_left_behind() -> None:
+def empty_abandoned() -> None:
     """Delete for good what apps left that could not empty it themselves, being killed."""
     if not _home().exists():
         return

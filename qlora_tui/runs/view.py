@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator
 from typing import Self
 
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventTail
+from qlora_tui.runs.event_sampling import sample_events
 from qlora_tui.runs.events import (
     AdapterReady,
     AnyEvent,
-    Asked,
     CheckpointSaved,
     DataReady,
     Environment,
@@ -30,22 +31,21 @@ from qlora_tui.runs.events import (
     PhaseChanged,
     Progress,
     Queued,
-    Sampled,
+    RequestReceived,
+    RunEnded,
+    SampleGenerated,
     Started,
     Step,
     StepVerified,
     Stopped,
-    Terminal,
 )
-from qlora_tui.runs.log import EventTail
-from qlora_tui.runs.sketch import sketch
 from qlora_tui.runs.status import Status, read_status
 
 _RATE_STEPS = 20
 """Steps over which the time left is reckoned."""
 
 
-class Series:
+class StepSeries:
     """The steps as columns: one float a step and column, however long the run."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class RunView:
         self.run = run
         self._tail = EventTail(run.events_path)
         self.status: Status = read_status(run)
-        self.series = Series()
+        self.series = StepSeries()
         self.queued_at: float | None = None
         """When it was first queued."""
         self.attempt = 0
@@ -125,34 +125,34 @@ class RunView:
         self.memory: MemoryMeasured | None = None
         self.evaluations: list[Evaluated] = []
         self.checkpoints: list[CheckpointSaved] = []
-        self.samples: list[Sampled] = []
+        self.samples: list[SampleGenerated] = []
         self.health: list[Health] = []
-        self.ending: Terminal | None = None
+        self.ending: RunEnded | None = None
 
     @classmethod
-    def sketched(cls, run: RunDir, steps: int) -> tuple[Self, list[AnyEvent]]:
+    def from_sample(cls, run: RunDir, steps: int) -> tuple[Self, list[AnyEvent]]:
         """A run's story so far with only about so many of its steps; ``refresh`` goes on from there.
 
         Also the events, for those who show each.
         """
         view = cls(run)
-        found = sketch(run.events_path, steps)
-        view._fold(found.events)
-        view._tail = EventTail(run.events_path, offset=found.end, unknown=found.unknown)
-        return view, found.events
+        sampled = sample_events(run.events_path, steps)
+        view._apply_all(sampled.events)
+        view._tail = EventTail(run.events_path, offset=sampled.end, unknown=sampled.unknown)
+        return view, sampled.events
 
     def refresh(self) -> list[AnyEvent]:
         """Read what is new; the events, in order, for those who show each."""
-        return list(self.fresh())
+        return list(self.iter_new())
 
-    def fresh(self) -> Iterator[AnyEvent]:
+    def iter_new(self) -> Iterator[AnyEvent]:
         """The same in pieces, for a run whose events are too many to hold."""
         self.status = read_status(self.run)
         for events in self._tail.pieces():
-            self._fold(events)
+            self._apply_all(events)
             yield from events
 
-    def _fold(self, events: Iterable[AnyEvent]) -> None:
+    def _apply_all(self, events: Iterable[AnyEvent]) -> None:
         for event in events:
             self._apply(event)
 
@@ -164,16 +164,16 @@ class RunView:
     @property
     def step(self) -> int:
         """The last step done: the events tell of some, this attempt's heartbeat of every one."""
-        told = self.series.step[-1] if len(self.series) else 0
+        last_step = self.series.step[-1] if len(self.series) else 0
         beats = self.started_at is None or self.status.at >= self.started_at
-        return max(told, self.status.step) if beats else told
+        return max(last_step, self.status.step) if beats else last_step
 
     @property
     def loss(self) -> float | None:
         """Of the last step, in training; NaN where it was not a number, None before there is one."""
-        told = self.series.loss[-1] if len(self.series) else None
+        last_loss = self.series.loss[-1] if len(self.series) else None
         ahead = not len(self.series) or self.step > self.series.step[-1]
-        return self.status.loss if ahead and self.status.loss is not None else told
+        return self.status.loss if ahead and self.status.loss is not None else last_loss
 
     @property
     def total_steps(self) -> int:
@@ -216,7 +216,7 @@ class RunView:
                 self.attempt = event.attempt
                 self.started_at = event.at
                 self.ending = None
-                self._go_back_to(event.resumed_from_step)
+                self._truncate_to(event.resumed_from_step)
             case Queued():
                 self.ending = None
                 self.queued_at = self.queued_at or event.at
@@ -238,16 +238,16 @@ class RunView:
                 self.evaluations.append(event)
             case CheckpointSaved():
                 self.checkpoints.append(event)
-            case Sampled():
+            case SampleGenerated():
                 self.samples.append(event)
             case Health():
                 self.health.append(event)
-            case Asked():
+            case RequestReceived():
                 pass
             case Finished() | Failed() | Stopped() | Paused():
                 self.ending = event
 
-    def _go_back_to(self, step: int) -> None:
+    def _truncate_to(self, step: int) -> None:
         self.series.cut(step + 1)
         self.evaluations = [e for e in self.evaluations if e.step <= step]
         self.checkpoints = [c for c in self.checkpoints if c.step <= step]

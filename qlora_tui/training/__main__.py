@@ -9,7 +9,7 @@ from pathlib import Path
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.retry import Plan
+from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.training.supervisor import run_trainer
 
 _ENVIRONMENT = {
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--gradient-accumulation", type=int, help="in place of the recipe's")
     parser.add_argument("--gradient-checkpointing", action="store_true", default=None)
     given = parser.parse_args()
-    plan = Plan(
+    plan = RetryPlan(
         micro_batch=given.micro_batch,
         gradient_accumulation=given.gradient_accumulation,
         gradient_checkpointing=given.gradient_checkpointing,

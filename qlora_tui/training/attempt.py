@@ -18,7 +18,7 @@ from qlora_tui.data.untrained_tokens import token_ids
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter
-from qlora_tui.runs.events import AdapterReady, DataReady, Environment, Finished, Paused, Stopped, Terminal
+from qlora_tui.runs.events import AdapterReady, DataReady, Environment, Finished, Paused, RunEnded, Stopped
 from qlora_tui.training import model_loading
 from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.base_model import PreparedBase, prepare_base
@@ -64,7 +64,7 @@ class TrainingAttempt:
         self._dist = dist
         self._telemetry = TelemetryRecorder(run, reporter)
 
-    def train(self) -> Terminal:
+    def train(self) -> RunEnded:
         """All of it; the event that ends the attempt. Raises whatever goes wrong."""
         try:
             return self._train()
@@ -80,7 +80,7 @@ class TrainingAttempt:
         finally:
             self._telemetry.stop()
 
-    def _train(self) -> Terminal:
+    def _train(self) -> RunEnded:
         recipe, reporter = self._recipe, self._reporter
         device = find_device(recipe, self._dist.local_rank)
         if device.kind == "cpu":
@@ -123,7 +123,7 @@ class TrainingAttempt:
         tokenizer: ChatTokenizer,
         data: Prepared,
         step_plan: StepPlan,
-    ) -> Terminal:
+    ) -> RunEnded:
         run, recipe, reporter, checkpoint = self._run, self._recipe, self._reporter, self._checkpoint
         training = recipe.training
         pad_id = tokenizer.pad_id or 0
@@ -249,7 +249,7 @@ class TrainingAttempt:
         tokenizer: ChatTokenizer,
         seconds: float,
         tokens: int,
-    ) -> Terminal:
+    ) -> RunEnded:
         run, recipe, reporter = self._run, self._recipe, self._reporter
         assert self.meter is not None
         step = trainer.state.global_step

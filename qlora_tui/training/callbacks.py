@@ -16,7 +16,7 @@ from qlora_tui.errors import UserError, disk_problem
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import CheckpointSaved, Evaluated, Sampled, Step
+from qlora_tui.runs.events import CheckpointSaved, Evaluated, SampleGenerated, Step
 from qlora_tui.training import checkpoints
 from qlora_tui.training.accuracy import has_short_answers
 from qlora_tui.training.batches import TokenizedDataset, validation_batches
@@ -325,7 +325,7 @@ class RunCallback:
         for prompt, answer in generate_samples(
             model, context.tokenizer, prompts, context.device.torch_device, context.thinking
         ):
-            self._reporter.emit(Sampled(at=time.time(), step=step, prompt=prompt, answer=answer))
+            self._reporter.emit(SampleGenerated(at=time.time(), step=step, prompt=prompt, answer=answer))
 
     def _stop_early(self) -> None:
         patience = self._context.recipe.training.early_stopping

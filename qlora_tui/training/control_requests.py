@@ -6,9 +6,9 @@ import signal
 import time
 
 from qlora_tui.runs import control
-from qlora_tui.runs.control import Kind, Request
+from qlora_tui.runs.control import ControlRequest, Kind
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import Asked
+from qlora_tui.runs.events import RequestReceived
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.reporter import Reporter
 
@@ -20,7 +20,7 @@ class ControlRequests:
         self._run = run
         self._dist = dist
         self._reporter = reporter
-        self._pending: list[Request] = []
+        self._pending: list[ControlRequest] = []
         self._terminated = False
 
     def listen_to_signals(self) -> None:
@@ -33,13 +33,13 @@ class ControlRequests:
         """Take what is new, and say so in the events. Every process of a run looks at the same moments."""
         new = self._dist.broadcast(self._read_new() if self._dist.is_main_process else [])
         for request in new:
-            self._reporter.emit(Asked(at=time.time(), request=request.kind, value=request.value))
+            self._reporter.emit(RequestReceived(at=time.time(), request=request.kind, value=request.value))
             self._reporter.log(
                 f"asked: {request.kind}{'' if request.value is None else f' {request.value:g}'}"
             )
         self._pending += new
 
-    def take(self, kind: Kind) -> Request | None:
+    def take(self, kind: Kind) -> ControlRequest | None:
         """The last waiting request of a kind; earlier ones of the same kind are done with it."""
         matching = [request for request in self._pending if request.kind == kind]
         self._pending = [request for request in self._pending if request.kind != kind]
@@ -50,11 +50,11 @@ class ControlRequests:
         kinds = {request.kind for request in self._pending}
         return "stop" if "stop" in kinds else "pause" if "pause" in kinds else None
 
-    def _read_new(self) -> list[Request]:
-        requests = control.take(self._run)
+    def _read_new(self) -> list[ControlRequest]:
+        requests = control.take_requests(self._run)
         if self._terminated:
             self._terminated = False
-            requests.append(Request(kind="stop"))
+            requests.append(ControlRequest(kind="stop"))
         return requests
 
     def _on_signal(self, number: int, frame: object) -> None:

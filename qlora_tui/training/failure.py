@@ -12,7 +12,7 @@ from qlora_tui.memory import Estimate
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
-from qlora_tui.runs.shortage import what_would_fit
+from qlora_tui.runs.out_of_memory import suggest_settings
 from qlora_tui.training.disk_errors import disk_error
 
 _MEMORY_WORDS = (
@@ -96,7 +96,7 @@ def _out_of_memory(
         title="Out of memory",
         what=_memory_message(lines[0] if lines else ""),
         why=why,
-        fix=(recipe and what_would_fit(recipe))
+        fix=(recipe and suggest_settings(recipe))
         or "Lower training.micro_batch or data.max_length, or turn training.gradient_checkpointing on.",
         kind="out_of_memory",
         exit_code=1,

@@ -14,9 +14,9 @@ from contextlib import suppress
 import msgspec
 
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import AnyEvent, Health, Phase, PhaseChanged, Progress
-from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.process import mark
+from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import read_status, write_heartbeat, write_status
 
 HEARTBEAT_S = 1.0
@@ -33,7 +33,7 @@ class Reporter:
         self._lock = threading.Lock()
         self._writer: EventWriter | None = None
         self._unwritten: list[AnyEvent] = []
-        self._status = read_status(run).then("running", process=mark())
+        self._status = read_status(run).transition("running", process=process_identity())
         self._is_in_status = False
         """Whether ``status.json`` names this process."""
         self._progress_at = 0.0

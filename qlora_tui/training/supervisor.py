@@ -17,13 +17,13 @@ from qlora_tui.memory import Estimate
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import leftovers
-from qlora_tui.runs.detached import ensure_runner
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.endings import settle
-from qlora_tui.runs.events import Failed, Started, Terminal
+from qlora_tui.runs.event_log import EventTail
+from qlora_tui.runs.events import Failed, RunEnded, Started
 from qlora_tui.runs.locks import PATIENCE_S, locked
-from qlora_tui.runs.log import EventTail
-from qlora_tui.runs.retry import Plan
+from qlora_tui.runs.outcomes import record_outcome
+from qlora_tui.runs.retry import RetryPlan
+from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.training import checkpoints
 from qlora_tui.training.checkpoints import Checkpoint, UnloadableCheckpoint
 from qlora_tui.training.control_requests import ControlRequests
@@ -32,7 +32,7 @@ from qlora_tui.training.failure import failure_event
 from qlora_tui.training.reporter import Reporter
 
 
-def run_trainer(run: RunDir, plan: Plan) -> int:
+def run_trainer(run: RunDir, plan: RetryPlan) -> int:
     """Take a run to its end. The exit code: 0 finished, stopped or paused; 1 failed; 2 wrongly called."""
     dist = distributed_context()
     if not dist.is_main_process:
@@ -49,7 +49,7 @@ def run_trainer(run: RunDir, plan: Plan) -> int:
         return _supervise(run, plan, dist)
 
 
-def _supervise(run: RunDir, plan: Plan, dist: DistributedContext) -> int:
+def _supervise(run: RunDir, plan: RetryPlan, dist: DistributedContext) -> int:
     reporter = Reporter(run, mute=not dist.is_main_process)
     requests = ControlRequests(run, reporter, dist)
     requests.listen_to_signals()
@@ -63,8 +63,8 @@ def _supervise(run: RunDir, plan: Plan, dist: DistributedContext) -> int:
     if dist.is_main_process:
         # On a full disk the status stays as the last heartbeat left it, and reads as lost.
         with suppress(OSError):
-            settle(run, end_event)
-            if run.untold_path.exists():
+            record_outcome(run, end_event)
+            if run.unreported_path.exists():
                 # Where the runner was killed meanwhile, another tells of the end and takes up the queue.
                 ensure_runner()
     if isinstance(end_event, Failed):
@@ -73,8 +73,8 @@ def _supervise(run: RunDir, plan: Plan, dist: DistributedContext) -> int:
 
 
 def _run_attempts(
-    run: RunDir, plan: Plan, reporter: Reporter, requests: ControlRequests, dist: DistributedContext
-) -> Terminal:
+    run: RunDir, plan: RetryPlan, reporter: Reporter, requests: ControlRequests, dist: DistributedContext
+) -> RunEnded:
     number = 1 + sum(isinstance(event, Started) for event in EventTail(run.events_path).drain())
     estimate: Estimate | None = None
     recipe: Recipe | None = None

@@ -315,8 +315,8 @@ class QloraApp(App[None]):
         from qlora_tui.tui.system_monitor import SystemMonitor
 
         if self._monitor is None:
-            from qlora_tui.runs.trash import empty_left_behind
+            from qlora_tui.runs.trash import empty_abandoned
 
-            empty_left_behind()
+            empty_abandoned()
             self._monitor = SystemMonitor()
         return self._monitor.poll()

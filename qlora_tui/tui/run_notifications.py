@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from qlora_tui.tui import escapes
 
 if TYPE_CHECKING:
-    from qlora_tui.runs.news import News
+    from qlora_tui.runs.notification import RunNotification
     from qlora_tui.tui.app import QloraApp
 
 
-def notify_run_ended(app: QloraApp, notification: News) -> None:
+def notify_run_ended(app: QloraApp, notification: RunNotification) -> None:
     """By a line in the app, and by bell, title and desktop notification as the settings want them."""
     wanted = app.settings.notify
     app.notify(notification.text, severity="information" if notification.event == "finished" else "error")

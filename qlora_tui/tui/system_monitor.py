@@ -14,10 +14,10 @@ from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.visible_devices import default_cuda_device
-from qlora_tui.runs import queue
-from qlora_tui.runs.detached import ensure_runner
+from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.news import News, news_of
+from qlora_tui.runs.notification import RunNotification, notification_for
+from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.tui.system_status import SystemStatus
 
@@ -48,7 +48,7 @@ class SystemMonitor:
     def poll(self) -> SystemStatus:
         """How things stand now. Never raises for a missing card or a strange run."""
         card, reading, no_card = self._read_gpu()
-        waiting = tuple(queue.waiting())
+        waiting = tuple(run_queue.waiting())
         queued = frozenset(waiting)
         statuses = [(run, self._status(run, is_queued=run.id in queued)) for run in self._all_runs()]
         active = next(((r, s) for r, s in statuses if s.state in ACTIVE), (None, None))
@@ -82,14 +82,14 @@ class SystemMonitor:
             with suppress(OSError):
                 ensure_runner()
 
-    def _ended_runs(self, statuses: list[tuple[RunDir, Status]]) -> tuple[News, ...]:
+    def _ended_runs(self, statuses: list[tuple[RunDir, Status]]) -> tuple[RunNotification, ...]:
         ended = [run for run, status in statuses if run.id in self._training and status.state in _OVER]
         # A lost run is looked at again: its runner, if it lives, is just writing down how it ended.
         active_or_lost = {
             run.id for run, status in statuses if status.state in ACTIVE or status.state == "lost"
         }
         self._training = active_or_lost & (self._training | {r.id for r, s in statuses if s.state in ACTIVE})
-        return tuple(news for news in map(news_of, ended) if news is not None)
+        return tuple(news for news in map(notification_for, ended) if news is not None)
 
     def close(self) -> None:
         """Let go of the driver."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
     from qlora_tui.runs.directory import RunDir
-    from qlora_tui.runs.news import News
+    from qlora_tui.runs.notification import RunNotification
     from qlora_tui.runs.status import Status
 
 
@@ -30,7 +30,7 @@ class SystemStatus:
     latest_status: Status | None = None
     waiting: tuple[str, ...] = ()
     """Ids in the queue, the next one first."""
-    ended_runs: tuple[News, ...] = ()
+    ended_runs: tuple[RunNotification, ...] = ()
     """Of runs that have ended since the last look."""
 
     @property

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, TextChunk
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import RunDir, create_run
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ PROMPT = "what is the colour of the fox"
 @pytest.fixture
 def run(tiny_source: ChatSource) -> RunDir:
     """A run on the tiny model that left an adapter and a checkpoint."""
-    run = create(tiny_source.recipe)
+    run = create_run(tiny_source.recipe)
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
     checkpoint = run.checkpoints_dir / "step-2"
     shutil.copytree(tiny_source.adapters["step-2"], checkpoint)

@@ -14,7 +14,7 @@ from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult, Text
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import Choices, prompt_ids, render
 from qlora_tui.recipe.schema import Data, Recipe, Thinking
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import DataReady, encode
 from tests.data.thinkers import DEEPSEEK_V31, GRANITE, SMOLLM3
 
@@ -35,15 +35,15 @@ def told(run: RunDir, thinking: Thinking) -> None:
 
 
 def test_a_run_is_asked_as_its_data_decided_unless_its_recipe_says() -> None:
-    run = create(Recipe())
+    run = create_run(Recipe())
     assert run_source(run).thinking == "auto"
     told(run, "off")
     assert run_source(run).thinking == "off"
-    assert run_source(create(Recipe(data=Data(thinking="on")))).thinking == "on"
+    assert run_source(create_run(Recipe(data=Data(thinking="on")))).thinking == "on"
 
 
 def test_a_run_of_before_is_asked_as_its_template_does() -> None:
-    run = create(Recipe())
+    run = create_run(Recipe())
     with run.events_path.open("ab") as events:
         events.write(
             b'{"event":"data_ready","at":1.0,"samples":1,"validation_samples":0,"tokens":1,"trained_tokens":1,'
@@ -153,7 +153,7 @@ def test_the_command_line_says_what_a_setting_does_not_do(
 ) -> None:
     from qlora_tui.chat.repl import generate_once
 
-    run = create(tiny_source.recipe)
+    run = create_run(tiny_source.recipe)
     list(generate_once(run, QUESTION.content, base=True, sampling=SHORT, thinking="off"))
     assert "Thinking off changes nothing" in capsys.readouterr().err
     list(generate_once(run, QUESTION.content, base=True, sampling=SHORT))

@@ -12,14 +12,14 @@ from qlora_tui.chat.chat_sources import adapter_source, choose_adapter, run_sour
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.recipe.toml import dump
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import RunDir, create_run
 
 RECIPE = Recipe(name="tale", model=Model(id="org/model"))
 
 
 @pytest.fixture
 def run() -> RunDir:
-    return create(RECIPE)
+    return create_run(RECIPE)
 
 
 def put_adapter(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from qlora_tui import paths
 from qlora_tui.cli import main
 from qlora_tui.cli.completion import SHELLS
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.directory import create
+from qlora_tui.runs.directory import create_run
 from tests.cli.conftest import Call
 
 Complete = Callable[[str], set[str]]
@@ -56,7 +56,7 @@ def test_commands_and_their_options_are_completed(complete: Complete) -> None:
 
 
 def test_runs_are_completed(complete: Complete) -> None:
-    run = create(Recipe(name="tickets"))
+    run = create_run(Recipe(name="tickets"))
     assert complete("qlora-tui attach ") == {"last", run.id}
     assert complete(f"qlora-tui runs check {run.id[:5]}") == {run.id}
 
@@ -79,7 +79,7 @@ def test_settings_are_completed_with_their_values(complete: Complete) -> None:
 
 
 def test_a_name_that_controls_the_terminal_is_left_out(complete: Complete) -> None:
-    run = create(Recipe(name="tickets"))
+    run = create_run(Recipe(name="tickets"))
     run.path.rename(run.path.with_name(f"{run.id}\x1b]52;c;\x07"))
     assert complete("qlora-tui attach ") == {"last"}
 
@@ -96,7 +96,7 @@ def test_every_shell_has_a_script(shell: str, call: Call, tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes_a_run(call: Call, tmp_path: Path) -> None:
-    run = create(Recipe(name="tickets"))
+    run = create_run(Recipe(name="tickets"))
     command = tmp_path / "qlora-tui"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m qlora_tui "$@"\n')
     command.chmod(0o755)

@@ -11,10 +11,10 @@ from qlora_tui import paths
 from qlora_tui.cli import doctor, main
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Recipe
-from qlora_tui.runs import following, queue
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs import follow, run_queue
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import AnyEvent
-from qlora_tui.runs.process import mark
+from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import State, Status, write_status
 from qlora_tui.runs.view import RunView
 from tests.cli.conftest import Call
@@ -23,8 +23,8 @@ from tests.power import FaultyDisk
 
 @pytest.fixture
 def run() -> RunDir:
-    run = create(Recipe(name="tickets", model=Model(id="acme/tiny")))
-    write_status(run, Status(state="running", at=time.time(), process=mark()))
+    run = create_run(Recipe(name="tickets", model=Model(id="acme/tiny")))
+    write_status(run, Status(state="running", at=time.time(), process=process_identity()))
     return run
 
 
@@ -66,7 +66,7 @@ def test_a_bug_is_shown_once_where_its_log_cannot_be_written(
     def broken(run: object) -> None:
         raise ZeroDivisionError("by us")
 
-    monkeypatch.setattr("qlora_tui.cli.runs.find", broken)
+    monkeypatch.setattr("qlora_tui.cli.runs.find_run", broken)
     paths.log_path().mkdir()
     assert main(["pause", "x"]) == 1
     said = capsys.readouterr().err
@@ -83,17 +83,17 @@ def no_runner(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         started.append("runner")
         (paths.state_dir() / "runner.log").write_text("starting\nThe file system has no locks.\n")
 
-    monkeypatch.setattr(following, "ensure_runner", start)
-    monkeypatch.setattr(following, "GRACE_S", 0.0)
-    monkeypatch.setattr(following, "POLL_S", 0.0)
+    monkeypatch.setattr(follow, "ensure_runner", start)
+    monkeypatch.setattr(follow, "GRACE_S", 0.0)
+    monkeypatch.setattr(follow, "POLL_S", 0.0)
     return started
 
 
 def test_a_run_that_no_runner_takes_is_not_waited_for(run: RunDir, no_runner: list[str]) -> None:
     write_status(run, Status(state="stopped", at=time.time()))
-    queue.enqueue(run)
+    run_queue.enqueue(run)
     with pytest.raises(UserError, match="No runner takes the run") as caught:
-        list(following.followed(RunView(run)))
+        list(follow.follow_events(RunView(run)))
     assert no_runner == ["runner"], "one more was tried"
     assert caught.value.why == "Its log ends: The file system has no locks."
 
@@ -109,11 +109,11 @@ def test_attach_says_that_a_trainer_does_not_respond(run: RunDir, monkeypatch: p
             self.status = Status(state=state, at=1.0, detail=detail or "")
             return []
 
-        def fresh(self):  # type: ignore[no-untyped-def]
+        def iter_new(self):  # type: ignore[no-untyped-def]
             yield from self.refresh()
 
-    monkeypatch.setattr(following, "POLL_S", 0.0)
-    list(following.followed(Played(run), said.append))
+    monkeypatch.setattr(follow, "POLL_S", 0.0)
+    list(follow.follow_events(Played(run), said.append))
     assert said == ["Not responding: for 31 s.", "The trainer responds again."]
 
 

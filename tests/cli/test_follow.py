@@ -8,8 +8,8 @@ import time
 import pytest
 
 from qlora_tui.cli import follow
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Finished, Health, Paused, Phase, PhaseChanged, Progress, Started, Step
-from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import Status, write_status
 from tests.cli.conftest import Call
 from tests.tui.played import BEGAN, Play, play

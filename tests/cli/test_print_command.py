@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.runs import queue
-from qlora_tui.runs.directory import all_runs, find
+from qlora_tui.runs import run_queue
+from qlora_tui.runs.directory import all_runs, find_run
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.cli.conftest import Call
 from tests.gpu.nvml_stub import install_nvml_stub
@@ -25,12 +25,12 @@ def train(qwen: Path) -> list[str]:
 
 def test_the_command_starts_a_trainer_a_gpu_on_a_run_that_waits_for_it(call: Call, train: list[str]) -> None:
     said = call(*train, "--print-command", "--gpus", "4", "--json").json
-    run = find("last")
+    run = find_run("last")
     launcher, *words = shlex.split(said["command"])
     assert Path(launcher).exists()
     assert words[-3:] == ["-m", "qlora_tui.training", str(run.path)]
     assert words[words.index("--nproc-per-node") + 1] == "4"
-    assert queue.waiting() == []
+    assert run_queue.waiting() == []
     status = read_status(run)
     assert status.state in RESUMABLE and "begins with the command" in status.detail
     attached = call("attach", "last")
@@ -45,7 +45,7 @@ def test_samples_beyond_the_models_context_are_warned_of_before_a_run(call: Call
 
 def test_only_the_command_is_on_stdout(call: Call, train: list[str]) -> None:
     said = call(*train, "--print-command", "--gpus", "3")
-    assert said.out.endswith(f"{find('last').path}\n") and said.out.count("\n") == 1
+    assert said.out.endswith(f"{find_run('last').path}\n") and said.out.count("\n") == 1
     assert "is not queued" in said.err and "8 micro-batches for 3 GPUs" in said.err
 
 

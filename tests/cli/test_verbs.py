@@ -13,10 +13,10 @@ from qlora_tui.catalog import hub
 from qlora_tui.cli import doctor
 from qlora_tui.cli.main import SUBCOMMANDS
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs import actions, queue
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs.directory import RunDir, create_run
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, Step, StepVerified
-from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.gguf_conversion import folder_of
 from tests.cli.conftest import CONFIGS, Call
@@ -25,7 +25,7 @@ from tests.cli.conftest import CONFIGS, Call
 @pytest.fixture
 def finished_run() -> RunDir:
     recipe = Recipe(name="owls", model=Model(id="acme/tiny"), data=Data(sources=(Source(path="owls.jsonl"),)))
-    run = create(recipe)
+    run = create_run(recipe)
     with EventWriter(run.events_path) as log:
         log.append(Started(at=1.0, attempt=1, pid=1))
         for number in (1, 2, 3):
@@ -144,8 +144,8 @@ def test_an_estimate_of_a_gguf_file_has_its_conversion_until_it_is_converted(
 
 
 def test_runs_are_listed_with_state_and_queue(call: Call, finished_run: RunDir) -> None:
-    waiting = create(finished_run.recipe())
-    queue.enqueue(waiting)
+    waiting = create_run(finished_run.recipe())
+    run_queue.enqueue(waiting)
     found = call("runs", "--json").json
     assert {run["run"]: run["state"] for run in found["runs"]} == {
         finished_run.id: "finished",
@@ -206,7 +206,7 @@ def test_a_run_is_renamed_and_found_under_its_new_name(call: Call, finished_run:
 
 
 def test_no_two_runs_can_be_given_one_name(call: Call, finished_run: RunDir) -> None:
-    other = create(finished_run.recipe())
+    other = create_run(finished_run.recipe())
     assert call("runs", "rename", finished_run.id, other.id).code == 2
     assert call("runs", "rename", finished_run.id, "barn").code == 0
     assert call("runs", "rename", other.id, "barn").code == 2
@@ -227,7 +227,7 @@ def test_a_run_is_deleted_only_with_yes(call: Call, finished_run: RunDir) -> Non
 
 
 def test_a_waiting_run_is_not_deleted(call: Call, finished_run: RunDir) -> None:
-    queue.enqueue(finished_run)
+    run_queue.enqueue(finished_run)
     said = call("runs", "delete", "last", "--yes")
     assert said.code == 2
     assert f"stop {finished_run.id}" in said.err
@@ -251,10 +251,10 @@ def test_attach_to_a_failed_run_says_why_and_fails(call: Call, finished_run: Run
 
 
 def test_a_waiting_run_is_stopped_by_leaving_the_queue(call: Call, finished_run: RunDir) -> None:
-    waiting = create(finished_run.recipe())
-    queue.enqueue(waiting)
+    waiting = create_run(finished_run.recipe())
+    run_queue.enqueue(waiting)
     assert call("stop", waiting.id, "--json").json == {"run": waiting.id, "state": "stopped"}
-    assert queue.waiting() == []
+    assert run_queue.waiting() == []
 
 
 @pytest.mark.parametrize("words", [["stop"], ["pause"], ["ask", "checkpoint"]])

@@ -19,8 +19,8 @@ from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import load, to_recipe
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import decode
-from qlora_tui.runs.log import EventTail
 from qlora_tui.runs.status import read_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.training import checkpoints
@@ -50,7 +50,7 @@ def test_every_file_of_a_run_is_whole(run: RunDir, capsys: pytest.CaptureFixture
 def test_status_and_events_are_read_to_the_last(run: RunDir) -> None:
     assert read_status(run).state == "finished"
     view = RunView(run)
-    assert len(list(view.fresh())) == len(run.events_path.read_text().splitlines())
+    assert len(list(view.iter_new())) == len(run.events_path.read_text().splitlines())
     assert view.step == 30 and view.ending is not None
 
 

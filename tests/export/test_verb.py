@@ -10,14 +10,14 @@ import pytest
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.cli.main import main
-from qlora_tui.runs.directory import create
+from qlora_tui.runs.directory import create_run
 
 
 @pytest.mark.slow
 def test_a_run_is_merged_and_a_second_time_is_a_wrong_call(
     tiny_source: ChatSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = create(tiny_source.recipe)
+    run = create_run(tiny_source.recipe)
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
     out = tmp_path / "merged"
     assert main(["export", "merge", run.id, str(out), "--json"]) == 0
@@ -42,7 +42,7 @@ def test_a_merge_that_answers_otherwise_is_an_error(
 ) -> None:
     from qlora_tui.chat.adapter_deltas import LoraDelta
 
-    run = create(tiny_source.recipe)
+    run = create_run(tiny_source.recipe)
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
     monkeypatch.setattr(LoraDelta, "change", lambda self: -(self.up.float() @ self.down.float()))
     assert main(["export", "merge", run.id, str(tmp_path / "merged")]) == 1
@@ -52,6 +52,6 @@ def test_a_merge_that_answers_otherwise_is_an_error(
 def test_a_run_without_an_adapter_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from qlora_tui.recipe.schema import Model, Recipe
 
-    run = create(Recipe(name="early", model=Model(id="org/model")))
+    run = create_run(Recipe(name="early", model=Model(id="org/model")))
     assert main(["export", "merge", run.id, str(tmp_path / "merged")]) == 1
     assert "No adapter yet" in capsys.readouterr().err

@@ -137,7 +137,7 @@ def _control(path: Path) -> object:
     run = _run(path, "events.jsonl")
     run.control_dir.mkdir(exist_ok=True)
     (run.control_dir / "1.json").write_bytes(path.read_bytes())
-    return control.take(run)
+    return control.take_requests(run)
 
 
 PARSERS: dict[str, tuple[list[bytes], Parse]] = {

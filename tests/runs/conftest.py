@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import RunDir, create_run
 
 TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.endings import settle
+from qlora_tui.runs.outcomes import settle
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
-from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.process import mark
 from qlora_tui.runs.status import Status, write_status
 
@@ -72,7 +72,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture
 def run(recipe: Recipe) -> RunDir:
-    return create(recipe)
+    return create_run(recipe)
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import telemetry
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Finished, Started, Step, encode
-from qlora_tui.runs.process import ProcessMark, machine
+from qlora_tui.runs.process import ProcessIdentity, machine_id
 from qlora_tui.runs.status import State, Status, write_status
 from qlora_tui.runs.telemetry import Sample
 
-GONE = ProcessMark(pid=1, started=1.0, boot_id="another boot", machine=machine())
+GONE = ProcessIdentity(pid=1, started=1.0, boot_id="another boot", machine=machine_id())
 DEEP = b"[" * 100_000
 FILES = (
     "status.json",
@@ -38,7 +38,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 def a_run(recipe: Recipe, state: State) -> RunDir:
-    run = create(recipe)
+    run = create_run(recipe)
     lines = [
         encode(Started(at=1.0, attempt=1, pid=1)),
         encode(

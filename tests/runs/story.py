@@ -7,11 +7,11 @@ from pathlib import Path
 
 from qlora_tui.checksums import checked_folder
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import queue
-from qlora_tui.runs.directory import RunDir, create
-from qlora_tui.runs.endings import settle
+from qlora_tui.runs import run_queue
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import CheckpointSaved, Finished, Paused, Started, Step
-from qlora_tui.runs.process import mark
+from qlora_tui.runs.outcomes import record_outcome
+from qlora_tui.runs.process import process_identity
 from qlora_tui.training import checkpoints
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.reporter import Reporter
@@ -20,14 +20,14 @@ from tests.runs.test_damage import put_adapter
 
 def submitted(recipe: Recipe) -> RunDir:
     """A run that waits."""
-    run = create(recipe)
-    queue.enqueue(run)
+    run = create_run(recipe)
+    run_queue.enqueue(run)
     return run
 
 
 def begin(run: RunDir) -> Reporter:
     """The runner takes it and a trainer starts."""
-    queue.take(run, mark())
+    run_queue.take(run, process_identity())
     reporter = Reporter(run)
     reporter.start()
     reporter.emit(Started(at=time.time(), attempt=1, pid=1))
@@ -86,4 +86,4 @@ def told_step(step: int) -> Step:
 def _end(run: RunDir, reporter: Reporter, ending: Finished | Paused) -> None:
     reporter.emit(ending)
     reporter.stop()
-    settle(run, ending)
+    record_outcome(run, ending)

@@ -12,11 +12,11 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, leftovers, queue
-from qlora_tui.runs.check import check_leftovers, check_queue, check_run, repaired
+from qlora_tui.runs import actions, leftovers, run_queue
+from qlora_tui.runs.check import apply_repairs, check_leftovers, check_queue, check_run
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.entries import queue_dir
-from qlora_tui.runs.process import mark
+from qlora_tui.runs.process import process_identity
+from qlora_tui.runs.queue_entries import queue_dir
 from qlora_tui.runs.status import Status, read_status, write_status
 from tests.runs import story
 from tests.runs.test_damage import flip
@@ -104,20 +104,20 @@ def test_damage_is_named_and_repaired(
     checked = check_run(finished)
     (defect,) = checked.defects
     assert defect.what.startswith(what) and defect.remedy
-    again, done = repaired(checked, partial(check_run, finished))
+    again, done = apply_repairs(checked, partial(check_run, finished))
     assert again.defects == () and len(done) == 1, done
     assert read_status(finished).state == state
     assert finished.recipe() == recipe
     if state != "finished":
         actions.resume(finished)
-        assert queue.waiting() == [finished.id]
+        assert run_queue.waiting() == [finished.id]
 
 
 def test_a_repair_keeps_what_it_replaces(finished: RunDir) -> None:
     for damage in (damaged_weights, damaged_checkpoint, zeros_in_events):
         damage(finished)
     finished.recipe_path.write_text("lora = 3\n")
-    repaired(check_run(finished), partial(check_run, finished))
+    apply_repairs(check_run(finished), partial(check_run, finished))
     kept = {path.name for path in (*finished.path.iterdir(), *finished.checkpoints_dir.iterdir())}
     assert {"damaged-adapter", "damaged-step-2", "damaged-events.jsonl", "damaged-recipe.toml"} <= kept
 
@@ -127,7 +127,7 @@ def test_a_recipe_is_restored_from_a_checkpoint_without_an_adapter(run: RunDir, 
     story.train(run, reporter, 1)
     story.pause(run, reporter, 1)
     run.recipe_path.write_bytes(b"")
-    repaired(check_run(run), partial(check_run, run))
+    apply_repairs(check_run(run), partial(check_run, run))
     assert run.recipe() == recipe
 
 
@@ -135,12 +135,12 @@ def test_a_lost_run_without_a_status_is_recorded_as_failed(run: RunDir) -> None:
     story.begin(run).stop()
     run.status_path.unlink()
     run.heartbeat_path.unlink()
-    again, _ = repaired(check_run(run), partial(check_run, run))
+    again, _ = apply_repairs(check_run(run), partial(check_run, run))
     assert again.defects == () and read_status(run).state == "failed"
 
 
 def test_a_run_in_training_is_left_alone(finished: RunDir) -> None:
-    write_status(finished, Status(state="running", at=1.0, process=mark()))
+    write_status(finished, Status(state="running", at=1.0, process=process_identity()))
     no_adapter(finished)
     checked = check_run(finished)
     assert checked.in_training and not checked.defects
@@ -154,15 +154,15 @@ def test_a_repair_that_fails_says_why(finished: RunDir, monkeypatch: pytest.Monk
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "rename", fails)
-    again, done = repaired(checked, partial(check_run, finished))
+    again, done = apply_repairs(checked, partial(check_run, finished))
     assert again.defects == checked.defects and "Read-only file system" in done[0]
 
 
 def test_entries_of_runs_that_are_gone_are_taken_out(finished: RunDir) -> None:
     (queue_dir() / f"{5:020d}.gone-20260101").touch()
     (queue_dir() / "stray").touch()
-    again, done = repaired(check_queue(), check_queue)
-    assert done == ["taken out"] and queue.waiting() == []
+    again, done = apply_repairs(check_queue(), check_queue)
+    assert done == ["taken out"] and run_queue.waiting() == []
     (stray,) = again.defects
     assert "stray" in stray.what and stray.repair is None
 
@@ -172,5 +172,5 @@ def test_leftovers_are_deleted(finished: RunDir) -> None:
     draft.mkdir()
     os.utime(draft, (1, 1))
     assert [str(draft) in defect.what for defect in check_leftovers().defects] == [True]
-    again, _ = repaired(check_leftovers(), check_leftovers)
+    again, _ = apply_repairs(check_leftovers(), check_leftovers)
     assert again.defects == () and not draft.exists() and leftovers.sweep() == []

@@ -12,32 +12,32 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.process import mark
+from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, write_status
 
 
 @pytest.fixture
 def running(run: RunDir) -> RunDir:
-    write_status(run, Status(state="running", at=time.time(), process=mark()))
+    write_status(run, Status(state="running", at=time.time(), process=process_identity()))
     return run
 
 
 def test_requests_are_taken_once_in_the_order_they_were_made(running: RunDir) -> None:
-    control.ask(running, "checkpoint")
-    control.ask(running, "set_learning_rate", 1e-5)
-    control.ask(running, "stop")
-    assert control.take(running) == [
-        control.Request(kind="checkpoint"),
-        control.Request(kind="set_learning_rate", value=1e-5),
-        control.Request(kind="stop"),
+    control.send_request(running, "checkpoint")
+    control.send_request(running, "set_learning_rate", 1e-5)
+    control.send_request(running, "stop")
+    assert control.take_requests(running) == [
+        control.ControlRequest(kind="checkpoint"),
+        control.ControlRequest(kind="set_learning_rate", value=1e-5),
+        control.ControlRequest(kind="stop"),
     ]
-    assert control.take(running) == []
+    assert control.take_requests(running) == []
 
 
 def test_what_is_not_a_request_is_removed_and_harmless(running: RunDir) -> None:
     (running.control_dir / "0.json").write_text("not json")
     (running.control_dir / "1.json").write_text('{"kind": "self_destruct"}')
-    assert control.take(running) == []
+    assert control.take_requests(running) == []
     assert list(running.control_dir.iterdir()) == []
 
 
@@ -54,43 +54,43 @@ def test_poisoned_control_files_neither_fail_nor_block(running: RunDir, tmp_path
     (folder / "6.json").symlink_to("nowhere")
     (folder / "7.json").write_bytes(b"")
     (folder / "8.json").write_bytes(b'{"kind": "pause", "x": "' + b"y" * 10_000_000 + b'"}')
-    control.ask(running, "stop")
-    assert control.take(running) == [control.Request(kind="stop")]
-    assert control.take(running) == []
+    control.send_request(running, "stop")
+    assert control.take_requests(running) == [control.ControlRequest(kind="stop")]
+    assert control.take_requests(running) == []
     assert [path.name for path in folder.iterdir()] == ["2.json"]
 
 
 def test_a_request_that_cannot_be_removed_is_not_taken(
     running: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control.ask(running, "checkpoint")
+    control.send_request(running, "checkpoint")
 
     def read_only(path: Path, **how: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", read_only)
-    assert control.take(running) == []
+    assert control.take_requests(running) == []
 
 
 def test_no_control_folder_means_no_requests(running: RunDir) -> None:
     running.control_dir.rmdir()
-    assert control.take(running) == []
+    assert control.take_requests(running) == []
     running.control_dir.touch()
-    assert control.take(running) == []
+    assert control.take_requests(running) == []
 
 
 def test_asking_a_run_nobody_trains_is_refused(run: RunDir) -> None:
     write_status(run, Status(state="finished", at=time.time()))
     with pytest.raises(UserError, match="not running") as caught:
-        control.ask(run, "pause")
+        control.send_request(run, "pause")
     assert "finished" in caught.value.what
 
 
 def test_a_sample_of_no_prompts_is_refused(running: RunDir) -> None:
     with pytest.raises(UserError, match="has no sample prompts"):
-        control.ask(running, "sample")
+        control.send_request(running, "sample")
     recipe = running.recipe()
     training = structs.replace(recipe.training, sample_prompts=("Where?",))
     running.recipe_path.write_text(dump(structs.replace(recipe, training=training)))
-    control.ask(running, "sample")
-    assert control.take(running) == [control.Request(kind="sample")]
+    control.send_request(running, "sample")
+    assert control.take_requests(running) == [control.ControlRequest(kind="sample")]

@@ -9,14 +9,14 @@ import pytest
 
 from qlora_tui.cli import main
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import control, queue, runner
-from qlora_tui.runs.directory import RunDir, create
-from qlora_tui.runs.endings import how_it_ended
+from qlora_tui.runs import control, run_queue, runner
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.energy import EnergyMeter
+from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Finished, Started, encode
-from qlora_tui.runs.log import EventTail, last_event
-from qlora_tui.runs.news import news_of
-from qlora_tui.runs.process import mark
+from qlora_tui.runs.notification import notification_for
+from qlora_tui.runs.outcomes import determine_outcome
+from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
 from qlora_tui.runs.view import RunView
@@ -30,16 +30,16 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ids: list[str] = []
 
     def train(run: RunDir, plan: object) -> int:
-        queue.remove(run)
+        run_queue.remove(run)
         ids.append(run.id)
-        write_status(run, read_status(run).then("starting", process=mark()))
+        write_status(run, read_status(run).transition("starting", process=process_identity()))
         with run.events_path.open("ab") as events:
             events.write(encode(Started(at=1.0, attempt=1, pid=1)))
             events.write(encode(Finished(at=2.0, step=1, seconds=1.0, tokens_per_s=1.0)))
         return 0
 
     monkeypatch.setattr(runner, "_train", train)
-    monkeypatch.setattr(runner, "start", lambda *arguments, **options: None)
+    monkeypatch.setattr(runner, "spawn_detached", lambda *arguments, **options: None)
     return ids
 
 
@@ -51,10 +51,10 @@ def test_damage_to_one_run_disables_no_reader(
     monkeypatch: pytest.MonkeyPatch,
     file: str,
 ) -> None:
-    monkeypatch.setattr("qlora_tui.runs.following.POLL_S", 0)
+    monkeypatch.setattr("qlora_tui.runs.follow.POLL_S", 0)
     runs = [damaged(recipe, "running", file, how) for how in DAMAGE]
-    other = create(recipe)
-    queue.enqueue(other)
+    other = create_run(recipe)
+    run_queue.enqueue(other)
 
     assert main(["runs"]) == 0
     assert other.id in capsys.readouterr().out
@@ -69,9 +69,9 @@ def test_damage_to_one_run_disables_no_reader(
         RunView(run).refresh()
         TelemetryTail(run.telemetry_path).poll()
         EnergyMeter(run.telemetry_path).read_all()
-        news_of(run)
-        how_it_ended(run, 1)
-        control.take(run)
+        notification_for(run)
+        determine_outcome(run, 1)
+        control.take_requests(run)
         checkpoints.latest(run)
     assert "A mistake of ours" not in capsys.readouterr().err
 

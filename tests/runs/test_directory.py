@@ -10,50 +10,50 @@ from msgspec.structs import replace
 from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.directory import all_runs, create, find
+from qlora_tui.runs.directory import all_runs, create_run, find_run
 
 
 def test_the_frozen_recipe_is_the_recipe(recipe: Recipe) -> None:
-    assert create(recipe).recipe() == recipe
+    assert create_run(recipe).recipe() == recipe
 
 
 def test_directories_are_private(recipe: Recipe) -> None:
-    run = create(recipe)
+    run = create_run(recipe)
     for folder in (run.path, run.control_dir, paths.runs_dir(), paths.state_dir()):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_two_runs_of_one_minute_have_two_names(recipe: Recipe) -> None:
-    first, second = create(recipe), create(recipe)
+    first, second = create_run(recipe), create_run(recipe)
     assert first.id != second.id
     assert {run.id for run in all_runs()} == {first.id, second.id}
 
 
 def test_a_run_is_found_by_its_beginning_and_by_last(recipe: Recipe) -> None:
-    run = create(recipe)
-    assert find(run.id) == run
-    assert find("tick") == run
-    assert find("last") == run
+    run = create_run(recipe)
+    assert find_run(run.id) == run
+    assert find_run("tick") == run
+    assert find_run("last") == run
 
 
 def test_an_exact_name_wins_over_longer_ones(recipe: Recipe) -> None:
-    first, second = create(recipe), create(recipe)
-    assert find(first.id) == first
+    first, second = create_run(recipe), create_run(recipe)
+    assert find_run(first.id) == first
     with pytest.raises(UserError, match="Which run"):
-        find("tickets")
-    assert find(second.id) == second
+        find_run("tickets")
+    assert find_run(second.id) == second
 
 
 def test_an_unknown_run_is_answered_with_what_there_is(recipe: Recipe) -> None:
-    run = create(recipe)
+    run = create_run(recipe)
     with pytest.raises(UserError) as caught:
-        find("nothing")
+        find_run("nothing")
     assert run.id in str(caught.value)
     assert caught.value.exit_code == 2
 
 
 def test_a_checkpoint_counts_only_when_it_is_complete(recipe: Recipe) -> None:
-    run = create(recipe)
+    run = create_run(recipe)
     for name, whole in (("step-10", True), ("step-9", True), ("step-11", False), ("step-x", True)):
         folder = run.checkpoints_dir / name
         folder.mkdir()
@@ -70,7 +70,7 @@ def test_a_directory_that_cannot_be_written_is_explained(
 
     monkeypatch.setattr("qlora_tui.runs.directory.atomic_write", full)
     with pytest.raises(UserError, match="could not be created") as caught:
-        create(recipe)
+        create_run(recipe)
     assert "No space left" in caught.value.what
     assert list(paths.runs_dir().iterdir()) == []
 
@@ -78,6 +78,6 @@ def test_a_directory_that_cannot_be_written_is_explained(
 def test_runs_created_at_one_instant_have_their_own_recipes(recipe: Recipe) -> None:
     recipes = [replace(recipe, note=f"number {number}") for number in range(40)]
     with ThreadPoolExecutor(8) as threads:
-        runs = list(threads.map(create, recipes))
+        runs = list(threads.map(create_run, recipes))
     assert [run.recipe() for run in runs] == recipes
     assert len({run.id for run in runs}) == 40 == len(list(paths.runs_dir().iterdir()))

@@ -12,11 +12,11 @@ import pytest
 from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, leftovers, queue
+from qlora_tui.runs import actions, leftovers, run_queue
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
-from qlora_tui.runs.directory import RunDir, all_runs, create
+from qlora_tui.runs.directory import RunDir, all_runs, create_run
+from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Step
-from qlora_tui.runs.log import EventTail, last_event
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, read_status
 from tests.power import FaultyDisk
 from tests.runs import story
@@ -50,7 +50,7 @@ def test_a_run_is_created_whole_or_not_at_all(
     for at in count(1):
         before = len(all_runs())
         with fault(monkeypatch, at, code, lasting=lasting) as disk, suppress(UserError):
-            create(recipe)
+            create_run(recipe)
         for run in all_runs():
             assert run.recipe() == recipe
         assert all(path.name[0] != "." for path in paths.runs_dir().iterdir()), "no draft is left"
@@ -65,13 +65,13 @@ def test_a_run_that_cannot_be_queued_can_be_queued_later(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, code: int, lasting: bool
 ) -> None:
     for at in count(1):
-        run = create(recipe)
+        run = create_run(recipe)
         with fault(monkeypatch, at, code, lasting=lasting) as disk:
             try:
-                queue.enqueue(run)
-                assert run.id in queue.waiting()
+                run_queue.enqueue(run)
+                assert run.id in run_queue.waiting()
             except OSError:
-                assert lasting or run.id not in queue.waiting()
+                assert lasting or run.id not in run_queue.waiting()
         assert_waits_after_resume(run)
         if not disk.has_failed:
             assert at > 5
@@ -83,8 +83,8 @@ def assert_waits_after_resume(run: RunDir) -> None:
     if state in RESUMABLE:
         actions.resume(run)
         state = read_status(run).state
-    assert state == "queued" and run.id in queue.waiting()
-    queue.remove(run)
+    assert state == "queued" and run.id in run_queue.waiting()
+    run_queue.remove(run)
 
 
 @each_fault

@@ -6,11 +6,11 @@ import signal
 
 import pytest
 
-from qlora_tui.runs import queue
+from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.endings import how_it_ended, settle
+from qlora_tui.runs.event_log import EventTail, EventWriter
 from qlora_tui.runs.events import AnyEvent, Failed, Paused, Queued, Started, Stopped
-from qlora_tui.runs.log import EventTail, EventWriter
+from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.status import Status, read_status, write_status
 
 PAUSED = Paused(at=2.0, step=5)
@@ -29,28 +29,28 @@ def started(attempt: int) -> Started:
 def test_an_ending_counts_though_the_run_is_queued_again(run: RunDir) -> None:
     size = run.events_path.stat().st_size
     append(run, started(1), PAUSED, Queued(at=3.0))
-    assert how_it_ended(run, 0, events_from=size) == PAUSED
+    assert determine_outcome(run, 0, events_from=size) == PAUSED
 
 
 def test_withdrawing_a_resumed_run_does_not_change_how_it_ended(run: RunDir) -> None:
     size = run.events_path.stat().st_size
     append(run, started(1), PAUSED, Queued(at=3.0), Stopped(at=4.0, step=5))
-    assert how_it_ended(run, 0, events_from=size) == PAUSED
+    assert determine_outcome(run, 0, events_from=size) == PAUSED
 
 
 @pytest.mark.parametrize("is_child", [True, False])
 def test_the_attempt_before_does_not_end_one_that_never_started(run: RunDir, is_child: bool) -> None:
     append(run, started(1), PAUSED, Queued(at=3.0))
     size = run.events_path.stat().st_size
-    ending = how_it_ended(run, 1, events_from=size) if is_child else how_it_ended(run, None)
+    ending = determine_outcome(run, 1, events_from=size) if is_child else determine_outcome(run, None)
     assert isinstance(ending, Failed)
 
 
 def test_a_run_queued_again_is_not_settled(run: RunDir) -> None:
     append(run, started(1), PAUSED, Queued(at=3.0))
-    queue.enqueue(run)
+    run_queue.enqueue(run)
     before = run.events_path.read_bytes()
-    settle(run, PAUSED)
+    record_outcome(run, PAUSED)
     assert read_status(run).state == "queued"
     assert run.events_path.read_bytes() == before
 
@@ -59,13 +59,13 @@ def test_a_settled_status_is_not_written_a_second_time(run: RunDir) -> None:
     size = run.events_path.stat().st_size
     write_status(run, Status(state="paused", at=2.0, detail="By the trainer."))
     append(run, started(1), PAUSED, Queued(at=3.0))
-    settle(run, PAUSED, events_from=size)
+    record_outcome(run, PAUSED, events_from=size)
     assert read_status(run).detail == "By the trainer."
     assert len([e for e in EventTail(run.events_path).drain() if isinstance(e, Paused)]) == 1
 
 
 def test_a_signal_without_a_name_is_given_by_number(run: RunDir) -> None:
-    ending = how_it_ended(run, -(signal.SIGRTMIN + 2))
+    ending = determine_outcome(run, -(signal.SIGRTMIN + 2))
     assert isinstance(ending, Failed)
     assert ending.kind == "killed"
     assert f"signal {signal.SIGRTMIN + 2}" in ending.what

@@ -7,8 +7,8 @@ from pathlib import Path
 from qlora_tui import paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import leftovers
-from qlora_tui.runs.directory import RunDir, create
-from qlora_tui.runs.process import mark
+from qlora_tui.runs.directory import RunDir, create_run
+from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, write_status
 from tests.runs.test_damage import put_adapter, put_checkpoint
 
@@ -45,8 +45,8 @@ def test_old_drafts_and_temporary_files_are_swept(run: RunDir) -> None:
 
 
 def test_what_is_young_or_has_an_owner_stays(run: RunDir, recipe: Recipe) -> None:
-    trained = create(recipe)
-    write_status(trained, Status(state="running", at=1.0, process=mark()))
+    trained = create_run(recipe)
+    write_status(trained, Status(state="running", at=1.0, process=process_identity()))
     put_checkpoint(run.checkpoints_dir / "step-3")
     put_adapter(run.adapter_dir)
     stay = [

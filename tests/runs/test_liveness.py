@@ -14,7 +14,7 @@ from msgspec import structs
 
 from qlora_tui.runs import liveness, locks, process, runner
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.process import ProcessMark, mark
+from qlora_tui.runs.process import ProcessIdentity, process_identity
 from qlora_tui.runs.status import Status, read_status, write_status
 from tests.waiting import wait_for
 
@@ -26,7 +26,7 @@ def forgotten_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "_beats", {})
 
 
-def says(run: RunDir, process: ProcessMark, *, age: float = 0.0) -> Status:
+def says(run: RunDir, process: ProcessIdentity, *, age: float = 0.0) -> Status:
     """The status of a run in training whose last heartbeat is ``age`` seconds old, as it is read."""
     at = time.time() - age
     write_status(run, Status(state="running", at=at, process=process, step=7))
@@ -34,37 +34,39 @@ def says(run: RunDir, process: ProcessMark, *, age: float = 0.0) -> Status:
     return read_status(run)
 
 
-def elsewhere(**changes: str) -> ProcessMark:
-    return structs.replace(mark(), boot_id="boot of b", machine="machine b", host="b.example", **changes)
+def elsewhere(**changes: str) -> ProcessIdentity:
+    return structs.replace(
+        process_identity(), boot_id="boot of b", machine="machine b", host="b.example", **changes
+    )
 
 
 @pytest.mark.parametrize("by", [-HOUR, -2.0, 2.0, HOUR])
 def test_a_clock_step_does_not_lose_a_live_run(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, by: float
 ) -> None:
-    before = mark()
+    before = process_identity()
     boots = process._boot_time()
     # The kernel's boot time is the clock less the uptime, so it moves with the clock.
     monkeypatch.setattr(process, "_boot_time", lambda: boots + by)
-    assert mark().started == pytest.approx(before.started + by, abs=0.1)
+    assert process_identity().started == pytest.approx(before.started + by, abs=0.1)
     assert says(run, before).state == "running"
 
 
 def test_one_tick_tells_two_processes_of_one_number_apart(run: RunDir) -> None:
-    ours = mark()
+    ours = process_identity()
     assert says(run, structs.replace(ours, start_ticks=ours.start_ticks + 1)).state == "lost"
 
 
 @pytest.mark.parametrize("pid", [-1, 0, 2**22 + 1, 2**31, 2**63, 10**30])
 def test_a_number_that_no_process_has_is_lost(run: RunDir, pid: int) -> None:
-    gone = structs.replace(mark(), pid=pid)
+    gone = structs.replace(process_identity(), pid=pid)
     assert says(run, gone).state == "lost"
     gone.wait(0.0)
 
 
 def test_a_status_of_an_older_version_is_read(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = mark()
-    old = ProcessMark(pid=now.pid, started=now.started, boot_id=now.boot_id)
+    now = process_identity()
+    old = ProcessIdentity(pid=now.pid, started=now.started, boot_id=now.boot_id)
     assert says(run, old).state == "running"
     assert says(run, structs.replace(old, started=old.started - HOUR)).state == "lost"
     # After a clock step only the lock shows that its trainer lives.
@@ -93,14 +95,14 @@ def test_a_silent_run_of_another_machine_says_since_when(run: RunDir) -> None:
 @pytest.mark.parametrize("age", [0.0, HOUR])
 def test_the_runner_leaves_the_run_of_another_machine_alone(run: RunDir, age: float) -> None:
     says(run, elsewhere(), age=age)
-    run.untold_path.touch()
+    run.unreported_path.touch()
     before = run.status_path.read_bytes(), run.events_path.read_bytes()
     assert runner.main() == 0
     assert (run.status_path.read_bytes(), run.events_path.read_bytes()) == before
 
 
 def test_another_container_of_one_kernel_is_judged_by_the_lock(run: RunDir) -> None:
-    there = structs.replace(mark(), pid=1, pid_namespace="pid:[1]", machine="c", host="c")
+    there = structs.replace(process_identity(), pid=1, pid_namespace="pid:[1]", machine="c", host="c")
     with locks.locked(run.trainer_lock_path):
         status = says(run, there, age=HOUR)
         assert (status.state, status.detail) == ("running", "Running in another container (c).")
@@ -111,7 +113,7 @@ def test_without_locks_another_container_is_judged_by_its_heartbeat(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(liveness, "is_locked", lambda path: None)
-    there = structs.replace(mark(), pid_namespace="pid:[1]")
+    there = structs.replace(process_identity(), pid_namespace="pid:[1]")
     assert says(run, there).state == "running"
     liveness._beats.clear()
     assert says(run, there, age=HOUR).state == "lost"
@@ -126,7 +128,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_suspended_trainer_is_said_to_be_suspended(run: RunDir, child: subprocess.Popen[bytes]) -> None:
-    there = mark(child.pid)
+    there = process_identity(child.pid)
     child.send_signal(signal.SIGSTOP)
     wait_for(lambda: there.state == "T")
     status = says(run, there, age=5.0)
@@ -135,15 +137,15 @@ def test_a_suspended_trainer_is_said_to_be_suspended(run: RunDir, child: subproc
 
 
 def test_an_old_heartbeat_of_a_live_trainer_is_told(run: RunDir) -> None:
-    assert says(run, mark(), age=1.0).detail == ""
+    assert says(run, process_identity(), age=1.0).detail == ""
     liveness._beats.clear()
-    silent = says(run, mark(), age=125.0)
+    silent = says(run, process_identity(), age=125.0)
     assert silent.state == "running"
     assert "Not responding: no heartbeat for 2 min" in silent.detail
 
 
 def test_waiting_for_a_process_ends_with_it(child: subprocess.Popen[bytes]) -> None:
-    there = mark(child.pid)
+    there = process_identity(child.pid)
     child.kill()
     began = time.monotonic()
     there.wait(60.0)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import tracemalloc
 from pathlib import Path
 
-from qlora_tui.runs.events import CheckpointSaved, Finished, Sampled, Step, encode
-from qlora_tui.runs.log import EventTail, EventWriter, events_backwards, last_event
+from qlora_tui.runs.event_log import EventTail, EventWriter, events_backwards, last_event
+from qlora_tui.runs.events import CheckpointSaved, Finished, SampleGenerated, Step, encode
 
 
 def a_step(number: int) -> Step:
@@ -109,7 +109,7 @@ def test_events_are_read_backwards_across_reads_and_long_lines(tmp_path: Path) -
     with EventWriter(path) as log:
         for step in range(1, 3000):
             log.append(a_step(step))
-        log.append(Sampled(at=1.0, step=3000, prompt="p", answer="x" * 300_000))
+        log.append(SampleGenerated(at=1.0, step=3000, prompt="p", answer="x" * 300_000))
         log.append(a_step(3001))
         begin = path.stat().st_size
         for step in range(3002, 3010):

@@ -21,9 +21,9 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, notify
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import Evaluated, Failed, Finished, Stopped, Terminal
-from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.news import News, news_of
+from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.events import Evaluated, Failed, Finished, RunEnded, Stopped
+from qlora_tui.runs.notification import RunNotification, notification_for
 from qlora_tui.runs.status import read_status
 from qlora_tui.settings import config_path
 from tests.runs.conftest import let_go
@@ -142,7 +142,7 @@ def test_a_command_that_hangs_ends_with_all_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notify, "COMMAND_S", 0.5)
-    news = News(
+    news = RunNotification(
         event="finished", run="r", name="r", text="r is finished.", step=1, total_steps=1, best_loss=None
     )
     said = notify._command(f"echo $$ > {tmp_path / 'group'}; sleep 600 | cat; true", news)
@@ -169,7 +169,7 @@ def test_a_run_that_ended_while_no_runner_lived_is_told_once_by_the_next(recipe:
         later = actions.submit(replace_setting(recipe, "name", "plain"))
         wait_for(lambda: len(hook.heard) >= 2)
     assert sorted(body["run"] for body in hook.heard) == sorted((run.id, later.id))
-    assert not run.untold_path.exists() and not later.untold_path.exists()
+    assert not run.unreported_path.exists() and not later.unreported_path.exists()
 
 
 @pytest.mark.usefixtures("played_trainer")
@@ -190,10 +190,10 @@ def test_a_retry_is_no_news(recipe: Recipe) -> None:
         (Stopped(at=1.0, step=9), None),
     ],
 )
-def test_what_is_told_of_an_ending(run: RunDir, ending: Terminal, text: str | None) -> None:
+def test_what_is_told_of_an_ending(run: RunDir, ending: RunEnded, text: str | None) -> None:
     with EventWriter(run.events_path) as log:
         for step, loss in ((3, 1.5), (6, 1.21), (9, 1.3)):
             log.append(Evaluated(at=1.0, step=step, loss=loss))
         log.append(ending)
-    news = news_of(run)
+    news = notification_for(run)
     assert (news.text if news else None) == (text and f"{run.id} {text}")

@@ -9,11 +9,11 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, leftovers, queue
+from qlora_tui.runs import actions, leftovers, run_queue
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
 from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import CheckpointSaved, Started
-from qlora_tui.runs.log import EventTail
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.power import Disk
 from tests.runs import story
@@ -68,16 +68,16 @@ def assert_nothing_is_lost(cut: str) -> None:
             actions.resume(run)
             status = read_status(run)
         assert status.state in ("queued", "finished"), (cut, status)
-        assert (run.id in queue.waiting()) == (status.state == "queued"), cut
+        assert (run.id in run_queue.waiting()) == (status.state == "queued"), cut
     known = {run.id for run in all_runs()}
-    assert all(waiting in known for waiting in queue.waiting()), cut
+    assert all(waiting in known for waiting in run_queue.waiting()), cut
 
 
 def test_a_submitted_run_waits_after_any_cut(recipe: Recipe, cuts: Callable[[Work], Iterator[str]]) -> None:
     seen = {}
     for cut in cuts(lambda: story.submitted(recipe)):
         assert_nothing_is_lost(cut)
-        seen[cut.partition(",")[0]] = queue.waiting()
+        seen[cut.partition(",")[0]] = run_queue.waiting()
     assert all(seen.values()), "once it is submitted it waits, whatever happens"
 
 
@@ -129,7 +129,7 @@ def test_a_withdrawn_run_stays_withdrawn_or_waits(
 ) -> None:
     run = story.submitted(recipe)
     states = set()
-    for cut in cuts(lambda: queue.withdraw(run)):
+    for cut in cuts(lambda: run_queue.cancel(run)):
         states.add(read_status(RunDir(paths.runs_dir() / run.id)).state)
         assert_nothing_is_lost(cut)
     assert states == {"queued", "stopped"}

@@ -3,19 +3,19 @@ from __future__ import annotations
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventWriter, last_event
 from qlora_tui.runs.events import Failed, Finished, Health, Started
-from qlora_tui.runs.log import EventWriter, last_event
-from qlora_tui.runs.retry import Plan, last_plan, plan_resume, plan_retry, smaller
+from qlora_tui.runs.retry import RetryPlan, last_plan, plan_resume, plan_retry, reduce_memory
 
 OUT_OF_MEMORY = Failed(at=1.0, title="Out of GPU memory", what="It asked for 2 GiB.", kind="out_of_memory")
 
 
 def test_the_micro_batch_is_halved_and_the_effective_batch_stays(recipe: Recipe) -> None:
     recipe = replace_setting(recipe, "training.micro_batch", 6)
-    plan: Plan | None = Plan()
+    plan: RetryPlan | None = RetryPlan()
     products = []
     while plan is not None:
-        plan = smaller(recipe, plan)
+        plan = reduce_memory(recipe, plan)
         if plan is not None:
             assert plan.micro_batch is not None and plan.gradient_accumulation is not None
             products.append((plan.micro_batch, plan.micro_batch * plan.gradient_accumulation))
@@ -24,9 +24,9 @@ def test_the_micro_batch_is_halved_and_the_effective_batch_stays(recipe: Recipe)
 
 def test_checkpointing_comes_last_and_then_there_is_nothing(recipe: Recipe) -> None:
     recipe = replace_setting(recipe, "training.gradient_checkpointing", False)
-    plan = smaller(recipe, Plan())
-    assert plan == Plan(micro_batch=1, gradient_accumulation=8, gradient_checkpointing=True)
-    assert smaller(recipe, plan) is None
+    plan = reduce_memory(recipe, RetryPlan())
+    assert plan == RetryPlan(micro_batch=1, gradient_accumulation=8, gradient_checkpointing=True)
+    assert reduce_memory(recipe, plan) is None
 
 
 def test_the_next_attempt_starts_from_what_the_last_one_used(run: RunDir) -> None:
@@ -43,7 +43,7 @@ def test_the_next_attempt_starts_from_what_the_last_one_used(run: RunDir) -> Non
 def test_a_resumed_run_keeps_what_a_retry_found_and_otherwise_its_recipe(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         log.append(Started(at=0.0, attempt=1, pid=1, micro_batch=2, gradient_accumulation=4))
-        assert plan_resume(run) == Plan()
+        assert plan_resume(run) == RetryPlan()
         log.append(OUT_OF_MEMORY)
         log.append(Started(at=2.0, attempt=2, pid=2, micro_batch=1, gradient_accumulation=8))
     plan = plan_resume(run)
@@ -57,7 +57,7 @@ def test_only_running_out_of_memory_is_tried_again(run: RunDir) -> None:
 
 
 def test_a_plan_becomes_the_trainers_arguments() -> None:
-    plan = Plan(micro_batch=1, gradient_accumulation=8, gradient_checkpointing=True)
+    plan = RetryPlan(micro_batch=1, gradient_accumulation=8, gradient_checkpointing=True)
     assert plan.arguments() == [
         "--micro-batch",
         "1",
@@ -65,4 +65,4 @@ def test_a_plan_becomes_the_trainers_arguments() -> None:
         "8",
         "--gradient-checkpointing",
     ]
-    assert Plan().arguments() == []
+    assert RetryPlan().arguments() == []

@@ -16,13 +16,13 @@ from qlora_tui import paths
 from qlora_tui.cli import main
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, queue, runner
-from qlora_tui.runs.detached import runner_lock_path
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs import actions, run_queue, runner
+from qlora_tui.runs.directory import RunDir, create_run
+from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
 from qlora_tui.runs.locks import is_locked
-from qlora_tui.runs.log import EventTail, last_event
-from qlora_tui.runs.process import mark
+from qlora_tui.runs.process import process_identity
+from qlora_tui.runs.spawn import runner_lock_path
 from qlora_tui.runs.status import Status, read_status, write_status
 from tests.runs.conftest import let_go
 from tests.waiting import wait_for
@@ -46,7 +46,7 @@ def test_queued_runs_are_taken_one_after_the_other(recipe: Recipe) -> None:
     let_go(first)
     wait_for(lambda: is_(second, "finished"))
     assert read_status(first).state == "finished"
-    assert queue.waiting() == []
+    assert run_queue.waiting() == []
 
 
 def test_a_trainer_killed_by_a_signal_is_told_as_killed(recipe: Recipe) -> None:
@@ -118,13 +118,13 @@ def test_the_trainer_outlives_a_killed_runner_and_the_next_runner_takes_over(rec
 
 
 def test_a_run_cut_off_by_a_restart_is_told_so(recipe: Recipe) -> None:
-    run = create(named(recipe, "plain"))
+    run = create_run(named(recipe, "plain"))
     write_status(
         run,
         Status(
             state="running",
             at=time.time(),
-            process=structs.replace(mark(), boot_id="the boot before"),
+            process=structs.replace(process_identity(), boot_id="the boot before"),
         ),
     )
     assert "restarted" in read_status(run).detail
@@ -138,31 +138,31 @@ def test_a_run_cut_off_by_a_restart_is_told_so(recipe: Recipe) -> None:
 
 
 def test_a_queue_entry_whose_run_was_deleted_is_passed_over(recipe: Recipe) -> None:
-    gone = create(named(recipe, "plain"))
-    queue.enqueue(gone)
+    gone = create_run(named(recipe, "plain"))
+    run_queue.enqueue(gone)
     for path in sorted(gone.path.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     gone.path.rmdir()
     run = actions.submit(named(recipe, "plain"))
     wait_for(lambda: is_(run, "finished"))
-    assert queue.waiting() == []
+    assert run_queue.waiting() == []
 
 
 def test_attaching_to_a_run_that_waits_without_a_runner_starts_one(recipe: Recipe) -> None:
-    run = create(named(recipe, "plain"))
-    queue.enqueue(run)
+    run = create_run(named(recipe, "plain"))
+    run_queue.enqueue(run)
     assert main(["attach", run.id]) == 0
     assert is_(run, "finished")
 
 
 def test_one_unwritable_run_does_not_hold_up_the_queue(recipe: Recipe) -> None:
-    bad = create(named(recipe, "plain"))
+    bad = create_run(named(recipe, "plain"))
     bad.log_path.mkdir()
-    queue.enqueue(bad)
+    run_queue.enqueue(bad)
     good = actions.submit(named(recipe, "plain"))
     wait_for(lambda: is_(good, "finished"))
     wait_for(lambda: not is_locked(runner_lock_path()))
-    assert queue.waiting() == [bad.id], "the next runner tries it again"
+    assert run_queue.waiting() == [bad.id], "the next runner tries it again"
     assert f"{bad.id}: [Errno" in (paths.state_dir() / "runner.log").read_text()
 
 

@@ -16,11 +16,11 @@ import pytest
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
-from qlora_tui.runs import shortage
+from qlora_tui.runs import out_of_memory
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.endings import how_it_ended
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Failed, Started
-from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.telemetry import Sample, encode
 from tests.tui.workstation import config_of
 
@@ -28,7 +28,7 @@ GROUPS = Path("/sys/fs/cgroup/memory")
 CHILD = """
 import os, sys
 from pathlib import Path
-from qlora_tui.runs.shortage import host_oom_kills
+from qlora_tui.runs.out_of_memory import host_oom_kills
 Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
 before = host_oom_kills()
 child = os.fork()
@@ -64,39 +64,39 @@ def test_the_kernels_killer_is_known_by_its_count(small_group: Path, who: str, k
 def test_the_count_of_the_own_group_goes_before_that_of_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shortage, "_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(shortage, "_HIERARCHIES", tmp_path)
-    monkeypatch.setattr(shortage, "_VMSTAT", tmp_path / "vmstat")
-    assert shortage.host_oom_kills() == 0
+    monkeypatch.setattr(out_of_memory, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(out_of_memory, "_HIERARCHIES", tmp_path)
+    monkeypatch.setattr(out_of_memory, "_VMSTAT", tmp_path / "vmstat")
+    assert out_of_memory.host_oom_kills() == 0
     (tmp_path / "vmstat").write_text("pgfault 1\noom_kill 7\n")
     (tmp_path / "cgroup").write_text("0::/user.slice/session-3.scope\n")
-    assert shortage.host_oom_kills() == 7
+    assert out_of_memory.host_oom_kills() == 7
     group = tmp_path / "user.slice" / "session-3.scope"
     group.mkdir(parents=True)
     (group / "memory.events").write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
-    assert shortage.host_oom_kills() == 2
+    assert out_of_memory.host_oom_kills() == 2
 
 
 def test_who_was_killed_for_memory_is_told_with_what_it_held(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         log.append(Started(at=time.time(), attempt=1, pid=1, micro_batch=2, gradient_accumulation=4))
     run.telemetry_path.write_bytes(encode(Sample(at=time.time(), rss_bytes=13 << 30, cpu_percent=100.0)))
-    by_kernel = how_it_ended(run, -signal.SIGKILL, host_out_of_memory=True)
+    by_kernel = determine_outcome(run, -signal.SIGKILL, host_out_of_memory=True)
     assert isinstance(by_kernel, Failed) and by_kernel.kind == "out_of_memory"
     assert "It last held 13.0 GiB." in by_kernel.why and "micro_batch" in by_kernel.fix
-    by_hand = how_it_ended(run, -signal.SIGKILL)
+    by_hand = determine_outcome(run, -signal.SIGKILL)
     assert isinstance(by_hand, Failed) and by_hand.kind == "killed" and "resume" in by_hand.fix
     # Another process was the one chosen: a trainer ended by another signal was not.
-    other = how_it_ended(run, -signal.SIGTERM, host_out_of_memory=True)
+    other = determine_outcome(run, -signal.SIGTERM, host_out_of_memory=True)
     assert isinstance(other, Failed) and other.kind == "killed"
 
 
 def test_before_nothing_is_said_to_help_checkpointing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     files = SimpleNamespace(architecture=parse_architecture(config_of("HuggingFaceTB__SmolLM2-135M")))
-    monkeypatch.setattr(shortage, "resolve_model", lambda id_: files)
-    monkeypatch.setattr(shortage, "cheapest_changes", lambda *args, **kwargs: [])
+    monkeypatch.setattr(out_of_memory, "resolve_model", lambda id_: files)
+    monkeypatch.setattr(out_of_memory, "cheapest_changes", lambda *args, **kwargs: [])
     recipe = Recipe(model=Model(id="smollm2"))
     held = replace_setting(recipe, "training.gradient_checkpointing", False)
-    assert shortage.what_would_fit(held).startswith("Checkpointing activations saves ")
+    assert out_of_memory.suggest_settings(held).startswith("Checkpointing activations saves ")
     lean = replace_setting(recipe, "training.gradient_checkpointing", True)
-    assert shortage.what_would_fit(lean).startswith("No change of settings is known to be enough")
+    assert out_of_memory.suggest_settings(lean).startswith("No change of settings is known to be enough")

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.event_sampling import sample_events
 from qlora_tui.runs.events import Evaluated, Finished, Queued, Step
-from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.sketch import sketch
 from qlora_tui.runs.view import RunView
 from tests.runs.test_view import a_step
 
@@ -12,7 +12,7 @@ def test_a_short_run_is_read_whole(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         for number in range(1, 101):
             log.append(a_step(number))
-    steps = [event.step for event in sketch(run.events_path, 10).events if isinstance(event, Step)]
+    steps = [event.step for event in sample_events(run.events_path, 10).events if isinstance(event, Step)]
     assert steps == list(range(1, 101))
 
 
@@ -22,7 +22,7 @@ def test_a_long_run_keeps_every_event_but_steps_and_its_last_line(run: RunDir) -
             log.append(a_step(number))
             if number % 500 == 0:
                 log.append(Evaluated(at=1.0, step=number, loss=2.0))
-    events = sketch(run.events_path, 50).events
+    events = sample_events(run.events_path, 50).events
     steps = [event.step for event in events if isinstance(event, Step)]
     assert 45 <= len(steps) <= 60
     assert steps == sorted(steps)
@@ -32,7 +32,7 @@ def test_a_long_run_keeps_every_event_but_steps_and_its_last_line(run: RunDir) -
         log.append(a_step(20_001))
         log.append(Finished(at=2.0, step=20_001, seconds=1.0, tokens_per_s=1.0))
         log.append(a_step(20_002))
-    last = sketch(run.events_path, 50).events[-1]
+    last = sample_events(run.events_path, 50).events[-1]
     assert isinstance(last, Step) and last.step == 20_002
 
 
@@ -41,7 +41,7 @@ def test_a_view_made_of_a_sketch_goes_on_from_there(run: RunDir) -> None:
         for number in range(1, 20_001):
             log.append(a_step(number))
         log.append(Evaluated(at=1.0, step=20_000, loss=2.0))
-    view, _ = RunView.sketched(run, 50)
+    view, _ = RunView.from_sample(run, 50)
     assert view.step == 20_000
     assert view.best is not None and view.best.step == 20_000
     assert len(view.series) < 100
@@ -55,7 +55,7 @@ def test_a_sketch_keeps_the_steps_that_are_not_numbers(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         for number in range(1, 20_001):
             log.append(a_step(number, loss=None if number in (7_001, 7_003) else 1.0))
-    events = sketch(run.events_path, 50).events
+    events = sample_events(run.events_path, 50).events
     broken = [event.step for event in events if isinstance(event, Step) and event.loss is None]
     assert broken == [7_001, 7_003]
 
@@ -66,5 +66,5 @@ def test_a_torn_last_line_hides_not_the_last_step(run: RunDir) -> None:
             log.append(a_step(number))
     with run.events_path.open("ab") as file:
         file.write(b'{"event":"step","at":1.0,"st')
-    view, _ = RunView.sketched(run, 50)
+    view, _ = RunView.from_sample(run, 50)
     assert view.step == 20_001

@@ -8,11 +8,11 @@ import time
 import pytest
 from msgspec.structs import replace
 
-from qlora_tui.runs import actions, queue
+from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import AnyEvent, CheckpointSaved, Failed, Finished, Paused, Started
-from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.process import mark
+from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, read_status, write_heartbeat, write_status
 from tests.waiting import wait_for
 
@@ -20,7 +20,9 @@ STARTED = Started(at=1.0, attempt=1, pid=1)
 
 
 def running(process_id: int | None = None) -> Status:
-    return Status(state="running", at=time.time(), process=mark(process_id), phase="training", step=7)
+    return Status(
+        state="running", at=time.time(), process=process_identity(process_id), phase="training", step=7
+    )
 
 
 def test_a_run_whose_process_lives_is_running(run: RunDir) -> None:
@@ -43,7 +45,7 @@ def test_a_run_whose_process_was_killed_is_lost_and_says_so(run: RunDir) -> None
 
 
 def test_a_number_used_again_by_another_process_is_not_the_run(run: RunDir) -> None:
-    ours = mark()
+    ours = process_identity()
     stranger = type(ours)(pid=ours.pid, started=ours.started - 1000, boot_id=ours.boot_id)
     write_status(run, Status(state="running", at=time.time(), process=stranger))
     assert read_status(run).state == "lost"
@@ -99,7 +101,7 @@ def test_a_lost_heartbeat_costs_only_the_last_steps(run: RunDir, content: bytes 
 
 
 def test_a_heartbeat_of_an_earlier_trainer_says_nothing(run: RunDir) -> None:
-    write_heartbeat(run, replace(running(), step=9, process=replace(mark(), pid=1)))
+    write_heartbeat(run, replace(running(), step=9, process=replace(process_identity(), pid=1)))
     write_status(run, running())
     assert read_status(run).step == 7
 
@@ -118,4 +120,4 @@ def test_a_queued_run_without_an_entry_is_stopped_and_can_be_resumed(
     assert (status.state, status.step) == ("stopped", 7)
     assert "not in the queue" in status.detail
     actions.resume(run)
-    assert read_status(run).state == "queued" and queue.waiting() == [run.id]
+    assert read_status(run).state == "queued" and run_queue.waiting() == [run.id]

@@ -11,10 +11,10 @@ import pytest
 from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import queue
-from qlora_tui.runs.directory import RunDir, all_runs, create
+from qlora_tui.runs import run_queue
+from qlora_tui.runs.directory import RunDir, all_runs, create_run
 from qlora_tui.runs.status import Status, write_status
-from qlora_tui.runs.trash import Trash, empty_left_behind
+from qlora_tui.runs.trash import Trash, empty_abandoned
 
 DELETES = """
 import sys
@@ -29,7 +29,7 @@ sys.stdin.read()
 
 
 def ended(recipe: Recipe) -> RunDir:
-    run = create(recipe)
+    run = create_run(recipe)
     write_status(run, Status(state="stopped", at=1.0))
     return run
 
@@ -40,9 +40,9 @@ def test_what_was_deleted_last_comes_back_first(recipe: Recipe) -> None:
     trash.put(first)
     trash.put(second)
     assert all_runs() == []
-    assert trash.bring_back() == second
-    assert trash.bring_back() == first
-    assert trash.bring_back() is None
+    assert trash.restore() == second
+    assert trash.restore() == first
+    assert trash.restore() is None
     assert set(all_runs()) == {first, second}
 
 
@@ -50,13 +50,13 @@ def test_the_id_of_a_deleted_run_is_not_given_to_another(recipe: Recipe) -> None
     run = ended(recipe)
     trash = Trash()
     trash.put(run)
-    assert create(recipe).id != run.id
-    assert trash.bring_back() == run
+    assert create_run(recipe).id != run.id
+    assert trash.restore() == run
 
 
 def test_a_waiting_run_is_not_deleted(recipe: Recipe) -> None:
-    run = create(recipe)
-    queue.enqueue(run)
+    run = create_run(recipe)
+    run_queue.enqueue(run)
     with pytest.raises(UserError, match="not over"):
         Trash().put(run)
     assert run.path.exists()
@@ -73,9 +73,9 @@ def test_what_a_killed_app_left_goes_at_the_next_start_and_what_a_living_one_hol
     with app.stdout, app.stdin:
         assert app.stdout.readline() == b"deleted\n"
         home = paths.runs_dir() / ".deleted"
-        empty_left_behind()
+        empty_abandoned()
         assert len(list(home.glob(f"*/{run.id}"))) == 1
         app.send_signal(signal.SIGKILL)
         app.wait()
-    empty_left_behind()
+    empty_abandoned()
     assert list(home.iterdir()) == []

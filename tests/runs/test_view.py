@@ -5,9 +5,9 @@ import math
 import pytest
 
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.endings import settle
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import DataReady, Evaluated, Failed, Finished, Paused, Queued, Started, Step
-from qlora_tui.runs.log import EventWriter
+from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 
@@ -152,6 +152,6 @@ def test_the_last_step_of_a_killed_run_is_known_though_no_heartbeat_told_it(run:
         for number in (6, 7):
             log.append(a_step(number, loss=float(number)))
     write_status(run, Status(state="running", at=60.0, step=6, total_steps=10, loss=6.0))
-    settle(run, Failed(at=71.0, title="killed", what="by hand", kind="killed"))
+    record_outcome(run, Failed(at=71.0, title="killed", what="by hand", kind="killed"))
     status = read_status(run)
     assert (status.state, status.step, status.total_steps, status.loss) == ("failed", 7, 10, 7.0)

@@ -16,7 +16,7 @@ import pytest
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.retry import Plan
+from qlora_tui.runs.retry import RetryPlan
 from tests.training.tiny import make_tiny_model
 
 MakeRecipe = Callable[..., Recipe]
@@ -65,12 +65,12 @@ class Trainers:
             assert self._zygote.stdout.readline() == "ready\n"
             self._ready = True
 
-    def start(self, run: RunDir, plan: Plan | None = None) -> Trainer:
+    def start(self, run: RunDir, plan: RetryPlan | None = None) -> Trainer:
         """A trainer for ``run``, in the environment as it is now."""
         self.wait_until_ready()
-        return Trainer(self.socket, [str(run.path), *(plan or Plan()).arguments()])
+        return Trainer(self.socket, [str(run.path), *(plan or RetryPlan()).arguments()])
 
-    def run(self, run: RunDir, plan: Plan | None = None) -> int:
+    def run(self, run: RunDir, plan: RetryPlan | None = None) -> int:
         """Run a trainer to its end."""
         return self.start(run, plan).wait()
 

@@ -12,8 +12,8 @@ pytest.importorskip("torch")
 
 import torch
 
-from qlora_tui.runs.directory import create
-from qlora_tui.runs.events import Evaluated, Sampled
+from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.events import Evaluated, SampleGenerated
 from qlora_tui.runs.view import RunView
 from qlora_tui.training.accuracy import exact_answers
 from qlora_tui.training.chunked_loss import IGNORED
@@ -69,12 +69,12 @@ def test_the_share_of_exact_answers_is_that_of_greedy_search(
         "training.evaluate_every": 1000,
         "training.learning_rate": 1e-2,
     }
-    run = create(recipe(settings))
+    run = create_run(recipe(settings))
     assert trainers.run(run) == 0
     wanted = [COLOURS[n % 4] for n in range(100, 104)]
     shares = {e.step: e.accuracy for e in told(run, Evaluated)}
     for step, share in shares.items():
-        answers = [sampled.answer for sampled in told(run, Sampled) if sampled.step == step]
+        answers = [sampled.answer for sampled in told(run, SampleGenerated) if sampled.step == step]
         assert share == sum(a == w for a, w in zip(answers, wanted, strict=True)) / 4
     view = RunView(run)
     view.refresh()
@@ -83,6 +83,6 @@ def test_the_share_of_exact_answers_is_that_of_greedy_search(
 
 
 def test_long_answers_have_no_share(recipe: MakeRecipe, trainers: Trainers) -> None:
-    run = create(recipe({"training.max_steps": 1}))
+    run = create_run(recipe({"training.max_steps": 1}))
     assert trainers.run(run) == 0
     assert [e.accuracy for e in told(run, Evaluated)] == [None, None]

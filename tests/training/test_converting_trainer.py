@@ -10,7 +10,7 @@ import pytest
 from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Failed, Finished, Paused, PhaseChanged, Progress, Stopped
 from qlora_tui.runs.status import read_status
 from qlora_tui.training.gguf_conversion import cached_conversion, folder_of
@@ -33,7 +33,7 @@ def phases(run: RunDir) -> list[str]:
 def test_the_first_run_shows_the_conversion_and_the_second_has_none(
     recipe: MakeRecipe, trainers: Trainers, file: Path
 ) -> None:
-    first, second = (create(recipe({"model.id": str(file), "training.max_steps": 1})) for _ in range(2))
+    first, second = (create_run(recipe({"model.id": str(file), "training.max_steps": 1})) for _ in range(2))
     assert trainers.run(first) == trainers.run(second) == 0
     assert isinstance(events(first)[-1], Finished)
     assert phases(first)[:3] == ["loading", "loading", "converting"]
@@ -49,13 +49,13 @@ def test_a_request_is_honored_while_the_file_is_converted(
     request_: Kind,
     ending: type[Stopped] | type[Paused],
 ) -> None:
-    run = create(recipe({"model.id": str(file)}))
+    run = create_run(recipe({"model.id": str(file)}))
     folder = folder_of(file)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         trainer = trainers.start(run)
         wait_for(lambda: read_status(run).phase == "converting")
-        control.ask(run, request_)
+        control.send_request(run, request_)
         assert trainer.wait() == 0
     assert isinstance(events(run)[-1], ending)
     assert cached_conversion(file) is None
@@ -66,7 +66,7 @@ def test_a_file_that_cannot_be_converted_ends_the_run_with_the_reason(
 ) -> None:
     # The header says that the weights are there, and they are not.
     file.write_bytes(file.read_bytes()[:-20_000])
-    run = create(recipe({"model.id": str(file)}))
+    run = create_run(recipe({"model.id": str(file)}))
     assert trainers.run(run) == 1
     ending = events(run)[-1]
     assert isinstance(ending, Failed)

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 import torch
 from safetensors.torch import load_file
 
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import DataReady, Evaluated, Finished
 from qlora_tui.runs.status import read_status
 from qlora_tui.training.final_adapter import load_best_weights
@@ -30,7 +30,7 @@ def same_weights(one: Path, other: Path) -> bool:
 def test_it_stops_after_its_patience_and_keeps_the_best(recipe: MakeRecipe, trainers: Trainers) -> None:
     # At such a rate it only gets worse once it has begun to.
     settings = {"training.learning_rate": 0.1, "training.schedule": "constant", "training.epochs": 50.0}
-    run = create(recipe({**settings, "training.evaluate_every": 1, "training.early_stopping": 3}))
+    run = create_run(recipe({**settings, "training.evaluate_every": 1, "training.early_stopping": 3}))
     assert trainers.run(run) == 0
     ending = events(run)[-1]
     assert isinstance(ending, Finished)
@@ -61,7 +61,7 @@ def cut_short(folder: Path) -> None:
 def test_without_the_best_checkpoint_the_last_weights_stay(
     recipe: MakeRecipe, what: Callable[[Path], None]
 ) -> None:
-    run: RunDir = create(recipe())
+    run: RunDir = create_run(recipe())
     what(run.checkpoints_dir / "step-4")
     # There is no model to put weights into: trying would fail.
     assert "that of the last step, for the checkpoint of step 4, the best, is missing" in load_best_weights(

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.runs import actions, control, queue
-from qlora_tui.runs.directory import RunDir, create
-from qlora_tui.runs.endings import how_it_ended
+from qlora_tui.runs import actions, control, run_queue
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import (
     CheckpointSaved,
     DataReady,
@@ -24,6 +23,7 @@ from qlora_tui.runs.events import (
     StepVerified,
     Stopped,
 )
+from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.status import read_status
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.told import events, last_step, losses, told
@@ -41,7 +41,7 @@ WIDE = {"training.micro_batch": 4, "training.gradient_accumulation": 1, "trainin
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    run = create(recipe({"training.checkpoint_every": 2}))
+    run = create_run(recipe({"training.checkpoint_every": 2}))
     befalls(monkeypatch, f"small_disk({str(run.checkpoints_dir)!r}, {room})")
     assert trainers.run(run) == 0
     assert isinstance(events(run)[-1], Finished)
@@ -53,7 +53,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
 def test_a_machine_restarted_in_mid_run_is_told_as_that(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = create(recipe({**LONG, "training.epochs": 6.0, "training.checkpoint_every": 2}))
+    run = create_run(recipe({**LONG, "training.epochs": 6.0, "training.checkpoint_every": 2}))
     with monkeypatch.context() as before_the_restart:
         before_the_restart.setenv("QLORA_TUI_BOOT_ID", "before")
         trainer = trainers.start(run)
@@ -62,7 +62,7 @@ def test_a_machine_restarted_in_mid_run_is_told_as_that(
         trainer.wait()
     monkeypatch.setenv("QLORA_TUI_BOOT_ID", "after")
     assert "restarted" in read_status(run).detail
-    ending = how_it_ended(run, None)
+    ending = determine_outcome(run, None)
     assert isinstance(ending, Failed) and ending.kind == "lost"
     assert trainers.run(run) == 0
     assert told(run, Started)[-1].resumed_from_step > 0
@@ -75,11 +75,11 @@ def test_a_trainer_outlives_its_killed_runner_and_starts_one_for_those_that_wait
     wait_for(lambda: last_step(run) >= 1, seconds=60)
     os.kill(int((paths.state_dir() / "runner.lock").read_text()), signal.SIGKILL)
     killed_at = last_step(run)
-    waiting = create(recipe({"training.max_steps": 2}))
-    queue.enqueue(waiting)
+    waiting = create_run(recipe({"training.max_steps": 2}))
+    run_queue.enqueue(waiting)
     wait_for(lambda: last_step(run) > killed_at + 2, seconds=60, saying="the trainer to go on")
     assert read_status(waiting).state == "queued"
-    control.ask(run, "finish_epoch")
+    control.send_request(run, "finish_epoch")
     wait_for(lambda: read_status(waiting).state == "finished", seconds=120, saying="the next run")
     assert len(told(run, Started)) == 1 and read_status(run).state == "finished"
     ending = events(run)[-1]
@@ -90,11 +90,11 @@ def test_a_trainer_outlives_its_killed_runner_and_starts_one_for_those_that_wait
 def test_a_request_that_comes_while_a_checkpoint_is_saved_is_done_after_it(
     recipe: MakeRecipe, trainers: Trainers
 ) -> None:
-    run = create(recipe({**LONG, "training.checkpoint_every": 1}))
+    run = create_run(recipe({**LONG, "training.checkpoint_every": 1}))
     trainer = trainers.start(run)
     wait_for(lambda: any(event.phase == "saving" for event in told(run, PhaseChanged)), seconds=60)
     actions.stop(run)
-    control.ask(run, "checkpoint")
+    control.send_request(run, "checkpoint")
     assert trainer.wait() == 0
     ending = events(run)[-1]
     assert isinstance(ending, Stopped)
@@ -104,7 +104,7 @@ def test_a_request_that_comes_while_a_checkpoint_is_saved_is_done_after_it(
 def test_a_lack_of_memory_is_told_as_such(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = create(recipe({"data.max_length": 100000, "model.attention": "eager"}))
+    run = create_run(recipe({"data.max_length": 100000, "model.attention": "eager"}))
     _one_long_sample(run)
     befalls(monkeypatch, f"little_memory({1 << 30})")
     assert trainers.run(run) == 1
@@ -180,7 +180,7 @@ def _one_long_sample(run: RunDir) -> None:
 def test_a_check_that_cannot_be_made_does_not_end_the_run(
     mishap: str, reason: str, recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, run = create(recipe({"training.max_steps": 3})), create(recipe({"training.max_steps": 3}))
+    whole, run = create_run(recipe({"training.max_steps": 3})), create_run(recipe({"training.max_steps": 3}))
     assert trainers.run(whole) == 0
     befalls(monkeypatch, mishap)
     assert trainers.run(run) == 0
@@ -192,7 +192,7 @@ def test_a_check_that_cannot_be_made_does_not_end_the_run(
 def test_a_check_short_of_memory_takes_fewer_tokens(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = create(recipe({"training.max_steps": 1}))
+    run = create_run(recipe({"training.max_steps": 1}))
     befalls(monkeypatch, "no_memory_for_the_reference_step(30)")
     assert trainers.run(run) == 0
     (event,) = told(run, StepVerified)

@@ -12,10 +12,10 @@ import pytest
 
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.toml import dump
-from qlora_tui.runs.directory import RunDir, create
-from qlora_tui.runs.endings import how_it_ended, settle
+from qlora_tui.runs.directory import RunDir, create_run
+from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Phase, PhaseChanged, Started
-from qlora_tui.runs.log import EventTail
+from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.status import read_status
 from qlora_tui.training import checkpoints
 from tests.training.conftest import MakeRecipe, Trainers
@@ -33,7 +33,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(
 ) -> None:
     often = {"training.checkpoint_every": 1, "training.evaluate_every": 2, "training.schedule": "constant"}
     run, moments = (
-        create(recipe({**often, "training.max_steps": 80, "training.epochs": 100.0})),
+        create_run(recipe({**often, "training.max_steps": 80, "training.epochs": 100.0})),
         random.Random(),
     )
     for round_ in range(1, ROUNDS + 1):
@@ -63,8 +63,8 @@ def _is_told_and_readable(run: RunDir, round_: int) -> None:
     assert damage == []
     assert not saved or (newest is not None and newest.step >= saved[-1].step)
     # As the runner does when its child has gone.
-    ending = how_it_ended(run, -signal.SIGKILL)
-    settle(run, ending)
+    ending = determine_outcome(run, -signal.SIGKILL)
+    record_outcome(run, ending)
     assert isinstance(ending, Failed) and ending.kind == "killed"
     assert read_status(run).state == "failed"
     assert len(told(run, Started)) == round_

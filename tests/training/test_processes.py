@@ -13,7 +13,7 @@ import pytest
 from qlora_tui import cli
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, Finished
 from qlora_tui.runs.status import read_status
 from tests.training.conftest import MakeRecipe, Trainers
@@ -44,7 +44,7 @@ def test_two_processes_give_the_losses_of_one(
 ) -> None:
     # Three micro-batches a step: one process always has one fewer, and in the last step none.
     settings = {"training.gradient_accumulation": 3, "training.checkpoint_every": 2}
-    alone = create(recipe(settings))
+    alone = create_run(recipe(settings))
     assert trainers.run(alone) == 0
     together = run_with_two(recipe(settings), tmp_path, capsys)
     assert isinstance(events(together)[-1], Finished)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.directory import create
+from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.training.reporter import Reporter
 
 
 def test_how_far_a_run_had_come_is_told_before_its_first_new_step() -> None:
-    run = create(Recipe())
+    run = create_run(Recipe())
     write_status(run, Status(state="starting", at=1.0, step=7, total_steps=20, loss=1.5))
     reporter = Reporter(run)
     reporter.start()

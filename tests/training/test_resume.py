@@ -12,9 +12,9 @@ import pytest
 
 from qlora_tui.checksums import write_checksums
 from qlora_tui.recipe.toml import dump
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import DataReady, Environment, Failed, Health, Started, StepVerified
-from qlora_tui.runs.retry import Plan
+from qlora_tui.runs.retry import RetryPlan
 from tests.runs.test_damage import flip
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.told import events, losses, told
@@ -40,7 +40,7 @@ def interrupted_at(run: RunDir, step: int, name: str = "interrupted") -> RunDir:
 def test_resuming_repeats_the_same_losses(recipe: MakeRecipe, trainers: Trainers, optimizer: str) -> None:
     # Rank 64 gives tensors of 4,096 elements, from which on 8-bit states are 8-bit; dropout draws numbers.
     settings = {"training.optimizer": optimizer, "lora.rank": 64, "lora.dropout": 0.1, **EVERY_STEP}
-    whole = create(recipe(settings))
+    whole = create_run(recipe(settings))
     assert trainers.run(whole) == 0
     expected = losses(whole)
     total = told(whole, DataReady)[0].total_steps
@@ -59,7 +59,7 @@ def test_a_resumed_run_keeps_its_padded_rows(
 ) -> None:
     with monkeypatch.context() as wrong:
         wrong.setenv("BEFORE_TRAINER", "from tests.training.mishaps import *; samples_see_each_other()")
-        whole = create(recipe(EVERY_STEP))
+        whole = create_run(recipe(EVERY_STEP))
         assert trainers.run(whole) == 0
     assert told(whole, StepVerified)[0].replaced == ("attention over packed samples",)
     expected = losses(whole)
@@ -72,12 +72,12 @@ def test_a_resumed_run_keeps_its_padded_rows(
 
 
 def test_a_smaller_micro_batch_learns_the_same(recipe: MakeRecipe, trainers: Trainers) -> None:
-    whole = create(recipe({"training.micro_batch": 2, "training.gradient_accumulation": 1, **EVERY_STEP}))
+    whole = create_run(recipe({"training.micro_batch": 2, "training.gradient_accumulation": 1, **EVERY_STEP}))
     assert trainers.run(whole) == 0
     expected = losses(whole)
     step = len(expected) // 2
     again = interrupted_at(whole, step)
-    plan = Plan(micro_batch=1, gradient_accumulation=2, gradient_checkpointing=True)
+    plan = RetryPlan(micro_batch=1, gradient_accumulation=2, gradient_checkpointing=True)
     assert trainers.run(again, plan) == 0
     started = told(again, Started)[-1]
     assert (started.micro_batch, started.gradient_checkpointing) == (1, True)
@@ -85,7 +85,7 @@ def test_a_smaller_micro_batch_learns_the_same(recipe: MakeRecipe, trainers: Tra
 
 
 def test_a_changed_recipe_is_refused_with_the_difference(recipe: MakeRecipe, trainers: Trainers) -> None:
-    run = create(recipe(EVERY_STEP))
+    run = create_run(recipe(EVERY_STEP))
     assert trainers.run(run) == 0
     again = interrupted_at(run, 2)
     made = again.recipe()
@@ -102,7 +102,7 @@ def test_changed_data_is_refused(recipe: MakeRecipe, trainers: Trainers, tiny_da
     own.write_text(tiny_data.read_text())
     made = recipe(EVERY_STEP)
     source = msgspec.structs.replace(made.data.sources[0], path=str(own))
-    run = create(recipe({**EVERY_STEP, "data.sources": (source,)}))
+    run = create_run(recipe({**EVERY_STEP, "data.sources": (source,)}))
     assert trainers.run(run) == 0
     again = interrupted_at(run, 2)
     own.write_text(own.read_text().replace("the answer is 7", "the answer is 8"))
@@ -114,7 +114,7 @@ def test_changed_data_is_refused(recipe: MakeRecipe, trainers: Trainers, tiny_da
 def test_a_checkpoint_that_is_damaged_or_does_not_load_gives_way_to_the_one_before(
     recipe: MakeRecipe, trainers: Trainers
 ) -> None:
-    run = create(recipe(EVERY_STEP))
+    run = create_run(recipe(EVERY_STEP))
     assert trainers.run(run) == 0
     again = interrupted_at(run, 4)
     truncated = again.checkpoints_dir / "step-4" / "optimizer.pt"

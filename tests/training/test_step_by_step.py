@@ -13,7 +13,7 @@ from bench.ways.batches import write_batches
 from bench.ways.measured import Measured
 from bench.ways.ours import recipe as recipe_of
 from bench.ways.work import Work, steps_of
-from qlora_tui.runs.directory import all_runs, create
+from qlora_tui.runs.directory import all_runs, create_run
 from qlora_tui.runs.events import Finished, Health, Step, StepVerified
 from tests.training.conftest import Trainers
 from tests.training.tiny import make_tiny_gemma
@@ -51,7 +51,7 @@ def work(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Work:
 
 def by_us(work: Work, trainers: Trainers) -> Measured:
     """Losses and gradient norms of a run, from its events."""
-    run = create(recipe_of(work))
+    run = create_run(recipe_of(work))
     assert trainers.run(run) == 0, run.log_path.read_text()
     steps = told(run, Step)
     losses, norms = [s.loss for s in steps], [s.grad_norm for s in steps]

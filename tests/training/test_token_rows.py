@@ -19,7 +19,7 @@ from qlora_tui.chat.chat_types import GREEDY
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora, Source
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.training import chunked_loss
 from qlora_tui.training.accuracy import argmax_tokens
 from qlora_tui.training.adapter import add_lora
@@ -206,7 +206,7 @@ def answering(recipe: MakeRecipe, base_model: Path, tmp_path: Path) -> Any:
 
     def make(**settings: Any) -> RunDir:
         changes = {path.replace("__", "."): value for path, value in settings.items()}
-        return create(
+        return create_run(
             recipe(
                 {
                     "model.id": str(base_model),

@@ -21,7 +21,7 @@ from qlora_tui.memory.cpu import this_processor
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.damage import checkpoint_damage
-from qlora_tui.runs.directory import RunDir, create
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import (
     AdapterReady,
     CheckpointSaved,
@@ -32,7 +32,7 @@ from qlora_tui.runs.events import (
     Finished,
     MemoryMeasured,
     Paused,
-    Sampled,
+    SampleGenerated,
     Started,
     Step,
     StepVerified,
@@ -59,7 +59,7 @@ def test_submitted_runs_are_trained_one_after_the_other_in_the_background(recipe
 
 
 def test_a_run_tells_what_it_is_and_does(recipe: MakeRecipe, trainers: Trainers) -> None:
-    run = create(recipe({"training.sample_prompts": ("what is 3",), "training.warmup": 0.5}))
+    run = create_run(recipe({"training.sample_prompts": ("what is 3",), "training.warmup": 0.5}))
     assert trainers.run(run) == 0
     (environment,) = told(run, Environment)
     assert (environment.device_kind, environment.compute_dtype) == ("cpu", "float32")
@@ -79,7 +79,9 @@ def test_a_run_tells_what_it_is_and_does(recipe: MakeRecipe, trainers: Trainers)
     evaluated = told(run, Evaluated)
     assert [e.step for e in evaluated] == [0, data.steps_per_epoch, data.total_steps]
     assert evaluated[0].loss and evaluated[-1].loss and evaluated[-1].loss < evaluated[0].loss
-    assert [(s.step, s.prompt) for s in told(run, Sampled)] == [(e.step, "what is 3") for e in evaluated]
+    assert [(s.step, s.prompt) for s in told(run, SampleGenerated)] == [
+        (e.step, "what is 3") for e in evaluated
+    ]
     assert [memory.when for memory in told(run, MemoryMeasured)] == ["probe", "end"]
     assert all(memory.measured_bytes > 10**8 for memory in told(run, MemoryMeasured))
     assert isinstance(events(run)[-1], Finished)
@@ -88,7 +90,7 @@ def test_a_run_tells_what_it_is_and_does(recipe: MakeRecipe, trainers: Trainers)
 
 
 def test_the_adapter_loads_with_plain_peft(recipe: MakeRecipe, trainers: Trainers, tmp_path: Path) -> None:
-    run = create(recipe({"training.epochs": 1.0}))
+    run = create_run(recipe({"training.epochs": 1.0}))
     assert trainers.run(run) == 0
     code = (
         "import sys; from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer;"
@@ -142,7 +144,7 @@ def test_answers_are_learnt_from_as_their_weights_say(
         "training.epochs": 1.0,
     }
     made = recipe(settings)
-    run = create(made)
+    run = create_run(made)
     assert trainers.run(run) == 0
     model = AutoModelForCausalLM.from_pretrained(made.model.id)
     tokenizer: Any = AutoTokenizer.from_pretrained(made.model.id)
@@ -162,7 +164,7 @@ def test_answers_are_learnt_from_as_their_weights_say(
 
 @pytest.mark.parametrize("how", ["stop", "SIGTERM"])
 def test_a_stopped_run_has_checkpoint_and_adapter(recipe: MakeRecipe, trainers: Trainers, how: str) -> None:
-    run = create(recipe({**LONG, "training.log_every": 1000}))
+    run = create_run(recipe({**LONG, "training.log_every": 1000}))
     trainer = trainers.start(run)
     wait_for(lambda: read_status(run).step >= 3, seconds=60)
     if how == "stop":
@@ -179,7 +181,7 @@ def test_a_stopped_run_has_checkpoint_and_adapter(recipe: MakeRecipe, trainers: 
 
 
 def test_a_paused_run_goes_on_where_it_was(recipe: MakeRecipe, trainers: Trainers) -> None:
-    run = create(recipe({**LONG, "training.epochs": 10.0}))
+    run = create_run(recipe({**LONG, "training.epochs": 10.0}))
     trainer = trainers.start(run)
     wait_for(lambda: last_step(run) >= 2, seconds=60)
     actions.pause(run)
@@ -202,15 +204,15 @@ def test_a_paused_run_goes_on_where_it_was(recipe: MakeRecipe, trainers: Trainer
 def test_a_run_stopped_before_its_first_step_ends_at_the_next_edge(
     recipe: MakeRecipe, trainers: Trainers
 ) -> None:
-    run = create(recipe(LONG))
-    request = msgspec.json.encode(control.Request(kind="stop"))
+    run = create_run(recipe(LONG))
+    request = msgspec.json.encode(control.ControlRequest(kind="stop"))
     (run.control_dir / "0-early.json").write_bytes(request)
     assert trainers.run(run) == 0
     assert isinstance(events(run)[-1], Stopped) and last_step(run) == 0
 
 
 def test_requests_are_done_at_the_next_step(recipe: MakeRecipe, trainers: Trainers) -> None:
-    run = create(
+    run = create_run(
         recipe(
             {
                 **LONG,
@@ -223,12 +225,12 @@ def test_requests_are_done_at_the_next_step(recipe: MakeRecipe, trainers: Traine
     trainer = trainers.start(run)
     wait_for(lambda: last_step(run) >= 2, seconds=60)
     for kind in ("checkpoint", "evaluate", "sample"):
-        control.ask(run, kind)
-    control.ask(run, "set_learning_rate", 5e-4)
-    wait_for(lambda: told(run, CheckpointSaved) and len(told(run, Sampled)) >= 2, seconds=60)
+        control.send_request(run, kind)
+    control.send_request(run, "set_learning_rate", 5e-4)
+    wait_for(lambda: told(run, CheckpointSaved) and len(told(run, SampleGenerated)) >= 2, seconds=60)
     asked_at = told(run, CheckpointSaved)[0].step
     wait_for(lambda: last_step(run) > asked_at + 1, seconds=60)
-    control.ask(run, "finish_epoch")
+    control.send_request(run, "finish_epoch")
     assert trainer.wait() == 0
     assert [e.step for e in told(run, Evaluated)][:2] == [0, asked_at]
     rates = {step.step: step.learning_rate for step in told(run, Step)}
@@ -251,7 +253,7 @@ def _failure(run: RunDir, trainers: Trainers, code: int = 1) -> Failed:
 
 
 def test_a_model_that_has_gone_is_named(recipe: MakeRecipe, trainers: Trainers, tmp_path: Path) -> None:
-    run = create(recipe({"model.id": str(tmp_path / "gone")}))
+    run = create_run(recipe({"model.id": str(tmp_path / "gone")}))
     ending = _failure(run, trainers, code=2)
     assert str(tmp_path / "gone") in ending.what and ending.kind == "problem"
 
@@ -263,12 +265,12 @@ def test_a_data_file_that_is_broken_is_named_with_its_line(
     broken.write_text('{"messages": []}\nnot json\n')
     made: Recipe = recipe()
     source = msgspec.structs.replace(made.data.sources[0], path=str(broken))
-    run = create(recipe({"data.sources": (source,)}))
+    run = create_run(recipe({"data.sources": (source,)}))
     assert str(broken) in _failure(run, trainers).what
 
 
 def test_a_recipe_edited_into_nonsense_fails_with_the_key(recipe: MakeRecipe, trainers: Trainers) -> None:
-    run = create(recipe())
+    run = create_run(recipe())
     run.recipe_path.write_text(run.recipe_path.read_text().replace("rank = 8", 'rank = "many"'))
     assert "lora.rank" in _failure(run, trainers, code=2).what
 
@@ -277,7 +279,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(
     recipe: MakeRecipe, trainers: Trainers
 ) -> None:
     # Half precision, a huge scale and a rate that rises: it overflows after some good steps.
-    run = create(
+    run = create_run(
         recipe(
             {
                 "quantization.compute_dtype": "float16",
@@ -299,7 +301,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(
 
 
 def test_a_second_trainer_of_a_run_is_refused(recipe: MakeRecipe, trainers: Trainers) -> None:
-    run = create(recipe(LONG))
+    run = create_run(recipe(LONG))
     trainer = trainers.start(run)
     wait_for(lambda: last_step(run) >= 1, seconds=60)
     second = subprocess.run(
@@ -336,7 +338,7 @@ def test_the_next_estimate_on_this_machine_counts_what_runs_measured(
     made = recipe({"training.epochs": 1.0, "data.max_length": 2048})
     asked = ["estimate", "--model", made.model.id, "--json"]
     for count in (1, 2):
-        assert trainers.run(create(made)) == 0
+        assert trainers.run(create_run(made)) == 0
         assert cli.main(asked) == 0
         found = json.loads(capsys.readouterr().out)["precisions"]["nf4"]
         assert found["correction"]["runs"] == count

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TypeVar
 
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import AnyEvent, Event, Step
-from qlora_tui.runs.log import EventTail
 from qlora_tui.runs.view import RunView
 
 AnEvent = TypeVar("AnEvent", bound=Event)

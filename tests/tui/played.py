@@ -15,8 +15,9 @@ from qlora_tui.files import private_dir
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.recipe.toml import dump
-from qlora_tui.runs import queue
+from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import (
     AdapterReady,
     AnyEvent,
@@ -31,14 +32,13 @@ from qlora_tui.runs.events import (
     Paused,
     PhaseChanged,
     Queued,
-    Sampled,
+    RunEnded,
+    SampleGenerated,
     Started,
     Step,
     Stopped,
-    Terminal,
 )
-from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.process import ProcessMark, mark
+from qlora_tui.runs.process import ProcessIdentity, process_identity
 from qlora_tui.runs.status import State, Status, write_status
 from qlora_tui.runs.telemetry import Sample, encode
 
@@ -88,7 +88,7 @@ def play(what: Play) -> RunDir:
         run.telemetry_path.write_bytes(b"".join(encode(sample) for sample in _telemetry(what)))
         run.log_path.write_text("\n".join(_output(what)) + "\n")
     if what.state == "queued":
-        queue.enqueue(run)
+        run_queue.enqueue(run)
     write_status(run, _status(what))
     return run
 
@@ -200,7 +200,7 @@ def _milestone(what: Play, step: int) -> list[AnyEvent]:
             accuracy=_accuracy(what, step),
         ),
         CheckpointSaved(at=at, step=step, folder=f"checkpoints/step-{step}"),
-        Sampled(
+        SampleGenerated(
             at=at,
             step=step,
             prompt="My parcel is late. What can I do?",
@@ -209,7 +209,7 @@ def _milestone(what: Play, step: int) -> list[AnyEvent]:
     ]
 
 
-def _ending(what: Play) -> Terminal | None:
+def _ending(what: Play) -> RunEnded | None:
     at = _at(what, what.steps) + 2
     match what.state:
         case "finished":
@@ -235,9 +235,9 @@ def _ending(what: Play) -> Terminal | None:
 def _status(what: Play) -> Status:
     process = None
     if what.state in ("starting", "running"):
-        process = mark()
+        process = process_identity()
     elif what.state == "lost":
-        process = ProcessMark(pid=1, started=1.0, boot_id=mark().boot_id)
+        process = ProcessIdentity(pid=1, started=1.0, boot_id=process_identity().boot_id)
     ending = _ending(what)
     details = {"stopped": f"Stopped at step {what.steps}.", "paused": f"Paused at step {what.steps}."}
     detail = details.get(what.state, "all steps done" if what.state == "finished" else "")

@@ -16,7 +16,7 @@ from pathlib import Path
 from qlora_tui import paths
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Step, decode
-from qlora_tui.runs.process import ProcessMark
+from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.status import Status, read_status, write_status
 
 NAME = "smollm2-135m-demo-20261124-1609"
@@ -35,7 +35,7 @@ def recorded_run(name: str = NAME) -> RunDir:
     return run
 
 
-def recorded_until(step: int, *, process: ProcessMark) -> tuple[RunDir, float]:
+def recorded_until(step: int, *, process: ProcessIdentity) -> tuple[RunDir, float]:
     """The run as it was when it had done ``step``, 0 being before the first, and the time it then was.
 
     ``process`` is who trains it: one that is gone makes it lost.

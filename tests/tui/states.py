@@ -9,11 +9,11 @@ from typing import Any
 from textual.pilot import Pilot
 
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.runs import queue
+from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Step
-from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.process import ProcessMark, mark
+from qlora_tui.runs.process import ProcessIdentity, process_identity
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import show_run
@@ -50,19 +50,21 @@ def three_runs() -> None:
     play(Play(name="tickets-a", state="finished", steps=300, total=300, began=BEGAN - 1000))
     play(Play(name="tickets-b", state="failed", steps=120, total=300, began=BEGAN - 2000, recipe=wide))
     play(Play(name="poems-c", state="lost", steps=160, total=300, nan=range(90, 99), began=BEGAN - 90_000))
-    queue.enqueue(play(Play(name="next-one", state="queued", steps=0)))
+    run_queue.enqueue(play(Play(name="next-one", state="queued", steps=0)))
 
 
 def fresh() -> tuple[RunDir, float]:
-    return recorded_until(0, process=mark())
+    return recorded_until(0, process=process_identity())
 
 
 def at_work() -> tuple[RunDir, float]:
-    return recorded_until(70, process=mark())
+    return recorded_until(70, process=process_identity())
 
 
 def lost() -> tuple[RunDir, float]:
-    run, at = recorded_until(70, process=ProcessMark(pid=1, started=1.0, boot_id=mark().boot_id))
+    run, at = recorded_until(
+        70, process=ProcessIdentity(pid=1, started=1.0, boot_id=process_identity().boot_id)
+    )
     return run, at + 3600
 
 

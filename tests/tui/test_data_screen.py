@@ -13,8 +13,8 @@ from textual.widgets import Input
 
 from qlora_tui.data.dataset_report import Piece, Shown
 from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Finished
-from qlora_tui.runs.log import EventWriter
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.data import DataScreen
 from qlora_tui.tui.screens.data_text import row_line

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_tui.recipe.schema import Source
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Health
-from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import State
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.keymap import validate_keymap

@@ -16,9 +16,9 @@ from textual.pilot import Pilot
 from qlora_tui import paths
 from qlora_tui.demo import demo_model as demo_model
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs import actions, queue
-from qlora_tui.runs.detached import ensure_runner
+from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.events import Failed
+from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import State
 from qlora_tui.tui import escapes, system_monitor
 from qlora_tui.tui.app import QloraApp
@@ -95,7 +95,7 @@ async def test_a_run_that_was_stopped_goes_on_with_enter_until_another_recipe_is
         os.utime(paths.state_dir() / "draft.toml", (time.time() + 3600,) * 2)
         await shows(pilot, "▸ enter  Check and launch", "or r   Go on with the run")
         await pilot.press("r")
-        await until(pilot, lambda: queue.waiting() == [run.id])
+        await until(pilot, lambda: run_queue.waiting() == [run.id])
         await shows(pilot, "owls", "queued")
         assert isinstance(app.screen, TrainScreen)
 
@@ -256,20 +256,20 @@ async def test_a_queue_that_stands_still_is_started_whatever_screen_is_in_front(
     monkeypatch.setattr(system_monitor, "STALLED_S", 0.0)
     monkeypatch.setattr(system_monitor, "ensure_runner", ensure_runner)
     run = play(Play(name="owls", state="queued", steps=0))
-    queue.enqueue(run)
+    run_queue.enqueue(run)
     # A runner passes over what it cannot train, which takes no torch.
     run.recipe_path.unlink()
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("4")
-        await until(pilot, lambda: queue.waiting() == [])
+        await until(pilot, lambda: run_queue.waiting() == [])
 
 
 def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_monitor, "STALLED_S", 0.0)
     monkeypatch.setattr(system_monitor, "ensure_runner", ensure_runner)
     run = play(Play(name="owls", state="queued", steps=0))
-    queue.enqueue(run)
+    run_queue.enqueue(run)
     (paths.state_dir() / "runner.log").mkdir()
     look = system_monitor.SystemMonitor()
     look.poll()
@@ -329,7 +329,7 @@ async def test_the_queue_and_the_run_at_work_are_shown_and_enter_watches_it(
     make_app: MakeApp, set_clock: Callable[[float], None]
 ) -> None:
     run = play(Play(steps=120))
-    queue.enqueue(play(Play(name="next-one", state="queued", steps=0)))
+    run_queue.enqueue(play(Play(name="next-one", state="queued", steps=0)))
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "step 120 of 3,000", "1. next-one", "Watch the run")

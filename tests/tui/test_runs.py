@@ -16,9 +16,9 @@ from qlora_tui.cli import main
 from qlora_tui.formatting import format_float
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import find_preset
-from qlora_tui.runs import actions, queue
+from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.directory import find as find_run
+from qlora_tui.runs.directory import find_run as find_run
 from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui import escapes
@@ -202,18 +202,18 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
     make_app: MakeApp, three_runs: list[RunDir]
 ) -> None:
     for name in ("first", "second"):
-        queue.enqueue(play(Play(name=name, state="queued", steps=0, began=BEGAN - 5000)))
+        run_queue.enqueue(play(Play(name=name, state="queued", steps=0, began=BEGAN - 5000)))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
         shown = await shows(pilot, "queue 1", "queue 2", "w Withdraw")
         assert shown.index("first") < shown.index("second") < shown.index("tickets-a")
         await pilot.press("J")
-        assert queue.waiting() == ["second", "first"]
+        assert run_queue.waiting() == ["second", "first"]
         await pilot.pause()
         await pilot.press("w")
         await shows(pilot, "■ stopped")
-        assert queue.waiting() == ["second"]
+        assert run_queue.waiting() == ["second"]
 
 
 async def test_two_marked_runs_are_compared_with_only_what_differs(
@@ -281,7 +281,7 @@ async def test_with_nothing_deleted_u_takes_back_a_change_of_the_recipe(make_app
 async def test_a_run_that_is_not_over_is_not_deleted(make_app: MakeApp, state: State) -> None:
     run = play(Play(steps=20, state=state))
     if state == "queued":
-        queue.enqueue(run)
+        run_queue.enqueue(run)
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
@@ -401,7 +401,7 @@ def test_a_run_renamed_or_queued_elsewhere_is_seen_at_the_next_look(three_runs: 
     assert "again" not in [summary.name for summary in summaries.read_all(5.0).summaries]
     actions.rename(three_runs[0], "again")
     assert "again" in [summary.name for summary in summaries.read_all(5.0).summaries]
-    queue.enqueue_again(three_runs[1])
+    run_queue.requeue(three_runs[1])
     listing = summaries.read_all(5.0)
     assert listing.waiting == (three_runs[1].id,)
     assert listing.summaries[0].status.state == "queued"

@@ -10,10 +10,10 @@ import pytest
 from msgspec import structs
 
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs import actions, queue
+from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Health, Progress, Started, Step
-from qlora_tui.runs.log import EventWriter
 from qlora_tui.runs.status import State
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import train as train_module
@@ -177,7 +177,7 @@ async def test_a_paused_run_is_queued_again_with_r(
         await shows(pilot, "paused", "Paused at step 60")
         await pilot.press("r")
         await shows(pilot, "waits for its turn")
-        assert queue.waiting() == [run.id]
+        assert run_queue.waiting() == [run.id]
         await pilot.press("s", "y")
         await shows(pilot, "Taken out of the queue")
 
@@ -381,7 +381,7 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
         await shows(pilot, "Ready. t launches it")
         await pilot.press("t")
         await shows(pilot, "queued", "waits for its turn")
-        assert len(queue.waiting()) == 1
+        assert len(run_queue.waiting()) == 1
 
 
 async def test_a_doubt_is_said_before_the_launch(

@@ -96,7 +96,7 @@ def test_the_energy_of_a_week_is_told_once_it_is_read_and_holds_up_no_look(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(energy, "_CHUNK_BYTES", 1000)
-    monkeypatch.setattr(energy, "_MOST_CHUNKS", 2)
+    monkeypatch.setattr(energy, "MAX_CHUNKS", 2)
     run = play(Play(steps=0))
     run.telemetry_path.write_bytes(b"".join(encode(sample(float(s), power_w=360.0)) for s in range(20)))
     meter = EnergyMeter(run.telemetry_path)

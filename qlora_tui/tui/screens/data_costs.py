@@ -16,8 +16,8 @@ from qlora_tui.memory import Verdict, check_fit, estimate
 from qlora_tui.recipe.fields import fields, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import all_runs
+from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Finished
-from qlora_tui.runs.log import last_event
 from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE
 
 if TYPE_CHECKING:

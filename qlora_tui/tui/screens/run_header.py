@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from textual.content import Content
 
 from qlora_tui.formatting import format_duration, format_float, format_path
-from qlora_tui.runs.describe import energy_words
+from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.run_labels import SIGNS, format_ago
@@ -126,7 +126,7 @@ def _ended_facts(picture: RunSnapshot, now: float) -> list[str]:
         facts.append(f"loss {format_float(picture.losses[0], 3)}")
     if isinstance(view.ending, Finished):
         facts.append(f"trained {format_duration(view.ending.seconds)}")
-        if energy := energy_words(view.ending):
+        if energy := format_energy(view.ending):
             facts.append(energy)
     return facts
 

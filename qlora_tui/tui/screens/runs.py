@@ -10,7 +10,7 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from qlora_tui.runs import actions, queue
+from qlora_tui.runs import actions, run_queue
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.runs_actions import RunActions
@@ -135,7 +135,7 @@ class RunsScreen(RunActions):
     def action_move(self, places: int) -> None:
         """Move the run in the queue."""
         if self.current is not None:
-            queue.move(self.current.run, places)
+            run_queue.move(self.current.run, places)
             self.refresh_runs()
 
     def action_withdraw(self) -> None:

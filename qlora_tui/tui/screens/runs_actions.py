@@ -76,7 +76,9 @@ class RunActions(WorkScreen):
                 self.try_to(lambda run: actions.rename(run, name), summary.run)
 
         text = "What lists call it; its folder keeps its name."
-        self.app.push_screen(TextPromptScreen("Rename the run", text, summary.name, actions.wrong_name), take)
+        self.app.push_screen(
+            TextPromptScreen("Rename the run", text, summary.name, actions.validate_name), take
+        )
 
     def action_delete(self) -> None:
         """Take the run away; it can be brought back until the app ends, so nothing is asked."""
@@ -87,7 +89,7 @@ class RunActions(WorkScreen):
     def action_restore(self) -> None:
         """Undo the last deletion."""
         try:
-            run = self.trash.bring_back()
+            run = self.trash.restore()
         except UserError as problem:
             self.qlora_app.show_error(problem)
             return

@@ -19,7 +19,7 @@ from qlora_tui.formatting import format_duration, format_float, truncate_middle
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.describe import exact_words
+from qlora_tui.runs.describe import format_exact
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.deferred import DeferredWork
@@ -53,7 +53,7 @@ OUTCOMES = ("state", "best validation loss", "exact answers", "steps", "tokens/s
 
 def read(run: RunDir) -> ComparedRun:
     """A run as it is compared. Used in a thread."""
-    view, _ = RunView.sketched(run, _STEPS)
+    view, _ = RunView.from_sample(run, _STEPS)
     series = view.series
     history = DecimatedSeries()
     history.extend(series.tokens, BiasCorrectedEma(smoothing_window(len(series))).smooth(series.loss))
@@ -70,7 +70,7 @@ def read(run: RunDir) -> ComparedRun:
         (
             view.status.state,
             "NA" if best is None else f"{format_float(best.loss)} at {best.step:,}",
-            exact_words(view.accuracy, view.base_accuracy),
+            format_exact(view.accuracy, view.base_accuracy),
             f"{view.step:,}/{view.total_steps:,}",
             "NA" if speed is None else f"{speed:,.0f}",
             format_duration(series.seconds()) if len(series) else "NA",

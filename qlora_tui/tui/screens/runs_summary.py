@@ -14,8 +14,8 @@ from itertools import pairwise
 from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import queue
-from qlora_tui.runs.describe import energy_words
+from qlora_tui.runs import run_queue
+from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.directory import all_runs as list_runs
 from qlora_tui.runs.events import Failed, Finished
@@ -108,7 +108,7 @@ class SummaryCache:
         """Every run, in about so many seconds: what was not come to in time has only its status yet."""
         until = time.monotonic() + most_s
         runs = self.all_runs()
-        waiting = tuple(name for name in queue.waiting() if name in runs)
+        waiting = tuple(name for name in run_queue.waiting() if name in runs)
         places = {name: place for place, name in enumerate(waiting)}
         ordered = [runs[name] for name in waiting] + [run for name, run in runs.items() if name not in places]
         summaries, complete = [], True
@@ -130,7 +130,7 @@ class SummaryCache:
 
 def summarize(run: RunDir) -> RunSummary:
     """Read what a line says of a run."""
-    view, _ = RunView.sketched(run, _STEPS)
+    view, _ = RunView.from_sample(run, _STEPS)
     series = view.series
     ending = view.ending
     best = view.best
@@ -150,7 +150,7 @@ def summarize(run: RunDir) -> RunSummary:
         losses=tuple(series.loss),
         seconds=series.seconds() if len(series) else None,
         seconds_left=view.seconds_left,
-        energy=energy_words(ending) if isinstance(ending, Finished) else "",
+        energy=format_energy(ending) if isinstance(ending, Finished) else "",
         fix=ending.fix if isinstance(ending, Failed) else "",
     )
 

@@ -148,7 +148,7 @@ class TrainScreen(WorkScreen):
 
     def action_ask(self, kind: control.Kind) -> None:
         """Leave a request for the trainer."""
-        self._try(lambda run: control.ask(run, kind), REQUEST_NOTICES[kind])
+        self._try(lambda run: control.send_request(run, kind), REQUEST_NOTICES[kind])
 
     def action_learning_rate(self) -> None:
         """Ask for a learning rate, and set it."""
@@ -159,7 +159,7 @@ class TrainScreen(WorkScreen):
         def take(text: str | None) -> None:
             if text:
                 self._try(
-                    lambda run: control.ask(run, "set_learning_rate", float(text)),
+                    lambda run: control.send_request(run, "set_learning_rate", float(text)),
                     f"The learning rate becomes {float(text):g} after this step.",
                 )
 

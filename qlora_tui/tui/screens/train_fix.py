@@ -9,7 +9,7 @@ from typing import Any
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.events import Failed, Health, Terminal
+from qlora_tui.runs.events import Failed, Health, RunEnded
 from qlora_tui.runs.status import ACTIVE, State
 
 _LEAST_LENGTH = 128
@@ -29,7 +29,7 @@ class SuggestedFix:
 
 
 def suggest_fix(
-    state: State, health: Sequence[Health], ending: Terminal | None, recipe: Recipe | None
+    state: State, health: Sequence[Health], ending: RunEnded | None, recipe: Recipe | None
 ) -> SuggestedFix | None:
     """Against the last thing that was told and can be helped; None where there is nothing for a key to do."""
     if recipe is None:

@@ -14,10 +14,19 @@ from dataclasses import dataclass
 
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.describe import PhasesTold, describe, unknown_lines
+from qlora_tui.runs.describe import PhaseFilter, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import EnergyMeter
-from qlora_tui.runs.events import AnyEvent, Evaluated, Failed, Health, Progress, Sampled, Started, Step
+from qlora_tui.runs.events import (
+    AnyEvent,
+    Evaluated,
+    Failed,
+    Health,
+    Progress,
+    SampleGenerated,
+    Started,
+    Step,
+)
 from qlora_tui.runs.status import Status
 from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
@@ -65,7 +74,7 @@ class RunSnapshot:
     """Learning rate, gradient norm and tokens a second of the last step."""
     evaluations: tuple[Evaluated, ...]
     best: Evaluated | None
-    samples: tuple[Sampled, ...]
+    samples: tuple[SampleGenerated, ...]
     health: tuple[Health, ...]
     entries: Sequence[LogEntry]
     """The story so far; only ever appended to."""
@@ -97,7 +106,7 @@ class _DownsampledRun:
 
     def read(self) -> list[AnyEvent]:
         """Take in what is new; the events but steps, which are too many to hold."""
-        events = _without_steps(self.view.fresh())
+        events = _without_steps(self.view.iter_new())
         self.add_steps()
         return events
 
@@ -149,7 +158,7 @@ class RunFollower:
         self._event_count = 0
         """Events but steps that were read so far."""
         self._unknown_count = 0
-        self._phases = PhasesTold()
+        self._phases = PhaseFilter()
         self._recipe = _recipe(run)
         self._telemetry = TelemetryTail(run.telemetry_path)
         self._recent: deque[Sample] = deque(maxlen=_HISTORY)
@@ -195,7 +204,7 @@ class RunFollower:
         if not path.exists() or path.stat().st_size <= LONG_BYTES:
             thinned = _DownsampledRun(RunView(self.run))
             return thinned, thinned.read()
-        view, events = RunView.sketched(self.run, _SAMPLE_STEPS)
+        view, events = RunView.from_sample(self.run, _SAMPLE_STEPS)
         thinned = _DownsampledRun(view)
         thinned.add_steps()
         # So that the steps to come are drawn as densely as those of the sample.
@@ -248,7 +257,7 @@ def _entries(events: Iterable[AnyEvent], total_steps: int) -> list[LogEntry]:
     return [
         LogEntry(event.at, _level(event), " ".join(describe(event, total_steps).split()))
         for event in events
-        if not isinstance(event, Sampled | Progress)
+        if not isinstance(event, SampleGenerated | Progress)
     ]
 
 

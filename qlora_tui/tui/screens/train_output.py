@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qlora_tui.runs.log import read_from
+from qlora_tui.runs.event_log import read_from
 from qlora_tui.tui.widgets.log_tail import LogEntry
 
 _MOST_BYTES = 128 << 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from qlora_tui.formatting import format_float
-from qlora_tui.runs.describe import exact_words
+from qlora_tui.runs.describe import format_exact
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.screens.train_follow import Curves, RunSnapshot
 from qlora_tui.tui.widgets.axis import Axis, label, rounded, so_far, tick_step
@@ -90,7 +90,7 @@ def _legend(picture: RunSnapshot) -> tuple[tuple[str, str], ...]:
     best, last = picture.best, picture.evaluations[-1] if picture.evaluations else None
     if best is not None:
         items.append((f"{BEST} best {format_float(best.loss, 3)} at {best.step:,}", "$success bold"))
-    exact = exact_words(None if last is None else last.accuracy, picture.view.base_accuracy)
+    exact = format_exact(None if last is None else last.accuracy, picture.view.base_accuracy)
     if last is not None and last is not best:
         # Both have room in a narrow window only without the word.
         word = "" if exact else "validation "

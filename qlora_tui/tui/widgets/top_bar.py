@@ -68,10 +68,10 @@ def _run_text(pulse: SystemStatus) -> str:
     status = pulse.active_status
     if status is None:
         return f"{len(pulse.waiting)} waiting" if pulse.waiting else ""
-    from qlora_tui.runs.events import STEPPING  # the first frame has no run to tell of
+    from qlora_tui.runs.events import STEP_PHASES  # the first frame has no run to tell of
 
     # An attempt that only begins says what it does.
-    if not status.step or status.phase not in STEPPING:
+    if not status.step or status.phase not in STEP_PHASES:
         return f"● {status.phase or status.state}"
     loss = f" loss {format_float(status.loss, 3)}" if status.loss is not None else ""
     return f"● {status.step:,}/{status.total_steps:,}{loss}"

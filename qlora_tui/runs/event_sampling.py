@@ -1,7 +1,7 @@
 """A long run in a moment: every event but the steps, and an even sample of those.
 
 A run of a million steps has events of 200 MB, which take seconds to decode and more memory than a screen
-should have. Lists and graphs read such a run so, through :meth:`qlora_tui.runs.view.RunView.sketched`.
+should have. Lists and graphs read such a run so, through :meth:`qlora_tui.runs.view.RunView.from_sample`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_tui.runs.event_log import read_from
 from qlora_tui.runs.events import AnyEvent, decode
-from qlora_tui.runs.log import read_from
 
 _CHUNK_BYTES = 4 << 20
-_WHOLE_BYTES = 256 << 10
+_READ_WHOLE_BYTES = 256 << 10
 """A file up to this size is read whole: it has few steps to leave out."""
-_MOST_BROKEN = 2000
+_MAX_BROKEN = 2000
 """Steps without a finite loss that are kept beyond the sample."""
 _NOT_A_STEP = re.compile(rb'"event":"(?:[^s]|s[^t]|st[^e])')
 _BROKEN = b'"loss":null'
 
 
 @dataclass(frozen=True)
-class Sketch:
+class SampledEvents:
     """What was read of a run."""
 
     events: list[AnyEvent]
@@ -33,13 +33,13 @@ class Sketch:
     """Lines that this version does not understand, among those looked at."""
 
 
-def sketch(path: Path, steps: int) -> Sketch:
+def sample_events(path: Path, steps: int) -> SampledEvents:
     """The events of a run in order with about so many of its steps.
 
     Steps whose loss is not finite, the last step and the last line are among them.
     """
     size = _end_of_lines(path)
-    every = 1 if size <= _WHOLE_BYTES else max(1, size // steps)
+    every = 1 if size <= _READ_WHOLE_BYTES else max(1, size // steps)
     events: list[AnyEvent] = []
     offset = broken = unknown = 0
     while offset < size:
@@ -50,30 +50,30 @@ def sketch(path: Path, steps: int) -> Sketch:
         chunk = chunk[:end]
         offset += end
         starts = _starts(chunk, every, last=offset >= size)
-        if every > 1 and broken < _MOST_BROKEN:
-            found = _lines_with(_BROKEN, chunk, _MOST_BROKEN - broken)
-            broken += len(found)
-            starts |= found
+        if every > 1 and broken < _MAX_BROKEN:
+            starts_of_broken = _lines_with(_BROKEN, chunk, _MAX_BROKEN - broken)
+            broken += len(starts_of_broken)
+            starts |= starts_of_broken
         for start in sorted(starts):
             event = decode(chunk[start : chunk.index(b"\n", start)])
             if event is None:
                 unknown += 1
             else:
                 events.append(event)
-    return Sketch(events, offset, unknown)
+    return SampledEvents(events, offset, unknown)
 
 
 def _end_of_lines(path: Path) -> int:
     """Bytes up to the last whole line: what follows it is torn, or being written."""
     size = path.stat().st_size if path.exists() else 0
-    start = max(0, size - _WHOLE_BYTES)
+    start = max(0, size - _READ_WHOLE_BYTES)
     return start + read_from(path, start, size - start).rfind(b"\n") + 1
 
 
 def _starts(chunk: bytes, every: int, *, last: bool) -> set[int]:
     """Where the chosen lines of a chunk of whole lines begin."""
     if every == 1:
-        return {0, *(found.end() for found in re.finditer(b"\n", chunk[:-1]))}
+        return {0, *(match.end() for match in re.finditer(b"\n", chunk[:-1]))}
     chosen = {chunk.rfind(b"\n", 0, place) + 1 for place in range(0, len(chunk), every)}
     chosen |= {chunk.rfind(b"\n", 0, found.start()) + 1 for found in _NOT_A_STEP.finditer(chunk)}
     if last:

@@ -23,10 +23,10 @@ def runner_log_path() -> Path:
 def ensure_runner() -> None:
     """Start a runner that outlives this process and its terminal; harmless where one is at work."""
     with runner_log_path().open("ab") as log:
-        start("qlora_tui.runs.runner", output=log)
+        spawn_detached("qlora_tui.runs.runner", output=log)
 
 
-def start(module: str, *arguments: str, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+def spawn_detached(module: str, *arguments: str, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
     """A process of ours in a session of its own: a signal to this one's group does not reach it.
 
     Without ``output`` it writes where this process does.

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qlora_tui.errors import UserError
-from qlora_tui.runs.detached import ensure_runner, runner_lock_path, runner_log_path
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent
 from qlora_tui.runs.locks import is_locked
+from qlora_tui.runs.spawn import ensure_runner, runner_lock_path, runner_log_path
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView
 
@@ -19,7 +19,9 @@ GRACE_S = 10.0
 """How long a runner may take to start, and to make way for the next."""
 
 
-def followed(view: RunView, say: Callable[[str], None] = lambda detail: None) -> Iterator[AnyEvent]:
+def follow_events(
+    view: RunView, on_status: Callable[[str], None] = lambda detail: None
+) -> Iterator[AnyEvent]:
     """Yield every event that the view has not read yet, until the run is over.
 
     ``view.ending`` is then how it ended, or None, where only ``view.status`` says so: a run that is lost or
@@ -30,10 +32,10 @@ def followed(view: RunView, say: Callable[[str], None] = lambda detail: None) ->
     respond, or works on another machine.
     """
     settled_before = False
-    runner = _RunnerWatch(view.run)
+    runner = _RunnerMonitor(view.run)
     said = ""
     while True:
-        yield from view.fresh()
+        yield from view.iter_new()
         state = view.status.state
         settled = state != "queued" and state not in ACTIVE
         # Resuming appends Queued a moment before it changes the status, so an ending may be missing once.
@@ -44,13 +46,13 @@ def followed(view: RunView, say: Callable[[str], None] = lambda detail: None) ->
         detail = view.status.detail if state in ACTIVE else ""
         if detail.partition(":")[0] != said:
             said = detail.partition(":")[0]
-            say(detail or "The trainer responds again.")
+            on_status(detail or "The trainer responds again.")
         if state == "queued":
             runner.check()
         time.sleep(POLL_S)
 
 
-class _RunnerWatch:
+class _RunnerMonitor:
     """Makes sure that a queued run has a runner: it may have been killed, or be unable to work."""
 
     def __init__(self, run: RunDir) -> None:

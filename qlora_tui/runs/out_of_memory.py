@@ -20,7 +20,7 @@ _LEAST_SAVING = 0.1
 """What was estimated to fit and did not must shrink by this share at least."""
 
 
-def what_would_fit(recipe: Recipe) -> str:
+def suggest_settings(recipe: Recipe) -> str:
     """The cheapest change after which the recipe should fit here, as a sentence; empty where it is not known.
 
     Takes the word of the failure, not of the estimate: the recipe as it stands does not fit.
@@ -57,11 +57,11 @@ def host_oom_kills() -> int:
     """
     for counter in (*_group_counters(), _VMSTAT):
         try:
-            found = re.search(r"^oom_kill (\d+)$", counter.read_text(), re.MULTILINE)
+            match = re.search(r"^oom_kill (\d+)$", counter.read_text(), re.MULTILINE)
         except OSError:
             continue
-        if found:
-            return int(found[1])
+        if match:
+            return int(match[1])
     return 0
 
 

@@ -11,15 +11,15 @@ from msgspec import Struct
 
 from qlora_tui.formatting import format_float
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Failed, Finished
-from qlora_tui.runs.log import last_event
 from qlora_tui.runs.retry import next_plan
 from qlora_tui.runs.view import RunView
 
 _STEPS = 64
 
 
-class News(Struct, frozen=True, kw_only=True):
+class RunNotification(Struct, frozen=True, kw_only=True):
     """The body of a webhook's request: no path, no address, nothing of the data."""
 
     event: Literal["finished", "failed"]
@@ -34,19 +34,19 @@ class News(Struct, frozen=True, kw_only=True):
     """Lowest validation loss; None where none was measured."""
 
 
-def news_of(run: RunDir) -> News | None:
+def notification_for(run: RunDir) -> RunNotification | None:
     """The news of a run; None where there is none."""
     ending = last_event(run.events_path)
     if not isinstance(ending, Finished | Failed) or next_plan(run, ending) is not None:
         return None
-    view, _ = RunView.sketched(run, _STEPS)
+    view, _ = RunView.from_sample(run, _STEPS)
     best = view.best
     if isinstance(ending, Failed):
         text = f"{run.name} failed: {ending.title}."
     else:
         reached = "" if best is None else f": best loss {format_float(best.loss, 3)} at step {best.step:,}"
         text = f"{run.name} is finished{reached}."
-    return News(
+    return RunNotification(
         event="finished" if isinstance(ending, Finished) else "failed",
         run=run.id,
         name=run.name,

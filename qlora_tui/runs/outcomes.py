@@ -12,24 +12,24 @@ import time
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import Failed, Finished, Paused, Queued, Started, Stopped, Terminal
-from qlora_tui.runs.log import EventWriter, events_backwards
+from qlora_tui.runs.event_log import EventWriter, events_backwards
+from qlora_tui.runs.events import Failed, Finished, Paused, Queued, RunEnded, Started, Stopped
+from qlora_tui.runs.out_of_memory import suggest_settings
 from qlora_tui.runs.retry import last_plan
-from qlora_tui.runs.shortage import what_would_fit
 from qlora_tui.runs.status import State, Status, read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
 from qlora_tui.runs.view import RunView
 
 _STEPS = 64
 """Read of a long run, the last one among them."""
-_SETTLED: frozenset[State] = frozenset(("finished", "failed", "stopped", "paused"))
+_FINAL_STATES: frozenset[State] = frozenset(("finished", "failed", "stopped", "paused"))
 LOG_LINES = 3
 """How much of the trainer's log is quoted when it died without a word."""
 
 
-def how_it_ended(
+def determine_outcome(
     run: RunDir, exit_code: int | None, *, events_from: int | None = None, host_out_of_memory: bool = False
-) -> Terminal:
+) -> RunEnded:
     """The ending that the trainer recorded, or what can be said without one.
 
     Args:
@@ -38,7 +38,7 @@ def how_it_ended(
         events_from: Size of the event file when the trainer was started; None where it is not known.
         host_out_of_memory: Whether the kernel's out-of-memory killer acted while the trainer ran.
     """
-    recorded = _recorded_ending(run, events_from)
+    recorded = _terminal_event(run, events_from)
     if recorded is not None:
         return recorded
     now = time.time()
@@ -85,7 +85,7 @@ def how_it_ended(
     )
 
 
-def settle(run: RunDir, ending: Terminal, *, events_from: int | None = None) -> None:
+def record_outcome(run: RunDir, ending: RunEnded, *, events_from: int | None = None) -> None:
     """Make events and status say how an attempt ended, where they do not yet.
 
     A run that was queued again meanwhile is left alone: whoever did that saw its attempt end.
@@ -93,10 +93,10 @@ def settle(run: RunDir, ending: Terminal, *, events_from: int | None = None) -> 
     now = read_status(run).state
     if now == "queued":
         return
-    if _recorded_ending(run, events_from) is None:
+    if _terminal_event(run, events_from) is None:
         with EventWriter(run.events_path) as log:
             log.append(ending)
-    elif now in _SETTLED:
+    elif now in _FINAL_STATES:
         return
     state: State
     if isinstance(ending, Finished):
@@ -108,7 +108,7 @@ def settle(run: RunDir, ending: Terminal, *, events_from: int | None = None) -> 
     else:
         state, detail = "failed", f"{ending.title}: {ending.what}"
     # The last heartbeat may be a second older than the last step.
-    view, _ = RunView.sketched(run, _STEPS)
+    view, _ = RunView.from_sample(run, _STEPS)
     write_status(
         run,
         Status(
@@ -127,7 +127,7 @@ def _out_of_host_memory(run: RunDir, what: str, exit_code: int, now: float) -> F
     samples = TelemetryTail(run.telemetry_path).poll()
     held = f" It last held {format_bytes(samples[-1].rss_bytes)}." if samples else ""
     try:
-        fix = what_would_fit(last_plan(run).applied(run.recipe()))
+        fix = suggest_settings(last_plan(run).applied(run.recipe()))
     except UserError:
         fix = ""
     return Failed(
@@ -141,13 +141,13 @@ def _out_of_host_memory(run: RunDir, what: str, exit_code: int, now: float) -> F
     )
 
 
-def _recorded_ending(run: RunDir, events_from: int | None = None) -> Terminal | None:
+def _terminal_event(run: RunDir, events_from: int | None = None) -> RunEnded | None:
     """The first terminal event after the last ``Started``.
 
     Without ``events_from`` only the time since the run was last queued counts: a trainer that died before its
     ``Started`` did not end as the attempt before it.
     """
-    ending: Terminal | None = None
+    ending: RunEnded | None = None
     for event in events_backwards(run.events_path, events_from or 0):
         if isinstance(event, Started) or (events_from is None and isinstance(event, Queued)):
             break

@@ -8,7 +8,7 @@ from qlora_tui.runs.telemetry import Sample
 from qlora_tui.runs.view import RunView
 
 
-def standing(view: RunView, sample: Sample | None) -> str:
+def summarize_status(view: RunView, sample: Sample | None) -> str:
     """``training, step 640 of 3,000, loss 1.21, 12 min left. GPU 96% busy, 18.2 of 24.0 GiB, 61 °C.``"""
     state = view.status.state
     parts: list[str] = [view.phase if state == "running" and view.phase else state]
@@ -30,17 +30,19 @@ def standing(view: RunView, sample: Sample | None) -> str:
         parts.append(f"best {format_float(view.best.loss, 3)} at step {view.best.step:,}")
     if state == "running" and view.seconds_left is not None:
         parts.append(f"{format_duration(view.seconds_left)} left")
-    told = f"{', '.join(parts)}."
-    return told if sample is None or state not in ("starting", "running") else f"{told} {_machine(sample)}"
+    summary = f"{', '.join(parts)}."
+    return (
+        summary if sample is None or state not in ("starting", "running") else f"{summary} {_machine(sample)}"
+    )
 
 
 def _machine(sample: Sample) -> str:
     if sample.gpu is None:
         return f"No GPU; CPU {sample.cpu_percent:.0f}% of one core, {format_gib(sample.rss_bytes)} GiB."
-    return f"GPU {', '.join(_card(sample.gpu)) or 'tells nothing'}."
+    return f"GPU {', '.join(_gpu(sample.gpu)) or 'tells nothing'}."
 
 
-def _card(card: GpuMetrics) -> list[str]:
+def _gpu(card: GpuMetrics) -> list[str]:
     """What it tells; the rest is left out."""
     parts = []
     if card.utilization_percent is not None:

@@ -1,6 +1,7 @@
 """The queue: which run is next, and a run's way in and out of it.
 
-A run waits while its entry is there (:mod:`qlora_tui.runs.entries`): moving is a rename, taking is an unlink.
+A run waits while its entry is there (:mod:`qlora_tui.runs.queue_entries`): moving is a rename, taking is an
+unlink.
 The entry is written before the status says "queued" and removed after it says "starting", each synced: a run
 that a crash caught in between waits.
 """
@@ -12,13 +13,13 @@ import time
 
 from qlora_tui.files import sync
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.entries import Entry, entries, entries_of, queue_dir, queue_lock
+from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Queued, Stopped
-from qlora_tui.runs.log import EventWriter
-from qlora_tui.runs.process import ProcessMark
+from qlora_tui.runs.process import ProcessIdentity
+from qlora_tui.runs.queue_entries import Entry, entries, entries_of, queue_dir, queue_lock
 from qlora_tui.runs.status import ACTIVE, read_status, write_status
 
-_APART = 1_000_000_000
+ORDER_GAP_NS = 1_000_000_000
 """Between the orders of two runs: a second, in nanoseconds."""
 
 
@@ -27,18 +28,18 @@ def enqueue(run: RunDir) -> None:
     _enter(run, again=False)
 
 
-def enqueue_again(run: RunDir) -> None:
+def requeue(run: RunDir) -> None:
     """Queue a run that had ended, to go on from its last checkpoint. Raises OSError; it stays ended then."""
     _enter(run, again=True)
     # Who queues it again knows how it ended.
-    run.untold_path.unlink(missing_ok=True)
+    run.unreported_path.unlink(missing_ok=True)
 
 
 def _enter(run: RunDir, *, again: bool) -> None:
     with queue_lock():
         line = entries()
         # Behind the others also where the clock was set back.
-        order = max(time.time_ns(), max((entry.order for entry in line), default=0) + _APART)
+        order = max(time.time_ns(), max((entry.order for entry in line), default=0) + ORDER_GAP_NS)
         # A crash may have come between an entry and its status.
         entry = next((entry for entry in line if entry.run_id == run.id), Entry(order, run.id))
         status = read_status(run)
@@ -47,7 +48,7 @@ def _enter(run: RunDir, *, again: bool) -> None:
         try:
             if entry not in line:
                 _create(entry)
-            write_status(run, status.then("queued"))
+            write_status(run, status.transition("queued"))
             if again:
                 with EventWriter(run.events_path) as log:
                     log.append(Queued(at=time.time()))
@@ -56,10 +57,10 @@ def _enter(run: RunDir, *, again: bool) -> None:
             raise
 
 
-def take(run: RunDir, process: ProcessMark) -> None:
+def take(run: RunDir, process: ProcessIdentity) -> None:
     """Make a run the runner's: it is starting, and waits no longer."""
     with queue_lock():
-        write_status(run, read_status(run).then("starting", process=process))
+        write_status(run, read_status(run).transition("starting", process=process))
         _unlink(entries_of(run.id))
 
 
@@ -74,17 +75,17 @@ def remove(run: RunDir) -> bool:
         return _unlink(entries_of(run.id))
 
 
-def withdraw(run: RunDir) -> bool:
+def cancel(run: RunDir) -> bool:
     """Stop a run that has not begun; False when it was no longer waiting."""
     if not remove(run):
         return False
-    set_aside(run, "Taken out of the queue.")
+    mark_not_queued(run, "Taken out of the queue.")
     return True
 
 
-def set_aside(run: RunDir, why: str) -> None:
+def mark_not_queued(run: RunDir, why: str) -> None:
     """Make a run that has not begun a stopped one; ``why`` is its detail, a sentence."""
-    status = read_status(run).then("stopped", detail=why)
+    status = read_status(run).transition("stopped", detail=why)
     with EventWriter(run.events_path) as log:
         log.append(Stopped(at=status.at, step=status.step))
     write_status(run, status)
@@ -113,14 +114,14 @@ def move(run: RunDir, places: int) -> None:
 def _order_at(line: list[Entry], place: int) -> int | None:
     """An order between the entries before and after ``place``; None where there is no room for one."""
     low = line[place - 1].order if place else 0
-    high = line[place].order if place < len(line) else low + 2 * _APART
+    high = line[place].order if place < len(line) else low + 2 * ORDER_GAP_NS
     return (low + high) // 2 if high - low > 1 else None
 
 
 def _spread_out(line: list[Entry]) -> list[Entry]:
     """Give the entries orders a second apart, the last one first, so that none passes another meanwhile."""
     last = line[-1].order
-    spread = [Entry(last + place * _APART, entry.run_id) for place, entry in enumerate(line, 1)]
+    spread = [Entry(last + place * ORDER_GAP_NS, entry.run_id) for place, entry in enumerate(line, 1)]
     for entry, moved in reversed(list(zip(line, spread, strict=True))):
         entry.path.rename(moved.path)
     return spread
