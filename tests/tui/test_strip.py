@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.recipe.schema import Source
-from qlora_tui.tui.widgets.memory_bar import bar
+from qlora_tui.tui.render.memory_bar import bar
 from qlora_tui.tui.widgets.recipe_strip import recipe_line
 from qlora_tui.tui.workbench import Workbench
 from tests.tui.seeing import shows

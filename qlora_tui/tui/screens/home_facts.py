@@ -19,12 +19,12 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
-from qlora_tui.tui.run_labels import SIGNS, format_ago
+from qlora_tui.tui.render.axis import rounded
+from qlora_tui.tui.render.memory_bar import bar
+from qlora_tui.tui.render.run_labels import SIGNS, format_ago
 from qlora_tui.tui.screens.home_next import HomeState, NextStep, next_step, other_steps
 from qlora_tui.tui.screens.runs_summary import RunSummary, SummaryCache, downsample
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.axis import rounded
-from qlora_tui.tui.widgets.memory_bar import bar
 from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE, recipe_line
 from qlora_tui.tui.widgets.sparklines import blocks
 from qlora_tui.tui.workbench import Workbench

@@ -10,10 +10,10 @@ from qlora_tui.formatting import format_duration, format_float, format_path
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.status import ACTIVE
-from qlora_tui.tui.run_labels import SIGNS, format_ago
+from qlora_tui.tui.render.memory_bar import bar
+from qlora_tui.tui.render.run_labels import SIGNS, format_ago
 from qlora_tui.tui.screens.train_follow import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
-from qlora_tui.tui.widgets.memory_bar import bar
 
 
 class RunHeader(DiffWidget):

@@ -13,7 +13,7 @@ from textual.widgets import OptionList, Static
 
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
-from qlora_tui.tui.run_labels import SIGNS
+from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.widgets.vi_list import ViList
 
 _MOST = 30

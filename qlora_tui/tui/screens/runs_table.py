@@ -18,10 +18,10 @@ from textual.strip import Strip
 
 from qlora_tui.formatting import format_duration, format_float, format_percent, truncate_middle
 from qlora_tui.tui import clock
-from qlora_tui.tui.run_labels import SIGNS
+from qlora_tui.tui.render.run_labels import SIGNS
+from qlora_tui.tui.render.strip_rendering import render_line
 from qlora_tui.tui.screens.home_facts import curve
 from qlora_tui.tui.screens.runs_summary import RunSummary
-from qlora_tui.tui.widgets.strip_rendering import render_line
 
 MARKS = "●▲■◆"
 """Of the runs chosen to compare: the same symbols as on their curves."""

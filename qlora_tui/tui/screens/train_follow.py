@@ -30,10 +30,10 @@ from qlora_tui.runs.events import (
 from qlora_tui.runs.status import Status
 from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
+from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.screens.train_fix import SuggestedFix, suggest_fix
 from qlora_tui.tui.screens.train_output import OutputTail
 from qlora_tui.tui.widgets.log_tail import Level, LogEntry
-from qlora_tui.tui.widgets.series import BiasCorrectedEma, DecimatedSeries, Envelope
 
 LONG_BYTES = 8 << 20
 """Of events: some 40,000 steps. Of a longer run only a sample of the steps is read."""

@@ -14,7 +14,7 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from qlora_tui.tui.widgets.strip_rendering import render_strips
+from qlora_tui.tui.render.strip_rendering import render_strips
 
 
 class DiffWidget(Widget):

@@ -8,7 +8,7 @@ from textual.content import Content
 
 from qlora_tui.formatting import format_bytes, format_duration
 from qlora_tui.tui.downloads import Download
-from qlora_tui.tui.widgets.memory_bar import bar
+from qlora_tui.tui.render.memory_bar import bar
 
 LINES = 3
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from textual.content import Content
 
-from qlora_tui.tui.widgets.axis import Axis, ticks
+from qlora_tui.tui.render.axis import Axis, ticks
+from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
-from qlora_tui.tui.widgets.series import Envelope
 
 NOT_A_NUMBER = "×"
 """Stands at the foot of the graph where a value was NaN or infinite."""

@@ -13,7 +13,7 @@ from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from qlora_tui.tui.widgets.strip_rendering import render_line
+from qlora_tui.tui.render.strip_rendering import render_line
 
 Level: TypeAlias = Literal["info", "warning", "error"]
 

@@ -9,7 +9,7 @@ from textual.content import Content
 from qlora_tui.formatting import GIB, format_bytes, format_gib, format_percent
 from qlora_tui.memory import Estimate, Item, MemorySaving, Verdict, WhatFits
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.widgets.memory_bar import bar
+from qlora_tui.tui.render.memory_bar import bar
 from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE
 from qlora_tui.tui.widgets.stacked_bar import part_of
 

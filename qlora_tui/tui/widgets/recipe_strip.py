@@ -14,7 +14,7 @@ from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.recipe.schema import Lora, Recipe
-from qlora_tui.tui.widgets.memory_bar import bar
+from qlora_tui.tui.render.memory_bar import bar
 from qlora_tui.tui.workbench import Workbench
 
 VERDICT_STYLE = {

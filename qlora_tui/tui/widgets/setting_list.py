@@ -16,7 +16,7 @@ from textual.strip import Strip
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import Field, get_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.widgets.strip_rendering import render_line
+from qlora_tui.tui.render.strip_rendering import render_line
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """Near the fingers first."""

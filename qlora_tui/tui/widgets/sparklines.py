@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from textual.content import Content
 
-from qlora_tui.tui.widgets.axis import Axis
+from qlora_tui.tui.render.axis import Axis
+from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 from qlora_tui.tui.widgets.graph import NOT_A_NUMBER
-from qlora_tui.tui.widgets.series import Envelope
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
