@@ -30,8 +30,8 @@ from qlora_tui.tui.monochrome import TWO_COLORS, MonochromeFilter
 from qlora_tui.tui.palette import CommandProvider
 from qlora_tui.tui.screen_diff import ScreenDiff, TerminalContents, clear_style_caches
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.modals.too_small import TooSmallScreen, is_too_small
 from qlora_tui.tui.screens.registry import SCREENS, make_screen
-from qlora_tui.tui.screens.too_small import TooSmallScreen, is_too_small
 from qlora_tui.tui.shutdown import install_shutdown_handlers
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.visible_lines import VisibleTextFilter
@@ -164,7 +164,7 @@ class QloraApp(App[None]):
 
     def recipe_edited(self) -> None:
         """Keep and show the workbench's recipe after it changed."""
-        from qlora_tui.tui.screens.draft_changed import save_or_ask
+        from qlora_tui.tui.screens.modals.draft_changed import save_or_ask
 
         try:
             save_or_ask(self)
@@ -201,7 +201,7 @@ class QloraApp(App[None]):
 
     def show_error(self, problem: UserError) -> None:
         """Show a problem in a modal."""
-        from qlora_tui.tui.screens.error import ErrorScreen
+        from qlora_tui.tui.screens.modals.error import ErrorScreen
 
         self.push_screen(ErrorScreen(problem))
 
@@ -250,7 +250,7 @@ class QloraApp(App[None]):
 
     def action_help(self) -> None:
         """Show the keys and words of the screen in front."""
-        from qlora_tui.tui.screens.help import HelpScreen
+        from qlora_tui.tui.screens.modals.help import HelpScreen
 
         here = self.screen
         if isinstance(here, WorkScreen):
@@ -260,7 +260,7 @@ class QloraApp(App[None]):
 
     async def action_keys(self) -> None:
         """Show every key of every screen."""
-        from qlora_tui.tui.screens.help import all_keys_screen
+        from qlora_tui.tui.screens.modals.help import all_keys_screen
 
         self.push_screen(await all_keys_screen())
 

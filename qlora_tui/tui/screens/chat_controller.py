@@ -33,7 +33,7 @@ from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens import chat_text as words
 from qlora_tui.tui.screens.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.confirm import ConfirmScreen
+from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from qlora_tui.tui.widgets.prompt_box import PromptBox

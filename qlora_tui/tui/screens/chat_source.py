@@ -28,7 +28,7 @@ def chat_runs() -> list[RunDir]:
 class ChatSourceScreen(ModalScreen[RunDir | str | None]):
     """Gives the run chosen, ``BASE_ALONE`` for the recipe's model, None when closed with Escape."""
 
-    CSS_PATH = "modal.tcss"
+    CSS_PATH = "../modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
 
     def __init__(self, runs: list[RunDir], model: str) -> None:

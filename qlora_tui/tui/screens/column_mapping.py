@@ -18,7 +18,7 @@ from qlora_tui.tui.widgets.text_field import TextField
 class ColumnMappingScreen(ModalScreen[dict[str, str]]):
     """One field a part; gives the mapping, or None when closed with Escape."""
 
-    CSS_PATH = ["modal.tcss", "fields.tcss"]  # noqa: RUF012
+    CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
 
     def __init__(self, format_: str, columns: tuple[str, ...], mapping: dict[str, str]) -> None:

@@ -24,7 +24,7 @@ from qlora_tui.tui.screens import data_text as words
 from qlora_tui.tui.screens import row_navigation as steps
 from qlora_tui.tui.screens.data_actions import DataActions
 from qlora_tui.tui.screens.data_previews import DataPreviews, PreviewRequest
-from qlora_tui.tui.screens.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.widgets.histogram import histogram
 from qlora_tui.tui.widgets.vi_list import ViList
 

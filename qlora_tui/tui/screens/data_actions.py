@@ -13,7 +13,7 @@ from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.column_mapping import ColumnMappingScreen
 from qlora_tui.tui.screens.file_picker import FilePickerScreen
-from qlora_tui.tui.screens.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 
 if TYPE_CHECKING:
     from qlora_tui.data.dataset_report import Report

@@ -170,7 +170,7 @@ class HomeScreen(WorkScreen):
     def action_demo(self) -> None:
         """Fetch the demo's model, if it is not there, and prepare a run of it."""
         from qlora_tui.demo.demo_model import is_ready
-        from qlora_tui.tui.screens.confirm import ConfirmScreen
+        from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 
         def take(yes: bool | None) -> None:
             if yes:

@@ -26,7 +26,7 @@ from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora_commands import COMMANDS
-from qlora_tui.tui.screens.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.widgets.lora_controls import (
     LORA_CONTROLS,
     advice,

@@ -22,7 +22,7 @@ from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.downloads import DEMO, Download
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.hub_queries import demo_model, demo_name, fetch_hub_facts, validate_model_path
-from qlora_tui.tui.screens.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.widgets.download_line import download_lines
 from qlora_tui.tui.widgets.model_facts import HubFacts, hub_facts, local_facts
 from qlora_tui.tui.widgets.model_lines import HUB, LOCAL, hub_lines, local_lines

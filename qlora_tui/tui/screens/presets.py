@@ -25,11 +25,11 @@ from qlora_tui.recipe.presets import (
 )
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.screens.confirm import ConfirmScreen
-from qlora_tui.tui.screens.error import ErrorScreen
-from qlora_tui.tui.screens.help import HelpScreen
+from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
+from qlora_tui.tui.screens.modals.error import ErrorScreen
+from qlora_tui.tui.screens.modals.help import HelpScreen
+from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.presets_files import edit, export_preset, import_preset, save_as
-from qlora_tui.tui.screens.text_prompt import TextPromptScreen
 from qlora_tui.tui.widgets.preset_preview import preset_line, preview
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList

@@ -23,7 +23,7 @@ _MOST = 30
 class RunPickerScreen(ModalScreen[RunDir | None]):
     """Gives the run; None when left."""
 
-    CSS_PATH = "modal.tcss"
+    CSS_PATH = "../modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q", "dismiss(None)", "Close"),
     ]

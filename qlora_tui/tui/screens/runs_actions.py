@@ -13,10 +13,10 @@ from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.trash import Trash
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.confirm import ConfirmScreen
+from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
+from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.presets_files import save_as
 from qlora_tui.tui.screens.runs_summary import RunSummary
-from qlora_tui.tui.screens.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.train import prepare_run
 
 

@@ -18,9 +18,9 @@ from qlora_tui.runs.status import ACTIVE, State, read_status
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.confirm import ConfirmScreen
+from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
+from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.run_picker import RunPickerScreen
-from qlora_tui.tui.screens.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.train_checks import LaunchCheck, check_all
 from qlora_tui.tui.screens.train_commands import (
     ACTION_NAMES,
