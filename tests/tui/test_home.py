@@ -22,8 +22,8 @@ from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import State
 from qlora_tui.tui import escapes, system_monitor
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.home import HomeScreen
-from qlora_tui.tui.screens.home_next import DEMO, HomeState, next_step, other_steps
+from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, other_steps
+from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.screens.train import TrainScreen, show_run
 from qlora_tui.tui.system_status import SystemStatus
 from tests.tui.played import BEGAN, Play, play

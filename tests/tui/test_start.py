@@ -44,7 +44,7 @@ asyncio.run(main())
 def test_the_first_frame_waits_for_nothing_it_does_not_show_and_garbage_is_looked_for_after_it() -> None:
     done = subprocess.run([sys.executable, "-c", UNTIL_SHOWN], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
-    assert "qlora_tui.tui.screens.home" in loaded
+    assert "qlora_tui.tui.screens.home.screen" in loaded
     assert not [name for name in loaded if name.startswith(LATER)]
 
 

@@ -7,21 +7,22 @@ from importlib import import_module
 from qlora_tui.tui.screens.base import WorkScreen
 
 SCREENS = {
-    "home": "HomeScreen",
-    "models": "ModelsScreen",
-    "data": "DataScreen",
-    "memory": "MemoryScreen",
-    "lora": "LoraScreen",
-    "train": "TrainScreen",
-    "runs": "RunsScreen",
-    "chat": "ChatScreen",
+    "home": "home.screen.HomeScreen",
+    "models": "models.ModelsScreen",
+    "data": "data.DataScreen",
+    "memory": "memory.MemoryScreen",
+    "lora": "lora.LoraScreen",
+    "train": "train.TrainScreen",
+    "runs": "runs.RunsScreen",
+    "chat": "chat.ChatScreen",
 }
-"""Class of each mode, in the module ``qlora_tui.tui.screens.<mode>``."""
+"""Module and class of each mode, below this package."""
 
 
 def screen_class(mode: str) -> type[WorkScreen]:
     """The class alone: what it can do is known without making one."""
-    cls: type[WorkScreen] = getattr(import_module(f"qlora_tui.tui.screens.{mode}"), SCREENS[mode])
+    module, _, name = SCREENS[mode].rpartition(".")
+    cls: type[WorkScreen] = getattr(import_module(f"qlora_tui.tui.screens.{module}"), name)
     return cls
 
 

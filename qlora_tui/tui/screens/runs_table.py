@@ -20,7 +20,7 @@ from qlora_tui.formatting import format_duration, format_float, format_percent, 
 from qlora_tui.tui import clock
 from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.render.strip_rendering import render_line
-from qlora_tui.tui.screens.home_facts import curve
+from qlora_tui.tui.screens.home.reader import curve
 from qlora_tui.tui.screens.runs_summary import RunSummary
 
 MARKS = "●▲■◆"

@@ -24,8 +24,8 @@ from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
-    from qlora_tui.tui.screens.home_facts import HomeFacts, HomeReader
-    from qlora_tui.tui.screens.home_next import NextStep
+    from qlora_tui.tui.screens.home.next_step import NextStep
+    from qlora_tui.tui.screens.home.reader import HomeFacts, HomeReader
     from qlora_tui.tui.workbench import Workbench
 
 _LAST_SEEN_INTERVAL_S = 30.0
@@ -227,7 +227,7 @@ class HomeScreen(WorkScreen):
                 # What is shown of a machine that nobody has looked at would be wrong, and Enter would do it.
                 self._put("card", (Content.styled("looking…", "dim"),))
                 return
-            await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home_facts")
+            await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home.reader")
             size = self.query_one("#home").scrollable_content_region.size
             facts = await asyncio.to_thread(self._facts, app.workbench, app.system_status, size)
         finally:
@@ -237,7 +237,7 @@ class HomeScreen(WorkScreen):
             self._put(part, lines)
 
     def _facts(self, bench: Workbench, pulse: SystemStatus, size: Size) -> HomeFacts:
-        from qlora_tui.tui.screens.home_facts import HomeReader
+        from qlora_tui.tui.screens.home.reader import HomeReader
 
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
