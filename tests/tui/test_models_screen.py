@@ -15,9 +15,9 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui.catalog.local_models import converted_dir, hub_cache_dir
-from qlora_tui.tui import downloads
-from qlora_tui.tui.screens.models import ModelsScreen
-from qlora_tui.tui.widgets.model_facts import read_license
+from qlora_tui.tui.screens.models import downloads
+from qlora_tui.tui.screens.models.model_facts import read_license
+from qlora_tui.tui.screens.models.screen import ModelsScreen
 from qlora_tui.tui.widgets.vi_list import ViList
 from tests.catalog.conftest import tiny_repo
 from tests.catalog.fake_hub import FakeHub, serve

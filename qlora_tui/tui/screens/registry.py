@@ -8,7 +8,7 @@ from qlora_tui.tui.screens.base import WorkScreen
 
 SCREENS = {
     "home": "home.screen.HomeScreen",
-    "models": "models.ModelsScreen",
+    "models": "models.screen.ModelsScreen",
     "data": "data.DataScreen",
     "memory": "memory.MemoryScreen",
     "lora": "lora.LoraScreen",

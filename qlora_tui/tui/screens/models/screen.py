@@ -16,16 +16,21 @@ from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, list_local_models
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui import downloads
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
-from qlora_tui.tui.downloads import DEMO, Download
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.hub_queries import demo_model, demo_name, fetch_hub_facts, validate_model_path
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
-from qlora_tui.tui.widgets.download_line import download_lines
-from qlora_tui.tui.widgets.model_facts import HubFacts, hub_facts, local_facts
-from qlora_tui.tui.widgets.model_lines import HUB, LOCAL, hub_lines, local_lines
+from qlora_tui.tui.screens.models import downloads
+from qlora_tui.tui.screens.models.download_line import download_lines
+from qlora_tui.tui.screens.models.downloads import DEMO, Download
+from qlora_tui.tui.screens.models.hub_queries import (
+    demo_model,
+    demo_name,
+    fetch_hub_facts,
+    validate_model_path,
+)
+from qlora_tui.tui.screens.models.model_facts import HubFacts, hub_facts, local_facts
+from qlora_tui.tui.screens.models.model_lines import HUB, LOCAL, hub_lines, local_lines
 from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList

@@ -12,7 +12,7 @@ from qlora_tui.catalog.hub_files import plan_download
 from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
-from qlora_tui.tui.widgets.model_facts import HubFacts
+from qlora_tui.tui.screens.models.model_facts import HubFacts
 
 
 def fetch_hub_facts(model_id: str) -> HubFacts:
