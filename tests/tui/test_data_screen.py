@@ -16,9 +16,9 @@ from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Finished
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.data import DataScreen
-from qlora_tui.tui.screens.data_text import row_line
-from qlora_tui.tui.screens.file_picker import FilePickerScreen
+from qlora_tui.tui.screens.data.file_picker import FilePickerScreen
+from qlora_tui.tui.screens.data.screen import DataScreen
+from qlora_tui.tui.screens.data.text import row_line
 from tests.data.fake_dataset_hub import dataset_hub
 from tests.data.test_untrained_tokens import WIDTH
 from tests.data.test_untrained_tokens import model as faint_model

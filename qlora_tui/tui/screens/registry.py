@@ -9,7 +9,7 @@ from qlora_tui.tui.screens.base import WorkScreen
 SCREENS = {
     "home": "home.screen.HomeScreen",
     "models": "models.screen.ModelsScreen",
-    "data": "data.DataScreen",
+    "data": "data.screen.DataScreen",
     "memory": "memory.MemoryScreen",
     "lora": "lora.LoraScreen",
     "train": "train.TrainScreen",

@@ -15,7 +15,7 @@ from qlora_tui.data.sources import is_of_the_hub
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from qlora_tui.tui.screens.row_navigation import Place
+from qlora_tui.tui.screens.data.row_navigation import Place
 
 EMPTY = Content.from_markup(
     "[b]No data yet.[/b]\n\nPress [b]o[/b] to open a file: JSON, JSONL, CSV, TSV, Parquet or text, "

@@ -19,13 +19,13 @@ from qlora_tui.data.problems import DataProblem
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.screens import data_costs as costs
-from qlora_tui.tui.screens import data_text as words
-from qlora_tui.tui.screens import row_navigation as steps
-from qlora_tui.tui.screens.data_actions import DataActions
-from qlora_tui.tui.screens.data_previews import DataPreviews, PreviewRequest
+from qlora_tui.tui.screens.data import length_costs as costs
+from qlora_tui.tui.screens.data import row_navigation as steps
+from qlora_tui.tui.screens.data import text as words
+from qlora_tui.tui.screens.data.actions import DataActions
+from qlora_tui.tui.screens.data.histogram import histogram
+from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
-from qlora_tui.tui.widgets.histogram import histogram
 from qlora_tui.tui.widgets.vi_list import ViList
 
 _VIEWS = ("both", "figures", "sample")

@@ -11,8 +11,8 @@ from qlora_tui.data.sources import is_of_the_hub
 from qlora_tui.recipe.fields import fields, get_setting, source_fields
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.column_mapping import ColumnMappingScreen
-from qlora_tui.tui.screens.file_picker import FilePickerScreen
+from qlora_tui.tui.screens.data.column_mapping import ColumnMappingScreen
+from qlora_tui.tui.screens.data.file_picker import FilePickerScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 
 if TYPE_CHECKING:
