@@ -10,7 +10,7 @@ SCREENS = {
     "home": "home.screen.HomeScreen",
     "models": "models.screen.ModelsScreen",
     "data": "data.screen.DataScreen",
-    "memory": "memory.MemoryScreen",
+    "memory": "memory.screen.MemoryScreen",
     "lora": "lora.LoraScreen",
     "train": "train.TrainScreen",
     "runs": "runs.RunsScreen",

@@ -34,9 +34,9 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.memory_commands import COMMANDS
-from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.memory_panel import (
+from qlora_tui.tui.screens.memory.commands import COMMANDS
+from qlora_tui.tui.screens.memory.stacked_bar import legend, stacked_bar
+from qlora_tui.tui.screens.memory.text import (
     changes_text,
     item_line,
     levels_line,
@@ -44,8 +44,8 @@ from qlora_tui.tui.widgets.memory_panel import (
     setting_controls,
     verdict_text,
 )
+from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE
-from qlora_tui.tui.widgets.stacked_bar import legend, stacked_bar
 from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_list import ViList
 
