@@ -15,10 +15,10 @@ from qlora_tui.recipe.fields import get_setting
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.widgets.lora_controls import LORA_CONTROLS, advice, next_value
-from qlora_tui.tui.widgets.lora_totals import MemoryDeltas, difference_text, totals_text
-from qlora_tui.tui.widgets.module_table import ModuleTable, adapter_parameters, state, toggled
-from qlora_tui.tui.widgets.target_input import parse_targets
+from qlora_tui.tui.screens.lora.controls import LORA_CONTROLS, advice, next_value
+from qlora_tui.tui.screens.lora.module_table import ModuleTable, adapter_parameters, state, toggled
+from qlora_tui.tui.screens.lora.target_input import parse_targets
+from qlora_tui.tui.screens.lora.totals import MemoryDeltas, difference_text, totals_text
 from qlora_tui.tui.workbench import Workbench
 from tests.tui.seeing import shows
 from tests.tui.workstation import config_folder, config_of, go_to, open_on, settle

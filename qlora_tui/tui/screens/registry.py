@@ -11,7 +11,7 @@ SCREENS = {
     "models": "models.screen.ModelsScreen",
     "data": "data.screen.DataScreen",
     "memory": "memory.screen.MemoryScreen",
-    "lora": "lora.LoraScreen",
+    "lora": "lora.screen.LoraScreen",
     "train": "train.TrainScreen",
     "runs": "runs.RunsScreen",
     "chat": "chat.ChatScreen",

@@ -25,16 +25,18 @@ from qlora_tui.recipe.targets import assign_pattern_values, match_modules, resol
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.lora_commands import COMMANDS
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
-from qlora_tui.tui.widgets.lora_controls import (
+from qlora_tui.tui.screens.lora.commands import COMMANDS
+from qlora_tui.tui.screens.lora.controls import (
     LORA_CONTROLS,
     advice,
     control_line,
     next_value,
     targets_advice,
 )
-from qlora_tui.tui.widgets.lora_totals import (
+from qlora_tui.tui.screens.lora.module_grid import ModuleGrid
+from qlora_tui.tui.screens.lora.module_table import ModuleTable
+from qlora_tui.tui.screens.lora.target_input import parse_targets, validate_number
+from qlora_tui.tui.screens.lora.totals import (
     MemoryDeltas,
     cursor_text,
     difference_text,
@@ -42,10 +44,8 @@ from qlora_tui.tui.widgets.lora_totals import (
     memory_deltas,
     totals_text,
 )
-from qlora_tui.tui.widgets.module_grid import ModuleGrid
-from qlora_tui.tui.widgets.module_table import ModuleTable
+from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.widgets.static_update import update_if_changed
-from qlora_tui.tui.widgets.target_input import parse_targets, validate_number
 from qlora_tui.tui.widgets.text_field import TextField
 
 SETTLED_S = 0.1

@@ -18,7 +18,7 @@ from textual.widget import Widget
 from qlora_tui.catalog.architecture_types import LinearModule
 from qlora_tui.formatting import format_count
 from qlora_tui.recipe.schema import Lora
-from qlora_tui.tui.widgets.module_table import (
+from qlora_tui.tui.screens.lora.module_table import (
     ALL,
     NONE,
     SOME,
