@@ -16,7 +16,7 @@ from qlora_tui.runs.events import Step
 from qlora_tui.runs.process import ProcessIdentity, process_identity
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.train import show_run
+from qlora_tui.tui.screens.train.screen import show_run
 from tests.tui.played import BEGAN, TICKETS, Play, play
 from tests.tui.recorded import ENDED, NO_MEMORY, NOT_A_NUMBER, recorded_run, recorded_until
 from tests.tui.seeing import shows

@@ -13,7 +13,7 @@ from qlora_tui.runs.events import Health
 from qlora_tui.runs.status import State
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.keymap import validate_keymap
-from qlora_tui.tui.screens.train import show_run
+from qlora_tui.tui.screens.train.screen import show_run
 from tests.tui.played import BEGAN, Play, play
 from tests.tui.reading import readable_model, tickets
 from tests.tui.seeing import shows, until

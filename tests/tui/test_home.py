@@ -24,7 +24,7 @@ from qlora_tui.tui import escapes, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, other_steps
 from qlora_tui.tui.screens.home.screen import HomeScreen
-from qlora_tui.tui.screens.train import TrainScreen, show_run
+from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from qlora_tui.tui.system_status import SystemStatus
 from tests.tui.played import BEGAN, Play, play
 from tests.tui.seeing import shows, until

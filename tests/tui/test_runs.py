@@ -26,7 +26,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.runs import RunsScreen
 from qlora_tui.tui.screens.runs_compare import comparison_table, differing, plot, read
 from qlora_tui.tui.screens.runs_summary import SummaryCache, downsample, summarize
-from qlora_tui.tui.screens.train import TrainScreen
+from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
 from qlora_tui.tui.widgets.graph import plot as draw
 from tests.tui.played import BEGAN, TICKETS, Play, play

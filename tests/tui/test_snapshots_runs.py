@@ -15,7 +15,7 @@ from textual.pilot import Pilot
 
 from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens import train_follow
+from qlora_tui.tui.screens.train import run_follower as train_follow
 from tests.tui.played import BEGAN, play
 from tests.tui.recorded import ENDED, recorded_run
 from tests.tui.seeing import shows

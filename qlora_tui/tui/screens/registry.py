@@ -12,7 +12,7 @@ SCREENS = {
     "data": "data.screen.DataScreen",
     "memory": "memory.screen.MemoryScreen",
     "lora": "lora.screen.LoraScreen",
-    "train": "train.TrainScreen",
+    "train": "train.screen.TrainScreen",
     "runs": "runs.RunsScreen",
     "chat": "chat.ChatScreen",
 }

@@ -18,7 +18,7 @@ from qlora_tui.tui.screens.runs_commands import COMMANDS
 from qlora_tui.tui.screens.runs_compare import MAX_COMPARED, CompareScreen
 from qlora_tui.tui.screens.runs_summary import Listing, RunSummary, SummaryCache
 from qlora_tui.tui.screens.runs_table import RunTable
-from qlora_tui.tui.screens.train import show_run
+from qlora_tui.tui.screens.train.screen import show_run
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField

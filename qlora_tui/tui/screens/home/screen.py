@@ -135,7 +135,7 @@ class HomeScreen(WorkScreen):
 
     async def action_watch(self) -> None:
         """Watch the run at work, or look at the last one."""
-        from qlora_tui.tui.screens.train import show_run
+        from qlora_tui.tui.screens.train.screen import show_run
 
         if self.qlora_app.system_status.latest is not None:
             await show_run(self.qlora_app, self.qlora_app.system_status.latest)
@@ -156,7 +156,7 @@ class HomeScreen(WorkScreen):
 
     async def action_prepare(self) -> None:
         """Check the recipe, and launch it."""
-        from qlora_tui.tui.screens.train import prepare_run
+        from qlora_tui.tui.screens.train.screen import prepare_run
 
         await prepare_run(self.qlora_app)
 

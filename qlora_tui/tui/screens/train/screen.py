@@ -20,20 +20,20 @@ from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
-from qlora_tui.tui.screens.run_picker import RunPickerScreen
-from qlora_tui.tui.screens.train_checks import LaunchCheck, check_all
-from qlora_tui.tui.screens.train_commands import (
+from qlora_tui.tui.screens.train.commands import (
     ACTION_NAMES,
     COMMANDS,
     REQUEST_NOTICES,
     is_available,
     validate_rate,
 )
-from qlora_tui.tui.screens.train_fix import SuggestedFix
-from qlora_tui.tui.screens.train_follow import RunFollower, RunSnapshot
-from qlora_tui.tui.screens.train_launch import LaunchPane, launch
-from qlora_tui.tui.screens.train_live import LivePane
-from qlora_tui.tui.screens.train_plot import zoom_start
+from qlora_tui.tui.screens.train.launch_pane import LaunchPane, launch
+from qlora_tui.tui.screens.train.live_pane import LivePane
+from qlora_tui.tui.screens.train.loss_plot import zoom_start
+from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
+from qlora_tui.tui.screens.train.run_picker import RunPickerScreen
+from qlora_tui.tui.screens.train.suggested_fix import SuggestedFix
+from qlora_tui.tui.screens.train_checks import LaunchCheck, check_all
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 

@@ -12,9 +12,9 @@ from textual.containers import Horizontal, Vertical
 from textual.widgets import Static
 
 from qlora_tui.tui import clock
-from qlora_tui.tui.screens.run_header import RunHeader, outcome_text
-from qlora_tui.tui.screens.train_follow import RunSnapshot
-from qlora_tui.tui.screens.train_plot import loss_plot, sparklines, steps_axis
+from qlora_tui.tui.screens.train.loss_plot import loss_plot, sparklines, steps_axis
+from qlora_tui.tui.screens.train.run_follower import RunSnapshot
+from qlora_tui.tui.screens.train.run_header import RunHeader, outcome_text
 from qlora_tui.tui.widgets.gpu_panel import GpuPanel, MachineState
 from qlora_tui.tui.widgets.graph import Graph
 from qlora_tui.tui.widgets.log_tail import SIGNS, Level, LogEntry, LogTail

@@ -9,7 +9,7 @@ from qlora_tui.runs.describe import format_exact
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.axis import Axis, label, rounded, so_far, tick_step
 from qlora_tui.tui.render.series import Envelope
-from qlora_tui.tui.screens.train_follow import Curves, RunSnapshot
+from qlora_tui.tui.screens.train.run_follower import Curves, RunSnapshot
 from qlora_tui.tui.widgets.graph import NOT_A_NUMBER, Curve, Mark, Plot, overall
 from qlora_tui.tui.widgets.sparklines import SparklineData
 
