@@ -23,9 +23,9 @@ from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui import escapes
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.runs import RunsScreen
-from qlora_tui.tui.screens.runs_compare import comparison_table, differing, plot, read
-from qlora_tui.tui.screens.runs_summary import SummaryCache, downsample, summarize
+from qlora_tui.tui.screens.runs.compare import comparison_table, differing, plot, read
+from qlora_tui.tui.screens.runs.screen import RunsScreen
+from qlora_tui.tui.screens.runs.summary import SummaryCache, downsample, summarize
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
 from qlora_tui.tui.widgets.graph import plot as draw

@@ -13,7 +13,7 @@ SCREENS = {
     "memory": "memory.screen.MemoryScreen",
     "lora": "lora.screen.LoraScreen",
     "train": "train.screen.TrainScreen",
-    "runs": "runs.RunsScreen",
+    "runs": "runs.screen.RunsScreen",
     "chat": "chat.ChatScreen",
 }
 """Module and class of each mode, below this package."""

@@ -23,7 +23,7 @@ from qlora_tui.tui.render.axis import rounded
 from qlora_tui.tui.render.memory_bar import bar
 from qlora_tui.tui.render.run_labels import SIGNS, format_ago
 from qlora_tui.tui.screens.home.next_step import HomeState, NextStep, next_step, other_steps
-from qlora_tui.tui.screens.runs_summary import RunSummary, SummaryCache, downsample
+from qlora_tui.tui.screens.runs.summary import RunSummary, SummaryCache, downsample
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE, recipe_line
 from qlora_tui.tui.widgets.sparklines import blocks

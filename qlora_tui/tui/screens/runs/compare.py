@@ -26,7 +26,7 @@ from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.render.axis import Axis, rounded, so_far
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
-from qlora_tui.tui.screens.runs_table import MARKS
+from qlora_tui.tui.screens.runs.run_table import MARKS
 from qlora_tui.tui.screens.train.run_follower import smoothing_window
 from qlora_tui.tui.widgets.graph import Curve, Graph, Plot, overall
 

@@ -21,7 +21,7 @@ from qlora_tui.tui import clock
 from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.render.strip_rendering import render_line
 from qlora_tui.tui.screens.home.reader import curve
-from qlora_tui.tui.screens.runs_summary import RunSummary
+from qlora_tui.tui.screens.runs.summary import RunSummary
 
 MARKS = "●▲■◆"
 """Of the runs chosen to compare: the same symbols as on their curves."""
