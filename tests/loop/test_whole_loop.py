@@ -20,7 +20,7 @@ from qlora_tui.runs.status import read_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.settings import Settings
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.chat import ChatScreen
+from qlora_tui.tui.screens.chat.screen import ChatScreen
 from qlora_tui.tui.widgets.chat_turn import AdapterAnswer
 from qlora_tui.tui.widgets.prompt_box import PromptBox
 

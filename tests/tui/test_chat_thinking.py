@@ -14,8 +14,8 @@ from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling,
 from qlora_tui.data.conversation import Message
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.recipe.schema import Data, Recipe
-from qlora_tui.tui.screens.chat import ChatScreen
-from qlora_tui.tui.transcript import append_exchange
+from qlora_tui.tui.screens.chat.screen import ChatScreen
+from qlora_tui.tui.screens.chat.transcript import append_exchange
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from tests.tui.played import Play, play
 from tests.tui.seeing import shows, text_of, until

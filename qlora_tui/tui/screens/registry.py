@@ -14,7 +14,7 @@ SCREENS = {
     "lora": "lora.screen.LoraScreen",
     "train": "train.screen.TrainScreen",
     "runs": "runs.screen.RunsScreen",
-    "chat": "chat.ChatScreen",
+    "chat": "chat.screen.ChatScreen",
 }
 """Module and class of each mode, below this package."""
 

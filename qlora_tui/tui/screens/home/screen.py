@@ -162,7 +162,7 @@ class HomeScreen(WorkScreen):
 
     async def action_chat(self) -> None:
         """Talk to the last run's adapter."""
-        from qlora_tui.tui.screens.chat import show_chat
+        from qlora_tui.tui.screens.chat.screen import show_chat
 
         if self.qlora_app.system_status.latest is not None:
             await show_chat(self.qlora_app, self.qlora_app.system_status.latest)

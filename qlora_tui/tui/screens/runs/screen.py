@@ -127,7 +127,7 @@ class RunsScreen(RunActions):
 
     async def action_chat(self) -> None:
         """Talk to the adapter."""
-        from qlora_tui.tui.screens.chat import show_chat
+        from qlora_tui.tui.screens.chat.screen import show_chat
 
         if self.current is not None:
             await show_chat(self.qlora_app, self.current.run)

@@ -201,7 +201,7 @@ class TrainScreen(WorkScreen):
 
     async def action_chat(self) -> None:
         """Talk to the adapter."""
-        from qlora_tui.tui.screens.chat import show_chat
+        from qlora_tui.tui.screens.chat.screen import show_chat
 
         if self.run is not None:
             await show_chat(self.qlora_app, self.run)

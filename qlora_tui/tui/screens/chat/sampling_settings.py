@@ -12,7 +12,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
 from qlora_tui.chat.chat_types import Sampling
-from qlora_tui.tui.transcript import format_setting
+from qlora_tui.tui.screens.chat.transcript import format_setting
 from qlora_tui.tui.widgets.text_field import TextField
 
 _HELP = {
@@ -29,7 +29,7 @@ _LABELS = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "most tokens"}
 class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
     """Gives sampling and system prompt; None when closed with Escape."""
 
-    CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "chat_settings.tcss"]  # noqa: RUF012
+    CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "Close"),
         Binding("ctrl+s", "take", "Take", priority=True),

@@ -28,11 +28,11 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
-from qlora_tui.tui import transcript
 from qlora_tui.tui.deferred import DeferredWork
-from qlora_tui.tui.screens import chat_text as words
-from qlora_tui.tui.screens.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.chat import text as words
+from qlora_tui.tui.screens.chat import transcript
+from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.chat_turn import ChatTurn

@@ -15,13 +15,13 @@ from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling
 from qlora_tui.chat.effect import Effect
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.tui import transcript
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.screens import chat_text as words
-from qlora_tui.tui.screens.adapter_pair import AdapterPair
-from qlora_tui.tui.screens.chat_controller import ChatController
-from qlora_tui.tui.screens.chat_settings import ChatSettingsScreen
-from qlora_tui.tui.screens.chat_source import ChatSourceScreen, chat_runs
+from qlora_tui.tui.screens.chat import text as words
+from qlora_tui.tui.screens.chat import transcript
+from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
+from qlora_tui.tui.screens.chat.controller import ChatController
+from qlora_tui.tui.screens.chat.sampling_settings import ChatSettingsScreen
+from qlora_tui.tui.screens.chat.source_picker import ChatSourceScreen, chat_runs
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from qlora_tui.tui.widgets.prompt_box import PromptBox
 from qlora_tui.tui.widgets.static_update import update_if_changed

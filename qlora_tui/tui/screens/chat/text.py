@@ -11,7 +11,7 @@ from qlora_tui.chat.effect import Effect
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import format_bytes, format_float, format_path
 from qlora_tui.recipe.schema import Thinking
-from qlora_tui.tui.screens.adapter_pair import AdapterPair
+from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.runs.summary import downsample
 from qlora_tui.tui.widgets.sparklines import blocks
 
