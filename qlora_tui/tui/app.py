@@ -272,7 +272,7 @@ class QloraApp(App[None]):
 
     def action_presets(self) -> None:
         """Browse, open and save presets."""
-        from qlora_tui.tui.screens.presets import PresetsScreen
+        from qlora_tui.tui.screens.presets.screen import PresetsScreen
 
         self.push_screen(PresetsScreen())
 

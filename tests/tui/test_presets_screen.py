@@ -15,7 +15,7 @@ from qlora_tui.recipe.presets import find_preset, save
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft
-from qlora_tui.tui.screens.presets import PresetsScreen
+from qlora_tui.tui.screens.presets.screen import PresetsScreen
 from qlora_tui.tui.widgets.vi_list import ViList
 from tests.tui.seeing import shows
 from tests.tui.workstation import config_folder, open_on, settle

@@ -29,8 +29,8 @@ from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.error import ErrorScreen
 from qlora_tui.tui.screens.modals.help import HelpScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
-from qlora_tui.tui.screens.presets_files import edit, export_preset, import_preset, save_as
-from qlora_tui.tui.widgets.preset_preview import preset_line, preview
+from qlora_tui.tui.screens.presets.preset_files import edit, export_preset, import_preset, save_as
+from qlora_tui.tui.screens.presets.preset_preview import preset_line, preview
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
 
