@@ -46,7 +46,7 @@ _LOOK_EVERY_S = 0.03
 _HURRIED = f"""
 from qlora_tui.cli.main import main
 from qlora_tui.tui import app
-from qlora_tui.tui.screens.train.screen import screen as train
+from qlora_tui.tui.screens.train import screen as train
 app.LOOK_EVERY_S = train.LOOK_EVERY_S = {_LOOK_EVERY_S}
 main([])
 """

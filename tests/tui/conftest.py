@@ -15,7 +15,7 @@ import pytest
 from qlora_tui.runs import liveness
 from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.train.screen import screen as train
+from qlora_tui.tui.screens.train import screen as train
 from tests.tui.played import BEGAN, GIB
 
 FOLDER = Path(__file__).parent

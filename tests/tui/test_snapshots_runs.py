@@ -15,7 +15,7 @@ from textual.pilot import Pilot
 
 from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.train import run_follower as train_follow
+from qlora_tui.tui.screens.train import run_follower
 from tests.tui.played import BEGAN, play
 from tests.tui.recorded import ENDED, recorded_run
 from tests.tui.seeing import shows
@@ -95,7 +95,7 @@ def test_every_state_on_a_large_terminal(
     state: str,
 ) -> None:
     # Read as a long one is; it makes no difference to a short one.
-    monkeypatch.setattr(train_follow, "LONG_BYTES", 0)
+    monkeypatch.setattr(run_follower, "LONG_BYTES", 0)
     run, now = STATES_ONCE[state]()
     set_clock(now)
     assert snap_compare(QloraApp(), terminal_size=WIDE, run_before=watching(run))

@@ -16,12 +16,12 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Health, Progress, Started, Step
 from qlora_tui.runs.status import State
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.train import run_follower as train_follow
+from qlora_tui.tui.screens.train import run_follower
 from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
 from qlora_tui.tui.screens.train.run_header import facts
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
-from qlora_tui.tui.screens.train.screen import screen as train_module
+from qlora_tui.tui.screens.train import screen as train_module
 from qlora_tui.tui.screens.train.suggested_fix import suggest_fix
 from qlora_tui.tui.screens.train_checks import LaunchCheck
 from qlora_tui.tui.widgets.settings_form import SettingsForm
@@ -99,8 +99,8 @@ def test_a_run_that_goes_on_where_it_was_paused_is_not_read_again(monkeypatch: p
 def test_a_long_run_that_is_followed_on_is_drawn_as_evenly_as_when_it_was_opened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train_follow, "LONG_BYTES", 1 << 20)
-    monkeypatch.setattr(train_follow, "_SAMPLE_STEPS", 100)
+    monkeypatch.setattr(run_follower, "LONG_BYTES", 1 << 20)
+    monkeypatch.setattr(run_follower, "_SAMPLE_STEPS", 100)
     run = play(Play(steps=10, total=200_000))
     follower = RunFollower(run)
     with EventWriter(run.events_path) as log:

@@ -7,22 +7,22 @@ from importlib import import_module
 from qlora_tui.tui.screens.base import WorkScreen
 
 SCREENS = {
-    "home": "home.screen.HomeScreen",
-    "models": "models.screen.ModelsScreen",
-    "data": "data.screen.DataScreen",
-    "memory": "memory.screen.MemoryScreen",
-    "lora": "lora.screen.LoraScreen",
-    "train": "train.screen.TrainScreen",
-    "runs": "runs.screen.RunsScreen",
-    "chat": "chat.screen.ChatScreen",
+    "home": "HomeScreen",
+    "models": "ModelsScreen",
+    "data": "DataScreen",
+    "memory": "MemoryScreen",
+    "lora": "LoraScreen",
+    "train": "TrainScreen",
+    "runs": "RunsScreen",
+    "chat": "ChatScreen",
 }
-"""Module and class of each mode, below this package."""
+"""Class of each mode, in the module ``screen`` of the package of that name."""
 
 
 def screen_class(mode: str) -> type[WorkScreen]:
     """The class alone: what it can do is known without making one."""
-    module, _, name = SCREENS[mode].rpartition(".")
-    cls: type[WorkScreen] = getattr(import_module(f"qlora_tui.tui.screens.{module}"), name)
+    module = import_module(f"qlora_tui.tui.screens.{mode}.screen")
+    cls: type[WorkScreen] = getattr(module, SCREENS[mode])
     return cls
 
 
