@@ -11,8 +11,8 @@ from qlora_tui.memory import MeasuredRun, estimate, record_run
 from qlora_tui.memory.step_trace import StepTrace
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.memory.screen import MemoryScreen
 from qlora_tui.tui.screens.memory import screen as memory
+from qlora_tui.tui.screens.memory.screen import MemoryScreen
 from qlora_tui.tui.screens.memory.stacked_bar import parts_of, stacked_bar
 from qlora_tui.tui.widgets.vi_list import ViList
 from tests.gpu.nvml_stub import install_nvml_stub
