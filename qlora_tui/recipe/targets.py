@@ -124,6 +124,12 @@ def rank_of(lora: Lora, module: Module) -> int:
     return _pattern_value(lora.rank_pattern, lora.rank, module)
 
 
+def format_rank(lora: Lora) -> str:
+    """``r16``; where patterns have ranks of their own, ``r8-32``."""
+    ranks = {lora.rank, *lora.rank_pattern.values()}
+    return f"r{lora.rank}" if len(ranks) == 1 else f"r{min(ranks)}-{max(ranks)}"
+
+
 def alpha_of(lora: Lora, module: Module) -> float:
     """The alpha of a module's adapter, should it get one."""
     return _pattern_value(lora.alpha_pattern, lora.alpha, module)

@@ -29,4 +29,7 @@ out_of_memory   what would fit where memory ran out
 retry           settings for the next attempt after that
 notification    what to report about a run's end
 notify          sends it to a command or a webhook
+run_summary     a run in one line, for lists
+length_costs    memory and time at other sequence lengths
+suggested_fix   what one key can do about a warning
 """

@@ -1,12 +1,19 @@
-"""The terminal app. Textual lives here, and only here.
+"""The terminal app. textual is imported here and nowhere else.
 
-app.py        the frame: screens, themes, keys, what every screen shares
-workbench.py  the recipe being edited, and what follows from it (architecture, estimate)
-system_monitor.py  polls the GPU and the runs, once a second
-draft.py      the file it is kept in, which several apps may share
-disk_faults.py  what is said of a disk that cannot be written
-visible_lines.py  the text layer: no line reaches the terminal with a control character
-commands.py   how a command is declared; each screen declares its own
-screens/      one module and one .tcss a screen
-widgets/      pieces that more than one screen shows, and graphs
+app            the frame: screens, themes, keys, and the polling that every screen shares
+workbench      the recipe being edited, and what follows from it (architecture, estimate)
+draft          the file that the recipe is kept in, which several apps may share
+commands       how a command is declared; keymap lists them all, palette offers them
+system_monitor polls the GPU and the runs, once a second; system_status is what it returns
+screen_diff    sends only what differs from what the terminal shows; cached_stylesheet parses CSS once
+visible_lines  the text layer: no line reaches the terminal with a control character;
+               monochrome and glyph_fallback are the other filters of a line
+themes         themes from TOML files
+disk_faults    messages about a disk that cannot be written
+clipboard, escapes, run_notifications   what a terminal does besides showing text
+deferred, gc_tuning, shutdown, stderr_capture, clock   the process: workers, memory, its end, stderr, time
+
+screens/       a package for each screen, and one for modals
+widgets/       widgets that are not of one screen alone
+render/        text and numbers for widgets: no widget is imported there
 """

@@ -9,8 +9,26 @@ from pathlib import Path
 import pytest
 
 import qlora_tui
+from qlora_tui.tui.screens.registry import SCREENS
 
-ROOMS = ("recipe", "catalog", "gpu", "memory", "data", "runs", "training", "chat", "export", "engine", "demo")
+ROOMS = (
+    *(
+        "recipe",
+        "catalog",
+        "gpu",
+        "memory",
+        "data",
+        "runs",
+        "training",
+        "chat",
+        "export",
+        "engine",
+        "demo",
+        "tui",
+    ),
+    *("tui/render", "tui/widgets", "tui/screens", "tui/screens/modals"),
+    *(f"tui/screens/{screen}" for screen in (*SCREENS, "presets")),
+)
 
 
 @pytest.mark.parametrize("room", ROOMS)

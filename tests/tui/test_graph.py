@@ -12,10 +12,10 @@ from rich.segment import Segment
 from textual.strip import Strip
 
 from qlora_tui.tui.render.axis import Axis, label, rounded, so_far, ticks
+from qlora_tui.tui.render.block_charts import NOT_A_NUMBER, blocks, over_axis
+from qlora_tui.tui.render.plot import Curve, Mark, Plot, plot
 from qlora_tui.tui.render.series import MOST_POINTS, BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.widgets.diff_widget import changed_cells
-from qlora_tui.tui.widgets.graph import NOT_A_NUMBER, Curve, Mark, Plot, plot
-from qlora_tui.tui.widgets.sparklines import blocks, over_axis
 
 ANY_FLOATS = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=600)
 

@@ -19,16 +19,17 @@ from qlora_tui.recipe.presets import find_preset
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.directory import find_run as find_run
+from qlora_tui.runs.run_summary import SummaryCache, summarize
 from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui import escapes
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.render.block_charts import downsample
+from qlora_tui.tui.render.plot import plot as draw
 from qlora_tui.tui.screens.runs.compare import comparison_table, differing, plot, read
 from qlora_tui.tui.screens.runs.screen import RunsScreen
-from qlora_tui.tui.screens.runs.summary import SummaryCache, downsample, summarize
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
-from qlora_tui.tui.widgets.graph import plot as draw
 from tests.tui.played import BEGAN, TICKETS, Play, play
 from tests.tui.seeing import shows, style_of, text_of, until
 

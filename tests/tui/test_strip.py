@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.recipe.schema import Source
-from qlora_tui.tui.render.memory_bar import bar
-from qlora_tui.tui.widgets.recipe_strip import recipe_line
+from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.recipe_line import recipe_line
 from qlora_tui.tui.workbench import Workbench
 from tests.tui.seeing import shows
 from tests.tui.workstation import config_folder, open_on

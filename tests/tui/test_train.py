@@ -15,6 +15,7 @@ from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Health, Progress, Started, Step
 from qlora_tui.runs.status import State
+from qlora_tui.runs.suggested_fix import suggest_fix
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import run_follower
 from qlora_tui.tui.screens.train import screen as train_module
@@ -22,7 +23,6 @@ from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
 from qlora_tui.tui.screens.train.run_header import facts
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
-from qlora_tui.tui.screens.train.suggested_fix import suggest_fix
 from qlora_tui.tui.screens.train_checks import LaunchCheck
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 from tests.tui.played import BEGAN, TICKETS, Play, play

@@ -1,0 +1,10 @@
+"""Text and numbers for widgets. Nothing here imports a widget of this app.
+
+axis             round ranges, ticks and labels
+series           columns of numbers, decimated to what a graph can show
+plot             a graph in braille dots
+block_charts     bars, columns and curves in block characters
+recipe_line      a recipe in one line; names of precisions, colors of verdicts
+run_labels       the sign and color of each state of a run
+strip_rendering  lines of text as Textual paints them
+"""

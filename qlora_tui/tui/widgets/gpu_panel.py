@@ -15,9 +15,8 @@ from textual.content import Content
 from qlora_tui.formatting import format_bytes, format_gib
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Sample
-from qlora_tui.tui.render.memory_bar import bar
+from qlora_tui.tui.render.block_charts import bar, blocks
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
-from qlora_tui.tui.widgets.sparklines import blocks
 
 _HOT_C = 83
 

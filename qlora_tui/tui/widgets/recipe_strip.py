@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from textual.app import RenderResult
 from textual.content import Content
 from textual.widget import Widget
@@ -13,23 +11,11 @@ from qlora_tui.formatting import format_gib
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
-from qlora_tui.recipe.schema import Lora, Recipe
-from qlora_tui.tui.render.memory_bar import bar
+from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE, recipe_line
 from qlora_tui.tui.workbench import Workbench
 
-VERDICT_STYLE = {
-    "fits": "$success",
-    "tight": "$warning",
-    "uncertain": "$warning",
-    "does not fit": "$error",
-}
-"""A colour beside the word, never instead of it."""
-
-_BETWEEN = " · "
-_LEAST_NAME = 9
-"""Cells that a name is not shortened below."""
 KEYS_HINT = "p presets  u undo"
-PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
 
 
 class RecipeStrip(Widget):
@@ -88,42 +74,3 @@ def _cost(name: str, estimate: Estimate, room: MemoryBudget, width: int) -> Cont
     drawn = f"{bar(estimate.total_bytes / room.bytes, free)} " if free >= 4 else ""
     text = Content.assemble(f"{name} {drawn}{figures} ", (verdict.word, VERDICT_STYLE[verdict.word]))
     return text.pad_right(max(0, width - text.cell_length))
-
-
-def recipe_line(workbench: Workbench, width: int | None = None) -> str:
-    """``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok × 2 × 8``.
-
-    To fit a ``width`` names are shortened, that of the data first; the numbers stay.
-    """
-    recipe = workbench.recipe
-    star = "*" if workbench.modified else ""
-    patterns = recipe.lora.target_modules
-    targets = ",".join(patterns)
-    training = recipe.training
-    parts = [
-        f"{workbench.preset or 'defaults'}{star}",
-        recipe.model.id.rstrip("/").rpartition("/")[2] or "no model",
-        _data_words(recipe),
-        f"{format_rank(recipe.lora)} {targets if len(targets) <= 16 else f'{len(patterns)} targets'}",
-        f"{recipe.data.max_length:,} tok × {training.micro_batch} × {training.gradient_accumulation}",
-    ]
-    for place in (2, 1, 0):
-        over = 0 if width is None else len(_BETWEEN.join(parts)) - width
-        name = parts[place]
-        if over > 0 and len(name) > _LEAST_NAME + 1:
-            parts[place] = name[: max(_LEAST_NAME, len(name) - over - 1)].rstrip(".-_ ") + "…"
-    return _BETWEEN.join(parts)[:width]
-
-
-def format_rank(lora: Lora) -> str:
-    """``r16``; where patterns have ranks of their own, ``r8-32``."""
-    ranks = {lora.rank, *lora.rank_pattern.values()}
-    return f"r{lora.rank}" if len(ranks) == 1 else f"r{min(ranks)}-{max(ranks)}"
-
-
-def _data_words(recipe: Recipe) -> str:
-    sources = recipe.data.sources
-    if not sources:
-        return "no data"
-    more = f" +{len(sources) - 1}" if len(sources) > 1 else ""
-    return Path(sources[0].path).name + more

@@ -6,18 +6,14 @@ scale is given and said, a column without a sample is empty, and one that is no 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from textual.content import Content
 
 from qlora_tui.tui.render.axis import Axis
+from qlora_tui.tui.render.block_charts import blocks, over_axis
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
-from qlora_tui.tui.widgets.graph import NOT_A_NUMBER
-
-_EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -85,52 +81,3 @@ class Sparklines(DiffWidget):
     def _rows(self, strip: SparklineData, width: int, height: int) -> list[Content]:
         values = over_axis(strip.trace, self._x, width)
         return [Content.styled(row, strip.style) for row in blocks(values, 0.0, strip.top, height)]
-
-
-def over_axis(trace: Envelope, x: Axis, columns: int) -> list[float | None]:
-    """The highest value of each column; one between two samples holds the earlier, NaN where one broke."""
-    values: list[float | None] = [None] * columns
-    if not columns:
-        return values
-    before: int | None = None
-    for place, high, broken in zip(trace.xs, trace.highs, trace.broken, strict=True):
-        if not x.low <= place <= x.high:
-            continue
-        column = x.place(place, columns)
-        if before is not None:
-            values[before + 1 : column] = [values[before]] * (column - before - 1)
-        known = values[column] if column == before else None
-        if broken or (known is not None and math.isnan(known)):
-            values[column] = math.nan
-        else:
-            values[column] = high if known is None else max(known, high)
-        before = column
-    return values
-
-
-def blocks(values: Sequence[float | None], low: float, high: float, height: int) -> list[str]:
-    """Rows of block characters from the top; None is an empty column, the lowest value still a line."""
-    levels = height * 8
-    rows = []
-    filled = [_level(value, low, high, levels) for value in values]
-    for row in range(height - 1, -1, -1):
-        line = ""
-        for level in filled:
-            if level == _BROKEN:
-                line += NOT_A_NUMBER if row == 0 else " "
-            else:
-                line += _EIGHTHS[min(max(level - row * 8, 0), 8)]
-        rows.append(line)
-    return rows
-
-
-_BROKEN = -1
-
-
-def _level(value: float | None, low: float, high: float, levels: int) -> int:
-    if value is None:
-        return 0
-    if not math.isfinite(value):
-        return _BROKEN
-    share = (value - low) / (high - low) if high > low else 0.0
-    return max(1, round(min(max(share, 0.0), 1.0) * levels))

@@ -11,9 +11,8 @@ from qlora_tui.chat.effect import Effect
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import format_bytes, format_float, format_path
 from qlora_tui.recipe.schema import Thinking
+from qlora_tui.tui.render.block_charts import blocks, downsample
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
-from qlora_tui.tui.screens.runs.summary import downsample
-from qlora_tui.tui.widgets.sparklines import blocks
 
 NOTHING_TO_CHAT_WITH = Content.from_markup(
     "[b]Nobody to talk to yet.[/b]\n\nA run has somebody once it has saved a checkpoint. "

@@ -18,12 +18,13 @@ from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
 from qlora_tui.data.problems import DataProblem
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.screens.data import length_costs as costs
 from qlora_tui.tui.screens.data import row_navigation as steps
 from qlora_tui.tui.screens.data import text as words
 from qlora_tui.tui.screens.data.actions import DataActions
 from qlora_tui.tui.screens.data.histogram import histogram
+from qlora_tui.tui.screens.data.length_table import cost_table, total_time
 from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.widgets.vi_list import ViList
@@ -131,7 +132,7 @@ class DataScreen(DataActions):
         """The file of the source that the row is from; empty is its first."""
         self._no_tokens: UserError | None = None
         """Why the row is shown as the file has it, where a model is named."""
-        self._costs: list[costs.LengthCost] = []
+        self._costs: list[LengthCost] = []
         self._costs_key: object = None
         self._throughput: tuple[str, float | None] | None = None
 
@@ -319,10 +320,10 @@ class DataScreen(DataActions):
         if self._throughput is None or self._throughput[0] != recipe.model.id:
             self._throughput = (
                 recipe.model.id,
-                await asyncio.to_thread(costs.last_throughput, recipe.model.id),
+                await asyncio.to_thread(last_throughput, recipe.model.id),
             )
         self._costs = await asyncio.to_thread(
-            costs.length_costs,
+            length_costs,
             report,
             recipe,
             architecture,
@@ -361,12 +362,10 @@ class DataScreen(DataActions):
         self.query_one("#lengths-line", Static).update(words.lengths_line(report, recipe.data, width))
         self.query_one("#histogram", Static).update(histogram(report.lengths, cut, width, height))
         self.query_one("#totals", Static).update(
-            words.totals(
-                report, recipe, costs.total_time(self._costs) if report.complete else "", brief=brief
-            )
+            words.totals(report, recipe, total_time(self._costs) if report.complete else "", brief=brief)
         )
         costs_width = self.query_one("#file-facts").scrollable_content_region.width
-        table = costs.table(self._costs, costs_width) if report.complete else Content("")
+        table = cost_table(self._costs, costs_width) if report.complete else Content("")
         self.query_one("#costs", Static).update(table)
         # Where room is short, the remedy stands over a row that has the problem.
         short = brief or (self.size.height < _TALL and not self.query_one("#data-body").has_class("-figures"))

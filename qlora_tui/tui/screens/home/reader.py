@@ -17,16 +17,14 @@ from qlora_tui.formatting import format_duration, format_float, format_gib, trun
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
-from qlora_tui.tui.render.axis import rounded
-from qlora_tui.tui.render.memory_bar import bar
+from qlora_tui.tui.render.block_charts import bar, curve
+from qlora_tui.tui.render.recipe_line import VERDICT_STYLE, recipe_line
 from qlora_tui.tui.render.run_labels import SIGNS, format_ago
 from qlora_tui.tui.screens.home.next_step import HomeState, NextStep, next_step, other_steps
-from qlora_tui.tui.screens.runs.summary import RunSummary, SummaryCache, downsample
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE, recipe_line
-from qlora_tui.tui.widgets.sparklines import blocks
 from qlora_tui.tui.workbench import Workbench
 
 _CURVE, _SHORT_CURVE = 24, 12
@@ -199,16 +197,6 @@ def _outcome(summary: RunSummary) -> str:
     if summary.seconds is not None:
         facts.append(format_duration(summary.seconds))
     return "   ".join(facts)
-
-
-def curve(losses: tuple[float, ...], width: int) -> str:
-    """A run's losses in one line, from its own lowest to its own highest."""
-    means = downsample(losses, width)
-    finite = [mean for mean in means if mean is not None and mean == mean]
-    if not finite:
-        return blocks(means, 0.0, 1.0, 1)[0]
-    axis = rounded(min(finite), max(finite))
-    return blocks(means, axis.low, axis.high, 1)[0]
 
 
 def recent_lines(summaries: list[RunSummary], now: float, across: int) -> list[Content]:

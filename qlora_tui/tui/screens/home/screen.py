@@ -18,8 +18,8 @@ from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:

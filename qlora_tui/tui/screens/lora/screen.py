@@ -45,7 +45,7 @@ from qlora_tui.tui.screens.lora.totals import (
     totals_text,
 )
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
-from qlora_tui.tui.widgets.static_update import update_if_changed
+from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 
 SETTLED_S = 0.1

@@ -33,6 +33,7 @@ from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
+from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.commands import COMMANDS
 from qlora_tui.tui.screens.memory.stacked_bar import legend, stacked_bar
@@ -44,9 +45,8 @@ from qlora_tui.tui.screens.memory.text import (
     setting_controls,
     verdict_text,
 )
+from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE
-from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_list import ViList
 
 METHODS = {"nf4": "nf4", "int8": "int8", "fp16": "none"}

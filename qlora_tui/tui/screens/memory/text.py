@@ -9,9 +9,9 @@ from textual.content import Content
 from qlora_tui.formatting import GIB, format_bytes, format_gib, format_percent
 from qlora_tui.memory import Estimate, Item, MemorySaving, Verdict, WhatFits
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.render.memory_bar import bar
+from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
 from qlora_tui.tui.screens.memory.stacked_bar import part_of
-from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE
 
 CHANGES_SHOWN = 4
 BAR_WIDTH = 24

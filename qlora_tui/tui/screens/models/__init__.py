@@ -1,0 +1,4 @@
+"""Model: ``screen`` lists models (``model_lines``) and describes one (``model_facts``).
+
+``hub_queries`` asks the Hub; ``downloads`` are child processes, ``download_line`` shows them.
+"""

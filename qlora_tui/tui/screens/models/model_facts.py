@@ -18,7 +18,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
-from qlora_tui.tui.widgets.recipe_strip import PRECISION_NAMES, VERDICT_STYLE
+from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 _PLACES = {

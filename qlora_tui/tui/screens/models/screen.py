@@ -31,7 +31,7 @@ from qlora_tui.tui.screens.models.hub_queries import (
 )
 from qlora_tui.tui.screens.models.model_facts import HubFacts, hub_facts, local_facts
 from qlora_tui.tui.screens.models.model_lines import HUB, LOCAL, hub_lines, local_lines
-from qlora_tui.tui.widgets.static_update import update_if_changed
+from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
 

@@ -11,12 +11,12 @@ from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.trash import Trash
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.presets.preset_files import save_as
-from qlora_tui.tui.screens.runs.summary import RunSummary
 from qlora_tui.tui.screens.train.screen import prepare_run
 
 

@@ -17,11 +17,11 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from qlora_tui.formatting import format_duration, format_float, format_percent, truncate_middle
+from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.tui import clock
+from qlora_tui.tui.render.block_charts import curve
 from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.render.strip_rendering import render_line
-from qlora_tui.tui.screens.home.reader import curve
-from qlora_tui.tui.screens.runs.summary import RunSummary
 
 MARKS = "●▲■◆"
 """Of the runs chosen to compare: the same symbols as on their curves."""

@@ -11,16 +11,16 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs.run_summary import Listing, RunSummary, SummaryCache
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.runs.actions import RunActions
 from qlora_tui.tui.screens.runs.commands import COMMANDS
 from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
 from qlora_tui.tui.screens.runs.run_table import RunTable
-from qlora_tui.tui.screens.runs.summary import Listing, RunSummary, SummaryCache
+from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.screens.train.screen import show_run
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 
 _READ_BUDGET_S = 0.3

@@ -16,9 +16,9 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
+from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.screens.train_checks import CheckOutcome, LaunchCheck, errors
 from qlora_tui.tui.widgets.settings_form import SettingsForm
-from qlora_tui.tui.widgets.static_update import update_if_changed
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

@@ -8,9 +8,10 @@ from qlora_tui.formatting import format_float
 from qlora_tui.runs.describe import format_exact
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.axis import Axis, label, rounded, so_far, tick_step
+from qlora_tui.tui.render.block_charts import NOT_A_NUMBER
+from qlora_tui.tui.render.plot import Curve, Mark, Plot, overall
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import Curves, RunSnapshot
-from qlora_tui.tui.widgets.graph import NOT_A_NUMBER, Curve, Mark, Plot, overall
 from qlora_tui.tui.widgets.sparklines import SparklineData
 
 VALIDATION, BEST = "◆", "★"

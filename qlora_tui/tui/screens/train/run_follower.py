@@ -28,11 +28,11 @@ from qlora_tui.runs.events import (
     Step,
 )
 from qlora_tui.runs.status import Status
+from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
 from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.screens.train.output_tail import OutputTail
-from qlora_tui.tui.screens.train.suggested_fix import SuggestedFix, suggest_fix
 from qlora_tui.tui.widgets.log_tail import Level, LogEntry
 
 LONG_BYTES = 8 << 20

@@ -10,7 +10,7 @@ from qlora_tui.formatting import format_duration, format_float, format_path
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.status import ACTIVE
-from qlora_tui.tui.render.memory_bar import bar
+from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.run_labels import SIGNS, format_ago
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget

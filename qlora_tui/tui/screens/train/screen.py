@@ -15,6 +15,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, State, read_status
+from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
@@ -32,7 +33,6 @@ from qlora_tui.tui.screens.train.live_pane import LivePane
 from qlora_tui.tui.screens.train.loss_plot import zoom_start
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.screens.train.run_picker import RunPickerScreen
-from qlora_tui.tui.screens.train.suggested_fix import SuggestedFix
 from qlora_tui.tui.screens.train_checks import LaunchCheck, check_all
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.settings_form import SettingsForm

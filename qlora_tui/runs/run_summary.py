@@ -5,15 +5,14 @@ Used in a thread. What was read of a run is kept until its status or its events 
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.directory import RunDir
@@ -21,7 +20,6 @@ from qlora_tui.runs.directory import all_runs as list_runs
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.widgets.recipe_strip import format_rank
 
 _ACTIVE_INTERVAL_S = 5.0
 """Between two readings of a run at work; its status is read every time."""
@@ -182,19 +180,6 @@ def outline(run: RunDir) -> RunSummary:
         energy="",
         fix="",
     )
-
-
-def downsample(losses: Sequence[float], columns: int) -> list[float | None]:
-    """One mean a column, from first to last; NaN where any was not a number, None where there are fewer."""
-    if not losses:
-        return [None] * columns
-    count = min(columns, len(losses))
-    edges = [round(i * len(losses) / count) for i in range(count + 1)]
-    means: list[float | None] = []
-    for start, end in pairwise(edges):
-        part = losses[start:end]
-        means.append(sum(part) / len(part) if all(map(math.isfinite, part)) else math.nan)
-    return means + [None] * (columns - count)
 
 
 def _rank(summary: RunSummary, places: Mapping[str, int]) -> int:

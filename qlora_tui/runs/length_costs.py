@@ -5,28 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from textual.content import Content
-
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.data.dataset_report import Report
 from qlora_tui.data.length_stats import Lengths
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_bytes, format_duration, format_percent
 from qlora_tui.memory import Verdict, check_fit, estimate
 from qlora_tui.recipe.fields import fields, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Finished
-from qlora_tui.tui.widgets.recipe_strip import VERDICT_STYLE
 
 if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
-
-_SIGNS = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
-"""For the word, where there is no room for it."""
-_TIMED_WIDTH = 44
-"""Cells of a line with its time and a sign; that of the recipe's own length is told above, too."""
 
 
 @dataclass(frozen=True)
@@ -118,30 +109,3 @@ def last_throughput(model: str) -> float | None:
         except UserError:
             continue
     return None
-
-
-def table(costs: list[LengthCost], width: int) -> Content:
-    """One line a length; the recipe's own is marked."""
-    if not costs:
-        return Content("")
-    timed = width >= _TIMED_WIDTH and any(cost.seconds is not None for cost in costs)
-    head = f"{'  at length':<15}{'whole':>6}  {'memory':>8}{'      time' if timed else ''}"
-    lines = [Content.styled(head[:width], "dim")]
-    for cost in costs:
-        own = cost.name == "now"
-        memory = format_bytes(cost.verdict.needed_bytes) if cost.verdict else "NA"
-        time = f"{format_duration(cost.seconds):>10}" if timed else ""
-        mark = "▸" if own else " "
-        text = f"{mark} {cost.name:<5}{cost.length:>8,}{format_percent(cost.whole):>6}  {memory:>8}{time}"
-        verdict = cost.verdict.word if cost.verdict else ""
-        word = verdict if len(text) + len(verdict) + 2 <= width else _SIGNS.get(verdict, "")
-        lines.append(
-            Content.assemble((text, "bold" if own else ""), "  ", (word, VERDICT_STYLE.get(verdict, "")))
-        )
-    return Content("\n").join(lines)
-
-
-def total_time(costs: list[LengthCost]) -> str:
-    """``, about 41 min`` at the recipe's own length; nothing where it is not known."""
-    own = next((cost for cost in costs if cost.name == "now" and cost.seconds is not None), None)
-    return f", about {format_duration(own.seconds)}" if own else ""

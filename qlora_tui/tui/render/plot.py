@@ -1,0 +1,232 @@
+"""A line graph in braille: two by four dots a cell, honest axes, gaps where there is nothing.
+
+:func:`plot` is a function from traces to lines of text; the widget ``graph`` shows it. A value that
+is not a number breaks the curve and is marked below it; a stretch without a value has no line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from textual.content import Content
+
+from qlora_tui.tui.render.axis import Axis, ticks
+from qlora_tui.tui.render.block_charts import NOT_A_NUMBER
+from qlora_tui.tui.render.series import Envelope
+
+_APART = 3
+"""Cells between two marks of one kind, so that many do not become a line."""
+_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+"""Bit of each dot of a braille cell, by column and by row from the top (Unicode 2800 to 28FF)."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A trace, how it looks, and what it is called in the legend."""
+
+    trace: Envelope
+    name: str
+    style: str
+    glyph: str = ""
+    """Set on the curve here and there, so that curves differ without colour."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A symbol at one point of the graph."""
+
+    x: float
+    y: float
+    symbol: str
+    style: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Everything a graph shows. Later curves lie over earlier ones, marks over curves."""
+
+    x: Axis
+    y: Axis
+    curves: tuple[Curve, ...] = ()
+    marks: tuple[Mark, ...] = ()
+    legend: tuple[tuple[str, str], ...] = ()
+    """(text, style) of the line above; the last ones are left out where there is no room."""
+    empty: str = ""
+    """Said in the middle, and nothing else, where there is no curve yet."""
+
+
+@dataclass
+class _Canvas:
+    width: int
+    height: int
+    bits: dict[tuple[int, int], int] = field(default_factory=dict)
+    cells: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
+    """(column, row) to the character and its style."""
+
+    def dots(self, x: int, low: int, high: int) -> None:
+        """Set a column of dots; rows count from the top."""
+        for y in range(low, high + 1):
+            cell = (x // 2, y // 4)
+            self.bits[cell] = self.bits.get(cell, 0) | _DOTS[x % 2][y % 4]
+
+    def settle(self, style: str) -> None:
+        """Turn the dots of one curve into characters over those of the curves before."""
+        for cell, bits in self.bits.items():
+            self.cells[cell] = (chr(0x2800 + bits), style)
+        self.bits.clear()
+
+
+def plot(what: Plot, width: int, height: int) -> list[Content]:
+    """``height`` lines: the legend, the graph with its scale at the left, the scale below."""
+    rows = max(1, height - 2)
+    if what.empty and not what.marks and not any(curve.trace.xs for curve in what.curves):
+        return _nothing(what, width, height)
+    scale = _scale(what.y, rows)
+    gutter = max((len(text) for _, text in scale), default=0) + 1
+    columns = max(2, width - gutter)
+    canvas = _Canvas(columns, rows)
+    for curve in what.curves:
+        _draw_curve(canvas, curve, what.x, what.y)
+    for number, curve in enumerate(what.curves):
+        _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
+    _set_marks(canvas, what)
+    labels = {rows - 1 - what.y.place(value, rows): text for value, text in scale}
+    lines = [_legend(what, gutter, width)]
+    for row in range(rows):
+        text = labels.get(row)
+        edge = Content.styled(f"{text or '':>{gutter - 1}}{'┤' if text else '│'}", "dim")
+        lines.append(edge + _row(canvas, row))
+    lines.append(_foot(what.x, gutter, columns))
+    return lines[-height:] if height < 3 else lines
+
+
+def _nothing(what: Plot, width: int, height: int) -> list[Content]:
+    """No scale either: there is nothing that it could be the scale of."""
+    lines = [Content("")] * height
+    lines[height // 2] = Content.styled(what.empty.center(width).rstrip(), "dim")
+    return lines
+
+
+def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:
+    """About a label every third row, and two at least: one alone says nothing of the range."""
+    labels: list[tuple[float, str]] = []
+    for most in range(max(1, (rows + 1) // 3), rows + 1):
+        labels = ticks(y, most)
+        if len(labels) > 1:
+            break
+    return labels
+
+
+def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
+    dots_wide, dots_high = canvas.width * 2, canvas.height * 4
+    trace = curve.trace
+    before: tuple[int, int, int] | None = None
+    broken_columns = set()
+    for value, low, high, broken in zip(trace.xs, trace.lows, trace.highs, trace.broken, strict=True):
+        if not x.low <= value <= x.high:
+            before = None
+            continue
+        column = x.place(value, dots_wide)
+        if broken:
+            broken_columns.add(column // 2)
+        if low > high:
+            before = None
+            continue
+        top, bottom = dots_high - 1 - y.place(high, dots_high), dots_high - 1 - y.place(low, dots_high)
+        canvas.dots(column, top, bottom)
+        if before is not None and not broken:
+            _connect(canvas, before, (column, top, bottom))
+        before = None if broken else (column, top, bottom)
+    canvas.settle(curve.style)
+    for column in broken_columns:
+        canvas.cells[column, canvas.height - 1] = (NOT_A_NUMBER, "$error bold")
+
+
+def _connect(canvas: _Canvas, before: tuple[int, int, int], after: tuple[int, int, int]) -> None:
+    """A line between two stretches, from where each is nearest to the other's middle."""
+    x0, top0, bottom0 = before
+    x1, top1, bottom1 = after
+    here = min(max((top1 + bottom1) // 2, top0), bottom0)
+    goal = min(max((top0 + bottom0) // 2, top1), bottom1)
+    slope = (goal - here) / max(1, x1 - x0)
+    start = here
+    for x in range(x0, x1):
+        there = round(start + slope * (x + 1 - x0))
+        middle = (here + there) // 2
+        canvas.dots(x, min(here, middle), max(here, middle))
+        canvas.dots(x + 1, min(there, middle), max(there, middle))
+        here = there
+
+
+def _set_glyphs(canvas: _Canvas, curve: Curve, x: Axis, y: Axis, number: int, of: int) -> None:
+    if not curve.glyph:
+        return
+    apart = 16
+    due = apart * number // of + 2
+    points = list(zip(curve.trace.xs, curve.trace.lows, curve.trace.highs, strict=True))
+    for place, low, high in [*points, *points[-1:]]:
+        if low > high or not x.low <= place <= x.high:
+            continue
+        column = x.place(place, canvas.width)
+        if column >= due or place == curve.trace.xs[-1]:
+            row = canvas.height - 1 - y.place((low + high) / 2, canvas.height)
+            canvas.cells[column, row] = (curve.glyph, curve.style)
+            due = column + apart
+
+
+def _set_marks(canvas: _Canvas, what: Plot) -> None:
+    free_from: dict[str, int] = {}
+    for mark in what.marks:
+        if not (what.x.low <= mark.x <= what.x.high and math.isfinite(mark.y)):
+            continue
+        column = what.x.place(mark.x, canvas.width)
+        if column >= free_from.get(mark.symbol, 0):
+            row = canvas.height - 1 - what.y.place(mark.y, canvas.height)
+            canvas.cells[column, row] = (mark.symbol, mark.style)
+            free_from[mark.symbol] = column + _APART
+
+
+def _row(canvas: _Canvas, row: int) -> Content:
+    parts: list[tuple[str, str]] = []
+    for column in range(canvas.width):
+        text, style = canvas.cells.get((column, row), (" ", ""))
+        if parts and parts[-1][1] == style:
+            parts[-1] = (parts[-1][0] + text, style)
+        else:
+            parts.append((text, style))
+    return Content.assemble(*parts)
+
+
+def _legend(what: Plot, gutter: int, width: int) -> Content:
+    line = Content.styled(f"{what.y.unit:>{gutter}}", "dim")
+    for number, (text, style) in enumerate(what.legend):
+        item = Content("  " if number else " ") + Content.styled(text, style)
+        if line.cell_length + item.cell_length > width:
+            break
+        line += item
+    return line
+
+
+def _foot(x: Axis, gutter: int, columns: int) -> Content:
+    """The scale of ``x``: as many labels as have room."""
+    text = [" "] * (gutter + columns)
+    text[gutter - 1] = "└"
+    free_from = gutter
+    end = gutter + columns - (len(x.unit) + 1)
+    for value, label in ticks(x, max(1, columns // 14)):
+        start = gutter + x.place(value, columns) - len(label) // 2
+        start = max(gutter, start)
+        if start >= free_from and start + len(label) <= end:
+            text[start : start + len(label)] = label
+            free_from = start + len(label) + 1
+    text[end + 1 :] = x.unit
+    return Content.styled("".join(text), "dim")
+
+
+def overall(traces: Sequence[Envelope]) -> tuple[float, float] | None:
+    """Lowest and highest finite value of several traces; None where there is none."""
+    lows = [low for trace in traces if (low := trace.low) is not None]
+    highs = [high for trace in traces if (high := trace.high) is not None]
+    return (min(lows), max(highs)) if lows else None

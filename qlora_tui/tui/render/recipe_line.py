@@ -1,0 +1,55 @@
+"""A recipe in one line, and how precisions and verdicts are shown on every screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora_tui.memory.estimate import Precision
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.targets import format_rank
+from qlora_tui.tui.workbench import Workbench
+
+VERDICT_STYLE = {
+    "fits": "$success",
+    "tight": "$warning",
+    "uncertain": "$warning",
+    "does not fit": "$error",
+}
+"""A colour beside the word, never instead of it."""
+_BETWEEN = " · "
+_LEAST_NAME = 9
+"""Cells that a name is not shortened below."""
+PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
+
+
+def recipe_line(workbench: Workbench, width: int | None = None) -> str:
+    """``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok × 2 × 8``.
+
+    To fit a ``width`` names are shortened, that of the data first; the numbers stay.
+    """
+    recipe = workbench.recipe
+    star = "*" if workbench.modified else ""
+    patterns = recipe.lora.target_modules
+    targets = ",".join(patterns)
+    training = recipe.training
+    parts = [
+        f"{workbench.preset or 'defaults'}{star}",
+        recipe.model.id.rstrip("/").rpartition("/")[2] or "no model",
+        _data_words(recipe),
+        f"{format_rank(recipe.lora)} {targets if len(targets) <= 16 else f'{len(patterns)} targets'}",
+        f"{recipe.data.max_length:,} tok × {training.micro_batch} × {training.gradient_accumulation}",
+    ]
+    for place in (2, 1, 0):
+        over = 0 if width is None else len(_BETWEEN.join(parts)) - width
+        name = parts[place]
+        if over > 0 and len(name) > _LEAST_NAME + 1:
+            parts[place] = name[: max(_LEAST_NAME, len(name) - over - 1)].rstrip(".-_ ") + "…"
+    return _BETWEEN.join(parts)[:width]
+
+
+def _data_words(recipe: Recipe) -> str:
+    sources = recipe.data.sources
+    if not sources:
+        return "no data"
+    more = f" +{len(sources) - 1}" if len(sources) > 1 else ""
+    return Path(sources[0].path).name + more

@@ -1,0 +1,41 @@
+"""The table of sequence lengths on the Data screen: what each costs in memory and time."""
+
+from __future__ import annotations
+
+from textual.content import Content
+
+from qlora_tui.formatting import format_bytes, format_duration, format_percent
+from qlora_tui.runs.length_costs import LengthCost
+from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
+
+_SIGNS = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
+"""For the word, where there is no room for it."""
+_TIMED_WIDTH = 44
+"""Cells of a line with its time and a sign; that of the recipe's own length is told above, too."""
+
+
+def cost_table(costs: list[LengthCost], width: int) -> Content:
+    """One line a length; the recipe's own is marked."""
+    if not costs:
+        return Content("")
+    timed = width >= _TIMED_WIDTH and any(cost.seconds is not None for cost in costs)
+    head = f"{'  at length':<15}{'whole':>6}  {'memory':>8}{'      time' if timed else ''}"
+    lines = [Content.styled(head[:width], "dim")]
+    for cost in costs:
+        own = cost.name == "now"
+        memory = format_bytes(cost.verdict.needed_bytes) if cost.verdict else "NA"
+        time = f"{format_duration(cost.seconds):>10}" if timed else ""
+        mark = "▸" if own else " "
+        text = f"{mark} {cost.name:<5}{cost.length:>8,}{format_percent(cost.whole):>6}  {memory:>8}{time}"
+        verdict = cost.verdict.word if cost.verdict else ""
+        word = verdict if len(text) + len(verdict) + 2 <= width else _SIGNS.get(verdict, "")
+        lines.append(
+            Content.assemble((text, "bold" if own else ""), "  ", (word, VERDICT_STYLE.get(verdict, "")))
+        )
+    return Content("\n").join(lines)
+
+
+def total_time(costs: list[LengthCost]) -> str:
+    """``, about 41 min`` at the recipe's own length; nothing where it is not known."""
+    own = next((cost for cost in costs if cost.name == "now" and cost.seconds is not None), None)
+    return f", about {format_duration(own.seconds)}" if own else ""
