@@ -39,6 +39,29 @@ class Command:
         return keymap.get(self.id, self.key).split(",")
 
 
+@dataclass(frozen=True)
+class ScreenCommands:
+    """Declares the commands of one screen: ``ScreenCommands("train")("stop", "s", "stop", "Stop", "…")``."""
+
+    screen: str
+    """The mode of the screen, and the first part of each id."""
+    verb: str = ""
+    """The command of the command line that does the same, unless a command names another."""
+    in_footer: bool = True
+    """Whether the footer shows these commands."""
+
+    def __call__(self, name: str, key: str, action: str, label: str, help: str, *, verb: str = "") -> Command:
+        return Command(
+            id=f"{self.screen}.{name}",
+            key=key,
+            action=action,
+            label=label,
+            help=help,
+            in_footer=self.in_footer,
+            verb=verb or self.verb,
+        )
+
+
 def _go(number: int, mode: str, label: str, help_: str) -> Command:
     return Command(
         id=f"go.{mode}",

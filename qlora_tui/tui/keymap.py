@@ -19,7 +19,7 @@ Table = tuple[str, tuple[Command, ...]]
 
 def all_commands() -> list[Table]:
     """The app's own, then each screen's. Imports the screens that have yet to be: for a thread."""
-    from qlora_tui.tui.screens.presets.screen import COMMANDS
+    from qlora_tui.tui.screens.presets.commands import COMMANDS
 
     screens = [(go.label, screen_class(go.id.removeprefix("go.")).ACTIONS) for go in NAVIGATION]
     return [("Everywhere", EVERYWHERE), *screens, ("Presets", COMMANDS)]

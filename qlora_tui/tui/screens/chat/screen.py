@@ -19,6 +19,7 @@ from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat import transcript
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
+from qlora_tui.tui.screens.chat.commands import COMMANDS
 from qlora_tui.tui.screens.chat.controller import ChatController
 from qlora_tui.tui.screens.chat.sampling_settings import ChatSettingsScreen
 from qlora_tui.tui.screens.chat.source_picker import ChatSourceScreen, chat_runs
@@ -31,12 +32,6 @@ if TYPE_CHECKING:
 
 _TYPING_ACTIONS = ("stop", "leave_field", "switch", "scroll_talk", "thinking", "unfold")
 """Actions whose keys are no text: the footer shows no others while a prompt is written."""
-
-
-def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True) -> Command:
-    return Command(
-        id=f"chat.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer, verb="chat"
-    )
 
 
 class ChatScreen(ChatController):
@@ -54,61 +49,7 @@ class ChatScreen(ChatController):
         "f says what the adapter changes: KL is how far its next tokens are from the base's (0: the same), "
         "and the columns show for each layer how far its weights moved, as a share of what they were."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = (
-        _command("write", "i,enter", "write", "Write", "Type a prompt."),
-        _command("stop", "escape", "stop", "Stop", "Stop the answer, or the loading of the model."),
-        _command(
-            "leave",
-            "escape",
-            "leave_field",
-            "Leave field: then 0-7 work",
-            "Leave the field, so that keys work.",
-        ),
-        _command("voice", "a,ctrl+t", "switch", "On/off", "Switch the adapter off and on: one voice alone."),
-        _command(
-            "thinking", "t,ctrl+g", "thinking", "Think", "Have the model think before it answers, or not."
-        ),
-        _command(
-            "unfold",
-            "z,ctrl+o",
-            "unfold",
-            "Thoughts",
-            "Show what was thought, or fold it into a line.",
-            in_footer=False,
-        ),
-        _command("split", "s", "split", "Split", "Both voices side by side, or one alone."),
-        _command("right", "v", "voice('right')", "Voice", "Another checkpoint of this run."),
-        _command(
-            "left",
-            "V",
-            "voice('left')",
-            "Left",
-            "Another voice on the left: compare two checkpoints.",
-            in_footer=False,
-        ),
-        _command("retry", "r", "retry", "Retry", "Answer the last prompt again.", in_footer=False),
-        _command(
-            "edit",
-            "e",
-            "edit_last",
-            "Edit",
-            "Change the last prompt; up in the empty field does it too.",
-            in_footer=False,
-        ),
-        _command(
-            "effect",
-            "f",
-            "effect",
-            "Effect",
-            "Measure on held-out data how far the adapter moves the model.",
-        ),
-        _command("settings", "o", "settings", "Options", "Sampling and system prompt."),
-        _command("source", "m", "choose", "Whom", "Talk to another run, or to a model as it is."),
-        _command("clear", "x", "clear", "New", "Begin a new conversation.", in_footer=False),
-        _command("unload", "U", "unload", "Unload", "Give back the model's memory.", in_footer=False),
-        _command("down", "j,down", "scroll_talk(1)", "Down", "Scroll down.", in_footer=False),
-        _command("up", "k,up", "scroll_talk(-1)", "Up", "Scroll up.", in_footer=False),
-    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.data import row_navigation as steps
 from qlora_tui.tui.screens.data import text as words
 from qlora_tui.tui.screens.data.actions import DataActions
+from qlora_tui.tui.screens.data.commands import COMMANDS
 from qlora_tui.tui.screens.data.histogram import histogram
 from qlora_tui.tui.screens.data.length_table import cost_table, total_time
 from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
@@ -34,12 +35,6 @@ _TALL = 50
 """Lines of a terminal from which on every problem is listed with its remedy."""
 _SETTLE_S = 0.1
 """A key held down changes the recipe many times; only the last is looked at."""
-
-
-def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True) -> Command:
-    return Command(
-        id=f"data.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer, verb="data"
-    )
 
 
 class DataScreen(DataActions):
@@ -54,72 +49,7 @@ class DataScreen(DataActions):
         "Bars hatched ▒ behind ✂ are samples longer than the sequence length.\n"
         "Enter on a problem goes to its next row; tab goes from list to list."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = (
-        _command("open", "o", "open", "Open", "Add a data file, a folder of them, or a hub dataset."),
-        _command("next", "right,l", "row(1)", "Next", "The next row.", in_footer=False),
-        _command("previous", "left,h", "row(-1)", "Previous", "The row before.", in_footer=False),
-        _command("goto", "colon", "go_to", "Row", "Go to a row by its number."),
-        _command("problem", "n", "problem(1)", "Problem", "The next row with a problem."),
-        _command("back", "N", "problem(-1)", "Back", "The problem before.", in_footer=False),
-        _command("format", "f", "format", "Format", "Read the rows in another format."),
-        _command("columns", "c", "columns", "Columns", "Say which column plays which part."),
-        _command("longer", "plus,equals_sign", "length(2)", "Length", "Double the sequence length."),
-        _command("shorter", "minus", "length(0.5)", "Shorter", "Halve the sequence length.", in_footer=False),
-        _command(
-            "too_long",
-            "t",
-            "next_choice('data.too_long')",
-            "Too long",
-            "What happens to long samples.",
-            in_footer=False,
-        ),
-        _command("view", "v", "view", "View", "Sample and figures, figures alone, or the sample alone."),
-        _command(
-            "validation",
-            "s",
-            "validation",
-            "Split",
-            "Hold rows back to validate on, or name a file.",
-            in_footer=False,
-        ),
-        _command(
-            "weight", "w", "weight", "Weight", "How often the rows of a source are seen.", in_footer=False
-        ),
-        _command(
-            "train_on",
-            "e",
-            "next_choice('data.train_on')",
-            "Train on",
-            "Learn the answers only, or everything.",
-            in_footer=False,
-        ),
-        _command(
-            "thinking",
-            "r",
-            "next_choice('data.thinking')",
-            "Thinking",
-            "Render rows with thinking on or off, or as their reasoning asks.",
-            in_footer=False,
-        ),
-        _command(
-            "reasoning",
-            "R",
-            "reasoning_in_loss",
-            "Reasoning",
-            "Learn the reasoning too, or only read it before the answer.",
-            in_footer=False,
-        ),
-        _command("packing", "b", "packing", "Packing", "Pack several samples into a row.", in_footer=False),
-        _command(
-            "mend",
-            "m",
-            "fix",
-            "Fix",
-            "Change the setting that a problem names: chosen answers, split texts, tokens to train.",
-            in_footer=False,
-        ),
-        _command("remove", "x", "remove", "Remove", "Take the source under the cursor out.", in_footer=False),
-    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.home.commands import COMMANDS
 from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
@@ -65,35 +66,7 @@ class HomeScreen(WorkScreen):
         "How things stand: the card, the run at work or the last one with how it ended, what waits, and the "
         "recipe that is being prepared. Enter does the next step."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = (
-        Command(id="home.next", key="enter", action="next", label="Next step", help="Do the next step."),
-        Command(
-            id="home.demo",
-            key="d",
-            action="demo",
-            label="Demo",
-            help="Fetch the 135M demo model and prepare a run of it.",
-            verb="demo",
-        ),
-        Command(
-            id="home.resume",
-            key="r",
-            action="resume",
-            label="Resume",
-            help="Go on with the last run, from its last checkpoint.",
-            in_footer=False,
-            verb="resume",
-        ),
-        Command(
-            id="home.prepare",
-            key="n",
-            action="prepare",
-            label="New run",
-            help="Check the recipe, and launch it.",
-            in_footer=False,
-            verb="train",
-        ),
-    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.models import downloads
+from qlora_tui.tui.screens.models.commands import COMMANDS
 from qlora_tui.tui.screens.models.download_line import download_lines
 from qlora_tui.tui.screens.models.downloads import DEMO, Download
 from qlora_tui.tui.screens.models.hub_queries import (
@@ -40,10 +41,6 @@ EMPTY = (
 )
 
 
-def _command(id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True) -> Command:
-    return Command(id=f"models.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer)
-
-
 class ModelsScreen(WorkScreen):
     """A list with the hub's results under it, beside the facts of the model under the cursor."""
 
@@ -56,20 +53,7 @@ class ModelsScreen(WorkScreen):
         "The hub is asked only on enter: after / with a name for a search, on a result for its facts. "
         "A download goes on when you leave the screen or the app; when it was stopped, d continues it."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = (
-        _command("filter", "slash", "filter", "Search", "Filter by name; enter asks the hub too."),
-        _command("download", "d", "download", "Download", "Fetch the hub's model, or the demo's."),
-        _command(
-            "cancel",
-            "c",
-            "cancel",
-            "Stop download",
-            "Cancel the download (it can be resumed).",
-            in_footer=False,
-        ),
-        _command("open", "o", "open_path", "Open path", "Use a folder or a GGUF file."),
-        _command("rescan", "r", "rescan", "Look again", "Look for models again.", in_footer=False),
-    )
+    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()

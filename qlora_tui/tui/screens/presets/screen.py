@@ -24,11 +24,11 @@ from qlora_tui.recipe.presets import (
     take_snapshot,
 )
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.error import ErrorScreen
 from qlora_tui.tui.screens.modals.help import HelpScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.presets.commands import COMMANDS
 from qlora_tui.tui.screens.presets.preset_files import edit, export_preset, import_preset, save_as
 from qlora_tui.tui.screens.presets.preset_preview import preset_line, preview
 from qlora_tui.tui.widgets.text_field import TextField
@@ -43,24 +43,6 @@ KEYS = "enter opens  s save as  e edit  i import  x export  D delete  u undo"
 HELP_TEXT = (
     "A preset is part of a recipe. Opening one keeps your model and data; beside the list stands what it "
     "would change. Saving one leaves model and data out. Your own file hides a shipped one of its name."
-)
-
-
-def _command(id_: str, key: str, action: str, label: str, help_: str) -> Command:
-    return Command(id=f"presets.{id_}", key=key, action=action, label=label, help=help_)
-
-
-COMMANDS: tuple[Command, ...] = (
-    _command(
-        "save", "s", "save_as", "Save as", "Save the recipe under a name, with a note of what it is for."
-    ),
-    _command("edit", "e", "edit", "Edit", "Open your file in $EDITOR; it is checked when you come back."),
-    _command("import", "i", "import_preset", "Import", "Copy a preset file among yours."),
-    _command("export", "x", "export_preset", "Export", "Copy the preset to a file or a folder."),
-    _command("delete", "D", "delete", "Delete", "Delete one of yours; u brings it back while this is open."),
-    _command("undo", "u", "undo", "Undo", "Take back the last deletion, save or import made here."),
-    _command("preview_down", "J", "scroll_preview(1)", "Down", "Scroll what it would change."),
-    _command("preview_up", "K", "scroll_preview(-1)", "Up", "Scroll it back."),
 )
 
 

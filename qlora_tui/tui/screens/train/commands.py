@@ -4,87 +4,45 @@ from __future__ import annotations
 
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
-from qlora_tui.tui.commands import Command
+from qlora_tui.tui.commands import Command, ScreenCommands
 
-
-def _command(
-    id_: str, key: str, action: str, label: str, help_: str, *, in_footer: bool = True, verb: str = ""
-) -> Command:
-    return Command(
-        id=f"train.{id_}", key=key, action=action, label=label, help=help_, in_footer=in_footer, verb=verb
-    )
-
+_command = ScreenCommands("train")
+_hidden = ScreenCommands("train", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
     _command("launch", "t", "launch", "Launch", "Launch a run of this recipe, or queue it.", verb="train"),
     _command("stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, and end the run.", verb="stop"),
     _command("pause", "z", "pause", "Pause", "Save a checkpoint and leave the GPU.", verb="pause"),
     _command("resume", "r", "resume", "Resume", "Resume from the last checkpoint.", verb="resume"),
-    _command(
-        "checkpoint",
-        "k",
-        "ask('checkpoint')",
-        "Checkpoint",
-        "Save a checkpoint now.",
-        in_footer=False,
-        verb="ask",
-    ),
-    _command(
-        "evaluate",
-        "e",
-        "ask('evaluate')",
-        "Evaluate",
-        "Measure the validation loss now.",
-        in_footer=False,
-        verb="ask",
-    ),
-    _command(
-        "sample",
-        "g",
-        "ask('sample')",
-        "Sample",
-        "Answer the sample prompts now.",
-        in_footer=False,
-        verb="ask",
-    ),
-    _command(
+    _hidden("checkpoint", "k", "ask('checkpoint')", "Checkpoint", "Save a checkpoint now.", verb="ask"),
+    _hidden("evaluate", "e", "ask('evaluate')", "Evaluate", "Measure the validation loss now.", verb="ask"),
+    _hidden("sample", "g", "ask('sample')", "Sample", "Answer the sample prompts now.", verb="ask"),
+    _hidden(
         "finish_epoch",
         "f",
         "ask('finish_epoch')",
         "Finish epoch",
         "End the run when this epoch is done.",
-        in_footer=False,
         verb="ask",
     ),
-    _command(
-        "rate",
-        "L",
-        "learning_rate",
-        "Learning rate",
-        "Set the learning rate of the run.",
-        in_footer=False,
-        verb="ask",
-    ),
+    _hidden("rate", "L", "learning_rate", "Learning rate", "Set the learning rate of the run.", verb="ask"),
     _command("remedy", "m", "fix", "Fix", "Apply the suggested fix for the latest warning (asks first)."),
     _command("chat", "c", "chat", "Chat", "Talk to this run's adapter.", verb="chat"),
     _command("another", "x", "another", "Another run", "Watch another run, or the queue.", verb="attach"),
     _command("prepare", "n", "prepare", "New run", "Prepare a run: the recipe in full, and its checks."),
     _command("detach", "d", "detach", "Detach", "Leave the app; the run goes on."),
-    _command("tab", "tab", "next_tab(1)", "Next tab", "Log, samples, health, output.", in_footer=False),
-    _command(
-        "tab_back", "shift+tab", "next_tab(-1)", "Previous tab", "Show the previous tab.", in_footer=False
-    ),
-    _command("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Only the last half.", in_footer=False),
-    _command("zoom_out", "minus", "zoom(-1)", "Zoom out", "Twice as many steps.", in_footer=False),
-    _command("level", "v", "level", "Level", "All lines, warnings only, errors only.", in_footer=False),
-    _command("search", "slash", "search", "Search", "Only lines with a text in them.", in_footer=False),
-    _command(
+    _hidden("tab", "tab", "next_tab(1)", "Next tab", "Log, samples, health, output."),
+    _hidden("tab_back", "shift+tab", "next_tab(-1)", "Previous tab", "Show the previous tab."),
+    _hidden("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Only the last half."),
+    _hidden("zoom_out", "minus", "zoom(-1)", "Zoom out", "Twice as many steps."),
+    _hidden("level", "v", "level", "Level", "All lines, warnings only, errors only."),
+    _hidden("search", "slash", "search", "Search", "Only lines with a text in them."),
+    _hidden(
         "copy",
         "y",
         "copy_command",
         "Copy command",
         "Copy the command that shows this run in a terminal.",
-        in_footer=False,
         verb="attach",
     ),
 )

@@ -1,0 +1,17 @@
+"""What can be done on the Home screen."""
+
+from __future__ import annotations
+
+from qlora_tui.tui.commands import Command, ScreenCommands
+
+_command = ScreenCommands("home")
+_hidden = ScreenCommands("home", in_footer=False)
+
+COMMANDS: tuple[Command, ...] = (
+    _command("next", "enter", "next", "Next step", "Do the next step."),
+    _command("demo", "d", "demo", "Demo", "Fetch the 135M demo model and prepare a run of it.", verb="demo"),
+    _hidden(
+        "resume", "r", "resume", "Resume", "Go on with the last run, from its last checkpoint.", verb="resume"
+    ),
+    _hidden("prepare", "n", "prepare", "New run", "Check the recipe, and launch it.", verb="train"),
+)
