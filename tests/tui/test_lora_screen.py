@@ -11,11 +11,10 @@ from textual.widgets import Input
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device, estimate
-from qlora_tui.recipe.fields import get_setting
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.lora.controls import LORA_CONTROLS, advice, next_value
+from qlora_tui.tui.screens.lora.controls import LORA_CONTROLS, advice
 from qlora_tui.tui.screens.lora.module_table import ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.screens.lora.target_input import parse_targets
 from qlora_tui.tui.screens.lora.totals import MemoryDeltas, difference_text, totals_text
@@ -281,22 +280,6 @@ def test_short_names_are_written_out(table: ModuleTable, text: str, patterns: tu
 def test_patterns_that_mean_nothing_are_refused(table: ModuleTable, text: str) -> None:
     with pytest.raises(UserError):
         parse_targets(text, table.modules)
-
-
-def test_steps_stay_within_the_bounds() -> None:
-    for knob in LORA_CONTROLS[:3]:
-        for up in (True, False):
-            value: float = value_of_default(knob.path)
-            for _ in range(40):
-                value = next_value(knob, value, up)
-            assert next_value(knob, value, up) == value
-
-
-def value_of_default(path: str) -> float:
-    from qlora_tui.recipe.schema import Recipe
-
-    value: float = get_setting(Recipe(), path)
-    return value
 
 
 def test_every_setting_has_a_line_of_advice_short_enough_for_80_columns() -> None:

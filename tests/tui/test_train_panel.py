@@ -10,8 +10,8 @@ from qlora_tui.recipe.fields import fields
 from qlora_tui.runs import energy
 from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.telemetry import Sample, encode
+from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.gpu_panel import GpuPanel, MachineState
-from qlora_tui.tui.widgets.setting_stepper import step_value
 from tests.tui.played import GIB, Play, play
 
 CARD = GpuMetrics(
@@ -134,7 +134,8 @@ def test_no_power_told_is_no_energy_told() -> None:
         ("training.max_steps", 100, 1, 200),
         ("training.max_steps", 1, -1, 0),
         ("training.seed", 42, 1, 43),
-        ("lora.dropout", 0.0, 1, 0.01),
+        ("lora.alpha", 1.0, -1, 1.0),
+        ("lora.dropout", 0.0, 1, 0.05),
         ("lora.dropout", 0.05, 1, 0.1),
         ("lora.dropout", 0.9, 1, 0.9),
         ("training.schedule", "cosine", 1, "linear"),
@@ -144,3 +145,12 @@ def test_no_power_told_is_no_energy_told() -> None:
 )
 def test_a_step_is_a_sensible_one(path: str, value: object, direction: int, after: object) -> None:
     assert step_value(fields()[path], value, direction) == after
+
+
+@pytest.mark.parametrize("path", ["lora.rank", "lora.alpha", "lora.dropout", "data.max_length"])
+@pytest.mark.parametrize("direction", [1, -1])
+def test_steps_stay_within_the_bounds(path: str, direction: int) -> None:
+    value = fields()[path].default
+    for _ in range(60):
+        value = step_value(fields()[path], value, direction)
+    assert step_value(fields()[path], value, direction) == value

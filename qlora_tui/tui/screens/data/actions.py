@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from qlora_tui.data.sources import is_of_the_hub
-from qlora_tui.recipe.fields import fields, get_setting, source_fields
+from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.data.column_mapping import ColumnMappingScreen
@@ -130,29 +130,6 @@ class DataActions(WorkScreen):
         text = "A share of the rows, as 0.05; 0 for none. Or the path of a file with rows of its own."
         now = data.validation_path or f"{data.validation_fraction:g}"
         self.app.push_screen(TextPromptScreen("Validate on", text, now, wrong), answered)
-
-    def action_length(self, factor: float) -> None:
-        """Change the sequence length."""
-        length = round(self.qlora_app.workbench.recipe.data.max_length * factor)
-        field = fields()["data.max_length"]
-        self.qlora_app.edit(
-            "data.max_length", min(max(length, int(field.minimum or 1)), int(field.maximum or length))
-        )
-
-    def action_next_choice(self, path: str) -> None:
-        """The next of a setting's choices."""
-        choices = fields()[path].choices
-        now = get_setting(self.qlora_app.workbench.recipe, path)
-        self.qlora_app.edit(path, choices[(choices.index(now) + 1) % len(choices)])
-
-    def action_reasoning_in_loss(self) -> None:
-        """Learn the reasoning too, or only read it."""
-        now = self.qlora_app.workbench.recipe.data.reasoning_in_loss
-        self.qlora_app.edit("data.reasoning_in_loss", not now)
-
-    def action_packing(self) -> None:
-        """Pack, or not."""
-        self.qlora_app.edit("data.packing", not self.qlora_app.workbench.recipe.data.packing)
 
     def action_remove(self) -> None:
         """Take the source under the cursor out of the recipe; u brings it back."""

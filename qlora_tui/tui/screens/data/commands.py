@@ -16,30 +16,30 @@ COMMANDS: tuple[Command, ...] = (
     _hidden("back", "N", "problem(-1)", "Back", "The problem before."),
     _command("format", "f", "format", "Format", "Read the rows in another format."),
     _command("columns", "c", "columns", "Columns", "Say which column plays which part."),
-    _command("longer", "plus,equals_sign", "length(2)", "Length", "Double the sequence length."),
-    _hidden("shorter", "minus", "length(0.5)", "Shorter", "Halve the sequence length."),
-    _hidden("too_long", "t", "next_choice('data.too_long')", "Too long", "What happens to long samples."),
+    _command(
+        "longer", "plus,equals_sign", "step('data.max_length', 1)", "Length", "Double the sequence length."
+    ),
+    _hidden("shorter", "minus", "step('data.max_length', -1)", "Shorter", "Halve the sequence length."),
+    _hidden("too_long", "t", "step('data.too_long')", "Too long", "What happens to long samples."),
     _command("view", "v", "view", "View", "Sample and figures, figures alone, or the sample alone."),
     _hidden("validation", "s", "validation", "Split", "Hold rows back to validate on, or name a file."),
     _hidden("weight", "w", "weight", "Weight", "How often the rows of a source are seen."),
-    _hidden(
-        "train_on", "e", "next_choice('data.train_on')", "Train on", "Learn the answers only, or everything."
-    ),
+    _hidden("train_on", "e", "step('data.train_on')", "Train on", "Learn the answers only, or everything."),
     _hidden(
         "thinking",
         "r",
-        "next_choice('data.thinking')",
+        "step('data.thinking')",
         "Thinking",
         "Render rows with thinking on or off, or as their reasoning asks.",
     ),
     _hidden(
         "reasoning",
         "R",
-        "reasoning_in_loss",
+        "step('data.reasoning_in_loss')",
         "Reasoning",
         "Learn the reasoning too, or only read it before the answer.",
     ),
-    _hidden("packing", "b", "packing", "Packing", "Pack several samples into a row."),
+    _hidden("packing", "b", "step('data.packing')", "Packing", "Pack several samples into a row."),
     _hidden(
         "mend",
         "m",

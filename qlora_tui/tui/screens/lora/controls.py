@@ -23,34 +23,15 @@ class LoraControl:
     path: str
     keys: str
     """As the line shows them."""
-    steps: tuple[float, ...] = ()
-    """What a key goes through; empty doubles and halves, or flips what is on or off."""
 
 
-LEAST_HALVED = 1
-"""Where halving ends; smaller values of alpha are for the form on the Train screen."""
-DROPOUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 LORA_CONTROLS: tuple[LoraControl, ...] = (
     LoraControl("lora.rank", "r R"),
     LoraControl("lora.alpha", "a A"),
-    LoraControl("lora.dropout", "d D", DROPOUTS),
+    LoraControl("lora.dropout", "d D"),
     LoraControl("lora.use_rslora", "s"),
     LoraControl("lora.use_dora", "w"),
 )
-
-
-def next_value(knob: LoraControl, value: float, up: bool) -> float | bool:
-    """The value after one press of its key, within the setting's bounds."""
-    field = fields()[knob.path]
-    if field.kind == "bool":
-        return not value
-    if knob.steps:
-        beyond = [step for step in knob.steps if (step > value if up else step < value)]
-        return (beyond[0] if up else beyond[-1]) if beyond else value
-    changed = value * 2 if up else max(value / 2, min(value, LEAST_HALVED))
-    if field.kind == "int":
-        changed = int(changed)
-    return changed if field.maximum is None else min(changed, field.maximum)
 
 
 def control_line(knob: LoraControl, recipe: Recipe, base: Recipe) -> Content:

@@ -30,7 +30,6 @@ from qlora_tui.tui.screens.lora.controls import (
     LORA_CONTROLS,
     advice,
     control_line,
-    next_value,
     targets_advice,
 )
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid
@@ -122,12 +121,6 @@ class LoraScreen(WorkScreen):
             self.run_worker(
                 DeferredWork(self._compute_deltas, *key, architecture), exclusive=True, group="price"
             )
-
-    def action_step(self, index: int, up: bool) -> None:
-        """One step of a setting."""
-        knob = LORA_CONTROLS[index]
-        value = get_setting(self.qlora_app.workbench.recipe, knob.path)
-        self.qlora_app.edit(knob.path, next_value(knob, value, up))
 
     def action_toggle_modules(self) -> None:
         """Take or drop what is under the cursor."""

@@ -29,7 +29,6 @@ from qlora_tui.memory import (
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
-from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
@@ -165,13 +164,6 @@ class MemoryScreen(WorkScreen):
         # The list knows its new width only after the layout.
         self.call_after_refresh(self._show_all)
 
-    def action_scale(self, path: str, factor: float) -> None:
-        """Multiply a whole-number setting, within its bounds."""
-        field = fields()[path]
-        value = round(get_setting(self.qlora_app.workbench.recipe, path) * factor)
-        low, high = int(field.minimum or 1), int(field.maximum or value)
-        self.qlora_app.edit(path, min(max(value, low), high))
-
     def action_targets(self) -> None:
         """The next choice that this model has; all-linear after one of the user's own."""
         architecture = self.qlora_app.workbench.architecture()
@@ -180,11 +172,6 @@ class MemoryScreen(WorkScreen):
         now = self.qlora_app.workbench.recipe.lora.target_modules
         index = choices.index(now) + 1 if now in choices else 0
         self.qlora_app.edit("lora.target_modules", choices[index % len(choices)])
-
-    def action_checkpointing(self) -> None:
-        """Checkpoint activations, or not."""
-        now = self.qlora_app.workbench.recipe.training.gradient_checkpointing
-        self.qlora_app.edit("training.gradient_checkpointing", not now)
 
     def action_next_bar(self, step: int) -> None:
         """Take another bar apart."""

@@ -13,6 +13,8 @@ _POWERS_OF_TWO = frozenset(
 """Sizes: everyone counts them in doublings."""
 _BY_ONE = frozenset(("training.keep_checkpoints", "training.early_stopping", "training.seed"))
 _HALVES = frozenset(("training.epochs",))
+_DROPOUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+"""Those of the LoRA and QLoRA papers, and a few more."""
 _SHARES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)
 _ROUND = (1, 2, 3, 5)
 """Numbers without a habit of their own go 1, 2, 3, 5, 10, 20…"""
@@ -41,13 +43,17 @@ def _number(field: Field, value: float, direction: int) -> float:
     if field.path in _HALVES:
         grain = 0.5 if value < 3 or (value == 3 and direction < 0) else 1.0
         return _on_grid(value, grain, direction)
+    if field.path == "lora.dropout":
+        return _neighbour(_DROPOUTS, value, direction)
     if field.kind == "float" and field.minimum == 0 and field.maximum == 1 and field.exclusive_maximum:
         return _neighbour(_SHARES, value, direction)
     return _round(value, direction, whole=field.kind == "int")
 
 
 def _power(value: float, direction: int) -> float:
-    exponent = math.log2(value) if value > 0 else -1.0
+    if direction < 0 and value <= 1:
+        return value
+    exponent = math.log2(value)
     near = round(exponent)
     if math.isclose(exponent, near, abs_tol=1e-9):
         return float(2 ** (near + direction))
