@@ -5,7 +5,9 @@ workbench      the recipe being edited, and what follows from it (architecture, 
 draft          the file that the recipe is kept in, which several apps may share
 commands       how a command is declared; keymap lists them all, palette offers them
 system_monitor polls the GPU and the runs, once a second; system_status is what it returns
-screen_diff    sends only what differs from what the terminal shows; cached_stylesheet parses CSS once
+setting_stepper  the next value of a setting when its key is pressed
+textual_compat   every use of Textual's private API
+screen_diff      sends only what differs from what the terminal shows
 visible_lines  the text layer: no line reaches the terminal with a control character;
                monochrome and glyph_fallback are the other filters of a line
 themes         themes from TOML files

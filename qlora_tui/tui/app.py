@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from textual._compositor import ChopsUpdate, CompositorUpdate
 from textual.app import App
 from textual.await_complete import AwaitComplete
 from textual.binding import BindingType
@@ -21,19 +20,26 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, gc_tuning, themes
-from qlora_tui.tui.cached_stylesheet import CachedStylesheet
 from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.disk_faults import DiskFaults
 from qlora_tui.tui.glyph_fallback import fallback_glyphs
 from qlora_tui.tui.monochrome import TWO_COLORS, MonochromeFilter
 from qlora_tui.tui.palette import CommandProvider
-from qlora_tui.tui.screen_diff import ScreenDiff, TerminalContents, clear_style_caches
+from qlora_tui.tui.screen_diff import ScreenDiff, TerminalContents
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.too_small import TooSmallScreen, is_too_small
 from qlora_tui.tui.screens.registry import SCREENS, make_screen
 from qlora_tui.tui.shutdown import install_shutdown_handlers
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.textual_compat import (
+    CachedStylesheet,
+    ChopsUpdate,
+    CompositorUpdate,
+    HookedApp,
+    clear_style_caches,
+    full_update,
+)
 from qlora_tui.tui.visible_lines import VisibleTextFilter
 
 if TYPE_CHECKING:
@@ -53,7 +59,7 @@ _RESIZES_AT_START = 2
 """Told by the app itself and by its driver, before anything can have happened to the terminal."""
 
 
-class QloraApp(App[None]):
+class QloraApp(HookedApp):
     """The terminal workstation."""
 
     TITLE = "qlora-tui"
@@ -174,16 +180,11 @@ class QloraApp(App[None]):
                 raise
         self.recipe_changed.publish(self.workbench.recipe)
 
-    def write_escape(self, sequence: str) -> None:
-        """Have the terminal do what is not a matter of cells."""
-        if self._driver is not None:
-            self._driver.write(sequence)
-
     def copy_to_clipboard(self, text: str) -> None:
         """Copy by every way there is, and say which worked."""
         from qlora_tui.tui import clipboard
 
-        self._clipboard = text
+        self.remember_copied(text)
         self.run_worker(DeferredWork(clipboard.copy, self, text), group="copy")
 
     def notify(self, message: str, *, markup: bool = False, **how: Any) -> None:
@@ -191,8 +192,7 @@ class QloraApp(App[None]):
 
         It takes the place of what was said before, but for warnings and errors: those keep their time.
         """
-        for said in [note for note in self._notifications if note.severity == "information"]:
-            self._unnotify(said, refresh=False)
+        self.dismiss_information()
         super().notify(message, markup=False, **how)
 
     def action_clear_notes(self) -> None:
@@ -221,22 +221,20 @@ class QloraApp(App[None]):
         self._terminal_contents.invalidate()
         self.refresh()
 
-    def _display(self, screen: Screen[Any], renderable: Any) -> None:
-        held_back = bool(self._batch_count)
-        if isinstance(renderable, CompositorUpdate) and not held_back:
-            if isinstance(renderable, ChopsUpdate) and self._terminal_contents.is_unknown:
-                # Textual laid the whole out while it held frames back, and goes on with what changed since.
-                renderable = screen._compositor.render_full_update()
-            renderable = ScreenDiff(renderable, self._terminal_contents)
-        super()._display(screen, renderable)
-        if renderable is not None and not held_back and not self.shown.is_set():
+    def intercept_update(self, screen: Screen[Any], update: CompositorUpdate) -> CompositorUpdate:
+        if isinstance(update, ChopsUpdate) and self._terminal_contents.is_unknown:
+            # Textual laid out the whole screen while updates were batched, and now sends only later changes.
+            update = full_update(screen)
+        return ScreenDiff(update, self._terminal_contents)
+
+    def frame_written(self) -> None:
+        if not self.shown.is_set():
             # What did not have to come before the first frame comes now.
             self.shown.set()
             gc_tuning.enable_gc()
 
-    def _handle_exception(self, error: Exception) -> None:
-        if not self.disk_faults.handle(self, error):
-            super()._handle_exception(error)
+    def intercept_error(self, error: Exception) -> bool:
+        return self.disk_faults.handle(self, error)
 
     def pop_screen(self) -> AwaitComplete:
         gone = super().pop_screen()

@@ -10,21 +10,10 @@ from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.control import Control
-from textual._compositor import ChopsUpdate, CompositorUpdate, LayoutUpdate
-from textual._styles_cache import StylesCache
 from textual.strip import Strip
 
+from qlora_tui.tui.textual_compat import ChopsUpdate, CompositorUpdate, LayoutUpdate
 from qlora_tui.tui.widgets.diff_widget import changed_cells
-
-
-def clear_style_caches() -> None:
-    """Drop what Textual keeps of widgets that are gone: as keys of a cache of colours, all they had painted.
-
-    A page of help is 160 kB there, and the cache holds a thousand widgets.
-    """
-    clear = getattr(getattr(StylesCache, "get_inner_outer", None), "cache_clear", None)
-    if clear is not None:
-        clear()
 
 
 class TerminalContents:

@@ -14,6 +14,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from qlora_tui.tui.render.strip_rendering import render_line
+from qlora_tui.tui.textual_compat import follow_end
 
 Level: TypeAlias = Literal["info", "warning", "error"]
 
@@ -89,8 +90,7 @@ class LogTail(ScrollView, can_focus=True):
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
-        # Textual's list without children lets go of its end and never takes hold of it again.
-        self._check_anchor()
+        follow_end(self)
 
     def on_resize(self) -> None:
         self._rewrap()

@@ -68,7 +68,7 @@ class PromptBox(OwnKeysFirst, TextArea):
         self.move_cursor(self.document.end)
         self.focus()
 
-    async def _on_key(self, event: events.Key) -> None:
+    async def on_key(self, event: events.Key) -> None:
         if event.key == "up" and not self.text:
             event.stop()
             event.prevent_default()

@@ -6,18 +6,20 @@ from textual import events
 from textual.widget import Widget
 from textual.widgets import Input
 
+from qlora_tui.tui.textual_compat import bindings_of_widget
+
 
 class OwnKeysFirst:
-    """Acts on the keys it has bindings for itself.
+    """Runs a field's own key bindings in the order of the keys.
 
-    Textual writes a letter at once but lets backspace and enter bubble up to the app and back as
-    bindings. Keys that arrive together, as over a slow link, would overtake them: what was typed
-    after a backspace would be deleted by it.
+    Textual inserts a letter at once, but lets backspace and enter bubble up to the app and back as bindings.
+    Of keys that arrive together, as over a slow link, letters would overtake them: what was typed after a
+    backspace would be deleted by it. https://github.com/Textualize/textual/issues/6605
     """
 
-    async def _on_key(self, event: events.Key) -> None:
+    async def on_key(self, event: events.Key) -> None:
         assert isinstance(self, Widget)
-        for binding in self._bindings.key_to_bindings.get(event.key, ()):
+        for binding in bindings_of_widget(self, event.key):
             if await self.app.run_action(binding.action, self):
                 event.stop()
                 event.prevent_default()

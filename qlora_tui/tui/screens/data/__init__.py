@@ -1,4 +1,4 @@
-"""Data: ``screen`` shows a sample, lengths and problems.
+"""Data: ``screen`` shows a sample, lengths and problems; ``commands`` are its keys.
 
 ``actions`` change the recipe. ``previews`` asks the engines for rows and reports, ``row_navigation`` goes
 from row to row, ``text`` formats them, ``histogram`` and ``length_table`` show lengths. ``file_picker`` (with

@@ -1,1 +1,1 @@
-"""Home: ``screen`` shows what ``reader`` gathers; ``next_step`` chooses what to suggest."""
+"""Home: ``screen`` and its ``commands``; ``reader`` gathers what it shows, ``next_step`` what to suggest."""

@@ -1,0 +1,130 @@
+"""Every use that this app makes of Textual's private API, and nothing else.
+
+Written against Textual 8.2; source files named here are below ``src/textual/`` of
+https://github.com/Textualize/textual. ``tests/tui/test_textual_compat.py`` fails where a later
+Textual differs, and says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from textual._compositor import ChopsUpdate, CompositorUpdate, LayoutUpdate
+from textual._styles_cache import StylesCache
+from textual.app import App
+from textual.binding import Binding
+from textual.cache import LRUCache
+from textual.css.stylesheet import Stylesheet
+from textual.screen import Screen
+from textual.widget import Widget
+
+__all__ = [
+    "CachedStylesheet",
+    "ChopsUpdate",
+    "CompositorUpdate",
+    "HookedApp",
+    "LayoutUpdate",
+    "bindings_of_widget",
+    "clear_style_caches",
+    "follow_end",
+    "full_update",
+]
+
+_SHEETS = 1024
+"""More than there are: Textual's own cache holds 64, in an order that finds none of more than 64."""
+
+
+class HookedApp(App[None]):
+    """An app whose output, errors and notifications can be intercepted.
+
+    ``App`` in ``app.py`` has no public hook for any of them.
+    """
+
+    def intercept_update(self, screen: Screen[Any], update: CompositorUpdate) -> CompositorUpdate:
+        """Return what is written to the terminal in place of ``update``."""
+        return update
+
+    def frame_written(self) -> None:
+        """Called after each frame."""
+
+    def intercept_error(self, error: Exception) -> bool:
+        """Return True for an error that was handled; Textual ends the app on any other."""
+        return False
+
+    def write_escape(self, sequence: str) -> None:
+        """Send an escape sequence to the terminal: its title, a notification."""
+        if self._driver is not None:
+            self._driver.write(sequence)
+
+    def remember_copied(self, text: str) -> None:
+        """Set what a paste inside the app inserts, without writing to the terminal."""
+        self._clipboard = text
+
+    def dismiss_information(self) -> None:
+        """Remove notifications but for warnings and errors. The caller's next notification refreshes."""
+        for notification in [note for note in self._notifications if note.severity == "information"]:
+            self._unnotify(notification, refresh=False)
+
+    def _display(self, screen: Screen[Any], renderable: Any) -> None:
+        # While updates are batched (PR 1832), Textual drops what it is given here.
+        if self._batch_count:
+            super()._display(screen, renderable)
+            return
+        if isinstance(renderable, CompositorUpdate):
+            renderable = self.intercept_update(screen, renderable)
+        super()._display(screen, renderable)
+        if renderable is not None:
+            self.frame_written()
+
+    def _handle_exception(self, error: Exception) -> None:
+        if not self.intercept_error(error):
+            super()._handle_exception(error)
+
+
+def full_update(screen: Screen[Any]) -> CompositorUpdate:
+    """Render the whole screen, whatever has changed (``_compositor.py``)."""
+    return screen._compositor.render_full_update()
+
+
+def clear_style_caches() -> None:
+    """Drop what Textual caches of widgets that are gone (``_styles_cache.py``).
+
+    The keys of this cache of colors hold all that a widget had painted: 160 kB for a page of help, of up to a
+    thousand widgets.
+    """
+    clear = getattr(getattr(StylesCache, "get_inner_outer", None), "cache_clear", None)
+    if clear is not None:
+        clear()
+
+
+class CachedStylesheet(Stylesheet):
+    """A stylesheet that parses each source once, until a color changes.
+
+    Textual parses every sheet of the app again whenever a screen brings one of its own (PR 2744), while the
+    first key of that screen waits. It clears its parse cache (PR 3575) each time the variables are set.
+    """
+
+    def __init__(self, *, variables: dict[str, str] | None = None) -> None:
+        super().__init__(variables=variables)
+        self._parse_cache = LRUCache(_SHEETS)
+
+    def set_variables(self, variables: dict[str, str]) -> None:
+        if variables != self._variables:
+            super().set_variables(variables)
+
+    def reparse(self) -> None:
+        self.parse()
+
+
+def bindings_of_widget(widget: Widget, key: str) -> Sequence[Binding]:
+    """The widget's own bindings of a key (``_bindings``, declared in ``dom.py``)."""
+    return widget._bindings.key_to_bindings.get(key, ())
+
+
+def follow_end(widget: Widget) -> None:
+    """Let an anchored widget follow its end again once it is scrolled there (``widget.py``).
+
+    Textual does so for containers; a scroll view without children lets go of its end for good.
+    """
+    widget._check_anchor()
