@@ -7,50 +7,69 @@ activation checkpointing is turned on. After that nothing that keeps the recipe'
 from __future__ import annotations
 
 import time
+from typing import Any
 
+import msgspec
 from msgspec import Struct, structs
 
-from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.decoding import decode_json
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.recipe.schema import Recipe, Training
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, EventWriter
 from qlora_tui.runs.events import Failed, Health, RunEnded, Started
 
 
-class RetryPlan(Struct, frozen=True, kw_only=True):
-    """How an attempt departs from its recipe; None leaves a setting as it is."""
+class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Settings of ``[training]`` that an attempt overrides; None leaves a setting as it is.
+
+    The field names are those of the recipe and of the ``started`` event.
+    """
 
     micro_batch: int | None = None
     gradient_accumulation: int | None = None
     gradient_checkpointing: bool | None = None
 
+    @classmethod
+    def used_by(cls, settings: Training | Started) -> RetryPlan:
+        """The plan that names every field: the values that a recipe asks for or that an attempt used."""
+        return msgspec.convert(settings, cls, from_attributes=True)
+
+    def overrides(self) -> dict[str, Any]:
+        """The settings that this plan names."""
+        return {name: value for name, value in structs.asdict(self).items() if value is not None}
+
     def applied(self, recipe: Recipe) -> Recipe:
         """The recipe as the attempt runs it."""
-        changes = {key: value for key, value in structs.asdict(self).items() if value is not None}
-        return structs.replace(recipe, training=structs.replace(recipe.training, **changes))
+        return structs.replace(recipe, training=structs.replace(recipe.training, **self.overrides()))
 
-    def arguments(self) -> list[str]:
-        """For the trainer's command line."""
-        arguments = []
-        if self.micro_batch is not None:
-            arguments += ["--micro-batch", str(self.micro_batch)]
-        if self.gradient_accumulation is not None:
-            arguments += ["--gradient-accumulation", str(self.gradient_accumulation)]
-        if self.gradient_checkpointing:
-            arguments += ["--gradient-checkpointing"]
-        return arguments
+    def to_arguments(self) -> list[str]:
+        """The option of ``python -m qlora_tui.training`` that carries the plan; empty without overrides."""
+        return ["--plan", msgspec.json.encode(self).decode()] if self.overrides() else []
+
+
+_DECODER = msgspec.json.Decoder(RetryPlan)
+
+
+def parse_plan(argument: str) -> RetryPlan:
+    """Decode the value of ``--plan``. Raises UserError where it is not the JSON of a plan."""
+    try:
+        return decode_json(argument.encode(errors="surrogateescape"), _DECODER)
+    except msgspec.MsgspecError as error:
+        raise UserError(
+            "Invalid --plan",
+            what=f"{argument} cannot be decoded: {error}.",
+            fix='Pass JSON such as {"micro_batch":1,"gradient_accumulation":8}, or omit --plan.',
+            exit_code=EXIT_USAGE,
+        ) from None
 
 
 def last_plan(run: RunDir) -> RetryPlan:
     """What the last attempt used; empty before the first."""
     plan = RetryPlan()
     for event in EventTail(run.events_path).drain():
-        if isinstance(event, Started) and event.micro_batch:
-            plan = RetryPlan(
-                micro_batch=event.micro_batch,
-                gradient_accumulation=event.gradient_accumulation,
-                gradient_checkpointing=event.gradient_checkpointing,
-            )
+        if isinstance(event, Started) and event.micro_batch and event.gradient_accumulation:
+            plan = RetryPlan.used_by(event)
     return plan
 
 
@@ -90,10 +109,9 @@ def plan_retry(run: RunDir, ending: RunEnded) -> RetryPlan | None:
 
 def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
     """The next cheaper plan with the same effective batch, or None at the end of the road."""
-    training = recipe.training
-    micro_batch = used.micro_batch or training.micro_batch
-    accumulation = used.gradient_accumulation or training.gradient_accumulation
-    checkpointing = used.gradient_checkpointing or training.gradient_checkpointing
+    training = used.applied(recipe).training
+    micro_batch, accumulation = training.micro_batch, training.gradient_accumulation
+    checkpointing = training.gradient_checkpointing
     if micro_batch > 1:
         # An odd micro-batch cannot be halved exactly: one row at a time keeps the product.
         factor = 2 if micro_batch % 2 == 0 else micro_batch

@@ -160,7 +160,7 @@ def _train(run: RunDir, plan: RetryPlan) -> int:
         run.unreported_path.touch(mode=0o600)
         run_queue.take(run, process_identity())
         try:
-            trainer = spawn_detached("qlora_tui.training", str(run.path), *plan.arguments(), output=log)
+            trainer = spawn_detached("qlora_tui.training", str(run.path), *plan.to_arguments(), output=log)
         except OSError as error:
             log.write(f"The trainer could not be started: {error}\n".encode())
             return EXIT_FAILURE

@@ -9,34 +9,28 @@ from pathlib import Path
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.retry import RetryPlan
+from qlora_tui.runs.retry import RetryPlan, parse_plan
 from qlora_tui.training.supervisor import run_trainer
 
 _ENVIRONMENT = {
-    # Segments that grow cut the fragmentation that sample lengths of all kinds cause.
+    # Growing segments reduce the fragmentation that varying sample lengths cause.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    # Also what it starts, as for a dataset of the hub, asks nothing of the network.
+    # Child processes, such as the reader of a Hub dataset, must not use the network either.
     "HF_HUB_OFFLINE": "1",
 }
 
 
 def main() -> int:
-    """Parse the call and run; 2 with a message where the call is wrong."""
+    """Parse the command line and train; returns the exit code, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(prog="python -m qlora_tui.training", description=__doc__)
-    parser.add_argument("run", type=Path, help="the run's directory")
-    parser.add_argument("--micro-batch", type=int, help="in place of the recipe's")
-    parser.add_argument("--gradient-accumulation", type=int, help="in place of the recipe's")
-    parser.add_argument("--gradient-checkpointing", action="store_true", default=None)
-    given = parser.parse_args()
-    plan = RetryPlan(
-        micro_batch=given.micro_batch,
-        gradient_accumulation=given.gradient_accumulation,
-        gradient_checkpointing=given.gradient_checkpointing,
-    )
-    run = RunDir(given.run.absolute())
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--plan", metavar="JSON", help="settings of [training] that override the recipe")
+    arguments = parser.parse_args()
+    run = RunDir(arguments.run.absolute())
     try:
+        plan = RetryPlan() if arguments.plan is None else parse_plan(arguments.plan)
         if not run.path.is_dir():
-            raise UserError("No such run", what=f"{run.path} is not a run's directory.", exit_code=EXIT_USAGE)
+            raise UserError("No such run", what=f"{run.path} is not a run directory.", exit_code=EXIT_USAGE)
         configure_torch_env(_ENVIRONMENT)
         return run_trainer(run, plan)
     except UserError as problem:

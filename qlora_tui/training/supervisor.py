@@ -131,9 +131,7 @@ def _emit_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | N
             attempt=number,
             pid=os.getpid(),
             resumed_from_step=step,
-            micro_batch=recipe.training.micro_batch,
-            gradient_accumulation=recipe.training.gradient_accumulation,
-            gradient_checkpointing=recipe.training.gradient_checkpointing,
+            **RetryPlan.used_by(recipe.training).overrides(),
         )
     )
     reporter.resume_from(step)

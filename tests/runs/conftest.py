@@ -18,15 +18,14 @@ from qlora_tui.runs.outcomes import settle
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.process import mark
+from qlora_tui.runs.retry import RetryPlan, parse_plan
 from qlora_tui.runs.status import Status, write_status
 
 run = RunDir(Path(sys.argv[1]))
-words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
-micro_batch = int(words.get("--micro-batch", run.recipe().training.micro_batch))
-accumulation = int(words.get("--gradient-accumulation", run.recipe().training.gradient_accumulation))
+plan = parse_plan(sys.argv[3]) if "--plan" in sys.argv else RetryPlan()
+training = plan.applied(run.recipe()).training
 log = EventWriter(run.events_path)
-log.append(Started(at=time.time(), attempt=1, pid=os.getpid(), micro_batch=micro_batch,
-                   gradient_accumulation=accumulation))
+log.append(Started(at=time.time(), attempt=1, pid=os.getpid(), **RetryPlan.used_by(training).overrides()))
 part = run.recipe().name
 if part == "waits":
     os.mkfifo(run.path / "go")
@@ -45,7 +44,7 @@ if part == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 if part == "crashes":
     raise SystemExit("something unforeseen")
-if part == "needs memory" and micro_batch > 1:
+if part == "needs memory" and training.micro_batch > 1:
     log.append(Failed(at=time.time(), title="Out of GPU memory", what="no", kind="out_of_memory"))
     sys.exit(3)
 if part == "waits":

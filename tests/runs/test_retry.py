@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import pytest
+
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Recipe, Training
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter, last_event
 from qlora_tui.runs.events import Failed, Finished, Health, Started
-from qlora_tui.runs.retry import RetryPlan, last_plan, plan_resume, plan_retry, reduce_memory
+from qlora_tui.runs.retry import RetryPlan, last_plan, parse_plan, plan_resume, plan_retry, reduce_memory
 
 OUT_OF_MEMORY = Failed(at=1.0, title="Out of GPU memory", what="It asked for 2 GiB.", kind="out_of_memory")
 
@@ -56,13 +59,25 @@ def test_only_running_out_of_memory_is_tried_again(run: RunDir) -> None:
     assert plan_retry(run, Finished(at=1.0, step=1, seconds=1.0, tokens_per_s=1.0)) is None
 
 
-def test_a_plan_becomes_the_trainers_arguments() -> None:
-    plan = RetryPlan(micro_batch=1, gradient_accumulation=8, gradient_checkpointing=True)
-    assert plan.arguments() == [
-        "--micro-batch",
-        "1",
-        "--gradient-accumulation",
-        "8",
-        "--gradient-checkpointing",
-    ]
-    assert RetryPlan().arguments() == []
+def test_a_plan_is_one_json_argument_of_the_trainer() -> None:
+    plan = RetryPlan(micro_batch=1, gradient_accumulation=8, gradient_checkpointing=False)
+    option, argument = plan.to_arguments()
+    assert option == "--plan"
+    assert argument == '{"micro_batch":1,"gradient_accumulation":8,"gradient_checkpointing":false}'
+    assert parse_plan(argument) == plan
+    assert RetryPlan().to_arguments() == [] and parse_plan("{}") == RetryPlan()
+
+
+@pytest.mark.parametrize(
+    "argument", ["", "1", "[]", '{"micro_batch":"2"}', '{"rank":8}', "\udcff", "[" * 9999]
+)
+def test_what_is_no_plan_is_a_wrong_call(argument: str) -> None:
+    with pytest.raises(UserError, match="Invalid --plan") as refused:
+        parse_plan(argument)
+    assert refused.value.exit_code == 2
+
+
+def test_a_plan_names_settings_of_the_recipe_and_fields_of_the_event() -> None:
+    assert set(RetryPlan.__struct_fields__) <= set(Training.__struct_fields__) & set(
+        Started.__struct_fields__
+    )

@@ -68,7 +68,7 @@ class Trainers:
     def start(self, run: RunDir, plan: RetryPlan | None = None) -> Trainer:
         """A trainer for ``run``, in the environment as it is now."""
         self.wait_until_ready()
-        return Trainer(self.socket, [str(run.path), *(plan or RetryPlan()).arguments()])
+        return Trainer(self.socket, [str(run.path), *(plan or RetryPlan()).to_arguments()])
 
     def run(self, run: RunDir, plan: RetryPlan | None = None) -> int:
         """Run a trainer to its end."""
