@@ -14,10 +14,10 @@ TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.outcomes import settle
+from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.process import mark
+from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.retry import RetryPlan, parse_plan
 from qlora_tui.runs.status import Status, write_status
 
@@ -29,12 +29,12 @@ log.append(Started(at=time.time(), attempt=1, pid=os.getpid(), **RetryPlan.used_
 part = run.recipe().name
 if part == "waits":
     os.mkfifo(run.path / "go")
-write_status(run, Status(state="running", at=time.time(), process=mark()))
+write_status(run, Status(state="running", at=time.time(), process=process_identity()))
 if part == "pauses" and not (run.path / "go").exists():
     os.mkfifo(run.path / "go")
     ending = Paused(at=time.time(), step=2)
     log.append(ending)
-    settle(run, ending)
+    record_outcome(run, ending)
     # Still exiting, as torch does for a second or two.
     (run.path / "go").read_text()
     sys.exit(0)
@@ -51,7 +51,7 @@ if part == "waits":
     (run.path / "go").read_text()
 ending = Finished(at=time.time(), step=3, seconds=1.0, tokens_per_s=1.0)
 log.append(ending)
-settle(run, ending)
+record_outcome(run, ending)
 """
 
 
