@@ -179,7 +179,7 @@ def _read_cached_model(folder: Path) -> LocalModel:
     name = folder.name.removeprefix("models--").replace("--", "/")
     snapshot = _snapshot(folder)
     if snapshot is None or not (snapshot / CONFIG).is_file():
-        blobs = sum(file.stat().st_size for file in _files(folder / "blobs"))
+        blobs = sum(_size_bytes(file) for file in _files(folder / "blobs"))
         return LocalModel(
             name, name, snapshot or folder, "hub cache", blobs, None, _incomplete_download(name)
         )
@@ -197,7 +197,21 @@ def _snapshot(folder: Path) -> Path | None:
     except (OSError, ValueError):
         pass
     snapshots = list(_subfolders(folder / "snapshots"))
-    return max(snapshots, key=lambda snapshot: snapshot.stat().st_mtime, default=None)
+    return max(snapshots, key=_modified_s, default=None)
+
+
+def _modified_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size_bytes(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def _incomplete_download(name: str) -> UserError:
@@ -241,24 +255,37 @@ def _read_folder(folder: Path, source: ModelSource, name: str, model_id: str) ->
     try:
         architecture, refusal = check_folder(folder, name)
         size_bytes = sum(file.stat().st_size for file in _files(folder))
-    except OSError as error:
-        architecture, size_bytes = None, 0
-        refusal = model_problem(
-            "The model folder cannot be read",
-            f"{folder}: {error.strerror}.",
-            "",
-            "Check that you may read the folder and everything in it.",
-        )
+    except Exception as error:  # whatever one model does to its reader, the others are listed
+        architecture, size_bytes, refusal = None, 0, _unreadable(folder, error)
     return LocalModel(model_id, name, folder, source, size_bytes, architecture, refusal)
 
 
 def _read_gguf_model(file: Path) -> LocalModel:
-    architecture, refusal = None, None
+    architecture, refusal, size_bytes = None, None, 0
     try:
+        size_bytes = file.stat().st_size
         architecture = parse_architecture(to_hf_config(read_gguf(file), file))
     except UserError as problem:
         refusal = problem
-    return LocalModel(str(file), file.stem, file, "gguf", file.stat().st_size, architecture, refusal)
+    except Exception as error:  # whatever one model does to its reader, the others are listed
+        refusal = _unreadable(file, error)
+    return LocalModel(str(file), file.stem, file, "gguf", size_bytes, architecture, refusal)
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    if isinstance(error, OSError):
+        return model_problem(
+            "The model cannot be read",
+            f"{error.filename or path}: {error.strerror or error}.",
+            "",
+            "Check that you may read the model's folder and everything in it.",
+        )
+    return model_problem(
+        "The model cannot be read",
+        f"{path}: {type(error).__name__}: {error}.",
+        "One of its files is damaged, or made to confuse its reader.",
+        "Download the model again, or move it away.",
+    )
 
 
 def _subfolders(folder: Path) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.code_keys import named_kernels
+from qlora_tui.catalog.config_fields import ConfigFields
 from qlora_tui.catalog.config_parser import (
     known_model_types,
     load_config,
@@ -69,6 +70,8 @@ def check_config(config: Mapping[str, Any], name: str) -> tuple[Architecture | N
 def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
     """Why a model of this kind cannot be trained here, whatever its size."""
     model_type = config.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        return ConfigFields(config, name).invalid("model_type", "a string")
     if model_type not in known_model_types():
         if config.get("auto_map"):
             return model_problem(

@@ -236,12 +236,14 @@ class ChatTokenizer:
 
     @cached_property
     def _words(self) -> WordTokenCache | None:
-        held = json.loads(self._json)
-        return (
-            WordTokenCache(self._encode_batch, isolated_added_tokens(held))
-            if splits_on_spaces(held)
-            else None
-        )
+        content = json.loads(self._json)
+        try:
+            if not splits_on_spaces(content):
+                return None
+            return WordTokenCache(self._encode_batch, isolated_added_tokens(content))
+        except (AttributeError, KeyError, TypeError):
+            # tokenizers also reads shapes that it never writes, such as a list for an object.
+            return None
 
     @cached_property
     def _without_added(self) -> Tokenizer:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qlora_tui.catalog import local_models
 from qlora_tui.catalog.local_models import (
     LocalModel,
     converted_dir,
@@ -18,6 +19,7 @@ from qlora_tui.catalog.local_models import (
     list_local_models,
     resolve_model,
 )
+from qlora_tui.catalog.model_validation import check_folder
 from qlora_tui.errors import UserError
 from tests.catalog.configs import config
 from tests.catalog.models import TINY, TINY_PARAMS, make_cached, make_gguf, make_model, safetensors_bytes
@@ -319,3 +321,30 @@ def test_listing_loads_no_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_a_model_type_that_is_no_string_is_refused(tmp_path: Path) -> None:
+    make_model(tmp_path / "odd", {**TINY, "model_type": ["llama"]})
+    make_model(tmp_path / "whole")
+    whole, odd = list_local_models([tmp_path])
+    assert (whole.name, whole.refusal) == ("whole", None)
+    assert odd.refusal is not None
+    assert "model_type is ['llama'], expected a string" in odd.refusal.what
+
+
+def test_a_defect_in_reading_one_model_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path / "odd")
+    make_model(tmp_path / "whole")
+
+    def fail_on_odd(folder: Path, name: str) -> Any:
+        if name == "odd":
+            raise TypeError("unhashable type: 'list'")
+        return check_folder(folder, name)
+
+    monkeypatch.setattr(local_models, "check_folder", fail_on_odd)
+    whole, odd = list_local_models([tmp_path])
+    assert (whole.name, whole.refusal) == ("whole", None)
+    assert odd.refusal is not None
+    assert "unhashable type" in odd.refusal.what

@@ -1,8 +1,10 @@
-"""Whole files, damaged: bytes changed, cut, repeated, and fragments that parsers stumble over."""
+"""Whole files, damaged: bytes changed, cut, repeated, fragments that parsers stumble over, wrong types."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -39,6 +41,11 @@ FRAGMENTS = (
     b"\xff" * 8,
     b"\x7f\xff\xff\xff",
 )
+WRONG_VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 1.5, 10**400, 1e400, "", "x", "(a+)+$", [], ["x"], [[]], {}, {"x": 1}, {"x": []},
+)  # fmt: skip
+"""One of each type, and what each type has at its edges."""
+_MOST_CHILDREN = 40
 _EDIT = st.tuples(
     st.sampled_from(("insert", "replace", "delete", "repeat", "cut", "flip")),
     st.floats(0, 1, exclude_max=True),
@@ -70,3 +77,31 @@ def _edited(content: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
             case "flip" if data:
                 data[at] ^= piece[0] or 1
     return bytes(data)
+
+
+def mistyped(content: bytes) -> Iterator[tuple[str, bytes]]:
+    """A JSON document with each value in turn replaced by each wrong one; which value, and the document.
+
+    Of a list its first entry is replaced, and of an object with many keys the first ones.
+    """
+    document = json.loads(content)
+    for path in _paths(document):
+        for value in WRONG_VALUES:
+            changed = copy.deepcopy(document)
+            parent = changed
+            for key in path[:-1]:
+                parent = parent[key]
+            parent[path[-1]] = value
+            yield f"{'.'.join(map(str, path))} = {str(value)[:40]}", json.dumps(changed).encode()
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    keys: Sequence[Any] = ()
+    if isinstance(value, dict):
+        keys = list(value)[:_MOST_CHILDREN]
+    elif isinstance(value, list):
+        keys = range(min(len(value), 1))
+    for key in keys:
+        yield from _paths(value[key], (*path, key))

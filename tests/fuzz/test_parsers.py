@@ -34,7 +34,7 @@ from qlora_tui.tui.themes import load_themes
 from tests.catalog.models import TINY, TINY_GGUF_TENSORS, TINY_GGUF_VALUES, gguf_bytes, safetensors_bytes
 from tests.data.families import CHATML, FAMILIES, tokenizer_json
 from tests.data.test_fuzz import SEEDS
-from tests.fuzz.damage import damaged
+from tests.fuzz.damage import damaged, mistyped
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 CORPUS = Path(__file__).with_name("corpus")
@@ -186,6 +186,8 @@ PARSERS: dict[str, tuple[list[bytes], Parse]] = {
     "control": ([b'{"kind":"checkpoint"}', b'{"kind":"set_learning_rate","value":0.1}'], _control),
 }
 
+JSON_PARSERS = ("config.json", "index", "tokenizer_config.json", "events", "status", "control")
+
 
 @pytest.mark.parametrize("name", PARSERS)
 @fuzzed
@@ -198,6 +200,23 @@ def test_damage_is_read_or_refused(
     path = tmp_path_factory.mktemp("damaged") / "file"
     path.write_bytes(content)
     _read_or_refused(parse, path)
+
+
+@pytest.mark.parametrize("name", JSON_PARSERS)
+def test_a_value_of_a_wrong_type_is_read_or_refused(name: str, tmp_path: Path) -> None:
+    wholes, parse = PARSERS[name]
+    number = 0
+    for whole in wholes:
+        for which, content in mistyped(whole.splitlines()[0]):
+            number += 1
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / "file").write_bytes(content)
+            try:
+                _read_or_refused(parse, folder / "file")
+            except Exception as error:
+                error.add_note(which)
+                raise
 
 
 @pytest.mark.parametrize("name", SEEDS)
