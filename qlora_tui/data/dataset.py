@@ -69,6 +69,20 @@ class Prepared(Struct, frozen=True):
     """Whether it was found rather than made."""
 
 
+class _FileVersion(Struct, frozen=True):
+    """What a file was when it was hashed."""
+
+    modified_ns: int
+    """Notices a change that was undone again."""
+    sha256: str
+    """Notices a change on a file system with coarse times, or by a program that sets them back."""
+
+    @classmethod
+    def of(cls, path: Path) -> _FileVersion:
+        # Before the hash: a change from here on counts.
+        return cls(path.stat().st_mtime_ns, content_hash(path))
+
+
 class _Meta(Struct, frozen=True):
     data_hash: str
     counts: Counts
@@ -97,7 +111,8 @@ def prepare(
     validation_source = len(recipe.data.sources) if recipe.data.validation_path else None
     choice = recipe.data.preferences
     files = [file for i, source in enumerate(sources) for file in open_source(source, choice, i)[0]]
-    folder = private_dir(cache_dir() / "tokenized") / _key(recipe, files, tokenizer)[:32]
+    versions = [_FileVersion.of(file.path) for file in files]
+    folder = private_dir(cache_dir() / "tokenized") / _key(recipe, files, versions, tokenizer)[:32]
     weights = [source.weight for source in sources]
     cached = _load(folder, weights, cached=True)
     if cached is not None:
@@ -107,6 +122,7 @@ def prepare(
     temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
         _make(temporary, recipe, files, tokenizer, validation_source, progress)
+        _refuse_changed(files, versions)
         write_checksums(temporary)
         sync_tree(temporary)
         temporary.rename(folder)
@@ -186,18 +202,39 @@ class _Maker:
             yield
 
 
-def _key(recipe: Recipe, files: Sequence[SourceFile], tokenizer: ChatTokenizer) -> str:
+def _key(
+    recipe: Recipe, files: Sequence[SourceFile], versions: Sequence[_FileVersion], tokenizer: ChatTokenizer
+) -> str:
     """Changes with anything that could change a token, a mask or a side."""
     data = recipe.data
     what = (
         _RENDERING,
         tokenizer.fingerprint,
-        [(content_hash(file.path), file.source, file.detection.layout) for file in files],
+        [
+            (version.sha256, file.source, file.detection.layout)
+            for file, version in zip(files, versions, strict=True)
+        ],
         (data.max_length, data.too_long, data.validation_fraction, bool(data.validation_path)),
         Choices.of(data),
         recipe.training.seed,
     )
     return hashlib.sha256(msgspec.json.encode(what)).hexdigest()
+
+
+def _refuse_changed(files: Sequence[SourceFile], versions: Sequence[_FileVersion]) -> None:
+    """Raise UserError where a file is not what it was hashed as: its tokens belong under no key."""
+    for file, version in zip(files, versions, strict=True):
+        try:
+            is_same = _FileVersion.of(file.path) == version
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise UserError(
+                "The data changed while it was read",
+                what=f"{file.path} was written to, replaced or deleted meanwhile.",
+                why="The tokens may be of either content, or of a mixture.",
+                fix="Start again once nothing writes to the file.",
+            )
 
 
 def _load(folder: Path, weights: Sequence[float], cached: bool) -> Prepared | None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_tui.data import dataset
 from qlora_tui.data.dataset import Prepared, PrepareProgress, prepare
 from qlora_tui.data.key_table import KeyTable
 from qlora_tui.data.render import TokenizedSample
@@ -245,6 +246,48 @@ def test_nothing_to_train_on_says_why(
 def test_no_source_says_so() -> None:
     with pytest.raises(UserError, match="No data"):
         prepare(Recipe(), family("chatml"))
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    rows, other_rows = pairs(40, "old"), pairs(40, "new")
+    source = write(path, rows)
+
+    def save_then_make(*arguments: Any) -> None:
+        write(path, other_rows)
+        make(*arguments)
+
+    make = dataset._make
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "_make", save_then_make)
+        with pytest.raises(UserError) as refused:
+            prepare(recipe(source), family("chatml"))
+    assert refused.value.title == "The data changed while it was read"
+    assert str(path) in refused.value.what
+    write(path, rows)
+    prepared = prepare(recipe(source), family("chatml"))
+    assert not prepared.cached
+    assert all("old" in text for text in side(prepared, "train"))
+
+
+def test_a_change_that_keeps_the_time_of_a_file_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    source = write(path, pairs(40, "old"))
+    before = path.stat()
+
+    def save_then_make(*arguments: Any) -> None:
+        write(path, pairs(40, "new"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        make(*arguments)
+
+    make = dataset._make
+    monkeypatch.setattr(dataset, "_make", save_then_make)
+    with pytest.raises(UserError, match="The data changed while it was read"):
+        prepare(recipe(source), family("chatml"))
 
 
 def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
