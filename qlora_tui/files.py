@@ -25,11 +25,14 @@ def private_dir(path: Path) -> Path:
     return path
 
 
-def atomic_write(path: Path, content: bytes | str, *, durable: bool = False) -> None:
+def atomic_write(
+    path: Path, content: bytes | str, *, durable: bool = False, keep: Path | None = None
+) -> None:
     """Replace ``path`` in one step.
 
     With ``durable`` content and name are on the disk on return, so that a power cut neither empties the file
-    nor brings the earlier one back. Raises OSError; what was there before is untouched then.
+    nor brings the earlier one back. ``keep`` is where the earlier file stays, on the disk before the
+    replacement. Raises OSError; what was there before is untouched then.
     """
     import tempfile  # 15 ms, which a start that writes nothing need not spend
 
@@ -42,12 +45,26 @@ def atomic_write(path: Path, content: bytes | str, *, durable: bool = False) -> 
                 os.fsync(handle)
         finally:
             os.close(handle)
+        if keep is not None:
+            _keep(path, keep)
         os.replace(name, path)  # noqa: PTH105 (one call to os for tests to watch)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
     if durable:
         sync(path.parent)
+
+
+def _keep(path: Path, keep: Path) -> None:
+    """Give a file a second name, durably; a copy where the file system has no hard links."""
+    try:
+        os.link(path, keep)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        shutil.copyfile(path, keep)
+        sync(keep)
+    sync(keep.parent)
 
 
 def write_all(handle: int, data: bytes) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 Mode = Literal["least", "most", "killed"]
 MODES: tuple[Mode, ...] = ("least", "most", "killed")
-_NAMES = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir")
+_NAMES = ("rename", "replace", "link", "unlink", "remove", "rmdir", "mkdir")
 
 
 @dataclass(eq=False)
@@ -149,7 +149,7 @@ class Disk:
         lay_out(self._top, to)
 
 
-_WRITES = ("write", "fsync", "rename", "replace", "mkdir")
+_WRITES = ("write", "fsync", "rename", "replace", "link", "mkdir")
 
 
 class FaultyDisk:

@@ -8,8 +8,9 @@ from typing import Any
 
 from qlora_tui.cli.subcommand import CommandResult, format_table
 from qlora_tui.errors import EXIT_FAILURE
-from qlora_tui.runs.check import CheckResult, apply_repairs, check_leftovers, check_queue, check_run
+from qlora_tui.runs.check import check_leftovers, check_queue, check_run
 from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.repair import CheckResult, apply_repairs
 
 
 def check(run: RunDir | None, *, repair: bool) -> CommandResult:
@@ -48,7 +49,7 @@ def _format_result(result: CheckResult, done: list[str]) -> str:
         return "in training: not checked"
     parts = [f"{defect.what} ({defect.remedy})" for defect in result.defects]
     if done:
-        parts.append(f"repaired: {', '.join(done)}")
+        parts.append(f"repair: {', '.join(done)}")
     return "; ".join(parts) or "whole"
 
 

@@ -19,7 +19,8 @@ control         sends a request to a running trainer
 trash           deleted runs, for an undo
 leftovers       deletes what killed processes left behind
 damage          whether a checkpoint or an adapter is as it was written
-check           verifies and repairs runs
+check           verifies runs
+repair          repairs what a check found
 run_queue       the runs that wait
 queue_entries   the folder that holds their order
 runner          starts the trainers, one at a time

@@ -1,61 +1,31 @@
 """Whether every run is whole, and what can be done where one is not: ``qlora-tui runs check [--repair]``.
 
-A repair deletes nothing of a run but what killed processes left half written: what is damaged is moved aside,
-under a name that says so. Runs in training are left alone.
+Runs in training are left alone. The repairs are in :mod:`qlora_tui.runs.repair`.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
-from qlora_tui.files import atomic_write, earlier_folder, sync
+from qlora_tui.files import earlier_folder
 from qlora_tui.recipe.toml import parse, to_recipe
-from qlora_tui.runs import leftovers, run_queue
+from qlora_tui.runs import leftovers, repair
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Failed, decode
-from qlora_tui.runs.outcomes import determine_outcome, record_outcome
-from qlora_tui.runs.queue_entries import Entry, entries, queue_dir, stray_names
-from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, status_problem, write_status
-
-_DAMAGED = "damaged-"
-"""Before the name of what is moved aside."""
-
-
-@dataclass(frozen=True)
-class Defect:
-    """Something that is not as it should be."""
-
-    what: str
-    """A clause: ``adapter: adapter_model.safetensors is missing``."""
-    remedy: str
-    """A clause: what the user can do, or what a repair does."""
-    repair: Callable[[], str] | None = field(default=None, compare=False)
-    """Does what can be done, and says what that was, in a clause. Raises OSError or UserError."""
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """What a check says of one run, or of what all share."""
-
-    name: str
-    state: State | None
-    """None for what is no run."""
-    defects: tuple[Defect, ...] = ()
-    in_training: bool = False
-    """It was left alone."""
+from qlora_tui.runs.event_log import events_and_damage
+from qlora_tui.runs.queue_entries import entries, queue_dir, stray_names
+from qlora_tui.runs.repair import CheckResult, Defect, fingerprint
+from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, status_problem
 
 
 def check_run(run: RunDir) -> CheckResult:
     """Look at everything a run keeps, and read every adapter and checkpoint of it."""
+    seen = fingerprint(run)
     state = read_status(run).state
     if state in ACTIVE:
         return CheckResult(run.id, state, in_training=True)
@@ -67,7 +37,7 @@ def check_run(run: RunDir) -> CheckResult:
         *_adapter(run, state),
         *_status(run),
     ]
-    return CheckResult(run.id, state, tuple(defects))
+    return CheckResult(run.id, state, tuple(defects), run=run, seen=seen)
 
 
 def check_queue() -> CheckResult:
@@ -76,7 +46,7 @@ def check_queue() -> CheckResult:
         Defect(
             f"{entry.path.name} queues a run that is not there",
             "a repair takes it out",
-            partial(_take_out, entry),
+            partial(repair.take_out, entry),
         )
         for entry in entries()
         if not (paths.runs_dir() / entry.run_id).is_dir()
@@ -91,39 +61,16 @@ def check_queue() -> CheckResult:
 def check_leftovers() -> CheckResult:
     """Look for what killed processes left half written, an hour ago or longer."""
     defects = (
-        Defect(f"{path} was left by a killed process", "a repair deletes it", partial(_delete, path))
+        Defect(f"{path} was left by a killed process", "a repair deletes it", partial(repair.delete, path))
         for path in leftovers.leftovers()
     )
     return CheckResult("leftovers", None, tuple(defects))
 
 
-def apply_repairs(
-    checked: CheckResult, check_again: Callable[[], CheckResult]
-) -> tuple[CheckResult, list[str]]:
-    """Repair what can be repaired; what a second check says, and what was done, in clauses.
-
-    A repair that fails says why, and leaves its defect to the second check.
-    """
-    done = []
-    for defect in checked.defects:
-        if defect.repair is not None:
-            try:
-                done.append(defect.repair())
-            except (OSError, UserError) as error:
-                reason = error.title if isinstance(error, UserError) else error.strerror or str(error)
-                done.append(f"could not repair {defect.what}: {reason}")
-    return (check_again() if done else checked), done
-
-
 def _moved_aside(run: RunDir) -> Iterator[Defect]:
     for final in leftovers.moved_aside(run):
         what = f"{final.name} was moved to {earlier_folder(final).name} for a new one that never came"
-        yield Defect(what, "a repair puts it back", partial(_put_back, run, final))
-
-
-def _put_back(run: RunDir, final: Path) -> str:
-    leftovers.restore(run)
-    return f"put {final.name} back"
+        yield Defect(what, "a repair puts it back", partial(repair.put_back, run, final))
 
 
 def _recipe(run: RunDir) -> Iterator[Defect]:
@@ -138,7 +85,7 @@ def _recipe(run: RunDir) -> Iterator[Defect]:
         yield Defect(what, "neither adapter nor checkpoint has a copy: start a new run")
     else:
         remedy = "a repair takes the copy kept with its adapter or checkpoint"
-        yield Defect(what, remedy, partial(_restore_recipe, run, *copy))
+        yield Defect(what, remedy, partial(repair.restore_recipe, run, *copy))
 
 
 def _copies_of_recipe(run: RunDir) -> Iterator[tuple[str, Path]]:
@@ -155,16 +102,17 @@ def _copies_of_recipe(run: RunDir) -> Iterator[tuple[str, Path]]:
         yield text, file
 
 
-def _restore_recipe(run: RunDir, text: str, origin: Path) -> str:
-    if run.recipe_path.exists():
-        _move_aside(run.recipe_path)
-    atomic_write(run.recipe_path, text, durable=True)
-    return f"restored recipe.toml from {origin.relative_to(run.path)}"
-
-
 def _events(run: RunDir) -> Iterator[Defect]:
+    aside = repair.last_aside(run.events_path)
+    if not run.events_path.exists() and aside is not None:
+        yield Defect(
+            f"events.jsonl is missing, and {aside.name} is there: a repair was interrupted",
+            "a repair takes what can be read of it",
+            partial(repair.restore_events, run, aside),
+        )
+        return
     try:
-        damaged = sum(not is_whole for _, is_whole in _event_lines(run))
+        damaged = sum(not is_whole for _, is_whole in events_and_damage(run.events_path))
     except OSError as error:
         yield Defect(f"events.jsonl: {error.strerror or error}", "its history is lost; the rest can be used")
         return
@@ -172,36 +120,8 @@ def _events(run: RunDir) -> Iterator[Defect]:
         yield Defect(
             f"events.jsonl has {damaged} damaged {'line' if damaged == 1 else 'lines'}",
             "a repair leaves them out, and keeps the file as it was beside it",
-            partial(_rewrite_events, run),
+            partial(repair.rewrite_events, run),
         )
-
-
-def _event_lines(run: RunDir) -> Iterator[tuple[bytes, bool]]:
-    """What can be read of each line, and whether that is all of it. A torn last line is none."""
-    with run.events_path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                # A power cut leaves zeros where content had not reached the disk.
-                clean = line.lstrip(b"\0")
-                is_event = _is_json_object(clean)
-                yield (clean if is_event else b""), is_event and clean == line
-
-
-def _is_json_object(line: bytes) -> bool:
-    if decode(line) is not None:
-        return True
-    try:
-        # An event of another version is not damaged.
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _rewrite_events(run: RunDir) -> str:
-    content = b"".join(line for line, _ in _event_lines(run))
-    aside = _move_aside(run.events_path)
-    atomic_write(run.events_path, content, durable=True)
-    return f"left them out; the file as it was is {aside.name}"
 
 
 def _checkpoints(run: RunDir) -> Iterator[Defect]:
@@ -211,12 +131,8 @@ def _checkpoints(run: RunDir) -> Iterator[Defect]:
             yield Defect(
                 f"checkpoint of step {step}: {damage}",
                 "an earlier one is used; a repair moves this one aside",
-                partial(_set_aside, folder),
+                partial(repair.set_aside, folder),
             )
-
-
-def _set_aside(folder: Path) -> str:
-    return f"moved it to {_move_aside(folder).name}"
 
 
 def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
@@ -226,7 +142,9 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
     if damage is None:
         return
     if state != "finished":
-        yield Defect(f"adapter: {damage}", "a repair moves it aside", partial(_set_aside, run.adapter_dir))
+        yield Defect(
+            f"adapter: {damage}", "a repair moves it aside", partial(repair.set_aside, run.adapter_dir)
+        )
         return
     whole = [step for step, folder in run.checkpoints() if checkpoint_damage(folder) is None]
     remedy = (
@@ -234,25 +152,7 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
         if whole
         else f"a repair lets `qlora-tui resume {run.id}` train it again: no checkpoint is whole"
     )
-    yield Defect(f"adapter: {damage}", remedy, partial(_reopen, run, damage))
-
-
-def _reopen(run: RunDir, damage: str) -> str:
-    """Make a finished run one that failed, so that it can be resumed."""
-    if run.adapter_dir.exists():
-        _move_aside(run.adapter_dir)
-    resume = f"`qlora-tui resume {run.id}`"
-    lost = Failed(
-        at=time.time(),
-        title="The adapter was lost",
-        what=f"After the run had finished, its adapter was found damaged: {damage}.",
-        fix=f"{resume} writes it again from the last checkpoint.",
-        kind="lost",
-    )
-    with EventWriter(run.events_path) as log:
-        log.append(lost)
-    write_status(run, read_status(run).transition("failed", detail=f"{lost.title}: {lost.what}"))
-    return f"{resume} writes it again now"
+    yield Defect(f"adapter: {damage}", remedy, partial(repair.reopen, run, damage))
 
 
 def _status(run: RunDir) -> Iterator[Defect]:
@@ -260,42 +160,10 @@ def _status(run: RunDir) -> Iterator[Defect]:
     if problem is not None and read_status(run).state == "unreadable":
         yield Defect(problem, "there is no recipe to go on with: delete the run")
     elif problem is not None:
-        yield Defect(problem, "a repair writes it from the run's events", partial(_restore_status, run))
+        yield Defect(problem, "a repair writes it from the run's events", partial(repair.restore_status, run))
     elif is_stranded(run):
         yield Defect(
             "it says queued and is not in the queue",
             f"`qlora-tui resume {run.id}` queues it; a repair records it as stopped",
-            partial(_restore_status, run),
+            partial(repair.restore_status, run),
         )
-
-
-def _restore_status(run: RunDir) -> str:
-    status = read_status(run)
-    if status.state == "lost":
-        record_outcome(run, determine_outcome(run, None))
-    elif is_stranded(run):
-        run_queue.mark_not_queued(run, "It was queued and was not in the queue.")
-    else:
-        write_status(run, status)
-    return f"it is {read_status(run).state} now"
-
-
-def _take_out(entry: Entry) -> str:
-    run_queue.remove(RunDir(paths.runs_dir() / entry.run_id))
-    return "taken out"
-
-
-def _delete(path: Path) -> str:
-    leftovers.delete(path)
-    return "deleted"
-
-
-def _move_aside(path: Path) -> Path:
-    """Rename a file or folder within its folder, durably; its new path."""
-    number, aside = 1, path.with_name(f"{_DAMAGED}{path.name}")
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{_DAMAGED}{number}-{path.name}")
-    path.rename(aside)
-    sync(path.parent)
-    return aside

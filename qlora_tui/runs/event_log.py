@@ -6,6 +6,7 @@ writer cuts the torn end off before it appends.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from itertools import chain
@@ -17,6 +18,8 @@ from qlora_tui.files import write_all
 from qlora_tui.runs.events import AnyEvent, CheckpointSaved, Failed, Finished, Paused, Stopped, decode, encode
 
 _READ_BYTES = 1 << 20
+LONGEST_LINE_BYTES = 1 << 24
+"""A longer line is no event: a power cut can leave gigabytes without a line end. It is passed over."""
 
 
 class EventWriter:
@@ -138,6 +141,34 @@ def read_from(path: Path, offset: int, most_bytes: int) -> bytes:
         return os.pread(file, max(0, min(most_bytes, there)), offset)
     finally:
         os.close(file)
+
+
+def events_and_damage(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """What can be read of each line, and whether that is all of it; an event of another version is whole.
+
+    A torn last line is none, unless it is longer than any event. Raises OSError.
+    """
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST_LINE_BYTES):
+            if line.endswith(b"\n"):
+                # A power cut leaves zeros where content had not reached the disk.
+                clean = line.lstrip(b"\0")
+                is_event = _is_json_object(clean)
+                yield (clean if is_event else b""), is_event and clean == line
+            elif len(line) == LONGEST_LINE_BYTES:
+                while (rest := file.readline(LONGEST_LINE_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+                yield b"", False
+
+
+def _is_json_object(line: bytes) -> bool:
+    if decode(line) is not None:
+        return True
+    try:
+        # An event of another version is not damaged.
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _cut_torn_end(file: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -13,11 +14,16 @@ import pytest
 from qlora_tui import paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, leftovers, run_queue
-from qlora_tui.runs.check import apply_repairs, check_leftovers, check_queue, check_run
+from qlora_tui.runs.check import check_leftovers, check_queue, check_run
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventTail, last_event
+from qlora_tui.runs.events import AnyEvent, Failed, Finished
+from qlora_tui.runs.locks import locked
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.queue_entries import queue_dir
+from qlora_tui.runs.repair import apply_repairs
 from qlora_tui.runs.status import Status, read_status, write_status
+from tests.power import FaultyDisk
 from tests.runs import story
 from tests.runs.test_damage import flip
 
@@ -75,6 +81,12 @@ def zeros_in_events(run: RunDir) -> None:
     lines[2] = bytes(50) + lines[2]
     lines.insert(3, b"\xff{\n")
     run.events_path.write_bytes(b"".join(lines))
+
+
+def foreign_line_in_events(run: RunDir) -> bytes:
+    content = run.events_path.read_bytes() + b"\xff{\n"
+    run.events_path.write_bytes(content)
+    return content
 
 
 def no_recipe(run: RunDir) -> None:
@@ -144,6 +156,77 @@ def test_a_run_in_training_is_left_alone(finished: RunDir) -> None:
     no_adapter(finished)
     checked = check_run(finished)
     assert checked.in_training and not checked.defects
+
+
+def repair(run: RunDir) -> list[str]:
+    return apply_repairs(check_run(run), partial(check_run, run))[1]
+
+
+def events_of(run: RunDir) -> list[AnyEvent]:
+    return list(EventTail(run.events_path).drain())
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_full_disk_during_a_repair_loses_no_history(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    before = events_of(finished)
+    foreign_line_in_events(finished)
+    checked = check_run(finished)
+    with monkeypatch.context() as full:
+        FaultyDisk(full, at, errno.ENOSPC, lasting=True)
+        apply_repairs(checked, partial(check_run, finished))
+    assert events_of(finished) == before
+    repair(finished)
+    assert check_run(finished).defects == () and events_of(finished) == before
+
+
+def test_history_that_a_killed_repair_moved_aside_comes_back(finished: RunDir) -> None:
+    before = events_of(finished)
+    foreign_line_in_events(finished)
+    finished.events_path.rename(finished.path / "damaged-events.jsonl")
+    repair(finished)
+    assert check_run(finished).defects == () and events_of(finished) == before
+    assert read_status(finished).state == "finished"
+
+
+def test_a_run_resumed_after_its_check_is_not_repaired(run: RunDir) -> None:
+    reporter = story.begin(run)
+    story.train(run, reporter, 1, 2)
+    story.pause(run, reporter, 2)
+    zeros_in_events(run)
+    checked = check_run(run)
+    actions.resume(run)
+    reporter = story.begin(run)
+    story.train(run, reporter, 3)
+    (said,) = apply_repairs(checked, partial(check_run, run))[1]
+    assert said == "left alone: it is running"
+    story.finish(run, reporter, 4)
+    assert isinstance(last_event(run.events_path), Finished)
+    assert not (run.path / "damaged-events.jsonl").exists()
+
+
+def test_a_run_that_waits_is_not_repaired(run: RunDir) -> None:
+    run_queue.enqueue(run)
+    damaged = foreign_line_in_events(run)
+    assert repair(run) == ["left alone: it is queued"]
+    assert run.events_path.read_bytes() == damaged
+
+
+def test_a_run_whose_trainer_still_exits_is_not_repaired(finished: RunDir) -> None:
+    no_adapter(finished)
+    with locked(finished.trainer_lock_path):
+        (said,) = repair(finished)
+    assert said == "left alone: a trainer still has it" and read_status(finished).state == "finished"
+
+
+def test_the_second_of_two_repairs_does_nothing(finished: RunDir) -> None:
+    damaged_weights(finished)
+    first, second = check_run(finished), check_run(finished)
+    apply_repairs(first, partial(check_run, finished))
+    (said,) = apply_repairs(second, partial(check_run, finished))[1]
+    assert said == "left alone: it has changed since it was checked"
+    assert sum(isinstance(event, Failed) for event in events_of(finished)) == 1
 
 
 def test_a_repair_that_fails_says_why(finished: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import pytest
 from qlora_tui import paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, leftovers, run_queue
+from qlora_tui.runs.check import check_run
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import CheckpointSaved, Started
+from qlora_tui.runs.repair import apply_repairs
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.power import Disk
 from tests.runs import story
@@ -133,3 +136,23 @@ def test_a_withdrawn_run_stays_withdrawn_or_waits(
         states.add(read_status(RunDir(paths.runs_dir() / run.id)).state)
         assert_nothing_is_lost(cut)
     assert states == {"queued", "stopped"}
+
+
+def test_a_repair_loses_no_history_wherever_it_is_cut(
+    recipe: Recipe, cuts: Callable[[Work], Iterator[str]]
+) -> None:
+    run = story.submitted(recipe)
+    reporter = story.begin(run)
+    story.train(run, reporter, 1, 2)
+    story.finish(run, reporter, 2)
+    before = list(EventTail(run.events_path).drain())
+    with run.events_path.open("ab") as file:
+        file.write(b"\xff{\n")
+
+    for cut in cuts(lambda: apply_repairs(check_run(run), partial(check_run, run))):
+        here = RunDir(paths.runs_dir() / run.id)
+        assert list(EventTail(here.events_path).drain()) == before, cut
+        apply_repairs(check_run(here), partial(check_run, here))
+        assert check_run(here).defects == (), cut
+        kept = [path.read_bytes() for path in here.path.glob("damaged-*events.jsonl")]
+        assert any(content.endswith(b"\xff{\n") for content in kept), cut

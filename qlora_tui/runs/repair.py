@@ -1,0 +1,224 @@
+"""What a check finds wrong with a run, and the repairs.
+
+A repair deletes nothing of a run but what killed processes left half written: what is damaged is moved aside,
+under a name that says so. What replaces a file is on the disk before it is replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count, takewhile
+from pathlib import Path
+from typing import TypeAlias
+
+from qlora_tui import paths
+from qlora_tui.errors import UserError
+from qlora_tui.files import atomic_write, sync
+from qlora_tui.runs import leftovers, run_queue
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventWriter, events_and_damage
+from qlora_tui.runs.events import Failed
+from qlora_tui.runs.locks import PATIENCE_S, locked
+from qlora_tui.runs.outcomes import determine_outcome, record_outcome
+from qlora_tui.runs.queue_entries import Entry, queue_lock
+from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, write_status
+
+_DAMAGED = "damaged-"
+"""Before the name of what is moved aside."""
+Fingerprint: TypeAlias = tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Defect:
+    """Something that is not as it should be."""
+
+    what: str
+    """A clause: ``adapter: adapter_model.safetensors is missing``."""
+    remedy: str
+    """A clause: what the user can do, or what a repair does."""
+    repair: Callable[[], str] | None = field(default=None, compare=False)
+    """Does what can be done, and says what that was, in a clause. Raises OSError or UserError."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check says of one run, or of what all share."""
+
+    name: str
+    state: State | None
+    """None for what is no run."""
+    defects: tuple[Defect, ...] = ()
+    in_training: bool = False
+    """It was left alone."""
+    run: RunDir | None = field(default=None, compare=False)
+    """None for what is no run."""
+    seen: Fingerprint = field(default=(), compare=False)
+    """The run's files before the check."""
+
+
+def fingerprint(run: RunDir) -> Fingerprint:
+    """The run's files and checkpoints: name, inode, size and time of each. It changes with every repair."""
+    files: list[tuple[str, int, int, int]] = []
+    for folder in (run.path, run.checkpoints_dir):
+        with suppress(OSError), os.scandir(folder) as listed:
+            for entry in listed:
+                if entry.name != run.trainer_lock_path.name:
+                    stat = entry.stat(follow_symlinks=False)
+                    files.append((entry.path, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return tuple(sorted(files))
+
+
+def apply_repairs(
+    checked: CheckResult, check_again: Callable[[], CheckResult]
+) -> tuple[CheckResult, list[str]]:
+    """Repair what can be repaired; what a second check says, and what was done, in clauses.
+
+    A run is held meanwhile, so that no trainer starts on it, and left alone where it has changed since the
+    check. A repair that fails says why, and leaves its defect to the second check.
+    """
+    repairs = [defect for defect in checked.defects if defect.repair is not None]
+    if not repairs:
+        return checked, []
+    try:
+        with _held(checked) as refusal:
+            done = [f"left alone: {refusal}"] if refusal else _apply(repairs)
+    except (OSError, UserError) as error:
+        done = [f"could not repair {checked.name}: {_reason(error)}"]
+    return check_again(), done
+
+
+@contextmanager
+def _held(checked: CheckResult) -> Iterator[str]:
+    """Keep trainers and queue away from a run; why it must not be repaired now, in a clause, or nothing."""
+    run = checked.run
+    if run is None:
+        yield ""
+        return
+    with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as alone, queue_lock():
+        state = read_status(run).state
+        if state in ACTIVE or state == "queued":
+            yield f"it is {state}"
+        elif alone is None:
+            yield "a trainer still has it"
+        elif fingerprint(run) != checked.seen:
+            yield "it has changed since it was checked"
+        else:
+            yield ""
+
+
+def _apply(defects: list[Defect]) -> list[str]:
+    done = []
+    for defect in defects:
+        assert defect.repair is not None
+        try:
+            done.append(defect.repair())
+        except (OSError, UserError) as error:
+            done.append(f"could not repair {defect.what}: {_reason(error)}")
+    return done
+
+
+def _reason(error: OSError | UserError) -> str:
+    return error.title if isinstance(error, UserError) else error.strerror or str(error)
+
+
+def put_back(run: RunDir, final: Path) -> str:
+    """Put back what was moved aside for a new one that never came."""
+    leftovers.restore(run)
+    return f"put {final.name} back"
+
+
+def restore_recipe(run: RunDir, text: str, origin: Path) -> str:
+    """Write the recipe from its copy ``text``, which is in the file ``origin``."""
+    keep = _place_aside(run.recipe_path) if run.recipe_path.exists() else None
+    atomic_write(run.recipe_path, text, durable=True, keep=keep)
+    return f"restored recipe.toml from {origin.relative_to(run.path)}"
+
+
+def rewrite_events(run: RunDir) -> str:
+    """Leave damaged lines out of ``events.jsonl``."""
+    content = b"".join(line for line, _ in events_and_damage(run.events_path))
+    aside = _place_aside(run.events_path)
+    atomic_write(run.events_path, content, durable=True, keep=aside)
+    return f"left them out; the file as it was is {aside.name}"
+
+
+def restore_events(run: RunDir, aside: Path) -> str:
+    """Take the history from the file that an interrupted repair moved aside."""
+    content = b"".join(line for line, _ in events_and_damage(aside))
+    atomic_write(run.events_path, content, durable=True)
+    return f"restored events.jsonl from {aside.name}"
+
+
+def set_aside(folder: Path) -> str:
+    """Move a damaged file or folder aside."""
+    return f"moved it to {_move_aside(folder).name}"
+
+
+def reopen(run: RunDir, damage: str) -> str:
+    """Make a finished run one that failed, so that it can be resumed."""
+    if run.adapter_dir.exists():
+        _move_aside(run.adapter_dir)
+    resume = f"`qlora-tui resume {run.id}`"
+    lost = Failed(
+        at=time.time(),
+        title="The adapter was lost",
+        what=f"After the run had finished, its adapter was found damaged: {damage}.",
+        fix=f"{resume} writes it again from the last checkpoint.",
+        kind="lost",
+    )
+    with EventWriter(run.events_path) as log:
+        log.append(lost)
+    write_status(run, read_status(run).transition("failed", detail=f"{lost.title}: {lost.what}"))
+    return f"{resume} writes it again now"
+
+
+def restore_status(run: RunDir) -> str:
+    """Write the status from the run's events."""
+    status = read_status(run)
+    if status.state == "lost":
+        record_outcome(run, determine_outcome(run, None))
+    elif is_stranded(run):
+        run_queue.mark_not_queued(run, "It was queued and was not in the queue.")
+    else:
+        write_status(run, status)
+    return f"it is {read_status(run).state} now"
+
+
+def take_out(entry: Entry) -> str:
+    """Take the entry of a run that is gone out of the queue."""
+    run_queue.remove(RunDir(paths.runs_dir() / entry.run_id))
+    return "taken out"
+
+
+def delete(path: Path) -> str:
+    """Delete what a killed process left."""
+    leftovers.delete(path)
+    return "deleted"
+
+
+def last_aside(path: Path) -> Path | None:
+    """Where a file or folder was moved aside last; None where it never was."""
+    asides = (path.with_name(name) for name in _names_aside(path))
+    return max(takewhile(Path.exists, asides), key=lambda aside: aside.stat().st_ctime_ns, default=None)
+
+
+def _move_aside(path: Path) -> Path:
+    """Rename a file or folder within its folder, durably; its new path."""
+    aside = _place_aside(path)
+    path.rename(aside)
+    sync(path.parent)
+    return aside
+
+
+def _place_aside(path: Path) -> Path:
+    """The first free name beside ``path``."""
+    return next(aside for name in _names_aside(path) if not (aside := path.with_name(name)).exists())
+
+
+def _names_aside(path: Path) -> Iterator[str]:
+    yield f"{_DAMAGED}{path.name}"
+    yield from (f"{_DAMAGED}{number}-{path.name}" for number in count(2))
