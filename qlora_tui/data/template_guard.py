@@ -57,16 +57,14 @@ class Bounded:
         self.thread = threading.get_ident()
         self.clock = _clock_of(self.thread)
         self.ends_at = time.clock_gettime(self.clock) + MOST_CPU_S
+        _watch.begin(self)  # before memory is bounded: a new thread takes some
         memory_bound.enter(MORE_MEMORY_BYTES)
-        _watch.begin(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            _watch.end(self)
-        finally:
-            memory_bound.leave()
+        memory_bound.leave()
+        _watch.end(self)
 
 
 def _clock_of(thread: int) -> int:
@@ -85,17 +83,22 @@ class _Watch:
 
     def begin(self, block: Bounded) -> None:
         with self._lock:
-            self._under_way.add(block)
             if not self._is_running:
-                self._is_running = True
                 threading.Thread(target=self._run, name="template-watch", daemon=True).start()
+                self._is_running = True
+            self._under_way.add(block)
 
     def end(self, block: Bounded) -> None:
-        with self._lock:
-            self._under_way.discard(block)
-            # One that was asked for and has not come yet: what is rendered is there, or failed otherwise.
-            if block.ends_at == _STOPPED:
-                _raise_in(ctypes.c_ulong(block.thread), None)
+        """Stop watching. Nothing is raised in the block's thread after the return."""
+        while True:
+            try:
+                with self._lock:
+                    self._under_way.discard(block)
+                    # Raised, but not arrived yet: the rendering is finished, or failed for another reason.
+                    _raise_in(ctypes.c_ulong(block.thread), None)
+                return
+            except TemplateStopped:
+                continue  # it arrived here
 
     def _run(self) -> None:
         idle = 0
@@ -106,11 +109,16 @@ class _Watch:
                 if idle > _IDLE_LOOKS:
                     self._is_running = False
                     return
-                for block in self._under_way:
-                    if block.ends_at != _STOPPED and time.clock_gettime(block.clock) > block.ends_at:
-                        block.ends_at = _STOPPED
-                        _raise_in(ctypes.c_ulong(block.thread), ctypes.py_object(TemplateStopped))
+                try:
+                    self._stop_overdue()
+                except (MemoryError, OSError):
+                    continue  # with the memory bound reached, this thread has none either: try again
+
+    def _stop_overdue(self) -> None:
+        """Raise TemplateStopped in every block past its bound; again each time, as a finalizer drops it."""
+        for block in self._under_way:
+            if time.clock_gettime(block.clock) > block.ends_at:
+                _raise_in(ctypes.c_ulong(block.thread), ctypes.py_object(TemplateStopped))
 
 
-_STOPPED = float("-inf")
 _watch = _Watch()

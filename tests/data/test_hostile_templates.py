@@ -103,6 +103,43 @@ def test_a_template_that_was_stopped_is_not_tried_again(monkeypatch: pytest.Monk
         monkeypatch.setattr(template_guard, "MOST_CPU_S", 1e9)
 
 
+@pytest.mark.parametrize("fault", [MemoryError, OSError, None], ids=["memory", "clock", "lost"])
+def test_a_template_is_stopped_where_the_first_attempt_fails(
+    fault: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watching thread has no memory or clock at first, or Python drops the exception."""
+    calls: list[object] = []
+    raise_in = template_guard._raise_in
+
+    def fails_once(thread: object, exception: object) -> object:
+        if exception is not None:
+            calls.append(exception)
+        if len(calls) != 1:
+            return raise_in(thread, exception)
+        if fault is not None:
+            raise fault
+        return 1
+
+    monkeypatch.setattr(template_guard, "_raise_in", fails_once)
+    monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
+    assert "takes more than" in refusal(ENDLESS)
+
+
+def test_a_template_is_stopped_after_the_watching_thread_could_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(template_guard, "_watch", template_guard._Watch())
+    monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(threading.Thread, "start", _cannot_start)
+        template_guard.Bounded().__enter__()
+    assert "takes more than" in refusal(ENDLESS)
+
+
+def _cannot_start(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def test_a_template_is_stopped_in_any_thread_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
     reasons: list[str] = []
