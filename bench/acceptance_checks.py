@@ -77,7 +77,7 @@ def recipe_for(box: Box, **settings: Any) -> Recipe:
         model=Model(id=str(box.model)),
         lora=Lora(rank=16, dropout=0.05),
         data=Data(sources=(Source(path=str(box.rows)),), max_length=512, validation_fraction=0.1),
-        training=Training(micro_batch=1, gradient_accumulation=2, max_steps=6, optimizer="adamw"),
+        training=Training(micro_batch_size=1, gradient_accumulation=2, max_steps=6, optimizer="adamw"),
     )
     for key, value in settings.items():
         made = replace_setting(made, key.replace("__", "."), value)
@@ -171,13 +171,13 @@ def grid(box: Box) -> Outcome:
             data__sources=(Source(path=str(box.long_rows)),),
             data__validation_fraction=0.0,
             data__max_length=length,
-            training__micro_batch=micro_batch,
+            training__micro_batch_size=micro_batch,
             training__gradient_accumulation=1,
             training__gradient_checkpointing=checkpointing,
             training__max_steps=2,
         )
         story = trained(recipe)
-        if not story.of(Finished) or any(e.micro_batch != micro_batch for e in story.of(Started)):
+        if not story.of(Finished) or any(e.micro_batch_size != micro_batch for e in story.of(Started)):
             rows.append({"micro_batch": micro_batch, "length": length, "checkpointing": checkpointing})
             continue
         measured = story.of(MemoryMeasured)[-1]
@@ -224,7 +224,7 @@ def memory(box: Box) -> Outcome:
     )
     architecture, micro_batch = resolve_model(str(box.model)).architecture, 1
     while True:
-        recipe = replace_setting(recipe, "training.micro_batch", micro_batch)
+        recipe = replace_setting(recipe, "training.micro_batch_size", micro_batch)
         if estimate(recipe, architecture, device=where(box)).allocated_bytes > 1.3 * total:
             break
         micro_batch *= 2
@@ -234,11 +234,11 @@ def memory(box: Box) -> Outcome:
     recipe = replace_setting(recipe, "data.sources", (Source(path=str(more)),))
     story = trained(recipe).require_finished()
     started = story.of(Started)
-    batches = {event.micro_batch * event.gradient_accumulation for event in started}
+    batches = {event.micro_batch_size * event.gradient_accumulation for event in started}
     return Outcome(
         len(started) > 1 and batches == {micro_batch},
-        f"micro-batch {' → '.join(str(e.micro_batch) for e in started)}, {micro_batch} rows a step in each",
-        {"attempts": [event.micro_batch for event in started], "failures": len(story.of(Failed))},
+        f"micro-batch {' → '.join(f'{e.micro_batch_size}' for e in started)}, {micro_batch} rows per step",
+        {"attempts": [event.micro_batch_size for event in started], "failures": len(story.of(Failed))},
     )
 
 

@@ -62,7 +62,7 @@ def question(row: Row, config: Path) -> dict[str, Any]:
             "quantization": method,
             "double_quant": recipe.quantization.double_quantization and method == "nf4",
             "optimizer": "adam8bit" if "8bit" in path.optimizer else "adamw",
-            "batch_size": recipe.training.micro_batch,
+            "batch_size": recipe.training.micro_batch_size,
             "seq_len": recipe.data.max_length,
             "lora_rank": recipe.lora.rank,
             "lora_targets": list(recipe.lora.target_modules),

@@ -46,8 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cpu-demo": {},
     "512": {"data.max_length": 512},
     "1024": {"data.max_length": 1024},
-    "512 x 2": {"data.max_length": 512, "training.micro_batch": 2},
-    "512 x 2 unpacked": {"data.max_length": 512, "training.micro_batch": 2, "data.packing": False},
+    "512 x 2": {"data.max_length": 512, "training.micro_batch_size": 2},
+    "512 x 2 unpacked": {"data.max_length": 512, "training.micro_batch_size": 2, "data.packing": False},
     "1024 checkpointing": {"data.max_length": 1024, "training.gradient_checkpointing": True},
 }
 METHODS = ("nf4", "none")

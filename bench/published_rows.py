@@ -183,7 +183,7 @@ def _recipe(row: Row, method: Literal["nf4", "fp4", "int8", "none"]) -> Recipe:
         ),
         data=Data(max_length=read_number(row, "seq_len"), packing=False),
         training=Training(
-            micro_batch=read_number(row, "batch"), gradient_accumulation=read_accumulation(extra)
+            micro_batch_size=read_number(row, "batch"), gradient_accumulation=read_accumulation(extra)
         ),
     )
 

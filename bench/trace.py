@@ -152,11 +152,11 @@ def recipe_of(case: Case) -> Recipe:
         lora=Lora(
             target_modules=targets,
             dropout=case.dropout,
-            token_rows=tuple(f"token {n}" for n in range(case.token_rows)),
+            trainable_tokens=tuple(f"token {n}" for n in range(case.token_rows)),
         ),
         data=Data(max_length=case.length),
         training=Training(
-            micro_batch=case.rows,
+            micro_batch_size=case.rows,
             gradient_accumulation=1,
             gradient_checkpointing=case.checkpointing,
             optimizer="adamw",

@@ -24,7 +24,7 @@ from qlora_tui.runs.status import State, Status, read_status
 
 STEPS = 30
 _SETTINGS = (
-    *("training.checkpoint_every=2", "training.evaluate_every=5", f"training.max_steps={STEPS}"),
+    *("training.checkpoint_every=2", "training.eval_every=5", f"training.max_steps={STEPS}"),
     *("training.epochs=50", "data.max_length=64", "lora.rank=4", "training.gradient_accumulation=1"),
 )
 MODULES = ("qlora_tui.training", "qlora_tui.runs.runner")
@@ -62,7 +62,7 @@ def started(materials: Path, home: Path, environment: dict[str, str] | None = No
     try:
         yield run
     finally:
-        send_signal(signal.SIGKILL)
+        kill_all()
 
 
 def wait_until_over(run: RunDir) -> State:
@@ -106,6 +106,13 @@ def processes() -> list[psutil.Process]:
             ):
                 ours.append(process)
     return ours
+
+
+def kill_all() -> None:
+    """Kill the trainers and runners of this attempt; return when none is left."""
+    while running := processes():
+        send_signal(signal.SIGKILL)
+        psutil.wait_procs(running, timeout=1)
 
 
 def send_signal(number: int, modules: Collection[str] = MODULES) -> None:

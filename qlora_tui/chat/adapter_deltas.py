@@ -71,7 +71,7 @@ class LoraDelta:
 
 @dataclass(frozen=True)
 class EmbeddingRowDelta:
-    """Rows of an embedding or a head that were learnt (``lora.token_rows``)."""
+    """Rows of an embedding or a head that were learnt (``lora.trainable_tokens``)."""
 
     ids: tuple[int, ...]
     rows: Tensor

@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     model_files = resolve_model(recipe.model.id)
     architecture = model_files.architecture
     resolve_targets(recipe.lora, architecture.modules)
-    if recipe.lora.token_rows and model_files.gguf_file is None:
-        token_ids(recipe.lora.token_rows, ChatTokenizer.from_folder(model_files.folder))
+    if recipe.lora.trainable_tokens and model_files.gguf_file is None:
+        token_ids(recipe.lora.trainable_tokens, ChatTokenizer.from_folder(model_files.folder))
     sources = every_source(recipe.data)
     choice = recipe.data.preferences
     data_files = [

@@ -214,7 +214,7 @@ def _key(
             (version.sha256, file.source, file.detection.layout)
             for file, version in zip(files, versions, strict=True)
         ],
-        (data.max_length, data.too_long, data.validation_fraction, bool(data.validation_path)),
+        (data.max_length, data.overflow, data.validation_fraction, bool(data.validation_path)),
         Choices.of(data),
         recipe.training.seed,
     )
@@ -260,8 +260,8 @@ def _load(folder: Path, weights: Sequence[float], cached: bool) -> Prepared | No
 
 
 def _nothing_left(counts: Counts, recipe: Recipe) -> UserError:
-    if counts.dropped and recipe.data.too_long == "drop":
-        fix = 'Raise data.max_length, or cut long samples instead: data.too_long = "cut-right".'
+    if counts.dropped and recipe.data.overflow == "drop":
+        fix = 'Raise data.max_length, or cut long samples instead: data.overflow = "cut-right".'
     elif counts.dropped:
         fix = "Raise data.max_length: the answers lie behind the cut."
     else:

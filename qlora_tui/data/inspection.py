@@ -216,7 +216,7 @@ def _shown(row: int, one: Conversation | RowRejectedError, tokenizer: ChatTokeni
     except RowRejectedError as refused:
         return Shown(row, (), (), (), refused=refused.reason)
     samples = [
-        s for rendered in whole for s in truncate(rendered, data.max_length, data.too_long, tokenizer.bos_id)
+        s for rendered in whole for s in truncate(rendered, data.max_length, data.overflow, tokenizer.bos_id)
     ]
     return Shown(
         row=row,

@@ -39,7 +39,7 @@ def most_characters(data: Data) -> int:
 def estimated_long_text(conversation: Conversation, data: Data) -> LongText | None:
     """What is known without a tokenizer of a plain text that is surely cut or dropped; else None."""
     text = conversation.text
-    if data.too_long == "split" or len(text) <= most_characters(data):
+    if data.overflow == "split" or len(text) <= most_characters(data):
         return None
     tokens = len(text.encode("utf-8", "replace")) / _BYTES_A_TOKEN
     return LongText(len(text), math.ceil(tokens / data.max_length))
@@ -70,7 +70,7 @@ class LongTexts:
         self._estimated |= long_text.remaining is None
 
     def problem(self, data: Data) -> DataProblem:
-        """What ``data.too_long`` does to them, and the number of rows that splitting makes of them."""
+        """What ``data.overflow`` does to them, and the number of rows that splitting makes of them."""
         rows = pluralize(self._split_rows, "row")
         if self._estimated:
             texts = "One text holds" if self._count == 1 else f"{self._count:,} texts hold"
@@ -80,7 +80,7 @@ class LongTexts:
             )
         else:
             example = (
-                f'data.too_long = "{data.too_long}" {_LOSES[data.too_long]} {self._kept:,} of '
+                f'data.overflow = "{data.overflow}" {_LOSES[data.overflow]} {self._kept:,} of '
                 f"{self._length:,} tokens; splitting makes {rows} of them."
             )
         check = CHECKS["long-text"]

@@ -98,8 +98,8 @@ CHECKS: dict[str, CheckSpec] = {
     "long-text": CheckSpec(
         "warning",
         "Long text",
-        'To train on all of it, set data.too_long = "split" (on the command line: '
-        "--set data.too_long=split).",
+        'To train on all of it, set data.overflow = "split" (on the command line: '
+        "--set data.overflow=split).",
     ),
     "no-answer": CheckSpec(
         "warning", "No answer to learn", "The row has no assistant turn that trains and is left out."
@@ -121,7 +121,7 @@ CHECKS: dict[str, CheckSpec] = {
     "too-long": CheckSpec(
         "warning",
         "Longer than the length limit",
-        "Dropped, cut or split, as data.too_long says. Raise data.max_length to keep the row whole.",
+        "Dropped, cut or split, as data.overflow says. Raise data.max_length to keep the row whole.",
     ),
     "beyond-context": CheckSpec(
         "warning",
@@ -210,9 +210,9 @@ class DataProblem(Struct, frozen=True):
     path: str = ""
     """The file whose rows these are."""
     tokens: tuple[str, ...] = ()
-    """For ``lora.token_rows``, where that mends it."""
+    """For ``lora.trainable_tokens``, where that mends it."""
     split_rows: int = 0
-    """Rows that ``data.too_long = "split"`` makes of these, where that fixes it."""
+    """Rows that ``data.overflow = "split"`` makes of these, where that fixes it."""
     is_estimate: bool = False
     """Whether ``split_rows`` is estimated, for there is no tokenizer to count with."""
 

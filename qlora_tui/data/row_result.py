@@ -139,7 +139,7 @@ class RowProcessor:
             samples += fitted
             if conversation.text:
                 long_text = self._long_text(sample, fitted)
-        if conversation.text and (long_text is not None or self._data.too_long == "split"):
+        if conversation.text and (long_text is not None or self._data.overflow == "split"):
             sample_problems = [
                 finding for finding in sample_problems if finding[0] not in ("too-long", "nothing-left")
             ]
@@ -166,7 +166,7 @@ class RowProcessor:
         """What becomes of a plain text that is cut or dropped; None for any other."""
         assert self._tokenizer is not None
         length = len(sample.token_ids)
-        if length <= self._data.max_length or self._data.too_long == "split":
+        if length <= self._data.max_length or self._data.overflow == "split":
             return None
         split = truncate(sample, self._data.max_length, "split", self._tokenizer.bos_id)
         return LongText(length, len(split), sum(len(part.token_ids) for part in fitted))
@@ -176,7 +176,7 @@ class RowProcessor:
     ) -> list[TokenizedSample]:
         """What the length limit leaves; what it did is added to ``found`` and ``fates``."""
         assert self._tokenizer is not None
-        limit, too_long = self._data.max_length, self._data.too_long
+        limit, too_long = self._data.max_length, self._data.overflow
         length = len(sample.token_ids)
         fitted = truncate(sample, limit, too_long, self._tokenizer.bos_id)
         if length > limit:

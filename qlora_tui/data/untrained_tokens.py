@@ -2,7 +2,7 @@
 
 A base model's vocabulary often holds tokens kept for later (Llama 3's ``<|eot_id|>``) whose rows are
 still near zero, or all alike. LoRA does not train the embedding, so a template built on them cannot
-be learned, unless ``lora.token_rows`` has their rows trained. Reads a few rows of the safetensors
+be learned, unless ``lora.trainable_tokens`` has their rows trained. Reads a few rows of the safetensors
 files, without torch.
 """
 
@@ -66,7 +66,7 @@ def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | N
     if not tokens:
         return None
     check = CHECKS["untrained-tokens"]
-    train = f"Have their rows trained: lora.token_rows = {json.dumps(tokens, ensure_ascii=False)}."
+    train = f"Have their rows trained: lora.trainable_tokens = {json.dumps(tokens, ensure_ascii=False)}."
     return DataProblem(
         kind="untrained-tokens",
         severity=check.severity,
@@ -80,14 +80,14 @@ def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | N
 
 
 def token_ids(tokens: Iterable[str], tokenizer: ChatTokenizer) -> list[int]:
-    """Ids of ``lora.token_rows``, each once. Raises UserError for a text that is no token."""
+    """Ids of ``lora.trainable_tokens``, each once. Raises UserError for a text that is no token."""
     ids = []
     for token in dict.fromkeys(tokens):
         token_id = tokenizer.backend.token_to_id(token)
         if token_id is None:
             raise UserError(
                 "No such token",
-                what=f"lora.token_rows names {token!r}, which is no token of this model's.",
+                what=f"lora.trainable_tokens names {token!r}, which is no token of this model's.",
                 fix="`qlora-tui data inspect FILE --model MODEL` names the tokens that it has never learned.",
                 exit_code=EXIT_USAGE,
             )

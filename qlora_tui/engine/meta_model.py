@@ -43,13 +43,15 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
         use_chunked_loss(model, head)
     use_segments(model, by_mask=segments)
     with torch.device("meta"):
-        return add_lora(model, recipe.lora, architecture, range(len(set(recipe.lora.token_rows)))), segments
+        return add_lora(
+            model, recipe.lora, architecture, range(len(set(recipe.lora.trainable_tokens)))
+        ), segments
 
 
 def inputs(request: TraceRequest, *, packing_isolated: bool) -> dict[str, Any]:
     """One micro-batch, every token learnt from: end to end in one row where samples are kept apart."""
     recipe = request.recipe
-    rows, length = recipe.training.micro_batch, recipe.data.max_length
+    rows, length = recipe.training.micro_batch_size, recipe.data.max_length
     shape = (1, rows * length) if packing_isolated else (rows, length)
     labels = torch.zeros(shape, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
     batch: dict[str, Any] = {

@@ -30,11 +30,11 @@ def render_model_card(recipe: Recipe, *, from_hub: bool) -> str:
         ("Rank, alpha, dropout", f"{lora.rank}, {lora.alpha:g}, {lora.dropout:g}"),
         *((label, format_value(table)) for label, table in overrides if table),
         ("Target modules", ", ".join(lora.target_modules)),
-        *([("Token rows", _code(lora.token_rows))] if lora.token_rows else []),
+        *([("Token rows", _code(lora.trainable_tokens))] if lora.trainable_tokens else []),
         ("Data", sources),
         ("Trained on", _trained_part(recipe)),
         ("Effective batch", f"{recipe.effective_batch} rows of at most {recipe.data.max_length:,} tokens"),
-        ("Learning rate", f"{training.learning_rate:g}, {training.schedule}"),
+        ("Learning rate", f"{training.learning_rate:g}, {training.lr_scheduler}"),
         ("Length", f"{training.max_steps:,} steps" if training.max_steps else f"{training.epochs:g} epochs"),
     ]
     table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]

@@ -153,9 +153,9 @@ def _liger_pays(recipe: Recipe, architecture: Architecture | None) -> bool:
 
     It knows no rows beside the head's own.
     """
-    if architecture is None or recipe.lora.token_rows:
+    if architecture is None or recipe.lora.trainable_tokens:
         return False
-    tokens = recipe.training.micro_batch * recipe.data.max_length
+    tokens = recipe.training.micro_batch_size * recipe.data.max_length
     return liger_rows(tokens, architecture.hidden_size, architecture.vocab_size) >= LOSS_CHUNK_ROWS
 
 

@@ -113,7 +113,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
     """Every layer with its modules as this recipe and path hold them."""
     ranks = {m.name: rank_of(recipe.lora, m) for m in resolve_targets(recipe.lora, architecture.modules)}
     style = STYLES.get(architecture.model_type, LayerStyle())
-    rows, length = recipe.training.micro_batch, recipe.data.max_length
+    rows, length = recipe.training.micro_batch_size, recipe.data.max_length
     by_layer: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]
     for module in architecture.modules:
         if module.layer is not None and module.part != "vision":
@@ -178,7 +178,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
         embedding_dropout=architecture.residual_dropout if architecture.model_type in GPT_2 else 0.0,
         softcap=architecture.final_logit_softcapping is not None,
         logit_scale=architecture.logit_scale is not None,
-        token_rows=len(set(recipe.lora.token_rows)),
+        token_rows=len(set(recipe.lora.trainable_tokens)),
         own_head=not architecture.head.tied,
         adapter_parameters=sum(tensors),
         adapter_tensors=tuple(tensors),
@@ -188,8 +188,8 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
 
 
 def row_tensors(lora: Lora, architecture: Architecture) -> list[int]:
-    """Elements of the rows ``lora.token_rows`` has trained: the embedding's, and the head's if not tied."""
-    rows = len(set(lora.token_rows)) * architecture.hidden_size
+    """Elements of each tensor of trained token rows: the embedding's, and the head's if it is not tied."""
+    rows = len(set(lora.trainable_tokens)) * architecture.hidden_size
     return [rows] * (1 if architecture.head.tied else 2) if rows else []
 
 

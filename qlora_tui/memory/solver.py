@@ -60,7 +60,7 @@ def largest_settings(
     longest = (architecture.max_positions or 131_072) // LENGTH_STEP
     return WhatFits(
         sequence_length=_largest(longest, lambda n: fits({"data.max_length": n * LENGTH_STEP})) * LENGTH_STEP,
-        micro_batch=_largest(MOST_ROWS, lambda n: fits({"training.micro_batch": n})),
+        micro_batch=_largest(MOST_ROWS, lambda n: fits({"training.micro_batch_size": n})),
         rank=max((rank for rank in RANKS if fits({"lora.rank": rank})), default=0),
     )
 
@@ -164,7 +164,7 @@ def _offers(recipe: Recipe, architecture: Architecture) -> Iterator[SavingOption
     if training.optimizer in ("adamw", "paged_adamw_32bit"):
         label = f"Optimizer {training.optimizer} → paged_adamw_8bit"
         yield _single("", label, "training.optimizer", "paged_adamw_8bit")
-    if training.micro_batch > 1:
+    if training.micro_batch_size > 1:
         yield SavingOption("same effective batch, a little slower", tuple(_smaller_batches(recipe)))
     if not training.gradient_checkpointing:
         yield _single("a third slower", "Checkpoint activations", "training.gradient_checkpointing", True)
@@ -191,13 +191,13 @@ def _single(cost: str, label: str, key: str, value: object) -> SavingOption:
 
 
 def _smaller_batches(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
-    was, accumulated = recipe.training.micro_batch, recipe.training.gradient_accumulation
+    was, accumulated = recipe.training.micro_batch_size, recipe.training.gradient_accumulation
     rows = was
     while rows > 1:
         rows //= 2
         steps = min(-(-recipe.effective_batch // rows), 65_536)
         label = f"Micro-batch {was} → {rows}, accumulation {accumulated} → {steps}"
-        yield label, {"training.micro_batch": rows, "training.gradient_accumulation": steps}
+        yield label, {"training.micro_batch_size": rows, "training.gradient_accumulation": steps}
 
 
 def _shorter_rows(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,8 @@ fields          the settings as data, for forms, ``--set`` and the reference pag
 toml            a file or text to a layer (a partial recipe), a layer to a recipe, a recipe to TOML
 validation      every error in a layer, with the closest valid name
 errors          one issue of a recipe, and the exception that carries all issues
-suggestions     likely intended settings: other tools' names, keys in the wrong section
+aliases         other spellings of settings: version 0.1's, other trainers'
+suggestions     likely intended settings: misspelled keys, keys in the wrong section
 toml_lines      the line number of each key in a TOML text
 layering        defaults < preset < the user's file < ``--set``
 conflicts       settings that are valid alone and invalid together

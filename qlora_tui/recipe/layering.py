@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.recipe import conflicts, suggestions, targets, toml
+from qlora_tui.recipe import aliases, conflicts, suggestions, targets, toml
 from qlora_tui.recipe.errors import InvalidRecipeError, RecipeIssue
 from qlora_tui.recipe.fields import Field, fields, sections
 from qlora_tui.recipe.schema import Recipe
@@ -24,12 +24,14 @@ def build_recipe(
     sets: Sequence[str] = (),
     model: str | None = None,
     data: Sequence[str] = (),
+    on_note: Callable[[str], None] | None = None,
 ) -> Recipe:
     """The recipe of a command line, checked, conflicts included.
 
     ``sets`` are ``section.key=value``; ``model`` and ``data`` stand for ``model.id`` and ``data.sources`` and
     yield to a ``--set`` of these. Each layer is checked against its own origin, so that an error names the
-    file or the argument. Raises UserError, exit code 2. See also ``conflicts.require_runnable``.
+    file or the argument. ``on_note`` gets a sentence for each key in another trainer's spelling. Raises
+    UserError, exit code 2. See also ``conflicts.require_runnable``.
     """
     recipe: dict[str, Any] = {}
     if preset is not None:
@@ -37,8 +39,8 @@ def build_recipe(
 
         recipe = merge_layers(recipe, find_preset(preset).settings())
     if file is not None:
-        recipe = merge_layers(recipe, toml.load(file))
-    recipe = merge_layers(recipe, _argument_layer(recipe, sets, model, data))
+        recipe = merge_layers(recipe, toml.load(file, on_note=on_note))
+    recipe = merge_layers(recipe, _argument_layer(recipe, sets, model, data, on_note))
     built = toml.to_recipe(recipe)
     conflicts.check_conflicts(built)
     return built
@@ -55,20 +57,24 @@ def merge_layers(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str
 
 
 def parse_override(argument: str) -> dict[str, Any]:
-    """The layer of one ``section.key=value``, checked.
+    """The layer of one ``section.key=value``, checked, in our own spelling of the key.
 
-    The value is TOML, but needs no quotes: ``training.schedule=linear``. A list of target modules may be a
-    comma list, and so may ranks by pattern: ``q_proj=32,8-23.v_proj=8``. Any other list needs brackets, or is
-    taken as its one item. Raises InvalidRecipeError.
+    The value is TOML, but needs no quotes: ``training.lr_scheduler=linear``. A list of target modules may be
+    comma-separated, and so may ranks by pattern: ``q_proj=32,8-23.v_proj=8``. Any other list needs brackets,
+    or is taken as its one item. Raises InvalidRecipeError.
     """
     layer, issues = _parse_set(argument)
     if issues:
         raise InvalidRecipeError(issues)
-    return layer
+    return aliases.canonical(layer)
 
 
 def _argument_layer(
-    below: Mapping[str, Any], sets: Sequence[str], model: str | None, data: Sequence[str]
+    below: Mapping[str, Any],
+    sets: Sequence[str],
+    model: str | None,
+    data: Sequence[str],
+    on_note: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     layer: dict[str, Any] = {}
     issues: list[RecipeIssue] = []
@@ -82,7 +88,10 @@ def _argument_layer(
             issues += _check_text("--data", "data.sources", path)
     for argument in sets:
         override, override_issues = _parse_set(argument)
-        layer = merge_layers(layer, override)
+        if on_note is not None:
+            for note in aliases.notes(override):
+                on_note(f"--set: {note}")
+        layer = merge_layers(layer, aliases.canonical(override))
         issues += override_issues
     if issues:
         raise InvalidRecipeError(issues)
@@ -126,12 +135,13 @@ def _parse_set(argument: str) -> tuple[dict[str, Any], list[RecipeIssue]]:
         keys = ", ".join(field.path for field in fields().values() if field.section == path)
         message, hint = f"{path} is a section, not a setting", f"name one of {keys}"
         return {}, [RecipeIssue(origin=origin, path=path, message=message, hint=hint)]
-    field = fields().get(path)
+    section, _, key = path.rpartition(".")
+    field = fields().get(aliases.resolve(section, key) or path)
     if field is None:
         short_path = path if len(path) <= _MAX_SHOWN_CHARS else f"{path[:_MAX_SHOWN_CHARS]}…"
         return {}, [_unknown_setting(origin, short_path)]
     value = _parse_value(field, raw.strip())
-    layer = {field.section: {field.key: value}} if field.section else {field.key: value}
+    layer = {section: {key: value}} if section else {key: value}
     issues = find_issues(layer, origin)
     return ({}, issues) if issues else (layer, [])
 

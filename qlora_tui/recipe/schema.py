@@ -16,7 +16,7 @@ Thinking = Literal["auto", "on", "off"]
 """The setting. ``auto`` is, for a row, on where it has reasoning; for a prompt, the template's default."""
 
 _MANY_STEPS = 10_000_000
-"""A bound no run meets, so that a slip of the finger is an error and not an endless run."""
+"""A bound no run reaches, so that a typo is an error and not an endless run."""
 
 
 def _about(label: str, help_: str, memory: str = "", **bounds: Any) -> Meta:
@@ -24,58 +24,58 @@ def _about(label: str, help_: str, memory: str = "", **bounds: Any) -> Meta:
 
 
 class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which model, and how it attends."""
+    """The base model and its attention."""
 
-    id: Annotated[str, _about("Model", "A hub id, a folder, or a GGUF file.")] = ""
-    revision: Annotated[str, _about("Revision", "Branch, tag or commit of a hub model.")] = "main"
+    id: Annotated[str, _about("Model", "A Hub id, a folder, or a GGUF file.")] = ""
+    revision: Annotated[str, _about("Revision", "Branch, tag or commit of a Hub model.")] = "main"
     attention: Annotated[
         Literal["auto", "sdpa", "flash", "eager"],
         _about(
             "Attention",
-            "Which attention kernel; auto takes flash where the kernels package has it, else SDPA.",
-            "eager keeps the whole score matrix: tokens squared, a layer.",
+            "Attention kernel. auto uses flash if the kernels package provides it, otherwise SDPA.",
+            "eager keeps the full score matrix: tokens squared, per layer.",
         ),
     ] = "auto"
     chat_template: Annotated[
         Literal["auto", "chatml", "llama-3", "alpaca", "plain"],
-        _about("Chat template", "auto uses the tokenizer's own; a base model without one gets chatml."),
+        _about("Chat template", "auto uses the tokenizer's template; a base model without one gets chatml."),
     ] = "auto"
 
 
 class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the frozen base weights are held."""
+    """How the frozen base weights are stored."""
 
     method: Annotated[
         Literal["nf4", "fp4", "int8", "none"],
         _about(
             "Method",
-            "nf4 is QLoRA; none keeps 16 bits a weight.",
-            "nf4 and fp4 hold half a byte a linear weight, int8 one, none two.",
+            "nf4 is QLoRA; none keeps 16 bits per weight.",
+            "Per linear weight: half a byte with nf4 and fp4, one with int8, two with none.",
         ),
     ] = "nf4"
     double_quantization: Annotated[
         bool,
-        _about("Double quantization", "Quantize the scales too.", "Saves 0.37 bits a weight."),
+        _about("Double quantization", "Quantize the scales too.", "Saves 0.37 bits per weight."),
     ] = True
     compute_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         _about(
             "Compute dtype",
-            "auto: bfloat16 from compute capability 8.0, float16 below, what is fastest on a CPU.",
-            "Activations, embeddings and head are held in it.",
+            "auto: bfloat16 from compute capability 8.0, float16 below it, the fastest dtype on a CPU.",
+            "Activations, embeddings and the head use it.",
         ),
     ] = "auto"
 
 
 class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is trained."""
+    """The adapter: what is trained."""
 
     rank: Annotated[
         int,
         _about(
             "Rank",
-            "Width of the two thin matrices added to each target.",
-            "16 bytes a parameter with 32-bit AdamW.",
+            "Rank of the two matrices added to each target module.",
+            "16 bytes per adapter parameter with 32-bit AdamW.",
             ge=1,
             le=1024,
         ),
@@ -90,8 +90,8 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         _about(
             "Dropout",
-            "Drops inputs of the adapter while training; 0 is faster, 0.05 to 0.1 helps small data.",
-            "Above 0 each target keeps a byte for each element of its input.",
+            "Dropout on the adapter's input. 0 is faster; 0.05 to 0.1 helps with little data.",
+            "Above 0, each target keeps one byte per element of its input.",
             ge=0,
             lt=1,
         ),
@@ -100,8 +100,8 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         tuple[str, ...],
         _about(
             "Target modules",
-            "all-linear, kinds (q_proj), or kinds in a range of layers (8-23.q_proj, 0-3.all-linear).",
-            "More targets: more adapter, gradient and optimizer bytes.",
+            "all-linear, module names (q_proj), or names in a range of layers (8-23.q_proj, 0-3.all-linear).",
+            "More targets: more memory for adapter, gradients and optimizer.",
             min_length=1,
         ),
     ] = (ALL_LINEAR,)
@@ -109,39 +109,39 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         dict[str, Annotated[int, Meta(ge=1, le=1024)]],
         _about(
             "Rank by pattern",
-            "Ranks of their own, by target pattern: 8-23.q_proj = 32; of two that fit, the later holds.",
+            "Rank overrides by target pattern (8-23.q_proj = 32). If two patterns match, the later wins.",
         ),
     ] = {}
     alpha_pattern: Annotated[
         dict[str, Annotated[float, Meta(gt=0, le=8192)]],
-        _about("Alpha by pattern", "Alphas of their own, by target pattern: 8-23.q_proj = 64."),
+        _about("Alpha by pattern", "Alpha overrides by target pattern (8-23.q_proj = 64)."),
     ] = {}
     use_rslora: Annotated[
-        bool, _about("rsLoRA", "Scale by alpha / √rank, which keeps high ranks learning.")
+        bool, _about("rsLoRA", "Scale by alpha / √rank, which keeps high ranks stable.")
     ] = False
     use_dora: Annotated[
         bool,
         _about(
             "DoRA",
-            "Train magnitude and direction apart: often better at low rank, always slower.",
-            "Rebuilds each target's weight in 16 bits in the forward pass.",
+            "Train magnitude and direction separately: often better at low rank, always slower.",
+            "Rebuilds each target's weight in 16 bits during the forward pass.",
         ),
     ] = False
-    token_rows: Annotated[
+    trainable_tokens: Annotated[
         tuple[str, ...],
         _about(
-            "Token rows",
-            "Tokens whose rows of embedding and head are trained too: those a base model has never learned.",
-            "A row as wide as the model for each, and one more where the head is not tied.",
+            "Trainable tokens",
+            "Tokens whose embedding and head rows are trained too: tokens the base model never learned.",
+            "One row of hidden size per token, two if the head is not tied to the embedding.",
             max_length=256,
         ),
     ] = ()
 
 
 class Source(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One data file, folder or hub dataset."""
+    """One data file, folder or Hub dataset."""
 
-    path: Annotated[str, _about("Path", "A file, a folder of files, or a hub dataset id.", min_length=1)]
+    path: Annotated[str, _about("Path", "A file, a folder of files, or a Hub dataset id.", min_length=1)]
     format: Annotated[
         Literal[
             "auto",
@@ -154,92 +154,95 @@ class Source(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "preference",
             "text",
         ],
-        _about("Format", "auto looks at the first rows and says why."),
+        _about("Format", "auto decides from the first rows."),
     ] = "auto"
     columns: Annotated[
         dict[str, str],
-        _about("Columns", "Which column plays which part, where the names are your own: prompt, completion."),
+        _about("Columns", "Which column holds which part, for your own column names."),
     ] = {}
     weight: Annotated[
-        float, _about("Weight", "How often each row is seen, relative to other sources.", gt=0, le=1000)
+        float,
+        _about("Weight", "How often rows of this source are seen, relative to other sources.", gt=0, le=1000),
     ] = 1.0
 
 
 class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What it learns from."""
+    """The training data."""
 
     sources: Annotated[
-        tuple[Source, ...], _about("Sources", "The files to learn from, each with its format and weight.")
+        tuple[Source, ...], _about("Sources", "Training files, each with its format and weight.")
     ] = ()
     validation_path: Annotated[
-        str, _about("Validation file", "A file to validate on; empty takes a fraction of the sources.")
+        str, _about("Validation file", "A file to validate on. Empty: a fraction of the sources.")
     ] = ""
     validation_fraction: Annotated[
-        float, _about("Validation fraction", "Share of the rows held back to validate on.", ge=0, lt=1)
+        float, _about("Validation fraction", "Share of the rows set aside for validation.", ge=0, lt=1)
     ] = 0.05
     max_length: Annotated[
         int,
         _about(
             "Sequence length",
-            "Tokens in one row; longer samples are treated as too_long says.",
+            "Tokens in one row. overflow decides what happens to longer samples.",
             "Activations and loss grow in proportion.",
             ge=16,
             le=1_048_576,
         ),
     ] = 1024
-    too_long: Annotated[
+    overflow: Annotated[
         Literal["drop", "cut-left", "cut-right", "split"],
         _about(
-            "Too long",
-            "A sample longer than a row is dropped, cut at an end, or split after the last answer that fits.",
+            "Overflow",
+            "Samples longer than a row: drop them, cut one end, or split after the last answer that fits.",
         ),
     ] = "cut-right"
     packing: Annotated[
         bool,
         _about(
             "Packing",
-            "Several whole samples in one row, kept apart: no padding is computed.",
-            "Every row is as long as max_length, so the peak is reached at once.",
+            "Put several whole samples in one row without attention between them: no padding.",
+            "Every row is max_length long, so the peak is reached in the first step.",
         ),
     ] = True
     preferences: Annotated[
         Literal["refuse", "chosen"],
         _about(
             "Preference data",
-            "Rows with a chosen and a rejected answer, or rated good or bad: refuse them, or train on the "
-            "chosen and good answers only.",
+            "Rows with chosen and rejected answers, or with ratings: refuse them, or train on the chosen "
+            "and well-rated answers only.",
         ),
     ] = "refuse"
     train_on: Annotated[
         Literal["assistant", "everything"],
-        _about("Train on", "assistant: only what the model should learn to say."),
+        _about("Train on", "assistant: only the assistant's turns are in the loss."),
     ] = "assistant"
     thinking: Annotated[
         Thinking,
         _about(
             "Thinking",
-            "enable_thinking of the template. auto: on for rows with reasoning, else off; off leaves it out.",
+            "The template's enable_thinking. auto: on for rows with reasoning, off for others. off drops it.",
         ),
     ] = "auto"
     reasoning_in_loss: Annotated[
         bool,
-        _about("Reasoning in the loss", "Learn the reasoning too; else it is only read before the answer."),
+        _about("Reasoning in the loss", "Include the reasoning in the loss; otherwise it is only context."),
     ] = True
 
 
 class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How it learns."""
+    """The optimization."""
 
-    micro_batch: Annotated[
+    micro_batch_size: Annotated[
         int,
-        _about("Micro-batch", "Rows in one forward pass.", "Activations grow in proportion.", ge=1, le=4096),
+        _about(
+            "Micro-batch size", "Rows in one forward pass.", "Activations grow in proportion.", ge=1, le=4096
+        ),
     ] = 1
     gradient_accumulation: Annotated[
         int,
         _about(
             "Gradient accumulation",
-            "Forward passes an optimizer step: effective batch = micro-batch × accumulation.",
-            "Free: the same memory at any value.",
+            "Forward passes per optimizer step. Effective batch = micro-batch size × accumulation.",
+            "None: the same memory at any value.",
             ge=1,
             le=65536,
         ),
@@ -247,81 +250,82 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     epochs: Annotated[float, _about("Epochs", "Passes over the data.", gt=0, le=1000)] = 2.0
     max_steps: Annotated[
         int,
-        _about("Most steps", "Stop after this many optimizer steps; 0 goes by epochs.", ge=0, le=_MANY_STEPS),
+        _about(
+            "Max steps",
+            "Stop after this many optimizer steps. 0: train for the given epochs.",
+            ge=0,
+            le=_MANY_STEPS,
+        ),
     ] = 0
     learning_rate: Annotated[float, _about("Learning rate", "Peak learning rate.", gt=0, le=1)] = 2e-4
-    schedule: Annotated[
+    lr_scheduler: Annotated[
         Literal["cosine", "linear", "constant"],
-        _about("Schedule", "How the learning rate falls after the warm-up."),
+        _about("LR scheduler", "How the learning rate decays after warmup."),
     ] = "cosine"
-    warmup: Annotated[
-        float, _about("Warm-up", "Share of the steps in which the learning rate rises.", ge=0, lt=1)
+    warmup_ratio: Annotated[
+        float, _about("Warmup ratio", "Share of the steps in which the learning rate rises.", ge=0, lt=1)
     ] = 0.03
     optimizer: Annotated[
         Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"],
         _about(
             "Optimizer",
-            "AdamW; 8-bit states save memory, paged ones survive a spike by moving to host memory.",
-            "Eight bytes a trained parameter, two with 8-bit states.",
+            "AdamW. 8-bit states save memory; paged states move to host memory in a spike.",
+            "Eight bytes per trained parameter, two with 8-bit states.",
         ),
     ] = "paged_adamw_8bit"
-    weight_decay: Annotated[
-        float, _about("Weight decay", "Pull of the adapter towards zero.", ge=0, le=1)
-    ] = 0.0
+    weight_decay: Annotated[float, _about("Weight decay", "AdamW weight decay.", ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[
-        float, _about("Clip gradients", "Largest gradient norm; 0 does not clip.", ge=0, le=1000)
+        float, _about("Max grad norm", "Clip gradients to this norm. 0: no clipping.", ge=0, le=1000)
     ] = 1.0
     gradient_checkpointing: Annotated[
         bool,
         _about(
-            "Checkpoint activations",
+            "Gradient checkpointing",
             "Recompute each layer in the backward pass: about a third slower.",
-            "Keeps one hidden state a layer instead of every activation.",
+            "Keeps one hidden state per layer instead of every activation.",
         ),
     ] = True
     log_every: Annotated[
-        int, _about("Log every", "Steps between two points of the loss graph.", ge=1, le=_MANY_STEPS)
+        int, _about("Log every", "Steps between points of the loss graph.", ge=1, le=_MANY_STEPS)
     ] = 1
-    evaluate_every: Annotated[
+    eval_every: Annotated[
         int,
-        _about(
-            "Evaluate every", "Steps between two validations; 0 is at each epoch's end.", ge=0, le=_MANY_STEPS
-        ),
+        _about("Eval every", "Steps between validations. 0: at the end of each epoch.", ge=0, le=_MANY_STEPS),
     ] = 0
     checkpoint_every: Annotated[
         int,
         _about(
             "Checkpoint every",
-            "Steps between two checkpoints; 0 is at each epoch's end.",
+            "Steps between checkpoints. 0: at the end of each epoch.",
             ge=0,
             le=_MANY_STEPS,
         ),
     ] = 0
     keep_checkpoints: Annotated[
-        int, _about("Keep checkpoints", "How many to keep, besides the best.", ge=1, le=1000)
+        int, _about("Keep checkpoints", "Number of checkpoints to keep besides the best.", ge=1, le=1000)
     ] = 2
     early_stopping: Annotated[
         int,
         _about(
             "Early stopping",
-            "Stop after this many validations without improvement; 0 never.",
+            "Stop after this many validations without improvement. 0: never.",
             ge=0,
             le=_MANY_STEPS,
         ),
     ] = 0
     sample_prompts: Annotated[
-        tuple[str, ...], _about("Sample prompts", "Prompts answered at each validation, kept by step.")
+        tuple[str, ...], _about("Sample prompts", "Prompts to answer at each validation.")
     ] = ()
     seed: Annotated[
-        int, _about("Seed", "Order of the data, dropout and initial adapter.", ge=0, lt=2**32)
+        int, _about("Seed", "Seeds the data order, dropout and the initial adapter.", ge=0, lt=2**32)
     ] = 42
 
 
 class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Every decision that defines a run. A preset is the same, in part."""
+    """Every setting that defines a run. A preset sets some of them."""
 
-    name: Annotated[str, _about("Name", "What the run is called in lists.", max_length=80)] = ""
-    note: Annotated[str, _about("Note", "Why it is as it is.")] = ""
+    name: Annotated[str, _about("Name", "Name of the run in lists.", max_length=80)] = ""
+    note: Annotated[str, _about("Note", "What this recipe is for.")] = ""
     model: Model = Model()
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
@@ -330,5 +334,5 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def effective_batch(self) -> int:
-        """Rows an optimizer step learns from."""
-        return self.training.micro_batch * self.training.gradient_accumulation
+        """Rows per optimizer step."""
+        return self.training.micro_batch_size * self.training.gradient_accumulation

@@ -4,49 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from qlora_tui.recipe import aliases
 from qlora_tui.recipe.fields import fields, sections
-
-ALIASES = {
-    "attn_implementation": "model.attention",
-    "base_model": "model.id",
-    "batch_size": "training.micro_batch",
-    "bnb_4bit_compute_dtype": "quantization.compute_dtype",
-    "bnb_4bit_quant_type": "quantization.method",
-    "bnb_4bit_use_double_quant": "quantization.double_quantization",
-    "cutoff_len": "data.max_length",
-    "dataset": "data.sources",
-    "early_stopping_patience": "training.early_stopping",
-    "eval_steps": "training.evaluate_every",
-    "gradient_accumulation_steps": "training.gradient_accumulation",
-    "load_in_4bit": "quantization.method",
-    "load_in_8bit": "quantization.method",
-    "logging_steps": "training.log_every",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_r": "lora.rank",
-    "lora_target_modules": "lora.target_modules",
-    "lr": "training.learning_rate",
-    "lr_scheduler": "training.schedule",
-    "lr_scheduler_type": "training.schedule",
-    "max_seq_length": "data.max_length",
-    "micro_batch_size": "training.micro_batch",
-    "model_name_or_path": "model.id",
-    "num_epochs": "training.epochs",
-    "num_train_epochs": "training.epochs",
-    "optim": "training.optimizer",
-    "per_device_train_batch_size": "training.micro_batch",
-    "r": "lora.rank",
-    "sample_packing": "data.packing",
-    "save_steps": "training.checkpoint_every",
-    "save_total_limit": "training.keep_checkpoints",
-    "sequence_len": "data.max_length",
-    "trainable_token_indices": "lora.token_rows",
-    "val_set_size": "data.validation_fraction",
-    "validation_share": "data.validation_fraction",
-    "validation_split": "data.validation_fraction",
-    "warmup_ratio": "training.warmup",
-}
-"""What peft, transformers and the other trainers call it, or the app's own screens."""
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
@@ -72,8 +31,8 @@ def hint_for_key(section: str, key: str) -> str:
     if normalized not in section_keys and homes:
         home = homes[0].section
         return f"put {normalized} in [{home}]" if home else f"put {normalized} at the top, above the sections"
-    if normalized in ALIASES:
-        return f"did you mean {ALIASES[normalized]}?"
+    if related := aliases.ALIASES.get(normalized) or aliases.RELATED.get(normalized):
+        return f"did you mean {related}?"
     match = closest(key, section_keys)
     if match:
         return f"did you mean {f'{section}.{match}' if section else match}?"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import msgspec
 import tomli_w
 
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.recipe import aliases
 from qlora_tui.recipe.errors import InvalidRecipeError
 from qlora_tui.recipe.fields import Field, fields, get_setting
 from qlora_tui.recipe.schema import Recipe
@@ -29,16 +30,20 @@ _MAX_BYTES = 1_000_000
 _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The layer in a file, checked.
+def load(path: Path, *, on_note: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """The layer in a file, checked, in our own spelling of every key.
 
-    Raises UserError, exit code 2, where the file cannot be read or is not TOML, and InvalidRecipeError with
-    every mistake and its line.
+    ``on_note`` gets a sentence for each key in another trainer's spelling (:mod:`.aliases`). Raises
+    UserError, exit code 2, if the file cannot be read or is not TOML, and InvalidRecipeError with every
+    mistake and its line.
     """
     text = read_text(path)
     layer = parse(text, str(path))
     validate(layer, str(path), text)
-    return layer
+    if on_note is not None:
+        for note in aliases.notes(layer):
+            on_note(f"{path}: {note}")
+    return aliases.canonical(layer)
 
 
 def read_text(path: Path) -> str:
@@ -93,9 +98,9 @@ def validate(layer: Mapping[str, Any], origin: str, text: str | None = None) -> 
 
 
 def to_recipe(layer: Mapping[str, Any], origin: str = "recipe") -> Recipe:
-    """The recipe a layer makes over the defaults. Raises InvalidRecipeError."""
+    """The layer over the defaults, as a recipe. Raises InvalidRecipeError."""
     validate(layer, origin)
-    return msgspec.convert(layer, Recipe, strict=True)
+    return msgspec.convert(aliases.canonical(layer), Recipe, strict=True)
 
 
 def to_layer(recipe: Recipe) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.recipe import suggestions, targets
+from qlora_tui.recipe import aliases, suggestions, targets
 from qlora_tui.recipe.errors import RecipeIssue
 from qlora_tui.recipe.fields import Field, fields, format_exact, sections, source_fields
 from qlora_tui.recipe.toml_lines import Key, line_of
@@ -52,11 +52,17 @@ def _check_layer(layer: Mapping[str, Any]) -> Iterator[_RawIssue]:
                 )
         elif name in fields():
             yield from _check_value((name,), name, fields()[name], value)
+        elif path := aliases.resolve("", name):
+            yield from _check_value((name,), name, fields()[path], value)
         elif isinstance(value, Mapping):
             hint = suggestions.did_you_mean(name, sections(), "[{}]") or suggestions.hint_for_key("", name)
             yield (name,), name, f"[{name}] is not a section", hint
         else:
             yield (name,), name, f"{name} is not a setting", suggestions.hint_for_key("", name)
+    for section, key, other, path in aliases.duplicates(layer):
+        written = f"{section}.{key}" if section else key
+        place: Key = (section, key) if section else (key,)
+        yield place, written, f"{written} and {other} both set {path}", "keep one of them"
 
 
 def _check_section(section: str, table: Mapping[str, Any]) -> Iterator[_RawIssue]:
@@ -64,11 +70,14 @@ def _check_section(section: str, table: Mapping[str, Any]) -> Iterator[_RawIssue
         path = f"{section}.{key}"
         if path in fields():
             yield from _check_value((section, key), path, fields()[path], value)
+        elif setting := aliases.resolve(section, key):
+            yield from _check_value((section, key), path, fields()[setting], value)
         else:
             yield (section, key), path, f"{path} is not a setting", suggestions.hint_for_key(section, key)
 
 
 def _check_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_RawIssue]:
+    """``path`` is the key as written, which may be another spelling of the field's."""
     if field.kind == "tables" and isinstance(value, list | tuple):
         yield from _check_sources(key, path, value)
         return
@@ -82,9 +91,9 @@ def _check_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_Raw
             _hint_for_value(field, value),
         )
         return
-    if path.rpartition(".")[2] in _PATHS and _is_too_long(value):
+    if field.key in _PATHS and _is_too_long(value):
         yield key, path, f"{path} is too long for a path: {describe_value(value)}", ""
-    if path in targets.SETTINGS:
+    if field.path in targets.SETTINGS:
         for pattern in value:
             error_and_hint = targets.syntax_error(pattern)
             if error_and_hint:

@@ -39,7 +39,7 @@ class Started(Event, tag="started", frozen=True, kw_only=True):
     """1 for the first; one more for each resume or retry."""
     pid: Count
     resumed_from_step: Count = 0
-    micro_batch: Count = 0
+    micro_batch_size: Count = msgspec.field(default=0, name="micro_batch")
     """As used in this attempt: a retry after running out of memory halves it."""
     gradient_accumulation: Count = 0
     gradient_checkpointing: bool = False

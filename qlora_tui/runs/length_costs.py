@@ -86,8 +86,8 @@ def _tokens(lengths: Lengths, recipe: Recipe) -> float:
     for bin_ in lengths.histogram:
         middle = (low + bin_.up_to) / 2
         low = bin_.up_to
-        truncated = 0.0 if middle > limit and recipe.data.too_long == "drop" else min(middle, limit)
-        total += bin_.count * (middle if recipe.data.too_long == "split" else truncated)
+        truncated = 0.0 if middle > limit and recipe.data.overflow == "drop" else min(middle, limit)
+        total += bin_.count * (middle if recipe.data.overflow == "split" else truncated)
     validation_share = 0.0 if recipe.data.validation_path else recipe.data.validation_fraction
     return min(total, everything) * recipe.training.epochs * (1 - validation_share)
 

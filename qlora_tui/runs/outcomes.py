@@ -135,7 +135,7 @@ def _out_of_host_memory(run: RunDir, what: str, exit_code: int, now: float) -> F
         title="Out of memory",
         what=what,
         why=f"The kernel ran out of host memory and chose it.{held}",
-        fix=fix or "Lower training.micro_batch or data.max_length.",
+        fix=fix or "Lower training.micro_batch_size or data.max_length.",
         kind="out_of_memory",
         exit_code=exit_code,
     )

@@ -26,7 +26,7 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
     The field names are those of the recipe and of the ``started`` event.
     """
 
-    micro_batch: int | None = None
+    micro_batch_size: int | None = None
     gradient_accumulation: int | None = None
     gradient_checkpointing: bool | None = None
 
@@ -59,7 +59,7 @@ def parse_plan(argument: str) -> RetryPlan:
         raise UserError(
             "Invalid --plan",
             what=f"{argument} cannot be decoded: {error}.",
-            fix='Pass JSON such as {"micro_batch":1,"gradient_accumulation":8}, or omit --plan.',
+            fix='Pass JSON such as {"micro_batch_size":1,"gradient_accumulation":8}, or omit --plan.',
             exit_code=EXIT_USAGE,
         ) from None
 
@@ -68,7 +68,7 @@ def last_plan(run: RunDir) -> RetryPlan:
     """What the last attempt used; empty before the first."""
     plan = RetryPlan()
     for event in EventTail(run.events_path).drain():
-        if isinstance(event, Started) and event.micro_batch and event.gradient_accumulation:
+        if isinstance(event, Started) and event.micro_batch_size and event.gradient_accumulation:
             plan = RetryPlan.used_by(event)
     return plan
 
@@ -110,22 +110,22 @@ def plan_retry(run: RunDir, ending: RunEnded) -> RetryPlan | None:
 def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
     """The next cheaper plan with the same effective batch, or None at the end of the road."""
     training = used.applied(recipe).training
-    micro_batch, accumulation = training.micro_batch, training.gradient_accumulation
+    micro_batch_size, accumulation = training.micro_batch_size, training.gradient_accumulation
     checkpointing = training.gradient_checkpointing
-    if micro_batch > 1:
+    if micro_batch_size > 1:
         # An odd micro-batch cannot be halved exactly: one row at a time keeps the product.
-        factor = 2 if micro_batch % 2 == 0 else micro_batch
+        factor = 2 if micro_batch_size % 2 == 0 else micro_batch_size
         return RetryPlan(
-            micro_batch=micro_batch // factor,
+            micro_batch_size=micro_batch_size // factor,
             gradient_accumulation=accumulation * factor,
             gradient_checkpointing=checkpointing,
         )
     if not checkpointing:
-        return RetryPlan(micro_batch=1, gradient_accumulation=accumulation, gradient_checkpointing=True)
+        return RetryPlan(micro_batch_size=1, gradient_accumulation=accumulation, gradient_checkpointing=True)
     return None
 
 
 def describe_plan(plan: RetryPlan) -> str:
     """In words, for events and screens."""
-    words = f"micro-batch {plan.micro_batch} × accumulation {plan.gradient_accumulation}"
+    words = f"micro-batch {plan.micro_batch_size} × accumulation {plan.gradient_accumulation}"
     return words + (" and activation checkpointing" if plan.gradient_checkpointing else "")

@@ -203,7 +203,7 @@ def short_model(recipe: Recipe) -> str:
 def short_settings(recipe: Recipe) -> str:
     """``nf4 r16 2,048×2×8``."""
     training = recipe.training
-    batch = f"{recipe.data.max_length:,}×{training.micro_batch}×{training.gradient_accumulation}"
+    batch = f"{recipe.data.max_length:,}×{training.micro_batch_size}×{training.gradient_accumulation}"
     return f"{recipe.quantization.method} {format_rank(recipe.lora)} {batch}"
 
 

@@ -62,9 +62,9 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
 
 def _reduced_memory(recipe: Recipe) -> dict[str, Any]:
     training = recipe.training
-    if training.micro_batch > 1:
+    if training.micro_batch_size > 1:
         return {
-            "training.micro_batch": training.micro_batch // 2,
+            "training.micro_batch_size": training.micro_batch_size // 2,
             "training.gradient_accumulation": training.gradient_accumulation * 2,
         }
     return {"data.max_length": max(_LEAST_LENGTH, recipe.data.max_length // 2)}

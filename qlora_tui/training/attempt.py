@@ -130,7 +130,7 @@ class TrainingAttempt:
         steps = StepDataset(
             step_plan,
             data.train,
-            micro_batch=training.micro_batch,
+            micro_batch=training.micro_batch_size,
             packing_isolated=base.packing_isolated,
             pad_id=pad_id,
             multiple=device.row_multiple,
@@ -185,7 +185,7 @@ class TrainingAttempt:
             base,
             data.train,
             step_plan,
-            self._recipe.training.micro_batch,
+            self._recipe.training.micro_batch_size,
             device,
             tokenizer.pad_id or 0,
             self._dist,
@@ -227,7 +227,10 @@ class TrainingAttempt:
         self._raise_if_stop_requested()
         self._reporter.phase("probing", "one step on the longest batch")
         rows = longest_micro_batch(
-            step_plan, data.train, self._recipe.training.micro_batch, packing_isolated=base.packing_isolated
+            step_plan,
+            data.train,
+            self._recipe.training.micro_batch_size,
+            packing_isolated=base.packing_isolated,
         )
         assert self.meter is not None
         self.meter.set_longest_batch(
@@ -308,7 +311,7 @@ class TrainingAttempt:
         training, lora = self._recipe.training, self._recipe.lora
         # Here, so that the initial adapter depends on the seed alone, not on what earlier checks have drawn.
         set_seed(training.seed)
-        model = add_lora(base.model, lora, files.architecture, token_ids(lora.token_rows, tokenizer))
+        model = add_lora(base.model, lora, files.architecture, token_ids(lora.trainable_tokens, tokenizer))
         if training.gradient_checkpointing:
             model_loading.checkpoint_activations(base.model)
         self._reporter.emit(

@@ -83,7 +83,7 @@ class RunCallback:
         self._emitted_tokens = 0
         self._validation = validation_batches(
             context.validation,
-            context.recipe.training.micro_batch,
+            context.recipe.training.micro_batch_size,
             context.recipe.data.max_length,
             packing_isolated=context.packing_isolated,
         )
@@ -127,7 +127,7 @@ class RunCallback:
             self.progress.ends_with_epoch = True
         ends = last or (plan.ends_epoch and self.progress.ends_with_epoch)
         requested = {kind for kind in _KINDS if self._requests.take(kind)}
-        if self._is_due("evaluate_every", step, plan.ends_epoch or ends) or "evaluate" in requested:
+        if self._is_due("eval_every", step, plan.ends_epoch or ends) or "evaluate" in requested:
             improved = self.evaluate(step)
             self._stop_early()
             if improved and not ends:
@@ -250,7 +250,7 @@ class RunCallback:
         if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not self._scales_loss):
             what = "loss" if not math.isfinite(loss) else "gradient norm"
             value = loss if what == "loss" else grad_norm
-            remedy = "Lower training.learning_rate or raise training.warmup."
+            remedy = "Lower training.learning_rate or raise training.warmup_ratio."
             self._reporter.health(
                 "nan_loss", f"The {what} is {value} at step {step}.", remedy, step=step, error=True
             )

@@ -37,7 +37,7 @@ _FREE = frozenset(
         "name",
         "note",
         "training.log_every",
-        "training.evaluate_every",
+        "training.eval_every",
         "training.checkpoint_every",
         "training.keep_checkpoints",
         "training.early_stopping",
@@ -46,7 +46,7 @@ _FREE = frozenset(
     }
 )
 """Settings that may change before a resume: they alter nothing that is learnt."""
-_SPLIT = frozenset({"training.micro_batch", "training.gradient_accumulation"})
+_SPLIT = frozenset({"training.micro_batch_size", "training.gradient_accumulation"})
 """May change as long as their product, the effective batch, stays."""
 
 

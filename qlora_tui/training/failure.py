@@ -97,7 +97,7 @@ def _out_of_memory(
         what=_memory_message(lines[0] if lines else ""),
         why=why,
         fix=(recipe and suggest_settings(recipe))
-        or "Lower training.micro_batch or data.max_length, or turn training.gradient_checkpointing on.",
+        or "Lower training.micro_batch_size or data.max_length, or turn training.gradient_checkpointing on.",
         kind="out_of_memory",
         exit_code=1,
     )

@@ -76,7 +76,7 @@ class MemoryMeter:
         A recipe allows for rows of ``data.max_length``; the data's may all be shorter.
         """
         data = structs.replace(self._recipe.data, max_length=max(1, -(-tokens // rows)))
-        training = structs.replace(self._recipe.training, micro_batch=rows)
+        training = structs.replace(self._recipe.training, micro_batch_size=rows)
         recipe = structs.replace(self._recipe, data=data, training=training)
         self._longest_batch_estimate = self._estimate(recipe, corrected=False)
 

@@ -156,7 +156,7 @@ def _wrapper_type() -> Any:
 def _unsupported_model(why: str) -> UserError:
     return UserError(
         "Rows of this model cannot be trained",
-        what=f"lora.token_rows names tokens, and {why}.",
-        fix="Leave lora.token_rows empty, and take a template without such tokens: "
+        what=f"lora.trainable_tokens names tokens, and {why}.",
+        fix="Leave lora.trainable_tokens empty, and take a template without such tokens: "
         'model.chat_template = "alpaca" or "plain".',
     )

@@ -8,7 +8,13 @@ from typing import Any
 from qlora_tui.recipe.fields import Field
 
 _POWERS_OF_TWO = frozenset(
-    ("lora.rank", "lora.alpha", "data.max_length", "training.micro_batch", "training.gradient_accumulation")
+    (
+        "lora.rank",
+        "lora.alpha",
+        "data.max_length",
+        "training.micro_batch_size",
+        "training.gradient_accumulation",
+    )
 )
 """Sizes: everyone counts them in doublings."""
 _BY_ONE = frozenset(("training.keep_checkpoints", "training.early_stopping", "training.seed"))

@@ -153,7 +153,7 @@ def test_a_size_that_is_none(call: Call, qwen: Path) -> None:
         assert "it must be a size above 0, in GiB" in said.err
 
 
-@pytest.mark.parametrize("setting", ["lora.target_modules=nope", "lora.token_rows=nope"])
+@pytest.mark.parametrize("setting", ["lora.target_modules=nope", "lora.trainable_tokens=nope"])
 def test_what_the_model_does_not_have_is_refused_before_anything_is_queued(
     call: Call, readable: Path, tmp_path: Path, setting: str
 ) -> None:
@@ -267,7 +267,7 @@ def test_a_run_is_told_of_rows_that_a_setting_leaves_out_or_cuts(
     assert said.code == 0
     assert f"warning: Left out: not rated good: {rated}, 1 row: 'label' is False" in said.err
     assert f"warning: Long text: {book}, 1 row: One text holds" in said.err
-    assert "--set data.too_long=split" in said.err
+    assert "--set data.overflow=split" in said.err
 
 
 def test_a_setting_of_an_inspection_is_checked(call: Call, tmp_path: Path) -> None:

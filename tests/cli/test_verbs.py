@@ -97,7 +97,7 @@ def test_presets_are_listed_and_shown(call: Call) -> None:
 
 def test_the_reference_has_every_setting_with_what_it_does(call: Call) -> None:
     said = call("presets", "reference")
-    assert "Width of the two thin matrices" in said.out
+    assert "Rank of the two matrices added" in said.out
     assert "from 1 to 1,024" in said.out
     assert call("presets", "reference", "--json").json["settings"]["lora.rank"] == 16
 

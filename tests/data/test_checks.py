@@ -185,7 +185,7 @@ def test_rows_beyond_the_length_limit_are_reported(
     tmp_path: Path, too_long: Any, kinds: dict[str, Any]
 ) -> None:
     rows = [pair("word " * 40, "short"), pair("a", "word " * 40), pair("a", "fits")]
-    assert found(tmp_path, rows, data=Data(max_length=32, too_long=too_long)) == kinds
+    assert found(tmp_path, rows, data=Data(max_length=32, overflow=too_long)) == kinds
 
 
 @pytest.mark.parametrize(("said", "told"), [("<tool_call>{}</tool_call>", False), ("Let me see.", True)])

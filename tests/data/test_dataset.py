@@ -75,7 +75,7 @@ def test_any_change_makes_another_set(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", pairs(20))
     base = prepare(recipe(source), family("chatml"))
     others = [
-        prepare(recipe(source, max_length=16, too_long="cut-left"), family("chatml")),
+        prepare(recipe(source, max_length=16, overflow="cut-left"), family("chatml")),
         prepare(recipe(source, train_on="everything"), family("chatml")),
         prepare(recipe(source, validation_fraction=0.5), family("chatml")),
         prepare(recipe(source, seed=7), family("chatml")),
@@ -230,7 +230,7 @@ def test_the_file_of_a_folder_that_has_the_bad_row_is_named(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("rows", "data", "fix"),
     [
-        (pairs(3), {"max_length": 16, "too_long": "drop"}, "data.too_long"),
+        (pairs(3), {"max_length": 16, "overflow": "drop"}, "data.overflow"),
         ([{"prompt": "word " * 99, "completion": "x"}], {"max_length": 16}, "behind the cut"),
         ([{"prompt": "a", "completion": " "}], {}, "data inspect"),
     ],

@@ -24,14 +24,14 @@ def test_a_long_text_names_the_rows_that_splitting_makes(
 ) -> None:
     source = texts(tmp_path / "book.txt", 500, 20, 300)
     tokenizer = family("chatml")
-    report = inspect(source, tokenizer, Data(max_length=64, too_long=too_long))
+    report = inspect(source, tokenizer, Data(max_length=64, overflow=too_long))
     (problem,) = (p for p in report.problems if p.kind == "long-text")
     assert (problem.count, problem.rows, problem.severity) == (2, (1, 5), "warning")
-    assert f'data.too_long = "{too_long}"' in problem.example
-    assert "data.too_long=split" in problem.fix
+    assert f'data.overflow = "{too_long}"' in problem.example
+    assert "data.overflow=split" in problem.fix
     assert not {"too-long", "nothing-left"} & {p.kind for p in report.problems}
     short = 1
-    split = Data(sources=(source,), max_length=64, too_long="split", validation_fraction=0)
+    split = Data(sources=(source,), max_length=64, overflow="split", validation_fraction=0)
     assert problem.split_rows + short == len(prepare(Recipe(data=split), tokenizer).train)
 
 
@@ -43,14 +43,14 @@ def test_what_stays_of_a_text_is_counted_in_tokens(tmp_path: Path) -> None:
         p for p in inspect(source, tokenizer, Data(max_length=64)).problems if p.kind == "long-text"
     )
     assert problem.example == (
-        f'data.too_long = "cut-right" keeps the first 64 of {whole:,} tokens; splitting makes '
+        f'data.overflow = "cut-right" keeps the first 64 of {whole:,} tokens; splitting makes '
         f"{-(-whole // 64)} rows of them."
     )
 
 
 def test_split_texts_and_texts_that_fit_are_no_problem(tmp_path: Path) -> None:
     source = texts(tmp_path / "book.txt", 500)
-    for data in (Data(max_length=64, too_long="split"), Data(max_length=4096)):
+    for data in (Data(max_length=64, overflow="split"), Data(max_length=4096)):
         kinds = {p.kind for p in inspect(source, family("chatml"), data).problems}
         assert not kinds & {"long-text", "too-long", "nothing-left"}
 
@@ -72,7 +72,7 @@ def test_one_long_text_is_not_reported_as_only_one_row(tmp_path: Path, too_long:
     tokenizer = family(model) if model else None
     for words, expected in ((500, False), (3, True)):
         source = texts(tmp_path / "book.txt", words)
-        report = inspect(source, tokenizer, Data(max_length=64, too_long=too_long))
+        report = inspect(source, tokenizer, Data(max_length=64, overflow=too_long))
         assert ("one-row" in {p.kind for p in report.problems}) is expected
 
 

@@ -71,5 +71,5 @@ def test_what_settings_leave_out_and_cut_is_counted(tmp_path: Path) -> None:
     book.write_text("fox " * 300 + "\n\nshort\n")
     (cut,) = _look(book, data=Data(max_length=64)).warnings
     assert (cut.kind, cut.rows) == ("long-text", (1,))
-    assert "--set data.too_long=split" in warning_of(cut)
-    assert not _look(book, data=Data(max_length=64, too_long="split")).warnings
+    assert "--set data.overflow=split" in warning_of(cut)
+    assert not _look(book, data=Data(max_length=64, overflow="split")).warnings

@@ -60,7 +60,7 @@ def test_reasoning_is_counted_without_a_model(tmp_path: Path) -> None:
 
 def test_a_row_that_gives_no_sample_is_not_counted(tmp_path: Path) -> None:
     source = rows(tmp_path, THOUGHT, (THOUGHT[0] + " word" * 200, THOUGHT[1]))
-    report = inspect(source, thinker("smollm3"), Data(max_length=64, too_long="drop"))
+    report = inspect(source, thinker("smollm3"), Data(max_length=64, overflow="drop"))
     assert report.counts.conversations == 1
     assert "Reasoning: 1 of 1 row, in the loss." in report.thinking
 

@@ -69,7 +69,7 @@ def test_the_report_warns_and_offers_to_train_them_or_a_template_without_them(tm
     problem = inspect(Source(path=str(rows)), tokenizer).problems[0]
     assert (problem.kind, problem.example) == ("untrained-tokens", "<|im_end|>")
     assert problem.tokens == ("<|im_end|>",)
-    assert 'lora.token_rows = ["<|im_end|>"]' in problem.fix and "alpaca" in problem.fix
+    assert 'lora.trainable_tokens = ["<|im_end|>"]' in problem.fix and "alpaca" in problem.fix
 
 
 def test_tokens_are_found_by_name_and_what_is_none_is_refused(tmp_path: Path) -> None:

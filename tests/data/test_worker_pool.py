@@ -65,7 +65,7 @@ def by_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe(path: Path) -> Recipe:
-    return Recipe(data=Data(sources=(Source(path=str(path)),), max_length=120, too_long="split"))
+    return Recipe(data=Data(sources=(Source(path=str(path)),), max_length=120, overflow="split"))
 
 
 def in_batches(path: Path) -> Iterator[Batch]:

@@ -55,7 +55,7 @@ def test_weights_of_a_7b_model_follow_the_formula() -> None:
 @pytest.mark.parametrize(
     ("key", "small", "large"),
     [
-        ("training", Training(micro_batch=1), Training(micro_batch=4)),
+        ("training", Training(micro_batch_size=1), Training(micro_batch_size=4)),
         ("data", Data(max_length=512), Data(max_length=2048)),
         ("lora", Lora(rank=8), Lora(rank=64)),
         ("lora", Lora(target_modules=("q_proj",)), Lora()),
@@ -95,7 +95,9 @@ def test_what_fits_fits_and_the_next_size_does_not() -> None:
     beyond = Recipe(data=Data(max_length=largest.sequence_length + 128))
     assert check_fit(estimate(at, model), card).fits
     assert not check_fit(estimate(beyond, model), card).fits
-    assert check_fit(estimate(Recipe(training=Training(micro_batch=largest.micro_batch)), model), card).fits
+    assert check_fit(
+        estimate(Recipe(training=Training(micro_batch_size=largest.micro_batch)), model), card
+    ).fits
 
 
 def test_a_larger_card_fits_a_larger_class_of_model() -> None:
@@ -115,14 +117,14 @@ def test_nothing_fits_on_a_card_smaller_than_the_weights() -> None:
 
 
 def test_the_cheapest_change_keeps_the_effective_batch() -> None:
-    recipe = Recipe(data=Data(max_length=4096), training=Training(micro_batch=8))
+    recipe = Recipe(data=Data(max_length=4096), training=Training(micro_batch_size=8))
     first, *others = cheapest_changes(recipe, qwen_7b(), 12 * GIB)
     assert first.recipe.effective_batch == recipe.effective_batch
     assert all(change.fits for change in (first, *others))
 
 
 def test_several_changes_are_taken_together_when_one_is_not_enough() -> None:
-    recipe = Recipe(data=Data(max_length=8192), training=Training(micro_batch=64))
+    recipe = Recipe(data=Data(max_length=8192), training=Training(micro_batch_size=64))
     (only,) = cheapest_changes(recipe, qwen_7b(), 7 * GIB)
     assert ";" in only.label
     assert only.fits
@@ -169,7 +171,7 @@ def test_a_build_of_torch_for_cuda_weighs_more_on_a_cpu_and_nothing_on_a_card() 
 
 def test_a_cpu_that_computes_in_bfloat16_holds_a_kernel_a_shape() -> None:
     device = Device(kind="cpu", native_bfloat16=True)
-    fuller = Training(micro_batch=8, gradient_checkpointing=False)  # than while it is loaded
+    fuller = Training(micro_batch_size=8, gradient_checkpointing=False)  # than while it is loaded
     some, more, most = (
         estimate(Recipe(data=data, training=fuller), tinyllama(), device=device).bytes_of("kernels")
         for data in (
@@ -204,7 +206,7 @@ def test_one_estimate_takes_less_than_twenty_milliseconds() -> None:
 @pytest.mark.parametrize("name", ["google/gemma-2-2b", "openai/gpt-oss-20b"])
 def test_samples_that_are_attended_one_by_one_take_no_longer_for_being_many(name: str) -> None:
     model = parse_architecture(config(name))
-    recipe = Recipe(training=Training(micro_batch=4096, gradient_checkpointing=False))
+    recipe = Recipe(training=Training(micro_batch_size=4096, gradient_checkpointing=False))
     started = time.process_time()
     estimate(recipe, model)
     assert time.process_time() - started < 0.5  # walked one by one they take some seconds

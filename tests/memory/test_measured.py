@@ -48,7 +48,10 @@ def test_a_real_step_holds_what_was_predicted(
         lora=Lora(dropout=dropout),
         data=Data(max_length=512),
         training=Training(
-            micro_batch=2, gradient_checkpointing=checkpointing, gradient_accumulation=1, optimizer="adamw"
+            micro_batch_size=2,
+            gradient_checkpointing=checkpointing,
+            gradient_accumulation=1,
+            optimizer="adamw",
         ),
     )
     path = trainer_execution(recipe, Device(kind="cpu"))
@@ -64,7 +67,7 @@ def test_a_real_step_of_a_model_of_135_million_holds_what_was_predicted() -> Non
     recipe = Recipe(
         quantization=Quantization(compute_dtype="float32"),
         data=Data(max_length=128),
-        training=Training(micro_batch=1, gradient_checkpointing=False, gradient_accumulation=1),
+        training=Training(micro_batch_size=1, gradient_checkpointing=False, gradient_accumulation=1),
     )
     model = config("HuggingFaceTB/SmolLM2-135M")
     path = trainer_execution(recipe, Device(kind="cpu"))
@@ -129,7 +132,7 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float) -> int:
     use_chunked_loss(model, head)
     use_segments(model, by_mask=True)
     model = add_lora(model, recipe.lora, architecture).train()
-    rows, length = recipe.training.micro_batch, recipe.data.max_length
+    rows, length = recipe.training.micro_batch_size, recipe.data.max_length
     ids = torch.randint(0, 2048, (1, rows * length))
     positions = torch.arange(length).repeat(rows)[None]
     with StorageCounter() as storages:

@@ -61,8 +61,8 @@ def test_an_unquantized_model_comes_to_the_reserved_bytes_that_were_measured() -
 @pytest.mark.parametrize(
     ("training", "dropout", "method"),
     [
-        (Training(micro_batch=2, gradient_accumulation=1, optimizer="adamw"), 0.0, "nf4"),
-        (Training(micro_batch=1, gradient_accumulation=8), 0.05, "nf4"),
+        (Training(micro_batch_size=2, gradient_accumulation=1, optimizer="adamw"), 0.0, "nf4"),
+        (Training(micro_batch_size=1, gradient_accumulation=8), 0.05, "nf4"),
         (Training(gradient_checkpointing=False, gradient_accumulation=1), 0.0, "none"),
     ],
 )
@@ -84,7 +84,7 @@ def test_the_replay_holds_as_much_at_its_peak_as_the_walk(
 def test_layers_between_equal_ones_need_no_full_replay(
     name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = Recipe(training=Training(micro_batch=rows), data=Data(max_length=2048))
+    recipe = Recipe(training=Training(micro_batch_size=rows), data=Data(max_length=2048))
     short = _replayed(recipe, name)
     monkeypatch.setattr(replay, "ENDS", 1000)
     whole = _replayed(recipe, name)

@@ -20,7 +20,7 @@ from tests.catalog.configs import config
 RECIPE = Recipe(
     lora=Lora(target_modules=("q_proj", "v_proj")),
     data=Data(max_length=1024, packing=False),
-    training=Training(micro_batch=2),
+    training=Training(micro_batch_size=2),
 )
 LOGITS = 2 * 1024 * 32000
 STOCK = ExecutionConfig(loss="stock", reentrant=True, expandable_segments=False)

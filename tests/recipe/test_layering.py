@@ -69,8 +69,8 @@ def test_another_model_does_not_take_over_the_files_revision(tmp_path: Path) -> 
         ("lora.alpha=64", 64.0),
         ("training.learning_rate=1e-4", 1e-4),
         ("data.packing=false", False),
-        ("training.schedule=linear", "linear"),
-        ("training.schedule='linear'", "linear"),
+        ("training.lr_scheduler=linear", "linear"),
+        ("training.lr_scheduler='linear'", "linear"),
         ("model.id=Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
         ("model.id=/models/a=b", "/models/a=b"),
         ('model.id="a b"', "a b"),
@@ -112,7 +112,7 @@ def test_the_last_set_of_a_setting_wins() -> None:
         ("lora.rnak=3", "lora.rnak is not a setting\n  Did you mean lora.rank?"),
         ("lor.rank=3", "lor.rank is not a setting\n  Did you mean lora.rank?"),
         ("training.rank=3", "training.rank is not a setting\n  Did you mean lora.rank?"),
-        ("lr=3", "lr is not a setting\n  Did you mean training.learning_rate?"),
+        ("load_in_4bit=3", "load_in_4bit is not a setting\n  Did you mean quantization.method?"),
         (
             "quantization=nf4",
             "quantization is a section, not a setting\n  Name one of quantization.method, "

@@ -47,7 +47,7 @@ def test_balanced_states_the_defaults() -> None:
 def test_paper_is_the_papers() -> None:
     recipe = presets.find_preset("paper").recipe()
     assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (64, 16.0, 0.1)
-    assert (recipe.training.schedule, recipe.training.max_grad_norm) == ("constant", 0.3)
+    assert (recipe.training.lr_scheduler, recipe.training.max_grad_norm) == ("constant", 0.3)
     assert (recipe.training.optimizer, recipe.effective_batch) == ("paged_adamw_32bit", 16)
 
 

@@ -51,7 +51,7 @@ def test_a_difference_holds_nothing_but_what_differs() -> None:
 def test_comments_explain_every_setting() -> None:
     text = toml.dump(Recipe(), comments=True)
     assert all(f"# {field.help}\n" in text for field in fields().values())
-    assert "\n# A whole number from 1 to 1,024.\n# Memory: 16 bytes a parameter" in text
+    assert "\n# A whole number from 1 to 1,024.\n# Memory: 16 bytes per adapter parameter" in text
 
 
 def test_sources_are_commented_once_however_they_are_written() -> None:

@@ -31,14 +31,14 @@ def refused(text: str) -> InvalidRecipeError:
         ),
         ("[lora]\nUSE-DORA = true", "line 2: lora.USE-DORA is not a setting\n  Did you mean lora.use_dora?"),
         (
-            "[training]\nlr = 1e-4",
-            "line 2: training.lr is not a setting\n  Did you mean training.learning_rate?",
+            "[training]\nwarmup_steps = 10",
+            "line 2: training.warmup_steps is not a setting\n  Did you mean training.warmup_ratio?",
         ),
         (
             "[data]\nvalidation_share = 0.0",
             "line 2: data.validation_share is not a setting\n  Did you mean data.validation_fraction?",
         ),
-        ("lora_r = 8", "line 1: lora_r is not a setting\n  Did you mean lora.rank?"),
+        ("batch_size = 8", "line 1: batch_size is not a setting\n  Did you mean training.micro_batch_size?"),
         (
             "[lora]\nlerning_rate = 1",
             "line 2: lora.lerning_rate is not a setting\n  Did you mean training.learning_rate?",

@@ -44,7 +44,7 @@ if part == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 if part == "crashes":
     raise SystemExit("something unforeseen")
-if part == "needs memory" and training.micro_batch > 1:
+if part == "needs memory" and training.micro_batch_size > 1:
     log.append(Failed(at=time.time(), title="Out of GPU memory", what="no", kind="out_of_memory"))
     sys.exit(3)
 if part == "waits":

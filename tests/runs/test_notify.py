@@ -177,7 +177,7 @@ def test_a_retry_is_no_news(recipe: Recipe) -> None:
     with listening() as hook:
         wish(f"webhook = '{hook.address}'")
         wanting = replace_setting(recipe, "name", "needs memory")
-        actions.submit(replace_setting(wanting, "training.micro_batch", 2))
+        actions.submit(replace_setting(wanting, "training.micro_batch_size", 2))
         wait_for(lambda: hook.heard)
     assert [body["event"] for body in hook.heard] == ["finished"]
 

@@ -14,44 +14,44 @@ OUT_OF_MEMORY = Failed(at=1.0, title="Out of GPU memory", what="It asked for 2 G
 
 
 def test_the_micro_batch_is_halved_and_the_effective_batch_stays(recipe: Recipe) -> None:
-    recipe = replace_setting(recipe, "training.micro_batch", 6)
+    recipe = replace_setting(recipe, "training.micro_batch_size", 6)
     plan: RetryPlan | None = RetryPlan()
     products = []
     while plan is not None:
         plan = reduce_memory(recipe, plan)
         if plan is not None:
-            assert plan.micro_batch is not None and plan.gradient_accumulation is not None
-            products.append((plan.micro_batch, plan.micro_batch * plan.gradient_accumulation))
+            assert plan.micro_batch_size is not None and plan.gradient_accumulation is not None
+            products.append((plan.micro_batch_size, plan.micro_batch_size * plan.gradient_accumulation))
     assert products == [(3, 48), (1, 48)]
 
 
 def test_checkpointing_comes_last_and_then_there_is_nothing(recipe: Recipe) -> None:
     recipe = replace_setting(recipe, "training.gradient_checkpointing", False)
     plan = reduce_memory(recipe, RetryPlan())
-    assert plan == RetryPlan(micro_batch=1, gradient_accumulation=8, gradient_checkpointing=True)
+    assert plan == RetryPlan(micro_batch_size=1, gradient_accumulation=8, gradient_checkpointing=True)
     assert reduce_memory(recipe, plan) is None
 
 
 def test_the_next_attempt_starts_from_what_the_last_one_used(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
-        log.append(Started(at=0.0, attempt=1, pid=1, micro_batch=2, gradient_accumulation=4))
+        log.append(Started(at=0.0, attempt=1, pid=1, micro_batch_size=2, gradient_accumulation=4))
         log.append(OUT_OF_MEMORY)
-    assert last_plan(run).micro_batch == 2
+    assert last_plan(run).micro_batch_size == 2
     plan = plan_retry(run, OUT_OF_MEMORY)
-    assert plan is not None and (plan.micro_batch, plan.gradient_accumulation) == (1, 8)
+    assert plan is not None and (plan.micro_batch_size, plan.gradient_accumulation) == (1, 8)
     told = last_event(run.events_path)
     assert isinstance(told, Health) and "micro-batch 1 × accumulation 8" in told.remedy
 
 
 def test_a_resumed_run_keeps_what_a_retry_found_and_otherwise_its_recipe(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
-        log.append(Started(at=0.0, attempt=1, pid=1, micro_batch=2, gradient_accumulation=4))
+        log.append(Started(at=0.0, attempt=1, pid=1, micro_batch_size=2, gradient_accumulation=4))
         assert plan_resume(run) == RetryPlan()
         log.append(OUT_OF_MEMORY)
-        log.append(Started(at=2.0, attempt=2, pid=2, micro_batch=1, gradient_accumulation=8))
+        log.append(Started(at=2.0, attempt=2, pid=2, micro_batch_size=1, gradient_accumulation=8))
     plan = plan_resume(run)
     assert plan.applied(run.recipe()).effective_batch == run.recipe().effective_batch
-    assert plan.micro_batch == 1
+    assert plan.micro_batch_size == 1
 
 
 def test_only_running_out_of_memory_is_tried_again(run: RunDir) -> None:
@@ -60,16 +60,16 @@ def test_only_running_out_of_memory_is_tried_again(run: RunDir) -> None:
 
 
 def test_a_plan_is_one_json_argument_of_the_trainer() -> None:
-    plan = RetryPlan(micro_batch=1, gradient_accumulation=8, gradient_checkpointing=False)
+    plan = RetryPlan(micro_batch_size=1, gradient_accumulation=8, gradient_checkpointing=False)
     option, argument = plan.to_arguments()
     assert option == "--plan"
-    assert argument == '{"micro_batch":1,"gradient_accumulation":8,"gradient_checkpointing":false}'
+    assert argument == '{"micro_batch_size":1,"gradient_accumulation":8,"gradient_checkpointing":false}'
     assert parse_plan(argument) == plan
     assert RetryPlan().to_arguments() == [] and parse_plan("{}") == RetryPlan()
 
 
 @pytest.mark.parametrize(
-    "argument", ["", "1", "[]", '{"micro_batch":"2"}', '{"rank":8}', "\udcff", "[" * 9999]
+    "argument", ["", "1", "[]", '{"micro_batch_size":"2"}', '{"rank":8}', "\udcff", "[" * 9999]
 )
 def test_what_is_no_plan_is_a_wrong_call(argument: str) -> None:
     with pytest.raises(UserError, match="Invalid --plan") as refused:

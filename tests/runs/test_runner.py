@@ -88,9 +88,9 @@ def test_an_exit_without_error_is_not_called_a_bug(recipe: Recipe) -> None:
 
 
 def test_a_run_out_of_memory_is_tried_again_with_half_the_micro_batch(recipe: Recipe) -> None:
-    run = actions.submit(replace_setting(named(recipe, "needs memory"), "training.micro_batch", 4))
+    run = actions.submit(replace_setting(named(recipe, "needs memory"), "training.micro_batch_size", 4))
     wait_for(lambda: is_(run, "finished"))
-    used = [e.micro_batch for e in EventTail(run.events_path).drain() if isinstance(e, Started)]
+    used = [e.micro_batch_size for e in EventTail(run.events_path).drain() if isinstance(e, Started)]
     assert used == [4, 2, 1]
 
 

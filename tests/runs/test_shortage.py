@@ -79,11 +79,11 @@ def test_the_count_of_the_own_group_goes_before_that_of_the_machine(
 
 def test_who_was_killed_for_memory_is_told_with_what_it_held(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
-        log.append(Started(at=time.time(), attempt=1, pid=1, micro_batch=2, gradient_accumulation=4))
+        log.append(Started(at=time.time(), attempt=1, pid=1, micro_batch_size=2, gradient_accumulation=4))
     run.telemetry_path.write_bytes(encode(Sample(at=time.time(), rss_bytes=13 << 30, cpu_percent=100.0)))
     by_kernel = determine_outcome(run, -signal.SIGKILL, host_out_of_memory=True)
     assert isinstance(by_kernel, Failed) and by_kernel.kind == "out_of_memory"
-    assert "It last held 13.0 GiB." in by_kernel.why and "micro_batch" in by_kernel.fix
+    assert "It last held 13.0 GiB." in by_kernel.why and "micro_batch_size" in by_kernel.fix
     by_hand = determine_outcome(run, -signal.SIGKILL)
     assert isinstance(by_hand, Failed) and by_hand.kind == "killed" and "resume" in by_hand.fix
     # Another process was the one chosen: a trainer ended by another signal was not.

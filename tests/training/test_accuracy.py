@@ -66,7 +66,7 @@ def test_the_share_of_exact_answers_is_that_of_greedy_search(
         "data.validation_path": str(write("validation.jsonl", range(100, 104))),
         "training.sample_prompts": tuple(f"what colour is {COLOURS[n % 4]} {n}" for n in range(100, 104)),
         "training.epochs": 8.0,
-        "training.evaluate_every": 1000,
+        "training.eval_every": 1000,
         "training.learning_rate": 1e-2,
     }
     run = create_run(recipe(settings))

@@ -119,7 +119,7 @@ def test_epochs_come_in_different_orders_and_always_the_same_ones() -> None:
 
 def test_rows_that_must_be_padded_lie_beside_their_like() -> None:
     lengths = lengths_of(400, 2, 600)
-    schedule = plan_steps(Fake(lengths), recipe(epochs=1.0, micro_batch=4), packing_isolated=False)
+    schedule = plan_steps(Fake(lengths), recipe(epochs=1.0, micro_batch_size=4), packing_isolated=False)
     batches = [b for step in schedule.steps for b in micro_batches(step.rows, 4)]
     computed = sum(computed_tokens(batch, Fake(lengths), packing_isolated=False) for batch in batches)
     assert sum(lengths) / computed > 0.9
@@ -160,7 +160,7 @@ def test_validation_sees_every_sample_once() -> None:
 @pytest.mark.parametrize("micro_batch", [1, 2, 6])
 def test_a_step_is_the_same_however_it_is_split(processes: int, micro_batch: int) -> None:
     fake = Fake(LENGTHS)
-    schedule = plan_steps(fake, recipe(micro_batch=2), packing_isolated=True)
+    schedule = plan_steps(fake, recipe(micro_batch_size=2), packing_isolated=True)
     for n, step in enumerate(schedule.steps):
         shares = [
             StepDataset(

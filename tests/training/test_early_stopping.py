@@ -29,8 +29,8 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def test_it_stops_after_its_patience_and_keeps_the_best(recipe: MakeRecipe, trainers: Trainers) -> None:
     # At such a rate it only gets worse once it has begun to.
-    settings = {"training.learning_rate": 0.1, "training.schedule": "constant", "training.epochs": 50.0}
-    run = create_run(recipe({**settings, "training.evaluate_every": 1, "training.early_stopping": 3}))
+    settings = {"training.learning_rate": 0.1, "training.lr_scheduler": "constant", "training.epochs": 50.0}
+    run = create_run(recipe({**settings, "training.eval_every": 1, "training.early_stopping": 3}))
     assert trainers.run(run) == 0
     ending = events(run)[-1]
     assert isinstance(ending, Finished)

@@ -31,8 +31,8 @@ from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
-LONG = {"training.epochs": 60.0, "training.checkpoint_every": 1000, "training.evaluate_every": 1000}
-WIDE = {"training.micro_batch": 4, "training.gradient_accumulation": 1, "training.checkpoint_every": 2}
+LONG = {"training.epochs": 60.0, "training.checkpoint_every": 1000, "training.eval_every": 1000}
+WIDE = {"training.micro_batch_size": 4, "training.gradient_accumulation": 1, "training.checkpoint_every": 2}
 """Several rows at a time, and a checkpoint between two mishaps."""
 
 
@@ -122,7 +122,7 @@ def test_a_run_out_of_memory_in_mid_training_goes_on_from_its_checkpoint_with_le
     run = actions.submit(recipe({**WIDE, "training.epochs": 3.0}))
     wait_for(lambda: read_status(run).state == "finished", seconds=120, saying="the end")
     attempts = told(run, Started)
-    assert [(a.micro_batch, a.gradient_accumulation, a.gradient_checkpointing) for a in attempts] == [
+    assert [(a.micro_batch_size, a.gradient_accumulation, a.gradient_checkpointing) for a in attempts] == [
         (4, 1, False),
         (2, 2, False),
         (1, 4, False),
@@ -143,7 +143,7 @@ def test_a_run_that_nothing_makes_fit_fails_with_the_cheapest_change(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     befalls(monkeypatch, "lack_of_memory({4: 0})")
-    settings = {"training.micro_batch": 2, "training.gradient_checkpointing": True}
+    settings = {"training.micro_batch_size": 2, "training.gradient_checkpointing": True}
     costly = {"model.attention": "eager", "data.max_length": 8192}
     run = actions.submit(recipe({**WIDE, **settings, **costly}))
     wait_for(lambda: len(told(run, Failed)) == 2 and read_status(run).state == "failed", seconds=120)

@@ -31,7 +31,7 @@ ROUNDS = 20
 def test_twenty_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(
     recipe: MakeRecipe, trainers: Trainers
 ) -> None:
-    often = {"training.checkpoint_every": 1, "training.evaluate_every": 2, "training.schedule": "constant"}
+    often = {"training.checkpoint_every": 1, "training.eval_every": 2, "training.lr_scheduler": "constant"}
     run, moments = (
         create_run(recipe({**often, "training.max_steps": 80, "training.epochs": 100.0})),
         random.Random(),
@@ -45,7 +45,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(
         _is_told_and_readable(run, round_)
     # How often it saves may be changed; the rest of the way is of no interest.
     seldom = replace_setting(
-        replace_setting(run.recipe(), "training.checkpoint_every", 99), "training.evaluate_every", 99
+        replace_setting(run.recipe(), "training.checkpoint_every", 99), "training.eval_every", 99
     )
     run.recipe_path.write_text(dump(seldom))
     assert trainers.run(run) == 0

@@ -296,7 +296,7 @@ def test_it_is_counted_on_where_it_is_installed_can_do_all_that_is_asked_and_pay
     half = replace(long, quantization=Quantization(compute_dtype="float16"))
     assert trainer_execution(half, card, few).loss == "chunked"
     assert trainer_execution(long, Device(liger=True, capability=(7, 5)), few).loss == "chunked"
-    assert trainer_execution(replace(long, lora=Lora(token_rows=("<x>",))), card, few).loss == "chunked"
+    assert trainer_execution(replace(long, lora=Lora(trainable_tokens=("<x>",))), card, few).loss == "chunked"
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is None or find_spec("triton") is None, reason="no Liger here")

@@ -72,15 +72,17 @@ def test_a_resumed_run_keeps_its_padded_rows(
 
 
 def test_a_smaller_micro_batch_learns_the_same(recipe: MakeRecipe, trainers: Trainers) -> None:
-    whole = create_run(recipe({"training.micro_batch": 2, "training.gradient_accumulation": 1, **EVERY_STEP}))
+    whole = create_run(
+        recipe({"training.micro_batch_size": 2, "training.gradient_accumulation": 1, **EVERY_STEP})
+    )
     assert trainers.run(whole) == 0
     expected = losses(whole)
     step = len(expected) // 2
     again = interrupted_at(whole, step)
-    plan = RetryPlan(micro_batch=1, gradient_accumulation=2, gradient_checkpointing=True)
+    plan = RetryPlan(micro_batch_size=1, gradient_accumulation=2, gradient_checkpointing=True)
     assert trainers.run(again, plan) == 0
     started = told(again, Started)[-1]
-    assert (started.micro_batch, started.gradient_checkpointing) == (1, True)
+    assert (started.micro_batch_size, started.gradient_checkpointing) == (1, True)
     assert all(abs(loss - expected[n]) < 1e-4 for n, loss in losses(again).items())
 
 

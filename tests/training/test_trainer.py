@@ -46,7 +46,7 @@ from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
-LONG = {"training.epochs": 60.0, "training.checkpoint_every": 1000, "training.evaluate_every": 1000}
+LONG = {"training.epochs": 60.0, "training.checkpoint_every": 1000, "training.eval_every": 1000}
 """A run that is not over before it can be asked something."""
 
 
@@ -59,7 +59,7 @@ def test_submitted_runs_are_trained_one_after_the_other_in_the_background(recipe
 
 
 def test_a_run_tells_what_it_is_and_does(recipe: MakeRecipe, trainers: Trainers) -> None:
-    run = create_run(recipe({"training.sample_prompts": ("what is 3",), "training.warmup": 0.5}))
+    run = create_run(recipe({"training.sample_prompts": ("what is 3",), "training.warmup_ratio": 0.5}))
     assert trainers.run(run) == 0
     (environment,) = told(run, Environment)
     assert (environment.device_kind, environment.compute_dtype) == ("cpu", "float32")
@@ -139,7 +139,7 @@ def test_answers_are_learnt_from_as_their_weights_say(
         "data.packing": packing,
         "data.max_length": 64,
         "quantization.method": "none",
-        "training.micro_batch": micro_batch,
+        "training.micro_batch_size": micro_batch,
         "training.gradient_accumulation": 6,
         "training.epochs": 1.0,
     }
@@ -217,8 +217,8 @@ def test_requests_are_done_at_the_next_step(recipe: MakeRecipe, trainers: Traine
             {
                 **LONG,
                 "training.sample_prompts": ("what is 3",),
-                "training.schedule": "constant",
-                "training.warmup": 0.0,
+                "training.lr_scheduler": "constant",
+                "training.warmup_ratio": 0.0,
             }
         )
     )
@@ -285,7 +285,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(
                 "quantization.compute_dtype": "float16",
                 "lora.alpha": 8192.0,
                 "training.learning_rate": 1.0,
-                "training.warmup": 0.9,
+                "training.warmup_ratio": 0.9,
                 "training.max_grad_norm": 0.0,
                 "training.epochs": 20.0,
                 "training.checkpoint_every": 1,

@@ -52,7 +52,7 @@ TICKETS = Recipe(
     model=Model(id="Qwen/Qwen2.5-7B-Instruct"),
     data=Data(sources=(Source(path="/data/tickets.jsonl"),), max_length=2048),
     lora=Lora(rank=16),
-    training=Training(micro_batch=2, epochs=2.0),
+    training=Training(micro_batch_size=2, epochs=2.0),
 )
 
 
@@ -111,7 +111,7 @@ def _events(what: Play) -> list[AnyEvent]:
     if what.state == "queued":
         return events
     events += [
-        Started(at=began + 1, attempt=1, pid=4242, micro_batch=2, gradient_accumulation=8),
+        Started(at=began + 1, attempt=1, pid=4242, micro_batch_size=2, gradient_accumulation=8),
         PhaseChanged(at=began + 2, phase="loading"),
         Environment(
             at=began + 9,
@@ -221,7 +221,7 @@ def _ending(what: Play) -> RunEnded | None:
                 title="Out of GPU memory",
                 what=f"The backward pass of step {what.steps} needed 1.1 GiB more than there was.",
                 why="Another program took 2.4 GiB of the card during the run.",
-                fix="Close it and resume, or halve training.micro_batch.",
+                fix="Close it and resume, or halve training.micro_batch_size.",
                 kind="out_of_memory",
             )
         case "stopped":

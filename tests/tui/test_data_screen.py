@@ -152,11 +152,11 @@ async def test_the_mend_key_has_tokens_trained_that_the_model_never_learned(
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "⚠ The base model has never learned these", "▸ m: have <|im_end|> trained")
         await pilot.press("m")
-        assert list(app.workbench.recipe.lora.token_rows) == ["<|im_end|>"]
+        assert list(app.workbench.recipe.lora.trainable_tokens) == ["<|im_end|>"]
         assert any("<|im_end|>" in told.message for told in app._notifications)
         await until(pilot, lambda: "never learned" not in text_of(app))
         await pilot.press("m", "u")
-        assert not app.workbench.recipe.lora.token_rows
+        assert not app.workbench.recipe.lora.trainable_tokens
         await shows(pilot, "never learned these")
 
 
@@ -195,7 +195,7 @@ async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
         text = await shows(pilot, "⚠ Long text 1", "▸ m: split into")
         rows = int(text.partition("m: split into ")[2].split(" ")[0])
         await pilot.press("m")
-        assert app.workbench.recipe.data.too_long == "split"
+        assert app.workbench.recipe.data.overflow == "split"
         await shows(pilot, f"3 rows → {rows + 2} samples")
         assert "Long text" not in text_of(app)
 
@@ -299,7 +299,7 @@ async def test_keys_change_length_split_weight_and_what_is_learnt(model: str, he
         await shows(pilot, "✂ 64")
         await pilot.press("plus", "t", "e", "b")
         data = app.workbench.recipe.data
-        assert (data.max_length, data.too_long, data.train_on, data.packing) == (
+        assert (data.max_length, data.overflow, data.train_on, data.packing) == (
             128,
             "split",
             "everything",
@@ -430,7 +430,7 @@ def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
 def test_a_split_row_is_learnt_out_of_all_its_tokens(too_long: Any, learnt: str) -> None:
     trained = (256, 256, 256, 232) if too_long == "split" else (256,)
     shown = Shown(1, tuple((Piece("x", True, False),) for _ in trained), (1000,), trained)
-    words = row_line(("", 1), None, shown, Data(max_length=256, too_long=too_long), 80).plain
+    words = row_line(("", 1), None, shown, Data(max_length=256, overflow=too_long), 80).plain
     assert f"{learnt} tokens learnt" in words
 
 

@@ -103,7 +103,7 @@ async def test_a_run_that_was_stopped_goes_on_with_enter_until_another_recipe_is
 async def test_a_run_that_failed_is_told_with_its_remedy(make_app: MakeApp) -> None:
     play(Play(name="owls", state="failed", steps=60, total=300))
     async with make_app().run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "See what went wrong", "Close it and resume, or halve training.micro_batch.")
+        await shows(pilot, "See what went wrong", "Close it and resume, or halve training.micro_batch_size.")
 
 
 async def test_a_first_time_user_is_led_to_the_demo_or_the_hub(make_app: MakeApp) -> None:

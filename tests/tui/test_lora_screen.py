@@ -187,7 +187,7 @@ async def test_the_price_of_dora_is_told(small: str) -> None:
 
 async def test_fewer_targets_are_never_dearer_than_the_preset_whatever_else_is_set(small: str) -> None:
     app = open_on("lora", model=small)
-    app.workbench.set("training.micro_batch", 16)
+    app.workbench.set("training.micro_batch_size", 16)
     app.workbench.set("lora.target_modules", ("8-23.q_proj",))
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "Against balanced: -")

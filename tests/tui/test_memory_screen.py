@@ -29,7 +29,7 @@ def seven_billion(private_home: Path) -> str:
 
 def _big(app: QloraApp) -> None:
     app.workbench.set("data.max_length", 8192)
-    app.workbench.set("training.micro_batch", 4)
+    app.workbench.set("training.micro_batch_size", 4)
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
@@ -55,9 +55,9 @@ async def test_without_a_model_it_says_what_to_do() -> None:
 
 
 KEYS: tuple[tuple[str, str, object], ...] = (
-    ("b b", "training.micro_batch", 4),
-    ("b b B", "training.micro_batch", 2),
-    ("B", "training.micro_batch", 1),
+    ("b b", "training.micro_batch_size", 4),
+    ("b b B", "training.micro_batch_size", 2),
+    ("B", "training.micro_batch_size", 1),
     ("s", "data.max_length", 2048),
     ("S", "data.max_length", 512),
     ("r", "lora.rank", 32),
@@ -130,7 +130,7 @@ async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str)
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await shows(pilot, "does not fit", "To make it fit, press a:", "same effective batch")
         await pilot.press("a")
-        assert app.workbench.recipe.training.micro_batch < 4
+        assert app.workbench.recipe.training.micro_batch_size < 4
         assert app.workbench.recipe.effective_batch >= before.effective_batch
         await shows(pilot, "Micro-batch 4 → 1")
         architecture = app.workbench.architecture()

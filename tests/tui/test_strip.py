@@ -49,7 +49,7 @@ async def test_the_cost_follows_the_recipe_in_its_own_precision(private_home: Pa
         assert len(shown.splitlines()[2].rstrip()) <= 80
         app.edit("quantization.method", "int8")
         await shows(pilot, "int8", "of 24.0 GiB")
-        app.edit("training.micro_batch", 64)
+        app.edit("training.micro_batch_size", 64)
         await shows(pilot, "does not fit")
 
 

@@ -311,19 +311,19 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: Make
         await pilot.press("j")
         await shows(pilot, "Rows in one forward pass", "Activations grow in proportion")
         await pilot.press("l", "l")
-        assert app.workbench.recipe.training.micro_batch == 4
+        assert app.workbench.recipe.training.micro_batch_size == 4
         await shows(pilot, "* preset: 1")
         await pilot.press("backspace")
-        assert app.workbench.recipe.training.micro_batch == 1
+        assert app.workbench.recipe.training.micro_batch_size == 1
         await pilot.press("enter", "ctrl+u", *"many", "enter")
         await shows(pilot, "✗", "a whole number from 1 to 4,096")
         await pilot.press("escape", "l", "h")
-        assert app.workbench.recipe.training.micro_batch == 1
+        assert app.workbench.recipe.training.micro_batch_size == 1
         await pilot.press("enter", "ctrl+u", *"6", "enter")
         await pilot.pause()
-        assert app.workbench.recipe.training.micro_batch == 6
+        assert app.workbench.recipe.training.micro_batch_size == 6
         await pilot.press("u")
-        assert app.workbench.recipe.training.micro_batch == 1
+        assert app.workbench.recipe.training.micro_batch_size == 1
 
 
 async def test_a_letter_jumps_to_a_setting_in_view_and_no_other_key_does_anything(make_app: MakeApp) -> None:
@@ -505,7 +505,7 @@ async def test_m_prepares_a_smaller_run_after_one_that_had_no_room(make_app: Mak
         await pilot.press("m", "y")
         await shows(pilot, "Micro-batch")
         training = app.workbench.recipe.training
-        assert (training.micro_batch, training.gradient_accumulation) == (1, 16)
+        assert (training.micro_batch_size, training.gradient_accumulation) == (1, 16)
         await pilot.press("u")
         assert app.workbench.recipe == before
 

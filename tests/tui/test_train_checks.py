@@ -92,8 +92,8 @@ def test_what_settings_leave_out_or_cut_is_a_warning(tmp_path: Path) -> None:
     recipe = Recipe(data=Data(sources=(Source(path=str(book)),), max_length=64))
     found = _data_check(recipe)
     assert found.outcome == "warning" and found.text.startswith("Long text (1 row): One text holds")
-    assert 'data.too_long = "split"' in found.fix
-    split = Recipe(data=Data(sources=(Source(path=str(book)),), max_length=64, too_long="split"))
+    assert 'data.overflow = "split"' in found.fix
+    split = Recipe(data=Data(sources=(Source(path=str(book)),), max_length=64, overflow="split"))
     assert _data_check(split).outcome == "ok"
 
 

@@ -138,8 +138,8 @@ def test_no_power_told_is_no_energy_told() -> None:
         ("lora.dropout", 0.0, 1, 0.05),
         ("lora.dropout", 0.05, 1, 0.1),
         ("lora.dropout", 0.9, 1, 0.9),
-        ("training.schedule", "cosine", 1, "linear"),
-        ("training.schedule", "cosine", -1, "constant"),
+        ("training.lr_scheduler", "cosine", 1, "linear"),
+        ("training.lr_scheduler", "cosine", -1, "constant"),
         ("data.packing", True, 1, False),
     ],
 )

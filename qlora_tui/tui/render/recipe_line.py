@@ -37,7 +37,7 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
         recipe.model.id.rstrip("/").rpartition("/")[2] or "no model",
         _data_words(recipe),
         f"{format_rank(recipe.lora)} {targets if len(targets) <= 16 else f'{len(patterns)} targets'}",
-        f"{recipe.data.max_length:,} tok × {training.micro_batch} × {training.gradient_accumulation}",
+        f"{recipe.data.max_length:,} tok × {training.micro_batch_size} × {training.gradient_accumulation}",
     ]
     for place in (2, 1, 0):
         over = 0 if width is None else len(_BETWEEN.join(parts)) - width

@@ -138,7 +138,7 @@ def _stamped(data: Data) -> tuple[_Stamped, ...]:
 def _reading(data: Data) -> bytes:
     """The settings that decide what is read of a row, as JSON."""
     return msgspec.json.encode(
-        {"preferences": data.preferences, "max_length": data.max_length, "too_long": data.too_long}
+        {"preferences": data.preferences, "max_length": data.max_length, "overflow": data.overflow}
     )
 
 

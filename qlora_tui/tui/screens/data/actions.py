@@ -145,11 +145,11 @@ class DataActions(WorkScreen):
             self.qlora_app.edit("data.preferences", "chosen")
             self.notify("Trains on the chosen and good answers only. Press u to undo.")
         elif self.split_rows():
-            self.qlora_app.edit("data.too_long", "split")
+            self.qlora_app.edit("data.overflow", "split")
             self.notify("Long texts are split into rows. Press u to undo.")
         elif tokens := self.untrained():
-            now = self.qlora_app.workbench.recipe.lora.token_rows
-            self.qlora_app.edit("lora.token_rows", tuple(dict.fromkeys((*now, *tokens))))
+            now = self.qlora_app.workbench.recipe.lora.trainable_tokens
+            self.qlora_app.edit("lora.trainable_tokens", tuple(dict.fromkeys((*now, *tokens))))
             self.notify(f"Embedding and head will be trained for {', '.join(tokens)}. Press u to undo.")
 
     @property
@@ -165,7 +165,7 @@ class DataActions(WorkScreen):
     def problems(self) -> tuple[DataProblem, ...]:
         """What the report found, except what the recipe already fixes."""
         problems = self.report.problems if self.report else ()
-        trained = set(self.qlora_app.workbench.recipe.lora.token_rows)
+        trained = set(self.qlora_app.workbench.recipe.lora.trainable_tokens)
         return tuple(p for p in problems if not p.tokens or not trained.issuperset(p.tokens))
 
     def untrained(self) -> tuple[str, ...]:

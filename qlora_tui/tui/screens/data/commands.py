@@ -20,7 +20,7 @@ COMMANDS: tuple[Command, ...] = (
         "longer", "plus,equals_sign", "step('data.max_length', 1)", "Length", "Double the sequence length."
     ),
     _hidden("shorter", "minus", "step('data.max_length', -1)", "Shorter", "Halve the sequence length."),
-    _hidden("too_long", "t", "step('data.too_long')", "Too long", "What happens to long samples."),
+    _hidden("too_long", "t", "step('data.overflow')", "Too long", "What happens to long samples."),
     _command("view", "v", "view", "View", "Sample and figures, figures alone, or the sample alone."),
     _hidden("validation", "s", "validation", "Split", "Hold rows back to validate on, or name a file."),
     _hidden("weight", "w", "weight", "Weight", "How often the rows of a source are seen."),

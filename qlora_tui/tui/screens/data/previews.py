@@ -35,7 +35,7 @@ class PreviewRequest:
         """Source ``number`` of the recipe. Settings that change nothing of it are left out."""
         data = Data(
             max_length=recipe.data.max_length,
-            too_long=recipe.data.too_long,
+            overflow=recipe.data.overflow,
             preferences=recipe.data.preferences,
             train_on=recipe.data.train_on,
             thinking=recipe.data.thinking,

@@ -53,13 +53,13 @@ def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content
     if not shown.token_counts:
         parts.insert(0, PLAIN)
     cut = any(count > data.max_length for count in shown.token_counts)
-    if cut and data.too_long == "cut-left":
+    if cut and data.overflow == "cut-left":
         parts.append(_cut_mark(shown, data))
     for number, pieces in enumerate(shown.samples):
         if number:
             parts.append(("\n──── the next sample of this row ────\n", "dim"))
         parts += [_styled(piece) for piece in pieces]
-    if cut and data.too_long == "cut-right":
+    if cut and data.overflow == "cut-right":
         parts.append(_cut_mark(shown, data))
     return Content.assemble(*parts)
 
@@ -90,7 +90,7 @@ def _styled(piece: Piece) -> tuple[str, str]:
 def _cut_mark(shown: Shown, data: Data) -> tuple[str, str]:
     lost = sum(max(0, count - data.max_length) for count in shown.token_counts)
     mark = f"✂ {lost:,} more tokens do not fit into {data.max_length:,}"
-    return (f"{mark}\n" if data.too_long == "cut-left" else f"\n{mark}"), "$warning"
+    return (f"{mark}\n" if data.overflow == "cut-left" else f"\n{mark}"), "$warning"
 
 
 def reading(source: Source) -> Content:
@@ -161,7 +161,7 @@ def row_line(place: Place, report: Report | None, shown: Shown | None, data: Dat
         of = f" of {max(row, report.counts.rows):,} or more"
     parts = [f"{name}row {row:,}{of}"]
     if shown and shown.samples and shown.token_counts:
-        most = max(shown.token_counts) if data.too_long == "split" else data.max_length
+        most = max(shown.token_counts) if data.overflow == "split" else data.max_length
         rendered_tokens = sum(min(count, most) for count in shown.token_counts)
         parts.append(f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens learnt")
     if shown:
@@ -245,7 +245,7 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
     if not report.too_long:
         return Content(line)
     share = format_percent(report.too_long / lengths.count) if lengths.count else ""
-    over = f"✂ {report.too_long:,} ({share}) over {data.max_length:,}: {TOO_LONG[data.too_long]}"
+    over = f"✂ {report.too_long:,} ({share}) over {data.max_length:,}: {TOO_LONG[data.overflow]}"
     return Content.assemble(line, "\n", (over, "$warning"))
 
 

@@ -49,7 +49,7 @@ def setting_controls(recipe: Recipe, fitting: WhatFits | None, context_tokens: i
     targets = ",".join(recipe.lora.target_modules)
     counted = (
         ("s  S", "length", recipe.data.max_length, fitting and fitting.sequence_length),
-        ("b  B", "micro-batch", training.micro_batch, fitting and fitting.micro_batch),
+        ("b  B", "micro-batch", training.micro_batch_size, fitting and fitting.micro_batch),
         ("r  R", "rank", recipe.lora.rank, fitting and fitting.rank),
     )
     lines = [Content.styled(f"×2 ÷2 {'setting':<13} {'now':>7} fits up to", "dim")]

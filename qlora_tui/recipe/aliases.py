@@ -1,0 +1,118 @@
+"""Other spellings of a setting: those of version 0.1, and those of transformers, peft, TRL and axolotl.
+
+``RENAMED``  keys of version 0.1: read without a note, in their own section
+``ALIASES``  keys of other trainers with the same meaning and values: read in any section or above the first
+             one, with a note that names ours
+``RELATED``  keys of other trainers that need another value here: not read, but named in the error's hint
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qlora_tui.recipe.fields import fields, sections
+
+RENAMED = {
+    "lora.token_rows": "lora.trainable_tokens",
+    "data.too_long": "data.overflow",
+    "training.micro_batch": "training.micro_batch_size",
+    "training.schedule": "training.lr_scheduler",
+    "training.warmup": "training.warmup_ratio",
+    "training.evaluate_every": "training.eval_every",
+}
+
+ALIASES = {
+    "base_model": "model.id",
+    "bnb_4bit_compute_dtype": "quantization.compute_dtype",
+    "bnb_4bit_use_double_quant": "quantization.double_quantization",
+    "cutoff_len": "data.max_length",
+    "early_stopping_patience": "training.early_stopping",
+    "eval_steps": "training.eval_every",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "logging_steps": "training.log_every",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_r": "lora.rank",
+    "lora_target_modules": "lora.target_modules",
+    "lr": "training.learning_rate",
+    "lr_scheduler_type": "training.lr_scheduler",
+    "max_seq_length": "data.max_length",
+    "model_name_or_path": "model.id",
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "optim": "training.optimizer",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "r": "lora.rank",
+    "sample_packing": "data.packing",
+    "save_steps": "training.checkpoint_every",
+    "save_total_limit": "training.keep_checkpoints",
+    "sequence_len": "data.max_length",
+    "val_set_size": "data.validation_fraction",
+}
+
+RELATED = {
+    "attn_implementation": "model.attention",
+    "batch_size": "training.micro_batch_size",
+    "bnb_4bit_quant_type": "quantization.method",
+    "dataset": "data.sources",
+    "load_in_4bit": "quantization.method",
+    "load_in_8bit": "quantization.method",
+    "trainable_token_indices": "lora.trainable_tokens",
+    "validation_share": "data.validation_fraction",
+    "validation_split": "data.validation_fraction",
+    "warmup": "training.warmup_ratio",
+    "warmup_steps": "training.warmup_ratio",
+}
+
+
+def resolve(section: str, key: str) -> str | None:
+    """The setting that ``key`` in ``section`` is another spelling of, as ``section.key``; None: of none.
+
+    ``section`` is empty above the sections of a file.
+    """
+    path = f"{section}.{key}" if section else key
+    if path in fields():
+        return None
+    return RENAMED.get(path) or ALIASES.get(key)
+
+
+def canonical(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The layer with our own spelling of every key. ``layer`` has passed validation."""
+    result: dict[str, Any] = {}
+    for section, key, value in _entries(layer):
+        path = resolve(section, key)
+        if path is not None:
+            section, _, key = path.rpartition(".")
+        if section:
+            result.setdefault(section, {})[key] = value
+        else:
+            result[key] = value
+    return result
+
+
+def notes(layer: Mapping[str, Any]) -> list[str]:
+    """A sentence for each key of another trainer in the layer: which setting of ours it is read as."""
+    spelled = [(key, resolve(section, key)) for section, key, _ in _entries(layer) if key in ALIASES]
+    return [f"{key} is read as {path}." for key, path in spelled if path]
+
+
+def duplicates(layer: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Keys that set what another key of the layer sets: (section, key, the other as written, the setting)."""
+    first: dict[str, str] = {}
+    for section, key, _ in _entries(layer):
+        written = f"{section}.{key}" if section else key
+        path = resolve(section, key) or written
+        if path in first:
+            yield section, key, first[path], path
+        first.setdefault(path, written)
+
+
+def _entries(layer: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(section, key, value) of a layer; an empty section for what stands above them."""
+    for name, value in layer.items():
+        if name in sections() and isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield name, key, inner
+        else:
+            yield "", name, value
