@@ -15,4 +15,5 @@ which is printed where it fails: ``--seed`` with ``--only`` and ``--attempts 1``
 ``runs``      a tiny model and runs that real runners and trainers work on
 ``kills``     rows: kill -9 and signals
 ``disk``      rows: writes that fail in a real trainer, by a preloaded library
+``power``     rows: power cuts on ext4, XFS and btrfs, where root may mount a disk image
 """

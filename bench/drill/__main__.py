@@ -29,15 +29,16 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--json", action="store_true", help="the table as JSON on stdout")
     given = parser.parse_args()
+    names = [name for name in given.only if not (obstacle := ROWS[name].obstacle()) or _skip(name, obstacle)]
     seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
     print(f"seed {seed}", file=sys.stderr)
     chooser = random.Random(seed)
-    tried = dict.fromkeys(given.only, 0)
-    failures: dict[str, list[str]] = {name: [] for name in given.only}
+    tried = dict.fromkeys(names, 0)
+    failures: dict[str, list[str]] = {name: [] for name in names}
     until = time.monotonic() + 60 * given.minutes
     with _materials() as materials:
         while time.monotonic() < until and (given.attempts is None or sum(tried.values()) < given.attempts):
-            name = chooser.choices(given.only, [ROWS[row].weight for row in given.only])[0]
+            name = chooser.choices(names, [ROWS[row].weight for row in names])[0]
             attempt_seed = seed if given.attempts == 1 else chooser.randrange(1 << 32)
             tried[name] += 1
             with private_home() as home:
@@ -48,6 +49,11 @@ def main() -> int:
                     print(f"{name}: {failures[name][-1]}", file=sys.stderr)
     _show(tried, failures, as_json=given.json)
     return 1 if any(failures.values()) else 0
+
+
+def _skip(name: str, obstacle: str) -> bool:
+    print(f"{name}: skipped: {obstacle}", file=sys.stderr)
+    return False
 
 
 @contextmanager

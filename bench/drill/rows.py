@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.drill import damaged, disk, hostile, kills
+from bench.drill import damaged, disk, hostile, kills, power
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Row:
     """Takes the source of all chance, the prepared materials and a private home; raises Failure."""
     weight: float
     """How often it is chosen. One that starts trainers takes half a minute, the others a second."""
+    obstacle: Callable[[], str] = lambda: ""
+    """Says why this machine cannot try it; empty where it can."""
 
 
 ROWS: dict[str, Row] = {
@@ -38,4 +40,6 @@ ROWS: dict[str, Row] = {
     "signal": Row(kills.signalled, 0.5),
     "killed verb": Row(kills.killed_verb, 1),
     "failing write": Row(disk.failing_write, 1),
+    **{f"power cut, {kind}": Row(power.cut_while_active(kind), 0.3, power.obstacle) for kind in power.MIB},
+    **{f"end and cut, {kind}": Row(power.cut_after_the_end(kind), 0.3, power.obstacle) for kind in power.MIB},
 }
