@@ -39,11 +39,20 @@ def write_checksums(folder: Path) -> None:
     (folder / NAME).write_text("".join(lines), "utf-8")
 
 
-def mismatch(folder: Path, only: Collection[str] = ()) -> str | None:
+def digest(folder: Path) -> str:
+    """The hash of ``SHA256SUMS`` itself, which covers every file it lists. Raises OSError."""
+    return _sha256(folder / NAME)
+
+
+def mismatch(folder: Path, only: Collection[str] = (), listed: Collection[str] = ()) -> str | None:
     """What differs from ``SHA256SUMS``, in a clause; None where nothing does, or the file is not there.
 
-    ``only``: names of the files to look at, where not all of them are to be read.
+    Args:
+        folder: The folder that has the file.
+        only: Names of the files to look at, where not all of them are to be read.
+        listed: Names of files that ``SHA256SUMS`` must have a checksum of.
     """
+    required = {*only, *listed}
     try:
         lines = (folder / NAME).read_text("utf-8").splitlines()
     except FileNotFoundError:
@@ -55,6 +64,7 @@ def mismatch(folder: Path, only: Collection[str] = ()) -> str | None:
         is_name = "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
         if not separator or len(expected) != 64 or not is_name:
             return f"{NAME} is damaged"
+        required.discard(name)
         if only and name not in only:
             continue
         try:
@@ -66,6 +76,8 @@ def mismatch(folder: Path, only: Collection[str] = ()) -> str | None:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror or error})"
+    if required:
+        return f"{NAME} does not list {min(required)}"
     return None if lines else f"{NAME} is empty"
 
 

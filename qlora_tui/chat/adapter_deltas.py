@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlora_tui.checksums import mismatch
 from qlora_tui.errors import UserError
+from qlora_tui.runs.damage import checksum_damage
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -99,7 +99,7 @@ AdapterDeltas = dict[str, LoraDelta | EmbeddingRowDelta]
 
 def check_unchanged(folder: Path) -> None:
     """Raise UserError where an adapter's files are not what was written, by their checksums."""
-    damage = mismatch(folder, only=(WEIGHTS, CONFIG))
+    damage = checksum_damage(folder, only=(WEIGHTS, CONFIG))
     if damage is not None:
         raise UserError(
             "The adapter is damaged",

@@ -14,6 +14,8 @@ import msgspec
 
 from qlora_tui import checksums
 from qlora_tui.decoding import decode_json
+from qlora_tui.runs.event_log import last_event
+from qlora_tui.runs.events import Finished, Stopped
 
 MARKER = "complete"
 """In a checkpoint: every file and its size, written last."""
@@ -36,8 +38,8 @@ def checkpoint_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if actual != size:
             return f"{name} has {actual} of {size} bytes"
-    if (folder / checksums.NAME).exists():
-        return checksums.mismatch(folder)
+    if checksums.NAME in sizes:
+        return checksums.mismatch(folder, listed=sizes.keys() - {checksums.NAME})
     return next((wrong for name in sizes if (wrong := _format_damage(folder / name))), None)
 
 
@@ -49,9 +51,38 @@ def adapter_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             return f"{name} is missing"
-    if (folder / checksums.NAME).exists():
-        return checksums.mismatch(folder, only)
+    if (wrong := checksum_damage(folder, only=only)) or (folder / checksums.NAME).exists():
+        return wrong
     return next((wrong for name in ADAPTER_FILES if (wrong := _format_damage(folder / name))), None)
+
+
+def checksum_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
+    """What of an adapter's or a checkpoint's folder differs from its checksums, in a clause.
+
+    None where nothing does, and where it never had any: where neither the checkpoint's list of files nor the
+    run's last event says that it had. ``only``: names of the files to read, where not all of them matter.
+    """
+    recorded = _recorded_digest(folder)
+    try:
+        if recorded and checksums.digest(folder) != recorded:
+            return f"{checksums.NAME} is not what was written: its checksum differs"
+    except OSError as error:
+        return f"{checksums.NAME} cannot be read ({error.strerror or error})"
+    if not (folder / checksums.NAME).exists():
+        return None if recorded is None else f"{checksums.NAME} is missing"
+    return checksums.mismatch(folder, only, ADAPTER_FILES)
+
+
+def _recorded_digest(folder: Path) -> str | None:
+    """The hash of the folder's checksums, empty where it had some of an unknown hash; None for none."""
+    try:
+        if (folder / MARKER).is_file():
+            sizes = decode_json((folder / MARKER).read_bytes(), _SIZES)
+            return "" if checksums.NAME in sizes else None
+        ending = last_event(folder.parent / "events.jsonl")
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return (ending.checksums or None) if isinstance(ending, Finished | Stopped) else None
 
 
 def _format_damage(file: Path) -> str | None:

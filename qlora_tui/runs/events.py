@@ -207,6 +207,8 @@ class Finished(Event, tag="finished", frozen=True, kw_only=True):
     """Of the card over the whole run, loading and evaluating included; None where it tells no power."""
     tokens_per_joule: float | None = None
     """Real tokens learnt from, by that energy."""
+    checksums: str = ""
+    """SHA-256 of the adapter's ``SHA256SUMS``; empty in events of older versions."""
 
 
 class Failed(Event, tag="failed", frozen=True, kw_only=True):
@@ -228,6 +230,8 @@ class Stopped(Event, tag="stopped", frozen=True, kw_only=True):
     """Ended on request, with a checkpoint (and the adapter as it was) saved."""
 
     step: Count
+    checksums: str = ""
+    """SHA-256 of the adapter's ``SHA256SUMS``; empty where no adapter was written."""
 
 
 class Paused(Event, tag="paused", frozen=True, kw_only=True):

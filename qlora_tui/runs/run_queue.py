@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 
 from qlora_tui.files import sync
 from qlora_tui.runs.directory import RunDir
@@ -46,6 +47,8 @@ def _enter(run: RunDir, *, again: bool) -> None:
         if entry in line and status.state in ("queued", *ACTIVE):
             return
         try:
+            if again:
+                _forget_requests(run)
             if entry not in line:
                 _create(entry)
             write_status(run, status.transition("queued"))
@@ -55,6 +58,14 @@ def _enter(run: RunDir, *, again: bool) -> None:
         except OSError:
             _unlink([entry])
             raise
+
+
+def _forget_requests(run: RunDir) -> None:
+    """Delete what was requested of a trainer that was killed before it took it."""
+    for path in run.control_dir.glob("*.json"):
+        # A folder among them is no request, and is never taken for one.
+        with suppress(OSError):
+            path.unlink()
 
 
 def take(run: RunDir, process: ProcessIdentity) -> None:

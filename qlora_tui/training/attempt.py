@@ -270,12 +270,13 @@ class TrainingAttempt:
             and callback.outcome == "finished"
         ):
             reason = f"{reason}; {load_best_weights(run, trainer.model, best)}"
+        checksums = ""
         if self._dist.is_main_process:
-            write_adapter(
+            checksums = write_adapter(
                 run, trainer.model, recipe, base.folder, tokenizer, from_hub=files.source == "hub cache"
             )
         if callback.outcome == "stopped":
-            return Stopped(at=time.time(), step=step)
+            return Stopped(at=time.time(), step=step, checksums=checksums)
         self._telemetry.stop()
         energy = EnergyMeter(run.telemetry_path)
         energy.read_all()
@@ -287,6 +288,7 @@ class TrainingAttempt:
             reason=reason,
             energy_kwh=energy.kwh,
             tokens_per_joule=self._tokens_per_joule(trainer.tokens, energy.kwh),
+            checksums=checksums,
         )
 
     def _tokens_per_joule(self, tokens: int, kwh: float | None) -> float | None:

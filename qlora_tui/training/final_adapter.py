@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.model_validation import TOKENIZER_FILES
-from qlora_tui.checksums import checked_folder
+from qlora_tui.checksums import checked_folder, digest
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
@@ -35,8 +35,8 @@ def load_best_weights(run: RunDir, model: Any, step: int) -> str:
 
 def write_adapter(
     run: RunDir, model: Any, recipe: Recipe, model_folder: Path, tokenizer: ChatTokenizer, *, from_hub: bool
-) -> None:
-    """Write adapter, tokenizer, chat template and recipe, on the disk on return, with their checksums.
+) -> str:
+    """Write adapter, tokenizer, chat template and recipe, on the disk on return; the hash of their checksums.
 
     An earlier adapter is deleted once the new one is in its place. Raises OSError when it cannot be written.
     ``from_hub``: the base is named by its hub id, so that the adapter finds it on other machines.
@@ -55,3 +55,4 @@ def write_adapter(
         else:
             (draft / _TEMPLATE).write_text(tokenizer.template.text)
         shutil.copyfile(run.recipe_path, draft / "recipe.toml")
+    return digest(run.adapter_dir)

@@ -10,8 +10,10 @@ import msgspec
 import pytest
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult, Sampling
+from qlora_tui.checksums import write_checksums
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
+from tests.runs.test_damage import flip
 
 pytestmark = pytest.mark.slow
 
@@ -257,6 +259,18 @@ def test_pickled_adapter_weights_are_never_loaded(tiny_source: ChatSource, tmp_p
         (tmp_path / name).write_bytes(file.read_bytes())
     session = load_session(msgspec.structs.replace(tiny_source, adapters={"adapter": str(tmp_path)}))
     with pytest.raises(UserError, match="safetensors"):
+        session.ask(QUESTION, adapter_name="adapter")
+
+
+def test_a_damaged_adapter_is_not_loaded(tiny_source: ChatSource, tmp_path: Path) -> None:
+    from qlora_tui.chat.session import load_session
+
+    for file in Path(tiny_source.adapters["adapter"]).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    write_checksums(tmp_path)
+    flip(tmp_path / "adapter_model.safetensors", -1)
+    session = load_session(msgspec.structs.replace(tiny_source, adapters={"adapter": str(tmp_path)}))
+    with pytest.raises(UserError, match="The adapter is damaged"):
         session.ask(QUESTION, adapter_name="adapter")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from qlora_tui.checksums import checked_folder
+from qlora_tui.checksums import checked_folder, digest
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, create_run
@@ -49,7 +49,8 @@ def finish(run: RunDir, reporter: Reporter, step: int) -> None:
     """Write the adapter and say so."""
     with checked_folder(run.adapter_dir, run.adapter_draft) as draft:
         put_adapter(draft)
-    _end(run, reporter, Finished(at=time.time(), step=step, seconds=1.0, tokens_per_s=1.0))
+    sums = digest(run.adapter_dir)
+    _end(run, reporter, Finished(at=time.time(), step=step, seconds=1.0, tokens_per_s=1.0, checksums=sums))
 
 
 def pause(run: RunDir, reporter: Reporter, step: int) -> None:

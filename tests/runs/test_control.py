@@ -10,7 +10,7 @@ from msgspec import structs
 
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.toml import dump
-from qlora_tui.runs import control
+from qlora_tui.runs import control, run_queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, write_status
@@ -94,3 +94,12 @@ def test_a_sample_of_no_prompts_is_refused(running: RunDir) -> None:
     running.recipe_path.write_text(dump(structs.replace(recipe, training=training)))
     control.send_request(running, "sample")
     assert control.take_requests(running) == [control.ControlRequest(kind="sample")]
+
+
+def test_a_request_of_an_attempt_that_was_killed_does_not_end_the_next(run: RunDir) -> None:
+    write_status(run, Status(state="running", at=time.time(), process=process_identity()))
+    control.send_request(run, "stop")
+    (run.control_dir / "folder.json").mkdir()
+    write_status(run, Status(state="failed", at=time.time()))
+    run_queue.requeue(run)
+    assert control.take_requests(run) == []

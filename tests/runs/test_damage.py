@@ -3,12 +3,21 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qlora_tui.checksums import NAME, write_checksums
-from qlora_tui.runs.damage import MARKER, adapter_damage, checkpoint_damage
+from qlora_tui.checksums import NAME, digest, write_checksums
+from qlora_tui.runs.damage import (
+    ADAPTER_FILES,
+    MARKER,
+    adapter_damage,
+    checkpoint_damage,
+    checksum_damage,
+)
+from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.events import Finished
 
 
 def put_adapter(folder: Path) -> Path:
@@ -87,3 +96,61 @@ def test_a_pipe_in_place_of_a_file_is_damage(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     os.mkfifo(folder / "tokenizer.json")
     assert "tokenizer.json" in (adapter_damage(folder) or "")
+
+
+def without_weights(sums: Path) -> None:
+    lines = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(line for line in lines if "adapter_model" not in line))
+
+
+def first_line_only(sums: Path) -> None:
+    sums.write_text(sums.read_text().splitlines(keepends=True)[0])
+
+
+@pytest.mark.parametrize("edit", [without_weights, first_line_only])
+@pytest.mark.parametrize("put", [put_adapter, put_checkpoint])
+def test_weights_that_the_checksums_do_not_list_are_damage(
+    tmp_path: Path, put: Callable[[Path], Path], edit: Callable[[Path], None]
+) -> None:
+    folder = put(tmp_path / "adapter")
+    write_checksums(folder)
+    flip(folder / "adapter_model.safetensors", -1)
+    edit(folder / NAME)
+    assert NAME in (adapter_damage(folder) or "")
+    assert NAME in (checksum_damage(folder, only=ADAPTER_FILES) or "")
+    if put is put_checkpoint:
+        assert checkpoint_damage(folder) is not None
+
+
+def test_a_checkpoint_without_its_checksums_is_damage(tmp_path: Path) -> None:
+    folder = put_checkpoint(tmp_path / "step-1")
+    (folder / NAME).unlink()
+    assert NAME in (checksum_damage(folder, only=ADAPTER_FILES) or "")
+    assert NAME in (checkpoint_damage(folder) or "")
+
+
+def unlisted_tokenizer(sums: Path) -> None:
+    lines = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(line for line in lines if "tokenizer" not in line))
+
+
+@pytest.mark.parametrize("edit", [unlisted_tokenizer, without_weights, Path.unlink])
+def test_checksums_of_a_finished_run_that_were_edited_are_damage(
+    tmp_path: Path, edit: Callable[[Path], None]
+) -> None:
+    folder = put_adapter(tmp_path / "adapter")
+    (folder / "tokenizer.json").write_text("{}")
+    write_checksums(folder)
+    with EventWriter(tmp_path / "events.jsonl") as log:
+        log.append(Finished(at=1.0, step=2, seconds=1.0, tokens_per_s=1.0, checksums=digest(folder)))
+    assert adapter_damage(folder) is None
+    edit(folder / NAME)
+    assert NAME in (adapter_damage(folder) or "")
+    assert NAME in (checksum_damage(folder, only=ADAPTER_FILES) or "")
+
+
+def test_an_adapter_from_before_checksums_were_recorded_is_whole(tmp_path: Path) -> None:
+    folder = put_adapter(tmp_path / "adapter")
+    with EventWriter(tmp_path / "events.jsonl") as log:
+        log.append(Finished(at=1.0, step=2, seconds=1.0, tokens_per_s=1.0))
+    assert adapter_damage(folder) is None

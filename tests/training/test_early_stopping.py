@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 import torch
 from safetensors.torch import load_file
 
+from qlora_tui.checksums import digest
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import DataReady, Evaluated, Finished
 from qlora_tui.runs.status import read_status
@@ -34,6 +35,7 @@ def test_it_stops_after_its_patience_and_keeps_the_best(recipe: MakeRecipe, trai
     assert trainers.run(run) == 0
     ending = events(run)[-1]
     assert isinstance(ending, Finished)
+    assert ending.checksums == digest(run.adapter_dir)
     best = [e.step for e in told(run, Evaluated) if e.best][-1]
     assert ending.step == best + 3 < told(run, DataReady)[0].total_steps
     assert "no better validation loss in 3 validations" in ending.reason
