@@ -20,7 +20,10 @@ from qlora_tui.catalog.config_fields import ConfigFields, config_problem
 from qlora_tui.catalog.families import COMPOSITE, FAMILY
 from qlora_tui.catalog.family_spec import Family, SizeField, Sizes, embeddings, evaluate, expand
 from qlora_tui.errors import UserError
+from qlora_tui.foreign_files import read_bounded
 
+MOST_CONFIG_BYTES = 4 << 20
+"""Real ones are kilobytes; those that name every module that is not quantized come near a megabyte."""
 COMMON_SIZES: dict[str, SizeField] = {
     "layers": SizeField(("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
     "hidden": SizeField(("hidden_size", "n_embd", "n_embed")),
@@ -48,10 +51,13 @@ def parse_architecture(config: Mapping[str, Any] | Path) -> Architecture:
     return _parse(ConfigFields(config, "config.json"))
 
 
-def load_config(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``. Raises UserError when the file cannot be read or is not one."""
+def load_config(file: Path, most_bytes: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object in ``file``.
+
+    Raises UserError when the file cannot be read, is larger than ``most_bytes``, or is not one.
+    """
     try:
-        values = json.loads(file.read_bytes())
+        values = json.loads(read_bounded(file, most_bytes))
     except FileNotFoundError:
         raise config_problem(str(file), "the file does not exist") from None
     except OSError as error:

@@ -20,8 +20,10 @@ from qlora_tui import paths
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
-from qlora_tui.catalog.model_validation import CONFIG, check_folder, is_truncated, model_problem, weight_files
+from qlora_tui.catalog.model_validation import CONFIG, check_folder, model_problem, weight_files
+from qlora_tui.catalog.safetensors_header import safetensors_damage
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.foreign_files import read_bounded
 
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
 MAX_DEPTH = 3
@@ -97,11 +99,11 @@ def resolve_model(model_id: str) -> ModelFiles:
     if model.source == "gguf":
         return ModelFiles(model.id, model.path.parent, model.path.name, "gguf", model.architecture)
     for file in weight_files(model.path):
-        if is_truncated(model.path / file):
+        if damage := safetensors_damage(model.path / file):
             raise model_problem(
-                "Truncated weights",
-                f"{model.path / file} is not as long as its header says.",
-                "The copy or download was interrupted.",
+                "Damaged weights",
+                f"{model.path / file}: {damage}.",
+                "A copy or download that was interrupted is the usual cause.",
                 "Delete the file and download or copy it again.",
             )
     return ModelFiles(model.id, model.path, None, model.source, model.architecture)
@@ -191,7 +193,7 @@ def _read_cached_model(folder: Path) -> LocalModel:
 
 def _snapshot(folder: Path) -> Path | None:
     try:
-        pointed_to = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+        pointed_to = folder / "snapshots" / read_bounded(folder / "refs" / "main", 4096).decode().strip()
         if pointed_to.is_dir():
             return pointed_to
     except (OSError, ValueError):

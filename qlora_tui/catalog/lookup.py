@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.config_parser import MOST_CONFIG_BYTES, parse_architecture
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.errors import UserError
+from qlora_tui.foreign_files import read_bounded
 
 
 def load_architecture(model_id: str) -> Architecture:
@@ -26,7 +27,7 @@ def load_model_config(model_id: str) -> dict[str, Any]:
     """The parsed ``config.json`` of a model, a folder or a file. Raises UserError where it cannot be read."""
     file = _config_file(model_id) or resolve_model(model_id).folder / "config.json"
     try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(read_bounded(file, MOST_CONFIG_BYTES), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError) as error:
         raise UserError(
             "No config.json to trace",

@@ -6,7 +6,6 @@ and for ``resolve``, and by ``hub`` for models not yet downloaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from qlora_tui.errors import UserError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_INDEX_BYTES = 32 << 20
+"""Some 280,000 tensors, which is a trillion parameters in experts."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -174,7 +175,7 @@ def weight_files(folder: Path) -> tuple[str, ...]:
         return (SINGLE,)
     if not (folder / INDEX).is_file():
         return ()
-    return indexed_files(load_config(folder / INDEX), str(folder / INDEX))
+    return indexed_files(load_config(folder / INDEX, MOST_INDEX_BYTES), str(folder / INDEX))
 
 
 def indexed_files(index: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -200,18 +201,3 @@ def _index_problem(where: str, what: str) -> UserError:
         "The index maps each weight to its file.",
         "Download the model again.",
     )
-
-
-def is_truncated(file: Path) -> bool:
-    """Whether a safetensors file is shorter or longer than its own header says, or has no header."""
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        header_size = int.from_bytes(content.read(8), "little")
-        if not 2 <= header_size <= min(size, 100_000_000):
-            return True
-        try:
-            header = json.loads(content.read(header_size))
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-            return bool(size != 8 + header_size + max(ends, default=0))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            return True

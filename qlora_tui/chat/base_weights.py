@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from qlora_tui.catalog.architecture_types import OutputHead
+from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta
 from qlora_tui.errors import UserError
 
@@ -48,16 +47,6 @@ def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -
     rows = next((update for update in deltas.values() if isinstance(update, EmbeddingRowDelta)), None)
     is_stored = any(f"{head.name}.weight" in _shapes(file) for file in files)
     return {head.name: rows, **deltas} if rows and head.tied and is_stored else deltas
-
-
-def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Where a safetensors file's data begins, and its entries by tensor: shape, ``data_offsets`` from there.
-
-    The layout is that of https://github.com/huggingface/safetensors.
-    """
-    with file.open("rb") as content:
-        size = int.from_bytes(content.read(8), "little")
-        return 8 + size, json.loads(content.read(size))
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -82,6 +82,13 @@ def files_of(path: Path) -> tuple[list[Path], str]:
             fix="Check the path; relative paths start at the folder you are in.",
         )
     if not path.is_dir():
+        if not path.is_file():
+            raise UserError(
+                "Not a file",
+                what=f"{path} is a pipe, a socket or a device.",
+                why="Data is read more than once.",
+                fix="Save its content to a file, and name that.",
+            )
         return [path], ""
     # Unlike rglob, walk passes over a folder that goes while it looks.
     inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)

@@ -16,6 +16,9 @@ from math import sqrt
 from pathlib import Path
 from statistics import median
 
+from qlora_tui.catalog.config_parser import load_config
+from qlora_tui.catalog.model_validation import INDEX, MOST_INDEX_BYTES, indexed_files
+from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -32,7 +35,7 @@ UNTRAINED_NORM_RATIO = 0.1
 _SPARE_ROWS = 64
 _ALIKE = 2
 """More special tokens than this with the very same row were all set alike and never trained."""
-_LARGEST_HEADER_BYTES = 100 << 20
+_MOST_ROW_BYTES = 1 << 20
 
 
 def untrained_tokens(folder: Path, tokenizer: ChatTokenizer) -> list[str]:
@@ -51,7 +54,7 @@ def untrained_tokens(folder: Path, tokenizer: ChatTokenizer) -> list[str]:
         ordinary = median(_size(embedding.row(n * step)) for n in range(_ORDINARY_ROWS))
         rows = {token: embedding.row(tokenizer.added_tokens[token]) for token in wanted}
         spare = [embedding.row(i) for i in sorted(tokenizer.special_ids)[:_SPARE_ROWS]]
-    except (OSError, ValueError, KeyError, IndexError, struct.error):
+    except (UserError, OSError, ValueError, KeyError, IndexError, TypeError, struct.error):
         return []
     return [
         token
@@ -120,25 +123,23 @@ class _Embedding:
     @classmethod
     def of(cls, folder: Path) -> _Embedding | None:
         for path in _files(folder):
-            with path.open("rb") as file:
-                length = struct.unpack("<Q", file.read(8))[0]
-                if length > _LARGEST_HEADER_BYTES:
-                    continue
-                header = json.loads(file.read(length))
-            for name, tensor in header.items():
+            start, entries = read_header(path)
+            for name, tensor in entries.items():
                 if (
                     name.endswith(_EMBEDDINGS)
                     and len(tensor["shape"]) == 2
                     and tensor["dtype"] in _ITEM_BYTES
                 ):
-                    return cls(path, 8 + length + tensor["data_offsets"][0], tensor["dtype"], tensor["shape"])
+                    return cls(path, start + tensor["data_offsets"][0], tensor["dtype"], tensor["shape"])
         return None
 
     def row(self, number: int) -> tuple[float, ...]:
-        """One row. Raises ``IndexError`` past the last."""
+        """One row. Raises ``IndexError`` past the last, and ``ValueError`` for one of absurd width."""
         if number >= self._rows:
             raise IndexError(number)
         size = self._width * _ITEM_BYTES[self._dtype]
+        if size > _MOST_ROW_BYTES:
+            raise ValueError(f"a row takes more than {_MOST_ROW_BYTES >> 20} MiB")
         with self._path.open("rb") as file:
             file.seek(self._start + number * size)
             data = file.read(size)
@@ -150,10 +151,11 @@ class _Embedding:
 
 def _files(folder: Path) -> list[Path]:
     """The file that holds the embedding if an index says so, else all of them."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
-        return [folder / file for name, file in names.items() if name.endswith(_EMBEDDINGS)]
+        names = load_config(index, MOST_INDEX_BYTES)
+        indexed_files(names, str(index))
+        return [folder / file for name, file in names["weight_map"].items() if name.endswith(_EMBEDDINGS)]
     return sorted(folder.glob("*.safetensors"))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, uint8
 
-from qlora_tui.chat.base_weights import read_header
+from qlora_tui.catalog.safetensors_header import read_header
 
 
 def change_tensors(file: Path, changes: dict[str, Callable[[Tensor], Tensor]]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui import checksums
+from qlora_tui.catalog.safetensors_header import safetensors_damage
 from qlora_tui.decoding import decode_json
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Finished, Stopped
@@ -87,8 +88,8 @@ def _recorded_digest(folder: Path) -> str | None:
 
 def _format_damage(file: Path) -> str | None:
     try:
-        if file.suffix == ".safetensors" and not _is_whole_safetensors(file):
-            return f"{file.name} is cut short, or its header is damaged"
+        if file.suffix == ".safetensors" and (damage := safetensors_damage(file)):
+            return f"{file.name} is damaged: {damage}"
         if file.suffix == ".json":
             json.loads(file.read_bytes())
         if file.suffix in (".pt", ".pth"):
@@ -98,21 +99,6 @@ def _format_damage(file: Path) -> str | None:
     except (ValueError, RecursionError):
         return f"{file.name} is not JSON"
     return None
-
-
-def _is_whole_safetensors(file: Path) -> bool:
-    """Whether the header can be read and the tensors it lists end where the file does."""
-    size = file.stat().st_size
-    with file.open("rb") as weights:
-        length = int.from_bytes(weights.read(8), "little")
-        if not 0 < length <= size - 8:
-            return False
-        try:
-            header = json.loads(weights.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            return 8 + length + max(ends, default=0) == size
-        except (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError):
-            return False
 
 
 def _zip_damage(file: Path) -> str | None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -263,3 +264,11 @@ def test_the_remedy_names_the_encoding_it_is_likely_in(tmp_path: Path, encoding:
     with pytest.raises(UserError) as caught:
         open_source(Source(path=str(path)), "refuse")
     assert f"iconv -f {named} -t UTF-8" in caught.value.fix
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="is a pipe, a socket or a device"):
+        files_of(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="it is not a regular file"):
+        list(rows(tmp_path / "pipe.jsonl"))

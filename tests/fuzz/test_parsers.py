@@ -15,6 +15,7 @@ from qlora_tui import paths
 from qlora_tui.catalog import model_validation
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
+from qlora_tui.catalog.safetensors_header import safetensors_damage
 from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.inspection import inspect
@@ -154,7 +155,7 @@ PARSERS: dict[str, tuple[list[bytes], Parse]] = {
     ),
     "config.json": ([json.dumps(TINY).encode()], _config),
     "gguf": ([gguf_bytes(TINY_GGUF_VALUES, TINY_GGUF_TENSORS)], _gguf),
-    "safetensors": ([safetensors_bytes()], model_validation.is_truncated),
+    "safetensors": ([safetensors_bytes()], safetensors_damage),
     "index": ([b'{"metadata": {}, "weight_map": {"w": "model-00001-of-00001.safetensors"}}'], _index),
     "tokenizer.json": ([tokenizer_json().encode()], _tokenizer("tokenizer.json")),
     "tokenizer_config.json": (

@@ -1,0 +1,53 @@
+"""The header of a safetensors file: names, shapes and places of its tensors, without torch or safetensors.
+
+The layout is that of https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.foreign_files import open_regular
+
+MOST_HEADER_BYTES = 16 << 20
+"""Some 130,000 tensors. The library allows 100 MB, which can take gigabytes when it is parsed."""
+
+
+def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where the data begins, and the entries by tensor: dtype, shape, ``data_offsets`` from there.
+
+    Raises OSError where the file cannot be read, and ValueError where its header is damaged or too large.
+    """
+    with open_regular(file) as content:
+        size = int.from_bytes(content.read(8), "little")
+        if 8 + size > file.stat().st_size:
+            raise ValueError("it is not as long as its header says")
+        if size > MOST_HEADER_BYTES:
+            raise ValueError(f"its header is larger than {MOST_HEADER_BYTES >> 20} MiB")
+        try:
+            entries = json.loads(content.read(size))
+        except (ValueError, RecursionError):
+            raise ValueError("its header is not JSON") from None
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError("its header is not a JSON object of tensors")
+    return 8 + size, entries
+
+
+def safetensors_damage(file: Path) -> str | None:
+    """Why a file cannot be what was saved, by its header and its length; None where it can.
+
+    Raises OSError where the file cannot be read.
+    """
+    size_bytes = file.stat().st_size
+    try:
+        start, entries = read_header(file)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        if start + max(ends, default=0) == size_bytes:
+            return None
+    except ValueError as error:
+        return str(error)
+    except (KeyError, TypeError, IndexError):
+        return "its header does not say where its tensors are"
+    return "it is not as long as its header says"
