@@ -26,7 +26,7 @@ def main() -> None:
         write_frame(answers, b"")
         while True:
             batch = pickle.loads(read_frame(requests))
-            write_frame(answers, encode(outcomes.of(batch)))
+            write_frame(answers, encode(outcomes.process(batch)))
     except (EOFError, BrokenPipeError):
         return
 

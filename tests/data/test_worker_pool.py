@@ -201,3 +201,15 @@ def test_a_child_loads_nothing_heavy() -> None:
 def test_small_data_starts_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_pool, "WorkerPool", None)
     prepare(recipe(written(tmp_path)), family("chatml"))
+
+
+@pytest.mark.usefixtures("by_two")
+def test_children_live_through_their_work(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    pool = WorkerPool(RowProcessor(Data(), family("chatml")), 2)
+    try:
+        wait_for(lambda: pool._alive == 2)
+        list(pool.work(in_batches(path)))
+        assert pool._alive == 2
+    finally:
+        pool.close()
