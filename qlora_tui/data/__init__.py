@@ -16,7 +16,8 @@ From the outside in:
 * ``row_result`` (with ``checks``, ``truncation``, ``near_duplicates``, ``problems``): one row rendered,
   truncated and checked; ``worker_pool`` (with ``worker``, ``length_prefixed``) does that on all cores.
   ``dataset_scan`` (with ``key_table``, ``long_texts``): the rows in order, counted and compared with each
-  other. ``untrained_tokens``: tokens the model has never learned.
+  other. ``untrained_tokens``: tokens the model has never learned, ``token_lookup``: whether
+  a tokenizer has a token.
 * ``dataset`` (with ``split``, ``near_duplicate_groups``, ``store``): the tokenized set on disk that the
   trainer maps.
 * ``inspection`` (with ``length_stats``, ``thinking_facts``, ``dataset_report``): the report on a file before

@@ -63,9 +63,3 @@ def quick_check(
         if not in_time:
             return QuickCheckResult(False, tuple(warnings))
     return QuickCheckResult(True, tuple(warnings))
-
-
-def warning_of(problem: DataProblem) -> str:
-    """A warning in one line, with the file, the count of rows and what to do."""
-    rows = "1 row" if problem.count == 1 else f"{problem.count:,} rows"
-    return f"{problem.title}: {problem.path}, {rows}: {problem.example} {problem.fix}"

@@ -21,8 +21,9 @@ from qlora_tui.catalog.model_validation import INDEX, MOST_INDEX_BYTES, indexed_
 from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.problems import CHECKS, DataProblem
+from qlora_tui.data.token_lookup import unknown_token
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UserError
 
 _EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight"),
@@ -83,17 +84,12 @@ def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | N
 
 
 def token_ids(tokens: Iterable[str], tokenizer: ChatTokenizer) -> list[int]:
-    """Ids of ``lora.trainable_tokens``, each once. Raises UserError for a text that is no token."""
+    """Ids of ``lora.trainable_tokens``, each once. Raises UserError for a text that is not a token."""
     ids = []
     for token in dict.fromkeys(tokens):
         token_id = tokenizer.backend.token_to_id(token)
         if token_id is None:
-            raise UserError(
-                "No such token",
-                what=f"lora.trainable_tokens names {token!r}, which is no token of this model's.",
-                fix="`qlora-tui data inspect FILE --model MODEL` names the tokens that it has never learned.",
-                exit_code=EXIT_USAGE,
-            )
+            raise unknown_token(token)
         ids.append(token_id)
     return ids
 

@@ -15,6 +15,8 @@ telemetry       GPU and host metrics during a run
 energy          adds up the measured power
 describe        events as sentences
 actions         everything one can do with runs, shared by keys and commands
+preflight       checks a recipe before a launch
+machine_checks  checks GPU, disk and queue
 control         sends a request to a running trainer
 trash           deleted runs, for an undo
 leftovers       deletes what killed processes left behind

@@ -27,8 +27,8 @@ def main() -> int:
     os.dup2(2, 1)
     configure_torch_env()
     checks = [_library(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets")]
-    if all(check["state"] == "ok" for check in checks):
-        checks += [_try("torch on the card", _card), _try("NF4 forward and backward", _nf4)]
+    if all(check["outcome"] == "ok" for check in checks):
+        checks += [_try("torch on the GPU", _gpu), _try("NF4 forward and backward", _nf4)]
         checks.append(_kernels())
     out.write(json.dumps(checks) + "\n")
     out.flush()
@@ -38,11 +38,11 @@ def main() -> int:
 def _library(name: str) -> dict[str, str]:
     try:
         importlib.import_module(name)
-        return {"name": name, "state": "ok", "found": version(name)}
+        return {"name": name, "outcome": "ok", "text": version(name)}
     except PackageNotFoundError:
-        return {"name": name, "state": "ok", "found": "version unknown"}
+        return {"name": name, "outcome": "ok", "text": "version unknown"}
     except Exception as error:  # whatever a broken native library raises
-        return {"name": name, "state": "fails", "found": f"{error}", "fix": f"{_PIP} {name}"}
+        return {"name": name, "outcome": "error", "text": f"{error}", "fix": f"{_PIP} {name}"}
 
 
 def _try(name: str, check: Callable[[], dict[str, str]]) -> dict[str, str]:
@@ -51,25 +51,25 @@ def _try(name: str, check: Callable[[], dict[str, str]]) -> dict[str, str]:
     except Exception as error:  # a failure is the finding
         return {
             "name": name,
-            "state": "fails",
-            "found": f"{type(error).__name__}: {error}",
+            "outcome": "error",
+            "text": f"{type(error).__name__}: {error}",
             "fix": f"{_PIP} torch bitsandbytes",
         }
 
 
-def _card() -> dict[str, str]:
+def _gpu() -> dict[str, str]:
     import torch
 
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        return {"state": "ok", "found": f"CUDA {torch.version.cuda}, compute capability {major}.{minor}"}
+        return {"outcome": "ok", "text": f"CUDA {torch.version.cuda}, compute capability {major}.{minor}"}
     if find_spec("pynvml") and _driver_answers():
         return {
-            "state": "fails",
-            "found": f"there is a card, but torch {torch.__version__} cannot use it",
+            "outcome": "error",
+            "text": f"there is a GPU, but torch {torch.__version__} cannot use it",
             "fix": "Install a CUDA build of torch that your driver supports: https://pytorch.org/get-started",
         }
-    return {"state": "note", "found": f"torch {torch.__version__} computes on the CPU"}
+    return {"outcome": "note", "text": f"torch {torch.__version__} runs on the CPU"}
 
 
 def _driver_answers() -> bool:
@@ -100,14 +100,14 @@ def _nf4() -> dict[str, str]:
     finite = inputs.grad is not None and bool(torch.isfinite(inputs.grad).all())
     # NF4 of normal weights is off by about a tenth (QLoRA paper, section 3).
     if off > 0.2 or not finite:
-        return {"state": "fails", "found": f"wrong by {off:.0%}", "fix": f"{_PIP} bitsandbytes"}
-    return {"state": "ok", "found": f"on {device}, {off:.0%} off the dense weights, as NF4 should be"}
+        return {"outcome": "error", "text": f"wrong by {off:.0%}", "fix": f"{_PIP} bitsandbytes"}
+    return {"outcome": "ok", "text": f"on {device}, {off:.0%} off the dense weights, as NF4 should be"}
 
 
 def _kernels() -> dict[str, str]:
     if find_spec("kernels"):
-        return {"name": "kernels", "state": "ok", "found": "flash attention can be had"}
-    return {"name": "kernels", "state": "note", "found": "not installed; attention goes through SDPA"}
+        return {"name": "kernels", "outcome": "ok", "text": "flash attention is available"}
+    return {"name": "kernels", "outcome": "note", "text": "not installed; attention uses SDPA"}
 
 
 if __name__ == "__main__":

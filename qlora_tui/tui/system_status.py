@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
+    from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.runs.directory import RunDir
+    from qlora_tui.runs.machine_checks import Machine
     from qlora_tui.runs.notification import RunNotification
     from qlora_tui.runs.status import Status
 
@@ -32,6 +34,19 @@ class SystemStatus:
     """Ids in the queue, the next one first."""
     ended_runs: tuple[RunNotification, ...] = ()
     """Of runs that have ended since the last look."""
+
+    def machine(self, budget: MemoryBudget) -> Machine:
+        """What the checks before a launch need to know."""
+        from qlora_tui.runs.machine_checks import Machine  # with the checks, which a start does without
+
+        return Machine(
+            budget=budget,
+            gpu=self.gpu,
+            used_bytes=self.gpu_metrics.memory_used_bytes if self.gpu_metrics else None,
+            no_gpu_reason=self.no_gpu_reason,
+            active=self.active.id if self.active else "",
+            waiting=self.waiting,
+        )
 
     @property
     def free_bytes(self) -> int | None:

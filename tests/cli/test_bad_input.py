@@ -183,7 +183,9 @@ def test_a_row_that_blocks_a_run_is_refused_before_anything_is_queued(
 def test_what_an_inspection_has_met_is_refused_however_far_down_it_is(
     call: Call, readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_tui.cli.train.quick_check", lambda files, data: QuickCheckResult(False, ()))
+    monkeypatch.setattr(
+        "qlora_tui.runs.preflight.quick_check", lambda files, data: QuickCheckResult(False, ())
+    )
     data = tmp_path / "owls.jsonl"
     good = '{"prompt": "a", "completion": "b"}\n'
     data.write_text(good * 300 + "{bad\n")
@@ -265,8 +267,8 @@ def test_a_run_is_told_of_rows_that_a_setting_leaves_out_or_cuts(
     data = ("--data", str(rated), "--data", str(book), "--set", "data.preferences=chosen")
     said = call("train", "--model", str(readable), *data, "--print-command")
     assert said.code == 0
-    assert f"warning: Left out: not rated good: {rated}, 1 row: 'label' is False" in said.err
-    assert f"warning: Long text: {book}, 1 row: One text holds" in said.err
+    assert "warning: data: Left out: not rated good (1 row of rated.jsonl): 'label' is False" in said.err
+    assert "warning: data: Long text (1 row of book.txt): One text holds" in said.err
     assert "--set data.overflow=split" in said.err
 
 

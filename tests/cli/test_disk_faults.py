@@ -118,7 +118,7 @@ def test_attach_says_that_a_trainer_does_not_respond(run: RunDir, monkeypatch: p
 
 
 def test_doctor_tries_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._locks().state == "ok"
+    assert doctor._locks().outcome == "ok"
     assert not (paths.state_dir() / "lock-test").exists()
 
     def no_locks(file: object, how: int) -> None:
@@ -126,5 +126,5 @@ def test_doctor_tries_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     check = doctor._locks()
-    assert check.state == "fails"
-    assert "No locks available" in check.found and "XDG_STATE_HOME" in check.fix
+    assert check.outcome == "error"
+    assert "No locks available" in check.text and "XDG_STATE_HOME" in check.fix

@@ -40,13 +40,15 @@ def test_the_command_starts_a_trainer_a_gpu_on_a_run_that_waits_for_it(call: Cal
 def test_samples_beyond_the_models_context_are_warned_of_before_a_run(call: Call, train: list[str]) -> None:
     said = call(*train, "--print-command", "--set", "data.max_length=262144")
     assert said.code == 0
-    assert "warning: Longer than the model's context" in said.err and "Set data.max_length to" in said.err
+    assert (
+        "warning: length: Samples may be 262,144 tokens" in said.err and "Set data.max_length to" in said.err
+    )
 
 
 def test_only_the_command_is_on_stdout(call: Call, train: list[str]) -> None:
     said = call(*train, "--print-command", "--gpus", "3")
     assert said.out.endswith(f"{find_run('last').path}\n") and said.out.count("\n") == 1
-    assert "is not queued" in said.err and "8 micro-batches for 3 GPUs" in said.err
+    assert "is not queued" in said.err and "8 micro-batches per step leave some of 3 GPUs idle" in said.err
 
 
 def test_every_card_is_used_unless_told_and_no_more(

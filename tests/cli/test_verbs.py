@@ -12,6 +12,7 @@ from qlora_tui import paths
 from qlora_tui.catalog import hub
 from qlora_tui.cli import doctor
 from qlora_tui.cli.main import SUBCOMMANDS
+from qlora_tui.formatting import format_path
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
@@ -82,10 +83,13 @@ def test_the_doctor_looks_at_the_disks_where_things_will_lie(
     monkeypatch.setattr(doctor, "_libraries", list)  # another test's, and slow
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
-    found = {check["name"]: check["found"] for check in call("doctor", "--json").json["checks"]}
-    assert str(paths.state_dir()) in found["disk for runs"]
-    assert str(tmp_path / "elsewhere/huggingface/hub") in found["disk for downloaded models"]
-    assert str(tmp_path / "elsewhere/qlora-tui") in found["disk for converted models and data"]
+    found = {check["name"]: check["text"] for check in call("doctor", "--json").json["checks"]}
+    for name, folder in (
+        ("disk for runs", paths.state_dir()),
+        ("disk for downloaded models", tmp_path / "elsewhere/huggingface/hub"),
+        ("disk for converted models and data", tmp_path / "elsewhere/qlora-tui"),
+    ):
+        assert format_path(folder) in found[name]
 
 
 def test_presets_are_listed_and_shown(call: Call) -> None:

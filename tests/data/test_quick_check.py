@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.data.quick_check import QuickCheckResult, quick_check, warning_of
+from qlora_tui.data.quick_check import QuickCheckResult, quick_check
 from qlora_tui.data.sources import open_source
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
@@ -66,10 +66,10 @@ def test_what_settings_leave_out_and_cut_is_counted(tmp_path: Path) -> None:
     path.write_text(rated % "true" * 3 + rated % "false" * 2)
     (left_out,) = _look(path, data=Data(preferences="chosen")).warnings
     assert (left_out.kind, left_out.count, left_out.rows) == ("rated-bad", 2, (4, 5))
-    assert "rated.jsonl, 2 rows: 'label' is False" in warning_of(left_out)
+    assert left_out.path == str(path) and "'label' is False" in left_out.example
     book = tmp_path / "book.txt"
     book.write_text("fox " * 300 + "\n\nshort\n")
     (cut,) = _look(book, data=Data(max_length=64)).warnings
     assert (cut.kind, cut.rows) == ("long-text", (1,))
-    assert "--set data.overflow=split" in warning_of(cut)
+    assert "--set data.overflow=split" in cut.fix
     assert not _look(book, data=Data(max_length=64, overflow="split")).warnings

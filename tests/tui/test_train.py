@@ -14,6 +14,7 @@ from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Health, Progress, Started, Step
+from qlora_tui.runs.machine_checks import Check, CheckKind
 from qlora_tui.runs.status import State
 from qlora_tui.runs.suggested_fix import suggest_fix
 from qlora_tui.tui.app import QloraApp
@@ -23,7 +24,6 @@ from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
 from qlora_tui.tui.screens.train.run_header import facts
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
-from qlora_tui.tui.screens.train_checks import LaunchCheck
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 from tests.tui.played import BEGAN, TICKETS, Play, play
 from tests.tui.reading import readable_model
@@ -370,8 +370,8 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
-    fine = (LaunchCheck("model", "ok", "there"), LaunchCheck("data", "ok", "there"))
-    monkeypatch.setattr(train_module, "check_all", lambda *_: fine)
+    fine = (Check(CheckKind.MODEL, "ok", "there"), Check(CheckKind.DATA, "ok", "there"))
+    monkeypatch.setattr(train_module, "preflight", lambda *_, **__: fine)
     app = make_app()
     app.workbench.replace(
         Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
@@ -388,15 +388,15 @@ async def test_a_doubt_is_said_before_the_launch(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
-    doubt = (LaunchCheck("memory", "error", "does not fit: 30.0 of 24.0 GiB."),)
-    monkeypatch.setattr(train_module, "check_all", lambda *_: doubt)
+    doubt = (Check(CheckKind.MEMORY, "error", "does not fit: 30.0 of 24.0 GiB."),)
+    monkeypatch.setattr(train_module, "preflight", lambda *_, **__: doubt)
     app = make_app()
     app.workbench.replace(
         Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
     )
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5", "t")
-        await shows(pilot, "Launch it all the same?", "30.0 of 24.0 GiB")
+        await shows(pilot, "Launch anyway?", "30.0 of 24.0 GiB")
         await pilot.press("n")
         await pilot.pause()
         assert all_runs() == []

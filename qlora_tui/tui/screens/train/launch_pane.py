@@ -9,15 +9,15 @@ from textual.containers import Container, VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
-from qlora_tui.errors import UserError
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.machine_checks import Check, CheckKind, Outcome
+from qlora_tui.runs.preflight import errors
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.static_update import update_if_changed
-from qlora_tui.tui.screens.train_checks import CheckOutcome, LaunchCheck, errors
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ _ELSEWHERE = frozenset(("data.sources", "name", "note"))
 """Sources are chosen on the Data screen, which shows what is in them."""
 _HEAD = 19
 """Cells of a check's sign, word and name."""
-SIGNS: dict[CheckOutcome, tuple[str, str]] = {
+SIGNS: dict[Outcome, tuple[str, str]] = {
     "ok": ("✓ ok", "$success"),
+    "note": ("· note", "$accent"),
     "warning": ("! warning", "$warning"),
     "error": ("✗ error", "$error"),
 }
@@ -57,7 +58,7 @@ class LaunchPane(Container):
         """The recipe as it is now, beside its preset."""
         self.query_one(SettingsForm).show(recipe, base)
 
-    def show_checks(self, checks: tuple[LaunchCheck, ...]) -> None:
+    def show_checks(self, checks: tuple[Check, ...]) -> None:
         """What was found, and whether the run can start."""
         self.query_one(CheckList).show(checks)
 
@@ -67,9 +68,9 @@ class CheckList(Static):
 
     def __init__(self) -> None:
         super().__init__("Looking at what the run needs…", id="checks")
-        self._checks: tuple[LaunchCheck, ...] = ()
+        self._checks: tuple[Check, ...] = ()
 
-    def show(self, checks: tuple[LaunchCheck, ...]) -> None:
+    def show(self, checks: tuple[Check, ...]) -> None:
         """Show these, wrapped beside their names."""
         self._checks = checks
         if self.size.width:
@@ -85,33 +86,33 @@ class CheckList(Static):
         room = max(20, width - _HEAD)
         for check in sorted(self._checks, key=lambda check: list(SIGNS).index(check.outcome), reverse=True):
             sign, style = SIGNS[check.outcome]
-            head = Content.assemble((f"{sign:<10}", style), (f"{check.name:<9}", "bold"))
+            head = Content.assemble((f"{sign:<10}", style), (f"{check.label:<9}", "bold"))
             fix = f" ▸ {check.fix}" if check.fix else ""
             wrapped = Content.assemble(check.text, (fix, "$accent")).wrap(room)
             lines += [head + wrapped[0], *(Content(" " * _HEAD) + piece for piece in wrapped[1:])]
         return lines
 
 
-def _conclusion(checks: tuple[LaunchCheck, ...]) -> Content:
+def _conclusion(checks: tuple[Check, ...]) -> Content:
     wrong = errors(checks)
     if wrong:
-        names = ", ".join(dict.fromkeys(check.name for check in wrong))
+        names = ", ".join(dict.fromkeys(check.label for check in wrong))
         return Content.styled(f"Not ready: {names}.", "bold $error")
-    waits = any(check.name == "turn" and check.outcome == "warning" for check in checks)
+    waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
     return Content.styled(f"Ready. t {'queues' if waits else 'launches'} it.", "bold $success")
 
 
-async def launch(app: QloraApp, checks: tuple[LaunchCheck, ...]) -> RunDir | None:
-    """Queue the workbench's recipe; what speaks against it is asked first, and None is a no.
+async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:
+    """Queue the workbench's recipe. Asks first if a check failed; None if the answer is no.
 
-    Raises UserError where it could not run at all.
+    Raises UserError if the run could not start.
     """
     recipe = app.workbench.recipe
     require_runnable(recipe)
-    for check in errors(checks):
-        if check.name in ("model", "data"):
-            raise UserError(f"Not ready: {check.name}", what=check.text, fix=check.fix)
-    doubts = "\n".join(f"{check.name}: {check.text}" for check in errors(checks))
-    if doubts and not await app.push_screen_wait(ConfirmScreen("Launch it all the same?", doubts, "Launch")):
+    for check in checks:
+        if check.problem is not None:
+            raise check.problem
+    doubts = "\n".join(f"{check.label}: {check.text}" for check in errors(checks))
+    if doubts and not await app.push_screen_wait(ConfirmScreen("Launch anyway?", doubts, "Launch")):
         return None
     return actions.submit(recipe)

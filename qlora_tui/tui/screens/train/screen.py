@@ -14,6 +14,8 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.machine_checks import Check
+from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.status import ACTIVE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.commands import Command
@@ -33,7 +35,6 @@ from qlora_tui.tui.screens.train.live_pane import LivePane
 from qlora_tui.tui.screens.train.loss_plot import zoom_start
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.screens.train.run_picker import RunPickerScreen
-from qlora_tui.tui.screens.train_checks import LaunchCheck, check_all
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 
@@ -67,7 +68,7 @@ class TrainScreen(WorkScreen):
         self._zoom = 0
         self._chosen = False
         """Whether the user said what to show; until then it is the run at work."""
-        self._checks: tuple[LaunchCheck, ...] = ()
+        self._checks: tuple[Check, ...] = ()
         self._checks_key: object = None
 
     def compose_body(self) -> Iterable[Widget]:
@@ -326,7 +327,9 @@ class TrainScreen(WorkScreen):
             self.run_worker(DeferredWork(self._run_checks, recipe, pulse), exclusive=True, group="checks")
 
     async def _run_checks(self, recipe: Recipe, pulse: SystemStatus) -> None:
-        self._checks = await asyncio.to_thread(check_all, recipe, self.qlora_app.memory_budget, pulse)
+        self._checks = await asyncio.to_thread(
+            preflight, recipe, pulse.machine(self.qlora_app.memory_budget), read_columnar=False
+        )
         self.query_one(LaunchPane).show_checks(self._checks)
 
     async def _launch(self) -> None:

@@ -1,0 +1,157 @@
+"""Checks of this machine: GPU, disk space, queue. Shared by ``train``, the Train screen and ``doctor``."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes, format_gib, format_path
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
+from qlora_tui.gpu.nvml import Nvml
+from qlora_tui.gpu.visible_devices import default_cuda_device
+from qlora_tui.memory.budget import MemoryBudget, budget_for
+from qlora_tui.runs import run_queue
+from qlora_tui.runs.directory import all_runs
+from qlora_tui.runs.status import ACTIVE, read_status
+
+Outcome = Literal["ok", "note", "warning", "error"]
+_NOTABLE_BYTES = 512 << 20
+"""GPU memory held by other programs that is worth a warning."""
+
+
+class CheckKind(Enum):
+    """What a check is about; the value is its name on screens and in JSON."""
+
+    MODEL = "model"
+    DATA = "data"
+    SETTINGS = "settings"
+    LORA = "LoRA"
+    LENGTH = "length"
+    MEMORY = "memory"
+    GPU = "GPU"
+    DISK = "disk"
+    QUEUE = "queue"
+    PYTHON = "Python"
+    LOCKS = "file locks"
+    LIBRARY = "library"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked."""
+
+    kind: CheckKind
+    outcome: Outcome
+    text: str
+    """What was found: one or two sentences."""
+    fix: str = ""
+    """What to do about it."""
+    problem: UserError | None = None
+    """Set where a run cannot start at all; otherwise an error is the user's to override."""
+    name: str = ""
+    """Replaces the kind's name, where there are several of a kind: ``disk for runs``."""
+
+    @property
+    def label(self) -> str:
+        """The name to show."""
+        return self.name or self.kind.value
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the checks need to know about this machine, read once."""
+
+    budget: MemoryBudget
+    gpu: GpuDevice | None = None
+    used_bytes: int | None = None
+    """GPU memory in use now; None if unknown."""
+    no_gpu_reason: str = ""
+    active: str = ""
+    """Id of the run in training; empty if there is none."""
+    waiting: tuple[str, ...] = ()
+    """Ids in the queue, the next one first."""
+
+    @property
+    def free_bytes(self) -> int | None:
+        """GPU memory that no program uses now; None if unknown."""
+        usable = self.gpu.usable_bytes if self.gpu else None
+        return None if usable is None or self.used_bytes is None else usable - self.used_bytes
+
+
+def read_machine(assumed_bytes: int | None = None) -> Machine:
+    """Query driver and queue. ``assumed_bytes``: plan for a GPU of this size instead."""
+    gpu, used, reason = None, None, ""
+    try:
+        gpu = default_cuda_device()
+        with Nvml() as nvml:
+            used = nvml.read(gpu.index).memory_used_bytes
+    except GpuUnavailableError as error:
+        reason = error.what
+    active = next((run.id for run in all_runs() if read_status(run).state in ACTIVE), "")
+    waiting = tuple(run_queue.waiting())
+    return Machine(budget_for(gpu, assumed_bytes), gpu, used, reason, active, waiting)
+
+
+def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
+    """Whether there is a GPU, and whether other programs leave ``needed_bytes`` of its memory free."""
+    if machine.gpu is None:
+        why = f" {machine.no_gpu_reason}" if machine.no_gpu_reason else ""
+        return Check(CheckKind.GPU, "warning", f"No GPU: runs train on the CPU, slowly.{why}")
+    name, free, used = machine.gpu.short_name, machine.free_bytes, machine.used_bytes
+    if machine.no_gpu_reason:
+        text = f"{name} does not respond: {machine.no_gpu_reason}"
+        return Check(CheckKind.GPU, "warning", text, "Run `qlora-tui doctor` to diagnose.")
+    if machine.active or used is None or used < _NOTABLE_BYTES:
+        return Check(CheckKind.GPU, "ok", f"{name}, {format_gib(free)} GiB free.")
+    text = f"{name}: {format_gib(used)} GiB in use by {_gpu_processes(machine.gpu)}."
+    if free is not None and free < needed_bytes:
+        fix = f"Close these programs: the run needs {format_gib(needed_bytes)} GiB."
+        return Check(CheckKind.GPU, "error", text, fix)
+    return Check(CheckKind.GPU, "warning", text, "Memory they allocate later is not available to this run.")
+
+
+def _gpu_processes(gpu: GpuDevice) -> str:
+    try:
+        with Nvml() as nvml:
+            processes = nvml.read(gpu.index, processes=True).processes
+    except GpuUnavailableError:
+        processes = None
+    return ", ".join(_format_process(process) for process in (processes or ())[:3]) or "other programs"
+
+
+def _format_process(process: GpuProcess) -> str:
+    try:
+        name = psutil.Process(process.pid).name()
+    except psutil.Error:
+        name = "a process"
+    return f"{name} ({process.pid})"
+
+
+def check_disk(folder: Path, needed_bytes: int, *, variable: str, name: str = "") -> Check:
+    """Whether the disk of ``folder``, which may not exist yet, has ``needed_bytes`` free.
+
+    ``variable``: the environment variable that moves the folder to another disk.
+    """
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    text = f"{format_bytes(free)} free in {format_path(folder)}."
+    if free >= needed_bytes:
+        return Check(CheckKind.DISK, "ok", text, name=name)
+    fix = f"Free up space, or point {variable} at another disk: {format_bytes(needed_bytes)} may be needed."
+    return Check(CheckKind.DISK, "error", text, fix, name=name)
+
+
+def check_queue(machine: Machine) -> Check:
+    """Whether a new run would start at once, or which run it waits for."""
+    ahead = [*filter(None, [machine.active]), *machine.waiting]
+    if not ahead:
+        return Check(CheckKind.QUEUE, "ok", "No other run: it starts at once.")
+    more = f" and {len(ahead) - 1} more" if len(ahead) > 1 else ""
+    fix = "Change the order on the Runs screen (6)." if machine.waiting else ""
+    return Check(CheckKind.QUEUE, "note", f"It waits for {ahead[0]}{more}.", fix)

@@ -1,0 +1,237 @@
+"""The checks before a launch: the same, in the same words, for ``train`` and the Train screen.
+
+They read the model's files and the data, for a few seconds at most.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import msgspec
+
+from qlora_tui import paths
+from qlora_tui.catalog.context_length import context_length_warning
+from qlora_tui.catalog.local_models import ModelFiles, resolve_model
+from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
+from qlora_tui.data.hub_dataset import local_files
+from qlora_tui.data.problems import DataProblem
+from qlora_tui.data.quick_check import QuickCheckResult, quick_check
+from qlora_tui.data.read import files_of, kind_of
+from qlora_tui.data.sources import SourceFile, every_source, is_of_the_hub, sniff
+from qlora_tui.data.token_lookup import check_tokens
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import format_bytes, format_count, format_gib, format_path, pluralize
+from qlora_tui.memory import Estimate, check_fit, estimate
+from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.recipe.conflicts import find_conflicts
+from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.recipe.targets import resolve_targets
+from qlora_tui.runs.machine_checks import (
+    Check,
+    CheckKind,
+    Machine,
+    check_disk,
+    check_gpu,
+    check_queue,
+)
+
+_COLUMNAR = ("parquet", "arrow")
+"""Kinds of file whose reader takes a while to import, and memory that the app should not hold."""
+_SPARE_BYTES = 1 << 30
+
+
+def preflight(recipe: Recipe, machine: Machine, *, read_columnar: bool) -> tuple[Check, ...]:
+    """Every check of a recipe on a machine, in the order of what to fix first.
+
+    ``read_columnar``: whether this process may load the reader of Parquet and Arrow files. Never raises: a
+    run that cannot start has a check with a ``problem``.
+    """
+    model, files = _model(recipe)
+    checks = [model, *_data(recipe, files, read_columnar=read_columnar), *_settings(recipe)]
+    estimated = None
+    if files is not None:
+        checks += [*_lora(recipe, files), *_length(recipe, files)]
+        memory, estimated = _memory(recipe, files, machine.budget)
+        checks.append(memory)
+    return (
+        *checks,
+        check_gpu(machine, estimated.total_bytes if estimated else 0),
+        check_disk(paths.runs_dir(), _checkpoint_bytes(recipe, estimated), variable="XDG_STATE_HOME"),
+        check_queue(machine),
+    )
+
+
+def errors(checks: tuple[Check, ...]) -> tuple[Check, ...]:
+    """Those that the run would fail for."""
+    return tuple(check for check in checks if check.outcome == "error")
+
+
+def _blocked(kind: CheckKind, problem: UserError) -> Check:
+    return Check(kind, "error", problem.what, problem.fix, problem)
+
+
+def _model(recipe: Recipe) -> tuple[Check, ModelFiles | None]:
+    if not recipe.model.id:
+        fix = "Choose one on the Model screen (1), or pass --model."
+        problem = UserError("No model", what="No model selected.", fix=fix, exit_code=EXIT_USAGE)
+        return _blocked(CheckKind.MODEL, problem), None
+    try:
+        files = resolve_model(recipe.model.id)
+    except UserError as problem:
+        return _blocked(CheckKind.MODEL, problem), None
+    weights = "a GGUF file, converted on first use" if files.gguf_file else f"in {format_path(files.folder)}"
+    text = f"{format_count(files.architecture.total_params)} parameters, {weights}."
+    return Check(CheckKind.MODEL, "ok", text), files
+
+
+def _data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool) -> list[Check]:
+    data = recipe.data
+    if not data.sources:
+        fix = "Choose a file on the Data screen (2), or pass --data."
+        problem = UserError("No data", what="No data selected.", fix=fix, exit_code=EXIT_USAGE)
+        return [_blocked(CheckKind.DATA, problem)]
+    try:
+        descriptions = [_describe_source(source, data.preferences) for source in data.sources]
+        known = [(source, path) for source in every_source(data) for path in _local_files(source) or ()]
+        raise_cached_error(known, _token_fingerprint(recipe, model_files))
+        result = _check_rows(_fingerprints(data), _reading_settings(data), read_columnar)
+        if isinstance(result, UserError):
+            raise result
+    except UserError as problem:
+        return [_blocked(CheckKind.DATA, problem)]
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}."
+        return [
+            _blocked(CheckKind.DATA, UserError("Cannot read data", what=what, fix="Check its permissions."))
+        ]
+    checks = [_row_warning(warning) for warning in result.warnings]
+    all_here = all(_local_files(source) is not None for source in every_source(data))
+    if result.complete and all_here:
+        return checks or [Check(CheckKind.DATA, "ok", f"{'; '.join(descriptions)}.")]
+    later = "Rows not read yet are checked when the run starts."
+    return [*checks, Check(CheckKind.DATA, "note", f"{'; '.join(descriptions)}. {later}")]
+
+
+def _row_warning(problem: DataProblem) -> Check:
+    text = (
+        f"{problem.title} ({pluralize(problem.count, 'row')} of {Path(problem.path).name}): {problem.example}"
+    )
+    return Check(CheckKind.DATA, "warning", text, problem.fix)
+
+
+def _token_fingerprint(recipe: Recipe, files: ModelFiles | None) -> Tokens | None:
+    """What errors in tokens depend on; None without a model, or with a tokenizer inside a GGUF file."""
+    if files is None or files.gguf_file is not None:
+        return None
+    return tokenizer_fingerprint(files.folder, recipe.model.chat_template, recipe.data.train_on)
+
+
+_Fingerprint = tuple[Path, bytes, int, int]
+"""A file, its source as JSON, its modification time in nanoseconds and its size in bytes."""
+
+
+def _fingerprints(data: Data) -> tuple[_Fingerprint, ...]:
+    return tuple(
+        (path, msgspec.json.encode(source), *file_fingerprint(path))
+        for source in every_source(data)
+        for path in _local_files(source) or ()
+    )
+
+
+def _reading_settings(data: Data) -> bytes:
+    """The settings that decide what is read of a row, as JSON."""
+    return msgspec.json.encode(
+        {"preferences": data.preferences, "max_length": data.max_length, "overflow": data.overflow}
+    )
+
+
+@lru_cache(maxsize=4)
+def _check_rows(
+    fingerprints: tuple[_Fingerprint, ...], settings: bytes, read_columnar: bool
+) -> QuickCheckResult | UserError:
+    """The rows' warnings, or the error that blocks a run; cached, since the Train screen checks often."""
+    data = msgspec.json.decode(settings, type=Data)
+    files = [
+        (path, msgspec.json.decode(source, type=Source))
+        for path, source, *_ in fingerprints
+        if read_columnar or kind_of(path) not in _COLUMNAR
+    ]
+    try:
+        result = quick_check(
+            (SourceFile(path, 0, sniff(path, source, data.preferences)) for path, source in files), data
+        )
+    except UserError as problem:
+        return problem
+    return QuickCheckResult(result.complete and len(files) == len(fingerprints), result.warnings)
+
+
+def _local_files(source: Source) -> list[Path] | None:
+    """Files of a source; None for a Hub dataset that is not downloaded yet, which the run does."""
+    if is_of_the_hub(source.path):
+        return local_files(source.path)
+    return files_of(Path(source.path).expanduser())[0]
+
+
+def _describe_source(source: Source, preferences: str) -> str:
+    files = _local_files(source)
+    if files is None:
+        return f"{source.path}, which the run downloads from the Hub"
+    kind = kind_of(files[0])
+    layout = kind if kind in _COLUMNAR else sniff(files[0], source, preferences).layout.format
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    name = source.path if is_of_the_hub(source.path) else files[0].name
+    return f"{name}{more}, {format_bytes(sum(f.stat().st_size for f in files))}, {layout}"
+
+
+def _settings(recipe: Recipe) -> list[Check]:
+    return [
+        Check(CheckKind.SETTINGS, "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")
+        for c in find_conflicts(recipe)
+    ]
+
+
+def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
+    """Target patterns that match nothing, and trainable tokens that the tokenizer does not have."""
+    try:
+        resolve_targets(recipe.lora, files.architecture.modules)
+        if files.gguf_file is None:
+            check_tokens(recipe.lora.trainable_tokens, files.folder)
+    except UserError as problem:
+        return [_blocked(CheckKind.LORA, problem)]
+    return []
+
+
+def _length(recipe: Recipe, files: ModelFiles) -> list[Check]:
+    warning = context_length_warning(recipe.data.max_length, files.architecture)
+    if warning is None:
+        return []
+    return [Check(CheckKind.LENGTH, "warning", f"{warning.what} {warning.why}", warning.fix)]
+
+
+def _memory(recipe: Recipe, files: ModelFiles, budget: MemoryBudget) -> tuple[Check, Estimate | None]:
+    try:
+        estimated = estimate(recipe, files.architecture, device=budget.device)
+    except UserError as problem:
+        return Check(CheckKind.MEMORY, "error", problem.what, problem.fix), None
+    verdict = check_fit(estimated, budget.bytes)
+    needed, available = format_gib(verdict.needed_bytes), format_gib(budget.bytes)
+    text = f"{verdict.word}: {needed} of {available} GiB of {budget.name}."
+    match verdict.word:
+        case "fits":
+            check = Check(CheckKind.MEMORY, "ok", text)
+        case "does not fit":
+            fix = "Press a on the Memory screen (3) for the cheapest fix, or run `qlora-tui estimate`."
+            check = Check(CheckKind.MEMORY, "error", text, fix)
+        case _:
+            low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
+            fix = f"It may take {low} to {high} GiB: see the Memory screen (3) or `qlora-tui estimate`."
+            check = Check(CheckKind.MEMORY, "warning", text, fix)
+    return check, estimated
+
+
+def _checkpoint_bytes(recipe: Recipe, estimated: Estimate | None) -> int:
+    """Disk space that a run may take: a checkpoint holds the adapter and its optimizer states."""
+    one = estimated.bytes_of("adapter") + estimated.bytes_of("optimizer") if estimated else 0
+    # Besides those that are kept there are the best one and the result.
+    return one * (recipe.training.keep_checkpoints + 2) + _SPARE_BYTES

@@ -1,0 +1,65 @@
+"""GPU, disk and queue, as checked for a launch and by ``doctor``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.memory.budget import budget_for
+from qlora_tui.runs.machine_checks import Machine, check_disk, check_gpu, check_queue
+
+GIB = 1 << 30
+GPU = GpuDevice(
+    index=0,
+    name="NVIDIA GeForce RTX 4090",
+    uuid=None,
+    total_bytes=24 * GIB,
+    compute_capability="8.9",
+    driver=None,
+)
+
+
+def machine(**facts: object) -> Machine:
+    return Machine(budget_for(None), **facts)  # type: ignore[arg-type]
+
+
+def test_no_gpu_is_a_warning_with_the_reason() -> None:
+    check = check_gpu(machine(no_gpu_reason="No NVIDIA driver found."))
+    assert check.outcome == "warning"
+    assert check.text == "No GPU: runs train on the CPU, slowly. No NVIDIA driver found."
+
+
+def test_a_free_gpu_is_ok_with_its_free_memory() -> None:
+    check = check_gpu(machine(gpu=GPU, used_bytes=100 << 20), 20 * GIB)
+    assert (check.outcome, "GiB free" in check.text) == ("ok", True)
+
+
+def test_a_gpu_that_does_not_respond_is_a_warning() -> None:
+    check = check_gpu(machine(gpu=GPU, no_gpu_reason="GPU is lost."))
+    assert check.outcome == "warning" and "does not respond: GPU is lost." in check.text
+
+
+def test_memory_used_by_others_is_an_error_where_the_run_needs_it() -> None:
+    used = machine(gpu=GPU, used_bytes=10 * GIB)
+    assert check_gpu(used, 8 * GIB).outcome == "warning"
+    check = check_gpu(used, 20 * GIB)
+    assert check.outcome == "error"
+    assert "10.0 GiB in use by other programs" in check.text and "the run needs 20.0 GiB" in check.fix
+
+
+def test_memory_used_by_our_own_run_is_no_warning() -> None:
+    assert check_gpu(machine(gpu=GPU, used_bytes=10 * GIB, active="run"), 20 * GIB).outcome == "ok"
+
+
+def test_a_full_disk_is_an_error_that_names_the_variable(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    assert check_disk(folder, 1, variable="XDG_STATE_HOME").outcome == "ok"
+    check = check_disk(folder, 1 << 60, variable="XDG_STATE_HOME", name="disk for runs")
+    assert (check.outcome, check.label) == ("error", "disk for runs")
+    assert "XDG_STATE_HOME" in check.fix
+
+
+def test_a_waiting_run_is_named() -> None:
+    assert check_queue(machine()).outcome == "ok"
+    check = check_queue(machine(active="a", waiting=("b", "c")))
+    assert (check.outcome, check.text) == ("note", "It waits for a and 2 more.")
