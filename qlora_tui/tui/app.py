@@ -94,8 +94,9 @@ class QloraApp(HookedApp):
     def workbench(self) -> Workbench:
         """The recipe being edited, as it was left."""
         bench = self.draft.load()
-        if bench.lost_preset is not None:
-            self.call_later(partial(self.notify, str(bench.lost_preset), severity="warning", timeout=10))
+        for problem in (bench.lost_draft, bench.lost_preset):
+            if problem is not None:
+                self.call_later(partial(self.notify, str(problem), severity="warning", timeout=10))
         return bench
 
     @cached_property

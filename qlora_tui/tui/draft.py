@@ -6,13 +6,15 @@ another has changed it since.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
-from qlora_tui.files import atomic_write
+from qlora_tui.files import atomic_write, sync
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, read_text, to_recipe, validate
 from qlora_tui.runs.locks import locked
 from qlora_tui.tui.workbench import FIRST_PRESET, Workbench
@@ -31,18 +33,23 @@ class Draft:
         """What this app last read or wrote."""
 
     def load(self) -> Workbench:
-        """The workbench as it was left; a fresh one where there is no draft or it cannot be read.
+        """The workbench as it was left; a fresh one where there is no draft.
 
-        A preset that was deleted or damaged since takes nothing of the recipe with it.
+        A draft that cannot be read is moved aside, and ``lost_draft`` of the workbench says so. A preset that
+        was deleted or damaged since takes nothing of the recipe with it.
         """
-        self._known = _content()
-        recipe, preset = None, FIRST_PRESET
-        with suppress(UserError):
-            text, origin = read_text(draft_path()), str(draft_path())
-            layer = parse(text, origin)
-            validate(layer, origin, text)
-            recipe = to_recipe(layer, origin=origin)
-            preset = text.partition("\n")[0].removeprefix(_PRESET_COMMENT).strip()
+        recipe, preset, lost_draft = None, FIRST_PRESET, None
+        with _draft_lock():
+            self._known = None
+            try:
+                content = _content()
+                if content is not None:
+                    recipe, preset = _read_draft()
+                    self._known = content
+            except UserError as problem:
+                lost_draft = _move_aside(problem)
+            except OSError as error:
+                lost_draft = _move_aside(UserError("", what=f"{draft_path()}: {error.strerror or error}."))
         lost = None
         for name in (preset or FIRST_PRESET, FIRST_PRESET):
             # The user may have a preset of either name, and have broken it.
@@ -53,7 +60,7 @@ class Draft:
                 lost = lost or problem
         else:
             bench = Workbench(recipe, preset="")
-        bench.lost_preset = lost
+        bench.lost_preset, bench.lost_draft = lost, lost_draft
         return bench
 
     def save(self, workbench: Workbench, *, replace: bool = False) -> bool:
@@ -85,10 +92,35 @@ def draft_path() -> Path:
 
 
 def _content() -> str | None:
+    """The draft as text, whatever bytes are in it; None where there is none."""
     try:
-        return draft_path().read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
+        return draft_path().read_text("utf-8", errors="surrogateescape")
+    except FileNotFoundError:
         return None
+
+
+def _read_draft() -> tuple[Recipe, str]:
+    """The recipe and the name of the preset it began as. Raises UserError."""
+    text, origin = read_text(draft_path()), str(draft_path())
+    layer = parse(text, origin)
+    validate(layer, origin, text)
+    return to_recipe(layer, origin), text.partition("\n")[0].removeprefix(_PRESET_COMMENT).strip()
+
+
+def _move_aside(problem: UserError) -> UserError:
+    """Keep a draft that cannot be read under another name; what to say of it."""
+    aside = draft_path().with_name(f"{draft_path().name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}-2")
+    try:
+        draft_path().rename(aside)
+        sync(aside.parent)
+        kept = f"It is kept as {aside}: open it in an editor, or with the version that wrote it."
+    except OSError as error:
+        kept = f"Move {draft_path()} away: that failed here ({error.strerror or error})."
+    return UserError(
+        "The recipe being edited could not be read", what=problem.what, why=problem.why, fix=kept
+    )
 
 
 @contextmanager

@@ -43,6 +43,8 @@ class Workbench:
         self._now = _Snapshot(recipe or base, preset, base)
         self.lost_preset: UserError | None = None
         """Why it could not go on as the preset it began as."""
+        self.lost_draft: UserError | None = None
+        """Why the draft could not be read, and where it is kept."""
         self._undo: list[_Snapshot] = []
         self._redo: list[_Snapshot] = []
         self._architecture: tuple[str, Architecture | UserError] | None = None

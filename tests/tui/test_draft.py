@@ -68,6 +68,71 @@ def test_the_draft_is_on_the_disk_before_save_returns(monkeypatch: pytest.Monkey
     assert len(synced) >= 2, "the file, and the folder with its name"
 
 
+def newer_version(text: str) -> bytes:
+    return text.replace("[lora]", "[lora]\nsetting_of_a_newer_version = 3").encode()
+
+
+def one_bad_byte(text: str) -> bytes:
+    return text.encode()[:-3] + b"\xff" + text.encode()[-3:]
+
+
+UNREADABLE = pytest.mark.parametrize("damage", [newer_version, one_bad_byte])
+
+
+def damage_draft(damage: Callable[[str], bytes]) -> bytes:
+    edit_elsewhere(7)
+    content = damage(draft_path().read_text())
+    draft_path().write_bytes(content)
+    return content
+
+
+def moved_aside() -> list[bytes]:
+    return [path.read_bytes() for path in draft_path().parent.glob("draft.toml.damaged-*")]
+
+
+@UNREADABLE
+def test_a_draft_that_cannot_be_read_is_moved_aside(damage: Callable[[str], bytes]) -> None:
+    content = damage_draft(damage)
+    draft = Draft()
+    bench = draft.load()
+    assert moved_aside() == [content]
+    assert bench.lost_draft is not None and "draft.toml.damaged-" in bench.lost_draft.fix
+    bench.set("lora.rank", 9)
+    assert draft.save(bench) and rank_on_disk() == 9
+    assert moved_aside() == [content]
+
+
+@UNREADABLE
+def test_a_draft_that_cannot_be_moved_aside_is_not_overwritten(
+    damage: Callable[[str], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = damage_draft(damage)
+    draft = Draft()
+    with monkeypatch.context() as full:
+        FaultyDisk(full, 1, errno.EROFS, lasting=True)
+        bench = draft.load()
+    assert bench.lost_draft is not None
+    assert not draft.save(bench) and draft_path().read_bytes() == content
+
+
+def is_about_the_draft(message: str) -> bool:
+    return "The recipe being edited could not be read" in message and "draft.toml.damaged-" in message
+
+
+@UNREADABLE
+async def test_the_app_says_that_the_draft_could_not_be_read(
+    make_app: MakeApp, damage: Callable[[str], bytes]
+) -> None:
+    content = damage_draft(damage)
+    app = make_app()
+    async with app.run_test(size=(100, 30)) as pilot:
+        await until(pilot, lambda: any(is_about_the_draft(said.message) for said in app._notifications))
+        content_of_another = damage_draft(damage)
+        app.edit("lora.rank", 32)
+        await pilot.pause()
+        assert rank_on_disk() == 32 and sorted(moved_aside()) == sorted([content, content_of_another])
+
+
 @pytest.mark.parametrize(("key", "mine", "on_disk"), [("m", 32, 32), ("t", 8, 8), ("escape", 32, 8)])
 async def test_the_app_asks_whose_recipe_stays(make_app: MakeApp, key: str, mine: int, on_disk: int) -> None:
     app = make_app()

@@ -53,6 +53,10 @@ def save_or_ask(app: QloraApp) -> None:
         return
     theirs = Draft()
     other = theirs.load()
+    if other.lost_draft is not None:
+        app.notify(str(other.lost_draft), severity="warning", timeout=10)
+        app.draft.save(app.workbench)
+        return
 
     def chosen(choice: Choice | None) -> None:
         if choice == "mine":
