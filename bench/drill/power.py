@@ -20,6 +20,7 @@ from bench.drill import runs
 from bench.drill.program import Failure
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import read_status
 
 MIB = {"ext4": 128, "xfs": 320, "btrfs": 256}
@@ -50,6 +51,8 @@ def cut_while_active(kind: str) -> Callable[[random.Random, Path, Path], None]:
             for _, checkpoint in cut_run.checkpoints():
                 if damage := checkpoint_damage(checkpoint):
                     raise Failure(f"{checkpoint.name} does not verify after the cut: {damage}")
+            if read_status(cut_run).state == "queued":
+                ensure_runner()  # as `attach` and the app do
             runs.resume_to_the_end(cut_run)
             runs.check_finished(cut_run)
 
