@@ -19,6 +19,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+from jinja2.filters import make_attrgetter
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qlora_tui.data.conversation import RowRejectedError
@@ -63,7 +64,7 @@ class ChatTemplate:
             with Bounded():
                 # Jinja computes constant expressions here.
                 tree = environment.parse(text)
-                code = environment.compile(tree)
+                code = environment.compile(tree, filename="<the model's chat template>")
             self.literals = "\0".join(_literals(tree))
             """Every piece of text the template itself writes."""
             self.names = frozenset(name.name for name in tree.find_all(jinja2.nodes.Name))
@@ -208,10 +209,21 @@ def _environment(marks: _GenerationSpans) -> _Environment:
     environment.marks = marks
     environment.filters["tojson"] = _tojson
     as_number = environment.filters["int"]
+    environment.filters["sum"] = _sum
     environment.filters["int"] = lambda *args, **kwargs: check_number(as_number(*args, **kwargs))
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = PINNED_DATE.strftime
     return environment
+
+
+@jinja2.pass_environment
+def _sum(environment: jinja2.Environment, values: Any, attribute: Any = None, start: Any = 0) -> Any:
+    """jinja2's own, in steps that can be stopped: of lists each one copies what came before."""
+    attribute_of = make_attrgetter(environment, attribute) if attribute is not None else None
+    total = start
+    for value in values:
+        total = total + (attribute_of(value) if attribute_of else value)
+    return total
 
 
 def _literals(tree: jinja2.nodes.Template) -> Iterator[str]:

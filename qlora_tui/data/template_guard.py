@@ -3,23 +3,39 @@
 Time is that of the processor, so a busy machine or one that slept changes nothing. A thread watches; past the
 bound it has ``TemplateStopped`` raised in the thread that renders, wherever that is. Memory is bounded by the
 kernel. Arithmetic on numbers of millions of digits, which neither can end, is refused.
+
+A single operation of the interpreter, such as comparing two lists that hold each other a million times, lets
+neither that thread run nor the exception in. For this a timer of the kernel ends the process. The thread that
+watches starts it anew ten times a second, which it can as long as operations come to an end. The timer counts
+the processor time of the process, so one that is suspended is safe. Whoever started the process sees the
+cause by the signal (``HANG_SIGNAL``).
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
+import signal
+import sys
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from qlora_tui.data import memory_bound
+from qlora_tui.errors import UserError
 
 MOST_CPU_S = 5.0
 """For one rendering. A long conversation takes some milliseconds."""
 MORE_MEMORY_BYTES = 256 << 20
 MOST_BITS = 4096
 """Of a whole number."""
+MOST_HUNG_CPU_S = 20.0
+"""Processor time of the process in which no other thread came to run."""
+HANG_SIGNAL = signal.SIGVTALRM
+"""What ends a process whose template hangs in one operation; nothing else sends it."""
+HUNG = "The chat template was stuck in one operation."
 _LOOK_S = 0.1
 _IDLE_LOOKS = 50
 _raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -73,11 +89,44 @@ def _clock_of(thread: int) -> int:
     return of_thread(thread) if of_thread else time.CLOCK_MONOTONIC
 
 
+def hung_template(process: str) -> UserError:
+    """The error where ``process`` ("The trainer process") was ended by ``HANG_SIGNAL``."""
+    return UserError(
+        "The chat template hangs",
+        what=f"{process} was ended: {HUNG[:1].lower()}{HUNG[1:]}",
+        why=f"It took {MOST_HUNG_CPU_S:.0f} seconds of processor time, and nothing else could stop it.",
+        fix='Choose another template: model.chat_template = "chatml".',
+    )
+
+
+class _HangTimer:
+    """Ends the process when it is not started anew in time."""
+
+    def __init__(self) -> None:
+        self._is_prepared = False
+
+    def start(self) -> None:
+        signal.setitimer(signal.ITIMER_VIRTUAL, MOST_HUNG_CPU_S)
+
+    def stop(self) -> None:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    def prepare(self) -> None:
+        """Have stderr say where it hung; then the default action of the signal ends the process."""
+        if self._is_prepared:
+            return
+        self._is_prepared = True
+        with suppress(OSError, ValueError, RuntimeError):  # a stderr that is no file
+            if sys.__stderr__ is not None:
+                faulthandler.register(HANG_SIGNAL, file=sys.__stderr__, all_threads=False, chain=True)
+
+
 class _Watch:
     """The thread that watches. It ends when nothing was rendered for a while."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._hang_timer = _HangTimer()
         self._under_way: set[Bounded] = set()
         self._is_running = False
 
@@ -86,6 +135,9 @@ class _Watch:
             if not self._is_running:
                 threading.Thread(target=self._run, name="template-watch", daemon=True).start()
                 self._is_running = True
+                self._hang_timer.prepare()
+            if not self._under_way:
+                self._hang_timer.start()
             self._under_way.add(block)
 
     def end(self, block: Bounded) -> None:
@@ -94,6 +146,8 @@ class _Watch:
             try:
                 with self._lock:
                     self._under_way.discard(block)
+                    if not self._under_way:
+                        self._hang_timer.stop()
                     # Raised, but not arrived yet: the rendering is finished, or failed for another reason.
                     _raise_in(ctypes.c_ulong(block.thread), None)
                 return
@@ -110,6 +164,8 @@ class _Watch:
                     self._is_running = False
                     return
                 try:
+                    if self._under_way:
+                        self._hang_timer.start()
                     self._stop_overdue()
                 except (MemoryError, OSError):
                     continue  # with the memory bound reached, this thread has none either: try again

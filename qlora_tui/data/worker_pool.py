@@ -24,6 +24,7 @@ import msgspec
 from qlora_tui import paths, subprocesses
 from qlora_tui.data.length_prefixed import read_frame, write_frame
 from qlora_tui.data.row_result import Batch, RowProcessor, RowResult
+from qlora_tui.data.template_guard import HANG_SIGNAL, hung_template
 
 Work: TypeAlias = Callable[[Iterable[Batch]], Iterator[list[RowResult]]]
 
@@ -119,6 +120,8 @@ class WorkerPool:
             answer = _request(child, pickle.dumps(batch))
         except (OSError, EOFError):
             self._on_child_death()
+            if child.wait() == -HANG_SIGNAL:
+                raise hung_template("A process that renders rows") from None  # here it would hang too
             raise
         self._waiting.put(child)
         return _decode(answer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 
+from qlora_tui.data.template_guard import HANG_SIGNAL, hung_template
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.directory import RunDir
@@ -51,6 +52,17 @@ def determine_outcome(
             what=f"{run.id} was in training when the machine went down.",
             fix=resume,
             kind="lost",
+        )
+    if exit_code == -HANG_SIGNAL:
+        hung = hung_template("The trainer process")
+        return Failed(
+            at=now,
+            title=hung.title,
+            what=hung.what,
+            why=hung.why,
+            fix=hung.fix,
+            kind="problem",
+            exit_code=exit_code,
         )
     if exit_code is None or exit_code < 0:
         by = "" if exit_code is None else f" by {_signal_name(-exit_code)}"

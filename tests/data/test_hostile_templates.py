@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -24,7 +26,23 @@ SLOW = {
     "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "filters": "{{ ([range(99999)] * 99999) | map('sum') | sum }}",
     "lipsum": "{{ lipsum(n=99999999) }}",
+    "sum of lists": "{{ ([[0] * 2000] * 20000) | sum(start=[]) | length }}",
 }
+HANGING = {
+    "comparison": "{% set ns = namespace(a=[0], b=[0]) %}{% for i in range(60) %}"
+    "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}",
+    "hash": "{% set ns = namespace(a=(0,)) %}{% for i in range(60) %}"
+    "{% set ns.a = (ns.a, ns.a) %}{% endfor %}{{ {ns.a: 1} | length }}",
+}
+"""What no other thread can interrupt."""
+RENDERED_ALONE = """
+import sys
+from qlora_tui.data import chat_template, template_guard
+template_guard.MOST_HUNG_CPU_S = template_guard.MOST_CPU_S = 0.5
+template, rounds = chat_template.ChatTemplate(sys.argv[1], {}), int(sys.argv[2])
+for _ in range(rounds):
+    template.render([{"role": "user", "content": "Hi"}])
+"""
 LARGE = {
     "width of %": "{{ '%0999999999d' % 1 }}",
     "width of a filter": "{{ '%0999999999d' | format(1) }}",
@@ -75,6 +93,28 @@ def refusal(text: str) -> str:
 def test_a_template_without_end_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
     assert "takes more than" in refusal(SLOW[name])
+
+
+def rendered_alone(text: str, rounds: int = 1) -> subprocess.CompletedProcess[str]:
+    """How a process ends that renders this template so many times."""
+    return subprocess.run(
+        [sys.executable, "-c", RENDERED_ALONE, text, str(rounds)],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("name", HANGING)
+def test_a_template_stuck_in_one_operation_ends_its_process(name: str) -> None:
+    done = rendered_alone(HANGING[name])
+    assert done.returncode == -template_guard.HANG_SIGNAL
+    assert "the model's chat template" in done.stderr
+
+
+def test_rendering_for_long_is_no_hanging() -> None:
+    done = rendered_alone("{% for m in messages %}{{ m.content * 1000 }}{% endfor %}", rounds=100_000)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -20,7 +20,9 @@ from qlora_tui.data.inspection import inspect
 from qlora_tui.data.read import raw_rows
 from qlora_tui.data.row_result import Batch, RowProcessor, batches
 from qlora_tui.data.sources import open_source
+from qlora_tui.data.template_guard import HANG_SIGNAL
 from qlora_tui.data.worker_pool import WorkerPool, open_worker_pool
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from tests.data.families import family
 from tests.waiting import wait_for
@@ -211,5 +213,19 @@ def test_children_live_through_their_work(tmp_path: Path) -> None:
         wait_for(lambda: pool._alive == 2)
         list(pool.work(in_batches(path)))
         assert pool._alive == 2
+    finally:
+        pool.close()
+
+
+@pytest.mark.usefixtures("by_two")
+def test_a_template_that_hangs_a_child_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    pool = WorkerPool(RowProcessor(Data(), family("chatml")), 2)
+    try:
+        wait_for(lambda: pool._alive == 2)
+        with pytest.raises(UserError, match="The chat template hangs"):
+            for _ in pool.work(in_batches(path)):
+                for child in pool.children:
+                    child.send_signal(HANG_SIGNAL)
     finally:
         pool.close()

@@ -18,6 +18,7 @@ import pytest_asyncio
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult
 from qlora_tui.data.conversation import Message
+from qlora_tui.data.template_guard import HANG_SIGNAL
 from qlora_tui.engine.client import EngineClient, EngineClosedError
 from qlora_tui.engine.log_file import log_path
 from qlora_tui.engine.protocol import (
@@ -158,6 +159,17 @@ async def test_a_killed_engine_is_a_problem_that_names_the_log_and_the_next_ques
     replies = [reply async for reply in engine.ask(Unload())]
     assert isinstance(replies[-1], Unloaded)
     assert engine.pid not in (None, before)
+
+
+async def test_a_template_that_hangs_the_engine_is_named(
+    engine: EngineClient, tiny_source: ChatSource
+) -> None:
+    async for _ in engine.ask(LoadChat(source=tiny_source)):
+        pass
+    with pytest.raises(UserError, match="The chat template hangs"):
+        async for _ in engine.ask(ENDLESS):
+            assert engine.pid is not None
+            os.kill(engine.pid, HANG_SIGNAL)
 
 
 async def test_what_libraries_print_goes_to_the_log_and_the_log_stays_short(engine: EngineClient) -> None:

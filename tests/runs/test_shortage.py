@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.data.template_guard import HANG_SIGNAL
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs import out_of_memory
@@ -89,6 +90,13 @@ def test_who_was_killed_for_memory_is_told_with_what_it_held(run: RunDir) -> Non
     # Another process was the one chosen: a trainer ended by another signal was not.
     other = determine_outcome(run, -signal.SIGTERM, host_out_of_memory=True)
     assert isinstance(other, Failed) and other.kind == "killed"
+
+
+def test_a_template_that_hung_the_trainer_is_named(run: RunDir) -> None:
+    ending = determine_outcome(run, -HANG_SIGNAL)
+    assert isinstance(ending, Failed)
+    assert ending.title == "The chat template hangs"
+    assert "model.chat_template" in ending.fix
 
 
 def test_before_nothing_is_said_to_help_checkpointing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
