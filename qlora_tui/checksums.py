@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_tui.files import private_dir, publish
+from qlora_tui.files import open_to_read, private_dir, publish, read_regular
 
 NAME = "SHA256SUMS"
 
@@ -54,7 +54,7 @@ def mismatch(folder: Path, only: Collection[str] = (), listed: Collection[str] =
     """
     required = {*only, *listed}
     try:
-        lines = (folder / NAME).read_text("utf-8").splitlines()
+        lines = read_regular(folder / NAME).decode().splitlines()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -84,5 +84,5 @@ def mismatch(folder: Path, only: Collection[str] = (), listed: Collection[str] =
 def _sha256(path: Path) -> str:
     import hashlib  # it loads OpenSSL, which a start that checks nothing need not
 
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -62,6 +62,9 @@ _DISK: dict[int, tuple[str, str]] = {
     errno.EPERM: ("No permission for a file", f"Give yourself the right to it, or {_ELSEWHERE}."),
     errno.ENOTDIR: ("A file is where a folder should be", f"Move it away, or {_ELSEWHERE}."),
     errno.EEXIST: ("A file is where a folder should be", f"Move it away, or {_ELSEWHERE}."),
+    errno.EISDIR: ("A folder is where a file should be", "Move it away."),
+    errno.ENXIO: ("A pipe or a device is where a file should be", "Move it away."),
+    errno.EFBIG: ("A file grew past the limit on file sizes", "Lift the limit: `ulimit -f unlimited`."),
     errno.ENAMETOOLONG: (
         "A file name is too long",
         "Give a shorter one: 255 bytes a name, 4,095 in all.",
@@ -84,6 +87,9 @@ def disk_problem(error: OSError, path: Path | None = None) -> UserError | None:
     where = str(error.filename or path or "Writing a file failed")
     where = where if len(where) <= _LONGEST_SHOWN else f"{where[:_LONGEST_SHOWN]}…"
     why = ""
+    if error.errno == errno.EEXIST and Path(where).is_symlink() and not Path(where).exists():
+        title, why = "A link leads to nothing", f"It leads to {os.path.realpath(where)}."
+        fix = f"Create that folder, or {_ELSEWHERE}."
     if error.errno == errno.ENOSPC and _lacks_inodes(Path(where)):
         why, fix = "The disk has space, but no inodes left: it holds too many files.", "Delete some files."
     return UserError(title, what=f"{where}: {error.strerror or os.strerror(error.errno)}.", why=why, fix=fix)

@@ -4,6 +4,7 @@ atomic_write     replaces one file
 publish          moves a finished folder to its place, the files in it on the disk first
 restore_earlier  puts an earlier folder back where a crash came in between
 sync             has the disk hold what was written so far
+open_regular     opens a file, and waits for no pipe that is in its place
 
 A rename alone is not enough: a file's content, and a folder's list of names, each reach the disk only when
 synced. Otherwise a power cut leaves empty files on ext4 and XFS, and no files on btrfs.
@@ -14,6 +15,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 
@@ -72,6 +75,36 @@ def write_all(handle: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view) :]
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a file; a pipe or a device in its place, which may block its reader for ever, is refused.
+
+    Raises OSError, with EISDIR for a folder and ENXIO for a pipe or a device.
+    """
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO
+        raise OSError(code, os.strerror(code), str(path))
+    return handle
+
+
+def read_regular(path: Path, most_bytes: int = 1 << 24) -> bytes:
+    """The beginning of a file, or all of a small one. Raises OSError, as :func:`open_regular` does."""
+    with open_to_read(path) as file:
+        return file.read(most_bytes)
+
+
+def open_to_read(path: Path) -> BufferedReader:
+    """Open a file for reading. Raises OSError, as :func:`open_regular` does."""
+    return os.fdopen(open_regular(path), "rb")
+
+
+def open_append(path: Path) -> BufferedWriter:
+    """Open a file to write at its end, created if need be. Raises OSError, as :func:`open_regular` does."""
+    return os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
 
 
 def sync(path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
-from qlora_tui.files import atomic_write
+from qlora_tui.files import atomic_write, sync
 from qlora_tui.recipe.absolute_paths import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control, run_queue
@@ -98,6 +99,12 @@ def check_deletable(run: RunDir) -> None:
 
 @disk_problems()
 def delete(run: RunDir) -> None:
-    """Delete a run and all it made, for good; raises UserError while it is not over."""
+    """Delete a run and all it made, for good; raises UserError while it is not over.
+
+    It leaves the runs in one step: killed in the middle, it leaves a hidden folder for the next sweep.
+    """
     check_deletable(run)
-    shutil.rmtree(run.path)
+    hidden = run.path.with_name(f".deleting-{os.getpid()}-{run.id}")
+    run.path.rename(hidden)
+    sync(hidden.parent)
+    shutil.rmtree(hidden)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
-from qlora_tui.files import earlier_folder
+from qlora_tui.files import earlier_folder, read_regular
 from qlora_tui.recipe.toml import parse, to_recipe
 from qlora_tui.runs import leftovers, repair
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
@@ -93,7 +93,7 @@ def _copies_of_recipe(run: RunDir) -> Iterator[tuple[str, Path]]:
     checkpoints = [folder / "state.json" for _, folder in reversed(run.checkpoints())]
     for file in (run.adapter_dir / "recipe.toml", *checkpoints):
         try:
-            text = file.read_text("utf-8")
+            text = read_regular(file).decode()
             if file.suffix == ".json":
                 text = str(json.loads(text)["recipe"])
             to_recipe(parse(text, str(file)), origin=str(file))

@@ -15,6 +15,7 @@ import msgspec
 from qlora_tui import checksums
 from qlora_tui.catalog.safetensors_header import safetensors_damage
 from qlora_tui.decoding import decode_json
+from qlora_tui.files import read_regular
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Finished, Stopped
 
@@ -29,7 +30,7 @@ ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
 def checkpoint_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a clause; None where nothing is. Reads every file in it."""
     try:
-        sizes = decode_json((folder / MARKER).read_bytes(), _SIZES)
+        sizes = decode_json(read_regular(folder / MARKER), _SIZES)
     except (OSError, msgspec.MsgspecError):
         return "its list of files cannot be read"
     for name, size in sizes.items():
@@ -78,7 +79,7 @@ def _recorded_digest(folder: Path) -> str | None:
     """The hash of the folder's checksums, empty where it had some of an unknown hash; None for none."""
     try:
         if (folder / MARKER).is_file():
-            sizes = decode_json((folder / MARKER).read_bytes(), _SIZES)
+            sizes = decode_json(read_regular(folder / MARKER), _SIZES)
             return "" if checksums.NAME in sizes else None
         ending = last_event(folder.parent / "events.jsonl")
     except (OSError, msgspec.MsgspecError):
@@ -88,6 +89,8 @@ def _recorded_digest(folder: Path) -> str | None:
 
 def _format_damage(file: Path) -> str | None:
     try:
+        if not file.is_file():
+            return f"{file.name} is not a file"
         if file.suffix == ".safetensors" and (damage := safetensors_damage(file)):
             return f"{file.name} is damaged: {damage}"
         if file.suffix == ".json":

@@ -27,12 +27,13 @@ from pathlib import Path
 
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.files import atomic_write, private_dir, sync, sync_tree
+from qlora_tui.files import atomic_write, private_dir, read_regular, sync, sync_tree
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, load, to_recipe
-from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Queued
+from qlora_tui.runs.event_log import EventWriter, read_from
+from qlora_tui.runs.events import Queued, decode
 
+_FIRST_EVENT_BYTES = 1024
 DRAFT = ".new-"
 """How the folder of a run is called before it is whole; the number of its process follows."""
 TRASH = ".deleted"
@@ -54,7 +55,7 @@ class RunDir:
     def name(self) -> str:
         """What lists call it: the name it was given since, or its id."""
         try:
-            return self.name_path.read_text("utf-8").strip() or self.id
+            return read_regular(self.name_path).decode().strip() or self.id
         except (OSError, UnicodeDecodeError):
             return self.id
 
@@ -112,8 +113,21 @@ class RunDir:
         return self.path / ".adapter"
 
     def recipe(self) -> Recipe:
-        """The recipe as it was when the run was queued."""
-        return to_recipe(load(self.recipe_path), origin=str(self.recipe_path))
+        """The recipe as it was when the run was queued. Raises UserError."""
+        if self.recipe_path.exists() and not self.recipe_path.is_file():
+            raise self._recipe_damaged("is not a file")
+        layer = load(self.recipe_path)
+        if not layer:
+            raise self._recipe_damaged("is empty")
+        return to_recipe(layer, origin=str(self.recipe_path))
+
+    def _recipe_damaged(self, how: str) -> UserError:
+        return UserError(
+            "The recipe is damaged",
+            what=f"{self.recipe_path} {how}.",
+            why="It is written once, when the run is queued; a power cut or an edit may have damaged it.",
+            fix=f"`qlora-tui runs check {self.id} --repair` restores it from a checkpoint or the adapter.",
+        )
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every complete checkpoint, oldest first."""
@@ -222,9 +236,10 @@ def find_run(name: str) -> RunDir:
 
 
 def _created(path: Path) -> tuple[float, str]:
-    recipe = path / "recipe.toml"
+    """When the run was queued first, which no repair changes; where that is unreadable, its recipe's time."""
     try:
-        return recipe.stat().st_mtime, path.name
+        event = decode(read_from(path / "events.jsonl", 0, _FIRST_EVENT_BYTES).partition(b"\n")[0])
+        return (path / "recipe.toml").stat().st_mtime if event is None else event.at, path.name
     except OSError:
         return 0.0, path.name
 

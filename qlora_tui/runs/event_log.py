@@ -6,6 +6,7 @@ writer cuts the torn end off before it appends.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qlora_tui.files import write_all
+from qlora_tui.files import open_regular, open_to_read, write_all
 from qlora_tui.runs.events import AnyEvent, CheckpointSaved, Failed, Finished, Paused, Stopped, decode, encode
 
 _READ_BYTES = 1 << 20
+_BACKWARDS_BYTES = 1 << 16
 LONGEST_LINE_BYTES = 1 << 24
 """A longer line is no event: a power cut can leave gigabytes without a line end. It is passed over."""
 
@@ -26,7 +28,7 @@ class EventWriter:
     """Appends events; the ends of a run and its checkpoints are on the disk before ``append`` returns."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         _cut_torn_end(self._file)
 
     def append(self, event: AnyEvent) -> None:
@@ -66,6 +68,8 @@ class EventTail:
     def __init__(self, path: Path, offset: int = 0, unknown: int = 0) -> None:
         self._path = path
         self._offset = offset
+        self._is_skipping = False
+        """Whether the offset is within a line that is too long."""
         self.unknown = unknown
         """Whole lines this version does not understand."""
 
@@ -73,11 +77,22 @@ class EventTail:
         """The whole events among the next ``most_bytes``; empty when there is nothing more yet."""
         chunk = read_from(self._path, self._offset, most_bytes)
         end = chunk.rfind(b"\n") + 1
+        if not end and self._is_skipping:
+            self._offset += len(chunk)
+            return []
         if not end and len(chunk) == most_bytes:
-            return self.poll(most_bytes * 4)
+            if most_bytes < LONGEST_LINE_BYTES:
+                return self.poll(most_bytes * 4)
+            self._is_skipping = True
+            self._offset += len(chunk)
+            return []
         self._offset += end
         events = []
         for line in chunk[:end].splitlines():
+            if self._is_skipping:
+                self._is_skipping = False
+                self.unknown += 1
+                continue
             event = decode(line)
             if event is None:
                 self.unknown += 1
@@ -109,7 +124,7 @@ def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
     except FileNotFoundError:
         return
     torn = True
-    most = 1 << 16
+    most = _BACKWARDS_BYTES
     while end > start:
         begin = max(start, end - most)
         chunk = read_from(path, begin, end - begin)
@@ -119,7 +134,10 @@ def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
         # The first line of a part may lack its beginning: it is read with the part before it.
         first = 0 if begin == start else chunk.find(b"\n") + 1
         if begin > start and first in (0, len(chunk)):
-            most *= 8
+            if most >= LONGEST_LINE_BYTES:
+                end, torn, most = begin, True, _BACKWARDS_BYTES
+            else:
+                most *= 8
             continue
         torn = False
         for line in reversed(chunk[first:].splitlines()):
@@ -130,11 +148,13 @@ def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
 
 
 def read_from(path: Path, offset: int, most_bytes: int) -> bytes:
-    """Up to ``most_bytes`` of a file from ``offset``; empty where there is no file."""
+    """Up to ``most_bytes`` of a file from ``offset``; empty where there is none, or a pipe or a folder."""
     try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return b""
+        file = open_regular(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENXIO, errno.EISDIR):
+            return b""
+        raise
     try:
         # Room for what is there and no more: a megabyte taken and given back every second leaves holes.
         there = os.fstat(file).st_size - offset
@@ -148,7 +168,7 @@ def events_and_damage(path: Path) -> Iterator[tuple[bytes, bool]]:
 
     A torn last line is none, unless it is longer than any event. Raises OSError.
     """
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         while line := file.readline(LONGEST_LINE_BYTES):
             if line.endswith(b"\n"):
                 # A power cut leaves zeros where content had not reached the disk.

@@ -13,7 +13,7 @@ from qlora_tui.data.template_guard import HANG_SIGNAL, hung_template
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventWriter, events_backwards
+from qlora_tui.runs.event_log import EventWriter, events_backwards, read_from
 from qlora_tui.runs.events import Failed, Finished, Paused, Queued, RunEnded, Started, Stopped
 from qlora_tui.runs.out_of_memory import suggest_settings
 from qlora_tui.runs.retry import last_plan
@@ -24,6 +24,7 @@ from qlora_tui.runs.view import RunView
 _STEPS = 64
 """Read of a long run, the last one among them."""
 _FINAL_STATES: frozenset[State] = frozenset(("finished", "failed", "stopped", "paused"))
+_LOG_BYTES = 1 << 16
 LOG_LINES = 3
 """How much of the trainer's log is quoted when it died without a word."""
 
@@ -178,7 +179,9 @@ def _signal_name(number: int) -> str:
 
 def _log_end(run: RunDir) -> str:
     try:
-        lines = run.log_path.read_text(errors="replace").splitlines()
+        size = run.log_path.stat().st_size
+        end = read_from(run.log_path, max(0, size - _LOG_BYTES), _LOG_BYTES)
+        lines = end.decode(errors="replace").splitlines()
     except OSError:
         return "(no log)"
     return " / ".join(lines[-LOG_LINES:]) or "(empty)"

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
+from qlora_tui.files import open_append
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.leftovers import sweep
@@ -156,7 +157,7 @@ def _supervise(run: RunDir, plan: RetryPlan | None) -> None:
 
 def _train(run: RunDir, plan: RetryPlan) -> int:
     """Run one trainer to its end; its exit code. Raises OSError, with the run as it was, where it cannot."""
-    with run.log_path.open("ab") as log:
+    with open_append(run.log_path) as log:
         run.unreported_path.touch(mode=0o600)
         run_queue.take(run, process_identity())
         try:

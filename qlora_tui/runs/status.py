@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from qlora_tui.decoding import Count, UnixTime, decode_json
-from qlora_tui.files import atomic_write
+from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Paused, Phase, Queued, Step, Stopped
@@ -108,7 +108,7 @@ def _state_from_events(run: RunDir) -> Status:
 
 
 def _decoded(path: Path) -> Status:
-    return decode_json(path.read_bytes(), _DECODER)
+    return decode_json(read_regular(path), _DECODER)
 
 
 def _reason(error: Exception) -> str:

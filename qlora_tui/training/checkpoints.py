@@ -22,7 +22,7 @@ from msgspec import Struct
 from qlora_tui.checksums import write_checksums
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
-from qlora_tui.files import atomic_write, private_dir, publish
+from qlora_tui.files import atomic_write, private_dir, publish, read_regular
 from qlora_tui.recipe.diff import diff_recipes
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, to_recipe
@@ -138,7 +138,7 @@ def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, l
         problem = checkpoint_damage(folder)
         if problem is None:
             try:
-                state = decode_json((folder / _STATE).read_bytes(), _STATE_DECODER)
+                state = decode_json(read_regular(folder / _STATE), _STATE_DECODER)
                 return Checkpoint(step, folder, state), damage
             except (OSError, msgspec.MsgspecError) as error:
                 problem = f"{_STATE} cannot be read ({error})"

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from qlora_tui.files import open_append
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.gpu.metrics_sampler import MetricsSampler
@@ -72,5 +73,5 @@ class TelemetryRecorder:
             cpu_percent=self._process.cpu_percent(),
             **extra,
         )
-        with suppress(OSError), self._path.open("ab") as file:
+        with suppress(OSError), open_append(self._path) as file:
             file.write(encode(sample))

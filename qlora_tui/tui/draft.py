@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
-from qlora_tui.files import atomic_write, sync
+from qlora_tui.files import atomic_write, read_regular, sync
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, read_text, to_recipe, validate
 from qlora_tui.runs.locks import locked
@@ -94,7 +94,7 @@ def draft_path() -> Path:
 def _content() -> str | None:
     """The draft as text, whatever bytes are in it; None where there is none."""
     try:
-        return draft_path().read_text("utf-8", errors="surrogateescape")
+        return read_regular(draft_path()).decode(errors="surrogateescape")
     except FileNotFoundError:
         return None
 

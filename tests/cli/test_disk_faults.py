@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +61,29 @@ def test_a_state_folder_that_is_a_file_is_said(call: Call, monkeypatch: pytest.M
     said = call("runs")
     assert said.code == 1
     assert "A file is where a folder should be" in said.err
+
+
+def test_a_folder_in_place_of_a_file_is_said(call: Call, run: RunDir) -> None:
+    run.name_path.mkdir()
+    said = call("runs", "rename", run.id, "other")
+    assert said.code == 1 and "A folder is where a file should be" in said.err
+
+
+def test_a_limit_on_the_size_of_files_is_said(run: RunDir) -> None:
+    script = f"ulimit -f 0; exec {sys.executable} -m qlora_tui runs rename {run.id} other"
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert said.returncode == 1
+    assert "A file grew past the limit" in said.stderr and "ulimit -f unlimited" in said.stderr
+
+
+def test_a_state_folder_that_is_a_broken_link_is_said(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "link"))
+    said = call("runs")
+    assert said.code == 1
+    assert "A link leads to nothing" in said.err and str(tmp_path / "nowhere") in said.err
 
 
 def test_a_bug_is_shown_once_where_its_log_cannot_be_written(

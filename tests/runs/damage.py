@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import telemetry
@@ -35,6 +37,9 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "negative numbers": lambda content: content.replace(b'"at":', b'"at":-').replace(b'"step":', b'"step":-'),
     "nothing": lambda content: b"",
 }
+REPLACED: dict[str, Callable[[Path], None]] = {"a pipe": os.mkfifo, "a folder": Path.mkdir}
+WAYS = (*DAMAGE, *REPLACED)
+"""Each way in which a file is damaged, or something else is in its place."""
 
 
 def a_run(recipe: Recipe, state: State) -> RunDir:
@@ -75,5 +80,9 @@ def a_run(recipe: Recipe, state: State) -> RunDir:
 def damaged(recipe: Recipe, state: State, file: str, how: str) -> RunDir:
     run = a_run(recipe, state)
     path = run.path / file
-    path.write_bytes(DAMAGE[how](path.read_bytes()))
+    if how in REPLACED:
+        path.unlink()
+        REPLACED[how](path)
+    else:
+        path.write_bytes(DAMAGE[how](path.read_bytes()))
     return run

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from qlora_tui.cli import main
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import control, run_queue, runner
+from qlora_tui.runs import actions, control, run_queue, runner
+from qlora_tui.runs.check import check_run
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.event_log import EventTail, last_event
@@ -21,7 +24,7 @@ from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
 from qlora_tui.runs.view import RunView
 from qlora_tui.training import checkpoints
-from tests.runs.damage import DAMAGE, DEEP, FILES, damaged
+from tests.runs.damage import DEEP, FILES, WAYS, damaged
 
 
 @pytest.fixture
@@ -52,7 +55,8 @@ def test_damage_to_one_run_disables_no_reader(
     file: str,
 ) -> None:
     monkeypatch.setattr("qlora_tui.runs.follow.POLL_S", 0)
-    runs = [damaged(recipe, "running", file, how) for how in DAMAGE]
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    runs = [damaged(recipe, "running", file, how) for how in WAYS]
     other = create_run(recipe)
     run_queue.enqueue(other)
 
@@ -73,6 +77,10 @@ def test_damage_to_one_run_disables_no_reader(
         determine_outcome(run, 1)
         control.take_requests(run)
         checkpoints.latest(run)
+        check_run(run)
+        with suppress(OSError, UserError):
+            actions.resume(run)
+            actions.stop(run)
     assert "A mistake of ours" not in capsys.readouterr().err
 
     assert runner.main() == 0

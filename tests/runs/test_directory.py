@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from msgspec.structs import replace
 from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions, leftovers, run_queue
 from qlora_tui.runs.directory import all_runs, create_run, find_run
 
 
@@ -81,3 +85,56 @@ def test_runs_created_at_one_instant_have_their_own_recipes(recipe: Recipe) -> N
         runs = list(threads.map(create_run, recipes))
     assert [run.recipe() for run in runs] == recipes
     assert len({run.id for run in runs}) == 40 == len(list(paths.runs_dir().iterdir()))
+
+
+def test_a_repaired_recipe_does_not_make_a_run_the_last(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr("time.time", lambda: 1e9)
+        old = create_run(recipe)
+    new = create_run(recipe)
+    old.recipe_path.write_text(old.recipe_path.read_text())
+    os.utime(old.recipe_path, (4e9, 4e9))
+    assert all_runs() == [new, old] and find_run("last") == new
+
+
+def test_an_empty_recipe_of_a_run_is_damaged(recipe: Recipe) -> None:
+    run = create_run(recipe)
+    run.recipe_path.write_bytes(b"")
+    with pytest.raises(UserError, match="runs check"):
+        run.recipe()
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_run_whose_deletion_is_interrupted_is_gone_or_whole(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    run = create_run(recipe)
+    run_queue.mark_not_queued(run, "Not wanted.")
+    files = sorted(run.path.rglob("*"))
+    removed = 0
+
+    def interrupted(call: Callable[..., object]) -> Callable[..., object]:
+        def counted(*args: object, **words: object) -> object:
+            nonlocal removed
+            removed += 1
+            if removed >= at:
+                raise KeyboardInterrupt
+            return call(*args, **words)
+
+        return counted
+
+    with monkeypatch.context() as killed:
+        for name in ("unlink", "rmdir", "rename"):
+            killed.setattr(os, name, interrupted(getattr(os, name)))
+        with suppress(KeyboardInterrupt):
+            actions.delete(run)
+    if run.path.exists():
+        assert sorted(run.path.rglob("*")) == files
+    else:
+        assert all_runs() == []
+        for path in paths.runs_dir().iterdir():
+            os.utime(path, (1, 1))
+        leftovers.sweep()
+        assert list(paths.runs_dir().iterdir()) == []

@@ -3,7 +3,15 @@ from __future__ import annotations
 import tracemalloc
 from pathlib import Path
 
-from qlora_tui.runs.event_log import EventTail, EventWriter, events_backwards, last_event
+from qlora_tui.runs.event_log import (
+    LONGEST_LINE_BYTES,
+    EventTail,
+    EventWriter,
+    events_and_damage,
+    events_backwards,
+    last_event,
+)
+from qlora_tui.runs.event_sampling import sample_events
 from qlora_tui.runs.events import CheckpointSaved, Finished, SampleGenerated, Step, encode
 
 
@@ -120,3 +128,39 @@ def test_events_are_read_backwards_across_reads_and_long_lines(tmp_path: Path) -
     assert len(forwards) == 3009
     assert list(events_backwards(path)) == forwards[::-1]
     assert list(events_backwards(path, begin)) == forwards[:-9:-1]
+
+
+def hole(path: Path, size: int) -> None:
+    """Add zeros that take no space, as a power cut leaves them."""
+    with path.open("ab") as file:
+        file.truncate(path.stat().st_size + size)
+
+
+def test_a_hole_of_gigabytes_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(encode(a_step(1)))
+    hole(path, 4 * LONGEST_LINE_BYTES)
+    torn = list(events_and_damage(path))
+    with path.open("ab") as file:
+        file.write(encode(a_step(2)) + encode(a_step(3)))
+    hole(path, 2 << 30)
+    tracemalloc.start()
+    assert [is_whole for _, is_whole in torn] == [True, False]
+    assert [is_whole for _, is_whole in events_and_damage(path)] == [True, False, True, False]
+    assert list(EventTail(path).drain()) == [a_step(1), a_step(3)]
+    assert list(events_backwards(path)) == [a_step(3), a_step(1)]
+    assert sample_events(path, 64).events[0] == a_step(1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * LONGEST_LINE_BYTES
+
+
+def test_an_event_after_a_hole_that_was_being_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(encode(a_step(1)))
+    hole(path, 2 * LONGEST_LINE_BYTES)
+    tail = EventTail(path)
+    assert list(tail.drain()) == [a_step(1)]
+    with path.open("ab") as file:
+        file.write(b"\n" + encode(a_step(2)))
+    assert list(tail.drain()) == [a_step(2)] and tail.unknown == 1

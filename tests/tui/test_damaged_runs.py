@@ -17,11 +17,12 @@ async def test_one_bad_byte_in_any_file_leaves_the_app_open(make_app: MakeApp) -
     for file in FILES:
         damaged(TICKETS, "running", file, "bad UTF-8")
         damaged(TICKETS, "finished", file, "deep nesting")
+        damaged(TICKETS, "finished", file, "a pipe")
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await app.switch_mode("runs")
         await shows(pilot, "? lost", "✓ finished")
-        for _ in range(2 * len(FILES)):
+        for _ in range(3 * len(FILES)):
             await pilot.press("down")
             await pilot.pause()
         await app.switch_mode("train")
