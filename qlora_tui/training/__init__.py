@@ -5,7 +5,8 @@
 ``__main__``              arguments, and the environment that must be set before torch is imported
 ``supervisor``            one trainer per run, the heartbeat, and one event for every error (``failure``)
 ``reporter``              writes events, status and log; ``telemetry_recorder``: the machine once a second
-``attempt``               the stages of a run, in order: load, prepare, train, save
+``attempt``               one attempt at a run: prepare, train, finish; ``preparation`` loads data, model
+                          and adapter into a ``PreparedRun`` (``prepared_run``), which all else reads
 ``compute_device``        the GPU or CPU and the compute dtype; ``library_versions``: the libraries in use
 ``priority``              lowers the CPU priority of a trainer on the CPU
 ``base_model``            the base model with its loss and attention; ``model_loading``: quantized and frozen
@@ -27,8 +28,9 @@
 ``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
                           ``heap``: returns free memory to the system
 ``trainer``               transformers' ``Trainer``, one item per optimizer step
-``callbacks``             after each step: report, validate (``evaluation``, ``accuracy``), save
-                          (``disk_errors``: the cause of a failed write), handle ``control_requests``
+``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, validate
+                          (``evaluation``, ``accuracy``), save (``disk_errors``: the cause of a failed
+                          write), handle ``control_requests``
 ``checkpoints``           written completely or not at all; resumed exactly
 ``health``                warnings about steps and the GPU
 ``distributed``           one run on several GPUs

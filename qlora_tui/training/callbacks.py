@@ -1,6 +1,6 @@
-"""The edge of a step: told, watched over, validated, saved, and what was asked done.
+"""What happens between two steps: report, check, validate, save, and carry out requests.
 
-Between two steps nothing is half done, so here is where a run is looked at and where it ends.
+Between steps nothing is half done, so this is where a run is inspected and where it ends.
 """
 
 from __future__ import annotations
@@ -9,90 +9,98 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from qlora_tui.data.tokenizer import ChatTokenizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from qlora_tui.errors import UserError, disk_problem
-from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.control import Kind
-from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import CheckpointSaved, Evaluated, SampleGenerated, Step
 from qlora_tui.training import checkpoints
-from qlora_tui.training.accuracy import has_short_answers
-from qlora_tui.training.batches import TokenizedDataset, validation_batches
+from qlora_tui.training.batches import computed_tokens
 from qlora_tui.training.checkpoints import CheckpointState
-from qlora_tui.training.compute_device import ComputeDevice
-from qlora_tui.training.control_requests import ControlRequests
-from qlora_tui.training.distributed import DistributedContext
-from qlora_tui.training.evaluation import generate_samples, validate
+from qlora_tui.training.evaluation import Evaluator
 from qlora_tui.training.failure import is_full_disk
 from qlora_tui.training.health import StepMonitor, too_few_steps
-from qlora_tui.training.reporter import Reporter
+from qlora_tui.training.memory_probe import longest_micro_batch, probe_memory
+from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.trainer import RunTrainer
 
-_KINDS: tuple[Kind, ...] = ("evaluate", "sample", "checkpoint")
+_STEP_REQUESTS: tuple[Kind, ...] = ("evaluate", "sample", "checkpoint")
 AttemptOutcome = Literal["finished", "stopped", "paused"]
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """What the edge needs to know of the run."""
+class StepResult(NamedTuple):
+    """One optimizer step, as transformers logs it."""
 
-    run: RunDir
-    recipe: Recipe
-    device: ComputeDevice
-    tokenizer: ChatTokenizer
-    validation: TokenizedDataset
-    data_hash: str
-    packing_isolated: bool
-    pad_id: int
-    thinking: Thinking
-    """How sample prompts are asked."""
-    dist: DistributedContext
+    step: int
+    """1 for the first of the run."""
+    epoch: float
+    loss: float
+    """Mean over the tokens in the loss, by weight, over all processes."""
+    learning_rate: float
+    """With which the step was taken."""
+    grad_norm: float
+    """Before clipping."""
 
 
 @dataclass
 class CallbackState:
-    """What changes from step to step and is not transformers' to keep."""
+    """What changes from step to step and is not part of transformers' ``TrainerState``."""
 
     best_step: int | None = None
     best_loss: float | None = None
     last_losses: list[float] = field(default_factory=list)
+    """Validation losses since the best, for early stopping."""
     evaluated_step: int = -1
     checkpoint_step: int = -1
     ends_with_epoch: bool = False
 
+    def add_validation_loss(self, step: int, loss: float) -> bool:
+        """Remember a validation loss; True where it is the best so far."""
+        if step <= 0:
+            # Before training it is no candidate: the adapter has learned nothing.
+            return False
+        best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        if best:
+            self.best_loss, self.best_step, self.last_losses = loss, step, []
+        else:
+            self.last_losses.append(loss)
+        return best
 
-class RunCallback:
-    """Called by the trainer before the first and after each step."""
 
-    def __init__(
-        self, context: RunContext, trainer: RunTrainer, reporter: Reporter, requests: ControlRequests
-    ) -> None:
+class RunCallback(TrainerCallback):
+    """Reports, validates and saves a run, and ends it where that is requested.
+
+    ``on_log`` is used instead of ``on_step_end``, because transformers passes loss and gradient norm only
+    there. It logs every step (``logging_steps=1``), right after ``on_step_end``.
+    """
+
+    def __init__(self, prepared: PreparedRun, trainer: RunTrainer) -> None:
         self.outcome: AttemptOutcome = "finished"
         self.reason = "all steps done"
         self.progress = CallbackState()
-        self.overhead_s = 0.0
-        """Seconds that went into validating, sampling and saving; no training time."""
-        self._context = context
+        self._prepared = prepared
         self._trainer = trainer
-        self._reporter = reporter
-        self._requests = requests
-        self._watch = StepMonitor()
-        self._emitted_at = time.perf_counter()
+        self._reporter = prepared.reporter
+        self._requests = prepared.requests
+        self._evaluator = Evaluator(prepared, trainer.model)
+        self._monitor = StepMonitor()
+        self._total_steps = len(prepared.step_plan.steps)
+        self._started_at = 0.0
+        self._overhead_s = 0.0
+        """Seconds spent on validating, sampling and saving: no training time."""
+        self._emitted_at = 0.0
         self._emitted_tokens = 0
-        self._validation = validation_batches(
-            context.validation,
-            context.recipe.training.micro_batch_size,
-            context.recipe.data.max_length,
-            packing_isolated=context.packing_isolated,
-        )
+        if prepared.checkpoint is not None:
+            self._restore(prepared.checkpoint.state)
 
-        short = has_short_answers(context.validation)
-        self._short_answers_end = frozenset(context.tokenizer.turn_end_ids) if short else None
+    def training_seconds(self) -> float:
+        """Since the first step, without validating, sampling and saving."""
+        return time.perf_counter() - self._started_at - self._overhead_s
 
-    def restore(self, state: CheckpointState) -> None:
-        """Go on from a checkpoint."""
+    def _restore(self, state: CheckpointState) -> None:
+        """Continue from a checkpoint; transformers restores its own part."""
         self._trainer.tokens = state.tokens
         self.progress = CallbackState(
             best_step=state.best_step,
@@ -102,130 +110,104 @@ class RunCallback:
             checkpoint_step=state.step,
         )
 
-    def on_train_begin(self) -> None:
-        """Before the first step of an attempt: validate, unless it goes on from a checkpoint."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first step, with optimizer and scheduler restored: probe memory, then validate."""
+        self._probe_memory()
         if self.progress.evaluated_step < 0:
-            self.evaluate(0)
-        few = too_few_steps(self._trainer.state.max_steps)
-        if few is not None and not self._trainer.state.global_step:
+            self._evaluate(0)
+        few = too_few_steps(self._total_steps)
+        if few is not None and not state.global_step:
             self._reporter.health(few.kind, few.evidence, few.remedy)
         self._reporter.phase("training")
         self._emitted_at, self._emitted_tokens = time.perf_counter(), self._trainer.tokens
+        self._started_at = time.perf_counter()
+        self._overhead_s = 0.0
 
-    def on_step_end(self, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """After an optimizer step."""
-        spent_before_s = self.overhead_s
-        step = self._trainer.state.global_step
-        plan = self._trainer.steps.step_plan.steps[step - 1]
-        last = step == self._trainer.state.max_steps
-        emitted = self._emit_step(step, plan.epoch, loss, learning_rate, grad_norm, force=last)
-        self._check_health(step, loss, grad_norm)
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """After each optimizer step."""
+        if logs is None or "loss" not in logs:
+            # The summary at the end of training.
+            return
+        step = state.global_step
+        planned = self._prepared.step_plan.steps[step - 1]
+        result = StepResult(
+            step, planned.epoch, logs["loss"], logs["learning_rate"], float(logs.get("grad_norm", 0.0))
+        )
+        overhead_before_s = self._overhead_s
+        is_last = step == self._total_steps
+        emitted = self._emit_step(result, force=is_last)
+        # Under fp16 a step whose scaled gradients overflow is skipped and the scale lowered: that is routine.
+        self._check_health(result, norm_may_overflow=args.fp16)
         self._requests.poll()
         self._change_learning_rate()
         stop_kind = self._requests.stop_kind()
         if self._requests.take("finish_epoch"):
             self.progress.ends_with_epoch = True
-        ends = last or (plan.ends_epoch and self.progress.ends_with_epoch)
-        requested = {kind for kind in _KINDS if self._requests.take(kind)}
-        if self._is_due("eval_every", step, plan.ends_epoch or ends) or "evaluate" in requested:
-            improved = self.evaluate(step)
-            self._stop_early()
+        ends = is_last or (planned.ends_epoch and self.progress.ends_with_epoch)
+        requested = {kind for kind in _STEP_REQUESTS if self._requests.take(kind)}
+        if self._is_due("eval_every", step, planned.ends_epoch or ends) or "evaluate" in requested:
+            improved = self._evaluate(step)
+            if self._should_stop_early():
+                control.should_training_stop = True
             if improved and not ends:
-                self.save(step)
+                self._save(step)
         elif "sample" in requested:
             self._sample(step)
-        stops = self._trainer.control.should_training_stop
         if (
-            self._is_due("checkpoint_every", step, plan.ends_epoch)
+            self._is_due("checkpoint_every", step, planned.ends_epoch)
             or "checkpoint" in requested
             or ends
-            or stops
+            or control.should_training_stop
             or stop_kind
         ):
-            self.save(step, force=bool(stop_kind))
+            self._save(step, force=bool(stop_kind))
         if stop_kind:
             self.outcome = "paused" if stop_kind == "pause" else "stopped"
-        elif ends and not last:
+        elif ends and not is_last:
             self.reason = "finished at the end of the epoch, as asked"
         if stop_kind or ends:
-            self._trainer.control.should_training_stop = True
-        self._exclude_from_timing(self.overhead_s - spent_before_s)
-        if self._trainer.control.should_training_stop and not emitted:
-            # The run's last step is known wherever it ends.
-            self._emit_step(step, plan.epoch, loss, learning_rate, grad_norm, force=True)
+            control.should_training_stop = True
+        spent_s = self._overhead_s - overhead_before_s
+        # The speed of the next step counts from the end of what was done here.
+        self._emitted_at += spent_s
+        if spent_s and not control.should_training_stop:
+            self._reporter.phase("training")
+        if control.should_training_stop and not emitted:
+            # The last step of the attempt is reported whatever log_every is.
+            self._emit_step(result, force=True)
 
-    def evaluate(self, step: int) -> bool:
-        """Validate and sample; True where the loss is the best so far."""
-        context, started = self._context, time.perf_counter()
-        self.progress.evaluated_step = step
-        if not self._validation and not context.recipe.training.sample_prompts:
-            return False
-        self._reporter.phase("evaluating")
-        improved = bool(self._validation) and self._validate(step)
-        self._sample(step)
-        self.overhead_s += time.perf_counter() - started
-        return improved
-
-    def save(self, step: int, *, force: bool = False) -> None:
-        """Write a checkpoint, once a step.
-
-        A disk that is full or fails costs the checkpoint, not the run, unless it ``force`` be written.
-        """
-        if self.progress.checkpoint_step == step:
-            return
-        started = time.perf_counter()
-        self._reporter.phase("saving", f"checkpoint at step {step}")
-        context, progress = self._context, self.progress
-        state = CheckpointState(
-            step=step,
-            tokens=self._trainer.tokens,
-            data_hash=context.data_hash,
-            packing_isolated=context.packing_isolated,
-            recipe=checkpoints.recipe_text(context.recipe),
-            best_step=progress.best_step,
-            best_loss=progress.best_loss,
-            last_losses=tuple(progress.last_losses),
+    def _probe_memory(self) -> None:
+        """Run one step on the longest batch, so that a run that does not fit fails before its first step."""
+        prepared = self._prepared
+        samples, isolated = prepared.data.train, prepared.base.packing_isolated
+        self._requests.raise_if_stop_requested()
+        self._reporter.phase("probing", "one step on the longest batch")
+        rows = longest_micro_batch(
+            prepared.step_plan, samples, prepared.recipe.training.micro_batch_size, packing_isolated=isolated
         )
-        try:
-            folder = checkpoints.write(context.run, state, self._trainer.save_checkpoint_files, context.dist)
-        except OSError as error:
-            if force:
-                raise
-            self._report_unsaved_checkpoint(step, error)
-            return
-        progress.checkpoint_step = step
-        self._reporter.emit(
-            CheckpointSaved(at=time.time(), step=step, folder=str(folder.relative_to(context.run.path)))
-        )
-        if context.dist.is_main_process:
-            # What cannot be deleted now is deleted after the next checkpoint.
-            with suppress(OSError):
-                checkpoints.prune(context.run, context.recipe.training.keep_checkpoints, progress.best_step)
-        self.overhead_s += time.perf_counter() - started
+        prepared.meter.set_longest_batch(len(rows), computed_tokens(rows, samples, packing_isolated=isolated))
+        probe_memory(self._trainer, rows, fresh=prepared.checkpoint is None)
+        self._reporter.emit(prepared.meter.measure("probe"))
+        self._requests.raise_if_stop_requested()
 
-    def _report_unsaved_checkpoint(self, step: int, error: OSError) -> None:
-        problem = disk_problem(error, self._context.run.checkpoints_dir)
-        reason = f"{problem.title[0].lower()}{problem.title[1:]}" if problem else str(error)
-        self._reporter.log(f"checkpoint at step {step}: {error}")
-        self._reporter.health(
-            "disk_full" if is_full_disk(error) else "checkpoint_unwritten",
-            f"The checkpoint at step {step} could not be written: {reason}.",
-            "Training continues, and earlier checkpoints are kept. "
-            + (f"{problem.why} {problem.fix}".strip() if problem else "The log has the details."),
-            step=step,
-        )
-
-    def _emit_step(
-        self, step: int, epoch: float, loss: float, learning_rate: float, grad_norm: float, *, force: bool
-    ) -> bool:
-        """Tell the step where its turn has come, or it must be; True where it was."""
+    def _emit_step(self, result: StepResult, *, force: bool) -> bool:
+        """Emit every ``log_every``-th step and broken ones, or with ``force`` any; True where emitted."""
+        step, epoch, loss, learning_rate, grad_norm = result
         self._reporter.update(step=step, loss=loss if math.isfinite(loss) else None)
-        broken = not (math.isfinite(loss) and math.isfinite(grad_norm))
-        every = self._context.recipe.training.log_every
-        if step % every and not force and not broken:
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if step % self._prepared.recipe.training.log_every and not force and is_finite:
             return False
         now, tokens = time.perf_counter(), self._trainer.tokens
-        rate = (tokens - self._emitted_tokens) / max(now - self._emitted_at, 1e-9)
+        tokens_per_s = (tokens - self._emitted_tokens) / max(now - self._emitted_at, 1e-9)
         self._emitted_at, self._emitted_tokens = now, tokens
         self._reporter.emit(
             Step(
@@ -236,23 +218,23 @@ class RunCallback:
                 learning_rate=learning_rate,
                 grad_norm=grad_norm if math.isfinite(grad_norm) else None,
                 tokens=tokens,
-                tokens_per_s=rate,
+                tokens_per_s=tokens_per_s,
             )
         )
-        total = self._trainer.state.max_steps
         self._reporter.log(
-            f"step {step}/{total}  loss {loss:.4f}  lr {learning_rate:.2e}  norm {grad_norm:.3f}"
-            f"  {rate:.0f} tokens/s"
+            f"step {step}/{self._total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  norm {grad_norm:.3f}"
+            f"  {tokens_per_s:.0f} tokens/s"
         )
         return True
 
-    def _check_health(self, step: int, loss: float, grad_norm: float) -> None:
-        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not self._scales_loss):
-            what = "loss" if not math.isfinite(loss) else "gradient norm"
-            value = loss if what == "loss" else grad_norm
+    def _check_health(self, result: StepResult, *, norm_may_overflow: bool) -> None:
+        step, _, loss, _, grad_norm = result
+        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not norm_may_overflow):
+            quantity = "loss" if not math.isfinite(loss) else "gradient norm"
+            value = loss if quantity == "loss" else grad_norm
             remedy = "Lower training.learning_rate or raise training.warmup_ratio."
             self._reporter.health(
-                "nan_loss", f"The {what} is {value} at step {step}.", remedy, step=step, error=True
+                "nan_loss", f"The {quantity} is {value} at step {step}.", remedy, step=step, error=True
             )
             saved_step = self.progress.checkpoint_step
             hint = (
@@ -262,90 +244,108 @@ class RunCallback:
             )
             raise UserError(
                 "The loss is not a number",
-                what=f"At step {step} the {what} was {value}.",
+                what=f"At step {step} the {quantity} was {value}.",
                 why=f"Nothing learnt after that would be of use; {hint}.",
                 fix="Lower training.learning_rate and start again, or train in another compute dtype.",
             )
-        for finding in self._watch.check(step, loss, grad_norm):
+        for finding in self._monitor.check(step, loss, grad_norm):
             self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step)
 
-    def _exclude_from_timing(self, spent_s: float) -> None:
-        """What was spent between steps is not counted as training."""
-        self._emitted_at += spent_s
-        if spent_s and not self._trainer.control.should_training_stop:
-            self._reporter.phase("training")
-
-    @property
-    def _scales_loss(self) -> bool:
-        # Under fp16 a step whose scaled gradients overflow is skipped and the scale lowered: that is routine.
-        return bool(self._trainer.args.fp16)
+    def _change_learning_rate(self) -> None:
+        request = self._requests.take("set_learning_rate")
+        if request is not None and request.value is not None and 0 < request.value <= 1:
+            self._trainer.set_learning_rate(request.value)
 
     def _is_due(self, interval_name: str, step: int, epoch_ends: bool) -> bool:
-        every: int = getattr(self._context.recipe.training, interval_name)
-        return epoch_ends if not every else step % every == 0 or step == self._trainer.state.max_steps
+        every: int = getattr(self._prepared.recipe.training, interval_name)
+        return epoch_ends if not every else step % every == 0 or step == self._total_steps
+
+    def _evaluate(self, step: int) -> bool:
+        """Validate and sample; True where the validation loss is the best so far."""
+        started_at = time.perf_counter()
+        self.progress.evaluated_step = step
+        if not self._evaluator.can_validate and not self._prepared.recipe.training.sample_prompts:
+            return False
+        self._reporter.phase("evaluating")
+        best = self._evaluator.can_validate and self._validate(step)
+        self._sample(step)
+        self._overhead_s += time.perf_counter() - started_at
+        return best
 
     def _validate(self, step: int) -> bool:
-        context = self._context
-        local_sums = validate(
-            self._trainer.model,
-            context.validation,
-            self._validation[context.dist.rank :: context.dist.world_size],
-            packing_isolated=context.packing_isolated,
-            pad_id=context.pad_id,
-            multiple=context.device.row_multiple,
-            device=context.device.torch_device,
-            progress=lambda done, of: self._reporter.progress("evaluating", done, of),
-            short_answers_end=self._short_answers_end,
-        )
-        total, trained, exact, answered = context.dist.all_reduce_sum(local_sums)
-        loss = total / (trained or 1)
-        progress = self.progress
-        # The loss before training is no candidate: its adapter has learnt nothing.
-        best = step > 0 and math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
-        if best:
-            progress.best_loss, progress.best_step, progress.last_losses = loss, step, []
-        elif step > 0:
-            progress.last_losses.append(loss)
+        loss, accuracy = self._evaluator.validate()
+        best = self.progress.add_validation_loss(step, loss)
         self._reporter.emit(
             Evaluated(
                 at=time.time(),
                 step=step,
                 loss=loss if math.isfinite(loss) else None,
                 best=best,
-                accuracy=exact / answered if answered else None,
+                accuracy=accuracy,
             )
         )
         self._reporter.log(f"validation loss {loss:.4f} at step {step}{' (best)' if best else ''}")
         return best
 
     def _sample(self, step: int) -> None:
-        context = self._context
-        prompts = context.recipe.training.sample_prompts
-        model: Any = self._trainer.model
-        for prompt, answer in generate_samples(
-            model, context.tokenizer, prompts, context.device.torch_device, context.thinking
-        ):
+        for prompt, answer in self._evaluator.sample():
             self._reporter.emit(SampleGenerated(at=time.time(), step=step, prompt=prompt, answer=answer))
 
-    def _stop_early(self) -> None:
-        patience = self._context.recipe.training.early_stopping
-        if patience and len(self.progress.last_losses) >= patience:
-            self._trainer.control.should_training_stop = True
-            self.reason = f"no better validation loss in {patience} validations"
+    def _should_stop_early(self) -> bool:
+        patience = self._prepared.recipe.training.early_stopping
+        if not patience or len(self.progress.last_losses) < patience:
+            return False
+        self.reason = f"no better validation loss in {patience} validations"
+        return True
 
-    def _change_learning_rate(self) -> None:
-        request = self._requests.take("set_learning_rate")
-        if request is None or request.value is None:
+    def _save(self, step: int, *, force: bool = False) -> None:
+        """Write a checkpoint, once per step.
+
+        A full or failing disk costs the checkpoint, not the run. With ``force`` it raises OSError.
+        """
+        if self.progress.checkpoint_step == step:
             return
-        scheduler: Any = self._trainer.lr_scheduler
-        shape = scheduler.get_last_lr()[0] / scheduler.base_lrs[0]
-        if shape <= 0 or not 0 < request.value <= 1:
+        started_at = time.perf_counter()
+        self._reporter.phase("saving", f"checkpoint at step {step}")
+        prepared, progress = self._prepared, self.progress
+        state = CheckpointState(
+            step=step,
+            tokens=self._trainer.tokens,
+            data_hash=prepared.data.data_hash,
+            packing_isolated=prepared.base.packing_isolated,
+            recipe=checkpoints.recipe_text(prepared.recipe),
+            best_step=progress.best_step,
+            best_loss=progress.best_loss,
+            last_losses=tuple(progress.last_losses),
+        )
+        try:
+            folder = checkpoints.write(
+                prepared.run, state, self._trainer.save_checkpoint_files, prepared.dist
+            )
+        except OSError as error:
+            if force:
+                raise
+            self._report_unsaved_checkpoint(step, error)
             return
-        # It is what the warm-up leads to; after that it holds from now on, and falls as it would have fallen.
-        state = self._trainer.state
-        warming_up = state.global_step < self._trainer.args.get_warmup_steps(state.max_steps)
-        peak = request.value if warming_up else request.value / shape
-        scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
-        scheduler._last_lr = [peak * shape] * len(scheduler.base_lrs)
-        for group in scheduler.optimizer.param_groups:
-            group["lr"] = peak * shape
+        progress.checkpoint_step = step
+        self._reporter.emit(
+            CheckpointSaved(at=time.time(), step=step, folder=str(folder.relative_to(prepared.run.path)))
+        )
+        if prepared.dist.is_main_process:
+            # What cannot be deleted now is deleted after the next checkpoint.
+            with suppress(OSError):
+                keep = prepared.recipe.training.keep_checkpoints
+                checkpoints.prune(prepared.run, keep, progress.best_step)
+        self._overhead_s += time.perf_counter() - started_at
+
+    def _report_unsaved_checkpoint(self, step: int, error: OSError) -> None:
+        problem = disk_problem(error, self._prepared.run.checkpoints_dir)
+        reason = f"{problem.title[0].lower()}{problem.title[1:]}" if problem else str(error)
+        self._reporter.log(f"checkpoint at step {step}: {error}")
+        self._reporter.health(
+            "disk_full" if is_full_disk(error) else "checkpoint_unwritten",
+            f"The checkpoint at step {step} could not be written: {reason}.",
+            "Training continues, and earlier checkpoints are kept. "
+            + (f"{problem.why} {problem.fix}".strip() if problem else "The log has the details."),
+            step=step,
+        )

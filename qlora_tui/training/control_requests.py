@@ -50,6 +50,13 @@ class ControlRequests:
         kinds = {request.kind for request in self._pending}
         return "stop" if "stop" in kinds else "pause" if "pause" in kinds else None
 
+    def raise_if_stop_requested(self) -> None:
+        """Poll, and raise StopRequested where a stop or pause waits: for the time before the first step."""
+        self.poll()
+        kind = self.stop_kind()
+        if kind is not None:
+            raise StopRequested(kind)
+
     def _read_new(self) -> list[ControlRequest]:
         requests = control.take_requests(self._run)
         if self._terminated:

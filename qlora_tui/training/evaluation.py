@@ -1,4 +1,4 @@
-"""Validation loss, exact matches where answers are short, and answers to the recipe's fixed prompts."""
+"""Validation loss, exact matches where answers are short, and answers to the recipe's sample prompts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,22 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Thinking
-from qlora_tui.training.accuracy import argmax_tokens, exact_answers, last_hidden_states
-from qlora_tui.training.batches import Row, TokenizedDataset, collate, on_device, sum_loss_weights
+from qlora_tui.training.accuracy import (
+    argmax_tokens,
+    exact_answers,
+    has_short_answers,
+    last_hidden_states,
+)
+from qlora_tui.training.batches import (
+    Row,
+    TokenizedDataset,
+    collate,
+    on_device,
+    sum_loss_weights,
+    validation_batches,
+)
 from qlora_tui.training.chunked_loss import IGNORED
+from qlora_tui.training.prepared_run import PreparedRun
 
 ANSWER_TOKENS = 96
 """Most tokens of a sampled answer."""
@@ -31,6 +44,60 @@ class ValidationSums(NamedTuple):
     """Samples answered exactly by greedy search."""
     answered: int = 0
     """Samples with a short answer."""
+
+
+class Evaluator:
+    """Validates a run's model and samples from it, as often as the recipe says."""
+
+    def __init__(self, prepared: PreparedRun, model: Any) -> None:
+        samples = prepared.data.validation
+        self._prepared = prepared
+        self._model = model
+        self._batches = validation_batches(
+            samples,
+            prepared.recipe.training.micro_batch_size,
+            prepared.recipe.data.max_length,
+            packing_isolated=prepared.base.packing_isolated,
+        )
+        turn_ends = frozenset(prepared.tokenizer.turn_end_ids)
+        self._short_answers_end = turn_ends if has_short_answers(samples) else None
+
+    @property
+    def can_validate(self) -> bool:
+        """Whether the run has validation data."""
+        return bool(self._batches)
+
+    def validate(self) -> tuple[float, float | None]:
+        """The mean loss of the validation data, and its accuracy where answers are short.
+
+        Each process of the run computes its share of the batches.
+        """
+        prepared = self._prepared
+        dist = prepared.dist
+        local_sums = validate(
+            self._model,
+            prepared.data.validation,
+            self._batches[dist.rank :: dist.world_size],
+            packing_isolated=prepared.base.packing_isolated,
+            pad_id=prepared.pad_id,
+            multiple=prepared.device.row_multiple,
+            device=prepared.device.torch_device,
+            progress=lambda done, total: prepared.reporter.progress("evaluating", done, total),
+            short_answers_end=self._short_answers_end,
+        )
+        total, trained, exact, answered = dist.all_reduce_sum(local_sums)
+        return total / (trained or 1), exact / answered if answered else None
+
+    def sample(self) -> Iterator[tuple[str, str]]:
+        """The sample prompts of the recipe, each with the model's greedy answer."""
+        prepared = self._prepared
+        return generate_samples(
+            self._model,
+            prepared.tokenizer,
+            prepared.recipe.training.sample_prompts,
+            prepared.device.torch_device,
+            prepared.thinking,
+        )
 
 
 def validate(

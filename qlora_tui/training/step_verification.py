@@ -22,6 +22,7 @@ from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.fast_paths import DESCRIPTIONS, FastPath, FastPaths
 from qlora_tui.training.memory_probe import longest_micro_batch
+from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.reporter import Reporter
 from qlora_tui.training.step_check import Excerpt, StepComparison, StepReference, excerpt_of, ready_to_compare
 
@@ -58,27 +59,18 @@ class VerificationResult:
     """Whether the step, as the model computes it now, is the library's."""
 
 
-def verify_first_step(
-    model: Any,
-    base: PreparedBase,
-    samples: TokenizedDataset,
-    step_plan: StepPlan,
-    micro_batch: int,
-    device: ComputeDevice,
-    pad_id: int,
-    dist: DistributedContext,
-    reporter: Reporter,
-) -> PreparedBase:
-    """Verify the first micro-batch of ``step_plan`` and report what was seen.
+def verify_first_step(prepared: PreparedRun) -> PreparedBase:
+    """Compare the run's first micro-batch with transformers and peft, and report the result.
 
-    Args:
-        model: the base's model with its adapter; left with the fast paths that are right.
-        micro_batch: rows of a micro-batch.
+    ``prepared.model`` is left with the fast paths that computed the same.
 
     Returns:
         The base as the run may use it: ``packing_isolated`` is False where packed attention was replaced;
         the steps must then be planned again.
     """
+    base, samples, step_plan = prepared.base, prepared.data.train, prepared.step_plan
+    device, reporter = prepared.device, prepared.reporter
+    micro_batch = prepared.recipe.training.micro_batch_size
     started = time.perf_counter()
     rows = _first_rows(step_plan, samples, micro_batch)
     longest = longest_micro_batch(step_plan, samples, micro_batch, packing_isolated=base.packing_isolated)
@@ -87,7 +79,7 @@ def verify_first_step(
     while tokens >= _FEWEST_TOKENS:
         excerpt = excerpt_of(rows, samples, tokens=tokens)
         try:
-            verified = verify_step(model, base, excerpt, device, pad_id, dist)
+            verified = verify_step(prepared.model, base, excerpt, device, prepared.pad_id, prepared.dist)
             break
         except StepNotComputedError as error:
             if not error.out_of_memory:

@@ -1,6 +1,6 @@
-"""Everything around an attempt: one trainer a run, a heartbeat, and each end told.
+"""Surrounds the attempts at a run: one trainer per run, a heartbeat, and an event for every end.
 
-torch is imported within, so that a run shows as started, and can be stopped, while that takes its seconds.
+torch is imported inside functions, so that a run shows as started, and can be stopped, during the import.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.memory import Estimate
@@ -33,48 +33,40 @@ from qlora_tui.training.reporter import Reporter
 
 
 def run_trainer(run: RunDir, plan: RetryPlan) -> int:
-    """Take a run to its end. The exit code: 0 finished, stopped or paused; 1 failed; 2 wrongly called."""
+    """Train a run to its end, and record how it ended.
+
+    Returns:
+        The exit code: 0 finished, stopped or paused; 1 or the event's own code failed.
+
+    Raises:
+        UserError: another trainer is working on the run.
+    """
     dist = distributed_context()
-    if not dist.is_main_process:
-        # The first one holds the run for all of them.
-        return _supervise(run, plan, dist)
-    with _run_lock(run) as alone:
-        if not alone:
-            raise UserError(
-                "The run is in training",
-                what=f"Another trainer has {run.path}.",
-                fix="Wait for it, or stop it first.",
-                exit_code=EXIT_USAGE,
-            )
-        return _supervise(run, plan, dist)
-
-
-def _supervise(run: RunDir, plan: RetryPlan, dist: DistributedContext) -> int:
-    reporter = Reporter(run, mute=not dist.is_main_process)
-    requests = ControlRequests(run, reporter, dist)
-    requests.listen_to_signals()
-    reporter.start()
-    end_event = _run_attempts(run, plan, reporter, requests, dist)
-    reporter.log(
-        f"{type(end_event).__name__.lower()}{f': {end_event.what}' if isinstance(end_event, Failed) else ''}"
-    )
-    reporter.emit(end_event)
-    reporter.stop()
-    if dist.is_main_process:
-        # On a full disk the status stays as the last heartbeat left it, and reads as lost.
-        with suppress(OSError):
-            record_outcome(run, end_event)
-            if run.unreported_path.exists():
-                # Where the runner was killed meanwhile, another tells of the end and takes up the queue.
-                ensure_runner()
-    if isinstance(end_event, Failed):
-        return end_event.exit_code or EXIT_FAILURE
-    return 0
+    # The main process holds the lock for all processes of the run.
+    with _run_lock(run) if dist.is_main_process else nullcontext():
+        reporter = Reporter(run, mute=not dist.is_main_process)
+        requests = ControlRequests(run, reporter, dist)
+        requests.listen_to_signals()
+        reporter.start()
+        end_event = _run_attempts(run, plan, reporter, requests, dist)
+        reason = f": {end_event.what}" if isinstance(end_event, Failed) else ""
+        reporter.log(f"{type(end_event).__name__.lower()}{reason}")
+        reporter.emit(end_event)
+        reporter.stop()
+        if dist.is_main_process:
+            # On a full disk the status stays as the last heartbeat left it, and reads as lost.
+            with suppress(OSError):
+                record_outcome(run, end_event)
+                if run.unreported_path.exists():
+                    # The runner may have been killed: another one notifies and continues the queue.
+                    ensure_runner()
+    return (end_event.exit_code or EXIT_FAILURE) if isinstance(end_event, Failed) else 0
 
 
 def _run_attempts(
     run: RunDir, plan: RetryPlan, reporter: Reporter, requests: ControlRequests, dist: DistributedContext
 ) -> RunEnded:
+    """Attempt the run, again from an earlier checkpoint where one does not load; every error is an event."""
     number = 1 + sum(isinstance(event, Started) for event in EventTail(run.events_path).drain())
     estimate: Estimate | None = None
     recipe: Recipe | None = None
@@ -93,13 +85,23 @@ def _run_attempts(
         require_runnable(recipe)
         reporter.phase("loading", "libraries")
         from qlora_tui.training.attempt import TrainingAttempt
+        from qlora_tui.training.prepared_run import AttemptContext
 
         while True:
-            attempt = TrainingAttempt(run, recipe, checkpoint, reporter, requests, dist)
+            attempt = TrainingAttempt(
+                AttemptContext(
+                    run=run,
+                    recipe=recipe,
+                    checkpoint=checkpoint,
+                    reporter=reporter,
+                    requests=requests,
+                    dist=dist,
+                )
+            )
             try:
-                return attempt.train()
+                return attempt.run()
             except UnloadableCheckpoint as error:
-                # Under several processes the others may have loaded theirs, and wait.
+                # With several processes, the others may have loaded the checkpoint and wait for this one.
                 if checkpoint is None or dist.world_size > 1:
                     raise
                 damage = [error.what.rstrip(".")]
@@ -138,7 +140,18 @@ def _emit_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | N
 
 
 @contextmanager
-def _run_lock(run: RunDir) -> Iterator[bool]:
-    """Hold the run for this process; the kernel lets go of it however the process ends."""
+def _run_lock(run: RunDir) -> Iterator[None]:
+    """Hold the run for this process; the kernel releases it however the process ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
     with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as lock:
-        yield lock is not None
+        if lock is None:
+            raise UserError(
+                "The run is already training",
+                what=f"Another trainer is working on {run.path}.",
+                fix="Wait for it to end, or stop it first.",
+                exit_code=EXIT_USAGE,
+            )
+        yield

@@ -20,9 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -141,21 +138,14 @@ def training_arguments(recipe: Recipe, device: ComputeDevice, steps: int, folder
 
 
 class RunTrainer(Trainer):
-    """Trains the steps of a run; calls back when one is done."""
+    """Trains the planned steps of a run."""
 
     def __init__(self, model: Any, args: TrainingArguments, steps: StepDataset) -> None:
         super().__init__(model=model, args=args, train_dataset=steps)
         self.remove_callback(PrinterCallback)
         self.steps = steps
         self.tokens = 0
-        """Real tokens learnt from so far."""
-        self.step_tokens = 0
-        """Real tokens of the last step."""
-        self.on_begin: Callable[[], None] = lambda: None
-        """Called before the first step, when model, optimizer and schedule are ready (and restored)."""
-        self.on_step: Callable[[float, float, float], None] = lambda loss, rate, norm: None
-        """Called after each optimizer step with loss, learning rate and gradient norm."""
-        self.add_callback(_TrainBeginCallback(self))
+        """Real tokens trained on so far, over all attempts and processes."""
 
     def get_train_dataloader(self) -> DataLoader[StepData]:
         """Steps in their order; a generator of its own, so that it draws none of the run's random numbers."""
@@ -186,14 +176,31 @@ class RunTrainer(Trainer):
                 loss = model(**on_device(batch, self.args.device), num_items_in_batch=1).loss * share
                 self.accelerator.backward(loss)
             total += loss.detach()
-        self.step_tokens = inputs["tokens"]
-        self.tokens += self.step_tokens
+        self.tokens += inputs["tokens"]
         return total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """What transformers tells after each step goes to the callback; its closing summary nowhere."""
-        if "loss" in logs:
-            self.on_step(logs["loss"], logs["learning_rate"], float(logs.get("grad_norm", 0.0)))
+        """Pass logs to the callbacks without keeping them.
+
+        transformers would append each to ``state.log_history``, which every checkpoint would hold again.
+        """
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def set_learning_rate(self, value: float) -> None:
+        """Change the learning rate of the steps to come, and let it decay as it would have.
+
+        During warm-up ``value`` is the peak that the warm-up leads to; after it, the rate of the next step.
+        """
+        scheduler: Any = self.lr_scheduler
+        share = scheduler.get_last_lr()[0] / scheduler.base_lrs[0]
+        if share <= 0:
+            return
+        warming_up = self.state.global_step < self.args.get_warmup_steps(self.state.max_steps)
+        peak = value if warming_up else value / share
+        scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
+        scheduler._last_lr = [peak * share] * len(scheduler.base_lrs)
+        for group in scheduler.optimizer.param_groups:
+            group["lr"] = peak * share
 
     def save_checkpoint_files(self, folder: Path) -> None:
         """Write adapter, optimizer, schedule, random numbers and counters. Raises OSError."""
@@ -250,16 +257,6 @@ def load_adapter(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-
-
-class _TrainBeginCallback(TrainerCallback):
-    def __init__(self, trainer: RunTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.on_begin()
 
 
 def _first(items: list[StepData]) -> StepData:

@@ -94,7 +94,8 @@ def test_a_run_is_the_plain_script(
 
 
 UNVERIFIED = (
-    "from qlora_tui.training import attempt\nattempt.verify_first_step = lambda model, base, *more: base\n"
+    "from qlora_tui.training import preparation\n"
+    "preparation.verify_first_step = lambda prepared: prepared.base\n"
 )
 """Without the check before the first step, which would replace a wrong part."""
 MUTANTS = {
@@ -124,7 +125,7 @@ MUTANTS = {
         "_ChunkedLoss.backward = staticmethod(lambda ctx, grad: stock(ctx, grad / 2))"
     ),
     "another initial adapter": (
-        "from qlora_tui.training import attempt\nattempt.set_seed = lambda seed: None"
+        "from qlora_tui.training import preparation\npreparation.set_seed = lambda seed: None"
     ),
 }
 

@@ -1,0 +1,211 @@
+"""Loads what a run trains with: tokenized data, the base model, its adapter and the plan of all steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from qlora_tui.catalog.local_models import ModelFiles
+from qlora_tui.data.dataset import Prepared, prepare
+from qlora_tui.data.thinking_facts import facts
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.untrained_tokens import token_ids
+from qlora_tui.runs.events import AdapterReady, DataReady, Environment
+from qlora_tui.training import model_loading
+from qlora_tui.training.adapter import add_lora, trained_parameters
+from qlora_tui.training.base_model import PreparedBase, prepare_base
+from qlora_tui.training.batches import plan_steps
+from qlora_tui.training.checkpoints import check_same
+from qlora_tui.training.compute_device import ComputeDevice, choose_attention
+from qlora_tui.training.gguf_conversion import ConversionStopped, cached_conversion, convert_cached
+from qlora_tui.training.heap import release_free_memory
+from qlora_tui.training.library_versions import versions
+from qlora_tui.training.memory_meter import MemoryMeter
+from qlora_tui.training.prepared_run import AttemptContext, PreparedRun
+from qlora_tui.training.step_verification import verify_first_step
+
+
+def prepare_run(
+    context: AttemptContext, files: ModelFiles, device: ComputeDevice, meter: MemoryMeter
+) -> PreparedRun:
+    """Load data and model, and verify the first step.
+
+    Raises:
+        StopRequested: a stop or pause was requested meanwhile.
+        UserError: the recipe, the data or the model cannot be trained.
+    """
+    recipe, reporter = context.recipe, context.reporter
+    attention_path = choose_attention(recipe, device)
+    folder = _model_folder(context, files)
+    tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
+    data = _tokenize(context, tokenizer)
+    context.requests.raise_if_stop_requested()
+    # Before the model needs the memory.
+    tokenizer.release_caches()
+    release_free_memory()
+    reporter.phase("loading", f"{recipe.model.id} on {device.name}")
+    base = prepare_base(
+        folder, recipe, device, attention_path, meter.expected_loss, weighted=data.train.weighted
+    )
+    meter.set_loss(base.loss)
+    _emit_environment(context, device, base)
+    prepared = PreparedRun(
+        **vars(context),
+        device=device,
+        files=files,
+        tokenizer=tokenizer,
+        data=data,
+        base=base,
+        step_plan=plan_steps(data.train, recipe, packing_isolated=base.packing_isolated),
+        model=_add_adapter(context, base, files, tokenizer),
+        meter=meter,
+    )
+    release_free_memory()
+    prepared = _verify(prepared)
+    _emit_data(prepared)
+    context.requests.raise_if_stop_requested()
+    release_free_memory()
+    return prepared
+
+
+def _model_folder(context: AttemptContext, files: ModelFiles) -> Path:
+    """The folder to load; the main process first converts a GGUF file for all."""
+    if files.gguf_file is None:
+        return files.folder
+    file = files.folder / files.gguf_file
+    if context.dist.is_main_process and cached_conversion(file) is None:
+        _convert(context, file)
+    context.dist.barrier()
+    return convert_cached(file)
+
+
+def _convert(context: AttemptContext, file: Path) -> None:
+    """Convert a GGUF file. Raises StopRequested where a stop or pause was requested meanwhile."""
+    reporter, requests = context.reporter, context.requests
+    reporter.phase("converting", f"{file.name} to 16-bit safetensors")
+
+    def should_stop() -> bool:
+        # All processes of a run poll together, and the others are waiting at the barrier.
+        if context.dist.world_size == 1:
+            requests.poll()
+        return requests.stop_kind() is not None
+
+    try:
+        convert_cached(
+            file,
+            lambda done, total: reporter.progress("converting", done * 100 // total, 100),
+            should_stop,
+        )
+    except ConversionStopped:
+        requests.raise_if_stop_requested()
+        raise
+    reporter.phase("loading", context.recipe.model.id)
+
+
+def _tokenize(context: AttemptContext, tokenizer: ChatTokenizer) -> Prepared:
+    reporter = context.reporter
+    reporter.phase("tokenizing")
+    data = prepare(
+        context.recipe,
+        tokenizer,
+        lambda progress: reporter.progress("tokenizing", round(progress.share * 100), 100),
+    )
+    for sentence in facts(data.notes, data.counts.conversations, tokenizer.traits, context.recipe.data):
+        reporter.log(sentence)
+    if context.checkpoint is not None:
+        check_same(context.checkpoint.state, context.recipe, data.data_hash)
+    return data
+
+
+def _add_adapter(
+    context: AttemptContext, base: PreparedBase, files: ModelFiles, tokenizer: ChatTokenizer
+) -> Any:
+    training, lora = context.recipe.training, context.recipe.lora
+    # Seeded here, so that the initial adapter depends on the seed alone, not on random numbers that
+    # earlier checks drew.
+    set_seed(training.seed)
+    model = add_lora(base.model, lora, files.architecture, token_ids(lora.trainable_tokens, tokenizer))
+    if training.gradient_checkpointing:
+        model_loading.checkpoint_activations(base.model)
+    context.reporter.emit(
+        AdapterReady(
+            at=time.time(),
+            trained_parameters=trained_parameters(model),
+            total_parameters=files.architecture.total_params,
+        )
+    )
+    return model
+
+
+def _verify(prepared: PreparedRun) -> PreparedRun:
+    """Compare the first step with transformers and peft; the run without fast paths that failed."""
+    prepared.requests.raise_if_stop_requested()
+    prepared.reporter.phase("probing", "comparing the first step with transformers and peft")
+    base = _keep_row_layout(prepared, verify_first_step(prepared))
+    if base.replaced:
+        prepared.meter.stop_recording()
+    if (base.attention, base.loss) != (prepared.base.attention, prepared.base.loss):
+        _emit_environment(prepared, prepared.device, base)
+    step_plan = prepared.step_plan
+    if base.packing_isolated != prepared.base.packing_isolated:
+        step_plan = plan_steps(prepared.data.train, prepared.recipe, packing_isolated=base.packing_isolated)
+    return replace(prepared, base=base, step_plan=step_plan)
+
+
+def _keep_row_layout(context: AttemptContext, base: PreparedBase) -> PreparedBase:
+    """Keep padded rows in a resumed run: packed rows would hold other samples than its first steps did."""
+    checkpoint = context.checkpoint
+    if checkpoint is None or checkpoint.state.packing_isolated == base.packing_isolated:
+        return base
+    if base.packing_isolated:
+        attention = f"{base.library_attention}, padded rows: as before the resume"
+        return replace(base, packing_isolated=False, attention=attention)
+    context.reporter.health(
+        "rows_differ",
+        "Before the resume, samples were packed into rows. Now packed attention does not pass its check, "
+        "and rows are padded.",
+        "Some samples of this epoch may come twice and others not at all. Start a new run to avoid it.",
+    )
+    return base
+
+
+def _emit_environment(context: AttemptContext, device: ComputeDevice, base: PreparedBase) -> None:
+    context.reporter.emit(
+        Environment(
+            at=time.time(),
+            device=device.name,
+            device_kind=device.kind,
+            device_total_bytes=device.total_bytes,
+            compute_dtype=device.dtype_name,
+            attention=base.attention,
+            optimizer=context.recipe.training.optimizer,
+            loss=base.loss,
+            versions=versions(),
+        )
+    )
+
+
+def _emit_data(prepared: PreparedRun) -> None:
+    data, step_plan = prepared.data, prepared.step_plan
+    train, total_steps = data.train, len(step_plan.steps)
+    prepared.reporter.emit(
+        DataReady(
+            at=time.time(),
+            samples=len(train),
+            validation_samples=len(data.validation),
+            tokens=sum(train.lengths()),
+            trained_tokens=sum(train.trained_count(i) for i in range(len(train))),
+            rows=step_plan.rows_per_epoch,
+            steps_per_epoch=step_plan.steps_per_epoch,
+            total_steps=total_steps,
+            data_hash=data.data_hash,
+            dropped=data.counts.dropped,
+            cut=data.counts.cut,
+            thinking=prepared.thinking,
+        )
+    )
+    prepared.reporter.update(total_steps=total_steps)

@@ -1,0 +1,64 @@
+"""What the parts of the trainer pass to each other: an attempt's inputs, and the run once it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_tui.catalog.local_models import ModelFiles
+from qlora_tui.data.dataset import Prepared
+from qlora_tui.data.thinking_facts import for_prompts
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.recipe.schema import Recipe, Thinking
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.training.base_model import PreparedBase
+from qlora_tui.training.batches import StepPlan
+from qlora_tui.training.checkpoints import Checkpoint
+from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.control_requests import ControlRequests
+from qlora_tui.training.distributed import DistributedContext
+from qlora_tui.training.memory_meter import MemoryMeter
+from qlora_tui.training.reporter import Reporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptContext:
+    """The inputs of one attempt at a run, and its connections to the outside."""
+
+    run: RunDir
+    recipe: Recipe
+    """As this attempt trains it, with the retry plan applied."""
+    checkpoint: Checkpoint | None
+    """Where the attempt resumes; None at the beginning of a run."""
+    reporter: Reporter
+    requests: ControlRequests
+    dist: DistributedContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun(AttemptContext):
+    """An attempt with model and data loaded and verified: all that training, validation and saving read."""
+
+    device: ComputeDevice
+    files: ModelFiles
+    """Where the model came from."""
+    tokenizer: ChatTokenizer
+    data: Prepared
+    """Tokenized training and validation samples."""
+    base: PreparedBase
+    """The frozen base model, with the loss and attention that were verified on it."""
+    model: Any
+    """The base model with its adapter (``peft.PeftModel``)."""
+    step_plan: StepPlan
+    """The rows of every optimizer step of the run."""
+    meter: MemoryMeter
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows; its value does not matter where the tokenizer has none."""
+        return self.tokenizer.pad_id or 0
+
+    @property
+    def thinking(self) -> Thinking:
+        """The thinking switch of the chat template for sample prompts."""
+        return for_prompts(self.recipe.data.thinking, self.data.notes)
