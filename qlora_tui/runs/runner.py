@@ -110,7 +110,9 @@ def _begin(run: RunDir) -> None:
     # Its last trainer may still be exiting, and may be nobody's child any more.
     while is_locked(run.trainer_lock_path):
         if time.monotonic() > deadline:
-            raise UserError("The run is in training", what=f"Another trainer holds {run.trainer_lock_path}.")
+            raise UserError(
+                "The run is already training", what=f"Another trainer holds {run.trainer_lock_path}."
+            )
         time.sleep(POLL_S)
     _supervise(run, plan_resume(run))
 

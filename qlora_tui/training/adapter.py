@@ -86,10 +86,10 @@ def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture
         name = module.name if module.name in modules else by_tail.get(_tail(module.name))
         if name is None:
             raise UserError(
-                "A target is not in the model",
-                what=f"lora.target_modules leads to {module.name}, which the loaded model does not have.",
-                why="The model as loaded differs from what its config.json says.",
-                fix="Name kinds of modules that it has, such as q_proj.",
+                "Target module not in the model",
+                what=f"lora.target_modules resolves to {module.name}, which is not in the loaded model.",
+                why="The loaded model differs from its config.json.",
+                fix="Use module types that the model has, such as q_proj.",
             )
         targets[name] = module
     return targets

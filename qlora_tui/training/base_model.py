@@ -13,7 +13,7 @@ from qlora_tui.training.compute_device import AttentionPath, ComputeDevice
 from qlora_tui.training.liger import verified_liger_loss
 
 _NAMES: dict[AttentionPath, str] = {"segments": "SDPA", "flash": "flash", "eager": "eager"}
-_NOT_WEIGHTED = "tokens of this data count for more or less, which Liger does not know"
+_NOT_WEIGHTED = "this data has token weights, which Liger does not support"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def prepare_base(
     if not isinstance(head, str) and not equivalence_checks.head_matches_model(
         model, head, device.torch_device
     ):
-        head = "what it does between head and loss is not known"
+        head = "its computation between head and loss is not supported"
     library_attention = _library_attention(model, attention_path)
     packing_isolated = attention_path == "flash" or (
         attention_path == "segments" and model_loading.use_segment_attention(model)

@@ -173,7 +173,7 @@ class RunCallback(TrainerCallback):
         if stop_kind:
             self.outcome = "paused" if stop_kind == "pause" else "stopped"
         elif ends and not is_last:
-            self.reason = "finished at the end of the epoch, as asked"
+            self.reason = "finished at the end of the epoch, as requested"
         if stop_kind or ends:
             control.should_training_stop = True
         spent_s = self._overhead_s - overhead_before_s
@@ -238,14 +238,14 @@ class RunCallback(TrainerCallback):
             )
             saved_step = self.progress.checkpoint_step
             hint = (
-                f"the checkpoint of step {saved_step} is good"
+                f"the checkpoint at step {saved_step} is good"
                 if saved_step >= 0
                 else "there is no checkpoint yet"
             )
             raise UserError(
                 "The loss is not a number",
                 what=f"At step {step} the {quantity} was {value}.",
-                why=f"Nothing learnt after that would be of use; {hint}.",
+                why=f"Training cannot recover from this; {hint}.",
                 fix="Lower training.learning_rate and start again, or train in another compute dtype.",
             )
         for finding in self._monitor.check(step, loss, grad_norm):
@@ -295,7 +295,7 @@ class RunCallback(TrainerCallback):
         patience = self._prepared.recipe.training.early_stopping
         if not patience or len(self.progress.last_losses) < patience:
             return False
-        self.reason = f"no better validation loss in {patience} validations"
+        self.reason = f"the validation loss did not improve in {patience} validations"
         return True
 
     def _save(self, step: int, *, force: bool = False) -> None:

@@ -76,9 +76,9 @@ class UnloadableCheckpoint(UserError):
     def __init__(self, folder: Path, error: Exception) -> None:
         reason = str(error).strip().partition("\n")[0]
         super().__init__(
-            "The checkpoint does not load",
-            what=f"{folder.name} does not load: {type(error).__name__}: {reason}.",
-            fix=f"Move {folder} away; `qlora-tui resume` then goes on from the one before.",
+            "The checkpoint could not be loaded",
+            what=f"{folder.name} could not be loaded: {type(error).__name__}: {reason}.",
+            fix=f"Move {folder} elsewhere; `qlora-tui resume` then continues from the previous checkpoint.",
         )
 
 
@@ -173,7 +173,7 @@ def check_same(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
         raise UserError(
             "The recipe has changed",
             what=f"Since the checkpoint at step {state.step}: {'; '.join(map(str, changes))}.",
-            why="Going on would be neither the old run nor the new one.",
+            why="Continuing would mix the old run and the new one.",
             fix="Undo the change in recipe.toml, or start a new run with it.",
         )
     if data_hash != state.data_hash:
@@ -181,8 +181,8 @@ def check_same(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
             "The data has changed",
             what=f"The tokenized data is not what it was at step {state.step}: "
             f"{data_hash[:12]} now, {state.data_hash[:12]} then.",
-            why="A file was edited, or the tokenizer or its chat template is another.",
-            fix="Put the files back as they were, or start a new run.",
+            why="A data file, the tokenizer or its chat template has changed.",
+            fix="Restore the files, or start a new run.",
         )
 
 

@@ -64,7 +64,9 @@ def _write(file: Path, config: dict[str, Any]) -> None:
 
 def _say_dropped(file: Path, keys: list[str]) -> None:
     if keys:
-        print(f"{file}: left out, since it would choose code: {', '.join(keys)}", file=sys.stderr, flush=True)
+        print(
+            f"{file}: ignored, because it selects code to run: {', '.join(keys)}", file=sys.stderr, flush=True
+        )
 
 
 @contextmanager
@@ -73,9 +75,9 @@ def _temporary() -> Iterator[Path]:
         view = tempfile.TemporaryDirectory(prefix="qlora-tui-")
     except OSError as error:
         raise UserError(
-            "No temporary folder",
-            what=f"A folder for links could not be made: {error.strerror or error}.",
-            fix="Free some space, or set TMPDIR to a folder that can be written to.",
+            "Cannot create a temporary folder",
+            what=f"A temporary folder could not be created: {error.strerror or error}.",
+            fix="Free some space, or set TMPDIR to a writable folder.",
         ) from error
     with view as path:
         yield Path(path)

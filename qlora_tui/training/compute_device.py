@@ -83,17 +83,17 @@ def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
     can = device.kind == "cuda" and device.dtype != torch.float32 and _has("kernels")
     if wanted == "flash" and not can:
         why = (
-            "It needs a CUDA card."
+            "It needs a CUDA GPU."
             if device.kind != "cuda"
-            else "It computes in 16 bits only."
+            else "It only computes in 16 bits."
             if device.dtype == torch.float32
-            else "The kernels package, which brings it, is not installed."
+            else "The kernels package, which provides it, is not installed."
         )
         raise UserError(
-            "No flash attention here",
-            what="model.attention asks for flash, which this machine cannot run.",
+            "Flash attention is not available",
+            what="model.attention is set to flash, which this machine cannot run.",
             why=why,
-            fix='Set model.attention to "auto", or `pip install kernels` on a box with a card.',
+            fix='Set model.attention to "auto", or `pip install kernels` on a machine with a CUDA GPU.',
         )
     return "flash" if can else "segments"
 

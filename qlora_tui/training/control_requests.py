@@ -35,7 +35,7 @@ class ControlRequests:
         for request in new:
             self._reporter.emit(RequestReceived(at=time.time(), request=request.kind, value=request.value))
             self._reporter.log(
-                f"asked: {request.kind}{'' if request.value is None else f' {request.value:g}'}"
+                f"requested: {request.kind}{'' if request.value is None else f' {request.value:g}'}"
             )
         self._pending += new
 

@@ -56,9 +56,9 @@ def failure_event(
         )
     return Failed(
         at=now,
-        title="The trainer met an error it does not know",
+        title="Unexpected error in the trainer",
         what=f"{type(error).__name__}: {str(error).strip() or 'no message'}",
-        fix=f"The log has the details: {run.log_path}",
+        fix=f"Details are in the log: {run.log_path}",
         kind="bug",
         exit_code=1,
     )
@@ -108,5 +108,5 @@ def _memory_message(message: str) -> str:
     allocation = _CPU_ALLOCATION.search(message)
     if allocation:
         requested = format_bytes(int(allocation[1]))
-        return f"It asked for {requested} more, and the machine had no more memory to give."
-    return "The machine had no more memory to give." if message in ("", *_ONEDNN_MESSAGES) else message
+        return f"It requested {requested}, more than the machine had left."
+    return "The machine is out of memory." if message in ("", *_ONEDNN_MESSAGES) else message

@@ -27,10 +27,10 @@ def load_best_weights(run: RunDir, model: Any, step: int) -> str:
     folder = checkpoints.whole_at(run, step)
     if folder is None:
         return (
-            f"the adapter is that of the last step, for the checkpoint of step {step}, the best, is missing"
+            f"the adapter is from the last step, because the checkpoint of the best step, {step}, is missing"
         )
     load_adapter(model, folder)
-    return f"the adapter is that of step {step}, the best"
+    return f"the adapter is from the best step, {step}"
 
 
 def write_adapter(

@@ -159,8 +159,8 @@ def _child_death_error(file: Path, code: int, errors: IO[bytes]) -> UserError:
         return UserError(
             title,
             what=f"The process that converted {file} was killed.",
-            why="Most likely the machine's memory ran out.",
-            fix="Close other programs, then try again: it starts over.",
+            why="The machine most likely ran out of memory.",
+            fix="Close other programs and try again.",
         )
     errors.seek(0)
     lines = errors.read().decode(errors="replace").strip().splitlines()
@@ -169,7 +169,7 @@ def _child_death_error(file: Path, code: int, errors: IO[bytes]) -> UserError:
         title,
         what=f"The process that converted {file} ended with {ending}.",
         why=lines[-1] if lines else "",
-        fix="`qlora-tui doctor` tests what is installed.",
+        fix="Run `qlora-tui doctor` to check the installation.",
     )
 
 
@@ -178,6 +178,6 @@ def folder_of(file: Path) -> Path:
     try:
         stat = file.stat()
     except OSError as error:
-        raise UserError("No such GGUF file", what=f"{file}: {error.strerror}.") from error
+        raise UserError("GGUF file not found", what=f"{file}: {error.strerror}.") from error
     key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     return private_dir(converted_dir()) / f"{file.stem}-{key}"

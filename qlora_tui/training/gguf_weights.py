@@ -100,7 +100,7 @@ def weights_of(reader: Any, architecture: str, heads: int, kv_heads: int) -> lis
     for tensor in reader.tensors:
         name = name_of(tensor.name, architecture)
         if name is None:
-            raise ValueError(f"its tensor {tensor.name} is not known")
+            raise ValueError(f"its tensor {tensor.name} is unknown")
         # ggml counts dimensions from the one that moves fastest.
         shape = tuple(int(length) for length in reversed(tensor.shape))
         weights.append(GgufTensor(name, shape, tensor, _change(name, architecture, heads, kv_heads)))

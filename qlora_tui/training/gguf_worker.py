@@ -110,9 +110,9 @@ def _problem(file: Path, error: Exception) -> UserError:
     if is_full_disk(error):
         fix = "Free some space, or set XDG_CACHE_HOME to a folder on another disk."
     elif is_out_of_memory(error):
-        reason, fix = "The machine had no more memory to give.", "Close other programs, then try again."
+        reason, fix = "The machine is out of memory.", "Close other programs and try again."
     else:
-        fix = "Choose the model's safetensors folder or hub id instead."
+        fix = "Choose the model's safetensors folder or Hub id instead."
     return UserError("The GGUF file could not be converted", what=f"{file}: {reason}", fix=fix)
 
 

@@ -47,7 +47,7 @@ def too_few_steps(total: int) -> Finding | None:
         return None
     return Finding(
         "few_steps",
-        f"The whole run is {total} optimizer step{'s' if total != 1 else ''}.",
+        f"The run has only {total} optimizer step{'s' if total != 1 else ''}.",
         "Lower training.gradient_accumulation or data.max_length, or raise training.epochs.",
     )
 
@@ -78,9 +78,9 @@ class GpuMonitor:
             now - self._idle_since >= _IDLE_S,
             Finding(
                 "gpu_idle",
-                f"The card has been idle for {_IDLE_S:.0f} s with "
-                f"{used_bytes / 2**30:.1f} GiB of its memory held.",
-                "See whether the machine swaps, or another process holds the CPU.",
+                f"The GPU has been idle for {_IDLE_S:.0f} s with "
+                f"{used_bytes / 2**30:.1f} GiB of its memory in use.",
+                "Check whether the machine is swapping or another process is using the CPU.",
             ),
         )
 
@@ -96,9 +96,9 @@ class GpuMonitor:
             now - self._hot_since >= _THROTTLED_S,
             Finding(
                 "throttled",
-                f"The card is slowed down for {_THROTTLED_S:.0f} s now{degrees}: "
+                f"The GPU has been throttled for {_THROTTLED_S:.0f} s{degrees}: "
                 f"{', '.join(sorted(reasons))}.",
-                "Let it breathe: clean the fans, open the case, or lower its power limit (nvidia-smi -pl).",
+                "Improve its cooling (clean the fans), or lower its power limit (nvidia-smi -pl).",
             ),
         )
 
@@ -125,7 +125,7 @@ class StepMonitor:
                 Finding(
                     "zero_loss",
                     f"The loss is exactly 0 at step {step}.",
-                    "Look at the masks on the Data screen: it seems that nothing is left to learn.",
+                    "Check the loss masks on the Data screen: there seems to be nothing to learn.",
                 )
             )
         usual = median(self._norms) if len(self._norms) == _HISTORY else math.inf
@@ -133,8 +133,8 @@ class StepMonitor:
             findings.append(
                 Finding(
                     "exploding_gradient",
-                    f"The gradient norm is {grad_norm:.3g} at step {step}, where {usual:.3g} was usual.",
-                    "Lower training.learning_rate or training.max_grad_norm if it goes on.",
+                    f"The gradient norm is {grad_norm:.3g} at step {step}; {usual:.3g} is usual.",
+                    "Lower training.learning_rate or training.max_grad_norm if it continues.",
                 )
             )
         if math.isfinite(grad_norm):
@@ -156,7 +156,7 @@ class StepMonitor:
                 "plateau",
                 f"The mean loss of the last {_PLATEAU_STEPS // 2} steps is {later:.4f}, "
                 f"and was {earlier:.4f} in those before.",
-                "If the validation loss has stopped falling too, more steps of this will not help.",
+                "If the validation loss has stopped falling too, more steps will not help.",
             )
         ]
 

@@ -26,7 +26,9 @@ def _of_publisher(load: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
     def checked(repo_id: str, *args: Any, **settings: Any) -> Any:
         if repo_id.partition("/")[0] != PUBLISHER:
-            raise ImportError(f"{repo_id} is not of {PUBLISHER}: kernels of other publishers are not loaded")
+            raise ImportError(
+                f"{repo_id} is not from {PUBLISHER}: kernels from other publishers are not loaded"
+            )
         return load(repo_id, *args, **settings)
 
     setattr(checked, "pinned", True)  # noqa: B010  # a mark on a function

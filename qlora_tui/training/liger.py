@@ -55,10 +55,8 @@ def verified_liger_loss(head: OutputHead, device: torch.device) -> LossSumFn | s
         differs = _difference(summed, head, device)
     except Exception as error:
         message = str(error).strip()
-        return (
-            f"Liger does not run here ({type(error).__name__}: {message.splitlines()[0] if message else '?'})"
-        )
-    return summed if differs is None else f"Liger's {differs} is not the model's own"
+        return f"Liger fails here ({type(error).__name__}: {message.splitlines()[0] if message else '?'})"
+    return summed if differs is None else f"Liger's {differs} differs from the model's"
 
 
 def _difference(summed: LossSumFn, head: OutputHead, device: torch.device) -> str | None:

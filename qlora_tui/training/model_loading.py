@@ -56,7 +56,7 @@ def load_base(folder: Path, recipe: Recipe, device: ComputeDevice, attention_pat
         raise UserError(
             "The model could not be loaded",
             what=f"{folder}: {_first_line(error)}",
-            fix="`qlora-tui doctor` tests what is installed; another copy of the model may be whole.",
+            fix="Run `qlora-tui doctor` to check the installation, or download the model again.",
         ) from error
     # What peft writes into an adapter as its base.
     model.config._name_or_path = model.name_or_path = str(folder)

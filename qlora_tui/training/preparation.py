@@ -168,7 +168,7 @@ def _keep_row_layout(context: AttemptContext, base: PreparedBase) -> PreparedBas
         "rows_differ",
         "Before the resume, samples were packed into rows. Now packed attention does not pass its check, "
         "and rows are padded.",
-        "Some samples of this epoch may come twice and others not at all. Start a new run to avoid it.",
+        "Some samples of this epoch may be repeated and others skipped. Start a new run to avoid it.",
     )
     return base
 

@@ -235,7 +235,7 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
             f"{comparison.loss_noise:.2g}); a gradient differs by {comparison.gradient_difference:.2g} times "
             f"its size (rounding explains {comparison.gradient_noise:.2g})."
         )
-    evidence = f"The first step is not that of transformers and peft{because}: {difference}"
+    evidence = f"The first step differs from that of transformers and peft{because}: {difference}"
     report = "Please report the model and the versions of transformers and peft."
     if not verified.agrees:
         remedy = (
@@ -243,9 +243,9 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
             f"{report}"
         )
     elif names:
-        remedy = f"This run uses their code instead: correct, but slower and with more memory. {report}"
+        remedy = f"This run uses their code instead: correct, but slower and using more memory. {report}"
     else:
-        remedy = f"Each part by itself matches, so this run keeps them all. {report}"
+        remedy = f"Each part matches on its own, so this run keeps all of them. {report}"
     reporter.health("step_differs", evidence, remedy)
 
 
@@ -255,8 +255,8 @@ def _base_without(base: PreparedBase, replaced: Collection[FastPath]) -> Prepare
         return base
     base = replace(base, replaced=tuple(replaced))
     if "packed attention" in replaced:
-        attention = f"{base.library_attention}, padded rows: packed ones failed the first step's check"
+        attention = f"{base.library_attention}, padded rows: packed rows failed the first step's check"
         base = replace(base, packing_isolated=False, attention=attention)
     if "loss" in replaced:
-        base = replace(base, loss="stock: the chunked one failed the first step's check")
+        base = replace(base, loss="stock: the chunked loss failed the first step's check")
     return base

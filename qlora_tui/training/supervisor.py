@@ -121,7 +121,7 @@ def _run_attempts(
 
 def _report_damage(reporter: Reporter, damage: list[str]) -> None:
     for what in damage:
-        remedy = "An earlier one is used. Check the disk if it happens again."
+        remedy = "An earlier checkpoint is used. Check the disk if this happens again."
         reporter.health("checkpoint_damaged", f"{what}.", remedy)
 
 

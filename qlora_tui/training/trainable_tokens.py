@@ -36,7 +36,7 @@ def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     # peft would leave the bias of a head out.
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or _has_bias(head):
-        raise _unsupported_model("its embedding or its head is of a kind that peft cannot keep rows of")
+        raise _unsupported_model("peft does not support token rows for its type of embedding or head")
     if max(ids) >= (vocabulary_size := len(embedding.weight)):
         raise _unsupported_model(f"token {max(ids)} is beyond the {vocabulary_size:,} rows of its embedding")
     if head.weight is embedding.weight:
@@ -52,7 +52,7 @@ def init_untrained_rows(model: Any) -> None:
     remember it for a thousand steps. Raises UserError where peft left the head without them.
     """
     if not isinstance(model.get_output_embeddings(), _wrapper_type()):
-        raise _unsupported_model("peft does not see that its head is tied to its embedding")
+        raise _unsupported_model("peft does not recognize that its head is tied to its embedding")
     for wrapper in row_wrappers(model):
         weight, rows = wrapper.original_module.weight, rows_of(wrapper, "default")
         sizes = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
@@ -155,8 +155,8 @@ def _wrapper_type() -> Any:
 
 def _unsupported_model(why: str) -> UserError:
     return UserError(
-        "Rows of this model cannot be trained",
-        what=f"lora.trainable_tokens names tokens, and {why}.",
-        fix="Leave lora.trainable_tokens empty, and take a template without such tokens: "
+        "Trainable tokens are not supported for this model",
+        what=f"lora.trainable_tokens is set, but {why}.",
+        fix="Leave lora.trainable_tokens empty and use a template without such tokens: "
         'model.chat_template = "alpaca" or "plain".',
     )

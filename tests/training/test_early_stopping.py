@@ -38,8 +38,8 @@ def test_it_stops_after_its_patience_and_keeps_the_best(recipe: MakeRecipe, trai
     assert ending.checksums == digest(run.adapter_dir)
     best = [e.step for e in told(run, Evaluated) if e.best][-1]
     assert ending.step == best + 3 < told(run, DataReady)[0].total_steps
-    assert "no better validation loss in 3 validations" in ending.reason
-    assert f"the adapter is that of step {best}, the best" in ending.reason
+    assert "the validation loss did not improve in 3 validations" in ending.reason
+    assert f"the adapter is from the best step, {best}" in ending.reason
     assert read_status(run).detail == ending.reason
     assert same_weights(run.adapter_dir, run.checkpoints_dir / f"step-{best}")
     assert not same_weights(run.adapter_dir, run.checkpoints_dir / f"step-{ending.step}")
@@ -66,6 +66,6 @@ def test_without_the_best_checkpoint_the_last_weights_stay(
     run: RunDir = create_run(recipe())
     what(run.checkpoints_dir / "step-4")
     # There is no model to put weights into: trying would fail.
-    assert "that of the last step, for the checkpoint of step 4, the best, is missing" in load_best_weights(
+    assert "from the last step, because the checkpoint of the best step, 4, is missing" in load_best_weights(
         run, None, 4
     )

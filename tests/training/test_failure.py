@@ -17,8 +17,8 @@ CARD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        (CPU, "It asked for 54 MiB more, and the machine had no more memory to give."),
-        ("could not create a primitive", "The machine had no more memory to give."),
+        (CPU, "It requested 54 MiB, more than the machine had left."),
+        ("could not create a primitive", "The machine is out of memory."),
         (CARD, CARD),
     ],
 )

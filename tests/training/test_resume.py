@@ -132,5 +132,5 @@ def test_a_checkpoint_that_is_damaged_or_does_not_load_gives_way_to_the_one_befo
     assert [event.resumed_from_step for event in told(again, Started)] == [0, 2, 1]
     evidence = [health.evidence for health in told(again, Health) if health.kind == "checkpoint_damaged"]
     assert [words[:6] for words in evidence] == ["step-4", "step-3", "step-2"]
-    assert "does not load" in evidence[-1]
+    assert "could not be loaded" in evidence[-1]
     assert losses(again) == pytest.approx(losses(run), abs=EXACT)

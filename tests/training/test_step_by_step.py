@@ -165,7 +165,7 @@ def test_a_run_with_a_wrong_norm_warns_and_is_the_plain_script(
     assert verified.replaced == ("the fused RMSNorm",) and verified.agrees
     (warning,) = [health for health in told(run, Health) if health.kind == "step_differs"]
     assert warning.severity == "warning" and warning.evidence.startswith(
-        "The first step is not that of transformers and peft, because of the fused RMSNorm: loss "
+        "The first step differs from that of transformers and peft, because of the fused RMSNorm: loss "
     )
     assert warning.remedy.startswith("This run uses their code instead")
     assert len(told(run, Step)) == STEPS and isinstance(events(run)[-1], Finished)

@@ -297,7 +297,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(
     assert told(run, Step)[-1].loss is None or told(run, Step)[-1].grad_norm is None
     saved = [step for step, _ in run.checkpoints()]
     assert saved and saved[-1] < told(run, Step)[-1].step
-    assert f"the checkpoint of step {saved[-1]} is good" in ending.why
+    assert f"the checkpoint at step {saved[-1]} is good" in ending.why
 
 
 def test_a_second_trainer_of_a_run_is_refused(recipe: MakeRecipe, trainers: Trainers) -> None:
