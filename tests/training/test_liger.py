@@ -265,7 +265,7 @@ def test_tokens_that_count_for_more_or_less_stay_with_our_own_loss(install: Any)
     ("kind", "weighted", "told"),
     [
         (PlayedLiger, False, "liger"),
-        (PlayedLiger, True, "chunked: tokens of this data count for more or less"),
+        (PlayedLiger, True, "chunked: this data has token weights"),
         (Deaf, False, "chunked: Liger's gradient differs from the model's"),
     ],
 )
