@@ -9,7 +9,7 @@ import pytest
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from tests.chat.adapters import make_adapter
-from tests.training.tiny import make_tiny_model
+from tests.training.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="session")

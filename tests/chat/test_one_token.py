@@ -19,7 +19,7 @@ from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from tests.chat.adapters import make_adapter
 from tests.training.families import FAMILIES, build
-from tests.training.tiny import make_tiny_model
+from tests.training.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
 

@@ -183,7 +183,7 @@ def test_an_adapter_of_another_model_is_refused(
 ) -> None:
     from qlora_tui.chat.session import load_session
     from tests.chat.adapters import make_adapter
-    from tests.training.tiny import make_tiny_model
+    from tests.training.tiny_model import make_tiny_model
 
     other = make_tiny_model(tmp_path / "other", hidden_size=32)
     adapter = make_adapter(other, tmp_path / "adapter")

@@ -66,7 +66,7 @@ def test_rows_go_into_a_tied_head_that_a_file_holds_beside_the_embedding(
     from safetensors.torch import load_file, save_file
 
     from qlora_tui.export.merge import merge
-    from tests.training.tiny import make_tiny_model
+    from tests.training.tiny_model import make_tiny_model
 
     model = make_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
     weights = load_file(model / "model.safetensors")
@@ -141,7 +141,7 @@ def test_an_adapter_of_another_model_leaves_nothing_behind(
     tiny_source: ChatSource, tmp_path: Path, other: dict[str, int], named: str
 ) -> None:
     from qlora_tui.export.merge import merge
-    from tests.training.tiny import make_tiny_model
+    from tests.training.tiny_model import make_tiny_model
 
     model = make_tiny_model(tmp_path / "other", **other)
     adapter = str(make_adapter(model, tmp_path / "adapter"))

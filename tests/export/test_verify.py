@@ -61,7 +61,7 @@ def with_adapter(source: ChatSource, folder: Path, dtype: str, **config: Any) ->
     """The tiny model stored in ``dtype``, with an adapter that changes it."""
     import torch
 
-    from tests.training.tiny import make_tiny_model
+    from tests.training.tiny_model import make_tiny_model
 
     model = make_tiny_model(folder / "model")
     if dtype != "float32":

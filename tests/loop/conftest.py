@@ -9,7 +9,7 @@ import pytest
 
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
-from tests.training.tiny import make_tiny_model
+from tests.training.tiny_model import make_tiny_model
 
 COLOURS = ("red", "blue", "green", "brown", "quick", "lazy", "wise", "old")
 

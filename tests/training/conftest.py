@@ -17,7 +17,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import RetryPlan
-from tests.training.tiny import make_tiny_model
+from tests.training.tiny_model import make_tiny_model
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -25,11 +25,11 @@ MakeRecipe = Callable[..., Recipe]
 class Trainer:
     """One trainer process."""
 
-    def __init__(self, zygote: Path, arguments: list[str]) -> None:
+    def __init__(self, forkserver: Path, arguments: list[str]) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(zygote))
-        asked = {"arguments": arguments, "environment": dict(os.environ)}
-        self._socket.sendall(json.dumps(asked).encode() + b"\n")
+        self._socket.connect(str(forkserver))
+        request = {"arguments": arguments, "environment": dict(os.environ)}
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
         self._answers = self._socket.makefile()
         self.pid = int(self._answers.readline())
         self._code: int | None = None
@@ -44,14 +44,14 @@ class Trainer:
 
 
 class Trainers:
-    """Starts trainer processes; see :mod:`tests.training.zygote`."""
+    """Starts trainer processes; see :mod:`tests.training.trainer_forkserver`."""
 
     def __init__(self, folder: Path) -> None:
         # One thread each: the tests share their cores.
         os.environ["OMP_NUM_THREADS"] = "1"
-        self.socket = folder / "zygote"
-        self._zygote = subprocess.Popen(
-            [sys.executable, "-m", "tests.training.zygote", str(self.socket)],
+        self.socket = folder / "forkserver"
+        self._forkserver = subprocess.Popen(
+            [sys.executable, "-m", "tests.training.trainer_forkserver", str(self.socket)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -60,9 +60,9 @@ class Trainers:
 
     def wait_until_ready(self) -> None:
         """Until trainers start at once."""
-        assert self._zygote.stdout is not None
+        assert self._forkserver.stdout is not None
         if not self._ready:
-            assert self._zygote.stdout.readline() == "ready\n"
+            assert self._forkserver.stdout.readline() == "ready\n"
             self._ready = True
 
     def start(self, run: RunDir, plan: RetryPlan | None = None) -> Trainer:
@@ -76,9 +76,9 @@ class Trainers:
 
     def close(self) -> None:
         """End the process that forks them."""
-        assert self._zygote.stdin is not None
-        self._zygote.stdin.close()
-        self._zygote.wait()
+        assert self._forkserver.stdin is not None
+        self._forkserver.stdin.close()
+        self._forkserver.wait()
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +92,7 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
 def runner_starts_quickly(trainers: Trainers, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainers that a runner starts have their imports behind them too."""
     trainers.wait_until_ready()
-    monkeypatch.setenv("TRAINER_ZYGOTE", str(trainers.socket))
+    monkeypatch.setenv("TRAINER_FORKSERVER", str(trainers.socket))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("quick_start")), prepend=os.pathsep)
 
 
@@ -120,7 +120,7 @@ def recipe(tiny_model: Path, tiny_data: Path) -> MakeRecipe:
     """Makes a recipe that trains in a second or two: ``recipe({"training.epochs": 3})`` changes settings."""
 
     def make(settings: dict[str, Any] | None = None) -> Recipe:
-        made = Recipe(
+        changed = Recipe(
             model=Model(id=str(tiny_model)),
             # Whatever the CPU is quickest at: losses are compared to more digits than 16 bits have.
             quantization=Quantization(compute_dtype="float32"),
@@ -135,7 +135,7 @@ def recipe(tiny_model: Path, tiny_data: Path) -> MakeRecipe:
             ),
         )
         for path, value in (settings or {}).items():
-            made = replace_setting(made, path, value)
-        return made
+            changed = replace_setting(changed, path, value)
+        return changed
 
     return make

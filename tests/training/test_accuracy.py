@@ -18,7 +18,7 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.training.accuracy import exact_answers
 from qlora_tui.training.chunked_loss import IGNORED
 from tests.training.conftest import MakeRecipe, Trainers
-from tests.training.told import told
+from tests.training.event_helpers import events_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -59,8 +59,8 @@ def test_the_share_of_exact_answers_is_that_of_greedy_search(
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return tmp_path / name
 
-    made = recipe()
-    source = msgspec.structs.replace(made.data.sources[0], path=str(write("train.jsonl", range(80))))
+    base = recipe()
+    source = msgspec.structs.replace(base.data.sources[0], path=str(write("train.jsonl", range(80))))
     settings = {
         "data.sources": (source,),
         "data.validation_path": str(write("validation.jsonl", range(100, 104))),
@@ -72,9 +72,9 @@ def test_the_share_of_exact_answers_is_that_of_greedy_search(
     run = create_run(recipe(settings))
     assert trainers.run(run) == 0
     wanted = [COLOURS[n % 4] for n in range(100, 104)]
-    shares = {e.step: e.accuracy for e in told(run, Evaluated)}
+    shares = {e.step: e.accuracy for e in events_of(run, Evaluated)}
     for step, share in shares.items():
-        answers = [sampled.answer for sampled in told(run, SampleGenerated) if sampled.step == step]
+        answers = [sampled.answer for sampled in events_of(run, SampleGenerated) if sampled.step == step]
         assert share == sum(a == w for a, w in zip(answers, wanted, strict=True)) / 4
     view = RunView(run)
     view.refresh()
@@ -85,4 +85,4 @@ def test_the_share_of_exact_answers_is_that_of_greedy_search(
 def test_long_answers_have_no_share(recipe: MakeRecipe, trainers: Trainers) -> None:
     run = create_run(recipe({"training.max_steps": 1}))
     assert trainers.run(run) == 0
-    assert [e.accuracy for e in told(run, Evaluated)] == [None, None]
+    assert [e.accuracy for e in events_of(run, Evaluated)] == [None, None]

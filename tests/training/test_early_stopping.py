@@ -18,7 +18,7 @@ from qlora_tui.runs.events import DataReady, Evaluated, Finished
 from qlora_tui.runs.status import read_status
 from qlora_tui.training.final_adapter import load_best_weights
 from tests.training.conftest import MakeRecipe, Trainers
-from tests.training.told import events, told
+from tests.training.event_helpers import events, events_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -36,8 +36,8 @@ def test_it_stops_after_its_patience_and_keeps_the_best(recipe: MakeRecipe, trai
     ending = events(run)[-1]
     assert isinstance(ending, Finished)
     assert ending.checksums == digest(run.adapter_dir)
-    best = [e.step for e in told(run, Evaluated) if e.best][-1]
-    assert ending.step == best + 3 < told(run, DataReady)[0].total_steps
+    best = [e.step for e in events_of(run, Evaluated) if e.best][-1]
+    assert ending.step == best + 3 < events_of(run, DataReady)[0].total_steps
     assert "the validation loss did not improve in 3 validations" in ending.reason
     assert f"the adapter is from the best step, {best}" in ending.reason
     assert read_status(run).detail == ending.reason

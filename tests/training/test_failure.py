@@ -22,9 +22,9 @@ CARD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
         (CARD, CARD),
     ],
 )
-def test_a_lack_of_memory_is_known_and_said_in_plain_words(tmp_path: Path, said: str, told: str) -> None:
+def test_a_lack_of_memory_is_known_and_said_in_plain_words(tmp_path: Path, said: str, what: str) -> None:
     ending = failure_event(RuntimeError(said), RunDir(tmp_path), None, None)
-    assert (ending.kind, ending.title, ending.what) == ("out_of_memory", "Out of memory", told)
+    assert (ending.kind, ending.title, ending.what) == ("out_of_memory", "Out of memory", what)
 
 
 def test_what_onednn_cannot_do_is_no_lack_of_memory(tmp_path: Path) -> None:

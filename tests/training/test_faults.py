@@ -26,14 +26,14 @@ from qlora_tui.runs.events import (
 from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.status import read_status
 from tests.training.conftest import MakeRecipe, Trainers
-from tests.training.told import events, last_step, losses, told
+from tests.training.event_helpers import events, events_of, last_step, losses
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 LONG = {"training.epochs": 60.0, "training.checkpoint_every": 1000, "training.eval_every": 1000}
 WIDE = {"training.micro_batch_size": 4, "training.gradient_accumulation": 1, "training.checkpoint_every": 2}
-"""Several rows at a time, and a checkpoint between two mishaps."""
+"""Several rows at a time, and a checkpoint between two faults."""
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")
@@ -42,11 +42,11 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     run = create_run(recipe({"training.checkpoint_every": 2}))
-    befalls(monkeypatch, f"small_disk({str(run.checkpoints_dir)!r}, {room})")
+    inject_fault(monkeypatch, f"mount_small_tmpfs({str(run.checkpoints_dir)!r}, {room})")
     assert trainers.run(run) == 0
     assert isinstance(events(run)[-1], Finished)
-    full = [health for health in told(run, Health) if health.kind == "disk_full"]
-    assert full and not told(run, CheckpointSaved)
+    full = [health for health in events_of(run, Health) if health.kind == "disk_full"]
+    assert full and not events_of(run, CheckpointSaved)
     assert (run.adapter_dir / "adapter_model.safetensors").exists()
 
 
@@ -57,7 +57,7 @@ def test_a_machine_restarted_in_mid_run_is_told_as_that(
     with monkeypatch.context() as before_the_restart:
         before_the_restart.setenv("QLORA_TUI_BOOT_ID", "before")
         trainer = trainers.start(run)
-        wait_for(lambda: told(run, CheckpointSaved), seconds=60)
+        wait_for(lambda: events_of(run, CheckpointSaved), seconds=60)
         os.kill(trainer.pid, signal.SIGKILL)
         trainer.wait()
     monkeypatch.setenv("QLORA_TUI_BOOT_ID", "after")
@@ -65,7 +65,7 @@ def test_a_machine_restarted_in_mid_run_is_told_as_that(
     ending = determine_outcome(run, None)
     assert isinstance(ending, Failed) and ending.kind == "lost"
     assert trainers.run(run) == 0
-    assert told(run, Started)[-1].resumed_from_step > 0
+    assert events_of(run, Started)[-1].resumed_from_step > 0
     assert read_status(run).state == "finished"
 
 
@@ -81,10 +81,10 @@ def test_a_trainer_outlives_its_killed_runner_and_starts_one_for_those_that_wait
     assert read_status(waiting).state == "queued"
     control.send_request(run, "finish_epoch")
     wait_for(lambda: read_status(waiting).state == "finished", seconds=120, saying="the next run")
-    assert len(told(run, Started)) == 1 and read_status(run).state == "finished"
+    assert len(events_of(run, Started)) == 1 and read_status(run).state == "finished"
     ending = events(run)[-1]
     assert isinstance(ending, Finished) and list(losses(run)) == list(range(1, ending.step + 1))
-    assert told(waiting, Started)[0].at > ending.at
+    assert events_of(waiting, Started)[0].at > ending.at
 
 
 def test_a_request_that_comes_while_a_checkpoint_is_saved_is_done_after_it(
@@ -92,13 +92,13 @@ def test_a_request_that_comes_while_a_checkpoint_is_saved_is_done_after_it(
 ) -> None:
     run = create_run(recipe({**LONG, "training.checkpoint_every": 1}))
     trainer = trainers.start(run)
-    wait_for(lambda: any(event.phase == "saving" for event in told(run, PhaseChanged)), seconds=60)
+    wait_for(lambda: any(event.phase == "saving" for event in events_of(run, PhaseChanged)), seconds=60)
     actions.stop(run)
     control.send_request(run, "checkpoint")
     assert trainer.wait() == 0
     ending = events(run)[-1]
     assert isinstance(ending, Stopped)
-    assert [event.step for event in told(run, CheckpointSaved)] == list(range(1, ending.step + 1))
+    assert [event.step for event in events_of(run, CheckpointSaved)] == list(range(1, ending.step + 1))
 
 
 def test_a_lack_of_memory_is_told_as_such(
@@ -106,7 +106,7 @@ def test_a_lack_of_memory_is_told_as_such(
 ) -> None:
     run = create_run(recipe({"data.max_length": 100000, "model.attention": "eager"}))
     _one_long_sample(run)
-    befalls(monkeypatch, f"little_memory({1 << 30})")
+    inject_fault(monkeypatch, f"limit_address_space({1 << 30})")
     assert trainers.run(run) == 1
     ending = events(run)[-1]
     assert isinstance(ending, Failed) and ending.kind == "out_of_memory", run.log_path.read_text()
@@ -118,10 +118,10 @@ def test_a_lack_of_memory_is_told_as_such(
 def test_a_run_out_of_memory_in_mid_training_goes_on_from_its_checkpoint_with_less(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    befalls(monkeypatch, "lack_of_memory({4: 2, 6: 1, 8: 0.5})")
+    inject_fault(monkeypatch, "inject_oom({4: 2, 6: 1, 8: 0.5})")
     run = actions.submit(recipe({**WIDE, "training.epochs": 3.0}))
     wait_for(lambda: read_status(run).state == "finished", seconds=120, saying="the end")
-    attempts = told(run, Started)
+    attempts = events_of(run, Started)
     assert [(a.micro_batch_size, a.gradient_accumulation, a.gradient_checkpointing) for a in attempts] == [
         (4, 1, False),
         (2, 2, False),
@@ -129,12 +129,12 @@ def test_a_run_out_of_memory_in_mid_training_goes_on_from_its_checkpoint_with_le
         (1, 4, True),
     ]
     assert [a.resumed_from_step for a in attempts] == [0, 2, 4, 6]
-    assert all(ending.kind == "out_of_memory" for ending in told(run, Failed))
-    warnings = [health.remedy for health in told(run, Health) if health.kind == "out_of_memory"]
+    assert all(ending.kind == "out_of_memory" for ending in events_of(run, Failed))
+    warnings = [health.remedy for health in events_of(run, Health) if health.kind == "out_of_memory"]
     assert len(warnings) == 3 and "micro-batch 1 × accumulation 4 and activation" in warnings[-1]
-    data = told(run, DataReady)[0]
+    data = events_of(run, DataReady)[0]
     assert list(losses(run)) == list(range(1, data.total_steps + 1))
-    assert told(run, Step)[-1].tokens == 3 * data.tokens
+    assert events_of(run, Step)[-1].tokens == 3 * data.tokens
     assert isinstance(events(run)[-1], Finished)
 
 
@@ -142,19 +142,19 @@ def test_a_run_out_of_memory_in_mid_training_goes_on_from_its_checkpoint_with_le
 def test_a_run_that_nothing_makes_fit_fails_with_the_cheapest_change(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    befalls(monkeypatch, "lack_of_memory({4: 0})")
+    inject_fault(monkeypatch, "inject_oom({4: 0})")
     settings = {"training.micro_batch_size": 2, "training.gradient_checkpointing": True}
     costly = {"model.attention": "eager", "data.max_length": 8192}
     run = actions.submit(recipe({**WIDE, **settings, **costly}))
-    wait_for(lambda: len(told(run, Failed)) == 2 and read_status(run).state == "failed", seconds=120)
+    wait_for(lambda: len(events_of(run, Failed)) == 2 and read_status(run).state == "failed", seconds=120)
     ending = events(run)[-1]
     assert isinstance(ending, Failed) and ending.kind == "out_of_memory"
     assert "The cheapest change that should fit: Attention eager → auto saves" in ending.fix
 
 
-def befalls(monkeypatch: pytest.MonkeyPatch, mishap: str) -> None:
-    """What happens to trainers from now on, one of :mod:`tests.training.mishaps`."""
-    monkeypatch.setenv("BEFORE_TRAINER", f"from tests.training.mishaps import *; {mishap}")
+def inject_fault(monkeypatch: pytest.MonkeyPatch, mishap: str) -> None:
+    """What happens to trainers from now on, one of :mod:`tests.training.fault_injection`."""
+    monkeypatch.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {mishap}")
 
 
 def _one_long_sample(run: RunDir) -> None:
@@ -182,9 +182,9 @@ def test_a_check_that_cannot_be_made_does_not_end_the_run(
 ) -> None:
     whole, run = create_run(recipe({"training.max_steps": 3})), create_run(recipe({"training.max_steps": 3}))
     assert trainers.run(whole) == 0
-    befalls(monkeypatch, mishap)
+    inject_fault(monkeypatch, mishap)
     assert trainers.run(run) == 0
-    (event,) = told(run, StepVerified)
+    (event,) = events_of(run, StepVerified)
     assert event.reason == reason and not event.agrees and not event.replaced
     assert losses(run) == losses(whole)
 
@@ -193,7 +193,7 @@ def test_a_check_short_of_memory_takes_fewer_tokens(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = create_run(recipe({"training.max_steps": 1}))
-    befalls(monkeypatch, "no_memory_for_the_reference_step(30)")
+    inject_fault(monkeypatch, "no_memory_for_the_reference_step(30)")
     assert trainers.run(run) == 0
-    (event,) = told(run, StepVerified)
+    (event,) = events_of(run, StepVerified)
     assert 0 < event.tokens <= 30 and event.agrees and not event.replaced

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.tiny import make_tiny_model
+from tests.training.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
 _KERNELS = """

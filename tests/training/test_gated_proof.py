@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_tui.training.fused import gated_mlp
-from tests.training.trained import CLAIMED, build_trained
+from tests.training.trained_weights import CLAIMED, build_with_trained_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -131,7 +131,7 @@ def test_of_the_families_all_gated_mlps_but_dropping_ones_are_known(
     model_type: str, dtype: torch.dtype
 ) -> None:
     parts = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-    modules = build_trained(model_type, dtype).modules()
+    modules = build_with_trained_weights(model_type, dtype).modules()
     mlps = [module for module in modules if {name for name, _ in module.named_children()} == parts]
     assert bool(mlps) == (model_type not in NOT_GATED.split())
     assert all(gated_mlp.is_gated(mlp) == (model_type != "seed_oss") for mlp in mlps)

@@ -28,9 +28,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(file: Path) -> Path:
-    made = file.parent / "converted"
-    convert(file, made)
-    return made
+    converted = file.parent / "converted"
+    convert(file, converted)
+    return converted
 
 
 def test_every_weight_is_as_transformers_reads_it(file: Path, folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_tui.training import chunked_loss, equivalence_checks
-from tests.training.trained import CLAIMED, build_trained
+from tests.training.trained_weights import CLAIMED, build_with_trained_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -30,7 +30,7 @@ def head_of(model: Any) -> chunked_loss.OutputHead:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_type", CLAIMED)
 def test_the_head_of_every_family_is_proved(model_type: str, dtype: torch.dtype) -> None:
-    model = build_trained(model_type, dtype)
+    model = build_with_trained_weights(model_type, dtype)
     assert equivalence_checks.head_matches_model(model, head_of(model), CPU)
     assert "forward" not in vars(model.get_output_embeddings()) and not model.get_decoder()._forward_hooks
 
@@ -38,7 +38,7 @@ def test_the_head_of_every_family_is_proved(model_type: str, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_type", WITH_FACTORS)
 def test_a_head_read_with_another_factor_is_rejected(model_type: str, dtype: torch.dtype) -> None:
-    model = build_trained(model_type, dtype)
+    model = build_with_trained_weights(model_type, dtype)
     head = head_of(model)
     caps = [None, 30.3, 31.0] if head.softcap else [30.0, 1000.0]
     wrong: list[dict[str, Any]] = [{"multiplier": head.multiplier * n} for n in (1.01, 0.99, -1.0, 2.0)]
@@ -103,7 +103,7 @@ MUTANTS: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_model_that_does_anything_else_keeps_its_own_loss(name: str, model_type: str) -> None:
     for dtype in DTYPES:
-        model = build_trained(model_type, dtype, tie_word_embeddings=False)
+        model = build_with_trained_weights(model_type, dtype, tie_word_embeddings=False)
         head = head_of(model)
         MUTANTS[name](model)
         assert not equivalence_checks.head_matches_model(model, head, CPU), dtype
@@ -111,11 +111,11 @@ def test_a_model_that_does_anything_else_keeps_its_own_loss(name: str, model_typ
 
 def test_the_plain_loss_written_out_is_accepted() -> None:
     """What the mutants differ from."""
-    model = build_trained("llama")
+    model = build_with_trained_weights("llama")
     by(shifted)(model)
     assert equivalence_checks.head_matches_model(model, head_of(model), CPU)
 
 
 def test_a_loss_with_the_routers_part_in_it_stays_the_models_own() -> None:
-    model = build_trained("mixtral", output_router_logits=True, router_aux_loss_coef=0.01)
+    model = build_with_trained_weights("mixtral", output_router_logits=True, router_aux_loss_coef=0.01)
     assert not equivalence_checks.head_matches_model(model, head_of(model), CPU)

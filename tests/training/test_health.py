@@ -50,8 +50,8 @@ def test_a_card_that_idles_with_memory_held_is_told_once_until_it_works_again() 
 
 def test_a_clock_that_is_set_makes_no_card_idle() -> None:
     watch = GpuMonitor()
-    told = [watch.check(busy(0, at=at), now) for now, at in enumerate([100.0, 101.0, 7300.0, 50.0])]
-    assert told == [[], [], [], []]
+    findings = [watch.check(busy(0, at=at), now) for now, at in enumerate([100.0, 101.0, 7300.0, 50.0])]
+    assert findings == [[], [], [], []]
 
 
 def busy(percent: int, at: float = 0.0) -> GpuMetrics:

@@ -19,7 +19,7 @@ from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.status import read_status
 from qlora_tui.training import checkpoints
 from tests.training.conftest import MakeRecipe, Trainers
-from tests.training.told import events, losses, told
+from tests.training.event_helpers import events, events_of, losses
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -58,7 +58,7 @@ def _is_told_and_readable(run: RunDir, round_: int) -> None:
     tail = EventTail(run.events_path)
     assert list(tail.drain())
     assert tail.unknown == 0
-    saved = told(run, CheckpointSaved)
+    saved = events_of(run, CheckpointSaved)
     newest, damage = checkpoints.latest(run)
     assert damage == []
     assert not saved or (newest is not None and newest.step >= saved[-1].step)
@@ -67,7 +67,7 @@ def _is_told_and_readable(run: RunDir, round_: int) -> None:
     record_outcome(run, ending)
     assert isinstance(ending, Failed) and ending.kind == "killed"
     assert read_status(run).state == "failed"
-    assert len(told(run, Started)) == round_
+    assert len(events_of(run, Started)) == round_
 
 
 def _is_in(run: RunDir, phase: Phase, pid: int) -> bool:

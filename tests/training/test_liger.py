@@ -24,14 +24,14 @@ from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.liger import verified_liger_loss
 from tests.training.families import build
 from tests.training.test_numerics import close, labelled, loss_and_gradient
-from tests.training.tiny import make_tiny_model
+from tests.training.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 CPU = torch.device("cpu")
 
 
-class PlayedLiger(nn.Module):
+class FakeLiger(nn.Module):
     """What ``liger_kernel.transformers`` offers by this name, in plain torch."""
 
     def __init__(self, reduction: str = "mean", softcap: float | None = None) -> None:
@@ -48,14 +48,14 @@ class PlayedLiger(nn.Module):
         return nn.functional.cross_entropy(logits, target, reduction=self.reduction)
 
 
-class Averaging(PlayedLiger):
+class MeanReduction(FakeLiger):
     """One that takes no notice of how it is asked to reduce."""
 
     def __init__(self, reduction: str = "mean", softcap: float | None = None) -> None:
         super().__init__("mean", softcap)
 
 
-class Deaf(PlayedLiger):
+class WrongInputGrad(FakeLiger):
     """One whose gradient is of other states than its loss."""
 
     def forward(
@@ -66,17 +66,17 @@ class Deaf(PlayedLiger):
         )
 
 
-class Unscaled(PlayedLiger):
+class UnscaledGrad(FakeLiger):
     """One whose gradient is that of the sum, whatever the sum is multiplied by after it."""
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        made: Tensor = _Unscaled.apply(super().forward(lin_weight, _input, target, bias))  # type: ignore[no-untyped-call]
-        return made
+        loss: Tensor = _UnscaledGrad.apply(super().forward(lin_weight, _input, target, bias))  # type: ignore[no-untyped-call]
+        return loss
 
 
-class _Unscaled(torch.autograd.Function):
+class _UnscaledGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
@@ -86,14 +86,14 @@ class _Unscaled(torch.autograd.Function):
         return torch.ones_like(grad_outputs[0])
 
 
-class Uncapped(PlayedLiger):
+class Uncapped(FakeLiger):
     """One that knows no softcap."""
 
     def __init__(self, reduction: str = "mean", softcap: float | None = None) -> None:
         super().__init__(reduction)
 
 
-class FirstChunk(PlayedLiger):
+class FirstChunk(FakeLiger):
     """One that takes every later row for the first."""
 
     def forward(
@@ -103,7 +103,7 @@ class FirstChunk(PlayedLiger):
         return super().forward(lin_weight, _input[rows], target[rows], bias)
 
 
-class Onehot(PlayedLiger):
+class TargetOnlyGrad(FakeLiger):
     """One whose gradient knows of the targets only, and nothing of the softmax."""
 
     def forward(
@@ -114,7 +114,7 @@ class Onehot(PlayedLiger):
         return chunked_loss + own - own.detach()
 
 
-class OneChannel(PlayedLiger):
+class OneChannel(FakeLiger):
     """One whose gradient lacks a channel."""
 
     def forward(
@@ -124,7 +124,7 @@ class OneChannel(PlayedLiger):
         return super().forward(lin_weight, given, target, bias)
 
 
-class SingleTokenForward(PlayedLiger):
+class SingleTokenForward(FakeLiger):
     """One that takes the last token's gradient for 9 tenths of it."""
 
     def forward(
@@ -134,7 +134,7 @@ class SingleTokenForward(PlayedLiger):
         return super().forward(lin_weight, torch.cat([_input[:-1], last]), target, bias)
 
 
-class Unbiased(PlayedLiger):
+class Unbiased(FakeLiger):
     """One that leaves the head's bias out."""
 
     def forward(
@@ -143,7 +143,7 @@ class Unbiased(PlayedLiger):
         return super().forward(lin_weight, _input, target, None)
 
 
-class WithoutCompiler(PlayedLiger):
+class WithoutCompiler(FakeLiger):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor:
@@ -154,7 +154,7 @@ class WithoutCompiler(PlayedLiger):
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def installed(kind: type[PlayedLiger]) -> None:
+    def installed(kind: type[FakeLiger]) -> None:
         package, module = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
         module.LigerFusedLinearCrossEntropyLoss = kind  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "liger_kernel", package)
@@ -184,7 +184,7 @@ def of_7b(vocabulary: int) -> Architecture:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "granite", "cohere", "gemma2"])
 def test_with_its_kernel_the_loss_is_the_stock_loss(model_type: str, install: Any) -> None:
-    install(PlayedLiger)
+    install(FakeLiger)
     model = build(model_type, tie_word_embeddings=False)
     head = head_of(model)
     kernel = verified_liger_loss(head, CPU)
@@ -193,23 +193,23 @@ def test_with_its_kernel_the_loss_is_the_stock_loss(model_type: str, install: An
     inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": 37}
     stock, stock_gradient = loss_and_gradient(model, **inputs)
     chunked_loss.use_chunked_loss(model, head, kernel)
-    made, gradient = loss_and_gradient(model, **inputs)
-    assert made == pytest.approx(stock, rel=2e-5) and close(gradient, stock_gradient)
+    loss, gradient = loss_and_gradient(model, **inputs)
+    assert loss == pytest.approx(stock, rel=2e-5) and close(gradient, stock_gradient)
 
 
 @pytest.mark.parametrize(
     ("kind", "family", "why"),
     [
-        (Averaging, "llama", "Liger's loss differs from the model's"),
+        (MeanReduction, "llama", "Liger's loss differs from the model's"),
         (Uncapped, "gemma2", "Liger's loss differs from the model's"),
-        (Deaf, "llama", "Liger's gradient differs from the model's"),
-        (Unscaled, "llama", "Liger's gradient differs from the model's"),
+        (WrongInputGrad, "llama", "Liger's gradient differs from the model's"),
+        (UnscaledGrad, "llama", "Liger's gradient differs from the model's"),
         (FirstChunk, "llama", "Liger's loss differs from the model's"),
         (WithoutCompiler, "llama", "Liger fails here (FileNotFoundError: Failed to find C compiler."),
     ],
 )
 def test_one_that_is_wrong_or_does_not_run_is_left_with_the_reason(
-    kind: type[PlayedLiger], family: str, why: str, install: Any
+    kind: type[FakeLiger], family: str, why: str, install: Any
 ) -> None:
     install(kind)
     said = verified_liger_loss(head_of(build(family)), CPU)
@@ -219,9 +219,9 @@ def test_one_that_is_wrong_or_does_not_run_is_left_with_the_reason(
 @pytest.mark.parametrize(
     ("kind", "proven"),
     [
-        (PlayedLiger, True),
-        (Onehot, False),
-        (Unscaled, False),
+        (FakeLiger, True),
+        (TargetOnlyGrad, False),
+        (UnscaledGrad, False),
         (FirstChunk, False),
         (OneChannel, False),
         (SingleTokenForward, False),
@@ -231,7 +231,7 @@ def test_one_that_is_wrong_or_does_not_run_is_left_with_the_reason(
 @pytest.mark.parametrize("tails", [1.0, 50.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_element_of_a_gradient_is_held_to_the_dtypes_noise(
-    kind: type[PlayedLiger], proven: bool, tails: float, dtype: torch.dtype, install: Any
+    kind: type[FakeLiger], proven: bool, tails: float, dtype: torch.dtype, install: Any
 ) -> None:
     """With the faint head of a trained model, whose softmax of random states would rest on every word."""
     install(kind)
@@ -246,7 +246,7 @@ def test_each_element_of_a_gradient_is_held_to_the_dtypes_noise(
 
 
 def test_tokens_that_count_for_more_or_less_stay_with_our_own_loss(install: Any) -> None:
-    install(PlayedLiger)
+    install(FakeLiger)
     model = build("llama")
     head = head_of(model)
     ids, labels = labelled(model)
@@ -264,13 +264,13 @@ def test_tokens_that_count_for_more_or_less_stay_with_our_own_loss(install: Any)
 @pytest.mark.parametrize(
     ("kind", "weighted", "told"),
     [
-        (PlayedLiger, False, "liger"),
-        (PlayedLiger, True, "chunked: this data has token weights"),
-        (Deaf, False, "chunked: Liger's gradient differs from the model's"),
+        (FakeLiger, False, "liger"),
+        (FakeLiger, True, "chunked: this data has token weights"),
+        (WrongInputGrad, False, "chunked: Liger's gradient differs from the model's"),
     ],
 )
 def test_the_record_names_the_loss_that_is_used(
-    kind: type[PlayedLiger], weighted: bool, told: str, tmp_path: Path, install: Any
+    kind: type[FakeLiger], weighted: bool, record: str, tmp_path: Path, install: Any
 ) -> None:
     install(kind)
     recipe = Recipe(quantization=Quantization(method="none", compute_dtype="float32"))
@@ -282,7 +282,7 @@ def test_the_record_names_the_loss_that_is_used(
         expected_loss="liger",
         weighted=weighted,
     )
-    assert base.loss.startswith(told)
+    assert base.loss.startswith(record)
 
 
 def test_it_is_counted_on_where_it_is_installed_can_do_all_that_is_asked_and_pays() -> None:

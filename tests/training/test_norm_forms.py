@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora_tui.training.fused import rms_norm
 from qlora_tui.training.fused.patching import PatchedForwards
-from tests.training.trained import CLAIMED, build_trained, trained_norm_weight
+from tests.training.trained_weights import CLAIMED, build_with_trained_weights, trained_norm_weight
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -82,12 +82,12 @@ class FormulaRMSNorm(nn.Module):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("formula", RIGHT, ids=lambda formula: formula.__name__)
 def test_the_form_is_known_under_weights_that_hide_it(formula: Formula, dtype: torch.dtype) -> None:
-    found = rms_norm._find_variant(FormulaRMSNorm(formula, dtype))
+    variant = rms_norm._find_variant(FormulaRMSNorm(formula, dtype))
     expected = RIGHT[formula]
     if dtype == torch.float32:  # where the product is cast makes no difference
-        assert found is not None and found.offset == expected.offset
+        assert variant is not None and variant.offset == expected.offset
     else:
-        assert found == expected
+        assert variant == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,7 +117,7 @@ def test_a_norm_is_restored_to_the_librarys_forward() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_type", CLAIMED)
 def test_a_familys_trained_norms_give_the_librarys_values(model_type: str, dtype: torch.dtype) -> None:
-    model = build_trained(model_type, dtype)
+    model = build_with_trained_weights(model_type, dtype)
     norms = [m for m in model.modules() if is_known(m)]
     rows = [heavy_rows(len(m.weight), dtype) for m in norms]
     expected = [value_and_gradient(m, x) for m, x in zip(norms, rows, strict=True)]

@@ -17,7 +17,7 @@ from qlora_tui.training import (
     packed_attention,
 )
 from qlora_tui.training.fused.cpu_attention import RowAttention
-from tests.training.trained import CLAIMED, build_trained
+from tests.training.trained_weights import CLAIMED, build_with_trained_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -29,7 +29,7 @@ ACROSS_SAMPLES = ["bloom", "falcon", "gpt_neo", "lfm2", "qwen3_5_moe_text", "qwe
 
 def packing(model_type: str, dtype: torch.dtype, **settings: Any) -> Any:
     """A model that attends sample by sample, where its family can."""
-    model = build_trained(model_type, dtype, **settings)
+    model = build_with_trained_weights(model_type, dtype, **settings)
     model_loading.use_segment_attention(model)
     chunked_loss.use_segments(model, by_mask=True)
     return model

@@ -17,7 +17,7 @@ from qlora_tui.runs.events import DataReady, Environment, Failed, Health, Starte
 from qlora_tui.runs.retry import RetryPlan
 from tests.runs.test_damage import flip
 from tests.training.conftest import MakeRecipe, Trainers
-from tests.training.told import events, losses, told
+from tests.training.event_helpers import events, events_of, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -43,12 +43,12 @@ def test_resuming_repeats_the_same_losses(recipe: MakeRecipe, trainers: Trainers
     whole = create_run(recipe(settings))
     assert trainers.run(whole) == 0
     expected = losses(whole)
-    total = told(whole, DataReady)[0].total_steps
+    total = events_of(whole, DataReady)[0].total_steps
     in_mid_epoch, at_epoch_end = total // 2 - 1, total // 2
     for step in (in_mid_epoch, at_epoch_end):
         again = interrupted_at(whole, step, f"at-{step}")
         assert trainers.run(again) == 0
-        assert told(again, Started)[-1].resumed_from_step == step
+        assert events_of(again, Started)[-1].resumed_from_step == step
         repeated = losses(again)
         assert list(repeated) == list(expected) == list(range(1, total + 1))
         assert all(abs(repeated[n] - expected[n]) < EXACT for n in expected)
@@ -58,16 +58,18 @@ def test_a_resumed_run_keeps_its_padded_rows(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as wrong:
-        wrong.setenv("BEFORE_TRAINER", "from tests.training.mishaps import *; samples_see_each_other()")
+        wrong.setenv(
+            "BEFORE_TRAINER", "from tests.training.fault_injection import *; samples_see_each_other()"
+        )
         whole = create_run(recipe(EVERY_STEP))
         assert trainers.run(whole) == 0
-    assert told(whole, StepVerified)[0].replaced == ("attention over packed samples",)
+    assert events_of(whole, StepVerified)[0].replaced == ("attention over packed samples",)
     expected = losses(whole)
     again = interrupted_at(whole, len(expected) // 2 - 1)
     # Without the fault: packed attention passes, and would make other rows.
     assert trainers.run(again) == 0
-    assert told(again, StepVerified)[-1].replaced == ()
-    assert told(again, Environment)[-1].attention == "sdpa, padded rows: as before the resume"
+    assert events_of(again, StepVerified)[-1].replaced == ()
+    assert events_of(again, Environment)[-1].attention == "sdpa, padded rows: as before the resume"
     assert losses(again) == pytest.approx(expected, abs=1e-4)
 
 
@@ -81,7 +83,7 @@ def test_a_smaller_micro_batch_learns_the_same(recipe: MakeRecipe, trainers: Tra
     again = interrupted_at(whole, step)
     plan = RetryPlan(micro_batch_size=1, gradient_accumulation=2, gradient_checkpointing=True)
     assert trainers.run(again, plan) == 0
-    started = told(again, Started)[-1]
+    started = events_of(again, Started)[-1]
     assert (started.micro_batch_size, started.gradient_checkpointing) == (1, True)
     assert all(abs(loss - expected[n]) < 1e-4 for n, loss in losses(again).items())
 
@@ -90,9 +92,9 @@ def test_a_changed_recipe_is_refused_with_the_difference(recipe: MakeRecipe, tra
     run = create_run(recipe(EVERY_STEP))
     assert trainers.run(run) == 0
     again = interrupted_at(run, 2)
-    made = again.recipe()
-    lora = msgspec.structs.replace(made.lora, alpha=64.0)
-    again.recipe_path.write_text(dump(msgspec.structs.replace(made, lora=lora, note="another note")))
+    before = again.recipe()
+    lora = msgspec.structs.replace(before.lora, alpha=64.0)
+    again.recipe_path.write_text(dump(msgspec.structs.replace(before, lora=lora, note="another note")))
     assert trainers.run(again) == 1
     ending = events(again)[-1]
     assert isinstance(ending, Failed)
@@ -102,8 +104,8 @@ def test_a_changed_recipe_is_refused_with_the_difference(recipe: MakeRecipe, tra
 def test_changed_data_is_refused(recipe: MakeRecipe, trainers: Trainers, tiny_data: Path) -> None:
     own = tiny_data.with_name("own.jsonl")
     own.write_text(tiny_data.read_text())
-    made = recipe(EVERY_STEP)
-    source = msgspec.structs.replace(made.data.sources[0], path=str(own))
+    base = recipe(EVERY_STEP)
+    source = msgspec.structs.replace(base.data.sources[0], path=str(own))
     run = create_run(recipe({**EVERY_STEP, "data.sources": (source,)}))
     assert trainers.run(run) == 0
     again = interrupted_at(run, 2)
@@ -129,8 +131,8 @@ def test_a_checkpoint_that_is_damaged_or_does_not_load_gives_way_to_the_one_befo
     sizes = {file.name: file.stat().st_size for file in unloadable.iterdir()}
     (unloadable / "complete").write_text(json.dumps(sizes))
     assert trainers.run(again) == 0
-    assert [event.resumed_from_step for event in told(again, Started)] == [0, 2, 1]
-    evidence = [health.evidence for health in told(again, Health) if health.kind == "checkpoint_damaged"]
+    assert [event.resumed_from_step for event in events_of(again, Started)] == [0, 2, 1]
+    evidence = [health.evidence for health in events_of(again, Health) if health.kind == "checkpoint_damaged"]
     assert [words[:6] for words in evidence] == ["step-4", "step-3", "step-2"]
     assert "could not be loaded" in evidence[-1]
     assert losses(again) == pytest.approx(losses(run), abs=EXACT)

@@ -16,8 +16,8 @@ from bench.ways.work import Work, steps_of
 from qlora_tui.runs.directory import all_runs, create_run
 from qlora_tui.runs.events import Finished, Health, Step, StepVerified
 from tests.training.conftest import Trainers
-from tests.training.tiny import make_tiny_gemma
-from tests.training.told import events, told
+from tests.training.event_helpers import events, events_of
+from tests.training.tiny_model import make_tiny_gemma
 
 STEPS = 4
 ROUNDING = 2e-3
@@ -53,7 +53,7 @@ def by_us(work: Work, trainers: Trainers) -> Measured:
     """Losses and gradient norms of a run, from its events."""
     run = create_run(recipe_of(work))
     assert trainers.run(run) == 0, run.log_path.read_text()
-    steps = told(run, Step)
+    steps = events_of(run, Step)
     losses, norms = [s.loss for s in steps], [s.grad_norm for s in steps]
     return Measured(losses=[x or 0.0 for x in losses], grad_norms=[x or 0.0 for x in norms])
 
@@ -142,8 +142,8 @@ def test_a_wrong_step_differs_by_more_than_rounding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("BEFORE_TRAINER", UNVERIFIED + MUTANTS[mutant])
-    found = differences(replace(work, model=str(tiny_gemma)), trainers, references)
-    assert max(each.difference for each in found) > 10 * ROUNDING, [str(each) for each in found]
+    differing = differences(replace(work, model=str(tiny_gemma)), trainers, references)
+    assert max(each.difference for each in differing) > 10 * ROUNDING, [str(each) for each in differing]
 
 
 @pytest.mark.slow
@@ -157,18 +157,18 @@ def test_a_run_with_a_wrong_norm_warns_and_is_the_plain_script(
 ) -> None:
     work = replace(work, model=str(tiny_gemma))
     monkeypatch.setenv(
-        "BEFORE_TRAINER", "from tests.training.mishaps import norm_without_offset as befall\nbefall()"
+        "BEFORE_TRAINER", "from tests.training.fault_injection import norm_without_offset as befall\nbefall()"
     )
     assert max(each.difference for each in differences(work, trainers, references)) <= ROUNDING
     (run,) = all_runs()
-    (verified,) = told(run, StepVerified)
+    (verified,) = events_of(run, StepVerified)
     assert verified.replaced == ("the fused RMSNorm",) and verified.agrees
-    (warning,) = [health for health in told(run, Health) if health.kind == "step_differs"]
+    (warning,) = [health for health in events_of(run, Health) if health.kind == "step_differs"]
     assert warning.severity == "warning" and warning.evidence.startswith(
         "The first step differs from that of transformers and peft, because of the fused RMSNorm: loss "
     )
     assert warning.remedy.startswith("This run uses their code instead")
-    assert len(told(run, Step)) == STEPS and isinstance(events(run)[-1], Finished)
+    assert len(events_of(run, Step)) == STEPS and isinstance(events(run)[-1], Finished)
 
 
 def in_two_dtypes(losses: list[float], *, noise: float, dtype: str = "bfloat16") -> list[Agreement]:

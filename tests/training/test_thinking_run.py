@@ -12,7 +12,7 @@ from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.events import DataReady, SampleGenerated
 from tests.data.thinkers import SMOLLM3
 from tests.training.conftest import MakeRecipe, Trainers
-from tests.training.told import told
+from tests.training.event_helpers import events_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -25,15 +25,15 @@ def test_data_without_reasoning_is_trained_sampled_and_chatted_with_thinking_off
     settings = {"model.id": str(model), "training.epochs": 1.0, "training.sample_prompts": ("what is 3",)}
     run = create_run(recipe(settings))
     assert trainers.run(run) == 0
-    assert told(run, DataReady)[0].thinking == "off"
+    assert events_of(run, DataReady)[0].thinking == "off"
     assert (
         "Thinking: off for every row (enable_thinking), for none has reasoning." in run.log_path.read_text()
     )
     assert run_source(run).thinking == "off"
     thinking = create_run(recipe({**settings, "data.thinking": "on"}))
     assert trainers.run(thinking) == 0
-    assert run_source(thinking).thinking == told(thinking, DataReady)[0].thinking == "on"
-    assert told(run, DataReady)[0].data_hash != told(thinking, DataReady)[0].data_hash
+    assert run_source(thinking).thinking == events_of(thinking, DataReady)[0].thinking == "on"
+    assert events_of(run, DataReady)[0].data_hash != events_of(thinking, DataReady)[0].data_hash
     # Another prompt gives the random model another answer.
-    asked_off, asked_on = (told(one, SampleGenerated)[0].answer for one in (run, thinking))
+    asked_off, asked_on = (events_of(one, SampleGenerated)[0].answer for one in (run, thinking))
     assert asked_off != asked_on

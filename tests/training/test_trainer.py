@@ -41,7 +41,7 @@ from qlora_tui.runs.events import (
 from qlora_tui.runs.status import read_status
 from qlora_tui.runs.telemetry import TelemetryTail
 from tests.training.conftest import MakeRecipe, Trainers
-from tests.training.told import events, last_step, losses, told
+from tests.training.event_helpers import events, events_of, last_step, losses
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -54,36 +54,36 @@ def test_submitted_runs_are_trained_one_after_the_other_in_the_background(recipe
     runs = [actions.submit(recipe({"name": name, "training.epochs": 1.0})) for name in ("first", "second")]
     wait_for(lambda: read_status(runs[1]).state == "finished", seconds=180, saying="both runs to finish")
     assert read_status(runs[0]).state == "finished"
-    first, second = (told(run, Finished)[0].at for run in runs)
-    assert told(runs[1], Started)[0].at > first < second
+    first, second = (events_of(run, Finished)[0].at for run in runs)
+    assert events_of(runs[1], Started)[0].at > first < second
 
 
 def test_a_run_tells_what_it_is_and_does(recipe: MakeRecipe, trainers: Trainers) -> None:
     run = create_run(recipe({"training.sample_prompts": ("what is 3",), "training.warmup_ratio": 0.5}))
     assert trainers.run(run) == 0
-    (environment,) = told(run, Environment)
+    (environment,) = events_of(run, Environment)
     assert (environment.device_kind, environment.compute_dtype) == ("cpu", "float32")
     assert environment.loss == "chunked" and environment.attention == "SDPA, sample by sample"
-    (verified,) = told(run, StepVerified)
+    (verified,) = events_of(run, StepVerified)
     assert verified.agrees and verified.replaced == () and verified.tokens > 16
     assert verified.loss == pytest.approx(verified.reference_loss, rel=1e-5)
-    (data,) = told(run, DataReady)
-    steps = told(run, Step)
+    (data,) = events_of(run, DataReady)
+    steps = events_of(run, Step)
     assert [step.step for step in steps] == list(range(1, data.total_steps + 1))
     assert steps[-1].tokens == 2 * data.tokens and steps[-1].epoch == 2.0
     warmup = data.total_steps // 2
     assert [step.learning_rate for step in steps[:warmup]] == pytest.approx(
         [2e-3 * n / warmup for n in range(1, warmup + 1)]
     )
-    assert told(run, AdapterReady)[0].trained_parameters == 16384
-    evaluated = told(run, Evaluated)
+    assert events_of(run, AdapterReady)[0].trained_parameters == 16384
+    evaluated = events_of(run, Evaluated)
     assert [e.step for e in evaluated] == [0, data.steps_per_epoch, data.total_steps]
     assert evaluated[0].loss and evaluated[-1].loss and evaluated[-1].loss < evaluated[0].loss
-    assert [(s.step, s.prompt) for s in told(run, SampleGenerated)] == [
+    assert [(s.step, s.prompt) for s in events_of(run, SampleGenerated)] == [
         (e.step, "what is 3") for e in evaluated
     ]
-    assert [memory.when for memory in told(run, MemoryMeasured)] == ["probe", "end"]
-    assert all(memory.measured_bytes > 10**8 for memory in told(run, MemoryMeasured))
+    assert [memory.when for memory in events_of(run, MemoryMeasured)] == ["probe", "end"]
+    assert all(memory.measured_bytes > 10**8 for memory in events_of(run, MemoryMeasured))
     assert isinstance(events(run)[-1], Finished)
     assert read_status(run).state == "finished"
     assert TelemetryTail(run.telemetry_path).poll()[0].rss_bytes > 10**8
@@ -143,23 +143,23 @@ def test_answers_are_learnt_from_as_their_weights_say(
         "training.gradient_accumulation": 6,
         "training.epochs": 1.0,
     }
-    made = recipe(settings)
-    run = create_run(made)
+    weighted = recipe(settings)
+    run = create_run(weighted)
     assert trainers.run(run) == 0
-    model = AutoModelForCausalLM.from_pretrained(made.model.id)
-    tokenizer: Any = AutoTokenizer.from_pretrained(made.model.id)
+    model = AutoModelForCausalLM.from_pretrained(weighted.model.id)
+    tokenizer: Any = AutoTokenizer.from_pretrained(weighted.model.id)
     total = count = 0.0
     for turns, weight in zip(conversations, weights, strict=True):
         whole = tokenizer.apply_chat_template(turns, return_dict=False)
-        asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
         ids = torch.tensor([whole])
         with torch.no_grad():
             odds = model(ids).logits[0, :-1].log_softmax(-1)
-        each = -odds.gather(1, ids[0, 1:, None])[len(asked) - 1 :]
+        each = -odds.gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
         total += weight * each.sum().item()
         count += weight * len(each)
     assert losses(run)[1] == pytest.approx(total / count, rel=1e-4)
-    assert told(run, Evaluated)[0].loss == pytest.approx(total / count, rel=1e-4)
+    assert events_of(run, Evaluated)[0].loss == pytest.approx(total / count, rel=1e-4)
 
 
 @pytest.mark.parametrize("how", ["stop", "SIGTERM"])
@@ -174,7 +174,7 @@ def test_a_stopped_run_has_checkpoint_and_adapter(recipe: MakeRecipe, trainers: 
     assert trainer.wait() == 0
     ending = events(run)[-1]
     assert isinstance(ending, Stopped) and ending.step == last_step(run)
-    assert told(run, CheckpointSaved)[-1].step == ending.step
+    assert events_of(run, CheckpointSaved)[-1].step == ending.step
     assert (run.adapter_dir / "adapter_model.safetensors").exists()
     status = read_status(run)
     assert (status.state, status.step, status.loss) == ("stopped", ending.step, losses(run)[ending.step])
@@ -190,9 +190,9 @@ def test_a_paused_run_goes_on_where_it_was(recipe: MakeRecipe, trainers: Trainer
     assert isinstance(ending, Paused) and read_status(run).state == "paused"
     assert not run.adapter_dir.exists()
     assert trainers.run(run) == 0
-    total = told(run, DataReady)[0].total_steps
+    total = events_of(run, DataReady)[0].total_steps
     assert list(losses(run)) == list(range(1, total + 1))
-    assert told(run, Started)[-1].resumed_from_step == ending.step
+    assert events_of(run, Started)[-1].resumed_from_step == ending.step
     assert read_status(run).state == "finished"
     # Once more, with nothing left to do: what it had come to stays.
     assert trainers.run(run) == 0
@@ -227,18 +227,20 @@ def test_requests_are_done_at_the_next_step(recipe: MakeRecipe, trainers: Traine
     for kind in ("checkpoint", "evaluate", "sample"):
         control.send_request(run, kind)
     control.send_request(run, "set_learning_rate", 5e-4)
-    wait_for(lambda: told(run, CheckpointSaved) and len(told(run, SampleGenerated)) >= 2, seconds=60)
-    asked_at = told(run, CheckpointSaved)[0].step
+    wait_for(
+        lambda: events_of(run, CheckpointSaved) and len(events_of(run, SampleGenerated)) >= 2, seconds=60
+    )
+    asked_at = events_of(run, CheckpointSaved)[0].step
     wait_for(lambda: last_step(run) > asked_at + 1, seconds=60)
     control.send_request(run, "finish_epoch")
     assert trainer.wait() == 0
-    assert [e.step for e in told(run, Evaluated)][:2] == [0, asked_at]
-    rates = {step.step: step.learning_rate for step in told(run, Step)}
+    assert [e.step for e in events_of(run, Evaluated)][:2] == [0, asked_at]
+    rates = {step.step: step.learning_rate for step in events_of(run, Step)}
     assert (rates[asked_at], rates[asked_at + 2]) == (2e-3, 5e-4)
     ending = events(run)[-1]
     assert isinstance(ending, Finished) and "as asked" in ending.reason
-    assert ending.step < told(run, DataReady)[0].total_steps
-    assert ending.step % told(run, DataReady)[0].steps_per_epoch == 0
+    assert ending.step < events_of(run, DataReady)[0].total_steps
+    assert ending.step % events_of(run, DataReady)[0].steps_per_epoch == 0
 
 
 def _failure(run: RunDir, trainers: Trainers, code: int = 1) -> Failed:
@@ -263,8 +265,8 @@ def test_a_data_file_that_is_broken_is_named_with_its_line(
 ) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"messages": []}\nnot json\n')
-    made: Recipe = recipe()
-    source = msgspec.structs.replace(made.data.sources[0], path=str(broken))
+    base: Recipe = recipe()
+    source = msgspec.structs.replace(base.data.sources[0], path=str(broken))
     run = create_run(recipe({"data.sources": (source,)}))
     assert str(broken) in _failure(run, trainers).what
 
@@ -294,9 +296,9 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(
     )
     ending = _failure(run, trainers)
     assert ending.title == "The loss is not a number"
-    assert told(run, Step)[-1].loss is None or told(run, Step)[-1].grad_norm is None
+    assert events_of(run, Step)[-1].loss is None or events_of(run, Step)[-1].grad_norm is None
     saved = [step for step, _ in run.checkpoints()]
-    assert saved and saved[-1] < told(run, Step)[-1].step
+    assert saved and saved[-1] < events_of(run, Step)[-1].step
     assert f"the checkpoint at step {saved[-1]} is good" in ending.why
 
 
@@ -311,7 +313,7 @@ def test_a_second_trainer_of_a_run_is_refused(recipe: MakeRecipe, trainers: Trai
         check=False,
     )
     assert second.returncode == 2 and "Another trainer" in second.stderr
-    assert len(told(run, Started)) == 1
+    assert len(events_of(run, Started)) == 1
     actions.stop(run)
     assert trainer.wait() == 0
 
@@ -335,18 +337,18 @@ def test_a_trainer_shows_itself_before_torch_is_loaded() -> None:
 def test_the_next_estimate_on_this_machine_counts_what_runs_measured(
     recipe: MakeRecipe, trainers: Trainers, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = recipe({"training.epochs": 1.0, "data.max_length": 2048})
-    asked = ["estimate", "--model", made.model.id, "--json"]
+    trained = recipe({"training.epochs": 1.0, "data.max_length": 2048})
+    argv = ["estimate", "--model", trained.model.id, "--json"]
     for count in (1, 2):
-        assert trainers.run(create_run(made)) == 0
-        assert cli.main(asked) == 0
-        found = json.loads(capsys.readouterr().out)["precisions"]["nf4"]
-        assert found["correction"]["runs"] == count
-    assert found["correction"]["applied"]
-    assert found["total_bytes"] != found["correction"]["uncorrected_bytes"]
+        assert trainers.run(create_run(trained)) == 0
+        assert cli.main(argv) == 0
+        estimated = json.loads(capsys.readouterr().out)["precisions"]["nf4"]
+        assert estimated["correction"]["runs"] == count
+    assert estimated["correction"]["applied"]
+    assert estimated["total_bytes"] != estimated["correction"]["uncorrected_bytes"]
     record = load_runs()[-1]
     assert record.machine == this_processor().name and record.versions["torch"]
     # Held to the rows that the data has, not to those the recipe allows.
-    allowed = estimate(made, load_architecture(made.model.id), device=Device(kind="cpu"))
+    allowed = estimate(trained, load_architecture(trained.model.id), device=Device(kind="cpu"))
     assert record.predicted_allocated_bytes < allowed.allocated_bytes
     assert record.measured_process_bytes > 10**8 and record.measured_reserved_bytes == 0

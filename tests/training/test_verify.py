@@ -31,7 +31,7 @@ from qlora_tui.training.step_verification import (
     verify_step,
 )
 from tests.training.families import build
-from tests.training.trained import CLAIMED, build_trained
+from tests.training.trained_weights import CLAIMED, build_with_trained_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -71,7 +71,12 @@ def massive_channel(model_type: str, dtype: torch.dtype, **settings: Any) -> Any
 
 
 def adapted(
-    folder: Path, model_type: str, dtype: str, *, build: Callable[..., Any] = build_trained, **lora: Any
+    folder: Path,
+    model_type: str,
+    dtype: str,
+    *,
+    build: Callable[..., Any] = build_with_trained_weights,
+    **lora: Any,
 ) -> tuple[Any, PreparedBase, ComputeDevice]:
     """A model of the family, ready to train as a run would train it."""
     build(model_type, getattr(torch, dtype), **_SETTINGS.get(model_type, {})).save_pretrained(folder)
@@ -322,7 +327,7 @@ def test_a_failure_in_one_process_is_one_of_all(
 
 
 def test_nothing_is_dropped_out_during_the_check(tmp_path: Path) -> None:
-    model = build_trained("falcon", torch.float32, hidden_dropout=0.3, attention_dropout=0.3)
+    model = build_with_trained_weights("falcon", torch.float32, hidden_dropout=0.3, attention_dropout=0.3)
     modes = {module: module.training for module in model.modules()}
     tokens = torch.tensor([excerpt().ids[0]])
     recipe = Recipe(model=Model(id="falcon"), quantization=Quantization(compute_dtype="float32"))

@@ -296,7 +296,7 @@ async def test_a_pasted_prompt_keeps_its_lines_and_up_brings_the_last_one_back()
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny model and an adapter on it."""
     from tests.chat.adapters import make_adapter
-    from tests.training.tiny import make_tiny_model
+    from tests.training.tiny_model import make_tiny_model
 
     model = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
     # Positions are reckoned, not learnt: an answer has room to go on until it is stopped.

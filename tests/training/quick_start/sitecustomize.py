@@ -1,4 +1,4 @@
-"""First on the path of a runner: its trainers are forked by the zygote, and this process stands for one.
+"""First on the path of a runner: a forked trainer does the work of this process.
 
 It ends as the trainer does, by the same signal if by one.
 """
@@ -12,10 +12,10 @@ if "qlora_tui.training" in sys.orig_argv:
     import socket
 
     client = socket.socket(socket.AF_UNIX)
-    client.connect(os.environ["TRAINER_ZYGOTE"])
+    client.connect(os.environ["TRAINER_FORKSERVER"])
     arguments = sys.orig_argv[sys.orig_argv.index("qlora_tui.training") + 1 :]
-    asked = {"arguments": arguments, "environment": dict(os.environ)}
-    client.sendall(json.dumps(asked).encode() + b"\n")
+    request = {"arguments": arguments, "environment": dict(os.environ)}
+    client.sendall(json.dumps(request).encode() + b"\n")
     answers = client.makefile()
     answers.readline()
     code = int(answers.readline())

@@ -52,9 +52,9 @@ def test_a_rows_attention_and_its_gradients_are_those_of_the_stock_kernel(
     monkeypatch.setattr(lean_attention, "ATTENTION_BLOCK_ROWS", block)
     given = qkv(heads, shared)
     expected = attended(given, ours=False, monkeypatch=monkeypatch)
-    found = attended(given, ours=True, monkeypatch=monkeypatch)
-    assert len(found) == 4
-    for one, other in zip(found, expected, strict=True):
+    computed = attended(given, ours=True, monkeypatch=monkeypatch)
+    assert len(computed) == 4
+    for one, other in zip(computed, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
 
 
@@ -100,9 +100,9 @@ def test_in_bf16_what_all_keys_share_costs_no_precision(monkeypatch: pytest.Monk
     bias = torch.randn(16, generator=torch.Generator().manual_seed(1)) * 8
     given = [q, (k.detach() + bias).to(torch.bfloat16), v]
     exact = attended([x.float() for x in given], ours=False, monkeypatch=monkeypatch)
-    made = attended(given, ours=True, monkeypatch=monkeypatch)
+    computed = attended(given, ours=True, monkeypatch=monkeypatch)
     errors = [
-        float((one.float() - other).norm() / other.norm()) for one, other in zip(made, exact, strict=True)
+        float((one.float() - other).norm() / other.norm()) for one, other in zip(computed, exact, strict=True)
     ]
     assert max(errors) < 0.015
 
@@ -139,8 +139,8 @@ def test_every_rms_norm_of_a_family_is_one_of_ours_and_gives_the_same(model_type
     assert all("forward" in vars(m) for m in norms)
     assert norms or model_type == "cohere"
     for module, x, (value, gradient) in zip(norms, given, expected, strict=True):
-        found, toward = value_and_gradient(module, x)
-        assert torch.allclose(found, value, atol=1e-5) and torch.allclose(toward, gradient, atol=1e-5)
+        output, toward = value_and_gradient(module, x)
+        assert torch.allclose(output, value, atol=1e-5) and torch.allclose(toward, gradient, atol=1e-5)
 
 
 def value_and_gradient(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:

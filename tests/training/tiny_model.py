@@ -1,4 +1,4 @@
-"""Tiny random models, made on the spot: real folders with weights, tokenizer and chat template."""
+"""Creates tiny random models: real folders with weights, tokenizer and chat template."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ CLAIMED: dict[str, dict[str, Any]] = {
 """``model_type``: settings, of every text model in ``catalog/families``."""
 
 
-def build_trained(model_type: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+def build_with_trained_weights(model_type: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     """A tiny frozen model in eval mode, with weights as :func:`give_trained_weights` makes them."""
     return give_trained_weights(build(model_type, **{**CLAIMED[model_type], **settings}), dtype)
 

@@ -26,11 +26,11 @@ from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.model_loading import checkpoint_activations
 from qlora_tui.training.trainer import load_adapter, save_adapter
 from tests.training.conftest import MakeRecipe, Trainers
+from tests.training.event_helpers import losses
 from tests.training.families import build, with_adapter
 from tests.training.test_numerics import close, labelled
 from tests.training.test_resume import EXACT, interrupted_at
-from tests.training.tiny import make_tiny_model
-from tests.training.told import losses
+from tests.training.tiny_model import make_tiny_model
 from tests.tui.reading import write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -157,12 +157,12 @@ def test_short_answers_are_looked_for_without_a_copy_of_the_whole_head() -> None
     """peft makes one for whoever asks for the head's ``weight``, and a card may have no room for it."""
 
     class Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-        made: ClassVar[set[torch.Size]] = set()
+        shapes: ClassVar[set[torch.Size]] = set()
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **kwargs or {})
             if isinstance(out, Tensor) and out.untyped_storage().data_ptr() != weight.data_ptr():
-                self.made.add(out.shape)
+                self.shapes.add(out.shape)
             return out
 
     base = faint("llama", tied=False)
@@ -171,12 +171,14 @@ def test_short_answers_are_looked_for_without_a_copy_of_the_whole_head() -> None
     weight = head.original_module.weight
     hidden, wanted = torch.randn(1, 6, 64), torch.ones(1, 5, dtype=torch.bool)
     with torch.no_grad(), Sizes() as sizes:  # type: ignore[no-untyped-call]
-        found = argmax_tokens(model, None, hidden, wanted)
-    assert torch.equal(found, head(hidden[0, :-1]).argmax(-1))
-    assert sizes.made and weight.shape not in sizes.made
+        tokens = argmax_tokens(model, None, hidden, wanted)
+    assert torch.equal(tokens, head(hidden[0, :-1]).argmax(-1))
+    assert sizes.shapes and weight.shape not in sizes.shapes
 
 
-@pytest.mark.parametrize(("model_type", "why"), [("phi", "does not support token rows"), ("llama", "beyond the 300 rows")])
+@pytest.mark.parametrize(
+    ("model_type", "why"), [("phi", "does not support token rows"), ("llama", "beyond the 300 rows")]
+)
 def test_a_model_that_peft_cannot_keep_rows_of_is_refused(model_type: str, why: str) -> None:
     """A head with a bias, which peft would drop, and a token without a row."""
     model = build(model_type, tie_word_embeddings=False)

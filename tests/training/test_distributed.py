@@ -17,7 +17,7 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, Finished
 from qlora_tui.runs.status import read_status
 from tests.training.conftest import MakeRecipe, Trainers
-from tests.training.told import events, losses, told
+from tests.training.event_helpers import events, events_of, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 def run_with_two(recipe: Recipe, folder: Path, capsys: pytest.CaptureFixture[str]) -> RunDir:
     """As a user would: by the command that is printed, here with gloo."""
     (folder / "recipe.toml").write_text(dump(recipe))
-    asked = ["train", str(folder / "recipe.toml"), "--print-command", "--gpus", "2", "--json"]
-    assert cli.main(asked) == 0
+    argv = ["train", str(folder / "recipe.toml"), "--print-command", "--gpus", "2", "--json"]
+    assert cli.main(argv) == 0
     printed = json.loads(capsys.readouterr().out)
     launched = subprocess.run(
         shlex.split(printed["command"]),
@@ -51,8 +51,8 @@ def test_two_processes_give_the_losses_of_one(
     assert read_status(together).state == "finished"
     expected = losses(alone)
     assert losses(together) == pytest.approx(expected, abs=1e-5)
-    assert [e.loss for e in told(together, Evaluated)] == pytest.approx(
-        [e.loss for e in told(alone, Evaluated)], abs=1e-5
+    assert [e.loss for e in events_of(together, Evaluated)] == pytest.approx(
+        [e.loss for e in events_of(alone, Evaluated)], abs=1e-5
     )
     (newest, *_) = [folder for _, folder in reversed(together.checkpoints())]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in newest.iterdir()}

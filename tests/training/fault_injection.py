@@ -1,4 +1,4 @@
-"""What may befall a trainer, played within its process before it begins; see :mod:`tests.training.zygote`."""
+"""Faults to inject into a trainer process before it starts; see :mod:`tests.training.trainer_forkserver`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
 """``linux/sched.h``, ``linux/mount.h``."""
 
 
-def lack_of_memory(fits: dict[int, float]) -> None:
-    """At each step named only so many rows at a time fit; with checkpointing on a row takes half as much."""
+def inject_oom(fits: dict[int, float]) -> None:
+    """Raise out of memory where a step has more rows than fit: ``{step: rows}``; checkpointing doubles it."""
     train = RunTrainer.training_step
 
-    def short_of_memory(self: RunTrainer, model: Any, inputs: Any, items: Any = None) -> torch.Tensor:
+    def step(self: RunTrainer, model: Any, inputs: Any, items: Any = None) -> torch.Tensor:
         rows = self.steps._micro_batch / (2 if model.is_gradient_checkpointing else 1)
         if rows > fits.get(self.state.global_step + 1, rows):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return train(self, model, inputs, items)
 
-    RunTrainer.training_step = short_of_memory  # type: ignore[method-assign, assignment]
+    RunTrainer.training_step = step  # type: ignore[method-assign, assignment]
 
 
-def small_disk(folder: str, bytes_: int) -> None:
-    """``folder`` is a disk of so many bytes, for this process alone; needs root."""
+def mount_small_tmpfs(folder: str, bytes_: int) -> None:
+    """Mount a tmpfs of ``bytes_`` on ``folder``, for this process alone. Needs root."""
     libc = ctypes.CDLL(None, use_errno=True)
     for failed in (
         libc.unshare(_CLONE_NEWNS),
@@ -41,7 +41,7 @@ def small_disk(folder: str, bytes_: int) -> None:
         libc.mount(b"none", folder.encode(), b"tmpfs", 0, f"size={bytes_}".encode()),
     ):
         if failed:
-            raise OSError(ctypes.get_errno(), "no disk of its own")
+            raise OSError(ctypes.get_errno(), "cannot mount a tmpfs")
 
 
 def norm_without_offset() -> None:
@@ -58,14 +58,14 @@ def norm_without_offset() -> None:
 
 
 def samples_see_each_other() -> None:
-    """Packed attention takes a row for one sample, and no check of parts sees it."""
+    """Let packed attention treat a row as one sample, unnoticed by the checks of single parts."""
     whole = packed_attention.segment_mask
     equivalence_checks.packing_is_isolated = lambda *args: True
     vars(chunked_loss)["segment_mask"] = lambda lengths: whole([sum(lengths)])
 
 
 def no_reference_step() -> None:
-    """The model's own step fails on the tokens of the first step's check, for a reason nobody foresaw."""
+    """Let the library's step fail in the check of the first step, with an unexpected error."""
 
     def fails(self: StepReference) -> Any:
         raise KeyError("rope_type")
@@ -74,7 +74,7 @@ def no_reference_step() -> None:
 
 
 def no_memory_for_the_reference_step(tokens: int) -> None:
-    """The model's own step takes more memory than there is where it has more than so many tokens."""
+    """Let the library's step run out of memory where it has more than ``tokens``."""
     stock = StepReference._library_step
 
     def step(self: StepReference) -> Any:
@@ -85,8 +85,8 @@ def no_memory_for_the_reference_step(tokens: int) -> None:
     StepReference._library_step = step  # type: ignore[method-assign]
 
 
-def little_memory(more_bytes: int) -> None:
-    """The process may grow by so much and no more."""
+def limit_address_space(more_bytes: int) -> None:
+    """Limit how much the address space of this process may grow."""
     lines = Path("/proc/self/status").read_text().splitlines()
     now = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize:"))
     resource.setrlimit(resource.RLIMIT_AS, (now + more_bytes, now + more_bytes))

@@ -14,8 +14,8 @@ from torch import Tensor
 from qlora_tui.training import chunked_loss, equivalence_checks, model_loading
 from qlora_tui.training.batches import on_device
 from qlora_tui.training.fused import lora_linear
+from tests.training.fake_cuda import CARD, fake_cuda, move_to_fake_cuda, set_up, values
 from tests.training.families import FAMILIES, build, with_adapter
-from tests.training.played_card import CARD, card, put_on_card, set_up, values
 
 LENGTHS = [11, 17, 12]
 IDS = [40, 7, 251]
@@ -46,22 +46,24 @@ def quantize(model: Any) -> None:
     for parent in list(model.modules()):
         for name, module in parent.named_children():
             if type(module) is torch.nn.Linear and module is not model.get_output_embeddings():
-                made = Linear4bit(
+                quantized = Linear4bit(
                     module.in_features,
                     module.out_features,
                     bias=module.bias is not None,
                     compute_dtype=torch.float32,
                     quant_type="nf4",
                 )
-                made.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+                quantized.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to(
+                    "cpu"
+                )
                 if module.bias is not None:
-                    made.bias = module.bias
-                setattr(parent, name, made)
+                    quantized.bias = module.bias
+                setattr(parent, name, quantized)
     model_loading.freeze(model)
 
 
 def packed(weighted: bool = False) -> dict[str, Any]:
-    """A row of samples, their prompts unlearnt."""
+    """A row of packed samples, their prompts not in the loss."""
     tokens = sum(LENGTHS)
     ids = torch.randint(3, 300, (1, tokens), generator=torch.Generator().manual_seed(2))
     ids[0, 5], ids[0, 20] = IDS[0], IDS[1]
@@ -90,22 +92,22 @@ def padded() -> dict[str, Any]:
     }
 
 
-def unlearnt() -> dict[str, Any]:
-    """Nothing but prompts."""
+def prompts_only() -> dict[str, Any]:
+    """A row without any token in the loss."""
     batch = packed()
     return batch | {"labels": torch.full_like(batch["labels"], chunked_loss.IGNORED)}
 
 
 def step(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
     """Forward and backward: the loss, and the gradient of all that is trained."""
-    found = model(**batch, num_items_in_batch=1).loss
-    found.backward()
+    loss = model(**batch, num_items_in_batch=1).loss
+    loss.backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in trained.values())
-    return float(values(found.detach())), {name: values(grad) for name, grad in trained.items()}
+    return float(values(loss.detach())), {name: values(grad) for name, grad in trained.items()}
 
 
-def beside(
+def compare_with_cpu(
     family: str,
     batch: dict[str, Any],
     *,
@@ -114,7 +116,7 @@ def beside(
     rows: bool = False,
     **adapter: Any,
 ) -> dict[str, Any]:
-    """The same step here and there."""
+    """The same step on the CPU and on the fake GPU."""
 
     def ready(model: Any) -> Any:
         model = with_adapter(model, IDS if rows else (), **adapter).train()
@@ -126,12 +128,12 @@ def beside(
     torch.manual_seed(3)
     expected, gradients = step(model, batch)
     there = prepared(family, four_bit=four_bit)
-    put_on_card(there)
-    with card() as told:
+    move_to_fake_cuda(there)
+    with fake_cuda() as log:
         model = ready(there)
-        told.waits.clear()
+        log.waits.clear()
         torch.manual_seed(3)
-        found, others = step(model, on_device(batch, CARD))
+        loss, others = step(model, on_device(batch, CARD))
     far = torch.stack(
         [
             (others[name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
@@ -139,22 +141,22 @@ def beside(
         ]
     )
     return {
-        "loss": found,
+        "loss": loss,
         "on_cpu": expected,
         "gradients_differ": float(far.max()),
-        "refused": told.refused,
-        "waits": told.waits,
+        "refused": log.refused,
+        "waits": log.waits,
     }
 
 
-def dropped() -> dict[str, Any]:
-    """With dropout as a card draws it, on the CPU too."""
-    kept = lora_linear._dropout_mask
+def with_dropout() -> dict[str, Any]:
+    """A step with dropout drawn as a GPU draws it, on the CPU too."""
+    stock = lora_linear._dropout_mask
     lora_linear._dropout_mask = lambda values, p: torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - p)
     try:
-        return beside("llama", packed(), dropout=0.1)
+        return compare_with_cpu("llama", packed(), dropout=0.1)
     finally:
-        lora_linear._dropout_mask = kept
+        lora_linear._dropout_mask = stock
 
 
 def checked(family: str) -> dict[str, Any]:
@@ -162,28 +164,28 @@ def checked(family: str) -> dict[str, Any]:
     model = build(family)
     head = chunked_loss.find_head(model)
     assert not isinstance(head, str)
-    put_on_card(model)
+    move_to_fake_cuda(model)
     device = torch.device(CARD)
-    with card() as played:
+    with fake_cuda() as log:
         # Of the model's own loss, before ours is in its place.
         is_exact = equivalence_checks.head_matches_model(model, head, device)
         use_fast_paths(model)
         packing_isolated = equivalence_checks.packing_is_isolated(model, device)
-    return {"loss_is_exact": is_exact, "kept_apart": packing_isolated, "refused": played.refused}
+    return {"loss_is_exact": is_exact, "packing_isolated": packing_isolated, "refused": log.refused}
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     # gpt-oss counts its experts' tokens in whole numbers, which only a real card can.
-    **{family: partial(beside, family, packed()) for family in FAMILIES if family != "gpt_oss"},
-    "4 bits": partial(beside, "llama", packed(), four_bit=True),
-    "checkpointing": partial(beside, "llama", packed(), four_bit=True, checkpointing=True),
-    "rank-stabilised": partial(beside, "qwen2", packed(), use_rslora=True),
-    "DoRA": partial(beside, "llama", packed(), use_dora=True),
-    "token rows": partial(beside, "qwen3", packed(), rows=True),
-    "weighted tokens": partial(beside, "qwen2", packed(weighted=True)),
-    "padded rows": partial(beside, "llama", padded()),
-    "nothing learnt": partial(beside, "llama", unlearnt(), rows=True),
-    "dropout": dropped,
+    **{family: partial(compare_with_cpu, family, packed()) for family in FAMILIES if family != "gpt_oss"},
+    "4 bits": partial(compare_with_cpu, "llama", packed(), four_bit=True),
+    "checkpointing": partial(compare_with_cpu, "llama", packed(), four_bit=True, checkpointing=True),
+    "rank-stabilised": partial(compare_with_cpu, "qwen2", packed(), use_rslora=True),
+    "DoRA": partial(compare_with_cpu, "llama", packed(), use_dora=True),
+    "token rows": partial(compare_with_cpu, "qwen3", packed(), rows=True),
+    "weighted tokens": partial(compare_with_cpu, "qwen2", packed(weighted=True)),
+    "padded rows": partial(compare_with_cpu, "llama", padded()),
+    "nothing learnt": partial(compare_with_cpu, "llama", prompts_only(), rows=True),
+    "dropout": with_dropout,
     **{f"checks of {family}": partial(checked, family) for family in ("llama", "gemma2")},
 }
 
@@ -193,10 +195,10 @@ def main() -> None:
     set_up()
     for name, case in CASES.items():
         try:
-            told = case()
+            result = case()
         except Exception as error:  # it is what is told
-            told = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps({"case": name} | told), flush=True)
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"case": name} | result), flush=True)
     # torch's threads of a device made in Python may not outlive Python's end.
     os._exit(0)
 

@@ -1,8 +1,8 @@
-"""A card that is played: tensors that say they are on one, and are computed with on the CPU.
+"""A fake GPU: tensors that report a GPU as their device and are computed on the CPU.
 
-What a real card refuses is told: an operation on its tensors and on one of the CPU's. So is what would wait
-for it. Arithmetic is the CPU's, memory and speed are not played. torch knows the device as
-its own kind ("privateuseone"), which is set up once for a process and stays: for a process of its own.
+Two things are logged: operations that a real GPU refuses, because they mix its tensors with those of the
+CPU, and operations that synchronize. Arithmetic is the CPU's; memory and speed are not simulated. torch knows
+the device as its own kind ("privateuseone"). It is set up once per process and stays, so use a separate one.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _WAITS = (
     *("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::bincount"),
     *("aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave"),
 )
-"""What has to know a value: the CPU stands until the card has come so far."""
+"""Operations that need a value, so the CPU waits for the GPU."""
 
 
-class OnCard(Tensor):
-    """A tensor of the card. ``on_cpu`` has its values."""
+class FakeCudaTensor(Tensor):
+    """A tensor on the fake GPU. ``on_cpu`` holds its values."""
 
     on_cpu: Tensor
 
     @staticmethod
-    def __new__(cls, on_cpu: Tensor) -> OnCard:
-        made: OnCard = Tensor._make_wrapper_subclass(
+    def __new__(cls, on_cpu: Tensor) -> FakeCudaTensor:
+        tensor: FakeCudaTensor = Tensor._make_wrapper_subclass(
             cls,
             on_cpu.size(),
             strides=on_cpu.stride(),
@@ -45,56 +45,56 @@ class OnCard(Tensor):
             dtype=on_cpu.dtype,
             device=torch.device(CARD),
         )
-        made.on_cpu = on_cpu
-        return made
+        tensor.on_cpu = on_cpu
+        return tensor
 
     def __init__(self, on_cpu: Tensor) -> None: ...
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return _run(func, args, kwargs or {}, Told())
+        return _run(func, args, kwargs or {}, DeviceLog())
 
 
 @dataclass
-class Told:
-    """What became of operations on the card."""
+class DeviceLog:
+    """What happened to operations on the fake GPU."""
 
     refused: list[str] = field(default_factory=list)
-    """What a real one would have stopped at. Not raised: torch does not outlive it in its own threads."""
+    """What a real GPU would have refused. Not raised: torch's own threads do not survive an exception."""
     waits: list[str] = field(default_factory=list)
-    """Who waited for it."""
+    """Which functions waited for the GPU."""
 
 
 @contextmanager
-def card() -> Iterator[Told]:
-    """Within it tensors may be made on the card."""
-    told = Told()
-    with _FromNumbers(told), _Operations(told):
-        yield told
+def fake_cuda() -> Iterator[DeviceLog]:
+    """Let tensors be created on the fake GPU."""
+    log = DeviceLog()
+    with _FromNumbers(log), _Operations(log):
+        yield log
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    def __init__(self, told: Told) -> None:
+    def __init__(self, log: DeviceLog) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
-        self._told = told
+        self._log = log
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {}, self._told)
+        return _run(func, args, kwargs or {}, self._log)
 
 
 class _FromNumbers(TorchFunctionMode):
-    """Tensors made of Python's numbers: torch makes them without asking a dispatch mode."""
+    """Catches tensors created from Python numbers, which torch creates without a dispatch mode."""
 
-    def __init__(self, told: Told) -> None:
+    def __init__(self, log: DeviceLog) -> None:
         super().__init__()
-        self._told = told
+        self._log = log
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        made = func in (torch.tensor, torch.as_tensor)
-        if made and _is_card(kwargs.get("device")) and not isinstance(args[0], Tensor):
-            self._told.waits.append(f"{func.__name__} {_asked_by()}")
-            return OnCard(func(*args, **kwargs | {"device": "cpu"}))
+        creates = func in (torch.tensor, torch.as_tensor)
+        if creates and _is_fake_cuda(kwargs.get("device")) and not isinstance(args[0], Tensor):
+            self._log.waits.append(f"{func.__name__} {_caller()}")
+            return FakeCudaTensor(func(*args, **kwargs | {"device": "cpu"}))
         if func is Tensor.__getitem__ and isinstance(args[1], list):
             return args[0][torch.tensor(args[1])]
         return func(*args, **kwargs)
@@ -106,13 +106,13 @@ class _Module(backend_registration._DummyBackendModule):
 
 
 def set_up() -> None:
-    """Let torch know of the device."""
+    """Register the device with torch."""
     backend_registration._setup_privateuseone_for_python_backend(KIND, backend_module=_Module())
     # Or a module could not be moved to tensors of another class.
     torch.__future__.set_overwrite_module_params_on_conversion(True)
 
 
-def put_on_card(model: nn.Module) -> None:
+def move_to_fake_cuda(model: nn.Module) -> None:
     """Every weight of a model, what its 4-bit weights are read with, and its buffers; tied ones stay tied."""
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -121,16 +121,16 @@ def put_on_card(model: nn.Module) -> None:
                 module._parameters[name] = moved.setdefault(id(parameter), _moved(parameter))
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = OnCard(buffer)
+                module._buffers[name] = FakeCudaTensor(buffer)
 
 
 def values(tensor: Tensor) -> Tensor:
     """On the CPU, without waiting."""
-    return tensor.on_cpu if isinstance(tensor, OnCard) else tensor
+    return tensor.on_cpu if isinstance(tensor, FakeCudaTensor) else tensor
 
 
 def _moved(parameter: nn.Parameter) -> nn.Parameter:
-    moved = nn.Parameter(OnCard(parameter.detach().clone()), requires_grad=parameter.requires_grad)
+    moved = nn.Parameter(FakeCudaTensor(parameter.detach().clone()), requires_grad=parameter.requires_grad)
     for name, held in vars(parameter).items():
         setattr(moved, name, _state_moved(held) if name == "quant_state" and held is not None else held)
     return moved
@@ -141,27 +141,27 @@ def _state_moved(state: Any) -> Any:
     moved = copy.copy(state)
     for name, held in vars(state).items():
         if isinstance(held, Tensor):
-            setattr(moved, name, OnCard(held))
+            setattr(moved, name, FakeCudaTensor(held))
     moved.state2 = None if state.state2 is None else _state_moved(state.state2)
     return moved
 
 
-def _run(func: Any, args: Any, kwargs: Any, told: Told) -> Any:
+def _run(func: Any, args: Any, kwargs: Any, log: DeviceLog) -> Any:
     name = func._schema.name
     device = kwargs.get("device")
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    on_gpu = any(isinstance(tensor, OnCard) for tensor in given)
+    on_gpu = any(isinstance(tensor, FakeCudaTensor) for tensor in given)
     if on_gpu and _mixes(func, name, args, given, _written(func, args, kwargs)):
-        told.refused.append(f"{name} {_asked_by()}")
+        log.refused.append(f"{name} {_caller()}")
     if _waits(name, args, kwargs, on_gpu=on_gpu):
-        told.waits.append(f"{name} {_asked_by()}")
-    plain = dict(kwargs, device="cpu") if _is_card(device) else kwargs
-    made = func(*tree_map(values_of, args), **tree_map(values_of, plain))
+        log.waits.append(f"{name} {_caller()}")
+    plain = dict(kwargs, device="cpu") if _is_fake_cuda(device) else kwargs
+    result = func(*tree_map(values_of, args), **tree_map(values_of, plain))
     written = _written(func, args, kwargs)
     if written is not None:
         return written if len(func._schema.returns) == 1 else None
-    stays = on_gpu if device is None else _is_card(device)
-    return tree_map(lambda x: OnCard(x) if stays and isinstance(x, Tensor) else x, made)
+    stays = on_gpu if device is None else _is_fake_cuda(device)
+    return tree_map(lambda x: FakeCudaTensor(x) if stays and isinstance(x, Tensor) else x, result)
 
 
 def values_of(leaf: Any) -> Any:
@@ -169,7 +169,7 @@ def values_of(leaf: Any) -> Any:
     return values(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def _is_card(device: Any) -> bool:
+def _is_fake_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == KIND
 
 
@@ -177,30 +177,32 @@ def _mixes(func: Any, name: str, args: Any, given: list[Tensor], written: Tensor
     """Whether tensors of both are computed with, some of them on the card."""
     if name in _COPIES:
         return False
-    if written is not None and not isinstance(written, OnCard):
+    if written is not None and not isinstance(written, FakeCudaTensor):
         return True
     if "index_put" in name or name in ("aten::index", "aten::_unsafe_index"):
         # Places may be given from the CPU; what they are places of may not, nor what is put there.
         given = [args[0], *args[2:3]]
     numbers = torch.Tag.pointwise in func.tags or "index_put" in name
-    return any(not isinstance(tensor, OnCard) and not (numbers and tensor.dim() == 0) for tensor in given)
+    return any(
+        not isinstance(tensor, FakeCudaTensor) and not (numbers and tensor.dim() == 0) for tensor in given
+    )
 
 
 def _waits(name: str, args: Any, kwargs: Any, *, on_gpu: bool) -> bool:
     """Whether the CPU stands still: for a value, or for a copy that was not told to go on its own."""
     if name == "aten::copy_":
-        there, here = (isinstance(tensor, OnCard) for tensor in args[:2])
-        return there != here and not (there and _on_its_own(args[2:], kwargs))
+        there, here = (isinstance(tensor, FakeCudaTensor) for tensor in args[:2])
+        return there != here and not (there and _is_non_blocking(args[2:], kwargs))
     if name == "aten::_to_copy" and kwargs.get("device") is not None:
-        comes = _is_card(kwargs["device"])
-        return comes != on_gpu and not (comes and _on_its_own((), kwargs))
+        comes = _is_fake_cuda(kwargs["device"])
+        return comes != on_gpu and not (comes and _is_non_blocking((), kwargs))
     counts_out = "index" in name and any(
         isinstance(index, Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1:2])
     )
     return on_gpu and (name in _WAITS or counts_out)
 
 
-def _on_its_own(args: Any, kwargs: Any) -> bool:
+def _is_non_blocking(args: Any, kwargs: Any) -> bool:
     return bool(kwargs.get("non_blocking") or any(args))
 
 
@@ -214,7 +216,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> Any:
     return None
 
 
-def _asked_by() -> str:
+def _caller() -> str:
     """The last function of the project, or of a library, that asked; torch's own backward is none of them."""
     for frame in reversed(traceback.extract_stack()):
         if "/torch/" not in frame.filename and frame.filename != __file__:

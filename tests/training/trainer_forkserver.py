@@ -1,9 +1,11 @@
-"""Trainers without their start: this process has imported everything, and forks one for each that is asked.
+"""Forks trainers from a process that has imported everything.
 
 Each child is a real process that runs ``python -m qlora_tui.training`` from its first line, to be stopped,
-watched and killed like any other; it only lacks the ten seconds of imports. Asked through a Unix socket:
-a line of JSON with ``arguments`` and ``environment``; answered by the child's number and, once it has ended,
-its exit code. ``BEFORE_TRAINER`` in the environment is code to run first: :mod:`tests.training.mishaps`.
+watched and killed like any other; it only skips the ten seconds of imports.
+
+A request through the Unix socket is a line of JSON with ``arguments`` and ``environment``. The reply is the
+child's process id and, once it has ended, its exit code. ``BEFORE_TRAINER`` in the environment is code to run
+first: see :mod:`tests.training.fault_injection`.
 """
 
 from __future__ import annotations
@@ -52,20 +54,20 @@ def main() -> None:
                 _, status = os.waitpid(child, 0)
                 events.unregister(key.fileobj)
                 os.close(key.fd)
-                _answer(client, os.waitstatus_to_exitcode(status))
+                _reply(client, os.waitstatus_to_exitcode(status))
                 client.close()
 
 
 def _start(client: socket.socket) -> int:
-    asked = json.loads(client.makefile().readline())
+    request = json.loads(client.makefile().readline())
     child = os.fork()
     if child == 0:
-        _become_trainer(asked["arguments"], asked["environment"])
-    _answer(client, child)
+        _become_trainer(request["arguments"], request["environment"])
+    _reply(client, child)
     return child
 
 
-def _answer(client: socket.socket, number: int) -> None:
+def _reply(client: socket.socket, number: int) -> None:
     # The one who asked may have been killed since.
     with contextlib.suppress(OSError):
         client.sendall(f"{number}\n".encode())

@@ -23,11 +23,11 @@ LIBRARYS = "masking_utils.py"
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, dict[str, Any]]:
+def results() -> dict[str, dict[str, Any]]:
     """What became of each case. In a process of its own, where torch knows of the card."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot be given a device by Python alone")
-    command = [sys.executable, "-m", "tests.training.on_card"]
+    command = [sys.executable, "-m", "tests.training.fake_cuda_steps"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return {case.pop("case"): case for case in map(json.loads, done.stdout.splitlines()) if "case" in case}
@@ -57,21 +57,21 @@ CHECKS = ["checks of llama", "checks of gemma2"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_on_a_card_is_that_on_the_cpu(told: dict[str, dict[str, Any]], case: str) -> None:
-    found = told[case]
-    assert "error" not in found, found["error"]
-    assert found["refused"] == []
-    assert found["loss"] == pytest.approx(found["on_cpu"], rel=1e-5)
-    assert found["gradients_differ"] < 1e-4
-    assert [w for w in found["waits"] if case != "padded rows" or LIBRARYS not in w] == [COUNTED]
+def test_a_step_on_a_card_is_that_on_the_cpu(results: dict[str, dict[str, Any]], case: str) -> None:
+    result = results[case]
+    assert "error" not in result, result["error"]
+    assert result["refused"] == []
+    assert result["loss"] == pytest.approx(result["on_cpu"], rel=1e-5)
+    assert result["gradients_differ"] < 1e-4
+    assert [w for w in result["waits"] if case != "padded rows" or LIBRARYS not in w] == [COUNTED]
 
 
 @pytest.mark.parametrize("case", CHECKS)
 def test_what_is_proved_before_training_is_proved_on_a_card(
-    told: dict[str, dict[str, Any]], case: str
+    results: dict[str, dict[str, Any]], case: str
 ) -> None:
-    assert told[case] == {"loss_is_exact": True, "kept_apart": True, "refused": []}
+    assert results[case] == {"loss_is_exact": True, "packing_isolated": True, "refused": []}
 
 
-def test_every_case_is_looked_at(told: dict[str, dict[str, Any]]) -> None:
-    assert list(told) == CASES + CHECKS
+def test_every_case_is_looked_at(results: dict[str, dict[str, Any]]) -> None:
+    assert list(results) == CASES + CHECKS

@@ -17,7 +17,7 @@ from qlora_tui.training import adapter
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.fused import lora_linear
 from qlora_tui.training.model_loading import checkpoint_activations, load_base
-from tests.training.tiny import make_tiny_model
+from tests.training.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
@@ -109,9 +109,9 @@ def test_bf16_is_as_near_to_fp32_as_autocast_is(folder: Path, monkeypatch: pytes
 def test_dropout_drops_its_share_and_gradients_follow_what_was_kept(dtype: str) -> None:
     values = torch.ones(1001, 999, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
-    kept = lora_linear._dropout_mask(values, 0.05)
-    passed = lora_linear._apply_dropout(values, kept)
-    assert kept.element_size() == 1
+    mask = lora_linear._dropout_mask(values, 0.05)
+    passed = lora_linear._apply_dropout(values, mask)
+    assert mask.element_size() == 1
     assert set(passed.flatten().tolist()) == {0.0, 1.0}
     assert (passed == 0).float().mean().item() == pytest.approx(0.05, abs=1e-3)
     assert (passed == 0).any(0).float().mean() > 0.99 and (passed == 0).any(1).float().mean() > 0.99

@@ -1,4 +1,4 @@
-"""Reading what a run told."""
+"""Reads the events of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def events(run: RunDir) -> list[AnyEvent]:
     return list(EventTail(run.events_path).drain())
 
 
-def told(run: RunDir, kind: type[AnEvent]) -> list[AnEvent]:
+def events_of(run: RunDir, kind: type[AnEvent]) -> list[AnEvent]:
     """Every event of one kind."""
     return [event for event in events(run) if isinstance(event, kind)]
 
@@ -30,6 +30,6 @@ def losses(run: RunDir) -> dict[int, float]:
 
 
 def last_step(run: RunDir) -> int:
-    """The last step told; 0 before the first."""
-    steps = told(run, Step)
+    """The last step in the events; 0 before the first."""
+    steps = events_of(run, Step)
     return steps[-1].step if steps else 0
