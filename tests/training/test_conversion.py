@@ -114,7 +114,7 @@ def test_a_killed_child_is_a_lack_of_memory(file: Path, tmp_path: Path) -> None:
     with another_process_converts(folder), pytest.raises(UserError, match="could not be converted") as raised:
         convert_in_child(file, folder, should_stop=kill_it)
     assert "was killed" in raised.value.what
-    assert "memory ran out" in raised.value.why
+    assert "ran out of memory" in raised.value.why
 
 
 def test_a_failure_in_the_child_is_told_in_its_own_words(tmp_path: Path) -> None:

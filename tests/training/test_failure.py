@@ -15,7 +15,7 @@ CARD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("said", "what"),
     [
         (CPU, "It requested 54 MiB, more than the machine had left."),
         ("could not create a primitive", "The machine is out of memory."),

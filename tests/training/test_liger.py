@@ -262,7 +262,7 @@ def test_tokens_that_count_for_more_or_less_stay_with_our_own_loss(install: Any)
 
 
 @pytest.mark.parametrize(
-    ("kind", "weighted", "told"),
+    ("kind", "weighted", "record"),
     [
         (FakeLiger, False, "liger"),
         (FakeLiger, True, "chunked: this data has token weights"),
