@@ -1,8 +1,8 @@
 """Exact-match accuracy of short answers: classification, sentiment, question answering.
 
-Greedy search gives the wanted answer exactly if each of its tokens is the likeliest after those before it.
-The validation pass has the model in all those places already, so nothing is generated: every sample of the
-validation split is counted, at the price of one projection of its answer tokens.
+Greedy search gives the expected answer exactly if each of its tokens is the most likely one after the tokens
+before it. The validation pass computes hidden states at all these positions anyway, so nothing is generated:
+every validation sample is counted, at the price of one projection of its answer tokens.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from qlora_tui.training.batches import TokenizedDataset
 from qlora_tui.training.chunked_loss import IGNORED
 
 SHORT_TOKENS = 16
-"""Trained tokens of a sample, the ends of its turns included, up to which its answer counts as short."""
+"""Tokens in the loss, ends of turns included, up to which the answer of a sample counts as short."""
 _CHUNK_ROWS = 256
-"""Logits that exist at once."""
+"""Rows of logits in memory at a time."""
 
 
 def has_short_answers(samples: TokenizedDataset) -> bool:
-    """Whether every sample has a short answer, so that exact matches say something."""
+    """Whether every sample has a short answer, so that exact-match accuracy is meaningful."""
     return len(samples) > 0 and all(sum(samples.trained(i)) <= SHORT_TOKENS for i in range(len(samples)))
 
 
 @contextmanager
 def last_hidden_states(model: Any) -> Iterator[list[Tensor]]:
-    """What the decoder of a peft model gave to the head in the last forward: one tensor."""
+    """Collect the decoder's output in the last forward of a peft model: a list with one tensor."""
     hidden: list[Tensor] = []
 
     def save(module: Any, args: Any, output: Any) -> None:
@@ -44,9 +44,17 @@ def last_hidden_states(model: Any) -> Iterator[list[Tensor]]:
 
 
 def argmax_tokens(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Tensor) -> Tensor:
-    """The likeliest token in each place of ``wanted``, a mask of (rows, tokens - 1); (places,).
+    """The most likely token at each position that ``wanted`` selects.
 
-    Where the loss was taken in chunks there are no ``logits``. Scaling and capping them changes no maximum.
+    Scaling and capping of logits is skipped, because it does not change which one is largest.
+
+    Args:
+        logits: (rows, tokens, vocabulary); None where the loss was computed in chunks, without whole logits.
+        hidden: (rows, tokens, hidden), the input of the head.
+        wanted: (rows, tokens - 1), bool.
+
+    Returns:
+        (positions,), token ids.
     """
     if logits is not None:
         return logits[:, :-1][wanted].argmax(-1)
@@ -62,9 +70,12 @@ def exact_answers(
 ) -> tuple[int, int]:
     """How many samples were answered exactly, and how many have an answer.
 
-    ``predicted`` is (places,), one for each label of ``labels[:, 1:]`` that is not ignored; ``segments`` the
-    lengths of the samples of the one row, None where each row is a sample. What a template writes after the
-    end of a turn is not part of an answer.
+    What a chat template writes after the end of a turn is not part of an answer.
+
+    Args:
+        predicted: (positions,), one for each label in ``labels[:, 1:]`` that is not ignored.
+        labels: (rows, tokens).
+        segments: lengths of the samples packed into the one row; None where each row is a sample.
     """
     wanted = labels[:, 1:] != IGNORED
     wrong = torch.zeros_like(labels, dtype=torch.bool)

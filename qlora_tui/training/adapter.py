@@ -18,10 +18,12 @@ from qlora_tui.training.trainable_tokens import init_untrained_rows, token_indic
 
 
 def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: Sequence[int] = ()) -> Any:
-    """The model with an adapter that changes nothing yet. Draws from torch's random numbers.
+    """Add a LoRA adapter that does not change the model yet (B is 0). Draws from torch's random numbers.
 
-    ``token_ids``: whose rows of embedding and head are trained too; those that say nothing begin as the mean.
-    Weights of the adapter are fp32 whatever the model computes in.
+    The weights of the adapter are fp32, whatever dtype the model computes in.
+
+    Args:
+        token_ids: tokens whose rows of embedding and head are trained too; untrained ones start as the mean.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -55,7 +57,7 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: 
 
 @contextmanager
 def exact_target_names(model: nn.Module, names: Iterable[str] | str) -> Iterator[None]:
-    """While peft puts an adapter on, let it touch the modules named and no others.
+    """Make peft adapt exactly the modules that are named, and no others.
 
     For adapters made before transformers 5, peft reads ``gate_proj`` and its like as the routed experts in
     families that have such (``_convert_peft_config_moe``), also at the end of the full name of a shared
@@ -77,7 +79,7 @@ def exact_target_names(model: nn.Module, names: Iterable[str] | str) -> Iterator
 
 
 def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture) -> dict[str, LinearModule]:
-    """The modules the recipe targets by their full name as this model has it. Raises UserError."""
+    """The target modules of the recipe by their full name in this model. Raises UserError."""
     modules = dict(model.named_modules())
     by_tail = {_tail(name): name for name in modules}
     targets = {}
@@ -96,16 +98,16 @@ def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture
 
 
 def trained_parameters(model: nn.Module) -> int:
-    """Numbers that training changes."""
+    """Number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _short(alpha: float) -> float:
-    """A whole number as an int: other programs read it as one."""
+    """A whole float as an int, which is what other programs expect in ``adapter_config.json``."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _tail(name: str) -> str:
-    """From ``layers.`` on: ``layers.0.self_attn.q_proj``."""
+    """The module name from ``layers.`` on: ``layers.0.self_attn.q_proj``."""
     _, separator, tail = name.partition("layers.")
     return separator + tail if separator else name

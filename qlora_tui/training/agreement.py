@@ -1,4 +1,4 @@
-"""When two ways to compute the same values differ by rounding alone.
+"""Decides whether two computations of the same values differ by rounding alone.
 
 Every check of a shortcut against the library's own computation compares with the functions here. Each
 element is held to its own size, never to the largest value of its tensor: trained models have outlier

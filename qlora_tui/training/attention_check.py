@@ -1,4 +1,4 @@
-"""Whether attention sample by sample is what each layer of the model at hand asks for.
+"""Checks that packed attention computes what each layer of the loaded model needs.
 
 The model is run once on a short sample, with sliding windows shorter than it is. Each layer's queries, keys
 and values go through the library's attention for that layer, with the mask that the library makes for it, and
@@ -20,12 +20,12 @@ from qlora_tui.training.agreement import within_rounding
 from qlora_tui.training.model_loading import set_attention
 
 _NAME = "qlora_check"
-"""The attention implementation that compares, as transformers knows it."""
+"""Name under which transformers knows the attention implementation that compares."""
 _WINDOW = 3
-"""Tokens that a sliding window, or a chunk, of the model is cut down to."""
+"""Length to which sliding windows and chunks of the model are shortened, in tokens."""
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _SCORES = 3.0
-"""Standard deviation of each head's scores: its weights are uneven, and no key takes all of them."""
+"""Standard deviation of each head's scores: large enough for uneven weights, too small for one-hot ones."""
 _ROUNDINGS = 64.0
 """Of fp32, in which the library takes its softmax, by which an output may differ."""
 _NOISE = {torch.float32: 32.0, torch.bfloat16: 6.0, torch.float16: 6.0}
@@ -38,13 +38,17 @@ AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class AttentionMismatchError(RuntimeError):
-    """A layer's attention is not the library's."""
+    """The attention of a layer differs from the library's."""
 
 
 def library_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Logits (tokens, vocabulary) of one sample, each layer attending as the library does.
+    """Compute the logits of one sample with the library's attention, and compare ours in each layer.
 
-    Raises Differs where our attention gives a layer anything else.
+    Returns:
+        Logits (tokens, vocabulary).
+
+    Raises:
+        AttentionMismatchError: our attention computes something else in a layer.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
@@ -86,7 +90,7 @@ def _compare(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The library's output; raises Differs where ours is another."""
+    """The library's attention output. Raises AttentionMismatchError where ours differs."""
     dtype = query.dtype
     # The masks of the library hide by adding the largest negative number of the dtype.
     masks = {
@@ -108,10 +112,10 @@ def _compare(
 def attention_matches(
     ours: AttentionFn, library: AttentionFn, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> bool:
-    """Whether two ways to attend give (batch, tokens, heads, width) alike, for a layer's own tensors.
+    """Whether two attention functions agree on the tensors of a layer.
 
-    The queries are scaled for scores of a usual size: large ones would leave every weight to one key, and
-    small ones would hide a soft cap. In float64 this shows the function; in the run's dtype, the kernel.
+    The queries are scaled so that scores have a typical size: large scores would put all weight on one key,
+    and small ones would hide a soft cap. In float64 this compares the formula, in the run's dtype the kernel.
     """
     usual = (query * _factors(query, key, scaling)).to(query.dtype)
     q, k, v = usual.double(), key.double(), value.double()
@@ -139,7 +143,7 @@ def _library(
 
 
 def _factors(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
-    """By which the queries of each head are multiplied for scores of a usual size, (1, heads, 1, 1)."""
+    """Factors (1, heads, 1, 1) for the queries that give each head scores of a typical size."""
     keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query.double() @ keys.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
     return _SCORES / scores.std((-1, -2), keepdim=True).clamp(min=1e-9)

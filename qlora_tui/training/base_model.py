@@ -1,4 +1,4 @@
-"""The base model as LoRA is added to it: loaded, its loss and its attention in place, both proved on it."""
+"""The base model before LoRA is added: loaded, with loss and attention verified on the model itself."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _NOT_WEIGHTED = "this data has token weights, which Liger does not support"
 
 @dataclass(frozen=True)
 class PreparedBase:
-    """What a run trains on."""
+    """The frozen base model, and which loss and attention it uses."""
 
     model: Any
     folder: Path
     attention: str
-    """As the run's record names it."""
+    """Description of the attention, for the run's events."""
     loss: str
-    """The one counted on, or another and why."""
+    """The loss that the memory estimate assumes, or another one with the reason."""
     packing_isolated: bool
     """Whether several samples may share a row."""
     attention_path: AttentionPath
     """The attention path that was tried first."""
     library_attention: str
-    """The implementation that transformers uses for one sample by itself: ``sdpa`` or ``eager``."""
+    """The implementation in transformers for a single sample: ``sdpa`` or ``eager``."""
     replaced: tuple[str, ...] = ()
-    """Fast paths that computed something else on this model, and are not used."""
+    """Fast paths that are not used, because they differ from the library on this model."""
 
 
 def prepare_base(
@@ -45,9 +45,14 @@ def prepare_base(
     *,
     weighted: bool,
 ) -> PreparedBase:
-    """Load it with the loss that the estimate counts on where that is proved exact, else with another.
+    """Load the base model, with the expected loss where that is verified to be exact, else with another.
 
-    ``weighted``: some tokens of the data count for more or less than others.
+    Args:
+        expected_loss: the loss that the memory estimate assumes.
+        weighted: whether tokens of the data have loss weights.
+
+    Raises:
+        UserError: the model cannot be loaded.
     """
     model = model_loading.load_base(folder, recipe, device, attention_path)
     head = chunked_loss.find_head(model)
@@ -78,7 +83,7 @@ def prepare_base(
 
 
 def _library_attention(model: Any, attention_path: AttentionPath) -> str:
-    """Flash kernels are no reference for themselves: SDPA is, or what families have that lack it."""
+    """The reference for packed attention: SDPA, or eager for families without SDPA; never a flash kernel."""
     loaded: str = model.config._attn_implementation
     if attention_path != "flash":
         return loaded
@@ -94,7 +99,7 @@ def _use_loss(
     expected_loss: Loss,
     weighted: bool,
 ) -> str:
-    """Give the model its loss; what the run's record says of it."""
+    """Install the loss in the model; returns its description for the run's events."""
     if isinstance(head, str):
         chunked_loss.use_weighted_loss(model)
         return f"stock: {head}"

@@ -1,10 +1,22 @@
-"""From samples to optimizer steps: which rows, in which order, split into which micro-batches.
+"""Plans optimizer steps: which samples share a row, in which order, split into which micro-batches.
 
-The whole run is laid out before it starts, from recipe and seed alone. A step is a list of rows, a row a list
-of samples; how a step's rows are split into micro-batches, and over how many processes, changes nothing in
-what it learns. So a run resumes at any step, also with a smaller micro-batch than before.
+All steps of a run are planned before it starts, from recipe and seed alone. A step is a list of rows, a row a
+list of samples. How the rows of a step are split into micro-batches, and over how many processes, does not
+change what it learns, so a run can resume at any step, even with a smaller micro-batch.
 
-A micro-batch is one long row without padding where samples can be kept apart, else padded rows.
+A micro-batch is one long row without padding where samples can be isolated, else padded rows. Samples
+``a a a``, ``b b`` and ``c`` with packing, ``data.max_length`` 4 and a micro-batch of 2 rows::
+
+    rows           (0, 2) and (1,)      3 + 1 and 2 of 4 tokens
+    input_ids      [[a a a c b b]]      (1, 6): both rows end to end, without padding
+    position_ids   [[0 1 2 0 0 1]]      starts over at each sample
+    labels         [[- a a - - b]]      - is IGNORED: the first token of a sample is predicted from nothing
+    segments       [3, 1, 2]            lengths of the samples, which attend to themselves only
+
+Without isolation each sample is a row, padded to the longest::
+
+    input_ids      [[c _ _] [b b _] [a a a]]    (3, 3)
+    attention_mask [[1 0 0] [1 1 0] [1 1 1]]
 """
 
 from __future__ import annotations
@@ -23,39 +35,39 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.chunked_loss import IGNORED
 
 Row: TypeAlias = tuple[int, ...]
-"""Numbers of the samples in one row."""
+"""Indices of the samples in one row."""
 _LENGTH_GROUP = 16
-"""Steps among which rows of like length are put together where they must be padded."""
+"""Steps per group that is sorted by length, where rows are padded."""
 
 
 class TokenizedDataset(Protocol):
-    """What is read of a tokenized set; ``qlora_tui.data.store.Samples`` is one."""
+    """The interface of a tokenized data set; ``qlora_tui.data.store.Samples`` implements it."""
 
     def __len__(self) -> int: ...
 
     def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of a sample."""
+        """Token ids of sample ``i``."""
 
     def trained(self, i: int, /) -> Sequence[int]:
-        """1 for each token that is learnt from, else 0."""
+        """1 for each token in the loss, else 0."""
 
     def weights(self, i: int, /) -> Sequence[float] | None:
-        """How much each token counts in the loss; None where each that is learnt from counts 1."""
+        """Weight of each token in the loss; None where each token in the loss has weight 1."""
 
     def length(self, i: int, /) -> int:
-        """Tokens of a sample."""
+        """Length of sample ``i`` in tokens."""
 
     def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """The samples of one pass in their random order."""
+        """Indices of all samples in the random order of one epoch."""
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """What one optimizer step learns from."""
+    """The rows of one optimizer step."""
 
     rows: tuple[Row, ...]
     epoch: float
-    """Passes over the data when it is done."""
+    """Passes over the data after this step, as a fraction."""
     ends_epoch: bool
 
 
@@ -66,11 +78,11 @@ class StepPlan:
     steps: tuple[PlannedStep, ...]
     rows_per_epoch: int
     steps_per_epoch: int
-    """Both of the first pass; with fractional weights others can differ by one."""
+    """Steps of the first epoch, like ``rows_per_epoch``; with fractional weights others can differ by one."""
 
 
 def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, packing_isolated: bool) -> StepPlan:
-    """Lay a run out. ``packing_isolated``: samples in one row do not see each other."""
+    """Plan every step of a run. ``packing_isolated``: samples in one row do not attend to each other."""
     training, data = recipe.training, recipe.data
     steps: list[PlannedStep] = []
     first_rows = first_steps = 0
@@ -97,14 +109,20 @@ def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, packing_isolated: b
 
 
 def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Row]:
-    """Whole samples into as few rows of at most ``capacity`` tokens as best-fit-decreasing finds.
+    """Pack whole samples into few rows by best-fit decreasing.
 
-    A sample longer than a row gets one of its own.
+    ``pack([7, 8, 9], [3, 2, 1], capacity=4)`` gives ``[(7, 9), (8,)]``: the longest sample first, each into
+    the row with the least space that is enough. A sample longer than ``capacity`` gets a row to itself.
+
+    Args:
+        order: indices of the samples.
+        lengths: their lengths in tokens, in the same order.
+        capacity: tokens per row.
     """
     by_length = sorted(range(len(order)), key=lambda k: -lengths[k])
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []
-    """(tokens left, row), ascending: the first that is large enough fits best."""
+    """(tokens left, row), ascending: the first entry that is large enough is the best fit."""
     for k in by_length:
         place = bisect_left(free, (lengths[k], -1))
         if place == len(free):
@@ -119,14 +137,14 @@ def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Ro
 
 
 def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    """The rows of a step, ``size`` at a time."""
+    """Split the rows of a step into micro-batches of ``size`` rows."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def validation_batches(
     samples: TokenizedDataset, size: int, max_length: int, *, packing_isolated: bool
 ) -> list[list[Row]]:
-    """Every sample once, in micro-batches of ``size`` rows."""
+    """All validation samples once, in micro-batches of ``size`` rows."""
     everything = range(len(samples))
     if packing_isolated:
         rows = pack(everything, [samples.length(i) for i in everything], max_length)
@@ -136,14 +154,14 @@ def validation_batches(
 
 
 def count_tokens(rows: Sequence[Row], samples: TokenizedDataset) -> int:
-    """Real tokens of some rows."""
+    """Tokens in ``rows``, without padding."""
     return sum(samples.length(i) for row in rows for i in row)
 
 
 def sum_loss_weights(rows: Sequence[Row], samples: TokenizedDataset) -> float:
-    """Tokens of some rows that are learnt from, each by its weight: what a sum of losses is divided by.
+    """Sum of the loss weights of the tokens in ``rows``: the divisor of a summed loss.
 
-    The first of a sample is predicted from nothing.
+    The first token of a sample does not count, because it is predicted from nothing.
     """
     weights = (samples.weights(i) or samples.trained(i) for i in _samples_of(rows))
     return sum(sum(of_one[1:]) for of_one in weights)
@@ -161,10 +179,16 @@ def collate(
 ) -> dict[str, Any]:
     """Tensors of one micro-batch, on the CPU: the arguments of the model's forward.
 
-    Kept apart: ``input_ids``, ``position_ids`` (starting over at each sample) and ``labels`` of (1, tokens),
-    and ``segments``, the samples' lengths; the last sample is filled up to a ``multiple`` of tokens. Else
-    ``input_ids``, ``attention_mask`` and ``labels`` of (rows, longest). Where the samples have weights,
-    ``loss_weights`` too, fp32 of the shape of the labels.
+    The module's docstring shows an example of both shapes.
+
+    Args:
+        packing_isolated: one packed row instead of padded rows.
+        multiple: the last sample of a packed row is padded so that the row has a multiple of it.
+
+    Returns:
+        Packed: ``input_ids``, ``position_ids`` and ``labels`` of (1, tokens), and ``segments``, the lengths
+        of the samples. Padded: ``input_ids``, ``attention_mask`` and ``labels`` of (rows, longest). With
+        sample weights also ``loss_weights``, fp32 in the shape of the labels.
     """
     weighted = [samples.weights(i) for i in _samples_of(rows)]
     weights = [torch.tensor(list(of_one)) for of_one in weighted if of_one is not None]
@@ -193,8 +217,7 @@ def collate(
 
 
 def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """A micro-batch with its tensors there. The copies go on their own: nobody waits for what a card has yet
-    to do before them."""
+    """Copy a micro-batch to ``device``, without waiting for the GPU to finish earlier work."""
     return {
         name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
         for name, value in batch.items()
@@ -202,7 +225,7 @@ def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
 
 
 def mask_all_labels(batch: dict[str, Any]) -> dict[str, Any]:
-    """The same micro-batch without a label: for a process that has none left when the others have one."""
+    """The micro-batch without labels, for a process that has none left while the others have one."""
     return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 
 
@@ -212,7 +235,7 @@ def _samples_of(rows: Sequence[Row]) -> Iterator[int]:
 
 def _labels(i: int, tokens: Tensor, samples: TokenizedDataset) -> Tensor:
     labels = tokens.masked_fill(_tensor(samples.trained(i)) == 0, IGNORED)
-    # In a packed row it would be predicted from the last token of the sample before.
+    # In a packed row the first token would be predicted from the last token of the sample before.
     labels[0] = IGNORED
     return labels
 
@@ -237,9 +260,9 @@ def _steps_of(rows: Sequence[Row], epoch: int, share: float, effective_batch: in
 def _group_by_length(
     rows: list[Row], samples: TokenizedDataset, effective_batch: int, shuffle: random.Random
 ) -> list[Row]:
-    """Rows of like length next to each other, so that little is padded; the steps in random order.
+    """Put rows of similar length into one step, so that little is padded, and shuffle the steps.
 
-    Only whole steps change places: a shorter last one stays the last.
+    Only full steps are shuffled: a shorter last step stays last.
     """
     window = _LENGTH_GROUP * effective_batch
     steps: list[list[Row]] = []

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked before they are trusted, and kept as the recipe says.
+"""Checkpoints: written completely or not at all, verified before use, and pruned as the recipe says.
 
 checkpoints/step-N/
   adapter_model.safetensors, adapter_config.json   loads with plain peft
@@ -45,22 +45,22 @@ _FREE = frozenset(
         "training.gradient_checkpointing",
     }
 )
-"""Settings that may change before a resume: they alter nothing that is learnt."""
+"""Settings that may change before a resume, because they do not affect what is learned."""
 _SPLIT = frozenset({"training.micro_batch_size", "training.gradient_accumulation"})
-"""May change as long as their product, the effective batch, stays."""
+"""Settings that may change before a resume as long as their product, the effective batch, is the same."""
 
 
 class CheckpointState(Struct, frozen=True, kw_only=True):
-    """What a resumed run must know beside what transformers keeps."""
+    """What a resumed run needs beyond the files of transformers."""
 
     step: int
     tokens: int
-    """Real tokens learnt from so far."""
+    """Real tokens trained on so far."""
     data_hash: str
     packing_isolated: bool = msgspec.field(name="kept_apart")
-    """Whether samples in one row did not see each other: it decides how rows are made."""
+    """Whether samples in one row were isolated, which decides how rows are packed."""
     recipe: str
-    """As TOML."""
+    """The recipe as TOML."""
     best_step: int | None = None
     best_loss: float | None = None
     last_losses: tuple[float, ...] = ()
@@ -71,7 +71,7 @@ _STATE_DECODER = msgspec.json.Decoder(CheckpointState)
 
 
 class UnloadableCheckpoint(UserError):
-    """A checkpoint whose files are as they were written, and which torch or peft does not load."""
+    """torch or peft cannot load a checkpoint whose files are undamaged."""
 
     def __init__(self, folder: Path, error: Exception) -> None:
         reason = str(error).strip().partition("\n")[0]
@@ -83,7 +83,7 @@ class UnloadableCheckpoint(UserError):
 
 
 class Checkpoint(Struct, frozen=True):
-    """One that is whole."""
+    """A checkpoint that is complete and undamaged."""
 
     step: int
     folder: Path
@@ -96,10 +96,16 @@ def write(
     save_checkpoint_files: Callable[[Path], None],
     dist: DistributedContext,
 ) -> Path:
-    """Write a checkpoint; ``save_checkpoint_files`` writes the files of each process to a given folder.
+    """Write a checkpoint, which is on the disk on return.
 
-    It is on the disk on return. Raises OSError when it cannot be written; what was there before is untouched
-    then.
+    Args:
+        save_checkpoint_files: writes the files of this process to the given folder.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        OSError: it cannot be written. An earlier checkpoint of the step is untouched then.
     """
     final = run.checkpoints_dir / f"step-{state.step}"
     draft = private_dir(run.checkpoints_dir) / f"{CHECKPOINT_DRAFT}{final.name}"
@@ -118,7 +124,7 @@ def write(
         write_checksums(draft)
         sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
         atomic_write(draft / MARKER, msgspec.json.encode(sizes))
-        # The same step may be there already, from an attempt that this one repeats.
+        # A checkpoint of this step may exist from an earlier attempt.
         publish(draft, final)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -127,9 +133,13 @@ def write(
 
 
 def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and in words what was wrong with newer ones.
+    """Find the newest complete checkpoint.
 
-    ``before``: only checkpoints of earlier steps than this are considered.
+    Args:
+        before: consider only checkpoints of earlier steps than this.
+
+    Returns:
+        The checkpoint, None where there is none, and a description of the damage of each newer one.
     """
     damage: list[str] = []
     for step, folder in reversed(run.checkpoints()):
@@ -147,16 +157,16 @@ def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, l
 
 
 def whole_at(run: RunDir, step: int) -> Path | None:
-    """The folder of the checkpoint at ``step``; None where it is not there or not whole."""
+    """The folder of the checkpoint at ``step``; None where it is missing or damaged."""
     folder = run.checkpoints_dir / f"step-{step}"
     return folder if checkpoint_damage(folder) is None else None
 
 
 def prune(run: RunDir, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints and the best; also what a crash left half written."""
+    """Delete all but the newest ``keep`` checkpoints and the best one, and unfinished drafts of a crash."""
     for step, folder in run.checkpoints()[:-keep]:
         if step != best_step:
-            # Without its marker it is no checkpoint any more, whatever stops the rest of the deletion.
+            # Without its marker it no longer counts as a checkpoint, even if the deletion is interrupted.
             (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
     for folder in run.checkpoints_dir.glob(f"{CHECKPOINT_DRAFT}*"):
@@ -164,7 +174,7 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
 
 
 def check_same(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
-    """Raise UserError, with the difference, where going on would not be the run that was begun."""
+    """Raise UserError, naming the differences, where recipe or data are no longer those of the checkpoint."""
     before = to_recipe(parse(state.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
     changes = [c for c in diff_recipes(before, recipe) if c.path not in _FREE]
     if before.effective_batch == recipe.effective_batch:
@@ -187,5 +197,5 @@ def check_same(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """As :class:`CheckpointState` keeps it."""
+    """The recipe in the form of ``CheckpointState.recipe``."""
     return dump(recipe)

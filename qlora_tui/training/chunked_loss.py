@@ -1,9 +1,18 @@
-"""Cross-entropy over the trained tokens only, through the head in chunks.
+"""Cross-entropy of the tokens in the loss only, computed through the output head in chunks.
 
-The stock loss makes a row of the vocabulary's width for every token, in fp32, and its gradient beside it:
-often the largest item of all. Here prompt tokens make none, and the rest pass a chunk at a time, a few rows
-of it in fp32; a chunk's gradient takes the place of its logits, so nothing vocabulary-wide outlives it.
-Liger's kernel may take the place of the chunks (:mod:`qlora_tui.training.liger`).
+The stock loss needs logits for every token, in fp32, and their gradient: often the largest item in memory.
+Here prompt tokens have no logits, and the others pass the head a chunk at a time, a few rows of it in fp32.
+The gradient of a chunk overwrites its logits, so nothing as wide as the vocabulary outlives it. Liger's
+kernel can replace the chunks (:mod:`qlora_tui.training.liger`).
+
+Shapes for a packed row of 1,000 tokens, 600 of them in the loss, hidden size 576, vocabulary 49,152, on CPU::
+
+    hidden       (1, 1000, 576)     labels (1, 1000)
+    states       (600, 576)         hidden states that predict a token in the loss: position t - 1 for token t
+    targets      (600,)
+    logits       (256, 49152)       of one chunk, in the dtype of the head: 24 MiB instead of 188 MiB in fp32
+    logit_grads  (32, 49152)        fp32, of one block; written back into ``logits``
+    grad         (600, 576)         logits @ W: the gradient of ``states``, ready before the backward
 """
 
 from __future__ import annotations
@@ -24,27 +33,27 @@ from qlora_tui.training.padding import pad_tokens
 from qlora_tui.training.trainable_tokens import TokenRows, active_rows
 
 IGNORED = -100
-"""Label of a token nothing is learnt from."""
+"""Label of a token that is not in the loss."""
 LossSumFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""The sum of the losses of states (tokens, hidden) against targets (tokens), fp32."""
+"""Computes the summed cross-entropy, fp32, of states (tokens, hidden) against targets (tokens,)."""
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """From the last hidden state to logits, in the forms that are known."""
+    """The computation from the last hidden state to logits, in the forms that are supported."""
 
     projection: nn.Linear
     multiplier: float
-    """Granite's 1 / ``logits_scaling``, Cohere's ``logit_scale``."""
+    """Factor on the logits: Granite's 1 / ``logits_scaling``, Cohere's ``logit_scale``."""
     softcap: float | None
     """Gemma's ``final_logit_softcapping``: logits become softcap · tanh(logits / softcap)."""
 
 
 def find_head(model: nn.Module) -> OutputHead | str:
-    """The head of a causal language model, or why it cannot be taken in chunks.
+    """The output head of a causal language model, or the reason why chunks are not supported.
 
-    What a family does between head and loss is read from the names its configuration uses; whether that is
-    all is for :func:`qlora_tui.training.equivalence_checks.head_matches_model` to prove.
+    What a family computes between head and loss is read from its configuration. Whether that is everything is
+    verified by :func:`qlora_tui.training.equivalence_checks.head_matches_model`.
     """
     projection = model.get_output_embeddings()  # type: ignore[operator]  # a PreTrainedModel's method
     if type(projection) is not nn.Linear:
@@ -62,9 +71,11 @@ def find_head(model: nn.Module) -> OutputHead | str:
 
 
 def use_chunked_loss(model: nn.Module, head: OutputHead, kernel: LossSumFn | None = None) -> None:
-    """Let ``model(labels=…)`` compute its loss in chunks. Without labels it does what it always did.
+    """Make ``model(labels=…)`` compute its loss in chunks. Without labels the model is unchanged.
 
-    ``kernel`` (:func:`qlora_tui.training.liger.verified_liger_loss`) takes their place where it can.
+    Args:
+        kernel: used in place of the chunks for tokens without weights and heads without trained rows, such as
+            :func:`qlora_tui.training.liger.verified_liger_loss`.
     """
     stock = model.forward
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]  # a PreTrainedModel's method
@@ -96,7 +107,7 @@ def use_chunked_loss(model: nn.Module, head: OutputHead, kernel: LossSumFn | Non
 
 
 def use_weighted_loss(model: nn.Module) -> None:
-    """Let ``model(loss_weights=…)`` weigh the loss of each token, where it cannot be taken in chunks."""
+    """Make ``model(loss_weights=…)`` weight the loss of each token, where chunks are not supported."""
     stock = model.forward
 
     @wraps(stock)
@@ -114,16 +125,18 @@ def use_weighted_loss(model: nn.Module) -> None:
 
 
 def use_library_loss(model: nn.Module, *, by_mask: bool) -> None:
-    """Undo :func:`use_chunked_loss`: the model's own loss, in packed rows and with weighted tokens too."""
+    """Restore the model's own loss, which then also supports packed rows and loss weights."""
     vars(model).pop("forward", None)
     use_weighted_loss(model)
     use_segments(model, by_mask=by_mask)
 
 
 def use_segments(model: nn.Module, *, by_mask: bool) -> None:
-    """Let ``model(segments=[…])`` keep the samples of a row apart, for either loss.
+    """Make ``model(segments=[…])`` isolate the samples of a row, with either loss.
 
-    ``by_mask``: for :mod:`qlora_tui.training.packed_attention`; flash kernels see it in the positions.
+    Args:
+        by_mask: pass the lengths as the mask of :mod:`qlora_tui.training.packed_attention`; flash kernels see
+            in the position ids where samples begin.
     """
     inner = model.forward
 
@@ -144,14 +157,21 @@ def summed_loss(
     rows: TokenRows | None = None,
     kernel: LossSumFn | None = None,
 ) -> tuple[Tensor, int]:
-    """The sum of the losses of all trained tokens, fp32, each by its weight, and how many they are.
+    """The weighted sum of the losses of all tokens in the loss, and the number of these tokens.
 
-    ``hidden`` is (batch, tokens, width), ``labels`` and ``weights`` are (batch, tokens): token t is predicted
-    from t - 1. ``rows`` stand in place of the head's own. ``kernel`` knows of neither weights nor rows.
+    Args:
+        hidden: (batch, tokens, hidden); position t - 1 predicts token t.
+        labels: (batch, tokens), ``IGNORED`` for tokens that are not in the loss.
+        weights: (batch, tokens); None where each token counts 1.
+        rows: trained rows that replace those of the head.
+        kernel: used where there are neither weights nor rows.
+
+    Returns:
+        The sum, an fp32 scalar, and the number of tokens.
     """
     ids, values = (None, None) if rows is None else (rows.ids, rows.values)
     wanted = labels[:, 1:]
-    # Counted out once: for how many they are, a card has to be waited for.
+    # nonzero() waits for the GPU, because its result has an unknown size: once per micro-batch.
     trained = (wanted != IGNORED).nonzero(as_tuple=True)
     states, targets = hidden[:, :-1][trained], wanted[trained]
     if not len(targets):
@@ -173,9 +193,14 @@ def chunked_sum(
     ids: Tensor | None = None,
     values: Tensor | None = None,
 ) -> Tensor:
-    """Σ weight · cross-entropy of states (tokens, hidden) against targets (tokens), fp32.
+    """Σ weight · cross-entropy, an fp32 scalar.
 
-    ``ids`` (rows,) and ``values`` (rows, hidden): the rows of the head that are others.
+    Args:
+        states: (tokens, hidden), the input of the head.
+        targets: (tokens,), token ids.
+        weights: (tokens,); None where each token counts 1.
+        ids: (rows,), token ids whose rows of the head are replaced by ``values``.
+        values: (rows, hidden).
     """
     total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch's own
         states, targets, head, weights, ids, values
@@ -184,7 +209,7 @@ def chunked_sum(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """:func:`chunked_sum`; the gradient is made in the forward."""
+    """The autograd function of :func:`chunked_sum`, which computes its gradient in the forward."""
 
     @staticmethod
     def forward(
@@ -199,7 +224,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight, bias = head.projection.weight, head.projection.bias
         rows = None if values is None else values.to(weight.dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[5]
-        # Gradients of fp16 states are kept in fp32 until the loss scale has been applied: they would vanish.
+        # In fp16 the gradients would vanish: they stay in fp32 until the backward applies the loss scale.
         grad_dtype = torch.float32 if states.dtype == torch.float16 else states.dtype
         grad = torch.empty(states.shape, dtype=grad_dtype, device=states.device) if needs_grad else None
         grad_rows = torch.zeros_like(values) if needs_grad and values is not None else None
@@ -211,7 +236,7 @@ class _ChunkedLoss(torch.autograd.Function):
             counts = None if weights is None else weights[start:end, None]
             with torch.autocast(states.device.type, enabled=False):
                 padded_logits = nn.functional.linear(pad_tokens(chunk), weight, bias)
-            # What was filled up goes along unread, and no copy is made without it.
+            # The padding rows are carried along unread, which saves a copy without them.
             logits = padded_logits[: len(chunk)]
             if ids is not None and rows is not None:
                 logits.index_copy_(1, ids, chunk @ rows.t())
@@ -234,7 +259,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     row_logit_grads[block_slice] = logit_grads.index_select(1, ids)
                     logit_grads.index_fill_(1, ids, 0)
                 logits[block_slice] = logit_grads
-                # Or it would live on beside the next block's.
+                # Otherwise it would stay in memory beside that of the next block.
                 del logit_grads
             if grad is not None:
                 grad_chunk = (padded_logits @ weight)[: len(chunk)]
@@ -243,7 +268,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_chunk.addmm_(row_logit_grads.to(rows.dtype), rows)
                 grad[start:end] = grad_chunk
                 del grad_chunk
-            # Or they would live on beside the next chunk's.
+            # Otherwise they would stay in memory beside those of the next chunk.
             del logits, padded_logits, row_logit_grads
         if grad is not None:
             ctx.save_for_backward(grad, grad_rows)
@@ -258,15 +283,22 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def block_rows(device: torch.device) -> int:
-    """Rows of a chunk that are in float32 at a time."""
+    """Rows of a chunk that are in fp32 at a time."""
     return LOSS_BLOCK_ROWS["cuda" if device.type == "cuda" else "cpu"]
 
 
 def losses_and_grads(
     logits: Tensor, targets: Tensor, head: OutputHead, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of some rows (rows, vocabulary) of the head's own logits, against (rows, 1), and the
-    gradient of each towards its logits, in their shape. Both are fp32."""
+    """Cross-entropy and its gradient at the logits, before the head's multiplier and soft cap.
+
+    Args:
+        logits: (rows, vocabulary), as the projection gives them.
+        targets: (rows, 1).
+
+    Returns:
+        Losses (rows, 1) and gradients (rows, vocabulary), None without ``needs_grad``. Both are fp32.
+    """
     logits, tanh_logits = logits.float(), None
     if head.multiplier != 1.0:
         logits = logits * head.multiplier

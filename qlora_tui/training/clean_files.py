@@ -1,7 +1,7 @@
-"""What transformers and peft are shown of a model or an adapter: its weights, and configs that name no code.
+"""Temporary folders that show transformers and peft only safe files: weights, and configs that name no code.
 
-They read more of a folder than they are asked to: an ``adapter_config.json`` that names another base, Python
-files, templates. So they get a temporary folder of links in which there is nothing else.
+The libraries read more of a folder than requested: an ``adapter_config.json`` that names another base model,
+Python files, templates. So they get a folder of links that holds nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 @contextmanager
 def model_view(folder: Path) -> Iterator[Path]:
-    """A folder with the weights in ``folder`` and its configs without what chooses code. Raises UserError."""
+    """A folder with the model's weights, and its configs without keys that select code. Raises UserError."""
     with _temporary() as view:
         for name in _CONFIGS:
             if (folder / name).is_file():
@@ -41,7 +41,7 @@ def model_view(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def adapter_view(folder: Path) -> Iterator[Path]:
-    """A folder with an adapter's weights and its config without what chooses code. Raises UserError."""
+    """A folder with the adapter's weights, and its config without keys that select code. Raises UserError."""
     with _temporary() as view:
         clean, dropped = adapter_without_code(load_config(folder / _ADAPTER_CONFIG), str(folder))
         _write(view / _ADAPTER_CONFIG, clean)
@@ -52,7 +52,7 @@ def adapter_view(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def single_file_view(file: Path) -> Iterator[Path]:
-    """A folder that holds nothing but ``file``."""
+    """A folder that holds only ``file``."""
     with _temporary() as view:
         (view / file.name).symlink_to(file.absolute())
         yield view

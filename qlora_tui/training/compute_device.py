@@ -1,4 +1,4 @@
-"""What there is to compute on, in which dtype, and with which attention."""
+"""The device of a run, its compute dtype and its attention implementation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qlora_tui.training.padding import token_multiple
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BF16_CAPABILITY = (8, 0)
-"""Ampere. ``torch.cuda.is_bf16_supported`` also says yes to cards that only emulate it."""
+"""Ampere. ``torch.cuda.is_bf16_supported`` is also true for GPUs that only emulate bfloat16."""
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 AttentionPath = Literal["segments", "flash", "eager"]
@@ -26,33 +26,33 @@ AttentionPath = Literal["segments", "flash", "eager"]
 
 @dataclass(frozen=True)
 class ComputeDevice:
-    """Where a run computes."""
+    """The device that a run computes on."""
 
     torch_device: torch.device
     name: str
     """``NVIDIA GeForce RTX 4090``, or the CPU's name."""
     total_bytes: int
     dtype: torch.dtype
-    """Of activations, embeddings, norms and head."""
+    """Dtype of activations, embeddings, norms and head."""
 
     @property
     def kind(self) -> Literal["cuda", "cpu"]:
-        """As events name it."""
+        """``cuda`` or ``cpu``, as in the events."""
         return "cuda" if self.torch_device.type == "cuda" else "cpu"
 
     @property
     def row_multiple(self) -> int:
-        """Tokens of which a row should be a multiple."""
+        """Multiple of tokens that rows are padded to."""
         return token_multiple(self.torch_device, self.dtype)
 
     @property
     def dtype_name(self) -> str:
-        """``bfloat16``."""
+        """Name of the compute dtype, such as ``bfloat16``."""
         return str(self.dtype).removeprefix("torch.")
 
 
 def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
-    """The card of this process, or the CPU where there is none."""
+    """The GPU of this process, or the CPU where there is none."""
     wanted = _DTYPES.get(recipe.quantization.compute_dtype)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(local_rank)
@@ -74,7 +74,7 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
 
 
 def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
-    """The attention path to try first. Raises UserError where flash is asked for and cannot be had."""
+    """The attention path to try first. Raises UserError where flash is requested but not available."""
     wanted = recipe.model.attention
     if wanted == "eager":
         return "eager"

@@ -1,4 +1,4 @@
-"""What was asked of the trainer while it works: files in ``control/``, and SIGTERM."""
+"""Requests to a running trainer: files in ``control/``, and SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlora_tui.training.reporter import Reporter
 
 
 class ControlRequests:
-    """Requests that wait for the next edge of a step."""
+    """Requests that wait for the end of the current step."""
 
     def __init__(self, run: RunDir, reporter: Reporter, dist: DistributedContext) -> None:
         self._run = run
@@ -24,13 +24,13 @@ class ControlRequests:
         self._terminated = False
 
     def listen_to_signals(self) -> None:
-        """SIGTERM and SIGINT ask to stop with a checkpoint; a second one ends the process as ever."""
+        """Treat SIGTERM and SIGINT as a request to stop; a second one ends the process at once."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def poll(self) -> None:
-        """Take what is new, and say so in the events. Every process of a run looks at the same moments."""
+        """Read new requests and report them as events. All processes of a run must call this together."""
         new = self._dist.broadcast(self._read_new() if self._dist.is_main_process else [])
         for request in new:
             self._reporter.emit(RequestReceived(at=time.time(), request=request.kind, value=request.value))
@@ -40,13 +40,13 @@ class ControlRequests:
         self._pending += new
 
     def take(self, kind: Kind) -> ControlRequest | None:
-        """The last waiting request of a kind; earlier ones of the same kind are done with it."""
+        """Remove and return the last waiting request of a kind; earlier ones of that kind are dropped."""
         matching = [request for request in self._pending if request.kind == kind]
         self._pending = [request for request in self._pending if request.kind != kind]
         return matching[-1] if matching else None
 
     def stop_kind(self) -> Kind | None:
-        """``stop`` or ``pause`` where one of them waits; it goes on waiting."""
+        """``stop`` or ``pause`` where one of them waits; it is not removed."""
         kinds = {request.kind for request in self._pending}
         return "stop" if "stop" in kinds else "pause" if "pause" in kinds else None
 
@@ -70,7 +70,7 @@ class ControlRequests:
 
 
 class StopRequested(Exception):
-    """A request to stop or pause came before the first step."""
+    """A stop or pause was requested before the first step."""
 
     def __init__(self, kind: Kind) -> None:
         super().__init__(kind)

@@ -1,7 +1,7 @@
-"""What the file system said when torch or safetensors failed to write.
+"""Recovers the OSError behind a failed write of torch or safetensors.
 
-torch writes files in C++ and reports a failed write as a position that it did not expect; safetensors writes
-in Rust and has the error number in a text. Here both become the OSError that they stand for.
+torch writes files in C++ and reports a failed write as an unexpected position; safetensors writes in Rust and
+has the error number in its message. Both become the OSError that caused them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BUFFER_BYTES = 1 << 20
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """The OSError behind an exception from saving; None where there is none."""
+    """The OSError that caused an exception while saving; None where there is none."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno is not None:
@@ -36,7 +36,7 @@ def disk_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def true_disk_errors() -> Iterator[None]:
-    """Raise OSError, with its number, for a write that fails within: also one of torch or safetensors."""
+    """Raise OSError, with its error number, for a failed write of torch or safetensors inside."""
     import torch
 
     save = torch.save
@@ -62,7 +62,7 @@ def true_disk_errors() -> Iterator[None]:
 
 
 class _Unbuffered(io.RawIOBase):
-    """A new file, each write of which is one system call."""
+    """A new file without a buffer: each write is one system call."""
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -1,7 +1,7 @@
-"""Several processes for one run, one card each: ``torchrun`` or ``accelerate launch`` started them.
+"""One run in several processes with one GPU each, started by ``torchrun`` or ``accelerate launch``.
 
-Each lays out the whole run and takes its share of every step's micro-batches; the first one speaks, writes
-and hears for all. Importing this loads no torch.
+Each process plans the whole run and computes its share of the micro-batches of every step. The main process
+writes events and files and reads requests for all. Importing this loads no torch.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ T = TypeVar("T")
 
 
 class DistributedContext(Struct, frozen=True):
-    """This process among those of the run."""
+    """The position of this process among those of the run."""
 
     rank: int = 0
     local_rank: int = 0
-    """Number of its card on this machine."""
+    """Index of its GPU on this machine."""
     world_size: int = 1
 
     @property
     def is_main_process(self) -> bool:
-        """Whether it is the one that speaks."""
+        """Whether this process writes events and files."""
         return self.rank == 0
 
     def initialize(self, *, on_cpu: bool) -> None:
-        """Connect them; nothing where there is one."""
+        """Connect the processes; does nothing for a single one."""
         if self.world_size > 1:
             from accelerate import PartialState
 
             PartialState(cpu=on_cpu)
 
     def barrier(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes have reached this call."""
         if self.world_size > 1:
             from torch import distributed
 
             distributed.barrier()
 
     def broadcast(self, value: T) -> T:
-        """What the first one has, in every one."""
+        """The value of the main process, in every process."""
         if self.world_size == 1:
             return value
         from torch import distributed
@@ -67,7 +67,7 @@ class DistributedContext(Struct, frozen=True):
 
 
 def distributed_context() -> DistributedContext:
-    """As the launcher says in the environment; one where there is no launcher."""
+    """Read the launcher's environment variables; a single process without a launcher."""
     environ = os.environ
     return DistributedContext(
         rank=int(environ.get("RANK", 0)),

@@ -1,4 +1,4 @@
-"""Parts of a model as functions that keep less for the backward than the library's own, and do less.
+"""Parts of a model as autograd functions that save less for the backward, and compute less, than the library.
 
 Each returns what the library's code returns. :mod:`.lora_linear`: a frozen linear layer and its adapter;
 :mod:`.gated_mlp`: the end of a gated MLP; :mod:`.rms_norm`: RMSNorm; :mod:`.cpu_attention`: attention over
@@ -15,7 +15,7 @@ from qlora_tui.training.fused.rms_norm import fuse_rms_norm
 
 
 def use_fused(model: nn.Module) -> None:
-    """Put them in, wherever the model's own does nothing else."""
+    """Use the fused functions for every module that computes nothing else."""
     fuse_lora(model)
     fuse_gated_mlp(model)
     fuse_rms_norm(model)

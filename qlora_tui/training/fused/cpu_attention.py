@@ -1,9 +1,25 @@
-"""Attention over a row's samples on a CPU in bfloat16: torch's flash kernel, a backward of our own.
+"""Attention over packed samples on a CPU in bfloat16: torch's flash kernel with a custom backward.
 
-The kernel's backward goes through the scores in small tiles, each a matrix product too small for the
-library beneath it, and takes up to three times as long as it need. Here a block of queries meets all its
-keys at once, and the query heads that share a key head lie end to end in one product. What is taken from each
-score goes through the same product, which adds in float32: queries have three columns more, keys three ones.
+The kernel's backward computes scores in small tiles, each a matrix product too small for oneDNN, and takes up
+to three times as long as necessary. Here a block of queries meets all its keys in one product, and the query
+heads that share a key head are stacked in the same product.
+
+**Augmented columns.** The backward needs ``scale · q kᵀ - log_sum`` and ``grad vᵀ - delta``, with one
+``log_sum`` and one ``delta`` per query. Subtracting them from a bfloat16 product would come after its
+rounding. So they are part of the product, which adds up in float32 before it rounds::
+
+    [q | c₁ c₂ c₃] · [k | 1 1 1]ᵀ = q kᵀ + c₁ + c₂ + c₃,    c₁ + c₂ + c₃ = -log_sum / scale
+
+Three bfloat16 columns are needed because one has 8 bits and a float32 has 24.
+
+**Shapes.** One sample of 40 tokens, 9 query heads, 3 key heads of width 64; tokens are padded to 64, a
+multiple of 32, for which oneDNN already has its kernels::
+
+    q             (9, 40, 64)  ->  augmented  (3, 3, 64, 67)     key head, query head of it, token, column
+    k             (3, 40, 64)  ->  augmented  (3, 64, 67)
+    block_q       (3, 3 · 64, 67)             the three query heads of a key head, stacked
+    weights       (3, 192, 64)                block_q · kᵀ, then exp, then causal
+    block_grad_v  (3, 64, 64)                 weightsᵀ · grad, summed over the stacked heads by the product
 """
 
 from __future__ import annotations
@@ -19,10 +35,11 @@ from qlora_tui.training.padding import pad_tokens, padded_length
 
 
 class RowAttention(torch.autograd.Function):
-    """softmax(scale · q kᵀ) v, causal, sample by sample.
+    """softmax(scale · q kᵀ) v, causal, for each sample of a row.
 
-    q (1, heads, tokens, width), k and v (1, fewer heads, tokens, width); gives (1, tokens, heads, width), as
-    the output projection reads it. Keeps q, k, v, the output and one number a query and head.
+    Inputs are q (1, heads, tokens, width), k and v (1, key heads, tokens, width). The output is (1, tokens,
+    heads, width), the layout that the output projection reads. Saved for the backward are q, k, v, the output
+    and one float32 per query and head.
     """
 
     @staticmethod
@@ -46,8 +63,8 @@ class RowAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sums = ctx.saved_tensors
         grad = grad_outputs[0].transpose(1, 2)
-        # In fp32 from the start: with products rounded to 16 bits first, what is left of a score's gradient
-        # where attention looks at one token alone, which is near 0, would be rounding.
+        # In fp32 from the start. Where attention looks at a single token, a score's gradient is the small
+        # difference of two large numbers: rounded to 16 bits first, nothing but rounding error would be left.
         neg_delta = grad.to(torch.float32, copy=True).mul_(out.transpose(1, 2)).sum(-1).neg_()
         extra_columns = (
             _split_precision(log_sums / -ctx.scale, query.dtype),
@@ -71,12 +88,12 @@ class RowAttention(torch.autograd.Function):
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
-    """The output and the logarithm of each query's sum, from the kernel that SDPA would choose."""
+    """The output and the log-sum-exp of each query, from the kernel that SDPA would choose."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
 
 
 def _expand_kv_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values, copied for every query head where the kernel knows no shared ones."""
+    """Keys and values, repeated for every query head where the kernel does not support shared heads."""
     group = q.shape[1] // k.shape[1]
     if group == 1 or _kernel_supports_gqa():
         return k, v
@@ -85,22 +102,23 @@ def _expand_kv_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _kernel_supports_gqa() -> bool:
-    """torch 2.6's kernel takes them without a word and reads past their end."""
+    """Whether the kernel supports fewer key heads: that of torch 2.6 silently reads past their end."""
     q, k = torch.ones(1, 2, 3, 16), torch.ones(1, 1, 3, 16)
     out, _ = _flash(q, k, k, 1.0)
     return torch.equal(out, q)
 
 
 def _empty_token_major(x: Tensor) -> Tensor:
-    """For a gradient of x (1, heads, tokens, width), a token after the other, as modules gave x."""
+    """An empty gradient for x (1, heads, tokens, width), stored token by token like x itself."""
     return x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def _split_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (…), fp32, as the sum of columns in ``dtype`` (…, 3): each is what rounding left of those before.
+    """Split x (…), fp32, into columns of ``dtype`` (…, 3) that add up to it.
 
-    Three of 8 bits hold all 24. With two, an attention score of 10,000 would be off by 0.15, and its weight
-    by a sixth; the exponential of a larger one by orders of magnitude.
+    Each column is what rounding left of the columns before: 0.7 is 0.69921875 + 0.00078201 - 0.00000077
+    in bfloat16. Three columns of 8 bits hold all 24. With two, an attention score of 10,000 would be off by
+    0.15, and its weight by a sixth; the exponential of a larger one by orders of magnitude.
     """
     columns = []
     for _ in range(EXTRA_COLUMNS):
@@ -110,7 +128,7 @@ def _split_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _augmented(x: Tensor, columns: Tensor | float, group: int = 1) -> Tensor:
-    """x (heads, tokens, width) with columns more: (heads / group, group, tokens, width + 2), filled up."""
+    """Append columns to x (heads, tokens, width): (heads / group, group, padded tokens, width + 3)."""
     heads, tokens, width = x.shape
     augmented = x.new_empty(heads, padded_length(x), width + EXTRA_COLUMNS)
     augmented[:, :tokens, :width] = x
@@ -129,16 +147,23 @@ def _sample_backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    """Gradients of one sample's q (heads, tokens, width), k and v, written to where they belong.
+    """Compute the gradients of one sample and write them to ``grad_q``, ``grad_k`` and ``grad_v``.
 
-    With P = exp(scale · q kᵀ - log_sum) and D = rowsum(grad · out): toward v Pᵀ grad, toward the scores
-    P · (grad vᵀ - D), toward q and k their products with k and q (Dao et al. 2022, FlashAttention, B.4).
+    With P = exp(scale · q kᵀ - log_sum), D = rowsum(grad · out) and S = P · (grad vᵀ - D), the gradients are
+    Pᵀ grad for v, scale · S k for q and scale · Sᵀ q for k (Dao et al. 2022, FlashAttention, B.4).
+
+    Args:
+        q, grad: augmented, (key heads, group, padded tokens, width + 3).
+        k, v: augmented, (key heads, padded tokens, width + 3).
+        grad_q: (heads, tokens, width).
+        grad_k, grad_v: (key heads, tokens, width).
     """
     kv_heads, group, padded_tokens, _ = q.shape
     _, tokens, width = grad_k.shape
     grad_q = grad_q.view(kv_heads, group, tokens, width)
-    # Each query's scores take as much as they give. Rounded they do not quite, and what all keys share, as a
-    # bias gives it to them, would be added so many times: without it nothing changes but the rounding.
+    # The gradients S of a query's scores sum to 0, so a part that all keys share (from a bias, as in Qwen2)
+    # cancels in S k. Rounded to 16 bits they do not quite, and a large shared part would leave an error. So
+    # it is subtracted first, which changes nothing but the rounding.
     centered_k, placeholder = k[..., :width] - k[:, :tokens, :width].mean(1, keepdim=True), q.new_empty(1)
     sum_k, sum_v = (
         (torch.zeros_like(centered_k) for _ in range(2))
@@ -150,7 +175,7 @@ def _sample_backward(
         block_q, block_grad = (
             x[:, :, start:end].reshape(kv_heads, group * (end - start), -1) for x in (q, grad)
         )
-        # A product times a number, added to none.
+        # beta=0: the placeholder is ignored, so this is alpha · (q kᵀ) in one operation.
         weights = torch.baddbmm(placeholder, block_q, k[:, :end].transpose(1, 2), beta=0, alpha=scale).exp_()
         weights.view(kv_heads, group, end - start, end)[..., start:].tril_()
         block_grad_v = torch.bmm(weights.transpose(1, 2), block_grad[..., :width])
@@ -159,7 +184,7 @@ def _sample_backward(
         valid_tokens = min(end, tokens) - start
         torch.mul(block_grad_q[:, :, :valid_tokens], scale, out=grad_q[:, :, start : start + valid_tokens])
         block_grad_k = torch.bmm(scores.transpose(1, 2), block_q[..., :width])
-        # Or they would live on beside the next block's.
+        # Otherwise they would stay in memory beside those of the next block.
         del weights, scores, block_grad_q
         if sum_k is None or sum_v is None:
             sum_k, sum_v = block_grad_k, block_grad_v

@@ -1,7 +1,7 @@
-"""The end of a gated MLP, down(act(gate) · up), as one function that keeps gate and up.
+"""The end of a gated MLP, down(act(gate) · up), as one autograd function that saves only gate and up.
 
-The library keeps the opened gate and the product beside them, each as wide as the MLP: half of what a layer
-keeps in all. Both are made again from gate and up in the backward, for two elementwise passes.
+The library also saves the activated gate and the product, each as wide as the MLP: half of what a layer saves
+in all. Here the backward recomputes both from gate and up, at the cost of two elementwise passes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from qlora_tui.training.fused.patching import patch_forward, temporary_forwards
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _TOKENS = 4
-"""Rows that a check feeds."""
+"""Rows of the input of a check."""
 
 
 def fuse_gated_mlp(model: nn.Module) -> None:
-    """Let every gated MLP whose last module has a plain adapter compute so."""
+    """Fuse every gated MLP whose down projection has a plain adapter."""
     for module in model.modules():
         if {name for name, _ in module.named_children()} != _PARTS:
             continue
@@ -60,8 +60,8 @@ def _patch_forward(mlp: Any, weight: WeightLoader) -> None:
 def is_gated(mlp: Any) -> bool:
     """Whether the module's forward is down(act(gate(x)) · up(x)) and nothing else, bit by bit.
 
-    Its three projections stand aside for the test and give values of our choice, so nothing hides a factor,
-    a clamp or another activation, and no weight is read. Every layer is tested: some differ by their index
+    For the test its three projections are replaced by chosen values, so that a factor, a clamp or another
+    activation cannot hide, and no weight is read. Every layer is tested, because some models differ by layer
     (Gemma 3n). On ``meta`` there are no values to compare.
     """
     parameter = next(mlp.parameters())
@@ -104,8 +104,8 @@ def is_gated(mlp: Any) -> bool:
 def _example_values(inner: int, outputs: int, inputs: int) -> tuple[Tensor, ...]:
     """Gate and up (4, inner), down's output (4, outputs) and the input (4, inputs), with outliers.
 
-    The gate goes evenly through where activations bend and differ, and in one row up to the hundreds, where
-    clamps act.
+    The gate covers evenly the range where activations are curved and differ, and in one row reaches the
+    hundreds, where clamps act.
     """
     generator = torch.Generator().manual_seed(0)
     up, out, x = (torch.randn(_TOKENS, width, generator=generator) for width in (inner, outputs, inputs))

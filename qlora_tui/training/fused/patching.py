@@ -1,4 +1,4 @@
-"""Putting a forward of our own in place of a module's, and the library's back."""
+"""Replaces the forward of a module, and restores the library's."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 PatchedPart: TypeAlias = Literal["lora", "mlp", "norms", "token rows"]
-"""Kinds of modules that are replaced together."""
+"""The kind of module that is replaced; each kind is switched as a whole."""
 PATCHED_PARTS: tuple[PatchedPart, ...] = ("norms", "mlp", "lora", "token rows")
 
 
 def patch_forward(module: nn.Module, forward: Callable[..., Any], part: PatchedPart) -> None:
-    """Let ``module`` compute by ``forward(module, …)``; :class:`PatchedForwards` switches it back."""
+    """Replace the forward of ``module`` by ``forward(module, …)``; :class:`PatchedForwards` switches back."""
     forward.part = part  # type: ignore[attr-defined]
     forward.before = vars(module).get("forward")  # type: ignore[attr-defined]
     vars(module)["forward"] = MethodType(forward, module)
 
 
 class PatchedForwards:
-    """The modules of a model that one part replaced; their forwards can be switched, both ways."""
+    """The modules of a model with a replaced forward of one kind, which can be switched both ways."""
 
     def __init__(self, model: nn.Module, part: PatchedPart) -> None:
         self._part = part
@@ -33,21 +33,21 @@ class PatchedForwards:
         return len(self._ours)
 
     def use_library(self) -> None:
-        """Give each module the forward that was replaced."""
+        """Use the library's forward in each module."""
         for module, forward in self._ours.items():
             vars(module).pop("forward", None)
             if forward.before is not None:
                 vars(module)["forward"] = forward.before
 
     def use_ours(self) -> None:
-        """Replace them again."""
+        """Use the replacement in each module."""
         for module, forward in self._ours.items():
             vars(module)["forward"] = MethodType(forward, module)
 
 
 @contextmanager
 def temporary_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let each module compute by a function, which is not given the module, while the context is open."""
+    """Replace the forward of each module, by a function without ``self``, while the context is open."""
     originals = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():

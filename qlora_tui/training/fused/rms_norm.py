@@ -1,6 +1,6 @@
-"""RMSNorm as one function that keeps its input as it came and one number a row.
+"""RMSNorm as one autograd function that saves its input as it is and one number per row.
 
-transformers writes it out, a tensor a step, and keeps the input's fp32 copy.
+transformers computes it in several operations and saves an fp32 copy of the input.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from qlora_tui.training.fused.patching import patch_forward
 
 @dataclass(frozen=True)
 class RmsNormVariant:
-    """How a family multiplies by its weight."""
+    """How a model family multiplies by the weight of its norms."""
 
     offset: float = 0.0
-    """Added to the weight: Gemma's is 1."""
+    """Added to the weight: 1 in Gemma, else 0."""
     multiply_in_fp32: bool = False
-    """The product is taken in fp32 and cast last (Gemma, OLMo-2), or cast first (Llama)."""
+    """Whether the product is in fp32 and cast last (Gemma, OLMo-2), or the input is cast first (Llama)."""
 
 
 _VARIANTS = (
@@ -34,7 +34,7 @@ _VARIANTS = (
 
 
 def fuse_rms_norm(model: nn.Module) -> None:
-    """Let every frozen RMSNorm that is one of the known forms compute so."""
+    """Fuse every frozen RMSNorm that computes a known variant."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and (variant := _find_variant(module)):
             _patch_forward(module, variant)
@@ -58,10 +58,10 @@ def _eps_of(norm: Any) -> Any:
 
 @torch.no_grad()
 def _find_variant(norm: Any) -> RmsNormVariant | None:
-    """The one form that computes what the module computes; None where none does, or several do.
+    """The variant that computes what the module computes; None where none or several do.
 
-    Trained weights may hide the form (Gemma's reach 1,656, where 1 more is below bfloat16's resolution), so
-    the module is also run with weights between -3 and 3 in place of its own.
+    Trained weights may hide the difference (Gemma's reach 1,656, where adding 1 is below the resolution of
+    bfloat16), so the module is also run with weights between -3 and 3.
     """
     weight, eps = getattr(norm, "weight", None), _eps_of(norm)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
@@ -83,13 +83,16 @@ def _find_variant(norm: Any) -> RmsNormVariant | None:
 
 
 def _distinguishable_variants(dtype: torch.dtype) -> tuple[RmsNormVariant, ...]:
-    """The forms that differ in ``dtype``: in float32 it is no matter when the product is cast."""
+    """The variants that differ in ``dtype``: in float32 it does not matter when the product is cast."""
     return _VARIANTS[1:] if dtype == torch.float32 else _VARIANTS
 
 
 def _example_rows(width: int, eps: float) -> Tensor:
-    """Inputs (4, width) that tell forms apart: one of usual size, one with a few massive channels, one of a
-    mean far from 0, one so small that epsilon is half of what its root is taken of."""
+    """Inputs (4, width) that distinguish variants.
+
+    One row has typical values, one a few massive channels, one a mean far from 0, and one is so small that
+    epsilon is half of the value under the root.
+    """
     rows = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
     rows[0] *= 3
     rows[1, :: max(width // 3, 1)] *= 1000
