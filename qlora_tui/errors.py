@@ -15,7 +15,7 @@ EXIT_FAILURE = 1
 """Exit code: the call was right and it failed."""
 EXIT_USAGE = 2
 """Exit code: the call itself was wrong (a bad argument, an invalid recipe)."""
-INTERNAL_ERROR = "A mistake of ours"
+INTERNAL_ERROR = "Internal error"
 """Title of an exception that is a defect of this program. The fault drill looks for it."""
 
 
@@ -54,12 +54,12 @@ _DISK: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("No space left on the disk", f"{_SPACE}, or {_ELSEWHERE}."),
     errno.EDQUOT: (
         "The disk quota is used up",
-        f"Delete files of yours, ask for a larger quota, or {_ELSEWHERE}.",
+        f"Delete some of your files, request a larger quota, or {_ELSEWHERE}.",
     ),
     errno.EROFS: ("The file system is read-only", f"Mount it writable, or {_ELSEWHERE}."),
-    errno.EIO: ("The disk reported an error", f"Look into `dmesg` for what it reported, or {_ELSEWHERE}."),
-    errno.EACCES: ("No permission for a file", f"Give yourself the right to it, or {_ELSEWHERE}."),
-    errno.EPERM: ("No permission for a file", f"Give yourself the right to it, or {_ELSEWHERE}."),
+    errno.EIO: ("The disk reported an error", f"See `dmesg` for details, or {_ELSEWHERE}."),
+    errno.EACCES: ("Permission denied", f"Change its permissions, or {_ELSEWHERE}."),
+    errno.EPERM: ("Permission denied", f"Change its permissions, or {_ELSEWHERE}."),
     errno.ENOTDIR: ("A file is where a folder should be", f"Move it away, or {_ELSEWHERE}."),
     errno.EEXIST: ("A file is where a folder should be", f"Move it away, or {_ELSEWHERE}."),
     errno.EISDIR: ("A folder is where a file should be", "Move it away."),
@@ -67,12 +67,12 @@ _DISK: dict[int, tuple[str, str]] = {
     errno.EFBIG: ("A file grew past the limit on file sizes", "Lift the limit: `ulimit -f unlimited`."),
     errno.ENAMETOOLONG: (
         "A file name is too long",
-        "Give a shorter one: 255 bytes a name, 4,095 in all.",
+        "Use a shorter one: 255 bytes per name, 4,095 in total.",
     ),
-    errno.ELOOP: ("A link leads to itself", "Name the file itself."),
+    errno.ELOOP: ("Circular symbolic link", "Name the file itself."),
     errno.EMFILE: ("Too many open files", "Raise the limit: `ulimit -n 4096`."),
     errno.ENFILE: ("Too many open files", "Close other programs."),
-    errno.ESTALE: ("A network folder has gone", "Mount it again."),
+    errno.ESTALE: ("A network folder is gone", "Mount it again."),
 }
 
 

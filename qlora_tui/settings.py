@@ -58,7 +58,7 @@ def load_settings() -> Settings:
     except (OSError, ValueError, RecursionError, msgspec.ValidationError) as error:
         known = ", ".join(field.encode_name for field in msgspec.structs.fields(Settings))
         raise UserError(
-            "config.toml cannot be used",
+            "Cannot use config.toml",
             what=f"{path}: {error}.",
             fix=f"Its keys are {known}.",
             exit_code=EXIT_USAGE,

@@ -137,7 +137,7 @@ def _fetch(plan: DownloadPlan, file: HubFile, report: OnProgress, retry_delays_s
                 "The download is damaged",
                 what=f"{file.name} of {plan.id} does not match the hash on the Hub.",
                 why="It was changed on its way, or by a disk error.",
-                fix="Download it again: this file begins anew.",
+                fix="Download it again: this file starts over.",
             )
         plan.partial(file).replace(plan.blob(file))
 

@@ -40,7 +40,7 @@ class AdapterSet:
         if folder is None:
             raise UserError(
                 "No such voice",
-                what=f"There is no {adapter_name!r} here, but {', '.join((BASE, *self._folders))}.",
+                what=f"{adapter_name!r} is not available. Choose one of {', '.join((BASE, *self._folders))}.",
                 fix="Name one of these.",
                 exit_code=EXIT_USAGE,
             )

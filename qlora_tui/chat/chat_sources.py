@@ -48,7 +48,7 @@ def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
         raise UserError(
             "Which base model?",
             what=f"{folder} has no recipe.toml that names the model it was trained on.",
-            fix="Name the model beside it.",
+            fix="Name its base model too.",
             exit_code=EXIT_USAGE,
         )
     if model is not None:

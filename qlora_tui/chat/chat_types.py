@@ -70,7 +70,9 @@ class ThinkingSupport(Struct, frozen=True, kw_only=True):
         if self.kind == "always":
             return f"Thinking {thinking} changes nothing: this model's chat template always opens a thought."
         if thinking == "off":
-            return f"This model cannot be told not to think: it is asked with {self.variable} = {self.off}."
+            return (
+                f"Thinking cannot be turned off for this model; the prompt sets {self.variable} = {self.off}."
+            )
         return ""
 
 

@@ -67,7 +67,7 @@ class Effect(Struct, frozen=True, kw_only=True):
             return ""
         others = len(self.token_rows) - _NAMED
         more = f" and {others} more" if others > 0 else ""
-        return f", with rows of its own for {', '.join(self.token_rows[:_NAMED])}{more},"
+        return f", with trained rows for {', '.join(self.token_rows[:_NAMED])}{more},"
 
     @property
     def _name(self) -> str:

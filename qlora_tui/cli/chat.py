@@ -15,9 +15,9 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     chosen = find_run(args.run_id)
     if args.prompt is not None and not args.prompt.strip():
         raise UserError(
-            "Nothing was asked",
+            "No question given",
             what="The prompt is empty.",
-            fix="Say something after --prompt, or leave it out for a conversation.",
+            fix="Write a question after --prompt, or omit it for a conversation.",
             exit_code=EXIT_USAGE,
         )
     from qlora_tui.chat.repl import generate_once, run_repl
@@ -43,14 +43,14 @@ def run(args: argparse.Namespace) -> CommandResult | int:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
-    parser.add_argument("--prompt", help="ask this and print the answer")
-    parser.add_argument("--base", action="store_true", help="talk to the base, without the adapter")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="talk to a checkpoint")
+    parser.add_argument("--prompt", help="print the answer to this question")
+    parser.add_argument("--base", action="store_true", help="chat with the base model, without the adapter")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="chat with a checkpoint")
     parser.add_argument(
         "--thinking",
         choices=("auto", "on", "off"),
         default="auto",
-        help="have it think before it answers, or not; auto asks as the run was trained",
+        help="turn thinking on or off; auto: as the run was trained",
     )
 
 

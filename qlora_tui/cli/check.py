@@ -36,7 +36,7 @@ def check(run: RunDir | None, *, repair: bool) -> CommandResult:
         hint = (
             ""
             if repair or not repairable
-            else " `qlora-tui runs check --repair` repairs what can be repaired."
+            else " `qlora-tui runs check --repair` repairs them where possible."
         )
         text += f"\n{count}.{hint}"
     data = {"runs": [r for r in results if r["state"]], "problems": problems}

@@ -59,9 +59,9 @@ def _show(args: argparse.Namespace) -> CommandResult | int:
     tokenizer = _tokenizer(args)
     if tokenizer is None:
         raise UserError(
-            "A model is missing",
-            what="What a model sees of a row depends on its tokenizer and template.",
-            fix="Add --model with a model of this machine.",
+            "No model",
+            what="What a model sees depends on its tokenizer and chat template.",
+            fix="Add --model with a model on this machine.",
             exit_code=EXIT_USAGE,
         )
     shown = show(_source(args), args.row, tokenizer, _data(args))
@@ -72,7 +72,7 @@ def _show(args: argparse.Namespace) -> CommandResult | int:
     tokens = sum(shown.token_counts)
     for pieces, trained in zip(shown.samples, shown.trained_counts, strict=True):
         _print_marked([(piece.text, piece.trained) for piece in pieces])
-        count = f"\n{trained:,} of {tokens:,} tokens are trained: what stands between "
+        count = f"\n{trained:,} of {tokens:,} tokens are in the loss: those between "
         _print_marked([(count, False), ("these marks", True), (".", False)])
     if shown.refused:
         print(shown.refused)
@@ -160,20 +160,22 @@ def _format_report(report: Report) -> str:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="inspect|show")
     inspect_parser = actions.add_parser("inspect", help="format, counts, lengths and problems of a file")
-    show_parser = actions.add_parser("show", help="one row as the model will see it, trained tokens marked")
+    show_parser = actions.add_parser(
+        "show", help="one row as the model sees it, with the tokens in the loss marked"
+    )
     show_parser.add_argument("--row", type=positive_int, default=1, help="which row, counted from 1")
     for action in (inspect_parser, show_parser):
-        action.add_argument("file", metavar="FILE", help="a data file, a folder of them, or a hub dataset")
-        action.add_argument("--model", help="count in this model's tokens, through its chat template")
-        action.add_argument("--format", default="auto", help="how the rows are read, where guessing is wrong")
+        action.add_argument("file", metavar="FILE", help="a data file, a folder of them, or a Hub dataset")
+        action.add_argument("--model", help="count tokens of this model, with its chat template")
+        action.add_argument("--format", default="auto", help="format of the rows, if detection is wrong")
         action.add_argument("--template", default="auto", help="chat template, for a model without one")
         action.add_argument(
             "--thinking",
             choices=("auto", "on", "off"),
-            help="render rows as for a model that thinks, or not",
+            help="render rows with thinking on or off",
         )
         action.add_argument(
-            "--reasoning-not-in-loss", action="store_true", help="reasoning is read, and not trained"
+            "--reasoning-not-in-loss", action="store_true", help="keep the reasoning out of the loss"
         )
         action.add_argument(
             "--max-length", type=positive_int, help="sequence length, in tokens (1,024 unless set)"
@@ -184,7 +186,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
             default=[],
             dest="sets",
             metavar="KEY=VALUE",
-            help="change a setting that decides what is read, as in data.preferences=chosen; repeatable",
+            help="change a data setting, as in data.preferences=chosen; repeatable",
         )
         add_json_argument(action)
 

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         path = download(args.model, progress.update, revision=args.revision)
     except KeyboardInterrupt:
         progress.end_line()
-        print(f"What was fetched is kept: `{resume_command}` goes on from there.", file=sys.stderr)
+        print(f"The partial download is kept. Resume it with `{resume_command}`.", file=sys.stderr)
         raise
     finally:
         progress.end_line()
@@ -81,7 +81,7 @@ class _DownloadProgress:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a hub id: publisher/name")
+    parser.add_argument("model", help="a Hub id: publisher/name")
     parser.add_argument("--revision", default="main", help="a branch, tag or commit (default: main)")
 
 

@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> CommandResult:
     recipe = recipe_from_args(args)
     if not recipe.model.id:
         raise UserError(
-            "A model is missing",
-            what="There is nothing to estimate without a model.",
-            fix="Add --model with a hub id, a folder (its config.json is enough) or a GGUF file.",
+            "No model",
+            what="An estimate needs a model.",
+            fix="Add --model with a Hub id, a folder (its config.json is enough) or a GGUF file.",
             exit_code=EXIT_USAGE,
         )
     for source in recipe.data.sources:
@@ -75,14 +75,14 @@ def run(args: argparse.Namespace) -> CommandResult:
     lines += ["", *_what_fits(data["what_fits"])]
     for change in data["cheapest_changes"]:
         lines.append(
-            f"to make it fit: {change['label']} → {format_gib(change['total_bytes'])} GiB, "
+            f"cheapest change that fits: {change['label']} → {format_gib(change['total_bytes'])} GiB, "
             f"{change['verdict']}"
         )
     if data["least_bytes"]:
         lines.append(
             "nothing fits: with every change that saves memory it still takes "
             f"{format_gib(data['least_bytes'])} "
-            "GiB. Choose a smaller model, or a larger card."
+            "GiB. Choose a smaller model or a larger GPU."
         )
     lines += [f"note: {note}" for note in estimate.notes]
     lines += [f"warning: {warning}" for warning in data["warnings"]]
@@ -103,14 +103,14 @@ def _what_fits(largest: dict[str, Any]) -> list[str]:
     """A line, unless nothing can be said."""
     names = {"sequence_length": "sequence length", "micro_batch": "micro-batch", "rank": "rank"}
     limits = ", ".join(f"{name} {largest[key]:,}" for key, name in names.items() if largest[key])
-    return [f"the most that fits, one at a time: {limits}"] if limits else []
+    return [f"largest values that fit, each alone: {limits}"] if limits else []
 
 
 TRACE_LABELS = {
     "frozen": "Frozen weights",
     "adapter": "LoRA weights",
     "gradients": "Gradients",
-    "step": "Peak of the step beyond weights and LoRA",
+    "step": "Peak of the step besides weights and LoRA",
 }
 
 
@@ -124,7 +124,7 @@ def _optional_trace(
     without_formula = architecture.model_type not in STYLES
     if not requested and not without_formula:
         return None
-    why = f": {architecture.model_type} layers have no formula of their own" if without_formula else ""
+    why = f": {architecture.model_type} layers have no formula" if without_formula else ""
     print(f"tracing a step{why}", file=sys.stderr)
     # With the loop they take half as long to load as the whole estimate takes.
     import asyncio
@@ -156,12 +156,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         # The same option before the verb: what was said there stays.
         default=argparse.SUPPRESS,
-        help="estimate against a card of this size",
+        help="estimate for a GPU of this size",
     )
     parser.add_argument(
         "--trace",
         action="store_true",
-        help="also run one step of the real model without its weights, and count: exact, in some seconds",
+        help="also trace one step of the real model without its weights: exact, takes seconds",
     )
 
 

@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> CommandResult:
         merged = replace(merged, check=check)
     else:
         raise UserError(
-            "The merged model does not answer as the adapter does",
+            "The merged model does not answer like the adapter",
             what=f"{merged.folder} is written, and {check.sentence}.",
-            why="The base stores its weights in a way that merging does not know, or its files are damaged.",
+            why="The base stores its weights in an unknown layout, or its files are damaged.",
             fix="Use the adapter instead, and report the model.",
         )
     summary = (

@@ -34,7 +34,7 @@ def follow(run: RunDir, *, as_json: bool) -> int:
         if phases.is_new(event) and not isinstance(event, Progress):
             _print_line(event.at, describe(event, view.total_steps))
     if past_events and view.step > len(view.series) * run.recipe().training.log_every:
-        print(f"Of {view.step:,} steps {len(view.series):,} are told; --json has all.", file=sys.stderr)
+        print(f"Showing {len(view.series):,} of {view.step:,} steps; --json prints all.", file=sys.stderr)
 
     printed_at = time.monotonic()
 
@@ -98,14 +98,14 @@ def _follow_to_end(view: RunView, on_event: Callable[[AnyEvent], None]) -> int:
         for event in follow_events(view, lambda detail: print(f"{run.id}: {detail}", file=sys.stderr)):
             on_event(event)
     except KeyboardInterrupt:
-        print(f"\nDetached: {run.id} goes on. `qlora-tui attach {run.id}` comes back.", file=sys.stderr)
+        print(f"\nDetached: {run.id} continues. Reattach with `qlora-tui attach {run.id}`.", file=sys.stderr)
         return 0
     if view.unknown_events:
         print(unknown_lines(view.unknown_events), file=sys.stderr)
     if view.ending is None:
         print(f"{run.id} is {view.status.state}: {view.status.detail}", file=sys.stderr)
         if view.status.state in RESUMABLE:
-            print(f"`qlora-tui resume {run.id}` goes on from its last checkpoint.", file=sys.stderr)
+            print(f"`qlora-tui resume {run.id}` continues from its last checkpoint.", file=sys.stderr)
         return 0 if view.status.state in ("finished", "stopped", "paused") else EXIT_FAILURE
     return EXIT_FAILURE if isinstance(view.ending, Failed) else 0
 

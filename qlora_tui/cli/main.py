@@ -25,13 +25,13 @@ SUBCOMMANDS = {
     "models": ("models", "List models on this machine; with a query, also on the Hub."),
     "download": ("download", "Download a model from the Hub, resuming a partial download."),
     "estimate": ("estimate", "Predict a recipe's memory, item by item."),
-    "data": ("data", "Inspect a data file, or show one row as the model will see it."),
+    "data": ("data", "Inspect a data file, or show one row as the model sees it."),
     "presets": ("presets", "List presets, show one, or print every setting."),
     "train": ("train", "Queue a training run and follow it."),
     "runs": ("runs", "List every run and the queue; rename, delete or check them."),
     "attach": ("runs", "Show a run from its first event and follow it."),
     "stop": ("runs", "Save a checkpoint and the adapter, and end a run."),
-    "pause": ("runs", "Save a checkpoint and leave the GPU."),
+    "pause": ("runs", "Save a checkpoint and free the GPU."),
     "resume": ("runs", "Resume an ended run from its last checkpoint."),
     "ask": ("runs", "Send a request to a running trainer (checkpoint, evaluate, …)."),
     "chat": ("chat", "Chat with a run's adapter, or with the base model."),
@@ -85,10 +85,10 @@ def _run(argv: list[str]) -> int:
 def _parser(name_called: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-tui",
-        description="Fine-tune language models with QLoRA on one GPU. Without a verb it opens the app.",
+        description="Fine-tune language models with QLoRA on one GPU. Without a command it opens the app.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-tui {__version__}")
-    parser.add_argument("--gpu-gib", type=positive_float, help="estimate against a card of this size")
+    parser.add_argument("--gpu-gib", type=positive_float, help="estimate for a GPU of this size")
     parser.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
     parser.set_defaults(verb=None)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
@@ -110,8 +110,8 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UserError(
             "No terminal",
-            what="The app needs a terminal, and there is none here.",
-            fix="Use a verb: `qlora-tui --help` lists them.",
+            what="The app needs a terminal; this is not one.",
+            fix="Use a command: `qlora-tui --help` lists them.",
             exit_code=2,
         )
     import msgspec
@@ -131,9 +131,7 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
     if app.disk_faults.ended_by is not None:
         raise app.disk_faults.ended_by
     if app.return_code == EXIT_FAILURE:
-        print(
-            f"qlora-tui: The app ended by a mistake of ours.\n  What is known is in {log}.", file=sys.stderr
-        )
+        print(f"qlora-tui: The app crashed.\n  Details: {log}", file=sys.stderr)
     return app.return_code or 0
 
 
@@ -162,5 +160,5 @@ def _report_bug(error: Exception) -> int:
         print(f"  The log could not be written ({unwritable}), so here is the traceback:", file=sys.stderr)
         traceback.print_exception(error)
         return EXIT_FAILURE
-    print(f"  The traceback is in {log}.", file=sys.stderr)
+    print(f"  This is a bug in qlora-tui. Details: {log}", file=sys.stderr)
     return EXIT_FAILURE

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     if args.query:
         hub_models = search_models(args.query)
         data["hub"] = [_hub_entry(model) for model in hub_models]
-        text += "\n\n" + (_hub_table(hub_models) if hub_models else "Nothing on the hub matches.")
+        text += "\n\n" + (_hub_table(hub_models) if hub_models else "No match on the Hub.")
     return CommandResult(data=data, text=text)
 
 
@@ -73,11 +73,11 @@ def _hub_table(models: list[HubModel]) -> str:
 
 
 def _access(model: HubModel) -> str:
-    return "needs a licence accepted" if model.gated else ""
+    return "license not accepted yet" if model.gated else ""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("query", nargs="?", help="words to look for, here and on the hub")
+    parser.add_argument("query", nargs="?", help="search terms, for this machine and the Hub")
 
 
 SUBCOMMANDS = {"models": Subcommand(run, _arguments)}

@@ -42,8 +42,8 @@ def _delete(run: RunDir, *, confirmed: bool) -> CommandResult:
     if not confirmed:
         raise UserError(
             "Not deleted",
-            what=f"{run.name} would be gone for good, with its checkpoints and its adapter.",
-            fix=f"`qlora-tui runs delete {run.id} --yes` does it.",
+            what=f"{run.name} would be deleted permanently, with its checkpoints and adapter.",
+            fix=f"`qlora-tui runs delete {run.id} --yes` deletes it.",
             exit_code=EXIT_USAGE,
         )
     actions.delete(run)
@@ -83,7 +83,7 @@ def attach(args: argparse.Namespace) -> int:
 
 
 def resume(args: argparse.Namespace) -> CommandResult | int:
-    """Go on from the last checkpoint."""
+    """Continue from the last checkpoint."""
     run = find_run(args.run_id)
     actions.resume(run)
     if args.follow:
@@ -93,17 +93,19 @@ def resume(args: argparse.Namespace) -> CommandResult | int:
 
 
 def stop(args: argparse.Namespace) -> CommandResult:
-    """Save a checkpoint and the adapter, and end; a waiting run leaves the queue."""
+    """Save a checkpoint and the adapter, then end; a waiting run leaves the queue."""
     run = find_run(args.run_id)
     actions.stop(run)
-    return _state_result(run, f"{run.id} was asked to stop. `qlora-tui attach {run.id}` shows when it has.")
+    return _state_result(
+        run, f"{run.id} will stop after saving. `qlora-tui attach {run.id}` shows when it has."
+    )
 
 
 def pause(args: argparse.Namespace) -> CommandResult:
-    """Save a checkpoint and leave the GPU."""
+    """Save a checkpoint and free the GPU."""
     run = find_run(args.run_id)
     actions.pause(run)
-    return _state_result(run, f"{run.id} was asked to pause. `qlora-tui resume {run.id}` goes on.")
+    return _state_result(run, f"{run.id} will pause after saving. Continue with `qlora-tui resume {run.id}`.")
 
 
 _REQUESTS: dict[str, control.Kind] = {
@@ -121,7 +123,7 @@ def send_request(args: argparse.Namespace) -> CommandResult:
     kind = _REQUESTS[args.request]
     if (kind == "set_learning_rate") != (args.value is not None):
         raise UserError(
-            "A learning rate is missing" if args.value is None else "Unexpected argument",
+            "No learning rate" if args.value is None else "Unexpected argument",
             what=f"`ask RUN {args.request}` takes {'a value' if args.value is None else 'no value'}.",
             fix=f"For example `qlora-tui ask {run.id} learning-rate 1e-4`.",
             exit_code=EXIT_USAGE,
@@ -174,10 +176,10 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     delete = changes.add_parser("delete", help="delete an ended run for good")
     _add_run_argument(delete)
     delete.add_argument("--yes", action="store_true", help="yes, delete it")
-    verify = changes.add_parser("check", help="verify every run, adapters and checkpoints by checksum")
+    verify = changes.add_parser("check", help="verify runs; adapters and checkpoints by checksum")
     verify.add_argument("run_id", metavar="RUN", nargs="?", help="check this run only")
     verify.add_argument(
-        "--repair", action="store_true", help="repair what can be repaired, and say what was done"
+        "--repair", action="store_true", help="repair what can be repaired and list the repairs"
     )
     for change in (rename, delete, verify):
         add_json_argument(change)
@@ -188,7 +190,7 @@ def _attach_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="sentences for a screen reader: how it and its card stand now, what happens, and how it stands "
+        help="sentences for a screen reader: the state of the run and its GPU, what happens, and the state "
         f"every {PLAIN_INTERVAL_S:.0f} s",
     )
 

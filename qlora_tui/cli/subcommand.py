@@ -66,8 +66,8 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The options from which a recipe is laid together."""
-    parser.add_argument("--preset", help="the preset to lay over the defaults (see `qlora-tui presets`)")
-    parser.add_argument("--model", help="a hub id, a folder, or a GGUF file")
+    parser.add_argument("--preset", help="start from this preset (list them with `qlora-tui presets`)")
+    parser.add_argument("--model", help="a Hub id, a folder, or a GGUF file")
     parser.add_argument("--data", action="append", default=[], metavar="FILE", help="a data file; repeatable")
     parser.add_argument(
         "--set",

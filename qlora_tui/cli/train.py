@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     """Check and queue the run, and start a runner if there is none."""
     if args.gpus is not None and not args.print_command:
         raise UserError(
-            "One GPU at a time",
+            "One GPU per run",
             what="A queued run trains on one GPU.",
             fix="Add --print-command to get the command that trains on several.",
             exit_code=EXIT_USAGE,

@@ -175,7 +175,7 @@ class _Finder:
         begin = ended.rfind(header, 0, core[0]) if core else -1
         if begin < 0:
             raise RowRejectedError(
-                "template-refuses", f"Turn {i + 1} cannot be told apart in what the template makes of it."
+                "template-refuses", f"Turn {i + 1} cannot be found in the rendered template."
             )
         prompt = self._prompt_for(i)
         return self._alone(prompt + ended[begin + len(header) :], len(prompt), reasoning)

@@ -38,7 +38,7 @@ def too_large(path: Path, error: TooLarge) -> UserError:
     return UserError(
         "Too large to read",
         what=f"{path}: {error}.",
-        why="Data like this is damaged, or made to fill the memory of whoever opens it.",
+        why="Such data is damaged, or built to exhaust memory.",
         fix="Split the row or file into smaller ones, or choose another.",
     )
 

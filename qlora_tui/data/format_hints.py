@@ -34,7 +34,7 @@ def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
     nested = next((c for c in columns if any(isinstance(value.get(c), dict) for value in values)), "")
     texts = [c for c in columns if _is_text(values, c)]
     if len(texts) < 2 and nested:
-        return f"{nested!r} holds an object: give its fields columns of their own."
+        return f"{nested!r} holds an object: put its fields in separate columns."
     first, last = (texts[0], texts[-1]) if len(texts) > 1 else ("…", "…")
     return (
         f'Say which column plays which part, as in columns = {{ prompt = "{first}", completion = "{last}" }}.'

@@ -231,7 +231,7 @@ def _evidence(layout: RowFormat, values: list[dict[str, Any]], wanted: str) -> I
     if unused:
         yield f"not used: {', '.join(unused)}"
     if layout.format == "text" and (mark := written_out([v.get(layout.columns["text"]) for v in values])):
-        yield f"the texts hold conversations ({mark}): of plain text the questions are learnt too"
+        yield f"the texts hold conversations ({mark}): as plain text, the questions are in the loss too"
     if layout.format == "preference":
         yield "rejected answers are not trained on, nor turns that both sides share"
     if RATING in layout.columns:
@@ -254,7 +254,7 @@ def _check_mapping(mapping: Mapping[str, str], wanted: str, columns: tuple[str, 
         if part not in known:
             raise UserError(
                 "Unknown part",
-                what=f"columns.{part} for {name} is no part of the format {wanted}.",
+                what=f"columns.{part} for {name} is not part of the format {wanted}.",
                 why=f"Parts are {', '.join(known)}.",
                 fix=_near(part, known),
             )
@@ -276,7 +276,7 @@ def _turn_a_row(name: str, why: str) -> UserError:
     return UserError(
         "Conversations in pieces",
         what=f"{name}: {why}",
-        why="What belongs together cannot be told from one row.",
+        why="One row does not show which column is which.",
         fix="Join the turns of each conversation into a list of messages, or take a copy where that is done; "
         'to learn every turn as plain text, set format = "text".',
     )
@@ -317,7 +317,7 @@ def _nothing_fits(
         )
     return UserError(
         "No usable field",
-        what=f"No known format fits {name}: nothing to learn from was found {what}.",
+        what=f"No known format fits {name}: nothing to train on {what}.",
         why=f"Known are {', '.join(PARTS)}.",
         fix=mapping_hint(values, columns),
     )

@@ -1,4 +1,4 @@
-"""The child process that loads a hub dataset: ``python -m qlora_tui.data.hub_fetch ID[:SUBSET]``.
+"""The child process that loads a Hub dataset: ``python -m qlora_tui.data.hub_fetch ID[:SUBSET]``.
 
 Prints one JSON object: ``HubFiles``, or ``HubFailure`` with exit code 1. ``trust_remote_code`` is
 never given: a dataset that is a script is refused by the library.

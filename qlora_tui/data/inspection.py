@@ -165,9 +165,7 @@ class _Inspection:
             yield problem_of("beyond-context", over, longest, path, example)
         if complete and examiner.counts.rows == 1 and not self._is_one_long_text(examiner):
             row = max(self._last_rows.values())
-            yield problem_of(
-                "one-row", 1, row, path, "There is nothing beside it to learn or to validate on."
-            )
+            yield problem_of("one-row", 1, row, path, "There are no other rows to train or validate on.")
 
     def _is_one_long_text(self, examiner: DatasetScanner) -> bool:
         """Whether the only row is a text that is split, or should be."""

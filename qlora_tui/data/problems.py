@@ -40,7 +40,7 @@ CHECKS: dict[str, CheckSpec] = {
     "wrong-format": CheckSpec(
         "error",
         "Not in the format of the rest",
-        "A file is read in one format. Correct these rows, or move them to a file of their own.",
+        "A file has one format. Correct these rows, or move them to another file.",
     ),
     "unsupported-part": CheckSpec(
         "error", "A part that is not text", "Remove the part from the row: only text can be trained on."
@@ -116,7 +116,7 @@ CHECKS: dict[str, CheckSpec] = {
     "nothing-left": CheckSpec(
         "warning",
         "Nothing to learn within the length limit",
-        "The answer lies behind the cut: the row is left out. Raise data.max_length.",
+        "The answer is beyond the cut, so the row is skipped. Raise data.max_length.",
     ),
     "too-long": CheckSpec(
         "warning",
@@ -131,7 +131,7 @@ CHECKS: dict[str, CheckSpec] = {
     "one-row": CheckSpec(
         "warning",
         "Only one row",
-        "If the file holds more, they lie inside one object or line: give each a line of its own, as JSONL.",
+        "If the file has more rows, they are inside one object or line: write one per line, as JSONL.",
     ),
     "double-bos": CheckSpec(
         "warning",

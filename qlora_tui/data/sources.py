@@ -54,12 +54,12 @@ def open_file_of(source: Source, preferences: str, path: str = "") -> SourceFile
 
 
 def paths_of(source: Source) -> tuple[list[Path], str]:
-    """The files a source stands for, and a word on them; a hub dataset is fetched. Raises ``UserError``."""
+    """The files a source stands for, and a word on them; a Hub dataset is fetched. Raises ``UserError``."""
     return hub_files(source.path) if is_of_the_hub(source.path) else files_of(Path(source.path).expanduser())
 
 
 def is_of_the_hub(name: str) -> bool:
-    """Whether a source's path is the id of a hub dataset rather than a file or folder."""
+    """Whether a source's path is the id of a Hub dataset rather than a file or folder."""
     path = Path(name).expanduser()
     return is_hub_id(name) and not path.exists() and not kind_of(path)
 
@@ -95,7 +95,7 @@ def unreadable(path: Path, row: Row) -> UserError:
     # Every other byte of a Western text in UTF-16 is NUL.
     encoding = "UTF-16LE" if "NUL bytes" in row.error else "LATIN1"
     fixes = {
-        "bad-json": "Mend the line, or download the file again.",
+        "bad-json": "Fix the line, or download the file again.",
         "bad-encoding": f"Convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}",
         "bad-row": "Check the separator and the quotes of the file.",
     }

@@ -72,11 +72,11 @@ def run_demo(on_status: Callable[[str], None], on_event: Callable[[AnyEvent, Run
         raise view.ending.problem()
     if not isinstance(view.ending, Finished):
         raise UserError(
-            "The demo was cut short",
+            "The demo did not finish",
             what=f"{run.id} is {view.status.state} at step {view.step}.",
-            fix=f"`qlora-tui resume {run.id} --follow` goes on with it.",
+            fix=f"Continue with `qlora-tui resume {run.id} --follow`.",
         )
-    on_status("Asking base and adapter what they were not trained on")
+    on_status("Asking base and adapter questions they were not trained on")
     # Torch is needed from here on only, and the run is over: one model at a time in memory.
     from qlora_tui.chat.repl import compare_answers
 
@@ -91,9 +91,9 @@ def wait_for_end(run: RunDir, on_event: Callable[[AnyEvent, RunView], None]) -> 
         on_event(event, view)
     if view.ending is None:
         raise UserError(
-            "The demo's run was lost",
+            "The demo run was lost",
             what=f"{run.id}: {view.status.detail}",
-            fix=f"`qlora-tui resume {run.id}` goes on; the log is {run.log_path}.",
+            fix=f"Continue with `qlora-tui resume {run.id}`; the log is {run.log_path}.",
         )
     return view
 

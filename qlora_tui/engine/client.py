@@ -43,7 +43,7 @@ class EngineClosedError(UserError):
     """Whoever asked closed the engine before it had answered: no failure, and nobody need be told."""
 
     def __init__(self) -> None:
-        super().__init__("The engine was closed", what="It had not answered yet.", fix="Ask again.")
+        super().__init__("The engine was closed", what="It had not answered.", fix="Ask again.")
 
 
 class EngineClient:
@@ -114,7 +114,7 @@ class EngineClient:
             raise UserError(
                 "The engine could not be started",
                 what=f"{sys.executable}: {error.strerror}.",
-                fix="`qlora-tui doctor` tests what a run needs.",
+                fix="Run `qlora-tui doctor`.",
             ) from error
         self._listener = asyncio.create_task(self._listen(self._process))
 
@@ -203,10 +203,10 @@ def _lost_error(exit_code: int) -> UserError:
     log = truncated_log()
     killed = exit_code < 0
     return UserError(
-        "The engine is gone",
+        "The engine ended",
         what=f"The process that holds the model was ended by {signal.Signals(-exit_code).name}."
         if killed
         else f"The process that holds the model ended with exit code {exit_code}.",
         why="The kernel does this when memory runs out." if exit_code == -signal.SIGKILL else "",
-        fix=f"Try again; what it said last is in {log}.",
+        fix=f"Try again; its last output is in {log}.",
     )

@@ -82,8 +82,8 @@ def tokenizer_folder(model: str) -> Path:
         raise UserError(
             "No tokenizer yet",
             what=f"{files.gguf_file} has not been converted: tokens cannot be counted.",
-            why="A GGUF file is converted when the first run or chat with it begins.",
-            fix="Choose the same model as a folder or from the hub to see its tokens now.",
+            why="A GGUF file is converted when its first run or chat starts.",
+            fix="To see tokens now, choose the same model as a folder or from the Hub.",
         )
     return folder
 

@@ -53,8 +53,8 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
     except (OSError, msgspec.MsgspecError) as error:
         raise UserError(
             "The step could not be traced",
-            what="The process that traces it gave no answer.",
-            fix=f"What it said last is in {truncated_log()}; `qlora-tui doctor` tests what is installed.",
+            what="The tracing process did not answer.",
+            fix=f"Its last output is in {truncated_log()}; `qlora-tui doctor` checks the installation.",
         ) from error
     if isinstance(answer, Failure):
         raise answer.problem()

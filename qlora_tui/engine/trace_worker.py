@@ -237,7 +237,7 @@ def main() -> None:
                 title="The step could not be traced",
                 what=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
                 why=f"transformers {version('transformers')} cannot run this model without its weights.",
-                fix="The estimate without a trace stands.",
+                fix="The estimate without a trace is still valid.",
             )
     sys.stdout.buffer.write(msgspec.json.encode(answer))
 

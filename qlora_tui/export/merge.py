@@ -98,10 +98,10 @@ def _from_hub(source: ChatSource) -> bool:
 def _check_target(out: Path, files: list[Path]) -> None:
     if out.exists() or out.is_symlink():
         raise UserError(
-            "There is something there",
+            "Output folder already exists",
             what=f"{out} exists already.",
-            why="Nothing is overwritten.",
-            fix="Name another folder, or remove that one.",
+            why="Existing files are never overwritten.",
+            fix="Use another folder, or remove that one.",
             exit_code=EXIT_USAGE,
         )
     needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES

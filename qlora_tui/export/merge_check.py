@@ -53,7 +53,7 @@ class MergeCheck(Struct, frozen=True, kw_only=True):
         """What was seen, for a user."""
         return (
             f"its scores differ from those of base and adapter by {self.difference:.2g} of their spread, "
-            f"where rounding explains {self.noise:.2g}; the likeliest token is the same at "
+            f"where rounding explains {self.noise:.2g}; the most likely token is the same at "
             f"{self.same_choices} of {self.tokens} positions"
         )
 

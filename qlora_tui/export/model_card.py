@@ -23,7 +23,7 @@ def render_model_card(recipe: Recipe, *, from_hub: bool) -> str:
         recipe.quantization.method, f"{recipe.quantization.method.upper()} weights"
     )
     sources = ", ".join(PurePath(source.path).name for source in recipe.data.sources) or "not recorded"
-    overrides = (("Ranks of their own", lora.rank_pattern), ("Alphas of their own", lora.alpha_pattern))
+    overrides = (("Rank overrides", lora.rank_pattern), ("Alpha overrides", lora.alpha_pattern))
     rows = [
         ("Base model", base),
         ("Method", f"{kind} on {base_weights}, merged into the 16-bit base"),

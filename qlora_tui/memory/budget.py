@@ -22,7 +22,7 @@ class MemoryBudget:
     bytes: int
     """All that a program could have of it, with nothing else running."""
     name: str
-    """``RTX 4090``, ``a card of 24.0 GiB``, ``this machine's memory``."""
+    """``RTX 4090``, ``a GPU with 24.0 GiB``, ``this machine's memory``."""
 
 
 def budget_for(card: GpuDevice | None, assumed_bytes: int | None = None) -> MemoryBudget:
@@ -31,7 +31,7 @@ def budget_for(card: GpuDevice | None, assumed_bytes: int | None = None) -> Memo
         # Not this machine's card: what was learnt here does not count.
         liger = liger_is_installed()
         device = Device(liger=liger) if card is None else Device(capability=_capability(card), liger=liger)
-        return MemoryBudget(device, assumed_bytes, f"a card of {assumed_bytes / 2**30:.1f} GiB")
+        return MemoryBudget(device, assumed_bytes, f"a GPU with {assumed_bytes / 2**30:.1f} GiB")
     if card is not None and card.usable_bytes is not None:
         device = Device(
             capability=_capability(card), liger=liger_is_installed(), correction=correction_for(card.name)

@@ -209,7 +209,7 @@ def _notes(recipe: Recipe, architecture: Architecture, layout: Layout) -> tuple[
         notes.append("The experts are fused parameters, which bitsandbytes leaves in 16 bits.")
     if architecture.model_type not in STYLES:
         notes.append(
-            f"{architecture.model_type} layers have no formula of their own: "
+            f"{architecture.model_type} layers have no formula: "
             + ("the step was traced." if layout.exact else "estimated as Llama's.")
         )
     return tuple(notes)

@@ -145,7 +145,7 @@ def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
         ),
         "mask": f"Which token may see which: {layout.length:,}² elements.",
         "dequantized": f"One weight at a time, rebuilt in {path.compute_bytes} bytes an element.",
-        "hidden_gradient": f"The positions learnt from, and the gradient at each: 2 × {tokens} × {hidden}.",
+        "hidden_gradient": f"The positions in the loss, and the gradient at each: 2 × {tokens} × {hidden}.",
         "logits": _logits_sentence(path, layout),
     }
 

@@ -213,7 +213,7 @@ def set_values(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     for key, value in settings.items():
         section, _, name = key.partition(".")
         if not name or not hasattr(recipe, section):
-            raise UserError("Unknown setting", what=f"There is no setting {key}.")
+            raise UserError("Unknown setting", what=f"{key} is not a setting.")
         part = structs.replace(getattr(recipe, section), **{name: value})
         recipe = structs.replace(recipe, **{section: part})
     return recipe

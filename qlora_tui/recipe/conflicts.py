@@ -25,7 +25,7 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
         conflicting.append(
             Conflict(
                 ("training.early_stopping", "data.validation_fraction"),
-                "training.early_stopping watches the validation loss, and no data is held back for it",
+                "training.early_stopping needs a validation loss, and there is no validation data",
                 "set data.validation_fraction above 0, name a data.validation_path, "
                 "or set training.early_stopping = 0",
             )
@@ -47,7 +47,7 @@ def check_conflicts(recipe: Recipe) -> None:
     if not conflicting:
         return
     raise UserError(
-        "Settings that conflict",
+        "Conflicting settings",
         what="; ".join(conflict.what for conflict in conflicting) + ".",
         fix="\n  ".join(f"{c.fix[:1].upper()}{c.fix[1:]}." for c in conflicting),
         exit_code=EXIT_USAGE,

@@ -115,7 +115,7 @@ def _check_utf8(origin: str, path: str, text: str) -> list[RecipeIssue]:
     try:
         text.encode()
     except UnicodeEncodeError:
-        message, hint = f'"{_printable(text)}" is not UTF-8', "give the file a name that is"
+        message, hint = f'"{_printable(text)}" is not UTF-8', "rename the file"
         return [RecipeIssue(origin=origin, path=path, message=message, hint=hint)]
     return []
 

@@ -126,8 +126,8 @@ def delete(name: str) -> Snapshot:
         shipped = any(preset.name == name for preset in list_presets())
         raise UserError(
             "Preset not deleted",
-            what=f'"{name}" is shipped with the program.' if shipped else f'You have no preset "{name}".',
-            fix="Save one of your own under that name to hide it." if shipped else "",
+            what=f'"{name}" is a bundled preset.' if shipped else f'You have no preset "{name}".',
+            fix="Save your own preset under that name to replace it." if shipped else "",
             exit_code=EXIT_USAGE,
         )
     try:
@@ -199,7 +199,7 @@ def _user_path(name: str) -> Path:
     reason = _name_error(name)
     if reason:
         raise UserError(
-            "Not a preset name",
+            "Invalid preset name",
             what=f"{name!r} {reason}.",
             fix="Use letters, digits, dashes and dots: my-preset.",
             exit_code=EXIT_USAGE,
@@ -220,7 +220,7 @@ def _name_error(name: str) -> str:
     if name[0] in ".-":
         return f'starts with "{name[0]}"'
     if name != name.strip() or not name.isprintable():
-        return "has white space or control characters where a name has none"
+        return "contains white space or control characters"
     return "ends in .toml, which is added" if name.endswith(".toml") else ""
 
 
@@ -236,7 +236,7 @@ def _check_overwrite(path: Path) -> None:
     raise OverwriteError(
         "Preset exists",
         what=f"{path} was written or edited by hand, and would be replaced.",
-        fix="Save under another name, or confirm that it may go.",
+        fix="Save under another name, or confirm the overwrite.",
     )
 
 
@@ -260,4 +260,4 @@ def _write(path: Path, content: bytes) -> None:
 
 def _disk_error(title: str, path: Path, error: OSError) -> UserError:
     what = f"{path}: {error.strerror or error}."
-    return UserError(title, what=what, fix="Check that the disk has room and that you may write there.")
+    return UserError(title, what=what, fix="Check free disk space and write permission there.")

@@ -29,7 +29,7 @@ from qlora_tui.recipe.suggestions import did_you_mean
 
 SETTINGS = ("lora.target_modules", "lora.rank_pattern", "lora.alpha_pattern")
 """Those that hold patterns."""
-_SYNTAX = "write all-linear, a kind (q_proj), layers and a kind (8-23.q_proj), or a module's full name"
+_SYNTAX = "write all-linear, a module name (q_proj), layers and a name (8-23.q_proj), or a full module path"
 
 _PATTERN = re.compile(
     r"(?:(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\.(?P<in_layers>[A-Za-z_][\w-]*)"
@@ -275,7 +275,7 @@ def _no_match_error(text: str, pattern: _Pattern, modules: Sequence[Module], set
     title = "Unknown target module"
     if pattern.name:
         names = [module.name for module in modules]
-        hint = did_you_mean(pattern.name, names) or "its modules are shown on the LoRA screen"
+        hint = did_you_mean(pattern.name, names) or "the LoRA screen lists its modules"
         return _problem(title, f"The model has no module {pattern.name}.", hint)
     language = [module for module in modules if module.part != "vision"]
     kinds = list(dict.fromkeys(module.kind for module in language))

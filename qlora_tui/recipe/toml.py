@@ -58,7 +58,7 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise _read_error(path, getattr(error, "strerror", None) or str(error), "") from None
     if len(content) > _MAX_BYTES:
-        raise _read_error(path, "it is over 1 MB, and a recipe is a small text", "Name a recipe.")
+        raise _read_error(path, "it is over 1 MB; recipes are small text files", "Name a recipe.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -82,7 +82,7 @@ def parse(text: str, origin: str) -> dict[str, Any]:
     raise UserError(
         "Not TOML",
         what=f"{origin}{f', line {line}' if line else ''}: {message}.{excerpt}",
-        fix="Write key = value under a [section]; texts in quotes, true and false in small letters.",
+        fix="Write key = value under a [section]; strings in quotes, true and false in lower case.",
         exit_code=EXIT_USAGE,
     )
 

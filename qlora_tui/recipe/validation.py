@@ -161,7 +161,7 @@ def describe_value(value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case int():
-            return f"{value:,}" if abs(value) < 10**18 else "a number beyond all bounds"
+            return f"{value:,}" if abs(value) < 10**18 else "a number too large to read"
         case float():
             return format_exact(value) if value == value else "nan"
         case str():

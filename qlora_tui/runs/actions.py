@@ -30,7 +30,7 @@ def submit(recipe: Recipe) -> RunDir:
 def prepare(recipe: Recipe) -> RunDir:
     """Make a new run without queueing it, for trainers that the user starts."""
     run = create_run(with_absolute_paths(recipe))
-    run_queue.mark_not_queued(run, "Not queued: it begins with the command that was printed for it.")
+    run_queue.mark_not_queued(run, "Not queued: start it with the printed command.")
     return run
 
 
@@ -67,14 +67,14 @@ def rename(run: RunDir, name: str) -> None:
     """Call a run otherwise; its id stays. Raises UserError for what is no name, or is another run's."""
     wrong = validate_name(name) or _taken(run, name.strip())
     if wrong:
-        raise UserError("Not a name for a run", what=wrong, fix="Give a short line.", exit_code=EXIT_USAGE)
+        raise UserError("Invalid run name", what=wrong, fix="Use one short line.", exit_code=EXIT_USAGE)
     atomic_write(run.name_path, f"{name.strip()}\n", durable=True)
 
 
 def validate_name(name: str) -> str:
     """What is wrong with a name for a run, in a sentence; empty where nothing is."""
     if not name.strip() or not name.strip().isprintable():
-        return "A name is one line with something in it."
+        return "A name is one non-empty line."
     if name.strip() == LAST:
         return f"`{LAST}` stands for the newest run."
     return f"It is longer than {LONGEST_NAME} characters." if len(name.strip()) > LONGEST_NAME else ""
@@ -90,7 +90,7 @@ def check_deletable(run: RunDir) -> None:
     status = read_status(run)
     if status.state in ACTIVE or run.id in run_queue.waiting():
         raise UserError(
-            "The run is not over",
+            "The run has not ended",
             what=f"{run.name} is {status.state}.",
             fix=f"Stop it first: s on Train, or `qlora-tui stop {run.id}`.",
             exit_code=EXIT_USAGE,

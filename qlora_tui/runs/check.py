@@ -130,7 +130,7 @@ def _checkpoints(run: RunDir) -> Iterator[Defect]:
         if damage is not None:
             yield Defect(
                 f"checkpoint of step {step}: {damage}",
-                "an earlier one is used; a repair moves this one aside",
+                "an earlier one is used instead; a repair moves this one aside",
                 partial(repair.set_aside, folder),
             )
 
@@ -158,7 +158,7 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
 def _status(run: RunDir) -> Iterator[Defect]:
     problem = status_problem(run)
     if problem is not None and read_status(run).state == "unreadable":
-        yield Defect(problem, "there is no recipe to go on with: delete the run")
+        yield Defect(problem, "there is no recipe to continue with: delete the run")
     elif problem is not None:
         yield Defect(problem, "a repair writes it from the run's events", partial(repair.restore_status, run))
     elif is_stranded(run):

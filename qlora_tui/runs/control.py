@@ -47,7 +47,7 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
     if status.state not in ACTIVE:
         raise UserError(
             "The run is not running",
-            what=f"{run.id} is {status.state}, so there is no trainer to {kind.replace('_', ' ')}.",
+            what=f"{run.id} is {status.state}, so it has no trainer to {kind.replace('_', ' ')}.",
             fix="`qlora-tui runs` shows what is running.",
             exit_code=EXIT_USAGE,
         )
@@ -55,7 +55,7 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
         raise UserError(
             "Nothing to sample",
             what=f"The recipe of {run.id} has no sample prompts.",
-            fix="Give the next run some (training.sample_prompts); the chat answers any, from a checkpoint.",
+            fix="Set training.sample_prompts in the next recipe, or chat with a checkpoint.",
             exit_code=EXIT_USAGE,
         )
     name = f"{time.time_ns():020d}-{os.getpid()}-{kind}.json"

@@ -34,7 +34,7 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
         case Queued():
             return "queued"
         case Started():
-            again = f", going on from step {event.resumed_from_step:,}" if event.resumed_from_step else ""
+            again = f", continuing from step {event.resumed_from_step:,}" if event.resumed_from_step else ""
             return f"attempt {event.attempt}{again}"
         case PhaseChanged():
             return f"{event.phase}{': ' + event.detail if event.detail else ''}"

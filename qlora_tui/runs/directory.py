@@ -201,7 +201,7 @@ def find_run(name: str) -> RunDir:
     if not name.strip():
         raise UserError(
             "Which run?",
-            what="No run was named: the name is empty.",
+            what="The run name is empty.",
             fix=f"`qlora-tui runs` lists them; `{LAST}` is the newest.",
             exit_code=EXIT_USAGE,
         )
@@ -216,7 +216,7 @@ def find_run(name: str) -> RunDir:
         raise UserError(
             "Which run?",
             what=f"{len(matches)} runs begin with {name!r}: {', '.join(r.id for r in matches[:5])}.",
-            fix="Give more of the name.",
+            fix="Type more of the name.",
             exit_code=EXIT_USAGE,
         )
     if name == LAST:

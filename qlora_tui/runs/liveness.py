@@ -44,7 +44,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
         beats: Whether the process is one with a heartbeat: a trainer, and not the runner that starts it.
     """
     if mark is None:
-        return Sighting(False, "Its status names no process.")
+        return Sighting(False, "Its status has no process.")
     moved = _has_moved(run, beat_at)
     if mark.is_visible:
         return _here(mark, run, beat_at, beats=beats and not moved)
@@ -70,7 +70,7 @@ def _here(mark: ProcessIdentity, run: RunDir, beat_at: float, *, beats: bool) ->
         # An older version noted only a time, and the clock was set since.
         state = "S"
     if state in ("", "Z", "X"):
-        return Sighting(False, "Its process is gone and left no word; it was probably killed.")
+        return Sighting(False, "Its process is gone without an exit record; it was probably killed.")
     if state in ("T", "t"):
         return Sighting(True, f"Suspended: `kill -CONT {mark.pid}` continues its process.")
     if beats and time.time() - beat_at > SILENT_S:

@@ -62,7 +62,7 @@ def is_locked(path: Path) -> bool | None:
 def no_locks(path: Path, error: OSError) -> UserError:
     """What to say where the file system refuses locks."""
     return UserError(
-        "The file system has no locks",
+        "File locks do not work",
         what=f"{path} could not be locked: {error.strerror or error}.",
         why="Without locks two trainers could write into one run.",
         fix="Point XDG_STATE_HOME at a local disk; a network folder needs its lock service.",

@@ -44,8 +44,8 @@ def suggest_settings(recipe: Recipe) -> str:
 def _at_most(saved_bytes: int) -> str:
     """Where nothing is known to be enough: what checkpointing would save, which is tried in any case."""
     if saved_bytes > 0:
-        return f"Checkpointing activations saves {format_bytes(saved_bytes)}, which may not be enough."
-    return "No change of settings is known to be enough: it takes a smaller model or more memory."
+        return f"Gradient checkpointing saves {format_bytes(saved_bytes)}, which may not be enough."
+    return "No change of settings is enough: use a smaller model or more memory."
 
 
 def host_oom_kills() -> int:

@@ -44,7 +44,7 @@ def determine_outcome(
     if recorded is not None:
         return recorded
     now = time.time()
-    resume = f"`qlora-tui resume {run.id}` goes on from the last checkpoint."
+    resume = f"`qlora-tui resume {run.id}` continues from the last checkpoint."
     status = read_status(run)
     if exit_code is None and status.process is not None and not status.process.is_from_this_boot:
         return Failed(
@@ -90,7 +90,7 @@ def determine_outcome(
         )
     return Failed(
         at=now,
-        title="The trainer ended without a word",
+        title="The trainer ended without a message",
         what=f"It exited with code {exit_code}. Its log ends: {_log_end(run)}",
         fix=f"The whole log is {run.log_path}.",
         kind="bug",
@@ -147,7 +147,7 @@ def _out_of_host_memory(run: RunDir, what: str, exit_code: int, now: float) -> F
         at=now,
         title="Out of memory",
         what=what,
-        why=f"The kernel ran out of host memory and chose it.{held}",
+        why=f"The kernel ran out of host memory and killed it.{held}",
         fix=fix or "Lower training.micro_batch_size or data.max_length.",
         kind="out_of_memory",
         exit_code=exit_code,

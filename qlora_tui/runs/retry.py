@@ -128,4 +128,4 @@ def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
 def describe_plan(plan: RetryPlan) -> str:
     """In words, for events and screens."""
     words = f"micro-batch {plan.micro_batch_size} × accumulation {plan.gradient_accumulation}"
-    return words + (" and activation checkpointing" if plan.gradient_checkpointing else "")
+    return words + (" and gradient checkpointing" if plan.gradient_checkpointing else "")

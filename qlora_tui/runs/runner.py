@@ -143,7 +143,7 @@ def _notify(run: RunDir) -> None:
         run.unreported_path.unlink(missing_ok=True)
         spawn_detached("qlora_tui.runs.notify", str(run.path), output=None)
     except OSError as error:
-        print(f"{run.id}: nobody could be told: {error}", file=sys.stderr)
+        print(f"{run.id}: the notification failed: {error}", file=sys.stderr)
 
 
 def _supervise(run: RunDir, plan: RetryPlan | None) -> None:

@@ -127,7 +127,9 @@ def _heartbeat(run: RunDir) -> Status | None:
 def _without_status(run: RunDir, error: Exception) -> Status:
     """What heartbeat and events tell of a run whose ``status.json`` does not."""
     if not run.recipe_path.is_file():
-        return Status(state="unreadable", at=0.0, detail=f"{_reason(error)}; there is no recipe either.")
+        return Status(
+            state="unreadable", at=0.0, detail=f"{_reason(error)}; recipe.toml cannot be read either."
+        )
     beat = _heartbeat(run)
     if beat is not None and find_trainer(beat.process, run, beat.at, beats=True).alive:
         return beat

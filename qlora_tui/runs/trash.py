@@ -49,7 +49,7 @@ class Trash:
         try:
             (self._own_folder() / run.id).rename(run.path)
         except OSError as error:
-            raise _disk("The run was not brought back", run.path, error) from error
+            raise _disk("The run was not restored", run.path, error) from error
         self._deleted.pop()
         return run
 
@@ -94,4 +94,6 @@ def _home() -> Path:
 
 
 def _disk(title: str, path: Path, error: OSError) -> UserError:
-    return UserError(title, what=f"{path}: {error.strerror or error}.", fix="See that you may write there.")
+    return UserError(
+        title, what=f"{path}: {error.strerror or error}.", fix="Check that you have write permission there."
+    )

@@ -130,7 +130,7 @@ def test_it_can_be_ended_early_and_needs_held_out_data(source: ChatSource) -> No
         ),
         (
             {"token_rows": ("<|im_end|>", "<|im_start|>", "<a>", "<b>")},
-            "The adapter, with rows of its own for <|im_end|>, <|im_start|>, <a> and 1 more, changes 38% of"
+            "The adapter, with trained rows for <|im_end|>, <|im_start|>, <a> and 1 more, changes 38% of"
             " next-token choices on 12 held-out conversations;"
             " it fits them better (loss 2.31 → 1.42) and ends its turns.",
         ),

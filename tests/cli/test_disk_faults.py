@@ -36,7 +36,7 @@ def run() -> RunDir:
     [
         (errno.ENOSPC, "No space left on the disk"),
         (errno.EROFS, "The file system is read-only"),
-        (errno.EACCES, "No permission for a file"),
+        (errno.EACCES, "Permission denied"),
     ],
 )
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_bug_is_shown_once_where_its_log_cannot_be_written(
     paths.log_path().mkdir()
     assert main(["pause", "x"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("qlora-tui: A mistake of ours: ZeroDivisionError: by us\n")
+    assert said.startswith("qlora-tui: Internal error: ZeroDivisionError: by us\n")
     assert said.count("Traceback") == 1
 
 
@@ -107,7 +107,7 @@ def no_runner(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def start() -> None:
         started.append("runner")
-        (paths.state_dir() / "runner.log").write_text("starting\nThe file system has no locks.\n")
+        (paths.state_dir() / "runner.log").write_text("starting\nFile locks do not work.\n")
 
     monkeypatch.setattr(follow, "ensure_runner", start)
     monkeypatch.setattr(follow, "GRACE_S", 0.0)
@@ -121,7 +121,7 @@ def test_a_run_that_no_runner_takes_is_not_waited_for(run: RunDir, no_runner: li
     with pytest.raises(UserError, match="No runner takes the run") as caught:
         list(follow.follow_events(RunView(run)))
     assert no_runner == ["runner"], "one more was tried"
-    assert caught.value.why == "Its log ends: The file system has no locks."
+    assert caught.value.why == "Its log ends: File locks do not work."
 
 
 def test_attach_says_that_a_trainer_does_not_respond(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

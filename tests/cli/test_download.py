@@ -58,7 +58,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_call_does(hub: FakeHub) -> None:
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=120)
     assert child.returncode == 130
-    assert "`qlora-tui download org/tiny` goes on" in err
+    assert "Resume it with `qlora-tui download org/tiny`" in err
     assert "Traceback" not in err
     # Half of it; more where the client lost patience and asked again before it was stopped.
     fetched = partial.stat().st_size

@@ -21,7 +21,7 @@ def test_of_a_long_run_an_even_sample_is_told_and_all_of_it_as_json(call: Call) 
     steps = [line for line in said.out.splitlines() if "  lr " in line]
     assert 1500 < len(steps) < 2500
     assert "step 8,000/8,000" in steps[-1] and "finished" in said.out
-    assert "Of 8,000 steps" in said.err
+    assert "of 8,000 steps" in said.err
     assert call("attach", run.id, "--json").out.count('"event":"step"') == 8000
 
 

@@ -32,7 +32,7 @@ def test_the_command_starts_a_trainer_a_gpu_on_a_run_that_waits_for_it(call: Cal
     assert words[words.index("--nproc-per-node") + 1] == "4"
     assert run_queue.waiting() == []
     status = read_status(run)
-    assert status.state in RESUMABLE and "begins with the command" in status.detail
+    assert status.state in RESUMABLE and "start it with the printed command" in status.detail
     attached = call("attach", "last")
     assert attached.code == 0 and "stopped at step 0" in attached.out
 

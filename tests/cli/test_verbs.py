@@ -119,13 +119,13 @@ def test_an_estimate_has_items_tiers_verdicts_and_what_fits(call: Call, qwen: Pa
 def test_an_estimate_that_does_not_fit_names_the_cheapest_change(call: Call, qwen: Path) -> None:
     said = call("estimate", "--model", str(qwen), "--gpu-gib", "8", "--set", "data.max_length=8192")
     assert "does not fit" in said.out
-    assert "to make it fit" in said.out
+    assert "cheapest change that fits" in said.out
 
 
 def test_an_estimate_that_nothing_makes_fit_says_so_and_what_it_takes(call: Call, qwen: Path) -> None:
     said = call("estimate", "--model", str(qwen), "--gpu-gib", "0.1")
     assert "nothing fits" in said.out and "GiB. Choose a smaller model" in said.out
-    assert "the most that fits" not in said.out and "to make it fit" not in said.out
+    assert "the most that fits" not in said.out and "cheapest change that fits" not in said.out
 
 
 def test_an_estimate_warns_of_samples_beyond_the_models_context(call: Call, qwen: Path) -> None:
@@ -138,7 +138,7 @@ def test_an_estimate_of_a_gguf_file_has_its_conversion_until_it_is_converted(
 ) -> None:
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     said = call("estimate", "--model", str(file))
-    assert "Before the first run tiny.gguf is converted, in a process of its own: " in said.out
+    assert "Before the first run tiny.gguf is converted in a separate process: " in said.out
     peak = json.loads(call("estimate", "--model", str(file), "--json").out)["conversion"]
     assert peak["file"] == "tiny.gguf" and peak["peak_bytes"] > 50 * 2**20
     folder_of(file).mkdir()

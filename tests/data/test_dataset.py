@@ -231,7 +231,7 @@ def test_the_file_of_a_folder_that_has_the_bad_row_is_named(tmp_path: Path) -> N
     ("rows", "data", "fix"),
     [
         (pairs(3), {"max_length": 16, "overflow": "drop"}, "data.overflow"),
-        ([{"prompt": "word " * 99, "completion": "x"}], {"max_length": 16}, "behind the cut"),
+        ([{"prompt": "word " * 99, "completion": "x"}], {"max_length": 16}, "beyond the cut"),
         ([{"prompt": "a", "completion": " "}], {}, "data inspect"),
     ],
 )

@@ -76,7 +76,7 @@ def test_tokens_are_found_by_name_and_what_is_none_is_refused(tmp_path: Path) ->
     tokenizer = model(tmp_path, {})
     end = tokenizer.added_tokens["<|im_end|>"]
     assert token_ids(("<|im_end|>", "<|im_end|>"), tokenizer) == [end]
-    with pytest.raises(UserError, match="'<end>', which is no token"):
+    with pytest.raises(UserError, match="'<end>', which is not a token"):
         token_ids(("<|im_end|>", "<end>"), tokenizer)
 
 

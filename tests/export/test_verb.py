@@ -46,7 +46,7 @@ def test_a_merge_that_answers_otherwise_is_an_error(
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
     monkeypatch.setattr(LoraDelta, "change", lambda self: -(self.up.float() @ self.down.float()))
     assert main(["export", "merge", run.id, str(tmp_path / "merged")]) == 1
-    assert "The merged model does not answer as the adapter does" in capsys.readouterr().err
+    assert "The merged model does not answer like the adapter" in capsys.readouterr().err
 
 
 def test_a_run_without_an_adapter_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

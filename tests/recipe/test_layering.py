@@ -125,8 +125,8 @@ def test_the_last_set_of_a_setting_wins() -> None:
         ),
         (
             "lora.target_modules=",
-            'lora.target_modules: "" is not a target pattern\n  Write all-linear, a kind '
-            "(q_proj), layers and a kind (8-23.q_proj), or a module's full name",
+            'lora.target_modules: "" is not a target pattern\n  Write all-linear, a module name '
+            "(q_proj), layers and a name (8-23.q_proj), or a full module path",
         ),
         ("data.sources=", 'data.sources[1].path must be a non-empty text in quotes, not ""'),
     ],
@@ -170,7 +170,7 @@ def test_each_layer_is_blamed_for_its_own_mistakes(tmp_path: Path) -> None:
 
 
 def test_settings_of_different_layers_that_conflict_are_refused() -> None:
-    with pytest.raises(UserError, match=r"no data is held back") as caught:
+    with pytest.raises(UserError, match=r"there is no validation data") as caught:
         layering.build_recipe(preset="style", sets=["data.validation_fraction=0"])
     assert caught.value.exit_code == EXIT_USAGE
 

@@ -176,7 +176,7 @@ def test_what_a_person_wrote_or_edited_is_not_replaced_unasked(edit: str) -> Non
     "name", ["", " ", "a/b", "../a", "a\\b", ".hidden", "-option", " a", "a\n", "a\0", "x" * 61, "mine.toml"]
 )
 def test_a_name_that_is_no_file_name_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="Not a preset name"):
+    with pytest.raises(UserError, match="Invalid preset name"):
         presets.save(name, Recipe())
     assert list(paths.user_presets_dir().iterdir()) == []
 
@@ -237,7 +237,7 @@ def test_deleting_what_hides_a_shipped_preset_brings_it_back() -> None:
 
 
 def test_a_shipped_preset_cannot_be_deleted() -> None:
-    with pytest.raises(UserError, match="is shipped with the program"):
+    with pytest.raises(UserError, match="is a bundled preset"):
         presets.delete("paper")
     with pytest.raises(UserError, match='You have no preset "none"'):
         presets.delete("none")

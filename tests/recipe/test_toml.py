@@ -75,7 +75,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake(tmp_path: Path) 
 def test_a_text_that_is_not_toml_names_file_and_line(tmp_path: Path) -> None:
     assert refusal("[lora]\nrank 16\n", tmp_path) == (
         "Not TOML: mine.toml, line 2: Expected '=' after a key in a key/value pair. It reads: rank 16\n"
-        "  Write key = value under a [section]; texts in quotes, true and false in small letters."
+        "  Write key = value under a [section]; strings in quotes, true and false in lower case."
     )
 
 

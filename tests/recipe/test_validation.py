@@ -69,7 +69,7 @@ def refused(text: str) -> InvalidRecipeError:
         ),
         (
             f"[lora]\nrank = 1{'0' * 40}",
-            "line 2: lora.rank must be a whole number from 1 to 1,024, not a number beyond all bounds",
+            "line 2: lora.rank must be a whole number from 1 to 1,024, not a number too large to read",
         ),
         ("[lora]\ndropout = 1", "line 2: lora.dropout must be a number from 0 to below 1, not 1"),
         ("[lora]\nalpha = nan", "line 2: lora.alpha must be a number above 0 and at most 8,192, not nan"),
@@ -118,8 +118,8 @@ def refused(text: str) -> InvalidRecipeError:
         ),
         (
             "[lora]\ntarget_modules = ['*']",
-            'line 2: lora.target_modules: "*" is not a target pattern\n  Write all-linear, a kind (q_proj), '
-            "layers and a kind (8-23.q_proj), or a module's full name",
+            'line 2: lora.target_modules: "*" is not a target pattern\n  Write all-linear, a module name '
+            "(q_proj), layers and a name (8-23.q_proj), or a full module path",
         ),
         ("[lora.rank]\nx = 1", "line 1: lora.rank must be a whole number from 1 to 1,024, not a table"),
         (

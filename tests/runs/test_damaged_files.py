@@ -81,7 +81,7 @@ def test_damage_to_one_run_disables_no_reader(
         with suppress(OSError, UserError):
             actions.resume(run)
             actions.stop(run)
-    assert "A mistake of ours" not in capsys.readouterr().err
+    assert "Internal error" not in capsys.readouterr().err
 
     assert runner.main() == 0
     assert taken == [other.id]

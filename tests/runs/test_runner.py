@@ -174,7 +174,7 @@ def test_a_file_system_without_locks_is_said(
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     assert runner.main() == 1
-    assert "The file system has no locks" in capsys.readouterr().err
+    assert "File locks do not work" in capsys.readouterr().err
 
 
 def test_the_runner_does_not_import_torch() -> None:

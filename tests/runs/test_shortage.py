@@ -105,6 +105,6 @@ def test_before_nothing_is_said_to_help_checkpointing_is_named(monkeypatch: pyte
     monkeypatch.setattr(out_of_memory, "cheapest_changes", lambda *args, **kwargs: [])
     recipe = Recipe(model=Model(id="smollm2"))
     held = replace_setting(recipe, "training.gradient_checkpointing", False)
-    assert out_of_memory.suggest_settings(held).startswith("Checkpointing activations saves ")
+    assert out_of_memory.suggest_settings(held).startswith("Gradient checkpointing saves ")
     lean = replace_setting(recipe, "training.gradient_checkpointing", True)
-    assert out_of_memory.suggest_settings(lean).startswith("No change of settings is known to be enough")
+    assert out_of_memory.suggest_settings(lean).startswith("No change of settings is enough")

@@ -57,7 +57,7 @@ def test_the_id_of_a_deleted_run_is_not_given_to_another(recipe: Recipe) -> None
 def test_a_waiting_run_is_not_deleted(recipe: Recipe) -> None:
     run = create_run(recipe)
     run_queue.enqueue(run)
-    with pytest.raises(UserError, match="not over"):
+    with pytest.raises(UserError, match="has not ended"):
         Trash().put(run)
     assert run.path.exists()
 

@@ -288,7 +288,7 @@ async def test_a_run_that_is_not_over_is_not_deleted(make_app: MakeApp, state: S
         await opened(app)
         await shows(pilot, run.id[:20])
         await pilot.press("D")
-        await shows(pilot, "The run is not over")
+        await shows(pilot, "The run has not ended")
         assert read_status(run).state == state
 
 

@@ -81,7 +81,7 @@ async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> N
     # Its beginning was read a second time and is told once, and nothing was passed over.
     texts = [entry.text for entry in picture.entries]
     assert len(texts) == len(set(texts))
-    assert texts[-1] == "attempt 2, going on from step 50" and "seen before" in texts[-2]
+    assert texts[-1] == "attempt 2, continuing from step 50" and "seen before" in texts[-2]
     assert len(follower.poll().entries) == len(texts)
 
 

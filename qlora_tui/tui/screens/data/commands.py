@@ -8,7 +8,7 @@ _command = ScreenCommands("data", verb="data")
 _hidden = ScreenCommands("data", verb="data", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
-    _command("open", "o", "open", "Open", "Add a data file, a folder of them, or a hub dataset."),
+    _command("open", "o", "open", "Open", "Add a data file, a folder of them, or a Hub dataset."),
     _hidden("next", "right,l", "row(1)", "Next", "The next row."),
     _hidden("previous", "left,h", "row(-1)", "Previous", "The row before."),
     _command("goto", "colon", "go_to", "Row", "Go to a row by its number."),

@@ -224,7 +224,7 @@ class MemoryScreen(WorkScreen):
         self.post_message(await asyncio.to_thread(answer))
 
     async def _trace(self, recipe: Recipe, room: MemoryBudget) -> None:
-        """Count a step of the real model, where its layers have no formula of their own."""
+        """Count a step of the real model, where its layers have no formula."""
         await asyncio.sleep(SETTLED_S)
         try:
             traced = await trace_step(load_model_config(recipe.model.id), recipe, room.device)

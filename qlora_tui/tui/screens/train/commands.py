@@ -12,7 +12,7 @@ _hidden = ScreenCommands("train", in_footer=False)
 COMMANDS: tuple[Command, ...] = (
     _command("launch", "t", "launch", "Launch", "Launch a run of this recipe, or queue it.", verb="train"),
     _command("stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, and end the run.", verb="stop"),
-    _command("pause", "z", "pause", "Pause", "Save a checkpoint and leave the GPU.", verb="pause"),
+    _command("pause", "z", "pause", "Pause", "Save a checkpoint and free the GPU.", verb="pause"),
     _command("resume", "r", "resume", "Resume", "Resume from the last checkpoint.", verb="resume"),
     _hidden("checkpoint", "k", "ask('checkpoint')", "Checkpoint", "Save a checkpoint now.", verb="ask"),
     _hidden("evaluate", "e", "ask('evaluate')", "Evaluate", "Measure the validation loss now.", verb="ask"),
