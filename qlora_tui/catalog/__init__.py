@@ -10,8 +10,8 @@
 * ``code_keys``: keys of configs that would choose which code runs, rejected or removed.
 * ``lookup``: an architecture by the model's name, with or without its weights.
 * ``context_length``: the warning for samples longer than the model's context.
-* ``hub``, ``hub_files``, ``download``, ``hub_errors``: search the Hub, plan a download, run it, and translate
-  its errors.
+* ``hub``, ``hub_files``, ``download``, ``hub_errors``, ``hub_responses``: search the Hub, plan a download,
+  run it, translate its errors, and read its responses within bounds.
 
 Read by the memory estimate, the LoRA and Model screens, and the trainer.
 """

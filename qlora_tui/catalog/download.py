@@ -23,9 +23,10 @@ from typing import IO, Any
 import msgspec
 
 from qlora_tui import subprocesses
-from qlora_tui.catalog.hub import TIMEOUT_S, endpoint, request_headers
+from qlora_tui.catalog.hub import endpoint, request_headers
 from qlora_tui.catalog.hub_errors import is_permanent, network_error, translate_hub_errors
 from qlora_tui.catalog.hub_files import DownloadPlan, HubFile, plan_download
+from qlora_tui.catalog.hub_responses import open_response, raise_for_status
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write
 
@@ -144,18 +145,16 @@ def _fetch(plan: DownloadPlan, file: HubFile, report: OnProgress, retry_delays_s
 
 def _append(plan: DownloadPlan, file: HubFile, partial: IO[bytes], on_bytes: Callable[[int], None]) -> None:
     """One request for what is missing of ``file``."""
-    from huggingface_hub import get_session, hf_raise_for_status
-
     size = partial.tell()
-    headers = request_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={size}-"}
+    headers = request_headers() | {"Range": f"bytes={size}-"}
     url = f"{endpoint()}/{plan.id}/resolve/{plan.commit}/{file.name}"
-    with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_S) as response:
+    with open_response(url, headers) as response:
         if response.status_code != 206:
             size = 0
             if response.status_code == 416:
                 partial.truncate(0)
                 return
-            hf_raise_for_status(response)
+            raise_for_status(response)
             partial.truncate(0)
         for chunk in response.iter_bytes(CHUNK_BYTES):
             partial.write(chunk)

@@ -11,15 +11,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
+from qlora_tui.catalog.config_parser import MOST_CONFIG_BYTES
 from qlora_tui.catalog.hub_errors import translate_hub_errors
+from qlora_tui.catalog.hub_responses import TooLong, open_response, raise_for_status, read_body
 from qlora_tui.catalog.model_validation import CONFIG, check_model_type
+from qlora_tui.decoding import Count, decode_json
 from qlora_tui.errors import UserError
 
-TIMEOUT_S = 15
-"""For connecting, and for each wait for data."""
+MOST_BYTES = 16 << 20
+"""Of a list of results or files: some hundred thousand."""
+_ANY_JSON = msgspec.json.Decoder[Any](Any)
 EXPANDED_FIELDS = ("downloads", "gated", "safetensors", "tags", "config", "lastModified")
+
+
+class _Safetensors(Struct):
+    total: Count | None = None
+
+
+class _Result(Struct, rename="camel"):
+    """What a search says of one model."""
+
+    id: str
+    downloads: Count | None = None
+    gated: bool | str | None = None
+    tags: list[str] | None = None
+    config: dict[str, Any] | None = None
+    safetensors: _Safetensors | None = None
+    last_modified: str | None = None
 
 
 class HubModel(Struct, frozen=True):
@@ -55,21 +76,29 @@ def search_models(query: str, limit: int = 30) -> list[HubModel]:
     answer = get_json("api/models", params)
     if not isinstance(answer, list):
         raise not_a_hub_problem()
-    return [_parse_model(entry) for entry in answer if isinstance(entry, dict) and "id" in entry]
+    models = [model for entry in answer if (model := _parse_model(entry)) is not None]
+    if answer and not models:
+        raise not_a_hub_problem()
+    return models
 
 
-def _parse_model(entry: Mapping[str, Any]) -> HubModel:
-    config = entry.get("config") or {}
-    licenses = [tag[8:] for tag in entry.get("tags") or () if str(tag).startswith("license:")]
+def _parse_model(entry: Any) -> HubModel | None:
+    """One result; None for an entry that no Hub gives, which hides no other."""
+    try:
+        result = msgspec.convert(entry, _Result)
+    except msgspec.ValidationError:
+        return None
+    config = result.config or {}
+    model_type = config.get("model_type")
     return HubModel(
-        id=str(entry["id"]),
-        parameters=(entry.get("safetensors") or {}).get("total"),
-        downloads=int(entry.get("downloads") or 0),
-        gated=bool(entry.get("gated")),
-        license=licenses[0] if licenses else None,
-        model_type=config.get("model_type"),
-        modified=str(entry.get("lastModified") or "")[:10],
-        refusal=check_model_type(config, str(entry["id"])),
+        id=result.id,
+        parameters=result.safetensors.total if result.safetensors else None,
+        downloads=result.downloads or 0,
+        gated=bool(result.gated),
+        license=next((tag[8:] for tag in result.tags or () if tag.startswith("license:")), None),
+        model_type=model_type if isinstance(model_type, str) else None,
+        modified=(result.last_modified or "")[:10],
+        refusal=check_model_type(config, result.id),
     )
 
 
@@ -78,27 +107,28 @@ def fetch_config(model_id: str, revision: str = "main") -> dict[str, Any]:
 
     Raises UserError when it does not exist, is gated, or the hub does not answer.
     """
-    config = get_json(f"{validate_model_id(model_id)}/resolve/{revision}/{CONFIG}", model_id=model_id)
+    path = f"{validate_model_id(model_id)}/resolve/{revision}/{CONFIG}"
+    config = get_json(path, model_id=model_id, most_bytes=MOST_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise not_a_hub_problem()
     return config
 
 
-def get_json(path: str, params: Mapping[str, Any] | None = None, model_id: str = "") -> Any:
-    """The JSON response for ``path``. Raises UserError when the request fails or the response is not JSON."""
-    from huggingface_hub import get_session, hf_raise_for_status
+def get_json(
+    path: str, params: Mapping[str, Any] | None = None, model_id: str = "", most_bytes: int = MOST_BYTES
+) -> Any:
+    """The JSON response for ``path``.
 
-    with translate_hub_errors(model_id):
-        response = get_session().get(
-            f"{endpoint()}/{path}",
-            params=dict(params or {}),
-            headers=request_headers(),
-            timeout=TIMEOUT_S,
-        )
-        hf_raise_for_status(response)
+    Raises UserError when the request fails, or the response is not JSON or longer than ``most_bytes``.
+    """
+    with (
+        translate_hub_errors(model_id),
+        open_response(f"{endpoint()}/{path}", request_headers(), params) as response,
+    ):
+        raise_for_status(response)
         try:
-            return response.json()
-        except ValueError:
+            return decode_json(read_body(response, most_bytes), _ANY_JSON)
+        except (msgspec.DecodeError, TooLong):
             raise not_a_hub_problem() from None
 
 

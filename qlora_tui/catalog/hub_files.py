@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 from msgspec import Struct
 
 from qlora_tui.catalog.hub import fetch_config, get_json, not_a_hub_problem, validate_model_id
@@ -20,18 +21,39 @@ from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.catalog.model_validation import (
     CONFIG,
     INDEX,
+    MOST_INDEX_BYTES,
     SINGLE,
     TOKENIZER_FILES,
     check_config,
     indexed_files,
     no_weights_problem,
 )
+from qlora_tui.decoding import Count
 from qlora_tui.errors import EXIT_USAGE, UserError
 
 SMALL_FILES = frozenset((CONFIG, "generation_config.json", *TOKENIZER_FILES))
 HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 """Of a git blob or commit, or SHA-256."""
 REVISION = re.compile(r"\w[\w-]*(?:[./]\w[\w-]*)*")
+
+
+class _LargeFile(Struct):
+    sha256: str
+    size: Count
+
+
+class _Sibling(Struct, rename="camel"):
+    """What a model's page says of one file."""
+
+    rfilename: str
+    size: Count | None = None
+    blob_id: str | None = None
+    lfs: _LargeFile | None = None
+
+
+class _ModelPage(Struct):
+    sha: str
+    siblings: list[_Sibling]
 
 
 class HubFile(Struct, frozen=True):
@@ -115,19 +137,21 @@ def validate_revision(revision: str) -> str:
 def _parse_listing(info: Any) -> tuple[str, dict[str, HubFile]]:
     """The commit and the files of the model's page, those in subfolders left out."""
     try:
-        commit = info["sha"]
-        files = [_parse_file(sibling) for sibling in info["siblings"] if "/" not in sibling["rfilename"]]
-    except (KeyError, TypeError, AttributeError):
+        page = msgspec.convert(info, _ModelPage)
+    except msgspec.ValidationError:
         raise not_a_hub_problem() from None
-    if not all(HASH.fullmatch(etag) for etag in (commit, *(file.etag for file in files))):
+    files = [_to_file(sibling) for sibling in page.siblings if "/" not in sibling.rfilename]
+    if not all(HASH.fullmatch(etag) for etag in (page.sha, *(file.etag for file in files))):
         raise not_a_hub_problem()
-    return commit, {file.name: file for file in files}
+    return page.sha, {file.name: file for file in files}
 
 
-def _parse_file(sibling: Any) -> HubFile:
-    large = sibling.get("lfs")
-    etag = large["sha256"] if large else sibling["blobId"]
-    return HubFile(str(sibling["rfilename"]), int(large["size"] if large else sibling["size"]), str(etag))
+def _to_file(sibling: _Sibling) -> HubFile:
+    if sibling.lfs is not None:
+        return HubFile(sibling.rfilename, sibling.lfs.size, sibling.lfs.sha256)
+    if sibling.size is None or sibling.blob_id is None:
+        raise not_a_hub_problem()
+    return HubFile(sibling.rfilename, sibling.size, sibling.blob_id)
 
 
 def _weight_names(listed: dict[str, HubFile], model_id: str, commit: str) -> Iterable[str]:
@@ -135,7 +159,8 @@ def _weight_names(listed: dict[str, HubFile], model_id: str, commit: str) -> Ite
         return [SINGLE]
     if INDEX not in listed:
         raise no_weights_problem(listed, model_id)
-    index = get_json(f"{model_id}/resolve/{commit}/{INDEX}", model_id=model_id)
+    path = f"{model_id}/resolve/{commit}/{INDEX}"
+    index = get_json(path, model_id=model_id, most_bytes=MOST_INDEX_BYTES)
     if not isinstance(index, dict):
         raise not_a_hub_problem()
     shards = indexed_files(index, f"{model_id}, {INDEX}")

@@ -68,6 +68,14 @@ class FakeHub:
     granted: set[str] = field(default_factory=set)
     statuses: dict[str, int] = field(default_factory=dict)
     """Answer what has the key in its path with this status."""
+    bodies: dict[str, bytes] = field(default_factory=dict)
+    """Answer what has the key in its path with this."""
+    error_body: bytes = b""
+    """What answers by ``statuses`` hold."""
+    endless: str = ""
+    """Answer what has this in its path with a body that does not end."""
+    sent_bytes: int = 0
+    """Of bodies that do not end."""
     html: bool = False
     """Answer everything with a page for people, as a captive portal does."""
     drops: list[int] = field(default_factory=list)
@@ -107,8 +115,13 @@ class _Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.hub.requests.append(RecordedRequest(self.command, self.path, self.headers.get("Range"), token))
         status = next((status for part, status in self.hub.statuses.items() if part in self.path), None)
-        if status is not None:
-            self.answer(status, headers={"Retry-After": "7"})
+        body = next((body for part, body in self.hub.bodies.items() if part in self.path), None)
+        if self.hub.endless and self.hub.endless in self.path:
+            self.answer_without_end(status or 200)
+        elif body is not None:
+            self.answer(200, body)
+        elif status is not None:
+            self.answer(status, self.hub.error_body, {"Retry-After": "7"})
         elif self.hub.html:
             self.answer(200, b"<html>Please log in</html>", {"Content-Type": "text/html"})
         else:
@@ -124,6 +137,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def answer_without_end(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Location", "/elsewhere")
+        self.end_headers()
+        self.close_connection = True
+        # Far above every bound, and an end if there is none.
+        while self.hub.sent_bytes < 1 << 28:
+            try:
+                self.wfile.write(b'["' + b"a" * (1 << 20))
+            except OSError:
+                return
+            self.hub.sent_bytes += 1 << 20
 
     def refuse(self, status: int, code: str, message: str) -> None:
         self.answer(status, headers={"X-Error-Code": code, "X-Error-Message": message})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -137,3 +138,66 @@ def test_asking_the_hub_loads_no_ml_library(ask: Ask) -> None:
         )
         == []
     )
+
+
+ODD_FIELDS: tuple[dict[str, Any], ...] = (
+    {"downloads": "many"}, {"downloads": [1]}, {"downloads": -1}, {"config": ["x"]}, {"tags": 5},
+    {"tags": [5]},
+    {"safetensors": [1]}, {"safetensors": {"total": "many"}}, {"safetensors": {"total": 10**400}},
+    {"lastModified": {}}, {"id": ["a/b"]}, {"gated": []},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_FIELDS, ids=str)
+def test_a_result_with_odd_fields_hides_no_other(odd: dict[str, Any], hub: FakeHub, ask: Ask) -> None:
+    hub.bodies["/api/models?"] = json.dumps([{"id": "a/odd", **odd}, {"id": "a/whole"}]).encode()
+    assert ask('[m.id for m in hub.search_models("a")]') == ["a/whole"]
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": ["llama"]}, {"model_type": "llama", "architectures": {"x": 1}}]
+)
+def test_a_result_with_an_odd_config_is_listed(config: dict[str, Any], hub: FakeHub, ask: Ask) -> None:
+    hub.bodies["/api/models?"] = json.dumps([{"id": "a/odd", "config": config}]).encode()
+    assert ask('[m.id for m in hub.search_models("a")]') == ["a/odd"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'[{"id": "a/b", "downloads": 1e999}]', b'{"error": "x"}', b"[" * 100_000, b'["\xff"]', b"[5]", b""],
+)
+def test_an_answer_that_no_hub_gives_is_said(body: bytes, hub: FakeHub, ask: Ask) -> None:
+    hub.bodies["/api/models?"] = body
+    assert ask('hub.search_models("a")')["title"] == "The response is not from a model Hub"
+
+
+@pytest.mark.parametrize("status", [200, 302, 404, 500])
+def test_an_answer_without_end_is_cut_off(status: int, hub: FakeHub, ask: Ask) -> None:
+    hub.endless = "/api/models?"
+    hub.statuses["/api/models?"] = status
+    assert ask('hub.search_models("a")')["title"]
+    assert hub.sent_bytes < 1 << 26
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b'{"error": ["x"]}', b'{"errors": 5}', b'{"error": "' + b"a" * 10 + b'"']
+)
+def test_the_body_of_an_error_does_not_matter(body: bytes, hub: FakeHub, ask: Ask) -> None:
+    hub.error_body = body
+    hub.statuses["/api/models?"] = 500
+    assert ask('hub.search_models("a")')["title"] == "Hub server error"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": "abc"}, {"size": -5}, {"size": None}, {"size": 1.5}, {"blobId": 5},
+        {"rfilename": ["config.json"]},
+        {"lfs": "x"}, {"lfs": {"sha256": "a" * 64, "size": "abc"}}, {"lfs": {"sha256": 5, "size": 5}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_listing_with_odd_fields_is_said(changes: dict[str, Any], hub: FakeHub, ask: Ask) -> None:
+    sibling = {"rfilename": "config.json", "size": 5, "blobId": "a" * 40, **changes}
+    hub.bodies["/revision/"] = json.dumps({"sha": "a" * 40, "siblings": [sibling]}).encode()
+    assert ask('hub_files.plan_download("org/tiny")')["title"] == "The response is not from a model Hub"

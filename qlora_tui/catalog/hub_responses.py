@@ -1,0 +1,75 @@
+"""Responses of the Hub, or of whatever answers in its place, read within bounds.
+
+``huggingface_hub`` reads the body of each error and redirection whole, however long it is. Here no body is
+read but those that are wanted, and those as far as a bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+TIMEOUT_S = 15
+"""For connecting, and for each wait for data."""
+_MOST_REDIRECTS = 10
+_CHUNK_BYTES = 1 << 16
+_USED_HEADERS = ("x-error-code", "x-error-message", "x-request-id", "retry-after")
+"""Headers by which ``huggingface_hub`` tells errors apart, and what a message here takes from them."""
+
+
+class TooLong(Exception):
+    """A body is longer than its bound."""
+
+
+@contextmanager
+def open_response(
+    url: str, headers: Mapping[str, str], params: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """The response for ``url`` after redirections, its body not read yet, and not compressed.
+
+    Raises what the client does, and ConnectionError for a response that cannot be read within bounds.
+    """
+    from huggingface_hub import get_session
+
+    client = get_session()
+    request = client.build_request(
+        "GET",
+        url,
+        params=dict(params or {}),
+        headers={**headers, "Accept-Encoding": "identity"},
+        timeout=TIMEOUT_S,
+    )
+    for _ in range(_MOST_REDIRECTS + 1):
+        response = client.send(request, stream=True, follow_redirects=False)
+        try:
+            if response.next_request is None:
+                if response.headers.get("Content-Encoding", "identity") != "identity":
+                    raise ConnectionError("a compressed response, which was not asked for")
+                yield response
+                return
+            request = response.next_request
+        finally:
+            response.close()
+    raise ConnectionError("too many redirections")
+
+
+def raise_for_status(response: Any) -> None:
+    """Raise the client's error for a status that is one, without the body of the response."""
+    from huggingface_hub import hf_raise_for_status
+
+    if response.status_code < 400:
+        return
+    headers = {name: response.headers[name] for name in _USED_HEADERS if name in response.headers}
+    hf_raise_for_status(type(response)(response.status_code, headers=headers, request=response.request))
+
+
+def read_body(response: Any, most_bytes: int) -> bytes:
+    """The body of a response. Raises TooLong where it is longer than ``most_bytes``."""
+    parts, size = [], 0
+    for part in response.iter_bytes(_CHUNK_BYTES):
+        size += len(part)
+        if size > most_bytes:
+            raise TooLong(f"more than {most_bytes >> 20} MiB")
+        parts.append(part)
+    return b"".join(parts)
