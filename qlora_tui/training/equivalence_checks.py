@@ -1,7 +1,8 @@
-"""Proving on the model at hand what must hold before training may rely on it.
+"""Verifies on the loaded model what must hold before training may rely on it.
 
-A short forward pass or two each. Families differ in ways no list keeps up with: a convolution that looks
-across samples, a factor between head and loss. What does not hold is not used, and the run's record says so.
+Each check is a short forward pass or two. Model families differ in ways that no list can keep up with: a
+convolution that looks across samples, a factor between head and loss. A shortcut that fails its check is not
+used, and the run's events say so.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from qlora_tui.training.chunked_loss import IGNORED, OutputHead, losses_and_grad
 from qlora_tui.training.fused.patching import temporary_forwards
 
 _FIRST, _SECOND = 9, 7
-"""Lengths of the two samples."""
+"""Lengths of the two samples, in tokens."""
 _UNTRAINED = 3
-"""A token of the first sample that the loss passes over."""
+"""Position of a token in the first sample that is not in the loss."""
 _ROUNDINGS = 16.0
-"""Of fp32, by which the loss and the gradient of a token's logits may differ."""
+"""Rounding errors of fp32 by which the loss and the gradient of a token's logits may differ."""
 _LEAST_NOISE = {torch.float32: 16 * 1.2e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-"""Share of a token's logits that noise is taken to be at least: chance may hide it in so short a sample."""
+"""Lower bound of the noise, as a share of a token's logits: a short sample may show too little by chance."""
 _NOISE = 4.0
-"""How many times the noise a token's logits in a row may differ from those alone."""
+"""How many times the noise a token's logits in a packed row may differ from those of the sample alone."""
 _MOST_NOISE = 0.25
-"""Share of a token's logits that noise may be: above it they show nothing."""
+"""Largest noise, as a share of a token's logits, with which the check is still meaningful."""
 _INT8_LEAK = 1e-3
 """Share of a token's logits by which an 8-bit model's move when another sample changes: outliers of one row
 are scaled with another's. Every other path keeps samples apart exactly, but for the grouping of experts."""
@@ -38,11 +39,11 @@ are scaled with another's. Every other path keeps samples apart exactly, but for
 
 @torch.no_grad()
 def packing_is_isolated(model: Any, device: torch.device) -> bool:
-    """Whether a sample's outputs in a packed row are its own: as alone, whatever lies before it.
+    """Whether the outputs of a sample in a packed row are the same as those of the sample alone.
 
-    By the library's attention, which is compared with ours layer by layer, the sample is run once more, with
-    tokens behind it that it does not see: as many rows in every product as when packed. By how much that
-    moves its logits is the noise of the model and the dtype.
+    The noise of the model and its dtype is measured by running the sample once more with the library's
+    attention, followed by tokens that it does not see: then every matrix product has as many rows as in a
+    packed row. Our attention is compared with the library's layer by layer.
     """
     first, other, second = _tokens(model, device)
     with _evaluating(model), short_windows(model):
@@ -71,7 +72,7 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
 
 
 def _allowed_leak(model: nn.Module, noise: Tensor) -> Tensor:
-    """Share of each token's logits that may move when another sample changes."""
+    """Share of each token's logits by which they may change when another sample changes."""
     if any(parameter.dtype == torch.int8 for parameter in model.parameters()):
         return noise.clamp(min=_INT8_LEAK)
     has_experts = any(parameter.dim() == 3 for parameter in model.parameters())
@@ -79,17 +80,17 @@ def _allowed_leak(model: nn.Module, noise: Tensor) -> Tensor:
 
 
 def _rms(logits: Tensor) -> Tensor:
-    """Of each token: (tokens, vocabulary) to (tokens,), fp32."""
+    """Root mean square of each token's logits: (tokens, vocabulary) to (tokens,), fp32."""
     return logits.float().square().mean(-1).sqrt()
 
 
 @torch.no_grad()
 def head_matches_model(model: Any, head: OutputHead, device: torch.device) -> bool:
-    """Whether the model's own loss, and its gradient at the logits, are what the head as read makes of them.
+    """Whether ``head`` describes the model's own loss completely, and its gradient at the logits.
 
-    The decoder gives hidden states of our choice, and the output projection fp32 logits of our choice, from 0
-    to far beyond any soft cap: what the model does before, between and after the two then shows to the
-    precision of fp32, whatever the model computes in. The projection itself is torch's own ``nn.Linear``.
+    For the check the decoder returns chosen hidden states and the output projection chosen fp32 logits, from
+    0 to far beyond any soft cap. So everything that the model does before, between and after the two shows
+    with the precision of fp32, whatever dtype it computes in. The projection itself is an ``nn.Linear``.
     """
     tokens, _, _ = _tokens(model, device)
     labels = tokens.clone()
@@ -133,7 +134,7 @@ def _example_states(states: Tensor) -> Tensor:
 
 
 def _example_logits(head: OutputHead) -> Tensor:
-    """What a projection may give, (tokens, vocabulary), fp32: each token's larger than the one's before."""
+    """Logits (tokens, vocabulary) in fp32, of growing size from token to token."""
     logits = torch.randn(_FIRST, head.projection.out_features, generator=torch.Generator().manual_seed(4))
     largest = 2 * (head.softcap or 10.0) / abs(head.multiplier)
     return logits * torch.logspace(-2, 0, _FIRST)[:, None] * largest
@@ -160,7 +161,7 @@ def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tenso
 
 
 def _tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Two first samples that differ everywhere, and a second one."""
+    """Token ids of two variants of a first sample, which differ at every position, and of a second sample."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]  # a config
     first = torch.randint(vocabulary, (1, _FIRST), generator=generator)

@@ -30,16 +30,16 @@ from qlora_tui.training.chunked_loss import IGNORED
 from qlora_tui.training.prepared_run import PreparedRun
 
 ANSWER_TOKENS = 96
-"""Most tokens of a sampled answer."""
+"""Largest number of tokens of a sampled answer."""
 
 
 class ValidationSums(NamedTuple):
-    """Sums over batches; those of several processes add up."""
+    """Sums over validation batches, which can be added over processes."""
 
     loss: float
-    """Σ loss over all trained tokens, each by its weight, in fp32."""
+    """Weighted sum of the losses, in fp32."""
     trained: float
-    """How many they are, each by its weight."""
+    """Sum of the loss weights: the divisor of the mean loss."""
     exact: int = 0
     """Samples answered exactly by greedy search."""
     answered: int = 0
@@ -112,9 +112,10 @@ def validate(
     progress: Callable[[int, int], None],
     short_answers_end: frozenset[int] | None,
 ) -> ValidationSums:
-    """One pass over ``batches`` without gradients.
+    """Run one pass over ``batches`` without gradients.
 
-    ``short_answers_end``: the tokens that end a turn, where exact matches are to be counted.
+    Args:
+        short_answers_end: token ids that end a turn, where exact matches are counted; None otherwise.
     """
     total, trained, exact, answered = 0.0, 0.0, 0, 0
     with evaluating(model), last_hidden_states(model) as hidden:
@@ -146,7 +147,7 @@ def generate_samples(
     device: torch.device,
     thinking: Thinking = "auto",
 ) -> Iterator[tuple[str, str]]:
-    """(prompt, greedy answer) for each prompt; draws no random numbers."""
+    """Yield (prompt, greedy answer) for each prompt. Draws no random numbers."""
     for prompt in prompts:
         ids = prompt_ids([Message("user", prompt)], tokenizer, thinking=thinking)
         tokens = torch.tensor([ids], device=device)
@@ -170,7 +171,7 @@ def generate_samples(
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Eval mode without gradients, and back to what it was."""
+    """Use eval mode without gradients inside, and restore the mode."""
     was_training = model.training
     model.eval()
     try:

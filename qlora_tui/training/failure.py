@@ -1,4 +1,4 @@
-"""An exception as the event that ends a run. Imports no torch: it must work when torch is what failed."""
+"""Turns an exception into the event that ends a run. Imports no torch, because torch may be what failed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _MEMORY_WORDS = (
     "Cannot allocate memory",
 )
 _ONEDNN_MESSAGES = ("could not create a primitive", "could not create a memory object")
-"""All that oneDNN says of it, word for word: what it cannot do it says at greater length."""
+"""oneDNN's whole messages when memory is missing; longer ones of the same beginning mean something else."""
 _CPU_ALLOCATION = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
 
 
 def failure_event(
     error: BaseException, run: RunDir, recipe: Recipe | None, estimate: Estimate | None
 ) -> Failed:
-    """How a run ended, from what was raised. ``estimate`` tells who owns the memory."""
+    """The event for an exception. ``estimate`` names the largest items where memory ran out."""
     now = time.time()
     if is_out_of_memory(error):
         return _out_of_memory(error, recipe, estimate, now)
@@ -65,7 +65,7 @@ def failure_event(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, the card's or the machine's, was what lacked."""
+    """Whether the GPU or the machine ran out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     message = str(error)
@@ -74,7 +74,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for lack of space or quota."""
+    """Whether a write failed because space or quota is used up."""
     on_disk = disk_error(error)
     return on_disk is not None and on_disk.errno in (errno.ENOSPC, errno.EDQUOT)
 
@@ -104,7 +104,7 @@ def _out_of_memory(
 
 
 def _memory_message(message: str) -> str:
-    """What torch said, where a person can read it: on a card. On a CPU, how much it asked for."""
+    """torch's message on a GPU; on a CPU, where it is unreadable, how much memory was requested."""
     allocation = _CPU_ALLOCATION.search(message)
     if allocation:
         requested = format_bytes(int(allocation[1]))

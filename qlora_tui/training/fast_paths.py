@@ -1,4 +1,4 @@
-"""Where our training step leaves the library's, as switches: each path can be ours or the library's."""
+"""Switches between our fast paths of a training step and the library's code, one for each path."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ DESCRIPTIONS: dict[FastPath, str] = {
     "lora": "the fused LoRA layers",
     "token rows": "the trained token rows",
 }
-"""What a user reads of each."""
+"""Names of the paths in messages."""
 
 
 class FastPaths:
-    """The paths that a model with its adapter uses, each of which can be switched."""
+    """The fast paths that a model with its adapter uses, each of which can be switched."""
 
     def __init__(self, model: Any, base: PreparedBase) -> None:
         """``model``: the base's model with its adapter."""
         self._switches: dict[FastPath, tuple[Callable[[], object], Callable[[], object]]] = {}
-        """To ours, and to the library's."""
+        """For each path, the functions that switch to ours and to the library's."""
         bare = base.model
         if base.packing_isolated:
             self._switches["packed attention"] = (
@@ -47,11 +47,11 @@ class FastPaths:
 
     @property
     def names(self) -> tuple[FastPath, ...]:
-        """All of them, in the order in which they are tried."""
+        """All fast paths, in the order in which they are tried."""
         return tuple(self._switches)
 
     def use(self, names: Collection[FastPath]) -> None:
-        """Compute by these, and by the library otherwise."""
+        """Use these fast paths, and the library's code for all others."""
         for name, (ours, library) in self._switches.items():
             if name in names:
                 ours()

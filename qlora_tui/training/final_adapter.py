@@ -1,4 +1,4 @@
-"""The result: ``adapter/``, which loads with plain peft anywhere."""
+"""Writes the result, ``adapter/``, which plain peft can load."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ _TEMPLATE = "chat_template.jinja"
 
 
 def load_best_weights(run: RunDir, model: Any, step: int) -> str:
-    """Put the weights of ``step``, the best, in place of the last one's; says whose the adapter is.
+    """Load the adapter weights of the best step from its checkpoint.
 
-    A full disk may have cost its checkpoint; that costs no more than the checkpoint here either.
+    Returns:
+        Which step the adapter is from, for the user. It stays that of the last step where the checkpoint of
+        the best step is missing, as after a full disk.
     """
     folder = checkpoints.whole_at(run, step)
     if folder is None:

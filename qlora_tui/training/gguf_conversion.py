@@ -1,8 +1,8 @@
-"""Where a GGUF file is converted: once, in a child process, with progress, and so that it can be stopped.
+"""Converts a GGUF file once, in a child process, with progress, and stoppable.
 
-The trainer, the chat and the demo call this; none of them holds what the conversion needs. torch is not
+The trainer, the chat and the demo call this, without the memory that a conversion needs. torch is not
 imported here. The child is :mod:`qlora_tui.training.gguf_worker`. It ends when this process does, however
-that ends: it holds the read end of a pipe, of which this process has the only write end.
+that ends: it holds the read end of a pipe whose only write end is here.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from qlora_tui.training.gguf_worker import ConversionMessage, draft_path
 _MESSAGES = msgspec.json.Decoder(ConversionMessage)
 
 POLL_INTERVAL_S = 0.2
-"""How often ``should_stop`` is asked while the child says nothing."""
+"""How often ``should_stop`` is called while the child is silent, in seconds."""
 
 
 class ConversionStopped(Exception):
-    """``should_stop`` said so. Nothing is left of the conversion."""
+    """``should_stop`` returned True. Nothing is left of the conversion."""
 
 
 def convert_cached(
@@ -47,9 +47,11 @@ def convert_cached(
     progress: ProgressCallback = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """The folder of 16-bit safetensors made from a GGUF file, now or earlier.
+    """The folder of 16-bit safetensors for a GGUF file, which is converted if it was not earlier.
 
-    Raises UserError where it cannot be made, and ConversionStopped.
+    Raises:
+        ConversionStopped: ``should_stop`` returned True.
+        UserError: the file cannot be converted.
     """
     folder = folder_of(file)
     if not (folder / "config.json").exists():
@@ -58,14 +60,16 @@ def convert_cached(
 
 
 def cached_conversion(file: Path) -> Path | None:
-    """The folder made from a GGUF file earlier; None where it has not been converted. Raises UserError."""
+    """The folder of an earlier conversion; None where the file was not converted yet. Raises UserError."""
     folder = folder_of(file)
     return folder if (folder / "config.json").exists() else None
 
 
 def pending_conversion(model_id: str) -> Conversion | None:
-    """The conversion that a recipe's model needs before its first run; None where it needs none, or where the
-    model is not on this machine."""
+    """The conversion that the model of a recipe needs before its first run.
+
+    None where it needs none, or where the model is not on this machine.
+    """
     try:
         files = resolve_model(model_id)
         if files.gguf_file is None:
@@ -80,7 +84,7 @@ def pending_conversion(model_id: str) -> Conversion | None:
 
 @lru_cache(maxsize=4)
 def _peak_bytes(file: Path, file_bytes: int, weights: int) -> int:
-    """The screens ask at every key, and a header has hundreds of thousands of words."""
+    """Cached, because screens call it at every key and a header has hundreds of thousands of tokens."""
     header = read_gguf(file)
     method: Way = "plain" if gguf_llama.is_known(header) else "streamed" if all_known(header) else "whole"
     return peak_bytes(method, file_bytes=file_bytes, vocabulary=header.vocab_size or 0, weights=weights)
@@ -92,7 +96,7 @@ def convert_in_child(
     progress: ProgressCallback = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Write ``folder`` from ``file`` in a process of its own. Raises UserError and ConversionStopped."""
+    """Write ``folder`` from ``file`` in a child process. Raises UserError and ConversionStopped."""
     command = subprocesses.module_argv(
         "qlora_tui.training.gguf_worker", "--ends-with-stdin", str(file), str(folder)
     )
@@ -128,7 +132,7 @@ def convert_in_child(
 
 
 def _lines(output: IO[bytes], should_stop: Callable[[], bool]) -> Iterator[bytes]:
-    """Whole lines until the output ends. Raises ConversionStopped."""
+    """Yield complete lines until the output ends. Raises ConversionStopped."""
     partial_line = b""
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
@@ -145,7 +149,7 @@ def _lines(output: IO[bytes], should_stop: Callable[[], bool]) -> Iterator[bytes
 
 
 def _decoded(line: bytes) -> ConversionMessage | None:
-    """None for a line that a library printed."""
+    """The message in a line of output; None for a line that a library printed."""
     try:
         return decode_json(line, _MESSAGES)
     except msgspec.MsgspecError:
@@ -153,7 +157,7 @@ def _decoded(line: bytes) -> ConversionMessage | None:
 
 
 def _child_death_error(file: Path, code: int, errors: IO[bytes]) -> UserError:
-    """What ended a child that did not say so itself."""
+    """The error for a child that ended without reporting one."""
     title = "The GGUF file could not be converted"
     if code == -signal.SIGKILL:
         return UserError(
@@ -174,7 +178,7 @@ def _child_death_error(file: Path, code: int, errors: IO[bytes]) -> UserError:
 
 
 def folder_of(file: Path) -> Path:
-    """Named after the file; another file of that name, or a changed one, gets another folder."""
+    """The folder of a file's conversion: other files of the same name, or changed ones, get other folders."""
     try:
         stat = file.stat()
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The short way for a plain Llama in a GGUF file, as the demo's is.
+"""Fast conversion of a plain Llama in a GGUF file, such as the demo's model.
 
-transformers' own parses the file several times and loses the rule that digits stand alone; here it is read
-once, in a quarter of the time, and the tokenizer is as its makers published it.
+transformers parses the file several times and loses the rule that digits are split. Here it is read once, in
+a quarter of the time, and the tokenizer is the one that its publisher intended.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NEEDED = (
 
 
 def is_known(header: GgufHeader) -> bool:
-    """Whether the file is a plain Llama with such a vocabulary: nothing is missing, nothing unknown."""
+    """Whether the file is a plain Llama with a supported vocabulary, nothing missing and nothing unknown."""
     kind = (header.values.get("tokenizer.ggml.model"), header.values.get("tokenizer.ggml.pre"))
     return (
         header.architecture == "llama"
@@ -33,7 +33,7 @@ def is_known(header: GgufHeader) -> bool:
 
 
 def write(file: Path, folder: Path, progress: ProgressCallback) -> None:
-    """Write config, tokenizer, chat template and bfloat16 safetensors of a file that is known."""
+    """Write config, tokenizer, chat template and bfloat16 safetensors of a file that ``is_known``."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)

@@ -1,7 +1,7 @@
-"""GGUF files of families whose tensors are known, with any vocabulary: the weights are streamed.
+"""Converts GGUF files of families whose tensors are known, with any vocabulary, by streaming the weights.
 
-Configuration and tokenizer are what transformers reads from the file's metadata. With the weights too it
-would hold all of them at once, in float32: 3.2 GB in place of 1.0 for Gemma 3 270M.
+transformers reads configuration and tokenizer from the file's metadata. If it read the weights too, it would
+hold all of them at once in float32: 3.2 GB instead of 1.0 GB for Gemma 3 270M.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write(file: Path, folder: Path, architecture: str, progress: ProgressCallbac
 
 @contextmanager
 def one_reader_per_file() -> Iterator[None]:
-    """Let whoever opens ``gguf.GGUFReader`` share one reader for each file.
+    """Make all users of ``gguf.GGUFReader`` share one reader for each file.
 
     transformers opens one for the tokenizer and one for the configuration, and each reads the vocabulary
     entry by entry: 15 s for the 262,144 of Gemma 3.
@@ -57,7 +57,7 @@ def one_reader_per_file() -> Iterator[None]:
 
 
 def _write_config(config: Any, folder: Path, weights: list[GgufTensor]) -> None:
-    """What ``save_pretrained`` writes beside the weights, from a model without any."""
+    """Write what ``save_pretrained`` writes besides the weights, from a model without weights."""
     import torch
     from transformers import AutoModelForCausalLM
 

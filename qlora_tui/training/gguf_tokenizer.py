@@ -1,6 +1,6 @@
-"""The tokenizer inside a GGUF file as a ``tokenizer.json``: a GPT-2 vocabulary with digits split.
+"""Builds a ``tokenizer.json`` from a GGUF file with a GPT-2 vocabulary that splits digits.
 
-Used by :mod:`.llama_gguf`. What the keys mean: github.com/ggml-org/ggml, docs/gguf.md.
+Used by :mod:`.gguf_llama`. What the keys mean: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 KIND = ("gpt2", "smollm")
-"""``tokenizer.ggml.model`` and ``.pre`` of the one kind of vocabulary that is read here."""
+"""``tokenizer.ggml.model`` and ``.pre`` of the supported kind of vocabulary."""
 CONTROL = 3
-"""``token_type`` of a token that stands for no text: a turn's begin, its end."""
+"""``token_type`` of a control token, such as the begin or end of a turn."""
 
 
 def tokenizer_from(header: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a file's metadata, of the kind ``KIND``."""
+    """Build the tokenizer from a file's metadata, which must be of the kind ``KIND``."""
     tokens = header["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: id_ for id_, token in enumerate(tokens)}, merges=merges))

@@ -1,8 +1,8 @@
-"""The weights of a GGUF file as one bfloat16 safetensors file, written a block of rows at a time.
+"""Writes the weights of a GGUF file as one bfloat16 safetensors file, a block of rows at a time.
 
-What is in memory is one block in float32, never the model: a block is at most ``BLOCK_BYTES``. Which of
-llama.cpp's tensors is which of transformers' is written out here for the families below; what llama.cpp's
-converter (``convert_hf_to_gguf.py``) changes in the values is undone.
+Memory holds one float32 block of at most ``BLOCK_BYTES``, never the whole model. The tables below map tensor
+names of llama.cpp to those of transformers, and changes that llama.cpp's converter
+(``convert_hf_to_gguf.py``) makes to the values are undone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from qlora_tui.catalog.gguf_header import GgufHeader
 
 BLOCK_BYTES = 16 * 2**20
-"""Of float32: largest block of rows that is dequantized at once."""
+"""Largest block of rows that is dequantized at once, in bytes of float32."""
 ProgressCallback = Callable[[int, int], None]
-"""Called with what is done and what there is to do, in bytes of the safetensors file."""
+"""Called with the bytes written and the total bytes of the safetensors file."""
 Shape = tuple[int, ...]
 
 _WHOLE_MODEL = {
@@ -51,9 +51,9 @@ _IN_A_LAYER = {
     "gemma2": _LINEAR | _FOUR_NORMS,
     "gemma3": _LINEAR | _FOUR_NORMS | _HEAD_NORMS,
 }
-"""By ``general.architecture``: llama.cpp's name of a part of a layer, and transformers'."""
+"""For each ``general.architecture``, the parts of a layer: llama.cpp's name to transformers' name."""
 _NORMS_PLUS_ONE = ("gemma2", "gemma3")
-"""transformers multiplies by 1 + w, llama.cpp by w: its converter adds the one."""
+"""Architectures whose norms multiply by 1 + w in transformers, but by w in llama.cpp."""
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -66,11 +66,11 @@ class GgufTensor:
     tensor: Any
     """``gguf.ReaderTensor``: a view of the mapped GGUF file."""
     change: Callable[[Any], Any] | None = None
-    """On the whole tensor in float32; one with a change is not cut into blocks."""
+    """Applied to the whole tensor in float32, which is then not split into blocks."""
 
     @property
     def size(self) -> int:
-        """In bfloat16, bytes."""
+        """Size in the safetensors file, in bytes."""
         count = 2
         for length in self.shape:
             count *= length
@@ -78,7 +78,7 @@ class GgufTensor:
 
 
 def name_of(tensor: str, architecture: str | None) -> str | None:
-    """What transformers calls a tensor of a GGUF file; None where that is not known here."""
+    """The name in transformers of a tensor in a GGUF file; None where it is unknown."""
     parts = _IN_A_LAYER.get(architecture or "")
     if parts is None:
         return None
@@ -90,12 +90,12 @@ def name_of(tensor: str, architecture: str | None) -> str | None:
 
 
 def all_known(header: GgufHeader) -> bool:
-    """Whether every tensor of the file has a name here."""
+    """Whether the name in transformers of every tensor is known."""
     return all(name_of(tensor, header.architecture) for tensor in header.tensors)
 
 
 def weights_of(reader: Any, architecture: str, heads: int, kv_heads: int) -> list[GgufTensor]:
-    """Every tensor of a ``gguf.GGUFReader``, in the file's order. ValueError for one without a name here."""
+    """All tensors of a ``gguf.GGUFReader`` in the order of the file. Raises ValueError for an unknown one."""
     weights = []
     for tensor in reader.tensors:
         name = name_of(tensor.name, architecture)
@@ -120,8 +120,9 @@ def _change(name: str, architecture: str, heads: int, kv_heads: int) -> Callable
 def _unpermute_rope(values: Any, heads: int) -> Any:
     """Undo llama.cpp's order of the rows of q and k, (rows, columns).
 
-    Its rotary embedding turns neighboring rows of a head together, (0, 1), (2, 3), …; that of transformers
-    a row and the one half a head further, (0, d/2), (1, d/2 + 1), …
+    Its rotary embedding rotates pairs of neighboring rows of a head, (0, 1), (2, 3), …; that of transformers
+    pairs a row with the one half a head further, (0, d/2), (1, d/2 + 1), … With d = 4, rows ``0 2 1 3`` of a
+    head become ``0 1 2 3``.
     """
     rows = values.shape[0]
     pairs = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
@@ -156,7 +157,7 @@ def write_weights(weights: list[GgufTensor], path: Path, progress: ProgressCallb
 
 
 def _blocks(weight: GgufTensor) -> Iterator[Any]:
-    """The tensor in float32, some rows at a time."""
+    """Yield the tensor in float32, a block of rows at a time."""
     from gguf import dequantize
 
     tensor = weight.tensor
@@ -170,7 +171,7 @@ def _blocks(weight: GgufTensor) -> Iterator[Any]:
 
 
 def _bfloat16(values: Any) -> Any:
-    """float32 rounded to the nearest bfloat16, ties to even, as its bits in uint16. NaN stays NaN."""
+    """Round float32 to the nearest bfloat16, ties to even, as bits in uint16. NaN stays NaN."""
     import numpy as np
 
     values = np.ascontiguousarray(values, dtype=np.float32)

@@ -1,8 +1,8 @@
-"""A GGUF file as a folder of 16-bit safetensors: the process that converts it.
+"""The process that converts a GGUF file to a folder of 16-bit safetensors.
 
-``python -m qlora_tui.training.gguf_worker FILE FOLDER`` is how :mod:`qlora_tui.training.gguf_conversion`
-starts it: in a process of its own, whose memory leaves with it. transformers reads a GGUF dequantized;
-quantizing to NF4 at the same time is beyond it, so the model goes through the disk.
+:mod:`qlora_tui.training.gguf_conversion` starts ``python -m qlora_tui.training.gguf_worker FILE FOLDER``, so
+that the memory of the conversion is released with the process. transformers can dequantize a GGUF file but
+not quantize it to NF4 at the same time, so the weights are written to disk in between.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from qlora_tui.training.gguf_weights import ProgressCallback, all_known
 from qlora_tui.training.kernel_publishers import pin_publisher
 
 PROGRESS_INTERVAL_S = 0.2
-"""Least time between two lines about progress."""
+"""Shortest time between two lines of progress, in seconds."""
 
 
 def draft_path(folder: Path) -> Path:
-    """Where ``folder`` is written until it is whole."""
+    """The folder that becomes ``folder`` once it is complete."""
     return folder.with_name(f".{folder.name}")
 
 
 def convert(file: Path, folder: Path, progress: ProgressCallback = lambda done, total: None) -> None:
-    """Write ``folder``, all of it or nothing. Raises UserError.
+    """Write ``folder`` completely or not at all. Raises UserError.
 
-    Nothing is done where another process has written it meanwhile; one that is at it is waited for.
+    Waits for another process that is converting the same file, and then does nothing.
     """
     from safetensors import SafetensorError  # no OSError, also where the disk is full
 
@@ -117,11 +117,11 @@ def _problem(file: Path, error: Exception) -> UserError:
 
 
 class ConversionMessage(msgspec.Struct, omit_defaults=True):
-    """One line of JSON on stdout: how far it is, or why it failed."""
+    """One line of JSON on stdout: the progress, or why the conversion failed."""
 
     done: int = 0
     total: int = 0
-    """Bytes of the safetensors file."""
+    """Size of the safetensors file in bytes."""
     title: str = ""
     what: str = ""
     why: str = ""
@@ -129,7 +129,7 @@ class ConversionMessage(msgspec.Struct, omit_defaults=True):
 
 
 def main(arguments: list[str]) -> int:
-    """Convert; progress is said on stdout, and a failure on stderr too. Returns the exit code."""
+    """Convert, with progress on stdout, and an error on stderr too. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m qlora_tui.training.gguf_worker", description=__doc__)
     parser.add_argument("file", type=Path, help="the GGUF file")
     parser.add_argument("folder", type=Path, help="the folder to write")
@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _throttled_progress() -> ProgressCallback:
-    """Says how far it is, at most every ``PLAIN_INTERVAL_S`` and at the end."""
+    """A callback that prints progress at most every ``PROGRESS_INTERVAL_S`` and at the end."""
     reported_at = -PROGRESS_INTERVAL_S
 
     def progress(done: int, total: int) -> None:
@@ -167,7 +167,7 @@ def _print_message(line: ConversionMessage) -> None:
 
 
 def _end_with_stdin(draft: Path) -> None:
-    """End this process when the one that holds the other end of stdin is gone, however it ended."""
+    """End this process when the parent, which holds the other end of stdin, is gone."""
     while os.read(0, 1024):
         pass
     shutil.rmtree(draft, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Watching a run for what goes wrong in training: each finding with its evidence and what to do.
+"""Detects what goes wrong in training; each finding has its evidence and a remedy.
 
-Pure: numbers in, findings out. :mod:`qlora_tui.training.callbacks` feeds what steps show,
-:mod:`qlora_tui.training.telemetry_recorder` what the card shows.
+Pure functions of numbers: :mod:`qlora_tui.training.callbacks` passes loss and gradient norm of each step,
+:mod:`qlora_tui.training.telemetry_recorder` the metrics of the GPU.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from statistics import fmean, median
 from qlora_tui.gpu.metrics import GpuMetrics
 
 _HISTORY = 20
-"""Steps that the gradient norm is compared with."""
+"""Previous steps that a gradient norm is compared with."""
 _EXPLOSION = 20.0
-"""Times the usual norm: after clipping such a step still points somewhere odd."""
+"""Multiple of the median norm that counts as exploding: even clipped, such a step points the wrong way."""
 _QUIET_STEPS = 20
-"""Steps before the same finding is told again."""
+"""Steps before the same finding is reported again."""
 _PLATEAU_STEPS = 200
-"""Steps of which the later half is compared with the earlier one."""
+"""Steps whose later half is compared with the earlier half."""
 _PLATEAU = 0.002
-"""Share by which the loss must have fallen from one half to the other."""
+"""Share by which the mean loss must fall from the earlier half to the later one."""
 _FEW_STEPS = 10
 _IDLE_S = 60.0
 _IDLE_PERCENT = 5
 _USED_BYTES = 1 << 30
 _THROTTLED_S = 30.0
 _HOT = frozenset(("thermal", "power brake", "hardware slowdown"))
-"""Throttle reasons that something can be done about. A power cap is how a card under load lives."""
+"""Throttle reasons that a user can act on. A power cap is normal for a GPU under load."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong or odd."""
+    """Something wrong or unusual, with evidence and remedy."""
 
     kind: str
     evidence: str
@@ -42,7 +42,7 @@ class Finding:
 
 
 def too_few_steps(total: int) -> Finding | None:
-    """Before training: a run of hardly any optimizer steps learns hardly anything."""
+    """A finding where a run has so few optimizer steps that it learns hardly anything."""
     if total >= _FEW_STEPS:
         return None
     return Finding(
@@ -53,7 +53,7 @@ def too_few_steps(total: int) -> Finding | None:
 
 
 class GpuMonitor:
-    """Looks at each reading of the card while a run trains."""
+    """Checks each reading of the GPU during training."""
 
     def __init__(self) -> None:
         self._idle_since: float | None = None
@@ -61,9 +61,10 @@ class GpuMonitor:
         self._reported: set[str] = set()
 
     def check(self, reading: GpuMetrics, now: float) -> list[Finding]:
-        """What it shows; each kind is told once until it has passed.
+        """Findings of a reading; each kind is reported once until its cause has passed.
 
-        ``now``: seconds of a clock that nobody sets, for how long something lasts.
+        Args:
+            now: seconds of a monotonic clock.
         """
         return [*self._idle(reading, now), *self._throttled(reading, now)]
 
@@ -110,7 +111,7 @@ class GpuMonitor:
 
 
 class StepMonitor:
-    """Looks at each step's loss and gradient norm."""
+    """Checks the loss and the gradient norm of each step."""
 
     def __init__(self) -> None:
         self._norms: deque[float] = deque(maxlen=_HISTORY)
@@ -118,7 +119,7 @@ class StepMonitor:
         self._reported: dict[str, int] = {}
 
     def check(self, step: int, loss: float, grad_norm: float) -> list[Finding]:
-        """What step ``step`` shows."""
+        """Findings of step ``step``."""
         findings = []
         if loss == 0.0:
             findings.append(

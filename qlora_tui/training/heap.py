@@ -1,4 +1,4 @@
-"""glibc's heap: giving back what it keeps free."""
+"""Returns free memory of glibc's heap to the system."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def release_free_memory() -> None:
-    """Return the free pages of every arena to the system; nothing where the C library is not glibc.
+    """Return the free pages of every arena to the system. Does nothing where the C library is not glibc.
 
     glibc itself returns only what lies at the top of the heap. Reading a tokenizer of 262,144 tokens leaves
     260 MiB of free pages below the top, and a step's tensors do not fill them.

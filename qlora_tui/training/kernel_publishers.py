@@ -1,4 +1,4 @@
-"""Which publishers' compiled kernels may be loaded from the hub: one."""
+"""Restricts the compiled kernels that may be loaded from the Hub to one publisher."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from typing import Any
 
 PUBLISHER = "kernels-community"
-"""Hugging Face's own, of whom flash attention comes."""
+"""Hugging Face's own account, which publishes flash attention."""
 
 
 def pin_publisher() -> None:
-    """Let transformers load kernels of :data:`PUBLISHER` alone. Some of its families vouch for others."""
+    """Make transformers load kernels of :data:`PUBLISHER` only; some model families name other publishers."""
     if find_spec("kernels") is None:
         return
     from transformers.integrations import hub_kernels

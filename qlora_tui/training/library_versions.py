@@ -1,4 +1,4 @@
-"""What a run was made with."""
+"""Versions of Python and the libraries that a run uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PACKAGES = ("qlora-tui", "torch", "transformers", "peft", "bitsandbytes", "acce
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the libraries that decide what a run computes, and torch's CUDA."""
+    """Versions of Python, of the libraries that determine what a run computes, and of torch's CUDA."""
     installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

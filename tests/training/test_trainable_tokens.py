@@ -246,7 +246,7 @@ def test_a_base_model_learns_to_end_its_turn_with_the_rows_and_not_without(
     assert trainers.run(without) == 0
     assert turn_of(load_session(run_source(without)))[1] == "most tokens"
 
-    run = answering(lora__token_rows=(END,), training__checkpoint_every=10)
+    run = answering(lora__trainable_tokens=(END,), training__checkpoint_every=10)
     assert trainers.run(run) == 0
     session = load_session(run_source(run))
     assert turn_of(session) == ("blue", "turn end")
