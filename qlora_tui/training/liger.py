@@ -1,11 +1,11 @@
-"""Liger's fused linear cross-entropy in place of our chunks, on a card where it is installed and pays.
+"""Liger's fused linear cross-entropy in place of our chunks, on a GPU where it is installed and faster.
 
-Its Triton kernel makes a loss and its gradient in one pass over logits that stay in 16 bits, where ours makes
-several over logits in fp32. It sums the losses of the positions it is given, so prompt tokens are passed over
-here as well. It makes the fewer rows at a time the larger the vocabulary, and reads the whole head twice for
-each: it is taken where they are no fewer than ours (``memory/execution.py``). Other rows of the head, and
-tokens that count for more or less, stay ours; so does float16, whose gradients Liger would keep in 16 bits,
-where they vanish before the loss scale is applied.
+Its Triton kernel computes a loss and its gradient in one pass over 16-bit logits, where ours takes several
+over fp32 logits. It gets only the positions in the loss, so prompt tokens have no logits here either. The
+larger the vocabulary, the fewer rows it processes at a time, and it reads the whole head twice for each
+chunk. So it is used where its chunks have at least as many rows as ours (``memory/execution.py``). Trained
+rows of the head and loss weights use our chunks, and so does float16: Liger keeps gradients in 16 bits, where
+they vanish before the loss scale is applied.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from torch import Tensor
 from qlora_tui.training.chunked_loss import LossSumFn, OutputHead, chunked_sum, losses_and_grads
 
 _TOKENS = 256
-"""Enough that Liger cuts them into several chunks, of several rows each in most models."""
+"""Tokens of the check: enough for Liger to use several chunks, of several rows each in most models."""
 _COUNTS = 0.125
-"""What the loss is multiplied by before its backward, as a step divides it by its tokens."""
+"""Factor on the loss before its backward, like the division by a step's tokens."""
 _SPREAD = 4.0
-"""Standard deviation of a position's logits: its softmax then rests on a few of them, and its part of the
-gradient is as large as the target's own."""
+"""Standard deviation of a position's logits: a few of them then dominate the softmax, and its part of the
+gradient is as large as that of the target."""
 _TOLERANCES = {32: 1e-4, 16: 2e-3}
-"""Share of its own size by which the summed loss may differ from the exact one, by the bits of the head."""
+"""Largest relative difference of the summed loss from the exact one, for each number of bits of the head."""
 _NOISE = 6.0
-"""How many times our own error at its token, against fp32, each element of a gradient may be wrong by."""
+"""How many times the error of our own loss at a token each element of Liger's gradient may be off by."""
 _ROUNDINGS = {32: 64.0, 16: 1.0}
-"""Of what a gradient is summed from, that our error is taken to be at least, by the bits of the head. In fp32
-a logit's rounding is many times that of the probability it gives."""
+"""Lower bound of our error, in roundings of what a gradient is summed from, for each number of bits of the
+head. In fp32 the rounding of a logit is many times that of its probability."""
 _CHUNK_TOKENS = 32
 _CHUNK_ROWS = 8192
-"""Tokens, and rows of the head, that are in fp32 at a time."""
+"""Tokens, and rows of the head, that are computed in fp32 at a time."""
 
 
 def verified_liger_loss(head: OutputHead, device: torch.device) -> LossSumFn | str:
-    """Liger's loss for this head; why not, where it does not run here or differs from ours.
+    """Liger's loss for this head, or the reason why it is not used: it fails here or differs from ours.
 
-    Triton compiles it on the spot, with the C compiler it finds, so anything may be raised.
+    Triton compiles it when it is first called, with the C compiler that it finds, so it may raise anything.
     """
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -60,8 +60,10 @@ def verified_liger_loss(head: OutputHead, device: torch.device) -> LossSumFn | s
 
 
 def _difference(summed: LossSumFn, head: OutputHead, device: torch.device) -> str | None:
-    """What differs from fp32 by more than our loss does, on states whose logits are as far apart as a trained
-    model's."""
+    """What is less exact than our loss, ``loss`` or ``gradient``; None where neither is.
+
+    Both are compared with fp32, on states whose logits are as far apart as those of a trained model.
+    """
     weight = head.projection.weight
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(_TOKENS, weight.shape[1], generator=generator).to(device, weight.dtype)
@@ -88,9 +90,10 @@ def _difference(summed: LossSumFn, head: OutputHead, device: torch.device) -> st
 
 @torch.no_grad()
 def _exact(states: Tensor, targets: Tensor, head: OutputHead) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss in fp32, its gradient at states (tokens, hidden), and the size that rounding has in it.
+    """The summed loss in fp32, its gradient at states (tokens, hidden), and the scale of its rounding.
 
-    A gradient is a sum over the vocabulary, and rounding of the size of the root of its terms' squares.
+    A gradient is a sum over the vocabulary; its rounding error scales with the root of the sum of squares of
+    its terms.
     """
     losses, gradients, scales = [], [], []
     parts = torch.split(head.projection.weight, _CHUNK_ROWS)

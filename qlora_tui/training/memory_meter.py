@@ -1,4 +1,4 @@
-"""How much memory a run takes, measured beside what was predicted."""
+"""Measures the peak memory of a run and compares it with the estimate."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from qlora_tui.training.library_versions import versions
 
 
 class MemoryMeter:
-    """Peaks of this process, and the estimate of the recipe as it is run."""
+    """Peak memory of this process, and the estimate for the recipe."""
 
     def __init__(self, recipe: Recipe, architecture: Architecture, device: ComputeDevice) -> None:
         self._recipe = recipe
         self._architecture = architecture
         self._device = device
         self.estimate = self._estimate(recipe, corrected=True)
-        """None where the memory room does not know the model."""
+        """None where the model is not supported by the estimate."""
         self._longest_batch_estimate: Estimate | None = None
         self._records = False
 
     @property
     def expected_loss(self) -> Loss:
-        """The one that the estimate counts on."""
+        """The loss that the estimate assumes."""
         return trainer_execution(self._recipe, _as_estimated(self._device), self._architecture).loss
 
     def set_loss(self, loss: str) -> None:
-        """Of another loss than that the estimate knows nothing, and would learn what is not its own error."""
+        """Note which loss is used: with an unexpected one the peak says nothing about the estimate."""
         self._records = loss == self.expected_loss
 
     def stop_recording(self) -> None:
-        """The run computes by another code path than the estimate counts on: its peak is no error of it."""
+        """Do not record the peak, because a code path differs from what the estimate assumes."""
         self._records = False
 
     def measure(self, when: Literal["probe", "end"]) -> MemoryMeasured:
-        """The peak so far beside the estimate."""
+        """The peak so far and the estimate."""
         allocated = reserved = 0
         if self._device.kind == "cuda":
             allocated = torch.cuda.max_memory_allocated(self._device.torch_device)
@@ -71,9 +71,9 @@ class MemoryMeter:
         )
 
     def set_longest_batch(self, rows: int, tokens: int) -> None:
-        """What the longest micro-batch of the run is: what is predicted for it is what the peak is held to.
+        """Set the longest micro-batch of the run, whose estimate is what the peak is compared with.
 
-        A recipe allows for rows of ``data.max_length``; the data's may all be shorter.
+        The recipe allows rows of ``data.max_length`` tokens, but all rows of the data may be shorter.
         """
         data = structs.replace(self._recipe.data, max_length=max(1, -(-tokens // rows)))
         training = structs.replace(self._recipe.training, micro_batch_size=rows)
@@ -81,11 +81,11 @@ class MemoryMeter:
         self._longest_batch_estimate = self._estimate(recipe, corrected=False)
 
     def record(self, *, ran_out: bool = False) -> None:
-        """Keep the peak beside what was predicted, for later estimates on this machine.
+        """Record peak and prediction, which correct later estimates on this machine.
 
-        A run that ran out of memory tells something only where it had more than was predicted: how much it
-        would have taken is not known. One that never met its longest batch tells nothing, nor one of a family
-        whose layers are guessed.
+        A run that ran out of memory is recorded only where it used more than predicted: how much it would
+        have needed is unknown. A run that never computed its longest batch is not recorded, nor is one of a
+        family whose layers are guessed.
         """
         predicted, peak = self._longest_batch_estimate, self.measure("end")
         if predicted is None or not (self._records and predicted.exact):
@@ -123,7 +123,7 @@ class MemoryMeter:
             return None
 
     def _context_bytes(self) -> int:
-        """What the driver holds for this process beside torch's pool; estimated where it does not say."""
+        """GPU memory of this process outside torch's pool; estimated where the driver does not report it."""
         gpu_bytes = _gpu_memory_used()
         if gpu_bytes is None:
             return self.estimate.bytes_of("context") if self.estimate else 0
@@ -142,9 +142,9 @@ def _as_estimated(device: ComputeDevice) -> EstimatedDevice:
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident set of this process so far; 0 where the kernel does not say.
+    """Largest resident set size of this process so far; 0 where the kernel does not report it.
 
-    Not ``ru_maxrss``: that one begins with the size of the process that started this one.
+    Not ``ru_maxrss``, which starts with the size of the parent process.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -163,7 +163,7 @@ def _gpu_memory_used() -> int | None:
 
 
 def _driver() -> str:
-    """Its version; empty where there is none to ask."""
+    """Version of the GPU driver; empty where there is none."""
     try:
         return default_cuda_device().driver or ""
     except GpuUnavailableError:

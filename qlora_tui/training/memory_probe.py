@@ -1,6 +1,6 @@
-"""One whole step on the longest micro-batch of the run, before the first: what does not fit says so at once.
+"""Runs a step on the longest micro-batch before training, so that a run that does not fit fails at once.
 
-Everything it changes is put back: adapter, optimizer, gradients and random numbers.
+Everything it changes is restored: adapter, optimizer, gradients and random numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qlora_tui.training.trainer import RunTrainer
 def longest_micro_batch(
     step_plan: StepPlan, samples: TokenizedDataset, size: int, *, packing_isolated: bool
 ) -> list[Row]:
-    """The rows of the micro-batch that computes most tokens."""
+    """The rows of the micro-batch with most computed tokens, padding included."""
     longest: list[Row] = []
     most = 0
     for step in step_plan.steps:
@@ -35,7 +35,7 @@ def longest_micro_batch(
 
 
 def probe_memory(trainer: RunTrainer, rows: list[Row], *, fresh: bool) -> None:
-    """Forward, backward, and, in a fresh run, the optimizer step; a resumed one has its states in place."""
+    """Run forward and backward, and with ``fresh`` the optimizer step; a resumed run has optimizer states."""
     model: Any = trainer.model_wrapped
     batch = trainer.steps.collate(rows)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]  # it is set
@@ -55,9 +55,9 @@ def probe_memory(trainer: RunTrainer, rows: list[Row], *, fresh: bool) -> None:
 
 
 def _step(trainer: RunTrainer) -> None:
-    """The bare optimizer, beneath loss scaling: its states come to be, and are as they were born.
+    """Step the bare optimizer, without loss scaling, and reset its states to their initial values.
 
-    They stay allocated, as they will be in every step but the first.
+    The states stay allocated, as they are in every step but the first.
     """
     optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     optimizer.step()

@@ -1,7 +1,7 @@
-"""The base model: found, quantised as it is read, and frozen.
+"""Loads the base model, quantized while it is read, and freezes it.
 
-Our own preparation in place of ``peft.prepare_model_for_kbit_training``, which would cast norms, embeddings
-and head to fp32 and with them every hidden state.
+This replaces ``peft.prepare_model_for_kbit_training``, which would cast norms, embeddings and head to fp32
+and with them every hidden state.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ from qlora_tui.training.kernel_publishers import PUBLISHER, pin_publisher
 
 _FLASH = f"{PUBLISHER}/flash-attn2"
 _ATTENTION: dict[AttentionPath, str | None] = {"segments": None, "flash": _FLASH, "eager": "eager"}
-"""As transformers is told. None leaves it to take SDPA, which a few families lack (Gemma 2, gpt-oss); what a
-config says of attention is left out before."""
+"""``attn_implementation`` for transformers. None lets it use SDPA, which a few families lack (Gemma 2,
+gpt-oss). The attention keys of the model's own config are removed before."""
 
 
 def load_base(folder: Path, recipe: Recipe, device: ComputeDevice, attention_path: AttentionPath) -> Any:
-    """The causal language model in ``folder``, on the device, every weight frozen.
+    """Load the causal language model in ``folder`` to the device, with every weight frozen.
 
-    The folder is one that ``catalog.resolve`` gave. Its configs choose no code: see
-    :mod:`qlora_tui.catalog.code_keys`. Raises UserError where it cannot be loaded all the same.
+    Its configs select no code: see :mod:`qlora_tui.catalog.code_keys`.
+
+    Args:
+        folder: from ``catalog.local_models.resolve_model``.
+
+    Raises:
+        UserError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -66,14 +71,14 @@ def load_base(folder: Path, recipe: Recipe, device: ComputeDevice, attention_pat
 
 
 def _detach_from_mmap(model: nn.Module) -> None:
-    """Copy what was not quantized: it lies in the mapped file, all of which would stay in memory for it."""
+    """Copy weights that are not quantized: they are views that would keep the whole mapped file in memory."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Freeze every weight, and keep 4-bit weights in the layout that gradients need."""
+    """Freeze every weight, with 4-bit weights in the layout that the backward needs."""
     model.requires_grad_(False)
     model.config.use_cache = False  # type: ignore[union-attr]  # a PreTrainedModel's
     for module in model.modules():
@@ -85,13 +90,13 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def use_segment_attention(model: Any) -> bool:
-    """Switch to attention sample by sample; False where the family builds its attention by itself."""
+    """Switch to packed attention; False where the family does not use transformers' attention interface."""
     packed_attention.register()
     return set_attention(model, packed_attention.NAME)
 
 
 def set_attention(model: Any, name: str) -> bool:
-    """Switch to an attention implementation that transformers knows; False where the family takes none."""
+    """Switch to an attention implementation by name; False where the family does not support switching."""
     before = model.config._attn_implementation
     with suppress(ValueError, AttributeError, NotImplementedError):
         model.set_attn_implementation(name)
@@ -102,9 +107,10 @@ def set_attention(model: Any, name: str) -> bool:
 
 
 def checkpoint_activations(model: Any, *, keep_rng: bool = True) -> None:
-    """Keep one hidden state a layer and recompute the rest.
+    """Save one hidden state per layer and recompute the rest in the backward.
 
-    ``keep_rng``: dropout, the adapter's or the model's own, falls the same way again. Needs a real device.
+    Args:
+        keep_rng: repeat the dropout of the forward, of adapter and model. Needs a real device.
     """
     kwargs = {"use_reentrant": False, "preserve_rng_state": keep_rng}
     if hasattr(model, "activation_checkpointing_enable"):
@@ -114,7 +120,7 @@ def checkpoint_activations(model: Any, *, keep_rng: bool = True) -> None:
 
 
 def _quantization(settings: Quantization, device: ComputeDevice) -> Any:
-    """What transformers is told; None loads the weights as they are stored."""
+    """The quantization config for transformers; None loads the weights as they are stored."""
     from transformers import BitsAndBytesConfig
 
     if settings.method in ("nf4", "fp4"):
@@ -130,7 +136,7 @@ def _quantization(settings: Quantization, device: ComputeDevice) -> Any:
 
 
 def _is_stored_quantized(folder: Path) -> bool:
-    """Stored by bitsandbytes; the catalog refuses every other way."""
+    """Whether the weights are stored quantized by bitsandbytes; the catalog rejects all other formats."""
     return bool(load_config(folder / "config.json").get("quantization_config"))
 
 

@@ -1,12 +1,21 @@
 """Several samples in one row, each attending only to itself.
 
-The samples of a micro-batch lie end to end in a row of batch size one. Where the stock SDPA path keeps them
-apart with one dense mask over the whole row, this attends sample by sample: work and memory grow with the
-square of a sample, not of the row, and every call takes the fast causal kernel.
+The samples of a micro-batch lie end to end in a row of batch size one. The stock SDPA path isolates them with
+one dense mask over the whole row. This attends sample by sample: work and memory grow with the square of a
+sample, not of the row, and every call uses the fast causal kernel.
 
-Where the samples begin travels as the attention mask itself: an int32 tensor of four dimensions, which
-transformers hands through untouched (``masking_utils._preprocess_mask_arguments``), and which stays on the
-CPU so that reading it stops no GPU.
+Where samples begin is passed as the attention mask: an int32 tensor of four dimensions, which transformers
+passes on unchanged (``masking_utils._preprocess_mask_arguments``), and which stays on the CPU so that reading
+it does not wait for the GPU. For samples of 3, 1 and 2 tokens::
+
+    mask       [[[[0 3 4 6]]]]         (1, 1, 1, samples + 1)
+    query      (1, heads, 6, width)    split into (1, heads, 3 | 1 | 2, width)
+    allowed    1 . . . . .             what the three causal calls compute, as the mask over the
+               1 1 . . . .             whole row that is never created
+               1 1 1 . . .
+               . . . 1 . .
+               . . . . 1 .
+               . . . . 1 1
 """
 
 from __future__ import annotations
@@ -22,11 +31,11 @@ from qlora_tui.training.fused.cpu_attention import RowAttention
 from qlora_tui.training.padding import pad_tokens, token_multiple
 
 NAME = "qlora_segments"
-"""The attention implementation as transformers knows it."""
+"""Name of the attention implementation in transformers."""
 
 
 def register() -> None:
-    """Make the implementation known to transformers; harmless when repeated."""
+    """Register the implementation with transformers; may be repeated."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -36,7 +45,7 @@ def register() -> None:
 
 
 def segment_mask(lengths: list[int]) -> Tensor:
-    """The stand-in for an attention mask that says where samples begin: (1, 1, 1, samples + 1), int32."""
+    """The attention mask that holds where samples begin, (1, 1, 1, samples + 1), int32: [3, 1] is 0, 3, 4."""
     starts = torch.zeros(1, 1, 1, len(lengths) + 1, dtype=torch.int32)
     starts[0, 0, 0, 1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
     return starts
@@ -55,7 +64,7 @@ def segment_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
+    """The function for transformers: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = softcap is None and s_aux is None
     if attention_mask is not None and attention_mask.dtype == torch.int32:
@@ -93,9 +102,9 @@ def segment_attention(
 
 
 def prefers_row_attention(query: Tensor) -> bool:
-    """Whether our own backward is the quicker one: on a CPU in bfloat16; in float32 torch's is.
+    """Whether to use :class:`.fused.cpu_attention.RowAttention`: on a CPU in bfloat16, where it is faster.
 
-    Not in float16: what is taken from each score may be more than its largest number.
+    In float32 torch's backward is faster, and in float16 the augmented columns may overflow.
     """
     return query.device.type == "cpu" and query.dtype == torch.bfloat16
 
@@ -148,7 +157,7 @@ def _eager_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """What no fused kernel does: capped scores (Gemma 2), sinks beside them (gpt-oss)."""
+    """Attention with soft-capped scores (Gemma 2) or sinks (gpt-oss), which no fused kernel supports."""
     key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
     scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:
@@ -167,7 +176,7 @@ def _eager_attention(
 
 
 def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a query may look: at itself and what came before, at most ``window`` tokens back."""
+    """A mask, True where a query attends: to itself and earlier tokens, at most ``window`` tokens back."""
     query = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)[None, :]
     allowed = key <= query

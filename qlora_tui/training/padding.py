@@ -1,4 +1,4 @@
-"""Numbers of tokens for which a CPU has its kernels already: what is multiplied is filled up to them."""
+"""Pads tokens to a multiple, so that a CPU reuses its matrix kernels instead of creating one per length."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from qlora_tui.memory.onednn_cache import TOKEN_MULTIPLE
 
 
 def token_multiple(device: torch.device, dtype: torch.dtype) -> int:
-    """Tokens of which rows and samples should be a multiple: bfloat16 on a CPU is multiplied by oneDNN."""
+    """The multiple of tokens: more than 1 only for bfloat16 on a CPU, whose products oneDNN computes."""
     return TOKEN_MULTIPLE if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
 def pad_tokens(x: Tensor) -> Tensor:
-    """x (…, tokens, width) with zeros behind the last token, up to such a multiple."""
+    """Append zeros to x (…, tokens, width), up to a multiple of tokens."""
     more = padded_length(x) - x.shape[-2]
     return functional.pad(x, (0, 0, 0, more)) if more else x
 
 
 def padded_length(x: Tensor) -> int:
-    """Tokens of x (…, tokens, width) when it is filled up."""
+    """Tokens of x (…, tokens, width) after padding."""
     multiple = token_multiple(x.device, x.dtype)
     return -(-x.shape[-2] // multiple) * multiple

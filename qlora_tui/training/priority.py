@@ -1,4 +1,4 @@
-"""Where the processor trains, it gives way to other programs of the user: first of all to who watches."""
+"""Lowers the priority of a trainer on the CPU below other programs of the user, above all the app."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _SESSION = Path("/proc/self/autogroup")
 
 
 def lower_priority() -> None:
-    """Leave a core at once to whoever wants it; alone on the machine, a trainer loses nothing by it.
+    """Make other programs run first; alone on the machine, a trainer loses nothing.
 
-    Linux shares the processor out among sessions before it looks at the niceness within one (sched(7),
-    "autogroup"), so the session takes it too, where this process leads it. Threads that are there already,
-    such as the heartbeat, keep their turn.
+    Linux divides the CPU among sessions before it considers niceness within one (sched(7), "autogroup"). So
+    the session gets the niceness too, where this process leads it. Threads that exist already, such as the
+    heartbeat, keep their priority.
     """
     os.nice(max(0, _NICENESS - os.nice(0)))
     if os.getsid(0) == os.getpid():

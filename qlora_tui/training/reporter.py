@@ -1,7 +1,7 @@
-"""What the trainer says to the world: events, status, heartbeat and plain lines in its log.
+"""Everything that the trainer reports: events, status, heartbeat and log lines.
 
-A full disk must not end a run that has hours behind it: what cannot be written waits and is tried again with
-the next event. One process of a run speaks; under several the others are mute.
+A full disk must not end a run after hours: events that cannot be written wait and are tried again with the
+next one. Only the main process of a run reports; the others are mute.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from qlora_tui.runs.status import read_status, write_heartbeat, write_status
 
 HEARTBEAT_S = 1.0
 _PROGRESS_S = 0.5
-"""Least time between two Progress events."""
+"""Shortest time between two Progress events, in seconds."""
 
 
 class Reporter:
-    """The voice of one attempt. Every method may be called from any thread."""
+    """Writes events, status and log of one trainer. Every method may be called from any thread."""
 
     def __init__(self, run: RunDir, *, mute: bool = False) -> None:
         self._run = run
@@ -41,13 +41,13 @@ class Reporter:
         self._heartbeat_thread = threading.Thread(target=self._heartbeat_loop, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Write the run's status, and a heartbeat from here on."""
+        """Write the status, and a heartbeat every second from now on."""
         self.write_heartbeat()
         if not self._mute:
             self._heartbeat_thread.start()
 
     def stop(self) -> None:
-        """No status is written after this; what events still wait get a last try."""
+        """Stop the heartbeat, and try a last time to write waiting events."""
         self._stopping.set()
         if self._heartbeat_thread.is_alive():
             self._heartbeat_thread.join()
@@ -57,7 +57,7 @@ class Reporter:
                 self._writer.close()
 
     def emit(self, event: AnyEvent) -> None:
-        """Write an event; terminal ones are on the disk when this returns."""
+        """Write an event; an event that ends the run is on the disk on return."""
         if self._mute:
             return
         with self._lock:
@@ -65,20 +65,20 @@ class Reporter:
             self._flush()
 
     def phase(self, phase: Phase, detail: str = "") -> None:
-        """Say what is done from here on."""
+        """Report that a phase begins."""
         self.log(f"{phase}{': ' if detail else ''}{detail}")
         self.emit(PhaseChanged(at=time.time(), phase=phase, detail=detail))
         self.update(phase=phase)
 
     def progress(self, phase: Phase, done: int, total: int) -> None:
-        """How far a phase has come; most calls say nothing."""
+        """Report the progress of a phase, at most every ``_PROGRESS_S`` and at the end."""
         now = time.monotonic()
         if now - self._progress_at >= _PROGRESS_S or done == total:
             self._progress_at = now
             self.emit(Progress(at=time.time(), phase=phase, done=done, total=total))
 
     def health(self, kind: str, evidence: str, remedy: str, *, step: int = 0, error: bool = False) -> None:
-        """Say that something is wrong or odd, with what can be done."""
+        """Report that something is wrong or unusual, with evidence and remedy."""
         self.log(f"{kind}: {evidence} {remedy}")
         self.emit(
             Health(
@@ -92,7 +92,7 @@ class Reporter:
         )
 
     def resume_from(self, step: int) -> None:
-        """This attempt begins where a checkpoint was; 0 for the start."""
+        """Set the step that the attempt starts from; 0 for the beginning."""
         with self._lock:
             status = self._status
             # Of an earlier step the loss is in the events.
@@ -108,7 +108,7 @@ class Reporter:
         total_steps: int | None = None,
         loss: float | None = None,
     ) -> None:
-        """Change what the next heartbeat says."""
+        """Change the status that the next heartbeat writes."""
         given = {"phase": phase, "step": step, "total_steps": total_steps, "loss": loss}
         with self._lock:
             self._status = msgspec.structs.replace(
@@ -116,7 +116,7 @@ class Reporter:
             )
 
     def log(self, line: str) -> None:
-        """A line of the trainer's log."""
+        """Write a line to the trainer's log."""
         if not self._mute:
             # The log may be on a full disk too.
             with suppress(OSError):
@@ -137,9 +137,9 @@ class Reporter:
             self._unwritten.pop(0)
 
     def write_heartbeat(self) -> None:
-        """Write how far the run has come, and first of all that this process has it.
+        """Write the heartbeat; the first one also names this process in ``status.json``.
 
-        What a full disk does not take is written with the next beat.
+        What a full disk rejects is written with the next heartbeat.
         """
         if self._mute:
             return

@@ -1,4 +1,4 @@
-"""``python -m qlora_tui.training.selftest``: does training work here, tried on a few weights.
+"""``python -m qlora_tui.training.selftest``: tries on a few weights whether training works here.
 
 Prints one JSON list of checks on the last line; run by ``qlora-tui doctor``, so that a crash in a native
 library is a finding and not the doctor's end.

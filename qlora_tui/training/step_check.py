@@ -26,11 +26,11 @@ from qlora_tui.training.chunked_loss import IGNORED
 from qlora_tui.training.compute_device import ComputeDevice
 
 Gradients: TypeAlias = dict[str, Tensor]
-"""Of each trained parameter, by its name in the model."""
+"""Gradient of each trained parameter, by its name in the model."""
 
 FACTOR = 3.0
-"""Times the measured rounding noise by which our step may differ. Right steps stay below 1.7 on SmolLM2-135M
-and Gemma-3-270M in float32 and bfloat16; Gemma with Llama's form of RMSNorm is at 25 and more."""
+"""Multiple of the measured rounding noise by which our step may differ. Right steps stay below 1.7 on
+SmolLM2-135M and Gemma-3-270M in float32 and bfloat16; Gemma with Llama's form of RMSNorm is above 25."""
 _ROUNDING = {torch.float32: 2.0, torch.bfloat16: 0.5, torch.float16: 0.5}
 """Machine epsilons by which each module's output is moved. In 16 bits results are rounded once; in float32
 the order of a sum over thousands of products shows."""
@@ -39,7 +39,7 @@ _LOSS_ROUNDING = 16 * torch.finfo(torch.float32).eps
 _ADAPTER_SHARE = 0.05
 """Size of the adapter's output beside that of its frozen module, about: enough for A's gradient to tell."""
 _FP16_LOSS_SCALE = 1024.0
-"""So that small gradients do not vanish in float16, as the trainer's loss scaling does it."""
+"""Loss scale of the check, so that small gradients do not vanish in float16."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +107,17 @@ class StepComparison:
     reference_loss: float
     loss_noise: float
     gradient_difference: float
-    """Share of its size by which one tensor's gradient differs: the tensor furthest beyond its noise."""
+    """Relative difference of a gradient, for the tensor that exceeds its noise most."""
     gradient_noise: float
-    """The noise of that tensor, likewise."""
+    """Relative noise of the gradient of that tensor."""
     tensor: str
-    """Its name."""
+    """Name of that tensor."""
     failure: str = ""
-    """Why our step could not be computed; its loss and gradients are NaN then."""
+    """Why our step could not be computed, with loss and gradients of NaN; empty where it was."""
 
     @property
     def agrees(self) -> bool:
-        """Whether rounding explains every difference. False where a value is not finite."""
+        """Whether rounding explains all differences. False where a value is not finite."""
         return (
             abs(self.loss - self.reference_loss) <= FACTOR * self.loss_noise
             and self.gradient_difference <= FACTOR * self.gradient_noise
@@ -125,17 +125,17 @@ class StepComparison:
 
 
 class StepReference:
-    """The library's step on an excerpt, and its noise: what any other way to compute it is compared with."""
+    """The library's step on an excerpt and its rounding noise, the reference for our step."""
 
     def __init__(self, model: nn.Module, excerpt: Excerpt, device: ComputeDevice) -> None:
-        """Compute it. ``model`` must compute by transformers and peft alone; its gradients are cleared."""
+        """Compute the library's step on ``model``, which must use no fast path; clears its gradients."""
         self._model, self._excerpt, self._device = model, excerpt, device
         self._items = sum_loss_weights([(i,) for i in range(len(excerpt))], excerpt) or 1.0
         self._losses, self._gradients = self._library_step()
         norms = torch.stack([gradient.norm() for gradient in self._gradients.values()])
         least = torch.finfo(device.dtype).eps * float(norms.square().mean().sqrt())
         self._least = max(least, torch.finfo(torch.float32).tiny)
-        """Below this a gradient is not resolved beside the others."""
+        """Gradients smaller than this are not resolved beside the others."""
         self._draws = 0
         self.loss = float(self._losses.sum()) / self._items
         self.loss_noise = _LOSS_ROUNDING * abs(self.loss)
@@ -143,9 +143,9 @@ class StepReference:
         self.measure_noise()
 
     def measure_noise(self) -> None:
-        """Move the library's step by rounding errors; the largest move of several draws counts.
+        """Perturb the library's step by random rounding errors, and keep the largest change of all draws.
 
-        Like the constructor, needs a model that computes by transformers and peft alone.
+        The model must use no fast path, as in the constructor.
         """
         with rounding_errors(self._model, rounding_error_of(self._device.dtype), seed=self._draws):
             losses, gradients = self._library_step()
@@ -159,13 +159,14 @@ class StepReference:
 
     @property
     def is_finite(self) -> bool:
-        """Whether it is a number: if not, nothing can be compared with it."""
+        """Whether loss and gradients of the library's step are finite; otherwise nothing can be compared."""
         return math.isfinite(self.loss + self.loss_noise + sum(self._noise.values()))
 
     def compare(self, *, packed: bool, pad_id: int) -> StepComparison:
-        """Run one step as the trainer does, on the model as it is now.
+        """Run one step as the trainer does, on the model in its current state, and compare.
 
-        ``packed``: the samples share a row.
+        Args:
+            packed: put the samples into one packed row instead of padded rows.
         """
         rows = [(0, 1)] if packed and len(self._excerpt) == 2 else [(i,) for i in range(len(self._excerpt))]
         batch = collate(
@@ -191,7 +192,7 @@ class StepReference:
         )
 
     def failure(self, reason: str) -> StepComparison:
-        """The comparison with a step that could not be computed."""
+        """The comparison for a step of ours that could not be computed."""
         return StepComparison(math.nan, self.loss, self.loss_noise, math.nan, math.nan, "", reason)
 
     def _size(self, name: str) -> float:
@@ -206,7 +207,7 @@ class StepReference:
         return noise if FACTOR * noise < self._size(name) else max(noise, self._size(name))
 
     def _library_step(self) -> tuple[Tensor, Gradients]:
-        """Weighted loss of each token (tokens,), each sample by itself, and the gradients of the mean."""
+        """Weighted loss of each token (tokens,), computed sample by sample, and the gradients of the mean."""
         excerpt, device = self._excerpt, self._device.torch_device
         losses: list[Tensor] = []
         self._model.zero_grad()
@@ -234,7 +235,7 @@ class StepReference:
         torch.autograd.backward(loss * _FP16_LOSS_SCALE if self._device.dtype == torch.float16 else loss)
 
     def _take_gradients(self) -> Gradients:
-        """The gradients, in fp32 on the CPU; the model has none afterwards."""
+        """Move the gradients out of the model, as fp32 on the CPU."""
         gradients = {
             name: torch.zeros(p.shape) if p.grad is None else p.grad.detach().to("cpu", torch.float32)
             for name, p in self._model.named_parameters()
@@ -246,9 +247,9 @@ class StepReference:
 
 @contextmanager
 def ready_to_compare(model: nn.Module, device: ComputeDevice) -> Iterator[None]:
-    """Let the adapter change the model, and nothing be dropped out; all is put back afterwards.
+    """Give the adapter nonzero weights and turn off dropout inside; everything is restored afterwards.
 
-    A new adapter's B is 0, and with it the gradient of A: two wrong gradients would agree.
+    In a new adapter B is 0, and so is the gradient of A: wrong gradients would agree by being zero.
     """
     adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad}
     before = {name: p.detach().to("cpu", copy=True) for name, p in adapters.items()}
@@ -296,13 +297,13 @@ def _no_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def rounding_error_of(dtype: torch.dtype) -> float:
-    """Share by which the output of a module that computes in ``dtype`` may be off by rounding."""
+    """Relative rounding error of the output of a module that computes in ``dtype``."""
     return _ROUNDING[dtype] * torch.finfo(dtype).eps
 
 
 @contextmanager
 def rounding_errors(model: nn.Module, size: float, *, seed: int) -> Iterator[None]:
-    """Move each element that a module gives, and of the gradient that comes back, up or down by ``size``."""
+    """Perturb each element of all module outputs, and of their gradients, up or down by a share ``size``."""
     generators: dict[torch.device, torch.Generator] = {}
 
     def error(x: Tensor) -> Tensor:
@@ -332,6 +333,6 @@ def _or_infinite(value: float) -> float:
 
 
 def _autocast(device: ComputeDevice) -> AbstractContextManager[Any]:
-    """As the trainer computes: float16 goes with automatic mixed precision, on a GPU."""
+    """The trainer's autocast context: mixed precision for float16 on a GPU."""
     uses_it = device.kind == "cuda" and device.dtype == torch.float16
     return torch.autocast("cuda", torch.float16) if uses_it else nullcontext()

@@ -1,6 +1,6 @@
-"""Before the first step of a run: its own way to compute a step against the library's.
+"""Compares the first step of a run, with all fast paths, with transformers and peft.
 
-Where they differ, each fast path is tried by itself. Those that compute something else are switched off for
+Where they differ, each fast path is tested separately. Those that compute something else are switched off for
 the run, which then trains as transformers and peft would; an event and a warning name them.
 """
 
@@ -27,11 +27,11 @@ from qlora_tui.training.reporter import Reporter
 from qlora_tui.training.step_check import Excerpt, StepComparison, StepReference, excerpt_of, ready_to_compare
 
 _MOST_TOKENS = {"cpu": 128, "cuda": 512}
-"""Of the excerpt: a second or two of computing on either."""
+"""Largest number of tokens in the excerpt: a second or two of computing on either device."""
 _FEWEST_TOKENS = 8
 _MORE_DRAWS = 3
 _LIBRARY_LOGITS_BYTES = 20
-"""A token of a sample and entry of the vocabulary, at the peak of the library's step: logits in 16 bits and
+"""Bytes per token and vocabulary entry at the peak of the library's step: logits in 16 bits and
 their gradient, log-softmax and two gradients of it in fp32; the rest is for activations. Measured: 16 to 20
 on Gemma-3-270M, whose vocabulary is 262,144."""
 
@@ -49,14 +49,14 @@ class StepNotComputedError(Exception):
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """What the comparison of a whole step showed."""
+    """The result of comparing a whole step."""
 
     comparison: StepComparison
-    """Of the step with every fast path."""
+    """The comparison of the step with every fast path."""
     replaced: tuple[FastPath, ...] = ()
-    """Paths that computed something else; the library's are in their place now."""
+    """Fast paths that computed something else, now replaced by the library's code."""
     agrees: bool = True
-    """Whether the step, as the model computes it now, is the library's."""
+    """Whether the step, with these paths replaced, agrees with the library's."""
 
 
 def verify_first_step(prepared: PreparedRun) -> PreparedBase:
@@ -111,12 +111,12 @@ def verify_step(
         What the comparison showed, or why nothing could be compared.
 
     Raises:
-        NotComputed: the library's step failed, or memory ran out. Every path is ours then, as before.
+        StepNotComputedError: the library's step failed, or memory ran out. All fast paths are on then.
     """
     paths = _in_every_process(dist, lambda: FastPaths(model, base))
 
     def compare(names: Collection[FastPath]) -> tuple[StepComparison, bool]:
-        """The comparison in this process, and whether the step agrees in all."""
+        """The comparison in this process with the fast paths ``names``, and whether all processes agree."""
         paths.use(names)
         comparison = _in_every_process(
             dist, lambda: _compare_or_blame(reference, packed="packed attention" in names, pad_id=pad_id)
@@ -156,7 +156,7 @@ def verify_step(
 
 
 def _compare_or_blame(reference: StepReference, *, packed: bool, pad_id: int) -> StepComparison:
-    """A step of ours that fails where the library's does not is a wrong one."""
+    """Compare our step; one that raises where the library's does not counts as wrong."""
     try:
         return reference.compare(packed=packed, pad_id=pad_id)
     except Exception as error:
@@ -166,7 +166,7 @@ def _compare_or_blame(reference: StepReference, *, packed: bool, pad_id: int) ->
 
 
 def _in_every_process(dist: DistributedContext, compute: Callable[[], T]) -> T:
-    """Compute in each process of the run. Raises NotComputed in all of them where one fails."""
+    """Compute in each process of the run. Raises StepNotComputedError in all of them where one fails."""
     try:
         value, failure, cause = compute(), None, None
     except Exception as error:
@@ -190,10 +190,10 @@ def _first_rows(step_plan: StepPlan, samples: TokenizedDataset, micro_batch: int
 
 
 def _affordable_tokens(longest: list[Row], samples: TokenizedDataset, device: ComputeDevice) -> int:
-    """Tokens of the excerpt for which the library's step takes no more memory than the run's longest one.
+    """Tokens of an excerpt for which the library's step needs no more memory than the run's longest step.
 
-    The library keeps logits of a whole sample where our loss holds a chunk of them, and up to twice the
-    activations of a token.
+    The library keeps the logits of a whole sample where our loss keeps a chunk of them, and up to twice the
+    activations per token.
     """
     trained = sum(sum(samples.trained(i)) for row in longest for i in row)
     ours = 2 * min(LOSS_CHUNK_ROWS, trained) + 12 * LOSS_BLOCK_ROWS[device.kind]
@@ -250,7 +250,7 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
 
 
 def _base_without(base: PreparedBase, replaced: Collection[FastPath]) -> PreparedBase:
-    """The base as the run's record names it, once these paths are the library's."""
+    """``base`` without these fast paths, and with descriptions of attention and loss that say so."""
     if not replaced:
         return base
     base = replace(base, replaced=tuple(replaced))

@@ -1,4 +1,4 @@
-"""The machine, once a second: ``telemetry.jsonl``."""
+"""Records GPU and process once a second in ``telemetry.jsonl``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PERIOD_S = 1.0
 
 
 class TelemetryRecorder:
-    """Samples from ``start`` to ``stop``, in a thread of its own; a full disk loses samples, nothing else."""
+    """Records from ``start`` to ``stop`` in a separate thread. A full disk costs samples and nothing else."""
 
     def __init__(self, run: RunDir, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -35,7 +35,7 @@ class TelemetryRecorder:
         self._thread = threading.Thread(target=self._sample_host, name="telemetry", daemon=True)
 
     def start(self, *, on_gpu: bool) -> None:
-        """``on_gpu``: the run computes on a card, which is then read too."""
+        """Start recording; with ``on_gpu`` the GPU too."""
         self._process.cpu_percent()
         if on_gpu:
             with suppress(GpuUnavailableError):
@@ -45,7 +45,7 @@ class TelemetryRecorder:
         self._thread.start()
 
     def stop(self) -> None:
-        """No sample comes after this."""
+        """Stop recording; no sample is written after this."""
         self._stopping.set()
         if self._gpu is not None:
             self._gpu.stop()

@@ -1,9 +1,9 @@
-"""Rows of the embedding and the head that are trained beside LoRA: of tokens the base model never learnt.
+"""Trains rows of embedding and head besides LoRA, for tokens that the base model never learned.
 
-A token the model is to read needs its row of the embedding, one it is to say its row of the head: both are
-trained, as one row where the head is tied. peft keeps them (``trainable_token_indices``) and loads them
-anywhere, but writes both matrices anew at each forward and has their gradients whole. Here the rows alone are
-computed with, in peft's modules and so in its format.
+To read a token the model needs its row of the embedding, to write it its row of the head. Both are trained,
+as one row where the head is tied. peft supports this (``trainable_token_indices``) and loads such adapters,
+but rebuilds both matrices in each forward and computes their whole gradients. Here only the rows are
+computed, in peft's modules and so in its format.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from qlora_tui.training.fused.patching import patch_forward
 
 @dataclass(frozen=True)
 class TokenRows:
-    """What stands in place of some rows of a matrix (vocabulary, width)."""
+    """Replacements of some rows of a matrix (vocabulary, width)."""
 
     ids: Tensor
-    """(rows,): which."""
+    """(rows,): the token ids that are replaced."""
     values: Tensor
-    """(rows, width)."""
+    """(rows, width): their rows."""
 
 
 def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[int]]:
@@ -46,10 +46,10 @@ def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[
 
 
 def init_untrained_rows(model: Any) -> None:
-    """Let rows too faint to learn from begin as the mean of all rows, as tokens new to a model do.
+    """Initialize untrained rows, whose norm is near zero, with the mean of all rows.
 
-    A norm of a row near zero has a slope in the hundreds: its gradient would drown all others, and Adam would
-    remember it for a thousand steps. Raises UserError where peft left the head without them.
+    The RMSNorm of a row near zero has a slope in the hundreds: its gradient would dominate all others, and
+    Adam would remember it for a thousand steps. Raises UserError where peft did not add the rows to the head.
     """
     if not isinstance(model.get_output_embeddings(), _wrapper_type()):
         raise _unsupported_model("peft does not recognize that its head is tied to its embedding")
@@ -63,7 +63,7 @@ def init_untrained_rows(model: Any) -> None:
 
 
 def use_trained_rows(model: nn.Module) -> None:
-    """Let every module that has such rows compute with them alone."""
+    """Make every module with trained rows compute only these rows in addition to its frozen matrix."""
     for wrapper in row_wrappers(model):
         _patch_forward(wrapper)
 
@@ -74,20 +74,20 @@ def row_wrappers(model: nn.Module) -> Iterator[Any]:
 
 
 def rows_of(wrapper: Any, adapter: str) -> TokenRows:
-    """The rows that an adapter has of this module."""
+    """The trained rows of an adapter in this module."""
     token_adapter = wrapper.token_adapter
     values = token_adapter.trainable_tokens_delta[adapter]
     return TokenRows(torch.tensor(token_adapter.token_indices[adapter], device=values.device), values)
 
 
 def active_rows(module: Any) -> TokenRows | None:
-    """Those in use now in a module that ``use_trained_rows`` has seen; None where there are none."""
+    """The rows of the active adapter, in a module that ``use_trained_rows`` has patched; None without any."""
     known = getattr(module, "active_token_rows", None)
     return known() if known else None
 
 
 def with_rows(base: nn.Module, x: Tensor, rows: TokenRows | None) -> Tensor:
-    """What the embedding, or head, ``base`` makes of ``x`` with these rows in place of its own."""
+    """The output of embedding or head ``base`` for ``x``, with these rows in place of its own."""
     if rows is None:
         plain: Tensor = base(x)
         return plain
@@ -115,10 +115,10 @@ def _patch_forward(wrapper: Any) -> None:
 
 
 class _Lookup(torch.autograd.Function):
-    """An embedding some of whose rows are others: ids (…) to (…, width).
+    """An embedding lookup with some rows replaced: ids (…) to (…, width).
 
-    Which token is which row is a matrix of few columns, so that no position has to be counted out, for which
-    a card would have to be waited for.
+    Which position is which row is a one-hot matrix of few columns. An index list would need ``nonzero``,
+    which waits for the GPU.
     """
 
     @staticmethod

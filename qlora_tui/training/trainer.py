@@ -1,8 +1,8 @@
-"""transformers' ``Trainer``, given whole optimizer steps instead of batches.
+"""transformers' ``Trainer``, which is given whole optimizer steps instead of batches.
 
-One item of its data loader is everything one step learns from, already split into micro-batches; the run is
-one long epoch to it. So it keeps count in steps, and resuming, clipping, mixed precision, optimizers,
-schedules and several processes stay its own.
+One item of its data loader is a whole optimizer step, already split into micro-batches, and the run is one
+long epoch. So transformers counts in steps, and its own code handles resuming, clipping, mixed precision,
+optimizers, schedules and several processes.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 
 
 class StepData(TypedDict):
-    """What one optimizer step learns from, for one process."""
+    """The data of one optimizer step, for one process."""
 
     micro_batches: list[dict[str, Any]]
     predictions: float
-    """Trained tokens of the whole step, each by its weight, over all processes."""
+    """Sum of the loss weights of the whole step, over all processes: the divisor of the summed loss."""
     tokens: int
     """Real tokens of the whole step, over all processes."""
 
 
 class StepDataset(Dataset[StepData]):
-    """The schedule as a data set: item ``n`` is step ``n + 1``, collated."""
+    """The step plan as a data set: item ``n`` is step ``n + 1``, collated."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class StepDataset(Dataset[StepData]):
         rows = self.step_plan.steps[n].rows
         groups = micro_batches(rows, self._micro_batch)
         mine = [self.collate(group) for group in groups[self._rank :: self._processes]]
-        # Every process must run as many backward passes: the gradients meet in them.
+        # Every process must run the same number of backward passes, in which DDP reduces the gradients.
         for _ in range(len(mine), math.ceil(len(groups) / self._processes)):
             mine.append(mask_all_labels(self.collate(groups[0])))
         return StepData(
@@ -99,7 +99,7 @@ class StepDataset(Dataset[StepData]):
         )
 
     def collate(self, rows: Any) -> dict[str, Any]:
-        """One micro-batch."""
+        """Collate the rows of one micro-batch; see :func:`qlora_tui.training.batches.collate`."""
         return collate(
             rows,
             self._samples,
@@ -110,7 +110,7 @@ class StepDataset(Dataset[StepData]):
 
 
 def training_arguments(recipe: Recipe, device: ComputeDevice, steps: int, folder: Path) -> TrainingArguments:
-    """The recipe in transformers' words. Logging, evaluating and saving are left to us."""
+    """The recipe as ``TrainingArguments``; evaluation and checkpoints are done by ``RunCallback``."""
     training = recipe.training
     return TrainingArguments(
         output_dir=str(folder),
@@ -148,13 +148,13 @@ class RunTrainer(Trainer):
         """Real tokens trained on so far, over all attempts and processes."""
 
     def get_train_dataloader(self) -> DataLoader[StepData]:
-        """Steps in their order; a generator of its own, so that it draws none of the run's random numbers."""
+        """The steps in order. A separate generator, so that it draws none of the run's random numbers."""
         return DataLoader(
             self.steps, batch_size=1, shuffle=False, collate_fn=_first, generator=torch.Generator()
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        """transformers' schedule, but its first step has a rate above zero: by its own it learns nothing."""
+        """transformers' schedule, its warm-up shifted by one so that the first step's rate is not zero."""
         stock: Any = super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
         self.lr_scheduler = LambdaLR(stock.optimizer, partial(_shifted_warmup, stock.lr_lambdas[0], warmup))
@@ -163,10 +163,10 @@ class RunTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Forward and backward over every micro-batch of a step; the weighted mean loss of its tokens."""
+        """Forward and backward over all micro-batches of a step; returns the weighted mean loss."""
         batches = inputs["micro_batches"]
         items = inputs["predictions"] or 1
-        # The mean over processes is taken of the gradients, and the loss already holds the sum over all.
+        # DDP averages gradients over processes, but ``items`` counts the tokens of all: they must be summed.
         share = self.accelerator.num_processes / items
         model.train()
         total = torch.zeros((), device=self.args.device)
@@ -231,7 +231,7 @@ class RunTrainer(Trainer):
 
 @contextlib.contextmanager
 def _loading(checkpoint: str | None) -> Iterator[None]:
-    """Raise UnloadableCheckpoint for whatever but a lack of memory stops a checkpoint from loading."""
+    """Raise UnloadableCheckpoint for every error in loading a checkpoint except out of memory."""
     try:
         yield
     except Exception as error:
@@ -241,18 +241,18 @@ def _loading(checkpoint: str | None) -> Iterator[None]:
 
 
 def _shifted_warmup(share_at: Callable[[int], float], warmup: int, step: int) -> float:
-    """Share of the learning rate at ``step``, from 0."""
+    """Share of the peak learning rate at ``step``, which counts from 0."""
     return share_at(step + 1 if step < warmup else step)
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Weights and configuration of the adapter, as peft keeps them, and nothing else."""
+    """Save weights and configuration of the adapter in peft's format, and nothing else."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Put saved adapter weights in place of the model's own."""
+    """Replace the adapter weights of the model by saved ones."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
