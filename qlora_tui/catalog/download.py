@@ -28,7 +28,7 @@ from qlora_tui.catalog.hub_errors import is_permanent, network_error, translate_
 from qlora_tui.catalog.hub_files import DownloadPlan, HubFile, plan_download
 from qlora_tui.catalog.hub_responses import open_response, raise_for_status
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.files import atomic_write
+from qlora_tui.files import atomic_write, sync
 
 OnProgress = Callable[[int, int, str], None]
 """Called with bytes here, bytes in all, and the name of the file in hand."""
@@ -37,6 +37,8 @@ RESERVED_BYTES = 256 << 20
 """Left free on the disk."""
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Delays between attempts after a connection error without progress."""
+MOST_REQUESTS = 1000
+"""For one file. Each goes on where the one before it broke off."""
 PROGRESS_EVERY_S = 0.25
 
 
@@ -58,13 +60,14 @@ def download(
         (plan.folder / "blobs").mkdir(exist_ok=True)
         report(plan.done_bytes, plan.total_bytes, "")
         for file in plan.files:
-            if not (plan.blob(file).exists() or (plan.snapshot / file.name).is_file()):
+            if not _is_here(plan, file):
                 _fetch(plan, file, report, retry_delays_s)
             _link(plan, file)
+        sync(plan.snapshot)
         if revision != plan.commit:
             ref = plan.folder / "refs" / revision
             ref.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(ref, plan.commit)
+            atomic_write(ref, plan.commit, durable=True)
     return plan.snapshot
 
 
@@ -82,6 +85,16 @@ def check_space(plan: DownloadPlan) -> None:
             ),
             fix="Free some space, or set HF_HOME to a folder on a larger disk.",
         )
+
+
+def _is_here(plan: DownloadPlan, file: HubFile) -> bool:
+    """Whether the cache has ``file`` whole, by size and hash. What is damaged there is deleted."""
+    blob, pointer = plan.blob(file), plan.snapshot / file.name
+    present = [path for path in (blob, pointer) if path.is_file()]
+    damaged = [path for path in present if _size(path) != file.size_bytes or _hash(path, file) != file.etag]
+    for path in damaged:
+        path.unlink(missing_ok=True)
+    return len(present) > len(damaged)
 
 
 def _link(plan: DownloadPlan, file: HubFile) -> None:
@@ -120,27 +133,43 @@ def _fetch(plan: DownloadPlan, file: HubFile, report: OnProgress, retry_delays_s
 
     with _open_partial(plan, file) as partial:
         waits = iter(retry_delays_s)
-        while (start := partial.seek(0, os.SEEK_END)) < file.size_bytes:
+        farthest = partial.seek(0, os.SEEK_END)
+        for _ in range(MOST_REQUESTS):
+            if partial.seek(0, os.SEEK_END) >= file.size_bytes:
+                break
+            failure: Exception = ConnectionError("fewer bytes than the file has")
             try:
                 _append(plan, file, partial, on_bytes)
             except (network_error(), ConnectionError) as error:
                 if is_permanent(error):
                     raise
-                if partial.tell() > start:
-                    waits = iter(retry_delays_s)
+                failure = error
+            size = partial.seek(0, os.SEEK_END)
+            if size > farthest:
+                farthest = size
+                waits = iter(retry_delays_s)
+            if size < file.size_bytes:
                 if (wait := next(waits, None)) is None:
-                    raise
+                    raise failure
                 time.sleep(wait)
         partial.flush()
-        if _hash(plan.partial(file), file) != file.etag:
-            partial.truncate(0)
-            raise UserError(
-                "The download is damaged",
-                what=f"{file.name} of {plan.id} does not match the hash on the Hub.",
-                why="It was changed on its way, or by a disk error.",
-                fix="Download it again: this file starts over.",
-            )
+        if _size(plan.partial(file)) != file.size_bytes or _hash(plan.partial(file), file) != file.etag:
+            raise _damaged(plan, file, partial, "does not match the hash on the Hub")
+        # Before the rename: a power cut must not leave the blob's name on an empty file.
+        os.fsync(partial.fileno())
         plan.partial(file).replace(plan.blob(file))
+        sync(plan.blob(file).parent)
+
+
+def _damaged(plan: DownloadPlan, file: HubFile, partial: IO[bytes], what: str) -> UserError:
+    """Empty the partial file, and return the error to raise."""
+    partial.truncate(0)
+    return UserError(
+        "The download is damaged",
+        what=f"{file.name} of {plan.id} {what}.",
+        why="It was changed on its way, or by a disk error.",
+        fix="Download it again: this file starts over.",
+    )
 
 
 def _append(plan: DownloadPlan, file: HubFile, partial: IO[bytes], on_bytes: Callable[[int], None]) -> None:
@@ -157,12 +186,13 @@ def _append(plan: DownloadPlan, file: HubFile, partial: IO[bytes], on_bytes: Cal
             raise_for_status(response)
             partial.truncate(0)
         for chunk in response.iter_bytes(CHUNK_BYTES):
-            partial.write(chunk)
             size += len(chunk)
+            if size > file.size_bytes:
+                raise _damaged(
+                    plan, file, partial, f"is longer than the {file.size_bytes:,} bytes it should have"
+                )
+            partial.write(chunk)
             on_bytes(size)
-    if size > file.size_bytes:
-        partial.truncate(0)
-        raise ConnectionError("more bytes than the file has")
 
 
 def _hash(path: Path, file: HubFile) -> str:

@@ -7,18 +7,22 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
+from qlora_tui.catalog import download
 from qlora_tui.catalog.download import spawn
+from qlora_tui.catalog.hub_files import DownloadPlan, HubFile
 from qlora_tui.catalog.local_models import hub_cache_dir, list_local_models, resolve_model
 from qlora_tui.errors import UserError
 from tests.catalog.configs import config
 from tests.catalog.conftest import Ask, child_environ, tiny_repo
 from tests.catalog.fake_hub import FakeHub, FakeRepo, git_hash, sha256
 from tests.catalog.models import TINY, safetensors_bytes
+from tests.power import Disk
 from tests.waiting import wait_for
 
 DOWNLOAD = 'download.download("org/tiny", retry_delays_s=(0.01, 0.01))'
@@ -179,6 +183,75 @@ def test_damaged_weights_are_not_kept(hub: FakeHub, ask: Ask) -> None:
     hub.damaged = False
     path = Path(ask(DOWNLOAD))
     assert (path / "model.safetensors").read_bytes() == hub.repos["org/tiny"].files["model.safetensors"]
+
+
+def flipped(content: bytes) -> bytes:
+    return bytes([content[0] ^ 1]) + content[1:]
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 100])
+def test_a_body_longer_than_its_file_is_cut_off_and_refused(repeats: int, hub: FakeHub, ask: Ask) -> None:
+    content = hub.repos["org/tiny"].files["tokenizer.json"]
+    hub.bodies["/tokenizer.json"] = content * repeats + b" "
+    assert ask(DOWNLOAD)["title"] == "The download is damaged"
+    assert len(hub.ranges("/tokenizer.json")) == 1
+
+
+def test_a_body_without_end_is_cut_off(hub: FakeHub, ask: Ask) -> None:
+    hub.endless = "/tokenizer.json"
+    assert ask(DOWNLOAD)["title"] == "The download is damaged"
+    assert hub.sent_bytes < 64 * MIB
+    assert len(hub.ranges("/tokenizer.json")) == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"short"])
+def test_a_body_that_stays_short_is_given_up(body: bytes, hub: FakeHub, ask: Ask) -> None:
+    hub.bodies["/tokenizer.json"] = body
+    assert ask(DOWNLOAD)["title"] == "Cannot reach the Hub"
+    assert len(hub.ranges("/tokenizer.json")) <= 4
+
+
+def test_a_range_that_is_never_satisfied_is_given_up(hub: FakeHub, ask: Ask) -> None:
+    hub.statuses["/tokenizer.json"] = 416
+    assert ask(DOWNLOAD)["title"] == "Cannot reach the Hub"
+    assert len(hub.ranges("/tokenizer.json")) <= 4
+
+
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: b"short", flipped])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_is_downloaded_again(
+    name: str, damage: Callable[[bytes], bytes], hub: FakeHub, ask: Ask
+) -> None:
+    path = Path(ask(DOWNLOAD))
+    whole = hub.repos["org/tiny"].files[name]
+    (path / name).resolve().write_bytes(damage(whole))
+    assert ask(DOWNLOAD) == str(path)
+    assert (path / name).read_bytes() == whole
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"0123456789" * 1000
+    file = HubFile("config.json", len(content), git_hash(content))
+    root = tmp_path / "root"
+    plan = DownloadPlan("org/tiny", "a" * 40, (file,), root)
+    (root / "blobs").mkdir(parents=True)
+
+    def append(plan: object, file: object, partial: IO[bytes], on_bytes: object) -> None:
+        partial.write(content)
+
+    disk = Disk(root)
+    with monkeypatch.context() as watched:
+        watched.setattr(download, "_append", append)
+        watched.setattr(download, "network_error", lambda: ConnectionError)
+        disk.watch(watched)
+        download._fetch(plan, file, lambda *args: None, ())
+    for _ in disk.cuts(tmp_path / "after"):
+        blob = tmp_path / "after" / "blobs" / file.etag
+        assert not blob.exists() or blob.read_bytes() == content
+    assert blob.exists()
+    disk.close()
 
 
 def test_the_token_goes_to_the_hub_and_not_to_the_store(hub: FakeHub, ask: Ask) -> None:
