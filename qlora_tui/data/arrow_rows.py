@@ -163,7 +163,8 @@ def _parquet(path: Path, position: Position | None) -> tuple[Iterator[Any], dict
 def _stream(path: Path, position: Position | None) -> tuple[Iterator[Any], dict[str, list[str]]]:
     import pyarrow
 
-    source = pyarrow.memory_map(str(path))
+    # Not mapped: a file that is cut short meanwhile would end the process (SIGBUS).
+    source = pyarrow.OSFile(str(path))
     reader = pyarrow.ipc.open_stream(source)
 
     def batches() -> Iterator[Any]:

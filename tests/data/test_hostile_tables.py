@@ -114,3 +114,33 @@ def test_damaged_tables_are_read_or_refused_and_crash_nothing(tmp_path: Path, ki
 
 if __name__ == "__main__":
     print(json.dumps(read_damaged(sys.argv[1], Path(sys.argv[2]))))
+
+
+TRUNCATED_WHILE_READ = """
+import os, sys
+from pathlib import Path
+from qlora_tui.data.read import rows
+from qlora_tui.errors import UserError
+path = Path(sys.argv[1])
+try:
+    for row in rows(path):
+        if row.number == 1:
+            os.truncate(path, path.stat().st_size // 2 + 1)
+except UserError as refused:
+    print(refused)
+"""
+
+
+def test_a_file_cut_short_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+
+    path = tmp_path / "a.arrow"
+    batch = pyarrow.record_batch({"text": ["word " * 2000] * 64})
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, batch.schema) as writer:
+        for _ in range(8):
+            writer.write_batch(batch)
+    done = subprocess.run(
+        [sys.executable, "-c", TRUNCATED_WHILE_READ, str(path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Cannot read the Arrow file" in done.stdout
