@@ -73,15 +73,15 @@ class Story:
 
 def recipe_for(box: Box, **settings: Any) -> Recipe:
     """A short run of few steps; ``settings`` are dotted keys with ``__`` for the dot."""
-    made = Recipe(
+    recipe = Recipe(
         model=Model(id=str(box.model)),
         lora=Lora(rank=16, dropout=0.05),
         data=Data(sources=(Source(path=str(box.rows)),), max_length=512, validation_fraction=0.1),
         training=Training(micro_batch_size=1, gradient_accumulation=2, max_steps=6, optimizer="adamw"),
     )
     for key, value in settings.items():
-        made = replace_setting(made, key.replace("__", "."), value)
-    return made
+        recipe = replace_setting(recipe, key.replace("__", "."), value)
+    return recipe
 
 
 def trained(recipe: Recipe, on_event: Callable[[RunDir, AnyEvent], None] = lambda run, event: None) -> Story:
@@ -181,8 +181,8 @@ def grid(box: Box) -> Outcome:
             rows.append({"micro_batch": micro_batch, "length": length, "checkpointing": checkpointing})
             continue
         measured = story.of(MemoryMeasured)[-1]
-        made = estimate(recipe, architecture, device=where(box))
-        foretold = made.allocated_bytes if box.has_card else measured.estimated_bytes
+        estimated = estimate(recipe, architecture, device=where(box))
+        foretold = estimated.allocated_bytes if box.has_card else measured.estimated_bytes
         counted = measured.allocated_bytes if box.has_card else measured.measured_bytes
         rows.append(
             {"micro_batch": micro_batch, "length": length, "checkpointing": checkpointing}
@@ -273,7 +273,7 @@ def ways(box: Box) -> Outcome:
         model=str(box.model), data=str(box.long_rows), samples=12, validation=4, dtype="bfloat16"
     )
     work = shared_work(args, scratch)
-    found = {
+    results = {
         name: one_setting(replace(work, **changes), 3, scratch)
         for name, changes in {
             "dropout 0": {"checkpointing": True},
@@ -282,12 +282,12 @@ def ways(box: Box) -> Outcome:
     }
     times = {
         name: {key: each["c"]["tokens_per_s"] / each[key]["tokens_per_s"] for key in "ab"}
-        for name, each in found.items()
+        for name, each in results.items()
     }
     return Outcome(
         all(ratio > 1 for each in times.values() for ratio in each.values()),
         "; ".join(f"{name}: {each['a']:.2f}× (a), {each['b']:.2f}× (b)" for name, each in times.items()),
-        found,
+        results,
     )
 
 

@@ -58,10 +58,10 @@ def make_rows(path: Path, count: int, long_words: int = 0) -> Path:
     turns = [json.loads(line)["messages"] for line in CONVERSATIONS.read_text().splitlines()]
     rows = []
     for number in range(count):
-        asked, answered = turns[number % len(turns)][-2:]
+        question, answered = turns[number % len(turns)][-2:]
         words = f"{answered['content']} ".split(" ")
         more = -(-long_words // len(words)) if long_words else 1
-        rows.append({"instruction": f"{number}. {asked['content']}", "output": " ".join(words * more)})
+        rows.append({"instruction": f"{number}. {question['content']}", "output": " ".join(words * more)})
     path.write_text(json.dumps(rows))
     return path
 

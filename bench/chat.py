@@ -93,7 +93,7 @@ def answered(model: str, adapter: str, tokens: int, rounds: int) -> dict[str, di
 def _in_turns(
     children: dict[str, subprocess.Popen[str]], tokens: int, rounds: int
 ) -> dict[str, dict[str, list[Answered]]]:
-    found: dict[str, dict[str, list[Answered]]] = {way: {name: [] for name in QUESTIONS} for way in WAYS}
+    answers: dict[str, dict[str, list[Answered]]] = {way: {name: [] for name in QUESTIONS} for way in WAYS}
     for number in range(-1, rounds):
         for way in reversed(WAYS) if number % 2 else WAYS:
             child = children[way]
@@ -104,16 +104,16 @@ def _in_turns(
                     raise SystemExit(f"{way} ended; why is told above.")
                 answer = Answered(**json.loads(line))
                 if number >= 0:
-                    found[way][name].append(answer)
-    return found
+                    answers[way][name].append(answer)
+    return answers
 
 
-def summary(found: dict[str, dict[str, list[Answered]]]) -> dict[str, Any]:
+def summary(answers: dict[str, dict[str, list[Answered]]]) -> dict[str, Any]:
     """Medians by length of question and way, and whether both said the same."""
     report: dict[str, Any] = {}
     for name in QUESTIONS:
-        report[name] = {way: _medians(found[way][name]) for way in WAYS}
-        report[name]["same_text"] = len({each.text for way in WAYS for each in found[way][name]}) == 1
+        report[name] = {way: _medians(answers[way][name]) for way in WAYS}
+        report[name]["same_text"] = len({each.text for way in WAYS for each in answers[way][name]}) == 1
     return report
 
 

@@ -72,10 +72,10 @@ def write_rows(path: Path, count: int) -> None:
 
 def qwen_template() -> str:
     """Qwen2.5's published template, as the installed trl ships it."""
-    found = importlib.util.find_spec("trl")
-    if found is None or found.origin is None:
+    trl_spec = importlib.util.find_spec("trl")
+    if trl_spec is None or trl_spec.origin is None:
         raise SystemExit("trl is not installed: pip install --no-deps trl")
-    return (Path(found.origin).parent / "chat_templates" / "qwen2_5.jinja").read_text()
+    return (Path(trl_spec.origin).parent / "chat_templates" / "qwen2_5.jinja").read_text()
 
 
 def ours(path: Path, model: Path) -> dict[str, Any]:
@@ -173,9 +173,9 @@ def compare(results: dict[str, list[dict[str, Any]]], rows: int) -> None:
         for side, runs in results.items()
     }
     print(f"\n{'median':12} {'rows/s':>9} {'CPU s':>9} {'peak MiB':>9}")
-    for side, found in middle.items():
-        rate = rows / found["seconds"]
-        print(f"{side:12} {rate:9,.0f} {found['cpu_s']:9,.1f} {found['peak_mib']:9,.0f}")
+    for side, seconds in middle.items():
+        rate = rows / seconds["seconds"]
+        print(f"{side:12} {rate:9,.0f} {seconds['cpu_s']:9,.1f} {seconds['peak_mib']:9,.0f}")
     if len(middle) > 1:
         mine = middle["ours"]
         other = min((side for side in middle if side != "ours"), key=lambda side: middle[side]["seconds"])

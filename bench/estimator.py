@@ -98,15 +98,15 @@ def measured_tiers(row: Row) -> dict[str, float]:
     """What ``extra`` gives beside the measure, in bytes; of a run that went out of memory it says nothing."""
     if _ran_out(row):
         return {}
-    found = {tier: re.search(pattern, row["extra"].lower()) for tier, pattern in MEASURED_TIERS.items()}
-    return {tier: float(match[1]) * 2**20 for tier, match in found.items() if match}
+    matches = {tier: re.search(pattern, row["extra"].lower()) for tier, pattern in MEASURED_TIERS.items()}
+    return {tier: float(match[1]) * 2**20 for tier, match in matches.items() if match}
 
 
 def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Score:
     """Estimate one row. Raises Unplaced or UserError."""
     recipe, path = read_path(row)
     capacity, tiers = _capacity(row["gpu"]), measured_tiers(row)
-    made = estimate(recipe, architecture, path=path, capacity_bytes=capacity)
+    estimated = estimate(recipe, architecture, path=path, capacity_bytes=capacity)
     measured = None
     if not _ran_out(row):
         measured = int(float(row["measured_gb"].replace(",", "")) * UNITS[row["unit"].strip().lower()])
@@ -119,31 +119,31 @@ def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Scor
         group=group_of(row, path),
         measure=row["measure"],
         measured_bytes=measured,
-        ours_bytes=_tier(made, row["measure"]),
+        ours_bytes=_tier(estimated, row["measure"]),
         fitcheck_bytes=fitcheck and fitcheck[0],
         accelerate_bytes=architecture.total_params * width * 4,
         half_byte_bytes=architecture.total_params // 2 + 1_500_000_000,
-        process_bytes=made.process_bytes,
-        phase=made.peak_phase,
+        process_bytes=estimated.process_bytes,
+        phase=estimated.peak_phase,
         capacity_bytes=capacity,
-        verdict=None if capacity is None else check_fit(made, capacity).word,
-        tier_errors={tier: _percent(_tier(made, tier), bytes_) for tier, bytes_ in tiers.items()},
+        verdict=None if capacity is None else check_fit(estimated, capacity).word,
+        tier_errors={tier: _percent(_tier(estimated, tier), bytes_) for tier, bytes_ in tiers.items()},
         fitcheck_process_error=theirs,
     )
 
 
-def _tier(made: Estimate, measure: str) -> int:
+def _tier(estimated: Estimate, measure: str) -> int:
     word = measure.lower()
     if "reserved" in word:
-        return made.reserved_bytes
+        return estimated.reserved_bytes
     if "process" in word or "smi" in word or "nvml" in word:
-        return made.process_bytes
-    return made.allocated_bytes
+        return estimated.process_bytes
+    return estimated.allocated_bytes
 
 
 def _capacity(gpu: str) -> int | None:
-    found = re.search(r"(\d+)\s*GB", gpu)
-    return int(found[1]) * 2**30 if found else None
+    match = re.search(r"(\d+)\s*GB", gpu)
+    return int(match[1]) * 2**30 if match else None
 
 
 def run(tables: Path | Sequence[Path], configs: Path, fitcheck: Path) -> dict[str, Any]:
@@ -165,14 +165,14 @@ def run(tables: Path | Sequence[Path], configs: Path, fitcheck: Path) -> dict[st
         except (Unplaced, UserError, KeyError, ValueError) as reason:
             unplaced.append({"id": row["id"], "model": row["model_id"], "why": str(reason)})
     return {
-        "rows": [_row(made) for made in scores],
+        "rows": [_row(scored) for scored in scores],
         "summary": {name: summary(scores, name) for name in ("ours", "fitcheck", "accelerate", "half_byte")},
         "by_group": {group: _group(scores, group) for group in GROUPS},
         "by_path": _by_path(scores),
         "by_tier": _by_tier(scores),
-        "out_of_memory": [_out_of_memory(made) for made in scores if made.measured_bytes is None],
+        "out_of_memory": [_out_of_memory(scored) for scored in scores if scored.measured_bytes is None],
         "ran_but_said_not_to_fit": [
-            made.id for made in scores if made.measured_bytes is not None and made.exceeds_card
+            scored.id for scored in scores if scored.measured_bytes is not None and scored.exceeds_card
         ],
         "unplaced": unplaced,
     }
@@ -186,49 +186,49 @@ def _read_tables(tables: Sequence[Path]) -> Iterable[Row]:
 
 def _group(scores: list[Score], group: str) -> dict[str, Any]:
     """One group's errors in all and by path, and its runs that went out of memory."""
-    rows = [made for made in scores if made.group == group]
-    failed = [made for made in rows if made.measured_bytes is None]
+    rows = [each for each in scores if each.group == group]
+    failed = [scored for scored in rows if scored.measured_bytes is None]
     return {
         **summary(rows, "ours"),
         "by_path": _by_path(rows),
         "out_of_memory": len(failed),
-        "out_of_memory_predicted": sum(bool(made.exceeds_card) for made in failed),
+        "out_of_memory_predicted": sum(bool(scored.exceeds_card) for scored in failed),
     }
 
 
-def _row(made: Score) -> dict[str, Any]:
+def _row(scored: Score) -> dict[str, Any]:
     return {
-        "id": made.id,
-        "model": made.model,
-        "path": made.path,
-        "group": made.group,
-        "measure": made.measure,
-        "measured_bytes": made.measured_bytes,
-        "ours_bytes": made.ours_bytes,
-        "peak_phase": made.phase,
-        "error_pct": made.error(made.ours_bytes),
-        "fitcheck_error_pct": made.error(made.fitcheck_bytes),
-        "accelerate_error_pct": made.error(made.accelerate_bytes),
-        "half_byte_error_pct": made.error(made.half_byte_bytes),
-        "tier_error_pct": made.tier_errors,
-        "fitcheck_process_error_pct": made.fitcheck_process_error,
+        "id": scored.id,
+        "model": scored.model,
+        "path": scored.path,
+        "group": scored.group,
+        "measure": scored.measure,
+        "measured_bytes": scored.measured_bytes,
+        "ours_bytes": scored.ours_bytes,
+        "peak_phase": scored.phase,
+        "error_pct": scored.error(scored.ours_bytes),
+        "fitcheck_error_pct": scored.error(scored.fitcheck_bytes),
+        "accelerate_error_pct": scored.error(scored.accelerate_bytes),
+        "half_byte_error_pct": scored.error(scored.half_byte_bytes),
+        "tier_error_pct": scored.tier_errors,
+        "fitcheck_process_error_pct": scored.fitcheck_process_error,
     }
 
 
-def _out_of_memory(made: Score) -> dict[str, Any]:
+def _out_of_memory(scored: Score) -> dict[str, Any]:
     return {
-        "id": made.id,
-        "model": made.model,
-        "ours_bytes": made.ours_bytes,
-        "process_bytes": made.process_bytes,
-        "said_it_would_not_fit": made.exceeds_card,
-        "verdict": made.verdict,
+        "id": scored.id,
+        "model": scored.model,
+        "ours_bytes": scored.ours_bytes,
+        "process_bytes": scored.process_bytes,
+        "said_it_would_not_fit": scored.exceeds_card,
+        "verdict": scored.verdict,
     }
 
 
 def summary(scores: Iterable[Score], name: str) -> dict[str, Any]:
     """Mean of the absolute errors, their bias (the signed mean), the worst over and under, in percent."""
-    return _summary([made.error(getattr(made, f"{name}_bytes")) for made in scores])
+    return _summary([each.error(getattr(each, f"{name}_bytes")) for each in scores])
 
 
 def _summary(errors: Iterable[float | None]) -> dict[str, Any]:
@@ -247,14 +247,14 @@ def _summary(errors: Iterable[float | None]) -> dict[str, Any]:
 
 
 def _by_path(scores: list[Score]) -> dict[str, Any]:
-    paths = dict.fromkeys(made.path for made in scores)
-    return {path: summary([made for made in scores if made.path == path], "ours") for path in paths}
+    paths = dict.fromkeys(each.path for each in scores)
+    return {path: summary([scored for scored in scores if scored.path == path], "ours") for path in paths}
 
 
 def _by_tier(scores: list[Score]) -> dict[str, Any]:
-    found = {tier: _summary(made.tier_errors.get(tier) for made in scores) for tier in MEASURED_TIERS}
-    found["process, as fitcheck says"] = _summary(made.fitcheck_process_error for made in scores)
-    return found
+    summaries = {tier: _summary(each.tier_errors.get(tier) for each in scores) for tier in MEASURED_TIERS}
+    summaries["process, as fitcheck says"] = _summary(scored.fitcheck_process_error for scored in scores)
+    return summaries
 
 
 def _print(result: dict[str, Any]) -> None:

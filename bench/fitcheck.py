@@ -19,8 +19,8 @@ def ask(questions: list[dict[str, Any]], python: Path) -> list[Answer | None]:
     """One answer a question; None where it declines."""
     if not questions or not python.exists():
         return [None] * len(questions)
-    asked = json.dumps(questions)
-    done = subprocess.run([python, "-c", _ASK], input=asked, capture_output=True, text=True, check=False)
+    request = json.dumps(questions)
+    done = subprocess.run([python, "-c", _ASK], input=request, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"fitcheck-llm failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return [None] * len(questions)

@@ -88,14 +88,14 @@ def described(box: Box) -> dict[str, Any]:
     import torch
 
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    found: dict[str, Any] = {"python": platform.python_version()}
-    found |= {package: version(package) for package in packages}
+    facts: dict[str, Any] = {"python": platform.python_version()}
+    facts |= {package: version(package) for package in packages}
     if box.has_card:
         card = torch.cuda.get_device_properties(0)
-        found |= {"card": card.name, "card_bytes": card.total_memory, "cuda": torch.version.cuda}
+        facts |= {"card": card.name, "card_bytes": card.total_memory, "cuda": torch.version.cuda}
         with suppress(GpuUnavailableError), Nvml() as driver:
-            found["driver"] = driver.list_gpus()[0].driver
-    return found
+            facts["driver"] = driver.list_gpus()[0].driver
+    return facts
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def read_mixed_precision(extra: str) -> bool:
 
 def read_version(library: str, extra: str) -> Version | None:
     """The version of a library in a row's words, as in ``transformers==4.45.2`` or ``trl 0.11``."""
-    found = re.search(rf"\b{library}\s*[=@v ]*(\d+)\.(\d+)", extra)
-    return (int(found[1]), int(found[2])) if found else None
+    match = re.search(rf"\b{library}\s*[=@v ]*(\d+)\.(\d+)", extra)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def read_targets(text: str) -> tuple[str, ...]:
@@ -93,11 +93,11 @@ def read_compute_dtype(row: Row) -> str:
     kind = r"(bf16|bfloat16|fp16|float16|fp32|float32)"
     patterns = rf"compute[_ ]?(?:dtype)?\s*[=:]?\s*(?:torch\.)?{kind}", rf"{kind}[- ]compute"
     for pattern in patterns:
-        found = re.search(pattern, row["extra"].lower())
-        if found:
-            return found[1]
-    found = re.search(kind, row["quant"].lower())
-    return found[1] if found else ""
+        match = re.search(pattern, row["extra"].lower())
+        if match:
+            return match[1]
+    match = re.search(kind, row["quant"].lower())
+    return match[1] if match else ""
 
 
 def read_cast(extra: str) -> Cast | None:
@@ -110,8 +110,8 @@ def read_cast(extra: str) -> Cast | None:
 
 
 def read_accumulation(extra: str) -> int:
-    found = re.search(r"accum\w*\s*[=:]?\s*(\d+)", extra)
-    return int(found[1]) if found else 1
+    match = re.search(r"accum\w*\s*[=:]?\s*(\d+)", extra)
+    return int(match[1]) if match else 1
 
 
 def read_loss(extra: str, trl: Version | None, *, fused: bool) -> Loss:

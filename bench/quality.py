@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.baselines.runner import Measured, measure
 from bench.training import add_data_arguments, say, shared_work
-from bench.ways.measured import Measured, measure
 
 BASES: dict[str, dict[str, Any]] = {
     "16-bit": {"method": "none"},
@@ -42,9 +42,11 @@ def main() -> int:
         for seed in range(1, args.seeds + 1):
             for number, (name, base) in enumerate(BASES.items()):
                 out = str(scratch / f"{seed}-{number}")
-                found = measure(sys.executable, "ours", replace(work, **base, out=out, seed=seed), scratch)
-                runs[name].append(found)
-                say(f"  seed {seed}  {name:<26} {last(found):.4f}")
+                result = measure(
+                    sys.executable, "qlora_tui_run", replace(work, **base, out=out, seed=seed), scratch
+                )
+                runs[name].append(result)
+                say(f"  seed {seed}  {name:<26} {last(result):.4f}")
     report = {"dtype": work.dtype, "tokens": runs["16-bit"][0].tokens, "bases": summary(runs)}
     print(json.dumps(report) if args.json else table(report))
     return 0
@@ -57,25 +59,25 @@ def last(run: Measured) -> float:
 
 def summary(runs: dict[str, list[Measured]]) -> dict[str, dict[str, Any]]:
     """Validation losses of each base, and how far they are from those of 16 bits, seed by seed."""
-    found = {}
+    summaries = {}
     for name, each in runs.items():
         after = [last(run) for run in each]
         worse = [loss / last(same) - 1 for loss, same in zip(after, runs["16-bit"], strict=True)]
-        found[name] = {
+        summaries[name] = {
             "before": each[0].evaluated[0],
             "after": after,
             "mean_after": statistics.mean(after),
             "mean_worse_than_16_bit": statistics.mean(worse),
         }
-    return found
+    return summaries
 
 
 def table(report: dict[str, Any]) -> str:
     """In Markdown."""
     lines = ["| base | before | after | beside 16-bit |", "| --- | ---: | ---: | ---: |"]
-    for name, found in report["bases"].items():
-        worse = "" if name == "16-bit" else f"{found['mean_worse_than_16_bit']:+.2%}"
-        lines.append(f"| {name} | {found['before']:.4f} | {found['mean_after']:.4f} | {worse} |")
+    for name, losses in report["bases"].items():
+        worse = "" if name == "16-bit" else f"{losses['mean_worse_than_16_bit']:+.2%}"
+        lines.append(f"| {name} | {losses['before']:.4f} | {losses['mean_after']:.4f} | {worse} |")
     return "\n".join(lines)
 
 

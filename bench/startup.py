@@ -50,20 +50,20 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in PROGRAMS}
+    results: dict[str, list[tuple[float, int]]] = {name: [] for name in PROGRAMS}
     with tempfile.TemporaryDirectory() as home:
         for command, marker in PROGRAMS.values():
             measure(command, marker, home)  # warms disk and byte code
         for repeat in range(args.repeats):
             order = list(PROGRAMS) if repeat % 2 == 0 else list(reversed(PROGRAMS))
             for name in order:
-                found[name].append(measure(*PROGRAMS[name], home))
+                results[name].append(measure(*PROGRAMS[name], home))
     result = {
         name: {
             "first_frame_s": round(statistics.median(seconds for seconds, _ in samples), 3),
             "memory_bytes": int(statistics.median(memory for _, memory in samples)),
         }
-        for name, samples in found.items()
+        for name, samples in results.items()
     }
     empty, ours = (result[name] for name in PROGRAMS)
     ratio = ours["first_frame_s"] / empty["first_frame_s"]

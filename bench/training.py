@@ -22,10 +22,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.ways.measured import Measured, lines_of, measure
-from bench.ways.work import Work
+from bench.baselines.job import Work
+from bench.baselines.runner import Measured, lines_of, measure
 
-WAYS = {"a": "usual", "b": "trl_packed", "c": "ours"}
+WAYS = {"a": "hf_trainer", "b": "trl_packed", "c": "qlora_tui_run"}
 TRL_PYTHON = Path(__file__).parents[1] / ".bench-venv" / "bin" / "python"
 SETTINGS = {
     "dropout 0": {"dropout": 0.0},
@@ -83,8 +83,8 @@ def write_rows(rows: list[dict[str, str]], path: Path) -> Path:
     """Alpaca rows as conversations."""
     with path.open("w") as lines:
         for row in rows:
-            asked = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+            question = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
             lines.write(json.dumps({"messages": turns}) + "\n")
     return path
 
@@ -100,7 +100,7 @@ def quickest_dtype() -> str:
 def limit(work: Work, scratch: Path) -> float:
     """Tokens a second if matrix products were all."""
     file = work.write(scratch / "limit.json")
-    (line,) = lines_of(sys.executable, "bench.ways.limit", [str(file)], scratch / "limit.log")
+    (line,) = lines_of(sys.executable, "bench.baselines.matmul_limit", [str(file)], scratch / "limit.log")
     return float(line["tokens_per_s"])
 
 
@@ -113,13 +113,13 @@ def one_setting(work: Work, repeats: int, scratch: Path) -> dict[str, Any]:
         for key in list(WAYS) if repeat % 2 == 0 else list(reversed(WAYS)):
             out = scratch / f"{len(list(scratch.iterdir()))}-{key}"
             python = str(TRL_PYTHON) if key == "b" else sys.executable
-            found = measure(python, WAYS[key], replace(work, out=str(out), seed=repeat + 1), scratch)
-            runs[key].append(found)
+            result = measure(python, WAYS[key], replace(work, out=str(out), seed=repeat + 1), scratch)
+            runs[key].append(result)
             folders[str(out)] = key
-            say(f"  {key} {found.tokens_per_s:6.1f} tokens/s  +{found.growth_bytes / 2**20:,.0f} MiB")
+            say(f"  {key} {result.tokens_per_s:6.1f} tokens/s  +{result.growth_bytes / 2**20:,.0f} MiB")
         file = work.write(scratch / "judge.json")
         for line in lines_of(
-            sys.executable, "bench.ways.judge", [str(file), *folders], scratch / "judge.log"
+            sys.executable, "bench.baselines.evaluate_adapters", [str(file), *folders], scratch / "judge.log"
         ):
             if line["adapter"] in folders:
                 judged[folders[line["adapter"]]].append(line["loss"])
@@ -148,20 +148,20 @@ def table(report: dict[str, Any]) -> str:
         lines += ["", f"{name} (base: validation loss {setting['base_validation_loss']:.4f})"]
         ours = setting["c"]
         for key, way in WAYS.items():
-            found = setting[key]
+            result = setting[key]
             beside = (
-                f"  of the limit {found['tokens_per_s'] / report['limit']:.2f}"
+                f"  of the limit {result['tokens_per_s'] / report['limit']:.2f}"
                 if key == "c"
-                else f"  ours {ours['tokens_per_s'] / found['tokens_per_s']:.2f}× as fast,"
-                f" {ours['growth_bytes'] / found['growth_bytes']:.2f}× the memory,"
-                f" validation loss {ours['validation_loss'] / found['validation_loss'] - 1:+.2%}"
+                else f"  ours {ours['tokens_per_s'] / result['tokens_per_s']:.2f}× as fast,"
+                f" {ours['growth_bytes'] / result['growth_bytes']:.2f}× the memory,"
+                f" validation loss {ours['validation_loss'] / result['validation_loss'] - 1:+.2%}"
             )
             lines.append(
-                f"  ({key}) {way:<10} {found['tokens_per_s']:6.1f} tokens/s"
-                f" ({found['trained_per_s']:.1f} trained)"
-                f"  +{found['growth_bytes'] / 2**20:5,.0f} MiB"
-                f"  {found['steps']} steps, {found['tokens']} tokens"
-                f"  loss {found['final_loss']:.3f}, validation {found['validation_loss']:.4f}{beside}"
+                f"  ({key}) {way:<10} {result['tokens_per_s']:6.1f} tokens/s"
+                f" ({result['trained_per_s']:.1f} trained)"
+                f"  +{result['growth_bytes'] / 2**20:5,.0f} MiB"
+                f"  {result['steps']} steps, {result['tokens']} tokens"
+                f"  loss {result['final_loss']:.3f}, validation {result['validation_loss']:.4f}{beside}"
             )
     return "\n".join(lines)
 

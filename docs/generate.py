@@ -130,8 +130,8 @@ def parser_of(verb: str | None) -> argparse.ArgumentParser:
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """The commands below a parser, by name."""
-    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(found[0].choices) if found else {}
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions[0].choices) if actions else {}
 
 
 def help_of(parser: argparse.ArgumentParser, name: str) -> str:

@@ -20,7 +20,7 @@ def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
     Turns that both sides share are the prompt and do not train. Both sides may be whole conversations, turns,
     texts, or the dialogues of Anthropic's sets as one text.
     """
-    prompt, tools = _asked(cells)
+    prompt, tools = _question(cells)
     chosen = _side(cells.get("chosen"), prompt, "chosen")
     if not any(m.content.strip() or m.tool_calls for m in chosen if m.role == "assistant"):
         raise RowRejectedError("empty-row", "The chosen answer is empty.")
@@ -39,7 +39,7 @@ def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
     return Conversation(messages, tools, source=source, row=row)
 
 
-def _asked(cells: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
+def _question(cells: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
     """What was said before the answer, and the tools."""
     prompt, tools = decoded(cells.get("prompt")), tools_of(cells.get("tools"))
     if isinstance(prompt, dict) and "messages" in prompt:  # OpenAI's format

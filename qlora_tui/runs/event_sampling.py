@@ -75,7 +75,7 @@ def _starts(chunk: bytes, every: int, *, last: bool) -> set[int]:
     if every == 1:
         return {0, *(match.end() for match in re.finditer(b"\n", chunk[:-1]))}
     chosen = {chunk.rfind(b"\n", 0, place) + 1 for place in range(0, len(chunk), every)}
-    chosen |= {chunk.rfind(b"\n", 0, found.start()) + 1 for found in _NOT_A_STEP.finditer(chunk)}
+    chosen |= {chunk.rfind(b"\n", 0, match.start()) + 1 for match in _NOT_A_STEP.finditer(chunk)}
     if last:
         ends = (len(chunk) - 1, max(0, chunk.rfind(b'"event":"step"')))
         chosen |= {chunk.rfind(b"\n", 0, end) + 1 for end in ends}

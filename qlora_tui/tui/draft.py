@@ -115,11 +115,11 @@ def _move_aside(problem: UserError) -> UserError:
     try:
         draft_path().rename(aside)
         sync(aside.parent)
-        kept = f"It is kept as {aside}: open it in an editor, or with the version that wrote it."
+        message = f"It is kept as {aside}: open it in an editor, or with the version that wrote it."
     except OSError as error:
-        kept = f"Move {draft_path()} away: that failed here ({error.strerror or error})."
+        message = f"Move {draft_path()} away: that failed here ({error.strerror or error})."
     return UserError(
-        "The recipe being edited could not be read", what=problem.what, why=problem.why, fix=kept
+        "The recipe being edited could not be read", what=problem.what, why=problem.why, fix=message
     )
 
 

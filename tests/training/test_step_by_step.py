@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from bench.baselines import step_by_step
+from bench.baselines.batches import write_batches
+from bench.baselines.job import Work, steps_of
+from bench.baselines.qlora_tui_run import recipe as recipe_of
+from bench.baselines.runner import Measured
 from bench.real_models import Agreement, Pair, agreements
-from bench.ways import plain
-from bench.ways.batches import write_batches
-from bench.ways.measured import Measured
-from bench.ways.ours import recipe as recipe_of
-from bench.ways.work import Work, steps_of
 from qlora_tui.runs.directory import all_runs, create_run
 from qlora_tui.runs.events import Finished, Health, Step, StepVerified
 from tests.training.conftest import Trainers
@@ -60,7 +60,7 @@ def by_us(work: Work, trainers: Trainers) -> Measured:
 
 def plainly(work: Work) -> Measured:
     """Losses and gradient norms of the plain script."""
-    pairs = list(plain.train(plain.adapted(work), steps_of(work), work))
+    pairs = list(step_by_step.train(step_by_step.adapted(work), steps_of(work), work))
     return Measured(losses=[loss for loss, _ in pairs], grad_norms=[norm for _, norm in pairs])
 
 
@@ -173,8 +173,8 @@ def test_a_run_with_a_wrong_norm_warns_and_is_the_plain_script(
 
 def in_two_dtypes(losses: list[float], *, noise: float, dtype: str = "bfloat16") -> list[Agreement]:
     """Ours with these losses in one dtype, beside a plain script whose losses are 3 and 2 in fp32."""
-    plain, noisy = (Measured(losses=[3.0, 2.0 + more], grad_norms=[1.0, 1.0]) for more in (0.0, noise))
-    pairs = {"bfloat16": Pair(noisy, noisy), "float32": Pair(plain, plain)}
+    step_by_step, noisy = (Measured(losses=[3.0, 2.0 + more], grad_norms=[1.0, 1.0]) for more in (0.0, noise))
+    pairs = {"bfloat16": Pair(noisy, noisy), "float32": Pair(step_by_step, step_by_step)}
     pairs[dtype] = replace(pairs[dtype], ours=Measured(losses=losses, grad_norms=[1.0, 1.1]))
     return agreements(pairs)
 

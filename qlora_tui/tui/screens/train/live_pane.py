@@ -156,7 +156,7 @@ def _sample_entries(picture: RunSnapshot) -> tuple[LogEntry, ...]:
 def _health_entries(picture: RunSnapshot) -> tuple[LogEntry, ...]:
     """One entry for what was said several times running."""
     entries = []
-    for _, group in groupby(picture.health, key=lambda told: (told.kind, told.severity, told.remedy)):
+    for _, group in groupby(picture.health, key=lambda event: (event.kind, event.severity, event.remedy)):
         warnings = list(group)
         first, last = warnings[0], warnings[-1]
         steps = f"step {first.step:,}" if len(warnings) == 1 else f"steps {first.step:,} to {last.step:,}"

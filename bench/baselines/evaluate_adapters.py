@@ -1,6 +1,6 @@
 """Validation loss of adapters, whoever made them: plain peft, one sample at a time, the model's own loss.
 
-``python -m bench.ways.judge WORK.json ADAPTER…`` prints one line an adapter, ``base`` first.
+``python -m bench.baselines.evaluate_adapters WORK.json ADAPTER…`` prints one line an adapter, ``base`` first.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from bench.ways.usual import load_quantized, tokenized
-from bench.ways.work import conversations, given, tell
+from bench.baselines.hf_trainer import load_quantized, tokenized
+from bench.baselines.job import conversations, given, tell
 
 
 def main() -> None:

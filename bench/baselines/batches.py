@@ -1,6 +1,6 @@
 """What a run of this program learns from, step by step, written to a file for other ways to train on.
 
-``python -m bench.ways.batches WORK.json`` renders and lays out the rows as the run will, and writes
+``python -m bench.baselines.batches WORK.json`` renders and lays out the rows as the run will, and writes
 ``work.batches``. It prints ``data`` with the digest that the run prints too, so that a caller knows that both
 read the same tokens and labels.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench.ways.ours import recipe, use_private_home
-from bench.ways.work import Work, given, tell
+from bench.baselines.job import Work, given, tell
+from bench.baselines.qlora_tui_run import recipe, use_private_home
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.dataset import prepare
 from qlora_tui.data.tokenizer import ChatTokenizer

@@ -6,8 +6,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from bench.ways.usual import TellSteps, common, load_quantized, lora, start_counting, tell_peak
-from bench.ways.work import conversations, given
+from bench.baselines.hf_trainer import TellSteps, common, load_quantized, lora, start_counting, tell_peak
+from bench.baselines.job import conversations, given
 
 
 def main() -> None:

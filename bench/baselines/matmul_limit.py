@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from bench.ways.work import given, tell
+from bench.baselines.job import given, tell
 from qlora_tui.catalog.local_models import resolve_model
 
 _REPEATS = 3

@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from bench.ways.work import Work, conversations, given, steps_of, tell
+from bench.baselines.job import Work, conversations, given, steps_of, tell
 
 
 def main() -> None:

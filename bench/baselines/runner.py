@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from bench.ways.work import Work
+from bench.baselines.job import Work
 
 LOOK_EVERY_S = 0.01
 """Between two looks at a process's memory."""
@@ -91,13 +91,13 @@ def lines_of(python: str, module: str, arguments: Sequence[str], log: Path) -> I
 
 def measure(python: str, way: str, work: Work, scratch: Path) -> Measured:
     """Train once by a way (``usual``, ``plain``, ``trl_packed``, ``ours``)."""
-    found = Measured()
+    result = Measured()
     first = last = None
     growth: Growth | None = None
     held = 0
     name = Path(work.out).name
     file = work.write(scratch / f"{name}.json")
-    for line in lines_of(python, f"bench.ways.{way}", [str(file)], scratch / f"{name}.log"):
+    for line in lines_of(python, f"bench.baselines.{way}", [str(file)], scratch / f"{name}.log"):
         match line["event"]:
             case "loaded":
                 growth = Growth(line["pid"])
@@ -105,25 +105,25 @@ def measure(python: str, way: str, work: Work, scratch: Path) -> Measured:
             case "step":
                 last = line
                 first = first or line
-                found.losses.append(line["loss"])
+                result.losses.append(line["loss"])
                 if "grad_norm" in line:
-                    found.grad_norms.append(line["grad_norm"])
+                    result.grad_norms.append(line["grad_norm"])
             case "data":
-                found.data_hash = line["hash"]
+                result.data_hash = line["hash"]
             case "evaluated":
-                found.evaluated[line["step"]] = line["loss"]
+                result.evaluated[line["step"]] = line["loss"]
             case "peak" if line["allocated"]:
-                found.peak_bytes = line["allocated"]
-                found.growth_bytes = line["allocated"] - held if held else 0
-                found.estimated_bytes = line.get("estimated", 0)
+                result.peak_bytes = line["allocated"]
+                result.growth_bytes = line["allocated"] - held if held else 0
+                result.estimated_bytes = line.get("estimated", 0)
             case "peak":
-                found.process_bytes, found.estimated_bytes = line["process"], line["estimated"]
-    if growth is not None and not found.peak_bytes:
-        found.growth_bytes = growth.end()
+                result.process_bytes, result.estimated_bytes = line["process"], line["estimated"]
+    if growth is not None and not result.peak_bytes:
+        result.growth_bytes = growth.end()
     if first is None or last is None or first is last:
         raise SystemExit(f"{way} took fewer than two steps; its words are in {scratch}")
-    found.tokens = last["tokens"]
+    result.tokens = last["tokens"]
     seconds = last["at"] - first["at"]
-    found.tokens_per_s = (last["tokens"] - first["tokens"]) / seconds
-    found.trained_per_s = (last["trained"] - first["trained"]) / seconds
-    return found
+    result.tokens_per_s = (last["tokens"] - first["tokens"]) / seconds
+    result.trained_per_s = (last["trained"] - first["trained"]) / seconds
+    return result

@@ -1,6 +1,6 @@
 """What the live screen costs, and how soon it answers, beside what it may.
 
-    python -m bench.dashboard [--only PART]… [--seconds N] [--keys N] [--json]
+    python -m bench.live_screen [--only PART]… [--seconds N] [--keys N] [--json]
 
 quiet, live   bytes, repaints and processor time a second, memory; live: a step a second
 keys          from key to paint while both cores are taken
@@ -8,8 +8,8 @@ link          the same over 50 kB/s with 200 ms each way: how far what is seen l
 session       eight hours of steps at some 45 times their pace: memory and keys every two hours
 beside        what ``live`` measures, of ours and of ``btop`` and ``nvitop`` where they are installed
 
-``keys`` measures those two as well, by what their own key for help takes. But in ``keys`` a trainer is played
-(bench/played.py), so that only the screen is measured.
+``keys`` measures those two as well, by what their own key for help takes. In ``keys`` the trainer is a fake
+(bench/fake_trainer.py), so that only the screen is measured.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
-from bench import busy, neighbours
-from bench.neighbours import Help, Neighbour
-from bench.played import PlayedTrainer
+from bench import cpu_load, other_tuis
+from bench.fake_trainer import FakeTrainer
+from bench.other_tuis import Help, Neighbour
 from bench.terminal import Link, Terminal
 from qlora_tui.demo.demo_model import is_ready, model_folder
 
@@ -76,28 +76,28 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Options:
     """How long to measure."""
 
     seconds: float
     keys: int
 
 
-def quiet(asked: Asked) -> Iterator[Figure]:
-    yield from _costs(asked, live=False)
+def quiet(options: Options) -> Iterator[Figure]:
+    yield from _costs(options, live=False)
 
 
-def live(asked: Asked) -> Iterator[Figure]:
-    yield from _costs(asked, live=True)
+def live(options: Options) -> Iterator[Figure]:
+    yield from _costs(options, live=True)
 
 
-def _costs(asked: Asked, *, live: bool) -> Iterator[Figure]:
+def _costs(options: Options, *, live: bool) -> Iterator[Figure]:
     with _home():
-        trainer = PlayedTrainer(1200, 3000)
+        trainer = FakeTrainer(1200, 3000)
         for size in SIZES:
-            with _watching(size) as terminal, _played(trainer, live=live):
+            with _watching(size) as terminal, _fake_run(trainer, live=live):
                 where = f"{_name(size)} {'live' if live else 'quiet'}"
-                yield from _cost_figures(terminal, where, asked.seconds, small=size == SIZES[0])
+                yield from _cost_figures(terminal, where, options.seconds, small=size == SIZES[0])
 
 
 def _cost_figures(terminal: Terminal, where: str, seconds: float, *, small: bool) -> Iterator[Figure]:
@@ -111,54 +111,54 @@ def _cost_figures(terminal: Terminal, where: str, seconds: float, *, small: bool
     yield Figure(where, "memory MB", terminal.memory_bytes() / 1e6, MOST_MEMORY_MB)
 
 
-def keys(asked: Asked) -> Iterator[Figure]:
+def keys(options: Options) -> Iterator[Figure]:
     model = model_folder() if is_ready() else None
     with _home(), contextlib.ExitStack() as stack:
         if model is not None:
-            load = busy.TRAINING
-            stack.enter_context(busy.training(model))
+            load = cpu_load.TRAINING
+            stack.enter_context(cpu_load.training(model))
         else:
-            load = busy.LOOPS
-            stack.enter_context(_played(PlayedTrainer(1200, 3000)))
-            stack.enter_context(busy.loops())
+            load = cpu_load.LOOPS
+            stack.enter_context(_fake_run(FakeTrainer(1200, 3000)))
+            stack.enter_context(cpu_load.loops())
         for size in SIZES:
             with _watching(size) as terminal:
-                yield from _key_figures(terminal, f"{_name(size)} {load}", asked.keys)
-            for other in neighbours.installed():
+                yield from _key_figures(terminal, f"{_name(size)} {load}", options.keys)
+            for other in other_tuis.installed():
                 with _beside(other, size) as terminal:
                     where = f"{_name(size)} {other.name}, {load}"
-                    figures = _key_figures(terminal, where, asked.keys, other.help)
+                    figures = _key_figures(terminal, where, options.keys, other.help)
                     yield from map(_without_budget, figures)
 
 
-def link(asked: Asked) -> Iterator[Figure]:
-    with _home(), _played(PlayedTrainer(1200, 3000)):
+def link(options: Options) -> Iterator[Figure]:
+    with _home(), _fake_run(FakeTrainer(1200, 3000)):
         for size in SIZES:
             line = Link(_LINK_BYTES_PER_S, _LINK_DELAY_S)
             with _watching(size, link=line) as terminal:
                 where = f"{_name(size)} 50 kB/s, 200 ms"
                 yield Figure(where, "seconds behind, opening", terminal.most_behind_s, MOST_BEHIND_S)
                 terminal.most_behind_s = 0.0
-                terminal.watch(asked.seconds)
+                terminal.watch(options.seconds)
                 yield Figure(where, "seconds behind, live", terminal.most_behind_s, MOST_BEHIND_S)
                 terminal.most_behind_s = 0.0
-                yield from _key_figures(terminal, where, asked.keys // 4, most_ms=1000 * MOST_BEHIND_S)
+                yield from _key_figures(terminal, where, options.keys // 4, most_ms=1000 * MOST_BEHIND_S)
                 yield Figure(where, "seconds behind, keys", terminal.most_behind_s, MOST_BEHIND_S)
 
 
-def session(asked: Asked) -> Iterator[Figure]:
+def session(options: Options) -> Iterator[Figure]:
     with _home():
         last = 8 * _HOUR_STEPS
-        trainer = PlayedTrainer(_SESSION_BEGAN, last)
+        trainer = FakeTrainer(_SESSION_BEGAN, last)
         with _watching(SIZES[1], command=[sys.executable, "-c", _HURRIED]) as terminal:
             began, repaints, memory = time.monotonic(), terminal.repaints, list[float]()
             _hurry(trainer, terminal, _SESSION_BEGAN + _SETTLED_STEPS, steps_a_look=1)
             for hours in (0, 2, 4, 6, 8):
                 # Room for the keys, which are pressed at the pace of a second a step.
-                _hurry(trainer, terminal, hours * _HOUR_STEPS - 2 * asked.keys, steps_a_look=2)
+                _hurry(trainer, terminal, hours * _HOUR_STEPS - 2 * options.keys, steps_a_look=2)
                 where = f"{_name(SIZES[1])} after {hours} hours"
-                with _played(trainer):
-                    yield from _key_figures(terminal, where, asked.keys)
+                with _fake_run(trainer):
+                    yield from _key_figures(terminal, where, options.keys)
                 memory.append(terminal.memory_bytes() / 1e6)
                 yield Figure(where, "memory MB", memory[-1], MOST_MEMORY_MB)
             where = f"{_name(SIZES[1])} 8 hours"
@@ -167,7 +167,7 @@ def session(asked: Asked) -> Iterator[Figure]:
             yield Figure(where, "repaints", terminal.repaints - repaints)
 
 
-def _hurry(trainer: PlayedTrainer, terminal: Terminal, step: int, steps_a_look: int) -> None:
+def _hurry(trainer: FakeTrainer, terminal: Terminal, step: int, steps_a_look: int) -> None:
     """On to a step of the session."""
     due = time.monotonic()
     while trainer.step < step:
@@ -176,17 +176,17 @@ def _hurry(trainer: PlayedTrainer, terminal: Terminal, step: int, steps_a_look: 
         terminal.watch(max(0.001, due - time.monotonic()))
 
 
-def beside(asked: Asked) -> Iterator[Figure]:
+def beside(options: Options) -> Iterator[Figure]:
     with _home():
-        trainer = PlayedTrainer(1200, 3000)
+        trainer = FakeTrainer(1200, 3000)
         for size in SIZES:
-            with _watching(size) as terminal, _played(trainer):
+            with _watching(size) as terminal, _fake_run(trainer):
                 where = f"{_name(size)} qlora-tui"
-                yield from _cost_figures(terminal, where, asked.seconds, small=size == SIZES[0])
-            for other in neighbours.installed():
+                yield from _cost_figures(terminal, where, options.seconds, small=size == SIZES[0])
+            for other in other_tuis.installed():
                 with _beside(other, size) as terminal:
                     figures = _cost_figures(
-                        terminal, f"{_name(size)} {other.name}", asked.seconds, small=False
+                        terminal, f"{_name(size)} {other.name}", options.seconds, small=False
                     )
                     yield from map(_without_budget, figures)
 
@@ -203,7 +203,7 @@ def _without_budget(figure: Figure) -> Figure:
     return replace(figure, at_most=None)
 
 
-PARTS: dict[str, Callable[[Asked], Iterator[Figure]]] = {
+PARTS: dict[str, Callable[[Options], Iterator[Figure]]] = {
     "quiet": quiet,
     "live": live,
     "keys": keys,
@@ -247,7 +247,7 @@ def _watching(
 
 
 @contextlib.contextmanager
-def _played(trainer: PlayedTrainer, *, live: bool = True) -> Iterator[None]:
+def _fake_run(trainer: FakeTrainer, *, live: bool = True) -> Iterator[None]:
     stop = threading.Event()
     thread = threading.Thread(target=trainer.play, args=(stop,), daemon=True)
     if live:
@@ -286,15 +286,17 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     load = os.getloadavg()[0]
-    found = []
+    figures = []
     for name in args.only or PARTS:
-        for figure in PARTS[name](Asked(args.seconds, args.keys)):
-            found.append(figure)
+        for figure in PARTS[name](Options(args.seconds, args.keys)):
+            figures.append(figure)
             if not args.json:
                 print(figure, flush=True)
-    missed = [one for one in found if one.at_most is not None and one.value > one.at_most]
+    missed = [one for one in figures if one.at_most is not None and one.value > one.at_most]
     if args.json:
-        figures = [asdict(one) | {"met": None if one.at_most is None else one not in missed} for one in found]
+        figures = [
+            asdict(one) | {"met": None if one.at_most is None else one not in missed} for one in figures
+        ]
         print(json.dumps({"figures": figures, "load_average_before": load, "cores": os.cpu_count()}))
     else:
         print(f"{len(missed)} of the budgets missed; load average {load:.1f} before, {os.cpu_count()} cores")

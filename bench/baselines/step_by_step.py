@@ -1,8 +1,7 @@
 """The training loop as people write it by hand: transformers and peft, one sample a pass, nothing fused.
 
-``python -m bench.ways.plain WORK.json`` trains on the steps of ``work.batches``. A step accumulates the
-gradients of its samples, whose losses count by the token. The loss is the model's own, the attention
-transformers' default.
+``python -m bench.baselines.step_by_step WORK.json`` trains on the steps of ``work.batches``. A step sums up
+the gradients of its samples, whose losses count by the token. Loss and attention are transformers' defaults.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
-from bench.ways.work import Work, given, steps_of, tell
+from bench.baselines.job import Work, given, steps_of, tell
 
 Sample = dict[str, list[int]]
 

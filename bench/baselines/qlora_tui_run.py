@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench.ways.work import Work, given, tell
+from bench.baselines.job import Work, given, tell
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
@@ -73,7 +73,7 @@ def recipe(work: Work) -> Recipe:
 
 
 def relay(run: RunDir) -> AnyEvent | None:
-    """Tell the run's events in the words of :mod:`.work`; how it ended."""
+    """Tell the run's events as lines of :mod:`.job`; return the last one."""
     pid, share = 0, 0.0
     view = RunView(run)
     for event in follow_events(view):

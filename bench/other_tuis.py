@@ -31,14 +31,14 @@ class Neighbour:
 
 def installed() -> list[Neighbour]:
     """Those that are here."""
-    found = []
+    programs = []
     if shutil.which("btop"):
         command = ("btop", "--utf-force", "--update", "1000")
-        found.append(Neighbour("btop", command, Help("h", "Mouse 1", "\x1b")))
+        programs.append(Neighbour("btop", command, Help("h", "Mouse 1", "\x1b")))
     if shutil.which("nvitop"):
         command = ("nvitop", "--interval", "1")
-        found.append(Neighbour("nvitop", command, Help("h", "show this help screen", "\x1b"), _card()))
-    return found
+        programs.append(Neighbour("nvitop", command, Help("h", "show this help screen", "\x1b"), _card()))
+    return programs
 
 
 def _card() -> dict[str, str]:

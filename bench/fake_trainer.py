@@ -1,4 +1,4 @@
-"""A trainer that is played: what one writes in a run, a step a second or faster, without training."""
+"""A fake trainer: it writes what one writes in a run, a step a second or faster, without training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MILESTONE = 200
 """Steps between validations, checkpoints and samples."""
 
 
-class PlayedTrainer:
+class FakeTrainer:
     """A run of ``total`` steps, ``done`` of which lie behind it. Its own clock goes a second a step."""
 
     def __init__(self, done: int, total: int) -> None:
