@@ -20,7 +20,6 @@ from bench.drill import runs
 from bench.drill.program import Failure
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import read_status
 
 MIB = {"ext4": 128, "xfs": 320, "btrfs": 256}
@@ -51,8 +50,6 @@ def cut_while_active(kind: str) -> Callable[[random.Random, Path, Path], None]:
             for _, checkpoint in cut_run.checkpoints():
                 if damage := checkpoint_damage(checkpoint):
                     raise Failure(f"{checkpoint.name} does not verify after the cut: {damage}")
-            if read_status(cut_run).state == "queued":
-                ensure_runner()  # as `attach` and the app do
             runs.resume_to_the_end(cut_run)
             runs.check_finished(cut_run)
 
@@ -109,7 +106,12 @@ def _mounted(image: Path, at: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        _run("umount", str(at))
+        # Children of a killed trainer may live a moment longer.
+        until = time.monotonic() + 30
+        while (
+            subprocess.run(["umount", str(at)], capture_output=True).returncode and time.monotonic() < until
+        ):
+            time.sleep(0.2)
 
 
 def _copy(image: Path, to: Path) -> None:

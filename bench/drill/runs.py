@@ -20,6 +20,7 @@ from bench.drill.samples import jsonl
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Step
+from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import State, Status, read_status
 
 STEPS = 30
@@ -67,8 +68,15 @@ def started(materials: Path, home: Path, environment: dict[str, str] | None = No
 
 def wait_until_over(run: RunDir) -> State:
     """The state of a run that no process works on any more. Raises Failure after :data:`LONGEST_S`."""
-    status = wait_until(run, lambda status: status.state in _OVER and not processes(), "over", every_s=0.2)
-    return status.state
+
+    def is_over(status: Status) -> bool:
+        if processes():
+            return False
+        if status.state == "queued":
+            ensure_runner()  # as `attach` and the app do: the runner may have been killed
+        return status.state in _OVER
+
+    return wait_until(run, is_over, "over", every_s=0.2).state
 
 
 def wait_for_step(run: RunDir, step: int) -> None:
