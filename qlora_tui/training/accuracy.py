@@ -59,7 +59,7 @@ def argmax_tokens(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Ten
     if logits is not None:
         return logits[:, :-1][wanted].argmax(-1)
     head = model.get_base_model().get_output_embeddings()
-    # Where rows of it are trained, peft copies the whole matrix for who asks for the weight.
+    # Where rows of the head are trained, peft copies the whole matrix at each access to its weight.
     weight = getattr(head, "original_module", head).weight
     states = hidden[:, :-1][wanted].to(weight.dtype)
     return torch.cat([head(chunk).argmax(-1) for chunk in torch.split(states, _CHUNK_ROWS)])

@@ -34,7 +34,7 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: 
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
         lora_alpha=_short(settings.alpha),
-        # peft reads the keys as patterns of its own, so each is one module's whole name, escaped.
+        # peft reads the keys as regular expressions, so each is the full name of one module, escaped.
         rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != settings.rank},
         alpha_pattern={
             re.escape(name): _short(alpha) for name, alpha in alphas.items() if alpha != settings.alpha
@@ -65,7 +65,7 @@ def exact_target_names(model: nn.Module, names: Iterable[str] | str) -> Iterator
     """
     try:
         from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:  # a peft, or with it a transformers, that does not do this
+    except ImportError:  # a version of peft or transformers that does not do this
         yield
         return
     module_names = {name for name, _ in model.named_modules()}

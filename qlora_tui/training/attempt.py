@@ -121,7 +121,7 @@ class TrainingAttempt:
         self._telemetry.stop()
         energy = EnergyMeter(run.telemetry_path)
         energy.read_all()
-        # The energy is that of one GPU: of several, it says nothing about all tokens.
+        # The energy is that of one GPU, so with several it cannot be divided by all tokens.
         kwh = energy.kwh if prepared.dist.world_size == 1 else None
         return Finished(
             at=time.time(),

@@ -92,7 +92,7 @@ def _compare(
 ) -> tuple[Tensor, None]:
     """The library's attention output. Raises AttentionMismatchError where ours differs."""
     dtype = query.dtype
-    # The masks of the library hide by adding the largest negative number of the dtype.
+    # The library's masks add the lowest number of the dtype to hidden scores.
     masks = {
         kind: None if attention_mask is None else attention_mask.to(kind) for kind in (torch.float64, dtype)
     }

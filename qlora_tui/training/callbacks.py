@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_tui.errors import UserError, disk_problem
+from qlora_tui.errors import UserError
 from qlora_tui.runs.control import Kind
-from qlora_tui.runs.events import CheckpointSaved, Evaluated, SampleGenerated, Step
-from qlora_tui.training import checkpoints
+from qlora_tui.runs.events import Evaluated, SampleGenerated, Step
 from qlora_tui.training.batches import computed_tokens
-from qlora_tui.training.checkpoints import CheckpointState
+from qlora_tui.training.checkpoint_saver import CheckpointSaver, RunProgress
 from qlora_tui.training.evaluation import Evaluator
-from qlora_tui.training.failure import is_full_disk
 from qlora_tui.training.health import StepMonitor, too_few_steps
 from qlora_tui.training.memory_probe import longest_micro_batch, probe_memory
 from qlora_tui.training.prepared_run import PreparedRun
@@ -39,34 +35,9 @@ class StepResult(NamedTuple):
     loss: float
     """Mean over the tokens in the loss, by weight, over all processes."""
     learning_rate: float
-    """With which the step was taken."""
+    """The learning rate of this step."""
     grad_norm: float
-    """Before clipping."""
-
-
-@dataclass
-class CallbackState:
-    """What changes from step to step and is not part of transformers' ``TrainerState``."""
-
-    best_step: int | None = None
-    best_loss: float | None = None
-    last_losses: list[float] = field(default_factory=list)
-    """Validation losses since the best, for early stopping."""
-    evaluated_step: int = -1
-    checkpoint_step: int = -1
-    ends_with_epoch: bool = False
-
-    def add_validation_loss(self, step: int, loss: float) -> bool:
-        """Remember a validation loss; True where it is the best so far."""
-        if step <= 0:
-            # Before training it is no candidate: the adapter has learned nothing.
-            return False
-        best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
-        if best:
-            self.best_loss, self.best_step, self.last_losses = loss, step, []
-        else:
-            self.last_losses.append(loss)
-        return best
+    """Norm of the gradient before clipping."""
 
 
 class RunCallback(TrainerCallback):
@@ -79,12 +50,13 @@ class RunCallback(TrainerCallback):
     def __init__(self, prepared: PreparedRun, trainer: RunTrainer) -> None:
         self.outcome: AttemptOutcome = "finished"
         self.reason = "all steps done"
-        self.progress = CallbackState()
+        self.progress = RunProgress()
         self._prepared = prepared
         self._trainer = trainer
         self._reporter = prepared.reporter
         self._requests = prepared.requests
         self._evaluator = Evaluator(prepared, trainer.model)
+        self._saver = CheckpointSaver(prepared, trainer)
         self._monitor = StepMonitor()
         self._total_steps = len(prepared.step_plan.steps)
         self._started_at = 0.0
@@ -93,22 +65,13 @@ class RunCallback(TrainerCallback):
         self._emitted_at = 0.0
         self._emitted_tokens = 0
         if prepared.checkpoint is not None:
-            self._restore(prepared.checkpoint.state)
+            # transformers restores its own part.
+            self.progress = RunProgress.restored_from(prepared.checkpoint.state)
+            trainer.tokens = prepared.checkpoint.state.tokens
 
     def training_seconds(self) -> float:
-        """Since the first step, without validating, sampling and saving."""
+        """Seconds since the first step, without validating, sampling and saving."""
         return time.perf_counter() - self._started_at - self._overhead_s
-
-    def _restore(self, state: CheckpointState) -> None:
-        """Continue from a checkpoint; transformers restores its own part."""
-        self._trainer.tokens = state.tokens
-        self.progress = CallbackState(
-            best_step=state.best_step,
-            best_loss=state.best_loss,
-            last_losses=list(state.last_losses),
-            evaluated_step=state.step,
-            checkpoint_step=state.step,
-        )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,7 +96,7 @@ class RunCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """After each optimizer step."""
+        """Report an optimizer step, carry out requests, and validate, save or stop where that is due."""
         if logs is None or "loss" not in logs:
             # The summary at the end of training.
             return
@@ -299,53 +262,9 @@ class RunCallback(TrainerCallback):
         return True
 
     def _save(self, step: int, *, force: bool = False) -> None:
-        """Write a checkpoint, once per step.
-
-        A full or failing disk costs the checkpoint, not the run. With ``force`` it raises OSError.
-        """
+        """Write a checkpoint, once per step. Raises OSError with ``force``, where it cannot be written."""
         if self.progress.checkpoint_step == step:
             return
         started_at = time.perf_counter()
-        self._reporter.phase("saving", f"checkpoint at step {step}")
-        prepared, progress = self._prepared, self.progress
-        state = CheckpointState(
-            step=step,
-            tokens=self._trainer.tokens,
-            data_hash=prepared.data.data_hash,
-            packing_isolated=prepared.base.packing_isolated,
-            recipe=checkpoints.recipe_text(prepared.recipe),
-            best_step=progress.best_step,
-            best_loss=progress.best_loss,
-            last_losses=tuple(progress.last_losses),
-        )
-        try:
-            folder = checkpoints.write(
-                prepared.run, state, self._trainer.save_checkpoint_files, prepared.dist
-            )
-        except OSError as error:
-            if force:
-                raise
-            self._report_unsaved_checkpoint(step, error)
-            return
-        progress.checkpoint_step = step
-        self._reporter.emit(
-            CheckpointSaved(at=time.time(), step=step, folder=str(folder.relative_to(prepared.run.path)))
-        )
-        if prepared.dist.is_main_process:
-            # What cannot be deleted now is deleted after the next checkpoint.
-            with suppress(OSError):
-                keep = prepared.recipe.training.keep_checkpoints
-                checkpoints.prune(prepared.run, keep, progress.best_step)
+        self._saver.save(step, self.progress, force=force)
         self._overhead_s += time.perf_counter() - started_at
-
-    def _report_unsaved_checkpoint(self, step: int, error: OSError) -> None:
-        problem = disk_problem(error, self._prepared.run.checkpoints_dir)
-        reason = f"{problem.title[0].lower()}{problem.title[1:]}" if problem else str(error)
-        self._reporter.log(f"checkpoint at step {step}: {error}")
-        self._reporter.health(
-            "disk_full" if is_full_disk(error) else "checkpoint_unwritten",
-            f"The checkpoint at step {step} could not be written: {reason}.",
-            "Training continues, and earlier checkpoints are kept. "
-            + (f"{problem.why} {problem.fix}".strip() if problem else "The log has the details."),
-            step=step,
-        )

@@ -45,7 +45,7 @@ def true_disk_errors() -> Iterator[None]:
         if not isinstance(file, str | os.PathLike):
             save(value, file, *arguments, **options)
             return
-        # Given a file object, torch keeps the exception of its write as the context of its own.
+        # With a file object, torch keeps the exception of its write as the context of its own exception.
         with _Unbuffered(Path(file)) as raw, io.BufferedWriter(raw, BUFFER_BYTES) as written:
             save(value, written, *arguments, **options)
 

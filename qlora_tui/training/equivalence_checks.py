@@ -63,7 +63,7 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
     size = _rms(alone)
     share = (_rms(alone - by_library[:_SECOND]) / size).max().clamp(min=_LEAST_NOISE[alone.dtype])
     leak, difference = _rms(packed - packed_after_other), _rms(packed - alone)
-    # Written so that NaN is no agreement.
+    # Written so that NaN counts as a difference.
     if not share <= _MOST_NOISE:
         return False
     return bool(
@@ -151,7 +151,7 @@ def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tenso
     logits = raw[trained] * head.multiplier
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    # The rounding of a logit moves its probability by as much as the logit is large.
+    # Rounding changes a logit, and so its log-probability, in proportion to the size of the logit.
     largest = 1 + logits.abs().amax(-1, keepdim=True)
     likely = logits.softmax(-1).scatter(1, targets, 1.0)
     scale[trained] = likely * largest * abs(head.multiplier) / len(trained)

@@ -157,7 +157,7 @@ def generate_samples(
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=ANSWER_TOKENS,
                 do_sample=False,
-                # The model's own generation settings may hold a temperature, which greedy search refuses.
+                # The model's generation config may hold a temperature, which greedy search rejects.
                 temperature=None,
                 top_p=None,
                 top_k=None,

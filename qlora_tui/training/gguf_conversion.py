@@ -107,7 +107,7 @@ def convert_in_child(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            # Ctrl-C in a terminal is for this process, which then ends the child.
+            # A separate session, because Ctrl-C in a terminal is for this process, which then ends the child.
             start_new_session=True,
         )
         assert child.stdout is not None

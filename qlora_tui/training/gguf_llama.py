@@ -84,7 +84,7 @@ def _write_config(header: dict[str, Any], reader: Any, folder: Path) -> None:
         "num_attention_heads": header["llama.attention.head_count"],
         "num_key_value_heads": header["llama.attention.head_count_kv"],
         "max_position_embeddings": header["llama.context_length"],
-        # Stored in 32 bits: as many digits as those hold, so that 1e-05 reads 1e-05.
+        # A float32 printed with as many digits as it holds, so that 1e-05 stays 1e-05.
         "rms_norm_eps": float(f"{header['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_theta": header["llama.rope.freq_base"],
         "hidden_act": "silu",

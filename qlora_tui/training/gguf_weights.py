@@ -101,7 +101,7 @@ def weights_of(reader: Any, architecture: str, heads: int, kv_heads: int) -> lis
         name = name_of(tensor.name, architecture)
         if name is None:
             raise ValueError(f"its tensor {tensor.name} is unknown")
-        # ggml counts dimensions from the one that moves fastest.
+        # ggml lists dimensions from the fastest-changing one.
         shape = tuple(int(length) for length in reversed(tensor.shape))
         weights.append(GgufTensor(name, shape, tensor, _change(name, architecture, heads, kv_heads)))
     return weights

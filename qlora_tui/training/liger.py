@@ -79,7 +79,7 @@ def _difference(summed: LossSumFn, head: OutputHead, device: torch.device) -> st
         totals.append(total.detach().float())
         gradients.append(gradient.float() / _COUNTS)
     loss, exact, scale = _exact(states, targets, head)
-    # Written so that NaN differs.
+    # Written so that NaN counts as a difference.
     if not (totals[0] - loss).abs() <= _TOLERANCES[bits] * loss:
         return "loss"
     noise = (gradients[1] - exact).square().mean(-1, keepdim=True).sqrt()

@@ -63,7 +63,7 @@ def load_base(folder: Path, recipe: Recipe, device: ComputeDevice, attention_pat
             what=f"{folder}: {_first_line(error)}",
             fix="Run `qlora-tui doctor` to check the installation, or download the model again.",
         ) from error
-    # What peft writes into an adapter as its base.
+    # peft writes this into the adapter as its base model.
     model.config._name_or_path = model.name_or_path = str(folder)
     if device.kind == "cpu" and quantization is not None:
         _detach_from_mmap(model)

@@ -40,7 +40,7 @@ def register() -> None:
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, segment_attention)
-    # For calls that are no packed training row, such as generating a sample.
+    # For calls without a packed row, such as generating a sample.
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
@@ -121,7 +121,7 @@ def _sample_attention(
 ) -> Tensor:
     tokens = query.shape[2]
     if query.requires_grad and tokens % token_multiple(query.device, query.dtype):
-        # What is added lies behind every real token, which looks back only.
+        # Padding is after all real tokens, which attend to earlier ones only.
         query, key, value = (pad_tokens(x) for x in (query, key, value))
         return _sample_attention(query, key, value, dropout, scale, sliding_window, softcap, sinks)[
             :, :, :tokens
@@ -132,7 +132,7 @@ def _sample_attention(
         return _eager_attention(query, key, value, mask, dropout, scale, softcap, sinks)
     grouped = query.shape[1] != key.shape[1]
     if grouped and value.shape[-1] != query.shape[-1]:
-        # The grouped kernels want one width; heads are repeated instead.
+        # Grouped kernels need values as wide as keys; otherwise heads are repeated.
         key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
         grouped = False
     return functional.scaled_dot_product_attention(

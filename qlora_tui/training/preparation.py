@@ -44,7 +44,7 @@ def prepare_run(
     tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
     data = _tokenize(context, tokenizer)
     context.requests.raise_if_stop_requested()
-    # Before the model needs the memory.
+    # Free memory before the model is loaded.
     tokenizer.release_caches()
     release_free_memory()
     reporter.phase("loading", f"{recipe.model.id} on {device.name}")

@@ -95,7 +95,7 @@ class Reporter:
         """Set the step that the attempt starts from; 0 for the beginning."""
         with self._lock:
             status = self._status
-            # Of an earlier step the loss is in the events.
+            # The loss of an earlier step is in the events.
             loss = status.loss if step == status.step else None
             self._status = msgspec.structs.replace(status, step=step, loss=loss)
         self.write_heartbeat()
@@ -129,7 +129,7 @@ class Reporter:
                     self._writer = EventWriter(self._run.events_path)
                 self._writer.append(self._unwritten[0])
             except OSError:
-                # A new writer cuts off the half line that may be there now.
+                # A new writer repairs the incomplete line that may be there now.
                 if self._writer is not None:
                     self._writer.close()
                 self._writer = None

@@ -22,7 +22,7 @@ _PIP = f"{sys.executable} -m pip install --upgrade"
 
 def main() -> int:
     """Run every check; always 0, since the findings are the outcome."""
-    # Libraries greet on stdout; the findings must be alone there.
+    # Libraries print to stdout, where only the checks may be.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     configure_torch_env()

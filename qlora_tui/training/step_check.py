@@ -151,7 +151,7 @@ class StepReference:
             losses, gradients = self._library_step()
         self._draws += 1
         moves = losses - self._losses
-        # A single draw may cancel out in the sum: its spread is the least that is allowed for.
+        # A single draw may cancel out in the sum, so its spread is a lower bound.
         noise = float(torch.maximum(moves.sum().abs(), moves.norm())) / self._items
         self.loss_noise = max(noise, self.loss_noise)
         for name, gradient in self._gradients.items():
@@ -179,7 +179,7 @@ class StepReference:
         differences = {
             name: float((gradients[name] - expected).norm()) for name, expected in self._gradients.items()
         }
-        # Written so that NaN is the worst.
+        # Written so that NaN counts as the largest difference.
         worst = max(differences, key=lambda name: _or_infinite(differences[name] / self._noise_of(name)))
         size = self._size(worst)
         return StepComparison(
@@ -254,9 +254,9 @@ def ready_to_compare(model: nn.Module, device: ComputeDevice) -> Iterator[None]:
     adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad}
     before = {name: p.detach().to("cpu", copy=True) for name, p in adapters.items()}
     generator = torch.Generator().manual_seed(0)
-    # Only this process's own card: on the others it would create a context.
-    cards = [device.torch_device] if device.kind == "cuda" else []
-    with _no_dropout(model), torch.random.fork_rng(devices=cards):
+    # Only the GPU of this process: on others this would create a CUDA context.
+    devices = [device.torch_device] if device.kind == "cuda" else []
+    with _no_dropout(model), torch.random.fork_rng(devices=devices):
         try:
             for name, values in before.items():
                 std = _ADAPTER_SHARE / max(values.shape[-1], 1) ** 0.5

@@ -137,7 +137,7 @@ def verify_step(
                 return "the library's own loss or gradient is not a finite number"
             first, right = compare(paths.names)
             if not right:
-                # One draw of the noise may have been small by chance: before a path is blamed, more.
+                # One draw of the noise may have been small by chance: draw more before blaming a path.
                 paths.use(())
                 for _ in range(_MORE_DRAWS):
                     _in_every_process(dist, reference.measure_noise)
@@ -148,7 +148,7 @@ def verify_step(
                 for name in paths.names if right else ():
                     if compare((*right_paths, name))[1]:
                         right_paths = (*right_paths, name)
-                # Only now: after an exception every path must be as it was, for the caller and a next try.
+                # Only now, so that after an exception all paths are on again, for the caller and another try.
                 used = right_paths
     finally:
         paths.use(used)

@@ -34,7 +34,7 @@ class TokenRows:
 def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[int]]:
     """peft's ``trainable_token_indices`` for rows ``ids`` of embedding and head. Raises UserError."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    # peft would leave the bias of a head out.
+    # peft would drop the bias of a head.
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or _has_bias(head):
         raise _unsupported_model("peft does not support token rows for its type of embedding or head")
     if max(ids) >= (vocabulary_size := len(embedding.weight)):
@@ -125,7 +125,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, ids: Tensor, base: nn.Embedding) -> Tensor:
         out: Tensor = base(x)
         where = x.reshape(-1, 1) == ids
-        # Gemma's embedding multiplies what it finds.
+        # Gemma's embedding scales its output.
         scale = getattr(base, "embed_scale", 1.0)
         if isinstance(scale, Tensor):
             scale = scale.to(out.dtype)
@@ -147,7 +147,7 @@ def _has_bias(head: Any) -> bool:
 
 
 def _wrapper_type() -> Any:
-    # Here, because peft takes seconds to load and a base alone does without.
+    # Imported here, because peft takes seconds to load and a base model alone does not need it.
     from peft.utils.other import TrainableTokensWrapper
 
     return TrainableTokensWrapper

@@ -47,6 +47,8 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     assert isinstance(events(run)[-1], Finished)
     full = [health for health in events_of(run, Health) if health.kind == "disk_full"]
     assert full and not events_of(run, CheckpointSaved)
+    phases = [event.phase for event in events_of(run, PhaseChanged)]
+    assert phases[phases.index("saving") + 1] == "training"
     assert (run.adapter_dir / "adapter_model.safetensors").exists()
 
 

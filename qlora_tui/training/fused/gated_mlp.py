@@ -85,7 +85,7 @@ def is_gated(mlp: Any) -> bool:
 
     training = mlp.training
     mlp.eval()
-    # Families drop some of what comes out (Seed-OSS), in training only.
+    # Some families apply dropout to the output (Seed-OSS), in training only.
     mlp.training = True
     try:
         with temporary_forwards({getattr(mlp, name): stand_in(name) for name in received}):

@@ -107,7 +107,7 @@ def plain_weight(module: Any) -> WeightLoader | None:
 
 def _weight_of(base: Any) -> WeightLoader | None:
     if type(base).__name__ != "Linear4bit":
-        # Families have subclasses of their own (Falcon's); bitsandbytes' 8-bit weights are whole numbers.
+        # Some families subclass nn.Linear (Falcon); bitsandbytes' 8-bit weights are integers.
         known = isinstance(base, nn.Linear) and base.weight.is_floating_point()
         return (lambda: base.weight) if known else None
     from bitsandbytes.functional import dequantize_4bit

@@ -68,7 +68,7 @@ def _find_variant(norm: Any) -> RmsNormVariant | None:
         return None
     if weight.requires_grad or sum(1 for _ in norm.parameters()) != 1:
         return None
-    if weight.is_meta:  # every form keeps the same for the backward
+    if weight.is_meta:  # every variant saves the same for the backward
         return _VARIANTS[0]
     x = _example_rows(len(weight), eps).to(weight.device, weight.dtype)
     matching = set(_distinguishable_variants(weight.dtype))
@@ -109,7 +109,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, variant: RmsNormVariant) ->
     if variant.multiply_in_fp32:
         return wide.mul_(_factor(weight, variant)).to(x.dtype), inv_rms
     narrow = wide.to(x.dtype)
-    # A weight of more bits than the input widens the output.
+    # A weight with more bits than the input gives an output with more bits.
     return narrow.mul_(weight) if weight.dtype == x.dtype else narrow * weight, inv_rms
 
 

@@ -1,0 +1,115 @@
+"""Saves checkpoints during training, together with the progress that transformers does not save."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from qlora_tui.errors import disk_problem
+from qlora_tui.runs.events import CheckpointSaved
+from qlora_tui.training import checkpoints
+from qlora_tui.training.checkpoints import CheckpointState
+from qlora_tui.training.failure import is_full_disk
+from qlora_tui.training.prepared_run import PreparedRun
+from qlora_tui.training.trainer import RunTrainer
+
+
+@dataclass
+class RunProgress:
+    """What changes from step to step and is not part of transformers' ``TrainerState``."""
+
+    best_step: int | None = None
+    best_loss: float | None = None
+    last_losses: list[float] = field(default_factory=list)
+    """Validation losses since the best, for early stopping."""
+    evaluated_step: int = -1
+    """Step of the last validation; -1 before the first."""
+    checkpoint_step: int = -1
+    """Step of the last checkpoint; -1 before the first."""
+    ends_with_epoch: bool = False
+    """Whether it was requested to finish at the end of the epoch."""
+
+    @classmethod
+    def restored_from(cls, state: CheckpointState) -> RunProgress:
+        """The progress at a checkpoint."""
+        return cls(
+            best_step=state.best_step,
+            best_loss=state.best_loss,
+            last_losses=list(state.last_losses),
+            evaluated_step=state.step,
+            checkpoint_step=state.step,
+        )
+
+    def add_validation_loss(self, step: int, loss: float) -> bool:
+        """Remember a validation loss; True where it is the best so far."""
+        if step <= 0:
+            # Before training it is no candidate: the adapter has learned nothing.
+            return False
+        best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        if best:
+            self.best_loss, self.best_step, self.last_losses = loss, step, []
+        else:
+            self.last_losses.append(loss)
+        return best
+
+
+class CheckpointSaver:
+    """Writes checkpoints of a run, reports them, and deletes old ones."""
+
+    def __init__(self, prepared: PreparedRun, trainer: RunTrainer) -> None:
+        self._prepared = prepared
+        self._trainer = trainer
+
+    def save(self, step: int, progress: RunProgress, *, force: bool) -> None:
+        """Write a checkpoint, and note its step in ``progress``.
+
+        A full or failing disk costs the checkpoint, not the run.
+
+        Raises:
+            OSError: with ``force``, the checkpoint could not be written.
+        """
+        prepared = self._prepared
+        prepared.reporter.phase("saving", f"checkpoint at step {step}")
+        state = CheckpointState(
+            step=step,
+            tokens=self._trainer.tokens,
+            data_hash=prepared.data.data_hash,
+            packing_isolated=prepared.base.packing_isolated,
+            recipe=checkpoints.recipe_text(prepared.recipe),
+            best_step=progress.best_step,
+            best_loss=progress.best_loss,
+            last_losses=tuple(progress.last_losses),
+        )
+        try:
+            folder = checkpoints.write(
+                prepared.run, state, self._trainer.save_checkpoint_files, prepared.dist
+            )
+        except OSError as error:
+            if force:
+                raise
+            self._report_failure(step, error)
+            return
+        progress.checkpoint_step = step
+        prepared.reporter.emit(
+            CheckpointSaved(at=time.time(), step=step, folder=str(folder.relative_to(prepared.run.path)))
+        )
+        if prepared.dist.is_main_process:
+            # What cannot be deleted now is deleted after the next checkpoint.
+            with suppress(OSError):
+                keep = prepared.recipe.training.keep_checkpoints
+                checkpoints.prune(prepared.run, keep, progress.best_step)
+
+    def _report_failure(self, step: int, error: OSError) -> None:
+        reporter = self._prepared.reporter
+        problem = disk_problem(error, self._prepared.run.checkpoints_dir)
+        reason = f"{problem.title[0].lower()}{problem.title[1:]}" if problem else str(error)
+        reporter.log(f"checkpoint at step {step}: {error}")
+        reporter.health(
+            "disk_full" if is_full_disk(error) else "checkpoint_unwritten",
+            f"The checkpoint at step {step} could not be written: {reason}.",
+            "Training continues, and earlier checkpoints are kept. "
+            + (f"{problem.why} {problem.fix}".strip() if problem else "Details are in the log."),
+            step=step,
+        )
