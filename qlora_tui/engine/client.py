@@ -22,7 +22,7 @@ import msgspec
 
 from qlora_tui import subprocesses
 from qlora_tui.data.template_guard import HANG_SIGNAL, hung_template
-from qlora_tui.engine.log_file import truncated_log
+from qlora_tui.engine.log_file import open_log, truncated_log
 from qlora_tui.engine.protocol import (
     AnyReply,
     AnyRequest,
@@ -99,7 +99,7 @@ class EngineClient:
 
     async def _start(self) -> None:
         try:
-            with truncated_log().open("ab") as log:
+            with open_log() as log:
                 self._process = await asyncio.create_subprocess_exec(
                     *subprocesses.module_argv("qlora_tui.engine"),
                     stdin=asyncio.subprocess.PIPE,

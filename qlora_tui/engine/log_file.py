@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import IO
 
 from qlora_tui.paths import state_dir
 
@@ -20,3 +22,11 @@ def truncated_log() -> Path:
     if path.exists() and path.stat().st_size > _ENOUGH_BYTES:
         path.write_bytes(b"")
     return path
+
+
+def open_log() -> IO[bytes]:
+    """The log, to write at its end; nowhere, where it cannot be written: that must not stop an engine."""
+    try:
+        return truncated_log().open("ab")
+    except OSError:
+        return Path(os.devnull).open("ab")

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from qlora_tui import subprocesses
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.engine.log_file import truncated_log
+from qlora_tui.engine.log_file import open_log, truncated_log
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import Device, trainer_execution
@@ -62,7 +62,7 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
 
 
 async def _answer(request: bytes) -> bytes:
-    with truncated_log().open("ab") as log:
+    with open_log() as log:
         child = await asyncio.create_subprocess_exec(
             *subprocesses.module_argv("qlora_tui.engine.trace_worker"),
             stdin=asyncio.subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 
@@ -56,10 +57,21 @@ def _log_bitsandbytes_warnings() -> None:
     # Imported here because commands that start without logging import this module.
     import logging
 
+    class LogHandler(logging.FileHandler):
+        """Writes to the log; one that cannot be written is said once, and refuses nothing."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            try:
+                super().emit(record)
+            except OSError as error:
+                logger.handlers[:] = [logging.NullHandler()]
+                reason = error.strerror or error
+                print(f"{self.baseFilename}: {reason}. What libraries say is not logged.", file=sys.stderr)
+
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.propagate = False
     if not logger.handlers:
-        handler = logging.FileHandler(paths.log_path(), delay=True)
+        handler = LogHandler(paths.log_path(), delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
         logger.addHandler(handler)
 

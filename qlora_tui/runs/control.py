@@ -6,6 +6,7 @@ A request appears by rename, whole; the trainer removes it as it takes it.
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import time
 from contextlib import suppress
@@ -19,6 +20,7 @@ from qlora_tui.decoding import decode_json
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.status import ACTIVE, read_status
 
 Kind: TypeAlias = Literal[
@@ -59,9 +61,33 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
             exit_code=EXIT_USAGE,
         )
     name = f"{time.time_ns():020d}-{os.getpid()}-{kind}.json"
-    atomic_write(
-        private_dir(run.control_dir) / name, msgspec.json.encode(ControlRequest(kind=kind, value=value))
-    )
+    content = msgspec.json.encode(ControlRequest(kind=kind, value=value))
+    try:
+        atomic_write(private_dir(run.control_dir) / name, content)
+    except OSError:
+        # A stop needs no file: SIGTERM asks for the same. A run that is starting names its runner instead.
+        if kind != "stop" or status.state != "running" or not _terminate(status.process):
+            raise
+
+
+def _terminate(process: ProcessIdentity | None) -> bool:
+    """Send SIGTERM to this very process; False where it cannot be reached from here."""
+    if process is None or not process.is_visible:
+        return False
+    try:
+        handle = os.pidfd_open(process.pid)
+    except (OSError, OverflowError, AttributeError):
+        return False
+    try:
+        # The handle stays with the process that had the number when it was opened, so look only then.
+        if not process.is_alive():
+            return False
+        signal.pidfd_send_signal(handle, signal.SIGTERM)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def take_requests(run: RunDir) -> list[ControlRequest]:

@@ -28,12 +28,12 @@ def follow_events(
     unreadable, or whose last event was never written or is damaged. Raises UserError for a run that waits and
     that no runner takes.
 
-    ``say`` is called with a sentence on a trainer that may send no events for long: it is suspended, does not
-    respond, or works on another machine.
+    ``on_status`` is called with a sentence on a trainer that may send no events for long: it is suspended,
+    does not respond, or works on another machine. So it is on a runner that is suspended.
     """
     settled_before = False
     runner = _RunnerMonitor(view.run)
-    said = ""
+    said = waited_for = ""
     while True:
         yield from view.iter_new()
         state = view.status.state
@@ -43,10 +43,11 @@ def follow_events(
             return
         settled_before = settled
         # What comes before a colon stays the same, and what follows it may be an age.
-        detail = view.status.detail if state in ACTIVE else ""
+        detail = view.status.detail if state == "queued" or state in ACTIVE else ""
         if detail.partition(":")[0] != said:
+            on_status(detail or f"The {waited_for} responds again.")
             said = detail.partition(":")[0]
-            on_status(detail or "The trainer responds again.")
+            waited_for = "runner" if state == "queued" else "trainer"
         if state == "queued":
             runner.check()
         time.sleep(POLL_S)

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from qlora_tui.files import read_regular
 from qlora_tui.formatting import format_duration
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.locks import is_locked
-from qlora_tui.runs.process import ProcessIdentity, machine_id
+from qlora_tui.runs.process import ProcessIdentity, machine_id, process_identity
+from qlora_tui.runs.spawn import runner_lock_path
 
 BEAT_S = 60.0
 """Age at which the heartbeat of a process that cannot be looked up counts as its last."""
@@ -62,6 +64,19 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
     if mark.is_of_this_machine:
         return Sighting(False, "The machine was restarted while it ran.")
     return Sighting(False, f"It ran on another machine{named}: no heartbeat for {_age(beat_at)}.")
+
+
+def describe_runner() -> str:
+    """What keeps the runner from taking runs, in a sentence; empty where nothing is known to."""
+    try:
+        pid = int(read_regular(runner_lock_path(), 32))
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        state = process_identity(pid).state
+    except (OSError, ValueError):
+        return ""
+    if b"qlora_tui.runs.runner" not in command or state not in ("T", "t"):
+        return ""
+    return f"The runner is suspended: `kill -CONT {pid}` continues it."
 
 
 def _here(mark: ProcessIdentity, run: RunDir, beat_at: float, *, beats: bool) -> Sighting:

@@ -87,10 +87,23 @@ def remove(run: RunDir) -> bool:
 
 
 def cancel(run: RunDir) -> bool:
-    """Stop a run that has not begun; False when it was no longer waiting."""
-    if not remove(run):
+    """Stop a run that has not begun; False when it was no longer waiting.
+
+    Raises OSError where it still waits. A full disk may not take the record of it: a run in
+    no queue reads as stopped all the same.
+    """
+    if not entries_of(run.id):
         return False
-    mark_not_queued(run, "Taken out of the queue.")
+    try:
+        if not remove(run):
+            return False
+    except OSError:
+        if entries_of(run.id):
+            raise
+        if read_status(run).state in ACTIVE:
+            return False
+    with suppress(OSError):
+        mark_not_queued(run, "Taken out of the queue.")
     return True
 
 

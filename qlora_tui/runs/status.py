@@ -21,7 +21,7 @@ from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Paused, Phase, Queued, Step, Stopped
-from qlora_tui.runs.liveness import find_trainer
+from qlora_tui.runs.liveness import describe_runner, find_trainer
 from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.queue_entries import entries_of
 
@@ -71,8 +71,10 @@ def write_heartbeat(run: RunDir, status: Status) -> None:
 def read_status(run: RunDir) -> Status:
     """The status as it is true now: an active run whose process is gone is ``lost``."""
     status = _state_from_events(run)
-    if status.state == "queued" and not entries_of(run.id):
-        return structs.replace(status, state="stopped", detail="It was queued and is not in the queue.")
+    if status.state == "queued":
+        if not entries_of(run.id):
+            return structs.replace(status, state="stopped", detail="It was queued and is not in the queue.")
+        return structs.replace(status, detail=describe_runner() or status.detail)
     if status.state not in ACTIVE:
         return status
     beat = _heartbeat(run)

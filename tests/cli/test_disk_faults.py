@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import subprocess
 import sys
 import time
@@ -13,12 +14,13 @@ import pytest
 from qlora_tui import paths
 from qlora_tui.cli import doctor, main
 from qlora_tui.errors import UserError
+from qlora_tui.gpu import torch_env
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs import follow, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import AnyEvent
 from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.status import State, Status, write_status
+from qlora_tui.runs.status import State, Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 from tests.cli.conftest import Call
 from tests.power import FaultyDisk
@@ -40,7 +42,7 @@ def run() -> RunDir:
     ],
 )
 @pytest.mark.parametrize(
-    "words", [("stop",), ("pause",), ("ask", "{}", "checkpoint"), ("runs", "rename", "{}", "other")]
+    "words", [("pause",), ("ask", "{}", "checkpoint"), ("runs", "rename", "{}", "other")]
 )
 def test_what_cannot_be_written_is_said_with_what_to_do(
     call: Call, run: RunDir, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, title: str
@@ -61,6 +63,70 @@ def test_a_state_folder_that_is_a_file_is_said(call: Call, monkeypatch: pytest.M
     said = call("runs")
     assert said.code == 1
     assert "A file is where a folder should be" in said.err
+
+
+_WAITS_FOR_SIGTERM = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))
+print(flush=True)
+signal.pause()
+"""
+
+
+def test_stop_ends_a_trainer_by_signal_where_the_disk_is_full(
+    call: Call, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = subprocess.Popen([sys.executable, "-c", _WAITS_FOR_SIGTERM], stdout=subprocess.PIPE)
+    try:
+        assert trainer.stdout is not None and trainer.stdout.readline()
+        write_status(run, Status(state="running", at=time.time(), process=process_identity(trainer.pid)))
+        assert run_queue.waiting() == []
+        with monkeypatch.context() as full:
+            FaultyDisk(full, 1, errno.ENOSPC, lasting=True)
+            said = call("stop", run.id)
+        assert said.code == 0, said.err
+        assert trainer.wait(60) == 42
+    finally:
+        trainer.kill()
+        trainer.communicate()
+
+
+def test_a_trainer_that_is_only_starting_is_sent_no_signal(
+    call: Call, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_status(run, Status(state="starting", at=time.time(), process=process_identity()))
+    assert run_queue.waiting() == []
+    FaultyDisk(monkeypatch, 1, errno.ENOSPC, lasting=True)
+    assert "No space left on the disk" in call("stop", run.id).err
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_stop_takes_a_run_out_of_the_queue_on_a_full_disk(
+    call: Call, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    run = create_run(Recipe(name="owls", model=Model(id="acme/tiny")))
+    run_queue.enqueue(run)
+    with monkeypatch.context() as full:
+        FaultyDisk(full, at, errno.ENOSPC, lasting=True)
+        said = call("stop", run.id)
+    is_out = run.id not in run_queue.waiting()
+    assert (said.code == 0) == is_out
+    assert read_status(run).state == ("stopped" if is_out else "queued")
+
+
+def test_a_log_that_cannot_be_written_refuses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    paths.log_path().mkdir()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = logger.handlers[:]
+    logger.handlers.clear()
+    try:
+        torch_env._log_bitsandbytes_warnings()
+        logger.warning("an optional kernel is missing")
+        logger.warning("another, too")
+    finally:
+        logger.handlers[:] = before
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(paths.log_path()) in said
 
 
 def test_a_folder_in_place_of_a_file_is_said(call: Call, run: RunDir) -> None:

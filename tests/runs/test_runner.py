@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -20,10 +21,12 @@ from qlora_tui.runs import actions, run_queue, runner
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
+from qlora_tui.runs.follow import follow_events
 from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.spawn import runner_lock_path
 from qlora_tui.runs.status import Status, read_status, write_status
+from qlora_tui.runs.view import RunView
 from tests.runs.conftest import let_go
 from tests.waiting import wait_for
 
@@ -102,6 +105,29 @@ def test_a_second_runner_leaves_at_once(recipe: Recipe) -> None:
     assert read_status(run).state == "running"
     let_go(run)
     wait_for(lambda: is_(run, "finished"))
+
+
+def test_a_suspended_runner_is_said_with_how_to_continue_it(recipe: Recipe) -> None:
+    first = actions.submit(named(recipe, "waits"))
+    wait_for(lambda: is_(first, "running"))
+    second = actions.submit(named(recipe, "plain"))
+    assert read_status(second).detail == ""
+    runner_pid = int((paths.state_dir() / "runner.lock").read_text())
+    os.kill(runner_pid, signal.SIGSTOP)
+    try:
+        wait_for(lambda: f"`kill -CONT {runner_pid}`" in read_status(second).detail)
+        said: list[str] = []
+        followed = follow_events(RunView(second), said.append)
+        follower = threading.Thread(target=lambda: list(followed), daemon=True)
+        follower.start()
+        wait_for(lambda: said)
+        assert "runner is suspended" in said[0]
+    finally:
+        os.kill(runner_pid, signal.SIGCONT)
+        let_go(first)
+    wait_for(lambda: is_(second, "finished"))
+    follower.join(60)
+    assert said[1] == "The runner responds again."
 
 
 def test_the_trainer_outlives_a_killed_runner_and_the_next_runner_takes_over(recipe: Recipe) -> None:
