@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qlora_tui.errors import UserError
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.events import Evaluated, SampleGenerated, Step
-from qlora_tui.training.batches import computed_tokens
+from qlora_tui.training.batches import PlannedStep, computed_tokens
 from qlora_tui.training.checkpoint_saver import CheckpointSaver, RunProgress
 from qlora_tui.training.evaluation import Evaluator
 from qlora_tui.training.health import StepMonitor, too_few_steps
@@ -105,16 +105,28 @@ class RunCallback(TrainerCallback):
         result = StepResult(
             step, planned.epoch, logs["loss"], logs["learning_rate"], float(logs.get("grad_norm", 0.0))
         )
-        overhead_before_s = self._overhead_s
-        is_last = step == self._total_steps
-        emitted = self._emit_step(result, force=is_last)
+        emitted = self._emit_step(result, force=step == self._total_steps)
         # Under fp16 a step whose scaled gradients overflow is skipped and the scale lowered: that is routine.
         self._check_health(result, norm_may_overflow=args.fp16)
+        overhead_before_s = self._overhead_s
+        self._act_between_steps(step, planned, control)
+        spent_s = self._overhead_s - overhead_before_s
+        # The speed of the next step counts from the end of what was done here.
+        self._emitted_at += spent_s
+        if spent_s and not control.should_training_stop:
+            self._reporter.phase("training")
+        if control.should_training_stop and not emitted:
+            # The last step of the attempt is reported whatever log_every is.
+            self._emit_step(result, force=True)
+
+    def _act_between_steps(self, step: int, planned: PlannedStep, control: TrainerControl) -> None:
+        """Carry out requests, and validate, save and stop where that is due."""
         self._requests.poll()
         self._change_learning_rate()
         stop_kind = self._requests.stop_kind()
         if self._requests.take("finish_epoch"):
             self.progress.ends_with_epoch = True
+        is_last = step == self._total_steps
         ends = is_last or (planned.ends_epoch and self.progress.ends_with_epoch)
         requested = {kind for kind in _STEP_REQUESTS if self._requests.take(kind)}
         if self._is_due("eval_every", step, planned.ends_epoch or ends) or "evaluate" in requested:
@@ -139,14 +151,6 @@ class RunCallback(TrainerCallback):
             self.reason = "finished at the end of the epoch, as requested"
         if stop_kind or ends:
             control.should_training_stop = True
-        spent_s = self._overhead_s - overhead_before_s
-        # The speed of the next step counts from the end of what was done here.
-        self._emitted_at += spent_s
-        if spent_s and not control.should_training_stop:
-            self._reporter.phase("training")
-        if control.should_training_stop and not emitted:
-            # The last step of the attempt is reported whatever log_every is.
-            self._emit_step(result, force=True)
 
     def _probe_memory(self) -> None:
         """Run one step on the longest batch, so that a run that does not fit fails before its first step."""
