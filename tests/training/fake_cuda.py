@@ -174,7 +174,7 @@ def _is_fake_cuda(device: Any) -> bool:
 
 
 def _mixes(func: Any, name: str, args: Any, given: list[Tensor], written: Tensor | None) -> bool:
-    """Whether tensors of both are computed with, some of them on the card."""
+    """Whether an operation mixes tensors of the CPU and of the GPU."""
     if name in _COPIES:
         return False
     if written is not None and not isinstance(written, FakeCudaTensor):
@@ -189,7 +189,7 @@ def _mixes(func: Any, name: str, args: Any, given: list[Tensor], written: Tensor
 
 
 def _waits(name: str, args: Any, kwargs: Any, *, on_gpu: bool) -> bool:
-    """Whether the CPU stands still: for a value, or for a copy that was not told to go on its own."""
+    """Whether the CPU waits: for a value, or for a copy that is not non_blocking."""
     if name == "aten::copy_":
         there, here = (isinstance(tensor, FakeCudaTensor) for tensor in args[:2])
         return there != here and not (there and _is_non_blocking(args[2:], kwargs))
@@ -217,7 +217,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _caller() -> str:
-    """The last function of the project, or of a library, that asked; torch's own backward is none of them."""
+    """The innermost caller outside torch; ``backward`` for torch's own threads."""
     for frame in reversed(traceback.extract_stack()):
         if "/torch/" not in frame.filename and frame.filename != __file__:
             return f"{frame.filename.rpartition('/')[2]} {frame.name}"

@@ -1,4 +1,4 @@
-"""Steps of training on a card that is played, each beside the same on the CPU: a line of JSON a case."""
+"""Runs training steps on the fake GPU and on the CPU, and prints one line of JSON for each case."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def checked(family: str) -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
-    # gpt-oss counts its experts' tokens in whole numbers, which only a real card can.
+    # gpt-oss counts its experts' tokens in whole numbers, which only a real GPU can.
     **{family: partial(compare_with_cpu, family, packed()) for family in FAMILIES if family != "gpt_oss"},
     "4 bits": partial(compare_with_cpu, "llama", packed(), four_bit=True),
     "checkpointing": partial(compare_with_cpu, "llama", packed(), four_bit=True, checkpointing=True),
@@ -184,7 +184,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "token rows": partial(compare_with_cpu, "qwen3", packed(), rows=True),
     "weighted tokens": partial(compare_with_cpu, "qwen2", packed(weighted=True)),
     "padded rows": partial(compare_with_cpu, "llama", padded()),
-    "nothing learnt": partial(compare_with_cpu, "llama", prompts_only(), rows=True),
+    "no token in the loss": partial(compare_with_cpu, "llama", prompts_only(), rows=True),
     "dropout": with_dropout,
     **{f"checks of {family}": partial(checked, family) for family in ("llama", "gemma2")},
 }
@@ -196,7 +196,7 @@ def main() -> None:
     for name, case in CASES.items():
         try:
             result = case()
-        except Exception as error:  # it is what is told
+        except Exception as error:  # the error is the result
             result = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"case": name} | result), flush=True)
     # torch's threads of a device made in Python may not outlive Python's end.

@@ -1,4 +1,4 @@
-"""The script for a box with a card, as far as it goes without one."""
+"""The acceptance script for a machine with a GPU, as far as it runs without one."""
 
 from __future__ import annotations
 

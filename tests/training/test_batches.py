@@ -174,7 +174,7 @@ def test_a_step_is_the_same_however_it_is_split(processes: int, micro_batch: int
             )[n]
             for rank in range(processes)
         ]
-        learnt = [
+        in_loss = [
             label
             for share in shares
             for batch in share["micro_batches"]
@@ -182,5 +182,5 @@ def test_a_step_is_the_same_however_it_is_split(processes: int, micro_batch: int
             if label != -100
         ]
         assert len({len(share["micro_batches"]) for share in shares}) == 1
-        assert len(learnt) == sum_loss_weights(step.rows, fake) == shares[0]["predictions"]
+        assert len(in_loss) == sum_loss_weights(step.rows, fake) == shares[0]["predictions"]
         assert shares[0]["tokens"] == count_tokens(step.rows, fake)

@@ -1,4 +1,4 @@
-"""A trainer whose model is a GGUF file: it shows the conversion, and leaves it when asked to."""
+"""A trainer whose model is a GGUF file: it shows the conversion, and stops it on request."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A step of training on a card that is played: the same as on the CPU, nothing mixed, hardly waited for.
+"""A training step on the fake GPU: equal to that on the CPU, without mixed devices, and hardly any waits.
 
-No card is needed, and none is replaced: kernels, half precision, memory, speed and Liger's loss are for
+No GPU is needed, and none is replaced: kernels, half precision, memory, speed and Liger's loss are for
 ``bench/gpu_acceptance.py``.
 """
 
@@ -17,14 +17,14 @@ from torch.utils import backend_registration
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 COUNTED = "aten::nonzero chunked_loss.py summed_loss"
-"""How many tokens are learnt from has to be known: once a micro-batch."""
+"""The number of tokens in the loss is read once per micro-batch."""
 LIBRARYS = "masking_utils.py"
 """transformers asks whether the mask of padded rows masks anything."""
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
-    """What became of each case. In a process of its own, where torch knows of the card."""
+    """The result of each case, from a separate process in which torch knows the fake GPU."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot be given a device by Python alone")
     command = [sys.executable, "-m", "tests.training.fake_cuda_steps"]
@@ -50,7 +50,7 @@ CASES = [
     "token rows",
     "weighted tokens",
     "padded rows",
-    "nothing learnt",
+    "no token in the loss",
     "dropout",
 ]
 CHECKS = ["checks of llama", "checks of gemma2"]

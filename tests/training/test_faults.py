@@ -1,4 +1,4 @@
-"""A full disk, a lack of memory, a machine restarted: each is told, and the run goes on or can go on."""
+"""A full disk, out of memory, a restarted machine: each is reported, and the run continues or can resume."""
 
 from __future__ import annotations
 
@@ -154,9 +154,9 @@ def test_a_run_that_nothing_makes_fit_fails_with_the_cheapest_change(
     assert "The cheapest change that should fit: Attention eager → auto saves" in ending.fix
 
 
-def inject_fault(monkeypatch: pytest.MonkeyPatch, mishap: str) -> None:
+def inject_fault(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """What happens to trainers from now on, one of :mod:`tests.training.fault_injection`."""
-    monkeypatch.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {mishap}")
+    monkeypatch.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {fault}")
 
 
 def _one_long_sample(run: RunDir) -> None:
@@ -173,18 +173,18 @@ def _one_long_sample(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mishap", "reason"),
+    ("fault", "reason"),
     [
         ("no_reference_step()", "KeyError: 'rope_type'"),
         ("no_memory_for_the_reference_step(0)", "there was not enough memory"),
     ],
 )
 def test_a_check_that_cannot_be_made_does_not_end_the_run(
-    mishap: str, reason: str, recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+    fault: str, reason: str, recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, run = create_run(recipe({"training.max_steps": 3})), create_run(recipe({"training.max_steps": 3}))
     assert trainers.run(whole) == 0
-    inject_fault(monkeypatch, mishap)
+    inject_fault(monkeypatch, fault)
     assert trainers.run(run) == 0
     (event,) = events_of(run, StepVerified)
     assert event.reason == reason and not event.agrees and not event.replaced

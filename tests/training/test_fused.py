@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("lean") / "model")
+    return make_tiny_model(tmp_path_factory.mktemp("fused") / "model")
 
 
 def adapted(folder: Path, *, dtype: Any = "float32", method: Any = "nf4", **lora: Any) -> Any:

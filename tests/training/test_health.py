@@ -59,7 +59,7 @@ def busy(percent: int, at: float = 0.0) -> GpuMetrics:
 
 
 def test_heat_is_told_and_a_power_cap_is_not() -> None:
-    def told(reason: str) -> list[str]:
+    def kinds(reason: str) -> list[str]:
         watch = GpuMonitor()
         return [
             finding.kind
@@ -67,8 +67,8 @@ def test_heat_is_told_and_a_power_cap_is_not() -> None:
             for finding in watch.check(GpuMetrics(at=at, index=0, throttle=(reason,), temperature_c=91), at)
         ]
 
-    assert told("thermal") == ["throttled"]
-    assert told("power cap") == []
+    assert kinds("thermal") == ["throttled"]
+    assert kinds("power cap") == []
 
 
 def test_a_card_that_says_nothing_shows_nothing() -> None:

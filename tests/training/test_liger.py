@@ -49,7 +49,7 @@ class FakeLiger(nn.Module):
 
 
 class MeanReduction(FakeLiger):
-    """One that takes no notice of how it is asked to reduce."""
+    """Ignores the requested reduction."""
 
     def __init__(self, reduction: str = "mean", softcap: float | None = None) -> None:
         super().__init__("mean", softcap)
@@ -286,17 +286,17 @@ def test_the_record_names_the_loss_that_is_used(
 
 
 def test_it_is_counted_on_where_it_is_installed_can_do_all_that_is_asked_and_pays() -> None:
-    card, few, many = Device(liger=True), of_7b(vocabulary=32_000), of_7b(vocabulary=152_000)
+    gpu, few, many = Device(liger=True), of_7b(vocabulary=32_000), of_7b(vocabulary=152_000)
     long = Recipe(data=Data(max_length=2048))
-    assert trainer_execution(long, card, few).loss == "liger"
+    assert trainer_execution(long, gpu, few).loss == "liger"
     assert trainer_execution(long, Device(), few).loss == "chunked"
     # It would read a head of a gigabyte twice for each 64 rows.
-    assert trainer_execution(long, card, many).loss == "chunked"
-    assert trainer_execution(Recipe(), card, few).loss == "chunked"
+    assert trainer_execution(long, gpu, many).loss == "chunked"
+    assert trainer_execution(Recipe(), gpu, few).loss == "chunked"
     half = replace(long, quantization=Quantization(compute_dtype="float16"))
-    assert trainer_execution(half, card, few).loss == "chunked"
+    assert trainer_execution(half, gpu, few).loss == "chunked"
     assert trainer_execution(long, Device(liger=True, capability=(7, 5)), few).loss == "chunked"
-    assert trainer_execution(replace(long, lora=Lora(trainable_tokens=("<x>",))), card, few).loss == "chunked"
+    assert trainer_execution(replace(long, lora=Lora(trainable_tokens=("<x>",))), gpu, few).loss == "chunked"
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is None or find_spec("triton") is None, reason="no Liger here")

@@ -298,11 +298,11 @@ def test_a_layer_computed_again_drops_what_it_dropped_before() -> None:
     model = build("granite", attention_dropout=0.3).train()
     ids, labels = labelled(model)
 
-    def learnt() -> tuple[float, Tensor]:
+    def step() -> tuple[float, Tensor]:
         torch.manual_seed(0)
         return loss_and_gradient(model, input_ids=ids, labels=labels)
 
-    value, gradient = learnt()
+    value, gradient = step()
     model_loading.checkpoint_activations(model)
-    again, gradient_again = learnt()
+    again, gradient_again = step()
     assert again == pytest.approx(value, rel=1e-6) and close(gradient_again, gradient)

@@ -157,7 +157,7 @@ def test_a_run_with_a_wrong_norm_warns_and_is_the_plain_script(
 ) -> None:
     work = replace(work, model=str(tiny_gemma))
     monkeypatch.setenv(
-        "BEFORE_TRAINER", "from tests.training.fault_injection import norm_without_offset as befall\nbefall()"
+        "BEFORE_TRAINER", "from tests.training.fault_injection import norm_without_offset as inject\ninject()"
     )
     assert max(each.difference for each in differences(work, trainers, references)) <= ROUNDING
     (run,) = all_runs()

@@ -1,4 +1,4 @@
-"""Rows of embedding and head for tokens that a base model never learnt: learnt exactly, kept, and of use."""
+"""Trained rows of embedding and head for tokens that a base model never learned: exact, saved and useful."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ END = "<|im_end|>"
 
 
 def faint(model_type: str, *, tied: bool) -> Any:
-    """A model that never learnt the first of the tokens."""
+    """A model that never learned the first of the tokens."""
     model = build(model_type, tie_word_embeddings=tied)
     for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         matrix[IDS[0]] = 0
@@ -154,7 +154,7 @@ def test_nothing_to_learn_leaves_every_row_a_gradient_of_zero() -> None:
 
 
 def test_short_answers_are_looked_for_without_a_copy_of_the_whole_head() -> None:
-    """peft makes one for whoever asks for the head's ``weight``, and a card may have no room for it."""
+    """peft copies it at each access to the head's ``weight``, for which a GPU may lack the memory."""
 
     class Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         shapes: ClassVar[set[torch.Size]] = set()
@@ -188,7 +188,7 @@ def test_a_model_that_peft_cannot_keep_rows_of_is_refused(model_type: str, why: 
 
 @pytest.fixture(scope="module")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a tied head that never learnt its turn's end."""
+    """A model with a tied head that never learned its turn's end."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = make_tiny_model(tmp_path_factory.mktemp("models") / "base", tie_word_embeddings=True)

@@ -47,7 +47,7 @@ from tests.waiting import wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 LONG = {"training.epochs": 60.0, "training.checkpoint_every": 1000, "training.eval_every": 1000}
-"""A run that is not over before it can be asked something."""
+"""Settings of a run long enough to receive requests."""
 
 
 def test_submitted_runs_are_trained_one_after_the_other_in_the_background(recipe: MakeRecipe) -> None:
@@ -238,7 +238,7 @@ def test_requests_are_done_at_the_next_step(recipe: MakeRecipe, trainers: Traine
     rates = {step.step: step.learning_rate for step in events_of(run, Step)}
     assert (rates[asked_at], rates[asked_at + 2]) == (2e-3, 5e-4)
     ending = events(run)[-1]
-    assert isinstance(ending, Finished) and "as asked" in ending.reason
+    assert isinstance(ending, Finished) and "as requested" in ending.reason
     assert ending.step < events_of(run, DataReady)[0].total_steps
     assert ending.step % events_of(run, DataReady)[0].steps_per_epoch == 0
 

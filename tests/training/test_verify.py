@@ -272,7 +272,7 @@ def test_a_path_that_raises_is_replaced(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 class _Rank(DistributedContext, frozen=True, kw_only=True):
-    """One of two processes, played by threads: they wait for each other where processes would."""
+    """One of two processes, simulated by threads that wait for each other where processes would."""
 
     barrier: Any
     values: list[Any]

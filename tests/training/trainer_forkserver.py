@@ -68,7 +68,7 @@ def _start(client: socket.socket) -> int:
 
 
 def _reply(client: socket.socket, number: int) -> None:
-    # The one who asked may have been killed since.
+    # The client may have been killed meanwhile.
     with contextlib.suppress(OSError):
         client.sendall(f"{number}\n".encode())
 
