@@ -61,7 +61,7 @@ SMALL = "SmolLM2-135M-Instruct"
 PICTURES = (
     Picture("home", shows="Next"),
     Picture("models", shows="Qwen2.5-7B"),
-    Picture("data", shows="no problems found", model=SMALL),
+    Picture("data", shows="No problems found", model=SMALL),
     Picture("memory", shows="fits up to"),
     Picture("lora", shows="q_proj"),
     Picture("train", shows="validation"),

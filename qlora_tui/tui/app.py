@@ -79,7 +79,7 @@ class QloraApp(HookedApp):
         self.animation_level = "none"
         self.system_status = SystemStatus()
         self.recipe_changed: Signal[Recipe] = Signal(self, "recipe changed")
-        self.system_status_changed: Signal[SystemStatus] = Signal(self, "pulse changed")
+        self.system_status_changed: Signal[SystemStatus] = Signal(self, "system status changed")
         self.shown = asyncio.Event()
         """Set once the first frame is on its way: what it need not wait for begins then."""
         self._monitor: SystemMonitor | None = None
@@ -122,7 +122,7 @@ class QloraApp(HookedApp):
 
     def on_mount(self) -> None:
         if self.settings.theme not in self.available_themes:
-            self.notify(f"There is no theme {self.settings.theme!r}.", severity="warning")
+            self.notify(f"Theme {self.settings.theme!r} does not exist.", severity="warning")
         if self.settings.keymap:
             from qlora_tui.tui.keymap import report_keymap_errors
 
@@ -267,7 +267,7 @@ class QloraApp(HookedApp):
         """Say what ends the app, where ctrl+c was pressed as in any program."""
         leaves = next(command for command in EVERYWHERE if command.id == "app.quit")
         keys = ",".join(leaves.keys(self.settings.keymap))
-        self.notify(f"{keys} leaves the app. Runs go on without it.")
+        self.notify(f"Press [{keys}] to quit the app. Runs continue without it.")
 
     def action_presets(self) -> None:
         """Browse, open and save presets."""

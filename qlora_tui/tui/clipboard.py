@@ -65,4 +65,4 @@ def result_text(tool: str, environment: Mapping[str, str] = os.environ) -> str:
     if tool:
         return f"Copied with {tool}, and sent to the terminal (OSC 52)"
     through = " through tmux" if environment.get("TMUX") else ""
-    return f"Sent to the terminal{through} (OSC 52); not every terminal takes it"
+    return f"Sent to the terminal{through} (OSC 52). Not every terminal supports it"

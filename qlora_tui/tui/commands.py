@@ -74,14 +74,14 @@ def _go(number: int, mode: str, label: str, help_: str) -> Command:
 
 
 NAVIGATION: tuple[Command, ...] = (
-    _go(0, "home", "Home", "The card, the runs, and the next step."),
-    _go(1, "models", "Model", "Choose a model on this machine, or find one on the hub."),
-    _go(2, "data", "Data", "Choose data and see every token as the model will."),
-    _go(3, "memory", "Memory", "See whether it fits, item by item."),
-    _go(4, "lora", "LoRA", "Choose what is trained."),
+    _go(0, "home", "Home", "Show the GPU, the runs and the next step."),
+    _go(1, "models", "Model", "Select a model on this machine, or find one on the Hub."),
+    _go(2, "data", "Data", "Select data and see every token as the model will."),
+    _go(3, "memory", "Memory", "See whether the recipe fits in memory, item by item."),
+    _go(4, "lora", "LoRA", "Select the modules to train, and their rank."),
     _go(5, "train", "Train", "Launch a run, or watch the active one."),
-    _go(6, "runs", "Runs", "Every run so far, and the queue."),
-    _go(7, "chat", "Chat", "Talk to an adapter, and to the base beside it."),
+    _go(6, "runs", "Runs", "See every run so far, and the queue."),
+    _go(7, "chat", "Chat", "Chat with an adapter and its base model side by side."),
 )
 """The screens, in the order of their keys."""
 
@@ -99,14 +99,14 @@ EVERYWHERE: tuple[Command, ...] = (
         key="question_mark",
         action="app.help",
         label="Help",
-        help="Keys and words of this screen.",
+        help="Show the keys of this screen and explain its terms.",
     ),
     Command(
         id="app.keys",
         key="f1",
         action="app.keys",
         label="All keys",
-        help="Every key of every screen, and what a keymap calls it.",
+        help="Show every key of every screen, and its name in a keymap.",
         in_footer=False,
     ),
     Command(
@@ -146,7 +146,7 @@ EVERYWHERE: tuple[Command, ...] = (
         id="app.clear_notes",
         key="escape",
         action="app.clear_notes",
-        label="Clear notes",
+        label="Clear notifications",
         help="Dismiss notifications.",
         in_footer=False,
     ),
@@ -155,7 +155,7 @@ EVERYWHERE: tuple[Command, ...] = (
         key="ctrl+z",
         action="app.suspend_process",
         label="Suspend",
-        help="Back to the shell; fg comes back.",
+        help="Suspend the app. The shell command fg resumes it.",
         in_footer=False,
     ),
     Command(

@@ -60,7 +60,7 @@ def _clashes(tables: list[Table], keymap: Mapping[str, str]) -> Iterator[tuple[s
 def _unknown_command(name: str, known: list[str]) -> str:
     near = get_close_matches(name, known, 1)
     meant = f" Did you mean {near[0]}?" if near else ""
-    return f"The keymap of config.toml gives a key to {name}, which is no command.{meant} F1 lists them all."
+    return f"config.toml: {name} in [keymap] is not a command.{meant} Press F1 to list all commands."
 
 
 def _invalid_key(name: str, key: str) -> str:

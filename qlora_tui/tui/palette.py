@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from textual.command import DiscoveryHit, Hit, Hits, Provider
+from textual.markup import escape
 
 from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION, Command
 from qlora_tui.tui.screens.base import WorkScreen
@@ -28,7 +29,7 @@ class CommandProvider(Provider):
 
     async def discover(self) -> Hits:
         for command in self._commands():
-            yield DiscoveryHit(self._title(command), partial(self._run, command), help=command.help)
+            yield DiscoveryHit(self._title(command), partial(self._run, command), help=escape(command.help))
 
     async def search(self, query: str) -> Hits:
         matcher = self.matcher(query)
@@ -36,12 +37,16 @@ class CommandProvider(Provider):
             title = self._title(command)
             score = max(matcher.match(title), matcher.match(command.help))
             if score > 0:
-                yield Hit(score, matcher.highlight(title), partial(self._run, command), help=command.help)
+                yield Hit(
+                    score, matcher.highlight(title), partial(self._run, command), help=escape(command.help)
+                )
         for screen, command in await asyncio.to_thread(_elsewhere, self.screen):
             title = self._title(command, f" on {screen.label}")
             score = _FURTHER * max(matcher.match(title), matcher.match(command.help))
             if score > 0:
-                yield Hit(score, matcher.highlight(title), partial(self._run, screen), help=command.help)
+                yield Hit(
+                    score, matcher.highlight(title), partial(self._run, screen), help=escape(command.help)
+                )
 
     def _commands(self) -> tuple[Command, ...]:
         here = self.screen.ACTIONS if isinstance(self.screen, WorkScreen) else ()

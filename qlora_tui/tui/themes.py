@@ -105,11 +105,11 @@ def _read(path: Path) -> Theme:
         _check_colors(file)
         return file.theme()
     except (OSError, ValueError, RecursionError, ColorParseError, msgspec.ValidationError) as error:
-        wrong = _NO_COLOUR.sub(r"\1 is no colour", str(error))
+        wrong = _NO_COLOUR.sub(r"\1 is not a color", str(error))
         raise UserError(
-            "A theme was left out",
+            "Theme not loaded",
             what=f"{path}: {wrong}.",
-            fix="Compare it with the shipped themes; colours are #rrggbb or ansi_blue.",
+            fix="Compare it with the shipped themes; colors are #rrggbb or ansi_blue.",
         ) from error
 
 

@@ -171,9 +171,7 @@ class Workbench:
 
 def _read(model: str) -> Architecture | UserError:
     if not model:
-        return UserError(
-            "No model yet", what="The recipe names no model.", fix="Choose one on the Model screen (1)."
-        )
+        return UserError("No model yet", what="The recipe has no model.", fix="Press [1] to select one.")
     from qlora_tui.catalog.lookup import load_architecture
 
     try:

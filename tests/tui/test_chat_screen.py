@@ -161,7 +161,7 @@ def test_looks_of_an_answer_that_failed(snap_compare: Snapshot, size: tuple[int,
 async def test_nobody_yet_says_what_to_do_and_digits_still_change_the_screen() -> None:
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Nobody to talk to yet.", "Press 5 to launch one.")
+        await shows(pilot, "Nothing to chat with yet.", "Press [5] to launch")
         await pilot.press("0")
         assert app.current_mode == "home"
 
@@ -170,7 +170,7 @@ async def test_a_run_s_voices_are_shown_and_chosen_by_key() -> None:
     finished(ADAPTER, "step-800", "step-400")
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "qwen2.5-7b-tickets", "not loaded yet", "say something")
+        await shows(pilot, "qwen2.5-7b-tickets", "not loaded yet", "Type a message.")
         screen = chat_of(app)
         await pilot.press("ctrl+t")
         assert asked(screen) == [ADAPTER]
@@ -178,7 +178,7 @@ async def test_a_run_s_voices_are_shown_and_chosen_by_key() -> None:
         assert asked(screen) == [BASE, "step-800"]
         await pilot.press("V")
         assert asked(screen) == [ADAPTER, "step-800"]
-        text = await shows(pilot, "Voice", "Options")
+        text = await shows(pilot, "Adapter", "Options")
         assert "esc" not in text.splitlines()[-1]
 
 
@@ -193,9 +193,9 @@ async def test_digits_are_typed_until_escape_leaves_the_field() -> None:
     finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "esc leaves the field: then 0-7 work")
+        await shows(pilot, "Esc: leave the field")
         await pilot.press("6")
-        text = await shows(pilot, "esc Leave field: then 0-7 work")
+        text = await shows(pilot, "esc Leave field")
         assert app.screen.query_one(PromptBox).text == "6" and "esc Stop" not in text
         await pilot.press("escape", "6")
         await until(pilot, lambda: app.current_mode == "runs")
@@ -208,7 +208,9 @@ async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "not loaded yet")
         await pilot.press("escape", "m")
-        await shows(pilot, "older-run", "stopped at step 9", "1 checkpoint", "some-model", "untrained")
+        await shows(
+            pilot, "older-run", "stopped at step 9", "1 checkpoint", "some-model", "without an adapter"
+        )
         await pilot.press("G", "enter")
         await shows(pilot, "some-model")
         assert chat_of(app).pair.active == (BASE,)
@@ -220,7 +222,7 @@ async def test_a_run_that_was_deleted_is_left_for_the_next_one_or_for_nobody() -
     app = open_on("chat")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await shows(pilot, newest.id, "not loaded yet")
-        for run, then in ((newest, ("older-run", "step-9")), (older, ("Nobody to talk to yet.",))):
+        for run, then in ((newest, ("older-run", "step-9")), (older, ("Nothing to chat with yet.",))):
             await pilot.press("escape", "6")
             shutil.rmtree(run.path)
             await pilot.press("7")
@@ -240,7 +242,7 @@ async def test_settings_are_checked_before_they_are_taken() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "temp 0.7", "≤ 512 tokens")
         await pilot.press("escape", "o")
-        await shows(pilot, "How to answer", "0 always takes the likeliest token")
+        await shows(pilot, "Sampling", "0: only the most likely token")
         field = app.screen.query_one(Input)
         field.value = "9"
         await pilot.press("enter")
@@ -250,10 +252,10 @@ async def test_settings_are_checked_before_they_are_taken() -> None:
         await shows(pilot, "temperature must be a number.")
         field.value = "0"
         await pilot.press("enter")
-        await shows(pilot, "always the likeliest token")
+        await shows(pilot, "greedy")
         assert chat_of(app).sampling.temperature == 0
         await pilot.press("o")
-        await shows(pilot, "How to answer")
+        await shows(pilot, "Sampling")
         list(app.screen.query(Input))[-1].value = "2400670123"
         await pilot.press("enter")
         await shows(pilot, "seed 2400670123")
@@ -270,7 +272,7 @@ async def test_a_run_at_work_is_not_disturbed_without_a_word() -> None:
         while app.system_status.active is None:
             await pilot.pause(0.05)
         await pilot.press(*"Hello", "enter")
-        await shows(pilot, "A run is in training", "busy-run is at work on this machine.", "Wait")
+        await shows(pilot, "A run is training", "busy-run is training on this machine.", "Wait")
         await pilot.press("n")
         await shows(pilot, "Hello")
         assert chat_of(app).engine.pid is None
@@ -339,7 +341,7 @@ async def test_base_and_adapter_answer_beside_each_other_and_all_that_follows(
         answers = screen.turns[0].answers
         assert list(answers) == [BASE, ADAPTER]
         assert all(a.outcome is not None and a.outcome.new_tokens for a in answers.values())
-        await shows(pilot, "tok", "/s first", "kept in")
+        await shows(pilot, "tok", "/s first", "saved in")
         assert screen.run_dir is not None
         kept = transcript_path(screen.run_dir).read_text()
         assert kept.count("> what is red") == 1
@@ -385,7 +387,7 @@ async def test_base_and_adapter_answer_beside_each_other_and_all_that_follows(
         (answer,) = screen.turns[-1].answers.values()
         assert answer.outcome is not None
         assert answer.outcome.ending == "stopped"
-        await shows(pilot, "■ stopped")
+        await shows(pilot, "■ Stopped.")
 
         # A run that begins gets the memory.
         assert screen.ready is not None
@@ -402,7 +404,7 @@ async def test_escape_while_the_model_loads_reads_as_stopped_and_says_what_to_pr
         await pilot.press(*"hello", "enter")
         await shows(pilot, "Starting the engine", "esc Stop")
         await pilot.press("escape")
-        text = await shows(pilot, "■ stopped loading the model: r asks again", "not loaded yet")
+        text = await shows(pilot, "■ Stopped loading the model.", "not loaded yet")
         assert "✗" not in text and "engine" not in text
         await rest(pilot, screen)
         await pilot.press("escape", "f")

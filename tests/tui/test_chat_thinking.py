@@ -142,7 +142,7 @@ async def test_a_folded_thought_is_whole_when_unfolded_in_the_middle() -> None:
 async def test_a_thought_without_an_end_says_what_to_press() -> None:
     async with chatting(SWITCH) as (pilot, screen):
         await exchange(screen, TextChunk("Okay, the", True, 512), outcome=CUT)
-        await shows(pilot, "▸ Unfinished: 20 s, 512 tokens", "o raises it, t turns thinking off")
+        await shows(pilot, "▸ Unfinished: 20 s, 512 tokens", "Press [o] to raise it, or [t]")
         # It is not sent back as if it were an answer.
         following = ChatTurn("And now?", (ADAPTER,))
         screen.turns.append(following)

@@ -68,21 +68,21 @@ async def test_a_run_in_every_state_at_every_size_in_every_kind_of_colours(
 
 
 VISITED = {
-    "home": ("0", "▸ enter"),
-    "models": ("1", "On the hub"),
+    "home": ("0", "▸ Enter"),
+    "models": ("1", "On the Hub"),
     "data": ("2", "No data yet"),
     "memory": ("3", "▸ NF4"),
     "lora": ("4", "r R rank"),
     "train": ("5", "Not ready"),
     "runs": ("6", "tickets-a"),
-    "a filter": ("6 slash", "part of a name"),
+    "a filter": ("6 slash", "Part of a name"),
     "a comparison": ("6 j space space v", "runs compared"),
-    "chat": ("7", "Nobody to talk to yet"),
-    "sampling": ("7 o", "How to answer"),
-    "presets": ("p", "enter opens"),
+    "chat": ("7", "Nothing to chat with yet"),
+    "sampling": ("7 o", "Sampling"),
+    "presets": ("p", "Enter open"),
     "help": ("question_mark", "Help: Memory"),
     "all keys": ("f1", "Help: all keys"),
-    "a file": ("2 o", "tab completes"),
+    "a file": ("2 o", "Tab complete"),
 }
 """Keys, and what is waited for."""
 

@@ -117,7 +117,7 @@ async def test_the_help_shows_keys_as_they_are_on_the_keyboard(model: str, here:
     async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
         await shows(pilot, "row 1 of 40")
         await pilot.press("question_mark")
-        assert "colon" not in await shows(pilot, "Help: Data", "Go to a row by its number.")
+        assert "colon" not in await shows(pilot, "Help: Data", "Go to a row by number.")
 
 
 async def test_rows_called_by_their_lines_are_not_beyond_the_last(model: str, here: Path) -> None:
@@ -133,7 +133,7 @@ async def test_the_problem_key_goes_round_and_enter_on_a_problem_to_its_rows(mod
         await pilot.press("n")
         await shows(pilot, "row 39 of 40", "⚠ Duplicate row")
         await pilot.press("n")
-        await shows(pilot, "row 40 of 40", "This row gives no sample.")
+        await shows(pilot, "row 40 of 40", "This row cannot be used.")
         await pilot.press("n")
         await shows(pilot, "row 39 of 40")
         problems = pilot.app.screen.query_one("#problems")
@@ -150,7 +150,7 @@ async def test_the_mend_key_has_tokens_trained_that_the_model_never_learned(
     faint_model(folder, {"<|im_end|>": [0.0] * WIDTH})
     app = opened(str(folder), "tickets.jsonl")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "⚠ The base model has never learned these", "▸ m: have <|im_end|> trained")
+        await shows(pilot, "⚠ The base model has never learned these", "▸ [m] train <|im_end|>")
         await pilot.press("m")
         assert list(app.workbench.recipe.lora.trainable_tokens) == ["<|im_end|>"]
         assert any("<|im_end|>" in told.message for told in app._notifications)
@@ -165,7 +165,7 @@ async def test_the_fix_key_trains_on_the_chosen_answers_of_preferences(model: st
     write_rows(here / "pairs.jsonl", rows)
     app = opened(model, "pairs.jsonl")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "✗ Preference data", "m trains on the chosen answers only", "o opens another file")
+        await shows(pilot, "✗ Preference data", "[m] train on the chosen answers only", "[o] open")
         await pilot.press("m")
         assert app.workbench.recipe.data.preferences == "chosen"
         assert "That." not in await shows(pilot, "row 1 of 5", "This 1.")
@@ -178,7 +178,7 @@ async def test_answers_without_a_known_prompt_are_mapped_by_their_own_parts(mode
     write_rows(here / "pairs.jsonl", rows)
     app = opened(model, "pairs.jsonl", preferences="chosen")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "✗ Preference data without a prompt", "Press c to map the columns.")
+        await shows(pilot, "✗ Preference data without a prompt", "Press [c] to map the columns.")
         await pilot.press("c")
         await shows(pilot, "Columns of preference", "rejected")
         fields = {field.name: field for field in pilot.app.screen.query(Input)}
@@ -192,8 +192,8 @@ async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
     (here / "book.txt").write_text("the fox ran " * 300 + "\n\nShort.\n\nShort too.\n")
     app = opened(model, "book.txt", max_length=64)
     async with app.run_test(size=(120, 40)) as pilot:
-        text = await shows(pilot, "⚠ Long text 1", "▸ m: split into")
-        rows = int(text.partition("m: split into ")[2].split(" ")[0])
+        text = await shows(pilot, "⚠ Long text 1", "▸ [m] split into")
+        rows = int(text.partition("[m] split into ")[2].split(" ")[0])
         await pilot.press("m")
         assert app.workbench.recipe.data.overflow == "split"
         await shows(pilot, f"3 rows → {rows + 2} samples")
@@ -213,7 +213,7 @@ async def test_the_fix_key_is_off_where_no_problem_has_a_remedy(model: str, here
 async def test_without_a_model_the_rows_are_shown_as_the_file_has_them(here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened("", "tickets.jsonl").run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Choose a model (1)", "Where is parcel 1?", "chars", "40 rows")
+        await shows(pilot, "Select a model with [1]", "Where is parcel 1?", "chars", "40 rows")
 
 
 async def test_a_model_that_is_not_here_is_explained_over_the_row(here: Path) -> None:
@@ -225,10 +225,10 @@ async def test_a_model_that_is_not_here_is_explained_over_the_row(here: Path) ->
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, ("✗ No such data", "odd.jsonl does not exist.", "▸ Check the path", "o opens another file")),
-        ([], ("✗ Empty file", "odd.jsonl is empty.", "x takes this one out")),
+        (None, ("✗ No such data", "odd.jsonl does not exist.", "▸ Check the path", "[o] open")),
+        ([], ("✗ Empty file", "odd.jsonl is empty.", "[x] remove this one")),
         (["{oops"] * 3, ("✗ Not valid JSON", "Line 1 is not valid JSON", "▸ Mend the line")),
-        ([{"a": "b"}] * 3, ("✗ No usable field", "Its rows hold:", "c says which column")),
+        ([{"a": "b"}] * 3, ("✗ No usable field", "Its rows contain:", "[c] map the columns")),
     ],
 )
 async def test_what_is_wrong_with_a_file_stands_where_the_sample_would(
@@ -250,9 +250,9 @@ async def test_what_is_opened_takes_the_place_of_a_file_that_cannot_be_used(mode
     other = write_rows(here / "other.jsonl", [ticket(n) for n in range(1, 4)])
     app = opened(model, "odd.jsonl")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "✗ No usable field", "o opens another file")
+        await shows(pilot, "✗ No usable field", "[o] open")
         screen_of(app).opened(good)
-        await shows(pilot, "Where is parcel 1?", "odd.jsonl made way for it")
+        await shows(pilot, "Where is parcel 1?", "Replaced odd.jsonl")
         assert [s.path for s in app.workbench.recipe.data.sources] == [str(good)]
         screen_of(app).opened(other)
         assert [s.path for s in app.workbench.recipe.data.sources] == [str(good), str(other)]
@@ -268,7 +268,7 @@ async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here
         await shows(pilot, "20 rows → 19 samples", "✗ Not valid JSON 1")
         await pilot.press("n")
         await shows(
-            pilot, "This row gives no sample.", "Line 7 is not valid JSON", "▸ Correct or remove the line"
+            pilot, "This row cannot be used.", "Line 7 is not valid JSON", "▸ Correct or remove the line"
         )
 
 
@@ -308,7 +308,7 @@ async def test_keys_change_length_split_weight_and_what_is_learnt(model: str, he
         await pilot.press("s")
         pilot.app.screen.query_one(Input).value = "1.5"
         await pilot.press("enter")
-        await shows(pilot, "Neither a share below 1 nor a file")
+        await shows(pilot, "Enter a share below 1, or the path")
         pilot.app.screen.query_one(Input).value = "tickets.jsonl"
         await pilot.press("enter")
         assert app.workbench.recipe.data.validation_path == str(here / "tickets.jsonl")
@@ -418,7 +418,9 @@ async def test_a_file_is_found_by_a_part_of_its_name_and_remembered(model: str, 
         ]
 
 
-@pytest.mark.parametrize(("width", "end"), [(80, "calls-as-text"), (58, "tools-as-text …"), (45, "learnt …")])
+@pytest.mark.parametrize(
+    ("width", "end"), [(80, "calls-as-text"), (58, "tools-as-text …"), (45, "in loss …")]
+)
 def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
     piece = Piece("a", trained=True, special=False)
     shown = Shown(1, ((piece,),), (256,), (62,), notes=("tools-as-text", "calls-as-text"))
@@ -430,8 +432,8 @@ def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
 def test_a_split_row_is_learnt_out_of_all_its_tokens(too_long: Any, learnt: str) -> None:
     trained = (256, 256, 256, 232) if too_long == "split" else (256,)
     shown = Shown(1, tuple((Piece("x", True, False),) for _ in trained), (1000,), trained)
-    words = row_line(("", 1), None, shown, Data(max_length=256, overflow=too_long), 80).plain
-    assert f"{learnt} tokens learnt" in words
+    words = row_line(("", 1), None, shown, Data(max_length=256, too_long=too_long), 80).plain
+    assert f"{learnt} tokens in loss" in words
 
 
 async def test_the_keys_of_the_file_dialog_are_above_where_notes_lie(model: str, here: Path) -> None:
@@ -439,7 +441,7 @@ async def test_the_keys_of_the_file_dialog_are_above_where_notes_lie(model: str,
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         await pilot.press("o")
-        await shows(pilot, "enter opens · tab completes · ^o the folder · esc")
+        await shows(pilot, "Enter open · Tab complete · Ctrl+O open folder · Esc close")
         assert app.screen.query_one("#keys").region.bottom < 6
 
 
@@ -448,7 +450,7 @@ async def test_rows_that_are_single_turns_are_not_sent_to_the_columns(model: str
     app = opened(model, str(write_rows(here / "turns.jsonl", [turn] * 3)))
     async with app.run_test(size=(120, 40)) as pilot:
         shown = await shows(pilot, "Conversations in pieces", "Join the turns")
-        assert "Press c" not in shown
+        assert "Press [c]" not in shown
 
 
 async def test_a_path_can_be_typed_and_completed_and_a_folder_taken_whole(model: str, here: Path) -> None:
@@ -458,7 +460,7 @@ async def test_a_path_can_be_typed_and_completed_and_a_folder_taken_whole(model:
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("o")
         await pilot.press(*"nothing", "enter")
-        await shows(pilot, "no name here has 'nothing' in it")
+        await shows(pilot, "No name here contains 'nothing'")
         app.screen.query_one(Input).value = f"{here}/se"
         await pilot.pause()
         await pilot.press("tab")
@@ -517,4 +519,6 @@ async def test_a_dataset_that_cannot_be_had_says_why(model: str) -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("o")
         await pilot.press(*"owner/parcels", "enter")
-        await shows(pilot, "✗ No such data", "owner/parcels is neither a file here nor a dataset", "x takes")
+        await shows(
+            pilot, "✗ No such data", "owner/parcels is neither a file here nor a dataset", "[x] remove"
+        )

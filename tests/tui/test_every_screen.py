@@ -75,7 +75,7 @@ async def test_a_click_on_a_key_presses_it(private_home: Path) -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         text = await shows(pilot, WAY_OUT)
         await pilot.click(offset=(text.splitlines()[-1].index("? Help"), 23))
-        await shows(pilot, "esc closes")
+        await shows(pilot, "Esc close")
 
 
 async def test_what_has_been_closed_is_forgotten(private_home: Path) -> None:
@@ -85,7 +85,7 @@ async def test_what_has_been_closed_is_forgotten(private_home: Path) -> None:
     async def open_and_close() -> int:
         for _ in range(5):
             await pilot.press("question_mark")
-            await shows(pilot, "esc closes")
+            await shows(pilot, "Esc close")
             await pilot.press("q")
             await until(pilot, lambda: len(app.screen_stack) == 1)
         gc.collect()
@@ -124,7 +124,7 @@ async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) 
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await shows(pilot, "x Demo", "train.stopp", "Did you mean train.stop?")
         await pilot.press("question_mark")
-        await shows(pilot, "x  Fetch the 135M demo model")
+        await shows(pilot, "x  Download the 135M demo model")
         await pilot.press("escape", "ctrl+p", *"demo")
         await shows(pilot, "Demo (x)")
         await pilot.press("escape", "escape", "f1")
@@ -149,4 +149,4 @@ def test_a_keymap_is_told_what_in_it_cannot_work() -> None:
 async def test_ctrl_c_says_what_leaves_the_app() -> None:
     async with open_on("home", keymap={"app.quit": "x"}).run_test(size=(80, 24), notifications=True) as pilot:
         await pilot.press("ctrl+c")
-        await shows(pilot, "x leaves the app. Runs go on")
+        await shows(pilot, "Press [x] to quit the app")

@@ -73,8 +73,8 @@ def test_the_next_step_is_the_sensible_one(now: HomeState, action: str, instead:
 
 def test_it_is_said_what_a_run_goes_on_from_and_how_a_failure_is_mended() -> None:
     stopped = next_step(after("stopped", last_checkpoint=1200, last_total_steps=3000))
-    assert stopped.why == "a was stopped; it goes on from its checkpoint at step 1,200 of 3,000"
-    assert next_step(after("paused")).why == "a is paused; it goes on from its start"
+    assert stopped.why == "a was stopped; it resumes from the checkpoint at step 1,200 of 3,000"
+    assert next_step(after("paused")).why == "a is paused; it resumes from the beginning"
     assert next_step(after("failed", last_fix="Free some space.")).why == "Free some space."
     assert next_step(after("failed")).why == "a failed"
 
@@ -89,11 +89,11 @@ async def test_a_run_that_was_stopped_goes_on_with_enter_until_another_recipe_is
     (checkpoint / "complete").touch()
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Go on with the run", "owls was stopped; it goes on from its checkpoint")
+        await shows(pilot, "Resume the run", "owls was stopped; it resumes from the checkpoint")
         app.workbench.replace(READY)
         app.recipe_edited()
         os.utime(paths.state_dir() / "draft.toml", (time.time() + 3600,) * 2)
-        await shows(pilot, "▸ enter  Check and launch", "or r   Go on with the run")
+        await shows(pilot, "▸ Enter  Check and launch", "or [r] Resume the run")
         await pilot.press("r")
         await until(pilot, lambda: run_queue.waiting() == [run.id])
         await shows(pilot, "owls", "queued")
@@ -109,7 +109,7 @@ async def test_a_run_that_failed_is_told_with_its_remedy(make_app: MakeApp) -> N
 async def test_a_first_time_user_is_led_to_the_demo_or_the_hub(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, DEMO.text, "Search the hub", "No run yet")
+        await shows(pilot, DEMO.text, "Search the Hub", "No run yet")
         await pilot.press("enter")
         await shows(pilot, "89 MiB", "Nothing is trained before you say so")
         await pilot.press("n")
@@ -137,7 +137,7 @@ async def test_enter_fetches_the_demo_once_and_takes_nobody_from_another_screen(
         assert isinstance(app.screen, HomeScreen)
         await pilot.press("1")
         go_on.set()
-        await shows(pilot, "The demo's model is here")
+        await shows(pilot, "Downloaded the demo model")
         assert app.current_mode == "models"
         assert app.workbench.recipe.model.id == str(tmp_path / "model")
     assert began == [1]
@@ -169,7 +169,7 @@ async def test_what_a_first_run_came_to_is_news_in_the_first_session_too(make_ap
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "No run yet")
         play(Play(name="owls", state="finished", steps=300, total=300, began=time.time()))
-        shown = await shows(pilot, "✓ owls", "Talk to the adapter")
+        shown = await shows(pilot, "✓ owls", "Chat with the adapter")
         assert "while you were away" not in shown
 
 
@@ -245,7 +245,7 @@ async def test_nothing_is_said_of_runs_and_no_step_offered_before_the_first_look
     async with make_app().run_test() as pilot:
         said = await shows(pilot, "looking…")
         await pilot.press("enter")
-        assert "▸ enter" not in said and isinstance(pilot.app.screen, HomeScreen)
+        assert "▸ Enter" not in said and isinstance(pilot.app.screen, HomeScreen)
         looking.set()
         await shows(pilot, "owls", "Next")
 
@@ -306,7 +306,7 @@ async def test_the_step_to_check_a_recipe_leaves_the_run_that_was_watched(make_a
     app.workbench.replace(READY)
     async with app.run_test(size=(80, 24)) as pilot:
         await show_run(app, run)
-        await shows(pilot, "c talks to it")
+        await shows(pilot, "[c] chat with it")
         await pilot.press("0")
         await shows(pilot, "Check and launch")
         await pilot.press("enter")
@@ -322,7 +322,7 @@ async def test_a_run_that_ended_while_away_is_told(
     play(Play(state="finished", steps=300, total=300))
     set_clock(BEGAN + 8000)
     async with make_app().run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "finished", "while you were away", "best loss", "at step", "Talk to the adapter")
+        await shows(pilot, "finished", "while you were away", "best loss", "at step", "Chat with the adapter")
 
 
 async def test_the_queue_and_the_run_at_work_are_shown_and_enter_watches_it(

@@ -52,7 +52,7 @@ def test_a_link_of_others_is_not_sent() -> None:
 async def test_an_answer_in_the_chat_is_painted_with_symbols() -> None:
     app = open_on("chat")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "Nobody")
+        await shows(pilot, "Nothing to chat with")
         turn = ChatTurn("Hi" + POISON, (BASE,))
         await app.screen.query_one("#talk").mount(turn)
         turn.answers[BASE].display = True
@@ -91,9 +91,9 @@ def test_nothing_foreign_leaves_the_app_raw_on_any_screen(private_home: Path) ->
             ("4", "targets"),
             ("6", "␛]52;c;"),
             ("\r", "␛"),
-            ("7", "to talk to"),
+            ("7", "to chat with"),
             ("?", "closes"),
-            ("q", "to talk to"),
+            ("q", "to chat with"),
             ("0", "Recipe"),
         ]:
             before = len(terminal.painted)

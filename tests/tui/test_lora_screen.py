@@ -60,7 +60,7 @@ def test_looks_of_a_choice_of_layers(
 async def test_without_a_model_the_settings_can_still_be_changed() -> None:
     app = open_on("lora")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "The recipe names no model.", "▸ Choose one on the Model screen (1).")
+        await shows(pilot, "The recipe has no model.", "▸ Press [1] to select one.")
         await pilot.press("r", "space", "x", "f", "escape")
         assert app.workbench.recipe.lora.rank == 32
         await pilot.press("i", *"8-23.q_proj", "enter")
@@ -73,7 +73,7 @@ async def test_space_takes_and_drops_a_kind_a_layer_and_one_module(small: str) -
         await shows(pilot, "210 modules")
         await pilot.press("j", "space")
         assert targets(app) == KINDS[1:]
-        await shows(pilot, "[-] every kind", "[ ] q_proj", "Against balanced")
+        await shows(pilot, "[-] every kind", "[ ] q_proj", "vs balanced")
         await pilot.press("space")
         assert targets(app) == ("all-linear",)
         await pilot.press("l", "space")
@@ -88,7 +88,7 @@ async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "every kind")
         await pilot.press("j", "x", "l", "l", "j")
-        await shows(pilot, "Block: 6 modules", "x toggles")
+        await shows(pilot, "Block: 6 modules", "[x] toggle")
         await pilot.press("escape")
         assert targets(app) == ("all-linear",)
         await pilot.press("x", "h", "h", "x")
@@ -113,7 +113,7 @@ async def test_patterns_are_shown_while_they_are_typed_and_taken_on_enter(small:
         await pilot.press("i")
         app.screen.query_one(Input).value = ""
         await pilot.press(*"q,v")
-        await shows(pilot, "60 modules: enter takes them", "[ ] k_proj", "[x] v_proj")
+        await shows(pilot, "60 modules. Enter: apply", "[ ] k_proj", "[x] v_proj")
         assert targets(app) == ("all-linear",)
         await pilot.press(*",8-23.z")
         await shows(pilot, "✗ lora.target_modules has")
@@ -163,7 +163,7 @@ async def test_targets_of_another_model_are_said_and_the_first_choice_replaces_t
 async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "4.88M of 135M parameters (3.6 %)", "As balanced has it")
+        await shows(pilot, "4.88M of 135M parameters (3.6 %)", "Same as preset balanced")
         await pilot.press("r")
         await shows(pilot, "9.77M of 135M", "37 MiB on disk", "rank: 16 → 32")
         await pilot.press("R", "a", "d", "s", "w")
@@ -177,12 +177,12 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
             True,
         )
         await pilot.press("A", "D", "s", "w")
-        await shows(pilot, "As balanced has it")
+        await shows(pilot, "Same as preset balanced")
 
 
 async def test_the_price_of_dora_is_told(small: str) -> None:
     async with open_on("lora", model=small).run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "iB. Ahead at low rank (DoRA")
+        await shows(pilot, "iB. Better at low rank (DoRA")
 
 
 async def test_fewer_targets_are_never_dearer_than_the_preset_whatever_else_is_set(small: str) -> None:
@@ -190,7 +190,7 @@ async def test_fewer_targets_are_never_dearer_than_the_preset_whatever_else_is_s
     app.workbench.set("training.micro_batch_size", 16)
     app.workbench.set("lora.target_modules", ("8-23.q_proj",))
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Against balanced: -")
+        await shows(pilot, "vs balanced: -")
 
 
 async def test_what_little_is_trained_has_its_memory_though_the_peak_is_at_loading(small: str) -> None:
@@ -207,7 +207,7 @@ async def test_what_little_is_trained_has_its_memory_though_the_peak_is_at_loadi
 
 def test_differences_that_find_no_room_are_counted() -> None:
     bench = Workbench()
-    assert str(difference_text(bench, None, 78)) == "As balanced has it"
+    assert str(difference_text(bench, None, 78)) == "Same as preset balanced"
     for path, value in (
         ("lora.rank", 8),
         ("lora.target_modules", ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -217,7 +217,7 @@ def test_differences_that_find_no_room_are_counted() -> None:
     ):
         bench.set(path, value)
     text = difference_text(bench, MemoryDeltas(0, -5 << 20), 78)
-    assert str(text).startswith("Against balanced: -5 MiB · rank: 16 → 8 · targets: all-linear → q_proj, ")
+    assert str(text).startswith("vs balanced: -5 MiB · rank: 16 → 8 · targets: all-linear → q_proj, ")
     assert str(text).endswith(" · 2 more")
     assert len(text.wrap(78)) == 2
     assert "more" not in str(difference_text(bench, None, 200))

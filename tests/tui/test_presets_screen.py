@@ -31,7 +31,7 @@ async def go_to(pilot: Pilot[Any], name: str) -> None:
     """Open the presets and put the cursor on one."""
     if not isinstance(pilot.app.screen, PresetsScreen):
         await pilot.press("p")
-    await shows(pilot, "enter opens")
+    await shows(pilot, "Enter open")
     list_ = pilot.app.screen.query_one(ViList)
     await pilot.press("g")
     while list_.current != name:
@@ -54,7 +54,7 @@ def test_looks(snap_compare: Snapshot, private_home: Path, size: tuple[int, int]
 async def test_help_opens_over_the_presets_and_closes_to_them() -> None:
     async with open_on("lora").run_test(size=(80, 24)) as pilot:
         await pilot.press("p", "question_mark")
-        await shows(pilot, "Help: presets", "it is checked when you come back")
+        await shows(pilot, "Help: presets", "It is checked when you return")
         await pilot.press("escape")
         await shows(pilot, "Presets", "balanced")
 
@@ -90,7 +90,7 @@ async def test_the_recipe_is_saved_under_a_name_and_the_save_is_taken_back() -> 
     app = open_on("memory")
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("r", "p", "s", *"mine: for tests", "enter")
-        await shows(pilot, "● mine  yours", "for tests", "The recipe is as this preset gives it.")
+        await shows(pilot, "● mine  yours", "for tests", "The recipe already matches this preset.")
         assert find_preset("mine").note == "for tests"
         assert find_preset("mine").recipe().lora.rank == 32
         assert not app.workbench.modified
@@ -122,7 +122,7 @@ async def test_another_preset_of_the_name_is_replaced_only_after_a_question() ->
     before = mine("tickets").read_bytes()
     async with open_on("memory").run_test(size=(80, 24), notifications=True) as pilot:
         await pilot.press("p", "s", *"tickets", "enter")
-        await shows(pilot, "You have a preset tickets already")
+        await shows(pilot, "You already have a preset tickets")
         await pilot.press("n")
         assert mine("tickets").read_bytes() == before
         await pilot.press("enter", "y")
@@ -153,7 +153,7 @@ async def test_an_edit_made_since_is_not_lost_by_an_undo() -> None:
         await shows(pilot, "● mine")
         mine("mine").write_text('note = "edited since"\n')
         await pilot.press("u")
-        await shows(pilot, "Preset exists", "n  Keep it")
+        await shows(pilot, "Preset exists", "[n] Keep it")
         await pilot.press("n")
         assert "edited since" in mine("mine").read_text()
 
@@ -165,7 +165,7 @@ async def test_a_preset_that_cannot_be_read_is_named_and_explained() -> None:
         await go_to(pilot, "broken")
         await shows(pilot, "✗ broken", "rnak", "rank")
         await pilot.press("enter")
-        await shows(pilot, "esc closes")
+        await shows(pilot, "Esc close")
         await pilot.press("escape")
         assert isinstance(app.screen, PresetsScreen)
 
@@ -192,7 +192,7 @@ async def test_presets_are_imported_with_their_comments_and_exported(tmp_path: P
         await pilot.press("x")
         app.screen.query_one(Input).value = str(tmp_path)
         await pilot.press("enter")
-        await shows(pilot, "File exists")
+        await shows(pilot, "File already exists")
 
 
 async def import_(pilot: Pilot[Any], path: Path) -> None:
@@ -232,9 +232,9 @@ async def test_the_editor_is_opened_on_the_users_file_and_what_it_wrote_is_check
     async with open_on("memory").run_test(size=(120, 40)) as pilot:
         await go_to(pilot, "style")
         await pilot.press("e")
-        await shows(pilot, "A shipped preset stays as it is")
+        await shows(pilot, "Shipped presets cannot be edited")
         await pilot.press("escape")
         await go_to(pilot, "tickets")
         await pilot.press("e")
-        await shows(pilot, "lora.rank", "esc closes")
+        await shows(pilot, "lora.rank", "Esc close")
         assert mine("tickets").read_text() == "[lora]\nrank = -1\n"

@@ -155,7 +155,7 @@ async def test_an_empty_list_says_what_to_do(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("6")
-        await shows(pilot, "No runs yet. Press 5 to launch one.")
+        await shows(pilot, "No runs yet. Press [5] to launch one.")
         await pilot.press("enter", "space", "v", "D", "u", "e", "R", "c", "y", "Y")
         assert isinstance(app.screen, RunsScreen)
 
@@ -213,7 +213,7 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
         assert run_queue.waiting() == ["second", "first"]
         await pilot.pause()
         await pilot.press("w")
-        await shows(pilot, "■ stopped")
+        await shows(pilot, "■ Stopped.")
         assert run_queue.waiting() == ["second"]
 
 
@@ -255,12 +255,12 @@ async def test_a_deleted_run_comes_back_with_u_and_is_gone_after_the_app(
         await opened(app)
         await shows(pilot, "tickets [/a]")
         await pilot.press("D")
-        await shows(pilot, "tickets [/a] is deleted", "u brings it back", "D Delete ^p Palette ? Help")
+        await shows(pilot, "tickets [/a] will be deleted", "Press [u] to undo", "D Delete ^p Palette ? Help")
         assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
         await pilot.press("D", "u", "u")
-        assert "is deleted" not in await shows(pilot, "tickets [/a] is back", "✓ finished")
+        assert "is deleted" not in await shows(pilot, "Restored tickets [/a]", "✓ finished")
         await pilot.press("escape")
-        await until(pilot, lambda: "is back" not in text_of(app))
+        await until(pilot, lambda: "Restored" not in text_of(app))
         assert len(all_runs()) == 3
         assert three_runs[0].recipe().lora.rank == 16
         await pilot.press("g", "D")
@@ -361,7 +361,7 @@ async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_ru
         assert find_preset("wide").settings()["lora"]["rank"] == 64
         assert (paths.user_presets_dir() / "wide.toml").exists()
         await pilot.press("j", "S", *"wide", "enter")
-        await shows(pilot, "You have a preset wide already")
+        await shows(pilot, "You already have a preset wide")
         await pilot.press("n")
         assert find_preset("wide").settings()["lora"]["rank"] == 64
 
@@ -374,7 +374,7 @@ async def test_a_damaged_run_is_listed_and_named_when_it_is_used(make_app: MakeA
         await opened(app)
         await shows(pilot, "damaged", "recipe unreadable")
         await pilot.press("R")
-        await shows(pilot, "lora must be a section", "esc closes")
+        await shows(pilot, "lora must be a section", "Esc close")
 
 
 def test_a_second_look_at_many_runs_asks_the_disk_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

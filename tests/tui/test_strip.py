@@ -55,7 +55,7 @@ async def test_the_cost_follows_the_recipe_in_its_own_precision(private_home: Pa
 
 async def test_the_strip_says_why_there_is_no_estimate() -> None:
     async with open_on("lora").run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "The recipe names no model. Choose one on the Model screen (1).")
+        await shows(pilot, "The recipe has no model. Press [1] to select one.")
 
 
 @pytest.mark.parametrize("part", [-1.0, 0.0, 0.01, 0.5, 0.99, 1.0, 7.0])

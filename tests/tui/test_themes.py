@@ -81,7 +81,7 @@ async def test_every_theme_can_be_switched_to_while_the_app_runs(name: str, priv
         app.theme = name
         await shows(pilot, "▸ NF4")
         await pilot.press("p")
-        await shows(pilot, "enter opens")
+        await shows(pilot, "Enter open")
 
 
 def test_the_users_theme_replaces_a_shipped_one_of_its_name() -> None:
@@ -114,20 +114,20 @@ def test_a_theme_that_is_wrong_is_named_and_the_others_load(content: str) -> Non
 async def test_the_app_opens_in_spite_of_a_wrong_theme_and_says_so() -> None:
     _write("bad", "name = ")
     async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "A theme was left out")
+        await shows(pilot, "Theme not loaded")
 
 
 def test_what_is_no_colour_is_named() -> None:
     _write("bad", MINE.format(name="bad", foreground="grey"))
     _, problems = load_themes()
-    assert [problem.what.rpartition(": ")[2] for problem in problems] == ["foreground is no colour."]
+    assert [problem.what.rpartition(": ")[2] for problem in problems] == ["foreground is not a color."]
 
 
 async def test_a_users_theme_without_variables_works(private_home: Path) -> None:
     _write("mine", MINE.format(name="mine", foreground="#eeeeee"))
     app = open_on("memory", theme="mine")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "The recipe names no model")
+        await shows(pilot, "The recipe has no model")
         assert app.theme == "mine"
 
 
@@ -137,11 +137,11 @@ async def test_a_theme_that_is_edited_is_seen_at_once_and_a_mistake_in_it_is_nam
     _write("mine", MINE.format(name="mine", foreground="#eeeeee"))
     app = open_on("memory", theme="mine")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "The recipe names no model")
+        await shows(pilot, "The recipe has no model")
         _write("mine", MINE.format(name="mine", foreground="#abcdef"))
         await until(pilot, lambda: str(app.screen.rich_style).startswith("#abcdef"))
         _write("mine", "name = ")
-        await shows(pilot, "A theme was left out")
+        await shows(pilot, "Theme not loaded")
         assert app.theme == "mine"
 
 
@@ -149,7 +149,7 @@ async def test_a_theme_that_the_settings_name_is_taken_once_it_is_right(private_
     _write("mine", "name = ")
     app = open_on("memory", theme="mine")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "There is no theme 'mine'")
+        await shows(pilot, "Theme 'mine' does not exist")
         _write("mine", MINE.format(name="mine", foreground="#abcdef"))
         await until(pilot, lambda: app.theme == "mine")
 

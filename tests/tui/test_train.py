@@ -148,7 +148,7 @@ async def test_a_learning_rate_is_checked_before_it_is_sent(make_app: MakeApp) -
         await pilot.press("L")
         await shows(pilot, "Learning rate")
         await pilot.press("ctrl+u", *"fast", "enter")
-        await shows(pilot, "not a number")
+        await shows(pilot, "Enter a number")
         await pilot.press("ctrl+u", *"5e-5", "enter")
         request = json.loads(next(run.control_dir.glob("*.json")).read_bytes())
         assert request == {"kind": "set_learning_rate", "value": 5e-5}
@@ -159,7 +159,7 @@ async def test_keys_that_mean_nothing_now_do_nothing(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        shown = await shows(pilot, "finished", "c talks to it")
+        shown = await shows(pilot, "finished", "[c] chat with it")
         assert "Stop" not in shown.splitlines()[-1]
         await pilot.press("s", "k", "z", "r")
         assert asked(run) == []
@@ -176,7 +176,7 @@ async def test_a_paused_run_is_queued_again_with_r(
         await watching(app, run)
         await shows(pilot, "paused", "Paused at step 60")
         await pilot.press("r")
-        await shows(pilot, "waits for its turn")
+        await shows(pilot, "waiting in the queue")
         assert run_queue.waiting() == [run.id]
         await pilot.press("s", "y")
         await shows(pilot, "Taken out of the queue")
@@ -195,7 +195,7 @@ async def test_the_texts_are_gone_through_with_tab_and_searched(make_app: MakeAp
         await pilot.press("tab")
         await shows(pilot, "Map: 100%")
         await pilot.press("shift+tab", "shift+tab", "shift+tab", "slash")
-        await shows(pilot, "Only lines with this text")
+        await shows(pilot, "Show only lines with this text")
         await pilot.press(*"checkpoint", "enter")
         shown = await shows(pilot, "/checkpoint", "checkpoint at step 400")
         assert "validation loss 2" not in shown
@@ -208,7 +208,7 @@ async def test_what_is_left_out_of_the_log_is_said_in_a_narrow_window_too(make_a
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await shows(pilot, "tab next · / search · v level")
+        await shows(pilot, "Tab next · / search · v level")
         await pilot.press("slash", *"checkpoint", "enter", "v")
         await shows(pilot, "/checkpoint warnings only")
         await pilot.press("slash", *" of the hundredth step and all after it", "enter")
@@ -251,7 +251,7 @@ async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
         await pilot.press("x")
         await shows(pilot, "Watch another run", "failed", "older-run")
         await pilot.press("enter")
-        await shows(pilot, "Out of GPU memory", "Another program took", "r starts it again")
+        await shows(pilot, "Out of GPU memory", "Another program took", "[r] start again")
 
 
 async def test_the_last_of_many_runs_is_in_sight_when_the_cursor_is_on_it(make_app: MakeApp) -> None:
@@ -274,7 +274,7 @@ async def test_a_run_that_failed_before_its_first_step_is_not_shown_as_complete(
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        shown = await shows(pilot, "r starts it again")
+        shown = await shows(pilot, "[r] start again")
         assert "███" not in shown.splitlines()[2]
 
 
@@ -285,7 +285,7 @@ async def test_a_run_deleted_while_it_is_watched_is_said_and_others_are_offered(
         await watching(app, run)
         await shows(pilot, "stopped")
         shutil.rmtree(run.path)
-        await shows(pilot, "gone", "The run was deleted", "x shows the other runs")
+        await shows(pilot, "gone", "The run was deleted", "[x] show other runs")
         await pilot.press("6", "5")
         await shows(pilot, f"{run.id} was deleted.", "Micro-batch")
 
@@ -378,9 +378,9 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
     )
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await shows(pilot, "Ready. t launches it")
+        await shows(pilot, "Ready. Press [t] to launch it")
         await pilot.press("t")
-        await shows(pilot, "queued", "waits for its turn")
+        await shows(pilot, "queued", "waiting in the queue")
         assert len(run_queue.waiting()) == 1
 
 
@@ -485,7 +485,7 @@ async def test_m_asks_the_trainer_for_half_the_rate_where_the_gradient_explodes(
         await watching(app, run)
         await shows(pilot, "m Fix")
         await pilot.press("tab", "tab")
-        await shows(pilot, "▸ m: halve the learning rate of this run, to 0.0001")
+        await shows(pilot, "▸ [m] halve the learning rate of this run, to 0.0001")
         await pilot.press("m", "enter")
         request = json.loads(next(run.control_dir.glob("*.json")).read_bytes())
         assert request == {"kind": "set_learning_rate", "value": 1e-4}

@@ -20,15 +20,15 @@ BOLD, DIM, UNDERLINE, REVERSE = "1", "2", "4", "7"
 ATTRIBUTES = {"0", BOLD, DIM, "3", UNDERLINE, REVERSE, "9"}
 VISITED = [
     ("0", "Next"),
-    ("1", "On the hub"),
-    ("2", "names no model"),
-    ("3", "names no model"),
+    ("1", "On the Hub"),
+    ("2", "has no model"),
+    ("3", "has no model"),
     ("4", "r R rank"),
     ("5", "Not ready"),
     ("6", "v Compare"),
     ("?", "Help: Runs"),
     ("q", "v Compare"),
-    ("p", "enter opens"),
+    ("p", "Enter open"),
     ("q", "v Compare"),
     ("\x10", "Search for commands"),
 ]
@@ -63,15 +63,15 @@ def test_cursor_selection_and_fields_are_told_by_attributes() -> None:
         terminal.press("j")
         wait_for(lambda: REVERSE in styled("first") and REVERSE not in styled("second"))
         terminal.press("p")
-        see(terminal, "enter opens")
+        see(terminal, "Enter open")
         wait_for(lambda: REVERSE in styled("balanced") and REVERSE not in styled("cpu-demo"))
         terminal.press("q")
         see(terminal, "v Compare")
         terminal.press("7o")
-        see(terminal, "How to answer", "empty draws another")
+        see(terminal, "Sampling", "empty: a random one")
         assert UNDERLINE in styled("0.95")
         # The seed, which is empty.
-        assert UNDERLINE in styled("    empty draws another")
+        assert UNDERLINE in styled("    empty: a random one")
 
 
 def test_a_click_finds_what_it_is_on() -> None:
@@ -79,4 +79,4 @@ def test_a_click_finds_what_it_is_on() -> None:
         see(terminal, "Next")
         # The tab "2 Data", in the first line.
         terminal.press("\x1b[<0;14;1M\x1b[<0;14;1m")
-        see(terminal, "names no model")
+        see(terminal, "has no model")

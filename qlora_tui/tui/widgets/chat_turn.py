@@ -10,19 +10,20 @@ from textual.widgets import Static
 from qlora_tui.chat.chat_types import GenerationResult, TextChunk
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, format_float
+from qlora_tui.tui.render.key_names import highlight_keys
 from qlora_tui.tui.widgets.streaming_markdown import StreamingMarkdown
 from qlora_tui.tui.widgets.thought_view import ThoughtView
 
 _ENDINGS = {
-    "most tokens": "cut off at the most tokens: o raises it",
-    "context full": "cut off: the model can read no more",
-    "stopped": "stopped",
+    "most tokens": "Cut off at the token limit. Press [o] to raise it.",
+    "context full": "Cut off: the context is full.",
+    "stopped": "Stopped.",
 }
 """What stands under an answer that did not end by itself."""
 _STILL_THINKING = {
-    "most tokens": "still thinking at the most tokens: o raises it, t turns thinking off",
-    "context full": "still thinking when the model could read no more: t turns thinking off",
-    "stopped": "stopped while it was thinking",
+    "most tokens": "Still thinking at the token limit. Press [o] to raise it, or [t] to turn thinking off.",
+    "context full": "Still thinking when the context was full. Press [t] to turn thinking off.",
+    "stopped": "Stopped while thinking.",
 }
 """What stands there if it had not begun to answer."""
 
@@ -90,9 +91,9 @@ class AdapterAnswer(Vertical):
         await self._thought.end(outcome)
         self.text, self.outcome = outcome.text, outcome
         self.query_one(".voice", Static).update(voice_line(self.adapter_name, outcome_words(outcome)))
-        under = _ENDINGS.get(outcome.ending, "" if outcome.text.strip() else "ended its turn at once")
+        under = _ENDINGS.get(outcome.ending, "" if outcome.text.strip() else "Ended its turn immediately.")
         if not outcome.thought_ended:
-            under = _STILL_THINKING.get(outcome.ending, "ended its turn without an answer")
+            under = _STILL_THINKING.get(outcome.ending, "Ended its turn without an answer.")
         if under:
             self._show_note(under)
 
@@ -117,7 +118,7 @@ class AdapterAnswer(Vertical):
         )
 
     def _show_note(self, words: str) -> None:
-        self.query_one(".trouble", Static).update(Content.styled(f"■ {words}", "dim"))
+        self.query_one(".trouble", Static).update(highlight_keys(f"■ {words}", "dim"))
 
 
 def voice_line(adapter_name: str, words: str) -> Content:

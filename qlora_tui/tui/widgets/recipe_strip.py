@@ -15,7 +15,7 @@ from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE, recipe_line
 from qlora_tui.tui.workbench import Workbench
 
-KEYS_HINT = "p presets  u undo"
+KEYS_HINT = "[p] Presets  [u] Undo"
 
 
 class RecipeStrip(Widget):

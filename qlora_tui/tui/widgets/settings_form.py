@@ -161,7 +161,7 @@ class SettingsForm(Vertical):
         field = self.field
         lines = [field.help + (f" Memory: {field.memory}" if field.memory else "")]
         if self.has_class("-editing"):
-            lines = [f"{field.label}: {field.expected}. Enter takes it, esc leaves it."]
+            lines = [f"{field.label}: {field.expected}. Enter: apply · Esc: cancel"]
         for conflict in find_conflicts(self._recipe):
             if field.path in conflict.paths:
                 lines.append(f"✗ {conflict.what}: {conflict.fix}.")

@@ -126,4 +126,4 @@ class ThoughtView(Vertical):
         took = f"{seconds:.1f} s" if seconds < 10 else format_duration(seconds)
         verb = "Thinking for" if not self._is_over else "Thought for" if ended else "Unfinished:"
         line = f"{'▾' if self.unfolded else '▸'} {verb} {took}, {pluralize(self._tokens, 'token')}"
-        self.query_one(ThoughtLine).update(Content.assemble(line, ("  ^o", "dim")))
+        self.query_one(ThoughtLine).update(Content.assemble(line, ("  Ctrl+O", "dim")))

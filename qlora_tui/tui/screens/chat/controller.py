@@ -111,12 +111,10 @@ class ChatController(WorkScreen):
                 cancel()
 
         text = (
-            f"{active.id} is at work on this machine. With a model beside it, either may run out of memory, "
-            "and both are slower."
+            f"{active.id} is training on this machine. If the chat also loads a model, either may run out of "
+            "memory, and both get slower."
         )
-        self.app.push_screen(
-            ConfirmScreen("A run is in training", text, yes="Load it all the same", no="Wait"), answered
-        )
+        self.app.push_screen(ConfirmScreen("A run is training", text, yes="Load anyway", no="Wait"), answered)
 
     def _yield_memory_to_run(self, pulse: SystemStatus) -> None:
         """A run that begins gets the memory that the chat holds."""
@@ -128,7 +126,7 @@ class ChatController(WorkScreen):
     async def _unload_for(self, run_id: str) -> None:
         await self.engine.close()
         self.show_head()
-        self.notify(f"The chat gave its memory to {run_id}. The next prompt loads the model again.")
+        self.notify(f"Unloaded the chat model to free memory for {run_id}. The next prompt loads it again.")
 
     @work(group="answers")
     async def _answer(self, prompt: str) -> None:
@@ -245,7 +243,7 @@ class ChatController(WorkScreen):
                 self.run_dir, turn.prompt, said, sampling, self.system_prompt, thoughts
             )
         except OSError as error:
-            self.notify(f"The transcript could not be written: {error.strerror}.", severity="warning")
+            self.notify(f"Could not write the transcript: {error.strerror}.", severity="warning")
 
     def _conversation(self, turn: ChatTurn, adapter_name: str) -> tuple[Message, ...]:
         """What this voice has heard and said so far; where it was silent, nothing."""

@@ -16,14 +16,14 @@ from qlora_tui.tui.screens.chat.transcript import format_setting
 from qlora_tui.tui.widgets.text_field import TextField
 
 _HELP = {
-    "temperature": "0 always takes the likeliest token",
-    "top_p": "only the likeliest, to this share",
-    "top_k": "only so many of them; 0 is all",
-    "repetition_penalty": "above 1 it repeats itself less",
-    "max_new_tokens": "an answer is cut off there",
-    "seed": "empty draws another each time",
+    "temperature": "0: only the most likely token",
+    "top_p": "cumulative probability limit",
+    "top_k": "most likely tokens; 0: all",
+    "repetition_penalty": "above 1: less repetition",
+    "max_new_tokens": "longest answer, in tokens",
+    "seed": "empty: a random one each time",
 }
-_LABELS = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "most tokens"}
+_LABELS = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "max tokens"}
 
 
 class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
@@ -32,7 +32,7 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "Close"),
-        Binding("ctrl+s", "take", "Take", priority=True),
+        Binding("ctrl+s", "take", "Apply", priority=True),
     ]
 
     def __init__(self, sampling: Sampling, system_prompt: str) -> None:
@@ -42,8 +42,8 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="card", can_focus=False) as card:
-            card.border_title = "How to answer"
-            card.border_subtitle = "tab next · enter or ^s takes them · esc closes"
+            card.border_title = "Sampling"
+            card.border_subtitle = "Tab next · Enter or Ctrl+S apply · Esc close"
             yield Label("system prompt")
             system = TextArea(self._system_prompt, id="system", soft_wrap=True, tab_behavior="focus")
             system.cursor_blink = False

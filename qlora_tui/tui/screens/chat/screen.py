@@ -40,14 +40,15 @@ class ChatScreen(ChatController):
     MODE = "chat"
     CSS_PATH = "chat.tcss"
     HELP_TEXT = (
-        "Base and adapter answer the same prompt with the same seed, from one copy of the model. What you "
-        "type goes into the field, digits too. Escape stops an answer; with none under way it leaves the "
-        "field, and then 0 to 7 and the keys below work. i goes back to typing. "
-        "Everything said is kept in the run's chats folder, as Markdown. "
-        "What a model thinks before it answers is folded into one line: z (ctrl+o while typing) shows it. "
-        "t (ctrl+g while typing) turns thinking on and off; at first it is as the run was trained. "
-        "f says what the adapter changes: KL is how far its next tokens are from the base's (0: the same), "
-        "and the columns show for each layer how far its weights moved, as a share of what they were."
+        "Base and adapter answer the same prompt with the same seed, from one copy of the model. While "
+        "the prompt field has the focus, every character goes into it. Esc stops an answer; if none is "
+        "running, it leaves the field, so that [0] to [7] and the keys below work. [i] returns to the "
+        "field. Each conversation is saved in the chats folder of the run, as Markdown.\n"
+        "What the model thinks before it answers is folded into one line: [z] (Ctrl+O while typing) shows "
+        "it. [t] (Ctrl+G while typing) turns thinking on and off; it starts as the run was trained. [f] "
+        "measures what the adapter changes. KL is the distance between its next-token distribution and "
+        "the base model's (0: identical). The columns show for each layer how far its weights moved, "
+        "relative to their size."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -123,7 +124,7 @@ class ChatScreen(ChatController):
         """Send the prompt."""
         if self.busy:
             self.query_one(PromptBox).put(event.text)
-            self.notify("It is still answering. Escape stops it.")
+            self.notify("The model is still answering. Press Esc to stop it.")
             return
         await self.send(event.text)
 
@@ -218,7 +219,7 @@ class ChatScreen(ChatController):
         if runs or recipe.model.id:
             self.app.push_screen(ChatSourceScreen(runs, recipe.model.id), answered)
         else:
-            self.notify("No run has an adapter, and the recipe names no model (1).")
+            self.notify("No run has an adapter and the recipe has no model. Press [1] to select one.")
 
     async def action_clear(self) -> None:
         """Begin a new conversation."""
@@ -240,7 +241,7 @@ class ChatScreen(ChatController):
     def action_effect(self) -> None:
         """Measure what the adapter changes."""
         if self.pair.single:
-            self.notify("There is no adapter to measure.")
+            self.notify("This chat has no adapter to measure.")
         elif not self.busy:
             self.confirm_shared_memory(self.measure)
 

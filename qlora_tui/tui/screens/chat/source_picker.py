@@ -38,15 +38,17 @@ class ChatSourceScreen(ModalScreen[RunDir | str | None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="card") as card:
-            card.border_title = "Talk to"
-            card.border_subtitle = "enter chooses · esc closes"
+            card.border_title = "Chat with"
+            card.border_subtitle = "Enter select · Esc close"
             yield ViList()
 
     def on_mount(self) -> None:
         lines = [(run.id, _line(run)) for run in self._runs.values()]
         if self._model:
             name = self._model.rstrip("/").rpartition("/")[2]
-            lines.append((BASE_ALONE, Content.assemble(name, ("  the recipe's model, untrained", "dim"))))
+            lines.append(
+                (BASE_ALONE, Content.assemble(name, ("  the recipe's model, without an adapter", "dim")))
+            )
         self.query_one(ViList).show(lines)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:

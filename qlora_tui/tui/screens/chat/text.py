@@ -12,19 +12,19 @@ from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import format_bytes, format_float, format_path
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.tui.render.block_charts import blocks, downsample
+from qlora_tui.tui.render.key_names import highlight_keys
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 
-NOTHING_TO_CHAT_WITH = Content.from_markup(
-    "[b]Nobody to talk to yet.[/b]\n\nA run has somebody once it has saved a checkpoint. "
-    "Press [b]5[/b] to launch one.\n\nOr press [b]m[/b] to talk to the model of the recipe as it is, "
-    "before any training."
+NOTHING_TO_CHAT_WITH = highlight_keys(
+    "Nothing to chat with yet.\n\nA run becomes available once it has saved a checkpoint. "
+    "Press [5] to launch one.\n\nOr press [m] to chat with the recipe's model as it is, before any training."
 )
-HINT = "say something: enter sends, ^j new line, esc leaves the field: then 0-7 work"
-STOPPED_LOADING = "stopped loading the model: r asks again (esc first, to leave the field)"
-UNLOADED = "stopped, since the model was unloaded: r asks again (esc first, to leave the field)"
+HINT = "Type a message. Enter: send · Ctrl+J: new line · Esc: leave the field"
+STOPPED_LOADING = "Stopped loading the model. Press Esc, then [r], to try again."
+UNLOADED = "Stopped because the model was unloaded. Press Esc, then [r], to try again."
 _FEWEST_COLUMNS = 8
 """In which the layers are drawn, however narrow the window."""
-NOT_MEASURED = "Not measured: the model was unloaded. Press f to load it and measure."
+NOT_MEASURED = "Not measured: the model was unloaded. Press [f] to load it and measure."
 
 
 def session_line(name: str, pair: AdapterPair, state: str) -> Content:
@@ -66,7 +66,7 @@ def sampling_line(
 ) -> Content:
     """How answers are chosen, whether the model is to think, and where what was said is kept."""
     parts = [thinking] if thinking else []
-    parts.append("always the likeliest token" if not sampling.temperature else _sampling_words(sampling))
+    parts.append("greedy" if not sampling.temperature else _sampling_words(sampling))
     parts.append(f"≤ {sampling.max_new_tokens} tokens")
     if sampling.seed is not None:
         parts.append(f"seed {sampling.seed}")
@@ -75,10 +75,10 @@ def sampling_line(
     line = " · ".join(parts)
     if transcript is None:
         return Content.styled(line[:width], "dim")
-    place = f"kept in {format_path(transcript)}"
+    place = f"saved in {format_path(transcript)}"
     space_left = width - len(line)
     if len(place) + 2 > space_left:
-        place = f"kept in …/{transcript.parent.name}/{transcript.name}"
+        place = f"saved in …/{transcript.parent.name}/{transcript.name}"
     if len(place) + 2 > space_left:
         line = line[: max(0, width - len(place) - 3)] + "…"
         space_left = width - len(line)

@@ -77,7 +77,7 @@ class DataActions(WorkScreen):
             format_ = self.unread_format if source.format == "auto" else source.format
             screen = ColumnMappingScreen(format_, tuple(self.fields), source.columns)
         else:
-            self.notify("The columns are known once the file can be read.")
+            self.notify("Columns cannot be mapped until the file can be read.")
             return
 
         def answered(columns: dict[str, str] | None) -> None:
@@ -115,7 +115,7 @@ class DataActions(WorkScreen):
         def wrong(text: str) -> str:
             if _share(text) is not None or Path(text).expanduser().exists():
                 return ""
-            return "Neither a share below 1 nor a file that is there."
+            return "Enter a share below 1, or the path of an existing file."
 
         def answered(text: str | None) -> None:
             if text is None:
@@ -127,9 +127,9 @@ class DataActions(WorkScreen):
                 self.qlora_app.edit("data.validation_path", "")
                 self.qlora_app.edit("data.validation_fraction", share)
 
-        text = "A share of the rows, as 0.05; 0 for none. Or the path of a file with rows of its own."
+        text = "A share of the rows, such as 0.05 (0 for none), or the path of a validation file."
         now = data.validation_path or f"{data.validation_fraction:g}"
-        self.app.push_screen(TextPromptScreen("Validate on", text, now, wrong), answered)
+        self.app.push_screen(TextPromptScreen("Validation", text, now, wrong), answered)
 
     def action_remove(self) -> None:
         """Take the source under the cursor out of the recipe; u brings it back."""
@@ -137,20 +137,20 @@ class DataActions(WorkScreen):
         if sources:
             gone = sources.pop(self.source_number)
             self.qlora_app.edit("data.sources", tuple(sources))
-            self.notify(f"{Path(gone.path).name} is out of the recipe. u brings it back.")
+            self.notify(f"Removed {Path(gone.path).name}. Press [u] to undo.")
 
     def action_fix(self) -> None:
         """Change the setting that answers the first problem which has such a remedy."""
         if self.offers_chosen:
             self.qlora_app.edit("data.preferences", "chosen")
-            self.notify("Trains on the chosen and good answers only. Press u to undo.")
+            self.notify("Trains on the chosen and good answers only. Press [u] to undo.")
         elif self.split_rows():
             self.qlora_app.edit("data.overflow", "split")
-            self.notify("Long texts are split into rows. Press u to undo.")
+            self.notify("Long texts are split into rows. Press [u] to undo.")
         elif tokens := self.untrained():
             now = self.qlora_app.workbench.recipe.lora.trainable_tokens
             self.qlora_app.edit("lora.trainable_tokens", tuple(dict.fromkeys((*now, *tokens))))
-            self.notify(f"Embedding and head will be trained for {', '.join(tokens)}. Press u to undo.")
+            self.notify(f"Embedding and head will be trained for {', '.join(tokens)}. Press [u] to undo.")
 
     @property
     def can_fix(self) -> bool:
@@ -188,7 +188,7 @@ class DataActions(WorkScreen):
         if gone is not None and gone == self.unread:
             self._change_source(Source(path=str(path)))
             if gone.path != str(path):
-                self.notify(f"{Path(gone.path).name} made way for it. u brings it back.")
+                self.notify(f"Replaced {Path(gone.path).name}. Press [u] to undo.")
             return
         sources = self.qlora_app.workbench.recipe.data.sources
         self.source_number = len(sources)

@@ -30,15 +30,15 @@ class ColumnMappingScreen(ModalScreen[dict[str, str]]):
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="card", can_focus=False) as card:
             card.border_title = f"Columns of {self._format}"
-            card.border_subtitle = "tab next · → completes · enter takes them · esc"
-            yield Static(f"The file has: {', '.join(self._columns)}", markup=False, classes="quiet")
+            card.border_subtitle = "Tab next · → complete · Enter apply · Esc close"
+            yield Static(f"Columns in the file: {', '.join(self._columns)}", markup=False, classes="quiet")
             for part in parts_of(self._format):
                 with Horizontal(classes="field"):
                     yield Label(part.replace("_", " "))
                     yield TextField(
                         self._mapping.get(part, ""),
                         name=part,
-                        placeholder="no column",
+                        placeholder="none",
                         compact=True,
                         suggester=SuggestFromList(self._columns, case_sensitive=False),
                     )

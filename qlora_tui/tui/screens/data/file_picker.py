@@ -21,7 +21,7 @@ from qlora_tui.tui.widgets.vi_list import ViList
 _SHOWN = 500
 """Entries of one folder; type to find the others."""
 _RECENT = 6
-_KEYS = "↑↓ choose · enter opens · tab completes · ^o the folder · esc"
+_KEYS = "↑↓ select · Enter open · Tab complete · Ctrl+O open folder · Esc close"
 
 
 class FilePickerScreen(ModalScreen[Path]):
@@ -56,7 +56,7 @@ class FilePickerScreen(ModalScreen[Path]):
     def compose(self) -> ComposeResult:
         with Vertical(id="open-card") as card:
             card.border_title = self._title
-            yield TextField(placeholder="a path, or a part of a name", id="typed", compact=True)
+            yield TextField(placeholder="A path, or part of a name", id="typed", compact=True)
             # Over the list, since at the foot of the screen a note may lie on them.
             yield Static(_KEYS, id="keys", markup=False)
             yield Static(id="where", markup=False)
@@ -82,7 +82,7 @@ class FilePickerScreen(ModalScreen[Path]):
 
     def _offer_hub_id(self, id_: str) -> None:
         """In place of paths: what could only be on the hub."""
-        self._show_location("not a path here: enter fetches it from the hub")
+        self._show_location("Not a local path. Enter loads it from the Hub.")
         self._listed = [Path(id_)]
         entries = self.query_one(ViList)
         entries.show([("id", Content.assemble(("hub  ", "dim"), id_))])
@@ -96,7 +96,7 @@ class FilePickerScreen(ModalScreen[Path]):
         elif (cursor := self.query_one(ViList).highlighted) is not None:
             self._open(self._listed[cursor])
         else:
-            self._show_location(f"✗ no name here has {Path(event.value).name!r} in it")
+            self._show_location(f"✗ No name here contains {Path(event.value).name!r}.")
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Open what was clicked on."""

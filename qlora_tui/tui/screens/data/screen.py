@@ -44,10 +44,10 @@ class DataScreen(DataActions):
     CSS_PATH = "data.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "The sample is shown as the model will see it: what it learns to say is bold and underlined, what it "
-        "only reads is dim, control tokens are reversed; ↵ is a line end that is learnt. "
-        "Bars hatched ▒ behind ✂ are samples longer than the sequence length.\n"
-        "Enter on a problem goes to its next row; tab goes from list to list."
+        "The sample is shown as the model will see it. Tokens in the loss are bold and underlined, tokens "
+        "it only reads are dim, control tokens are reversed; ↵ is a line break in the loss. Bars hatched "
+        "▒ behind ✂ are samples longer than the sequence length.\n"
+        "Press Enter on a problem to go to its next row. Tab moves between the lists."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -138,18 +138,18 @@ class DataScreen(DataActions):
                 self._show_another(*place)
 
         def wrong(text: str) -> str:
-            return "" if steps.parse_place(text, self.path, files) else "Not a row."
+            return "" if steps.parse_place(text, self.path, files) else "Enter a row number."
 
-        help_ = "Its number, from 1."
+        help_ = "The row number, from 1."
         if len(files) > 1:
-            help_ += " Before it, if you like, a part of another file's name."
+            help_ += " To go to another file, put a part of its name before the number."
         self.app.push_screen(TextPromptScreen("Go to a row", help_, "", wrong), answered)
 
     def action_problem(self, by: int) -> None:
         """Show the next row with a problem, from the first again after the last."""
         if not any(problem.rows for problem in self.problems):
             complete = self.report is not None and self.report.complete
-            self.notify("No row has a problem." if complete else "No problem so far; still reading.")
+            self.notify("No problems found." if complete else "No problems so far. Still reading.")
             return
         self._go_to_next(self.problems, by)
 

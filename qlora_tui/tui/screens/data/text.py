@@ -15,19 +15,20 @@ from qlora_tui.data.sources import is_of_the_hub
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.tui.render.key_names import highlight_keys
 from qlora_tui.tui.screens.data.row_navigation import Place
 
-EMPTY = Content.from_markup(
-    "[b]No data yet.[/b]\n\nPress [b]o[/b] to open a file: JSON, JSONL, CSV, TSV, Parquet or text, "
-    "packed with gzip or zstd if you like, a folder of such files, or the id of a dataset of the hub.\n\n"
-    "Conversations (messages, ShareGPT), instructions (Alpaca), prompt and completion, question and answer, "
-    "text and label, and plain text are told apart by looking.\n\n"
+EMPTY = highlight_keys(
+    "No data yet.\n\nPress [o] to open a file (JSON, JSONL, CSV, TSV, Parquet or text, also compressed with "
+    "gzip or zstd), a folder of such files, or a dataset from the Hub.\n\n"
+    "The format is detected: conversations (messages, ShareGPT), instructions (Alpaca), prompt and "
+    "completion, question and answer, text and label, plain text.\n\n"
     "Every row is then shown here exactly as the model will see it.\n\n"
-    "To try it without a file of your own: [b]d[/b] on Home ([b]0[/b]) takes the demo's conversations."
+    "To try it without a file of your own, press [0] for Home and then [d] for the demo's conversations."
 )
-PLAIN = Content.styled("The row as the file has it:\n\n", "dim")
-NO_MODEL = Content.styled(
-    "Choose a model (1) to see tokens, the chat template and what is learnt.\n\n", "dim"
+PLAIN = Content.styled("The row as it is in the file:\n\n", "dim")
+NO_MODEL = highlight_keys(
+    "Select a model with [1] to see tokens, the chat template and what is in the loss.\n\n", "dim"
 )
 TOO_LONG = {
     "drop": "left out",
@@ -49,7 +50,7 @@ def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content
     if parts:
         parts.append("\n")
     if shown.refused:
-        return Content.assemble(*parts, ("This row gives no sample.\n\n", "bold"), shown.refused)
+        return Content.assemble(*parts, ("This row cannot be used.\n\n", "bold"), shown.refused)
     if not shown.token_counts:
         parts.insert(0, PLAIN)
     cut = any(count > data.max_length for count in shown.token_counts)
@@ -57,7 +58,7 @@ def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content
         parts.append(_cut_mark(shown, data))
     for number, pieces in enumerate(shown.samples):
         if number:
-            parts.append(("\n──── the next sample of this row ────\n", "dim"))
+            parts.append(("\n──── next sample of this row ────\n", "dim"))
         parts += [_styled(piece) for piece in pieces]
     if cut and data.overflow == "cut-right":
         parts.append(_cut_mark(shown, data))
@@ -89,13 +90,13 @@ def _styled(piece: Piece) -> tuple[str, str]:
 
 def _cut_mark(shown: Shown, data: Data) -> tuple[str, str]:
     lost = sum(max(0, count - data.max_length) for count in shown.token_counts)
-    mark = f"✂ {lost:,} more tokens do not fit into {data.max_length:,}"
+    mark = f"✂ {lost:,} more tokens do not fit in {data.max_length:,}"
     return (f"{mark}\n" if data.overflow == "cut-left" else f"\n{mark}"), "$warning"
 
 
 def reading(source: Source) -> Content:
     """What stands there until the first row comes."""
-    doing = "fetching it from the hub…" if is_of_the_hub(source.path) else "reading…"
+    doing = "Loading from the Hub…" if is_of_the_hub(source.path) else "Reading…"
     return Content.styled(doing, "dim")
 
 
@@ -111,24 +112,24 @@ def error_text(error: UserError) -> Content:
 
 def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
     """The same for a file: with what is in it, and the keys that may help."""
-    keys = [("o", "opens another file"), ("x", "takes this one out")]
+    keys = [("[o]", "open another file"), ("[x]", "remove this one")]
     if fields and error.fix.startswith(("Say which column", "Map the columns")):
         # The fix is for the recipe as a file; here there is a key for it.
-        error = UserError(error.title, what=error.what, why=error.why, fix="Press c to map the columns.")
+        error = UserError(error.title, what=error.what, why=error.why, fix="Press [c] to map the columns.")
     if error.title in TITLES:
         side = "chosen" if error.title == PAIRS_TITLE else "good"
-        fix = f"Press m to train on the {side} answers only."
+        fix = f"Press [m] to train on the {side} answers only."
         error = UserError(error.title, what=error.what, why=error.why, fix=fix)
-        keys = [("m", f"trains on the {side} answers only"), *keys]
+        keys = [("[m]", f"train on the {side} answers only"), *keys]
     parts: list[Content | tuple[str, str]] = [error_text(error)]
     if fields and error.title not in TITLES:
-        parts.append(("\n\nIts rows hold:", ""))
+        parts.append(("\n\nIts rows contain:", ""))
         parts += [
             part for name, held in fields.items() for part in ((f"\n  {name}  ", "bold"), (held, "dim"))
         ]
-        keys = [("c", "says which column plays which part"), ("f", "reads it in another format"), *keys]
+        keys = [("[c]", "map the columns"), ("[f]", "read it in another format"), *keys]
     parts.append(("\n\n", ""))
-    parts += [part for key, does in keys for part in ((key, "bold"), (f" {does}   ", "dim"))]
+    parts += [part for key, does in keys for part in ((key, "$accent bold"), (f" {does}   ", "dim"))]
     return Content.assemble(*parts)
 
 
@@ -141,7 +142,7 @@ def source_line(source: Source, alone: bool) -> Content:
     try:
         bytes_ = "folder" if path.is_dir() else format_bytes(path.stat().st_size)
     except OSError:
-        bytes_ = "not there"
+        bytes_ = "missing"
     return Content.assemble(path.name, (f"  {bytes_}", "dim"), (weight, "bold"))
 
 
@@ -163,12 +164,12 @@ def row_line(place: Place, report: Report | None, shown: Shown | None, data: Dat
     if shown and shown.samples and shown.token_counts:
         most = max(shown.token_counts) if data.overflow == "split" else data.max_length
         rendered_tokens = sum(min(count, most) for count in shown.token_counts)
-        parts.append(f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens learnt")
+        parts.append(f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens in loss")
     if shown:
         parts += shown.notes
     words = _join_to_width(parts, width)
     legend = Content.assemble(
-        ("learnt", "bold underline"),
+        ("in loss", "bold underline"),
         " ",
         ("read", "dim"),
         " ",
@@ -212,7 +213,7 @@ def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = Fals
         )
     )
     learnt = format_percent(counts.trained_tokens / counts.tokens) if counts.tokens else "none"
-    parts.append(Content(f"{counts.tokens:,} tokens, {counts.trained_tokens:,} learnt ({learnt})"))
+    parts.append(Content(f"{counts.tokens:,} tokens, {counts.trained_tokens:,} in loss ({learnt})"))
     if report.complete:
         parts.append(Content(steps_line(report, recipe) + time))
     parts += map(Content, report.thinking[:1] if brief else report.thinking)
@@ -222,11 +223,11 @@ def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = Fals
 
 def _rules(data: Data) -> str:
     packing = "packed" if data.packing else "not packed"
-    learns = "answers only" if data.train_on == "assistant" else "everything is learnt"
+    learns = "answers only" if data.train_on == "assistant" else "everything in loss"
     if data.validation_path:
         held = f"validates on {Path(data.validation_path).name}"
     elif data.validation_fraction:
-        held = f"{format_percent(data.validation_fraction)} validates"
+        held = f"{format_percent(data.validation_fraction)} for validation"
     else:
         held = "no validation"
     return f"{learns} · {packing} · {held}"
@@ -264,7 +265,7 @@ def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = F
         (f"{sign} {problem.title} ", style),
         (f"{problem.count:,}", "bold"),
         (where, "dim"),
-        (f"\n  ▸ m: {remedy}" if (remedy := _fix_label(problem)) else "", "$accent"),
+        (f"\n  ▸ [m] {remedy}" if (remedy := _fix_label(problem)) else "", "$accent"),
         ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
     )
 
@@ -273,20 +274,20 @@ def _fix_label(problem: DataProblem) -> str:
     """What the key m does about it; empty where it does nothing."""
     if problem.split_rows:
         return f"split into {'about ' if problem.is_estimate else ''}{pluralize(problem.split_rows, 'row')}"
-    return f"have {', '.join(problem.tokens)} trained" if problem.tokens else ""
+    return f"train {', '.join(problem.tokens)}" if problem.tokens else ""
 
 
 def no_problem_line(report: Report) -> Content:
     """In place of the list."""
     if report.complete:
-        return Content.styled("✓ no problems found", "$success")
-    return Content.styled("no problems so far", "dim")
+        return Content.styled("✓ No problems found", "$success")
+    return Content.styled("No problems so far", "dim")
 
 
 def steps_line(report: Report, recipe: Recipe) -> str:
     """How many optimizer steps the data makes, roughly: packing is only known once it is done."""
     if not report.counts.samples:
-        return "nothing to train on"
+        return "Nothing to train on"
     held = 0.0 if recipe.data.validation_path else recipe.data.validation_fraction
     samples = report.counts.samples * (1 - held)
     rows = samples

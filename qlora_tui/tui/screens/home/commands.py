@@ -8,10 +8,12 @@ _command = ScreenCommands("home")
 _hidden = ScreenCommands("home", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
-    _command("next", "enter", "next", "Next step", "Do the next step."),
-    _command("demo", "d", "demo", "Demo", "Fetch the 135M demo model and prepare a run of it.", verb="demo"),
-    _hidden(
-        "resume", "r", "resume", "Resume", "Go on with the last run, from its last checkpoint.", verb="resume"
+    _command("next", "enter", "next", "Next step", "Do the suggested next step."),
+    _command(
+        "demo", "d", "demo", "Demo", "Download the 135M demo model and prepare a run with it.", verb="demo"
     ),
-    _hidden("prepare", "n", "prepare", "New run", "Check the recipe, and launch it.", verb="train"),
+    _hidden(
+        "resume", "r", "resume", "Resume", "Resume the last run from its last checkpoint.", verb="resume"
+    ),
+    _hidden("prepare", "n", "prepare", "New run", "Check the recipe and launch it.", verb="train"),
 )

@@ -47,18 +47,20 @@ DEMO = NextStep(
     "d",
     "demo",
     "Train the 135M demo model",
-    "a real adapter in minutes; 89 MiB to download, after asking",
+    "a real adapter in minutes; downloads 89 MiB, asks first",
 )
-SEARCH = NextStep("1", "app.go('models')", "Search the hub for a model", "there is none on this machine yet")
+SEARCH = NextStep(
+    "1", "app.go('models')", "Search the Hub for a model", "there are no models on this machine yet"
+)
 
 
 def next_step(now: HomeState) -> NextStep:
     """The most useful thing to do now."""
     state = now.last_state
     if state in ACTIVE:
-        return NextStep("", "watch", "Watch the run", f"{now.last_run} is at work")
+        return NextStep("", "watch", "Watch the run", f"{now.last_run} is running")
     if now.last_is_news and state == "finished":
-        return NextStep("", "chat", "Talk to the adapter", f"{now.last_run} is finished")
+        return NextStep("", "chat", "Chat with the adapter", f"{now.last_run} has finished")
     if state == "paused" or (_can_resume(now) and not now.edited_since):
         return _resume(now)
     if state in ("failed", "lost") and not (now.edited_since and _is_complete(now)):
@@ -85,9 +87,11 @@ def _can_resume(now: HomeState) -> bool:
 
 def _resume(now: HomeState) -> NextStep:
     total = f" of {now.last_total_steps:,}" if now.last_total_steps else ""
-    where = f"its checkpoint at step {now.last_checkpoint:,}{total}" if now.last_checkpoint else "its start"
-    why = f"{now.last_run} {_ended(now.last_state)}; it goes on from {where}"
-    return NextStep("r", "resume", "Go on with the run", why)
+    where = (
+        f"the checkpoint at step {now.last_checkpoint:,}{total}" if now.last_checkpoint else "the beginning"
+    )
+    why = f"{now.last_run} {_ended(now.last_state)}; it resumes from {where}"
+    return NextStep("r", "resume", "Resume the run", why)
 
 
 def _is_complete(now: HomeState) -> bool:
@@ -99,9 +103,9 @@ def _prepare(now: HomeState) -> NextStep:
         if not now.local_models:
             return DEMO
         number = f"{now.local_models} model{'s are' if now.local_models > 1 else ' is'} on this machine"
-        return NextStep("1", "app.go('models')", "Choose a model", number)
+        return NextStep("1", "app.go('models')", "Select a model", number)
     if not now.recipe.data.sources:
-        return NextStep("2", "app.go('data')", "Choose what it learns from", "the recipe has no data yet")
+        return NextStep("2", "app.go('data')", "Select the training data", "the recipe has no data yet")
     if now.verdict == "does not fit":
         return NextStep("3", "app.go('memory')", "Make it fit", "the recipe needs more memory than there is")
     return NextStep("n", "prepare", "Check and launch", "the recipe is complete")

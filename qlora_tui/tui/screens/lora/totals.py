@@ -82,7 +82,7 @@ def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int
     """The LoRA settings that differ from the preset, what they take more, and how many find no room."""
     changes = [c for c in diff_recipes(workbench.base, workbench.recipe) if c.path.startswith("lora.")]
     if not changes:
-        return Content.styled(f"As {workbench.preset} has it", "$text-muted")
+        return Content.styled(f"Same as preset {workbench.preset}", "$text-muted")
     words = [
         str(change).removeprefix("lora.").removeprefix("use_").replace("_modules", "s") for change in changes
     ]
@@ -90,7 +90,7 @@ def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int
     for shown in range(len(words), -1, -1):
         rest = [f"{len(words) - shown} more"] if shown < len(words) else []
         named = " · ".join([*words[:shown], *rest])
-        text = Content.assemble((f"Against {workbench.preset}: ", "$text-muted"), (price, "bold"), named)
+        text = Content.assemble((f"vs {workbench.preset}: ", "$text-muted"), (price, "bold"), named)
         if len(text.wrap(width)) <= _MOST_LINES:
             break
     return text
@@ -99,14 +99,14 @@ def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int
 def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) -> Content:
     """What space would toggle, in words."""
     if not modules:
-        return Content.styled("Nothing here.", "$text-muted")
-    trained = f"{format_count(adapter_parameters(modules, lora))} trained if chosen{_own(modules, lora)}"
+        return Content.styled("No module here.", "$text-muted")
+    trained = f"{format_count(adapter_parameters(modules, lora))} trained if selected{_own(modules, lora)}"
     if len(modules) == 1:
         only = modules[0]
         shape = f"{only.in_features:,} → {only.out_features:,}"
         return Content.styled(f"{only.name}  {shape}  {trained}", "$text-muted")
     block = "Block: " if in_block else ""
-    end = "; x toggles, esc leaves" if in_block else ""
+    end = " · [x] toggle · Esc cancel" if in_block else ""
     weights = format_count(sum(module.weight_params for module in modules))
     return Content.styled(f"{block}{len(modules)} modules, {weights} weights, {trained}{end}", "$text-muted")
 

@@ -67,14 +67,14 @@ class MemoryScreen(WorkScreen):
     CSS_PATH = "memory.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "The bars are the predicted peak of a training step, cut into what it is made of. The list takes the "
-        "bar apart that is marked ▸; the sentence under it explains the item under the cursor. ◂ recipe is "
-        "the precision the recipe trains in, and m makes it the one marked ▸.\n"
-        "At the right, small letters double a setting and capital ones halve it; 'fits up to' is how far it "
-        "could go with the others as they are. Where the recipe does not fit, a makes the change that costs "
-        "least.\n"
-        "'fits': even the upper end of the doubt does. 'tight': less than 5 % is left. "
-        "'uncertain': it depends on the doubt."
+        "The bars show the predicted peak memory of a training step, by what takes it. The list breaks "
+        "down the bar marked ▸; the sentence below explains the selected item. ◂ recipe marks the "
+        "precision that the recipe trains in; [m] changes it to the one marked ▸.\n"
+        "On the right, lower-case keys double a setting and capital keys halve it. 'fits up to' is the "
+        "largest value that fits with the other settings unchanged. If the recipe does not fit, [a] "
+        "applies the change that costs least.\n"
+        "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
+        "only a part of the range fits."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -185,13 +185,13 @@ class MemoryScreen(WorkScreen):
     def action_apply(self) -> None:
         """Make the cheapest change that fits."""
         if not self._changes:
-            self.notify("Still looking for a change that is enough.")
+            self.notify("Still searching for a change that fits.")
             return
         change = self._changes[0]
         if self.qlora_app.workbench.replace(change.recipe):
             self._precision = None
             self.qlora_app.recipe_edited()
-            self.notify(f"{change.label}. u takes it back.")
+            self.notify(f"{change.label}. Press [u] to undo.")
 
     def on_option_list_option_highlighted(self) -> None:
         """Explain the item under the cursor."""

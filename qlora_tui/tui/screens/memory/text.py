@@ -10,6 +10,7 @@ from qlora_tui.formatting import GIB, format_bytes, format_gib, format_percent
 from qlora_tui.memory import Estimate, Item, MemorySaving, Verdict, WhatFits
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.key_names import highlight_keys
 from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
 from qlora_tui.tui.screens.memory.stacked_bar import part_of
 
@@ -69,10 +70,10 @@ def _setting_control(keys: str, name: str, text: str) -> Content:
 
 def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
     """Each change that makes it fit, the cheapest first, with its price."""
-    lines = [Content.assemble(("To make it fit, press ", "bold"), ("a", "$accent bold"), (":", "bold"))]
+    lines = [Content.assemble(("To make it fit, press ", "bold"), ("[a]", "$accent bold"), (":", "bold"))]
     for number, change in enumerate(changes[:CHANGES_SHOWN]):
         if number == 1:
-            lines.append(Content.styled("or change one of these yourself:", "bold"))
+            lines.append(Content.styled("or change one of these:", "bold"))
         word = change.verdict.word
         for index, part in enumerate(wrap(change.label, width - 2)):
             mark = "  " if index else "▸ " if number == 0 else "· "
@@ -88,10 +89,9 @@ def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
 
 def nothing_helps(least_bytes: int) -> Content:
     """In place of the changes."""
-    return Content(
-        "Nothing makes it fit: with every change that saves memory it still takes "
-        f"{format_gib(least_bytes)} GiB. "
-        "Choose a smaller model (1), or a larger card."
+    return highlight_keys(
+        "No change makes it fit: with every change that saves memory it still needs "
+        f"{format_gib(least_bytes)} GiB. Select a smaller model with [1], or use a larger GPU."
     )
 
 
@@ -101,5 +101,5 @@ def verdict_text(verdict: Verdict, precision: str) -> Content:
     spare = abs(verdict.spare_bytes) / GIB
     over = verdict.spare_bytes < 0
     words = f"{precision} {verdict.word}"
-    rest = f": {spare:.1f} GiB {'too much' if over else 'to spare'}. Doubt: {verdict.reason}."
+    rest = f": {spare:.1f} GiB {'over' if over else 'to spare'}. Uncertainty: {verdict.reason}."
     return Content.assemble((words, style), (rest, "dim"))

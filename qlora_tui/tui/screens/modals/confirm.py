@@ -35,8 +35,8 @@ class ConfirmScreen(ModalScreen[bool]):
         with Vertical(classes="card") as card:
             card.border_title = self._title
             yield Static(self._text, markup=False)
-            yes = f"{'⏎ or ' if self._harmless else ''}y  {self._yes}"
-            yield Static(f"{yes}      n  {self._no}", markup=False, classes="fix")
+            yes = f"{'Enter or ' if self._harmless else ''}[y] {self._yes}"
+            yield Static(f"{yes}      [n] {self._no}", markup=False, classes="fix")
 
     def action_agree(self) -> None:
         """Yes, by the key that is pressed without a thought."""

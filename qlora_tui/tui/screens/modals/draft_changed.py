@@ -27,7 +27,7 @@ class DraftChangedScreen(ModalScreen[Choice | None]):
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("m", "dismiss('mine')", "Keep mine"),
-        Binding("t", "dismiss('theirs')", "Take theirs"),
+        Binding("t", "dismiss('theirs')", "Use theirs"),
         Binding("escape", "dismiss(None)", "Decide later"),
     ]
 
@@ -41,9 +41,9 @@ class DraftChangedScreen(ModalScreen[Choice | None]):
             shown.append(f"and {len(self._changes) - _MOST_LINES} more")
         with Vertical(classes="card") as card:
             card.border_title = "Another app changed the recipe"
-            yield Static("Your last edit is not saved yet. Mine → theirs:", markup=False)
-            yield Static("\n".join(shown) or "Only the preset it began as differs.", markup=False)
-            keys = "m  Keep mine      t  Take theirs      esc  Decide later"
+            yield Static("Your last edit is not saved. Changes from yours to theirs:", markup=False)
+            yield Static("\n".join(shown) or "Only the preset it started from differs.", markup=False)
+            keys = "[m] Keep mine      [t] Use theirs      Esc Decide later"
             yield Static(keys, markup=False, classes="fix")
 
 
@@ -72,4 +72,4 @@ def _adopt(app: QloraApp, theirs: Draft, other: Workbench) -> None:
     app.draft = theirs
     app.workbench.adopt(other)
     app.recipe_edited()
-    app.notify("Took the other app's recipe. Undo brings yours back.")
+    app.notify("Loaded the other app's recipe. Press [u] to restore yours.")

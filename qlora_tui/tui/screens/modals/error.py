@@ -26,7 +26,7 @@ class ErrorScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with ViScroll(classes="card") as card:
             card.border_title = self._problem.title
-            card.border_subtitle = "esc closes"
+            card.border_subtitle = "Esc close"
             yield Static(self._problem.what, markup=False)
             if self._problem.why:
                 yield Static(self._problem.why, markup=False, classes="quiet")

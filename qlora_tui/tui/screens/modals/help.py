@@ -14,6 +14,7 @@ from textual.widgets import Static
 
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.keymap import Table, all_commands
+from qlora_tui.tui.render.key_names import highlight_keys
 from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
@@ -26,8 +27,8 @@ _AROUND = 8
 """Of them border, padding and scrollbar."""
 _NARROWEST = 16
 _KEYMAP_TEXT = (
-    "Beside each key stands the name of what it does. A [keymap] in config.toml gives it another key, "
-    'by that name: "train.stop" = "x". Keys are written ctrl+x, escape, enter, slash, f2; several as "x,f2".'
+    "The name beside each key is the command's. To change a key, add the name to [keymap] in config.toml: "
+    '"train.stop" = "x". Write keys as ctrl+x, escape, enter, slash, f2; several as "x,f2".'
 )
 
 
@@ -50,8 +51,8 @@ class HelpScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with ViScroll(classes="card") as card:
             card.border_title = f"Help: {self._title}"
-            card.border_subtitle = "esc closes"
-            yield Static(self._text, markup=False)
+            card.border_subtitle = "Esc close"
+            yield Static(highlight_keys(self._text))
             self._wrapped_for = self.app.size.width
             for heading, commands in self._tables:
                 yield Static(self._table(heading, commands), classes="commands")

@@ -33,7 +33,7 @@ class TextPromptScreen(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="card") as card:
             card.border_title = escape(self._title)
-            card.border_subtitle = "enter takes it · esc cancels"
+            card.border_subtitle = "Enter apply · Esc cancel"
             yield Static(self._text, markup=False)
             yield TextField(self._value, compact=True)
             yield Static("", id="ask-wrong", markup=False)

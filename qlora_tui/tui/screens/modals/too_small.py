@@ -30,12 +30,12 @@ class TooSmallScreen(ModalScreen[None]):
         with Vertical(classes="card") as card:
             card.border_title = "This window is too small"
             yield Static(markup=False)
-            yield Static("enter  show it cut off", classes="fix")
+            yield Static("Enter  show it cut off", classes="fix")
 
     def on_resize(self, event: Resize) -> None:
         """Say the size."""
         size = event.size
         self.query(Static).first().update(
-            f"It is {size.width}×{size.height}, and the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "
+            f"It is {size.width}×{size.height}; the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "
             "Enlarge the window or reduce the font size. Runs continue either way."
         )

@@ -22,7 +22,7 @@ def _line(download: Download, width: int) -> Content:
     head = f"↓ {download.name} "
     if download.status_text:
         return Content.assemble(
-            (head, "bold"), f"{download.status_text}…", ("  c stops", "$text-muted")
+            (head, "bold"), f"{download.status_text}…", ("  [c] stop", "$text-muted")
         ).truncate(width, ellipsis=True)
     speed, left = download.bytes_per_s, download.seconds_left
     figures = f" {format_bytes(download.done_bytes)} of {format_bytes(download.total_bytes)}"
@@ -31,4 +31,4 @@ def _line(download: Download, width: int) -> Content:
     room = min(30, width - len(head) - len(figures) - 9)
     share = download.done_bytes / download.total_bytes if download.total_bytes else 0.0
     drawn = bar(share, room) if room >= 6 else ""
-    return Content.assemble((head, "bold"), (drawn, "$primary"), figures, ("  c stops", "$text-muted"))
+    return Content.assemble((head, "bold"), (drawn, "$primary"), figures, ("  [c] stop", "$text-muted"))

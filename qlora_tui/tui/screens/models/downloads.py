@@ -36,7 +36,7 @@ class Download:
         self.name = name
         self.done_bytes = 0
         self.total_bytes = 0
-        self.status_text = "asking what there is to fetch"
+        self.status_text = "Listing files"
         """What it does, where that is not fetching bytes."""
         self.path: Path | None = None
         """Where the model is, once it is."""

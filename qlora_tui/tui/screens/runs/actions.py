@@ -48,7 +48,7 @@ class RunActions(WorkScreen):
         if bench.replace(recipe):
             bench.forget_architecture()
             self.qlora_app.recipe_edited()
-            self.notify("The recipe is the run's now; u takes that back.")
+            self.notify("Loaded the run's recipe. Press [u] to undo.")
         await prepare_run(self.qlora_app)
 
     def action_save_preset(self) -> None:
@@ -62,7 +62,7 @@ class RunActions(WorkScreen):
                 self._save_preset(name, recipe)
 
         self.app.push_screen(
-            TextPromptScreen("Save as a preset", "Its settings, without model and data.", ""), take
+            TextPromptScreen("Save as a preset", "Name of the preset. Model and data are left out.", ""), take
         )
 
     def action_rename(self) -> None:
@@ -75,7 +75,7 @@ class RunActions(WorkScreen):
             if name is not None:
                 self.try_to(lambda run: actions.rename(run, name), summary.run)
 
-        text = "What lists call it; its folder keeps its name."
+        text = "The new name. The folder keeps its name."
         self.app.push_screen(
             TextPromptScreen("Rename the run", text, summary.name, actions.validate_name), take
         )
@@ -84,7 +84,7 @@ class RunActions(WorkScreen):
         """Take the run away; it can be brought back until the app ends, so nothing is asked."""
         summary = self.current
         if summary is not None and self.try_to(self.trash.put, summary.run):
-            self.notify(f"{summary.name} is deleted when you quit. u brings it back.")
+            self.notify(f"{summary.name} will be deleted when you quit. Press [u] to undo.")
 
     def action_restore(self) -> None:
         """Undo the last deletion."""
@@ -94,7 +94,7 @@ class RunActions(WorkScreen):
             self.qlora_app.show_error(problem)
             return
         if run is not None:
-            self.notify(f"{run.name} is back.")
+            self.notify(f"Restored {run.name}.")
         self.refresh_runs()
 
     def action_copy(self, verb: str) -> None:
@@ -126,7 +126,7 @@ class RunActions(WorkScreen):
         except UserError as problem:
             self.qlora_app.show_error(problem)
         else:
-            self.notify(f"Saved as {name}. p shows it.")
+            self.notify(f"Saved as {name}. Press [p] to see your presets.")
 
     def try_to(self, act: Callable[[RunDir], None], run: RunDir) -> bool:
         """Do it; a problem is shown, and False given."""

@@ -91,8 +91,8 @@ def plot(compared: Sequence[ComparedRun]) -> Plot:
             Curve(one.trace, one.name, style, mark)
             for one, style, mark in zip(compared, _STYLES, MARKS, strict=False)
         ),
-        legend=(("of training, as a running mean", "dim"),),
-        empty="None of these runs has a step.",
+        legend=(("training loss, running mean", "dim"),),
+        empty="None of these runs has a step yet.",
     )
 
 
@@ -125,7 +125,7 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
         cells = "".join(f"{truncate_middle(value, each - 1):<{each}}" for value in values)
         lines.append(Content.assemble((f"{name:<{label}}", "dim"), cells))
     if not settings:
-        lines.append(Content.styled("Their settings are the same.", "dim"))
+        lines.append(Content.styled("Their settings are identical.", "dim"))
     return Content("\n").join(lines)
 
 
@@ -164,7 +164,7 @@ class CompareScreen(CancelsWorkersFirst, ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with Vertical(id="compare") as card:
             card.border_title = f"{len(self._runs)} runs compared"
-            card.border_subtitle = "esc closes"
+            card.border_subtitle = "Esc close"
             yield Graph(empty="Reading the runs…")
             with VerticalScroll(id="compare-table-side"):
                 yield Static(id="compare-table")

@@ -33,10 +33,10 @@ class RunsScreen(RunActions):
     MODE = "runs"
     CSS_PATH = "runs.tcss"
     HELP_TEXT = (
-        "Runs that wait stand on top, the next one first; then the one at work, then the newest. best is the "
-        "lowest validation loss, or with * the last training loss where none was measured; exact, the share "
-        "of short answers that were exact in the last validation. The small curve goes from the run's "
-        "highest loss to its lowest."
+        "Queued runs are listed first, in order; then the active one, then the newest. best is the lowest "
+        "validation loss, or with * the last training loss if none was measured. exact is the share of "
+        "short answers that were exactly right in the last validation. The small curve is scaled from the "
+        "lowest to the highest loss of its run."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -50,11 +50,9 @@ class RunsScreen(RunActions):
         self._footer_key: object = None
 
     def compose_body(self) -> Iterable[Widget]:
-        yield TextField(
-            placeholder="part of a name, a model, a setting or a state", id="runs-filter", compact=True
-        )
+        yield TextField(placeholder="Part of a name, model, setting or state", id="runs-filter", compact=True)
         yield RunTable()
-        yield Static("No runs yet. Press 5 to launch one.", id="runs-empty", markup=False)
+        yield Static("No runs yet. Press [5] to launch one.", id="runs-empty", markup=False)
         yield Static(id="run-detail")
 
     def on_mount(self) -> None:
@@ -91,9 +89,7 @@ class RunsScreen(RunActions):
         if name in self._marked:
             self._marked = tuple(marked for marked in self._marked if marked != name)
         elif len(self._marked) == MAX_COMPARED:
-            self.notify(
-                f"{MAX_COMPARED} runs are marked; that is what one graph can show.", severity="warning"
-            )
+            self.notify(f"At most {MAX_COMPARED} runs can be compared.", severity="warning")
         else:
             self._marked = (*self._marked, name)
         self._show()
@@ -177,8 +173,8 @@ class RunsScreen(RunActions):
         rows = [row for row in self._listing.summaries if self._filter in _search_text(row)]
         self.set_class(not rows, "-empty")
         if not rows:
-            none = "No runs yet. Press 5 to launch one."
-            text = "No run matches; esc shows all." if self._listing.summaries else none
+            none = "No runs yet. Press [5] to launch one."
+            text = "No run matches. Press Esc to show all." if self._listing.summaries else none
             self.query_one("#runs-empty", Static).update(text)
         self.query_one(RunTable).show(rows, self._listing.waiting, self._marked)
         self._show_detail()

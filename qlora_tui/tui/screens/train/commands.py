@@ -10,8 +10,10 @@ _command = ScreenCommands("train")
 _hidden = ScreenCommands("train", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
-    _command("launch", "t", "launch", "Launch", "Launch a run of this recipe, or queue it.", verb="train"),
-    _command("stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, and end the run.", verb="stop"),
+    _command("launch", "t", "launch", "Launch", "Launch a run with this recipe, or queue it.", verb="train"),
+    _command(
+        "stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, then stop the run.", verb="stop"
+    ),
     _command("pause", "z", "pause", "Pause", "Save a checkpoint and free the GPU.", verb="pause"),
     _command("resume", "r", "resume", "Resume", "Resume from the last checkpoint.", verb="resume"),
     _hidden("checkpoint", "k", "ask('checkpoint')", "Checkpoint", "Save a checkpoint now.", verb="ask"),
@@ -22,21 +24,23 @@ COMMANDS: tuple[Command, ...] = (
         "f",
         "ask('finish_epoch')",
         "Finish epoch",
-        "End the run when this epoch is done.",
+        "Stop the run at the end of this epoch.",
         verb="ask",
     ),
-    _hidden("rate", "L", "learning_rate", "Learning rate", "Set the learning rate of the run.", verb="ask"),
+    _hidden(
+        "rate", "L", "learning_rate", "Learning rate", "Change the learning rate of the run.", verb="ask"
+    ),
     _command("remedy", "m", "fix", "Fix", "Apply the suggested fix for the latest warning (asks first)."),
-    _command("chat", "c", "chat", "Chat", "Talk to this run's adapter.", verb="chat"),
-    _command("another", "x", "another", "Another run", "Watch another run, or the queue.", verb="attach"),
-    _command("prepare", "n", "prepare", "New run", "Prepare a run: the recipe in full, and its checks."),
-    _command("detach", "d", "detach", "Detach", "Leave the app; the run goes on."),
-    _hidden("tab", "tab", "next_tab(1)", "Next tab", "Log, samples, health, output."),
+    _command("chat", "c", "chat", "Chat", "Chat with this run's adapter.", verb="chat"),
+    _command("another", "x", "another", "Another run", "Watch another run.", verb="attach"),
+    _command("prepare", "n", "prepare", "New run", "Prepare a new run: edit the recipe and see its checks."),
+    _command("detach", "d", "detach", "Detach", "Leave the app. The run continues."),
+    _hidden("tab", "tab", "next_tab(1)", "Next tab", "Show the next tab: log, samples, health, output."),
     _hidden("tab_back", "shift+tab", "next_tab(-1)", "Previous tab", "Show the previous tab."),
-    _hidden("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Only the last half."),
-    _hidden("zoom_out", "minus", "zoom(-1)", "Zoom out", "Twice as many steps."),
-    _hidden("level", "v", "level", "Level", "All lines, warnings only, errors only."),
-    _hidden("search", "slash", "search", "Search", "Only lines with a text in them."),
+    _hidden("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Show only the last half of the steps."),
+    _hidden("zoom_out", "minus", "zoom(-1)", "Zoom out", "Show twice as many steps."),
+    _hidden("level", "v", "level", "Level", "Show all lines, warnings only, or errors only."),
+    _hidden("search", "slash", "search", "Search", "Show only lines that contain a text."),
     _hidden(
         "copy",
         "y",
@@ -48,10 +52,10 @@ COMMANDS: tuple[Command, ...] = (
 )
 
 REQUEST_NOTICES: dict[Kind, str] = {
-    "checkpoint": "It saves a checkpoint after this step.",
-    "evaluate": "It measures the validation loss after this step.",
-    "sample": "It answers the sample prompts after this step.",
-    "finish_epoch": "It ends when this epoch is done.",
+    "checkpoint": "The run will save a checkpoint after this step.",
+    "evaluate": "The run will measure the validation loss after this step.",
+    "sample": "The run will answer the sample prompts after this step.",
+    "finish_epoch": "The run will stop at the end of this epoch.",
 }
 """What the trainer does with a request, by its kind."""
 _WHEN_RUNNING = frozenset(("pause", "ask", "learning_rate"))
@@ -80,5 +84,5 @@ def validate_rate(text: str) -> str:
     try:
         rate = float(text)
     except ValueError:
-        return "That is not a number; 1e-4 is one."
+        return "Enter a number, such as 1e-4."
     return "" if 0 < rate <= 1 else "It must be above 0 and at most 1."

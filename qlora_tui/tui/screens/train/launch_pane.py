@@ -67,7 +67,7 @@ class CheckList(Static):
     """Whether the run can start; then the checks, what is wrong first, each with its fix."""
 
     def __init__(self) -> None:
-        super().__init__("Looking at what the run needs…", id="checks")
+        super().__init__("Checking what the run needs…", id="checks")
         self._checks: tuple[Check, ...] = ()
 
     def show(self, checks: tuple[Check, ...]) -> None:
@@ -99,7 +99,7 @@ def _conclusion(checks: tuple[Check, ...]) -> Content:
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
         return Content.styled(f"Not ready: {names}.", "bold $error")
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
-    return Content.styled(f"Ready. t {'queues' if waits else 'launches'} it.", "bold $success")
+    return Content.styled(f"Ready. Press [t] to {'queue' if waits else 'launch'} it.", "bold $success")
 
 
 async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:

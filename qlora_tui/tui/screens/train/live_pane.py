@@ -9,12 +9,14 @@ from itertools import groupby
 import psutil
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
+from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.tui import clock
+from qlora_tui.tui.render.key_names import highlight_keys
 from qlora_tui.tui.screens.train.loss_plot import loss_plot, sparklines, steps_axis
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
-from qlora_tui.tui.screens.train.run_header import RunHeader, outcome_text
+from qlora_tui.tui.screens.train.run_header import RunHeader, RunOutcomeText, outcome_text
 from qlora_tui.tui.widgets.gpu_panel import GpuPanel, MachineState
 from qlora_tui.tui.widgets.graph import Graph
 from qlora_tui.tui.widgets.log_tail import SIGNS, Level, LogEntry, LogTail
@@ -27,7 +29,7 @@ _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("errors only", frozenset(("error",))),
 )
 TABS = ("log", "samples", "health", "output")
-_KEYS = "tab next · / search · v level"
+_KEYS = "Tab next · / search · v level"
 
 
 class LivePane(Vertical):
@@ -50,7 +52,7 @@ class LivePane(Vertical):
                 yield Sparklines()
             yield GpuPanel()
         yield TabBar(TABS)
-        yield LogTail("Nothing has happened yet.")
+        yield LogTail("No events yet.")
 
     def show(self, picture: RunSnapshot, from_step: float = 0.0) -> None:
         """Show this run as it is now; what is the same is not painted again."""
@@ -107,7 +109,7 @@ class LivePane(Vertical):
         box = self.query_one("#ending", Static)
         text = "" if outcome is None else f"{outcome.text}\n{outcome.next_step}"
         if str(box.content) != text:
-            box.update(text)
+            box.update(text if outcome is None else _outcome_content(outcome))
         box.display = outcome is not None
         box.set_class(outcome is not None and outcome.is_error, "-error")
 
@@ -125,7 +127,7 @@ class LivePane(Vertical):
             estimate_bytes=view.memory.estimated_bytes if view.memory else None,
             host_bytes=self._host_bytes,
             cores=self._cores,
-            note="The last readings of the run." if over and picture.telemetry else "",
+            note="Last readings of the run." if over and picture.telemetry else "",
         )
 
 
@@ -163,7 +165,7 @@ def _health_entries(picture: RunSnapshot) -> tuple[LogEntry, ...]:
         times = "" if len(warnings) == 1 else f" ({len(warnings)} times)"
         entries.append(LogEntry(last.at, last.severity, f"{steps}: {last.evidence}{times} ▸ {last.remedy}"))
     if picture.fix is not None:
-        entries.append(LogEntry(None, "info", f"▸ m: {picture.fix.label}"))
+        entries.append(LogEntry(None, "info", f"▸ [m] {picture.fix.label}"))
     return tuple(entries)
 
 
@@ -172,3 +174,7 @@ def _health_note(picture: RunSnapshot) -> str:
     if errors:
         return f"✗{errors}"
     return f"!{len(picture.health)}" if picture.health else ""
+
+
+def _outcome_content(outcome: RunOutcomeText) -> Content:
+    return Content.assemble(f"{outcome.text}\n", highlight_keys(outcome.next_step))

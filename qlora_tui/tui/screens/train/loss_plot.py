@@ -101,7 +101,7 @@ def _legend(picture: RunSnapshot) -> tuple[tuple[str, str], ...]:
     if any(picture.curves.loss.broken):
         items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
     if picture.one_in > 1:
-        items.append((f"drawn from one step in {picture.one_in:,}", "dim"))
+        items.append((f"showing 1 of {picture.one_in:,} steps", "dim"))
     return tuple(items)
 
 
@@ -118,5 +118,5 @@ def _number(value: float | None) -> float:
 def _nothing_yet(picture: RunSnapshot) -> str:
     view: RunView = picture.view
     if view.phase in (None, "training"):
-        return "No step yet."
-    return f"No step yet: {view.phase}."
+        return "No steps yet."
+    return f"No steps yet: {view.phase}."

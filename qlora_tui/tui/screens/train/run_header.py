@@ -84,7 +84,7 @@ def facts(picture: RunSnapshot, now: float) -> list[str]:
     """The most telling first: what does not fit is left out."""
     state = picture.status.state
     if state == "queued":
-        return ["waits for its turn"]
+        return ["waiting in the queue"]
     if state in ("starting", "running"):
         return _active_facts(picture, now)
     return _ended_facts(picture, now)
@@ -144,11 +144,11 @@ def outcome_text(picture: RunSnapshot) -> RunOutcomeText | None:
     """What happened, why, what to do; None while the run goes on."""
     state, view = picture.status.state, picture.view
     resume_hint = (
-        "▸ r goes on from its last checkpoint"
+        "▸ [r] resume from the last checkpoint"
         if view.checkpoints
-        else "▸ r starts it again"
+        else "▸ [r] start again"
         if view.attempt
-        else "▸ r queues it"
+        else "▸ [r] queue it"
     )
     match state:
         case "finished":
@@ -156,7 +156,7 @@ def outcome_text(picture: RunSnapshot) -> RunOutcomeText | None:
             reason_text = "" if reason in ("", "all steps done") else f"{reason[:1].upper()}{reason[1:]}. "
             return RunOutcomeText(
                 f"{reason_text}Adapter: {format_path(view.run.adapter_dir)}",
-                "▸ c talks to it   n prepares another run",
+                "▸ [c] chat with it   [n] prepare another run",
             )
         case "failed":
             if isinstance(view.ending, Failed):
@@ -166,16 +166,16 @@ def outcome_text(picture: RunSnapshot) -> RunOutcomeText | None:
                 )
             else:
                 text = picture.status.detail
-            return RunOutcomeText(text, f"{resume_hint}   n prepares another run", is_error=True)
+            return RunOutcomeText(text, f"{resume_hint}   [n] prepare another run", is_error=True)
         case "lost":
             return RunOutcomeText(
-                picture.status.detail, f"{resume_hint}   n prepares another run", is_error=True
+                picture.status.detail, f"{resume_hint}   [n] prepare another run", is_error=True
             )
         case "stopped" | "paused":
-            talk = "   c talks to its adapter" if view.checkpoints else ""
-            return RunOutcomeText(picture.status.detail, f"{resume_hint}{talk}   n prepares another run")
+            talk = "   [c] chat with its adapter" if view.checkpoints else ""
+            return RunOutcomeText(picture.status.detail, f"{resume_hint}{talk}   [n] prepare another run")
         case "unreadable" | "gone":
-            offer = "▸ x shows the other runs   n prepares another run"
+            offer = "▸ [x] show other runs   [n] prepare another run"
             return RunOutcomeText(picture.status.detail, offer, is_error=True)
         case _:
             return None

@@ -35,11 +35,11 @@ class RunPickerScreen(ModalScreen[RunDir | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="card") as card:
             card.border_title = "Watch another run"
-            card.border_subtitle = "enter watches it · 6 has them all · esc closes"
+            card.border_subtitle = "Enter watch · 6 all runs · Esc close"
             if self._runs:
                 yield ViList()
             else:
-                yield Static("There is no other run.")
+                yield Static("There are no other runs.")
 
     def on_mount(self) -> None:
         for runs in self.query(ViList):

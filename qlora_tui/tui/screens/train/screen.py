@@ -52,11 +52,11 @@ class TrainScreen(WorkScreen):
     CSS_PATH = "train.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "Before a run: the recipe in full, and what was checked. Enter edits a setting, h and l step it, "
-        "backspace puts the preset's value back, ' labels each with the letter that goes to it.\n"
-        "During a run: the loss (grey) with its running mean, ◆ validations, ★ the best of them, × where the "
-        "loss was not a number. Strips go from zero to the top they name. ▲ under the memory is the "
-        "estimate. The run belongs to no terminal: leaving the app ends nothing."
+        "Before a run: the whole recipe and its checks. Enter edits a setting, [h] and [l] step it, "
+        "Backspace resets it to the preset's value, ['] labels each setting with a letter to jump to.\n"
+        "During a run: the loss (gray) with its running mean, ◆ validations, ★ the best validation, × "
+        "steps where the loss was not a number. Each small chart goes from zero to the number beside it. "
+        "▲ under the memory bar is the estimate. The run continues when you leave the app."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -130,22 +130,22 @@ class TrainScreen(WorkScreen):
         if run is None:
             return
         if self.state == "queued":
-            self._confirm("Take it out of the queue?", f"{run.id} has not begun.", lambda: actions.stop(run))
+            self._confirm("Remove from the queue?", f"{run.id} has not started.", lambda: actions.stop(run))
         else:
             self._confirm(
                 "Stop the run?",
-                f"{run.id} saves a checkpoint and its adapter, and ends. It can be resumed.",
+                f"{run.id} will save a checkpoint and its adapter, then stop. It can be resumed.",
                 lambda: actions.stop(run),
-                done="It stops after this step.",
+                done="The run will stop after this step.",
             )
 
     def action_pause(self) -> None:
         """Have the run leave the GPU."""
-        self._try(lambda run: actions.pause(run), "It pauses after this step.")
+        self._try(lambda run: actions.pause(run), "The run will pause after this step.")
 
     def action_resume(self) -> None:
         """Queue the run again."""
-        self._try(actions.resume, "It is queued, and goes on from its last checkpoint.")
+        self._try(actions.resume, "Queued. The run will resume from its last checkpoint.")
 
     def action_ask(self, kind: control.Kind) -> None:
         """Leave a request for the trainer."""
@@ -161,13 +161,13 @@ class TrainScreen(WorkScreen):
             if text:
                 self._try(
                     lambda run: control.send_request(run, "set_learning_rate", float(text)),
-                    f"The learning rate becomes {float(text):g} after this step.",
+                    f"The learning rate will change to {float(text):g} after this step.",
                 )
 
         self.app.push_screen(
             TextPromptScreen(
                 "Learning rate",
-                "The peak from here on; the schedule goes on from it.",
+                "The new peak. The schedule continues from it.",
                 proposed,
                 validate_rate,
             ),
@@ -197,7 +197,7 @@ class TrainScreen(WorkScreen):
                 self.qlora_app.recipe_edited()
             self.action_prepare()
 
-        text = "It takes this run's recipe in place of the one in hand; u brings that back."
+        text = "This run's recipe replaces the one you are editing. Press [u] to undo."
         self.app.push_screen(ConfirmScreen(f"{fix.label[:1].upper()}{fix.label[1:]}?", text), take)
 
     async def action_chat(self) -> None:
@@ -229,8 +229,8 @@ class TrainScreen(WorkScreen):
             return
 
         state = read_status(run).state
-        stands = "goes on" if state in ACTIVE else f"is {state}"
-        text = f"{run.id} {stands}. `qlora-tui attach {run.id}` comes back to it."
+        stands = "continues" if state in ACTIVE else f"is {state}"
+        text = f"{run.id} {stands}. Run `qlora-tui attach {run.id}` to watch it again."
 
         def take(yes: bool | None) -> None:
             if yes:
@@ -259,7 +259,9 @@ class TrainScreen(WorkScreen):
         """Ask for a text to search."""
         pane = self.query_one(LivePane)
         self.app.push_screen(
-            TextPromptScreen("Search", "Only lines with this text; nothing shows all.", pane.search),
+            TextPromptScreen(
+                "Search", "Show only lines with this text. Leave empty to show all.", pane.search
+            ),
             lambda text: None if text is None else pane.search_for(text),
         )
 
