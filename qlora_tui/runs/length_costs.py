@@ -39,7 +39,7 @@ def length_costs(
     report: Report,
     recipe: Recipe,
     architecture: Architecture | UserError,
-    room: MemoryBudget,
+    budget: MemoryBudget,
     tokens_per_s: float | None,
 ) -> list[LengthCost]:
     """The recipe's own length, and the data's percentiles. Takes some milliseconds a length."""
@@ -55,7 +55,7 @@ def length_costs(
         verdict = None
         if isinstance(architecture, Architecture):
             try:
-                verdict = check_fit(estimate(changed, architecture, device=room.device), room.bytes)
+                verdict = check_fit(estimate(changed, architecture, device=budget.device), budget.bytes)
             except UserError:
                 verdict = None
         seconds = _tokens(stats, changed) / tokens_per_s if tokens_per_s else None

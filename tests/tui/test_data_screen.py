@@ -432,7 +432,7 @@ def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
 def test_a_split_row_is_learnt_out_of_all_its_tokens(too_long: Any, learnt: str) -> None:
     trained = (256, 256, 256, 232) if too_long == "split" else (256,)
     shown = Shown(1, tuple((Piece("x", True, False),) for _ in trained), (1000,), trained)
-    words = row_line(("", 1), None, shown, Data(max_length=256, too_long=too_long), 80).plain
+    words = row_line(("", 1), None, shown, Data(max_length=256, overflow=too_long), 80).plain
     assert f"{learnt} tokens in loss" in words
 
 

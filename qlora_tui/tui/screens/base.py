@@ -101,7 +101,7 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
     def show_recipe(self, recipe: Recipe) -> None:
         """The recipe has changed (or this screen came to the front)."""
 
-    def show_system_status(self, pulse: SystemStatus) -> None:
+    def show_system_status(self, system_status: SystemStatus) -> None:
         """Another look at card and runs, about once a second while this screen is in front."""
 
     def _recipe_changed(self, recipe: Recipe) -> None:
@@ -110,11 +110,11 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
         self._show_cost()
         self.show_recipe(recipe)
 
-    def _system_status_changed(self, pulse: SystemStatus) -> None:
+    def _system_status_changed(self, system_status: SystemStatus) -> None:
         if not self.is_current:
             return
-        self.query_one(TopBar).show_status(pulse)
-        self.show_system_status(pulse)
+        self.query_one(TopBar).show_status(system_status)
+        self.show_system_status(system_status)
 
     def _show_cost(self) -> None:
         if self.EDITS_RECIPE:

@@ -67,15 +67,15 @@ class AdapterAnswer(Vertical):
         """What was thought before the answer."""
         return self._thought.text.strip()
 
-    async def append_text(self, said: TextChunk) -> None:
+    async def append_text(self, chunk: TextChunk) -> None:
         """Add a piece, of the thought or of the answer."""
-        if said.thought:
-            await self._thought.append_text(said)
+        if chunk.thought:
+            await self._thought.append_text(chunk)
             return
         if not self.text:
             await self._thought.end()
-        self.text += said.text
-        await self._answer.append_text(said.text)
+        self.text += chunk.text
+        await self._answer.append_text(chunk.text)
 
     async def unfold(self, unfolded: bool) -> None:
         """Show the thought, or fold it into its line."""

@@ -39,9 +39,9 @@ class RecipeStrip(Widget):
         self._comparison: dict[Precision, Estimate] | UserError | None = None
         self._room: MemoryBudget | None = None
 
-    def show_recipe(self, workbench: Workbench, room: MemoryBudget) -> None:
+    def show_recipe(self, workbench: Workbench, budget: MemoryBudget) -> None:
         """Repaint with the recipe as it is now, against the memory there is."""
-        shown = (recipe_line(workbench), workbench.comparison(room.device), room)
+        shown = (recipe_line(workbench), workbench.comparison(budget.device), budget)
         if shown != (self._recipe_line, self._comparison, self._room):
             self._bench = workbench
             self._recipe_line, self._comparison, self._room = shown
@@ -67,10 +67,10 @@ class RecipeStrip(Widget):
         return Content("  ").join(costs)
 
 
-def _cost(name: str, estimate: Estimate, room: MemoryBudget, width: int) -> Content:
-    verdict = check_fit(estimate, room.bytes)
-    figures = f"{format_gib(estimate.total_bytes)} of {format_gib(room.bytes)} GiB"
+def _cost(name: str, estimate: Estimate, budget: MemoryBudget, width: int) -> Content:
+    verdict = check_fit(estimate, budget.bytes)
+    figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
     free = width - len(name) - len(figures) - len(verdict.word) - 3
-    drawn = f"{bar(estimate.total_bytes / room.bytes, free)} " if free >= 4 else ""
+    drawn = f"{bar(estimate.total_bytes / budget.bytes, free)} " if free >= 4 else ""
     text = Content.assemble(f"{name} {drawn}{figures} ", (verdict.word, VERDICT_STYLE[verdict.word]))
     return text.pad_right(max(0, width - text.cell_length))

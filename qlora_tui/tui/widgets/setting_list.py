@@ -180,6 +180,6 @@ class SettingList(ScrollView, can_focus=True):
             (f"  * preset: {format_value(usual)}" if changed else "", "dim"),
         )
         if here and self.has_focus:
-            room = self.scrollable_content_region.width - row.cell_length
-            return row.pad_right(max(0, room)).stylize("reverse")
+            width_left = self.scrollable_content_region.width - row.cell_length
+            return row.pad_right(max(0, width_left)).stylize("reverse")
         return row

@@ -71,11 +71,11 @@ class Sparklines(DiffWidget):
         return lines
 
     def _in_one_line(self, strips: tuple[SparklineData, ...], width: int) -> Content:
-        room = (width - 2 * (len(strips) - 1)) // len(strips)
+        width_left = (width - 2 * (len(strips) - 1)) // len(strips)
         parts = []
         for strip in strips:
             head = Content.assemble((f"{strip.name} ", "dim"), f"{strip.value} ")
-            parts.append(head + self._rows(strip, max(0, room - head.cell_length), 1)[0])
+            parts.append(head + self._rows(strip, max(0, width_left - head.cell_length), 1)[0])
         return Content("  ").join(parts)
 
     def _rows(self, strip: SparklineData, width: int, height: int) -> list[Content]:

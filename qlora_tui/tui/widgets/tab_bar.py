@@ -44,8 +44,8 @@ class TabBar(DiffWidget):
             style = "reverse bold" if name == self.front else "dim"
             parts.append(Content.styled(text, style).stylize(f"@click=screen.show_tab('{name}')"))
         line = Content.styled("│", "dim").join(parts)
-        room = width - line.cell_length - 2
-        state = Content.styled(truncate_middle(self._state, room), "bold")
+        width_left = width - line.cell_length - 2
+        state = Content.styled(truncate_middle(self._state, width_left), "bold")
         hint = Content.styled(f"  {self._hint}" if self._hint else "", "dim")
-        end = state + hint if state.cell_length + hint.cell_length <= room else state
-        return [line + Content(" " * max(0, room - end.cell_length + 1)) + end]
+        end = state + hint if state.cell_length + hint.cell_length <= width_left else state
+        return [line + Content(" " * max(0, width_left - end.cell_length + 1)) + end]

@@ -76,14 +76,14 @@ class ThoughtView(Vertical):
     def unfolded(self) -> bool:
         return self.has_class("-unfolded")
 
-    async def append_text(self, said: TextChunk) -> None:
+    async def append_text(self, chunk: TextChunk) -> None:
         """Add a piece of the thought."""
         now = time.monotonic()
         if not self.text:
             self._began_at = now
             self.add_class("-begun")
-        self.text += said.text
-        self._tokens = said.tokens
+        self.text += chunk.text
+        self._tokens = chunk.tokens
         if self.unfolded:
             await self._append_pending()
         if now - self._painted_at >= _PAINT_EVERY_S:

@@ -29,19 +29,19 @@ class TopBar(Widget):
         self._mode = mode
         self._status = SystemStatus()
 
-    def show_status(self, pulse: SystemStatus) -> None:
+    def show_status(self, system_status: SystemStatus) -> None:
         """Repaint if what is shown has changed."""
         before = self.status_options(self._status)
-        self._status = pulse
-        if self.status_options(pulse) != before:
+        self._status = system_status
+        if self.status_options(system_status) != before:
             self.refresh()
 
     def render(self) -> RenderResult:
         map_ = self._map()
-        room = self.size.width - map_.cell_length - 1
-        pulse = next((p for p in self.status_options(self._status) if len(p) <= room), "")
-        gap = " " * max(1, self.size.width - map_.cell_length - len(pulse))
-        return Content.assemble(map_, gap, pulse)
+        width_left = self.size.width - map_.cell_length - 1
+        system_status = next((p for p in self.status_options(self._status) if len(p) <= width_left), "")
+        gap = " " * max(1, self.size.width - map_.cell_length - len(system_status))
+        return Content.assemble(map_, gap, system_status)
 
     def _map(self) -> Content:
         parts: list[Content | str] = []
@@ -55,19 +55,19 @@ class TopBar(Widget):
         return Content.assemble(*parts)
 
     @staticmethod
-    def status_options(pulse: SystemStatus) -> list[str]:
+    def status_options(system_status: SystemStatus) -> list[str]:
         """What could be said, the longest first."""
-        run = _run_text(pulse)
-        card = _card_text(pulse)
+        run = _run_text(system_status)
+        card = _card_text(system_status)
         short_run = run.split(" loss ")[0]
         options = [f"{run}   {card}", f"{short_run}   {card}", run, card, short_run, ""]
         return [option.strip() + " " for option in options]
 
 
-def _run_text(pulse: SystemStatus) -> str:
-    status = pulse.active_status
+def _run_text(system_status: SystemStatus) -> str:
+    status = system_status.active_status
     if status is None:
-        return f"{len(pulse.waiting)} waiting" if pulse.waiting else ""
+        return f"{len(system_status.waiting)} waiting" if system_status.waiting else ""
     from qlora_tui.runs.events import STEP_PHASES  # the first frame has no run to tell of
 
     # An attempt that only begins says what it does.
@@ -77,13 +77,13 @@ def _run_text(pulse: SystemStatus) -> str:
     return f"● {status.step:,}/{status.total_steps:,}{loss}"
 
 
-def _card_text(pulse: SystemStatus) -> str:
-    if pulse.gpu is None:
+def _card_text(system_status: SystemStatus) -> str:
+    if system_status.gpu is None:
         return "no GPU"
-    reading = pulse.gpu_metrics
+    reading = system_status.gpu_metrics
     if reading is None:
-        return f"{pulse.gpu.short_name} NA"
+        return f"{system_status.gpu.short_name} NA"
     use = "NA" if reading.utilization_percent is None else f"{reading.utilization_percent}%"
     heat = "" if reading.temperature_c is None else f" {reading.temperature_c}°"
     memory = f"{format_gib(reading.memory_used_bytes)}/{format_gib(reading.memory_total_bytes)}G"
-    return f"{pulse.gpu.short_name} {use} {memory}{heat}"
+    return f"{system_status.gpu.short_name} {use} {memory}{heat}"

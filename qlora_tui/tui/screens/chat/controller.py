@@ -79,7 +79,7 @@ class ChatController(WorkScreen):
     def show_head(self, doing: str = "") -> None:
         """Say whom it is that is talked to, and what is being done."""
 
-    def show_effect(self, said: str | Effect) -> None:
+    def show_effect(self, effect: str | Effect) -> None:
         """Say what the adapter changes, or how far that has come."""
 
     async def send(self, prompt: str) -> None:
@@ -116,9 +116,9 @@ class ChatController(WorkScreen):
         )
         self.app.push_screen(ConfirmScreen("A run is training", text, yes="Load anyway", no="Wait"), answered)
 
-    def _yield_memory_to_run(self, pulse: SystemStatus) -> None:
+    def _yield_memory_to_run(self, system_status: SystemStatus) -> None:
         """A run that begins gets the memory that the chat holds."""
-        active = pulse.active
+        active = system_status.active
         if self.ready is not None and active is not None and active.id not in self.shares_with:
             self.ready = None
             self.run_worker(DeferredWork(self._unload_for, active.id))
@@ -234,13 +234,13 @@ class ChatController(WorkScreen):
 
     def _save_transcript(self, turn: ChatTurn, sampling: Sampling) -> None:
         spoken = {v: answer for v, answer in turn.answers.items() if answer.text or answer.thought}
-        said = {adapter_name: answer.text for adapter_name, answer in spoken.items()}
+        texts = {adapter_name: answer.text for adapter_name, answer in spoken.items()}
         thoughts = {adapter_name: answer.thought for adapter_name, answer in spoken.items()}
-        if not said or turn not in self.turns:
+        if not texts or turn not in self.turns:
             return
         try:
             transcript.append_exchange(
-                self.run_dir, turn.prompt, said, sampling, self.system_prompt, thoughts
+                self.run_dir, turn.prompt, texts, sampling, self.system_prompt, thoughts
             )
         except OSError as error:
             self.notify(f"Could not write the transcript: {error.strerror}.", severity="warning")
@@ -250,8 +250,8 @@ class ChatController(WorkScreen):
         messages = [Message("system", self.system_prompt)] if self.system_prompt else []
         earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
         for before in earlier:
-            said = before.answers.get(adapter_name)
-            if said is not None and said.text:
-                answer = Message("assistant", said.text, reasoning=said.thought)
-                messages += [Message("user", before.prompt), answer]
+            answer = before.answers.get(adapter_name)
+            if answer is not None and answer.text:
+                reply = Message("assistant", answer.text, reasoning=answer.thought)
+                messages += [Message("user", before.prompt), reply]
         return (*messages, Message("user", turn.prompt))

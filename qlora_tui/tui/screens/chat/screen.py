@@ -256,10 +256,10 @@ class ChatScreen(ChatController):
         await turn.remove()
         return turn
 
-    def show_effect(self, said: str | Effect) -> None:
-        self._effect = said
-        shown = Content(said) if isinstance(said, str) else words.effect_text(said, self.size.width - 2)
-        self.query_one("#effect").display = bool(said)
+    def show_effect(self, effect: str | Effect) -> None:
+        self._effect = effect
+        shown = Content(effect) if isinstance(effect, str) else words.effect_text(effect, self.size.width - 2)
+        self.query_one("#effect").display = bool(effect)
         update_if_changed(self.query_one("#effect", Static), shown)
 
     def show_head(self, doing: str = "") -> None:

@@ -93,8 +93,8 @@ def effect_text(measured: Effect, width: int) -> Content:
         most = max(measured.layers, key=lambda change: change.relative)
         before = f"{figures} · layers moved: {first} "
         after = f" {last}, most {format_float(most.relative * 100, 2)}% in {most.layer}"
-        room = min(len(measured.layers), max(_FEWEST_COLUMNS, width - len(before + after)))
-        columns = downsample([change.relative for change in measured.layers], room)
+        width_left = min(len(measured.layers), max(_FEWEST_COLUMNS, width - len(before + after)))
+        columns = downsample([change.relative for change in measured.layers], width_left)
         figures = before + blocks(columns, 0.0, most.relative, 1)[0] + after
     warning = f"\n{measured.warning}" if measured.warning else ""
     return Content.assemble(measured.sentence, (warning, "$text-warning"), (f"\n{figures}", "$text-muted"))

@@ -237,8 +237,8 @@ class DataScreen(DataActions):
 
     def _update_costs(self) -> None:
         """Work out what other lengths would cost, once there is a whole report."""
-        recipe, room = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
-        key = (self.report, recipe, room)
+        recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
+        key = (self.report, recipe, budget)
         if self.report is None or not self.report.complete or key == self._costs_key:
             return
         self._costs_key = key

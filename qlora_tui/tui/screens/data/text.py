@@ -176,10 +176,10 @@ def row_line(place: Place, report: Report | None, shown: Shown | None, data: Dat
         (" control ", "reverse"),
         ("  ‹ › rows", "dim"),
     )
-    room = width - len(words) - legend.cell_length
-    if room < 2:
+    width_left = width - len(words) - legend.cell_length
+    if width_left < 2:
         return Content(words)
-    return Content.assemble(words, " " * room, legend)
+    return Content.assemble(words, " " * width_left, legend)
 
 
 def _join_to_width(parts: Sequence[str], width: int) -> str:

@@ -63,23 +63,32 @@ class HomeReader:
         self._local_models = None
 
     def read(
-        self, bench: Workbench, room: MemoryBudget, pulse: SystemStatus, now: float, *, across: int, down: int
+        self,
+        bench: Workbench,
+        budget: MemoryBudget,
+        system_status: SystemStatus,
+        now: float,
+        *,
+        across: int,
+        down: int,
     ) -> HomeFacts:
         """How things stand, on ``down`` lines of ``across`` cells beside the titles."""
         across = max(_LEAST_ACROSS, across)
         if self._local_models is None:
             self._local_models = sum(model.refusal is None for model in list_local_models())
-        status = pulse.latest_status
+        status = system_status.latest_status
         news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
         away = news and status is not None and status.at < self._started_at
-        summary = self._summaries.get(pulse.latest) if pulse.latest is not None else None
+        summary = self._summaries.get(system_status.latest) if system_status.latest is not None else None
         checkpoints = (
-            pulse.latest.checkpoints() if pulse.latest and status and status.state in RESUMABLE else []
+            system_status.latest.checkpoints()
+            if system_status.latest and status and status.state in RESUMABLE
+            else []
         )
         standing = HomeState(
             recipe=bench.recipe,
             local_models=self._local_models,
-            verdict=self._verdict_word(bench, room),
+            verdict=self._verdict_word(bench, budget),
             last_run=summary.name if summary else "",
             last_state=status.state if status else None,
             last_is_news=news,
@@ -90,55 +99,62 @@ class HomeReader:
         )
         step = next_step(standing)
         parts = {
-            "card": gpu_lines(pulse, room),
+            "card": gpu_lines(system_status, budget),
             "run": run_lines(summary, away, now, across),
-            "queue": queue_lines(pulse.waiting),
-            "recipe": recipe_lines(bench, room),
+            "queue": queue_lines(system_status.waiting),
+            "recipe": recipe_lines(bench, budget),
             "next": next_lines(step, other_steps(standing, step)),
         }
         wrapped = {name: _wrapped(lines, across) for name, lines in parts.items()}
         # A line under each part.
         left = down - 1 - sum(len(lines) + 1 for lines in wrapped.values())
-        wrapped["recent"] = _wrapped(self._recent(pulse, now, across, min(left, _MOST_RECENT)), across)
+        wrapped["recent"] = _wrapped(
+            self._recent(system_status, now, across, min(left, _MOST_RECENT)), across
+        )
         return HomeFacts(wrapped, step)
 
-    def _recent(self, pulse: SystemStatus, now: float, across: int, down: int) -> list[Content]:
+    def _recent(self, system_status: SystemStatus, now: float, across: int, down: int) -> list[Content]:
         """The runs before the last."""
-        shown = {*pulse.waiting, pulse.latest.id if pulse.latest else ""}
+        shown = {*system_status.waiting, system_status.latest.id if system_status.latest else ""}
         others = (run for name, run in self._summaries.all_runs().items() if name not in shown)
         return recent_lines([self._summaries.get(run) for run in islice(others, max(0, down))], now, across)
 
-    def _verdict_word(self, bench: Workbench, room: MemoryBudget) -> str:
-        key = (bench.recipe, room)
+    def _verdict_word(self, bench: Workbench, budget: MemoryBudget) -> str:
+        key = (bench.recipe, budget)
         if self._verdict[0] != key:
-            estimate = estimate_of(bench, room)
-            self._verdict = (key, "" if estimate is None else check_fit(estimate, room.bytes).word)
+            estimate = estimate_of(bench, budget)
+            self._verdict = (key, "" if estimate is None else check_fit(estimate, budget.bytes).word)
         return self._verdict[1]
 
 
-def estimate_of(bench: Workbench, room: MemoryBudget) -> Estimate | None:
+def estimate_of(bench: Workbench, budget: MemoryBudget) -> Estimate | None:
     """Of the recipe in its own precision; None without a model."""
-    compared = bench.comparison(room.device)
+    compared = bench.comparison(budget.device)
     if isinstance(compared, UserError):
         return None
     method = bench.recipe.quantization.method
     return compared["int8" if method == "int8" else "fp16" if method == "none" else "nf4"]
 
 
-def gpu_lines(pulse: SystemStatus, room: MemoryBudget) -> list[Content]:
+def gpu_lines(system_status: SystemStatus, budget: MemoryBudget) -> list[Content]:
     """The card and how busy it is, or what there is instead."""
-    if pulse.gpu is None:
-        memory = f"{format_gib(room.bytes)} GiB"
+    if system_status.gpu is None:
+        memory = f"{format_gib(budget.bytes)} GiB"
         where = (
-            "runs train on the CPU, slowly" if room.device.kind == "cpu" else f"estimates are for {room.name}"
+            "runs train on the CPU, slowly"
+            if budget.device.kind == "cpu"
+            else f"estimates are for {budget.name}"
         )
         first = Content.assemble(("No GPU", "bold"), f"   {where}   {memory} of memory")
-        return [first, *([Content.styled(pulse.no_gpu_reason, "dim")] if pulse.no_gpu_reason else [])]
-    card, reading = pulse.gpu, pulse.gpu_metrics
+        return [
+            first,
+            *([Content.styled(system_status.no_gpu_reason, "dim")] if system_status.no_gpu_reason else []),
+        ]
+    card, reading = system_status.gpu, system_status.gpu_metrics
     if reading is None:
         return [
             Content.assemble((card.short_name, "bold"), "   does not respond"),
-            Content.styled(pulse.no_gpu_reason, "dim"),
+            Content.styled(system_status.no_gpu_reason, "dim"),
         ]
     use = "NA" if reading.utilization_percent is None else f"{reading.utilization_percent}%"
     heat = "NA" if reading.temperature_c is None else f"{reading.temperature_c} °C"
@@ -258,18 +274,18 @@ def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
     return shown
 
 
-def recipe_lines(workbench: Workbench, room: MemoryBudget) -> list[Content]:
+def recipe_lines(workbench: Workbench, budget: MemoryBudget) -> list[Content]:
     """What is being prepared, and whether it fits."""
     first = Content(recipe_line(workbench))
-    estimate = estimate_of(workbench, room)
+    estimate = estimate_of(workbench, budget)
     if estimate is None:
-        compared = workbench.comparison(room.device)
+        compared = workbench.comparison(budget.device)
         if isinstance(compared, UserError) and workbench.recipe.model.id:
             return [first, Content.styled(f"{compared.what} {compared.fix}", "dim")]
         return [first]
-    verdict = check_fit(estimate, room.bytes)
-    share = estimate.total_bytes / room.bytes
-    figures = f"{bar(share, _CURVE)} {format_gib(estimate.total_bytes)} of {format_gib(room.bytes)} GiB  "
+    verdict = check_fit(estimate, budget.bytes)
+    share = estimate.total_bytes / budget.bytes
+    figures = f"{bar(share, _CURVE)} {format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB  "
     return [first, Content.assemble(figures, (verdict.word, VERDICT_STYLE[verdict.word]))]
 
 

@@ -98,7 +98,7 @@ class HomeScreen(WorkScreen):
     def show_recipe(self, recipe: Recipe) -> None:
         self._start_reading()
 
-    def show_system_status(self, pulse: SystemStatus) -> None:
+    def show_system_status(self, system_status: SystemStatus) -> None:
         self._start_reading()
 
     async def action_next(self) -> None:
@@ -209,13 +209,15 @@ class HomeScreen(WorkScreen):
         for part, lines in facts.parts.items():
             self._put(part, lines)
 
-    def _facts(self, bench: Workbench, pulse: SystemStatus, size: Size) -> HomeFacts:
+    def _facts(self, bench: Workbench, system_status: SystemStatus, size: Size) -> HomeFacts:
         from qlora_tui.tui.screens.home.reader import HomeReader
 
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
-        room, now = self.qlora_app.memory_budget, clock.now()
-        return self._reader.read(bench, room, pulse, now, across=size.width - _TITLE, down=size.height)
+        budget, now = self.qlora_app.memory_budget, clock.now()
+        return self._reader.read(
+            bench, budget, system_status, now, across=size.width - _TITLE, down=size.height
+        )
 
     def _put(self, part: str, lines: tuple[Content, ...]) -> None:
         """Show a part if it reads differently than before."""

@@ -34,13 +34,13 @@ LORA_CONTROLS: tuple[LoraControl, ...] = (
 )
 
 
-def control_line(knob: LoraControl, recipe: Recipe, base: Recipe) -> Content:
+def control_line(control: LoraControl, recipe: Recipe, base: Recipe) -> Content:
     """``r R rank        16*``: keys, name, value, and a star where it is not the preset's."""
-    name = _NAMES.get(knob.path, fields()[knob.path].key)
-    value = get_setting(recipe, knob.path)
-    star = "*" if value != get_setting(base, knob.path) else " "
+    name = _NAMES.get(control.path, fields()[control.path].key)
+    value = get_setting(recipe, control.path)
+    star = "*" if value != get_setting(base, control.path) else " "
     return Content.assemble(
-        (f"{knob.keys:<4}", "$accent bold"), f"{name:<8}", (f"{format_value(value):>6}{star}", "bold")
+        (f"{control.keys:<4}", "$accent bold"), f"{name:<8}", (f"{format_value(value):>6}{star}", "bold")
     )
 
 

@@ -153,9 +153,9 @@ class ModuleGrid(Widget, can_focus=True):
         table = self._table
         if table is None:
             return Content("")
-        room = max(1, self.content_size.width - self._head_width)
-        self._first_column = self._window(room)
-        shown = range(self._first_column, min(self._first_column + room, len(table.columns)))
+        width_left = max(1, self.content_size.width - self._head_width)
+        self._first_column = self._window(width_left)
+        shown = range(self._first_column, min(self._first_column + width_left, len(table.columns)))
         first = self._first_row()
         rows = range(first, min(first + self.content_size.height - 1, len(table.rows)))
         return Content("\n").join([self._axis(shown), *(self._line(row, shown) for row in rows)])
@@ -167,12 +167,12 @@ class ModuleGrid(Widget, can_focus=True):
         shapes = max(len(row.shape) for row in self._table.rows)
         return 4 + min(names, LONGEST_KIND) + 1 + shapes + 1 + 7 + 7
 
-    def _window(self, room: int) -> int:
+    def _window(self, width_left: int) -> int:
         """The first column to show so that the cursor's is in view."""
         assert self._table is not None
-        last = max(0, len(self._table.columns) - room)
+        last = max(0, len(self._table.columns) - width_left)
         column = max(self._column, 0)
-        return min(max(min(self._first_column, column), column - room + 1), last)
+        return min(max(min(self._first_column, column), column - width_left + 1), last)
 
     def _first_row(self) -> int:
         """The first row to show so that the cursor's is in view."""

@@ -221,10 +221,10 @@ class LoraScreen(WorkScreen):
         if self.query_one("#targets-input").display:
             self._leave_patterns()
 
-    async def _compute_deltas(self, recipe: Recipe, room: MemoryBudget, architecture: Architecture) -> None:
+    async def _compute_deltas(self, recipe: Recipe, budget: MemoryBudget, architecture: Architecture) -> None:
         await asyncio.sleep(SETTLED_S)
         base = self.qlora_app.workbench.base
-        known = await asyncio.to_thread(memory_deltas, recipe, base, architecture, room.device)
+        known = await asyncio.to_thread(memory_deltas, recipe, base, architecture, budget.device)
         self.post_message(self.DeltasReady(recipe, known))
 
     def _deltas_for(self, recipe: Recipe) -> MemoryDeltas | None:
@@ -247,10 +247,10 @@ class LoraScreen(WorkScreen):
     def _show_targets(self, recipe: Recipe) -> None:
         text = ", ".join(recipe.lora.target_modules)
         note = targets_advice(recipe.lora)
-        room = self.size.width - len("targets ") - len(text) - 4
+        width_left = self.size.width - len("targets ") - len(text) - 4
         update_if_changed(
             self.query_one("#targets-text", Static),
-            Content.assemble((text, "bold"), (f"  {note}" if room >= len(note) else "", "$text-muted")),
+            Content.assemble((text, "bold"), (f"  {note}" if width_left >= len(note) else "", "$text-muted")),
         )
         self._show_chosen(recipe.lora.target_modules, recipe)
         self._show_cursor()
@@ -285,10 +285,10 @@ class LoraScreen(WorkScreen):
         base = self.qlora_app.workbench.base
         known = self._deltas_for(recipe)
         lines = []
-        for knob in LORA_CONTROLS:
-            head = control_line(knob, recipe, base)
-            words = advice(knob.path, recipe.lora)
-            if knob.path == "lora.use_dora" and known:
+        for control in LORA_CONTROLS:
+            head = control_line(control, recipe, base)
+            words = advice(control.path, recipe.lora)
+            if control.path == "lora.use_dora" and known:
                 words = f"{format_delta(known.dora_bytes)}. {words}"
             if self.size.width >= 100:
                 parts = [Content.styled(f"    {part}", "$text-muted") for part in wrap(words, width - 4)]

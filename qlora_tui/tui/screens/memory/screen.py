@@ -123,11 +123,11 @@ class MemoryScreen(WorkScreen):
         self.query_one("#items").focus()
 
     def show_recipe(self, recipe: Recipe) -> None:
-        room = self.qlora_app.memory_budget
-        if self._shown_for == (recipe, room):
+        budget = self.qlora_app.memory_budget
+        if self._shown_for == (recipe, budget):
             return
-        self._shown_for = (recipe, room)
-        compared = self.qlora_app.workbench.comparison(room.device)
+        self._shown_for = (recipe, budget)
+        compared = self.qlora_app.workbench.comparison(budget.device)
         problem = compared if isinstance(compared, UserError) else None
         self.query_one("#memory-body").display = problem is None
         empty = self.query_one("#memory-empty", Static)
@@ -142,13 +142,13 @@ class MemoryScreen(WorkScreen):
         self._tracing = ""
         if not self._compared[precision_of(recipe)].exact:
             self._tracing = "tracing a step…"
-            self.run_worker(DeferredWork(self._trace, recipe, room), exclusive=True, group="trace")
+            self.run_worker(DeferredWork(self._trace, recipe, budget), exclusive=True, group="trace")
         else:
             self.workers.cancel_group(self, "trace")
         self._show_all()
-        self.run_worker(DeferredWork(self._solve, recipe, room), exclusive=True, group="solve")
+        self.run_worker(DeferredWork(self._solve, recipe, budget), exclusive=True, group="solve")
 
-    def show_system_status(self, pulse: SystemStatus) -> None:
+    def show_system_status(self, system_status: SystemStatus) -> None:
         if self._compared and self._heading_text() != self._heading:
             self._show_bars()
 
@@ -206,7 +206,7 @@ class MemoryScreen(WorkScreen):
         self._refresh_offered_keys()
         self._show_side_panel()
 
-    async def _solve(self, recipe: Recipe, room: MemoryBudget) -> None:
+    async def _solve(self, recipe: Recipe, budget: MemoryBudget) -> None:
         architecture = self.qlora_app.workbench.architecture()
         if isinstance(architecture, UserError):
             return
@@ -214,26 +214,26 @@ class MemoryScreen(WorkScreen):
         fits = self._recipe_fits()
 
         def answer() -> MemoryScreen.Solved:
-            fitting = largest_settings(recipe, architecture, room.bytes, device=room.device)
-            changes = cheapest_changes(recipe, architecture, room.bytes, device=room.device)
+            fitting = largest_settings(recipe, architecture, budget.bytes, device=budget.device)
+            changes = cheapest_changes(recipe, architecture, budget.bytes, device=budget.device)
             hopeless = not fits and not changes
-            least = minimum_bytes(recipe, architecture, device=room.device) if hopeless else 0
+            least = minimum_bytes(recipe, architecture, device=budget.device) if hopeless else 0
             return self.Solved(recipe, fitting, changes, least)
 
         await asyncio.sleep(SETTLED_S)
         self.post_message(await asyncio.to_thread(answer))
 
-    async def _trace(self, recipe: Recipe, room: MemoryBudget) -> None:
-        """Count a step of the real model, where its layers have no formula."""
+    async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
+        """Count a step of the real model, where its layers have no formula of their own."""
         await asyncio.sleep(SETTLED_S)
         try:
-            traced = await trace_step(load_model_config(recipe.model.id), recipe, room.device)
+            traced = await trace_step(load_model_config(recipe.model.id), recipe, budget.device)
         except UserError as problem:
             self._tracing = f"not traced: {problem.what}"
         else:
             self._tracing = ""  # the estimate's own note says so
-            self.qlora_app.workbench.use_trace(recipe, room.device, traced)
-            compared = self.qlora_app.workbench.comparison(room.device)
+            self.qlora_app.workbench.use_trace(recipe, budget.device, traced)
+            compared = self.qlora_app.workbench.comparison(budget.device)
             self._compared = self._compared if isinstance(compared, UserError) else compared
         self._show_all()
 
@@ -245,32 +245,36 @@ class MemoryScreen(WorkScreen):
             self._show_explanation()
 
     def _heading_text(self) -> str:
-        room, pulse = self.qlora_app.memory_budget, self.qlora_app.system_status
+        budget, system_status = self.qlora_app.memory_budget, self.qlora_app.system_status
         more = [words for words in (self._compared[self.precision].correction_words, self._tracing) if words]
         peak = "Peak" if more and self.size.width < 100 else "Peak of a training step"
-        what = f"{peak} against {format_gib(room.bytes)} GiB"
-        if pulse.gpu is not None and room.name == pulse.gpu.short_name:
-            free = "" if pulse.free_bytes is None else f", {format_gib(pulse.free_bytes)} free now"
-            what = f"{what}: {room.name}{free}"
-        elif not room.name.startswith("a card"):
-            what = f"{what}, {room.name}"
+        what = f"{peak} against {format_gib(budget.bytes)} GiB"
+        if system_status.gpu is not None and budget.name == system_status.gpu.short_name:
+            free = (
+                ""
+                if system_status.free_bytes is None
+                else f", {format_gib(system_status.free_bytes)} free now"
+            )
+            what = f"{what}: {budget.name}{free}"
+        elif not budget.name.startswith("a card"):
+            what = f"{what}, {budget.name}"
         return "; ".join([what, *more])
 
     def _show_bars(self) -> None:
         self._refresh_offered_keys()
-        room = self.qlora_app.memory_budget
+        budget = self.qlora_app.memory_budget
         own = precision_of(self.qlora_app.workbench.recipe)
         width = max(10, self.size.width - 43)
         self._heading = self._heading_text()
         lines = [Content.styled(self._heading, "$text-muted")]
         for precision in PRECISIONS:
             estimate = self._compared[precision]
-            word = check_fit(estimate, room.bytes).word
+            word = check_fit(estimate, budget.bytes).word
             mark = "▸" if precision == self.precision else " "
             lines.append(
                 Content.assemble(
                     (f"{mark} {PRECISION_NAMES[precision]:<5}", "bold" if mark == "▸" else ""),
-                    stacked_bar(estimate, room.bytes, width),
+                    stacked_bar(estimate, budget.bytes, width),
                     f" {format_gib(estimate.total_bytes):>6} GiB ",
                     (f"{word:<12}", VERDICT_STYLE[word]),
                     (" ◂ recipe" if precision == own else "", "$accent"),

@@ -26,9 +26,13 @@ def item_line(item: Item, estimate: Estimate, largest_bytes: int, width: int) ->
     part = part_of(item.key)
     share = format_percent(item.bytes / estimate.total_bytes)
     text = f" {item.label:<20.20} {format_bytes(item.bytes):>9} {share:>4} "
-    room = width - 1 - len(text)
-    drawn = bar(item.bytes / largest_bytes, min(room, BAR_WIDTH)).replace("░", " ") if room >= 4 else ""
-    beside = f"  {item.explanation}"[: max(0, room - BAR_WIDTH)] if room >= BAR_WIDTH + 60 else ""
+    width_left = width - 1 - len(text)
+    drawn = (
+        bar(item.bytes / largest_bytes, min(width_left, BAR_WIDTH)).replace("░", " ")
+        if width_left >= 4
+        else ""
+    )
+    beside = f"  {item.explanation}"[: max(0, width_left - BAR_WIDTH)] if width_left >= BAR_WIDTH + 60 else ""
     return Content.assemble((part.glyph, part.style), text, (drawn + beside, "$text-muted"))
 
 

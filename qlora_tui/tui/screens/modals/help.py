@@ -71,7 +71,7 @@ class HelpScreen(ModalScreen[None]):
 
     def _table(self, heading: str, commands: tuple[Command, ...]) -> Content:
         """By hand: a table of Rich's takes longer to draw than all the rest of the page to open."""
-        room = min(_WIDEST, self.app.size.width * 94 // 100) - _AROUND
+        width_left = min(_WIDEST, self.app.size.width * 94 // 100) - _AROUND
         keymap = cast("QloraApp", self.app).settings.keymap
         columns = [[" ".join(map(self._shown, command.keys(keymap))) for command in commands]]
         if self._names:
@@ -82,7 +82,7 @@ class HelpScreen(ModalScreen[None]):
             texts = [f"{column[number]:<{width}}  " for column, width in zip(columns, widths, strict=True)]
             head = " " + "".join(texts)
             verb = f" (qlora-tui {command.verb})" if command.verb and not self._names else ""
-            pieces = wrap(f"{command.help}{verb}", max(_NARROWEST, room - len(head)))
+            pieces = wrap(f"{command.help}{verb}", max(_NARROWEST, width_left - len(head)))
             lines += [
                 Content((" " * len(head) if below else head) + piece) for below, piece in enumerate(pieces)
             ]

@@ -28,7 +28,7 @@ def _line(download: Download, width: int) -> Content:
     figures = f" {format_bytes(download.done_bytes)} of {format_bytes(download.total_bytes)}"
     if speed is not None and left is not None:
         figures += f", {format_bytes(round(speed))}/s, {format_duration(left)} left"
-    room = min(30, width - len(head) - len(figures) - 9)
+    width_left = min(30, width - len(head) - len(figures) - 9)
     share = download.done_bytes / download.total_bytes if download.total_bytes else 0.0
-    drawn = bar(share, room) if room >= 6 else ""
+    drawn = bar(share, width_left) if width_left >= 6 else ""
     return Content.assemble((head, "bold"), (drawn, "$primary"), figures, ("  [c] stop", "$text-muted"))

@@ -42,7 +42,7 @@ class HubFacts:
     problem: UserError | None = None
 
 
-def local_facts(model: LocalModel, recipe: Recipe, room: MemoryBudget) -> Content:
+def local_facts(model: LocalModel, recipe: Recipe, budget: MemoryBudget) -> Content:
     """Of a model on this machine."""
     lines = [Content.styled(model.name, "bold")]
     if model.refusal:
@@ -51,7 +51,7 @@ def local_facts(model: LocalModel, recipe: Recipe, room: MemoryBudget) -> Conten
         lines.append(Content.assemble(("Enter", "$accent bold"), " selects this model"))
     if model.architecture:
         lines += [
-            *_costs(model.architecture, recipe, room),
+            *_costs(model.architecture, recipe, budget),
             Content(""),
             *_architecture_lines(model.architecture),
         ]
@@ -63,7 +63,7 @@ def local_facts(model: LocalModel, recipe: Recipe, room: MemoryBudget) -> Conten
 
 
 def hub_facts(
-    model: HubModel, known: HubFacts | None, recipe: Recipe, room: MemoryBudget, speed: float | None
+    model: HubModel, known: HubFacts | None, recipe: Recipe, budget: MemoryBudget, speed: float | None
 ) -> Content:
     """Of a model on the hub; ``known`` is what enter asked for."""
     lines = [Content.styled(model.id, "bold")]
@@ -76,7 +76,7 @@ def hub_facts(
         lines.append(_to_fetch(known, speed))
     if known and known.architecture:
         lines += [
-            *_costs(known.architecture, recipe, room),
+            *_costs(known.architecture, recipe, budget),
             Content(""),
             *_architecture_lines(known.architecture),
         ]
@@ -119,20 +119,20 @@ def _architecture_lines(model: Architecture) -> list[Content]:
     return [Content(line) for line in lines]
 
 
-def _costs(model: Architecture, recipe: Recipe, room: MemoryBudget) -> list[Content]:
+def _costs(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> list[Content]:
     note = ""
     try:
-        compared = compare(recipe, model, device=room.device)
+        compared = compare(recipe, model, device=budget.device)
     except UserError:
         # The recipe's targets are another model's.
         compared = compare(
-            replace_setting(recipe, "lora.target_modules", (ALL_LINEAR,)), model, device=room.device
+            replace_setting(recipe, "lora.target_modules", (ALL_LINEAR,)), model, device=budget.device
         )
         note = "with all-linear: it does not have the recipe's targets"
-    lines = [Content.styled(f"With this recipe, of {format_gib(room.bytes)} GiB", "bold")]
+    lines = [Content.styled(f"With this recipe, of {format_gib(budget.bytes)} GiB", "bold")]
     for precision in SHOWN:
         estimate = compared[precision]
-        word = check_fit(estimate, room.bytes).word
+        word = check_fit(estimate, budget.bytes).word
         figures = f"{PRECISION_NAMES[precision]:<5}{format_gib(estimate.total_bytes):>6} GiB  "
         lines.append(Content.assemble(figures, (word, VERDICT_STYLE[word])))
     return [*lines, Content.styled(note, "$text-muted")] if note else lines

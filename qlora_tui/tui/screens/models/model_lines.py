@@ -52,7 +52,7 @@ def _downloads(number: int) -> str:
 
 
 def _line(mark: str, name: str, figures: str, width: int, style: str) -> Content:
-    room = max(8, width - _FIGURES - 2)
-    shown = name if len(name) <= room else name[: room - 1] + "…"
+    width_left = max(8, width - _FIGURES - 2)
+    shown = name if len(name) <= width_left else name[: width_left - 1] + "…"
     marked = (f"{mark} ", "$accent bold" if mark == "●" else style)
-    return Content.assemble(marked, (f"{shown:<{room}}{figures}", style))
+    return Content.assemble(marked, (f"{shown:<{width_left}}{figures}", style))

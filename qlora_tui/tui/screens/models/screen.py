@@ -254,15 +254,15 @@ class ModelsScreen(WorkScreen):
         list_.show([*lines, *hub_lines(self._hub, self._query, width, here)], select)
 
     def _show_facts(self) -> None:
-        recipe, room = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
+        recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
         current = self.query_one(ViList).current
         local, hub = self._local_model(current), self._hub_model(current)
         facts = self.query_one("#model-facts", Static)
         if local is not None:
-            update_if_changed(facts, local_facts(local, recipe, room))
+            update_if_changed(facts, local_facts(local, recipe, budget))
         elif hub is not None:
             update_if_changed(
-                facts, hub_facts(hub, self._hub_facts.get(hub.id), recipe, room, downloads.last_speed())
+                facts, hub_facts(hub, self._hub_facts.get(hub.id), recipe, budget, downloads.last_speed())
             )
         else:
             update_if_changed(facts, Content("") if self._local is None or self._local else demo_model())

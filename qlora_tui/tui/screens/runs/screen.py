@@ -63,7 +63,7 @@ class RunsScreen(RunActions):
         """The run under the cursor."""
         return self.query_one(RunTable).current
 
-    def show_system_status(self, pulse: SystemStatus) -> None:
+    def show_system_status(self, system_status: SystemStatus) -> None:
         self.refresh_runs()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:

@@ -83,12 +83,12 @@ class CheckList(Static):
 
     def _lines(self, width: int) -> list[Content]:
         lines: list[Content] = []
-        room = max(20, width - _HEAD)
+        width_left = max(20, width - _HEAD)
         for check in sorted(self._checks, key=lambda check: list(SIGNS).index(check.outcome), reverse=True):
             sign, style = SIGNS[check.outcome]
             head = Content.assemble((f"{sign:<10}", style), (f"{check.label:<9}", "bold"))
             fix = f" ▸ {check.fix}" if check.fix else ""
-            wrapped = Content.assemble(check.text, (fix, "$accent")).wrap(room)
+            wrapped = Content.assemble(check.text, (fix, "$accent")).wrap(width_left)
             lines += [head + wrapped[0], *(Content(" " * _HEAD) + piece for piece in wrapped[1:])]
         return lines
 

@@ -54,25 +54,25 @@ class LivePane(Vertical):
         yield TabBar(TABS)
         yield LogTail("No events yet.")
 
-    def show(self, picture: RunSnapshot, from_step: float = 0.0) -> None:
+    def show(self, snapshot: RunSnapshot, from_step: float = 0.0) -> None:
         """Show this run as it is now; what is the same is not painted again."""
-        self._snapshot = picture
-        self.query_one(RunHeader).show(picture, clock.now())
-        self._show_outcome(picture)
-        self.query_one(Graph).show(loss_plot(picture, from_step))
-        x = steps_axis(picture.step, picture.view.total_steps, from_step)
-        self.query_one(Sparklines).show(sparklines(picture.curves, picture.last), x)
-        self.query_one(GpuPanel).show(self._machine(picture))
+        self._snapshot = snapshot
+        self.query_one(RunHeader).show(snapshot, clock.now())
+        self._show_outcome(snapshot)
+        self.query_one(Graph).show(loss_plot(snapshot, from_step))
+        x = steps_axis(snapshot.step, snapshot.view.total_steps, from_step)
+        self.query_one(Sparklines).show(sparklines(snapshot.curves, snapshot.last), x)
+        self.query_one(GpuPanel).show(self._machine(snapshot))
         self.show_tab(self.query_one(TabBar).front)
 
     def show_tab(self, name: str) -> None:
         """Put one of the texts in front."""
-        picture = self._snapshot
-        if picture is None:
+        snapshot = self._snapshot
+        if snapshot is None:
             return
-        notes = {"samples": str(len(picture.samples) or ""), "health": _health_note(picture)}
+        notes = {"samples": str(len(snapshot.samples) or ""), "health": _health_note(snapshot)}
         self.query_one(TabBar).show(name, notes, _KEYS, self._left_out())
-        self.query_one(LogTail).show(_entries(picture, name))
+        self.query_one(LogTail).show(_entries(snapshot, name))
 
     def next_tab(self, places: int) -> None:
         """Go along the tabs."""
@@ -104,8 +104,8 @@ class LivePane(Vertical):
         log.anchor()
         log.focus()
 
-    def _show_outcome(self, picture: RunSnapshot) -> None:
-        outcome = outcome_text(picture)
+    def _show_outcome(self, snapshot: RunSnapshot) -> None:
+        outcome = outcome_text(snapshot)
         box = self.query_one("#ending", Static)
         text = "" if outcome is None else f"{outcome.text}\n{outcome.next_step}"
         if str(box.content) != text:
@@ -118,35 +118,35 @@ class LivePane(Vertical):
         search = f"/{self._search}" if self._search else ""
         return " ".join(filter(None, (search, _LEVELS[self._level][0])))
 
-    def _machine(self, picture: RunSnapshot) -> MachineState:
-        view = picture.view
-        over = picture.status.state not in ("starting", "running")
+    def _machine(self, snapshot: RunSnapshot) -> MachineState:
+        view = snapshot.view
+        over = snapshot.status.state not in ("starting", "running")
         return MachineState(
             device=view.environment.device.removeprefix("NVIDIA GeForce ") if view.environment else "",
-            samples=picture.telemetry,
+            samples=snapshot.telemetry,
             estimate_bytes=view.memory.estimated_bytes if view.memory else None,
             host_bytes=self._host_bytes,
             cores=self._cores,
-            note="Last readings of the run." if over and picture.telemetry else "",
+            note="Last readings of the run." if over and snapshot.telemetry else "",
         )
 
 
-def _entries(picture: RunSnapshot, tab: str) -> Sequence[LogEntry]:
+def _entries(snapshot: RunSnapshot, tab: str) -> Sequence[LogEntry]:
     match tab:
         case "log":
-            return picture.entries
+            return snapshot.entries
         case "output":
-            return picture.output
+            return snapshot.output
         case "samples":
-            return _sample_entries(picture)
+            return _sample_entries(snapshot)
         case _:
-            return _health_entries(picture)
+            return _health_entries(snapshot)
 
 
-def _sample_entries(picture: RunSnapshot) -> tuple[LogEntry, ...]:
+def _sample_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
     entries: list[LogEntry] = []
     step = -1
-    for sample in picture.samples:
+    for sample in snapshot.samples:
         if sample.step != step:
             step = sample.step
             entries.append(LogEntry(None, "info", f"── step {step:,} ──"))
@@ -155,25 +155,27 @@ def _sample_entries(picture: RunSnapshot) -> tuple[LogEntry, ...]:
     return tuple(entries)
 
 
-def _health_entries(picture: RunSnapshot) -> tuple[LogEntry, ...]:
+def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
     """One entry for what was said several times running."""
     entries = []
-    for _, group in groupby(picture.health, key=lambda event: (event.kind, event.severity, event.remedy)):
+    for _, group in groupby(
+        snapshot.health, key=lambda health: (health.kind, health.severity, health.remedy)
+    ):
         warnings = list(group)
         first, last = warnings[0], warnings[-1]
         steps = f"step {first.step:,}" if len(warnings) == 1 else f"steps {first.step:,} to {last.step:,}"
         times = "" if len(warnings) == 1 else f" ({len(warnings)} times)"
         entries.append(LogEntry(last.at, last.severity, f"{steps}: {last.evidence}{times} ▸ {last.remedy}"))
-    if picture.fix is not None:
-        entries.append(LogEntry(None, "info", f"▸ [m] {picture.fix.label}"))
+    if snapshot.fix is not None:
+        entries.append(LogEntry(None, "info", f"▸ [m] {snapshot.fix.label}"))
     return tuple(entries)
 
 
-def _health_note(picture: RunSnapshot) -> str:
-    errors = sum(h.severity == "error" for h in picture.health)
+def _health_note(snapshot: RunSnapshot) -> str:
+    errors = sum(h.severity == "error" for h in snapshot.health)
     if errors:
         return f"✗{errors}"
-    return f"!{len(picture.health)}" if picture.health else ""
+    return f"!{len(snapshot.health)}" if snapshot.health else ""
 
 
 def _outcome_content(outcome: RunOutcomeText) -> Content:

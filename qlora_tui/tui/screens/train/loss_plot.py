@@ -17,11 +17,11 @@ from qlora_tui.tui.widgets.sparklines import SparklineData
 VALIDATION, BEST = "◆", "★"
 
 
-def loss_plot(picture: RunSnapshot, from_step: float) -> Plot:
+def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
     """Loss over steps: raw, its running mean, validations, and the best of them."""
-    x = steps_axis(picture.step, picture.view.total_steps, from_step)
-    curves = picture.curves
-    shown = [e for e in picture.evaluations if e.loss is not None and e.step >= x.low]
+    x = steps_axis(snapshot.step, snapshot.view.total_steps, from_step)
+    curves = snapshot.curves
+    shown = [e for e in snapshot.evaluations if e.loss is not None and e.step >= x.low]
     losses = [e.loss for e in shown if e.loss is not None and math.isfinite(e.loss)]
     points = Envelope((0.0,) * len(losses), tuple(losses), tuple(losses), (False,) * len(losses))
     reach = overall([curves.loss, curves.smooth, points])
@@ -29,10 +29,10 @@ def loss_plot(picture: RunSnapshot, from_step: float) -> Plot:
     marks = [
         Mark(e.step, e.loss, VALIDATION, "$accent")
         for e in shown
-        if e.loss is not None and e is not picture.best
+        if e.loss is not None and e is not snapshot.best
     ]
-    if picture.best is not None and picture.best.loss is not None:
-        marks.append(Mark(picture.best.step, picture.best.loss, BEST, "$success bold"))
+    if snapshot.best is not None and snapshot.best.loss is not None:
+        marks.append(Mark(snapshot.best.step, snapshot.best.loss, BEST, "$success bold"))
     return Plot(
         x=x,
         y=y,
@@ -41,8 +41,8 @@ def loss_plot(picture: RunSnapshot, from_step: float) -> Plot:
             Curve(curves.smooth, "mean", "$primary bold"),
         ),
         marks=tuple(marks),
-        legend=_legend(picture),
-        empty=_nothing_yet(picture),
+        legend=_legend(snapshot),
+        empty=_nothing_yet(snapshot),
     )
 
 
@@ -83,25 +83,25 @@ def _sparkline(name: str, value: str, trace: Envelope) -> SparklineData:
     return SparklineData(name, value, scale, trace, top, "$secondary")
 
 
-def _legend(picture: RunSnapshot) -> tuple[tuple[str, str], ...]:
-    loss, mean = picture.losses
+def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
+    loss, mean = snapshot.losses
     if loss is None:
         return ()
     items = [(f"{format_float(loss, 3)}", "dim"), (f"━ mean {format_float(mean, 3)}", "$primary bold")]
-    best, last = picture.best, picture.evaluations[-1] if picture.evaluations else None
+    best, last = snapshot.best, snapshot.evaluations[-1] if snapshot.evaluations else None
     if best is not None:
         items.append((f"{BEST} best {format_float(best.loss, 3)} at {best.step:,}", "$success bold"))
-    exact = format_exact(None if last is None else last.accuracy, picture.view.base_accuracy)
+    exact = format_exact(None if last is None else last.accuracy, snapshot.view.base_accuracy)
     if last is not None and last is not best:
         # Both have room in a narrow window only without the word.
         word = "" if exact else "validation "
         items.append((f"{VALIDATION} {word}{format_float(_number(last.loss), 3)}", "$accent"))
     if exact:
         items.append((f"exact {exact}", "$accent"))
-    if any(picture.curves.loss.broken):
+    if any(snapshot.curves.loss.broken):
         items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
-    if picture.one_in > 1:
-        items.append((f"showing 1 of {picture.one_in:,} steps", "dim"))
+    if snapshot.one_in > 1:
+        items.append((f"showing 1 of {snapshot.one_in:,} steps", "dim"))
     return tuple(items)
 
 
@@ -115,8 +115,8 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _nothing_yet(picture: RunSnapshot) -> str:
-    view: RunView = picture.view
+def _nothing_yet(snapshot: RunSnapshot) -> str:
+    view: RunView = snapshot.view
     if view.phase in (None, "training"):
         return "No steps yet."
     return f"No steps yet: {view.phase}."

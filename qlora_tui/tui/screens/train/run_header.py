@@ -31,10 +31,10 @@ class RunHeader(DiffWidget):
         self._lines: tuple[Content, list[str]] = (Content(""), [])
         self._share: float | None = None
 
-    def show(self, picture: RunSnapshot, now: float) -> None:
+    def show(self, snapshot: RunSnapshot, now: float) -> None:
         """Repaint what changed."""
-        shown = (title(picture), facts(picture, now))
-        share = progress_share(picture)
+        shown = (title(snapshot), facts(snapshot, now))
+        share = progress_share(snapshot)
         if (shown, share) != (self._lines, self._share):
             self._lines, self._share = shown, share
             self.redraw()
@@ -53,9 +53,9 @@ class RunHeader(DiffWidget):
         return [first.truncate(width, ellipsis=True), line]
 
 
-def title(picture: RunSnapshot) -> Content:
+def title(snapshot: RunSnapshot) -> Content:
     """``● qwen-tickets-20261124-0212  training  attempt 2``."""
-    status, view = picture.status, picture.view
+    status, view = snapshot.status, snapshot.view
     sign, style = SIGNS[status.state]
     word = (view.phase or status.state) if status.state == "running" else status.state
     parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (view.run.name, "bold"), "  ", (word, style)]
@@ -69,43 +69,43 @@ def title(picture: RunSnapshot) -> Content:
     return Content.assemble(*parts)
 
 
-def progress_share(picture: RunSnapshot) -> float | None:
+def progress_share(snapshot: RunSnapshot) -> float | None:
     """How far the run, or a phase without steps that goes on, has come; None where that is not known."""
-    if picture.status.state in ("finished", "queued"):
+    if snapshot.status.state in ("finished", "queued"):
         return None
-    progress, view = picture.view.progress, picture.view
-    over = picture.status.state not in ("starting", "running")
-    if progress is not None and progress.total and not picture.step and not over:
+    progress, view = snapshot.view.progress, snapshot.view
+    over = snapshot.status.state not in ("starting", "running")
+    if progress is not None and progress.total and not snapshot.step and not over:
         return progress.done / progress.total
-    return picture.step / view.total_steps if view.total_steps else None
+    return snapshot.step / view.total_steps if view.total_steps else None
 
 
-def facts(picture: RunSnapshot, now: float) -> list[str]:
+def facts(snapshot: RunSnapshot, now: float) -> list[str]:
     """The most telling first: what does not fit is left out."""
-    state = picture.status.state
+    state = snapshot.status.state
     if state == "queued":
         return ["waiting in the queue"]
     if state in ("starting", "running"):
-        return _active_facts(picture, now)
-    return _ended_facts(picture, now)
+        return _active_facts(snapshot, now)
+    return _ended_facts(snapshot, now)
 
 
-def _active_facts(picture: RunSnapshot, now: float) -> list[str]:
-    view = picture.view
+def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
+    view = snapshot.view
     facts = []
     if view.progress is not None and view.phase != "training":
         facts.append(f"{view.phase} {view.progress.done:,}/{view.progress.total:,}")
     if view.total_steps:
-        facts.append(f"step {picture.step:,}/{view.total_steps:,}")
-    if picture.seconds_left is not None:
-        facts.append(f"ETA {format_duration(picture.seconds_left)}")
-    if picture.last[2] is not None:
-        facts.append(f"{picture.last[2]:,.0f} tok/s")
+        facts.append(f"step {snapshot.step:,}/{view.total_steps:,}")
+    if snapshot.seconds_left is not None:
+        facts.append(f"ETA {format_duration(snapshot.seconds_left)}")
+    if snapshot.last[2] is not None:
+        facts.append(f"{snapshot.last[2]:,.0f} tok/s")
     if view.data is not None and view.data.steps_per_epoch:
         all_epochs = view.total_steps / view.data.steps_per_epoch
-        facts.append(f"epoch {_epochs(picture.epoch)}/{_epochs(all_epochs)}")
-    if picture.energy_kwh is not None:
-        facts.append(f"{picture.energy_kwh:.2f} kWh")
+        facts.append(f"epoch {_epochs(snapshot.epoch)}/{_epochs(all_epochs)}")
+    if snapshot.energy_kwh is not None:
+        facts.append(f"{snapshot.energy_kwh:.2f} kWh")
     if view.started_at is not None:
         facts.append(f"for {format_duration(max(0.0, now - view.started_at))}")
     return facts or ["starting"]
@@ -115,15 +115,15 @@ def _epochs(count: float) -> str:
     return format_float(count, 3 if count >= 1 else 2)
 
 
-def _ended_facts(picture: RunSnapshot, now: float) -> list[str]:
-    view, status = picture.view, picture.status
+def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
+    view, status = snapshot.view, snapshot.status
     facts = [f"{format_ago(status.at, now)}"] if status.at else []
     if view.total_steps:
-        facts.append(f"step {picture.step:,}/{view.total_steps:,}")
-    if picture.best is not None:
-        facts.append(f"best loss {format_float(picture.best.loss, 3)} at {picture.best.step:,}")
-    elif picture.losses[0] is not None:
-        facts.append(f"loss {format_float(picture.losses[0], 3)}")
+        facts.append(f"step {snapshot.step:,}/{view.total_steps:,}")
+    if snapshot.best is not None:
+        facts.append(f"best loss {format_float(snapshot.best.loss, 3)} at {snapshot.best.step:,}")
+    elif snapshot.losses[0] is not None:
+        facts.append(f"loss {format_float(snapshot.losses[0], 3)}")
     if isinstance(view.ending, Finished):
         facts.append(f"trained {format_duration(view.ending.seconds)}")
         if energy := format_energy(view.ending):
@@ -140,9 +140,9 @@ class RunOutcomeText:
     is_error: bool = False
 
 
-def outcome_text(picture: RunSnapshot) -> RunOutcomeText | None:
+def outcome_text(snapshot: RunSnapshot) -> RunOutcomeText | None:
     """What happened, why, what to do; None while the run goes on."""
-    state, view = picture.status.state, picture.view
+    state, view = snapshot.status.state, snapshot.view
     resume_hint = (
         "▸ [r] resume from the last checkpoint"
         if view.checkpoints
@@ -152,7 +152,7 @@ def outcome_text(picture: RunSnapshot) -> RunOutcomeText | None:
     )
     match state:
         case "finished":
-            reason = view.ending.reason if isinstance(view.ending, Finished) else picture.status.detail
+            reason = view.ending.reason if isinstance(view.ending, Finished) else snapshot.status.detail
             reason_text = "" if reason in ("", "all steps done") else f"{reason[:1].upper()}{reason[1:]}. "
             return RunOutcomeText(
                 f"{reason_text}Adapter: {format_path(view.run.adapter_dir)}",
@@ -165,17 +165,17 @@ def outcome_text(picture: RunSnapshot) -> RunOutcomeText | None:
                     part for part in (f"{failed.title}: {failed.what}", failed.why, failed.fix) if part
                 )
             else:
-                text = picture.status.detail
+                text = snapshot.status.detail
             return RunOutcomeText(text, f"{resume_hint}   [n] prepare another run", is_error=True)
         case "lost":
             return RunOutcomeText(
-                picture.status.detail, f"{resume_hint}   [n] prepare another run", is_error=True
+                snapshot.status.detail, f"{resume_hint}   [n] prepare another run", is_error=True
             )
         case "stopped" | "paused":
             talk = "   [c] chat with its adapter" if view.checkpoints else ""
-            return RunOutcomeText(picture.status.detail, f"{resume_hint}{talk}   [n] prepare another run")
+            return RunOutcomeText(snapshot.status.detail, f"{resume_hint}{talk}   [n] prepare another run")
         case "unreadable" | "gone":
             offer = "▸ [x] show other runs   [n] prepare another run"
-            return RunOutcomeText(picture.status.detail, offer, is_error=True)
+            return RunOutcomeText(snapshot.status.detail, offer, is_error=True)
         case _:
             return None

@@ -108,9 +108,9 @@ class TrainScreen(WorkScreen):
         self.query_one(LaunchPane).show_recipe(recipe, self.qlora_app.workbench.base)
         self._check()
 
-    def show_system_status(self, pulse: SystemStatus) -> None:
-        if not self._chosen and self.run is None and pulse.active is not None:
-            self.attach(pulse.active)
+    def show_system_status(self, system_status: SystemStatus) -> None:
+        if not self._chosen and self.run is None and system_status.active is not None:
+            self.attach(system_status.active)
         self._check()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -314,23 +314,25 @@ class TrainScreen(WorkScreen):
         """Look again at what a run needs, if that may have changed."""
         if self.run is not None:
             return
-        pulse, recipe = self.qlora_app.system_status, self.qlora_app.workbench.recipe
-        free = pulse.free_bytes
+        system_status, recipe = self.qlora_app.system_status, self.qlora_app.workbench.recipe
+        free = system_status.free_bytes
         key = (
             recipe,
             self.qlora_app.memory_budget,
-            pulse.active,
-            pulse.waiting,
-            pulse.no_gpu_reason,
+            system_status.active,
+            system_status.waiting,
+            system_status.no_gpu_reason,
             None if free is None else free >> 28,
         )
         if key != self._checks_key:
             self._checks_key = key
-            self.run_worker(DeferredWork(self._run_checks, recipe, pulse), exclusive=True, group="checks")
+            self.run_worker(
+                DeferredWork(self._run_checks, recipe, system_status), exclusive=True, group="checks"
+            )
 
-    async def _run_checks(self, recipe: Recipe, pulse: SystemStatus) -> None:
+    async def _run_checks(self, recipe: Recipe, system_status: SystemStatus) -> None:
         self._checks = await asyncio.to_thread(
-            preflight, recipe, pulse.machine(self.qlora_app.memory_budget), read_columnar=False
+            preflight, recipe, system_status.machine(self.qlora_app.memory_budget), read_columnar=False
         )
         self.query_one(LaunchPane).show_checks(self._checks)
 
