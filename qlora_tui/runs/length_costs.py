@@ -28,11 +28,11 @@ class LengthCost:
     """``p90``, or ``now`` for that of the recipe."""
     length: int
     whole: float
-    """Share of the samples that would stay whole."""
+    """Share of the samples that would not be cut."""
     verdict: Verdict | None
-    """None where there is no model to estimate."""
+    """None without a model."""
     seconds: float | None
-    """Of training on it all; None where no run with this model has finished yet."""
+    """Training time; None if no run with this model has finished yet."""
 
 
 def length_costs(
@@ -64,14 +64,14 @@ def length_costs(
 
 
 def share_within(lengths: Lengths, limit: int) -> float:
-    """Share of the samples that are no longer than ``limit``, by the histogram: even within a bin."""
+    """Share of the samples up to ``limit`` tokens, interpolated within a bin of the histogram."""
     if not lengths.count or limit >= lengths.longest:
         return 1.0
     return sum(count * min(1.0, part) for count, part in _parts(lengths, limit)) / lengths.count
 
 
 def _parts(lengths: Lengths, limit: int) -> list[tuple[int, float]]:
-    """Of each bin, its count and how much of it lies below ``limit``; above 1 where all of it does."""
+    """(count, part below ``limit``) of each bin; the part exceeds 1 if the whole bin is below."""
     parts, low = [], 0
     for bin_ in lengths.histogram:
         parts.append((bin_.count, max(0.0, (limit - low) / (bin_.up_to - low))))
@@ -98,7 +98,7 @@ def _allowed(length: int) -> int:
 
 
 def last_throughput(model: str) -> float | None:
-    """Tokens a second of the last run with this model that finished; None where there is none."""
+    """Tokens per second of the last finished run with this model; None if there is none."""
     for run in all_runs():
         ending = last_event(run.events_path)
         if not isinstance(ending, Finished) or ending.tokens_per_s <= 0:

@@ -1,4 +1,4 @@
-"""A run in a line: what a list of hundreds, and Home, say of each without reading it whole.
+"""Summaries of runs, one line each, for lists of hundreds, without reading whole logs.
 
 Used in a thread. What was read of a run is kept until its status or its events change.
 """
@@ -22,27 +22,27 @@ from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.runs.view import RunView
 
 _ACTIVE_INTERVAL_S = 5.0
-"""Between two readings of a run at work; its status is read every time."""
+"""Seconds between two reads of an active run's log; its status is read every time."""
 _STEPS = 64
-"""Of a long run; the curve of a list is a few cells wide."""
+"""Steps sampled from a long run; the curve in a list is a few cells wide."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What is known of a run at a glance."""
+    """The facts of a run at a glance."""
 
     run: RunDir
     name: str
-    """What it is called: its id, unless it was renamed."""
+    """The id, unless the run was renamed."""
     status: Status
     step: int
-    """The last one done."""
+    """The last completed step."""
     total_steps: int
-    """0 before it is known."""
+    """Number of steps; 0 while unknown."""
     loss: float | None
-    """Of the last step, in training."""
+    """Training loss of the last step."""
     queued_at: float
-    """Unix time; 0 where the events are gone."""
+    """Unix time; 0 if the events are missing."""
     model: str
     settings: str
     """``nf4 r16 2,048×2×8``: what most often differs between two runs."""
@@ -51,15 +51,15 @@ class RunSummary:
     accuracy: float | None
     """Exact answers at the last validation; None for data without short ones."""
     losses: tuple[float, ...]
-    """Training losses from first to last, thinned; NaN where one was not a number."""
+    """Training losses in order, decimated; NaN where one was not a number."""
     seconds: float | None
-    """Of training, without validations and pauses; None before there is a step."""
+    """Training time without validation and pauses; None before the first step."""
     seconds_left: float | None
-    """Of a run at work, by its pace; None where there is none."""
+    """Remaining time of an active run at its pace; None otherwise."""
     energy: str
-    """``0.42 kWh, 3.1 tokens/J``; empty where it is not known."""
+    """``0.42 kWh, 3.1 tokens/J``; empty if unknown."""
     fix: str
-    """What to do about its failure, in a sentence; empty where there is none, or nothing was said."""
+    """The suggested fix of a failure, in a sentence; empty otherwise."""
 
     @property
     def id(self) -> str:
@@ -68,16 +68,16 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Listing:
-    """All runs: those that wait in their order, then those at work, then the newest first."""
+    """All runs: queued ones in order, then active ones, then the newest first."""
 
     summaries: tuple[RunSummary, ...]
     waiting: tuple[str, ...]
     complete: bool
-    """False while some have only their status."""
+    """False while some runs have only been read by status."""
 
 
 class SummaryCache:
-    """Summaries by run, read again only where a file changed."""
+    """Summaries by run, read again only if a file changed."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[int, RunSummary]] = {}
@@ -86,7 +86,7 @@ class SummaryCache:
         self._listed_at = -1
 
     def get(self, run: RunDir) -> RunSummary:
-        """The summary of one run. Never raises for a strange run."""
+        """Return the summary of one run. Never raises for a damaged run."""
         key = _changed_at(run)
         now = time.monotonic()
         known = self._known.get(run.id)
@@ -103,7 +103,7 @@ class SummaryCache:
         return summary
 
     def read_all(self, most_s: float) -> Listing:
-        """Every run, in about so many seconds: what was not come to in time has only its status yet."""
+        """Summarize every run in about ``most_s`` seconds; runs not reached have only their status."""
         until = time.monotonic() + most_s
         runs = self.all_runs()
         waiting = tuple(name for name in run_queue.waiting() if name in runs)
@@ -118,7 +118,7 @@ class SummaryCache:
         return Listing(tuple(summaries), waiting, complete)
 
     def all_runs(self) -> dict[str, RunDir]:
-        """Every run by its id, the newest first; listed again where one came or went."""
+        """All runs by id, the newest first; listed again if one was added or removed."""
         changed_at = paths.runs_dir().stat().st_mtime_ns
         if changed_at != self._listed_at:
             self._runs, self._listed_at = {run.id: run for run in list_runs()}, changed_at
@@ -127,7 +127,7 @@ class SummaryCache:
 
 
 def summarize(run: RunDir) -> RunSummary:
-    """Read what a line says of a run."""
+    """Read the summary of a run."""
     view, _ = RunView.from_sample(run, _STEPS)
     series = view.series
     ending = view.ending
@@ -160,7 +160,7 @@ def _with_heartbeat(summary: RunSummary, status: Status) -> RunSummary:
 
 
 def outline(run: RunDir) -> RunSummary:
-    """What its status alone says."""
+    """Summarize a run from its status alone."""
     status = read_status(run)
     return RunSummary(
         run=run,
@@ -196,7 +196,7 @@ def _recipe_words(run: RunDir) -> tuple[str, str]:
 
 
 def short_model(recipe: Recipe) -> str:
-    """Without the publisher."""
+    """The model's name without the publisher."""
     return recipe.model.id.rstrip("/").rpartition("/")[2] or "none"
 
 
@@ -208,7 +208,7 @@ def short_settings(recipe: Recipe) -> str:
 
 
 def _changed_at(run: RunDir) -> int:
-    """When a file of a run was last replaced or made, by its folder's time: one look at the disk, not three.
+    """The folder's mtime, when a file in it was last created or replaced: one stat instead of three.
 
     Events are appended without that, but never without the status or the heartbeat being replaced after them.
     """

@@ -1,4 +1,4 @@
-"""What one key can do about what is wrong: ask something of the trainer, or change the next recipe."""
+"""What one key can do about a warning or failure: a request to the trainer, or another recipe."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _LEAST_LENGTH = 128
 
 @dataclass(frozen=True)
 class SuggestedFix:
-    """One of the three."""
+    """A new learning rate, a stop, or changes for the next run."""
 
     label: str
     """``halve the learning rate, to 1e-4``."""
     rate: float | None = None
-    """To ask the trainer for."""
+    """Learning rate to request from the trainer."""
     stop: bool = False
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """By path: of the recipe of a next run."""
+    """Settings of the next run, by path."""
 
 
 def suggest_fix(
     state: State, health: Sequence[Health], ending: RunEnded | None, recipe: Recipe | None
 ) -> SuggestedFix | None:
-    """Against the last thing that was told and can be helped; None where there is nothing for a key to do."""
+    """Return the fix for the latest warning or failure that has one, or None."""
     if recipe is None:
         return None
     if isinstance(ending, Failed) and ending.kind == "out_of_memory":

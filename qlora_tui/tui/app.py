@@ -1,4 +1,4 @@
-"""The frame of the app: screens, themes, the recipe being edited, a look at the machine once a second."""
+"""The frame of the app: screens, themes, the recipe being edited, and polling once a second."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
     from qlora_tui.tui.system_monitor import SystemMonitor
     from qlora_tui.tui.workbench import Workbench
 
-# The first frame shows nothing of a recipe and no modal, so it does not wait for these: they are imported
+# The first frame shows no recipe and no modal, so it does not wait for these: they are imported
 # where they are first used.
 
 POLL_INTERVAL_S = 1.0
 _VISIBLE_TEXT = VisibleTextFilter()
 _WITHOUT_COLOURS = (_VISIBLE_TEXT, MonochromeFilter())
 _RESIZES_AT_START = 2
-"""Told by the app itself and by its driver, before anything can have happened to the terminal."""
+"""Sent by the app itself and by its driver at startup, before anything can have happened to the terminal."""
 
 
 class QloraApp(HookedApp):
@@ -92,7 +92,7 @@ class QloraApp(HookedApp):
 
     @cached_property
     def workbench(self) -> Workbench:
-        """The recipe being edited, as it was left."""
+        """The recipe being edited, as it was when the app was last closed."""
         bench = self.draft.load()
         for problem in (bench.lost_draft, bench.lost_preset):
             if problem is not None:
@@ -101,14 +101,14 @@ class QloraApp(HookedApp):
 
     @cached_property
     def draft(self) -> Draft:
-        """The file that the workbench is kept in."""
+        """The file that stores the workbench."""
         from qlora_tui.tui.draft import Draft
 
         return Draft()
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """Where a run would be computed, and how much memory it could have."""
+        """The device that a run would use, and how much memory it could have."""
         from qlora_tui.memory.budget import budget_for
 
         given = self.settings.gpu_memory_gib
@@ -140,7 +140,7 @@ class QloraApp(HookedApp):
         self.exit(return_code=exit_code)
 
     def _reload_themes(self) -> None:
-        """Know all themes as they now stand in their files; what is wrong is said and left out."""
+        """Register all themes from their files; a file with an error is reported and skipped."""
         self._themes_written = themes.user_theme_mtimes()
         known = set(self.available_themes)
         loaded, problems = themes.load_themes()
@@ -155,7 +155,7 @@ class QloraApp(HookedApp):
             self.notify(str(problem), severity="warning", timeout=10)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """What each line goes through before it is painted."""
+        """The filters that each line passes before it is painted."""
         return _WITHOUT_COLOURS if self.no_color else (_VISIBLE_TEXT, *super().get_line_filters())
 
     def edit(self, path: str, value: Any) -> bool:
@@ -170,38 +170,38 @@ class QloraApp(HookedApp):
         return changed
 
     def recipe_edited(self) -> None:
-        """Keep and show the workbench's recipe after it changed."""
+        """Save and show the workbench's recipe after it changed."""
         from qlora_tui.tui.screens.modals.draft_changed import save_or_ask
 
         try:
             save_or_ask(self)
         except OSError as error:
-            # The edit itself stands: it is kept as soon as the disk takes it.
+            # The edit is not lost: it is saved as soon as the disk can be written.
             if not self.disk_faults.notify(self, error):
                 raise
         self.recipe_changed.publish(self.workbench.recipe)
 
     def copy_to_clipboard(self, text: str) -> None:
-        """Copy by every way there is, and say which worked."""
+        """Copy in every way the terminal offers, and notify which one worked."""
         from qlora_tui.tui import clipboard
 
         self.remember_copied(text)
         self.run_worker(DeferredWork(clipboard.copy, self, text), group="copy")
 
     def notify(self, message: str, *, markup: bool = False, **how: Any) -> None:
-        """Say something for a while, as it stands: names of runs and files may hold brackets.
+        """Show a notification as plain text: names of runs and files may contain brackets.
 
-        It takes the place of what was said before, but for warnings and errors: those keep their time.
+        It replaces earlier ones, except warnings and errors, which stay for their full time.
         """
         self.dismiss_information()
         super().notify(message, markup=False, **how)
 
     def action_clear_notes(self) -> None:
-        """Take away what is said in the corner."""
+        """Dismiss all notifications."""
         self.clear_notifications()
 
     def show_error(self, problem: UserError) -> None:
-        """Show a problem in a modal."""
+        """Show an error in a modal."""
         from qlora_tui.tui.screens.modals.error import ErrorScreen
 
         self.push_screen(ErrorScreen(problem))
@@ -230,7 +230,7 @@ class QloraApp(HookedApp):
 
     def frame_written(self) -> None:
         if not self.shown.is_set():
-            # What did not have to come before the first frame comes now.
+            # Work that was deferred until the first frame starts now.
             self.shown.set()
             gc_tuning.enable_gc()
 
@@ -248,7 +248,7 @@ class QloraApp(HookedApp):
             await self.switch_mode(mode)
 
     def action_help(self) -> None:
-        """Show the keys and words of the screen in front."""
+        """Show the keys and terms of the current screen."""
         from qlora_tui.tui.screens.modals.help import HelpScreen
 
         here = self.screen
@@ -264,7 +264,7 @@ class QloraApp(HookedApp):
         self.push_screen(await all_keys_screen())
 
     def action_help_quit(self) -> None:
-        """Say what ends the app, where ctrl+c was pressed as in any program."""
+        """Notify which key quits the app: Ctrl+C does not."""
         leaves = next(command for command in EVERYWHERE if command.id == "app.quit")
         keys = ",".join(leaves.keys(self.settings.keymap))
         self.notify(f"Press [{keys}] to quit the app. Runs continue without it.")
@@ -276,17 +276,17 @@ class QloraApp(HookedApp):
         self.push_screen(PresetsScreen())
 
     def action_undo(self) -> None:
-        """Take back the last change of the recipe."""
+        """Undo the last change to the recipe."""
         if self.workbench.undo():
             self.recipe_edited()
 
     def action_redo(self) -> None:
-        """Make the change again that was taken back."""
+        """Redo the change that was undone."""
         if self.workbench.redo():
             self.recipe_edited()
 
     def _start_polling(self) -> None:
-        # Beside the app's own messages: a driver that is slow to answer must not hold up a key.
+        # In a worker: a GPU driver that is slow to answer must not delay a key.
         if not self._polling:
             self._polling = True
             self.run_worker(DeferredWork(self._poll), group="look")
@@ -310,7 +310,7 @@ class QloraApp(HookedApp):
             self.recipe_changed.publish(self.workbench.recipe)
 
     def _poll_in_thread(self) -> SystemStatus:
-        # The first look comes after the first frame, which need not wait for what looking takes.
+        # The first poll comes after the first frame, which does not wait for these imports.
         from qlora_tui.tui.system_monitor import SystemMonitor
 
         if self._monitor is None:

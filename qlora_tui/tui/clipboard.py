@@ -1,7 +1,7 @@
 """Copying to the clipboard of the person at the terminal, which may be far from this machine.
 
 OSC 52 asks the terminal itself, over any link; it never answers. Inside tmux the request is sent a second
-time, wrapped so that tmux passes it on. A local tool knows whether it worked, so it is asked too.
+time, wrapped so that tmux passes it on. A local tool reports whether it worked, so it is tried as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """The variable without which a tool has nowhere to copy to, and its command; the text goes to its stdin."""
 _TIMEOUT_S = 2.0
 _SHOWN = 160
-"""Characters of what was copied that are said again."""
+"""Characters of the copied text that the notification repeats."""
 
 
 async def copy(app: QloraApp, text: str) -> None:
@@ -61,7 +61,7 @@ def copy_locally(text: str) -> str:
 
 
 def result_text(tool: str, environment: Mapping[str, str] = os.environ) -> str:
-    """What was done, in words: with the tool that took it, or only by asking the terminal."""
+    """Describes what was done: which tool copied it, or that only the terminal was asked to."""
     if tool:
         return f"Copied with {tool}, and sent to the terminal (OSC 52)"
     through = " through tmux" if environment.get("TMUX") else ""

@@ -1,4 +1,4 @@
-"""The time as screens tell it: one place, so that a test can stop it."""
+"""The current time for all screens: one place, so that a test can stop it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One declaration a command: its key, its line in the footer, the palette and the help screen.
 
-A screen lists its commands in ``ACTION_NAMES``; :class:`~qlora_tui.tui.screens.base.WorkScreen` turns them
+A screen lists its commands in ``ACTIONS``; :class:`~qlora_tui.tui.screens.base.WorkScreen` turns them
 into bindings. A user's keymap names them by ``id``.
 """
 
@@ -19,11 +19,11 @@ class Command:
     id: str
     """``train.stop``: unique, and stable for keymaps."""
     key: str
-    """As Textual names it; several with commas."""
+    """The key in Textual's notation; several are separated by commas."""
     action: str
     """The Textual action it runs."""
     label: str
-    """One or two words, for the footer."""
+    """The label in the footer: one or two words."""
     help: str
     """A sentence, for the palette and the help screen."""
     in_footer: bool = True
@@ -31,11 +31,11 @@ class Command:
     """The verb of the command line that does the same."""
 
     def binding(self) -> Binding:
-        """As Textual takes it."""
+        """Convert to a Textual binding."""
         return Binding(self.key, self.action, self.label, show=self.in_footer, tooltip=self.help, id=self.id)
 
     def keys(self, keymap: Mapping[str, str]) -> list[str]:
-        """Its keys: those that a user's keymap gives it, else its own."""
+        """The keys from the user's keymap, or else the default ones."""
         return keymap.get(self.id, self.key).split(",")
 
 

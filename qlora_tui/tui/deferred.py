@@ -1,4 +1,4 @@
-"""Work beside the event loop's own, for Textual's workers."""
+"""Calls for Textual's workers that leave no coroutine behind when they are cancelled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ P = ParamSpec("P")
 
 
 class DeferredWork(Awaitable[None]):
-    """A call of a coroutine function that is made when it is awaited and not before.
+    """A call of a coroutine function that happens when it is awaited, and not before.
 
     A worker that is cancelled before its first step, by a later one of its group or as the app quits, would
     leave a coroutine behind that was never awaited, and Python warns of that.

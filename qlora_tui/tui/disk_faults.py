@@ -1,4 +1,4 @@
-"""Errors of the disk while the app is open: what is wrong and what to do, and no traceback."""
+"""Disk errors while the app is open: shown with what to do, and without a traceback."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from textual.worker import WorkerFailed
 from qlora_tui.errors import UserError, disk_problem
 
 REPEAT_S = 30.0
-"""How long the same problem is not said again: what is done every second fails every second."""
+"""Seconds before the same problem is reported again: what is done every second fails every second."""
 
 
 class DiskFaults:
-    """Tells the disk's errors from those of the program."""
+    """Handles disk errors, and no others."""
 
     def __init__(self) -> None:
         self._said: dict[str, float] = {}
@@ -23,7 +23,7 @@ class DiskFaults:
         """Why the app had to end: Textual ends the part of it in which a message fails."""
 
     def handle(self, app: App[Any], error: Exception) -> bool:
-        """Say what the disk would not do; False for any other error.
+        """Report a disk error; return False for any other error.
 
         What fails in a worker is a notification. What fails in a message of the app ends it.
         """
@@ -36,7 +36,7 @@ class DiskFaults:
         return problem is not None
 
     def notify(self, app: App[Any], error: BaseException) -> bool:
-        """Notify the user of an error of the disk, not too often; False for any other error."""
+        """Notify the user of a disk error, not too often; return False for any other error."""
         problem = disk_problem(error) if isinstance(error, OSError) else None
         if problem is None:
             return False

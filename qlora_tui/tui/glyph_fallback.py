@@ -1,6 +1,6 @@
-"""What to paint where a terminal's font lacks a character: the Linux console has 256, those of code page 437.
+"""Substitutes for characters that a terminal's font lacks: the Linux console has the 256 of code page 437.
 
-Each stands in for one of the same width, over the text as it is sent, so that no screen needs to know.
+Each has the same width as the original and replaces it in the text that is sent, so no screen needs to know.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _INSTEAD = {
     '"': "“”",
 }
 _CONTROL_PICTURES = range(0x2400, 0x2422)
-"""What control characters are shown as."""
+"""The symbols that control characters are shown as."""
 _UPPER = 0x01 | 0x02 | 0x08 | 0x10
 """The dots of a braille cell's upper two rows."""
 

@@ -1,4 +1,4 @@
-"""Every command there is, by screen; and whether what a user's keymap says of them can work."""
+"""All commands by screen, and checks of the user's keymap."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Table = tuple[str, tuple[Command, ...]]
 
 
 def all_commands() -> list[Table]:
-    """The app's own, then each screen's. Imports the screens that have yet to be: for a thread."""
+    """The commands of the app, then of each screen. Imports all screens, so call it in a thread."""
     from qlora_tui.tui.screens.presets.commands import COMMANDS
 
     screens = [(go.label, screen_class(go.id.removeprefix("go.")).ACTIONS) for go in NAVIGATION]
@@ -26,7 +26,7 @@ def all_commands() -> list[Table]:
 
 
 async def report_keymap_errors(app: QloraApp) -> None:
-    """Say what in the user's keymap does nothing or takes a key from another, once the app is shown."""
+    """Report entries of the user's keymap that do nothing or conflict, once the app is shown."""
     await app.shown.wait()
     for problem in await asyncio.to_thread(validate_keymap, app.settings.keymap):
         app.notify(problem, severity="warning", timeout=10)

@@ -1,8 +1,8 @@
-"""The app without colours: the terminal's own ink on its own page, whichever of them is the lighter.
+"""The app without colors: the terminal's default foreground and background.
 
-For whoever sets NO_COLOR and for terminals that have none. The screens are laid out in two colours, and as
-each line is painted what is drawn on ink becomes reversed, what is fainter than half becomes dim, and no
-colour is left.
+For users who set NO_COLOR and for terminals without colors. The screens use a theme of two colors. When a
+line is painted, a background in the foreground color becomes reversed, a color below half brightness becomes
+dim, and no color is left.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ TWO_COLORS = Theme(
         "scrollbar-background-active": _PAGE,
     },
 )
-"""What the screens are laid out in."""
+"""The theme of two colors."""
 
 
 def has_no_colors() -> bool:
-    """Whether the terminal that ``TERM`` names has no colours; one that is not known has some."""
+    """Whether the terminal in ``TERM`` has no colors; an unknown terminal has colors."""
     try:
         curses.setupterm(fd=1)
     except (curses.error, OSError):
@@ -71,7 +71,7 @@ def has_no_colors() -> bool:
 
 
 class MonochromeFilter(LineFilter):
-    """Takes the colours away; what they said of the two is said by attributes."""
+    """Replaces colors by the attributes reverse and dim."""
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
         return [

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _FURTHER = 0.8
-"""Of the score of what is here: what is elsewhere comes after it."""
+"""Factor on the score of commands of other screens, which are listed after those of the current one."""
 
 
 class CommandProvider(Provider):

@@ -1,7 +1,7 @@
-"""What stands on the terminal, so that only what differs is sent.
+"""What the terminal shows, so that only differences are sent.
 
-Textual sends the whole screen whenever a screen comes, goes or is laid out anew: a page of help over a
-terminal of 160×50 is 100 kB, two seconds of a slow link, most of it the same as before.
+Textual sends the whole screen whenever a screen opens, closes or is laid out again: a page of help over a
+terminal of 160×50 is 100 kB, two seconds on a slow link, and most of it is unchanged.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from qlora_tui.tui.widgets.diff_widget import changed_cells
 
 
 class TerminalContents:
-    """The lines on the terminal, as they were sent."""
+    """The lines that were sent to the terminal."""
 
     def __init__(self, stand_ins: Mapping[int, str]) -> None:
         self._lines: list[Strip] = []
         self._fallback_glyphs = stand_ins
-        """Of characters that the terminal's font lacks, as ``str.translate`` takes them."""
+        """Substitutes for characters that the terminal's font lacks, for ``str.translate``."""
 
     def invalidate(self) -> None:
         """The terminal may show anything: the next update is sent whole."""
@@ -34,7 +34,7 @@ class TerminalContents:
         return not self._lines
 
     def diff(self, update: CompositorUpdate, console: Console) -> str:
-        """What turns the terminal into what ``update`` makes of it; it is then taken as sent."""
+        """Return the escape sequences that apply ``update``, and assume that they are sent."""
         text = self._diff(update, console)
         return text.translate(self._fallback_glyphs) if self._fallback_glyphs else text
 
@@ -74,7 +74,7 @@ class TerminalContents:
 
 
 class ScreenDiff(CompositorUpdate):
-    """An update that sends only what it changes, as it is written and not before: some never are."""
+    """An update that sends only differences, computed when it is written: some updates never are."""
 
     def __init__(self, update: CompositorUpdate, painted: TerminalContents) -> None:
         self._update = update
@@ -85,5 +85,5 @@ class ScreenDiff(CompositorUpdate):
 
 
 def _plain(strips: Iterable[Strip]) -> Strip:
-    """A line as it looks: what a click on it does is no part of that."""
+    """A line without metadata such as click actions, so that lines are compared by looks."""
     return Strip.join(strips).discard_meta().simplify()

@@ -1,4 +1,4 @@
-"""The next sensible value of a setting: what one press of a key should do to a rank or a learning rate."""
+"""The next value of a setting when a key is pressed: rank, learning rate, and so on."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _POWERS_OF_TWO = frozenset(
         "training.gradient_accumulation",
     )
 )
-"""Sizes: everyone counts them in doublings."""
+"""Settings that go from one power of two to the next."""
 _BY_ONE = frozenset(("training.keep_checkpoints", "training.early_stopping", "training.seed"))
 _HALVES = frozenset(("training.epochs",))
 _DROPOUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Those of the LoRA and QLoRA papers, and a few more."""
 _SHARES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)
 _ROUND = (1, 2, 3, 5)
-"""Numbers without a habit of their own go 1, 2, 3, 5, 10, 20…"""
+"""Other numbers go 1, 2, 3, 5, 10, 20…"""
 
 
 def step_value(field: Field, value: Any, direction: int) -> Any:

@@ -1,4 +1,4 @@
-"""The end that comes from outside: a terminal that goes away, or a signal.
+"""Shutdown from outside: a closed terminal, or a signal.
 
 A terminal may go without SIGHUP (the app has it ignored, or is not the one the terminal controls). Textual
 then reads the end of its input as often as a core can, for ever.
@@ -19,7 +19,7 @@ _BY_SIGNAL = 128
 
 
 def install_shutdown_handlers(leave: Callable[[int], object]) -> None:
-    """From now on call ``leave`` with an exit code, once, when the terminal goes or a signal says to end."""
+    """Call ``leave`` with an exit code, once, when the terminal is closed or on SIGHUP or SIGTERM."""
     _on_terminal_lost(lambda: leave(_BY_SIGNAL + signal.SIGHUP))
     for number in (signal.SIGHUP, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -32,7 +32,7 @@ def _on_terminal_lost(leave: Callable[[], object]) -> None:
         if stream is not None:
             # A file is always there, and is nothing to wait for.
             with suppress(PermissionError):
-                gone.register(stream.fileno(), 0)  # No event is asked for: that all is over is always told.
+                gone.register(stream.fileno(), 0)  # No events requested: a hang-up is always reported.
 
     def is_gone() -> None:
         loop.remove_reader(gone.fileno())
@@ -47,7 +47,7 @@ def _on_signal(number: signal.Signals, leave: Callable[[int], object]) -> None:
     loop = asyncio.get_running_loop()
 
     def handler(_number: int, _frame: FrameType | None) -> None:
-        # Once more ends the app at once, whatever holds it up.
+        # A second signal ends the app at once.
         signal.signal(number, signal.SIG_DFL)
         loop.call_soon_threadsafe(leave, _BY_SIGNAL + number)
 

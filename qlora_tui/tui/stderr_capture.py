@@ -1,4 +1,4 @@
-"""What libraries write past Python to file descriptor 2, kept off the screen.
+"""Redirects what libraries write to file descriptor 2, away from the screen.
 
 A driver's warning or a library's progress bar would be painted across it. Textual paints to the same
 descriptor, so it is given another one of the terminal, and 2 leads to the log.
@@ -19,7 +19,7 @@ _NATIVE = 2
 
 @contextmanager
 def capture_stderr(log: Path) -> Iterator[None]:
-    """As long as the block lasts: the app is to be run in it."""
+    """Redirect within the ``with`` block, in which the app runs."""
     before = sys.__stderr__
     terminal = os.dup(_NATIVE)
     with log.open("ab") as file, screen_on(os.dup(terminal)) as screen:
@@ -40,7 +40,7 @@ def screen_on(terminal: int) -> io.TextIOWrapper:
 
 
 class _Terminal(io.FileIO):
-    """What is painted on a terminal that is gone is let go.
+    """A terminal stream that ignores writes once the terminal is closed.
 
     Textual's thread that writes would end by the error, and the app wait for ever for its queue to empty.
     """

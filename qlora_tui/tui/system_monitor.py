@@ -1,7 +1,7 @@
-"""A look at the card and the runs, once a second, away from the screen's own loop.
+"""Polls the GPU and the runs once a second, in a thread.
 
-``Watch.look`` runs in a thread; what it returns is published to whoever shows it. It also sees that no queue
-stands still while an app is open.
+``SystemMonitor.poll`` runs in a thread; its result is published to all screens. It also ensures that no queue
+is stuck while an app is open.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.tui.system_status import SystemStatus
 
 _RETRY_S = 10.0
-"""Between two tries to reach a card that could not be asked: opening the driver is not cheap."""
+"""Seconds between two attempts to open the GPU driver, which is slow, after a failure."""
 STALLED_S = 5.0
-"""The queue stands still for so long before another runner is started: one that begins needs a moment."""
+"""Seconds without an active run before another runner is started: a new runner needs a moment."""
 _OVER: frozenset[State] = frozenset(("finished", "failed"))
 
 
@@ -43,10 +43,10 @@ class SystemMonitor:
         self._no_gpu_reason = ""
         self._retry_at = 0.0
         self._stalled_since: float | None = None
-        """Monotonic seconds since when runs wait while none is at work."""
+        """Monotonic time since when runs have been waiting while none is active."""
 
     def poll(self) -> SystemStatus:
-        """How things stand now. Never raises for a missing card or a strange run."""
+        """Return the current status. Never raises for a missing GPU or a damaged run."""
         card, reading, no_card = self._read_gpu()
         waiting = tuple(run_queue.waiting())
         queued = frozenset(waiting)
@@ -78,7 +78,7 @@ class SystemMonitor:
             self._stalled_since = now
         elif now - self._stalled_since >= STALLED_S:
             self._stalled_since = now
-            # No memory for a process, or no place for its log: tried again when the queue has stood as long.
+            # No memory for a process, or no space for its log: tried again later.
             with suppress(OSError):
                 ensure_runner()
 

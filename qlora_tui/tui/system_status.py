@@ -1,4 +1,4 @@
-"""How things stand: what one look at the machine found, for whoever shows it."""
+"""The result of one poll of the machine."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SystemStatus:
-    """How things stand."""
+    """State of the GPU and the runs."""
 
     is_known: bool = False
     """False before the first look: then nothing of the rest is known."""
     gpu: GpuDevice | None = None
     gpu_metrics: GpuMetrics | None = None
     no_gpu_reason: str = ""
-    """Why there is no card, in a sentence."""
+    """Why there is no GPU, in a sentence."""
     active: RunDir | None = None
     """The run in training."""
     active_status: Status | None = None
     latest: RunDir | None = None
-    """The run at work, else the one that ended last."""
+    """The active run, or else the one that ended last."""
     latest_status: Status | None = None
     waiting: tuple[str, ...] = ()
     """Ids in the queue, the next one first."""
     ended_runs: tuple[RunNotification, ...] = ()
-    """Of runs that have ended since the last look."""
+    """Notifications of runs that have ended since the last poll."""
 
     def machine(self, budget: MemoryBudget) -> Machine:
         """What the checks before a launch need to know."""
@@ -50,11 +50,11 @@ class SystemStatus:
 
     @property
     def free_bytes(self) -> int | None:
-        """Memory of the card that nobody holds now; None without a card."""
+        """Free memory of the GPU; None without a GPU."""
         used = self.gpu_metrics.memory_used_bytes if self.gpu_metrics else None
         return self.usable_bytes - used if self.usable_bytes is not None and used is not None else None
 
     @property
     def usable_bytes(self) -> int | None:
-        """What programs can have of the card; None without a card, or where it does not say."""
+        """Memory of the GPU that programs can use; None if unknown."""
         return self.gpu.usable_bytes if self.gpu else None

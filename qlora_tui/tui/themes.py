@@ -1,7 +1,7 @@
-"""Themes from TOML: those that ship, and the user's own folder.
+"""Themes from TOML files: shipped ones, and the user's folder.
 
-A theme file has ``name``, ``dark``, the colours Textual knows (``primary``, ``background``…) and optionally
-``ansi = true`` for one that uses the terminal's own sixteen. A file that is wrong is named and left out.
+A theme file has ``name``, ``dark``, the colors of a Textual theme (``primary``, ``background``…) and
+optionally ``ansi = true`` to use the terminal's 16 colors. A file with an error is reported and skipped.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from qlora_tui.errors import UserError
 MUTED_SHARE = 0.7
 """How far muted text is from the background, towards the foreground."""
 SELECTION_SHARE = 0.35
-"""How far the ground of a field's selection is from the background, towards the primary colour."""
+"""Mix of a field's selection between the background color (0) and the primary color (1)."""
 ThemeColor = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
 _NO_COLOUR = re.compile(r"Expected `str` matching regex '\^\(#.*' - at `\$\.(\w+)`")
-"""What msgspec says of one."""
+"""msgspec's message for a value that is not a color."""
 
 
 class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,13 +48,13 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     variables: dict[str, str] = {}
 
     def theme(self) -> Theme:
-        """As Textual takes it, with what its widgets need and its own themes have."""
+        """Convert to a Textual theme, with the variables that its widgets need."""
         needed = _sixteen_colours(self.dark) if self.ansi else _blended(self)
         return Theme(**{**msgspec.structs.asdict(self), "variables": {**needed, **self.variables}})
 
 
 def _blended(file: ThemeFile) -> dict[str, str]:
-    """What Textual would make fainter than can be read, or does not resolve inside a line (``auto 60%``)."""
+    """Variables that Textual makes too faint to read, or does not resolve inside a line (``auto 60%``)."""
     page, ink, primary = (Color.parse(colour) for colour in (file.background, file.foreground, file.primary))
     muted = page.blend(ink, MUTED_SHARE).hex6
     return {
@@ -114,7 +114,7 @@ def _read(path: Path) -> Theme:
 
 
 def _check_colors(file: ThemeFile) -> None:
-    """Raise ColorParseError for a colour that only looks like one: Textual would stop the app over it."""
+    """Raise ColorParseError for a text that only looks like a color: Textual would stop the app."""
     for name in ("primary", "secondary", "warning", "error", "success", "accent"):
         Color.parse(getattr(file, name))
     for name in ("foreground", "background", "surface", "panel"):

@@ -15,14 +15,14 @@ _BLANKS = re.compile(" {2,}$")
 
 
 class VisibleTextFilter(LineFilter):
-    """Shows characters that a terminal would obey as symbols.
+    """Shows control characters as symbols.
 
-    Textual laid the line out as if these characters had no width. It keeps its width: what a symbol adds is
-    taken from the blanks behind it, and where there are too few from the end of the line.
+    Textual laid out the line as if these characters had no width. The line keeps its width: what a symbol
+    adds is taken from the spaces after it, or from the end of the line if there are too few.
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """The same list where there is nothing to show."""
+        """Return the same list if there are no control characters."""
         for text, style, control in segments:
             if (not text.isprintable() and _shown(text) != text) or control or (style and style.link):
                 return _of_same_width(segments)

@@ -1,6 +1,6 @@
 """The recipe being edited, and what follows from it.
 
-Holds no widget. :mod:`qlora_tui.tui.draft` keeps it in a file as it changes.
+:mod:`qlora_tui.tui.draft` saves it to a file as it changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qlora_tui.memory.step_trace import StepTrace
 
 # The first frame shows neither architecture nor estimate, so it does not wait for their rooms: they are
-# imported where they are first asked for.
+# imported where they are first needed.
 
 _UNDO_STEPS = 200
 FIRST_PRESET = "balanced"
@@ -42,9 +42,9 @@ class Workbench:
         base = build_recipe(preset=preset) if preset else Recipe()
         self._now = _Snapshot(recipe or base, preset, base)
         self.lost_preset: UserError | None = None
-        """Why it could not go on as the preset it began as."""
+        """Why the preset that the recipe started from could not be opened."""
         self.lost_draft: UserError | None = None
-        """Why the draft could not be read, and where it is kept."""
+        """Why the draft could not be read, and where its copy is."""
         self._undo: list[_Snapshot] = []
         self._redo: list[_Snapshot] = []
         self._architecture: tuple[str, Architecture | UserError] | None = None
@@ -53,7 +53,7 @@ class Workbench:
 
     @property
     def recipe(self) -> Recipe:
-        """As it is now."""
+        """The current state, for undo."""
         return self._now.recipe
 
     @property
@@ -122,7 +122,7 @@ class Workbench:
         return True
 
     def architecture(self) -> Architecture | UserError:
-        """Of the recipe's model, from its ``config.json``; a UserError where there is none to be had."""
+        """Architecture of the recipe's model from its ``config.json``; a UserError if there is none."""
         model = self.recipe.model.id
         if self._architecture is None or self._architecture[0] != model:
             self._architecture = (model, _read(model))
@@ -134,16 +134,16 @@ class Workbench:
         self._compared = None
 
     def comparison(self, device: Device) -> dict[Precision, Estimate] | UserError:
-        """The estimate in every precision; a UserError where there is nothing to estimate.
+        """The estimate in every precision; a UserError if there is nothing to estimate.
 
-        Kept for as long as the recipe is the same: strip and screen ask one after the other.
+        Cached until the recipe changes, since strip and screen both need it.
         """
         if self._compared is None or self._compared[:2] != (self.recipe, device):
             self._compared = (self.recipe, device, self._compare(device))
         return self._compared[2]
 
     def use_trace(self, recipe: Recipe, device: Device, traced: StepTrace) -> None:
-        """Let a traced step stand in for the formula, for as long as the recipe is this one."""
+        """Use a traced step instead of the formula until the recipe changes."""
         self._traced = (recipe, device, traced)
         self._compared = None
 

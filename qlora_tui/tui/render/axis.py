@@ -14,7 +14,7 @@ _NEAR = 1e-12
 
 @dataclass(frozen=True)
 class Axis:
-    """From ``low`` to ``high``, both shown. ``unit`` stands at the axis: ``step``, ``loss``, ``tok/s``."""
+    """An axis from ``low`` to ``high``, both shown, with its ``unit``: ``step``, ``loss``, ``tok/s``."""
 
     low: float
     high: float
@@ -70,7 +70,7 @@ def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
 
 
 def label(value: float, step: float) -> str:
-    """A tick as short as it can be told from its neighbours: ``1.25``, ``400``, ``12k``, ``1.5M``."""
+    """The shortest label that differs from its neighbors: ``1.25``, ``400``, ``12k``, ``1.5M``."""
     if value == 0:
         return "0"
     size = max(abs(value), step)

@@ -84,7 +84,7 @@ def downsample(losses: Sequence[float], columns: int) -> list[float | None]:
 
 
 def curve(losses: tuple[float, ...], width: int) -> str:
-    """A run's losses in one line, from its own lowest to its own highest."""
+    """Draw losses in one line, scaled from the lowest to the highest of this run."""
     means = downsample(losses, width)
     finite = [mean for mean in means if mean is not None and mean == mean]
     if not finite:

@@ -30,7 +30,7 @@ class Curve:
     name: str
     style: str
     glyph: str = ""
-    """Set on the curve here and there, so that curves differ without colour."""
+    """A symbol placed along the curve, so that curves differ without color."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Plot:
     curves: tuple[Curve, ...] = ()
     marks: tuple[Mark, ...] = ()
     legend: tuple[tuple[str, str], ...] = ()
-    """(text, style) of the line above; the last ones are left out where there is no room."""
+    """(text, style) items of the line above; the last ones are dropped in a narrow window."""
     empty: str = ""
-    """Said in the middle, and nothing else, where there is no curve yet."""
+    """The text shown instead of the graph while there is no curve."""
 
 
 @dataclass
@@ -103,14 +103,14 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
 
 
 def _nothing(what: Plot, width: int, height: int) -> list[Content]:
-    """No scale either: there is nothing that it could be the scale of."""
+    """Render only the text, without scales."""
     lines = [Content("")] * height
     lines[height // 2] = Content.styled(what.empty.center(width).rstrip(), "dim")
     return lines
 
 
 def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:
-    """About a label every third row, and two at least: one alone says nothing of the range."""
+    """Labels about every third row, at least two, since one alone does not show the range."""
     labels: list[tuple[float, str]] = []
     for most in range(max(1, (rows + 1) // 3), rows + 1):
         labels = ticks(y, most)
@@ -210,7 +210,7 @@ def _legend(what: Plot, gutter: int, width: int) -> Content:
 
 
 def _foot(x: Axis, gutter: int, columns: int) -> Content:
-    """The scale of ``x``: as many labels as have room."""
+    """Render the scale of ``x`` with as many labels as fit."""
     text = [" "] * (gutter + columns)
     text[gutter - 1] = "└"
     free_from = gutter

@@ -15,7 +15,7 @@ VERDICT_STYLE = {
     "uncertain": "$warning",
     "does not fit": "$error",
 }
-"""A colour beside the word, never instead of it."""
+"""Color of each verdict; the word is always shown too."""
 _BETWEEN = " · "
 _LEAST_NAME = 9
 """Cells that a name is not shortened below."""

@@ -1,4 +1,4 @@
-"""Signs and words for a run, the same on every screen."""
+"""The sign, color and time labels of a run, the same on every screen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIGNS: dict[State, tuple[str, str]] = {
     "unreadable": ("?", "$error"),
     "gone": ("✗", "$error"),
 }
-"""A sign and a colour; the word always stands beside them."""
+"""(sign, color) by state; the word is always shown too."""
 
 
 def format_ago(at: float, now: float) -> str:

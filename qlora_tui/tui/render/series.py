@@ -1,7 +1,7 @@
-"""Columns of numbers made small enough to draw: the lowest and highest of each stretch, and where it broke.
+"""Columns of numbers, decimated for drawing: minimum and maximum of each stretch, and where it has a NaN.
 
 A graph is a few hundred dots wide, and a run may be weeks long. A :class:`DecimatedSeries` takes values as
-they come and keeps what a graph can show: the last few hundred one by one, what lies before them in
+they come and keeps what a graph can show: the last few hundred one by one, earlier ones in
 stretches of two, of four, and so on. What is drawn is a :class:`Envelope`, which holds no more points than a
 wide screen has dots.
 """
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from operator import or_
 
 MOST_POINTS = 640
-"""Of a trace: about as many as a wide terminal has dots across."""
+"""Points of an envelope: about as many as a wide terminal has dots across."""
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """A curve ready to be drawn. Each point stands for one value, or for a stretch of them."""
+    """A curve ready to be drawn. Each point is one value or a stretch of values."""
 
     xs: tuple[float, ...] = ()
     """Where each stretch ends."""
@@ -34,7 +34,7 @@ class Envelope:
 
     @property
     def low(self) -> float | None:
-        """Of all finite values."""
+        """Over all finite values; None if there are none."""
         return min((low for low in self.lows if low < math.inf), default=None)
 
     @property
@@ -43,7 +43,7 @@ class Envelope:
 
 
 class DecimatedSeries:
-    """Columns over one x that grow at their end. What is kept grows with the logarithm of their length."""
+    """Columns over one x that grow at their end. Memory grows with the logarithm of their length."""
 
     def __init__(self, columns: int = 1, most: int = MOST_POINTS) -> None:
         self._most = most
@@ -56,7 +56,7 @@ class DecimatedSeries:
         return self._levels[0].count
 
     def extend(self, xs: Sequence[float], *columns: Sequence[float]) -> None:
-        """Take in the next values. ``xs`` ascend and go on from the last; each column is as long."""
+        """Append values. ``xs`` ascend and continue from the last; each column has the same length."""
         if len(xs) and not len(self):
             self._first = xs[0]
         self._levels[0].extend(xs, [_Extremes.of(values) for values in columns])
@@ -110,7 +110,7 @@ class _Extremes:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> _Extremes:
-        """Each value a stretch of its own."""
+        """Make each value a stretch of one."""
         # A sum is finite only where every value is: one pass in C instead of a loop here.
         if math.isfinite(sum(values)):
             return cls(array("d", values), array("d", values), bytearray(len(values)))
@@ -139,7 +139,7 @@ class _Extremes:
         return _Extremes(self.lows[start:], self.highs[start:], self.broken[start:])
 
     def pairs(self, start: int, end: int) -> _Extremes:
-        """Of each two the extremes of both."""
+        """Merge each pair of stretches into one."""
         one, other = slice(start, end, 2), slice(start + 1, end, 2)
         return _Extremes(
             array("d", map(min, self.lows[one], self.lows[other])),
@@ -161,7 +161,7 @@ class _Level:
 
     @property
     def count(self) -> int:
-        """Of all that ever were."""
+        """Number of values ever appended."""
         return self.dropped + len(self.xs)
 
     def extend(self, xs: Sequence[float], columns: Sequence[_Extremes]) -> None:
@@ -189,10 +189,10 @@ class _Level:
 
 
 class BiasCorrectedEma:
-    """A running mean of values that come one after the other.
+    """An exponential moving average with bias correction.
 
-    Exponential, without the pull of a made-up start: ``m += (x - m) · (1 - β) / (1 - βⁿ)``, the bias
-    correction of Adam (Kingma and Ba 2015, section 3). What is not finite is passed over.
+    The update is ``m += (x - m) · (1 - β) / (1 - βⁿ)``, the bias
+    correction of Adam (Kingma and Ba 2015, section 3). Values that are not finite are skipped.
     """
 
     def __init__(self, window: float = 20.0) -> None:

@@ -1,4 +1,4 @@
-"""Lines of text as Textual paints them."""
+"""Rendering of text to Textual's strips."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _PLACE = "offset"
 
 
 def render_strips(widget: Widget, content: Content, width: int, height: int) -> list[Strip]:
-    """The content's lines in the widget's style, each as wide as ``width``.
+    """Render content as lines in the widget's style, each ``width`` cells wide.
 
-    Without their place in the text, which Textual gives every stretch for selecting with the mouse: the same
-    words a cell further on would be another style, and caches of styles would fill up with them for hours.
+    The offset that Textual adds to each segment for mouse selection is removed: with it, the same
+    words one cell further on would be another style, and style caches would fill up over hours.
     """
     strips = Visual.to_strips(
         widget, content, width, height, widget.visual_style, pad=True, apply_selection=False
@@ -28,7 +28,7 @@ def render_strips(widget: Widget, content: Content, width: int, height: int) -> 
 
 
 def render_line(widget: Widget, content: Content, width: int) -> Strip:
-    """The same of one line."""
+    """Render content as one line in the widget's style, ``width`` cells wide."""
     strips = render_strips(widget, content, width, 1)
     return strips[0] if strips else Strip.blank(width, widget.rich_style)
 

@@ -1,4 +1,4 @@
-"""What every screen of the app is made of: top line, recipe strip, body, footer."""
+"""The base of every screen: top bar, recipe strip, body, footer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _FREEZE_AFTER_S = 4.0
-"""After a screen is first shown: by then it has all it keeps."""
+"""Seconds after a screen is first shown; by then its long-lived objects exist."""
 
 
 class CancelsWorkersFirst(Widget):
@@ -45,12 +45,12 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
     MODE: ClassVar[str]
     """The name in ``app.MODES``."""
     ACTIONS: ClassVar[tuple[Command, ...]] = ()
-    """What can be done here; becomes bindings, footer, palette and help."""
+    """The commands of this screen: bindings, footer, palette and help follow from them."""
     HELP_TEXT: ClassVar[str] = ""
-    """A few sentences for the help screen: what is shown and what the words mean."""
+    """A few sentences for the help screen: what is shown and what the terms mean."""
     EDITS_RECIPE: ClassVar[bool] = False
-    """Whether the recipe strip stands under the top line."""
-    # Textual would choose the first field, and a digit typed before a screen has said where its focus belongs
+    """Whether the recipe strip is shown below the top bar."""
+    # Textual would focus the first field, and a digit typed before a screen has set its focus
     # would be text in it.
     AUTO_FOCUS = ""
 
@@ -60,13 +60,13 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
 
     @property
     def qlora_app(self) -> QloraApp:
-        """The app, by its own type."""
+        """The app, typed."""
         return cast("QloraApp", self.app)
 
     def compose(self) -> ComposeResult:
         yield TopBar(self.MODE)
         if self.EDITS_RECIPE:
-            # Here, since Home is painted first and has no strip: it does not wait for the estimate's room.
+            # Imported here: Home is painted first, has no strip, and need not wait for the memory package.
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
             yield RecipeStrip()
@@ -99,10 +99,10 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
         self.qlora_app.edit(path, step_value(fields()[path], value, direction))
 
     def show_recipe(self, recipe: Recipe) -> None:
-        """The recipe has changed (or this screen came to the front)."""
+        """Show the recipe after it changed, or when this screen becomes current."""
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        """Another look at card and runs, about once a second while this screen is in front."""
+        """Show new readings of the GPU and the runs, about once a second while this screen is current."""
 
     def _recipe_changed(self, recipe: Recipe) -> None:
         if not self.is_current:

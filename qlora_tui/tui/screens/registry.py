@@ -1,4 +1,4 @@
-"""The screens by the name of their mode; each is imported when it is first asked for."""
+"""The screens by mode; each is imported when it is first needed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SCREENS = {
 
 
 def screen_class(mode: str) -> type[WorkScreen]:
-    """The class alone: what it can do is known without making one."""
+    """Import and return the class of a screen."""
     module = import_module(f"qlora_tui.tui.screens.{mode}.screen")
     cls: type[WorkScreen] = getattr(module, SCREENS[mode])
     return cls
 
 
 def make_screen(mode: str) -> WorkScreen:
-    """A new one."""
+    """Create a screen."""
     return screen_class(mode)()

@@ -1,4 +1,4 @@
-"""Text that is put anew at every key and mostly stays: repainted when it differs, laid out when it grows."""
+"""Updates a Static only if its text differs, and lays it out only if its height changes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from textual.widgets import Static
 
 
 def update_if_changed(static: Static, content: Content) -> None:
-    """Show ``content`` in ``place`` at the least cost."""
+    """Show ``content`` at the least cost."""
     before = static.content
-    # Equal text can differ in its colours.
+    # Equal text can differ in its colors.
     if isinstance(before, Content) and before.plain == content.plain and before.spans == content.spans:
         return
     width = static.content_size.width

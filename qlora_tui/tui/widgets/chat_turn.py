@@ -1,4 +1,4 @@
-"""One exchange of a chat: what the user said, and each voice's answer beside the others."""
+"""One turn of a chat: the prompt, and the answers of all adapters side by side."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _ENDINGS = {
     "context full": "Cut off: the context is full.",
     "stopped": "Stopped.",
 }
-"""What stands under an answer that did not end by itself."""
+"""The note under an answer that did not end by itself, by finish reason."""
 _STILL_THINKING = {
     "most tokens": "Still thinking at the token limit. Press [o] to raise it, or [t] to turn thinking off.",
     "context full": "Still thinking when the context was full. Press [t] to turn thinking off.",
     "stopped": "Stopped while thinking.",
 }
-"""What stands there if it had not begun to answer."""
+"""The note if the answer had not started, by finish reason."""
 
 
 class AdapterAnswer(Vertical):
-    """One voice's answer, growing."""
+    """One adapter's answer, as it is generated."""
 
     DEFAULT_CSS = """
     AdapterAnswer {
@@ -64,7 +64,7 @@ class AdapterAnswer(Vertical):
 
     @property
     def thought(self) -> str:
-        """What was thought before the answer."""
+        """The thought before the answer."""
         return self._thought.text.strip()
 
     async def append_text(self, chunk: TextChunk) -> None:
@@ -86,7 +86,7 @@ class AdapterAnswer(Vertical):
         return self.query_one("#answer", StreamingMarkdown)
 
     async def end(self, outcome: GenerationResult) -> None:
-        """Say how it ended and how fast it was."""
+        """Show how it ended and its speed."""
         await self._answer.finish()
         await self._thought.end(outcome)
         self.text, self.outcome = outcome.text, outcome
@@ -98,14 +98,14 @@ class AdapterAnswer(Vertical):
             self._show_note(under)
 
     async def stop(self, words: str) -> None:
-        """Say that nothing more comes, and what to press; what was said so far stays."""
+        """Mark the answer as stopped, with a note; the text so far stays."""
         await self._answer.finish()
         await self._thought.end()
         self.query_one(".voice", Static).update(voice_line(self.adapter_name, "stopped"))
         self._show_note(words)
 
     async def fail(self, problem: UserError) -> None:
-        """Say why there is no answer, or no more of it."""
+        """Show why there is no answer, or no more of it."""
         await self._answer.finish()
         await self._thought.end()
         self.query_one(".voice", Static).update(voice_line(self.adapter_name, "no answer"))

@@ -1,6 +1,6 @@
 """The last line of a screen: its keys, and at its end always those of palette and help.
 
-Textual's own makes a widget of every key, again at every change of the focus, and forgets none of them.
+Textual's footer creates a widget for every key, again at every change of focus, and its caches keep them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 
 class CommandFooter(DiffWidget):
-    """``s Stop z Pause ^p Palette ? Help``; what finds no room is left to the help. A click presses a key."""
+    """``s Stop z Pause ^p Palette ? Help``; others are only in the help. A click presses a key."""
 
     DEFAULT_CSS = """
     CommandFooter {
@@ -57,7 +57,7 @@ class CommandFooter(DiffWidget):
             x -= item.cell_length + 1
 
     def _shown(self, width: int) -> list[tuple[Content, ActiveBinding]]:
-        """What finds room, in its order."""
+        """The items that fit."""
         items = [(self._item(active), active) for active in (*self._own, *self._apps)]
         own = len(self._own)
         while own and sum(item.cell_length + 1 for item, _ in items) > width + 1:

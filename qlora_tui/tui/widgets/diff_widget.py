@@ -1,6 +1,6 @@
 """A widget made of lines of text that repaints only the cells that changed.
 
-A live screen repaints once a second over a slow link: what stays the same must not be sent again. Graphs,
+A live screen repaints once a second over a slow link: unchanged cells must not be sent again. Graphs,
 charts and panels of the live screen are all of this kind.
 """
 
@@ -37,7 +37,7 @@ class DiffWidget(Widget):
         """The lines as they should be now, at most ``height`` of them."""
 
     def redraw(self) -> None:
-        """Draw anew, and repaint the cells that differ."""
+        """Draw again, and repaint the cells that differ."""
         if not self.is_mounted:
             return
         if self._drawn_for != self._conditions():

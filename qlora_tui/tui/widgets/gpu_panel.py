@@ -1,7 +1,7 @@
-"""What the card does during a run, or the processor where there is no card.
+"""GPU metrics of a run, or CPU metrics without a GPU.
 
-Utilisation is drawn from 0 to 100 always; memory against the whole card with the estimate as a tick. What a
-card does not tell is NA, never 0.
+Utilization is drawn from 0 to 100 always; memory against the GPU's, with the estimate as a tick. What a GPU
+does not report is NA, never 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HOT_C = 83
 
 @dataclass(frozen=True)
 class MachineState:
-    """What the panel shows."""
+    """The data that the panel shows."""
 
     device: str = ""
     """``RTX 4090``, or the processor's name."""
@@ -31,7 +31,7 @@ class MachineState:
     """The newest last; charts end at it."""
     estimate_bytes: int | None = None
     host_bytes: int | None = None
-    """Memory of the whole machine: what a run without a card has."""
+    """RAM of the machine, which a run without a GPU uses."""
     cores: int = 1
     note: str = ""
     """Why there is nothing to see, or that it is the past."""
@@ -177,7 +177,7 @@ def _memory_bar(used: int, total: int, estimate: int | None, width: int) -> list
     if estimate is not None:
         text = f"estimate {format_gib(estimate)}"
         place = min(max(round(estimate / total * width) - 1, 0), width - 1)
-        # The words stand on the side of the tick that has room for them.
+        # The label is on the side of the tick where it fits.
         if place + len(text) + 2 <= width:
             line = " " * place + "▲ " + text
         else:

@@ -23,7 +23,7 @@ SIGNS: dict[Level, tuple[str, str]] = {
     "warning": ("!", "$warning"),
     "error": ("✗", "$error"),
 }
-"""A sign beside the colour."""
+"""(sign, color) by level."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class LogTail(ScrollView, can_focus=True):
             self._rebuild()
 
     def watch_show_vertical_scrollbar(self) -> None:
-        # What has become too long for its place has a column less, and is told no new size.
+        # The scrollbar takes a column, and no resize event is sent for it.
         self._rewrap()
 
     def render_line(self, y: int) -> Strip:

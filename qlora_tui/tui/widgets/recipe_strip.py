@@ -1,4 +1,4 @@
-"""Two lines under the top line: what the recipe is, and what it costs on this card."""
+"""Two lines below the top bar: the recipe, and its memory on this GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEYS_HINT = "[p] Presets  [u] Undo"
 
 
 class RecipeStrip(Widget):
-    """Always in view while a recipe is edited; moves as its values change."""
+    """Shown on every screen that edits the recipe."""
 
     DEFAULT_CSS = """
     RecipeStrip {

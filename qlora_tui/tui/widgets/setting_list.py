@@ -73,11 +73,11 @@ class SettingList(ScrollView, can_focus=True):
         self.cursor = 0
         self._fields = fields_
         self._letters: dict[str, int] = {}
-        """While a jump is asked for: which setting each letter goes to."""
+        """The setting that each letter jumps to; empty unless a jump was started."""
         self._recipe = self._base = Recipe()
         self._label_cells = max(len(field.label) for field in fields_)
         self._lines: list[int | str] = []
-        """What stands on each line: a field's number, or a section's name."""
+        """The content of each line: a field's index, or a section's name."""
         for number, field in enumerate(fields_):
             if field.section != (fields_[number - 1].section if number else ""):
                 self._lines.append(field.section)

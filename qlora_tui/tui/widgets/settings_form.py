@@ -1,7 +1,7 @@
-"""A form over settings of the recipe, made from their declarations: label, value, help on the one in hand.
+"""A form over settings of the recipe, from their declarations: label, value, help on the selected one.
 
 The form changes nothing itself: it posts :class:`SettingsForm.Edited`, the screen makes the change
-(``workstation.edit``), and :meth:`SettingsForm.print_result` shows the recipe as it then is.
+(``QloraApp.edit``), and :meth:`SettingsForm.show` shows the changed recipe.
 """
 
 from __future__ import annotations

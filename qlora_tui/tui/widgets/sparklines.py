@@ -1,7 +1,7 @@
 """Small charts of blocks, one value a column, from a fixed zero to a fixed top.
 
 Textual's own sparkline rescales itself, so that a constant 98 % looks like 0 %, and fails on NaN. Here the
-scale is given and said, a column without a sample is empty, and one that is no number is marked.
+scale is given and shown, a column without a sample is empty, and a NaN is marked.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class SparklineData:
     value: str
     """The last one, as text."""
     scale: str
-    """What the top of the strip stands for: ``0…2e-4``."""
+    """The range of the chart: ``0…2e-4``."""
     trace: Envelope
     top: float
     style: str = "$primary"
 
 
 class Sparklines(DiffWidget):
-    """Side by side in one line, or one under the other where there is room."""
+    """Charts side by side in one line, or stacked if the widget is tall enough."""
 
     DEFAULT_CSS = """
     Sparklines {

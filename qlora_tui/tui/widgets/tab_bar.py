@@ -1,4 +1,4 @@
-"""One line of names, one of them in front: chosen with the mouse or by the screen's keys."""
+"""One line of tab names, selected with the mouse or by the screen's keys."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class TabBar(DiffWidget):
         self._state = ""
 
     def show(self, front: str, notes: dict[str, str], hint: str = "", state: str = "") -> None:
-        """Put one in front; ``notes`` stand behind names, ``state`` and ``hint`` at the right end.
+        """Select a tab; ``notes`` follow the names, ``state`` and ``hint`` are at the right end.
 
-        Where both find no room the hint gives way: what is left out of the text is said in any case.
+        If both do not fit, only the state is shown: it says which lines are hidden.
         """
         if (front, notes, hint, state) != (self.front, self._notes, self._hint, self._state):
             self.front, self._notes, self._hint, self._state = front, dict(notes), hint, state

@@ -1,4 +1,4 @@
-"""Fields to write in that take their keys in the order they were pressed."""
+"""Text fields that handle keys in the order they were pressed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class OwnKeysFirst:
 
 
 class TextField(OwnKeysFirst, Input):
-    """A line of text. Its cursor stands still: over a slow link nothing is sent while nothing changes."""
+    """A line of text. Its cursor does not blink: nothing is sent over a slow link while nothing changes."""
 
     def on_mount(self) -> None:
         self.cursor_blink = False

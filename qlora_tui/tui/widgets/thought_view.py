@@ -1,4 +1,4 @@
-"""What a model thinks before it answers: one line, which unfolds into the thought."""
+"""What a model thinks before it answers: one line that unfolds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ThoughtLine(Static):
 
 
 class ThoughtView(Vertical):
-    """Not there until a thought begins. While it is folded its text is kept and not laid out."""
+    """Hidden until a thought begins. While it is folded, its text is stored but not laid out."""
 
     DEFAULT_CSS = """
     ThoughtView {

@@ -1,4 +1,4 @@
-"""The line on top of every screen: the map on the left, the pulse of run and card on the right."""
+"""The top line of every screen: the screens on the left, the active run and the GPU on the right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_tui.tui.system_status import SystemStatus
 
 
 class TopBar(Widget):
-    """Never wraps: what does not fit is left out, the least important first."""
+    """Never wraps: parts that do not fit are dropped, the least important first."""
 
     DEFAULT_CSS = """
     TopBar {
@@ -56,7 +56,7 @@ class TopBar(Widget):
 
     @staticmethod
     def status_options(system_status: SystemStatus) -> list[str]:
-        """What could be said, the longest first."""
+        """Possible texts, the longest first."""
         run = _run_text(system_status)
         card = _card_text(system_status)
         short_run = run.split(" loss ")[0]
@@ -68,9 +68,9 @@ def _run_text(system_status: SystemStatus) -> str:
     status = system_status.active_status
     if status is None:
         return f"{len(system_status.waiting)} waiting" if system_status.waiting else ""
-    from qlora_tui.runs.events import STEP_PHASES  # the first frame has no run to tell of
+    from qlora_tui.runs.events import STEP_PHASES  # not needed for the first frame
 
-    # An attempt that only begins says what it does.
+    # An attempt that has just started shows its phase.
     if not status.step or status.phase not in STEP_PHASES:
         return f"● {status.phase or status.state}"
     loss = f" loss {format_float(status.loss, 3)}" if status.loss is not None else ""

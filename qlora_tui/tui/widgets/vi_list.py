@@ -39,7 +39,7 @@ class ViList(OptionList):
     ]
 
     class Resized(Message):
-        """It has another width: lines that were laid out for it are to be shown anew."""
+        """The width has changed, so lines have to be rendered again."""
 
     def on_resize(self) -> None:
         self.post_message(self.Resized())

@@ -1,4 +1,4 @@
-"""Which voices are spoken to: two beside each other, or one of the two alone."""
+"""Which adapters answer: two side by side, or one of the two."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qlora_tui.chat.chat_types import BASE
 
 @dataclass(frozen=True)
 class AdapterPair:
-    """A left voice and a right one, out of those there are."""
+    """The left and the right adapter, among all adapters of a run. The base model counts as one."""
 
     adapter_names: tuple[str, ...]
     left: str
@@ -25,29 +25,29 @@ class AdapterPair:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Who answers the next prompt."""
+        """The adapters that answer the next prompt."""
         both = (self.left, self.right)
         return {"both": both, "left": both[:1], "right": both[1:]}[self.shown]
 
     @property
     def single(self) -> bool:
-        """There is only one voice."""
+        """Whether there is only one adapter."""
         return self.left == self.right
 
     def split(self) -> AdapterPair:
-        """Both, or the right one alone."""
+        """Toggle between both and the right one alone."""
         if self.single:
             return self
         return replace(self, shown="right" if self.shown == "both" else "both")
 
     def switched(self) -> AdapterPair:
-        """One alone: the right one, or, if it is alone already, the left one."""
+        """Show one alone: the right one, or the left one if the right one is alone already."""
         if self.single:
             return self
         return replace(self, shown="left" if self.shown == "right" else "right")
 
     def next(self, side: str) -> AdapterPair:
-        """Another voice on one side: the next that is not on the other."""
+        """Select the next adapter on one side, skipping the one on the other side."""
         own, other = (self.left, self.right) if side == "left" else (self.right, self.left)
         free = [adapter_name for adapter_name in self.adapter_names if adapter_name != other]
         if len(free) < 2:

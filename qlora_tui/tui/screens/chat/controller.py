@@ -1,4 +1,4 @@
-"""The talking itself: whom the engine holds, what is asked of it, and where the answers go."""
+"""The conversation with the engine: which model it has loaded, requests, and where the answers go."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _WARNING_S = 20.0
 
 
 class ChatController(WorkScreen):
-    """A screen that holds a conversation with one or two voices."""
+    """A screen with a conversation, answered by one or two adapters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class ChatController(WorkScreen):
         """None where the source is a model without a run."""
         self.pair = AdapterPair.of((BASE,))
         self.ready: ChatReady | None = None
-        """What the engine holds; None while it holds nothing of use."""
+        """The model that the engine has loaded; None while none is."""
         self.turns: list[ChatTurn] = []
         self.answers: list[ReplyStream] = []
         """Those under way."""
@@ -60,12 +60,12 @@ class ChatController(WorkScreen):
         self.sampling = Sampling()
         self.system_prompt = ""
         self.thinking: Thinking = "auto"
-        """As the model is asked; ``auto`` leaves it to the run and the chat template."""
+        """The thinking mode of requests; ``auto`` is the one of the run and the chat template."""
         self.unfolded = False
         """Whether thoughts are shown."""
         self._last_warning = ""
         self.shares_with: set[str] = set()
-        """Runs beside which the user said the model may be held."""
+        """Runs that the user allowed to share memory with the chat."""
 
     def on_mount(self) -> None:
         self.qlora_app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
@@ -77,7 +77,7 @@ class ChatController(WorkScreen):
         await self.engine.close()
 
     def show_head(self, doing: str = "") -> None:
-        """Say whom it is that is talked to, and what is being done."""
+        """Show the model, its adapters, and the current state."""
 
     def show_effect(self, effect: str | Effect) -> None:
         """Say what the adapter changes, or how far that has come."""
@@ -138,7 +138,7 @@ class ChatController(WorkScreen):
         self._set_busy()
         sampling = self.sampling
         if sampling.seed is None:
-            # One for both: what differs between two answers is then the voice, not the dice.
+            # The same seed for both, so that two answers differ by the adapter only.
             sampling = msgspec.structs.replace(sampling, seed=random.randrange(1 << 32))
         try:
             await self._load()
@@ -168,7 +168,7 @@ class ChatController(WorkScreen):
         self.show_head()
 
     async def _generate(self, turn: ChatTurn, adapter_name: str, sampling: Sampling) -> None:
-        """One voice's answer; what goes wrong with it is said in its place."""
+        """Stream one adapter's answer; an error is shown in its place."""
         request = self.engine.ask(
             Generate(
                 messages=self._conversation(turn, adapter_name),
@@ -193,7 +193,7 @@ class ChatController(WorkScreen):
             self.answers.remove(request)
 
     def _warn(self, warning: str) -> None:
-        """Show what the session says of its answers, once."""
+        """Show the session's warnings once."""
         if warning and warning != self._last_warning:
             self._last_warning = warning
             self.app.notify(warning, severity="warning", timeout=_WARNING_S)
@@ -246,7 +246,7 @@ class ChatController(WorkScreen):
             self.notify(f"Could not write the transcript: {error.strerror}.", severity="warning")
 
     def _conversation(self, turn: ChatTurn, adapter_name: str) -> tuple[Message, ...]:
-        """What this voice has heard and said so far; where it was silent, nothing."""
+        """The messages that this adapter has seen so far; turns without its answer are left out."""
         messages = [Message("system", self.system_prompt)] if self.system_prompt else []
         earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
         for before in earlier:

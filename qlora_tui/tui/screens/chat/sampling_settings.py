@@ -1,4 +1,4 @@
-"""How the chat answers: sampling and system prompt."""
+"""The window with sampling settings and the system prompt."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
         self.action_take()
 
     def action_take(self) -> None:
-        """Take the fields if they are right, else say what is wrong."""
+        """Apply the fields if they are valid, or else show what is wrong."""
         given = {field.name or "": field.value.strip() for field in self.query(Input)}
         try:
             numbers: dict[str, Any] = {name: _number(name, text) for name, text in given.items()}
@@ -85,7 +85,7 @@ def _number(name: str, text: str) -> float | int | None:
 
 
 def _words(error: Exception) -> str:
-    """msgspec's ``Expected `float` <= 5.0 - at `$.temperature` `` as people would say it."""
+    """Rewrite msgspec's ``Expected `float` <= 5.0 - at `$.temperature` `` for users."""
     text = str(error)
     what, _, where = text.partition(" - at `$.")
     if not where:

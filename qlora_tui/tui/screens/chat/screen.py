@@ -35,7 +35,7 @@ _TYPING_ACTIONS = ("stop", "leave_field", "switch", "scroll_talk", "thinking", "
 
 
 class ChatScreen(ChatController):
-    """One prompt, one or two voices."""
+    """One prompt, answered by one or two adapters."""
 
     MODE = "chat"
     CSS_PATH = "chat.tcss"
@@ -114,7 +114,7 @@ class ChatScreen(ChatController):
         self.pair = AdapterPair.of((BASE,) if source is None else source.adapter_names)
         self.ready = None
         if not same_base and self.engine.pid is not None:
-            # The one held before is of no more use.
+            # The model loaded before is no longer needed.
             await self.engine.close()
         self.show_effect("")
         self.show_head()
@@ -142,7 +142,7 @@ class ChatScreen(ChatController):
         for answer in self.answers:
             answer.stop()
         if not self.answers:
-            # A model in the middle of loading hears nothing: its process goes.
+            # A model that is loading cannot be interrupted, so its process is ended.
             self.show_head("Stopping")
             await self.engine.close()
 
@@ -184,7 +184,7 @@ class ChatScreen(ChatController):
         self._choose(self.pair.next(side))
 
     async def action_retry(self) -> None:
-        """Ask the last prompt again, of the voices chosen now."""
+        """Answer the last prompt again with the adapters selected now."""
         if self.turns and not self.busy:
             await self.send((await self._remove_last_turn()).prompt)
 
@@ -229,7 +229,7 @@ class ChatScreen(ChatController):
         await self.query(ChatTurn).remove()
 
     async def action_unload(self) -> None:
-        """Give back the memory; the next prompt loads the model again."""
+        """Unload the model; the next prompt loads it again."""
         await self.engine.close()
         self.ready = None
         self.show_head()

@@ -1,4 +1,4 @@
-"""Choosing whom to talk to: a run with an adapter or checkpoints, or the recipe's model as it is."""
+"""Selects a run with an adapter or checkpoints, or the recipe's model without an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Chat screen says, as text with styles. No widget here."""
+"""Styled text of the Chat screen."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ HINT = "Type a message. Enter: send · Ctrl+J: new line · Esc: leave the field"
 STOPPED_LOADING = "Stopped loading the model. Press Esc, then [r], to try again."
 UNLOADED = "Stopped because the model was unloaded. Press Esc, then [r], to try again."
 _FEWEST_COLUMNS = 8
-"""In which the layers are drawn, however narrow the window."""
+"""Least number of columns that the layers are drawn in, however narrow the window."""
 NOT_MEASURED = "Not measured: the model was unloaded. Press [f] to load it and measure."
 
 
 def session_line(name: str, pair: AdapterPair, state: str) -> Content:
-    """Whom it is that is talked to, and how things stand."""
+    """The run, its adapters (the active ones reversed), and the state."""
     parts: list[Content | str | tuple[str, str]] = [(name, "bold"), "  "]
     for number, adapter_name in enumerate(dict.fromkeys((pair.left, pair.right))):
         if number:
@@ -64,7 +64,7 @@ def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
 def sampling_line(
     sampling: Sampling, system_prompt: str, transcript: Path | None, width: int, thinking: str = ""
 ) -> Content:
-    """How answers are chosen, whether the model is to think, and where what was said is kept."""
+    """Sampling settings, thinking, and where the conversation is saved."""
     parts = [thinking] if thinking else []
     parts.append("greedy" if not sampling.temperature else _sampling_words(sampling))
     parts.append(f"≤ {sampling.max_new_tokens} tokens")

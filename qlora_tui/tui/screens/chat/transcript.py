@@ -1,4 +1,4 @@
-"""Keeping what was said in a chat, as Markdown: in the run's directory; beside the runs for a base alone."""
+"""Saves conversations as Markdown: in the run's folder, or beside the runs for a base model alone."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def append_exchange(
     system_prompt: str = "",
     thoughts: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Add a prompt, how it was asked, and its answers to today's transcript; its path. Raises OSError.
+    """Append a prompt, its sampling and its answers to today's transcript. Returns its path; raises OSError.
 
-    ``answers`` and the ``thoughts`` before them are by voice.
+    ``answers`` and ``thoughts`` are by adapter.
     """
     path = transcript_path(run)
     private_dir(path.parent)

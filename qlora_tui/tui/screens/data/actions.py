@@ -1,4 +1,4 @@
-"""What the Data screen's keys change in the recipe."""
+"""Changes of the recipe by the keys of the Data screen."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DATA_ENDINGS = (
 
 
 class DataActions(WorkScreen):
-    """A screen with a source under the cursor and a report on it."""
+    """A screen with a selected source and a report on it."""
 
     report: Report | None
     source_number = 0
@@ -45,7 +45,7 @@ class DataActions(WorkScreen):
     offers_chosen = False
     """Whether the source is refused for its preferences, and the recipe can take the chosen answers."""
     unread_format = "prompt-completion"
-    """The format whose parts are asked for where ``unread`` leaves it open."""
+    """The format to map columns for if ``unread`` has the format ``auto``."""
     unread: Source | None = None
     """The source that was looked at last, where nothing of it could be read."""
 
@@ -66,7 +66,7 @@ class DataActions(WorkScreen):
             self._change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": following}, Source))
 
     def action_columns(self) -> None:
-        """Say which column plays which part."""
+        """Map the columns to prompt, answer, and so on."""
         source = self.source()
         if source is None:
             return
@@ -132,7 +132,7 @@ class DataActions(WorkScreen):
         self.app.push_screen(TextPromptScreen("Validation", text, now, wrong), answered)
 
     def action_remove(self) -> None:
-        """Take the source under the cursor out of the recipe; u brings it back."""
+        """Remove the selected source from the recipe."""
         sources = list(self.qlora_app.workbench.recipe.data.sources)
         if sources:
             gone = sources.pop(self.source_number)
@@ -140,7 +140,7 @@ class DataActions(WorkScreen):
             self.notify(f"Removed {Path(gone.path).name}. Press [u] to undo.")
 
     def action_fix(self) -> None:
-        """Change the setting that answers the first problem which has such a remedy."""
+        """Change the setting that fixes the first problem which has such a fix."""
         if self.offers_chosen:
             self.qlora_app.edit("data.preferences", "chosen")
             self.notify("Trains on the chosen and good answers only. Press [u] to undo.")
@@ -154,16 +154,16 @@ class DataActions(WorkScreen):
 
     @property
     def can_fix(self) -> bool:
-        """Whether a problem has a remedy that one setting applies."""
+        """Whether one setting fixes any of the problems."""
         return self.offers_chosen or bool(self.split_rows() or self.untrained())
 
     def split_rows(self) -> int:
-        """Rows that splitting would make of plain texts that are cut or dropped."""
+        """Number of rows that plain texts would be split into which are now cut or dropped."""
         return sum(problem.split_rows for problem in self.problems)
 
     @property
     def problems(self) -> tuple[DataProblem, ...]:
-        """What the report found, except what the recipe already fixes."""
+        """The problems in the report, except those that the recipe already fixes."""
         problems = self.report.problems if self.report else ()
         trained = set(self.qlora_app.workbench.recipe.lora.trainable_tokens)
         return tuple(p for p in problems if not p.tokens or not trained.issuperset(p.tokens))
@@ -173,7 +173,7 @@ class DataActions(WorkScreen):
         return tuple(token for problem in self.problems for token in problem.tokens)
 
     def source(self) -> Source | None:
-        """The one under the cursor."""
+        """The selected source."""
         sources = self.qlora_app.workbench.recipe.data.sources
         return sources[self.source_number] if sources else None
 

@@ -1,4 +1,4 @@
-"""Which column plays which part: for files whose names are the user's own."""
+"""Maps the columns of a file with unusual names to prompt, answer, and so on."""
 
 from __future__ import annotations
 

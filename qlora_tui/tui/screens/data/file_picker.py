@@ -1,4 +1,4 @@
-"""Choosing a file or folder: type a path or a part of a name, or walk there; recent ones first."""
+"""Selects a file or folder by a typed path, part of a name, or browsing; recent ones first."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FilePickerScreen(ModalScreen[Path]):
         start: Path | None = None,
         is_id: Callable[[str], bool] = lambda text: False,
     ) -> None:
-        """``is_id`` tells the id of something on the hub, which may be chosen too, from a path."""
+        """``is_id`` tells whether a text is a Hub id, which may be chosen too, rather than a path."""
         super().__init__()
         self._is_id = is_id
         self._title = title
@@ -57,7 +57,7 @@ class FilePickerScreen(ModalScreen[Path]):
         with Vertical(id="open-card") as card:
             card.border_title = self._title
             yield TextField(placeholder="A path, or part of a name", id="typed", compact=True)
-            # Over the list, since at the foot of the screen a note may lie on them.
+            # Above the list, since notifications may cover the bottom of the screen.
             yield Static(_KEYS, id="keys", markup=False)
             yield Static(id="where", markup=False)
             yield ViList(id="entries")
@@ -103,7 +103,7 @@ class FilePickerScreen(ModalScreen[Path]):
         self._open(self._listed[event.option_index])
 
     def action_move(self, by: int) -> None:
-        """Move the cursor of the list while typing goes on in the field."""
+        """Move the cursor of the list while the field has the focus."""
         entries = self.query_one(ViList)
         entries.action_cursor_down() if by > 0 else entries.action_cursor_up()
 
@@ -165,7 +165,7 @@ class FilePickerScreen(ModalScreen[Path]):
         self.query_one("#where", Static).update(words)
 
     def _entries(self) -> list[Path]:
-        """What there is to choose in the folder: files that look right first, then folders."""
+        """The entries of the folder: matching files first, then folders."""
         try:
             entries = sorted(p for p in self._folder.iterdir() if not p.name.startswith("."))
         except OSError as error:

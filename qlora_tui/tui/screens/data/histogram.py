@@ -1,4 +1,4 @@
-"""How long the samples are: bars over an axis of lengths, with the sequence length marked in its place."""
+"""Histogram of sample lengths with the sequence length marked on the axis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WIDEST = 72
 def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> Content:
     """``height`` lines of bars and one of an axis.
 
-    What lies beyond ``cut_at`` is drawn hatched; the axis names it where it lies, and has an arrow where all
+    Bars beyond ``cut_at`` are hatched; the axis labels it in its place, or has an arrow if all
     samples are shorter. Without ``cut_at`` nothing is marked.
     """
     bins = lengths.histogram
@@ -35,7 +35,7 @@ def _edges(bins: tuple[Bin, ...]) -> list[int]:
 
 
 def _column(edges: list[int], length: int, width: int) -> int:
-    """Where a length lies on the axis; ``width`` behind its end. All bins are equally wide on it."""
+    """Column of a length on the axis, ``width`` if it is beyond the end. All bins are equally wide."""
     for number, (low, high) in enumerate(pairwise(edges)):
         if length < high:
             return round((number + (length - low) / (high - low)) * width / (len(edges) - 1))

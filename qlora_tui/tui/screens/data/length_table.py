@@ -9,9 +9,9 @@ from qlora_tui.runs.length_costs import LengthCost
 from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
 
 _SIGNS = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
-"""For the word, where there is no room for it."""
+"""Signs for verdicts, for narrow windows."""
 _TIMED_WIDTH = 44
-"""Cells of a line with its time and a sign; that of the recipe's own length is told above, too."""
+"""Least width in cells with a time column; the time at the recipe's length is shown above, too."""
 
 
 def cost_table(costs: list[LengthCost], width: int) -> Content:

@@ -1,4 +1,4 @@
-"""What the Data screen asks engines: one for rows, so that they come at once, one for the whole file."""
+"""The engines of the Data screen: one for rows, so that they come at once, one for the whole file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qlora_tui.recipe.schema import Data, Recipe, Source
 
 @dataclass(frozen=True)
 class PreviewRequest:
-    """One source, and the settings that decide what the model sees of it."""
+    """A source and the settings that affect what the model sees of it."""
 
     source: Source
     data: Data
@@ -45,7 +45,7 @@ class PreviewRequest:
 
 
 class DataPreviews:
-    """Two engines, started one after the other, for together they would be slow. They load no torch."""
+    """Two engines, started one after the other, since together they would be slow. They load no torch."""
 
     def __init__(self) -> None:
         self._rows = EngineClient()
@@ -59,7 +59,7 @@ class DataPreviews:
     async def row(
         self, wanted: PreviewRequest, number: int, path: str = ""
     ) -> tuple[Shown, UserError | None]:
-        """The row as the model sees it; as the file has it where there is no tokenizer, and why."""
+        """The row as the model sees it; as it is in the file, with the reason, if there is no tokenizer."""
         request = ShowRow(
             source=wanted.source,
             row=number,
@@ -80,9 +80,9 @@ class DataPreviews:
             self._first_row_shown.set()
 
     async def reports(self, wanted: PreviewRequest) -> AsyncIterator[Report]:
-        """Reports on the whole source, each better than the last; in characters without a tokenizer.
+        """Yield reports on the whole source as it is read; lengths are in characters without a tokenizer.
 
-        The first waits for the first row that is asked for.
+        Waits for the first row to be shown.
         """
         await self._first_row_shown.wait()
         request = InspectData(
@@ -98,7 +98,7 @@ class DataPreviews:
                 yield report
 
     async def fields(self, source: Source) -> dict[str, str]:
-        """Columns of a file that cannot be read otherwise, with what they hold; empty if nothing can."""
+        """Columns of a file in no known format, with an example each; empty if nothing can be read."""
         try:
             async for reply in self._rows.ask(ShowFields(source=source)):
                 if isinstance(reply, FieldsShown):

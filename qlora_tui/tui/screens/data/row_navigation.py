@@ -1,4 +1,4 @@
-"""From row to row of a source, through all its files. No widget here."""
+"""Navigation from row to row of a source, through all its files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Place: TypeAlias = tuple[str, int]
 
 
 def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:
-    """The next row or the one before; the same at either end.
+    """The next or previous row, or the same one at either end.
 
     The last row of a file is known once it has been read.
     """

@@ -32,9 +32,9 @@ from qlora_tui.tui.widgets.vi_list import ViList
 
 _VIEWS = ("both", "figures", "sample")
 _TALL = 50
-"""Lines of a terminal from which on every problem is listed with its remedy."""
+"""Height of a terminal, in lines, from which each problem is listed with its fix."""
 _SETTLE_S = 0.1
-"""A key held down changes the recipe many times; only the last is looked at."""
+"""Seconds to wait, since a key held down changes the recipe many times."""
 
 
 class DataScreen(DataActions):
@@ -61,7 +61,7 @@ class DataScreen(DataActions):
         self.path = ""
         """The file of the source that the row is from; empty is its first."""
         self._no_tokens: UserError | None = None
-        """Why the row is shown as the file has it, where a model is named."""
+        """Why the row is shown as it is in the file although a model is selected."""
         self._costs: list[LengthCost] = []
         self._costs_key: object = None
         self._throughput: tuple[str, float | None] | None = None
@@ -154,7 +154,7 @@ class DataScreen(DataActions):
         self._go_to_next(self.problems, by)
 
     def action_view(self) -> None:
-        """Give all the room to one half, or share it."""
+        """Show the sample, the statistics, or both."""
         body = self.query_one("#data-body")
         now = next((view for view in _VIEWS if body.has_class(f"-{view}")), "both")
         body.set_class(False, f"-{now}")
@@ -189,7 +189,7 @@ class DataScreen(DataActions):
 
     @work
     async def _start(self) -> None:
-        # Before a file is chosen; why it cannot be is said when one is.
+        # Started before a file is selected; an error is reported when one is.
         with suppress(UserError):
             await self._previews.start()
 
@@ -229,7 +229,7 @@ class DataScreen(DataActions):
         except UserError as error:
             self.report = None
             self._clear_figures()
-            # Where not even a row can be read, the same stands in the sample's place.
+            # If not even a row can be read, the error is shown in place of the sample.
             if self.shown is not None:
                 self.query_one("#totals", Static).update(words.error_text(error))
             return
@@ -297,7 +297,7 @@ class DataScreen(DataActions):
         costs_width = self.query_one("#file-facts").scrollable_content_region.width
         table = cost_table(self._costs, costs_width) if report.complete else Content("")
         self.query_one("#costs", Static).update(table)
-        # Where room is short, the remedy stands over a row that has the problem.
+        # In a short window, the fix is shown above a row that has the problem.
         short = brief or (self.size.height < _TALL and not self.query_one("#data-body").has_class("-figures"))
         several = len(report.files) > 1
         lines = [

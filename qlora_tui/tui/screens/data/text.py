@@ -1,4 +1,4 @@
-"""What the Data screen says, as text with styles. No widget here."""
+"""Styled text of the Data screen."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _ROWS_NAMED = 3
 
 
 def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content:
-    """The row as the model will see it, under what is wrong with it."""
+    """The row as the model will see it, below its problems."""
     parts: list[Content | str | tuple[str, str]] = []
     for kind, example in _row_problems(shown, problems):
         check = CHECKS.get(kind)
@@ -66,7 +66,7 @@ def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content
 
 
 def _row_problems(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[str, str]]:
-    """What is wrong with this row: (kind, example)."""
+    """(kind, example) of each problem of this row."""
     seen = {kind for kind, _ in shown.findings}
     here = (p for p in problems if p.path in ("", shown.path))
     others = [(p.kind, "") for p in here if shown.row in p.rows and p.kind not in seen]
@@ -79,7 +79,7 @@ def _styled(piece: Piece) -> tuple[str, str]:
         return text, "reverse bold underline" if piece.trained else "reverse"
     if not piece.trained:
         return text, "dim"
-    # A line end that is learnt would not be seen: only its edges are marked, to keep the text readable.
+    # Line breaks in the loss are invisible; only those at the edges are marked, to keep the text readable.
     inner = text.strip("\n")
     if not inner:
         return "↵\n" * len(text), "bold underline"
@@ -95,13 +95,13 @@ def _cut_mark(shown: Shown, data: Data) -> tuple[str, str]:
 
 
 def reading(source: Source) -> Content:
-    """What stands there until the first row comes."""
+    """The text shown until the first row arrives."""
     doing = "Loading from the Hub…" if is_of_the_hub(source.path) else "Reading…"
     return Content.styled(doing, "dim")
 
 
 def error_text(error: UserError) -> Content:
-    """What stands where the sample would be, when there is none."""
+    """The error shown in place of the sample."""
     parts: list[tuple[str, str]] = [(f"✗ {error.title}\n\n", "$error bold"), (error.what, "")]
     if error.why:
         parts.append((f"\n{error.why}", "dim"))
@@ -111,7 +111,7 @@ def error_text(error: UserError) -> Content:
 
 
 def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
-    """The same for a file: with what is in it, and the keys that may help."""
+    """The error for a file that cannot be read, with its columns and the keys that may help."""
     keys = [("[o]", "open another file"), ("[x]", "remove this one")]
     if fields and error.fix.startswith(("Say which column", "Map the columns")):
         # The fix is for the recipe as a file; here there is a key for it.
@@ -147,7 +147,7 @@ def source_line(source: Source, alone: bool) -> Content:
 
 
 def row_line(place: Place, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
-    """Which row it is, how much of it is learnt, and how to read the styles, as far as there is room."""
+    """The row number, its tokens in the loss, and a legend of the styles, as far as they fit."""
     path, row = place
     of = name = ""
     if report and len(report.files) > 1:
@@ -183,7 +183,7 @@ def row_line(place: Place, report: Report | None, shown: Shown | None, data: Dat
 
 
 def _join_to_width(parts: Sequence[str], width: int) -> str:
-    """The first of these that stand on one line together; a mark where there are more."""
+    """Join as many parts as fit on one line, with an ellipsis if there are more."""
     for count in range(len(parts), 1, -1):
         words = " · ".join(parts[:count]) + (" …" if count < len(parts) else "")
         if len(words) <= width:
@@ -192,7 +192,7 @@ def _join_to_width(parts: Sequence[str], width: int) -> str:
 
 
 def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = False) -> Content:
-    """How the file is read, and what comes of it; the evidence only where there is room."""
+    """The detected format and the resulting samples and tokens; ``brief`` leaves out the evidence."""
     counts, data = report.counts, recipe.data
     parts: list[Content] = []
     for file in report.files[:1]:
@@ -234,12 +234,12 @@ def _rules(data: Data) -> str:
 
 
 def lengths_line(report: Report, data: Data, width: int) -> Content:
-    """Over the histogram: percentiles, and what is too long."""
+    """The lines above the histogram: percentiles, and samples that are too long."""
     lengths = report.lengths
     points = f"p50 {lengths.p50:,}  p90 {lengths.p90:,}  p99 {lengths.p99:,}"
     most = f"  most {lengths.longest:,}"
     unit = "tokens" if lengths.unit == "tokens" else "chars"
-    # The longest stands at the end of the axis too.
+    # The longest is also at the end of the axis.
     line = next(
         (words for words in (f"{unit}: {points}{most}", f"{unit} {points}") if len(words) <= width), points
     )
@@ -251,9 +251,9 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
 
 
 def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = False) -> Content:
-    """One kind of problem in the list, with its remedy where there is room.
+    """One kind of problem in the list, with its fix unless ``brief``.
 
-    ``several``: the source has more files than one, and the problem's is named.
+    ``several``: the source has several files, so the problem's file is named.
     """
     sign, style = ("✗", "$error") if problem.severity == "error" else ("⚠", "$warning")
     rows = ", ".join(f"{row:,}" for row in problem.rows[:_ROWS_NAMED])
@@ -271,14 +271,14 @@ def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = F
 
 
 def _fix_label(problem: DataProblem) -> str:
-    """What the key m does about it; empty where it does nothing."""
+    """What the key ``m`` does about the problem; empty if nothing."""
     if problem.split_rows:
         return f"split into {'about ' if problem.is_estimate else ''}{pluralize(problem.split_rows, 'row')}"
     return f"train {', '.join(problem.tokens)}" if problem.tokens else ""
 
 
 def no_problem_line(report: Report) -> Content:
-    """In place of the list."""
+    """The line shown if there are no problems."""
     if report.complete:
         return Content.styled("✓ No problems found", "$success")
     return Content.styled("No problems so far", "dim")

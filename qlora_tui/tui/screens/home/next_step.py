@@ -1,4 +1,4 @@
-"""The one sensible next step, from how things stand: a pure function for Home."""
+"""The suggested next step for Home, as a pure function of the state."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from qlora_tui.runs.status import ACTIVE, State
 
 @dataclass(frozen=True)
 class HomeState:
-    """What the advice rests on."""
+    """The state that the suggestion depends on."""
 
     recipe: Recipe
     local_models: int
-    """On this machine, that can be trained."""
+    """Number of models on this machine that can be trained."""
     verdict: str = ""
-    """Whether the recipe fits: a word of the estimate, empty where there is none."""
+    """Verdict of the estimate; empty without an estimate."""
     last_run: str = ""
     last_state: State | None = None
     last_is_news: bool = False
-    """It ended since the app was last looked at."""
+    """Whether it ended since the app was last used."""
     last_checkpoint: int = 0
-    """Step of the last that it has whole; 0 where there is none."""
+    """Step of its last intact checkpoint; 0 if there is none."""
     last_total_steps: int = 0
-    """0 where it is not known."""
+    """Number of steps; 0 if unknown."""
     last_fix: str = ""
-    """What its failure says to do."""
+    """The fix that its failure suggests."""
     edited_since: bool = False
-    """The recipe was changed after it ended: another run is being prepared."""
+    """Whether the recipe was changed after it ended: another run is being prepared."""
 
 
 @dataclass(frozen=True)
 class NextStep:
-    """What to do, with which key besides enter, and why."""
+    """A step, its key besides Enter, and the reason."""
 
     key: str
-    """What does the same; empty where only enter does."""
+    """The key that does the same as Enter; empty if there is none."""
     action: str
-    """As Textual runs it."""
+    """The Textual action to run."""
     text: str
     why: str
 
@@ -55,7 +55,7 @@ SEARCH = NextStep(
 
 
 def next_step(now: HomeState) -> NextStep:
-    """The most useful thing to do now."""
+    """Return the most useful next step."""
     state = now.last_state
     if state in ACTIVE:
         return NextStep("", "watch", "Watch the run", f"{now.last_run} is running")
@@ -69,7 +69,7 @@ def next_step(now: HomeState) -> NextStep:
 
 
 def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
-    """What could be done instead: by a newcomer, or with a run that can go on."""
+    """Alternatives for new users, and for runs that can be resumed."""
     if chosen.action in ("resume", "watch") and now.last_state not in ACTIVE:
         resume = (_resume(now),) if now.last_state == "failed" and now.last_checkpoint else ()
         return (*resume, *((_prepare(now),) if _is_complete(now) else ()))
@@ -81,7 +81,7 @@ def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
 
 
 def _can_resume(now: HomeState) -> bool:
-    """A run that was broken off, by the user or by whatever killed it, and not by what it met in itself."""
+    """Whether the last run was stopped or lost, rather than failed."""
     return now.last_state in ("stopped", "lost") and now.last_checkpoint > 0
 
 

@@ -1,6 +1,6 @@
-"""What Home says, as lines: the card, the last run, the queue, the recipe in the making, the next step.
+"""The lines of Home: GPU, last run, queue, recipe, next step, recent runs.
 
-Used in a thread, and imported there: with the estimate and the catalogue it would delay the first frame.
+Imported and used in a thread: its imports would delay the first frame.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class HomeFacts:
     """All of Home."""
 
     parts: dict[str, tuple[Content, ...]]
-    """Lines by part: card, run, queue, recipe, next, recent. None is wider than there is room."""
+    """Lines by part (card, run, queue, recipe, next, recent), none wider than the window."""
     step: NextStep
 
 
 class HomeReader:
-    """Keeps what does not change from one look to the next."""
+    """Reads the state, and caches what does not change between reads."""
 
     def __init__(self, seen_at: float, started_at: float) -> None:
         self._seen_at = seen_at
@@ -59,7 +59,7 @@ class HomeReader:
         self._verdict: tuple[object, str] = (None, "")
 
     def invalidate_models(self) -> None:
-        """One may have been downloaded since."""
+        """Count the local models again at the next read."""
         self._local_models = None
 
     def read(
@@ -72,7 +72,7 @@ class HomeReader:
         across: int,
         down: int,
     ) -> HomeFacts:
-        """How things stand, on ``down`` lines of ``across`` cells beside the titles."""
+        """Read everything for ``down`` lines of ``across`` cells beside the titles."""
         across = max(_LEAST_ACROSS, across)
         if self._local_models is None:
             self._local_models = sum(model.refusal is None for model in list_local_models())
@@ -128,7 +128,7 @@ class HomeReader:
 
 
 def estimate_of(bench: Workbench, budget: MemoryBudget) -> Estimate | None:
-    """Of the recipe in its own precision; None without a model."""
+    """Estimate of the recipe in its precision; None without a model."""
     compared = bench.comparison(budget.device)
     if isinstance(compared, UserError):
         return None
@@ -137,7 +137,7 @@ def estimate_of(bench: Workbench, budget: MemoryBudget) -> Estimate | None:
 
 
 def gpu_lines(system_status: SystemStatus, budget: MemoryBudget) -> list[Content]:
-    """The card and how busy it is, or what there is instead."""
+    """The GPU with its utilization, or what is used instead."""
     if system_status.gpu is None:
         memory = f"{format_gib(budget.bytes)} GiB"
         where = (
@@ -169,7 +169,7 @@ def gpu_lines(system_status: SystemStatus, budget: MemoryBudget) -> list[Content
 
 
 def run_lines(summary: RunSummary | None, away: bool, now: float, across: int) -> list[Content]:
-    """The run at work or the last one: what it is, and how it stands or ended."""
+    """The active or last run: name, state, and progress or outcome."""
     if summary is None:
         return [Content.styled("No run yet.", "dim")]
     status, cells = summary.status, _CURVE if across >= _CURVES_FROM else _SHORT_CURVE
@@ -243,28 +243,28 @@ def _when(at: float, now: float, across: int) -> str:
 
 
 def _column(texts: list[str], widest: int = _WIDEST) -> list[Content]:
-    """All as wide as the widest, and no wider."""
+    """Pad all texts to the widest one."""
     shown = [_cut(Content(text), min(widest, _WIDEST)) for text in texts]
     width = max((text.cell_length for text in shown), default=0)
     return [text.pad_right(width - text.cell_length) for text in shown]
 
 
 def _cut(text: Content, width: int) -> Content:
-    """In the middle, as names differ at their ends; by cells at the end where some are two wide."""
+    """Shorten in the middle, since names differ at their ends; wide characters are cut at the end."""
     if text.cell_length == len(text):
         return Content(truncate_middle(text.plain, width))
     return text.truncate(width, ellipsis=True)
 
 
 def _wrapped(lines: list[Content], across: int) -> tuple[Content, ...]:
-    """What is too long goes on under itself."""
+    """Wrap the lines that are too long."""
     return tuple(
         piece for line in lines for piece in (line.wrap(across) if line.cell_length > across else [line])
     )
 
 
 def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
-    """What waits, the next one first."""
+    """The queued runs, the next one first."""
     if not waiting:
         return [Content.styled("Empty.", "dim")]
     named = [RunDir(paths.runs_dir() / id_).name for id_ in waiting[:3]]
@@ -275,7 +275,7 @@ def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
 
 
 def recipe_lines(workbench: Workbench, budget: MemoryBudget) -> list[Content]:
-    """What is being prepared, and whether it fits."""
+    """The recipe being edited, and whether it fits."""
     first = Content(recipe_line(workbench))
     estimate = estimate_of(workbench, budget)
     if estimate is None:
@@ -290,7 +290,7 @@ def recipe_lines(workbench: Workbench, budget: MemoryBudget) -> list[Content]:
 
 
 def next_lines(step: NextStep, others: tuple[NextStep, ...]) -> list[Content]:
-    """The step with its key and the reason for it, and what could be done instead."""
+    """The suggested step with its key and reason, and the alternatives."""
     key = "" if step.key in ("d", "") else f" (also [{step.key}])"
     lines = [
         Content.assemble(("▸ Enter  ", "bold $accent"), (step.text, "bold"), (key, "dim")),

@@ -1,4 +1,4 @@
-"""Home: how things stand at a glance, and the one sensible next step."""
+"""Home: GPU, runs, queue and recipe at a glance, and the suggested next step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _TITLES = {
 
 
 class HomeScreen(WorkScreen):
-    """The card, the run, the queue, the recipe, and what to do next."""
+    """GPU, last run, queue, recipe, next step."""
 
     MODE = "home"
     # In the class and not in a .tcss: Textual cannot load a file for the first screen of all.
@@ -76,7 +76,7 @@ class HomeScreen(WorkScreen):
         self._step: NextStep | None = None
         self._reading = False
         self._busy = False
-        """While the demo's model is fetched, which is told where the next step stands."""
+        """Whether the demo model is being downloaded; the next step shows its progress."""
 
     def compose_body(self) -> Iterable[Widget]:
         with ViScroll(id="home"):
@@ -107,7 +107,7 @@ class HomeScreen(WorkScreen):
             await self.run_action(self._step.action)
 
     async def action_watch(self) -> None:
-        """Watch the run at work, or look at the last one."""
+        """Watch the active run, or see the last one."""
         from qlora_tui.tui.screens.train.screen import show_run
 
         if self.qlora_app.system_status.latest is not None:
@@ -197,7 +197,7 @@ class HomeScreen(WorkScreen):
         try:
             await app.shown.wait()
             if not app.system_status.is_known:
-                # What is shown of a machine that nobody has looked at would be wrong, and Enter would do it.
+                # Before the first poll the suggestion could be wrong, and Enter would do it.
                 self._put("card", (Content.styled("looking…", "dim"),))
                 return
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home.reader")

@@ -1,4 +1,4 @@
-"""What the papers say of each LoRA setting, in a line, with the source; and what this recipe makes of it.
+"""The settings beside the module grid, each with a line of advice from the papers.
 
 LoRA: Hu et al. 2021, arXiv 2106.09685. QLoRA: Dettmers et al. 2023, arXiv 2305.14314. rsLoRA: Kalajdzievski
 2023, arXiv 2312.03732. DoRA: Liu et al. 2024, arXiv 2402.09353.
@@ -22,7 +22,7 @@ class LoraControl:
 
     path: str
     keys: str
-    """As the line shows them."""
+    """The keys, as they are shown."""
 
 
 LORA_CONTROLS: tuple[LoraControl, ...] = (
@@ -45,12 +45,12 @@ def control_line(control: LoraControl, recipe: Recipe, base: Recipe) -> Content:
 
 
 def scale_of(lora: Lora) -> float:
-    """What the update B·A is multiplied by."""
+    """The factor of the update B·A: alpha/rank, or alpha/√rank with rsLoRA."""
     return lora.alpha / (sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
 
 def advice(path: str, lora: Lora) -> str:
-    """One line on a setting, as it stands in this recipe."""
+    """One line of advice on a setting of this recipe."""
     return _ADVICE[path](lora)
 
 

@@ -1,4 +1,4 @@
-"""The model's linear modules on the screen: a line a kind, a cell a layer, with check boxes.
+"""Grid of the model's linear modules: a row for each kind, a cell for each layer.
 
 It changes nothing: it posts :class:`ModuleGrid.Chosen` with what would be chosen, and shows what it is given.
 """
@@ -33,9 +33,9 @@ from qlora_tui.tui.screens.lora.module_table import (
 BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
 CELLS = {ALL: "■", SOME: "▒", NONE: "·"}
 CUSTOM = "◆"
-"""Chosen, with a rank or an alpha of its own."""
+"""Sign of a selected module with a custom rank or alpha."""
 HEAD = -1
-"""The cursor's column when it stands on the kind itself, and so on every layer of it."""
+"""The cursor's column when it is on the name of a kind, and so on all its layers."""
 LONGEST_KIND = 18
 
 
@@ -91,7 +91,7 @@ class ModuleGrid(Widget, can_focus=True):
 
     @property
     def under_cursor(self) -> Sequence[LinearModule]:
-        """What space would toggle: one cell, a kind, a layer, or the block that x began."""
+        """The modules that Space would toggle: a cell, a kind, a layer, or the block started with ``x``."""
         if self._table is None:
             return ()
         row, column = self._block_from or (self._row, self._column)

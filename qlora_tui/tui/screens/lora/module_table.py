@@ -1,6 +1,6 @@
-"""The linear modules of a model as a table of kinds and layers: what is chosen, and what would be.
+"""The linear modules of a model as a table of kinds and layers.
 
-No widget here: :mod:`.module_grid` draws it, the LoRA screen turns names into patterns.
+:mod:`.module_grid` draws it, the LoRA screen turns selected names into patterns.
 """
 
 from __future__ import annotations

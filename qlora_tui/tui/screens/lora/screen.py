@@ -1,4 +1,4 @@
-"""LoRA: which modules get an adapter, how wide it is, and what that comes to."""
+"""LoRA: which modules get an adapter, its rank, and what it costs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 
 SETTLED_S = 0.1
-"""Prices wait until no key has come for so long."""
+"""Seconds without a key before the memory deltas are computed."""
 
 
 class LoraScreen(WorkScreen):
@@ -123,12 +123,12 @@ class LoraScreen(WorkScreen):
             )
 
     def action_toggle_modules(self) -> None:
-        """Take or drop what is under the cursor."""
+        """Select or deselect the modules under the cursor."""
         if self._table is not None:
             self.query_one(ModuleGrid).toggle()
 
     def action_block(self) -> None:
-        """Begin a block, or toggle the one begun."""
+        """Start a block, or toggle the one that was started."""
         if self._table is not None:
             self.query_one(ModuleGrid).toggle_block_selection()
 
@@ -137,7 +137,7 @@ class LoraScreen(WorkScreen):
         self.qlora_app.edit("lora.target_modules", (ALL_LINEAR,))
 
     def action_here(self, key: str) -> None:
-        """Ask for a rank or an alpha for what is under the cursor alone."""
+        """Ask for a custom rank or alpha of the modules under the cursor."""
         recipe, modules = self.qlora_app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
         architecture = self.qlora_app.workbench.architecture()
         if isinstance(architecture, UserError) or not modules:
@@ -189,7 +189,7 @@ class LoraScreen(WorkScreen):
             self.qlora_app.edit("lora.target_modules", patterns)
 
     def on_module_grid_moved(self) -> None:
-        """Say what is under the cursor."""
+        """Describe the modules under the cursor."""
         self._show_cursor()
 
     def on_input_changed(self, event: Input.Changed) -> None:

@@ -14,7 +14,7 @@ from qlora_tui.recipe.targets import match_modules, split_patterns, syntax_error
 
 
 def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]:
-    """The patterns meant, each kind written out.
+    """Parse typed patterns, each kind written out.
 
     Raises UserError for one that is wrong or touches nothing.
     """
@@ -31,7 +31,7 @@ def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]
 
 
 def validate_number(setting: str, text: str) -> str:
-    """What is wrong with a number for a setting, in a sentence; nothing is the general one."""
+    """Return what is wrong with a typed number for a setting, or an empty string. Empty is valid."""
     field = fields()[setting]
     try:
         if text.strip():
@@ -42,7 +42,7 @@ def validate_number(setting: str, text: str) -> str:
 
 
 def _written_out(pattern: str, modules: Sequence[LinearModule]) -> str:
-    """``8-23.q`` as ``8-23.q_proj``, where one kind begins so and no kind is called so."""
+    """Expand ``8-23.q`` to ``8-23.q_proj`` if exactly one kind starts with ``q_`` and none is named ``q``."""
     layers, dot, kind = pattern.rpartition(".")
     kinds = dict.fromkeys(module.kind for module in modules)
     if kind in kinds or kind == ALL_LINEAR:

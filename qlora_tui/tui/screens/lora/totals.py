@@ -1,4 +1,4 @@
-"""What a choice of modules and rank comes to: parameters, file, memory, and what differs from the preset."""
+"""Totals of the selected modules and rank: parameters, file size, memory, differences from the preset."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from qlora_tui.tui.screens.lora.module_table import adapter_parameters
 from qlora_tui.tui.workbench import Workbench
 
 SAVED_BYTES = 4
-"""A trained parameter in ``adapter_model.safetensors``: adapters are trained and kept in 32 bits."""
+"""Bytes of a parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
 _MOST_LINES = 2
-"""Of what differs from the preset."""
+"""Lines for the differences from the preset."""
 
 
 @dataclass(frozen=True)
 class MemoryDeltas:
-    """What takes an estimate of its own to know, in bytes more (or fewer) than this recipe."""
+    """Memory differences that need another estimate, in bytes."""
 
     dora_bytes: int
-    """Of DoRA, on instead of off."""
+    """DoRA on, compared with off."""
     preset_bytes: int
-    """Of its LoRA settings against the preset's, all else being as it is."""
+    """The recipe's LoRA settings, compared with the preset's."""
 
 
 def memory_deltas(
     recipe: Recipe, base: Recipe, architecture: Architecture, device: Device
 ) -> MemoryDeltas | None:
-    """Three estimates: some 20 ms. None where a recipe has targets that this model has not."""
+    """Compute three estimates, some 20 ms. None if this model lacks the recipe's targets."""
 
     def total(of: Recipe) -> int:
         return estimate(of, architecture, device=device).total_bytes
@@ -79,7 +79,7 @@ def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) 
 
 
 def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int) -> Content:
-    """The LoRA settings that differ from the preset, what they take more, and how many find no room."""
+    """The LoRA settings that differ from the preset, and the memory they add; as many as fit."""
     changes = [c for c in diff_recipes(workbench.base, workbench.recipe) if c.path.startswith("lora.")]
     if not changes:
         return Content.styled(f"Same as preset {workbench.preset}", "$text-muted")
@@ -97,7 +97,7 @@ def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int
 
 
 def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) -> Content:
-    """What space would toggle, in words."""
+    """Describe the modules that Space would toggle."""
     if not modules:
         return Content.styled("No module here.", "$text-muted")
     trained = f"{format_count(adapter_parameters(modules, lora))} trained if selected{_own(modules, lora)}"
@@ -112,7 +112,7 @@ def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) 
 
 
 def _own(modules: Sequence[LinearModule], lora: Lora) -> str:
-    """``, rank 32, alpha 16 to 64`` where a pattern gives any of them its own."""
+    """``, rank 32, alpha 16 to 64`` if a pattern sets any of them."""
     words = ""
     for name, number_of, own in (
         ("rank", rank_of, lora.rank_pattern),

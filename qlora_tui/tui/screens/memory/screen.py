@@ -49,19 +49,19 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.vi_list import ViList
 
 METHODS = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
-"""What ``quantization.method`` says for each precision."""
+"""Value of ``quantization.method`` for each precision."""
 TARGETS: tuple[tuple[str, ...], ...] = (
     ("all-linear",),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "v_proj"),
 )
-"""What ``t`` goes through: the choices of the QLoRA paper, of many recipes, and of the LoRA paper."""
+"""The choices of the key ``t``: those of the QLoRA paper, of many recipes, and of the LoRA paper."""
 SETTLED_S = 0.15
-"""The slower questions wait until no key has come for so long."""
+"""Seconds without a key before the slow computations start."""
 
 
 class MemoryScreen(WorkScreen):
-    """NF4, int8 and 16 bits side by side against the card."""
+    """NF4, int8 and 16 bits side by side, compared with the GPU's memory."""
 
     MODE = "memory"
     CSS_PATH = "memory.tcss"
@@ -79,7 +79,7 @@ class MemoryScreen(WorkScreen):
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     class Solved(Message):
-        """The slower questions are answered."""
+        """The slow computations are done."""
 
         def __init__(
             self, recipe: Recipe, fitting: WhatFits, changes: tuple[MemorySaving, ...], least_bytes: int
@@ -105,7 +105,7 @@ class MemoryScreen(WorkScreen):
 
     @property
     def precision(self) -> Precision:
-        """The one that is taken apart: the recipe's own until another is asked for."""
+        """The precision whose breakdown is shown: the recipe's until another is selected."""
         return self._precision or precision_of(self.qlora_app.workbench.recipe)
 
     def compose_body(self) -> Iterable[Widget]:
@@ -153,7 +153,7 @@ class MemoryScreen(WorkScreen):
             self._show_bars()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Keys that would change nothing are not offered."""
+        """Disable keys that would change nothing."""
         if action == "use":
             return self.precision != precision_of(self.qlora_app.workbench.recipe)
         if action == "apply":
@@ -165,7 +165,7 @@ class MemoryScreen(WorkScreen):
         self.call_after_refresh(self._show_all)
 
     def action_targets(self) -> None:
-        """The next choice that this model has; all-linear after one of the user's own."""
+        """Select the next choice that this model has; all-linear after a custom one."""
         architecture = self.qlora_app.workbench.architecture()
         kinds = () if isinstance(architecture, UserError) else architecture.kinds()
         choices = [choice for choice in TARGETS if choice == TARGETS[0] or set(choice) <= set(kinds)]
@@ -174,16 +174,16 @@ class MemoryScreen(WorkScreen):
         self.qlora_app.edit("lora.target_modules", choices[index % len(choices)])
 
     def action_next_bar(self, step: int) -> None:
-        """Take another bar apart."""
+        """Show the breakdown of another precision."""
         self._precision = PRECISIONS[(PRECISIONS.index(self.precision) + step) % len(PRECISIONS)]
         self._show_all()
 
     def action_use(self) -> None:
-        """Train in the precision that is taken apart."""
+        """Train in the precision whose breakdown is shown."""
         self.qlora_app.edit("quantization.method", METHODS[self.precision])
 
     def action_apply(self) -> None:
-        """Make the cheapest change that fits."""
+        """Apply the cheapest change that fits."""
         if not self._changes:
             self.notify("Still searching for a change that fits.")
             return
@@ -198,7 +198,7 @@ class MemoryScreen(WorkScreen):
         self._show_explanation()
 
     def on_memory_screen_solved(self, message: Solved) -> None:
-        """Show what fits, if the recipe is still the one it was asked for."""
+        """Show what fits, if the recipe has not changed since."""
         if self._shown_for is None or self._shown_for[0] != message.recipe:
             return
         self._fitting, self._changes = message.fitting, message.changes
@@ -224,14 +224,14 @@ class MemoryScreen(WorkScreen):
         self.post_message(await asyncio.to_thread(answer))
 
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """Count a step of the real model, where its layers have no formula of their own."""
+        """Trace a step of the real model, if its layers have no formula."""
         await asyncio.sleep(SETTLED_S)
         try:
             traced = await trace_step(load_model_config(recipe.model.id), recipe, budget.device)
         except UserError as problem:
             self._tracing = f"not traced: {problem.what}"
         else:
-            self._tracing = ""  # the estimate's own note says so
+            self._tracing = ""  # the estimate says so
             self.qlora_app.workbench.use_trace(recipe, budget.device, traced)
             compared = self.qlora_app.workbench.comparison(budget.device)
             self._compared = self._compared if isinstance(compared, UserError) else compared
@@ -307,7 +307,7 @@ class MemoryScreen(WorkScreen):
         if self._least_bytes:
             parts.append(nothing_helps(self._least_bytes))
         if known and (warning := context_length_warning(recipe.data.max_length, known)):
-            # What it is about stands among the levers.
+            # The setting itself is shown among the controls.
             parts.append(Content.styled(f"{warning.why} {warning.fix}", "$warning"))
         parts += [Content(note) for note in estimate.notes]
         if conversion := self._conversion(recipe.model.id):
@@ -319,7 +319,7 @@ class MemoryScreen(WorkScreen):
         update_if_changed(beside, Content("\n\n").join(parts))
 
     def _conversion(self, model_id: str) -> Conversion | None:
-        """What a GGUF file needs before its first run."""
+        """The line on converting a GGUF file before its first run."""
         if not model_id.endswith(".gguf"):
             return None
         from qlora_tui.training.gguf_conversion import pending_conversion  # loads tokenizers

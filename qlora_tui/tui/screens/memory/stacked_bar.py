@@ -1,4 +1,4 @@
-"""A bar of memory cut into its parts. Each part has a texture of its own, so that colour is not needed."""
+"""A memory bar in parts. Each part has its texture, so that color is not needed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parts_of(estimate: Estimate) -> list[tuple[BarPart, int]]:
 
 
 def stacked_bar(estimate: Estimate, full_bytes: int, width: int) -> Content:
-    """``width`` cells that stand for ``full_bytes``; what is beyond the end is cut and marked with ▶."""
+    """Draw ``width`` cells for ``full_bytes``; a longer bar is cut and marked with ▶."""
     pieces: list[tuple[str, str]] = []
     drawn = 0
     filled_bytes = 0

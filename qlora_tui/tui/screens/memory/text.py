@@ -1,4 +1,4 @@
-"""What stands beside and under the bars of the Memory screen: keys with their settings, changes, items."""
+"""Text beside and below the bars of the Memory screen: items, settings with their keys, changes that fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BAR_WIDTH = 24
 def item_line(item: Item, estimate: Estimate, largest_bytes: int, width: int) -> Content:
     """``█ Quantized weights   3.0 GiB  47%  ▇▇▇▇``; the bar is against the largest item.
 
-    Where there is room, the explanation stands beside it.
+    In a wide window, the explanation is beside it.
     """
     part = part_of(item.key)
     share = format_percent(item.bytes / estimate.total_bytes)
@@ -37,7 +37,7 @@ def item_line(item: Item, estimate: Estimate, largest_bytes: int, width: int) ->
 
 
 def levels_line(estimate: Estimate) -> str:
-    """The process with its doubt, the moment it is fullest, and how much of it torch and its tensors take."""
+    """Peak of the process with its uncertainty, its phase, and the share of torch and its tensors."""
     doubt = f"({format_gib(estimate.band.low_bytes)} to {format_gib(estimate.band.high_bytes)})"
     torch = (
         f"torch {format_gib(estimate.reserved_bytes)}, "
@@ -73,7 +73,7 @@ def _setting_control(keys: str, name: str, text: str) -> Content:
 
 
 def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
-    """Each change that makes it fit, the cheapest first, with its price."""
+    """Each change that makes it fit, the cheapest first, with its cost."""
     lines = [Content.assemble(("To make it fit, press ", "bold"), ("[a]", "$accent bold"), (":", "bold"))]
     for number, change in enumerate(changes[:CHANGES_SHOWN]):
         if number == 1:
@@ -92,7 +92,7 @@ def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
 
 
 def nothing_helps(least_bytes: int) -> Content:
-    """In place of the changes."""
+    """The text shown if no change makes it fit."""
     return highlight_keys(
         "No change makes it fit: with every change that saves memory it still needs "
         f"{format_gib(least_bytes)} GiB. Select a smaller model with [1], or use a larger GPU."
@@ -100,7 +100,7 @@ def nothing_helps(least_bytes: int) -> Content:
 
 
 def verdict_text(verdict: Verdict, precision: str) -> Content:
-    """What the one word rests on: ``NF4 fits: 17.0 GiB to spare``."""
+    """The verdict with its numbers: ``NF4 fits: 17.0 GiB to spare``."""
     style = VERDICT_STYLE[verdict.word]
     spare = abs(verdict.spare_bytes) / GIB
     over = verdict.spare_bytes < 0

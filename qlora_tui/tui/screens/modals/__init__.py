@@ -1,5 +1,5 @@
 """Windows over any screen.
 
-``confirm`` and ``text_prompt`` ask, ``error``, ``help`` and ``too_small`` tell, ``draft_changed`` asks whose
-recipe stays when another app has changed it.
+``confirm`` and ``text_prompt`` ask, ``error``, ``help`` and ``too_small`` inform, ``draft_changed`` asks
+whose recipe stays when another app has changed it.
 """

@@ -1,4 +1,4 @@
-"""A question before something is done: answered with y or n."""
+"""Asks before something is done: yes or no."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from textual.widgets import Static
 
 
 class ConfirmScreen(ModalScreen[bool]):
-    """Gives True for yes. Escape is no; enter is yes where nothing is lost by it."""
+    """Returns True for yes. Esc is no; Enter is yes only if ``harmless``."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -39,6 +39,6 @@ class ConfirmScreen(ModalScreen[bool]):
             yield Static(f"{yes}      [n] {self._no}", markup=False, classes="fix")
 
     def action_agree(self) -> None:
-        """Yes, by the key that is pressed without a thought."""
+        """Answer yes by Enter, if nothing can be lost."""
         if self._harmless:
             self.dismiss(True)

@@ -1,4 +1,4 @@
-"""What is done when another app has changed the draft: the user chooses whose recipe stays."""
+"""Asks whose recipe stays when another app has changed the draft."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Choice = Literal["mine", "theirs"]
 
 
 class DraftChangedScreen(ModalScreen[Choice | None]):
-    """Gives the choice; None when it was put off, so that the next edit asks again."""
+    """Returns the choice; None if it was postponed, so that the next edit asks again."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [

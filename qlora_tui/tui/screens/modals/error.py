@@ -1,4 +1,4 @@
-"""A problem as a modal: what happened, why, and what to do."""
+"""An error as a modal: what happened, why, and what to do."""
 
 from __future__ import annotations
 

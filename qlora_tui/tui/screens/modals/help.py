@@ -1,4 +1,4 @@
-"""Help: the words of the screen in front, and tables of keys."""
+"""Help: an explanation of the current screen, and tables of keys."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _WIDEST = 72
-"""Cells of a card (``modal.tcss``)."""
+"""Width of a modal in cells (``modal.tcss``)."""
 _AROUND = 8
-"""Of them border, padding and scrollbar."""
+"""Cells that border, padding and scrollbar take."""
 _NARROWEST = 16
 _KEYMAP_TEXT = (
     "The name beside each key is the command's. To change a key, add the name to [keymap] in config.toml: "
@@ -33,7 +33,7 @@ _KEYMAP_TEXT = (
 
 
 class HelpScreen(ModalScreen[None]):
-    """One page: made from the same declarations as the footer and the palette."""
+    """A page generated from the same declarations as the footer and the palette."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "dismiss", "Close")]
@@ -62,7 +62,7 @@ class HelpScreen(ModalScreen[None]):
 
     def on_resize(self) -> None:
         """A window of another width breaks the lines elsewhere."""
-        # Also told of the width it opened in.
+        # Also sent for the width it opened with.
         if self.app.size.width == self._wrapped_for:
             return
         self._wrapped_for = self.app.size.width
@@ -89,7 +89,7 @@ class HelpScreen(ModalScreen[None]):
         return Content("\n").join(lines)
 
     def _shown(self, key: str) -> str:
-        """As the footer has it."""
+        """The key as the footer shows it."""
         return self.app.get_key_display(Binding(key, ""))
 
 

@@ -1,4 +1,4 @@
-"""One line of text asked for: a learning rate, a name. Enter gives it, Escape gives nothing."""
+"""Asks for one line of text: a learning rate, a name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_tui.tui.widgets.text_field import TextField
 
 
 class TextPromptScreen(ModalScreen[str | None]):
-    """Gives the text, checked by ``wrong`` (what is wrong with it, or nothing); None when left."""
+    """Returns the text; None if cancelled. ``validate`` returns what is wrong, or an empty string."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]

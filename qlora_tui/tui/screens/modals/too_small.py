@@ -1,4 +1,4 @@
-"""A window that is too small: said, and left when it has grown."""
+"""Shown while the window is too small."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_too_small(size: Size) -> bool:
 
 
 class TooSmallScreen(ModalScreen[None]):
-    """Over whatever is there; the app takes it away when there is room."""
+    """Covers any screen; the app closes it when the window is large enough."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter,escape", "dismiss", "Show it")]
@@ -33,7 +33,7 @@ class TooSmallScreen(ModalScreen[None]):
             yield Static("Enter  show it cut off", classes="fix")
 
     def on_resize(self, event: Resize) -> None:
-        """Say the size."""
+        """Show the size."""
         size = event.size
         self.query(Static).first().update(
             f"It is {size.width}×{size.height}; the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "

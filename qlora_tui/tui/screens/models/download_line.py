@@ -1,4 +1,4 @@
-"""Downloads under way, a line each."""
+"""One line for each running download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LINES = 3
 
 
 def download_lines(downloads: Sequence[Download], width: int) -> Content:
-    """The newest ones; each with how far it is, how fast, and how long yet."""
+    """The newest downloads with progress, speed and remaining time."""
     return Content("\n").join([_line(download, width) for download in downloads[-LINES:]])
 
 

@@ -1,7 +1,7 @@
-"""Downloads under way: child processes that outlive screen and app, and what they say.
+"""Running downloads: child processes that outlive screen and app, and their messages.
 
 A child writes JSON lines (``catalog.download``, ``demo.fetch``). They are read on the app's own loop, through
-the pipe only: asyncio's subprocesses are killed when their loop ends, and a download should go on.
+the pipe only: asyncio's subprocesses are killed when their loop ends, and a download should continue.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LONGEST_LINE = 1 << 20
 
 
 class Download:
-    """One child, and how far it has come."""
+    """One child process and its progress."""
 
     def __init__(self, id_: str, name: str, process: subprocess.Popen[bytes]) -> None:
         self.id = id_
@@ -37,7 +37,7 @@ class Download:
         self.done_bytes = 0
         self.total_bytes = 0
         self.status_text = "Listing files"
-        """What it does, where that is not fetching bytes."""
+        """The current activity, if it is not downloading bytes."""
         self.path: Path | None = None
         """Where the model is, once it is."""
         self.problem: UserError | None = None
@@ -47,12 +47,12 @@ class Download:
 
     @property
     def pid(self) -> int:
-        """Of the child."""
+        """Process id of the child."""
         return self._process.pid
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Over the last seconds; None before there is a difference to speak of."""
+        """Speed over the last seconds; None until it can be measured."""
         if len(self._seen) < 2:
             return None
         (before_s, before), (now_s, now) = self._seen[0], self._seen[-1]
@@ -60,17 +60,17 @@ class Download:
 
     @property
     def seconds_left(self) -> float | None:
-        """At that speed."""
+        """Remaining seconds at the current speed; None if it is unknown."""
         speed = self.bytes_per_s
         return None if speed is None else (self.total_bytes - self.done_bytes) / speed
 
     def cancel(self) -> None:
-        """Stop it; what is fetched is kept, and the next download of the model goes on from there."""
+        """Stop the download; the next download of the model resumes it."""
         self.cancelled = True
         self._process.send_signal(signal.SIGINT)
 
     async def follow(self) -> AsyncIterator[None]:
-        """Yields at each word of the child, until it ends."""
+        """Yield after each message of the child, until it ends."""
         assert self._process.stdout is not None
         reader = asyncio.StreamReader(limit=_LONGEST_LINE)
         pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
@@ -112,7 +112,7 @@ class Download:
 
 
 def start(model_id: str) -> Download:
-    """Begin to fetch a model of the hub, or go on where an earlier attempt ended."""
+    """Start downloading a model from the Hub, resuming an earlier attempt."""
     return Download(model_id, model_id, spawn(model_id))
 
 

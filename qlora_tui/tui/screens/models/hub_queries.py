@@ -1,4 +1,4 @@
-"""What the Model screen asks: the hub about one model, and the user's path whether it is one."""
+"""Queries of the Model screen: details of a model on the Hub, and whether a typed path is a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_tui.tui.screens.models.model_facts import HubFacts
 
 
 def fetch_hub_facts(model_id: str) -> HubFacts:
-    """Its shape and its files; what the hub refuses is in ``problem``. Takes a few requests."""
+    """Fetch architecture and file sizes in a few requests; an error is in ``problem``."""
     try:
         plan = plan_download(model_id)
         architecture = parse_architecture(fetch_config(model_id, plan.commit))
@@ -26,7 +26,7 @@ def fetch_hub_facts(model_id: str) -> HubFacts:
 
 
 def validate_model_path(text: str) -> str:
-    """Why a typed path cannot be looked at; empty where it can."""
+    """Return why a typed path cannot be used, or an empty string."""
     path = Path(text.strip()).expanduser()
     if not text.strip() or path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return ""
@@ -41,7 +41,7 @@ def demo_name() -> str:
 
 
 def demo_model() -> Content:
-    """What fetching it takes."""
+    """Describe the demo model and its download."""
     return Content.assemble(
         (SMOLLM2.name, "bold"),
         "\n",

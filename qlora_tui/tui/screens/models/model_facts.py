@@ -1,4 +1,4 @@
-"""What is known of one model, in a few lines: its make, its cost here, and what fetching it takes."""
+"""Details of one model: architecture, memory, license, download."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ SHOWN: tuple[Precision, ...] = ("nf4", "fp16")
 
 @dataclass(frozen=True)
 class HubFacts:
-    """What the hub said when it was asked about one model."""
+    """Details of one model from the Hub."""
 
     architecture: Architecture | None
     total_bytes: int
     done_bytes: int
-    """Fetched already."""
+    """Bytes that are already downloaded."""
     problem: UserError | None = None
 
 
 def local_facts(model: LocalModel, recipe: Recipe, budget: MemoryBudget) -> Content:
-    """Of a model on this machine."""
+    """Details of a model on this machine."""
     lines = [Content.styled(model.name, "bold")]
     if model.refusal:
         lines += _refused(model.refusal)
@@ -65,7 +65,7 @@ def local_facts(model: LocalModel, recipe: Recipe, budget: MemoryBudget) -> Cont
 def hub_facts(
     model: HubModel, known: HubFacts | None, recipe: Recipe, budget: MemoryBudget, speed: float | None
 ) -> Content:
-    """Of a model on the hub; ``known`` is what enter asked for."""
+    """Details of a model on the Hub; ``known`` is what was loaded with Enter."""
     lines = [Content.styled(model.id, "bold")]
     refusal = model.refusal or (known.problem if known else None)
     if refusal:
@@ -91,7 +91,7 @@ def hub_facts(
 
 
 def read_license(path: Path) -> str:
-    """As the model's own README says in its first lines; empty where it does not."""
+    """The license from the front matter of the model's README; empty if there is none."""
     folder = path if path.is_dir() else path.parent
     try:
         with (folder / "README.md").open(encoding="utf-8", errors="replace") as readme:

@@ -1,4 +1,4 @@
-"""Lines of the model list: those on this machine, and those the hub has."""
+"""Lines of the model list: local models, and results from the Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.tui.widgets.vi_list import HEADING
 
 LOCAL, HUB = "local:", "hub:"
-"""How ids of lines begin, before the path or the hub's id."""
+"""Prefixes of line ids, before the path or the Hub id."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
 _FIGURES = 28
 """Columns that parameters, size and source take."""
@@ -34,7 +34,7 @@ def local_lines(models: Sequence[LocalModel], chosen: str, width: int) -> list[t
 def hub_lines(
     models: Sequence[HubModel] | None, query: str, width: int, present: frozenset[str]
 ) -> list[tuple[str, Content]]:
-    """A heading and a line a result; None is a hub that was not asked."""
+    """A heading and a line for each result; None if the Hub was not searched."""
     if models is None:
         text = "On the Hub: press [/], type a name, then Enter"
         return [(f"{HEADING}hub", Content.styled(text, "$text-muted"))]

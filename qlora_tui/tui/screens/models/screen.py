@@ -1,4 +1,4 @@
-"""Model: those on this machine, those on the hub, and what each would cost here."""
+"""Model: local models, models on the Hub, and the memory each would need."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class ModelsScreen(WorkScreen):
         self.query_one(Input).focus()
 
     def action_download(self) -> None:
-        """Fetch the model under the cursor, or the demo's where there is none."""
+        """Download the selected model, or the demo model if there is no other."""
         current = self.query_one(ViList).current or ""
         if current.startswith(HUB):
             self._start_download(downloads.start, current.removeprefix(HUB))
@@ -114,7 +114,7 @@ class ModelsScreen(WorkScreen):
             self.notify("This model is already on this machine. Models to download are under 'On the Hub'.")
 
     def action_cancel(self) -> None:
-        """Stop the newest download; what came is kept."""
+        """Stop the newest download; it can be resumed."""
         if not self._downloads:
             self.notify("No download is running.")
             return
@@ -151,7 +151,7 @@ class ModelsScreen(WorkScreen):
         self._show_facts()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Choose a model of this machine; ask the hub about one of its own."""
+        """Select a local model, or load the details of one on the Hub."""
         id_ = event.option.id or ""
         local = self._local_model(id_)
         if local is not None:

@@ -1,4 +1,4 @@
-"""Preset files that come, go, and are edited: import, export, ``$EDITOR``."""
+"""Import, export and editing of preset files."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def save_as(name: str, recipe: Recipe, *, note: str = "", own: str = "", overwri
 
 
 def import_preset(path: Path, *, overwrite: bool = False) -> Snapshot:
-    """Copy a preset file, comments and all, among the user's; gives what was there before, for an undo.
+    """Copy a preset file, with its comments, to the user's presets. Returns what it replaced, for undo.
 
-    Raises UserError where it is no preset, and OverwriteError where an edited one of its name is there.
+    Raises UserError if it is not a preset, and OverwriteError if an edited preset of that name exists.
     """
     toml.load(path)
     before = take_snapshot(path.stem)
@@ -69,7 +69,7 @@ def editor() -> list[str]:
 
 
 def _editor_setting() -> tuple[str, str]:
-    """The variable that names the editor, and what it says; EDITOR and nothing where none does."""
+    """(variable, value) of the setting that names the editor; EDITOR and an empty value if none does."""
     visual = os.environ.get("VISUAL", "").strip()
     return ("VISUAL", visual) if visual else ("EDITOR", os.environ.get("EDITOR", "").strip())
 
@@ -79,7 +79,7 @@ def _set_editor_hint() -> str:
 
 
 def edit(preset: Preset) -> None:
-    """Open the file in the user's editor and wait. Raises UserError; what was written is kept in any case."""
+    """Open the file in the user's editor and wait. Raises UserError; what was written stays in any case."""
     if preset.shipped:
         raise UserError(
             "Shipped presets cannot be edited",

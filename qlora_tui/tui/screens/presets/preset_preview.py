@@ -13,7 +13,7 @@ from qlora_tui.recipe.presets import Preset
 from qlora_tui.recipe.schema import Recipe
 
 ALWAYS_ANOTHER = ("name", "note")
-"""Of the recipe, not of what it does."""
+"""Settings that describe the recipe rather than what it does."""
 
 
 def preset_line(preset: Preset, current: str) -> Content:
@@ -27,7 +27,7 @@ def preset_line(preset: Preset, current: str) -> Content:
 def preview(
     preset: Preset, recipe: Recipe, architecture: Architecture | UserError, device: Device
 ) -> Content:
-    """In the order of reading: what it is for, what changes, what that takes."""
+    """The note, the settings that would change, and the memory."""
     if preset.problem:
         return _refused(preset.problem)
     opened = preset.recipe(recipe)

@@ -49,12 +49,12 @@ HELP_TEXT = (
 
 @dataclass(frozen=True)
 class _PresetChange:
-    """Of a user's file."""
+    """A change of a user's preset file, for undo."""
 
     before: Snapshot
     after: Snapshot
     began: tuple[str, Recipe] | None
-    """What the recipe had begun as when it was saved there."""
+    """The preset that the recipe had started from when it was saved."""
 
 
 class PresetsScreen(ModalScreen[None]):
@@ -71,11 +71,11 @@ class PresetsScreen(ModalScreen[None]):
         super().__init__()
         self._presets: list[Preset] = []
         self._undo: list[_PresetChange] = []
-        """Made here, the last one last."""
+        """Changes made in this window, oldest first."""
 
     @property
     def qlora_app(self) -> QloraApp:
-        """The app, by its own type."""
+        """The app, typed."""
         return cast("QloraApp", self.app)
 
     @property
@@ -149,7 +149,7 @@ class PresetsScreen(ModalScreen[None]):
             self._refresh_list()
 
     def action_undo(self) -> None:
-        """Take back the last deletion, save or import made here."""
+        """Undo the last deletion, save or import in this window."""
         if not self._undo:
             self.notify("Nothing to undo here.")
             return
@@ -195,7 +195,7 @@ class PresetsScreen(ModalScreen[None]):
             self.app.push_screen(ErrorScreen(after.problem))
 
     def action_import_preset(self) -> None:
-        """Ask for a file and copy it among the user's presets."""
+        """Ask for a file and copy it to the user's presets."""
         self._ask(
             "Import a preset", "Path of a TOML file:", lambda path: self._import_preset(path, overwrite=False)
         )

@@ -1,4 +1,4 @@
-"""What the Runs screen's keys do to a run, or with its recipe."""
+"""Actions of the Runs screen on a run or its recipe."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class RunActions(WorkScreen):
         )
 
     def action_delete(self) -> None:
-        """Take the run away; it can be brought back until the app ends, so nothing is asked."""
+        """Move the run to the trash without asking; it can be restored until the app ends."""
         summary = self.current
         if summary is not None and self.try_to(self.trash.put, summary.run):
             self.notify(f"{summary.name} will be deleted when you quit. Press [u] to undo.")
@@ -129,7 +129,7 @@ class RunActions(WorkScreen):
             self.notify(f"Saved as {name}. Press [p] to see your presets.")
 
     def try_to(self, act: Callable[[RunDir], None], run: RunDir) -> bool:
-        """Do it; a problem is shown, and False given."""
+        """Call ``act``; show an error and return False if it fails."""
         try:
             act(run)
         except UserError as problem:

@@ -80,7 +80,7 @@ def read(run: RunDir) -> ComparedRun:
 
 
 def plot(compared: Sequence[ComparedRun]) -> Plot:
-    """Every curve with a symbol of its own, over the tokens learnt from."""
+    """One curve for each run, each with its symbol, over trained tokens."""
     traces = [one.trace for one in compared]
     reach = overall(traces)
     most = max((trace.xs[-1] for trace in traces if trace.xs), default=1.0)

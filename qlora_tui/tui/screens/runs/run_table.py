@@ -1,4 +1,4 @@
-"""The list of runs: one line each, as many columns as there is room for."""
+"""The list of runs: a line for each, with as many columns as fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.render.strip_rendering import render_line
 
 MARKS = "●▲■◆"
-"""Of the runs chosen to compare: the same symbols as on their curves."""
+"""Marks of runs selected to compare; the same symbols are on their curves."""
 _CURVE = 12
 
 
@@ -83,7 +83,7 @@ _COLUMNS = (
 )
 _WIDEST_NAME = 44
 _TIME_OF_NAME = re.compile(r"-\d{8}-\d{4}(?=(-\d+)?$)")
-"""Of a name that was made up: the column ``when`` has it too."""
+"""Time in a generated name; it is also in the column ``when``."""
 _HEAD = 14
 """Cells of the mark and the state before the columns."""
 
@@ -199,7 +199,7 @@ class RunTable(ScrollView, can_focus=True):
             line = self._head(row) + "".join(
                 f"{_cut(c.text(row), c.width or free, right=c.right)}  " for c in columns
             )
-            # What is left of a wide window says how it ended.
+            # The rest of a wide window shows how it ended.
             ended = Content(row.status.detail.replace("\n", " ")).truncate(max(0, left - free), ellipsis=True)
             line += ended.stylize("dim")
             if number == self._cursor:

@@ -72,7 +72,7 @@ class RunsScreen(RunActions):
         if action == "compare":
             return True if len(self._marked) > 1 else None
         if action == "restore":
-            # Where nothing was deleted, u takes back a change of the recipe as everywhere.
+            # If nothing was deleted, ``u`` undoes a change of the recipe as on other screens.
             return bool(self.trash)
         return super().check_action(action, parameters)
 
@@ -101,12 +101,12 @@ class RunsScreen(RunActions):
         self.app.push_screen(CompareScreen([known[name] for name in self._marked if name in known]))
 
     def action_filter(self) -> None:
-        """Type what the list is cut down to."""
+        """Focus the filter."""
         self.add_class("-filtering")
         self.query_one("#runs-filter", Input).focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Cut the list down as it is typed."""
+        """Filter the list while typing."""
         self._filter = event.value.casefold()
         self._show()
 
@@ -145,7 +145,7 @@ class RunsScreen(RunActions):
         self._refresh_footer()
 
     async def on_run_table_opened(self) -> None:
-        """As with the key."""
+        """Open the run that was clicked, as the key does."""
         await self.action_open()
 
     def refresh_runs(self) -> None:

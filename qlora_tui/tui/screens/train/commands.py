@@ -57,13 +57,13 @@ REQUEST_NOTICES: dict[Kind, str] = {
     "sample": "The run will answer the sample prompts after this step.",
     "finish_epoch": "The run will stop at the end of this epoch.",
 }
-"""What the trainer does with a request, by its kind."""
+"""Notification for each kind of request."""
 _WHEN_RUNNING = frozenset(("pause", "ask", "learning_rate"))
 _WHEN_LIVE = frozenset(
     ("another", "prepare", "detach", "next_tab", "zoom", "level", "search", "copy_command")
 )
 ACTION_NAMES = frozenset(command.action.partition("(")[0] for command in COMMANDS)
-"""The names of all of them."""
+"""The action names of all commands."""
 
 
 def is_available(action: str, watching: bool, state: State | None) -> bool:
@@ -80,7 +80,7 @@ def is_available(action: str, watching: bool, state: State | None) -> bool:
 
 
 def validate_rate(text: str) -> str:
-    """What is wrong with a learning rate as it was typed; empty where it is right."""
+    """Return what is wrong with a typed learning rate, or an empty string."""
     try:
         rate = float(text)
     except ValueError:

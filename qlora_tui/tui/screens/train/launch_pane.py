@@ -1,4 +1,4 @@
-"""The launch half of the Train screen: the recipe in full as a form, and what speaks for and against it."""
+"""The launch half of the Train screen: the recipe as a form, and its checks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LaunchPane(Container):
         self.query_one(SettingsForm).show(recipe, base)
 
     def show_checks(self, checks: tuple[Check, ...]) -> None:
-        """What was found, and whether the run can start."""
+        """The results of the checks, and whether the run can start."""
         self.query_one(CheckList).show(checks)
 
 
@@ -77,7 +77,7 @@ class CheckList(Static):
             update_if_changed(self, Content("\n").join([_conclusion(checks), *self._lines(self.size.width)]))
 
     def on_resize(self) -> None:
-        """Wrap them anew."""
+        """Wrap the lines for the new width."""
         if self._checks:
             self.show(self._checks)
 
@@ -103,9 +103,9 @@ def _conclusion(checks: tuple[Check, ...]) -> Content:
 
 
 async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:
-    """Queue the workbench's recipe. Asks first if a check failed; None if the answer is no.
+    """Queue the workbench's recipe after confirming failed checks. Returns None if the user declines.
 
-    Raises UserError if the run could not start.
+    Raises UserError if it could not run at all.
     """
     recipe = app.workbench.recipe
     require_runnable(recipe)

@@ -1,4 +1,4 @@
-"""The live half of the Train screen: one run, from its files, as it is now."""
+"""The live half of the Train screen: the current state of one run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _KEYS = "Tab next · / search · v level"
 
 
 class LivePane(Vertical):
-    """Head, graph, strips, the machine, and one of four texts below."""
+    """Header, graph, sparklines, GPU panel, and one of four tabs."""
 
     def __init__(self) -> None:
         super().__init__(id="live")
@@ -55,7 +55,7 @@ class LivePane(Vertical):
         yield LogTail("No events yet.")
 
     def show(self, snapshot: RunSnapshot, from_step: float = 0.0) -> None:
-        """Show this run as it is now; what is the same is not painted again."""
+        """Show the snapshot; unchanged parts are not painted again."""
         self._snapshot = snapshot
         self.query_one(RunHeader).show(snapshot, clock.now())
         self._show_outcome(snapshot)
@@ -97,7 +97,7 @@ class LivePane(Vertical):
         self.show_tab(self.query_one(TabBar).front)
 
     def begin(self) -> None:
-        """Another run comes: all of its log is shown, from the end."""
+        """Reset the tabs for another run."""
         self._level, self._search = 0, ""
         log = self.query_one(LogTail)
         log.filter(search="", only=_LEVELS[0][1])
@@ -114,7 +114,7 @@ class LivePane(Vertical):
         box.set_class(outcome is not None and outcome.is_error, "-error")
 
     def _left_out(self) -> str:
-        """Why not all lines are there."""
+        """The filters that hide lines."""
         search = f"/{self._search}" if self._search else ""
         return " ".join(filter(None, (search, _LEVELS[self._level][0])))
 
@@ -156,7 +156,7 @@ def _sample_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
 
 
 def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
-    """One entry for what was said several times running."""
+    """One entry for consecutive equal warnings."""
     entries = []
     for _, group in groupby(
         snapshot.health, key=lambda health: (health.kind, health.severity, health.remedy)

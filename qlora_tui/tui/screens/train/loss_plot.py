@@ -1,4 +1,4 @@
-"""A run's picture as graph and strips: which curves, which marks, which axes."""
+"""The graph and sparklines of a run: curves, marks, axes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
         items.append((f"{BEST} best {format_float(best.loss, 3)} at {best.step:,}", "$success bold"))
     exact = format_exact(None if last is None else last.accuracy, snapshot.view.base_accuracy)
     if last is not None and last is not best:
-        # Both have room in a narrow window only without the word.
+        # In a narrow window both fit only without the word.
         word = "" if exact else "validation "
         items.append((f"{VALIDATION} {word}{format_float(_number(last.loss), 3)}", "$accent"))
     if exact:

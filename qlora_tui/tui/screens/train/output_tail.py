@@ -1,4 +1,4 @@
-"""The end of the trainer's own output, line by line, as it would look in a terminal."""
+"""The end of the trainer's output, line by line, as a terminal would show it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ class OutputTail:
 
 
 def strip_escapes(line: str) -> str:
-    """A line without colours and moves; of a progress bar, its last state."""
+    """Remove colors and cursor moves; a progress bar becomes its last state."""
     shown = _ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2]
     return _CONTROLS.sub("", shown.expandtabs(4))

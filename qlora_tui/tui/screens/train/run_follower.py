@@ -1,7 +1,7 @@
-"""Following one run for the screen: files in, one :class:`RunSnapshot` a second out.
+"""Follows one run for the screen: reads its files and returns a :class:`RunSnapshot` once a second.
 
 :class:`RunFollower` is used in a thread, one call at a time. Everything of a size that grows with the run
-stays in it; a picture holds what is shown and no more.
+stays in it; a snapshot holds only what is shown.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from qlora_tui.tui.screens.train.output_tail import OutputTail
 from qlora_tui.tui.widgets.log_tail import Level, LogEntry
 
 LONG_BYTES = 8 << 20
-"""Of events: some 40,000 steps. Of a longer run only a sample of the steps is read."""
+"""Size of an event log, some 40,000 steps, above which only a sample of the steps is read."""
 _SAMPLE_STEPS = 10_000
 _RECENT_STEPS = 100
-"""Of the view: more than its pace is reckoned from. What is drawn of the others is kept thinned."""
+"""Steps that the view keeps, more than its pace is computed from. Earlier ones are kept decimated."""
 _LEAST_WINDOW, _MOST_WINDOW = 4, 100
 _HISTORY = 240
-"""Telemetry samples kept for the charts: four minutes."""
+"""Telemetry samples for the charts: four minutes."""
 _MOST_ENTRIES = 2000
 _MOST_SAMPLES = 60
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What the graphs draw: over steps, thinned."""
+    """The curves over steps, decimated."""
 
     loss: Envelope
     smooth: Envelope
@@ -60,7 +60,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """A run at one moment, as the live screen shows it."""
+    """The state of a run at one moment, for the live screen."""
 
     view: RunView
     """Its single facts are read at once; its columns, of the last steps, belong to the follower."""
@@ -85,33 +85,33 @@ class RunSnapshot:
     energy_kwh: float | None
     seconds_left: float | None
     fix: SuggestedFix | None
-    """What one key can do about what is wrong."""
+    """What one key can do about the latest warning."""
     one_in: int
-    """Of so many steps one is drawn: more than 1 in a very long run."""
+    """One of this many steps is drawn: more than 1 in a very long run."""
 
 
 class _DownsampledRun:
-    """What a view has told, thinned: of its steps those that a graph can show."""
+    """A view with its steps decimated to what a graph can show."""
 
     def __init__(self, view: RunView) -> None:
         self.view = view
         self.history = DecimatedSeries(columns=5)
         self.smoother = BiasCorrectedEma()
         self.last_step = 0
-        """Of those looked at."""
+        """The last step that was read."""
         self.one_in = 1
-        """Of so many steps one is taken in from now on; those that are no number are in any case."""
+        """One of this many steps is kept from now on; those with a loss that is not a number always are."""
         self._due = 0
         self._drawn: tuple[object, Curves] | None = None
 
     def read(self) -> list[AnyEvent]:
-        """Take in what is new; the events but steps, which are too many to hold."""
+        """Read new events; returns them without steps, which are too many to hold."""
         events = _without_steps(self.view.iter_new())
         self.add_steps()
         return events
 
     def add_steps(self) -> None:
-        """Take in the steps that the view has beyond those taken before, and leave it the last of them."""
+        """Add the view's new steps, and leave only recent ones in it."""
         view, series = self.view, self.view.series
         new = self._select(bisect_right(series.step, self.last_step))
         self.smoother.window = smoothing_window(view.total_steps)
@@ -134,7 +134,7 @@ class _DownsampledRun:
         return taken
 
     def curves(self, from_step: float) -> Curves:
-        """As they were, where nothing has changed."""
+        """The curves from ``from_step`` on, cached until a step is added."""
         drawn_for = (len(self.history), from_step)
         if self._drawn is None or self._drawn[0] != drawn_for:
             self._drawn = (drawn_for, Curves(*self.history.envelopes(from_step)))
@@ -147,7 +147,7 @@ def smoothing_window(total_steps: int) -> float:
 
 
 class RunFollower:
-    """Reads a run's files on from where it stopped."""
+    """Reads a run's files from where the last read ended."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
@@ -182,7 +182,7 @@ class RunFollower:
         return self._snapshot(thinned)
 
     def _read(self) -> tuple[_DownsampledRun, list[AnyEvent]]:
-        """The run as far as it is written, and the events but steps that no look has told yet."""
+        """Read the run, and return the new events except steps."""
         if self._downsampled is None:
             return self._open()
         before = self._downsampled.last_step

@@ -1,4 +1,4 @@
-"""What a run is and how it stands, in words: the head of the live screen, and how a run ended."""
+"""The header of the live screen: name, state and progress of a run, and how it ended."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def title(snapshot: RunSnapshot) -> Content:
     if view.attempt > 1:
         parts.append((f"  attempt {view.attempt}", "dim"))
     if status.state in ACTIVE and status.detail:
-        # Suspended, not responding, on another machine: it comes before what else there is to say.
+        # Suspended, not responding, on another machine: more important than the rest.
         parts.append((f"  {status.detail}", "$warning"))
     elif status.state == "running" and view.phase_detail:
         parts.append((f"  {view.phase_detail}", "dim"))
@@ -70,7 +70,7 @@ def title(snapshot: RunSnapshot) -> Content:
 
 
 def progress_share(snapshot: RunSnapshot) -> float | None:
-    """How far the run, or a phase without steps that goes on, has come; None where that is not known."""
+    """Progress of the run, or of a phase without steps, from 0 to 1; None if unknown."""
     if snapshot.status.state in ("finished", "queued"):
         return None
     progress, view = snapshot.view.progress, snapshot.view
@@ -81,7 +81,7 @@ def progress_share(snapshot: RunSnapshot) -> float | None:
 
 
 def facts(snapshot: RunSnapshot, now: float) -> list[str]:
-    """The most telling first: what does not fit is left out."""
+    """Facts, the most important first; those that do not fit are dropped."""
     state = snapshot.status.state
     if state == "queued":
         return ["waiting in the queue"]
@@ -133,7 +133,7 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 @dataclass(frozen=True)
 class RunOutcomeText:
-    """What stands under the head of a run that is over."""
+    """The text under the header of a run that has ended."""
 
     text: str
     next_step: str
@@ -141,7 +141,7 @@ class RunOutcomeText:
 
 
 def outcome_text(snapshot: RunSnapshot) -> RunOutcomeText | None:
-    """What happened, why, what to do; None while the run goes on."""
+    """What happened, why, and what to do; None while the run is active."""
     state, view = snapshot.status.state, snapshot.view
     resume_hint = (
         "▸ [r] resume from the last checkpoint"

@@ -1,4 +1,4 @@
-"""Choose a run to watch: the one at work, those that wait, and the last ones that ended."""
+"""Selects a run to watch: the active one, queued ones, and the last ones that ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.widgets.vi_list import ViList
 
 _MOST = 30
-"""The Runs screen has them all."""
+"""Number of runs listed; the Runs screen lists all."""
 
 
 class RunPickerScreen(ModalScreen[RunDir | None]):

@@ -1,4 +1,4 @@
-"""Train: prepare a run and launch it, or watch one at work. Each half is a pane of its own."""
+"""Train: prepare and launch a run, or watch one. Each half is a separate pane."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TrainScreen(WorkScreen):
         self._polling = False
         self._zoom = 0
         self._chosen = False
-        """Whether the user said what to show; until then it is the run at work."""
+        """Whether the user chose what to show; until then it is the active run."""
         self._checks: tuple[Check, ...] = ()
         self._checks_key: object = None
 
@@ -92,7 +92,7 @@ class TrainScreen(WorkScreen):
 
     @property
     def state(self) -> State | None:
-        """Of the run being watched."""
+        """State of the run being watched."""
         return self._snapshot.status.state if self._snapshot else None
 
     def attach(self, run: RunDir) -> None:
@@ -121,7 +121,7 @@ class TrainScreen(WorkScreen):
         return super().check_action(action, parameters)
 
     def action_launch(self) -> None:
-        """Launch the recipe, or queue it; what speaks against it is said first."""
+        """Launch or queue the recipe; failed checks are shown first."""
         self.run_worker(DeferredWork(self._launch), exclusive=True, group="launch")
 
     async def action_stop(self) -> None:
@@ -140,7 +140,7 @@ class TrainScreen(WorkScreen):
             )
 
     def action_pause(self) -> None:
-        """Have the run leave the GPU."""
+        """Pause the run, so that it frees the GPU."""
         self._try(lambda run: actions.pause(run), "The run will pause after this step.")
 
     def action_resume(self) -> None:
@@ -175,7 +175,7 @@ class TrainScreen(WorkScreen):
         )
 
     async def action_fix(self) -> None:
-        """Do what helps against what is wrong with the run, after asking."""
+        """Apply the suggested fix, after asking."""
         fix = self._snapshot.fix if self._snapshot else None
         if fix is None or self.run is None:
             return
@@ -276,7 +276,7 @@ class TrainScreen(WorkScreen):
         self.qlora_app.edit(event.path, event.value)
 
     def _stop_watching(self) -> None:
-        """Watch no run, until one is at work."""
+        """Watch no run until one becomes active."""
         self._follower = self._snapshot = None
         self._chosen = False
         self._show_half()
@@ -311,7 +311,7 @@ class TrainScreen(WorkScreen):
             self.refresh_bindings()
 
     def _check(self) -> None:
-        """Look again at what a run needs, if that may have changed."""
+        """Run the checks again, if anything they depend on has changed."""
         if self.run is not None:
             return
         system_status, recipe = self.qlora_app.system_status, self.qlora_app.workbench.recipe
