@@ -7,6 +7,7 @@
 * ``local_models``, ``model_validation``, ``gguf_header``: the models on this machine, whether each can be
   trained, and finding one by name.
 * ``safetensors_header``: shapes and places of the tensors in a file of weights, and whether it is whole.
+* ``adapter_config``: a LoRA adapter's config, checked before peft reads it.
 * ``code_keys``: keys of configs that would choose which code runs, rejected or removed.
 * ``lookup``: an architecture by the model's name, with or without its weights.
 * ``context_length``: the warning for samples longer than the model's context.

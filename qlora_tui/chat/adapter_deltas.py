@@ -7,7 +7,6 @@ DoRA (arXiv:2402.09353, equation 5): the rows of that, scaled to the magnitudes 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -19,12 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS, load_adapter_config
 from qlora_tui.errors import UserError
 from qlora_tui.runs.damage import checksum_damage
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-"""An adapter's files, as peft calls them."""
 _PART = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
@@ -113,7 +110,7 @@ def read_deltas(folder: Path) -> AdapterDeltas:
     """Every update of an adapter. Raises UserError where one is neither LoRA of a linear module nor rows."""
     check_unchanged(folder)
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = load_adapter_config(folder)
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
@@ -126,7 +123,7 @@ def read_deltas(folder: Path) -> AdapterDeltas:
     for key, tensor in tensors.items():
         if match := ROWS.fullmatch(key):
             ids = _ids_of(match[1], config)
-            if len(ids) != len(tensor):
+            if len(ids) != len(tensor) or not ids:
                 raise UserError(
                     "The adapter cannot be read",
                     what=f"{folder}: {len(tensor)} rows of {match[1]}, and {len(ids)} named in {CONFIG}.",
@@ -142,6 +139,14 @@ def read_deltas(folder: Path) -> AdapterDeltas:
                 fix="Load it with peft and use merge_and_unload instead.",
             )
         parts.setdefault(match[1], {})[match[2].removesuffix(".weight")] = tensor
+    for name, part in parts.items():
+        sizes = [part[side].ndim == 2 and len(part[side]) for side in ("lora_A", "lora_B") if side in part]
+        if len(sizes) != 2 or not all(sizes) or part["lora_A"].shape[0] != part["lora_B"].shape[1]:
+            raise UserError(
+                "The adapter cannot be read",
+                what=f"{folder}: the two matrices of {name} do not belong together.",
+                fix="Give the adapter folder of a run, or another checkpoint.",
+            )
     return {**{name: _update(name, part, config) for name, part in parts.items()}, **rows}
 
 
@@ -157,7 +162,7 @@ def _update(name: str, part: dict[str, Tensor], config: dict[str, Any]) -> LoraD
     down, up = part["lora_A"], part["lora_B"]
     rank = down.shape[0]
     alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.get("lora_alpha", 8))
     return LoraDelta(
         down=down,
         up=up,

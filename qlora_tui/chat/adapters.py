@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.chat.adapter_deltas import CONFIG, ROWS, WEIGHTS, check_unchanged
+from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS, load_adapter_config
+from qlora_tui.catalog.config_parser import load_config
+from qlora_tui.chat.adapter_deltas import ROWS, check_unchanged
 from qlora_tui.chat.adapter_forwards import ActiveAdapter, fuse_adapter, fuse_token_rows, restore_peft
 from qlora_tui.chat.chat_types import BASE
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.training.adapter import exact_target_names
 from qlora_tui.training.clean_files import adapter_view
 
+_PEFT_RANK = 8
+"""Where the config names none."""
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -99,14 +102,16 @@ class AdapterSet:
         # At the precision the model computes in: the conversions would cost time at every token.
         options = {"adapter_name": adapter_name, "is_trainable": False, "autocast_adapter_dtype": False}
         try:
-            with adapter_view(folder) as view, exact_target_names(self._model, _targets(folder)):
+            with adapter_view(folder) as view, exact_target_names(self._model, _targets(view)):
                 if self._peft_model is None:
                     self._peft_model = PeftModel.from_pretrained(self._model, str(view), **options)
                 else:
                     self._peft_model.load_adapter(str(view), torch_device=str(self._model.device), **options)
                     self._peft_model.base_model.enable_adapter_layers()
                     self._peft_model.base_model.set_adapter(adapter_name, inference_mode=True)
-        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # peft and torch raise anything for files that do not belong together
             raise _unfit(folder, _first_line(error)) from error
         self._model.eval()
         for name, parameter in self._model.named_parameters():
@@ -117,26 +122,18 @@ class AdapterSet:
 def uses_dora(folder: str) -> bool:
     """Whether this adapter computes with the base weights, which must then keep their usual layout."""
     try:
-        return bool(json.loads((Path(folder) / CONFIG).read_bytes()).get("use_dora"))
-    except (OSError, ValueError):
+        return bool(load_adapter_config(Path(folder)).get("use_dora"))
+    except UserError:
         return False
 
 
 def _targets(folder: Path) -> list[str] | str:
-    """Names of modules, or a pattern that some other program wrote."""
-    targets: list[str] | str = json.loads((folder / CONFIG).read_bytes()).get("target_modules") or ""
+    targets: list[str] | str = load_config(folder / CONFIG).get("target_modules") or ""
     return targets
 
 
 def _check(folder: Path) -> None:
-    try:
-        kind = json.loads((folder / CONFIG).read_bytes()).get("peft_type")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "The adapter cannot be read",
-            what=f"{folder / CONFIG}: {error}",
-            fix="Choose another checkpoint of the run.",
-        ) from error
+    kind = load_adapter_config(folder).get("peft_type")
     if kind != "LORA":
         raise UserError(
             "Not a LoRA adapter",
@@ -154,9 +151,12 @@ def _check(folder: Path) -> None:
 
 def _check_fits(folder: Path, model: Any) -> None:
     """Compare shapes before anything is changed: an adapter that fails half-way would stay in the model."""
+    from peft.utils.other import get_pattern_key
     from safetensors import SafetensorError, safe_open
 
     modules = dict(model.named_modules())
+    config = load_adapter_config(folder)
+    ranks = config.get("rank_pattern") or {}
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as weights:
             shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 (no dict)
@@ -165,6 +165,9 @@ def _check_fits(folder: Path, model: Any) -> None:
     for key, shape in shapes.items():
         if match := _FACTOR.fullmatch(key):
             name, side = match.groups()
+            rank = ranks.get(get_pattern_key(list(ranks), name), config.get("r", _PEFT_RANK))
+            if shape[0 if side == "A" else 1] != rank:
+                raise _unfit(folder, f"the weights of {name} are not of rank {rank}, which {CONFIG} says.")
         elif match := ROWS.fullmatch(key):
             name, side = match[1], "rows"
         else:

@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.catalog.adapter_config import CONFIG as _ADAPTER_CONFIG
+from qlora_tui.catalog.adapter_config import WEIGHTS as _ADAPTER_WEIGHTS
+from qlora_tui.catalog.adapter_config import load_adapter_config, with_exact_targets
 from qlora_tui.catalog.code_keys import adapter_without_code, without_code
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import INDEX, weight_files
 from qlora_tui.errors import UserError
 
 _CONFIGS = ("config.json", "generation_config.json")
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @contextmanager
@@ -43,8 +44,8 @@ def model_view(folder: Path) -> Iterator[Path]:
 def adapter_view(folder: Path) -> Iterator[Path]:
     """A folder with the adapter's weights, and its config without keys that select code. Raises UserError."""
     with _temporary() as view:
-        clean, dropped = adapter_without_code(load_config(folder / _ADAPTER_CONFIG), str(folder))
-        _write(view / _ADAPTER_CONFIG, clean)
+        clean, dropped = adapter_without_code(load_adapter_config(folder), str(folder))
+        _write(view / _ADAPTER_CONFIG, with_exact_targets(clean, folder))
         _say_dropped(folder / _ADAPTER_CONFIG, dropped)
         (view / _ADAPTER_WEIGHTS).symlink_to((folder / _ADAPTER_WEIGHTS).absolute())
         yield view

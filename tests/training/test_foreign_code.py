@@ -115,6 +115,6 @@ def test_no_key_of_a_config_loads_kernels_or_python(model: Path, tmp_path: Path)
     assert called == []
     loaded, pinned, offline = done.stdout.splitlines()
     assert loaded == f"LlamaForCausalLM sdpa {tmp_path / 'model'}"
-    assert "evil-org/kernel is not of kernels-community" in pinned
+    assert "evil-org/kernel is not from kernels-community" in pinned
     assert offline == "1 1"
     assert "ignored, because it selects code to run" in done.stderr and "auto_map" in done.stderr

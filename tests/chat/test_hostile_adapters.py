@@ -1,0 +1,107 @@
+"""Configs of adapters that somebody else wrote: loaded or refused in words, whatever they hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui.catalog.adapter_config import load_adapter_config
+from qlora_tui.errors import UserError
+from tests.fuzz.damage import WRONG_VALUES
+
+pytestmark = pytest.mark.slow
+KEYS = (
+    "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "exclude_modules", "target_parameters",
+    "modules_to_save", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "layer_replication", "trainable_token_indices", "lora_bias",
+    "alora_invocation_tokens", "use_bdlora", "peft_type", "task_type", "megatron_config", "eva_config",
+    "qalora_group_size", "fan_in_fan_out", "ensure_weight_tying", "peft_version", "inference_mode",
+)  # fmt: skip
+HOSTILE: dict[str, dict[str, Any]] = {
+    "rank": {"r": 20_000_000},
+    "rank of a module": {"rank_pattern": {"q_proj": 20_000_000}},
+    "rank that is not of the weights": {"r": 1000},
+    "pattern of modules": {"target_modules": "((a|[a-z._0-9])*)*Z"},
+    "pattern of other modules": {"exclude_modules": "((a|[a-z._0-9])*)*Z"},
+    "pattern of layers": {"layers_to_transform": [0], "layers_pattern": "((a|[a-z._0-9])*)*Z"},
+    "pattern of ranks": {"rank_pattern": {"((a|[a-z._0-9])*)*Z": 4}},
+    "pattern of scales": {"alpha_pattern": {"((a|[a-z._0-9])*)*Z": 4}},
+    "many patterns": {"rank_pattern": {f"m{number}": 4 for number in range(100_000)}},
+    "replicated layers": {"layer_replication": [[0, 2]] * 100_000},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.training.tiny_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    from tests.chat.adapters import make_adapter
+
+    return make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
+
+
+def load(base: Path, adapter: Path, changes: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from qlora_tui.chat.adapters import AdapterSet
+
+    config = adapter / "adapter_config.json"
+    original = config.read_bytes()
+    config.write_text(json.dumps({**json.loads(original), **changes}))
+    try:
+        AdapterSet(AutoModelForCausalLM.from_pretrained(base), {"adapter": str(adapter)}).ensure_loaded(
+            "adapter"
+        )
+    finally:
+        config.write_bytes(original)
+
+
+def test_a_value_of_any_type_in_a_config_is_read_or_refused(base: Path, adapter: Path) -> None:
+    for key in KEYS:
+        for value in WRONG_VALUES:
+            try:
+                load(base, adapter, {key: value})
+            except UserError as refused:
+                assert refused.what
+            except Exception as error:
+                error.add_note(f"{key} = {str(value)[:40]}")
+                raise
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_config_that_takes_time_or_memory_is_harmless(name: str, base: Path, adapter: Path) -> None:
+    if name in ("pattern of modules", "pattern of other modules", "pattern of layers"):
+        load(base, adapter, HOSTILE[name])  # the weights themselves say which modules it changes
+    else:
+        with pytest.raises(UserError):
+            load(base, adapter, HOSTILE[name])
+
+
+def test_a_pipe_in_place_of_a_config_is_refused_by_chat(adapter: Path) -> None:
+    (adapter / "adapter_config.json").unlink()
+    os.mkfifo(adapter / "adapter_config.json")
+    with pytest.raises(UserError, match="it is not a regular file"):
+        load_adapter_config(adapter)
+
+
+@pytest.mark.parametrize("missing", ["lora_A", "lora_B"])
+def test_an_adapter_without_one_of_its_matrices_is_refused(missing: str, adapter: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from qlora_tui.chat.adapter_deltas import read_deltas
+
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(key for key in tensors if missing in key)]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="do not belong together"):
+        read_deltas(adapter)
