@@ -1,11 +1,14 @@
 """What a killed process left in the runs folder: drafts to delete, and earlier folders to put back.
 
+Its views of models are in the folder for temporary files.
+
 Only what nobody can be writing is touched. The trainer holds its run, so what an earlier one left can go when
 the next one starts. Anything else must be an hour old, of a run not in training, and its process gone.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
@@ -24,6 +27,8 @@ _EARLIER = re.compile(r"\.(.+)\.earlier")
 _TEMPORARY = re.compile(r"\.(status\.json|heartbeat\.json|recipe\.toml|name)\.\w+")
 CHECKPOINT_DRAFT = ".writing-"
 """How a checkpoint's folder is called before it is whole; its own name follows."""
+VIEW = "qlora-tui-view-"
+"""How a temporary folder of links to a model is called; the number of its process follows."""
 
 
 def restore(run: RunDir) -> list[Path]:
@@ -60,13 +65,29 @@ def sweep() -> list[Path]:
 
 
 def leftovers() -> Iterator[Path]:
-    """Everything left behind in the runs folder that :func:`sweep` would delete."""
+    """Everything left behind in the runs folder, and for temporary files, that :func:`sweep` would delete."""
+    yield from _views()
     for path in _listed(paths.runs_dir()):
         if path.name.startswith("."):
             if path.name != TRASH and path.is_dir() and _is_old(path) and not _lives(path.name):
                 yield path
         elif path.is_dir():
             yield from leftovers_of(RunDir(path))
+
+
+def _views() -> Iterator[Path]:
+    """Folders of links that killed processes of this user left."""
+    import tempfile  # 15 ms, which a start that sweeps nothing need not spend
+
+    try:
+        folder = Path(tempfile.gettempdir())
+    except OSError:  # it is on a full disk
+        return
+    for path in folder.glob(f"{VIEW}*"):
+        with suppress(OSError):
+            is_own_folder = path.is_dir() and not path.is_symlink() and path.lstat().st_uid == os.getuid()
+            if is_own_folder and _is_old(path) and not _lives(path.name, VIEW):
+                yield path
 
 
 def leftovers_of(run: RunDir) -> list[Path]:
@@ -104,9 +125,9 @@ def _is_old(path: Path) -> bool:
         return False
 
 
-def _lives(name: str) -> bool:
-    """Whether the process lives whose number the name of a run's draft has."""
-    match = re.match(rf"{re.escape(DRAFT)}(\d+)-", name)
+def _lives(name: str, prefix: str = DRAFT) -> bool:
+    """Whether the process lives whose number follows ``prefix`` in the name of its draft or its view."""
+    match = re.match(rf"{re.escape(prefix)}(\d+)-", name)
     return match is not None and Path(f"/proc/{match[1]}").exists()
 
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import msgspec
 
@@ -56,7 +56,10 @@ def _webhook(url: str, notification: RunNotification) -> str:
     """Post the news; what went wrong, or nothing."""
     if not url:
         return ""
-    host = urlsplit(url).hostname
+    try:
+        host, url = _ascii_address(url)
+    except ValueError:
+        return "notify.webhook in config.toml is not an address: its host or its port is not valid"
     answers: list[str] = []
     # In a thread, since a library's time limit is for each read, and a name may take its time to be found.
     thread = threading.Thread(target=lambda: answers.append(_post(url, notification)), daemon=True)
@@ -64,6 +67,18 @@ def _webhook(url: str, notification: RunNotification) -> str:
     thread.join(WEBHOOK_S)
     trouble = answers[0] if answers else f"did not answer within {WEBHOOK_S:.0f} s"
     return f"the webhook at {host} {trouble}" if trouble else ""
+
+
+def _ascii_address(url: str) -> tuple[str, str]:
+    """The host, and the address in ASCII: the host by IDNA, the rest percent-encoded. Raises ValueError."""
+    parts = urlsplit(url)
+    host = parts.hostname
+    # The port raises where it is no number.
+    if not host or parts.port == 0:
+        raise ValueError("no host or no port")
+    netloc = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    path, query = (quote(part, safe="%/:?@!$&'()*+,;=~") for part in (parts.path, parts.query))
+    return host, urlunsplit((parts.scheme, netloc, path, query, ""))
 
 
 def _post(url: str, notification: RunNotification) -> str:
@@ -79,7 +94,7 @@ def _post(url: str, notification: RunNotification) -> str:
     except urllib.error.HTTPError as error:
         error.close()
         return f"answered {error.code}"
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError) as error:
         return f"could not be reached: {getattr(error, 'reason', None) or type(error).__name__}"
 
 

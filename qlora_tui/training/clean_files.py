@@ -7,6 +7,7 @@ Python files, templates. So they get a folder of links that holds nothing else.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from qlora_tui.catalog.code_keys import adapter_without_code, without_code
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import INDEX, weight_files
 from qlora_tui.errors import UserError
+from qlora_tui.runs.leftovers import VIEW
 
 _CONFIGS = ("config.json", "generation_config.json")
 
@@ -73,7 +75,7 @@ def _say_dropped(file: Path, keys: list[str]) -> None:
 @contextmanager
 def _temporary() -> Iterator[Path]:
     try:
-        view = tempfile.TemporaryDirectory(prefix="qlora-tui-")
+        view = tempfile.TemporaryDirectory(prefix=f"{VIEW}{os.getpid()}-")
     except OSError as error:
         raise UserError(
             "Cannot create a temporary folder",

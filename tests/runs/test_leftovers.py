@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
+
+import pytest
 
 from qlora_tui import paths
 from qlora_tui.recipe.schema import Recipe
@@ -10,6 +13,7 @@ from qlora_tui.runs import leftovers
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, write_status
+from qlora_tui.training.clean_files import single_file_view
 from tests.runs.test_damage import put_adapter, put_checkpoint
 
 NO_PROCESS = 4194304
@@ -59,6 +63,25 @@ def test_what_is_young_or_has_an_owner_stays(run: RunDir, recipe: Recipe) -> Non
     ]
     assert leftovers.sweep() == []
     assert all(path.exists() for path in stay)
+
+
+def test_views_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "weights").touch()
+    dead = left(tmp_path / f"{leftovers.VIEW}{NO_PROCESS}-x")
+    (dead / "link").symlink_to(tmp_path / "weights")
+    os.utime(dead, (1, 1))
+    foreign = left(tmp_path / f"{leftovers.VIEW}{NO_PROCESS}-y")
+    os.chown(foreign, 12345, 12345) if os.geteuid() == 0 else foreign.rmdir()
+    (tmp_path / f"{leftovers.VIEW}{NO_PROCESS}-z").symlink_to(tmp_path)
+    left(tmp_path / f"{leftovers.VIEW}{os.getpid()}-x")
+    left(tmp_path / f"{leftovers.VIEW}{NO_PROCESS}-young", age_s=60)
+    left(tmp_path / "qlora-tui-drill-x")
+    with single_file_view(tmp_path / "weights") as view:
+        os.utime(view, (1, 1))
+        assert view.name.startswith(f"{leftovers.VIEW}{os.getpid()}-")
+        assert leftovers.sweep() == [dead]
+        assert view.exists() and (tmp_path / "weights").exists() and not dead.exists()
 
 
 def test_a_trainer_sweeps_its_own_drafts_at_once(run: RunDir) -> None:

@@ -108,7 +108,7 @@ def test_a_webhook_that_fails_is_named_in_the_log_without_its_secret_and_the_que
     assert "notify.command exited with code 3" in runners_log()
     assert "secret-part" not in runners_log()
     assert hook.heard[0]["event"] == "failed"
-    assert "ended without a word" in hook.heard[0]["text"]
+    assert "ended without a message" in hook.heard[0]["text"]
     assert read_status(crashed).state == "failed"
 
 
@@ -197,3 +197,23 @@ def test_what_is_told_of_an_ending(run: RunDir, ending: RunEnded, text: str | No
         log.append(ending)
     news = notification_for(run)
     assert (news.text if news else None) == (text and f"{run.id} {text}")
+
+
+def news() -> RunNotification:
+    return RunNotification(
+        event="finished", run="owls", name="owls", text="", step=1, total_steps=1, best_loss=None
+    )
+
+
+@pytest.mark.parametrize(
+    "address", ["http://[::1/secret", "http://host:port/secret", "http:///secret", "http://host:99999/secret"]
+)
+def test_an_address_that_is_none_is_said_without_its_secret(address: str) -> None:
+    said = notify._webhook(address, news())
+    assert "notify.webhook" in said and "not valid" in said and "secret" not in said
+
+
+def test_an_address_with_other_letters_is_sent_to() -> None:
+    with listening() as hook:
+        assert notify._webhook(f"{hook.address}/grüße?für=owl%20s", news()) == ""
+        assert [heard["run"] for heard in hook.heard] == ["owls"]
