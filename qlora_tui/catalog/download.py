@@ -118,7 +118,7 @@ def _open_partial(plan: DownloadPlan, file: HubFile) -> Iterator[IO[bytes]]:
         except OSError:
             raise UserError(
                 "The model is already being downloaded",
-                what=f"Another process is fetching {file.name} of {plan.id}.",
+                what=f"Another process is downloading {file.name} of {plan.id}.",
                 fix="Wait until it finishes.",
             ) from None
         yield partial
@@ -167,7 +167,7 @@ def _damaged(plan: DownloadPlan, file: HubFile, partial: IO[bytes], what: str) -
     return UserError(
         "The download is damaged",
         what=f"{file.name} of {plan.id} {what}.",
-        why="It was changed on its way, or by a disk error.",
+        why="It was changed in transit, or by a disk error.",
         fix="Download it again: this file starts over.",
     )
 

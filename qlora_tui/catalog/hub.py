@@ -165,7 +165,7 @@ def validate_model_id(model_id: str) -> str:
         raise UserError(
             "Invalid model name",
             what=f"{model_id[:80]!r} is not of the form publisher/model.",
-            fix="Search for the model on the Model screen, or copy its name from its page on the hub.",
+            fix="Search for the model on the Model screen, or copy its name from its page on the Hub.",
             exit_code=2,
         ) from None
     return model_id

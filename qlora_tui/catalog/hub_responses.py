@@ -45,7 +45,7 @@ def open_response(
         try:
             if response.next_request is None:
                 if response.headers.get("Content-Encoding", "identity") != "identity":
-                    raise ConnectionError("a compressed response, which was not asked for")
+                    raise ConnectionError("an unrequested compressed response")
                 yield response
                 return
             request = response.next_request

@@ -285,7 +285,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return model_problem(
         "The model cannot be read",
         f"{path}: {type(error).__name__}: {error}.",
-        "One of its files is damaged, or made to confuse its reader.",
+        "One of its files is damaged or malicious.",
         "Download the model again, or move it away.",
     )
 

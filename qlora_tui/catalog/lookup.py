@@ -30,10 +30,10 @@ def load_model_config(model_id: str) -> dict[str, Any]:
         return msgspec.json.decode(read_bounded(file, MOST_CONFIG_BYTES), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError) as error:
         raise UserError(
-            "No config.json to trace",
+            "No config.json for a trace",
             what=f"{file} could not be read.",
             why="A GGUF file stores its settings in its own header.",
-            fix="Choose the model it was made from; the estimate without a trace needs none.",
+            fix="Choose the model it was made from; the estimate without a trace does not need it.",
         ) from error
 
 

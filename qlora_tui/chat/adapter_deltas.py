@@ -101,8 +101,8 @@ def check_unchanged(folder: Path) -> None:
         raise UserError(
             "The adapter is damaged",
             what=f"{folder}: {damage}.",
-            why="It has changed since the trainer wrote it; a disk or a copy may be at fault.",
-            fix="Choose another checkpoint of the run; `qlora-tui runs check` says which are whole.",
+            why="It has changed since the trainer wrote it; a disk or copy error is the usual cause.",
+            fix="Choose another checkpoint of the run; `qlora-tui runs check` lists the intact ones.",
         )
 
 
@@ -116,7 +116,7 @@ def read_deltas(folder: Path) -> AdapterDeltas:
         raise UserError(
             "The adapter cannot be read",
             what=f"{folder}: {error}",
-            fix="Give the adapter folder of a run, or another checkpoint.",
+            fix="Use the adapter folder of a run, or another checkpoint.",
         ) from error
     parts: dict[str, dict[str, Tensor]] = {}
     rows: dict[str, EmbeddingRowDelta] = {}
@@ -127,7 +127,7 @@ def read_deltas(folder: Path) -> AdapterDeltas:
                 raise UserError(
                     "The adapter cannot be read",
                     what=f"{folder}: {len(tensor)} rows of {match[1]}, and {len(ids)} named in {CONFIG}.",
-                    fix="Give the adapter folder of a run, or another checkpoint.",
+                    fix="Use the adapter folder of a run, or another checkpoint.",
                 )
             rows[match[1]] = EmbeddingRowDelta(ids, tensor)
             continue

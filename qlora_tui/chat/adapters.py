@@ -42,9 +42,9 @@ class AdapterSet:
         folder = self._folders.get(adapter_name)
         if folder is None:
             raise UserError(
-                "No such voice",
+                "No such adapter",
                 what=f"{adapter_name!r} is not available. Choose one of {', '.join((BASE, *self._folders))}.",
-                fix="Name one of these.",
+                fix="Use one of these names.",
                 exit_code=EXIT_USAGE,
             )
         self._load(adapter_name, Path(folder))
@@ -138,7 +138,7 @@ def _check(folder: Path) -> None:
         raise UserError(
             "Not a LoRA adapter",
             what=f"{folder} holds a {kind} adapter.",
-            fix="This program speaks with LoRA adapters only.",
+            fix="Only LoRA adapters are supported.",
         )
     if not (folder / WEIGHTS).is_file():
         raise UserError(

@@ -32,7 +32,7 @@ def assign_deltas(deltas: AdapterDeltas, files: list[Path], adapter: Path) -> di
             raise UserError(
                 "The adapter does not fit",
                 what=f"{adapter} changes {module}: {there}.",
-                why="It was trained on another model, or the base keeps this weight in another form.",
+                why="It was trained on another model, or the base stores this weight in another layout.",
                 fix="Choose the model it was trained on; its adapter_config.json names it.",
             )
         placed[file][name] = update

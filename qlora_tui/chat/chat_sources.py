@@ -34,9 +34,9 @@ def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
     """
     if not (folder / _CONFIG).is_file():
         raise UserError(
-            "No adapter there",
+            "No adapter in the folder",
             what=f"{folder} has no {_CONFIG}.",
-            fix="Give the adapter folder of a run: runs/<id>/adapter.",
+            fix="Use the adapter folder of a run: runs/<id>/adapter.",
             exit_code=EXIT_USAGE,
         )
     recipe_path = folder / "recipe.toml"
@@ -86,8 +86,8 @@ def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | 
         steps = [v.removeprefix("step-") for v in source.adapters if v != ADAPTER]
         raise UserError(
             "No such checkpoint",
-            what=f"There is no checkpoint of step {checkpoint}.",
-            fix=f"There are: {', '.join(steps)}." if steps else "This run has none.",
+            what=f"The run has no checkpoint at step {checkpoint}.",
+            fix=f"Available: {', '.join(steps)}." if steps else "This run has none.",
             exit_code=EXIT_USAGE,
         )
     for adapter_name in source.adapters:
@@ -95,6 +95,6 @@ def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | 
     raise UserError(
         "No adapter yet",
         what="The run has neither an adapter nor a checkpoint.",
-        why="Its first checkpoint is still to come, or it ended before it.",
-        fix="Wait for a checkpoint; until then there is the base to talk to (--base).",
+        why="It has not saved its first checkpoint, or ended before that.",
+        fix="Wait for a checkpoint; until then chat with the base model (--base).",
     )

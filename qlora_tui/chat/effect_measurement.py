@@ -47,7 +47,7 @@ def measure_effect(
     if adapter_name == BASE:
         raise UserError(
             "Nothing to compare",
-            what="The base has no effect on itself.",
+            what="The base model has no adapter to compare.",
             fix="Choose an adapter.",
             exit_code=EXIT_USAGE,
         )
@@ -72,8 +72,8 @@ def measure_effect(
     if not sums.tokens:
         raise UserError(
             "Nothing was compared",
-            what="No held-out conversation was read to its answer.",
-            fix="Try again, and let it finish.",
+            what="No validation conversation was read to its answer.",
+            fix="Try again and let it finish.",
         )
     on_status("Comparing the weights")
     deltas = read_deltas(Path(session.source.adapters[adapter_name]))
@@ -139,9 +139,9 @@ def _validation_samples(session: ChatSession) -> Samples:
     samples = prepare(recipe, tokenizer).validation
     if not len(samples):
         raise UserError(
-            "No held-out conversations",
-            what="This run held none of its data back for validation.",
-            why="On what it was trained on, an adapter always looks good.",
+            "No validation conversations",
+            what="This run has no validation data.",
+            why="On its training data an adapter always looks good.",
             fix="Set data.validation_fraction or data.validation_path in the next run.",
         )
     return samples

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from qlora_tui.chat.session import ChatSession
 
 _HELP = (
-    "/voice NAME  who answers     /thinking on|off     /thought  the last one     /new  begin again     "
-    "/quit  (or Ctrl-D)     Ctrl-C stops an answer"
+    "/adapter NAME  choose who answers     /thinking on|off     /thought  show the last     /new  start over"
+    "     /quit  (or Ctrl-D)     Ctrl-C stops an answer"
 )
 
 
@@ -118,11 +118,11 @@ def run_repl(
             _note_effect(session, thinking)
         elif word == "/thought":
             thoughts = [message.reasoning for message in messages if message.reasoning]
-            _note(thoughts[-1] if thoughts else "It has not thought yet.")
-        elif word == "/voice" and rest in source.adapter_names:
+            _note(thoughts[-1] if thoughts else "No thinking yet.")
+        elif word == "/adapter" and rest in source.adapter_names:
             adapter_name = rest
-        elif word == "/voice":
-            _note(f"There are: {', '.join(source.adapter_names)}.")
+        elif word == "/adapter":
+            _note(f"Available: {', '.join(source.adapter_names)}.")
         else:
             _note(_HELP)
 
@@ -156,7 +156,7 @@ def _with_notes(reply: AnswerStream) -> Iterator[TextChunk]:
         _note(f"\n{reply.outcome.warning}")
     if thought is not None:
         _note(
-            f"It was still thinking after {pluralize(thought.tokens, 'token')} and gave no answer. "
+            f"Still thinking after {pluralize(thought.tokens, 'token')} without an answer. "
             "--thinking off asks it to answer at once."
         )
 

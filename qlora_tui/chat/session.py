@@ -180,7 +180,7 @@ class ChatSession:
             f"{comparison.difference:.2g} of their spread, where rounding explains {comparison.noise:.2g}"
         )
         self.warning = (
-            f"Answers come slower: {how}. This chat now uses their code, and agrees with it."
+            f"Answers are slower: {how}. This chat now uses their code, and agrees with it."
             if again.agrees
             else f"Do not rely on these answers: {how}, and they still differ by {again.difference:.2g} "
             "with their own layers. Please report the model and the version of transformers."
@@ -202,14 +202,14 @@ class ChatSession:
             raise UserError(
                 "The chat template refuses this conversation",
                 what=refused.reason,
-                fix="Leave out the system prompt, or begin again with a question.",
+                fix="Omit the system prompt, or start over with a question.",
                 exit_code=EXIT_USAGE,
             ) from refused
         if len(prompt) >= self.context_length:
             raise UserError(
                 "The conversation is too long",
                 what=f"It is {len(prompt):,} tokens; this model reads {self.context_length:,} at most.",
-                fix="Begin a new conversation, or shorten the question.",
+                fix="Start a new conversation, or shorten the question.",
                 exit_code=EXIT_USAGE,
             )
         return prompt
@@ -295,9 +295,9 @@ def out_of_memory(device: ComputeDevice) -> UserError:
     """What to say when the card is full."""
     return UserError(
         "Out of GPU memory",
-        what=f"{device.name} has no room for this model and conversation.",
-        why="Another program, perhaps a run in training, holds its memory.",
-        fix="End or pause the run, or begin a new conversation.",
+        what=f"{device.name} does not have enough memory for this model and conversation.",
+        why="Another program, perhaps a training run, uses its memory.",
+        fix="Stop or pause the run, or start a new conversation.",
     )
 
 

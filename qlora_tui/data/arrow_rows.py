@@ -124,7 +124,7 @@ def _python_bytes(array: Any, object_bytes: int, depth: int = 0) -> int:
     if any(is_kind(kind) for is_kind in lists):
         return own + _python_bytes(array.flatten(), *inner)
     if types.is_nested(kind):
-        raise TooLarge(f"a column is of the type {kind}, which no data set of text has")
+        raise TooLarge(f"a column is of the type {kind}, which no text dataset has")
     return own + int(array.nbytes)
 
 

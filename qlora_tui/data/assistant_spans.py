@@ -94,7 +94,7 @@ class _Finder:
         filled = [(span, count) for span, count in zip(spans, counts, strict=True) if span[0] < span[1]]
         if not filled:
             if not own:
-                raise RowRejectedError("template-refuses", "The template leaves out what the assistant says.")
+                raise RowRejectedError("template-refuses", "The template omits the assistant's turns.")
             return own
         spans = [span for span, _ in filled]
         marked = self._by_marks(whole, spans) if template.has_generation_marks else spans

@@ -67,7 +67,7 @@ def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
         if message.role == "assistant" and not (
             message.content.strip() or message.tool_calls or message.reasoning
         ):
-            yield "empty-answer", f"Turn {number} says nothing."
+            yield "empty-answer", f"Turn {number} is empty."
             break
     if conversation.messages and conversation.messages[-1].role == "user":
         yield "ends-with-user", f"Turn {len(conversation.messages)}, the last, is the user's."

@@ -36,9 +36,7 @@ def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
     if len(texts) < 2 and nested:
         return f"{nested!r} holds an object: put its fields in separate columns."
     first, last = (texts[0], texts[-1]) if len(texts) > 1 else ("…", "…")
-    return (
-        f'Say which column plays which part, as in columns = {{ prompt = "{first}", completion = "{last}" }}.'
-    )
+    return f'Map the columns to their parts, as in columns = {{ prompt = "{first}", completion = "{last}" }}.'
 
 
 def _is_text(values: Sequence[Mapping[str, Any]], column: str) -> bool:

@@ -154,7 +154,7 @@ def _check_not_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], lay
         if layout.format in preferences.RATABLE or column.lower() in preferences.REJECTED:
             raise RowRejectedError(
                 "wrong-format",
-                f"{column!r} marks a rejected answer, as no row at the start of the file does.",
+                f"{column!r} marks a rejected answer, unlike the first rows of the file.",
             )
 
 
@@ -277,8 +277,8 @@ def _turn_a_row(name: str, why: str) -> UserError:
         "Conversations in pieces",
         what=f"{name}: {why}",
         why="One row does not show which column is which.",
-        fix="Join the turns of each conversation into a list of messages, or take a copy where that is done; "
-        'to learn every turn as plain text, set format = "text".',
+        fix="Join the turns of each conversation into a list of messages, or use a file with joined turns; "
+        'to train on every turn as plain text, set format = "text".',
     )
 
 
@@ -312,12 +312,12 @@ def _nothing_fits(
         return UserError(
             "Not in that format",
             what=f"{name} is not in the format {wanted}: it lacks one of {needs}.",
-            why=f"This was looked for {what}.",
+            why=f"Searched {what}.",
             fix='Map the columns by hand, or let format = "auto" choose.',
         )
     return UserError(
         "No usable field",
         what=f"No known format fits {name}: nothing to train on {what}.",
-        why=f"Known are {', '.join(PARTS)}.",
+        why=f"Known formats: {', '.join(PARTS)}.",
         fix=mapping_hint(values, columns),
     )

@@ -100,6 +100,6 @@ def _fetch(name: str) -> HubFiles:
         )
     raise UserError(
         "No such data",
-        what=f"{name} is neither a file here nor a dataset that could be had from the hub: {failure.reason}",
+        what=f"{name} is neither a local file nor a dataset that the Hub provides: {failure.reason}",
         fix=failure.fix or "Check the name and the connection.",
     )

@@ -34,13 +34,13 @@ def main(name: str) -> int:
 def _failure(error: Exception) -> HubFailure:
     text = " ".join(str(error).split()) or type(error).__name__
     kind = type(error).__name__
-    if "Config name is missing" in text:
+    if "Missing config name" in text:
         return HubFailure(text[:400], "Add the subset after a colon: owner/name:subset.")
     if "Gated" in kind or "401" in text or "403" in text or "gated" in text:
         return HubFailure(text[:400], "Accept its terms on its page, then log in: hf auth login.")
     if "script" in text:
         return HubFailure(
-            text[:400], "Datasets that are scripts are not run; download its files and name them."
+            text[:400], "Dataset scripts are never run. Download the data files and use their paths."
         )
     return HubFailure(text[:400], "Check the name and the connection.")
 

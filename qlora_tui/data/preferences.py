@@ -153,7 +153,7 @@ def preference_problem(
         return UserError(
             PAIRS_TITLE + " without a chosen side",
             what=f"{name} holds rejected answers in {rejected!r}, and no column with chosen ones.",
-            why="Nothing is trained on a rejected answer.",
+            why="Rejected answers are never trained on.",
             fix='Say which column is better: columns = { chosen = "…", '
             f'rejected = "{rejected}" }}, or choose another file.',
         )
@@ -161,7 +161,7 @@ def preference_problem(
         PAIRS_TITLE,
         what=f"{name} compares answers: {columns['chosen']!r} is preferred to {rejected!r} in {having} of "
         f"the first {len(values)} rows.",
-        why="There is no preference training (DPO, ORPO), and nothing is trained on a rejected answer.",
+        why="Preference training (DPO, ORPO) is not supported, and rejected answers are never trained on.",
         fix=_choice("chosen"),
     )
 
@@ -172,7 +172,7 @@ def rated_problem(name: str, column: str, good: int, bad: int) -> UserError:
         RATED_TITLE,
         what=f"{name} rates its answers: of the first {good + bad} rows, {column!r} calls {good} good and "
         f"{bad} bad.",
-        why="There is no training on rated answers (KTO), and nothing is trained on a bad answer.",
+        why="Training on ratings (KTO) is not supported, and bad answers are never trained on.",
         fix=f"{_choice('good')} If {column!r} means something else, rename or remove that column.",
     )
 
@@ -213,9 +213,9 @@ def compared_columns(
     for part, column in mapping.items():
         if part != "rejected" and column.lower() in REJECTED:
             raise UserError(
-                "A rejected answer to learn",
+                "Rejected answers as training data",
                 what=f"columns.{part} for {name} names {column!r}, the rejected side of a comparison.",
-                why="Nothing is trained on a rejected answer.",
+                why="Rejected answers are never trained on.",
                 fix="Name the chosen side, or leave columns out.",
             )
     by_hand = any(column.lower() in CHOSEN for column in mapping.values())
@@ -265,7 +265,7 @@ def no_prompt_problem(
     return UserError(
         f"{PAIRS_TITLE} without a prompt",
         what=f"{name} has answers in {compared['chosen']!r} and {compared['rejected']!r}, and no column with "
-        "what was asked.",
+        "the question.",
         why=f"Its columns are {', '.join(columns)}.",
         fix=f'Say which column holds it: columns = {{ prompt = "{example}", chosen = "{compared["chosen"]}", '
         f'rejected = "{compared["rejected"]}" }}.',

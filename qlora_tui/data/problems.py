@@ -34,21 +34,19 @@ CHECKS: dict[str, CheckSpec] = {
         "Correct or remove the line; a download that was cut off is the usual cause.",
     ),
     "bad-encoding": CheckSpec("error", "Not UTF-8", "Convert the file: iconv -f LATIN1 -t UTF-8 OLD > NEW."),
-    "bad-row": CheckSpec(
-        "error", "Not a row", "A row is an object with named fields, with a value for every name."
-    ),
+    "bad-row": CheckSpec("error", "Not a row", "A row is an object with named fields and a value for each."),
     "wrong-format": CheckSpec(
         "error",
         "Not in the format of the rest",
         "A file has one format. Correct these rows, or move them to another file.",
     ),
     "unsupported-part": CheckSpec(
-        "error", "A part that is not text", "Remove the part from the row: only text can be trained on."
+        "error", "Part that is not text", "Remove the part from the row: only text can be trained on."
     ),
     "media": CheckSpec(
         "error",
         "Images, video or audio",
-        "Only text can be trained on. Leave these rows out, or put what they show into words and remove the "
+        "Only text can be trained on. Leave these rows out, or describe the media in words and remove the "
         "column or placeholder.",
     ),
     "unknown-role": CheckSpec("error", "Unknown role", "Roles are system, user, assistant and tool."),
@@ -65,7 +63,7 @@ CHECKS: dict[str, CheckSpec] = {
     "untrained-tokens": CheckSpec(
         "warning",
         "The base model has never learned these tokens",
-        'Or take a template without them: model.chat_template = "alpaca" or "plain".',
+        'Or use a template without them: model.chat_template = "alpaca" or "plain".',
     ),
     "template-refuses": CheckSpec(
         "warning",
@@ -108,10 +106,10 @@ CHECKS: dict[str, CheckSpec] = {
         "warning", "Roles out of order", "Turns should alternate, user first. The row is used as it is."
     ),
     "empty-answer": CheckSpec(
-        "warning", "An empty answer", "The model learns to say nothing. Remove the turn."
+        "warning", "Empty answer", "The model would learn to answer nothing. Remove the turn."
     ),
     "everything-trained": CheckSpec(
-        "warning", "Everything in the row is learned", "There is no prompt before the answer; add one."
+        "warning", "The whole row is in the loss", "There is no prompt before the answer; add one."
     ),
     "nothing-left": CheckSpec(
         "warning",
@@ -135,13 +133,13 @@ CHECKS: dict[str, CheckSpec] = {
     ),
     "double-bos": CheckSpec(
         "warning",
-        "Begins with two begin tokens",
-        "The chat template writes one too many; choose another with model.chat_template.",
+        "Starts with two BOS tokens",
+        "The chat template adds one too many. Choose another with model.chat_template.",
     ),
     "control-tokens": CheckSpec(
         "warning",
         "Control tokens inside a text",
-        "They are learned as ordinary text, so nothing breaks. Remove them if they got there by mistake.",
+        "They are learned as ordinary text, so nothing breaks. Remove them if they are there by mistake.",
     ),
     "answer-changed": CheckSpec(
         "warning",
@@ -149,10 +147,10 @@ CHECKS: dict[str, CheckSpec] = {
         "What is learned differs from the file: look at the row. Another template may keep it whole.",
     ),
     "duplicate": CheckSpec(
-        "warning", "Duplicate row", "It counts twice. Remove it, or say so with the source's weight."
+        "warning", "Duplicate row", "It counts twice. Remove it, or use the source's weight instead."
     ),
     "near-duplicate": CheckSpec(
-        "warning", "Nearly the same as an earlier row", "Rows that differ in a word teach little. Remove it."
+        "warning", "Nearly the same as an earlier row", "Near-identical rows teach little. Remove it."
     ),
     "overlap": CheckSpec(
         "warning",
@@ -175,7 +173,7 @@ NOTES: dict[str, str] = {
     "calls-as-text": "The template has no tool calls: they are written into the answer.",
     "tool-as-user": "The template has no tool role: what tools answer is given as a user turn.",
     "control-tokens": "Control tokens inside a text are learned as ordinary text.",
-    "answer-changed": "The template changes what the answer says.",
+    "answer-changed": "The template changes the answer's text.",
     "weights": "Answers count in the loss as the weights in the file say.",
     "reasoning-present": "The row has reasoning.",
     "reasoning-learned": "Reasoning is in the loss.",

@@ -103,7 +103,7 @@ def files_of(path: Path) -> tuple[list[Path], str]:
     if not training or len(training) == len(files):
         return files, ""
     left = ", ".join(p.name for p in files if _held_out(p))
-    return training, f"left out, as validation or test by name: {left}"
+    return training, f"skipped, because the name says validation or test: {left}"
 
 
 def _is_data(path: Path) -> bool:

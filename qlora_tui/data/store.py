@@ -148,7 +148,7 @@ class Store:
         if len(tokens) > 1 or not (
             samples == len(self.rows) == len(self.sources) == len(self.trained_counts)
         ):
-            raise ValueError(f"{folder} is not whole")
+            raise ValueError(f"{folder} is incomplete")
 
     def side(self, name: str, weights: Sequence[float]) -> Samples:
         """``train`` or ``validation``."""

@@ -94,7 +94,7 @@ def hung_template(process: str) -> UserError:
     return UserError(
         "The chat template hangs",
         what=f"{process} was ended: {HUNG[:1].lower()}{HUNG[1:]}",
-        why=f"It took {MOST_HUNG_CPU_S:.0f} seconds of processor time, and nothing else could stop it.",
+        why=f"It took {MOST_HUNG_CPU_S:.0f} seconds of processor time, and could not be stopped otherwise.",
         fix='Choose another template: model.chat_template = "chatml".',
     )
 

@@ -86,7 +86,7 @@ class ChatTokenizer:
                 "No tokenizer",
                 what=f"{folder} has no tokenizer.json.",
                 why="It holds only an older form of tokenizer." if has_old else "",
-                fix="Load it once with transformers' AutoTokenizer, and save_pretrained it into the folder."
+                fix="Load it with transformers' AutoTokenizer and save_pretrained it to the folder."
                 if has_old
                 else "Download the model again, with its tokenizer files.",
             )

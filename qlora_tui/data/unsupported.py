@@ -33,7 +33,7 @@ def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> 
     return UserError(
         "Compared answers",
         what=f"{name} {what}",
-        why="Nothing is trained on an answer that may be the worse one.",
+        why="Answers that may be the worse ones are never trained on.",
         fix="Convert it: keep the better answer of each row, as columns prompt and completion.",
     )
 
@@ -45,8 +45,8 @@ def without_text(name: str, values: _Values) -> UserError | None:
         return UserError(
             "Tokens instead of text",
             what=f"{name} holds the token ids of some tokenizer in 'input_ids'.",
-            why="They fit that tokenizer only, and the template and length were decided when they were made.",
-            fix="Take the text that they were made from.",
+            why="They fit only that tokenizer, with a fixed template and length.",
+            fix="Use the original text.",
         )
     if _mostly(values, lambda v: _is_segments(v.get("segments"))):
         return UserError(
@@ -62,7 +62,7 @@ def without_text(name: str, values: _Values) -> UserError | None:
         return UserError(
             "Prompts without answers",
             what=f"{name} holds prompts and no answers, in the columns {names}.",
-            why="Prompts alone are for reinforcement learning (PPO, GRPO), which there is not.",
+            why="Prompts alone are for reinforcement learning (PPO, GRPO), which is not supported.",
             fix='Choose a file with answers, or name the column with them: columns = { completion = "…" }.',
         )
     return None

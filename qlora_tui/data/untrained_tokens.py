@@ -70,7 +70,7 @@ def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | N
     if not tokens:
         return None
     check = CHECKS["untrained-tokens"]
-    train = f"Have their rows trained: lora.trainable_tokens = {json.dumps(tokens, ensure_ascii=False)}."
+    train = f"Train their rows: lora.trainable_tokens = {json.dumps(tokens, ensure_ascii=False)}."
     return DataProblem(
         kind="untrained-tokens",
         severity=check.severity,

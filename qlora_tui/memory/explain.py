@@ -35,7 +35,7 @@ LABELS: dict[str, str] = {
     "hidden_gradient": "Loss gradient",
     "logits": "Logits and loss",
     "inputs": "Batch and positions",
-    "loading": "Weights being read",
+    "loading": "Weights while loading",
     "workspace": "cuBLAS workspace",
     "unsplit": "Uncut blocks",
     "kernels": "oneDNN kernels",
@@ -90,10 +90,10 @@ def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
 
 def _scales_sentence(recipe: Recipe) -> str:
     if recipe.quantization.method == "int8":
-        return "One 4-byte scale an output row."
+        return "One 4-byte scale per output row."
     if recipe.quantization.double_quantization:
-        return "One scale for 64 weights: 1 byte each, 4 more for 256 of them, and a code table a module."
-    return "One 4-byte scale for 64 weights, and a code table a module; double quantization quarters it."
+        return "One scale per 64 weights: 1 byte each, 4 more per 256 of them, and one code table per module."
+    return "One 4-byte scale per 64 weights, and one code table per module; double quantization quarters it."
 
 
 def _training_sentences(facts: ExplainContext) -> dict[str, str]:
@@ -107,11 +107,11 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
     return {
         "adapter": (
             f"{trained} trained parameters × {path.adapter_bytes} bytes: "
-            f"rank {_ranks(facts.recipe)} × (in + out) a target{_rows(facts.layout)}."
+            f"rank {_ranks(facts.recipe)} × (in + out) per target{_rows(facts.layout)}."
         ),
-        "gradients": f"A gradient a trained parameter: {trained} × {path.adapter_bytes} bytes.",
+        "gradients": f"One gradient per trained parameter: {trained} × {path.adapter_bytes} bytes.",
         "optimizer": f"{moments}{paged}.",
-        "optimizer_step": "Square roots of all second moments at once: 4 bytes a trained parameter.",
+        "optimizer_step": "Square roots of all second moments at once: 4 bytes per trained parameter.",
     }
 
 
@@ -121,10 +121,10 @@ def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
     stream = 4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes
     return {
         "checkpoints": (
-            f"One hidden state a layer, to recompute from: {layers} × {tokens} × {hidden} × {stream} bytes."
+            f"One hidden state per layer, to recompute from: {layers} × {tokens} × {hidden} × {stream} bytes."
         ),
         "activations": (
-            f"What one layer holds while it is recomputed and differentiated: {tokens} × its widths."
+            f"Activations of one layer while it is recomputed and differentiated: {tokens} × its widths."
             if path.checkpointing
             else f"What all {layers} layers save for the backward pass: {tokens} × their widths."
         ),
@@ -133,18 +133,18 @@ def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
             if path.lean
             else f"A target's input in the adapter's dtype: {tokens} × width × {path.adapter_bytes} bytes."
         ),
-        "int8_inputs": f"The int8 product keeps its input out of checkpointing's reach: {tokens} × width.",
+        "int8_inputs": f"The int8 product keeps its input despite checkpointing: {tokens} × width.",
         "dropout": (
-            f"What was kept of each target's input: {tokens} × width × 1 byte."
+            f"Kept of each target's input: {tokens} × width × 1 byte."
             if path.lean
             else f"A dropped copy of each target's input, and its mask: {tokens} × width."
         ),
         "scores": (
             f"Attention written out: {layout.rows} × {facts.architecture.heads} heads × "
-            f"{layout.length:,}² scores a matrix, several at a time."
+            f"{layout.length:,}² scores per matrix, several at a time."
         ),
-        "mask": f"Which token may see which: {layout.length:,}² elements.",
-        "dequantized": f"One weight at a time, rebuilt in {path.compute_bytes} bytes an element.",
+        "mask": f"Attention mask: {layout.length:,}² elements.",
+        "dequantized": f"One weight at a time, dequantized to {path.compute_bytes} bytes per element.",
         "hidden_gradient": f"The positions in the loss, and the gradient at each: 2 × {tokens} × {hidden}.",
         "logits": _logits_sentence(path, layout),
     }
@@ -159,9 +159,9 @@ def _logits_sentence(path: ExecutionConfig, layout: Layout) -> str:
             f"{min(LOSS_BLOCK_ROWS[path.device], rows)} of them in 32 bits."
         )
     if path.loss == "liger":
-        return f"Liger takes some rows at a time, {vocabulary} logits a row."
+        return f"Liger processes some rows at a time, {vocabulary} logits per row."
     if path.loss in ("trl_chunked", "trl_tiled"):
-        return f"TRL takes some positions at a time, {vocabulary} logits each."
+        return f"TRL processes some positions at a time, {vocabulary} logits each."
     return (
         f"All logits at once, in 32 bits, with log-softmax and gradients: "
         f"{layout.tokens:,} × {vocabulary} × 12 to 16 bytes."
@@ -174,15 +174,15 @@ def _process_sentences(facts: ExplainContext) -> dict[str, str]:
         "inputs": "Token ids, labels, positions and rotary tables.",
         "loading": "Weights in 16 bits as they come from the file, before they are quantized.",
         "workspace": "cuBLAS keeps a workspace in the allocator's pool.",
-        "unsplit": "Up to 1 MiB a tensor that the allocator did not cut off, without expandable segments.",
-        "kernels": "Code that oneDNN makes for each shape of a product, and keeps.",
+        "unsplit": "Up to 1 MiB per tensor, not split off without expandable segments.",
+        "kernels": "Code that oneDNN compiles and caches for each shape of a product.",
         "fragmentation": (
-            "What the allocator holds beyond the tensors: free blocks, each too small for the next tensor, "
-            "as loading and two steps leave them."
+            "What the allocator holds besides the tensors: free blocks too small for the next tensor, as "
+            "left by loading and two steps."
         ),
         "context": "The CUDA context and loaded kernels, outside torch's allocator.",
         "tokenizer": (
-            f"{tokens:,} tokens × {TOKENIZER_BYTES_A_TOKEN} bytes: the words twice, merges, and the file."
+            f"{tokens:,} tokens × {TOKENIZER_BYTES_A_TOKEN} bytes: vocabulary twice, merges, and the file."
         ),
         "runtime": "The process before the model: Python, torch, transformers, peft, bitsandbytes.",
     }

@@ -72,6 +72,6 @@ def check_traceable(recipe: Recipe, path: ExecutionConfig) -> None:
     if path.float16:
         raise UserError(
             "A float16 step cannot be traced",
-            what="What a float16 step does more, autocast and all, tensors without values do not know.",
+            what="Tensors without values do not support what a float16 step adds, such as autocast.",
             fix="Trace it with quantization.compute_dtype = bfloat16; the estimate itself covers float16.",
         )

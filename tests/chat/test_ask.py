@@ -56,7 +56,7 @@ def test_a_conversation_switches_voices_and_begins_again(
 ) -> None:
     from qlora_tui.chat.repl import generate_once, run_repl
 
-    lines = typed(PROMPT, "/new", "/voice base", PROMPT, "/voice nobody", "/help", "")
+    lines = typed(PROMPT, "/new", "/adapter base", PROMPT, "/adapter nobody", "/help", "")
     asked: list[str] = []
 
     def ask_user(prompt: str) -> str:

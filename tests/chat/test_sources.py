@@ -58,7 +58,7 @@ def test_a_run_without_any_says_so(run: RunDir) -> None:
 
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(run: RunDir) -> None:
     put_checkpoint(run, 10)
-    with pytest.raises(UserError, match="There are: 10"):
+    with pytest.raises(UserError, match="Available: 10"):
         choose_adapter(run_source(run), checkpoint=11)
 
 
@@ -77,7 +77,7 @@ def test_an_adapter_folder_without_a_recipe_needs_the_model_named(tmp_path: Path
 
 
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No adapter there"):
+    with pytest.raises(UserError, match="No adapter in the folder"):
         adapter_source(tmp_path)
 
 

@@ -217,7 +217,7 @@ def test_preferences_are_refused_by_each_verb_until_the_chosen_answers_are_asked
         said = call(*words)
         assert said.code == 1 and said.out == ""
         assert "Preference data: " in said.err and str(data) in said.err
-        assert "nothing is trained on a rejected answer" in said.err
+        assert "rejected answers are never trained on" in said.err
         assert "--set data.preferences=chosen" in said.err
         assert call(*words, *choice).code == 0
     assert "That." not in call("data", "show", str(data), *of_model, *choice).out

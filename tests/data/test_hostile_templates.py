@@ -194,7 +194,7 @@ def test_a_template_is_stopped_in_any_thread_and_others_go_on(monkeypatch: pytes
 def test_a_template_that_ignores_its_messages_is_refused_in_words(text: str) -> None:
     tokenizer = tokenizer_for(text)
     conversation = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
-    with pytest.raises(RowRejectedError, match="leaves out what the assistant says"):
+    with pytest.raises(RowRejectedError, match="omits the assistant's turns"):
         render(conversation, tokenizer)
     prompt_ids([Message("user", "Hi")], tokenizer)
 

@@ -130,7 +130,7 @@ def test_a_refusal_counts_the_rows_and_names_the_setting() -> None:
     assert (
         problem.what == "file compares answers: 'chosen' is preferred to 'rejected' in 1 of the first 1 rows."
     )
-    assert "no preference training" in problem.why
+    assert "Preference training (DPO, ORPO) is not supported" in problem.why
     assert 'data.preferences = "chosen"' in problem.fix
     assert "--set data.preferences=chosen" in problem.fix
 
@@ -139,7 +139,7 @@ def test_no_mapping_trains_on_the_rejected_side() -> None:
     row = {"prompt": "Which?", "chosen": "This.", "rejected": BAD, "text": BAD}
     for columns in ({"prompt": "prompt", "completion": "rejected"}, {"text": "rejected"}):
         for choice in ("refuse", "chosen"):
-            assert refusal(row, columns, choice).title == "A rejected answer to learn"
+            assert refusal(row, columns, choice).title == "Rejected answers as training data"
     other = refusal(row, {"prompt": "prompt", "completion": "text"}, "chosen")
     assert "columns names parts of another format" in other.what
 

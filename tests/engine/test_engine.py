@@ -122,7 +122,7 @@ async def test_cancelling_the_one_who_waits_stops_the_engine_too(engine: EngineC
 
 
 async def test_a_problem_in_the_engine_is_raised_here_as_it_is(engine: EngineClient) -> None:
-    with pytest.raises(UserError, match="No such voice") as raised:
+    with pytest.raises(UserError, match="No such adapter") as raised:
         await answer(engine, msgspec.structs.replace(SHORT, adapter_name="step-9"))
     assert raised.value.exit_code == 2
     assert raised.value.fix

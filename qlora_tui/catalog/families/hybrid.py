@@ -185,9 +185,9 @@ def _gemma4_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
     defaults = {"hidden_size_per_layer_input": 256, "num_kv_shared_layers": 0}
     for key, absent in defaults.items():
         if fields.values.get(key, absent):
-            raise config_problem(fields.where, f"{key} is not 0: the small Gemma 4 models are not known here")
+            raise config_problem(fields.where, f"{key} is not 0: the small Gemma 4 models are not supported")
     if fields.flag("use_double_wide_mlp", False):
-        raise config_problem(fields.where, "use_double_wide_mlp is true, which is not known here")
+        raise config_problem(fields.where, "use_double_wide_mlp is true, which is not supported")
 
 
 def _gemma4_layers(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
