@@ -143,7 +143,7 @@ async def test_a_deletion_is_taken_back_byte_by_byte_and_shipped_ones_stay() -> 
         assert mine("tickets").read_text() == '# why\nnote = "by hand"\n'
         await go_to(pilot, "style")
         await pilot.press("D")
-        await shows(pilot, "is shipped with the program")
+        await shows(pilot, "is a bundled preset")
 
 
 async def test_an_edit_made_since_is_not_lost_by_an_undo() -> None:

@@ -213,7 +213,7 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
         assert run_queue.waiting() == ["second", "first"]
         await pilot.pause()
         await pilot.press("w")
-        await shows(pilot, "■ Stopped.")
+        await shows(pilot, "■ stopped")
         assert run_queue.waiting() == ["second"]
 
 
@@ -300,7 +300,7 @@ async def test_a_renamed_run_is_listed_and_found_under_its_name(
         await opened(app)
         await shows(pilot, "tickets-a")
         await pilot.press("e", *(["backspace"] * 20), "enter")
-        await shows(pilot, "Rename the run", "✗ A name is one line")
+        await shows(pilot, "Rename the run", "✗ A name is one non-empty line")
         await pilot.press(*"owls", "enter")
         await shows(pilot, "owls  (tickets-a)")
     assert three_runs[0].path.exists()

@@ -307,7 +307,7 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: Make
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await shows(pilot, "Micro-batch", "What the run is called")
+        await shows(pilot, "Micro-batch", "Name of the run in lists")
         await pilot.press("j")
         await shows(pilot, "Rows in one forward pass", "Activations grow in proportion")
         await pilot.press("l", "l")
@@ -360,7 +360,7 @@ async def test_without_a_model_nothing_is_launched_and_the_fix_is_named(make_app
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await shows(pilot, "✗ error", "Press 1 to choose one", "Not ready: model, data")
+        await shows(pilot, "✗ error", "No model selected.", "Not ready: model, data")
         await pilot.press("t")
         await shows(pilot, "Not ready to run")
         assert all_runs() == []
@@ -415,7 +415,7 @@ async def test_a_row_that_blocks_a_run_is_found_before_the_launch(make_app: Make
         await until(pilot, lambda: "Line 3 is not valid JSON" in " ".join(text_of(app).split()))
         await until(pilot, lambda: "Correct or remove the line" in " ".join(text_of(app).split()))
         await pilot.press("t")
-        await shows(pilot, "Not ready: data")
+        await shows(pilot, "Not valid JSON")
         await pilot.pause()
         assert all_runs() == []
 
@@ -499,7 +499,7 @@ async def test_m_prepares_a_smaller_run_after_one_that_had_no_room(make_app: Mak
         await watching(app, run)
         await shows(pilot, "m Fix", "Out of GPU memory")
         await pilot.press("m")
-        await shows(pilot, "Prepare a run with micro-batch 1 instead of 2")
+        await shows(pilot, "Prepare a run with micro-batch size 1 instead of 2")
         await pilot.press("n")
         assert app.workbench.recipe == before
         await pilot.press("m", "y")
