@@ -133,7 +133,7 @@ def test_a_run_out_of_memory_in_mid_training_goes_on_from_its_checkpoint_with_le
     assert [a.resumed_from_step for a in attempts] == [0, 2, 4, 6]
     assert all(ending.kind == "out_of_memory" for ending in events_of(run, Failed))
     warnings = [health.remedy for health in events_of(run, Health) if health.kind == "out_of_memory"]
-    assert len(warnings) == 3 and "micro-batch 1 × accumulation 4 and activation" in warnings[-1]
+    assert len(warnings) == 3 and "micro-batch 1 × accumulation 4 and gradient checkpointing" in warnings[-1]
     data = events_of(run, DataReady)[0]
     assert list(losses(run)) == list(range(1, data.total_steps + 1))
     assert events_of(run, Step)[-1].tokens == 3 * data.tokens
