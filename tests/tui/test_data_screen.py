@@ -227,7 +227,7 @@ async def test_a_model_that_is_not_here_is_explained_over_the_row(here: Path) ->
     [
         (None, ("✗ No such data", "odd.jsonl does not exist.", "▸ Check the path", "[o] open")),
         ([], ("✗ Empty file", "odd.jsonl is empty.", "[x] remove this one")),
-        (["{oops"] * 3, ("✗ Not valid JSON", "Line 1 is not valid JSON", "▸ Mend the line")),
+        (["{oops"] * 3, ("✗ Not valid JSON", "Line 1 is not valid JSON", "▸ Fix the line")),
         ([{"a": "b"}] * 3, ("✗ No usable field", "Its rows contain:", "[c] map the columns")),
     ],
 )
@@ -520,5 +520,5 @@ async def test_a_dataset_that_cannot_be_had_says_why(model: str) -> None:
         await pilot.press("o")
         await pilot.press(*"owner/parcels", "enter")
         await shows(
-            pilot, "✗ No such data", "owner/parcels is neither a file here nor a dataset", "[x] remove"
+            pilot, "✗ No such data", "owner/parcels is neither a local file nor a dataset", "[x] remove"
         )

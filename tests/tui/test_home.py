@@ -111,7 +111,7 @@ async def test_a_first_time_user_is_led_to_the_demo_or_the_hub(make_app: MakeApp
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, DEMO.text, "Search the Hub", "No run yet")
         await pilot.press("enter")
-        await shows(pilot, "89 MiB", "only when you launch it")
+        await shows(pilot, "260 MiB", "only when you launch it")
         await pilot.press("n")
         assert isinstance(app.screen, HomeScreen)
 
