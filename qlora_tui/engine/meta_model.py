@@ -19,7 +19,7 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
 
     from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.chunked_loss import OutputHead, find_head, use_chunked_loss, use_segments
+    from qlora_tui.training.chunked_loss import ChunkedHead, find_head, use_chunked_loss, use_segments
 
     recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
     clean, _ = without_code(request.config)
@@ -39,7 +39,7 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
         model_loading.checkpoint_activations(model, keep_rng=False)
     model.enable_input_require_grads()
     head = find_head(model)
-    if request.loss == "chunked" and isinstance(head, OutputHead):
+    if request.loss == "chunked" and isinstance(head, ChunkedHead):
         use_chunked_loss(model, head)
     use_segments(model, by_mask=segments)
     with torch.device("meta"):

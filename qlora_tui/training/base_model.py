@@ -94,7 +94,7 @@ def _library_attention(model: Any, attention_path: AttentionPath) -> str:
 
 def _use_loss(
     model: Any,
-    head: chunked_loss.OutputHead | str,
+    head: chunked_loss.ChunkedHead | str,
     device: ComputeDevice,
     expected_loss: Loss,
     weighted: bool,

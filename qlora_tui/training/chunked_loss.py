@@ -39,7 +39,7 @@ LossSumFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class OutputHead:
+class ChunkedHead:
     """The computation from the last hidden state to logits, in the forms that are supported."""
 
     projection: nn.Linear
@@ -49,7 +49,7 @@ class OutputHead:
     """Gemma's ``final_logit_softcapping``: logits become softcap · tanh(logits / softcap)."""
 
 
-def find_head(model: nn.Module) -> OutputHead | str:
+def find_head(model: nn.Module) -> ChunkedHead | str:
     """The output head of a causal language model, or the reason why chunks are not supported.
 
     What a family computes between head and loss is read from its configuration. Whether that is everything is
@@ -67,10 +67,10 @@ def find_head(model: nn.Module) -> OutputHead | str:
         multiplier /= float(scaling)
     if scale := getattr(config, "logit_scale", None):
         multiplier *= float(scale)
-    return OutputHead(projection, multiplier, getattr(config, "final_logit_softcapping", None))
+    return ChunkedHead(projection, multiplier, getattr(config, "final_logit_softcapping", None))
 
 
-def use_chunked_loss(model: nn.Module, head: OutputHead, kernel: LossSumFn | None = None) -> None:
+def use_chunked_loss(model: nn.Module, head: ChunkedHead, kernel: LossSumFn | None = None) -> None:
     """Make ``model(labels=…)`` compute its loss in chunks. Without labels the model is unchanged.
 
     Args:
@@ -150,7 +150,7 @@ def use_segments(model: nn.Module, *, by_mask: bool) -> None:
 
 
 def summed_loss(
-    head: OutputHead,
+    head: ChunkedHead,
     hidden: Tensor,
     labels: Tensor,
     weights: Tensor | None = None,
@@ -188,7 +188,7 @@ def summed_loss(
 def chunked_sum(
     states: Tensor,
     targets: Tensor,
-    head: OutputHead,
+    head: ChunkedHead,
     weights: Tensor | None = None,
     ids: Tensor | None = None,
     values: Tensor | None = None,
@@ -216,7 +216,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         states: Tensor,
         targets: Tensor,
-        head: OutputHead,
+        head: ChunkedHead,
         weights: Tensor | None,
         ids: Tensor | None,
         values: Tensor | None,
@@ -288,7 +288,7 @@ def block_rows(device: torch.device) -> int:
 
 
 def losses_and_grads(
-    logits: Tensor, targets: Tensor, head: OutputHead, *, needs_grad: bool
+    logits: Tensor, targets: Tensor, head: ChunkedHead, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy and its gradient at the logits, before the head's multiplier and soft cap.
 

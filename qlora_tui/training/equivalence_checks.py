@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qlora_tui.training import packed_attention
 from qlora_tui.training.agreement import bitwise_equal, within_rounding
 from qlora_tui.training.attention_check import library_logits, short_windows
-from qlora_tui.training.chunked_loss import IGNORED, OutputHead, losses_and_grads
+from qlora_tui.training.chunked_loss import IGNORED, ChunkedHead, losses_and_grads
 from qlora_tui.training.fused.patching import temporary_forwards
 
 _FIRST, _SECOND = 9, 7
@@ -85,7 +85,7 @@ def _rms(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def head_matches_model(model: Any, head: OutputHead, device: torch.device) -> bool:
+def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> bool:
     """Whether ``head`` describes the model's own loss completely, and its gradient at the logits.
 
     For the check the decoder returns chosen hidden states and the output projection chosen fp32 logits, from
@@ -133,14 +133,14 @@ def _example_states(states: Tensor) -> Tensor:
     return chosen.to(states.device, states.dtype)
 
 
-def _example_logits(head: OutputHead) -> Tensor:
+def _example_logits(head: ChunkedHead) -> Tensor:
     """Logits (tokens, vocabulary) in fp32, of growing size from token to token."""
     logits = torch.randn(_FIRST, head.projection.out_features, generator=torch.Generator().manual_seed(4))
     largest = 2 * (head.softcap or 10.0) / abs(head.multiplier)
     return logits * torch.logspace(-2, 0, _FIRST)[:, None] * largest
 
 
-def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tensor, head: OutputHead) -> bool:
+def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tensor, head: ChunkedHead) -> bool:
     """Whether a loss and its gradient at the raw logits (tokens, vocabulary) are the mean cross-entropy."""
     trained = torch.nonzero(labels[1:] != IGNORED)[:, 0]
     targets = labels[1:][trained, None]

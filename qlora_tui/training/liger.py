@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qlora_tui.training.chunked_loss import LossSumFn, OutputHead, chunked_sum, losses_and_grads
+from qlora_tui.training.chunked_loss import ChunkedHead, LossSumFn, chunked_sum, losses_and_grads
 
 _TOKENS = 256
 """Tokens of the check: enough for Liger to use several chunks, of several rows each in most models."""
@@ -36,7 +36,7 @@ _CHUNK_ROWS = 8192
 """Tokens, and rows of the head, that are computed in fp32 at a time."""
 
 
-def verified_liger_loss(head: OutputHead, device: torch.device) -> LossSumFn | str:
+def verified_liger_loss(head: ChunkedHead, device: torch.device) -> LossSumFn | str:
     """Liger's loss for this head, or the reason why it is not used: it fails here or differs from ours.
 
     Triton compiles it when it is first called, with the C compiler that it finds, so it may raise anything.
@@ -59,7 +59,7 @@ def verified_liger_loss(head: OutputHead, device: torch.device) -> LossSumFn | s
     return summed if differs is None else f"Liger's {differs} differs from the model's"
 
 
-def _difference(summed: LossSumFn, head: OutputHead, device: torch.device) -> str | None:
+def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> str | None:
     """What is less exact than our loss, ``loss`` or ``gradient``; None where neither is.
 
     Both are compared with fp32, on states whose logits are as far apart as those of a trained model.
@@ -89,7 +89,7 @@ def _difference(summed: LossSumFn, head: OutputHead, device: torch.device) -> st
 
 
 @torch.no_grad()
-def _exact(states: Tensor, targets: Tensor, head: OutputHead) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(states: Tensor, targets: Tensor, head: ChunkedHead) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss in fp32, its gradient at states (tokens, hidden), and the scale of its rounding.
 
     A gradient is a sum over the vocabulary; its rounding error scales with the root of the sum of squares of

@@ -57,17 +57,17 @@ def test_a_conversation_switches_voices_and_begins_again(
     from qlora_tui.chat.repl import generate_once, run_repl
 
     lines = typed(PROMPT, "/new", "/adapter base", PROMPT, "/adapter nobody", "/help", "")
-    asked: list[str] = []
+    prompts: list[str] = []
 
     def ask_user(prompt: str) -> str:
-        asked.append(prompt)
+        prompts.append(prompt)
         return next(lines)
 
     run_repl(run, sampling=SHORT, ask_user=ask_user)
     out, notes = capsys.readouterr()
     assert text(generate_once(run, PROMPT, sampling=SHORT)) in out
     assert text(generate_once(run, PROMPT, base=True, sampling=SHORT)) in out
-    assert asked == ["adapter> "] * 3 + ["base> "] * 5
+    assert prompts == ["adapter> "] * 3 + ["base> "] * 5
     assert "There are: base, adapter, step-2." in notes
     assert "tokens" in notes
 

@@ -24,7 +24,7 @@ SHORT = msgspec.structs.replace(GREEDY, max_new_tokens=12)
 TEMPLATES = {"smollm3": SMOLLM3, "deepseek-v3.1": DEEPSEEK_V31, "granite": GRANITE}
 
 
-def told(run: RunDir, thinking: Thinking) -> None:
+def described(run: RunDir, thinking: Thinking) -> None:
     """Let a run have decided so."""
     event = DataReady(
         at=0.0, samples=1, validation_samples=0, tokens=9, trained_tokens=3, rows=1, steps_per_epoch=1,
@@ -37,7 +37,7 @@ def told(run: RunDir, thinking: Thinking) -> None:
 def test_a_run_is_asked_as_its_data_decided_unless_its_recipe_says() -> None:
     run = create_run(Recipe())
     assert run_source(run).thinking == "auto"
-    told(run, "off")
+    described(run, "off")
     assert run_source(run).thinking == "off"
     assert run_source(create_run(Recipe(data=Data(thinking="on")))).thinking == "on"
 
@@ -97,9 +97,9 @@ def test_chat_asks_with_the_tokens_of_training(sessions: Any, name: str, thinkin
     session = sessions[name]
     row = Conversation((*HISTORY, Message("assistant", "brown", reasoning="dogs are brown")))
     sample = render(row, session.tokenizer, Choices(thinking=thinking))[-1]
-    asked = session.prompt(HISTORY, thinking)
-    assert sample.token_ids[: len(asked)] == asked
-    assert sample.loss_mask[len(asked) - 1 : len(asked) + 1] == b"\x00\x01"
+    prompt = session.prompt(HISTORY, thinking)
+    assert sample.token_ids[: len(prompt)] == prompt
+    assert sample.loss_mask[len(prompt) - 1 : len(prompt) + 1] == b"\x00\x01"
 
 
 @pytest.mark.slow

@@ -41,14 +41,14 @@ def source(tiny_source: ChatSource, tmp_path: Path) -> ChatSource:
 def scores_of(model: Any, conversations: Any) -> list[tuple[Any, Any]]:
     import torch
 
-    found = []
+    scores = []
     for i in range(len(conversations)):
         ids = torch.tensor([list(conversations.token_ids(i))])
         trained = torch.tensor(list(conversations.trained(i)))[1:].bool()
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1][trained].double()
-        found.append((logits.log_softmax(-1), ids[0, 1:][trained]))
-    return found
+        scores.append((logits.log_softmax(-1), ids[0, 1:][trained]))
+    return scores
 
 
 @pytest.mark.slow
@@ -99,14 +99,14 @@ def test_it_can_be_ended_early_and_needs_held_out_data(source: ChatSource) -> No
 
     session = load_session(source)
     stop = Event()
-    told: list[str] = []
+    statuses: list[str] = []
 
     def on_status(words: str) -> None:
-        told.append(words)
+        statuses.append(words)
         stop.set()
 
     assert measure_effect(session, "adapter", on_status=on_status, stop=stop).samples == 1
-    assert told == ["Comparing on conversation 1 of 3", "Comparing the weights"]
+    assert statuses == ["Comparing on conversation 1 of 3", "Comparing the weights"]
     with pytest.raises(UserError, match="no effect on itself"):
         measure_effect(session, "base")
     data = msgspec.structs.replace(source.recipe.data, validation_path="", validation_fraction=0.0)

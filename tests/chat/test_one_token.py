@@ -83,8 +83,8 @@ def test_heads_in_groups_attend_as_head_by_head(heads: int, shared: int, tokens:
     key, value = torch.randn(1, shared, 9, 16), torch.randn(1, shared, 9, 16)
     mask = torch.rand(1, 1, tokens, 9) > 0.3 if masked else None
     expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    found, _ = decode_attention.attend(module, query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(found, expected)
+    output, _ = decode_attention.attend(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(output, expected)
 
 
 @pytest.fixture

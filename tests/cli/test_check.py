@@ -32,9 +32,9 @@ def test_damage_is_an_error_until_it_is_repaired(call: Call, finished: RunDir) -
     assert said.code == 1
     assert "optimizer.pt is not what was written" in said.out
     assert "`qlora-tui runs check --repair`" in said.out
-    found = call("runs", "check", "--json")
-    assert found.code == 1 and found.json["problems"] == 1
-    (run,) = found.json["runs"]
+    checked = call("runs", "check", "--json")
+    assert checked.code == 1 and checked.json["problems"] == 1
+    (run,) = checked.json["runs"]
     assert (run["run"], run["state"], run["repaired"]) == (finished.id, "finished", [])
     repaired = call("runs", "check", "--repair")
     assert repaired.code == 0 and "moved it to damaged-step-2" in repaired.out

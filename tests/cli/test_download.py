@@ -40,11 +40,11 @@ def _call(hub: FakeHub, *words: str) -> tuple[int, str, str]:
 
 def test_a_model_is_fetched_with_progress_on_stderr(hub: FakeHub) -> None:
     code, out, err = _call(hub, "org/tiny", "--json")
-    found = json.loads(out)
+    output = json.loads(out)
     assert code == 0
-    assert resolve_model("org/tiny").folder == Path(found["path"])
-    assert found["commit"] == hub.repos["org/tiny"].commit
-    assert found["total_bytes"] > 5000
+    assert resolve_model("org/tiny").folder == Path(output["path"])
+    assert output["commit"] == hub.repos["org/tiny"].commit
+    assert output["total_bytes"] > 5000
     assert "KiB of" in err and "model.safetensors" in err
 
 

@@ -83,13 +83,13 @@ def test_the_doctor_looks_at_the_disks_where_things_will_lie(
     monkeypatch.setattr(doctor, "_libraries", list)  # another test's, and slow
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
-    found = {check["name"]: check["text"] for check in call("doctor", "--json").json["checks"]}
+    texts = {check["name"]: check["text"] for check in call("doctor", "--json").json["checks"]}
     for name, folder in (
         ("disk for runs", paths.state_dir()),
         ("disk for downloaded models", tmp_path / "elsewhere/huggingface/hub"),
         ("disk for converted models and data", tmp_path / "elsewhere/qlora-tui"),
     ):
-        assert format_path(folder) in found[name]
+        assert format_path(folder) in texts[name]
 
 
 def test_presets_are_listed_and_shown(call: Call) -> None:
@@ -107,13 +107,13 @@ def test_the_reference_has_every_setting_with_what_it_does(call: Call) -> None:
 
 
 def test_an_estimate_has_items_tiers_verdicts_and_what_fits(call: Call, qwen: Path) -> None:
-    found = call("estimate", "--model", str(qwen), "--gpu-gib", "24", "--json").json
-    nf4, fp16 = found["precisions"]["nf4"], found["precisions"]["fp16"]
+    estimated = call("estimate", "--model", str(qwen), "--gpu-gib", "24", "--json").json
+    nf4, fp16 = estimated["precisions"]["nf4"], estimated["precisions"]["fp16"]
     assert sum(nf4["items"].values()) == nf4["total_bytes"]
     assert nf4["total_bytes"] < fp16["total_bytes"]
     assert nf4["tiers"]["allocated"] <= nf4["tiers"]["reserved"] <= nf4["tiers"]["process"]
     assert nf4["verdict"] == "fits"
-    assert found["what_fits"]["sequence_length"] > 1024
+    assert estimated["what_fits"]["sequence_length"] > 1024
 
 
 def test_an_estimate_that_does_not_fit_names_the_cheapest_change(call: Call, qwen: Path) -> None:
@@ -150,12 +150,12 @@ def test_an_estimate_of_a_gguf_file_has_its_conversion_until_it_is_converted(
 def test_runs_are_listed_with_state_and_queue(call: Call, finished_run: RunDir) -> None:
     waiting = create_run(finished_run.recipe())
     run_queue.enqueue(waiting)
-    found = call("runs", "--json").json
-    assert {run["run"]: run["state"] for run in found["runs"]} == {
+    listed = call("runs", "--json").json
+    assert {run["run"]: run["state"] for run in listed["runs"]} == {
         finished_run.id: "finished",
         waiting.id: "queued",
     }
-    assert found["queue"] == [waiting.id]
+    assert listed["queue"] == [waiting.id]
 
 
 def test_a_run_is_listed_with_its_best_validation_and_its_exact_answers(
@@ -166,9 +166,9 @@ def test_a_run_is_listed_with_its_best_validation_and_its_exact_answers(
         for step, loss, accuracy in ((0, 3.0, 0.12), (2, 1.2901, 0.9), (3, 1.4, 0.97)):
             log.append(Evaluated(at=5.0, step=step, loss=loss, accuracy=accuracy))
     assert "1.29, exact 97%, base 12%" in call("runs").out
-    (told,) = call("runs", "--json").json["runs"]
-    assert (told["best_validation_loss"], told["best_step"]) == (1.2901, 2)
-    assert (told["accuracy"], told["base_accuracy"]) == (0.97, 0.12)
+    (listed,) = call("runs", "--json").json["runs"]
+    assert (listed["best_validation_loss"], listed["best_step"]) == (1.2901, 2)
+    assert (listed["accuracy"], listed["base_accuracy"]) == (0.97, 0.12)
 
 
 def test_a_run_names_the_parts_replaced_in_it(call: Call, finished_run: RunDir) -> None:

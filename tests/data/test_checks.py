@@ -48,7 +48,7 @@ FINE: list[dict[str, Any]] = [
 ]
 
 
-def found(
+def count_kinds(
     tmp_path: Path, rows: list[Any], tokenizer: ChatTokenizer | None = None, data: Data | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Rows by kind of problem."""
@@ -62,9 +62,12 @@ def found(
     return {problem.kind: problem.rows for problem in report.problems}
 
 
-def pair(asked: Any, answered: Any, **more: Any) -> dict[str, Any]:
+def pair(question: Any, answered: Any, **more: Any) -> dict[str, Any]:
     return {
-        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered, **more}]
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answered, **more},
+        ]
     }
 
 
@@ -120,54 +123,58 @@ def test_a_check_fires_on_each_bad_row(tmp_path: Path, kind: str) -> None:
     expected = tuple(range(len(FINE) + 1, len(rows) + 1))
     if kind in ("duplicate", "near-duplicate"):
         expected = expected[1:]
-    assert found(tmp_path, rows)[kind] == expected
+    assert count_kinds(tmp_path, rows)[kind] == expected
 
 
 @pytest.mark.parametrize("name", ["chatml", "strips", "drops-thinking", "tools", "ends-with-eos"])
 def test_fine_rows_raise_nothing(tmp_path: Path, name: str) -> None:
-    assert found(tmp_path, FINE, family(name)) == {}
+    assert count_kinds(tmp_path, FINE, family(name)) == {}
 
 
 def test_rows_that_share_a_phrase_are_not_near_duplicates(tmp_path: Path) -> None:
     endings = [" ".join(f"w{n}x{k}" for k in range(30)) for n in range(20)]
     rows = [pair(f"Question {n}?", f"The answer to this question is {end}") for n, end in enumerate(endings)]
-    assert found(tmp_path, rows) == {}
+    assert count_kinds(tmp_path, rows) == {}
 
 
 def test_a_template_that_refuses_is_reported_with_its_words(tmp_path: Path) -> None:
-    assert found(tmp_path, [pair("a", "b"), turns("user", "user")], family("no-system"))["no-answer"] == (2,)
-    refused = found(tmp_path, [pair("a", "b"), turns("user", "user", "assistant")], family("no-system"))
+    assert count_kinds(tmp_path, [pair("a", "b"), turns("user", "user")], family("no-system"))[
+        "no-answer"
+    ] == (2,)
+    refused = count_kinds(tmp_path, [pair("a", "b"), turns("user", "user", "assistant")], family("no-system"))
     assert refused == {"template-refuses": (2,), "role-order": (2,)}
 
 
 def test_a_row_in_which_everything_trains_is_reported(tmp_path: Path) -> None:
     bare = "{%- for m in messages -%}{{- m.content + eos_token -}}{%- endfor -%}"
     rows = [pair("a", "b"), turns("assistant")]
-    assert found(tmp_path, rows, tokenizer_for(bare))["everything-trained"] == (2,)
+    assert count_kinds(tmp_path, rows, tokenizer_for(bare))["everything-trained"] == (2,)
 
 
 def test_an_end_of_turn_that_is_not_learned_blocks(tmp_path: Path) -> None:
-    assert found(tmp_path, FINE[:2], tokenizer_for(MARKED)) == {}
-    assert found(tmp_path, FINE[:2], tokenizer_for(WITHOUT_END)) == {"turn-end-untrained": (1, 2)}
+    assert count_kinds(tmp_path, FINE[:2], tokenizer_for(MARKED)) == {}
+    assert count_kinds(tmp_path, FINE[:2], tokenizer_for(WITHOUT_END)) == {"turn-end-untrained": (1, 2)}
     assert CHECKS["turn-end-untrained"].severity == "error"
 
 
 def test_a_pad_token_that_hides_the_end_is_named(tmp_path: Path) -> None:
     names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    assert found(tmp_path, FINE[:2], ChatTokenizer(tokenizer_json(), names, WITHOUT_END)) == {
+    assert count_kinds(tmp_path, FINE[:2], ChatTokenizer(tokenizer_json(), names, WITHOUT_END)) == {
         "pad-hides-end": (1, 2)
     }
-    assert found(tmp_path, FINE[:2], ChatTokenizer(tokenizer_json(), names, CHATML)) == {}
+    assert count_kinds(tmp_path, FINE[:2], ChatTokenizer(tokenizer_json(), names, CHATML)) == {}
 
 
 def test_two_begin_tokens_are_reported(tmp_path: Path) -> None:
-    assert found(tmp_path, FINE[:2], tokenizer_for("{{- bos_token -}}" + STRIPS)) == {"double-bos": (1, 2)}
-    assert found(tmp_path, FINE[:2], tokenizer_for(STRIPS)) == {}
+    assert count_kinds(tmp_path, FINE[:2], tokenizer_for("{{- bos_token -}}" + STRIPS)) == {
+        "double-bos": (1, 2)
+    }
+    assert count_kinds(tmp_path, FINE[:2], tokenizer_for(STRIPS)) == {}
 
 
 def test_an_answer_the_template_changes_is_reported(tmp_path: Path) -> None:
     upper = CHATML.replace("m.content", "(m.content | replace('x', 'y'))")
-    assert found(tmp_path, [pair("a", "fox"), pair("b", "dog")], tokenizer_for(upper)) == {
+    assert count_kinds(tmp_path, [pair("a", "fox"), pair("b", "dog")], tokenizer_for(upper)) == {
         "answer-changed": (1,)
     }
 
@@ -185,16 +192,16 @@ def test_rows_beyond_the_length_limit_are_reported(
     tmp_path: Path, too_long: Any, kinds: dict[str, Any]
 ) -> None:
     rows = [pair("word " * 40, "short"), pair("a", "word " * 40), pair("a", "fits")]
-    assert found(tmp_path, rows, data=Data(max_length=32, overflow=too_long)) == kinds
+    assert count_kinds(tmp_path, rows, data=Data(max_length=32, overflow=too_long)) == kinds
 
 
-@pytest.mark.parametrize(("said", "told"), [("<tool_call>{}</tool_call>", False), ("Let me see.", True)])
-def test_a_tool_may_answer_a_call_in_the_text(tmp_path: Path, said: str, told: bool) -> None:
+@pytest.mark.parametrize(("said", "reported"), [("<tool_call>{}</tool_call>", False), ("Let me see.", True)])
+def test_a_tool_may_answer_a_call_in_the_text(tmp_path: Path, said: str, reported: bool) -> None:
     turns = [("human", "q"), ("gpt", said), ("tool", "r"), ("gpt", "a")]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"conversations": [{"from": r, "value": v} for r, v in turns]}))
-    found = [problem.kind for problem in inspect(Source(path=str(path))).problems]
-    assert ("role-order" in found) is told
+    kinds = [problem.kind for problem in inspect(Source(path=str(path))).problems]
+    assert ("role-order" in kinds) is reported
 
 
 def test_a_secret_is_not_shown_whole(tmp_path: Path) -> None:

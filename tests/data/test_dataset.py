@@ -56,15 +56,15 @@ def test_what_is_stored_is_what_is_rendered(tmp_path: Path) -> None:
             assert source_index == 0
             assert samples.length(i) == len(ids) == len(trained)
             assert samples.trained_count(i) == trained.count(1)
-            told = tokenizer.decode([t for t, flag in zip(ids, trained, strict=True) if flag])
-            assert told == f"answer {row - 1}<|im_end|>\n"
+            decoded = tokenizer.decode([t for t, flag in zip(ids, trained, strict=True) if flag])
+            assert decoded == f"answer {row - 1}<|im_end|>\n"
     total = sum(prepared.train.lengths()) + sum(prepared.validation.lengths())
     assert total == prepared.counts.tokens
 
 
 def test_the_same_recipe_finds_the_set_again(tmp_path: Path) -> None:
-    made = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    first, second = prepare(made, family("chatml")), prepare(made, family("chatml"))
+    small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
+    first, second = prepare(small_recipe, family("chatml")), prepare(small_recipe, family("chatml"))
     assert (first.cached, second.cached) == (False, True)
     assert first.data_hash == second.data_hash
     assert first.counts == second.counts
@@ -94,14 +94,14 @@ def test_the_same_content_elsewhere_is_the_same_set(tmp_path: Path) -> None:
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
-    made = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    first = prepare(made, family("chatml"))
+    small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
+    first = prepare(small_recipe, family("chatml"))
     (first.folder / "meta.json").write_text('{"half')
-    again = prepare(made, family("chatml"))
+    again = prepare(small_recipe, family("chatml"))
     assert not again.cached
     assert again.data_hash == first.data_hash
     (first.folder / "tokens.u32").unlink()
-    assert not prepare(made, family("chatml")).cached
+    assert not prepare(small_recipe, family("chatml")).cached
 
 
 def test_a_flipped_byte_in_the_cache_is_made_again(tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_a_flipped_byte_in_the_cache_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_truncated_token_file_is_made_again(tmp_path: Path) -> None:
-    made = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    tokens = prepare(made, family("chatml")).folder / "tokens.u32"
+    small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
+    tokens = prepare(small_recipe, family("chatml")).folder / "tokens.u32"
     tokens.write_bytes(tokens.read_bytes()[:-8])
-    assert not prepare(made, family("chatml")).cached
+    assert not prepare(small_recipe, family("chatml")).cached
 
 
 def test_duplicates_stay_on_one_side(tmp_path: Path) -> None:
@@ -182,16 +182,16 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path) -> None:
 
 def test_weights_of_answers_are_kept_beside_the_tokens(tmp_path: Path) -> None:
     weights = [1, 1, 0.5, 0, 1, 2]
-    asked = {"role": "user", "content": "q"}
+    question = {"role": "user", "content": "q"}
     answers: list[dict[str, Any]] = [
         {"role": "assistant", "content": f"a{n}", "weight": weight} for n, weight in enumerate(weights)
     ]
-    rows = [{"messages": [asked, answer]} for answer in answers]
+    rows = [{"messages": [question, answer]} for answer in answers]
     source = write(tmp_path / "a.jsonl", rows)
     prepared = prepare(recipe(source, validation_fraction=0), family("chatml"))
     train = prepared.train
-    kept = {train.origin(i)[1] - 1: set(train.weights(i) or ()) - {0.0} for i in range(len(train))}
-    assert kept == {0: {1.0}, 1: {1.0}, 2: {0.5}, 4: {1.0}, 5: {2.0}}
+    stored = {train.origin(i)[1] - 1: set(train.weights(i) or ()) - {0.0} for i in range(len(train))}
+    assert stored == {0: {1.0}, 1: {1.0}, 2: {0.5}, 4: {1.0}, 5: {2.0}}
     for answer in answers:
         answer["weight"] = 1
     plain = prepare(recipe(write(tmp_path / "b.jsonl", rows), validation_fraction=0), family("chatml")).train
@@ -201,11 +201,11 @@ def test_weights_of_answers_are_kept_beside_the_tokens(tmp_path: Path) -> None:
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
-    told: list[PrepareProgress] = []
-    prepare(recipe(write(tmp_path / "a.jsonl", pairs(600))), family("chatml"), told.append)
-    assert told[-1].share == 1.0
-    assert told[-1].rows == 600
-    assert [p.rows for p in told] == sorted(p.rows for p in told)
+    reports: list[PrepareProgress] = []
+    prepare(recipe(write(tmp_path / "a.jsonl", pairs(600))), family("chatml"), reports.append)
+    assert reports[-1].share == 1.0
+    assert reports[-1].rows == 600
+    assert [p.rows for p in reports] == sorted(p.rows for p in reports)
 
 
 def test_an_error_in_a_row_blocks_and_names_file_row_and_fix(tmp_path: Path) -> None:
@@ -300,10 +300,10 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_left_over_work_of_a_killed_process_does_not_disturb(tmp_path: Path) -> None:
-    made = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    folder = prepare(made, family("chatml")).folder
+    small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
+    folder = prepare(small_recipe, family("chatml")).folder
     (folder.parent / ".making-dead").mkdir()
-    assert prepare(made, family("chatml")).cached
+    assert prepare(small_recipe, family("chatml")).cached
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         ["SHA256SUMS", "meta.json", "offsets.u64", "rows.u32", "sources.u16", "tokens.u32", "train.u32",
          "trained.u8", "trained_counts.u32", "validation.u32"]
@@ -322,10 +322,10 @@ def test_sets_nobody_asks_for_are_deleted_in_the_end(tmp_path: Path) -> None:
 
 
 def test_a_set_that_is_asked_for_is_kept(tmp_path: Path) -> None:
-    made = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    folder = prepare(made, family("chatml")).folder
+    small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
+    folder = prepare(small_recipe, family("chatml")).folder
     os.utime(folder / "meta.json", (0, 0))
-    assert prepare(made, family("chatml")).cached
+    assert prepare(small_recipe, family("chatml")).cached
     prepare(recipe(write(tmp_path / "b.jsonl", pairs(21))), family("chatml"))
     assert folder.exists()
 
@@ -334,7 +334,7 @@ SAMPLE = TokenizedSample(list(range(10)), b"\x00\x00\x00\x01\x01\x00\x00\x00\x01
 
 
 @pytest.mark.parametrize(
-    ("too_long", "kept"),
+    ("too_long", "pieces"),
     [
         ("drop", []),
         ("cut-right", [[0, 1, 2, 3]]),
@@ -342,9 +342,9 @@ SAMPLE = TokenizedSample(list(range(10)), b"\x00\x00\x00\x01\x01\x00\x00\x00\x01
         ("split", [[0, 1, 2, 3], [5, 6, 7, 8]]),
     ],
 )
-def test_long_samples_are_fitted_as_the_recipe_says(too_long: Any, kept: list[list[int]]) -> None:
+def test_long_samples_are_fitted_as_the_recipe_says(too_long: Any, pieces: list[list[int]]) -> None:
     fitted = truncate(SAMPLE, 4, too_long)
-    assert [s.token_ids for s in fitted] == kept
+    assert [s.token_ids for s in fitted] == pieces
     assert all(len(s.loss_mask) == len(s.token_ids) for s in fitted)
 
 
@@ -356,10 +356,10 @@ def test_long_samples_are_fitted_as_the_recipe_says(too_long: Any, kept: list[li
 def test_a_piece_of_a_split_begins_in_a_turn_only_if_that_does_not_fit(
     turns: list[tuple[int, int]], limit: int, tail: int
 ) -> None:
-    trained = b"".join(bytes(asked) + b"\x01" * said for asked, said in turns) + bytes(tail)
+    trained = b"".join(bytes(question) + b"\x01" * said for question, said in turns) + bytes(tail)
     ids = list(range(len(trained)))
-    length_of_turn = [asked + said for asked, said in turns for _ in range(asked + said)]
-    begins = set(accumulate((asked + said for asked, said in turns), initial=0))
+    length_of_turn = [question + said for question, said in turns for _ in range(question + said)]
+    begins = set(accumulate((question + said for question, said in turns), initial=0))
     end = 0
     for piece in truncate(TokenizedSample(ids, trained), limit, "split"):
         first, last = piece.token_ids[0], piece.token_ids[-1]
@@ -371,7 +371,7 @@ def test_a_piece_of_a_split_begins_in_a_turn_only_if_that_does_not_fit(
 
 def test_a_conversation_is_split_after_answers() -> None:
     turns = [(6, 4), (5, 5), (3, 3)]
-    trained = b"".join(bytes(asked) + b"\x01" * said for asked, said in turns)
+    trained = b"".join(bytes(question) + b"\x01" * said for question, said in turns)
     pieces = truncate(TokenizedSample(list(range(26)), trained), 18, "split")
     assert [(p.token_ids[0], p.token_ids[-1]) for p in pieces] == [(0, 9), (10, 25)]
 

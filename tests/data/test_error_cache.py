@@ -28,9 +28,9 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A file with an error far down."""
-    made = tmp_path / "rows.jsonl"
-    made.write_text(GOOD * 400 + "{bad\n" + GOOD)
-    return made
+    file = tmp_path / "rows.jsonl"
+    file.write_text(GOOD * 400 + "{bad\n" + GOOD)
+    return file
 
 
 def test_what_was_found_is_refused_with_its_row(path: Path) -> None:
@@ -86,10 +86,10 @@ def test_what_is_no_longer_found_is_forgotten(path: Path) -> None:
 
 
 def test_warnings_are_no_errors(tmp_path: Path) -> None:
-    made = tmp_path / "rows.jsonl"
-    made.write_text(GOOD * 3 + '{"prompt": "a", "completion": ""}\n')
-    assert inspect(Source(path=str(made))).problems
-    raise_cached_error([(Source(path=str(made)), made)])
+    file = tmp_path / "rows.jsonl"
+    file.write_text(GOOD * 3 + '{"prompt": "a", "completion": ""}\n')
+    assert inspect(Source(path=str(file))).problems
+    raise_cached_error([(Source(path=str(file)), file)])
 
 
 def test_an_error_in_tokens_holds_for_its_tokenizer_and_template_only(tmp_path: Path) -> None:

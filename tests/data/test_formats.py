@@ -18,8 +18,8 @@ PLAIN = (Message("user", "Hi"), Message("assistant", "Hello"))
 
 def read(value: Any, wanted: str = "auto", columns: dict[str, str] | None = None) -> tuple[str, Conversation]:
     row = Row(1, value)
-    found = detect([row], "file", wanted, columns)
-    return found.layout.format, parse(row, found.layout)
+    detection = detect([row], "file", wanted, columns)
+    return detection.layout.format, parse(row, detection.layout)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def read(value: Any, wanted: str = "auto", columns: dict[str, str] | None = None
     ],
 )  # fmt: skip
 def test_common_formats_are_found_and_read(value: Any, format_: str) -> None:
-    found, conversation = read(value)
-    assert found == format_
+    detection, conversation = read(value)
+    assert detection == format_
     assert [(m.role, m.content) for m in conversation.messages] == [(U, "Hi"), (A, "Hello")]
 
 
@@ -146,9 +146,9 @@ def test_a_refusal_says_how_these_columns_are_mapped(value: Any, words: str) -> 
 
 
 def test_conversations_written_out_as_text_are_told() -> None:
-    for text, told in (("### Human: a### Assistant: b", True), ("Once upon a time", False)):
+    for text, reported in (("### Human: a### Assistant: b", True), ("Once upon a time", False)):
         said = detect([Row(1, {"text": text})], "f").evidence
-        assert any("### Human:" in sentence for sentence in said) is told
+        assert any("### Human:" in sentence for sentence in said) is reported
 
 
 def test_plain_text_is_read_as_text() -> None:
@@ -158,9 +158,9 @@ def test_plain_text_is_read_as_text() -> None:
 
 def test_the_evidence_names_columns_and_counts() -> None:
     rows = [Row(n, {"instruction": "a", "output": "b", "id": n}) for n in range(5)] + [Row(6, {"id": 6})]
-    found = detect(rows, "file")
-    assert "column 'instruction' in 5 of 6 rows" in found.evidence
-    assert "not used: id" in found.evidence
+    detection = detect(rows, "file")
+    assert "column 'instruction' in 5 of 6 rows" in detection.evidence
+    assert "not used: id" in detection.evidence
 
 
 def test_alpaca_puts_the_input_under_the_instruction_and_keeps_history() -> None:
@@ -267,9 +267,9 @@ def test_several_labels_of_a_text_are_read_with_commas_between() -> None:
 
 
 def test_labels_without_names_are_pointed_out() -> None:
-    found = detect([Row(1, {"text": "a", "label": 0})], "file")
-    assert any("label_names" in line for line in found.evidence)
-    assert parse(Row(1, {"text": "a", "label": 0}), found.layout).messages[1].content == "0"
+    detection = detect([Row(1, {"text": "a", "label": 0})], "file")
+    assert any("label_names" in line for line in detection.evidence)
+    assert parse(Row(1, {"text": "a", "label": 0}), detection.layout).messages[1].content == "0"
 
 
 @pytest.mark.parametrize(

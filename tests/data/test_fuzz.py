@@ -108,11 +108,11 @@ def check(path: Path, tokenizer: Any) -> str:
         assert problem.title
         assert problem.fix
         return "refused"
-    for found in report.problems:
-        assert found.kind in CHECKS
-        assert found.rows
-        assert all(row >= 1 for row in found.rows)
-        assert found.example
+    for finding in report.problems:
+        assert finding.kind in CHECKS
+        assert finding.rows
+        assert all(row >= 1 for row in finding.rows)
+        assert finding.example
     return "read"
 
 

@@ -80,12 +80,12 @@ def test_a_note_whose_files_are_gone_is_not_believed(monkeypatch: pytest.MonkeyP
     note = cache_dir() / "datasets" / "owner--set.json"
     note.parent.mkdir()
     note.write_bytes(msgspec.json.encode(HubFiles(("/gone/set-train.arrow",), "train")))
-    asked: list[str] = []
+    requests: list[str] = []
 
     def fetched(name: str) -> HubFiles:
-        asked.append(name)
+        requests.append(name)
         return HubFiles((str(note),), "train")
 
     monkeypatch.setattr("qlora_tui.data.hub_dataset._fetch", fetched)
     assert hub_files("owner/set")[0] == [note]
-    assert asked == ["owner/set"]
+    assert requests == ["owner/set"]

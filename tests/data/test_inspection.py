@@ -219,9 +219,11 @@ def test_a_file_of_one_row_is_told(tmp_path: Path) -> None:
     assert kinds == [["one-row"], []]
 
 
-@pytest.mark.parametrize(("max_length", "words", "told"), [(64, 60, True), (32, 60, False), (64, 3, False)])
+@pytest.mark.parametrize(
+    ("max_length", "words", "reported"), [(64, 60, True), (32, 60, False), (64, 3, False)]
+)
 def test_samples_beyond_the_context_of_the_model_are_told(
-    tmp_path: Path, max_length: int, words: int, told: bool
+    tmp_path: Path, max_length: int, words: int, reported: bool
 ) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -238,5 +240,5 @@ def test_samples_beyond_the_context_of_the_model_are_told(
     (model / "config.json").write_text(json.dumps(config))
     source = write(tmp_path / "a.jsonl", [*pairs(3), {"prompt": "q", "completion": "dog " * words}])
     report = inspect(source, ChatTokenizer.from_folder(model), Data(max_length=max_length))
-    found = [problem for problem in report.problems if problem.kind == "beyond-context"]
-    assert [problem.count for problem in found] == ([1] if told else [])
+    problems = [problem for problem in report.problems if problem.kind == "beyond-context"]
+    assert [problem.count for problem in problems] == ([1] if reported else [])

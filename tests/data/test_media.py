@@ -87,9 +87,9 @@ def test_a_code_block_has_no_placeholder(text: str) -> None:
 
 
 def test_an_answer_may_be_an_element_of_html() -> None:
-    asked = Message("user", "Which element plays a film?")
-    assert placeholder((asked, Message("assistant", "<video>"))) == ""
-    assert placeholder((asked, Message("assistant", "<image>"))) == "Turn 2 has the placeholder <image>."
+    question = Message("user", "Which element plays a film?")
+    assert placeholder((question, Message("assistant", "<video>"))) == ""
+    assert placeholder((question, Message("assistant", "<image>"))) == "Turn 2 has the placeholder <image>."
 
 
 def test_a_placeholder_beside_a_code_block_is_named() -> None:

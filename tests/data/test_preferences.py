@@ -73,10 +73,10 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize(("side", "asked"), itertools.product(SIDES, ASKED))
-def test_each_spelling_gives_the_chosen_answer_to_the_prompt(side: str, asked: str) -> None:
+@pytest.mark.parametrize(("side", "question"), itertools.product(SIDES, ASKED))
+def test_each_spelling_gives_the_chosen_answer_to_the_prompt(side: str, question: str) -> None:
     for better, worse in NAMES:
-        row = {**ASKED[asked], better: SIDES[side][0], worse: SIDES[side][1]}
+        row = {**ASKED[question], better: SIDES[side][0], worse: SIDES[side][1]}
         assert refusal(row).title == "Preference data"
         messages = read(row).messages
         assert [(m.role, m.content, m.train) for m in messages] == [
@@ -86,8 +86,8 @@ def test_each_spelling_gives_the_chosen_answer_to_the_prompt(side: str, asked: s
 
 
 def test_no_token_of_a_rejected_answer_is_trained(tmp_path: Path) -> None:
-    for asked in ASKED.values():
-        rows = [{**asked, "chosen": one, "rejected": other} for one, other in SIDES.values()]
+    for question in ASKED.values():
+        rows = [{**question, "chosen": one, "rejected": other} for one, other in SIDES.values()]
         source = write(tmp_path / "rows.jsonl", rows)
         for number in range(1, len(rows) + 1):
             (sample,) = show(source, number, family("chatml"), CHOSEN).samples
@@ -146,8 +146,8 @@ def test_no_mapping_trains_on_the_rejected_side() -> None:
 
 def test_a_mapping_that_names_the_chosen_side_is_a_choice() -> None:
     row = Row(1, {"chosen": [USER, GOOD], "rejected": [USER, WORSE]})
-    found = detect([row], "file", "auto", {"messages": "chosen"})
-    assert [m.content for m in parse(row, found.layout).messages] == ["Which?", "This."]
+    detection = detect([row], "file", "auto", {"messages": "chosen"})
+    assert [m.content for m in parse(row, detection.layout).messages] == ["Which?", "This."]
 
 
 def test_sides_of_the_users_own_names_can_be_mapped() -> None:

@@ -58,14 +58,14 @@ def message(expected: Any) -> Message:
     return Message(role.removesuffix(" (not trained)"), content, train=not role.endswith("(not trained)"))
 
 
-def check_row(found: Conversation | RowRejectedError, expected: Any) -> None:
+def check_row(outcome: Conversation | RowRejectedError, expected: Any) -> None:
     if isinstance(expected, dict) and "refused" in expected:
-        assert isinstance(found, RowRejectedError), found
-        assert found.kind == expected["refused"]
-        assert found.reason == expected.get("says", found.reason)
+        assert isinstance(outcome, RowRejectedError), outcome
+        assert outcome.kind == expected["refused"]
+        assert outcome.reason == expected.get("says", outcome.reason)
         return
-    if isinstance(found, RowRejectedError):
-        raise AssertionError(f"{found.kind}: {found.reason}")
+    if isinstance(outcome, RowRejectedError):
+        raise AssertionError(f"{outcome.kind}: {outcome.reason}")
     if isinstance(expected, list):
         expected = {"messages": expected}
     whole = Conversation(
@@ -73,7 +73,7 @@ def check_row(found: Conversation | RowRejectedError, expected: Any) -> None:
         tools=tuple(expected.get("tools", ())),
         text=expected.get("text", ""),
     )
-    assert msgspec.structs.replace(found, source=0, row=0) == whole
+    assert msgspec.structs.replace(outcome, source=0, row=0) == whole
 
 
 def check_read(source: Source, data: Data, expected: dict[str, Any]) -> None:
@@ -81,8 +81,8 @@ def check_read(source: Source, data: Data, expected: dict[str, Any]) -> None:
     (file,), _ = open_source(source, data.preferences)
     assert file.detection.layout.format == expected["format"]
     outcomes = list(conversations(file))
-    for (_, found), wanted in zip(outcomes, expected["read"], strict=True):
-        check_row(found, wanted)
+    for (_, outcome), wanted in zip(outcomes, expected["read"], strict=True):
+        check_row(outcome, wanted)
     numbers = list(range(1, len(outcomes) + 1))
     assert [row.number for row, _ in outcomes] == expected.get("numbers", numbers)
     problems = {p.kind: list(p.rows) for p in inspect(source, None, data).problems}

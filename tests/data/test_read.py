@@ -40,9 +40,9 @@ TEXTS: dict[str, str] = {
 
 
 def values(path: Path) -> list[object]:
-    found = list(rows(path))
-    assert not any(row.error for row in found), found
-    return [row.value for row in found]
+    read_rows = list(rows(path))
+    assert not any(row.error for row in read_rows), read_rows
+    return [row.value for row in read_rows]
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -138,11 +138,11 @@ def test_json_is_read_alike_wherever_the_chunks_end(
         path = Path(folder) / "rows.json"
         path.write_bytes(text.encode())
         patch.setattr("qlora_tui.data.text_reader.CHUNK_BYTES", chunk_bytes)
-        found = list(rows(path))
+        read_rows = list(rows(path))
     if style == "lines" and len(values) == 1:
         return  # one object may hold the rows of the whole file
-    assert [row.value for row in found] == values
-    assert [row.number for row in found] == list(range(1, len(values) + 1))
+    assert [row.value for row in read_rows] == values
+    assert [row.number for row in read_rows] == list(range(1, len(values) + 1))
 
 
 def test_one_row_larger_than_several_chunks_is_read(tmp_path: Path) -> None:
@@ -154,11 +154,11 @@ def test_one_row_larger_than_several_chunks_is_read(tmp_path: Path) -> None:
 def test_a_bad_line_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join([*(['{"text": "ok"}'] * 6), '{"text": oops}', '{"text": "ok"}']))
-    found = list(rows(path))
-    assert [row.number for row in found if row.error] == [7]
-    assert found[6].kind == "bad-json"
-    assert "Line 7" in found[6].error
-    assert len(found) == 8
+    read_rows = list(rows(path))
+    assert [row.number for row in read_rows if row.error] == [7]
+    assert read_rows[6].kind == "bad-json"
+    assert "Line 7" in read_rows[6].error
+    assert len(read_rows) == 8
 
 
 @pytest.mark.parametrize(
@@ -185,17 +185,17 @@ def test_latin_1_is_reported_with_its_line(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     good = {"latin.json": '[\n{"text": "a"},\n', "latin.csv": "text\na\n"}.get(name, '{"text": "a"}\n\n')
     path.write_bytes(good.encode() + '{"text": "Grüße"}'.encode("latin-1"))
-    found = list(rows(path))
-    assert found[-1].kind == "bad-encoding"
-    assert found[-1].error.startswith("Line 3: byte 0xfc")
+    read_rows = list(rows(path))
+    assert read_rows[-1].kind == "bad-encoding"
+    assert read_rows[-1].error.startswith("Line 3: byte 0xfc")
 
 
 def test_a_csv_row_with_too_many_values_is_named(tmp_path: Path) -> None:
     path = tmp_path / "ragged.csv"
     path.write_text("a,b\n1,2\n1,2,3\n4,5\n")
-    found = list(rows(path))
-    assert [row.kind for row in found] == ["", "bad-row", ""]
-    assert found[1].error == "Row 2, line 3: 3 values for 2 columns."
+    read_rows = list(rows(path))
+    assert [row.kind for row in read_rows] == ["", "bad-row", ""]
+    assert read_rows[1].error == "Row 2, line 3: 3 values for 2 columns."
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def test_a_folder_gives_its_data_files_but_not_those_held_out(tmp_path: Path) ->
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    found, note = files_of(tmp_path)
-    assert [p.name for p in found] == ["b.jsonl", "a.csv.gz"]
+    files, note = files_of(tmp_path)
+    assert [p.name for p in files] == ["b.jsonl", "a.csv.gz"]
     assert "test.json" in note
 
 

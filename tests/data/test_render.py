@@ -86,8 +86,8 @@ def test_the_trained_tokens_are_the_answers_and_their_ends_and_nothing_else(
     name: str, system: str | None, turns: list[tuple[str, str]]
 ) -> None:
     messages = [Message("system", system)] if system else []
-    for asked, answered in turns:
-        messages += [Message("user", asked), Message("assistant", answered)]
+    for question, answered in turns:
+        messages += [Message("user", question), Message("assistant", answered)]
     tokenizer = family(name)
     samples = render(Conversation(tuple(messages)), tokenizer)
     assert len(samples) == 1
@@ -103,15 +103,17 @@ def test_the_trained_tokens_are_the_answers_and_their_ends_and_nothing_else(
 def test_the_model_is_asked_with_the_very_tokens_it_was_trained_after(
     name: str, turns: list[tuple[str, str]]
 ) -> None:
-    messages = [m for asked, said in turns for m in (Message("user", asked), Message("assistant", said))]
+    messages = [
+        m for question, said in turns for m in (Message("user", question), Message("assistant", said))
+    ]
     tokenizer = family(name)
     sample = render(Conversation(tuple(messages)), tokenizer)[0]
-    asked = prompt_ids(messages[:-1], tokenizer)
+    prompt = prompt_ids(messages[:-1], tokenizer)
     if name == "moves-system" or name == "drops-thinking" or len(turns) == 1:
-        assert sample.token_ids[: len(asked)] == asked
+        assert sample.token_ids[: len(prompt)] == prompt
     first = sample.loss_mask.rindex(b"\x00\x01") + 1 if b"\x00\x01" in sample.loss_mask else 0
     if name != "no-turn-end":
-        assert sample.token_ids[:first] == asked
+        assert sample.token_ids[:first] == prompt
 
 
 def test_control_tokens_in_a_text_do_not_control() -> None:
@@ -326,9 +328,9 @@ def test_text_and_tokens_equal_those_of_transformers(tmp_path: Path) -> None:
     turns = as_dicts("two-turns")
     theirs_mask: Any = marked.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
     ours_mask = render(conversation("two-turns"), family("marked"))[0]
-    kept = len(ours_mask.loss_mask)
-    assert theirs_mask["assistant_masks"][:kept] == list(ours_mask.loss_mask)
-    assert not any(theirs_mask["assistant_masks"][kept:])
+    length = len(ours_mask.loss_mask)
+    assert theirs_mask["assistant_masks"][:length] == list(ours_mask.loss_mask)
+    assert not any(theirs_mask["assistant_masks"][length:])
 
 
 @pytest.mark.parametrize("text", ["one\n\ntwo\n\n\nthree\n", "a\n\n<|im_end|>\n\nb"])

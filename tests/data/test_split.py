@@ -32,7 +32,7 @@ def split_of(rows: list[Conversation], folder: Path, fraction: float, seed: int 
 
 def families(chance: random.Random, count: int, sources: int) -> list[list[Conversation]]:
     """Texts, each with copies in which one word in ten or fewer, all in one place, is another."""
-    made = []
+    conversations = []
     for _ in range(count):
         words = [chance.choice(WORDS) for _ in range(chance.randint(60, 120))]
         family = [said(words, chance.randrange(sources))]
@@ -41,8 +41,8 @@ def families(chance: random.Random, count: int, sources: int) -> list[list[Conve
             at = chance.randrange(len(copy))
             copy[at : at + chance.randint(1, 4)] = chance.sample(WORDS, chance.randint(1, 4))
             family.append(said(copy, chance.randrange(sources)))
-        made.append(family)
-    return made
+        conversations.append(family)
+    return conversations
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -51,10 +51,10 @@ def test_near_duplicates_stay_on_one_side_in_any_order(
     tmp_path: Path, seed: int, sources: int, fraction: float
 ) -> None:
     chance = random.Random(seed)
-    made = families(chance, 60, sources)
-    rows = [row for family in made for row in family]
+    conversations = families(chance, 60, sources)
+    rows = [row for family in conversations for row in family]
     held = split_of(rows, tmp_path, fraction)
-    for family in made:
+    for family in conversations:
         assert len({row in held for row in family}) == 1
     chance.shuffle(rows)
     assert split_of(rows, tmp_path, fraction) == held

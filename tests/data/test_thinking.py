@@ -61,9 +61,9 @@ def test_training_asks_for_the_last_answer_as_chat_does(
 def test_what_is_asked_is_what_the_template_itself_asks(name: str, setting: Thinking) -> None:
     tokenizer = thinker(name)
     switch = tokenizer.traits.switch
-    told = {} if switch is None or setting == "auto" else switch.on if setting == "on" else switch.off
+    variables = {} if switch is None or setting == "auto" else switch.on if setting == "on" else switch.off
     turns = [{"role": m.role, "content": m.content} for m in PLAIN.messages[:-1]]
-    text = tokenizer.template.with_variables(told).render(turns, prompt=True)
+    text = tokenizer.template.with_variables(variables).render(turns, prompt=True)
     assert prompt_ids(PLAIN.messages[:-1], tokenizer, thinking=setting) == tokenizer.encode(text)
 
 
@@ -77,11 +77,11 @@ def test_the_switch_asks_for_what_transformers_renders_with_it(name: str) -> Non
     text = template_text(name).replace('strftime_now("%Y-%m-%d")', "'2024-07-26'")
     transformers: Any = library
     turns = [{"role": m.role, "content": m.content} for m in PLAIN.messages[:-1]]
-    for told in ({}, *((switch.on, switch.off) if switch else ())):
+    for variables in ({}, *((switch.on, switch.off) if switch else ())):
         (theirs,), _ = transformers.render_jinja_template(
-            [turns], chat_template=text, add_generation_prompt=True, **tokenizer.special_tokens, **told
+            [turns], chat_template=text, add_generation_prompt=True, **tokenizer.special_tokens, **variables
         )
-        assert tokenizer.template.with_variables(told).render(turns, prompt=True) == theirs
+        assert tokenizer.template.with_variables(variables).render(turns, prompt=True) == theirs
 
 
 EMPTY = {
@@ -203,16 +203,22 @@ def test_without_a_switch_and_without_reasoning_nothing_changes(name: str, setti
 
 
 def test_the_switches_of_templates_are_told_apart() -> None:
-    told = {name: thinker(name).traits.switch for name in THINKERS}
-    assert told["smollm3"] and told["smollm3"].variable == "enable_thinking"
-    assert told["granite"] and (told["granite"].variable, told["granite"].default) == ("thinking", "off")
-    assert told["deepseek-v3.1"] and told["deepseek-v3.1"].default == "off"
+    switches = {name: thinker(name).traits.switch for name in THINKERS}
+    assert switches["smollm3"] and switches["smollm3"].variable == "enable_thinking"
+    assert switches["granite"] and (switches["granite"].variable, switches["granite"].default) == (
+        "thinking",
+        "off",
+    )
+    assert switches["deepseek-v3.1"] and switches["deepseek-v3.1"].default == "off"
     if PUBLISHED:
-        assert told["qwen3"] and (told["qwen3"].variable, told["qwen3"].default) == ("enable_thinking", "on")
-        assert told["qwen3_5_nothink"] and told["qwen3_5_nothink"].default == "off"
-        assert told["gptoss"] and not told["gptoss"].can_turn_off
-        assert told["gptoss"].off == {"reasoning_effort": "low"}
-        assert told["deepseek_r1_distill"] is None and thinker("deepseek_r1_distill").traits.opens_thought
+        assert switches["qwen3"] and (switches["qwen3"].variable, switches["qwen3"].default) == (
+            "enable_thinking",
+            "on",
+        )
+        assert switches["qwen3_5_nothink"] and switches["qwen3_5_nothink"].default == "off"
+        assert switches["gptoss"] and not switches["gptoss"].can_turn_off
+        assert switches["gptoss"].off == {"reasoning_effort": "low"}
+        assert switches["deepseek_r1_distill"] is None and thinker("deepseek_r1_distill").traits.opens_thought
 
 
 def test_an_effort_that_cannot_be_turned_off_stays_at_its_default_for_rows_without_reasoning() -> None:

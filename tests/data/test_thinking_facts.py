@@ -105,7 +105,7 @@ def test_either_setting_makes_another_tokenized_set(tmp_path: Path, change: dict
 
 
 @pytest.mark.parametrize(
-    ("setting", "notes", "asked"),
+    ("setting", "notes", "prompt_setting"),
     [
         ("auto", {"thinking-off": 3}, "off"),
         ("auto", {"thinking-on": 3, "thinking-off": 2}, "on"),
@@ -115,6 +115,6 @@ def test_either_setting_makes_another_tokenized_set(tmp_path: Path, change: dict
     ],
 )
 def test_a_model_is_asked_as_most_rows_were_rendered(
-    setting: Thinking, notes: dict[str, int], asked: Thinking
+    setting: Thinking, notes: dict[str, int], prompt_setting: Thinking
 ) -> None:
-    assert for_prompts(setting, notes) == asked
+    assert for_prompts(setting, notes) == prompt_setting

@@ -40,10 +40,12 @@ def test_a_template_in_the_config_or_of_a_processor_is_found(tmp_path: Path) -> 
 def test_a_template_for_tools_is_used_for_conversations_with_tools(tmp_path: Path, place: str) -> None:
     named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOLS}]
     if place == "list":
-        made = folder(tmp_path, {"chat_template": named})
+        model_folder = folder(tmp_path, {"chat_template": named})
     else:
-        made = folder(tmp_path, chat_template_jinja=CHATML, additional_chat_templates__tool_use_jinja=TOOLS)
-    tokenizer = ChatTokenizer.from_folder(made)
+        model_folder = folder(
+            tmp_path, chat_template_jinja=CHATML, additional_chat_templates__tool_use_jinja=TOOLS
+        )
+    tokenizer = ChatTokenizer.from_folder(model_folder)
     turns = (user("a"), assistant("b"))
     plain, with_tools = (
         render(Conversation(turns), tokenizer)[0],
@@ -55,7 +57,7 @@ def test_a_template_for_tools_is_used_for_conversations_with_tools(tmp_path: Pat
 
 
 def test_special_tokens_are_read_in_every_spelling(tmp_path: Path) -> None:
-    made = folder(
+    model_folder = folder(
         tmp_path,
         {
             "bos_token": {"content": "<s>", "lstrip": False},
@@ -64,7 +66,7 @@ def test_special_tokens_are_read_in_every_spelling(tmp_path: Path) -> None:
         },
         special_tokens_map_json=json.dumps({"pad_token": "<|endoftext|>", "eos_token": "<s>"}),
     )
-    tokenizer = ChatTokenizer.from_folder(made)
+    tokenizer = ChatTokenizer.from_folder(model_folder)
     assert tokenizer.special_tokens == {
         "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|endoftext|>", "x_token": "<User>",
     }  # fmt: skip
@@ -118,13 +120,13 @@ def test_the_fingerprint_changes_with_whatever_changes_tokens(tmp_path: Path) ->
 def test_a_broken_model_folder_says_what_is_broken(
     tmp_path: Path, file: str, content: str | None, title: str
 ) -> None:
-    made = folder(tmp_path)
+    model_folder = folder(tmp_path)
     if content is None:
-        (made / file).unlink()
+        (model_folder / file).unlink()
     else:
-        (made / file).write_text(content)
+        (model_folder / file).write_text(content)
     with pytest.raises(UserError, match=title) as caught:
-        ChatTokenizer.from_folder(made)
+        ChatTokenizer.from_folder(model_folder)
     assert caught.value.fix
 
 
@@ -146,9 +148,9 @@ def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:
         "pad_token": "<s>",
     }
     held["padding"] = {"strategy": {"Fixed": 64}, **padding}
-    made = folder(tmp_path)
-    (made / "tokenizer.json").write_text(json.dumps(held))
-    ids = ChatTokenizer.from_folder(made).encode("the answer is a small wild dog")
+    model_folder = folder(tmp_path)
+    (model_folder / "tokenizer.json").write_text(json.dumps(held))
+    ids = ChatTokenizer.from_folder(model_folder).encode("the answer is a small wild dog")
     assert len(ids) == len(family("chatml").encode("the answer is a small wild dog"))
 
 

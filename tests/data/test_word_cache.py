@@ -35,7 +35,7 @@ LETTERS = "aBé1٣.,'/!-\n\r\t\u00a0\u2003\x1c\x85你😀\u0301s"
 
 
 @cache
-def made(name: str) -> Tokenizer:
+def build_cache(name: str) -> Tokenizer:
     """A small tokenizer that cuts words in one of these ways."""
     tokenizer = Tokenizer(models.BPE())
     if name in PATTERNS:
@@ -80,7 +80,7 @@ def by_words(tokenizer: Tokenizer, text: str, places: list[int]) -> tuple[list[i
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm", *PATTERNS])
 def test_these_tokenizers_cut_at_spaces(name: str) -> None:
-    assert splits_on_spaces(json.loads(made(name).to_str()))
+    assert splits_on_spaces(json.loads(build_cache(name).to_str()))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm", *PATTERNS])
@@ -90,7 +90,7 @@ def test_word_by_word_gives_what_the_whole_text_gives(name: str, data: st.DataOb
     text = "".join(data.draw(st.lists(pieces, max_size=40)))
     places = sorted(data.draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=4)))
     places = [place for place in places if place < len(text)]
-    assert by_words(made(name), text, places) == whole(made(name), text, places)
+    assert by_words(build_cache(name), text, places) == whole(build_cache(name), text, places)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm", *PATTERNS])
@@ -107,7 +107,7 @@ def test_no_word_of_the_tokenizer_reaches_across_a_cut(name: str, text: str) -> 
 
 def _pieces(name: str, text: str) -> list[str]:
     """What one of these tokenizers looks for tokens in."""
-    tokenizer = made(name)
+    tokenizer = build_cache(name)
     normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
     return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
 
@@ -124,22 +124,22 @@ def test_every_kind_of_white_space_beside_a_space_is_heeded(name: str) -> None:
     blanks = [chr(n) for n in range(sys.maxunicode) if chr(n).isspace() or n in (0x180E, 0x200B, 0xFEFF)]
     for blank in blanks:
         for text in (f"a{blank} a", f"a {blank}a", f"a {blank} a", f"a{blank}", f"{blank} a"):
-            assert by_words(made(name), text, []) == whole(made(name), text, [])
+            assert by_words(build_cache(name), text, []) == whole(build_cache(name), text, [])
 
 
 def test_a_full_memo_begins_anew_and_long_words_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_cache, "_MAX_CACHED_WORDS", 3)
-    asked: list[str] = []
+    words: list[str] = []
 
     def encode(texts: list[str]) -> Any:
-        asked.append("".join(texts))
-        return made("gpt2").encode_batch(texts, add_special_tokens=False)
+        words.append("".join(texts))
+        return build_cache("gpt2").encode_batch(texts, add_special_tokens=False)
 
     memo = WordTokenCache(encode)
     memo.encode(["a 1 é B 1"], [[]])
     memo.encode(["a 1", "x" * 100], [[], []])
     memo.encode(["a 1", "x" * 100], [[], []])
-    assert [sorted(text) for text in asked] == [sorted("a 1 é B"), sorted("a 1" + "x" * 100), ["x"] * 100]
+    assert [sorted(text) for text in words] == [sorted("a 1 é B"), sorted("a 1" + "x" * 100), ["x"] * 100]
 
 
 @pytest.mark.parametrize(

@@ -107,40 +107,40 @@ def test_what_a_dead_child_had_is_done_here(tmp_path: Path) -> None:
     path = written(tmp_path)
     outcomes = RowProcessor(Data(), family("chatml"))
     expected = [outcomes.process(batch) for batch in in_batches(path)]
-    made = WorkerPool(outcomes, 2)
+    pool = WorkerPool(outcomes, 2)
     try:
-        found = []
-        for number, one in enumerate(made.work(in_batches(path))):
+        results = []
+        for number, one in enumerate(pool.work(in_batches(path))):
             if number == 0:
-                made.children[0].kill()
+                pool.children[0].kill()
             elif number == 3:
-                made.children[1].kill()
-            found.append(one)
+                pool.children[1].kill()
+            results.append(one)
     finally:
-        made.close()
-    assert found == expected
+        pool.close()
+    assert results == expected
 
 
 @pytest.mark.usefixtures("by_two")
 def test_a_dead_child_is_given_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path)
-    asked = []
+    sent = []
     ask = worker_pool._request
 
     def noted(child: Any, what: bytes) -> bytes:
-        asked.append(child)
+        sent.append(child)
         return ask(child, what)
 
-    made = WorkerPool(RowProcessor(Data(), family("chatml")), 2)
+    pool = WorkerPool(RowProcessor(Data(), family("chatml")), 2)
     try:
-        wait_for(lambda: made._alive == 2)
+        wait_for(lambda: pool._alive == 2)
         monkeypatch.setattr(worker_pool, "_request", noted)
-        made.children[0].kill()
-        list(made.work(in_batches(path)))
+        pool.children[0].kill()
+        list(pool.work(in_batches(path)))
     finally:
-        made.close()
-    assert asked.count(made.children[0]) <= 1
-    assert made.children[1] in asked
+        pool.close()
+    assert sent.count(pool.children[0]) <= 1
+    assert pool.children[1] in sent
 
 
 def test_long_rows_are_few_in_a_batch_whatever_the_file(tmp_path: Path) -> None:

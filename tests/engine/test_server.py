@@ -41,13 +41,13 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
-def served(server: type[Server], *asked: RequestEnvelope | bytes) -> list[ReplyEnvelope]:
+def served(server: type[Server], *requests: RequestEnvelope | bytes) -> list[ReplyEnvelope]:
     """What a server replies to these lines."""
-    lines = b"".join(line if isinstance(line, bytes) else encode(line) for line in asked)
+    lines = b"".join(line if isinstance(line, bytes) else encode(line) for line in requests)
     questions, written = os.pipe()
     replies, to_write = os.pipe()
     os.write(written, lines)
-    wanted = sum(isinstance(line, RequestEnvelope) for line in asked)
+    wanted = sum(isinstance(line, RequestEnvelope) for line in requests)
     with os.fdopen(questions, "rb") as reading, os.fdopen(to_write, "wb") as writing:
         threading.Thread(target=server(reading, writing).run, daemon=True).start()
         with os.fdopen(replies, "rb") as heard:

@@ -46,8 +46,8 @@ def test_a_merged_model_has_the_weights_that_peft_merges(
 
     adapter = str(make_adapter(tiny_model, tmp_path / "adapter", **config))
     source = msgspec.structs.replace(tiny_source, adapters={"adapter": adapter})
-    told: list[str] = []
-    merged = merge(source, "adapter", tmp_path / "out", told.append)
+    statuses: list[str] = []
+    merged = merge(source, "adapter", tmp_path / "out", statuses.append)
     library: Any = transformers
     ours = library.AutoModelForCausalLM.from_pretrained(merged.folder).state_dict()
     expected = merged_by_peft(tiny_model, adapter)
@@ -55,7 +55,7 @@ def test_a_merged_model_has_the_weights_that_peft_merges(
     for name, weight in expected.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
     assert merged.changed_weights == 2 * 7 + len(config.get("trainable_token_indices", ()))
-    assert told == ["Merging model.safetensors (1 of 1)"]
+    assert statuses == ["Merging model.safetensors (1 of 1)"]
 
 
 def test_rows_go_into_a_tied_head_that_a_file_holds_beside_the_embedding(

@@ -89,14 +89,14 @@ def test_a_run_goes_on_without_its_terminal_and_every_step_is_told(tiny_recipe: 
     assert status.state == "running"
     assert status.step < STEPS
 
-    told = subprocess.run(
+    attached = subprocess.run(
         [sys.executable, "-m", "qlora_tui", "attach", run.id, "--json"],
         cwd=ROOT,
         capture_output=True,
         check=True,
         timeout=300,
     )
-    events = [msgspec.json.decode(line) for line in told.stdout.splitlines()]
+    events = [msgspec.json.decode(line) for line in attached.stdout.splitlines()]
     steps = [event["step"] for event in events if event["event"] == "step"]
     assert steps == list(range(1, STEPS + 1))
     assert events[-1]["event"] == "finished"

@@ -126,6 +126,6 @@ async def test_a_hobbyist_goes_from_a_model_to_a_chat_with_the_adapter(
 
 
 def text_of_voice(answer: AdapterAnswer) -> str:
-    found = answer.query(".voice")
-    shown = found.first(Static).visual if found else ""
+    widgets = answer.query(".voice")
+    shown = widgets.first(Static).visual if widgets else ""
     return shown.plain if isinstance(shown, Content) else str(shown)

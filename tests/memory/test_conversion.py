@@ -20,8 +20,8 @@ MIB = 2**20
 def test_the_formula_is_within_a_tenth_of_what_was_measured(
     way: Way, file_bytes: int, vocabulary: int, weights: int, measured_mib: int
 ) -> None:
-    made = peak_bytes(way, file_bytes=file_bytes, vocabulary=vocabulary, weights=weights)
-    assert made / MIB == pytest.approx(measured_mib, rel=0.1)
+    estimated = peak_bytes(way, file_bytes=file_bytes, vocabulary=vocabulary, weights=weights)
+    assert estimated / MIB == pytest.approx(measured_mib, rel=0.1)
 
 
 def test_a_conversion_is_compared_with_a_run_on_the_cpu() -> None:

@@ -29,27 +29,27 @@ GIB = 2**30
 
 
 def test_items_add_up_to_what_must_be_free() -> None:
-    for made in compare(Recipe(), tinyllama()).values():
-        assert sum(item.bytes for item in made.items) == made.process_bytes
-        assert made.allocated_bytes <= made.reserved_bytes <= made.process_bytes
+    for estimated in compare(Recipe(), tinyllama()).values():
+        assert sum(item.bytes for item in estimated.items) == estimated.process_bytes
+        assert estimated.allocated_bytes <= estimated.reserved_bytes <= estimated.process_bytes
 
 
 def test_every_item_has_a_label_and_a_sentence() -> None:
     recipe = Recipe(lora=Lora(dropout=0.1), training=Training(gradient_checkpointing=False))
-    for made in compare(recipe, qwen_7b()).values():
-        assert all(item.label and item.explanation.endswith(".") for item in made.items)
+    for estimated in compare(recipe, qwen_7b()).values():
+        assert all(item.label and item.explanation.endswith(".") for item in estimated.items)
 
 
 def test_four_bits_need_less_than_eight_and_eight_less_than_sixteen() -> None:
-    made = compare(Recipe(), qwen_7b())
-    assert made["nf4"].process_bytes < made["int8"].process_bytes < made["fp16"].process_bytes
+    estimates = compare(Recipe(), qwen_7b())
+    assert estimates["nf4"].process_bytes < estimates["int8"].process_bytes < estimates["fp16"].process_bytes
 
 
 def test_weights_of_a_7b_model_follow_the_formula() -> None:
-    made = estimate(Recipe(quantization=Quantization(double_quantization=False)), qwen_7b())
+    estimated = estimate(Recipe(quantization=Quantization(double_quantization=False)), qwen_7b())
     linear = qwen_7b().quantizable_params
-    assert made.bytes_of("weights") == linear // 2
-    assert made.bytes_of("scales") == pytest.approx(linear / 64 * 4, rel=0.001)
+    assert estimated.bytes_of("weights") == linear // 2
+    assert estimated.bytes_of("scales") == pytest.approx(linear / 64 * 4, rel=0.001)
 
 
 @pytest.mark.parametrize(
@@ -81,11 +81,11 @@ def test_targets_in_a_range_of_layers_train_only_those() -> None:
 
 
 def test_it_fits_only_when_the_whole_band_does() -> None:
-    made = estimate(Recipe(), qwen_7b())
-    assert check_fit(made, 2 * made.process_bytes).word == "fits"
-    assert check_fit(made, made.band.high_bytes).word == "tight"
-    assert check_fit(made, made.process_bytes).word == "uncertain"
-    assert check_fit(made, made.band.low_bytes - 1).word == "does not fit"
+    estimated = estimate(Recipe(), qwen_7b())
+    assert check_fit(estimated, 2 * estimated.process_bytes).word == "fits"
+    assert check_fit(estimated, estimated.band.high_bytes).word == "tight"
+    assert check_fit(estimated, estimated.process_bytes).word == "uncertain"
+    assert check_fit(estimated, estimated.band.low_bytes - 1).word == "does not fit"
 
 
 def test_what_fits_fits_and_the_next_size_does_not() -> None:
@@ -103,17 +103,17 @@ def test_what_fits_fits_and_the_next_size_does_not() -> None:
 def test_a_larger_card_fits_a_larger_class_of_model() -> None:
     labels = [largest_model_size(Recipe(), size * GIB) for size in (1, 8, 24, 48)]
     assert labels[0] is None
-    assert [found.label for found in labels if found] == ["7B", "32B", "72B"]
+    assert [size.label for size in labels if size] == ["7B", "32B", "72B"]
 
 
 def test_nothing_fits_on_a_card_smaller_than_the_weights() -> None:
     largest = largest_settings(Recipe(), qwen_7b(), 3 * GIB)
     assert (largest.sequence_length, largest.micro_batch, largest.rank) == (0, 0, 0)
     assert cheapest_changes(Recipe(), qwen_7b(), 3 * GIB) == ()
-    told = as_json(Recipe(), qwen_7b(), 3 * GIB)
-    assert told["cheapest_changes"] == [] and told["least_bytes"] > 3 * GIB
-    first, *_ = cheapest_changes(Recipe(), qwen_7b(), told["least_bytes"] * 11 // 10)
-    assert first.fits and first.estimate.total_bytes >= told["least_bytes"]
+    report = as_json(Recipe(), qwen_7b(), 3 * GIB)
+    assert report["cheapest_changes"] == [] and report["least_bytes"] > 3 * GIB
+    first, *_ = cheapest_changes(Recipe(), qwen_7b(), report["least_bytes"] * 11 // 10)
+    assert first.fits and first.estimate.total_bytes >= report["least_bytes"]
 
 
 def test_the_cheapest_change_keeps_the_effective_batch() -> None:
@@ -150,10 +150,10 @@ def test_samples_beyond_the_models_context_are_warned_of(name: str, most: int, w
 
 
 def test_a_cpu_run_has_no_cuda_context() -> None:
-    made = estimate(Recipe(), tinyllama(), device=Device(kind="cpu"))
-    assert made.bytes_of("context") == 0
-    assert made.bytes_of("runtime") > 0 and made.bytes_of("kernels") == 0
-    assert made.path.compute_bytes == 4
+    estimated = estimate(Recipe(), tinyllama(), device=Device(kind="cpu"))
+    assert estimated.bytes_of("context") == 0
+    assert estimated.bytes_of("runtime") > 0 and estimated.bytes_of("kernels") == 0
+    assert estimated.path.compute_bytes == 4
 
 
 def test_a_build_of_torch_for_cuda_weighs_more_on_a_cpu_and_nothing_on_a_card() -> None:
@@ -184,12 +184,12 @@ def test_a_cpu_that_computes_in_bfloat16_holds_a_kernel_a_shape() -> None:
 
 
 def test_json_has_the_documented_shape() -> None:
-    made = as_json(Recipe(), tinyllama(), 8 * GIB)
-    nf4 = made["precisions"]["nf4"]
-    assert set(made["precisions"]) == {"nf4", "int8", "fp16"}
+    report = as_json(Recipe(), tinyllama(), 8 * GIB)
+    nf4 = report["precisions"]["nf4"]
+    assert set(report["precisions"]) == {"nf4", "int8", "fp16"}
     assert nf4["total_bytes"] == sum(nf4["items"].values()) == nf4["tiers"]["process"]
     assert nf4["verdict"] == "fits"
-    assert made["what_fits"]["sequence_length"] > 1024
+    assert report["what_fits"]["sequence_length"] > 1024
     assert as_json(Recipe(), tinyllama(), None)["what_fits"] is None
 
 

@@ -83,12 +83,12 @@ def test_any_config_gives_an_estimate_or_a_problem(
 ) -> None:
     try:
         architecture = parse_architecture(config)
-        made = estimate(recipe, architecture, device=device)
+        estimated = estimate(recipe, architecture, device=device)
     except UserError as problem:
         assert problem.what
         return
-    assert all(item.bytes > 0 for item in made.items)
-    assert 0 <= made.band.low_bytes <= made.process_bytes <= made.band.high_bytes
+    assert all(item.bytes > 0 for item in estimated.items)
+    assert 0 <= estimated.band.low_bytes <= estimated.process_bytes <= estimated.band.high_bytes
 
 
 @settings(max_examples=60, deadline=None)
@@ -124,19 +124,21 @@ def test_the_largest_recipe_there_is_does_not_fit_and_no_change_is_negative() ->
         training=Training(micro_batch_size=4096, gradient_checkpointing=False),
     )
     for available in (1, 1 << 30, 1 << 62):
-        found = as_json(recipe, tinyllama(), available)
-        assert found["precisions"]["fp16"]["verdict"] == ("fits" if available == 1 << 62 else "does not fit")
-        assert all(change["total_bytes"] > 0 for change in found["cheapest_changes"])
-        assert all((found["what_fits"][key] or 0) >= 0 for key in ("sequence_length", "micro_batch", "rank"))
+        report = as_json(recipe, tinyllama(), available)
+        assert report["precisions"]["fp16"]["verdict"] == ("fits" if available == 1 << 62 else "does not fit")
+        assert all(change["total_bytes"] > 0 for change in report["cheapest_changes"])
+        assert all((report["what_fits"][key] or 0) >= 0 for key in ("sequence_length", "micro_batch", "rank"))
 
 
 def _adds_up(recipe: Recipe, name: str, device: Device) -> None:
     for method in ("nf4", "int8", "none"):
-        made = estimate(replace_setting(recipe, "quantization.method", method), _real(name), device=device)
-        assert sum(item.bytes for item in made.items) == made.process_bytes
-        assert all(item.bytes > 0 for item in made.items)
-        assert 0 < made.allocated_bytes <= made.reserved_bytes <= made.process_bytes
-        assert 0 <= made.band.low_bytes <= made.process_bytes <= made.band.high_bytes
+        estimated = estimate(
+            replace_setting(recipe, "quantization.method", method), _real(name), device=device
+        )
+        assert sum(item.bytes for item in estimated.items) == estimated.process_bytes
+        assert all(item.bytes > 0 for item in estimated.items)
+        assert 0 < estimated.allocated_bytes <= estimated.reserved_bytes <= estimated.process_bytes
+        assert 0 <= estimated.band.low_bytes <= estimated.process_bytes <= estimated.band.high_bytes
 
 
 @cache

@@ -42,29 +42,31 @@ def _cpu_run(process: int) -> MeasuredRun:
     )
 
 
-def _made(machine: str = CARD) -> Estimate:
+def _corrected_estimate(machine: str = CARD) -> Estimate:
     return estimate(Recipe(), qwen_7b(), device=Device(correction=correction_for(machine)))
 
 
 def test_one_run_corrects_nothing_and_is_counted() -> None:
     record_run(_run(1.2))
-    made = _made()
-    assert made.process_bytes == estimate(Recipe(), qwen_7b()).process_bytes == made.uncorrected_bytes
-    assert made.correction_words == "1 run measured, 2 are needed to correct"
+    estimated = _corrected_estimate()
+    assert (
+        estimated.process_bytes == estimate(Recipe(), qwen_7b()).process_bytes == estimated.uncorrected_bytes
+    )
+    assert estimated.correction_words == "1 run measured, 2 are needed to correct"
 
 
 def test_tensors_are_scaled_and_the_context_is_taken_as_it_was_measured() -> None:
     for factor, outside in ((1.02, 290), (1.1, 300), (1.04, 500)):
         record_run(_run(factor, outside * MIB))
     record_run(_run(1.4, machine="another card"))
-    found = correction_for(CARD)
-    assert found is not None and found.runs == 3
-    assert (round(found.factor, 3), found.outside_bytes) == (1.04, 300 * MIB)
-    assert found.low < 1 < found.high
-    raw, made = estimate(Recipe(), qwen_7b()), _made()
-    assert made.bytes_of("context") == 300 * MIB
-    assert made.allocated_bytes == raw.allocated_bytes
-    assert made.reserved_bytes == int(raw.reserved_bytes * found.factor)
+    correction = correction_for(CARD)
+    assert correction is not None and correction.runs == 3
+    assert (round(correction.factor, 3), correction.outside_bytes) == (1.04, 300 * MIB)
+    assert correction.low < 1 < correction.high
+    raw, corrected = estimate(Recipe(), qwen_7b()), _corrected_estimate()
+    assert corrected.bytes_of("context") == 300 * MIB
+    assert corrected.allocated_bytes == raw.allocated_bytes
+    assert corrected.reserved_bytes == int(raw.reserved_bytes * correction.factor)
 
 
 def test_a_corrected_estimate_says_so_and_still_adds_up() -> None:
@@ -72,13 +74,13 @@ def test_a_corrected_estimate_says_so_and_still_adds_up() -> None:
         record_file().unlink(missing_ok=True)
         record_run(_run(factor))
         record_run(_run(factor))
-        made = _made()
-        assert sum(item.bytes for item in made.items) == made.process_bytes
-        assert all(item.bytes > 0 for item in made.items)
-        assert made.allocated_bytes <= made.reserved_bytes <= made.process_bytes
-        assert made.band.low_bytes <= made.process_bytes <= made.band.high_bytes
-        change = made.process_bytes / made.uncorrected_bytes - 1
-        assert made.correction_words == f"corrected {change * 100:+.0f} % from 2 runs"
+        corrected = _corrected_estimate()
+        assert sum(item.bytes for item in corrected.items) == corrected.process_bytes
+        assert all(item.bytes > 0 for item in corrected.items)
+        assert corrected.allocated_bytes <= corrected.reserved_bytes <= corrected.process_bytes
+        assert corrected.band.low_bytes <= corrected.process_bytes <= corrected.band.high_bytes
+        change = corrected.process_bytes / corrected.uncorrected_bytes - 1
+        assert corrected.correction_words == f"corrected {change * 100:+.0f} % from 2 runs"
 
 
 def test_a_cpu_run_corrects_by_bytes_so_that_a_tiny_one_does_not_bend_a_large_one() -> None:
@@ -86,12 +88,12 @@ def test_a_cpu_run_corrects_by_bytes_so_that_a_tiny_one_does_not_bend_a_large_on
     record_run(_cpu_run(700 * MIB))
     device = Device(kind="cpu", correction=correction_for("a CPU"))
     for model in (tinyllama(), qwen_7b()):
-        raw, made = (
+        raw, corrected = (
             estimate(Recipe(), model, device=Device(kind="cpu")),
             estimate(Recipe(), model, device=device),
         )
-        assert made.bytes_of("runtime") == 580 * MIB
-        assert made.process_bytes - raw.process_bytes == 580 * MIB - RUNTIME_BYTES
+        assert corrected.bytes_of("runtime") == 580 * MIB
+        assert corrected.process_bytes - raw.process_bytes == 580 * MIB - RUNTIME_BYTES
 
 
 def test_a_cpu_run_whose_process_may_have_converted_a_file_is_not_learned_from() -> None:
@@ -100,16 +102,16 @@ def test_a_cpu_run_whose_process_may_have_converted_a_file_is_not_learned_from()
     assert correction_for("a CPU") is None
     record_run(_cpu_run(700 * MIB))
     record_run(_cpu_run(700 * MIB))
-    found = correction_for("a CPU")
-    assert found is not None and (found.runs, found.outside_bytes) == (2, 580 * MIB)
+    correction = correction_for("a CPU")
+    assert correction is not None and (correction.runs, correction.outside_bytes) == (2, 580 * MIB)
 
 
 def test_a_run_on_a_card_is_learned_from_whoever_converted_its_file() -> None:
     assert not _run(1.0).own_process
     record_run(_run(1.0))
     record_run(_run(1.0))
-    found = correction_for(CARD)
-    assert found is not None and found.runs == 2
+    correction = correction_for(CARD)
+    assert correction is not None and correction.runs == 2
 
 
 def test_a_line_of_an_earlier_version_is_read_as_not_its_own_process() -> None:
@@ -139,8 +141,8 @@ def test_a_paged_optimizers_states_are_not_taken_for_the_context() -> None:
     record_run(_run(1.0, 200 * MIB))
     record_run(_run(1.0, 5 * GIB, managed=GIB))
     record_run(_run(1.0, 5 * GIB, managed=GIB))
-    found = correction_for(CARD)
-    assert found is not None and found.outside_bytes == 200 * MIB
+    correction = correction_for(CARD)
+    assert correction is not None and correction.outside_bytes == 200 * MIB
 
 
 def test_a_torn_line_is_passed_over() -> None:
@@ -148,5 +150,5 @@ def test_a_torn_line_is_passed_over() -> None:
     with record_file().open("ab") as file:
         file.write(b'{"at": 1.0, "mach')
     record_run(_run(1.0))
-    found = correction_for(CARD)
-    assert found is not None and found.runs == 2
+    correction = correction_for(CARD)
+    assert correction is not None and correction.runs == 2

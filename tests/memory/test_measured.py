@@ -95,14 +95,14 @@ def test_ranks_and_alphas_by_pattern_are_those_that_peft_makes() -> None:
     model = add_lora(factory.from_config(AutoConfig.for_model(**TINY)), lora, architecture)
     layout = build_layout(recipe, architecture, trainer_execution(recipe, Device(kind="cpu")))
     assert trained_parameters(model) == layout.adapter_parameters
-    made = {name: part for name, part in model.named_modules() if hasattr(part, "scaling")}
+    adapters = {name: part for name, part in model.named_modules() if hasattr(part, "scaling")}
     for name, rank, alpha in (
         ("0.self_attn.q_proj", 8, 64),
         ("1.self_attn.q_proj", 32, 64),
         ("1.self_attn.k_proj", 8, 8),
         ("2.mlp.down_proj", 2, 8),
     ):
-        part = made[f"base_model.model.model.layers.{name}"]
+        part = adapters[f"base_model.model.model.layers.{name}"]
         assert (part.r["default"], part.scaling["default"]) == (rank, alpha / rank)
 
 
@@ -113,7 +113,7 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float) -> int:
     from qlora_tui.engine.trace_worker import StorageCounter
     from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.chunked_loss import OutputHead, find_head, use_chunked_loss, use_segments
+    from qlora_tui.training.chunked_loss import ChunkedHead, find_head, use_chunked_loss, use_segments
 
     torch.manual_seed(0)
     factory: Any = AutoModelForCausalLM
@@ -128,7 +128,7 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float) -> int:
         model_loading.checkpoint_activations(model, keep_rng=bool(dropout))
     model.enable_input_require_grads()
     head = find_head(model)
-    assert isinstance(head, OutputHead)
+    assert isinstance(head, ChunkedHead)
     use_chunked_loss(model, head)
     use_segments(model, by_mask=True)
     model = add_lora(model, recipe.lora, architecture).train()
@@ -149,15 +149,15 @@ def _quantize(model: Any, method: str) -> None:
         if not isinstance(module, nn.Linear) or name == "lm_head":
             continue
         parent, _, leaf = name.rpartition(".")
-        made = _eight_bits(module) if method == "int8" else _four_bits(module)
-        setattr(model.get_submodule(parent), leaf, made.to("cpu"))
+        quantized = _eight_bits(module) if method == "int8" else _four_bits(module)
+        setattr(model.get_submodule(parent), leaf, quantized.to("cpu"))
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = method == "nf4", method == "int8"
 
 
 def _four_bits(module: Any) -> Any:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    made = Linear4bit(
+    layer = Linear4bit(
         module.in_features,
         module.out_features,
         bias=False,
@@ -165,15 +165,15 @@ def _four_bits(module: Any) -> Any:
         compress_statistics=True,
         quant_type="nf4",
     )
-    made.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-    return made
+    layer.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+    return layer
 
 
 def _eight_bits(module: Any) -> Any:
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
-    made = Linear8bitLt(
+    layer = Linear8bitLt(
         module.in_features, module.out_features, bias=False, has_fp16_weights=False, threshold=6.0
     )
-    made.weight = Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
-    return made
+    layer.weight = Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
+    return layer

@@ -86,17 +86,19 @@ def test_rows_without_a_length_have_a_reason_and_no_figure(more: dict[str, Any])
 def test_every_row_counts_in_the_group_whose_code_it_ran(
     result: dict[str, Any], more: dict[str, Any]
 ) -> None:
-    counted = [sum(figures["rows"] for figures in made["by_group"].values()) for made in (result, more)]
-    measured = [[row for row in made["rows"] if row["measured_bytes"] is not None] for made in (result, more)]
+    counted = [sum(figures["rows"] for figures in scored["by_group"].values()) for scored in (result, more)]
+    measured = [
+        [row for row in scored["rows"] if row["measured_bytes"] is not None] for scored in (result, more)
+    ]
     assert counted == [len(rows) for rows in measured]
     assert result["by_group"]["stock"]["rows"] == sum("fitcheck" in r["source_url"] for r in _table_rows())
     assert more["by_group"]["foreign"]["rows"] == 11 and more["by_group"]["trl"]["rows"] == 3
 
 
 def test_bias_is_signed_and_low_estimates_are_counted() -> None:
-    made = estimator._summary([1.0, -4.0, None])
-    assert made["bias_pct"] == -1.5 and made["mean_pct"] == 2.5
-    assert made["under_by_more_than_3_pct"] == 1 and made["rows"] == 2
+    summary = estimator._summary([1.0, -4.0, None])
+    assert summary["bias_pct"] == -1.5 and summary["mean_pct"] == 2.5
+    assert summary["under_by_more_than_3_pct"] == 1 and summary["rows"] == 2
 
 
 def _table_rows() -> list[dict[str, str]]:
@@ -279,9 +281,9 @@ def test_units_and_words_for_no_memory_are_read_in_any_case(tmp_path: Path) -> N
         writer.writeheader()
         for row, (measured, unit) in zip(rows, words, strict=True):
             writer.writerow(row | {"measured_gb": measured, "unit": unit})
-    made = estimator.run(table, CONFIGS, NO_FITCHECK)
-    assert made["unplaced"] == [] and len(made["out_of_memory"]) == 2
-    assert made["rows"][0]["measured_bytes"] == 7_180_000_000
+    result = estimator.run(table, CONFIGS, NO_FITCHECK)
+    assert result["unplaced"] == [] and len(result["out_of_memory"]) == 2
+    assert result["rows"][0]["measured_bytes"] == 7_180_000_000
 
 
 def test_the_words_of_a_row_decide_the_recipe_too() -> None:

@@ -36,11 +36,11 @@ def test_what_was_reserved_on_a_card_is_met_as_what_was_allocated_is() -> None:
     errors = {}
     for row in _rows():
         recipe, path = read_path(row)
-        made = estimate(recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), path=path)
-        found = re.search(r"peak_reserved_MiB=(\d+)", row["extra"])
-        assert found
-        errors[row["id"]] = made.reserved_bytes / 2**20 / int(found[1]) - 1
-        low, high = made.band.low_bytes, made.band.high_bytes
+        estimated = estimate(recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), path=path)
+        match = re.search(r"peak_reserved_MiB=(\d+)", row["extra"])
+        assert match
+        errors[row["id"]] = estimated.reserved_bytes / 2**20 / int(match[1]) - 1
+        low, high = estimated.band.low_bytes, estimated.band.high_bytes
         process = re.search(r"process_MiB=([\d.]+)", row["extra"])
         assert process and low < float(process[1]) * 2**20 < high, row["id"]
     assert sum(map(abs, errors.values())) / len(errors) < 0.03, errors
@@ -52,9 +52,9 @@ def test_an_unquantized_model_comes_to_the_reserved_bytes_that_were_measured() -
     assert len(rows) >= 5
     for row in rows:
         recipe, path = read_path(row)
-        made = estimate(recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), path=path)
+        estimated = estimate(recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), path=path)
         measured = re.search(r"peak_reserved_MiB=(\d+)", row["extra"])
-        assert measured and made.reserved_bytes / 2**20 == pytest.approx(int(measured[1]), rel=0.005)
+        assert measured and estimated.reserved_bytes / 2**20 == pytest.approx(int(measured[1]), rel=0.005)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -75,8 +75,8 @@ def test_the_replay_holds_as_much_at_its_peak_as_the_walk(
         data=Data(max_length=1024),
         training=training,
     )
-    made = estimate(recipe, parse_architecture(config(name)))
-    assert _replayed(recipe, name).allocated_bytes == pytest.approx(made.allocated_bytes, rel=0.01)
+    estimated = estimate(recipe, parse_architecture(config(name)))
+    assert _replayed(recipe, name).allocated_bytes == pytest.approx(estimated.allocated_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("name", MODELS)

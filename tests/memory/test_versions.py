@@ -105,8 +105,8 @@ def _head(**changes: object) -> dict[str, int]:
     """What TRL's head and loss hold at most, forward and backward, by item."""
     path = replace(STOCK, **changes)  # type: ignore[arg-type]  # fields of a CodePath
     layout = build_layout(RECIPE, parse_architecture(config("mistralai/Mistral-7B-v0.1")), path)
-    made = profile_step(layout, path, 0.0).head
-    return {"forward": made.forward.get("logits", 0), "backward": made.backward.get("logits", 0)}
+    head = profile_step(layout, path, 0.0).head
+    return {"forward": head.forward.get("logits", 0), "backward": head.backward.get("logits", 0)}
 
 
 def test_trl_1_7_makes_the_head_in_32_bits_and_a_chunk_of_logits() -> None:
@@ -129,15 +129,18 @@ def test_trl_1_15_makes_a_tile_of_logits_and_sums_gradients_in_32_bits() -> None
 
 
 def test_hopper_has_larger_workspaces_and_an_a100_a_larger_context() -> None:
-    made = {
+    estimates = {
         capability: estimate(RECIPE, parse_architecture(config("Qwen/Qwen2.5-0.5B")), path=path)
         for capability in ((8, 0), (8, 6), (9, 0))
         for path in (replace(STOCK, capability=capability),)
     }
-    assert made[9, 0].bytes_of("workspace") == 2 * 32 * 2**20
-    assert made[8, 6].bytes_of("workspace") == 2 * 8_519_680
-    assert made[8, 0].bytes_of("context") == 522 * 2**20 and made[8, 6].bytes_of("context") == 141 * 2**20
-    assert made[8, 0].process_bytes - made[8, 0].reserved_bytes == 522 * 2**20
+    assert estimates[9, 0].bytes_of("workspace") == 2 * 32 * 2**20
+    assert estimates[8, 6].bytes_of("workspace") == 2 * 8_519_680
+    assert (
+        estimates[8, 0].bytes_of("context") == 522 * 2**20
+        and estimates[8, 6].bytes_of("context") == 141 * 2**20
+    )
+    assert estimates[8, 0].process_bytes - estimates[8, 0].reserved_bytes == 522 * 2**20
 
 
 def test_gemmas_model_scaled_its_embedding_beside_it_until_5_4() -> None:
@@ -162,16 +165,16 @@ def test_flash_attention_caps_gemmas_scores_without_making_them() -> None:
 
 def test_a_head_in_float32_is_cast_under_autocast_and_saved() -> None:
     name, head = "mistralai/Mistral-7B-v0.1", 32000 * 4096
-    made = []
+    heads = []
     for autocast in (False, True):
         path = replace(STOCK, cast_to_float32=True, autocast=autocast, transformers=(5, 0))
         layout = build_layout(RECIPE, parse_architecture(config(name)), path)
-        made.append(profile_step(layout, path, 0.0).head)
-    assert [part.forward.get("head", 0) for part in made] == [0, 2 * head]
-    assert made[1].retained["head"] == 2 * head
+        heads.append(profile_step(layout, path, 0.0).head)
+    assert [part.forward.get("head", 0) for part in heads] == [0, 2 * head]
+    assert heads[1].retained["head"] == 2 * head
     # Logits in 32 bits, the same for the loss, and log-softmax; or first in 16 bits
-    assert made[0].forward["logits"] == pytest.approx(8 * LOGITS, rel=0.001)
-    assert made[1].forward["logits"] == pytest.approx(10 * LOGITS, rel=0.001)
+    assert heads[0].forward["logits"] == pytest.approx(8 * LOGITS, rel=0.001)
+    assert heads[1].forward["logits"] == pytest.approx(10 * LOGITS, rel=0.001)
 
 
 def test_ligers_gated_mlp_keeps_both_halves_and_nothing_else() -> None:
@@ -179,10 +182,10 @@ def test_ligers_gated_mlp_keeps_both_halves_and_nothing_else() -> None:
     assert _kept_bytes(name) - _kept_bytes(name, fused_mlp=True) == wide
 
 
-@pytest.mark.parametrize(("method", "made"), [("none", True), ("nf4", False)])
-def test_peft_casts_an_adapters_input_on_16_bit_weights_under_autocast(method: Any, made: bool) -> None:
+@pytest.mark.parametrize(("method", "is_cast"), [("none", True), ("nf4", False)])
+def test_peft_casts_an_adapters_input_on_16_bit_weights_under_autocast(method: Any, is_cast: bool) -> None:
     recipe = structs.replace(RECIPE, quantization=Quantization(method=method), data=Data(max_length=768))
     path = replace(STOCK, autocast=True, fused_kernels=True)
     layout = build_layout(recipe, parse_architecture(config("mistralai/Mistral-7B-v0.1")), path)
     sizes = [size for _, size in profile_step(layout, path, 0.0).layers[0].recording.forward.events]
-    assert (4 * 2 * 768 * 4096 in sizes) is made
+    assert (4 * 2 * 768 * 4096 in sizes) is is_cast

@@ -183,8 +183,8 @@ def test_any_value_can_be_set(data: st.DataObject) -> None:
     if field.kind == "numbers":
         literal = "{" + ", ".join(f'"{pattern}" = {number!r}' for pattern, number in value.items()) + "}"
     layer = layering.parse_override(f"{field.path}={literal}")
-    found = layer[field.section][field.key] if field.section else layer[field.key]
-    assert (tuple(found) if isinstance(found, list) else found) == value
+    parsed = layer[field.section][field.key] if field.section else layer[field.key]
+    assert (tuple(parsed) if isinstance(parsed, list) else parsed) == value
 
 
 @given(st.lists(patterns, min_size=1, max_size=4))

@@ -22,9 +22,9 @@ def mine(name: str = "mine") -> Path:
 
 
 def test_the_shipped_presets_are_all_valid_and_say_what_they_are_for() -> None:
-    found = presets.list_presets()
-    assert [preset.name for preset in found] == SHIPPED
-    assert all(preset.shipped and preset.note and not preset.problem for preset in found)
+    listed = presets.list_presets()
+    assert [preset.name for preset in listed] == SHIPPED
+    assert all(preset.shipped and preset.note and not preset.problem for preset in listed)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -146,11 +146,11 @@ def test_the_app_replaces_what_it_wrote() -> None:
 
 
 def test_a_preset_that_is_a_link_is_written_where_it_leads(tmp_path: Path) -> None:
-    kept = tmp_path / "dotfiles.toml"
-    presets.save("mine", Recipe()).rename(kept)
-    mine().symlink_to(kept)
+    target = tmp_path / "dotfiles.toml"
+    presets.save("mine", Recipe()).rename(target)
+    mine().symlink_to(target)
     presets.save("mine", Recipe(lora=Lora(rank=3)))
-    assert mine().is_symlink() and "rank = 3" in kept.read_text()
+    assert mine().is_symlink() and "rank = 3" in target.read_text()
 
 
 @pytest.mark.parametrize("edit", ["by hand", "another line", "without its first line", "emptied", "not text"])

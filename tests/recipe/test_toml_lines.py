@@ -67,8 +67,8 @@ def test_a_key_inside_an_inline_table_has_the_line_of_what_holds_it() -> None:
 def test_every_key_of_a_dumped_recipe_has_the_line_it_is_on(recipe: Recipe) -> None:
     text = toml.dump(recipe)
     lines = text.split("\n")
-    found = key_lines(text)
+    line_of = key_lines(text)
     for section, table in toml.to_layer(recipe).items():
         for key in table if isinstance(table, dict) else ():
             heads = (f"{key} = ", f"[[{section}.{key}]]", f"[{section}.{key}]")
-            assert lines[found[section, key] - 1].startswith(heads)
+            assert lines[line_of[section, key] - 1].startswith(heads)

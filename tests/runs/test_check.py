@@ -130,8 +130,8 @@ def test_a_repair_keeps_what_it_replaces(finished: RunDir) -> None:
         damage(finished)
     finished.recipe_path.write_text("lora = 3\n")
     apply_repairs(check_run(finished), partial(check_run, finished))
-    kept = {path.name for path in (*finished.path.iterdir(), *finished.checkpoints_dir.iterdir())}
-    assert {"damaged-adapter", "damaged-step-2", "damaged-events.jsonl", "damaged-recipe.toml"} <= kept
+    names = {path.name for path in (*finished.path.iterdir(), *finished.checkpoints_dir.iterdir())}
+    assert {"damaged-adapter", "damaged-step-2", "damaged-events.jsonl", "damaged-recipe.toml"} <= names
 
 
 def test_a_recipe_is_restored_from_a_checkpoint_without_an_adapter(run: RunDir, recipe: Recipe) -> None:

@@ -21,9 +21,9 @@ from tests.gpu.nvml_stub import install_nvml_stub
 def a_reading(monkeypatch: pytest.MonkeyPatch) -> GpuMetrics:
     """What the played card tells, its power among it."""
     install_nvml_stub(monkeypatch, "card")
-    found: queue.SimpleQueue[object] = queue.SimpleQueue()
-    with MetricsSampler(0, found.put, period_s=0.01):
-        reading = found.get(timeout=30)
+    results: queue.SimpleQueue[object] = queue.SimpleQueue()
+    with MetricsSampler(0, results.put, period_s=0.01):
+        reading = results.get(timeout=30)
     assert isinstance(reading, GpuMetrics) and reading.power_w is not None
     return reading
 

@@ -154,5 +154,5 @@ def test_a_repair_loses_no_history_wherever_it_is_cut(
         assert list(EventTail(here.events_path).drain()) == before, cut
         apply_repairs(check_run(here), partial(check_run, here))
         assert check_run(here).defects == (), cut
-        kept = [path.read_bytes() for path in here.path.glob("damaged-*events.jsonl")]
-        assert any(content.endswith(b"\xff{\n") for content in kept), cut
+        copies = [path.read_bytes() for path in here.path.glob("damaged-*events.jsonl")]
+        assert any(content.endswith(b"\xff{\n") for content in copies), cut

@@ -67,8 +67,8 @@ def test_a_mended_file_is_looked_at_again_and_a_validation_file_too(tmp_path: Pa
     rows.write_text(good)
     assert _data_check(recipe).outcome == "ok"
     held.write_text(good * 2 + "{bad\n")
-    found = _data_check(recipe)
-    assert found.outcome == "error" and "held.jsonl, row 3" in found.text
+    check = _data_check(recipe)
+    assert check.outcome == "error" and "held.jsonl, row 3" in check.text
 
 
 def test_what_an_inspection_has_met_is_found_however_far_down_it_is(
@@ -81,19 +81,19 @@ def test_what_an_inspection_has_met_is_found_however_far_down_it_is(
     recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))
     assert _data_check(recipe).outcome == "note"
     inspect(recipe.data.sources[0])
-    found = _data_check(recipe)
-    assert found.outcome == "error" and "row 3" in found.text
+    check = _data_check(recipe)
+    assert check.outcome == "error" and "row 3" in check.text
 
 
 def test_what_settings_leave_out_or_cut_is_a_warning(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("fox " * 300 + "\n\nshort\n")
     recipe = Recipe(data=Data(sources=(Source(path=str(book)),), max_length=64))
-    found = _data_check(recipe)
-    assert found.outcome == "warning" and found.text.startswith(
+    check = _data_check(recipe)
+    assert check.outcome == "warning" and check.text.startswith(
         "Long text (1 row of book.txt): One text holds"
     )
-    assert 'data.overflow = "split"' in found.fix
+    assert 'data.overflow = "split"' in check.fix
     split = Recipe(data=Data(sources=(Source(path=str(book)),), max_length=64, overflow="split"))
     assert _data_check(split).outcome == "ok"
 
@@ -101,9 +101,9 @@ def test_what_settings_leave_out_or_cut_is_a_warning(tmp_path: Path) -> None:
 def test_preferences_are_an_error_until_the_chosen_answers_are_asked_for(tmp_path: Path) -> None:
     rows = tmp_path / "pairs.jsonl"
     rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    found = _data_check(Recipe(data=Data(sources=(Source(path=str(rows)),))))
-    assert found.outcome == "error" and "compares answers" in found.text
-    assert 'data.preferences = "chosen"' in found.fix
+    check = _data_check(Recipe(data=Data(sources=(Source(path=str(rows)),))))
+    assert check.outcome == "error" and "compares answers" in check.text
+    assert 'data.preferences = "chosen"' in check.fix
     chosen = Recipe(data=Data(sources=(Source(path=str(rows)),), preferences="chosen"))
     assert _data_check(chosen).outcome == "ok"
 

@@ -39,8 +39,8 @@ def test_the_next_attempt_starts_from_what_the_last_one_used(run: RunDir) -> Non
     assert last_plan(run).micro_batch_size == 2
     plan = plan_retry(run, OUT_OF_MEMORY)
     assert plan is not None and (plan.micro_batch_size, plan.gradient_accumulation) == (1, 8)
-    told = last_event(run.events_path)
-    assert isinstance(told, Health) and "micro-batch 1 × accumulation 8" in told.remedy
+    event = last_event(run.events_path)
+    assert isinstance(event, Health) and "micro-batch 1 × accumulation 8" in event.remedy
 
 
 def test_a_resumed_run_keeps_what_a_retry_found_and_otherwise_its_recipe(run: RunDir) -> None:

@@ -58,8 +58,8 @@ def small_group() -> Iterator[Path]:
 @pytest.mark.parametrize(("who", "kills"), [("greedy", 1), ("killed by hand", 0)])
 def test_the_kernels_killer_is_known_by_its_count(small_group: Path, who: str, kills: int) -> None:
     command = [sys.executable, "-c", CHILD, str(small_group), who]
-    told = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(told.stdout) == kills
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(completed.stdout) == kills
 
 
 def test_the_count_of_the_own_group_goes_before_that_of_the_machine(

@@ -21,9 +21,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WITH_FACTORS = ["llama", "granite", "cohere", "gemma2"]
 
 
-def head_of(model: Any) -> chunked_loss.OutputHead:
+def head_of(model: Any) -> chunked_loss.ChunkedHead:
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.OutputHead)
+    assert isinstance(head, chunked_loss.ChunkedHead)
     return head
 
 

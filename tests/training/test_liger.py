@@ -163,9 +163,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     return installed
 
 
-def head_of(model: Any) -> chunked_loss.OutputHead:
+def head_of(model: Any) -> chunked_loss.ChunkedHead:
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.OutputHead)
+    assert isinstance(head, chunked_loss.ChunkedHead)
     return head
 
 
@@ -241,7 +241,7 @@ def test_each_element_of_a_gradient_is_held_to_the_dtypes_noise(
     with torch.no_grad():
         projection.weight[:, 7] *= tails
         projection.weight[::500] *= tails**0.5
-    said = verified_liger_loss(chunked_loss.OutputHead(projection.requires_grad_(False), 1.0, None), CPU)
+    said = verified_liger_loss(chunked_loss.ChunkedHead(projection.requires_grad_(False), 1.0, None), CPU)
     assert isinstance(said, str) != proven
 
 

@@ -56,7 +56,7 @@ def test_the_chunked_loss_is_the_stock_loss(
     monkeypatch.setattr(chunked_loss, "block_rows", lambda device: 3)
     model = build(model_type, tie_word_embeddings=False)
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.OutputHead) and equivalence_checks.head_matches_model(
+    assert isinstance(head, chunked_loss.ChunkedHead) and equivalence_checks.head_matches_model(
         model, head, CPU
     )
     ids, labels = labelled(model)
@@ -86,7 +86,7 @@ def test_the_weighted_loss_is_what_a_hand_computes(
     by_hand = (own * weights[:, 1:]).sum() / weights[:, 1:].sum()
     (expected,) = torch.autograd.grad(by_hand, embeddings)
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.OutputHead)
+    assert isinstance(head, chunked_loss.ChunkedHead)
     if chunked:
         chunked_loss.use_chunked_loss(model, head)
     else:
@@ -105,7 +105,7 @@ def test_the_weighted_loss_is_what_a_hand_computes(
 def test_a_tied_head_is_frozen_and_taken_in_chunks() -> None:
     model = build("llama")
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.OutputHead) and equivalence_checks.head_matches_model(
+    assert isinstance(head, chunked_loss.ChunkedHead) and equivalence_checks.head_matches_model(
         model, head, CPU
     )
 
@@ -114,7 +114,7 @@ def test_a_head_with_a_factor_the_config_does_not_name_is_found_out() -> None:
     model = build("granite")
     model.config.logits_scaling = 1.0
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.OutputHead)
+    assert isinstance(head, chunked_loss.ChunkedHead)
     model.config.logits_scaling = 3.0
     assert not equivalence_checks.head_matches_model(model, head, CPU)
 
@@ -128,7 +128,7 @@ def test_a_trained_head_is_left_to_the_stock_loss() -> None:
 def test_nothing_to_learn_is_a_loss_of_zero_with_gradients() -> None:
     model = build("llama")
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.OutputHead)
+    assert isinstance(head, chunked_loss.ChunkedHead)
     chunked_loss.use_chunked_loss(model, head)
     ids, labels = labelled(model)
     value, gradient = loss_and_gradient(

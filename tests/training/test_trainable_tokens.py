@@ -89,7 +89,7 @@ def test_gradients_are_those_of_whole_matrices(
     ids, labels = labelled(base)
     ids[:, ::3], labels[:, 2::5] = IDS[0], IDS[1]
     head = chunked_loss.find_head(base)
-    assert isinstance(head, chunked_loss.OutputHead)
+    assert isinstance(head, chunked_loss.ChunkedHead)
     model = adapted(base)
     expected, gradients = by_hand(copy.deepcopy(model), ids, labels)
     if chunked:
@@ -144,7 +144,7 @@ def test_nothing_to_learn_leaves_every_row_a_gradient_of_zero() -> None:
     """Processes that train together wait for the gradient of each parameter."""
     base = faint("llama", tied=False)
     head = chunked_loss.find_head(base)
-    assert isinstance(head, chunked_loss.OutputHead)
+    assert isinstance(head, chunked_loss.ChunkedHead)
     model = adapted(base)
     chunked_loss.use_chunked_loss(base, head)
     ids, labels = labelled(base)

@@ -150,8 +150,8 @@ def samples_not_separated(patch: pytest.MonkeyPatch) -> None:
 def soft_cap_forgotten(patch: pytest.MonkeyPatch) -> None:
     right = chunked_loss.losses_and_grads
 
-    def wrong(logits: Tensor, targets: Tensor, head: chunked_loss.OutputHead, *, needs_grad: bool) -> Any:
-        plain = chunked_loss.OutputHead(head.projection, head.multiplier, None)
+    def wrong(logits: Tensor, targets: Tensor, head: chunked_loss.ChunkedHead, *, needs_grad: bool) -> Any:
+        plain = chunked_loss.ChunkedHead(head.projection, head.multiplier, None)
         return right(logits, targets, plain, needs_grad=needs_grad)
 
     patch.setattr(chunked_loss, "losses_and_grads", wrong)
@@ -160,7 +160,7 @@ def soft_cap_forgotten(patch: pytest.MonkeyPatch) -> None:
 def multiplier_forgotten_in_backward(patch: pytest.MonkeyPatch) -> None:
     right = chunked_loss.losses_and_grads
 
-    def wrong(logits: Tensor, targets: Tensor, head: chunked_loss.OutputHead, *, needs_grad: bool) -> Any:
+    def wrong(logits: Tensor, targets: Tensor, head: chunked_loss.ChunkedHead, *, needs_grad: bool) -> Any:
         losses, logit_grads = right(logits, targets, head, needs_grad=needs_grad)
         return losses, None if logit_grads is None else logit_grads / head.multiplier
 

@@ -48,8 +48,10 @@ def recorded_until(step: int, *, process: ProcessIdentity) -> tuple[RunDir, floa
     last = events[count - 1]
     assert last is not None
     run.events_path.write_bytes(b"".join(lines[:count]))
-    told = [line for line in run.telemetry_path.read_text().splitlines() if json.loads(line)["at"] <= last.at]
-    run.telemetry_path.write_text("".join(f"{line}\n" for line in told))
+    samples = [
+        line for line in run.telemetry_path.read_text().splitlines() if json.loads(line)["at"] <= last.at
+    ]
+    run.telemetry_path.write_text("".join(f"{line}\n" for line in samples))
     write_status(
         run,
         Status(

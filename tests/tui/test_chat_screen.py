@@ -67,7 +67,7 @@ def chat_of(app: Any) -> ChatScreen:
     return app.screen
 
 
-def asked(screen: ChatScreen) -> list[str]:
+def ask_prompt(screen: ChatScreen) -> list[str]:
     return list(screen.pair.active)
 
 
@@ -173,11 +173,11 @@ async def test_a_run_s_voices_are_shown_and_chosen_by_key() -> None:
         await shows(pilot, "qwen2.5-7b-tickets", "not loaded yet", "Type a message.")
         screen = chat_of(app)
         await pilot.press("ctrl+t")
-        assert asked(screen) == [ADAPTER]
+        assert ask_prompt(screen) == [ADAPTER]
         await pilot.press("escape", "v", "s")
-        assert asked(screen) == [BASE, "step-800"]
+        assert ask_prompt(screen) == [BASE, "step-800"]
         await pilot.press("V")
-        assert asked(screen) == [ADAPTER, "step-800"]
+        assert ask_prompt(screen) == [ADAPTER, "step-800"]
         text = await shows(pilot, "Adapter", "Options")
         assert "esc" not in text.splitlines()[-1]
 
@@ -312,8 +312,8 @@ async def talking(tiny: tuple[Path, Path], most: int = 12) -> AsyncIterator[tupl
     """The chat on a run of the tiny model."""
     model, adapter = tiny
     rows = tickets(adapter.parent / "tickets.jsonl")
-    told = Data(sources=(Source(path=str(rows)),), validation_fraction=0.2)
-    recipe = Recipe(name="tale", model=Model(id=str(model)), data=told)
+    data = Data(sources=(Source(path=str(rows)),), validation_fraction=0.2)
+    recipe = Recipe(name="tale", model=Model(id=str(model)), data=data)
     run = play(Play(name="tale", state="finished", steps=40, total=40, recipe=recipe))
     with_adapters(run, ADAPTER, "step-20", copy_of=adapter)
     app = open_on("home")
@@ -343,9 +343,9 @@ async def test_base_and_adapter_answer_beside_each_other_and_all_that_follows(
         assert all(a.outcome is not None and a.outcome.new_tokens for a in answers.values())
         await shows(pilot, "tok", "/s first", "saved in")
         assert screen.run_dir is not None
-        kept = transcript_path(screen.run_dir).read_text()
-        assert kept.count("> what is red") == 1
-        assert "seed" in kept
+        saved = transcript_path(screen.run_dir).read_text()
+        assert saved.count("> what is red") == 1
+        assert "seed" in saved
 
         # The verdict: one sentence, kept in view.
         await pilot.press("escape", "f")

@@ -154,8 +154,8 @@ async def test_thoughts_are_sent_back_beside_the_answers_they_led_to() -> None:
         await exchange(screen, TextChunk(WHY, True, 340), TextChunk("On the road."), outcome=THOUGHT)
         following = ChatTurn("And now?", (ADAPTER,))
         screen.turns.append(following)
-        asked, answered, _ = screen._conversation(following, ADAPTER)
-        assert (asked.content, answered.content, answered.reasoning) == (
+        prompt, answered, _ = screen._conversation(following, ADAPTER)
+        assert (prompt.content, answered.content, answered.reasoning) == (
             "Where is my parcel?",
             THOUGHT.text,
             WHY,

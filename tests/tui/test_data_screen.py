@@ -153,7 +153,7 @@ async def test_the_mend_key_has_tokens_trained_that_the_model_never_learned(
         await shows(pilot, "⚠ The base model has never learned these", "▸ [m] train <|im_end|>")
         await pilot.press("m")
         assert list(app.workbench.recipe.lora.trainable_tokens) == ["<|im_end|>"]
-        assert any("<|im_end|>" in told.message for told in app._notifications)
+        assert any("<|im_end|>" in notification.message for notification in app._notifications)
         await until(pilot, lambda: "never learned" not in text_of(app))
         await pilot.press("m", "u")
         assert not app.workbench.recipe.lora.trainable_tokens

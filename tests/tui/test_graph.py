@@ -164,13 +164,13 @@ def test_each_column_is_drawn_as_it_was_given() -> None:
 
 
 def test_what_is_kept_of_a_curve_grows_with_the_logarithm_of_its_length() -> None:
-    def kept(steps: int) -> int:
+    def held_bytes(steps: int) -> int:
         history = DecimatedSeries(columns=5, most=64)
         for start in range(0, steps, 1000):
             history.extend(range(start, start + 1000), *[array("d", [1.0]) * 1000] * 5)
         return sum(len(level.xs) for level in history._levels)
 
-    few, many = kept(10_000), kept(160_000)
+    few, many = held_bytes(10_000), held_bytes(160_000)
     assert many - few <= 4 * 2 * 64
 
 

@@ -57,7 +57,7 @@ async def test_work_that_a_later_one_takes_the_place_of_at_once_leaves_no_corout
     async def work(number: int) -> None:
         done.append(number)
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warnings_seen:
         warnings.simplefilter("always")
         async with open_on("data").run_test() as pilot:
             await pilot.pause()
@@ -66,7 +66,7 @@ async def test_work_that_a_later_one_takes_the_place_of_at_once_leaves_no_corout
             await pilot.pause()
             gc.collect()
     assert done == [2]
-    assert not [warning for warning in told if "never awaited" in str(warning.message)]
+    assert not [warning for warning in warnings_seen if "never awaited" in str(warning.message)]
 
 
 def test_every_worker_is_given_its_work_that_way() -> None:

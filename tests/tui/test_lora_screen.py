@@ -200,9 +200,9 @@ async def test_what_little_is_trained_has_its_memory_though_the_peak_is_at_loadi
     app.workbench.set("data.max_length", 16)
     architecture = app.workbench.architecture()
     assert not isinstance(architecture, UserError)
-    made = estimate(app.workbench.recipe, architecture, device=Device(kind="cpu"))
-    assert made.peak_phase == "loading"
-    assert "576 KiB in memory" in str(totals_text(app.workbench.recipe, architecture, made))
+    estimated = estimate(app.workbench.recipe, architecture, device=Device(kind="cpu"))
+    assert estimated.peak_phase == "loading"
+    assert "576 KiB in memory" in str(totals_text(app.workbench.recipe, architecture, estimated))
 
 
 def test_differences_that_find_no_room_are_counted() -> None:

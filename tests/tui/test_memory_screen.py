@@ -84,9 +84,9 @@ async def test_a_key_changes_a_setting_and_the_bars(
         for keys, path, value in KEYS:
             await pilot.press(*keys.split())
             assert get_setting(app.workbench.recipe, path) == value, keys
-            made = app.workbench.comparison(app.memory_budget.device)
-            assert isinstance(made, dict)
-            await shows(pilot, f"{made['nf4'].total_bytes / 2**30:.1f} GiB")
+            estimates = app.workbench.comparison(app.memory_budget.device)
+            assert isinstance(estimates, dict)
+            await shows(pilot, f"{estimates['nf4'].total_bytes / 2**30:.1f} GiB")
             app.workbench.replace(start)
             app.recipe_edited()
             screen = app.screen
@@ -135,8 +135,8 @@ async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str)
         await shows(pilot, "Micro-batch 4 → 1")
         architecture = app.workbench.architecture()
         assert not isinstance(architecture, Exception)
-        made = estimate(app.workbench.recipe, architecture, device=app.memory_budget.device)
-        assert made.band.high_bytes <= app.memory_budget.bytes
+        estimated = estimate(app.workbench.recipe, architecture, device=app.memory_budget.device)
+        assert estimated.band.high_bytes <= app.memory_budget.bytes
         await pilot.press("u")
         assert app.workbench.recipe == before
         await pilot.press("a")
@@ -197,11 +197,11 @@ def test_the_parts_of_a_bar_add_up_and_its_end_is_marked(seven_billion: str) -> 
     app = open_on("memory", model=seven_billion)
     compared = app.workbench.comparison(app.memory_budget.device)
     assert isinstance(compared, dict)
-    for made in compared.values():
-        assert sum(bytes_ for _, bytes_ in parts_of(made)) == made.total_bytes
+    for estimated in compared.values():
+        assert sum(bytes_ for _, bytes_ in parts_of(estimated)) == estimated.total_bytes
         for width in (1, 10, 33, 120):
-            assert stacked_bar(made, 24 << 30, width).cell_length == width
-            assert stacked_bar(made, 4 << 30, width).plain.endswith("▶")
+            assert stacked_bar(estimated, 24 << 30, width).cell_length == width
+            assert stacked_bar(estimated, 4 << 30, width).plain.endswith("▶")
 
 
 async def test_the_correction_by_past_runs_is_named_with_their_count(
@@ -252,10 +252,10 @@ def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
         kept_bytes=1,
     )
     bench.use_trace(bench.recipe, device, traced)
-    made = bench.comparison(device)
-    assert isinstance(made, dict) and made["nf4"].exact and not made["fp16"].exact
-    assert made["nf4"].peak_phase == "traced step"
-    assert made["nf4"].bytes_of("activations") + made["nf4"].bytes_of("gradients") == 3 << 30
+    estimates = bench.comparison(device)
+    assert isinstance(estimates, dict) and estimates["nf4"].exact and not estimates["fp16"].exact
+    assert estimates["nf4"].peak_phase == "traced step"
+    assert estimates["nf4"].bytes_of("activations") + estimates["nf4"].bytes_of("gradients") == 3 << 30
     bench.set("lora.rank", 32)
-    made = bench.comparison(device)
-    assert isinstance(made, dict) and not made["nf4"].exact
+    estimates = bench.comparison(device)
+    assert isinstance(estimates, dict) and not estimates["nf4"].exact

@@ -190,7 +190,7 @@ async def test_a_download_is_stopped_kept_and_continued(hub: FakeHub) -> None:
         await pilot.press("d")
         await settle(pilot)
         await shows(pilot, "On this machine (1)")
-    assert any(asked and asked != "bytes=0-" for asked in hub.ranges(""))
+    assert any(range_ and range_ != "bytes=0-" for range_ in hub.ranges(""))
 
 
 async def test_a_download_goes_on_when_the_app_is_closed(hub: FakeHub) -> None:

@@ -384,17 +384,17 @@ def test_a_second_look_at_many_runs_asks_the_disk_once_a_run(monkeypatch: pytest
     while not summaries.read_all(5.0).complete:
         pass
     monitor.poll()
-    stat, asked = os.stat, []
+    stat, calls = os.stat, []
 
     def counted(path: Any, **how: Any) -> os.stat_result:
-        asked.extend([path] if "/runs/run-" in str(path) else [])
+        calls.extend([path] if "/runs/run-" in str(path) else [])
         return stat(path, **how)
 
     monkeypatch.setattr(os, "stat", counted)
     for look in (lambda: summaries.read_all(5.0), monitor.poll):
-        asked.clear()
+        calls.clear()
         look()
-        assert len(asked) == 40
+        assert len(calls) == 40
 
 
 def test_a_run_renamed_or_queued_elsewhere_is_seen_at_the_next_look(three_runs: list[RunDir]) -> None:

@@ -86,9 +86,9 @@ async def test_every_theme_can_be_switched_to_while_the_app_runs(name: str, priv
 
 def test_the_users_theme_replaces_a_shipped_one_of_its_name() -> None:
     _write("harbour", MINE.format(name="harbour", foreground="#eeeeee"))
-    found, problems = load_themes()
+    themes, problems = load_themes()
     assert not problems
-    assert [theme.foreground for theme in found if theme.name == "harbour"] == ["#eeeeee"]
+    assert [theme.foreground for theme in themes if theme.name == "harbour"] == ["#eeeeee"]
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_the_users_theme_replaces_a_shipped_one_of_its_name() -> None:
 )
 def test_a_theme_that_is_wrong_is_named_and_the_others_load(content: str) -> None:
     path = _write("bad", content)
-    found, problems = load_themes()
-    assert [theme.name for theme in found] == [theme.name for theme in SHIPPED]
+    themes, problems = load_themes()
+    assert [theme.name for theme in themes] == [theme.name for theme in SHIPPED]
     assert len(problems) == 1
     assert str(path) in problems[0].what
 

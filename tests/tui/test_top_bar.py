@@ -49,13 +49,13 @@ async def test_nothing_is_repainted_while_nothing_changes() -> None:
     app = Bar()
     async with app.run_test(size=(80, 3)) as pilot:
         bar = app.query_one(TopBar)
-        asked: list[None] = []
+        refreshes: list[None] = []
         refresh = bar.refresh
-        bar.refresh = lambda *a, **k: asked.append(None) or refresh(*a, **k)  # type: ignore[method-assign,func-returns-value]
+        bar.refresh = lambda *a, **k: refreshes.append(None) or refresh(*a, **k)  # type: ignore[method-assign,func-returns-value]
         bar.show_status(SystemStatus())
-        assert not asked
+        assert not refreshes
         bar.show_status(SystemStatus(waiting=("a", "b")))
-        assert asked
+        assert refreshes
         await pilot.pause()
         assert "2 waiting" in text_of(app)
 

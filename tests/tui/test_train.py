@@ -34,7 +34,7 @@ MakeApp = Callable[[], QloraApp]
 SetClock = Callable[[float], None]
 
 
-def asked(run: RunDir) -> list[str]:
+def ask_key(run: RunDir) -> list[str]:
     return [json.loads(path.read_bytes())["kind"] for path in sorted(run.control_dir.glob("*.json"))]
 
 
@@ -130,13 +130,13 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeA
         await shows(pilot, "step 50/3,000")
         for key in "kegfz":
             await pilot.press(key)
-        assert asked(run) == ["checkpoint", "evaluate", "sample", "finish_epoch", "pause"]
+        assert ask_key(run) == ["checkpoint", "evaluate", "sample", "finish_epoch", "pause"]
         await pilot.press("s")
         await shows(pilot, "Stop the run?")
         await pilot.press("n")
-        assert "stop" not in asked(run)
+        assert "stop" not in ask_key(run)
         await pilot.press("s", "y")
-        assert asked(run)[-1] == "stop"
+        assert ask_key(run)[-1] == "stop"
 
 
 async def test_a_learning_rate_is_checked_before_it_is_sent(make_app: MakeApp) -> None:
@@ -162,7 +162,7 @@ async def test_keys_that_mean_nothing_now_do_nothing(make_app: MakeApp) -> None:
         shown = await shows(pilot, "finished", "[c] chat with it")
         assert "Stop" not in shown.splitlines()[-1]
         await pilot.press("s", "k", "z", "r")
-        assert asked(run) == []
+        assert ask_key(run) == []
         assert app.screen.is_current
 
 
@@ -520,8 +520,8 @@ async def test_m_prepares_a_smaller_run_after_one_that_had_no_room(make_app: Mak
     ],
 )
 def test_a_remedy_fits_what_was_told_and_how_the_run_stands(kind: str, state: State, says: str) -> None:
-    found = suggest_fix(state, [_health(kind, "")], None, TICKETS)
-    assert (says in found.label) if found else not says
+    suggestion = suggest_fix(state, [_health(kind, "")], None, TICKETS)
+    assert (says in suggestion.label) if suggestion else not says
 
 
 def _health(kind: str, remedy: str) -> Health:

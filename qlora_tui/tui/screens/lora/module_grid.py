@@ -22,8 +22,8 @@ from qlora_tui.tui.screens.lora.module_table import (
     ALL,
     NONE,
     SOME,
+    ModuleRow,
     ModuleTable,
-    Row,
     adapter_parameters,
     has_custom_rank,
     state,
@@ -204,7 +204,7 @@ class ModuleGrid(Widget, can_focus=True):
             pieces.append(self._cell(row.cells[column], index, column))
         return Content.assemble(*pieces)
 
-    def _head(self, row: Row) -> str:
+    def _head(self, row: ModuleRow) -> str:
         assert self._table is not None
         chosen = [module for module in row.modules if module.name in self._chosen]
         trained = format_count(adapter_parameters(chosen, self._lora)) if chosen else "–"

@@ -32,7 +32,7 @@ def has_custom_rank(modules: Iterable[LinearModule], lora: Lora) -> bool:
 
 
 @dataclass(frozen=True)
-class Row:
+class ModuleRow:
     """One kind, or every kind: its modules by column."""
 
     name: str
@@ -65,11 +65,11 @@ class ModuleTable:
         every = self._row("every kind", self.modules)
         self.rows = (every, *(self._row(k, [m for m in self.modules if m.kind == k]) for k in kinds))
 
-    def _row(self, name: str, modules: Sequence[LinearModule]) -> Row:
+    def _row(self, name: str, modules: Sequence[LinearModule]) -> ModuleRow:
         by_layer: dict[int | None, list[LinearModule]] = {column: [] for column in self.columns}
         for module in modules:
             by_layer[module.layer].append(module)
-        return Row(name, tuple(tuple(by_layer[column]) for column in self.columns))
+        return ModuleRow(name, tuple(tuple(by_layer[column]) for column in self.columns))
 
     def within(self, rows: tuple[int, int], columns: tuple[int, int] | None) -> list[LinearModule]:
         """Modules of a block of rows and columns, both ends included, in any order; None is every column."""

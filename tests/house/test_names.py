@@ -1,0 +1,77 @@
+"""Names say what a thing is, and each is used for one thing."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CODE = [
+    path
+    for folder in ("qlora_tui", "tests", "bench", "screenshots", "docs")
+    for path in (ROOT / folder).rglob("*.py")
+]
+PACKAGE = sorted((ROOT / "qlora_tui").rglob("*.py"))
+SAY_NOTHING = frozenset(("made", "found", "told", "kept", "asked", "among", "kept_apart"))
+"""A participle or preposition does not say what a name holds."""
+SAME_IDEA = {
+    "__init__": "every package has one",
+    "__main__": "every program has one",
+    "errors": "the errors of a package",
+    "screen": "the screen of a folder",
+    "commands": "the keys of a screen, and what they are made of",
+    "actions": "what keys do: with a screen's data, or with runs",
+    "text": "the text of a screen",
+    "presets": "a command line's subcommand and what it works on",
+    "estimate": "a command line's subcommand and what it works on",
+    "download": "a command line's subcommand and what it works on",
+    "check": "a command line's subcommand and what it works on",
+    "follow": "a command line's subcommand and what it works on",
+}
+"""Module names that may be used again, and why."""
+
+
+def names_in(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every variable, parameter and function that a module defines, with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name, node.lineno
+
+
+def test_no_name_is_a_bare_participle() -> None:
+    bare = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in CODE
+        for name, line in names_in(ast.parse(path.read_text()))
+        if name.lstrip("_") in SAY_NOTHING
+    ]
+    assert not bare, "name these for what they hold"
+
+
+def test_no_module_name_is_used_for_two_things() -> None:
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for path in PACKAGE:
+        by_stem[path.stem].append(str(path.relative_to(ROOT)))
+    twice = {stem: paths for stem, paths in by_stem.items() if len(paths) > 1 and stem not in SAME_IDEA}
+    assert not twice
+    assert not {stem for stem in SAME_IDEA if len(by_stem[stem]) < 2}, "listed in SAME_IDEA, and used once"
+
+
+def test_no_class_name_is_used_twice() -> None:
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for path in PACKAGE:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                by_name[node.name].append(str(path.relative_to(ROOT)))
+    assert not {name: paths for name, paths in by_name.items() if len(paths) > 1}
+
+
+def test_no_module_has_the_name_of_one_in_the_standard_library() -> None:
+    assert not {path.stem for path in PACKAGE} & sys.stdlib_module_names - {"__main__"}
