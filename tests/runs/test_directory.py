@@ -27,6 +27,12 @@ def test_directories_are_private(recipe: Recipe) -> None:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+def test_files_of_a_run_are_private(recipe: Recipe) -> None:
+    run = create_run(recipe)
+    for file in (run.recipe_path, run.events_path):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file.name
+
+
 def test_two_runs_of_one_minute_have_two_names(recipe: Recipe) -> None:
     first, second = create_run(recipe), create_run(recipe)
     assert first.id != second.id

@@ -10,18 +10,24 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, leftovers, run_queue
+from qlora_tui.runs import actions, leftovers, repair, run_queue
 from qlora_tui.runs.check import check_run
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
-from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.event_log import EventTail
-from qlora_tui.runs.events import CheckpointSaved, Started
+from qlora_tui.runs.directory import RunDir, all_runs, create_run
+from qlora_tui.runs.event_log import EventTail, EventWriter, last_event
+from qlora_tui.runs.events import CheckpointSaved, Paused, Started
+from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.repair import apply_repairs
 from qlora_tui.runs.status import RESUMABLE, read_status
-from tests.power import Disk
+from tests.power import MODES, Disk
 from tests.runs import story
+from tests.runs.test_damage import put_adapter
 
 Work = Callable[[], object]
+
+
+def repair_adapter(run: RunDir) -> str:
+    return repair.set_aside(run.adapter_dir)
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +162,50 @@ def test_a_repair_loses_no_history_wherever_it_is_cut(
         assert check_run(here).defects == (), cut
         copies = [path.read_bytes() for path in here.path.glob("damaged-*events.jsonl")]
         assert any(content.endswith(b"\xff{\n") for content in copies), cut
+
+
+def test_a_run_that_is_taken_waits_or_has_begun_after_any_cut(
+    recipe: Recipe, cuts: Callable[[Work], Iterator[str]]
+) -> None:
+    run = story.submitted(recipe)
+    for cut in cuts(lambda: run_queue.take(run, process_identity())):
+        assert read_status(RunDir(paths.runs_dir() / run.id)).state in ("queued", "lost"), cut
+
+
+def test_what_a_run_says_of_its_end_is_on_the_disk_at_once(
+    recipe: Recipe, cuts: Callable[[Work], Iterator[str]]
+) -> None:
+    run = create_run(recipe)
+    ending = Paused(at=1.0, step=2)
+
+    def work() -> None:
+        with EventWriter(run.events_path) as log:
+            log.append(ending)
+
+    last = {}
+    for cut in cuts(work):
+        last[cut.partition(",")[0]] = last_event(RunDir(paths.runs_dir() / run.id).events_path)
+    assert last == dict.fromkeys(MODES, ending)
+
+
+def test_a_new_name_is_on_the_disk_at_once(recipe: Recipe, cuts: Callable[[Work], Iterator[str]]) -> None:
+    run = create_run(recipe)
+    last = {}
+    for cut in cuts(lambda: actions.rename(run, "owls")):
+        name = RunDir(paths.runs_dir() / run.id).name
+        assert name in (run.id, "owls"), cut
+        last[cut.partition(",")[0]] = name
+    assert last == dict.fromkeys(MODES, "owls")
+
+
+@pytest.mark.parametrize("work", [leftovers.restore, repair_adapter])
+def test_what_is_moved_stays_moved_after_a_cut(
+    run: RunDir, cuts: Callable[[Work], Iterator[str]], work: Callable[[RunDir], object]
+) -> None:
+    put_adapter(run.path / ".adapter.earlier" if work is leftovers.restore else run.adapter_dir)
+    last = {}
+    for cut in cuts(partial(work, run)):
+        names = {path.name for path in RunDir(paths.runs_dir() / run.id).path.iterdir()}
+        last[cut.partition(",")[0]] = names & {"adapter", ".adapter.earlier", "damaged-adapter"}
+    moved = "adapter" if work is leftovers.restore else "damaged-adapter"
+    assert last == {mode: {moved} for mode in MODES}
