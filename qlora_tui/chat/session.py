@@ -36,6 +36,7 @@ from qlora_tui.data.conversation import Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.thinking import OPENED
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.tokenizer_guard import panics_as_errors
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.training.compute_device import AttentionPath, ComputeDevice, find_device
@@ -250,10 +251,11 @@ class ChatSession:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Their text, special tokens left out but for those that a thought is marked with."""
         backend = self.tokenizer.backend
-        if self._mark_ids.isdisjoint(token_ids):
-            return backend.decode(list(token_ids), skip_special_tokens=True)
-        runs = groupby(token_ids, self._mark_ids.__contains__)
-        return "".join(backend.decode(list(ids), skip_special_tokens=not marks) for marks, ids in runs)
+        with panics_as_errors():
+            if self._mark_ids.isdisjoint(token_ids):
+                return backend.decode(list(token_ids), skip_special_tokens=True)
+            runs = groupby(token_ids, self._mark_ids.__contains__)
+            return "".join(backend.decode(list(ids), skip_special_tokens=not marks) for marks, ids in runs)
 
 
 def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -> ChatSession:

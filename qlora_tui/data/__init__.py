@@ -9,7 +9,7 @@ From the outside in:
   rows are in, and conversations from them. ``preferences`` and ``chosen_side``: rows that compare or rate
   answers. ``unsupported`` and ``media``: what is recognized only to be rejected. ``conversation``: the
   conversation types. ``sources``: the recipe's sources as such files.
-* ``tokenizer`` (with ``word_cache``), ``chat_template`` (with ``template_guard``),
+* ``tokenizer`` (with ``word_cache`` and ``tokenizer_guard``), ``chat_template`` (with ``template_guard``),
   ``template_capabilities``, ``stock_templates``: a model's tokenizer and chat template, without
   transformers. ``thinking``: how a template turns thinking on or off, and the reasoning of a row.
 * ``assistant_spans`` (with ``thought_text``), ``render``: token ids of a conversation, and its loss mask.

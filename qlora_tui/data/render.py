@@ -117,7 +117,7 @@ def _laid_or_refused(
         laid = render_text(conversation, tokenizer, choices)
     except RowRejectedError as refused:
         return refused
-    characters = sum(len(layout.text) for layout in laid.layouts)
+    characters = int(tokenizer.expansion * sum(len(layout.text) for layout in laid.layouts))
     if characters > MOST_CHARACTERS:
         return RowRejectedError("too-large", f"{characters:,} characters, of {MOST_CHARACTERS:,} at most.")
     return laid

@@ -15,13 +15,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tokenizers import AddedToken, Encoding, Tokenizer
 
+from qlora_tui.catalog.config_parser import MOST_CONFIG_BYTES
 from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.stock_templates import stock_template
 from qlora_tui.data.template_capabilities import TemplateCapabilities, probe_template
 from qlora_tui.data.thinking import THOUGHT_TAGS
+from qlora_tui.data.tokenizer_guard import (
+    MOST_BYTES,
+    PROBE,
+    check_normalizer,
+    check_tokenizer,
+    panics_as_errors,
+)
 from qlora_tui.data.word_cache import (
     Marked,
     WordTokenCache,
@@ -29,10 +38,13 @@ from qlora_tui.data.word_cache import (
     splits_on_spaces,
     token_at,
 )
+from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
+from qlora_tui.foreign_files import read_bounded
 
 OWN = "tokenizer"
 """``template_name`` where the tokenizer's own template is used."""
+_JSON_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -54,11 +66,16 @@ class ChatTokenizer:
         self.folder: Path | None = None
         """The model it came with, if any."""
         self.asked_template = template
-        self.backend = Tokenizer.from_str(tokenizer_json)
-        self.backend.no_padding()
-        self.backend.no_truncation()
         # As a str it takes four bytes a character where one of them is an emoji: 110 MB for Gemma's.
         self._json = tokenizer_json.encode()
+        self.expansion = check_tokenizer(decode_json(self._json, _JSON_OBJECT))
+        """Characters that the tokenizer's normalizer may make of one."""
+        with panics_as_errors():
+            self.backend = Tokenizer.from_str(tokenizer_json)
+            check_normalizer(self.backend)
+            self.backend.encode(PROBE, add_special_tokens=False)
+        self.backend.no_padding()
+        self.backend.no_truncation()
         self.special_tokens = dict(special_tokens)
         self.bos_id = self._id("bos_token")
         self.eos_id = self._id("eos_token")
@@ -94,9 +111,8 @@ class ChatTokenizer:
         special = _special_tokens(config, _json_object(folder / "special_tokens_map.json"))
         own, with_tools = _own_templates(folder, config)
         try:
-            tokenizer = cls(
-                _with_missing_tokens(path.read_text(), config), special, own, template, with_tools
-            )
+            content = _with_missing_tokens(read_bounded(path, MOST_BYTES).decode(), config)
+            tokenizer = cls(content, special, own, template, with_tools)
         except UserError:
             raise
         except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
@@ -189,7 +205,8 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, in which added tokens are control tokens; nothing is put before or after."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with panics_as_errors():
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_marked(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[Marked]:
         """The ids of each text, and where its ``places`` are in them (see ``WordTokenCache.encode``)."""
@@ -209,12 +226,13 @@ class ChatTokenizer:
         if not piece:
             return []
         backend = self._without_added if literal else self.backend
-        newline = backend.encode("\n", add_special_tokens=False).ids
-        ids = backend.encode("\n" + piece, add_special_tokens=False).ids
-        if ids[: len(newline)] == newline:
-            ids = ids[len(newline) :]
-        else:
-            ids = backend.encode(piece, add_special_tokens=False).ids
+        with panics_as_errors():
+            newline = backend.encode("\n", add_special_tokens=False).ids
+            ids = backend.encode("\n" + piece, add_special_tokens=False).ids
+            if ids[: len(newline)] == newline:
+                ids = ids[len(newline) :]
+            else:
+                ids = backend.encode(piece, add_special_tokens=False).ids
         if literal and len(piece) > 1 and self.added_tokens.get(piece, -1) in ids:
             return self.encode_inside(piece[:1], True) + self.encode_inside(piece[1:], True)
         return ids
@@ -229,10 +247,12 @@ class ChatTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included."""
-        return self.backend.decode(list(ids), skip_special_tokens=False)
+        with panics_as_errors():
+            return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def _encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+        with panics_as_errors():
+            return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
     @cached_property
     def _words(self) -> WordTokenCache | None:
@@ -276,7 +296,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(read_bounded(path, MOST_CONFIG_BYTES))
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(
             "Broken tokenizer",
@@ -329,7 +349,7 @@ def _own_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
 
 def _template_text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_bounded(path, MOST_CONFIG_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             "Broken chat template",
@@ -343,7 +363,8 @@ def _with_missing_tokens(tokenizer_json: str, config: Mapping[str, Any]) -> str:
     declared = config.get("added_tokens_decoder")
     if not isinstance(declared, dict):
         return tokenizer_json
-    backend = Tokenizer.from_str(tokenizer_json)
+    with panics_as_errors():
+        backend = Tokenizer.from_str(tokenizer_json)
     have = backend.get_added_tokens_decoder()
     missing = [
         AddedToken(

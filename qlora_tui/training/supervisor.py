@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
+from qlora_tui.data.tokenizer_guard import is_panic
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.conflicts import require_runnable
@@ -113,7 +114,9 @@ def _run_attempts(
             number += 1
             _emit_started(reporter, recipe, checkpoint, number)
             _report_damage(reporter, damage + more_damage)
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception | KeyboardInterrupt) or is_panic(error)):
+            raise
         if not isinstance(error, UserError):
             reporter.log(traceback.format_exc())
         return failure_event(error, run, recipe, estimate)

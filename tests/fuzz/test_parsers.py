@@ -187,7 +187,15 @@ PARSERS: dict[str, tuple[list[bytes], Parse]] = {
     "control": ([b'{"kind":"checkpoint"}', b'{"kind":"set_learning_rate","value":0.1}'], _control),
 }
 
-JSON_PARSERS = ("config.json", "index", "tokenizer_config.json", "events", "status", "control")
+JSON_PARSERS = (
+    "tokenizer.json",
+    "config.json",
+    "index",
+    "tokenizer_config.json",
+    "events",
+    "status",
+    "control",
+)
 
 
 @pytest.mark.parametrize("name", PARSERS)

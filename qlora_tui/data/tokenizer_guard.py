@@ -1,0 +1,130 @@
+"""Bounds on what a ``tokenizer.json`` may ask for: it is a program, run by a library without bounds.
+
+Three replacements of one character by a thousand make gigabytes of a word. What the steps may make of a text
+is told from the file, before anything is encoded. A regular expression that repeats a repetition makes the
+library give up with a panic, which is no ``Exception``; it becomes a ``UserError``, at the first text at the
+latest, which is a probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from qlora_tui.errors import UserError
+
+MOST_BYTES = 64 << 20
+"""Of ``tokenizer.json``; the largest vocabularies take some 35 MB."""
+MOST_EXPANSION = 16.0
+"""Characters that a normalizer or decoder makes of one."""
+LONGEST_TOKEN = 4096
+"""Characters. The longest in use are lines of some hundred spaces or dashes."""
+LONGEST_PATTERN = 8192
+MOST_STEPS = 64
+"""Of a normalizer, a decoder or a pre-tokenizer."""
+_CHUNK = 16
+_PROBED = (*range(0x20, 0x7F), 0xE9, 0x416, 0x5B57, 0x1F600)
+PROBE = "".join(f"{chr(code) * 32} " for code in _PROBED) + "\n\t\n"
+"""Runs of one character, in which a pattern that repeats a repetition has most to try."""
+
+
+def check_tokenizer(content: dict[str, Any]) -> float:
+    """Characters that the normalizer may make of one. Raises ValueError with what is over a bound."""
+    _check_vocabulary(content)
+    for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        steps = list(_steps(content.get(part)))
+        if len(steps) > MOST_STEPS:
+            raise ValueError(f"its {part} has more than {MOST_STEPS} steps")
+        for step in steps:
+            _check_pattern(part, step)
+    normalizer, decoder = (_expansion(content.get(part)) for part in ("normalizer", "decoder"))
+    if max(normalizer, decoder) > MOST_EXPANSION:
+        raise ValueError(f"it makes more than {MOST_EXPANSION:.0f} characters of one")
+    return normalizer
+
+
+def check_normalizer(backend: Any) -> None:
+    """Raise ValueError where a table of characters (``Precompiled``) makes a long text of one of them."""
+    if backend.normalizer is None:
+        return
+    for first in (*range(0x20, 0xD800, _CHUNK), *range(0xE000, 0x10000, _CHUNK)):
+        text = "".join(map(chr, range(first, first + _CHUNK)))
+        # One Arabic ligature stands for 18 letters; no sixteen neighbors come near this.
+        if len(backend.normalizer.normalize_str(text)) > MOST_EXPANSION * _CHUNK:
+            raise ValueError(f"it makes more than {MOST_EXPANSION:.0f} characters of one near U+{first:04X}")
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise UserError where the tokenizers library panics."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise UserError(
+            "The tokenizer failed",
+            what=f"The model's tokenizer cannot encode or decode a text: {error}.",
+            why="Its tokenizer.json is damaged, or asks for more than the library can do.",
+            fix="Download the model's tokenizer files again, or choose another copy of the model.",
+        ) from None
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an exception is a panic of a library written in Rust; its class cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def _check_vocabulary(content: Mapping[str, Any]) -> None:
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    tokens: Iterator[Any] = iter(())
+    if isinstance(vocabulary, dict):
+        tokens = iter(vocabulary)
+    elif isinstance(vocabulary, list):
+        tokens = (entry[0] for entry in vocabulary if isinstance(entry, list) and entry)
+    added = content.get("added_tokens")
+    added_tokens = [t.get("content") for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+    affixes = ("continuing_subword_prefix", "end_of_word_suffix", "unk_token")
+    names = [model.get(key) for key in affixes] if isinstance(model, dict) else []
+    for group in (tokens, added_tokens, names):
+        if any(isinstance(token, str) and len(token) > LONGEST_TOKEN for token in group):
+            raise ValueError(f"it has a token of more than {LONGEST_TOKEN:,} characters")
+
+
+def _steps(value: Any) -> Iterator[Mapping[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer, decoder or post-processor, those of sequences one by one."""
+    pending = [value]
+    while pending:
+        step = pending.pop()
+        if isinstance(step, list):
+            pending.extend(step)
+        elif isinstance(step, dict):
+            yield step
+            pending += [part for part in step.values() if isinstance(part, list)]
+
+
+def _check_pattern(part: str, step: Mapping[str, Any]) -> None:
+    for value in step.values():
+        if isinstance(value, str) and step.get("type") != "Precompiled" and len(value) > LONGEST_TOKEN:
+            raise ValueError(f"its {part} has a text of more than {LONGEST_TOKEN:,} characters")
+    pattern = step.get("pattern")
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if isinstance(regex, str) and len(regex) > LONGEST_PATTERN:
+        raise ValueError(f"its {part} has a pattern of more than {LONGEST_PATTERN:,} characters")
+
+
+def _expansion(value: Any) -> float:
+    factor = 1.0
+    for step in _steps(value):
+        if step.get("type") == "Prepend":
+            factor += 1
+        text, pattern = step.get("content"), step.get("pattern")
+        if isinstance(text, str) and isinstance(pattern, dict):
+            literal = pattern.get("String")
+            if isinstance(literal, str):
+                factor *= max(1.0, len(text) / max(1, len(literal)))
+            else:
+                factor *= 1 + len(text)  # a regular expression may match nothing, at each character
+    return factor
