@@ -82,8 +82,25 @@ def _without_code_keys(config: Mapping[str, Any], place: str) -> tuple[dict[str,
         elif isinstance(value, dict):
             clean[key], inner = _without_code_keys(value, f"{place}{key}.")
             dropped += inner
+        elif isinstance(value, list):
+            clean[key], inner = _without_code_entries(value, f"{place}{key}.")
+            dropped += inner
         else:
             clean[key] = value
+    return clean, dropped
+
+
+def _without_code_entries(values: list[Any], place: str) -> tuple[list[Any], list[str]]:
+    clean: list[Any] = []
+    dropped: list[str] = []
+    for number, value in enumerate(values):
+        inner: list[str] = []
+        if isinstance(value, dict):
+            value, inner = _without_code_keys(value, f"{place}{number}.")
+        elif isinstance(value, list):
+            value, inner = _without_code_entries(value, f"{place}{number}.")
+        clean.append(value)
+        dropped += inner
     return clean, dropped
 
 

@@ -106,3 +106,11 @@ def test_of_an_adapter_only_what_decides_its_values_remains() -> None:
 def test_an_adapter_begun_from_a_file_of_statistics_is_refused() -> None:
     with pytest.raises(UserError, match="lora_ga"):
         adapter_without_code({"init_lora_weights": "lora_ga"}, "here")
+
+
+def test_keys_that_choose_code_are_found_in_lists_too() -> None:
+    config = {"towers": [{"auto_map": {"AutoModel": "evil"}, "size": 1}, [{"trust_remote_code": True}], 2]}
+    assert without_code(config) == (
+        {"towers": [{"size": 1}, [{}], 2]},
+        ["towers.0.auto_map", "towers.1.0.trust_remote_code"],
+    )
