@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from qlora_tui.runs import liveness
+from qlora_tui.runs import liveness, status
+from qlora_tui.runs.view import RunView
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.train.run_follower import RunSnapshot
+from qlora_tui.tui.screens.train.run_header import title
 from tests.tui.played import Play, play
 from tests.tui.seeing import shows
 
@@ -24,3 +29,10 @@ async def test_a_silent_trainer_is_said_not_to_respond(
     async with app.run_test(size=(80, 24)) as pilot:
         await app.switch_mode(mode)
         await shows(pilot, "Not responding")
+
+
+def test_a_suspended_runner_is_said_of_a_run_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "describe_runner", lambda: "The runner is suspended.")
+    run = play(Play(name="tickets", state="queued"))
+    snapshot = cast(RunSnapshot, SimpleNamespace(view=RunView(run), status=status.read_status(run)))
+    assert "The runner is suspended." in title(snapshot).plain

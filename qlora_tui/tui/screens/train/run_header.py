@@ -61,7 +61,7 @@ def title(snapshot: RunSnapshot) -> Content:
     parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (view.run.name, "bold"), "  ", (word, style)]
     if view.attempt > 1:
         parts.append((f"  attempt {view.attempt}", "dim"))
-    if status.state in ACTIVE and status.detail:
+    if (status.state == "queued" or status.state in ACTIVE) and status.detail:
         # Suspended, not responding, on another machine: more important than the rest.
         parts.append((f"  {status.detail}", "$warning"))
     elif status.state == "running" and view.phase_detail:
