@@ -122,7 +122,7 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
 
     settings = load_settings()
     if gpu_gib:
-        settings = msgspec.structs.replace(settings, card_gib=gpu_gib)
+        settings = msgspec.structs.replace(settings, gpu_memory_gib=gpu_gib)
     log = paths.log_path()
     with capture_stderr(log):
         app = QloraApp(settings)

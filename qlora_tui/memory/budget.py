@@ -23,15 +23,19 @@ class MemoryBudget:
     """All that a program could have of it, with nothing else running."""
     name: str
     """``RTX 4090``, ``a GPU with 24.0 GiB``, ``this machine's memory``."""
+    is_assumed: bool = False
+    """The size was given by the user; it is not this machine's."""
 
 
 def budget_for(card: GpuDevice | None, assumed_bytes: int | None = None) -> MemoryBudget:
-    """The card found; a card of the size given, where one is; the machine's own memory without either."""
+    """The budget of this GPU, of an assumed size instead, or of the machine's memory without either."""
     if assumed_bytes is not None:
-        # Not this machine's card: what was learnt here does not count.
+        # Not this machine's GPU: corrections learned here do not apply.
         liger = liger_is_installed()
         device = Device(liger=liger) if card is None else Device(capability=_capability(card), liger=liger)
-        return MemoryBudget(device, assumed_bytes, f"a GPU with {assumed_bytes / 2**30:.1f} GiB")
+        return MemoryBudget(
+            device, assumed_bytes, f"a GPU with {assumed_bytes / 2**30:.1f} GiB", is_assumed=True
+        )
     if card is not None and card.usable_bytes is not None:
         device = Device(
             capability=_capability(card), liger=liger_is_installed(), correction=correction_for(card.name)
@@ -51,7 +55,7 @@ def budget_for(card: GpuDevice | None, assumed_bytes: int | None = None) -> Memo
 
 
 def local_budget(assumed_bytes: int | None = None) -> MemoryBudget:
-    """The same for this machine, asking its driver."""
+    """The budget of this machine, whose driver is queried, or of an assumed size."""
     try:
         card = default_cuda_device()
     except GpuUnavailableError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import paths
 from qlora_tui.catalog import hub
 from qlora_tui.cli import doctor
-from qlora_tui.cli.main import SUBCOMMANDS
+from qlora_tui.cli.main import SUBCOMMANDS, main
 from qlora_tui.formatting import format_path
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
@@ -20,6 +22,7 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, Step, StepVerified
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.gguf_conversion import folder_of
+from qlora_tui.tui.app import QloraApp
 from tests.cli.conftest import CONFIGS, Call
 
 
@@ -325,3 +328,13 @@ def test_a_model_of_the_hub_that_cannot_be_trained_is_listed_as_json(
     monkeypatch.setattr(hub, "get_json", lambda path, query: [entry])
     (model,) = call("models", "bert", "--json").json["hub"]
     assert "bert" in model["refusal"]
+
+
+def test_gpu_gib_opens_the_app_for_a_gpu_of_that_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[QloraApp] = []
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(gc, "disable", lambda: None)
+    monkeypatch.setattr(QloraApp, "run", lambda app, **_: opened.append(app))
+    assert main(["--gpu-gib", "24"]) == 0
+    assert opened[0].memory_budget.bytes == 24 << 30

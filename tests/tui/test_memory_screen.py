@@ -228,7 +228,7 @@ async def test_the_correction_by_past_runs_is_named_with_their_count(
 async def test_a_family_without_a_formula_is_traced(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Peak against 24.0 GiB; tracing a step…", "estimated as Llama's")
+        await shows(pilot, "Peak against 24.0 GiB; tracing a step…", "layers have no formula")
         # A key ends the trace, and there is no formula for the changed recipe either.
         await pilot.press("c")
         await shows(pilot, "tracing a step…")

@@ -256,7 +256,7 @@ class MemoryScreen(WorkScreen):
                 else f", {format_gib(system_status.free_bytes)} free now"
             )
             what = f"{what}: {budget.name}{free}"
-        elif not budget.name.startswith("a card"):
+        elif not budget.is_assumed:
             what = f"{what}, {budget.name}"
         return "; ".join([what, *more])
 
