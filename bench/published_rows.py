@@ -82,9 +82,9 @@ GROUPS = {
 def group_of(row: Row, path: ExecutionConfig) -> str:
     """Which of ``GROUPS`` a row belongs to."""
     words = f"{row['extra']} {row.get('source_url', '')}".lower()
-    if path.fused_kernels or path.loss in ("fused", "liger"):
+    if path.library_kernels or path.loss in ("fused", "liger"):
         return "foreign"
-    if "qlora-tui" in words or path.lean:
+    if "qlora-tui" in words or path.own_fused:
         return "ours"
     return "trl" if "trl" in words or "fms-acceleration" in words else "stock"
 
@@ -150,9 +150,9 @@ def read_path(row: Row) -> tuple[Recipe, ExecutionConfig]:
         optimizer=read_optimizer(row["optimizer"]),
         accumulates=read_accumulation(extra) > 1,
         capability=read_capability(row),
-        fused_kernels=fused or liger,
-        fused_lora=fused and method in ("nf4", "fp4") and fuses_lora(row["targets"]),
-        fused_mlp=liger,
+        library_kernels=fused or liger,
+        foak_lora=fused and method in ("nf4", "fp4") and fuses_lora(row["targets"]),
+        liger_mlp=liger,
         expandable_segments="expandable_segments" in extra,
         name=row["extra"].split(";")[0],
     )

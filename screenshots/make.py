@@ -168,7 +168,7 @@ def clear_runs() -> None:
 def lay_out_run(until: float) -> None:
     """Put the recorded run in place as it was at a step, or at a share of its steps, still in training."""
     from qlora_tui.runs.process import process_identity
-    from tests.tui.recorded import STEPS, recorded_until
+    from tests.tui.recorded_runs import STEPS, recorded_until
 
     clear_runs()
     run, at = recorded_until(round(STEPS * until if until < 1 else until), process=process_identity())
@@ -179,7 +179,7 @@ def lay_out_run(until: float) -> None:
 
 def show_ended_run() -> None:
     """Put the whole recorded run in place, as if it had just ended."""
-    from tests.tui.recorded import ENDED, recorded_run
+    from tests.tui.recorded_runs import ENDED, recorded_run
 
     run = recorded_run()
     for path in (run.events_path, run.telemetry_path, run.status_path):

@@ -1,4 +1,4 @@
-"""Measuring what an adapter does: both voices read the run's held-out conversations."""
+"""Measure what an adapter changes: base and adapter score the run's validation conversations."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class _EffectSums:
         self.ends = torch.tensor(sorted(self.end_ids), dtype=torch.int64)
 
     def add(self, base: Tensor, adapter: Tensor, targets: Tensor) -> None:
-        """One conversation: scores (choices, vocabulary) and the tokens that really came."""
+        """Add one conversation: both models' logits (positions, vocabulary) and the targets (positions,)."""
         self.samples += 1
         self.tokens += len(targets)
         ends = self.ends.to(targets.device)

@@ -1,12 +1,12 @@
 """Where in a rendered conversation the assistant speaks.
 
 For each assistant turn that trains, the conversation is rendered up to the turn (with the generation
-prompt, as the model sees it when it is to answer) and up to the turn's end: what the second has
-more is what the model should say, its turn-end token included.
+prompt, as the model sees it when it is to answer) and up to the turn's end: the text that the
+second adds is what the model should say, its turn-end token included.
 
 Some templates rewrite the past (Qwen3 drops old reasoning, Mistral moves the system prompt, gpt-oss
 closes earlier turns with another token). Then the turn is found in the whole conversation by marking
-its text; and where rewriting has removed reasoning, which would so never be learned, or the turn
+its text; and where rewriting has removed reasoning, which would otherwise never be learned, or the turn
 cannot be found, the conversation up to that turn becomes a sample of its own, just as the model will
 meet it.
 

@@ -23,7 +23,7 @@ from qlora_tui.checksums import mismatch, write_checksums
 from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.dataset_scan import DatasetScanner
 from qlora_tui.data.problems import DataProblem, raise_first_error
-from qlora_tui.data.render import Choices
+from qlora_tui.data.render import RenderOptions
 from qlora_tui.data.row_result import RowProcessor
 from qlora_tui.data.sources import SourceFile, content_hash, every_source, open_source
 from qlora_tui.data.split import Split
@@ -215,7 +215,7 @@ def _key(
             for file, version in zip(files, versions, strict=True)
         ],
         (data.max_length, data.overflow, data.validation_fraction, bool(data.validation_path)),
-        Choices.of(data),
+        RenderOptions.of(data),
         recipe.training.seed,
     )
     return hashlib.sha256(msgspec.json.encode(what)).hexdigest()

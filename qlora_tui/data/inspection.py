@@ -23,7 +23,7 @@ from qlora_tui.data.error_cache import cache_errors, file_fingerprint, tokenizer
 from qlora_tui.data.length_stats import LengthCounter
 from qlora_tui.data.long_texts import most_characters
 from qlora_tui.data.problems import DataProblem, problem_of
-from qlora_tui.data.render import Choices, pieces, render
+from qlora_tui.data.render import RenderOptions, pieces, render
 from qlora_tui.data.row import Row
 from qlora_tui.data.row_index import row_at
 from qlora_tui.data.row_result import RowProcessor, RowResult
@@ -210,7 +210,7 @@ def _shown(row: int, one: Conversation | RowRejectedError, tokenizer: ChatTokeni
     try:
         if isinstance(one, RowRejectedError):
             raise one
-        whole = render(one, tokenizer, Choices.of(data))
+        whole = render(one, tokenizer, RenderOptions.of(data))
     except RowRejectedError as refused:
         return Shown(row, (), (), (), refused=refused.reason)
     samples = [

@@ -65,7 +65,7 @@ class RenderedConversation(Struct, frozen=True):
     notes: tuple[str, ...]
 
 
-class Choices(Struct, frozen=True):
+class RenderOptions(Struct, frozen=True):
     """The settings of a recipe's ``data`` that decide how a conversation is rendered."""
 
     train_on: TrainOn = "assistant"
@@ -73,16 +73,16 @@ class Choices(Struct, frozen=True):
     reasoning_in_loss: bool = True
 
     @classmethod
-    def of(cls, data: Data) -> Choices:
+    def of(cls, data: Data) -> RenderOptions:
         """Those of ``data``."""
         return cls(data.train_on, data.thinking, data.reasoning_in_loss)
 
 
-DEFAULT = Choices()
+DEFAULT = RenderOptions()
 
 
 def render(
-    conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices = DEFAULT
+    conversation: Conversation, tokenizer: ChatTokenizer, choices: RenderOptions = DEFAULT
 ) -> list[TokenizedSample]:
     """The samples of one conversation: one, or more where the template rewrites what came before.
 
@@ -95,7 +95,7 @@ def render(
 
 
 def render_many(
-    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, choices: Choices = DEFAULT
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, choices: RenderOptions = DEFAULT
 ) -> Iterator[list[TokenizedSample] | RowRejectedError]:
     """The samples of each conversation, in order, or why it gives none."""
     with memory_bound(MORE_MEMORY_BYTES):
@@ -111,7 +111,7 @@ def render_many(
 
 
 def _laid_or_refused(
-    conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices
+    conversation: Conversation, tokenizer: ChatTokenizer, choices: RenderOptions
 ) -> RenderedConversation | RowRejectedError:
     try:
         laid = render_text(conversation, tokenizer, choices)
@@ -171,7 +171,7 @@ def _text_at(tokenizer: ChatTokenizer, ids: Sequence[int], start: int, end: int)
 
 
 def render_text(
-    conversation: Conversation, tokenizer: ChatTokenizer, choices: Choices = DEFAULT
+    conversation: Conversation, tokenizer: ChatTokenizer, choices: RenderOptions = DEFAULT
 ) -> RenderedConversation:
     """The texts of one conversation and the spans that train. Raises ``RowRejectedError``."""
     eos = tokenizer.special_tokens.get("eos_token", "")
@@ -222,7 +222,7 @@ def _prepared(conversation: Conversation, traits: TemplateCapabilities, thinking
 
 
 def _notes_on_thinking(
-    conversation: Conversation, traits: TemplateCapabilities, thinking: Thinking, choices: Choices
+    conversation: Conversation, traits: TemplateCapabilities, thinking: Thinking, choices: RenderOptions
 ) -> list[str]:
     """What became of a conversation's reasoning, and whether it was rendered with thinking on or off.
 
@@ -321,7 +321,7 @@ def _sample(
 
 
 def _by_pieces(layout: RenderedText, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> TokenizedSample:
-    """Encoded stretch by stretch: what trains apart from what does not, marked tokens as plain text.
+    """Tokenize spans in and out of the loss separately, marked tokens as plain text.
 
     So is a sample whose answer begins in the middle of a token of the whole: the model will be given
     the prompt by itself.

@@ -17,7 +17,7 @@ from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.long_texts import LongText, estimated_long_text
 from qlora_tui.data.near_duplicates import minhash_sketch
 from qlora_tui.data.read import row_of
-from qlora_tui.data.render import Choices, TokenizedSample, render_many
+from qlora_tui.data.render import RenderOptions, TokenizedSample, render_many
 from qlora_tui.data.row import Line, Row
 from qlora_tui.data.sources import SourceFile, conversation_of
 from qlora_tui.data.split import group_key
@@ -105,7 +105,7 @@ class RowProcessor:
     def _render(self, usable: Sequence[Conversation]) -> Iterable[list[TokenizedSample] | RowRejectedError]:
         if self._tokenizer is None:
             return ([] for _ in usable)
-        return render_many(usable, self._tokenizer, Choices.of(self._data))
+        return render_many(usable, self._tokenizer, RenderOptions.of(self._data))
 
     def _row_result(
         self, conversation: Conversation, rendered: list[TokenizedSample] | RowRejectedError, sketched: bool

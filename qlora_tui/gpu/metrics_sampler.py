@@ -1,6 +1,6 @@
 """``MetricsSampler``: a thread that reads one GPU every second and reports the metrics.
 
-The trainer writes them to ``telemetry.jsonl``; the app shows them when no run is training.
+The trainer writes them to ``telemetry.jsonl``.
 """
 
 from __future__ import annotations

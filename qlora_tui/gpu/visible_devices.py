@@ -30,7 +30,7 @@ def default_cuda_device(environ: Mapping[str, str] = os.environ) -> GpuDevice:
 def cuda_device_order(
     devices: Sequence[GpuDevice], environ: Mapping[str, str] = os.environ
 ) -> list[GpuDevice]:
-    """``found`` as torch numbers them: the first is ``cuda:0``. Empty when all are hidden.
+    """``devices`` in torch's order: the first is ``cuda:0``. Empty when all are hidden.
 
     CUDA's rules (CUDA Programming Guide, "CUDA Environment Variables"): indices or UUIDs, which may be cut
     short while they stay unique; the first entry that matches no GPU ends the list. As in

@@ -1,13 +1,13 @@
 """Torch's allocations, replayed without torch: storages that count themselves, and a small autograd.
 
 A training step's peak depends on *when* each tensor dies, not only on how large it is. So the estimate
-walks one layer of each kind the way the library's own ``forward`` does. A :class:`ParameterSpec` holds a
+walks one layer of each kind the way the library's own ``forward`` does. A :class:`Tensor` holds a
 :class:`Storage`; a storage adds its bytes to the :class:`AllocationMeter` when it is made and takes them
 off when CPython drops the last reference to it, which is when torch's would go too. Operations that need
 gradients leave a :class:`Node`, and :func:`backward` runs the nodes in autograd's order (highest sequence
 number first) and frees what they saved as it goes.
 
-``ops.py`` has the operations, ``blocks.py`` the layers, ``step.py`` puts the step together.
+``ops.py`` has the operations, ``decoder_layer.py`` the layers, ``step.py`` puts the step together.
 """
 
 from __future__ import annotations

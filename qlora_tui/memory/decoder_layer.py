@@ -47,7 +47,7 @@ class DecoderLayer:
     residual_scale: bool = False
     """Each half is multiplied by a number before it is added (Granite)."""
     attended_held: bool = False
-    """The layer's code refers to what attention gave until it ends (StableLM)."""
+    """``forward()`` keeps the attention output alive until it returns (StableLM)."""
     mixture: Mixture | None = None
     """Routed experts in place of the MLP."""
     dropout: float = 0.0
@@ -164,15 +164,15 @@ def _project(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> tuple[Tens
 
 
 def _feed_forward(ops: Ops, block: DecoderLayer, x: Tensor) -> Tensor:
-    """The MLP, or the experts and the one that every token passes."""
+    """The MLP, or the routed experts and the shared one."""
     if block.mixture is None:
         return _mlp(ops, block, x, "mlp")
-    door = block.find("shared_expert", "shared_expert_gate")
-    shared = _mlp(ops, block, x, "shared_expert") if door else None
+    shared_gate = block.find("shared_expert", "shared_expert_gate")
+    shared = _mlp(ops, block, x, "shared_expert") if shared_gate else None
     routed = mixture(ops, block.mixture, x)
-    if door and shared:
-        opened = ops.activation(linear(ops, x, door), "tanh")  # sigmoid: saves its result
-        return ops.add(routed, weighted(ops, shared, opened))
+    if shared_gate and shared:
+        activated_gate = ops.activation(linear(ops, x, shared_gate), "tanh")  # sigmoid: saves its result
+        return ops.add(routed, weighted(ops, shared, activated_gate))
     if block.find("shared_expert", "down_proj"):
         return ops.add(routed, _mlp(ops, block, x, "shared_expert"))
     return routed
@@ -192,9 +192,9 @@ def _mlp(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
                 product = ops.multiply(up, ops.activation(gate, block.activation))
             del gate, up
         elif down and lean_target(ops, down):
-            opening, passed = block.find(part, "gate_proj"), block.find(part, "up_proj")
-            gate = linear(ops, x, opening) if opening else x
-            return fused_lora.gated(ops, gate, linear(ops, x, passed) if passed else x, down)
+            gate_proj, up_proj = block.find(part, "gate_proj"), block.find(part, "up_proj")
+            gate = linear(ops, x, gate_proj) if gate_proj else x
+            return fused_lora.gated(ops, gate, linear(ops, x, up_proj) if up_proj else x, down)
         else:
             product = _gated(ops, block, x, part)
     else:
@@ -207,7 +207,7 @@ def _gated(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
     """``act_fn(gate_proj(x)) * up_proj(x)``: the activation's input dies only if nothing saved it."""
     gate, up = block.find(part, "gate_proj"), block.find(part, "up_proj")
     if ops.fused_mlp:
-        opening = linear(ops, x, gate) if gate else x
-        return unsloth_kernels.gated(ops, opening, linear(ops, x, up) if up else x)
-    opened = ops.activation(linear(ops, x, gate) if gate else x, block.activation)
-    return ops.multiply(opened, linear(ops, x, up) if up else x)
+        gate_output = linear(ops, x, gate) if gate else x
+        return unsloth_kernels.gated(ops, gate_output, linear(ops, x, up) if up else x)
+    activated_gate = ops.activation(linear(ops, x, gate) if gate else x, block.activation)
+    return ops.multiply(activated_gate, linear(ops, x, up) if up else x)

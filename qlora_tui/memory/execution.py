@@ -93,13 +93,13 @@ class ExecutionConfig:
     """Of a card: CUDA compute capability."""
     cuda_libraries: bool = False
     """On a CPU: with a build of torch for CUDA."""
-    fused_kernels: bool = False
+    library_kernels: bool = False
     """Fused RMSNorm and rotary kernels (Unsloth's, FOAK's, Liger's)."""
-    fused_lora: bool = False
+    foak_lora: bool = False
     """LoRA on 4-bit weights in one function (FOAK's)."""
-    fused_mlp: bool = False
+    liger_mlp: bool = False
     """The product of a gated MLP's halves in one function (Liger's)."""
-    lean: bool = False
+    own_fused: bool = False
     """Our own functions for adapters on 4- and 16-bit weights, gated MLPs, RMSNorm, and attention on a CPU
     (``training/fused``), which keep less."""
     expandable_segments: bool = True
@@ -117,7 +117,7 @@ def trainer_execution(
 ) -> ExecutionConfig:
     """The path this project's trainer takes: no float32 cast, no full logits, non-reentrant checkpointing.
 
-    Without an architecture Liger is not counted on, which pays for some only.
+    Without an architecture, assume no Liger: it is faster only for some models.
     """
     compute = _compute_bytes(recipe, device)
     float16 = compute == 2 and _is_float16(recipe, device)
@@ -127,7 +127,7 @@ def trainer_execution(
         # Trainer's fp16 mode: autocast, with scaled gradients.
         autocast=float16 and device.kind == "cuda",
         adapter_bytes=4,
-        lean=True,
+        own_fused=True,
         # Liger would keep float16's gradients in 16 bits.
         loss="liger" if device.liger and not float16 and _liger_pays(recipe, architecture) else "chunked",
         checkpointing=recipe.training.gradient_checkpointing,
@@ -149,9 +149,9 @@ def liger_rows(tokens: int, hidden: int, vocabulary: int) -> int:
 
 
 def _liger_pays(recipe: Recipe, architecture: Architecture | None) -> bool:
-    """Whether it reads the head no more often than we do: twice a chunk, of a gigabyte in a model of 7B.
+    """Whether Liger's loss is as fast as ours: it reads the head (about 1 GB for 7B) twice per chunk.
 
-    It knows no rows beside the head's own.
+    It does not support trained token rows.
     """
     if architecture is None or recipe.lora.trainable_tokens:
         return False

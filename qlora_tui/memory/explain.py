@@ -130,13 +130,13 @@ def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
         ),
         "adapter_inputs": (
             f"What passes between an adapter's two matrices: {tokens} × rank × {path.compute_bytes} bytes."
-            if path.lean
+            if path.own_fused
             else f"A target's input in the adapter's dtype: {tokens} × width × {path.adapter_bytes} bytes."
         ),
         "int8_inputs": f"The int8 product keeps its input despite checkpointing: {tokens} × width.",
         "dropout": (
             f"Kept of each target's input: {tokens} × width × 1 byte."
-            if path.lean
+            if path.own_fused
             else f"A dropped copy of each target's input, and its mask: {tokens} × width."
         ),
         "scores": (

@@ -57,24 +57,24 @@ def _linear_forward(ops: Ops, x: Tensor, module: Linear, width: int) -> tuple[Te
             saved_input = ops.new(numel, 1)
         dropped = ops.new(numel, width) if ops.dropout else None
     with ops.meter.attribute_to("adapter_inputs"):
-        thin = ops.new(rows * module.rank, width)
+        xa = ops.new(rows * module.rank, width)
     del dropped, narrow
-    return out, saved_input, thin
+    return out, saved_input, xa
 
 
 def _linear_backward(ops: Ops, module: Linear, numel: int, entered: int, width: int, *, needs: bool) -> Grads:
     """Gradients of the inputs, of A and of B."""
     narrow = _narrowed(ops, numel, entered, width)
-    wide = ops.new(numel // module.inputs * module.rank, width)
-    toward_b = _gradient(ops, module.rank * module.outputs, width)
+    grad_xa = ops.new(numel // module.inputs * module.rank, width)
+    grad_b = _gradient(ops, module.rank * module.outputs, width)
     with ops.meter.attribute_to("dropout"):
         dropped = ops.new(numel, width) if ops.dropout else None
-    toward_a = _gradient(ops, module.rank * module.inputs, width)
+    grad_a = _gradient(ops, module.rank * module.inputs, width)
     del dropped
     if not needs:
-        return (None, toward_a, toward_b)
+        return (None, grad_a, grad_b)
     weight = _weight(ops, module, width)
-    toward_x = ops.new(numel, width)
+    grad_x = ops.new(numel, width)
     del weight
     if ops.dropout:
         with ops.meter.attribute_to("dropout"):
@@ -82,9 +82,9 @@ def _linear_backward(ops: Ops, module: Linear, numel: int, entered: int, width: 
             masked = ops.new(numel, width)
         del through, masked
     if entered != width:
-        toward_x = ops.new(numel, entered)
-    del wide, narrow
-    return (toward_x, toward_a, toward_b)
+        grad_x = ops.new(numel, entered)
+    del grad_xa, narrow
+    return (grad_x, grad_a, grad_b)
 
 
 def _narrowed(ops: Ops, numel: int, entered: int, width: int) -> Tensor | None:

@@ -77,7 +77,7 @@ STYLES: dict[str, LayerStyle] = {
 }
 """Families whose layer is written out here; any other is walked as Llama's, and said to be approximate."""
 GPT_2 = ("gpt2", "gpt_bigcode")
-"""They drop a part of the embedding too."""
+"""These apply dropout to the embedding too."""
 
 
 @dataclass(frozen=True)

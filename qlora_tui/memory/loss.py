@@ -145,8 +145,8 @@ def _liger(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, widt
     rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
     numel = hidden.numel
     with ops.meter.attribute_to("hidden_gradient"):
-        states = _learnt_from(ops, hidden, width) if path.lean else hidden
-        if path.lean and layout.logit_scale:
+        states = _learnt_from(ops, hidden, width) if path.own_fused else hidden
+        if path.own_fused and layout.logit_scale:
             states = ops.times_number(states)
         toward = ops.new(numel, width)
     with ops.meter.attribute_to("logits"):

@@ -76,10 +76,10 @@ def make_ops(meter: AllocationMeter, layout: Layout, path: ExecutionConfig, drop
         dropout=dropout,
         autocast=path.autocast,
         tokens=layout.tokens,
-        fused=path.fused_kernels,
-        fused_lora=path.fused_lora,
-        fused_mlp=path.fused_mlp,
-        lean=path.lean,
+        fused=path.library_kernels,
+        fused_lora=path.foak_lora,
+        fused_mlp=path.liger_mlp,
+        lean=path.own_fused,
         float16=path.float16,
     )
 
@@ -239,7 +239,7 @@ def _cast_once(layout: Layout, path: ExecutionConfig) -> Items:
 
     A LoRA projection fused into one function casts for itself and keeps nothing.
     """
-    casts_for_itself = path.lean or path.fused_lora
+    casts_for_itself = path.own_fused or path.foak_lora
     if not path.autocast or casts_for_itself or path.adapter_bytes == path.compute_bytes:
         return {}
     return {"adapter": layout.adapter_parameters * path.compute_bytes}

@@ -20,14 +20,16 @@
 ``packed_attention``      several samples in one row, each attending only to itself; ``padding``: to the
                           token multiple of CPU kernels
 ``chunked_loss``          cross-entropy without the whole logits; ``liger``: Liger's kernel in its place
-``equivalence_checks``    verifies both on the loaded model (``attention_check``: layer by layer);
-                          ``agreement``: when two tensors count as equal
+``equivalence_checks``    verifies packed attention (``attention_check``: layer by layer) and the chunked
+                          loss on the loaded model; ``liger`` verifies its own. Which loss a run asks for is
+                          decided in ``memory.execution``, so that the estimate knows it.
+``agreement``             when two tensors count as equal
 ``step_verification``     compares the first step with transformers and peft (``step_check``); switches
                           off a fast path (``fast_paths``) that differs
 ``batches``               samples to rows to micro-batches, in an order that resume can repeat
 ``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
                           ``heap``: returns free memory to the system
-``trainer``               transformers' ``Trainer``, one item per optimizer step
+``trainer``               transformers' ``Trainer``, one item per optimizer step; learning-rate schedule
 ``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, validate
                           (``evaluation``, ``accuracy``), save (``checkpoint_saver``; ``disk_errors``: the
                           cause of a failed write), handle ``control_requests``

@@ -13,7 +13,7 @@ from qlora_tui.training.fused.patching import PATCHED_PARTS, PatchedForwards, Pa
 FastPath: TypeAlias = Literal["packed attention", "loss"] | PatchedPart
 DESCRIPTIONS: dict[FastPath, str] = {
     "packed attention": "attention over packed samples",
-    "loss": "the chunked loss",
+    "loss": "the chunked or Liger loss",
     "norms": "the fused RMSNorm",
     "mlp": "the fused gated MLP",
     "lora": "the fused LoRA layers",

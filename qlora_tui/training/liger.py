@@ -19,7 +19,7 @@ from qlora_tui.training.chunked_loss import ChunkedHead, LossSumFn, chunked_sum,
 
 _TOKENS = 256
 """Tokens of the check: enough for Liger to use several chunks, of several rows each in most models."""
-_COUNTS = 0.125
+_LOSS_FACTOR = 0.125
 """Factor on the loss before its backward, like the division by a step's tokens."""
 _SPREAD = 4.0
 """Standard deviation of a position's logits: a few of them then dominate the softmax, and its part of the
@@ -75,9 +75,9 @@ def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> s
     for loss_fn in (summed, partial(chunked_sum, head=head)):
         given = states.clone().requires_grad_(True)
         total = loss_fn(given, targets)
-        (gradient,) = torch.autograd.grad(total * _COUNTS, given)
+        (gradient,) = torch.autograd.grad(total * _LOSS_FACTOR, given)
         totals.append(total.detach().float())
-        gradients.append(gradient.float() / _COUNTS)
+        gradients.append(gradient.float() / _LOSS_FACTOR)
     loss, exact, scale = _exact(states, targets, head)
     # Written so that NaN counts as a difference.
     if not (totals[0] - loss).abs() <= _TOLERANCES[bits] * loss:

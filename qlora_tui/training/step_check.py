@@ -199,7 +199,7 @@ class StepReference:
         return max(float(self._gradients[name].norm()), self._least)
 
     def _noise_of(self, name: str) -> float:
-        """At least what is not resolved; a gradient that is noise for the most part says nothing.
+        """The noise, floored at the smallest resolvable gradient. If noise dominates, the tensor cannot fail.
 
         Queries and keys have such where attention looks at one token alone: what rounding leaves of 0.
         """

@@ -52,7 +52,7 @@ class StepData(TypedDict):
     """The data of one optimizer step, for one process."""
 
     micro_batches: list[dict[str, Any]]
-    predictions: float
+    loss_weight_sum: float
     """Sum of the loss weights of the whole step, over all processes: the divisor of the summed loss."""
     tokens: int
     """Real tokens of the whole step, over all processes."""
@@ -94,7 +94,7 @@ class StepDataset(Dataset[StepData]):
             mine.append(mask_all_labels(self.collate(groups[0])))
         return StepData(
             micro_batches=mine,
-            predictions=sum_loss_weights(rows, self._samples),
+            loss_weight_sum=sum_loss_weights(rows, self._samples),
             tokens=count_tokens(rows, self._samples),
         )
 
@@ -119,7 +119,7 @@ def training_arguments(recipe: Recipe, device: ComputeDevice, steps: int, folder
         per_device_train_batch_size=1,
         learning_rate=training.learning_rate,
         lr_scheduler_type=_SCHEDULES[training.lr_scheduler],
-        warmup_steps=training.warmup_ratio,
+        warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
         optim=_OPTIMIZERS[training.optimizer],
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -165,7 +165,7 @@ class RunTrainer(Trainer):
     ) -> torch.Tensor:
         """Forward and backward over all micro-batches of a step; returns the weighted mean loss."""
         batches = inputs["micro_batches"]
-        items = inputs["predictions"] or 1
+        items = inputs["loss_weight_sum"] or 1
         # DDP averages gradients over processes, but ``items`` counts the tokens of all: they must be summed.
         share = self.accelerator.num_processes / items
         model.train()

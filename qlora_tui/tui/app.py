@@ -289,7 +289,7 @@ class QloraApp(HookedApp):
         # In a worker: a GPU driver that is slow to answer must not delay a key.
         if not self._polling:
             self._polling = True
-            self.run_worker(DeferredWork(self._poll), group="look")
+            self.run_worker(DeferredWork(self._poll), group="poll")
 
     async def _poll(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Saying that a run is over to someone who looks at another window."""
+"""Notify that a run ended: toast, terminal title, desktop notification, bell."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Workbench:
 
     @property
     def recipe(self) -> Recipe:
-        """The current state, for undo."""
+        """The recipe being edited."""
         return self._now.recipe
 
     @property

@@ -12,7 +12,7 @@ import pytest
 from qlora_tui.chat.chat_sources import adapter_source, run_source
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult, TextChunk
 from qlora_tui.data.conversation import Message
-from qlora_tui.data.render import Choices, prompt_ids, render
+from qlora_tui.data.render import RenderOptions, prompt_ids, render
 from qlora_tui.recipe.schema import Data, Recipe, Thinking
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import DataReady, encode
@@ -96,7 +96,7 @@ def test_chat_asks_with_the_tokens_of_training(sessions: Any, name: str, thinkin
 
     session = sessions[name]
     row = Conversation((*HISTORY, Message("assistant", "brown", reasoning="dogs are brown")))
-    sample = render(row, session.tokenizer, Choices(thinking=thinking))[-1]
+    sample = render(row, session.tokenizer, RenderOptions(thinking=thinking))[-1]
     prompt = session.prompt(HISTORY, thinking)
     assert sample.token_ids[: len(prompt)] == prompt
     assert sample.loss_mask[len(prompt) - 1 : len(prompt) + 1] == b"\x00\x01"

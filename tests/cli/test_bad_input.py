@@ -13,7 +13,7 @@ from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.training.gguf_conversion import folder_of
 from tests.cli.conftest import Call
-from tests.tui.reading import readable_model
+from tests.tui.sample_data import readable_model
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Finished, Health, Paused, Phase, PhaseChanged, Progress, Started, Step
 from qlora_tui.runs.status import Status, write_status
 from tests.cli.conftest import Call
-from tests.tui.played import BEGAN, Play, play
+from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 
 
 def test_of_a_long_run_an_even_sample_is_told_and_all_of_it_as_json(call: Call) -> None:
-    run = play(Play(state="finished", steps=8000, total=8000))
+    run = write_fake_run(FakeRun(state="finished", steps=8000, total=8000))
     said = call("attach", run.id)
     steps = [line for line in said.out.splitlines() if "  lr " in line]
     assert 1500 < len(steps) < 2500
@@ -29,7 +29,7 @@ def test_plain_says_in_sentences_what_the_live_screen_shows(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow, "PLAIN_INTERVAL_S", 0.0)
-    run = play(Play(steps=640, nan=range(30, 33), health=True))
+    run = write_fake_run(FakeRun(steps=640, nan=range(30, 33), health=True))
 
     def go_on() -> None:
         with EventWriter(run.events_path) as log:
@@ -65,7 +65,7 @@ def test_plain_says_in_sentences_what_the_live_screen_shows(
 
 
 def test_how_far_a_phase_was_is_not_told_line_by_line(call: Call) -> None:
-    run = play(Play(state="finished", steps=5, total=5))
+    run = write_fake_run(FakeRun(state="finished", steps=5, total=5))
     with EventWriter(run.events_path) as log:
         log.append(PhaseChanged(at=BEGAN, phase="evaluating"))
         for done in (1, 2, 3):
@@ -76,7 +76,7 @@ def test_how_far_a_phase_was_is_not_told_line_by_line(call: Call) -> None:
 
 
 def test_each_phase_is_told_once_an_attempt(call: Call) -> None:
-    run = play(Play(state="paused", steps=5))
+    run = write_fake_run(FakeRun(state="paused", steps=5))
     phases: tuple[Phase, ...] = ("loading", "training", "evaluating", "training", "saving", "training")
     with EventWriter(run.events_path) as log:
         for attempt in (2, 3):
@@ -90,7 +90,7 @@ def test_each_phase_is_told_once_an_attempt(call: Call) -> None:
 
 
 def test_a_run_that_is_deleted_meanwhile_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = play(Play(state="running", steps=5))
+    run = write_fake_run(FakeRun(state="running", steps=5))
     monkeypatch.setattr(time, "sleep", lambda seconds: shutil.rmtree(run.path))
     said = call("attach", run.id)
     assert said.code == 1
@@ -98,7 +98,7 @@ def test_a_run_that_is_deleted_meanwhile_is_said(call: Call, monkeypatch: pytest
 
 
 def test_lines_of_another_version_are_said(call: Call) -> None:
-    run = play(Play(state="finished", steps=5, total=5))
+    run = write_fake_run(FakeRun(state="finished", steps=5, total=5))
     run.events_path.write_bytes(b'{"event":"teleported","at":1}\n' + run.events_path.read_bytes())
     for words in (["attach", run.id], ["attach", run.id, "--plain"], ["attach", run.id, "--json"]):
         assert "1 line is not shown: another version" in call(*words).err

@@ -21,7 +21,7 @@ from qlora_tui.runs.status import State
 from tests.catalog.models import TINY, make_gguf, make_model
 from tests.cli.conftest import Call
 from tests.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
-from tests.tui.played import Play, play
+from tests.tui.fake_runs import FakeRun, write_fake_run
 
 STATES: tuple[State, ...] = ("finished", "failed", "stopped", "lost")
 
@@ -29,7 +29,7 @@ STATES: tuple[State, ...] = ("finished", "failed", "stopped", "lost")
 @pytest.fixture
 def run(request: pytest.FixtureRequest) -> RunDir:
     state: State = getattr(request, "param", "failed")
-    poisoned_run = play(Play(name="run", state=state, steps=20, total=20, nan={3}, health=True))
+    poisoned_run = write_fake_run(FakeRun(name="run", state=state, steps=20, total=20, nan={3}, health=True))
     poison_run(poisoned_run)
     return poisoned_run
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
-from qlora_tui.data.render import Choices, TokenizedSample, pieces, prompt_ids, render, render_text
+from qlora_tui.data.render import RenderOptions, TokenizedSample, pieces, prompt_ids, render, render_text
 from qlora_tui.data.tokenizer import ChatTokenizer
 from tests.data.conversation_shapes import TOOL, assistant, conversation, system, tool, user
 from tests.data.families import FAMILIES, SPECIAL, TRIMS, family, tokenizer_for, tokenizer_json
@@ -225,7 +225,7 @@ def test_tool_calls_a_template_would_lose_become_text() -> None:
 
 def test_everything_trains_when_asked() -> None:
     tokenizer = family("no-turn-end")
-    sample = render(conversation("two-turns"), tokenizer, Choices("everything"))[0]
+    sample = render(conversation("two-turns"), tokenizer, RenderOptions("everything"))[0]
     assert set(sample.loss_mask) == {1}
     assert sample.token_ids[-1] == tokenizer.eos_id
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.data.conversation import Conversation, Message
-from qlora_tui.data.render import Choices, TokenizedSample, prompt_ids, render
+from qlora_tui.data.render import RenderOptions, TokenizedSample, prompt_ids, render
 from qlora_tui.data.thinking import reasoning_of, without_reasoning
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Thinking
@@ -39,7 +39,7 @@ def asked_in_training(sample: TokenizedSample) -> list[int]:
 
 def as_decided(setting: Thinking, row: Conversation, tokenizer: ChatTokenizer) -> Thinking:
     """What the notes of a row say of how it was rendered."""
-    notes = render(row, tokenizer, Choices(thinking=setting))[-1].notes
+    notes = render(row, tokenizer, RenderOptions(thinking=setting))[-1].notes
     return "on" if "thinking-on" in notes else "off" if "thinking-off" in notes else setting
 
 
@@ -51,7 +51,7 @@ def test_training_asks_for_the_last_answer_as_chat_does(
 ) -> None:
     tokenizer = thinker(name, special_tags)
     for row in ROWS:
-        sample = render(row, tokenizer, Choices(thinking=setting))[-1]
+        sample = render(row, tokenizer, RenderOptions(thinking=setting))[-1]
         chat = prompt_ids(row.messages[:-1], tokenizer, thinking=as_decided(setting, row, tokenizer))
         assert asked_in_training(sample) == chat, row
 
@@ -101,7 +101,7 @@ EMPTY = {
 @pytest.mark.parametrize("setting", ["auto", "off"])
 def test_an_empty_thought_is_in_the_prompt_and_not_in_the_loss(name: str, setting: Thinking) -> None:
     tokenizer = thinker(name)
-    sample = render(PLAIN, tokenizer, Choices(thinking=setting))[-1]
+    sample = render(PLAIN, tokenizer, RenderOptions(thinking=setting))[-1]
     assert tokenizer.decode(asked_in_training(sample)).endswith(EMPTY[name])
     assert learned(tokenizer, sample).strip().startswith("51")
     assert "thinking-off" in sample.notes
@@ -116,7 +116,7 @@ def test_a_thought_the_prompt_always_opens_is_closed_and_that_is_learned(
         pytest.skip("trl is not installed")
     tokenizer = thinker(name)
     for row in (PLAIN, TURNS):
-        sample = render(row, tokenizer, Choices(thinking=setting))[-1]
+        sample = render(row, tokenizer, RenderOptions(thinking=setting))[-1]
         assert tokenizer.decode(asked_in_training(sample)).endswith("<｜Assistant｜><think>\n")
         assert "\n</think>\n\n" + row.messages[-1].content in learned(tokenizer, sample)
         assert "thought-closed" in sample.notes
@@ -137,7 +137,7 @@ def test_reasoning_and_answer_are_both_in_the_loss(name: str, row: Conversation)
 def test_reasoning_out_of_the_loss_is_read_before_the_answer(name: str, row: Conversation) -> None:
     tokenizer = thinker(name)
     with_it = render(row, tokenizer)
-    without = render(row, tokenizer, Choices(reasoning_in_loss=False))
+    without = render(row, tokenizer, RenderOptions(reasoning_in_loss=False))
     assert [s.token_ids for s in without] == [s.token_ids for s in with_it]
     for sample in without:
         text = learned(tokenizer, sample)
@@ -162,15 +162,15 @@ def test_reasoning_in_an_answer_goes_where_the_template_has_it(name: str) -> Non
 def test_off_takes_reasoning_out_of_the_row(name: str) -> None:
     tokenizer = thinker(name)
     for row in (REASONED, INLINE):
-        (sample,) = render(row, tokenizer, Choices(thinking="off"))
-        (plain,) = render(PLAIN, tokenizer, Choices(thinking="off"))
+        (sample,) = render(row, tokenizer, RenderOptions(thinking="off"))
+        (plain,) = render(PLAIN, tokenizer, RenderOptions(thinking="off"))
         assert (sample.token_ids, sample.loss_mask) == (plain.token_ids, plain.loss_mask)
         assert "reasoning-left-out" in sample.notes
 
 
 def test_everything_trains_but_reasoning_that_is_out_of_the_loss() -> None:
     tokenizer = thinker("granite")
-    sample = render(REASONED_TURNS, tokenizer, Choices("everything", reasoning_in_loss=False))[0]
+    sample = render(REASONED_TURNS, tokenizer, RenderOptions("everything", reasoning_in_loss=False))[0]
     text = learned(tokenizer, sample)
     assert "First." not in text and "Second." not in text
     assert all(said in text for said in ("1?", "one", "2?", "two"))
@@ -194,7 +194,10 @@ def test_without_a_switch_and_without_reasoning_nothing_changes(name: str, setti
         return
     tokenizer = family(name)
     for row in (Conversation(PLAIN.messages[1:]), TURNS):
-        (default,), (sample,) = render(row, tokenizer), render(row, tokenizer, Choices(thinking=setting))
+        (default,), (sample,) = (
+            render(row, tokenizer),
+            render(row, tokenizer, RenderOptions(thinking=setting)),
+        )
         assert sample == default
         assert not any("think" in note or "reason" in note for note in sample.notes)
         assert prompt_ids(row.messages[:-1], tokenizer, thinking=setting) == prompt_ids(
@@ -226,7 +229,7 @@ def test_an_effort_that_cannot_be_turned_off_stays_at_its_default_for_rows_witho
         pytest.skip("trl is not installed")
     tokenizer = thinker("gptoss")
     assert "Reasoning: medium" in tokenizer.decode(render(PLAIN, tokenizer)[0].token_ids)
-    low = render(PLAIN, tokenizer, Choices(thinking="off"))[0]
+    low = render(PLAIN, tokenizer, RenderOptions(thinking="off"))[0]
     assert "Reasoning: low" in tokenizer.decode(low.token_ids)
 
 
@@ -235,7 +238,7 @@ def test_dropped_reasoning_is_written_as_the_prompt_begins_it() -> None:
     (sample,) = render(REASONED, tokenizer)
     assert tokenizer.decode(sample.token_ids).endswith(f"<Assistant><think>{WHY}</think>51</s>")
     assert learned(tokenizer, sample) == f"{WHY}</think>51</s>"
-    (closed,) = render(PLAIN, tokenizer, Choices(thinking="on"))
+    (closed,) = render(PLAIN, tokenizer, RenderOptions(thinking="on"))
     assert learned(tokenizer, closed) == "</think>51</s>"
 
 

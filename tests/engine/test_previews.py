@@ -23,7 +23,7 @@ from qlora_tui.engine.protocol import (
 )
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
-from tests.tui.reading import readable_model, ticket, tickets, write_rows
+from tests.tui.sample_data import readable_model, ticket, tickets, write_rows
 
 
 @pytest_asyncio.fixture

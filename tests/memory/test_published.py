@@ -253,14 +253,14 @@ def test_kernels_and_their_engine_are_read_from_the_words(
 ) -> None:
     row = _row(extra=words, source_url="")
     _, path = read_path(row)
-    assert (path.loss, path.fused_kernels, path.fused_lora, path.fused_mlp) == (loss, kernels, lora, mlp)
+    assert (path.loss, path.library_kernels, path.foak_lora, path.liger_mlp) == (loss, kernels, lora, mlp)
     assert group_of(row, path) == group
 
 
 def test_foak_fuses_queries_keys_and_values_only_together() -> None:
     words = {"extra": "FOAK: fused kernels; HF Trainer"}
-    assert read_path(_row(**words, targets="q_proj k_proj v_proj"))[1].fused_lora
-    assert not read_path(_row(**words, targets="q_proj v_proj"))[1].fused_lora
+    assert read_path(_row(**words, targets="q_proj k_proj v_proj"))[1].foak_lora
+    assert not read_path(_row(**words, targets="q_proj v_proj"))[1].foak_lora
     for targets in ("all-linear", "q_proj o_proj", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"):
         with pytest.raises(Unplaced, match="fused LoRA"):
             read_path(_row(**words, targets=targets))

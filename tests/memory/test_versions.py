@@ -159,7 +159,7 @@ def test_flash_attention_caps_gemmas_scores_without_making_them() -> None:
         return profile_step(layout, path, 0.0).layers[0].backward.get("scores", 0)
 
     assert scores(STOCK) == 0
-    assert scores(replace(STOCK, lean=True)) > 0  # ours, sample by sample
+    assert scores(replace(STOCK, own_fused=True)) > 0  # ours, sample by sample
     assert scores(replace(STOCK, attention="eager")) > 0
 
 
@@ -179,13 +179,13 @@ def test_a_head_in_float32_is_cast_under_autocast_and_saved() -> None:
 
 def test_ligers_gated_mlp_keeps_both_halves_and_nothing_else() -> None:
     name, wide = "mistralai/Mistral-7B-v0.1", 2 * 1024 * 14336 * 2
-    assert _kept_bytes(name) - _kept_bytes(name, fused_mlp=True) == wide
+    assert _kept_bytes(name) - _kept_bytes(name, liger_mlp=True) == wide
 
 
 @pytest.mark.parametrize(("method", "is_cast"), [("none", True), ("nf4", False)])
 def test_peft_casts_an_adapters_input_on_16_bit_weights_under_autocast(method: Any, is_cast: bool) -> None:
     recipe = structs.replace(RECIPE, quantization=Quantization(method=method), data=Data(max_length=768))
-    path = replace(STOCK, autocast=True, fused_kernels=True)
+    path = replace(STOCK, autocast=True, library_kernels=True)
     layout = build_layout(recipe, parse_architecture(config("mistralai/Mistral-7B-v0.1")), path)
     sizes = [size for _, size in profile_step(layout, path, 0.0).layers[0].recording.forward.events]
     assert (4 * 2 * 768 * 4096 in sizes) is is_cast

@@ -16,7 +16,7 @@ from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source
 from qlora_tui.runs import preflight as preflight_module
 from qlora_tui.runs.machine_checks import Check, CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
-from tests.tui.reading import readable_model
+from tests.tui.sample_data import readable_model
 
 
 def checks_by_kind(recipe: Recipe, **machine: object) -> dict[CheckKind, Check]:

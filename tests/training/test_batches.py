@@ -182,5 +182,5 @@ def test_a_step_is_the_same_however_it_is_split(processes: int, micro_batch: int
             if label != -100
         ]
         assert len({len(share["micro_batches"]) for share in shares}) == 1
-        assert len(in_loss) == sum_loss_weights(step.rows, fake) == shares[0]["predictions"]
+        assert len(in_loss) == sum_loss_weights(step.rows, fake) == shares[0]["loss_weight_sum"]
         assert shares[0]["tokens"] == count_tokens(step.rows, fake)

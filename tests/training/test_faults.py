@@ -25,9 +25,9 @@ from qlora_tui.runs.events import (
 )
 from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.status import read_status
+from tests.polling import wait_for
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.event_helpers import events, events_of, last_step, losses
-from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 

@@ -31,7 +31,7 @@ from tests.training.families import build, with_adapter
 from tests.training.test_numerics import close, labelled
 from tests.training.test_resume import EXACT, interrupted_at
 from tests.training.tiny_model import make_tiny_model
-from tests.tui.reading import write_rows
+from tests.tui.sample_data import write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 

@@ -16,7 +16,7 @@ from qlora_tui.runs import liveness
 from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import screen as train
-from tests.tui.played import BEGAN, GIB
+from tests.tui.fake_runs import BEGAN, GIB
 
 FOLDER = Path(__file__).parent
 NOW = BEGAN + 3600.0

@@ -27,9 +27,9 @@ from qlora_tui.tui.screens.chat.transcript import append_exchange, transcript_pa
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from qlora_tui.tui.widgets.prompt_box import PromptBox
 from tests.chat.measured import EFFECT
-from tests.tui.played import BEGAN, Play, play
-from tests.tui.reading import tickets
-from tests.tui.seeing import shows, text_of, until
+from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
+from tests.tui.sample_data import tickets
+from tests.tui.screen_assertions import shows, text_of, until
 from tests.tui.workstation import open_on, settle
 
 Snapshot = Callable[..., bool]
@@ -59,7 +59,7 @@ def with_adapters(run: RunDir, *adapter_names: str, copy_of: Path | None = None)
 
 
 def finished(*adapter_names: str) -> RunDir:
-    return with_adapters(play(Play(state="finished", steps=1200, total=1200)), *adapter_names)
+    return with_adapters(write_fake_run(FakeRun(state="finished", steps=1200, total=1200)), *adapter_names)
 
 
 def chat_of(app: Any) -> ChatScreen:
@@ -202,7 +202,7 @@ async def test_digits_are_typed_until_escape_leaves_the_field() -> None:
 
 
 async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
-    with_adapters(play(Play(name="older-run", state="stopped", steps=9)), "step-9")
+    with_adapters(write_fake_run(FakeRun(name="older-run", state="stopped", steps=9)), "step-9")
     finished(ADAPTER)
     app = open_on("chat", model="org/some-model")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -217,7 +217,9 @@ async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
 
 
 async def test_a_run_that_was_deleted_is_left_for_the_next_one_or_for_nobody() -> None:
-    older = with_adapters(play(Play(name="older-run", state="stopped", steps=9, began=BEGAN - 999)), "step-9")
+    older = with_adapters(
+        write_fake_run(FakeRun(name="older-run", state="stopped", steps=9, began=BEGAN - 999)), "step-9"
+    )
     newest = finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
@@ -265,7 +267,7 @@ async def test_settings_are_checked_before_they_are_taken() -> None:
 
 async def test_a_run_at_work_is_not_disturbed_without_a_word() -> None:
     finished(ADAPTER)
-    play(Play(name="busy-run", state="running"))
+    write_fake_run(FakeRun(name="busy-run", state="running"))
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "not loaded yet")
@@ -314,7 +316,7 @@ async def talking(tiny: tuple[Path, Path], most: int = 12) -> AsyncIterator[tupl
     rows = tickets(adapter.parent / "tickets.jsonl")
     data = Data(sources=(Source(path=str(rows)),), validation_fraction=0.2)
     recipe = Recipe(name="tale", model=Model(id=str(model)), data=data)
-    run = play(Play(name="tale", state="finished", steps=40, total=40, recipe=recipe))
+    run = write_fake_run(FakeRun(name="tale", state="finished", steps=40, total=40, recipe=recipe))
     with_adapters(run, ADAPTER, "step-20", copy_of=adapter)
     app = open_on("home")
     async with app.run_test(size=(100, 40)) as pilot:
@@ -391,7 +393,7 @@ async def test_base_and_adapter_answer_beside_each_other_and_all_that_follows(
 
         # A run that begins gets the memory.
         assert screen.ready is not None
-        play(Play(name="next-run", state="running"))
+        write_fake_run(FakeRun(name="next-run", state="running"))
         await shows(pilot, "not loaded yet")
         assert screen.engine.pid is None
 

@@ -17,8 +17,8 @@ from qlora_tui.recipe.schema import Data, Recipe
 from qlora_tui.tui.screens.chat.screen import ChatScreen
 from qlora_tui.tui.screens.chat.transcript import append_exchange
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
-from tests.tui.played import Play, play
-from tests.tui.seeing import shows, text_of, until
+from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.screen_assertions import shows, text_of, until
 from tests.tui.test_chat_screen import OUTCOME, chat_of, finished, with_adapters
 from tests.tui.workstation import open_on, settle
 
@@ -53,7 +53,9 @@ async def chatting(
     if recipe is None:
         finished(ADAPTER)
     else:
-        with_adapters(play(Play(name="set", state="finished", steps=9, total=9, recipe=recipe)), ADAPTER)
+        with_adapters(
+            write_fake_run(FakeRun(name="set", state="finished", steps=9, total=9, recipe=recipe)), ADAPTER
+        )
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "not loaded yet")

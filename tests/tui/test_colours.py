@@ -12,10 +12,10 @@ from textual.pilot import Pilot
 from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.themes import load_themes
-from tests.tui.look import colours_of, illegible, styles_of
-from tests.tui.played import BEGAN
-from tests.tui.seeing import shows, text_of, until
-from tests.tui.states import STATES_ONCE, three_runs, watching
+from tests.tui.fake_runs import BEGAN
+from tests.tui.run_states import STATES_ONCE, three_runs, watching
+from tests.tui.screen_assertions import shows, text_of, until
+from tests.tui.style_dump import colours_of, illegible, styles_of
 from tests.tui.workstation import config_folder, open_on
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_machine")]

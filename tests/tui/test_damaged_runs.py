@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from qlora_tui.tui.app import QloraApp
 from tests.runs.damage import FILES, damaged
-from tests.tui.played import TICKETS
-from tests.tui.seeing import shows
+from tests.tui.fake_runs import TICKETS
+from tests.tui.screen_assertions import shows
 from tests.tui.workstation import settle
 
 MakeApp = Callable[[], QloraApp]

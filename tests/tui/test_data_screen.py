@@ -22,9 +22,9 @@ from qlora_tui.tui.screens.data.text import row_line
 from tests.data.fake_dataset_hub import dataset_hub
 from tests.data.test_untrained_tokens import WIDTH
 from tests.data.test_untrained_tokens import model as faint_model
-from tests.tui.played import Play, play
-from tests.tui.reading import readable_model, ticket, tickets, write_rows
-from tests.tui.seeing import shows, text_of, until
+from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.sample_data import readable_model, ticket, tickets, write_rows
+from tests.tui.screen_assertions import shows, text_of, until
 from tests.tui.workstation import config_folder, open_on, settle
 
 Snapshot = Callable[..., bool]
@@ -322,7 +322,7 @@ async def test_keys_change_length_split_weight_and_what_is_learnt(model: str, he
 
 def trained_before(recipe: Recipe) -> None:
     """A run of it has finished, at 10 tokens a second."""
-    run = play(Play(state="queued", recipe=recipe))
+    run = write_fake_run(FakeRun(state="queued", recipe=recipe))
     with EventWriter(run.events_path) as log:
         log.append(Finished(at=1.0, step=9, seconds=9.0, tokens_per_s=10.0))
 

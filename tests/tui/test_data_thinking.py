@@ -8,8 +8,8 @@ from typing import Any
 
 from qlora_tui.recipe.schema import Source
 from tests.data.thinkers import SMOLLM3
-from tests.tui.reading import readable_model, write_rows
-from tests.tui.seeing import shows
+from tests.tui.sample_data import readable_model, write_rows
+from tests.tui.screen_assertions import shows
 from tests.tui.workstation import open_on
 
 

@@ -11,7 +11,7 @@ from textual.css.query import NoMatches
 from textual.pilot import WaitForScreenTimeout
 
 from qlora_tui.tui.app import QloraApp
-from tests.tui.seeing import shows, until
+from tests.tui.screen_assertions import shows, until
 
 MakeApp = Callable[[], QloraApp]
 

@@ -11,7 +11,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft, draft_path
 from qlora_tui.tui.screens.modals.draft_changed import DraftChangedScreen
 from tests.power import FaultyDisk
-from tests.tui.seeing import shows, until
+from tests.tui.screen_assertions import shows, until
 
 MakeApp = Callable[[], QloraApp]
 

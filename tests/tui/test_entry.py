@@ -8,7 +8,7 @@ from textual.pilot import Pilot
 
 from qlora_tui.tui.widgets.prompt_box import PromptBox
 from qlora_tui.tui.widgets.text_field import TextField
-from tests.tui.seeing import until
+from tests.tui.screen_assertions import until
 
 
 class Entries(App[None]):

@@ -14,9 +14,9 @@ from qlora_tui.runs.status import State
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.keymap import validate_keymap
 from qlora_tui.tui.screens.train.screen import show_run
-from tests.tui.played import BEGAN, Play, play
-from tests.tui.reading import readable_model, tickets
-from tests.tui.seeing import shows, until
+from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
+from tests.tui.sample_data import readable_model, tickets
+from tests.tui.screen_assertions import shows, until
 from tests.tui.workstation import open_on
 
 WAY_OUT = "^p Palette ? Help"
@@ -49,7 +49,9 @@ async def test_palette_and_help_are_in_view_beside_every_run(make_app: Callable[
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         for state in states:
-            run = play(Play(name=f"run-{state}", state=state, steps=0 if state == "queued" else 50))
+            run = write_fake_run(
+                FakeRun(name=f"run-{state}", state=state, steps=0 if state == "queued" else 50)
+            )
             with EventWriter(run.events_path) as log:
                 # Something for the key that mends.
                 log.append(

@@ -12,7 +12,7 @@ from bench.terminal import Terminal
 from qlora_tui import paths
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.stderr_capture import screen_on
-from tests.tui.glass import DEADLINE_S, see
+from tests.tui.terminal_emulator import DEADLINE_S, see
 
 pytestmark = pytest.mark.slow
 

@@ -26,8 +26,8 @@ from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, oth
 from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from qlora_tui.tui.system_status import SystemStatus
-from tests.tui.played import BEGAN, Play, play
-from tests.tui.seeing import shows, until
+from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
+from tests.tui.screen_assertions import shows, until
 
 MakeApp = Callable[[], QloraApp]
 READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="d.jsonl"),)))
@@ -83,7 +83,7 @@ async def test_a_run_that_was_stopped_goes_on_with_enter_until_another_recipe_is
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
-    run = play(Play(name="owls", state="stopped", steps=60, total=300, began=time.time()))
+    run = write_fake_run(FakeRun(name="owls", state="stopped", steps=60, total=300, began=time.time()))
     checkpoint = run.checkpoints_dir / "step-40"
     checkpoint.mkdir(parents=True)
     (checkpoint / "complete").touch()
@@ -101,7 +101,7 @@ async def test_a_run_that_was_stopped_goes_on_with_enter_until_another_recipe_is
 
 
 async def test_a_run_that_failed_is_told_with_its_remedy(make_app: MakeApp) -> None:
-    play(Play(name="owls", state="failed", steps=60, total=300))
+    write_fake_run(FakeRun(name="owls", state="failed", steps=60, total=300))
     async with make_app().run_test(size=(80, 24)) as pilot:
         await shows(pilot, "See what went wrong", "Close it and resume, or halve training.micro_batch_size.")
 
@@ -149,12 +149,12 @@ async def test_a_run_that_ends_is_told_to_someone_who_looks_elsewhere(
     monkeypatch.delenv("TMUX", raising=False)
     written: list[str] = []
     monkeypatch.setattr(HeadlessDriver, "write", lambda driver, data: written.append(data))
-    play(Play(name="owls", steps=200, total=300))
+    write_fake_run(FakeRun(name="owls", steps=200, total=300))
     app = make_app()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await shows(pilot, "owls", "training")
         failed = Failed(at=BEGAN + 500, title="The disk is full", what="No room for step 300.")
-        play(Play(name="owls", steps=300, total=300, state="failed", failed=failed))
+        write_fake_run(FakeRun(name="owls", steps=300, total=300, state="failed", failed=failed))
         await shows(pilot, "owls failed: The disk is full.")
         await pilot.press("6")
         await pilot.pause(0.3)
@@ -168,13 +168,13 @@ async def test_what_a_first_run_came_to_is_news_in_the_first_session_too(make_ap
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "No run yet")
-        play(Play(name="owls", state="finished", steps=300, total=300, began=time.time()))
+        write_fake_run(FakeRun(name="owls", state="finished", steps=300, total=300, began=time.time()))
         shown = await shows(pilot, "✓ owls", "Chat with the adapter")
         assert "while you were away" not in shown
 
 
 async def test_what_is_too_long_for_the_window_goes_on_under_itself(make_app: MakeApp) -> None:
-    play(Play(name="owls", state="failed", steps=120, total=640))
+    write_fake_run(FakeRun(name="owls", state="failed", steps=120, total=640))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         shown = await shows(pilot, "Out of GPU memory")
@@ -192,8 +192,10 @@ async def test_as_many_of_the_runs_before_are_shown_as_there_is_room_for(
 ) -> None:
     now = time.time()
     for number in range(30):
-        play(
-            Play(name=f"keeper-of-the-lights-{number:02}", state="finished", began=now - 9e4 * (30 - number))
+        write_fake_run(
+            FakeRun(
+                name=f"keeper-of-the-lights-{number:02}", state="finished", began=now - 9e4 * (30 - number)
+            )
         )
     async with make_app().run_test(size=size) as pilot:
         said = await shows(pilot, "keeper-of-the-lights-29", "keeper-of-the-lights-28")
@@ -210,9 +212,9 @@ async def test_a_long_reason_leaves_room_for_fewer_runs_and_nothing_moves(
 ) -> None:
     now = time.time()
     for number in range(24):
-        play(Play(name=f"run-{number:02}", state="finished", began=now - 9e4 * (30 - number)))
+        write_fake_run(FakeRun(name=f"run-{number:02}", state="finished", began=now - 9e4 * (30 - number)))
     failed = Failed(at=now - 50, title="It failed", what=" ".join(["ninechars"] * 13 + ["nine"]))
-    play(Play(name="owls", state="failed", began=now - 100, failed=failed))
+    write_fake_run(FakeRun(name="owls", state="failed", began=now - 100, failed=failed))
     app = make_app()
     async with app.run_test(size=size) as pilot:
         if size[0] < 60:
@@ -238,7 +240,7 @@ def _is_not(app: QloraApp, before: SystemStatus) -> bool:
 async def test_nothing_is_said_of_runs_and_no_step_offered_before_the_first_look(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play(Play(name="owls", state="finished"))
+    write_fake_run(FakeRun(name="owls", state="finished"))
     looking = threading.Event()
     look = system_monitor.SystemMonitor.poll
     monkeypatch.setattr(system_monitor.SystemMonitor, "poll", lambda self: looking.wait(30) and look(self))
@@ -255,7 +257,7 @@ async def test_a_queue_that_stands_still_is_started_whatever_screen_is_in_front(
 ) -> None:
     monkeypatch.setattr(system_monitor, "STALLED_S", 0.0)
     monkeypatch.setattr(system_monitor, "ensure_runner", ensure_runner)
-    run = play(Play(name="owls", state="queued", steps=0))
+    run = write_fake_run(FakeRun(name="owls", state="queued", steps=0))
     run_queue.enqueue(run)
     # A runner passes over what it cannot train, which takes no torch.
     run.recipe_path.unlink()
@@ -268,7 +270,7 @@ async def test_a_queue_that_stands_still_is_started_whatever_screen_is_in_front(
 def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_monitor, "STALLED_S", 0.0)
     monkeypatch.setattr(system_monitor, "ensure_runner", ensure_runner)
-    run = play(Play(name="owls", state="queued", steps=0))
+    run = write_fake_run(FakeRun(name="owls", state="queued", steps=0))
     run_queue.enqueue(run)
     (paths.state_dir() / "runner.log").mkdir()
     look = system_monitor.SystemMonitor()
@@ -278,18 +280,18 @@ def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.Monkey
 
 
 def test_an_older_run_that_is_resumed_or_ends_later_is_the_one_told_of() -> None:
-    older = Play(name="owls", steps=200, total=300)
-    play(Play(name="crows", state="finished", steps=300, total=300, began=BEGAN + 100))
-    run = play(older)
+    older = FakeRun(name="owls", steps=200, total=300)
+    write_fake_run(FakeRun(name="crows", state="finished", steps=300, total=300, began=BEGAN + 100))
+    run = write_fake_run(older)
     look = system_monitor.SystemMonitor()
     assert look.poll().latest == run
-    play(replace(older, state="finished", steps=300, seconds_a_step=5.0))
+    write_fake_run(replace(older, state="finished", steps=300, seconds_a_step=5.0))
     assert look.poll().latest == run
     look.close()
 
 
 async def test_no_key_is_named_that_goes_elsewhere_than_the_next_step(make_app: MakeApp) -> None:
-    play(Play(name="owls", state="lost", steps=60))
+    write_fake_run(FakeRun(name="owls", state="lost", steps=60))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         shown = await shows(pilot, "See what went wrong")
@@ -301,7 +303,7 @@ async def test_no_key_is_named_that_goes_elsewhere_than_the_next_step(make_app: 
 
 
 async def test_the_step_to_check_a_recipe_leaves_the_run_that_was_watched(make_app: MakeApp) -> None:
-    run = play(Play(name="owls", state="finished", steps=60, total=60))
+    run = write_fake_run(FakeRun(name="owls", state="finished", steps=60, total=60))
     app = make_app()
     app.workbench.replace(READY)
     async with app.run_test(size=(80, 24)) as pilot:
@@ -319,7 +321,7 @@ async def test_a_run_that_ended_while_away_is_told(
     seen = paths.state_dir() / "seen"
     seen.touch()
     os.utime(seen, (BEGAN, BEGAN))
-    play(Play(state="finished", steps=300, total=300))
+    write_fake_run(FakeRun(state="finished", steps=300, total=300))
     set_clock(BEGAN + 8000)
     async with make_app().run_test(size=(80, 24)) as pilot:
         await shows(pilot, "finished", "while you were away", "best loss", "at step", "Chat with the adapter")
@@ -328,8 +330,8 @@ async def test_a_run_that_ended_while_away_is_told(
 async def test_the_queue_and_the_run_at_work_are_shown_and_enter_watches_it(
     make_app: MakeApp, set_clock: Callable[[float], None]
 ) -> None:
-    run = play(Play(steps=120))
-    run_queue.enqueue(play(Play(name="next-one", state="queued", steps=0)))
+    run = write_fake_run(FakeRun(steps=120))
+    run_queue.enqueue(write_fake_run(FakeRun(name="next-one", state="queued", steps=0)))
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "step 120 of 3,000", "1. next-one", "Watch the run")
@@ -341,7 +343,7 @@ async def test_the_queue_and_the_run_at_work_are_shown_and_enter_watches_it(
 
 
 async def test_a_run_whose_files_are_damaged_is_still_named(make_app: MakeApp) -> None:
-    run = play(Play(state="failed", steps=20))
+    run = write_fake_run(FakeRun(state="failed", steps=20))
     run.recipe_path.write_text("lora = 3\n")
     run.status_path.write_text("{")
 

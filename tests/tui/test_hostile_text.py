@@ -19,10 +19,10 @@ from qlora_tui.tui.visible_lines import VisibleTextFilter
 from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from qlora_tui.tui.workbench import Workbench
 from tests.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
-from tests.tui.glass import see
-from tests.tui.played import Play, play
-from tests.tui.reading import readable_model, ticket, write_rows
-from tests.tui.seeing import shows, text_of
+from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.sample_data import readable_model, ticket, write_rows
+from tests.tui.screen_assertions import shows, text_of
+from tests.tui.terminal_emulator import see
 from tests.tui.workstation import open_on
 
 
@@ -80,7 +80,11 @@ def test_nothing_foreign_leaves_the_app_raw_on_any_screen(private_home: Path) ->
     Draft().save(bench, replace=True)
     states: tuple[State, ...] = ("finished", "failed", "running")
     for state in states:
-        poison_run(play(Play(name=f"run-{state}", state=state, steps=40, total=40, nan={3}, health=True)))
+        poison_run(
+            write_fake_run(
+                FakeRun(name=f"run-{state}", state=state, steps=40, total=40, nan={3}, health=True)
+            )
+        )
     size = (160, 50)
     with Terminal([sys.executable, "-m", "qlora_tui"], columns=size[0], rows=size[1]) as terminal:
         see(terminal, "Next", "␛]52;c;", size=size)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from textual.app import App, ComposeResult
 
 from qlora_tui.tui.widgets.log_tail import LogEntry, LogTail
-from tests.tui.seeing import shows, text_of, until
+from tests.tui.screen_assertions import shows, text_of, until
 
 
 class Bare(App[None]):

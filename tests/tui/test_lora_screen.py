@@ -19,7 +19,7 @@ from qlora_tui.tui.screens.lora.module_table import ModuleTable, adapter_paramet
 from qlora_tui.tui.screens.lora.target_input import parse_targets
 from qlora_tui.tui.screens.lora.totals import MemoryDeltas, difference_text, totals_text
 from qlora_tui.tui.workbench import Workbench
-from tests.tui.seeing import shows
+from tests.tui.screen_assertions import shows
 from tests.tui.workstation import config_folder, config_of, go_to, open_on, settle
 
 Snapshot = Callable[..., bool]

@@ -17,7 +17,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.screens.presets.screen import PresetsScreen
 from qlora_tui.tui.widgets.vi_list import ViList
-from tests.tui.seeing import shows
+from tests.tui.screen_assertions import shows
 from tests.tui.workstation import config_folder, open_on, settle
 
 Snapshot = Callable[..., bool]

@@ -30,8 +30,8 @@ from qlora_tui.tui.screens.runs.compare import comparison_table, differing, plot
 from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
-from tests.tui.played import BEGAN, TICKETS, Play, play
-from tests.tui.seeing import shows, style_of, text_of, until
+from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
+from tests.tui.screen_assertions import shows, style_of, text_of, until
 
 MakeApp = Callable[[], QloraApp]
 
@@ -40,9 +40,11 @@ MakeApp = Callable[[], QloraApp]
 def three_runs() -> list[RunDir]:
     wide = replace_setting(replace_setting(TICKETS, "lora.rank", 64), "training.learning_rate", 1e-4)
     return [
-        play(Play(name="tickets-a", state="finished", steps=300, total=300, began=BEGAN - 1000)),
-        play(Play(name="tickets-b", state="failed", steps=120, total=300, began=BEGAN - 2000, recipe=wide)),
-        play(Play(name="poems-c", state="lost", steps=60, total=300, began=BEGAN - 3000)),
+        write_fake_run(FakeRun(name="tickets-a", state="finished", steps=300, total=300, began=BEGAN - 1000)),
+        write_fake_run(
+            FakeRun(name="tickets-b", state="failed", steps=120, total=300, began=BEGAN - 2000, recipe=wide)
+        ),
+        write_fake_run(FakeRun(name="poems-c", state="lost", steps=60, total=300, began=BEGAN - 3000)),
     ]
 
 
@@ -65,13 +67,13 @@ def test_a_summary_is_read_again_only_when_a_file_changed(three_runs: list[RunDi
     summaries = SummaryCache()
     first = summaries.get(three_runs[0])
     assert summaries.get(three_runs[0]) is first
-    play(Play(name="tickets-a", state="stopped", steps=10, total=300))
+    write_fake_run(FakeRun(name="tickets-a", state="stopped", steps=10, total=300))
     assert summaries.get(three_runs[0]).status.state == "stopped"
 
 
 async def test_a_name_that_was_made_up_loses_its_time_before_its_words(make_app: MakeApp) -> None:
     for name in ("smollm2-135m-tickets-20261124-1609", "smollm2-135m-tickets-20261124-1609-2"):
-        play(Play(name=name, state="finished", steps=5, total=5))
+        write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
@@ -82,7 +84,9 @@ async def test_a_name_that_was_made_up_loses_its_time_before_its_words(make_app:
 
 def test_hundreds_of_runs_are_listed_at_once_and_read_in_pieces() -> None:
     for number in range(300):
-        play(Play(name=f"run-{number:03}", state="finished", steps=5, total=5, began=BEGAN + number))
+        write_fake_run(
+            FakeRun(name=f"run-{number:03}", state="finished", steps=5, total=5, began=BEGAN + number)
+        )
     summaries = SummaryCache()
     began = time.monotonic()
     listing = summaries.read_all(0.0)
@@ -103,7 +107,7 @@ def test_hundreds_of_runs_are_listed_at_once_and_read_in_pieces() -> None:
 async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
     make_app: MakeApp, capsys: pytest.CaptureFixture[str], state: State
 ) -> None:
-    run = play(Play(name="owls", steps=60, state=state))
+    run = write_fake_run(FakeRun(name="owls", steps=60, state=state))
     # As of a heartbeat before the last step.
     write_status(run, structs.replace(read_status(run), step=59, loss=9.9))
     view = RunView(run)
@@ -124,7 +128,7 @@ async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
 async def test_runs_of_one_name_are_told_apart_by_when_they_were_made(make_app: MakeApp) -> None:
     for minutes in (0, 184):
         name = f"smollm2-135m-tickets-{time.strftime('%Y%m%d-%H%M', time.localtime(BEGAN + 60 * minutes))}"
-        play(Play(name=name, state="finished", steps=5, total=5, began=BEGAN + 60 * minutes))
+        write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5, began=BEGAN + 60 * minutes))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
@@ -140,7 +144,7 @@ async def test_exact_answers_have_a_column_where_a_run_has_some(
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
         assert "exact" not in await shows(pilot, "tickets-a", "best")
-        play(Play(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97)))
+        write_fake_run(FakeRun(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97)))
         await shows(pilot, "labels", "exact", "97%")
 
 
@@ -203,7 +207,7 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
     make_app: MakeApp, three_runs: list[RunDir]
 ) -> None:
     for name in ("first", "second"):
-        run_queue.enqueue(play(Play(name=name, state="queued", steps=0, began=BEGAN - 5000)))
+        run_queue.enqueue(write_fake_run(FakeRun(name=name, state="queued", steps=0, began=BEGAN - 5000)))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
@@ -233,7 +237,9 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(
 
 
 def test_runs_on_short_answers_are_compared_by_those_that_are_exact(three_runs: list[RunDir]) -> None:
-    labels = play(Play(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97)))
+    labels = write_fake_run(
+        FakeRun(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97))
+    )
     assert "exact answers" not in comparison_table([read(run) for run in three_runs], 100).plain
     shown = comparison_table([read(labels), read(three_runs[0])], 100).plain
     assert "exact answers" in shown and "97%, base 12%" in shown
@@ -280,7 +286,7 @@ async def test_with_nothing_deleted_u_takes_back_a_change_of_the_recipe(make_app
 
 @pytest.mark.parametrize("state", ["running", "queued"])
 async def test_a_run_that_is_not_over_is_not_deleted(make_app: MakeApp, state: State) -> None:
-    run = play(Play(steps=20, state=state))
+    run = write_fake_run(FakeRun(steps=20, state=state))
     if state == "queued":
         run_queue.enqueue(run)
     app = make_app()
@@ -367,7 +373,7 @@ async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_ru
 
 
 async def test_a_damaged_run_is_listed_and_named_when_it_is_used(make_app: MakeApp) -> None:
-    run = play(Play(name="damaged", state="stopped", steps=20))
+    run = write_fake_run(FakeRun(name="damaged", state="stopped", steps=20))
     run.recipe_path.write_text("lora = 3\n")
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
@@ -379,7 +385,9 @@ async def test_a_damaged_run_is_listed_and_named_when_it_is_used(make_app: MakeA
 
 def test_a_second_look_at_many_runs_asks_the_disk_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(40):
-        play(Play(name=f"run-{number:02}", state="finished", steps=5, total=5, began=BEGAN + number))
+        write_fake_run(
+            FakeRun(name=f"run-{number:02}", state="finished", steps=5, total=5, began=BEGAN + number)
+        )
     summaries, monitor = SummaryCache(), SystemMonitor()
     while not summaries.read_all(5.0).complete:
         pass

@@ -13,8 +13,8 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.screens.train.run_header import title
-from tests.tui.played import Play, play
-from tests.tui.seeing import shows
+from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.screen_assertions import shows
 
 MakeApp = Callable[[], QloraApp]
 
@@ -24,7 +24,7 @@ async def test_a_silent_trainer_is_said_not_to_respond(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setattr(liveness, "SILENT_S", 30.0)
-    play(Play(name="tickets", state="running", steps=60, total=300))
+    write_fake_run(FakeRun(name="tickets", state="running", steps=60, total=300))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await app.switch_mode(mode)
@@ -33,6 +33,6 @@ async def test_a_silent_trainer_is_said_not_to_respond(
 
 def test_a_suspended_runner_is_said_of_a_run_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "describe_runner", lambda: "The runner is suspended.")
-    run = play(Play(name="tickets", state="queued"))
+    run = write_fake_run(FakeRun(name="tickets", state="queued"))
     snapshot = cast(RunSnapshot, SimpleNamespace(view=RunView(run), status=status.read_status(run)))
     assert "The runner is suspended." in title(snapshot).plain

@@ -16,10 +16,10 @@ from textual.pilot import Pilot
 from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import run_follower
-from tests.tui.played import BEGAN, play
-from tests.tui.recorded import ENDED, recorded_run
-from tests.tui.seeing import shows
-from tests.tui.states import STATES, STATES_ONCE, three_runs, watching
+from tests.tui.fake_runs import BEGAN, write_fake_run
+from tests.tui.recorded_runs import ENDED, recorded_run
+from tests.tui.run_states import STATES, STATES_ONCE, three_runs, watching
+from tests.tui.screen_assertions import shows
 
 pytestmark = pytest.mark.usefixtures("same_machine")
 Snap = Callable[..., bool]
@@ -30,7 +30,7 @@ SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=["80x24", "12
 @pytest.mark.parametrize("state", STATES)
 def test_a_run(snap_compare: Snap, state: str, size: tuple[int, int]) -> None:
     what, keys = STATES[state]
-    run = play(what)
+    run = write_fake_run(what)
     assert snap_compare(QloraApp(), terminal_size=size, run_before=watching(run, keys=keys))
 
 

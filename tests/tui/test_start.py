@@ -14,8 +14,8 @@ from textual.css.parse import parse
 from bench.terminal import Terminal
 from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
-from tests.tui.glass import see
-from tests.tui.seeing import shows
+from tests.tui.screen_assertions import shows
+from tests.tui.terminal_emulator import see
 
 APP = [sys.executable, "-m", "qlora_tui"]
 LATER = ("qlora_tui.recipe", "qlora_tui.catalog", "qlora_tui.memory", "qlora_tui.runs", "psutil", "pynvml")

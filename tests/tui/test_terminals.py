@@ -14,9 +14,9 @@ import pytest
 from bench.terminal import Terminal
 from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
-from tests.tui.glass import DEADLINE_S, Glass, see
-from tests.tui.played import Play, play
-from tests.tui.seeing import shows
+from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.screen_assertions import shows
+from tests.tui.terminal_emulator import DEADLINE_S, Glass, see
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ VISITED = [
 
 
 def test_what_is_sent_piece_by_piece_is_what_a_whole_repaint_shows() -> None:
-    run = play(Play(state="finished", steps=300, total=300))
+    run = write_fake_run(FakeRun(state="finished", steps=300, total=300))
     with Terminal(APP, columns=100, rows=30) as terminal:
         size = (100, 30)
         see(terminal, run.id, "Next", size=size)
@@ -94,7 +94,7 @@ def test_what_a_library_writes_to_descriptor_2_goes_to_the_log_and_not_over_the_
 
 
 def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
-    run = play(Play(state="finished", steps=300, total=300))
+    run = write_fake_run(FakeRun(state="finished", steps=300, total=300))
     with Terminal(APP, env={"TERM": "linux"}) as terminal:
         see(terminal, run.id)
         for key, shows in [

@@ -8,8 +8,8 @@ from textual.color import Color
 from qlora_tui import paths
 from qlora_tui.settings import Settings
 from qlora_tui.tui.themes import load_themes
-from tests.tui.look import LEAST_CONTRAST, contrast
-from tests.tui.seeing import shows, until
+from tests.tui.screen_assertions import shows, until
+from tests.tui.style_dump import LEAST_CONTRAST, contrast
 from tests.tui.workstation import config_folder, open_on
 
 TEXT = ("foreground", "primary", "secondary", "warning", "error", "success", "accent")

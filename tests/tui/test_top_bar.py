@@ -8,8 +8,8 @@ from qlora_tui.runs.status import Status
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.top_bar import TopBar
 from tests.gpu.nvml_stub import install_nvml_stub
-from tests.tui.played import Play, play
-from tests.tui.seeing import shows, text_of
+from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.screen_assertions import shows, text_of
 from tests.tui.workstation import open_on, open_with_card
 
 
@@ -27,7 +27,7 @@ async def test_the_line_never_wraps_and_the_map_is_whole(width: int) -> None:
 
 async def test_the_run_and_the_card_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvml_stub(monkeypatch, "card")
-    play(Play(steps=1240))
+    write_fake_run(FakeRun(steps=1240))
     async with open_with_card("memory", model="").run_test(size=(160, 40)) as pilot:
         first = (await shows(pilot, "● 1,240/3,000 loss", "RTX 4090")).splitlines()[0]
         assert first.rstrip().endswith("°")
@@ -35,7 +35,7 @@ async def test_the_run_and_the_card_are_told(monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_in_a_narrow_window_the_least_important_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvml_stub(monkeypatch, "card")
-    play(Play(steps=1240))
+    write_fake_run(FakeRun(steps=1240))
     async with open_with_card("memory", model="").run_test(size=(80, 24)) as pilot:
         first = (await shows(pilot, "● 1,240/3,000")).splitlines()[0]
         assert "RTX" not in first

@@ -25,10 +25,10 @@ from qlora_tui.tui.screens.train.run_follower import RunFollower
 from qlora_tui.tui.screens.train.run_header import facts
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from qlora_tui.tui.widgets.settings_form import SettingsForm
-from tests.tui.played import BEGAN, TICKETS, Play, play
-from tests.tui.reading import readable_model
-from tests.tui.recorded import recorded_run
-from tests.tui.seeing import shows, text_of, until
+from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
+from tests.tui.recorded_runs import recorded_run
+from tests.tui.sample_data import readable_model
+from tests.tui.screen_assertions import shows, text_of, until
 
 MakeApp = Callable[[], QloraApp]
 SetClock = Callable[[float], None]
@@ -47,7 +47,7 @@ async def watching(app: QloraApp, run: RunDir) -> TrainScreen:
 async def test_a_run_at_work_is_shown_from_its_files_and_followed(
     make_app: MakeApp, set_clock: SetClock
 ) -> None:
-    run = play(Play(steps=100))
+    run = write_fake_run(FakeRun(steps=100))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
@@ -59,7 +59,7 @@ async def test_a_run_at_work_is_shown_from_its_files_and_followed(
 
 
 async def test_exact_answers_have_room_beside_best_and_last_loss(make_app: MakeApp) -> None:
-    run = play(Play(steps=2640, exact=(0.12, 0.97)))
+    run = write_fake_run(FakeRun(steps=2640, exact=(0.12, 0.97)))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
@@ -67,7 +67,7 @@ async def test_exact_answers_have_room_beside_best_and_last_loss(make_app: MakeA
 
 
 async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> None:
-    run = play(Play(steps=100, state="lost"))
+    run = write_fake_run(FakeRun(steps=100, state="lost"))
     follower = RunFollower(run)
     assert follower.poll().step == 100
     with EventWriter(run.events_path) as log:
@@ -86,7 +86,7 @@ async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> N
 
 
 def test_a_run_that_goes_on_where_it_was_paused_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = play(Play(steps=100, state="paused"))
+    run = write_fake_run(FakeRun(steps=100, state="paused"))
     follower = RunFollower(run)
     follower.poll()
     monkeypatch.setattr(RunFollower, "_open", lambda self: pytest.fail("it was read again"))
@@ -101,7 +101,7 @@ def test_a_long_run_that_is_followed_on_is_drawn_as_evenly_as_when_it_was_opened
 ) -> None:
     monkeypatch.setattr(run_follower, "LONG_BYTES", 1 << 20)
     monkeypatch.setattr(run_follower, "_SAMPLE_STEPS", 100)
-    run = play(Play(steps=10, total=200_000))
+    run = write_fake_run(FakeRun(steps=10, total=200_000))
     follower = RunFollower(run)
     with EventWriter(run.events_path) as log:
         for step in range(11, 20_001):
@@ -123,7 +123,7 @@ def test_a_long_run_that_is_followed_on_is_drawn_as_evenly_as_when_it_was_opened
 
 async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeApp) -> None:
     training = structs.replace(TICKETS.training, sample_prompts=("Where is it?",))
-    run = play(Play(steps=50, recipe=structs.replace(TICKETS, training=training)))
+    run = write_fake_run(FakeRun(steps=50, recipe=structs.replace(TICKETS, training=training)))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
@@ -140,7 +140,7 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeA
 
 
 async def test_a_learning_rate_is_checked_before_it_is_sent(make_app: MakeApp) -> None:
-    run = play(Play(steps=50))
+    run = write_fake_run(FakeRun(steps=50))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
@@ -155,7 +155,7 @@ async def test_a_learning_rate_is_checked_before_it_is_sent(make_app: MakeApp) -
 
 
 async def test_keys_that_mean_nothing_now_do_nothing(make_app: MakeApp) -> None:
-    run = play(Play(state="finished", steps=60, total=60))
+    run = write_fake_run(FakeRun(state="finished", steps=60, total=60))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
@@ -170,7 +170,7 @@ async def test_a_paused_run_is_queued_again_with_r(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
-    run = play(Play(state="paused", steps=60))
+    run = write_fake_run(FakeRun(state="paused", steps=60))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
@@ -183,7 +183,7 @@ async def test_a_paused_run_is_queued_again_with_r(
 
 
 async def test_the_texts_are_gone_through_with_tab_and_searched(make_app: MakeApp) -> None:
-    run = play(Play(steps=450, nan=range(300, 303), health=True))
+    run = write_fake_run(FakeRun(steps=450, nan=range(300, 303), health=True))
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
@@ -204,7 +204,7 @@ async def test_the_texts_are_gone_through_with_tab_and_searched(make_app: MakeAp
 
 
 async def test_what_is_left_out_of_the_log_is_said_in_a_narrow_window_too(make_app: MakeApp) -> None:
-    run = play(Play(steps=450, health=True))
+    run = write_fake_run(FakeRun(steps=450, health=True))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
@@ -216,7 +216,10 @@ async def test_what_is_left_out_of_the_log_is_said_in_a_narrow_window_too(make_a
 
 
 async def test_the_log_of_another_run_is_shown_whole(make_app: MakeApp) -> None:
-    first, second = play(Play(steps=50)), play(Play(name="second", steps=450, began=BEGAN - 9000))
+    first, second = (
+        write_fake_run(FakeRun(steps=50)),
+        write_fake_run(FakeRun(name="second", steps=450, began=BEGAN - 9000)),
+    )
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         screen = await watching(app, first)
@@ -229,7 +232,7 @@ async def test_the_log_of_another_run_is_shown_whole(make_app: MakeApp) -> None:
 
 
 async def test_the_graph_is_zoomed_to_the_end_of_the_run(make_app: MakeApp) -> None:
-    run = play(Play(steps=1240))
+    run = write_fake_run(FakeRun(steps=1240))
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
@@ -243,8 +246,8 @@ async def test_the_graph_is_zoomed_to_the_end_of_the_run(make_app: MakeApp) -> N
 
 
 async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
-    run = play(Play(steps=50))
-    play(Play(name="older-run", state="failed", steps=20, began=BEGAN - 9000))
+    run = write_fake_run(FakeRun(steps=50))
+    write_fake_run(FakeRun(name="older-run", state="failed", steps=20, began=BEGAN - 9000))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
@@ -255,9 +258,11 @@ async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
 
 
 async def test_the_last_of_many_runs_is_in_sight_when_the_cursor_is_on_it(make_app: MakeApp) -> None:
-    run = play(Play(steps=50))
+    run = write_fake_run(FakeRun(steps=50))
     for number in range(29):
-        play(Play(name=f"older-{number:02}", state="finished", steps=3, began=BEGAN - 9000 - 60 * number))
+        write_fake_run(
+            FakeRun(name=f"older-{number:02}", state="finished", steps=3, began=BEGAN - 9000 - 60 * number)
+        )
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
@@ -268,7 +273,7 @@ async def test_the_last_of_many_runs_is_in_sight_when_the_cursor_is_on_it(make_a
 
 
 async def test_a_run_that_failed_before_its_first_step_is_not_shown_as_complete(make_app: MakeApp) -> None:
-    run = play(Play(state="failed", steps=0))
+    run = write_fake_run(FakeRun(state="failed", steps=0))
     with EventWriter(run.events_path) as log:
         log.append(Progress(at=BEGAN, phase="tokenizing", done=100, total=100))
     app = make_app()
@@ -279,7 +284,7 @@ async def test_a_run_that_failed_before_its_first_step_is_not_shown_as_complete(
 
 
 async def test_a_run_deleted_while_it_is_watched_is_said_and_others_are_offered(make_app: MakeApp) -> None:
-    run = play(Play(name="owls", state="stopped", steps=50))
+    run = write_fake_run(FakeRun(name="owls", state="stopped", steps=50))
     app = make_app()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await watching(app, run)
@@ -291,8 +296,8 @@ async def test_a_run_deleted_while_it_is_watched_is_said_and_others_are_offered(
 
 
 async def test_after_a_deletion_key_5_shows_the_run_at_work(make_app: MakeApp) -> None:
-    old = play(Play(name="old", state="stopped", steps=50, began=BEGAN - 9000))
-    at_work = play(Play(steps=60))
+    old = write_fake_run(FakeRun(name="old", state="stopped", steps=50, began=BEGAN - 9000))
+    at_work = write_fake_run(FakeRun(steps=60))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, old)
@@ -426,7 +431,7 @@ def test_a_progress_bar_in_the_output_is_shown_in_its_last_state() -> None:
 
 
 async def test_the_log_is_at_its_end_for_who_comes_back_to_it(make_app: MakeApp) -> None:
-    run = play(Play(steps=2))
+    run = write_fake_run(FakeRun(steps=2))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
@@ -440,7 +445,7 @@ async def test_the_log_is_at_its_end_for_who_comes_back_to_it(make_app: MakeApp)
 
 
 def test_a_run_of_hundreds_of_thousands_of_steps_is_held_as_a_sample() -> None:
-    run = play(Play(steps=10, total=200_000))
+    run = write_fake_run(FakeRun(steps=10, total=200_000))
     with EventWriter(run.events_path) as log:
         for step in range(11, 60_001):
             log.append(_step(step, loss=None if step == 30_000 else 2.0))
@@ -457,7 +462,7 @@ def test_a_run_of_hundreds_of_thousands_of_steps_is_held_as_a_sample() -> None:
 
 
 def test_a_run_that_is_watched_for_weeks_is_drawn_whole_and_held_in_little() -> None:
-    run = play(Play(steps=10, total=200_000))
+    run = write_fake_run(FakeRun(steps=10, total=200_000))
     follower = RunFollower(run)
     with EventWriter(run.events_path) as log:
         for step in range(11, 12_001):
@@ -477,7 +482,7 @@ def test_a_run_that_is_watched_for_weeks_is_drawn_whole_and_held_in_little() -> 
 
 
 async def test_m_asks_the_trainer_for_half_the_rate_where_the_gradient_explodes(make_app: MakeApp) -> None:
-    run = play(Play(steps=50))
+    run = write_fake_run(FakeRun(steps=50))
     with EventWriter(run.events_path) as log:
         log.append(_health("exploding_gradient", "Lower training.learning_rate."))
     app = make_app()
@@ -492,7 +497,7 @@ async def test_m_asks_the_trainer_for_half_the_rate_where_the_gradient_explodes(
 
 
 async def test_m_prepares_a_smaller_run_after_one_that_had_no_room(make_app: MakeApp) -> None:
-    run = play(Play(steps=50, state="failed"))
+    run = write_fake_run(FakeRun(steps=50, state="failed"))
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         before = app.workbench.recipe
@@ -529,7 +534,7 @@ def _health(kind: str, remedy: str) -> Health:
 
 
 async def test_lines_of_another_version_are_said_and_passed_over(make_app: MakeApp) -> None:
-    run = play(Play(steps=50))
+    run = write_fake_run(FakeRun(steps=50))
     with run.events_path.open("ab") as file:
         file.write(b'{"event":"teleported","at":1}\n')
     app = make_app()
@@ -564,7 +569,7 @@ def test_every_step_of_a_recorded_real_run_is_there_once() -> None:
     [(57, 0.0, "epoch 0/0.057"), (57, 0.01234, "epoch 0.012/0.057"), (2000, 1.3333, "epoch 1.33/2")],
 )
 def test_epochs_are_told_in_two_or_three_digits(total: int, now: float, says: str) -> None:
-    picture = RunFollower(play(Play(steps=2))).poll()
+    picture = RunFollower(write_fake_run(FakeRun(steps=2))).poll()
     assert picture.view.data is not None
     picture.view.data = structs.replace(picture.view.data, steps_per_epoch=1000, total_steps=total)
     assert says in facts(replace(picture, epoch=now), BEGAN + 60)

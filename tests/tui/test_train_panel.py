@@ -12,7 +12,7 @@ from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.telemetry import Sample, encode
 from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.gpu_panel import GpuPanel, MachineState
-from tests.tui.played import GIB, Play, play
+from tests.tui.fake_runs import GIB, FakeRun, write_fake_run
 
 CARD = GpuMetrics(
     at=100.0,
@@ -78,7 +78,7 @@ def test_without_a_card_the_trainer_and_its_share_of_the_machine_are_shown() -> 
 
 
 def test_energy_is_summed_over_what_the_card_told_and_not_over_pauses() -> None:
-    run = play(Play(steps=0))
+    run = write_fake_run(FakeRun(steps=0))
     seconds = [*range(100), *range(5000, 5100)]
     run.telemetry_path.write_bytes(
         b"".join(encode(sample(float(s), power_w=360.0)) for s in seconds) + b"{torn"
@@ -97,7 +97,7 @@ def test_the_energy_of_a_week_is_told_once_it_is_read_and_holds_up_no_look(
 ) -> None:
     monkeypatch.setattr(energy, "_CHUNK_BYTES", 1000)
     monkeypatch.setattr(energy, "MAX_CHUNKS", 2)
-    run = play(Play(steps=0))
+    run = write_fake_run(FakeRun(steps=0))
     run.telemetry_path.write_bytes(b"".join(encode(sample(float(s), power_w=360.0)) for s in range(20)))
     meter = EnergyMeter(run.telemetry_path)
     meter.read()
@@ -108,7 +108,7 @@ def test_the_energy_of_a_week_is_told_once_it_is_read_and_holds_up_no_look(
 
 
 def test_no_power_told_is_no_energy_told() -> None:
-    run = play(Play(steps=0))
+    run = write_fake_run(FakeRun(steps=0))
     run.telemetry_path.write_bytes(b"".join(encode(sample(float(s), power_w=None)) for s in range(9)))
     meter = EnergyMeter(run.telemetry_path)
     meter.read()

@@ -9,9 +9,9 @@ import pytest
 
 from bench.terminal import Terminal
 from qlora_tui import paths
-from tests.tui.glass import Glass, see
-from tests.tui.played import BEGAN, Play, play
-from tests.waiting import wait_for
+from tests.polling import wait_for
+from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
+from tests.tui.terminal_emulator import Glass, see
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ VISITED = [
 
 @pytest.mark.parametrize("how", [{"NO_COLOR": "1"}, {"TERM": "vt100"}], ids=["NO_COLOR", "vt100"])
 def test_no_colour_is_sent_from_any_screen(how: dict[str, str]) -> None:
-    play(Play(state="failed", steps=120, total=300))
+    write_fake_run(FakeRun(state="failed", steps=120, total=300))
     (paths.config_dir() / "config.toml").write_text('theme = "paper"\n')
     with Terminal(APP, env=how) as terminal:
         for key, shown in VISITED:
@@ -48,8 +48,8 @@ def test_no_colour_is_sent_from_any_screen(how: dict[str, str]) -> None:
 
 
 def test_cursor_selection_and_fields_are_told_by_attributes() -> None:
-    play(Play(name="first", state="failed", steps=120, total=300, began=BEGAN - 1000))
-    play(Play(name="second", state="finished", steps=300, total=300))
+    write_fake_run(FakeRun(name="first", state="failed", steps=120, total=300, began=BEGAN - 1000))
+    write_fake_run(FakeRun(name="second", state="finished", steps=300, total=300))
     with Terminal(APP, env={"NO_COLOR": "1"}) as terminal:
 
         def styled(text: str) -> set[str]:

@@ -17,7 +17,7 @@ from qlora_tui.tui import app as app_module
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.workbench import Workbench
-from tests.tui.seeing import shows
+from tests.tui.screen_assertions import shows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

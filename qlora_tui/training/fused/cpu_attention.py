@@ -176,16 +176,16 @@ def _sample_backward(
             x[:, :, start:end].reshape(kv_heads, group * (end - start), -1) for x in (q, grad)
         )
         # beta=0: the placeholder is ignored, so this is alpha · (q kᵀ) in one operation.
-        weights = torch.baddbmm(placeholder, block_q, k[:, :end].transpose(1, 2), beta=0, alpha=scale).exp_()
-        weights.view(kv_heads, group, end - start, end)[..., start:].tril_()
-        block_grad_v = torch.bmm(weights.transpose(1, 2), block_grad[..., :width])
-        scores = torch.bmm(block_grad, v[:, :end].transpose(1, 2)).mul_(weights)
-        block_grad_q = torch.bmm(scores, centered_k[:, :end]).view(kv_heads, group, end - start, width)
+        probs = torch.baddbmm(placeholder, block_q, k[:, :end].transpose(1, 2), beta=0, alpha=scale).exp_()
+        probs.view(kv_heads, group, end - start, end)[..., start:].tril_()
+        block_grad_v = torch.bmm(probs.transpose(1, 2), block_grad[..., :width])
+        grad_scores = torch.bmm(block_grad, v[:, :end].transpose(1, 2)).mul_(probs)
+        block_grad_q = torch.bmm(grad_scores, centered_k[:, :end]).view(kv_heads, group, end - start, width)
         valid_tokens = min(end, tokens) - start
         torch.mul(block_grad_q[:, :, :valid_tokens], scale, out=grad_q[:, :, start : start + valid_tokens])
-        block_grad_k = torch.bmm(scores.transpose(1, 2), block_q[..., :width])
+        block_grad_k = torch.bmm(grad_scores.transpose(1, 2), block_q[..., :width])
         # Otherwise they would stay in memory beside those of the next block.
-        del weights, scores, block_grad_q
+        del probs, grad_scores, block_grad_q
         if sum_k is None or sum_v is None:
             sum_k, sum_v = block_grad_k, block_grad_v
         else:

@@ -10,14 +10,17 @@ Shapes of SmolLM2-135M's ``gate_proj`` at rank 16, for a packed row of 100 token
     x     (1, 100, 576)     saved as it is, shared with up_proj
     A     (16, 576)         fp32, like B: small updates would vanish in 16 bits
     B     (1536, 16)
-    xa    (100, 16)         dropout(x) · Aᵀ, saved: 16 numbers per token
-    out   (1, 100, 1536)    W x, into which scale · xa · Bᵀ is added in place
+    xa    (100, 16)         (mask ⊙ x) · Aᵀ, saved: 16 numbers per token
+    out   (1, 100, 1536)    x · Wᵀ, into which scale · xa · Bᵀ is added in place
 
     backward, for grad (100, 1536):
     grad_xa  (100, 16)      scale · grad · B
     grad_B   (1536, 16)     scale · gradᵀ · xa
-    grad_A   (16, 576)      grad_xaᵀ · dropout(x)
+    grad_A   (16, 576)      grad_xaᵀ · (mask ⊙ x)
     grad_x   (100, 576)     grad · W, into which grad_xa · A is added in place; W is dequantized for it
+
+The mask is that of dropout, all ones without it. It is not rescaled: ``scale`` holds 1 / (1 - p). With
+dropout grad_xa · A is masked first, and so not added in place.
 """
 
 from __future__ import annotations

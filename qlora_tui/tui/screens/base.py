@@ -36,7 +36,7 @@ class CancelsWorkersFirst(Widget):
 
 
 class WorkScreen(CancelsWorkersFirst, Screen[None]):
-    """A numbered screen. Subclasses give ``MODE``, ``ACTION_NAMES`` and ``compose_body``.
+    """A numbered screen. Subclasses define ``MODE``, ``ACTIONS`` and ``compose_body``.
 
     Textual calls the ``on_mount`` and ``on_screen_resume`` of every class of a screen, this one's last: a
     subclass that called ``super()`` would run them twice and hear of every change twice.

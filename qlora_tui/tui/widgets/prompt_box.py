@@ -52,7 +52,7 @@ class PromptBox(OwnKeysFirst, TextArea):
         self.highlight_cursor_line = False
 
     def action_send(self) -> None:
-        """Give the text away."""
+        """Post ``Sent`` and clear the field."""
         text = self.text.strip()
         if text:
             self.text = ""

@@ -91,7 +91,7 @@ class ChatController(WorkScreen):
     def confirm_shared_memory(
         self, proceed: Callable[[], object], cancel: Callable[[], object] = lambda: None
     ) -> None:
-        """Load only with the user's word while a run has the memory: ``go`` or ``else_`` is called."""
+        """Ask before loading while a run is active; then call ``proceed`` or ``cancel``."""
         active = self.qlora_app.system_status.active
         if (
             self.ready is not None

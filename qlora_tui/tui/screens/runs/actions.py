@@ -37,7 +37,7 @@ class RunActions(WorkScreen):
 
     @abstractmethod
     def refresh_runs(self) -> None:
-        """Something about the runs has changed."""
+        """Reload the run list."""
 
     async def action_rerun(self) -> None:
         """Take the run's recipe to the workbench."""

@@ -82,7 +82,7 @@ class RunsScreen(RunActions):
             await show_run(self.qlora_app, self.current.run)
 
     def action_mark(self) -> None:
-        """Choose the run for a comparison, or no longer."""
+        """Toggle the run's mark for a comparison."""
         if self.current is None:
             return
         name = self.current.id
@@ -152,7 +152,7 @@ class RunsScreen(RunActions):
         """Read the runs again, unless that is being done."""
         if not self._reading and self.is_current:
             self._reading = True
-            self.run_worker(DeferredWork(self._read_runs), group="look")
+            self.run_worker(DeferredWork(self._read_runs), group="poll")
 
     async def _read_runs(self) -> None:
         try:

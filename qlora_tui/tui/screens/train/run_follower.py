@@ -156,7 +156,7 @@ class RunFollower:
         self._downsampled: _DownsampledRun | None = None
         self._entries: list[LogEntry] = []
         self._event_count = 0
-        """Events but steps that were read so far."""
+        """Events read so far, without the steps."""
         self._unknown_count = 0
         self._phases = PhaseFilter()
         self._recipe = _recipe(run)
@@ -170,16 +170,16 @@ class RunFollower:
         self._recent.extend(self._telemetry.poll())
         self._energy.read()
         self._output.read()
-        thinned, events = self._read()
-        self._downsampled = thinned
+        downsampled, events = self._read()
+        self._downsampled = downsampled
         self._event_count += len(events)
         fresh = (event for event in events if self._phases.is_new(event))
-        self._entries += _entries(fresh, thinned.view.total_steps)
-        self._report_unknown(thinned.view)
+        self._entries += _entries(fresh, downsampled.view.total_steps)
+        self._report_unknown(downsampled.view)
         # A new list, so that whoever shows the old one sees that it was replaced.
         if len(self._entries) > 2 * _MOST_ENTRIES:
             self._entries = self._entries[-_MOST_ENTRIES:]
-        return self._snapshot(thinned)
+        return self._snapshot(downsampled)
 
     def _read(self) -> tuple[_DownsampledRun, list[AnyEvent]]:
         """Read the run, and return the new events except steps."""
@@ -189,8 +189,8 @@ class RunFollower:
         events = self._downsampled.read()
         if any(isinstance(event, Started) and event.resumed_from_step < before for event in events):
             # This attempt does steps again that are thinned already.
-            thinned, all_events = self._open()
-            return thinned, all_events[self._event_count :]
+            downsampled, all_events = self._open()
+            return downsampled, all_events[self._event_count :]
         return self._downsampled, events
 
     def _report_unknown(self, view: RunView) -> None:
@@ -199,20 +199,20 @@ class RunFollower:
             self._entries.append(LogEntry(view.status.at, "warning", unknown_lines(view.unknown_events)))
 
     def _open(self) -> tuple[_DownsampledRun, list[AnyEvent]]:
-        """The run from its beginning, and its events but steps."""
+        """Read the run from its beginning; return it and its events without the steps."""
         path = self.run.events_path
         if not path.exists() or path.stat().st_size <= LONG_BYTES:
-            thinned = _DownsampledRun(RunView(self.run))
-            return thinned, thinned.read()
+            downsampled = _DownsampledRun(RunView(self.run))
+            return downsampled, downsampled.read()
         view, events = RunView.from_sample(self.run, _SAMPLE_STEPS)
-        thinned = _DownsampledRun(view)
-        thinned.add_steps()
+        downsampled = _DownsampledRun(view)
+        downsampled.add_steps()
         # So that the steps to come are drawn as densely as those of the sample.
-        thinned.one_in = max(1, round(thinned.last_step / max(1, len(thinned.history))))
-        return thinned, _without_steps(events)
+        downsampled.one_in = max(1, round(downsampled.last_step / max(1, len(downsampled.history))))
+        return downsampled, _without_steps(events)
 
-    def _snapshot(self, thinned: _DownsampledRun) -> RunSnapshot:
-        view = thinned.view
+    def _snapshot(self, downsampled: _DownsampledRun) -> RunSnapshot:
+        view = downsampled.view
         series = view.series
         last = (
             (series.learning_rate[-1], series.grad_norm[-1], series.tokens_per_s[-1])
@@ -222,10 +222,10 @@ class RunFollower:
         return RunSnapshot(
             view=view,
             status=view.status,
-            curves=thinned.curves(self.from_step),
+            curves=downsampled.curves(self.from_step),
             step=view.step,
             epoch=series.epoch[-1] if len(series) else 0.0,
-            losses=(view.loss, thinned.smoother.mean if len(thinned.history) else None),
+            losses=(view.loss, downsampled.smoother.mean if len(downsampled.history) else None),
             last=last,
             evaluations=tuple(view.evaluations),
             best=view.best,
@@ -237,7 +237,7 @@ class RunFollower:
             energy_kwh=self._energy.kwh,
             seconds_left=view.seconds_left,
             fix=suggest_fix(view.status.state, view.health, view.ending, self._recipe),
-            one_in=thinned.one_in,
+            one_in=downsampled.one_in,
         )
 
 

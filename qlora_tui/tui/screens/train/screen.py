@@ -292,7 +292,7 @@ class TrainScreen(WorkScreen):
     def _start_poll(self) -> None:
         if self._follower is not None and not self._polling and self.is_current:
             self._polling = True
-            self.run_worker(DeferredWork(self._poll, self._follower), group="look")
+            self.run_worker(DeferredWork(self._poll, self._follower), group="poll")
 
     async def _poll(self, follower: RunFollower) -> None:
         step = self._snapshot.step if self._snapshot else 0

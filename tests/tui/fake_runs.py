@@ -57,7 +57,7 @@ TICKETS = Recipe(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Play:
+class FakeRun:
     """What the run was like."""
 
     name: str = "qwen2.5-7b-tickets-20261123-0212"
@@ -76,7 +76,7 @@ class Play:
     """Share of exact answers before training and at its end, for short-answer data."""
 
 
-def play(what: Play) -> RunDir:
+def write_fake_run(what: FakeRun) -> RunDir:
     """Write the run's directory."""
     run = RunDir(private_dir(paths.runs_dir() / what.name))
     run.recipe_path.write_text(dump(what.recipe))
@@ -93,19 +93,19 @@ def play(what: Play) -> RunDir:
     return run
 
 
-def _at(what: Play, step: float) -> float:
+def _at(what: FakeRun, step: float) -> float:
     return what.began + 40 + step * what.seconds_a_step
 
 
-def _loss(what: Play, step: int) -> float:
+def _loss(what: FakeRun, step: int) -> float:
     return 1.22 + 1.5 * math.exp(-step / (what.total / 9))
 
 
-def _accuracy(what: Play, step: int) -> float | None:
+def _accuracy(what: FakeRun, step: int) -> float | None:
     return what.exact and what.exact[0] + (what.exact[1] - what.exact[0]) * step / what.total
 
 
-def _events(what: Play) -> list[AnyEvent]:
+def _events(what: FakeRun) -> list[AnyEvent]:
     began = what.began
     events: list[AnyEvent] = [Queued(at=began)]
     if what.state == "queued":
@@ -151,7 +151,7 @@ def _events(what: Play) -> list[AnyEvent]:
     return events + _steps(what) + [e for e in [_ending(what)] if e is not None]
 
 
-def _steps(what: Play) -> list[AnyEvent]:
+def _steps(what: FakeRun) -> list[AnyEvent]:
     luck = random.Random(what.seed)
     every = max(1, what.total // 15)
     events: list[AnyEvent] = []
@@ -187,7 +187,7 @@ def _steps(what: Play) -> list[AnyEvent]:
     return events
 
 
-def _milestone(what: Play, step: int) -> list[AnyEvent]:
+def _milestone(what: FakeRun, step: int) -> list[AnyEvent]:
     at = _at(what, step) + 0.5
     best = 14 * (what.total // 15) >= step
     worse = 0.0 if step <= what.total // 2 else 0.00012 * (step - what.total / 2)
@@ -209,7 +209,7 @@ def _milestone(what: Play, step: int) -> list[AnyEvent]:
     ]
 
 
-def _ending(what: Play) -> RunEnded | None:
+def _ending(what: FakeRun) -> RunEnded | None:
     at = _at(what, what.steps) + 2
     match what.state:
         case "finished":
@@ -232,7 +232,7 @@ def _ending(what: Play) -> RunEnded | None:
             return None
 
 
-def _status(what: Play) -> Status:
+def _status(what: FakeRun) -> Status:
     process = None
     if what.state in ("starting", "running"):
         process = process_identity()
@@ -255,13 +255,13 @@ def _status(what: Play) -> Status:
     )
 
 
-def _telemetry(what: Play) -> list[Sample]:
+def _telemetry(what: FakeRun) -> list[Sample]:
     luck = random.Random(what.seed)
     end = _at(what, what.steps)
     return [_sample(what, end - 239 + second, luck) for second in range(240)]
 
 
-def _sample(what: Play, at: float, luck: random.Random) -> Sample:
+def _sample(what: FakeRun, at: float, luck: random.Random) -> Sample:
     card = GpuMetrics(
         at=at,
         index=0,
@@ -284,7 +284,7 @@ def _sample(what: Play, at: float, luck: random.Random) -> Sample:
     )
 
 
-def _output(what: Play) -> list[str]:
+def _output(what: FakeRun) -> list[str]:
     return [
         "02:13:22 loading: Qwen/Qwen2.5-7B-Instruct",
         "02:13:41 tokenizing",

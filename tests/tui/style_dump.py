@@ -10,7 +10,7 @@ from typing import Any
 from rich.style import Style
 from textual.color import Color
 
-from tests.tui.seeing import segments_of
+from tests.tui.screen_assertions import segments_of
 
 LEAST_CONTRAST = 4.5
 """For text, WCAG 2.1, 1.4.3."""

@@ -17,9 +17,9 @@ from qlora_tui.runs.process import ProcessIdentity, process_identity
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train.screen import show_run
-from tests.tui.played import BEGAN, TICKETS, Play, play
-from tests.tui.recorded import ENDED, NO_MEMORY, NOT_A_NUMBER, recorded_run, recorded_until
-from tests.tui.seeing import shows
+from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
+from tests.tui.recorded_runs import ENDED, NO_MEMORY, NOT_A_NUMBER, recorded_run, recorded_until
+from tests.tui.screen_assertions import shows
 
 
 def watching(run: RunDir, *texts: str, keys: str = "") -> Callable[[Pilot[Any]], Awaitable[None]]:
@@ -35,22 +35,26 @@ def watching(run: RunDir, *texts: str, keys: str = "") -> Callable[[Pilot[Any]],
     return before
 
 
-STATES: dict[str, tuple[Play, str]] = {
-    "queued": (Play(state="queued", steps=0), ""),
-    "running": (Play(), ""),
-    "finished": (Play(state="finished", steps=3000), ""),
-    "failed": (Play(state="failed", steps=640), ""),
-    "nan": (Play(state="stopped", steps=900, nan=range(700, 760), health=True), "tab tab"),
-    "no_gpu": (Play(state="paused", steps=90, total=200, card=False), "tab"),
+STATES: dict[str, tuple[FakeRun, str]] = {
+    "queued": (FakeRun(state="queued", steps=0), ""),
+    "running": (FakeRun(), ""),
+    "finished": (FakeRun(state="finished", steps=3000), ""),
+    "failed": (FakeRun(state="failed", steps=640), ""),
+    "nan": (FakeRun(state="stopped", steps=900, nan=range(700, 760), health=True), "tab tab"),
+    "no_gpu": (FakeRun(state="paused", steps=90, total=200, card=False), "tab"),
 }
 
 
 def three_runs() -> None:
     wide = replace_setting(replace_setting(TICKETS, "lora.rank", 64), "training.learning_rate", 1e-4)
-    play(Play(name="tickets-a", state="finished", steps=300, total=300, began=BEGAN - 1000))
-    play(Play(name="tickets-b", state="failed", steps=120, total=300, began=BEGAN - 2000, recipe=wide))
-    play(Play(name="poems-c", state="lost", steps=160, total=300, nan=range(90, 99), began=BEGAN - 90_000))
-    run_queue.enqueue(play(Play(name="next-one", state="queued", steps=0)))
+    write_fake_run(FakeRun(name="tickets-a", state="finished", steps=300, total=300, began=BEGAN - 1000))
+    write_fake_run(
+        FakeRun(name="tickets-b", state="failed", steps=120, total=300, began=BEGAN - 2000, recipe=wide)
+    )
+    write_fake_run(
+        FakeRun(name="poems-c", state="lost", steps=160, total=300, nan=range(90, 99), began=BEGAN - 90_000)
+    )
+    run_queue.enqueue(write_fake_run(FakeRun(name="next-one", state="queued", steps=0)))
 
 
 def fresh() -> tuple[RunDir, float]:
@@ -87,7 +91,7 @@ def _ten_minutes_later(name: str) -> tuple[RunDir, float]:
 
 def a_million() -> tuple[RunDir, float]:
     """With the steps left out that would not be read."""
-    run = play(Play(steps=0, total=1_000_000, state="running"))
+    run = write_fake_run(FakeRun(steps=0, total=1_000_000, state="running"))
     with EventWriter(run.events_path) as log:
         for step in range(1, 1_000_000, 400):
             log.append(a_step(step, loss=1.2 + 1.5 * math.exp(-step / 1e5) + 0.1 * math.sin(step)))
