@@ -1,4 +1,4 @@
-"""Each room opens with a guide to its modules; a guide that leaves one out misleads."""
+"""Each package has a guide to its modules in its docstring; a guide that omits one misleads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import qlora_tui
 from qlora_tui.tui.screens.registry import SCREENS
 
-ROOMS = (
+PACKAGES = (
     *(
         "recipe",
         "catalog",
@@ -31,9 +31,9 @@ ROOMS = (
 )
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_the_guide_of_a_room_names_each_of_its_modules(room: str) -> None:
-    folder = Path(qlora_tui.__file__).parent / room
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_packages_guide_names_each_of_its_modules(package: str) -> None:
+    folder = Path(qlora_tui.__file__).parent / package
     guide = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
     assert not modules - set(re.findall(r"\w+", guide))
