@@ -68,7 +68,7 @@ def test_a_conversation_switches_voices_and_begins_again(
     assert text(generate_once(run, PROMPT, sampling=SHORT)) in out
     assert text(generate_once(run, PROMPT, base=True, sampling=SHORT)) in out
     assert prompts == ["adapter> "] * 3 + ["base> "] * 5
-    assert "There are: base, adapter, step-2." in notes
+    assert "Available: base, adapter, step-2." in notes
     assert "tokens" in notes
 
 

@@ -107,11 +107,11 @@ def test_it_can_be_ended_early_and_needs_held_out_data(source: ChatSource) -> No
 
     assert measure_effect(session, "adapter", on_status=on_status, stop=stop).samples == 1
     assert statuses == ["Comparing on conversation 1 of 3", "Comparing the weights"]
-    with pytest.raises(UserError, match="no effect on itself"):
+    with pytest.raises(UserError, match="no adapter to compare"):
         measure_effect(session, "base")
     data = msgspec.structs.replace(source.recipe.data, validation_path="", validation_fraction=0.0)
     session.source = msgspec.structs.replace(source, recipe=msgspec.structs.replace(source.recipe, data=data))
-    with pytest.raises(UserError, match="No held-out"):
+    with pytest.raises(UserError, match="No validation conversations"):
         measure_effect(session, "adapter")
 
 

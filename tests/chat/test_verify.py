@@ -74,7 +74,7 @@ def test_wrong_scores_are_replaced_by_the_librarys(
     mutate(monkeypatch)
     session, answer = answered(tiny_source, "adapter")
     assert not session.checked["adapter"].agrees
-    assert session.warning.startswith("Answers come slower")
+    assert session.warning.startswith("Answers are slower")
     reply = session.ask(QUESTION, adapter_name="adapter", sampling=replace(GREEDY, max_new_tokens=1))
     assert list(reply) and reply.outcome is not None and reply.outcome.warning == session.warning
     assert answer == expected

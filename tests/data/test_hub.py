@@ -41,7 +41,7 @@ def test_a_missing_data_file_is_not_looked_for_on_the_hub() -> None:
 def test_without_a_way_to_the_hub_both_readings_of_the_name_are_named() -> None:
     with pytest.raises(UserError, match="No such data") as caught:
         inspect(Source(path="nobody/nothing"))
-    assert "nobody/nothing is neither a file here nor a dataset" in caught.value.what
+    assert "nobody/nothing is neither a local file nor a dataset" in caught.value.what
     assert caught.value.fix
 
 
