@@ -15,6 +15,8 @@ EXIT_FAILURE = 1
 """Exit code: the call was right and it failed."""
 EXIT_USAGE = 2
 """Exit code: the call itself was wrong (a bad argument, an invalid recipe)."""
+EXIT_DISK = 74
+"""Exit code of a trainer that the disk failed (``EX_IOERR`` of sysexits.h): its events may not say so."""
 INTERNAL_ERROR = "Internal error"
 """Title of an exception that is a defect of this program. The fault drill looks for it."""
 

@@ -129,7 +129,7 @@ def send_request(args: argparse.Namespace) -> CommandResult:
             exit_code=EXIT_USAGE,
         )
     control.send_request(run, kind, args.value)
-    return _state_result(run, f"{run.id} was asked: {args.request}.")
+    return _state_result(run, f"Requested from {run.id}: {args.request}.")
 
 
 def _state_result(run: RunDir, text: str) -> CommandResult:

@@ -78,7 +78,7 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return f"{event.severity}: {event.evidence} {event.remedy}"
         case RequestReceived():
             value = "" if event.value is None else f" {event.value:g}"
-            return f"asked: {event.request.replace('_', ' ')}{value}"
+            return f"requested: {event.request.replace('_', ' ')}{value}"
         case Finished():
             sentence = (
                 f"finished at step {event.step:,} after {format_duration(event.seconds)}: {event.reason}"

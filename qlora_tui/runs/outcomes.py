@@ -10,7 +10,7 @@ import signal
 import time
 
 from qlora_tui.data.template_guard import HANG_SIGNAL, hung_template
-from qlora_tui.errors import UserError
+from qlora_tui.errors import EXIT_DISK, UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter, events_backwards, read_from
@@ -87,6 +87,15 @@ def determine_outcome(
             fix=resume,
             kind="lost",
             exit_code=0,
+        )
+    if exit_code == EXIT_DISK:
+        return Failed(
+            at=now,
+            title="The disk failed",
+            what=f"The trainer could not record its end either. Its log ends: {_log_end(run)}",
+            fix=f"Check free space and `dmesg`. {resume}",
+            kind="problem",
+            exit_code=exit_code,
         )
     return Failed(
         at=now,

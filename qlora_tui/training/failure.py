@@ -6,7 +6,7 @@ import errno
 import re
 import time
 
-from qlora_tui.errors import UserError, disk_problem
+from qlora_tui.errors import EXIT_DISK, UserError, disk_problem
 from qlora_tui.formatting import format_bytes
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.schema import Recipe
@@ -52,7 +52,7 @@ def failure_event(
             what=problem.what,
             why=problem.why,
             fix=f"{problem.fix} `qlora-tui resume {run.id}` then continues from the last checkpoint.",
-            exit_code=1,
+            exit_code=EXIT_DISK,
         )
     return Failed(
         at=now,

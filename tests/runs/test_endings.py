@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from qlora_tui.errors import EXIT_DISK
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, EventWriter
@@ -69,3 +70,12 @@ def test_a_signal_without_a_name_is_given_by_number(run: RunDir) -> None:
     assert isinstance(ending, Failed)
     assert ending.kind == "killed"
     assert f"signal {signal.SIGRTMIN + 2}" in ending.what
+
+
+def test_a_trainer_that_the_disk_failed_is_no_bug(run: RunDir) -> None:
+    """Its own event could not be written: the exit code tells the runner."""
+    run.log_path.write_text("OSError: [Errno 5] Input/output error: '.adapter'\n")
+    ending = determine_outcome(run, EXIT_DISK)
+    assert isinstance(ending, Failed)
+    assert (ending.title, ending.kind) == ("The disk failed", "problem")
+    assert "Input/output error" in ending.what and "resume" in ending.fix
